@@ -1,0 +1,46 @@
+# Sourced by run_train.sh and run_tests.sh: makes .venv on first use, costs milliseconds later.
+#
+#   setup EXTRAS     installs holdfast[EXTRAS] into .venv unless that stands already
+#
+# PYTHON names the interpreter to start from (default: python3). A torch that it can import, such as
+# a CUDA build, is used as it is; otherwise torch comes from the package index.
+
+HOLDFAST_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+setup() {
+    local extras=$1 venv="$HOLDFAST_ROOT/.venv" python=${PYTHON:-python3} wanted stamp
+    wanted="$HOLDFAST_ROOT $extras $(cat "$HOLDFAST_ROOT"/{pyproject.toml,constraints.txt} | cksum)"
+    stamp="$venv/holdfast-setup-$extras"
+    [ -f "$stamp" ] && [ "$(<"$stamp")" = "$wanted" ] && return
+    (
+        # Two runs that set up at once would write into one another's .venv.
+        flock 9
+        [ -f "$stamp" ] && [ "$(<"$stamp")" = "$wanted" ] && exit
+        make_venv
+    ) 9>"$HOLDFAST_ROOT/.setup.lock"
+}
+
+make_venv() {
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        echo "holdfast needs Python 3.11 or newer: \`$python\` is $("$python" -V 2>&1)" >&2
+        echo "hint: PYTHON=/path/to/python3.11 $0" >&2
+        exit 3
+    fi
+    echo "setting up $venv (once; torch alone is some hundred MB)" >&2
+    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || exit 3
+    local constraints=(-c "$HOLDFAST_ROOT/constraints.txt") torch_at
+    torch_at=$("$python" -c 'import importlib.util as u; s = u.find_spec("torch"); print(s.submodule_search_locations[0] + "/..") if s else None' 2>/dev/null)
+    if [ -n "$torch_at" ] && [ "$torch_at" != None ]; then
+        echo "using the torch in $(cd "$torch_at" && pwd)" >&2
+        (cd "$torch_at" && pwd) >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/holdfast-torch.pth"
+        constraints=()
+    fi
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        "${constraints[@]}" -e "$HOLDFAST_ROOT[$extras]" >&2 || {
+        echo "setting up failed: the lines above are pip's" >&2
+        echo "hint: run the same command again; \`rm -r .venv\` starts from nothing" >&2
+        exit 3
+    }
+    # Compiled once here, rather than at the first import of each of several workers.
+    printf '%s' "$wanted" >"$stamp"
+}

@@ -1,0 +1,1 @@
+"""Checkpoints for PyTorch training that are never lost, never lying, never in the way."""

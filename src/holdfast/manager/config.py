@@ -1,0 +1,70 @@
+"""The `[checkpoint]` section: TorchTitan's keys, with their meaning and their checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from holdfast.errors import UsageError
+
+DATALOADER_KEYS = ("dataloader", "data_loader")
+"""Two spellings of one key, both in use among TorchTitan's users."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointConfig:
+    """When to save, what to keep, where to resume from."""
+
+    enable: bool = False
+    """Save checkpoints and resume from them."""
+
+    folder: str = "checkpoint"
+    """Where the steps lie, below `job.dump_folder`."""
+
+    interval: int = 500
+    """Steps between saves."""
+
+    load_step: int = -1
+    """-1: the newest good step. A number: that step or an error. Step 0 loads the model only."""
+
+    initial_load_path: str | None = None
+    """Checkpoint to start from while `folder` holds no good step."""
+
+    initial_load_model_only: bool = True
+    """Take the model alone from `initial_load_path`, and start at step 0."""
+
+    last_save_model_only: bool = True
+    """The last step holds the model alone, in `export_dtype`."""
+
+    export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
+    """Dtype of the floating-point tensors of a model-only last step."""
+
+    keep_latest_k: int = 10
+    """How many steps to keep; 0 keeps all. 1 is refused: one damaged file would be the end."""
+
+    exclude_from_loading: tuple[str, ...] = field(default=())
+    """What a resume leaves as it is: `optimizer`, `lr_scheduler`, `dataloader`, ..."""
+
+    enable_first_step_checkpoint: bool = False
+    """Save after step 1 too, to see at once that saving works."""
+
+    load_only: bool = False
+    """Resume, but never save."""
+
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise UsageError(f"`checkpoint.interval` is a number of steps, at least 1: {self.interval}")
+        if self.keep_latest_k < 0 or self.keep_latest_k == 1:
+            raise UsageError(
+                f"`checkpoint.keep_latest_k` is 0 (keep all) or at least 2: {self.keep_latest_k}",
+                hint="with a single step kept, one damaged file would end the run: use 2 or more",
+            )
+        if self.load_step < -1:
+            raise UsageError(
+                f"`checkpoint.load_step` is -1 (the newest good step) or a step: {self.load_step}"
+            )
+        if "model" in self.exclude_from_loading:
+            raise UsageError(
+                "`checkpoint.exclude_from_loading` holds `model`, without which nothing is resumed",
+                hint="to start with fresh weights, leave `checkpoint.enable` off or use a new folder",
+            )
