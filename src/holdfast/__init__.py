@@ -1,1 +1,38 @@
-"""Checkpoints for PyTorch training that are never lost, never lying, never in the way."""
+"""Checkpoints for PyTorch training that are never lost, never lying, never in the way.
+
+    holdfast.save(path, state)          one checkpoint, published whole or not at all
+    holdfast.load(path, state)          in place, from any layout to any other
+    holdfast.open(path)                 look into one, reading only what is asked for
+    holdfast.CheckpointManager          when to save, what to keep, where to resume from
+
+Nothing here imports torch before it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from holdfast.engine.checkpoint import open_checkpoint as open  # noqa: A004
+    from holdfast.engine.load import load
+    from holdfast.engine.save import save
+    from holdfast.manager.config import CheckpointConfig
+    from holdfast.manager.manager import CheckpointManager
+
+_HOMES = {
+    "CheckpointConfig": "holdfast.manager.config:CheckpointConfig",
+    "CheckpointManager": "holdfast.manager.manager:CheckpointManager",
+    "load": "holdfast.engine.load:load",
+    "open": "holdfast.engine.checkpoint:open_checkpoint",
+    "save": "holdfast.engine.save:save",
+}
+
+__all__ = ["CheckpointConfig", "CheckpointManager", "load", "open", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module `holdfast` has no attribute `{name}`")
+    module, _, member = _HOMES[name].partition(":")
+    return getattr(import_module(module), member)

@@ -1,0 +1,1 @@
+"""Which checkpoints exist. Knows files and manifests, no tensors."""

@@ -1,0 +1,116 @@
+"""The checkpoints in one folder: which there are, and the only ways to add one or take one away.
+
+Order of writes (docs/format.md): everything of a checkpoint is durable inside a folder that no
+reader looks at before one rename gives it its name; a name is taken away by a rename before the
+first of its files goes. So whatever bears a checkpoint's name is whole, at every instant.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import replace
+
+from holdfast.catalog.verify import check_structure
+from holdfast.errors import DamagedError, NotFoundError
+from holdfast.format import manifest as manifests
+from holdfast.format.dcp import decode_metadata
+from holdfast.format.manifest import Manifest
+from holdfast.format.names import MANIFEST, METADATA, Aside, step_name, step_of
+from holdfast.storage.store import Store
+
+MANIFEST_BYTES_MAX = 1 << 30
+
+
+class Catalog:
+    """The checkpoints directly below the root of a store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def steps(self) -> list[int]:
+        """Published steps, oldest first. A folder with any other name is not looked at."""
+        names = (name.rstrip("/") for name in self.store.list() if name.endswith("/"))
+        return sorted(step for step in map(step_of, names) if step is not None)
+
+    def where(self, name: str) -> str:
+        """A checkpoint's place, for people."""
+        return f"{self.store.url.rstrip('/')}/{name}" if name else self.store.url
+
+    def open(self, name: str) -> Manifest:
+        """What a checkpoint holds, its structure checked: every file is there in its full size.
+
+        Raises:
+            NotFoundError: no such checkpoint, or a folder that holds none.
+            DamagedError: it is not as it was published.
+            FormatError: its index is not what it claims to be.
+        """
+        files = set(self.store.list(name))
+        if MANIFEST in files:
+            manifest = manifests.decode(self._all(f"{name}/{MANIFEST}"), where=self._in(name))
+        elif METADATA in files:
+            data = self._all(f"{name}/{METADATA}")
+            manifest = decode_metadata(data, where=f"{self.where(name)}/{METADATA}")
+            manifest = self._with_sizes(name, manifest)
+        else:
+            raise NotFoundError(
+                f"`{self.where(name)}` holds no checkpoint: neither `{MANIFEST}` nor `{METADATA}`",
+                hint=f"found: {', '.join(sorted(files)) or 'nothing'}",
+            )
+        problems = check_structure(self.store, name, manifest)
+        if problems:
+            raise DamagedError(
+                f"`{self.where(name)}` is damaged:\n  " + "\n  ".join(problems),
+                hint="leave out `load_step` to resume from the newest good step",
+            )
+        return manifest
+
+    def open_step(self, step: int) -> Manifest:
+        """As `open`. A step that is not there names those that are."""
+        if step not in self.steps():
+            there = ", ".join(map(str, self.steps())) or "none"
+            raise NotFoundError(
+                f"`{self.where(step_name(step))}` does not exist",
+                hint=f"steps there: {there}; `load_step = -1` takes the newest good one",
+            )
+        return self.open(step_name(step))
+
+    def begin(self, name: str) -> Aside:
+        """A new, empty folder to write checkpoint `name` into."""
+        attempt = Aside("attempt", name, secrets.token_hex(4))
+        self.store.make_folder(str(attempt))
+        return attempt
+
+    def publish(self, attempt: Aside) -> None:
+        """Give a whole attempt its name. An earlier checkpoint of that name makes way: it is moved
+        aside, where `sweep` removes it, or moves it back should the process die before the new one
+        is there."""
+        self.store.sync(str(attempt))
+        # The attempt's own name must be durable before the old checkpoint gives up its name.
+        self.store.sync("")
+        if f"{attempt.name}/" in self.store.list():
+            self.store.rename(attempt.name, str(Aside("replaced", attempt.name, attempt.id)))
+        self.store.rename(str(attempt), attempt.name)
+
+    def discard(self, attempt: Aside) -> None:
+        """Remove an attempt that came to nothing."""
+        self.store.remove(str(attempt))
+
+    def remove(self, name: str) -> None:
+        """Delete a checkpoint: its name first, so that nothing that looks whole is ever in part."""
+        aside = Aside("removing", name, secrets.token_hex(4))
+        self.store.rename(name, str(aside))
+        self.store.remove(str(aside))
+
+    def _in(self, name: str) -> str:
+        return f"{self.where(name)}/{MANIFEST}"
+
+    def _all(self, key: str) -> bytes:
+        return self.store.read(key, 0, min(self.store.size(key), MANIFEST_BYTES_MAX))
+
+    def _with_sizes(self, name: str, manifest: Manifest) -> Manifest:
+        """A stock manifest does not say how large its files are: take it from the files."""
+        files = {chunk.file for entry in manifest.tensors.values() for chunk in entry.chunks}
+        files |= {entry.file for entry in manifest.values.values()}
+        there = set(self.store.list(name))
+        sizes = {f: self.store.size(f"{name}/{f}") for f in sorted(files) if f in there}
+        return replace(manifest, files=sizes)

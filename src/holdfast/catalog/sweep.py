@@ -1,0 +1,62 @@
+"""Putting a folder in order: first a plan, which can be looked at, then its execution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from holdfast.errors import HoldfastError
+from holdfast.format.names import aside_of
+from holdfast.storage.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One thing to do."""
+
+    verb: Literal["remove", "restore"]
+    folder: str
+    why: str
+    target: str = ""
+    """Name under which `restore` puts the folder back."""
+
+
+def plan_sweep(names: Iterable[str], *, only: str | None = None) -> list[Action]:
+    """What a killed process left behind, from the names of the folders there (ending in `/`).
+
+    `only` limits it to what was to become, or was, the checkpoint of that name. No other process
+    may be saving in the folder: its attempt would be taken for a dead one's.
+    """
+    folders = {name.rstrip("/") for name in names if name.endswith("/")}
+    actions = []
+    for folder in sorted(folders):
+        aside = aside_of(folder)
+        if aside is None or (only is not None and aside.name != only):
+            continue
+        if aside.role == "replaced" and aside.name not in folders:
+            why = "the save that was to replace it never came to its end"
+            actions.append(Action("restore", folder, why, aside.name))
+            folders.add(aside.name)
+        else:
+            why = {
+                "attempt": "a save that never came to its end",
+                "replaced": "a newer save has its name",
+                "removing": "a removal that never came to its end",
+            }[aside.role]
+            actions.append(Action("remove", folder, why))
+    return actions
+
+
+def execute(store: Store, actions: Sequence[Action]) -> list[str]:
+    """Do it. What could not be done comes back as a line each; the next sweep tries again."""
+    failed = []
+    for action in actions:
+        try:
+            if action.verb == "restore":
+                store.rename(action.folder, action.target)
+            else:
+                store.remove(action.folder)
+        except HoldfastError as error:
+            failed.append(f"could not {action.verb} `{action.folder}`: {error.what}")
+    return failed

@@ -1,0 +1,1 @@
+"""Where tensors meet bytes: plan, stage, write, commit; reshard, read."""

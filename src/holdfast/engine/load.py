@@ -1,0 +1,184 @@
+"""Load: fit, reshard, read, cover."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from holdfast.engine.ranks import Ranks, all_ranks, on_every_rank, on_rank_0
+from holdfast.engine.read import Source, Wanted, read_tensors, read_value
+from holdfast.engine.root import open_root
+from holdfast.engine.spans import Spans
+from holdfast.engine.values import decode_value
+from holdfast.errors import MismatchError
+from holdfast.format.manifest import Manifest
+from holdfast.state.layout import layout_of
+from holdfast.state.objects import StateTree
+from holdfast.state.optim import TensorInfo
+from holdfast.state.tree import Leaf
+
+_LISTED_MAX = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a load did."""
+
+    where: str
+    nbytes: int
+    """Read by this rank."""
+
+    converted: tuple[str, ...]
+    """Tensors whose stored dtype is another than the one that they were loaded into."""
+
+    spans: Spans
+
+
+def load(path: str | os.PathLike[str], state: Mapping[str, Any], *, strict: bool = True) -> Loaded:
+    """Load the checkpoint at `path` into `state`, in place: tensors are written over, plain values
+    replaced, objects given their state dict. Any layout loads what any other has saved.
+
+    `state` names what is wanted; other top-level names of the checkpoint are left alone. Below the
+    names given, the checkpoint must have the same entries, unless `strict` is false: then what it
+    has beyond them is left alone too. What is wanted must always be there.
+
+    Collective where `torch.distributed` is initialized: every rank calls this with its part of the
+    state; an error on one is raised on all.
+
+    Raises:
+        NotFoundError: no checkpoint at `path`.
+        MismatchError: entries that are missing, unexpected or of another shape, all of them listed;
+            nothing was changed.
+        DamagedError: bytes are not those that were saved; the state may be loaded in part.
+        FormatError: the checkpoint holds what could be read only by running its code.
+    """
+    ranks = all_ranks()
+    catalog, name = open_root(path)
+    manifest = on_rank_0(ranks, lambda: catalog.open(name))
+    source = Source(catalog.store, name, manifest)
+    return load_tree(source, StateTree(state), ranks=ranks, strict=strict)
+
+
+def load_tree(source: Source, tree: StateTree, *, ranks: Ranks, strict: bool = True) -> Loaded:
+    """Load an open checkpoint into a tree of state.
+
+    Collective: every rank calls this; an error on one is raised on all. Objects are given their
+    state only once every rank has read all that it wants.
+    """
+    spans = Spans()
+    manifest = source.manifest
+    with spans("plan"):
+        leaves = on_every_rank(ranks, tree.leaves)
+        stored = {name: (entry.dtype, entry.shape) for name, entry in manifest.tensors.items()}
+        room = on_every_rank(ranks, lambda: tree.room_for(stored))
+        _check_fit(source, tree, leaves, room, ranks, strict)
+        leaves = on_every_rank(ranks, lambda: _leaves_with_room(manifest, tree, stored))
+    with spans("read"):
+        nbytes, values = on_every_rank(ranks, lambda: _read(source, leaves))
+    with spans("apply"):
+        on_every_rank(ranks, lambda: tree.take(leaves, values))
+    converted = [
+        name
+        for name, leaf in leaves.items()
+        if isinstance(leaf.value, torch.Tensor)
+        and str(leaf.value.dtype) != f"torch.{manifest.tensors[name].dtype}"
+    ]
+    return Loaded(source.url, nbytes, tuple(converted), spans)
+
+
+def _leaves_with_room(
+    manifest: Manifest, tree: StateTree, stored: Mapping[str, TensorInfo]
+) -> dict[str, Leaf]:
+    tree.prepare(stored)
+    there = manifest.tensors.keys() | manifest.values.keys()
+    return {name: leaf for name, leaf in tree.leaves().items() if name in there}
+
+
+def _check_fit(
+    source: Source,
+    tree: StateTree,
+    leaves: Mapping[str, Leaf],
+    room: Collection[str],
+    ranks: Ranks,
+    strict: bool,
+) -> None:
+    """Raise on every rank, before anything has changed, where the checkpoint does not fit.
+
+    An entry is unexpected where no rank wants it: a pipeline stage wants its own layers only.
+    """
+    manifest = source.manifest
+    wrong = [line for name, leaf in leaves.items() for line in _misfit(manifest, tree, name, leaf)]
+    paths = {name: entry.path for name, entry in manifest.tensors.items()}
+    paths |= {name: entry.path for name, entry in manifest.values.items()}
+    unexpected = {
+        name
+        for name, path in paths.items()
+        if strict and name not in leaves and name not in room and tree.wants(path)
+    }
+    reports = ranks.gather((wrong, unexpected))
+    listed: list[str] = []
+    if reports:
+        listed = list(dict.fromkeys(line for report, _ in reports for line in report))
+        nobodys = set.intersection(*(names for _, names in reports))
+        listed += [f"`{n}` is in the checkpoint, but not wanted" for n in paths if n in nobodys]
+    listed = ranks.broadcast(listed)
+    if listed:
+        more = len(listed) - _LISTED_MAX
+        raise MismatchError(
+            f"`{source.url}` does not fit, {len(listed)} differences, nothing was changed:\n  "
+            + "\n  ".join(listed[:_LISTED_MAX])
+            + (f"\n  ... and {more} more" if more > 0 else ""),
+            hint="is it a checkpoint of another model? `checkpoint.exclude_from_loading` leaves "
+            "out whole parts, such as `optimizer` or `dataloader`",
+        )
+
+
+def _misfit(manifest: Manifest, tree: StateTree, name: str, leaf: Leaf) -> Iterator[str]:
+    entry = manifest.tensors.get(name)
+    value = leaf.value
+    if entry is None and name not in manifest.values:
+        if not tree.optional(leaf.path):
+            yield f"`{name}` is not in the checkpoint"
+    elif not isinstance(value, torch.Tensor):
+        if entry is not None and not (_is_number(value) and math.prod(entry.shape) == 1):
+            yield f"`{name}` is a tensor in the checkpoint, a {type(value).__name__} is wanted"
+    elif entry is None:
+        yield f"`{name}` is a plain value in the checkpoint, a tensor is wanted"
+    elif entry.shape != tuple(value.shape):
+        yield f"`{name}` is {list(entry.shape)} in the checkpoint, {list(value.shape)} is wanted"
+    elif not torch.can_cast(getattr(torch, entry.dtype), value.dtype):
+        yield f"`{name}` is {entry.dtype} in the checkpoint, {value.dtype} is wanted"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _read(source: Source, leaves: Mapping[str, Leaf]) -> tuple[int, dict[str, Any]]:
+    """Fill the tensors among the leaves. Returns the bytes read, and the values."""
+    wanted, values = [], {}
+    decoded: dict[tuple[str, int], Any] = {}
+    for name, leaf in leaves.items():
+        if isinstance(leaf.value, torch.Tensor):
+            layout = layout_of(name, leaf.value)
+            wanted.append(Wanted(name, layout.pieces, layout.local))
+        elif name in source.manifest.tensors:
+            entry = source.manifest.tensors[name]
+            number = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+            read_tensors(source, [Wanted(name, layout_of(name, number).pieces, number)])
+            values[name] = type(leaf.value)(number.item())
+        else:
+            value = source.manifest.values[name]
+            at = (value.file, value.item.offset)
+            if at not in decoded:
+                container = read_value(source, name, value)
+                decoded[at] = decode_value(name, container, where=f"{source.url}/{value.file}")
+            # One container may stand for many names; each gets a value of its own.
+            values[name] = copy.deepcopy(decoded[at])
+    return read_tensors(source, wanted), values

@@ -1,0 +1,163 @@
+"""The ranks of a job, and how what one of them meets reaches all. Below `trainer` the only door to
+`torch.distributed`."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import torch.distributed as dist
+
+from holdfast.errors import HoldfastError, RankError, StorageError
+
+T = TypeVar("T")
+
+
+class Ranks(Protocol):
+    """The processes that save and load together.
+
+    Collective: every method is called by all of them, in the same order. Items cross by pickle.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def gather(self, item: T) -> list[T]:
+        """Every rank's item, in order, on rank 0; elsewhere an empty list."""
+        ...
+
+    def scatter(self, items: list[T]) -> T:
+        """The item that rank 0 has at this rank's place; other ranks pass an empty list."""
+        ...
+
+    def broadcast(self, item: T) -> T:
+        """Rank 0's item, on all."""
+        ...
+
+
+class Solo:
+    """One process alone."""
+
+    rank = 0
+    size = 1
+
+    def gather(self, item: T) -> list[T]:
+        return [item]
+
+    def scatter(self, items: list[T]) -> T:
+        return items[0]
+
+    def broadcast(self, item: T) -> T:
+        return item
+
+
+class GroupRanks:
+    """The ranks of a `torch.distributed` process group that can carry host memory (gloo)."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self._root = dist.get_global_rank(group, 0)
+
+    def gather(self, item: T) -> list[T]:
+        gathered: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        self._reach(lambda: dist.gather_object(item, gathered, self._root, self._group))
+        return gathered or []
+
+    def scatter(self, items: list[T]) -> T:
+        out: list[Any] = [None]
+        sent: Any = items if self.rank == 0 else None
+        self._reach(lambda: dist.scatter_object_list(out, sent, self._root, self._group))
+        scattered: T = out[0]
+        return scattered
+
+    def broadcast(self, item: T) -> T:
+        items = [item]
+        self._reach(lambda: dist.broadcast_object_list(items, self._root, self._group))
+        return items[0]
+
+    def _reach(self, exchange: Callable[[], object]) -> None:
+        try:
+            exchange()
+        except RuntimeError as error:
+            raise RankError(
+                f"rank {self.rank} of {self.size} lost another rank while checkpointing: {error}",
+                hint="look for the first error among the other ranks, then start the run again: "
+                "it goes on from the newest good step",
+            ) from error
+
+
+def all_ranks() -> Ranks:
+    """The ranks of this job: those of the default process group, or this process alone.
+
+    Collective: makes a gloo group of its own, so that nothing mixes with training's traffic.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return Solo()
+    return GroupRanks(dist.new_group(backend="gloo"))
+
+
+def on_rank_0(ranks: Ranks, work: Callable[[], T]) -> T:
+    """What `work` gives on rank 0, on every rank; or its error, on every rank.
+
+    Collective: every rank calls this once; `work` runs on rank 0 alone.
+    """
+    outcome: T | HoldfastError | None = None
+    if ranks.rank == 0:
+        outcome = outcome_of(work)
+    return _or_raise(ranks.broadcast(outcome))  # type: ignore[arg-type]
+
+
+def on_every_rank(ranks: Ranks, work: Callable[[], T]) -> T:
+    """What `work` gives on this rank, once it went well on all.
+
+    Collective: every rank calls this once. Where it fails on any rank, every rank raises the first
+    failing rank's error, under its class, with the number of the rank.
+    """
+    mine = outcome_of(work)
+    agree(ranks, mine if isinstance(mine, HoldfastError) else None)
+    return _or_raise(mine)
+
+
+def agree(ranks: Ranks, error: HoldfastError | None) -> None:
+    """Raise on every rank if any rank passes an error."""
+    failed = [(r, e) for r, e in enumerate(ranks.gather(error)) if e is not None]
+    first = ranks.broadcast(failed[0] if failed else None)
+    if first is not None:
+        rank, error = first
+        raise error if ranks.size == 1 else _of_rank(rank, error)
+
+
+def _of_rank(rank: int, error: HoldfastError) -> HoldfastError:
+    return type(error)(f"rank {rank}: {error.what}", hint=error.hint)
+
+
+def outcome_of(work: Callable[[], T]) -> T | HoldfastError:
+    """What `work` gives, or the error that it ends in, to be carried to where it can be raised."""
+    try:
+        return work()
+    except HoldfastError as error:
+        return error
+    except OSError as error:
+        return StorageError(f"{error}")
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for it
+        return HoldfastError(
+            f"unexpected {type(error).__name__}: {error}",
+            hint="".join(traceback.format_exception(error)),
+        )
+
+
+def _or_raise(outcome: T | HoldfastError) -> T:
+    if isinstance(outcome, HoldfastError):
+        raise outcome
+    return outcome
+
+
+def host_name() -> str:
+    return os.uname().nodename

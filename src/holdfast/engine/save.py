@@ -1,0 +1,203 @@
+"""Save: plan, stage, write, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from holdfast.catalog.catalog import Catalog
+from holdfast.engine.commit import Facts, commit
+from holdfast.engine.plan import Offer, Share, TensorOffer, shares
+from holdfast.engine.ranks import Ranks, all_ranks, on_every_rank, on_rank_0, outcome_of
+from holdfast.engine.root import open_root
+from holdfast.engine.spans import Spans, amount
+from holdfast.engine.stage import host_bytes
+from holdfast.engine.values import encode_value
+from holdfast.engine.write import FileImage, Receipt, lay_out, write
+from holdfast.errors import ExistsError, StorageError
+from holdfast.format.manifest import Kind
+from holdfast.format.names import Aside
+from holdfast.format.region import Region
+from holdfast.state.layout import Layout, layout_of, same_memory
+from holdfast.state.objects import StateTree
+from holdfast.state.tree import Leaf
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint that is published and durable."""
+
+    where: str
+    nbytes: int
+    spans: Spans
+
+
+def save(path: str | os.PathLike[str], state: Mapping[str, Any], *, overwrite: bool = False) -> Saved:
+    """Save `state` as one checkpoint at `path`, published whole or not at all.
+
+    `state` is a dict of tensors, DTensors, plain values, further dicts and lists of these, and of
+    objects with `state_dict` and `load_state_dict`: modules, optimizers (whose entries are named by
+    the parameters of the modules beside them), schedulers. Stock `torch.distributed.checkpoint`
+    finds the same names.
+
+    Collective where `torch.distributed` is initialized: every rank calls this with its part of the
+    state; an error on one is raised on all.
+
+    Raises:
+        ExistsError: there is something at `path`, and `overwrite` is false.
+        UsageError: a value that could not be read back safely.
+        StorageError: no space, no rights; nothing is left behind.
+    """
+    ranks = all_ranks()
+    catalog, name = open_root(path)
+
+    def look() -> None:
+        catalog.store.make_folder("")
+        if not overwrite and {name, f"{name}/"} & set(catalog.store.list()):
+            raise ExistsError(
+                f"`{catalog.where(name)}` exists already",
+                hint="choose another path, or pass `overwrite=True` to replace it",
+            )
+
+    on_rank_0(ranks, look)
+    leaves = on_every_rank(ranks, StateTree(state).leaves)
+    return save_leaves(catalog, name, leaves, ranks=ranks, planner=Planner(ranks))
+
+
+class Planner:
+    """Who writes what, agreed between the ranks once and kept while nobody's layout changes."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._offer: Offer | None = None
+        self._share = Share((), ())
+        self.offers: list[Offer] = []
+        """Of every rank, on rank 0."""
+
+    def plan(self, offer: Offer) -> Share:
+        """What this rank is to write.
+
+        Collective: every rank calls this with what it holds.
+        """
+        ranks = self._ranks
+        changed = ranks.broadcast(any(ranks.gather(offer != self._offer)))
+        if changed:
+            # Forgotten until all have agreed: a failed plan must not be taken for the next one.
+            self._offer = None
+            self.offers = ranks.gather(offer)
+            planned: list[Share] = []
+            on_rank_0(ranks, lambda: planned.extend(shares(self.offers)))
+            self._share = ranks.scatter(planned)
+            self._offer = offer
+        return self._share
+
+
+@dataclass(slots=True)
+class _Held:
+    """What this rank holds: tensors by name with how they lie, and values."""
+
+    layouts: dict[str, Layout] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    offer: Offer = field(default_factory=Offer)
+
+
+def save_leaves(
+    catalog: Catalog,
+    name: str,
+    leaves: Mapping[str, Leaf],
+    *,
+    ranks: Ranks,
+    planner: Planner,
+    step: int | None = None,
+    kind: Kind | None = None,
+    dtype: torch.dtype | None = None,
+    layout: Mapping[str, Any] | None = None,
+) -> Saved:
+    """Save flat state as checkpoint `name` of `catalog`, in place of one that has the name.
+
+    Floating-point tensors are converted to `dtype` where one is given.
+
+    Collective: every rank calls this; an error on one is raised on all, and the catalog is as it
+    was before.
+    """
+    spans = Spans()
+    with spans("plan"):
+        held = on_every_rank(ranks, lambda: _hold(leaves, dtype))
+        share = planner.plan(held.offer)
+        image = on_every_rank(ranks, lambda: _image(ranks.rank, share, held))
+        totals = ranks.gather(image.nbytes)
+        attempt = on_rank_0(ranks, lambda: _begin(catalog, name, sum(totals)))
+    with spans("write"):
+        written = outcome_of(lambda: _write(catalog, attempt, image, held, dtype))
+    with spans("commit"):
+        nbytes = commit(
+            attempt,
+            written,
+            offers=planner.offers,
+            facts=Facts(step, kind, {"world_size": ranks.size, **(layout or {})}, _versions()),
+            catalog=catalog,
+            ranks=ranks,
+        )
+    return Saved(catalog.where(name), nbytes, spans)
+
+
+def _hold(leaves: Mapping[str, Leaf], dtype: torch.dtype | None) -> _Held:
+    held = _Held()
+    names: dict[tuple[object, ...], str] = {}
+    for name, leaf in leaves.items():
+        if not isinstance(leaf.value, torch.Tensor):
+            held.values[name] = leaf.value
+            held.offer.values[name] = leaf.path
+            continue
+        memory = same_memory(leaf.value)
+        if memory is not None and names.setdefault(memory, name) != name:
+            held.offer.aliases[name] = (names[memory], leaf.path)
+            continue
+        layout = held.layouts[name] = layout_of(name, leaf.value)
+        stored_as = layout.dtype
+        if dtype is not None and layout.local.is_floating_point():
+            stored_as = str(dtype).removeprefix("torch.")
+        regions = tuple(piece.region for piece in layout.pieces)
+        held.offer.tensors[name] = TensorOffer(stored_as, layout.shape, regions, leaf.path)
+    return held
+
+
+def _image(rank: int, share: Share, held: _Held) -> FileImage:
+    regions = [(name, held.offer.tensors[name].dtype, region) for name, region in share.regions]
+    return lay_out(rank, regions, {n: encode_value(n, held.values[n]) for n in share.values})
+
+
+def _begin(catalog: Catalog, name: str, nbytes: int) -> Aside:
+    free = catalog.store.free_bytes()
+    if free is not None and nbytes > free:
+        raise StorageError(
+            f"`{catalog.where(name)}` needs {amount(nbytes)}, {amount(free)} are free",
+            hint="free some space (df -h), lower `checkpoint.keep_latest_k`, or use another disk",
+        )
+    return catalog.begin(name)
+
+
+def _write(
+    catalog: Catalog, attempt: Aside, image: FileImage, held: _Held, dtype: torch.dtype | None
+) -> Receipt:
+    def data_of(name: str, region: Region) -> memoryview:
+        layout = held.layouts[name]
+        local = next(piece.local for piece in layout.pieces if piece.region == region)
+        convert = dtype if layout.local.is_floating_point() else None
+        return host_bytes(layout.local, local, convert)
+
+    return write(catalog.store, str(attempt), image, data_of)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "holdfast": version("holdfast"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

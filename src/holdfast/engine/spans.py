@@ -1,0 +1,51 @@
+"""Where time goes: the one seam for timing and counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Spans:
+    """Seconds spent in each stage of one operation, in the order of the first entry."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def rate(nbytes: int, seconds: float) -> str:
+    """How much, how long, how fast.
+
+    >>> rate(2_500_000, 0.5)
+    '2.5 MB in 0.50 s (5.0 MB/s)'
+    """
+    return f"{amount(nbytes)} in {seconds:.2f} s ({amount(nbytes / max(seconds, 1e-9))}/s)"
+
+
+def amount(nbytes: float) -> str:
+    """Bytes for people.
+
+    >>> amount(999), amount(1500), amount(2.2e9)
+    ('999 B', '1.5 kB', '2.2 GB')
+    """
+    unit = "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if nbytes < 1000:
+            break
+        nbytes, unit = nbytes / 1000, larger
+    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"

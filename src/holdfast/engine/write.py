@@ -1,0 +1,138 @@
+"""One rank's file: laid out first, then written in one pass, checksums taken on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from holdfast.format import checksum, torchzip
+from holdfast.format.dtypes import dtype_of
+from holdfast.format.manifest import Chunk, Span
+from holdfast.format.names import data_file
+from holdfast.format.region import Region
+from holdfast.storage.store import Buffer, Store, Writer
+
+WINDOW_BYTES = 4 << 20
+"""Bytes handed to the store at once: whole blocks, few enough to be in cache from the checksum."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorItem:
+    """A region of a tensor in its place in the file."""
+
+    name: str
+    region: Region
+    dtype: str
+    item: Span
+    prefix: bytes
+    suffix: bytes
+
+    @property
+    def data(self) -> Span:
+        return Span(
+            self.item.offset + len(self.prefix),
+            self.item.nbytes - len(self.prefix) - len(self.suffix),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FileImage:
+    """A file before it is written: where everything in it lies."""
+
+    name: str
+    nbytes: int
+    tensors: tuple[TensorItem, ...]
+    containers: tuple[tuple[int, bytes], ...]
+    """Values as `torch.save` writes them, by position; each stands once however often it occurs."""
+
+    values: Mapping[str, Span]
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What one rank has written, durably."""
+
+    file: str = ""
+    nbytes: int = 0
+    chunks: Sequence[tuple[str, Chunk]] = ()
+    values: Mapping[str, tuple[Span, int]] = field(default_factory=dict)
+    """Place and checksum of each value's container."""
+
+
+def lay_out(
+    rank: int,
+    regions: Sequence[tuple[str, str, Region]],
+    containers: Mapping[str, bytes],
+) -> FileImage:
+    """Where everything lies in the file of `rank`. `regions` are name, dtype and region."""
+    items, position = [], 0
+    for name, dtype, region in regions:
+        prefix, suffix = torchzip.frame(dtype, region.shape, position)
+        nbytes = region.num_elements * dtype_of(dtype).itemsize
+        item = Span(position, len(prefix) + nbytes + len(suffix))
+        items.append(TensorItem(name, region, dtype, item, prefix, suffix))
+        position = item.stop
+    placed: dict[bytes, Span] = {}
+    values = {}
+    for name, container in containers.items():
+        if container not in placed:
+            placed[container] = Span(position, len(container))
+            position += len(container)
+        values[name] = placed[container]
+    at = tuple((span.offset, container) for container, span in placed.items())
+    return FileImage(data_file(rank), position, tuple(items), at, values)
+
+
+def write(
+    store: Store, folder: str, image: FileImage, data_of: Callable[[str, Region], memoryview]
+) -> Receipt:
+    """Write a file, and make its bytes durable. `data_of` gives the raw bytes of a region."""
+    if not image.nbytes:
+        return Receipt()
+    chunks = []
+    with store.create(f"{folder}/{image.name}", image.nbytes) as writer:
+        stream = _Stream(writer)
+        for item in image.tensors:
+            stream.put(item.prefix)
+            checksums = _put_checked(stream, data_of(item.name, item.region), item)
+            stream.put(item.suffix)
+            chunks.append(
+                (item.name, Chunk(item.region, image.name, item.item, item.data.offset, checksums))
+            )
+        for _, container in image.containers:
+            stream.put(container)
+        stream.flush()
+    sums = {offset: checksum.checksum(container) for offset, container in image.containers}
+    values = {name: (span, sums[span.offset]) for name, span in image.values.items()}
+    return Receipt(image.name, image.nbytes, tuple(chunks), values)
+
+
+def _put_checked(stream: _Stream, data: memoryview, item: TensorItem) -> tuple[int, ...]:
+    assert len(data) == item.data.nbytes, f"{item.name}: {len(data)} bytes for {item.data}"
+    checksums: list[int] = []
+    for start in range(0, len(data), WINDOW_BYTES):
+        window = data[start : start + WINDOW_BYTES]
+        checksums += checksum.block_checksums(window)
+        stream.put(window)
+    return tuple(checksums)
+
+
+class _Stream:
+    """Parts of a file one after the other, handed on in windows: small items cost no write each."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+        self._parts: list[Buffer] = []
+        self._offset = 0
+        self._pending = 0
+
+    def put(self, part: Buffer) -> None:
+        self._parts.append(part)
+        self._pending += len(part)
+        if self._pending >= WINDOW_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        self._writer.write(self._offset, self._parts)
+        self._offset += self._pending
+        self._parts, self._pending = [], 0

@@ -1,0 +1,170 @@
+"""`.metadata`: the index of a `torch.distributed.checkpoint` folder, read and written without torch.
+
+The classes are those of torch/distributed/checkpoint/metadata.py and filesystem.py, torch 2.1 to
+2.13. Reading goes by an allow-list; writing emits stock classes only.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from holdfast.errors import FormatError
+from holdfast.format.manifest import (
+    Chunk,
+    Manifest,
+    Path,
+    Span,
+    TensorEntry,
+    ValueEntry,
+    check_file_name,
+)
+from holdfast.format.pickles import (
+    Call,
+    DtypeName,
+    Global,
+    Instance,
+    Plain,
+    Table,
+    dumps,
+    loads,
+)
+from holdfast.format.region import Region
+
+_MODULE = "torch.distributed.checkpoint.metadata"
+_CLASSES = ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata")
+_CLASSES += ("ChunkStorageMetadata", "TensorProperties", "StorageMeta")
+
+
+def _class(name: str) -> type[Plain]:
+    return type(name, (Plain,), {})
+
+
+_ALLOWED: Mapping[tuple[str, str], Any] = {
+    **{(_MODULE, name): _class(name) for name in _CLASSES},
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _class("_StorageInfo"),
+    (_MODULE, "_MEM_FORMAT_ENCODING"): int,
+    ("torch.serialization", "_get_layout"): str,
+    ("torch", "Size"): tuple,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("pathlib", "PosixPath"): PurePosixPath,
+    ("pathlib", "PurePosixPath"): PurePosixPath,
+    ("pathlib._local", "PosixPath"): PurePosixPath,
+}
+
+
+def decode_metadata(data: bytes, *, where: str) -> Manifest:
+    """The manifest in the bytes of a `.metadata` file.
+
+    The raw data's place inside each item, and checksums, are not in it: chunks come with
+    `data_offset` None.
+
+    Raises:
+        FormatError: not such a file, or one that names code, or a path outside of its folder.
+    """
+    metadata = loads(data, _ALLOWED, where=where)
+    try:
+        return _manifest(metadata, where)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"`{where}` is not DCP metadata: {type(error).__name__} {error}") from error
+
+
+def _manifest(metadata: Any, where: str) -> Manifest:
+    items: dict[tuple[str, tuple[int, ...] | None], tuple[str, Span]] = {}
+    for index, info in metadata.state["storage_data"].items():
+        file, span = info.state["relative_path"], Span(info.state["offset"], info.state["length"])
+        check_file_name(file, where)
+        if info.state.get("transform_descriptors"):
+            raise FormatError(f"`{where}`: `{index.state['fqn']}` is stored compressed or encrypted")
+        if span.offset < 0 or span.nbytes < 0:
+            raise ValueError(f"negative span {span}")
+        items[index.state["fqn"], index.state.get("offset")] = file, span
+    paths = metadata.state.get("planner_data") or {}
+    tensors: dict[str, TensorEntry] = {}
+    values: dict[str, ValueEntry] = {}
+    for name, entry in metadata.state["state_dict_metadata"].items():
+        path: Path = tuple(paths.get(name, (name,)))
+        if type(entry).__name__ == "BytesStorageMetadata":
+            file, span = items[name, None]
+            values[name] = ValueEntry(file, span, None, path)
+        else:
+            tensors[name] = _tensor(name, entry, items, path)
+    return Manifest(tensors, values, versions={"dcp": str(metadata.state.get("version"))})
+
+
+def _tensor(name: str, entry: Any, items: Mapping[Any, tuple[str, Span]], path: Path) -> TensorEntry:
+    properties = entry.state["properties"].state
+    # A tuple in the order of the class's fields; a dict of them before __getstate__ was there.
+    dtype: DtypeName = properties[0] if isinstance(properties, tuple) else properties["dtype"]
+    shape = tuple(entry.state["size"])
+    chunks = []
+    for stored in entry.state["chunks"]:
+        start, sizes = tuple(stored.state["offsets"]), tuple(stored.state["sizes"])
+        region = Region(start, tuple(map(int.__add__, start, sizes)))
+        if not region.fits(shape) or len(start) != len(sizes):
+            raise ValueError(f"`{name}`: chunk {region} is outside of the shape {shape}")
+        file, span = items[name, start]
+        chunks.append(Chunk(region, file, span))
+    return TensorEntry(dtype.name, shape, tuple(chunks), path)
+
+
+_STORAGE_INFO = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+_LAYOUT = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
+_MEMORY_FORMAT = Call(Global(_MODULE, "_MEM_FORMAT_ENCODING"), (0,))
+
+
+def encode_metadata(manifest: Manifest) -> bytes:
+    """The bytes of `.metadata` for what this manifest holds: a function of the layout alone."""
+    entries: dict[str, Instance] = {}
+    storage: list[tuple[Instance, Instance]] = []
+    paths: dict[str, Path] = {}
+    for name, tensor in manifest.tensors.items():
+        entries[name] = _stock_tensor(tensor)
+        paths[name] = tensor.path
+        for number, chunk in enumerate(tensor.chunks):
+            index = _stock_index(name, _size(chunk.region.start), number)
+            storage.append((index, _stock_info(chunk.file, chunk.item)))
+    for name, value in manifest.values.items():
+        entries[name] = Instance(Global(_MODULE, "BytesStorageMetadata"), None)
+        paths[name] = value.path
+        storage.append((_stock_index(name, None, None), _stock_info(value.file, value.item)))
+    state = {
+        "state_dict_metadata": entries,
+        "planner_data": paths,
+        "storage_data": Table(storage),
+        "storage_meta": None,
+        "version": "1.0.0",
+    }
+    return dumps(Instance(Global(_MODULE, "Metadata"), state))
+
+
+def _stock_tensor(tensor: TensorEntry) -> Instance:
+    dtype = Global("torch", tensor.dtype)
+    properties = Instance(
+        Global(_MODULE, "TensorProperties"), (dtype, _LAYOUT, False, _MEMORY_FORMAT, False)
+    )
+    chunks = [
+        Instance(
+            Global(_MODULE, "ChunkStorageMetadata"),
+            {"offsets": _size(chunk.region.start), "sizes": _size(chunk.region.shape)},
+        )
+        for chunk in tensor.chunks
+    ]
+    state = {"properties": properties, "size": _size(tensor.shape), "chunks": chunks}
+    return Instance(Global(_MODULE, "TensorStorageMetadata"), state)
+
+
+def _stock_index(name: str, offset: Call | None, number: int | None) -> Instance:
+    state = {"fqn": name, "index": number, "offset": offset}
+    return Instance(Global(_MODULE, "MetadataIndex"), state)
+
+
+def _stock_info(file: str, item: Span) -> Instance:
+    state = {"relative_path": file, "offset": item.offset, "length": item.nbytes}
+    return Instance(_STORAGE_INFO, state)
+
+
+def _size(sizes: tuple[int, ...]) -> Call:
+    return Call(Global("torch", "Size"), (sizes,))

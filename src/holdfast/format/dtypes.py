@@ -1,0 +1,67 @@
+"""Element types by torch's names: their size, and how torch's own files spell them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from holdfast.errors import FormatError
+
+
+@dataclass(frozen=True, slots=True)
+class Dtype:
+    """One element type."""
+
+    name: str
+    """As in `torch.<name>`."""
+
+    itemsize: int
+    """Bytes an element."""
+
+    storage: str | None
+    """Class in `torch` that a tensor pickle names as the storage's type; None for the dtypes that
+    torch pickles through `UntypedStorage`, with the dtype beside it."""
+
+
+BY_NAME = {
+    dtype.name: dtype
+    for dtype in (
+        Dtype("float64", 8, "DoubleStorage"),
+        Dtype("float32", 4, "FloatStorage"),
+        Dtype("float16", 2, "HalfStorage"),
+        Dtype("bfloat16", 2, "BFloat16Storage"),
+        Dtype("int64", 8, "LongStorage"),
+        Dtype("int32", 4, "IntStorage"),
+        Dtype("int16", 2, "ShortStorage"),
+        Dtype("int8", 1, "CharStorage"),
+        Dtype("uint8", 1, "ByteStorage"),
+        Dtype("bool", 1, "BoolStorage"),
+        Dtype("complex128", 16, "ComplexDoubleStorage"),
+        Dtype("complex64", 8, "ComplexFloatStorage"),
+        Dtype("complex32", 4, None),
+        Dtype("uint64", 8, None),
+        Dtype("uint32", 4, None),
+        Dtype("uint16", 2, None),
+        Dtype("float8_e4m3fn", 1, None),
+        Dtype("float8_e4m3fnuz", 1, None),
+        Dtype("float8_e5m2", 1, None),
+        Dtype("float8_e5m2fnuz", 1, None),
+        Dtype("float8_e8m0fnu", 1, None),
+        Dtype("float4_e2m1fn_x2", 1, None),
+    )
+}
+
+BY_STORAGE = {dtype.storage: dtype for dtype in BY_NAME.values() if dtype.storage}
+
+
+def dtype_of(name: str) -> Dtype:
+    """The dtype of that name.
+
+    Raises:
+        FormatError: no dtype of torch that holds plain elements has this name.
+    """
+    try:
+        return BY_NAME[name]
+    except KeyError:
+        raise FormatError(
+            f"unknown dtype: `{name}`", hint=f"known dtypes: {', '.join(BY_NAME)}"
+        ) from None

@@ -1,0 +1,259 @@
+"""The manifest: what a checkpoint holds, and where each byte of it lies.
+
+Reading any format ends in a `Manifest`. Holdfast's own steps carry it as `manifest.json`; the
+layout of that file is specified in docs/format.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from holdfast.errors import DamagedError, FormatError
+from holdfast.format import checksum
+from holdfast.format.dtypes import dtype_of
+from holdfast.format.region import Region
+
+VERSION = 1
+
+Kind = Literal["full", "model"]
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A run of bytes in a file."""
+
+    offset: int
+    nbytes: int
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One region of a tensor, stored in one piece."""
+
+    region: Region
+    file: str
+    item: Span
+    """The container around the data: what stock DCP hands to `torch.load`."""
+
+    data_offset: int | None = None
+    """Where in the file the raw row-major elements begin; None: only the container knows."""
+
+    checksums: tuple[int, ...] | None = None
+    """One a block of the raw data; None where none were kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor: its global shape, and the chunks that make it up."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+    path: Path
+    """Keys from the root of the saved state to this tensor."""
+
+    @property
+    def nbytes(self) -> int:
+        return Region.whole(self.shape).num_elements * dtype_of(self.dtype).itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class ValueEntry:
+    """One value that is not a tensor, as `torch.save` wrote it."""
+
+    file: str
+    item: Span
+    checksum: int | None
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a checkpoint holds."""
+
+    tensors: Mapping[str, TensorEntry]
+    values: Mapping[str, ValueEntry]
+    files: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of each data file; empty where the format does not say."""
+
+    step: int | None = None
+    kind: Kind | None = None
+    """`full` can be resumed from, `model` holds the model alone; None where nobody said."""
+
+    created: str = ""
+    """When the save began: ISO 8601, UTC."""
+
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    """What wrote it: `world_size`, and whatever the writer adds, for people to read."""
+
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the software that wrote it."""
+
+    metadata: tuple[int, int] | None = None
+    """Bytes and checksum of the `.metadata` beside it."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.files.values())
+
+    def names(self) -> list[str]:
+        return [*self.tensors, *self.values]
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The bytes of `manifest.json`: one JSON object whose last member is a checksum of the rest."""
+    files = list(manifest.files)
+    number = {file: index for index, file in enumerate(files)}
+    body: dict[str, Any] = {
+        "holdfast": VERSION,
+        "step": manifest.step,
+        "kind": manifest.kind,
+        "created": manifest.created,
+        "versions": dict(manifest.versions),
+        "layout": dict(manifest.layout),
+        "checksums": {"algorithm": checksum.ALGORITHM, "block_bytes": checksum.BLOCK_BYTES},
+        "metadata": manifest.metadata,
+        "files": [[file, manifest.files[file]] for file in files],
+        "tensors": {
+            name: {
+                "dtype": entry.dtype,
+                "shape": entry.shape,
+                **({} if entry.path == (name,) else {"path": entry.path}),
+                "chunks": [_encode_chunk(chunk, number) for chunk in entry.chunks],
+            }
+            for name, entry in manifest.tensors.items()
+        },
+        "values": {
+            name: {
+                "item": [number[entry.file], entry.item.offset, entry.item.nbytes],
+                "checksum": checksum.to_hex([entry.checksum or 0]),
+                **({} if entry.path == (name,) else {"path": entry.path}),
+            }
+            for name, entry in manifest.values.items()
+        },
+    }
+    text = json.dumps(body, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return text[:-1] + b',"checksum":"' + checksum.to_hex([checksum.checksum(text)]).encode() + b'"}'
+
+
+def _encode_chunk(chunk: Chunk, number: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "start": chunk.region.start,
+        "stop": chunk.region.stop,
+        "item": [number[chunk.file], chunk.item.offset, chunk.item.nbytes],
+        "data": chunk.data_offset,
+        "checksums": checksum.to_hex(chunk.checksums or ()),
+    }
+
+
+def decode(data: bytes, *, where: str) -> Manifest:
+    """The manifest in these bytes. `where` names the file in errors.
+
+    Raises:
+        DamagedError: the bytes are not those that were written.
+        FormatError: they are, but are no manifest of a version known here.
+    """
+    tail = len(b',"checksum":""}') + checksum.DIGITS
+    body = data[:-tail] + b"}"
+    if data[-tail:] != (
+        b',"checksum":"' + checksum.to_hex([checksum.checksum(body)]).encode() + b'"}'
+    ):
+        raise DamagedError(
+            f"`{where}` does not have the checksum that its last member states",
+            hint="leave out `load_step` to resume from the newest good step",
+        )
+    try:
+        return _decode_body(json.loads(body), where)
+    except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
+        raise FormatError(f"`{where}` is not a manifest: {type(error).__name__} {error}") from error
+
+
+def _decode_body(body: dict[str, Any], where: str) -> Manifest:
+    if body["holdfast"] != VERSION:
+        raise FormatError(
+            f"`{where}` has format version {body['holdfast']}, this holdfast knows {VERSION}",
+            hint="pip install --upgrade holdfast",
+        )
+    if body["checksums"] != {"algorithm": checksum.ALGORITHM, "block_bytes": checksum.BLOCK_BYTES}:
+        raise FormatError(f"`{where}` has unknown checksums: {body['checksums']}")
+    files = [(str(name), _count(nbytes)) for name, nbytes in body["files"]]
+    manifest = Manifest(
+        tensors={name: _tensor(name, e, files) for name, e in body["tensors"].items()},
+        values={name: _value(name, e, files) for name, e in body["values"].items()},
+        files=dict(files),
+        step=body["step"],
+        kind=body["kind"],
+        created=body["created"],
+        layout=body["layout"],
+        versions=body["versions"],
+        metadata=tuple(body["metadata"]) if body["metadata"] else None,
+    )
+    if manifest.kind not in ("full", "model", None):
+        raise ValueError(f"kind: {manifest.kind}")
+    for name, _ in files:
+        check_file_name(name, where)
+    return manifest
+
+
+def _tensor(name: str, entry: dict[str, Any], files: list[tuple[str, int]]) -> TensorEntry:
+    shape = tuple(map(_count, entry["shape"]))
+    itemsize = dtype_of(entry["dtype"]).itemsize
+    chunks = []
+    for stored in entry["chunks"]:
+        region = Region(tuple(map(_count, stored["start"])), tuple(map(_count, stored["stop"])))
+        file, item = _item(stored["item"], files)
+        data_offset = _count(stored["data"])
+        checksums = checksum.from_hex(stored["checksums"])
+        nbytes = region.num_elements * itemsize
+        if not region.fits(shape):
+            raise ValueError(f"`{name}`: chunk {region} is outside of the shape {shape}")
+        if not item.offset <= data_offset <= data_offset + nbytes <= item.stop:
+            raise ValueError(f"`{name}`: data at {data_offset} is outside of its item {item}")
+        if len(checksums) != checksum.num_blocks(nbytes):
+            raise ValueError(f"`{name}`: {len(checksums)} checksums for {nbytes} bytes")
+        chunks.append(Chunk(region, file, item, data_offset, checksums))
+    return TensorEntry(entry["dtype"], shape, tuple(chunks), _path(entry.get("path", [name])))
+
+
+def _value(name: str, entry: dict[str, Any], files: list[tuple[str, int]]) -> ValueEntry:
+    file, item = _item(entry["item"], files)
+    (found,) = checksum.from_hex(entry["checksum"])
+    return ValueEntry(file, item, found, _path(entry.get("path", [name])))
+
+
+def _item(stored: list[int], files: list[tuple[str, int]]) -> tuple[str, Span]:
+    file, nbytes = files[_count(stored[0])]
+    item = Span(_count(stored[1]), _count(stored[2]))
+    if item.stop > nbytes:
+        raise ValueError(f"item {item} is outside of `{file}` of {nbytes} bytes")
+    return file, item
+
+
+def _path(stored: list[str | int]) -> Path:
+    if not stored or not all(type(key) in (str, int) for key in stored):
+        raise ValueError(f"path: {stored}")
+    return tuple(stored)
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"need a count, got {value!r}")
+    return cast(int, value)
+
+
+def check_file_name(name: str, where: str) -> None:
+    """Refuse a file that lies anywhere but in the checkpoint's own folder.
+
+    Raises:
+        FormatError: the name is a path, or hides one.
+    """
+    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise FormatError(f"`{where}` names a file outside of its folder: {name!r}")

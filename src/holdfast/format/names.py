@@ -1,0 +1,69 @@
+"""Names inside a checkpoint folder: an anchored grammar, so that a stranger's name is never taken.
+
+    step-500                  a published step
+    .attempt-NAME-1f2e3d4c    a save at work, or what a killed one left: no reader looks at it
+    .replaced-NAME-1f2e3d4c   the earlier NAME while a new one takes its place
+    .removing-NAME-1f2e3d4c   a checkpoint half deleted
+    .lock                     who is saving here
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+METADATA = ".metadata"
+MANIFEST = "manifest.json"
+LOCK = ".lock"
+
+_STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})", re.ASCII)
+_ASIDE = re.compile(r"\.(attempt|replaced|removing)-([^/]+)-([0-9a-f]{8})", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """A folder that is not a checkpoint yet, or no longer."""
+
+    role: Literal["attempt", "replaced", "removing"]
+    name: str
+    """The checkpoint that it is to become, or was."""
+
+    id: str
+    """Eight hexadecimal digits that tell two of them apart."""
+
+    def __str__(self) -> str:
+        return f".{self.role}-{self.name}-{self.id}"
+
+
+def step_name(step: int) -> str:
+    """Folder of a step.
+
+    >>> step_name(500)
+    'step-500'
+    """
+    return f"step-{step}"
+
+
+def step_of(name: str) -> int | None:
+    """The step that a folder of this name holds; None where the name is somebody else's.
+
+    >>> step_of("step-500"), step_of("best-step-20"), step_of("step-030"), step_of("step-30.bak")
+    (500, None, None, None)
+    """
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def aside_of(name: str) -> Aside | None:
+    """What a folder set aside under this name is; None where the name is somebody else's."""
+    match = _ASIDE.fullmatch(name)
+    if not match:
+        return None
+    role: Literal["attempt", "replaced", "removing"] = match[1]  # type: ignore[assignment]
+    return Aside(role, match[2], match[3])
+
+
+def data_file(rank: int) -> str:
+    """File of one rank's items, as stock DCP names it."""
+    return f"__{rank}_0.distcp"

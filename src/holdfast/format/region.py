@@ -1,0 +1,83 @@
+"""Regions: boxes of elements inside a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A box of elements: `start[d] <= index[d] < stop[d]` along each dim `d`.
+
+    >>> Region((0, 4), (8, 8)) & Region((6, 0), (10, 6))
+    Region(start=(6, 4), stop=(8, 6))
+    """
+
+    start: tuple[int, ...]
+    """First element along each dim, inclusive."""
+
+    stop: tuple[int, ...]
+    """One past the last element along each dim; equals `start` where empty."""
+
+    def __post_init__(self) -> None:
+        if len(self.start) != len(self.stop):
+            raise ValueError(
+                f"start and stop need the same dims: got {len(self.start)} and {len(self.stop)}"
+            )
+        for dim, (start, stop) in enumerate(zip(self.start, self.stop, strict=True)):
+            if not 0 <= start <= stop:
+                raise ValueError(f"dim {dim}: need 0 <= start <= stop, got {start} and {stop}")
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Region:
+        """All elements of a tensor of this shape."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    def __and__(self, other: Region) -> Region:
+        """The elements in both: empty, never None, where the boxes do not meet."""
+        start = tuple(map(max, self.start, other.start))
+        stop = tuple(map(max, start, map(min, self.stop, other.stop)))
+        return Region(start, stop)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in zip(self.start, self.stop, strict=True))
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+    def within(self, outer: Region) -> Region:
+        """The same elements, counted from the first element of `outer`, which holds them all."""
+        return Region(
+            tuple(s - o for s, o in zip(self.start, outer.start, strict=True)),
+            tuple(s - o for s, o in zip(self.stop, outer.start, strict=True)),
+        )
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether every element lies inside a tensor of this shape."""
+        return len(self.stop) == len(shape) and all(map(int.__le__, self.stop, shape))
+
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(map(slice, self.start, self.stop))
+
+
+def first_overlap(regions: Iterable[Region]) -> tuple[Region, Region] | None:
+    """Two regions that share an element, or None.
+
+    Sweeps along the first dim, so that row shards cost a sort and a grid of shards its width.
+    """
+    active: list[Region] = []
+    for region in sorted((r for r in regions if r.num_elements), key=lambda r: r.start):
+        if not region.start:
+            if active:
+                return active[0], region
+        else:
+            active = [other for other in active if other.stop[0] > region.start[0]]
+        for other in active:
+            if (other & region).num_elements:
+                return other, region
+        active.append(region)
+    return None

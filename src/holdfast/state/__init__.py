@@ -1,0 +1,1 @@
+"""Training state as named tensors and values. Knows no storage."""

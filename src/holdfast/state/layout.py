@@ -1,0 +1,99 @@
+"""How a tensor lies over the ranks. The only reader of DTensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
+
+from holdfast.errors import UsageError
+from holdfast.state.shard import Piece, Split, pieces_of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """What this rank holds of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    """Of the tensor as a whole."""
+
+    pieces: tuple[Piece, ...]
+    local: torch.Tensor
+    """The rank's own elements; shares its memory with the tensor."""
+
+
+def layout_of(name: str, tensor: torch.Tensor) -> Layout:
+    """How `tensor` lies on this rank: a DTensor by its mesh, any other tensor as a whole.
+
+    Raises:
+        UsageError: a kind of tensor whose elements are not plainly there.
+    """
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    shape = tuple(tensor.shape)
+    if isinstance(tensor, DTensor):
+        local = tensor.to_local().detach()
+        pieces = pieces_of(shape, _splits(name, tensor))
+        held = sum(piece.region.num_elements for piece in pieces)
+        if held != local.numel():
+            raise UsageError(
+                f"`{name}`: placements {tensor.placements} give this rank {held} elements, "
+                f"its local tensor has {local.numel()}",
+            )
+        return Layout(dtype, shape, pieces, local)
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise UsageError(
+            f"`{name}` is a {'meta' if tensor.is_meta else tensor.layout} tensor, "
+            "which has no plain elements to keep",
+            hint="store its dense parts under names of their own",
+        )
+    return Layout(dtype, shape, pieces_of(shape, ()), tensor.detach())
+
+
+def same_memory(tensor: torch.Tensor) -> tuple[object, ...] | None:
+    """A key that two tensors share where they are one: tied weights. None where there is no memory.
+
+    Views of one storage differ in it unless they are the same view.
+    """
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    placements = tensor.placements if isinstance(tensor, DTensor) else ()
+    if not local.numel():
+        return None
+    return (
+        *(local.device, local.data_ptr(), local.dtype, tuple(tensor.shape)),
+        *(local.stride(), tuple(map(str, placements))),
+    )
+
+
+def _splits(name: str, tensor: DTensor) -> list[Split]:
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        raise UsageError(f"`{name}`: this rank is not part of the tensor's mesh {mesh}")
+    splits = []
+    for axis, placement in enumerate(tensor.placements):
+        split = _split(name, placement, mesh.size(axis), coordinate[axis])
+        if split is not None:
+            splits.append(split)
+    return splits
+
+
+def _split(name: str, placement: Placement, num_parts: int, index: int) -> Split | None:
+    if isinstance(placement, Replicate):
+        return None
+    if isinstance(placement, Partial):
+        raise UsageError(
+            f"`{name}` is {placement}: no rank holds its values yet",
+            hint="redistribute it to Replicate or Shard before saving",
+        )
+    # `_StridedShard` is a class of its own beside `Shard`, both with `dim`.
+    if isinstance(placement, Shard) or type(placement).__name__ == "_StridedShard":
+        return Split(
+            placement.dim,  # type: ignore[attr-defined]
+            num_parts,
+            index,
+            getattr(placement, "split_factor", 1),
+        )
+    raise UsageError(f"`{name}`: unknown placement {placement}")

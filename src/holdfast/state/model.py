@@ -1,0 +1,58 @@
+"""Model parts as one tree of parameters and persistent buffers, by fully qualified name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from holdfast.errors import UsageError
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Path elements that `torch.compile` and activation checkpointing add, and no checkpoint has."""
+
+
+def canonical(name: str) -> str:
+    """A parameter's name without what wrappers add to it.
+
+    >>> canonical("layers.0._checkpoint_wrapped_module.attention.wq.weight")
+    'layers.0.attention.wq.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+class ModelState:
+    """One or several parts of a model (pipeline stages) as one `Stateful`."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        self._parts = list(parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors share their memory with the model."""
+        state: dict[str, Any] = {}
+        for part in self._parts:
+            for name, value in part.state_dict().items():
+                if canonical(name) in state:
+                    raise UsageError(f"two model parts hold `{canonical(name)}`")
+                state[canonical(name)] = value
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what is not a tensor; tensors have been loaded in place."""
+        for part in self._parts:
+            extra = {
+                name: state_dict[canonical(name)]
+                for name, value in part.state_dict().items()
+                if not isinstance(value, torch.Tensor)
+            }
+            if extra:
+                part.load_state_dict(extra, strict=False)
+
+
+def named_parameters(parts: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Each parameter once, under the first of its names."""
+    for part in parts:
+        for name, parameter in part.named_parameters():
+            yield canonical(name), parameter

@@ -1,0 +1,107 @@
+"""Which elements of a tensor a rank holds, from how each mesh axis splits each dim. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from holdfast.format.region import Region
+
+Interval = tuple[int, int]
+"""Half-open run of indices along one dim."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One box of elements that lies in one piece on a rank."""
+
+    region: Region
+    """Where it lies in the tensor as a whole."""
+
+    local: Region
+    """Where it lies in the rank's own tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How one mesh axis splits one dim, as seen by one of its ranks."""
+
+    dim: int
+    num_parts: int
+    index: int
+    """The part that this rank holds."""
+
+    num_strides: int = 1
+    """The dim is cut into so many stretches first, and each of them into the parts: torch's
+    `_StridedShard`, which FSDP over tensor parallelism gives. 1 for a plain shard."""
+
+
+def pieces_of(shape: Sequence[int], splits: Sequence[Split]) -> tuple[Piece, ...]:
+    """What a rank holds after these splits, applied in this order; empty pieces are left out.
+
+    Parts are those of `torch.chunk`: of equal size but for the last ones, which may be smaller or
+    empty. A tensor without elements has one empty piece, so that it is not forgotten.
+    """
+    held: list[list[Interval]] = [[(0, size)] for size in shape]
+    for split in splits:
+        held[split.dim] = _part(held[split.dim], split)
+    if not all(shape):
+        return (Piece(Region.whole(shape), Region.whole(shape)),)
+    located = [_located(intervals) for intervals in held]
+    return tuple(
+        Piece(
+            Region(tuple(g[0] for g, _ in box), tuple(g[1] for g, _ in box)),
+            Region(tuple(at[0] for _, at in box), tuple(at[1] for _, at in box)),
+        )
+        for box in product(*located)
+    )
+
+
+def _part(held: list[Interval], split: Split) -> list[Interval]:
+    taken: list[Interval] = []
+    for start, stop in _chunks(_length(held), split.num_strides):
+        parts = _chunks(stop - start, split.num_parts)
+        if split.index < len(parts):
+            part_start, part_stop = parts[split.index]
+            taken += _cut(held, start + part_start, start + part_stop)
+    return _joined(taken)
+
+
+def _chunks(length: int, count: int) -> list[Interval]:
+    size = max(1, -(-length // count))
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _cut(held: list[Interval], start: int, stop: int) -> list[Interval]:
+    """Elements `start` to `stop` of the intervals laid end to end."""
+    taken, before = [], 0
+    for first, last in held:
+        lo, hi = max(start - before, 0), min(stop - before, last - first)
+        if lo < hi:
+            taken.append((first + lo, first + hi))
+        before += last - first
+    return taken
+
+
+def _joined(intervals: list[Interval]) -> list[Interval]:
+    joined: list[Interval] = []
+    for start, stop in intervals:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+def _located(intervals: list[Interval]) -> list[tuple[Interval, Interval]]:
+    """Each interval beside its place in the rank's own tensor."""
+    located, at = [], 0
+    for start, stop in intervals:
+        located.append(((start, stop), (at, at + stop - start)))
+        at += stop - start
+    return located
+
+
+def _length(intervals: list[Interval]) -> int:
+    return sum(stop - start for start, stop in intervals)

@@ -1,0 +1,91 @@
+"""Nested training state as flat names, with the names that `torch.distributed.checkpoint` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from holdfast.errors import UsageError
+
+Path = tuple[str | int, ...]
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything that gives its state and takes it back: a module, a scheduler, a data loader."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Leaf:
+    """A tensor or a plain value in a tree of state."""
+
+    path: Path
+    value: Any
+
+
+def flatten(
+    state: Mapping[str, Any],
+    *,
+    root: Path = (),
+    opened: Callable[[Path, Any], Any] = lambda path, value: value,
+) -> dict[str, Leaf]:
+    """Leaves by name: the keys on the way to them, joined by dots.
+
+    Dicts are always entered; lists only where a tensor or a dict lies in them, so that a list of
+    numbers is one value. These are the rules of stock DCP from torch 2.4 on, so that stock tools
+    find the same names. `opened` may put a dict in the place of an object that holds state.
+
+    Raises:
+        UsageError: two leaves have one name.
+    """
+    leaves: dict[str, Leaf] = {}
+
+    def enter(path: Path, value: Any) -> None:
+        value = opened(path, value)
+        if isinstance(value, Mapping):
+            for key, member in value.items():
+                enter((*path, str(key)), member)
+        elif isinstance(value, list) and _holds_state(value):
+            for index, member in enumerate(value):
+                enter((*path, index), member)
+        else:
+            name = ".".join(map(str, path))
+            if name in leaves:
+                raise UsageError(
+                    f"two entries have the name `{name}`: {leaves[name].path} and {path}",
+                    hint="rename one of the keys; dots in keys join them to their parents",
+                )
+            leaves[name] = Leaf(path, value)
+
+    enter(root, state)
+    return leaves
+
+
+def _holds_state(members: Sequence[Any]) -> bool:
+    return any(
+        isinstance(member, (Mapping, torch.Tensor))
+        or (isinstance(member, list) and _holds_state(member))
+        for member in members
+    )
+
+
+def place(state: MutableMapping[str, Any], path: Path, value: Any) -> None:
+    """Put a value where `flatten` found one; everything on the way there exists."""
+    container: Any = state
+    for key in path[:-1]:
+        container = container[_key(container, key)]
+    container[_key(container, path[-1])] = value
+
+
+def _key(container: Any, key: str | int) -> Any:
+    if isinstance(container, Mapping) and key not in container:
+        # `flatten` spells every key of a dict as a string.
+        return next(original for original in container if str(original) == key)
+    return key

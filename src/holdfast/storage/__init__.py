@@ -1,0 +1,1 @@
+"""Where bytes live: one `Store`, whatever is behind it. Knows no tensors and no checkpoints."""

@@ -1,0 +1,190 @@
+"""A folder of a POSIX file system as a `Store`."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from holdfast.errors import ExistsError, NotFoundError, StorageError
+from holdfast.storage.store import Buffer
+
+_BUFFERS_A_CALL = 512
+"""Linux takes at most 1024 buffers in one pwritev."""
+
+_HINTS = {
+    errno.EACCES: "check the owner and the rights of the folder: ls -ld",
+    errno.EPERM: "check the owner and the rights of the folder: ls -ld",
+    errno.EROFS: "the file system is mounted read-only: mount -o remount,rw, or another folder",
+    errno.ENOSPC: "free some space (df -h), lower `checkpoint.keep_latest_k`, or use another disk",
+    errno.EDQUOT: "the quota is used up: free some space, or use another folder",
+    errno.ENOTDIR: "a file stands where a folder should: move it away, or use another folder",
+    errno.EIO: "the disk reports an input/output error: look at dmesg, use another disk",
+    errno.ESTALE: "the network file system lost the file: check the mount",
+}
+
+
+class LocalStore:
+    """A folder of this machine, or of a network file system mounted on it."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._root = Path(os.path.abspath(root))  # noqa: PTH100 - resolve() would follow links
+
+    @property
+    def url(self) -> str:
+        return str(self._root)
+
+    def _path(self, key: str) -> Path:
+        return self._root / key if key else self._root
+
+    def list(self, folder: str = "") -> Sequence[str]:
+        with self._said("list", folder), os.scandir(self._path(folder)) as entries:
+            return sorted(e.name + "/" if e.is_dir() else e.name for e in entries)
+
+    def size(self, key: str) -> int:
+        with self._said("look at", key):
+            return self._path(key).stat().st_size
+
+    def read(self, key: str, start: int, stop: int) -> bytes:
+        buffer = bytearray(max(0, min(stop, self.size(key)) - start))
+        return bytes(buffer[: self.read_into(key, start, memoryview(buffer))])
+
+    def read_into(self, key: str, start: int, target: memoryview) -> int:
+        with self._said("read", key):
+            file = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                done = 0
+                while done < len(target):
+                    count = os.preadv(file, [target[done:]], start + done)
+                    if not count:
+                        break
+                    done += count
+                return done
+            finally:
+                os.close(file)
+
+    @contextmanager
+    def create(self, key: str, nbytes: int) -> Iterator[_LocalWriter]:
+        with self._said("write", key):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            file = os.open(self._path(key), flags, 0o666)
+            try:
+                _reserve(file, nbytes)
+                yield _LocalWriter(file)
+                os.fsync(file)
+            finally:
+                os.close(file)
+
+    def make_folder(self, key: str) -> None:
+        with self._said("make the folder", key):
+            self._path(key).mkdir(parents=not key, exist_ok=not key)
+
+    def sync(self, folder: str) -> None:
+        with self._said("sync", folder):
+            _sync_folder(self._path(folder))
+
+    def rename(self, source: str, target: str) -> None:
+        with self._said("publish", target):
+            # rename(2) would take the place of an empty folder, so that is looked for first. Two
+            # writers cannot race here: the lock keeps the second one out.
+            if os.path.lexists(self._path(target)):
+                raise ExistsError(f"`{self._path(target)}` exists already")
+            self._path(source).rename(self._path(target))
+            _sync_folder(self._path(target).parent)
+            if self._path(source).parent != self._path(target).parent:
+                _sync_folder(self._path(source).parent)
+
+    def remove(self, key: str) -> None:
+        with self._said("remove", key):
+            path = self._path(key)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def free_bytes(self) -> int | None:
+        with self._said("look at", ""):
+            stat = os.statvfs(self._root)
+            return stat.f_bavail * stat.f_frsize
+
+    @contextmanager
+    def lock(self, key: str, note: str) -> Iterator[None]:
+        with self._said("lock", key):
+            file = os.open(self._path(key), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            with self._said("lock", key):
+                try:
+                    # Held by the open file, so the system lets go of it when the process dies.
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    holder = os.pread(file, 1024, 0).decode(errors="replace").strip()
+                    raise ExistsError(
+                        f"`{self.url}` is in use by another run: {holder or 'unknown'}",
+                        hint="wait for that run or stop it, or give this one another "
+                        "`checkpoint.folder`",
+                    ) from None
+                os.ftruncate(file, 0)
+                os.pwrite(file, note.encode(), 0)
+            yield
+        finally:
+            with suppress(OSError):
+                os.ftruncate(file, 0)
+            os.close(file)
+
+    @contextmanager
+    def _said(self, doing: str, key: str) -> Iterator[None]:
+        """Turn what the system says into what the user needs to know."""
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError) as error:
+            path = self._path(key)
+            if isinstance(error, NotADirectoryError) or doing not in ("list", "look at", "read"):
+                raise StorageError(
+                    f"cannot {doing} `{path}`: {error.strerror}",
+                    hint=_HINTS.get(error.errno or 0, f"`{self._root}` must be there: mkdir -p"),
+                ) from error
+            raise NotFoundError(f"nothing at `{path}`") from error
+        except OSError as error:
+            raise StorageError(
+                f"cannot {doing} `{self._path(key)}`: {error.strerror or error}",
+                hint=_HINTS.get(error.errno or 0),
+            ) from error
+
+
+class _LocalWriter:
+    def __init__(self, file: int) -> None:
+        self._file = file
+
+    def write(self, offset: int, parts: Sequence[Buffer]) -> None:
+        views = [memoryview(part).cast("B") for part in parts if len(part)]
+        while views:
+            count = os.pwritev(self._file, views[:_BUFFERS_A_CALL], offset)
+            offset += count
+            while views and count >= len(views[0]):
+                count -= len(views.pop(0))
+            if count:
+                views[0] = views[0][count:]
+
+
+def _reserve(file: int, nbytes: int) -> None:
+    """Take the space now, so that a full disk is found before the first byte is written."""
+    if not nbytes:
+        return
+    try:
+        os.posix_fallocate(file, 0, nbytes)
+    except OSError as error:
+        # Some file systems cannot reserve; there the write itself finds out.
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

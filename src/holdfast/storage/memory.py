@@ -1,0 +1,177 @@
+"""A `Store` in memory, that can lose its power: for tests, and for trying things out.
+
+It keeps two trees: what a reader sees, and what would be there after a power cut. Bytes reach the
+second when a file's context ends, names when their folder is synced, renames at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from holdfast.errors import ExistsError, NotFoundError, StorageError
+from holdfast.storage.store import Buffer
+
+
+@dataclass(slots=True)
+class _File:
+    data: bytearray
+    durable: bytes = b""
+
+
+@dataclass(slots=True)
+class _Folder:
+    entries: dict[str, _File | _Folder] = field(default_factory=dict)
+    durable: dict[str, _File | _Folder] = field(default_factory=dict)
+
+
+class MemoryStore:
+    """A tree of files in memory."""
+
+    def __init__(self, capacity: int | None = None) -> None:
+        self._root = _Folder()
+        self._capacity = capacity
+        self._locks: dict[str, str] = {}
+        self._mutex = threading.RLock()
+
+    @property
+    def url(self) -> str:
+        return "memory:"
+
+    def after_power_cut(self) -> MemoryStore:
+        """What the next start would find if the power went away now: only what is durable."""
+        with self._mutex:
+            survivor = MemoryStore(self._capacity)
+            survivor._root = _survivor(self._root)
+            return survivor
+
+    def _find(self, key: str) -> _File | _Folder:
+        node: _File | _Folder = self._root
+        for part in filter(None, key.split("/")):
+            if not isinstance(node, _Folder) or part not in node.entries:
+                raise NotFoundError(f"nothing at `{self.url}{key}`")
+            node = node.entries[part]
+        return node
+
+    def _folder(self, key: str) -> _Folder:
+        node = self._find(key)
+        if not isinstance(node, _Folder):
+            raise StorageError(f"`{self.url}{key}` is a file, not a folder")
+        return node
+
+    def _file(self, key: str) -> _File:
+        node = self._find(key)
+        if not isinstance(node, _File):
+            raise StorageError(f"`{self.url}{key}` is a folder, not a file")
+        return node
+
+    def list(self, folder: str = "") -> Sequence[str]:
+        with self._mutex:
+            entries = self._folder(folder).entries.items()
+            return sorted(name + "/" * isinstance(node, _Folder) for name, node in entries)
+
+    def size(self, key: str) -> int:
+        with self._mutex:
+            return len(self._file(key).data)
+
+    def read(self, key: str, start: int, stop: int) -> bytes:
+        with self._mutex:
+            return bytes(self._file(key).data[start:stop])
+
+    def read_into(self, key: str, start: int, target: memoryview) -> int:
+        data = self.read(key, start, start + len(target))
+        target[: len(data)] = data
+        return len(data)
+
+    @contextmanager
+    def create(self, key: str, nbytes: int) -> Iterator[_MemoryWriter]:
+        with self._mutex:
+            free = self.free_bytes()
+            if free is not None and nbytes > free:
+                raise StorageError(f"cannot write `{key}`: need {nbytes} bytes, {free} are free")
+            folder, name = _split(key)
+            entries = self._folder(folder).entries
+            if name in entries:
+                raise StorageError(f"`{self.url}{key}` exists already")
+            entries[name] = file = _File(bytearray(nbytes))
+        yield _MemoryWriter(file)
+        file.durable = bytes(file.data)
+
+    def make_folder(self, key: str) -> None:
+        with self._mutex:
+            folder, name = _split(key)
+            if name:
+                self._folder(folder).entries[name] = _Folder()
+
+    def sync(self, folder: str) -> None:
+        with self._mutex:
+            node = self._folder(folder)
+            node.durable = dict(node.entries)
+
+    def rename(self, source: str, target: str) -> None:
+        with self._mutex:
+            (source_folder, source_name), (target_folder, name) = _split(source), _split(target)
+            above, below = self._folder(source_folder), self._folder(target_folder)
+            if name in below.entries:
+                raise ExistsError(f"`{self.url}{target}` exists already")
+            node = self._find(source)
+            del above.entries[source_name]
+            above.durable.pop(source_name, None)
+            below.entries[name] = below.durable[name] = node
+
+    def remove(self, key: str) -> None:
+        with self._mutex:
+            self._find(key)
+            folder, name = _split(key)
+            del self._folder(folder).entries[name]
+
+    def free_bytes(self) -> int | None:
+        if self._capacity is None:
+            return None
+        with self._mutex:
+            return self._capacity - _nbytes(self._root)
+
+    @contextmanager
+    def lock(self, key: str, note: str) -> Iterator[None]:
+        with self._mutex:
+            if key in self._locks:
+                raise ExistsError(f"`{self.url}` is in use by another run: {self._locks[key]}")
+            self._locks[key] = note
+        try:
+            yield
+        finally:
+            with self._mutex:
+                del self._locks[key]
+
+
+class _MemoryWriter:
+    def __init__(self, file: _File) -> None:
+        self._file = file
+
+    def write(self, offset: int, parts: Sequence[Buffer]) -> None:
+        for part in parts:
+            self._file.data[offset : offset + len(part)] = part
+            offset += len(part)
+
+
+def _split(key: str) -> tuple[str, str]:
+    folder, _, name = key.rpartition("/")
+    return folder, name
+
+
+def _survivor(folder: _Folder) -> _Folder:
+    survivor = _Folder()
+    for name, node in folder.durable.items():
+        if isinstance(node, _Folder):
+            survivor.entries[name] = _survivor(node)
+        else:
+            survivor.entries[name] = _File(bytearray(node.durable), node.durable)
+    survivor.durable = dict(survivor.entries)
+    return survivor
+
+
+def _nbytes(folder: _Folder) -> int:
+    nodes = folder.entries.values()
+    return sum(_nbytes(n) if isinstance(n, _Folder) else len(n.data) for n in nodes)

@@ -1,0 +1,83 @@
+"""The `Store`: what Holdfast asks of a place that keeps checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Writer(Protocol):
+    """One new file, open for writing."""
+
+    def write(self, offset: int, parts: Sequence[Buffer]) -> None:
+        """Write the parts one after the other from `offset` on. Ranges never overlap."""
+        ...
+
+
+class Store(Protocol):
+    """A tree of files. Keys are paths relative to its root, with `/` between their parts.
+
+    What a method has done is durable only where it says so: a crash may lose anything else, keep it,
+    or keep it in part. Every method may raise `StorageError`; what is not there is `NotFoundError`.
+    """
+
+    @property
+    def url(self) -> str:
+        """Root of the tree, as a person would write it."""
+        ...
+
+    def list(self, folder: str = "") -> Sequence[str]:
+        """Names directly in a folder, sorted; the names of folders end in `/`."""
+        ...
+
+    def size(self, key: str) -> int:
+        """Bytes of a file."""
+        ...
+
+    def read(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop` of a file, fewer only where the file ends."""
+        ...
+
+    def read_into(self, key: str, start: int, target: memoryview) -> int:
+        """Fill `target` from `start` on. Returns the bytes read, fewer only where the file ends."""
+        ...
+
+    def create(self, key: str, nbytes: int) -> AbstractContextManager[Writer]:
+        """A new file of `nbytes`, its space reserved. Durable when the context ends well, but for
+        its name: `sync` its folder. When the context ends in an error the file is incomplete."""
+        ...
+
+    def make_folder(self, key: str) -> None:
+        """A new, empty folder."""
+        ...
+
+    def sync(self, folder: str) -> None:
+        """Make the names in a folder durable."""
+        ...
+
+    def rename(self, source: str, target: str) -> None:
+        """Move a folder under a name that is free, at one instant. Durable on return.
+
+        Raises:
+            ExistsError: the name is taken.
+        """
+        ...
+
+    def remove(self, key: str) -> None:
+        """Delete a file, or a folder with all that is in it."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """How much can be written still; None where there is no limit to know of."""
+        ...
+
+    def lock(self, key: str, note: str) -> AbstractContextManager[None]:
+        """Hold `key` until the context ends or the process dies; `note` tells others who holds it.
+
+        Raises:
+            ExistsError: somebody holds it; the message has their note.
+        """
+        ...

@@ -1,0 +1,36 @@
+"""`python -m holdfast.trainer`: one worker of a run, alone or under `torchrun`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from holdfast.errors import HoldfastError
+from holdfast.trainer.arguments import print_help, read_config, wants_help
+
+
+def main(arguments: list[str]) -> int:
+    """Train as `arguments` say; the exit status."""
+    if wants_help(arguments):
+        print_help("python -m holdfast.trainer")
+    try:
+        config = read_config(arguments)
+        config.check(int(os.environ.get("WORLD_SIZE", "1")))
+    except HoldfastError as error:
+        # Every worker finds the same mistake; one of them says so.
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"error: {error}\n")
+        return error.exit_status
+    # Imports torch, for which neither `--help` nor a wrong setting has to wait.
+    from holdfast.trainer.worker import work
+
+    return work(config)
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # After a failure other ranks may be gone: shutting down in order could wait for them forever.
+    if status:
+        os._exit(status)

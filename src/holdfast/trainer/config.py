@@ -1,0 +1,336 @@
+"""Every setting of a training run: TorchTitan's sections and keys, checked at birth.
+
+Free of torch: `--help` and a wrong setting answer at once. `arguments` fills these classes from a
+TOML file and the command line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Literal
+
+from holdfast.errors import UsageError
+from holdfast.manager.config import CheckpointConfig
+from holdfast.trainer.flavors import MODELS, Flavor
+
+
+@dataclass(frozen=True, slots=True)
+class JobConfig:
+    """What the run is called and where it leaves its files."""
+
+    dump_folder: str = "./outputs"
+    """Everything that the run writes lies below; relative to the current directory."""
+
+    description: str = "training run"
+    """Said in the first line of the log."""
+
+    config_file: str | None = None
+    """TOML file with any of these settings; the command line wins over it."""
+
+    debug: bool = False
+    """Show the traceback of an error, not its message alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Which model is trained."""
+
+    name: Literal["llama3"] = "llama3"
+    """Family of the model."""
+
+    flavor: str = "debugmodel"
+    """Size of the model: debugmodel, 1B, 3B, 8B, 70B or 405B."""
+
+    hf_assets_path: str | None = None
+    """Folder with a `tokenizer.json`; without one, text is read as bytes."""
+
+    def __post_init__(self) -> None:
+        known = MODELS[self.name]
+        if self.flavor not in known:
+            raise UsageError(
+                f"`model.flavor` is one of {', '.join(known)}, found: {self.flavor}",
+                hint=nearest(self.flavor, known),
+            )
+
+    @property
+    def shape(self) -> Flavor:
+        """The sizes that `name` and `flavor` stand for."""
+        return MODELS[self.name][self.flavor]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingConfig:
+    """What is trained on, and for how long."""
+
+    dataset: str = "stdlib"
+    """`stdlib`: the sources of Python's standard library. Else a name on the Hugging Face hub
+    (`owner/name` or `owner/name:config`), whose `text` column is taken."""
+
+    dataset_path: str | None = None
+    """A .txt, .jsonl or .parquet file, or a folder of such files; wins over `dataset`."""
+
+    local_batch_size: int = 8
+    """Sequences that one data-parallel rank takes through the model at a time."""
+
+    global_batch_size: int = -1
+    """Sequences per step over all ranks; gradients are accumulated to reach it.
+    -1: `local_batch_size` times the number of data-parallel ranks."""
+
+    seq_len: int = 2048
+    """Tokens in a sequence."""
+
+    steps: int = 10000
+    """Optimizer steps."""
+
+    seed: int = 0
+    """Decides the initial weights and the order of the data, whatever the number of workers."""
+
+    deterministic: bool = False
+    """Only algorithms that give the same bits in every run; slower on a GPU."""
+
+    max_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them as they are."""
+
+    def __post_init__(self) -> None:
+        for key in ("local_batch_size", "seq_len", "steps"):
+            _at_least_one(f"training.{key}", getattr(self, key))
+        if self.global_batch_size != -1:
+            _at_least_one("training.global_batch_size", self.global_batch_size)
+        _not_negative("training.seed", self.seed)
+        _not_negative("training.max_norm", self.max_norm)
+
+    def batch_per_rank(self, dp_size: int) -> int:
+        """Sequences per step that one of `dp_size` data-parallel ranks trains on."""
+        if self.global_batch_size == -1:
+            return self.local_batch_size
+        together = self.local_batch_size * dp_size
+        if self.global_batch_size % together:
+            fitting = max(1, round(self.global_batch_size / together)) * together
+            raise UsageError(
+                f"`training.global_batch_size` is a multiple of `training.local_batch_size` "
+                f"{self.local_batch_size} x {dp_size} data-parallel ranks = {together}: "
+                f"{self.global_batch_size}",
+                hint=f"the nearest that fits: --training.global_batch_size {fitting}",
+            )
+        return self.global_batch_size // dp_size
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerConfig:
+    """How weights follow gradients."""
+
+    name: Literal["AdamW", "Adam", "SGD"] = "AdamW"
+    """Class in `torch.optim`."""
+
+    lr: float = 8e-4
+    """Learning rate after the warm-up."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of Adam's two running means, per step."""
+
+    beta1: float | None = None
+    """The first of `betas` on its own; wins over it."""
+
+    beta2: float | None = None
+    """The second of `betas` on its own; wins over it."""
+
+    eps: float = 1e-8
+    """Keeps Adam's division finite."""
+
+    weight_decay: float = 0.1
+    """Pull of the weights towards zero, per unit of learning rate."""
+
+    def __post_init__(self) -> None:
+        for key in ("lr", "eps", "weight_decay"):
+            _not_negative(f"optimizer.{key}", getattr(self, key))
+        if any(not 0 <= beta < 1 for beta in self.adam_betas):
+            raise UsageError(f"`optimizer.betas` are at least 0 and below 1: {self.adam_betas}")
+
+    @property
+    def adam_betas(self) -> tuple[float, float]:
+        """`betas`, with `beta1` and `beta2` put in where given."""
+        return (
+            self.betas[0] if self.beta1 is None else self.beta1,
+            self.betas[1] if self.beta2 is None else self.beta2,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LRSchedulerConfig:
+    """How the learning rate goes over the steps: up, level, down."""
+
+    warmup_steps: int = 200
+    """Steps over which it rises in a straight line."""
+
+    total_steps: int | None = None
+    """Steps that the whole curve takes; by default `training.steps`."""
+
+    decay_ratio: float | None = None
+    """Share of the steps, at the end, over which it falls. 0: it stays level after the warm-up.
+    By default it falls from the end of the warm-up on."""
+
+    decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
+    """Shape of the fall."""
+
+    min_lr_factor: float = 0.0
+    """Where the fall ends, as a share of `optimizer.lr`."""
+
+    def __post_init__(self) -> None:
+        _not_negative("lr_scheduler.warmup_steps", self.warmup_steps)
+        if self.total_steps is not None:
+            _at_least_one("lr_scheduler.total_steps", self.total_steps)
+        for key in ("decay_ratio", "min_lr_factor"):
+            share = getattr(self, key)
+            if share is not None and not 0 <= share <= 1:
+                raise UsageError(f"`lr_scheduler.{key}` is a share from 0 to 1: {share}")
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelismConfig:
+    """How the workers share the model and the data. The degrees multiply to their number."""
+
+    data_parallel_shard_degree: int = -1
+    """Ranks that share one copy of weights and optimizer state (FSDP). -1: all that are left."""
+
+    tensor_parallel_degree: int = 1
+    """Ranks that share each matrix."""
+
+    def __post_init__(self) -> None:
+        for key in AXES.values():
+            degree = getattr(self, key)
+            if key == FILLING and degree == -1:
+                continue
+            _at_least_one(f"parallelism.{key}", degree)
+
+    def degrees(self, world_size: int) -> dict[str, int]:
+        """Axis of the mesh, outermost first, to its degree; -1 is replaced by what is left."""
+        given = {axis: int(getattr(self, key)) for axis, key in AXES.items()}
+        rest = math.prod(degree for degree in given.values() if degree != -1)
+        degrees = {axis: world_size // rest if d == -1 else d for axis, d in given.items()}
+        if math.prod(degrees.values()) == world_size:
+            return degrees
+        wanted = [max(1, degree) for degree in degrees.values()]
+        fitting = min(
+            _factorizations(world_size, len(wanted)),
+            # By ratio: from 4, both 2 and 8 are one doubling away. Ties keep the first.
+            key=lambda f: sum(abs(math.log2(a / b)) for a, b in zip(f, wanted, strict=True)),
+        )
+        product = " x ".join(f"`{AXES[axis]}` {degree}" for axis, degree in given.items())
+        flags = (f"--parallelism.{k} {d}" for k, d in zip(AXES.values(), fitting, strict=True))
+        raise UsageError(
+            f"`[parallelism]` does not fit {world_size} "
+            f"{'worker' if world_size == 1 else 'workers'}: {product}"
+            + (f" = {rest}" if -1 not in given.values() else ""),
+            hint=f"the nearest that fits: {' '.join(flags)}; NGPU sets the number of workers",
+        )
+
+
+AXES = {"dp_shard": "data_parallel_shard_degree", "tp": "tensor_parallel_degree"}
+"""Axis of the mesh, outermost first, to its key in `[parallelism]`."""
+
+FILLING = "data_parallel_shard_degree"
+"""The one degree that may be -1."""
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsConfig:
+    """What a run reports."""
+
+    log_freq: int = 10
+    """Steps between two lines of the log and of `metrics.jsonl`."""
+
+    enable_tensorboard: bool = False
+    """Write TensorBoard events too, below `job.dump_folder` in `tensorboard`."""
+
+    def __post_init__(self) -> None:
+        _at_least_one("metrics.log_freq", self.log_freq)
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationCheckpointConfig:
+    """Memory against time in the backward pass."""
+
+    mode: Literal["none", "full"] = "none"
+    """full: keep only the input of each block and compute the rest again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All settings of a run, a section each."""
+
+    job: JobConfig = field(default_factory=JobConfig)
+    """What the run is called and where it leaves its files."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Which model is trained."""
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """What is trained on, and for how long."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How weights follow gradients."""
+
+    lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
+    """How the learning rate goes over the steps."""
+
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+    """How the workers share the model and the data."""
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When to save, what to keep, where to resume from."""
+
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    """What a run reports."""
+
+    activation_checkpoint: ActivationCheckpointConfig = field(
+        default_factory=ActivationCheckpointConfig
+    )
+    """Memory against time in the backward pass."""
+
+    def check(self, world_size: int) -> None:
+        """Refuse what cannot run on `world_size` workers; every reason is listed."""
+        degrees = self.parallelism.degrees(world_size)
+        self.training.batch_per_rank(degrees["dp_shard"])
+        tp, shape = degrees["tp"], self.model.shape
+        shared = {
+            f"the {shape.num_heads} heads of `model.flavor` {self.model.flavor}": shape.num_heads,
+            f"its {shape.num_kv_heads} key and value heads": shape.num_kv_heads,
+            f"`training.seq_len` {self.training.seq_len}": self.training.seq_len,
+        }
+        uneven = [what for what, count in shared.items() if count % tp]
+        if uneven:
+            raise UsageError(
+                f"`parallelism.tensor_parallel_degree` divides {', '.join(uneven)}: {tp}",
+                hint="--parallelism.tensor_parallel_degree "
+                f"{math.gcd(tp, *shared.values())} divides them all",
+            )
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """A hint that names what `name` was probably meant to be; None where nothing is near."""
+    folded = {candidate.casefold(): candidate for candidate in known}
+    close = get_close_matches(name.casefold(), folded, n=1)
+    return f"did you mean `{folded[close[0]]}`?" if close else None
+
+
+def _at_least_one(key: str, value: int) -> None:
+    if value < 1:
+        raise UsageError(f"`{key}` is at least 1: {value}")
+
+
+def _not_negative(key: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise UsageError(f"`{key}` is a number, at least 0: {value}")
+
+
+def _factorizations(product: int, length: int) -> Iterator[tuple[int, ...]]:
+    if length == 1:
+        yield (product,)
+        return
+    for first in range(1, product + 1):
+        if product % first == 0:
+            for others in _factorizations(product // first, length - 1):
+                yield (first, *others)

@@ -1,0 +1,76 @@
+"""The sizes that a model comes in. Free of torch, so that a configuration is checked at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How Llama 3.1 stretches its rotary frequencies from 8192 to 131072 positions."""
+
+    factor: float
+    """Wavelengths too long to be seen whole in training are stretched by this much."""
+
+    low_freq_factor: float = 1.0
+    """Longer wavelengths than `original_seq_len / low_freq_factor` are stretched in full."""
+
+    high_freq_factor: float = 4.0
+    """Shorter wavelengths than `original_seq_len / high_freq_factor` stay as they are."""
+
+    original_seq_len: int = 8192
+    """Positions that the model was first trained on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flavor:
+    """One size of the model."""
+
+    dim: int
+    """Width of the residual stream."""
+
+    num_layers: int
+    """Transformer blocks."""
+
+    num_heads: int
+    """Query heads; the width of a head is `dim // num_heads`."""
+
+    num_kv_heads: int
+    """Key and value heads, each shared by `num_heads // num_kv_heads` query heads."""
+
+    hidden_dim: int
+    """Width inside the feed-forward part."""
+
+    vocab_size: int | None = 128256
+    """Rows of the embedding; None: as many as the tokenizer has."""
+
+    norm_eps: float = 1e-5
+    """Keeps the norm of a zero vector finite."""
+
+    rope_theta: float = 500000.0
+    """Base of the rotary frequencies."""
+
+    rope_scaling: RopeScaling | None = None
+    """Stretches the frequencies for longer sequences; None: as they are."""
+
+    tied: bool = False
+    """`output.weight` is `tok_embeddings.weight`, as in the released 1B and 3B."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.dim // self.num_heads
+
+
+LLAMA3: dict[str, Flavor] = {
+    "debugmodel": Flavor(256, 6, 8, 4, 704, vocab_size=None),
+    "1B": Flavor(2048, 16, 32, 8, 8192, rope_scaling=RopeScaling(32), tied=True),
+    "3B": Flavor(3072, 28, 24, 8, 8192, rope_scaling=RopeScaling(32), tied=True),
+    "8B": Flavor(4096, 32, 32, 8, 14336, rope_scaling=RopeScaling(8)),
+    "70B": Flavor(8192, 80, 64, 8, 28672, rope_scaling=RopeScaling(8)),
+    "405B": Flavor(16384, 126, 128, 8, 53248, rope_scaling=RopeScaling(8)),
+}
+"""Llama 3.1 (8B, 70B, 405B) and 3.2 (1B, 3B) as published, and one that trains on two CPU cores."""
+
+MODELS: dict[str, dict[str, Flavor]] = {"llama3": LLAMA3}
+"""`model.name`, then `model.flavor`."""

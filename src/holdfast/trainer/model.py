@@ -1,0 +1,189 @@
+"""A Llama-3-shaped decoder, its weights under Meta's names.
+
+Shapes are part of a tensor's name, one letter per dim:
+
+    B  sequences of a batch          V  vocabulary
+    T  tokens of a sequence          F  width inside the feed-forward part
+    D  width of the residual stream  E  width of one head
+    H  query heads                   K  key and value heads
+    P  rotary pairs of a head, E / 2
+
+Under tensor parallelism H, K and F are this rank's share, and between the blocks so is T: nothing
+here takes a count of heads or of tokens from anywhere but the tensor at hand.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from holdfast.trainer.flavors import Flavor, RopeScaling
+
+
+class Transformer(nn.Module):
+    """Tokens to the logits of the tokens that follow them."""
+
+    rope: Tensor
+    """Of shape TP2."""
+
+    def __init__(
+        self, flavor: Flavor, *, vocab_size: int, seq_len: int, recompute: bool = False
+    ) -> None:
+        """`recompute`: blocks keep their input alone and compute again in the backward pass."""
+        super().__init__()
+        self.flavor = flavor
+        self.seq_len = seq_len
+        self.tok_embeddings = nn.Embedding(vocab_size, flavor.dim)
+        # Keyed by the index in the whole model, so that a pipeline stage, which holds a few of the
+        # blocks, names its weights as the whole model does.
+        self.layers = nn.ModuleDict(
+            {str(i): TransformerBlock(flavor, recompute) for i in range(flavor.num_layers)}
+        )
+        self.norm = RMSNorm(flavor.dim, flavor.norm_eps)
+        self.output = nn.Linear(flavor.dim, vocab_size, bias=False)
+        # Follows from the configuration: no checkpoint needs it.
+        self.register_buffer("rope", self.rope_table(), persistent=False)
+        self.tie()
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Logits, of shape BTV."""
+        x_BTD = self.tok_embeddings(tokens_BT)
+        for layer in self.layers.values():
+            x_BTD = layer(x_BTD, self.rope)
+        logits_BTV: Tensor = self.output(self.norm(x_BTD))
+        return logits_BTV
+
+    def tie(self) -> None:
+        """Make `output` and `tok_embeddings` one parameter again, where the flavor has it so.
+
+        Whatever gives modules new parameters one by one (sharding, leaving the meta device) parts
+        the two.
+        """
+        if self.flavor.tied:
+            self.output.weight = self.tok_embeddings.weight
+
+    def rope_table(self) -> Tensor:
+        """Cosine and sine of each position's angle, by rotary pair, on the current device."""
+        return rotary_table(
+            self.seq_len, self.flavor.head_dim, self.flavor.rope_theta, self.flavor.rope_scaling
+        )
+
+
+class TransformerBlock(nn.Module):
+    """Attention, then feed-forward, each added to what came in."""
+
+    def __init__(self, flavor: Flavor, recompute: bool) -> None:
+        super().__init__()
+        self.recompute = recompute
+        self.attention_norm = RMSNorm(flavor.dim, flavor.norm_eps)
+        self.attention = Attention(flavor)
+        self.ffn_norm = RMSNorm(flavor.dim, flavor.norm_eps)
+        self.feed_forward = FeedForward(flavor)
+
+    def forward(self, x_BTD: Tensor, rope_TP2: Tensor) -> Tensor:
+        # Inside the block, so that names and FSDP's hooks, which go around it, stay as they are.
+        if self.recompute and self.training:
+            out_BTD: Tensor = checkpoint(self.compute, x_BTD, rope_TP2, use_reentrant=False)
+            return out_BTD
+        return self.compute(x_BTD, rope_TP2)
+
+    def compute(self, x_BTD: Tensor, rope_TP2: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_TP2)
+        out_BTD: Tensor = x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
+        return out_BTD
+
+
+class Attention(nn.Module):
+    """Causal attention, several query heads to each key and value head."""
+
+    def __init__(self, flavor: Flavor) -> None:
+        super().__init__()
+        self.head_dim = flavor.head_dim
+        query_dim = flavor.num_heads * flavor.head_dim
+        kv_dim = flavor.num_kv_heads * flavor.head_dim
+        self.wq = nn.Linear(flavor.dim, query_dim, bias=False)
+        self.wk = nn.Linear(flavor.dim, kv_dim, bias=False)
+        self.wv = nn.Linear(flavor.dim, kv_dim, bias=False)
+        self.wo = nn.Linear(query_dim, flavor.dim, bias=False)
+
+    def forward(self, x_BTD: Tensor, rope_TP2: Tensor) -> Tensor:
+        q_BTHE = self.wq(x_BTD).unflatten(-1, (-1, self.head_dim))
+        k_BTKE = self.wk(x_BTD).unflatten(-1, (-1, self.head_dim))
+        v_BTKE = self.wv(x_BTD).unflatten(-1, (-1, self.head_dim))
+        q_BTHE = rotate(q_BTHE, rope_TP2)
+        k_BTKE = rotate(k_BTKE, rope_TP2)
+        out_BHTE = F.scaled_dot_product_attention(
+            q_BTHE.transpose(1, 2),
+            k_BTKE.transpose(1, 2),
+            v_BTKE.transpose(1, 2),
+            is_causal=True,
+            enable_gqa=True,
+        )
+        out_BTD: Tensor = self.wo(out_BHTE.transpose(1, 2).flatten(2))
+        return out_BTD
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: a gated layer up to F and a layer back."""
+
+    def __init__(self, flavor: Flavor) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(flavor.dim, flavor.hidden_dim, bias=False)
+        self.w2 = nn.Linear(flavor.hidden_dim, flavor.dim, bias=False)
+        self.w3 = nn.Linear(flavor.dim, flavor.hidden_dim, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        hidden_BTF = F.silu(self.w1(x_BTD)) * self.w3(x_BTD)
+        out_BTD: Tensor = self.w2(hidden_BTF)
+        return out_BTD
+
+
+class RMSNorm(nn.Module):
+    """Each vector divided by its root mean square, then scaled by learned weights."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        # In float32: squares of bfloat16 lose all but two digits.
+        full_BTD = x_BTD.float()
+        scale_BT1 = torch.rsqrt(full_BTD.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (full_BTD * scale_BT1).type_as(x_BTD) * self.weight
+
+
+def rotary_table(seq_len: int, head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """Cosine and sine of `position * frequency`, by position and rotary pair."""
+    frequency_P = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if scaling is not None:
+        frequency_P = _stretched(frequency_P, scaling)
+    angle_TP = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequency_P)
+    return torch.stack((angle_TP.cos(), angle_TP.sin()), dim=-1)
+
+
+def _stretched(frequency_P: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3.1's frequencies: low ones divided by `factor`, high ones kept, a ramp between."""
+    turns_P = frequency_P * scaling.original_seq_len / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept_P = ((turns_P - low) / (high - low)).clamp(0, 1)
+    return frequency_P * (kept_P + (1 - kept_P) / scaling.factor)
+
+
+def rotate(x_BTHE: Tensor, rope_TP2: Tensor) -> Tensor:
+    """Each head's pairs of neighbours turned by the angle of their position.
+
+    Neighbours (0, 1), (2, 3), ...: the order in which Meta's weights come. Hugging Face's copies
+    pair the first half with the second and have their rows of `wq` and `wk` permuted to match.
+    """
+    rope_T1P2 = rope_TP2[: x_BTHE.shape[1]].unsqueeze(1)
+    cos_T1P, sin_T1P = rope_T1P2.unbind(-1)
+    even_BTHP, odd_BTHP = x_BTHE.float().reshape(*x_BTHE.shape[:-1], -1, 2).unbind(-1)
+    turned_BTHP2 = torch.stack(
+        (even_BTHP * cos_T1P - odd_BTHP * sin_T1P, even_BTHP * sin_T1P + odd_BTHP * cos_T1P), dim=-1
+    )
+    return turned_BTHP2.flatten(-2).type_as(x_BTHE)

@@ -1,0 +1,98 @@
+"""Optimizers, learning-rate schedules and gradient clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from holdfast.trainer.config import LRSchedulerConfig, OptimizerConfig
+from holdfast.trainer.parallel import whole
+
+
+def build_optimizers(
+    model_parts: Sequence[nn.Module], config: OptimizerConfig
+) -> list[torch.optim.Optimizer]:
+    """One optimizer for each part of the model."""
+    settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.name != "SGD":
+        # Fused: on sharded weights the unfused loop spends its time in dispatch, not arithmetic.
+        settings |= {"betas": config.adam_betas, "eps": config.eps, "fused": True}
+    kind = getattr(torch.optim, config.name)
+    return [kind(part.parameters(), **settings) for part in model_parts]
+
+
+def build_schedulers(
+    optimizers: Sequence[torch.optim.Optimizer], config: LRSchedulerConfig, steps: int
+) -> list[LambdaLR]:
+    """One schedule for each optimizer, all the same."""
+    return [LambdaLR(optimizer, lr_curve(config, steps)) for optimizer in optimizers]
+
+
+def lr_curve(config: LRSchedulerConfig, steps: int) -> Callable[[int], float]:
+    """The share of the learning rate for a step, counted from 0.
+
+    Up in a straight line over the warm-up, level, then down over the last steps. The first step
+    does not stand at 0 nor the last at the very end of the fall: neither would learn anything.
+    """
+    total = config.total_steps or steps
+    warmup = min(config.warmup_steps, total)
+    falling = total - warmup
+    if config.decay_ratio is not None:
+        falling = min(falling, round(total * config.decay_ratio))
+
+    def share(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        fallen = step - (total - falling) + 1
+        if falling == 0 or fallen <= 0:
+            return 1.0
+        way = min(1.0, fallen / (falling + 1))
+        left = {
+            "linear": 1 - way,
+            "sqrt": 1 - math.sqrt(way),
+            "cosine": (1 + math.cos(math.pi * way)) / 2,
+        }[config.decay_type]
+        return config.min_lr_factor + (1 - config.min_lr_factor) * left
+
+    return share
+
+
+def clip_gradients(model_parts: Sequence[nn.Module], max_norm: float) -> Tensor:
+    """The norm of all gradients together, which are scaled down to `max_norm` (0: left alone).
+
+    Collective.
+    """
+    parameters = [p for part in model_parts for p in part.parameters()]
+    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    if max_norm:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def restored_otherwise(
+    optimizers: Sequence[torch.optim.Optimizer], config: OptimizerConfig
+) -> list[str]:
+    """What a resume brought back that the configuration has otherwise, a line each.
+
+    The checkpoint's value is the one in force; it would be a silent surprise.
+    """
+    wanted: dict[str, Any] = {"initial_lr": config.lr, "weight_decay": config.weight_decay}
+    if config.name != "SGD":
+        wanted |= {"betas": config.adam_betas, "eps": config.eps}
+    found = {
+        f"`optimizer.{key.removeprefix('initial_')}`: restored {group[key]}, configured {value}"
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for key, value in wanted.items()
+        if key in group and _plain(group[key]) != value
+    }
+    return sorted(found)
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

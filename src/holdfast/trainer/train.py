@@ -1,0 +1,224 @@
+"""The training loop, from top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdfast.errors import HoldfastError, UsageError
+from holdfast.manager.manager import CheckpointManager
+from holdfast.trainer.config import Config
+from holdfast.trainer.corpus import Tokenizer, Tokens, open_tokenizer, open_tokens
+from holdfast.trainer.data import DataLoader
+from holdfast.trainer.metrics import Clock, Metrics, Row
+from holdfast.trainer.optim import (
+    build_optimizers,
+    build_schedulers,
+    clip_gradients,
+    restored_otherwise,
+)
+from holdfast.trainer.parallel import (
+    Place,
+    build_model,
+    first_then_all,
+    loss_scope,
+    mean_over_data,
+    whole,
+)
+
+logger = logging.getLogger("holdfast.trainer")
+
+
+@dataclass(slots=True)
+class TrainState:
+    """What the loop itself counts, and a checkpoint keeps."""
+
+    tokens: int = 0
+    """Trained on so far, over all ranks."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, the same on every rank."""
+        return {"tokens": self.tokens}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` counted."""
+        self.tokens = int(state_dict["tokens"])
+
+
+def train(config: Config, place: Place) -> None:
+    """Train the configured model to its last step, resuming where an earlier run left off.
+
+    Collective. Raises HoldfastError on every rank where the settings, the data or a checkpoint do
+    not allow it.
+    """
+    _seed(config)
+    config.check(place.world_size)
+    tokenizer, tokens = _open_data(config, place)
+    vocab_size = _vocab_size(config, tokenizer)
+    model_parts = build_model(config, place, vocab_size)
+    optimizers = build_optimizers(model_parts, config.optimizer)
+    schedulers = build_schedulers(optimizers, config.lr_scheduler, config.training.steps)
+    loader = DataLoader(
+        tokens,
+        seq_len=config.training.seq_len,
+        seed=config.training.seed,
+        batch_per_rank=config.training.batch_per_rank(place.dp_size),
+        dp_rank=place.dp_rank,
+        dp_size=place.dp_size,
+    )
+    state = TrainState()
+    dump_folder = Path(config.job.dump_folder)
+    _log_start(config, place, model_parts, tokens)
+
+    with CheckpointManager(
+        dump_folder / config.checkpoint.folder,
+        model=model_parts,
+        optimizers=optimizers,
+        lr_schedulers=schedulers,
+        dataloader=loader,
+        states={"train_state": state},
+        config=config.checkpoint,
+    ) as manager:
+        step = first = manager.load(config.checkpoint.load_step)
+        for line in restored_otherwise(optimizers, config.optimizer):
+            logger.warning("%s; --checkpoint.exclude_from_loading optimizer,lr_scheduler", line)
+        if step >= config.training.steps:
+            logger.info("already at step %d of %d: nothing to do", step, config.training.steps)
+            return
+        logger.info("training from step %d to %d", step, config.training.steps)
+        metrics = Metrics(config.metrics, dump_folder, first_rank=place.rank == 0, step=step)
+        started, clock = time.perf_counter(), Clock()
+        try:
+            while step < config.training.steps:
+                inputs, labels = next(loader)
+                loss = accumulate_gradients(config, place, model_parts, inputs, labels)
+                grad_norm = clip_gradients(model_parts, config.training.max_norm)
+                lr = schedulers[0].get_last_lr()[0]
+                for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+                step += 1
+                step_tokens = inputs.numel() * place.dp_size
+                state.tokens += step_tokens
+                clock.tokens += step_tokens
+                last_step = step == config.training.steps
+                if last_step or step % config.metrics.log_freq == 0 or step == first + 1:
+                    row = Row(
+                        step,
+                        mean_over_data(loss, place),
+                        float(grad_norm),
+                        lr,
+                        *clock.lap(manager.blocked_s),
+                        time.time(),
+                    )
+                    metrics.report(row, place.device)
+                manager.save(step, last_step=last_step)
+        except KeyboardInterrupt:
+            _log_interrupt(config, step)
+            raise
+        finally:
+            metrics.close()
+    _log_end(step - first, state, time.perf_counter() - started, config, place)
+
+
+def accumulate_gradients(
+    config: Config, place: Place, model_parts: Sequence[nn.Module], inputs: Tensor, labels: Tensor
+) -> Tensor:
+    """This rank's mean loss over its share of the step, whose gradients it leaves in the model.
+
+    The share goes through the model `training.local_batch_size` sequences at a time.
+    """
+    (model,) = model_parts
+    size = config.training.local_batch_size
+    num_parts = len(inputs) // size
+    total = torch.zeros((), device=place.device)
+    for tokens, following in zip(torch.split(inputs, size), torch.split(labels, size), strict=True):
+        with loss_scope(place):
+            logits = model(tokens.to(place.device))
+            targets = following.to(place.device).flatten()
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets) / num_parts
+            del logits
+            loss.backward()  # type: ignore[no-untyped-call]
+        total += whole(loss.detach())
+    return total
+
+
+def _seed(config: Config) -> None:
+    torch.manual_seed(config.training.seed)
+    if config.training.deterministic:
+        torch.use_deterministic_algorithms(True)
+
+
+def _open_data(config: Config, place: Place) -> tuple[Tokenizer, Tokens]:
+    """Rank 0 makes the token file where it has to be made; then all open it. Collective."""
+    opened, failure = None, None
+    if place.rank == 0:
+        try:
+            opened = _tokenizer_and_tokens(config)
+        except HoldfastError as error:
+            failure = error
+    first_then_all(place, failure)
+    return opened or _tokenizer_and_tokens(config)
+
+
+def _tokenizer_and_tokens(config: Config) -> tuple[Tokenizer, Tokens]:
+    tokenizer = open_tokenizer(config.model.hf_assets_path)
+    return tokenizer, open_tokens(config, tokenizer)
+
+
+def _vocab_size(config: Config, tokenizer: Tokenizer) -> int:
+    size = config.model.shape.vocab_size or tokenizer.vocab_size
+    if tokenizer.vocab_size > size:
+        raise UsageError(
+            f"the tokenizer in `model.hf_assets_path` {config.model.hf_assets_path} has "
+            f"{tokenizer.vocab_size} tokens, more than `model.flavor` {config.model.flavor} has "
+            f"rows for them: {size}"
+        )
+    return size
+
+
+def _log_start(
+    config: Config, place: Place, model_parts: Sequence[nn.Module], tokens: Tokens
+) -> None:
+    count = sum(p.numel() for part in model_parts for p in part.parameters())
+    degrees = config.parallelism.degrees(place.world_size)
+    logger.info("%s: %s", config.job.description, Path(config.job.dump_folder).absolute())
+    logger.info(
+        "%s %s, %s parameters, on %s %s (%s); %s tokens of data",
+        config.model.name,
+        config.model.flavor,
+        f"{count:,}",
+        place.world_size,
+        "GPUs" if place.device.type == "cuda" else "CPU processes",
+        ", ".join(f"{axis} {degree}" for axis, degree in degrees.items()),
+        f"{len(tokens.ids):,}",
+    )
+
+
+def _log_interrupt(config: Config, step: int) -> None:
+    further = "./run_train.sh goes on from the newest checkpoint"
+    if not config.checkpoint.enable:
+        further = "nothing was saved: `checkpoint.enable` is off"
+    logger.warning("interrupted at step %d: %s", step, further)
+
+
+def _log_end(steps: int, state: TrainState, seconds: float, config: Config, place: Place) -> None:
+    per_step = config.training.batch_per_rank(place.dp_size) * place.dp_size
+    tokens = steps * per_step * config.training.seq_len
+    logger.info(
+        "done: %d steps, %s tokens in %.1f s (%s tokens/s); %s tokens since the start",
+        steps,
+        f"{tokens:,}",
+        seconds,
+        f"{tokens / seconds:,.0f}",
+        f"{state.tokens:,}",
+    )

@@ -1,0 +1,78 @@
+"""One process of a run: its log, and how its errors become messages and exit statuses."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import traceback
+
+import torch.distributed as dist
+
+from holdfast.errors import HoldfastError
+from holdfast.trainer.config import Config
+from holdfast.trainer.parallel import Place, join
+from holdfast.trainer.train import train
+
+COLLATERAL_S = 0.5
+"""How long a failed worker waits before it says so. Where it failed because another one had, the
+launcher ends it in the meantime, and the cause is not buried under its consequences."""
+
+
+def work(config: Config) -> int:
+    """Train as one worker of the run; the exit status. Collective.
+
+    `LOG_RANK` in the environment names the ranks that log, comma-separated (default: 0).
+    """
+    rank = os.environ.get("RANK", "0")
+    set_up_log(rank in os.environ.get("LOG_RANK", "0").replace(" ", "").split(","))
+    if config.training.deterministic:
+        # Read when CUDA starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    place: Place | None = None
+    try:
+        with join(config) as place:
+            train(config, place)
+    except KeyboardInterrupt:
+        return 130
+    except HoldfastError as error:
+        if _is_first(place):
+            if config.job.debug:
+                traceback.print_exc()
+            sys.stderr.write(f"error: {error}\n")
+        time.sleep(COLLATERAL_S)
+        return error.exit_status
+    except Exception:  # noqa: BLE001 - the end of the process: all that is left is to say so
+        time.sleep(COLLATERAL_S)
+        if _is_first(place):
+            sys.stderr.write(f"rank {rank} failed:\n{traceback.format_exc()}")
+        return 1
+    return 0
+
+
+def set_up_log(speaks: bool) -> None:
+    """Send the log to standard output, in colour on a terminal; nowhere where `speaks` is false."""
+    logger = logging.getLogger("holdfast")
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+    handler: logging.Handler = logging.NullHandler()
+    if speaks and sys.stdout.isatty():
+        from rich.logging import RichHandler
+
+        handler = RichHandler(show_path=False, omit_repeated_times=False, log_time_format="%X")
+    elif speaks:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger.handlers = [handler]
+
+
+def _is_first(place: Place | None) -> bool:
+    """Whether no other rank has reported a failure yet."""
+    if place is None or place.store is None:
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        return bool(place.store.add("failures", 1) == 1)
+    except dist.DistError:
+        # Whoever held the store is gone, and reported if it could.
+        return place.rank == 0
