@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from holdfast.trainer.config import LRSchedulerConfig, OptimizerConfig
-from holdfast.trainer.parallel import whole
+from holdfast.trainer.parallel import Place, local_share
 
 
 def build_optimizers(
@@ -62,16 +63,31 @@ def lr_curve(config: LRSchedulerConfig, steps: int) -> Callable[[int], float]:
     return share
 
 
-def clip_gradients(model_parts: Sequence[nn.Module], max_norm: float) -> Tensor:
+def clip_gradients(model_parts: Sequence[nn.Module], max_norm: float, place: Place) -> Tensor:
     """The norm of all gradients together, which are scaled down to `max_norm` (0: left alone).
 
     Collective.
     """
     parameters = [p for part in model_parts for p in part.parameters()]
-    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    norm = gradient_norm([p.grad for p in parameters if p.grad is not None], place)
     if max_norm:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+def gradient_norm(gradients: Sequence[Tensor], place: Place) -> Tensor:
+    """The norm of all gradients together, a plain scalar. Collective.
+
+    One sum over all ranks: `torch.nn.utils` takes one for each axis of the mesh, and warns of it.
+    """
+    total = torch.zeros((), device=place.device)
+    for gradient in gradients:
+        local, num_copies = local_share(gradient)
+        # Each rank that has a copy of the same piece brings its part of the piece's square.
+        total += local.float().square().sum() / num_copies
+    if place.world_size > 1:
+        dist.all_reduce(total)
+    return total.sqrt()
 
 
 def restored_otherwise(

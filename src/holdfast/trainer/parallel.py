@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -205,14 +206,15 @@ def loss_scope(place: Place) -> Iterator[None]:
 
 def whole(tensor: Tensor) -> Tensor:
     """The value behind a sharded or partial scalar. Collective where it is one."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_share(tensor: Tensor) -> tuple[Tensor, int]:
+    """The piece of `tensor` that this rank holds, and how many ranks hold the same piece."""
     if not isinstance(tensor, DTensor):
-        return tensor
-    # An axis at a time, since torch warns where it has to do so by itself.
-    placements = list(tensor.placements)
-    for axis in range(len(placements)):
-        placements[axis] = Replicate()
-        tensor = tensor.redistribute(placements=placements)
-    return tensor.to_local()
+        return tensor, 1
+    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return tensor.to_local(), math.prod(size for place, size in sizes if place.is_replicate())
 
 
 def mean_over_data(value: Tensor, place: Place) -> float:

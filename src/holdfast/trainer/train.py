@@ -100,7 +100,7 @@ def train(config: Config, place: Place) -> None:
             while step < config.training.steps:
                 inputs, labels = next(loader)
                 loss = accumulate_gradients(config, place, model_parts, inputs, labels)
-                grad_norm = clip_gradients(model_parts, config.training.max_norm)
+                grad_norm = clip_gradients(model_parts, config.training.max_norm, place)
                 lr = schedulers[0].get_last_lr()[0]
                 for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
                     optimizer.step()
@@ -115,8 +115,8 @@ def train(config: Config, place: Place) -> None:
                     row = Row(
                         step,
                         mean_over_data(loss, place),
-                        float(grad_norm),
-                        lr,
+                        grad_norm.item(),
+                        float(lr),
                         *clock.lap(manager.blocked_s),
                         time.time(),
                     )
