@@ -1,4 +1,4 @@
-"""Is this checkpoint as it was published? Structure here; its bytes are checked as they are read."""
+"""Is a checkpoint as it was published? Its structure; its bytes are checked as they are read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from holdfast.storage.store import Store
 
 
 def check_structure(store: Store, folder: str, manifest: Manifest) -> list[str]:
-    """What is wrong with a checkpoint's files, one line each: missing, too short, too long, or items
+    """What is wrong with a checkpoint's files, one line each: missing, too short, too long, items
     that reach outside of them. Reads `.metadata` and sizes only."""
     problems = []
     for file, nbytes in manifest.files.items():

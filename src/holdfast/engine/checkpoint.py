@@ -38,7 +38,7 @@ class Checkpoint:
         return self._source.manifest.names()
 
     def read(self, name: str, region: Region | tuple[slice, ...] | None = None) -> torch.Tensor:
-        """A tensor, or a box of its elements, on the CPU. Reads only that, and checks what it reads.
+        """A tensor, or a box of its elements, on the CPU. Reads only that, and checks it.
 
         `region` is a `Region`, or a slice for each dim as in indexing (no steps).
 
@@ -50,7 +50,9 @@ class Checkpoint:
         box = _box(name, entry.shape, region)
         target = torch.empty(box.shape, dtype=getattr(torch, entry.dtype))
         if box.num_elements:
-            read_tensors(self._source, [Wanted(name, [Piece(box, Region.whole(box.shape))], target)])
+            read_tensors(
+                self._source, [Wanted(name, [Piece(box, Region.whole(box.shape))], target)]
+            )
         return target
 
     def value(self, name: str) -> Any:
@@ -89,9 +91,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(Source(catalog.store, name, catalog.open(name)))
 
 
-def _box(
-    name: str, shape: tuple[int, ...], region: Region | tuple[slice, ...] | None
-) -> Region:
+def _box(name: str, shape: tuple[int, ...], region: Region | tuple[slice, ...] | None) -> Region:
     if region is None:
         return Region.whole(shape)
     if not isinstance(region, Region):

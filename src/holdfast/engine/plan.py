@@ -33,7 +33,7 @@ class Offer:
     tensors: dict[str, TensorOffer] = field(default_factory=dict)
     values: dict[str, Path] = field(default_factory=dict)
     aliases: dict[str, tuple[str, Path]] = field(default_factory=dict)
-    """Second names of tensors (tied weights), with the first name: stored once, found under both."""
+    """Second names of tensors (tied weights), with the first: stored once, found under both."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -108,10 +108,8 @@ def on_rank_0(ranks: Ranks, work: Callable[[], T]) -> T:
 
     Collective: every rank calls this once; `work` runs on rank 0 alone.
     """
-    outcome: T | HoldfastError | None = None
-    if ranks.rank == 0:
-        outcome = outcome_of(work)
-    return _or_raise(ranks.broadcast(outcome))  # type: ignore[arg-type]
+    outcome = outcome_of(work) if ranks.rank == 0 else None
+    return _or_raise(ranks.broadcast(cast("T | HoldfastError", outcome)))
 
 
 def on_every_rank(ranks: Ranks, work: Callable[[], T]) -> T:

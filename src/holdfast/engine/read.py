@@ -73,7 +73,9 @@ def read_tensors(source: Source, wanted: Sequence[Wanted]) -> int:
                     tuple(map(int.__add__, piece.local.start, local.stop)),
                 )
                 target = want.local[at.slices()] if want.local.ndim else want.local
-                work = partial(_read_move, source, want.name, entry, move.chunk, move.region, target)
+                work = partial(
+                    _read_move, source, want.name, entry, move.chunk, move.region, target
+                )
                 jobs.append((move.chunk.file, move.chunk.item.offset, work))
     jobs.sort(key=lambda job: job[:2])
     return sum(_run([work for _, _, work in jobs]))
@@ -121,7 +123,9 @@ def _read_move(
     shape, strides = chunk.region.shape, contiguous_strides(chunk.region.shape)
     offset, crc32 = chunk.data_offset, 0
     if offset is None:
-        stored = locate(partial(_fetch, source, chunk.file), chunk.item, where=f"{chunk.file}:{name}")
+        stored = locate(
+            partial(_fetch, source, chunk.file), chunk.item, where=f"{chunk.file}:{name}"
+        )
         if (stored.dtype, stored.shape) != (entry.dtype, shape):
             raise DamagedError(
                 f"`{source.url}/{chunk.file}`: `{name}` is {stored.dtype} {list(stored.shape)} in "
@@ -258,7 +262,7 @@ def _cuts(start: int, stop: int) -> Iterator[tuple[int, int]]:
 
 def _memory(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, to write into."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _fetch(source: Source, file: str, offset: int, nbytes: int) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 
 from holdfast.errors import DamagedError
 from holdfast.format.manifest import Chunk, TensorEntry
@@ -63,9 +62,7 @@ class Part:
     """Whether the stretch holds the box and nothing else."""
 
 
-def parts(
-    box: Region, shape: tuple[int, ...], itemsize: int, window_bytes: int
-) -> Iterator[Part]:
+def parts(box: Region, shape: tuple[int, ...], itemsize: int, window_bytes: int) -> Iterator[Part]:
     """How to read `box` out of a row-major chunk of `shape`: every wanted byte in one part only.
 
     Contiguous elements come as one part, whatever their number. Where there are gaps, a part

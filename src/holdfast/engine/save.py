@@ -38,7 +38,9 @@ class Saved:
     spans: Spans
 
 
-def save(path: str | os.PathLike[str], state: Mapping[str, Any], *, overwrite: bool = False) -> Saved:
+def save(
+    path: str | os.PathLike[str], state: Mapping[str, Any], *, overwrite: bool = False
+) -> Saved:
     """Save `state` as one checkpoint at `path`, published whole or not at all.
 
     `state` is a dict of tensors, DTensors, plain values, further dicts and lists of these, and of

@@ -17,4 +17,4 @@ def host_bytes(tensor: torch.Tensor, local: Region, dtype: torch.dtype | None) -
     if dtype is not None:
         piece = piece.to(dtype)
     flat = piece.contiguous().cpu().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data

@@ -39,10 +39,10 @@ def decode_value(name: str, container: bytes, *, where: str) -> Any:
     """
     try:
         return torch.load(io.BytesIO(container), map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - a stranger's file can fail in any way
+    except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         named = next((line.strip() for line in reason if "GLOBAL" in line), reason[0])
         raise FormatError(
             f"`{where}`: value `{name}` cannot be read without running code: {named}",
-            hint=f"leave it out: `checkpoint.exclude_from_loading = [\"{name.split('.')[0]}\"]`",
+            hint=f'leave it out: `checkpoint.exclude_from_loading = ["{name.split(".")[0]}"]`',
         ) from error

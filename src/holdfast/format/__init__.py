@@ -1,1 +1,1 @@
-"""The vocabulary on disk: pure values and the bytes that they become. No torch, no input or output."""
+"""The vocabulary on disk: pure values and the bytes that they become. No torch, no I/O."""

@@ -1,4 +1,4 @@
-"""`.metadata`: the index of a `torch.distributed.checkpoint` folder, read and written without torch.
+"""`.metadata`: the index of a `torch.distributed.checkpoint` folder, without torch.
 
 The classes are those of torch/distributed/checkpoint/metadata.py and filesystem.py, torch 2.1 to
 2.13. Reading goes by an allow-list; writing emits stock classes only.
@@ -34,8 +34,10 @@ from holdfast.format.pickles import (
 from holdfast.format.region import Region
 
 _MODULE = "torch.distributed.checkpoint.metadata"
-_CLASSES = ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata")
-_CLASSES += ("ChunkStorageMetadata", "TensorProperties", "StorageMeta")
+_CLASSES = (
+    *("Metadata", "MetadataIndex", "StorageMeta"),
+    *("TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "BytesStorageMetadata"),
+)
 
 
 def _class(name: str) -> type[Plain]:
@@ -68,7 +70,9 @@ def decode_metadata(data: bytes, *, where: str) -> Manifest:
     try:
         return _manifest(metadata, where)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FormatError(f"`{where}` is not DCP metadata: {type(error).__name__} {error}") from error
+        raise FormatError(
+            f"`{where}` is not DCP metadata: {type(error).__name__} {error}"
+        ) from error
 
 
 def _manifest(metadata: Any, where: str) -> Manifest:
@@ -77,7 +81,9 @@ def _manifest(metadata: Any, where: str) -> Manifest:
         file, span = info.state["relative_path"], Span(info.state["offset"], info.state["length"])
         check_file_name(file, where)
         if info.state.get("transform_descriptors"):
-            raise FormatError(f"`{where}`: `{index.state['fqn']}` is stored compressed or encrypted")
+            raise FormatError(
+                f"`{where}`: `{index.state['fqn']}` is stored compressed or encrypted"
+            )
         if span.offset < 0 or span.nbytes < 0:
             raise ValueError(f"negative span {span}")
         items[index.state["fqn"], index.state.get("offset")] = file, span
@@ -94,7 +100,9 @@ def _manifest(metadata: Any, where: str) -> Manifest:
     return Manifest(tensors, values, versions={"dcp": str(metadata.state.get("version"))})
 
 
-def _tensor(name: str, entry: Any, items: Mapping[Any, tuple[str, Span]], path: Path) -> TensorEntry:
+def _tensor(
+    name: str, entry: Any, items: Mapping[Any, tuple[str, Span]], path: Path
+) -> TensorEntry:
     properties = entry.state["properties"].state
     # A tuple in the order of the class's fields; a dict of them before __getstate__ was there.
     dtype: DtypeName = properties[0] if isinstance(properties, tuple) else properties["dtype"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from holdfast.errors import DamagedError, FormatError
 from holdfast.format import checksum
@@ -141,7 +141,9 @@ def encode(manifest: Manifest) -> bytes:
         },
     }
     text = json.dumps(body, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-    return text[:-1] + b',"checksum":"' + checksum.to_hex([checksum.checksum(text)]).encode() + b'"}'
+    return (
+        text[:-1] + b',"checksum":"' + checksum.to_hex([checksum.checksum(text)]).encode() + b'"}'
+    )
 
 
 def _encode_chunk(chunk: Chunk, number: Mapping[str, int]) -> dict[str, Any]:
@@ -246,7 +248,7 @@ def _path(stored: list[str | int]) -> Path:
 def _count(value: object) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"need a count, got {value!r}")
-    return cast(int, value)
+    return value
 
 
 def check_file_name(name: str, where: str) -> None:

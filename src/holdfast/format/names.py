@@ -1,10 +1,10 @@
 """Names inside a checkpoint folder: an anchored grammar, so that a stranger's name is never taken.
 
-    step-500                  a published step
-    .attempt-NAME-1f2e3d4c    a save at work, or what a killed one left: no reader looks at it
-    .replaced-NAME-1f2e3d4c   the earlier NAME while a new one takes its place
-    .removing-NAME-1f2e3d4c   a checkpoint half deleted
-    .lock                     who is saving here
+step-500                  a published step
+.attempt-NAME-1f2e3d4c    a save at work, or what a killed one left: no reader looks at it
+.replaced-NAME-1f2e3d4c   the earlier NAME while a new one takes its place
+.removing-NAME-1f2e3d4c   a checkpoint half deleted
+.lock                     who is saving here
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def loads(data: bytes, allowed: Mapping[tuple[str, str], Any], *, where: str) ->
         return _Loader(data, allowed, where).load()
     except FormatError:
         raise
-    except Exception as error:  # noqa: BLE001 - a stranger's pickle can fail in any way
+    except Exception as error:
         raise FormatError(f"`{where}` is not a whole pickle: {error}") from error
 
 

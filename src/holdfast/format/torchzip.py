@@ -286,8 +286,8 @@ def _rebuild_v3(
     offset: int,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
-    requires_grad: bool,
-    hooks: object,
+    _requires_grad: bool,
+    _hooks: object,
     dtype: DtypeName,
     *_: object,
 ) -> _Tensor:

@@ -53,7 +53,9 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.interval < 1:
-            raise UsageError(f"`checkpoint.interval` is a number of steps, at least 1: {self.interval}")
+            raise UsageError(
+                f"`checkpoint.interval` is a number of steps, at least 1: {self.interval}"
+            )
         if self.keep_latest_k < 0 or self.keep_latest_k == 1:
             raise UsageError(
                 f"`checkpoint.keep_latest_k` is 0 (keep all) or at least 2: {self.keep_latest_k}",
@@ -66,5 +68,5 @@ class CheckpointConfig:
         if "model" in self.exclude_from_loading:
             raise UsageError(
                 "`checkpoint.exclude_from_loading` holds `model`, without which nothing is resumed",
-                hint="to start with fresh weights, leave `checkpoint.enable` off or use a new folder",
+                hint="to start with fresh weights, use another `checkpoint.folder`",
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -18,30 +18,35 @@ class StateTree:
 
     `state` maps names to tensors, plain values, dicts, lists and `Stateful` objects. The entry at
     `flat`, if there is one, adds its own names to the top level instead of lying below its key:
-    that is how TorchTitan keeps the model.
+    that is how TorchTitan keeps the model. `others` are top-level names that are not its own.
     """
 
-    def __init__(self, state: Mapping[str, Any], *, flat: str | None = None) -> None:
+    def __init__(
+        self,
+        state: Mapping[str, Any],
+        *,
+        flat: str | None = None,
+        others: Collection[str] = (),
+    ) -> None:
         self._state = state
         self._flat = flat
+        self._others = others
         self._modules = list(_modules(state))
         self._opened: dict[Path, tuple[Stateful, dict[str, Any]]] = {}
 
     def wants(self, path: Path) -> bool:
-        """Whether a stored entry, by its path, lies below one of the names given, so that leaving it
-        out would lose it."""
+        """Whether a stored entry, by its path, lies below one of the names given: leaving it out
+        would lose it."""
         if path[0] in self._state and path[0] != self._flat:
             return not self.optional(path)
-        return self._flat is not None and len(path) == 1
+        return self._flat in self._state and path[0] not in self._others
 
     def optional(self, path: Path) -> bool:
         """Whether checkpoint and state may differ in this entry: an option that the optimizers of
-        another torch have, or have not."""
-        return (
-            len(path) > 1
-            and isinstance(self._wrapped(self._state.get(str(path[0]))), OptimizerState)
-            and str(path[1]).startswith("param_groups")
-        )
+        another torch have or have not, the generator of a GPU that is or is not there."""
+        owner = self._wrapped(self._state.get(str(path[0])))
+        prefixes: tuple[str, ...] = getattr(owner, "optional", ())
+        return len(path) > 1 and str(path[1]).startswith(prefixes)
 
     def room_for(self, stored: Mapping[str, TensorInfo]) -> set[str]:
         """Stored tensors that the state lacks, and `prepare` will make room for."""
@@ -61,7 +66,7 @@ class StateTree:
         self._opened.clear()
         below = {name: value for name, value in self._state.items() if name != self._flat}
         leaves = flatten(below, opened=self._open)
-        if self._flat is not None:
+        if self._flat is not None and self._flat in self._state:
             for name, leaf in self._flat_leaves(self._state[self._flat]):
                 leaves[name] = leaf
         return leaves

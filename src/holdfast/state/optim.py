@@ -7,7 +7,7 @@ Names are those of torch's flattened optimizer state dict (`state.<parameter>.<s
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -25,6 +25,9 @@ class OptimizerState:
 
     `parts` name the parameters; a parameter that none of them holds is named by its number.
     """
+
+    optional: ClassVar = ("param_groups",)
+    """Entries that a checkpoint may lack, or have beyond these."""
 
     def __init__(self, parts: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
         self._optimizers = list(optimizers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -12,12 +12,15 @@ import torch
 class RngState:
     """The generators as one `Stateful`; one entry a rank, since each rank draws its own numbers."""
 
+    optional: ClassVar = ("rank_",)
+    """Entries that a checkpoint may lack, or have beyond these."""
+
     def __init__(self, rank: int) -> None:
         self._key = f"rank_{rank}"
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state()
         numpy = sys.modules.get("numpy")
         if numpy is not None:

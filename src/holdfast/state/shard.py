@@ -1,4 +1,4 @@
-"""Which elements of a tensor a rank holds, from how each mesh axis splits each dim. Pure arithmetic."""
+"""Which elements of a tensor a rank holds, from how each mesh axis splits each dim."""
 
 from __future__ import annotations
 

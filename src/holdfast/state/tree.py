@@ -34,7 +34,7 @@ def flatten(
     state: Mapping[str, Any],
     *,
     root: Path = (),
-    opened: Callable[[Path, Any], Any] = lambda path, value: value,
+    opened: Callable[[Path, Any], Any] = lambda _, value: value,
 ) -> dict[str, Leaf]:
     """Leaves by name: the keys on the way to them, joined by dots.
 

@@ -20,8 +20,9 @@ class Writer(Protocol):
 class Store(Protocol):
     """A tree of files. Keys are paths relative to its root, with `/` between their parts.
 
-    What a method has done is durable only where it says so: a crash may lose anything else, keep it,
-    or keep it in part. Every method may raise `StorageError`; what is not there is `NotFoundError`.
+    What a method has done is durable only where it says so: a crash may lose anything else, keep
+    it, or keep it in part. Every method may raise `StorageError`; what is not there is
+    `NotFoundError`.
     """
 
     @property

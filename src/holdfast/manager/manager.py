@@ -1,0 +1,356 @@
+"""The `CheckpointManager`: what a training loop holds."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import time
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from functools import partial
+from types import TracebackType
+from typing import Self, TypeVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from holdfast.catalog.catalog import Catalog
+from holdfast.catalog.sweep import execute, plan_sweep
+from holdfast.engine.load import load_tree
+from holdfast.engine.ranks import Ranks, all_ranks, host_name, on_every_rank, on_rank_0
+from holdfast.engine.read import Source
+from holdfast.engine.root import open_root
+from holdfast.engine.save import Planner, save_leaves
+from holdfast.engine.spans import rate
+from holdfast.errors import (
+    DamagedError,
+    FormatError,
+    HoldfastError,
+    NotFoundError,
+    UsageError,
+)
+from holdfast.format.manifest import Manifest
+from holdfast.format.names import LOCK, step_name, step_of
+from holdfast.manager.config import DATALOADER_KEYS, CheckpointConfig
+from holdfast.manager.policy import is_due, kind_of_save, removable
+from holdfast.manager.resume import Step, is_whole, newest_final, newest_resumable
+from holdfast.state.model import ModelState
+from holdfast.state.objects import StateTree
+from holdfast.state.optim import OptimizerState
+from holdfast.state.rng import RngState
+from holdfast.state.schedulers import SchedulerState
+from holdfast.state.tree import Stateful
+from holdfast.storage.local import LocalStore
+
+T = TypeVar("T")
+
+logger = logging.getLogger("holdfast")
+
+MODEL, OPTIMIZER, SCHEDULER, DATALOADER, RNG = (
+    *("model", "optimizer", "lr_scheduler"),
+    *("dataloader", "rng"),
+)
+"""Names of the parts of a step; TorchTitan's. The model's own names lie at the top level."""
+
+
+class CheckpointManager:
+    """Saves a training run as it goes, and resumes it.
+
+        with CheckpointManager("outputs/checkpoint", model=model, optimizers=optimizer) as manager:
+            step = manager.load()
+            while step < 1000:
+                ...
+                step += 1
+                manager.save(step)
+
+    Collective where `torch.distributed` is initialized: every rank makes one and calls its methods
+    in the same order; an error on one rank is raised on all.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        model: nn.Module | Sequence[nn.Module],
+        optimizers: Optimizer | Sequence[Optimizer] = (),
+        lr_schedulers: LRScheduler | Sequence[LRScheduler] = (),
+        dataloader: Stateful | None = None,
+        states: Mapping[str, Stateful] | None = None,
+        config: CheckpointConfig | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Take hold of `folder`: what killed runs left there is swept, other runs are kept out.
+
+        `model` may be several parts (pipeline stages); `states` are further objects by name.
+        `config` defaults to saving every 500 steps; `ranks` to those of `torch.distributed`.
+
+        Raises:
+            ExistsError: another run saves in this folder.
+            StorageError: the folder cannot be written.
+        """
+        self.config = config or CheckpointConfig(enable=True)
+        self.blocked_s = 0.0
+        """Seconds that saving has held up training so far."""
+        self._ranks = ranks or all_ranks()
+        self._planner = Planner(self._ranks)
+        self._catalog = Catalog(LocalStore(folder))
+        models = _many(model)
+        self._parts: dict[str, Stateful] = {
+            MODEL: ModelState(models),
+            OPTIMIZER: OptimizerState(models, _many(optimizers)),
+            SCHEDULER: SchedulerState(_many(lr_schedulers)),
+            **({} if dataloader is None else {DATALOADER: dataloader}),
+            **(states or {}),
+            RNG: RngState(self._ranks.rank),
+        }
+        self._resumed_from: int | None = None
+        self._left_behind: set[int] = set()
+        self._held = ExitStack()
+        _check_excluded(self.config.exclude_from_loading, self._parts)
+        if self._saves:
+            on_rank_0(self._ranks, self._take_hold)
+
+    @property
+    def _saves(self) -> bool:
+        return self.config.enable and not self.config.load_only
+
+    def save(self, step: int, last_step: bool = False) -> bool:
+        """Save the state after `step` if it is due. Returns whether it was saved.
+
+        Blocks until the step is published and durable.
+
+        Collective: every rank calls this after every step.
+        """
+        if not is_due(step, last_step=last_step, config=self.config):
+            return False
+        started = time.perf_counter()
+        try:
+            kind = kind_of_save(last_step=last_step, config=self.config)
+            model_only = kind == "model"
+            parts = {MODEL: self._parts[MODEL]} if model_only else self._parts
+            saved = save_leaves(
+                self._catalog,
+                step_name(step),
+                on_every_rank(self._ranks, StateTree(parts, flat=MODEL).leaves),
+                ranks=self._ranks,
+                planner=self._planner,
+                step=step,
+                kind=kind,
+                dtype=getattr(torch, self.config.export_dtype) if model_only else None,
+            )
+            self._say(f"saved step {step}: {rate(saved.nbytes, saved.spans.total)}, {saved.where}")
+            self._retain(step)
+        finally:
+            self.blocked_s += time.perf_counter() - started
+        return True
+
+    def load(self, step: int | None = None) -> int:
+        """Resume. Returns the step to go on from; 0 where there is nothing to resume from.
+
+        `step` defaults to `load_step`. -1 takes the newest step that is whole and can be resumed
+        from; damaged ones are passed over, which the log says. A number takes that step, or raises.
+        Step 0, a seed, gives the model alone. Where the folder holds no step, `initial_load_path`
+        is loaded if it is set.
+
+        Collective: every rank calls this, and all take the same step.
+
+        Raises:
+            NotFoundError: no such step; or there are steps, but none can be resumed from.
+            MismatchError: a checkpoint of another model; nothing was changed.
+            DamagedError: the step asked for is damaged.
+        """
+        wanted = self.config.load_step if step is None else step
+        if not self.config.enable:
+            return 0
+        if wanted >= 0:
+            found = on_rank_0(self._ranks, lambda: Step(wanted, self._catalog.open_step(wanted)))
+            return self._resume(found, explicit=True)
+        passed_over: list[str] = []
+        below: int | None = None
+        while True:
+            candidate, refused = on_rank_0(
+                self._ranks, partial(newest_resumable, self._catalog, below)
+            )
+            for line in refused:
+                self._warn(f"passed over {line}")
+            passed_over += refused
+            if candidate is None:
+                break
+            try:
+                return self._resume(candidate, explicit=False)
+            except (DamagedError, FormatError, NotFoundError) as error:
+                # Raised on every rank alike, so all go on to the same older step.
+                passed_over.append(f"step {candidate.step}: {error.what}")
+                self._warn(f"passed over {passed_over[-1]}")
+                below = candidate.step
+        if self.config.initial_load_path is not None:
+            return self._load_initial(self.config.initial_load_path)
+        if passed_over:
+            listed = "\n  ".join(passed_over)
+            raise NotFoundError(
+                f"no step in `{self._catalog.store.url}` can be resumed from:\n  {listed}",
+                hint="use another `checkpoint.folder`; with `checkpoint.initial_load_path` it "
+                "starts from the weights of a model-only step",
+            )
+        self._say(f"nothing to resume from in {self._catalog.store.url}: starting at step 0")
+        return 0
+
+    def final_step(self) -> int | None:
+        """The newest good step, where it holds the model alone: there a run came to its end.
+
+        Collective: every rank calls this.
+        """
+        if not self.config.enable:
+            return None
+        return on_rank_0(self._ranks, partial(newest_final, self._catalog))
+
+    def wait(self) -> None:
+        """Return once everything saved is durable. Saving is synchronous, so that is at once."""
+
+    def close(self) -> None:
+        """Finish what is under way and let go of the folder. Further calls do nothing."""
+        self.wait()
+        self._held.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _take_hold(self) -> None:
+        store = self._catalog.store
+        store.make_folder("")
+        since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+        note = f"host {host_name()}, pid {os.getpid()}, since {since}"
+        self._held.enter_context(store.lock(LOCK, note))
+        actions = plan_sweep(store.list())
+        for action in actions:
+            logger.info("%s %s: %s", action.verb, action.folder, action.why)
+        for problem in execute(store, actions):
+            logger.warning("%s; the next start tries again", problem)
+
+    def _resume(self, found: Step, *, explicit: bool) -> int:
+        """Load a step of this folder, and remember the course that the run is on."""
+        started = time.perf_counter()
+        names = [name for name in self._parts if name not in self._excluded]
+        if found.step == 0:
+            names = [MODEL]
+        self._load_parts(found.manifest, self._catalog, step_name(found.step), names)
+        seconds = time.perf_counter() - started
+        where = self._catalog.where(step_name(found.step))
+        self._say(
+            f"resumed from step {found.step}: {rate(found.manifest.nbytes, seconds)}, {where}"
+        )
+        steps = on_rank_0(self._ranks, self._catalog.steps)
+        self._resumed_from = found.step
+        self._left_behind = {step for step in steps if step > found.step}
+        if self._left_behind and self._saves and explicit:
+            self._warn(
+                f"steps {sorted(self._left_behind)} are newer than step {found.step}: they stay, "
+                "each until this run saves the same step, and `load_step = -1` takes the newest"
+            )
+        return found.step
+
+    def _load_initial(self, path: str) -> int:
+        """Load a checkpoint from elsewhere. Returns the step to go on from."""
+        catalog, name = open_root(path)
+        manifest = on_rank_0(self._ranks, lambda: catalog.open(name))
+        if self.config.initial_load_model_only:
+            self._load_parts(manifest, catalog, name, [MODEL])
+            self._say(f"loaded the model of {catalog.where(name)}: starting at step 0")
+            return 0
+        names = [name for name in self._parts if name not in self._excluded]
+        self._load_parts(manifest, catalog, name, names)
+        step = manifest.step if manifest.step is not None else step_of(name) or 0
+        self._say(f"loaded {catalog.where(name)}: going on from step {step}")
+        return step
+
+    def _load_parts(
+        self, manifest: Manifest, catalog: Catalog, name: str, names: Sequence[str]
+    ) -> None:
+        wanted = list(names)
+        if RNG in wanted and not self._fits_generators(manifest):
+            wanted.remove(RNG)
+        sections = {part for part in self._parts if part != MODEL}
+        tree = StateTree({part: self._parts[part] for part in wanted}, flat=MODEL, others=sections)
+        source = Source(catalog.store, name, manifest)
+        loaded = load_tree(source, tree, ranks=self._ranks)
+        if loaded.converted:
+            first = loaded.converted[0]
+            self._warn(
+                f"{len(loaded.converted)} tensors were converted to another dtype, such as "
+                f"`{first}`, stored as {manifest.tensors[first].dtype}"
+            )
+
+    def _fits_generators(self, manifest: Manifest) -> bool:
+        """Whether the checkpoint has a generator state for each rank of this run."""
+        saved_by = manifest.layout.get("world_size")
+        kept = any(entry.path[0] == RNG for entry in manifest.tensors.values())
+        if kept and saved_by == self._ranks.size:
+            return True
+        why = f"saved by {saved_by} ranks, this run has {self._ranks.size}" if kept else "not saved"
+        self._say(f"random number generators start afresh: {why}")
+        return False
+
+    def _retain(self, current: int) -> None:
+        """Remove what retention lets go. What cannot be removed is reported, and tried again after
+        the next save; nobody waits for it, so this runs on rank 0 alone."""
+        self._left_behind.discard(current)
+        if self._ranks.rank != 0 or self.config.keep_latest_k == 0:
+            return
+        try:
+            ours = [step for step in self._catalog.steps() if step not in self._left_behind]
+            good = [step for step in ours if is_whole(self._catalog, step)]
+            going = removable(
+                good,
+                current=current,
+                keep_latest_k=self.config.keep_latest_k,
+                protected={self._resumed_from} if self._resumed_from is not None else (),
+            )
+            for step in going:
+                self._catalog.remove(step_name(step))
+                logger.info(
+                    "removed step %d: keeping the latest %d", step, self.config.keep_latest_k
+                )
+        except HoldfastError as error:
+            logger.warning("could not remove old steps: %s; the next save tries again", error)
+
+    @property
+    def _excluded(self) -> set[str]:
+        return {
+            DATALOADER if name in DATALOADER_KEYS else name
+            for name in self.config.exclude_from_loading
+        }
+
+    def _say(self, line: str) -> None:
+        if self._ranks.rank == 0:
+            logger.info(line)
+
+    def _warn(self, line: str) -> None:
+        if self._ranks.rank == 0:
+            logger.warning(line)
+
+
+def _many(given: T | Sequence[T]) -> list[T]:
+    return list(given) if isinstance(given, Sequence) else [given]
+
+
+def _check_excluded(excluded: Sequence[str], parts: Collection[str]) -> None:
+    known = {*parts, *DATALOADER_KEYS} - {MODEL}
+    for name in excluded:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(
+                f"`checkpoint.exclude_from_loading` names `{name}`, which is no part of a step",
+                hint=f"did you mean `{near[0]}`?" if near else f"parts: {', '.join(sorted(known))}",
+            )

@@ -1,0 +1,1 @@
+"""The test kit, shipped for those who write stores of their own."""
