@@ -8,6 +8,7 @@ first of its files goes. So whatever bears a checkpoint's name is whole, at ever
 from __future__ import annotations
 
 import secrets
+from collections.abc import Collection
 from dataclasses import replace
 
 from holdfast.catalog.verify import check_structure
@@ -16,9 +17,9 @@ from holdfast.format import manifest as manifests
 from holdfast.format.dcp import decode_metadata
 from holdfast.format.manifest import Manifest
 from holdfast.format.names import MANIFEST, METADATA, Aside, step_name, step_of
-from holdfast.storage.store import Store
+from holdfast.storage.store import ReadStore, Store
 
-MANIFEST_BYTES_MAX = 1 << 30
+_INDEX_BYTES_MAX = 1 << 30
 
 
 class Catalog:
@@ -34,35 +35,11 @@ class Catalog:
 
     def where(self, name: str) -> str:
         """A checkpoint's place, for people."""
-        return f"{self.store.url.rstrip('/')}/{name}" if name else self.store.url
+        return place(self.store, name)
 
     def open(self, name: str) -> Manifest:
-        """What a checkpoint holds, its structure checked: every file is there in its full size.
-
-        Raises:
-            NotFoundError: no such checkpoint, or a folder that holds none.
-            DamagedError: it is not as it was published.
-            FormatError: its index is not what it claims to be.
-        """
-        files = set(self.store.list(name))
-        if MANIFEST in files:
-            manifest = manifests.decode(self._all(f"{name}/{MANIFEST}"), where=self._in(name))
-        elif METADATA in files:
-            data = self._all(f"{name}/{METADATA}")
-            manifest = decode_metadata(data, where=f"{self.where(name)}/{METADATA}")
-            manifest = self._with_sizes(name, manifest)
-        else:
-            raise NotFoundError(
-                f"`{self.where(name)}` holds no checkpoint: neither `{MANIFEST}` nor `{METADATA}`",
-                hint=f"found: {', '.join(sorted(files)) or 'nothing'}",
-            )
-        problems = check_structure(self.store, name, manifest)
-        if problems:
-            raise DamagedError(
-                f"`{self.where(name)}` is damaged:\n  " + "\n  ".join(problems),
-                hint="leave out `load_step` to resume from the newest good step",
-            )
-        return manifest
+        """What a checkpoint holds: see `open_manifest`."""
+        return open_manifest(self.store, name)
 
     def open_step(self, step: int) -> Manifest:
         """As `open`. A step that is not there names those that are."""
@@ -101,16 +78,51 @@ class Catalog:
         self.store.rename(name, str(aside))
         self.store.remove(str(aside))
 
-    def _in(self, name: str) -> str:
-        return f"{self.where(name)}/{MANIFEST}"
 
-    def _all(self, key: str) -> bytes:
-        return self.store.read(key, 0, min(self.store.size(key), MANIFEST_BYTES_MAX))
+def open_manifest(store: ReadStore, name: str) -> Manifest:
+    """What the checkpoint `name` holds, its structure checked: every file is there in full.
 
-    def _with_sizes(self, name: str, manifest: Manifest) -> Manifest:
-        """A stock manifest does not say how large its files are: take it from the files."""
-        files = {chunk.file for entry in manifest.tensors.values() for chunk in entry.chunks}
-        files |= {entry.file for entry in manifest.values.values()}
-        there = set(self.store.list(name))
-        sizes = {f: self.store.size(f"{name}/{f}") for f in sorted(files) if f in there}
-        return replace(manifest, files=sizes)
+    Raises:
+        NotFoundError: no such checkpoint, or a folder that holds none.
+        DamagedError: it is not as it was published.
+        FormatError: its index is not what it claims to be.
+    """
+    where = place(store, name)
+    files = set(store.list(name))
+    if MANIFEST in files:
+        data = _read_all(store, f"{name}/{MANIFEST}")
+        manifest = manifests.decode(data, where=f"{where}/{MANIFEST}")
+    elif METADATA in files:
+        data = _read_all(store, f"{name}/{METADATA}")
+        manifest = decode_metadata(data, where=f"{where}/{METADATA}")
+        manifest = replace(manifest, files=_file_sizes(store, name, manifest, files))
+    else:
+        raise NotFoundError(
+            f"`{where}` holds no checkpoint: neither `{MANIFEST}` nor `{METADATA}` is there",
+            hint=f"found: {', '.join(sorted(files)[:10]) or 'nothing'}",
+        )
+    problems = check_structure(store, name, manifest)
+    if problems:
+        raise DamagedError(
+            f"`{where}` is damaged:\n  " + "\n  ".join(problems),
+            hint="leave out `load_step` to resume from the newest good step",
+        )
+    return manifest
+
+
+def place(store: ReadStore, name: str) -> str:
+    """A checkpoint's place, for people."""
+    return f"{store.url.rstrip('/')}/{name}"
+
+
+def _read_all(store: ReadStore, key: str) -> bytes:
+    return store.read(key, 0, min(store.size(key), _INDEX_BYTES_MAX))
+
+
+def _file_sizes(
+    store: ReadStore, name: str, manifest: Manifest, there: Collection[str]
+) -> dict[str, int]:
+    """Bytes of the data files of a stock checkpoint, whose index does not say."""
+    files = {chunk.file for entry in manifest.tensors.values() for chunk in entry.chunks}
+    files |= {entry.file for entry in manifest.values.values()}
+    return {file: store.size(f"{name}/{file}") for file in sorted(files) if file in there}

@@ -8,10 +8,10 @@ from holdfast.errors import NotFoundError
 from holdfast.format.checksum import checksum
 from holdfast.format.manifest import Manifest, Span
 from holdfast.format.names import METADATA
-from holdfast.storage.store import Store
+from holdfast.storage.store import ReadStore
 
 
-def check_structure(store: Store, folder: str, manifest: Manifest) -> list[str]:
+def check_structure(store: ReadStore, folder: str, manifest: Manifest) -> list[str]:
     """What is wrong with a checkpoint's files, one line each: missing, too short, too long, items
     that reach outside of them. Reads `.metadata` and sizes only."""
     problems = []
@@ -43,7 +43,7 @@ def _items(manifest: Manifest) -> Iterator[tuple[str, str, Span]]:
         yield name, value.file, value.item
 
 
-def _check_metadata(store: Store, folder: str, nbytes: int, expected: int) -> list[str]:
+def _check_metadata(store: ReadStore, folder: str, nbytes: int, expected: int) -> list[str]:
     try:
         data = store.read(f"{folder}/{METADATA}", 0, nbytes + 1)
     except NotFoundError:

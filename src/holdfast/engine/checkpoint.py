@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from holdfast.catalog.catalog import open_manifest
 from holdfast.engine.read import Source, Wanted, read_tensors, read_value
-from holdfast.engine.root import open_root
+from holdfast.engine.root import open_for_reading
 from holdfast.engine.values import decode_value
 from holdfast.errors import NotFoundError, UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
@@ -87,8 +88,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         NotFoundError: no checkpoint there.
         DamagedError: files are missing or of another size.
     """
-    catalog, name = open_root(path)
-    return Checkpoint(Source(catalog.store, name, catalog.open(name)))
+    store, name = open_for_reading(path)
+    return Checkpoint(Source(store, name, open_manifest(store, name)))
 
 
 def _box(name: str, shape: tuple[int, ...], region: Region | tuple[slice, ...] | None) -> Region:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from holdfast.catalog.catalog import open_manifest
 from holdfast.engine.ranks import Ranks, all_ranks, on_every_rank, on_rank_0
 from holdfast.engine.read import Source, Wanted, read_tensors, read_value
-from holdfast.engine.root import open_root
+from holdfast.engine.root import open_for_reading
 from holdfast.engine.spans import Spans
 from holdfast.engine.values import decode_value
 from holdfast.errors import MismatchError
@@ -59,9 +60,9 @@ def load(path: str | os.PathLike[str], state: Mapping[str, Any], *, strict: bool
         FormatError: the checkpoint holds what could be read only by running its code.
     """
     ranks = all_ranks()
-    catalog, name = open_root(path)
-    manifest = on_rank_0(ranks, lambda: catalog.open(name))
-    source = Source(catalog.store, name, manifest)
+    store, name = open_for_reading(path)
+    manifest = on_rank_0(ranks, lambda: open_manifest(store, name))
+    source = Source(store, name, manifest)
     return load_tree(source, StateTree(state), ranks=ranks, strict=strict)
 
 

@@ -19,7 +19,7 @@ from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry, ValueEn
 from holdfast.format.region import Region
 from holdfast.format.torchzip import contiguous_strides, locate
 from holdfast.state.shard import Piece
-from holdfast.storage.store import Store
+from holdfast.storage.store import ReadStore
 
 WINDOW_BYTES = 8 << 20
 """Bytes held beside the target, a thread. Whole blocks."""
@@ -33,7 +33,7 @@ _HINT = "leave out `load_step` to resume from the newest good step"
 class Source:
     """A checkpoint that is open for reading."""
 
-    store: Store
+    store: ReadStore
     folder: str
     manifest: Manifest
 

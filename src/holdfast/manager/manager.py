@@ -18,12 +18,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from holdfast.catalog.catalog import Catalog
+from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.engine.load import load_tree
 from holdfast.engine.ranks import Ranks, all_ranks, host_name, on_every_rank, on_rank_0
 from holdfast.engine.read import Source
-from holdfast.engine.root import open_root
+from holdfast.engine.root import open_for_reading
 from holdfast.engine.save import Planner, save_leaves
 from holdfast.engine.spans import rate
 from holdfast.errors import (
@@ -245,7 +245,8 @@ class CheckpointManager:
         names = [name for name in self._parts if name not in self._excluded]
         if found.step == 0:
             names = [MODEL]
-        self._load_parts(found.manifest, self._catalog, step_name(found.step), names)
+        source = Source(self._catalog.store, step_name(found.step), found.manifest)
+        self._load_parts(source, names)
         seconds = time.perf_counter() - started
         where = self._catalog.where(step_name(found.step))
         self._say(
@@ -263,27 +264,26 @@ class CheckpointManager:
 
     def _load_initial(self, path: str) -> int:
         """Load a checkpoint from elsewhere. Returns the step to go on from."""
-        catalog, name = open_root(path)
-        manifest = on_rank_0(self._ranks, lambda: catalog.open(name))
+        store, name = open_for_reading(path)
+        manifest = on_rank_0(self._ranks, lambda: open_manifest(store, name))
+        source = Source(store, name, manifest)
         if self.config.initial_load_model_only:
-            self._load_parts(manifest, catalog, name, [MODEL])
-            self._say(f"loaded the model of {catalog.where(name)}: starting at step 0")
+            self._load_parts(source, [MODEL])
+            self._say(f"loaded the model of {source.url}: starting at step 0")
             return 0
         names = [name for name in self._parts if name not in self._excluded]
-        self._load_parts(manifest, catalog, name, names)
+        self._load_parts(source, names)
         step = manifest.step if manifest.step is not None else step_of(name) or 0
-        self._say(f"loaded {catalog.where(name)}: going on from step {step}")
+        self._say(f"loaded {source.url}: going on from step {step}")
         return step
 
-    def _load_parts(
-        self, manifest: Manifest, catalog: Catalog, name: str, names: Sequence[str]
-    ) -> None:
+    def _load_parts(self, source: Source, names: Sequence[str]) -> None:
+        manifest = source.manifest
         wanted = list(names)
         if RNG in wanted and not self._fits_generators(manifest):
             wanted.remove(RNG)
         sections = {part for part in self._parts if part != MODEL}
         tree = StateTree({part: self._parts[part] for part in wanted}, flat=MODEL, others=sections)
-        source = Source(catalog.store, name, manifest)
         loaded = load_tree(source, tree, ranks=self._ranks)
         if loaded.converted:
             first = loaded.converted[0]

@@ -17,12 +17,10 @@ class Writer(Protocol):
         ...
 
 
-class Store(Protocol):
-    """A tree of files. Keys are paths relative to its root, with `/` between their parts.
+class ReadStore(Protocol):
+    """A tree of files to read from. Keys are paths relative to its root, `/` between their parts.
 
-    What a method has done is durable only where it says so: a crash may lose anything else, keep
-    it, or keep it in part. Every method may raise `StorageError`; what is not there is
-    `NotFoundError`.
+    Every method may raise `StorageError`; what is not there is `NotFoundError`.
     """
 
     @property
@@ -45,6 +43,14 @@ class Store(Protocol):
     def read_into(self, key: str, start: int, target: memoryview) -> int:
         """Fill `target` from `start` on. Returns the bytes read, fewer only where the file ends."""
         ...
+
+
+class Store(ReadStore, Protocol):
+    """A tree of files to keep checkpoints in.
+
+    What a method has done is durable only where it says so: a crash may lose anything else, keep
+    it, or keep it in part.
+    """
 
     def create(self, key: str, nbytes: int) -> AbstractContextManager[Writer]:
         """A new file of `nbytes`, its space reserved. Durable when the context ends well, but for

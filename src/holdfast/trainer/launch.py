@@ -118,6 +118,8 @@ def _run_worker(config: Config, rank: int, num_workers: int, listener: socket.so
     try:
         # Away from the terminal's ^C, which the launcher passes on: once, to all.
         os.setpgid(0, 0)
+        # In the background a shell has ^C ignored, which Python takes over.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         port = listener.getsockname()[1]

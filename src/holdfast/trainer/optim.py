@@ -34,6 +34,22 @@ def build_schedulers(
     return [LambdaLR(optimizer, lr_curve(config, steps)) for optimizer in optimizers]
 
 
+def follow_schedules(schedulers: Sequence[LambdaLR]) -> None:
+    """Set the learning rates anew from the schedules' own step.
+
+    A checkpoint brings the rate that its run would have gone on with; where the curve has changed
+    since, by more steps say, the first step would still be taken at that.
+    """
+    for scheduler in schedulers:
+        for group, full, share in zip(
+            scheduler.optimizer.param_groups,
+            scheduler.base_lrs,
+            scheduler.lr_lambdas,
+            strict=True,
+        ):
+            group["lr"] = full * share(scheduler.last_epoch)
+
+
 def lr_curve(config: LRSchedulerConfig, steps: int) -> Callable[[int], float]:
     """The share of the learning rate for a step, counted from 0.
 

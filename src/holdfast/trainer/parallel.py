@@ -214,7 +214,7 @@ def local_share(tensor: Tensor) -> tuple[Tensor, int]:
     if not isinstance(tensor, DTensor):
         return tensor, 1
     sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
-    return tensor.to_local(), math.prod(size for place, size in sizes if place.is_replicate())
+    return tensor.to_local(), math.prod(n for placement, n in sizes if placement.is_replicate())
 
 
 def mean_over_data(value: Tensor, place: Place) -> float:

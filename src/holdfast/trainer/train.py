@@ -23,6 +23,7 @@ from holdfast.trainer.optim import (
     build_optimizers,
     build_schedulers,
     clip_gradients,
+    follow_schedules,
     restored_otherwise,
 )
 from holdfast.trainer.parallel import (
@@ -88,6 +89,7 @@ def train(config: Config, place: Place) -> None:
         config=config.checkpoint,
     ) as manager:
         step = first = manager.load(config.checkpoint.load_step)
+        follow_schedules(schedulers)
         for line in restored_otherwise(optimizers, config.optimizer):
             logger.warning("%s; --checkpoint.exclude_from_loading optimizer,lr_scheduler", line)
         if step >= config.training.steps:
@@ -101,7 +103,7 @@ def train(config: Config, place: Place) -> None:
                 inputs, labels = next(loader)
                 loss = accumulate_gradients(config, place, model_parts, inputs, labels)
                 grad_norm = clip_gradients(model_parts, config.training.max_norm, place)
-                lr = schedulers[0].get_last_lr()[0]
+                lr = optimizers[0].param_groups[0]["lr"]
                 for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
                     optimizer.step()
                     scheduler.step()
@@ -198,7 +200,7 @@ def _log_start(
         config.model.flavor,
         f"{count:,}",
         place.world_size,
-        "GPUs" if place.device.type == "cuda" else "CPU processes",
+        {"cuda": "GPU"}.get(place.device.type, "CPU") + ("" if place.world_size == 1 else "s"),
         ", ".join(f"{axis} {degree}" for axis, degree in degrees.items()),
         f"{len(tokens.ids):,}",
     )

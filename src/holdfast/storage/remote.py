@@ -1,0 +1,75 @@
+"""Object stores and other places behind a URL, for reading: `s3://`, `gs://`, `hf://`, `https://`.
+
+The only door to fsspec, which finds the client that a URL's scheme needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from holdfast.errors import NotFoundError, StorageError, UsageError
+
+try:
+    import fsspec
+except ImportError:
+    fsspec = None
+
+
+class RemoteStore:
+    """A tree of files behind a URL."""
+
+    def __init__(self, url: str) -> None:
+        if fsspec is None:
+            raise UsageError(
+                f"`{url}` is a URL, and fsspec is not installed",
+                hint="pip install 'holdfast[remote]'",
+            )
+        try:
+            self._files, self._root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise UsageError(f"`{url}` cannot be opened: {error}") from error
+        self._url = url
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    def list(self, folder: str = "") -> Sequence[str]:
+        with self._said(folder):
+            entries = self._files.ls(self._path(folder), detail=True)
+            names = [
+                (entry["name"].rstrip("/").rpartition("/")[2], entry["type"] == "directory")
+                for entry in entries
+            ]
+            return sorted(name + "/" * is_folder for name, is_folder in names)
+
+    def size(self, key: str) -> int:
+        with self._said(key):
+            return int(self._files.size(self._path(key)))
+
+    def read(self, key: str, start: int, stop: int) -> bytes:
+        with self._said(key):
+            data: bytes = self._files.cat_file(self._path(key), start=start, end=stop)
+            return data
+
+    def read_into(self, key: str, start: int, target: memoryview) -> int:
+        data = self.read(key, start, start + len(target))
+        target[: len(data)] = data
+        return len(data)
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}" if key else self._root
+
+    @contextmanager
+    def _said(self, key: str) -> Iterator[None]:
+        """Turn what the client says into what the user needs to know."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise NotFoundError(f"nothing at `{self._url}/{key}`") from error
+        except Exception as error:
+            raise StorageError(
+                f"cannot read `{self._url}/{key}`: {type(error).__name__} {error}",
+                hint="check the network, the address and the credentials",
+            ) from error
