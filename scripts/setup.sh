@@ -1,6 +1,7 @@
 # Sourced by run_train.sh and run_tests.sh: makes .venv on first use, costs milliseconds later.
 #
-#   setup EXTRAS     installs holdfast[EXTRAS] into .venv unless that stands already
+#   setup EXTRAS     installs holdfast[EXTRAS] into .venv unless that stands already;
+#                    `setup ""` is content with any extras that stand
 #
 # PYTHON names the interpreter to start from (default: python3). A torch that it can import, such as
 # a CUDA build, is used as it is; otherwise torch comes from the package index.
@@ -8,16 +9,24 @@
 HOLDFAST_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 setup() {
-    local extras=$1 venv="$HOLDFAST_ROOT/.venv" python=${PYTHON:-python3} wanted stamp
-    wanted="$HOLDFAST_ROOT $extras $(cat "$HOLDFAST_ROOT"/{pyproject.toml,constraints.txt} | cksum)"
-    stamp="$venv/holdfast-setup-$extras"
-    [ -f "$stamp" ] && [ "$(<"$stamp")" = "$wanted" ] && return
+    local extras=$1 venv="$HOLDFAST_ROOT/.venv" python=${PYTHON:-python3} wanted
+    wanted="$HOLDFAST_ROOT $(cat "$HOLDFAST_ROOT"/{pyproject.toml,constraints.txt} | cksum)"
+    stands && return
     (
         # Two runs that set up at once would write into one another's .venv.
         flock 9
-        [ -f "$stamp" ] && [ "$(<"$stamp")" = "$wanted" ] && exit
+        stands && exit
         make_venv
     ) 9>"$HOLDFAST_ROOT/.setup.lock"
+}
+
+# Whether an earlier set-up brought what is wanted: a file for each set of extras says of what.
+stands() {
+    local stamp
+    for stamp in "$venv"/holdfast-setup-${extras:-*}; do
+        [ -f "$stamp" ] && [ "$(<"$stamp")" = "$wanted" ] && return
+    done
+    return 1
 }
 
 make_venv() {
@@ -36,11 +45,10 @@ make_venv() {
         constraints=()
     fi
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-        "${constraints[@]}" -e "$HOLDFAST_ROOT[$extras]" >&2 || {
+        "${constraints[@]}" -e "$HOLDFAST_ROOT${extras:+[$extras]}" >&2 || {
         echo "setting up failed: the lines above are pip's" >&2
         echo "hint: run the same command again; \`rm -r .venv\` starts from nothing" >&2
         exit 3
     }
-    # Compiled once here, rather than at the first import of each of several workers.
-    printf '%s' "$wanted" >"$stamp"
+    printf '%s' "$wanted" >"$venv/holdfast-setup-${extras:-plain}"
 }

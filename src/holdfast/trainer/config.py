@@ -212,11 +212,12 @@ class ParallelismConfig:
         degrees = {axis: world_size // rest if d == -1 else d for axis, d in given.items()}
         if math.prod(degrees.values()) == world_size:
             return degrees
-        wanted = [max(1, degree) for degree in degrees.values()]
         fitting = min(
-            _factorizations(world_size, len(wanted)),
-            # By ratio: from 4, both 2 and 8 are one doubling away. Ties keep the first.
-            key=lambda f: sum(abs(math.log2(a / b)) for a, b in zip(f, wanted, strict=True)),
+            _factorizations(world_size, len(given)),
+            # By ratio: from 4, both 2 and 8 are one doubling away. -1 is content with any.
+            key=lambda f: sum(
+                abs(math.log2(a / b)) for a, b in zip(f, given.values(), strict=True) if b != -1
+            ),
         )
         product = " x ".join(f"`{AXES[axis]}` {degree}" for axis, degree in given.items())
         flags = (f"--parallelism.{k} {d}" for k, d in zip(AXES.values(), fitting, strict=True))

@@ -195,12 +195,12 @@ def _log_start(
     degrees = config.parallelism.degrees(place.world_size)
     logger.info("%s: %s", config.job.description, Path(config.job.dump_folder).absolute())
     logger.info(
-        "%s %s, %s parameters, on %s %s (%s); %s tokens of data",
+        "%s %s, %s parameters; %d x %s (%s); %s tokens of data",
         config.model.name,
         config.model.flavor,
         f"{count:,}",
         place.world_size,
-        {"cuda": "GPU"}.get(place.device.type, "CPU") + ("" if place.world_size == 1 else "s"),
+        place.device.type.upper(),
         ", ".join(f"{axis} {degree}" for axis, degree in degrees.items()),
         f"{len(tokens.ids):,}",
     )

@@ -1,0 +1,193 @@
+"""Settings: which source wins, and what a mistake is answered with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from holdfast.errors import HoldfastError, NotFoundError, UsageError
+from holdfast.trainer.arguments import read_config
+
+
+def refused(arguments: list[str]) -> HoldfastError:
+    """The error that `arguments` are answered with."""
+    with pytest.raises(HoldfastError) as raised:
+        read_config(arguments)
+    return raised.value
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    """A file that sets a value of each kind."""
+    file = tmp_path / "run.toml"
+    file.write_text(
+        '[training]\nsteps = 7\n[optimizer]\nlr = 1\nbetas = [0.8, 0.9]\n[model]\nflavor = "8B"\n'
+        '[checkpoint]\nenable = true\nexclude_from_loading = ["optimizer"]\n'
+    )
+    return file
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(toml: Path) -> None:
+    """Method: one key from each of the three sources."""
+    config = read_config(["--job.config_file", str(toml), "--training.steps", "9"])
+    assert config.training.steps == 9
+    assert config.model.flavor == "8B"
+    assert config.training.seq_len == 2048
+
+
+def test_values_from_a_file_get_the_type_of_their_key(toml: Path) -> None:
+    """Method: a whole number for a float, lists for tuples."""
+    config = read_config([f"--job.config_file={toml}"])
+    assert (config.optimizer.lr, type(config.optimizer.lr)) == (1.0, float)
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert config.checkpoint.exclude_from_loading == ("optimizer",)
+
+
+def test_flags_turn_on_and_off(toml: Path) -> None:
+    """Method: both forms, both spellings of `no`."""
+    file = ["--job.config_file", str(toml)]
+    assert read_config(file).checkpoint.enable
+    assert not read_config([*file, "--checkpoint.no-enable"]).checkpoint.enable
+    assert not read_config([*file, "--checkpoint.no_enable"]).checkpoint.enable
+    assert read_config(["--checkpoint.enable"]).checkpoint.enable
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--checkpoint.exclude_from_loading", "dataloader,lr_scheduler"],
+        ["--checkpoint.exclude-from-loading=dataloader,lr_scheduler"],
+        ["--checkpoint.exclude_from_loading", "dataloader", "lr_scheduler"],
+        [
+            *("--checkpoint.exclude_from_loading", "dataloader"),
+            *("--checkpoint.exclude_from_loading", "lr_scheduler"),
+        ],
+    ],
+)
+def test_a_list_is_comma_separated_or_repeated(words: list[str]) -> None:
+    """Method: four ways to write the same two values."""
+    excluded = read_config(words).checkpoint.exclude_from_loading
+    assert excluded == ("dataloader", "lr_scheduler")
+
+
+def test_negative_numbers_and_none_are_values() -> None:
+    """Method: a key that may be -1 and one that may be absent."""
+    config = read_config(["--checkpoint.load_step", "-1", "--lr_scheduler.decay_ratio", "none"])
+    assert config.checkpoint.load_step == -1
+    assert config.lr_scheduler.decay_ratio is None
+
+
+def test_betas_have_torchtitans_spelling_too() -> None:
+    """Method: one of the two given on its own."""
+    assert read_config(["--optimizer.beta2", "0.99"]).optimizer.adam_betas == (0.9, 0.99)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--training.step", "3"], "training.steps"),
+        (["--trainin.steps", "3"], "training.steps"),
+        (["--training.lr", "3"], "optimizer.lr"),
+        (["--model.flavor", "8b"], "8B"),
+        (["--lr_scheduler.decay_type", "cosin"], "cosine"),
+    ],
+)
+def test_a_name_that_is_not_known_is_answered_with_the_nearest(
+    arguments: list[str], named: str
+) -> None:
+    """Method: misspelt sections, keys and choices."""
+    error = refused(arguments)
+    assert isinstance(error, UsageError)
+    assert f"`{named}`" in (error.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--training.steps", "many"], ["training.steps", "a whole number", "many"]),
+        (["--training.steps", "1.5"], ["training.steps", "a whole number", "1.5"]),
+        (["--optimizer.lr", "fast"], ["optimizer.lr", "a number", "fast"]),
+        (["--optimizer.betas", "0.1,0.2,0.3"], ["optimizer.betas", "2 values", "0.3"]),
+        (["--training.steps"], ["training.steps", "needs a value"]),
+        (["--checkpoint.enable", "true"], ["checkpoint.enable", "takes no value"]),
+        (["steps"], ["steps", "belongs to no setting"]),
+        (["--training.steps", "0"], ["training.steps", "at least 1", "0"]),
+    ],
+)
+def test_a_value_of_the_wrong_kind_names_key_expected_and_found(
+    arguments: list[str], parts: list[str]
+) -> None:
+    """Method: each kind of mistake on the command line."""
+    error = refused(arguments)
+    assert isinstance(error, UsageError)
+    assert all(part in error.what for part in parts), error.what
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("[training]\nsteps = = 3\n", ["is not TOML", "line 2"]),
+        ("[training]\nstep = 3\n", ["training.step", "not known"]),
+        ("[trainin]\nsteps = 3\n", ["[trainin]", "not known"]),
+        ("training = 3\n", ["training", "is a section"]),
+        ("[training]\nsteps = '3'\n", ["training.steps", "a whole number", "'3'"]),
+        ("[training]\nsteps = true\n", ["training.steps", "a whole number", "True"]),
+        ("[checkpoint]\nenable = 1\n", ["checkpoint.enable", "true or false", "1"]),
+        ("[optimizer]\nname = 'Lion'\n", ["optimizer.name", "AdamW, Adam, SGD", "Lion"]),
+        ("[optimizer]\nbetas = [0.9]\n", ["optimizer.betas", "2 values"]),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_file_too(
+    tmp_path: Path, text: str, parts: list[str]
+) -> None:
+    """Method: each kind of mistake in a TOML file."""
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    error = refused(["--job.config_file", str(file)])
+    assert isinstance(error, UsageError)
+    assert all(part in error.what for part in [*parts, str(file)]), error.what
+
+
+def test_a_missing_file_is_answered_with_one_that_is_there(toml: Path) -> None:
+    """Method: the name of a file with a letter too many."""
+    error = refused(["--job.config_file", str(toml.with_name("runs.toml"))])
+    assert isinstance(error, NotFoundError)
+    assert "`run.toml`" in (error.hint or "")
+
+
+def test_degrees_that_do_not_fit_are_answered_with_the_nearest_that_do() -> None:
+    """Method: 6 workers; 4 does not divide them, 3 is nearer to it than 6."""
+    config = read_config(["--parallelism.tensor_parallel_degree", "4"])
+    with pytest.raises(UsageError, match="does not fit 6 workers") as raised:
+        config.check(6)
+    assert "data_parallel_shard_degree 2 " in (raised.value.hint or "")
+    assert "tensor_parallel_degree 3" in (raised.value.hint or "")
+    assert config.parallelism.degrees(8) == {"dp_shard": 2, "tp": 4}
+
+
+def test_batch_sizes_and_heads_that_do_not_divide_are_refused() -> None:
+    """Method: a global batch of 12 on 5, and 3 ranks to 8 heads."""
+    batch = ["--training.global_batch_size", "12", "--training.local_batch_size", "5"]
+    with pytest.raises(UsageError, match="global_batch_size"):
+        read_config(batch).check(1)
+    with pytest.raises(UsageError, match="8 heads"):
+        read_config(["--parallelism.tensor_parallel_degree", "3"]).check(3)
+
+
+def test_help_lists_every_key_without_importing_torch() -> None:
+    """Method: a real process that looks, when it ends, at what it has imported."""
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('torch' in sys.modules))\n"
+        "from holdfast.trainer.__main__ import main\nmain(['--help'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    for key in ("--training.global_batch_size", "--checkpoint.keep_latest_k", "--metrics.log_freq"):
+        assert key in done.stdout
+    assert "(default: 2048)" in done.stdout
+    assert done.stdout.endswith("False\n")
