@@ -4,6 +4,7 @@
     holdfast.load(path, state)          in place, from any layout to any other
     holdfast.open(path)                 look into one, reading only what is asked for
     holdfast.CheckpointManager          when to save, what to keep, where to resume from
+    holdfast.HoldfastError              and its classes, by what to do next (holdfast.errors)
 
 Nothing here imports torch before it is used.
 """
@@ -12,6 +13,18 @@ from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from holdfast.errors import (
+    DamagedError,
+    ExistsError,
+    FormatError,
+    HoldfastError,
+    MismatchError,
+    NotFoundError,
+    RankError,
+    StorageError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from holdfast.engine.checkpoint import open_checkpoint as open  # noqa: A004
@@ -28,7 +41,22 @@ _HOMES = {
     "save": "holdfast.engine.save:save",
 }
 
-__all__ = ["CheckpointConfig", "CheckpointManager", "load", "open", "save"]
+__all__ = [
+    "CheckpointConfig",
+    "CheckpointManager",
+    "DamagedError",
+    "ExistsError",
+    "FormatError",
+    "HoldfastError",
+    "MismatchError",
+    "NotFoundError",
+    "RankError",
+    "StorageError",
+    "UsageError",
+    "load",
+    "open",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -157,11 +157,12 @@ def _hold(leaves: Mapping[str, Leaf], dtype: torch.dtype | None) -> _Held:
             held.values[name] = leaf.value
             held.offer.values[name] = leaf.path
             continue
+        layout = layout_of(name, leaf.value)
         memory = same_memory(leaf.value)
         if memory is not None and names.setdefault(memory, name) != name:
             held.offer.aliases[name] = (names[memory], leaf.path)
             continue
-        layout = held.layouts[name] = layout_of(name, leaf.value)
+        held.layouts[name] = layout
         stored_as = layout.dtype
         if dtype is not None and layout.local.is_floating_point():
             stored_as = str(dtype).removeprefix("torch.")
