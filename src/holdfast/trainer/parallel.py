@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -202,6 +202,20 @@ def loss_scope(place: Place) -> Iterator[None]:
     autocast = torch.autocast("cuda", torch.bfloat16) if alone_on_gpu else nullcontext()
     with autocast, loss_parallel() if place.along("tp") is not None else nullcontext():
         yield
+
+
+def settle_gradients(model_parts: Sequence[nn.Module]) -> None:
+    """Lay each gradient out as its weight is. Collective.
+
+    FSDP does so itself. Tensor parallelism alone leaves the gradients of the norms as sums that
+    are still to be taken over the ranks, and that of the embedding whole on each of them.
+    """
+    for parameter in (p for part in model_parts for p in part.parameters()):
+        gradient = parameter.grad
+        if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
+            continue
+        if gradient.placements != parameter.placements:
+            parameter.grad = gradient.redistribute(placements=parameter.placements)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ from holdfast.trainer.parallel import (
     first_then_all,
     loss_scope,
     mean_over_data,
+    settle_gradients,
     whole,
 )
 
@@ -88,13 +91,14 @@ def train(config: Config, place: Place) -> None:
         states={"train_state": state},
         config=config.checkpoint,
     ) as manager:
+        if is_finished(config, manager.final_step()):
+            return
         step = first = manager.load(config.checkpoint.load_step)
+        if is_finished(config, step):
+            return
         follow_schedules(schedulers)
         for line in restored_otherwise(optimizers, config.optimizer):
             logger.warning("%s; --checkpoint.exclude_from_loading optimizer,lr_scheduler", line)
-        if step >= config.training.steps:
-            logger.info("already at step %d of %d: nothing to do", step, config.training.steps)
-            return
         logger.info("training from step %d to %d", step, config.training.steps)
         metrics = Metrics(config.metrics, dump_folder, first_rank=place.rank == 0, step=step)
         started, clock = time.perf_counter(), Clock()
@@ -129,7 +133,7 @@ def train(config: Config, place: Place) -> None:
             raise
         finally:
             metrics.close()
-    _log_end(step - first, state, time.perf_counter() - started, config, place)
+    _log_end(step - first, state, time.perf_counter() - started, manager.blocked_s, config, place)
 
 
 def accumulate_gradients(
@@ -151,11 +155,27 @@ def accumulate_gradients(
             del logits
             loss.backward()  # type: ignore[no-untyped-call]
         total += whole(loss.detach())
+    settle_gradients(model_parts)
     return total
 
 
+def is_finished(config: Config, step: int | None) -> bool:
+    """Whether an earlier run came as far as this one is to go, which the log then says.
+
+    `step` is where it came to; None where that is not known.
+    """
+    steps = config.training.steps
+    if step is None or step < steps or 0 <= config.checkpoint.load_step < steps:
+        return False
+    logger.info("already at step %d of %d: nothing to do", step, steps)
+    return True
+
+
 def _seed(config: Config) -> None:
+    """Every generator that a checkpoint keeps, so that a run is the same each time."""
     torch.manual_seed(config.training.seed)
+    random.seed(config.training.seed)
+    np.random.seed(config.training.seed % 2**32)
     if config.training.deterministic:
         torch.use_deterministic_algorithms(True)
 
@@ -213,14 +233,18 @@ def _log_interrupt(config: Config, step: int) -> None:
     logger.warning("interrupted at step %d: %s", step, further)
 
 
-def _log_end(steps: int, state: TrainState, seconds: float, config: Config, place: Place) -> None:
+def _log_end(
+    steps: int, state: TrainState, seconds: float, blocked_s: float, config: Config, place: Place
+) -> None:
     per_step = config.training.batch_per_rank(place.dp_size) * place.dp_size
     tokens = steps * per_step * config.training.seq_len
     logger.info(
-        "done: %d steps, %s tokens in %.1f s (%s tokens/s); %s tokens since the start",
+        "done: %d steps, %s tokens in %.1f s (%s tokens/s), %.2f s of them held up by saving; "
+        "%s tokens since the start",
         steps,
         f"{tokens:,}",
         seconds,
         f"{tokens / seconds:,.0f}",
+        blocked_s,
         f"{state.tokens:,}",
     )
