@@ -6,6 +6,7 @@ dictionary of sections, so that a value is checked in one place wherever it was 
 
 from __future__ import annotations
 
+import signal
 import tomllib
 import types
 from collections.abc import Iterable, Sequence
@@ -44,6 +45,9 @@ def print_help(program: str) -> None:
     """Print every setting with its meaning and its default; ends in `SystemExit`."""
     import tyro
 
+    if hasattr(signal, "SIGPIPE"):
+        # A reader that has seen enough, such as `head`, is no error.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     tyro.cli(
         Config,
         prog=program,
