@@ -1,0 +1,119 @@
+"""Checks on the code itself; what a reviewer would otherwise have to say again."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "holdfast"
+FILE_LINES_MAX = 500
+FUNCTION_LINES_MAX = 60
+VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "base", "types"}
+BANNED = re.compile(r"TODO|FIXME|XXX|NotImplementedError|breakpoint\(|/home/|/work/|/Users/|/root/")
+
+SOURCES = sorted(SOURCE.rglob("*.py"))
+FILES = SOURCES + sorted((ROOT / "tests").rglob("*.py"))
+
+
+def _id(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def _functions(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Every function's name and its lines, the docstring left out."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            start = node.lineno
+            if ast.get_docstring(node, clean=False) is not None:
+                start = (node.body[0].end_lineno or 0) + 1
+            yield node.name, (node.end_lineno or 0) - start + 1
+
+
+def _undocumented(tree: ast.Module) -> Iterator[str]:
+    """Public functions and classes at the top of a module that have no docstring.
+
+    Methods are left out: those of a class that implements a protocol are documented there.
+    """
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            short = isinstance(node, ast.FunctionDef) and len(node.body) == 1
+            if ast.get_docstring(node) is None and not short:
+                yield node.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=_id)
+def test_a_file_and_its_functions_fit_on_the_pages_they_are_given(path: Path) -> None:
+    """Method: lines of the file; lines of each function without its docstring."""
+    text = path.read_text()
+    lines = text.count("\n")
+    assert lines <= FILE_LINES_MAX, f"{lines} lines, the limit is {FILE_LINES_MAX}"
+    too_long = [(n, c) for n, c in _functions(ast.parse(text)) if c > FUNCTION_LINES_MAX]
+    assert not too_long, f"limit of {FUNCTION_LINES_MAX} lines: {too_long}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_id)
+def test_a_module_is_named_for_what_it_holds_and_says_so_first(path: Path) -> None:
+    """Method: a list of vague names; the module's docstring, one sentence on its first line."""
+    assert path.stem not in VAGUE, "name it for what it holds, not for how it is used"
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert docstring, "no module docstring"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_id)
+def test_what_is_public_says_what_the_caller_gets(path: Path) -> None:
+    """Method: docstrings of public classes, and of public functions longer than one statement."""
+    missing = list(_undocumented(ast.parse(path.read_text())))
+    assert not missing, f"without docstring: {missing}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_id)
+def test_nothing_unfinished_and_no_place_of_one_machine_is_left_in_the_code(path: Path) -> None:
+    """Method: a pattern over the lines of the file."""
+    found = [
+        f"{number}: {line.strip()}"
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if BANNED.search(line)
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_id)
+def test_values_are_frozen_and_slotted(path: Path) -> None:
+    """Method: the decorator of every dataclass has `slots=True`. What is not frozen is written
+    to on purpose and therefore private, or listed here with its reason."""
+    written_to = {"CheckpointConfig", "Spans"}
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ClassDef) or "trainer" in path.parts:
+            continue
+        for decorator in node.decorator_list:
+            if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") == "dataclass":
+                options = {k.arg: ast.literal_eval(k.value) for k in decorator.keywords}
+                assert options.get("slots"), f"{node.name}: slots=True"
+                private = node.name.startswith("_") or node.name in written_to
+                assert options.get("frozen") or private, f"{node.name}: frozen=True"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import holdfast",
+        "import holdfast.errors",
+        *sorted(
+            f"import holdfast.{room}.{path.stem}"
+            for room in ("format", "storage", "catalog")
+            for path in (SOURCE / room).glob("[!_]*.py")
+        ),
+    ],
+)
+def test_what_knows_only_bytes_imports_no_torch(statement: str) -> None:
+    """Method: a fresh interpreter, then a look at the modules it has loaded."""
+    script = f"import sys; {statement}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
