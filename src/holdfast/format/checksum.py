@@ -6,6 +6,8 @@ CRC32 5.5. At that speed a checksum taken while a block is in cache costs less t
 
 from __future__ import annotations
 
+import re
+import struct
 from collections.abc import Sequence
 
 from xxhash import xxh3_64_intdigest
@@ -18,6 +20,8 @@ reads and checks whole blocks, so this bounds what it reads beside what it wants
 
 DIGITS = 16
 """Hexadecimal digits of one checksum."""
+
+_HEX = re.compile(r"[0-9a-f]*")
 
 
 def checksum(data: bytes | bytearray | memoryview) -> int:
@@ -49,6 +53,7 @@ def from_hex(text: str) -> tuple[int, ...]:
     Raises:
         ValueError: the string is not a whole number of checksums.
     """
-    if len(text) % DIGITS:
-        raise ValueError(f"need a multiple of {DIGITS} digits, got {len(text)}")
-    return tuple(int(text[at : at + DIGITS], 16) for at in range(0, len(text), DIGITS))
+    # `int` and `bytes.fromhex` would take signs, blanks and capitals too.
+    if len(text) % DIGITS or not _HEX.fullmatch(text):
+        raise ValueError(f"need a multiple of {DIGITS} lower-case digits, got {text[:40]!r}")
+    return struct.unpack(f">{len(text) // DIGITS}Q", bytes.fromhex(text))
