@@ -1,0 +1,101 @@
+"""Regions against sets of indices: the slow way to say the same."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holdfast.format.region import Region, first_overlap
+
+Index = tuple[int, ...]
+
+
+def elements(region: Region) -> set[Index]:
+    """Every index in a region, one by one."""
+    return set(product(*(range(s.start, s.stop) for s in region.slices())))
+
+
+@st.composite
+def regions(draw: st.DrawFn, ndim: int, size: int = 6) -> Region:
+    bounds = [sorted(draw(st.tuples(*[st.integers(0, size)] * 2))) for _ in range(ndim)]
+    return Region(tuple(b[0] for b in bounds), tuple(b[1] for b in bounds))
+
+
+@st.composite
+def several(draw: st.DrawFn, count_max: int) -> list[Region]:
+    ndim = draw(st.integers(0, 3))
+    return draw(st.lists(regions(ndim, 5), max_size=count_max))
+
+
+pairs = st.integers(0, 3).flatmap(lambda ndim: st.tuples(regions(ndim), regions(ndim)))
+
+
+@given(pairs)
+def test_the_meet_of_two_regions_holds_the_elements_of_both(pair: tuple[Region, Region]) -> None:
+    """Method: the sets of their indices; the meet is the same either way around."""
+    a, b = pair
+    assert elements(a & b) == elements(a) & elements(b)
+    assert elements(a & b) == elements(b & a)
+    assert a & a == a
+
+
+@given(pairs)
+def test_num_elements_and_shape_count_the_indices(pair: tuple[Region, Region]) -> None:
+    """Method: counting them."""
+    for region in pair:
+        assert region.num_elements == len(elements(region))
+        assert Region.whole(region.shape).num_elements == region.num_elements
+
+
+@given(pairs)
+def test_within_moves_every_element_by_the_start_of_the_outer(pair: tuple[Region, Region]) -> None:
+    """Method: adding the outer's start back to every index."""
+    outer, other = pair
+    inner = outer & other
+    if inner.num_elements:
+        moved = elements(inner.within(outer))
+        assert {tuple(map(int.__add__, i, outer.start)) for i in moved} == elements(inner)
+        assert inner.within(outer).fits(outer.shape)
+
+
+@given(pairs)
+def test_a_region_fits_where_its_elements_are_those_of_the_whole(
+    pair: tuple[Region, Region],
+) -> None:
+    """Method: containment of sets; both regions have elements, so that none fits by being empty."""
+    region, shape = pair[0], pair[1].stop
+    if region.num_elements:
+        assert region.fits(shape) == (elements(region) <= elements(Region.whole(shape)))
+    assert not region.fits((*shape, 9))
+
+
+@given(several(count_max=8))
+def test_first_overlap_finds_one_exactly_where_two_regions_share_an_element(
+    drawn: list[Region],
+) -> None:
+    """G6. Method: every pair by brute force; the pair that is found does overlap."""
+    expected = any(elements(a) & elements(b) for i, a in enumerate(drawn) for b in drawn[i + 1 :])
+    found = first_overlap(drawn)
+    assert (found is not None) == expected
+    if found:
+        assert elements(found[0]) & elements(found[1])
+
+
+def test_first_overlap_of_a_grid_finds_none_until_one_cell_is_there_twice() -> None:
+    """G6. Method: a 6 by 6 grid of cells, then with each of them given again."""
+    grid = [Region((i, j), (i + 1, j + 1)) for i in range(6) for j in range(6)]
+    assert first_overlap(grid) is None
+    for cell in grid:
+        assert first_overlap([*grid, cell]) == (cell, cell)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"), [((-1,), (2,)), ((3,), (2,)), ((0, 0), (2,)), ((), (1,))]
+)
+def test_a_region_that_cannot_be_is_refused_at_birth(start: Index, stop: Index) -> None:
+    """Method: negative, backwards, and bounds of different lengths."""
+    with pytest.raises(ValueError, match=r"need|start and stop"):
+        Region(start, stop)
