@@ -7,7 +7,8 @@ import os
 import pickle
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -25,34 +26,64 @@ def run_processes(
     `work` is a function of a module. The first error of a rank is raised here, with its traceback;
     ranks that hang are killed.
     """
-    port = free_port()
-    pipes = [_FORKED.Pipe(duplex=False) for _ in range(size)]
-    ranks = [
-        _FORKED.Process(target=_rank, args=(rank, size, port, pipes[rank][1], work, args))
-        for rank in range(size)
-    ]
-    for process, (_, there) in zip(ranks, pipes, strict=True):
-        process.start()
-        there.close()
-    results: list[Any] = []
-    try:
-        for rank, (here, _) in enumerate(pipes):
-            if not here.poll(timeout_s):
+    with Job(size, work, *args) as job:
+        return job.results(timeout_s)
+
+
+class Job:
+    """Ranks at work. Whoever is left when the context ends is killed."""
+
+    def __init__(self, size: int, work: Callable[..., Any], *args: Any) -> None:
+        port = free_port()
+        pipes = [_FORKED.Pipe(duplex=False) for _ in range(size)]
+        self._pipes = [here for here, _ in pipes]
+        self._ranks = [
+            _FORKED.Process(target=_rank, args=(rank, size, port, there, work, args))
+            for rank, (_, there) in enumerate(pipes)
+        ]
+        for process, (_, there) in zip(self._ranks, pipes, strict=True):
+            process.start()
+            there.close()
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill(range(len(self._ranks)))
+        for process, pipe in zip(self._ranks, self._pipes, strict=True):
+            process.join(30)
+            process.close()
+            pipe.close()
+
+    def kill(self, ranks: Iterable[int]) -> None:
+        """SIGKILL to these ranks."""
+        for rank in ranks:
+            self._ranks[rank].kill()
+
+    def wait(self, timeout_s: float) -> None:
+        """Return once every rank has come to its end."""
+        for rank, process in enumerate(self._ranks):
+            process.join(timeout_s)
+            if process.is_alive():
+                raise TimeoutError(f"rank {rank} is still there after {timeout_s} s")
+
+    def results(self, timeout_s: float) -> list[Any]:
+        """What each rank gives; the first error is raised."""
+        results: list[Any] = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(timeout_s):
                 raise TimeoutError(f"rank {rank} said nothing for {timeout_s} s")
             try:
-                results.append(pickle.loads(here.recv_bytes()))
+                results.append(pickle.loads(pipe.recv_bytes()))
             except EOFError:
-                ranks[rank].join(5)
-                results.append(RuntimeError(f"rank {rank} died: exit {ranks[rank].exitcode}"))
-        for process in ranks:
-            process.join(30)
-    finally:
-        for process in ranks:
-            process.kill()
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
+                self._ranks[rank].join(5)
+                exit_code = self._ranks[rank].exitcode
+                results.append(RuntimeError(f"rank {rank} died: exit {exit_code}"))
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        self.wait(30)
+        return results
 
 
 def free_port() -> int:
@@ -74,7 +105,7 @@ def _rank(
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     result: Any
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=size)
+        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=60))
         result = work(rank, size, *args)
         dist.destroy_process_group()
     except BaseException as error:  # noqa: BLE001 - handed to the test

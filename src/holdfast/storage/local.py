@@ -22,6 +22,7 @@ _HINTS = {
     errno.EROFS: "the file system is mounted read-only: mount -o remount,rw, or another folder",
     errno.ENOSPC: "free some space (df -h), lower `checkpoint.keep_latest_k`, or use another disk",
     errno.EDQUOT: "the quota is used up: free some space, or use another folder",
+    errno.EEXIST: "a file stands where a folder should: move it away, or use another folder",
     errno.ENOTDIR: "a file stands where a folder should: move it away, or use another folder",
     errno.EIO: "the disk reports an input/output error: look at dmesg, use another disk",
     errno.ESTALE: "the network file system lost the file: check the mount",

@@ -1,0 +1,113 @@
+"""SIGKILL at random moments of real saves by real processes."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+import holdfast
+from processes import Job, run_processes
+
+ROWS = 1 << 18
+
+
+class Stamped(nn.Module):
+    """A sharded tensor of 4 MiB, each of whose elements says in which step it was saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("stamp", torch.zeros(ROWS, 4))
+
+
+def save_for_ever(rank: int, size: int, folder: Path) -> None:
+    """Resume, then save step after step until killed. Every third save takes a step's place."""
+    module = sharded(size)
+    config = holdfast.CheckpointConfig(enable=True, interval=1, keep_latest_k=2)
+    with holdfast.CheckpointManager(folder, model=module, config=config) as manager:
+        step = manager.load()
+        assert stamp_of(module) == {float(step)}, "a mix of steps was loaded"
+        while True:
+            step += 1
+            module.stamp.fill_(step)  # type: ignore[operator]
+            for _ in range(1 + (step % 3 == 0)):
+                manager.save(step)
+
+
+def load_once(rank: int, size: int, folder: Path) -> tuple[int, set[float]]:
+    """What the next start finds."""
+    module = sharded(size)
+    config = holdfast.CheckpointConfig(enable=True, interval=1, keep_latest_k=2)
+    with holdfast.CheckpointManager(folder, model=module, config=config) as manager:
+        return manager.load(), stamp_of(module)
+
+
+def sharded(size: int) -> Stamped:
+    module = Stamped()
+    if size > 1:
+        mesh = init_device_mesh("cpu", (size,))
+        module.stamp = distribute_tensor(torch.zeros(ROWS, 4), mesh, [Shard(0)])
+    return module
+
+
+def stamp_of(module: Stamped) -> set[float]:
+    """Every different value in this rank's shard."""
+    stamp: Any = module.stamp
+    local = stamp.to_local() if isinstance(stamp, DTensor) else stamp
+    return set(local.unique().tolist())
+
+
+def names(folder: Path) -> set[str]:
+    """What lies in a folder that may not be there yet."""
+    return {path.name for path in folder.glob("*")}
+
+
+def kill_again_and_again(folder: Path, *, size: int, kills: int, seed: int) -> None:
+    """After each kill the steps there are whole and of one step each, and never fewer than before
+    of the newest two."""
+    choose = random.Random(seed)
+    newest = 0
+    for _ in range(kills):
+        before = names(folder)
+        with Job(size, save_for_ever, folder) as job:
+            deadline = time.monotonic() + 60
+            while names(folder) == before and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(choose.uniform(0.0, 0.25))
+            # One rank alone, or all at once: the others must notice, and leave nothing half done.
+            victims = range(size) if choose.random() < 0.5 else [choose.randrange(size)]
+            job.kill(victims)
+            job.wait(60)
+        for path in folder.glob("step-*"):
+            values = holdfast.open(path).read("stamp").unique().tolist()
+            assert values == [float(path.name.removeprefix("step-"))], path
+        found = run_processes(size, load_once, folder)
+        assert len({step for step, _ in found}) == 1
+        for step, stamps in found:
+            assert stamps == {float(step)}
+            assert step >= newest, "a published step was lost"
+            newest = step
+        left = [name for name in names(folder) if name.startswith((".attempt", ".removing"))]
+        assert not left
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_save_killed_at_any_moment_leaves_whole_steps(size: int, tmp_path: Path) -> None:
+    """G1, G2, G5: random kills of one rank or of all, in first saves, saves in place of a step, and
+    retention."""
+    kill_again_and_again(tmp_path / "run", size=size, kills=8, seed=size)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_many_kills(size: int, tmp_path: Path) -> None:
+    """As above, for long."""
+    kill_again_and_again(tmp_path / "run", size=size, kills=100, seed=100 + size)
