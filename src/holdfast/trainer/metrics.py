@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -63,6 +64,13 @@ class Metrics:
         """
         self._file = None
         self._board: SummaryWriter | None = None
+        if config.enable_tensorboard and importlib.util.find_spec("tensorboard") is None:
+            # Asked on every rank, so that all of them stop.
+            raise UsageError(
+                "`metrics.enable_tensorboard` needs the package `tensorboard`, which is not "
+                "installed",
+                hint="pip install 'holdfast[tensorboard]'",
+            )
         if not first_rank:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,12 +138,7 @@ def _ends_line(path: Path) -> bool:
 
 
 def _board(folder: Path, step: int) -> SummaryWriter:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UsageError(
-            "`metrics.enable_tensorboard` needs the package `tensorboard`, which is not installed",
-            hint="pip install 'holdfast[tensorboard]'",
-        ) from None
+    from torch.utils.tensorboard import SummaryWriter
+
     # Events past the step of a resume are hidden: the run that wrote them did not live on.
     return SummaryWriter(str(folder), purge_step=step + 1)

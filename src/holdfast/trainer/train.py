@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.manager.manager import CheckpointManager
@@ -57,17 +58,73 @@ class TrainState:
         self.tokens = int(state_dict["tokens"])
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """All that a run is made of."""
+
+    config: Config
+    """Its settings."""
+
+    place: Place
+    """Where this process stands among all that take part."""
+
+    model_parts: list[nn.Module]
+    """What this process holds of the model."""
+
+    optimizers: list[torch.optim.Optimizer]
+    """One for each part."""
+
+    schedulers: list[LambdaLR]
+    """One for each optimizer."""
+
+    loader: DataLoader
+    """This process's share of the data."""
+
+    state: TrainState
+    """What the loop itself counts."""
+
+
 def train(config: Config, place: Place) -> None:
     """Train the configured model to its last step, resuming where an earlier run left off.
 
     Collective. Raises HoldfastError on every rank where the settings, the data or a checkpoint do
     not allow it.
     """
+    run = build_run(config, place)
+    dump_folder = Path(config.job.dump_folder)
+    with CheckpointManager(
+        dump_folder / config.checkpoint.folder,
+        model=run.model_parts,
+        optimizers=run.optimizers,
+        lr_schedulers=run.schedulers,
+        dataloader=run.loader,
+        states={"train_state": run.state},
+        config=config.checkpoint,
+    ) as manager:
+        if is_finished(config, manager.final_step()):
+            return
+        step = manager.load(config.checkpoint.load_step)
+        if is_finished(config, step):
+            return
+        follow_schedules(run.schedulers)
+        for line in restored_otherwise(run.optimizers, config.optimizer):
+            logger.warning("%s; --checkpoint.exclude_from_loading optimizer,lr_scheduler", line)
+        logger.info("training from step %d to %d", step, config.training.steps)
+        metrics = Metrics(config.metrics, dump_folder, first_rank=place.rank == 0, step=step)
+        started = time.perf_counter()
+        try:
+            take_steps(run, manager, metrics, first=step)
+        finally:
+            metrics.close()
+    _log_end(run, config.training.steps - step, time.perf_counter() - started, manager.blocked_s)
+
+
+def build_run(config: Config, place: Place) -> Run:
+    """Everything at its start, before a checkpoint is loaded. Collective."""
     _seed(config)
     config.check(place.world_size)
     tokenizer, tokens = _open_data(config, place)
-    vocab_size = _vocab_size(config, tokenizer)
-    model_parts = build_model(config, place, vocab_size)
+    model_parts = build_model(config, place, _vocab_size(config, tokenizer))
     optimizers = build_optimizers(model_parts, config.optimizer)
     schedulers = build_schedulers(optimizers, config.lr_scheduler, config.training.steps)
     loader = DataLoader(
@@ -78,62 +135,36 @@ def train(config: Config, place: Place) -> None:
         dp_rank=place.dp_rank,
         dp_size=place.dp_size,
     )
-    state = TrainState()
-    dump_folder = Path(config.job.dump_folder)
     _log_start(config, place, model_parts, tokens)
+    return Run(config, place, model_parts, optimizers, schedulers, loader, TrainState())
 
-    with CheckpointManager(
-        dump_folder / config.checkpoint.folder,
-        model=model_parts,
-        optimizers=optimizers,
-        lr_schedulers=schedulers,
-        dataloader=loader,
-        states={"train_state": state},
-        config=config.checkpoint,
-    ) as manager:
-        if is_finished(config, manager.final_step()):
-            return
-        step = first = manager.load(config.checkpoint.load_step)
-        if is_finished(config, step):
-            return
-        follow_schedules(schedulers)
-        for line in restored_otherwise(optimizers, config.optimizer):
-            logger.warning("%s; --checkpoint.exclude_from_loading optimizer,lr_scheduler", line)
-        logger.info("training from step %d to %d", step, config.training.steps)
-        metrics = Metrics(config.metrics, dump_folder, first_rank=place.rank == 0, step=step)
-        started, clock = time.perf_counter(), Clock()
-        try:
-            while step < config.training.steps:
-                inputs, labels = next(loader)
-                loss = accumulate_gradients(config, place, model_parts, inputs, labels)
-                grad_norm = clip_gradients(model_parts, config.training.max_norm, place)
-                lr = optimizers[0].param_groups[0]["lr"]
-                for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
-                    optimizer.step()
-                    scheduler.step()
-                    optimizer.zero_grad()
-                step += 1
-                step_tokens = inputs.numel() * place.dp_size
-                state.tokens += step_tokens
-                clock.tokens += step_tokens
-                last_step = step == config.training.steps
-                if last_step or step % config.metrics.log_freq == 0 or step == first + 1:
-                    row = Row(
-                        step,
-                        mean_over_data(loss, place),
-                        grad_norm.item(),
-                        float(lr),
-                        *clock.lap(manager.blocked_s),
-                        time.time(),
-                    )
-                    metrics.report(row, place.device)
-                manager.save(step, last_step=last_step)
-        except KeyboardInterrupt:
-            _log_interrupt(config, step)
-            raise
-        finally:
-            metrics.close()
-    _log_end(step - first, state, time.perf_counter() - started, manager.blocked_s, config, place)
+
+def take_steps(run: Run, manager: CheckpointManager, metrics: Metrics, *, first: int) -> None:
+    """Train from step `first` to the last, reporting and saving on the way. Collective."""
+    config, place, step, clock = run.config, run.place, first, Clock()
+    try:
+        while step < config.training.steps:
+            inputs, labels = next(run.loader)
+            loss = accumulate_gradients(config, place, run.model_parts, inputs, labels)
+            grad_norm = clip_gradients(run.model_parts, config.training.max_norm, place)
+            lr = float(run.optimizers[0].param_groups[0]["lr"])
+            for optimizer, scheduler in zip(run.optimizers, run.schedulers, strict=True):
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            step += 1
+            step_tokens = inputs.numel() * place.dp_size
+            run.state.tokens += step_tokens
+            clock.tokens += step_tokens
+            last_step = step == config.training.steps
+            if last_step or step % config.metrics.log_freq == 0 or step == first + 1:
+                mean_loss, norm = mean_over_data(loss, place), grad_norm.item()
+                pace = clock.lap(manager.blocked_s)
+                metrics.report(Row(step, mean_loss, norm, lr, *pace, time.time()), place.device)
+            manager.save(step, last_step=last_step)
+    except KeyboardInterrupt:
+        _log_interrupt(config, step)
+        raise
 
 
 def accumulate_gradients(
@@ -233,18 +264,16 @@ def _log_interrupt(config: Config, step: int) -> None:
     logger.warning("interrupted at step %d: %s", step, further)
 
 
-def _log_end(
-    steps: int, state: TrainState, seconds: float, blocked_s: float, config: Config, place: Place
-) -> None:
-    per_step = config.training.batch_per_rank(place.dp_size) * place.dp_size
-    tokens = steps * per_step * config.training.seq_len
+def _log_end(run: Run, num_steps: int, seconds: float, blocked_s: float) -> None:
+    training, dp_size = run.config.training, run.place.dp_size
+    tokens = num_steps * training.batch_per_rank(dp_size) * dp_size * training.seq_len
     logger.info(
         "done: %d steps, %s tokens in %.1f s (%s tokens/s), %.2f s of them held up by saving; "
         "%s tokens since the start",
-        steps,
+        num_steps,
         f"{tokens:,}",
         seconds,
         f"{tokens / seconds:,.0f}",
         blocked_s,
-        f"{state.tokens:,}",
+        f"{run.state.tokens:,}",
     )
