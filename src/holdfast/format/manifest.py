@@ -174,7 +174,7 @@ def decode(data: bytes, *, where: str) -> Manifest:
         )
     try:
         return _decode_body(json.loads(body), where)
-    except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
         raise FormatError(f"`{where}` is not a manifest: {type(error).__name__} {error}") from error
 
 
@@ -187,21 +187,23 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
     if body["checksums"] != {"algorithm": checksum.ALGORITHM, "block_bytes": checksum.BLOCK_BYTES}:
         raise FormatError(f"`{where}` has unknown checksums: {body['checksums']}")
     files = [(str(name), _count(nbytes)) for name, nbytes in body["files"]]
+    for name, _ in files:
+        check_file_name(name, where)
     manifest = Manifest(
         tensors={name: _tensor(name, e, files) for name, e in body["tensors"].items()},
         values={name: _value(name, e, files) for name, e in body["values"].items()},
         files=dict(files),
-        step=body["step"],
+        step=None if body["step"] is None else _count(body["step"]),
         kind=body["kind"],
-        created=body["created"],
-        layout=body["layout"],
-        versions=body["versions"],
-        metadata=tuple(body["metadata"]) if body["metadata"] else None,
+        created=str(body["created"]),
+        layout=dict(body["layout"].items()),
+        versions={str(name): str(version) for name, version in body["versions"].items()},
+        metadata=_seal(body["metadata"]),
     )
     if manifest.kind not in ("full", "model", None):
         raise ValueError(f"kind: {manifest.kind}")
-    for name, _ in files:
-        check_file_name(name, where)
+    if len(manifest.files) != len(files) or manifest.tensors.keys() & manifest.values.keys():
+        raise ValueError("a file or an entry is there twice")
     return manifest
 
 
@@ -239,8 +241,15 @@ def _item(stored: list[int], files: list[tuple[str, int]]) -> tuple[str, Span]:
     return file, item
 
 
+def _seal(stored: list[int] | None) -> tuple[int, int] | None:
+    if stored is None:
+        return None
+    nbytes, found = map(_count, stored)
+    return nbytes, found
+
+
 def _path(stored: list[str | int]) -> Path:
-    if not stored or not all(type(key) in (str, int) for key in stored):
+    if type(stored) is not list or not stored or {type(key) for key in stored} - {str, int}:
         raise ValueError(f"path: {stored}")
     return tuple(stored)
 

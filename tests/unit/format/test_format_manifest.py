@@ -1,0 +1,241 @@
+"""`manifest.json`: there and back, and every way to be broken."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holdfast.errors import DamagedError, FormatError
+from holdfast.format import checksum
+from holdfast.format.dtypes import BY_NAME
+from holdfast.format.manifest import (
+    Chunk,
+    Manifest,
+    Path,
+    Span,
+    TensorEntry,
+    ValueEntry,
+    decode,
+    encode,
+)
+from holdfast.format.region import Region
+
+FILES = {"__0_0.distcp": 1 << 40, "__1_0.distcp": 1 << 40}
+KEYS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
+
+
+@st.composite
+def paths(draw: st.DrawFn, name: str) -> Path:
+    return draw(
+        st.one_of(
+            st.just((name,)),
+            st.lists(st.one_of(KEYS, st.integers(0, 9)), min_size=1, max_size=3).map(tuple),
+        )
+    )
+
+
+@st.composite
+def tensor_entries(draw: st.DrawFn, name: str) -> TensorEntry:
+    dtype = draw(st.sampled_from(sorted(BY_NAME)))
+    shape = tuple(draw(st.lists(st.integers(0, 2000), max_size=3)))
+    chunks = []
+    for _ in range(draw(st.integers(0, 3))):
+        bounds = [sorted((draw(st.integers(0, s)), draw(st.integers(0, s)))) for s in shape]
+        region = Region(tuple(b[0] for b in bounds), tuple(b[1] for b in bounds))
+        nbytes = region.num_elements * BY_NAME[dtype].itemsize
+        offset, before, after = (draw(st.integers(0, 4096)) for _ in range(3))
+        sums = tuple(range(7, 7 + checksum.num_blocks(nbytes)))
+        item = Span(offset, before + nbytes + after)
+        chunks.append(Chunk(region, draw(st.sampled_from([*FILES])), item, offset + before, sums))
+    return TensorEntry(dtype, shape, tuple(chunks), draw(paths(name)))
+
+
+@st.composite
+def value_entries(draw: st.DrawFn, name: str) -> ValueEntry:
+    item = Span(draw(st.integers(0, 99)), draw(st.integers(0, 99)))
+    found = draw(st.integers(0, 2**64 - 1))
+    return ValueEntry(draw(st.sampled_from([*FILES])), item, found, draw(paths(name)))
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> Manifest:
+    names = draw(st.lists(KEYS, unique=True, max_size=5))
+    half = len(names) // 2
+    return Manifest(
+        tensors={name: draw(tensor_entries(name)) for name in names[:half]},
+        values={name: draw(value_entries(name)) for name in names[half:]},
+        files=FILES,
+        step=draw(st.none() | st.integers(0, 10**12)),
+        kind=draw(st.sampled_from([None, "full", "model"])),
+        created=draw(st.sampled_from(["", "2026-01-02T03:04:05+00:00"])),
+        layout=draw(st.dictionaries(KEYS, st.integers() | KEYS | st.booleans(), max_size=3)),
+        versions=draw(st.dictionaries(KEYS, KEYS, max_size=3)),
+        metadata=draw(st.none() | st.tuples(st.integers(0, 2**40), st.integers(0, 2**64 - 1))),
+    )
+
+
+SMALL = Manifest(
+    tensors={
+        "w": TensorEntry(
+            "float32",
+            (4, 2),
+            (Chunk(Region((0, 0), (4, 2)), "__0_0.distcp", Span(0, 700), 640, (5,)),),
+            ("model", "w"),
+        )
+    },
+    values={"lr": ValueEntry("__0_0.distcp", Span(700, 100), 9, ("lr",))},
+    files={"__0_0.distcp": 800},
+    step=3,
+    kind="full",
+    layout={"world_size": 1},
+    metadata=(10, 11),
+)
+
+
+def sealed(body: object) -> bytes:
+    """A manifest with a true checksum, whatever its body says: what an attacker would write."""
+    text = json.dumps(body).encode()
+    seal = checksum.to_hex([checksum.checksum(text)]).encode()
+    return text[:-1] + b',"checksum":"' + seal + b'"}'
+
+
+def body_of(manifest: Manifest) -> dict[str, Any]:
+    """The JSON object of a manifest, without its checksum."""
+    body: dict[str, Any] = json.loads(encode(manifest))
+    del body["checksum"]
+    return body
+
+
+@given(manifests())
+def test_a_manifest_survives_its_encoding(manifest: Manifest) -> None:
+    """Method: there and back, every field; encoding is a function of the manifest alone."""
+    data = encode(manifest)
+    assert decode(data, where="m") == manifest
+    assert encode(decode(data, where="m")) == data
+    json.loads(data)
+
+
+def test_every_flipped_bit_of_a_manifest_is_seen() -> None:
+    """G3. Method: each bit of a whole manifest, one after the other."""
+    data = bytearray(encode(SMALL))
+    for position in range(len(data)):
+        for bit in range(8):
+            data[position] ^= 1 << bit
+            with pytest.raises((DamagedError, FormatError)):
+                decode(bytes(data), where="m")
+            data[position] ^= 1 << bit
+    assert decode(bytes(data), where="m") == SMALL
+
+
+def test_a_manifest_cut_short_at_any_byte_or_longer_by_one_is_seen() -> None:
+    """G3. Method: every prefix; one more byte at either end; nothing but zeros."""
+    data = encode(SMALL)
+    broken = [data[:stop] for stop in range(len(data))]
+    for wrong in [*broken, data + b" ", data + b"\n", b" " + data, data + data, bytes(len(data))]:
+        with pytest.raises(DamagedError):
+            decode(wrong, where="m")
+
+
+@pytest.mark.parametrize("version", [0, 2, 1.5, "1", None, [1]])
+def test_a_version_that_is_not_known_is_refused_as_such(version: object) -> None:
+    """G8. Method: a true checksum around another version."""
+    with pytest.raises(FormatError, match="version"):
+        decode(sealed({**body_of(SMALL), "holdfast": version}), where="m")
+
+
+@pytest.mark.parametrize(
+    "name", ["../step-1/__0_0.distcp", "/etc/passwd", "a/b", "..", ".", "", "a\\b", "a\0b"]
+)
+def test_a_data_file_elsewhere_is_refused_by_name(name: str) -> None:
+    """G8. Method: paths that leave the folder, under a true checksum."""
+    body = body_of(SMALL)
+    body["files"][0][0] = name
+    with pytest.raises(FormatError, match="outside of its folder") as refused:
+        decode(sealed(body), where="m")
+    assert repr(name) in refused.value.what
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("files", 0, 1), 799),  # the value's item then ends past its file
+        (("files", 0, 1), -1),
+        (("tensors", "w", "shape"), [3, 2]),
+        (("tensors", "w", "shape"), [4, 2, 1]),
+        (("tensors", "w", "shape"), [True, 2]),
+        (("tensors", "w", "dtype"), "float128"),
+        (("tensors", "w", "chunks", 0, "data"), 669),
+        (("tensors", "w", "chunks", 0, "data"), None),
+        (("tensors", "w", "chunks", 0, "start"), [-1, 0]),
+        (("tensors", "w", "chunks", 0, "stop"), [4]),
+        (("tensors", "w", "chunks", 0, "item", 0), 1),
+        (("tensors", "w", "chunks", 0, "checksums"), ""),
+        (("tensors", "w", "path"), []),
+        (("tensors", "w", "path"), "model"),
+        (("tensors", "w", "path"), [None]),
+        (("values", "lr", "checksum"), ""),
+        (("kind",), "half"),
+        (("step",), "3"),
+        (("step",), -3),
+        (("step",), True),
+        (("files",), [["__0_0.distcp", 800], ["__0_0.distcp", 900]]),
+        (("checksums", "algorithm"), "crc32"),
+        (("checksums", "block_bytes"), 4096),
+        (("metadata",), [1]),
+        (("metadata",), [1, "x"]),
+        (("layout",), 7),
+        (("versions",), [1]),
+        (("tensors",), []),
+        (("values",), 1),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(path: tuple[Any, ...], value: Any) -> None:
+    """G8. Method: one field replaced, under a true checksum."""
+    body = body_of(SMALL)
+    place = body
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(FormatError):
+        decode(sealed(body), where="m")
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2**70) | st.floats(allow_nan=False) | KEYS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.data())
+def test_any_json_under_a_true_checksum_is_read_or_refused_and_nothing_else(
+    data: st.DataObject,
+) -> None:
+    """G8. Method: any value in any place of a manifest, or instead of one."""
+    body: Any = {"root": body_of(SMALL)}
+    place, key = body, "root"
+    while data.draw(st.booleans()) and isinstance(place[key], (dict, list)) and place[key]:
+        place = place[key]
+        keys = sorted(place) if isinstance(place, dict) else range(len(place))
+        key = data.draw(st.sampled_from(list(keys)))
+    place[key] = data.draw(ANY_JSON)
+    if not isinstance(body["root"], dict) or not body["root"]:
+        body["root"] = {"other": body["root"]}
+    try:
+        decoded = decode(sealed(body["root"]), where="m")
+    except FormatError:
+        return
+    assert decode(encode(decoded), where="m") == decoded
+
+
+@pytest.mark.parametrize("text", [b"[1]", b'"text"', b"7", b"null", b"{}", b'{"a":', b"\xff}"])
+def test_json_that_is_no_object_is_refused(text: bytes) -> None:
+    """G8. Method: other JSON, and none, sealed as if it were a manifest."""
+    body = text[:-1] + b"}"
+    seal = checksum.to_hex([checksum.checksum(body)]).encode()
+    with pytest.raises(FormatError):
+        decode(body[:-1] + b',"checksum":"' + seal + b'"}', where="m")
