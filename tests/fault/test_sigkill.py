@@ -61,7 +61,7 @@ def stamp_of(module: Stamped) -> set[float]:
     """Every different value in this rank's shard."""
     stamp: Any = module.stamp
     local = stamp.to_local() if isinstance(stamp, DTensor) else stamp
-    return set(local.unique().tolist())
+    return set(torch.unique(local).tolist())
 
 
 def names(folder: Path) -> set[str]:
@@ -86,7 +86,7 @@ def kill_again_and_again(folder: Path, *, size: int, kills: int, seed: int) -> N
             job.kill(victims)
             job.wait(60)
         for path in folder.glob("step-*"):
-            values = holdfast.open(path).read("stamp").unique().tolist()
+            values = torch.unique(holdfast.open(path).read("stamp")).tolist()
             assert values == [float(path.name.removeprefix("step-"))], path
         found = run_processes(size, load_once, folder)
         assert len({step for step, _ in found}) == 1

@@ -44,18 +44,22 @@ logger = logging.getLogger("holdfast.trainer")
 
 @dataclass(slots=True)
 class TrainState:
-    """What the loop itself counts, and a checkpoint keeps."""
+    """What the loop itself counts, and a checkpoint keeps, under TorchTitan's names."""
 
-    tokens: int = 0
-    """Trained on so far, over all ranks."""
+    step: int = 0
+    """Optimizer steps done."""
+
+    ntokens_seen: int = 0
+    """Tokens trained on so far, over all ranks."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, the same on every rank."""
-        return {"tokens": self.tokens}
+        return {"step": self.step, "ntokens_seen": self.ntokens_seen}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` counted."""
-        self.tokens = int(state_dict["tokens"])
+        self.step = int(state_dict["step"])
+        self.ntokens_seen = int(state_dict["ntokens_seen"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +158,8 @@ def take_steps(run: Run, manager: CheckpointManager, metrics: Metrics, *, first:
                 optimizer.zero_grad()
             step += 1
             step_tokens = inputs.numel() * place.dp_size
-            run.state.tokens += step_tokens
+            run.state.step = step
+            run.state.ntokens_seen += step_tokens
             clock.tokens += step_tokens
             last_step = step == config.training.steps
             if last_step or step % config.metrics.log_freq == 0 or step == first + 1:
@@ -275,5 +280,5 @@ def _log_end(run: Run, num_steps: int, seconds: float, blocked_s: float) -> None
         seconds,
         f"{tokens / seconds:,.0f}",
         blocked_s,
-        f"{run.state.tokens:,}",
+        f"{run.state.ntokens_seen:,}",
     )

@@ -1,0 +1,270 @@
+"""The manager with a plain module and no process group."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import holdfast
+from holdfast import CheckpointConfig, CheckpointManager
+
+
+class Counter:
+    """A Stateful of plain values."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen, "nested": {"list": [self.seen, "x"]}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        assert state_dict["nested"]["list"] == [state_dict["seen"], "x"]
+        self.seen = state_dict["seen"]
+
+
+class Run:
+    """A training run of a small model with dropout, so that generators matter."""
+
+    def __init__(self, folder: Path, width: int = 6, **settings: Any) -> None:
+        self.model = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.5), nn.Linear(width, 1))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: 1 / (n + 1))
+        self.data = Counter()
+        self.width = width
+        settings = {"enable": True, "interval": 2, "last_save_model_only": False} | settings
+        self.manager = CheckpointManager(
+            folder,
+            model=self.model,
+            optimizers=self.optimizer,
+            lr_schedulers=self.scheduler,
+            dataloader=self.data,
+            config=CheckpointConfig(**settings),
+        )
+
+    def until(self, last: int) -> int:
+        """Resume, train to step `last`, close. Returns the step resumed from."""
+        with self.manager as manager:
+            first = step = manager.load()
+            while step < last:
+                self.optimizer.zero_grad()
+                self.model(torch.rand(3, self.width)).square().sum().backward()
+                self.optimizer.step()
+                self.scheduler.step()
+                self.data.seen += 1
+                step += 1
+                manager.save(step, last_step=step == last)
+        return first
+
+    def parameters(self) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in self.model.parameters()]
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+
+
+def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path) -> None:
+    """G9: parameters after dropout, schedule and random batches are bit-identical."""
+    torch.manual_seed(5)
+    straight = Run(tmp_path / "straight")
+    straight.until(8)
+    torch.manual_seed(5)
+    Run(tmp_path / "broken").until(4)
+    resumed = Run(tmp_path / "broken")
+    torch.manual_seed(99)
+    assert resumed.until(8) == 4
+    assert equal(resumed.parameters(), straight.parameters())
+    assert resumed.data.seen == 8
+    assert resumed.scheduler.last_epoch == 8
+    assert resumed.optimizer.param_groups[0]["lr"] == straight.optimizer.param_groups[0]["lr"]
+
+
+def test_the_latest_k_stay_and_foreign_folders_are_never_touched(tmp_path: Path) -> None:
+    """G5: names that only look like steps are neither counted nor removed."""
+    foreign = ["best-step-20", "step-30.bak", "old-step-7-keep", "step-007", "step-"]
+    for name in foreign:
+        (tmp_path / name).mkdir()
+    Run(tmp_path, keep_latest_k=3).until(12)
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept == {*foreign, ".lock", "step-8", "step-10", "step-12"}
+
+
+def test_damaged_steps_never_push_out_good_ones(tmp_path: Path) -> None:
+    """G5: with two torn newest steps, the two good ones behind them stay."""
+    Run(tmp_path, keep_latest_k=2).until(4)
+    for step in (6, 8):
+        (tmp_path / f"step-{step}").mkdir()
+        (tmp_path / f"step-{step}/__0_0.distcp").write_bytes(b"torn")
+    run = Run(tmp_path, keep_latest_k=2, interval=1)
+    assert run.until(5) == 4
+    assert steps(tmp_path) == [4, 5, 6, 8]
+
+
+def test_an_explicit_step_protects_itself_and_the_newer_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G5: after `load_step` 4 of 8, neither 4 nor 6 and 8 of the earlier course are removed."""
+    Run(tmp_path).until(8)
+    with caplog.at_level(logging.WARNING, "holdfast"):
+        assert Run(tmp_path, load_step=4, keep_latest_k=2, interval=1).until(7) == 4
+    assert "[6, 8] are newer than step 4" in caplog.text
+    assert steps(tmp_path) == [4, 6, 7, 8]
+
+
+def test_a_step_saved_again_takes_the_old_ones_place(tmp_path: Path) -> None:
+    """G1: the folder is a new one, and nothing of the old one is left."""
+    Run(tmp_path).until(4)
+    before = (tmp_path / "step-4").stat().st_ino
+    Run(tmp_path, load_step=2).until(4)
+    assert (tmp_path / "step-4").stat().st_ino != before
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "step-2", "step-4"}
+
+
+def test_excluded_parts_stay_as_they_are(tmp_path: Path) -> None:
+    """`data_loader` and `dataloader` are one key."""
+    Run(tmp_path).until(4)
+    for spelling in ("data_loader", "dataloader"):
+        run = Run(tmp_path, exclude_from_loading=(spelling, "lr_scheduler"))
+        assert run.until(4) == 4
+        assert run.data.seen == 0
+        assert run.scheduler.last_epoch == 0
+    whole = Run(tmp_path)
+    whole.until(4)
+    assert whole.data.seen == 4
+
+
+def test_an_unknown_excluded_part_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(holdfast.UsageError, match="did you mean `optimizer`"):
+        Run(tmp_path, exclude_from_loading=("optimzer",))
+
+
+def test_load_only_saves_nothing_and_takes_no_lock(tmp_path: Path) -> None:
+    Run(tmp_path).until(4)
+    writing = Run(tmp_path)
+    reading = Run(tmp_path, load_only=True)
+    assert reading.until(8) == 4
+    assert steps(tmp_path) == [2, 4]
+    writing.manager.close()
+
+
+def test_a_second_run_on_the_folder_is_refused_until_the_first_closes(tmp_path: Path) -> None:
+    first = Run(tmp_path)
+    with pytest.raises(holdfast.ExistsError, match="in use by another run: host"):
+        Run(tmp_path)
+    first.manager.close()
+    Run(tmp_path).manager.close()
+
+
+def test_the_initial_path_gives_the_model_to_a_fresh_folder_only(tmp_path: Path) -> None:
+    """Model alone by default, all of it if asked; not looked at once the folder has a step."""
+    source = Run(tmp_path / "source")
+    source.until(4)
+    path = str(tmp_path / "source/step-4")
+    fresh = Run(tmp_path / "fresh", initial_load_path=path)
+    assert fresh.manager.load() == 0
+    assert equal(fresh.parameters(), source.parameters())
+    assert fresh.data.seen == 0
+    fresh.manager.close()
+
+    going_on = Run(tmp_path / "all", initial_load_path=path, initial_load_model_only=False)
+    assert going_on.until(6) == 4
+    assert going_on.data.seen == 6
+    later = Run(tmp_path / "all", initial_load_path=str(tmp_path / "nowhere"))
+    assert later.until(6) == 6
+
+
+def test_a_model_only_last_step_is_in_the_export_dtype(tmp_path: Path) -> None:
+    """Floating-point tensors alone are converted; the step holds nothing but the model."""
+    run = Run(tmp_path, last_save_model_only=True, export_dtype="bfloat16")
+    run.model.register_buffer("count", torch.tensor([3]))
+    run.until(3)
+    last = holdfast.open(tmp_path / "step-3")
+    assert set(last.names()) == set(run.model.state_dict())
+    assert last.read("count").dtype == torch.int64
+    weight = run.model.state_dict()["0.weight"]
+    assert torch.equal(last.read("0.weight"), weight.bfloat16())
+    assert run.manager.final_step() == 3
+
+
+def test_a_run_goes_on_from_the_newest_full_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G4: the model-only step 3 is passed over, and the log says so."""
+    Run(tmp_path, last_save_model_only=True).until(3)
+    with caplog.at_level(logging.WARNING, "holdfast"):
+        assert Run(tmp_path).until(6) == 2
+    assert "passed over step 3: it holds the model alone" in caplog.text
+
+
+def test_steps_of_which_none_can_be_resumed_from_are_an_error(tmp_path: Path) -> None:
+    """G4: never silently from the start while there are steps."""
+    Run(tmp_path, last_save_model_only=True, interval=100).until(3)
+    with pytest.raises(holdfast.NotFoundError, match="step 3: it holds the model alone"):
+        Run(tmp_path).until(6)
+
+
+def test_step_zero_gives_the_model_alone(tmp_path: Path) -> None:
+    """A seed: whatever else it may hold is left alone, and training starts at step 0."""
+    seed = Run(tmp_path)
+    seed.data.seen = 77
+    seed.manager.save(0, last_step=True)
+    seed.manager.close()
+    run = Run(tmp_path)
+    assert run.manager.load() == 0
+    assert equal(run.parameters(), seed.parameters())
+    assert run.data.seen == 0
+
+
+def test_a_checkpoint_of_another_model_changes_nothing(tmp_path: Path) -> None:
+    """G6: every mis-shaped tensor of model and optimizer is listed."""
+    Run(tmp_path).until(2)
+    other = Run(tmp_path, width=5)
+    before = other.parameters()
+    with pytest.raises(holdfast.MismatchError) as caught:
+        other.until(4)
+    message = str(caught.value)
+    for name in ("0.weight", "0.bias", "2.weight"):
+        assert f"`{name}` is " in message
+    assert "[6, 6] in the checkpoint, [5, 5] is wanted" in message
+    assert equal(other.parameters(), before)
+    assert not other.optimizer.state
+
+
+def test_what_a_killed_run_left_is_swept_at_the_next_start(tmp_path: Path) -> None:
+    """G1: attempts and half removed steps go; a step that was to be replaced comes back."""
+    Run(tmp_path).until(4)
+    (tmp_path / ".attempt-6-0123abcd").mkdir()
+    (tmp_path / ".attempt-step-6-0123abcd").mkdir()
+    (tmp_path / "step-2").rename(tmp_path / ".removing-step-2-0123abcd")
+    (tmp_path / "step-4").rename(tmp_path / ".replaced-step-4-0123abcd")
+    run = Run(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "step-4"}
+    assert run.until(4) == 4
+
+
+def test_saving_counts_the_seconds_it_blocks(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert run.manager.blocked_s == 0
+    run.until(2)
+    assert run.manager.blocked_s > 0
+
+
+def test_tied_weights_are_stored_once_and_found_under_both_names(tmp_path: Path) -> None:
+    embed, head = nn.Embedding(400, 50), nn.Linear(50, 400, bias=False)
+    head.weight = embed.weight
+    model = nn.ModuleDict({"embed": embed, "head": head})
+    holdfast.save(tmp_path / "tied", {"model": model})
+    checkpoint = holdfast.open(tmp_path / "tied")
+    assert checkpoint.manifest.nbytes < 1.2 * 400 * 50 * 4
+    for name in ("model.embed.weight", "model.head.weight"):
+        assert torch.equal(checkpoint.read(name), embed.weight.detach())
