@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 from typing import Any
 
 from holdfast.errors import FormatError
@@ -51,9 +50,9 @@ _ALLOWED: Mapping[tuple[str, str], Any] = {
     ("torch.serialization", "_get_layout"): str,
     ("torch", "Size"): tuple,
     ("collections", "OrderedDict"): OrderedDict,
-    ("pathlib", "PosixPath"): PurePosixPath,
-    ("pathlib", "PurePosixPath"): PurePosixPath,
-    ("pathlib._local", "PosixPath"): PurePosixPath,
+    ("pathlib", "PosixPath"): _class("PosixPath"),
+    ("pathlib", "PurePosixPath"): _class("PurePosixPath"),
+    ("pathlib._local", "PosixPath"): _class("PosixPath"),
 }
 
 

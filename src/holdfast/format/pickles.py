@@ -44,6 +44,9 @@ class DtypeName:
 def loads(data: bytes, allowed: Mapping[tuple[str, str], Any], *, where: str) -> Any:
     """The object in a pickle, with `allowed[module, name]` in the place of each global.
 
+    A pickle can set attributes of what it names, so only subclasses of `Plain`, built-in types and
+    immutable values may stand for anything: a class of Python's own would be changed for all.
+
     `torch` dtypes are always allowed, and come as `DtypeName`; persistent ids come as they are.
 
     Raises:

@@ -23,7 +23,7 @@ from operator import mul
 from holdfast.errors import FormatError
 from holdfast.format.dtypes import BY_STORAGE, dtype_of
 from holdfast.format.manifest import Span
-from holdfast.format.pickles import DtypeName, loads, pickled_int, pickled_str
+from holdfast.format.pickles import Plain, loads, pickled_int, pickled_str
 
 PAGE_BYTES = 4096
 LARGE_BYTES = 64 << 10
@@ -153,15 +153,13 @@ def _locate(fetch: Fetch, item: Span, where: str) -> StoredTensor:
     by_name = {name.partition("/")[2]: record for name, record in records.items()}
     if "byteorder" in by_name and _content(fetch, item, by_name["byteorder"]) != b"little":
         raise ValueError("byte order is not little-endian")
-    described = loads(_content(fetch, item, by_name["data.pkl"]), _ALLOWED, where=where)
-    if not isinstance(described, _Tensor):
-        raise ValueError(f"holds {type(described).__name__}, not a tensor")
+    described = _described(
+        loads(_content(fetch, item, by_name["data.pkl"]), _ALLOWED, where=where)
+    )
     record = by_name[f"data/{described.key}"]
     data = _data_span(fetch, item, record)
     itemsize = dtype_of(described.dtype).itemsize
     last = sum((n - 1) * s for n, s in zip(described.shape, described.strides, strict=True))
-    if any(number < 0 for number in (*described.shape, *described.strides, described.offset)):
-        raise ValueError("negative shape, stride or offset")
     if prod(described.shape) and (described.offset + last + 1) * itemsize > data.nbytes:
         raise ValueError(f"tensor reaches outside of its storage of {data.nbytes} bytes")
     start = described.offset * itemsize
@@ -271,37 +269,35 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-def _rebuild_v2(
-    storage: tuple[str, str, str, str, int],
-    offset: int,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    *_: object,
-) -> _Tensor:
-    return _Tensor(storage[2], storage[1], int(offset), tuple(shape), tuple(strides))
+class _RebuildV2(Plain):
+    """Arguments: storage, offset, shape, strides, and what is of no interest here."""
 
 
-def _rebuild_v3(
-    storage: tuple[str, str, str, str, int],
-    offset: int,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    _requires_grad: bool,
-    _hooks: object,
-    dtype: DtypeName,
-    *_: object,
-) -> _Tensor:
-    return _Tensor(storage[2], dtype.name, int(offset), tuple(shape), tuple(strides))
+class _RebuildV3(Plain):
+    """As `_RebuildV2`, with the dtype as the seventh."""
 
 
-def _rebuild_parameter(tensor: _Tensor, *_: object) -> _Tensor:
-    return tensor
+class _RebuildParameter(Plain):
+    """Arguments: the tensor, and what is of no interest here."""
+
+
+def _described(made: object) -> _Tensor:
+    while isinstance(made, _RebuildParameter):
+        made = made.args[0]
+    if not isinstance(made, (_RebuildV2, _RebuildV3)):
+        raise ValueError(f"holds {type(made).__name__}, not a tensor")
+    storage, offset, shape, strides = made.args[:4]
+    dtype = made.args[6].name if isinstance(made, _RebuildV3) else storage[1]
+    for number in (offset, *shape, *strides):
+        if type(number) is not int or number < 0:
+            raise ValueError(f"shape {shape}, strides {strides}, offset {offset}")
+    return _Tensor(storage[2], dtype, offset, tuple(shape), tuple(strides))
 
 
 _ALLOWED = {
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_tensor_v2"): _RebuildV2,
+    ("torch._utils", "_rebuild_tensor_v3"): _RebuildV3,
+    ("torch._utils", "_rebuild_parameter"): _RebuildParameter,
     ("torch", "Size"): tuple,
     ("torch.storage", "UntypedStorage"): "untyped",
     ("collections", "OrderedDict"): OrderedDict,

@@ -1,0 +1,199 @@
+"""Pickles by allow-list: written like Python's own, read without running anything."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections import OrderedDict
+from contextlib import suppress
+from pathlib import PurePosixPath
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holdfast.errors import FormatError
+from holdfast.format.pickles import (
+    Call,
+    DtypeName,
+    Global,
+    Instance,
+    Plain,
+    Table,
+    dumps,
+    loads,
+    pickled_int,
+    pickled_str,
+)
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(st.characters(codec="utf-8")),
+    lambda inner: (
+        st.lists(inner, max_size=5)
+        | st.lists(inner, max_size=5).map(tuple)
+        | st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=5), inner, max_size=4)
+    ),
+    max_leaves=30,
+)
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Equal, and of the same types: `True` is not 1."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(alike, a, b))
+    if isinstance(a, dict):
+        return [*a] == [*b] and all(map(alike, a.values(), b.values()))
+    return bool(a == b)
+
+
+@given(PLAIN)
+def test_what_is_written_python_reads_as_it_was(value: Any) -> None:
+    """G10. Method: `pickle.loads`, and our own reader with nothing allowed; types too."""
+    data = dumps(value)
+    assert alike(pickle.loads(data), value)
+    assert alike(loads(data, {}, where="p"), value)
+    assert dumps(value) == data
+
+
+@given(st.integers())
+def test_every_int_has_an_opcode_that_gives_it_back(value: int) -> None:
+    """Method: any int, read by Python's pickle; the widths' borders follow."""
+    for number in (value, *(s * 2**b + d for b in (7, 8, 15, 16, 31, 32, 63, 64) for s in (1, -1)
+                            for d in (-1, 0, 1))):  # fmt: skip
+        assert pickle.loads(b"\x80\x02" + pickled_int(number) + b".") == number
+
+
+@given(st.text(st.characters(codec="utf-8")))
+def test_a_string_of_protocol_2_is_read_back(text: str) -> None:
+    """Method: any text, read by Python's pickle."""
+    assert pickle.loads(b"\x80\x02" + pickled_str(text) + b".") == text
+
+
+def test_strings_of_every_length_and_more_than_256_of_them_are_remembered_rightly() -> None:
+    """Method: lengths around one byte's, each string twice: both widths of memo."""
+    texts = ["x" * n for n in (0, 1, 255, 256, 257, 70000)] + [f"name {i}" for i in range(400)]
+    assert pickle.loads(dumps([texts, texts])) == [texts, texts]
+
+
+def test_globals_calls_instances_and_tables_are_what_python_makes_of_them() -> None:
+    """G10. Method: real classes of the standard library, made by `pickle.loads`."""
+    ordered = Global("collections", "OrderedDict")
+    value = [
+        Call(ordered, ([("a", 1)],)),
+        ordered,
+        Instance(Global("argparse", "Namespace"), {"a": 1}),
+        Table([(Call(Global("builtins", "complex"), (1, 2)), "v")]),
+    ]
+    import argparse
+
+    assert pickle.loads(dumps(value)) == [
+        OrderedDict(a=1), OrderedDict, argparse.Namespace(a=1), {1 + 2j: "v"}
+    ]  # fmt: skip
+
+
+def test_what_has_no_opcode_here_is_our_own_mistake() -> None:
+    """Method: a set."""
+    with pytest.raises(TypeError, match="no plain value"):
+        dumps({1})
+
+
+class Attack:
+    """Pickles as a call of `os.system`."""
+
+    def __init__(self, marker: str) -> None:
+        self._command = f"touch {marker}"
+
+    def __reduce__(self) -> Any:
+        return os.system, (self._command,)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_pickle_that_runs_a_command_is_refused_by_its_name(tmp_path: Any, protocol: int) -> None:
+    """G8. Method: `os.system` in every protocol; the command leaves a file when it runs. The same
+    bytes do leave it when read by `pickle.loads`, so the attack is real."""
+    marker = tmp_path / "ran"
+    data = pickle.dumps({"a": [Attack(str(marker))]}, protocol)
+    with pytest.raises(FormatError, match=r"`posix\.system`.*refused"):
+        loads(data, {("collections", "OrderedDict"): OrderedDict}, where="p")
+    assert not marker.exists()
+    pickle.loads(data)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["builtins.eval", "builtins.getattr", "torch.load", "torch.hub.load", "os.path.join"]
+)
+def test_an_unknown_global_is_refused_by_its_name_though_nobody_calls_it(name: str) -> None:
+    """G8. Method: a bare mention."""
+    module, _, member = name.rpartition(".")
+    with pytest.raises(FormatError) as refused:
+        loads(f"c{module}\n{member}\n.".encode(), {}, where="the file")
+    assert f"`{name}`" in refused.value.what
+    assert "`the file`" in refused.value.what
+
+
+def test_extension_codes_are_refused() -> None:
+    """G8. Method: EXT1, which looks a class up in a registry instead of naming it."""
+    import copyreg
+
+    copyreg.add_extension("os", "system", 200)
+    try:
+        with pytest.raises(FormatError):
+            loads(b"\x80\x02\x82\xc8U\x02lsR.", {}, where="p")
+    finally:
+        copyreg.remove_extension("os", "system", 200)
+
+
+def test_dtypes_come_as_their_names_without_torch() -> None:
+    """Method: a mention of one; a dtype that is none is refused like anything else."""
+    assert loads(b"ctorch\nbfloat16\n.", {}, where="p") == DtypeName("bfloat16")
+    with pytest.raises(FormatError, match=r"torch\.float99"):
+        loads(b"ctorch\nfloat99\n.", {}, where="p")
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_read_or_refused_and_nothing_else(data: bytes) -> None:
+    """G8. Method: any bytes; only `FormatError` may come out."""
+    # `r` and `p` put under an index of any size, and Python makes room for all below it.
+    data = data.replace(b"r", b"").replace(b"p", b"")
+    with suppress(FormatError):
+        loads(b"\x80\x04" + data, {("a", "B"): Plain}, where="p")
+
+
+@given(st.data())
+def test_a_pickle_with_a_byte_changed_is_read_or_refused_and_nothing_else(
+    data: st.DataObject,
+) -> None:
+    """G8. Method: a true pickle, cut short or with bytes replaced."""
+    whole = bytearray(pickle.dumps({"a": (1, [2.5, "x" * 10]), "b": OrderedDict(c=b"bytes")}))
+    for _ in range(data.draw(st.integers(0, 3))):
+        byte = data.draw(st.integers(0, 255).filter(lambda b: b not in b"rp"))
+        whole[data.draw(st.integers(0, len(whole) - 1))] = byte
+    cut = bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    with suppress(FormatError):
+        loads(cut, {("collections", "OrderedDict"): OrderedDict}, where="p")
+
+
+def _set_on(target: str, name: str) -> bytes:
+    """A pickle that names a global and gives it a state: BUILD sets attributes."""
+    module, _, member = target.rpartition(".")
+    state = b"(N}(X" + len(name).to_bytes(4, "little") + name.encode() + b"K\x07ut"
+    return f"c{module}\n{member}\n".encode() + state + b"b."
+
+
+def test_a_pickle_cannot_change_a_class_or_function_of_this_process() -> None:
+    """G8. Method: BUILD on each global that `.metadata` and containers may name: it would set
+    attributes of the class or function itself, for everything else in the process."""
+    from holdfast.format import dcp, torchzip
+
+    for allowed in (dcp._ALLOWED, torchzip._ALLOWED):
+        for (module, member), stands in allowed.items():
+            known = dict(vars(stands)) if hasattr(stands, "__dict__") else {}
+            with suppress(FormatError):
+                loads(_set_on(f"{module}.{member}", "marked"), allowed, where="p")
+            if hasattr(stands, "__dict__"):
+                assert dict(vars(stands)) == known, f"{module}.{member} was changed"
+    assert not hasattr(PurePosixPath, "marked")
