@@ -181,7 +181,7 @@ def mount(*arguments: str) -> None:
 
 
 def test_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
-    """G11: the second step does not fit. The message has the bytes needed and free, on two ranks
+    """G7, G11: the second step does not fit. The message has the bytes needed and free, on two ranks
     once; the first step is there, and nothing is left of the second."""
     folder = ("--checkpoint.folder", str(small_disk / "checkpoint"))
     said = refused(tmp_path, *folder, ranks=2, status=9)

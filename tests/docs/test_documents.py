@@ -1,0 +1,162 @@
+"""What the documents say is so: their code runs, their links lead somewhere, their tests exist."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from holdfast.trainer.arguments import read_config
+from holdfast.trainer.config import Config
+from runs import kill_all, wait_for_step
+
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+SHORT = ("--training.seq_len", "16", "--training.global_batch_size", "4")
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """Every code block of that language, with the document and number that name it."""
+    found = []
+    for document in DOCUMENTS:
+        texts = re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), re.M | re.S)
+        found += [(f"{document.relative_to(ROOT)}#{i}", text) for i, text in enumerate(texts)]
+    return found
+
+
+def commands() -> list[str]:
+    """Every line of every shell block, without its comment."""
+    lines = [line for _, text in blocks("sh") for line in text.splitlines()]
+    return list(dict.fromkeys(shlex.join(shlex.split(line, comments=True)) for line in lines))
+
+
+@pytest.mark.parametrize(("name", "text"), blocks("python"))
+def test_python_blocks_run(name: str, text: str, tmp_path: Path) -> None:
+    """Each as a script of its own, in an empty folder; one with a manager is run again, and finds
+    what the first run left."""
+    for _ in range(1 + ("CheckpointManager" in text)):
+        subprocess.run([sys.executable, "-W", "error", "-c", text], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize(("name", "text"), blocks("toml"))
+def test_toml_blocks_are_configurations(name: str, text: str, tmp_path: Path) -> None:
+    """Every key is known, every value is taken."""
+    (tmp_path / "given.toml").write_text(text)
+    config = read_config(["--job.config_file", str(tmp_path / "given.toml")])
+    for section, keys in tomllib.loads(text).items():
+        for key, value in keys.items():
+            found = getattr(getattr(config, section), key)
+            assert (list(found) if isinstance(found, tuple) else found) == value
+
+
+def test_every_command_is_one_that_is_run_here() -> None:
+    """`./run_tests.sh` is what runs this; the others are run below."""
+    ours = {c for c in commands() if not c.startswith("./run_tests.sh")}
+    assert ours == {shlex.join(shlex.split(command)) for command in TRAINING}
+
+
+TRAINING = (
+    "./run_train.sh",
+    "./run_train.sh --help",
+    "./run_train.sh --checkpoint.no-enable "
+    "--checkpoint.exclude_from_loading dataloader,lr_scheduler",
+    "NGPU=4 CONFIG_FILE=train_configs/debug_model.toml ./run_train.sh "
+    "--checkpoint.interval 10 --checkpoint.load_step 20",
+)
+
+
+def run_train(command: str, folder: Path, *more: str) -> subprocess.Popen[str]:
+    """A command of the documents, as it stands, with the length of the run added."""
+    variables = [word for word in shlex.split(command) if re.match(r"[A-Z_]+=", word)]
+    words = [word for word in shlex.split(command) if word not in variables]
+    return subprocess.Popen(
+        [str(ROOT / words[0]), *words[1:], *more],
+        cwd=folder,
+        env={**os.environ, **dict(variable.split("=", 1) for variable in variables)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def test_the_commands_of_the_readme_in_their_order(tmp_path: Path) -> None:
+    """Train, kill, train again, read the help, go back to step 20 on 4 ranks."""
+    first, help_, off, back = TRAINING
+    run = run_train(first, tmp_path, *SHORT)
+    wait_for_step(tmp_path / "outputs", 25)
+    kill_all(run)
+    again = run_train(first, tmp_path, *SHORT, "--training.steps", "31")
+    said, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, said
+    assert "resumed from step 20" in said
+
+    said, _ = run_train(help_, tmp_path).communicate(timeout=60)
+    for section in dataclasses.fields(Config):
+        for key in dataclasses.fields(
+            section.type if not isinstance(section.type, str) else Config
+        ):
+            if not isinstance(section.type, str):
+                assert f"--{section.name}.{key.name}" in said
+
+    unsaved = run_train(off, tmp_path, *SHORT, "--training.steps", "2")
+    said, _ = unsaved.communicate(timeout=120)
+    assert unsaved.returncode == 0, said
+    assert "step 2 " in said
+
+    four = run_train(back, tmp_path, *SHORT, "--training.steps", "22")
+    said, _ = four.communicate(timeout=120)
+    assert four.returncode == 0, said
+    assert "resumed from step 20" in said
+    assert "saved step 22" in said
+
+
+def test_every_checkpoint_key_is_in_the_configuration_page() -> None:
+    from holdfast.manager.config import CheckpointConfig
+
+    page = (ROOT / "docs/configuration.md").read_text()
+    rows = set(re.findall(r"^\| `(\w+)` \|", page, re.M))
+    assert rows == {field.name for field in dataclasses.fields(CheckpointConfig)}
+
+
+def test_exit_statuses_are_those_of_the_errors() -> None:
+    from holdfast import errors
+
+    page = (ROOT / "docs/configuration.md").read_text()
+    documented = {int(status) for status in re.findall(r"^\| (\d+) \|", page, re.M)}
+    classes = [c for c in vars(errors).values() if isinstance(c, type)]
+    raised = {c.exit_status for c in classes if issubclass(c, errors.HoldfastError)}
+    assert documented == raised | {0, 3}
+
+
+def test_guarantees_name_tests_that_exist() -> None:
+    """And tests that name a guarantee name one that is promised."""
+    text = (ROOT / "docs/guarantees.md").read_text()
+    promised = re.findall(r"^### (G\d+) ", text, re.M)
+    for section in re.split(r"^### ", text, flags=re.M)[1:]:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", section)
+        assert named, section.splitlines()[0]
+        for file, test in named:
+            tree = ast.parse((ROOT / file).read_text())
+            functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+            found = [f for f in functions if f.name == test]
+            assert found, f"{file}::{test}"
+            assert section.split()[0] in (ast.get_docstring(found[0]) or ""), f"{file}::{test}"
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for line in re.findall(r'"""((?:G\d+(?:, )?)+):', path.read_text()):
+            assert set(line.split(", ")) <= set(promised), f"{path}: {line}"
+
+
+def test_links_lead_somewhere() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document}: {target}"
