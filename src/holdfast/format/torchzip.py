@@ -144,7 +144,7 @@ def locate(fetch: Fetch, item: Span, *, where: str) -> StoredTensor:
     """
     try:
         return _locate(_windowed(fetch, item), item, where)
-    except (struct.error, ValueError, IndexError, KeyError, TypeError) as error:
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise FormatError(f"`{where}` is not a tensor as torch.save writes it: {error}") from error
 
 
