@@ -101,12 +101,9 @@ def test_the_commands_of_the_readme_in_their_order(tmp_path: Path) -> None:
     assert "resumed from step 20" in said
 
     said, _ = run_train(help_, tmp_path).communicate(timeout=60)
-    for section in dataclasses.fields(Config):
-        for key in dataclasses.fields(
-            section.type if not isinstance(section.type, str) else Config
-        ):
-            if not isinstance(section.type, str):
-                assert f"--{section.name}.{key.name}" in said
+    for section, kind in get_type_hints(Config).items():
+        for key in dataclasses.fields(kind):
+            assert f"--{section}.{key.name}" in said
 
     unsaved = run_train(off, tmp_path, *SHORT, "--training.steps", "2")
     said, _ = unsaved.communicate(timeout=120)

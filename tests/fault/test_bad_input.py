@@ -181,8 +181,8 @@ def mount(*arguments: str) -> None:
 
 
 def test_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
-    """G7, G11: the second step does not fit. The message has the bytes needed and free, on two ranks
-    once; the first step is there, and nothing is left of the second."""
+    """G7, G11: the second step does not fit. The message has the bytes needed and free, and comes
+    once from two ranks; the first step is there, and nothing is left of the second."""
     folder = ("--checkpoint.folder", str(small_disk / "checkpoint"))
     said = refused(tmp_path, *folder, ranks=2, status=9)
     assert re.search(r"step-4` needs [\d.]+ MB, [\d.]+ MB are free", said)
