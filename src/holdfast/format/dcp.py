@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from holdfast.errors import FormatError
+from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import (
     Chunk,
     Manifest,
@@ -19,6 +20,8 @@ from holdfast.format.manifest import (
     TensorEntry,
     ValueEntry,
     check_file_name,
+    check_path,
+    check_sizes,
 )
 from holdfast.format.pickles import (
     Call,
@@ -42,6 +45,9 @@ _CLASSES = (
 def _class(name: str) -> type[Plain]:
     return type(name, (Plain,), {})
 
+
+_CHUNK_BYTES_MIN = 16
+"""A chunk takes no fewer in any pickle; a list of chunks that many entries share would."""
 
 _ALLOWED: Mapping[tuple[str, str], Any] = {
     **{(_MODULE, name): _class(name) for name in _CLASSES},
@@ -67,36 +73,37 @@ def decode_metadata(data: bytes, *, where: str) -> Manifest:
     """
     metadata = loads(data, _ALLOWED, where=where)
     try:
-        return _manifest(metadata, where)
+        return _manifest(metadata, len(data), where)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(
             f"`{where}` is not DCP metadata: {type(error).__name__} {error}"
         ) from error
 
 
-def _manifest(metadata: Any, where: str) -> Manifest:
+def _manifest(metadata: Any, nbytes: int, where: str) -> Manifest:
     items: dict[tuple[str, tuple[int, ...] | None], tuple[str, Span]] = {}
     for index, info in metadata.state["storage_data"].items():
+        name, offset = _text(index.state["fqn"]), index.state.get("offset")
         file, span = info.state["relative_path"], Span(info.state["offset"], info.state["length"])
         check_file_name(file, where)
         if info.state.get("transform_descriptors"):
-            raise FormatError(
-                f"`{where}`: `{index.state['fqn']}` is stored compressed or encrypted"
-            )
-        if span.offset < 0 or span.nbytes < 0:
-            raise ValueError(f"negative span {span}")
-        items[index.state["fqn"], index.state.get("offset")] = file, span
+            raise FormatError(f"`{where}`: `{name}` is stored compressed or encrypted")
+        check_sizes((span.offset, span.nbytes))
+        items[name, None if offset is None else check_sizes(offset)] = file, span
     paths = metadata.state.get("planner_data") or {}
     tensors: dict[str, TensorEntry] = {}
     values: dict[str, ValueEntry] = {}
     for name, entry in metadata.state["state_dict_metadata"].items():
-        path: Path = tuple(paths.get(name, (name,)))
+        path = check_path(paths.get(_text(name), (name,)))
         if type(entry).__name__ == "BytesStorageMetadata":
             file, span = items[name, None]
             values[name] = ValueEntry(file, span, None, path)
         else:
+            nbytes -= _CHUNK_BYTES_MIN * len(entry.state["chunks"])
+            if nbytes < 0:
+                raise ValueError("more chunks are named than fit into the file")
             tensors[name] = _tensor(name, entry, items, path)
-    return Manifest(tensors, values, versions={"dcp": str(metadata.state.get("version"))})
+    return Manifest(tensors, values, versions=_versions(metadata.state))
 
 
 def _tensor(
@@ -105,21 +112,40 @@ def _tensor(
     properties = entry.state["properties"].state
     # A tuple in the order of the class's fields; a dict of them before __getstate__ was there.
     dtype: DtypeName = properties[0] if isinstance(properties, tuple) else properties["dtype"]
-    shape = tuple(entry.state["size"])
-    chunks = []
+    shape = check_sizes(entry.state["size"])
+    chunks: dict[tuple[int, ...], Chunk] = {}
     for stored in entry.state["chunks"]:
-        start, sizes = tuple(stored.state["offsets"]), tuple(stored.state["sizes"])
+        start, sizes = check_sizes(stored.state["offsets"]), check_sizes(stored.state["sizes"])
         region = Region(start, tuple(map(int.__add__, start, sizes)))
         if not region.fits(shape) or len(start) != len(sizes):
             raise ValueError(f"`{name}`: chunk {region} is outside of the shape {shape}")
         file, span = items[name, start]
-        chunks.append(Chunk(region, file, span))
-    return TensorEntry(dtype.name, shape, tuple(chunks), path)
+        # Of uneven shards several may be empty, all at the same place; one item stands for them.
+        if chunks.setdefault(start, Chunk(region, file, span)).region != region:
+            raise ValueError(f"`{name}`: two chunks start at {start}")
+    return TensorEntry(dtype_of(dtype.name).name, shape, tuple(chunks.values()), path)
+
+
+def _versions(state: Mapping[str, Any]) -> dict[str, str]:
+    version = state.get("version")
+    return {"dcp": version[:100]} if type(version) is str else {}
+
+
+def _text(name: object) -> str:
+    if type(name) is not str:
+        raise ValueError(f"a name that is a {type(name).__name__}")
+    return name
 
 
 _STORAGE_INFO = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
 _LAYOUT = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
 _MEMORY_FORMAT = Call(Global(_MODULE, "_MEM_FORMAT_ENCODING"), (0,))
+
+
+def is_ours(data: bytes, manifest: Manifest) -> bool:
+    """Whether Holdfast wrote these bytes of `.metadata`, which decode to `manifest`."""
+    # Python's own pickler frames what it writes from protocol 4 on.
+    return data[:3] != b"\x80\x04\x95" and encode_metadata(manifest) == data
 
 
 def encode_metadata(manifest: Manifest) -> bytes:

@@ -18,6 +18,14 @@ from holdfast.format.region import Region
 
 VERSION = 1
 
+DIMS_MAX = 64
+"""torch has no tensors of more."""
+
+SIZE_MAX = (1 << 63) - 1
+
+KEYS_MAX = 64
+"""On the path to one entry."""
+
 Kind = Literal["full", "model"]
 Path = tuple[str | int, ...]
 
@@ -224,13 +232,13 @@ def _tensor(name: str, entry: dict[str, Any], files: list[tuple[str, int]]) -> T
         if len(checksums) != checksum.num_blocks(nbytes):
             raise ValueError(f"`{name}`: {len(checksums)} checksums for {nbytes} bytes")
         chunks.append(Chunk(region, file, item, data_offset, checksums))
-    return TensorEntry(entry["dtype"], shape, tuple(chunks), _path(entry.get("path", [name])))
+    return TensorEntry(entry["dtype"], shape, tuple(chunks), check_path(entry.get("path", [name])))
 
 
 def _value(name: str, entry: dict[str, Any], files: list[tuple[str, int]]) -> ValueEntry:
     file, item = _item(entry["item"], files)
     (found,) = checksum.from_hex(entry["checksum"])
-    return ValueEntry(file, item, found, _path(entry.get("path", [name])))
+    return ValueEntry(file, item, found, check_path(entry.get("path", [name])))
 
 
 def _item(stored: list[int], files: list[tuple[str, int]]) -> tuple[str, Span]:
@@ -248,23 +256,46 @@ def _seal(stored: list[int] | None) -> tuple[int, int] | None:
     return nbytes, found
 
 
-def _path(stored: list[str | int]) -> Path:
-    if type(stored) is not list or not stored or {type(key) for key in stored} - {str, int}:
-        raise ValueError(f"path: {stored}")
-    return tuple(stored)
-
-
 def _count(value: object) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"need a count, got {value!r}")
     return value
 
 
-def check_file_name(name: str, where: str) -> None:
+def check_file_name(name: object, where: str) -> None:
     """Refuse a file that lies anywhere but in the checkpoint's own folder.
 
     Raises:
-        FormatError: the name is a path, or hides one.
+        FormatError: the name is a path, or hides one, or is none.
     """
+    if type(name) is not str:
+        raise FormatError(f"`{where}` names a file by a {type(name).__name__}")
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise FormatError(f"`{where}` names a file outside of its folder: {name!r}")
+        raise FormatError(f"`{where}` names a file outside of its folder: {name[:200]!r}")
+
+
+def check_sizes(sizes: object) -> tuple[int, ...]:
+    """Sizes, offsets or strides as a stranger's file states them, a bounded number of bounded ints.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if not isinstance(sizes, tuple | list) or len(sizes) > DIMS_MAX:
+        raise ValueError(f"need up to {DIMS_MAX} sizes, got a {type(sizes).__name__}")
+    for size in sizes:
+        if type(size) is not int or not 0 <= size <= SIZE_MAX:
+            raise ValueError(f"a size that is {str(size)[:30] if type(size) is int else 'none'}")
+    return tuple(sizes)
+
+
+def check_path(path: object) -> Path:
+    """Keys from the root of a state to an entry, as a stranger's file states them.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if not isinstance(path, tuple | list) or not 0 < len(path) <= KEYS_MAX:
+        raise ValueError(f"a path needs 1 to {KEYS_MAX} keys")
+    if {type(key) for key in path} - {str, int}:
+        raise ValueError("a path has a key that is neither text nor a number")
+    return tuple(path)

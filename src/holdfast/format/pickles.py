@@ -1,84 +1,39 @@
 """Pickles by allow-list: read without importing what they name, written without it either.
 
-The opcodes are those of Python's `pickletools`. Reading goes through the standard library's
-unpickler, which imports nothing by itself: every global is looked up in the caller's table, and
-what is not there is refused by name.
+Every global is looked up in the caller's table, and what is not there is refused by name. Nothing
+is called: `Plain` objects stand for what would be, with the arguments and the state that it has.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from holdfast.errors import FormatError
-from holdfast.format.dtypes import BY_NAME
+from holdfast.format.opcodes import DtypeName, Machine, Plain
 
-
-class Plain:
-    """Stands for an instance of a class that is not imported: its arguments and its state."""
-
-    args: tuple[Any, ...]
-    state: Any
-
-    def __new__(cls, *args: Any) -> Plain:
-        made = super().__new__(cls)
-        made.args = args
-        made.state = {}
-        return made
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-@dataclass(frozen=True, slots=True)
-class DtypeName:
-    """Stands for `torch.<name>`."""
-
-    name: str
+__all__ = ["Call", "DtypeName", "Global", "Instance", "Plain", "Table", "dumps", "loads"]
 
 
 def loads(data: bytes, allowed: Mapping[tuple[str, str], Any], *, where: str) -> Any:
     """The object in a pickle, with `allowed[module, name]` in the place of each global.
 
-    A pickle can set attributes of what it names, so only subclasses of `Plain`, built-in types and
-    immutable values may stand for anything: a class of Python's own would be changed for all.
+    Calls are made of subclasses of `Plain`, of `OrderedDict` without arguments, and of `tuple`,
+    `int` and `str` with one of their own; any other value may be named, but not called.
 
     `torch` dtypes are always allowed, and come as `DtypeName`; persistent ids come as they are.
+    Time and memory stay in proportion to the bytes. What comes back may be shared and cyclic.
 
     Raises:
         FormatError: a global that is not allowed, by name; or not a pickle.
     """
     try:
-        return _Loader(data, allowed, where).load()
-    except FormatError:
-        raise
-    except Exception as error:
-        raise FormatError(f"`{where}` is not a whole pickle: {error}") from error
-
-
-class _Loader(pickle.Unpickler):
-    def __init__(self, data: bytes, allowed: Mapping[tuple[str, str], Any], where: str) -> None:
-        super().__init__(io.BytesIO(data))
-        self._allowed = allowed
-        self._where = where
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in BY_NAME:
-            return DtypeName(name)
-        try:
-            return self._allowed[module, name]
-        except KeyError:
-            raise FormatError(
-                f"`{self._where}` names `{module}.{name}`, which no checkpoint needs: refused",
-                hint="a pickle can run any code; do not open this file with torch.load either",
-            ) from None
-
-    def persistent_load(self, pid: Any) -> Any:
-        return pid
+        return Machine(data, allowed, where).run()
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+        reason = "it ends early" if isinstance(error, IndexError) else error
+        raise FormatError(f"`{where}` is not a whole pickle: {reason}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,329 @@
+"""The opcodes of a pickle, one by one: what a checkpoint needs of them, in bounded time and memory.
+
+After Python's `pickletools` and `pickle.py`. The standard library's C unpickler makes room for any
+memo index that a file states, hashes tuples however deep they are nested, and calls what it finds
+with arguments that share their memory: a kilobyte can take gigabytes, or the process. Here every
+opcode costs time and memory in proportion to its own bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from holdfast.errors import FormatError
+from holdfast.format.dtypes import BY_NAME
+
+MARKS_MAX = 10_000
+"""Marks open at once: torch leaves a few for each level of nesting."""
+
+KEY_MEMBERS_MAX = 64
+"""Members of a tuple that is a key: hashing it costs them at each use, the file a byte or two."""
+
+_KEY_INT_BITS = 60
+"""Larger ints can be made to have one hash all of them, which makes a dict quadratic."""
+
+_U16, _U32, _I32, _U64, _F64 = map(struct.Struct, ("<H", "<I", "<i", "<Q", ">d"))
+
+
+class Plain:
+    """Stands for an instance of a class that is not imported: its arguments and its state."""
+
+    args: tuple[Any, ...]
+    state: Any
+
+    def __new__(cls, *args: Any) -> Plain:
+        made = super().__new__(cls)
+        made.args = args
+        made.state = {}
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class DtypeName:
+    """Stands for `torch.<name>`."""
+
+    name: str
+
+
+class Machine:
+    """Reads one pickle. The stack is a list; a mark sets it aside and starts a new one."""
+
+    def __init__(self, data: bytes, allowed: Mapping[tuple[str, str], Any], where: str) -> None:
+        self.data = data
+        self.at = 0
+        self.stack: list[Any] = []
+        self.marked: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        self.allowed = allowed
+        self.where = where
+
+    def run(self) -> Any:
+        """The object that the pickle ends with."""
+        data, table = self.data, _TABLE
+        while (opcode := data[self.at]) != _STOP:
+            self.at += 1
+            handle = table[opcode]
+            if handle is None:
+                raise ValueError(f"opcode {opcode:#04x} at byte {self.at - 1} is not known here")
+            handle(self)
+        return self.stack.pop()
+
+    # ------------------------------------------------------------------------ reading arguments
+
+    def take(self, nbytes: int) -> bytes:
+        start, self.at = self.at, self.at + nbytes
+        if self.at > len(self.data):
+            raise ValueError(f"ends inside an argument of {nbytes} bytes at byte {start}")
+        return self.data[start : self.at]
+
+    def number(self, kind: struct.Struct) -> Any:
+        (value,) = kind.unpack_from(self.data, self.at)
+        self.at += kind.size
+        return value
+
+    def line(self) -> str:
+        stop = self.data.index(b"\n", self.at)
+        start, self.at = self.at, stop + 1
+        return self.data[start:stop].decode()
+
+    def text(self, nbytes: int) -> None:
+        self.stack.append(self.take(nbytes).decode("utf-8", "surrogatepass"))
+
+    def to_mark(self) -> list[Any]:
+        """What was pushed since the last mark; the stack is that of before it."""
+        items, self.stack = self.stack, self.marked.pop()
+        return items
+
+    # --------------------------------------------------------------------------- making objects
+
+    def push_global(self, module: object, name: object) -> None:
+        if type(module) is not str or type(name) is not str:
+            raise ValueError("a global whose name is no text")
+        if module == "torch" and name in BY_NAME:
+            self.stack.append(DtypeName(name))
+            return
+        try:
+            self.stack.append(self.allowed[module, name])
+        except KeyError:
+            raise FormatError(
+                f"`{self.where}` names `{module[:200]}.{name[:200]}`, which no checkpoint needs: "
+                "refused",
+                hint="a pickle can run any code; do not open this file with torch.load either",
+            ) from None
+
+    def call(self, function: Any, args: object) -> Any:
+        """What stands for a call. Nothing is copied: arguments may be shared by a million calls."""
+        if type(args) is not tuple:
+            raise ValueError("a call without a tuple of arguments")
+        if isinstance(function, type) and issubclass(function, Plain):
+            made = Plain.__new__(function)
+            made.args = args
+            return made
+        if function is OrderedDict and not args:
+            return OrderedDict()
+        if function in (tuple, int, str) and len(args) == 1 and type(args[0]) is function:
+            return args[0]
+        raise ValueError(f"a call of {_spelled(function)} with {len(args)} arguments")
+
+    def build(self, state: object) -> None:
+        made = self.stack[-1]
+        if isinstance(made, Plain):
+            made.state = state
+        elif type(made) is not OrderedDict:
+            # An OrderedDict's attributes, such as the `_metadata` of a state dict, are left out.
+            raise ValueError(f"a state for {_spelled(made)}")
+
+    def put(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    def get(self, index: int) -> None:
+        self.stack.append(self.memo[index])
+
+    def set_items(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not dict and type(target) is not OrderedDict:
+            raise ValueError(f"items for {_spelled(target)}")
+        if len(items) % 2:
+            raise ValueError("a key without a value")
+        for key in items[::2]:
+            if type(key) is not str:
+                _check_key(key)
+        target.update(zip(items[::2], items[1::2], strict=True))
+
+    def extend(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not list:
+            raise ValueError(f"members for {_spelled(target)}")
+        target.extend(items)
+
+    def make_tuple(self, count: int) -> None:
+        if len(self.stack) < count:
+            raise IndexError("the stack is empty")
+        self.stack[-count:] = [tuple(self.stack[-count:])]
+
+
+def _spelled(made: object) -> str:
+    return f"`{made.__name__}`" if isinstance(made, type) else f"a {type(made).__name__}"
+
+
+def _check_key(key: object) -> None:
+    """Refuse a key that costs more to hash or to find than its own bytes."""
+    members = key if type(key) is tuple else (key,)
+    if len(members) > KEY_MEMBERS_MAX:
+        raise ValueError(f"a key of {len(members)} members")
+    for member in members:
+        if type(member) is int and member.bit_length() > _KEY_INT_BITS:
+            raise ValueError("a key that is too large a number")
+        if not isinstance(member, str | int | float | bytes | Plain | DtypeName | None):
+            raise ValueError(f"a key that is {_spelled(member)}")
+
+
+def _frame(m: Machine) -> None:
+    m.number(_U64)
+
+
+def _mark(m: Machine) -> None:
+    if len(m.marked) >= MARKS_MAX:
+        raise ValueError(f"more than {MARKS_MAX} marks are open")
+    m.marked.append(m.stack)
+    m.stack = []
+
+
+def _pop(m: Machine) -> None:
+    if m.stack:
+        m.stack.pop()
+    else:
+        m.to_mark()
+
+
+def _int_line(m: Machine) -> None:
+    text = m.line()
+    m.stack.append({"00": False, "01": True}.get(text) if text in ("00", "01") else int(text))
+
+
+def _long_line(m: Machine) -> None:
+    m.stack.append(int(m.line().removesuffix("L")))
+
+
+def _long(m: Machine, nbytes: int) -> None:
+    m.stack.append(int.from_bytes(m.take(nbytes), "little", signed=True))
+
+
+def _unicode_line(m: Machine) -> None:
+    m.stack.append(m.line().encode().decode("raw-unicode-escape"))
+
+
+def _set_item(m: Machine) -> None:
+    value = m.stack.pop()
+    key = m.stack.pop()
+    m.set_items([key, value])
+
+
+def _append(m: Machine) -> None:
+    m.extend([m.stack.pop()])
+
+
+def _dict(m: Machine) -> None:
+    items = m.to_mark()
+    m.stack.append({})
+    m.set_items(items)
+
+
+def _collect(kind: Callable[[list[Any]], Any]) -> Callable[[Machine], None]:
+    def collect(m: Machine) -> None:
+        items = m.to_mark()
+        m.stack.append(kind(items))
+
+    return collect
+
+
+def _reduce(m: Machine) -> None:
+    args = m.stack.pop()
+    m.stack[-1] = m.call(m.stack[-1], args)
+
+
+def _new_with_keywords(m: Machine) -> None:
+    if m.stack.pop():
+        raise ValueError("a class is made with keyword arguments")
+    _reduce(m)
+
+
+def _stack_global(m: Machine) -> None:
+    name = m.stack.pop()
+    m.push_global(m.stack.pop(), name)
+
+
+def _byte(m: Machine) -> int:
+    m.at += 1
+    return m.data[m.at - 1]
+
+
+def _push(value: Any) -> Callable[[Machine], None]:
+    return lambda m: m.stack.append(value)
+
+
+_STOP = ord(".")
+
+_OPCODES: dict[bytes, Callable[[Machine], Any]] = {
+    b"\x80": _byte,
+    b"\x95": _frame,
+    b"(": _mark,
+    b"0": _pop,
+    b"1": lambda m: m.to_mark(),
+    b"2": lambda m: m.stack.append(m.stack[-1]),
+    b"N": _push(None),
+    b"\x88": _push(True),
+    b"\x89": _push(False),
+    b"I": _int_line,
+    b"L": _long_line,
+    b"F": lambda m: m.stack.append(float(m.line())),
+    b"J": lambda m: m.stack.append(m.number(_I32)),
+    b"K": lambda m: m.stack.append(_byte(m)),
+    b"M": lambda m: m.stack.append(m.number(_U16)),
+    b"G": lambda m: m.stack.append(m.number(_F64)),
+    b"\x8a": lambda m: _long(m, _byte(m)),
+    b"\x8b": lambda m: _long(m, m.number(_U32)),
+    b"V": _unicode_line,
+    b"X": lambda m: m.text(m.number(_U32)),
+    b"\x8c": lambda m: m.text(_byte(m)),
+    b"\x8d": lambda m: m.text(m.number(_U64)),
+    b"U": lambda m: m.text(_byte(m)),
+    b"T": lambda m: m.text(m.number(_U32)),
+    b"C": lambda m: m.stack.append(m.take(_byte(m))),
+    b"B": lambda m: m.stack.append(m.take(m.number(_U32))),
+    b"\x8e": lambda m: m.stack.append(m.take(m.number(_U64))),
+    b")": _push(()),
+    b"t": _collect(tuple),
+    b"\x85": lambda m: m.make_tuple(1),
+    b"\x86": lambda m: m.make_tuple(2),
+    b"\x87": lambda m: m.make_tuple(3),
+    b"]": lambda m: m.stack.append([]),
+    b"l": _collect(list),
+    b"a": _append,
+    b"e": lambda m: m.extend(m.to_mark()),
+    b"}": lambda m: m.stack.append({}),
+    b"d": _dict,
+    b"s": _set_item,
+    b"u": lambda m: m.set_items(m.to_mark()),
+    b"c": lambda m: m.push_global(m.line(), m.line()),
+    b"\x93": _stack_global,
+    b"R": _reduce,
+    b"\x81": _reduce,
+    b"\x92": _new_with_keywords,
+    b"b": lambda m: m.build(m.stack.pop()),
+    b"p": lambda m: m.put(int(m.line())),
+    b"q": lambda m: m.put(_byte(m)),
+    b"r": lambda m: m.put(m.number(_U32)),
+    b"g": lambda m: m.get(int(m.line())),
+    b"h": lambda m: m.get(_byte(m)),
+    b"j": lambda m: m.get(m.number(_U32)),
+    b"\x94": lambda m: m.put(len(m.memo)),
+    b"P": lambda m: m.stack.append(m.line()),
+    b"Q": lambda m: m.stack[-1],
+}
+
+_TABLE = [_OPCODES.get(bytes([opcode])) for opcode in range(256)]
