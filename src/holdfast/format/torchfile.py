@@ -1,0 +1,159 @@
+"""A `.pt` file: what `torch.save` wrote of a whole state, seen as one manifest without torch.
+
+One ZIP archive: `data.pkl` describes the objects, `data/<key>` holds the elements of each storage.
+Entries are named by the keys that lead to them, joined by dots, as in a DCP checkpoint.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from holdfast.errors import FormatError
+from holdfast.format.archive import Fetch, Record, read_records, windowed
+from holdfast.format.dtypes import dtype_of
+from holdfast.format.manifest import (
+    KEYS_MAX,
+    Chunk,
+    Manifest,
+    Path,
+    Span,
+    TensorEntry,
+    ValueEntry,
+)
+from holdfast.format.pickles import Plain, loads
+from holdfast.format.region import Region
+from holdfast.format.torchzip import (
+    GLOBALS,
+    Tensor,
+    check_byte_order,
+    content,
+    contiguous_strides,
+    described,
+    place,
+)
+
+PICKLE_BYTES_MAX = 256 << 20
+"""Of `data.pkl`: two million tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class TorchFile:
+    """What a `.pt` file holds."""
+
+    manifest: Manifest
+    """Chunks of tensors that do not lie row by row have no `data_offset`."""
+
+    strides: Mapping[str, tuple[int, ...]]
+    """Elements between neighbours, of those tensors; their elements start where their item does."""
+
+    records: Mapping[str, Record]
+    """Everything in the archive, with its CRC-32."""
+
+
+def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> TorchFile:
+    """What the `.pt` file of `nbytes` holds. Fetches its directory and its pickle.
+
+    Raises:
+        FormatError: no such file, or one that names code.
+    """
+    start = fetch(0, 4)
+    if start[:1] == b"\x80":
+        raise FormatError(
+            f"`{where}` is a pickle, or in the format of torch before 1.6, which is not read here",
+            hint="load it where you trust it, with torch.load, and torch.save it again",
+        )
+    try:
+        within = windowed(fetch, Span(0, nbytes))
+        records = read_records(within, nbytes)
+        check_byte_order(within, records)
+        pickled = content(within, records["data.pkl"], PICKLE_BYTES_MAX)
+        made = loads(pickled, _ALLOWED, where=where)
+        return _state(made, len(pickled), records, file, nbytes)
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise FormatError(f"`{where}` is not a file of torch.save: {error}") from error
+
+
+def _state(
+    made: object, pickle_bytes: int, records: Mapping[str, Record], file: str, nbytes: int
+) -> TorchFile:
+    tensors: dict[str, TensorEntry] = {}
+    values: dict[str, ValueEntry] = {}
+    strides: dict[str, tuple[int, ...]] = {}
+    for path, leaf in _leaves(made, pickle_bytes):
+        name = ".".join(map(str, path))
+        if name in tensors or name in values:
+            raise ValueError(f"two entries are named `{name[:200]}`")
+        if not isinstance(leaf, Tensor):
+            values[name] = ValueEntry(file, records["data.pkl"].data, None, path)
+            continue
+        stored = place(described(leaf), records, 0)
+        whole = Region.whole(stored.shape)
+        taken = whole.num_elements * dtype_of(stored.dtype).itemsize
+        rows = stored.strides == contiguous_strides(stored.shape) or whole.num_elements < 2
+        if rows:
+            item = Span(stored.data.offset, taken)
+        else:
+            item, strides[name] = stored.data, stored.strides
+        chunk = Chunk(whole, file, item, item.offset if rows else None)
+        tensors[name] = TensorEntry(stored.dtype, stored.shape, (chunk,), path)
+    return TorchFile(Manifest(tensors, values, files={file: nbytes}), strides, records)
+
+
+def _leaves(made: object, num_max: int) -> Iterator[tuple[Path, object]]:
+    """Tensors and values by their path, depth first. An object may be shared, or hold itself: there
+    are no more places in it than bytes in the pickle, or it was made to blow up."""
+    waiting: list[tuple[Path, object]] = [((), made)]
+    while waiting:
+        path, node = waiting.pop()
+        num_max -= 1
+        members: list[tuple[Any, object]] = []
+        if isinstance(node, dict):
+            members = list(node.items())
+        elif isinstance(node, list | tuple):
+            members = list(enumerate(node))
+        if not members or _is_plain(members):
+            yield path or ("value",), node
+            continue
+        num_max -= len(members)
+        if len(path) >= KEYS_MAX or num_max < 0:
+            raise ValueError("its objects are nested too deep, or in one another")
+        waiting += [((*path, _key(key)), member) for key, member in reversed(members)]
+
+
+def _is_plain(members: list[tuple[Any, object]]) -> bool:
+    """Whether these hold nothing but numbers and text, as a shape or the betas of an optimizer."""
+    return all(
+        type(key) is int and not isinstance(member, dict | list | tuple | Plain)
+        for key, member in members
+    )
+
+
+def _key(key: object) -> str | int:
+    if type(key) is int or type(key) is str:
+        return key
+    if key is None or isinstance(key, bool | float):
+        return str(key)
+    raise ValueError(f"a key that is a {type(key).__name__}")
+
+
+class _Value(Plain):
+    """Stands for a value of no interest here."""
+
+
+_ALLOWED: Mapping[tuple[str, str], Any] = {
+    **GLOBALS,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch", "device"): _Value,
+    ("torch", "Generator"): _Value,
+    ("_codecs", "encode"): _Value,
+    ("torch.serialization", "_get_layout"): _Value,
+    **{
+        (module, name): _Value
+        for module in ("builtins", "__builtin__")
+        for name in ("set", "frozenset", "complex", "bytearray", "slice", "range")
+    },
+}
