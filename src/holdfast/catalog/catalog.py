@@ -11,10 +11,10 @@ import secrets
 from collections.abc import Collection
 from dataclasses import replace
 
-from holdfast.catalog.verify import check_structure
+from holdfast.catalog.structure import check_structure
 from holdfast.errors import DamagedError, NotFoundError
 from holdfast.format import manifest as manifests
-from holdfast.format.dcp import decode_metadata
+from holdfast.format.dcp import decode_metadata, is_ours
 from holdfast.format.manifest import Manifest
 from holdfast.format.names import MANIFEST, METADATA, Aside, step_name, step_of
 from holdfast.storage.store import ReadStore, Store
@@ -87,27 +87,37 @@ def open_manifest(store: ReadStore, name: str) -> Manifest:
         DamagedError: it is not as it was published.
         FormatError: its index is not what it claims to be.
     """
+    manifest = read_manifest(store, name)
+    problems = check_structure(store, name, manifest)
+    if problems:
+        raise DamagedError(
+            f"`{place(store, name)}` is damaged:\n  " + "\n  ".join(map(str, problems)),
+            hint="leave out `load_step` to resume from the newest good step",
+        )
+    return manifest
+
+
+def read_manifest(store: ReadStore, name: str) -> Manifest:
+    """As `open_manifest`, without a look at the data files but for the sizes of stock ones."""
     where = place(store, name)
     files = set(store.list(name))
     if MANIFEST in files:
         data = _read_all(store, f"{name}/{MANIFEST}")
-        manifest = manifests.decode(data, where=f"{where}/{MANIFEST}")
-    elif METADATA in files:
+        return manifests.decode(data, where=f"{where}/{MANIFEST}")
+    if METADATA in files:
         data = _read_all(store, f"{name}/{METADATA}")
         manifest = decode_metadata(data, where=f"{where}/{METADATA}")
-        manifest = replace(manifest, files=_file_sizes(store, name, manifest, files))
-    else:
-        raise NotFoundError(
-            f"`{where}` holds no checkpoint: neither `{MANIFEST}` nor `{METADATA}` is there",
-            hint=f"found: {', '.join(sorted(files)[:10]) or 'nothing'}",
-        )
-    problems = check_structure(store, name, manifest)
-    if problems:
-        raise DamagedError(
-            f"`{where}` is damaged:\n  " + "\n  ".join(problems),
-            hint="leave out `load_step` to resume from the newest good step",
-        )
-    return manifest
+        if is_ours(data, manifest):
+            # It would load as a stock checkpoint does, its data unchecked.
+            raise DamagedError(
+                f"`{where}` was written by Holdfast, and its `{MANIFEST}` is missing",
+                hint="leave out `load_step` to resume from the newest good step",
+            )
+        return replace(manifest, files=_file_sizes(store, name, manifest, files))
+    raise NotFoundError(
+        f"`{where}` holds no checkpoint: neither `{MANIFEST}` nor `{METADATA}` is there",
+        hint=f"found: {', '.join(sorted(files)[:10]) or 'nothing'}",
+    )
 
 
 def place(store: ReadStore, name: str) -> str:

@@ -1,38 +1,61 @@
-"""Is a checkpoint as it was published? Its structure; its bytes are checked as they are read."""
+"""Is a checkpoint whole? Its files and their sizes, and what its index says of them; no data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from holdfast.errors import NotFoundError
+from holdfast.catalog.findings import Finding
+from holdfast.errors import FormatError, NotFoundError
 from holdfast.format.checksum import checksum
 from holdfast.format.manifest import Manifest, Span
-from holdfast.format.names import METADATA
+from holdfast.format.names import MANIFEST, METADATA
+from holdfast.format.region import Region, first_overlap
+from holdfast.storage.local import leads_out
 from holdfast.storage.store import ReadStore
 
 
-def check_structure(store: ReadStore, folder: str, manifest: Manifest) -> list[str]:
-    """What is wrong with a checkpoint's files, one line each: missing, too short, too long, items
-    that reach outside of them. Reads `.metadata` and sizes only."""
-    problems = []
+def check_structure(store: ReadStore, folder: str, manifest: Manifest) -> list[Finding]:
+    """What is wrong with a checkpoint's files: missing, too short, too long, elsewhere, items that
+    reach outside of them. Reads `.metadata` and sizes only."""
+    findings = []
     for file, nbytes in manifest.files.items():
         try:
             found = store.size(f"{folder}/{file}")
         except NotFoundError:
-            problems.append(f"`{file}` is missing")
+            findings.append(Finding("file", file, "is missing"))
             continue
+        if leads_out(store, folder, file):
+            # A stranger's checkpoint could carry the files of whoever loads it into a model.
+            findings.append(Finding("file", file, "is a link to a place outside of its folder"))
         if found != nbytes:
-            problems.append(f"`{file}` has {found} bytes, {nbytes} were written")
+            findings.append(Finding("file", file, f"has {found} bytes, {nbytes} were written"))
     for name, file, item in _items(manifest):
         if file not in manifest.files:
-            problems.append(f"`{file}` is missing: it holds `{name}`")
+            findings.append(Finding("file", file, "is missing", name))
         elif item.stop > manifest.files[file]:
-            problems.append(
-                f"`{file}` ends at byte {manifest.files[file]}, `{name}` reaches to {item.stop}"
-            )
+            what = f"reaches to byte {item.stop} of {manifest.files[file]}"
+            findings.append(Finding("file", file, what, name))
     if manifest.metadata:
-        problems += _check_metadata(store, folder, *manifest.metadata)
-    return problems
+        findings += _check_metadata(store, folder, *manifest.metadata)
+    return findings
+
+
+def check_coverage(manifest: Manifest, index: str = MANIFEST) -> Iterator[Finding]:
+    """Tensors whose chunks do not hold every one of their elements exactly once."""
+    for name, entry in manifest.tensors.items():
+        held = sum(chunk.region.num_elements for chunk in entry.chunks)
+        wanted = Region.whole(entry.shape).num_elements
+        if held != wanted:
+            yield Finding("data", index, f"its chunks hold {held} of {wanted} elements", name)
+            continue
+        try:
+            overlap = first_overlap(chunk.region for chunk in entry.chunks)
+        except FormatError as error:
+            yield Finding("data", index, error.what, name)
+            continue
+        if overlap:
+            what = f"some elements are there twice: {overlap[0]} and {overlap[1]}"
+            yield Finding("data", index, what, name)
 
 
 def _items(manifest: Manifest) -> Iterator[tuple[str, str, Span]]:
@@ -43,11 +66,11 @@ def _items(manifest: Manifest) -> Iterator[tuple[str, str, Span]]:
         yield name, value.file, value.item
 
 
-def _check_metadata(store: ReadStore, folder: str, nbytes: int, expected: int) -> list[str]:
+def _check_metadata(store: ReadStore, folder: str, nbytes: int, expected: int) -> list[Finding]:
     try:
         data = store.read(f"{folder}/{METADATA}", 0, nbytes + 1)
     except NotFoundError:
-        return [f"`{METADATA}` is missing"]
+        return [Finding("index", METADATA, "is missing")]
     if len(data) != nbytes or checksum(data) != expected:
-        return [f"`{METADATA}` is not the {nbytes} bytes that were written"]
+        return [Finding("index", METADATA, f"is not the {nbytes} bytes that were written")]
     return []

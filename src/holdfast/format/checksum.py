@@ -10,7 +10,7 @@ import re
 import struct
 from collections.abc import Sequence
 
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 ALGORITHM = "xxh3-64"
 
@@ -27,6 +27,20 @@ _HEX = re.compile(r"[0-9a-f]*")
 def checksum(data: bytes | bytearray | memoryview) -> int:
     """The checksum of these bytes as one block."""
     return xxh3_64_intdigest(data)
+
+
+class Running:
+    """The checksum of bytes that come one part after the other."""
+
+    def __init__(self) -> None:
+        self._state = xxh3_64()
+
+    def add(self, part: bytes | bytearray | memoryview) -> None:
+        self._state.update(part)
+
+    @property
+    def value(self) -> int:
+        return self._state.intdigest()
 
 
 def num_blocks(nbytes: int) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from holdfast.errors import FormatError
+
 
 @dataclass(frozen=True, slots=True)
 class Region:
@@ -64,18 +66,31 @@ class Region:
         return tuple(map(slice, self.start, self.stop))
 
 
+PAIRS_MAX = 2_000_000
+"""Regions compared with one another before giving up: seconds. Shards of any mesh need a few
+thousand; a stranger's file could ask for the square of what it holds."""
+
+
 def first_overlap(regions: Iterable[Region]) -> tuple[Region, Region] | None:
     """Two regions that share an element, or None.
 
-    Sweeps along the first dim, so that row shards cost a sort and a grid of shards its width.
+    Sweeps along the dim that they are cut into most often, so that row or column shards cost a sort
+    and a grid of shards its width.
+
+    Raises:
+        FormatError: more than `PAIRS_MAX` pairs would have to be compared.
     """
+    filled = [region for region in regions if region.num_elements]
+    if not filled or not filled[0].start:
+        return (filled[0], filled[1]) if len(filled) > 1 else None
+    dim = max(range(len(filled[0].start)), key=lambda d: len({r.start[d] for r in filled}))
     active: list[Region] = []
-    for region in sorted((r for r in regions if r.num_elements), key=lambda r: r.start):
-        if not region.start:
-            if active:
-                return active[0], region
-        else:
-            active = [other for other in active if other.stop[0] > region.start[0]]
+    num_pairs = 0
+    for region in sorted(filled, key=lambda r: (r.start[dim], r.start)):
+        active = [other for other in active if other.stop[dim] > region.start[dim]]
+        num_pairs += len(active)
+        if num_pairs > PAIRS_MAX:
+            raise FormatError(f"{len(filled)} chunks are cut too unevenly to be compared")
         for other in active:
             if (other & region).num_elements:
                 return other, region

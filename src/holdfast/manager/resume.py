@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from holdfast.catalog.catalog import Catalog
+from holdfast.catalog.findings import kind_of
 from holdfast.errors import HoldfastError
-from holdfast.format.manifest import Kind, Manifest
+from holdfast.format.manifest import Manifest
 from holdfast.format.names import step_name
 
 
@@ -54,11 +55,3 @@ def is_whole(catalog: Catalog, step: int) -> bool:
     except HoldfastError:
         return False
     return True
-
-
-def kind_of(manifest: Manifest) -> Kind:
-    """What a step holds, also where its writer, stock DCP, did not say."""
-    if manifest.kind is not None:
-        return manifest.kind
-    optimizer = any(entry.path[0] == "optimizer" for entry in manifest.tensors.values())
-    return "full" if optimizer else "model"

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from holdfast.errors import ExistsError, NotFoundError, StorageError
-from holdfast.storage.store import Buffer
+from holdfast.storage.store import Buffer, ReadStore
 
 _BUFFERS_A_CALL = 512
 """Linux takes at most 1024 buffers in one pwritev."""
@@ -154,6 +154,15 @@ class LocalStore:
                 f"cannot {doing} `{self._path(key)}`: {error.strerror or error}",
                 hint=_HINTS.get(error.errno or 0),
             ) from error
+
+
+def leads_out(store: ReadStore, folder: str, file: str) -> bool:
+    """Whether a file of a folder is a link to a place outside of that folder, as only a local file
+    can be."""
+    if not isinstance(store, LocalStore):
+        return False
+    inside = store._path(folder).resolve()
+    return not store._path(f"{folder}/{file}").resolve().is_relative_to(inside)
 
 
 class _LocalWriter:

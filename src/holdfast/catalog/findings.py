@@ -1,0 +1,128 @@
+"""What is wrong with a checkpoint, as values: each finding, and what is usable all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from holdfast.format.manifest import Kind, Manifest
+
+Format = Literal["holdfast", "dcp", "safetensors", "torch"]
+
+Concern = Literal["index", "file", "data", "frame"]
+"""What a finding is about. `index` and `file`: a load refuses the checkpoint as a whole. `data`: a
+load of that entry fails. `frame`: the bytes around an entry; Holdfast does not need them, the stock
+reader does."""
+
+PARTS = ("optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
+"""What a resume can leave out; the rest of a checkpoint is the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is not as it was written."""
+
+    concern: Concern
+    file: str
+    """Within the checkpoint's folder."""
+
+    what: str
+    entry: str = ""
+    """Tensor or value; empty where it is about the file."""
+
+    block: int | None = None
+    """Of the tensor: which of its checksums does not hold."""
+
+    def __str__(self) -> str:
+        entry = f" `{self.entry}`" if self.entry else ""
+        block = f" block {self.block}" if self.block is not None else ""
+        return f"`{self.file}`{entry}{block}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What verifying one checkpoint has found."""
+
+    where: str
+    format: Format | None
+    """None: nothing that says so can be read."""
+
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
+    """What could not be checked, or does not belong here; nothing that is wrong."""
+
+    step: int | None = None
+    kind: Kind | None = None
+    num_entries: int = 0
+    nbytes: int = 0
+    """Of all data files."""
+
+    usable: str = field(default="everything")
+    """What can be done with it, for people."""
+
+    @property
+    def good(self) -> bool:
+        return not self.findings
+
+    @property
+    def loads(self) -> bool:
+        """Whether Holdfast loads every entry of it."""
+        return all(finding.concern == "frame" for finding in self.findings)
+
+
+def usable(manifest: Manifest, findings: Sequence[Finding]) -> str:
+    """What can be done with a checkpoint that has these findings, for people."""
+    if not findings:
+        return "everything"
+    if all(finding.concern == "frame" for finding in findings):
+        return "everything, by Holdfast; stock torch may fail on what is named above"
+    refused = [f for f in findings if f.concern in ("index", "file")]
+    where = _damaged(manifest, findings)
+    parts = {part_of(path) for path in _paths(manifest).values()}
+    whole = sorted(parts - where.keys())
+    said = [f"{part} is whole" for part in whole]
+    said += [f"{part} is damaged in {', '.join(sorted(where[part]))}" for part in sorted(where)]
+    if refused:
+        files = ", ".join(sorted({finding.file for finding in refused}))
+        said.append(f"a load refuses this checkpoint as long as {files} is not as it was written")
+    elif "model" in whole:
+        leave = ",".join(sorted(where))
+        said.append(f"a model-only resume is possible: --checkpoint.exclude_from_loading {leave}")
+    return "; ".join(said)
+
+
+def kind_of(manifest: Manifest) -> Kind:
+    """What a checkpoint holds, also where its writer, stock DCP, did not say."""
+    if manifest.kind is not None:
+        return manifest.kind
+    optimizer = any(entry.path[0] == "optimizer" for entry in manifest.tensors.values())
+    return "full" if optimizer else "model"
+
+
+def part_of(path: Sequence[str | int]) -> str:
+    """The part of a checkpoint that an entry belongs to."""
+    return str(path[0]) if path[0] in PARTS else "model"
+
+
+def _paths(manifest: Manifest) -> dict[str, Sequence[str | int]]:
+    paths: dict[str, Sequence[str | int]] = {n: e.path for n, e in manifest.tensors.items()}
+    return paths | {name: entry.path for name, entry in manifest.values.items()}
+
+
+def _damaged(manifest: Manifest, findings: Sequence[Finding]) -> dict[str, set[str]]:
+    """Part to the files that its damage is in. A file that is not whole damages all that it
+    holds."""
+    paths = _paths(manifest)
+    entries = {(f.entry, f.file) for f in findings if f.concern == "data"}
+    files = {finding.file for finding in findings if finding.concern == "file"}
+    for name, tensor in manifest.tensors.items() if files else ():
+        entries |= {(name, chunk.file) for chunk in tensor.chunks if chunk.file in files}
+    for name, value in manifest.values.items():
+        if value.file in files:
+            entries.add((name, value.file))
+    where: dict[str, set[str]] = {}
+    for name, file in entries:
+        if name in paths:
+            where.setdefault(part_of(paths[name]), set()).add(file)
+    return where

@@ -1,0 +1,268 @@
+"""Is a checkpoint as it was written? Every byte of it, whoever wrote it, as far as can be known."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from holdfast.catalog.catalog import place, read_manifest
+from holdfast.catalog.contents import (
+    Advance,
+    Reader,
+    check_containers,
+    check_pieces,
+    check_record,
+    entries_by_record,
+    keeps_checksums,
+    run,
+)
+from holdfast.catalog.findings import Finding, Format, Report, kind_of, usable
+from holdfast.catalog.structure import check_coverage, check_structure
+from holdfast.errors import DamagedError, FormatError, HoldfastError, NotFoundError
+from holdfast.format import safetensors, torchfile
+from holdfast.format.archive import read_records, windowed
+from holdfast.format.manifest import Manifest, Span
+from holdfast.format.names import LOCK, MANIFEST, METADATA, step_of
+from holdfast.storage.store import ReadStore
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is to be verified, and how far."""
+
+    store: ReadStore
+    name: str
+    """Folder or file, below the root of the store."""
+
+    quick: bool = False
+    """Structure alone: sizes and indexes, no data."""
+
+    advance: Advance = lambda _: None
+
+    @property
+    def where(self) -> str:
+        return place(self.store, self.name)
+
+    def reader(self, file: str) -> Reader:
+        key = f"{self.name}/{file}" if file else self.name
+        return Reader(self.store, key, file or self.name, self.advance)
+
+
+def format_of(store: ReadStore, name: str) -> Format | None:
+    """What a folder, or a file, looks like; None where it is no checkpoint.
+
+    Raises:
+        NotFoundError: nothing is there.
+    """
+    above, _, last = name.rpartition("/")
+    there = store.list(above)
+    if last in there:
+        start = store.read(name, 0, 9)
+        if start[:4] == b"PK\3\4" or start[:1] == b"\x80":
+            return "torch"
+        return "safetensors" if name.endswith(safetensors.SUFFIX) or start[8:] == b"{" else None
+    if f"{last}/" not in there:
+        raise NotFoundError(f"nothing at `{place(store, name)}`")
+    files = store.list(name)
+    if MANIFEST in files:
+        return "holdfast"
+    if METADATA in files:
+        return "dcp"
+    safe = any(
+        file.endswith((safetensors.SUFFIX, f"{safetensors.SUFFIX}.index.json")) for file in files
+    )
+    return "safetensors" if safe else None
+
+
+def verify(target: Target) -> Report:
+    """What is wrong with one checkpoint, a folder or a file; `quick` for its structure alone.
+
+    Holds a few windows of data in memory, whatever the size of the checkpoint.
+
+    Raises:
+        NotFoundError: there is nothing, or nothing that is a checkpoint.
+        FormatError: it is no checkpoint, or one that names code.
+        StorageError: the store failed before anything could be said.
+    """
+    form = format_of(target.store, target.name)
+    if form is None:
+        raise NotFoundError(
+            f"`{target.where}` is no checkpoint: no `{MANIFEST}`, no `{METADATA}`, no safetensors",
+            hint="`holdfast list FOLDER` shows the steps of a run's checkpoint folder",
+        )
+    verifiers: dict[Format, Callable[[Target], Report]] = {
+        "holdfast": _verify_step,
+        "dcp": _verify_step,
+        "safetensors": _verify_safetensors,
+        "torch": _verify_torch_file,
+    }
+    report = verifiers[form](target)
+    step = step_of(target.name.rpartition("/")[2])
+    return replace(report, format=form, step=report.step if report.step is not None else step)
+
+
+def steps_in(store: ReadStore, name: str) -> list[str]:
+    """The published steps directly below a folder, oldest first, each with the folder's name."""
+    names = [one.rstrip("/") for one in store.list(name) if one.endswith("/")]
+    steps = sorted((step, one) for one in names if (step := step_of(one)) is not None)
+    return [f"{name}/{one}" for _, one in steps]
+
+
+def failed(target: Target, error: HoldfastError) -> Report:
+    """The report on a checkpoint that cannot even be opened."""
+    index = MANIFEST if isinstance(error, DamagedError) else METADATA
+    finding = Finding("index", index, error.what)
+    return Report(target.where, None, (finding,), usable="nothing", step=step_of(target.name))
+
+
+# ------------------------------------------------------------------------ Holdfast, and stock DCP
+
+
+def _verify_step(target: Target) -> Report:
+    try:
+        manifest = read_manifest(target.store, target.name)
+    except DamagedError as error:
+        return failed(target, error)
+    ours = MANIFEST in target.store.list(target.name)
+    findings = check_structure(target.store, target.name, manifest)
+    findings += check_coverage(manifest, MANIFEST if ours else METADATA)
+    refused = {finding.file for finding in findings if finding.concern == "file"}
+    if not target.quick:
+        if ours:
+            files = [file for file in manifest.files if _readable(findings, file)]
+            findings += run(check_pieces(manifest, files, target.reader))
+        else:
+            findings += run(check_containers(_without(manifest, refused), target.reader))
+    known = {MANIFEST, METADATA, *manifest.files}
+    return _report(target, manifest, findings, [f for f in _others(target) if f not in known])
+
+
+def _readable(findings: Sequence[Finding], file: str) -> bool:
+    """Whether there is anything to read: a file that is too short or too long is read, so that what
+    is whole in it is known."""
+    gone = ("is missing", "is a link")
+    return not any(f.file == file and f.what.startswith(gone) for f in findings)
+
+
+def _without(manifest: Manifest, files: set[str]) -> Manifest:
+    """The manifest without what lies in files that are not as they should be."""
+    tensors = {
+        name: replace(entry, chunks=tuple(c for c in entry.chunks if c.file not in files))
+        for name, entry in manifest.tensors.items()
+    }
+    values = {name: entry for name, entry in manifest.values.items() if entry.file not in files}
+    return replace(manifest, tensors=tensors, values=values)
+
+
+def _others(target: Target) -> list[str]:
+    return [name for name in target.store.list(target.name) if name != LOCK]
+
+
+def _report(
+    target: Target, manifest: Manifest, findings: Sequence[Finding], others: Sequence[str] = ()
+) -> Report:
+    notes = [f"`{name}` is not part of the checkpoint" for name in others]
+    return Report(
+        target.where,
+        None,
+        _distinct(findings),
+        tuple(notes),
+        manifest.step,
+        kind_of(manifest),
+        len(manifest.tensors) + len(manifest.values),
+        manifest.nbytes,
+        usable(manifest, findings),
+    )
+
+
+def _distinct(findings: Sequence[Finding]) -> tuple[Finding, ...]:
+    return tuple(dict.fromkeys(findings))
+
+
+# ------------------------------------------------------------------------------------ safetensors
+
+
+def _verify_safetensors(target: Target) -> Report:
+    names = target.store.list(target.name) if _is_folder(target) else [""]
+    indexes = [name for name in names if name.endswith(f"{safetensors.SUFFIX}.index.json")]
+    findings: list[Finding] = []
+    index: dict[str, str] | None = None
+    if indexes:
+        size = min(
+            target.store.size(f"{target.name}/{indexes[0]}"), safetensors.INDEX_BYTES_MAX + 1
+        )
+        data = target.store.read(f"{target.name}/{indexes[0]}", 0, size)
+        index = safetensors.read_index(data, where=f"{target.where}/{indexes[0]}")
+    held = [name for name in names if name.endswith(safetensors.SUFFIX) or not name]
+    files = held if index is None else sorted(set(index.values()))
+    parts: dict[str, Manifest] = {}
+    for file in files:
+        try:
+            parts[file] = _safetensors_file(target, file)
+        except NotFoundError:
+            findings.append(Finding("file", file, "is missing"))
+        except HoldfastError as error:
+            findings.append(Finding("file", file or target.name, error.what))
+    whole = Manifest({n: e for p in parts.values() for n, e in p.tensors.items()}, {})
+    if not findings:
+        try:
+            whole = safetensors.joined(parts, index, where=target.where)
+        except FormatError as error:
+            findings.append(Finding("index", indexes[0] if indexes else "", error.what))
+    report = _report(target, whole, findings)
+    notes = [
+        f"`{file}` is not in the index, and does not count" for file in held if file not in files
+    ]
+    if not target.quick:
+        notes.append(
+            "safetensors keeps no checksums: headers and sizes were checked, data cannot be"
+        )
+    return replace(report, notes=tuple(notes))
+
+
+def _safetensors_file(target: Target, file: str) -> Manifest:
+    reader = target.reader(file)
+    nbytes = target.store.size(reader.key)
+    where = f"{target.where}/{file}" if file else target.where
+    return safetensors.read_file(reader.fetch, nbytes, file=reader.file, where=where)
+
+
+def _is_folder(target: Target) -> bool:
+    above, _, last = target.name.rpartition("/")
+    return f"{last}/" in target.store.list(above)
+
+
+# -------------------------------------------------------------------------------------- .pt files
+
+
+def _verify_torch_file(target: Target) -> Report:
+    reader = target.reader("")
+    nbytes = target.store.size(reader.key)
+    read = partial(torchfile.read_file, reader.fetch, nbytes, file=reader.file, where=target.where)
+    if reader.fetch(0, 1) == b"\x80":
+        read()
+    try:
+        records = read_records(windowed(reader.fetch, Span(0, nbytes)), nbytes)
+    except (ValueError, LookupError, struct.error) as error:
+        what = f"is not a whole file of torch.save: {error}"
+        finding = Finding("file", reader.file, what)
+        return Report(target.where, "torch", (finding,), nbytes=nbytes, usable="nothing")
+    kept = keeps_checksums(records)
+    findings: list[Finding] = []
+    if kept and "data.pkl" in records:
+        findings = check_record(reader, records, "data.pkl", 0, "")
+    if findings:
+        return Report(target.where, "torch", tuple(findings), nbytes=nbytes, usable="nothing")
+    manifest = read().manifest
+    if kept and not target.quick:
+        entries = entries_by_record(manifest, records)
+        findings += run(
+            partial(check_record, reader, records, name, 0, entries.get(name, ""))
+            for name in records
+        )
+    report = _report(target, manifest, findings)
+    if not kept:
+        report = replace(report, notes=("it was written without checksums: data is not checked",))
+    return report
