@@ -1,0 +1,1 @@
+"""The terminal's door: `holdfast VERB`, one module a verb."""

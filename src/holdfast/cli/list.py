@@ -1,0 +1,150 @@
+"""`holdfast list`: the steps in a folder, and which one a resume takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+import tyro
+
+from holdfast.catalog.catalog import open_manifest, place
+from holdfast.catalog.findings import kind_of
+from holdfast.catalog.verify import steps_in
+from holdfast.cli.terminal import parsed, say, say_json, say_table, spelled_age, spelled_bytes
+from holdfast.engine.root import open_for_reading
+from holdfast.errors import HoldfastError, NotFoundError
+from holdfast.format.names import MANIFEST, METADATA, aside_of, step_of
+from holdfast.storage.store import ReadStore
+
+HEAD = ("step", "size", "age", "kind", "ranks", "state", "")
+
+
+@dataclass(frozen=True, slots=True)
+class List:
+    """The steps in a checkpoint folder: size, age, kind, number of ranks, whether each is whole,
+    and which one a resume takes. Looks at indexes and sizes; `holdfast verify` reads the data.
+
+    Example: holdfast list outputs/checkpoint
+    """
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """Folder of steps, or its URL."""
+
+    json: bool = False
+    """Print JSON."""
+
+    debug: bool = False
+    """On an error, print where it came from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One step, or a save that did not come to its end."""
+
+    name: str
+    step: int | None
+    state: Literal["good", "damaged", "attempt"]
+    kind: str | None = None
+    """`full` can be resumed from, `model` holds the model alone."""
+
+    nbytes: int | None = None
+    created: str | None = None
+    """ISO 8601, UTC."""
+
+    world_size: int | None = None
+    problem: str | None = None
+    """What is wrong, where something is."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print the list; the exit status."""
+    asked = parsed(List, "list", arguments)
+    store, name = open_for_reading(asked.folder)
+    rows = survey(store, name)
+    resume = resumable(rows)
+    if asked.json:
+        said = {"folder": place(store, name), "resume": resume}
+        say_json({**said, "checkpoints": [asdict(row) for row in rows]})
+        return 0
+    say_table(HEAD, [_cells(row, resume) for row in rows])
+    for row in rows:
+        if row.problem:
+            say(f"{row.name}: {row.problem}")
+    return 0
+
+
+def survey(store: ReadStore, name: str) -> list[Row]:
+    """The steps below a folder, oldest first, then what is no step yet, or no longer.
+
+    Raises:
+        NotFoundError: no such folder, or none with a step.
+    """
+    steps = steps_in(store, name)
+    there = store.list(name)
+    asides = [one.rstrip("/") for one in there if aside_of(one.rstrip("/")) is not None]
+    if not steps and not asides:
+        raise NotFoundError(f"`{place(store, name)}` holds no step", hint=_hint(store, name, there))
+    rows = [_row(store, step) for step in steps]
+    return rows + [Row(one, None, "attempt") for one in asides]
+
+
+def _hint(store: ReadStore, name: str, there: Sequence[str]) -> str:
+    if {MANIFEST, METADATA} & {*there}:
+        return f"it is a checkpoint itself: holdfast verify {place(store, name)}"
+    for below in there:
+        if below.endswith("/") and steps_in(store, f"{name}/{below.rstrip('/')}"):
+            return f"there are some in {place(store, name)}/{below}"
+    return f"found: {', '.join(there[:10]) or 'nothing'}"
+
+
+def _row(store: ReadStore, key: str) -> Row:
+    name = key.rpartition("/")[2]
+    step = step_of(name)
+    try:
+        manifest = open_manifest(store, key)
+    except HoldfastError as error:
+        return Row(name, step, "damaged", problem=error.what)
+    ranks = manifest.layout.get("world_size")
+    return Row(
+        name,
+        step,
+        "good",
+        kind_of(manifest),
+        manifest.nbytes,
+        manifest.created or None,
+        ranks if type(ranks) is int else None,
+    )
+
+
+def resumable(rows: Sequence[Row]) -> int | None:
+    """The step that a resume takes, as far as can be known without reading data."""
+    full = [row.step for row in rows if row.state == "good" and _resumes(row)]
+    return max((step for step in full if step is not None), default=None)
+
+
+def _resumes(row: Row) -> bool:
+    return row.kind == "full" or row.step == 0
+
+
+def _cells(row: Row, resume: int | None) -> tuple[str, ...]:
+    return (
+        str(row.step) if row.step is not None else row.name,
+        "-" if row.nbytes is None else spelled_bytes(row.nbytes),
+        _age(row.created),
+        row.kind or "-",
+        "-" if row.world_size is None else str(row.world_size),
+        row.state,
+        "resume" if row.step is not None and row.step == resume else "",
+    )
+
+
+def _age(created: str | None) -> str:
+    try:
+        then = datetime.fromisoformat(created or "")
+    except ValueError:
+        return "-"
+    if then.tzinfo is None:
+        return "-"
+    return spelled_age((datetime.now(UTC) - then).total_seconds())

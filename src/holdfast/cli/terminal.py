@@ -1,0 +1,94 @@
+"""What the verbs say: data on stdout, for programs as JSON, for people as lines and tables."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def parsed(kind: type[T], verb: str, arguments: Sequence[str]) -> T:
+    """The arguments of a verb; ends the process where help is asked for, or they are wrong."""
+    import tyro
+
+    return tyro.cli(
+        kind,
+        prog=f"holdfast {verb}",
+        args=arguments,
+        description=inspect.cleandoc(kind.__doc__ or ""),
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def say(line: str = "") -> None:
+    """A line of what was asked for."""
+    sys.stdout.write(f"{line}\n")
+
+
+def say_json(value: Any) -> None:
+    """What was asked for, as JSON."""
+    json.dump(value, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+def say_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table: with lines and bold type on a terminal, plain columns elsewhere."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*head)
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        say("  ".join(cells).rstrip())
+
+
+@contextmanager
+def progress(what: str, nbytes: int) -> Iterator[Callable[[int], None]]:
+    """Tell it how many bytes more are done; a bar on stderr, where that is a terminal."""
+    if not sys.stderr.isatty() or not nbytes:
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=nbytes)
+        yield lambda done: bar.advance(task, done)
+
+
+def spelled_bytes(nbytes: int) -> str:
+    """A number of bytes for people.
+
+    >>> spelled_bytes(1536)
+    '1.5 kB'
+    """
+    size = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000:
+            return f"{nbytes} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} PB"
+
+
+def spelled_age(seconds: float) -> str:
+    """How long ago, for people.
+
+    >>> spelled_age(7200)
+    '2 h'
+    """
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"

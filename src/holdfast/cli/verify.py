@@ -1,0 +1,117 @@
+"""`holdfast verify`: is a checkpoint as it was written?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from holdfast.catalog.findings import Report
+from holdfast.catalog.verify import Target, failed, format_of, steps_in, verify
+from holdfast.cli.terminal import parsed, progress, say, say_json, spelled_bytes
+from holdfast.engine.root import open_for_reading
+from holdfast.errors import DamagedError, HoldfastError
+from holdfast.storage.store import ReadStore
+
+LISTED_MAX = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Verify:
+    """Check a checkpoint: a step of Holdfast, a folder of stock torch.distributed.checkpoint or of
+    Hugging Face safetensors, a .pt file; or every step in a folder. Exits with 7 where one is
+    damaged.
+
+    Example: holdfast verify outputs/checkpoint/step-500
+    """
+
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+    """Checkpoint, or folder of steps, or its URL."""
+
+    quick: bool = False
+    """Check structure alone: indexes and sizes, no data."""
+
+    json: bool = False
+    """Print JSON, with every finding."""
+
+    debug: bool = False
+    """On an error, print where it came from."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Verify, print what was found; the exit status."""
+    asked = parsed(Verify, "verify", arguments)
+    store, name = open_for_reading(asked.path)
+    steps = steps_in(store, name) if format_of(store, name) is None and _has(store, name) else []
+    if steps:
+        reports = [_verified(store, step, asked.quick) for step in steps]
+    else:
+        with progress(name, _nbytes(store, name)) as advance:
+            reports = [verify(Target(store, name, asked.quick, advance))]
+    resume = resumable(reports) if steps else None
+    if asked.json:
+        said: dict[str, Any] = {"good": all(r.good for r in reports), "quick": asked.quick}
+        said |= {"resume": resume} if steps else {}
+        say_json(said | {"checkpoints": [asdict(r) | {"good": r.good} for r in reports]})
+    else:
+        for report in reports:
+            _say(report, asked.quick)
+        if steps:
+            say(f"a resume takes step {resume}" if resume is not None else "no step to resume from")
+    damaged = [report for report in reports if not report.good]
+    if damaged:
+        raise DamagedError(
+            f"{len(damaged)} of {len(reports)} checkpoints are damaged"
+            if steps
+            else f"`{damaged[0].where}` is damaged",
+            hint=f"a resume takes step {resume}" if resume is not None else None,
+        )
+    return 0
+
+
+def _has(store: ReadStore, name: str) -> bool:
+    above, _, last = name.rpartition("/")
+    return f"{last}/" in store.list(above)
+
+
+def _verified(store: ReadStore, name: str, quick: bool) -> Report:
+    with progress(name, _nbytes(store, name)) as advance:
+        target = Target(store, name, quick, advance)
+        try:
+            return verify(target)
+        except HoldfastError as error:
+            return failed(target, error)
+
+
+def _nbytes(store: ReadStore, name: str) -> int:
+    """Of all that is there, for a progress bar."""
+    try:
+        files = [f"{name}/{file}" for file in store.list(name) if not file.endswith("/")]
+    except HoldfastError:
+        files = [name]
+    return sum(store.size(file) for file in files)
+
+
+def resumable(reports: Sequence[Report]) -> int | None:
+    """The newest step that loads whole and can be resumed from."""
+    steps = [r.step for r in reports if r.loads and (r.kind == "full" or r.step == 0)]
+    return max((step for step in steps if step is not None), default=None)
+
+
+def _say(report: Report, quick: bool) -> None:
+    if report.good:
+        how = "its structure is whole" if quick else "good"
+        held = f"{report.num_entries} entries, {spelled_bytes(report.nbytes)}"
+        say(f"{report.where}: {how}, {held}")
+    else:
+        say(f"{report.where}: damaged, {len(report.findings)} findings")
+    for finding in report.findings[:LISTED_MAX]:
+        say(f"  {finding}")
+    if len(report.findings) > LISTED_MAX:
+        say(f"  and {len(report.findings) - LISTED_MAX} more: --json lists all")
+    if not report.good:
+        say(f"  usable: {report.usable}")
+    for note in report.notes:
+        say(f"  note: {note}")
