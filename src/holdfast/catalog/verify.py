@@ -19,7 +19,7 @@ from holdfast.catalog.contents import (
     run,
 )
 from holdfast.catalog.findings import Finding, Format, Report, kind_of, usable
-from holdfast.catalog.structure import check_coverage, check_structure
+from holdfast.catalog.structure import check_overlaps, check_structure
 from holdfast.errors import DamagedError, FormatError, HoldfastError, NotFoundError
 from holdfast.format import safetensors, torchfile
 from holdfast.format.archive import read_records, windowed
@@ -127,7 +127,7 @@ def _verify_step(target: Target) -> Report:
         return failed(target, error)
     ours = MANIFEST in target.store.list(target.name)
     findings = check_structure(target.store, target.name, manifest)
-    findings += check_coverage(manifest, MANIFEST if ours else METADATA)
+    findings += check_overlaps(manifest)
     refused = {finding.file for finding in findings if finding.concern == "file"}
     if not target.quick:
         if ours:
@@ -251,8 +251,9 @@ def _verify_torch_file(target: Target) -> Report:
         return Report(target.where, "torch", (finding,), nbytes=nbytes, usable="nothing")
     kept = keeps_checksums(records)
     findings: list[Finding] = []
-    if kept and "data.pkl" in records:
-        findings = check_record(reader, records, "data.pkl", 0, "")
+    for name in ("data.pkl", "byteorder"):
+        if kept and name in records:
+            findings += check_record(reader, records, name, 0, "")
     if findings:
         return Report(target.where, "torch", tuple(findings), nbytes=nbytes, usable="nothing")
     manifest = read().manifest

@@ -93,6 +93,9 @@ def _state(
         stored = place(described(leaf), records, 0)
         whole = Region.whole(stored.shape)
         taken = whole.num_elements * dtype_of(stored.dtype).itemsize
+        if taken > nbytes:
+            # As `expand` makes them: a few bytes could state a tensor of any size.
+            raise ValueError(f"`{name[:200]}` states {taken} bytes, the file has {nbytes}")
         rows = stored.strides == contiguous_strides(stored.shape) or whole.num_elements < 2
         if rows:
             item = Span(stored.data.offset, taken)

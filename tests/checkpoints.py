@@ -1,0 +1,126 @@
+"""Real checkpoints of every kind for the tests, small, and the ways to damage a file."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import torch
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict_saver import save as stock_save
+
+from holdfast.catalog.catalog import Catalog
+from holdfast.engine.ranks import Ranks
+from holdfast.engine.save import Planner, save_leaves
+from holdfast.state.tree import flatten
+from holdfast.storage.local import LocalStore
+from holdfast.testing.ranks import run_ranks
+
+STEP = 7
+
+
+def state() -> dict[str, object]:
+    """Tensors of several sizes and dtypes, one of three blocks, some empty or shared, and values;
+    no byte of a tensor is like its neighbours."""
+    made = torch.Generator().manual_seed(3)
+    shared = torch.randn(9, 4, generator=made)
+    return {
+        "model": {
+            "large": torch.randint(1, 256, (2_300_000,), dtype=torch.uint8, generator=made),
+            "half": torch.randn(70, 40, generator=made).to(torch.bfloat16),
+            "tied": shared,
+            "tied_too": shared,
+            "empty": torch.empty(0, 3),
+            "scalar": torch.tensor(1.5),
+        },
+        "optimizer": {"moment": torch.randn(300, 90, generator=made), "lr": 0.1},
+        "train_state": {"step": STEP, "text": "value" * 100},
+    }
+
+
+def save_step(folder: Path, step: int = STEP) -> Path:
+    """A step that two ranks have written, each a part."""
+    catalog = Catalog(LocalStore(folder))
+    catalog.store.make_folder("")
+
+    def work(ranks: Ranks) -> None:
+        save_leaves(
+            catalog,
+            f"step-{step}",
+            flatten(state()),
+            ranks=ranks,
+            planner=Planner(ranks),
+            step=step,
+            kind="full",
+        )
+
+    run_ranks(2, work)
+    return folder / f"step-{step}"
+
+
+def save_stock(folder: Path) -> Path:
+    """What stock `torch.distributed.checkpoint` writes of the same state."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stock_save(state(), checkpoint_id=folder)
+    return folder
+
+
+def save_safetensors(folder: Path) -> Path:
+    """A Hugging Face folder of two files and their index."""
+    folder.mkdir(parents=True)
+    halves = {
+        "model-00001-of-00002.safetensors": {"a": torch.arange(64.0).view(8, 8)},
+        "model-00002-of-00002.safetensors": {
+            "b": torch.ones(3, dtype=torch.bfloat16),
+            "c": torch.arange(5),
+            "d": torch.tensor([True, False]),
+        },
+    }
+    for name, tensors in halves.items():
+        save_file(tensors, folder / name)
+    index = {name: file for file, tensors in halves.items() for name in tensors}
+    text = json.dumps({"metadata": {"total_size": 304}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text)
+    return folder
+
+
+def save_torch(path: Path) -> Path:
+    """What `torch.save` writes of the same state, one tensor transposed."""
+    torch.save({**state(), "transposed": torch.arange(12.0).view(3, 4).T}, path)
+    return path
+
+
+def flip(data: bytearray, at: int, random: Random) -> None:
+    data[at] ^= 1 << random.randrange(8)
+
+
+def zero(data: bytearray, at: int, random: Random) -> None:
+    """A few bytes to zero; where they were zero before, to one."""
+    stop = min(at + random.randint(1, 16), len(data))
+    data[at:stop] = bytes(stop - at) if any(data[at:stop]) else b"\1" * (stop - at)
+
+
+def truncate(data: bytearray, at: int, random: Random) -> None:
+    del data[at:]
+
+
+def append(data: bytearray, at: int, random: Random) -> None:
+    data += random.randbytes(random.randint(1, 20))
+
+
+def delete(data: bytearray, at: int, random: Random) -> None:
+    """Some bytes from the middle; what follows moves up."""
+    del data[at : at + random.randint(1, 20)]
+
+
+DAMAGES: tuple[Callable[[bytearray, int, Random], None], ...] = (
+    flip,
+    zero,
+    truncate,
+    append,
+    delete,
+)
