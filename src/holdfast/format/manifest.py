@@ -194,9 +194,10 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
         )
     if body["checksums"] != {"algorithm": checksum.ALGORITHM, "block_bytes": checksum.BLOCK_BYTES}:
         raise FormatError(f"`{where}` has unknown checksums: {body['checksums']}")
-    files = [(str(name), _count(nbytes)) for name, nbytes in body["files"]]
-    for name, _ in files:
+    files: list[tuple[str, int]] = []
+    for name, nbytes in body["files"]:
         check_file_name(name, where)
+        files.append((name, _count(nbytes)))
     manifest = Manifest(
         tensors={name: _tensor(name, e, files) for name, e in body["tensors"].items()},
         values={name: _value(name, e, files) for name, e in body["values"].items()},

@@ -66,7 +66,7 @@ class Region:
         return tuple(map(slice, self.start, self.stop))
 
 
-PAIRS_MAX = 2_000_000
+PAIRS_MAX = 500_000
 """Regions compared with one another before giving up: seconds. Shards of any mesh need a few
 thousand; a stranger's file could ask for the square of what it holds."""
 

@@ -153,7 +153,6 @@ _ALLOWED: Mapping[tuple[str, str], Any] = {
     ("torch", "device"): _Value,
     ("torch", "Generator"): _Value,
     ("_codecs", "encode"): _Value,
-    ("torch.serialization", "_get_layout"): _Value,
     **{
         (module, name): _Value
         for module in ("builtins", "__builtin__")
