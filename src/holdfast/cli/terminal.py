@@ -11,6 +11,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_STYLES = {"good": "green", "damaged": "bold red", "attempt": "yellow", "resume": "bold"}
+"""Of cells that say just that."""
+
 
 def parsed(kind: type[T], verb: str, arguments: Sequence[str]) -> T:
     """The arguments of a verb; ends the process where help is asked for, or they are wrong."""
@@ -37,14 +40,15 @@ def say_json(value: Any) -> None:
 
 
 def say_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table: with lines and bold type on a terminal, plain columns elsewhere."""
+    """A table: with lines and colour on a terminal, plain columns elsewhere."""
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(*head)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
         Console().print(table)
         return
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]

@@ -85,10 +85,10 @@ class Machine:
         self.at += kind.size
         return value
 
-    def line(self) -> str:
+    def line(self, encoding: str = "utf-8") -> str:
         stop = self.data.index(b"\n", self.at)
         start, self.at = self.at, stop + 1
-        return self.data[start:stop].decode()
+        return self.data[start:stop].decode(encoding)
 
     def text(self, nbytes: int) -> None:
         self.stack.append(self.take(nbytes).decode("utf-8", "surrogatepass"))
@@ -214,7 +214,7 @@ def _long(m: Machine, nbytes: int) -> None:
 
 
 def _unicode_line(m: Machine) -> None:
-    m.stack.append(m.line().encode().decode("raw-unicode-escape"))
+    m.stack.append(m.line("raw-unicode-escape"))
 
 
 def _set_item(m: Machine) -> None:

@@ -328,7 +328,7 @@ def test_a_garbled_container_is_read_or_refused_and_nothing_else(
     broken = bytearray(container)
     for _ in range(data.draw(st.integers(0, 4))):
         near = data.draw(st.integers(-700, 700)) % len(broken)
-        byte = data.draw(st.integers(0, 255).filter(lambda b: b not in b"rp"))
+        byte = data.draw(st.integers(0, 255))
         broken[near] = byte
     first = data.draw(st.just(0) | st.integers(0, len(broken)))
     last = data.draw(st.just(len(broken)) | st.integers(first, len(broken)))

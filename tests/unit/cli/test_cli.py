@@ -1,0 +1,286 @@
+"""The verbs `list`, `verify` and `version`: what they print where, and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints import save_safetensors, save_step, save_stock, save_torch
+from holdfast.cli.main import VERBS, main
+from holdfast.cli.terminal import spelled_age, spelled_bytes
+
+LIST_CPU_MS_MAX = 150
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps that two ranks wrote, and one checkpoint of every other kind."""
+    home = tmp_path_factory.mktemp("saved")
+    for step in (1, 2, 3):
+        save_step(home / "outputs/checkpoint", step)
+    save_stock(home / "stock")
+    save_safetensors(home / "hf")
+    save_torch(home / "model.pt")
+    return home
+
+
+@pytest.fixture
+def home(saved: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be broken."""
+    return Path(shutil.copytree(saved, tmp_path / "home"))
+
+
+def damage(path: Path) -> None:
+    """One bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a command."""
+    status = main([str(argument) for argument in arguments])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_list_shows_each_step_and_which_one_a_resume_takes(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G4. Method: three steps, the newest cut short, and what a killed save left."""
+    folder = home / "outputs/checkpoint"
+    newest = folder / "step-3/__1_0.distcp"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    (folder / ".attempt-step-4-0123abcd").mkdir()
+    status, said, err = run(capsys, "list", folder)
+    assert (status, err) == (0, "")
+    rows = [line.split() for line in said.splitlines()]
+    assert rows[0] == ["step", "size", "age", "kind", "ranks", "state"]
+    assert rows[1][0] == "1"
+    assert rows[1][-3:] == ["full", "2", "good"]
+    assert rows[2][-2:] == ["good", "resume"]
+    assert "damaged" in rows[3]
+    assert "attempt" in rows[4]
+    assert "`__1_0.distcp`" in said.splitlines()[6]
+
+    status, said, err = run(capsys, "list", folder, "--json")
+    found: dict[str, Any] = json.loads(said)
+    assert (status, err, found["resume"]) == (0, "", 2)
+    states = [(one["step"], one["state"]) for one in found["checkpoints"]]
+    assert states == [(1, "good"), (2, "good"), (3, "damaged"), (None, "attempt")]
+    assert found["checkpoints"][0]["world_size"] == 2
+
+
+@pytest.mark.parametrize("path", ["outputs/checkpoint", "stock", "hf", "model.pt"])
+def test_verify_passes_what_is_whole(
+    saved: Path, path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G3. Method: every kind of checkpoint, all of it and its structure alone."""
+    for more in ((), ("--quick",)):
+        status, said, err = run(capsys, "verify", saved / path, *more)
+        assert (status, err) == (0, ""), said
+        assert "good" in said or "structure is whole" in said
+
+
+def test_verify_ends_with_7_and_names_what_is_damaged(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G3. Method: one bit of a tensor; text for people, JSON for programs."""
+    step = home / "outputs/checkpoint/step-3"
+    damage(step / "__0_0.distcp")
+    status, said, err = run(capsys, "verify", step)
+    assert status == 7
+    assert err == f"error: `{step}` is damaged\n"
+    assert "`__0_0.distcp` `model.large` block 1: has checksum" in said
+    assert "usable: " in said
+
+    status, said, err = run(capsys, "verify", step, "--json")
+    found: dict[str, Any] = json.loads(said)
+    assert (status, found["good"]) == (7, False)
+    (finding,) = found["checkpoints"][0]["findings"]
+    assert (finding["entry"], finding["block"]) == ("model.large", 1)
+    assert run(capsys, "verify", step, "--quick")[0] == 0
+
+
+def test_verify_of_a_folder_checks_every_step_and_says_which_one_a_resume_takes(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G4. Method: the newest of three damaged in its data, the oldest in its index."""
+    folder = home / "outputs/checkpoint"
+    damage(folder / "step-3/__0_0.distcp")
+    damage(folder / "step-1/manifest.json")
+    status, said, err = run(capsys, "verify", folder)
+    assert status == 7
+    assert err == "error: 2 of 3 checkpoints are damaged\nhint: a resume takes step 2\n"
+    assert said.splitlines()[-1] == "a resume takes step 2"
+    assert json.loads(run(capsys, "verify", folder, "--json")[1])["resume"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "error"),
+    [
+        (("verify", "missing"), 4, "nothing at"),
+        (("list", "missing"), 4, "nothing at"),
+        (("list", "hf"), 4, "holds no step"),
+        (("list", "outputs"), 4, "hint: there are some in"),
+        (("list", "stock"), 4, "hint: it is a checkpoint itself: holdfast verify"),
+        (("verify", "evil.pt"), 8, "names `posix.system`"),
+        (("verify", "notes.txt"), 4, "is no checkpoint"),
+        (("lst",), 2, "did you mean `holdfast list`?"),
+        ((), 2, "verbs: list, verify, version"),
+    ],
+)
+def test_a_mistake_is_one_error_with_the_status_of_the_documents(
+    saved: Path,
+    arguments: tuple[str, ...],
+    status: int,
+    error: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """G8. Method: wrong paths and verbs, and a `.pt` file that would run a command."""
+    import torch
+
+    class Attack:
+        def __reduce__(self) -> Any:
+            return os.system, ("touch ran",)
+
+    monkeypatch.chdir(saved)
+    torch.save({"a": Attack()}, "evil.pt")
+    Path("notes.txt").write_text("some notes, no checkpoint")
+    ended, said, err = run(capsys, *arguments)
+    assert (ended, said) == (status, "")
+    assert err.startswith("error: ")
+    assert error in err
+    assert "Traceback" not in err
+    assert not Path("ran").exists()
+
+
+def test_debug_shows_where_an_error_came_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Method: a missing path."""
+    status, _, err = run(capsys, "verify", tmp_path / "missing", "--debug")
+    assert status == 4
+    assert "Traceback" in err
+    assert "error: " in err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_an_example_and_ends_well(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Method: `--help` of each verb; wrong arguments end with 2."""
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0
+    assert f"Example: holdfast {verb}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--nope"])
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err
+
+
+def test_help_names_every_verb_and_version_what_is_installed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Method: `holdfast --help` and `holdfast version`."""
+    status, said, _ = run(capsys, "--help")
+    assert status == 0
+    assert all(f"  {verb} " in said for verb in VERBS)
+    found = json.loads(run(capsys, "version", "--json")[1])
+    assert {"holdfast", "python", "torch"} <= found.keys()
+    assert run(capsys, "--version")[1].startswith("holdfast ")
+
+
+def child(*arguments: str | Path, script: str = "") -> subprocess.CompletedProcess[str]:
+    code = script or "import sys; from holdfast.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
+    return subprocess.run(command, text=True, capture_output=True)
+
+
+def test_no_verb_imports_torch(saved: Path) -> None:
+    """Method: each verb in a fresh interpreter, then a look at the modules it has loaded."""
+    script = (
+        "import sys\nfrom holdfast.cli.main import main\n"
+        "assert main() == 0\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    paths = [saved / one for one in ("outputs/checkpoint", "stock", "hf", "model.pt")]
+    for arguments in (("version",), ("list", paths[0]), *(("verify", path) for path in paths)):
+        ran = child(*arguments, script=script)
+        assert ran.returncode == 0, ran.stderr
+
+
+def test_list_answers_in_a_tenth_of_a_second(saved: Path) -> None:
+    """Method: processor time of the command less that of an empty interpreter, the best of five."""
+
+    def cpu_ms(*arguments: str | Path, script: str = "") -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert child(*arguments, script=script).returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return 1000 * (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+    empty = min(cpu_ms(script="pass") for _ in range(5))
+    listed = min(cpu_ms("list", saved / "outputs/checkpoint") for _ in range(5))
+    assert listed - empty < LIST_CPU_MS_MAX, f"{listed:.0f} ms, {empty:.0f} of an interpreter"
+
+
+@pytest.mark.parametrize("colour", [True, False])
+def test_on_a_terminal_there_is_a_table_and_no_color_is_respected(
+    saved: Path, colour: bool
+) -> None:
+    """Method: the command on a pseudo terminal, with and without NO_COLOR."""
+    here, there = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}
+    environment.pop("NO_COLOR", None)
+    if not colour:
+        environment["NO_COLOR"] = "1"
+    command = [sys.executable, "-m", "holdfast.cli", "list", str(saved / "outputs/checkpoint")]
+    ran = subprocess.Popen(command, stdout=there, stderr=there, env=environment)
+    os.close(there)
+    said = b""
+    while True:
+        try:
+            part = os.read(here, 4096)
+        except OSError:
+            break
+        if not part:
+            break
+        said += part
+    os.close(here)
+    assert ran.wait() == 0
+    assert "│".encode() in said
+    assert b"resume" in said
+    assert (b"\x1b[32m" in said) == colour
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(saved: Path) -> None:
+    """Method: stdout closed before anything is written to it."""
+    command = f"{sys.executable} -m holdfast.cli list {saved}/outputs/checkpoint --json | true"
+    ran = subprocess.run(command, shell=True, text=True, capture_output=True)
+    assert ran.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "said"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1_550_000, "1.6 MB"), (2 * 10**15, "2.0 PB")],
+)
+def test_bytes_are_spelled_for_people(nbytes: int, said: str) -> None:
+    assert spelled_bytes(nbytes) == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(-5, "0 s"), (5, "5 s"), (300, "5 min"), (7200, "2 h"), (86400 * 3, "3 d")],
+)
+def test_ages_are_spelled_for_people(seconds: float, said: str) -> None:
+    assert spelled_age(seconds) == said
