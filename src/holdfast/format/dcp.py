@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from holdfast.errors import FormatError
+from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import (
     Chunk,
     Manifest,
@@ -19,6 +20,8 @@ from holdfast.format.manifest import (
     TensorEntry,
     ValueEntry,
     check_file_name,
+    count_of,
+    path_of,
 )
 from holdfast.format.pickles import (
     Call,
@@ -68,7 +71,7 @@ def decode_metadata(data: bytes, *, where: str) -> Manifest:
     metadata = loads(data, _ALLOWED, where=where)
     try:
         return _manifest(metadata, where)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(
             f"`{where}` is not DCP metadata: {type(error).__name__} {error}"
         ) from error
@@ -77,20 +80,21 @@ def decode_metadata(data: bytes, *, where: str) -> Manifest:
 def _manifest(metadata: Any, where: str) -> Manifest:
     items: dict[tuple[str, tuple[int, ...] | None], tuple[str, Span]] = {}
     for index, info in metadata.state["storage_data"].items():
-        file, span = info.state["relative_path"], Span(info.state["offset"], info.state["length"])
+        file = info.state["relative_path"]
+        span = Span(count_of(info.state["offset"]), count_of(info.state["length"]))
         check_file_name(file, where)
         if info.state.get("transform_descriptors"):
             raise FormatError(
                 f"`{where}`: `{index.state['fqn']}` is stored compressed or encrypted"
             )
-        if span.offset < 0 or span.nbytes < 0:
-            raise ValueError(f"negative span {span}")
         items[index.state["fqn"], index.state.get("offset")] = file, span
     paths = metadata.state.get("planner_data") or {}
     tensors: dict[str, TensorEntry] = {}
     values: dict[str, ValueEntry] = {}
     for name, entry in metadata.state["state_dict_metadata"].items():
-        path: Path = tuple(paths.get(name, (name,)))
+        if type(name) is not str:
+            raise ValueError(f"name: {name!r}")
+        path = path_of(paths.get(name, (name,)))
         if type(entry).__name__ == "BytesStorageMetadata":
             file, span = items[name, None]
             values[name] = ValueEntry(file, span, None, path)
@@ -105,14 +109,18 @@ def _tensor(
     properties = entry.state["properties"].state
     # A tuple in the order of the class's fields; a dict of them before __getstate__ was there.
     dtype: DtypeName = properties[0] if isinstance(properties, tuple) else properties["dtype"]
-    shape = tuple(entry.state["size"])
+    shape = tuple(map(count_of, entry.state["size"]))
     chunks = []
     for stored in entry.state["chunks"]:
-        start, sizes = tuple(stored.state["offsets"]), tuple(stored.state["sizes"])
+        start = tuple(map(count_of, stored.state["offsets"]))
+        sizes = tuple(map(count_of, stored.state["sizes"]))
         region = Region(start, tuple(map(int.__add__, start, sizes)))
         if not region.fits(shape) or len(start) != len(sizes):
             raise ValueError(f"`{name}`: chunk {region} is outside of the shape {shape}")
         file, span = items[name, start]
+        if region.num_elements * dtype_of(dtype.name).itemsize > span.nbytes:
+            # So that nobody makes room for more than the file can hold.
+            raise ValueError(f"`{name}`: an item of {span.nbytes} bytes cannot hold {region}")
         chunks.append(Chunk(region, file, span))
     return TensorEntry(dtype.name, shape, tuple(chunks), path)
 

@@ -186,14 +186,14 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
         )
     if body["checksums"] != {"algorithm": checksum.ALGORITHM, "block_bytes": checksum.BLOCK_BYTES}:
         raise FormatError(f"`{where}` has unknown checksums: {body['checksums']}")
-    files = [(str(name), _count(nbytes)) for name, nbytes in body["files"]]
+    files = [(str(name), count_of(nbytes)) for name, nbytes in body["files"]]
     for name, _ in files:
         check_file_name(name, where)
     manifest = Manifest(
         tensors={name: _tensor(name, e, files) for name, e in body["tensors"].items()},
         values={name: _value(name, e, files) for name, e in body["values"].items()},
         files=dict(files),
-        step=None if body["step"] is None else _count(body["step"]),
+        step=None if body["step"] is None else count_of(body["step"]),
         kind=body["kind"],
         created=str(body["created"]),
         layout=dict(body["layout"].items()),
@@ -208,13 +208,13 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
 
 
 def _tensor(name: str, entry: dict[str, Any], files: list[tuple[str, int]]) -> TensorEntry:
-    shape = tuple(map(_count, entry["shape"]))
+    shape = tuple(map(count_of, entry["shape"]))
     itemsize = dtype_of(entry["dtype"]).itemsize
     chunks = []
     for stored in entry["chunks"]:
-        region = Region(tuple(map(_count, stored["start"])), tuple(map(_count, stored["stop"])))
+        region = Region(tuple(map(count_of, stored["start"])), tuple(map(count_of, stored["stop"])))
         file, item = _item(stored["item"], files)
-        data_offset = _count(stored["data"])
+        data_offset = count_of(stored["data"])
         checksums = checksum.from_hex(stored["checksums"])
         nbytes = region.num_elements * itemsize
         if not region.fits(shape):
@@ -224,18 +224,18 @@ def _tensor(name: str, entry: dict[str, Any], files: list[tuple[str, int]]) -> T
         if len(checksums) != checksum.num_blocks(nbytes):
             raise ValueError(f"`{name}`: {len(checksums)} checksums for {nbytes} bytes")
         chunks.append(Chunk(region, file, item, data_offset, checksums))
-    return TensorEntry(entry["dtype"], shape, tuple(chunks), _path(entry.get("path", [name])))
+    return TensorEntry(entry["dtype"], shape, tuple(chunks), path_of(entry.get("path", [name])))
 
 
 def _value(name: str, entry: dict[str, Any], files: list[tuple[str, int]]) -> ValueEntry:
     file, item = _item(entry["item"], files)
     (found,) = checksum.from_hex(entry["checksum"])
-    return ValueEntry(file, item, found, _path(entry.get("path", [name])))
+    return ValueEntry(file, item, found, path_of(entry.get("path", [name])))
 
 
 def _item(stored: list[int], files: list[tuple[str, int]]) -> tuple[str, Span]:
-    file, nbytes = files[_count(stored[0])]
-    item = Span(_count(stored[1]), _count(stored[2]))
+    file, nbytes = files[count_of(stored[0])]
+    item = Span(count_of(stored[1]), count_of(stored[2]))
     if item.stop > nbytes:
         raise ValueError(f"item {item} is outside of `{file}` of {nbytes} bytes")
     return file, item
@@ -244,17 +244,27 @@ def _item(stored: list[int], files: list[tuple[str, int]]) -> tuple[str, Span]:
 def _seal(stored: list[int] | None) -> tuple[int, int] | None:
     if stored is None:
         return None
-    nbytes, found = map(_count, stored)
+    nbytes, found = map(count_of, stored)
     return nbytes, found
 
 
-def _path(stored: list[str | int]) -> Path:
-    if type(stored) is not list or not stored or {type(key) for key in stored} - {str, int}:
+def path_of(stored: Any) -> Path:
+    """Keys from the root to an entry, as a stranger's file has them.
+
+    Raises:
+        ValueError: none, or keys that are neither text nor numbers.
+    """
+    if type(stored) not in (list, tuple) or not stored or {*map(type, stored)} - {str, int}:
         raise ValueError(f"path: {stored}")
     return tuple(stored)
 
 
-def _count(value: object) -> int:
+def count_of(value: object) -> int:
+    """A size or position, as a stranger's file has it.
+
+    Raises:
+        ValueError: no whole number, or one below zero.
+    """
     if type(value) is not int or value < 0:
         raise ValueError(f"need a count, got {value!r}")
     return value
@@ -266,5 +276,12 @@ def check_file_name(name: str, where: str) -> None:
     Raises:
         FormatError: the name is a path, or hides one.
     """
-    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+    if (
+        type(name) is not str
+        or not name
+        or name in (".", "..")
+        or "/" in name
+        or "\\" in name
+        or "\0" in name
+    ):
         raise FormatError(f"`{where}` names a file outside of its folder: {name!r}")

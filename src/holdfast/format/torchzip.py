@@ -153,9 +153,7 @@ def _locate(fetch: Fetch, item: Span, where: str) -> StoredTensor:
     by_name = {name.partition("/")[2]: record for name, record in records.items()}
     if "byteorder" in by_name and _content(fetch, item, by_name["byteorder"]) != b"little":
         raise ValueError("byte order is not little-endian")
-    described = _described(
-        loads(_content(fetch, item, by_name["data.pkl"]), _ALLOWED, where=where)
-    )
+    described = _described(loads(_content(fetch, item, by_name["data.pkl"]), _ALLOWED, where=where))
     record = by_name[f"data/{described.key}"]
     data = _data_span(fetch, item, record)
     itemsize = dtype_of(described.dtype).itemsize
