@@ -7,7 +7,7 @@ that every element is on disk once and the ranks write about the same number of 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from holdfast.errors import MismatchError
@@ -78,6 +78,16 @@ def shares(offers: Sequence[Offer]) -> list[Share]:
     for name, rank in writer.items():
         values[rank].append(name)
     return [Share(tuple(g), tuple(v)) for g, v in zip(given, values, strict=True)]
+
+
+def differing(digests: Sequence[Mapping[str, int]]) -> list[str]:
+    """Names under which ranks hold different values; one digest a value, for each rank."""
+    first: dict[str, int] = {}
+    for held in digests:
+        first = {**held, **first}
+    return [
+        n for n, digest in first.items() if any(held.get(n, digest) != digest for held in digests)
+    ]
 
 
 def _first(offers: Sequence[Offer], name: str) -> TensorOffer:

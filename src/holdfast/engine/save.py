@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.engine.commit import Facts, commit
-from holdfast.engine.plan import Offer, Share, TensorOffer, shares
+from holdfast.engine.plan import Offer, Share, TensorOffer, differing, shares
 from holdfast.engine.ranks import Ranks, all_ranks, on_every_rank, on_rank_0, outcome_of
 from holdfast.engine.root import open_root
 from holdfast.engine.spans import Spans, amount
@@ -21,12 +22,15 @@ from holdfast.engine.stage import host_bytes
 from holdfast.engine.values import encode_value
 from holdfast.engine.write import FileImage, Receipt, lay_out, write
 from holdfast.errors import ExistsError, StorageError
+from holdfast.format.checksum import checksum
 from holdfast.format.manifest import Kind
 from holdfast.format.names import Aside
 from holdfast.format.region import Region
 from holdfast.state.layout import Layout, layout_of, same_memory
 from holdfast.state.objects import StateTree
 from holdfast.state.tree import Leaf
+
+logger = logging.getLogger("holdfast")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +86,9 @@ class Planner:
         self.offers: list[Offer] = []
         """Of every rank, on rank 0."""
 
-    def plan(self, offer: Offer) -> Share:
-        """What this rank is to write.
+    def plan(self, offer: Offer, digests: Callable[[], dict[str, int]]) -> Share:
+        """What this rank is to write. `digests` gives one of each value that it holds; values that
+        differ between ranks under one name are looked for whenever the layout is new.
 
         Collective: every rank calls this with what it holds.
         """
@@ -96,6 +101,12 @@ class Planner:
             planned: list[Share] = []
             on_rank_0(ranks, lambda: planned.extend(shares(self.offers)))
             self._share = ranks.scatter(planned)
+            for name in differing(ranks.gather(on_every_rank(ranks, digests))):
+                logger.warning(
+                    "`%s` differs between ranks: the first rank's is kept. State of one rank alone "
+                    "needs a key of its own, such as `rank_3`",
+                    name,
+                )
             self._offer = offer
         return self._share
 
@@ -107,6 +118,10 @@ class _Held:
     layouts: dict[str, Layout] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     offer: Offer = field(default_factory=Offer)
+
+    def digests(self) -> dict[str, int]:
+        """One number a value, equal where the values are."""
+        return {n: checksum(encode_value(n, value)) for n, value in self.values.items()}
 
 
 def save_leaves(
@@ -131,7 +146,7 @@ def save_leaves(
     spans = Spans()
     with spans("plan"):
         held = on_every_rank(ranks, lambda: _hold(leaves, dtype))
-        share = planner.plan(held.offer)
+        share = planner.plan(held.offer, held.digests)
         image = on_every_rank(ranks, lambda: _image(ranks.rank, share, held))
         totals = ranks.gather(image.nbytes)
         attempt = on_rank_0(ranks, lambda: _begin(catalog, name, sum(totals)))

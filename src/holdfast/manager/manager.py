@@ -30,6 +30,7 @@ from holdfast.errors import (
     DamagedError,
     FormatError,
     HoldfastError,
+    MismatchError,
     NotFoundError,
     UsageError,
 )
@@ -38,6 +39,7 @@ from holdfast.format.names import LOCK, step_name, step_of
 from holdfast.manager.config import DATALOADER_KEYS, CheckpointConfig
 from holdfast.manager.policy import is_due, kind_of_save, removable
 from holdfast.manager.resume import Step, is_whole, newest_final, newest_resumable
+from holdfast.state.dataloader import RANK, DataloaderState
 from holdfast.state.model import ModelState
 from holdfast.state.objects import StateTree
 from holdfast.state.optim import OptimizerState
@@ -86,6 +88,8 @@ class CheckpointManager:
         """Take hold of `folder`: what killed runs left there is swept, other runs are kept out.
 
         `model` may be several parts (pipeline stages); `states` are further objects by name.
+        The state of a `dataloader` is kept for each rank, unless the loader says
+        `state_is_global = True`.
         `config` defaults to saving every 500 steps; `ranks` to those of `torch.distributed`.
 
         Raises:
@@ -98,14 +102,14 @@ class CheckpointManager:
         self._ranks = ranks or all_ranks()
         self._planner = Planner(self._ranks)
         self._catalog = Catalog(LocalStore(folder))
-        models = _many(model)
+        models, rank = _many(model), self._ranks.rank
         self._parts: dict[str, Stateful] = {
             MODEL: ModelState(models),
             OPTIMIZER: OptimizerState(models, _many(optimizers)),
             SCHEDULER: SchedulerState(_many(lr_schedulers)),
-            **({} if dataloader is None else {DATALOADER: dataloader}),
+            **({} if dataloader is None else {DATALOADER: DataloaderState(dataloader, rank)}),
             **(states or {}),
-            RNG: RngState(self._ranks.rank),
+            RNG: RngState(rank),
         }
         self._resumed_from: int | None = None
         self._left_behind: set[int] = set()
@@ -282,6 +286,8 @@ class CheckpointManager:
         wanted = list(names)
         if RNG in wanted and not self._fits_generators(manifest):
             wanted.remove(RNG)
+        if DATALOADER in wanted:
+            self._check_dataloader(manifest)
         sections = {part for part in self._parts if part != MODEL}
         tree = StateTree({part: self._parts[part] for part in wanted}, flat=MODEL, others=sections)
         loaded = load_tree(source, tree, ranks=self._ranks)
@@ -301,6 +307,23 @@ class CheckpointManager:
         why = f"saved by {saved_by} ranks, this run has {self._ranks.size}" if kept else "not saved"
         self._say(f"random number generators start afresh: {why}")
         return False
+
+    def _check_dataloader(self, manifest: Manifest) -> None:
+        """A loader's state by ranks fits as many ranks only.
+
+        Raises:
+            MismatchError: another number of ranks has saved it.
+        """
+        paths = [tensor.path for tensor in manifest.tensors.values()]
+        paths += [value.path for value in manifest.values.values()]
+        kept = {str(path[1]) for path in paths if path[0] == DATALOADER and len(path) > 1}
+        by_rank = {key for key in kept if key.startswith(RANK)}
+        if by_rank and by_rank != {f"{RANK}{rank}" for rank in range(self._ranks.size)}:
+            raise MismatchError(
+                f"the data loader's state was saved by {len(by_rank)} ranks, for each its own; "
+                f"this run has {self._ranks.size}",
+                hint='`checkpoint.exclude_from_loading = ["dataloader"]` starts the data afresh',
+            )
 
     def _retain(self, current: int) -> None:
         """Remove what retention lets go. What cannot be removed is reported, and tried again after
