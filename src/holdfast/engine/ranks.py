@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from holdfast.errors import HoldfastError, RankError, StorageError
@@ -39,6 +40,10 @@ class Ranks(Protocol):
         """Rank 0's item, on all."""
         ...
 
+    def largest(self, numbers: Sequence[float]) -> list[float]:
+        """For each place the largest number of any rank. Cheap enough for every step."""
+        ...
+
 
 class Solo:
     """One process alone."""
@@ -54,6 +59,9 @@ class Solo:
 
     def broadcast(self, item: T) -> T:
         return item
+
+    def largest(self, numbers: Sequence[float]) -> list[float]:
+        return list(numbers)
 
 
 class GroupRanks:
@@ -81,6 +89,11 @@ class GroupRanks:
         items = [item]
         self._reach(lambda: dist.broadcast_object_list(items, self._root, self._group))
         return items[0]
+
+    def largest(self, numbers: Sequence[float]) -> list[float]:
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        self._reach(lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX, self._group))
+        return tensor.tolist()
 
     def _reach(self, exchange: Callable[[], object]) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -23,7 +24,8 @@ from holdfast.engine.values import encode_value
 from holdfast.engine.write import FileImage, Receipt, lay_out, write
 from holdfast.errors import ExistsError, StorageError
 from holdfast.format.checksum import checksum
-from holdfast.format.manifest import Kind
+from holdfast.format.dtypes import dtype_of
+from holdfast.format.manifest import Kind, Path
 from holdfast.format.names import Aside
 from holdfast.format.region import Region
 from holdfast.state.layout import Layout, layout_of, same_memory
@@ -85,6 +87,13 @@ class Planner:
         self._share = Share((), ())
         self.offers: list[Offer] = []
         """Of every rank, on rank 0."""
+
+    def nbytes_of(self, wanted: Callable[[Path], bool]) -> int:
+        """Bytes, over all ranks, of the tensors whose path is wanted; known to rank 0 alone."""
+        tensors = {
+            n: t for offer in self.offers for n, t in offer.tensors.items() if wanted(t.path)
+        }
+        return sum(math.prod(t.shape) * dtype_of(t.dtype).itemsize for t in tensors.values())
 
     def plan(self, offer: Offer, digests: Callable[[], dict[str, int]]) -> Share:
         """What this rank is to write. `digests` gives one of each value that it holds; values that

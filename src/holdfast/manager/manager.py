@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import signal
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -32,13 +33,15 @@ from holdfast.errors import (
     HoldfastError,
     MismatchError,
     NotFoundError,
+    RankError,
     UsageError,
 )
-from holdfast.format.manifest import Manifest
+from holdfast.format.manifest import Kind, Manifest, Path
 from holdfast.format.names import LOCK, step_name, step_of
 from holdfast.manager.config import DATALOADER_KEYS, CheckpointConfig
-from holdfast.manager.policy import is_due, kind_of_save, removable
+from holdfast.manager.policy import is_due, kind_in_time, kind_of_save, removable
 from holdfast.manager.resume import Step, is_whole, newest_final, newest_resumable
+from holdfast.manager.signals import StopSignals
 from holdfast.state.dataloader import RANK, DataloaderState
 from holdfast.state.model import ModelState
 from holdfast.state.objects import StateTree
@@ -114,6 +117,8 @@ class CheckpointManager:
         self._resumed_from: int | None = None
         self._left_behind: set[int] = set()
         self._held = ExitStack()
+        self._stop_signals = StopSignals(())
+        self._full_save_s, self._model_share = 0.0, 0.0
         _check_excluded(self.config.exclude_from_loading, self._parts)
         if self._saves:
             on_rank_0(self._ranks, self._take_hold)
@@ -125,32 +130,38 @@ class CheckpointManager:
     def save(self, step: int, last_step: bool = False) -> bool:
         """Save the state after `step` if it is due. Returns whether it was saved.
 
-        Blocks until the step is published and durable.
+        Blocks until the step is published and durable. Inside the context of this manager, one of
+        `stop_signals` to any rank makes the next call save, whatever the interval, and then raise
+        SystemExit with status 128 + signal on every rank.
 
         Collective: every rank calls this after every step.
+
+        Raises:
+            HoldfastError: the step could not be saved, on every rank; the steps before it stand.
+                With `on_save_error = "warn"` that is logged, and the run goes on.
         """
-        if not is_due(step, last_step=last_step, config=self.config):
+        if not self._saves:
             return False
         started = time.perf_counter()
         try:
-            kind = kind_of_save(last_step=last_step, config=self.config)
-            model_only = kind == "model"
-            parts = {MODEL: self._parts[MODEL]} if model_only else self._parts
-            saved = save_leaves(
-                self._catalog,
-                step_name(step),
-                on_every_rank(self._ranks, StateTree(parts, flat=MODEL).leaves),
-                ranks=self._ranks,
-                planner=self._planner,
-                step=step,
-                kind=kind,
-                dtype=getattr(torch, self.config.export_dtype) if model_only else None,
+            # What any rank has measured or received decides, so that all decide alike.
+            number, since_s, full_save_s, model_share = self._ranks.largest(
+                [*self._stop_signals.received(), self._full_save_s, self._model_share]
             )
-            self._say(f"saved step {step}: {rate(saved.nbytes, saved.spans.total)}, {saved.where}")
-            self._retain(step)
+            stopping = bool(number) and not last_step
+            kind: Kind | None = kind_of_save(last_step=last_step, config=self.config)
+            if stopping:
+                left_s = self.config.stop_deadline_s - since_s
+                kind = kind_in_time(left_s, full_save_s, model_share)
+                self._say_stopping(int(number), step, left_s, full_save_s, kind)
+            elif not is_due(step, last_step=last_step, config=self.config):
+                return False
+            saved = kind is not None and self._save_as(kind, step, last_step=last_step)
         finally:
             self.blocked_s += time.perf_counter() - started
-        return True
+        if stopping:
+            raise SystemExit(128 + int(number))
+        return saved
 
     def load(self, step: int | None = None) -> int:
         """Resume. Returns the step to go on from; 0 where there is nothing to resume from.
@@ -221,6 +232,9 @@ class CheckpointManager:
         self._held.close()
 
     def __enter__(self) -> Self:
+        if self._saves:
+            self._stop_signals = StopSignals(self.config.stop_signals)
+            self._held.callback(self._stop_signals.release)
         return self
 
     def __exit__(
@@ -323,6 +337,50 @@ class CheckpointManager:
                 f"the data loader's state was saved by {len(by_rank)} ranks, for each its own; "
                 f"this run has {self._ranks.size}",
                 hint='`checkpoint.exclude_from_loading = ["dataloader"]` starts the data afresh',
+            )
+
+    def _save_as(self, kind: Kind, step: int, *, last_step: bool) -> bool:
+        parts = {MODEL: self._parts[MODEL]} if kind == "model" else self._parts
+        export = kind == "model" and last_step
+        try:
+            saved = save_leaves(
+                self._catalog,
+                step_name(step),
+                on_every_rank(self._ranks, StateTree(parts, flat=MODEL).leaves),
+                ranks=self._ranks,
+                planner=self._planner,
+                step=step,
+                kind=kind,
+                dtype=getattr(torch, self.config.export_dtype) if export else None,
+            )
+        except RankError:
+            raise
+        except HoldfastError as error:
+            if self.config.on_save_error == "raise":
+                raise
+            self._warn(f"step {step} was not saved, the run goes on: {error}")
+            return False
+        if kind == "full":
+            self._full_save_s = max(self._full_save_s, saved.spans.total)
+            self._model_share = self._planner.nbytes_of(self._is_of_model) / max(saved.nbytes, 1)
+        self._say(f"saved step {step}: {rate(saved.nbytes, saved.spans.total)}, {saved.where}")
+        self._retain(step)
+        return True
+
+    def _is_of_model(self, path: Path) -> bool:
+        return path[0] not in self._parts
+
+    def _say_stopping(
+        self, number: int, step: int, left_s: float, full_save_s: float, kind: Kind | None
+    ) -> None:
+        name = signal.Signals(number).name
+        if kind == "full":
+            self._say(f"{name}: saving step {step}, then ending")
+        else:
+            instead = "the model alone" if kind == "model" else "nothing: the newest step stands"
+            self._warn(
+                f"{name}: {left_s:.1f} s are left, a save takes {full_save_s:.1f} s; "
+                f"saving {instead}, then ending"
             )
 
     def _retain(self, current: int) -> None:

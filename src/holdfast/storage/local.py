@@ -112,7 +112,7 @@ class LocalStore:
                 path.unlink()
 
     def free_bytes(self) -> int | None:
-        with self._said("look at", ""):
+        with self._said("measure the free space of", ""):
             found = os.statvfs(self._root)
             return found.f_bavail * found.f_frsize
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -38,6 +38,9 @@ class ThreadRanks:
     def broadcast(self, item: T) -> T:
         broadcast: T = self._exchange(item)[0]
         return broadcast
+
+    def largest(self, numbers: Sequence[float]) -> list[float]:
+        return [max(places) for places in zip(*self._exchange(numbers), strict=True)]
 
     def _exchange(self, item: Any) -> list[Any]:
         self._num_exchanges += 1
