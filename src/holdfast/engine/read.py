@@ -154,7 +154,8 @@ def _read_part(
     data: ChunkData, part: Part, dtype: torch.dtype, strides: tuple[int, ...], target: torch.Tensor
 ) -> int:
     into = target[part.box.slices()] if target.ndim else target
-    if part.contiguous and into.dtype == dtype and into.is_contiguous() and into.is_cpu:
+    plain = into.is_cpu and into.is_contiguous() and not (into.is_conj() or into.is_neg())
+    if part.contiguous and plain and into.dtype == dtype:
         return data.read(part.start, part.stop, _memory(into))
     if part.contiguous and part.stop - part.start > WINDOW_BYTES and part.box.shape:
         return sum(
@@ -262,7 +263,8 @@ def _cuts(start: int, stop: int) -> Iterator[tuple[int, int]]:
 
 def _memory(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, to write into."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
+    # Not `view(-1)`: a single element counts as contiguous whatever its stride.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def _fetch(source: Source, file: str, offset: int, nbytes: int) -> bytes:
