@@ -137,7 +137,10 @@ def _read_move(
             # As a transposed parameter is kept. Rare: read the chunk whole, then pick.
             whole = torch.empty(stored.data.nbytes // itemsize, dtype=dtype)
             data = ChunkData(source, name, chunk.file, Span(offset, whole.nbytes), None)
+            if crc32:
+                data = data.with_crc32(crc32)
             data.read(0, whole.nbytes, _memory(whole))
+            data.finish()
             target.copy_(whole.as_strided(shape, stored.strides)[box.slices()])
             return whole.nbytes
     data = ChunkData(source, name, chunk.file, Span(offset, nbytes), chunk.checksums)
