@@ -142,7 +142,7 @@ def test_so_it_is_on_disk(data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=3000)
 @given(st.data())
 def test_so_it_is_for_very_many_of_them(data: st.DataObject) -> None:
     """G6. Method: the same in memory, thirty times as often."""
