@@ -40,6 +40,10 @@ class Ranks(Protocol):
         """Rank 0's item, on all."""
         ...
 
+    def twin(self) -> Ranks:
+        """The same ranks over a channel of their own, so that a thread can use it meanwhile."""
+        ...
+
     def largest(self, numbers: Sequence[float]) -> list[float]:
         """For each place the largest number of any rank. Cheap enough for every step."""
         ...
@@ -59,6 +63,9 @@ class Solo:
 
     def broadcast(self, item: T) -> T:
         return item
+
+    def twin(self) -> Ranks:
+        return self
 
     def largest(self, numbers: Sequence[float]) -> list[float]:
         return list(numbers)
@@ -89,6 +96,9 @@ class GroupRanks:
         items = [item]
         self._reach(lambda: dist.broadcast_object_list(items, self._root, self._group))
         return items[0]
+
+    def twin(self) -> Ranks:
+        return GroupRanks(dist.new_group(dist.get_process_group_ranks(self._group), backend="gloo"))
 
     def largest(self, numbers: Sequence[float]) -> list[float]:
         tensor = torch.tensor(numbers, dtype=torch.float64)

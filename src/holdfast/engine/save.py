@@ -6,14 +6,16 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from holdfast.catalog.catalog import Catalog
+from holdfast.engine.background import Snapshot
 from holdfast.engine.commit import Facts, commit
 from holdfast.engine.plan import Offer, Share, TensorOffer, differing, shares
 from holdfast.engine.ranks import Ranks, all_ranks, on_every_rank, on_rank_0, outcome_of
@@ -21,8 +23,8 @@ from holdfast.engine.root import open_root
 from holdfast.engine.spans import Spans, amount
 from holdfast.engine.stage import host_bytes
 from holdfast.engine.values import encode_value
-from holdfast.engine.write import FileImage, Receipt, lay_out, write
-from holdfast.errors import ExistsError, StorageError
+from holdfast.engine.write import DataOf, FileImage, lay_out, write
+from holdfast.errors import ExistsError, HoldfastError, StorageError
 from holdfast.format.checksum import checksum
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Kind, Path
@@ -133,6 +135,23 @@ class _Held:
         return {n: checksum(encode_value(n, value)) for n, value in self.values.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A save that all ranks have agreed on; its attempt folder is there, and empty."""
+
+    catalog: Catalog
+    attempt: Aside
+    image: FileImage
+    data_of: DataOf
+    """Reads the training state, until a snapshot takes its place."""
+
+    offers: Sequence[Offer]
+    """Of every rank, on rank 0."""
+
+    facts: Facts
+    spans: Spans
+
+
 def save_leaves(
     catalog: Catalog,
     name: str,
@@ -143,7 +162,6 @@ def save_leaves(
     step: int | None = None,
     kind: Kind | None = None,
     dtype: torch.dtype | None = None,
-    layout: Mapping[str, Any] | None = None,
 ) -> Saved:
     """Save flat state as checkpoint `name` of `catalog`, in place of one that has the name.
 
@@ -152,6 +170,24 @@ def save_leaves(
     Collective: every rank calls this; an error on one is raised on all, and the catalog is as it
     was before.
     """
+    pending = begin_save(
+        catalog, name, leaves, ranks=ranks, planner=planner, step=step, kind=kind, dtype=dtype
+    )
+    return finish_save(pending, ranks)
+
+
+def begin_save(
+    catalog: Catalog,
+    name: str,
+    leaves: Mapping[str, Leaf],
+    *,
+    ranks: Ranks,
+    planner: Planner,
+    step: int | None = None,
+    kind: Kind | None = None,
+    dtype: torch.dtype | None = None,
+) -> Pending:
+    """Agree on a save: everything of `save_leaves` up to the first byte. Collective."""
     spans = Spans()
     with spans("plan"):
         held = on_every_rank(ranks, lambda: _hold(leaves, dtype))
@@ -159,18 +195,40 @@ def save_leaves(
         image = on_every_rank(ranks, lambda: _image(ranks.rank, share, held))
         totals = ranks.gather(image.nbytes)
         attempt = on_rank_0(ranks, lambda: _begin(catalog, name, sum(totals)))
+    facts = Facts(step, kind, {"world_size": ranks.size}, _versions())
+    data_of = partial(_live_data, held, dtype)
+    return Pending(catalog, attempt, image, data_of, planner.offers, facts, spans)
+
+
+def take_snapshot(pending: Pending, snapshot: Snapshot, ranks: Ranks) -> Pending:
+    """The same save from a host copy: training may change its state from here on. Collective."""
+    with pending.spans("stage"):
+        work = partial(snapshot.take, pending.image, pending.data_of)
+        try:
+            return replace(pending, data_of=on_every_rank(ranks, work))
+        except HoldfastError:
+            if ranks.rank == 0:
+                pending.catalog.discard(pending.attempt)
+            raise
+
+
+def finish_save(pending: Pending, ranks: Ranks) -> Saved:
+    """Write and publish. Collective, over ranks that nothing else uses in the meantime."""
+    catalog, attempt, spans = pending.catalog, pending.attempt, pending.spans
     with spans("write"):
-        written = outcome_of(lambda: _write(catalog, attempt, image, held, dtype))
+        written = outcome_of(
+            lambda: write(catalog.store, str(attempt), pending.image, pending.data_of)
+        )
     with spans("commit"):
         nbytes = commit(
             attempt,
             written,
-            offers=planner.offers,
-            facts=Facts(step, kind, {"world_size": ranks.size, **(layout or {})}, _versions()),
+            offers=pending.offers,
+            facts=pending.facts,
             catalog=catalog,
             ranks=ranks,
         )
-    return Saved(catalog.where(name), nbytes, spans)
+    return Saved(catalog.where(attempt.name), nbytes, spans)
 
 
 def _hold(leaves: Mapping[str, Leaf], dtype: torch.dtype | None) -> _Held:
@@ -210,16 +268,11 @@ def _begin(catalog: Catalog, name: str, nbytes: int) -> Aside:
     return catalog.begin(name)
 
 
-def _write(
-    catalog: Catalog, attempt: Aside, image: FileImage, held: _Held, dtype: torch.dtype | None
-) -> Receipt:
-    def data_of(name: str, region: Region) -> memoryview:
-        layout = held.layouts[name]
-        local = next(piece.local for piece in layout.pieces if piece.region == region)
-        convert = dtype if layout.local.is_floating_point() else None
-        return host_bytes(layout.local, local, convert)
-
-    return write(catalog.store, str(attempt), image, data_of)
+def _live_data(held: _Held, dtype: torch.dtype | None, name: str, region: Region) -> memoryview:
+    """Raw bytes of a region, from the tensor that training goes on with."""
+    layout = held.layouts[name]
+    local = next(piece.local for piece in layout.pieces if piece.region == region)
+    return host_bytes(layout.local, local, dtype if layout.local.is_floating_point() else None)
 
 
 def _versions() -> dict[str, str]:

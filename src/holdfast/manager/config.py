@@ -40,6 +40,10 @@ class CheckpointConfig:
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
     """Dtype of the floating-point tensors of a model-only last step."""
 
+    async_mode: Literal["disabled", "async"] = "disabled"
+    """`disabled`: training waits for the step to be durable. `async`: it waits for a copy of the
+    state in host memory, and goes on while that is written."""
+
     keep_latest_k: int = 10
     """How many steps to keep; 0 keeps all. 1 is refused: one damaged file would be the end."""
 

@@ -22,25 +22,23 @@ from torch.optim.lr_scheduler import LRScheduler
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.engine.load import load_tree
-from holdfast.engine.ranks import Ranks, all_ranks, host_name, on_every_rank, on_rank_0
+from holdfast.engine.ranks import Ranks, all_ranks, host_name, on_rank_0
 from holdfast.engine.read import Source
 from holdfast.engine.root import open_for_reading
-from holdfast.engine.save import Planner, save_leaves
 from holdfast.engine.spans import rate
 from holdfast.errors import (
     DamagedError,
     FormatError,
-    HoldfastError,
     MismatchError,
     NotFoundError,
-    RankError,
     UsageError,
 )
-from holdfast.format.manifest import Kind, Manifest, Path
+from holdfast.format.manifest import Kind, Manifest
 from holdfast.format.names import LOCK, step_name, step_of
 from holdfast.manager.config import DATALOADER_KEYS, CheckpointConfig
-from holdfast.manager.policy import is_due, kind_in_time, kind_of_save, removable
-from holdfast.manager.resume import Step, is_whole, newest_final, newest_resumable
+from holdfast.manager.policy import is_due, kind_in_time, kind_of_save
+from holdfast.manager.resume import Step, newest_final, newest_resumable
+from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
 from holdfast.state.dataloader import RANK, DataloaderState
 from holdfast.state.model import ModelState
@@ -103,7 +101,6 @@ class CheckpointManager:
         self.blocked_s = 0.0
         """Seconds that saving has held up training so far."""
         self._ranks = ranks or all_ranks()
-        self._planner = Planner(self._ranks)
         self._catalog = Catalog(LocalStore(folder))
         models, rank = _many(model), self._ranks.rank
         self._parts: dict[str, Stateful] = {
@@ -114,11 +111,10 @@ class CheckpointManager:
             **(states or {}),
             RNG: RngState(rank),
         }
-        self._resumed_from: int | None = None
-        self._left_behind: set[int] = set()
+        sections = [name for name in self._parts if name != MODEL]
+        self._saver = Saver(self._catalog, self.config, self._ranks, sections)
         self._held = ExitStack()
         self._stop_signals = StopSignals(())
-        self._full_save_s, self._model_share = 0.0, 0.0
         _check_excluded(self.config.exclude_from_loading, self._parts)
         if self._saves:
             on_rank_0(self._ranks, self._take_hold)
@@ -130,9 +126,12 @@ class CheckpointManager:
     def save(self, step: int, last_step: bool = False) -> bool:
         """Save the state after `step` if it is due. Returns whether it was saved.
 
-        Blocks until the step is published and durable. Inside the context of this manager, one of
-        `stop_signals` to any rank makes the next call save, whatever the interval, and then raise
-        SystemExit with status 128 + signal on every rank.
+        Blocks until the step is published and durable; with `async_mode = "async"` until its state
+        has been copied, and what then goes wrong is raised by a later call.
+
+        Inside the context of this manager, one of `stop_signals` to any rank makes the next call
+        save, whatever the interval, and then raise SystemExit with status 128 + signal on every
+        rank.
 
         Collective: every rank calls this after every step.
 
@@ -145,18 +144,26 @@ class CheckpointManager:
         started = time.perf_counter()
         try:
             # What any rank has measured or received decides, so that all decide alike.
-            number, since_s, full_save_s, model_share = self._ranks.largest(
-                [*self._stop_signals.received(), self._full_save_s, self._model_share]
+            number, since_s, *measured, failed = self._ranks.largest(
+                [
+                    *self._stop_signals.received(),
+                    *(self._saver.full_save_s, self._saver.model_share),
+                    float(self._saver.failed),
+                ]
             )
+            if failed:
+                self._saver.collect()
             stopping = bool(number) and not last_step
             kind: Kind | None = kind_of_save(last_step=last_step, config=self.config)
             if stopping:
                 left_s = self.config.stop_deadline_s - since_s
-                kind = kind_in_time(left_s, full_save_s, model_share)
-                self._say_stopping(int(number), step, left_s, full_save_s, kind)
+                kind = kind_in_time(left_s, *measured)
+                self._say_stopping(int(number), step, left_s, measured[0], kind)
             elif not is_due(step, last_step=last_step, config=self.config):
                 return False
             saved = kind is not None and self._save_as(kind, step, last_step=last_step)
+            if last_step or stopping:
+                self._saver.collect()
         finally:
             self.blocked_s += time.perf_counter() - started
         if stopping:
@@ -224,12 +231,16 @@ class CheckpointManager:
         return on_rank_0(self._ranks, partial(newest_final, self._catalog))
 
     def wait(self) -> None:
-        """Return once everything saved is durable. Saving is synchronous, so that is at once."""
+        """Return once everything saved is published and durable.
+
+        Collective: every rank calls this. Raises what went wrong in the background.
+        """
+        self._saver.collect()
 
     def close(self) -> None:
         """Finish what is under way and let go of the folder. Further calls do nothing."""
-        self.wait()
-        self._held.close()
+        with self._held:
+            self.wait()
 
     def __enter__(self) -> Self:
         if self._saves:
@@ -271,12 +282,12 @@ class CheckpointManager:
             f"resumed from step {found.step}: {rate(found.manifest.nbytes, seconds)}, {where}"
         )
         steps = on_rank_0(self._ranks, self._catalog.steps)
-        self._resumed_from = found.step
-        self._left_behind = {step for step in steps if step > found.step}
-        if self._left_behind and self._saves and explicit:
+        left_behind = [step for step in steps if step > found.step]
+        self._saver.resumed(found.step, left_behind)
+        if left_behind and self._saves and explicit:
             self._warn(
-                f"steps {sorted(self._left_behind)} are newer than step {found.step}: they stay, "
-                "each until this run saves the same step, and `load_step = -1` takes the newest"
+                f"steps {left_behind} are newer than step {found.step}: they stay, each until "
+                "this run saves the same step, and `load_step = -1` takes the newest"
             )
         return found.step
 
@@ -340,35 +351,12 @@ class CheckpointManager:
             )
 
     def _save_as(self, kind: Kind, step: int, *, last_step: bool) -> bool:
-        parts = {MODEL: self._parts[MODEL]} if kind == "model" else self._parts
-        export = kind == "model" and last_step
-        try:
-            saved = save_leaves(
-                self._catalog,
-                step_name(step),
-                on_every_rank(self._ranks, StateTree(parts, flat=MODEL).leaves),
-                ranks=self._ranks,
-                planner=self._planner,
-                step=step,
-                kind=kind,
-                dtype=getattr(torch, self.config.export_dtype) if export else None,
-            )
-        except RankError:
-            raise
-        except HoldfastError as error:
-            if self.config.on_save_error == "raise":
-                raise
-            self._warn(f"step {step} was not saved, the run goes on: {error}")
-            return False
+        """Save all parts, or the model alone: in the export dtype where it is the last step."""
         if kind == "full":
-            self._full_save_s = max(self._full_save_s, saved.spans.total)
-            self._model_share = self._planner.nbytes_of(self._is_of_model) / max(saved.nbytes, 1)
-        self._say(f"saved step {step}: {rate(saved.nbytes, saved.spans.total)}, {saved.where}")
-        self._retain(step)
-        return True
-
-    def _is_of_model(self, path: Path) -> bool:
-        return path[0] not in self._parts
+            return self._saver.save(step, kind, StateTree(self._parts, flat=MODEL).leaves)
+        model = StateTree({MODEL: self._parts[MODEL]}, flat=MODEL)
+        dtype: torch.dtype | None = getattr(torch, self.config.export_dtype)
+        return self._saver.save(step, kind, model.leaves, dtype=dtype if last_step else None)
 
     def _say_stopping(
         self, number: int, step: int, left_s: float, full_save_s: float, kind: Kind | None
@@ -382,29 +370,6 @@ class CheckpointManager:
                 f"{name}: {left_s:.1f} s are left, a save takes {full_save_s:.1f} s; "
                 f"saving {instead}, then ending"
             )
-
-    def _retain(self, current: int) -> None:
-        """Remove what retention lets go. What cannot be removed is reported, and tried again after
-        the next save; nobody waits for it, so this runs on rank 0 alone."""
-        self._left_behind.discard(current)
-        if self._ranks.rank != 0 or self.config.keep_latest_k == 0:
-            return
-        try:
-            ours = [step for step in self._catalog.steps() if step not in self._left_behind]
-            good = [step for step in ours if is_whole(self._catalog, step)]
-            going = removable(
-                good,
-                current=current,
-                keep_latest_k=self.config.keep_latest_k,
-                protected={self._resumed_from} if self._resumed_from is not None else (),
-            )
-            for step in going:
-                self._catalog.remove(step_name(step))
-                logger.info(
-                    "removed step %d: keeping the latest %d", step, self.config.keep_latest_k
-                )
-        except HoldfastError as error:
-            logger.warning("could not remove old steps: %s; the next save tries again", error)
 
     @property
     def _excluded(self) -> set[str]:

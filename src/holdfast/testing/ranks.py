@@ -26,6 +26,7 @@ class ThreadRanks:
         self.size = board.size
         self._board = board
         self._num_exchanges = 0
+        self._num_twins = 0
 
     def gather(self, item: T) -> list[T]:
         items = self._exchange(item)
@@ -38,6 +39,10 @@ class ThreadRanks:
     def broadcast(self, item: T) -> T:
         broadcast: T = self._exchange(item)[0]
         return broadcast
+
+    def twin(self) -> ThreadRanks:
+        self._num_twins += 1
+        return ThreadRanks(self.rank, self._board.twin(self._num_twins))
 
     def largest(self, numbers: Sequence[float]) -> list[float]:
         return [max(places) for places in zip(*self._exchange(numbers), strict=True)]
@@ -60,6 +65,7 @@ class _Board:
         self._changed = threading.Condition()
         self._items: dict[int, dict[int, Any]] = {}
         self._gone: set[int] = set()
+        self._twins: dict[int, _Board] = {}
 
     def exchange(self, number: int, rank: int, item: Any) -> list[Any]:
         with self._changed:
@@ -79,6 +85,12 @@ class _Board:
         with self._changed:
             self._gone.add(rank)
             self._changed.notify_all()
+            for twin in self._twins.values():
+                twin.leave(rank)
+
+    def twin(self, number: int) -> _Board:
+        with self._changed:
+            return self._twins.setdefault(number, _Board(self.size, self._timeout_s))
 
 
 def run_ranks(size: int, work: Callable[[Ranks], T], *, timeout_s: float = 30.0) -> list[T]:
