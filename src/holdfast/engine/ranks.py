@@ -44,6 +44,10 @@ class Ranks(Protocol):
         """The same ranks over a channel of their own, so that a thread can use it meanwhile."""
         ...
 
+    def close(self) -> None:
+        """Give the channel back; nothing is called after it."""
+        ...
+
     def largest(self, numbers: Sequence[float]) -> list[float]:
         """For each place the largest number of any rank. Cheap enough for every step."""
         ...
@@ -66,6 +70,9 @@ class Solo:
 
     def twin(self) -> Ranks:
         return self
+
+    def close(self) -> None:
+        pass
 
     def largest(self, numbers: Sequence[float]) -> list[float]:
         return list(numbers)
@@ -99,6 +106,9 @@ class GroupRanks:
 
     def twin(self) -> Ranks:
         return GroupRanks(dist.new_group(dist.get_process_group_ranks(self._group), backend="gloo"))
+
+    def close(self) -> None:
+        dist.destroy_process_group(self._group)
 
     def largest(self, numbers: Sequence[float]) -> list[float]:
         tensor = torch.tensor(numbers, dtype=torch.float64)

@@ -64,20 +64,24 @@ def save(
         UsageError: a value that could not be read back safely.
         StorageError: no space, no rights; nothing is left behind.
     """
-    ranks = all_ranks()
     catalog, name = open_root(path)
+    ranks = all_ranks()
+    try:
+        on_rank_0(ranks, lambda: _check_free(catalog, name, overwrite))
+        leaves = on_every_rank(ranks, StateTree(state).leaves)
+        return save_leaves(catalog, name, leaves, ranks=ranks, planner=Planner(ranks))
+    finally:
+        ranks.close()
 
-    def look() -> None:
-        catalog.store.make_folder("")
-        if not overwrite and {name, f"{name}/"} & set(catalog.store.list()):
-            raise ExistsError(
-                f"`{catalog.where(name)}` exists already",
-                hint="choose another path, or pass `overwrite=True` to replace it",
-            )
 
-    on_rank_0(ranks, look)
-    leaves = on_every_rank(ranks, StateTree(state).leaves)
-    return save_leaves(catalog, name, leaves, ranks=ranks, planner=Planner(ranks))
+def _check_free(catalog: Catalog, name: str, overwrite: bool) -> None:
+    """Make sure that the folder is there and the name may be taken."""
+    catalog.store.make_folder("")
+    if not overwrite and {name, f"{name}/"} & set(catalog.store.list()):
+        raise ExistsError(
+            f"`{catalog.where(name)}` exists already",
+            hint="choose another path, or pass `overwrite=True` to replace it",
+        )
 
 
 class Planner:

@@ -44,6 +44,9 @@ class ThreadRanks:
         self._num_twins += 1
         return ThreadRanks(self.rank, self._board.twin(self._num_twins))
 
+    def close(self) -> None:
+        pass
+
     def largest(self, numbers: Sequence[float]) -> list[float]:
         return [max(places) for places in zip(*self._exchange(numbers), strict=True)]
 
