@@ -53,11 +53,64 @@ def loads(data: bytes, allowed: Mapping[tuple[str, str], Any], *, where: str) ->
         FormatError: a global that is not allowed, by name; or not a pickle.
     """
     try:
+        _check_sizes(data)
         return _Loader(data, allowed, where).load()
     except FormatError:
         raise
     except Exception as error:
         raise FormatError(f"`{where}` is not a whole pickle: {error}") from error
+
+
+_COUNTED = {
+    **dict.fromkeys(b"U\x8cC\x8a", 1),
+    **dict.fromkeys(b"TXB\x8b", 4),
+    **dict.fromkeys(b"\x8d\x8e\x96", 8),
+}
+"""Opcodes whose argument begins with its own size, in so many bytes."""
+
+_LINES = dict.fromkeys(b"FILSVPgp", 1) | dict.fromkeys(b"ci", 2)
+"""Opcodes whose argument is so many lines."""
+
+_FIXED = {
+    **dict.fromkeys(b"hqK\x80\x82", 1),
+    **dict.fromkeys(b"M\x83", 2),
+    **dict.fromkeys(b"Jjr\x84", 4),
+    **dict.fromkeys(b"G\x95", 8),
+}
+"""Opcodes whose argument has so many bytes; any other has none."""
+
+_SPECIAL = [op in _COUNTED or op in _LINES or op in b"r." for op in range(256)]
+_WIDTHS = [1 + _FIXED.get(op, 0) for op in range(256)]
+
+
+def _check_sizes(data: bytes) -> None:
+    """Refuse a pickle that would make the unpickler take room for more than the file holds: it
+    believes any size, and any place of its memo, before it has read what goes there."""
+    at, end = 0, len(data)
+    while at < end:
+        op = data[at]
+        if not _SPECIAL[op]:
+            at += _WIDTHS[op]
+        elif op in _COUNTED:
+            start = at + 1 + _COUNTED[op]
+            at = start + int.from_bytes(data[at + 1 : start], "little")
+        elif op in _LINES:
+            first = at + 1
+            for _ in range(_LINES[op]):
+                at = data.find(b"\n", at + 1)
+                if at < 0:
+                    raise ValueError("a line without its end")
+            if op in b"p" and int(data[first:at]) > end:
+                raise ValueError("remembers more than it has")
+            at += 1
+        elif op in b"r":
+            if int.from_bytes(data[at + 1 : at + 5], "little") > end:
+                raise ValueError("remembers more than it has")
+            at += 5
+        else:
+            return
+    if at > end:
+        raise ValueError(f"an argument ends {at - end} bytes after the file")
 
 
 class _Loader(pickle.Unpickler):
