@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import pickletools
 from collections import OrderedDict
 from contextlib import suppress
 from pathlib import PurePosixPath
@@ -189,13 +190,12 @@ def test_whatever_python_pickles_is_read_as_python_reads_it(value: Any, protocol
     """G10. Method: any value of built-in types in every protocol: every opcode for a number, text,
     bytes, and what is remembered; those that need a global are refused by its name."""
     data = pickle.dumps(value, protocol)
-    try:
-        found = loads(data, {}, where="p")
-    except FormatError as error:
-        assert "no checkpoint needs" in error.what
-        return
-    assert found == value
-    assert alike(found, pickle.loads(data))
+    names = [opcode.name for opcode, *_ in pickletools.genops(data)]
+    if {"GLOBAL", "STACK_GLOBAL"} & {*names}:
+        with pytest.raises(FormatError, match="no checkpoint needs"):
+            loads(data, {}, where="p")
+    else:
+        assert alike(loads(data, {}, where="p"), pickle.loads(data))
 
 
 def test_more_than_256_things_are_remembered_in_every_protocol() -> None:
