@@ -7,17 +7,16 @@ from collections.abc import Iterator
 from holdfast.catalog.findings import Finding
 from holdfast.errors import FormatError, NotFoundError
 from holdfast.format.checksum import checksum
-from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Manifest, Span
 from holdfast.format.names import MANIFEST, METADATA
-from holdfast.format.region import first_overlap
+from holdfast.format.region import Region, first_overlap
 from holdfast.storage.local import leads_out
 from holdfast.storage.store import ReadStore
 
 
 def check_structure(store: ReadStore, folder: str, manifest: Manifest) -> list[Finding]:
     """What is wrong with a checkpoint's files: missing, too short, too long, elsewhere, items that
-    reach outside of them, tensors that are not all there. Reads `.metadata` and sizes only."""
+    reach outside of them. Reads `.metadata` and sizes only."""
     findings = []
     for file, nbytes in manifest.files.items():
         try:
@@ -30,7 +29,6 @@ def check_structure(store: ReadStore, folder: str, manifest: Manifest) -> list[F
             findings.append(Finding("file", file, "is a link to a place outside of its folder"))
         if found != nbytes:
             findings.append(Finding("file", file, f"has {found} bytes, {nbytes} were written"))
-    findings += _too_large(manifest)
     for name, file, item in _items(manifest):
         if file not in manifest.files:
             findings.append(Finding("file", file, "is missing", name))
@@ -42,10 +40,15 @@ def check_structure(store: ReadStore, folder: str, manifest: Manifest) -> list[F
     return findings
 
 
-def check_overlaps(manifest: Manifest) -> Iterator[Finding]:
-    """Tensors of which two chunks hold the same elements: a load would have to choose."""
+def check_coverage(manifest: Manifest) -> Iterator[Finding]:
+    """Tensors whose chunks do not hold every one of their elements exactly once."""
     index = MANIFEST if manifest.metadata else METADATA
     for name, entry in manifest.tensors.items():
+        held = sum(chunk.region.num_elements for chunk in entry.chunks)
+        wanted = Region.whole(entry.shape).num_elements
+        if held != wanted:
+            yield Finding("data", index, f"its chunks hold {held} of {wanted} elements", name)
+            continue
         try:
             overlap = first_overlap(chunk.region for chunk in entry.chunks)
         except FormatError as error:
@@ -54,21 +57,6 @@ def check_overlaps(manifest: Manifest) -> Iterator[Finding]:
         if overlap:
             what = f"some elements are there twice: {overlap[0]} and {overlap[1]}"
             yield Finding("data", index, what, name)
-
-
-def _too_large(manifest: Manifest) -> Iterator[Finding]:
-    """Tensors that state more than their items hold: memory is made for what they state."""
-    for name, entry in manifest.tensors.items():
-        itemsize, held = dtype_of(entry.dtype).itemsize, 0
-        for chunk in entry.chunks:
-            nbytes = chunk.region.num_elements * itemsize
-            held += nbytes
-            if nbytes > chunk.item.nbytes:
-                what = f"states {nbytes} bytes in an item of {chunk.item.nbytes}"
-                yield Finding("file", chunk.file, what, name)
-        if held != entry.nbytes:
-            what = f"chunks hold {held} bytes of {entry.nbytes}"
-            yield Finding("index", MANIFEST if manifest.metadata else METADATA, what, name)
 
 
 def _items(manifest: Manifest) -> Iterator[tuple[str, str, Span]]:

@@ -19,7 +19,7 @@ from holdfast.catalog.contents import (
     run,
 )
 from holdfast.catalog.findings import Finding, Format, Report, kind_of, usable
-from holdfast.catalog.structure import check_overlaps, check_structure
+from holdfast.catalog.structure import check_coverage, check_structure
 from holdfast.errors import DamagedError, FormatError, HoldfastError, NotFoundError
 from holdfast.format import safetensors, torchfile
 from holdfast.format.archive import read_records, windowed
@@ -120,7 +120,7 @@ def _verify_step(target: Target) -> Report:
         return failed(target, error)
     ours = MANIFEST in target.store.list(target.name)
     findings = check_structure(target.store, target.name, manifest)
-    findings += check_overlaps(manifest)
+    findings += check_coverage(manifest)
     refused = {finding.file for finding in findings if finding.concern == "file"}
     if not target.quick:
         if ours:
