@@ -29,8 +29,10 @@ from holdfast.catalog.findings import Report
 from holdfast.catalog.verify import Target, verify
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError
 from holdfast.format.checksum import BLOCK_BYTES
+from holdfast.format.dcp import encode_metadata
 from holdfast.format.dtypes import dtype_of
-from holdfast.format.manifest import Manifest
+from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry
+from holdfast.format.region import Region
 from holdfast.manager.resume import newest_resumable
 from holdfast.storage.local import LocalStore
 
@@ -324,6 +326,20 @@ def test_memory_stays_bounded_whatever_the_size(tmp_path: Path) -> None:
         [sys.executable, "-c", script, str(tmp_path)], text=True, capture_output=True, check=True
     )
     assert int(ran.stdout) < 64 << 10, f"{ran.stdout} KiB"
+
+
+def test_a_chunk_that_no_index_names_is_found_without_reading_data(tmp_path: Path) -> None:
+    """G6. Method: a stock index written anew without one of the tensor's two chunks."""
+    import torch
+
+    save_stock(tmp_path / "stock")
+    half = Chunk(Region((0,), (4,)), "__0_0.distcp", Span(0, 1000))
+    index = encode_metadata(Manifest({"w": TensorEntry("float32", (8,), (half,), ("w",))}, {}))
+    # Framed as Python's own pickler does, so that it passes for a stock one.
+    (tmp_path / "stock/.metadata").write_bytes(index[:2] + b"\x95" + bytes(8) + index[2:])
+    torch.save(torch.arange(4.0), tmp_path / "stock/__0_0.distcp")
+    (finding, *_) = checked(tmp_path / "stock", quick=True).findings
+    assert (finding.entry, finding.what) == ("w", "its chunks hold 4 of 8 elements")
 
 
 def test_an_error_of_reading_is_a_finding_and_ends_nothing(home: Path) -> None:
