@@ -60,6 +60,15 @@ class Job:
         for rank in ranks:
             self._ranks[rank].kill()
 
+    def signal(self, ranks: Iterable[int], number: int) -> None:
+        """Send a signal to these ranks."""
+        for rank in ranks:
+            os.kill(self._ranks[rank].pid or 0, number)
+
+    def statuses(self) -> list[int | None]:
+        """Exit status of each rank that has ended."""
+        return [process.exitcode for process in self._ranks]
+
     def wait(self, timeout_s: float) -> None:
         """Return once every rank has come to its end."""
         for rank, process in enumerate(self._ranks):
@@ -108,6 +117,8 @@ def _rank(
         dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=60))
         result = work(rank, size, *args)
         dist.destroy_process_group()
+    except SystemExit:
+        raise
     except BaseException as error:  # noqa: BLE001 - handed to the test
         result = AssertionError(f"rank {rank}: {''.join(traceback.format_exception(error))}")
     # Not `send`, which would hand over a tensor's memory, gone when this process ends.

@@ -72,6 +72,11 @@ def kill_all(run: subprocess.Popen[str]) -> None:
         run.stdout.close()
 
 
+def workers_of(run: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the workers, in the order of their ranks."""
+    return sorted(_descendants(run.pid))
+
+
 def _descendants(pid: int) -> list[int]:
     children = Path(f"/proc/{pid}/task/{pid}/children")
     try:

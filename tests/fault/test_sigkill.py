@@ -27,10 +27,12 @@ class Stamped(nn.Module):
         self.register_buffer("stamp", torch.zeros(ROWS, 4))
 
 
-def save_for_ever(rank: int, size: int, folder: Path) -> None:
+def save_for_ever(rank: int, size: int, folder: Path, async_mode: Any) -> None:
     """Resume, then save step after step until killed. Every third save takes a step's place."""
     module = sharded(size)
-    config = holdfast.CheckpointConfig(enable=True, interval=1, keep_latest_k=2)
+    config = holdfast.CheckpointConfig(
+        enable=True, interval=1, keep_latest_k=2, async_mode=async_mode
+    )
     with holdfast.CheckpointManager(folder, model=module, config=config) as manager:
         step = manager.load()
         assert stamp_of(module) == {float(step)}, "a mix of steps was loaded"
@@ -69,14 +71,16 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("*")}
 
 
-def kill_again_and_again(folder: Path, *, size: int, kills: int, seed: int) -> None:
+def kill_again_and_again(
+    folder: Path, *, size: int, kills: int, seed: int, async_mode: str
+) -> None:
     """After each kill the steps there are whole and of one step each, and never fewer than before
     of the newest two."""
     choose = random.Random(seed)
     newest = 0
     for _ in range(kills):
         before = names(folder)
-        with Job(size, save_for_ever, folder) as job:
+        with Job(size, save_for_ever, folder, async_mode) as job:
             deadline = time.monotonic() + 60
             while names(folder) == before and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -98,16 +102,22 @@ def kill_again_and_again(folder: Path, *, size: int, kills: int, seed: int) -> N
         assert not left
 
 
+@pytest.mark.parametrize("async_mode", ["disabled", "async"])
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_save_killed_at_any_moment_leaves_whole_steps(size: int, tmp_path: Path) -> None:
+def test_a_save_killed_at_any_moment_leaves_whole_steps(
+    size: int, async_mode: str, tmp_path: Path
+) -> None:
     """G1, G2, G5: random kills of one rank or of all, in first saves, saves in place of a step, and
     retention."""
-    kill_again_and_again(tmp_path / "run", size=size, kills=8, seed=size)
+    kill_again_and_again(tmp_path / "run", size=size, kills=5, seed=size, async_mode=async_mode)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
+@pytest.mark.parametrize("async_mode", ["disabled", "async"])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_many_kills(size: int, tmp_path: Path) -> None:
+def test_many_kills(size: int, async_mode: str, tmp_path: Path) -> None:
     """As above, for long."""
-    kill_again_and_again(tmp_path / "run", size=size, kills=100, seed=100 + size)
+    kill_again_and_again(
+        tmp_path / "run", size=size, kills=50, seed=100 + size, async_mode=async_mode
+    )

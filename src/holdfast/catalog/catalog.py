@@ -16,7 +16,7 @@ from holdfast.errors import DamagedError, NotFoundError
 from holdfast.format import manifest as manifests
 from holdfast.format.dcp import decode_metadata, is_ours
 from holdfast.format.manifest import Manifest
-from holdfast.format.names import MANIFEST, METADATA, Aside, step_name, step_of
+from holdfast.format.names import MANIFEST, METADATA, Aside, aside_of, step_name, step_of
 from holdfast.storage.store import ReadStore, Store
 
 _INDEX_BYTES_MAX = 1 << 30
@@ -62,9 +62,18 @@ class Catalog:
         aside, where `sweep` removes it, or moves it back should the process die before the new one
         is there."""
         self.store.sync(str(attempt))
+        there = self.store.list()
+        replacing = f"{attempt.name}/" in there
+        if replacing:
+            # Were the sweep to find two that had this name, it could not tell which is the newer.
+            for stale in map(aside_of, (name.rstrip("/") for name in there)):
+                if stale and (stale.role, stale.name) == ("replaced", attempt.name):
+                    removing = replace(stale, role="removing")
+                    self.store.rename(str(stale), str(removing))
+                    self.store.remove(str(removing))
         # The attempt's own name must be durable before the old checkpoint gives up its name.
         self.store.sync("")
-        if f"{attempt.name}/" in self.store.list():
+        if replacing:
             self.store.rename(attempt.name, str(Aside("replaced", attempt.name, attempt.id)))
         self.store.rename(str(attempt), attempt.name)
 

@@ -37,7 +37,9 @@ class Finding:
     def __str__(self) -> str:
         entry = f" `{self.entry}`" if self.entry else ""
         block = f" block {self.block}" if self.block is not None else ""
-        return f"`{self.file}`{entry}{block}: {self.what}"
+        # What is said of the place itself goes on its sentence; what is found there stands apart.
+        goes_on = self.what.startswith(("is ", "has ", "reaches "))
+        return f"`{self.file}`{entry}{block}{'' if goes_on else ':'} {self.what}"
 
 
 @dataclass(frozen=True, slots=True)

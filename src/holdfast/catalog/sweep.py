@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from holdfast.errors import HoldfastError
@@ -56,7 +56,18 @@ def execute(store: Store, actions: Sequence[Action]) -> list[str]:
             if action.verb == "restore":
                 store.rename(action.folder, action.target)
             else:
-                store.remove(action.folder)
+                store.remove(_out_of_reach(store, action.folder))
         except HoldfastError as error:
             failed.append(f"could not {action.verb} `{action.folder}`: {error.what}")
     return failed
+
+
+def _out_of_reach(store: Store, folder: str) -> str:
+    """The folder under a name from which nothing is restored: half of it may be all that is left
+    when its successor goes."""
+    aside = aside_of(folder)
+    if aside is None or aside.role != "replaced":
+        return folder
+    removing = str(replace(aside, role="removing"))
+    store.rename(folder, removing)
+    return removing

@@ -106,7 +106,7 @@ def _say(report: Report, quick: bool) -> None:
         held = f"{report.num_entries} entries, {spelled_bytes(report.nbytes)}"
         say(f"{report.where}: {how}, {held}")
     else:
-        say(f"{report.where}: damaged, {len(report.findings)} findings")
+        say(f"{report.where}: damaged: {len(report.findings)} of its parts")
     for finding in report.findings[:LISTED_MAX]:
         say(f"  {finding}")
     if len(report.findings) > LISTED_MAX:

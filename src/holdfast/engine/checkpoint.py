@@ -10,6 +10,7 @@ import torch
 
 from holdfast.catalog.catalog import open_manifest
 from holdfast.engine.read import Source, Wanted, read_tensors, read_value
+from holdfast.engine.reshard import moves
 from holdfast.engine.root import open_for_reading
 from holdfast.engine.values import decode_value
 from holdfast.errors import NotFoundError, UsageError
@@ -49,6 +50,8 @@ class Checkpoint:
         """
         entry = self._entry(name)
         box = _box(name, entry.shape, region)
+        # First, so that a shape without chunks behind it takes no memory.
+        moves(name, entry, box)
         target = torch.empty(box.shape, dtype=getattr(torch, entry.dtype))
         if box.num_elements:
             read_tensors(

@@ -111,7 +111,7 @@ def _manifest(receipts: Sequence[Receipt], offers: Sequence[Offer], facts: Facts
     tensors: dict[str, TensorEntry] = {}
     for offer in offers:
         for name, tensor in offer.tensors.items():
-            if name not in tensors:
+            if name in chunks and name not in tensors:
                 whole = sorted(chunks[name], key=lambda chunk: chunk.region.start)
                 tensors[name] = TensorEntry(tensor.dtype, tensor.shape, tuple(whole), tensor.path)
         for name, (first, path) in offer.aliases.items():

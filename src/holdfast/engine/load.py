@@ -59,11 +59,14 @@ def load(path: str | os.PathLike[str], state: Mapping[str, Any], *, strict: bool
         DamagedError: bytes are not those that were saved; the state may be loaded in part.
         FormatError: the checkpoint holds what could be read only by running its code.
     """
-    ranks = all_ranks()
     store, name = open_for_reading(path)
-    manifest = on_rank_0(ranks, lambda: open_manifest(store, name))
-    source = Source(store, name, manifest)
-    return load_tree(source, StateTree(state), ranks=ranks, strict=strict)
+    ranks = all_ranks()
+    try:
+        manifest = on_rank_0(ranks, lambda: open_manifest(store, name))
+        source = Source(store, name, manifest)
+        return load_tree(source, StateTree(state), ranks=ranks, strict=strict)
+    finally:
+        ranks.close()
 
 
 def load_tree(source: Source, tree: StateTree, *, ranks: Ranks, strict: bool = True) -> Loaded:

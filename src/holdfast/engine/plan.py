@@ -7,7 +7,7 @@ that every element is on disk once and the ranks write about the same number of 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from holdfast.errors import MismatchError
@@ -80,6 +80,16 @@ def shares(offers: Sequence[Offer]) -> list[Share]:
     return [Share(tuple(g), tuple(v)) for g, v in zip(given, values, strict=True)]
 
 
+def differing(digests: Sequence[Mapping[str, int]]) -> list[str]:
+    """Names under which ranks hold different values; one digest a value, for each rank."""
+    first: dict[str, int] = {}
+    for held in digests:
+        first = {**held, **first}
+    return [
+        n for n, digest in first.items() if any(held.get(n, digest) != digest for held in digests)
+    ]
+
+
 def _first(offers: Sequence[Offer], name: str) -> TensorOffer:
     return next(offer.tensors[name] for offer in offers if name in offer.tensors)
 
@@ -88,9 +98,12 @@ def _holders(offers: Sequence[Offer]) -> dict[str, dict[Region, list[int]]]:
     """Ranks that hold each region of each tensor; checked to make up every tensor exactly."""
     holders: dict[str, dict[Region, list[int]]] = defaultdict(lambda: defaultdict(list))
     known: dict[str, TensorOffer] = {}
-    wrong: list[str] = []
+    wrong = _disagreements(offers)
+    tied = {name for offer in offers for name in offer.aliases}
     for rank, offer in enumerate(offers):
         for name, tensor in offer.tensors.items():
+            if name in tied:
+                continue
             first = known.setdefault(name, tensor)
             if (first.dtype, first.shape) != (tensor.dtype, tensor.shape):
                 wrong.append(
@@ -99,8 +112,6 @@ def _holders(offers: Sequence[Offer]) -> dict[str, dict[Region, list[int]]]:
                 )
             for region in tensor.regions:
                 holders[name][region].append(rank)
-        both = offer.values.keys() & known.keys()
-        wrong += [f"`{name}` is a tensor on one rank, a value on rank {rank}" for name in both]
     for name, tensor in known.items():
         held = sum(region.num_elements for region in holders[name])
         wanted = Region.whole(tensor.shape).num_elements
@@ -112,3 +123,23 @@ def _holders(offers: Sequence[Offer]) -> dict[str, dict[Region, list[int]]]:
             hint="give rank-specific state a key of its own, such as `rank_3`; shard by DTensor",
         )
     return holders
+
+
+def _disagreements(offers: Sequence[Offer]) -> list[str]:
+    """Names that stand for different kinds of things on different ranks."""
+    tensors = {name for offer in offers for name in (*offer.tensors, *offer.aliases)}
+    tied = {n: (rank, a[0]) for rank, offer in enumerate(offers) for n, a in offer.aliases.items()}
+    wrong = []
+    for rank, offer in enumerate(offers):
+        for name in offer.values:
+            if name in tensors:
+                wrong.append(f"`{name}` is a tensor on one rank, a value on rank {rank}")
+        for name, tensor in offer.tensors.items():
+            # A rank without elements has no memory to see by that two tensors are one.
+            if name in tied and tensor.regions:
+                where, first = tied[name]
+                wrong.append(
+                    f"`{name}` is tied to `{first}` on rank {where}, "
+                    f"a tensor of its own on rank {rank}"
+                )
+    return wrong

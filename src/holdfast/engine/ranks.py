@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from holdfast.errors import HoldfastError, RankError, StorageError
@@ -39,6 +40,18 @@ class Ranks(Protocol):
         """Rank 0's item, on all."""
         ...
 
+    def twin(self) -> Ranks:
+        """The same ranks over a channel of their own, so that a thread can use it meanwhile."""
+        ...
+
+    def close(self) -> None:
+        """Give the channel back; nothing is called after it."""
+        ...
+
+    def largest(self, numbers: Sequence[float]) -> list[float]:
+        """For each place the largest number of any rank. Cheap enough for every step."""
+        ...
+
 
 class Solo:
     """One process alone."""
@@ -54,6 +67,15 @@ class Solo:
 
     def broadcast(self, item: T) -> T:
         return item
+
+    def twin(self) -> Ranks:
+        return self
+
+    def close(self) -> None:
+        pass
+
+    def largest(self, numbers: Sequence[float]) -> list[float]:
+        return list(numbers)
 
 
 class GroupRanks:
@@ -81,6 +103,17 @@ class GroupRanks:
         items = [item]
         self._reach(lambda: dist.broadcast_object_list(items, self._root, self._group))
         return items[0]
+
+    def twin(self) -> Ranks:
+        return GroupRanks(dist.new_group(dist.get_process_group_ranks(self._group), backend="gloo"))
+
+    def close(self) -> None:
+        dist.destroy_process_group(self._group)
+
+    def largest(self, numbers: Sequence[float]) -> list[float]:
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        self._reach(lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX, self._group))
+        return tensor.tolist()
 
     def _reach(self, exchange: Callable[[], object]) -> None:
         try:

@@ -137,7 +137,10 @@ def _read_move(
             # As a transposed parameter is kept. Rare: read the chunk whole, then pick.
             whole = torch.empty(stored.data.nbytes // itemsize, dtype=dtype)
             data = ChunkData(source, name, chunk.file, Span(offset, whole.nbytes), None)
+            if crc32:
+                data = data.with_crc32(crc32)
             data.read(0, whole.nbytes, _memory(whole))
+            data.finish()
             target.copy_(whole.as_strided(shape, stored.strides)[box.slices()])
             return whole.nbytes
     data = ChunkData(source, name, chunk.file, Span(offset, nbytes), chunk.checksums)
@@ -154,7 +157,8 @@ def _read_part(
     data: ChunkData, part: Part, dtype: torch.dtype, strides: tuple[int, ...], target: torch.Tensor
 ) -> int:
     into = target[part.box.slices()] if target.ndim else target
-    if part.contiguous and into.dtype == dtype and into.is_contiguous() and into.is_cpu:
+    plain = into.is_cpu and into.is_contiguous() and not (into.is_conj() or into.is_neg())
+    if part.contiguous and plain and into.dtype == dtype:
         return data.read(part.start, part.stop, _memory(into))
     if part.contiguous and part.stop - part.start > WINDOW_BYTES and part.box.shape:
         return sum(
@@ -262,7 +266,8 @@ def _cuts(start: int, stop: int) -> Iterator[tuple[int, int]]:
 
 def _memory(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, to write into."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
+    # Not `view(-1)`: a single element counts as contiguous whatever its stride.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def _fetch(source: Source, file: str, offset: int, nbytes: int) -> bytes:

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from holdfast.catalog.catalog import Catalog
+from holdfast.engine.background import Snapshot
 from holdfast.engine.commit import Facts, commit
-from holdfast.engine.plan import Offer, Share, TensorOffer, shares
+from holdfast.engine.plan import Offer, Share, TensorOffer, differing, shares
 from holdfast.engine.ranks import Ranks, all_ranks, on_every_rank, on_rank_0, outcome_of
 from holdfast.engine.root import open_root
 from holdfast.engine.spans import Spans, amount
 from holdfast.engine.stage import host_bytes
 from holdfast.engine.values import encode_value
-from holdfast.engine.write import FileImage, Receipt, lay_out, write
-from holdfast.errors import ExistsError, StorageError
-from holdfast.format.manifest import Kind
+from holdfast.engine.write import DataOf, FileImage, lay_out, write
+from holdfast.errors import ExistsError, HoldfastError, StorageError
+from holdfast.format.checksum import checksum
+from holdfast.format.dtypes import dtype_of
+from holdfast.format.manifest import Kind, Path
 from holdfast.format.names import Aside
 from holdfast.format.region import Region
 from holdfast.state.layout import Layout, layout_of, same_memory
 from holdfast.state.objects import StateTree
 from holdfast.state.tree import Leaf
+
+logger = logging.getLogger("holdfast")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +64,24 @@ def save(
         UsageError: a value that could not be read back safely.
         StorageError: no space, no rights; nothing is left behind.
     """
-    ranks = all_ranks()
     catalog, name = open_root(path)
+    ranks = all_ranks()
+    try:
+        on_rank_0(ranks, lambda: _check_free(catalog, name, overwrite))
+        leaves = on_every_rank(ranks, StateTree(state).leaves)
+        return save_leaves(catalog, name, leaves, ranks=ranks, planner=Planner(ranks))
+    finally:
+        ranks.close()
 
-    def look() -> None:
-        catalog.store.make_folder("")
-        if not overwrite and {name, f"{name}/"} & set(catalog.store.list()):
-            raise ExistsError(
-                f"`{catalog.where(name)}` exists already",
-                hint="choose another path, or pass `overwrite=True` to replace it",
-            )
 
-    on_rank_0(ranks, look)
-    leaves = on_every_rank(ranks, StateTree(state).leaves)
-    return save_leaves(catalog, name, leaves, ranks=ranks, planner=Planner(ranks))
+def _check_free(catalog: Catalog, name: str, overwrite: bool) -> None:
+    """Make sure that the folder is there and the name may be taken."""
+    catalog.store.make_folder("")
+    if not overwrite and {name, f"{name}/"} & set(catalog.store.list()):
+        raise ExistsError(
+            f"`{catalog.where(name)}` exists already",
+            hint="choose another path, or pass `overwrite=True` to replace it",
+        )
 
 
 class Planner:
@@ -82,8 +94,16 @@ class Planner:
         self.offers: list[Offer] = []
         """Of every rank, on rank 0."""
 
-    def plan(self, offer: Offer) -> Share:
-        """What this rank is to write.
+    def nbytes_of(self, wanted: Callable[[Path], bool]) -> int:
+        """Bytes, over all ranks, of the tensors whose path is wanted; known to rank 0 alone."""
+        tensors = {
+            n: t for offer in self.offers for n, t in offer.tensors.items() if wanted(t.path)
+        }
+        return sum(math.prod(t.shape) * dtype_of(t.dtype).itemsize for t in tensors.values())
+
+    def plan(self, offer: Offer, digests: Callable[[], dict[str, int]]) -> Share:
+        """What this rank is to write. `digests` gives one of each value that it holds; values that
+        differ between ranks under one name are looked for whenever the layout is new.
 
         Collective: every rank calls this with what it holds.
         """
@@ -96,6 +116,12 @@ class Planner:
             planned: list[Share] = []
             on_rank_0(ranks, lambda: planned.extend(shares(self.offers)))
             self._share = ranks.scatter(planned)
+            for name in differing(ranks.gather(on_every_rank(ranks, digests))):
+                logger.warning(
+                    "`%s` differs between ranks: the first rank's is kept. State of one rank alone "
+                    "needs a key of its own, such as `rank_3`",
+                    name,
+                )
             self._offer = offer
         return self._share
 
@@ -108,6 +134,27 @@ class _Held:
     values: dict[str, Any] = field(default_factory=dict)
     offer: Offer = field(default_factory=Offer)
 
+    def digests(self) -> dict[str, int]:
+        """One number a value, equal where the values are."""
+        return {n: checksum(encode_value(n, value)) for n, value in self.values.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A save that all ranks have agreed on; its attempt folder is there, and empty."""
+
+    catalog: Catalog
+    attempt: Aside
+    image: FileImage
+    data_of: DataOf
+    """Reads the training state, until a snapshot takes its place."""
+
+    offers: Sequence[Offer]
+    """Of every rank, on rank 0."""
+
+    facts: Facts
+    spans: Spans
+
 
 def save_leaves(
     catalog: Catalog,
@@ -119,7 +166,6 @@ def save_leaves(
     step: int | None = None,
     kind: Kind | None = None,
     dtype: torch.dtype | None = None,
-    layout: Mapping[str, Any] | None = None,
 ) -> Saved:
     """Save flat state as checkpoint `name` of `catalog`, in place of one that has the name.
 
@@ -128,25 +174,65 @@ def save_leaves(
     Collective: every rank calls this; an error on one is raised on all, and the catalog is as it
     was before.
     """
+    pending = begin_save(
+        catalog, name, leaves, ranks=ranks, planner=planner, step=step, kind=kind, dtype=dtype
+    )
+    return finish_save(pending, ranks)
+
+
+def begin_save(
+    catalog: Catalog,
+    name: str,
+    leaves: Mapping[str, Leaf],
+    *,
+    ranks: Ranks,
+    planner: Planner,
+    step: int | None = None,
+    kind: Kind | None = None,
+    dtype: torch.dtype | None = None,
+) -> Pending:
+    """Agree on a save: everything of `save_leaves` up to the first byte. Collective."""
     spans = Spans()
     with spans("plan"):
         held = on_every_rank(ranks, lambda: _hold(leaves, dtype))
-        share = planner.plan(held.offer)
+        share = planner.plan(held.offer, held.digests)
         image = on_every_rank(ranks, lambda: _image(ranks.rank, share, held))
         totals = ranks.gather(image.nbytes)
         attempt = on_rank_0(ranks, lambda: _begin(catalog, name, sum(totals)))
+    facts = Facts(step, kind, {"world_size": ranks.size}, _versions())
+    data_of = partial(_live_data, held, dtype)
+    return Pending(catalog, attempt, image, data_of, planner.offers, facts, spans)
+
+
+def take_snapshot(pending: Pending, snapshot: Snapshot, ranks: Ranks) -> Pending:
+    """The same save from a host copy: training may change its state from here on. Collective."""
+    with pending.spans("stage"):
+        work = partial(snapshot.take, pending.image, pending.data_of)
+        try:
+            return replace(pending, data_of=on_every_rank(ranks, work))
+        except HoldfastError:
+            if ranks.rank == 0:
+                pending.catalog.discard(pending.attempt)
+            raise
+
+
+def finish_save(pending: Pending, ranks: Ranks) -> Saved:
+    """Write and publish. Collective, over ranks that nothing else uses in the meantime."""
+    catalog, attempt, spans = pending.catalog, pending.attempt, pending.spans
     with spans("write"):
-        written = outcome_of(lambda: _write(catalog, attempt, image, held, dtype))
+        written = outcome_of(
+            lambda: write(catalog.store, str(attempt), pending.image, pending.data_of)
+        )
     with spans("commit"):
         nbytes = commit(
             attempt,
             written,
-            offers=planner.offers,
-            facts=Facts(step, kind, {"world_size": ranks.size, **(layout or {})}, _versions()),
+            offers=pending.offers,
+            facts=pending.facts,
             catalog=catalog,
             ranks=ranks,
         )
-    return Saved(catalog.where(name), nbytes, spans)
+    return Saved(catalog.where(attempt.name), nbytes, spans)
 
 
 def _hold(leaves: Mapping[str, Leaf], dtype: torch.dtype | None) -> _Held:
@@ -186,16 +272,11 @@ def _begin(catalog: Catalog, name: str, nbytes: int) -> Aside:
     return catalog.begin(name)
 
 
-def _write(
-    catalog: Catalog, attempt: Aside, image: FileImage, held: _Held, dtype: torch.dtype | None
-) -> Receipt:
-    def data_of(name: str, region: Region) -> memoryview:
-        layout = held.layouts[name]
-        local = next(piece.local for piece in layout.pieces if piece.region == region)
-        convert = dtype if layout.local.is_floating_point() else None
-        return host_bytes(layout.local, local, convert)
-
-    return write(catalog.store, str(attempt), image, data_of)
+def _live_data(held: _Held, dtype: torch.dtype | None, name: str, region: Region) -> memoryview:
+    """Raw bytes of a region, from the tensor that training goes on with."""
+    layout = held.layouts[name]
+    local = next(piece.local for piece in layout.pieces if piece.region == region)
+    return host_bytes(layout.local, local, dtype if layout.local.is_floating_point() else None)
 
 
 def _versions() -> dict[str, str]:

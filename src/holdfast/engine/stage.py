@@ -16,5 +16,6 @@ def host_bytes(tensor: torch.Tensor, local: Region, dtype: torch.dtype | None) -
     piece = piece.detach().resolve_conj().resolve_neg()
     if dtype is not None:
         piece = piece.to(dtype)
-    flat = piece.contiguous().cpu().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+    host = piece.contiguous().cpu()
+    # Not `reshape(-1)`: a single element counts as contiguous whatever its stride.
+    return host.as_strided((host.numel(),), (1,)).view(torch.uint8).numpy().data

@@ -83,10 +83,12 @@ def lay_out(
     return FileImage(data_file(rank), position, tuple(items), at, values)
 
 
-def write(
-    store: Store, folder: str, image: FileImage, data_of: Callable[[str, Region], memoryview]
-) -> Receipt:
-    """Write a file, and make its bytes durable. `data_of` gives the raw bytes of a region."""
+DataOf = Callable[[str, Region], memoryview]
+"""`data_of(name, region)`: the raw bytes of a region of a tensor, row-major."""
+
+
+def write(store: Store, folder: str, image: FileImage, data_of: DataOf) -> Receipt:
+    """Write a file, and make its bytes durable."""
     if not image.nbytes:
         return Receipt()
     chunks = []

@@ -74,7 +74,7 @@ def decode_metadata(data: bytes, *, where: str) -> Manifest:
     metadata = loads(data, _ALLOWED, where=where)
     try:
         return _manifest(metadata, len(data), where)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(
             f"`{where}` is not DCP metadata: {type(error).__name__} {error}"
         ) from error
@@ -120,6 +120,9 @@ def _tensor(
         if not region.fits(shape) or len(start) != len(sizes):
             raise ValueError(f"`{name}`: chunk {region} is outside of the shape {shape}")
         file, span = items[name, start]
+        if region.num_elements * dtype_of(dtype.name).itemsize > span.nbytes:
+            # So that nobody makes room for more than the file can hold.
+            raise ValueError(f"`{name}`: an item of {span.nbytes} bytes cannot hold {region}")
         # Of uneven shards several may be empty, all at the same place; one item stands for them.
         if chunks.setdefault(start, Chunk(region, file, span)).region != region:
             raise ValueError(f"`{name}`: two chunks start at {start}")

@@ -97,7 +97,7 @@ class Manifest:
     """`full` can be resumed from, `model` holds the model alone; None where nobody said."""
 
     created: str = ""
-    """When the save began: ISO 8601, UTC."""
+    """When the save was committed: ISO 8601, UTC."""
 
     layout: Mapping[str, Any] = field(default_factory=dict)
     """What wrote it: `world_size`, and whatever the writer adds, for people to read."""

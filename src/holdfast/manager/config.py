@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from holdfast.errors import UsageError
+from holdfast.manager.signals import check_names
 
 DATALOADER_KEYS = ("dataloader", "data_loader")
 """Two spellings of one key, both in use among TorchTitan's users."""
@@ -39,6 +40,10 @@ class CheckpointConfig:
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
     """Dtype of the floating-point tensors of a model-only last step."""
 
+    async_mode: Literal["disabled", "async"] = "disabled"
+    """`disabled`: training waits for the step to be durable. `async`: it waits for a copy of the
+    state in host memory, and goes on while that is written."""
+
     keep_latest_k: int = 10
     """How many steps to keep; 0 keeps all. 1 is refused: one damaged file would be the end."""
 
@@ -50,6 +55,16 @@ class CheckpointConfig:
 
     load_only: bool = False
     """Resume, but never save."""
+
+    on_save_error: Literal["raise", "warn"] = "raise"
+    """What a save that fails does to the run: end it, or let it go on to the next save."""
+
+    stop_signals: tuple[str, ...] = ("SIGTERM", "SIGINT", "SIGUSR1")
+    """Signals to any rank after which the next step is saved and the run ends."""
+
+    stop_deadline_s: float = 30.0
+    """Seconds from such a signal until the process is killed. Where a save takes longer than is
+    left, the model alone is saved, or nothing."""
 
     def __post_init__(self) -> None:
         if self.interval < 1:
@@ -64,6 +79,11 @@ class CheckpointConfig:
         if self.load_step < -1:
             raise UsageError(
                 f"`checkpoint.load_step` is -1 (the newest good step) or a step: {self.load_step}"
+            )
+        check_names(self.stop_signals)
+        if self.stop_deadline_s <= 0:
+            raise UsageError(
+                f"`checkpoint.stop_deadline_s` is a number of seconds: {self.stop_deadline_s}"
             )
         if "model" in self.exclude_from_loading:
             raise UsageError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import signal
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,23 +22,25 @@ from torch.optim.lr_scheduler import LRScheduler
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.engine.load import load_tree
-from holdfast.engine.ranks import Ranks, all_ranks, host_name, on_every_rank, on_rank_0
+from holdfast.engine.ranks import Ranks, all_ranks, host_name, on_rank_0
 from holdfast.engine.read import Source
 from holdfast.engine.root import open_for_reading
-from holdfast.engine.save import Planner, save_leaves
 from holdfast.engine.spans import rate
 from holdfast.errors import (
     DamagedError,
     FormatError,
-    HoldfastError,
+    MismatchError,
     NotFoundError,
     UsageError,
 )
-from holdfast.format.manifest import Manifest
+from holdfast.format.manifest import Kind, Manifest
 from holdfast.format.names import LOCK, step_name, step_of
 from holdfast.manager.config import DATALOADER_KEYS, CheckpointConfig
-from holdfast.manager.policy import is_due, kind_of_save, removable
-from holdfast.manager.resume import Step, is_whole, newest_final, newest_resumable
+from holdfast.manager.policy import is_due, kind_in_time, kind_of_save
+from holdfast.manager.resume import Step, newest_final, newest_resumable
+from holdfast.manager.saver import Saver
+from holdfast.manager.signals import StopSignals
+from holdfast.state.dataloader import RANK, DataloaderState
 from holdfast.state.model import ModelState
 from holdfast.state.objects import StateTree
 from holdfast.state.optim import OptimizerState
@@ -86,6 +89,8 @@ class CheckpointManager:
         """Take hold of `folder`: what killed runs left there is swept, other runs are kept out.
 
         `model` may be several parts (pipeline stages); `states` are further objects by name.
+        The state of a `dataloader` is kept for each rank, unless the loader says
+        `state_is_global = True`.
         `config` defaults to saving every 500 steps; `ranks` to those of `torch.distributed`.
 
         Raises:
@@ -96,20 +101,20 @@ class CheckpointManager:
         self.blocked_s = 0.0
         """Seconds that saving has held up training so far."""
         self._ranks = ranks or all_ranks()
-        self._planner = Planner(self._ranks)
         self._catalog = Catalog(LocalStore(folder))
-        models = _many(model)
+        models, rank = _many(model), self._ranks.rank
         self._parts: dict[str, Stateful] = {
             MODEL: ModelState(models),
             OPTIMIZER: OptimizerState(models, _many(optimizers)),
             SCHEDULER: SchedulerState(_many(lr_schedulers)),
-            **({} if dataloader is None else {DATALOADER: dataloader}),
+            **({} if dataloader is None else {DATALOADER: DataloaderState(dataloader, rank)}),
             **(states or {}),
-            RNG: RngState(self._ranks.rank),
+            RNG: RngState(rank),
         }
-        self._resumed_from: int | None = None
-        self._left_behind: set[int] = set()
+        sections = [name for name in self._parts if name != MODEL]
+        self._saver = Saver(self._catalog, self.config, self._ranks, sections)
         self._held = ExitStack()
+        self._stop_signals = StopSignals(())
         _check_excluded(self.config.exclude_from_loading, self._parts)
         if self._saves:
             on_rank_0(self._ranks, self._take_hold)
@@ -121,32 +126,49 @@ class CheckpointManager:
     def save(self, step: int, last_step: bool = False) -> bool:
         """Save the state after `step` if it is due. Returns whether it was saved.
 
-        Blocks until the step is published and durable.
+        Blocks until the step is published and durable; with `async_mode = "async"` until its state
+        has been copied, and what then goes wrong is raised by a later call.
+
+        Inside the context of this manager, one of `stop_signals` to any rank makes the next call
+        save, whatever the interval, and then raise SystemExit with status 128 + signal on every
+        rank.
 
         Collective: every rank calls this after every step.
+
+        Raises:
+            HoldfastError: the step could not be saved, on every rank; the steps before it stand.
+                With `on_save_error = "warn"` that is logged, and the run goes on.
         """
-        if not is_due(step, last_step=last_step, config=self.config):
+        if not self._saves:
             return False
         started = time.perf_counter()
         try:
-            kind = kind_of_save(last_step=last_step, config=self.config)
-            model_only = kind == "model"
-            parts = {MODEL: self._parts[MODEL]} if model_only else self._parts
-            saved = save_leaves(
-                self._catalog,
-                step_name(step),
-                on_every_rank(self._ranks, StateTree(parts, flat=MODEL).leaves),
-                ranks=self._ranks,
-                planner=self._planner,
-                step=step,
-                kind=kind,
-                dtype=getattr(torch, self.config.export_dtype) if model_only else None,
+            # What any rank has measured or received decides, so that all decide alike.
+            number, since_s, *measured, failed = self._ranks.largest(
+                [
+                    *self._stop_signals.received(),
+                    *(self._saver.full_save_s, self._saver.model_share),
+                    float(self._saver.failed),
+                ]
             )
-            self._say(f"saved step {step}: {rate(saved.nbytes, saved.spans.total)}, {saved.where}")
-            self._retain(step)
+            if failed:
+                self._saver.collect()
+            stopping = bool(number) and not last_step
+            kind: Kind | None = kind_of_save(last_step=last_step, config=self.config)
+            if stopping:
+                left_s = self.config.stop_deadline_s - since_s
+                kind = kind_in_time(left_s, *measured)
+                self._say_stopping(int(number), step, left_s, measured[0], kind)
+            elif not is_due(step, last_step=last_step, config=self.config):
+                return False
+            saved = kind is not None and self._save_as(kind, step, last_step=last_step)
+            if last_step or stopping:
+                self._saver.collect()
         finally:
             self.blocked_s += time.perf_counter() - started
-        return True
+        if stopping:
+            raise SystemExit(128 + int(number))
+        return saved
 
     def load(self, step: int | None = None) -> int:
         """Resume. Returns the step to go on from; 0 where there is nothing to resume from.
@@ -209,14 +231,21 @@ class CheckpointManager:
         return on_rank_0(self._ranks, partial(newest_final, self._catalog))
 
     def wait(self) -> None:
-        """Return once everything saved is durable. Saving is synchronous, so that is at once."""
+        """Return once everything saved is published and durable.
+
+        Collective: every rank calls this. Raises what went wrong in the background.
+        """
+        self._saver.collect()
 
     def close(self) -> None:
         """Finish what is under way and let go of the folder. Further calls do nothing."""
-        self.wait()
-        self._held.close()
+        with self._held:
+            self.wait()
 
     def __enter__(self) -> Self:
+        if self._saves:
+            self._stop_signals = StopSignals(self.config.stop_signals)
+            self._held.callback(self._stop_signals.release)
         return self
 
     def __exit__(
@@ -253,12 +282,12 @@ class CheckpointManager:
             f"resumed from step {found.step}: {rate(found.manifest.nbytes, seconds)}, {where}"
         )
         steps = on_rank_0(self._ranks, self._catalog.steps)
-        self._resumed_from = found.step
-        self._left_behind = {step for step in steps if step > found.step}
-        if self._left_behind and self._saves and explicit:
+        left_behind = [step for step in steps if step > found.step]
+        self._saver.resumed(found.step, left_behind)
+        if left_behind and self._saves and explicit:
             self._warn(
-                f"steps {sorted(self._left_behind)} are newer than step {found.step}: they stay, "
-                "each until this run saves the same step, and `load_step = -1` takes the newest"
+                f"steps {left_behind} are newer than step {found.step}: they stay, each until "
+                "this run saves the same step, and `load_step = -1` takes the newest"
             )
         return found.step
 
@@ -282,6 +311,8 @@ class CheckpointManager:
         wanted = list(names)
         if RNG in wanted and not self._fits_generators(manifest):
             wanted.remove(RNG)
+        if DATALOADER in wanted:
+            self._check_dataloader(manifest)
         sections = {part for part in self._parts if part != MODEL}
         tree = StateTree({part: self._parts[part] for part in wanted}, flat=MODEL, others=sections)
         loaded = load_tree(source, tree, ranks=self._ranks)
@@ -302,28 +333,43 @@ class CheckpointManager:
         self._say(f"random number generators start afresh: {why}")
         return False
 
-    def _retain(self, current: int) -> None:
-        """Remove what retention lets go. What cannot be removed is reported, and tried again after
-        the next save; nobody waits for it, so this runs on rank 0 alone."""
-        self._left_behind.discard(current)
-        if self._ranks.rank != 0 or self.config.keep_latest_k == 0:
-            return
-        try:
-            ours = [step for step in self._catalog.steps() if step not in self._left_behind]
-            good = [step for step in ours if is_whole(self._catalog, step)]
-            going = removable(
-                good,
-                current=current,
-                keep_latest_k=self.config.keep_latest_k,
-                protected={self._resumed_from} if self._resumed_from is not None else (),
+    def _check_dataloader(self, manifest: Manifest) -> None:
+        """A loader's state by ranks fits as many ranks only.
+
+        Raises:
+            MismatchError: another number of ranks has saved it.
+        """
+        paths = [tensor.path for tensor in manifest.tensors.values()]
+        paths += [value.path for value in manifest.values.values()]
+        kept = {str(path[1]) for path in paths if path[0] == DATALOADER and len(path) > 1}
+        by_rank = {key for key in kept if key.startswith(RANK)}
+        if by_rank and by_rank != {f"{RANK}{rank}" for rank in range(self._ranks.size)}:
+            raise MismatchError(
+                f"the data loader's state was saved by {len(by_rank)} ranks, for each its own; "
+                f"this run has {self._ranks.size}",
+                hint='`checkpoint.exclude_from_loading = ["dataloader"]` starts the data afresh',
             )
-            for step in going:
-                self._catalog.remove(step_name(step))
-                logger.info(
-                    "removed step %d: keeping the latest %d", step, self.config.keep_latest_k
-                )
-        except HoldfastError as error:
-            logger.warning("could not remove old steps: %s; the next save tries again", error)
+
+    def _save_as(self, kind: Kind, step: int, *, last_step: bool) -> bool:
+        """Save all parts, or the model alone: in the export dtype where it is the last step."""
+        if kind == "full":
+            return self._saver.save(step, kind, StateTree(self._parts, flat=MODEL).leaves)
+        model = StateTree({MODEL: self._parts[MODEL]}, flat=MODEL)
+        dtype: torch.dtype | None = getattr(torch, self.config.export_dtype)
+        return self._saver.save(step, kind, model.leaves, dtype=dtype if last_step else None)
+
+    def _say_stopping(
+        self, number: int, step: int, left_s: float, full_save_s: float, kind: Kind | None
+    ) -> None:
+        name = signal.Signals(number).name
+        if kind == "full":
+            self._say(f"{name}: saving step {step}, then ending")
+        else:
+            instead = "the model alone" if kind == "model" else "nothing: the newest step stands"
+            self._warn(
+                f"{name}: {left_s:.1f} s are left, a save takes {full_save_s:.1f} s; "
+                f"saving {instead}, then ending"
+            )
 
     @property
     def _excluded(self) -> set[str]:

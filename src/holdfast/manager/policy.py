@@ -21,6 +21,17 @@ def kind_of_save(*, last_step: bool, config: CheckpointConfig) -> Kind:
     return "model" if last_step and config.last_save_model_only else "full"
 
 
+def kind_in_time(left_s: float, full_save_s: float, model_share: float) -> Kind | None:
+    """The most that can be saved in `left_s`; None where there is no time for anything.
+
+    `full_save_s` is how long a full save has taken at most (0: none has been measured, and a full
+    one is tried while there is any time), `model_share` the model's part of its bytes.
+    """
+    if full_save_s < left_s:
+        return "full"
+    return "model" if full_save_s * model_share < left_s else None
+
+
 def removable(
     good: Sequence[int], *, current: int, keep_latest_k: int, protected: Collection[int] = ()
 ) -> list[int]:

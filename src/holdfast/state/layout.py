@@ -64,6 +64,8 @@ def same_memory(tensor: torch.Tensor) -> tuple[object, ...] | None:
     return (
         *(local.device, local.data_ptr(), local.dtype, tuple(tensor.shape)),
         *(local.stride(), tuple(map(str, placements))),
+        # Bits by which a view stands for other values than those in memory.
+        *(local.is_conj(), local.is_neg()),
     )
 
 

@@ -50,6 +50,11 @@ def flatten(
     def enter(path: Path, value: Any) -> None:
         value = opened(path, value)
         if isinstance(value, Mapping):
+            if len({*map(str, value)}) < len(value):
+                raise UsageError(
+                    f"two keys at {path} are spelled alike: {[*value]}",
+                    hint="rename one of them: a checkpoint spells every key as text",
+                )
             for key, member in value.items():
                 enter((*path, str(key)), member)
         elif isinstance(value, list) and _holds_state(value):

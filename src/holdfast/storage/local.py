@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -48,7 +49,10 @@ class LocalStore:
 
     def size(self, key: str) -> int:
         with self._said("look at", key):
-            return self._path(key).stat().st_size
+            found = self._path(key).stat()
+            if stat.S_ISDIR(found.st_mode):
+                raise NotFoundError(f"`{self._path(key)}` is a folder, not a file")
+            return found.st_size
 
     def read(self, key: str, start: int, stop: int) -> bytes:
         buffer = bytearray(max(0, min(stop, self.size(key)) - start))
@@ -108,9 +112,9 @@ class LocalStore:
                 path.unlink()
 
     def free_bytes(self) -> int | None:
-        with self._said("look at", ""):
-            stat = os.statvfs(self._root)
-            return stat.f_bavail * stat.f_frsize
+        with self._said("measure the free space of", ""):
+            found = os.statvfs(self._root)
+            return found.f_bavail * found.f_frsize
 
     @contextmanager
     def lock(self, key: str, note: str) -> Iterator[None]:
@@ -130,10 +134,13 @@ class LocalStore:
                     ) from None
                 os.ftruncate(file, 0)
                 os.pwrite(file, note.encode(), 0)
-            yield
+            try:
+                yield
+            finally:
+                # Only by the holder: whoever was refused must leave the holder's note alone.
+                with suppress(OSError):
+                    os.ftruncate(file, 0)
         finally:
-            with suppress(OSError):
-                os.ftruncate(file, 0)
             os.close(file)
 
     @contextmanager

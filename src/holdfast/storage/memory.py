@@ -103,7 +103,10 @@ class MemoryStore:
         with self._mutex:
             folder, name = _split(key)
             if name:
-                self._folder(folder).entries[name] = _Folder()
+                entries = self._folder(folder).entries
+                if name in entries:
+                    raise StorageError(f"`{self.url}{key}` exists already")
+                entries[name] = _Folder()
 
     def sync(self, folder: str) -> None:
         with self._mutex:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -25,6 +25,8 @@ class ThreadRanks:
         self.rank = rank
         self.size = board.size
         self._board = board
+        self._num_exchanges = 0
+        self._num_twins = 0
 
     def gather(self, item: T) -> list[T]:
         items = self._exchange(item)
@@ -38,27 +40,60 @@ class ThreadRanks:
         broadcast: T = self._exchange(item)[0]
         return broadcast
 
+    def twin(self) -> ThreadRanks:
+        self._num_twins += 1
+        return ThreadRanks(self.rank, self._board.twin(self._num_twins))
+
+    def close(self) -> None:
+        pass
+
+    def largest(self, numbers: Sequence[float]) -> list[float]:
+        return [max(places) for places in zip(*self._exchange(numbers), strict=True)]
+
     def _exchange(self, item: Any) -> list[Any]:
-        board = self._board
-        try:
-            board.items[self.rank] = item
-            board.barrier.wait()
-            items = [copy.deepcopy(i) for i in board.items]
-            board.barrier.wait()
-        except threading.BrokenBarrierError:
-            raise RankError(f"rank {self.rank} lost another rank") from None
-        return items
+        self._num_exchanges += 1
+        return self._board.exchange(self._num_exchanges, self.rank, item)
 
     def leave(self) -> None:
-        """This rank takes part no more: the others' exchanges fail from now on."""
-        self._board.barrier.abort()
+        """This rank takes part no more: exchanges that it has not come to yet fail."""
+        self._board.leave(self.rank)
 
 
 class _Board:
+    """Where ranks lay down their items, exchange by exchange."""
+
     def __init__(self, size: int, timeout_s: float) -> None:
         self.size = size
-        self.items: list[Any] = [None] * size
-        self.barrier = threading.Barrier(size, timeout=timeout_s)
+        self._timeout_s = timeout_s
+        self._changed = threading.Condition()
+        self._items: dict[int, dict[int, Any]] = {}
+        self._gone: set[int] = set()
+        self._twins: dict[int, _Board] = {}
+
+    def exchange(self, number: int, rank: int, item: Any) -> list[Any]:
+        with self._changed:
+            items = self._items.setdefault(number, {})
+            items[rank] = copy.deepcopy(item)
+            self._changed.notify_all()
+            self._changed.wait_for(
+                lambda: len(items) == self.size or self._gone - items.keys(), self._timeout_s
+            )
+            if len(items) < self.size:
+                raise RankError(f"rank {rank} lost another rank")
+            # Whoever is in the next exchange has been through the one before this.
+            self._items.pop(number - 2, None)
+            return copy.deepcopy([items[other] for other in range(self.size)])
+
+    def leave(self, rank: int) -> None:
+        with self._changed:
+            self._gone.add(rank)
+            self._changed.notify_all()
+            for twin in self._twins.values():
+                twin.leave(rank)
+
+    def twin(self, number: int) -> _Board:
+        with self._changed:
+            return self._twins.setdefault(number, _Board(self.size, self._timeout_s))
 
 
 def run_ranks(size: int, work: Callable[[Ranks], T], *, timeout_s: float = 30.0) -> list[T]:

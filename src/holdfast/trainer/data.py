@@ -9,7 +9,7 @@ ranks, goes on with the very next one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from holdfast.trainer.corpus import Tokens
 
 class DataLoader:
     """One data-parallel rank's share of every step's samples."""
+
+    state_is_global: ClassVar = True
+    """Every rank has the same state, and any number of ranks can take it."""
 
     def __init__(
         self,

@@ -25,8 +25,8 @@ from holdfast.trainer.config import Config
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-GRACE_S = 30
-"""How long workers may take to end after a ^C before they are killed."""
+GRACE_S = 10
+"""How long workers may take to end, beyond `checkpoint.stop_deadline_s`, before they are killed."""
 
 PR_SET_PDEATHSIG = 1
 """From Linux' `sys/prctl.h`: which signal the parent's death sends."""
@@ -62,6 +62,8 @@ class Workers:
         import holdfast.trainer.worker  # noqa: F401 - imported here, it costs each worker nothing
 
         self._num_workers = num_workers
+        self._asked_to_stop = False
+        self._patience_s = int(config.checkpoint.stop_deadline_s) + GRACE_S
         self._running: dict[int, int] = {}
         self._status: int | None = None
         # Bound before the workers know its number: nobody else can take the port.
@@ -72,8 +74,9 @@ class Workers:
                 _run_worker(config, rank, num_workers, listener)
             self._running[pid] = rank
         self._store = _serve_store(listener, num_workers)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._pass_on)
+        passed_on = {"SIGINT", "SIGTERM", "SIGHUP", *config.checkpoint.stop_signals}
+        for name in sorted(passed_on):
+            signal.signal(signal.Signals[name], self._pass_on)
         signal.signal(signal.SIGALRM, self._kill)
 
     def wait(self) -> int:
@@ -85,6 +88,8 @@ class Workers:
             if rank is None or status == 0 or self._status is not None:
                 continue
             self._status = status if status > 0 else 128 - status
+            if self._asked_to_stop:
+                continue  # The others are about to end too, each in its own time.
             if status < 0:
                 name = signal.Signals(-status).name
                 sys.stderr.write(
@@ -98,10 +103,9 @@ class Workers:
         return self._status or 0
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        if self._status is None:
-            self._status = 128 + number
+        self._asked_to_stop = True
         self._send(signal.Signals(number))
-        signal.alarm(GRACE_S)
+        signal.alarm(self._patience_s)
 
     def _kill(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self._send(signal.SIGKILL)

@@ -36,6 +36,9 @@ def work(config: Config) -> int:
             train(config, place)
     except KeyboardInterrupt:
         return 130
+    except SystemExit as ended:
+        # A signal has stopped the run; the manager has saved what there was time for.
+        return int(ended.code or 0)
     except HoldfastError as error:
         if _is_first(place):
             if config.job.debug:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import pickletools
 from collections import OrderedDict
 from contextlib import suppress
 from pathlib import PurePosixPath
@@ -56,18 +57,6 @@ def test_what_is_written_python_reads_as_it_was(value: Any) -> None:
     assert alike(pickle.loads(data), value)
     assert alike(loads(data, {}, where="p"), value)
     assert dumps(value) == data
-
-
-@given(PLAIN | st.floats(allow_nan=False) | st.binary(), st.integers(0, 5))
-def test_what_python_writes_is_read_as_python_reads_it(value: Any, protocol: int) -> None:
-    """G10. Method: `pickle.dumps` of any plain value in every protocol, against `pickle.loads`; in
-    a list with itself, so that memos are used. Bytes are a call before protocol 3."""
-    data = pickle.dumps([value, value, {"k": value}], protocol)
-    if isinstance(value, bytes) and protocol < 3:
-        with pytest.raises(FormatError, match=r"_codecs\.encode|bytes"):
-            loads(data, {}, where="p")
-    else:
-        assert alike(loads(data, {}, where="p"), pickle.loads(data))
 
 
 @given(st.integers())
@@ -180,11 +169,64 @@ def test_a_pickle_with_a_byte_changed_is_read_or_refused_and_nothing_else(
     """G8. Method: a true pickle, cut short or with bytes replaced."""
     whole = bytearray(pickle.dumps({"a": (1, [2.5, "x" * 10]), "b": OrderedDict(c=b"bytes")}))
     for _ in range(data.draw(st.integers(0, 3))):
-        byte = data.draw(st.integers(0, 255))
-        whole[data.draw(st.integers(0, len(whole) - 1))] = byte
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     cut = bytes(whole[: data.draw(st.integers(0, len(whole)))])
     with suppress(FormatError):
         loads(cut, {("collections", "OrderedDict"): OrderedDict}, where="p")
+
+
+EVERYTHING = st.recursive(
+    PLAIN | st.floats(allow_nan=False) | st.binary() | st.builds(bytearray, st.binary()),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.builds(lambda x: [x, x, (x, x)], inner)
+    ),
+)
+
+
+@given(EVERYTHING, st.integers(0, 5))
+def test_whatever_python_pickles_is_read_as_python_reads_it(value: Any, protocol: int) -> None:
+    """G10. Method: any value of the types that checkpoints hold in every protocol: every opcode for a number, text,
+    bytes, and what is remembered; those that need a global are refused by its name."""
+    data = pickle.dumps(value, protocol)
+    names = [opcode.name for opcode, *_ in pickletools.genops(data)]
+    if {"GLOBAL", "STACK_GLOBAL"} & {*names}:
+        with pytest.raises(FormatError, match="no checkpoint needs"):
+            loads(data, {}, where="p")
+    else:
+        assert alike(loads(data, {}, where="p"), pickle.loads(data))
+
+
+def test_more_than_256_things_are_remembered_in_every_protocol() -> None:
+    """G10. Method: long lists of texts, each twice, so that the widest opcodes are needed."""
+    texts = [f"text {number}" for number in range(70000)]
+    for protocol in range(6):
+        assert loads(pickle.dumps([texts, texts], protocol), {}, where="p") == [texts, texts]
+
+
+@pytest.mark.parametrize(
+    "opcodes",
+    [
+        b"Nr\xff\xff\xff\x0f",  # LONG_BINPUT: a place for 268 million things to remember
+        b"Np268435455\n",  # PUT
+        b"Np268435455",
+        b"\x96\xff\xff\xff\x7f\x00\x00\x00\x00.",  # BYTEARRAY8 of 2 GiB
+        b"\x8e\xff\xff\xff\x7f\x00\x00\x00\x00.",  # BINBYTES8
+        b"X\xff\xff\xff\x7f.",  # BINUNICODE
+    ],
+)
+def test_a_few_bytes_do_not_make_room_for_many(opcodes: bytes) -> None:
+    """G8. Method: opcodes that say a size which the file does not have; what is in use at the peak,
+    by Python's own count."""
+    import tracemalloc
+
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError):
+            loads(b"\x80\x04" + opcodes, {}, where="p")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def _set_on(target: str, name: str) -> bytes:
@@ -197,9 +239,9 @@ def _set_on(target: str, name: str) -> bytes:
 def test_a_pickle_cannot_change_a_class_or_function_of_this_process() -> None:
     """G8. Method: BUILD on each global that `.metadata` and containers may name: it would set
     attributes of the class or function itself, for everything else in the process."""
-    from holdfast.format import dcp, torchzip
+    from holdfast.format import dcp, torchfile
 
-    for allowed in (dcp._ALLOWED, torchzip.GLOBALS):
+    for allowed in (dcp._ALLOWED, torchfile._ALLOWED):
         for (module, member), stands in allowed.items():
             known = dict(vars(stands)) if hasattr(stands, "__dict__") else {}
             with suppress(FormatError):

@@ -388,3 +388,13 @@ def test_a_pickle_of_allowed_names_in_a_wrong_order_is_refused(pickled: bytes) -
     data = rewritten({**records_of(saved(BASE)), "archive/data.pkl": pickled})
     with pytest.raises(FormatError):
         locate(from_bytes(data), Span(0, len(data)), where="f")
+
+
+def test_data_that_would_end_after_its_item_is_refused() -> None:
+    """G8. Method: a container for 4800 bytes of which 48 are there, its directory found: only the
+    size is wrong. The bytes after the item are another's."""
+    prefix, suffix = frame("float32", (300, 4), 0)
+    directory_at = (len(prefix) + 48).to_bytes(4, "little")
+    data = prefix + bytes(48) + suffix[:-6] + directory_at + suffix[-2:]
+    with pytest.raises(FormatError, match="outside of the archive"):
+        locate(from_bytes(data + bytes(10000)), Span(0, len(data)), where="f")

@@ -1,0 +1,148 @@
+"""One save after the other: in the foreground or the background, with what follows each."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+
+import torch
+
+from holdfast.catalog.catalog import Catalog
+from holdfast.engine.background import Background, Snapshot, free_memory
+from holdfast.engine.ranks import Ranks, on_every_rank
+from holdfast.engine.save import Pending, Planner, begin_save, finish_save, take_snapshot
+from holdfast.engine.spans import amount, rate
+from holdfast.errors import HoldfastError, RankError
+from holdfast.format.manifest import Kind, Path
+from holdfast.format.names import step_name
+from holdfast.manager.config import CheckpointConfig
+from holdfast.manager.policy import removable
+from holdfast.manager.resume import is_whole
+from holdfast.state.tree import Leaf
+
+logger = logging.getLogger("holdfast")
+
+WAIT_SAID_S = 0.1
+"""A wait for the background that is shorter is not worth a line in the log."""
+
+
+class Saver:
+    """Saves steps into a catalog, one at a time, and lets old ones go.
+
+    Collective: every rank makes one and calls its methods in the same order.
+    """
+
+    def __init__(
+        self, catalog: Catalog, config: CheckpointConfig, ranks: Ranks, sections: Collection[str]
+    ) -> None:
+        """`sections` are the top-level names that are not the model's."""
+        self._catalog, self._config, self._ranks = catalog, config, ranks
+        self._sections = sections
+        self._planner = Planner(ranks)
+        self._in_background = config.async_mode != "disabled"
+        # Training's collectives, and those that begin a save, must not meet those of the thread.
+        self._finishing_ranks = ranks.twin() if self._in_background else ranks
+        self._background, self._snapshot = Background(), Snapshot()
+        self._left_behind: set[int] = set()
+        self._resumed_from: int | None = None
+        self.full_save_s = 0.0
+        """The longest that a full save took until it was durable; 0 before the first."""
+        self.model_share = 0.0
+        """The model's part of a full step's bytes; known to rank 0 alone."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save in the background has failed on this rank, which `collect` will raise."""
+        return self._background.failed
+
+    def resumed(self, step: int, left_behind: Collection[int]) -> None:
+        """Never remove the step that the run stands on, nor newer ones of a course it has left."""
+        self._resumed_from, self._left_behind = step, set(left_behind)
+
+    def save(
+        self,
+        step: int,
+        kind: Kind,
+        leaves: Callable[[], Mapping[str, Leaf]],
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> bool:
+        """Save a step. Returns whether it was, or is being, saved: see `on_save_error`."""
+        self.collect()
+        try:
+            pending = begin_save(
+                self._catalog,
+                step_name(step),
+                on_every_rank(self._ranks, leaves),
+                ranks=self._ranks,
+                planner=self._planner,
+                step=step,
+                kind=kind,
+                dtype=dtype,
+            )
+            if self._in_background:
+                held = self._snapshot.nbytes
+                staged = take_snapshot(pending, self._snapshot, self._ranks)
+                if self._snapshot.nbytes > held and self._ranks.rank == 0:
+                    nbytes, free = self._snapshot.nbytes, free_memory()
+                    left = "" if free is None else f", {amount(free)} are free"
+                    logger.info("snapshots take %s of host memory a rank%s", amount(nbytes), left)
+                self._background.start(partial(self._finish, staged, step))
+            else:
+                self._finish(pending, step)
+        except HoldfastError as error:
+            self._survive(error)
+            return False
+        return True
+
+    def collect(self) -> None:
+        """Wait for the save in the background, if there is one; raise its error, or survive it."""
+        started = time.perf_counter()
+        try:
+            self._background.wait()
+        except HoldfastError as error:
+            self._survive(error)
+        waited_s = time.perf_counter() - started
+        if waited_s > WAIT_SAID_S and self._ranks.rank == 0:
+            logger.info("waited %.2f s for the save in the background", waited_s)
+
+    def _finish(self, pending: Pending, step: int) -> None:
+        """Write, publish, let old steps go."""
+        saved = finish_save(pending, self._finishing_ranks)
+        if pending.facts.kind == "full":
+            self.full_save_s = max(self.full_save_s, saved.spans.total)
+            self.model_share = self._planner.nbytes_of(self._is_of_model) / max(saved.nbytes, 1)
+        self._left_behind.discard(step)
+        if self._ranks.rank == 0:
+            done = rate(saved.nbytes, saved.spans.total)
+            logger.info("saved step %d: %s, %s", step, done, saved.where)
+            self._retain(step)
+
+    def _survive(self, error: HoldfastError) -> None:
+        """Go on without what was not saved, if that is wanted and can be."""
+        if self._config.on_save_error == "raise" or isinstance(error, RankError):
+            raise error
+        if self._ranks.rank == 0:
+            logger.warning("a save failed, the run goes on: %s", error)
+
+    def _is_of_model(self, path: Path) -> bool:
+        return path[0] not in self._sections
+
+    def _retain(self, current: int) -> None:
+        """Remove what retention lets go. What cannot be removed is reported, and tried again after
+        the next save; nobody waits for it, so this runs on rank 0 alone."""
+        keep = self._config.keep_latest_k
+        if keep == 0:
+            return
+        try:
+            ours = [step for step in self._catalog.steps() if step not in self._left_behind]
+            good = [step for step in ours if is_whole(self._catalog, step)]
+            protected = () if self._resumed_from is None else (self._resumed_from,)
+            going = removable(good, current=current, keep_latest_k=keep, protected=protected)
+            for step in going:
+                self._catalog.remove(step_name(step))
+                logger.info("removed step %d: keeping the latest %d", step, keep)
+        except HoldfastError as error:
+            logger.warning("could not remove old steps: %s; the next save tries again", error)

@@ -1,0 +1,318 @@
+"""What every store must do, as a suite; and a store that loses its power at a chosen moment."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError
+from holdfast.storage.memory import MemoryStore
+from holdfast.storage.store import Buffer, Store, Writer
+
+
+class StoreSuite:
+    """Tests that every `Store` passes: derive a class for pytest, and give it a new store each.
+
+    class TestMyStore(StoreSuite):
+        def new_store(self) -> Store:
+            return MyStore(...)
+    """
+
+    def new_store(self) -> Store:
+        """An empty store; called once a test."""
+        raise TypeError("derive a class that makes a store")
+
+    def test_what_is_written_is_read_back_at_every_range(self) -> None:
+        """Method: parts written out of order; all ranges over and past the file's end."""
+        store, data = self.new_store(), bytes(range(20))
+        with store.create("file", len(data)) as writer:
+            writer.write(12, [memoryview(data)[12:15], bytearray(data[15:20])])
+            writer.write(0, [data[:5], b"", memoryview(data)[5:12]])
+        assert store.size("file") == len(data)
+        for start in range(len(data) + 2):
+            for stop in range(start, len(data) + 3):
+                assert store.read("file", start, stop) == data[start:stop]
+                target = bytearray(b"?" * (stop - start))
+                count = store.read_into("file", start, memoryview(target))
+                assert count == len(data[start:stop])
+                assert target == data[start:stop] + b"?" * (stop - start - count)
+
+    def test_a_write_of_very_many_parts_keeps_their_order(self) -> None:
+        """Method: more buffers than one system call takes, empty ones among them."""
+        store = self.new_store()
+        parts = [bytes([i % 251]) * (i % 4) for i in range(5000)]
+        whole = b"".join(parts)
+        with store.create("file", len(whole)) as writer:
+            writer.write(0, parts)
+        assert store.read("file", 0, len(whole)) == whole
+
+    def test_a_file_may_be_empty(self) -> None:
+        """Method: no bytes, no writes."""
+        store = self.new_store()
+        with store.create("file", 0):
+            pass
+        assert store.size("file") == 0
+        assert store.read("file", 0, 10) == b""
+
+    def test_a_file_is_never_written_over(self) -> None:
+        """G1. Method: a second file of one name; the first is as it was."""
+        store = self.new_store()
+        put(store, "file", b"first")
+        refuses(StorageError, lambda: put(store, "file", b"second"))
+        assert store.read("file", 0, 9) == b"first"
+
+    def test_an_error_while_writing_goes_on_to_the_caller(self) -> None:
+        """G7. Method: an error of the caller's own inside the context."""
+        store = self.new_store()
+
+        def fail() -> None:
+            with store.create("file", 3):
+                raise KeyError("mine")
+
+        refuses(KeyError, fail)
+
+    def test_folders_list_what_lies_directly_in_them(self) -> None:
+        """Method: files, folders and what is below; names sorted, folders end in a slash."""
+        store = self.new_store()
+        assert list(store.list()) == []
+        for folder in ("b", "b/inner", "a"):
+            store.make_folder(folder)
+        for file in ("c", "b/x", "b/inner/y"):
+            put(store, file, b"1")
+        assert list(store.list()) == ["a/", "b/", "c"]
+        assert list(store.list("b")) == ["inner/", "x"]
+        assert list(store.list("a")) == []
+
+    def test_a_folder_that_is_there_is_not_made_anew(self) -> None:
+        """G1. Method: making it again; what lies in it is still there."""
+        store = self.new_store()
+        store.make_folder("folder")
+        put(store, "folder/file", b"kept")
+        refuses(StorageError, lambda: store.make_folder("folder"))
+        assert store.read("folder/file", 0, 9) == b"kept"
+
+    def test_the_root_may_be_made_again_and_again(self) -> None:
+        """Method: an empty key, with files there."""
+        store = self.new_store()
+        put(store, "file", b"kept")
+        store.make_folder("")
+        assert list(store.list()) == ["file"]
+
+    def test_what_is_not_there_is_not_found(self) -> None:
+        """Method: every way to ask for it; the error names it."""
+        store = self.new_store()
+        asks: list[Callable[[], object]] = [
+            lambda: store.list("absent"),
+            lambda: store.size("absent"),
+            lambda: store.read("absent", 0, 1),
+            lambda: store.read_into("absent", 0, memoryview(bytearray(1))),
+            lambda: store.size("absent/file"),
+        ]
+        for ask in asks:
+            assert "absent" in refuses(NotFoundError, ask).what
+
+    def test_changing_what_is_not_there_is_an_error(self) -> None:
+        """G7. Method: every way to change it."""
+        store = self.new_store()
+        changes: list[Callable[[], object]] = [
+            lambda: put(store, "absent/file", b"1"),
+            lambda: store.sync("absent"),
+            lambda: store.rename("absent", "other"),
+            lambda: store.remove("absent"),
+        ]
+        for change in changes:
+            refuses((NotFoundError, StorageError), change)
+        assert list(store.list()) == []
+
+    def test_a_file_is_no_folder_and_a_folder_no_file(self) -> None:
+        """G11. Method: each where the other belongs."""
+        store = self.new_store()
+        put(store, "file", b"1")
+        store.make_folder("folder")
+        mistakes: list[Callable[[], object]] = [
+            lambda: put(store, "file/below", b"1"),
+            lambda: store.list("file"),
+            lambda: store.size("folder"),
+            lambda: store.read("folder", 0, 1),
+            lambda: store.make_folder("file"),
+        ]
+        for mistake in mistakes:
+            refuses((NotFoundError, StorageError), mistake)
+        assert list(store.list()) == ["file", "folder/"]
+
+    def test_a_rename_moves_all_that_is_in_a_folder(self) -> None:
+        """G1. Method: a folder with a folder in it."""
+        store = self.new_store()
+        for folder in ("old", "old/inner"):
+            store.make_folder(folder)
+        put(store, "old/inner/file", b"1")
+        store.rename("old", "new")
+        assert list(store.list()) == ["new/"]
+        assert store.read("new/inner/file", 0, 1) == b"1"
+
+    def test_a_rename_never_takes_a_name_that_is_taken(self) -> None:
+        """G1. Method: a folder with files, an empty one and a file in the place; both stay."""
+        store = self.new_store()
+        for folder in ("source", "full", "empty"):
+            store.make_folder(folder)
+        for file in ("source/file", "full/file", "plain"):
+            put(store, file, file.encode())
+        for target in ("full", "empty", "plain"):
+            refuses(ExistsError, lambda target=target: store.rename("source", target))  # type: ignore[misc]
+        assert list(store.list()) == ["empty/", "full/", "plain", "source/"]
+        assert store.read("full/file", 0, 99) == b"full/file"
+        assert store.read("source/file", 0, 99) == b"source/file"
+
+    def test_removing_takes_a_file_or_a_folder_with_all_that_is_in_it(self) -> None:
+        """Method: one of each; what stands beside them stays."""
+        store = self.new_store()
+        for folder in ("gone", "gone/inner", "kept"):
+            store.make_folder(folder)
+        for file in ("gone/inner/file", "gone/file", "kept/file", "plain"):
+            put(store, file, b"1")
+        store.remove("gone")
+        store.remove("plain")
+        assert list(store.list()) == ["kept/"]
+        assert list(store.list("kept")) == ["file"]
+
+    def test_a_lock_is_held_by_one_and_tells_the_others_by_whom(self) -> None:
+        """G11. Method: refused twice while held, with the holder's note each time; free after."""
+        store = self.new_store()
+        with store.lock("lock", "run 7 on host a"):
+            for _ in range(2):
+                refused = refuses(ExistsError, lambda: enter(store, "run 8"))
+                assert "run 7 on host a" in refused.what
+        enter(store, "run 9")
+        with suppress(KeyError), store.lock("lock", "run 10"):
+            raise KeyError("mine")
+        enter(store, "run 11")
+
+    def test_free_space_is_a_number_or_not_known(self) -> None:
+        """G11. Method: asking."""
+        free = self.new_store().free_bytes()
+        assert free is None or free > 0
+
+
+def put(store: Store, key: str, data: bytes) -> None:
+    """A new file with these bytes."""
+    with store.create(key, len(data)) as writer:
+        writer.write(0, [data])
+
+
+def enter(store: Store, note: str) -> None:
+    """Take the lock of the suite, and give it back."""
+    with store.lock("lock", note):
+        pass
+
+
+def refuses(
+    errors: type[Exception] | tuple[type[Exception], ...], act: Callable[[], object]
+) -> HoldfastError:
+    """The error that `act` ends in; it must be one of these."""
+    try:
+        act()
+    except errors as error:
+        return error if isinstance(error, HoldfastError) else HoldfastError(str(error))
+    raise AssertionError(f"nothing was raised, expected {errors}")
+
+
+class PowerCut(BaseException):
+    """The power went away. No handler of errors may catch it: there is nobody left to do so."""
+
+
+class CuttingStore:
+    """A store that counts what is done to it, and loses its power at operation `cut_at`.
+
+    Operations are those that change something: making a folder, creating a file, each write into
+    it, its end, sync, rename, and each entry of a folder that is removed. The operation at which
+    the power goes is done in part where it can be: a write in its first half, a removal of a folder
+    in what came before. From then on every operation fails, as nothing runs any more.
+
+    `MemoryStore.after_power_cut` of the store beneath is what the next start finds.
+    """
+
+    def __init__(self, beneath: MemoryStore, cut_at: int | None = None) -> None:
+        self.beneath = beneath
+        self.num_operations = 0
+        self.log: list[str] = []
+        """What was done, an operation a line."""
+
+        self._cut_at = cut_at
+        self._mutex = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return self.beneath.url
+
+    def _step(self, what: str) -> bool:
+        """Count an operation. True at the one at which the power goes."""
+        with self._mutex:
+            number, self.num_operations = self.num_operations, self.num_operations + 1
+            self.log.append(what)
+        if self._cut_at is not None and number > self._cut_at:
+            raise PowerCut(f"no power for: {what}")
+        return number == self._cut_at
+
+    def _do(self, what: str, work: Callable[[], None]) -> None:
+        if self._step(what):
+            raise PowerCut(what)
+        work()
+
+    def list(self, folder: str = "") -> Sequence[str]:
+        return self.beneath.list(folder)
+
+    def size(self, key: str) -> int:
+        return self.beneath.size(key)
+
+    def read(self, key: str, start: int, stop: int) -> bytes:
+        return self.beneath.read(key, start, stop)
+
+    def read_into(self, key: str, start: int, target: memoryview) -> int:
+        return self.beneath.read_into(key, start, target)
+
+    @contextmanager
+    def create(self, key: str, nbytes: int) -> Iterator[Writer]:
+        if self._step(f"create {key}"):
+            raise PowerCut(key)
+        with self.beneath.create(key, nbytes) as writer:
+            yield _CuttingWriter(self, writer, key)
+            if self._step(f"end {key}"):
+                raise PowerCut(key)
+
+    def make_folder(self, key: str) -> None:
+        self._do(f"make_folder {key}", lambda: self.beneath.make_folder(key))
+
+    def sync(self, folder: str) -> None:
+        self._do(f"sync {folder}", lambda: self.beneath.sync(folder))
+
+    def rename(self, source: str, target: str) -> None:
+        self._do(f"rename {source} {target}", lambda: self.beneath.rename(source, target))
+
+    def remove(self, key: str) -> None:
+        """Entry by entry, each durable at once: the worst that a file system may do."""
+        with suppress(HoldfastError):
+            for name in self.beneath.list(key):
+                self.remove(f"{key}/{name.rstrip('/')}")
+        self._do(f"remove {key}", lambda: self.beneath.remove(key))
+        self.beneath.sync(key.rpartition("/")[0])
+
+    def free_bytes(self) -> int | None:
+        return self.beneath.free_bytes()
+
+    @contextmanager
+    def lock(self, key: str, note: str) -> Iterator[None]:
+        with self.beneath.lock(key, note):
+            yield
+
+
+class _CuttingWriter:
+    def __init__(self, store: CuttingStore, beneath: Writer, key: str) -> None:
+        self._store, self._beneath, self._key = store, beneath, key
+
+    def write(self, offset: int, parts: Sequence[Buffer]) -> None:
+        cut = self._store._step(f"write {self._key} at {offset}")
+        if cut:
+            self._beneath.write(offset, parts[: len(parts) // 2])
+            raise PowerCut(self._key)
+        self._beneath.write(offset, parts)

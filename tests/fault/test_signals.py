@@ -1,0 +1,91 @@
+"""Signals to real runs of several ranks."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import holdfast
+from processes import Job
+from runs import start, train, wait_for_step, workers_of
+
+LONG = ("--training.steps", "500", "--checkpoint.interval", "400")
+
+
+@pytest.mark.parametrize("victim", ["launcher", "one worker"])
+def test_a_signal_saves_one_step_and_ends_every_rank(tmp_path: Path, victim: str) -> None:
+    """G12: SIGTERM to the launcher, or to one of two workers alone; the next start goes on from the
+    step that was saved."""
+    run = start(*LONG, ranks=2, cwd=tmp_path)
+    wait_for_step(tmp_path / "outputs", 3)
+    os.kill(run.pid if victim == "launcher" else workers_of(run)[1], signal.SIGTERM)
+    said, _ = run.communicate(timeout=60)
+    assert run.returncode == 143, said
+    assert "Traceback" not in said
+    (step,) = (tmp_path / "outputs/checkpoint").glob("step-*")
+    assert f"SIGTERM: saving step {step.name.removeprefix('step-')}, then ending" in said
+    number = int(step.name.removeprefix("step-"))
+    more = train("--training.steps", str(number + 1), ranks=2, cwd=tmp_path)
+    assert more.returncode == 0, more.stdout
+    assert f"resumed from step {number}" in more.stdout
+
+
+def step_for_ever(rank: int, size: int, folder: Path) -> None:
+    """Steps of random length, a save now and then, the others waited for in each."""
+    module: Any = nn.Module()
+    module.register_buffer("stamp", torch.zeros(1 << 18))
+    config = holdfast.CheckpointConfig(enable=True, interval=7, keep_latest_k=2)
+    wait = random.Random(rank)
+    with holdfast.CheckpointManager(folder, model=module, config=config) as manager:
+        step = manager.load()
+        (folder / f"ready-{rank}").touch()
+        while True:
+            time.sleep(wait.uniform(0, 0.004))
+            step += 1
+            module.stamp.fill_(step)
+            manager.save(step)
+
+
+def signal_again_and_again(folder: Path, *, size: int, times: int, seed: int) -> None:
+    """Each time one rank gets the signal: all end with its status, and the newest step is a new
+    one, whole, and of one step."""
+    choose = random.Random(seed)
+    newest = 0
+    for _ in range(times):
+        for path in folder.glob("ready-*"):
+            path.unlink()
+        number = choose.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
+        with Job(size, step_for_ever, folder) as job:
+            while len(list(folder.glob("ready-*"))) < size:
+                time.sleep(0.005)
+            time.sleep(choose.uniform(0, 0.15))
+            job.signal([choose.randrange(size)], number)
+            job.wait(60)
+            assert job.statuses() == [128 + number] * size
+        found = max(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+        assert found > newest
+        newest = found
+        stamp = holdfast.open(folder / f"step-{newest}").read("stamp")
+        assert torch.unique(stamp).tolist() == [float(newest)]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_signal_to_any_rank_at_any_moment(size: int, tmp_path: Path) -> None:
+    """G12: between steps, in a step, in a save."""
+    signal_again_and_again(tmp_path, size=size, times=5, seed=size)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_many_signals(size: int, tmp_path: Path) -> None:
+    """As above, a hundred times."""
+    signal_again_and_again(tmp_path, size=size, times=100, seed=50 + size)

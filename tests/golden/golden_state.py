@@ -1,0 +1,46 @@
+"""What every golden checkpoint holds: the same bits on every machine, in every version of torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    """Sixteenths of small whole numbers: bfloat16 and float32 hold them exactly."""
+    count = int(torch.Size(shape).numel())
+    return ((torch.arange(count) * 7919 % 251) - 125).to(torch.float32).div(16).view(shape)
+
+
+def golden_state() -> dict[str, Any]:
+    """State of every kind. A large tensor of more than one block of checksums is among them, of few
+    different bytes, so that its file packs well."""
+    large = torch.zeros((1 << 20) + 4096, dtype=torch.uint8)
+    large[:: 1 << 12] = 7
+    tied = numbers(6, 4)
+    return {
+        "model": {
+            "float32": numbers(10, 6),
+            "rows": numbers(7, 3),
+            "columns": numbers(3, 7),
+            "bfloat16": numbers(9).to(torch.bfloat16),
+            "float8": torch.arange(0, 120, dtype=torch.uint8).view(torch.float8_e4m3fn).view(8, 15),
+            "complex": torch.complex(numbers(4), numbers(2, 4)[1]),
+            "int64": torch.arange(-3, 9).view(3, 4),
+            "uint16": torch.arange(5).to(torch.uint16),
+            "bool": torch.arange(11) % 3 == 0,
+            "number": torch.tensor(2.5),
+            "empty": torch.zeros(0, 4),
+            "tied": tied,
+            "again": tied,
+        },
+        "large": large,
+        "list": [numbers(2), {"inner": 3}],
+        "values": {
+            "step": 12,
+            "text": "gr\u00fc\u00df",
+            "tuple": (1, 2.5, None),
+            "plain": [1, 2, 3],
+        },
+    }

@@ -1,0 +1,122 @@
+"""A reader written from docs/format.md alone: nothing of Holdfast is imported, all is checked.
+
+`read(folder)` goes by `manifest.json`, `read_stock(folder)` by `.metadata`, as stock DCP does. Both
+give tensors and values by name.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+DIGITS = 16
+
+
+def digest(data: bytes) -> str:
+    return f"{xxhash.xxh3_64_intdigest(data):016x}"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The JSON object, its own checksum and all sizes checked."""
+    data = (folder / "manifest.json").read_bytes()
+    seal = b',"checksum":"' + b"?" * DIGITS + b'"}'
+    text = data[: -len(seal)] + b"}"
+    assert data[-len(seal) :] == seal.replace(b"?" * DIGITS, digest(text).encode())
+    manifest: dict[str, Any] = json.loads(data)
+    assert manifest["holdfast"] == 1
+    assert manifest["checksums"] == {"algorithm": "xxh3-64", "block_bytes": 1 << 20}
+    assert not manifest["tensors"].keys() & manifest["values"].keys()
+    for name, nbytes in manifest["files"]:
+        assert (folder / name).stat().st_size == nbytes
+    if manifest["metadata"]:
+        nbytes, expected = manifest["metadata"]
+        metadata = (folder / ".metadata").read_bytes()
+        assert (len(metadata), digest(metadata)) == (nbytes, f"{expected:016x}")
+    return manifest
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Everything in a checkpoint that Holdfast wrote, every checksum checked."""
+    manifest = read_manifest(folder)
+    files = [(folder / name).read_bytes() for name, _ in manifest["files"]]
+    found: dict[str, Any] = {}
+    for name, tensor in manifest["tensors"].items():
+        found[name] = read_tensor(tensor, files, manifest["checksums"]["block_bytes"])
+        check_name(name, tensor)
+    for name, value in manifest["values"].items():
+        file, offset, nbytes = value["item"]
+        container = files[file][offset : offset + nbytes]
+        assert digest(container) == value["checksum"]
+        found[name] = torch.load(io.BytesIO(container), weights_only=True)
+        check_name(name, value)
+    return found
+
+
+def check_name(name: str, entry: dict[str, Any]) -> None:
+    assert ".".join(map(str, entry.get("path", [name]))) == name
+
+
+def read_tensor(tensor: dict[str, Any], files: list[bytes], block: int) -> torch.Tensor:
+    """A tensor put together from its chunks; every element must be there once."""
+    dtype = getattr(torch, tensor["dtype"])
+    whole = torch.zeros(prod(tensor["shape"]) * dtype.itemsize, dtype=torch.uint8)
+    target = whole.view(*tensor["shape"], dtype.itemsize)
+    times = torch.zeros(tensor["shape"], dtype=torch.int32)
+    for chunk in tensor["chunks"]:
+        shape = [b - a for a, b in zip(chunk["start"], chunk["stop"], strict=True)]
+        file, offset, nbytes = chunk["item"]
+        container = files[file][offset : offset + nbytes]
+        size = prod(shape) * dtype.itemsize
+        raw = files[file][chunk["data"] : chunk["data"] + size]
+        assert chunk["data"] % (4096 if size >= 1 << 16 else 64) == 0
+        blocks = [digest(raw[at : at + block]) for at in range(0, size, block)]
+        assert "".join(blocks) == chunk["checksums"]
+        check_container(container, raw, dtype, shape)
+        box = tuple(map(slice, chunk["start"], chunk["stop"]))
+        if size:
+            elements = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+            target[box] = elements.view(*shape, dtype.itemsize)
+        times[box] += 1
+    assert (times == 1).all()
+    return whole.view(dtype).view(tensor["shape"])
+
+
+def check_container(container: bytes, raw: bytes, dtype: torch.dtype, shape: list[int]) -> None:
+    """The item by itself is what `torch.load` takes for the same elements."""
+    with zipfile.ZipFile(io.BytesIO(container)) as archive:
+        records = {i.filename: i for i in archive.infolist()}
+    names = ("data.pkl", "byteorder", "version", "data/0")
+    assert [*records] == [f"archive/{name}" for name in names]
+    assert all(record.compress_type == zipfile.ZIP_STORED for record in records.values())
+    assert records["archive/data/0"].file_size == len(raw)
+    loaded = torch.load(io.BytesIO(container), weights_only=True)
+    assert (loaded.dtype, list(loaded.shape)) == (dtype, shape)
+    assert loaded.reshape(-1).view(torch.uint8).numpy().tobytes() == raw
+
+
+def read_stock(folder: Path) -> dict[str, Any]:
+    """Everything in a checkpoint by its `.metadata`. For files of our own: this runs pickles."""
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    found: dict[str, Any] = {}
+    for index, info in metadata.storage_data.items():
+        data = (folder / info.relative_path).read_bytes()[info.offset : info.offset + info.length]
+        loaded = torch.load(io.BytesIO(data), weights_only=True)
+        entry = metadata.state_dict_metadata[index.fqn]
+        if index.offset is None:
+            found[index.fqn] = loaded
+            continue
+        if index.fqn not in found:
+            plain = torch.zeros(entry.size.numel() * loaded.itemsize, dtype=torch.uint8)
+            found[index.fqn] = plain.view(entry.properties.dtype).view(entry.size)
+        box = tuple(slice(a, a + n) for a, n in zip(index.offset, loaded.shape, strict=True))
+        found[index.fqn][box] = loaded
+    assert found.keys() == metadata.state_dict_metadata.keys()
+    return found

@@ -1,0 +1,143 @@
+"""Checkpoints that were written once, and must be read for ever.
+
+`solo`, `ranks` (two processes, some tensors sharded) and `stock` (torch 2.13's own `save`) are as
+they were written by the versions that their manifests name. They are never written anew: a format
+that changes gets further ones.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict_loader import load as stock_load
+
+import holdfast
+from golden.golden_state import golden_state
+from golden.independent_reader import read, read_manifest, read_stock
+from holdfast.errors import DamagedError
+from holdfast.format import manifest as manifests
+from holdfast.format.manifest import decode
+from holdfast.state.tree import flatten
+
+HERE = Path(__file__).parent
+OURS = ["solo", "ranks"]
+ALL = [*OURS, "stock"]
+
+
+def bits(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        flat = value.contiguous().reshape(-1).view(torch.uint8)
+        return str(value.dtype), tuple(value.shape), flat.numpy().tobytes()
+    return type(value), value
+
+
+def expected() -> dict[str, Any]:
+    return {name: bits(leaf.value) for name, leaf in flatten(golden_state()).items()}
+
+
+def blank(value: Any) -> Any:
+    """The state with nothing in it: to be loaded into."""
+    if isinstance(value, torch.Tensor):
+        return torch.zeros_like(value)
+    if isinstance(value, dict):
+        return {key: blank(member) for key, member in value.items()}
+    if isinstance(value, list) and any(isinstance(m, (torch.Tensor, dict)) for m in value):
+        return [blank(member) for member in value]
+    return None
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_independent_reader_reads_it_bit_for_bit_and_finds_every_checksum_true(
+    name: str,
+) -> None:
+    """G3, G10. Method: a reader written from docs/format.md, by the manifest; every checksum, size,
+    container and name checked on the way."""
+    assert {n: bits(value) for n, value in read(HERE / name).items()} == expected()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_its_stock_index_says_the_same(name: str) -> None:
+    """G10. Method: the same reader, by `.metadata` alone, with pickle and torch's classes."""
+    assert {n: bits(value) for n, value in read_stock(HERE / name).items()} == expected()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_it_is_opened_and_loaded_bit_for_bit(name: str) -> None:
+    """G3, G10. Method: `holdfast.open`, entry by entry, and `holdfast.load` as a whole."""
+    checkpoint = holdfast.open(HERE / name)
+    found: dict[str, Any] = {n: checkpoint.read(n) for n in checkpoint.tensors}
+    found |= {n: checkpoint.value(n) for n in checkpoint.manifest.values}
+    assert {n: bits(value) for n, value in found.items()} == expected()
+    state = blank(golden_state())
+    holdfast.load(HERE / name, state)
+    assert {n: bits(leaf.value) for n, leaf in flatten(state).items()} == expected()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("name", ALL)
+def test_stock_loads_it_bit_for_bit(name: str) -> None:
+    """G10. Method: stock `load` of the same folder."""
+    state = blank(golden_state())
+    stock_load(state, checkpoint_id=HERE / name, no_dist=True)
+    assert {n: bits(leaf.value) for n, leaf in flatten(state).items()} == expected()
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_its_manifest_is_what_this_version_would_write_for_it(name: str) -> None:
+    """G10. Method: decoded and encoded again, byte for byte. Where this fails the format on disk
+    has changed: it then needs a new version, not another golden file."""
+    data = (HERE / name / "manifest.json").read_bytes()
+    assert manifests.encode(decode(data, where=name)) == data
+
+
+def test_the_goldens_show_what_they_are_there_for() -> None:
+    """Method: two files, sharded tensors, several blocks, tied tensors, an empty one, paths."""
+    solo, ranks = (read_manifest(HERE / name) for name in OURS)
+    assert len(solo["files"]) == 1
+    assert len(ranks["files"]) == 2
+    assert len(ranks["tensors"]["model.rows"]["chunks"]) == 2
+    assert len(ranks["tensors"]["model.columns"]["chunks"]) == 2
+    for manifest in (solo, ranks):
+        tensors = manifest["tensors"]
+        assert max(len(c["checksums"]) for c in tensors["large"]["chunks"]) == 32
+        assert tensors["model.tied"]["chunks"] == tensors["model.again"]["chunks"]
+        assert tensors["model.empty"]["shape"] == [0, 4]
+        assert tensors["list.0"]["path"] == ["list", 0]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_bit_flipped_in_any_file_of_it_is_found(name: str, tmp_path: Path) -> None:
+    """G3. Method: single bits all over each file of a copy, a prime number of bytes apart; the load
+    fails, or the byte was one that no element comes from."""
+    import shutil
+
+    copy = tmp_path / name
+    shutil.copytree(HERE / name, copy)
+    for file in sorted(copy.iterdir()):
+        whole = file.read_bytes()
+        for position in range(0, len(whole), max(997, len(whole) // 41)):
+            broken = bytearray(whole)
+            broken[position] ^= 1 << position % 8
+            file.write_bytes(broken)
+            state = blank(golden_state())
+            try:
+                holdfast.load(copy, state)
+            except DamagedError:
+                continue
+            assert file.suffix == ".distcp", f"byte {position} of {file.name}"
+            assert {n: bits(leaf.value) for n, leaf in flatten(state).items()} == expected()
+        file.write_bytes(whole)
+
+
+def test_the_independent_reader_knows_nothing_of_holdfast() -> None:
+    """Method: the names that its source imports."""
+    tree = ast.parse((HERE / "independent_reader.py").read_text())
+    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    imported |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    known = {"__future__", "io", "json", "pickle", "zipfile", "math", "pathlib", "typing"}
+    assert imported - known == {"torch", "xxhash"}

@@ -1,0 +1,248 @@
+"""What several ranks have saved is read back by any region, against plain slicing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise, product
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from holdfast.catalog.catalog import Catalog, open_manifest
+from holdfast.engine.checkpoint import Checkpoint
+from holdfast.engine.commit import Facts, commit
+from holdfast.engine.load import load_tree
+from holdfast.engine.plan import Offer, TensorOffer, shares
+from holdfast.engine.ranks import Ranks, Solo, on_rank_0
+from holdfast.engine.read import Source, Wanted, read_tensors
+from holdfast.engine.stage import host_bytes
+from holdfast.engine.write import lay_out, write
+from holdfast.format.checksum import BLOCK_BYTES
+from holdfast.format.dtypes import BY_NAME
+from holdfast.format.region import Region
+from holdfast.state.objects import StateTree
+from holdfast.state.shard import Piece
+from holdfast.storage.local import LocalStore
+from holdfast.storage.memory import MemoryStore
+from holdfast.storage.store import Store
+from holdfast.testing.ranks import run_ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+
+Held = Mapping[str, tuple[torch.Tensor, list[list[Region]]]]
+"""Each tensor as a whole, and the regions of it that each rank holds."""
+
+
+def save_regions(store: Store, name: str, held: Held, size: int) -> None:
+    """Save by `size` ranks, each holding its own regions. All is the engine's own but the making of
+    offers, which would need DTensors."""
+    catalog = Catalog(store)
+
+    def work(ranks: Ranks) -> None:
+        offer = Offer(
+            {
+                key: TensorOffer(
+                    str(whole.dtype).removeprefix("torch."),
+                    tuple(whole.shape),
+                    tuple(regions[ranks.rank]),
+                    (key,),
+                )
+                for key, (whole, regions) in held.items()
+            }
+        )
+        offers = ranks.gather(offer)
+        share = ranks.scatter(shares(offers) if ranks.rank == 0 else [])
+        attempt = on_rank_0(ranks, lambda: catalog.begin(name))
+        laid = [(key, offer.tensors[key].dtype, region) for key, region in share.regions]
+        image = lay_out(ranks.rank, laid, {})
+        receipt = write(
+            store, str(attempt), image, lambda key, box: host_bytes(held[key][0], box, None)
+        )
+        facts = Facts(1, "full", {}, {})
+        commit(attempt, receipt, offers=offers, facts=facts, catalog=catalog, ranks=ranks)
+
+    run_ranks(size, work)
+
+
+def random_tensor(dtype: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Random bits, of which some are no number at all."""
+    generator = torch.Generator().manual_seed(seed)
+    top = 2 if dtype == "bool" else 256
+    nbytes = prod(shape) * BY_NAME[dtype].itemsize
+    plain = torch.randint(0, top, (nbytes,), dtype=torch.uint8, generator=generator)
+    return plain.view(getattr(torch, dtype)).view(shape)
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@st.composite
+def grids(draw: st.DrawFn, shape: tuple[int, ...], size: int) -> list[list[Region]]:
+    """A tensor cut into a grid, each cell given to one or several of `size` ranks."""
+    axes = []
+    for length in shape:
+        cuts = sorted({0, length, *draw(st.sets(st.integers(0, length), max_size=2))})
+        axes.append([*pairwise(cuts)] or [(0, 0)])
+    held: list[list[Region]] = [[] for _ in range(size)]
+    for cell in product(*axes):
+        region = Region(tuple(lo for lo, _ in cell), tuple(hi for _, hi in cell))
+        for rank in draw(st.sets(st.integers(0, size - 1), min_size=1)):
+            held[rank].append(region)
+    return held
+
+
+@st.composite
+def regions(draw: st.DrawFn, shape: tuple[int, ...]) -> Region:
+    bounds = [sorted((draw(st.integers(0, n)), draw(st.integers(0, n)))) for n in shape]
+    return Region(tuple(b[0] for b in bounds), tuple(b[1] for b in bounds))
+
+
+SHAPES = st.lists(st.integers(0, 9), max_size=4).map(tuple)
+
+
+def check_round_trip(data: st.DataObject, store: Store) -> None:
+    """Save any tensors by any grid over any ranks, then read any regions of them."""
+    size = data.draw(st.integers(1, 4))
+    held: dict[str, tuple[torch.Tensor, list[list[Region]]]] = {}
+    for number in range(data.draw(st.integers(1, 3))):
+        shape = data.draw(SHAPES)
+        dtype = data.draw(st.sampled_from(sorted(BY_NAME)))
+        held[f"t{number}"] = (random_tensor(dtype, shape, number), data.draw(grids(shape, size)))
+    save_regions(store, "step-1", held, size)
+    checkpoint = Checkpoint(Source(store, "step-1", open_manifest(store, "step-1")))
+    assert {*checkpoint.names()} == {*held}
+    for name, (whole, _) in held.items():
+        assert bits(checkpoint.read(name)) == bits(whole)
+        wanted = data.draw(regions(tuple(whole.shape)))
+        part = checkpoint.read(name, wanted)
+        assert part.dtype == whole.dtype
+        assert tuple(part.shape) == wanted.shape
+        assert bits(part) == bits(whole[wanted.slices()] if whole.ndim else whole)
+
+
+@given(st.data())
+def test_any_region_of_what_any_ranks_saved_is_what_slicing_gives(data: st.DataObject) -> None:
+    """G6. Method: every dtype, random bits, random shapes, cut into a random grid over up to four
+    ranks with and without replicas, read back whole and in a random box; in memory."""
+    check_round_trip(data, MemoryStore())
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_so_it_is_on_disk(data: st.DataObject) -> None:
+    """G6. Method: the same, in a real folder."""
+    with TemporaryDirectory() as folder:
+        check_round_trip(data, LocalStore(folder))
+
+
+@pytest.mark.slow
+@settings(max_examples=3000)
+@given(st.data())
+def test_so_it_is_for_very_many_of_them(data: st.DataObject) -> None:
+    """G6. Method: the same in memory, thirty times as often."""
+    check_round_trip(data, MemoryStore())
+
+
+@given(st.data())
+def test_a_load_fills_tensors_of_any_strides_and_nothing_beside_them(data: st.DataObject) -> None:
+    """G6. Method: a target that is a view of a larger tensor: transposed, strided, with a margin.
+    The elements of the view are those that were saved, all around it is as it was. Saved again from
+    there they are the same."""
+    shape = tuple(data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
+    whole = torch.arange(1, prod(shape) + 1, dtype=torch.float64).reshape(shape)
+    store = MemoryStore()
+    save_regions(store, "step-1", {"w": (whole, [[Region.whole(shape)]])}, 1)
+    order = data.draw(st.permutations(range(len(shape))))
+    steps = [data.draw(st.integers(1, 2)) for _ in shape]
+    around = torch.zeros([shape[d] * steps[d] + 2 for d in order], dtype=torch.float64)
+    back = [order.index(d) for d in range(len(shape))]
+    view = around.permute(back)[
+        tuple(slice(1, 1 + n * s, s) for n, s in zip(shape, steps, strict=True))
+    ]
+    assert view.shape == shape
+    source = Source(store, "step-1", open_manifest(store, "step-1"))
+    load_tree(source, StateTree({"w": view}), ranks=Solo())
+    assert torch.equal(view, whole)
+    assert int(around.count_nonzero()) == whole.numel()
+    save_regions(store, "step-2", {"w": (view, [[Region.whole(shape)]])}, 1)
+    again = Checkpoint(Source(store, "step-2", open_manifest(store, "step-2")))
+    assert torch.equal(again.read("w"), whole)
+
+
+def test_a_load_into_a_conjugate_or_negative_view_gives_it_the_values_saved() -> None:
+    """G6. Method: targets that stand for other values than those in memory."""
+    store, whole = MemoryStore(), torch.randn(5, dtype=torch.complex64)
+    save_regions(store, "step-1", {"w": (whole, [[Region.whole((5,))]])}, 1)
+    save_regions(store, "step-2", {"w": (whole.imag, [[Region.whole((5,))]])}, 1)
+    conjugate = torch.zeros(5, dtype=torch.complex64).conj()
+    negative = torch.zeros(5, dtype=torch.complex64).conj().imag
+    for name, target, expected in (
+        ("step-1", conjugate, whole),
+        ("step-2", negative, whole.imag),
+    ):
+        source = Source(store, name, open_manifest(store, name))
+        load_tree(source, StateTree({"w": target}), ranks=Solo())
+        assert torch.equal(target, expected)
+
+
+@given(st.integers(0, 3 * BLOCK_BYTES), st.integers(0, 3 * BLOCK_BYTES))
+@settings(max_examples=30)
+def test_rows_cost_their_bytes_rounded_up_to_blocks(first: int, second: int) -> None:
+    """G3, G13. Method: a large tensor of bytes, any rows of it; the bytes read are those of the
+    blocks that the rows touch, and the elements are those of slicing."""
+    start, stop = sorted((first, second))
+    source = _large()
+    target = torch.empty(stop - start, dtype=torch.uint8)
+    piece = Piece(Region((start,), (stop,)), Region.whole(target.shape))
+    read = read_tensors(source, [Wanted("w", [piece], target)]) if stop > start else 0
+    blocks = (-(-stop // BLOCK_BYTES) - start // BLOCK_BYTES) if stop > start else 0
+    length = source.manifest.tensors["w"].nbytes
+    last_is_short = stop > start and -(-stop // BLOCK_BYTES) * BLOCK_BYTES > length
+    assert read == blocks * BLOCK_BYTES - (-length % BLOCK_BYTES if last_is_short else 0)
+    assert torch.equal(target, _LARGE[start:stop])
+
+
+_LARGE = torch.arange(3 * BLOCK_BYTES + 777).to(torch.uint8)
+_KEPT: list[Source] = []
+
+
+def _large() -> Source:
+    """A checkpoint of one large tensor, saved once for all examples."""
+    if not _KEPT:
+        store = MemoryStore()
+        save_regions(store, "step-1", {"w": (_LARGE, [[Region.whole(_LARGE.shape)]])}, 1)
+        _KEPT.append(Source(store, "step-1", open_manifest(store, "step-1")))
+    return _KEPT[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_larger_than_every_window_is_read_in_any_way(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """G6, G13. Method: 20 MiB, which no window holds: whole, by rows, by columns, by a box, into
+    another dtype and into a transposed target, each against slicing."""
+    whole = torch.randn(2560, 2048).to(dtype)
+    store = LocalStore(tmp_path)
+    halves = [[Region((0, 0), (1000, 2048))], [Region((1000, 0), (2560, 2048))]]
+    save_regions(store, "step-1", {"w": (whole, halves)}, 2)
+    checkpoint = Checkpoint(Source(store, "step-1", open_manifest(store, "step-1")))
+    for box in (
+        (slice(None), slice(None)),
+        (slice(7, 2001), slice(None)),
+        (slice(None), slice(3, 1025)),
+        (slice(900, 1100), slice(1, 2)),
+    ):
+        assert torch.equal(checkpoint.read("w", box), whole[box])
+    source = Source(store, "step-1", open_manifest(store, "step-1"))
+    for target in (
+        torch.zeros(2560, 2048, dtype=torch.float64),
+        torch.zeros(2048, 2560, dtype=dtype).T,
+    ):
+        load_tree(source, StateTree({"w": target}), ranks=Solo())
+        assert torch.equal(target, whole.to(target.dtype))

@@ -1,0 +1,307 @@
+"""Which checkpoints exist: listing, publishing, removing, and putting a folder in order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holdfast.catalog.catalog import Catalog, open_manifest
+from holdfast.catalog.sweep import execute, plan_sweep
+from holdfast.catalog.verify import check_structure
+from holdfast.errors import DamagedError, FormatError, NotFoundError, StorageError
+from holdfast.format import manifest as manifests
+from holdfast.format.checksum import checksum
+from holdfast.format.manifest import Manifest, Span, ValueEntry
+from holdfast.format.names import MANIFEST, METADATA, Aside
+from holdfast.storage.memory import MemoryStore
+from holdfast.testing.stores import CuttingStore, PowerCut, put, refuses
+
+FILE = "__0_0.distcp"
+
+
+def write_checkpoint(store: MemoryStore, folder: str, content: bytes) -> Manifest:
+    """A checkpoint of one value, by hand: its files, nothing of the engine."""
+    manifest = Manifest(
+        tensors={},
+        values={"v": ValueEntry(FILE, Span(0, len(content)), checksum(content), ("v",))},
+        files={FILE: len(content)},
+        metadata=(4, checksum(b"meta")),
+    )
+    store.make_folder(folder)
+    put(store, f"{folder}/{FILE}", content)
+    put(store, f"{folder}/{METADATA}", b"meta")
+    put(store, f"{folder}/{MANIFEST}", manifests.encode(manifest))
+    store.sync(folder)
+    store.sync("")
+    return manifest
+
+
+def publish(catalog: Catalog, name: str, content: bytes) -> None:
+    attempt = catalog.begin(name)
+    store = catalog.store
+    assert isinstance(store, MemoryStore)
+    store.remove(str(attempt))
+    write_checkpoint(store, str(attempt), content)
+    catalog.publish(attempt)
+
+
+def content_of(store: MemoryStore, name: str) -> bytes:
+    assert open_manifest(store, name)
+    return store.read(f"{name}/{FILE}", 0, 99)
+
+
+def test_steps_are_listed_by_number_and_strangers_are_not_looked_at() -> None:
+    """G5. Method: steps that sort otherwise as text, folders and files that only look like one."""
+    store = MemoryStore()
+    for folder in (
+        *("step-10", "step-9", "step-100", "step-030", "best-step-20", "step-30.bak", "hf"),
+        *("old-step-7-keep", ".attempt-step-11-00000000", ".replaced-step-9-00000000"),
+    ):
+        store.make_folder(folder)
+    put(store, "step-12", b"a file")
+    assert Catalog(store).steps() == [9, 10, 100]
+
+
+def test_an_attempt_is_no_checkpoint_until_it_is_published() -> None:
+    """G1. Method: the steps before and after."""
+    store = MemoryStore()
+    catalog = Catalog(store)
+    attempt = catalog.begin("step-5")
+    assert catalog.steps() == []
+    assert list(store.list()) == [f"{attempt}/"]
+    catalog.publish(attempt)
+    assert catalog.steps() == [5]
+    assert list(store.list()) == ["step-5/"]
+
+
+def test_two_attempts_at_one_step_have_folders_of_their_own() -> None:
+    """G1. Method: both begun before either ends."""
+    catalog = Catalog(MemoryStore())
+    assert catalog.begin("step-5") != catalog.begin("step-5")
+
+
+def test_an_attempt_that_came_to_nothing_leaves_nothing() -> None:
+    """G7. Method: discarded."""
+    store = MemoryStore()
+    catalog = Catalog(store)
+    catalog.discard(catalog.begin("step-5"))
+    assert list(store.list()) == []
+
+
+def test_a_new_checkpoint_takes_the_name_and_the_earlier_one_makes_way() -> None:
+    """G1. Method: published twice; the earlier one is aside, whole, for the sweep."""
+    store = MemoryStore()
+    catalog = Catalog(store)
+    publish(catalog, "step-5", b"first")
+    publish(catalog, "step-5", b"second")
+    assert content_of(store, "step-5") == b"second"
+    (aside,) = [n.rstrip("/") for n in store.list() if n != "step-5/"]
+    assert aside.startswith(".replaced-step-5-")
+    assert content_of(store, aside) == b"first"
+    assert execute(store, plan_sweep(store.list())) == []
+    assert list(store.list()) == ["step-5/"]
+
+
+@pytest.mark.parametrize("leftover", ["00000000", "ffffffff"])
+def test_a_save_that_dies_brings_back_the_step_before_it_and_none_older(leftover: str) -> None:
+    """G2. Method: an earlier save's sweep never came, so that its `first` still stands aside; the
+    next save dies at each of its operations. Whichever of the two set aside sorts first, the sweep
+    must give the step as it was last, or the new one."""
+    cut_at, died = 0, True
+    while died:
+        store = MemoryStore()
+        publish(Catalog(store), "step-5", b"second")
+        write_checkpoint(store, f".replaced-step-5-{leftover}", b"first")
+        attempt = Aside("attempt", "step-5", "7f7f7f7f")
+        write_checkpoint(store, str(attempt), b"third")
+        try:
+            Catalog(CuttingStore(store, cut_at)).publish(attempt)
+            died = False
+        except PowerCut:
+            cut_at += 1
+        for found in (store, store.after_power_cut()):
+            assert execute(found, plan_sweep(found.list())) == []
+            assert content_of(found, "step-5") in ((b"second", b"third") if died else (b"third",))
+            assert list(found.list()) == ["step-5/"]
+    assert cut_at >= 4
+
+
+def test_a_checkpoint_loses_its_name_before_the_first_of_its_files() -> None:
+    """G5. Method: the order of what is done to the store."""
+    store = CuttingStore(MemoryStore())
+    write_checkpoint(store.beneath, "step-5", b"1")
+    Catalog(store).remove("step-5")
+    assert store.log[0].startswith("rename step-5 .removing-step-5-")
+    assert all(line.startswith("remove .removing-step-5-") for line in store.log[1:])
+    assert list(store.list()) == []
+
+
+def aside(role: str, step: int, number: int) -> str:
+    return f".{role}-step-{step}-{number:08x}/"
+
+
+def test_the_plan_says_what_becomes_of_each_folder_and_why() -> None:
+    """G1, G2. Method: one of each kind, with and without a successor."""
+    names = [
+        *("step-1/", "step-2/", aside("attempt", 3, 1), aside("replaced", 2, 2)),
+        *(aside("replaced", 4, 3), aside("removing", 1, 4), aside("removing", 9, 5)),
+    ]
+    plan = {action.folder: action for action in plan_sweep(names)}
+    assert {a.verb for a in plan.values()} == {"remove", "restore"}
+    assert plan[aside("replaced", 4, 3).rstrip("/")].verb == "restore"
+    assert plan[aside("replaced", 4, 3).rstrip("/")].target == "step-4"
+    assert len(plan) == 5
+    assert all(action.why for action in plan.values())
+
+
+def test_a_plan_for_one_name_leaves_the_others_alone() -> None:
+    """G5. Method: attempts at two steps, one of whose names begins with the other."""
+    names = [aside("attempt", 1, 1), aside("attempt", 10, 2), aside("replaced", 10, 3)]
+    assert [a.folder for a in plan_sweep(names, only="step-1")] == [names[0].rstrip("/")]
+
+
+foreign = st.text(st.characters(codec="utf-8", exclude_characters="/"), min_size=1, max_size=20)
+ours = st.builds(
+    aside,
+    st.sampled_from(["attempt", "replaced", "removing"]),
+    st.integers(0, 3),
+    st.integers(0, 2**32 - 1),
+)
+steps = st.integers(0, 3).map(lambda step: f"step-{step}/")
+
+
+@given(st.sets(ours | steps | foreign.map(lambda name: f"{name}/") | foreign))
+def test_a_sweep_touches_only_what_is_set_aside_and_is_done_after_once(names: set[str]) -> None:
+    """G5. Method: any folders; after the sweep the strangers and every step are still there, and
+    there is nothing left to do. A file is never touched, whatever its name."""
+    store = MemoryStore()
+    for name in names:
+        if name.endswith("/"):
+            if name.rstrip("/"):
+                store.make_folder(name.rstrip("/"))
+        elif f"{name}/" not in names:
+            put(store, name, b"1")
+    before = set(store.list())
+    actions = plan_sweep(store.list())
+    assert execute(store, actions) == []
+    after = set(store.list())
+    planned = {f"{action.folder}/" for action in actions}
+    restored = {f"{action.target}/" for action in actions if action.verb == "restore"}
+    assert before - planned <= after
+    assert after == (before - planned) | restored
+    assert not restored & before
+    assert plan_sweep(after) == []
+
+
+class StubbornStore(CuttingStore):
+    """A store that removes all but the last entry of a folder, then fails: as NFS does with a file
+    that somebody holds open."""
+
+    def remove(self, key: str) -> None:
+        for name in sorted(self.beneath.list(key))[:-1]:
+            self.beneath.remove(f"{key}/{name}")
+        raise StorageError(f"cannot remove `{key}`: Device or resource busy")
+
+
+def test_a_folder_removed_in_part_never_comes_back_as_a_checkpoint() -> None:
+    """G1, G5. Method: the sweep of a replaced step fails half-way; the step itself is removed
+    later; the next sweep must not bring the torn one back."""
+    store = MemoryStore()
+    write_checkpoint(store, "step-5", b"new")
+    write_checkpoint(store, ".replaced-step-5-00000001", b"old")
+    failed = execute(StubbornStore(store), plan_sweep(store.list()))
+    assert len(failed) == 1
+    assert "Device or resource busy" in failed[0]
+    Catalog(store).remove("step-5")
+    assert execute(store, plan_sweep(store.list())) == []
+    assert Catalog(store).steps() == []
+    assert list(store.list()) == []
+
+
+def test_what_a_sweep_cannot_do_is_told_and_the_rest_is_done() -> None:
+    """G5. Method: a store that fails to remove; a restore beside it."""
+    store = MemoryStore()
+    write_checkpoint(store, ".attempt-step-6-00000001", b"1")
+    write_checkpoint(store, ".replaced-step-5-00000002", b"old")
+    failed = execute(StubbornStore(store), plan_sweep(store.list()))
+    assert ["could not remove" in line for line in failed] == [True]
+    assert content_of(store, "step-5") == b"old"
+    assert execute(store, plan_sweep(store.list())) == []
+
+
+def test_a_step_that_is_not_there_names_those_that_are() -> None:
+    """G4. Method: three steps, another asked for; and none at all."""
+    store = MemoryStore()
+    catalog = Catalog(store)
+    assert "steps there: none" in (refuses(NotFoundError, lambda: catalog.open_step(7)).hint or "")
+    for step in (3, 12, 5):
+        write_checkpoint(store, f"step-{step}", b"1")
+    error = refuses(NotFoundError, lambda: catalog.open_step(7))
+    assert "steps there: 3, 5, 12" in (error.hint or "")
+    assert catalog.open_step(5).values.keys() == {"v"}
+
+
+def test_a_folder_without_a_checkpoint_says_what_it_found() -> None:
+    """G4. Method: an empty folder, one with other files, none."""
+    store = MemoryStore()
+    store.make_folder("step-1")
+    store.make_folder("step-2")
+    put(store, "step-2/model.pt", b"1")
+    assert "nothing" in (refuses(NotFoundError, lambda: open_manifest(store, "step-1")).hint or "")
+    assert "model.pt" in (refuses(NotFoundError, lambda: open_manifest(store, "step-2")).hint or "")
+    refuses(NotFoundError, lambda: open_manifest(store, "step-3"))
+
+
+def rewrite(store: MemoryStore, key: str, data: bytes) -> None:
+    store.remove(key)
+    put(store, key, data)
+
+
+@pytest.mark.parametrize(
+    ("key", "data", "said"),
+    [
+        (FILE, None, "`__0_0.distcp` is missing"),
+        (FILE, b"12", "has 2 bytes, 3 were written"),
+        (FILE, b"1234", "has 4 bytes, 3 were written"),
+        (METADATA, None, "`.metadata` is missing"),
+        (METADATA, b"meto", "`.metadata` is not the 4 bytes"),
+        (METADATA, b"meta+", "`.metadata` is not the 4 bytes"),
+        (METADATA, b"met", "`.metadata` is not the 4 bytes"),
+    ],
+)
+def test_a_file_that_is_missing_or_of_another_size_is_damage(
+    key: str, data: bytes | None, said: str
+) -> None:
+    """G3. Method: one file of a whole checkpoint removed, shortened, lengthened or changed."""
+    store = MemoryStore()
+    write_checkpoint(store, "step-1", b"123")
+    store.remove(f"step-1/{key}")
+    if data is not None:
+        put(store, f"step-1/{key}", data)
+    assert said in refuses(DamagedError, lambda: open_manifest(store, "step-1")).what
+
+
+def test_every_problem_of_a_checkpoint_is_listed() -> None:
+    """G4. Method: three at once."""
+    store = MemoryStore()
+    manifest = write_checkpoint(store, "step-1", b"123")
+    store.remove(f"step-1/{FILE}")
+    rewrite(store, f"step-1/{METADATA}", b"other")
+    wider = replace(manifest, files={**manifest.files, "__1_0.distcp": 7})
+    assert len(check_structure(store, "step-1", wider)) == 3
+
+
+def test_a_manifest_that_is_a_folder_or_rubbish_is_an_error_of_ours() -> None:
+    """G4. Method: other things under the names that are looked for."""
+    store = MemoryStore()
+    write_checkpoint(store, "step-1", b"123")
+    rewrite(store, f"step-1/{MANIFEST}", b"{}")
+    refuses(DamagedError, lambda: open_manifest(store, "step-1"))
+    store.remove(f"step-1/{MANIFEST}")
+    refuses(FormatError, lambda: open_manifest(store, "step-1"))
+    store.remove(f"step-1/{METADATA}")
+    store.make_folder(f"step-1/{METADATA}")
+    refuses(NotFoundError, lambda: open_manifest(store, "step-1"))

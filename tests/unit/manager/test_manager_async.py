@@ -1,0 +1,154 @@
+"""Saving in the background: what is saved, and where errors come out."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import holdfast
+from holdfast import CheckpointConfig, CheckpointManager
+from holdfast.engine.background import Snapshot, free_memory
+from holdfast.engine.ranks import Ranks
+from holdfast.engine.write import lay_out
+from holdfast.format.region import Region
+from holdfast.testing.ranks import run_ranks
+
+WIDTH = 700
+"""A weight of 2 MB: more than one block, and more than a moment to write."""
+
+
+def manager(folder: Path, ranks: Ranks | None = None, **settings: Any) -> CheckpointManager:
+    config = CheckpointConfig(enable=True, async_mode="async", **({"interval": 1} | settings))
+    return CheckpointManager(folder, model=nn.Linear(WIDTH, WIDTH), config=config, ranks=ranks)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_step_is_of_the_moment_at_which_it_was_saved(tmp_path: Path, size: int) -> None:
+    """G1, G2: the weights change as soon as `save` returns, again and again; every step holds what
+    they were, whole."""
+
+    def work(ranks: Ranks) -> None:
+        model = nn.Linear(WIDTH, WIDTH)
+        config = CheckpointConfig(enable=True, async_mode="async", interval=1)
+        with (
+            torch.no_grad(),
+            CheckpointManager(tmp_path, model=model, config=config, ranks=ranks) as held,
+        ):
+            for step in range(1, 7):
+                for parameter in model.parameters():
+                    parameter.fill_(step)
+                assert held.save(step)
+                for parameter in model.parameters():
+                    parameter.fill_(-1)
+
+    run_ranks(size, work)
+    for step in range(1, 7):
+        checkpoint = holdfast.open(tmp_path / f"step-{step}")
+        for name in ("weight", "bias"):
+            assert torch.unique(checkpoint.read(name)).tolist() == [float(step)]
+
+
+def test_waiting_and_closing_leave_everything_durable(tmp_path: Path) -> None:
+    with manager(tmp_path) as held:
+        held.save(1)
+        held.wait()
+        assert (tmp_path / "step-1").is_dir()
+        held.save(2)
+    assert (tmp_path / "step-2").is_dir()
+
+
+def test_the_last_step_is_there_when_save_returns(tmp_path: Path) -> None:
+    with manager(tmp_path) as held:
+        held.save(1, last_step=True)
+        assert (tmp_path / "step-1").is_dir()
+
+
+@contextmanager
+def no_file_larger_than(nbytes: int) -> Iterator[None]:
+    """As the system's own limit has it: writing more is an error of the system."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_an_error_in_the_background_comes_out_of_the_next_call(tmp_path: Path, size: int) -> None:
+    """G7: on every rank, no later than the next step, due or not; the earlier step stands, nothing
+    is left of the failed one."""
+
+    def work(ranks: Ranks) -> None:
+        with manager(tmp_path, ranks, interval=2) as held:
+            held.save(2)
+            held.wait()
+            # The limit is the process's, so one rank sets it for all.
+            with no_file_larger_than(100_000) if ranks.rank == 0 else nullcontext():
+                ranks.largest([0])
+                assert held.save(4)
+                with pytest.raises(holdfast.StorageError, match="cannot write"):
+                    held.wait()
+                ranks.largest([0])
+
+    run_ranks(size, work)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "step-2"}
+
+
+def test_a_step_that_is_not_due_brings_the_error_too(tmp_path: Path) -> None:
+    """G7: not only the next save."""
+    with manager(tmp_path, interval=2) as held, no_file_larger_than(100_000):
+        held.save(2)
+        with pytest.raises(holdfast.StorageError):
+            for step in range(3, 20_000, 2):
+                held.save(step)
+                time.sleep(0.001)
+
+
+def test_a_run_may_go_on_after_a_failed_save(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G11: with `on_save_error = "warn"` the next save works."""
+    with (
+        caplog.at_level(logging.WARNING, "holdfast"),
+        manager(tmp_path, on_save_error="warn") as held,
+    ):
+        with no_file_larger_than(100_000):
+            held.save(1)
+            held.wait()
+        held.save(2)
+    assert "a save failed, the run goes on" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "step-2"}
+
+
+def test_a_snapshot_keeps_its_memory_and_its_copies() -> None:
+    """G13: one copy of what is written, allocated once."""
+    weight = torch.arange(3000, dtype=torch.float32)
+    region = Region.whole((3000,))
+    image = lay_out(0, [("weight", "float32", region)], {})
+    snapshot = Snapshot()
+    copies = snapshot.take(image, lambda *_: weight.view(torch.uint8).numpy().data)
+    before = snapshot.nbytes
+    weight.zero_()
+    assert torch.frombuffer(copies("weight", region), dtype=torch.float32)[7] == 7
+    snapshot.take(image, lambda *_: weight.view(torch.uint8).numpy().data)
+    assert snapshot.nbytes == before == image.nbytes
+
+
+def test_a_snapshot_that_does_not_fit_is_refused_with_the_numbers() -> None:
+    """G13: before anything is allocated."""
+    free = free_memory()
+    assert free is not None
+    elements = free // 4 + (1 << 28)
+    image = lay_out(0, [("weight", "float32", Region.whole((elements,)))], {})
+    with pytest.raises(holdfast.UsageError, match="of host memory on this rank"):
+        Snapshot().take(image, lambda *_: memoryview(b""))

@@ -1,0 +1,123 @@
+"""The manager on several ranks, as threads."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import holdfast
+from holdfast import CheckpointConfig, CheckpointManager
+from holdfast.engine.ranks import Ranks
+from holdfast.testing.ranks import run_ranks, try_ranks
+
+
+class Loader:
+    """A data loader as users bring it: every rank is somewhere else in the data."""
+
+    def __init__(self, rank: int) -> None:
+        self.at = 100 * rank
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at, "shuffle": [3, 1, 2]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.at = state_dict["at"]
+
+
+class GlobalLoader(Loader):
+    """One that has the same position on every rank."""
+
+    state_is_global: ClassVar = True
+
+    def __init__(self, _rank: int) -> None:
+        super().__init__(0)
+
+
+def manager(folder: Path, ranks: Ranks, loader: Loader, **settings: Any) -> CheckpointManager:
+    config = CheckpointConfig(enable=True, interval=1, **settings)
+    return CheckpointManager(
+        folder, model=nn.Linear(2, 2), dataloader=loader, config=config, ranks=ranks
+    )
+
+
+def save(folder: Path, kind: type[Loader]) -> Any:
+    def work(ranks: Ranks) -> None:
+        loader = kind(ranks.rank)
+        with manager(folder, ranks, loader) as held:
+            loader.at += 7
+            held.save(1)
+
+    return work
+
+
+def load(folder: Path, kind: type[Loader], **settings: Any) -> Any:
+    def work(ranks: Ranks) -> int:
+        loader = kind(ranks.rank)
+        with manager(folder, ranks, loader, **settings) as held:
+            assert held.load() == 1
+        return loader.at
+
+    return work
+
+
+def test_each_rank_gets_its_own_place_in_the_data_back(tmp_path: Path) -> None:
+    """G9: a loader with a state of its own on each rank, on the same number of ranks."""
+    run_ranks(3, save(tmp_path, Loader))
+    assert run_ranks(3, load(tmp_path, Loader)) == [7, 107, 207]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_such_a_place_does_not_fit_other_ranks(tmp_path: Path, size: int) -> None:
+    """G9: the error has the key to exclude, and with it excluded the rest resumes."""
+    run_ranks(3, save(tmp_path, Loader))
+    for error in try_ranks(size, load(tmp_path, Loader)):
+        assert isinstance(error, holdfast.MismatchError)
+        assert "saved by 3 ranks, for each its own; this run has" in str(error)
+        assert 'exclude_from_loading = ["dataloader"]' in str(error)
+    started = run_ranks(size, load(tmp_path, Loader, exclude_from_loading=("dataloader",)))
+    assert started == [100 * rank for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_global_place_fits_any_number_of_ranks(tmp_path: Path, size: int) -> None:
+    """G9: kept once, found by all."""
+    run_ranks(3, save(tmp_path, GlobalLoader))
+    assert run_ranks(size, load(tmp_path, GlobalLoader)) == [7] * size
+
+
+def test_values_that_differ_between_ranks_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is dropped in silence: state under one name that is not the same everywhere."""
+
+    class Mine:
+        def __init__(self, rank: int) -> None:
+            self.state = {"seen": rank, "same": 5}
+
+        def state_dict(self) -> dict[str, Any]:
+            return self.state
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.state = state_dict
+
+    def work(ranks: Ranks) -> None:
+        model, mine = nn.Linear(2, 2), Mine(ranks.rank)
+        config = CheckpointConfig(enable=True, interval=1)
+        with CheckpointManager(
+            tmp_path, model=model, states={"mine": mine}, config=config, ranks=ranks
+        ) as held:
+            for step in (1, 2):
+                held.save(step)
+
+    with caplog.at_level(logging.WARNING, "holdfast"), torch.no_grad():
+        run_ranks(2, work)
+    said = [record.getMessage() for record in caplog.records]
+    assert [line for line in said if "differs between ranks" in line] == [
+        "`mine.seen` differs between ranks: the first rank's is kept. State of one rank alone "
+        "needs a key of its own, such as `rank_3`"
+    ]

@@ -1,0 +1,69 @@
+"""Which tensors are one, and which are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import holdfast
+from holdfast.errors import UsageError
+from holdfast.state.layout import layout_of, same_memory
+
+
+def test_views_of_one_memory_are_one_only_where_their_elements_are(tmp_path: Path) -> None:
+    """G6. Method: every kind of view of one tensor, saved together and read back: each must be what
+    it was, whichever of them were stored once."""
+    base = torch.randn(4, 4, dtype=torch.complex64)
+    state = {
+        "base": base,
+        "again": base,
+        "view": base.view(4, 4),
+        "transposed": base.T,
+        "conjugate": base.conj(),
+        "adjoint": base.mH,
+        "imaginary": base.imag,
+        "negative": base.conj().imag,
+        "row": base[0],
+        "flat": base.view(16),
+        "bits": base.view(torch.int64),
+        "expanded": base[0].expand(4, 4),
+    }
+    holdfast.save(tmp_path / "step-1", state)
+    checkpoint = holdfast.open(tmp_path / "step-1")
+    for name, tensor in state.items():
+        assert torch.equal(checkpoint.read(name), tensor.resolve_conj().resolve_neg()), name
+
+
+def test_tied_tensors_are_stored_once_and_found_under_both_names(tmp_path: Path) -> None:
+    """G6. Method: the same tensor twice; the file has it once, a load fills both names."""
+    tensor = torch.randn(1000)
+    saved = holdfast.save(tmp_path / "step-1", {"a": tensor, "b": {"c": tensor}})
+    assert tensor.nbytes < saved.nbytes < 2 * tensor.nbytes
+    target: dict[str, Any] = {"a": torch.zeros(1000), "b": {"c": torch.zeros(1000)}}
+    holdfast.load(tmp_path / "step-1", target)
+    assert torch.equal(target["a"], tensor)
+    assert torch.equal(target["b"]["c"], tensor)
+
+
+def test_tensors_without_elements_are_never_one() -> None:
+    """G6. Method: they have no memory to tell by."""
+    assert same_memory(torch.empty(0)) is None
+
+
+@pytest.mark.filterwarnings("ignore:.*[Ss]parse")
+@pytest.mark.filterwarnings("ignore:.*quantiz")
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_tensors_without_plain_elements_are_refused_by_name() -> None:
+    """G7. Method: sparse of two kinds, quantized, meta."""
+    dense = torch.eye(3)
+    for tensor in (
+        dense.to_sparse(),
+        dense.to_sparse_csr(),
+        torch.quantize_per_tensor(dense, 0.1, 0, torch.qint8),
+        dense.to("meta"),
+    ):
+        with pytest.raises(UsageError, match="`the name`"):
+            layout_of("the name", tensor)

@@ -1,0 +1,250 @@
+"""Optimizer state by parameter name, and modules, schedulers and generators as state."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+import holdfast
+from holdfast.errors import MismatchError, UsageError
+from holdfast.state.objects import StateTree
+from holdfast.state.optim import OptimizerState
+from holdfast.state.rng import RngState
+
+
+class Net(nn.Module):
+    """Two layers, the first of which is frozen, and a parameter that no loss reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(3, 4)
+        self.head = nn.Linear(4, 2)
+        self.unused = nn.Parameter(torch.zeros(5))
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.frozen(x))
+        return out
+
+
+def groups(net: Net) -> list[dict[str, Any]]:
+    """The head's weight with a rate of its own, all else in a second group, frozen ones too."""
+    rest = [p for p in net.parameters() if p is not net.head.weight]
+    return [{"params": [net.head.weight], "lr": 0.5}, {"params": rest, "lr": 0.25}]
+
+
+def trained(seed: int, steps: int = 3) -> tuple[Net, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    net = Net()
+    optimizer = torch.optim.AdamW(groups(net))
+    for _ in range(steps):
+        train_step(net, optimizer)
+    return net, optimizer
+
+
+def train_step(net: Net, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    net(torch.randn(8, 3)).square().mean().backward()
+    optimizer.step()
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return bool(a == b)
+
+
+def test_the_names_are_those_of_torchs_flattened_optimizer_state() -> None:
+    """G10. Method: torch's own `get_optimizer_state_dict` with `flatten_optimizer_state_dict`,
+    which is what TorchTitan writes. Torch names frozen parameters not at all: we keep theirs."""
+    net, optimizer = trained(0)
+    found = OptimizerState([net], [optimizer]).state_dict()
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    expected = get_optimizer_state_dict(net, optimizer, options=options)
+    for name, value in expected.items():
+        if name.startswith("state.unused"):
+            continue  # torch steps the optimizer once to make this state up
+        assert same(found[name], value), name
+
+
+def test_a_parameter_without_state_has_no_state_and_keeps_its_options() -> None:
+    """G9. Method: frozen, and never reached by a gradient."""
+    net, optimizer = trained(0)
+    found = OptimizerState([net], [optimizer]).state_dict()
+    assert not [name for name in found if name.startswith(("state.frozen", "state.unused"))]
+    assert found["param_groups.frozen.weight.lr"] == 0.25
+    assert found["param_groups.head.weight.lr"] == 0.5
+
+
+def test_a_fresh_optimizer_makes_room_for_what_is_stored_and_for_nothing_else() -> None:
+    """G6, G9. Method: an AdamW before its first step; a slot of the parameter's shape and a number;
+    what belongs to no parameter here is left alone."""
+    net = Net()
+    optimizer = torch.optim.AdamW(groups(net))
+    state = OptimizerState([net], [optimizer])
+    stored: dict[str, tuple[str, tuple[int, ...]]] = {
+        "state.head.weight.exp_avg": ("float32", (2, 4)),
+        "state.head.weight.step": ("float32", ()),
+        "state.elsewhere.exp_avg": ("float32", (2, 4)),
+    }
+    names = {"state.head.weight.exp_avg", "state.head.weight.step"}
+    assert set(state.room_for(stored)) == names
+    assert not optimizer.state, "asking changes nothing"
+    state.prepare(stored)
+    assert {n for n in state.state_dict() if n.startswith("state.")} == names
+    assert optimizer.state[net.head.weight]["exp_avg"].shape == (2, 4)
+    assert state.room_for(stored) == []
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
+def test_training_goes_on_bit_for_bit_after_save_and_load(make: Any, tmp_path: Any) -> None:
+    """G9. Method: three steps, saved, loaded into a fresh model and optimizer with other rates and
+    another order of groups; two more steps on each are equal in every bit."""
+    torch.manual_seed(1)
+    net = Net()
+    more = {"momentum": 0.9} if make is torch.optim.SGD else {}
+    optimizer = make(groups(net), **more)
+    for _ in range(3):
+        train_step(net, optimizer)
+    holdfast.save(tmp_path / "step-3", {"model": net, "optimizer": optimizer})
+    other = Net()
+    with torch.no_grad():
+        [p.fill_(9.0) for p in other.parameters()]
+    reordered = make([{**g, "lr": 7.0} for g in reversed(groups(other))], **more)
+    holdfast.load(tmp_path / "step-3", {"model": other, "optimizer": reordered})
+    for one, opt in ((net, optimizer), (other, reordered)):
+        torch.manual_seed(2)
+        train_step(one, opt)
+        train_step(one, opt)
+    for (name, a), b in zip(net.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_an_optimizer_whose_parameters_nobody_names_numbers_them(tmp_path: Any) -> None:
+    """G9. Method: saved and loaded without the module beside it."""
+    net, optimizer = trained(0)
+    holdfast.save(tmp_path / "step-1", {"optimizer": optimizer})
+    other = Net()
+    fresh = torch.optim.AdamW(groups(other))
+    holdfast.load(tmp_path / "step-1", {"optimizer": fresh})
+    assert same(
+        OptimizerState([], [fresh]).state_dict(), OptimizerState([], [optimizer]).state_dict()
+    )
+    assert torch.equal(
+        fresh.state[other.head.weight]["exp_avg"], optimizer.state[net.head.weight]["exp_avg"]
+    )
+
+
+def test_two_optimizers_of_one_parameter_are_refused() -> None:
+    """G6. Method: the same parameters given twice."""
+    net = Net()
+    twice = [torch.optim.SGD(net.parameters(), lr=1.0) for _ in range(2)]
+    with pytest.raises(UsageError, match="in two optimizers"):
+        OptimizerState([net], twice)
+
+
+def test_two_optimizers_of_different_parameters_are_one_state() -> None:
+    """G9. Method: the union of what each has."""
+    net, _ = trained(0)
+    both = [
+        torch.optim.SGD(net.head.parameters(), lr=1.0),
+        torch.optim.SGD([net.unused], lr=2.0),
+    ]
+    found = OptimizerState([net], both).state_dict()
+    assert found["param_groups.head.bias.lr"] == 1.0
+    assert found["param_groups.unused.lr"] == 2.0
+
+
+class Counter:
+    """A `Stateful` of one number, that may hold others."""
+
+    def __init__(self, count: int = 0, inner: dict[str, Any] | None = None) -> None:
+        self.count, self.inner = count, inner or {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "inner": self.inner}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.count, self.inner = state_dict["count"], state_dict["inner"]
+
+
+class Optional(Counter):
+    """As `Counter`; its count may be missing from a checkpoint."""
+
+    optional = ("count",)
+
+
+def test_objects_at_any_depth_are_asked_and_given_their_state(tmp_path: Any) -> None:
+    """G6, G9. Method: one at the top, one in a dict, one within another's state, values beside."""
+    state = {"a": Counter(1, {"n": [1, 2]}), "deep": {"b": Counter(2)}, "plain": {"x": 3}}
+    holdfast.save(tmp_path / "step-1", state)
+    a, b = Counter(inner={"n": []}), Counter()
+    target: dict[str, Any] = {"a": a, "deep": {"b": b}, "plain": {"x": 0}}
+    holdfast.load(tmp_path / "step-1", target)
+    assert (a.count, a.inner) == (1, {"n": [1, 2]})
+    assert b.count == 2
+    assert target["plain"] == {"x": 3}
+    assert target["a"] is a
+
+
+def test_a_flat_entry_adds_its_names_to_the_top() -> None:
+    """G10. Method: as TorchTitan keeps the model: no `model.` before its names."""
+    tree = StateTree({"model": nn.Linear(2, 2), "step": 7}, flat="model", others=["dataloader"])
+    assert {*tree.leaves()} == {"weight", "bias", "step"}
+    assert tree.wants(("unknown",)), "may be a parameter that the model lacks"
+    assert not tree.wants(("dataloader", "x")), "is known to be another's"
+
+
+def test_an_entry_that_may_be_missing_is_left_as_it_is_and_any_other_is_an_error(
+    tmp_path: Any,
+) -> None:
+    """G6. Method: a checkpoint without the count, for one object that can do without it and for
+    another that cannot."""
+    holdfast.save(tmp_path / "step-1", {"a": {"inner": {"x": 5}}})
+    lenient, strict = Optional(4, {"x": 0}), Counter(4, {"x": 0})
+    holdfast.load(tmp_path / "step-1", {"a": lenient})
+    assert (lenient.count, lenient.inner) == (4, {"x": 5})
+    with pytest.raises(MismatchError, match=r"`a\.count` is not in the checkpoint"):
+        holdfast.load(tmp_path / "step-1", {"a": strict})
+    assert (strict.count, strict.inner) == (4, {"x": 0})
+
+
+def draws() -> tuple[Any, ...]:
+    return (
+        torch.randn(5).tolist(),
+        [random.random() for _ in range(5)],
+        random.gauss(0, 1),
+        np.random.random(5).tolist(),
+        np.random.standard_normal(),
+    )
+
+
+def test_the_generators_go_on_bit_for_bit(tmp_path: Any) -> None:
+    """G9. Method: torch, Python and numpy, mid-stream and with a Gaussian kept in hand by each;
+    saved, other numbers drawn, loaded: the next draws are those that came after saving."""
+    torch.manual_seed(1)
+    random.seed(2)
+    np.random.seed(3)
+    random.gauss(0, 1)
+    np.random.standard_normal()
+    holdfast.save(tmp_path / "step-1", {"rng": RngState(0)})
+    expected = draws()
+    assert draws() != expected
+    holdfast.load(tmp_path / "step-1", {"rng": RngState(0)})
+    assert draws() == expected
+
+
+def test_a_rank_that_was_not_there_keeps_its_own_generators(tmp_path: Any) -> None:
+    """G9. Method: rank 3 loads what rank 0 alone has saved; nothing is drawn twice."""
+    holdfast.save(tmp_path / "step-1", {"rng": RngState(0)})
+    before = torch.get_rng_state()
+    holdfast.load(tmp_path / "step-1", {"rng": RngState(3)})
+    assert torch.equal(torch.get_rng_state(), before)

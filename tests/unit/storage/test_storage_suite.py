@@ -1,0 +1,254 @@
+"""Every store passes the shipped suite; what each of them does beyond it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from holdfast.errors import ExistsError, NotFoundError, StorageError
+from holdfast.storage.local import LocalStore
+from holdfast.storage.memory import MemoryStore
+from holdfast.storage.store import Store
+from holdfast.testing.stores import CuttingStore, PowerCut, StoreSuite, put, refuses
+
+
+class TestMemoryStore(StoreSuite):
+    """In memory."""
+
+    def new_store(self) -> Store:
+        return MemoryStore()
+
+
+class TestMemoryStoreOfLimitedSize(StoreSuite):
+    """In memory, with room for a mebibyte."""
+
+    def new_store(self) -> Store:
+        return MemoryStore(1 << 20)
+
+
+class TestCuttingStore(StoreSuite):
+    """The store that cuts the power, when it does not."""
+
+    def new_store(self) -> Store:
+        return CuttingStore(MemoryStore())
+
+
+class TestLocalStore(StoreSuite):
+    """In a folder of this machine."""
+
+    folder: Path
+
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path: Path) -> None:
+        self.folder = tmp_path
+
+    def new_store(self) -> Store:
+        return LocalStore(self.folder)
+
+
+class TestLocalStoreReachedByALink(TestLocalStore):
+    """In a folder that is reached by a symbolic link."""
+
+    def new_store(self) -> Store:
+        (self.folder / "real").mkdir()
+        (self.folder / "link").symlink_to("real")
+        return LocalStore(self.folder / "link")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one mebibyte, where this process may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.getuid() or subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_found_before_the_first_byte_is_written(small_disk: Path) -> None:
+    """G11. Method: a real tmpfs of 1 MiB and a file of 2; the caller's code never runs, the error
+    says what to do, and what was there is as it was."""
+    store = LocalStore(small_disk)
+    put(store, "kept", b"kept")
+    ran = []
+
+    def write() -> None:
+        with store.create("large", 2 << 20):
+            ran.append("the caller")
+
+    error = refuses(StorageError, write)
+    assert "No space left on device" in error.what
+    assert "df -h" in (error.hint or "")
+    assert not ran
+    assert store.read("kept", 0, 9) == b"kept"
+
+
+def test_free_space_is_what_the_file_system_says(small_disk: Path) -> None:
+    """G11. Method: a real tmpfs of 1 MiB, empty and then with half of it in use."""
+    store = LocalStore(small_disk)
+    assert store.free_bytes() == 1 << 20
+    put(store, "half", bytes(1 << 19))
+    assert store.free_bytes() == 1 << 19
+
+
+def test_a_read_only_disk_is_an_error_that_says_so(small_disk: Path) -> None:
+    """G11. Method: a real tmpfs, mounted anew as read-only; every change is refused, reading goes
+    on."""
+    store = LocalStore(small_disk)
+    store.make_folder("step-1")
+    put(store, "step-1/file", b"kept")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for change in (
+        lambda: put(store, "new", b"1"),
+        lambda: store.make_folder("folder"),
+        lambda: store.rename("step-1", "step-2"),
+        lambda: store.remove("step-1"),
+    ):
+        error = refuses(StorageError, change)
+        assert "Read-only file system" in error.what
+        assert "read-only" in (error.hint or "")
+    assert store.read("step-1/file", 0, 9) == b"kept"
+
+
+def test_a_file_where_the_folder_should_be_is_said(tmp_path: Path) -> None:
+    """G11. Method: a store whose root is a file."""
+    (tmp_path / "file").write_bytes(b"")
+    store = LocalStore(tmp_path / "file")
+    error = refuses(StorageError, lambda: store.make_folder("step-1"))
+    assert "Not a directory" in error.what
+    assert "a file stands where a folder should" in (error.hint or "")
+
+
+def test_a_folder_that_has_vanished_is_an_error_that_names_it(tmp_path: Path) -> None:
+    """G11. Method: the root removed under the store."""
+    store = LocalStore(tmp_path / "root")
+    store.make_folder("")
+    (tmp_path / "root").rmdir()
+    for change in (lambda: put(store, "new", b"1"), lambda: store.make_folder("folder")):
+        error = refuses(StorageError, change)
+        assert str(tmp_path / "root") in error.what
+        assert "mkdir -p" in (error.hint or "")
+    refuses(NotFoundError, store.list)
+
+
+def test_a_link_is_removed_and_what_it_points_to_is_not(tmp_path: Path) -> None:
+    """G5. Method: a symbolic link to a folder outside, as people make for `best`."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "file").write_bytes(b"kept")
+    store = LocalStore(tmp_path / "root")
+    store.make_folder("")
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "outside")
+    store.remove("link")
+    assert (tmp_path / "outside" / "file").read_bytes() == b"kept"
+    assert list(store.list()) == []
+
+
+def test_a_dangling_link_takes_a_name_too(tmp_path: Path) -> None:
+    """G1. Method: publishing onto a symbolic link to nowhere, which `exists` does not see."""
+    store = LocalStore(tmp_path)
+    store.make_folder("attempt")
+    (tmp_path / "step-1").symlink_to("nowhere")
+    refuses(ExistsError, lambda: store.rename("attempt", "step-1"))
+
+
+HOLDER = """
+import sys, time
+from holdfast.storage.local import LocalStore
+with LocalStore(sys.argv[1]).lock(".lock", "run 7, process of the test"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_is_refused_with_the_holders_note_and_taken_over_once_it_is_killed(
+    tmp_path: Path,
+) -> None:
+    """G11. Method: a real process that holds the lock; refused twice, so that the first refusal
+    has not wiped the note; then SIGKILL, after which the lock is free at once."""
+    store = LocalStore(tmp_path)
+    arguments = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        try:
+            assert holder.stdout.readline() == b"held\n"
+            for _ in range(2):
+                with pytest.raises(ExistsError, match="run 7, process of the test"):
+                    store.lock(".lock", "mine").__enter__()
+        finally:
+            holder.send_signal(signal.SIGKILL)
+            holder.wait()
+    with store.lock(".lock", "mine"):
+        assert (tmp_path / ".lock").read_text() == "mine"
+    assert (tmp_path / ".lock").read_text() == ""
+
+
+def test_a_full_store_in_memory_refuses_and_stays_as_it_was() -> None:
+    """G11. Method: room for ten bytes."""
+    store = MemoryStore(10)
+    put(store, "kept", b"12345678")
+    error = refuses(StorageError, lambda: put(store, "more", b"abc"))
+    assert "need 3 bytes, 2 are free" in error.what
+    assert list(store.list()) == ["kept"]
+
+
+def test_after_a_power_cut_only_what_is_durable_is_there() -> None:
+    """G2. Method: each rule of the `Store` protocol, broken one at a time."""
+    store = MemoryStore()
+    store.make_folder("named")
+    put(store, "named/synced", b"1")
+    store.sync("named")
+    put(store, "named/not synced", b"1")
+    store.make_folder("unnamed")
+    assert list(store.after_power_cut().list()) == []
+    store.sync("")
+    assert list(store.after_power_cut().list()) == ["named/", "unnamed/"]
+    assert list(store.after_power_cut().list("named")) == ["synced"]
+    store.remove("unnamed")
+    assert list(store.after_power_cut().list()) == ["named/", "unnamed/"]
+    store.rename("named", "renamed")
+    assert "renamed/" in store.after_power_cut().list()
+    assert "named/" not in store.after_power_cut().list()
+
+
+def test_bytes_of_a_file_that_was_never_ended_are_lost() -> None:
+    """G2. Method: an error inside its context, its name made durable."""
+    store = MemoryStore()
+
+    def write() -> None:
+        with store.create("file", 4) as writer:
+            writer.write(0, [b"1234"])
+            raise KeyError("killed")
+
+    refuses(KeyError, write)
+    store.sync("")
+    assert store.after_power_cut().read("file", 0, 4) == b""
+
+
+def test_the_power_goes_at_the_operation_asked_for_and_never_comes_back() -> None:
+    """G2. Method: the tool of the enumeration itself: how far each cut lets the work come."""
+
+    def work(store: Store) -> None:
+        store.make_folder("folder")
+        put(store, "folder/file", b"1")
+        store.sync("")
+
+    counted = CuttingStore(MemoryStore())
+    work(counted)
+    assert [line.split()[0] for line in counted.log] == [
+        "make_folder", "create", "write", "end", "sync"
+    ]  # fmt: skip
+    for cut_at in range(counted.num_operations):
+        store = CuttingStore(MemoryStore(), cut_at)
+        with pytest.raises(PowerCut):
+            work(store)
+        assert store.log == counted.log[: cut_at + 1]
+        with pytest.raises(PowerCut, match="no power"):
+            store.sync("")
