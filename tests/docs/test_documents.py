@@ -15,6 +15,7 @@ from typing import get_type_hints
 
 import pytest
 
+from checkpoints import save_step
 from holdfast.trainer.arguments import read_config
 from holdfast.trainer.config import Config
 from runs import kill_all, wait_for_step
@@ -61,7 +62,7 @@ def test_toml_blocks_are_configurations(name: str, text: str, tmp_path: Path) ->
 def test_every_command_is_one_that_is_run_here() -> None:
     """`./run_tests.sh` is what runs this; the others are run below."""
     ours = {c for c in commands() if not c.startswith("./run_tests.sh")}
-    assert ours == {shlex.join(shlex.split(command)) for command in TRAINING}
+    assert ours == {shlex.join(shlex.split(command)) for command in (*TRAINING, *LOOKING)}
 
 
 TRAINING = (
@@ -72,6 +73,28 @@ TRAINING = (
     "NGPU=4 CONFIG_FILE=train_configs/debug_model.toml ./run_train.sh "
     "--checkpoint.interval 10 --checkpoint.load_step 20",
 )
+
+
+LOOKING = (
+    "holdfast list outputs/checkpoint",
+    "holdfast verify outputs/checkpoint",
+    "holdfast verify outputs/checkpoint/step-20 --json",
+    "holdfast verify outputs/checkpoint --quick",
+    "holdfast version",
+)
+
+
+def test_the_commands_that_look_after_checkpoints(tmp_path: Path) -> None:
+    """Each ends well on two whole steps, and names the step that a resume takes where it should."""
+    for step in (10, 20):
+        save_step(tmp_path / "outputs/checkpoint", step)
+    for command in LOOKING:
+        words = [sys.executable, "-m", "holdfast.cli", *shlex.split(command)[1:]]
+        ran = subprocess.run(words, cwd=tmp_path, text=True, capture_output=True)
+        assert (ran.returncode, ran.stderr) == (0, ""), command
+        if command.endswith("checkpoint"):
+            assert "resume" in ran.stdout
+            assert "20" in ran.stdout
 
 
 def run_train(command: str, folder: Path, *more: str) -> subprocess.Popen[str]:

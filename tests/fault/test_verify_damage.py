@@ -302,7 +302,7 @@ def test_nothing_there_and_nothing_that_is_a_checkpoint_are_errors_of_their_own(
 
 
 def test_memory_stays_bounded_whatever_the_size(tmp_path: Path) -> None:
-    """G13: 64 MiB beside the interpreter. Method: a step of 400 MiB, verified in a process of its
+    """64 MiB beside the interpreter. Method: a step of 400 MiB, verified in a process of its
     own that may not have more than that beyond what it starts with."""
     import subprocess
     import sys

@@ -129,6 +129,13 @@ def read_manifest(store: ReadStore, name: str) -> Manifest:
     )
 
 
+def steps_in(store: ReadStore, name: str) -> list[str]:
+    """The published steps directly below a folder, oldest first, each with the folder's name."""
+    names = [one.rstrip("/") for one in store.list(name) if one.endswith("/")]
+    steps = sorted((step, one) for one in names if (step := step_of(one)) is not None)
+    return [f"{name}/{one}" for _, one in steps]
+
+
 def place(store: ReadStore, name: str) -> str:
     """A checkpoint's place, for people."""
     return f"{store.url.rstrip('/')}/{name}"

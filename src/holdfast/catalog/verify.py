@@ -103,13 +103,6 @@ def verify(target: Target) -> Report:
     return replace(report, format=form, step=report.step if report.step is not None else step)
 
 
-def steps_in(store: ReadStore, name: str) -> list[str]:
-    """The published steps directly below a folder, oldest first, each with the folder's name."""
-    names = [one.rstrip("/") for one in store.list(name) if one.endswith("/")]
-    steps = sorted((step, one) for one in names if (step := step_of(one)) is not None)
-    return [f"{name}/{one}" for _, one in steps]
-
-
 def failed(target: Target, error: HoldfastError) -> Report:
     """The report on a checkpoint that cannot even be opened."""
     index = MANIFEST if isinstance(error, DamagedError) else METADATA

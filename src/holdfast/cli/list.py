@@ -9,9 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from holdfast.catalog.catalog import open_manifest, place
+from holdfast.catalog.catalog import open_manifest, place, steps_in
 from holdfast.catalog.findings import kind_of
-from holdfast.catalog.verify import steps_in
 from holdfast.cli.terminal import parsed, say, say_json, say_table, spelled_age, spelled_bytes
 from holdfast.engine.root import open_for_reading
 from holdfast.errors import HoldfastError, NotFoundError

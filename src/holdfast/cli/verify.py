@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import tyro
 
+from holdfast.catalog.catalog import steps_in
 from holdfast.catalog.findings import Report
-from holdfast.catalog.verify import Target, failed, format_of, steps_in, verify
+from holdfast.catalog.verify import Target, failed, format_of, verify
 from holdfast.cli.terminal import parsed, progress, say, say_json, spelled_bytes
 from holdfast.engine.root import open_for_reading
 from holdfast.errors import DamagedError, HoldfastError
