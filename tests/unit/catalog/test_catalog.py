@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.catalog.catalog import Catalog, open_manifest
+from holdfast.catalog.structure import check_structure
 from holdfast.catalog.sweep import execute, plan_sweep
-from holdfast.catalog.verify import check_structure
 from holdfast.errors import DamagedError, FormatError, NotFoundError, StorageError
 from holdfast.format import manifest as manifests
 from holdfast.format.checksum import checksum
