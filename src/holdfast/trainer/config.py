@@ -192,6 +192,10 @@ class LRSchedulerConfig:
 class ParallelismConfig:
     """How the workers share the model and the data. The degrees multiply to their number."""
 
+    data_parallel_replicate_degree: int = 1
+    """Copies of weights and optimizer state, each on ranks of its own (HSDP; DDP where a copy is on
+    one rank)."""
+
     data_parallel_shard_degree: int = -1
     """Ranks that share one copy of weights and optimizer state (FSDP). -1: all that are left."""
 
@@ -219,17 +223,26 @@ class ParallelismConfig:
                 abs(math.log2(a / b)) for a, b in zip(f, given.values(), strict=True) if b != -1
             ),
         )
-        product = " x ".join(f"`{AXES[axis]}` {degree}" for axis, degree in given.items())
-        flags = (f"--parallelism.{k} {d}" for k, d in zip(AXES.values(), fitting, strict=True))
+        named = [axis for axis, d in given.items() if d != 1]
+        product = " x ".join(f"`{AXES[axis]}` {given[axis]}" for axis in named)
+        flags = (
+            f"--parallelism.{AXES[axis]} {degree}"
+            for axis, degree in zip(given, fitting, strict=True)
+            if axis in named or degree != 1
+        )
         raise UsageError(
             f"`[parallelism]` does not fit {world_size} "
-            f"{'worker' if world_size == 1 else 'workers'}: {product}"
-            + (f" = {rest}" if -1 not in given.values() else ""),
+            f"{'worker' if world_size == 1 else 'workers'}: {product or 'every degree is 1'}"
+            + (f" = {rest}" if named and -1 not in given.values() else ""),
             hint=f"the nearest that fits: {' '.join(flags)}; NGPU sets the number of workers",
         )
 
 
-AXES = {"dp_shard": "data_parallel_shard_degree", "tp": "tensor_parallel_degree"}
+AXES = {
+    "dp_replicate": "data_parallel_replicate_degree",
+    "dp_shard": "data_parallel_shard_degree",
+    "tp": "tensor_parallel_degree",
+}
 """Axis of the mesh, outermost first, to its key in `[parallelism]`."""
 
 FILLING = "data_parallel_shard_degree"
@@ -294,7 +307,7 @@ class Config:
     def check(self, world_size: int) -> None:
         """Refuse what cannot run on `world_size` workers; every reason is listed."""
         degrees = self.parallelism.degrees(world_size)
-        self.training.batch_per_rank(degrees["dp_shard"])
+        self.training.batch_per_rank(degrees["dp_replicate"] * degrees["dp_shard"])
         tp, shape = degrees["tp"], self.model.shape
         shared = {
             f"the {shape.num_heads} heads of `model.flavor` {self.model.flavor}": shape.num_heads,

@@ -15,6 +15,7 @@ here takes a count of heads or of tokens from anywhere but the tensor at hand.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,33 +25,72 @@ from torch.utils.checkpoint import checkpoint
 from holdfast.trainer.flavors import Flavor, RopeScaling
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A run of neighbouring blocks, with what stands before the first and after the last of all."""
+
+    layers: range
+    """Indices of the blocks in the whole model."""
+
+    num_layers: int
+    """Blocks of the whole model."""
+
+    @property
+    def first(self) -> bool:
+        """Whether it begins with the embedding."""
+        return self.layers.start == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether it ends with the logits."""
+        return self.layers.stop == self.num_layers
+
+
 class Transformer(nn.Module):
-    """Tokens to the logits of the tokens that follow them."""
+    """Tokens to the logits of the tokens that follow them; or a part of the way.
+
+    A part that is not the first takes what the part before it gives, of shape BTD.
+    """
 
     rope: Tensor
     """Of shape TP2."""
 
     def __init__(
-        self, flavor: Flavor, *, vocab_size: int, seq_len: int, recompute: bool = False
+        self,
+        flavor: Flavor,
+        *,
+        vocab_size: int,
+        seq_len: int,
+        recompute: bool = False,
+        part: Part | None = None,
+        positions: range | None = None,
     ) -> None:
-        """`recompute`: blocks keep their input alone and compute again in the backward pass."""
+        """`recompute`: blocks keep their input alone and compute again in the backward pass.
+        `part`: these blocks only; `positions`: of the tokens that it is given, if not all."""
         super().__init__()
         self.flavor = flavor
         self.seq_len = seq_len
-        self.tok_embeddings = nn.Embedding(vocab_size, flavor.dim)
+        self.part = part or Part(range(flavor.num_layers), flavor.num_layers)
+        self.positions = positions or range(seq_len)
+        self.tok_embeddings: nn.Module = nn.Identity()
+        if self.part.first:
+            self.tok_embeddings = nn.Embedding(vocab_size, flavor.dim)
         # Keyed by the index in the whole model, so that a pipeline stage, which holds a few of the
         # blocks, names its weights as the whole model does.
         self.layers = nn.ModuleDict(
-            {str(i): TransformerBlock(flavor, recompute) for i in range(flavor.num_layers)}
+            {str(i): TransformerBlock(flavor, recompute) for i in self.part.layers}
         )
-        self.norm = RMSNorm(flavor.dim, flavor.norm_eps)
-        self.output = nn.Linear(flavor.dim, vocab_size, bias=False)
+        self.norm: nn.Module = nn.Identity()
+        self.output: nn.Module = nn.Identity()
+        if self.part.last:
+            self.norm = RMSNorm(flavor.dim, flavor.norm_eps)
+            self.output = nn.Linear(flavor.dim, vocab_size, bias=False)
         # Follows from the configuration: no checkpoint needs it.
         self.register_buffer("rope", self.rope_table(), persistent=False)
         self.tie()
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Logits, of shape BTV."""
+        """Logits, of shape BTV; of a part that is not the last, what goes on to the next one."""
         x_BTD = self.tok_embeddings(tokens_BT)
         for layer in self.layers.values():
             x_BTD = layer(x_BTD, self.rope)
@@ -68,9 +108,10 @@ class Transformer(nn.Module):
 
     def rope_table(self) -> Tensor:
         """Cosine and sine of each position's angle, by rotary pair, on the current device."""
-        return rotary_table(
+        table_TP2 = rotary_table(
             self.seq_len, self.flavor.head_dim, self.flavor.rope_theta, self.flavor.rope_scaling
         )
+        return table_TP2[self.positions.start : self.positions.stop]
 
 
 class TransformerBlock(nn.Module):

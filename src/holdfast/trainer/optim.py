@@ -87,7 +87,11 @@ def clip_gradients(model_parts: Sequence[nn.Module], max_norm: float, place: Pla
     parameters = [p for part in model_parts for p in part.parameters()]
     norm = gradient_norm([p.grad for p in parameters if p.grad is not None], place)
     if max_norm:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        # On each rank's own pieces: torch's function wants all gradients on one mesh.
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                local_share(parameter.grad)[0].mul_(scale)
     return norm
 
 

@@ -1,11 +1,11 @@
-"""Processes, the mesh that they form, and a model spread over it."""
+"""Processes, the meshes that they form, and a model spread over them."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,14 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
-    loss_parallel,
     parallelize_module,
 )
 
@@ -44,29 +44,61 @@ class Place:
     device: torch.device
     """What it computes on."""
 
-    mesh: DeviceMesh | None = None
-    """All processes by axis; None where there is one alone."""
+    meshes: tuple[DeviceMesh, ...] = ()
+    """All processes by axis, in each of the ways that `lay_out` gives; none in a lone process."""
 
     store: Store | None = None
     """Shared by all processes before and beside the collectives; None in a lone process."""
 
+    def along(self, *axes: str) -> DeviceMesh | None:
+        """The mesh of the processes along `axes` through this one; None where it stands alone.
+
+        Leading axes of degree 1 are left out.
+        """
+        for mesh in self.meshes:
+            if set(axes) <= set(mesh.mesh_dim_names or ()):
+                while axes and mesh[axes[0]].size() == 1:
+                    axes = axes[1:]
+                return mesh[axes] if axes else None
+        return None
+
     def degree(self, axis: str) -> int:
         """Number of processes along `axis`."""
-        return 1 if self.mesh is None else self.mesh[axis].size()
+        mesh = self.along(axis)
+        return 1 if mesh is None else mesh.size()
 
-    def along(self, axis: str) -> DeviceMesh | None:
-        """The mesh of the processes along `axis` through this one; None where it stands alone."""
-        return None if self.mesh is None or self.degree(axis) == 1 else self.mesh[axis]
+    def index(self, axis: str) -> int:
+        """Which of the processes along `axis` this one is."""
+        mesh = self.along(axis)
+        return 0 if mesh is None else mesh.get_local_rank()
 
     @property
     def dp_rank(self) -> int:
         """Which share of each batch this process trains on."""
-        return 0 if self.mesh is None else self.mesh["dp_shard"].get_local_rank()
+        return self.index("dp_replicate") * self.degree("dp_shard") + self.index("dp_shard")
 
     @property
     def dp_size(self) -> int:
         """How many shares each batch has."""
-        return self.degree("dp_shard")
+        return self.degree("dp_replicate") * self.degree("dp_shard")
+
+
+def lay_out(degrees: Mapping[str, int], device: torch.device) -> tuple[DeviceMesh, ...]:
+    """The meshes of all processes: as weights lie on them, then as `[parallelism]` names the axes.
+
+    `fsdp` are the ranks that share one copy of the weights. Collective.
+    """
+    if math.prod(degrees.values()) == 1:
+        return ()
+    weights = {
+        "dp_replicate": degrees["dp_replicate"],
+        "fsdp": degrees["dp_shard"],
+        "tp": degrees["tp"],
+    }
+    return tuple(
+        init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+        for axes in (weights, dict(degrees))
+    )
 
 
 @contextmanager
@@ -94,11 +126,8 @@ def join(config: Config) -> Iterator[Place]:
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    degrees = config.parallelism.degrees(world_size)
-    mesh = None
-    if world_size > 1:
-        mesh = init_device_mesh(device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
-    yield Place(rank, world_size, device, mesh, store)
+    meshes = lay_out(config.parallelism.degrees(world_size), device)
+    yield Place(rank, world_size, device, meshes, store)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -132,8 +161,7 @@ def build_model(config: Config, place: Place, vocab_size: int) -> list[nn.Module
         )
     if (tp_mesh := place.along("tp")) is not None:
         split_matrices(model, tp_mesh)
-    if (dp_mesh := place.along("dp_shard")) is not None:
-        shard_weights(model, dp_mesh, place.device)
+    shard_weights(model, place)
     model.to_empty(device=place.device)
     init_weights(model, config.training.seed)
     model.train()
@@ -145,16 +173,18 @@ def split_matrices(model: Transformer, mesh: DeviceMesh) -> None:
 
     Between blocks each rank has a slice of the sequence; it is gathered where a block multiplies
     and scattered again where the partial sums of the ranks are added up. The logits stay cut by
-    vocabulary: see `loss_scope`.
+    vocabulary: see `gradients.loss_scope`.
     """
     sequence = Shard(1)
-    embedding = RowwiseParallel(input_layouts=Replicate(), output_layouts=sequence)
-    logits = ColwiseParallel(
-        input_layouts=sequence, output_layouts=Shard(-1), use_local_output=False
-    )
-    parallelize_module(
-        model, mesh, {"tok_embeddings": embedding, "norm": SequenceParallel(), "output": logits}
-    )
+    ends: dict[str, ParallelStyle] = {}
+    if model.part.first:
+        ends["tok_embeddings"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=sequence)
+    if model.part.last:
+        ends["norm"] = SequenceParallel()
+        ends["output"] = ColwiseParallel(
+            input_layouts=sequence, output_layouts=Shard(-1), use_local_output=False
+        )
+    parallelize_module(model, mesh, ends)
     for layer in model.layers.values():
         parallelize_module(
             layer,
@@ -180,28 +210,27 @@ def split_matrices(model: Transformer, mesh: DeviceMesh) -> None:
     model.tie()
 
 
-def shard_weights(model: Transformer, mesh: DeviceMesh, device: torch.device) -> None:
-    """FSDP: each rank holds a slice of every weight, and gathers a block when it is its turn."""
+def shard_weights(model: Transformer, place: Place) -> None:
+    """FSDP: each rank holds a slice of every weight, and gathers a block when it is its turn.
+
+    With replicas (HSDP) the slices are those of one replica, and gradients are summed over all.
+    """
+    mesh = place.along("dp_replicate", "fsdp")
+    if mesh is None:
+        return
     policy = MixedPrecisionPolicy()
-    if device.type == "cuda":
+    if place.device.type == "cuda":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.layers.values():
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     # Embedding and output together, since a tied model has one weight for both.
     fully_shard(model, mesh=mesh, mp_policy=policy)
-
-
-@contextmanager
-def loss_scope(place: Place) -> Iterator[None]:
-    """Forward, loss and backward go inside.
-
-    Takes the loss from logits cut by vocabulary without gathering them, and gives a GPU that
-    shares no weights the precision that FSDP gives the others.
-    """
-    alone_on_gpu = place.device.type == "cuda" and place.along("dp_shard") is None
-    autocast = torch.autocast("cuda", torch.bfloat16) if alone_on_gpu else nullcontext()
-    with autocast, loss_parallel() if place.along("tp") is not None else nullcontext():
-        yield
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Sums, not means: each rank's loss is its part of the whole step's. gloo has no
+            # reduction that divides too, so a factor has to be said to come after the sum.
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
 
 
 def settle_gradients(model_parts: Sequence[nn.Module]) -> None:
@@ -231,13 +260,16 @@ def local_share(tensor: Tensor) -> tuple[Tensor, int]:
     return tensor.to_local(), math.prod(n for placement, n in sizes if placement.is_replicate())
 
 
-def mean_over_data(value: Tensor, place: Place) -> float:
-    """`value`, of which each data-parallel rank has its own, averaged over them. Collective."""
-    if (mesh := place.along("dp_shard")) is None:
+def sum_over_data(value: Tensor, place: Place) -> float:
+    """The whole of `value`, of which each rank has the part of its own tokens. Collective.
+
+    Ranks that share their tokens, those of tensor parallelism, have the same part.
+    """
+    if place.world_size == 1:
         return float(value.item())
     total = value.detach().clone()
-    dist.all_reduce(total, group=mesh.get_group())
-    return float(total.item()) / mesh.size()
+    dist.all_reduce(total)
+    return float(total.item()) / place.degree("tp")
 
 
 def first_then_all(place: Place, error: Exception | None) -> None:
