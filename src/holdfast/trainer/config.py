@@ -306,6 +306,13 @@ class Config:
 
     def check(self, world_size: int) -> None:
         """Refuse what cannot run on `world_size` workers; every reason is listed."""
+        if self.checkpoint.create_seed_checkpoint and world_size != 1:
+            ones = " ".join(f"--parallelism.{key} 1" for key in AXES.values())
+            raise UsageError(
+                "`checkpoint.create_seed_checkpoint` builds the whole model on one worker, there "
+                f"are {world_size}",
+                hint=f"NGPU=1, and {ones}",
+            )
         degrees = self.parallelism.degrees(world_size)
         self.training.batch_per_rank(degrees["dp_replicate"] * degrees["dp_shard"])
         tp, shape = degrees["tp"], self.model.shape

@@ -110,7 +110,7 @@ def join(config: Config) -> Iterator[Place]:
     """
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    device = _device(int(os.environ.get("LOCAL_RANK", "0")))
+    device = _device(int(os.environ.get("LOCAL_RANK", "0")), config)
     if "RANK" not in os.environ:
         yield Place(rank, world_size, device)
         return
@@ -132,8 +132,9 @@ def join(config: Config) -> Iterator[Place]:
     dist.destroy_process_group()
 
 
-def _device(local_rank: int) -> torch.device:
-    if not torch.cuda.is_available():
+def _device(local_rank: int, config: Config) -> torch.device:
+    # A seed is the whole model, which no GPU need have room for.
+    if config.checkpoint.create_seed_checkpoint or not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise UsageError(

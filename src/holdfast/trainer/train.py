@@ -6,7 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,9 @@ def train(config: Config, place: Place) -> None:
     Collective. Raises HoldfastError on every rank where the settings, the data or a checkpoint do
     not allow it.
     """
+    if config.checkpoint.create_seed_checkpoint:
+        create_seed(config, place)
+        return
     run = build_run(config, place)
     dump_folder = Path(config.job.dump_folder)
     with CheckpointManager(
@@ -116,6 +119,20 @@ def train(config: Config, place: Place) -> None:
         finally:
             metrics.close()
     _log_end(run, config.training.steps - step, time.perf_counter() - started, manager.blocked_s)
+
+
+def create_seed(config: Config, place: Place) -> None:
+    """Save the whole model's initial weights as step 0; no data are needed.
+
+    Raises:
+        ExistsError: the folder holds steps already.
+    """
+    tokenizer = open_tokenizer(config.model.hf_assets_path)
+    model_parts = build_model(config, place, _vocab_size(config, tokenizer))
+    folder = Path(config.job.dump_folder) / config.checkpoint.folder
+    checkpoint = replace(config.checkpoint, on_save_error="raise", async_mode="disabled")
+    with CheckpointManager(folder, model=model_parts, config=checkpoint) as manager:
+        manager.save_seed()
 
 
 def build_run(config: Config, place: Place) -> Run:
