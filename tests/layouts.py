@@ -18,10 +18,10 @@ from holdfast.trainer.gradients import Gradients
 from holdfast.trainer.optim import build_optimizers, clip_gradients
 from holdfast.trainer.parallel import Place, build_model, lay_out, sum_over_data, whole
 
-VOCAB_SIZE = 130
+VOCAB_SIZE = 262
 """Not divided by 4: rows of the embedding are shared unevenly."""
 
-SMALL = Flavor(64, 2, 8, 4, 96, vocab_size=VOCAB_SIZE)
+SMALL = Flavor(64, 4, 8, 4, 96, vocab_size=VOCAB_SIZE)
 STEPS = 3
 SEQUENCES = 8
 SEQ_LEN = 16
@@ -30,6 +30,7 @@ KEYS = {
     "replicate": "data_parallel_replicate_degree",
     "shard": "data_parallel_shard_degree",
     "tp": "tensor_parallel_degree",
+    "pp": "pipeline_parallel_degree",
 }
 """Short names of degrees, as `Layout.text` has them."""
 
@@ -40,24 +41,35 @@ class Layout:
 
     text: str
     kind: str = "small"
+    schedule: str = "1F1B"
 
     def __str__(self) -> str:
-        return f"{self.text or 'alone'} {self.kind}"
+        schedule = f" {self.schedule}" if self.schedule != "1F1B" else ""
+        return f"{self.text or 'alone'}{schedule} {self.kind}"
 
-    def config(self) -> Config:
-        """A tiny run with plain SGD: AdamW would hide a gradient of the wrong scale."""
+    def config(self, *more: str) -> Config:
+        """A tiny run with plain SGD: AdamW would hide a gradient of the wrong scale.
+
+        `more` are further arguments of the command line.
+        """
         arguments = (
             f"--model.flavor {'tied' if self.kind == 'tied' else 'small'} --optimizer.name SGD "
             "--optimizer.lr 0.2 --optimizer.weight_decay 0 --training.seed 3 "
             f"--training.seq_len {SEQ_LEN} --training.local_batch_size 1 "
             f"--training.global_batch_size {SEQUENCES} --training.max_norm 0.5 "
             f"--activation_checkpoint.mode {'full' if self.kind == 'recompute' else 'none'} "
-            "--parallelism.data_parallel_shard_degree 1"
+            "--parallelism.data_parallel_shard_degree 1 "
+            f"--parallelism.pipeline_parallel_schedule {self.schedule}"
         ).split()
+        return read_config([*arguments, *self.degrees(), *more])
+
+    def degrees(self) -> list[str]:
+        """The degrees as arguments of the command line."""
+        found = []
         for word in self.text.split():
             name = word.rstrip("0123456789")
-            arguments += [f"--parallelism.{KEYS[name]}", word[len(name) :]]
-        return read_config(arguments)
+            found += [f"--parallelism.{KEYS[name]}", word[len(name) :]]
+        return found
 
 
 def add_flavors() -> None:

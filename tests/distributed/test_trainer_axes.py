@@ -21,8 +21,16 @@ ON_4 = [
     Layout("replicate4"),
     Layout("replicate2 shard2"),
     Layout("replicate2 tp2"),
+    Layout("pp4"),
+    Layout("pp2 shard2"),
+    Layout("pp2 shard2", "recompute"),
+    Layout("pp2 replicate2"),
+    Layout("pp2 tp2"),
+    Layout("pp2 shard2", schedule="GPipe"),
+    Layout("pp2 shard2", schedule="Interleaved1F1B"),
+    Layout("pp2 tp2", schedule="Interleaved1F1B"),
 ]
-ON_8 = [Layout("replicate2 shard2 tp2")]
+ON_8 = [Layout("replicate2 shard2 tp2"), Layout("shard2 tp2 pp2")]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ TOML file and the command line.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Literal
@@ -202,12 +202,26 @@ class ParallelismConfig:
     tensor_parallel_degree: int = 1
     """Ranks that share each matrix."""
 
+    pipeline_parallel_degree: int = 1
+    """Ranks that share the blocks of the model."""
+
+    pipeline_parallel_schedule: str = "1F1B"
+    """Order of a pipeline's passes: 1F1B, GPipe or Interleaved1F1B (two stages on each rank).
+    `training.local_batch_size` sequences are a microbatch."""
+
     def __post_init__(self) -> None:
+        if self.pipeline_parallel_schedule not in STAGES_PER_RANK:
+            raise _unknown_schedule(self.pipeline_parallel_schedule)
         for key in AXES.values():
             degree = getattr(self, key)
             if key == FILLING and degree == -1:
                 continue
             _at_least_one(f"parallelism.{key}", degree)
+
+    @property
+    def stages_per_rank(self) -> int:
+        """Parts of the model that each rank of a pipeline holds."""
+        return STAGES_PER_RANK[self.pipeline_parallel_schedule]
 
     def degrees(self, world_size: int) -> dict[str, int]:
         """Axis of the mesh, outermost first, to its degree; -1 is replaced by what is left."""
@@ -239,11 +253,15 @@ class ParallelismConfig:
 
 
 AXES = {
+    "pp": "pipeline_parallel_degree",
     "dp_replicate": "data_parallel_replicate_degree",
     "dp_shard": "data_parallel_shard_degree",
     "tp": "tensor_parallel_degree",
 }
 """Axis of the mesh, outermost first, to its key in `[parallelism]`."""
+
+STAGES_PER_RANK = {"1F1B": 1, "GPipe": 1, "Interleaved1F1B": 2}
+"""Schedule of a pipeline to the number of its stages on each rank."""
 
 FILLING = "data_parallel_shard_degree"
 """The one degree that may be -1."""
@@ -314,7 +332,13 @@ class Config:
                 hint=f"NGPU=1, and {ones}",
             )
         degrees = self.parallelism.degrees(world_size)
-        self.training.batch_per_rank(degrees["dp_replicate"] * degrees["dp_shard"])
+        dp_size = degrees["dp_replicate"] * degrees["dp_shard"]
+        batch = self.training.batch_per_rank(dp_size)
+        self._check_slices(degrees)
+        if degrees["pp"] > 1:
+            self._check_pipeline(degrees["pp"], batch // self.training.local_batch_size)
+
+    def _check_slices(self, degrees: Mapping[str, int]) -> None:
         tp, shape = degrees["tp"], self.model.shape
         shared = {
             f"the {shape.num_heads} heads of `model.flavor` {self.model.flavor}": shape.num_heads,
@@ -329,12 +353,53 @@ class Config:
                 f"{math.gcd(tp, *shared.values())} divides them all",
             )
 
+    def _check_pipeline(self, pp: int, num_microbatches: int) -> None:
+        shape, schedule = self.model.shape, self.parallelism.pipeline_parallel_schedule
+        num_stages = pp * self.parallelism.stages_per_rank
+        if shape.tied:
+            raise UsageError(
+                f"`model.flavor` {self.model.flavor} has one weight for its first and its last "
+                "layer, which a pipeline would keep on two ranks that never add up its gradients",
+                hint="--parallelism.pipeline_parallel_degree 1, or a flavor whose weights are "
+                "not tied",
+            )
+        if num_stages > shape.num_layers:
+            raise UsageError(
+                f"a pipeline of {num_stages} stages ({schedule} on {pp} ranks) has no more than "
+                f"the {shape.num_layers} layers of `model.flavor` {self.model.flavor}",
+                hint="a lower `parallelism.pipeline_parallel_degree`",
+            )
+        # torch's schedules refuse fewer; Interleaved1F1B goes in rounds of `pp` microbatches.
+        in_rounds = num_microbatches % pp == 0 or schedule != "Interleaved1F1B"
+        if num_microbatches < pp or not in_rounds:
+            raise UsageError(
+                f"`parallelism.pipeline_parallel_schedule` {schedule} takes "
+                f"{'at least' if in_rounds else 'a multiple of'} {pp} microbatches a step, one for "
+                f"each rank of the pipeline, found: {num_microbatches}",
+                hint="sequences per step on a data-parallel rank / `training.local_batch_size` is "
+                "the number of microbatches: raise `training.global_batch_size`",
+            )
+
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """A hint that names what `name` was probably meant to be; None where nothing is near."""
     folded = {candidate.casefold(): candidate for candidate in known}
     close = get_close_matches(name.casefold(), folded, n=1)
     return f"did you mean `{folded[close[0]]}`?" if close else None
+
+
+def _unknown_schedule(name: str) -> UsageError:
+    known = ", ".join(STAGES_PER_RANK)
+    if name in ("ZBVZeroBubble", "InterleavedZeroBubble", "DualPipeV"):
+        return UsageError(
+            f"`parallelism.pipeline_parallel_schedule` {name} takes the gradients of weights after "
+            "those of inputs, by when FSDP2 has let go of the weights: wrong without a word",
+            hint=f"one of {known}",
+        )
+    return UsageError(
+        f"`parallelism.pipeline_parallel_schedule` is one of {known}, found: {name!r}",
+        hint=nearest(name, STAGES_PER_RANK),
+    )
 
 
 def _at_least_one(key: str, value: int) -> None:

@@ -12,6 +12,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from holdfast.trainer.config import Config
 from holdfast.trainer.parallel import Place, settle_gradients, whole
+from holdfast.trainer.pipeline import Pipeline
 
 
 class Gradients:
@@ -24,6 +25,13 @@ class Gradients:
         num_microbatches = config.training.batch_per_rank(place.dp_size) // self._local_batch_size
         # Of how many equal means the loss of a step is the mean.
         self._num_losses = num_microbatches * place.dp_size
+        self._pipeline: Pipeline | None = None
+        if (mesh := place.along("pp")) is not None:
+            self._pipeline = Pipeline(
+                *(self._parts, config.parallelism, mesh, place.device),
+                num_microbatches=num_microbatches,
+                loss=self._loss,
+            )
 
     def accumulate(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """This rank's part of the step's mean loss; leaves its gradients in the model.
@@ -34,7 +42,11 @@ class Gradients:
         """
         inputs, labels = inputs.to(self._place.device), labels.to(self._place.device)
         with loss_scope(self._place):
-            total = self._one_by_one(inputs, labels)
+            if self._pipeline is None:
+                total = self._one_by_one(inputs, labels)
+            else:
+                losses = self._pipeline.run(inputs, labels)
+                total = sum(map(whole, losses), torch.zeros((), device=self._place.device))
         settle_gradients(self._parts)
         return total
 

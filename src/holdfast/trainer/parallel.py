@@ -28,6 +28,7 @@ from torch.distributed.tensor.parallel import (
 from holdfast.errors import UsageError
 from holdfast.trainer.config import Config
 from holdfast.trainer.model import Transformer
+from holdfast.trainer.pipeline import parts_of
 from holdfast.trainer.weights import init_weights
 
 
@@ -91,6 +92,7 @@ def lay_out(degrees: Mapping[str, int], device: torch.device) -> tuple[DeviceMes
     if math.prod(degrees.values()) == 1:
         return ()
     weights = {
+        "pp": degrees["pp"],
         "dp_replicate": degrees["dp_replicate"],
         "fsdp": degrees["dp_shard"],
         "tp": degrees["tp"],
@@ -150,23 +152,28 @@ def _device(local_rank: int, config: Config) -> torch.device:
 def build_model(config: Config, place: Place, vocab_size: int) -> list[nn.Module]:
     """The parts of the model that this process holds, with their initial weights.
 
-    One part for now: a pipeline stage that holds several has several. Only this process's shards
-    ever take memory.
+    One part, but where a rank of a pipeline holds several stages. Only this process's shards ever
+    take memory.
     """
-    with torch.device("meta"):
-        model = Transformer(
-            config.model.shape,
-            vocab_size=vocab_size,
-            seq_len=config.training.seq_len,
-            recompute=config.activation_checkpoint.mode == "full",
-        )
-    if (tp_mesh := place.along("tp")) is not None:
-        split_matrices(model, tp_mesh)
-    shard_weights(model, place)
-    model.to_empty(device=place.device)
-    init_weights(model, config.training.seed)
-    model.train()
-    return [model]
+    parts: list[nn.Module] = []
+    for part in parts_of(
+        config.model.shape.num_layers, config.parallelism, place.index("pp"), place.degree("pp")
+    ):
+        with torch.device("meta"):
+            model = Transformer(
+                config.model.shape,
+                vocab_size=vocab_size,
+                seq_len=config.training.seq_len,
+                recompute=config.activation_checkpoint.mode == "full",
+                part=part,
+            )
+        if (tp_mesh := place.along("tp")) is not None:
+            split_matrices(model, tp_mesh)
+        shard_weights(model, place)
+        model.to_empty(device=place.device)
+        init_weights(model, config.training.seed)
+        parts.append(model.train())
+    return parts
 
 
 def split_matrices(model: Transformer, mesh: DeviceMesh) -> None:
@@ -222,10 +229,13 @@ def shard_weights(model: Transformer, place: Place) -> None:
     policy = MixedPrecisionPolicy()
     if place.device.type == "cuda":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    # A pipeline goes through its blocks once for each microbatch: gathering them each time would
+    # cost more than keeping them.
+    reshard = place.along("pp") is None
     for layer in model.layers.values():
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     # Embedding and output together, since a tied model has one weight for both.
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Sums, not means: each rank's loss is its part of the whole step's. gloo has no
@@ -264,13 +274,23 @@ def local_share(tensor: Tensor) -> tuple[Tensor, int]:
 def sum_over_data(value: Tensor, place: Place) -> float:
     """The whole of `value`, of which each rank has the part of its own tokens. Collective.
 
-    Ranks that share their tokens, those of tensor parallelism, have the same part.
+    Ranks that share their tokens, those of tensor parallelism, have the same part; of a pipeline
+    the last rank has it, the others have nothing.
     """
     if place.world_size == 1:
         return float(value.item())
     total = value.detach().clone()
     dist.all_reduce(total)
     return float(total.item()) / place.degree("tp")
+
+
+def num_parameters(model_parts: Sequence[nn.Module], place: Place) -> int:
+    """Of the whole model, however it lies over the ranks. Collective."""
+    held = sum(p.numel() for part in model_parts for p in part.parameters())
+    total = torch.tensor(held, device=place.device)
+    if (mesh := place.along("pp")) is not None:
+        dist.all_reduce(total, group=mesh.get_group())
+    return int(total.item())
 
 
 def first_then_all(place: Place, error: Exception | None) -> None:

@@ -29,7 +29,13 @@ from holdfast.trainer.optim import (
     follow_schedules,
     restored_otherwise,
 )
-from holdfast.trainer.parallel import Place, build_model, first_then_all, sum_over_data
+from holdfast.trainer.parallel import (
+    Place,
+    build_model,
+    first_then_all,
+    num_parameters,
+    sum_over_data,
+)
 
 logger = logging.getLogger("holdfast.trainer")
 
@@ -237,7 +243,7 @@ def _vocab_size(config: Config, tokenizer: Tokenizer) -> int:
 def _log_start(
     config: Config, place: Place, model_parts: Sequence[nn.Module], tokens: Tokens
 ) -> None:
-    count = sum(p.numel() for part in model_parts for p in part.parameters())
+    count = num_parameters(model_parts, place)
     degrees = config.parallelism.degrees(place.world_size)
     logger.info("%s: %s", config.job.description, Path(config.job.dump_folder).absolute())
     logger.info(

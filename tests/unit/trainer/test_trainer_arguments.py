@@ -178,6 +178,33 @@ def test_batch_sizes_and_heads_that_do_not_divide_are_refused() -> None:
         read_config(["--parallelism.tensor_parallel_degree", "3"]).check(3)
 
 
+@pytest.mark.parametrize(
+    ("workers", "arguments", "reason"),
+    [
+        (2, "--pipeline_parallel_schedule ZBVZeroBubble", "wrong without a word"),
+        (2, "--pipeline_parallel_schedule GPip", "did you mean `GPipe`"),
+        (2, "--pipeline_parallel_degree 2", "at least 2 microbatches a step"),
+        (
+            4,
+            "--pipeline_parallel_degree 4 --pipeline_parallel_schedule Interleaved1F1B",
+            "8 stages",
+        ),
+        (2, "--pipeline_parallel_degree 2 --model.flavor 1B", "one weight for its first and"),
+    ],
+)
+def test_what_no_pipeline_can_run_is_refused_with_the_reason(
+    workers: int, arguments: str, reason: str
+) -> None:
+    """Method: settings that torch refuses late, or runs wrong."""
+    words = [
+        f"--parallelism.{word[2:]}" if word.startswith("--pipe") else word
+        for word in arguments.split()
+    ]
+    with pytest.raises(UsageError) as raised:
+        read_config(words).check(workers)
+    assert reason in str(raised.value)
+
+
 def test_help_lists_every_key_without_importing_torch() -> None:
     """Method: a real process that looks, when it ends, at what it has imported."""
     code = (
