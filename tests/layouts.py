@@ -31,6 +31,7 @@ KEYS = {
     "shard": "data_parallel_shard_degree",
     "tp": "tensor_parallel_degree",
     "pp": "pipeline_parallel_degree",
+    "cp": "context_parallel_degree",
 }
 """Short names of degrees, as `Layout.text` has them."""
 

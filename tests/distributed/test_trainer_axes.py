@@ -29,6 +29,11 @@ ON_4 = [
     Layout("pp2 shard2", schedule="GPipe"),
     Layout("pp2 shard2", schedule="Interleaved1F1B"),
     Layout("pp2 tp2", schedule="Interleaved1F1B"),
+    Layout("cp4"),
+    Layout("cp2 shard2", "recompute"),
+    Layout("cp2 replicate2"),
+    Layout("cp2 tp2"),
+    Layout("cp2 pp2"),
 ]
 ON_8 = [Layout("replicate2 shard2 tp2"), Layout("shard2 tp2 pp2")]
 

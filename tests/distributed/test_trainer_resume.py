@@ -21,6 +21,7 @@ LAYOUTS = [
     Layout("shard2 tp2"),
     Layout("pp2 shard2"),
     Layout("pp2 tp2", schedule="Interleaved1F1B"),
+    Layout("replicate2 cp2"),
 ]
 STEPS = 4
 

@@ -205,6 +205,9 @@ class ParallelismConfig:
     pipeline_parallel_degree: int = 1
     """Ranks that share the blocks of the model."""
 
+    context_parallel_degree: int = 1
+    """Ranks that share each sequence."""
+
     pipeline_parallel_schedule: str = "1F1B"
     """Order of a pipeline's passes: 1F1B, GPipe or Interleaved1F1B (two stages on each rank).
     `training.local_batch_size` sequences are a microbatch."""
@@ -256,6 +259,7 @@ AXES = {
     "pp": "pipeline_parallel_degree",
     "dp_replicate": "data_parallel_replicate_degree",
     "dp_shard": "data_parallel_shard_degree",
+    "cp": "context_parallel_degree",
     "tp": "tensor_parallel_degree",
 }
 """Axis of the mesh, outermost first, to its key in `[parallelism]`."""
@@ -339,11 +343,20 @@ class Config:
             self._check_pipeline(degrees["pp"], batch // self.training.local_batch_size)
 
     def _check_slices(self, degrees: Mapping[str, int]) -> None:
-        tp, shape = degrees["tp"], self.model.shape
+        tp, cp, shape = degrees["tp"], degrees["cp"], self.model.shape
+        seq_len = self.training.seq_len
+        if seq_len % cp:
+            raise UsageError(
+                f"`parallelism.context_parallel_degree` divides `training.seq_len` {seq_len}: {cp}",
+                hint=f"--training.seq_len {math.ceil(seq_len / (cp * tp)) * cp * tp}",
+            )
+        stretch = f"`training.seq_len` {seq_len}"
+        if cp > 1:
+            stretch += f" / `parallelism.context_parallel_degree` {cp}"
         shared = {
             f"the {shape.num_heads} heads of `model.flavor` {self.model.flavor}": shape.num_heads,
             f"its {shape.num_kv_heads} key and value heads": shape.num_kv_heads,
-            f"`training.seq_len` {self.training.seq_len}": self.training.seq_len,
+            stretch: seq_len // cp,
         }
         uneven = [what for what, count in shared.items() if count % tp]
         if uneven:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor.parallel import loss_parallel
 
 from holdfast.trainer.config import Config
+from holdfast.trainer.context import stretch_of
 from holdfast.trainer.parallel import Place, settle_gradients, whole
 from holdfast.trainer.pipeline import Pipeline
 
@@ -24,7 +25,8 @@ class Gradients:
         self._local_batch_size = config.training.local_batch_size
         num_microbatches = config.training.batch_per_rank(place.dp_size) // self._local_batch_size
         # Of how many equal means the loss of a step is the mean.
-        self._num_losses = num_microbatches * place.dp_size
+        self._num_losses = num_microbatches * place.dp_size * place.degree("cp")
+        self._stretch = stretch_of(config.training.seq_len, place.index("cp"), place.degree("cp"))
         self._pipeline: Pipeline | None = None
         if (mesh := place.along("pp")) is not None:
             self._pipeline = Pipeline(
@@ -36,11 +38,14 @@ class Gradients:
     def accumulate(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """This rank's part of the step's mean loss; leaves its gradients in the model.
 
-        `inputs` and `labels` are this rank's share of the step, which goes through the model
-        `training.local_batch_size` sequences at a time. The parts of all ranks add up to the mean
-        over every token, and so do their gradients. Collective.
+        `inputs` and `labels` are this rank's share of the step, of whose sequences it takes its
+        stretch; they go through the model `training.local_batch_size` at a time. The parts of all
+        ranks add up to the mean over every token, and so do their gradients. Collective.
         """
-        inputs, labels = inputs.to(self._place.device), labels.to(self._place.device)
+        inputs, labels = (
+            tokens[:, self._stretch.start : self._stretch.stop].to(self._place.device)
+            for tokens in (inputs, labels)
+        )
         with loss_scope(self._place):
             if self._pipeline is None:
                 total = self._one_by_one(inputs, labels)

@@ -15,6 +15,7 @@ here takes a count of heads or of tokens from anywhere but the tensor at hand.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from holdfast.trainer.flavors import Flavor, RopeScaling
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values to what the queries find."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +145,12 @@ class TransformerBlock(nn.Module):
 class Attention(nn.Module):
     """Causal attention, several query heads to each key and value head."""
 
+    attend: Attend
+    """Context parallelism puts its own in the place of `attend`."""
+
     def __init__(self, flavor: Flavor) -> None:
         super().__init__()
+        self.attend = attend
         self.head_dim = flavor.head_dim
         query_dim = flavor.num_heads * flavor.head_dim
         kv_dim = flavor.num_kv_heads * flavor.head_dim
@@ -157,15 +165,16 @@ class Attention(nn.Module):
         v_BTKE = self.wv(x_BTD).unflatten(-1, (-1, self.head_dim))
         q_BTHE = rotate(q_BTHE, rope_TP2)
         k_BTKE = rotate(k_BTKE, rope_TP2)
-        out_BHTE = F.scaled_dot_product_attention(
-            q_BTHE.transpose(1, 2),
-            k_BTKE.transpose(1, 2),
-            v_BTKE.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=True,
+        out_BHTE = self.attend(
+            q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
         )
         out_BTD: Tensor = self.wo(out_BHTE.transpose(1, 2).flatten(2))
         return out_BTD
+
+
+def attend(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
+    """Causal attention, of shape BHTE."""
+    return F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=True)
 
 
 class FeedForward(nn.Module):

@@ -27,7 +27,8 @@ from torch.distributed.tensor.parallel import (
 
 from holdfast.errors import UsageError
 from holdfast.trainer.config import Config
-from holdfast.trainer.model import Transformer
+from holdfast.trainer.context import attend_across, stretch_of
+from holdfast.trainer.model import Attention, Transformer
 from holdfast.trainer.pipeline import parts_of
 from holdfast.trainer.weights import init_weights
 
@@ -87,14 +88,15 @@ class Place:
 def lay_out(degrees: Mapping[str, int], device: torch.device) -> tuple[DeviceMesh, ...]:
     """The meshes of all processes: as weights lie on them, then as `[parallelism]` names the axes.
 
-    `fsdp` are the ranks that share one copy of the weights. Collective.
+    `fsdp` are the ranks that share one copy of the weights: those that share the sequences too,
+    which have as little reason to keep a copy each as those that share the batch. Collective.
     """
     if math.prod(degrees.values()) == 1:
         return ()
     weights = {
         "pp": degrees["pp"],
         "dp_replicate": degrees["dp_replicate"],
-        "fsdp": degrees["dp_shard"],
+        "fsdp": degrees["dp_shard"] * degrees["cp"],
         "tp": degrees["tp"],
     }
     return tuple(
@@ -156,6 +158,8 @@ def build_model(config: Config, place: Place, vocab_size: int) -> list[nn.Module
     take memory.
     """
     parts: list[nn.Module] = []
+    cp_mesh, tp_mesh = place.along("cp"), place.along("tp")
+    seq_len = config.training.seq_len
     for part in parts_of(
         config.model.shape.num_layers, config.parallelism, place.index("pp"), place.degree("pp")
     ):
@@ -163,11 +167,15 @@ def build_model(config: Config, place: Place, vocab_size: int) -> list[nn.Module
             model = Transformer(
                 config.model.shape,
                 vocab_size=vocab_size,
-                seq_len=config.training.seq_len,
+                seq_len=seq_len,
                 recompute=config.activation_checkpoint.mode == "full",
                 part=part,
+                positions=stretch_of(seq_len, place.index("cp"), place.degree("cp")),
             )
-        if (tp_mesh := place.along("tp")) is not None:
+        if cp_mesh is not None:
+            for attention in (m for m in model.modules() if isinstance(m, Attention)):
+                attention.attend = attend_across(cp_mesh)
+        if tp_mesh is not None:
             split_matrices(model, tp_mesh)
         shard_weights(model, place)
         model.to_empty(device=place.device)

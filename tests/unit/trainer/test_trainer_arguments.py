@@ -190,15 +190,15 @@ def test_batch_sizes_and_heads_that_do_not_divide_are_refused() -> None:
             "8 stages",
         ),
         (2, "--pipeline_parallel_degree 2 --model.flavor 1B", "one weight for its first and"),
+        (3, "--context_parallel_degree 3", "divides `training.seq_len` 2048: 3"),
     ],
 )
-def test_what_no_pipeline_can_run_is_refused_with_the_reason(
+def test_what_no_layout_can_run_is_refused_with_the_reason(
     workers: int, arguments: str, reason: str
 ) -> None:
     """Method: settings that torch refuses late, or runs wrong."""
     words = [
-        f"--parallelism.{word[2:]}" if word.startswith("--pipe") else word
-        for word in arguments.split()
+        f"--parallelism.{word[2:]}" if "parallel" in word else word for word in arguments.split()
     ]
     with pytest.raises(UsageError) as raised:
         read_config(words).check(workers)
