@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from holdfast.trainer.arguments import read_config
 from holdfast.trainer.config import Config
-from holdfast.trainer.flavors import MODELS, Flavor
+from holdfast.trainer.flavors import MODELS, ExpertFlavor, Flavor
 from holdfast.trainer.gradients import Gradients
 from holdfast.trainer.optim import build_optimizers, clip_gradients
 from holdfast.trainer.parallel import Place, build_model, lay_out, sum_over_data, whole
@@ -22,6 +22,7 @@ VOCAB_SIZE = 262
 """Not divided by 4: rows of the embedding are shared unevenly."""
 
 SMALL = Flavor(64, 4, 8, 4, 96, vocab_size=VOCAB_SIZE)
+EXPERTS = replace(SMALL, head_width=16, head_norm=True, experts=ExpertFlavor(8, 2, 32))
 STEPS = 3
 SEQUENCES = 8
 SEQ_LEN = 16
@@ -32,6 +33,7 @@ KEYS = {
     "tp": "tensor_parallel_degree",
     "pp": "pipeline_parallel_degree",
     "cp": "context_parallel_degree",
+    "ep": "expert_parallel_degree",
 }
 """Short names of degrees, as `Layout.text` has them."""
 
@@ -54,11 +56,12 @@ class Layout:
         `more` are further arguments of the command line.
         """
         arguments = (
+            f"--model.name {'qwen3_moe' if 'experts' in self.kind else 'llama3'} "
             f"--model.flavor {'tied' if self.kind == 'tied' else 'small'} --optimizer.name SGD "
             "--optimizer.lr 0.2 --optimizer.weight_decay 0 --training.seed 3 "
             f"--training.seq_len {SEQ_LEN} --training.local_batch_size 1 "
             f"--training.global_batch_size {SEQUENCES} --training.max_norm 0.5 "
-            f"--activation_checkpoint.mode {'full' if self.kind == 'recompute' else 'none'} "
+            f"--activation_checkpoint.mode {'full' if 'recompute' in self.kind else 'none'} "
             "--parallelism.data_parallel_shard_degree 1 "
             f"--parallelism.pipeline_parallel_schedule {self.schedule}"
         ).split()
@@ -76,6 +79,7 @@ class Layout:
 def add_flavors() -> None:
     """Make the tiny models known by name, in this process."""
     MODELS["llama3"]["small"] = SMALL
+    MODELS["qwen3_moe"]["small"] = EXPERTS
     MODELS["llama3"]["tied"] = replace(SMALL, tied=True)
 
 
@@ -86,7 +90,8 @@ def place_of(config: Config) -> Place:
         return Place(0, 1, device)
     size = dist.get_world_size()
     config.check(size)
-    meshes = lay_out(config.parallelism.degrees(size), device)
+    ep = config.parallelism.expert_parallel_degree
+    meshes = lay_out(config.parallelism.degrees(size), device, ep)
     return Place(dist.get_rank(), size, device, meshes)
 
 

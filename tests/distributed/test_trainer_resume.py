@@ -22,6 +22,8 @@ LAYOUTS = [
     Layout("pp2 shard2"),
     Layout("pp2 tp2", schedule="Interleaved1F1B"),
     Layout("replicate2 cp2"),
+    Layout("shard2 cp2 ep2", "experts"),
+    Layout("pp2 shard2 ep2", "experts"),
 ]
 STEPS = 4
 

@@ -38,11 +38,12 @@ class JobConfig:
 class ModelConfig:
     """Which model is trained."""
 
-    name: Literal["llama3"] = "llama3"
-    """Family of the model."""
+    name: Literal["llama3", "qwen3_moe"] = "llama3"
+    """Family of the model; qwen3_moe has experts."""
 
     flavor: str = "debugmodel"
-    """Size of the model: debugmodel, 1B, 3B, 8B, 70B or 405B."""
+    """Size of the model. llama3: debugmodel, 1B, 3B, 8B, 70B or 405B.
+    qwen3_moe: debugmodel, 30B-A3B or 235B-A22B."""
 
     hf_assets_path: str | None = None
     """Folder with a `tokenizer.json`; without one, text is read as bytes."""
@@ -208,6 +209,10 @@ class ParallelismConfig:
     context_parallel_degree: int = 1
     """Ranks that share each sequence."""
 
+    expert_parallel_degree: int = 1
+    """Ranks that share the experts of a block, among those of the shard, context and tensor
+    degrees: it is a part of their product and no factor beside them."""
+
     pipeline_parallel_schedule: str = "1F1B"
     """Order of a pipeline's passes: 1F1B, GPipe or Interleaved1F1B (two stages on each rank).
     `training.local_batch_size` sequences are a microbatch."""
@@ -215,7 +220,7 @@ class ParallelismConfig:
     def __post_init__(self) -> None:
         if self.pipeline_parallel_schedule not in STAGES_PER_RANK:
             raise _unknown_schedule(self.pipeline_parallel_schedule)
-        for key in AXES.values():
+        for key in (*AXES.values(), "expert_parallel_degree"):
             degree = getattr(self, key)
             if key == FILLING and degree == -1:
                 continue
@@ -329,7 +334,8 @@ class Config:
     def check(self, world_size: int) -> None:
         """Refuse what cannot run on `world_size` workers; every reason is listed."""
         if self.checkpoint.create_seed_checkpoint and world_size != 1:
-            ones = " ".join(f"--parallelism.{key} 1" for key in AXES.values())
+            keys = (*AXES.values(), "expert_parallel_degree")
+            ones = " ".join(f"--parallelism.{key} 1" for key in keys)
             raise UsageError(
                 "`checkpoint.create_seed_checkpoint` builds the whole model on one worker, there "
                 f"are {world_size}",
@@ -339,6 +345,7 @@ class Config:
         dp_size = degrees["dp_replicate"] * degrees["dp_shard"]
         batch = self.training.batch_per_rank(dp_size)
         self._check_slices(degrees)
+        self._check_experts(degrees)
         if degrees["pp"] > 1:
             self._check_pipeline(degrees["pp"], batch // self.training.local_batch_size)
 
@@ -364,6 +371,26 @@ class Config:
                 f"`parallelism.tensor_parallel_degree` divides {', '.join(uneven)}: {tp}",
                 hint="--parallelism.tensor_parallel_degree "
                 f"{math.gcd(tp, *shared.values())} divides them all",
+            )
+
+    def _check_experts(self, degrees: Mapping[str, int]) -> None:
+        ep, experts = self.parallelism.expert_parallel_degree, self.model.shape.experts
+        if ep == 1:
+            return
+        if experts is None:
+            raise UsageError(
+                f"`parallelism.expert_parallel_degree` {ep}: `model.name` {self.model.name} has no "
+                "experts",
+                hint="--parallelism.expert_parallel_degree 1, or --model.name qwen3_moe",
+            )
+        sharing = degrees["dp_shard"] * degrees["cp"] * degrees["tp"]
+        if sharing % ep or experts.num_experts % ep:
+            raise UsageError(
+                "`parallelism.expert_parallel_degree` divides the product of the shard, context "
+                f"and tensor degrees {sharing}, and the {experts.num_experts} experts of a block: "
+                f"{ep}",
+                hint="--parallelism.expert_parallel_degree "
+                f"{math.gcd(ep, sharing, experts.num_experts)} divides both",
             )
 
     def _check_pipeline(self, pp: int, num_microbatches: int) -> None:

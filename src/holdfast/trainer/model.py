@@ -1,4 +1,4 @@
-"""A Llama-3-shaped decoder, its weights under Meta's names.
+"""A decoder shaped as Llama 3's or Qwen3's, its weights under Meta's names.
 
 Shapes are part of a tensor's name, one letter per dim:
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from holdfast.trainer.flavors import Flavor, RopeScaling
+from holdfast.trainer.moe import MixtureOfExperts
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values to what the queries find."""
@@ -127,7 +128,10 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(flavor.dim, flavor.norm_eps)
         self.attention = Attention(flavor)
         self.ffn_norm = RMSNorm(flavor.dim, flavor.norm_eps)
-        self.feed_forward = FeedForward(flavor)
+        if flavor.experts is None:
+            self.feed_forward = FeedForward(flavor)
+        else:
+            self.moe = MixtureOfExperts(flavor.dim, flavor.experts)
 
     def forward(self, x_BTD: Tensor, rope_TP2: Tensor) -> Tensor:
         # Inside the block, so that names and FSDP's hooks, which go around it, stay as they are.
@@ -138,7 +142,8 @@ class TransformerBlock(nn.Module):
 
     def compute(self, x_BTD: Tensor, rope_TP2: Tensor) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_TP2)
-        out_BTD: Tensor = x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
+        widened = self.feed_forward if hasattr(self, "feed_forward") else self.moe
+        out_BTD: Tensor = x_BTD + widened(self.ffn_norm(x_BTD))
         return out_BTD
 
 
@@ -158,13 +163,18 @@ class Attention(nn.Module):
         self.wk = nn.Linear(flavor.dim, kv_dim, bias=False)
         self.wv = nn.Linear(flavor.dim, kv_dim, bias=False)
         self.wo = nn.Linear(query_dim, flavor.dim, bias=False)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if flavor.head_norm:
+            self.q_norm = RMSNorm(flavor.head_dim, flavor.norm_eps)
+            self.k_norm = RMSNorm(flavor.head_dim, flavor.norm_eps)
 
     def forward(self, x_BTD: Tensor, rope_TP2: Tensor) -> Tensor:
         q_BTHE = self.wq(x_BTD).unflatten(-1, (-1, self.head_dim))
         k_BTKE = self.wk(x_BTD).unflatten(-1, (-1, self.head_dim))
         v_BTKE = self.wv(x_BTD).unflatten(-1, (-1, self.head_dim))
-        q_BTHE = rotate(q_BTHE, rope_TP2)
-        k_BTKE = rotate(k_BTKE, rope_TP2)
+        q_BTHE = rotate(self.q_norm(q_BTHE), rope_TP2)
+        k_BTKE = rotate(self.k_norm(k_BTKE), rope_TP2)
         out_BHTE = self.attend(
             q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
         )

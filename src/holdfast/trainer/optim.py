@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from holdfast.trainer.config import LRSchedulerConfig, OptimizerConfig
@@ -18,13 +19,21 @@ from holdfast.trainer.parallel import Place, local_share
 def build_optimizers(
     model_parts: Sequence[nn.Module], config: OptimizerConfig
 ) -> list[torch.optim.Optimizer]:
-    """One optimizer for each part of the model."""
+    """One optimizer for each part of the model, and each mesh that its weights lie on.
+
+    Experts lie on a mesh of their own, and no kernel takes tensors of several meshes at once.
+    """
     settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.name != "SGD":
         # Fused: on sharded weights the unfused loop spends its time in dispatch, not arithmetic.
         settings |= {"betas": config.adam_betas, "eps": config.eps, "fused": True}
     kind = getattr(torch.optim, config.name)
-    return [kind(part.parameters(), **settings) for part in model_parts]
+    together: dict[object, list[nn.Parameter]] = {}
+    for number, part in enumerate(model_parts):
+        for parameter in part.parameters():
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            together.setdefault((number, mesh), []).append(parameter)
+    return [kind(parameters, **settings) for parameters in together.values()]
 
 
 def build_schedulers(

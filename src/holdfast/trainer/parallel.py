@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from holdfast.errors import UsageError
 from holdfast.trainer.config import Config
 from holdfast.trainer.context import attend_across, stretch_of
 from holdfast.trainer.model import Attention, Transformer
+from holdfast.trainer.moe import Experts
 from holdfast.trainer.pipeline import parts_of
 from holdfast.trainer.weights import init_weights
 
@@ -52,14 +54,15 @@ class Place:
     store: Store | None = None
     """Shared by all processes before and beside the collectives; None in a lone process."""
 
-    def along(self, *axes: str) -> DeviceMesh | None:
-        """The mesh of the processes along `axes` through this one; None where it stands alone.
+    def along(self, *axes: str, or_alone: bool = False) -> DeviceMesh | None:
+        """The mesh of the processes along `axes` through this one.
 
-        Leading axes of degree 1 are left out.
+        Leading axes of degree 1 are left out. Where none is left, None; with `or_alone` the last
+        one, unless this is a lone process.
         """
         for mesh in self.meshes:
             if set(axes) <= set(mesh.mesh_dim_names or ()):
-                while axes and mesh[axes[0]].size() == 1:
+                while axes and mesh[axes[0]].size() == 1 and not (or_alone and len(axes) == 1):
                     axes = axes[1:]
                 return mesh[axes] if axes else None
         return None
@@ -85,11 +88,15 @@ class Place:
         return self.degree("dp_replicate") * self.degree("dp_shard")
 
 
-def lay_out(degrees: Mapping[str, int], device: torch.device) -> tuple[DeviceMesh, ...]:
-    """The meshes of all processes: as weights lie on them, then as `[parallelism]` names the axes.
+def lay_out(degrees: Mapping[str, int], device: torch.device, ep: int) -> tuple[DeviceMesh, ...]:
+    """The meshes of all processes: as weights lie on them, as experts do, and as `[parallelism]`
+    names the axes.
 
     `fsdp` are the ranks that share one copy of the weights: those that share the sequences too,
-    which have as little reason to keep a copy each as those that share the batch. Collective.
+    which have as little reason to keep a copy each as those that share the batch. Experts are
+    shared by all ranks that have tokens of their own, which between the blocks those of tensor
+    parallelism have too: `ep` neighbours have different experts, and the `fsdp_of_experts` share
+    the weights of each. Collective.
     """
     if math.prod(degrees.values()) == 1:
         return ()
@@ -99,9 +106,15 @@ def lay_out(degrees: Mapping[str, int], device: torch.device) -> tuple[DeviceMes
         "fsdp": degrees["dp_shard"] * degrees["cp"],
         "tp": degrees["tp"],
     }
+    experts = {
+        "pp": degrees["pp"],
+        "dp_replicate": degrees["dp_replicate"],
+        "fsdp_of_experts": degrees["dp_shard"] * degrees["cp"] * degrees["tp"] // ep,
+        "ep": ep,
+    }
     return tuple(
         init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-        for axes in (weights, dict(degrees))
+        for axes in (weights, experts, dict(degrees))
     )
 
 
@@ -130,7 +143,8 @@ def join(config: Config) -> Iterator[Place]:
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    meshes = lay_out(config.parallelism.degrees(world_size), device)
+    ep = config.parallelism.expert_parallel_degree
+    meshes = lay_out(config.parallelism.degrees(world_size), device, ep)
     yield Place(rank, world_size, device, meshes, store)
     dist.barrier()
     dist.destroy_process_group()
@@ -177,6 +191,9 @@ def build_model(config: Config, place: Place, vocab_size: int) -> list[nn.Module
                 attention.attend = attend_across(cp_mesh)
         if tp_mesh is not None:
             split_matrices(model, tp_mesh)
+        if (ep_mesh := place.along("ep")) is not None:
+            for experts in (m for m in model.modules() if isinstance(m, Experts)):
+                experts.share(ep_mesh)
         shard_weights(model, place)
         model.to_empty(device=place.device)
         init_weights(model, config.training.seed)
@@ -201,6 +218,26 @@ def split_matrices(model: Transformer, mesh: DeviceMesh) -> None:
             input_layouts=sequence, output_layouts=Shard(-1), use_local_output=False
         )
     parallelize_module(model, mesh, ends)
+    local = PrepareModuleInput(
+        input_layouts=(sequence,), desired_input_layouts=(sequence,), use_local_output=True
+    )
+    widened: dict[str, ParallelStyle] = {
+        "feed_forward": PrepareModuleInput(
+            input_layouts=(sequence,), desired_input_layouts=(Replicate(),)
+        ),
+        "feed_forward.w1": ColwiseParallel(),
+        "feed_forward.w3": ColwiseParallel(),
+        "feed_forward.w2": RowwiseParallel(output_layouts=sequence),
+    }
+    if model.flavor.experts is not None:
+        # Each rank sends the tokens of its slice to their experts: see `moe.Experts.share`.
+        widened = {
+            "moe": local,
+            "moe.router.gate": SequenceParallel(sequence_dim=0, use_local_output=True),
+        }
+    if model.flavor.head_norm:
+        heads = SequenceParallel(sequence_dim=2, use_local_output=True)
+        widened |= {"attention.q_norm": heads, "attention.k_norm": heads}
     for layer in model.layers.values():
         parallelize_module(
             layer,
@@ -215,12 +252,7 @@ def split_matrices(model: Transformer, mesh: DeviceMesh) -> None:
                 "attention.wv": ColwiseParallel(),
                 "attention.wo": RowwiseParallel(output_layouts=sequence),
                 "ffn_norm": SequenceParallel(),
-                "feed_forward": PrepareModuleInput(
-                    input_layouts=(sequence,), desired_input_layouts=(Replicate(),)
-                ),
-                "feed_forward.w1": ColwiseParallel(),
-                "feed_forward.w3": ColwiseParallel(),
-                "feed_forward.w2": RowwiseParallel(output_layouts=sequence),
+                **widened,
             },
         )
     model.tie()
@@ -231,25 +263,42 @@ def shard_weights(model: Transformer, place: Place) -> None:
 
     With replicas (HSDP) the slices are those of one replica, and gradients are summed over all.
     """
-    mesh = place.along("dp_replicate", "fsdp")
-    if mesh is None:
-        return
-    policy = MixedPrecisionPolicy()
+    settings: dict[str, Any] = {
+        # A pipeline goes through its blocks once for each microbatch: gathering them each time
+        # would cost more than keeping them.
+        "reshard_after_forward": place.along("pp") is None,
+        "mp_policy": MixedPrecisionPolicy(),
+    }
     if place.device.type == "cuda":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    # A pipeline goes through its blocks once for each microbatch: gathering them each time would
-    # cost more than keeping them.
-    reshard = place.along("pp") is None
-    for layer in model.layers.values():
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    # Embedding and output together, since a tied model has one weight for both.
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        settings["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    mesh = place.along("dp_replicate", "fsdp")
+    # Where each rank has its experts for itself, the block around must not take them for its own.
+    experts_mesh = place.along("dp_replicate", "fsdp_of_experts", or_alone=mesh is not None)
+    for experts in (m for m in model.modules() if isinstance(m, Experts)):
+        if experts_mesh is not None:
+            placement = _placement_of_experts(experts, experts_mesh.size(-1))
+            fully_shard(experts, mesh=experts_mesh, shard_placement_fn=placement, **settings)
+    if mesh is not None:
+        for layer in model.layers.values():
+            fully_shard(layer, mesh=mesh, **settings)
+        # Embedding and output together, since a tied model has one weight for both.
+        fully_shard(model, mesh=mesh, **settings)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Sums, not means: each rank's loss is its part of the whole step's. gloo has no
             # reduction that divides too, so a factor has to be said to come after the sum.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+
+
+def _placement_of_experts(experts: Experts, degree: int) -> Callable[[nn.Parameter], Shard]:
+    """By expert where that is even, else by rows where that is, so that no rank stands idle."""
+    num_local = experts.num_local
+
+    def placement(weight: nn.Parameter) -> Shard:
+        return Shard(1 if num_local % degree and weight.shape[1] % degree == 0 else 0)
+
+    return placement
 
 
 def settle_gradients(model_parts: Sequence[nn.Module]) -> None:
