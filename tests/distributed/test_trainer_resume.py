@@ -25,6 +25,7 @@ LAYOUTS = [
     Layout("shard2 cp2 ep2", "experts"),
     Layout("pp2 shard2 ep2", "experts"),
 ]
+ALONE = [Layout("", "small"), Layout("", "experts")]
 STEPS = 4
 
 
@@ -54,7 +55,7 @@ def run_all(rank: int, size: int, layouts: list[Layout], folder: Path) -> None:
         for name in ("whole", "halves"):
             out = folder / str(layout) / name
             if rank == 0:
-                shutil.copytree(folder / "seed", out)
+                shutil.copytree(folder / f"{layout.kind} seed", out)
             if size > 1:
                 dist.barrier()
             if name == "halves":
@@ -76,9 +77,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every layout's runs, each from the same seed checkpoint, made with another `training.seed`
     than theirs."""
     made = tmp_path_factory.mktemp("runs")
-    run_processes(1, seed, Layout(""), made / "seed")
-    (made / "seed" / "text.txt").write_text(Path(__file__).read_text())
-    run_processes(1, run_all, [Layout("")], made)
+    for layout in ALONE:
+        begun = made / f"{layout.kind} seed"
+        run_processes(1, seed, layout, begun)
+        (begun / "text.txt").write_text(Path(__file__).read_text())
+    run_processes(1, run_all, ALONE, made)
     run_processes(4, run_all, LAYOUTS, made)
     return made
 
@@ -96,7 +99,7 @@ def contents(folder: Path, step: int = STEPS) -> dict[str, Any]:
     return tensors | {name: checkpoint.value(name) for name in checkpoint.manifest.values}
 
 
-@pytest.mark.parametrize("layout", [Layout(""), *LAYOUTS], ids=str)
+@pytest.mark.parametrize("layout", [*ALONE, *LAYOUTS], ids=str)
 def test_a_run_in_two_halves_ends_with_the_bits_of_one_at_once(
     layout: Layout, folder: Path
 ) -> None:
@@ -114,7 +117,7 @@ def test_a_run_in_two_halves_ends_with_the_bits_of_one_at_once(
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_starts_from_a_seed_with_the_same_loss(layout: Layout, folder: Path) -> None:
     """Method: the first loss against that of one process, from one seed; the same data follow."""
-    alone = losses(folder / str(Layout("")) / "whole")
+    alone = losses(folder / str(Layout("", layout.kind)) / "whole")
     found = losses(folder / str(layout) / "whole")
     assert found[1] == pytest.approx(alone[1], abs=1e-5)
     assert found == pytest.approx(alone, abs=1e-3)
