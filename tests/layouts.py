@@ -23,7 +23,7 @@ VOCAB_SIZE = 262
 
 SMALL = Flavor(64, 4, 8, 4, 96, vocab_size=VOCAB_SIZE)
 EXPERTS = replace(SMALL, head_width=16, head_norm=True, experts=ExpertFlavor(8, 2, 32))
-STEPS = 3
+STEPS = 2
 SEQUENCES = 8
 SEQ_LEN = 16
 

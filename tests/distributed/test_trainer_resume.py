@@ -25,6 +25,15 @@ LAYOUTS = [
     Layout("shard2 cp2 ep2", "experts"),
     Layout("pp2 shard2 ep2", "experts"),
 ]
+pytestmark = pytest.mark.timeout(400)  # one start of the ranks makes many runs
+
+MOVES = [
+    (Layout("replicate2 shard2"), Layout("pp2 tp2", schedule="Interleaved1F1B")),
+    (Layout("shard2 tp2"), Layout("replicate2 cp2")),
+    (Layout("pp2 shard2 ep2", "experts"), Layout("shard2 cp2 ep2", "experts")),
+]
+"""Where the first half of a run took place, and where the second does."""
+
 ALONE = [Layout("", "small"), Layout("", "experts")]
 STEPS = 4
 
@@ -63,6 +72,18 @@ def run_all(rank: int, size: int, layouts: list[Layout], folder: Path) -> None:
             run(layout, out, steps=STEPS)
 
 
+def move_all(rank: int, size: int, moves: list[tuple[Layout, Layout]], folder: Path) -> None:
+    """Each layout's run up to the half, then as another one's."""
+    add_flavors()
+    for before, after in moves:
+        out = folder / f"{before} then {after}"
+        if rank == 0:
+            later = shutil.ignore_patterns(f"step-{STEPS}", "metrics.jsonl")
+            shutil.copytree(folder / str(before) / "halves", out, ignore=later)
+        dist.barrier()
+        run(after, out, steps=STEPS)
+
+
 def seed(rank: int, size: int, layout: Layout, folder: Path) -> None:
     add_flavors()
     config = layout.config(
@@ -82,7 +103,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_processes(1, seed, layout, begun)
         (begun / "text.txt").write_text(Path(__file__).read_text())
     run_processes(1, run_all, ALONE, made)
-    run_processes(4, run_all, LAYOUTS, made)
+    run_processes(4, run_all, LAYOUTS, made, timeout_s=300)
+    run_processes(4, move_all, MOVES, made, timeout_s=300)
     return made
 
 
@@ -121,3 +143,19 @@ def test_every_layout_starts_from_a_seed_with_the_same_loss(layout: Layout, fold
     found = losses(folder / str(layout) / "whole")
     assert found[1] == pytest.approx(alone[1], abs=1e-5)
     assert found == pytest.approx(alone, abs=1e-3)
+
+
+@pytest.mark.parametrize(("before", "after"), MOVES, ids=str)
+def test_a_run_goes_on_as_another_layout_with_the_next_samples(
+    before: Layout, after: Layout, folder: Path
+) -> None:
+    """G9: the second half of a run on other axes. Method: losses against those of one process, the
+    position in the data against the run that stayed."""
+    moved = folder / f"{before} then {after}"
+    found, alone = losses(moved), losses(folder / str(Layout("", before.kind)) / "whole")
+    assert sorted(found) == [STEPS // 2 + 1, STEPS]
+    assert found == pytest.approx({step: alone[step] for step in found}, abs=1e-3)
+    stayed = contents(folder / str(before) / "whole")
+    for name, value in contents(moved).items():
+        if name.startswith(("dataloader.", "train_state.")):
+            assert value == stayed[name], name
