@@ -270,7 +270,10 @@ def shard_weights(model: Transformer, place: Place) -> None:
         "mp_policy": MixedPrecisionPolicy(),
     }
     if place.device.type == "cuda":
-        settings["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        # Inputs stay as they are: hidden states are bfloat16 already, rotary angles need float32.
+        settings["mp_policy"] = MixedPrecisionPolicy(
+            torch.bfloat16, torch.float32, cast_forward_inputs=False
+        )
     mesh = place.along("dp_replicate", "fsdp")
     # Where each rank has its experts for itself, the block around must not take them for its own.
     experts_mesh = place.along("dp_replicate", "fsdp_of_experts", or_alone=mesh is not None)
