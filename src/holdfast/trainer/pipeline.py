@@ -24,8 +24,9 @@ def parts_of(num_layers: int, config: ParallelismConfig, index: int, degree: int
     """What rank `index` of a pipeline of `degree` holds: one part, or one for each round trip.
 
     Stages go to the ranks in turn: stage 0 to rank 0, 1 to rank 1, and so on, then round again.
+    A rank on its own holds the whole model, whatever the schedule.
     """
-    num_stages = degree * config.stages_per_rank
+    num_stages = degree * config.stages_per_rank if degree > 1 else 1
     bounds = [stage * num_layers // num_stages for stage in range(num_stages + 1)]
     return [
         Part(range(bounds[stage], bounds[stage + 1]), num_layers)
