@@ -35,11 +35,11 @@ class Finding:
     """Of the tensor: which of its checksums does not hold."""
 
     def __str__(self) -> str:
-        entry = f" `{self.entry}`" if self.entry else ""
-        block = f" block {self.block}" if self.block is not None else ""
-        # What is said of the place itself goes on its sentence; what is found there stands apart.
-        goes_on = self.what.startswith(("is ", "has ", "reaches "))
-        return f"`{self.file}`{entry}{block}{'' if goes_on else ':'} {self.what}"
+        about = f" `{self.entry}`" if self.entry else ""
+        about += f" block {self.block}" if self.block is not None else ""
+        # What is about a file reads on as one sentence, unless it is one of its own.
+        colon = ":" if about or self.what.startswith("`") else ""
+        return f"`{self.file}`{about}{colon} {self.what}"
 
 
 @dataclass(frozen=True, slots=True)

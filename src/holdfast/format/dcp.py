@@ -20,8 +20,8 @@ from holdfast.format.manifest import (
     TensorEntry,
     ValueEntry,
     check_file_name,
-    check_path,
     check_sizes,
+    path_of,
 )
 from holdfast.format.pickles import (
     Call,
@@ -94,7 +94,7 @@ def _manifest(metadata: Any, nbytes: int, where: str) -> Manifest:
     tensors: dict[str, TensorEntry] = {}
     values: dict[str, ValueEntry] = {}
     for name, entry in metadata.state["state_dict_metadata"].items():
-        path = check_path(paths.get(_text(name), (name,)))
+        path = path_of(paths.get(_text(name), (name,)))
         if type(entry).__name__ == "BytesStorageMetadata":
             file, span = items[name, None]
             values[name] = ValueEntry(file, span, None, path)
@@ -112,7 +112,7 @@ def _tensor(
     properties = entry.state["properties"].state
     # A tuple in the order of the class's fields; a dict of them before __getstate__ was there.
     dtype: DtypeName = properties[0] if isinstance(properties, tuple) else properties["dtype"]
-    shape = check_sizes(entry.state["size"])
+    shape, itemsize = check_sizes(entry.state["size"]), dtype_of(dtype.name).itemsize
     chunks: dict[tuple[int, ...], Chunk] = {}
     for stored in entry.state["chunks"]:
         start, sizes = check_sizes(stored.state["offsets"]), check_sizes(stored.state["sizes"])
@@ -120,13 +120,13 @@ def _tensor(
         if not region.fits(shape) or len(start) != len(sizes):
             raise ValueError(f"`{name}`: chunk {region} is outside of the shape {shape}")
         file, span = items[name, start]
-        if region.num_elements * dtype_of(dtype.name).itemsize > span.nbytes:
+        if region.num_elements * itemsize > span.nbytes:
             # So that nobody makes room for more than the file can hold.
             raise ValueError(f"`{name}`: an item of {span.nbytes} bytes cannot hold {region}")
         # Of uneven shards several may be empty, all at the same place; one item stands for them.
         if chunks.setdefault(start, Chunk(region, file, span)).region != region:
             raise ValueError(f"`{name}`: two chunks start at {start}")
-    return TensorEntry(dtype_of(dtype.name).name, shape, tuple(chunks.values()), path)
+    return TensorEntry(dtype.name, shape, tuple(chunks.values()), path)
 
 
 def _versions(state: Mapping[str, Any]) -> dict[str, str]:

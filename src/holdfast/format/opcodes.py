@@ -24,7 +24,10 @@ KEY_MEMBERS_MAX = 64
 """Members of a tuple that is a key: hashing it costs them at each use, the file a byte or two."""
 
 _KEY_INT_BITS = 60
-"""Larger ints can be made to have one hash all of them, which makes a dict quadratic."""
+
+LARGE_KEYS_MAX = 1000
+"""Keys that are ints of more bits. All of them can be made to have one hash, which makes finding
+one in a dict as slow as in a list."""
 
 _U16, _U32, _I32, _U64, _F64 = map(struct.Struct, ("<H", "<I", "<i", "<Q", ">d"))
 
@@ -60,6 +63,7 @@ class Machine:
         self.memo: dict[int, Any] = {}
         self.allowed = allowed
         self.where = where
+        self.num_large_keys = 0
 
     def run(self) -> Any:
         """The object that the pickle ends with."""
@@ -138,6 +142,8 @@ class Machine:
             raise ValueError(f"a state for {_spelled(made)}")
 
     def put(self, index: int) -> None:
+        if index > len(self.data):
+            raise ValueError(f"remembers more than it has, at {index}")
         self.memo[index] = self.stack[-1]
 
     def get(self, index: int) -> None:
@@ -151,8 +157,29 @@ class Machine:
             raise ValueError("a key without a value")
         for key in items[::2]:
             if type(key) is not str:
-                _check_key(key)
+                self.check_key(key)
         target.update(zip(items[::2], items[1::2], strict=True))
+
+    def add_members(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not set:
+            raise ValueError(f"members for {_spelled(target)}")
+        for item in items:
+            self.check_key(item)
+        target.update(items)
+
+    def check_key(self, key: object) -> None:
+        """Refuse a key that costs more to hash or to find than its own bytes."""
+        members = key if type(key) is tuple else (key,)
+        if len(members) > KEY_MEMBERS_MAX:
+            raise ValueError(f"a key of {len(members)} members")
+        for member in members:
+            if not isinstance(member, str | int | float | bytes | Plain | DtypeName | None):
+                raise ValueError(f"a key that is {_spelled(member)}")
+            if type(member) is int and member.bit_length() > _KEY_INT_BITS:
+                self.num_large_keys += 1
+                if self.num_large_keys > LARGE_KEYS_MAX:
+                    raise ValueError(f"more than {LARGE_KEYS_MAX} keys that are large numbers")
 
     def extend(self, items: list[Any]) -> None:
         target = self.stack[-1]
@@ -168,18 +195,6 @@ class Machine:
 
 def _spelled(made: object) -> str:
     return f"`{made.__name__}`" if isinstance(made, type) else f"a {type(made).__name__}"
-
-
-def _check_key(key: object) -> None:
-    """Refuse a key that costs more to hash or to find than its own bytes."""
-    members = key if type(key) is tuple else (key,)
-    if len(members) > KEY_MEMBERS_MAX:
-        raise ValueError(f"a key of {len(members)} members")
-    for member in members:
-        if type(member) is int and member.bit_length() > _KEY_INT_BITS:
-            raise ValueError("a key that is too large a number")
-        if not isinstance(member, str | int | float | bytes | Plain | DtypeName | None):
-            raise ValueError(f"a key that is {_spelled(member)}")
 
 
 def _frame(m: Machine) -> None:
@@ -241,6 +256,13 @@ def _collect(kind: Callable[[list[Any]], Any]) -> Callable[[Machine], None]:
     return collect
 
 
+def _frozen_set(m: Machine) -> None:
+    items = m.to_mark()
+    m.stack.append(set())
+    m.add_members(items)
+    m.stack[-1] = frozenset(m.stack[-1])
+
+
 def _reduce(m: Machine) -> None:
     args = m.stack.pop()
     m.stack[-1] = m.call(m.stack[-1], args)
@@ -296,6 +318,10 @@ _OPCODES: dict[bytes, Callable[[Machine], Any]] = {
     b"C": lambda m: m.stack.append(m.take(_byte(m))),
     b"B": lambda m: m.stack.append(m.take(m.number(_U32))),
     b"\x8e": lambda m: m.stack.append(m.take(m.number(_U64))),
+    b"\x96": lambda m: m.stack.append(bytearray(m.take(m.number(_U64)))),
+    b"\x8f": lambda m: m.stack.append(set()),
+    b"\x90": lambda m: m.add_members(m.to_mark()),
+    b"\x91": _frozen_set,
     b")": _push(()),
     b"t": _collect(tuple),
     b"\x85": lambda m: m.make_tuple(1),

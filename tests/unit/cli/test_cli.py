@@ -100,7 +100,7 @@ def test_verify_ends_with_7_and_names_what_is_damaged(
     status, said, err = run(capsys, "verify", step)
     assert status == 7
     assert err == f"error: `{step}` is damaged\n"
-    assert "`__0_0.distcp` `model.large` block 1 has checksum" in said
+    assert "`__0_0.distcp` `model.large` block 1: has checksum" in said
     assert "usable: " in said
 
     status, said, err = run(capsys, "verify", step, "--json")

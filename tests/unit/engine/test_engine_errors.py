@@ -162,7 +162,7 @@ def test_a_chunk_that_the_manifest_lacks_is_damage_and_no_tensor_is_touched(tmp_
     holdfast.save(tmp_path / "step-1", state)
     without_chunk(tmp_path / "step-1", "model.b", 0)
     target = zeros_like(state)
-    with pytest.raises(DamagedError, match=r"`model\.b`: chunks hold 0 bytes of 10"):
+    with pytest.raises(DamagedError, match=r"`model\.b`: its chunks hold 0 of the 5 elements"):
         holdfast.load(tmp_path / "step-1", target)
     assert not target["model"]["w"].any()
     assert target["seen"] == {"text": "", "list": []}

@@ -396,5 +396,5 @@ def test_data_that_would_end_after_its_item_is_refused() -> None:
     prefix, suffix = frame("float32", (300, 4), 0)
     directory_at = (len(prefix) + 48).to_bytes(4, "little")
     data = prefix + bytes(48) + suffix[:-6] + directory_at + suffix[-2:]
-    with pytest.raises(FormatError, match="outside of the archive"):
+    with pytest.raises(FormatError, match=r"outside of the archive|does not end at"):
         locate(from_bytes(data + bytes(10000)), Span(0, len(data)), where="f")
