@@ -72,6 +72,11 @@ TRAINING = (
     "--checkpoint.exclude_from_loading dataloader,lr_scheduler",
     "NGPU=4 CONFIG_FILE=train_configs/debug_model.toml ./run_train.sh "
     "--checkpoint.interval 10 --checkpoint.load_step 20",
+    "NGPU=1 CONFIG_FILE=train_configs/debug_model.toml ./run_train.sh "
+    "--checkpoint.enable --checkpoint.create_seed_checkpoint "
+    "--parallelism.data_parallel_replicate_degree 1 --parallelism.data_parallel_shard_degree 1 "
+    "--parallelism.tensor_parallel_degree 1 --parallelism.pipeline_parallel_degree 1 "
+    "--parallelism.context_parallel_degree 1 --parallelism.expert_parallel_degree 1",
 )
 
 
@@ -114,7 +119,7 @@ def run_train(command: str, folder: Path, *more: str) -> subprocess.Popen[str]:
 
 def test_the_commands_of_the_readme_in_their_order(tmp_path: Path) -> None:
     """Train, kill, train again, read the help, go back to step 20 on 4 ranks."""
-    first, help_, off, back = TRAINING
+    first, help_, off, back, _ = TRAINING
     run = run_train(first, tmp_path, *SHORT)
     wait_for_step(tmp_path / "outputs", 25)
     kill_all(run)
@@ -138,6 +143,16 @@ def test_the_commands_of_the_readme_in_their_order(tmp_path: Path) -> None:
     assert four.returncode == 0, said
     assert "resumed from step 20" in said
     assert "saved step 22" in said
+
+
+def test_a_seed_by_its_command_and_a_run_from_it(tmp_path: Path) -> None:
+    """The command as it stands; then two stages of a pipeline start from the seed."""
+    said, _ = run_train(TRAINING[-1], tmp_path).communicate(timeout=120)
+    assert "saved step 0" in said
+    stages = ("--parallelism.pipeline_parallel_degree", "2", "--training.steps", "2")
+    said, _ = run_train(TRAINING[0], tmp_path, *SHORT, *stages).communicate(timeout=120)
+    assert "resumed from step 0" in said
+    assert "saved step 2" in said
 
 
 def test_every_checkpoint_key_is_in_the_configuration_page() -> None:

@@ -107,7 +107,8 @@ def _say(report: Report, quick: bool) -> None:
         held = f"{report.num_entries} entries, {spelled_bytes(report.nbytes)}"
         say(f"{report.where}: {how}, {held}")
     else:
-        say(f"{report.where}: damaged, {len(report.findings)} findings")
+        places = len(report.findings)
+        say(f"{report.where}: damaged in {places} place{'s' * (places > 1)}")
     for finding in report.findings[:LISTED_MAX]:
         say(f"  {finding}")
     if len(report.findings) > LISTED_MAX:

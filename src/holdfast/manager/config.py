@@ -53,6 +53,10 @@ class CheckpointConfig:
     enable_first_step_checkpoint: bool = False
     """Save after step 1 too, to see at once that saving works."""
 
+    create_seed_checkpoint: bool = False
+    """Save the initial weights of the whole model as step 0, from one CPU process, and end. Any
+    layout starts from them."""
+
     load_only: bool = False
     """Resume, but never save."""
 
@@ -84,6 +88,12 @@ class CheckpointConfig:
         if self.stop_deadline_s <= 0:
             raise UsageError(
                 f"`checkpoint.stop_deadline_s` is a number of seconds: {self.stop_deadline_s}"
+            )
+        if self.create_seed_checkpoint and (self.load_only or not self.enable):
+            hindrance = "load_only` is on" if self.load_only else "enable` is off"
+            raise UsageError(
+                f"`checkpoint.create_seed_checkpoint` saves a step, but `checkpoint.{hindrance}",
+                hint="--checkpoint.enable --checkpoint.no-load_only",
             )
         if "model" in self.exclude_from_loading:
             raise UsageError(

@@ -28,6 +28,7 @@ from holdfast.engine.root import open_for_reading
 from holdfast.engine.spans import rate
 from holdfast.errors import (
     DamagedError,
+    ExistsError,
     FormatError,
     MismatchError,
     NotFoundError,
@@ -169,6 +170,28 @@ class CheckpointManager:
         if stopping:
             raise SystemExit(128 + int(number))
         return saved
+
+    def save_seed(self) -> None:
+        """Save the model as it is, in its own dtypes, as step 0: what other runs can start from.
+
+        Collective: every rank calls this.
+
+        Raises:
+            ExistsError: the folder holds steps, which a run in it would go on from, or this would
+                replace.
+        """
+
+        def look() -> None:
+            if steps := self._catalog.steps():
+                raise ExistsError(
+                    f"`{self._catalog.store.url}` holds step {steps[-1]}: a seed is the first step",
+                    hint="choose another `checkpoint.folder`, or remove this one",
+                )
+
+        on_rank_0(self._ranks, look)
+        model = StateTree({MODEL: self._parts[MODEL]}, flat=MODEL)
+        self._saver.save(0, "model", model.leaves)
+        self._saver.collect()
 
     def load(self, step: int | None = None) -> int:
         """Resume. Returns the step to go on from; 0 where there is nothing to resume from.

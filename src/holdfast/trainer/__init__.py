@@ -1,8 +1,10 @@
-"""The reference training run: a Llama-shaped model, N-D parallel, that saves and resumes.
+"""The reference training run: Llama- and Qwen3-shaped models, N-D parallel, saved and resumed.
 
     config     every setting, its default and its meaning      arguments  TOML and command line
     flavors    the sizes of the models                         model      the network itself
-    parallel   processes, mesh, sharding                       weights    initial values
+    moe        its blocks of experts                           weights    initial values
+    parallel   processes, meshes, sharding                     context    attention across ranks
+    pipeline   stages and their schedule                       gradients  forward and backward
     corpus     text to token files                             data       tokens to batches
     optim      optimizers, schedules, clipping                 metrics    what a run reports
     train      the loop                                        worker     one process of a run

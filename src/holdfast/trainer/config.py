@@ -7,7 +7,7 @@ TOML file and the command line.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Literal
@@ -38,11 +38,12 @@ class JobConfig:
 class ModelConfig:
     """Which model is trained."""
 
-    name: Literal["llama3"] = "llama3"
-    """Family of the model."""
+    name: Literal["llama3", "qwen3_moe"] = "llama3"
+    """Family of the model; qwen3_moe has experts."""
 
     flavor: str = "debugmodel"
-    """Size of the model: debugmodel, 1B, 3B, 8B, 70B or 405B."""
+    """Size of the model. llama3: debugmodel, 1B, 3B, 8B, 70B or 405B.
+    qwen3_moe: debugmodel, 30B-A3B or 235B-A22B."""
 
     hf_assets_path: str | None = None
     """Folder with a `tokenizer.json`; without one, text is read as bytes."""
@@ -192,18 +193,43 @@ class LRSchedulerConfig:
 class ParallelismConfig:
     """How the workers share the model and the data. The degrees multiply to their number."""
 
+    data_parallel_replicate_degree: int = 1
+    """Copies of weights and optimizer state, each on ranks of its own (HSDP; DDP where a copy is on
+    one rank)."""
+
     data_parallel_shard_degree: int = -1
     """Ranks that share one copy of weights and optimizer state (FSDP). -1: all that are left."""
 
     tensor_parallel_degree: int = 1
     """Ranks that share each matrix."""
 
+    pipeline_parallel_degree: int = 1
+    """Ranks that share the blocks of the model."""
+
+    context_parallel_degree: int = 1
+    """Ranks that share each sequence."""
+
+    expert_parallel_degree: int = 1
+    """Ranks that share the experts of a block, among those of the shard, context and tensor
+    degrees: it is a part of their product and no factor beside them."""
+
+    pipeline_parallel_schedule: str = "1F1B"
+    """Order of a pipeline's passes: 1F1B, GPipe or Interleaved1F1B (two stages on each rank).
+    `training.local_batch_size` sequences are a microbatch."""
+
     def __post_init__(self) -> None:
-        for key in AXES.values():
+        if self.pipeline_parallel_schedule not in STAGES_PER_RANK:
+            raise _unknown_schedule(self.pipeline_parallel_schedule)
+        for key in (*AXES.values(), "expert_parallel_degree"):
             degree = getattr(self, key)
             if key == FILLING and degree == -1:
                 continue
             _at_least_one(f"parallelism.{key}", degree)
+
+    @property
+    def stages_per_rank(self) -> int:
+        """Parts of the model that each rank of a pipeline holds."""
+        return STAGES_PER_RANK[self.pipeline_parallel_schedule]
 
     def degrees(self, world_size: int) -> dict[str, int]:
         """Axis of the mesh, outermost first, to its degree; -1 is replaced by what is left."""
@@ -219,18 +245,32 @@ class ParallelismConfig:
                 abs(math.log2(a / b)) for a, b in zip(f, given.values(), strict=True) if b != -1
             ),
         )
-        product = " x ".join(f"`{AXES[axis]}` {degree}" for axis, degree in given.items())
-        flags = (f"--parallelism.{k} {d}" for k, d in zip(AXES.values(), fitting, strict=True))
+        named = [axis for axis, d in given.items() if d != 1]
+        product = " x ".join(f"`{AXES[axis]}` {given[axis]}" for axis in named)
+        flags = (
+            f"--parallelism.{AXES[axis]} {degree}"
+            for axis, degree in zip(given, fitting, strict=True)
+            if axis in named or degree != 1
+        )
         raise UsageError(
             f"`[parallelism]` does not fit {world_size} "
-            f"{'worker' if world_size == 1 else 'workers'}: {product}"
-            + (f" = {rest}" if -1 not in given.values() else ""),
+            f"{'worker' if world_size == 1 else 'workers'}: {product or 'every degree is 1'}"
+            + (f" = {rest}" if named and -1 not in given.values() else ""),
             hint=f"the nearest that fits: {' '.join(flags)}; NGPU sets the number of workers",
         )
 
 
-AXES = {"dp_shard": "data_parallel_shard_degree", "tp": "tensor_parallel_degree"}
+AXES = {
+    "pp": "pipeline_parallel_degree",
+    "dp_replicate": "data_parallel_replicate_degree",
+    "dp_shard": "data_parallel_shard_degree",
+    "cp": "context_parallel_degree",
+    "tp": "tensor_parallel_degree",
+}
 """Axis of the mesh, outermost first, to its key in `[parallelism]`."""
+
+STAGES_PER_RANK = {"1F1B": 1, "GPipe": 1, "Interleaved1F1B": 2}
+"""Schedule of a pipeline to the number of its stages on each rank."""
 
 FILLING = "data_parallel_shard_degree"
 """The one degree that may be -1."""
@@ -293,13 +333,37 @@ class Config:
 
     def check(self, world_size: int) -> None:
         """Refuse what cannot run on `world_size` workers; every reason is listed."""
+        if self.checkpoint.create_seed_checkpoint and world_size != 1:
+            keys = (*AXES.values(), "expert_parallel_degree")
+            ones = " ".join(f"--parallelism.{key} 1" for key in keys)
+            raise UsageError(
+                "`checkpoint.create_seed_checkpoint` builds the whole model on one worker, there "
+                f"are {world_size}",
+                hint=f"NGPU=1, and {ones}",
+            )
         degrees = self.parallelism.degrees(world_size)
-        self.training.batch_per_rank(degrees["dp_shard"])
-        tp, shape = degrees["tp"], self.model.shape
+        dp_size = degrees["dp_replicate"] * degrees["dp_shard"]
+        batch = self.training.batch_per_rank(dp_size)
+        self._check_slices(degrees)
+        self._check_experts(degrees)
+        if degrees["pp"] > 1:
+            self._check_pipeline(degrees["pp"], batch // self.training.local_batch_size)
+
+    def _check_slices(self, degrees: Mapping[str, int]) -> None:
+        tp, cp, shape = degrees["tp"], degrees["cp"], self.model.shape
+        seq_len = self.training.seq_len
+        if seq_len % cp:
+            raise UsageError(
+                f"`parallelism.context_parallel_degree` divides `training.seq_len` {seq_len}: {cp}",
+                hint=f"--training.seq_len {math.ceil(seq_len / (cp * tp)) * cp * tp}",
+            )
+        stretch = f"`training.seq_len` {seq_len}"
+        if cp > 1:
+            stretch += f" / `parallelism.context_parallel_degree` {cp}"
         shared = {
             f"the {shape.num_heads} heads of `model.flavor` {self.model.flavor}": shape.num_heads,
             f"its {shape.num_kv_heads} key and value heads": shape.num_kv_heads,
-            f"`training.seq_len` {self.training.seq_len}": self.training.seq_len,
+            stretch: seq_len // cp,
         }
         uneven = [what for what, count in shared.items() if count % tp]
         if uneven:
@@ -309,12 +373,73 @@ class Config:
                 f"{math.gcd(tp, *shared.values())} divides them all",
             )
 
+    def _check_experts(self, degrees: Mapping[str, int]) -> None:
+        ep, experts = self.parallelism.expert_parallel_degree, self.model.shape.experts
+        if ep == 1:
+            return
+        if experts is None:
+            raise UsageError(
+                f"`parallelism.expert_parallel_degree` {ep}: `model.name` {self.model.name} has no "
+                "experts",
+                hint="--parallelism.expert_parallel_degree 1, or --model.name qwen3_moe",
+            )
+        sharing = degrees["dp_shard"] * degrees["cp"] * degrees["tp"]
+        if sharing % ep or experts.num_experts % ep:
+            raise UsageError(
+                "`parallelism.expert_parallel_degree` divides the product of the shard, context "
+                f"and tensor degrees {sharing}, and the {experts.num_experts} experts of a block: "
+                f"{ep}",
+                hint="--parallelism.expert_parallel_degree "
+                f"{math.gcd(ep, sharing, experts.num_experts)} divides both",
+            )
+
+    def _check_pipeline(self, pp: int, num_microbatches: int) -> None:
+        shape, schedule = self.model.shape, self.parallelism.pipeline_parallel_schedule
+        num_stages = pp * self.parallelism.stages_per_rank
+        if shape.tied:
+            raise UsageError(
+                f"`model.flavor` {self.model.flavor} has one weight for its first and its last "
+                "layer, which a pipeline would keep on two ranks that never add up its gradients",
+                hint="--parallelism.pipeline_parallel_degree 1, or a flavor whose weights are "
+                "not tied",
+            )
+        if num_stages > shape.num_layers:
+            raise UsageError(
+                f"a pipeline of {num_stages} stages ({schedule} on {pp} ranks) has no more than "
+                f"the {shape.num_layers} layers of `model.flavor` {self.model.flavor}",
+                hint="a lower `parallelism.pipeline_parallel_degree`",
+            )
+        # torch's schedules refuse fewer; Interleaved1F1B goes in rounds of `pp` microbatches.
+        in_rounds = num_microbatches % pp == 0 or schedule != "Interleaved1F1B"
+        if num_microbatches < pp or not in_rounds:
+            raise UsageError(
+                f"`parallelism.pipeline_parallel_schedule` {schedule} takes "
+                f"{'at least' if in_rounds else 'a multiple of'} {pp} microbatches a step, one for "
+                f"each rank of the pipeline, found: {num_microbatches}",
+                hint="sequences per step on a data-parallel rank / `training.local_batch_size` is "
+                "the number of microbatches: raise `training.global_batch_size`",
+            )
+
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """A hint that names what `name` was probably meant to be; None where nothing is near."""
     folded = {candidate.casefold(): candidate for candidate in known}
     close = get_close_matches(name.casefold(), folded, n=1)
     return f"did you mean `{folded[close[0]]}`?" if close else None
+
+
+def _unknown_schedule(name: str) -> UsageError:
+    known = ", ".join(STAGES_PER_RANK)
+    if name in ("ZBVZeroBubble", "InterleavedZeroBubble", "DualPipeV"):
+        return UsageError(
+            f"`parallelism.pipeline_parallel_schedule` {name} takes the gradients of weights after "
+            "those of inputs, by when FSDP2 has let go of the weights: wrong without a word",
+            hint=f"one of {known}",
+        )
+    return UsageError(
+        f"`parallelism.pipeline_parallel_schedule` is one of {known}, found: {name!r}",
+        hint=nearest(name, STAGES_PER_RANK),
+    )
 
 
 def _at_least_one(key: str, value: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,20 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertFlavor:
+    """The sizes of a feed-forward part that is many experts."""
+
+    num_experts: int
+    """How many there are in each block."""
+
+    num_active: int
+    """How many of them see a token."""
+
+    hidden_dim: int
+    """Width inside an expert."""
+
+
+@dataclass(frozen=True, slots=True)
 class Flavor:
     """One size of the model."""
 
@@ -33,13 +47,13 @@ class Flavor:
     """Transformer blocks."""
 
     num_heads: int
-    """Query heads; the width of a head is `dim // num_heads`."""
+    """Query heads."""
 
     num_kv_heads: int
     """Key and value heads, each shared by `num_heads // num_kv_heads` query heads."""
 
     hidden_dim: int
-    """Width inside the feed-forward part."""
+    """Width inside the feed-forward part; not used where that is `experts`."""
 
     vocab_size: int | None = 128256
     """Rows of the embedding; None: as many as the tokenizer has."""
@@ -56,10 +70,19 @@ class Flavor:
     tied: bool = False
     """`output.weight` is `tok_embeddings.weight`, as in the released 1B and 3B."""
 
+    head_width: int | None = None
+    """Width of one head; None: `dim // num_heads`."""
+
+    head_norm: bool = False
+    """Queries and keys are normalised, head by head, before they are rotated."""
+
+    experts: ExpertFlavor | None = None
+    """The feed-forward part of every block, where it is not a single one."""
+
     @property
     def head_dim(self) -> int:
         """Width of one head."""
-        return self.dim // self.num_heads
+        return self.head_width or self.dim // self.num_heads
 
 
 LLAMA3: dict[str, Flavor] = {
@@ -72,5 +95,29 @@ LLAMA3: dict[str, Flavor] = {
 }
 """Llama 3.1 (8B, 70B, 405B) and 3.2 (1B, 3B) as published, and one that trains on two CPU cores."""
 
-MODELS: dict[str, dict[str, Flavor]] = {"llama3": LLAMA3}
+
+def _qwen3_moe(
+    dim: int, num_layers: int, num_heads: int, num_kv_heads: int, experts: ExpertFlavor
+) -> Flavor:
+    return Flavor(
+        *(dim, num_layers, num_heads, num_kv_heads, experts.hidden_dim),
+        vocab_size=151936,
+        norm_eps=1e-6,
+        rope_theta=1e6,
+        head_width=128,
+        head_norm=True,
+        experts=experts,
+    )
+
+
+QWEN3_MOE: dict[str, Flavor] = {
+    "debugmodel": replace(
+        _qwen3_moe(256, 4, 8, 4, ExpertFlavor(8, 2, 192)), vocab_size=None, head_width=32
+    ),
+    "30B-A3B": _qwen3_moe(2048, 48, 32, 4, ExpertFlavor(128, 8, 768)),
+    "235B-A22B": _qwen3_moe(4096, 94, 64, 4, ExpertFlavor(128, 8, 1536)),
+}
+"""Qwen3's mixtures of experts as published, and one that trains on two CPU cores."""
+
+MODELS: dict[str, dict[str, Flavor]] = {"llama3": LLAMA3, "qwen3_moe": QWEN3_MOE}
 """`model.name`, then `model.flavor`."""

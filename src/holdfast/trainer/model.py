@@ -1,4 +1,4 @@
-"""A Llama-3-shaped decoder, its weights under Meta's names.
+"""A decoder shaped as Llama 3's or Qwen3's, its weights under Meta's names.
 
 Shapes are part of a tensor's name, one letter per dim:
 
@@ -15,6 +15,8 @@ here takes a count of heads or of tokens from anywhere but the tensor at hand.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,35 +24,78 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from holdfast.trainer.flavors import Flavor, RopeScaling
+from holdfast.trainer.moe import MixtureOfExperts
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values to what the queries find."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A run of neighbouring blocks, with what stands before the first and after the last of all."""
+
+    layers: range
+    """Indices of the blocks in the whole model."""
+
+    num_layers: int
+    """Blocks of the whole model."""
+
+    @property
+    def first(self) -> bool:
+        """Whether it begins with the embedding."""
+        return self.layers.start == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether it ends with the logits."""
+        return self.layers.stop == self.num_layers
 
 
 class Transformer(nn.Module):
-    """Tokens to the logits of the tokens that follow them."""
+    """Tokens to the logits of the tokens that follow them; or a part of the way.
+
+    A part that is not the first takes what the part before it gives, of shape BTD.
+    """
 
     rope: Tensor
     """Of shape TP2."""
 
     def __init__(
-        self, flavor: Flavor, *, vocab_size: int, seq_len: int, recompute: bool = False
+        self,
+        flavor: Flavor,
+        *,
+        vocab_size: int,
+        seq_len: int,
+        recompute: bool = False,
+        part: Part | None = None,
+        positions: range | None = None,
     ) -> None:
-        """`recompute`: blocks keep their input alone and compute again in the backward pass."""
+        """`recompute`: blocks keep their input alone and compute again in the backward pass.
+        `part`: these blocks only; `positions`: of the tokens that it is given, if not all."""
         super().__init__()
         self.flavor = flavor
         self.seq_len = seq_len
-        self.tok_embeddings = nn.Embedding(vocab_size, flavor.dim)
+        self.part = part or Part(range(flavor.num_layers), flavor.num_layers)
+        self.positions = positions or range(seq_len)
+        self.tok_embeddings: nn.Module = nn.Identity()
+        if self.part.first:
+            self.tok_embeddings = nn.Embedding(vocab_size, flavor.dim)
         # Keyed by the index in the whole model, so that a pipeline stage, which holds a few of the
         # blocks, names its weights as the whole model does.
         self.layers = nn.ModuleDict(
-            {str(i): TransformerBlock(flavor, recompute) for i in range(flavor.num_layers)}
+            {str(i): TransformerBlock(flavor, recompute) for i in self.part.layers}
         )
-        self.norm = RMSNorm(flavor.dim, flavor.norm_eps)
-        self.output = nn.Linear(flavor.dim, vocab_size, bias=False)
+        self.norm: nn.Module = nn.Identity()
+        self.output: nn.Module = nn.Identity()
+        if self.part.last:
+            self.norm = RMSNorm(flavor.dim, flavor.norm_eps)
+            self.output = nn.Linear(flavor.dim, vocab_size, bias=False)
         # Follows from the configuration: no checkpoint needs it.
         self.register_buffer("rope", self.rope_table(), persistent=False)
         self.tie()
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Logits, of shape BTV."""
+        """Logits, of shape BTV; of a part that is not the last, what goes on to the next one."""
         x_BTD = self.tok_embeddings(tokens_BT)
         for layer in self.layers.values():
             x_BTD = layer(x_BTD, self.rope)
@@ -68,9 +113,10 @@ class Transformer(nn.Module):
 
     def rope_table(self) -> Tensor:
         """Cosine and sine of each position's angle, by rotary pair, on the current device."""
-        return rotary_table(
+        table_TP2 = rotary_table(
             self.seq_len, self.flavor.head_dim, self.flavor.rope_theta, self.flavor.rope_scaling
         )
+        return table_TP2[self.positions.start : self.positions.stop]
 
 
 class TransformerBlock(nn.Module):
@@ -82,7 +128,10 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(flavor.dim, flavor.norm_eps)
         self.attention = Attention(flavor)
         self.ffn_norm = RMSNorm(flavor.dim, flavor.norm_eps)
-        self.feed_forward = FeedForward(flavor)
+        if flavor.experts is None:
+            self.feed_forward = FeedForward(flavor)
+        else:
+            self.moe = MixtureOfExperts(flavor.dim, flavor.experts)
 
     def forward(self, x_BTD: Tensor, rope_TP2: Tensor) -> Tensor:
         # Inside the block, so that names and FSDP's hooks, which go around it, stay as they are.
@@ -93,15 +142,20 @@ class TransformerBlock(nn.Module):
 
     def compute(self, x_BTD: Tensor, rope_TP2: Tensor) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_TP2)
-        out_BTD: Tensor = x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
+        widened = self.feed_forward if hasattr(self, "feed_forward") else self.moe
+        out_BTD: Tensor = x_BTD + widened(self.ffn_norm(x_BTD))
         return out_BTD
 
 
 class Attention(nn.Module):
     """Causal attention, several query heads to each key and value head."""
 
+    attend: Attend
+    """Context parallelism puts its own in the place of `attend`."""
+
     def __init__(self, flavor: Flavor) -> None:
         super().__init__()
+        self.attend = attend
         self.head_dim = flavor.head_dim
         query_dim = flavor.num_heads * flavor.head_dim
         kv_dim = flavor.num_kv_heads * flavor.head_dim
@@ -109,22 +163,28 @@ class Attention(nn.Module):
         self.wk = nn.Linear(flavor.dim, kv_dim, bias=False)
         self.wv = nn.Linear(flavor.dim, kv_dim, bias=False)
         self.wo = nn.Linear(query_dim, flavor.dim, bias=False)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if flavor.head_norm:
+            self.q_norm = RMSNorm(flavor.head_dim, flavor.norm_eps)
+            self.k_norm = RMSNorm(flavor.head_dim, flavor.norm_eps)
 
     def forward(self, x_BTD: Tensor, rope_TP2: Tensor) -> Tensor:
         q_BTHE = self.wq(x_BTD).unflatten(-1, (-1, self.head_dim))
         k_BTKE = self.wk(x_BTD).unflatten(-1, (-1, self.head_dim))
         v_BTKE = self.wv(x_BTD).unflatten(-1, (-1, self.head_dim))
-        q_BTHE = rotate(q_BTHE, rope_TP2)
-        k_BTKE = rotate(k_BTKE, rope_TP2)
-        out_BHTE = F.scaled_dot_product_attention(
-            q_BTHE.transpose(1, 2),
-            k_BTKE.transpose(1, 2),
-            v_BTKE.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=True,
+        q_BTHE = rotate(self.q_norm(q_BTHE), rope_TP2)
+        k_BTKE = rotate(self.k_norm(k_BTKE), rope_TP2)
+        out_BHTE = self.attend(
+            q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
         )
         out_BTD: Tensor = self.wo(out_BHTE.transpose(1, 2).flatten(2))
         return out_BTD
+
+
+def attend(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
+    """Causal attention, of shape BHTE."""
+    return F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=True)
 
 
 class FeedForward(nn.Module):

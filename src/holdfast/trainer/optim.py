@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from holdfast.trainer.config import LRSchedulerConfig, OptimizerConfig
@@ -18,13 +19,21 @@ from holdfast.trainer.parallel import Place, local_share
 def build_optimizers(
     model_parts: Sequence[nn.Module], config: OptimizerConfig
 ) -> list[torch.optim.Optimizer]:
-    """One optimizer for each part of the model."""
+    """One optimizer for each part of the model, and each mesh that its weights lie on.
+
+    Experts lie on a mesh of their own, and no kernel takes tensors of several meshes at once.
+    """
     settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.name != "SGD":
         # Fused: on sharded weights the unfused loop spends its time in dispatch, not arithmetic.
         settings |= {"betas": config.adam_betas, "eps": config.eps, "fused": True}
     kind = getattr(torch.optim, config.name)
-    return [kind(part.parameters(), **settings) for part in model_parts]
+    together: dict[object, list[nn.Parameter]] = {}
+    for number, part in enumerate(model_parts):
+        for parameter in part.parameters():
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            together.setdefault((number, mesh), []).append(parameter)
+    return [kind(parameters, **settings) for parameters in together.values()]
 
 
 def build_schedulers(
@@ -87,7 +96,11 @@ def clip_gradients(model_parts: Sequence[nn.Module], max_norm: float, place: Pla
     parameters = [p for part in model_parts for p in part.parameters()]
     norm = gradient_norm([p.grad for p in parameters if p.grad is not None], place)
     if max_norm:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        # On each rank's own pieces: torch's function wants all gradients on one mesh.
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                local_share(parameter.grad)[0].mul_(scale)
     return norm
 
 

@@ -1,33 +1,37 @@
-"""Processes, the mesh that they form, and a model spread over it."""
+"""Processes, the meshes that they form, and a model spread over them."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
-    loss_parallel,
     parallelize_module,
 )
 
 from holdfast.errors import UsageError
 from holdfast.trainer.config import Config
-from holdfast.trainer.model import Transformer
+from holdfast.trainer.context import attend_across, stretch_of
+from holdfast.trainer.model import Attention, Transformer
+from holdfast.trainer.moe import Experts
+from holdfast.trainer.pipeline import parts_of
 from holdfast.trainer.weights import init_weights
 
 
@@ -44,29 +48,74 @@ class Place:
     device: torch.device
     """What it computes on."""
 
-    mesh: DeviceMesh | None = None
-    """All processes by axis; None where there is one alone."""
+    meshes: tuple[DeviceMesh, ...] = ()
+    """All processes by axis, in each of the ways that `lay_out` gives; none in a lone process."""
 
     store: Store | None = None
     """Shared by all processes before and beside the collectives; None in a lone process."""
 
+    def along(self, *axes: str, or_alone: bool = False) -> DeviceMesh | None:
+        """The mesh of the processes along `axes` through this one.
+
+        Leading axes of degree 1 are left out. Where none is left, None; with `or_alone` the last
+        one, unless this is a lone process.
+        """
+        for mesh in self.meshes:
+            if set(axes) <= set(mesh.mesh_dim_names or ()):
+                while axes and mesh[axes[0]].size() == 1 and not (or_alone and len(axes) == 1):
+                    axes = axes[1:]
+                return mesh[axes] if axes else None
+        return None
+
     def degree(self, axis: str) -> int:
         """Number of processes along `axis`."""
-        return 1 if self.mesh is None else self.mesh[axis].size()
+        mesh = self.along(axis)
+        return 1 if mesh is None else mesh.size()
 
-    def along(self, axis: str) -> DeviceMesh | None:
-        """The mesh of the processes along `axis` through this one; None where it stands alone."""
-        return None if self.mesh is None or self.degree(axis) == 1 else self.mesh[axis]
+    def index(self, axis: str) -> int:
+        """Which of the processes along `axis` this one is."""
+        mesh = self.along(axis)
+        return 0 if mesh is None else mesh.get_local_rank()
 
     @property
     def dp_rank(self) -> int:
         """Which share of each batch this process trains on."""
-        return 0 if self.mesh is None else self.mesh["dp_shard"].get_local_rank()
+        return self.index("dp_replicate") * self.degree("dp_shard") + self.index("dp_shard")
 
     @property
     def dp_size(self) -> int:
         """How many shares each batch has."""
-        return self.degree("dp_shard")
+        return self.degree("dp_replicate") * self.degree("dp_shard")
+
+
+def lay_out(degrees: Mapping[str, int], device: torch.device, ep: int) -> tuple[DeviceMesh, ...]:
+    """The meshes of all processes: as weights lie on them, as experts do, and as `[parallelism]`
+    names the axes.
+
+    `fsdp` are the ranks that share one copy of the weights: those that share the sequences too,
+    which have as little reason to keep a copy each as those that share the batch. Experts are
+    shared by all ranks that have tokens of their own, which between the blocks those of tensor
+    parallelism have too: `ep` neighbours have different experts, and the `fsdp_of_experts` share
+    the weights of each. Collective.
+    """
+    if math.prod(degrees.values()) == 1:
+        return ()
+    weights = {
+        "pp": degrees["pp"],
+        "dp_replicate": degrees["dp_replicate"],
+        "fsdp": degrees["dp_shard"] * degrees["cp"],
+        "tp": degrees["tp"],
+    }
+    experts = {
+        "pp": degrees["pp"],
+        "dp_replicate": degrees["dp_replicate"],
+        "fsdp_of_experts": degrees["dp_shard"] * degrees["cp"] * degrees["tp"] // ep,
+        "ep": ep,
+    }
+    return tuple(
+        init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+        for axes in (weights, experts, dict(degrees))
+    )
 
 
 @contextmanager
@@ -78,7 +127,7 @@ def join(config: Config) -> Iterator[Place]:
     """
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    device = _device(int(os.environ.get("LOCAL_RANK", "0")))
+    device = _device(int(os.environ.get("LOCAL_RANK", "0")), config)
     if "RANK" not in os.environ:
         yield Place(rank, world_size, device)
         return
@@ -94,17 +143,16 @@ def join(config: Config) -> Iterator[Place]:
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    degrees = config.parallelism.degrees(world_size)
-    mesh = None
-    if world_size > 1:
-        mesh = init_device_mesh(device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
-    yield Place(rank, world_size, device, mesh, store)
+    ep = config.parallelism.expert_parallel_degree
+    meshes = lay_out(config.parallelism.degrees(world_size), device, ep)
+    yield Place(rank, world_size, device, meshes, store)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _device(local_rank: int) -> torch.device:
-    if not torch.cuda.is_available():
+def _device(local_rank: int, config: Config) -> torch.device:
+    # A seed is the whole model, which no GPU need have room for.
+    if config.checkpoint.create_seed_checkpoint or not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise UsageError(
@@ -120,24 +168,37 @@ def _device(local_rank: int) -> torch.device:
 def build_model(config: Config, place: Place, vocab_size: int) -> list[nn.Module]:
     """The parts of the model that this process holds, with their initial weights.
 
-    One part for now: a pipeline stage that holds several has several. Only this process's shards
-    ever take memory.
+    One part, but where a rank of a pipeline holds several stages. Only this process's shards ever
+    take memory.
     """
-    with torch.device("meta"):
-        model = Transformer(
-            config.model.shape,
-            vocab_size=vocab_size,
-            seq_len=config.training.seq_len,
-            recompute=config.activation_checkpoint.mode == "full",
-        )
-    if (tp_mesh := place.along("tp")) is not None:
-        split_matrices(model, tp_mesh)
-    if (dp_mesh := place.along("dp_shard")) is not None:
-        shard_weights(model, dp_mesh, place.device)
-    model.to_empty(device=place.device)
-    init_weights(model, config.training.seed)
-    model.train()
-    return [model]
+    parts: list[nn.Module] = []
+    cp_mesh, tp_mesh = place.along("cp"), place.along("tp")
+    seq_len = config.training.seq_len
+    for part in parts_of(
+        config.model.shape.num_layers, config.parallelism, place.index("pp"), place.degree("pp")
+    ):
+        with torch.device("meta"):
+            model = Transformer(
+                config.model.shape,
+                vocab_size=vocab_size,
+                seq_len=seq_len,
+                recompute=config.activation_checkpoint.mode == "full",
+                part=part,
+                positions=stretch_of(seq_len, place.index("cp"), place.degree("cp")),
+            )
+        if cp_mesh is not None:
+            for attention in (m for m in model.modules() if isinstance(m, Attention)):
+                attention.attend = attend_across(cp_mesh)
+        if tp_mesh is not None:
+            split_matrices(model, tp_mesh)
+        if (ep_mesh := place.along("ep")) is not None:
+            for experts in (m for m in model.modules() if isinstance(m, Experts)):
+                experts.share(ep_mesh)
+        shard_weights(model, place)
+        model.to_empty(device=place.device)
+        init_weights(model, config.training.seed)
+        parts.append(model.train())
+    return parts
 
 
 def split_matrices(model: Transformer, mesh: DeviceMesh) -> None:
@@ -145,16 +206,38 @@ def split_matrices(model: Transformer, mesh: DeviceMesh) -> None:
 
     Between blocks each rank has a slice of the sequence; it is gathered where a block multiplies
     and scattered again where the partial sums of the ranks are added up. The logits stay cut by
-    vocabulary: see `loss_scope`.
+    vocabulary: see `gradients.loss_scope`.
     """
     sequence = Shard(1)
-    embedding = RowwiseParallel(input_layouts=Replicate(), output_layouts=sequence)
-    logits = ColwiseParallel(
-        input_layouts=sequence, output_layouts=Shard(-1), use_local_output=False
+    ends: dict[str, ParallelStyle] = {}
+    if model.part.first:
+        ends["tok_embeddings"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=sequence)
+    if model.part.last:
+        ends["norm"] = SequenceParallel()
+        ends["output"] = ColwiseParallel(
+            input_layouts=sequence, output_layouts=Shard(-1), use_local_output=False
+        )
+    parallelize_module(model, mesh, ends)
+    local = PrepareModuleInput(
+        input_layouts=(sequence,), desired_input_layouts=(sequence,), use_local_output=True
     )
-    parallelize_module(
-        model, mesh, {"tok_embeddings": embedding, "norm": SequenceParallel(), "output": logits}
-    )
+    widened: dict[str, ParallelStyle] = {
+        "feed_forward": PrepareModuleInput(
+            input_layouts=(sequence,), desired_input_layouts=(Replicate(),)
+        ),
+        "feed_forward.w1": ColwiseParallel(),
+        "feed_forward.w3": ColwiseParallel(),
+        "feed_forward.w2": RowwiseParallel(output_layouts=sequence),
+    }
+    if model.flavor.experts is not None:
+        # Each rank sends the tokens of its slice to their experts: see `moe.Experts.share`.
+        widened = {
+            "moe": local,
+            "moe.router.gate": SequenceParallel(sequence_dim=0, use_local_output=True),
+        }
+    if model.flavor.head_norm:
+        heads = SequenceParallel(sequence_dim=2, use_local_output=True)
+        widened |= {"attention.q_norm": heads, "attention.k_norm": heads}
     for layer in model.layers.values():
         parallelize_module(
             layer,
@@ -169,39 +252,56 @@ def split_matrices(model: Transformer, mesh: DeviceMesh) -> None:
                 "attention.wv": ColwiseParallel(),
                 "attention.wo": RowwiseParallel(output_layouts=sequence),
                 "ffn_norm": SequenceParallel(),
-                "feed_forward": PrepareModuleInput(
-                    input_layouts=(sequence,), desired_input_layouts=(Replicate(),)
-                ),
-                "feed_forward.w1": ColwiseParallel(),
-                "feed_forward.w3": ColwiseParallel(),
-                "feed_forward.w2": RowwiseParallel(output_layouts=sequence),
+                **widened,
             },
         )
     model.tie()
 
 
-def shard_weights(model: Transformer, mesh: DeviceMesh, device: torch.device) -> None:
-    """FSDP: each rank holds a slice of every weight, and gathers a block when it is its turn."""
-    policy = MixedPrecisionPolicy()
-    if device.type == "cuda":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for layer in model.layers.values():
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    # Embedding and output together, since a tied model has one weight for both.
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+def shard_weights(model: Transformer, place: Place) -> None:
+    """FSDP: each rank holds a slice of every weight, and gathers a block when it is its turn.
 
-
-@contextmanager
-def loss_scope(place: Place) -> Iterator[None]:
-    """Forward, loss and backward go inside.
-
-    Takes the loss from logits cut by vocabulary without gathering them, and gives a GPU that
-    shares no weights the precision that FSDP gives the others.
+    With replicas (HSDP) the slices are those of one replica, and gradients are summed over all.
     """
-    alone_on_gpu = place.device.type == "cuda" and place.along("dp_shard") is None
-    autocast = torch.autocast("cuda", torch.bfloat16) if alone_on_gpu else nullcontext()
-    with autocast, loss_parallel() if place.along("tp") is not None else nullcontext():
-        yield
+    settings: dict[str, Any] = {
+        # A pipeline goes through its blocks once for each microbatch: gathering them each time
+        # would cost more than keeping them.
+        "reshard_after_forward": place.along("pp") is None,
+        "mp_policy": MixedPrecisionPolicy(),
+    }
+    if place.device.type == "cuda":
+        # Inputs stay as they are: hidden states are bfloat16 already, rotary angles need float32.
+        settings["mp_policy"] = MixedPrecisionPolicy(
+            torch.bfloat16, torch.float32, cast_forward_inputs=False
+        )
+    mesh = place.along("dp_replicate", "fsdp")
+    # Where each rank has its experts for itself, the block around must not take them for its own.
+    experts_mesh = place.along("dp_replicate", "fsdp_of_experts", or_alone=mesh is not None)
+    for experts in (m for m in model.modules() if isinstance(m, Experts)):
+        if experts_mesh is not None:
+            placement = _placement_of_experts(experts, experts_mesh.size(-1))
+            fully_shard(experts, mesh=experts_mesh, shard_placement_fn=placement, **settings)
+    if mesh is not None:
+        for layer in model.layers.values():
+            fully_shard(layer, mesh=mesh, **settings)
+        # Embedding and output together, since a tied model has one weight for both.
+        fully_shard(model, mesh=mesh, **settings)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Sums, not means: each rank's loss is its part of the whole step's. gloo has no
+            # reduction that divides too, so a factor has to be said to come after the sum.
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+
+
+def _placement_of_experts(experts: Experts, degree: int) -> Callable[[nn.Parameter], Shard]:
+    """By expert where that is even, else by rows where that is, so that no rank stands idle."""
+    num_local = experts.num_local
+
+    def placement(weight: nn.Parameter) -> Shard:
+        return Shard(1 if num_local % degree and weight.shape[1] % degree == 0 else 0)
+
+    return placement
 
 
 def settle_gradients(model_parts: Sequence[nn.Module]) -> None:
@@ -231,13 +331,26 @@ def local_share(tensor: Tensor) -> tuple[Tensor, int]:
     return tensor.to_local(), math.prod(n for placement, n in sizes if placement.is_replicate())
 
 
-def mean_over_data(value: Tensor, place: Place) -> float:
-    """`value`, of which each data-parallel rank has its own, averaged over them. Collective."""
-    if (mesh := place.along("dp_shard")) is None:
+def sum_over_data(value: Tensor, place: Place) -> float:
+    """The whole of `value`, of which each rank has the part of its own tokens. Collective.
+
+    Ranks that share their tokens, those of tensor parallelism, have the same part; of a pipeline
+    the last rank has it, the others have nothing.
+    """
+    if place.world_size == 1:
         return float(value.item())
     total = value.detach().clone()
-    dist.all_reduce(total, group=mesh.get_group())
-    return float(total.item()) / mesh.size()
+    dist.all_reduce(total)
+    return float(total.item()) / place.degree("tp")
+
+
+def num_parameters(model_parts: Sequence[nn.Module], place: Place) -> int:
+    """Of the whole model, however it lies over the ranks. Collective."""
+    held = sum(p.numel() for part in model_parts for p in part.parameters())
+    total = torch.tensor(held, device=place.device)
+    if (mesh := place.along("pp")) is not None:
+        dist.all_reduce(total, group=mesh.get_group())
+    return int(total.item())
 
 
 def first_then_all(place: Place, error: Exception | None) -> None:

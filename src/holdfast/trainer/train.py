@@ -6,14 +6,13 @@ import logging
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from holdfast.errors import HoldfastError, UsageError
@@ -21,6 +20,7 @@ from holdfast.manager.manager import CheckpointManager
 from holdfast.trainer.config import Config
 from holdfast.trainer.corpus import Tokenizer, Tokens, open_tokenizer, open_tokens
 from holdfast.trainer.data import DataLoader
+from holdfast.trainer.gradients import Gradients
 from holdfast.trainer.metrics import Clock, Metrics, Row
 from holdfast.trainer.optim import (
     build_optimizers,
@@ -33,10 +33,8 @@ from holdfast.trainer.parallel import (
     Place,
     build_model,
     first_then_all,
-    loss_scope,
-    mean_over_data,
-    settle_gradients,
-    whole,
+    num_parameters,
+    sum_over_data,
 )
 
 logger = logging.getLogger("holdfast.trainer")
@@ -78,6 +76,9 @@ class Run:
     optimizers: list[torch.optim.Optimizer]
     """One for each part."""
 
+    gradients: Gradients
+    """Takes samples through the parts."""
+
     schedulers: list[LambdaLR]
     """One for each optimizer."""
 
@@ -94,6 +95,9 @@ def train(config: Config, place: Place) -> None:
     Collective. Raises HoldfastError on every rank where the settings, the data or a checkpoint do
     not allow it.
     """
+    if config.checkpoint.create_seed_checkpoint:
+        create_seed(config, place)
+        return
     run = build_run(config, place)
     dump_folder = Path(config.job.dump_folder)
     with CheckpointManager(
@@ -123,6 +127,20 @@ def train(config: Config, place: Place) -> None:
     _log_end(run, config.training.steps - step, time.perf_counter() - started, manager.blocked_s)
 
 
+def create_seed(config: Config, place: Place) -> None:
+    """Save the whole model's initial weights as step 0; no data are needed.
+
+    Raises:
+        ExistsError: the folder holds steps already.
+    """
+    tokenizer = open_tokenizer(config.model.hf_assets_path)
+    model_parts = build_model(config, place, _vocab_size(config, tokenizer))
+    folder = Path(config.job.dump_folder) / config.checkpoint.folder
+    checkpoint = replace(config.checkpoint, on_save_error="raise", async_mode="disabled")
+    with CheckpointManager(folder, model=model_parts, config=checkpoint) as manager:
+        manager.save_seed()
+
+
 def build_run(config: Config, place: Place) -> Run:
     """Everything at its start, before a checkpoint is loaded. Collective."""
     _seed(config)
@@ -140,7 +158,8 @@ def build_run(config: Config, place: Place) -> Run:
         dp_size=place.dp_size,
     )
     _log_start(config, place, model_parts, tokens)
-    return Run(config, place, model_parts, optimizers, schedulers, loader, TrainState())
+    gradients = Gradients(config, place, model_parts)
+    return Run(config, place, model_parts, optimizers, gradients, schedulers, loader, TrainState())
 
 
 def take_steps(run: Run, manager: CheckpointManager, metrics: Metrics, *, first: int) -> None:
@@ -149,7 +168,7 @@ def take_steps(run: Run, manager: CheckpointManager, metrics: Metrics, *, first:
     try:
         while step < config.training.steps:
             inputs, labels = next(run.loader)
-            loss = accumulate_gradients(config, place, run.model_parts, inputs, labels)
+            loss = run.gradients.accumulate(inputs, labels)
             grad_norm = clip_gradients(run.model_parts, config.training.max_norm, place)
             lr = float(run.optimizers[0].param_groups[0]["lr"])
             for optimizer, scheduler in zip(run.optimizers, run.schedulers, strict=True):
@@ -163,36 +182,13 @@ def take_steps(run: Run, manager: CheckpointManager, metrics: Metrics, *, first:
             clock.tokens += step_tokens
             last_step = step == config.training.steps
             if last_step or step % config.metrics.log_freq == 0 or step == first + 1:
-                mean_loss, norm = mean_over_data(loss, place), grad_norm.item()
+                mean_loss, norm = sum_over_data(loss, place), grad_norm.item()
                 pace = clock.lap(manager.blocked_s)
                 metrics.report(Row(step, mean_loss, norm, lr, *pace, time.time()), place.device)
             manager.save(step, last_step=last_step)
     except KeyboardInterrupt:
         _log_interrupt(config, step)
         raise
-
-
-def accumulate_gradients(
-    config: Config, place: Place, model_parts: Sequence[nn.Module], inputs: Tensor, labels: Tensor
-) -> Tensor:
-    """This rank's mean loss over its share of the step, whose gradients it leaves in the model.
-
-    The share goes through the model `training.local_batch_size` sequences at a time.
-    """
-    (model,) = model_parts
-    size = config.training.local_batch_size
-    num_parts = len(inputs) // size
-    total = torch.zeros((), device=place.device)
-    for tokens, following in zip(torch.split(inputs, size), torch.split(labels, size), strict=True):
-        with loss_scope(place):
-            logits = model(tokens.to(place.device))
-            targets = following.to(place.device).flatten()
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets) / num_parts
-            del logits
-            loss.backward()  # type: ignore[no-untyped-call]
-        total += whole(loss.detach())
-    settle_gradients(model_parts)
-    return total
 
 
 def is_finished(config: Config, step: int | None) -> bool:
@@ -247,7 +243,7 @@ def _vocab_size(config: Config, tokenizer: Tokenizer) -> int:
 def _log_start(
     config: Config, place: Place, model_parts: Sequence[nn.Module], tokens: Tokens
 ) -> None:
-    count = sum(p.numel() for part in model_parts for p in part.parameters())
+    count = num_parameters(model_parts, place)
     degrees = config.parallelism.degrees(place.world_size)
     logger.info("%s: %s", config.job.description, Path(config.job.dump_folder).absolute())
     logger.info(
@@ -257,7 +253,7 @@ def _log_start(
         f"{count:,}",
         place.world_size,
         place.device.type.upper(),
-        ", ".join(f"{axis} {degree}" for axis, degree in degrees.items()),
+        ", ".join(f"{a} {d}" for a, d in degrees.items() if d > 1) or "alone",
         f"{len(tokens.ids):,}",
     )
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from holdfast.trainer.model import Transformer
@@ -34,15 +35,23 @@ def init_weights(model: Transformer, seed: int) -> None:
             parameter.fill_(1.0)
             continue
         # What adds to the residual stream starts smaller, or the stream would grow with depth.
-        adds = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
+        adds = name.endswith(("attention.wo.weight", "feed_forward.w2.weight", "experts.w2"))
         std = STD / math.sqrt(2 * model.flavor.num_layers) if adds else STD
-        _draw(parameter, f"{seed}/{name}", std)
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        held = [_held(parameter, dim) for dim in range(parameter.dim())]
+        if parameter.dim() == 2:
+            _draw(local, held, parameter.shape, f"{seed}/{name}", std)
+            continue
+        # A stack of matrices, each drawn as if it were a weight of its own.
+        for matrix, index in zip(local, held[0].tolist(), strict=True):
+            _draw(matrix, held[1:], parameter.shape[1:], f"{seed}/{name}/{index}", std)
 
 
-def _draw(parameter: nn.Parameter, key: str, std: float) -> None:
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    rows, columns = (_held(parameter, dim) for dim in range(2))
-    num_rows, num_columns = parameter.shape
+def _draw(
+    local: Tensor, held: Sequence[Tensor], shape: Sequence[int], key: str, std: float
+) -> None:
+    """Fill `local`, which holds these rows and columns of a matrix of `shape`."""
+    (rows, columns), (num_rows, num_columns) = held, shape
     block_rows = max(1, BLOCK_ELEMENTS // num_columns)
     for block in sorted(set((rows // block_rows).tolist())):
         start = block * block_rows

@@ -165,7 +165,8 @@ def test_degrees_that_do_not_fit_are_answered_with_the_nearest_that_do() -> None
         config.check(6)
     assert "data_parallel_shard_degree 2 " in (raised.value.hint or "")
     assert "tensor_parallel_degree 3" in (raised.value.hint or "")
-    assert config.parallelism.degrees(8) == {"dp_shard": 2, "tp": 4}
+    degrees = config.parallelism.degrees(8)
+    assert {axis: d for axis, d in degrees.items() if d > 1} == {"dp_shard": 2, "tp": 4}
 
 
 def test_batch_sizes_and_heads_that_do_not_divide_are_refused() -> None:
@@ -175,6 +176,33 @@ def test_batch_sizes_and_heads_that_do_not_divide_are_refused() -> None:
         read_config(batch).check(1)
     with pytest.raises(UsageError, match="8 heads"):
         read_config(["--parallelism.tensor_parallel_degree", "3"]).check(3)
+
+
+@pytest.mark.parametrize(
+    ("workers", "arguments", "reason"),
+    [
+        (2, "--pipeline_parallel_schedule ZBVZeroBubble", "wrong without a word"),
+        (2, "--pipeline_parallel_schedule GPip", "did you mean `GPipe`"),
+        (2, "--pipeline_parallel_degree 2", "at least 2 microbatches a step"),
+        (
+            4,
+            "--pipeline_parallel_degree 4 --pipeline_parallel_schedule Interleaved1F1B",
+            "8 stages",
+        ),
+        (2, "--pipeline_parallel_degree 2 --model.flavor 1B", "one weight for its first and"),
+        (3, "--context_parallel_degree 3", "divides `training.seq_len` 2048: 3"),
+    ],
+)
+def test_what_no_layout_can_run_is_refused_with_the_reason(
+    workers: int, arguments: str, reason: str
+) -> None:
+    """Method: settings that torch refuses late, or runs wrong."""
+    words = [
+        f"--parallelism.{word[2:]}" if "parallel" in word else word for word in arguments.split()
+    ]
+    with pytest.raises(UsageError) as raised:
+        read_config(words).check(workers)
+    assert reason in str(raised.value)
 
 
 def test_help_lists_every_key_without_importing_torch() -> None:

@@ -1,0 +1,132 @@
+"""Every layout trains the model that one process trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from holdfast.trainer.flavors import MODELS
+from layouts import Layout, add_flavors, train_all, trained
+from processes import run_processes
+
+pytestmark = pytest.mark.timeout(400)  # one start of the ranks tries many layouts
+
+ON_4 = [
+    Layout("shard4", "recompute"),
+    Layout("replicate4"),
+    Layout("tp4"),
+    Layout("pp4"),
+    Layout("cp4"),
+    Layout("shard4 ep2", "experts"),
+    Layout("shard2 tp2", "tied"),
+    Layout("replicate2 shard2 ep2", "experts recompute"),
+    Layout("replicate2 tp2"),
+    Layout("replicate2 pp2"),
+    Layout("replicate2 cp2"),
+    Layout("shard2 pp2", "recompute"),
+    Layout("shard2 pp2", schedule="GPipe"),
+    Layout("shard2 pp2", schedule="Interleaved1F1B"),
+    Layout("shard2 cp2 ep4", "experts"),
+    Layout("tp2 pp2 ep2", "experts", schedule="Interleaved1F1B"),
+    Layout("tp2 cp2"),
+    Layout("pp2 cp2"),
+]
+"""Every axis alone, and with every other one."""
+
+ON_8 = [Layout("shard2 tp2 pp2"), Layout("shard2 tp2 pp2 ep4", "experts")]
+
+MORE_ON_4 = [
+    Layout("shard4"),
+    Layout("shard4 ep4", "experts"),
+    Layout("shard2 tp2 ep2", "experts"),
+    Layout("shard2 tp2 ep4", "experts"),
+    Layout("shard2 pp2 ep2", "experts recompute", schedule="Interleaved1F1B"),
+    Layout("replicate2 shard2"),
+    Layout("replicate4", "experts"),
+    Layout("replicate2 tp2 ep2", "experts"),
+    Layout("replicate2 pp2", "experts"),
+    Layout("tp4", "experts"),
+    Layout("tp4 ep4", "experts"),
+    Layout("tp2 pp2", "experts", schedule="GPipe"),
+    Layout("tp2 cp2", "recompute"),
+    Layout("tp2 cp2 ep2", "experts"),
+    Layout("tp2 cp2 ep4", "experts recompute"),
+    Layout("pp4", "experts"),
+    Layout("pp2 cp2 ep2", "experts"),
+    Layout("cp4 ep4", "experts"),
+]
+MORE_ON_8 = [
+    Layout("replicate2 shard2 tp2"),
+    Layout("replicate2 shard2 pp2", schedule="Interleaved1F1B"),
+    Layout("replicate2 shard2 cp2 ep4", "experts"),
+    Layout("replicate2 tp2 pp2 ep2", "experts"),
+    Layout("replicate2 cp2 pp2"),
+    Layout("shard2 tp2 cp2 ep8", "experts"),
+    Layout("shard2 cp2 pp2 ep2", "experts", schedule="GPipe"),
+    Layout("tp2 cp2 pp2", "recompute"),
+    Layout("tp4 pp2 ep2", "experts", schedule="Interleaved1F1B"),
+]
+GROUPS = {"4": (4, ON_4), "8": (8, ON_8), "more 4": (4, MORE_ON_4), "more 8": (8, MORE_ON_8)}
+
+Results = Callable[[str], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    """What the layouts of a group come to, all from one start of the ranks."""
+
+    @cache
+    def found(group: str) -> list[dict[str, Any]]:
+        size, layouts = GROUPS[group]
+        first: list[dict[str, Any]] = run_processes(size, train_all, layouts, timeout_s=300)[0]
+        return first
+
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[dict[str, Any]]:
+    """What one process comes to, by kind of model."""
+    known = {name: dict(flavors) for name, flavors in MODELS.items()}
+    add_flavors()
+    kinds = {layout.kind for _, layouts in GROUPS.values() for layout in layouts}
+    yield {kind: trained(Layout("", kind)) for kind in sorted(kinds)}
+    for name, flavors in known.items():
+        MODELS[name].clear()
+        MODELS[name].update(flavors)
+
+
+def cases() -> Iterator[Any]:
+    for group, (_, layouts) in GROUPS.items():
+        marks = [pytest.mark.slow] if group.startswith("more") else []
+        for number, layout in enumerate(layouts):
+            yield pytest.param(group, number, id=str(layout), marks=marks)
+
+
+@pytest.mark.parametrize(("group", "number"), list(cases()))
+def test_a_layout_trains_as_one_process_does(
+    group: str, number: int, results: Results, alone: dict[str, Any]
+) -> None:
+    """Method: SGD, since AdamW would hide a gradient of the wrong scale. Weights are equal bit by
+    bit before, then gradients, losses, norms and the weights after some steps to 1e-5."""
+    layout, found = GROUPS[group][1][number], results(group)[number]
+    expected = alone[layout.kind]
+    assert found["before"].keys() == expected["before"].keys()
+    for name, weight in expected["before"].items():
+        assert torch.equal(found["before"][name], weight), name
+    assert found["gradients"].keys() == expected["gradients"].keys()
+    differences = {
+        name: (found["gradients"][name] - gradient).abs().max().item()
+        for name, gradient in expected["gradients"].items()
+    }
+    print(f"{layout}: gradients differ by {max(differences.values()):.1e} at most")  # noqa: T201
+    assert max(differences.values()) < 1e-5, differences
+    for one, other in zip(found["reports"], expected["reports"], strict=True):
+        assert one == pytest.approx(other, rel=2e-6)
+    for name, weight in expected["after"].items():
+        torch.testing.assert_close(found["after"][name], weight, atol=1e-5, rtol=0)
+        assert not torch.equal(weight, expected["before"][name]), name

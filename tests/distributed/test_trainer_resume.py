@@ -1,0 +1,161 @@
+"""Runs of every layout: exact resumes, one start for all, and checkpoints from any to any."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import holdfast
+from holdfast.trainer.train import train
+from layouts import Layout, add_flavors, place_of
+from processes import run_processes
+
+LAYOUTS = [
+    Layout("replicate2 shard2"),
+    Layout("shard2 tp2"),
+    Layout("pp2 shard2"),
+    Layout("pp2 tp2", schedule="Interleaved1F1B"),
+    Layout("replicate2 cp2"),
+    Layout("shard2 cp2 ep2", "experts"),
+    Layout("pp2 shard2 ep2", "experts"),
+]
+pytestmark = pytest.mark.timeout(400)  # one start of the ranks makes many runs
+
+MOVES = [
+    (Layout("replicate2 shard2"), Layout("pp2 tp2", schedule="Interleaved1F1B")),
+    (Layout("shard2 tp2"), Layout("replicate2 cp2")),
+    (Layout("pp2 shard2 ep2", "experts"), Layout("shard2 cp2 ep2", "experts")),
+]
+"""Where the first half of a run took place, and where the second does."""
+
+ALONE = [Layout("", "small"), Layout("", "experts")]
+STEPS = 4
+
+
+def run(layout: Layout, folder: Path, *, steps: int) -> None:
+    """The reference run as one rank of it, with AdamW. Collective."""
+    config = layout.config(
+        *("--job.dump_folder", str(folder), "--training.dataset_path", str(folder / "text.txt")),
+        *("--training.steps", str(steps), "--lr_scheduler.total_steps", str(STEPS)),
+        *(
+            "--optimizer.name",
+            "AdamW",
+            "--optimizer.lr",
+            "0.01",
+            "--lr_scheduler.warmup_steps",
+            "1",
+        ),
+        *("--checkpoint.enable", "--checkpoint.no-last_save_model_only"),
+        *("--metrics.log_freq", "1"),
+    )
+    train(config, place_of(config))
+
+
+def run_all(rank: int, size: int, layouts: list[Layout], folder: Path) -> None:
+    """Each layout's run at once, and in two halves."""
+    add_flavors()
+    for layout in layouts:
+        for name in ("whole", "halves"):
+            out = folder / str(layout) / name
+            if rank == 0:
+                shutil.copytree(folder / f"{layout.kind} seed", out)
+            if size > 1:
+                dist.barrier()
+            if name == "halves":
+                run(layout, out, steps=STEPS // 2)
+            run(layout, out, steps=STEPS)
+
+
+def move_all(rank: int, size: int, moves: list[tuple[Layout, Layout]], folder: Path) -> None:
+    """Each layout's run up to the half, then as another one's."""
+    add_flavors()
+    for before, after in moves:
+        out = folder / f"{before} then {after}"
+        if rank == 0:
+            later = shutil.ignore_patterns(f"step-{STEPS}", "metrics.jsonl")
+            shutil.copytree(folder / str(before) / "halves", out, ignore=later)
+        dist.barrier()
+        run(after, out, steps=STEPS)
+
+
+def seed(rank: int, size: int, layout: Layout, folder: Path) -> None:
+    add_flavors()
+    config = layout.config(
+        *("--job.dump_folder", str(folder), "--training.seed", "99"),
+        *("--checkpoint.enable", "--checkpoint.create_seed_checkpoint"),
+    )
+    train(config, place_of(config))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every layout's runs, each from the same seed checkpoint, made with another `training.seed`
+    than theirs."""
+    made = tmp_path_factory.mktemp("runs")
+    for layout in ALONE:
+        begun = made / f"{layout.kind} seed"
+        run_processes(1, seed, layout, begun)
+        (begun / "text.txt").write_text(Path(__file__).read_text())
+    run_processes(1, run_all, ALONE, made)
+    run_processes(4, run_all, LAYOUTS, made, timeout_s=300)
+    run_processes(4, move_all, MOVES, made, timeout_s=300)
+    return made
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """The loss of each step; the last row of a step counts."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def contents(folder: Path, step: int = STEPS) -> dict[str, Any]:
+    """Every tensor and value of a step."""
+    checkpoint = holdfast.open(folder / "checkpoint" / f"step-{step}")
+    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    return tensors | {name: checkpoint.value(name) for name in checkpoint.manifest.values}
+
+
+@pytest.mark.parametrize("layout", [*ALONE, *LAYOUTS], ids=str)
+def test_a_run_in_two_halves_ends_with_the_bits_of_one_at_once(
+    layout: Layout, folder: Path
+) -> None:
+    """G9: losses, weights, AdamW, schedule, data position and random numbers, bit by bit."""
+    whole, halves = folder / str(layout) / "whole", folder / str(layout) / "halves"
+    assert losses(whole) == losses(halves)
+    expected, found = contents(whole), contents(halves)
+    assert found.keys() == expected.keys()
+    assert any(name.startswith("rng.") for name in expected)
+    for name, value in expected.items():
+        same = torch.equal(found[name], value) if torch.is_tensor(value) else found[name] == value
+        assert same, name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_layout_starts_from_a_seed_with_the_same_loss(layout: Layout, folder: Path) -> None:
+    """Method: the first loss against that of one process, from one seed; the same data follow."""
+    alone = losses(folder / str(Layout("", layout.kind)) / "whole")
+    found = losses(folder / str(layout) / "whole")
+    assert found[1] == pytest.approx(alone[1], abs=1e-5)
+    assert found == pytest.approx(alone, abs=1e-3)
+
+
+@pytest.mark.parametrize(("before", "after"), MOVES, ids=str)
+def test_a_run_goes_on_as_another_layout_with_the_next_samples(
+    before: Layout, after: Layout, folder: Path
+) -> None:
+    """G9: the second half of a run on other axes. Method: losses against those of one process, the
+    position in the data against the run that stayed."""
+    moved = folder / f"{before} then {after}"
+    found, alone = losses(moved), losses(folder / str(Layout("", before.kind)) / "whole")
+    assert sorted(found) == [STEPS // 2 + 1, STEPS]
+    assert found == pytest.approx({step: alone[step] for step in found}, abs=1e-3)
+    stayed = contents(folder / str(before) / "whole")
+    for name, value in contents(moved).items():
+        if name.startswith(("dataloader.", "train_state.")):
+            assert value == stayed[name], name
