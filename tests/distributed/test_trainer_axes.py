@@ -93,8 +93,11 @@ def alone() -> Iterator[dict[str, Any]]:
     """What one process comes to, by kind of model."""
     known = {name: dict(flavors) for name, flavors in MODELS.items()}
     add_flavors()
-    kinds = {layout.kind for _, layouts in GROUPS.values() for layout in layouts}
-    yield {kind: trained(Layout("", kind)) for kind in sorted(kinds)}
+    num_threads = torch.get_num_threads()
+    # Threads that wait for one another take long where the cores are busy with other things.
+    torch.set_num_threads(1)
+    yield {kind: trained(Layout("", kind)) for kind in ("small", "tied", "experts")}
+    torch.set_num_threads(num_threads)
     for name, flavors in known.items():
         MODELS[name].clear()
         MODELS[name].update(flavors)
@@ -114,7 +117,8 @@ def test_a_layout_trains_as_one_process_does(
     """Method: SGD, since AdamW would hide a gradient of the wrong scale. Weights are equal bit by
     bit before, then gradients, losses, norms and the weights after some steps to 1e-5."""
     layout, found = GROUPS[group][1][number], results(group)[number]
-    expected = alone[layout.kind]
+    # Computed without recomputing: what is computed twice is the same both times.
+    expected = alone[layout.kind.removesuffix("recompute").strip() or "small"]
     assert found["before"].keys() == expected["before"].keys()
     for name, weight in expected["before"].items():
         assert torch.equal(found["before"][name], weight), name

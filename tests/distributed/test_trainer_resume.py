@@ -18,8 +18,6 @@ from processes import run_processes
 
 LAYOUTS = [
     Layout("replicate2 shard2"),
-    Layout("shard2 tp2"),
-    Layout("pp2 shard2"),
     Layout("pp2 tp2", schedule="Interleaved1F1B"),
     Layout("replicate2 cp2"),
     Layout("shard2 cp2 ep2", "experts"),
@@ -29,7 +27,6 @@ pytestmark = pytest.mark.timeout(400)  # one start of the ranks makes many runs
 
 MOVES = [
     (Layout("replicate2 shard2"), Layout("pp2 tp2", schedule="Interleaved1F1B")),
-    (Layout("shard2 tp2"), Layout("replicate2 cp2")),
     (Layout("pp2 shard2 ep2", "experts"), Layout("shard2 cp2 ep2", "experts")),
 ]
 """Where the first half of a run took place, and where the second does."""
@@ -52,7 +49,7 @@ def run(layout: Layout, folder: Path, *, steps: int) -> None:
             "1",
         ),
         *("--checkpoint.enable", "--checkpoint.no-last_save_model_only"),
-        *("--metrics.log_freq", "1"),
+        *("--metrics.log_freq", "1", "--training.global_batch_size", "4"),
     )
     train(config, place_of(config))
 
