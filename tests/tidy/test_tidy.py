@@ -16,7 +16,7 @@ SOURCE = ROOT / "src" / "holdfast"
 FILE_LINES_MAX = 500
 FUNCTION_LINES_MAX = 60
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "base", "types"}
-BANNED = re.compile(r"TODO|FIXME|XXX|NotImplementedError|breakpoint\(|/home/|/work/|/Users/|/root/")
+BANNED = re.compile(r"TODO|FIXME|XXX|NotImplementedError|breakpoint\(|/(?:home|work|Users|root)/")
 
 SOURCES = sorted(SOURCE.rglob("*.py"))
 FILES = SOURCES + sorted((ROOT / "tests").rglob("*.py"))
