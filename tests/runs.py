@@ -35,16 +35,13 @@ def train(
     *arguments: str, ranks: int = 1, cwd: Path, timeout_s: float = 200
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end. stderr and stdout come together, as a terminal shows them."""
-    return subprocess.run(
-        command(*arguments, ranks=ranks, cwd=cwd),
-        cwd=cwd,
-        env=environment(ranks),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=timeout_s,
-        check=False,
-    )
+    run = start(*arguments, ranks=ranks, cwd=cwd)
+    try:
+        said, _ = run.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        kill_all(run)
+        raise
+    return subprocess.CompletedProcess(run.args, run.returncode, said)
 
 
 def start(*arguments: str, ranks: int, cwd: Path) -> subprocess.Popen[str]:

@@ -30,8 +30,7 @@ class Catalog:
 
     def steps(self) -> list[int]:
         """Published steps, oldest first. A folder with any other name is not looked at."""
-        names = (name.rstrip("/") for name in self.store.list() if name.endswith("/"))
-        return sorted(step for step in map(step_of, names) if step is not None)
+        return _steps_below(self.store, "")
 
     def where(self, name: str) -> str:
         """A checkpoint's place, for people."""
@@ -131,9 +130,12 @@ def read_manifest(store: ReadStore, name: str) -> Manifest:
 
 def steps_in(store: ReadStore, name: str) -> list[str]:
     """The published steps directly below a folder, oldest first, each with the folder's name."""
-    names = [one.rstrip("/") for one in store.list(name) if one.endswith("/")]
-    steps = sorted((step, one) for one in names if (step := step_of(one)) is not None)
-    return [f"{name}/{one}" for _, one in steps]
+    return [f"{name}/{step_name(step)}" for step in _steps_below(store, name)]
+
+
+def _steps_below(store: ReadStore, folder: str) -> list[int]:
+    names = (name.rstrip("/") for name in store.list(folder) if name.endswith("/"))
+    return sorted(step for step in map(step_of, names) if step is not None)
 
 
 def place(store: ReadStore, name: str) -> str:

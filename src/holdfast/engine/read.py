@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 
+from holdfast.catalog.catalog import place
 from holdfast.engine.reshard import Part, moves, parts
 from holdfast.errors import DamagedError
 from holdfast.format.checksum import BLOCK_BYTES, checksum
@@ -39,7 +40,7 @@ class Source:
 
     @property
     def url(self) -> str:
-        return f"{self.store.url.rstrip('/')}/{self.folder}"
+        return place(self.store, self.folder)
 
     def key(self, file: str) -> str:
         return f"{self.folder}/{file}"

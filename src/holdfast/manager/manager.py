@@ -112,8 +112,8 @@ class CheckpointManager:
             **(states or {}),
             RNG: RngState(rank),
         }
-        sections = [name for name in self._parts if name != MODEL]
-        self._saver = Saver(self._catalog, self.config, self._ranks, sections)
+        self._sections = [name for name in self._parts if name != MODEL]
+        self._saver = Saver(self._catalog, self.config, self._ranks, self._sections)
         self._held = ExitStack()
         self._stop_signals = StopSignals(())
         _check_excluded(self.config.exclude_from_loading, self._parts)
@@ -189,8 +189,7 @@ class CheckpointManager:
                 )
 
         on_rank_0(self._ranks, look)
-        model = StateTree({MODEL: self._parts[MODEL]}, flat=MODEL)
-        self._saver.save(0, "model", model.leaves)
+        self._save_as("model", 0, last_step=False)
         self._saver.collect()
 
     def load(self, step: int | None = None) -> int:
@@ -294,16 +293,12 @@ class CheckpointManager:
     def _resume(self, found: Step, *, explicit: bool) -> int:
         """Load a step of this folder, and remember the course that the run is on."""
         started = time.perf_counter()
-        names = [name for name in self._parts if name not in self._excluded]
-        if found.step == 0:
-            names = [MODEL]
+        names = [MODEL] if found.step == 0 else self._not_excluded()
         source = Source(self._catalog.store, step_name(found.step), found.manifest)
         self._load_parts(source, names)
         seconds = time.perf_counter() - started
-        where = self._catalog.where(step_name(found.step))
-        self._say(
-            f"resumed from step {found.step}: {rate(found.manifest.nbytes, seconds)}, {where}"
-        )
+        done = rate(found.manifest.nbytes, seconds)
+        self._say(f"resumed from step {found.step}: {done}, {source.url}")
         steps = on_rank_0(self._ranks, self._catalog.steps)
         left_behind = [step for step in steps if step > found.step]
         self._saver.resumed(found.step, left_behind)
@@ -323,8 +318,7 @@ class CheckpointManager:
             self._load_parts(source, [MODEL])
             self._say(f"loaded the model of {source.url}: starting at step 0")
             return 0
-        names = [name for name in self._parts if name not in self._excluded]
-        self._load_parts(source, names)
+        self._load_parts(source, self._not_excluded())
         step = manifest.step if manifest.step is not None else step_of(name) or 0
         self._say(f"loaded {source.url}: going on from step {step}")
         return step
@@ -336,8 +330,8 @@ class CheckpointManager:
             wanted.remove(RNG)
         if DATALOADER in wanted:
             self._check_dataloader(manifest)
-        sections = {part for part in self._parts if part != MODEL}
-        tree = StateTree({part: self._parts[part] for part in wanted}, flat=MODEL, others=sections)
+        parts = {part: self._parts[part] for part in wanted}
+        tree = StateTree(parts, flat=MODEL, others=self._sections)
         loaded = load_tree(source, tree, ranks=self._ranks)
         if loaded.converted:
             first = loaded.converted[0]
@@ -394,12 +388,13 @@ class CheckpointManager:
                 f"saving {instead}, then ending"
             )
 
-    @property
-    def _excluded(self) -> set[str]:
-        return {
+    def _not_excluded(self) -> list[str]:
+        """The parts that a resume loads."""
+        excluded = {
             DATALOADER if name in DATALOADER_KEYS else name
             for name in self.config.exclude_from_loading
         }
+        return [name for name in self._parts if name not in excluded]
 
     def _say(self, line: str) -> None:
         if self._ranks.rank == 0:

@@ -138,6 +138,8 @@ class Saver:
             return
         try:
             ours = [step for step in self._catalog.steps() if step not in self._left_behind]
+            if len(ours) <= keep:
+                return  # Whichever of them are good: none can go, so none is looked into.
             good = [step for step in ours if is_whole(self._catalog, step)]
             protected = () if self._resumed_from is None else (self._resumed_from,)
             going = removable(good, current=current, keep_latest_k=keep, protected=protected)
