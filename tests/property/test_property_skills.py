@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from holdfast.skills.bundle import Skill
 from holdfast.skills.content import RECEIPT
 from holdfast.skills.copies import Copies
 from holdfast.skills.sync import remove, reset, sync
@@ -39,7 +40,7 @@ class Skills(RuleBasedStateMachine):
     def teardown(self) -> None:
         shutil.rmtree(self.home)
 
-    def bundle(self, release: int) -> dict[str, object]:
+    def release(self, release: int) -> dict[str, Skill]:
         left_out = NAMES[release % len(NAMES)]
         return {name: skill(name, str(release)) for name in NAMES if name != left_out}
 
@@ -58,19 +59,19 @@ class Skills(RuleBasedStateMachine):
         def at_cut() -> None:
             raise CutError
 
-        shipped, version = self.bundle(release), f"{release}.0"
+        shipped, version = self.release(release), f"{release}.0"
         try:
             disk = CutDisk(cut, at_cut, exchanges=exchanges)
-            done = sync(shipped, Copies(self.root, disk=disk), version)  # type: ignore[arg-type]
+            done = sync(shipped, Copies(self.root, disk=disk), version)
         except CutError:
-            sync(shipped, Copies(self.root), version)  # type: ignore[arg-type]
+            sync(shipped, Copies(self.root), version)
         else:
             assert not done.problems
         for name, made in shipped.items():
             if name in self.foreign or name in self.changed or name in self.deleted:
                 continue
             held = files_in(self.root / name)
-            text = made.files["SKILL.md"]  # type: ignore[attr-defined]
+            text = made.files["SKILL.md"]
             if not before[name]:
                 assert held["SKILL.md"] == text
             assert int(held["SKILL.md"].split()[-1]) >= release, "older than what was synced"

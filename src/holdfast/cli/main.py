@@ -19,6 +19,7 @@ VERBS = {
     "list": "the steps in a checkpoint folder, and which one a resume takes",
     "verify": "check every byte of a checkpoint, or of every step in a folder",
     "skills": "guides for coding agents: install them, keep them up to date",
+    "train": "the reference training run, on workers of this machine",
     "version": "what is installed",
 }
 

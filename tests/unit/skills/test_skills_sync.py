@@ -118,7 +118,10 @@ def test_a_copy_that_the_user_changed_is_left_alone(root: Path) -> None:
     states(root, bundle(alpha="a", beta="b"))
     (root / "alpha/SKILL.md").write_text("mine")
     (root / "beta/references/a.md").unlink()
-    assert states(root, bundle(alpha="2", beta="2"), V2) == {"alpha": "modified", "beta": "modified"}
+    assert states(root, bundle(alpha="2", beta="2"), V2) == {
+        "alpha": "modified",
+        "beta": "modified",
+    }
     assert (root / "alpha/SKILL.md").read_text() == "mine"
     assert not (root / "beta/references/a.md").exists()
 
