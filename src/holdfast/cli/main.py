@@ -17,6 +17,7 @@ from holdfast.errors import HoldfastError
 
 VERBS = {
     "list": "the steps in a checkpoint folder, and which one a resume takes",
+    "show": "what a checkpoint holds, and where each tensor lies",
     "verify": "check every byte of a checkpoint, or of every step in a folder",
     "skills": "guides for coding agents: install them, keep them up to date",
     "train": "the reference training run, on workers of this machine",

@@ -114,6 +114,15 @@ def spelled_bytes(nbytes: int) -> str:
     return f"{size:.1f} PB"
 
 
+def counted(count: int, noun: str) -> str:
+    """How many, for people.
+
+    >>> counted(1, "file"), counted(1200, "file")
+    ('1 file', '1,200 files')
+    """
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def spelled_age(seconds: float) -> str:
     """How long ago, for people.
 
