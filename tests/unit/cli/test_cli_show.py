@@ -94,13 +94,14 @@ def test_a_tensor_is_shown_with_its_place_and_a_beginning_with_all_below(
 ) -> None:
     """Method: a tensor, a branch, a value, and names that are none."""
     step = saved / "outputs/step-7"
-    said = run(capsys, step, "model.large")[1].splitlines()
-    assert said[0] == "model.large  uint8 2300000  2.3 MB  1 chunk in 1 file"
-    assert said[1].strip() == "A" * 48
-    assert said[2].split()[:3] == ["A", "[0:2300000]", "__0_0.distcp"]
-    said = run(capsys, step, "model")[1]
-    assert "tied_too" in said
-    assert "optimizer" not in said
+    said = run(capsys, step, "model.half")[1].splitlines()
+    assert said[0] == "model.half  bfloat16 70x40  5.6 kB  1 chunk in 1 file"
+    assert [line.strip() for line in said[1:13]] == ["A" * 40] * 12
+    assert said[13].split()[:3] == ["A", "[0:70,", "0:40]"]
+    assert "_0.distcp from byte " in said[13]
+    below = run(capsys, step, "model")[1]
+    assert "tied_too" in below
+    assert "optimizer" not in below
     assert "value" in run(capsys, step, "train_state.step")[1]
     status, _, err = run(capsys, step, "model.larg")
     assert (status, "near it: model.large" in err) == (4, True)
