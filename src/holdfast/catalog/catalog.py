@@ -80,11 +80,16 @@ class Catalog:
         """Remove an attempt that came to nothing."""
         self.store.remove(str(attempt))
 
-    def remove(self, name: str) -> None:
-        """Delete a checkpoint: its name first, so that nothing that looks whole is ever in part."""
+    def let_go(self, name: str) -> Aside:
+        """Take a checkpoint's name away, at one instant. What is left looks like nothing whole, and
+        is deleted by `execute` of what `plan_removals` or the next sweep finds."""
         aside = Aside("removing", name, secrets.token_hex(4))
         self.store.rename(name, str(aside))
-        self.store.remove(str(aside))
+        return aside
+
+    def remove(self, name: str) -> None:
+        """Delete a checkpoint: its name first, so that nothing that looks whole is ever in part."""
+        self.store.remove(str(self.let_go(name)))
 
 
 def open_manifest(store: ReadStore, name: str) -> Manifest:

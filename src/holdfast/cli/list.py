@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Literal
@@ -11,6 +11,7 @@ import tyro
 
 from holdfast.catalog.catalog import open_manifest, place, steps_in
 from holdfast.catalog.findings import kind_of
+from holdfast.catalog.marks import damaged_steps
 from holdfast.cli.terminal import parsed, say, say_json, say_table, spelled_age, spelled_bytes
 from holdfast.engine.root import open_for_reading
 from holdfast.errors import HoldfastError, NotFoundError
@@ -85,7 +86,8 @@ def survey(store: ReadStore, name: str) -> list[Row]:
     asides = [one.rstrip("/") for one in there if aside_of(one.rstrip("/")) is not None]
     if not steps and not asides:
         raise NotFoundError(f"`{place(store, name)}` holds no step", hint=_hint(store, name, there))
-    rows = [_row(store, step) for step in steps]
+    damaged = damaged_steps(store, name)
+    rows = [_row(store, step, damaged) for step in steps]
     return rows + [Row(one, None, "attempt") for one in asides]
 
 
@@ -98,13 +100,15 @@ def _hint(store: ReadStore, name: str, there: Sequence[str]) -> str:
     return f"found: {', '.join(there[:10]) or 'nothing'}"
 
 
-def _row(store: ReadStore, key: str) -> Row:
+def _row(store: ReadStore, key: str, damaged: Mapping[int, str]) -> Row:
     name = key.rpartition("/")[2]
     step = step_of(name)
     try:
         manifest = open_manifest(store, key)
     except HoldfastError as error:
         return Row(name, step, "damaged", problem=error.what)
+    if step is not None and step in damaged:
+        return Row(name, step, "damaged", problem=damaged[step])
     ranks = manifest.layout.get("world_size")
     return Row(
         name,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -33,6 +33,7 @@ class Facts:
     kind: Kind | None
     layout: dict[str, Any]
     versions: dict[str, str]
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def commit(
@@ -125,6 +126,7 @@ def _manifest(receipts: Sequence[Receipt], offers: Sequence[Offer], facts: Facts
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         layout=facts.layout,
         versions=facts.versions,
+        metrics=facts.metrics,
     )
 
 

@@ -190,8 +190,12 @@ def begin_save(
     step: int | None = None,
     kind: Kind | None = None,
     dtype: torch.dtype | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> Pending:
-    """Agree on a save: everything of `save_leaves` up to the first byte. Collective."""
+    """Agree on a save: everything of `save_leaves` up to the first byte. Collective.
+
+    `metrics` are kept in the manifest, those of rank 0.
+    """
     spans = Spans()
     with spans("plan"):
         held = on_every_rank(ranks, lambda: _hold(leaves, dtype))
@@ -199,7 +203,7 @@ def begin_save(
         image = on_every_rank(ranks, lambda: _image(ranks.rank, share, held))
         totals = ranks.gather(image.nbytes)
         attempt = on_rank_0(ranks, lambda: _begin(catalog, name, sum(totals)))
-    facts = Facts(step, kind, {"world_size": ranks.size}, _versions())
+    facts = Facts(step, kind, {"world_size": ranks.size}, _versions(), metrics or {})
     data_of = partial(_live_data, held, dtype)
     return Pending(catalog, attempt, image, data_of, planner.offers, facts, spans)
 

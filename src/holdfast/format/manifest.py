@@ -7,6 +7,7 @@ layout of that file is specified in docs/format.md.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -105,6 +106,9 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of the software that wrote it."""
 
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What the training loop measured at this step; NaN where it was no finite number."""
+
     metadata: tuple[int, int] | None = None
     """Bytes and checksum of the `.metadata` beside it."""
 
@@ -127,6 +131,7 @@ def encode(manifest: Manifest) -> bytes:
         "created": manifest.created,
         "versions": dict(manifest.versions),
         "layout": dict(manifest.layout),
+        **({"metrics": _encode_metrics(manifest.metrics)} if manifest.metrics else {}),
         "checksums": {"algorithm": checksum.ALGORITHM, "block_bytes": checksum.BLOCK_BYTES},
         "metadata": manifest.metadata,
         "files": [[file, manifest.files[file]] for file in files],
@@ -152,6 +157,10 @@ def encode(manifest: Manifest) -> bytes:
     return (
         text[:-1] + b',"checksum":"' + checksum.to_hex([checksum.checksum(text)]).encode() + b'"}'
     )
+
+
+def _encode_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _encode_chunk(chunk: Chunk, number: Mapping[str, int]) -> dict[str, Any]:
@@ -207,6 +216,7 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
         created=str(body["created"]),
         layout=dict(body["layout"].items()),
         versions={str(name): str(version) for name, version in body["versions"].items()},
+        metrics={name: _metric(value) for name, value in body.get("metrics", {}).items()},
         metadata=_seal(body["metadata"]),
     )
     if manifest.kind not in ("full", "model", None):
@@ -248,6 +258,14 @@ def _item(stored: list[int], files: list[tuple[str, int]]) -> tuple[str, Span]:
     if item.stop > nbytes:
         raise ValueError(f"item {item} is outside of `{file}` of {nbytes} bytes")
     return file, item
+
+
+def _metric(stored: float | None) -> float:
+    if stored is None:
+        return math.nan
+    if type(stored) not in (int, float):
+        raise ValueError(f"a metric that is a {type(stored).__name__}")
+    return float(stored)
 
 
 def _seal(stored: list[int] | None) -> tuple[int, int] | None:

@@ -4,6 +4,9 @@ step-500                  a published step
 .attempt-NAME-1f2e3d4c    a save at work, or what a killed one left: no reader looks at it
 .replaced-NAME-1f2e3d4c   the earlier NAME while a new one takes its place
 .removing-NAME-1f2e3d4c   a checkpoint half deleted
+.pinned-step-500          a mark: retention never removes step 500
+.damaged-step-500-DIGITS  a mark: data of step 500 was found damaged; the digits are those of its
+                          index, 16 of them, so that a mark never outlives the save that it is about
 .lock                     who is saving here
 """
 
@@ -19,6 +22,8 @@ LOCK = ".lock"
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})", re.ASCII)
 _ASIDE = re.compile(r"\.(attempt|replaced|removing)-([^/]+)-([0-9a-f]{8})", re.ASCII)
+_PINNED = re.compile(r"\.pinned-(.+)", re.ASCII)
+_DAMAGED = re.compile(r"\.damaged-(.+)-([0-9a-f]{16})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,19 @@ class Aside:
 
     def __str__(self) -> str:
         return f".{self.role}-{self.name}-{self.id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What is known of a step and stands beside it: nothing is written into a published one."""
+
+    role: Literal["pinned", "damaged"]
+    step: int
+    digest: str = ""
+    """Of the index of the step that was found damaged; another save of it has another."""
+
+    def __str__(self) -> str:
+        return f".{self.role}-{step_name(self.step)}" + f"-{self.digest}" * bool(self.digest)
 
 
 def step_name(step: int) -> str:
@@ -62,6 +80,16 @@ def aside_of(name: str) -> Aside | None:
         return None
     role: Literal["attempt", "replaced", "removing"] = match[1]  # type: ignore[assignment]
     return Aside(role, match[2], match[3])
+
+
+def mark_of(name: str) -> Mark | None:
+    """The mark that a file of this name is; None where the name is somebody else's."""
+    role: Literal["pinned", "damaged"]
+    role, match = "pinned", _PINNED.fullmatch(name)
+    if match is None:
+        role, match = "damaged", _DAMAGED.fullmatch(name)
+    step = step_of(match[1]) if match else None
+    return None if match is None or step is None else Mark(role, step, *match.groups()[1:])
 
 
 def data_file(rank: int) -> str:
