@@ -12,11 +12,11 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from holdfast.catalog.structure import check_structure
-from holdfast.errors import DamagedError, NotFoundError
+from holdfast.errors import DamagedError, HoldfastError, NotFoundError
 from holdfast.format import manifest as manifests
 from holdfast.format.dcp import decode_metadata, is_ours
 from holdfast.format.manifest import Manifest
-from holdfast.format.names import MANIFEST, METADATA, Aside, aside_of, step_name, step_of
+from holdfast.format.names import MANIFEST, METADATA, Aside, aside_of, step_name, steps_among
 from holdfast.storage.store import ReadStore, Store
 
 _INDEX_BYTES_MAX = 1 << 30
@@ -30,7 +30,11 @@ class Catalog:
 
     def steps(self) -> list[int]:
         """Published steps, oldest first. A folder with any other name is not looked at."""
-        return _steps_below(self.store, "")
+        return list(self.folders())
+
+    def folders(self) -> dict[int, str]:
+        """Published steps, oldest first, each with the folder that holds it: see `steps_among`."""
+        return steps_among(self.store.list())
 
     def where(self, name: str) -> str:
         """A checkpoint's place, for people."""
@@ -42,13 +46,14 @@ class Catalog:
 
     def open_step(self, step: int) -> Manifest:
         """As `open`. A step that is not there names those that are."""
-        if step not in self.steps():
-            there = ", ".join(map(str, self.steps())) or "none"
+        folders = self.folders()
+        if step not in folders:
+            there = ", ".join(map(str, folders)) or "none"
             raise NotFoundError(
                 f"`{self.where(step_name(step))}` does not exist",
                 hint=f"steps there: {there}; `load_step = -1` takes the newest good one",
             )
-        return self.open(step_name(step))
+        return self.open(folders[step])
 
     def begin(self, name: str) -> Aside:
         """A new, empty folder to write checkpoint `name` into."""
@@ -135,12 +140,23 @@ def read_manifest(store: ReadStore, name: str) -> Manifest:
 
 def steps_in(store: ReadStore, name: str) -> list[str]:
     """The published steps directly below a folder, oldest first, each with the folder's name."""
-    return [f"{name}/{step_name(step)}" for step in _steps_below(store, name)]
+    return [f"{name}/{folder}" for folder in steps_among(store.list(name)).values()]
 
 
-def _steps_below(store: ReadStore, folder: str) -> list[int]:
-    names = (name.rstrip("/") for name in store.list(folder) if name.endswith("/"))
-    return sorted(step for step in map(step_of, names) if step is not None)
+def standing(store: ReadStore, name: str) -> str:
+    """The folder that holds checkpoint `name`: its own; or, where a save that was to take its place
+    has died between its two renames, the one in which the earlier checkpoint stands aside until a
+    sweep gives it back its name."""
+    above, _, last = name.rpartition("/")
+    try:
+        there = store.list(above)
+    except HoldfastError:
+        return name
+    if not {last, f"{last}/"} & {*there}:
+        for aside in map(aside_of, (one.rstrip("/") for one in there)):
+            if aside is not None and (aside.role, aside.name) == ("replaced", last):
+                return f"{above}/{aside}" if above else str(aside)
+    return name
 
 
 def place(store: ReadStore, name: str) -> str:

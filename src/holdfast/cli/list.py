@@ -15,7 +15,7 @@ from holdfast.catalog.marks import damaged_steps
 from holdfast.cli.terminal import parsed, say, say_json, say_table, spelled_age, spelled_bytes
 from holdfast.engine.root import open_for_reading
 from holdfast.errors import HoldfastError, NotFoundError
-from holdfast.format.names import MANIFEST, METADATA, aside_of, step_of
+from holdfast.format.names import MANIFEST, METADATA, aside_of, steps_among
 from holdfast.storage.store import ReadStore
 
 HEAD = ("step", "size", "age", "kind", "ranks", "state", "")
@@ -83,7 +83,9 @@ def survey(store: ReadStore, name: str) -> list[Row]:
     """
     steps = steps_in(store, name)
     there = store.list(name)
-    asides = [one.rstrip("/") for one in there if aside_of(one.rstrip("/")) is not None]
+    listed = {step.rpartition("/")[2] for step in steps}
+    folders = [one.rstrip("/") for one in there]
+    asides = [one for one in folders if aside_of(one) is not None and one not in listed]
     if not steps and not asides:
         raise NotFoundError(f"`{place(store, name)}` holds no step", hint=_hint(store, name, there))
     damaged = damaged_steps(store, name)
@@ -102,7 +104,7 @@ def _hint(store: ReadStore, name: str, there: Sequence[str]) -> str:
 
 def _row(store: ReadStore, key: str, damaged: Mapping[int, str]) -> Row:
     name = key.rpartition("/")[2]
-    step = step_of(name)
+    step = next(iter(steps_among([f"{name}/"])), None)
     try:
         manifest = open_manifest(store, key)
     except HoldfastError as error:

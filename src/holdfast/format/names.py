@@ -13,6 +13,7 @@ step-500                  a published step
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,6 +72,24 @@ def step_of(name: str) -> int | None:
     """
     match = _STEP.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def steps_among(names: Iterable[str]) -> dict[int, str]:
+    """The steps in a folder, oldest first, each with the folder that holds it, from the names that
+    are there (of folders ending in `/`). That is the folder of its name; or, where a save that was
+    to take its place has died between its two renames, the one that was set aside.
+
+    >>> steps_among(["step-20/", "step-9/", ".replaced-step-30-1f2e3d4c/", "step-4"])
+    {9: 'step-9', 20: 'step-20', 30: '.replaced-step-30-1f2e3d4c'}
+    """
+    found = {}
+    for folder in (name.rstrip("/") for name in sorted(names) if name.endswith("/")):
+        aside = aside_of(folder)
+        step = step_of(aside.name if aside and aside.role == "replaced" else folder)
+        if step is not None:
+            # In the order of the alphabet, what was set aside stands before what has the name.
+            found[step] = folder
+    return dict(sorted(found.items()))
 
 
 def aside_of(name: str) -> Aside | None:

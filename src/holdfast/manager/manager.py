@@ -37,10 +37,10 @@ from holdfast.errors import (
     UsageError,
 )
 from holdfast.format.manifest import Kind, Manifest
-from holdfast.format.names import LOCK, step_name, step_of
+from holdfast.format.names import LOCK, step_of
 from holdfast.manager.config import DATALOADER_KEYS, CheckpointConfig
 from holdfast.manager.policy import is_due, kind_in_time, kind_of_save
-from holdfast.manager.resume import Step, newest_final, newest_resumable
+from holdfast.manager.resume import Step, newest_final, newest_resumable, strict_step
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
 from holdfast.state.dataloader import RANK, DataloaderState
@@ -222,7 +222,7 @@ class CheckpointManager:
         if not self.config.enable:
             return 0
         if wanted >= 0:
-            found = on_rank_0(self._ranks, lambda: Step(wanted, self._catalog.open_step(wanted)))
+            found = on_rank_0(self._ranks, partial(strict_step, self._catalog, wanted))
             return self._resume(found, explicit=True)
         passed_over: list[str] = []
         below: int | None = None
@@ -312,7 +312,7 @@ class CheckpointManager:
         """Load a step of this folder, and remember the course that the run is on."""
         started = time.perf_counter()
         names = [MODEL] if found.step == 0 else self._not_excluded()
-        source = Source(self._catalog.store, step_name(found.step), found.manifest)
+        source = Source(self._catalog.store, found.folder, found.manifest)
         self._load_parts(source, names)
         seconds = time.perf_counter() - started
         done = rate(found.manifest.nbytes, seconds)

@@ -53,7 +53,7 @@ class Retainer:
 
     def _removable(self, current: int) -> list[int]:
         keep = self._retention.latest_k
-        ours = [step for step in self._catalog.steps() if step not in self._left_behind]
+        ours = {s: f for s, f in self._catalog.folders().items() if s not in self._left_behind}
         if keep == 0 or len(ours) <= keep:
             return []  # Whichever of them are good: none can go, so none is looked into.
         good = good_steps(self._catalog, ours)

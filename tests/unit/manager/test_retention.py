@@ -185,3 +185,27 @@ def test_files_of_strangers_that_look_like_marks_are_left_alone(tmp_path: Path) 
             held.save(step)
     assert steps(tmp_path) == [3, 4]
     assert {path.name for path in tmp_path.iterdir()} >= set(strange)
+
+
+def test_a_step_that_stands_aside_is_found_before_any_sweep(tmp_path: Path) -> None:
+    """G2: as after the death of a save between its renames; whoever only reads moves nothing."""
+    with manager(tmp_path) as held:
+        held.save(1)
+        held.save(2)
+    expected = holdfast.open(tmp_path / "step-2").read("weight")
+    (tmp_path / "step-2").rename(tmp_path / ".replaced-step-2-0123abcd")
+    before = {path.name for path in tmp_path.iterdir()}
+    state = {"weight": torch.zeros(3, 3), "bias": torch.zeros(3)}
+    holdfast.load(tmp_path / "step-2", state)
+    assert torch.equal(state["weight"], expected)
+    with manager(tmp_path, load_only=True) as held:
+        assert held.load() == 2
+        assert held.load(2) == 2
+    rows = survey(LocalStore(tmp_path.parent), tmp_path.name)
+    assert [(row.step, row.state) for row in rows] == [(1, "good"), (2, "good")]
+    assert {path.name for path in tmp_path.iterdir()} == before
+    with pytest.raises(holdfast.NotFoundError, match="step-3"):
+        holdfast.load(tmp_path / "step-3", state)
+    holdfast.save(tmp_path / "step-3", state)
+    (tmp_path / ".replaced-step-3-0123abcd").mkdir()
+    holdfast.load(tmp_path / "step-3", state)
