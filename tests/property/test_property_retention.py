@@ -182,7 +182,7 @@ def train(folder: Folder, course: Course) -> None:
 
 def opens(store: MemoryStore, step: int) -> bool:
     """Whether retention counts it: whole by its structure, and not marked."""
-    marked = any(name.startswith(f".damaged-{step_name(step)}-") for name in store.list())
+    marked = f".damaged-{step_name(step)}" in store.list()
     try:
         open_manifest(store, step_name(step))
     except HoldfastError:

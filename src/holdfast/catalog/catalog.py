@@ -16,7 +16,15 @@ from holdfast.errors import DamagedError, HoldfastError, NotFoundError
 from holdfast.format import manifest as manifests
 from holdfast.format.dcp import decode_metadata, is_ours
 from holdfast.format.manifest import Manifest
-from holdfast.format.names import MANIFEST, METADATA, Aside, aside_of, step_name, steps_among
+from holdfast.format.names import (
+    MANIFEST,
+    METADATA,
+    Aside,
+    aside_of,
+    mark_of,
+    step_name,
+    steps_among,
+)
 from holdfast.storage.store import ReadStore, Store
 
 _INDEX_BYTES_MAX = 1 << 30
@@ -75,6 +83,10 @@ class Catalog:
                     removing = replace(stale, role="removing")
                     self.store.rename(str(stale), str(removing))
                     self.store.remove(str(removing))
+        # What was known of the old one is not known of the new one, not even after a power cut.
+        for mark in map(mark_of, there):
+            if mark is not None and mark.role == "damaged" and step_name(mark.step) == attempt.name:
+                self.store.remove(str(mark))
         # The attempt's own name must be durable before the old checkpoint gives up its name.
         self.store.sync("")
         if replacing:

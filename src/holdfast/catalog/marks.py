@@ -3,13 +3,10 @@ one cut off by a power failure says no less; its content is a note for people.""
 
 from __future__ import annotations
 
-from holdfast.errors import HoldfastError
-from holdfast.format.checksum import checksum, to_hex
-from holdfast.format.names import MANIFEST, METADATA, Mark, mark_of, step_name
+from holdfast.format.names import Mark, mark_of
 from holdfast.storage.store import ReadStore, Store
 
 _NOTE_BYTES_MAX = 4096
-_INDEX_BYTES_MAX = 1 << 30
 
 
 def marks_in(store: ReadStore, folder: str = "") -> list[Mark]:
@@ -24,12 +21,11 @@ def pinned_steps(store: ReadStore, folder: str = "") -> set[int]:
 
 
 def damaged_steps(store: ReadStore, folder: str = "") -> dict[int, str]:
-    """Steps whose data was found damaged, each with a line on what was found. A mark that is about
-    an earlier save of a step is not counted."""
+    """Steps whose data was found damaged, each with a line on what was found."""
     found = {}
     for mark in marks_in(store, folder):
-        if mark.role == "damaged" and mark.digest == _digest(store, folder, mark.step):
-            key = _below(folder, str(mark))
+        if mark.role == "damaged":
+            key = f"{folder}/{mark}" if folder else str(mark)
             note = store.read(key, 0, _NOTE_BYTES_MAX).decode(errors="replace").strip()
             found[mark.step] = f"found damaged before: {note or 'no more is known'} (`{mark}`)"
     return found
@@ -42,26 +38,22 @@ def pin(store: Store, step: int) -> None:
 
 def unpin(store: Store, step: int) -> None:
     """Leave a step to retention again."""
-    if step in pinned_steps(store):
-        store.remove(str(Mark("pinned", step)))
+    _clear(store, Mark("pinned", step))
 
 
 def mark_damaged(store: Store, step: int, note: str) -> None:
-    """Let listings and later runs know at once that data of this step is damaged."""
-    digest = _digest(store, "", step)
-    if digest:
-        _put(store, Mark("damaged", step, digest), note)
+    """Let listings and later runs know at once that data of this step is damaged, until it is saved
+    again, or `clear_damaged`."""
+    _put(store, Mark("damaged", step), note)
 
 
 def clear_damaged(store: Store, step: int) -> None:
-    """Forget that a step was damaged: it was saved again, or is gone."""
-    for mark in marks_in(store):
-        if (mark.role, mark.step) == ("damaged", step):
-            store.remove(str(mark))
+    """Have a step tried again."""
+    _clear(store, Mark("damaged", step))
 
 
 def _put(store: Store, mark: Mark, note: str) -> None:
-    if str(mark) in store.list():
+    if mark in marks_in(store):
         return
     data = note.encode(errors="replace")[:_NOTE_BYTES_MAX]
     with store.create(str(mark), len(data)) as writer:
@@ -69,16 +61,7 @@ def _put(store: Store, mark: Mark, note: str) -> None:
     store.sync("")
 
 
-def _digest(store: ReadStore, folder: str, step: int) -> str:
-    """Of the index of a step; empty where it has none that can be read."""
-    for index in (MANIFEST, METADATA):
-        key = _below(folder, f"{step_name(step)}/{index}")
-        try:
-            return to_hex([checksum(store.read(key, 0, min(store.size(key), _INDEX_BYTES_MAX)))])
-        except HoldfastError:
-            continue
-    return ""
-
-
-def _below(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
+def _clear(store: Store, mark: Mark) -> None:
+    if mark in marks_in(store):
+        store.remove(str(mark))
+        store.sync("")

@@ -5,8 +5,7 @@ step-500                  a published step
 .replaced-NAME-1f2e3d4c   the earlier NAME while a new one takes its place
 .removing-NAME-1f2e3d4c   a checkpoint half deleted
 .pinned-step-500          a mark: retention never removes step 500
-.damaged-step-500-DIGITS  a mark: data of step 500 was found damaged; the digits are those of its
-                          index, 16 of them, so that a mark never outlives the save that it is about
+.damaged-step-500         a mark: data of step 500 was found damaged
 .lock                     who is saving here
 """
 
@@ -23,8 +22,7 @@ LOCK = ".lock"
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})", re.ASCII)
 _ASIDE = re.compile(r"\.(attempt|replaced|removing)-([^/]+)-([0-9a-f]{8})", re.ASCII)
-_PINNED = re.compile(r"\.pinned-(.+)", re.ASCII)
-_DAMAGED = re.compile(r"\.damaged-(.+)-([0-9a-f]{16})", re.ASCII)
+_MARK = re.compile(r"\.(pinned|damaged)-(.+)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +46,9 @@ class Mark:
 
     role: Literal["pinned", "damaged"]
     step: int
-    digest: str = ""
-    """Of the index of the step that was found damaged; another save of it has another."""
 
     def __str__(self) -> str:
-        return f".{self.role}-{step_name(self.step)}" + f"-{self.digest}" * bool(self.digest)
+        return f".{self.role}-{step_name(self.step)}"
 
 
 def step_name(step: int) -> str:
@@ -103,12 +99,12 @@ def aside_of(name: str) -> Aside | None:
 
 def mark_of(name: str) -> Mark | None:
     """The mark that a file of this name is; None where the name is somebody else's."""
-    role: Literal["pinned", "damaged"]
-    role, match = "pinned", _PINNED.fullmatch(name)
-    if match is None:
-        role, match = "damaged", _DAMAGED.fullmatch(name)
-    step = step_of(match[1]) if match else None
-    return None if match is None or step is None else Mark(role, step, *match.groups()[1:])
+    match = _MARK.fullmatch(name)
+    step = step_of(match[2]) if match else None
+    if match is None or step is None:
+        return None
+    role: Literal["pinned", "damaged"] = match[1]  # type: ignore[assignment]
+    return Mark(role, step)
 
 
 def data_file(rank: int) -> str:

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Collection
 
 from holdfast.catalog.catalog import Catalog
-from holdfast.catalog.marks import clear_damaged
 from holdfast.catalog.sweep import Action, execute, plan_removals
 from holdfast.engine.ranks import outcome_of
 from holdfast.errors import HoldfastError
@@ -37,7 +36,6 @@ class Retainer:
         background: see `wait`."""
         self._left_behind.discard(step)
         try:
-            clear_damaged(self._catalog.store, step)
             for old in self._removable(step):
                 self._catalog.let_go(step_name(old))
                 logger.info("removed step %d: no rule keeps it", old)
