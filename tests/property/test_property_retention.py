@@ -130,6 +130,7 @@ def train(folder: Folder, course: Course) -> None:
     first = resume(begin, course.back)
     assert (first is not None) == bool(there), "there is a good step, and a resume finds one"
     assert first is None or first in there
+    assert course.back or first == max(there, default=None), "no newer good step is passed over"
     catalog = Catalog(begin)
     if there and course.pinned is not None:
         pin(begin, sorted(there)[course.pinned % len(there)])
