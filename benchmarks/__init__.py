@@ -1,1 +1,1 @@
-"""Measurements that anybody can repeat: `python -m benchmarks.NAME --help`."""
+"""What Holdfast costs, beside what its peers cost, measured in one run."""

@@ -11,14 +11,13 @@ from typing import Any
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.sweep import execute, plan_sweep
-from holdfast.engine.plan import Offer
-from holdfast.engine.ranks import Ranks, agree, on_rank_0
+from holdfast.engine.planner import Index
+from holdfast.engine.ranks import Ranks, conclude
 from holdfast.engine.write import Receipt
 from holdfast.errors import HoldfastError, StorageError
 from holdfast.format import manifest as manifests
-from holdfast.format.checksum import checksum
-from holdfast.format.dcp import encode_metadata
-from holdfast.format.manifest import Chunk, Kind, Manifest, TensorEntry, ValueEntry
+from holdfast.format.checksum import Running
+from holdfast.format.manifest import Kind, Manifest, ValueEntry
 from holdfast.format.names import MANIFEST, METADATA, Aside
 from holdfast.storage.store import Store
 
@@ -40,7 +39,7 @@ def commit(
     attempt: Aside,
     written: Receipt | HoldfastError,
     *,
-    offers: Sequence[Offer],
+    index: Index | None,
     facts: Facts,
     catalog: Catalog,
     ranks: Ranks,
@@ -51,12 +50,15 @@ def commit(
     place of its receipt. No rank returns before the checkpoint exists; if it cannot, every rank
     raises, and nothing is left of the attempt.
 
-    `offers` are those of all ranks, on rank 0.
+    `index` is what the plan decides, on rank 0.
     """
-    receipts = ranks.gather(written if isinstance(written, Receipt) else None)
+
+    def publish(receipts: Sequence[Receipt]) -> int:
+        assert index is not None
+        return _publish(attempt, receipts, index, facts, catalog)
+
     try:
-        agree(ranks, written if isinstance(written, HoldfastError) else None)
-        return on_rank_0(ranks, lambda: _publish(attempt, receipts, offers, facts, catalog))
+        return conclude(ranks, written, publish)
     except HoldfastError:
         if ranks.rank == 0:
             _discard(catalog, attempt)
@@ -65,20 +67,24 @@ def commit(
 
 def _publish(
     attempt: Aside,
-    receipts: Sequence[Receipt | None],
-    offers: Sequence[Offer],
+    receipts: Sequence[Receipt],
+    index: Index,
     facts: Facts,
     catalog: Catalog,
 ) -> int:
     folder, store = str(attempt), catalog.store
-    manifest = _manifest([r for r in receipts if r is not None], offers, facts)
+    manifest = _manifest([r for r in receipts if r.file], index, facts)
     for file, nbytes in manifest.files.items():
         _check_shared(store, folder, file, nbytes)
-    metadata = encode_metadata(manifest)
-    manifest = replace(manifest, metadata=(len(metadata), checksum(metadata)))
-    for name, data in ((METADATA, metadata), (MANIFEST, manifests.encode(manifest))):
-        with store.create(f"{folder}/{name}", len(data)) as writer:
-            writer.write(0, [data])
+    metadata = index.stock.encode({n: (e.file, e.item) for n, e in manifest.values.items()})
+    running = Running()
+    for part in metadata:
+        running.add(part)
+    manifest = replace(manifest, metadata=(sum(map(len, metadata)), running.value))
+    encoded = manifests.encode_around(manifest, index.tensors)
+    for name, parts in ((METADATA, metadata), (MANIFEST, encoded)):
+        with store.create(f"{folder}/{name}", sum(map(len, parts))) as writer:
+            writer.write(0, parts)
     catalog.publish(attempt)
     for problem in execute(store, plan_sweep(store.list(), only=attempt.name)):
         logger.warning("%s; the next save tries again", problem)
@@ -97,30 +103,18 @@ def _check_shared(store: Store, folder: str, file: str, nbytes: int) -> None:
         raise StorageError(f"`{file}`: {nbytes} bytes were written, rank 0 sees {found}")
 
 
-def _manifest(receipts: Sequence[Receipt], offers: Sequence[Offer], facts: Facts) -> Manifest:
-    chunks: dict[str, list[Chunk]] = {}
-    values: dict[str, ValueEntry] = {}
-    files: dict[str, int] = {}
-    offered = {name: path for offer in reversed(offers) for name, path in offer.values.items()}
-    for receipt in receipts:
-        if receipt.file:
-            files[receipt.file] = receipt.nbytes
-        for name, chunk in receipt.chunks:
-            chunks.setdefault(name, []).append(chunk)
-        for name, (item, found) in receipt.values.items():
-            values[name] = ValueEntry(receipt.file, item, found, offered[name])
-    tensors: dict[str, TensorEntry] = {}
-    for offer in offers:
-        for name, tensor in offer.tensors.items():
-            if name in chunks and name not in tensors:
-                whole = sorted(chunks[name], key=lambda chunk: chunk.region.start)
-                tensors[name] = TensorEntry(tensor.dtype, tensor.shape, tuple(whole), tensor.path)
-        for name, (first, path) in offer.aliases.items():
-            tensors[name] = replace(tensors[first], path=path)
+def _manifest(receipts: Sequence[Receipt], index: Index, facts: Facts) -> Manifest:
+    """All but the tensors, which the index has as bytes."""
+    paths = index.plan.values
     return Manifest(
-        tensors=tensors,
-        values=values,
-        files=files,
+        tensors={},
+        values={
+            name: ValueEntry(receipt.file, item, found, paths[name][1])
+            for receipt in receipts
+            for name, (item, found) in receipt.values.items()
+        },
+        files={receipt.file: receipt.nbytes for receipt in receipts},
+        tables={receipt.file: receipt.table for receipt in receipts},
         step=facts.step,
         kind=facts.kind,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -6,15 +6,15 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from holdfast.catalog.catalog import place
+from holdfast.catalog.catalog import place, read_checksums
 from holdfast.engine.reshard import Part, moves, parts
 from holdfast.errors import DamagedError
-from holdfast.format.checksum import BLOCK_BYTES, checksum
+from holdfast.format.checksum import BLOCK_BYTES, checksum, num_blocks
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry, ValueEntry
 from holdfast.format.region import Region
@@ -37,6 +37,8 @@ class Source:
     store: ReadStore
     folder: str
     manifest: Manifest
+    tables: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
+    """Checksums of the files that have been read from."""
 
     @property
     def url(self) -> str:
@@ -44,6 +46,18 @@ class Source:
 
     def key(self, file: str) -> str:
         return f"{self.folder}/{file}"
+
+    def checksums(self, chunk: Chunk, nbytes: int) -> tuple[int, ...] | None:
+        """Of the blocks of a chunk of so many bytes; None where none were kept."""
+        if chunk.first_block is None:
+            return None
+        if chunk.file not in self.tables:
+            # Two threads may both read it: that costs less than making one wait.
+            self.tables[chunk.file] = read_checksums(
+                self.store, self.folder, self.manifest, chunk.file
+            )
+        stop = chunk.first_block + num_blocks(nbytes)
+        return self.tables[chunk.file][chunk.first_block : stop]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,11 +82,7 @@ def read_tensors(source: Source, wanted: Sequence[Wanted]) -> int:
         entry = source.manifest.tensors[want.name]
         for piece in want.pieces:
             for move in moves(want.name, entry, piece.region):
-                local = move.region.within(Region(piece.region.start, move.region.stop))
-                at = Region(
-                    tuple(map(int.__add__, piece.local.start, local.start)),
-                    tuple(map(int.__add__, piece.local.start, local.stop)),
-                )
+                at = piece.local_of(move.region)
                 target = want.local[at.slices()] if want.local.ndim else want.local
                 work = partial(
                     _read_move, source, want.name, entry, move.chunk, move.region, target
@@ -144,7 +154,8 @@ def _read_move(
             data.finish()
             target.copy_(whole.as_strided(shape, stored.strides)[box.slices()])
             return whole.nbytes
-    data = ChunkData(source, name, chunk.file, Span(offset, nbytes), chunk.checksums)
+    checksums = source.checksums(chunk, nbytes)
+    data = ChunkData(source, name, chunk.file, Span(offset, nbytes), checksums)
     if crc32 and box == Region.whole(shape):
         data = data.with_crc32(crc32)
     done = 0

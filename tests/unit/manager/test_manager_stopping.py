@@ -84,13 +84,18 @@ def test_a_second_signal_ends_the_process_at_once_with_the_last_step_intact(tmp_
     assert holdfast.open(tmp_path / "step-1").read("weight").shape == (3, 3)
 
 
+def sleep_for_long(ready: Any) -> None:
+    ready.set()
+    time.sleep(60)
+
+
 def test_a_signal_to_a_process_forked_off_is_its_own(tmp_path: Path) -> None:
     """G12. Method: a child, such as one that loads data, ended by SIGTERM: it dies of it, and the
     run goes on."""
     with manager(tmp_path, interval=1) as held:
         forking = multiprocessing.get_context("fork")
         ready = forking.Event()
-        child = forking.Process(target=lambda: (ready.set(), time.sleep(60)))
+        child = forking.Process(target=sleep_for_long, args=(ready,))
         child.start()
         assert ready.wait(30)
         child.terminate()

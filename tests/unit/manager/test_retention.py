@@ -16,10 +16,14 @@ from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.marks import damaged_steps, mark_damaged, pin, unpin
 from holdfast.cli.list import survey
+from holdfast.engine.planner import Planner
+from holdfast.engine.ranks import Solo
+from holdfast.engine.save import save_leaves
 from holdfast.errors import StorageError
 from holdfast.format.names import step_name
 from holdfast.manager.policy import Retention
 from holdfast.manager.retention import Retainer
+from holdfast.state.tree import flatten
 from holdfast.storage.local import LocalStore
 from holdfast.storage.memory import MemoryStore
 from holdfast.testing.failing import FailingStore
@@ -155,10 +159,6 @@ def test_what_cannot_be_deleted_has_lost_its_name_and_is_tried_again(
 
 def save(catalog: Catalog, step: int) -> None:
     """A checkpoint of one tensor."""
-    from holdfast.engine.ranks import Solo
-    from holdfast.engine.save import Planner, save_leaves
-    from holdfast.state.tree import flatten
-
     leaves = flatten({"w": torch.full((3,), float(step))})
     save_leaves(
         catalog, step_name(step), leaves, ranks=Solo(), planner=Planner(Solo()), kind="full"
