@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -32,6 +32,7 @@ class Facts:
     kind: Kind | None
     layout: dict[str, Any]
     versions: dict[str, str]
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def commit(
@@ -119,6 +120,7 @@ def _manifest(receipts: Sequence[Receipt], index: Index, facts: Facts) -> Manife
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         layout=facts.layout,
         versions=facts.versions,
+        metrics=facts.metrics,
     )
 
 
