@@ -143,19 +143,6 @@ class LocalStore:
         finally:
             os.close(file)
 
-    def holder(self, key: str) -> str | None:
-        """The note of whoever on this machine holds `key`; None where nobody does. Does not take
-        hold itself, so that no run is refused because somebody has looked."""
-        with self._said("look at", key):
-            found = self._path(key).stat()
-            device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
-            locked = f"{device}:{found.st_ino}"
-            # A line a lock: number, FLOCK, ADVISORY, WRITE, process, device and inode, range.
-            rows = (line.split() for line in Path("/proc/locks").read_text().splitlines())
-            if not any("FLOCK" in row and locked in row for row in rows):
-                return None
-            return self.read(key, 0, 1024).decode(errors="replace").strip()
-
     @contextmanager
     def _said(self, doing: str, key: str) -> Iterator[None]:
         """Turn what the system says into what the user needs to know."""
