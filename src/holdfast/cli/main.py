@@ -16,6 +16,7 @@ from importlib import import_module
 from holdfast.errors import HoldfastError, UsageError
 
 VERBS = {
+    "convert": "a checkpoint into another format: dcp, hf, torch",
     "list": "the steps in a checkpoint folder, and which one a resume takes",
     "verify": "check every byte of a checkpoint, or of every step in a folder",
     "version": "what is installed",

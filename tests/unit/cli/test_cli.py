@@ -136,7 +136,7 @@ def test_verify_of_a_folder_checks_every_step_and_says_which_one_a_resume_takes(
         (("verify", "evil.pt"), 8, "names `posix.system`"),
         (("verify", "notes.txt"), 4, "is no checkpoint"),
         (("lst",), 2, "did you mean `holdfast list`?"),
-        ((), 2, "verbs: list, verify, version"),
+        ((), 2, "verbs: convert, list, verify, version"),
     ],
 )
 def test_a_mistake_is_one_error_with_the_status_of_the_documents(
