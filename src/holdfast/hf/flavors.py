@@ -68,6 +68,10 @@ class Flavor:
     rope_scaling: RopeScaling | None = None
     """Stretches the frequencies for longer sequences; None: as they are."""
 
+    rope_halves: bool = False
+    """The first half of a head is turned with the second, as Qwen has it; else its neighbours with
+    one another, as Meta has it."""
+
     tied: bool = False
     """`output.weight` is `tok_embeddings.weight`, as in the released 1B and 3B."""
 
@@ -150,6 +154,7 @@ def _qwen3_moe(
         vocab_size=151936,
         norm_eps=1e-6,
         rope_theta=1e6,
+        rope_halves=True,
         head_width=128,
         head_norm=True,
         experts=experts,
