@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 
 from holdfast.catalog.catalog import Catalog
+from holdfast.engine.planner import Planner
 from holdfast.engine.ranks import Ranks
-from holdfast.engine.save import Planner, save_leaves
+from holdfast.engine.save import save_leaves
 from holdfast.state.tree import flatten
 from holdfast.storage.local import LocalStore
 from holdfast.testing.ranks import run_ranks

@@ -29,10 +29,10 @@ from holdfast.catalog.findings import Report
 from holdfast.catalog.verify import Target, verify
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError
 from holdfast.format.checksum import BLOCK_BYTES
-from holdfast.format.dcp import encode_metadata
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry
 from holdfast.format.region import Region
+from holdfast.format.tables import encode_metadata
 from holdfast.manager.resume import newest_resumable
 from holdfast.storage.local import LocalStore
 

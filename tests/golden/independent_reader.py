@@ -31,11 +31,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     text = data[: -len(seal)] + b"}"
     assert data[-len(seal) :] == seal.replace(b"?" * DIGITS, digest(text).encode())
     manifest: dict[str, Any] = json.loads(data)
-    assert manifest["holdfast"] == 1
+    assert manifest["holdfast"] == 2
     assert manifest["checksums"] == {"algorithm": "xxh3-64", "block_bytes": 1 << 20}
-    assert not manifest["tensors"].keys() & manifest["values"].keys()
-    for name, nbytes in manifest["files"]:
-        assert (folder / name).stat().st_size == nbytes
+    values = [name for container in manifest["values"] for name in container["entries"]]
+    assert not manifest["tensors"].keys() & {*values}
+    assert len({*values}) == len(values)
+    for name, nbytes, table, expected in manifest["files"]:
+        data_file = (folder / name).read_bytes()
+        assert len(data_file) == nbytes
+        assert digest(data_file[table:]) == expected
     if manifest["metadata"]:
         nbytes, expected = manifest["metadata"]
         metadata = (folder / ".metadata").read_bytes()
@@ -46,41 +50,46 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def read(folder: Path) -> dict[str, Any]:
     """Everything in a checkpoint that Holdfast wrote, every checksum checked."""
     manifest = read_manifest(folder)
-    files = [(folder / name).read_bytes() for name, _ in manifest["files"]]
+    files = [(folder / name).read_bytes() for name, *_ in manifest["files"]]
+    tables = [data[at:] for data, (_, _, at, _) in zip(files, manifest["files"], strict=True)]
     found: dict[str, Any] = {}
     for name, tensor in manifest["tensors"].items():
-        found[name] = read_tensor(tensor, files, manifest["checksums"]["block_bytes"])
-        check_name(name, tensor)
-    for name, value in manifest["values"].items():
+        found[name] = read_tensor(tensor, files, tables, manifest["checksums"]["block_bytes"])
+        check_name(name, tensor.get("path"))
+    for value in manifest["values"]:
         file, offset, nbytes = value["item"]
         container = files[file][offset : offset + nbytes]
         assert digest(container) == value["checksum"]
-        found[name] = torch.load(io.BytesIO(container), weights_only=True)
-        check_name(name, value)
+        for name, path in value["entries"].items():
+            found[name] = torch.load(io.BytesIO(container), weights_only=True)
+            check_name(name, path)
     return found
 
 
-def check_name(name: str, entry: dict[str, Any]) -> None:
-    assert ".".join(map(str, entry.get("path", [name]))) == name
+def check_name(name: str, path: list[str | int] | None) -> None:
+    assert ".".join(map(str, path or [name])) == name
 
 
-def read_tensor(tensor: dict[str, Any], files: list[bytes], block: int) -> torch.Tensor:
+def read_tensor(
+    tensor: dict[str, Any], files: list[bytes], tables: list[bytes], block: int
+) -> torch.Tensor:
     """A tensor put together from its chunks; every element must be there once."""
     dtype = getattr(torch, tensor["dtype"])
     whole = torch.zeros(prod(tensor["shape"]) * dtype.itemsize, dtype=torch.uint8)
     target = whole.view(*tensor["shape"], dtype.itemsize)
     times = torch.zeros(tensor["shape"], dtype=torch.int32)
-    for chunk in tensor["chunks"]:
-        shape = [b - a for a, b in zip(chunk["start"], chunk["stop"], strict=True)]
-        file, offset, nbytes = chunk["item"]
+    for file, offset, nbytes, data, first_block, *region in tensor["chunks"]:
+        start, stop = region[: len(region) // 2], region[len(region) // 2 :]
+        shape = [b - a for a, b in zip(start, stop, strict=True)]
         container = files[file][offset : offset + nbytes]
         size = prod(shape) * dtype.itemsize
-        raw = files[file][chunk["data"] : chunk["data"] + size]
-        assert chunk["data"] % (4096 if size >= 1 << 16 else 64) == 0
-        blocks = [digest(raw[at : at + block]) for at in range(0, size, block)]
-        assert "".join(blocks) == chunk["checksums"]
+        raw = files[file][data : data + size]
+        assert data % (4096 if size >= 1 << 16 else 64) == 0
+        for number, at in enumerate(range(0, size, block), first_block):
+            found = int.from_bytes(tables[file][8 * number : 8 * number + 8], "little")
+            assert found == xxhash.xxh3_64_intdigest(raw[at : at + block])
         check_container(container, raw, dtype, shape)
-        box = tuple(map(slice, chunk["start"], chunk["stop"]))
+        box = tuple(map(slice, start, stop))
         if size:
             elements = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
             target[box] = elements.view(*shape, dtype.itemsize)

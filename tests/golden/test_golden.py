@@ -104,7 +104,7 @@ def test_the_goldens_show_what_they_are_there_for() -> None:
     assert len(ranks["tensors"]["model.columns"]["chunks"]) == 2
     for manifest in (solo, ranks):
         tensors = manifest["tensors"]
-        assert max(len(c["checksums"]) for c in tensors["large"]["chunks"]) == 32
+        assert sum(c[2] for c in tensors["large"]["chunks"]) > 1 << 20
         assert tensors["model.tied"]["chunks"] == tensors["model.again"]["chunks"]
         assert tensors["model.empty"]["shape"] == [0, 4]
         assert tensors["list.0"]["path"] == ["list", 0]

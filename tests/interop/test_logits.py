@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import kl_div
 
 import hub_models
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import Wishes, plan
 from holdfast.engine.load import load
+from holdfast.engine.save import save
 from holdfast.hf.flavors import MODELS, RopeScaling, config_of
 from holdfast.trainer.model import Transformer
 
@@ -35,13 +38,9 @@ def test_logits_are_those_of_transformers(
         for parameter in ours.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.1 + (parameter.dim() == 1))
     step = tmp_path / "step-0"
-    from holdfast.engine.save import save
-
     save(step, {"model": ours})
     assets = tmp_path / "assets"
     assets.mkdir()
-    import json
-
     config = config_of(name, flavor, 300)
     if scaling is not None:
         config["rope_scaling"]["original_max_position_embeddings"] = 16
@@ -55,14 +54,14 @@ def test_logits_are_those_of_transformers(
     if dtype == torch.float32:
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
     else:
-        odds, wanted_odds = (one.log_softmax(-1) for one in (found, wanted))
-        assert torch.nn.functional.kl_div(wanted_odds, odds, log_target=True, reduction="none").sum(
-            -1
-        ).mean() < (0.01 if name == "llama3" else 0.1)
+        odds, wanted_odds = (one.flatten(0, 1).log_softmax(-1) for one in (found, wanted))
+        # A token whose experts are a near tie goes to another one in fewer bits.
+        bound = 0.01 if name == "llama3" else 0.1
+        assert kl_div(wanted_odds, odds, log_target=True, reduction="batchmean") < bound
 
     back = Wishes(to="dcp")
     convert(plan(str(tmp_path / "hub"), back), str(tmp_path / "step-1"), back, lambda _: None)
     again = Transformer(flavor, vocab_size=300, seq_len=64)
-    load(tmp_path / "step-1", {"model": again} if False else again.state_dict())
+    load(tmp_path / "step-1", again.state_dict())
     for key, tensor in ours.state_dict().items():
         assert torch.equal(again.state_dict()[key], tensor.to(dtype).float()), key

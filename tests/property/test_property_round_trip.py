@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,13 +16,16 @@ from hypothesis import strategies as st
 
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.engine.checkpoint import Checkpoint
-from holdfast.engine.commit import Facts, commit
+from holdfast.engine.commit import commit
+from holdfast.engine.index import columns, index_of
 from holdfast.engine.load import load_tree
-from holdfast.engine.plan import Offer, TensorOffer, shares
+from holdfast.engine.plan import Placed, Plan, TensorOffer
+from holdfast.engine.publish import Facts
 from holdfast.engine.ranks import Ranks, Solo, on_rank_0
-from holdfast.engine.read import Source, Wanted, read_tensors
+from holdfast.engine.read import Wanted, read_tensors
+from holdfast.engine.source import Source
 from holdfast.engine.stage import host_bytes
-from holdfast.engine.write import lay_out, write
+from holdfast.engine.write import image_of, lay_out, write
 from holdfast.format.checksum import BLOCK_BYTES
 from holdfast.format.dtypes import BY_NAME
 from holdfast.format.region import Region
@@ -39,34 +43,44 @@ Held = Mapping[str, tuple[torch.Tensor, list[list[Region]]]]
 
 
 def save_regions(store: Store, name: str, held: Held, size: int) -> None:
-    """Save by `size` ranks, each holding its own regions. All is the engine's own but the making of
-    offers, which would need DTensors."""
+    """Save by `size` ranks, each holding its own regions. All is the engine's own but the plan,
+    which would need DTensors: each region is written by the last rank that holds it."""
     catalog = Catalog(store)
+    plan = Plan([placed(key, *tensor) for key, tensor in held.items()], {}, {})
 
     def work(ranks: Ranks) -> None:
-        offer = Offer(
-            {
-                key: TensorOffer(
-                    str(whole.dtype).removeprefix("torch."),
-                    tuple(whole.shape),
-                    tuple(regions[ranks.rank]),
-                    (key,),
-                )
-                for key, (whole, regions) in held.items()
-            }
-        )
-        offers = ranks.gather(offer)
-        share = ranks.scatter(shares(offers) if ranks.rank == 0 else [])
         attempt = on_rank_0(ranks, lambda: catalog.begin(name))
-        laid = [(key, offer.tensors[key].dtype, region) for key, region in share.regions]
-        image = lay_out(ranks.rank, laid, {})
+        items = lay_out(
+            [
+                (placed.name, placed.tensor.dtype, region)
+                for placed in plan.tensors
+                for region in placed.regions_of(ranks.rank)
+            ]
+        )
+        layouts = ranks.gather(columns(items))
+        index = index_of(plan, layouts) if ranks.rank == 0 else None
+        image = image_of(ranks.rank, items, {})
         receipt = write(
             store, str(attempt), image, lambda key, box: host_bytes(held[key][0], box, None)
         )
         facts = Facts(1, "full", {}, {})
-        commit(attempt, receipt, offers=offers, facts=facts, catalog=catalog, ranks=ranks)
+        commit(attempt, receipt, index=index, facts=facts, catalog=catalog, ranks=ranks)
 
     run_ranks(size, work)
+
+
+def placed(key: str, whole: torch.Tensor, held: list[list[Region]]) -> Placed:
+    """The regions that ranks hold of a tensor, each with one rank that writes it."""
+    writers = {region: rank for rank, regions in enumerate(held) for region in regions}
+    dims = (len(writers), whole.ndim)
+    dtype = str(whole.dtype).removeprefix("torch.")
+    return Placed(
+        key,
+        TensorOffer(dtype, tuple(whole.shape), (key,)),
+        np.array([region.start for region in writers], np.int64).reshape(dims),
+        np.array([region.stop for region in writers], np.int64).reshape(dims),
+        np.array([*writers.values()], np.int64),
+    )
 
 
 def random_tensor(dtype: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:

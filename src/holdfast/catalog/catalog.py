@@ -14,6 +14,7 @@ from dataclasses import replace
 from holdfast.catalog.structure import check_structure
 from holdfast.errors import DamagedError, NotFoundError
 from holdfast.format import manifest as manifests
+from holdfast.format.checksum import checksum, unpack
 from holdfast.format.dcp import decode_metadata, is_ours
 from holdfast.format.manifest import Manifest
 from holdfast.format.names import MANIFEST, METADATA, Aside, aside_of, step_name, step_of
@@ -115,7 +116,7 @@ def read_manifest(store: ReadStore, name: str) -> Manifest:
     if METADATA in files:
         data = _read_all(store, f"{name}/{METADATA}")
         manifest = decode_metadata(data, where=f"{where}/{METADATA}")
-        if is_ours(data, manifest):
+        if is_ours(data):
             # It would load as a stock checkpoint does, its data unchecked.
             raise DamagedError(
                 f"`{where}` was written by Holdfast, and its `{MANIFEST}` is missing",
@@ -126,6 +127,24 @@ def read_manifest(store: ReadStore, name: str) -> Manifest:
         f"`{where}` holds no checkpoint: neither `{MANIFEST}` nor `{METADATA}` is there",
         hint=f"found: {', '.join(sorted(files)[:10]) or 'nothing'}",
     )
+
+
+def read_checksums(store: ReadStore, name: str, manifest: Manifest, file: str) -> tuple[int, ...]:
+    """The checksums of all blocks in one data file of checkpoint `name`.
+
+    Raises:
+        DamagedError: the table is not the one that was written.
+    """
+    table = manifest.tables[file]
+    packed = store.read(f"{name}/{file}", table.offset, manifest.files[file])
+    found = checksum(packed)
+    if found != table.checksum or len(packed) != manifest.files[file] - table.offset:
+        raise DamagedError(
+            f"`{place(store, name)}/{file}`: its table of checksums, from byte {table.offset} on, "
+            f"has checksum {found:016x}, the manifest says {table.checksum:016x}",
+            hint="leave out `load_step` to resume from the newest good step",
+        )
+    return unpack(packed)
 
 
 def steps_in(store: ReadStore, name: str) -> list[str]:

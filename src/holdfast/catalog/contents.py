@@ -15,7 +15,7 @@ from functools import partial
 from holdfast.catalog.findings import Finding
 from holdfast.errors import HoldfastError
 from holdfast.format.archive import Record, read_records, windowed
-from holdfast.format.checksum import BLOCK_BYTES, Running, checksum
+from holdfast.format.checksum import BLOCK_BYTES, Running, checksum, num_blocks
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry, ValueEntry
 from holdfast.format.torchzip import frame, locate
@@ -83,10 +83,15 @@ class _Piece:
 
 
 def check_pieces(
-    manifest: Manifest, files: Iterable[str], reader_of: Callable[[str], Reader]
+    manifest: Manifest,
+    files: Iterable[str],
+    checksums: Mapping[str, Sequence[int]],
+    reader_of: Callable[[str], Reader],
 ) -> Iterator[Check]:
     """Checks of every byte of Holdfast's own files: blocks and values by their checksums, what
-    stands around them as it is generated, and zeros between the items, should there be any."""
+    stands around them as it is generated, and zeros between the items, should there be any.
+
+    `checksums` are those of the blocks, of each file whose table could be read."""
     items: dict[str, list[tuple[Span, str, TensorEntry | ValueEntry, Chunk | None]]] = {}
     for name, entry in manifest.tensors.items():
         for chunk in entry.chunks:
@@ -95,13 +100,15 @@ def check_pieces(
         items.setdefault(value.file, []).append((value.item, name, value, None))
     for file in files:
         placed = sorted(items.get(file, ()), key=lambda item: (item[0].offset, item[0].nbytes))
-        pieces = _pieces(placed, manifest.files[file])
+        pieces = _pieces(placed, manifest.tables[file].offset, checksums.get(file))
         for window in _grouped(pieces):
             yield partial(_check_window, reader_of(file), window)
 
 
 def _pieces(
-    items: Sequence[tuple[Span, str, TensorEntry | ValueEntry, Chunk | None]], nbytes: int
+    items: Sequence[tuple[Span, str, TensorEntry | ValueEntry, Chunk | None]],
+    nbytes: int,
+    checksums: Sequence[int] | None,
 ) -> Iterator[_Piece]:
     position, before = 0, None
     for item, name, entry, chunk in items:
@@ -110,7 +117,7 @@ def _pieces(
             continue
         yield from _gap(position, item.offset)
         if chunk is not None and isinstance(entry, TensorEntry):
-            yield from _chunk_pieces(name, entry.dtype, chunk)
+            yield from _chunk_pieces(name, entry.dtype, chunk, checksums)
         elif isinstance(entry, ValueEntry):
             yield _Piece(item, entry.checksum or 0, name)
         position, before = max(position, item.stop), item
@@ -123,12 +130,15 @@ def _gap(start: int, stop: int) -> Iterator[_Piece]:
         yield _Piece(Span(at, nbytes), bytes(nbytes), "")
 
 
-def _chunk_pieces(name: str, dtype: str, chunk: Chunk) -> Iterator[_Piece]:
+def _chunk_pieces(
+    name: str, dtype: str, chunk: Chunk, checksums: Sequence[int] | None
+) -> Iterator[_Piece]:
     prefix, suffix = frame(dtype, chunk.region.shape, chunk.item.offset)
     start = chunk.data_offset if chunk.data_offset is not None else chunk.item.offset + len(prefix)
     stop = start + chunk.region.num_elements * dtype_of(dtype).itemsize
     yield _Piece(Span(chunk.item.offset, start - chunk.item.offset), prefix, name)
-    for block, expected in enumerate(chunk.checksums or ()):
+    first = chunk.first_block or 0
+    for block, expected in enumerate((checksums or ())[first : first + num_blocks(stop - start)]):
         at = start + block * BLOCK_BYTES
         yield _Piece(Span(at, min(BLOCK_BYTES, stop - at)), expected, name, block)
     yield _Piece(Span(stop, chunk.item.stop - stop), suffix, name)

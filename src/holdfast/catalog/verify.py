@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from holdfast.catalog.catalog import place, read_manifest
+from holdfast.catalog.catalog import place, read_checksums, read_manifest
 from holdfast.catalog.contents import (
     Advance,
     Reader,
@@ -125,7 +125,13 @@ def _verify_step(target: Target) -> Report:
     if not target.quick:
         if ours:
             files = [file for file in manifest.files if _readable(findings, file)]
-            findings += run(check_pieces(manifest, files, target.reader))
+            checksums = {}
+            for file in files:
+                try:
+                    checksums[file] = read_checksums(target.store, target.name, manifest, file)
+                except HoldfastError as error:
+                    findings.append(Finding("file", file, error.what))
+            findings += run(check_pieces(manifest, files, checksums, target.reader))
         else:
             findings += run(check_containers(_without(manifest, refused), target.reader))
     known = {MANIFEST, METADATA, *manifest.files}

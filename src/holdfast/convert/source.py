@@ -12,8 +12,8 @@ from typing import Any
 from holdfast.catalog.catalog import open_manifest, place
 from holdfast.catalog.findings import Format, part_of
 from holdfast.catalog.verify import format_of
-from holdfast.engine.read import Source
 from holdfast.engine.root import open_for_reading
+from holdfast.engine.source import Source
 from holdfast.errors import FormatError, NotFoundError, StorageError, UsageError
 from holdfast.format import safetensors, torchfile
 from holdfast.format.manifest import Manifest

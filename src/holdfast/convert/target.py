@@ -9,20 +9,21 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.convert.stream import Advance, Output, Outputs, read_ahead
-from holdfast.engine.commit import Facts, commit
-from holdfast.engine.plan import Offer, TensorOffer
-from holdfast.engine.ranks import Solo
+from holdfast.engine.index import columns, index_of
+from holdfast.engine.plan import Placed, Plan, TensorOffer
+from holdfast.engine.publish import Facts, publish
 from holdfast.engine.root import open_root
 from holdfast.engine.spans import amount
-from holdfast.engine.write import lay_out, write
+from holdfast.engine.write import image_of, lay_out, write
 from holdfast.errors import ExistsError, HoldfastError, StorageError
 from holdfast.format import torchfile
 from holdfast.format.manifest import Kind, Path
 from holdfast.format.names import Aside, step_of
-from holdfast.format.region import Region
 from holdfast.format.safetensors import INDEX
 from holdfast.hf.assets import beside_weights, config_bytes
 from holdfast.hf.folder import CONFIG
@@ -190,28 +191,36 @@ def write_step(
     advance: Advance,
 ) -> int:
     """Write a step as a save does, checksums and `.metadata` included. Returns its bytes."""
-    offer, order = Offer(), list[tuple[str, str, Region]]()
-    wanted: list[tuple[Output, Region]] = []
-    for name, output in outputs.items():
-        if output.same_as:
-            offer.aliases[name] = (output.same_as, output.path)
-            continue
-        regions = tuple(output.regions())
-        offer.tensors[name] = TensorOffer(output.dtype, output.shape, regions, output.path)
-        order += [(name, output.dtype, region) for region in regions]
-        wanted += [(output, region) for region in regions]
-    offer.values.update({name: path for name, (path, _) in values.items()})
-    image = lay_out(0, order, {name: container for name, (_, container) in values.items()})
+    whole = _plan(outputs, values)
+    wanted = [(outputs[p.name], region) for p in whole.tensors for region in p.regions_of(0)]
+    items = lay_out(
+        [(p.name, p.tensor.dtype, region) for p in whole.tensors for region in p.regions_of(0)]
+    )
+    image = image_of(0, items, {name: container for name, (_, container) in values.items()})
     named = step_of(target.name)
     facts = Facts(step if named is None else named, kind, {"world_size": 1}, _versions())
     with _attempt(target, image.nbytes) as attempt:
         with read_ahead(wanted, advance) as take:
-            written = write(
-                target.catalog.store, str(attempt), image, lambda _name, _region: take()
-            )
-        return commit(
-            attempt, written, offers=[offer], facts=facts, catalog=target.catalog, ranks=Solo()
-        )
+            store = target.catalog.store
+            receipt = write(store, str(attempt), image, lambda _name, _region: take())
+        index = index_of(whole, [columns(items)])
+        return publish(attempt, [receipt], index, facts, target.catalog)
+
+
+def _plan(outputs: Outputs, values: Values) -> Plan:
+    """One rank writes all of it, each tensor in the blocks that it is read in."""
+    placed, aliases = [], {}
+    for name, output in outputs.items():
+        if output.same_as:
+            aliases[name] = (output.same_as, output.path)
+            continue
+        regions = list(output.regions())
+        shape = len(regions), len(output.shape)
+        start = np.array([region.start for region in regions], np.int64).reshape(shape)
+        stop = np.array([region.stop for region in regions], np.int64).reshape(shape)
+        tensor = TensorOffer(output.dtype, output.shape, output.path)
+        placed.append(Placed(name, tensor, start, stop, np.zeros(len(regions), np.int64)))
+    return Plan(placed, {name: (0, path) for name, (path, _) in values.items()}, aliases)
 
 
 def _versions() -> dict[str, str]:

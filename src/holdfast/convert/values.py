@@ -7,7 +7,7 @@ from typing import Any
 
 from holdfast.convert.source import Opened
 from holdfast.convert.target import Values
-from holdfast.engine.read import read_value
+from holdfast.engine.source import read_value
 from holdfast.errors import FormatError, UsageError
 
 

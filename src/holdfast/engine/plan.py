@@ -1,19 +1,34 @@
 """Who writes what: pure values in, pure values out.
 
-Each rank offers the regions that it holds. What several ranks hold is written by one of them, so
-that every element is on disk once and the ranks write about the same number of bytes.
+Each rank offers what it holds, tensors by how they lie over the ranks. From that any rank works out
+its own part by itself, and rank 0 the part of all, by the same functions: no plan is sent.
+
+What several ranks hold is shared out between them by bytes. All that the same ranks hold alike is
+thought of as laid on one line, and the line cut into as many equal stretches as there are ranks; a
+tensor that lies across a cut is cut there, at the next row. So every element is written once, the
+ranks write about the same, and there are about as few chunks as there are tensors.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
 
 from holdfast.errors import MismatchError
+from holdfast.format.checksum import BLOCK_BYTES
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Path
 from holdfast.format.region import Region, first_overlap
+from holdfast.state.shard import Mesh, Spread, pieces_of
+
+Ints = NDArray[np.int64]
+
+STRETCH_BYTES_MIN = BLOCK_BYTES
+"""What several ranks hold is not shared out in less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,66 +37,166 @@ class TensorOffer:
 
     dtype: str
     shape: tuple[int, ...]
-    regions: tuple[Region, ...]
     path: Path
+    spread: Spread | None = None
+    """How the tensor lies over ranks; None: this rank has all of it."""
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * dtype_of(self.dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a rank holds of the whole state."""
+    """What a rank holds of one section of the state: of what lies below one top-level name."""
 
     tensors: dict[str, TensorOffer] = field(default_factory=dict)
     values: dict[str, Path] = field(default_factory=dict)
     aliases: dict[str, tuple[str, Path]] = field(default_factory=dict)
     """Second names of tensors (tied weights), with the first: stored once, found under both."""
 
+    def names(self) -> set[str]:
+        return {*self.tensors, *self.values, *self.aliases}
+
+
+Offers = Mapping[str, Offer]
+"""Of one rank, by section."""
+
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """What a rank is to write."""
+class Holders:
+    """Ranks that make the same offer."""
 
-    regions: tuple[tuple[str, Region], ...]
-    values: tuple[str, ...]
+    ranks: Sequence[int]
+    offer: Offer
 
 
-def shares(offers: Sequence[Offer]) -> list[Share]:
-    """What each rank is to write, so that every element and every value is written once.
+Census = Mapping[str, Sequence[Holders]]
+"""Who offers what, by section."""
 
-    Regions of one rank alone go to it; the others, largest first, to the rank with the fewest bytes
-    so far among those that hold them. Values go to the first rank that offers them.
+
+def census_of(offers: Sequence[Offers]) -> dict[str, list[Holders]]:
+    """The offers of all ranks; alike are those that are one object."""
+    census: dict[str, list[Holders]] = {}
+    alike: dict[tuple[str, int], list[int]] = {}
+    for rank, sections in enumerate(offers):
+        for section, offer in sections.items():
+            ranks = alike.setdefault((section, id(offer)), [])
+            if not ranks:
+                census.setdefault(section, []).append(Holders(ranks, offer))
+            ranks.append(rank)
+    return census
+
+
+View = Mapping[str, Sequence[tuple[Sequence[int], Offer | None]]]
+"""What a rank has to know of the others: for some of its sections the ranks that offer the same
+names, and what they offer, None standing for what it offers itself."""
+
+
+def views_of(census: Census, size: int) -> list[View]:
+    """The view of each rank. A section that all ranks offer alike is in none."""
+    views: list[dict[str, list[tuple[Sequence[int], Offer | None]]]] = [{} for _ in range(size)]
+    for section, everyone in census.items():
+        if len(everyone) == 1 and len(everyone[0].ranks) == size:
+            continue
+        offering: dict[str, list[int]] = {}
+        for number, holders in enumerate(everyone):
+            for name in holders.offer.names():
+                offering.setdefault(name, []).append(number)
+        for mine in everyone:
+            near = sorted({n for name in mine.offer.names() for n in offering[name]})
+            known = [
+                (_compact(everyone[n].ranks), None if everyone[n] is mine else everyone[n].offer)
+                for n in near
+            ]
+            for rank in mine.ranks:
+                views[rank][section] = known
+    return list(views)
+
+
+def census_from(view: View, mine: Offers, size: int) -> Census:
+    """What a rank knows, from its own offers and its view."""
+    alike: Sequence[tuple[Sequence[int], Offer | None]] = [(range(size), None)]
+    return {
+        section: [Holders(ranks, other or offer) for ranks, other in view.get(section, alike)]
+        for section, offer in mine.items()
+    }
+
+
+def _compact(ranks: Sequence[int]) -> Sequence[int]:
+    apart = max(1, (ranks[-1] - ranks[0]) // max(1, len(ranks) - 1))
+    evenly = range(ranks[0], ranks[-1] + 1, apart)
+    return evenly if list(evenly) == list(ranks) else ranks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placed:
+    """The chunks that a tensor is written in: rows by dims, and the rank that writes each."""
+
+    name: str
+    tensor: TensorOffer
+    start: Ints
+    stop: Ints
+    rank: Ints
+
+    def regions_of(self, rank: int) -> Iterator[Region]:
+        """Those that this rank writes."""
+        for row in np.flatnonzero(self.rank == rank).tolist():
+            yield Region(tuple(self.start[row].tolist()), tuple(self.stop[row].tolist()))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Who writes what."""
+
+    tensors: Sequence[Placed]
+    values: Mapping[str, tuple[int, Path]]
+    """Rank that writes each value."""
+
+    aliases: Mapping[str, tuple[str, Path]]
+
+
+def plan(census: Census) -> Plan:
+    """Who writes what, so that every element and every value is written once.
+
+    The same for a rank's own names whether the census is whole, or what the rank knows.
 
     Raises:
         MismatchError: the ranks do not hold one whole state between them; lists every tensor.
     """
-    holders = _holders(offers)
-    load = [0] * len(offers)
-    given: list[list[tuple[str, Region]]] = [[] for _ in offers]
-    shared: list[tuple[int, str, Region, list[int]]] = []
-    for name, regions in holders.items():
-        itemsize = dtype_of(_first(offers, name).dtype).itemsize
-        for region, ranks in regions.items():
-            nbytes = region.num_elements * itemsize
-            if len(ranks) == 1:
-                load[ranks[0]] += nbytes
-                given[ranks[0]].append((name, region))
-            else:
-                shared.append((nbytes, name, region, ranks))
-    for nbytes, name, region, ranks in sorted(shared, key=lambda s: -s[0]):
-        rank = min(ranks, key=load.__getitem__)
-        load[rank] += nbytes
-        given[rank].append((name, region))
-    writer: dict[str, int] = {}
-    for rank, offer in enumerate(offers):
-        for name in offer.values:
-            writer.setdefault(name, rank)
-    values: list[list[str]] = [[] for _ in offers]
-    for name, rank in writer.items():
-        values[rank].append(name)
-    return [Share(tuple(g), tuple(v)) for g, v in zip(given, values, strict=True)]
+    everyone = [holders for section in sorted(census) for holders in census[section]]
+    aliases = {n: alias for h in everyone for n, alias in h.offer.aliases.items()}
+    wrong = _disagreements(everyone, aliases)
+    held: list[tuple[str, TensorOffer, _Cells]] = []
+    cells = _CellsOf()
+    for section in sorted(census):
+        for name, offering in _by_name(census[section]).items():
+            if name in aliases:
+                continue
+            tensor = offering[0].offer.tensors[name]
+            wrong += _differing(name, offering)
+            found = cells(name, tensor.shape, offering)
+            held.append((name, tensor, found))
+            if found.num_elements != prod(tensor.shape) or found.overlap:
+                wrong.append(
+                    f"`{name}`: the ranks hold {found.num_elements} of {prod(tensor.shape)} "
+                    "elements, or some twice"
+                )
+    if wrong:
+        raise MismatchError(
+            "the ranks do not hold one whole state:\n  " + "\n  ".join(wrong),
+            hint="give rank-specific state a key of its own, such as `rank_3`; shard by DTensor",
+        )
+    values: dict[str, tuple[int, Path]] = {}
+    for holders in everyone:
+        for name, path in holders.offer.values.items():
+            rank = min(holders.ranks[0], values.get(name, (holders.ranks[0],))[0])
+            values[name] = rank, path
+    return Plan(list(_placed(held)), values, aliases)
 
 
 def differing(digests: Sequence[Mapping[str, int]]) -> list[str]:
-    """Names under which ranks hold different values; one digest a value, for each rank."""
+    """Names under which ranks hold different values; one digest a value."""
     first: dict[str, int] = {}
     for held in digests:
         first = {**held, **first}
@@ -90,56 +205,178 @@ def differing(digests: Sequence[Mapping[str, int]]) -> list[str]:
     ]
 
 
-def _first(offers: Sequence[Offer], name: str) -> TensorOffer:
-    return next(offer.tensors[name] for offer in offers if name in offer.tensors)
+def _by_name(everyone: Iterable[Holders]) -> dict[str, list[Holders]]:
+    found: dict[str, list[Holders]] = {}
+    for holders in everyone:
+        for name in holders.offer.tensors:
+            found.setdefault(name, []).append(holders)
+    return found
 
 
-def _holders(offers: Sequence[Offer]) -> dict[str, dict[Region, list[int]]]:
-    """Ranks that hold each region of each tensor; checked to make up every tensor exactly."""
-    holders: dict[str, dict[Region, list[int]]] = defaultdict(lambda: defaultdict(list))
-    known: dict[str, TensorOffer] = {}
-    wrong = _disagreements(offers)
-    tied = {name for offer in offers for name in offer.aliases}
-    for rank, offer in enumerate(offers):
-        for name, tensor in offer.tensors.items():
-            if name in tied:
-                continue
-            first = known.setdefault(name, tensor)
-            if (first.dtype, first.shape) != (tensor.dtype, tensor.shape):
-                wrong.append(
-                    f"`{name}` is {tensor.dtype} {list(tensor.shape)} on rank {rank}, "
-                    f"{first.dtype} {list(first.shape)} on an earlier one"
-                )
-            for region in tensor.regions:
-                holders[name][region].append(rank)
-    for name, tensor in known.items():
-        held = sum(region.num_elements for region in holders[name])
-        wanted = Region.whole(tensor.shape).num_elements
-        if held != wanted or first_overlap(holders[name]):
-            wrong.append(f"`{name}`: the ranks hold {held} of {wanted} elements, or some twice")
-    if wrong:
-        raise MismatchError(
-            "the ranks do not hold one whole state:\n  " + "\n  ".join(wrong),
-            hint="give rank-specific state a key of its own, such as `rank_3`; shard by DTensor",
-        )
-    return holders
+def _placed(held: Sequence[tuple[str, TensorOffer, _Cells]]) -> Iterator[Placed]:
+    """Each tensor with the stretches of its line cut."""
+    total: dict[bytes, int] = {}
+    for _, tensor, cells in held:
+        total[cells.key] = total.get(cells.key, 0) + tensor.nbytes
+    before = dict.fromkeys(total, 0)
+    for name, tensor, cells in held:
+        at = before[cells.key]
+        before[cells.key] += tensor.nbytes
+        num_ranks = cells.ranks.shape[1]
+        num = max(1, min(num_ranks, total[cells.key] // STRETCH_BYTES_MIN))
+        cuts = _cuts(at, tensor.nbytes, total[cells.key], num)
+        if len(cuts) == 1:
+            yield Placed(name, tensor, cells.start, cells.stop, cells.ranks[:, cuts[0][2]])
+        else:
+            yield _cut(name, tensor, cells, cuts)
 
 
-def _disagreements(offers: Sequence[Offer]) -> list[str]:
+def _cuts(before: int, nbytes: int, total: int, num: int) -> list[tuple[int, int, int]]:
+    """Bytes of a tensor, from and to, in each stretch of its line, with the stretch's number."""
+    if not nbytes:
+        return [(0, 0, 0)]
+    first, last = before * num // total, (before + nbytes - 1) * num // total
+    bounds = [0, *(-(-n * total // num) - before for n in range(first + 1, last + 1)), nbytes]
+    return [(bounds[i], bounds[i + 1], first + i) for i in range(len(bounds) - 1)]
+
+
+def _cut(
+    name: str, tensor: TensorOffer, cells: _Cells, cuts: Sequence[tuple[int, int, int]]
+) -> Placed:
+    rows: list[tuple[list[int], list[int], int]] = []
+    for start, stop, ranks in zip(
+        cells.start.tolist(), cells.stop.tolist(), cells.ranks.tolist(), strict=True
+    ):
+        dim = next((d for d, (a, b) in enumerate(zip(start, stop, strict=True)) if b - a > 1), None)
+        if dim is None:
+            rows.append((start, stop, ranks[cuts[0][2]]))
+            continue
+        length = stop[dim] - start[dim]
+        for lo, hi, number in cuts:
+            first, last = lo * length // tensor.nbytes, hi * length // tensor.nbytes
+            if first < last:
+                from_, to = [*start], [*stop]
+                from_[dim], to[dim] = start[dim] + first, start[dim] + last
+                rows.append((from_, to, ranks[number]))
+    columns = (np.array(column, np.int64) for column in zip(*rows, strict=True))
+    return Placed(name, tensor, *columns)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Cells:
+    """The regions that ranks hold of a tensor, a row each; one object for all that lie alike."""
+
+    start: Ints
+    stop: Ints
+    ranks: Ints
+    """Of each region those that hold it; rows repeat themselves to be of one length."""
+
+    num_elements: int
+    overlap: bool
+    key: bytes
+    """The same for tensors whose regions are held by the same ranks."""
+
+
+class _CellsOf:
+    """Finds the cells of tensors, each way to lie over the ranks once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], _Cells] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], offering: Sequence[Holders]) -> _Cells:
+        spreads = [holders.offer.tensors[name].spread for holders in offering]
+        # By identity: those that lie alike have one object, and a mesh may have many ranks.
+        key = (shape, *((id(s), id(h)) for s, h in zip(spreads, offering, strict=True)))
+        if key not in self._known:
+            self._known[key] = _cells(shape, spreads, offering)
+        return self._known[key]
+
+
+def _cells(
+    shape: tuple[int, ...], spreads: Sequence[Spread | None], offering: Sequence[Holders]
+) -> _Cells:
+    held: dict[Region, list[int]] = {}
+    by_spread: dict[int, tuple[Spread, set[int]]] = {}
+    for spread, holders in zip(spreads, offering, strict=True):
+        ranks = tuple(holders.ranks)
+        whole = spread or Spread(Mesh((len(ranks),), ranks), (None,))
+        by_spread.setdefault(id(whole), (whole, set()))[1].update(ranks)
+    merged: dict[Spread, set[int]] = {}
+    for spread_, ranks_ in by_spread.values():
+        merged.setdefault(spread_, set()).update(ranks_)
+    for spread_, ranks_ in merged.items():
+        for region, holding in _regions(shape, spread_):
+            held.setdefault(region, []).extend(r for r in holding if r in ranks_)
+    regions = sorted((r for r, ranks in held.items() if ranks), key=lambda r: (r.start, r.stop))
+    num_ranks = max((len(held[region]) for region in regions), default=1)
+    dims = (len(regions), len(shape))
+    ranks_of = np.array(
+        [np.resize(held[region], num_ranks) for region in regions], np.int64
+    ).reshape(len(regions), num_ranks)
+    return _Cells(
+        np.array([r.start for r in regions], np.int64).reshape(dims),
+        np.array([r.stop for r in regions], np.int64).reshape(dims),
+        ranks_of,
+        sum(region.num_elements for region in regions),
+        # The regions of one spread are parts of one whole.
+        len(merged) > 1 and first_overlap(regions) is not None,
+        repr(dims[0]).encode() + ranks_of.tobytes(),
+    )
+
+
+def _regions(shape: tuple[int, ...], spread: Spread) -> Iterator[tuple[Region, list[int]]]:
+    """Every region that the mesh holds, with its ranks."""
+    mesh = spread.mesh
+    whole = Region.whole(shape)
+    if not whole.num_elements:
+        yield whole, list(mesh.ranks)
+        return
+    split = [axis for axis, cut in enumerate(spread.cuts) if cut is not None]
+    grid = np.moveaxis(np.array(mesh.ranks).reshape(mesh.shape), split, range(len(split)))
+    coordinate = [0] * len(mesh.shape)
+    for index in np.ndindex(*grid.shape[: len(split)]):
+        for axis, at in zip(split, index, strict=True):
+            coordinate[axis] = at
+        ranks = grid[index].flatten().tolist()
+        for piece in pieces_of(shape, spread.splits_at(coordinate)):
+            yield piece.region, ranks
+
+
+def _differing(name: str, offering: Sequence[Holders]) -> Iterator[str]:
+    """Where a tensor has another dtype or shape than on the first rank that offers it."""
+    first = offering[0].offer.tensors[name]
+    for holders in offering[1:]:
+        tensor = holders.offer.tensors[name]
+        if (first.dtype, first.shape) != (tensor.dtype, tensor.shape):
+            yield (
+                f"`{name}` is {tensor.dtype} {list(tensor.shape)} on rank {holders.ranks[0]}, "
+                f"{first.dtype} {list(first.shape)} on an earlier one"
+            )
+
+
+def _disagreements(
+    everyone: Sequence[Holders], aliases: Mapping[str, tuple[str, Path]]
+) -> list[str]:
     """Names that stand for different kinds of things on different ranks."""
-    tensors = {name for offer in offers for name in (*offer.tensors, *offer.aliases)}
-    tied = {n: (rank, a[0]) for rank, offer in enumerate(offers) for n, a in offer.aliases.items()}
+    tensors = {name for h in everyone for name in (*h.offer.tensors, *h.offer.aliases)}
+    tied = {n: h.ranks[0] for h in everyone for n in h.offer.aliases}
     wrong = []
-    for rank, offer in enumerate(offers):
-        for name in offer.values:
+    for holders in everyone:
+        rank = holders.ranks[0]
+        for name in holders.offer.values:
             if name in tensors:
                 wrong.append(f"`{name}` is a tensor on one rank, a value on rank {rank}")
-        for name, tensor in offer.tensors.items():
+        for name in tied.keys() & holders.offer.tensors.keys():
             # A rank without elements has no memory to see by that two tensors are one.
-            if name in tied and tensor.regions:
-                where, first = tied[name]
+            if _holds_any(holders.offer.tensors[name], rank):
                 wrong.append(
-                    f"`{name}` is tied to `{first}` on rank {where}, "
+                    f"`{name}` is tied to `{aliases[name][0]}` on rank {tied[name]}, "
                     f"a tensor of its own on rank {rank}"
                 )
     return wrong
+
+
+def _holds_any(tensor: TensorOffer, rank: int) -> bool:
+    if tensor.spread is None:
+        return bool(prod(tensor.shape))
+    return any(rank in ranks for _, ranks in _regions(tensor.shape, tensor.spread))

@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import os
+import pickle
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from xxhash import xxh3_128_digest
 
 from holdfast.errors import HoldfastError, RankError, StorageError
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Ranks(Protocol):
@@ -136,6 +139,24 @@ def all_ranks() -> Ranks:
     return GroupRanks(dist.new_group(backend="gloo"))
 
 
+def conclude(ranks: Ranks, mine: T | HoldfastError, work: Callable[[list[T]], U]) -> U:
+    """What `work` makes on rank 0 of every rank's item, on every rank.
+
+    Collective: every rank calls this once; a rank that failed passes its error. Where any rank did,
+    or `work` fails, every rank raises: the first failing rank's error, under its class, with the
+    number of the rank. One message from each rank, and one back.
+    """
+    items = ranks.gather(mine)
+    outcome: U | HoldfastError | None = None
+    if ranks.rank == 0:
+        failed = [(r, e) for r, e in enumerate(items) if isinstance(e, HoldfastError)]
+        if failed:
+            outcome = failed[0][1] if ranks.size == 1 else _of_rank(*failed[0])
+        else:
+            outcome = outcome_of(lambda: work(cast("list[T]", items)))
+    return _or_raise(ranks.broadcast(cast("U | HoldfastError", outcome)))
+
+
 def on_rank_0(ranks: Ranks, work: Callable[[], T]) -> T:
     """What `work` gives on rank 0, on every rank; or its error, on every rank.
 
@@ -146,23 +167,33 @@ def on_rank_0(ranks: Ranks, work: Callable[[], T]) -> T:
 
 
 def on_every_rank(ranks: Ranks, work: Callable[[], T]) -> T:
-    """What `work` gives on this rank, once it went well on all.
+    """What `work` gives on this rank, once it went well on all; else as `conclude`.
 
-    Collective: every rank calls this once. Where it fails on any rank, every rank raises the first
-    failing rank's error, under its class, with the number of the rank.
+    Collective: every rank calls this once.
     """
     mine = outcome_of(work)
-    agree(ranks, mine if isinstance(mine, HoldfastError) else None)
+    conclude(ranks, mine if isinstance(mine, HoldfastError) else None, lambda _: None)
     return _or_raise(mine)
 
 
-def agree(ranks: Ranks, error: HoldfastError | None) -> None:
-    """Raise on every rank if any rank passes an error."""
-    failed = [(r, e) for r, e in enumerate(ranks.gather(error)) if e is not None]
-    first = ranks.broadcast(failed[0] if failed else None)
-    if first is not None:
-        rank, error = first
-        raise error if ranks.size == 1 else _of_rank(rank, error)
+def gather_distinct(ranks: Ranks, parts: Mapping[str, T]) -> list[dict[str, T]]:
+    """Every rank's parts, in order, on rank 0; elsewhere an empty list.
+
+    What several ranks have alike crosses once, and is one object there: each rank sends a digest
+    of each part, then those that rank 0 asks it for. Collective.
+    """
+    packed = {name: pickle.dumps(part) for name, part in parts.items()}
+    digests = ranks.gather({name: xxh3_128_digest(data) for name, data in packed.items()})
+    owners: dict[bytes, tuple[int, str]] = {}
+    for rank, theirs in enumerate(digests):
+        for name, digest in theirs.items():
+            owners.setdefault(digest, (rank, name))
+    asked: list[list[str]] = [[] for _ in digests]
+    for rank, name in owners.values():
+        asked[rank].append(name)
+    sent = ranks.gather({name: packed[name] for name in ranks.scatter(asked)})
+    held = {digest: pickle.loads(sent[r][name]) for digest, (r, name) in owners.items()}
+    return [{name: held[digest] for name, digest in theirs.items()} for theirs in digests]
 
 
 def _of_rank(rank: int, error: HoldfastError) -> HoldfastError:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -16,21 +15,26 @@ import torch
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.engine.background import Snapshot
-from holdfast.engine.commit import Facts, commit
-from holdfast.engine.plan import Offer, Share, TensorOffer, differing, shares
-from holdfast.engine.ranks import Ranks, all_ranks, on_every_rank, on_rank_0, outcome_of
+from holdfast.engine.commit import commit
+from holdfast.engine.index import Index
+from holdfast.engine.planner import Held, Planner
+from holdfast.engine.publish import Facts
+from holdfast.engine.ranks import (
+    Ranks,
+    all_ranks,
+    conclude,
+    on_every_rank,
+    on_rank_0,
+    outcome_of,
+)
 from holdfast.engine.root import open_root
 from holdfast.engine.spans import Spans, amount
 from holdfast.engine.stage import host_bytes
-from holdfast.engine.values import encode_value
-from holdfast.engine.write import DataOf, FileImage, lay_out, write
+from holdfast.engine.write import DataOf, FileImage, write
 from holdfast.errors import ExistsError, HoldfastError, StorageError
-from holdfast.format.checksum import checksum
-from holdfast.format.dtypes import dtype_of
-from holdfast.format.manifest import Kind, Path
+from holdfast.format.manifest import Kind
 from holdfast.format.names import Aside
 from holdfast.format.region import Region
-from holdfast.state.layout import Layout, layout_of, same_memory
 from holdfast.state.objects import StateTree
 from holdfast.state.tree import Leaf
 
@@ -84,61 +88,6 @@ def _check_free(catalog: Catalog, name: str, overwrite: bool) -> None:
         )
 
 
-class Planner:
-    """Who writes what, agreed between the ranks once and kept while nobody's layout changes."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-        self._offer: Offer | None = None
-        self._share = Share((), ())
-        self.offers: list[Offer] = []
-        """Of every rank, on rank 0."""
-
-    def nbytes_of(self, wanted: Callable[[Path], bool]) -> int:
-        """Bytes, over all ranks, of the tensors whose path is wanted; known to rank 0 alone."""
-        tensors = {
-            n: t for offer in self.offers for n, t in offer.tensors.items() if wanted(t.path)
-        }
-        return sum(math.prod(t.shape) * dtype_of(t.dtype).itemsize for t in tensors.values())
-
-    def plan(self, offer: Offer, digests: Callable[[], dict[str, int]]) -> Share:
-        """What this rank is to write. `digests` gives one of each value that it holds; values that
-        differ between ranks under one name are looked for whenever the layout is new.
-
-        Collective: every rank calls this with what it holds.
-        """
-        ranks = self._ranks
-        changed = ranks.broadcast(any(ranks.gather(offer != self._offer)))
-        if changed:
-            # Forgotten until all have agreed: a failed plan must not be taken for the next one.
-            self._offer = None
-            self.offers = ranks.gather(offer)
-            planned: list[Share] = []
-            on_rank_0(ranks, lambda: planned.extend(shares(self.offers)))
-            self._share = ranks.scatter(planned)
-            for name in differing(ranks.gather(on_every_rank(ranks, digests))):
-                logger.warning(
-                    "`%s` differs between ranks: the first rank's is kept. State of one rank alone "
-                    "needs a key of its own, such as `rank_3`",
-                    name,
-                )
-            self._offer = offer
-        return self._share
-
-
-@dataclass(slots=True)
-class _Held:
-    """What this rank holds: tensors by name with how they lie, and values."""
-
-    layouts: dict[str, Layout] = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)
-    offer: Offer = field(default_factory=Offer)
-
-    def digests(self) -> dict[str, int]:
-        """One number a value, equal where the values are."""
-        return {n: checksum(encode_value(n, value)) for n, value in self.values.items()}
-
-
 @dataclass(frozen=True, slots=True)
 class Pending:
     """A save that all ranks have agreed on; its attempt folder is there, and empty."""
@@ -149,8 +98,8 @@ class Pending:
     data_of: DataOf
     """Reads the training state, until a snapshot takes its place."""
 
-    offers: Sequence[Offer]
-    """Of every rank, on rank 0."""
+    index: Index | None
+    """What the plan decides of both indices, on rank 0."""
 
     facts: Facts
     spans: Spans
@@ -194,14 +143,16 @@ def begin_save(
     """Agree on a save: everything of `save_leaves` up to the first byte. Collective."""
     spans = Spans()
     with spans("plan"):
-        held = on_every_rank(ranks, lambda: _hold(leaves, dtype))
-        share = planner.plan(held.offer, held.digests)
-        image = on_every_rank(ranks, lambda: _image(ranks.rank, share, held))
-        totals = ranks.gather(image.nbytes)
-        attempt = on_rank_0(ranks, lambda: _begin(catalog, name, sum(totals)))
+        held = outcome_of(lambda: planner.hold(leaves, dtype))
+        planner.agree(held)
+        assert isinstance(held, Held)
+        image = outcome_of(lambda: planner.image(held))
+        nbytes = image.nbytes if isinstance(image, FileImage) else image
+        attempt = conclude(ranks, nbytes, lambda sizes: _begin(catalog, name, sum(sizes)))
+        assert isinstance(image, FileImage)
     facts = Facts(step, kind, {"world_size": ranks.size}, _versions())
     data_of = partial(_live_data, held, dtype)
-    return Pending(catalog, attempt, image, data_of, planner.offers, facts, spans)
+    return Pending(catalog, attempt, image, data_of, planner.index, facts, spans)
 
 
 def take_snapshot(pending: Pending, snapshot: Snapshot, ranks: Ranks) -> Pending:
@@ -227,39 +178,12 @@ def finish_save(pending: Pending, ranks: Ranks) -> Saved:
         nbytes = commit(
             attempt,
             written,
-            offers=pending.offers,
+            index=pending.index,
             facts=pending.facts,
             catalog=catalog,
             ranks=ranks,
         )
     return Saved(catalog.where(attempt.name), nbytes, spans)
-
-
-def _hold(leaves: Mapping[str, Leaf], dtype: torch.dtype | None) -> _Held:
-    held = _Held()
-    names: dict[tuple[object, ...], str] = {}
-    for name, leaf in leaves.items():
-        if not isinstance(leaf.value, torch.Tensor):
-            held.values[name] = leaf.value
-            held.offer.values[name] = leaf.path
-            continue
-        layout = layout_of(name, leaf.value)
-        memory = same_memory(leaf.value)
-        if memory is not None and names.setdefault(memory, name) != name:
-            held.offer.aliases[name] = (names[memory], leaf.path)
-            continue
-        held.layouts[name] = layout
-        stored_as = layout.dtype
-        if dtype is not None and layout.local.is_floating_point():
-            stored_as = str(dtype).removeprefix("torch.")
-        regions = tuple(piece.region for piece in layout.pieces)
-        held.offer.tensors[name] = TensorOffer(stored_as, layout.shape, regions, leaf.path)
-    return held
-
-
-def _image(rank: int, share: Share, held: _Held) -> FileImage:
-    regions = [(name, held.offer.tensors[name].dtype, region) for name, region in share.regions]
-    return lay_out(rank, regions, {n: encode_value(n, held.values[n]) for n in share.values})
 
 
 def _begin(catalog: Catalog, name: str, nbytes: int) -> Aside:
@@ -272,11 +196,13 @@ def _begin(catalog: Catalog, name: str, nbytes: int) -> Aside:
     return catalog.begin(name)
 
 
-def _live_data(held: _Held, dtype: torch.dtype | None, name: str, region: Region) -> memoryview:
+def _live_data(held: Held, dtype: torch.dtype | None, name: str, region: Region) -> memoryview:
     """Raw bytes of a region, from the tensor that training goes on with."""
     layout = held.layouts[name]
-    local = next(piece.local for piece in layout.pieces if piece.region == region)
-    return host_bytes(layout.local, local, dtype if layout.local.is_floating_point() else None)
+    piece = next(piece for piece in layout.pieces if piece.region & region == region)
+    return host_bytes(
+        layout.local, piece.local_of(region), dtype if layout.local.is_floating_point() else None
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -10,6 +10,8 @@ import torch
 
 from holdfast.errors import FormatError, UsageError
 
+_KNOWN_MAX = 1000
+
 
 def encode_value(name: str, value: Any) -> bytes:
     """The container of a value, as stock DCP keeps it.
@@ -29,6 +31,26 @@ def encode_value(name: str, value: Any) -> bytes:
             "a checkpoint, and rebuild the object from them in `load_state_dict`",
         ) from error
     return buffer.getvalue()
+
+
+class Containers:
+    """The containers of values; those of numbers and short texts, of which a state has hundreds
+    that are equal, are made once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[type, str], bytes] = {}
+
+    def of(self, name: str, value: Any) -> bytes:
+        """The container of a value: see `encode_value`."""
+        if value is not None and type(value) not in (bool, int, float, str):
+            return encode_value(name, value)
+        # By its text: 0.0 and -0.0 are equal, but not the same.
+        key = type(value), repr(value)
+        if key not in self._known:
+            if len(self._known) >= _KNOWN_MAX:
+                self._known.clear()
+            self._known[key] = encode_value(name, value)
+        return self._known[key]
 
 
 def decode_value(name: str, container: bytes, *, where: str) -> Any:

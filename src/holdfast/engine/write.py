@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from holdfast.format import checksum, torchzip
 from holdfast.format.dtypes import dtype_of
-from holdfast.format.manifest import Chunk, Span
+from holdfast.format.manifest import Span, Table
 from holdfast.format.names import data_file
 from holdfast.format.region import Region
 from holdfast.storage.store import Buffer, Store, Writer
@@ -26,6 +26,8 @@ class TensorItem:
     item: Span
     prefix: bytes
     suffix: bytes
+    first_block: int
+    """How many blocks the file has before its own."""
 
     @property
     def data(self) -> Span:
@@ -46,6 +48,8 @@ class FileImage:
     """Values as `torch.save` writes them, by position; each stands once however often it occurs."""
 
     values: Mapping[str, Span]
+    table_offset: int
+    """Where the checksums of all blocks stand, in the order of the items; they end the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,33 +58,39 @@ class Receipt:
 
     file: str = ""
     nbytes: int = 0
-    chunks: Sequence[tuple[str, Chunk]] = ()
+    table: Table = field(default_factory=lambda: Table(0, 0))
     values: Mapping[str, tuple[Span, int]] = field(default_factory=dict)
     """Place and checksum of each value's container."""
 
 
-def lay_out(
-    rank: int,
-    regions: Sequence[tuple[str, str, Region]],
-    containers: Mapping[str, bytes],
-) -> FileImage:
-    """Where everything lies in the file of `rank`. `regions` are name, dtype and region."""
-    items, position = [], 0
+def lay_out(regions: Sequence[tuple[str, str, Region]]) -> tuple[TensorItem, ...]:
+    """Where tensors lie in a file, one after the other. `regions` are name, dtype and region."""
+    items, position, block = [], 0, 0
     for name, dtype, region in regions:
         prefix, suffix = torchzip.frame(dtype, region.shape, position)
         nbytes = region.num_elements * dtype_of(dtype).itemsize
         item = Span(position, len(prefix) + nbytes + len(suffix))
-        items.append(TensorItem(name, region, dtype, item, prefix, suffix))
+        items.append(TensorItem(name, region, dtype, item, prefix, suffix, block))
         position = item.stop
+        block += checksum.num_blocks(nbytes)
+    return tuple(items)
+
+
+def image_of(rank: int, items: tuple[TensorItem, ...], values: Mapping[str, bytes]) -> FileImage:
+    """The file of `rank`: tensors as they were laid out, the containers of values behind them, then
+    the checksums."""
+    position = items[-1].item.stop if items else 0
     placed: dict[bytes, Span] = {}
-    values = {}
-    for name, container in containers.items():
+    spans = {}
+    for name, container in values.items():
         if container not in placed:
             placed[container] = Span(position, len(container))
             position += len(container)
-        values[name] = placed[container]
+        spans[name] = placed[container]
     at = tuple((span.offset, container) for container, span in placed.items())
-    return FileImage(data_file(rank), position, tuple(items), at, values)
+    num_blocks = items[-1].first_block + checksum.num_blocks(items[-1].data.nbytes) if items else 0
+    nbytes = position + num_blocks * checksum.NBYTES
+    return FileImage(data_file(rank), nbytes, items, at, spans, position)
 
 
 DataOf = Callable[[str, Region], memoryview]
@@ -91,32 +101,32 @@ def write(store: Store, folder: str, image: FileImage, data_of: DataOf) -> Recei
     """Write a file, and make its bytes durable."""
     if not image.nbytes:
         return Receipt()
-    chunks = []
+    checksums: list[int] = []
     with store.create(f"{folder}/{image.name}", image.nbytes) as writer:
         stream = _Stream(writer)
         for item in image.tensors:
             stream.put(item.prefix)
-            checksums = _put_checked(stream, data_of(item.name, item.region), item)
+            checksums += _put_checked(stream, data_of(item.name, item.region), item)
             stream.put(item.suffix)
-            chunks.append(
-                (item.name, Chunk(item.region, image.name, item.item, item.data.offset, checksums))
-            )
         for _, container in image.containers:
             stream.put(container)
+        packed = checksum.pack(checksums)
+        stream.put(packed)
         stream.flush()
     sums = {offset: checksum.checksum(container) for offset, container in image.containers}
     values = {name: (span, sums[span.offset]) for name, span in image.values.items()}
-    return Receipt(image.name, image.nbytes, tuple(chunks), values)
+    table = Table(image.table_offset, checksum.checksum(packed))
+    return Receipt(image.name, image.nbytes, table, values)
 
 
-def _put_checked(stream: _Stream, data: memoryview, item: TensorItem) -> tuple[int, ...]:
+def _put_checked(stream: _Stream, data: memoryview, item: TensorItem) -> list[int]:
     assert len(data) == item.data.nbytes, f"{item.name}: {len(data)} bytes for {item.data}"
     checksums: list[int] = []
     for start in range(0, len(data), WINDOW_BYTES):
         window = data[start : start + WINDOW_BYTES]
         checksums += checksum.block_checksums(window)
         stream.put(window)
-    return tuple(checksums)
+    return checksums
 
 
 class _Stream:

@@ -18,6 +18,9 @@ BLOCK_BYTES = 1 << 20
 """Bytes of raw tensor data under one checksum, counted from the start of each chunk. A partial read
 reads and checks whole blocks, so this bounds what it reads beside what it wants."""
 
+NBYTES = 8
+"""Of one checksum in a table."""
+
 DIGITS = 16
 """Hexadecimal digits of one checksum."""
 
@@ -54,6 +57,16 @@ def block_checksums(data: memoryview) -> list[int]:
         xxh3_64_intdigest(data[start : start + BLOCK_BYTES])
         for start in range(0, len(data), BLOCK_BYTES)
     ]
+
+
+def pack(checksums: Sequence[int]) -> bytes:
+    """Checksums as a table: little-endian, `NBYTES` each."""
+    return struct.pack(f"<{len(checksums)}Q", *checksums)
+
+
+def unpack(table: bytes) -> tuple[int, ...]:
+    """The checksums in a table of `pack`."""
+    return struct.unpack(f"<{len(table) // NBYTES}Q", table)
 
 
 def to_hex(checksums: Sequence[int]) -> str:

@@ -1,7 +1,7 @@
-"""`.metadata`: the index of a `torch.distributed.checkpoint` folder, without torch.
+"""`.metadata`: reading the index of a `torch.distributed.checkpoint` folder, without torch.
 
 The classes are those of torch/distributed/checkpoint/metadata.py and filesystem.py, torch 2.1 to
-2.13. Reading goes by an allow-list; writing emits stock classes only.
+2.13, read by an allow-list. `tables` writes them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,7 @@ from holdfast.format.manifest import (
     check_sizes,
     path_of,
 )
-from holdfast.format.pickles import (
-    Call,
-    DtypeName,
-    Global,
-    Instance,
-    Plain,
-    Table,
-    dumps,
-    loads,
-)
+from holdfast.format.pickles import DtypeName, Plain, loads
 from holdfast.format.region import Region
 
 _MODULE = "torch.distributed.checkpoint.metadata"
@@ -140,67 +131,10 @@ def _text(name: object) -> str:
     return name
 
 
-_STORAGE_INFO = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
-_LAYOUT = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
-_MEMORY_FORMAT = Call(Global(_MODULE, "_MEM_FORMAT_ENCODING"), (0,))
+OURS = b"\x80\x04\x8c\x08holdfast0"
+"""How the `.metadata` of Holdfast begins: a word that every reader of pickles drops at once."""
 
 
-def is_ours(data: bytes, manifest: Manifest) -> bool:
-    """Whether Holdfast wrote these bytes of `.metadata`, which decode to `manifest`."""
-    # Python's own pickler frames what it writes from protocol 4 on.
-    return data[:3] != b"\x80\x04\x95" and encode_metadata(manifest) == data
-
-
-def encode_metadata(manifest: Manifest) -> bytes:
-    """The bytes of `.metadata` for what this manifest holds: a function of the layout alone."""
-    entries: dict[str, Instance] = {}
-    storage: list[tuple[Instance, Instance]] = []
-    paths: dict[str, Path] = {}
-    for name, tensor in manifest.tensors.items():
-        entries[name] = _stock_tensor(tensor)
-        paths[name] = tensor.path
-        for number, chunk in enumerate(tensor.chunks):
-            index = _stock_index(name, _size(chunk.region.start), number)
-            storage.append((index, _stock_info(chunk.file, chunk.item)))
-    for name, value in manifest.values.items():
-        entries[name] = Instance(Global(_MODULE, "BytesStorageMetadata"), None)
-        paths[name] = value.path
-        storage.append((_stock_index(name, None, None), _stock_info(value.file, value.item)))
-    state = {
-        "state_dict_metadata": entries,
-        "planner_data": paths,
-        "storage_data": Table(storage),
-        "storage_meta": None,
-        "version": "1.0.0",
-    }
-    return dumps(Instance(Global(_MODULE, "Metadata"), state))
-
-
-def _stock_tensor(tensor: TensorEntry) -> Instance:
-    dtype = Global("torch", tensor.dtype)
-    properties = Instance(
-        Global(_MODULE, "TensorProperties"), (dtype, _LAYOUT, False, _MEMORY_FORMAT, False)
-    )
-    chunks = [
-        Instance(
-            Global(_MODULE, "ChunkStorageMetadata"),
-            {"offsets": _size(chunk.region.start), "sizes": _size(chunk.region.shape)},
-        )
-        for chunk in tensor.chunks
-    ]
-    state = {"properties": properties, "size": _size(tensor.shape), "chunks": chunks}
-    return Instance(Global(_MODULE, "TensorStorageMetadata"), state)
-
-
-def _stock_index(name: str, offset: Call | None, number: int | None) -> Instance:
-    state = {"fqn": name, "index": number, "offset": offset}
-    return Instance(Global(_MODULE, "MetadataIndex"), state)
-
-
-def _stock_info(file: str, item: Span) -> Instance:
-    state = {"relative_path": file, "offset": item.offset, "length": item.nbytes}
-    return Instance(_STORAGE_INFO, state)
-
-
-def _size(sizes: tuple[int, ...]) -> Call:
-    return Call(Global("torch", "Size"), (sizes,))
+def is_ours(data: bytes) -> bool:
+    """Whether Holdfast wrote these bytes of `.metadata`."""
+    return data.startswith(OURS)

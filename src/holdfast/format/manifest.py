@@ -7,7 +7,7 @@ layout of that file is specified in docs/format.md.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from holdfast.format import checksum
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.region import Region
 
-VERSION = 1
+VERSION = 2
 
 DIMS_MAX = 64
 """torch has no tensors of more."""
@@ -54,8 +54,9 @@ class Chunk:
     data_offset: int | None = None
     """Where in the file the raw row-major elements begin; None: only the container knows."""
 
-    checksums: tuple[int, ...] | None = None
-    """One a block of the raw data; None where none were kept."""
+    first_block: int | None = None
+    """Which of the file's checksums is that of the first block of the raw data; those of the other
+    blocks follow it. None where none were kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,15 @@ class ValueEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Table:
+    """Where a data file keeps the checksums of its blocks: from `offset` to its end."""
+
+    offset: int
+    checksum: int
+    """Of the table itself."""
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """What a checkpoint holds."""
 
@@ -91,6 +101,9 @@ class Manifest:
     values: Mapping[str, ValueEntry]
     files: Mapping[str, int] = field(default_factory=dict)
     """Bytes of each data file; empty where the format does not say."""
+
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    """Checksums of the blocks in each data file; only Holdfast's own have them."""
 
     step: int | None = None
     kind: Kind | None = None
@@ -118,9 +131,42 @@ class Manifest:
 
 def encode(manifest: Manifest) -> bytes:
     """The bytes of `manifest.json`: one JSON object whose last member is a checksum of the rest."""
-    files = list(manifest.files)
-    number = {file: index for index, file in enumerate(files)}
-    body: dict[str, Any] = {
+    number = {file: index for index, file in enumerate(manifest.files)}
+    tensors = (
+        encode_tensor(name, e.dtype, e.shape, e.path, [_row(chunk, number) for chunk in e.chunks])
+        for name, e in manifest.tensors.items()
+    )
+    return b"".join(encode_around(manifest, joined(tensors)))
+
+
+def joined(members: Iterable[bytes]) -> bytes:
+    """Members of a JSON object as one."""
+    return b"{" + b",".join(members) + b"}"
+
+
+def _row(chunk: Chunk, number: Mapping[str, int]) -> tuple[int | None, ...]:
+    item = (number[chunk.file], chunk.item.offset, chunk.item.nbytes)
+    return (*item, chunk.data_offset, chunk.first_block, *chunk.region.start, *chunk.region.stop)
+
+
+def encode_tensor(
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    path: Path,
+    rows: Sequence[Sequence[int | None]],
+) -> bytes:
+    """One member of `tensors`. A row is a chunk: number of its file, offset and bytes of its item,
+    offset of its data, number of its first block, start and stop along each dim."""
+    body = {"dtype": dtype, "shape": shape, **_path(name, path), "chunks": rows}
+    return _json(name) + b":" + _json(body)
+
+
+def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
+    """The bytes of `manifest.json` in parts; `tensors` is its member of that name, which is a
+    function of the layout alone: those of the manifest are not looked at."""
+    number = {file: index for index, file in enumerate(manifest.files)}
+    head = {
         "holdfast": VERSION,
         "step": manifest.step,
         "kind": manifest.kind,
@@ -129,39 +175,46 @@ def encode(manifest: Manifest) -> bytes:
         "layout": dict(manifest.layout),
         "checksums": {"algorithm": checksum.ALGORITHM, "block_bytes": checksum.BLOCK_BYTES},
         "metadata": manifest.metadata,
-        "files": [[file, manifest.files[file]] for file in files],
-        "tensors": {
-            name: {
-                "dtype": entry.dtype,
-                "shape": entry.shape,
-                **({} if entry.path == (name,) else {"path": entry.path}),
-                "chunks": [_encode_chunk(chunk, number) for chunk in entry.chunks],
+        "files": [
+            [file, nbytes, manifest.tables[file].offset, _hex(manifest.tables[file].checksum)]
+            for file, nbytes in manifest.files.items()
+        ],
+        "values": [
+            {
+                "item": [number[file], item.offset, item.nbytes],
+                "checksum": _hex(found or 0),
+                "entries": {n: _path(n, manifest.values[n].path).get("path") for n in names},
             }
-            for name, entry in manifest.tensors.items()
-        },
-        "values": {
-            name: {
-                "item": [number[entry.file], entry.item.offset, entry.item.nbytes],
-                "checksum": checksum.to_hex([entry.checksum or 0]),
-                **({} if entry.path == (name,) else {"path": entry.path}),
-            }
-            for name, entry in manifest.values.items()
-        },
+            for (file, item, found), names in by_container(manifest.values).items()
+        ],
     }
-    text = json.dumps(body, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-    return (
-        text[:-1] + b',"checksum":"' + checksum.to_hex([checksum.checksum(text)]).encode() + b'"}'
-    )
+    parts = [_json(head)[:-1] + b',"tensors":', tensors, b"}"]
+    running = checksum.Running()
+    for part in parts:
+        running.add(part)
+    return [*parts[:2], b',"checksum":"' + _hex(running.value).encode() + b'"}']
 
 
-def _encode_chunk(chunk: Chunk, number: Mapping[str, int]) -> dict[str, Any]:
-    return {
-        "start": chunk.region.start,
-        "stop": chunk.region.stop,
-        "item": [number[chunk.file], chunk.item.offset, chunk.item.nbytes],
-        "data": chunk.data_offset,
-        "checksums": checksum.to_hex(chunk.checksums or ()),
-    }
+def by_container(
+    values: Mapping[str, ValueEntry],
+) -> dict[tuple[str, Span, int | None], list[str]]:
+    """Names of values by the container that holds them: equal values have one."""
+    found: dict[tuple[str, Span, int | None], list[str]] = {}
+    for name, entry in values.items():
+        found.setdefault((entry.file, entry.item, entry.checksum), []).append(name)
+    return found
+
+
+def _path(name: str, path: Path) -> dict[str, Path]:
+    return {} if path == (name,) else {"path": path}
+
+
+def _hex(value: int) -> str:
+    return checksum.to_hex([value])
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def decode(data: bytes, *, where: str) -> Manifest:
@@ -194,14 +247,16 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
         )
     if body["checksums"] != {"algorithm": checksum.ALGORITHM, "block_bytes": checksum.BLOCK_BYTES}:
         raise FormatError(f"`{where}` has unknown checksums: {body['checksums']}")
-    files: list[tuple[str, int]] = []
-    for name, nbytes in body["files"]:
+    files: list[_File] = []
+    for name, nbytes, offset, found in body["files"]:
         check_file_name(name, where)
-        files.append((name, count_of(nbytes)))
+        files.append(_file(name, count_of(nbytes), count_of(offset), found))
+    values = [entry for stored in body["values"] for entry in _values(stored, files)]
     manifest = Manifest(
         tensors={name: _tensor(name, e, files) for name, e in body["tensors"].items()},
-        values={name: _value(name, e, files) for name, e in body["values"].items()},
-        files=dict(files),
+        values=dict(values),
+        files={file.name: file.nbytes for file in files},
+        tables={file.name: file.table for file in files},
         step=None if body["step"] is None else count_of(body["step"]),
         kind=body["kind"],
         created=str(body["created"]),
@@ -211,42 +266,65 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
     )
     if manifest.kind not in ("full", "model", None):
         raise ValueError(f"kind: {manifest.kind}")
-    if len(manifest.files) != len(files) or manifest.tensors.keys() & manifest.values.keys():
+    twice = len(manifest.files) != len(files) or len(manifest.values) != len(values)
+    if twice or manifest.tensors.keys() & manifest.values.keys():
         raise ValueError("a file or an entry is there twice")
     return manifest
 
 
-def _tensor(name: str, entry: dict[str, Any], files: list[tuple[str, int]]) -> TensorEntry:
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A data file, as the manifest states it."""
+
+    name: str
+    nbytes: int
+    table: Table
+    num_blocks: int
+
+
+def _file(name: str, nbytes: int, offset: int, stored: str) -> _File:
+    num_blocks, rest = divmod(nbytes - offset, checksum.NBYTES)
+    if num_blocks < 0 or rest:
+        raise ValueError(f"`{name}`: no table of checksums from {offset} to {nbytes}")
+    (found,) = checksum.from_hex(stored)
+    return _File(name, nbytes, Table(offset, found), num_blocks)
+
+
+def _tensor(name: str, entry: dict[str, Any], files: list[_File]) -> TensorEntry:
     shape = tuple(map(count_of, entry["shape"]))
     itemsize = dtype_of(entry["dtype"]).itemsize
     chunks = []
     for stored in entry["chunks"]:
-        region = Region(tuple(map(count_of, stored["start"])), tuple(map(count_of, stored["stop"])))
-        file, item = _item(stored["item"], files)
-        data_offset = count_of(stored["data"])
-        checksums = checksum.from_hex(stored["checksums"])
-        nbytes = region.num_elements * itemsize
+        number, offset, nbytes, data_offset, first_block, *corners = map(count_of, stored)
+        if len(corners) != 2 * len(shape):
+            raise ValueError(f"`{name}`: a chunk of {len(corners) // 2} dims, not {len(shape)}")
+        region = Region(tuple(corners[: len(shape)]), tuple(corners[len(shape) :]))
+        file, item = _item(number, offset, nbytes, files)
+        data_bytes = region.num_elements * itemsize
         if not region.fits(shape):
             raise ValueError(f"`{name}`: chunk {region} is outside of the shape {shape}")
-        if not item.offset <= data_offset <= data_offset + nbytes <= item.stop:
+        if not item.offset <= data_offset <= data_offset + data_bytes <= item.stop:
             raise ValueError(f"`{name}`: data at {data_offset} is outside of its item {item}")
-        if len(checksums) != checksum.num_blocks(nbytes):
-            raise ValueError(f"`{name}`: {len(checksums)} checksums for {nbytes} bytes")
-        chunks.append(Chunk(region, file, item, data_offset, checksums))
+        if first_block + checksum.num_blocks(data_bytes) > file.num_blocks:
+            raise ValueError(f"`{name}`: its checksums are outside of those of `{file.name}`")
+        chunks.append(Chunk(region, file.name, item, data_offset, first_block))
     return TensorEntry(entry["dtype"], shape, tuple(chunks), path_of(entry.get("path", [name])))
 
 
-def _value(name: str, entry: dict[str, Any], files: list[tuple[str, int]]) -> ValueEntry:
-    file, item = _item(entry["item"], files)
-    (found,) = checksum.from_hex(entry["checksum"])
-    return ValueEntry(file, item, found, path_of(entry.get("path", [name])))
+def _values(stored: dict[str, Any], files: list[_File]) -> Iterator[tuple[str, ValueEntry]]:
+    number, offset, nbytes = map(count_of, stored["item"])
+    file, item = _item(number, offset, nbytes, files)
+    (found,) = checksum.from_hex(stored["checksum"])
+    for name, path in stored["entries"].items():
+        yield name, ValueEntry(file.name, item, found, path_of(path or [name]))
 
 
-def _item(stored: list[int], files: list[tuple[str, int]]) -> tuple[str, Span]:
-    file, nbytes = files[count_of(stored[0])]
-    item = Span(count_of(stored[1]), count_of(stored[2]))
-    if item.stop > nbytes:
-        raise ValueError(f"item {item} is outside of `{file}` of {nbytes} bytes")
+def _item(number: int, offset: int, nbytes: int, files: list[_File]) -> tuple[_File, Span]:
+    file, item = files[number], Span(offset, nbytes)
+    if item.stop > file.table.offset:
+        raise ValueError(
+            f"item {item} is outside of the {file.table.offset} bytes of `{file.name}`"
+        )
     return file, item
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from holdfast.errors import FormatError
 from holdfast.format.opcodes import DtypeName, Machine, Plain
 
-__all__ = ["Call", "DtypeName", "Global", "Instance", "Plain", "Table", "dumps", "loads"]
+__all__ = ["Call", "DtypeName", "Dumper", "Global", "Instance", "Plain", "loads"]
 
 
 def loads(data: bytes, allowed: Mapping[tuple[str, str], Any], *, where: str) -> Any:
@@ -60,27 +60,40 @@ class Instance:
     state: Any
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A dict whose keys may be instances."""
+class Dumper:
+    """Writes a pickle (protocol 4) of plain values, `Global`, `Call` and `Instance`.
 
-    items: list[tuple[Any, Any]]
-
-
-def dumps(value: Any) -> bytes:
-    """A pickle (protocol 4) of plain values, `Global`, `Call` and `Instance`.
-
-    The same value always gives the same bytes. Globals and strings are written once.
+    The same values always give the same bytes. Globals and strings are written once.
     """
-    out = _Dumper()
-    out.put(value)
-    return b"\x80\x04" + b"".join(out.parts) + b"."
 
-
-class _Dumper:
-    def __init__(self) -> None:
-        self.parts: list[bytes] = []
+    def __init__(self, start: bytes) -> None:
+        self.parts = [start]
         self._memo: dict[object, int] = {}
+
+    def raw(self, opcodes: bytes) -> None:
+        """These bytes as they are; they leave the memo alone."""
+        self.parts.append(opcodes)
+
+    def at(self, value: object) -> int:
+        """The place in the memo of a global or a string that is known."""
+        return self._memo[value]
+
+    def get(self, value: object) -> bytes:
+        """What pushes a global or a string that is known."""
+        at = self._memo[value]
+        return b"h" + bytes([at]) if at < 256 else b"j" + _u32(at)
+
+    def take(self) -> bytes:
+        """What was put since the last time; the memo stays."""
+        taken = b"".join(self.parts)
+        self.parts = []
+        return taken
+
+    def know(self, *values: object) -> None:
+        """Put globals and strings where nothing comes of them, so that `get` has them."""
+        for value in values:
+            self.put(value)
+            self.parts.append(b"0")
 
     def put(self, value: Any) -> None:
         match value:
@@ -98,8 +111,6 @@ class _Dumper:
                 self._put_all(b"](", value, b"e")
             case dict():
                 self._put_all(b"}(", [part for item in value.items() for part in item], b"u")
-            case Table():
-                self._put_all(b"}(", [part for item in value.items for part in item], b"u")
             case Global():
                 self._once(value, self._put_global)
             case Call():
@@ -116,13 +127,12 @@ class _Dumper:
                 raise TypeError(f"no plain value: {type(value)}")
 
     def _once(self, value: Any, put: Any) -> None:
-        at = self._memo.get(value)
-        if at is None:
+        if value in self._memo:
+            self.parts.append(self.get(value))
+        else:
             put(value)
             self._memo[value] = len(self._memo)
             self.parts.append(b"\x94")
-        else:
-            self.parts.append(b"h" + bytes([at]) if at < 256 else b"j" + struct.pack("<I", at))
 
     def _put_str(self, value: str) -> None:
         text = value.encode()

@@ -9,8 +9,8 @@ from math import prod
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from holdfast.engine.read import ChunkData, Source
 from holdfast.engine.reshard import Part, moves, parts
+from holdfast.engine.source import WINDOW_BYTES, ChunkData, Source
 from holdfast.errors import DamagedError
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Chunk, Span, TensorEntry
@@ -18,9 +18,6 @@ from holdfast.format.region import Region
 from holdfast.format.torchzip import StoredTensor, contiguous_strides, locate
 from holdfast.hf.numbers import Array, box_of, raw_type
 from holdfast.hf.tensors import Held
-
-WINDOW_BYTES = 8 << 20
-"""Read at once where what is wanted has gaps."""
 
 
 class Stored:
@@ -49,7 +46,8 @@ class Stored:
         placed = self._placed(name, entry, chunk)
         box = region.within(chunk.region)
         rows = contiguous_strides(shape)
-        data = ChunkData(self._source, name, chunk.file, placed.data, chunk.checksums)
+        checksums = self._source.checksums(chunk, chunk.region.num_elements * itemsize)
+        data = ChunkData(self._source, name, chunk.file, placed.data, checksums)
         if placed.strides != rows and prod(shape) > 1:
             # As a transposed parameter is kept. Rare: read the chunk whole, then pick.
             whole = np.empty(placed.data.nbytes // itemsize, target.dtype)

@@ -11,8 +11,9 @@ import torch
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.engine.background import Background, Snapshot, free_memory
+from holdfast.engine.planner import Planner
 from holdfast.engine.ranks import Ranks, on_every_rank
-from holdfast.engine.save import Pending, Planner, begin_save, finish_save, take_snapshot
+from holdfast.engine.save import Pending, begin_save, finish_save, take_snapshot
 from holdfast.engine.spans import amount, rate
 from holdfast.errors import HoldfastError, RankError
 from holdfast.format.manifest import Kind, Path
@@ -113,7 +114,9 @@ class Saver:
         saved = finish_save(pending, self._finishing_ranks)
         if pending.facts.kind == "full":
             self.full_save_s = max(self.full_save_s, saved.spans.total)
-            self.model_share = self._planner.nbytes_of(self._is_of_model) / max(saved.nbytes, 1)
+            if pending.index is not None:
+                model = pending.index.nbytes_of(self._is_of_model)
+                self.model_share = model / max(saved.nbytes, 1)
         self._left_behind.discard(step)
         if self._ranks.rank == 0:
             done = rate(saved.nbytes, saved.spans.total)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
 
 from holdfast.errors import UsageError
-from holdfast.state.shard import Piece, Split, pieces_of
+from holdfast.state.shard import Cut, Mesh, Piece, Spread, pieces_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,9 +26,18 @@ class Layout:
     local: torch.Tensor
     """The rank's own elements; shares its memory with the tensor."""
 
+    spread: Spread | None = None
+    """How it lies over all ranks; None for a tensor that is whole on this one, whoever has it."""
 
-def layout_of(name: str, tensor: torch.Tensor) -> Layout:
+
+Known = MutableMapping[Any, tuple[Spread, tuple[Piece, ...]]]
+"""Layouts found before, by mesh, placements and shape."""
+
+
+def layout_of(name: str, tensor: torch.Tensor, known: Known | None = None) -> Layout:
     """How `tensor` lies on this rank: a DTensor by its mesh, any other tensor as a whole.
+
+    `known` is filled, and spares the work for tensors that lie alike.
 
     Raises:
         UsageError: a kind of tensor whose elements are not plainly there.
@@ -35,14 +46,14 @@ def layout_of(name: str, tensor: torch.Tensor) -> Layout:
     shape = tuple(tensor.shape)
     if isinstance(tensor, DTensor):
         local = tensor.to_local().detach()
-        pieces = pieces_of(shape, _splits(name, tensor))
+        spread, pieces = _spread_of(name, tensor, {} if known is None else known)
         held = sum(piece.region.num_elements for piece in pieces)
         if held != local.numel():
             raise UsageError(
                 f"`{name}`: placements {tensor.placements} give this rank {held} elements, "
                 f"its local tensor has {local.numel()}",
             )
-        return Layout(dtype, shape, pieces, local)
+        return Layout(dtype, shape, pieces, local, spread)
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         raise UsageError(
             f"`{name}` is a {'meta' if tensor.is_meta else tensor.layout} tensor, "
@@ -69,20 +80,24 @@ def same_memory(tensor: torch.Tensor) -> tuple[object, ...] | None:
     )
 
 
-def _splits(name: str, tensor: DTensor) -> list[Split]:
-    mesh = tensor.device_mesh
+def _spread_of(name: str, tensor: DTensor, known: Known) -> tuple[Spread, tuple[Piece, ...]]:
+    mesh, shape = tensor.device_mesh, tuple(tensor.shape)
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise UsageError(f"`{name}`: this rank is not part of the tensor's mesh {mesh}")
-    splits = []
-    for axis, placement in enumerate(tensor.placements):
-        split = _split(name, placement, mesh.size(axis), coordinate[axis])
-        if split is not None:
-            splits.append(split)
-    return splits
+    key = (mesh, tensor.placements, shape)
+    if key not in known:
+        # One object for all that lie alike: it is compared, and sent, once.
+        alike = (found for (m, p, _), (found, _) in known.items() if (m, p) == key[:2])
+        spread = next(alike, None) or Spread(
+            Mesh(tuple(mesh.mesh.shape), tuple(mesh.mesh.flatten().tolist())),
+            tuple(_cut(name, placement) for placement in tensor.placements),
+        )
+        known[key] = spread, pieces_of(shape, spread.splits_at(coordinate))
+    return known[key]
 
 
-def _split(name: str, placement: Placement, num_parts: int, index: int) -> Split | None:
+def _cut(name: str, placement: Placement) -> Cut | None:
     if isinstance(placement, Replicate):
         return None
     if isinstance(placement, Partial):
@@ -92,10 +107,6 @@ def _split(name: str, placement: Placement, num_parts: int, index: int) -> Split
         )
     # `_StridedShard` is a class of its own beside `Shard`, both with `dim`.
     if isinstance(placement, Shard) or type(placement).__name__ == "_StridedShard":
-        return Split(
-            placement.dim,  # type: ignore[attr-defined]
-            num_parts,
-            index,
-            getattr(placement, "split_factor", 1),
-        )
+        num_strides = getattr(placement, "split_factor", 1)
+        return Cut(placement.dim, num_strides)  # type: ignore[attr-defined]
     raise UsageError(f"`{name}`: unknown placement {placement}")

@@ -22,6 +22,14 @@ class Piece:
     local: Region
     """Where it lies in the rank's own tensor."""
 
+    def local_of(self, region: Region) -> Region:
+        """Where a part of it lies in the rank's own tensor."""
+        inner = region.within(self.region)
+        return Region(
+            tuple(map(int.__add__, self.local.start, inner.start)),
+            tuple(map(int.__add__, self.local.start, inner.stop)),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Split:
@@ -35,6 +43,40 @@ class Split:
     num_strides: int = 1
     """The dim is cut into so many stretches first, and each of them into the parts: torch's
     `_StridedShard`, which FSDP over tensor parallelism gives. 1 for a plain shard."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """Ranks as a grid."""
+
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+    """Row-major."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How one mesh axis splits one dim: a `Split`, as all ranks of the axis see it."""
+
+    dim: int
+    num_strides: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How a tensor lies over ranks: what each axis of a mesh does to it."""
+
+    mesh: Mesh
+    cuts: tuple[Cut | None, ...]
+    """Of each axis; None where it repeats the tensor. They apply in this order."""
+
+    def splits_at(self, coordinate: Sequence[int]) -> list[Split]:
+        """The splits as the rank at `coordinate` of the mesh sees them."""
+        return [
+            Split(cut.dim, num_parts, index, cut.num_strides)
+            for cut, num_parts, index in zip(self.cuts, self.mesh.shape, coordinate, strict=True)
+            if cut is not None
+        ]
 
 
 def pieces_of(shape: Sequence[int], splits: Sequence[Split]) -> tuple[Piece, ...]:

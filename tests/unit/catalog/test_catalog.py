@@ -14,7 +14,7 @@ from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.errors import DamagedError, FormatError, NotFoundError, StorageError
 from holdfast.format import manifest as manifests
 from holdfast.format.checksum import checksum
-from holdfast.format.manifest import Manifest, Span, ValueEntry
+from holdfast.format.manifest import Manifest, Span, Table, ValueEntry
 from holdfast.format.names import MANIFEST, METADATA, Aside
 from holdfast.storage.memory import MemoryStore
 from holdfast.testing.stores import CuttingStore, PowerCut, put, refuses
@@ -28,6 +28,7 @@ def write_checkpoint(store: MemoryStore, folder: str, content: bytes) -> Manifes
         tensors={},
         values={"v": ValueEntry(FILE, Span(0, len(content)), checksum(content), ("v",))},
         files={FILE: len(content)},
+        tables={FILE: Table(len(content), checksum(b""))},
         metadata=(4, checksum(b"meta")),
     )
     store.make_folder(folder)

@@ -11,9 +11,10 @@ import torch
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.engine.checkpoint import Checkpoint
+from holdfast.engine.planner import Planner
 from holdfast.engine.ranks import Ranks, Solo
-from holdfast.engine.read import Source
-from holdfast.engine.save import Planner, save_leaves
+from holdfast.engine.save import save_leaves
+from holdfast.engine.source import Source
 from holdfast.format.names import aside_of, step_name
 from holdfast.state.tree import flatten
 from holdfast.storage.memory import MemoryStore

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import holdfast
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.engine.checkpoint import Checkpoint
 from holdfast.engine.load import load_tree
+from holdfast.engine.planner import Planner
 from holdfast.engine.ranks import Ranks, Solo
-from holdfast.engine.read import Source
-from holdfast.engine.save import Planner, save_leaves
+from holdfast.engine.save import save_leaves
+from holdfast.engine.source import Source
 from holdfast.errors import (
     DamagedError,
     ExistsError,
@@ -126,11 +128,16 @@ def test_damage_is_found_by_the_reads_that_touch_its_block_and_by_no_other(
 
 
 def test_a_file_that_ends_early_after_it_was_opened_is_damage() -> None:
-    """G3. Method: cut short behind the reader's back, inside a tensor and inside a value."""
+    """G3. Method: cut short behind the reader's back, inside the table of checksums, a value and a
+    tensor; the table has been read before the last of them."""
     store = MemoryStore()
     source = save_in_memory(store, "step-1", small_state())
+    Checkpoint(source).read("model.w")
     data = store._file("step-1/__0_0.distcp").data
     del data[-3:]
+    with pytest.raises(DamagedError, match="its table of checksums, from byte"):
+        Checkpoint(replace(source, tables={})).read("model.w")
+    del data[source.manifest.tables["__0_0.distcp"].offset - 3 :]
     with pytest.raises(DamagedError, match="ends inside value"):
         read_all(source)
     offset = source.manifest.tensors["model.w"].chunks[0].data_offset

@@ -17,6 +17,7 @@ from holdfast.format.manifest import (
     Manifest,
     Path,
     Span,
+    Table,
     TensorEntry,
     ValueEntry,
     decode,
@@ -24,7 +25,8 @@ from holdfast.format.manifest import (
 )
 from holdfast.format.region import Region
 
-FILES = {"__0_0.distcp": 1 << 40, "__1_0.distcp": 1 << 40}
+FILES = {"__0_0.distcp": 1 << 41, "__1_0.distcp": 1 << 41}
+TABLES = {file: Table(1 << 40, 7) for file in FILES}
 KEYS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
 
 
@@ -48,9 +50,9 @@ def tensor_entries(draw: st.DrawFn, name: str) -> TensorEntry:
         region = Region(tuple(b[0] for b in bounds), tuple(b[1] for b in bounds))
         nbytes = region.num_elements * BY_NAME[dtype].itemsize
         offset, before, after = (draw(st.integers(0, 4096)) for _ in range(3))
-        sums = tuple(range(7, 7 + checksum.num_blocks(nbytes)))
+        block = draw(st.integers(0, 1 << 30))
         item = Span(offset, before + nbytes + after)
-        chunks.append(Chunk(region, draw(st.sampled_from([*FILES])), item, offset + before, sums))
+        chunks.append(Chunk(region, draw(st.sampled_from([*FILES])), item, offset + before, block))
     return TensorEntry(dtype, shape, tuple(chunks), draw(paths(name)))
 
 
@@ -69,6 +71,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         tensors={name: draw(tensor_entries(name)) for name in names[:half]},
         values={name: draw(value_entries(name)) for name in names[half:]},
         files=FILES,
+        tables=TABLES,
         step=draw(st.none() | st.integers(0, 10**12)),
         kind=draw(st.sampled_from([None, "full", "model"])),
         created=draw(st.sampled_from(["", "2026-01-02T03:04:05+00:00"])),
@@ -83,12 +86,13 @@ SMALL = Manifest(
         "w": TensorEntry(
             "float32",
             (4, 2),
-            (Chunk(Region((0, 0), (4, 2)), "__0_0.distcp", Span(0, 700), 640, (5,)),),
+            (Chunk(Region((0, 0), (4, 2)), "__0_0.distcp", Span(0, 700), 640, 0),),
             ("model", "w"),
         )
     },
     values={"lr": ValueEntry("__0_0.distcp", Span(700, 100), 9, ("lr",))},
-    files={"__0_0.distcp": 800},
+    files={"__0_0.distcp": 808},
+    tables={"__0_0.distcp": Table(800, 12)},
     step=3,
     kind="full",
     layout={"world_size": 1},
@@ -140,7 +144,7 @@ def test_a_manifest_cut_short_at_any_byte_or_longer_by_one_is_seen() -> None:
             decode(wrong, where="m")
 
 
-@pytest.mark.parametrize("version", [0, 2, 1.5, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 1, 3, 2.5, "1", None, [1]])
 def test_a_version_that_is_not_known_is_refused_as_such(version: object) -> None:
     """G8. Method: a true checksum around another version."""
     with pytest.raises(FormatError, match="version"):
@@ -162,27 +166,39 @@ def test_a_data_file_elsewhere_is_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("files", 0, 1), 799),  # the value's item then ends past its file
+        (("files", 0, 1), 807),  # no whole table
+        (("files", 0, 1), 800),  # no checksum left for the one block
         (("files", 0, 1), -1),
+        (("files", 0, 2), 792),  # the value's item then ends inside the table
+        (("files", 0, 2), 816),
+        (("files", 0, 2), None),
+        (("files", 0, 3), ""),
         (("tensors", "w", "shape"), [3, 2]),
         (("tensors", "w", "shape"), [4, 2, 1]),
         (("tensors", "w", "shape"), [True, 2]),
         (("tensors", "w", "dtype"), "float128"),
-        (("tensors", "w", "chunks", 0, "data"), 669),
-        (("tensors", "w", "chunks", 0, "data"), None),
-        (("tensors", "w", "chunks", 0, "start"), [-1, 0]),
-        (("tensors", "w", "chunks", 0, "stop"), [4]),
-        (("tensors", "w", "chunks", 0, "item", 0), 1),
-        (("tensors", "w", "chunks", 0, "checksums"), ""),
+        (("tensors", "w", "chunks", 0, 3), 669),
+        (("tensors", "w", "chunks", 0, 3), None),
+        (("tensors", "w", "chunks", 0, 5), -1),
+        (("tensors", "w", "chunks", 0, 7), 5),
+        (("tensors", "w", "chunks", 0), [0, 0, 700, 640, 0, 0, 0, 4]),
+        (("tensors", "w", "chunks", 0), [0, 0, 700]),
+        (("tensors", "w", "chunks", 0, 0), 1),
+        (("tensors", "w", "chunks", 0, 4), 1),
+        (("tensors", "w", "chunks", 0, 4), None),
         (("tensors", "w", "path"), []),
         (("tensors", "w", "path"), "model"),
         (("tensors", "w", "path"), [None]),
-        (("values", "lr", "checksum"), ""),
+        (("values", 0, "checksum"), ""),
+        (("values", 0, "entries"), ["lr"]),
+        (("values", 0, "entries", "lr"), [1.5]),
+        (("values", 0, "entries", "w"), None),  # a tensor already
+        (("values", 0, "item"), [0, 700]),
         (("kind",), "half"),
         (("step",), "3"),
         (("step",), -3),
         (("step",), True),
-        (("files",), [["__0_0.distcp", 800], ["__0_0.distcp", 900]]),
+        (("files",), [["__0_0.distcp", 808, 800, "0" * 16]] * 2),
         (("checksums", "algorithm"), "crc32"),
         (("checksums", "block_bytes"), 4096),
         (("metadata",), [1]),

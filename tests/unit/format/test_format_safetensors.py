@@ -53,7 +53,7 @@ def test_what_the_library_writes_is_found_where_it_lies(dtype: str) -> None:
         assert (entry.dtype, entry.shape) == (dtype, tuple(tensor.shape))
         (chunk,) = entry.chunks
         assert chunk.data_offset == chunk.item.offset
-        assert chunk.checksums is None
+        assert chunk.first_block is None
         assert data[chunk.item.offset : chunk.item.stop] == raw(tensor)
 
 

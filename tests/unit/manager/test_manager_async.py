@@ -18,7 +18,7 @@ import holdfast
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.engine.background import Snapshot, free_memory
 from holdfast.engine.ranks import Ranks
-from holdfast.engine.write import lay_out
+from holdfast.engine.write import image_of, lay_out
 from holdfast.format.region import Region
 from holdfast.testing.ranks import run_ranks
 
@@ -134,7 +134,7 @@ def test_a_snapshot_keeps_its_memory_and_its_copies() -> None:
     """G13: one copy of what is written, allocated once."""
     weight = torch.arange(3000, dtype=torch.float32)
     region = Region.whole((3000,))
-    image = lay_out(0, [("weight", "float32", region)], {})
+    image = image_of(0, lay_out([("weight", "float32", region)]), {})
     snapshot = Snapshot()
     copies = snapshot.take(image, lambda *_: weight.view(torch.uint8).numpy().data)
     before = snapshot.nbytes
@@ -149,6 +149,6 @@ def test_a_snapshot_that_does_not_fit_is_refused_with_the_numbers() -> None:
     free = free_memory()
     assert free is not None
     elements = free // 4 + (1 << 28)
-    image = lay_out(0, [("weight", "float32", Region.whole((elements,)))], {})
+    image = image_of(0, lay_out([("weight", "float32", Region.whole((elements,)))]), {})
     with pytest.raises(holdfast.UsageError, match="of host memory on this rank"):
         Snapshot().take(image, lambda *_: memoryview(b""))

@@ -1,0 +1,1 @@
+"""What Holdfast costs, beside what its peers cost, measured in one run."""

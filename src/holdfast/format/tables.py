@@ -1,0 +1,241 @@
+"""Both indices of a checkpoint, `manifest.json` and `.metadata`, from columns of numbers.
+
+A job of 512 ranks and 2,000 tensors has a million chunks: here each of them is a row, written by
+numpy with its neighbours. What the layout alone decides is kept apart from what every save changes,
+so that it is written once while the layout stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from holdfast.format import manifest as manifests
+from holdfast.format.dcp import OURS
+from holdfast.format.manifest import Manifest, Path, Span, TensorEntry
+from holdfast.format.pickles import Call, Dumper, Global, Instance
+
+Ints = NDArray[np.int64]
+Bytes = NDArray[np.uint8]
+
+_MODULE = "torch.distributed.checkpoint.metadata"
+_METADATA, _INDEX, _TENSOR, _CHUNK, _PROPERTIES, _VALUE = (
+    Global(_MODULE, name)
+    for name in (
+        *("Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata"),
+        *("TensorProperties", "BytesStorageMetadata"),
+    )
+)
+_INFO = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+_SIZE = Global("torch", "Size")
+_LAYOUT = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
+_MEMORY_FORMAT = Call(Global(_MODULE, "_MEM_FORMAT_ENCODING"), (0,))
+_CONSTANTS = (
+    *(_CHUNK, _INDEX, _INFO, _SIZE, _VALUE, "offsets", "sizes", "fqn", "index", "offset"),
+    *("relative_path", "length", "storage_meta", "version", "1.0.0"),
+)
+"""What the parts that are written row by row, or anew, refer to."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorTable:
+    """A tensor and its chunks, a row each."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    start: Ints
+    """First element of each chunk: rows by dims."""
+
+    stop: Ints
+    file: Ints
+    """Number of the file, among those of the checkpoint."""
+
+    offset: Ints
+    """Of the item in its file."""
+
+    nbytes: Ints
+    """Of the item."""
+
+    data: Ints
+    """Offset of the raw elements in the file."""
+
+    block: Ints
+    """Which of the file's checksums is the first of the chunk's."""
+
+
+def tables_of(manifest: Manifest) -> list[TensorTable]:
+    """The tensors of a manifest; unknown numbers are -1."""
+    number = {file: index for index, file in enumerate(_files(manifest))}
+    return [_table(name, entry, number) for name, entry in manifest.tensors.items()]
+
+
+def _table(name: str, entry: TensorEntry, number: Mapping[str, int]) -> TensorTable:
+    chunks = entry.chunks
+    dims = (len(chunks), len(chunks[0].region.start if chunks else entry.shape))
+    return TensorTable(
+        *(name, entry.dtype, entry.shape, entry.path),
+        np.array([c.region.start for c in chunks], np.int64).reshape(dims),
+        np.array([c.region.stop for c in chunks], np.int64).reshape(dims),
+        np.array([number[c.file] for c in chunks], np.int64),
+        np.array([c.item.offset for c in chunks], np.int64),
+        np.array([c.item.nbytes for c in chunks], np.int64),
+        np.array([-1 if c.data_offset is None else c.data_offset for c in chunks], np.int64),
+        np.array([-1 if c.first_block is None else c.first_block for c in chunks], np.int64),
+    )
+
+
+def _files(manifest: Manifest) -> list[str]:
+    named = dict.fromkeys(manifest.files)
+    named |= dict.fromkeys(c.file for t in manifest.tensors.values() for c in t.chunks)
+    return [*named | dict.fromkeys(value.file for value in manifest.values.values())]
+
+
+def encode_tensors(tables: Iterable[TensorTable]) -> bytes:
+    """The member `tensors` of `manifest.json`."""
+    return manifests.joined(
+        manifests.encode_tensor(
+            *(t.name, t.dtype, t.shape, t.path),
+            np.column_stack(
+                [t.file, t.offset, t.nbytes, t.data, t.block, t.start, t.stop]
+            ).tolist(),
+        )
+        for t in tables
+    )
+
+
+def encode_metadata(manifest: Manifest) -> bytes:
+    """The bytes of `.metadata` for what this manifest holds."""
+    values = {name: entry.path for name, entry in manifest.values.items()}
+    index = StockIndex(tables_of(manifest), values, _files(manifest))
+    return b"".join(index.encode({n: (e.file, e.item) for n, e in manifest.values.items()}))
+
+
+class StockIndex:
+    """`.metadata`, all of it but the places of the values, which change from save to save."""
+
+    def __init__(
+        self, tables: Iterable[TensorTable], values: Mapping[str, Path], files: Sequence[str]
+    ) -> None:
+        self._out = out = Dumper(OURS)
+        out.know(*files, *_CONSTANTS)
+        places = np.array([out.at(file) for file in files], np.int64)
+        self._open(_METADATA)
+        out.put("state_dict_metadata")
+        out.raw(b"}(")
+        paths: dict[str, Path] = {}
+        stored = []
+        for table in tables:
+            out.put(table.name)
+            self._put_tensor(table)
+            stored.append(self._places(table, places))
+            paths[table.name] = table.path
+        for name in values:
+            out.put(name)
+            out.put(Instance(_VALUE, None))
+        out.raw(b"u")
+        out.put("planner_data")
+        out.put({**paths, **values})
+        out.put("storage_data")
+        out.raw(b"}(")
+        self._fixed = [out.take(), *stored]
+
+    def encode(self, values: Mapping[str, tuple[str, Span]]) -> list[bytes]:
+        """The bytes, in parts, for the file and the item of each value."""
+        out = self._out
+        for name, (file, item) in values.items():
+            out.put(Instance(_INDEX, {"fqn": name, "index": None, "offset": None}))
+            info = {"relative_path": file, "offset": item.offset, "length": item.nbytes}
+            out.put(Instance(_INFO, info))
+        out.raw(b"u")
+        for constant in ("storage_meta", None, "version", "1.0.0"):
+            out.put(constant)
+        out.raw(b"ub.")
+        return [*self._fixed, out.take()]
+
+    def _open(self, cls: Global) -> None:
+        """An instance, up to the first item of its state."""
+        self._out.put(cls)
+        self._out.raw(b")\x81}(")
+
+    def _put_tensor(self, table: TensorTable) -> None:
+        out = self._out
+        dtype = Global("torch", table.dtype)
+        properties = (dtype, _LAYOUT, False, _MEMORY_FORMAT, False)
+        self._open(_TENSOR)
+        for key, value in (
+            ("properties", Instance(_PROPERTIES, properties)),
+            ("size", Call(_SIZE, (table.shape,))),
+        ):
+            out.put(key)
+            out.put(value)
+        out.put("chunks")
+        out.raw(b"](")
+        out.raw(
+            _rows(
+                len(table.start),
+                *(out.get(_CHUNK), b")\x81}("),
+                *(out.get("offsets"), *self._size(table.start)),
+                *(out.get("sizes"), *self._size(table.stop - table.start)),
+                b"ub",
+            )
+        )
+        out.raw(b"eub")
+
+    def _places(self, table: TensorTable, places: Ints) -> bytes:
+        """Where each chunk lies."""
+        out = self._out
+        return _rows(
+            len(table.start),
+            *(out.get(_INDEX), b")\x81}("),
+            *(out.get("fqn"), out.get(table.name)),
+            *(out.get("index"), _numbers(np.arange(len(table.start)))),
+            *(out.get("offset"), *self._size(table.start)),
+            *(b"ub", out.get(_INFO), b")\x81}("),
+            *(out.get("relative_path"), _gets(places[table.file])),
+            *(out.get("offset"), _numbers(table.offset)),
+            *(out.get("length"), _numbers(table.nbytes)),
+            b"ub",
+        )
+
+    def _size(self, columns: Ints) -> list[bytes | Bytes]:
+        """`torch.Size` of a tuple a row."""
+        numbers = [_numbers(column) for column in columns.T]
+        before, after = (
+            (b"(", b"t") if len(numbers) > 3 else (b"", b")\x85\x86\x87"[len(numbers) :])
+        )
+        return [self._out.get(_SIZE), before, *numbers, after[:1], b"\x85R"]
+
+
+def _rows(count: int, *parts: bytes | Bytes) -> bytes:
+    """So many rows of the parts one after the other; an array gives each row its own bytes."""
+    widths = [len(part) if isinstance(part, bytes) else part.shape[1] for part in parts]
+    rows = np.empty((count, sum(widths)), np.uint8)
+    at = 0
+    for part, width in zip(parts, widths, strict=True):
+        same = np.frombuffer(part, np.uint8) if isinstance(part, bytes) else part
+        rows[:, at : at + width] = same
+        at += width
+    return rows.tobytes()
+
+
+def _numbers(column: Ints) -> Bytes:
+    """A pickled int a row, all of one width."""
+    small = not len(column) or int(column.max()) < 1 << 31
+    return _with_opcode(b"J" if small else b"\x8a\x08", column.astype("<i4" if small else "<i8"))
+
+
+def _gets(column: Ints) -> Bytes:
+    """A place in the memo a row."""
+    return _with_opcode(b"j", column.astype("<u4"))
+
+
+def _with_opcode(opcode: bytes, column: NDArray[np.generic]) -> Bytes:
+    made = np.empty((len(column), len(opcode) + column.itemsize), np.uint8)
+    made[:, : len(opcode)] = np.frombuffer(opcode, np.uint8)
+    made[:, len(opcode) :] = column.view(np.uint8).reshape(len(column), -1)
+    return made
