@@ -66,9 +66,8 @@ def test_toml_blocks_are_configurations(name: str, text: str, tmp_path: Path) ->
 def test_every_command_is_one_that_is_run_here() -> None:
     """`./run_tests.sh` is what runs this; the others are run below."""
     ours = {c for c in commands() if not c.startswith("./run_tests.sh")}
-    assert ours == {
-        shlex.join(shlex.split(command)) for command in (*TRAINING, *LOOKING, *CONVERTING)
-    }
+    run_here = (*TRAINING, *LOOKING, *GUIDES, *CONVERTING)
+    assert ours == {shlex.join(shlex.split(command)) for command in run_here}
 
 
 TRAINING = (
@@ -106,6 +105,31 @@ def test_the_commands_that_look_after_checkpoints(tmp_path: Path) -> None:
         if command.endswith("checkpoint"):
             assert "resume" in ran.stdout
             assert "20" in ran.stdout
+
+
+GUIDES = (
+    "holdfast skills sync",
+    "holdfast skills sync --to claude",
+    "holdfast skills sync --project",
+    "holdfast skills sync --check",
+    "holdfast skills update",
+    "holdfast skills list",
+    "holdfast skills show holdfast",
+    "holdfast skills show holdfast references/resume.md",
+    "holdfast skills diff holdfast",
+    "holdfast skills reset holdfast",
+    "holdfast skills remove torchtitan",
+)
+
+
+def test_the_commands_of_the_guides(tmp_path: Path) -> None:
+    """One after the other, in a repository of an empty home."""
+    (tmp_path / ".git").mkdir()
+    for command in GUIDES:
+        words = [sys.executable, "-m", "holdfast.cli", *shlex.split(command)[1:]]
+        environment = {**os.environ, "HOME": str(tmp_path)}
+        ran = subprocess.run(words, cwd=tmp_path, env=environment, text=True, capture_output=True)
+        assert (ran.returncode, ran.stderr) == (0, ""), command
 
 
 CONVERTING = (

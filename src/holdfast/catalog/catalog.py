@@ -12,12 +12,20 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from holdfast.catalog.structure import check_structure
-from holdfast.errors import DamagedError, NotFoundError
+from holdfast.errors import DamagedError, HoldfastError, NotFoundError
 from holdfast.format import manifest as manifests
 from holdfast.format.checksum import checksum, unpack
 from holdfast.format.dcp import decode_metadata, is_ours
 from holdfast.format.manifest import Manifest
-from holdfast.format.names import MANIFEST, METADATA, Aside, aside_of, step_name, step_of
+from holdfast.format.names import (
+    MANIFEST,
+    METADATA,
+    Aside,
+    aside_of,
+    mark_of,
+    step_name,
+    steps_among,
+)
 from holdfast.storage.store import ReadStore, Store
 
 _INDEX_BYTES_MAX = 1 << 30
@@ -31,7 +39,11 @@ class Catalog:
 
     def steps(self) -> list[int]:
         """Published steps, oldest first. A folder with any other name is not looked at."""
-        return _steps_below(self.store, "")
+        return list(self.folders())
+
+    def folders(self) -> dict[int, str]:
+        """Published steps, oldest first, each with the folder that holds it: see `steps_among`."""
+        return steps_among(self.store.list())
 
     def where(self, name: str) -> str:
         """A checkpoint's place, for people."""
@@ -43,13 +55,14 @@ class Catalog:
 
     def open_step(self, step: int) -> Manifest:
         """As `open`. A step that is not there names those that are."""
-        if step not in self.steps():
-            there = ", ".join(map(str, self.steps())) or "none"
+        folders = self.folders()
+        if step not in folders:
+            there = ", ".join(map(str, folders)) or "none"
             raise NotFoundError(
                 f"`{self.where(step_name(step))}` does not exist",
                 hint=f"steps there: {there}; `load_step = -1` takes the newest good one",
             )
-        return self.open(step_name(step))
+        return self.open(folders[step])
 
     def begin(self, name: str) -> Aside:
         """A new, empty folder to write checkpoint `name` into."""
@@ -71,6 +84,10 @@ class Catalog:
                     removing = replace(stale, role="removing")
                     self.store.rename(str(stale), str(removing))
                     self.store.remove(str(removing))
+        # What was known of the old one is not known of the new one, not even after a power cut.
+        for mark in map(mark_of, there):
+            if mark is not None and mark.role == "damaged" and step_name(mark.step) == attempt.name:
+                self.store.remove(str(mark))
         # The attempt's own name must be durable before the old checkpoint gives up its name.
         self.store.sync("")
         if replacing:
@@ -81,11 +98,16 @@ class Catalog:
         """Remove an attempt that came to nothing."""
         self.store.remove(str(attempt))
 
-    def remove(self, name: str) -> None:
-        """Delete a checkpoint: its name first, so that nothing that looks whole is ever in part."""
+    def let_go(self, name: str) -> Aside:
+        """Take a checkpoint's name away, at one instant. What is left looks like nothing whole, and
+        is deleted by `execute` of what `plan_removals` or the next sweep finds."""
         aside = Aside("removing", name, secrets.token_hex(4))
         self.store.rename(name, str(aside))
-        self.store.remove(str(aside))
+        return aside
+
+    def remove(self, name: str) -> None:
+        """Delete a checkpoint: its name first, so that nothing that looks whole is ever in part."""
+        self.store.remove(str(self.let_go(name)))
 
 
 def open_manifest(store: ReadStore, name: str) -> Manifest:
@@ -149,12 +171,23 @@ def read_checksums(store: ReadStore, name: str, manifest: Manifest, file: str) -
 
 def steps_in(store: ReadStore, name: str) -> list[str]:
     """The published steps directly below a folder, oldest first, each with the folder's name."""
-    return [f"{name}/{step_name(step)}" for step in _steps_below(store, name)]
+    return [f"{name}/{folder}" for folder in steps_among(store.list(name)).values()]
 
 
-def _steps_below(store: ReadStore, folder: str) -> list[int]:
-    names = (name.rstrip("/") for name in store.list(folder) if name.endswith("/"))
-    return sorted(step for step in map(step_of, names) if step is not None)
+def standing(store: ReadStore, name: str) -> str:
+    """The folder that holds checkpoint `name`: its own; or, where a save that was to take its place
+    has died between its two renames, the one in which the earlier checkpoint stands aside until a
+    sweep gives it back its name."""
+    above, _, last = name.rpartition("/")
+    try:
+        there = store.list(above)
+    except HoldfastError:
+        return name
+    if not {last, f"{last}/"} & {*there}:
+        for aside in map(aside_of, (one.rstrip("/") for one in there)):
+            if aside is not None and (aside.role, aside.name) == ("replaced", last):
+                return f"{above}/{aside}" if above else str(aside)
+    return name
 
 
 def place(store: ReadStore, name: str) -> str:

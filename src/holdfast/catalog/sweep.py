@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from holdfast.errors import HoldfastError
-from holdfast.format.names import aside_of
+from holdfast.format.names import aside_of, mark_of, step_name
 from holdfast.storage.store import Store
 
 
@@ -22,8 +22,8 @@ class Action:
     """Name under which `restore` puts the folder back."""
 
 
-def plan_sweep(names: Iterable[str], *, only: str | None = None) -> list[Action]:
-    """What a killed process left behind, from the names of the folders there (ending in `/`).
+def plan_sweep(names: Collection[str], *, only: str | None = None) -> list[Action]:
+    """What a killed process left behind, from the names that are there (of folders ending in `/`).
 
     `only` limits it to what was to become, or was, the checkpoint of that name. No other process
     may be saving in the folder: its attempt would be taken for a dead one's.
@@ -45,7 +45,29 @@ def plan_sweep(names: Iterable[str], *, only: str | None = None) -> list[Action]
                 "removing": "a removal that never came to its end",
             }[aside.role]
             actions.append(Action("remove", folder, why))
+    if only is None:
+        actions += _stale_marks(names, folders)
     return actions
+
+
+def plan_removals(names: Iterable[str]) -> list[Action]:
+    """Checkpoints that have lost their names and wait to be deleted. Nobody else looks at them, so
+    this may be done beside anything but a sweep."""
+    asides = map(aside_of, (name.rstrip("/") for name in sorted(names)))
+    return [
+        Action("remove", str(aside), "it was let go")
+        for aside in asides
+        if aside is not None and aside.role == "removing"
+    ]
+
+
+def _stale_marks(names: Collection[str], folders: Collection[str]) -> list[Action]:
+    marks = [mark for mark in map(mark_of, sorted(names)) if mark is not None]
+    return [
+        Action("remove", str(mark), "a mark of a step that is gone")
+        for mark in marks
+        if mark.role == "damaged" and step_name(mark.step) not in folders
+    ]
 
 
 def execute(store: Store, actions: Sequence[Action]) -> list[str]:

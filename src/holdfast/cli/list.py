@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Literal
@@ -11,10 +11,11 @@ import tyro
 
 from holdfast.catalog.catalog import open_manifest, place, steps_in
 from holdfast.catalog.findings import kind_of
+from holdfast.catalog.marks import damaged_steps
 from holdfast.cli.terminal import parsed, say, say_json, say_table, spelled_age, spelled_bytes
 from holdfast.engine.root import open_for_reading
 from holdfast.errors import HoldfastError, NotFoundError
-from holdfast.format.names import MANIFEST, METADATA, aside_of, step_of
+from holdfast.format.names import MANIFEST, METADATA, aside_of, steps_among
 from holdfast.storage.store import ReadStore
 
 HEAD = ("step", "size", "age", "kind", "ranks", "state", "")
@@ -82,10 +83,13 @@ def survey(store: ReadStore, name: str) -> list[Row]:
     """
     steps = steps_in(store, name)
     there = store.list(name)
-    asides = [one.rstrip("/") for one in there if aside_of(one.rstrip("/")) is not None]
+    listed = {step.rpartition("/")[2] for step in steps}
+    folders = [one.rstrip("/") for one in there]
+    asides = [one for one in folders if aside_of(one) is not None and one not in listed]
     if not steps and not asides:
         raise NotFoundError(f"`{place(store, name)}` holds no step", hint=_hint(store, name, there))
-    rows = [_row(store, step) for step in steps]
+    damaged = damaged_steps(store, name)
+    rows = [_row(store, step, damaged) for step in steps]
     return rows + [Row(one, None, "attempt") for one in asides]
 
 
@@ -98,13 +102,15 @@ def _hint(store: ReadStore, name: str, there: Sequence[str]) -> str:
     return f"found: {', '.join(there[:10]) or 'nothing'}"
 
 
-def _row(store: ReadStore, key: str) -> Row:
+def _row(store: ReadStore, key: str, damaged: Mapping[int, str]) -> Row:
     name = key.rpartition("/")[2]
-    step = step_of(name)
+    step = next(iter(steps_among([f"{name}/"])), None)
     try:
         manifest = open_manifest(store, key)
     except HoldfastError as error:
         return Row(name, step, "damaged", problem=error.what)
+    if step is not None and step in damaged:
+        return Row(name, step, "damaged", problem=damaged[step])
     ranks = manifest.layout.get("world_size")
     return Row(
         name,

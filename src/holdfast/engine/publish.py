@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -30,6 +30,7 @@ class Facts:
     kind: Kind | None
     layout: dict[str, Any]
     versions: dict[str, str]
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def publish(
@@ -92,4 +93,5 @@ def _manifest(receipts: Sequence[Receipt], index: Index, facts: Facts) -> Manife
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         layout=facts.layout,
         versions=facts.versions,
+        metrics=facts.metrics,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from holdfast.catalog.catalog import Catalog
+from holdfast.catalog.catalog import Catalog, standing
 from holdfast.errors import UsageError
 from holdfast.storage.local import LocalStore
 from holdfast.storage.store import ReadStore
@@ -26,14 +26,16 @@ def open_root(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
 
 
 def open_for_reading(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
-    """The store that the checkpoint at `path`, a folder or a URL, lies in, and its name there."""
+    """The store that the checkpoint at `path`, a folder or a URL, lies in, and its name there, or
+    that of the folder that stands for it (`standing`)."""
     if _is_url(path):
         from holdfast.storage.remote import RemoteStore
 
         folder, _, name = str(path).rstrip("/").rpartition("/")
         return RemoteStore(folder), name
     folder, name = _split(path)
-    return LocalStore(folder), name
+    store = LocalStore(folder)
+    return store, standing(store, name)
 
 
 def _split(path: str | os.PathLike[str]) -> tuple[str, str]:

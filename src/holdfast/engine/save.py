@@ -139,8 +139,12 @@ def begin_save(
     step: int | None = None,
     kind: Kind | None = None,
     dtype: torch.dtype | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> Pending:
-    """Agree on a save: everything of `save_leaves` up to the first byte. Collective."""
+    """Agree on a save: everything of `save_leaves` up to the first byte. Collective.
+
+    `metrics` are kept in the manifest, those of rank 0.
+    """
     spans = Spans()
     with spans("plan"):
         held = outcome_of(lambda: planner.hold(leaves, dtype))
@@ -150,7 +154,7 @@ def begin_save(
         nbytes = image.nbytes if isinstance(image, FileImage) else image
         attempt = conclude(ranks, nbytes, lambda sizes: _begin(catalog, name, sum(sizes)))
         assert isinstance(image, FileImage)
-    facts = Facts(step, kind, {"world_size": ranks.size}, _versions())
+    facts = Facts(step, kind, {"world_size": ranks.size}, _versions(), metrics or {})
     data_of = partial(_live_data, held, dtype)
     return Pending(catalog, attempt, image, data_of, planner.index, facts, spans)
 

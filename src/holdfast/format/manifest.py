@@ -7,6 +7,7 @@ layout of that file is specified in docs/format.md.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -118,6 +119,9 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of the software that wrote it."""
 
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What the training loop measured at this step; NaN where it was no finite number."""
+
     metadata: tuple[int, int] | None = None
     """Bytes and checksum of the `.metadata` beside it."""
 
@@ -173,6 +177,7 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
         "created": manifest.created,
         "versions": dict(manifest.versions),
         "layout": dict(manifest.layout),
+        **({"metrics": _encode_metrics(manifest.metrics)} if manifest.metrics else {}),
         "checksums": {"algorithm": checksum.ALGORITHM, "block_bytes": checksum.BLOCK_BYTES},
         "metadata": manifest.metadata,
         "files": [
@@ -193,6 +198,10 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
     for part in parts:
         running.add(part)
     return [*parts[:2], b',"checksum":"' + _hex(running.value).encode() + b'"}']
+
+
+def _encode_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def by_container(
@@ -262,6 +271,7 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
         created=str(body["created"]),
         layout=dict(body["layout"].items()),
         versions={str(name): str(version) for name, version in body["versions"].items()},
+        metrics={name: _metric(value) for name, value in body.get("metrics", {}).items()},
         metadata=_seal(body["metadata"]),
     )
     if manifest.kind not in ("full", "model", None):
@@ -326,6 +336,14 @@ def _item(number: int, offset: int, nbytes: int, files: list[_File]) -> tuple[_F
             f"item {item} is outside of the {file.table.offset} bytes of `{file.name}`"
         )
     return file, item
+
+
+def _metric(stored: float | None) -> float:
+    if stored is None:
+        return math.nan
+    if type(stored) not in (int, float):
+        raise ValueError(f"a metric that is a {type(stored).__name__}")
+    return float(stored)
 
 
 def _seal(stored: list[int] | None) -> tuple[int, int] | None:

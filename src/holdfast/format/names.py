@@ -4,12 +4,15 @@ step-500                  a published step
 .attempt-NAME-1f2e3d4c    a save at work, or what a killed one left: no reader looks at it
 .replaced-NAME-1f2e3d4c   the earlier NAME while a new one takes its place
 .removing-NAME-1f2e3d4c   a checkpoint half deleted
+.pinned-step-500          a mark: retention never removes step 500
+.damaged-step-500         a mark: data of step 500 was found damaged
 .lock                     who is saving here
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +22,7 @@ LOCK = ".lock"
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})", re.ASCII)
 _ASIDE = re.compile(r"\.(attempt|replaced|removing)-([^/]+)-([0-9a-f]{8})", re.ASCII)
+_MARK = re.compile(r"\.(pinned|damaged)-(.+)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,17 @@ class Aside:
 
     def __str__(self) -> str:
         return f".{self.role}-{self.name}-{self.id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What is known of a step and stands beside it: nothing is written into a published one."""
+
+    role: Literal["pinned", "damaged"]
+    step: int
+
+    def __str__(self) -> str:
+        return f".{self.role}-{step_name(self.step)}"
 
 
 def step_name(step: int) -> str:
@@ -55,6 +70,24 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def steps_among(names: Iterable[str]) -> dict[int, str]:
+    """The steps in a folder, oldest first, each with the folder that holds it, from the names that
+    are there (of folders ending in `/`). That is the folder of its name; or, where a save that was
+    to take its place has died between its two renames, the one that was set aside.
+
+    >>> steps_among(["step-20/", "step-9/", ".replaced-step-30-1f2e3d4c/", "step-4"])
+    {9: 'step-9', 20: 'step-20', 30: '.replaced-step-30-1f2e3d4c'}
+    """
+    found = {}
+    for folder in (name.rstrip("/") for name in sorted(names) if name.endswith("/")):
+        aside = aside_of(folder)
+        step = step_of(aside.name if aside and aside.role == "replaced" else folder)
+        if step is not None:
+            # In the order of the alphabet, what was set aside stands before what has the name.
+            found[step] = folder
+    return dict(sorted(found.items()))
+
+
 def aside_of(name: str) -> Aside | None:
     """What a folder set aside under this name is; None where the name is somebody else's."""
     match = _ASIDE.fullmatch(name)
@@ -62,6 +95,16 @@ def aside_of(name: str) -> Aside | None:
         return None
     role: Literal["attempt", "replaced", "removing"] = match[1]  # type: ignore[assignment]
     return Aside(role, match[2], match[3])
+
+
+def mark_of(name: str) -> Mark | None:
+    """The mark that a file of this name is; None where the name is somebody else's."""
+    match = _MARK.fullmatch(name)
+    step = step_of(match[2]) if match else None
+    if match is None or step is None:
+        return None
+    role: Literal["pinned", "damaged"] = match[1]  # type: ignore[assignment]
+    return Mark(role, step)
 
 
 def data_file(rank: int) -> str:

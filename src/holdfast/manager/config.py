@@ -45,7 +45,20 @@ class CheckpointConfig:
     state in host memory, and goes on while that is written."""
 
     keep_latest_k: int = 10
-    """How many steps to keep; 0 keeps all. 1 is refused: one damaged file would be the end."""
+    """How many of the newest good steps to keep; 0 keeps all. 1 is refused: one damaged file would
+    be the end."""
+
+    keep_every_n_steps: int = 0
+    """Keep, besides, each step whose number this divides; 0: none."""
+
+    keep_best_k: int = 0
+    """Keep, besides, this many steps with the best metric; 0: none."""
+
+    keep_best_metric: str = "loss"
+    """The metric: one of those that the training loop passes to `save`."""
+
+    keep_best_mode: Literal["min", "max"] = "min"
+    """Whether the least or the greatest metric is the best."""
 
     exclude_from_loading: tuple[str, ...] = field(default=())
     """What a resume leaves as it is: `optimizer`, `lr_scheduler`, `dataloader`, ..."""
@@ -80,6 +93,9 @@ class CheckpointConfig:
                 f"`checkpoint.keep_latest_k` is 0 (keep all) or at least 2: {self.keep_latest_k}",
                 hint="with a single step kept, one damaged file would end the run: use 2 or more",
             )
+        for key in ("keep_every_n_steps", "keep_best_k"):
+            if getattr(self, key) < 0:
+                raise UsageError(f"`checkpoint.{key}` is 0 (off) or a number: {getattr(self, key)}")
         if self.load_step < -1:
             raise UsageError(
                 f"`checkpoint.load_step` is -1 (the newest good step) or a step: {self.load_step}"

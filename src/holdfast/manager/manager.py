@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
@@ -20,9 +20,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from holdfast.catalog.catalog import Catalog, open_manifest
+from holdfast.catalog.marks import mark_damaged
 from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.engine.load import load_tree
-from holdfast.engine.ranks import Ranks, all_ranks, host_name, on_rank_0
+from holdfast.engine.ranks import Ranks, all_ranks, host_name, on_every_rank, on_rank_0
 from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source
 from holdfast.engine.spans import rate
@@ -30,15 +31,16 @@ from holdfast.errors import (
     DamagedError,
     ExistsError,
     FormatError,
+    HoldfastError,
     MismatchError,
     NotFoundError,
     UsageError,
 )
 from holdfast.format.manifest import Kind, Manifest
-from holdfast.format.names import LOCK, step_name, step_of
+from holdfast.format.names import LOCK, step_of
 from holdfast.manager.config import DATALOADER_KEYS, CheckpointConfig
 from holdfast.manager.policy import is_due, kind_in_time, kind_of_save
-from holdfast.manager.resume import Step, newest_final, newest_resumable
+from holdfast.manager.resume import Step, newest_final, newest_resumable, strict_step
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
 from holdfast.state.dataloader import RANK, DataloaderState
@@ -51,6 +53,9 @@ from holdfast.state.tree import Stateful
 from holdfast.storage.local import LocalStore
 
 T = TypeVar("T")
+
+Metrics = Mapping[str, float] | Callable[[], Mapping[str, float]]
+"""Numbers by name, or a function that gives them."""
 
 logger = logging.getLogger("holdfast")
 
@@ -124,8 +129,12 @@ class CheckpointManager:
     def _saves(self) -> bool:
         return self.config.enable and not self.config.load_only
 
-    def save(self, step: int, last_step: bool = False) -> bool:
+    def save(self, step: int, last_step: bool = False, *, metrics: Metrics | None = None) -> bool:
         """Save the state after `step` if it is due. Returns whether it was saved.
+
+        `metrics` are numbers by name to keep with the step, for `keep_best_metric` and for people;
+        or a function that gives them, called on every rank only when the step is saved. Those of
+        rank 0 are kept.
 
         Blocks until the step is published and durable; with `async_mode = "async"` until its state
         has been copied, and what then goes wrong is raised by a later call.
@@ -162,7 +171,9 @@ class CheckpointManager:
                 self._say_stopping(int(number), step, left_s, measured[0], kind)
             elif not is_due(step, last_step=last_step, config=self.config):
                 return False
-            saved = kind is not None and self._save_as(kind, step, last_step=last_step)
+            saved = kind is not None and self._save_as(
+                kind, step, last_step=last_step, metrics=metrics
+            )
             if last_step or stopping:
                 self._saver.collect()
         finally:
@@ -211,7 +222,7 @@ class CheckpointManager:
         if not self.config.enable:
             return 0
         if wanted >= 0:
-            found = on_rank_0(self._ranks, lambda: Step(wanted, self._catalog.open_step(wanted)))
+            found = on_rank_0(self._ranks, partial(strict_step, self._catalog, wanted))
             return self._resume(found, explicit=True)
         passed_over: list[str] = []
         below: int | None = None
@@ -230,6 +241,7 @@ class CheckpointManager:
                 # Raised on every rank alike, so all go on to the same older step.
                 passed_over.append(f"step {candidate.step}: {error.what}")
                 self._warn(f"passed over {passed_over[-1]}")
+                self._mark_damaged(candidate.step, error)
                 below = candidate.step
         if self.config.initial_load_path is not None:
             return self._load_initial(self.config.initial_load_path)
@@ -263,6 +275,7 @@ class CheckpointManager:
         """Finish what is under way and let go of the folder. Further calls do nothing."""
         with self._held:
             self.wait()
+            self._saver.retainer.wait()
 
     def __enter__(self) -> Self:
         if self._saves:
@@ -276,7 +289,12 @@ class CheckpointManager:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+        else:
+            # Whoever stops has a deadline: what is not deleted by then, the next start sweeps.
+            with self._held:
+                self.wait()
 
     def _take_hold(self) -> None:
         store = self._catalog.store
@@ -294,20 +312,29 @@ class CheckpointManager:
         """Load a step of this folder, and remember the course that the run is on."""
         started = time.perf_counter()
         names = [MODEL] if found.step == 0 else self._not_excluded()
-        source = Source(self._catalog.store, step_name(found.step), found.manifest)
+        source = Source(self._catalog.store, found.folder, found.manifest)
         self._load_parts(source, names)
         seconds = time.perf_counter() - started
         done = rate(found.manifest.nbytes, seconds)
         self._say(f"resumed from step {found.step}: {done}, {source.url}")
         steps = on_rank_0(self._ranks, self._catalog.steps)
         left_behind = [step for step in steps if step > found.step]
-        self._saver.resumed(found.step, left_behind)
+        self._saver.retainer.resumed(found.step, left_behind)
         if left_behind and self._saves and explicit:
             self._warn(
                 f"steps {left_behind} are newer than step {found.step}: they stay, each until "
                 "this run saves the same step, and `load_step = -1` takes the newest"
             )
         return found.step
+
+    def _mark_damaged(self, step: int, error: HoldfastError) -> None:
+        """Let later runs know at once; one that only loads writes nothing."""
+        if self._ranks.rank != 0 or not self._saves or isinstance(error, NotFoundError):
+            return
+        try:
+            mark_damaged(self._catalog.store, step, error.what)
+        except HoldfastError as failed:
+            logger.warning("could not mark step %d as damaged: %s", step, failed)
 
     def _load_initial(self, path: str) -> int:
         """Load a checkpoint from elsewhere. Returns the step to go on from."""
@@ -367,13 +394,18 @@ class CheckpointManager:
                 hint='`checkpoint.exclude_from_loading = ["dataloader"]` starts the data afresh',
             )
 
-    def _save_as(self, kind: Kind, step: int, *, last_step: bool) -> bool:
+    def _save_as(
+        self, kind: Kind, step: int, *, last_step: bool, metrics: Metrics | None = None
+    ) -> bool:
         """Save all parts, or the model alone: in the export dtype where it is the last step."""
+        numbers = on_every_rank(self._ranks, partial(_numbers, metrics))
         if kind == "full":
-            return self._saver.save(step, kind, StateTree(self._parts, flat=MODEL).leaves)
-        model = StateTree({MODEL: self._parts[MODEL]}, flat=MODEL)
+            leaves = StateTree(self._parts, flat=MODEL).leaves
+            return self._saver.save(step, kind, leaves, metrics=numbers)
+        leaves = StateTree({MODEL: self._parts[MODEL]}, flat=MODEL).leaves
         dtype: torch.dtype | None = getattr(torch, self.config.export_dtype)
-        return self._saver.save(step, kind, model.leaves, dtype=dtype if last_step else None)
+        dtype = dtype if last_step else None
+        return self._saver.save(step, kind, leaves, dtype=dtype, metrics=numbers)
 
     def _say_stopping(
         self, number: int, step: int, left_s: float, full_save_s: float, kind: Kind | None
@@ -407,6 +439,11 @@ class CheckpointManager:
 
 def _many(given: T | Sequence[T]) -> list[T]:
     return list(given) if isinstance(given, Sequence) else [given]
+
+
+def _numbers(metrics: Metrics | None) -> dict[str, float]:
+    given = metrics() if callable(metrics) else metrics or {}
+    return {name: float(value) for name, value in given.items()}
 
 
 def _check_excluded(excluded: Sequence[str], parts: Collection[str]) -> None:

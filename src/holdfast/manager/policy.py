@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 from holdfast.format.manifest import Kind
 from holdfast.manager.config import CheckpointConfig
@@ -32,17 +35,105 @@ def kind_in_time(left_s: float, full_save_s: float, model_share: float) -> Kind 
     return "model" if full_save_s * model_share < left_s else None
 
 
+STEPS_MIN = 2
+"""Newest steps to resume from that no rule lets go: with one alone, one damaged file would be the
+end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Which steps stay: all that any of these rules keeps."""
+
+    latest_k: int
+    """The newest of them; 0 keeps all there are."""
+
+    every_n_steps: int = 0
+    """Those whose number it divides; 0: none for that reason."""
+
+    best_k: int = 0
+    """Those with the best metric; 0: none for that reason."""
+
+    best_metric: str = "loss"
+    """Name of that metric."""
+
+    best_mode: Literal["min", "max"] = "min"
+    """Whether less is better, or more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A step that is known to be whole, with what retention asks of it."""
+
+    step: int
+    resumable: bool = True
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    pinned: bool = False
+
+
+def retention_of(config: CheckpointConfig) -> Retention:
+    """What the `[checkpoint]` section says of keeping steps."""
+    return Retention(
+        latest_k=config.keep_latest_k,
+        every_n_steps=config.keep_every_n_steps,
+        best_k=config.keep_best_k,
+        best_metric=config.keep_best_metric,
+        best_mode=config.keep_best_mode,
+    )
+
+
+def reasons_to_keep(
+    good: Iterable[Candidate], retention: Retention, *, protected: Collection[int] = ()
+) -> dict[int, list[str]]:
+    """Why each step stays, oldest step first; one without a reason may go.
+
+    `good` are the steps known to be whole, and no others: a damaged one is neither counted nor
+    removed, so that it can never push a good one out. `protected` are never removed.
+    """
+    steps = sorted(good, key=lambda candidate: candidate.step)
+    reasons: dict[int, list[str]] = {candidate.step: [] for candidate in steps}
+    latest = steps[-retention.latest_k :]
+    for why, kept in (
+        ("keep all" if retention.latest_k == 0 else f"latest {retention.latest_k}", latest),
+        (f"every {retention.every_n_steps} steps", _every(steps, retention.every_n_steps)),
+        (f"best {retention.best_k} by {retention.best_metric}", _best(steps, retention)),
+        ("pinned", [candidate for candidate in steps if candidate.pinned]),
+        ("in use", [candidate for candidate in steps if candidate.step in protected]),
+        ("to resume from", [c for c in steps if c.resumable][-STEPS_MIN:]),
+    ):
+        for candidate in kept:
+            reasons[candidate.step].append(why)
+    return reasons
+
+
 def removable(
-    good: Sequence[int], *, current: int, keep_latest_k: int, protected: Collection[int] = ()
+    good: Iterable[Candidate],
+    retention: Retention,
+    *,
+    current: int | None = None,
+    protected: Collection[int] = (),
 ) -> list[int]:
     """Steps that retention lets go, oldest first.
 
-    `good` are the steps known to be whole; a damaged one is neither counted nor removed, so that it
-    can never push a good one out. Steps past `current` belong to another course of the run, which
-    an explicit `load_step` has left: they are not counted and not removed either. `protected` are
-    never removed.
+    Steps past `current` belong to another course of the run, which an explicit `load_step` has
+    left: they are not counted and not removed.
     """
-    if keep_latest_k == 0:
-        return []
-    ours = sorted(step for step in good if step <= current)
-    return [step for step in ours[:-keep_latest_k] if step not in protected]
+    ours = [c for c in good if current is None or c.step <= current]
+    reasons = reasons_to_keep(ours, retention, protected=protected)
+    return [step for step, why in reasons.items() if not why]
+
+
+def _every(steps: Sequence[Candidate], every: int) -> list[Candidate]:
+    return [candidate for candidate in steps if every and candidate.step % every == 0]
+
+
+def _best(steps: Sequence[Candidate], retention: Retention) -> list[Candidate]:
+    """The best by a metric, of equal ones the newer; a step without it, or whose metric is no
+    number, is never among them."""
+    sign = 1 if retention.best_mode == "max" else -1
+    ranked = []
+    for candidate in steps:
+        value = candidate.metrics.get(retention.best_metric, math.nan)
+        if not math.isnan(value):
+            ranked.append((sign * value, candidate.step, candidate))
+    ranked.sort(key=lambda entry: entry[:2], reverse=True)
+    return [candidate for _, _, candidate in ranked[: retention.best_k]]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.findings import kind_of
+from holdfast.catalog.marks import damaged_steps, pinned_steps
 from holdfast.errors import HoldfastError
 from holdfast.format.manifest import Manifest
-from holdfast.format.names import step_name
+from holdfast.manager.policy import Candidate
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,42 +18,56 @@ class Step:
     """A step that is there, and what it holds."""
 
     step: int
+    folder: str
     manifest: Manifest
+
+
+def strict_step(catalog: Catalog, step: int) -> Step:
+    """This step, or an error that says why not; a mark of damage is no reason not to try."""
+    return Step(step, catalog.folders().get(step, ""), catalog.open_step(step))
 
 
 def newest_resumable(catalog: Catalog, below: int | None) -> tuple[Step | None, list[str]]:
     """The newest step (below one, where given) that looks whole and can be resumed from, and a line
-    on each newer one that is neither. Its data is checked as it is read, not here."""
+    on each newer one that is neither. Its data is checked as it is read, not here; where that has
+    failed before, the mark that it left is enough."""
     refused = []
-    for step in reversed(catalog.steps()):
+    damaged = damaged_steps(catalog.store)
+    for step, folder in reversed(catalog.folders().items()):
         if below is not None and step >= below:
             continue
+        if step in damaged:
+            refused.append(f"step {step}: {damaged[step]}")
+            continue
         try:
-            manifest = catalog.open(step_name(step))
+            manifest = catalog.open(folder)
         except HoldfastError as error:
             refused.append(f"step {step}: {error.what}")
             continue
-        if kind_of(manifest) == "full" or step == 0:
-            return Step(step, manifest), refused
+        if can_resume(step, manifest):
+            return Step(step, folder, manifest), refused
         refused.append(f"step {step}: it holds the model alone, and cannot be resumed from")
     return None, refused
 
 
 def newest_final(catalog: Catalog) -> int | None:
     """The newest step that looks whole, if it holds the model alone and is no seed."""
-    for step in reversed(catalog.steps()):
+    newest = next(good_steps(catalog, catalog.folders()), None)
+    return newest.step if newest is not None and not newest.resumable else None
+
+
+def good_steps(catalog: Catalog, folders: Mapping[int, str]) -> Iterator[Candidate]:
+    """Those of these steps (with their folders) of which every file is there in full and whose data
+    nobody has found damaged, newest first, with what retention asks of them."""
+    damaged, pinned = damaged_steps(catalog.store), pinned_steps(catalog.store)
+    for step in sorted(folders.keys() - damaged.keys(), reverse=True):
         try:
-            manifest = catalog.open(step_name(step))
+            manifest = catalog.open(folders[step])
         except HoldfastError:
             continue
-        return step if step > 0 and kind_of(manifest) == "model" else None
-    return None
+        yield Candidate(step, can_resume(step, manifest), manifest.metrics, step in pinned)
 
 
-def is_whole(catalog: Catalog, step: int) -> bool:
-    """Whether every file of a step is there in full."""
-    try:
-        catalog.open(step_name(step))
-    except HoldfastError:
-        return False
-    return True
+def can_resume(step: int, manifest: Manifest) -> bool:
+    """Whether a run can go on from a step: from all of its state, or from a seed."""
+    return kind_of(manifest) == "full" or step == 0

@@ -19,8 +19,8 @@ from holdfast.errors import HoldfastError, RankError
 from holdfast.format.manifest import Kind, Path
 from holdfast.format.names import step_name
 from holdfast.manager.config import CheckpointConfig
-from holdfast.manager.policy import removable
-from holdfast.manager.resume import is_whole
+from holdfast.manager.policy import retention_of
+from holdfast.manager.retention import Retainer
 from holdfast.state.tree import Leaf
 
 logger = logging.getLogger("holdfast")
@@ -46,8 +46,8 @@ class Saver:
         # Training's collectives, and those that begin a save, must not meet those of the thread.
         self._finishing_ranks = ranks.twin() if self._in_background else ranks
         self._background, self._snapshot = Background(), Snapshot()
-        self._left_behind: set[int] = set()
-        self._resumed_from: int | None = None
+        self.retainer = Retainer(catalog, retention_of(config))
+        """Lets old steps go; used on rank 0 alone."""
         self.full_save_s = 0.0
         """The longest that a full save took until it was durable; 0 before the first."""
         self.model_share = 0.0
@@ -58,10 +58,6 @@ class Saver:
         """Whether a save in the background has failed on this rank, which `collect` will raise."""
         return self._background.failed
 
-    def resumed(self, step: int, left_behind: Collection[int]) -> None:
-        """Never remove the step that the run stands on, nor newer ones of a course it has left."""
-        self._resumed_from, self._left_behind = step, set(left_behind)
-
     def save(
         self,
         step: int,
@@ -69,9 +65,12 @@ class Saver:
         leaves: Callable[[], Mapping[str, Leaf]],
         *,
         dtype: torch.dtype | None = None,
+        metrics: Mapping[str, float] | None = None,
     ) -> bool:
         """Save a step. Returns whether it was, or is being, saved: see `on_save_error`."""
         self.collect()
+        # What is being deleted would be counted as space that is taken.
+        self.retainer.wait()
         try:
             pending = begin_save(
                 self._catalog,
@@ -82,6 +81,7 @@ class Saver:
                 step=step,
                 kind=kind,
                 dtype=dtype,
+                metrics=metrics,
             )
             if self._in_background:
                 held = self._snapshot.nbytes
@@ -117,11 +117,10 @@ class Saver:
             if pending.index is not None:
                 model = pending.index.nbytes_of(self._is_of_model)
                 self.model_share = model / max(saved.nbytes, 1)
-        self._left_behind.discard(step)
         if self._ranks.rank == 0:
             done = rate(saved.nbytes, saved.spans.total)
             logger.info("saved step %d: %s, %s", step, done, saved.where)
-            self._retain(step)
+            self.retainer.saved(step)
 
     def _survive(self, error: HoldfastError) -> None:
         """Go on without what was not saved, if that is wanted and can be."""
@@ -132,22 +131,3 @@ class Saver:
 
     def _is_of_model(self, path: Path) -> bool:
         return path[0] not in self._sections
-
-    def _retain(self, current: int) -> None:
-        """Remove what retention lets go. What cannot be removed is reported, and tried again after
-        the next save; nobody waits for it, so this runs on rank 0 alone."""
-        keep = self._config.keep_latest_k
-        if keep == 0:
-            return
-        try:
-            ours = [step for step in self._catalog.steps() if step not in self._left_behind]
-            if len(ours) <= keep:
-                return  # Whichever of them are good: none can go, so none is looked into.
-            good = [step for step in ours if is_whole(self._catalog, step)]
-            protected = () if self._resumed_from is None else (self._resumed_from,)
-            going = removable(good, current=current, keep_latest_k=keep, protected=protected)
-            for step in going:
-                self._catalog.remove(step_name(step))
-                logger.info("removed step %d: keeping the latest %d", step, keep)
-        except HoldfastError as error:
-            logger.warning("could not remove old steps: %s; the next save tries again", error)

@@ -1,8 +1,4 @@
-"""A `Store` in memory, that can lose its power: for tests, and for trying things out.
-
-It keeps two trees: what a reader sees, and what would be there after a power cut. Bytes reach the
-second when a file's context ends, names when their folder is synced, renames at once.
-"""
+"""A `Store` in memory: for tests, and for trying things out."""
 
 from __future__ import annotations
 
@@ -18,13 +14,11 @@ from holdfast.storage.store import Buffer
 @dataclass(slots=True)
 class _File:
     data: bytearray
-    durable: bytes = b""
 
 
 @dataclass(slots=True)
 class _Folder:
     entries: dict[str, _File | _Folder] = field(default_factory=dict)
-    durable: dict[str, _File | _Folder] = field(default_factory=dict)
 
 
 class MemoryStore:
@@ -39,13 +33,6 @@ class MemoryStore:
     @property
     def url(self) -> str:
         return "memory:"
-
-    def after_power_cut(self) -> MemoryStore:
-        """What the next start would find if the power went away now: only what is durable."""
-        with self._mutex:
-            survivor = MemoryStore(self._capacity)
-            survivor._root = _survivor(self._root)
-            return survivor
 
     def _find(self, key: str) -> _File | _Folder:
         node: _File | _Folder = self._root
@@ -97,7 +84,6 @@ class MemoryStore:
                 raise StorageError(f"`{self.url}{key}` exists already")
             entries[name] = file = _File(bytearray(nbytes))
         yield _MemoryWriter(file)
-        file.durable = bytes(file.data)
 
     def make_folder(self, key: str) -> None:
         with self._mutex:
@@ -110,8 +96,7 @@ class MemoryStore:
 
     def sync(self, folder: str) -> None:
         with self._mutex:
-            node = self._folder(folder)
-            node.durable = dict(node.entries)
+            self._folder(folder)
 
     def rename(self, source: str, target: str) -> None:
         with self._mutex:
@@ -119,10 +104,8 @@ class MemoryStore:
             above, below = self._folder(source_folder), self._folder(target_folder)
             if name in below.entries:
                 raise ExistsError(f"`{self.url}{target}` exists already")
-            node = self._find(source)
+            below.entries[name] = self._find(source)
             del above.entries[source_name]
-            above.durable.pop(source_name, None)
-            below.entries[name] = below.durable[name] = node
 
     def remove(self, key: str) -> None:
         with self._mutex:
@@ -162,17 +145,6 @@ class _MemoryWriter:
 def _split(key: str) -> tuple[str, str]:
     folder, _, name = key.rpartition("/")
     return folder, name
-
-
-def _survivor(folder: _Folder) -> _Folder:
-    survivor = _Folder()
-    for name, node in folder.durable.items():
-        if isinstance(node, _Folder):
-            survivor.entries[name] = _survivor(node)
-        else:
-            survivor.entries[name] = _File(bytearray(node.durable), node.durable)
-    survivor.durable = dict(survivor.entries)
-    return survivor
 
 
 def _nbytes(folder: _Folder) -> int:

@@ -1,14 +1,12 @@
-"""What every store must do, as a suite; and a store that loses its power at a chosen moment."""
+"""What every store must do, as a suite."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError
-from holdfast.storage.memory import MemoryStore
-from holdfast.storage.store import Buffer, Store, Writer
+from holdfast.storage.store import Store
 
 
 class StoreSuite:
@@ -215,104 +213,3 @@ def refuses(
     except errors as error:
         return error if isinstance(error, HoldfastError) else HoldfastError(str(error))
     raise AssertionError(f"nothing was raised, expected {errors}")
-
-
-class PowerCut(BaseException):
-    """The power went away. No handler of errors may catch it: there is nobody left to do so."""
-
-
-class CuttingStore:
-    """A store that counts what is done to it, and loses its power at operation `cut_at`.
-
-    Operations are those that change something: making a folder, creating a file, each write into
-    it, its end, sync, rename, and each entry of a folder that is removed. The operation at which
-    the power goes is done in part where it can be: a write in its first half, a removal of a folder
-    in what came before. From then on every operation fails, as nothing runs any more.
-
-    `MemoryStore.after_power_cut` of the store beneath is what the next start finds.
-    """
-
-    def __init__(self, beneath: MemoryStore, cut_at: int | None = None) -> None:
-        self.beneath = beneath
-        self.num_operations = 0
-        self.log: list[str] = []
-        """What was done, an operation a line."""
-
-        self._cut_at = cut_at
-        self._mutex = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return self.beneath.url
-
-    def _step(self, what: str) -> bool:
-        """Count an operation. True at the one at which the power goes."""
-        with self._mutex:
-            number, self.num_operations = self.num_operations, self.num_operations + 1
-            self.log.append(what)
-        if self._cut_at is not None and number > self._cut_at:
-            raise PowerCut(f"no power for: {what}")
-        return number == self._cut_at
-
-    def _do(self, what: str, work: Callable[[], None]) -> None:
-        if self._step(what):
-            raise PowerCut(what)
-        work()
-
-    def list(self, folder: str = "") -> Sequence[str]:
-        return self.beneath.list(folder)
-
-    def size(self, key: str) -> int:
-        return self.beneath.size(key)
-
-    def read(self, key: str, start: int, stop: int) -> bytes:
-        return self.beneath.read(key, start, stop)
-
-    def read_into(self, key: str, start: int, target: memoryview) -> int:
-        return self.beneath.read_into(key, start, target)
-
-    @contextmanager
-    def create(self, key: str, nbytes: int) -> Iterator[Writer]:
-        if self._step(f"create {key}"):
-            raise PowerCut(key)
-        with self.beneath.create(key, nbytes) as writer:
-            yield _CuttingWriter(self, writer, key)
-            if self._step(f"end {key}"):
-                raise PowerCut(key)
-
-    def make_folder(self, key: str) -> None:
-        self._do(f"make_folder {key}", lambda: self.beneath.make_folder(key))
-
-    def sync(self, folder: str) -> None:
-        self._do(f"sync {folder}", lambda: self.beneath.sync(folder))
-
-    def rename(self, source: str, target: str) -> None:
-        self._do(f"rename {source} {target}", lambda: self.beneath.rename(source, target))
-
-    def remove(self, key: str) -> None:
-        """Entry by entry, each durable at once: the worst that a file system may do."""
-        with suppress(HoldfastError):
-            for name in self.beneath.list(key):
-                self.remove(f"{key}/{name.rstrip('/')}")
-        self._do(f"remove {key}", lambda: self.beneath.remove(key))
-        self.beneath.sync(key.rpartition("/")[0])
-
-    def free_bytes(self) -> int | None:
-        return self.beneath.free_bytes()
-
-    @contextmanager
-    def lock(self, key: str, note: str) -> Iterator[None]:
-        with self.beneath.lock(key, note):
-            yield
-
-
-class _CuttingWriter:
-    def __init__(self, store: CuttingStore, beneath: Writer, key: str) -> None:
-        self._store, self._beneath, self._key = store, beneath, key
-
-    def write(self, offset: int, parts: Sequence[Buffer]) -> None:
-        cut = self._store._step(f"write {self._key} at {offset}")
-        if cut:
-            self._beneath.write(offset, parts[: len(parts) // 2])
-            raise PowerCut(self._key)
-        self._beneath.write(offset, parts)

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,10 +186,16 @@ def take_steps(run: Run, manager: CheckpointManager, metrics: Metrics, *, first:
                 mean_loss, norm = sum_over_data(loss, place), grad_norm.item()
                 pace = clock.lap(manager.blocked_s)
                 metrics.report(Row(step, mean_loss, norm, lr, *pace, time.time()), place.device)
-            manager.save(step, last_step=last_step)
+            measured = partial(_measured, loss, place)
+            manager.save(step, last_step=last_step, metrics=measured)
     except KeyboardInterrupt:
         _log_interrupt(config, step)
         raise
+
+
+def _measured(loss: torch.Tensor, place: Place) -> dict[str, float]:
+    """What a checkpoint keeps of the step it is saved after. Collective."""
+    return {"loss": sum_over_data(loss, place)}
 
 
 def is_finished(config: Config, step: int | None) -> bool:

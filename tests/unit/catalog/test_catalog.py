@@ -17,12 +17,15 @@ from holdfast.format.checksum import checksum
 from holdfast.format.manifest import Manifest, Span, Table, ValueEntry
 from holdfast.format.names import MANIFEST, METADATA, Aside
 from holdfast.storage.memory import MemoryStore
-from holdfast.testing.stores import CuttingStore, PowerCut, put, refuses
+from holdfast.storage.store import Store
+from holdfast.testing.crashes import cut_everywhere, recorded
+from holdfast.testing.failing import FailingStore
+from holdfast.testing.stores import put, refuses
 
 FILE = "__0_0.distcp"
 
 
-def write_checkpoint(store: MemoryStore, folder: str, content: bytes) -> Manifest:
+def write_checkpoint(store: Store, folder: str, content: bytes) -> Manifest:
     """A checkpoint of one value, by hand: its files, nothing of the engine."""
     manifest = Manifest(
         tensors={},
@@ -43,7 +46,6 @@ def write_checkpoint(store: MemoryStore, folder: str, content: bytes) -> Manifes
 def publish(catalog: Catalog, name: str, content: bytes) -> None:
     attempt = catalog.begin(name)
     store = catalog.store
-    assert isinstance(store, MemoryStore)
     store.remove(str(attempt))
     write_checkpoint(store, str(attempt), content)
     catalog.publish(attempt)
@@ -111,33 +113,35 @@ def test_a_save_that_dies_brings_back_the_step_before_it_and_none_older(leftover
     """G2. Method: an earlier save's sweep never came, so that its `first` still stands aside; the
     next save dies at each of its operations. Whichever of the two set aside sorts first, the sweep
     must give the step as it was last, or the new one."""
-    cut_at, died = 0, True
-    while died:
-        store = MemoryStore()
+    attempt = Aside("attempt", "step-5", "7f7f7f7f")
+
+    def before(store: Store) -> None:
         publish(Catalog(store), "step-5", b"second")
         write_checkpoint(store, f".replaced-step-5-{leftover}", b"first")
-        attempt = Aside("attempt", "step-5", "7f7f7f7f")
         write_checkpoint(store, str(attempt), b"third")
-        try:
-            Catalog(CuttingStore(store, cut_at)).publish(attempt)
-            died = False
-        except PowerCut:
-            cut_at += 1
-        for found in (store, store.after_power_cut()):
-            assert execute(found, plan_sweep(found.list())) == []
-            assert content_of(found, "step-5") in ((b"second", b"third") if died else (b"third",))
-            assert list(found.list()) == ["step-5/"]
-    assert cut_at >= 4
+
+    def look(store: MemoryStore) -> bytes:
+        assert execute(store, plan_sweep(store.list())) == []
+        assert list(store.list()) == ["step-5/"]
+        return content_of(store, "step-5")
+
+    found = cut_everywhere(lambda store: Catalog(store).publish(attempt), look, before=before)
+    assert {content for _, content in found} == {b"second", b"third"}
+    assert found[-1][1] == b"third"
 
 
 def test_a_checkpoint_loses_its_name_before_the_first_of_its_files() -> None:
     """G5. Method: the order of what is done to the store."""
-    store = CuttingStore(MemoryStore())
-    write_checkpoint(store.beneath, "step-5", b"1")
-    Catalog(store).remove("step-5")
-    assert store.log[0].startswith("rename step-5 .removing-step-5-")
-    assert all(line.startswith("remove .removing-step-5-") for line in store.log[1:])
-    assert list(store.list()) == []
+    before, removal = recorded(
+        lambda store: write_checkpoint(store, "step-5", b"1"),
+        lambda store: Catalog(store).remove("step-5"),
+    )
+    assert before
+    done = [str(operation) for operation in removal]
+    assert done[0].startswith("rename step-5 to .removing-step-5-")
+    assert done[1] == "sync_folder "
+    assert all(line.startswith("unlink .removing-step-5-") for line in done[2:])
+    assert len(done) == 6
 
 
 def aside(role: str, step: int, number: int) -> str:
@@ -197,14 +201,17 @@ def test_a_sweep_touches_only_what_is_set_aside_and_is_done_after_once(names: se
     assert plan_sweep(after) == []
 
 
-class StubbornStore(CuttingStore):
+def stubborn(store: MemoryStore) -> FailingStore:
     """A store that removes all but the last entry of a folder, then fails: as NFS does with a file
     that somebody holds open."""
 
-    def remove(self, key: str) -> None:
-        for name in sorted(self.beneath.list(key))[:-1]:
-            self.beneath.remove(f"{key}/{name}")
-        raise StorageError(f"cannot remove `{key}`: Device or resource busy")
+    def fail(verb: str, key: str) -> None:
+        if verb == "remove":
+            for name in sorted(store.list(key))[:-1]:
+                store.remove(f"{key}/{name}")
+            raise StorageError(f"cannot remove `{key}`: Device or resource busy")
+
+    return FailingStore(store, fail)
 
 
 def test_a_folder_removed_in_part_never_comes_back_as_a_checkpoint() -> None:
@@ -213,7 +220,7 @@ def test_a_folder_removed_in_part_never_comes_back_as_a_checkpoint() -> None:
     store = MemoryStore()
     write_checkpoint(store, "step-5", b"new")
     write_checkpoint(store, ".replaced-step-5-00000001", b"old")
-    failed = execute(StubbornStore(store), plan_sweep(store.list()))
+    failed = execute(stubborn(store), plan_sweep(store.list()))
     assert len(failed) == 1
     assert "Device or resource busy" in failed[0]
     Catalog(store).remove("step-5")
@@ -227,7 +234,7 @@ def test_what_a_sweep_cannot_do_is_told_and_the_rest_is_done() -> None:
     store = MemoryStore()
     write_checkpoint(store, ".attempt-step-6-00000001", b"1")
     write_checkpoint(store, ".replaced-step-5-00000002", b"old")
-    failed = execute(StubbornStore(store), plan_sweep(store.list()))
+    failed = execute(stubborn(store), plan_sweep(store.list()))
     assert ["could not remove" in line for line in failed] == [True]
     assert content_of(store, "step-5") == b"old"
     assert execute(store, plan_sweep(store.list())) == []

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from math import isnan, nan
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.errors import UsageError
 from holdfast.manager.config import CheckpointConfig
-from holdfast.manager.policy import is_due, kind_of_save, removable
-
-steps = st.lists(st.integers(0, 50), unique=True)
+from holdfast.manager.policy import (
+    Candidate,
+    Retention,
+    is_due,
+    kind_of_save,
+    reasons_to_keep,
+    removable,
+)
 
 
 def test_steps_at_the_interval_the_first_if_asked_and_the_last_are_due() -> None:
@@ -32,28 +39,76 @@ def test_only_the_last_step_is_model_only() -> None:
     assert kind_of_save(last_step=False, config=config) == "full"
 
 
-@given(
-    good=steps,
-    current=st.integers(0, 50),
-    keep=st.integers(2, 6),
-    protected=st.sets(st.integers(0, 50)),
+candidates = st.lists(
+    st.builds(
+        Candidate,
+        step=st.integers(0, 50),
+        resumable=st.booleans(),
+        metrics=st.dictionaries(st.sampled_from(["loss", "score"]), st.floats()),
+        pinned=st.booleans(),
+    ),
+    unique_by=lambda candidate: candidate.step,
 )
+rules = st.builds(
+    Retention,
+    latest_k=st.integers(2, 6),
+    every_n_steps=st.integers(0, 20),
+    best_k=st.integers(0, 4),
+    best_metric=st.sampled_from(["loss", "score"]),
+    best_mode=st.sampled_from(["min", "max"]),
+)
+
+
+@given(candidates, rules, st.integers(0, 50), st.sets(st.integers(0, 50)))
 def test_retention_keeps_its_floor_and_never_looks_past_the_current_step(
-    good: list[int], current: int, keep: int, protected: set[int]
+    good: list[Candidate], retention: Retention, current: int, protected: set[int]
 ) -> None:
-    """G5: of the steps up to the current one the latest `keep` stay, with every protected one; no
-    later step goes, and what goes is good."""
-    going = removable(good, current=current, keep_latest_k=keep, protected=protected)
-    assert set(going) <= set(good) - protected
-    assert all(step <= current for step in going)
-    stay = sorted(step for step in good if step not in going and step <= current)
-    assert len(stay) >= min(keep, len([s for s in good if s <= current]))
-    if going:
-        assert max(going) < min(stay[-keep:])
+    """G5: of the steps up to the current one, all that any rule keeps stays, each rule written here
+    a second time; nothing else stays, and no later step goes."""
+    ours = sorted(c.step for c in good if c.step <= current)
+    resumable = sorted(c.step for c in good if c.step <= current and c.resumable)
+    stay = {*ours[-retention.latest_k :], *resumable[-2:], *protected}
+    stay |= {c.step for c in good if c.pinned}
+    every = retention.every_n_steps
+    stay |= {step for step in ours if every and step % every == 0}
+    measured = [
+        (c.metrics[retention.best_metric], c.step)
+        for c in good
+        if c.step <= current and not isnan(c.metrics.get(retention.best_metric, nan))
+    ]
+    for _ in range(min(retention.best_k, len(measured))):
+        values = [value for value, _ in measured]
+        best = min(values) if retention.best_mode == "min" else max(values)
+        found = max(entry for entry in measured if entry[0] == best)
+        measured.remove(found)
+        stay.add(found[1])
+    going = removable(good, retention, current=current, protected=protected)
+    assert going == [step for step in ours if step not in stay]
 
 
 def test_zero_keeps_all() -> None:
-    assert removable(range(100), current=100, keep_latest_k=0) == []
+    assert removable([Candidate(step) for step in range(100)], Retention(0)) == []
+
+
+def test_each_step_that_stays_has_its_reasons() -> None:
+    """G5: what a person is told of each."""
+    good = [
+        Candidate(10, metrics={"loss": 1.0}),
+        Candidate(20, metrics={"loss": nan}),
+        Candidate(30, resumable=False),
+        Candidate(40, resumable=False, pinned=True),
+        Candidate(50, resumable=False),
+        Candidate(100),
+    ]
+    retention = Retention(latest_k=2, every_n_steps=50, best_k=1)
+    assert reasons_to_keep(good, retention) == {
+        10: ["best 1 by loss"],
+        20: ["to resume from"],
+        30: [],
+        40: ["pinned"],
+        50: ["latest 2", "every 50 steps"],
+        100: ["latest 2", "every 50 steps", "to resume from"],
+    }
 
 
 @pytest.mark.parametrize(
@@ -61,6 +116,8 @@ def test_zero_keeps_all() -> None:
     [
         ("keep_latest_k", 1, "keep_latest_k"),
         ("keep_latest_k", -1, "keep_latest_k"),
+        ("keep_every_n_steps", -1, "keep_every_n_steps"),
+        ("keep_best_k", -1, "keep_best_k"),
         ("interval", 0, "interval"),
         ("load_step", -2, "load_step"),
         ("exclude_from_loading", ("model",), "without which nothing is resumed"),

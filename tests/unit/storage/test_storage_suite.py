@@ -15,7 +15,9 @@ from holdfast.errors import ExistsError, NotFoundError, StorageError
 from holdfast.storage.local import LocalStore
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Store
-from holdfast.testing.stores import CuttingStore, PowerCut, StoreSuite, put, refuses
+from holdfast.testing.crashes import RecordingStore
+from holdfast.testing.failing import FailingStore
+from holdfast.testing.stores import StoreSuite, put, refuses
 
 
 class TestMemoryStore(StoreSuite):
@@ -32,11 +34,18 @@ class TestMemoryStoreOfLimitedSize(StoreSuite):
         return MemoryStore(1 << 20)
 
 
-class TestCuttingStore(StoreSuite):
-    """The store that cuts the power, when it does not."""
+class TestRecordingStore(StoreSuite):
+    """The store that keeps what is done to it."""
 
     def new_store(self) -> Store:
-        return CuttingStore(MemoryStore())
+        return RecordingStore()
+
+
+class TestFailingStore(StoreSuite):
+    """The store whose operations fail, when none does."""
+
+    def new_store(self) -> Store:
+        return FailingStore(MemoryStore(), lambda *_: None)
 
 
 class TestLocalStore(StoreSuite):
@@ -197,58 +206,3 @@ def test_a_full_store_in_memory_refuses_and_stays_as_it_was() -> None:
     error = refuses(StorageError, lambda: put(store, "more", b"abc"))
     assert "need 3 bytes, 2 are free" in error.what
     assert list(store.list()) == ["kept"]
-
-
-def test_after_a_power_cut_only_what_is_durable_is_there() -> None:
-    """G2. Method: each rule of the `Store` protocol, broken one at a time."""
-    store = MemoryStore()
-    store.make_folder("named")
-    put(store, "named/synced", b"1")
-    store.sync("named")
-    put(store, "named/not synced", b"1")
-    store.make_folder("unnamed")
-    assert list(store.after_power_cut().list()) == []
-    store.sync("")
-    assert list(store.after_power_cut().list()) == ["named/", "unnamed/"]
-    assert list(store.after_power_cut().list("named")) == ["synced"]
-    store.remove("unnamed")
-    assert list(store.after_power_cut().list()) == ["named/", "unnamed/"]
-    store.rename("named", "renamed")
-    assert "renamed/" in store.after_power_cut().list()
-    assert "named/" not in store.after_power_cut().list()
-
-
-def test_bytes_of_a_file_that_was_never_ended_are_lost() -> None:
-    """G2. Method: an error inside its context, its name made durable."""
-    store = MemoryStore()
-
-    def write() -> None:
-        with store.create("file", 4) as writer:
-            writer.write(0, [b"1234"])
-            raise KeyError("killed")
-
-    refuses(KeyError, write)
-    store.sync("")
-    assert store.after_power_cut().read("file", 0, 4) == b""
-
-
-def test_the_power_goes_at_the_operation_asked_for_and_never_comes_back() -> None:
-    """G2. Method: the tool of the enumeration itself: how far each cut lets the work come."""
-
-    def work(store: Store) -> None:
-        store.make_folder("folder")
-        put(store, "folder/file", b"1")
-        store.sync("")
-
-    counted = CuttingStore(MemoryStore())
-    work(counted)
-    assert [line.split()[0] for line in counted.log] == [
-        "make_folder", "create", "write", "end", "sync"
-    ]  # fmt: skip
-    for cut_at in range(counted.num_operations):
-        store = CuttingStore(MemoryStore(), cut_at)
-        with pytest.raises(PowerCut):
-            work(store)
-        assert store.log == counted.log[: cut_at + 1]
-        with pytest.raises(PowerCut, match="no power"):
-            store.sync("")

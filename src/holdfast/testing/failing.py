@@ -1,0 +1,82 @@
+"""A store whose operations fail as a test wants them to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from holdfast.storage.store import Buffer, Store, Writer
+
+Fail = Callable[[str, str], None]
+"""`fail(verb, key)` raises what the operation is to end in, or lets it go on."""
+
+
+class FailingStore:
+    """Another store, with `fail` asked before each operation: `list`, `size`, `read`,
+    `make_folder`, `create`, `write`, `end` (of a file: its bytes are made durable), `sync`,
+    `rename`, `remove`, `free_bytes` and `lock`."""
+
+    def __init__(self, beneath: Store, fail: Fail) -> None:
+        self._beneath, self._fail = beneath, fail
+
+    @property
+    def url(self) -> str:
+        return self._beneath.url
+
+    def list(self, folder: str = "") -> Sequence[str]:
+        self._fail("list", folder)
+        return self._beneath.list(folder)
+
+    def size(self, key: str) -> int:
+        self._fail("size", key)
+        return self._beneath.size(key)
+
+    def read(self, key: str, start: int, stop: int) -> bytes:
+        self._fail("read", key)
+        return self._beneath.read(key, start, stop)
+
+    def read_into(self, key: str, start: int, target: memoryview) -> int:
+        self._fail("read", key)
+        return self._beneath.read_into(key, start, target)
+
+    @contextmanager
+    def create(self, key: str, nbytes: int) -> Iterator[Writer]:
+        self._fail("create", key)
+        with self._beneath.create(key, nbytes) as writer:
+            yield _FailingWriter(writer, key, self._fail)
+            self._fail("end", key)
+
+    def make_folder(self, key: str) -> None:
+        self._fail("make_folder", key)
+        self._beneath.make_folder(key)
+
+    def sync(self, folder: str) -> None:
+        self._fail("sync", folder)
+        self._beneath.sync(folder)
+
+    def rename(self, source: str, target: str) -> None:
+        self._fail("rename", source)
+        self._beneath.rename(source, target)
+
+    def remove(self, key: str) -> None:
+        self._fail("remove", key)
+        self._beneath.remove(key)
+
+    def free_bytes(self) -> int | None:
+        self._fail("free_bytes", "")
+        return self._beneath.free_bytes()
+
+    @contextmanager
+    def lock(self, key: str, note: str) -> Iterator[None]:
+        self._fail("lock", key)
+        with self._beneath.lock(key, note):
+            yield
+
+
+class _FailingWriter:
+    def __init__(self, beneath: Writer, key: str, fail: Fail) -> None:
+        self._beneath, self._key, self._fail = beneath, key, fail
+
+    def write(self, offset: int, parts: Sequence[Buffer]) -> None:
+        self._fail("write", self._key)
+        self._beneath.write(offset, parts)

@@ -1,0 +1,254 @@
+"""What Python code does to a folder, as the operations that a power cut can end: for crash points
+of code that knows nothing of a `Store`, that of other libraries included."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from holdfast.testing.disk import Disk, Operation, Tree, Verb
+
+Timed = tuple[int, Operation]
+"""Nanoseconds of a clock that all processes of a machine share, and what was done then."""
+
+
+@contextmanager
+def recorded_folder(folder: str | os.PathLike[str]) -> Iterator[list[Timed]]:
+    """Keep what this process does to files below `folder` through `open` and `os`, in its order.
+
+    What native code does to a path by itself is not seen: that there was nothing of the kind shows
+    where `tree_after` the operations is what `tree_at` the folder is.
+    """
+    recorder = _Recorder(os.path.realpath(folder))
+    hooks: list[tuple[Any, str, Any]] = [
+        (os, name, getattr(recorder, f"_{name}")) for name in _HOOKED
+    ]
+    hooks += [(os, "remove", recorder._unlink), (os, "fdatasync", recorder._fsync)]
+    hooks += [(os, "replace", recorder._rename)]
+    hooks += [(home, "open", recorder.open_file) for home in (builtins, io)]
+    real = [(home, name, getattr(home, name)) for home, name, _ in hooks]
+    try:
+        for home, name, hook in hooks:
+            setattr(home, name, hook)
+        yield recorder.done
+    finally:
+        for home, name, function in real:
+            setattr(home, name, function)
+
+
+def merged(records: Sequence[Sequence[Timed]]) -> list[Operation]:
+    """What several processes did to one folder, in the order in which they did it."""
+    timed = sorted((entry for record in records for entry in record), key=lambda entry: entry[0])
+    return [operation for _, operation in timed]
+
+
+def tree_after(operations: Sequence[Operation]) -> Tree:
+    """What the operations make of an empty folder."""
+    disk = Disk()
+    for operation in operations:
+        disk.apply(operation)
+    return disk.survivors("killed", 0)
+
+
+def tree_at(folder: str | os.PathLike[str]) -> Tree:
+    """The files and folders below a folder."""
+    root = Path(folder)
+    return {
+        str(path.relative_to(root)): None if path.is_dir() else path.read_bytes()
+        for path in sorted(root.rglob("*"))
+    }
+
+
+def write_tree(tree: Tree, folder: str | os.PathLike[str]) -> None:
+    """Make a tree below a folder, which must be empty or not there."""
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    for path, data in tree.items():
+        if data is None:
+            (root / path).mkdir()
+        else:
+            (root / path).write_bytes(data)
+
+
+_HOOKED = (
+    *("open", "close", "write", "pwrite", "pwritev", "ftruncate", "posix_fallocate", "fsync"),
+    *("mkdir", "rmdir", "unlink", "rename", "sendfile"),
+)
+_REAL: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in _HOOKED}
+_REAL_OPEN = io.open
+
+
+class _Recorder:
+    """Each method stands in for the function of `os` that it is named after."""
+
+    def __init__(self, root: str) -> None:
+        self.done: list[Timed] = []
+        self._root = root
+        self._files: dict[int, tuple[str, int]] = {}
+        """Open files below the root, by descriptor: path and number."""
+        self._mutex = threading.RLock()
+
+    def _keep(self, verb: Verb, path: str, **more: Any) -> None:
+        self.done.append((time.monotonic_ns(), Operation(verb, path, **more)))
+
+    def _below(self, path: Any, dir_fd: int | None = None) -> str | None:
+        """The path relative to the root; None where it lies elsewhere."""
+        if isinstance(path, int):
+            return None
+        name = os.fsdecode(path)
+        if dir_fd is not None:
+            name = f"{Path(f'/proc/self/fd/{dir_fd}').readlink()}/{name}"
+        # The last part may be a link, which is then what is meant.
+        above, last = os.path.split(os.path.abspath(name))  # noqa: PTH100
+        whole = f"{os.path.realpath(above)}/{last}"
+        if whole == self._root:
+            return ""
+        return whole[len(self._root) + 1 :] if whole.startswith(f"{self._root}/") else None
+
+    def _open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        below = self._below(path, dir_fd)
+        with self._mutex:
+            new = below is not None and not os.path.lexists(f"{self._root}/{below}")
+            descriptor: int = _REAL["open"](path, flags, mode, dir_fd=dir_fd)
+            if below is not None:
+                number = os.fstat(descriptor).st_ino
+                self._files[descriptor] = (below, number)
+                if new:
+                    self._keep("create", below, file=number)
+                elif flags & os.O_TRUNC:
+                    self._keep("resize", below, file=number)
+            return descriptor
+
+    def _close(self, descriptor: int) -> None:
+        with self._mutex:
+            self._files.pop(descriptor, None)
+            _REAL["close"](descriptor)
+
+    def _written(self, descriptor: int, offset: int, data: bytes) -> None:
+        if descriptor in self._files and data:
+            path, number = self._files[descriptor]
+            self._keep("write", path, file=number, offset=offset, data=data)
+
+    def _write(self, descriptor: int, data: Any) -> int:
+        with self._mutex:
+            tracked = descriptor in self._files
+            offset = os.lseek(descriptor, 0, os.SEEK_CUR) if tracked else 0
+            count: int = _REAL["write"](descriptor, data)
+            if tracked:
+                self._written(descriptor, offset, bytes(memoryview(data).cast("B")[:count]))
+            return count
+
+    def _pwrite(self, descriptor: int, data: Any, offset: int) -> int:
+        return self._pwritev(descriptor, [data], offset)
+
+    def _pwritev(self, descriptor: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        with self._mutex:
+            count: int = _REAL["pwritev"](descriptor, buffers, offset, flags)
+            self._written(descriptor, offset, b"".join(buffers)[:count])
+            return count
+
+    def _ftruncate(self, descriptor: int, nbytes: int) -> None:
+        with self._mutex:
+            _REAL["ftruncate"](descriptor, nbytes)
+            self._resized(descriptor, nbytes)
+
+    def _posix_fallocate(self, descriptor: int, offset: int, nbytes: int) -> None:
+        with self._mutex:
+            _REAL["posix_fallocate"](descriptor, offset, nbytes)
+            self._resized(descriptor, os.fstat(descriptor).st_size)
+
+    def _resized(self, descriptor: int, nbytes: int) -> None:
+        if descriptor in self._files:
+            path, number = self._files[descriptor]
+            self._keep("resize", path, file=number, offset=nbytes)
+
+    def _fsync(self, descriptor: Any) -> None:
+        number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
+        with self._mutex:
+            _REAL["fsync"](number)
+            if number in self._files:
+                path, file = self._files[number]
+                if os.path.isdir(f"{self._root}/{path}"):  # noqa: PTH112 - the name alone
+                    self._keep("sync_folder", path)
+                else:
+                    self._keep("sync_file", path, file=file)
+
+    def _mkdir(self, path: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
+        self._named("make_folder", _REAL["mkdir"], path, mode, dir_fd=dir_fd)
+
+    def _rmdir(self, path: Any, *, dir_fd: int | None = None) -> None:
+        self._named("unlink", _REAL["rmdir"], path, dir_fd=dir_fd)
+
+    def _unlink(self, path: Any, *, dir_fd: int | None = None) -> None:
+        self._named("unlink", _REAL["unlink"], path, dir_fd=dir_fd)
+
+    def _sendfile(self, target: int, source: int, offset: int, count: int) -> int:
+        if target in self._files:
+            # Whoever copies by the kernel knows how to do without it.
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        sent: int = _REAL["sendfile"](target, source, offset, count)
+        return sent
+
+    def _named(
+        self, verb: Verb, do: Callable[..., Any], path: Any, *more: Any, dir_fd: int | None
+    ) -> None:
+        below = self._below(path, dir_fd)
+        with self._mutex:
+            do(path, *more, dir_fd=dir_fd)
+            if below:
+                self._keep(verb, below)
+
+    def _rename(self, source: Any, target: Any, **folders: Any) -> None:
+        below, there = self._below(source), self._below(target)
+        with self._mutex:
+            _REAL["rename"](source, target, **folders)
+            if below is not None and there is not None:
+                self._keep("rename", below, target=there)
+
+    def open_file(self, file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        """Stands in for `open`: a file below the root that may change is opened as one that tells
+        of every write."""
+        if not set("wax+") & set(mode) or self._below(file) is None:
+            return _REAL_OPEN(file, mode, *arguments, **options)
+        raw = _RecordedFile(self, file, mode.replace("b", "").replace("t", ""))
+        buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
+        if "b" in mode:
+            return buffered
+        encoding, newline = options.get("encoding"), options.get("newline")
+        return io.TextIOWrapper(buffered, encoding or "utf-8", newline=newline)
+
+
+class _RecordedFile(io.FileIO):
+    """An open file whose writes are kept."""
+
+    def __init__(self, recorder: _Recorder, file: Any, mode: str) -> None:
+        self._recorder = recorder
+        super().__init__(file, mode, opener=lambda path, flags: recorder._open(path, flags, 0o666))
+
+    def write(self, data: Any) -> int:
+        with self._recorder._mutex:
+            offset = self.tell()
+            count = super().write(data) or 0
+            view = memoryview(data).cast("B")
+            self._recorder._written(self.fileno(), offset, bytes(view[:count]))
+            return count
+
+    def truncate(self, size: int | None = None) -> int:
+        with self._recorder._mutex:
+            nbytes = super().truncate(size)
+            self._recorder._resized(self.fileno(), nbytes)
+            return nbytes
+
+    def close(self) -> None:
+        if not self.closed:
+            with self._recorder._mutex:
+                self._recorder._files.pop(self.fileno(), None)
+                super().close()

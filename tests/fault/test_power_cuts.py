@@ -1,0 +1,220 @@
+"""The power goes at every operation of saves, retention and sweeps; what the next start finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from holdfast import CheckpointConfig
+from holdfast.catalog.catalog import Catalog, open_manifest
+from holdfast.catalog.sweep import execute, plan_sweep
+from holdfast.engine.checkpoint import Checkpoint
+from holdfast.engine.planner import Planner
+from holdfast.engine.ranks import Ranks, Solo
+from holdfast.engine.save import save_leaves
+from holdfast.engine.source import Source
+from holdfast.format.names import aside_of, step_name
+from holdfast.manager.resume import newest_resumable
+from holdfast.manager.saver import Saver
+from holdfast.state.tree import flatten
+from holdfast.storage.memory import MemoryStore
+from holdfast.storage.store import Store
+from holdfast.testing.crashes import cut_everywhere
+from holdfast.testing.ranks import run_ranks
+
+State = dict[str, Any]
+
+
+def state_of(seed: int) -> State:
+    """State of every kind, its largest tensor long enough to be handed to the store in parts."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "large": torch.randint(0, 256, (5 << 20,), dtype=torch.uint8, generator=generator),
+        "model": {"w": torch.randn(33, 7, generator=generator), "step": torch.tensor(float(seed))},
+        "half": torch.randn(9, generator=generator).to(torch.bfloat16),
+        "none": torch.empty(0, 4),
+        "seen": {"seed": seed, "text": f"seed {seed}"},
+    }
+
+
+def bits(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        flat = value.contiguous().reshape(-1).view(torch.uint8)
+        return str(value.dtype), tuple(value.shape), flat.numpy().tobytes()
+    return value
+
+
+STATES = {seed: state_of(seed) for seed in range(1, 6)}
+EXPECTED = {
+    seed: {n: bits(leaf.value) for n, leaf in flatten(state).items()}
+    for seed, state in STATES.items()
+}
+
+
+def which(store: MemoryStore, name: str) -> int:
+    """The seed whose state the checkpoint holds, bit for bit; fails on a mix."""
+    checkpoint = Checkpoint(Source(store, name, open_manifest(store, name)))
+    found: dict[str, Any] = {n: checkpoint.read(n) for n in checkpoint.tensors}
+    found |= {n: checkpoint.value(n) for n in checkpoint.manifest.values}
+    seed: int = found["seen.seed"]
+    assert {n: bits(value) for n, value in found.items()} == EXPECTED[seed], "a mix of states"
+    return seed
+
+
+Outcome = Mapping[int, int]
+"""Seeds by step: what a folder of checkpoints holds."""
+
+
+def steps_of(store: MemoryStore) -> Outcome:
+    """After a sweep, which must leave nothing aside. Every step there is must be whole, and the
+    newest is what a resume takes."""
+    assert execute(store, plan_sweep(store.list())) == []
+    assert not [name for name in store.list() if aside_of(name.rstrip("/"))]
+    catalog = Catalog(store)
+    steps = {step: which(store, step_name(step)) for step in catalog.steps()}
+    newest, refused = newest_resumable(catalog, None)
+    assert (newest and newest.step) == max(steps, default=None)
+    assert refused == []
+    return steps
+
+
+def save(store: Store, step: int, seed: int, size: int = 1) -> None:
+    """Save by `size` ranks, each of which holds the whole state."""
+
+    def work(ranks: Ranks) -> None:
+        save_leaves(
+            Catalog(store),
+            step_name(step),
+            flatten(STATES[seed]),
+            ranks=ranks,
+            planner=Planner(ranks),
+            step=step,
+            kind="full",
+        )
+
+    on_ranks(size, work)
+
+
+def on_ranks(size: int, work: Callable[[Ranks], None]) -> None:
+    if size == 1:
+        work(Solo())
+    else:
+        run_ranks(size, work)
+
+
+def check(
+    outcomes: list[Outcome],
+    work: Callable[[Store], None],
+    before: Callable[[Store], None] | None = None,
+) -> None:
+    """Every cut of `work` leaves one of the outcomes, each of them is seen, and the last is that of
+    work that came to its end."""
+    found = cut_everywhere(work, steps_of, before=before)
+    for cut, outcome in found:
+        assert outcome in outcomes, cut
+    assert all(outcome in [found for _, found in found] for outcome in outcomes)
+    assert found[-1][1] == outcomes[-1]
+    assert found[-1][0].at > 3
+
+
+SIZES = pytest.mark.parametrize("size", [1, 2, 4])
+
+
+@SIZES
+def test_a_first_save_is_there_whole_or_not_at_all(size: int) -> None:
+    """G1, G2. Method: every cut of a save into an empty folder."""
+    check([{}, {1: 1}], lambda store: save(store, 1, 1, size))
+
+
+@SIZES
+def test_the_next_save_leaves_the_earlier_step_as_it_was(size: int) -> None:
+    """G1, G2. Method: every cut of a save beside an earlier step."""
+    check(
+        [{1: 1}, {1: 1, 2: 2}],
+        lambda store: save(store, 2, 2, size),
+        before=lambda store: save(store, 1, 1),
+    )
+
+
+@SIZES
+def test_a_step_saved_again_is_the_old_one_or_the_new_one_and_never_gone(size: int) -> None:
+    """G1, G2. Method: every cut of a save onto the name of an earlier one."""
+    check(
+        [{1: 1}, {1: 2}],
+        lambda store: save(store, 1, 2, size),
+        before=lambda store: save(store, 1, 1),
+    )
+
+
+def train(
+    store: Store, steps: Mapping[int, int], *, size: int, async_mode: Any = "disabled"
+) -> None:
+    """Save steps as a manager does, keeping two. The state changes as soon as a save has returned,
+    as it does in training."""
+    config = CheckpointConfig(enable=True, keep_latest_k=2, async_mode=async_mode)
+
+    def work(ranks: Ranks) -> None:
+        saver = Saver(Catalog(store), config, ranks, [])
+        for step, seed in steps.items():
+            state = flatten({**STATES[seed], "large": STATES[seed]["large"].clone()})
+            assert saver.save(step, "full", lambda state=state: state)  # type: ignore[misc]
+            if async_mode == "async":
+                state["large"].value.fill_(0)
+        saver.collect()
+        saver.retainer.wait()
+
+    on_ranks(size, work)
+
+
+@SIZES
+@pytest.mark.parametrize("async_mode", ["disabled", "async"])
+def test_retention_never_leaves_fewer_good_steps_than_it_keeps(size: int, async_mode: str) -> None:
+    """G1, G2, G5. Method: every cut of four saves that keep two, in the foreground and in the
+    background; each step is of one state, and once there are two there are always two."""
+    steps = {1: 1, 2: 2, 3: 3, 4: 4}
+    rising: list[Outcome] = [{}, {1: 1}, {1: 1, 2: 2}, {1: 1, 2: 2, 3: 3}]
+    check(
+        [*rising, {2: 2, 3: 3}, {2: 2, 3: 3, 4: 4}, {3: 3, 4: 4}],
+        lambda store: train(store, steps, size=size, async_mode=async_mode),
+    )
+
+
+@SIZES
+def test_a_step_saved_again_in_the_background_is_the_old_one_or_the_new_one(size: int) -> None:
+    """G1, G2. Method: every cut of a background save onto the name of an earlier one."""
+    check(
+        [{1: 1, 2: 2}, {1: 1, 2: 3}],
+        lambda store: train(store, {2: 3}, size=size, async_mode="async"),
+        before=lambda store: train(store, {1: 1, 2: 2}, size=1),
+    )
+
+
+def test_a_step_that_is_removed_is_whole_until_it_is_gone() -> None:
+    """G5. Method: every cut of the removal of the older of two."""
+
+    def before(store: Store) -> None:
+        save(store, 1, 1)
+        save(store, 2, 2)
+
+    check([{1: 1, 2: 2}, {2: 2}], lambda store: Catalog(store).remove(step_name(1)), before=before)
+
+
+def test_a_sweep_that_dies_is_finished_by_the_next_one() -> None:
+    """G1, G2. Method: every cut of the sweep itself, with a dead attempt, half a removal and a
+    replaced step that has no successor left over."""
+
+    def before(store: Store) -> None:
+        for step, seed in ((1, 1), (2, 1), (3, 2)):
+            save(store, step, seed)
+        store.rename("step-1", ".replaced-step-1-00000001")
+        store.rename("step-2", ".replaced-step-3-00000002")
+        save(store, 2, 2)
+        store.rename("step-2", ".attempt-step-2-00000003")
+
+    def sweep(store: Store) -> None:
+        assert execute(store, plan_sweep(store.list())) == []
+
+    check([{1: 1, 3: 2}], sweep, before=before)

@@ -1,0 +1,239 @@
+"""Random lives of a checkpoint folder: a good step is always there, and every promised one is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from holdfast import CheckpointConfig
+from holdfast.catalog.catalog import Catalog, open_manifest
+from holdfast.catalog.marks import mark_damaged, pin
+from holdfast.catalog.sweep import execute, plan_sweep
+from holdfast.engine.checkpoint import Checkpoint
+from holdfast.engine.ranks import Solo
+from holdfast.engine.source import Source
+from holdfast.errors import DamagedError, HoldfastError
+from holdfast.format.names import step_name
+from holdfast.manager.resume import newest_resumable
+from holdfast.manager.saver import Saver
+from holdfast.state.tree import flatten
+from holdfast.storage.memory import MemoryStore
+from holdfast.storage.store import Store
+from holdfast.testing.crashes import recorded, store_of
+from holdfast.testing.disk import Cut, Tree, left_by
+
+CONFIG = CheckpointConfig(
+    enable=True, keep_latest_k=3, keep_every_n_steps=5, keep_best_k=1, keep_best_mode="max"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """One run of a training job on the folder."""
+
+    losses: list[float]
+    """Of each step that it saves."""
+
+    back: int
+    """Where it resumes: that many steps before the newest, by `load_step`; 0: the newest good."""
+
+    cut: float | None
+    """Where in its operations the power goes; None: it comes to its end."""
+
+    version: Any
+    seed: int
+    damage: tuple[str, int] | None
+    """What becomes of a step after it: kind, and which one."""
+
+    pinned: int | None
+    async_mode: Any
+
+
+courses = st.builds(
+    Course,
+    losses=st.lists(st.sampled_from([1.0, 2.0, 3.0]), min_size=1, max_size=4),
+    back=st.sampled_from([0, 0, 0, 1, 2]),
+    cut=st.none() | st.floats(0, 1),
+    version=st.sampled_from(["killed", "lost", "reordered", "torn"]),
+    seed=st.integers(0, 5),
+    damage=st.none() | st.tuples(st.sampled_from(["data", "short", "index"]), st.integers(0, 9)),
+    pinned=st.none() | st.integers(0, 9),
+    async_mode=st.sampled_from(["disabled", "async"]),
+)
+
+
+@dataclass(slots=True)
+class Folder:
+    """What is there, and what the test knows of it."""
+
+    tree: Tree = field(default_factory=dict)
+    losses: dict[int, float] = field(default_factory=dict)
+    """Of each step as it was saved last, or may have been."""
+
+    may_go: set[int] = field(default_factory=set)
+    """What some retention had no reason to keep."""
+
+
+def value_of(step: int) -> torch.Tensor:
+    return torch.full((40,), float(step))
+
+
+def intact(store: MemoryStore) -> set[int]:
+    """Steps that are there bit for bit; one that is whole by its checksums must be."""
+    found = set()
+    for step, folder in Catalog(store).folders().items():
+        try:
+            data = Checkpoint(Source(store, folder, open_manifest(store, folder))).read("w")
+        except HoldfastError:
+            continue
+        assert torch.equal(data, value_of(step)), step
+        found.add(step)
+    return found
+
+
+def resume(store: MemoryStore, back: int) -> int | None:
+    """As the manager does: sweep, then the newest step that loads; damaged ones are marked."""
+    assert execute(store, plan_sweep(store.list())) == []
+    catalog, below = Catalog(store), None
+    good = sorted(intact(store))
+    if 0 < back < len(good):
+        return good[-1 - back]
+    while True:
+        found, _ = newest_resumable(catalog, below)
+        if found is None:
+            return None
+        try:
+            Checkpoint(Source(store, found.folder, found.manifest)).read("w")
+            return found.step
+        except DamagedError as error:
+            mark_damaged(store, found.step, error.what)
+            below = found.step
+
+
+def kept_by_the_rules(
+    counted: set[int], pins: set[int], losses: dict[int, float], stands_on: int | None
+) -> set[int]:
+    """The rules once more."""
+    best = max(counted, key=lambda step: (losses[step], step))
+    kept = {*sorted(counted)[-3:], best, *(step for step in counted if step % 5 == 0)}
+    return kept | (counted & (pins | {stands_on or -1}))
+
+
+def train(folder: Folder, course: Course) -> None:
+    """Resume, save, and perhaps die; then look at what is there."""
+    begin = store_of(folder.tree)
+    there = intact(begin)
+    first = resume(begin, course.back)
+    assert (first is not None) == bool(there), "there is a good step, and a resume finds one"
+    assert first is None or first in there
+    assert course.back or first == max(there, default=None), "no newer good step is passed over"
+    catalog = Catalog(begin)
+    if there and course.pinned is not None:
+        pin(begin, sorted(there)[course.pinned % len(there)])
+    left_behind = [step for step in catalog.steps() if first is not None and step > first]
+    steps = range((first or 0) + 1, (first or 0) + 1 + len(course.losses))
+    new = dict(zip(steps, course.losses, strict=True))
+
+    def copy(store: Store) -> None:
+        for path, data in tree_of(begin).items():
+            if data is None:
+                store.make_folder(path)
+            else:
+                with store.create(path, len(data)) as writer:
+                    writer.write(0, [data])
+
+    def save(store: Store) -> None:
+        config = CheckpointConfig(**{**vars_of(CONFIG), "async_mode": course.async_mode})
+        saver = Saver(Catalog(store), config, Solo(), [])
+        saver.retainer.resumed(first if first is not None else -1, left_behind)
+        for step, loss in new.items():
+            leaves = flatten({"w": value_of(step), "loss": loss})
+            saver.save(step, "full", lambda leaves=leaves: leaves, metrics={"loss": loss})  # type: ignore[misc]
+        saver.collect()
+        saver.retainer.wait()
+
+    before, done = recorded(copy, save)
+    at = len(done) if course.cut is None else int(course.cut * len(done))
+    cut = Cut(at, "killed" if course.cut is None else course.version, course.seed)
+    folder.tree = left_by([*before, *done], cut, durable=len(before))
+
+    counted = {step for step in catalog.steps() if opens(begin, step)} - set(left_behind)
+    pins = {step for step in range(200) if f".pinned-{step_name(step)}" in begin.list()}
+    for step, loss in new.items():
+        counted.add(step)
+        folder.losses[step] = loss
+        past = {other for other in counted if other <= step}
+        folder.may_go |= past - kept_by_the_rules(past, pins, folder.losses, first)
+        folder.may_go.discard(step)
+        counted -= folder.may_go
+    found = store_of(folder.tree)
+    assert execute(found, plan_sweep(found.list())) == []
+    left = intact(found)
+    assert left >= (there - folder.may_go) - set(new), (there, folder.may_go, left)
+    assert left or not there, "the last good step went"
+    if course.cut is None:
+        assert left >= set(new) - folder.may_go
+    folder.may_go &= set(Catalog(found).steps())
+    folder.tree = tree_of(found)
+
+
+def opens(store: MemoryStore, step: int) -> bool:
+    """Whether retention counts it: whole by its structure, and not marked."""
+    marked = f".damaged-{step_name(step)}" in store.list()
+    try:
+        open_manifest(store, step_name(step))
+    except HoldfastError:
+        return False
+    return not marked
+
+
+def strike(folder: Folder, damage: tuple[str, int]) -> None:
+    """Damage a step, but never the last good one."""
+    store = store_of(folder.tree)
+    good = sorted(intact(store))
+    if len(good) < 2:
+        return
+    kind, which = damage
+    name = step_name(good[which % len(good)])
+    key = f"{name}/{'manifest.json' if kind == 'index' else '__0_0.distcp'}"
+    data = bytearray(store.read(key, 0, 1 << 20))
+    if kind == "short":
+        del data[-1:]
+    else:
+        at = open_manifest(store, name).tensors["w"].chunks[0].data_offset if kind == "data" else 9
+        data[at or 0] ^= 1
+    folder.tree = {**folder.tree, key: bytes(data)}
+
+
+def tree_of(store: MemoryStore, folder: str = "") -> dict[str, bytes | None]:
+    tree: dict[str, bytes | None] = {}
+    for name in store.list(folder):
+        path = f"{folder}/{name}" if folder else name
+        if name.endswith("/"):
+            tree[path[:-1]] = None
+            tree |= tree_of(store, path[:-1])
+        else:
+            tree[path] = store.read(path, 0, store.size(path))
+    return tree
+
+
+def vars_of(config: CheckpointConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+@settings(max_examples=60)
+@given(st.lists(courses, min_size=2, max_size=6))
+def test_there_is_always_a_good_step_and_every_promised_one_is_there(lives: list[Course]) -> None:
+    """G2, G4, G5. Method: runs that resume at the newest or an earlier step, save in the foreground
+    or the background, die at any operation in any way, and have steps pinned or damaged between
+    them. After each, a resume finds a good step if one was left whole, and every step that some
+    rule keeps, the rules written here a second time, is there bit for bit."""
+    folder = Folder()
+    for course in lives:
+        train(folder, course)
+        if course.damage is not None:
+            strike(folder, course.damage)

@@ -1,0 +1,207 @@
+"""Which steps stay on disk, and how the others go."""
+
+from __future__ import annotations
+
+import logging
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import holdfast
+from holdfast import CheckpointConfig, CheckpointManager
+from holdfast.catalog.catalog import Catalog
+from holdfast.catalog.marks import damaged_steps, mark_damaged, pin, unpin
+from holdfast.cli.list import survey
+from holdfast.engine.planner import Planner
+from holdfast.engine.ranks import Solo
+from holdfast.engine.save import save_leaves
+from holdfast.errors import StorageError
+from holdfast.format.names import step_name
+from holdfast.manager.policy import Retention
+from holdfast.manager.retention import Retainer
+from holdfast.state.tree import flatten
+from holdfast.storage.local import LocalStore
+from holdfast.storage.memory import MemoryStore
+from holdfast.testing.failing import FailingStore
+from holdfast.testing.stores import put
+
+
+def manager(folder: Path, **settings: Any) -> CheckpointManager:
+    config = CheckpointConfig(enable=True, **({"interval": 1, "keep_latest_k": 2} | settings))
+    return CheckpointManager(folder, model=nn.Linear(3, 3), config=config)
+
+
+def steps(folder: Path) -> list[int]:
+    return Catalog(LocalStore(folder)).steps()
+
+
+def damage(folder: Path, step: int) -> None:
+    """A flipped byte among the data of a tensor: the structure stays whole."""
+    file = folder / step_name(step) / "__0_0.distcp"
+    entry = holdfast.open(file.parent).tensors["weight"]
+    data = bytearray(file.read_bytes())
+    data[entry.chunks[0].data_offset or 0] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_step_stays_while_any_rule_keeps_it(tmp_path: Path) -> None:
+    """G5: every third, the two best, a pinned one, the latest two; a loss that is no number is
+    never the best."""
+    losses = {1: 5.0, 2: 1.0, 3: 4.0, 4: nan, 5: 2.0, 6: 3.0, 7: 9.0, 8: 9.0, 9: 9.0, 10: 9.0}
+    settings: Any = {"keep_every_n_steps": 3, "keep_best_k": 2}
+    with manager(tmp_path, **settings) as held:
+        for step, loss in losses.items():
+            held.save(step, metrics={"loss": loss})
+            if step == 4:
+                pin(LocalStore(tmp_path), 4)
+    assert steps(tmp_path) == [2, 3, 4, 5, 6, 9, 10]
+    assert holdfast.open(tmp_path / "step-5").manifest.metrics == {"loss": 2.0}
+    assert str(holdfast.open(tmp_path / "step-4").manifest.metrics) == "{'loss': nan}"
+    unpin(LocalStore(tmp_path), 4)
+    with manager(tmp_path, **settings) as held:
+        held.save(11, metrics=lambda: {"loss": 0.5})
+    assert steps(tmp_path) == [2, 3, 6, 9, 10, 11]
+
+
+def test_steps_to_resume_from_stay_whatever_else_is_newer(tmp_path: Path) -> None:
+    """G5: model-only last steps never push out the newest two that are full."""
+    for last in (3, 5, 7, 9):
+        with manager(tmp_path, interval=2) as held:
+            for step in range(last - 1, last + 1):
+                held.save(step, last_step=step == last)
+    assert steps(tmp_path) == [6, 8, 9]
+    with manager(tmp_path, interval=100) as held:
+        held.save(10, last_step=True)
+        held.save(11, last_step=True)
+    assert steps(tmp_path) == [6, 8, 10, 11]
+
+
+def test_a_step_whose_data_is_damaged_is_marked_and_known_at_once_from_then_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G4, G5: the load that found it leaves a mark beside the step and nothing in it; listings and
+    later runs pass it over unread, and it is neither counted nor removed."""
+    with manager(tmp_path) as held:
+        held.save(1)
+        held.save(2)
+    damage(tmp_path, 2)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "step-2").iterdir()}
+    with manager(tmp_path, load_only=True) as held:
+        assert held.load() == 1
+    assert damaged_steps(LocalStore(tmp_path)) == {}
+    with manager(tmp_path) as held:
+        assert held.load() == 1
+    assert "`weight`" in damaged_steps(LocalStore(tmp_path))[2]
+    assert {file.name: file.read_bytes() for file in (tmp_path / "step-2").iterdir()} == before
+    rows = survey(LocalStore(tmp_path.parent), tmp_path.name)
+    assert [row.state for row in rows] == ["good", "damaged"]
+
+    with caplog.at_level(logging.WARNING, "holdfast"), manager(tmp_path) as held:
+        assert held.load() == 1
+        assert "passed over step 2: found damaged before" in caplog.text
+        for step in (3, 4):
+            held.save(step)
+    assert steps(tmp_path) == [1, 2, 3, 4], "1 is what that run stood on"
+    with manager(tmp_path) as held:
+        assert held.load() == 4
+        held.save(5)
+    assert steps(tmp_path) == [2, 4, 5]
+    with manager(tmp_path) as held, pytest.raises(holdfast.DamagedError, match="weight"):
+        held.load(2)
+
+
+def test_a_step_that_is_saved_again_is_no_longer_marked(tmp_path: Path) -> None:
+    """G5: and a mark of a step that is gone goes with the next start."""
+    store = LocalStore(tmp_path)
+    with manager(tmp_path) as held:
+        held.save(1)
+        held.save(2)
+        mark_damaged(store, 2, "a note")
+        assert held.load() == 1
+        held.save(2)
+        assert damaged_steps(store) == {}
+        assert held.load() == 2
+        mark_damaged(store, 1, "a note")
+    (tmp_path / "step-1").rename(tmp_path / "elsewhere")
+    manager(tmp_path).close()
+    assert not (tmp_path / ".damaged-step-1").exists()
+
+
+def test_what_cannot_be_deleted_has_lost_its_name_and_is_tried_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """G5: two removals fail. Each is reported; the step is gone from the list at once, its files at
+    the third attempt."""
+    failures = iter([True, True])
+
+    def fail(verb: str, key: str) -> None:
+        if verb == "remove" and key.startswith(".removing-step-1-") and next(failures, False):
+            raise StorageError(f"cannot remove `{key}`: Input/output error")
+
+    beneath = MemoryStore()
+    catalog = Catalog(FailingStore(beneath, fail))
+    retainer = Retainer(catalog, Retention(latest_k=2))
+    left = []
+    for step in range(1, 6):
+        save(catalog, step)
+        with caplog.at_level(logging.WARNING, "holdfast"):
+            retainer.saved(step)
+            retainer.wait()
+        assert catalog.steps() == [s for s in (step - 1, step) if s]
+        left.append([name for name in beneath.list() if name.startswith(".removing-step-1-")])
+    assert [len(names) for names in left] == [0, 0, 1, 1, 0]
+    assert caplog.text.count("Input/output error; the next save tries again") == 2
+
+
+def save(catalog: Catalog, step: int) -> None:
+    """A checkpoint of one tensor."""
+    leaves = flatten({"w": torch.full((3,), float(step))})
+    save_leaves(
+        catalog, step_name(step), leaves, ranks=Solo(), planner=Planner(Solo()), kind="full"
+    )
+
+
+def test_files_of_strangers_that_look_like_marks_are_left_alone(tmp_path: Path) -> None:
+    """G5: names outside of the grammar, and folders."""
+    strange = (
+        ".pinned-step-01",
+        ".damaged-step-1-x",
+        ".damaged-",
+        ".pinned-best",
+        "pinned",
+    )
+    for name in strange:
+        put(LocalStore(tmp_path), name, b"theirs")
+    with manager(tmp_path) as held:
+        for step in range(1, 5):
+            held.save(step)
+    assert steps(tmp_path) == [3, 4]
+    assert {path.name for path in tmp_path.iterdir()} >= set(strange)
+
+
+def test_a_step_that_stands_aside_is_found_before_any_sweep(tmp_path: Path) -> None:
+    """G2: as after the death of a save between its renames; whoever only reads moves nothing."""
+    with manager(tmp_path) as held:
+        held.save(1)
+        held.save(2)
+    expected = holdfast.open(tmp_path / "step-2").read("weight")
+    (tmp_path / "step-2").rename(tmp_path / ".replaced-step-2-0123abcd")
+    before = {path.name for path in tmp_path.iterdir()}
+    state = {"weight": torch.zeros(3, 3), "bias": torch.zeros(3)}
+    holdfast.load(tmp_path / "step-2", state)
+    assert torch.equal(state["weight"], expected)
+    with manager(tmp_path, load_only=True) as held:
+        assert held.load() == 2
+        assert held.load(2) == 2
+    rows = survey(LocalStore(tmp_path.parent), tmp_path.name)
+    assert [(row.step, row.state) for row in rows] == [(1, "good"), (2, "good")]
+    assert {path.name for path in tmp_path.iterdir()} == before
+    with pytest.raises(holdfast.NotFoundError, match="step-3"):
+        holdfast.load(tmp_path / "step-3", state)
+    holdfast.save(tmp_path / "step-3", state)
+    (tmp_path / ".replaced-step-3-0123abcd").mkdir()
+    holdfast.load(tmp_path / "step-3", state)
