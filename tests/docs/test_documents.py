@@ -87,9 +87,20 @@ TRAINING = (
 
 LOOKING = (
     "holdfast list outputs/checkpoint",
+    "holdfast list outputs/checkpoint --verify",
+    "holdfast show outputs/checkpoint/step-20",
+    "holdfast show outputs/checkpoint/step-20 model",
+    "holdfast show outputs/checkpoint/step-20 model.half",
     "holdfast verify outputs/checkpoint",
     "holdfast verify outputs/checkpoint/step-20 --json",
     "holdfast verify outputs/checkpoint --quick",
+    "holdfast doctor outputs/checkpoint",
+    "holdfast doctor outputs/checkpoint --verify",
+    "holdfast prune outputs/checkpoint --keep-latest-k 3 --dry-run",
+    "holdfast prune outputs/checkpoint --keep-latest-k 3 --keep-every-n-steps 1000",
+    "holdfast prune outputs/checkpoint",
+    "holdfast completion bash",
+    "holdfast completion zsh",
     "holdfast version",
 )
 
@@ -102,7 +113,7 @@ def test_the_commands_that_look_after_checkpoints(tmp_path: Path) -> None:
         words = [sys.executable, "-m", "holdfast.cli", *shlex.split(command)[1:]]
         ran = subprocess.run(words, cwd=tmp_path, text=True, capture_output=True)
         assert (ran.returncode, ran.stderr) == (0, ""), command
-        if command.endswith("checkpoint"):
+        if command in ("holdfast list outputs/checkpoint", "holdfast doctor outputs/checkpoint"):
             assert "resume" in ran.stdout
             assert "20" in ran.stdout
 
@@ -225,6 +236,13 @@ def test_a_seed_by_its_command_and_a_run_from_it(tmp_path: Path) -> None:
     said, _ = run_train(TRAINING[0], tmp_path, *SHORT, *stages).communicate(timeout=120)
     assert "resumed from step 0" in said
     assert "saved step 2" in said
+
+
+def test_the_page_of_the_terminal_has_every_verb() -> None:
+    from holdfast.cli.main import VERBS
+
+    page = (ROOT / "docs/cli.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == set(VERBS)
 
 
 def test_every_checkpoint_key_is_in_the_configuration_page() -> None:

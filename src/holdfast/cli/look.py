@@ -32,7 +32,11 @@ def look(path: str) -> Seen:
         NotFoundError: nothing there, or no checkpoint.
         DamagedError, FormatError: its index cannot be read.
     """
-    store, name = open_for_reading(path)
+    return look_at(*open_for_reading(path))
+
+
+def look_at(store: ReadStore, name: str) -> Seen:
+    """As `look`, by the checkpoint's store and its name there."""
     form = format_of(store, name)
     where = place(store, name)
     if form is None:

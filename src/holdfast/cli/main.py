@@ -16,8 +16,11 @@ from holdfast.cli.terminal import verb_in
 from holdfast.errors import HoldfastError
 
 VERBS = {
+    "completion": "what a shell needs to complete verbs and options",
     "convert": "a checkpoint into another format: dcp, hf, torch",
+    "doctor": "what is wrong with a checkpoint folder, and the command that mends it",
     "list": "the steps in a checkpoint folder, and which one a resume takes",
+    "prune": "remove steps that no rule keeps, and what killed saves left",
     "show": "what a checkpoint holds, and where each tensor lies",
     "verify": "check every byte of a checkpoint, or of every step in a folder",
     "skills": "guides for coding agents: install them, keep them up to date",

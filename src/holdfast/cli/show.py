@@ -12,7 +12,7 @@ import tyro
 from holdfast.catalog.findings import kind_of, part_of
 from holdfast.cli.look import Seen, look
 from holdfast.cli.picture import draw, letter
-from holdfast.cli.terminal import counted, parsed, say, say_json, spelled_bytes
+from holdfast.cli.terminal import counted, parsed, say, say_json, spelled_bytes, spelled_layout
 from holdfast.cli.tree import INDENT, count, lines, tree_of
 from holdfast.errors import NotFoundError
 from holdfast.format.manifest import Chunk, Manifest, TensorEntry
@@ -107,7 +107,8 @@ def _say_checkpoint(seen: Seen) -> None:
     facts += [kind_of(manifest), f"{spelled_bytes(manifest.nbytes)} in {files}"]
     say(f"{seen.where}: {', '.join(facts)}")
     if manifest.created:
-        say(f"{INDENT}written {manifest.created} by {layout_of(manifest) or 'unknown ranks'}")
+        by = spelled_layout(manifest.layout) or "unknown ranks"
+        say(f"{INDENT}written {manifest.created} by {by}")
     if manifest.versions:
         versions = (f"{name} {version}" for name, version in manifest.versions.items())
         say(f"{INDENT}with {', '.join(versions)}")
@@ -118,14 +119,6 @@ def _say_checkpoint(seen: Seen) -> None:
         held += [counted(facts_of["values"], "value")] if facts_of["values"] else []
         say(f"{INDENT}{part}: {', '.join(held)}")
     say()
-
-
-def layout_of(manifest: Manifest) -> str:
-    """Which ranks wrote a checkpoint, for people; empty where it does not say."""
-    ranks = manifest.layout.get("world_size")
-    said = [counted(ranks, "rank")] if type(ranks) is int else []
-    others = {name: value for name, value in manifest.layout.items() if name != "world_size"}
-    return ", ".join([*said, *(f"{name} {value}" for name, value in others.items())])
 
 
 def parts(manifest: Manifest) -> dict[str, dict[str, int]]:

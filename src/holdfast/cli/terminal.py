@@ -123,6 +123,18 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
+def spelled_layout(layout: Mapping[str, Any]) -> str:
+    """Which ranks wrote a checkpoint, for people; empty where it does not say.
+
+    >>> spelled_layout({"world_size": 8, "tensor_parallel": 2})
+    '8 ranks, tensor_parallel 2'
+    """
+    ranks = layout.get("world_size")
+    said = [counted(ranks, "rank")] if type(ranks) is int else []
+    others = [f"{name} {value}" for name, value in layout.items() if name != "world_size"]
+    return ", ".join([*said, *others])
+
+
 def spelled_age(seconds: float) -> str:
     """How long ago, for people.
 

@@ -64,9 +64,9 @@ def test_list_shows_each_step_and_which_one_a_resume_takes(
     status, said, err = run(capsys, "list", folder)
     assert (status, err) == (0, "")
     rows = [line.split() for line in said.splitlines()]
-    assert rows[0] == ["step", "size", "age", "kind", "ranks", "state"]
+    assert rows[0] == ["step", "size", "age", "kind", "layout", "state"]
     assert rows[1][0] == "1"
-    assert rows[1][-3:] == ["full", "2", "good"]
+    assert rows[1][-4:] == ["full", "2", "ranks", "good"]
     assert rows[2][-2:] == ["good", "resume"]
     assert "damaged" in rows[3]
     assert "attempt" in rows[4]
@@ -77,7 +77,33 @@ def test_list_shows_each_step_and_which_one_a_resume_takes(
     assert (status, err, found["resume"]) == (0, "", 2)
     states = [(one["step"], one["state"]) for one in found["checkpoints"]]
     assert states == [(1, "good"), (2, "good"), (3, "damaged"), (None, "attempt")]
-    assert found["checkpoints"][0]["world_size"] == 2
+    assert found["checkpoints"][0]["layout"] == {"world_size": 2}
+
+
+def test_list_reads_all_data_where_asked_and_knows_pins_and_folders_of_hugging_face(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G4. Method: a bit flipped, which sizes do not show; a step pinned; a step that holds
+    safetensors; one that a run has marked."""
+    folder = home / "outputs/checkpoint"
+    damage(folder / "step-2/__0_0.distcp")
+    (folder / ".pinned-step-1").touch()
+    (folder / ".damaged-step-3").write_text("a block")
+    (home / "hf").rename(folder / "step-4")
+    found = json.loads(run(capsys, "list", folder, "--json")[1])
+    assert found["resume"] == 2
+    assert [one["kind"] for one in found["checkpoints"]] == ["full", "full", None, "hf"]
+    assert [one["pinned"] for one in found["checkpoints"]] == [True, False, False, False]
+    status, said, err = run(capsys, "list", folder, "--verify")
+    assert (status, err) == (0, "")
+    rows = {line.split()[0]: line for line in said.splitlines()}
+    assert rows["1"].endswith("resume")
+    assert "damaged" in rows["2"]
+    assert "`model.large` block" in rows["step-2:"]
+    assert "found damaged before: a block" in rows["step-3:"]
+    said = run(capsys, "verify", folder)[1]
+    assert "note: found damaged before: a block" in said
+    assert "a resume takes step 1" in said
 
 
 @pytest.mark.parametrize("path", ["outputs/checkpoint", "stock", "hf", "model.pt"])
