@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from holdfast.engine.index import Index, columns, index_of
+from holdfast.engine.index import Index as Index
+from holdfast.engine.index import columns, index_of
 from holdfast.engine.plan import (
     Offer,
     Offers,
