@@ -8,9 +8,10 @@ from math import prod
 import torch
 
 from holdfast.catalog.catalog import Catalog
-from holdfast.engine.commit import Facts, commit
+from holdfast.engine.commit import commit
+from holdfast.engine.index import columns, index_of
 from holdfast.engine.plan import Plan
-from holdfast.engine.planner import columns, index_of
+from holdfast.engine.publish import Facts
 from holdfast.engine.ranks import Ranks, on_rank_0
 from holdfast.engine.stage import host_bytes
 from holdfast.engine.write import image_of, lay_out, write

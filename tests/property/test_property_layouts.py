@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from holdfast.catalog.catalog import open_manifest
 from holdfast.engine.plan import Offer, TensorOffer, census_of, plan
-from holdfast.engine.read import Source, Wanted, read_tensors
+from holdfast.engine.read import Wanted, read_tensors
+from holdfast.engine.source import Source
 from holdfast.format.checksum import BLOCK_BYTES
 from holdfast.format.dtypes import BY_NAME
 from holdfast.state.shard import Cut, Mesh, Piece, Spread, pieces_of

@@ -19,7 +19,8 @@ from holdfast.engine.checkpoint import Checkpoint
 from holdfast.engine.load import load_tree
 from holdfast.engine.plan import Placed, Plan, TensorOffer
 from holdfast.engine.ranks import Solo
-from holdfast.engine.read import Source, Wanted, read_tensors
+from holdfast.engine.read import Wanted, read_tensors
+from holdfast.engine.source import Source
 from holdfast.format.checksum import BLOCK_BYTES
 from holdfast.format.dtypes import BY_NAME
 from holdfast.format.region import Region
