@@ -8,14 +8,16 @@ from typing import Annotated
 
 import tyro
 
+from holdfast.catalog.findings import part_of
 from holdfast.cli.compare import Difference, Side, compare, nbytes_to_read
+from holdfast.cli.look import Seen, look
 from holdfast.cli.terminal import counted, parsed, progress, say, say_json
 from holdfast.convert.plan import Wishes, plan
-from holdfast.convert.source import Opened, open_source
 from holdfast.engine.source import read_value
 from holdfast.errors import MismatchError
-from holdfast.hf.dialects import renamed
-from holdfast.hf.tensors import Renamed
+from holdfast.format.manifest import Manifest
+from holdfast.hf.dialects import dialect_of, renamed
+from holdfast.hf.stored import Stored
 
 LISTED_MAX = 200
 
@@ -52,14 +54,13 @@ class Diff:
 def run(arguments: Sequence[str]) -> int:
     """Compare, print what differs; the exit status."""
     asked = parsed(Diff, "diff", arguments)
-    opened = open_source(asked.a), open_source(asked.b)
-    sides = _sides(opened, asked)
-    names = [*sides[0], *(name for name in sides[1] if name not in sides[0])]
-    pairs = [(name, sides[0].get(name), sides[1].get(name)) for name in names]
-    nbytes = sum(nbytes_to_read(a, b) for _, a, b in pairs if a and b)
+    seen = look(asked.a), look(asked.b)
+    a, b = sides(seen, asked)
+    pairs = [(name, a.get(name), b.get(name)) for name in [*a, *(n for n in b if n not in a)]]
+    nbytes = sum(nbytes_to_read(one, other) for _, one, other in pairs if one and other)
     with progress("comparing", nbytes) as advance:
-        found = [compare(name, a, b, advance) for name, a, b in pairs]
-    values = {} if asked.model_only else _values(opened)
+        found = [compare(name, one, other, advance) for name, one, other in pairs]
+    values = {} if asked.model_only else _values(seen)
     if asked.json:
         listed = [asdict(one) for one in found]
         say_json({"a": asked.a, "b": asked.b, "tensors": listed, "values": values})
@@ -72,38 +73,56 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _sides(opened: tuple[Opened, Opened], asked: Diff) -> tuple[dict[str, Side], dict[str, Side]]:
-    """The tensors of both under the names that they are compared by."""
-    dialects = {one.dialect for one in opened}
-    alike = len(dialects) == 1 or None in dialects
-    a, b = opened
-    return _side(a, asked.a, alike, asked), _side(b, asked.b, alike, asked)
+def sides(seen: tuple[Seen, Seen], asked: Diff) -> tuple[dict[str, Side], dict[str, Side]]:
+    """The tensors of both under the names that they are compared by: as they are, and where the
+    two use different ones, as Meta's.
+
+    Raises:
+        MismatchError: one has Hugging Face's names, and is not of the family that it says.
+        UsageError: it does not say of which.
+    """
+    called = [_names(one.manifest, model_only=asked.model_only) for one in seen]
+    dialects = [dialect_of(names.values()) for names in called]
+    if dialects[0] == dialects[1] or None in dialects:
+        return _as_called(seen[0], called[0]), _as_called(seen[1], called[1])
+    found = []
+    for path, one, names, dialect in zip((asked.a, asked.b), seen, called, dialects, strict=True):
+        if dialect == "hub":
+            found.append(_through_table(path, asked.hf_assets))
+        else:
+            meta = renamed(names.values(), "meta")
+            found.append(_as_called(one, {name: meta[ours] for name, ours in names.items()}))
+    return found[0], found[1]
 
 
-def _side(opened: Opened, path: str, alike: bool, asked: Diff) -> dict[str, Side]:
-    """Tensors as they are called; where the two sides call them differently, as Meta does."""
-    if not alike and opened.dialect == "hub":
-        wishes = Wishes(to="dcp", names="meta", hf_assets=asked.hf_assets)
-        outputs = plan(path, wishes).outputs
-        return {name: Side(output.tensors, output.name) for name, output in outputs.items()}
-    held = opened.model.held
-    called = {name: name for name in held} if alike else renamed(held, "meta")
-    model = Renamed(opened.model, called)
-    entries = opened.manifest.tensors
-    sides = {}
-    for name in held:
-        original = opened.originals.get(name)
-        entry = None if original is None else entries[original]
-        sides[called[name]] = Side(model, called[name], opened.source, entry)
-    for name in () if asked.model_only else opened.others:
-        sides[name] = Side(opened.stored, name, opened.source, entries[name])
-    return sides
+def _names(manifest: Manifest, *, model_only: bool) -> dict[str, str]:
+    """For each tensor its name; of the model's, as its own state dict has them."""
+    called = {}
+    for name, entry in manifest.tensors.items():
+        if part_of(entry.path) != "model":
+            if not model_only:
+                called[name] = name
+            continue
+        nested = len(entry.path) > 1 and entry.path[0] in ("model", "state_dict")
+        called[name] = ".".join(map(str, entry.path[1:] if nested else entry.path))
+    return called
 
 
-def _values(opened: tuple[Opened, Opened]) -> dict[str, str]:
+def _as_called(seen: Seen, called: Mapping[str, str]) -> dict[str, Side]:
+    stored, entries = Stored(seen.source, seen.strides), seen.manifest.tensors
+    return {ours: Side(stored, name, seen.source, entries[name]) for name, ours in called.items()}
+
+
+def _through_table(path: str, assets: str | None) -> dict[str, Side]:
+    """The tensors of a Hugging Face folder as a conversion would write them."""
+    outputs = plan(path, Wishes(to="dcp", names="meta", hf_assets=assets)).outputs
+    return {name: Side(output.tensors, output.name) for name, output in outputs.items()}
+
+
+def _values(seen: tuple[Seen, Seen]) -> dict[str, str]:
     """What is not a tensor, by its bytes; between formats that keep it in different ways, not."""
-    a, b = (one.manifest.values for one in opened)
-    if "torch" in (opened[0].format, opened[1].format) or not a or not b:
+    a, b = (one.manifest.values for one in seen)
+    if "torch" in (seen[0].format, seen[1].format) or not a or not b:
         return {}
     found = {}
     for name in [*a, *(name for name in b if name not in a)]:
@@ -112,7 +131,7 @@ def _values(opened: tuple[Opened, Opened]) -> dict[str, str]:
         elif a[name].checksum is not None and a[name].checksum == b[name].checksum:
             found[name] = "equal"
         else:
-            held = [read_value(o.source, name, o.manifest.values[name]) for o in opened]
+            held = [read_value(one.source, name, one.manifest.values[name]) for one in seen]
             found[name] = "equal" if held[0] == held[1] else "differs"
     return found
 

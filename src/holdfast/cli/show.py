@@ -72,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
     seen = look(asked.path)
     tensors = chosen(seen, asked.name)
     entry = tensors.get(asked.name)
-    data = _data(asked, entry)
+    data = _data(asked, seen, entry)
     if asked.json:
         say_json({**_as_json(seen, tensors), **data})
         return 0
@@ -114,7 +114,7 @@ def chosen(seen: Seen, name: str) -> Mapping[str, TensorEntry]:
     return below
 
 
-def _data(asked: Show, entry: TensorEntry | None) -> dict[str, Any]:
+def _data(asked: Show, seen: Seen, entry: TensorEntry | None) -> dict[str, Any]:
     """What is known of the tensor's elements, where that is asked for."""
     if not asked.stats and not asked.values:
         return {}
@@ -125,9 +125,9 @@ def _data(asked: Show, entry: TensorEntry | None) -> dict[str, Any]:
         )
     # Not at the top: they need numpy, for which the tree does not wait.
     from holdfast.cli.elements import corner, statistics
-    from holdfast.convert.source import open_source
+    from holdfast.hf.stored import Stored
 
-    stored = open_source(asked.path).stored
+    stored = Stored(seen.source, seen.strides)
     found: dict[str, Any] = {}
     if asked.stats:
         with progress(asked.name, entry.nbytes) as advance:
