@@ -85,7 +85,7 @@ class DirectWriter:
         self._pool.shutdown(cancel_futures=True)
 
     def _put(self, offset: int, view: memoryview) -> None:
-        if offset != self._stop:
+        if offset != self._stop or (self._window is None and offset % PAGE_BYTES):
             self._leave()
             edge = min(-offset % PAGE_BYTES, len(view))
             self._edges.write(offset, [view[:edge]])
