@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from holdfast.errors import ExistsError, NotFoundError, StorageError
-from holdfast.storage.store import Buffer, ReadStore
+from holdfast.storage.store import Buffer
 
 _BUFFERS_A_CALL = 512
 """Linux takes at most 1024 buffers in one pwritev."""
@@ -71,6 +71,10 @@ class LocalStore:
                 return done
             finally:
                 os.close(file)
+
+    def leads_out(self, folder: str, file: str) -> bool:
+        inside = self._path(folder).resolve()
+        return not self._path(f"{folder}/{file}").resolve().is_relative_to(inside)
 
     @contextmanager
     def create(self, key: str, nbytes: int) -> Iterator[_LocalWriter]:
@@ -161,15 +165,6 @@ class LocalStore:
                 f"cannot {doing} `{self._path(key)}`: {error.strerror or error}",
                 hint=_HINTS.get(error.errno or 0),
             ) from error
-
-
-def leads_out(store: ReadStore, folder: str, file: str) -> bool:
-    """Whether a file of a folder is a link to a place outside of that folder, as only a local file
-    can be."""
-    if not isinstance(store, LocalStore):
-        return False
-    inside = store._path(folder).resolve()
-    return not store._path(f"{folder}/{file}").resolve().is_relative_to(inside)
 
 
 class _LocalWriter:
