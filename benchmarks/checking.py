@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 import holdfast
-from holdfast.engine.read import Source
+from holdfast.engine.source import Source
 from holdfast.format import checksum
 
 TENSOR_MIB = 32

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from holdfast.hf.flavors import MODELS, ExpertFlavor, Flavor
 from holdfast.trainer.arguments import read_config
 from holdfast.trainer.config import Config
-from holdfast.trainer.flavors import MODELS, ExpertFlavor, Flavor
 from holdfast.trainer.gradients import Gradients
 from holdfast.trainer.optim import build_optimizers, clip_gradients
 from holdfast.trainer.parallel import Place, build_model, lay_out, sum_over_data, whole

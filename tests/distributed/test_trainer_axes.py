@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.trainer.flavors import MODELS
+from holdfast.hf.flavors import MODELS
 from layouts import Layout, add_flavors, train_all, trained
 from processes import run_processes
 

@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from checkpoints import save_step
+from holdfast.hf.flavors import MODELS, config_of
 from holdfast.trainer.arguments import read_config
 from holdfast.trainer.config import Config
+from hub_folders import hub_tensors, save_folder
 from runs import kill_all, wait_for_step
 
 ROOT = Path(__file__).parent.parent.parent
@@ -62,7 +66,8 @@ def test_toml_blocks_are_configurations(name: str, text: str, tmp_path: Path) ->
 def test_every_command_is_one_that_is_run_here() -> None:
     """`./run_tests.sh` is what runs this; the others are run below."""
     ours = {c for c in commands() if not c.startswith("./run_tests.sh")}
-    assert ours == {shlex.join(shlex.split(command)) for command in (*TRAINING, *LOOKING)}
+    run_here = (*TRAINING, *LOOKING, *GUIDES, *CONVERTING)
+    assert ours == {shlex.join(shlex.split(command)) for command in run_here}
 
 
 TRAINING = (
@@ -82,9 +87,20 @@ TRAINING = (
 
 LOOKING = (
     "holdfast list outputs/checkpoint",
+    "holdfast list outputs/checkpoint --verify",
+    "holdfast show outputs/checkpoint/step-20",
+    "holdfast show outputs/checkpoint/step-20 model",
+    "holdfast show outputs/checkpoint/step-20 model.half",
     "holdfast verify outputs/checkpoint",
     "holdfast verify outputs/checkpoint/step-20 --json",
     "holdfast verify outputs/checkpoint --quick",
+    "holdfast doctor outputs/checkpoint",
+    "holdfast doctor outputs/checkpoint --verify",
+    "holdfast prune outputs/checkpoint --keep-latest-k 3 --dry-run",
+    "holdfast prune outputs/checkpoint --keep-latest-k 3 --keep-every-n-steps 1000",
+    "holdfast prune outputs/checkpoint",
+    "holdfast completion bash",
+    "holdfast completion zsh",
     "holdfast version",
 )
 
@@ -97,9 +113,76 @@ def test_the_commands_that_look_after_checkpoints(tmp_path: Path) -> None:
         words = [sys.executable, "-m", "holdfast.cli", *shlex.split(command)[1:]]
         ran = subprocess.run(words, cwd=tmp_path, text=True, capture_output=True)
         assert (ran.returncode, ran.stderr) == (0, ""), command
-        if command.endswith("checkpoint"):
+        if command in ("holdfast list outputs/checkpoint", "holdfast doctor outputs/checkpoint"):
             assert "resume" in ran.stdout
             assert "20" in ran.stdout
+
+
+GUIDES = (
+    "holdfast skills sync",
+    "holdfast skills sync --to claude",
+    "holdfast skills sync --project",
+    "holdfast skills sync --check",
+    "holdfast skills update",
+    "holdfast skills list",
+    "holdfast skills show holdfast",
+    "holdfast skills show holdfast references/resume.md",
+    "holdfast skills diff holdfast",
+    "holdfast skills reset holdfast",
+    "holdfast skills remove torchtitan",
+)
+
+
+def test_the_commands_of_the_guides(tmp_path: Path) -> None:
+    """One after the other, in a repository of an empty home."""
+    (tmp_path / ".git").mkdir()
+    for command in GUIDES:
+        words = [sys.executable, "-m", "holdfast.cli", *shlex.split(command)[1:]]
+        environment = {**os.environ, "HOME": str(tmp_path)}
+        ran = subprocess.run(words, cwd=tmp_path, env=environment, text=True, capture_output=True)
+        assert (ran.returncode, ran.stderr) == (0, ""), command
+
+
+CONVERTING = (
+    "holdfast convert path/to/hf outputs/seed/step-0",
+    "holdfast convert outputs/seed/step-0 exported --to hf --hf-assets path/to/hf "
+    "--dtype bfloat16 --max-shard-size 5GB",
+    "holdfast convert outputs/seed/step-0 checkpoint.pt --to torch --model-only",
+    "holdfast convert checkpoint.pt outputs/again/step-0 --to dcp",
+    "python ./scripts/checkpoint_conversion/convert_from_hf.py path/to/hf initial_load_path "
+    "--model_name llama3 --model_flavor debugmodel",
+    "python ./scripts/checkpoint_conversion/convert_to_hf.py initial_load_path exported_again "
+    "--hf_assets_path path/to/hf --model_name llama3 --model_flavor debugmodel",
+    "python ./scripts/convert_from_hf.py path/to/hf initial_load_path_2 "
+    "--model_name llama3 --model_flavor debugmodel",
+    "python ./scripts/convert_to_hf.py initial_load_path_2 exported_again_2 "
+    "--hf_assets_path path/to/hf",
+    "python -m torch.distributed.checkpoint.format_utils dcp_to_torch outputs/seed/step-0 stock.pt",
+)
+
+
+def test_the_commands_that_convert(tmp_path: Path) -> None:
+    """One after the other, on a small Llama; what comes back from each way is what went in."""
+    config = config_of("llama3", MODELS["llama3"]["debugmodel"], 300)
+    tensors = hub_tensors(config)
+    save_folder(tmp_path / "path/to/hf", config, tensors, num_files=2)
+    for command in CONVERTING:
+        words = shlex.split(command)
+        if words[0] == "holdfast":
+            words[:1] = ["python", "-m", "holdfast.cli"]
+        words = [str(ROOT / word) if word.startswith("./scripts") else word for word in words]
+        ran = subprocess.run(
+            [sys.executable, *words[1:]], cwd=tmp_path, text=True, capture_output=True
+        )
+        assert ran.returncode == 0, f"{command}\n{ran.stderr}"
+    for folder in ("exported_again", "exported_again_2"):
+        found = load_file(tmp_path / folder / "model.safetensors")
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    ours, stock = (
+        torch.load(tmp_path / name, weights_only=True) for name in ("checkpoint.pt", "stock.pt")
+    )
+    assert ours.keys() == stock.keys()
+    assert all(torch.equal(ours[name], stock[name]) for name in ours)
 
 
 def run_train(command: str, folder: Path, *more: str) -> subprocess.Popen[str]:
@@ -153,6 +236,13 @@ def test_a_seed_by_its_command_and_a_run_from_it(tmp_path: Path) -> None:
     said, _ = run_train(TRAINING[0], tmp_path, *SHORT, *stages).communicate(timeout=120)
     assert "resumed from step 0" in said
     assert "saved step 2" in said
+
+
+def test_the_page_of_the_terminal_has_every_verb() -> None:
+    from holdfast.cli.main import VERBS
+
+    page = (ROOT / "docs/cli.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == set(VERBS)
 
 
 def test_every_checkpoint_key_is_in_the_configuration_page() -> None:

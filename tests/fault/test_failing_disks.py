@@ -20,7 +20,7 @@ from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.engine.checkpoint import Checkpoint
 from holdfast.engine.ranks import Ranks
-from holdfast.engine.read import Source
+from holdfast.engine.source import Source
 from holdfast.errors import HoldfastError, StorageError
 from holdfast.format.names import step_name
 from holdfast.manager.saver import Saver

@@ -14,8 +14,8 @@ from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.engine.checkpoint import Checkpoint
 from holdfast.engine.planner import Planner
 from holdfast.engine.ranks import Ranks, Solo
-from holdfast.engine.read import Source
 from holdfast.engine.save import save_leaves
+from holdfast.engine.source import Source
 from holdfast.format.names import aside_of, step_name
 from holdfast.manager.resume import newest_resumable
 from holdfast.manager.saver import Saver

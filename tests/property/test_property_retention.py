@@ -15,7 +15,7 @@ from holdfast.catalog.marks import mark_damaged, pin
 from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.engine.checkpoint import Checkpoint
 from holdfast.engine.ranks import Solo
-from holdfast.engine.read import Source
+from holdfast.engine.source import Source
 from holdfast.errors import DamagedError, HoldfastError
 from holdfast.format.names import step_name
 from holdfast.manager.resume import newest_resumable

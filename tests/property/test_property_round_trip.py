@@ -14,16 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.catalog.catalog import Catalog, open_manifest
+from holdfast.catalog.catalog import open_manifest
 from holdfast.engine.checkpoint import Checkpoint
-from holdfast.engine.commit import Facts, commit
 from holdfast.engine.load import load_tree
 from holdfast.engine.plan import Placed, Plan, TensorOffer
-from holdfast.engine.planner import columns, index_of
-from holdfast.engine.ranks import Ranks, Solo, on_rank_0
-from holdfast.engine.read import Source, Wanted, read_tensors
-from holdfast.engine.stage import host_bytes
-from holdfast.engine.write import image_of, lay_out, write
+from holdfast.engine.ranks import Solo
+from holdfast.engine.read import Wanted, read_tensors
+from holdfast.engine.source import Source
 from holdfast.format.checksum import BLOCK_BYTES
 from holdfast.format.dtypes import BY_NAME
 from holdfast.format.region import Region
@@ -32,7 +29,7 @@ from holdfast.state.shard import Piece
 from holdfast.storage.local import LocalStore
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Store
-from holdfast.testing.ranks import run_ranks
+from plans import bits, random_tensor, save_by_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
@@ -41,30 +38,10 @@ Held = Mapping[str, tuple[torch.Tensor, list[list[Region]]]]
 
 
 def save_regions(store: Store, name: str, held: Held, size: int) -> None:
-    """Save by `size` ranks, each holding its own regions. All is the engine's own but the plan,
-    which would need DTensors: each region is written by the last rank that holds it."""
-    catalog = Catalog(store)
+    """Save by `size` ranks, each holding its own regions: each is written by the last rank that
+    holds it."""
     plan = Plan([placed(key, *tensor) for key, tensor in held.items()], {}, {})
-
-    def work(ranks: Ranks) -> None:
-        attempt = on_rank_0(ranks, lambda: catalog.begin(name))
-        items = lay_out(
-            [
-                (placed.name, placed.tensor.dtype, region)
-                for placed in plan.tensors
-                for region in placed.regions_of(ranks.rank)
-            ]
-        )
-        layouts = ranks.gather(columns(items))
-        index = index_of(plan, layouts) if ranks.rank == 0 else None
-        image = image_of(ranks.rank, items, {})
-        receipt = write(
-            store, str(attempt), image, lambda key, box: host_bytes(held[key][0], box, None)
-        )
-        facts = Facts(1, "full", {}, {})
-        commit(attempt, receipt, index=index, facts=facts, catalog=catalog, ranks=ranks)
-
-    run_ranks(size, work)
+    save_by_plan(store, name, plan, {key: whole for key, (whole, _) in held.items()}, size)
 
 
 def placed(key: str, whole: torch.Tensor, held: list[list[Region]]) -> Placed:
@@ -79,19 +56,6 @@ def placed(key: str, whole: torch.Tensor, held: list[list[Region]]) -> Placed:
         np.array([region.stop for region in writers], np.int64).reshape(dims),
         np.array([*writers.values()], np.int64),
     )
-
-
-def random_tensor(dtype: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Random bits, of which some are no number at all."""
-    generator = torch.Generator().manual_seed(seed)
-    top = 2 if dtype == "bool" else 256
-    nbytes = prod(shape) * BY_NAME[dtype].itemsize
-    plain = torch.randint(0, top, (nbytes,), dtype=torch.uint8, generator=generator)
-    return plain.view(getattr(torch, dtype)).view(shape)
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 @st.composite

@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from holdfast.catalog.catalog import open_manifest, place, steps_in
 from holdfast.catalog.findings import kind_of
-from holdfast.catalog.marks import damaged_steps
-from holdfast.cli.terminal import parsed, say, say_json, say_table, spelled_age, spelled_bytes
+from holdfast.catalog.marks import damaged_steps, pinned_steps
+from holdfast.cli.terminal import (
+    parsed,
+    say,
+    say_json,
+    say_table,
+    spelled_age,
+    spelled_bytes,
+    spelled_layout,
+)
 from holdfast.engine.root import open_for_reading
 from holdfast.errors import HoldfastError, NotFoundError
+from holdfast.format.manifest import Manifest
 from holdfast.format.names import MANIFEST, METADATA, aside_of, steps_among
 from holdfast.storage.store import ReadStore
 
-HEAD = ("step", "size", "age", "kind", "ranks", "state", "")
+HEAD = ("step", "size", "age", "kind", "layout", "state", "")
 
 
 @dataclass(frozen=True, slots=True)
 class List:
-    """The steps in a checkpoint folder: size, age, kind, number of ranks, whether each is whole,
-    and which one a resume takes. Looks at indexes and sizes; `holdfast verify` reads the data.
+    """The steps in a checkpoint folder: size, age, kind, the layout that wrote it, whether each is
+    whole, and which one a resume takes. Looks at indexes and sizes; with --verify at every byte.
 
     Example: holdfast list outputs/checkpoint
     """
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Folder of steps, or its URL."""
+
+    verify: bool = False
+    """Read all data, too."""
 
     json: bool = False
     """Print JSON."""
@@ -46,14 +58,20 @@ class Row:
     name: str
     step: int | None
     state: Literal["good", "damaged", "attempt"]
-    kind: str | None = None
-    """`full` can be resumed from, `model` holds the model alone."""
+    kind: Literal["full", "model", "hf"] | None = None
+    """`full` can be resumed from, `model` holds the model alone, `hf` holds it as Hugging Face's
+    folders do."""
 
     nbytes: int | None = None
     created: str | None = None
     """ISO 8601, UTC."""
 
-    world_size: int | None = None
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    """What wrote it: `world_size` is the number of ranks."""
+
+    pinned: bool = False
+    """Whether retention never removes it."""
+
     problem: str | None = None
     """What is wrong, where something is."""
 
@@ -63,6 +81,8 @@ def run(arguments: Sequence[str]) -> int:
     asked = parsed(List, "list", arguments)
     store, name = open_for_reading(asked.folder)
     rows = survey(store, name)
+    if asked.verify:
+        rows = [_verified(store, name, row) for row in rows]
     resume = resumable(rows)
     if asked.json:
         said = {"folder": place(store, name), "resume": resume}
@@ -88,8 +108,9 @@ def survey(store: ReadStore, name: str) -> list[Row]:
     asides = [one for one in folders if aside_of(one) is not None and one not in listed]
     if not steps and not asides:
         raise NotFoundError(f"`{place(store, name)}` holds no step", hint=_hint(store, name, there))
-    damaged = damaged_steps(store, name)
+    damaged, pinned = damaged_steps(store, name), pinned_steps(store, name)
     rows = [_row(store, step, damaged) for step in steps]
+    rows = [replace(row, pinned=row.step in pinned) for row in rows]
     return rows + [Row(one, None, "attempt") for one in asides]
 
 
@@ -106,21 +127,41 @@ def _row(store: ReadStore, key: str, damaged: Mapping[int, str]) -> Row:
     name = key.rpartition("/")[2]
     step = next(iter(steps_among([f"{name}/"])), None)
     try:
-        manifest = open_manifest(store, key)
+        manifest, kind = _manifest(store, key)
     except HoldfastError as error:
         return Row(name, step, "damaged", problem=error.what)
     if step is not None and step in damaged:
         return Row(name, step, "damaged", problem=damaged[step])
-    ranks = manifest.layout.get("world_size")
-    return Row(
-        name,
-        step,
-        "good",
-        kind_of(manifest),
-        manifest.nbytes,
-        manifest.created or None,
-        ranks if type(ranks) is int else None,
-    )
+    created = manifest.created or None
+    return Row(name, step, "good", kind, manifest.nbytes, created, manifest.layout)
+
+
+def _manifest(store: ReadStore, key: str) -> tuple[Manifest, Literal["full", "model", "hf"]]:
+    try:
+        manifest = open_manifest(store, key)
+        return manifest, kind_of(manifest)
+    except NotFoundError as error:
+        # The last step of a run may be a folder of Hugging Face's.
+        from holdfast.cli.look import look_at
+
+        try:
+            return look_at(store, key).manifest, "hf"
+        except NotFoundError:
+            raise error from None
+
+
+def _verified(store: ReadStore, folder: str, row: Row) -> Row:
+    """The row with what reading all data has shown."""
+    if row.state != "good":
+        return row
+    from holdfast.cli.verify import verified
+
+    report = verified(store, f"{folder}/{row.name}", quick=False)
+    if report.good:
+        return row
+    more = len(report.findings) - 1
+    problem = str(report.findings[0]) + (f", and {more} more" if more else "")
+    return replace(row, state="good" if report.loads else "damaged", problem=problem)
 
 
 def resumable(rows: Sequence[Row]) -> int | None:
@@ -139,9 +180,9 @@ def _cells(row: Row, resume: int | None) -> tuple[str, ...]:
         "-" if row.nbytes is None else spelled_bytes(row.nbytes),
         _age(row.created),
         row.kind or "-",
-        "-" if row.world_size is None else str(row.world_size),
+        spelled_layout(row.layout) or "-",
         row.state,
-        "resume" if row.step is not None and row.step == resume else "",
+        "resume" if row.step is not None and row.step == resume else "pinned" * row.pinned,
     )
 
 

@@ -6,18 +6,25 @@ stdout holds what was asked for, stderr all else; the exit status is that of the
 
 from __future__ import annotations
 
-import difflib
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
-from holdfast.errors import HoldfastError, UsageError
+from holdfast.cli.terminal import verb_in
+from holdfast.errors import HoldfastError
 
 VERBS = {
+    "completion": "what a shell needs to complete verbs and options",
+    "convert": "a checkpoint into another format: dcp, hf, torch",
+    "doctor": "what is wrong with a checkpoint folder, and the command that mends it",
     "list": "the steps in a checkpoint folder, and which one a resume takes",
+    "prune": "remove steps that no rule keeps, and what killed saves left",
+    "show": "what a checkpoint holds, and where each tensor lies",
     "verify": "check every byte of a checkpoint, or of every step in a folder",
+    "skills": "guides for coding agents: install them, keep them up to date",
+    "train": "the reference training run, on workers of this machine",
     "version": "what is installed",
 }
 
@@ -42,24 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    verb = arguments[0] if arguments else ""
-    if verb in ("-h", "--help"):
-        sys.stdout.write(_help())
+    if arguments[:1] == ["--version"]:
+        arguments = ["version", *arguments[1:]]
+    what, example = "Checkpoints of PyTorch training runs.", "holdfast list outputs/checkpoint"
+    verb = verb_in("holdfast", VERBS, arguments, what, example)
+    if verb is None:
         return 0
-    if verb == "--version":
-        verb = "version"
-    if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        raise UsageError(
-            f"`{verb}` is no verb of holdfast" if verb else "which verb?",
-            hint=f"did you mean `holdfast {near[0]}`?" if near else f"verbs: {', '.join(VERBS)}",
-        )
     # Each verb is imported when it is asked for: `list` must not wait for what others need.
     status: int = import_module(f"holdfast.cli.{verb}").run(arguments[1:])
     return status
-
-
-def _help() -> str:
-    lines = ["usage: holdfast VERB ...", "", "Checkpoints of PyTorch training runs.", ""]
-    lines += [f"  {verb:<9} {what}" for verb, what in VERBS.items()]
-    return "\n".join([*lines, "", "`holdfast VERB --help` says more, with an example.", ""])

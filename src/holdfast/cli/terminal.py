@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
+
+from holdfast.errors import UsageError
 
 T = TypeVar("T")
 
@@ -26,6 +29,31 @@ def parsed(kind: type[T], verb: str, arguments: Sequence[str]) -> T:
         description=inspect.cleandoc(kind.__doc__ or ""),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+def verb_in(
+    group: str, verbs: Mapping[str, str], arguments: Sequence[str], what: str, example: str
+) -> str | None:
+    """The verb that the arguments begin with; None where help was asked for, and is printed.
+
+    Raises:
+        UsageError: there is none, or it is not known.
+    """
+    verb = arguments[0] if arguments else ""
+    if verb in ("-h", "--help"):
+        width = max(map(len, verbs))
+        lines = [f"usage: {group} VERB ...", "", what, ""]
+        lines += [f"  {verb:<{width}}  {does}" for verb, does in verbs.items()]
+        lines += ["", f"Example: {example}", f"`{group} VERB --help` says more of each.", ""]
+        sys.stdout.write("\n".join(lines))
+        return None
+    if verb not in verbs:
+        near = difflib.get_close_matches(verb, verbs, n=1)
+        raise UsageError(
+            f"`{verb}` is no verb of {group}" if verb else "which verb?",
+            hint=f"did you mean `{group} {near[0]}`?" if near else f"verbs: {', '.join(verbs)}",
+        )
+    return verb
 
 
 def say(line: str = "") -> None:
@@ -84,6 +112,27 @@ def spelled_bytes(nbytes: int) -> str:
             return f"{nbytes} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} PB"
+
+
+def counted(count: int, noun: str) -> str:
+    """How many, for people.
+
+    >>> counted(1, "file"), counted(1200, "file")
+    ('1 file', '1,200 files')
+    """
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def spelled_layout(layout: Mapping[str, Any]) -> str:
+    """Which ranks wrote a checkpoint, for people; empty where it does not say.
+
+    >>> spelled_layout({"world_size": 8, "tensor_parallel": 2})
+    '8 ranks, tensor_parallel 2'
+    """
+    ranks = layout.get("world_size")
+    said = [counted(ranks, "rank")] if type(ranks) is int else []
+    others = [f"{name} {value}" for name, value in layout.items() if name != "world_size"]
+    return ", ".join([*said, *others])
 
 
 def spelled_age(seconds: float) -> str:

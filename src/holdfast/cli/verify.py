@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -10,6 +10,7 @@ import tyro
 
 from holdfast.catalog.catalog import steps_in
 from holdfast.catalog.findings import Report
+from holdfast.catalog.marks import damaged_steps
 from holdfast.catalog.verify import Target, failed, format_of, verify
 from holdfast.cli.terminal import parsed, progress, say, say_json, spelled_bytes
 from holdfast.engine.root import open_for_reading
@@ -47,11 +48,12 @@ def run(arguments: Sequence[str]) -> int:
     store, name = open_for_reading(asked.path)
     steps = steps_in(store, name) if format_of(store, name) is None and _has(store, name) else []
     if steps:
-        reports = [_verified(store, step, asked.quick) for step in steps]
+        reports = [verified(store, step, asked.quick) for step in steps]
     else:
         with progress(name, _nbytes(store, name)) as advance:
             reports = [verify(Target(store, name, asked.quick, advance))]
-    resume = resumable(reports) if steps else None
+    marked = damaged_steps(store, name) if steps else {}
+    resume = resumable(reports, marked) if steps else None
     if asked.json:
         said: dict[str, Any] = {"good": all(r.good for r in reports), "quick": asked.quick}
         said |= {"resume": resume} if steps else {}
@@ -59,6 +61,8 @@ def run(arguments: Sequence[str]) -> int:
     else:
         for report in reports:
             _say(report, asked.quick)
+            if report.good and report.step in marked:
+                say(f"  note: {marked[report.step]}; a resume passes it over")
         if steps:
             say(f"a resume takes step {resume}" if resume is not None else "no step to resume from")
     damaged = [report for report in reports if not report.good]
@@ -77,7 +81,8 @@ def _has(store: ReadStore, name: str) -> bool:
     return f"{last}/" in store.list(above)
 
 
-def _verified(store: ReadStore, name: str, quick: bool) -> Report:
+def verified(store: ReadStore, name: str, quick: bool) -> Report:
+    """What is wrong with one checkpoint, with a bar on a terminal; never raises on what it is."""
     with progress(name, _nbytes(store, name)) as advance:
         target = Target(store, name, quick, advance)
         try:
@@ -95,10 +100,10 @@ def _nbytes(store: ReadStore, name: str) -> int:
     return sum(store.size(file) for file in files)
 
 
-def resumable(reports: Sequence[Report]) -> int | None:
-    """The newest step that loads whole and can be resumed from."""
+def resumable(reports: Sequence[Report], marked: Collection[int]) -> int | None:
+    """The newest step that loads whole, can be resumed from, and is not marked as damaged."""
     steps = [r.step for r in reports if r.loads and (r.kind == "full" or r.step == 0)]
-    return max((step for step in steps if step is not None), default=None)
+    return max((step for step in steps if step is not None and step not in marked), default=None)
 
 
 def _say(report: Report, quick: bool) -> None:

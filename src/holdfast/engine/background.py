@@ -13,6 +13,7 @@ from holdfast.engine.spans import amount
 from holdfast.engine.write import DataOf, FileImage
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.format.region import Region
+from holdfast.format.torchzip import PAGE_BYTES
 
 
 class Snapshot:
@@ -59,7 +60,10 @@ class Snapshot:
                 f"a snapshot, {amount(free)} are free",
                 hint='`checkpoint.async_mode = "disabled"` needs none',
             )
-        self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        pinned = torch.cuda.is_available()
+        memory = torch.empty(nbytes + PAGE_BYTES, dtype=torch.uint8, pin_memory=pinned)
+        # Data that lies on pages in the file does so here, and is written from where it is.
+        self._memory = memory[-memory.data_ptr() % PAGE_BYTES :][:nbytes]
 
 
 class Background:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from holdfast.catalog.catalog import open_manifest
-from holdfast.engine.read import Source, Wanted, read_tensors, read_value
+from holdfast.engine.read import Wanted, read_tensors
 from holdfast.engine.reshard import moves
 from holdfast.engine.root import open_for_reading
+from holdfast.engine.source import Source, read_value
 from holdfast.engine.values import decode_value
 from holdfast.errors import NotFoundError, UsageError
 from holdfast.format.manifest import Manifest, TensorEntry

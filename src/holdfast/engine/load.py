@@ -13,8 +13,9 @@ import torch
 
 from holdfast.catalog.catalog import open_manifest
 from holdfast.engine.ranks import Ranks, all_ranks, on_every_rank, on_rank_0
-from holdfast.engine.read import Source, Wanted, read_tensors, read_value
+from holdfast.engine.read import Wanted, read_tensors
 from holdfast.engine.root import open_for_reading
+from holdfast.engine.source import Source, read_value
 from holdfast.engine.spans import Spans
 from holdfast.engine.values import decode_value
 from holdfast.errors import MismatchError

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
+from holdfast.engine.index import Index as Index
+from holdfast.engine.index import columns, index_of
 from holdfast.engine.plan import (
-    Ints,
     Offer,
     Offers,
-    Placed,
     Plan,
     TensorOffer,
     View,
@@ -29,9 +28,6 @@ from holdfast.engine.values import Containers
 from holdfast.engine.write import FileImage, TensorItem, image_of, lay_out
 from holdfast.errors import HoldfastError
 from holdfast.format.checksum import checksum
-from holdfast.format.manifest import Path
-from holdfast.format.names import data_file
-from holdfast.format.tables import StockIndex, TensorTable, encode_tensors
 from holdfast.state.layout import Known, Layout, layout_of, same_memory
 from holdfast.state.tree import Leaf
 
@@ -45,24 +41,6 @@ class Held:
     layouts: dict[str, Layout] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     offers: dict[str, Offer] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Index:
-    """What a layout decides of both indices of a checkpoint; rank 0 has it."""
-
-    plan: Plan
-    files: tuple[str, ...]
-    """Those of all ranks that write anything."""
-
-    tensors: bytes
-    """The member of that name of `manifest.json`."""
-
-    stock: StockIndex
-
-    def nbytes_of(self, wanted: Callable[[Path], bool]) -> int:
-        """Bytes, over all ranks, of the tensors whose path is wanted."""
-        return sum(p.tensor.nbytes for p in self.plan.tensors if wanted(p.tensor.path))
 
 
 class Planner:
@@ -168,61 +146,3 @@ class Planner:
                 "needs a key of its own, such as `rank_3`",
                 name,
             )
-
-
-def columns(items: Sequence[TensorItem]) -> Ints:
-    """A row an item: offset, bytes, offset of its data, number of its first block."""
-    rows = [(i.item.offset, i.item.nbytes, i.data.offset, i.first_block) for i in items]
-    return np.array(rows, np.int64).reshape(len(rows), 4)
-
-
-def index_of(whole: Plan, layouts: Sequence[Ints]) -> Index:
-    """Both indices of a checkpoint, from the plan and what `columns` gives of each rank's items."""
-    writing = {r for r, layout in enumerate(layouts) if len(layout)}
-    writing |= {rank for rank, _ in whole.values.values()}
-    files = {rank: number for number, rank in enumerate(sorted(writing))}
-    names = tuple(map(data_file, files))
-    values = {name: path for name, (_, path) in whole.values.items()}
-    stock = StockIndex(_tables(whole, layouts, files), values, names)
-    return Index(whole, names, encode_tensors(_tables(whole, layouts, files)), stock)
-
-
-def _tables(
-    whole: Plan, layouts: Sequence[Ints], files: Mapping[int, int]
-) -> Iterator[TensorTable]:
-    """Every tensor with the places of its chunks. A rank's items lie in the order of the plan."""
-    distinct = {id(layout): layout for layout in layouts}
-    lengths = [len(layout) for layout in distinct.values()]
-    starts = dict(zip(distinct, np.cumsum([0, *lengths]).tolist(), strict=False))
-    stored = np.concatenate([*distinct.values()])
-    following = np.array([starts[id(layout)] for layout in layouts], np.int64)
-    number = np.zeros(len(layouts), np.int64)
-    number[list(files)] = list(files.values())
-    aliases: dict[str, list[tuple[str, Path]]] = {}
-    for alias, (first, path) in whole.aliases.items():
-        aliases.setdefault(first, []).append((alias, path))
-    for placed in whole.tensors:
-        rows = stored[following[placed.rank] + _times_before(placed.rank)]
-        np.add.at(following, placed.rank, 1)
-        table = _table(placed, number[placed.rank], rows)
-        yield table
-        for alias, path in aliases.get(placed.name, ()):
-            yield replace(table, name=alias, path=path)
-
-
-def _table(placed: Placed, file: Ints, rows: Ints) -> TensorTable:
-    tensor = placed.tensor
-    return TensorTable(
-        *(placed.name, tensor.dtype, tensor.shape, tensor.path),
-        *(placed.start, placed.stop, file, *rows.T),
-    )
-
-
-def _times_before(numbers: Ints) -> Ints:
-    """For each number how often it has come before."""
-    order = np.argsort(numbers, kind="stable")
-    ordered = numbers[order]
-    first = np.searchsorted(ordered, ordered)
-    times = np.empty_like(numbers)
-    times[order] = np.arange(len(numbers)) - first
-    return times

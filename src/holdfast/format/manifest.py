@@ -137,7 +137,10 @@ def encode(manifest: Manifest) -> bytes:
     """The bytes of `manifest.json`: one JSON object whose last member is a checksum of the rest."""
     number = {file: index for index, file in enumerate(manifest.files)}
     tensors = (
-        encode_tensor(name, e.dtype, e.shape, e.path, [_row(chunk, number) for chunk in e.chunks])
+        encode_tensor(
+            *(name, e.dtype, e.shape, e.path),
+            [n for chunk in e.chunks for n in _row(chunk, number)],
+        )
         for name, e in manifest.tensors.items()
     )
     return b"".join(encode_around(manifest, joined(tensors)))
@@ -148,22 +151,24 @@ def joined(members: Iterable[bytes]) -> bytes:
     return b"{" + b",".join(members) + b"}"
 
 
-def _row(chunk: Chunk, number: Mapping[str, int]) -> tuple[int | None, ...]:
-    item = (number[chunk.file], chunk.item.offset, chunk.item.nbytes)
-    return (*item, chunk.data_offset, chunk.first_block, *chunk.region.start, *chunk.region.stop)
+def _row(chunk: Chunk, number: Mapping[str, int]) -> list[int]:
+    assert chunk.data_offset is not None, "only Holdfast's own chunks are in a manifest"
+    assert chunk.first_block is not None
+    item = [number[chunk.file], chunk.item.offset, chunk.item.nbytes]
+    return [*item, chunk.data_offset, chunk.first_block, *chunk.region.start, *chunk.region.stop]
 
 
 def encode_tensor(
-    name: str,
-    dtype: str,
-    shape: tuple[int, ...],
-    path: Path,
-    rows: Sequence[Sequence[int | None]],
+    name: str, dtype: str, shape: tuple[int, ...], path: Path, numbers: Sequence[int]
 ) -> bytes:
-    """One member of `tensors`. A row is a chunk: number of its file, offset and bytes of its item,
-    offset of its data, number of its first block, start and stop along each dim."""
-    body = {"dtype": dtype, "shape": shape, **_path(name, path), "chunks": rows}
-    return _json(name) + b":" + _json(body)
+    """One member of `tensors`. The numbers of a chunk are: number of its file, offset and bytes of
+    its item, offset of its data, number of its first block, start and stop along each dim; those of
+    the next chunk follow."""
+    # One list a chunk would be a million objects of which the garbage collector keeps track.
+    row = "[" + ",".join(["%d"] * (5 + 2 * len(shape))) + "]"
+    rows = ",".join([row] * (len(numbers) // (5 + 2 * len(shape)))) % tuple(numbers)
+    head = _json({"dtype": dtype, "shape": shape, **_path(name, path)})
+    return _json(name) + b":" + head[:-1] + b',"chunks":[' + rows.encode() + b"]}"
 
 
 def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:

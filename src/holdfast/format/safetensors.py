@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -33,6 +34,8 @@ HEADER_BYTES_MAX = 100_000_000
 
 INDEX_BYTES_MAX = 100_000_000
 
+LISTED_MAX = 50
+
 _DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -54,6 +57,8 @@ _DTYPES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F8_E8M0": "float8_e8m0fnu",
 }
+
+_NAMES = {torch: ours for ours, torch in _DTYPES.items()}
 
 Fetch = Callable[[int, int], bytes]
 """`fetch(offset, nbytes)`: bytes of the file, fewer only where it ends."""
@@ -155,24 +160,73 @@ def joined(
         FormatError: a tensor that is not where the index has it, or that two files hold.
     """
     tensors: dict[str, TensorEntry] = {}
+    wrong = []
     for file, part in parts.items():
         for name, entry in part.tensors.items():
             if index is not None and index.get(name) != file:
-                raise FormatError(f"`{where}`: `{file}` holds `{name}`, the index does not say so")
-            if name in tensors:
-                raise FormatError(
-                    f"`{where}`: `{name}` is in `{tensors[name].chunks[0].file}` and in `{file}`"
-                )
+                wrong.append(f"`{file}` holds `{name}`, the index does not say so")
+            elif name in tensors:
+                wrong.append(f"`{name}` is in `{tensors[name].chunks[0].file}` and in `{file}`")
             tensors[name] = entry
-    missing = [name for name in index or () if name not in tensors]
-    if missing:
-        assert index is not None
+    for name, file in (index or {}).items():
+        if name not in tensors:
+            wrong.append(f"`{name}` is not in `{file}`, where the index has it")
+    if wrong:
+        more = len(wrong) - LISTED_MAX
         raise FormatError(
-            f"`{where}`: {len(missing)} tensors are not in the file that the index names, first "
-            f"`{missing[0]}` of `{index[missing[0]]}`"
+            f"`{where}`: {wrong[0]}"
+            if len(wrong) == 1
+            else f"`{where}`: {len(wrong)} tensors are not where they should be:\n  "
+            + "\n  ".join(wrong[:LISTED_MAX])
+            + (f"\n  ... and {more} more" if more > 0 else "")
         )
     files = {file: size for part in parts.values() for file, size in part.files.items()}
     return Manifest(tensors, {}, files=files, kind="model")
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A file before it is written: its header, and where the elements of each tensor go."""
+
+    nbytes: int
+    header: bytes
+    tensors: Mapping[str, Span]
+
+
+def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Image:
+    """Where everything lies in a file of these tensors, given their dtypes and shapes.
+
+    Larger elements come first, so that all are aligned; the header says `{"format": "pt"}`, which
+    transformers asks for, and is padded to 8 bytes.
+
+    Raises:
+        FormatError: a dtype that the format has no name for.
+    """
+    sizes = {name: dtype_of(dtype).itemsize for name, (dtype, _) in tensors.items()}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in sorted(tensors, key=lambda name: -sizes[name]):
+        dtype, shape = tensors[name]
+        if dtype not in _NAMES:
+            raise FormatError(f"`{name}`: safetensors has no {dtype}")
+        stop = at + Region.whole(shape).num_elements * sizes[name]
+        entries[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": (at, stop)}
+        at = stop
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    placed = {}
+    for name in tensors:
+        first, last = entries[name]["data_offsets"]
+        placed[name] = Span(start + first, last - first)
+    return Image(start + at, struct.pack("<Q", len(text)) + text, placed)
+
+
+def encode_index(files: Mapping[str, str], nbytes: int) -> bytes:
+    """The bytes of `model.safetensors.index.json`: the file of each tensor, and the bytes of all
+    elements."""
+    index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(files.items()))}
+    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def parse_json(data: bytes) -> Any:

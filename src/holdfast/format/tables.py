@@ -100,9 +100,9 @@ def encode_tensors(tables: Iterable[TensorTable]) -> bytes:
     return manifests.joined(
         manifests.encode_tensor(
             *(t.name, t.dtype, t.shape, t.path),
-            np.column_stack(
-                [t.file, t.offset, t.nbytes, t.data, t.block, t.start, t.stop]
-            ).tolist(),
+            np.column_stack([t.file, t.offset, t.nbytes, t.data, t.block, t.start, t.stop])
+            .ravel()
+            .tolist(),
         )
         for t in tables
     )
@@ -224,9 +224,16 @@ def _rows(count: int, *parts: bytes | Bytes) -> bytes:
 
 
 def _numbers(column: Ints) -> Bytes:
-    """A pickled int a row, all of one width."""
-    small = not len(column) or int(column.max()) < 1 << 31
-    return _with_opcode(b"J" if small else b"\x8a\x08", column.astype("<i4" if small else "<i8"))
+    """A pickled int a row, all as wide as the largest needs."""
+    largest = int(column.max()) if len(column) else 0
+    opcode, dtype = next((o, d) for o, d, limit in _WIDTHS if largest < limit)
+    return _with_opcode(opcode, column.astype(dtype))
+
+
+_WIDTHS = (
+    *((b"K", "u1", 1 << 8), (b"M", "<u2", 1 << 16), (b"J", "<i4", 1 << 31)),
+    (b"\x8a\x08", "<i8", 1 << 63),
+)
 
 
 def _gets(column: Ints) -> Bytes:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from holdfast.errors import FormatError
-from holdfast.format.archive import Fetch, Record, read_records, windowed
+from holdfast.format.archive import FULL, LOCAL, Fetch, Record, read_records, windowed
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import (
     KEYS_MAX,
@@ -24,20 +24,27 @@ from holdfast.format.manifest import (
     TensorEntry,
     ValueEntry,
 )
-from holdfast.format.pickles import Plain, loads
+from holdfast.format.pickles import Plain, loads, pickled_int, pickled_str
 from holdfast.format.region import Region
 from holdfast.format.torchzip import (
     GLOBALS,
     Tensor,
+    central_record,
     check_byte_order,
     content,
     contiguous_strides,
     described,
+    end_records,
+    local_record,
+    pickled_tensor,
     place,
 )
 
 PICKLE_BYTES_MAX = 256 << 20
 """Of `data.pkl`: two million tensors."""
+
+ALIGN = 64
+"""Of the elements of a tensor, so that they can be used where the file is mapped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,3 +166,104 @@ _ALLOWED: Mapping[tuple[str, str], Any] = {
         for name in ("set", "frozenset", "complex", "bytearray", "slice", "range")
     },
 }
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True, slots=True)
+class NewTensor:
+    """A tensor that a file is to hold."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    same_as: str = ""
+    """The tensor whose elements it shares, where it has none of its own."""
+
+    @property
+    def nbytes(self) -> int:
+        return Region.whole(self.shape).num_elements * dtype_of(self.dtype).itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class TorchImage:
+    """A file before it is written: what stands around the tensors, and where they go."""
+
+    nbytes: int
+    frames: tuple[tuple[int, bytes], ...]
+    """By position."""
+
+    tensors: Mapping[str, Span]
+    """Where the raw elements go; those that share another's are left out."""
+
+
+def lay_out(
+    tensors: Mapping[str, NewTensor], values: Mapping[str, tuple[Path, bytes]]
+) -> TorchImage:
+    """Where everything lies in a file that holds these, as `torch.save` would nest them.
+
+    `values` are paths and pickles (protocol 2) of what is not a tensor.
+    """
+    stored = [name for name, tensor in tensors.items() if not tensor.same_as]
+    keys = {name: str(number) for number, name in enumerate(stored)}
+    leaves: dict[Path, bytes] = {}
+    for name, tensor in tensors.items():
+        key = keys[tensor.same_as or name]
+        leaves[tensor.path] = pickled_tensor(tensor.dtype, tensor.shape, key)
+    for path, pickled in values.values():
+        leaves[path] = pickled[2:-1]  # without the two ends of a pickle of its own
+    pickle = b"\x80\x02" + _pickled(_tree(leaves)) + b"."
+    frames, placed = [], {}
+    position, directory = 0, list[bytes]()
+
+    def add(name: str, nbytes: int, content: bytes | None) -> int:
+        """Place a record; returns where its data begins."""
+        nonlocal position
+        header, named = position, f"archive/{name}".encode()
+        size64 = struct.pack("<2Q", nbytes, nbytes) if nbytes >= FULL else b""
+        local = _field64(size64)
+        padding = -(position + LOCAL.size + len(named) + len(local) + 4) % ALIGN
+        extra = local + b"FB" + struct.pack("<H", padding) + b"Z" * padding
+        frame = local_record(named, nbytes, extra)
+        at64 = struct.pack("<Q", header) if header >= FULL else b""
+        directory.append(central_record(named, nbytes, header, _field64(size64 + at64)))
+        frames.append((header, frame + (content or b"")))
+        position += len(frame) + nbytes
+        return header + len(frame)
+
+    for name, small in (("data.pkl", pickle), ("byteorder", b"little"), ("version", b"3\n")):
+        add(name, len(small), small)
+    for name in stored:
+        nbytes = tensors[name].nbytes
+        placed[name] = Span(add(f"data/{keys[name]}", nbytes, None), nbytes)
+    listed = b"".join(directory)
+    end = listed + end_records(len(directory), len(listed), position)
+    return TorchImage(position + len(end), (*frames, (position, end)), placed)
+
+
+def _field64(sizes: bytes) -> bytes:
+    return struct.pack("<2H", 1, len(sizes)) + sizes if sizes else b""
+
+
+def _tree(leaves: Mapping[Path, bytes]) -> dict[str | int, Any]:
+    root: dict[str | int, Any] = {}
+    for path, leaf in leaves.items():
+        node = root
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return root
+
+
+def _pickled(node: Any) -> bytes:
+    """A part of a pickle: dicts, lists where the keys are 0, 1, 2, ..., and leaves as they are."""
+    if isinstance(node, bytes):
+        return node
+    if [*node] == [*range(len(node))] and node:
+        return b"](" + b"".join(map(_pickled, node.values())) + b"e"
+    members = (
+        (pickled_int(key) if isinstance(key, int) else pickled_str(key)) + _pickled(member)
+        for key, member in node.items()
+    )
+    return b"}(" + b"".join(members) + b"u"

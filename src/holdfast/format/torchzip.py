@@ -50,6 +50,9 @@ _PARAMETERS_MAX = 8
 
 _UTF8 = 0x0800
 
+SHORT = 0xFFFF
+"""Records that the end of a directory can count without its 64-bit form."""
+
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Elements between neighbours along each dim of a row-major tensor."""
@@ -66,9 +69,9 @@ def frame(dtype: str, shape: tuple[int, ...], position: int) -> tuple[bytes, byt
     size64 = struct.pack("<2H2Q", 1, 16, nbytes, nbytes) if nbytes >= FULL else b""
     padding = -(position + len(head) + LOCAL.size + len(name) + len(size64) + 4) % align
     extra = size64 + b"FB" + struct.pack("<H", padding) + b"Z" * padding
-    prefix = head + _local(name, nbytes, extra)
-    directory += _central(name, nbytes, len(head), size64)
-    return prefix, directory + _end(4, len(directory), len(prefix) + nbytes)
+    prefix = head + local_record(name, nbytes, extra)
+    directory += central_record(name, nbytes, len(head), size64)
+    return prefix, directory + end_records(4, len(directory), len(prefix) + nbytes)
 
 
 @lru_cache(maxsize=4096)
@@ -80,51 +83,62 @@ def _records(dtype: str, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
         (b"archive/byteorder", b"little"),
         (b"archive/version", b"3\n"),
     ):
-        directory += _central(name, len(content), len(head), b"")
-        head += _local(name, len(content), b"") + content
+        directory += central_record(name, len(content), len(head), b"")
+        head += local_record(name, len(content), b"") + content
     return head, directory
 
 
 def _tensor_pickle(dtype: str, shape: tuple[int, ...]) -> bytes:
     """`data.pkl`: how torch is to rebuild a row-major tensor from storage "0"."""
+    return b"\x80\x02" + pickled_tensor(dtype, shape, "0") + b"."
+
+
+def pickled_tensor(dtype: str, shape: tuple[int, ...], key: str) -> bytes:
+    """A part of a pickle: how torch is to rebuild a row-major tensor that has storage `key` to
+    itself."""
     storage = dtype_of(dtype).storage
     numel = prod(shape) if storage else prod(shape) * dtype_of(dtype).itemsize
     return b"".join(
         (
-            b"\x80\x02ctorch._utils\n",
+            b"ctorch._utils\n",
             b"_rebuild_tensor_v2\n" if storage else b"_rebuild_tensor_v3\n",
             b"((" + pickled_str("storage"),
             f"ctorch\n{storage}\n".encode() if storage else b"ctorch.storage\nUntypedStorage\n",
-            pickled_str("0") + pickled_str("cpu") + pickled_int(numel) + b"tQK\x00",
+            pickled_str(key) + pickled_str("cpu") + pickled_int(numel) + b"tQK\x00",
             b"(" + b"".join(map(pickled_int, shape)) + b"t",
             b"(" + b"".join(map(pickled_int, contiguous_strides(shape))) + b"t",
             b"\x89ccollections\nOrderedDict\n)R",
             b"" if storage else f"ctorch\n{dtype}\n".encode(),
-            b"tR.",
+            b"tR",
         )
     )
 
 
-def _local(name: bytes, nbytes: int, extra: bytes) -> bytes:
+def local_record(name: bytes, nbytes: int, extra: bytes) -> bytes:
+    """What stands before a record of `nbytes`."""
     size, version = min(nbytes, FULL), 45 if nbytes >= FULL else 0
     fields = (b"PK\3\4", version, _UTF8, 0, 0, 0, 0, size, size, len(name), len(extra))
     return LOCAL.pack(*fields) + name + extra
 
 
-def _central(name: bytes, nbytes: int, offset: int, extra: bytes) -> bytes:
-    size, version = min(nbytes, FULL), 45 if nbytes >= FULL else 0
+def central_record(name: bytes, nbytes: int, offset: int, extra: bytes) -> bytes:
+    """A record's entry in the directory; `extra` holds what is too large for its own fields."""
+    size, version = min(nbytes, FULL), 45 if extra else 0
+    offset = min(offset, FULL)
     fields = (b"PK\1\2", version, version, _UTF8, 0, 0, 0, 0, size, size, len(name), len(extra))
     return CENTRAL.pack(*fields, 0, 0, 0, 0, offset) + name + extra
 
 
-def _end(count: int, directory_bytes: int, directory_offset: int) -> bytes:
+def end_records(count: int, directory_bytes: int, directory_offset: int) -> bytes:
+    """What stands after the directory of `count` records."""
     end64 = b""
-    if directory_offset >= FULL:
+    if directory_offset >= FULL or count > SHORT:
         end64 = END64.pack(
             b"PK\6\6", 44, 45, 45, 0, 0, count, count, directory_bytes, directory_offset
         ) + LOCATOR64.pack(b"PK\6\7", 0, directory_offset + directory_bytes, 1)
     return end64 + END.pack(
-        b"PK\5\6", 0, 0, count, count, directory_bytes, min(directory_offset, FULL), 0
+        *(b"PK\5\6", 0, 0, min(count, SHORT), min(count, SHORT)),
+        *(directory_bytes, min(directory_offset, FULL), 0),
     )
 
 

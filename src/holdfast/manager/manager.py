@@ -24,8 +24,8 @@ from holdfast.catalog.marks import mark_damaged
 from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.engine.load import load_tree
 from holdfast.engine.ranks import Ranks, all_ranks, host_name, on_every_rank, on_rank_0
-from holdfast.engine.read import Source
 from holdfast.engine.root import open_for_reading
+from holdfast.engine.source import Source
 from holdfast.engine.spans import rate
 from holdfast.errors import (
     DamagedError,

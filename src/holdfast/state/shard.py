@@ -102,17 +102,19 @@ def pieces_of(shape: Sequence[int], splits: Sequence[Split]) -> tuple[Piece, ...
 
 def _part(held: list[Interval], split: Split) -> list[Interval]:
     taken: list[Interval] = []
-    for start, stop in _chunks(_length(held), split.num_strides):
-        parts = _chunks(stop - start, split.num_parts)
-        if split.index < len(parts):
-            part_start, part_stop = parts[split.index]
-            taken += _cut(held, start + part_start, start + part_stop)
+    length = _length(held)
+    size = _part_size(length, split.num_strides)
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        part_size = _part_size(stop - start, split.num_parts)
+        part = start + part_size * split.index
+        taken += _cut(held, part, min(part + part_size, stop))
     return _joined(taken)
 
 
-def _chunks(length: int, count: int) -> list[Interval]:
-    size = max(1, -(-length // count))
-    return [(start, min(start + size, length)) for start in range(0, length, size)]
+def _part_size(length: int, num_parts: int) -> int:
+    """Of all parts but the last ones."""
+    return max(1, -(-length // num_parts))
 
 
 def _cut(held: list[Interval], start: int, stop: int) -> list[Interval]:

@@ -8,14 +8,14 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from holdfast.errors import ExistsError, NotFoundError, StorageError
-from holdfast.storage.store import Buffer
+from holdfast.storage.store import Writer
 
-_BUFFERS_A_CALL = 512
-"""Linux takes at most 1024 buffers in one pwritev."""
+DIRECT_BYTES_MIN = 4 << 20
+"""Smaller files are not worth the threads."""
 
 _HINTS = {
     errno.EACCES: "check the owner and the rights of the folder: ls -ld",
@@ -77,16 +77,25 @@ class LocalStore:
         return not self._path(f"{folder}/{file}").resolve().is_relative_to(inside)
 
     @contextmanager
-    def create(self, key: str, nbytes: int) -> Iterator[_LocalWriter]:
-        with self._said("write", key):
+    def create(self, key: str, nbytes: int) -> Iterator[Writer]:
+        # Only who writes waits for numpy.
+        from holdfast.storage.direct import BufferedWriter, DirectWriter, open_direct
+
+        with self._said("write", key), ExitStack() as stack:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             file = os.open(self._path(key), flags, 0o666)
-            try:
-                _reserve(file, nbytes)
-                yield _LocalWriter(file)
-                os.fsync(file)
-            finally:
-                os.close(file)
+            stack.callback(os.close, file)
+            _reserve(file, nbytes)
+            direct = open_direct(str(self._path(key))) if nbytes >= DIRECT_BYTES_MIN else None
+            if direct is None:
+                yield BufferedWriter(file)
+            else:
+                stack.callback(os.close, direct)
+                writer = DirectWriter(direct, file)
+                stack.callback(writer.close)
+                yield writer
+                writer.finish()
+            os.fsync(file)
 
     def make_folder(self, key: str) -> None:
         with self._said("make the folder", key):
@@ -165,21 +174,6 @@ class LocalStore:
                 f"cannot {doing} `{self._path(key)}`: {error.strerror or error}",
                 hint=_HINTS.get(error.errno or 0),
             ) from error
-
-
-class _LocalWriter:
-    def __init__(self, file: int) -> None:
-        self._file = file
-
-    def write(self, offset: int, parts: Sequence[Buffer]) -> None:
-        views = [memoryview(part).cast("B") for part in parts if len(part)]
-        while views:
-            count = os.pwritev(self._file, views[:_BUFFERS_A_CALL], offset)
-            offset += count
-            while views and count >= len(views[0]):
-                count -= len(views.pop(0))
-            if count:
-                views[0] = views[0][count:]
 
 
 def _reserve(file: int, nbytes: int) -> None:

@@ -13,7 +13,10 @@ class Writer(Protocol):
     """One new file, open for writing."""
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
-        """Write the parts one after the other from `offset` on. Ranges never overlap."""
+        """Write the parts one after the other from `offset` on. Ranges never overlap.
+
+        The parts must stay as they are until the file's context ends: they may be read until then.
+        """
         ...
 
 

@@ -6,7 +6,9 @@ dictionary of sections, so that a value is checked in one place wherever it was 
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import tomllib
 import types
 from collections.abc import Iterable, Sequence
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from holdfast.errors import HoldfastError, NotFoundError, UsageError
+from holdfast.skills.startup import refresh
 from holdfast.trainer.config import Config, nearest
 
 Values = dict[str, dict[str, Any]]
@@ -55,6 +58,13 @@ def print_help(program: str) -> None:
         args=["--help"],
         use_underscores=True,
     )
+
+
+def refresh_skills() -> None:
+    """Bring the user's guides for coding agents up to date, where that was agreed to by a first
+    `holdfast skills sync`, and say what has changed. Never raises."""
+    for line in refresh(os.environ):
+        sys.stderr.write(f"{line}\n")
 
 
 def _sections() -> dict[str, Any]:

@@ -13,8 +13,8 @@ from difflib import get_close_matches
 from typing import Literal
 
 from holdfast.errors import UsageError
+from holdfast.hf.flavors import MODELS, Flavor
 from holdfast.manager.config import CheckpointConfig
-from holdfast.trainer.flavors import MODELS, Flavor
 
 
 @dataclass(frozen=True, slots=True)

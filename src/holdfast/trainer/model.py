@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from holdfast.trainer.flavors import Flavor, RopeScaling
+from holdfast.hf.flavors import Flavor, RopeScaling
 from holdfast.trainer.moe import MixtureOfExperts
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -157,6 +157,7 @@ class Attention(nn.Module):
         super().__init__()
         self.attend = attend
         self.head_dim = flavor.head_dim
+        self.rotate = rotate_halves if flavor.rope_halves else rotate
         query_dim = flavor.num_heads * flavor.head_dim
         kv_dim = flavor.num_kv_heads * flavor.head_dim
         self.wq = nn.Linear(flavor.dim, query_dim, bias=False)
@@ -173,8 +174,8 @@ class Attention(nn.Module):
         q_BTHE = self.wq(x_BTD).unflatten(-1, (-1, self.head_dim))
         k_BTKE = self.wk(x_BTD).unflatten(-1, (-1, self.head_dim))
         v_BTKE = self.wv(x_BTD).unflatten(-1, (-1, self.head_dim))
-        q_BTHE = rotate(self.q_norm(q_BTHE), rope_TP2)
-        k_BTKE = rotate(self.k_norm(k_BTKE), rope_TP2)
+        q_BTHE = self.rotate(self.q_norm(q_BTHE), rope_TP2)
+        k_BTKE = self.rotate(self.k_norm(k_BTKE), rope_TP2)
         out_BHTE = self.attend(
             q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
         )
@@ -240,10 +241,21 @@ def rotate(x_BTHE: Tensor, rope_TP2: Tensor) -> Tensor:
     Neighbours (0, 1), (2, 3), ...: the order in which Meta's weights come. Hugging Face's copies
     pair the first half with the second and have their rows of `wq` and `wk` permuted to match.
     """
-    rope_T1P2 = rope_TP2[: x_BTHE.shape[1]].unsqueeze(1)
-    cos_T1P, sin_T1P = rope_T1P2.unbind(-1)
     even_BTHP, odd_BTHP = x_BTHE.float().reshape(*x_BTHE.shape[:-1], -1, 2).unbind(-1)
-    turned_BTHP2 = torch.stack(
-        (even_BTHP * cos_T1P - odd_BTHP * sin_T1P, even_BTHP * sin_T1P + odd_BTHP * cos_T1P), dim=-1
+    turned = _turned(even_BTHP, odd_BTHP, rope_TP2)
+    return torch.stack(turned, dim=-1).flatten(-2).type_as(x_BTHE)
+
+
+def rotate_halves(x_BTHE: Tensor, rope_TP2: Tensor) -> Tensor:
+    """Each head's first half turned with its second by the angle of their position."""
+    first_BTHP, second_BTHP = x_BTHE.float().chunk(2, dim=-1)
+    return torch.cat(_turned(first_BTHP, second_BTHP, rope_TP2), dim=-1).type_as(x_BTHE)
+
+
+def _turned(one_BTHP: Tensor, other_BTHP: Tensor, rope_TP2: Tensor) -> tuple[Tensor, Tensor]:
+    rope_T1P2 = rope_TP2[: one_BTHP.shape[1]].unsqueeze(1)
+    cos_T1P, sin_T1P = rope_T1P2.unbind(-1)
+    return (
+        one_BTHP * cos_T1P - other_BTHP * sin_T1P,
+        one_BTHP * sin_T1P + other_BTHP * cos_T1P,
     )
-    return turned_BTHP2.flatten(-2).type_as(x_BTHE)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from holdfast.trainer.flavors import ExpertFlavor
+from holdfast.hf.flavors import ExpertFlavor
 
 
 class MixtureOfExperts(nn.Module):

@@ -20,8 +20,8 @@ from holdfast.engine.checkpoint import Checkpoint
 from holdfast.engine.load import load_tree
 from holdfast.engine.planner import Planner
 from holdfast.engine.ranks import Ranks, Solo
-from holdfast.engine.read import Source
 from holdfast.engine.save import save_leaves
+from holdfast.engine.source import Source
 from holdfast.errors import (
     DamagedError,
     ExistsError,

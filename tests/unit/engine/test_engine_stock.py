@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 
 import holdfast
 from holdfast.engine.checkpoint import Checkpoint
-from holdfast.engine.read import Source
+from holdfast.engine.source import Source
 from holdfast.errors import DamagedError, HoldfastError
 from holdfast.format.dtypes import BY_NAME
 from holdfast.storage.memory import MemoryStore

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from holdfast.trainer.flavors import LLAMA3, Flavor
+from holdfast.hf.flavors import LLAMA3, Flavor
 from holdfast.trainer.model import Transformer, rotary_table, rotate
 from holdfast.trainer.weights import init_weights
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from holdfast.errors import UsageError
+from holdfast.hf.flavors import QWEN3_MOE, ExpertFlavor
 from holdfast.trainer.arguments import read_config
-from holdfast.trainer.flavors import QWEN3_MOE, ExpertFlavor
 from holdfast.trainer.model import Transformer
 from holdfast.trainer.moe import MixtureOfExperts
 from holdfast.trainer.weights import init_weights

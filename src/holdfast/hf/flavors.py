@@ -1,8 +1,9 @@
-"""The sizes that a model comes in. Free of torch, so that a configuration is checked at once."""
+"""The sizes that models come in, and what `config.json` says of each."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,10 @@ class Flavor:
     rope_scaling: RopeScaling | None = None
     """Stretches the frequencies for longer sequences; None: as they are."""
 
+    rope_halves: bool = False
+    """The first half of a head is turned with the second, as Qwen has it; else its neighbours with
+    one another, as Meta has it."""
+
     tied: bool = False
     """`output.weight` is `tok_embeddings.weight`, as in the released 1B and 3B."""
 
@@ -83,6 +88,51 @@ class Flavor:
     def head_dim(self) -> int:
         """Width of one head."""
         return self.head_width or self.dim // self.num_heads
+
+
+def config_of(name: str, flavor: Flavor, vocab_size: int) -> dict[str, Any]:
+    """What the `config.json` of a model of this size says; `name` is a key of `MODELS`."""
+    scaling = flavor.rope_scaling
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": flavor.dim,
+        "intermediate_size": flavor.hidden_dim,
+        "num_hidden_layers": flavor.num_layers,
+        "num_attention_heads": flavor.num_heads,
+        "num_key_value_heads": flavor.num_kv_heads,
+        "head_dim": flavor.head_dim,
+        "vocab_size": vocab_size,
+        "rms_norm_eps": flavor.norm_eps,
+        "rope_theta": flavor.rope_theta,
+        "rope_scaling": None,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": flavor.tied,
+        "attention_bias": False,
+    }
+    if scaling is not None:
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_seq_len,
+        }
+        config["max_position_embeddings"] = 131072
+    if name == "qwen3_moe" and flavor.experts is not None:
+        config |= {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "num_experts": flavor.experts.num_experts,
+            "num_experts_per_tok": flavor.experts.num_active,
+            "moe_intermediate_size": flavor.experts.hidden_dim,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "max_position_embeddings": 40960,
+        }
+    return config
 
 
 LLAMA3: dict[str, Flavor] = {
@@ -104,6 +154,7 @@ def _qwen3_moe(
         vocab_size=151936,
         norm_eps=1e-6,
         rope_theta=1e6,
+        rope_halves=True,
         head_width=128,
         head_norm=True,
         experts=experts,

@@ -1,0 +1,83 @@
+"""Any checkpoint, whoever wrote it, as the manifest that a verb looks at. Reads no data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+from holdfast.catalog.catalog import place, read_manifest, steps_in
+from holdfast.catalog.findings import Format
+from holdfast.catalog.verify import format_of
+from holdfast.engine.root import open_for_reading
+from holdfast.errors import NotFoundError
+from holdfast.format import safetensors, torchfile
+from holdfast.format.manifest import Manifest
+from holdfast.storage.store import ReadStore
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A checkpoint, and what is known of it without reading its data."""
+
+    where: str
+    format: Format
+    manifest: Manifest
+
+
+def look(path: str) -> Seen:
+    """What the checkpoint at a path, or a URL, holds: a step of Holdfast or of stock DCP, a folder
+    or file of safetensors, a `.pt` file.
+
+    Raises:
+        NotFoundError: nothing there, or no checkpoint.
+        DamagedError, FormatError: its index cannot be read.
+    """
+    return look_at(*open_for_reading(path))
+
+
+def look_at(store: ReadStore, name: str) -> Seen:
+    """As `look`, by the checkpoint's store and its name there."""
+    form = format_of(store, name)
+    where = place(store, name)
+    if form is None:
+        steps = steps_in(store, name) if _is_folder(store, name) else []
+        hint = "`holdfast list FOLDER` shows the steps of a run's checkpoint folder"
+        if steps:
+            hint = f"its newest step: {place(store, steps[-1])}"
+        raise NotFoundError(f"`{where}` is no checkpoint", hint=hint)
+    if form in ("holdfast", "dcp"):
+        return Seen(where, form, read_manifest(store, name))
+    if _is_folder(store, name):
+        return Seen(where, form, _of_folder(store, name, where))
+    reader = torchfile.read_file if form == "torch" else safetensors.read_file
+    last = name.rpartition("/")[2]
+    found = reader(partial(_fetch, store, name), store.size(name), file=last, where=where)
+    return Seen(where, form, found.manifest if isinstance(found, torchfile.TorchFile) else found)
+
+
+def _of_folder(store: ReadStore, name: str, where: str) -> Manifest:
+    """Of a folder of safetensors, by its index where it has one."""
+    there = store.list(name)
+    index = None
+    if safetensors.INDEX in there:
+        key = f"{name}/{safetensors.INDEX}"
+        data = store.read(key, 0, min(store.size(key), safetensors.INDEX_BYTES_MAX + 1))
+        index = safetensors.read_index(data, where=f"{where}/{safetensors.INDEX}")
+    files = [file for file in there if file.endswith(safetensors.SUFFIX)]
+    parts = {}
+    for file in files if index is None else sorted(set(index.values())):
+        key = f"{name}/{file}"
+        fetch = partial(_fetch, store, key)
+        parts[file] = safetensors.read_file(
+            fetch, store.size(key), file=file, where=f"{where}/{file}"
+        )
+    return replace(safetensors.joined(parts, index, where=where), kind="model")
+
+
+def _is_folder(store: ReadStore, name: str) -> bool:
+    above, _, last = name.rpartition("/")
+    return f"{last}/" in store.list(above)
+
+
+def _fetch(store: ReadStore, key: str, offset: int, nbytes: int) -> bytes:
+    return store.read(key, offset, offset + nbytes)

@@ -1,0 +1,202 @@
+"""`holdfast show`: what a checkpoint holds, and where each tensor of it lies."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from holdfast.catalog.findings import kind_of, part_of
+from holdfast.cli.look import Seen, look
+from holdfast.cli.picture import draw, letter
+from holdfast.cli.terminal import counted, parsed, say, say_json, spelled_bytes, spelled_layout
+from holdfast.cli.tree import INDENT, count, lines, tree_of
+from holdfast.errors import NotFoundError
+from holdfast.format.manifest import Chunk, Manifest, TensorEntry
+
+FORMATS = {
+    "holdfast": "checkpoint of Holdfast",
+    "dcp": "checkpoint of stock torch.distributed.checkpoint",
+    "safetensors": "safetensors",
+    "torch": "file of torch.save",
+}
+
+CHUNKS_SAID_MAX = 52
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    """What a checkpoint holds: its tensors as a tree, how many parameters, who wrote it. With NAME,
+    one tensor and where each chunk of it lies, or all tensors below that name. Takes steps of
+    Holdfast and of stock torch.distributed.checkpoint, folders and files of safetensors, .pt files.
+
+    Example: holdfast show outputs/checkpoint/step-500
+    """
+
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+    """Checkpoint, or its URL."""
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ""
+    """Tensor, or beginning of the names of some."""
+
+    each: bool = False
+    """List blocks that are alike one by one."""
+
+    json: bool = False
+    """Print JSON, with every chunk."""
+
+    debug: bool = False
+    """On an error, print where it came from."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print what is there; the exit status."""
+    asked = parsed(Show, "show", arguments)
+    seen = look(asked.path)
+    tensors = chosen(seen, asked.name)
+    if asked.json:
+        say_json(_as_json(seen, tensors))
+        return 0
+    entry = tensors.get(asked.name)
+    if entry is not None:
+        _say_tensor(asked.name, entry)
+        return 0
+    if not asked.name:
+        _say_checkpoint(seen)
+    elif asked.name in seen.manifest.values:
+        value = seen.manifest.values[asked.name]
+        say(f"{asked.name}  value, {spelled_bytes(value.item.nbytes)}  {value.file}")
+        return 0
+    # A stable sort: the model first, as it lies there, then what a resume needs beside it.
+    ordered = sorted(tensors.items(), key=lambda member: part_of(member[1].path) != "model")
+    for line in lines(tree_of(dict(ordered)), each=asked.each):
+        say(line)
+    return 0
+
+
+def chosen(seen: Seen, name: str) -> Mapping[str, TensorEntry]:
+    """The tensors that a name, or the beginning of names, stands for.
+
+    Raises:
+        NotFoundError: there is nothing of that name.
+    """
+    tensors = seen.manifest.tensors
+    if not name:
+        return tensors
+    if name in tensors:
+        return {name: tensors[name]}
+    below = {one: entry for one, entry in tensors.items() if one.startswith(f"{name}.")}
+    if not below and name not in seen.manifest.values:
+        near = difflib.get_close_matches(name, seen.manifest.names(), n=3)
+        raise NotFoundError(
+            f"`{seen.where}` holds no `{name}`",
+            hint=f"near it: {', '.join(near)}" if near else f"holdfast show {seen.where}",
+        )
+    return below
+
+
+def _say_checkpoint(seen: Seen) -> None:
+    manifest = seen.manifest
+    facts = [FORMATS[seen.format]]
+    if manifest.step is not None:
+        facts.append(f"step {manifest.step}")
+    files = counted(len(manifest.files), "file")
+    facts += [kind_of(manifest), f"{spelled_bytes(manifest.nbytes)} in {files}"]
+    say(f"{seen.where}: {', '.join(facts)}")
+    if manifest.created:
+        by = spelled_layout(manifest.layout) or "unknown ranks"
+        say(f"{INDENT}written {manifest.created} by {by}")
+    if manifest.versions:
+        versions = (f"{name} {version}" for name, version in manifest.versions.items())
+        say(f"{INDENT}with {', '.join(versions)}")
+    for part, facts_of in parts(manifest).items():
+        elements, nbytes = facts_of["elements"], facts_of["nbytes"]
+        what = "parameters and buffers" if part == "model" else "elements"
+        held = [f"{elements:,} {what}, {spelled_bytes(nbytes)}"] if facts_of["tensors"] else []
+        held += [counted(facts_of["values"], "value")] if facts_of["values"] else []
+        say(f"{INDENT}{part}: {', '.join(held)}")
+    say()
+
+
+def parts(manifest: Manifest) -> dict[str, dict[str, int]]:
+    """What each part of a checkpoint holds; what two names share counts once."""
+    tensors: dict[str, list[TensorEntry]] = {}
+    values: dict[str, int] = {}
+    for entry in manifest.tensors.values():
+        tensors.setdefault(part_of(entry.path), []).append(entry)
+    for value in manifest.values.values():
+        part = part_of(value.path)
+        values[part] = values.get(part, 0) + 1
+    found = {}
+    for part in sorted({*tensors, *values}, key=lambda part: (part != "model", part)):
+        entries = tensors.get(part, [])
+        elements, nbytes = count(entries)
+        found[part] = {
+            "tensors": len(entries),
+            "elements": elements,
+            "nbytes": nbytes,
+            "values": values.get(part, 0),
+        }
+    return found
+
+
+def _say_tensor(name: str, entry: TensorEntry) -> None:
+    chunks = sorted(entry.chunks, key=lambda chunk: chunk.region.start)
+    shape = "x".join(map(str, entry.shape)) or "scalar"
+    files = counted(len({chunk.file for chunk in chunks}), "file")
+    cut = f"{counted(len(chunks), 'chunk')} in {files}"
+    say(f"{name}  {entry.dtype} {shape}  {spelled_bytes(entry.nbytes)}  {cut}")
+    for line in draw(entry.shape, [chunk.region for chunk in chunks]):
+        say(f"{INDENT}{line}")
+    for index, chunk in enumerate(chunks[:CHUNKS_SAID_MAX]):
+        say(f"{INDENT}{letter(index)}  {_spelled_region(chunk)}  {_spelled_place(chunk)}")
+    if len(chunks) > CHUNKS_SAID_MAX:
+        say(f"{INDENT}and {len(chunks) - CHUNKS_SAID_MAX} more: --json lists all")
+
+
+def _spelled_region(chunk: Chunk) -> str:
+    bounds = zip(chunk.region.start, chunk.region.stop, strict=True)
+    return f"[{', '.join(f'{start}:{stop}' for start, stop in bounds)}]"
+
+
+def _spelled_place(chunk: Chunk) -> str:
+    start = chunk.item.offset if chunk.data_offset is None else chunk.data_offset
+    return f"{chunk.file} from byte {start}"
+
+
+def _as_json(seen: Seen, tensors: Mapping[str, TensorEntry]) -> dict[str, Any]:
+    manifest = seen.manifest
+    return {
+        "path": seen.where,
+        "format": seen.format,
+        "step": manifest.step,
+        "kind": kind_of(manifest),
+        "nbytes": manifest.nbytes,
+        "created": manifest.created or None,
+        "layout": dict(manifest.layout),
+        "versions": dict(manifest.versions),
+        "files": dict(manifest.files),
+        "parts": parts(manifest),
+        "tensors": {
+            name: {
+                "dtype": entry.dtype,
+                "shape": entry.shape,
+                "nbytes": entry.nbytes,
+                "chunks": [
+                    {
+                        "start": chunk.region.start,
+                        "stop": chunk.region.stop,
+                        "file": chunk.file,
+                        "item": [chunk.item.offset, chunk.item.nbytes],
+                        "data": chunk.data_offset,
+                    }
+                    for chunk in entry.chunks
+                ],
+            }
+            for name, entry in tensors.items()
+        },
+        "values": sorted(manifest.values),
+    }

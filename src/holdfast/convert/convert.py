@@ -1,0 +1,74 @@
+"""Any checkpoint to a step, a Hugging Face folder or a `.pt` file."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from holdfast.convert.plan import Planned, Wishes
+from holdfast.convert.stream import Advance
+from holdfast.convert.target import (
+    HubFiles,
+    Values,
+    open_target,
+    write_hub,
+    write_step,
+    write_torch_file,
+)
+from holdfast.engine.root import open_for_reading
+from holdfast.format.manifest import Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """A conversion that came to its end."""
+
+    where: str
+    nbytes: int
+    """Written."""
+
+    seconds: float
+    num_tensors: int
+
+
+def convert(planned: Planned, target: str, wishes: Wishes, advance: Advance) -> Converted:
+    """Write what was planned to `target`, which is absent until it is whole.
+
+    Holds a few blocks of 32 MB in memory, whatever the size of the model.
+
+    Raises:
+        ExistsError: something is at `target`.
+        StorageError: no space, no rights; nothing is left behind.
+        DamagedError: bytes of the source are not those that were written.
+    """
+    place = open_target(target, overwrite=wishes.overwrite)
+    started = time.perf_counter()
+    outputs, opened = planned.outputs, planned.opened
+    if wishes.to == "hf":
+        shard_bytes = wishes.max_shard_bytes
+        nbytes = write_hub(place, outputs, _beside(planned), shard_bytes, advance)
+    elif wishes.to == "torch":
+        nbytes = write_torch_file(place, outputs, _values(planned, wishes), advance)
+    else:
+        whole = opened.others and not wishes.model_only
+        kind: Kind = "full" if whole else "model"
+        step = opened.manifest.step
+        nbytes = write_step(place, outputs, _values(planned, wishes), kind, step, advance)
+    return Converted(place.where, nbytes, time.perf_counter() - started, len(outputs))
+
+
+def _values(planned: Planned, wishes: Wishes) -> Values:
+    """What is not a tensor, as the target keeps it."""
+    if wishes.model_only or not planned.opened.manifest.values:
+        return {}
+    from holdfast.convert.values import as_containers, as_pickles
+
+    return as_pickles(planned.opened) if wishes.to == "torch" else as_containers(planned.opened)
+
+
+def _beside(planned: Planned) -> HubFiles:
+    assert planned.config is not None, "an export is mapped, and so has a configuration"
+    where = planned.assets
+    if where is None and planned.opened.has_config:
+        where = planned.opened.where
+    return HubFiles(planned.config, None if where is None else open_for_reading(where))

@@ -1,0 +1,231 @@
+"""What a conversion is to write: every tensor of the target, checked, before a byte is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from holdfast.convert.sizes import config_of_model
+from holdfast.convert.source import Opened, fetched, open_source
+from holdfast.convert.stream import Output, Outputs, dtype_for
+from holdfast.errors import UsageError
+from holdfast.format.manifest import Path
+from holdfast.hf.check import check_fit, skipped
+from holdfast.hf.dialects import renamed
+from holdfast.hf.families import family_of
+from holdfast.hf.family import Config, mapping_of
+from holdfast.hf.folder import CONFIG, of_language_model
+from holdfast.hf.mapping import TensorMapping
+from holdfast.hf.shards import SHARD_BYTES
+from holdfast.hf.tensors import Mapped, Renamed, Tensors, only
+
+Form = Literal["dcp", "hf", "torch"]
+Float = Literal["float32", "bfloat16", "float16"]
+
+_FUSED = re.compile(r"\.mlp\.experts\.gate_up_proj$")
+"""Experts as transformers keeps them in memory, where the hub has a tensor for each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """How a checkpoint is to be converted."""
+
+    to: Form
+
+    hf_assets: str | None = None
+    """Folder, or repository on the hub, whose configuration and tokenizer an export takes along."""
+
+    dtype: Float | None = None
+    """Of the model's floating-point tensors; None: as they are."""
+
+    max_shard_bytes: int = SHARD_BYTES
+    """Of one file of an export."""
+
+    model_name: str | None = None
+    model_flavor: str | None = None
+    model_only: bool = False
+
+    names: Literal["meta", "titan"] | None = None
+    """What native tensors are to be called; None: as they are, and Meta's from the hub."""
+
+    skip: tuple[str, ...] = ()
+    """Patterns of tensors to leave out."""
+
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A conversion before anything is written."""
+
+    opened: Opened
+    outputs: Outputs
+    config: Config | None
+    """Of the model, whole; None where nobody says, and it is not needed."""
+
+    assets: str | None
+    """Path of the folder whose files an export takes along."""
+
+    notes: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all elements that will be written."""
+        return sum(output.nbytes for output in self.outputs.values() if not output.same_as)
+
+
+def plan(source: str, wishes: Wishes) -> Planned:
+    """Look at everything that can be looked at without reading data.
+
+    Raises:
+        NotFoundError: no checkpoint at `source`.
+        MismatchError: its tensors are not those of the model; all differences are listed.
+        UsageError: a wish that cannot be granted.
+    """
+    opened = open_source(source)
+    assets = None if wishes.hf_assets is None else fetched(wishes.hf_assets, assets_only=True)
+    model: Tensors = opened.model
+    notes = list(opened.notes)
+    if wishes.skip:
+        left_out = skipped(model.held, wishes.skip)
+        model = only(model, [name for name in model.held if name not in left_out])
+        notes.append(f"{len(left_out)} tensors were left out, as asked")
+    config, said_by = config_of_model(opened, model, assets, wishes.model_name, wishes.model_flavor)
+    related = None
+    if config is not None and opened.dialect is not None:
+        related = _relate(opened, model, of_language_model(config), said_by)
+        notes += related.notes
+    if wishes.to == "hf":
+        outputs = _to_hub(opened, related, wishes)
+    elif opened.dialect == "hub":
+        outputs = _from_hub(opened, related, wishes)
+    else:
+        outputs = _as_it_is(opened, model, wishes)
+    return Planned(opened, outputs, config, assets, tuple(notes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Related:
+    """A model that fits the table of its family."""
+
+    mapping: TensorMapping
+    native: Tensors
+    """Under Meta's names."""
+
+    hub: Tensors
+    notes: Sequence[str]
+
+
+def _relate(opened: Opened, model: Tensors, config: Config, said_by: str) -> _Related:
+    """Raises MismatchError, with all that does not fit."""
+    family = family_of(config, where=said_by)
+    mapping = mapping_of(family, config)
+    if opened.dialect != "hub":
+        native = Renamed(model, renamed(model.held, "meta"))
+        notes = check_fit(native, mapping, "native", where=opened.where, said_by=said_by)
+        native = only(native, mapping.names("native"))
+        return _Related(mapping, native, Mapped(native, mapping, "hub"), notes)
+    known = {*mapping.names("hub")}
+    fused = any(_FUSED.search(name) and name not in known for name in model.held)
+    given = mapping_of(family, config, fused_experts=True) if fused else mapping
+    notes = check_fit(model, given, "hub", where=opened.where, said_by=said_by)
+    mapped = Mapped(model, given, "native")
+    hub = Mapped(mapped, mapping, "hub") if fused else _fixed(model, mapping)
+    return _Related(mapping, mapped, hub, notes)
+
+
+def _fixed(model: Tensors, mapping: TensorMapping) -> Tensors:
+    """The hub's tensors as they are, those marked whose dtype is not to change."""
+    shown = only(model, mapping.names("hub"))
+    for name in shown.held:
+        dtype = mapping.dtype("hub", name)
+        if dtype is not None:
+            shown.held[name] = replace(shown.held[name], kept=dtype, fixed=True)
+    return shown
+
+
+def _to_hub(opened: Opened, related: _Related | None, wishes: Wishes) -> Outputs:
+    if related is None:
+        raise UsageError(
+            f"the tensors of `{opened.where}` have names of no model that is known"
+            if opened.dialect is None
+            else f"`{opened.where}` does not say how large its model is",
+            hint="`--hf-assets FOLDER` with its `config.json`, or `--model-name` and "
+            "`--model-flavor`",
+        )
+    hub = related.hub
+    return {n: Output(hub, n, dtype_for(hub, n, wishes.dtype), (n,)) for n in hub.held}
+
+
+def _from_hub(opened: Opened, related: _Related | None, wishes: Wishes) -> Outputs:
+    """The model under native names."""
+    if related is None:
+        raise UsageError(
+            f"`{opened.where}` has no `{CONFIG}`, which says how large its model is",
+            hint="`--hf-assets FOLDER` with it, or `--model-name` and `--model-flavor`",
+        )
+    native, aliases = related.native, related.mapping.aliases["native"]
+    called = renamed([*native.held, *aliases], wishes.names or "meta")
+    outputs = {
+        called[n]: Output(native, n, dtype_for(native, n, wishes.dtype), (called[n],))
+        for n in native.held
+    }
+    for name, first in aliases.items():
+        path, same_as = (called[name],), called[first]
+        outputs[called[name]] = replace(outputs[same_as], path=path, same_as=same_as)
+    return outputs
+
+
+def _as_it_is(opened: Opened, model: Tensors, wishes: Wishes) -> Outputs:
+    """Native tensors, nested as they are, renamed if that is wanted; and all others."""
+    if wishes.names is not None and opened.dialect is None:
+        raise UsageError(
+            f"`--names {wishes.names}`: the tensors of `{opened.where}` have names of no model "
+            "that is known"
+        )
+    outputs: dict[str, Output] = {}
+    entries, chunks = opened.manifest.tensors, dict[object, str]()
+    for name in model.held:
+        original = opened.originals.get(name)
+        path: Path = (name,) if original is None else entries[original].path
+        dtype = dtype_for(model, name, wishes.dtype)
+        _add(outputs, Output(model, name, dtype, path), chunks, opened, original)
+    for name in () if wishes.model_only else opened.others:
+        dtype = opened.stored.held[name].dtype
+        _add(outputs, Output(opened.stored, name, dtype, entries[name].path), chunks, opened, name)
+    if wishes.names is None:
+        return outputs
+    keys = {str(key) for output in outputs.values() for key in output.path}
+    called = renamed([*outputs, *keys], wishes.names)
+    return {
+        called[name]: replace(
+            output,
+            path=tuple(called[key] if isinstance(key, str) else key for key in output.path),
+            same_as=called[output.same_as] if output.same_as else "",
+        )
+        for name, output in outputs.items()
+    }
+
+
+def _add(
+    outputs: dict[str, Output],
+    output: Output,
+    chunks: dict[object, str],
+    opened: Opened,
+    original: str | None,
+) -> None:
+    """Add an output, as the second name of an earlier one where both are the same chunks."""
+    full = _join(output.path)
+    if original is not None:
+        entry = opened.manifest.tensors[original]
+        key = (entry.chunks, entry.shape, output.dtype)
+        first = chunks.setdefault(key, full) if entry.chunks else full
+        if first != full:
+            output = replace(output, same_as=first)
+    outputs[full] = output
+
+
+def _join(path: Path) -> str:
+    return ".".join(map(str, path))

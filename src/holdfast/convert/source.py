@@ -1,0 +1,189 @@
+"""What is to be converted: any checkpoint, opened, whatever format it is of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from holdfast.catalog.catalog import open_manifest, place
+from holdfast.catalog.findings import Format, part_of
+from holdfast.catalog.verify import format_of
+from holdfast.engine.root import open_for_reading
+from holdfast.engine.source import Source
+from holdfast.errors import FormatError, NotFoundError, StorageError, UsageError
+from holdfast.format import safetensors, torchfile
+from holdfast.format.manifest import Manifest
+from holdfast.hf.dialects import Dialect, dialect_of
+from holdfast.hf.folder import open_folder
+from holdfast.hf.quantized import Dequantized
+from holdfast.hf.stored import Stored
+from holdfast.hf.tensors import Renamed, Tensors
+
+MODEL = "model"
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+ASSETS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "README*")
+"""Of a repository on the hub: the rest is weights in other formats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checkpoint that is open for conversion."""
+
+    source: Source
+    format: Format
+    model: Tensors
+    """Tensors of the model, by the names that its own state dict has; dequantized."""
+
+    dialect: Dialect | None
+    """Whose names those are; None: of a model that is not known here."""
+
+    stored: Stored
+    """All tensors as they lie there, by their names in the manifest."""
+
+    originals: Mapping[str, str]
+    """Names in the manifest of those of the model's tensors that are there as they are."""
+
+    others: tuple[str, ...] = ()
+    """Tensors that are not the model's, by their names in the manifest."""
+
+    has_config: bool = False
+    """Whether there is a `config.json` beside the weights."""
+
+    notes: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        return self.source.url
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.source.manifest
+
+
+def fetched(path: str, *, assets_only: bool = False) -> str:
+    """A path to what is asked for: `path` itself where that exists or is a URL, otherwise the copy
+    of the repository `org/name` of the Hugging Face hub, downloaded if need be.
+
+    Raises:
+        NotFoundError: neither.
+        StorageError: the hub cannot be reached.
+    """
+    if "://" in path or Path(path).exists():
+        return path
+    if not _HUB_NAME.fullmatch(path):
+        raise NotFoundError(
+            f"nothing at `{path}`", hint="a path, or `org/name` of a repository on the hub"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise UsageError(
+            f"`{path}` is no path here, and for the hub `huggingface_hub` is needed",
+            hint="pip install 'holdfast[hf]'",
+        ) from error
+    wanted = [*ASSETS, *(() if assets_only else WEIGHTS)]
+    ignored = ["*.safetensors"] if assets_only else []
+    try:
+        return str(snapshot_download(path, allow_patterns=wanted, ignore_patterns=ignored))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise StorageError(
+            f"`{path}` is no path here, and could not be had from the hub: {reason[0]}",
+            hint="check the name; HF_TOKEN for gated models, HF_HUB_OFFLINE=1 for what is cached",
+        ) from error
+
+
+def open_source(path: str) -> Opened:
+    """Open a step of Holdfast's, a folder of stock DCP or of Hugging Face, or a `.pt` file.
+
+    Raises:
+        NotFoundError: nothing there, or no checkpoint.
+        HoldfastError: it is not whole, or not what it claims to be.
+    """
+    found = fetched(path)
+    store, name = open_for_reading(found)
+    form = format_of(store, name)
+    if form is None:
+        raise NotFoundError(
+            f"`{place(store, name)}` is no checkpoint: no `manifest.json`, no `.metadata`, no "
+            "safetensors",
+            hint="a step of a run, a Hugging Face folder, or a .pt file",
+        )
+    is_file = Path(found).is_file()
+    if form == "safetensors":
+        return _open_safetensors(found) if is_file else _open_hub_folder(found)
+    if form == "torch":
+        return _open_torch_file(found)
+    source = Source(store, name, open_manifest(store, name))
+    return _opened(source, form, Stored(source, {}))
+
+
+def _open_hub_folder(path: str) -> Opened:
+    store, name = open_for_reading(path)
+    folder = open_folder(store, name)
+    source = Source(store, name, folder.manifest)
+    stored = Stored(source, {})
+    model = Dequantized(stored, folder.quantization)
+    notes = folder.notes
+    if model.num_quantized:
+        notes = (*notes, f"{model.num_quantized} quantized tensors are dequantized")
+    dialect, there = dialect_of(model.held), {name: name for name in stored.held}
+    return Opened(
+        *(source, "safetensors", model, dialect, stored, there),
+        has_config=folder.config is not None,
+        notes=notes,
+    )
+
+
+def _open_safetensors(path: str) -> Opened:
+    store, name, file = _split(path)
+    size = store.size(f"{name}/{file}")
+    fetch = partial(_fetch, Source(store, name, Manifest({}, {})), file)
+    manifest = safetensors.read_file(fetch, size, file=file, where=path)
+    source = Source(store, name, manifest)
+    return _opened(source, "safetensors", Stored(source, {}))
+
+
+def _open_torch_file(path: str) -> Opened:
+    store, name, file = _split(path)
+    size = store.size(f"{name}/{file}")
+    fetch = partial(_fetch, Source(store, name, Manifest({}, {})), file)
+    found = torchfile.read_file(fetch, size, file=file, where=path)
+    source = Source(store, name, found.manifest)
+    return _opened(source, "torch", Stored(source, found.strides))
+
+
+def _opened(source: Source, form: Format, stored: Stored) -> Opened:
+    """A native checkpoint: the model's tensors told from the rest by their paths."""
+    names, others = {}, []
+    for name, entry in source.manifest.tensors.items():
+        path = entry.path
+        if part_of(path) != MODEL:
+            others.append(name)
+            continue
+        nested = len(path) > 1 and path[0] in (MODEL, "state_dict")
+        names[name] = ".".join(map(str, path[1:] if nested else path))
+    if len({*names.values()}) < len(names):
+        raise FormatError(f"`{source.url}` holds a model twice, under `model` and beside it")
+    model = Dequantized(Renamed(stored, names), {})
+    originals = {ours: theirs for theirs, ours in names.items()}
+    dialect = dialect_of(model.held)
+    return Opened(source, form, model, dialect, stored, originals, tuple(others))
+
+
+def _split(path: str) -> tuple[Any, str, str]:
+    """The store of a file, its folder there, and its name."""
+    full = Path(path).absolute()
+    store, name = open_for_reading(full.parent)
+    return store, name, full.name
+
+
+def _fetch(source: Source, file: str, offset: int, nbytes: int) -> bytes:
+    return source.store.read(source.key(file), offset, offset + nbytes)

@@ -1,0 +1,1 @@
+"""Hugging Face: names and shapes of its checkpoints and ours, related by tables."""

@@ -1,0 +1,122 @@
+"""Do these tensors fit that table? Every difference is listed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from holdfast.errors import MismatchError, UsageError
+from holdfast.hf.blocks import blocks
+from holdfast.hf.mapping import SideName, TensorMapping
+from holdfast.hf.tensors import Held, Tensors
+
+LISTED_MAX = 50
+
+BLOCK_BYTES = 16 << 20
+
+DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|freqs_cis|rope\.(freqs|cache))")
+"""Buffers that follow from the configuration, and that some writers keep all the same."""
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+def skipped(names: Collection[str], patterns: Sequence[str]) -> set[str]:
+    """The names that somebody asked to leave out.
+
+    Raises:
+        UsageError: a pattern that none of them matches.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        matching = {name for name in names if fnmatchcase(name, pattern)}
+        if not matching:
+            raise UsageError(f"`--skip {pattern}` matches no tensor", hint="it is as in `ls`: * ?")
+        found |= matching
+    return found
+
+
+def check_fit(
+    tensors: Tensors,
+    mapping: TensorMapping,
+    side: SideName,
+    *,
+    where: str,
+    said_by: str,
+) -> list[str]:
+    """Make sure that these are the tensors of one side, all and no others. Returns notes.
+
+    `said_by` names where the sizes come from.
+
+    Raises:
+        MismatchError: listing all that are missing, unknown or of another shape, and second names
+            whose tensors differ.
+    """
+    held = tensors.held
+    names, aliases = mapping.names(side), mapping.aliases[side]
+    derived = [name for name in held if DERIVED.fullmatch(name)]
+    wrong = [*_missing(held, names), *_misshapen(held, mapping, side, said_by)]
+    known = {*names, *aliases, *derived}
+    wrong += _unknown([name for name in held if name not in known], names, said_by)
+    if not wrong:
+        wrong += [
+            f"`{name}` and `{first}` differ, and {said_by} ties them"
+            for name, first in aliases.items()
+            if name in held and not same(tensors, name, first)
+        ]
+    if wrong:
+        more = len(wrong) - LISTED_MAX
+        raise MismatchError(
+            f"`{where}` does not fit, {len(wrong)} differences:\n  "
+            + "\n  ".join(wrong[:LISTED_MAX])
+            + (f"\n  ... and {more} more" if more > 0 else ""),
+            hint="is the configuration the one of these weights? `--skip 'PATTERN'` leaves out "
+            "tensors that are known and not wanted",
+        )
+    return (
+        [f"left out {len(derived)} buffers that follow from the configuration"] if derived else []
+    )
+
+
+def same(tensors: Tensors, one: str, other: str) -> bool:
+    """Whether two tensors hold the same bits."""
+    first, second = tensors.held[one], tensors.held[other]
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return all(
+        np.array_equal(_bits(tensors.read(one, region)), _bits(tensors.read(other, region)))
+        for region in blocks(first.shape, 4, BLOCK_BYTES)
+    )
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _missing(held: Mapping[str, Held], names: Sequence[str]) -> Iterator[str]:
+    for name in names:
+        if name not in held:
+            yield f"`{name}` is missing"
+
+
+def _misshapen(
+    held: Mapping[str, Held], mapping: TensorMapping, side: SideName, said_by: str
+) -> Iterator[str]:
+    for name in mapping.names(side):
+        if name in held and held[name].shape != mapping.shape(side, name):
+            wanted = list(mapping.shape(side, name))
+            yield f"`{name}` is {list(held[name].shape)}, {said_by} makes it {wanted}"
+
+
+def _unknown(unknown: Sequence[str], names: Sequence[str], said_by: str) -> Iterator[str]:
+    layers = {int(match[1]) for name in names if (match := _LAYER.search(name))}
+    for name in unknown:
+        match = _LAYER.search(name)
+        if match and int(match[1]) not in layers:
+            yield f"`{name}` is of layer {match[1]}, {said_by} has {len(layers)} layers"
+        elif name.endswith(("lm_head.weight", "output.weight")):
+            yield f"`{name}` is there, {said_by} ties the output to the embedding"
+        else:
+            yield f"`{name}` is not known"

@@ -1,0 +1,61 @@
+"""DeepSeek V3 and R1: attention by way of small latent vectors, and experts after a few layers.
+
+Letters beside those of every decoder: a rank of the queries, c of keys and values, p latent and
+rotated part together; y one query head, z one head of keys and values, w one of values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from holdfast.hf.families.decoder import ENDS, FEED_FORWARD, NORMS, block, experts
+from holdfast.hf.family import Config, Family
+from holdfast.hf.relation import Relation
+
+LATENT = block("""
+    attention.wkv_a.weight   | p d     | self_attn.kv_a_proj_with_mqa.weight
+    attention.kv_norm.weight | c       | self_attn.kv_a_layernorm.weight
+    attention.wkv_b.weight   | (h z) c | self_attn.kv_b_proj.weight
+    attention.wo.weight      | d (h w) | self_attn.o_proj.weight
+""")
+
+QUERIES = block("attention.wq.weight | (h y) d | self_attn.q_proj.weight")
+
+LATENT_QUERIES = block("""
+    attention.wq_a.weight   | a d     | self_attn.q_a_proj.weight
+    attention.q_norm.weight | a       | self_attn.q_a_layernorm.weight
+    attention.wq_b.weight   | (h y) a | self_attn.q_b_proj.weight
+""")
+
+SHARED = """
+    moe.expert_bias              | e       | mlp.gate.e_score_correction_bias | | float32
+    moe.shared_experts.w1.weight | (n m) d | mlp.shared_experts.gate_proj.weight
+    moe.shared_experts.w2.weight | d (n m) | mlp.shared_experts.down_proj.weight
+    moe.shared_experts.w3.weight | (n m) d | mlp.shared_experts.up_proj.weight
+"""
+
+
+def _rows(config: Config) -> tuple[Relation, ...]:
+    queries = LATENT_QUERIES if config.get("q_lora_rank") else QUERIES
+    wide = (*block(FEED_FORWARD, "dense"), *experts(config, "sparse"), *block(SHARED, "sparse"))
+    return (*ENDS, *NORMS, *LATENT, *queries, *wide)
+
+
+def _axes(config: Config) -> dict[str, Sequence[int]]:
+    latent, rotated = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    plain, value = config["qk_nope_head_dim"], config["v_head_dim"]
+    sizes = {
+        "a": config.get("q_lora_rank") or 0,
+        "c": latent,
+        "p": latent + rotated,
+        "y": plain + rotated,
+        "z": plain + value,
+        "w": value,
+        "n": config["n_shared_experts"],
+    }
+    every, dense = range(config["num_hidden_layers"]), config["first_k_dense_replace"]
+    layers = {"dense": every[:dense], "sparse": every[dense:]}
+    return {**{axis: range(size) for axis, size in sizes.items()}, **layers}
+
+
+DEEPSEEK_V3 = Family(("deepseek_v3",), _rows, _axes)

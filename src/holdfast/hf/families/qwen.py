@@ -1,0 +1,42 @@
+"""Qwen 2 and 2.5, and Qwen 3 with and without experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from holdfast.hf.families.decoder import (
+    ATTENTION,
+    DENSE,
+    ENDS,
+    FEED_FORWARD,
+    HEAD_NORMS,
+    NORMS,
+    QKV_BIASES,
+    WO_BIAS,
+    block,
+    experts,
+)
+from holdfast.hf.family import Config, Family
+from holdfast.hf.relation import Relation
+
+
+def _attention(config: Config) -> tuple[Relation, ...]:
+    biases = (*QKV_BIASES, *WO_BIAS) if config.get("attention_bias") else ()
+    return (*ATTENTION, *HEAD_NORMS, *biases)
+
+
+def _with_experts(config: Config) -> tuple[Relation, ...]:
+    wide = (*experts(config, "sparse"), *block(FEED_FORWARD, "dense"))
+    return (*ENDS, *NORMS, *_attention(config), *wide)
+
+
+def _layers(config: Config) -> dict[str, Sequence[int]]:
+    every = range(config["num_hidden_layers"])
+    step, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()
+    sparse = [layer for layer in every if layer not in dense and (layer + 1) % step == 0]
+    return {"sparse": sparse, "dense": [layer for layer in every if layer not in sparse]}
+
+
+QWEN2 = Family(("qwen2",), lambda _: (*DENSE, *ATTENTION, *QKV_BIASES))
+QWEN3 = Family(("qwen3",), lambda config: (*DENSE, *_attention(config)))
+QWEN3_MOE = Family(("qwen3_moe",), _with_experts, _layers)

@@ -1,0 +1,156 @@
+"""The skills that are shipped: their form, and that all they tell an agent to run does run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import yaml
+
+from checkpoints import save_step, save_stock
+from holdfast.cli.main import VERBS
+from holdfast.skills.bundle import (
+    DESCRIPTION_LENGTH_MAX,
+    ENTRY,
+    NAME_LENGTH_MAX,
+    frontmatter,
+    shipped,
+)
+from holdfast.trainer.arguments import read_config
+from holdfast.trainer.config import Config
+
+FIELDS = {"name", "description", "license", "compatibility", "metadata", "allowed-tools"}
+BODY_LINES_MAX = 500
+PAGES = [(name, page) for name, skill in shipped().items() for page in skill.files]
+SHORT = (
+    *("--training.seq_len", "16", "--training.global_batch_size", "4"),
+    *("--training.dataset_path", "train.txt"),
+)
+
+
+def text_of(name: str, page: str) -> str:
+    return shipped()[name].files[page].decode()
+
+
+def blocks(name: str, page: str) -> list[tuple[str, str]]:
+    """Language and text of every code block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", text_of(name, page), re.M | re.S)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_skill_has_the_form_that_agents_expect(name: str) -> None:
+    """Method: the fields by a reader of YAML and by our own, lengths, links and depth."""
+    skill = shipped()[name]
+    text = text_of(name, ENTRY)
+    fields = frontmatter(text)
+    assert yaml.safe_load(text.split("---\n")[1]) == fields
+    assert {"name", "description"} <= fields.keys() <= FIELDS
+    assert fields["name"] == name
+    assert re.fullmatch(r"[a-z0-9-]+", name)
+    assert len(name) <= NAME_LENGTH_MAX
+    assert 0 < len(fields["description"]) <= DESCRIPTION_LENGTH_MAX
+    assert len(text.split("---\n", 2)[2].splitlines()) <= BODY_LINES_MAX
+    links = {
+        link for page in skill.files for link in re.findall(r"\]\(([^)]+)\)", text_of(name, page))
+    }
+    linked = set(re.findall(r"\]\(([^)]+)\)", text))
+    assert linked >= skill.files.keys() - {ENTRY}, "a page that no agent would find"
+    assert all(link in skill.files or link.startswith("https://") for link in links)
+    assert all(file.count("/") <= 1 for file in skill.files)
+
+
+@pytest.mark.parametrize(("name", "page"), PAGES)
+def test_settings_and_verbs_in_a_skill_are_known(name: str, page: str, tmp_path: Path) -> None:
+    """Method: each TOML block is read as a run reads it; each verb, key and setting that the text
+    names exists."""
+    keys = {
+        f"{section}.{field.name}"
+        for section, kind in get_type_hints(Config).items()
+        for field in dataclasses.fields(kind)
+    }
+    for language, text in blocks(name, page):
+        assert language in ("sh", "toml", "python"), "a block that nothing checks"
+        if language == "toml":
+            (tmp_path / "given.toml").write_text(text)
+            read_config(["--job.config_file", str(tmp_path / "given.toml")])
+            assert tomllib.loads(text)["checkpoint"]["enable"], "as it stands it does nothing"
+    text = text_of(name, page)
+    for verb in re.findall(r"`holdfast (\w+)", text):
+        assert verb in VERBS
+    for key in re.findall(r"--(\w+\.\w+)", text):
+        assert key in keys
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a short run has left."""
+    folder = tmp_path_factory.mktemp("trained")
+    follow(folder, "NGPU=2 holdfast train --checkpoint.interval 4", steps=9)
+    return folder
+
+
+def follow(folder: Path, command: str, *, steps: int) -> str:
+    """Run a line of shell as an agent would; what it said. Training is kept short."""
+    bin_folder = folder / ".bin"
+    if not bin_folder.exists():
+        bin_folder.mkdir()
+        shutil.copy(Path(__file__).parents[2] / "LICENSE", folder / "train.txt")
+        short = " ".join((*SHORT, "--training.steps", str(steps)))
+        for program, script in (
+            ("holdfast", f'[ "$1" = train ] && set -- "$@" {short}\nset -- -m holdfast.cli "$@"'),
+            ("torchrun", 'set -- -m torch.distributed.run "$@"'),
+            ("python", ""),
+        ):
+            text = f'#!/bin/sh\n{script}\nexec "{sys.executable}" "$@"\n'
+            (bin_folder / program).write_text(text)
+            (bin_folder / program).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
+    environment |= {"HOME": str(folder), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        command, shell=True, cwd=folder, env=environment, text=True, capture_output=True
+    )
+    assert ran.returncode == 0, f"{command}\n{ran.stdout}\n{ran.stderr}"
+    return ran.stdout
+
+
+@pytest.mark.parametrize(("name", "page"), PAGES)
+def test_what_a_page_tells_to_run_runs(
+    name: str, page: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Method: every line of shell and every block of Python, in their order, where two steps are
+    (of a real run, where the page goes on from one)."""
+    if page == "references/resume.md":
+        shutil.copytree(request.getfixturevalue("trained") / "outputs", tmp_path / "outputs")
+    elif page != "references/seed.md":
+        for step in (10, 20):
+            save_step(tmp_path / "outputs/checkpoint", step)
+    if name == "torchtitan":
+        shutil.rmtree(tmp_path / "outputs/checkpoint/step-10")
+        save_stock(tmp_path / "outputs/checkpoint/step-10")
+    for language, text in blocks(name, page):
+        lines = text.splitlines()
+        if language == "python" and lines[0].startswith("# "):
+            (tmp_path / lines[0].removeprefix("# ")).write_text(text)
+        elif language == "python":
+            if "CheckpointManager" in text:
+                shutil.rmtree(tmp_path / "outputs", ignore_errors=True)
+            command = [sys.executable, "-c", text]
+            subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        elif language == "sh":
+            for line in lines:
+                if "holdfast train" in line and page != "references/resume.md":
+                    shutil.rmtree(tmp_path / "outputs", ignore_errors=True)
+                said = follow(tmp_path, line, steps=12)
+                if "holdfast train" in line and page == "references/resume.md":
+                    assert "resumed from step" in said
+                    shutil.rmtree(tmp_path / "outputs")
+                    source = request.getfixturevalue("trained") / "outputs"
+                    shutil.copytree(source, tmp_path / "outputs")

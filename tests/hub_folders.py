@@ -1,0 +1,57 @@
+"""Small Hugging Face folders made from a family's table alone, and changed as a test asks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from holdfast.hf.families import family_of
+from holdfast.hf.family import mapping_of
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "float32",
+}
+
+
+def hub_tensors(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Random tensors of every name that the table has."""
+    mapping = mapping_of(family_of(config, where="test"), config)
+    made = torch.Generator().manual_seed(5)
+    return {
+        name: torch.randn(mapping.shape("hub", name), generator=made)
+        for name in mapping.names("hub")
+    }
+
+
+def save_folder(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], num_files: int = 1
+) -> Path:
+    """A folder as on the hub: `config.json`, and tensors in one file or several with an index."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if num_files == 1:
+        save_file({**tensors}, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    index: dict[str, str] = {}
+    for number in range(num_files):
+        file = f"model-{number + 1:05d}-of-{num_files:05d}.safetensors"
+        part = {name: tensors[name] for name in [*tensors][number::num_files]}
+        index |= dict.fromkeys(part, file)
+        save_file(part, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder

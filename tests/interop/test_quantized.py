@@ -1,0 +1,143 @@
+"""Quantized folders, against transformers' own dequantization."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+import hub_models
+from holdfast.convert.convert import convert
+from holdfast.convert.plan import Wishes, plan
+from holdfast.engine.checkpoint import open_checkpoint
+from holdfast.errors import FormatError
+from hub_folders import hub_tensors, save_folder
+
+DEEPSEEK: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "moe_intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 64,
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    **hub_models.LATENT,
+    "num_hidden_layers": 2,
+    "kv_lora_rank": 128,
+    "v_head_dim": 32,
+}
+GPT_OSS: dict[str, Any] = {
+    "model_type": "gpt_oss",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_local_experts": 3,
+    "vocab_size": 64,
+    "quantization_config": {"quant_method": "mxfp4"},
+}
+
+
+def converted(source: Path, target: Path, wishes: Wishes) -> tuple[str, ...]:
+    planned = plan(str(source), wishes)
+    convert(planned, str(target), wishes, lambda _: None)
+    return planned.notes
+
+
+def fp8_folder(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A folder as DeepSeek publishes it, and what transformers makes of its quantized tensors."""
+    tensors, wanted = hub_tensors(DEEPSEEK), {}
+    made = torch.Generator().manual_seed(1)
+    for name, tensor in [*tensors.items()]:
+        if not name.endswith("proj.weight") or any(size % 128 for size in tensor.shape):
+            tensors[name] = tensor.bfloat16()
+            continue
+        scale = torch.rand(tensor.shape[0] // 128, tensor.shape[1] // 128, generator=made) * 1e-3
+        quantized = (tensor * 100).to(torch.float8_e4m3fn)
+        wanted[name] = Fp8Dequantize(None)._dequantize_one(quantized, scale, torch.bfloat16)
+        tensors[name], tensors[f"{name}_scale_inv"] = quantized, scale
+    return save_folder(folder, DEEPSEEK, tensors), wanted
+
+
+def test_fp8_in_blocks_is_detected_and_dequantized(tmp_path: Path) -> None:
+    """Method: DeepSeek's layout, to the hub's names in bfloat16, and to a step and back."""
+    source, wanted = fp8_folder(tmp_path / "hub")
+    assert len(wanted) > 10
+    notes = converted(source, tmp_path / "plain", Wishes(to="hf"))
+    assert f"{len(wanted)} quantized tensors are dequantized" in notes
+    converted(source, tmp_path / "step-0", Wishes(to="dcp"))
+    assets = str(tmp_path / "plain")
+    converted(tmp_path / "step-0", tmp_path / "back", Wishes(to="hf", hf_assets=assets))
+    from safetensors.torch import load_file
+
+    for folder in ("plain", "back"):
+        found = load_file(tmp_path / folder / "model.safetensors")
+        assert not any(name.endswith("scale_inv") for name in found)
+        for name, tensor in wanted.items():
+            assert torch.equal(found[name], tensor), name
+        assert "quantization_config" not in (tmp_path / folder / "config.json").read_text()
+
+
+def test_fp8_blocks_at_the_edge_are_smaller(tmp_path: Path) -> None:
+    """Method: a matrix of 200 x 300, whose factors are 2 x 3, against a factor each."""
+    config = {**DEEPSEEK, "hidden_size": 300, "intermediate_size": 200}
+    tensors = {name: tensor.bfloat16() for name, tensor in hub_tensors(config).items()}
+    name = "model.layers.0.mlp.up_proj.weight"
+    quantized = (tensors[name].float() * 100).to(torch.float8_e4m3fn)
+    scale = torch.rand(2, 3)
+    every = scale.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300]
+    source = save_folder(
+        tmp_path / "hub", config, {**tensors, name: quantized, f"{name}_scale_inv": scale}
+    )
+    converted(source, tmp_path / "step-0", Wishes(to="dcp", dtype="float32"))
+    found = open_checkpoint(tmp_path / "step-0").read("layers.0.feed_forward.w3.weight")
+    assert torch.equal(found, quantized.float() * every)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_mxfp4_is_detected_and_dequantized(dtype: str, tmp_path: Path) -> None:
+    """Method: gpt-oss's blocks and scales of every byte, through a step in either dtype."""
+    tensors = {name: tensor.bfloat16() for name, tensor in hub_tensors(GPT_OSS).items()}
+    wanted = {}
+    made = torch.Generator().manual_seed(2)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, width, rows = tensors.pop(name).shape
+        blocks = torch.randint(
+            0, 256, (experts, rows, width // 32, 16), generator=made, dtype=torch.uint8
+        )
+        scales = torch.randint(
+            100, 150, (experts, rows, width // 32), generator=made, dtype=torch.uint8
+        )
+        tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
+        wanted[name] = convert_moe_packed_tensors(blocks, scales, dtype=getattr(torch, dtype))
+    source = save_folder(tmp_path / "hub", GPT_OSS, tensors)
+    wishes = Wishes(to="dcp", dtype=dtype if dtype == "float32" else None)  # type: ignore[arg-type]
+    notes = converted(source, tmp_path / "step-0", wishes)
+    assert f"{len(wanted)} quantized tensors are dequantized" in notes
+    checkpoint = open_checkpoint(tmp_path / "step-0")
+    for ours, theirs in (("mlp1_weight", "gate_up_proj"), ("mlp2_weight", "down_proj")):
+        found = checkpoint.read(f"layers.0.moe.experts.{ours}")
+        assert torch.equal(found, wanted[f"model.layers.0.mlp.experts.{theirs}"].transpose(1, 2))
+
+
+def test_a_way_to_quantize_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    """Method: factors of the wrong shape, and fp8 without any; both are named."""
+    source, wanted = fp8_folder(tmp_path / "hub")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(source / "model.safetensors")
+    first, second = [*wanted][:2]
+    tensors[f"{first}_scale_inv"] = torch.ones(1)
+    del tensors[f"{second}_scale_inv"]
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(FormatError) as raised:
+        plan(str(source), Wishes(to="dcp"))
+    assert f"`{first}` is" in str(raised.value)
+    assert f"`{second}` is float8_e4m3fn, without" in str(raised.value)

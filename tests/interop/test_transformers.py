@@ -1,0 +1,139 @@
+"""Hugging Face: every family there and back, and exports that transformers opens as they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import hub_models
+from holdfast.convert.convert import convert
+from holdfast.convert.plan import Wishes, plan
+from holdfast.engine.checkpoint import open_checkpoint
+
+
+def converted(source: Path, target: Path, wishes: Wishes) -> Path:
+    convert(plan(str(source), wishes), str(target), wishes, lambda _: None)
+    return target
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype, name
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("name", hub_models.MODELS)
+def test_there_and_back_is_the_same_bits_and_opens_with_the_same_logits(
+    name: str, tmp_path: Path
+) -> None:
+    """Method: what transformers saved, to a step, and from there to a folder of several files and
+    to a `.pt` and a single file; both hold what was saved, and give the same logits."""
+    model = hub_models.make(name)
+    source = hub_models.save(model, tmp_path / "hub")
+    step = converted(source, tmp_path / "seed/step-0", Wishes(to="dcp"))
+    assets = str(source)
+    many = converted(
+        step, tmp_path / "many", Wishes(to="hf", hf_assets=assets, max_shard_bytes=20_000)
+    )
+    assert len([*many.glob("*.safetensors")]) > 1
+    assert_same(tensors_in(source), tensors_in(many))
+    assert torch.equal(hub_models.logits(model), hub_models.logits(hub_models.load(many)))
+
+    file = converted(step, tmp_path / "all.pt", Wishes(to="torch"))
+    single = converted(file, tmp_path / "single", Wishes(to="hf", hf_assets=assets))
+    assert [one.name for one in single.glob("*.safetensors*")] == ["model.safetensors"]
+    assert_same(tensors_in(source), tensors_in(single))
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3-moe", "deepseek-v3", "gpt-oss", "phi-3"])
+def test_names_of_torchtitan_and_back(name: str, tmp_path: Path) -> None:
+    """Method: hub to TorchTitan 0.3's names, to Meta's, to the hub."""
+    source = hub_models.save(hub_models.make(name), tmp_path / "hub")
+    titan = converted(source, tmp_path / "titan", Wishes(to="dcp", names="titan"))
+    meta = converted(titan, tmp_path / "meta", Wishes(to="dcp", names="meta"))
+    names = {*open_checkpoint(titan).tensors}
+    assert ("layers.0.attention.qkv_linear.wq.weight" in names) != (name == "deepseek-v3")
+    assert "lm_head.weight" in names
+    assert "output.weight" in open_checkpoint(meta).tensors
+    for step in (titan, meta):
+        back = converted(
+            step, tmp_path / f"back-{step.name}", Wishes(to="hf", hf_assets=str(source))
+        )
+        assert_same(tensors_in(source), tensors_in(back))
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "deepseek-v3"])
+def test_experts_as_transformers_keeps_them_in_memory_are_read_too(
+    name: str, tmp_path: Path
+) -> None:
+    """Method: a folder with the tensors of the model's own state dict; exports have the hub's."""
+    model = hub_models.make(name)
+    hub = hub_models.save(model, tmp_path / "hub")
+    memory = hub_models.save(model, tmp_path / "memory", save_original_format=False)
+    assert tensors_in(hub).keys() != tensors_in(memory).keys()
+    step = converted(memory, tmp_path / "seed/step-0", Wishes(to="dcp"))
+    back = converted(step, tmp_path / "back", Wishes(to="hf", hf_assets=str(hub)))
+    assert_same(tensors_in(hub), tensors_in(back))
+    straight = converted(memory, tmp_path / "straight", Wishes(to="hf"))
+    assert_same(tensors_in(hub), tensors_in(straight))
+
+
+def test_an_export_is_complete_and_in_the_form_that_loaders_check(tmp_path: Path) -> None:
+    """Method: what vLLM and transformers look at: header, alignment, index, dtype, config,
+    tokenizer, no second name of a tied tensor; what does not belong is not copied."""
+    model = hub_models.make("llama-tied")
+    source = hub_models.save(model, tmp_path / "hub")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "none-of-these"}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "tokenizer.json").write_text("{}")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "pytorch_model.bin").write_bytes(b"old")
+    (source / ".cache").write_bytes(b"")
+    step = converted(source, tmp_path / "seed/step-0", Wishes(to="dcp"))
+    made = converted(
+        step,
+        tmp_path / "made",
+        Wishes(to="hf", hf_assets=str(source), dtype="bfloat16", max_shard_bytes=10_000),
+    )
+    index = json.loads((made / "model.safetensors.index.json").read_text())
+    found = tensors_in(made)
+    assert "lm_head.weight" not in found
+    assert index["weight_map"].keys() == found.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+    for file in made.glob("*.safetensors"):
+        assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            assert all(index["weight_map"][name] == file.name for name in opened.keys())  # noqa: SIM118
+    said = json.loads((made / "config.json").read_text())
+    assert said.get("dtype", said.get("torch_dtype")) == "bfloat16"
+    assert "quantization_config" not in said
+    others = {file.name for file in made.iterdir() if "safetensors" not in file.name}
+    assert others == {
+        *("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja")
+    }
+    wanted = {name: tensor.bfloat16() for name, tensor in tensors_in(source).items()}
+    assert_same(wanted, found)
+    assert hub_models.load(made, dtype="auto").dtype == torch.bfloat16
+
+
+def test_a_correction_bias_of_the_router_stays_in_float32(tmp_path: Path) -> None:
+    """Method: DeepSeek's, to a step and back in bfloat16."""
+    source = hub_models.save(hub_models.make("deepseek-v3"), tmp_path / "hub")
+    step = converted(source, tmp_path / "seed/step-0", Wishes(to="dcp", dtype="bfloat16"))
+    back = converted(step, tmp_path / "back", Wishes(to="hf", hf_assets=str(source)))
+    dtypes = {name: tensor.dtype for name, tensor in tensors_in(back).items()}
+    kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert kept == {f"model.layers.{n}.mlp.gate.e_score_correction_bias" for n in (1, 2)}
+    assert {*dtypes.values()} == {torch.float32, torch.bfloat16}

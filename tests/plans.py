@@ -1,0 +1,61 @@
+"""Saving by any plan, without DTensors, and tensors of random bits to save."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+
+from holdfast.catalog.catalog import Catalog
+from holdfast.engine.commit import commit
+from holdfast.engine.index import columns, index_of
+from holdfast.engine.plan import Plan
+from holdfast.engine.publish import Facts
+from holdfast.engine.ranks import Ranks, on_rank_0
+from holdfast.engine.stage import host_bytes
+from holdfast.engine.write import image_of, lay_out, write
+from holdfast.format.dtypes import BY_NAME
+from holdfast.storage.store import Store
+from holdfast.testing.ranks import run_ranks
+
+
+def save_by_plan(
+    store: Store, name: str, plan: Plan, tensors: Mapping[str, torch.Tensor], size: int
+) -> None:
+    """Save by `size` ranks; every one of them could read all of the tensors, and writes its part of
+    the plan. All from the plan on is the engine's own."""
+    catalog = Catalog(store)
+
+    def work(ranks: Ranks) -> None:
+        attempt = on_rank_0(ranks, lambda: catalog.begin(name))
+        items = lay_out(
+            [
+                (placed.name, placed.tensor.dtype, region)
+                for placed in plan.tensors
+                for region in placed.regions_of(ranks.rank)
+            ]
+        )
+        layouts = ranks.gather(columns(items))
+        index = index_of(plan, layouts) if ranks.rank == 0 else None
+        image = image_of(ranks.rank, items, {})
+        receipt = write(
+            store, str(attempt), image, lambda key, box: host_bytes(tensors[key], box, None)
+        )
+        facts = Facts(1, "full", {}, {})
+        commit(attempt, receipt, index=index, facts=facts, catalog=catalog, ranks=ranks)
+
+    run_ranks(size, work)
+
+
+def random_tensor(dtype: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Random bits, of which some are no number at all."""
+    generator = torch.Generator().manual_seed(seed)
+    top = 2 if dtype == "bool" else 256
+    nbytes = prod(shape) * BY_NAME[dtype].itemsize
+    plain = torch.randint(0, top, (nbytes,), dtype=torch.uint8, generator=generator)
+    return plain.view(getattr(torch, dtype)).view(shape)
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

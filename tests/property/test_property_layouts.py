@@ -1,0 +1,131 @@
+"""A checkpoint of any layout, loaded on any other: planned, saved, resharded and read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from math import prod
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from holdfast.catalog.catalog import open_manifest
+from holdfast.engine.plan import Offer, TensorOffer, census_of, plan
+from holdfast.engine.read import Wanted, read_tensors
+from holdfast.engine.source import Source
+from holdfast.format.checksum import BLOCK_BYTES
+from holdfast.format.dtypes import BY_NAME
+from holdfast.state.shard import Cut, Mesh, Piece, Spread, pieces_of
+from holdfast.storage.memory import MemoryStore
+from plans import bits, random_tensor, save_by_plan
+
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+
+
+@st.composite
+def spreads(draw: st.DrawFn, num_dims: int, ranks_max: int = 12) -> Spread:
+    """Any way to lie over any mesh: repeated, cut, cut in strides as FSDP over tensor parallelism
+    does; dims smaller than their axis among them."""
+    sizes = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
+    shape = draw(sizes.filter(lambda shape: prod(shape) <= ranks_max))
+    cuts: list[Cut | None] = []
+    for _ in shape:
+        cut = Cut(draw(st.integers(0, max(num_dims - 1, 0))), draw(st.sampled_from([1, 1, 2, 3])))
+        cuts.append(draw(st.sampled_from([None, cut])) if num_dims else None)
+    return Spread(Mesh(shape, tuple(draw(st.permutations(range(prod(shape)))))), tuple(cuts))
+
+
+def saved(whole: torch.Tensor, spread: Spread) -> Source:
+    """A checkpoint of one tensor, by the ranks of a mesh."""
+    dtype = str(whole.dtype).removeprefix("torch.")
+    offer = Offer({"w": TensorOffer(dtype, tuple(whole.shape), ("w",), spread)})
+    size = len(spread.mesh.ranks)
+    store = MemoryStore()
+    save_by_plan(store, "step-1", plan(census_of([{"w": offer}] * size)), {"w": whole}, size)
+    return Source(store, "step-1", open_manifest(store, "step-1"))
+
+
+def loaded(
+    source: Source, whole: torch.Tensor, coordinate: Sequence[int], spread: Spread
+) -> tuple[Sequence[Piece], torch.Tensor, int]:
+    """What the rank at a place of another mesh gets, and the bytes that it read."""
+    pieces = pieces_of(tuple(whole.shape), spread.splits_at(coordinate))
+    sizes = [max((p.local.stop[d] for p in pieces), default=0) for d in range(whole.ndim)]
+    nbytes = prod(sizes) * whole.itemsize
+    local = torch.zeros(nbytes, dtype=torch.uint8).view(whole.dtype).view(sizes)
+    return pieces, local, read_tensors(source, [Wanted("w", pieces, local)])
+
+
+def check(whole: torch.Tensor, before: Spread, after: Spread) -> int:
+    """Save by one layout, load by another; every rank has what slicing gives. Returns bytes read by
+    all ranks together."""
+    source, read = saved(whole, before), 0
+    for coordinate in product(*map(range, after.mesh.shape)):
+        pieces, local, nbytes = loaded(source, whole, coordinate, after)
+        read += nbytes
+        for piece in pieces:
+            mine = local[piece.local.slices()] if whole.ndim else local
+            meant = whole[piece.region.slices()] if whole.ndim else whole
+            assert bits(mine) == bits(meant)
+    return read
+
+
+def check_any(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(0, 9), max_size=3)))
+    whole = random_tensor(data.draw(st.sampled_from(sorted(BY_NAME))), shape, seed=len(shape))
+    check(whole, data.draw(spreads(len(shape))), data.draw(spreads(len(shape))))
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_any_layout_loads_on_any_other(data: st.DataObject) -> None:
+    """G6, G9. Method: random meshes of up to 12 ranks and placements, every dtype (fp8 and complex
+    among them), random bits, 0-d and empty tensors; every rank of the second mesh against plain
+    slicing."""
+    check_any(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000)
+@given(st.data())
+def test_so_it_is_for_very_many_pairs_of_them(data: st.DataObject) -> None:
+    """G6, G9. Method: the same, thirty times as often."""
+    check_any(data)
+
+
+def wanted_bytes(whole: torch.Tensor, spread: Spread) -> int:
+    """Of all ranks together: replicas count each."""
+    everyone = product(*map(range, spread.mesh.shape))
+    regions = [
+        piece.region for at in everyone for piece in pieces_of(whole.shape, spread.splits_at(at))
+    ]
+    return sum(region.num_elements for region in regions) * whole.itemsize
+
+
+def rows_only(spread: Spread) -> Spread:
+    return Spread(spread.mesh, tuple(cut and Cut(0, cut.num_strides) for cut in spread.cuts))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_rows_are_read_once_and_nothing_beside_them(data: st.DataObject) -> None:
+    """G13. Method: rows of one block of checksums each, cut by rows over any two meshes: the bytes
+    read are those wanted, no more."""
+    whole = torch.arange(7 * BLOCK_BYTES).to(torch.uint8).view(7, BLOCK_BYTES)
+    before, after = (rows_only(data.draw(spreads(2, ranks_max=6))) for _ in range(2))
+    assert check(whole, before, after) == wanted_bytes(whole, after)
+
+
+@pytest.mark.parametrize("num_columns", [2, 4, 8])
+def test_columns_are_read_once_while_a_block_wide_and_else_with_their_rows(
+    num_columns: int,
+) -> None:
+    """G13. Method: rows of four blocks, saved by rows, loaded by columns. A run of a block or more
+    is read by itself; of shorter ones at most `row / slice` of the bytes wanted are read."""
+    whole = torch.arange(6 * 4 * BLOCK_BYTES).to(torch.uint8).view(6, 4 * BLOCK_BYTES)
+    before = Spread(Mesh((3,), (0, 1, 2)), (Cut(0),))
+    after = Spread(Mesh((num_columns,), tuple(range(num_columns))), (Cut(1),))
+    read, wanted = check(whole, before, after), wanted_bytes(whole, after)
+    assert read == wanted if num_columns <= 4 else read <= wanted * num_columns

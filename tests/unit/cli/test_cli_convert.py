@@ -1,0 +1,85 @@
+"""`holdfast convert`, as a person types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from holdfast.cli.convert import nbytes_of
+from holdfast.cli.main import main
+from holdfast.errors import UsageError
+from hub_folders import LLAMA, hub_tensors, save_folder
+
+
+def test_a_conversion_of_tensors_alone_imports_no_torch(tmp_path: Path) -> None:
+    """Method: a fresh interpreter, to each format; then a look at the modules it has loaded."""
+    source = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    script = (
+        "import sys\nfrom holdfast.cli.main import main\n"
+        "assert main() == 0\nassert 'torch' not in sys.modules"
+    )
+    for to in ("dcp", "hf", "torch"):
+        command: list[str | Path] = [sys.executable, "-c", script, "convert", source]
+        command += [tmp_path / to, "--to", to]
+        ran = subprocess.run(command, text=True, capture_output=True)
+        assert (ran.returncode, ran.stderr) == (0, ""), to
+
+
+def test_what_was_done_is_said_in_a_line_or_as_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Method: bytes and rate for people; the same for programs, with what was left aside."""
+    source = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA), num_files=2)
+    (source / "old.safetensors").write_bytes(b"")
+    assert main(["convert", str(source), str(tmp_path / "step-1")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "note: `old.safetensors` is not in the index, and was left aside"
+    assert said[1].startswith(f"{tmp_path / 'step-1'}: 21 tensors, ")
+    assert said[1].endswith("GB/s)")
+    assert main(["convert", str(source), str(tmp_path / "all.pt"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["target"], found["tensors"]) == (str(tmp_path / "all.pt"), 21)
+    assert found["nbytes"] == (tmp_path / "all.pt").stat().st_size
+    assert len(found["notes"]) == 1
+
+
+def test_a_name_on_the_hub_is_taken_from_its_cache(tmp_path: Path) -> None:
+    """Method: a cache as `huggingface_hub` keeps it, its files links, and no network: `org/name`
+    converts; another name says what to check; a path of that name wins."""
+    cached = tmp_path / "home/hub/models--org--name"
+    snapshot = cached / "snapshots/0123456789012345678901234567890123456789"
+    blobs = save_folder(cached / "blobs", LLAMA, hub_tensors(LLAMA))
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text(snapshot.name)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+
+    def convert(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "holdfast.cli", "convert", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, text=True, capture_output=True
+        )
+
+    ran = convert("org/name", "step-0")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    ran = convert("step-0", "out", "--to", "hf", "--hf-assets", "org/name")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    ran = convert("org/another", "step-1")
+    assert ran.returncode == 9
+    assert "could not be had from the hub" in ran.stderr
+    (tmp_path / "org/name").mkdir(parents=True)
+    assert "is no checkpoint" in convert("org/name", "step-1").stderr
+    assert convert("not a name", "step-1").returncode == 4
+
+
+@pytest.mark.parametrize("text", ["", "GB", "five", "-5GB", "0GB", "5 PB", "1e3"])
+def test_sizes_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is a size such as"):
+        nbytes_of(text)

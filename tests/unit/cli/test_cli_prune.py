@@ -1,0 +1,136 @@
+"""`holdfast prune`: what it plans, what it removes, and what it never removes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints import save_step
+from holdfast.catalog.marks import mark_damaged, pin
+from holdfast.cli.main import main
+from holdfast.format.names import LOCK
+from holdfast.storage.local import LocalStore
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six good steps."""
+    home = tmp_path_factory.mktemp("saved")
+    save_step(home / "steps", 10)
+    for step in (20, 30, 40, 50, 60):
+        shutil.copytree(home / "steps/step-10", home / f"steps/step-{step}")
+    return home / "steps"
+
+
+@pytest.fixture
+def steps(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "steps"))
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    status = main(["prune", *map(str, arguments)])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def there(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+
+
+def test_a_step_stays_if_any_rule_keeps_it(steps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """G5. Method: the newest three, and those that 20 divides; the plan first, which changes
+    nothing, then its execution."""
+    before = there(steps)
+    rules = ("--keep-latest-k", "3", "--keep-every-n-steps", "20")
+    status, said, err = run(capsys, steps, *rules, "--dry-run")
+    assert (status, err) == (0, "")
+    assert there(steps) == before
+    assert "would remove 2 folders" in said
+    rows = {line.split()[0]: line for line in said.splitlines()[1:-1]}
+    assert "remove  no rule keeps it" in rows["step-10"]
+    assert "keep    every 20 steps" in rows["step-20"]
+    assert "latest 3" in rows["step-60"]
+    status, said, _ = run(capsys, steps, *rules)
+    assert (status, "removing 2 folders" in said) == (0, True)
+    assert there(steps) == ["step-20", "step-40", "step-50", "step-60"]
+    assert run(capsys, steps, *rules)[0] == 0
+
+
+def test_without_a_rule_only_what_killed_saves_left_goes(
+    steps: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G5. Method: an attempt and a removal cut off; a stranger's folder."""
+    before = there(steps)
+    (steps / ".attempt-step-70-0123abcd").mkdir()
+    (steps / ".attempt-step-70-0123abcd/__0_0.distcp").write_bytes(bytes(100))
+    (steps / ".removing-step-5-0123abcd").mkdir()
+    (steps / "old-step-7-keep").mkdir()
+    found: dict[str, Any] = json.loads(run(capsys, steps, "--json")[1])
+    going = [one["name"] for one in found["decisions"] if not one["stays"]]
+    assert going == [".attempt-step-70-0123abcd", ".removing-step-5-0123abcd"]
+    assert there(steps) == sorted([*before, "old-step-7-keep"])
+
+
+def test_pinned_and_damaged_steps_and_the_newest_two_stay(
+    steps: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G5. Method: one pinned, one cut short, one marked; then damaged ones are asked for."""
+    pin(LocalStore(steps), 10)
+    (steps / "step-20/__0_0.distcp").write_bytes(b"")
+    mark_damaged(LocalStore(steps), 60, "a block")
+    run(capsys, steps, "--keep-latest-k", "1")
+    assert [name for name in there(steps) if not name.startswith(".")] == [
+        *("step-10", "step-20", "step-40", "step-50", "step-60")
+    ]
+    said = run(capsys, steps, "--damaged")[1]
+    assert "no rule given" in said
+    assert there(steps) == [".pinned-step-10", "step-10", "step-40", "step-50"]
+
+
+def test_damaged_steps_stay_where_they_are_all_there_is(
+    steps: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G5. Method: every step cut short."""
+    for step in steps.iterdir():
+        (step / "__0_0.distcp").write_bytes(b"")
+    before = there(steps)
+    status, _, err = run(capsys, steps, "--damaged", "--keep-latest-k", "2")
+    assert (status, "all there is" in err) == (2, True)
+    assert run(capsys, steps, "--keep-latest-k", "2")[0] == 0
+    assert there(steps) == before
+
+
+def test_a_folder_in_use_is_left_alone(steps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """G5. Method: the lock is held, as a run holds it; a rehearsal is no harm."""
+    before = there(steps)
+    with LocalStore(steps).lock(LOCK, "host here, pid 1"):
+        status, _, err = run(capsys, steps, "--keep-latest-k", "2")
+        assert (status, "is in use by another run: host here, pid 1" in err) == (5, True)
+        assert run(capsys, steps, "--keep-latest-k", "2", "--dry-run")[0] == 0
+    assert there(steps) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (("missing",), 4),
+        (("s3://bucket/steps",), 2),
+        (("steps", "--keep-latest-k", "0"), 2),
+        (("steps", "--keep-best-k", "-1"), 2),
+    ],
+)
+def test_a_mistake_removes_nothing(
+    steps: Path,
+    arguments: tuple[str, ...],
+    status: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = there(steps)
+    monkeypatch.chdir(steps.parent)
+    assert run(capsys, *arguments)[0] == status
+    assert there(steps) == before

@@ -1,0 +1,168 @@
+"""`holdfast show`: the tree of any checkpoint, and where a tensor lies."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from checkpoints import save_safetensors, save_step, save_stock, save_torch
+from holdfast.cli.main import main
+from holdfast.cli.picture import draw, letter
+from holdfast.cli.tree import lines, tree_of
+from holdfast.format.manifest import Chunk, Span, TensorEntry
+from holdfast.format.region import Region
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One checkpoint of each kind."""
+    home = tmp_path_factory.mktemp("saved")
+    save_step(home / "outputs", 7)
+    save_stock(home / "stock")
+    save_safetensors(home / "hf")
+    save_torch(home / "model.pt")
+    return home
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    status = main(["show", *map(str, arguments)])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def entry(dtype: str, shape: tuple[int, ...], *files: str) -> TensorEntry:
+    """A tensor, its rows cut evenly over files."""
+    chunks = []
+    for index, file in enumerate(files):
+        start, stop = (shape[0] * at // len(files) for at in (index, index + 1))
+        region = Region((start, *(0 for _ in shape[1:])), (stop, *shape[1:]))
+        chunks.append(Chunk(region, file, Span(id(region), 1)))
+    return TensorEntry(dtype, shape, tuple(chunks), ("name",))
+
+
+@pytest.mark.parametrize(
+    ("path", "form", "name"),
+    [
+        ("outputs/step-7", "checkpoint of Holdfast, step 7, full", "half  bfloat16 70x40  5.6 kB"),
+        ("stock", "checkpoint of stock torch", "half  bfloat16 70x40  5.6 kB  __0_0.distcp"),
+        ("hf", "safetensors, model", "a  float32 8x8  256 B  model-00001-of-00002.safetensors"),
+        ("hf/model-00002-of-00002.safetensors", "safetensors, model", "c  int64 5  40 B"),
+        ("model.pt", "file of torch.save, full", "transposed  float32 4x3  48 B  model.pt"),
+    ],
+)
+def test_every_kind_of_checkpoint_is_shown_as_a_tree(
+    saved: Path, path: str, form: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Method: text for people; JSON that has every tensor with its chunks."""
+    status, said, err = run(capsys, saved / path)
+    assert (status, err) == (0, "")
+    assert said.startswith(f"{saved / path}: {form}")
+    assert name in said
+    found: dict[str, Any] = json.loads(run(capsys, saved / path, "--json")[1])
+    for tensor in found["tensors"].values():
+        assert tensor["chunks"]
+        assert all(chunk["file"] in found["files"] for chunk in tensor["chunks"])
+
+
+def test_parameters_are_counted_by_part_and_shared_ones_once(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Method: a state with two names for one tensor, by its sizes."""
+    found = json.loads(run(capsys, saved / "outputs/step-7", "--json")[1])
+    assert found["parts"]["model"]["elements"] == 2_300_000 + 70 * 40 + 9 * 4 + 1
+    assert found["parts"]["optimizer"] == {
+        "tensors": 1,
+        "elements": 27000,
+        "nbytes": 108000,
+        "values": 1,
+    }
+    assert found["layout"] == {"world_size": 2}
+    said = run(capsys, saved / "outputs/step-7")[1]
+    assert "by 2 ranks" in said
+    assert "model: 2,302,837 parameters and buffers, 2.3 MB" in said
+    assert "train_state: 2 values" in said
+
+
+def test_a_tensor_is_shown_with_its_place_and_a_beginning_with_all_below(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Method: a tensor, a branch, a value, and names that are none."""
+    step = saved / "outputs/step-7"
+    said = run(capsys, step, "model.half")[1].splitlines()
+    assert said[0] == "model.half  bfloat16 70x40  5.6 kB  1 chunk in 1 file"
+    assert [line.strip() for line in said[1:13]] == ["A" * 40] * 12
+    assert said[13].split()[:3] == ["A", "[0:70,", "0:40]"]
+    assert "_0.distcp from byte " in said[13]
+    below = run(capsys, step, "model")[1]
+    assert "tied_too" in below
+    assert "optimizer" not in below
+    assert "value" in run(capsys, step, "train_state.step")[1]
+    status, _, err = run(capsys, step, "model.larg")
+    assert (status, "near it: model.large" in err) == (4, True)
+
+
+def test_what_is_no_checkpoint_is_an_error_that_leads_on(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Method: a folder of steps; a folder of folders; nothing."""
+    status, _, err = run(capsys, saved / "outputs")
+    assert (status, f"its newest step: {saved}/outputs/step-7" in err) == (4, True)
+    assert "holdfast list" in run(capsys, saved)[2]
+    assert run(capsys, saved / "missing")[0] == 4
+
+
+def test_blocks_that_are_alike_stand_in_the_tree_once() -> None:
+    """Method: three blocks alike, one that is not, one alike again; then one by one."""
+    tensors = {}
+    for index in range(5):
+        size = 8 if index == 3 else 4
+        tensors[f"layers.{index}.up.weight"] = entry("float32", (size, 2), "a", "b")
+        tensors[f"layers.{index}.down.weight"] = entry("float32", (2, size), "a")
+    said = [line.strip() for line in lines(tree_of(tensors))]
+    assert said[0] == "layers  96 elements, 384 B"
+    assert said[1] == "0..2  16 elements, 64 B each  3 times"
+    assert said[2] == "up.weight  float32 4x2  32 B  a, b"
+    assert [line.split()[0] for line in said if "elements" in line] == ["layers", "0..2", "3", "4"]
+    every = [line.strip() for line in lines(tree_of(tensors), each=True)]
+    assert sum("up.weight" in line for line in every) == 5
+
+
+def test_a_tensor_in_many_files_names_their_number() -> None:
+    tensors = {"weight": entry("float32", (8, 2), *map(str, range(8)))}
+    assert list(lines(tree_of(tensors))) == ["weight  float32 8x2  64 B  8 chunks in 8 files"]
+
+
+def test_a_picture_has_a_letter_for_each_chunk() -> None:
+    """Method: rows, columns, a grid, cuts along the inner dims of four, one element, none."""
+    rows = [Region((0, 0), (3, 5)), Region((3, 0), (6, 5))]
+    assert draw((6, 5), rows) == ["AAAAA"] * 3 + ["BBBBB"] * 3
+    columns = [Region((0, 0), (2, 1)), Region((0, 1), (2, 4))]
+    assert draw((2, 4), columns) == ["ABBB"] * 2
+    inner = [Region((0, 0, k, 0), (9, 9, k + 1, 9)) for k in range(2)]
+    assert draw((9, 9, 2, 9), inner) == ["AB"] * 9
+    assert draw((), [Region((), ())]) == ["A"]
+    assert draw((0, 3), [Region((0, 0), (0, 3))]) == []
+    assert [letter(0), letter(51), letter(52)] == ["A", "z", "#"]
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=3), st.integers(1, 5), st.integers(0, 2))
+def test_a_picture_is_as_the_regions_are(shape: list[int], pieces: int, dim: int) -> None:
+    """Method: any shape cut along any dim; every cell's letter is that of the chunk that holds the
+    element in its middle, and the letters stand in their order."""
+    dim %= len(shape)
+    cuts = [shape[dim] * at // pieces for at in range(pieces + 1)]
+    regions = []
+    for start, stop in pairwise(cuts):
+        low, high = [0] * len(shape), list(shape)
+        low[dim], high[dim] = start, stop
+        regions.append(Region(tuple(low), tuple(high)))
+    picture = draw(shape, regions)
+    assert "." not in "".join(picture)
+    for line in (*picture, *("".join(column) for column in zip(*picture, strict=True))):
+        assert list(line) == sorted(line)

@@ -1,0 +1,200 @@
+"""Conversions between formats: what arrives is what was there, and a target is whole or absent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint.format_utils as stock
+from safetensors.torch import load_file
+
+import checkpoints
+from holdfast.catalog.verify import Target, verify
+from holdfast.convert.convert import Converted, convert
+from holdfast.convert.plan import Wishes, plan
+from holdfast.engine.checkpoint import open_checkpoint
+from holdfast.engine.load import load
+from holdfast.errors import DamagedError, ExistsError
+from holdfast.hf.flavors import MODELS, config_of
+from holdfast.storage.local import LocalStore
+from hub_folders import LLAMA, hub_tensors, save_folder
+
+Nested = dict[str, Any]
+
+
+def converted(source: Path, target: Path, wishes: Wishes) -> Converted:
+    return convert(plan(str(source), wishes), str(target), wishes, lambda _: None)
+
+
+def assert_good(folder: Path) -> None:
+    report = verify(Target(LocalStore(folder.parent), folder.name))
+    assert report.good, report
+
+
+def assert_alike(one: Any, other: Any, where: str = "") -> None:
+    """Nested dicts and lists of tensors and values."""
+    if isinstance(one, dict):
+        assert isinstance(other, dict), where
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_alike(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype, where
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where
+
+
+@pytest.mark.parametrize("kind", ["holdfast", "stock"])
+def test_a_step_becomes_what_stock_dcp_to_torch_makes_of_it(kind: str, tmp_path: Path) -> None:
+    """G10: the same nesting, tensors and values, from a step of ours and a stock one; it opens with
+    weights_only and mapped, and names that share a tensor still do."""
+    save = checkpoints.save_step if kind == "holdfast" else checkpoints.save_stock
+    step = save(tmp_path / "folder")
+    converted(step, tmp_path / "ours.pt", Wishes(to="torch"))
+    stock.dcp_to_torch_save(step, tmp_path / "stock.pt")
+    theirs = torch.load(tmp_path / "stock.pt", weights_only=True)
+    for mapped in (False, True):
+        ours = torch.load(tmp_path / "ours.pt", weights_only=True, mmap=mapped)
+        assert_alike(theirs, ours)
+    assert ours["model"]["tied"].data_ptr() == ours["model"]["tied_too"].data_ptr() or (
+        kind == "stock"
+    )
+    report = verify(Target(LocalStore(tmp_path), "ours.pt"))
+    assert report.good
+
+
+def test_a_pt_file_becomes_a_step_that_loads_as_saved(tmp_path: Path) -> None:
+    """Method: one with a transposed tensor and values of several kinds, loaded into fresh state."""
+    file = checkpoints.save_torch(tmp_path / "all.pt")
+    done = converted(file, tmp_path / "run/step-7", Wishes(to="dcp"))
+    assert_good(tmp_path / "run/step-7")
+    wanted = torch.load(file, weights_only=True)
+    found = {
+        key: {
+            n: torch.zeros_like(v) if isinstance(v, torch.Tensor) else None for n, v in part.items()
+        }
+        for key, part in wanted.items()
+        if isinstance(part, dict)
+    }
+    state: Nested = {**found, "transposed": torch.zeros(4, 3)}
+    load(tmp_path / "run/step-7", state)
+    assert_alike(wanted, state)
+    manifest = open_checkpoint(tmp_path / "run/step-7").manifest
+    assert (manifest.step, manifest.kind) == (7, "full")
+    assert done.nbytes == manifest.nbytes
+
+
+def test_the_model_alone_in_another_dtype(tmp_path: Path) -> None:
+    """Method: a step with an optimizer; its model in bfloat16 as a step and as a file. Numbers that
+    are not floating-point stay as they are."""
+    step = checkpoints.save_step(tmp_path / "folder")
+    wishes = {"model_only": True, "dtype": "bfloat16"}
+    converted(step, tmp_path / "model.pt", Wishes(to="torch", **wishes))  # type: ignore[arg-type]
+    converted(step, tmp_path / "step-9", Wishes(to="dcp", **wishes))  # type: ignore[arg-type]
+    found = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert found.keys() == {"model"}
+    state: Nested = checkpoints.state()
+    for name, tensor in state["model"].items():
+        wanted = tensor.bfloat16() if tensor.is_floating_point() else tensor
+        assert_alike(wanted, found["model"][name])
+        assert_alike(wanted, open_checkpoint(tmp_path / "step-9").read(f"model.{name}"))
+    manifest = open_checkpoint(tmp_path / "step-9").manifest
+    assert (manifest.step, manifest.kind, manifest.values) == (9, "model", {})
+
+
+def test_a_folder_of_the_hub_in_fewer_and_more_files(tmp_path: Path) -> None:
+    """Method: three files to one, to many, in another dtype; nothing but the files changes."""
+    tensors = hub_tensors(LLAMA)
+    source = save_folder(tmp_path / "hub", LLAMA, tensors, num_files=3)
+    converted(source, tmp_path / "one", Wishes(to="hf"))
+    assert_alike(tensors, load_file(tmp_path / "one/model.safetensors"))
+    converted(source, tmp_path / "many", Wishes(to="hf", dtype="float16", max_shard_bytes=5000))
+    found: dict[str, torch.Tensor] = {}
+    for file in (tmp_path / "many").glob("*.safetensors"):
+        found |= load_file(file)
+    assert_alike({name: tensor.half() for name, tensor in tensors.items()}, found)
+
+
+def test_a_flavor_stands_in_for_a_configuration(tmp_path: Path) -> None:
+    """Method: a step of a small Llama without any `config.json`; the export has one, and comes back
+    under the same name and flavor."""
+    config = config_of("llama3", MODELS["llama3"]["debugmodel"], 300)
+    source = save_folder(tmp_path / "hub", config, hub_tensors(config))
+    named = {"model_name": "llama3", "model_flavor": "debugmodel"}
+    converted(source, tmp_path / "step-0", Wishes(to="dcp", **named))  # type: ignore[arg-type]
+    converted(tmp_path / "step-0", tmp_path / "out", Wishes(to="hf", **named))  # type: ignore[arg-type]
+    converted(tmp_path / "out", tmp_path / "step-1", Wishes(to="dcp", **named))  # type: ignore[arg-type]
+    for name, tensor in hub_tensors(config).items():
+        assert_alike(tensor, load_file(tmp_path / "out/model.safetensors")[name])
+
+
+def test_what_is_there_already_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    """Method: each kind of target twice; an empty folder is nobody's."""
+    source = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    for to, name in (("dcp", "step-0"), ("hf", "export"), ("torch", "all.pt")):
+        if to != "torch":
+            (tmp_path / name).mkdir()
+        wishes = Wishes(to=to)  # type: ignore[arg-type]
+        converted(source, tmp_path / name, wishes)
+        with pytest.raises(ExistsError, match="--overwrite"):
+            converted(source, tmp_path / name, wishes)
+        old = (tmp_path / name / "old.txt") if to != "torch" else None
+        if old:
+            old.write_text("of an earlier export")
+        converted(source, tmp_path / name, Wishes(to=to, overwrite=True))  # type: ignore[arg-type]
+        assert old is None or not old.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"hub", "step-0", "export", "all.pt"}
+
+
+def test_damage_in_the_source_leaves_no_target(tmp_path: Path) -> None:
+    """G3, G14: one bit of a step; the conversion ends with the tensor's name, and nothing stays."""
+    source = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    converted(source, tmp_path / "step-0", Wishes(to="dcp"))
+    file = tmp_path / "step-0/__0_0.distcp"
+    entry = open_checkpoint(tmp_path / "step-0").tensors["norm.weight"].chunks[0]
+    data = bytearray(file.read_bytes())
+    assert entry.data_offset is not None
+    data[entry.data_offset + 5] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(DamagedError, match=r"norm\.weight"):
+        converted(tmp_path / "step-0", tmp_path / "out", Wishes(to="torch"))
+    assert {path.name for path in tmp_path.iterdir()} == {"hub", "step-0"}
+
+
+@pytest.mark.parametrize("to", ["dcp", "hf", "torch"])
+def test_a_conversion_that_is_killed_leaves_nothing_and_the_next_one_goes_through(
+    to: str, tmp_path: Path
+) -> None:
+    """G14: SIGKILL while data is being written; then the same command again, which also clears
+    away what the killed one left."""
+    large = {**LLAMA, "vocab_size": 400_000, "hidden_size": 64}
+    source = save_folder(tmp_path / "hub", large, hub_tensors(large))
+    target = tmp_path / "below/target"
+    command = [
+        sys.executable,
+        "-m",
+        "holdfast.cli",
+        "convert",
+        str(source),
+        str(target),
+        "--to",
+        to,
+    ]
+    run = subprocess.Popen(command)
+    deadline = time.monotonic() + 60
+    while not [*target.parent.glob(".attempt-*/*")] and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.wait(30) == -signal.SIGKILL
+    assert [path.name.split("-")[0] for path in target.parent.iterdir()] == [".attempt"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+    assert verify(Target(LocalStore(target.parent), "target")).good

@@ -1,0 +1,146 @@
+"""What does not fit is named, all of it, before anything is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from holdfast.convert.plan import Wishes, plan
+from holdfast.errors import (
+    DamagedError,
+    FormatError,
+    HoldfastError,
+    MismatchError,
+    NotFoundError,
+    UsageError,
+)
+from hub_folders import LLAMA, hub_tensors, save_folder
+
+DCP = Wishes(to="dcp")
+
+
+def refused(folder: Path, wishes: Wishes = DCP, kind: type[HoldfastError] = MismatchError) -> str:
+    with pytest.raises(kind) as raised:
+        plan(str(folder), wishes)
+    return str(raised.value)
+
+
+def test_all_that_is_missing_unknown_or_of_another_shape_is_listed(tmp_path: Path) -> None:
+    """G6: three of each, every one of them in the message."""
+    tensors = hub_tensors(LLAMA)
+    gone = [f"model.layers.{n}.mlp.up_proj.weight" for n in (0, 1)] + ["model.norm.weight"]
+    for name in gone:
+        del tensors[name]
+    cut = ["model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight", "lm_head.weight"]
+    for name in cut:
+        tensors[name] = tensors[name][:8].contiguous()
+    strange = ["visual.patch.weight", "model.layers.0.extra", "bias"]
+    tensors |= {name: torch.ones(2) for name in strange}
+    said = refused(save_folder(tmp_path / "hub", LLAMA, tensors))
+    assert "9 differences" in said
+    assert all(f"`{name}`" in said for name in (*gone, *cut, *strange))
+    assert "is [8, 32]" in said
+    assert "makes it [32, 32]" in said
+
+
+def test_layers_beyond_the_configuration_are_told_from_other_strangers(tmp_path: Path) -> None:
+    """Method: weights of three layers, a configuration of two."""
+    tensors = hub_tensors({**LLAMA, "num_hidden_layers": 3})
+    said = refused(save_folder(tmp_path / "hub", LLAMA, tensors))
+    assert said.count("is of layer 2") == 9
+    assert "has 2 layers" in said
+
+
+def test_a_flavor_is_held_against_the_configuration(tmp_path: Path) -> None:
+    """Method: a small model called 8B, and one called by the name of another family."""
+    folder = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    said = refused(folder, Wishes(to="dcp", model_name="llama3", model_flavor="8B"))
+    assert "num_hidden_layers is 2 and 32" in said
+    assert "hidden_size is 32 and 4096" in said
+    said = refused(folder, Wishes(to="dcp", model_name="qwen3_moe", model_flavor="30B-A3B"))
+    assert "model_type is llama and qwen3_moe" in said
+    said = refused(folder, Wishes(to="dcp", model_name="llama4"), UsageError)
+    assert "leave both out" in said
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_an_untied_head_does_not_go_into_a_tied_model(tmp_path: Path, alike: bool) -> None:
+    """Method: a tied configuration beside weights with a head: one that is the embedding again is
+    taken for it, another is refused."""
+    tensors = hub_tensors(LLAMA)
+    if alike:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    folder = save_folder(tmp_path / "hub", {**LLAMA, "tie_word_embeddings": True}, tensors)
+    if alike:
+        outputs = plan(str(folder), DCP).outputs
+        assert outputs["output.weight"].same_as == "tok_embeddings.weight"
+    else:
+        assert "`lm_head.weight` and `model.embed_tokens.weight` differ" in refused(folder)
+
+
+def test_a_tensor_in_two_files_is_named_whether_or_not_there_is_an_index(tmp_path: Path) -> None:
+    """Method: two tensors in both of two files; with an index they are where it does not say."""
+    tensors = hub_tensors(LLAMA)
+    twice = ["model.norm.weight", "lm_head.weight"]
+    folder = save_folder(tmp_path / "hub", LLAMA, tensors)
+    save_file({name: tensors[name] for name in twice}, folder / "more.safetensors")
+    said = refused(folder, kind=FormatError)
+    assert all(f"`{name}` is in" in said for name in twice)
+    index = dict.fromkeys(tensors, "model.safetensors") | {"model.norm.weight": "more.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    said = refused(folder, kind=FormatError)
+    assert "`more.safetensors` holds `lm_head.weight`" in said
+    assert "`model.safetensors` holds `model.norm.weight`" in said
+
+
+def test_a_stray_file_beside_an_index_does_not_count_and_is_mentioned(tmp_path: Path) -> None:
+    """Method: a file with other values under the same names, which sorts first."""
+    tensors = hub_tensors(LLAMA)
+    folder = save_folder(tmp_path / "hub", LLAMA, tensors, num_files=2)
+    save_file({name: t + 1 for name, t in tensors.items()}, folder / "a.safetensors")
+    planned = plan(str(folder), DCP)
+    assert any("`a.safetensors` is not in the index" in note for note in planned.notes)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    assert "model-00002-of-00002.safetensors" in refused(folder, kind=DamagedError)
+
+
+def test_what_is_left_out_is_asked_for_by_name_and_said(tmp_path: Path) -> None:
+    """Method: towers of a larger model, a buffer that follows from the configuration, a pattern
+    that matches nothing."""
+    tensors = hub_tensors(LLAMA)
+    tensors |= {"vision.a": torch.ones(2), "vision.b": torch.ones(2)}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    folder = save_folder(tmp_path / "hub", LLAMA, tensors)
+    assert "`vision.a`" in refused(folder)
+    planned = plan(str(folder), Wishes(to="dcp", skip=("vision.*",)))
+    assert "2 tensors were left out, as asked" in planned.notes
+    assert any("buffers" in note for note in planned.notes)
+    assert not any("vision" in name or "inv_freq" in name for name in planned.outputs)
+    said = refused(folder, Wishes(to="dcp", skip=("audio.*",)), UsageError)
+    assert "`--skip audio.*` matches no tensor" in said
+
+
+def test_what_lacks_a_configuration_or_is_of_no_known_model_says_what_to_give(
+    tmp_path: Path,
+) -> None:
+    """Method: weights without `config.json`; with one of an unknown type; with one that lacks a
+    size; nothing there at all."""
+    folder = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    (folder / "config.json").unlink()
+    assert "--hf-assets" in refused(folder, kind=UsageError)
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    assert "'bert'" in refused(folder, kind=FormatError)
+    (folder / "config.json").write_text('{"model_type": "llama", "num_attention_heads": 4}')
+    assert "hidden_size" in refused(folder, kind=FormatError)
+    (folder / "config.json").write_text("[1]")
+    assert "no configuration" in refused(folder, kind=FormatError)
+    assert "nothing at" in refused(tmp_path / "nowhere", kind=NotFoundError)
+    strangers: dict[str, Tensor] = {"weight": torch.ones(2, 2)}
+    torch.save(strangers, tmp_path / "strange.pt")
+    said = refused(tmp_path / "strange.pt", Wishes(to="hf"), UsageError)
+    assert "names of no model that is known" in said

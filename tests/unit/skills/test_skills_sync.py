@@ -1,0 +1,402 @@
+"""The sync of skills: every state, and that what is the user's stays as it is."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from holdfast.errors import ExistsError, FormatError, StorageError
+from holdfast.skills.bundle import Skill
+from holdfast.skills.content import RECEIPT, digest, digests_in
+from holdfast.skills.copies import STATE, Copies
+from holdfast.skills.disk import Disk
+from holdfast.skills.records import Ledger, Receipt, decode_ledger, decode_receipt
+from holdfast.skills.sync import remove, reset, survey, sync
+from skills import V1, V2, bundle, files_in, skill
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "home" / "skills"
+
+
+def states(
+    root: Path, skills: Mapping[str, Skill], version: str = V1, disk: Disk | None = None
+) -> dict[str, str]:
+    """Sync; the state that each skill was found in."""
+    done = sync(skills, Copies(root, disk=disk), version)
+    assert not done.problems
+    return {one.name: one.state for one in done.skills}
+
+
+def everything(root: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Every file with its content and the identity that a rewrite would change."""
+    found = (path for path in root.rglob("*") if path.is_file() and path.name != "lock")
+    return {
+        path.relative_to(root).as_posix(): (
+            path.stat().st_mtime_ns,
+            path.stat().st_ino,
+            path.read_bytes(),
+        )
+        for path in found
+    }
+
+
+# ------------------------------------------------------------------- what is written down, hashes
+
+
+def test_a_receipt_reads_as_it_was_written_and_anything_else_as_none() -> None:
+    """Method: there and back; then text, other JSON, other types."""
+    receipt = Receipt(V1, {"SKILL.md": digest(b"text")})
+    assert decode_receipt(receipt.encode()) == receipt
+    for other in (b"{", b"[]", b'{"holdfast": 1, "files": {}}', b'{"holdfast": "1", "files": [1]}'):
+        assert decode_receipt(other) is None
+
+
+def test_a_ledger_reads_as_it_was_written_and_anything_else_is_an_error() -> None:
+    """Method: there and back; then nothing, text, other JSON, other types."""
+    ledger = Ledger(frozenset({"a", "b"}), frozenset({"c"}))
+    assert decode_ledger(ledger.encode(), where="here") == ledger
+    for other in (b"", b"{", b"[]", b'{"offered": []}', b'{"offered": [1], "removed": []}'):
+        with pytest.raises(FormatError, match="is no record of skills"):
+            decode_ledger(other, where="here")
+
+
+def test_a_digest_tells_files_apart_by_path_content_and_link(tmp_path: Path) -> None:
+    """Method: folders whose paths and contents read the same one after the other; a link in place
+    of a file with the same text."""
+    for folder, file, text in (("a", "x", "yz"), ("b", "xy", "z"), ("c", "x", "yz")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text(text)
+    assert digests_in(tmp_path / "a") != digests_in(tmp_path / "b")
+    assert digests_in(tmp_path / "a") == digests_in(tmp_path / "c")
+    (tmp_path / "c" / "x").unlink()
+    (tmp_path / "c" / "x").symlink_to("yz")
+    assert digests_in(tmp_path / "c") == {"x": "link to yz"}
+
+
+def test_ends_of_lines_count_in_binary_files_alone() -> None:
+    assert digest(b"a\r\nb\r\n") == digest(b"a\nb\n")
+    assert digest(b"\0a\r\n") != digest(b"\0a\n")
+
+
+# ------------------------------------------------------------------------------------------ states
+
+
+def test_a_fresh_install_copies_everything_with_a_receipt(root: Path) -> None:
+    """Method: two skills into a folder that is not there yet."""
+    shipped = bundle(alpha="a", beta="b")
+    assert states(root, shipped) == {"alpha": "new", "beta": "new"}
+    for name, one in shipped.items():
+        assert files_in(root / name) == one.files
+        assert decode_receipt((root / name / RECEIPT).read_bytes()) == Receipt(V1, one.digests)
+    assert not list((root / STATE).rglob("SKILL.md")), "an agent would read it"
+
+
+def test_a_second_sync_writes_nothing(root: Path) -> None:
+    """Method: contents, times and inodes of all files."""
+    states(root, bundle(alpha="a"))
+    before = everything(root)
+    assert states(root, bundle(alpha="a")) == {"alpha": "current"}
+    assert everything(root) == before
+
+
+def test_a_copy_as_it_was_installed_is_updated(root: Path) -> None:
+    """Method: another text, and one file less."""
+    states(root, {"alpha": skill("alpha", "old", **{"gone.md": "x"})})
+    assert states(root, bundle(alpha="new"), V2) == {"alpha": "outdated"}
+    assert files_in(root / "alpha") == skill("alpha", "new").files
+
+
+def test_a_copy_that_the_user_changed_is_left_alone(root: Path) -> None:
+    """Method: a shipped file changed, another deleted; then newer versions."""
+    states(root, bundle(alpha="a", beta="b"))
+    (root / "alpha/SKILL.md").write_text("mine")
+    (root / "beta/references/a.md").unlink()
+    assert states(root, bundle(alpha="2", beta="2"), V2) == {
+        "alpha": "modified",
+        "beta": "modified",
+    }
+    assert (root / "alpha/SKILL.md").read_text() == "mine"
+    assert not (root / "beta/references/a.md").exists()
+
+
+def test_what_the_user_deleted_never_comes_back(root: Path) -> None:
+    """Method: deleted by hand; newer versions; no longer shipped; shipped again."""
+    states(root, bundle(alpha="a"))
+    shutil.rmtree(root / "alpha")
+    assert states(root, bundle(alpha="2"), V2) == {"alpha": "deleted"}
+    assert sync({}, Copies(root), V2).cleaned == ("alpha",)
+    assert sync({}, Copies(root), V2).cleaned == ()
+    assert states(root, bundle(alpha="3"), V2) == {"alpha": "deleted"}
+    assert not (root / "alpha").exists()
+
+
+def test_a_folder_of_the_users_own_is_never_touched(root: Path) -> None:
+    """Method: a folder, a file and two links of the same names, before the first sync and after."""
+    (root / "alpha").mkdir(parents=True)
+    (root / "alpha/SKILL.md").write_text("mine")
+    (root / "beta").write_text("a file")
+    (root / "gamma").symlink_to(root / "alpha")
+    (root / "delta").symlink_to("nowhere")
+    (root / "other").mkdir()
+    before = everything(root)
+    for text in ("1", "2"):
+        shipped = bundle(alpha=text, beta=text, gamma=text, delta=text)
+        assert set(states(root, shipped).values()) == {"foreign"}
+    assert {path: what for path, what in everything(root).items() if STATE not in path} == before
+    assert (root / "gamma").is_symlink()
+    assert Copies(root).ledger() == Ledger()
+
+
+def test_a_link_to_a_copy_is_foreign_too(root: Path) -> None:
+    """Method: the installed folder moved away, and linked to."""
+    states(root, bundle(alpha="a"))
+    (root / "alpha").rename(root / "elsewhere")
+    (root / "alpha").symlink_to(root / "elsewhere")
+    assert states(root, bundle(alpha="2"), V2) == {"alpha": "foreign"}
+    assert files_in(root / "elsewhere") == skill("alpha", "a").files
+
+
+def test_what_is_no_longer_shipped_leaves_the_record_and_stays_on_disk(root: Path) -> None:
+    """Method: two skills, then one; then both again, with another text."""
+    states(root, bundle(alpha="a", gone="g"))
+    done = sync(bundle(alpha="a"), Copies(root), V1)
+    assert done.cleaned == ("gone",)
+    assert files_in(root / "gone") == skill("gone", "g").files
+    assert Copies(root).ledger() == Ledger(frozenset({"alpha"}))
+    assert states(root, bundle(alpha="a", gone="2"), V2)["gone"] == "outdated"
+
+
+def test_an_older_version_changes_nothing_that_a_newer_one_installed(root: Path) -> None:
+    """Method: two environments with two versions, one after the other."""
+    states(root, bundle(alpha="new"), "0.10.0")
+    assert states(root, bundle(alpha="old"), "0.9.1") == {"alpha": "newer"}
+    assert Copies(root).synced() == "0.10.0"
+    assert states(root, bundle(alpha="new"), "0.10.0") == {"alpha": "current"}
+
+
+def test_a_copy_restored_by_hand_gets_its_record_back(root: Path) -> None:
+    """Method: the newer files laid over the older copy; then a copy without a receipt. Either is
+    updated by the next version."""
+    states(root, bundle(alpha="1", beta="1"))
+    newer = bundle(alpha="2", beta="2")
+    for name, one in newer.items():
+        for file, data in one.files.items():
+            (root / name / file).write_bytes(data)
+    (root / "beta" / RECEIPT).unlink()
+    assert set(states(root, newer, V2).values()) == {"current"}
+    assert set(states(root, bundle(alpha="3", beta="3"), "3.0").values()) == {"outdated"}
+
+
+# ------------------------------------------------------------------------- files of the user's own
+
+
+def test_files_of_the_users_own_neither_block_an_update_nor_are_lost(root: Path) -> None:
+    """Method: a file, one in a folder of its own, a program and a link."""
+    states(root, bundle(alpha="1"))
+    mine = {"mine.md": b"1", "own/deep/mine.md": b"2", "references/mine.sh": b"3"}
+    for file, data in mine.items():
+        (root / "alpha" / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / "alpha" / file).write_bytes(data)
+    (root / "alpha/references/mine.sh").chmod(0o755)
+    (root / "alpha/link").symlink_to("nowhere")
+    assert states(root, bundle(alpha="2"), V2) == {"alpha": "outdated"}
+    assert files_in(root / "alpha") == {**skill("alpha", "2").files, **mine}
+    assert (root / "alpha/references/mine.sh").stat().st_mode & 0o100
+    assert (root / "alpha/link").readlink() == Path("nowhere")
+
+
+@pytest.mark.parametrize(("mine", "new"), [("a.md", "a.md"), ("a", "a/b.md"), ("a/b/c", "a/b")])
+def test_a_file_in_the_way_of_a_new_one_stays(root: Path, mine: str, new: str) -> None:
+    """Method: the same path, a file for a folder, a folder for a file."""
+    states(root, bundle(alpha="1"))
+    (root / "alpha" / mine).parent.mkdir(parents=True, exist_ok=True)
+    (root / "alpha" / mine).write_text("mine")
+    newer = {"alpha": skill("alpha", "2", **{new: "theirs"})}
+    assert states(root, newer, V2) == {"alpha": "modified"}
+    assert (root / "alpha" / mine).read_text() == "mine"
+
+
+def test_what_programs_leave_behind_is_no_change(root: Path) -> None:
+    """Method: caches of interpreters and of file browsers; a checkout with CRLF."""
+    states(root, bundle(alpha="1"))
+    (root / "alpha/__pycache__").mkdir()
+    (root / "alpha/__pycache__/x.pyc").write_bytes(b"1")
+    (root / "alpha/.DS_Store").write_bytes(b"1")
+    entry = root / "alpha/SKILL.md"
+    entry.write_bytes(entry.read_bytes().replace(b"\n", b"\r\n"))
+    assert states(root, bundle(alpha="2"), V2) == {"alpha": "outdated"}
+
+
+def test_a_change_during_an_update_wins(root: Path) -> None:
+    """Method: the user saves a file at each instant before the new copy is in place."""
+
+    class Meddling(Disk):
+        def exchange(self, one: Path, other: Path) -> bool:
+            (root / "alpha/SKILL.md").write_text("mine")
+            return super().exchange(one, other)
+
+    states(root, bundle(alpha="1"))
+    done = sync(bundle(alpha="2"), Copies(root, disk=Meddling()), V2)
+    assert "was changed during the sync" in done.problems[0]
+    assert (root / "alpha/SKILL.md").read_text() == "mine"
+    assert not list((root / STATE).glob("stage-*"))
+
+
+# ---------------------------------------------------------------------------- errors and contention
+
+
+def test_a_copy_that_fails_leaves_nothing_and_the_next_sync_goes_on(root: Path) -> None:
+    """Method: a disk that is full for one of two skills, new and outdated, and one that writes less
+    than it was given."""
+
+    class Full(Disk):
+        def write(self, path: Path, data: bytes) -> None:
+            if b"reference" in data and "alpha" in str(path):
+                raise OSError(28, "No space left on device")
+            super().write(path, data)
+
+    class Short(Disk):
+        def write(self, path: Path, data: bytes) -> None:
+            super().write(path, data[:-1] if "alpha" in str(path) else data)
+
+    for disk, problem in ((Full(), "No space left"), (Short(), "does not hold what was written")):
+        done = sync(bundle(alpha="1", beta="1"), Copies(root, disk=disk), V1)
+        assert problem in done.problems[0]
+        assert (root / "beta").exists()
+        assert not (root / "alpha").exists()
+        assert not Copies(root).synced()
+        assert not list((root / STATE).glob("stage-*"))
+    assert states(root, bundle(alpha="1", beta="1")) == {"alpha": "new", "beta": "current"}
+    assert sync(bundle(alpha="2", beta="1"), Copies(root, disk=Full()), V2).problems
+    assert files_in(root / "alpha") == skill("alpha", "1").files
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", None])
+def test_an_unreadable_ledger_is_an_error_and_never_empty(
+    root: Path, content: bytes | None
+) -> None:
+    """Method: emptied, overwritten, a folder in its place; the deletion is not forgotten."""
+    states(root, bundle(alpha="1"))
+    shutil.rmtree(root / "alpha")
+    ledger = root / STATE / "ledger.json"
+    ledger.unlink()
+    ledger.mkdir() if content is None else ledger.write_bytes(content)
+    with pytest.raises(StorageError if content is None else FormatError):
+        sync(bundle(alpha="1"), Copies(root), V1)
+    assert not (root / "alpha").exists()
+
+
+def test_a_damaged_receipt_makes_a_copy_the_users(root: Path) -> None:
+    """Method: half of a receipt; a reset is refused until the folder is moved away."""
+    states(root, bundle(alpha="1"))
+    (root / "alpha" / RECEIPT).write_text("{")
+    assert states(root, bundle(alpha="2"), V2) == {"alpha": "foreign"}
+    with pytest.raises(ExistsError, match="was not made by holdfast"):
+        reset(skill("alpha", "2"), Copies(root), V2)
+    (root / "alpha").rename(root / "mine")
+    reset(skill("alpha", "2"), Copies(root), V2)
+    assert files_in(root / "alpha") == skill("alpha", "2").files
+
+
+def test_a_file_that_cannot_be_read_stops_that_skill_alone(root: Path) -> None:
+    """Method: a pipe, that would be waited for without end."""
+    import os
+
+    states(root, bundle(alpha="1", beta="1"))
+    os.mkfifo(root / "alpha/pipe")
+    done = sync(bundle(alpha="2", beta="2"), Copies(root), V2)
+    assert [one.problem is None for one in done.skills] == [False, True]
+    assert files_in(root / "beta") == skill("beta", "2").files
+
+
+def test_a_held_lock_means_that_nothing_is_done_at_once(root: Path) -> None:
+    """Method: the lock is held by another open file."""
+    states(root, bundle(alpha="1"))
+    with (root / STATE / "lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert sync(bundle(alpha="2"), Copies(root), V2).busy
+        with pytest.raises(ExistsError, match="another sync is at work"):
+            reset(skill("alpha", "2"), Copies(root), V2)
+    assert files_in(root / "alpha") == skill("alpha", "1").files
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ".x", "A", "a--b", "-a", "a-", "", "a" * 65])
+def test_a_name_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(FormatError, match="a skill's name is"):
+        Skill(name, {})
+
+
+@pytest.mark.parametrize("file", ["../x", "/x", "a//b", "a/./b", ""])
+def test_a_file_outside_of_the_skill_is_refused(file: str) -> None:
+    with pytest.raises(FormatError, match="outside of its folder"):
+        Skill("alpha", {file: b""})
+
+
+def test_a_survey_writes_nothing(root: Path) -> None:
+    """Method: into a folder that is not there, and into one that is out of date."""
+    assert survey(bundle(alpha="1"), Copies(root), V1).changes
+    assert not root.exists()
+    states(root, bundle(alpha="1"))
+    before = everything(root)
+    assert survey(bundle(alpha="2"), Copies(root), V2).names("outdated") == ["alpha"]
+    assert everything(root) == before
+
+
+def test_deleting_the_whole_folder_is_a_fresh_start(root: Path) -> None:
+    states(root, bundle(alpha="1"))
+    shutil.rmtree(root)
+    assert states(root, bundle(alpha="1")) == {"alpha": "new"}
+
+
+# --------------------------------------------------------------------------------- reset and remove
+
+
+def test_a_reset_puts_the_shipped_skill_in_place_and_keeps_what_was_changed(root: Path) -> None:
+    """Method: changed; as installed; deleted; installed by a later version."""
+    states(root, bundle(alpha="1"), V2)
+    (root / "alpha/SKILL.md").write_text("mine")
+    (root / "alpha/own.md").write_text("my own")
+    kept = reset(skill("alpha", "1"), Copies(root), V1)
+    assert kept is not None
+    with tarfile.open(kept) as archive:
+        changed = archive.extractfile("alpha/SKILL.md")
+        assert changed is not None
+        assert changed.read() == b"mine"
+    assert files_in(root / "alpha") == {**skill("alpha", "1").files, "own.md": b"my own"}
+    (root / "alpha/own.md").unlink()
+    assert reset(skill("alpha", "1"), Copies(root), V1) is None
+    shutil.rmtree(root / "alpha")
+    assert reset(skill("alpha", "1"), Copies(root), V1) is None
+    assert states(root, bundle(alpha="2"), V2) == {"alpha": "outdated"}
+
+
+def test_what_is_removed_stays_away_for_ever(root: Path) -> None:
+    """Method: newer versions; no longer shipped, shipped again; then a reset."""
+    states(root, bundle(alpha="1", beta="1"))
+    (root / "beta/SKILL.md").write_text("mine")
+    assert remove(skill("alpha", "1"), Copies(root), V1) is None
+    kept = remove(skill("beta", "1"), Copies(root), V1)
+    assert kept is not None
+    assert Path(kept).exists()
+    sync({}, Copies(root), V2)
+    assert set(states(root, bundle(alpha="2", beta="2"), V2).values()) == {"deleted"}
+    reset(skill("alpha", "2"), Copies(root), V2)
+    assert states(root, bundle(alpha="2", beta="2"), V2)["alpha"] == "current"
+
+
+def test_a_skill_moved_into_a_category_is_kept_up_to_date_there(root: Path) -> None:
+    """Method: moved by hand where folders of categories are allowed."""
+    shipped = Copies(root, categories=True)
+    sync(bundle(alpha="1"), shipped, V1)
+    (root / "training").mkdir()
+    (root / "alpha").rename(root / "training/alpha")
+    assert sync(bundle(alpha="2"), shipped, V2).names("outdated") == ["alpha"]
+    assert files_in(root / "training/alpha") == skill("alpha", "2").files
+    assert not (root / "alpha").exists()

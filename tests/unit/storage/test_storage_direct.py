@@ -1,0 +1,107 @@
+"""Writing past the page cache gives the same file as writing through it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from holdfast.errors import StorageError
+from holdfast.storage.direct import (
+    IN_PLACE_BYTES_MIN,
+    PAGE_BYTES,
+    WINDOW_BYTES,
+    BufferedWriter,
+    DirectWriter,
+    open_direct,
+)
+from holdfast.storage.local import DIRECT_BYTES_MIN, LocalStore
+
+BYTES = memoryview(mmap.mmap(-1, 2 * WINDOW_BYTES))
+BYTES[:] = os.urandom(1 << 20) * (2 * WINDOW_BYTES >> 20)
+
+SIZES = st.sampled_from([0, 1, 100, PAGE_BYTES - 1, PAGE_BYTES, PAGE_BYTES + 1]) | st.sampled_from(
+    [IN_PLACE_BYTES_MIN, IN_PLACE_BYTES_MIN + PAGE_BYTES, WINDOW_BYTES - 1, WINDOW_BYTES + 70]
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def direct_or_skip(tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = tmp_path_factory.mktemp("direct") / "file"
+    file.touch()
+    found = open_direct(str(file))
+    if found is None:
+        pytest.skip("this file system knows no O_DIRECT")
+    os.close(found)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 1) | st.integers(0, 3 * PAGE_BYTES),
+            st.lists(st.tuples(SIZES, st.sampled_from([0, 64])), max_size=5),
+        ),
+        max_size=3,
+    )
+)
+def test_any_parts_in_any_ranges_make_the_file_that_buffered_writes_make(
+    ranges: list[tuple[int, list[tuple[int, int]]]],
+) -> None:
+    """G1. Method: ranges with gaps between them, parts of all sizes around those of a page and of a
+    window, in memory that lies on a page or not; byte for byte against plain writes."""
+    with TemporaryDirectory() as folder:
+        paths = [Path(folder) / name for name in ("direct", "plain")]
+        files = [os.open(path, os.O_RDWR | os.O_CREAT) for path in paths]
+        direct = open_direct(str(paths[0]))
+        assert direct is not None
+        writer, plain = DirectWriter(direct, files[0]), BufferedWriter(files[1])
+        offset = 0
+        for gap, sizes in ranges:
+            parts = [BYTES[at : at + size] for size, at in sizes]
+            writer.write(offset + gap, parts)
+            plain.write(offset + gap, parts)
+            offset += gap + sum(map(len, parts))
+        writer.finish()
+        writer.close()
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+        for file in (*files, direct):
+            os.close(file)
+
+
+def test_a_write_that_fails_in_a_thread_is_raised_to_the_writer(tmp_path: Path) -> None:
+    """G7. Method: a file that is not open for writing; and one error ends a write of many windows,
+    not only its end."""
+    path = tmp_path / "file"
+    path.touch()
+    file = os.open(path, os.O_RDONLY)
+    writer = DirectWriter(file, file)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        for number in range(20):
+            writer.write(number * WINDOW_BYTES, [BYTES[64 : 64 + WINDOW_BYTES]])
+    writer.close()
+    os.close(file)
+
+
+def test_a_large_file_of_the_store_is_whole_and_no_longer_than_it_should_be(tmp_path: Path) -> None:
+    """G1. Method: an odd number of bytes, past the size from which files are written directly."""
+    store, nbytes = LocalStore(tmp_path), DIRECT_BYTES_MIN + 4321
+    with store.create("file", nbytes) as writer:
+        writer.write(0, [BYTES[:1000], BYTES[1000:nbytes]])
+    assert store.size("file") == nbytes
+    assert store.read("file", 0, nbytes) == BYTES[:nbytes]
+
+
+def test_an_error_while_a_large_file_is_written_goes_on_and_ends_the_threads(
+    tmp_path: Path,
+) -> None:
+    """G7. Method: the caller's own error after some windows."""
+    store = LocalStore(tmp_path)
+    with pytest.raises(StorageError, match="mine"), store.create("file", 1 << 26) as writer:
+        writer.write(0, [BYTES])
+        raise StorageError("mine")
