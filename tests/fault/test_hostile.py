@@ -269,7 +269,10 @@ CASES: dict[str, tuple[str, bytes]] = {
         metadata(shape=(2**62,), stop=(2**62,)).replace(pickled_int(2**62), pickled_int(2**63)),
     ),
     "dcp: a million dims": ("dcp", metadata(shape=(1,) * 10**6)),
-    "dcp: a negative offset": ("dcp", metadata(span=Span(-1, 700))),
+    "dcp: a negative offset": (
+        "dcp",
+        metadata(span=Span(30000, 700)).replace(pickled_int(30000), b"J\xff\xff\xff\xff"),
+    ),
     "dcp: chunks that start at one place": (
         "dcp",
         metadata(
