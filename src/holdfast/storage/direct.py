@@ -87,9 +87,6 @@ class DirectWriter:
     def _put(self, offset: int, view: memoryview) -> None:
         if offset != self._stop or (self._window is None and offset % PAGE_BYTES):
             self._leave()
-            self._start = self._stop = offset
-        if self._window is None and offset % PAGE_BYTES:
-            # The edge of a range, which several small parts may make up.
             edge = min(-offset % PAGE_BYTES, len(view))
             self._edges.write(offset, [view[:edge]])
             offset, view = offset + edge, view[edge:]
