@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from holdfast.errors import ExistsError, NotFoundError, StorageError
+from holdfast.storage.direct import BufferedWriter, DirectWriter, open_direct
 from holdfast.storage.store import Writer
 
 DIRECT_BYTES_MIN = 4 << 20
@@ -78,9 +79,6 @@ class LocalStore:
 
     @contextmanager
     def create(self, key: str, nbytes: int) -> Iterator[Writer]:
-        # Only who writes waits for numpy.
-        from holdfast.storage.direct import BufferedWriter, DirectWriter, open_direct
-
         with self._said("write", key), ExitStack() as stack:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             file = os.open(self._path(key), flags, 0o666)
