@@ -128,80 +128,75 @@ def _blocked(history: History) -> tuple[float, float]:
 
 
 def _charts(history: History) -> list[str]:
-    current = history.current
-    started = history.reports[0].time if history.reports else None
-    # A step whose index cannot be read was committed when it was reached, more or less.
-    reached = {report.step: report.time for report in current}
-    times = [
-        (row, _seconds(row) or reached.get(row.step))
-        for row in history.rows
-        if row.step is not None
-    ]
-    if started is None:
-        started = min((at for _, at in times if at is not None), default=0.0)
-    begun = started
-    course = [
-        Point(report.time - begun, report.step, f"step {report.step}")
-        for report in sorted(history.reports, key=lambda report: report.time)
-    ]
-    saves = [
-        Point(at - begun, row.step or 0, f"step {row.step}: {row.kind or row.state}", _style(row))
-        for row, at in times
-        if at is not None
-    ]
-    sizes = [
-        Point(
-            row.step or 0, row.nbytes, f"step {row.step}: {spelled_bytes(row.nbytes)}", _style(row)
-        )
-        for row, _ in times
-        if row.nbytes
-    ]
+    current, written = history.current, history.written
     stalls = [
-        Point(
-            report.step, report.save_blocked_s, f"step {report.step}: {report.save_blocked_s:.2f} s"
-        )
-        for report in current
-        if report.save_blocked_s > STALL_SAID_S
+        Point(r.step, r.save_blocked_s, f"step {r.step}: {r.save_blocked_s:.2f} s")
+        for r in current
+        if r.save_blocked_s > STALL_SAID_S
+    ]
+    speeds = [
+        Point(r.step, r.tokens_per_s, f"step {r.step}: {r.tokens_per_s:,.0f}") for r in current
+    ]
+    losses = [Point(r.step, r.loss, f"step {r.step}: {r.loss:.4f}") for r in current]
+    sizes = [
+        Point(row.step or 0, row.nbytes, f"step {row.step}: {spelled_bytes(row.nbytes)}")
+        for row in history.rows
+        if row.step is not None and row.nbytes
     ]
     ranks = [
         Point(index, nbytes, f"{file}: {spelled_bytes(nbytes)}")
-        for index, (file, nbytes) in enumerate(history.written)
+        for index, (file, nbytes) in enumerate(written)
     ]
-    speeds = [
-        Point(report.step, report.tokens_per_s, f"step {report.step}: {report.tokens_per_s:,.0f}")
-        for report in current
-    ]
-    losses = [Point(r.step, r.loss, f"step {r.step}: {r.loss:.4f}") for r in current]
-    at_step, nbytes = _spell_step, lambda value: spelled_bytes(int(value))
-    found = (
-        (
-            "Steps over time",
-            "each dot is a checkpoint: green to resume from, blue the model alone, red damaged",
-            dots(saves, behind=course, spell=_spell_number, spell_x=spelled_age),
-        ),
-        (
-            "Held up by each save",
-            "seconds that training waited",
-            bars(stalls, spell=lambda value: f"{value:.2g} s", spell_x=at_step),
-        ),
-        (
-            "Throughput",
-            "tokens/s over all ranks",
-            line(speeds, spell=_spell_number, spell_x=at_step),
-        ),
-        ("Loss", "", line(losses, spell=lambda value: f"{value:.3g}", spell_x=at_step)),
-        ("Size of each step", "", bars(sizes, spell=nbytes, spell_x=at_step)),
+
+    def size(value: float) -> str:
+        return spelled_bytes(int(value))
+
+    def seconds(value: float) -> str:
+        return f"{value:.2g} s"
+
+    charts = (
+        ("Steps over time", COURSE, _course(history)),
+        ("Held up by each save", "training waited", bars(stalls, spell=seconds, spell_x=_number)),
+        ("Throughput", "tokens/s over all ranks", line(speeds, spell=_short, spell_x=_number)),
+        ("Loss", "", line(losses, spell=_short, spell_x=_number)),
+        ("Size of each step", "", bars(sizes, spell=size, spell_x=_number)),
         (
             "What each rank wrote",
             "files of the newest good step",
-            bars(ranks, spell=nbytes, spell_x=lambda value: history.written[int(value)][0]),
+            bars(ranks, spell=size, spell_x=lambda index: written[int(index)][0]),
         ),
     )
     return [
         f'<section class="card"><h2>{name}</h2>{chart}<p>{note}</p></section>'
-        for name, note, chart in found
+        for name, note, chart in charts
         if chart
     ]
+
+
+COURSE = "each dot is a checkpoint: green to resume from, blue the model alone, red damaged"
+
+
+def _course(history: History) -> str:
+    """Steps over time, with the checkpoints as dots."""
+    # A step whose index cannot be read was committed when it was reached, more or less.
+    reached = {report.step: report.time for report in history.current}
+    saves = [
+        (row, _seconds(row) or reached.get(row.step))
+        for row in history.rows
+        if row.step is not None
+    ]
+    times = [report.time for report in history.reports]
+    begun = min([*times, *(at for _, at in saves if at is not None)], default=0.0)
+    behind = [
+        Point(report.time - begun, report.step, f"step {report.step}")
+        for report in sorted(history.reports, key=lambda report: report.time)
+    ]
+    points = [
+        Point(at - begun, row.step or 0, f"step {row.step}: {row.kind or row.state}", _style(row))
+        for row, at in saves
+        if at is not None
+    ]
+    return dots(points, behind=behind, spell=_short, spell_x=spelled_age)
 
 
 def _table(history: History, now: datetime) -> str:
@@ -257,14 +252,14 @@ def _since(seconds: float, now: datetime) -> str:
     return f"{spelled_age(now.timestamp() - seconds)} ago"
 
 
-def _spell_step(value: float) -> str:
+def _number(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def _spell_number(value: float) -> str:
+def _short(value: float) -> str:
     """A number in few characters.
 
-    >>> _spell_number(1234567.0), _spell_number(950.0)
+    >>> _short(1234567.0), _short(950.0)
     ('1.23M', '950')
     """
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
