@@ -38,7 +38,9 @@ from holdfast.errors import (
 )
 from holdfast.format.manifest import Kind, Manifest
 from holdfast.format.names import LOCK, step_of
+from holdfast.hf.export import HubModel
 from holdfast.manager.config import DATALOADER_KEYS, CheckpointConfig
+from holdfast.manager.hub import Hub
 from holdfast.manager.policy import is_due, kind_in_time, kind_of_save
 from holdfast.manager.resume import Step, newest_final, newest_resumable, strict_step
 from holdfast.manager.saver import Saver
@@ -91,13 +93,15 @@ class CheckpointManager:
         states: Mapping[str, Stateful] | None = None,
         config: CheckpointConfig | None = None,
         ranks: Ranks | None = None,
+        hub: HubModel | None = None,
     ) -> None:
         """Take hold of `folder`: what killed runs left there is swept, other runs are kept out.
 
         `model` may be several parts (pipeline stages); `states` are further objects by name.
         The state of a `dataloader` is kept for each rank, unless the loader says
         `state_is_global = True`.
-        `config` defaults to saving every 500 steps; `ranks` to those of `torch.distributed`.
+        `config` defaults to saving every 500 steps; `ranks` to those of `torch.distributed`. `hub`
+        says what the model is called on the Hugging Face hub, for what goes there or comes from it.
 
         Raises:
             ExistsError: another run saves in this folder.
@@ -118,7 +122,8 @@ class CheckpointManager:
             RNG: RngState(rank),
         }
         self._sections = [name for name in self._parts if name != MODEL]
-        self._saver = Saver(self._catalog, self.config, self._ranks, self._sections)
+        self._hub = Hub(hub, self.config, self._catalog, self._ranks)
+        self._saver = Saver(self._catalog, self.config, self._ranks, self._sections, self._hub)
         self._held = ExitStack()
         self._stop_signals = StopSignals(())
         _check_excluded(self.config.exclude_from_loading, self._parts)
@@ -170,7 +175,7 @@ class CheckpointManager:
                 kind = kind_in_time(left_s, *measured)
                 self._say_stopping(int(number), step, left_s, measured[0], kind)
             elif not is_due(step, last_step=last_step, config=self.config):
-                return False
+                return self._export(step)
             saved = kind is not None and self._save_as(
                 kind, step, last_step=last_step, metrics=metrics
             )
@@ -243,6 +248,10 @@ class CheckpointManager:
                 self._warn(f"passed over {passed_over[-1]}")
                 self._mark_damaged(candidate.step, error)
                 below = candidate.step
+        if self.config.initial_load_in_hf:
+            where = self._hub.load(self.config.initial_load_path, self._model())
+            self._say(f"loaded the model of {where}: starting at step 0")
+            return 0
         if self.config.initial_load_path is not None:
             return self._load_initial(self.config.initial_load_path)
         if passed_over:
@@ -399,13 +408,25 @@ class CheckpointManager:
     ) -> bool:
         """Save all parts, or the model alone: in the export dtype where it is the last step."""
         numbers = on_every_rank(self._ranks, partial(_numbers, metrics))
+        use = self._hub.use(step, last_step=last_step, saved=True)
         if kind == "full":
             leaves = StateTree(self._parts, flat=MODEL).leaves
-            return self._saver.save(step, kind, leaves, metrics=numbers)
-        leaves = StateTree({MODEL: self._parts[MODEL]}, flat=MODEL).leaves
+            return self._saver.save(step, kind, leaves, metrics=numbers, use=use)
         dtype: torch.dtype | None = getattr(torch, self.config.export_dtype)
-        dtype = dtype if last_step else None
-        return self._saver.save(step, kind, leaves, dtype=dtype, metrics=numbers)
+        dtype = dtype if last_step and use != "step" else None
+        leaves = self._model().leaves
+        return self._saver.save(step, kind, leaves, dtype=dtype, metrics=numbers, use=use)
+
+    def _export(self, step: int) -> bool:
+        """Save a Hugging Face folder alone, if this step is one for that. Returns False: a step is
+        not saved."""
+        use = self._hub.use(step, last_step=False, saved=False)
+        if use is not None:
+            self._saver.save(step, "model", self._model().leaves, use=use)
+        return False
+
+    def _model(self) -> StateTree:
+        return StateTree({MODEL: self._parts[MODEL]}, flat=MODEL, others=self._sections)
 
     def _say_stopping(
         self, number: int, step: int, left_s: float, full_save_s: float, kind: Kind | None

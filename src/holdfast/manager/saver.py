@@ -19,6 +19,7 @@ from holdfast.errors import HoldfastError, RankError
 from holdfast.format.manifest import Kind, Path
 from holdfast.format.names import step_name
 from holdfast.manager.config import CheckpointConfig
+from holdfast.manager.hub import Hub, Use
 from holdfast.manager.policy import retention_of
 from holdfast.manager.retention import Retainer
 from holdfast.state.tree import Leaf
@@ -36,12 +37,18 @@ class Saver:
     """
 
     def __init__(
-        self, catalog: Catalog, config: CheckpointConfig, ranks: Ranks, sections: Collection[str]
+        self,
+        catalog: Catalog,
+        config: CheckpointConfig,
+        ranks: Ranks,
+        sections: Collection[str],
+        hub: Hub | None = None,
     ) -> None:
         """`sections` are the top-level names that are not the model's."""
         self._catalog, self._config, self._ranks = catalog, config, ranks
         self._sections = sections
         self._planner = Planner(ranks)
+        self._hub = hub or Hub(None, config, catalog, ranks)
         self._in_background = config.async_mode != "disabled"
         # Training's collectives, and those that begin a save, must not meet those of the thread.
         self._finishing_ranks = ranks.twin() if self._in_background else ranks
@@ -66,18 +73,22 @@ class Saver:
         *,
         dtype: torch.dtype | None = None,
         metrics: Mapping[str, float] | None = None,
+        use: Use | None = None,
     ) -> bool:
-        """Save a step. Returns whether it was, or is being, saved: see `on_save_error`."""
+        """Save a step. Returns whether it was, or is being, saved: see `on_save_error`. `use` is
+        what of it is to be a Hugging Face folder."""
         self.collect()
         # What is being deleted would be counted as space that is taken.
         self.retainer.wait()
         try:
+            if use in ("beside", "alone"):
+                self._hub.prepare()
             pending = begin_save(
-                self._catalog,
+                self._hub.catalog if use == "alone" else self._catalog,
                 step_name(step),
                 on_every_rank(self._ranks, leaves),
                 ranks=self._ranks,
-                planner=self._planner,
+                planner=self._hub.planner if use == "alone" else self._planner,
                 step=step,
                 kind=kind,
                 dtype=dtype,
@@ -90,9 +101,9 @@ class Saver:
                     nbytes, free = self._snapshot.nbytes, free_memory()
                     left = "" if free is None else f", {amount(free)} are free"
                     logger.info("snapshots take %s of host memory a rank%s", amount(nbytes), left)
-                self._background.start(partial(self._finish, staged, step))
+                self._background.start(partial(self._finish, staged, step, use))
             else:
-                self._finish(pending, step)
+                self._finish(pending, step, use)
         except HoldfastError as error:
             self._survive(error)
             return False
@@ -109,8 +120,13 @@ class Saver:
         if waited_s > WAIT_SAID_S and self._ranks.rank == 0:
             logger.info("waited %.2f s for the save in the background", waited_s)
 
-    def _finish(self, pending: Pending, step: int) -> None:
+    def _finish(self, pending: Pending, step: int, use: Use | None) -> None:
         """Write, publish, let old steps go."""
+        if use in ("step", "alone"):
+            self._hub.finish(pending, self._finishing_ranks, step, use)
+            if use == "step" and self._ranks.rank == 0:
+                self.retainer.saved(step)
+            return
         saved = finish_save(pending, self._finishing_ranks)
         if pending.facts.kind == "full":
             self.full_save_s = max(self.full_save_s, saved.spans.total)
@@ -121,6 +137,8 @@ class Saver:
             done = rate(saved.nbytes, saved.spans.total)
             logger.info("saved step %d: %s, %s", step, done, saved.where)
             self.retainer.saved(step)
+        if use == "beside":
+            self._hub.finish(pending, self._finishing_ranks, step, use)
 
     def _survive(self, error: HoldfastError) -> None:
         """Go on without what was not saved, if that is wanted and can be."""
