@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from holdfast.catalog.catalog import place, read_manifest, steps_in
 from holdfast.catalog.findings import Format
 from holdfast.catalog.verify import format_of
 from holdfast.engine.root import open_for_reading
+from holdfast.engine.source import Source
 from holdfast.errors import NotFoundError
 from holdfast.format import safetensors, torchfile
 from holdfast.format.manifest import Manifest
@@ -19,9 +21,21 @@ from holdfast.storage.store import ReadStore
 class Seen:
     """A checkpoint, and what is known of it without reading its data."""
 
-    where: str
     format: Format
-    manifest: Manifest
+    source: Source
+    strides: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of tensors in a `.pt` file that do not lie row by row."""
+
+    file: str = ""
+    """Within `source.folder`, where the checkpoint is one file."""
+
+    @property
+    def where(self) -> str:
+        return place(self.source.store, self.source.folder) + (f"/{self.file}" * bool(self.file))
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.source.manifest
 
 
 def look(path: str) -> Seen:
@@ -46,13 +60,17 @@ def look_at(store: ReadStore, name: str) -> Seen:
             hint = f"its newest step: {place(store, steps[-1])}"
         raise NotFoundError(f"`{where}` is no checkpoint", hint=hint)
     if form in ("holdfast", "dcp"):
-        return Seen(where, form, read_manifest(store, name))
+        return Seen(form, Source(store, name, read_manifest(store, name)))
     if _is_folder(store, name):
-        return Seen(where, form, _of_folder(store, name, where))
-    reader = torchfile.read_file if form == "torch" else safetensors.read_file
-    last = name.rpartition("/")[2]
-    found = reader(partial(_fetch, store, name), store.size(name), file=last, where=where)
-    return Seen(where, form, found.manifest if isinstance(found, torchfile.TorchFile) else found)
+        return Seen(form, Source(store, name, _of_folder(store, name, where)))
+    fetch, nbytes = partial(_fetch, store, name), store.size(name)
+    above, _, file = where.rpartition("/")
+    around = open_for_reading(above)  # What is read below is read from files in a folder.
+    if form == "torch":
+        found = torchfile.read_file(fetch, nbytes, file=file, where=where)
+        return Seen(form, Source(*around, found.manifest), found.strides, file)
+    manifest = safetensors.read_file(fetch, nbytes, file=file, where=where)
+    return Seen(form, Source(*around, manifest), file=file)
 
 
 def _of_folder(store: ReadStore, name: str, where: str) -> Manifest:

@@ -18,6 +18,7 @@ from holdfast.errors import HoldfastError
 VERBS = {
     "completion": "what a shell needs to complete verbs and options",
     "convert": "a checkpoint into another format: dcp, hf, torch",
+    "diff": "what differs between two checkpoints, whatever formats they are in",
     "doctor": "what is wrong with a checkpoint folder, and the command that mends it",
     "list": "the steps in a checkpoint folder, and which one a resume takes",
     "prune": "remove steps that no rule keeps, and what killed saves left",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import tyro
@@ -12,9 +12,17 @@ import tyro
 from holdfast.catalog.findings import kind_of, part_of
 from holdfast.cli.look import Seen, look
 from holdfast.cli.picture import draw, letter
-from holdfast.cli.terminal import counted, parsed, say, say_json, spelled_bytes, spelled_layout
+from holdfast.cli.terminal import (
+    counted,
+    parsed,
+    progress,
+    say,
+    say_json,
+    spelled_bytes,
+    spelled_layout,
+)
 from holdfast.cli.tree import INDENT, count, lines, tree_of
-from holdfast.errors import NotFoundError
+from holdfast.errors import NotFoundError, UsageError
 from holdfast.format.manifest import Chunk, Manifest, TensorEntry
 
 FORMATS = {
@@ -45,6 +53,12 @@ class Show:
     each: bool = False
     """List blocks that are alike one by one."""
 
+    stats: bool = False
+    """With NAME: read the tensor; least and greatest, mean and deviation, zeros, NaN, infinite."""
+
+    values: bool = False
+    """With NAME: its first elements."""
+
     json: bool = False
     """Print JSON, with every chunk."""
 
@@ -57,12 +71,14 @@ def run(arguments: Sequence[str]) -> int:
     asked = parsed(Show, "show", arguments)
     seen = look(asked.path)
     tensors = chosen(seen, asked.name)
-    if asked.json:
-        say_json(_as_json(seen, tensors))
-        return 0
     entry = tensors.get(asked.name)
+    data = _data(asked, seen, entry)
+    if asked.json:
+        say_json({**_as_json(seen, tensors), **data})
+        return 0
     if entry is not None:
         _say_tensor(asked.name, entry)
+        _say_data(data)
         return 0
     if not asked.name:
         _say_checkpoint(seen)
@@ -96,6 +112,37 @@ def chosen(seen: Seen, name: str) -> Mapping[str, TensorEntry]:
             hint=f"near it: {', '.join(near)}" if near else f"holdfast show {seen.where}",
         )
     return below
+
+
+def _data(asked: Show, seen: Seen, entry: TensorEntry | None) -> dict[str, Any]:
+    """What is known of the tensor's elements, where that is asked for."""
+    if not asked.stats and not asked.values:
+        return {}
+    if entry is None:
+        raise UsageError(
+            "`--stats` and `--values` read one tensor",
+            hint=f"its name after the path: holdfast show {asked.path} NAME --stats",
+        )
+    # Not at the top: they need numpy, for which the tree does not wait.
+    from holdfast.cli.elements import corner, statistics
+    from holdfast.hf.stored import Stored
+
+    stored = Stored(seen.source, seen.strides)
+    found: dict[str, Any] = {}
+    if asked.stats:
+        with progress(asked.name, entry.nbytes) as advance:
+            found["statistics"] = asdict(statistics(stored, asked.name, advance))
+    if asked.values:
+        found["first"] = corner(stored, asked.name)
+    return found
+
+
+def _say_data(data: Mapping[str, Any]) -> None:
+    for name, value in data.get("statistics", {}).items():
+        spelled = f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+        say(f"{INDENT}{name.replace('num_', 'number of '):<18} {spelled}")
+    for row in data.get("first", ()):
+        say(INDENT + " ".join(f"{value:>12.5g}" for value in row))
 
 
 def _say_checkpoint(seen: Seen) -> None:

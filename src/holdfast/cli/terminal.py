@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -62,9 +63,19 @@ def say(line: str = "") -> None:
 
 
 def say_json(value: Any) -> None:
-    """What was asked for, as JSON."""
-    json.dump(value, sys.stdout, indent=2)
+    """What was asked for, as JSON. What is no finite number is spelled: JSON has no such."""
+    json.dump(_finite(value), sys.stdout, indent=2, allow_nan=False)
     sys.stdout.write("\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(member) for key, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(member) for member in value]
+    return value
 
 
 def say_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

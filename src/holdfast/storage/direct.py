@@ -10,8 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from queue import SimpleQueue
 
-import numpy as np
-
 from holdfast.storage.store import Buffer
 
 PAGE_BYTES = 4096
@@ -87,7 +85,7 @@ class DirectWriter:
         self._pool.shutdown(cancel_futures=True)
 
     def _put(self, offset: int, view: memoryview) -> None:
-        if offset != self._stop:
+        if offset != self._stop or (self._window is None and offset % PAGE_BYTES):
             self._leave()
             edge = min(-offset % PAGE_BYTES, len(view))
             self._edges.write(offset, [view[:edge]])
@@ -113,6 +111,8 @@ class DirectWriter:
     def _fits_in_place(self, view: memoryview, offset: int) -> bool:
         if len(view) < IN_PLACE_BYTES_MIN or offset % PAGE_BYTES:
             return False
+        import numpy as np  # Not at the top: whoever only looks at a store need not wait for it.
+
         return np.frombuffer(view, np.uint8).ctypes.data % PAGE_BYTES == 0
 
     def _flush(self) -> None:
@@ -166,6 +166,8 @@ def _copy(target: memoryview, source: memoryview) -> None:
     if len(source) < PAGE_BYTES:
         target[:] = source
     else:
+        import numpy as np
+
         # Lets other threads run meanwhile, which an assignment does not.
         np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
