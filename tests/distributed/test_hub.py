@@ -27,7 +27,7 @@ def degrees(**given: int) -> list[str]:
 
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors"):
         found |= load_file(file)
     return found
