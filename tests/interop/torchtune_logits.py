@@ -20,12 +20,13 @@ sizes = given["sizes"]
 output = folder.with_name(f"{folder.name}-torchtune")
 
 
-def logits(state: dict) -> torch.Tensor:
+def logits(state: dict[str, torch.Tensor]) -> torch.Tensor:
     """Of a fresh model with these weights."""
     model = llama3(**sizes)
     model.load_state_dict(state)
     with torch.no_grad():
-        return model.eval()(given["tokens"])
+        found: torch.Tensor = model.eval()(given["tokens"])
+    return found
 
 
 meta = FullModelMetaCheckpointer(
