@@ -40,7 +40,15 @@ from holdfast.testing.recording import (
 
 SIZE = 2
 ROWS = 64
-OUTCOMES = ("old", "new", "mixed", "unloadable", "lost")
+OUTCOMES = {
+    "old": "old",
+    "new": "new",
+    "mixed": "mixed",
+    "unloadable": "start fails",
+    "lost": "lost",
+}
+"""With their names in the table, which docs/crash-report.md explains."""
+
 VERSIONS = ("killed", "lost", "reordered", "torn")
 
 Save = Callable[[Path, Any, int], None]
@@ -74,7 +82,7 @@ def main() -> None:
     seeds = parser.parse_args().seeds
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    head = ("what", "by", "power cut", "states", *OUTCOMES)
+    head = ("what", "by", "power cut", "states", *OUTCOMES.values())
     say(f"| {' | '.join(head)} |\n|{'---|' * len(head)}\n")
     for protocol in protocols():
         started = time.perf_counter()

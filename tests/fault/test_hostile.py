@@ -29,6 +29,8 @@ from holdfast.format.pickles import pickled_int
 from holdfast.format.region import Region
 from holdfast.format.tables import encode_metadata
 from holdfast.storage.local import LocalStore
+from holdfast.storage.remote import RemoteStore
+from holdfast.testing.failing import FailingStore
 
 MEMORY_BYTES = 512 << 20
 """Of address space, interpreter included: the files below ask for up to 2^63."""
@@ -267,7 +269,10 @@ CASES: dict[str, tuple[str, bytes]] = {
         metadata(shape=(2**62,), stop=(2**62,)).replace(pickled_int(2**62), pickled_int(2**63)),
     ),
     "dcp: a million dims": ("dcp", metadata(shape=(1,) * 10**6)),
-    "dcp: a negative offset": ("dcp", metadata(span=Span(-1, 700))),
+    "dcp: a negative offset": (
+        "dcp",
+        metadata(span=Span(30000, 700)).replace(pickled_int(30000), b"J\xff\xff\xff\xff"),
+    ),
     "dcp: chunks that start at one place": (
         "dcp",
         metadata(
@@ -436,7 +441,8 @@ def test_shards_too_tangled_to_be_compared_are_refused_in_time() -> None:
 @pytest.mark.parametrize("kind", ["step", "stock"])
 def test_a_link_to_a_file_outside_of_the_folder_is_refused(tmp_path: Path, kind: str) -> None:
     """G8: a stranger's checkpoint must not take the reader's files into a model. Method: a data
-    file moved away, a link to it left in its place; a link within the folder is let be."""
+    file moved away, a link to it left in its place, reached as a folder, by `file://` and through a
+    store around the store; a link within the folder is let be."""
     folder = save_step(tmp_path) if kind == "step" else save_stock(tmp_path / "stock")
     path = folder / "__0_0.distcp"
     path.rename(folder / "inside")
@@ -448,6 +454,12 @@ def test_a_link_to_a_file_outside_of_the_folder_is_refused(tmp_path: Path, kind:
     with pytest.raises(DamagedError, match="link to a place outside"):
         open_manifest(LocalStore(tmp_path), folder.name)
     assert not verify(Target(LocalStore(tmp_path), folder.name)).good
+    for wrapped in (RemoteStore(f"file://{tmp_path}"), FailingStore(LocalStore(tmp_path), nothing)):
+        with pytest.raises(DamagedError, match="link to a place outside"):
+            open_manifest(wrapped, folder.name)
+
+
+def nothing(verb: str, key: str) -> None: ...
 
 
 def test_the_limits_of_these_tests_are_real(tmp_path: Path) -> None:

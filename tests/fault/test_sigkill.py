@@ -107,9 +107,9 @@ def kill_again_and_again(
 def test_a_save_killed_at_any_moment_leaves_whole_steps(
     size: int, async_mode: str, tmp_path: Path
 ) -> None:
-    """G1, G2, G5: random kills of one rank or of all, in first saves, saves in place of a step, and
-    retention."""
-    kill_again_and_again(tmp_path / "run", size=size, kills=5, seed=size, async_mode=async_mode)
+    """G1, G2, G5: 32 random kills of one rank or of all, in first saves, saves in place of a step,
+    and retention."""
+    kill_again_and_again(tmp_path / "run", size=size, kills=8, seed=size, async_mode=async_mode)
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_a_save_killed_at_any_moment_leaves_whole_steps(
 @pytest.mark.parametrize("async_mode", ["disabled", "async"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_many_kills(size: int, async_mode: str, tmp_path: Path) -> None:
-    """As above, for long."""
+    """As above, 300 of them."""
     kill_again_and_again(
         tmp_path / "run", size=size, kills=50, seed=100 + size, async_mode=async_mode
     )

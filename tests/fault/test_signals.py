@@ -39,16 +39,17 @@ def test_a_signal_saves_one_step_and_ends_every_rank(tmp_path: Path, victim: str
 
 
 def step_for_ever(rank: int, size: int, folder: Path) -> None:
-    """Steps of random length, a save now and then, the others waited for in each."""
+    """Steps of random length that wait for data, an evaluation now and then that comes to no step
+    boundary, a save every third step, the others waited for in each."""
     module: Any = nn.Module()
-    module.register_buffer("stamp", torch.zeros(1 << 18))
-    config = holdfast.CheckpointConfig(enable=True, interval=7, keep_latest_k=2)
+    module.register_buffer("stamp", torch.zeros(1 << 20))
+    config = holdfast.CheckpointConfig(enable=True, interval=3, keep_latest_k=2)
     wait = random.Random(rank)
     with holdfast.CheckpointManager(folder, model=module, config=config) as manager:
         step = manager.load()
         (folder / f"ready-{rank}").touch()
         while True:
-            time.sleep(wait.uniform(0, 0.004))
+            time.sleep(wait.uniform(0, 0.004) if step % 5 else 0.03)
             step += 1
             module.stamp.fill_(step)
             manager.save(step)
@@ -79,7 +80,7 @@ def signal_again_and_again(folder: Path, *, size: int, times: int, seed: int) ->
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_signal_to_any_rank_at_any_moment(size: int, tmp_path: Path) -> None:
-    """G12: between steps, in a step, in a save."""
+    """G12: waiting for data, in a step, in an evaluation, in a save."""
     signal_again_and_again(tmp_path, size=size, times=5, seed=size)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import replace
 
 from holdfast.catalog.structure import check_structure
@@ -90,9 +91,17 @@ class Catalog:
                 self.store.remove(str(mark))
         # The attempt's own name must be durable before the old checkpoint gives up its name.
         self.store.sync("")
+        replaced = str(Aside("replaced", attempt.name, attempt.id))
         if replacing:
-            self.store.rename(attempt.name, str(Aside("replaced", attempt.name, attempt.id)))
-        self.store.rename(str(attempt), attempt.name)
+            self.store.rename(attempt.name, replaced)
+        try:
+            self.store.rename(str(attempt), attempt.name)
+        except HoldfastError:
+            if replacing:
+                # If this cannot be done either, readers look there, and the next sweep does it.
+                with suppress(HoldfastError):
+                    self.store.rename(replaced, attempt.name)
+            raise
 
     def discard(self, attempt: Aside) -> None:
         """Remove an attempt that came to nothing."""

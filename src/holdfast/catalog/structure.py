@@ -10,7 +10,6 @@ from holdfast.format.checksum import checksum
 from holdfast.format.manifest import Manifest, Span
 from holdfast.format.names import MANIFEST, METADATA
 from holdfast.format.region import Region, first_overlap
-from holdfast.storage.local import leads_out
 from holdfast.storage.store import ReadStore
 
 
@@ -24,7 +23,7 @@ def check_structure(store: ReadStore, folder: str, manifest: Manifest) -> list[F
         except NotFoundError:
             findings.append(Finding("file", file, "is missing"))
             continue
-        if leads_out(store, folder, file):
+        if store.leads_out(folder, file):
             # A stranger's checkpoint could carry the files of whoever loads it into a model.
             findings.append(Finding("file", file, "is a link to a place outside of its folder"))
         if found != nbytes:

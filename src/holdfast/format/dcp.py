@@ -27,6 +27,9 @@ from holdfast.format.pickles import DtypeName, Plain, loads
 from holdfast.format.region import Region
 
 _MODULE = "torch.distributed.checkpoint.metadata"
+_SHARDED = "torch.distributed._shard.sharded_tensor.metadata"
+"""Where torch 2.1 to 2.3 had two of them."""
+
 _CLASSES = (
     *("Metadata", "MetadataIndex", "StorageMeta"),
     *("TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "BytesStorageMetadata"),
@@ -44,6 +47,8 @@ _ALLOWED: Mapping[tuple[str, str], Any] = {
     **{(_MODULE, name): _class(name) for name in _CLASSES},
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _class("_StorageInfo"),
     (_MODULE, "_MEM_FORMAT_ENCODING"): int,
+    (_SHARDED, "TensorProperties"): _class("TensorProperties"),
+    (_SHARDED, "MEM_FORMAT_ENCODING"): int,
     ("torch.serialization", "_get_layout"): str,
     ("torch", "Size"): tuple,
     ("collections", "OrderedDict"): OrderedDict,

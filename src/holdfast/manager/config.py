@@ -22,8 +22,21 @@ class CheckpointConfig:
     folder: str = "checkpoint"
     """Where the steps lie, below `job.dump_folder`."""
 
-    interval: int = 500
-    """Steps between saves."""
+    interval: int | Literal["auto"] = 500
+    """Steps between saves. `auto`: by what a save costs, what a step takes, and `mtbf_hours`."""
+
+    interval_minutes: float = 0.0
+    """Save, besides, when so many minutes have passed since the last save; 0: never for that."""
+
+    mtbf_hours: float = 24.0
+    """Mean time between failures of the whole job: what `interval = "auto"` weighs a save against.
+    """
+
+    min_interval: int = 10
+    """Steps that `interval = "auto"` leaves between saves at least."""
+
+    max_interval: int = 5000
+    """Steps that `interval = "auto"` leaves between saves at most."""
 
     load_step: int = -1
     """-1: the newest good step. A number: that step or an error. Step 0 loads the model only."""
@@ -53,9 +66,22 @@ class CheckpointConfig:
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
     """Dtype of the floating-point tensors of a model-only last step, and of Hugging Face's."""
 
-    async_mode: Literal["disabled", "async"] = "disabled"
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """`disabled`: training waits for the step to be durable. `async`: it waits for a copy of the
-    state in host memory, and goes on while that is written."""
+    state in host memory, and goes on while that is written. `async_with_pinned_mem`: it goes on at
+    once; the copy is made during the next forward and backward, and the optimizers wait for it."""
+
+    on_save_overlap: Literal["wait", "skip", "queue"] = "wait"
+    """What happens to a save that is due while the one before it is being written: training waits
+    for that; or this one is left out; or it is made once that is done, of the step then reached."""
+
+    on_low_memory: Literal["raise", "wait"] = "raise"
+    """Where there is no host memory for the copy that `async_mode` needs: an error, or training
+    waits for the step to be durable, as with `disabled`."""
+
+    write_bandwidth_limit: float = 0.0
+    """MB/s that all ranks together write at most, for file systems that others share; 0: no limit.
+    """
 
     keep_latest_k: int = 10
     """How many of the newest good steps to keep; 0 keeps all. 1 is refused: one damaged file would
@@ -97,10 +123,20 @@ class CheckpointConfig:
     left, the model alone is saved, or nothing."""
 
     def __post_init__(self) -> None:
-        if self.interval < 1:
+        if self.interval != "auto" and self.interval < 1:
             raise UsageError(
-                f"`checkpoint.interval` is a number of steps, at least 1: {self.interval}"
+                f'`checkpoint.interval` is a number of steps from 1 on, or "auto": {self.interval}'
             )
+        if not 1 <= self.min_interval <= self.max_interval:
+            raise UsageError(
+                "`checkpoint.min_interval` is at least 1, and at most `checkpoint.max_interval`: "
+                f"{self.min_interval} and {self.max_interval}"
+            )
+        if self.mtbf_hours <= 0:
+            raise UsageError(f"`checkpoint.mtbf_hours` is a number of hours: {self.mtbf_hours}")
+        for key in ("interval_minutes", "write_bandwidth_limit"):
+            if getattr(self, key) < 0:
+                raise UsageError(f"`checkpoint.{key}` is 0 (off) or a number: {getattr(self, key)}")
         if self.keep_latest_k < 0 or self.keep_latest_k == 1:
             raise UsageError(
                 f"`checkpoint.keep_latest_k` is 0 (keep all) or at least 2: {self.keep_latest_k}",

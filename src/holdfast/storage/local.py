@@ -13,7 +13,7 @@ from pathlib import Path
 
 from holdfast.errors import ExistsError, NotFoundError, StorageError
 from holdfast.storage.direct import BufferedWriter, DirectWriter, open_direct
-from holdfast.storage.store import ReadStore, Writer
+from holdfast.storage.store import Writer
 
 DIRECT_BYTES_MIN = 4 << 20
 """Smaller files are not worth the threads."""
@@ -72,6 +72,10 @@ class LocalStore:
                 return done
             finally:
                 os.close(file)
+
+    def leads_out(self, folder: str, file: str) -> bool:
+        inside = self._path(folder).resolve()
+        return not self._path(f"{folder}/{file}").resolve().is_relative_to(inside)
 
     @contextmanager
     def create(self, key: str, nbytes: int) -> Iterator[Writer]:
@@ -178,15 +182,6 @@ class LocalStore:
                 f"cannot {doing} `{self._path(key)}`: {error.strerror or error}",
                 hint=_HINTS.get(error.errno or 0),
             ) from error
-
-
-def leads_out(store: ReadStore, folder: str, file: str) -> bool:
-    """Whether a file of a folder is a link to a place outside of that folder, as only a local file
-    can be."""
-    if not isinstance(store, LocalStore):
-        return False
-    inside = store._path(folder).resolve()
-    return not store._path(f"{folder}/{file}").resolve().is_relative_to(inside)
 
 
 def _reserve(file: int, nbytes: int) -> None:

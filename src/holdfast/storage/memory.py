@@ -72,6 +72,9 @@ class MemoryStore:
         target[: len(data)] = data
         return len(data)
 
+    def leads_out(self, folder: str, file: str) -> bool:  # noqa: ARG002 - there are no links
+        return False
+
     @contextmanager
     def create(self, key: str, nbytes: int) -> Iterator[_MemoryWriter]:
         with self._mutex:

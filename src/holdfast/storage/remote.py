@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from holdfast.errors import NotFoundError, StorageError, UsageError
 
@@ -57,6 +58,13 @@ class RemoteStore:
         data = self.read(key, start, start + len(target))
         target[: len(data)] = data
         return len(data)
+
+    def leads_out(self, folder: str, file: str) -> bool:
+        if not getattr(self._files, "local_file", False):
+            return False
+        # `file://` is a folder of this machine, links and all.
+        inside = Path(self._path(folder)).resolve()
+        return not Path(self._path(f"{folder}/{file}")).resolve().is_relative_to(inside)
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}" if key else self._root

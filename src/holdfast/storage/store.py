@@ -47,6 +47,11 @@ class ReadStore(Protocol):
         """Fill `target` from `start` on. Returns the bytes read, fewer only where the file ends."""
         ...
 
+    def leads_out(self, folder: str, file: str) -> bool:
+        """Whether a file of a folder is a link to a place outside of that folder. False where there
+        are no links."""
+        ...
+
 
 class Store(ReadStore, Protocol):
     """A tree of files to keep checkpoints in.

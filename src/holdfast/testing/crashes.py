@@ -52,6 +52,9 @@ class RecordingStore:
     def read_into(self, key: str, start: int, target: memoryview) -> int:
         return self._beneath.read_into(key, start, target)
 
+    def leads_out(self, folder: str, file: str) -> bool:
+        return self._beneath.leads_out(folder, file)
+
     @contextmanager
     def create(self, key: str, nbytes: int) -> Iterator[Writer]:
         with self._beneath.create(key, nbytes) as writer:

@@ -39,6 +39,10 @@ class FailingStore:
         self._fail("read", key)
         return self._beneath.read_into(key, start, target)
 
+    def leads_out(self, folder: str, file: str) -> bool:
+        self._fail("read", f"{folder}/{file}")
+        return self._beneath.leads_out(folder, file)
+
     @contextmanager
     def create(self, key: str, nbytes: int) -> Iterator[Writer]:
         self._fail("create", key)

@@ -130,7 +130,7 @@ def train(config: Config, place: Place) -> None:
             take_steps(run, manager, metrics, first=step)
         finally:
             metrics.close()
-    _log_end(run, config.training.steps - step, time.perf_counter() - started, manager.blocked_s)
+    _log_end(run, config.training.steps - step, time.perf_counter() - started, manager.goodput())
 
 
 def create_seed(config: Config, place: Place) -> None:
@@ -281,16 +281,16 @@ def _log_interrupt(config: Config, step: int) -> None:
     logger.warning("interrupted at step %d: %s", step, further)
 
 
-def _log_end(run: Run, num_steps: int, seconds: float, blocked_s: float) -> None:
+def _log_end(run: Run, num_steps: int, seconds: float, goodput: str) -> None:
     training, dp_size = run.config.training, run.place.dp_size
     tokens = num_steps * training.batch_per_rank(dp_size) * dp_size * training.seq_len
     logger.info(
-        "done: %d steps, %s tokens in %.1f s (%s tokens/s), %.2f s of them held up by saving; "
-        "%s tokens since the start",
+        "done: %d steps, %s tokens in %.1f s (%s tokens/s); %s tokens since the start",
         num_steps,
         f"{tokens:,}",
         seconds,
         f"{tokens / seconds:,.0f}",
-        blocked_s,
         f"{run.state.ntokens_seen:,}",
     )
+    if run.config.checkpoint.enable:
+        logger.info("%s", goodput)

@@ -1,0 +1,56 @@
+"""What earlier versions of torch wrote, once, by `write_by_stock.py`, is read for ever."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import holdfast
+from golden.write_by_stock import stock_state
+from holdfast.catalog.verify import Target, verify
+from holdfast.state.tree import flatten
+from holdfast.storage.local import LocalStore
+
+HERE = Path(__file__).parent
+VERSIONS = sorted(path.name for path in HERE.glob("stock-*"))
+
+
+def test_the_first_version_and_later_ones_are_among_them() -> None:
+    """Method: the folders that are there; of 2.13 there is `stock`, with more in it."""
+    assert VERSIONS[0] == "stock-2.1.2"
+    assert len(VERSIONS) >= 3
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+def test_it_is_opened_and_verified_bit_for_bit(name: str) -> None:
+    """G8, G10. Method: every entry, compared with the state that was saved; torch 2.1 kept dicts
+    without tensors as one value, and had its classes elsewhere."""
+    checkpoint = holdfast.open(HERE / name)
+    found: dict[str, Any] = {n: checkpoint.read(n) for n in checkpoint.tensors}
+    for n in checkpoint.manifest.values:
+        value = checkpoint.value(n)
+        parts = (
+            {f"{n}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {}
+        )
+        found |= parts or {n: value}
+    expected = {n: leaf.value for n, leaf in flatten(stock_state()).items()}
+    assert found.keys() == expected.keys()
+    for n, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert found[n].dtype == value.dtype
+            assert torch.equal(found[n], value), n
+        else:
+            assert found[n] == value, n
+    assert verify(Target(LocalStore(HERE), name)).good
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+def test_its_tensors_load(name: str) -> None:
+    """G10. Method: `holdfast.load` of the model."""
+    state = {"model": {n: torch.zeros_like(t) for n, t in stock_state()["model"].items()}}
+    holdfast.load(HERE / name, state)
+    for n, tensor in stock_state()["model"].items():
+        assert torch.equal(state["model"][n], tensor), n
