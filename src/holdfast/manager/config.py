@@ -149,6 +149,25 @@ class CheckpointConfig:
             raise UsageError(
                 f"`checkpoint.load_step` is -1 (the newest good step) or a step: {self.load_step}"
             )
+        self._check_hub()
+        check_names(self.stop_signals)
+        if self.stop_deadline_s <= 0:
+            raise UsageError(
+                f"`checkpoint.stop_deadline_s` is a number of seconds: {self.stop_deadline_s}"
+            )
+        if self.create_seed_checkpoint and (self.load_only or not self.enable):
+            hindrance = "load_only` is on" if self.load_only else "enable` is off"
+            raise UsageError(
+                f"`checkpoint.create_seed_checkpoint` saves a step, but `checkpoint.{hindrance}",
+                hint="--checkpoint.enable --checkpoint.no-load_only",
+            )
+        if "model" in self.exclude_from_loading:
+            raise UsageError(
+                "`checkpoint.exclude_from_loading` holds `model`, without which nothing is resumed",
+                hint="to start with fresh weights, use another `checkpoint.folder`",
+            )
+
+    def _check_hub(self) -> None:
         if self.hf_export_interval < 0:
             raise UsageError(
                 f"`checkpoint.hf_export_interval` is 0 (none) or a number of steps: "
@@ -171,20 +190,4 @@ class CheckpointConfig:
                 "`checkpoint.initial_load_in_hf_quantized` is about a folder that "
                 "`checkpoint.initial_load_in_hf` does not load",
                 hint="--checkpoint.initial_load_in_hf",
-            )
-        check_names(self.stop_signals)
-        if self.stop_deadline_s <= 0:
-            raise UsageError(
-                f"`checkpoint.stop_deadline_s` is a number of seconds: {self.stop_deadline_s}"
-            )
-        if self.create_seed_checkpoint and (self.load_only or not self.enable):
-            hindrance = "load_only` is on" if self.load_only else "enable` is off"
-            raise UsageError(
-                f"`checkpoint.create_seed_checkpoint` saves a step, but `checkpoint.{hindrance}",
-                hint="--checkpoint.enable --checkpoint.no-load_only",
-            )
-        if "model" in self.exclude_from_loading:
-            raise UsageError(
-                "`checkpoint.exclude_from_loading` holds `model`, without which nothing is resumed",
-                hint="to start with fresh weights, use another `checkpoint.folder`",
             )
