@@ -47,11 +47,24 @@ class CheckpointConfig:
     initial_load_model_only: bool = True
     """Take the model alone from `initial_load_path`, and start at step 0."""
 
+    initial_load_in_hf: bool = False
+    """Start from a Hugging Face folder: `initial_load_path`, or else `model.hf_assets_path`."""
+
+    initial_load_in_hf_quantized: bool = False
+    """That folder is expected to be quantized; it is dequantized whether or not this is said."""
+
     last_save_model_only: bool = True
     """The last step holds the model alone, in `export_dtype`."""
 
+    last_save_in_hf: bool = False
+    """The last step is a Hugging Face folder, which transformers opens as it is."""
+
+    hf_export_interval: int = 0
+    """Steps between Hugging Face folders of the model, below `folder` in `hf`; all of them stay. 0:
+    none."""
+
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
-    """Dtype of the floating-point tensors of a model-only last step."""
+    """Dtype of the floating-point tensors of a model-only last step, and of Hugging Face's."""
 
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """`disabled`: training waits for the step to be durable. `async`: it waits for a copy of the
@@ -136,6 +149,7 @@ class CheckpointConfig:
             raise UsageError(
                 f"`checkpoint.load_step` is -1 (the newest good step) or a step: {self.load_step}"
             )
+        self._check_hub()
         check_names(self.stop_signals)
         if self.stop_deadline_s <= 0:
             raise UsageError(
@@ -151,4 +165,29 @@ class CheckpointConfig:
             raise UsageError(
                 "`checkpoint.exclude_from_loading` holds `model`, without which nothing is resumed",
                 hint="to start with fresh weights, use another `checkpoint.folder`",
+            )
+
+    def _check_hub(self) -> None:
+        if self.hf_export_interval < 0:
+            raise UsageError(
+                f"`checkpoint.hf_export_interval` is 0 (none) or a number of steps: "
+                f"{self.hf_export_interval}"
+            )
+        if self.last_save_in_hf and not self.last_save_model_only:
+            raise UsageError(
+                "`checkpoint.last_save_in_hf` saves the model alone, but "
+                "`checkpoint.last_save_model_only` is off",
+                hint="--checkpoint.last_save_model_only",
+            )
+        if self.initial_load_in_hf and not self.initial_load_model_only:
+            raise UsageError(
+                "`checkpoint.initial_load_in_hf` loads the model alone, but "
+                "`checkpoint.initial_load_model_only` is off",
+                hint="--checkpoint.initial_load_model_only",
+            )
+        if self.initial_load_in_hf_quantized and not self.initial_load_in_hf:
+            raise UsageError(
+                "`checkpoint.initial_load_in_hf_quantized` is about a folder that "
+                "`checkpoint.initial_load_in_hf` does not load",
+                hint="--checkpoint.initial_load_in_hf",
             )

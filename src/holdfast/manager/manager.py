@@ -31,13 +31,14 @@ from holdfast.errors import (
     ExistsError,
     FormatError,
     HoldfastError,
-    MismatchError,
     NotFoundError,
 )
 from holdfast.format.manifest import Kind, Manifest
 from holdfast.format.names import LOCK, step_of
+from holdfast.hf.export import HubModel
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.goodput import RESUMING, Goodput
+from holdfast.manager.hub import Hub
 from holdfast.manager.parts import (
     DATALOADER,
     MODEL,
@@ -45,6 +46,7 @@ from holdfast.manager.parts import (
     RNG,
     SCHEDULER,
     changed_by_optimizers,
+    check_dataloader,
     check_excluded,
     not_excluded,
 )
@@ -52,7 +54,7 @@ from holdfast.manager.policy import is_due, kind_in_time, kind_of_save
 from holdfast.manager.resume import Step, newest_final, newest_resumable, strict_step
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
-from holdfast.state.dataloader import RANK, DataloaderState
+from holdfast.state.dataloader import DataloaderState
 from holdfast.state.model import ModelState
 from holdfast.state.objects import StateTree
 from holdfast.state.optim import OptimizerState
@@ -94,13 +96,15 @@ class CheckpointManager:
         states: Mapping[str, Stateful] | None = None,
         config: CheckpointConfig | None = None,
         ranks: Ranks | None = None,
+        hub: HubModel | None = None,
     ) -> None:
         """Take hold of `folder`: what killed runs left there is swept, other runs are kept out.
 
         `model` may be several parts (pipeline stages); `states` are further objects by name.
         The state of a `dataloader` is kept for each rank, unless the loader says
         `state_is_global = True`.
-        `config` defaults to saving every 500 steps; `ranks` to those of `torch.distributed`.
+        `config` defaults to saving every 500 steps; `ranks` to those of `torch.distributed`. `hub`
+        says what the model is called on the Hugging Face hub, for what goes there or comes from it.
 
         Raises:
             ExistsError: another run saves in this folder.
@@ -120,10 +124,11 @@ class CheckpointManager:
             RNG: RngState(rank),
         }
         self._sections = [name for name in self._parts if name != MODEL]
+        self._hub = Hub(hub, self.config, self._catalog, self._ranks)
         changed = partial(changed_by_optimizers, self._parts[OPTIMIZER])
         self._saver = Saver(
             *(self._catalog, self.config, self._ranks, self._sections),
-            *(self._goodput, changed),
+            *(self._goodput, changed, self._hub),
         )
         self._owed = False
         self._held = ExitStack()
@@ -187,7 +192,7 @@ class CheckpointManager:
                 kind = kind_in_time(left_s, full_save_s, model_share)
                 self._say_stopping(int(number), step, left_s, full_save_s, kind)
             elif not self._is_time(step, last_step, bool(busy), measured):
-                return False
+                return self._export(step)
             saved = kind is not None and self._save_as(
                 kind, step, last_step=last_step, metrics=metrics
             )
@@ -291,6 +296,10 @@ class CheckpointManager:
                 self._warn(f"passed over {passed_over[-1]}")
                 self._mark_damaged(candidate.step, error)
                 below = candidate.step
+        if self.config.initial_load_in_hf:
+            where = self._hub.load(self.config.initial_load_path, self._model())
+            self._say(f"loaded the model of {where}: starting at step 0")
+            return 0
         if self.config.initial_load_path is not None:
             return self._load_initial(self.config.initial_load_path)
         if passed_over:
@@ -404,7 +413,7 @@ class CheckpointManager:
         if RNG in wanted and not self._fits_generators(manifest):
             wanted.remove(RNG)
         if DATALOADER in wanted:
-            self._check_dataloader(manifest)
+            check_dataloader(manifest, self._ranks.size)
         parts = {part: self._parts[part] for part in wanted}
         tree = StateTree(parts, flat=MODEL, others=self._sections)
         loaded = load_tree(source, tree, ranks=self._ranks)
@@ -425,36 +434,31 @@ class CheckpointManager:
         self._say(f"random number generators start afresh: {why}")
         return False
 
-    def _check_dataloader(self, manifest: Manifest) -> None:
-        """A loader's state by ranks fits as many ranks only.
-
-        Raises:
-            MismatchError: another number of ranks has saved it.
-        """
-        paths = [tensor.path for tensor in manifest.tensors.values()]
-        paths += [value.path for value in manifest.values.values()]
-        kept = {str(path[1]) for path in paths if path[0] == DATALOADER and len(path) > 1}
-        by_rank = {key for key in kept if key.startswith(RANK)}
-        if by_rank and by_rank != {f"{RANK}{rank}" for rank in range(self._ranks.size)}:
-            raise MismatchError(
-                f"the data loader's state was saved by {len(by_rank)} ranks, for each its own; "
-                f"this run has {self._ranks.size}",
-                hint='`checkpoint.exclude_from_loading = ["dataloader"]` starts the data afresh',
-            )
-
     def _save_as(
         self, kind: Kind, step: int, *, last_step: bool, metrics: Metrics | None = None
     ) -> bool:
         """Save all parts, or the model alone: in the export dtype where it is the last step."""
         numbers = on_every_rank(self._ranks, partial(_numbers, metrics))
         self._goodput.count_save()
+        use = self._hub.use(step, last_step=last_step, saved=True)
         if kind == "full":
             leaves = StateTree(self._parts, flat=MODEL).leaves
-            return self._saver.save(step, kind, leaves, metrics=numbers)
-        leaves = StateTree({MODEL: self._parts[MODEL]}, flat=MODEL).leaves
+            return self._saver.save(step, kind, leaves, metrics=numbers, use=use)
         dtype: torch.dtype | None = getattr(torch, self.config.export_dtype)
-        dtype = dtype if last_step else None
-        return self._saver.save(step, kind, leaves, dtype=dtype, metrics=numbers)
+        dtype = dtype if last_step and use != "step" else None
+        leaves = self._model().leaves
+        return self._saver.save(step, kind, leaves, dtype=dtype, metrics=numbers, use=use)
+
+    def _export(self, step: int) -> bool:
+        """Save a Hugging Face folder alone, if this step is one for that. Returns False: a step is
+        not saved."""
+        use = self._hub.use(step, last_step=False, saved=False)
+        if use is not None:
+            self._saver.save(step, "model", self._model().leaves, use=use)
+        return False
+
+    def _model(self) -> StateTree:
+        return StateTree({MODEL: self._parts[MODEL]}, flat=MODEL, others=self._sections)
 
     def _say_stopping(
         self, number: int, step: int, left_s: float, full_save_s: float, kind: Kind | None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Sequence
 
-from holdfast.errors import UsageError
+from holdfast.errors import MismatchError, UsageError
+from holdfast.format.manifest import Manifest
 from holdfast.manager.config import DATALOADER_KEYS
+from holdfast.state.dataloader import RANK
 from holdfast.state.optim import OptimizerState
 from holdfast.state.tree import Stateful
 
@@ -44,3 +46,21 @@ def check_excluded(excluded: Sequence[str], parts: Collection[str]) -> None:
                 f"`checkpoint.exclude_from_loading` names `{name}`, which is no part of a step",
                 hint=f"did you mean `{near[0]}`?" if near else f"parts: {', '.join(sorted(known))}",
             )
+
+
+def check_dataloader(manifest: Manifest, num_ranks: int) -> None:
+    """A loader's state by ranks fits as many ranks only.
+
+    Raises:
+        MismatchError: another number of ranks has saved it.
+    """
+    paths = [tensor.path for tensor in manifest.tensors.values()]
+    paths += [value.path for value in manifest.values.values()]
+    kept = {str(path[1]) for path in paths if path[0] == DATALOADER and len(path) > 1}
+    by_rank = {key for key in kept if key.startswith(RANK)}
+    if by_rank and by_rank != {f"{RANK}{rank}" for rank in range(num_ranks)}:
+        raise MismatchError(
+            f"the data loader's state was saved by {len(by_rank)} ranks, for each its own; "
+            f"this run has {num_ranks}",
+            hint='`checkpoint.exclude_from_loading = ["dataloader"]` starts the data afresh',
+        )

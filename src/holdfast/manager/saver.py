@@ -12,7 +12,7 @@ import torch
 from holdfast.catalog.catalog import Catalog
 from holdfast.engine.background import Background
 from holdfast.engine.planner import Planner
-from holdfast.engine.ranks import Ranks, on_every_rank
+from holdfast.engine.ranks import Ranks, conclude, on_every_rank, outcome_of
 from holdfast.engine.save import Pending, begin_save, discard, finish_save, take_snapshot
 from holdfast.engine.spans import amount, rate
 from holdfast.engine.stage import Snapshot, Staging, free_memory
@@ -21,6 +21,7 @@ from holdfast.format.manifest import Kind, Path
 from holdfast.format.names import step_name
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.goodput import Goodput
+from holdfast.manager.hub import Hub, Use
 from holdfast.manager.policy import retention_of
 from holdfast.manager.retention import Retainer
 from holdfast.state.tree import Leaf
@@ -45,12 +46,14 @@ class Saver:
         sections: Collection[str],
         goodput: Goodput | None = None,
         changed_by_optimizers: Callable[[], Collection[str]] = tuple,
+        hub: Hub | None = None,
     ) -> None:
         """`sections` are the top-level names that are not the model's. `changed_by_optimizers` are
         the names of tensors that change in the optimizers' step and nowhere else."""
         self._catalog, self._config, self._ranks = catalog, config, ranks
         self._sections = sections
         self._planner = Planner(ranks)
+        self._hub = hub or Hub(None, config, catalog, ranks)
         self._in_background = config.async_mode != "disabled"
         # Training's collectives, and those that begin a save, must not meet those of the thread.
         self._finishing_ranks = ranks.twin() if self._in_background else ranks
@@ -84,18 +87,22 @@ class Saver:
         *,
         dtype: torch.dtype | None = None,
         metrics: Mapping[str, float] | None = None,
+        use: Use | None = None,
     ) -> bool:
-        """Save a step. Returns whether it was, or is being, saved: see `on_save_error`."""
+        """Save a step. Returns whether it was, or is being, saved: see `on_save_error`. `use` is
+        what of it is to be a Hugging Face folder."""
         self.collect()
         # What is being deleted would be counted as space that is taken.
         self.retainer.wait()
         try:
+            if use in ("beside", "alone"):
+                self._hub.prepare()
             pending = begin_save(
-                self._catalog,
+                self._hub.catalog if use == "alone" else self._catalog,
                 step_name(step),
                 on_every_rank(self._ranks, leaves),
                 ranks=self._ranks,
-                planner=self._planner,
+                planner=self._hub.planner if use == "alone" else self._planner,
                 step=step,
                 kind=kind,
                 dtype=dtype,
@@ -106,11 +113,11 @@ class Saver:
                 staged, self._staging = take_snapshot(
                     pending, self._snapshot, self._ranks, later=later
                 )
-                self._background.start(partial(self._finish, staged, step, self._staging))
+                self._background.start(partial(self._finish, staged, step, use, self._staging))
                 if not later:
                     self._staging.wait()
             else:
-                self._finish(pending, step)
+                self._finish(pending, step, use)
         except HoldfastError as error:
             self._survive(error)
             return False
@@ -154,8 +161,17 @@ class Saver:
         if waited_s > WAIT_SAID_S and self._ranks.rank == 0:
             logger.info("waited %.2f s for the save in the background", waited_s)
 
-    def _finish(self, pending: Pending, step: int, staging: Staging | None = None) -> None:
+    def _finish(
+        self, pending: Pending, step: int, use: Use | None, staging: Staging | None = None
+    ) -> None:
         """Write, publish, let old steps go."""
+        if use in ("step", "alone"):
+            copied = outcome_of(staging.run) if staging is not None else None
+            conclude(self._finishing_ranks, copied, lambda _: None)
+            self._hub.finish(pending, self._finishing_ranks, step, use)
+            if use == "step" and self._ranks.rank == 0:
+                self.retainer.saved(step)
+            return
         limit = self._config.write_bandwidth_limit * 1e6 / self._ranks.size
         ranks = self._finishing_ranks
         saved = finish_save(pending, ranks, staging=staging, bytes_per_s=limit or None)
@@ -168,6 +184,8 @@ class Saver:
             done = rate(saved.nbytes, saved.spans.total)
             logger.info("saved step %d: %s, %s", step, done, saved.where)
             self.retainer.saved(step)
+        if use == "beside":
+            self._hub.finish(pending, self._finishing_ranks, step, use)
 
     def _survive(self, error: HoldfastError) -> None:
         """Go on without what was not saved, if that is wanted and can be."""

@@ -22,6 +22,7 @@ from holdfast.trainer.config import Config
 from holdfast.trainer.corpus import Tokenizer, Tokens, open_tokenizer, open_tokens
 from holdfast.trainer.data import DataLoader
 from holdfast.trainer.gradients import Gradients
+from holdfast.trainer.hub import hub_model
 from holdfast.trainer.metrics import Clock, Metrics, Row
 from holdfast.trainer.optim import (
     build_optimizers,
@@ -89,6 +90,9 @@ class Run:
     state: TrainState
     """What the loop itself counts."""
 
+    vocab_size: int
+    """Rows of the embedding."""
+
 
 def train(config: Config, place: Place) -> None:
     """Train the configured model to its last step, resuming where an earlier run left off.
@@ -109,6 +113,7 @@ def train(config: Config, place: Place) -> None:
         dataloader=run.loader,
         states={"train_state": run.state},
         config=config.checkpoint,
+        hub=hub_model(config, run.vocab_size),
     ) as manager:
         if is_finished(config, manager.final_step()):
             return
@@ -147,7 +152,8 @@ def build_run(config: Config, place: Place) -> Run:
     _seed(config)
     config.check(place.world_size)
     tokenizer, tokens = _open_data(config, place)
-    model_parts = build_model(config, place, _vocab_size(config, tokenizer))
+    vocab_size = _vocab_size(config, tokenizer)
+    model_parts = build_model(config, place, vocab_size)
     optimizers = build_optimizers(model_parts, config.optimizer)
     schedulers = build_schedulers(optimizers, config.lr_scheduler, config.training.steps)
     loader = DataLoader(
@@ -160,7 +166,10 @@ def build_run(config: Config, place: Place) -> Run:
     )
     _log_start(config, place, model_parts, tokens)
     gradients = Gradients(config, place, model_parts)
-    return Run(config, place, model_parts, optimizers, gradients, schedulers, loader, TrainState())
+    return Run(
+        *(config, place, model_parts, optimizers, gradients, schedulers, loader),
+        *(TrainState(), vocab_size),
+    )
 
 
 def take_steps(run: Run, manager: CheckpointManager, metrics: Metrics, *, first: int) -> None:
