@@ -143,14 +143,14 @@ def test_a_folder_without_reports_has_a_page_too(
     assert "cannot write" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        json.dumps({**row(3, 1003.0), "saves": saves})
-        for saves in ([{}], [1], [{"step": 1, "seconds": 1, "stages": {}}], [{"stages": []}])
-    ]
-    + ["", "{", "[]", "{}", '{"step": "1"}', '{"step": 1e999}', "\x00", "[" * 100_000],
+NO_SAVES: list[Any] = [[{}], [1], [{"step": 1, "seconds": 1, "stages": {}}], [{"stages": []}]]
+NO_REPORTS = (
+    *(json.dumps({**row(3, 1003.0), "saves": saves}) for saves in NO_SAVES),
+    *("", "{", "[]", "{}", '{"step": "1"}', '{"step": 1e999}', "\x00", "[" * 100_000),
 )
+
+
+@pytest.mark.parametrize("line", NO_REPORTS)
 def test_lines_that_are_no_reports_are_left_out(saved: Path, tmp_path: Path, line: str) -> None:
     """Method: alone, and between good ones; numbers that are none are not drawn."""
     folder = shutil.copytree(saved / "outputs/checkpoint", tmp_path / "outputs/checkpoint")
