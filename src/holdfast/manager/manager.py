@@ -25,7 +25,7 @@ from holdfast.engine.load import load_tree
 from holdfast.engine.ranks import Ranks, all_ranks, host_name, on_every_rank, on_rank_0
 from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source
-from holdfast.engine.spans import rate
+from holdfast.engine.spans import SaveTimes, rate
 from holdfast.errors import (
     DamagedError,
     ExistsError,
@@ -223,6 +223,11 @@ class CheckpointManager:
         parameters or optimizer state in another way calls it first.
         """
         self._saver.wait_for_staging()
+
+    def timed_saves(self) -> list[SaveTimes]:
+        """How long the saves took, by stage and over all ranks, that have become durable since the
+        last call. Known to rank 0; elsewhere there are none."""
+        return self._saver.timed()
 
     @property
     def blocked_s(self) -> float:
