@@ -17,6 +17,7 @@ import yaml
 
 from checkpoints import save_step, save_stock
 from holdfast.cli.main import VERBS
+from holdfast.hf.flavors import MODELS, config_of
 from holdfast.skills.bundle import (
     DESCRIPTION_LENGTH_MAX,
     ENTRY,
@@ -26,6 +27,7 @@ from holdfast.skills.bundle import (
 )
 from holdfast.trainer.arguments import read_config
 from holdfast.trainer.config import Config
+from hub_folders import hub_tensors, save_folder
 
 FIELDS = {"name", "description", "license", "compatibility", "metadata", "allowed-tools"}
 BODY_LINES_MAX = 500
@@ -132,6 +134,10 @@ def test_what_a_page_tells_to_run_runs(
     elif page != "references/seed.md":
         for step in (10, 20):
             save_step(tmp_path / "outputs/checkpoint", step)
+    if page == "references/hugging-face.md":
+        shutil.rmtree(tmp_path / "outputs")
+        config = config_of("llama3", MODELS["llama3"]["debugmodel"], 300)
+        save_folder(tmp_path / "path/to/hf", config, hub_tensors(config))
     if name == "torchtitan":
         shutil.rmtree(tmp_path / "outputs/checkpoint/step-10")
         save_stock(tmp_path / "outputs/checkpoint/step-10")

@@ -7,6 +7,8 @@ import inspect
 import json
 import math
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -14,6 +16,9 @@ from typing import Any, TypeVar
 from holdfast.errors import UsageError
 
 T = TypeVar("T")
+
+LINE_S = 30.0
+"""Between two lines that tell of progress in a log."""
 
 _STYLES = {"good": "green", "damaged": "bold red", "attempt": "yellow", "resume": "bold"}
 """Of cells that say just that."""
@@ -98,17 +103,50 @@ def say_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 @contextmanager
 def progress(what: str, nbytes: int) -> Iterator[Callable[[int], None]]:
-    """Tell it how many bytes more are done; a bar on stderr, where that is a terminal."""
-    if not sys.stderr.isatty() or not nbytes:
+    """Tell it how many bytes more are done: on a terminal stderr has a bar with rate and time left,
+    elsewhere a line every half minute, so that a log shows that something goes on."""
+    if not nbytes:
         yield lambda _: None
         return
+    if not sys.stderr.isatty():
+        yield _Lines(what, nbytes).advance
+        return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    rate = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (TextColumn(what), BarColumn(), *rate)
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=nbytes)
         yield lambda done: bar.advance(task, done)
+
+
+class _Lines:
+    """Progress as lines of a log. Told from any thread."""
+
+    def __init__(self, what: str, nbytes: int) -> None:
+        self._what, self._nbytes, self._done = what, nbytes, 0
+        self._started = self._said = time.monotonic()
+        self._mutex = threading.Lock()
+
+    def advance(self, nbytes: int) -> None:
+        with self._mutex:
+            self._done += nbytes
+            now = time.monotonic()
+            if now - self._said < LINE_S:
+                return
+            self._said, spent = now, now - self._started
+        left = spent * (self._nbytes - self._done) / max(self._done, 1)
+        done = f"{spelled_bytes(self._done)} of {spelled_bytes(self._nbytes)}"
+        rate = f"{spelled_bytes(int(self._done / spent))}/s"
+        sys.stderr.write(f"{self._what}: {done}, {rate}, {spelled_age(left)} left\n")
 
 
 def spelled_bytes(nbytes: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,7 +14,7 @@ from holdfast.format.manifest import Path
 from holdfast.hf.check import check_fit, skipped
 from holdfast.hf.dialects import renamed
 from holdfast.hf.families import family_of
-from holdfast.hf.family import Config, mapping_of
+from holdfast.hf.family import Config, fused_experts, mapping_of
 from holdfast.hf.folder import CONFIG, of_language_model
 from holdfast.hf.mapping import TensorMapping
 from holdfast.hf.shards import SHARD_BYTES
@@ -23,9 +22,6 @@ from holdfast.hf.tensors import Mapped, Renamed, Tensors, only
 
 Form = Literal["dcp", "hf", "torch"]
 Float = Literal["float32", "bfloat16", "float16"]
-
-_FUSED = re.compile(r"\.mlp\.experts\.gate_up_proj$")
-"""Experts as transformers keeps them in memory, where the hub has a tensor for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +123,7 @@ def _relate(opened: Opened, model: Tensors, config: Config, said_by: str) -> _Re
         notes = check_fit(native, mapping, "native", where=opened.where, said_by=said_by)
         native = only(native, mapping.names("native"))
         return _Related(mapping, native, Mapped(native, mapping, "hub"), notes)
-    known = {*mapping.names("hub")}
-    fused = any(_FUSED.search(name) and name not in known for name in model.held)
+    fused = fused_experts(family, config, model.held)
     given = mapping_of(family, config, fused_experts=True) if fused else mapping
     notes = check_fit(model, given, "hub", where=opened.where, said_by=said_by)
     mapped = Mapped(model, given, "native")

@@ -47,7 +47,7 @@ def config_of_model(
         if known is not None:
             found.append((known, f"flavor {flavor}"))
     for other in found[1:]:
-        _check_alike(found[0], other)
+        check_alike(found[0], other)
     return found[0] if found else (None, "")
 
 
@@ -71,7 +71,12 @@ def _named(
     return config_of(name, shape, shape.vocab_size or next(iter([*said, *embeddings]), 0))
 
 
-def _check_alike(one: tuple[Config, str], other: tuple[Config, str]) -> None:
+def check_alike(one: tuple[Config, str], other: tuple[Config, str]) -> None:
+    """Make sure that two configurations, each with who says so, are of models of the same shapes.
+
+    Raises:
+        MismatchError: all that they say differently.
+    """
     says = one[1], other[1]
     configs = of_language_model(one[0]), of_language_model(other[0])
     families = [family_of(c, where=where) for c, where in zip(configs, says, strict=True)]

@@ -1,69 +1,17 @@
-"""Saving while training goes on: a host copy of the state, and a thread that finishes the save."""
+"""The thread that finishes a save while training goes on."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
-
-import torch
+from contextlib import suppress
 
 from holdfast.engine.ranks import outcome_of
-from holdfast.engine.spans import amount
-from holdfast.engine.write import DataOf, FileImage
-from holdfast.errors import HoldfastError, UsageError
-from holdfast.format.region import Region
-from holdfast.format.torchzip import PAGE_BYTES
+from holdfast.errors import HoldfastError
 
-
-class Snapshot:
-    """Host memory for one copy of what a rank writes, laid out as the file that it becomes.
-
-    Allocated at the first copy and reused; page-locked where there is a GPU to copy from.
-    """
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-
-    @property
-    def nbytes(self) -> int:
-        """Of host memory held."""
-        return self._memory.nbytes
-
-    def take(self, image: FileImage, data_of: DataOf) -> DataOf:
-        """Copy every region of the image. Returns where the copies are.
-
-        Blocks for the copy. The copy before it is overwritten: its save must have been finished.
-
-        Raises:
-            UsageError: there is not enough memory, with what is needed and free.
-        """
-        self._make_room(image.nbytes)
-        held: dict[tuple[str, Region], memoryview] = {}
-        memory = self._memory.numpy().data
-        for item in image.tensors:
-            source = data_of(item.name, item.region)
-            start, stop = item.data.offset, item.data.stop
-            if stop > start:
-                self._memory[start:stop].copy_(torch.frombuffer(source, dtype=torch.uint8))
-            held[item.name, item.region] = memory[start:stop]
-        return lambda name, region: held[name, region]
-
-    def _make_room(self, nbytes: int) -> None:
-        if nbytes <= self._memory.nbytes:
-            return
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        free = free_memory()
-        if free is not None and nbytes > free:
-            raise UsageError(
-                f"saving in the background needs {amount(nbytes)} of host memory on this rank for "
-                f"a snapshot, {amount(free)} are free",
-                hint='`checkpoint.async_mode = "disabled"` needs none',
-            )
-        pinned = torch.cuda.is_available()
-        memory = torch.empty(nbytes + PAGE_BYTES, dtype=torch.uint8, pin_memory=pinned)
-        # Data that lies on pages in the file does so here, and is written from where it is.
-        self._memory = memory[-memory.data_ptr() % PAGE_BYTES :][:nbytes]
+NICENESS = 10
+"""Of the thread and of those that it starts: training comes first."""
 
 
 class Background:
@@ -72,6 +20,11 @@ class Background:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: HoldfastError | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
 
     @property
     def failed(self) -> bool:
@@ -83,6 +36,9 @@ class Background:
         assert self._thread is None, "wait first"
 
         def run() -> None:
+            # Linux knows a niceness for each thread, and none for those of another system.
+            with suppress(OSError, AttributeError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
             outcome = outcome_of(work)
             if isinstance(outcome, HoldfastError):
                 self._error = outcome
@@ -98,13 +54,3 @@ class Background:
         error, self._error = self._error, None
         if error is not None:
             raise error
-
-
-def free_memory() -> int | None:
-    """Bytes of host memory that can be had without swapping; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines)
-    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None

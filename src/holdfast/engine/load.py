@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +70,19 @@ def load(path: str | os.PathLike[str], state: Mapping[str, Any], *, strict: bool
         ranks.close()
 
 
-def load_tree(source: Source, tree: StateTree, *, ranks: Ranks, strict: bool = True) -> Loaded:
-    """Load an open checkpoint into a tree of state.
+Fill = Callable[[Source, Sequence[Wanted]], int]
+"""Brings the wanted tensors of a source into memory, and tells how many bytes it read."""
+
+
+def load_tree(
+    source: Source,
+    tree: StateTree,
+    *,
+    ranks: Ranks,
+    strict: bool = True,
+    fill: Fill = read_tensors,
+) -> Loaded:
+    """Load an open checkpoint into a tree of state. `fill` is how its tensors are read.
 
     Collective: every rank calls this; an error on one is raised on all. Objects are given their
     state only once every rank has read all that it wants.
@@ -85,7 +96,7 @@ def load_tree(source: Source, tree: StateTree, *, ranks: Ranks, strict: bool = T
         _check_fit(source, tree, leaves, room, ranks, strict)
         leaves = on_every_rank(ranks, lambda: _leaves_with_room(manifest, tree, stored))
     with spans("read"):
-        nbytes, values = on_every_rank(ranks, lambda: _read(source, leaves))
+        nbytes, values = on_every_rank(ranks, lambda: _read(source, leaves, fill))
     with spans("apply"):
         on_every_rank(ranks, lambda: tree.take(leaves, values))
     converted = [
@@ -165,7 +176,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float))
 
 
-def _read(source: Source, leaves: Mapping[str, Leaf]) -> tuple[int, dict[str, Any]]:
+def _read(source: Source, leaves: Mapping[str, Leaf], fill: Fill) -> tuple[int, dict[str, Any]]:
     """Fill the tensors among the leaves. Returns the bytes read, and the values."""
     wanted, values = [], {}
     decoded: dict[tuple[str, int], Any] = {}
@@ -186,4 +197,4 @@ def _read(source: Source, leaves: Mapping[str, Leaf]) -> tuple[int, dict[str, An
                 decoded[at] = decode_value(name, container, where=f"{source.url}/{value.file}")
             # One container may stand for many names; each gets a value of its own.
             values[name] = copy.deepcopy(decoded[at])
-    return read_tensors(source, wanted), values
+    return fill(source, wanted), values

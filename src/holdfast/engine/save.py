@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from holdfast.catalog.catalog import Catalog
-from holdfast.engine.background import Snapshot
 from holdfast.engine.commit import Facts, commit
 from holdfast.engine.planner import Held, Index, Planner
 from holdfast.engine.ranks import (
@@ -27,8 +26,8 @@ from holdfast.engine.ranks import (
 )
 from holdfast.engine.root import open_root
 from holdfast.engine.spans import Spans, amount
-from holdfast.engine.stage import host_bytes
-from holdfast.engine.write import DataOf, FileImage, write
+from holdfast.engine.stage import Snapshot, Staging, TensorOf, host_bytes, piece_of
+from holdfast.engine.write import DataOf, FileImage, Pace, Receipt, write
 from holdfast.errors import ExistsError, HoldfastError, StorageError
 from holdfast.format.manifest import Kind
 from holdfast.format.names import Aside
@@ -93,8 +92,11 @@ class Pending:
     catalog: Catalog
     attempt: Aside
     image: FileImage
+    tensor_of: TensorOf
+    """The training state."""
+
     data_of: DataOf
-    """Reads the training state, until a snapshot takes its place."""
+    """What is written: the training state, until a snapshot takes its place."""
 
     index: Index | None
     """What the plan decides of both indices, on rank 0."""
@@ -153,29 +155,59 @@ def begin_save(
         attempt = conclude(ranks, nbytes, lambda sizes: _begin(catalog, name, sum(sizes)))
         assert isinstance(image, FileImage)
     facts = Facts(step, kind, {"world_size": ranks.size}, _versions(), metrics or {})
-    data_of = partial(_live_data, held, dtype)
-    return Pending(catalog, attempt, image, data_of, planner.index, facts, spans)
+    tensor_of = partial(_piece, held, dtype)
+    data_of = partial(_live_data, tensor_of)
+    return Pending(catalog, attempt, image, tensor_of, data_of, planner.index, facts, spans)
 
 
-def take_snapshot(pending: Pending, snapshot: Snapshot, ranks: Ranks) -> Pending:
-    """The same save from a host copy: training may change its state from here on. Collective."""
+def take_snapshot(
+    pending: Pending, snapshot: Snapshot, ranks: Ranks, *, later: Collection[str] = ()
+) -> tuple[Pending, Staging]:
+    """The same save from a host copy, which the snapshot has room for, and the copy of what is
+    left: when this returns, training may change all but the tensors named `later`, and these once
+    it has waited for the copy. Collective.
+    """
+    now = [item for item in pending.image.tensors if item.name not in later]
+    rest = [item for item in pending.image.tensors if item.name in later]
     with pending.spans("stage"):
-        work = partial(snapshot.take, pending.image, pending.data_of)
         try:
-            return replace(pending, data_of=on_every_rank(ranks, work))
+            on_every_rank(ranks, lambda: snapshot.copy(now, pending.tensor_of))
         except HoldfastError:
-            if ranks.rank == 0:
-                pending.catalog.discard(pending.attempt)
+            discard(pending, ranks)
             raise
+    staging = Staging(lambda: snapshot.copy(rest, pending.tensor_of))
+    return replace(pending, data_of=snapshot.data_of(pending.image)), staging
 
 
-def finish_save(pending: Pending, ranks: Ranks) -> Saved:
-    """Write and publish. Collective, over ranks that nothing else uses in the meantime."""
+def discard(pending: Pending, ranks: Ranks) -> None:
+    """Give up a save that has begun."""
+    if ranks.rank == 0:
+        pending.catalog.discard(pending.attempt)
+
+
+def finish_save(
+    pending: Pending,
+    ranks: Ranks,
+    *,
+    staging: Staging | None = None,
+    bytes_per_s: float | None = None,
+) -> Saved:
+    """Finish the copy, write and publish. Collective, over ranks that nothing else uses in the
+    meantime.
+
+    `bytes_per_s` is how fast this rank may write.
+    """
     catalog, attempt, spans = pending.catalog, pending.attempt, pending.spans
-    with spans("write"):
-        written = outcome_of(
-            lambda: write(catalog.store, str(attempt), pending.image, pending.data_of)
-        )
+
+    def stage_and_write() -> Receipt:
+        if staging is not None:
+            with spans("stage"):
+                staging.run()
+        with spans("write"):
+            pace = Pace(bytes_per_s)
+            return write(catalog.store, str(attempt), pending.image, pending.data_of, pace)
+
+    written = outcome_of(stage_and_write)
     with spans("commit"):
         nbytes = commit(
             attempt,
@@ -198,13 +230,17 @@ def _begin(catalog: Catalog, name: str, nbytes: int) -> Aside:
     return catalog.begin(name)
 
 
-def _live_data(held: Held, dtype: torch.dtype | None, name: str, region: Region) -> memoryview:
-    """Raw bytes of a region, from the tensor that training goes on with."""
+def _piece(held: Held, dtype: torch.dtype | None, name: str, region: Region) -> torch.Tensor:
+    """A region of the tensor that training goes on with."""
     layout = held.layouts[name]
     piece = next(piece for piece in layout.pieces if piece.region & region == region)
-    return host_bytes(
-        layout.local, piece.local_of(region), dtype if layout.local.is_floating_point() else None
-    )
+    stored_as = dtype if layout.local.is_floating_point() else None
+    return piece_of(layout.local, piece.local_of(region), stored_as)
+
+
+def _live_data(tensor_of: TensorOf, name: str, region: Region) -> memoryview:
+    piece = tensor_of(name, region)
+    return host_bytes(piece, Region.whole(piece.shape), None)
 
 
 def _versions() -> dict[str, str]:

@@ -11,6 +11,8 @@ import torch
 from holdfast.errors import FormatError, UsageError
 
 _KNOWN_MAX = 1000
+_MEMBERS_MAX = 16
+_SCALARS = (bool, int, float, str, type(None))
 
 
 def encode_value(name: str, value: Any) -> bytes:
@@ -34,15 +36,15 @@ def encode_value(name: str, value: Any) -> bytes:
 
 
 class Containers:
-    """The containers of values; those of numbers and short texts, of which a state has hundreds
-    that are equal, are made once."""
+    """The containers of values; those of numbers, texts and pairs of them, of which a state has
+    hundreds that are equal, are made once."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[type, str], bytes] = {}
 
     def of(self, name: str, value: Any) -> bytes:
         """The container of a value: see `encode_value`."""
-        if value is not None and type(value) not in (bool, int, float, str):
+        if not _is_plain(value):
             return encode_value(name, value)
         # By its text: 0.0 and -0.0 are equal, but not the same.
         key = type(value), repr(value)
@@ -51,6 +53,13 @@ class Containers:
                 self._known.clear()
             self._known[key] = encode_value(name, value)
         return self._known[key]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether two values of this type and text are the same."""
+    if type(value) is tuple:
+        return len(value) <= _MEMBERS_MAX and all(type(member) in _SCALARS for member in value)
+    return type(value) in _SCALARS
 
 
 def decode_value(name: str, container: bytes, *, where: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -97,13 +98,15 @@ DataOf = Callable[[str, Region], memoryview]
 """`data_of(name, region)`: the raw bytes of a region of a tensor, row-major."""
 
 
-def write(store: Store, folder: str, image: FileImage, data_of: DataOf) -> Receipt:
+def write(
+    store: Store, folder: str, image: FileImage, data_of: DataOf, pace: Pace | None = None
+) -> Receipt:
     """Write a file, and make its bytes durable."""
     if not image.nbytes:
         return Receipt()
     checksums: list[int] = []
     with store.create(f"{folder}/{image.name}", image.nbytes) as writer:
-        stream = _Stream(writer)
+        stream = _Stream(writer, pace or Pace())
         for item in image.tensors:
             stream.put(item.prefix)
             checksums += _put_checked(stream, data_of(item.name, item.region), item)
@@ -129,11 +132,28 @@ def _put_checked(stream: _Stream, data: memoryview, item: TensorItem) -> list[in
     return checksums
 
 
+class Pace:
+    """No more than so many bytes a second; None: as many as there are."""
+
+    def __init__(self, bytes_per_s: float | None = None) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._started = time.monotonic()
+        self._done = 0
+
+    def keep(self, nbytes: int) -> None:
+        """After so many bytes more, wait until they are due."""
+        self._done += nbytes
+        if self._bytes_per_s:
+            due = self._started + self._done / self._bytes_per_s
+            time.sleep(max(0.0, due - time.monotonic()))
+
+
 class _Stream:
     """Parts of a file one after the other, handed on in windows: small items cost no write each."""
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: Writer, pace: Pace) -> None:
         self._writer = writer
+        self._pace = pace
         self._parts: list[Buffer] = []
         self._offset = 0
         self._pending = 0
@@ -147,4 +167,5 @@ class _Stream:
     def flush(self) -> None:
         self._writer.write(self._offset, self._parts)
         self._offset += self._pending
+        self._pace.keep(self._pending)
         self._parts, self._pending = [], 0

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
+from math import prod
 
 from holdfast.format.region import Region
+from holdfast.format.torchzip import contiguous_strides
 
 
 def blocks(shape: Sequence[int], itemsize: int, nbytes_max: int) -> Iterator[Region]:
@@ -14,6 +17,23 @@ def blocks(shape: Sequence[int], itemsize: int, nbytes_max: int) -> Iterator[Reg
         yield whole
         return
     yield from _blocks(whole, 0, itemsize, nbytes_max)
+
+
+def runs(box: Region, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The stretches of a row-major tensor of `shape` that a box is made of, in the order of its
+    elements: the first element of each, and how many."""
+    if not box.num_elements:
+        return
+    strides = contiguous_strides(tuple(shape))
+    # Dims from here on are there in full, and so lie in one stretch with the one before.
+    inner = len(shape)
+    while inner and (box.start[inner - 1], box.stop[inner - 1]) == (0, shape[inner - 1]):
+        inner -= 1
+    last = max(inner - 1, 0)
+    length = prod(box.shape[last:])
+    first = box.start[last] * strides[last] if shape else 0
+    for index in product(*(range(box.start[d], box.stop[d]) for d in range(last))):
+        yield first + sum(i * s for i, s in zip(index, strides, strict=False)), length
 
 
 def _blocks(region: Region, dim: int, itemsize: int, nbytes_max: int) -> Iterator[Region]:

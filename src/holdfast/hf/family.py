@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -104,6 +105,16 @@ def mapping_of(family: Family, config: Config, *, fused_experts: bool = False) -
         aliases.append(Alias(OUTPUT, EMBEDDING, *names))
         rows = [row for row in rows if row.native.name != OUTPUT]
     return TensorMapping(rows, axes, aliases)
+
+
+def fused_experts(family: Family, config: Config, names: Collection[str]) -> bool:
+    """Whether these are tensors of the hub's side with experts as transformers keeps them in
+    memory, where the hub has a tensor for each."""
+    known = {*mapping_of(family, config).names("hub")}
+    return any(_FUSED.search(name) and name not in known for name in names)
+
+
+_FUSED = re.compile(r"\.mlp\.experts\.gate_up_proj$")
 
 
 def _prefixed(row: Relation, prefix: str) -> Relation:

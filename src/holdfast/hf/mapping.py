@@ -134,10 +134,13 @@ class TensorMapping:
         whole = Region.whole(self.shape(side, name))
         return list(dict.fromkeys(copy.source for copy in self.copies(side, name, whole)))
 
-    def copies(self, side: SideName, name: str, wanted: Region) -> Iterator[Copy]:
+    def copies(
+        self, side: SideName, name: str, wanted: Region, *, exact: bool = False
+    ) -> Iterator[Copy]:
         """What fills the box `wanted` of a tensor, every element once.
 
-        The target regions of the copies are counted from the first element of `wanted`.
+        The target regions of the copies are counted from the first element of `wanted`. `exact`: no
+        source region has elements beside those that are copied, however many copies that takes.
         """
         for place in self._places[side][name]:
             target, source = _side(place.relation, side), _side(place.relation, _other(side))
@@ -145,7 +148,7 @@ class TensorMapping:
                 for full in _with_name_axes(source, {**box, **_single(place.indices)}):
                     at = {axis: full[axis][0] for axis in source.name_axes}
                     spelled = source.spelled(at, place.axes)
-                    for part in _stretches(source, target, place.axes, full):
+                    for part in _stretches(source, target, place.axes, full, exact):
                         view = _view(target, place.axes, part)
                         within = View(_from(view.region, wanted), *_seen(view))
                         yield Copy(spelled, _view(source, place.axes, part), name, within)
@@ -218,12 +221,12 @@ def _with_name_axes(source: Side, box: Box) -> Iterator[Box]:
         yield {**box, **_single(dict(zip(source.name_axes, at, strict=True)))}
 
 
-def _stretches(source: Side, target: Side, axes: Axes, box: Box) -> Iterator[Box]:
+def _stretches(source: Side, target: Side, axes: Axes, box: Box, exact: bool) -> Iterator[Box]:
     """The box in pieces that are one stretch of each merged dim on both sides, as long as there are
     not too many of them."""
     dims = (*source.dims, *target.dims)
     loose = list(dict.fromkeys(axis for dim in dims for axis in _loose(dim, axes, box)))
-    if prod(box[axis][1] - box[axis][0] for axis in loose) > READS_MAX:
+    if not exact and prod(box[axis][1] - box[axis][0] for axis in loose) > READS_MAX:
         yield box
         return
     for at in product(*(range(*box[axis]) for axis in loose)):

@@ -30,6 +30,9 @@ class Export:
     dtype: str
     """What most elements are stored in."""
 
+    dtypes: Mapping[str, str]
+    """Of each tensor."""
+
     @property
     def nbytes(self) -> int:
         return sum(image.nbytes for image in self.files.values())
@@ -52,9 +55,10 @@ def shard(tensors: Mapping[str, TensorInfo], max_shard_bytes: int = SHARD_BYTES)
         held, total = held + nbytes, total + nbytes
         by_dtype[dtype] = by_dtype.get(dtype, 0) + nbytes
     main = max(by_dtype, key=lambda dtype: by_dtype[dtype], default="float32")
+    dtypes = {name: dtype for name, (dtype, _) in tensors.items()}
     if len(groups) == 1:
-        return Export({SINGLE: lay_out(groups[0])}, None, main)
+        return Export({SINGLE: lay_out(groups[0])}, None, main, dtypes)
     names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
     files = {file: lay_out(group) for file, group in zip(names, groups, strict=True)}
     index = {name: file for file, image in files.items() for name in image.tensors}
-    return Export(files, encode_index(index, total), main)
+    return Export(files, encode_index(index, total), main, dtypes)

@@ -54,11 +54,20 @@ class Tensors(Protocol):
 class Renamed:
     """Tensors under other names; those without one are left out."""
 
-    def __init__(self, source: Tensors, names: Mapping[str, str]) -> None:
-        """`names`: of each tensor of the source, what it is called here."""
+    def __init__(
+        self,
+        source: Tensors,
+        names: Mapping[str, str],
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
+        """`names`: of each tensor of the source, what it is called here; `aliases`: second names,
+        with the first."""
         self._source = source
         self._original = {ours: theirs for theirs, ours in names.items()}
-        self.held = {ours: source.held[theirs] for theirs, ours in names.items()}
+        for name, first in (aliases or {}).items():
+            if first in self._original:
+                self._original[name] = self._original[first]
+        self.held = {ours: source.held[theirs] for ours, theirs in self._original.items()}
 
     def read(self, name: str, region: Region) -> Array:
         return self._source.read(self._original[name], region)

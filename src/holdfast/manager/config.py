@@ -22,8 +22,21 @@ class CheckpointConfig:
     folder: str = "checkpoint"
     """Where the steps lie, below `job.dump_folder`."""
 
-    interval: int = 500
-    """Steps between saves."""
+    interval: int | Literal["auto"] = 500
+    """Steps between saves. `auto`: by what a save costs, what a step takes, and `mtbf_hours`."""
+
+    interval_minutes: float = 0.0
+    """Save, besides, when so many minutes have passed since the last save; 0: never for that."""
+
+    mtbf_hours: float = 24.0
+    """Mean time between failures of the whole job: what `interval = "auto"` weighs a save against.
+    """
+
+    min_interval: int = 10
+    """Steps that `interval = "auto"` leaves between saves at least."""
+
+    max_interval: int = 5000
+    """Steps that `interval = "auto"` leaves between saves at most."""
 
     load_step: int = -1
     """-1: the newest good step. A number: that step or an error. Step 0 loads the model only."""
@@ -34,15 +47,41 @@ class CheckpointConfig:
     initial_load_model_only: bool = True
     """Take the model alone from `initial_load_path`, and start at step 0."""
 
+    initial_load_in_hf: bool = False
+    """Start from a Hugging Face folder: `initial_load_path`, or else `model.hf_assets_path`."""
+
+    initial_load_in_hf_quantized: bool = False
+    """That folder is expected to be quantized; it is dequantized whether or not this is said."""
+
     last_save_model_only: bool = True
     """The last step holds the model alone, in `export_dtype`."""
 
-    export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
-    """Dtype of the floating-point tensors of a model-only last step."""
+    last_save_in_hf: bool = False
+    """The last step is a Hugging Face folder, which transformers opens as it is."""
 
-    async_mode: Literal["disabled", "async"] = "disabled"
+    hf_export_interval: int = 0
+    """Steps between Hugging Face folders of the model, below `folder` in `hf`; all of them stay. 0:
+    none."""
+
+    export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
+    """Dtype of the floating-point tensors of a model-only last step, and of Hugging Face's."""
+
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """`disabled`: training waits for the step to be durable. `async`: it waits for a copy of the
-    state in host memory, and goes on while that is written."""
+    state in host memory, and goes on while that is written. `async_with_pinned_mem`: it goes on at
+    once; the copy is made during the next forward and backward, and the optimizers wait for it."""
+
+    on_save_overlap: Literal["wait", "skip", "queue"] = "wait"
+    """What happens to a save that is due while the one before it is being written: training waits
+    for that; or this one is left out; or it is made once that is done, of the step then reached."""
+
+    on_low_memory: Literal["raise", "wait"] = "raise"
+    """Where there is no host memory for the copy that `async_mode` needs: an error, or training
+    waits for the step to be durable, as with `disabled`."""
+
+    write_bandwidth_limit: float = 0.0
+    """MB/s that all ranks together write at most, for file systems that others share; 0: no limit.
+    """
 
     keep_latest_k: int = 10
     """How many of the newest good steps to keep; 0 keeps all. 1 is refused: one damaged file would
@@ -84,10 +123,20 @@ class CheckpointConfig:
     left, the model alone is saved, or nothing."""
 
     def __post_init__(self) -> None:
-        if self.interval < 1:
+        if self.interval != "auto" and self.interval < 1:
             raise UsageError(
-                f"`checkpoint.interval` is a number of steps, at least 1: {self.interval}"
+                f'`checkpoint.interval` is a number of steps from 1 on, or "auto": {self.interval}'
             )
+        if not 1 <= self.min_interval <= self.max_interval:
+            raise UsageError(
+                "`checkpoint.min_interval` is at least 1, and at most `checkpoint.max_interval`: "
+                f"{self.min_interval} and {self.max_interval}"
+            )
+        if self.mtbf_hours <= 0:
+            raise UsageError(f"`checkpoint.mtbf_hours` is a number of hours: {self.mtbf_hours}")
+        for key in ("interval_minutes", "write_bandwidth_limit"):
+            if getattr(self, key) < 0:
+                raise UsageError(f"`checkpoint.{key}` is 0 (off) or a number: {getattr(self, key)}")
         if self.keep_latest_k < 0 or self.keep_latest_k == 1:
             raise UsageError(
                 f"`checkpoint.keep_latest_k` is 0 (keep all) or at least 2: {self.keep_latest_k}",
@@ -100,6 +149,7 @@ class CheckpointConfig:
             raise UsageError(
                 f"`checkpoint.load_step` is -1 (the newest good step) or a step: {self.load_step}"
             )
+        self._check_hub()
         check_names(self.stop_signals)
         if self.stop_deadline_s <= 0:
             raise UsageError(
@@ -115,4 +165,29 @@ class CheckpointConfig:
             raise UsageError(
                 "`checkpoint.exclude_from_loading` holds `model`, without which nothing is resumed",
                 hint="to start with fresh weights, use another `checkpoint.folder`",
+            )
+
+    def _check_hub(self) -> None:
+        if self.hf_export_interval < 0:
+            raise UsageError(
+                f"`checkpoint.hf_export_interval` is 0 (none) or a number of steps: "
+                f"{self.hf_export_interval}"
+            )
+        if self.last_save_in_hf and not self.last_save_model_only:
+            raise UsageError(
+                "`checkpoint.last_save_in_hf` saves the model alone, but "
+                "`checkpoint.last_save_model_only` is off",
+                hint="--checkpoint.last_save_model_only",
+            )
+        if self.initial_load_in_hf and not self.initial_load_model_only:
+            raise UsageError(
+                "`checkpoint.initial_load_in_hf` loads the model alone, but "
+                "`checkpoint.initial_load_model_only` is off",
+                hint="--checkpoint.initial_load_model_only",
+            )
+        if self.initial_load_in_hf_quantized and not self.initial_load_in_hf:
+            raise UsageError(
+                "`checkpoint.initial_load_in_hf_quantized` is about a folder that "
+                "`checkpoint.initial_load_in_hf` does not load",
+                hint="--checkpoint.initial_load_in_hf",
             )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
@@ -32,18 +31,30 @@ from holdfast.errors import (
     ExistsError,
     FormatError,
     HoldfastError,
-    MismatchError,
     NotFoundError,
-    UsageError,
 )
 from holdfast.format.manifest import Kind, Manifest
 from holdfast.format.names import LOCK, step_of
-from holdfast.manager.config import DATALOADER_KEYS, CheckpointConfig
+from holdfast.hf.export import HubModel
+from holdfast.manager.config import CheckpointConfig
+from holdfast.manager.goodput import RESUMING, Goodput
+from holdfast.manager.hub import Hub
+from holdfast.manager.parts import (
+    DATALOADER,
+    MODEL,
+    OPTIMIZER,
+    RNG,
+    SCHEDULER,
+    changed_by_optimizers,
+    check_dataloader,
+    check_excluded,
+    not_excluded,
+)
 from holdfast.manager.policy import is_due, kind_in_time, kind_of_save
 from holdfast.manager.resume import Step, newest_final, newest_resumable, strict_step
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
-from holdfast.state.dataloader import RANK, DataloaderState
+from holdfast.state.dataloader import DataloaderState
 from holdfast.state.model import ModelState
 from holdfast.state.objects import StateTree
 from holdfast.state.optim import OptimizerState
@@ -58,12 +69,6 @@ Metrics = Mapping[str, float] | Callable[[], Mapping[str, float]]
 """Numbers by name, or a function that gives them."""
 
 logger = logging.getLogger("holdfast")
-
-MODEL, OPTIMIZER, SCHEDULER, DATALOADER, RNG = (
-    *("model", "optimizer", "lr_scheduler"),
-    *("dataloader", "rng"),
-)
-"""Names of the parts of a step; TorchTitan's. The model's own names lie at the top level."""
 
 
 class CheckpointManager:
@@ -91,21 +96,22 @@ class CheckpointManager:
         states: Mapping[str, Stateful] | None = None,
         config: CheckpointConfig | None = None,
         ranks: Ranks | None = None,
+        hub: HubModel | None = None,
     ) -> None:
         """Take hold of `folder`: what killed runs left there is swept, other runs are kept out.
 
         `model` may be several parts (pipeline stages); `states` are further objects by name.
         The state of a `dataloader` is kept for each rank, unless the loader says
         `state_is_global = True`.
-        `config` defaults to saving every 500 steps; `ranks` to those of `torch.distributed`.
+        `config` defaults to saving every 500 steps; `ranks` to those of `torch.distributed`. `hub`
+        says what the model is called on the Hugging Face hub, for what goes there or comes from it.
 
         Raises:
             ExistsError: another run saves in this folder.
             StorageError: the folder cannot be written.
         """
         self.config = config or CheckpointConfig(enable=True)
-        self.blocked_s = 0.0
-        """Seconds that saving has held up training so far."""
+        self._goodput = Goodput()
         self._ranks = ranks or all_ranks()
         self._catalog = Catalog(LocalStore(folder))
         models, rank = _many(model), self._ranks.rank
@@ -118,10 +124,20 @@ class CheckpointManager:
             RNG: RngState(rank),
         }
         self._sections = [name for name in self._parts if name != MODEL]
-        self._saver = Saver(self._catalog, self.config, self._ranks, self._sections)
+        self._hub = Hub(hub, self.config, self._catalog, self._ranks)
+        changed = partial(changed_by_optimizers, self._parts[OPTIMIZER])
+        self._saver = Saver(
+            *(self._catalog, self.config, self._ranks, self._sections),
+            *(self._goodput, changed, self._hub),
+        )
+        self._owed = False
         self._held = ExitStack()
+        if self.config.async_mode == "async_with_pinned_mem":
+            for optimizer in _many(optimizers):
+                hook = optimizer.register_step_pre_hook(lambda *_: self.wait_for_staging())
+                self._held.callback(hook.remove)
         self._stop_signals = StopSignals(())
-        _check_excluded(self.config.exclude_from_loading, self._parts)
+        check_excluded(self.config.exclude_from_loading, self._parts)
         if self._saves:
             on_rank_0(self._ranks, self._take_hold)
 
@@ -137,7 +153,9 @@ class CheckpointManager:
         rank 0 are kept.
 
         Blocks until the step is published and durable; with `async_mode = "async"` until its state
-        has been copied, and what then goes wrong is raised by a later call.
+        has been copied, and what then goes wrong is raised by a later call. With
+        `async_with_pinned_mem` the copy of parameters and optimizer state goes on after it returns;
+        the optimizers wait for it by themselves before they step, see `wait_for_staging`.
 
         Inside the context of this manager, one of `stop_signals` to any rank makes the next call
         save, whatever the interval, and then raise SystemExit with status 128 + signal on every
@@ -151,36 +169,67 @@ class CheckpointManager:
         """
         if not self._saves:
             return False
-        started = time.perf_counter()
-        try:
+        self._goodput.count_step()
+        with self._goodput.lost_to("saving"):
             # What any rank has measured or received decides, so that all decide alike.
-            number, since_s, *measured, failed = self._ranks.largest(
-                [
-                    *self._stop_signals.received(),
-                    *(self._saver.full_save_s, self._saver.model_share),
-                    float(self._saver.failed),
-                ]
+            saver = self._saver
+            number, since_s, full_save_s, model_share, failed, busy, *measured = (
+                self._ranks.largest(
+                    [
+                        *self._stop_signals.received(),
+                        *(saver.full_save_s, saver.model_share),
+                        *(float(saver.failed), float(saver.busy)),
+                        *self._goodput.measured(),
+                    ]
+                )
             )
             if failed:
-                self._saver.collect()
+                saver.collect()
             stopping = bool(number) and not last_step
             kind: Kind | None = kind_of_save(last_step=last_step, config=self.config)
             if stopping:
                 left_s = self.config.stop_deadline_s - since_s
-                kind = kind_in_time(left_s, *measured)
-                self._say_stopping(int(number), step, left_s, measured[0], kind)
-            elif not is_due(step, last_step=last_step, config=self.config):
-                return False
+                kind = kind_in_time(left_s, full_save_s, model_share)
+                self._say_stopping(int(number), step, left_s, full_save_s, kind)
+            elif not self._is_time(step, last_step, bool(busy), measured):
+                return self._export(step)
             saved = kind is not None and self._save_as(
                 kind, step, last_step=last_step, metrics=metrics
             )
             if last_step or stopping:
-                self._saver.collect()
-        finally:
-            self.blocked_s += time.perf_counter() - started
+                saver.collect()
         if stopping:
             raise SystemExit(128 + int(number))
         return saved
+
+    def _is_time(self, step: int, last_step: bool, busy: bool, measured: Sequence[float]) -> bool:
+        """Whether this step is saved, now: it is due or owed, and no save is in its way."""
+        progress = self._goodput.progress(*measured)
+        due = is_due(step, last_step=last_step, config=self.config, progress=progress)
+        due, self._owed = due or self._owed, False
+        if not due or last_step or not busy or self.config.on_save_overlap == "wait":
+            return due
+        self._owed = self.config.on_save_overlap == "queue"
+        if not self._owed:
+            self._warn(f"step {step} is not saved: the save before it is still being written")
+        return False
+
+    def wait_for_staging(self) -> None:
+        """Return once the state of the last `save` has been copied, so that it may be changed.
+
+        Optimizers given to this manager do this by themselves before each step; whoever changes
+        parameters or optimizer state in another way calls it first.
+        """
+        self._saver.wait_for_staging()
+
+    @property
+    def blocked_s(self) -> float:
+        """Seconds that saving has held up training so far."""
+        return self._goodput.blocked_s
+
+    def goodput(self) -> str:
+        """Where the time since this manager was made went: training, and what it lost by cause."""
+        return self._goodput.report()
 
     def save_seed(self) -> None:
         """Save the model as it is, in its own dtypes, as step 0: what other runs can start from.
@@ -218,9 +267,13 @@ class CheckpointManager:
             MismatchError: a checkpoint of another model; nothing was changed.
             DamagedError: the step asked for is damaged.
         """
-        wanted = self.config.load_step if step is None else step
+        with self._goodput.lost_to(RESUMING):
+            return self._load(self.config.load_step if step is None else step)
+
+    def _load(self, wanted: int) -> int:
         if not self.config.enable:
             return 0
+        self.wait_for_staging()
         if wanted >= 0:
             found = on_rank_0(self._ranks, partial(strict_step, self._catalog, wanted))
             return self._resume(found, explicit=True)
@@ -243,6 +296,10 @@ class CheckpointManager:
                 self._warn(f"passed over {passed_over[-1]}")
                 self._mark_damaged(candidate.step, error)
                 below = candidate.step
+        if self.config.initial_load_in_hf:
+            where = self._hub.load(self.config.initial_load_path, self._model())
+            self._say(f"loaded the model of {where}: starting at step 0")
+            return 0
         if self.config.initial_load_path is not None:
             return self._load_initial(self.config.initial_load_path)
         if passed_over:
@@ -356,7 +413,7 @@ class CheckpointManager:
         if RNG in wanted and not self._fits_generators(manifest):
             wanted.remove(RNG)
         if DATALOADER in wanted:
-            self._check_dataloader(manifest)
+            check_dataloader(manifest, self._ranks.size)
         parts = {part: self._parts[part] for part in wanted}
         tree = StateTree(parts, flat=MODEL, others=self._sections)
         loaded = load_tree(source, tree, ranks=self._ranks)
@@ -377,35 +434,31 @@ class CheckpointManager:
         self._say(f"random number generators start afresh: {why}")
         return False
 
-    def _check_dataloader(self, manifest: Manifest) -> None:
-        """A loader's state by ranks fits as many ranks only.
-
-        Raises:
-            MismatchError: another number of ranks has saved it.
-        """
-        paths = [tensor.path for tensor in manifest.tensors.values()]
-        paths += [value.path for value in manifest.values.values()]
-        kept = {str(path[1]) for path in paths if path[0] == DATALOADER and len(path) > 1}
-        by_rank = {key for key in kept if key.startswith(RANK)}
-        if by_rank and by_rank != {f"{RANK}{rank}" for rank in range(self._ranks.size)}:
-            raise MismatchError(
-                f"the data loader's state was saved by {len(by_rank)} ranks, for each its own; "
-                f"this run has {self._ranks.size}",
-                hint='`checkpoint.exclude_from_loading = ["dataloader"]` starts the data afresh',
-            )
-
     def _save_as(
         self, kind: Kind, step: int, *, last_step: bool, metrics: Metrics | None = None
     ) -> bool:
         """Save all parts, or the model alone: in the export dtype where it is the last step."""
         numbers = on_every_rank(self._ranks, partial(_numbers, metrics))
+        self._goodput.count_save()
+        use = self._hub.use(step, last_step=last_step, saved=True)
         if kind == "full":
             leaves = StateTree(self._parts, flat=MODEL).leaves
-            return self._saver.save(step, kind, leaves, metrics=numbers)
-        leaves = StateTree({MODEL: self._parts[MODEL]}, flat=MODEL).leaves
+            return self._saver.save(step, kind, leaves, metrics=numbers, use=use)
         dtype: torch.dtype | None = getattr(torch, self.config.export_dtype)
-        dtype = dtype if last_step else None
-        return self._saver.save(step, kind, leaves, dtype=dtype, metrics=numbers)
+        dtype = dtype if last_step and use != "step" else None
+        leaves = self._model().leaves
+        return self._saver.save(step, kind, leaves, dtype=dtype, metrics=numbers, use=use)
+
+    def _export(self, step: int) -> bool:
+        """Save a Hugging Face folder alone, if this step is one for that. Returns False: a step is
+        not saved."""
+        use = self._hub.use(step, last_step=False, saved=False)
+        if use is not None:
+            self._saver.save(step, "model", self._model().leaves, use=use)
+        return False
+
+    def _model(self) -> StateTree:
+        return StateTree({MODEL: self._parts[MODEL]}, flat=MODEL, others=self._sections)
 
     def _say_stopping(
         self, number: int, step: int, left_s: float, full_save_s: float, kind: Kind | None
@@ -421,12 +474,7 @@ class CheckpointManager:
             )
 
     def _not_excluded(self) -> list[str]:
-        """The parts that a resume loads."""
-        excluded = {
-            DATALOADER if name in DATALOADER_KEYS else name
-            for name in self.config.exclude_from_loading
-        }
-        return [name for name in self._parts if name not in excluded]
+        return not_excluded(self._parts, self.config.exclude_from_loading)
 
     def _say(self, line: str) -> None:
         if self._ranks.rank == 0:
@@ -444,14 +492,3 @@ def _many(given: T | Sequence[T]) -> list[T]:
 def _numbers(metrics: Metrics | None) -> dict[str, float]:
     given = metrics() if callable(metrics) else metrics or {}
     return {name: float(value) for name, value in given.items()}
-
-
-def _check_excluded(excluded: Sequence[str], parts: Collection[str]) -> None:
-    known = {*parts, *DATALOADER_KEYS} - {MODEL}
-    for name in excluded:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise UsageError(
-                f"`checkpoint.exclude_from_loading` names `{name}`, which is no part of a step",
-                hint=f"did you mean `{near[0]}`?" if near else f"parts: {', '.join(sorted(known))}",
-            )

@@ -11,12 +11,50 @@ from holdfast.format.manifest import Kind
 from holdfast.manager.config import CheckpointConfig
 
 
-def is_due(step: int, *, last_step: bool, config: CheckpointConfig) -> bool:
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How a run stands between two saves; the same on all ranks."""
+
+    steps: int = 0
+    """Since the last save, or since the run began."""
+
+    seconds: float = 0.0
+    """Since then."""
+
+    step_s: float = 0.0
+    """That a step takes on average; 0 where none has been measured."""
+
+    save_s: float = 0.0
+    """That a save holds training up on average; 0 where none has been measured."""
+
+
+def is_due(
+    step: int, *, last_step: bool, config: CheckpointConfig, progress: Progress | None = None
+) -> bool:
     """Whether the state after this step is saved."""
     if not config.enable or config.load_only:
         return False
+    progress = progress or Progress()
     first = step == 1 and config.enable_first_step_checkpoint
-    return last_step or first or step % config.interval == 0
+    late = 0 < config.interval_minutes * 60 <= progress.seconds
+    if config.interval == "auto":
+        return last_step or first or late or progress.steps >= best_interval(config, progress)
+    return last_step or first or late or step % config.interval == 0
+
+
+def best_interval(config: CheckpointConfig, progress: Progress) -> int:
+    """Steps between saves that lose the least time, to saving and to what a failure throws away.
+
+    The first-order optimum, a save every `sqrt(2 * save time * mean time between failures)`: J. W.
+    Young, A first order approximation to the optimum checkpoint interval, Communications of the ACM
+    17(9), 1974; J. T. Daly, A higher order estimate of the optimum checkpoint interval for restart
+    dumps, Future Generation Computer Systems 22(3), 2006. Until a save has been measured it is the
+    shortest interval allowed.
+    """
+    if not progress.save_s or not progress.step_s:
+        return config.min_interval
+    seconds = math.sqrt(2 * progress.save_s * config.mtbf_hours * 3600)
+    return min(max(round(seconds / progress.step_s), config.min_interval), config.max_interval)
 
 
 def kind_of_save(*, last_step: bool, config: CheckpointConfig) -> Kind:

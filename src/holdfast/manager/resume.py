@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.findings import kind_of
 from holdfast.catalog.marks import damaged_steps, pinned_steps
-from holdfast.errors import HoldfastError
+from holdfast.errors import HoldfastError, NotFoundError
 from holdfast.format.manifest import Manifest
+from holdfast.hf.folder import open_folder
 from holdfast.manager.policy import Candidate
 
 
@@ -40,7 +42,7 @@ def newest_resumable(catalog: Catalog, below: int | None) -> tuple[Step | None, 
             refused.append(f"step {step}: {damaged[step]}")
             continue
         try:
-            manifest = catalog.open(folder)
+            manifest = _opened(catalog, folder)
         except HoldfastError as error:
             refused.append(f"step {step}: {error.what}")
             continue
@@ -62,10 +64,20 @@ def good_steps(catalog: Catalog, folders: Mapping[int, str]) -> Iterator[Candida
     damaged, pinned = damaged_steps(catalog.store), pinned_steps(catalog.store)
     for step in sorted(folders.keys() - damaged.keys(), reverse=True):
         try:
-            manifest = catalog.open(folders[step])
+            manifest = _opened(catalog, folders[step])
         except HoldfastError:
             continue
         yield Candidate(step, can_resume(step, manifest), manifest.metrics, step in pinned)
+
+
+def _opened(catalog: Catalog, folder: str) -> Manifest:
+    """What a step holds; the last one of a run may be a Hugging Face folder."""
+    try:
+        return catalog.open(folder)
+    except NotFoundError as error:
+        with suppress(NotFoundError):
+            return open_folder(catalog.store, folder).manifest
+        raise error from None
 
 
 def can_resume(step: int, manifest: Manifest) -> bool:

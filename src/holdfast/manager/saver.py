@@ -10,15 +10,18 @@ from functools import partial
 import torch
 
 from holdfast.catalog.catalog import Catalog
-from holdfast.engine.background import Background, Snapshot, free_memory
+from holdfast.engine.background import Background
 from holdfast.engine.planner import Planner
-from holdfast.engine.ranks import Ranks, on_every_rank
-from holdfast.engine.save import Pending, begin_save, finish_save, take_snapshot
+from holdfast.engine.ranks import Ranks, conclude, on_every_rank, outcome_of
+from holdfast.engine.save import Pending, begin_save, discard, finish_save, take_snapshot
 from holdfast.engine.spans import amount, rate
-from holdfast.errors import HoldfastError, RankError
+from holdfast.engine.stage import Snapshot, Staging, free_memory
+from holdfast.errors import HoldfastError, RankError, UsageError
 from holdfast.format.manifest import Kind, Path
 from holdfast.format.names import step_name
 from holdfast.manager.config import CheckpointConfig
+from holdfast.manager.goodput import Goodput
+from holdfast.manager.hub import Hub, Use
 from holdfast.manager.policy import retention_of
 from holdfast.manager.retention import Retainer
 from holdfast.state.tree import Leaf
@@ -36,22 +39,40 @@ class Saver:
     """
 
     def __init__(
-        self, catalog: Catalog, config: CheckpointConfig, ranks: Ranks, sections: Collection[str]
+        self,
+        catalog: Catalog,
+        config: CheckpointConfig,
+        ranks: Ranks,
+        sections: Collection[str],
+        goodput: Goodput | None = None,
+        changed_by_optimizers: Callable[[], Collection[str]] = tuple,
+        hub: Hub | None = None,
     ) -> None:
-        """`sections` are the top-level names that are not the model's."""
+        """`sections` are the top-level names that are not the model's. `changed_by_optimizers` are
+        the names of tensors that change in the optimizers' step and nowhere else."""
         self._catalog, self._config, self._ranks = catalog, config, ranks
         self._sections = sections
         self._planner = Planner(ranks)
+        self._hub = hub or Hub(None, config, catalog, ranks)
         self._in_background = config.async_mode != "disabled"
         # Training's collectives, and those that begin a save, must not meet those of the thread.
         self._finishing_ranks = ranks.twin() if self._in_background else ranks
+        self._overlapping = config.async_mode == "async_with_pinned_mem"
+        self._changed_by_optimizers = changed_by_optimizers
+        self._goodput = goodput or Goodput()
         self._background, self._snapshot = Background(), Snapshot()
+        self._staging: Staging | None = None
         self.retainer = Retainer(catalog, retention_of(config))
         """Lets old steps go; used on rank 0 alone."""
         self.full_save_s = 0.0
         """The longest that a full save took until it was durable; 0 before the first."""
         self.model_share = 0.0
         """The model's part of a full step's bytes; known to rank 0 alone."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is being written in the background."""
+        return self._background.busy
 
     @property
     def failed(self) -> bool:
@@ -66,35 +87,65 @@ class Saver:
         *,
         dtype: torch.dtype | None = None,
         metrics: Mapping[str, float] | None = None,
+        use: Use | None = None,
     ) -> bool:
-        """Save a step. Returns whether it was, or is being, saved: see `on_save_error`."""
+        """Save a step. Returns whether it was, or is being, saved: see `on_save_error`. `use` is
+        what of it is to be a Hugging Face folder."""
         self.collect()
         # What is being deleted would be counted as space that is taken.
         self.retainer.wait()
         try:
+            if use in ("beside", "alone"):
+                self._hub.prepare()
             pending = begin_save(
-                self._catalog,
+                self._hub.catalog if use == "alone" else self._catalog,
                 step_name(step),
                 on_every_rank(self._ranks, leaves),
                 ranks=self._ranks,
-                planner=self._planner,
+                planner=self._hub.planner if use == "alone" else self._planner,
                 step=step,
                 kind=kind,
                 dtype=dtype,
                 metrics=metrics,
             )
-            if self._in_background:
-                held = self._snapshot.nbytes
-                staged = take_snapshot(pending, self._snapshot, self._ranks)
-                if self._snapshot.nbytes > held and self._ranks.rank == 0:
-                    nbytes, free = self._snapshot.nbytes, free_memory()
-                    left = "" if free is None else f", {amount(free)} are free"
-                    logger.info("snapshots take %s of host memory a rank%s", amount(nbytes), left)
-                self._background.start(partial(self._finish, staged, step))
+            if self._in_background and self._has_room(pending):
+                later = self._changed_by_optimizers() if self._overlapping else ()
+                staged, self._staging = take_snapshot(
+                    pending, self._snapshot, self._ranks, later=later
+                )
+                self._background.start(partial(self._finish, staged, step, use, self._staging))
+                if not later:
+                    self._staging.wait()
             else:
-                self._finish(pending, step)
+                self._finish(pending, step, use)
         except HoldfastError as error:
             self._survive(error)
+            return False
+        return True
+
+    def wait_for_staging(self) -> None:
+        """Return once nothing of the training state is still to be copied."""
+        if self._staging is not None:
+            with self._goodput.lost_to("waiting for a copy"):
+                self._staging.wait()
+            self._staging = None
+
+    def _has_room(self, pending: Pending) -> bool:
+        """Whether every rank has the memory for a snapshot; where not, that is an error, or the
+        training waits for this save. Collective."""
+        nbytes = pending.image.nbytes
+        if nbytes > self._snapshot.nbytes and self._ranks.rank == 0:
+            free = free_memory()
+            left = "" if free is None else f", {amount(free)} free"
+            logger.info("needs %s of host memory for snapshots%s", amount(nbytes), left)
+        try:
+            on_every_rank(self._ranks, lambda: self._snapshot.reserve(nbytes))
+        except UsageError as error:
+            if self._config.on_low_memory == "raise":
+                discard(pending, self._ranks)
+                raise
+            if self._ranks.rank == 0:
+                logger.warning("training waits for this save: %s", error.what)
             return False
         return True
 
@@ -102,16 +153,28 @@ class Saver:
         """Wait for the save in the background, if there is one; raise its error, or survive it."""
         started = time.perf_counter()
         try:
-            self._background.wait()
+            with self._goodput.lost_to("waiting for the save before"):
+                self._background.wait()
         except HoldfastError as error:
             self._survive(error)
         waited_s = time.perf_counter() - started
         if waited_s > WAIT_SAID_S and self._ranks.rank == 0:
             logger.info("waited %.2f s for the save in the background", waited_s)
 
-    def _finish(self, pending: Pending, step: int) -> None:
+    def _finish(
+        self, pending: Pending, step: int, use: Use | None, staging: Staging | None = None
+    ) -> None:
         """Write, publish, let old steps go."""
-        saved = finish_save(pending, self._finishing_ranks)
+        if use in ("step", "alone"):
+            copied = outcome_of(staging.run) if staging is not None else None
+            conclude(self._finishing_ranks, copied, lambda _: None)
+            self._hub.finish(pending, self._finishing_ranks, step, use)
+            if use == "step" and self._ranks.rank == 0:
+                self.retainer.saved(step)
+            return
+        limit = self._config.write_bandwidth_limit * 1e6 / self._ranks.size
+        ranks = self._finishing_ranks
+        saved = finish_save(pending, ranks, staging=staging, bytes_per_s=limit or None)
         if pending.facts.kind == "full":
             self.full_save_s = max(self.full_save_s, saved.spans.total)
             if pending.index is not None:
@@ -121,6 +184,8 @@ class Saver:
             done = rate(saved.nbytes, saved.spans.total)
             logger.info("saved step %d: %s, %s", step, done, saved.where)
             self.retainer.saved(step)
+        if use == "beside":
+            self._hub.finish(pending, self._finishing_ranks, step, use)
 
     def _survive(self, error: HoldfastError) -> None:
         """Go on without what was not saved, if that is wanted and can be."""

@@ -30,8 +30,8 @@ class Layout:
     """How it lies over all ranks; None for a tensor that is whole on this one, whoever has it."""
 
 
-Known = MutableMapping[Any, tuple[Spread, tuple[Piece, ...]]]
-"""Layouts found before, by mesh, placements and shape."""
+Known = MutableMapping[Any, tuple[Spread | None, tuple[Piece, ...]]]
+"""Layouts found before, by mesh, placements and shape; by shape alone where there is no mesh."""
 
 
 def layout_of(name: str, tensor: torch.Tensor, known: Known | None = None) -> Layout:
@@ -60,7 +60,11 @@ def layout_of(name: str, tensor: torch.Tensor, known: Known | None = None) -> La
             "which has no plain elements to keep",
             hint="store its dense parts under names of their own",
         )
-    return Layout(dtype, shape, pieces_of(shape, ()), tensor.detach())
+    if known is None:
+        return Layout(dtype, shape, pieces_of(shape, ()), tensor.detach())
+    if shape not in known:
+        known[shape] = None, pieces_of(shape, ())
+    return Layout(dtype, shape, known[shape][1], tensor.detach())
 
 
 def same_memory(tensor: torch.Tensor) -> tuple[object, ...] | None:
@@ -80,7 +84,7 @@ def same_memory(tensor: torch.Tensor) -> tuple[object, ...] | None:
     )
 
 
-def _spread_of(name: str, tensor: DTensor, known: Known) -> tuple[Spread, tuple[Piece, ...]]:
+def _spread_of(name: str, tensor: DTensor, known: Known) -> tuple[Spread | None, tuple[Piece, ...]]:
     mesh, shape = tensor.device_mesh, tuple(tensor.shape)
     coordinate = mesh.get_coordinate()
     if coordinate is None:
@@ -88,7 +92,7 @@ def _spread_of(name: str, tensor: DTensor, known: Known) -> tuple[Spread, tuple[
     key = (mesh, tensor.placements, shape)
     if key not in known:
         # One object for all that lie alike: it is compared, and sent, once.
-        alike = (found for (m, p, _), (found, _) in known.items() if (m, p) == key[:2])
+        alike = (found for other, (found, _) in known.items() if found and other[:2] == key[:2])
         spread = next(alike, None) or Spread(
             Mesh(tuple(mesh.mesh.shape), tuple(mesh.mesh.flatten().tolist())),
             tuple(_cut(name, placement) for placement in tensor.placements),

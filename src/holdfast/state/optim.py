@@ -48,6 +48,10 @@ class OptimizerState:
                 for parameter in group["params"]:
                     yield optimizer, parameter
 
+    def parameter_names(self) -> list[str]:
+        """Of the parameters that the optimizers change."""
+        return list(self._parameters)
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors share their memory with the optimizer. A parameter without state has none."""
         state: dict[str, Any] = {}

@@ -30,6 +30,10 @@ class Leaf:
     value: Any
 
 
+_NEVER_OPENED = (torch.Tensor, int, float, str, bytes, tuple, type(None))
+"""Leaves whatever else they may be: the objects among them hold no state of their own."""
+
+
 def flatten(
     state: Mapping[str, Any],
     *,
@@ -48,8 +52,12 @@ def flatten(
     leaves: dict[str, Leaf] = {}
 
     def enter(path: Path, value: Any) -> None:
-        value = opened(path, value)
-        if isinstance(value, Mapping):
+        # A large state has thousands of these, and asking what else they might be takes longest.
+        if not isinstance(value, _NEVER_OPENED):
+            value = opened(path, value)
+        if isinstance(value, _NEVER_OPENED):
+            add(path, value)
+        elif isinstance(value, Mapping):
             if len({*map(str, value)}) < len(value):
                 raise UsageError(
                     f"two keys at {path} are spelled alike: {[*value]}",
@@ -61,13 +69,16 @@ def flatten(
             for index, member in enumerate(value):
                 enter((*path, index), member)
         else:
-            name = ".".join(map(str, path))
-            if name in leaves:
-                raise UsageError(
-                    f"two entries have the name `{name}`: {leaves[name].path} and {path}",
-                    hint="rename one of the keys; dots in keys join them to their parents",
-                )
-            leaves[name] = Leaf(path, value)
+            add(path, value)
+
+    def add(path: Path, value: Any) -> None:
+        name = ".".join(map(str, path))
+        if name in leaves:
+            raise UsageError(
+                f"two entries have the name `{name}`: {leaves[name].path} and {path}",
+                hint="rename one of the keys; dots in keys join them to their parents",
+            )
+        leaves[name] = Leaf(path, value)
 
     enter(root, state)
     return leaves

@@ -95,6 +95,16 @@ class LocalStore:
                 writer.finish()
             os.fsync(file)
 
+    @contextmanager
+    def amend(self, key: str) -> Iterator[Writer]:
+        """A file that is there, in its full length, for several processes to write their parts of.
+        What this one wrote is durable when the context ends well."""
+        with self._said("write", key), ExitStack() as stack:
+            file = os.open(self._path(key), os.O_WRONLY | os.O_CLOEXEC)
+            stack.callback(os.close, file)
+            yield BufferedWriter(file)
+            os.fsync(file)
+
     def make_folder(self, key: str) -> None:
         with self._said("make the folder", key):
             self._path(key).mkdir(parents=not key, exist_ok=not key)

@@ -11,7 +11,9 @@ import signal
 import sys
 import tomllib
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -198,7 +200,9 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _described(hint: Any) -> str:
-    (hint,) = _members(hint)
+    if len(members := _members(hint)) > 1:
+        return ", or ".join(map(_described, members))
+    (hint,) = members
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(str(choice) for choice in get_args(hint))
     if _is_list(hint):
@@ -211,7 +215,9 @@ def _described(hint: Any) -> str:
 
 def _fitted(where: str, value: Any, hint: Any) -> Any:
     """A value from TOML as `hint` has it; raises where its type is another."""
-    (hint,) = _members(hint)
+    if len(members := _members(hint)) > 1:
+        return _first_fit(where, members, hint, lambda member: _fitted(where, value, member), value)
+    (hint,) = members
     if _is_list(hint):
         if isinstance(value, str):
             return _parsed(where, [value], hint)
@@ -233,8 +239,11 @@ def _fitted(where: str, value: Any, hint: Any) -> Any:
 def _parsed(where: str, words: list[str], hint: Any) -> Any:
     """The value that `words` of the command line spell; raises where they spell none."""
     if hint is not (members := _members(hint))[0]:
-        if words[0].lower() == "none":
+        if words[0].lower() == "none" and type(None) in get_args(hint):
             return None
+        if len(members) > 1:
+            parse = partial(_parsed, where, words)
+            return _first_fit(where, members, hint, parse, " ".join(words))
         (hint,) = members
     if _is_list(hint):
         items = [item.strip() for word in words for item in word.split(",") if item.strip()]
@@ -249,6 +258,16 @@ def _parsed(where: str, words: list[str], hint: Any) -> Any:
     return _fitted(where, text, hint)
 
 
+def _first_fit(
+    where: str, members: Sequence[Any], hint: Any, read: Callable[[Any], Any], value: object
+) -> Any:
+    """The value as the first of a union's members that it fits."""
+    for member in members:
+        with suppress(UsageError):
+            return read(member)
+    raise _misfit(where, value, hint)
+
+
 def _of_length(where: str, values: list[Any], hint: Any) -> tuple[Any, ...]:
     members = get_args(hint)
     if members[-1] is not Ellipsis and len(values) != len(members):
@@ -257,8 +276,8 @@ def _of_length(where: str, values: list[Any], hint: Any) -> tuple[Any, ...]:
 
 
 def _misfit(where: str, value: object, hint: Any) -> HoldfastError:
-    (hint,) = _members(hint)
-    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    literals = (member for member in _members(hint) if get_origin(member) is Literal)
+    choices = [choice for literal in literals for choice in get_args(literal)]
     return UsageError(
         f"{where} is {_described(hint)}, found: {value!r}",
         hint=nearest(str(value), [str(choice) for choice in choices]),

@@ -22,6 +22,7 @@ from holdfast.trainer.config import Config
 from holdfast.trainer.corpus import Tokenizer, Tokens, open_tokenizer, open_tokens
 from holdfast.trainer.data import DataLoader
 from holdfast.trainer.gradients import Gradients
+from holdfast.trainer.hub import hub_model
 from holdfast.trainer.metrics import Clock, Metrics, Row
 from holdfast.trainer.optim import (
     build_optimizers,
@@ -89,6 +90,9 @@ class Run:
     state: TrainState
     """What the loop itself counts."""
 
+    vocab_size: int
+    """Rows of the embedding."""
+
 
 def train(config: Config, place: Place) -> None:
     """Train the configured model to its last step, resuming where an earlier run left off.
@@ -109,6 +113,7 @@ def train(config: Config, place: Place) -> None:
         dataloader=run.loader,
         states={"train_state": run.state},
         config=config.checkpoint,
+        hub=hub_model(config, run.vocab_size),
     ) as manager:
         if is_finished(config, manager.final_step()):
             return
@@ -125,7 +130,7 @@ def train(config: Config, place: Place) -> None:
             take_steps(run, manager, metrics, first=step)
         finally:
             metrics.close()
-    _log_end(run, config.training.steps - step, time.perf_counter() - started, manager.blocked_s)
+    _log_end(run, config.training.steps - step, time.perf_counter() - started, manager.goodput())
 
 
 def create_seed(config: Config, place: Place) -> None:
@@ -147,7 +152,8 @@ def build_run(config: Config, place: Place) -> Run:
     _seed(config)
     config.check(place.world_size)
     tokenizer, tokens = _open_data(config, place)
-    model_parts = build_model(config, place, _vocab_size(config, tokenizer))
+    vocab_size = _vocab_size(config, tokenizer)
+    model_parts = build_model(config, place, vocab_size)
     optimizers = build_optimizers(model_parts, config.optimizer)
     schedulers = build_schedulers(optimizers, config.lr_scheduler, config.training.steps)
     loader = DataLoader(
@@ -160,7 +166,10 @@ def build_run(config: Config, place: Place) -> Run:
     )
     _log_start(config, place, model_parts, tokens)
     gradients = Gradients(config, place, model_parts)
-    return Run(config, place, model_parts, optimizers, gradients, schedulers, loader, TrainState())
+    return Run(
+        *(config, place, model_parts, optimizers, gradients, schedulers, loader),
+        *(TrainState(), vocab_size),
+    )
 
 
 def take_steps(run: Run, manager: CheckpointManager, metrics: Metrics, *, first: int) -> None:
@@ -272,16 +281,16 @@ def _log_interrupt(config: Config, step: int) -> None:
     logger.warning("interrupted at step %d: %s", step, further)
 
 
-def _log_end(run: Run, num_steps: int, seconds: float, blocked_s: float) -> None:
+def _log_end(run: Run, num_steps: int, seconds: float, goodput: str) -> None:
     training, dp_size = run.config.training, run.place.dp_size
     tokens = num_steps * training.batch_per_rank(dp_size) * dp_size * training.seq_len
     logger.info(
-        "done: %d steps, %s tokens in %.1f s (%s tokens/s), %.2f s of them held up by saving; "
-        "%s tokens since the start",
+        "done: %d steps, %s tokens in %.1f s (%s tokens/s); %s tokens since the start",
         num_steps,
         f"{tokens:,}",
         seconds,
         f"{tokens / seconds:,.0f}",
-        blocked_s,
         f"{run.state.ntokens_seen:,}",
     )
+    if run.config.checkpoint.enable:
+        logger.info("%s", goodput)

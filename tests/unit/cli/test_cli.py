@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from checkpoints import save_safetensors, save_step, save_stock, save_torch
+from holdfast.cli import terminal
 from holdfast.cli.main import VERBS, main
 from holdfast.cli.terminal import spelled_age, spelled_bytes
 
@@ -302,6 +303,31 @@ def test_on_a_terminal_there_is_a_table_and_no_color_is_respected(
     assert "│".encode() in said
     assert b"resume" in said
     assert (b"\x1b[32m" in said) == colour
+
+
+def test_progress_is_a_bar_on_a_terminal_and_a_line_at_times_in_a_log(
+    saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Method: the lines with no time between them; then as it is, where a check takes less than
+    that; a bar on a pseudo terminal, that is gone when it is done."""
+    step = saved / "outputs/checkpoint/step-3"
+    monkeypatch.setattr(terminal, "LINE_S", 0.0)
+    status, _, err = run(capsys, "verify", step)
+    assert status == 0
+    lines = err.splitlines()
+    assert all(line.startswith("step-3: ") and line.endswith(" s left") for line in lines)
+    assert " MB of 2.4 MB, " in lines[-1]
+    monkeypatch.undo()
+    assert run(capsys, "verify", step)[2] == ""
+    here, there = pty.openpty()
+    command = [sys.executable, "-m", "holdfast.cli", "verify", str(step)]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=there, text=True)
+    os.close(there)
+    said = os.read(here, 1 << 16)
+    os.close(here)
+    assert ran.returncode == 0
+    assert "good" in ran.stdout
+    assert "━".encode() in said
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(saved: Path) -> None:

@@ -24,7 +24,8 @@ def test_a_conversion_of_tensors_alone_imports_no_torch(tmp_path: Path) -> None:
         "assert main() == 0\nassert 'torch' not in sys.modules"
     )
     for to in ("dcp", "hf", "torch"):
-        command = [sys.executable, "-c", script, "convert", source, tmp_path / to, "--to", to]
+        paths = str(source), str(tmp_path / to)
+        command = [sys.executable, "-c", script, "convert", *paths, "--to", to]
         ran = subprocess.run(command, text=True, capture_output=True)
         assert (ran.returncode, ran.stderr) == (0, ""), to
 

@@ -16,10 +16,16 @@ from torch import nn
 
 import holdfast
 from holdfast import CheckpointConfig, CheckpointManager
-from holdfast.engine.background import Snapshot, free_memory
-from holdfast.engine.ranks import Ranks
-from holdfast.engine.write import image_of, lay_out
+from holdfast.catalog.catalog import Catalog
+from holdfast.engine.commit import Facts
+from holdfast.engine.ranks import Ranks, Solo
+from holdfast.engine.save import Pending
+from holdfast.engine.spans import Spans
+from holdfast.engine.stage import Snapshot, free_memory
+from holdfast.engine.write import FileImage, image_of, lay_out
 from holdfast.format.region import Region
+from holdfast.manager.saver import Saver
+from holdfast.storage.local import LocalStore
 from holdfast.testing.ranks import run_ranks
 
 WIDTH = 700
@@ -131,24 +137,60 @@ def test_a_run_may_go_on_after_a_failed_save(
 
 
 def test_a_snapshot_keeps_its_memory_and_its_copies() -> None:
-    """G13: one copy of what is written, allocated once."""
-    weight = torch.arange(3000, dtype=torch.float32)
-    region = Region.whole((3000,))
+    """G13: one copy of what is written, allocated once, where its file will have it."""
+    weight = torch.arange(30_000, dtype=torch.float32)
+    region = Region.whole(weight.shape)
     image = image_of(0, lay_out([("weight", "float32", region)]), {})
     snapshot = Snapshot()
-    copies = snapshot.take(image, lambda *_: weight.view(torch.uint8).numpy().data)
-    before = snapshot.nbytes
+    snapshot.reserve(image.nbytes)
+    snapshot.copy(image.tensors, lambda *_: weight)
+    copies, before = snapshot.data_of(image), snapshot.nbytes
     weight.zero_()
-    assert torch.frombuffer(copies("weight", region), dtype=torch.float32)[7] == 7
-    snapshot.take(image, lambda *_: weight.view(torch.uint8).numpy().data)
+    copied = torch.frombuffer(copies("weight", region), dtype=torch.float32)
+    assert copied[7] == 7
+    assert copied.data_ptr() % 4096 == image.tensors[0].data.offset % 4096 == 0
+    snapshot.reserve(image.nbytes)
+    snapshot.copy(image.tensors, lambda *_: weight)
+    assert copied[7] == 0
     assert snapshot.nbytes == before == image.nbytes
+
+
+def huge_image() -> FileImage:
+    """A file that no memory here has room for."""
+    free = free_memory()
+    assert free is not None
+    region = Region.whole((free // 4 + (1 << 28),))
+    return image_of(0, lay_out([("weight", "float32", region)]), {})
 
 
 def test_a_snapshot_that_does_not_fit_is_refused_with_the_numbers() -> None:
     """G13: before anything is allocated."""
-    free = free_memory()
-    assert free is not None
-    elements = free // 4 + (1 << 28)
-    image = image_of(0, lay_out([("weight", "float32", Region.whole((elements,)))]), {})
     with pytest.raises(holdfast.UsageError, match="of host memory on this rank"):
-        Snapshot().take(image, lambda *_: memoryview(b""))
+        Snapshot().reserve(huge_image().nbytes)
+
+
+def pending_of(catalog: Catalog) -> Pending:
+    """A save that needs more memory than there is."""
+    nothing: Any = None
+    facts = Facts(1, "full", {}, {})
+    attempt = catalog.begin("step-1")
+    return Pending(catalog, attempt, huge_image(), nothing, nothing, None, facts, Spans())
+
+
+@pytest.mark.parametrize("policy", ["raise", "wait"])
+def test_without_memory_for_a_snapshot_it_is_an_error_or_training_waits(
+    tmp_path: Path, policy: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G13: what is needed and free is said before the copy; `on_low_memory` decides what then."""
+    catalog = Catalog(LocalStore(tmp_path))
+    config = CheckpointConfig(enable=True, async_mode="async", on_low_memory=policy)
+    saver = Saver(catalog, config, Solo(), ())
+    with caplog.at_level(logging.INFO, "holdfast"):
+        if policy == "wait":
+            assert not saver._has_room(pending_of(catalog))
+            assert "training waits for this save" in caplog.text
+        else:
+            with pytest.raises(holdfast.UsageError, match="of host memory on this rank"):
+                saver._has_room(pending_of(catalog))
+            assert [*tmp_path.iterdir()] == [], "the attempt is gone"
+    assert "of host memory for snapshots" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import isnan, nan
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,9 @@ from holdfast.errors import UsageError
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.policy import (
     Candidate,
+    Progress,
     Retention,
+    best_interval,
     is_due,
     kind_of_save,
     reasons_to_keep,
@@ -26,6 +29,44 @@ def test_steps_at_the_interval_the_first_if_asked_and_the_last_are_due() -> None
     assert due == [10, 20, 25]
     first = CheckpointConfig(enable=True, interval=10, enable_first_step_checkpoint=True)
     assert is_due(1, last_step=False, config=first)
+
+
+def test_a_save_is_due_after_so_many_minutes_besides() -> None:
+    config = CheckpointConfig(enable=True, interval=1000, interval_minutes=5)
+    for seconds, due in ((299.0, False), (300.0, True)):
+        progress = Progress(steps=3, seconds=seconds)
+        assert is_due(3, last_step=False, config=config, progress=progress) is due
+
+
+def test_an_interval_by_itself_is_youngs_optimum_within_its_bounds() -> None:
+    """Method: a save of 2 s, a failure a day, steps of half a second: sqrt(2 * 2 * 86400) s, which
+    is 588 s or 1176 steps; then bounds, and a run that has measured nothing."""
+    config = CheckpointConfig(enable=True, interval="auto", max_interval=10_000)
+    progress = Progress(steps=1175, step_s=0.5, save_s=2.0)
+    assert best_interval(config, progress) == 1176
+    assert not is_due(7, last_step=False, config=config, progress=progress)
+    later = Progress(steps=1176, step_s=0.5, save_s=2.0)
+    assert is_due(7, last_step=False, config=config, progress=later)
+    narrow = CheckpointConfig(enable=True, interval="auto", min_interval=20, max_interval=100)
+    assert best_interval(narrow, progress) == 100
+    assert best_interval(narrow, Progress(step_s=90.0, save_s=0.001)) == 20
+    assert best_interval(narrow, Progress()) == 20, "so that a first save is measured soon"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"interval": 0},
+        {"min_interval": 0},
+        {"min_interval": 9, "max_interval": 8},
+        {"mtbf_hours": 0.0},
+        {"interval_minutes": -1.0},
+        {"write_bandwidth_limit": -1.0},
+    ],
+)
+def test_intervals_that_make_no_sense_are_refused_by_name(settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=[*settings][-1]):
+        CheckpointConfig(enable=True, **settings)
 
 
 def test_nothing_is_due_when_saving_is_off() -> None:

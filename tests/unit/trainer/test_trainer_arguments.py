@@ -219,3 +219,25 @@ def test_help_lists_every_key_without_importing_torch() -> None:
         assert key in done.stdout
     assert "(default: 2048)" in done.stdout
     assert done.stdout.endswith("False\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("auto", "auto"), ("7", 7), ("often", None), ("1.5", None)]
+)
+def test_a_number_or_a_word_may_be_either(given: str, expected: object) -> None:
+    """Method: `interval`, on the command line; what is neither is refused with both."""
+    if expected is not None:
+        assert read_config(["--checkpoint.interval", given]).checkpoint.interval == expected
+        return
+    with pytest.raises(UsageError, match="a whole number, or one of auto, found"):
+        read_config(["--checkpoint.interval", given])
+
+
+def test_a_file_may_hold_either_too(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    for text, expected in (('"auto"', "auto"), ("7", 7)):
+        file.write_text(f"[checkpoint]\ninterval = {text}\n")
+        assert read_config(["--job.config_file", str(file)]).checkpoint.interval == expected
+    file.write_text("[checkpoint]\ninterval = true\n")
+    with pytest.raises(UsageError, match="a whole number, or one of auto, found: True"):
+        read_config(["--job.config_file", str(file)])

@@ -1,0 +1,209 @@
+"""A Hugging Face folder from a live model: one pass, each rank writes its elements into place.
+
+Shapes fix every file's header and every tensor's offset beforehand. So rank 0 makes the files,
+every rank writes the elements that the plan of the save gives it to where they stay, each once, and
+rank 0 publishes: nothing is gathered, nothing is written twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from holdfast.catalog.catalog import Catalog
+from holdfast.catalog.sweep import execute, plan_sweep
+from holdfast.engine.index import Index
+from holdfast.engine.ranks import Ranks, conclude, on_rank_0, outcome_of
+from holdfast.engine.root import open_for_reading
+from holdfast.engine.write import DataOf, FileImage
+from holdfast.errors import HoldfastError, MismatchError
+from holdfast.format.names import Aside
+from holdfast.format.region import Region
+from holdfast.format.safetensors import INDEX
+from holdfast.hf.assets import beside_weights, config_bytes
+from holdfast.hf.blocks import blocks, runs
+from holdfast.hf.dialects import renamed
+from holdfast.hf.families import family_of
+from holdfast.hf.family import mapping_of
+from holdfast.hf.folder import CONFIG, of_language_model
+from holdfast.hf.mapping import TensorMapping
+from holdfast.hf.numbers import box_of, convert, is_floating, raw_type
+from holdfast.hf.shards import SHARD_BYTES, Export, shard
+from holdfast.storage.local import LocalStore
+from holdfast.storage.store import Writer
+
+BLOCK_BYTES = 16 << 20
+"""Converted and written at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubModel:
+    """What a live model is called on the hub."""
+
+    config: Mapping[str, Any]
+    """What its `config.json` says."""
+
+    assets: str | None = None
+    """Folder whose other files an export takes along: tokenizer, templates."""
+
+    @property
+    def mapping(self) -> TensorMapping:
+        """Between the hub's tensors and those of the model, under Meta's names."""
+        config = of_language_model(self.config)
+        return mapping_of(family_of(config, where="the configuration of this run"), config)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a rank is to write, and where it reads it: of a save that has begun."""
+
+    image: FileImage
+    data_of: DataOf
+    index: Index | None
+    """Of all ranks, on rank 0."""
+
+
+def export(
+    held: Snapshot, hub: HubModel, dtype: str, *, catalog: Catalog, attempt: Aside, ranks: Ranks
+) -> int:
+    """Write the model of a save as a Hugging Face folder, in `dtype`, and publish it. Returns its
+    bytes.
+
+    Collective: every rank calls this with what it holds; an error on one is raised on all, and
+    nothing is left of the attempt.
+    """
+    mapping = hub.mapping
+    infos = {
+        name: (mapping.dtype("hub", name) or dtype, mapping.shape("hub", name))
+        for name in mapping.names("hub")
+    }
+    made = shard(infos, SHARD_BYTES)
+    store = LocalStore(catalog.store.url)
+    try:
+        on_rank_0(ranks, lambda: _make_files(held.index, mapping, made, store, attempt))
+        mine = outcome_of(lambda: _write(held, mapping, made, store, attempt))
+        return conclude(ranks, mine, lambda sizes: _finish(made, hub, catalog, attempt, sum(sizes)))
+    except HoldfastError:
+        if ranks.rank == 0:
+            with suppress(HoldfastError):
+                catalog.discard(attempt)
+        raise
+
+
+def _make_files(
+    index: Index | None, mapping: TensorMapping, made: Export, store: LocalStore, attempt: Aside
+) -> None:
+    assert index is not None, "rank 0 has it"
+    there = {placed.name: placed.tensor.shape for placed in index.plan.tensors}
+    called = renamed([*there, *index.plan.aliases], "meta")
+    native = {called[name]: shape for name, shape in there.items()}
+    wrong = [
+        f"`{name}` is {list(native[name]) if name in native else 'not there'}, the configuration "
+        f"makes it {list(mapping.shape('native', name))}"
+        for name in mapping.names("native")
+        if native.get(name) != mapping.shape("native", name)
+    ]
+    if wrong:
+        raise MismatchError(
+            "the model cannot be exported:\n  " + "\n  ".join(wrong[:50]),
+            hint="is `config.json` in `model.hf_assets_path` the one of this model?",
+        )
+    for file, image in made.files.items():
+        with store.create(f"{attempt}/{file}", image.nbytes) as writer:
+            writer.write(0, [image.header])
+
+
+def _write(
+    held: Snapshot, mapping: TensorMapping, made: Export, store: LocalStore, attempt: Aside
+) -> int:
+    """Write this rank's elements. Returns their bytes."""
+    places = {n: (f, s.offset) for f, i in made.files.items() for n, s in i.tensors.items()}
+    wanted = {*mapping.names("native")}
+    names = {item.name for item in held.image.tensors}
+    called = renamed(names, "meta")
+    done = 0
+    with ExitStack() as opened:
+        writers: dict[str, Writer] = {}
+
+        def writer_of(file: str) -> Writer:
+            if file not in writers:
+                writers[file] = opened.enter_context(store.amend(f"{attempt}/{file}"))
+            return writers[file]
+
+        for item in held.image.tensors:
+            if called[item.name] not in wanted:
+                continue
+            data = np.frombuffer(held.data_of(item.name, item.region), raw_type(item.dtype))
+            whole = data.reshape(item.region.shape)
+            for block in blocks(item.region.shape, 8, BLOCK_BYTES):
+                at = Region(
+                    tuple(map(int.__add__, block.start, item.region.start)),
+                    tuple(map(int.__add__, block.stop, item.region.start)),
+                )
+                for name, box, elements in _pieces(
+                    mapping, called[item.name], at, box_of(whole, block), item.dtype, made
+                ):
+                    file, offset = places[name]
+                    done += _put(writer_of(file), offset, mapping.shape("hub", name), box, elements)
+    return done
+
+
+def _pieces(
+    mapping: TensorMapping,
+    name: str,
+    region: Region,
+    data: np.ndarray[Any, Any],
+    dtype: str,
+    made: Export,
+) -> Iterator[tuple[str, Region, np.ndarray[Any, Any]]]:
+    """Where the elements of a region go: tensor, box, and the elements in its shape."""
+    stored = made.dtypes
+    for copy in mapping.copies("native", name, region, exact=True):
+        box = copy.source_view.region
+        ours = box_of(data, copy.target_view.region)
+        wanted = stored[copy.source] if is_floating(dtype) else dtype
+        target = np.empty(box.shape, raw_type(dtype))
+        copy.run_back(target, ours)
+        yield copy.source, box, convert(target, dtype, wanted)
+
+
+def _put(
+    writer: Writer,
+    offset: int,
+    shape: tuple[int, ...],
+    box: Region,
+    elements: np.ndarray[Any, Any],
+) -> int:
+    raw = np.ascontiguousarray(elements).reshape(-1).view(np.uint8).data
+    itemsize = elements.itemsize
+    at = 0
+    for start, length in runs(box, shape):
+        nbytes = length * itemsize
+        writer.write(offset + start * itemsize, [raw[at : at + nbytes]])
+        at += nbytes
+    return at
+
+
+def _finish(made: Export, hub: HubModel, catalog: Catalog, attempt: Aside, written: int) -> int:
+    store = catalog.store
+    wanted = sum(span.nbytes for image in made.files.values() for span in image.tensors.values())
+    if written != wanted:
+        raise MismatchError(f"the ranks wrote {written} bytes of {wanted}")
+    small = {CONFIG: config_bytes(hub.config, made.dtype)}
+    if hub.assets is not None:
+        small |= dict(beside_weights(*open_for_reading(hub.assets)))
+    if made.index is not None:
+        small[INDEX] = made.index
+    for file, data in small.items():
+        folder = file.rpartition("/")[0]
+        if folder and f"{folder}/" not in store.list(str(attempt)):
+            store.make_folder(f"{attempt}/{folder}")
+        with store.create(f"{attempt}/{file}", len(data)) as writer:
+            writer.write(0, [data])
+    catalog.publish(attempt)
+    execute(store, plan_sweep(store.list(), only=attempt.name))
+    return made.nbytes

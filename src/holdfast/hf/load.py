@@ -1,0 +1,133 @@
+"""A Hugging Face folder into a live model: each rank reads the ranges that it holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import torch
+
+from holdfast.engine.load import Loaded, load_tree
+from holdfast.engine.ranks import Ranks, on_every_rank, on_rank_0
+from holdfast.engine.read import THREADS_MAX, Wanted
+from holdfast.engine.root import open_for_reading
+from holdfast.engine.source import Source
+from holdfast.errors import UsageError
+from holdfast.format.manifest import Manifest, TensorEntry
+from holdfast.format.region import Region
+from holdfast.hf.blocks import blocks
+from holdfast.hf.check import check_fit
+from holdfast.hf.dialects import dialect_of, renamed
+from holdfast.hf.families import family_of
+from holdfast.hf.family import Config, fused_experts, mapping_of
+from holdfast.hf.folder import CONFIG, Folder, open_folder
+from holdfast.hf.quantized import Dequantized
+from holdfast.hf.stored import Stored
+from holdfast.hf.tensors import Mapped, Renamed, Tensors
+from holdfast.state.objects import StateTree
+
+BLOCK_BYTES = 8 << 20
+"""Held beside the model, a thread."""
+
+
+def load_folder(
+    path: str, tree: StateTree, *, ranks: Ranks, config: Config | None = None
+) -> tuple[Loaded, tuple[str, ...]]:
+    """Load the weights of a Hugging Face folder into the model in `tree`. Returns notes too.
+
+    `config` stands in where the folder has no `config.json`. Quantized weights are dequantized;
+    names are Meta's or TorchTitan's, as the model's are.
+
+    Collective: every rank calls this; nothing is sent but headers, and an error on one is raised on
+    all.
+
+    Raises:
+        MismatchError: the folder holds another model; nothing was changed.
+    """
+    store, name = open_for_reading(path)
+    folder = on_rank_0(ranks, lambda: open_folder(store, name))
+    source = Source(store, name, folder.manifest)
+    ours = dialect_of([*on_every_rank(ranks, tree.leaves)])
+    titan = ranks.largest([float(ours == "titan")])[0] > 0
+    notes = on_rank_0(ranks, lambda: _checked(source, folder, config))
+    tensors = on_every_rank(ranks, lambda: _native(source, folder, config, titan=titan))
+    entries = {
+        n: TensorEntry(held.stored, held.shape, (), (n,)) for n, held in tensors.held.items()
+    }
+    seen = Source(store, name, Manifest(entries, {}, kind="model"))
+    fill = partial(_fill, tensors)
+    return load_tree(seen, tree, ranks=ranks, fill=fill), (*folder.notes, *notes)
+
+
+def _config(source: Source, folder: Folder, config: Config | None) -> tuple[Config, str]:
+    if folder.config is not None:
+        return folder.config, f"`{source.url}/{CONFIG}`"
+    if config is None:
+        raise UsageError(
+            f"`{source.url}` has no `{CONFIG}`, which says how large its model is",
+            hint="put the one that belongs to these weights beside them",
+        )
+    return config, "the configuration of this run"
+
+
+def _checked(source: Source, folder: Folder, config: Config | None) -> list[str]:
+    found, said_by = _config(source, folder, config)
+    held = Dequantized(Stored(source, {}), folder.quantization)
+    family = family_of(found, where=said_by)
+    mapping = mapping_of(family, found, fused_experts=fused_experts(family, found, held.held))
+    notes = check_fit(held, mapping, "hub", where=source.url, said_by=said_by)
+    if held.num_quantized:
+        notes.append(f"{held.num_quantized} quantized tensors are dequantized")
+    return notes
+
+
+def _native(source: Source, folder: Folder, config: Config | None, *, titan: bool) -> Tensors:
+    found, said_by = _config(source, folder, config)
+    held = Dequantized(Stored(source, {}), folder.quantization)
+    family = family_of(found, where=said_by)
+    mapping = mapping_of(family, found, fused_experts=fused_experts(family, found, held.held))
+    names = mapping.names("native")
+    seen = Mapped(held, mapping, "native")
+    called = renamed([*names, *mapping.aliases["native"]], "titan" if titan else "meta")
+    firsts = {called[n]: called[first] for n, first in mapping.aliases["native"].items()}
+    return Renamed(seen, {n: called[n] for n in names}, firsts)
+
+
+def _fill(tensors: Tensors, _: Source, wanted: Sequence[Wanted]) -> int:
+    """Fill every wanted tensor. Returns the bytes of what was read."""
+    jobs = [
+        partial(_fill_block, tensors, want, want_region, into)
+        for want in wanted
+        for piece in want.pieces
+        for want_region, into in _blocks(tensors, want.name, piece.region, piece.local)
+    ]
+    with ThreadPoolExecutor(min(THREADS_MAX, os.cpu_count() or 1)) as pool:
+        return sum(pool.map(lambda job: job(), jobs))
+
+
+def _blocks(
+    tensors: Tensors, name: str, region: Region, local: Region
+) -> list[tuple[Region, Region]]:
+    """A piece in blocks: where each lies in the whole tensor, and in the rank's own."""
+    itemsize = 4 if tensors.held[name].kept else 8
+    return [
+        (_moved(block, region.start), _moved(block, local.start))
+        for block in blocks(region.shape, itemsize, BLOCK_BYTES)
+    ]
+
+
+def _moved(region: Region, by: tuple[int, ...]) -> Region:
+    return Region(
+        tuple(map(int.__add__, region.start, by)), tuple(map(int.__add__, region.stop, by))
+    )
+
+
+def _fill_block(tensors: Tensors, want: Wanted, region: Region, into: Region) -> int:
+    found = np.ascontiguousarray(tensors.read(want.name, region)).reshape(region.shape)
+    dtype: torch.dtype = getattr(torch, tensors.held[want.name].dtype)
+    target = want.local[into.slices()] if want.local.ndim else want.local
+    target.copy_(torch.from_numpy(found).view(dtype))
+    return found.nbytes

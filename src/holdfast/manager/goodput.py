@@ -1,0 +1,72 @@
+"""Where the time of a run goes, as far as checkpoints have a say in it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from holdfast.manager.policy import Progress
+
+RESUMING = "resuming"
+
+
+class Goodput:
+    """Counts steps and seconds: those that training had, and those that it lost, by cause."""
+
+    def __init__(self) -> None:
+        self._began = self._saved_at = time.perf_counter()
+        self._lost: dict[str, float] = {}
+        self._num_steps = self._num_saves = self._steps_at_save = 0
+
+    @contextmanager
+    def lost_to(self, cause: str) -> Iterator[None]:
+        """Training stands still in this context, because of `cause`; an inner one is part of it."""
+        started, before = time.perf_counter(), self.lost_s
+        try:
+            yield
+        finally:
+            inner = self.lost_s - before
+            spent = time.perf_counter() - started - inner
+            self._lost[cause] = self._lost.get(cause, 0.0) + spent
+
+    @property
+    def lost_s(self) -> float:
+        """Seconds that training stood still."""
+        return sum(self._lost.values())
+
+    @property
+    def blocked_s(self) -> float:
+        """Of these, those for the sake of saves."""
+        return self.lost_s - self._lost.get(RESUMING, 0.0)
+
+    def count_step(self) -> None:
+        """Another step has been trained."""
+        self._num_steps += 1
+
+    def count_save(self) -> None:
+        """A save has begun, of the step that was counted last."""
+        self._num_saves += 1
+        self._steps_at_save, self._saved_at = self._num_steps, time.perf_counter()
+
+    def measured(self) -> list[float]:
+        """Of this rank, as `progress` takes the largest of all: seconds since the last save, of a
+        step, of a save."""
+        now = time.perf_counter()
+        trained = now - self._began - self.lost_s
+        return [
+            now - self._saved_at,
+            trained / max(self._num_steps, 1),
+            self.blocked_s / max(self._num_saves, 1),
+        ]
+
+    def progress(self, seconds: float, step_s: float, save_s: float) -> Progress:
+        """How the run stands, by the largest of all ranks' measured numbers."""
+        return Progress(self._num_steps - self._steps_at_save, seconds, step_s, save_s)
+
+    def report(self) -> str:
+        """Where the time went, for people."""
+        whole = max(time.perf_counter() - self._began, 1e-9)
+        trained = max(whole - self.lost_s, 0.0)
+        lost = "".join(f", {spent:.2f} s {cause}" for cause, spent in self._lost.items())
+        return f"goodput {100 * trained / whole:.1f}%: {trained:.1f} s training{lost}"

@@ -1,0 +1,109 @@
+"""What of a run comes from Hugging Face's folders, and what becomes one."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Literal
+
+from holdfast.catalog.catalog import Catalog
+from holdfast.catalog.sweep import execute, plan_sweep
+from holdfast.engine.planner import Planner
+from holdfast.engine.ranks import Ranks, on_rank_0
+from holdfast.engine.save import Pending
+from holdfast.engine.spans import rate
+from holdfast.errors import UsageError
+from holdfast.format.names import step_name
+from holdfast.hf.export import HubModel, Snapshot, export
+from holdfast.hf.load import load_folder
+from holdfast.manager.config import CheckpointConfig
+from holdfast.state.objects import StateTree
+from holdfast.storage.local import LocalStore
+
+logger = logging.getLogger("holdfast")
+
+FOLDER = "hf"
+"""Of exports at an interval, below that of the steps."""
+
+Use = Literal["step", "beside", "alone"]
+"""The step itself is a Hugging Face folder; there is one beside it; there is one and no step."""
+
+
+class Hub:
+    """A run's way to and from Hugging Face. Collective: every rank makes one and calls alike."""
+
+    def __init__(
+        self, model: HubModel | None, config: CheckpointConfig, catalog: Catalog, ranks: Ranks
+    ) -> None:
+        """`catalog` is that of the steps.
+
+        Raises:
+            UsageError: the settings ask for what needs to know the model, and it is not given.
+        """
+        self._model, self._config, self._ranks = model, config, ranks
+        self._store = LocalStore(f"{catalog.store.url}/{FOLDER}")
+        self.catalog = Catalog(self._store)
+        self.planner = Planner(ranks)
+        if model is None and (config.last_save_in_hf or config.hf_export_interval):
+            raise UsageError(
+                "Hugging Face folders need to know the model: its `config.json`",
+                hint="`hub=HubModel(config, assets)` of CheckpointManager",
+            )
+
+    def use(self, step: int, *, last_step: bool, saved: bool) -> Use | None:
+        """What of this step is to be a Hugging Face folder; `saved`: it is saved as a step too."""
+        if last_step and self._config.last_save_in_hf:
+            return "step"
+        interval = self._config.hf_export_interval
+        if not interval or step % interval:
+            return None
+        return "beside" if saved else "alone"
+
+    def load(self, path: str | None, tree: StateTree) -> str:
+        """Load the model from `path`, or from the assets. Returns where from."""
+        known = self._model
+        found = path or (known.assets if known is not None else None)
+        if found is None:
+            raise UsageError(
+                "`checkpoint.initial_load_in_hf` needs a Hugging Face folder",
+                hint="--checkpoint.initial_load_path FOLDER, or --model.hf_assets_path FOLDER",
+            )
+        config = known.config if known is not None else None
+        loaded, notes = load_folder(found, tree, ranks=self._ranks, config=config)
+        quantized = any("dequantized" in note for note in notes)
+        if self._config.initial_load_in_hf_quantized and not quantized:
+            notes = (*notes, "`initial_load_in_hf_quantized` is set, and no tensor is quantized")
+        for note in notes if self._ranks.rank == 0 else ():
+            logger.info("%s: %s", loaded.where, note)
+        return loaded.where
+
+    def prepare(self) -> None:
+        """Make the folder of exports ready. Collective."""
+
+        def make() -> None:
+            self._store.make_folder("")
+            execute(self._store, plan_sweep(self._store.list()))
+
+        on_rank_0(self._ranks, make)
+
+    def finish(self, pending: Pending, ranks: Ranks, step: int, use: Use) -> None:
+        """Write the model of a save as a Hugging Face folder, and publish it. Collective, over
+        ranks that nothing else uses in the meantime."""
+        assert self._model is not None, "checked at birth"
+        started = time.perf_counter()
+        catalog, attempt = pending.catalog, pending.attempt
+        if use == "beside":
+            catalog = self.catalog
+            attempt = on_rank_0(ranks, lambda: self.catalog.begin(step_name(step)))
+        nbytes = export(
+            Snapshot(pending.image, pending.data_of, pending.index),
+            self._model,
+            self._config.export_dtype,
+            catalog=catalog,
+            attempt=attempt,
+            ranks=ranks,
+        )
+        if ranks.rank == 0:
+            done = rate(nbytes, time.perf_counter() - started)
+            where = catalog.where(attempt.name)
+            logger.info("saved step %d for Hugging Face: %s, %s", step, done, where)

@@ -1,0 +1,66 @@
+"""The parts of a step, by TorchTitan's names, and what is known of them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+
+from holdfast.errors import MismatchError, UsageError
+from holdfast.format.manifest import Manifest
+from holdfast.manager.config import DATALOADER_KEYS
+from holdfast.state.dataloader import RANK
+from holdfast.state.optim import OptimizerState
+from holdfast.state.tree import Stateful
+
+MODEL, OPTIMIZER, SCHEDULER, DATALOADER, RNG = (
+    *("model", "optimizer", "lr_scheduler"),
+    *("dataloader", "rng"),
+)
+"""Names of the parts of a step; TorchTitan's. The model's own names lie at the top level."""
+
+
+def changed_by_optimizers(optimizers: Stateful) -> set[str]:
+    """Names of the tensors that change when optimizers step, and at no other time."""
+    assert isinstance(optimizers, OptimizerState)
+    state = {f"{OPTIMIZER}.{name}" for name in optimizers.state_dict()}
+    return {*optimizers.parameter_names(), *state}
+
+
+def not_excluded(parts: Collection[str], excluded: Collection[str]) -> list[str]:
+    """The parts that a resume loads."""
+    left_out = {DATALOADER if name in DATALOADER_KEYS else name for name in excluded}
+    return [name for name in parts if name not in left_out]
+
+
+def check_excluded(excluded: Sequence[str], parts: Collection[str]) -> None:
+    """Refuse names that are those of no part.
+
+    Raises:
+        UsageError: the first of them, with the nearest that is.
+    """
+    known = {*parts, *DATALOADER_KEYS} - {MODEL}
+    for name in excluded:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(
+                f"`checkpoint.exclude_from_loading` names `{name}`, which is no part of a step",
+                hint=f"did you mean `{near[0]}`?" if near else f"parts: {', '.join(sorted(known))}",
+            )
+
+
+def check_dataloader(manifest: Manifest, num_ranks: int) -> None:
+    """A loader's state by ranks fits as many ranks only.
+
+    Raises:
+        MismatchError: another number of ranks has saved it.
+    """
+    paths = [tensor.path for tensor in manifest.tensors.values()]
+    paths += [value.path for value in manifest.values.values()]
+    kept = {str(path[1]) for path in paths if path[0] == DATALOADER and len(path) > 1}
+    by_rank = {key for key in kept if key.startswith(RANK)}
+    if by_rank and by_rank != {f"{RANK}{rank}" for rank in range(num_ranks)}:
+        raise MismatchError(
+            f"the data loader's state was saved by {len(by_rank)} ranks, for each its own; "
+            f"this run has {num_ranks}",
+            hint='`checkpoint.exclude_from_loading = ["dataloader"]` starts the data afresh',
+        )

@@ -1,0 +1,79 @@
+"""Hugging Face folders from sharded runs and into them, on every axis."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from holdfast.convert.convert import convert
+from holdfast.convert.plan import Wishes, plan
+from runs import train
+
+EXPERTS = ("--model.name", "qwen3_moe")
+STILL = ("--optimizer.lr", "0", "--training.steps", "1")
+"""One step that changes no weight."""
+
+
+def degrees(**given: int) -> list[str]:
+    return [
+        word
+        for name, degree in given.items()
+        for word in (f"--parallelism.{name}_parallel_degree", str(degree))
+    ]
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def assert_same(one: Path, other: Path) -> None:
+    first, second = tensors_in(one), tensors_in(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("model", "first", "then"),
+    [
+        ((), {"tensor": 2}, {"pipeline": 2}),
+        (EXPERTS, {"expert": 2}, {"tensor": 2, "context": 2}),
+    ],
+)
+def test_a_folder_from_one_layout_starts_a_run_on_another(
+    model: tuple[str, ...], first: dict[str, int], then: dict[str, int], tmp_path: Path
+) -> None:
+    """Method: four ranks train two steps in `async` mode, and save a step and a folder of the same
+    snapshot: the folder is what a conversion of the step gives. Four ranks of another layout start
+    from the folder and end with one, unchanged; nothing is left beside either."""
+    saving = ("--training.steps", "2", "--checkpoint.interval", "2")
+    exporting = ("--checkpoint.hf_export_interval", "2", "--checkpoint.async_mode", "async")
+    ran = train(*model, *degrees(**first), *saving, *exporting, ranks=4, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stdout
+    folder = tmp_path / "outputs/checkpoint/hf/step-2"
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json"}
+    assert [path.name for path in folder.parent.iterdir()] == ["step-2"]
+
+    wishes = Wishes(to="hf", hf_assets=str(folder))
+    step = tmp_path / "outputs/checkpoint/step-2"
+    convert(plan(str(step), wishes), str(tmp_path / "converted"), wishes, lambda _: None)
+    assert_same(folder, tmp_path / "converted")
+
+    starting = ("--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_path", str(folder))
+    ending = ("--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only")
+    again = ("--job.dump_folder", "again", *degrees(**then), *STILL)
+    ran = train(*model, *again, *starting, *ending, ranks=4, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stdout
+    assert "loaded the model of" in ran.stdout
+    last = tmp_path / "again/checkpoint/step-1"
+    assert_same(folder, last)
+    assert json.loads((last / "config.json").read_text())["torch_dtype"] == "float32"
+    ran = train(*model, *again, *starting, *ending, ranks=4, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stdout
+    assert "already at step 1 of 1" in ran.stdout

@@ -1,0 +1,211 @@
+"""Saving beside the next forward and backward: what optimizers wait for, and saves that overlap."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import holdfast
+from holdfast import CheckpointConfig, CheckpointManager
+from holdfast.engine.background import NICENESS, Background
+from holdfast.engine.ranks import Ranks
+from holdfast.engine.stage import Staging
+from holdfast.testing.ranks import run_ranks
+
+WIDTH = 1500
+"""Parameters and their Adam state take 27 MB: a copy is still under way when `save` returns."""
+
+
+class Counted(nn.Module):
+    """A layer, and a buffer that changes outside of any optimizer."""
+
+    seen: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("seen", torch.zeros(WIDTH, WIDTH))
+
+
+@contextmanager
+def overlapped(
+    folder: Path, ranks: Ranks | None = None, **settings: Any
+) -> Iterator[tuple[Counted, torch.optim.Optimizer, CheckpointManager]]:
+    model = Counted()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    given: dict[str, Any] = {"async_mode": "async_with_pinned_mem", "interval": 1} | settings
+    config = CheckpointConfig(enable=True, **given)
+    with CheckpointManager(
+        folder, model=model, optimizers=optimizer, config=config, ranks=ranks
+    ) as manager:
+        yield model, optimizer, manager
+
+
+def change(model: Counted, optimizer: torch.optim.Optimizer) -> None:
+    """A step of the optimizer, and of what it knows nothing of."""
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with torch.no_grad():
+        model.seen += 1
+
+
+def state_of(model: Counted, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    slots = optimizer.state[model.layer.weight]
+    tensors = {"layer.weight": model.layer.weight, "layer.bias": model.layer.bias}
+    state = {f"optimizer.state.layer.weight.{slot}": value for slot, value in slots.items()}
+    state |= {"seen": model.seen, **tensors}
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_step_is_of_the_moment_at_which_it_was_saved(tmp_path: Path, size: int) -> None:
+    """G1, G2: everything changes as soon as `save` has returned, the optimizer by its own step; the
+    checkpoint holds what was there before."""
+
+    def work(ranks: Ranks) -> list[dict[str, torch.Tensor]]:
+        expected = []
+        with overlapped(tmp_path, ranks) as (model, optimizer, manager):
+            change(model, optimizer)
+            for step in range(1, 6):
+                expected.append(state_of(model, optimizer))
+                manager.save(step)
+                change(model, optimizer)
+        return expected
+
+    expected = run_ranks(size, work)
+    for number, state in enumerate(expected[0]):
+        checkpoint = holdfast.open(tmp_path / f"step-{number + 1}")
+        for name, value in state.items():
+            held = checkpoint.read(name)
+            if size == 1:
+                assert torch.equal(held, value), name
+            else:
+                # Ranks with weights of their own share them out by rows: each row is one rank's.
+                rows = [of_rank[number][name] for of_rank in expected]
+                same = (
+                    [(held == of_rank).reshape(len(held), -1).all(1) for of_rank in rows]
+                    if (held.ndim)
+                    else [(held == of_rank).reshape(1) for of_rank in rows]
+                )
+                assert torch.stack(same).any(0).all(), name
+
+
+def test_whoever_waits_for_a_copy_gets_on_once_it_is_made_and_when_it_fails() -> None:
+    """G7: a thread that copies as slowly as this test lets it; then one that fails."""
+    allowed, copied = threading.Event(), []
+
+    def copy() -> None:
+        allowed.wait()
+        copied.append(1)
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    staging = Staging(copy)
+    thread, waiting = threading.Thread(target=staging.run), threading.Thread(target=staging.wait)
+    thread.start()
+    waiting.start()
+    assert waiting.is_alive()
+    allowed.set()
+    waiting.join()
+    thread.join()
+    assert copied == [1]
+
+    failing = Staging(fail)
+    with pytest.raises(ZeroDivisionError):
+        failing.run()
+    failing.wait()
+
+
+def test_optimizers_wait_by_themselves_and_are_left_alone_after_the_run(tmp_path: Path) -> None:
+    """G2: the hook that the manager puts before an optimizer's step is gone with the manager."""
+    with overlapped(tmp_path) as (_, optimizer, manager):
+        assert len(optimizer._optimizer_step_pre_hooks) == 1
+        manager.save(1)
+        manager.wait_for_staging()
+        manager.wait_for_staging()
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def slow(folder: Path, **settings: Any) -> Any:
+    """A manager whose saves take about a second each."""
+    return overlapped(folder, write_bandwidth_limit=20.0, **settings)
+
+
+def steps_in(folder: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in folder.glob("step-*"))
+
+
+def test_a_save_that_is_due_while_one_is_written_waits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G2: by default; the log says how long that took."""
+    with caplog.at_level(logging.INFO, "holdfast"), slow(tmp_path) as (*_, manager):
+        assert all(manager.save(step) for step in (1, 2))
+    assert steps_in(tmp_path) == [1, 2]
+    assert "s for the save in the background" in caplog.text
+
+
+def test_or_it_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """G2: `on_save_overlap = "skip"`, said in the log."""
+    with slow(tmp_path, on_save_overlap="skip") as (*_, manager):
+        assert [manager.save(step) for step in (1, 2, 3)] == [True, False, False]
+        manager.wait()
+        assert manager.save(4)
+    assert steps_in(tmp_path) == [1, 4]
+    assert "step 3 is not saved: the save before it is still being written" in caplog.text
+
+
+def test_or_it_is_made_up_for_as_soon_as_it_can_be(tmp_path: Path) -> None:
+    """G2: `on_save_overlap = "queue"`: the step that is reached when the one before is done."""
+    with slow(tmp_path, on_save_overlap="queue", interval=2) as (*_, manager):
+        assert [manager.save(step) for step in (2, 3, 4, 5)] == [True, False, False, False]
+        manager.wait()
+        assert manager.save(7), "owed since step 4"
+        manager.wait()
+        assert not manager.save(9), "and no more"
+    assert steps_in(tmp_path) == [2, 7]
+
+
+def test_the_last_step_is_saved_whatever_is_under_way(tmp_path: Path) -> None:
+    """G2: also where overlapping saves are left out."""
+    with slow(tmp_path, on_save_overlap="skip") as (*_, manager):
+        assert manager.save(1)
+        assert manager.save(2, last_step=True)
+    assert steps_in(tmp_path) == [1, 2]
+
+
+def test_what_is_done_in_the_background_makes_way_for_training() -> None:
+    """Method: the niceness of its thread, as the system has it."""
+    found: list[int] = []
+    background = Background()
+
+    def note() -> None:
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    background.start(note)
+    background.wait()
+    assert found == [max(NICENESS, os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))]
+
+
+def test_where_the_time_went_is_told(tmp_path: Path) -> None:
+    """Method: the line that a run ends with."""
+    with overlapped(tmp_path) as (*_, manager):
+        manager.load()
+        manager.save(1)
+        manager.save(2)
+    said = manager.goodput()
+    assert said.startswith("goodput ")
+    for cause in ("training", "resuming", "saving", "waiting for the save before"):
+        assert cause in said
+    assert manager.blocked_s > 0
