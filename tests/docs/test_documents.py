@@ -102,6 +102,8 @@ LOOKING = (
     "holdfast prune outputs/checkpoint --keep-latest-k 3 --dry-run",
     "holdfast prune outputs/checkpoint --keep-latest-k 3 --keep-every-n-steps 1000",
     "holdfast prune outputs/checkpoint",
+    "holdfast report outputs/checkpoint",
+    "holdfast report outputs/checkpoint --out run.html",
     "holdfast completion bash",
     "holdfast completion zsh",
     "holdfast version",

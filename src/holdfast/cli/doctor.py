@@ -210,6 +210,8 @@ def _unknown(folder: Folder) -> Iterator[Trouble]:
         if not name.endswith("/") or step_of(name[:-1]) is not None or aside_of(name[:-1]):
             continue
         held = folder.store.list(f"{folder.name}/{name[:-1]}")
+        if any(step_of(one.rstrip("/")) is not None for one in held):
+            continue  # Steps of another kind, as `hf/`.
         if not _is_checkpoint(held):
             yield Trouble("unknown", name, "no step; Holdfast leaves it alone")
             continue

@@ -12,8 +12,9 @@ import tyro
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.sweep import execute, plan_sweep
+from holdfast.catalog.verify import format_of
 from holdfast.cli.terminal import counted, parsed, say, say_json, say_table, spelled_bytes
-from holdfast.errors import NotFoundError, StorageError, UsageError
+from holdfast.errors import HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format.names import LOCK
 from holdfast.manager.policy import STEPS_MIN, Retention, reasons_to_keep
 from holdfast.manager.resume import good_steps
@@ -125,7 +126,9 @@ def decide(catalog: Catalog, asked: Prune) -> list[Decision]:
     decisions = []
     for step, folder in folders.items():
         stays, why = not asked.damaged, "damaged"
-        if step in good:
+        if _is_of_hub(catalog, folder):
+            stays, why = True, "a Hugging Face folder"
+        elif step in good:
             stays, why = bool(reasons[step]), ", ".join(reasons[step]) or "no rule keeps it"
         decisions.append(Decision(folder, _nbytes(catalog, folder), stays, why))
     for action in plan_sweep(store.list()):
@@ -135,6 +138,14 @@ def decide(catalog: Catalog, asked: Prune) -> list[Decision]:
                 Decision(action.folder, _nbytes(catalog, action.folder), stays, action.why)
             )
     return decisions
+
+
+def _is_of_hub(catalog: Catalog, folder: str) -> bool:
+    """Whether a step is what `last_save_in_hf` makes of it. No rule counts it or lets it go."""
+    try:
+        return format_of(catalog.store, folder) == "safetensors"
+    except HoldfastError:
+        return False
 
 
 def _nbytes(catalog: Catalog, folder: str) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from checkpoints import save_step
+from checkpoints import save_safetensors, save_step
 from holdfast.catalog.marks import mark_damaged, pin
 from holdfast.cli.main import main
 from holdfast.format.names import LOCK
@@ -89,6 +89,19 @@ def test_pinned_and_damaged_steps_and_the_newest_two_stay(
     said = run(capsys, steps, "--damaged")[1]
     assert "no rule given" in said
     assert there(steps) == [".pinned-step-10", "step-10", "step-40", "step-50"]
+
+
+def test_a_step_that_is_a_folder_of_hugging_face_is_never_taken_for_damaged(
+    steps: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G5. Method: what `last_save_in_hf` leaves, and a folder of exports beside the steps."""
+    save_safetensors(steps / "step-70")
+    save_safetensors(steps / "hf/step-70")
+    said = run(capsys, steps, "--keep-latest-k", "2", "--damaged")[1]
+    assert "a Hugging Face folder" in said
+    assert there(steps) == ["hf", "step-50", "step-60", "step-70"]
+    assert main(["doctor", str(steps)]) == 0
+    assert "nothing is wrong" in capsys.readouterr().out
 
 
 def test_damaged_steps_stay_where_they_are_all_there_is(

@@ -1,0 +1,180 @@
+"""Charts as SVG, drawn with the colours of the page around them. Pure: numbers in, text out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 440, 180
+LEFT, RIGHT, TOP, BOTTOM = 58, 10, 10, 24
+"""Around the drawing, for the labels."""
+
+POINTS_MAX = 400
+"""Drawn of one line; more are put together."""
+
+BAR_WIDTH_MAX = 36
+
+TICKS = 4
+"""Lines across a drawing, more or less: they stand at round numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One value, and what to say of it when it is pointed at."""
+
+    x: float
+    y: float
+    label: str
+    style: str = ""
+    """Class of the page's style sheet, where it is not that of the chart."""
+
+
+Spell = Callable[[float], str]
+
+
+def line(points: Sequence[Point], *, spell: Spell, spell_x: Spell) -> str:
+    """A line through the points, in the order of `x`; broken where `x` goes back."""
+    shown = thinned(_finite(points))
+    if not shown:
+        return ""
+    frame = _frame(shown, zero=False)
+    parts: list[list[str]] = [[]]
+    for before, point in zip([None, *shown], shown, strict=False):
+        if before is not None and point.x < before.x:
+            parts.append([])
+        parts[-1].append(f"{frame.x(point.x):.1f},{frame.y(point.y):.1f}")
+    lines = [f'<polyline class="line" points="{" ".join(part)}"/>' for part in parts]
+    # Wide and unseen, so that a finger finds them.
+    marks = [_dot(frame, point, 7, "touch") for point in shown]
+    return frame.around([*lines, *marks], spell, spell_x)
+
+
+def bars(points: Sequence[Point], *, spell: Spell, spell_x: Spell) -> str:
+    """A bar for each point, from zero, side by side in their order; `x` is its label."""
+    shown = _finite(points)
+    if not shown:
+        return ""
+    frame = _frame(shown, zero=True)
+    width = min((WIDTH - LEFT - RIGHT) / len(shown), BAR_WIDTH_MAX)
+    drawn = []
+    for index, point in enumerate(shown):
+        top, bottom = frame.y(point.y), frame.y(0.0)
+        left, gap = LEFT + index * width, min(2.0, width / 4)
+        drawn.append(
+            f'<rect class="bar {point.style}" x="{left + gap / 2:.1f}" y="{top:.1f}" '
+            f'width="{max(width - gap, 0.5):.1f}" height="{max(bottom - top, 0.5):.1f}" rx="1.5">'
+            f"<title>{escape(point.label)}</title></rect>"
+        )
+    stop = LEFT + width * len(shown)
+    labels = [_label(LEFT, "start", spell_x(shown[0].x))]
+    if stop - LEFT > WIDTH / 3:
+        labels.append(_label(stop, "end", spell_x(shown[-1].x)))
+    return _svg([*frame.rows(spell), *drawn, *labels])
+
+
+def dots(points: Sequence[Point], *, behind: Sequence[Point], spell: Spell, spell_x: Spell) -> str:
+    """A dot for each point, over a line of others."""
+    shown, under = _finite(points), thinned(_finite(behind))
+    if not shown and not under:
+        return ""
+    frame = _frame([*shown, *under], zero=False)
+    path = " ".join(f"{frame.x(point.x):.1f},{frame.y(point.y):.1f}" for point in under)
+    drawn = [f'<polyline class="line quiet" points="{path}"/>'] if under else []
+    drawn += [_dot(frame, point, 4.5, point.style or "good") for point in shown]
+    return frame.around(drawn, spell, spell_x)
+
+
+def thinned(points: Sequence[Point]) -> list[Point]:
+    """At most `POINTS_MAX` points: of neighbours, the one in their middle with their mean."""
+    if len(points) <= POINTS_MAX:
+        return list(points)
+    size = -(-len(points) // POINTS_MAX)
+    found = []
+    for start in range(0, len(points), size):
+        group = points[start : start + size]
+        middle = group[len(group) // 2]
+        mean = sum(point.y for point in group) / len(group)
+        found.append(Point(middle.x, mean, middle.label, middle.style))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """From values to places in the drawing."""
+
+    low: tuple[float, float]
+    high: tuple[float, float]
+
+    def x(self, value: float) -> float:
+        share = (value - self.low[0]) / (self.high[0] - self.low[0])
+        return LEFT + share * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        share = (value - self.low[1]) / (self.high[1] - self.low[1])
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+    def rows(self, spell: Spell) -> list[str]:
+        drawn = []
+        step = _round_step(self.high[1] - self.low[1])
+        for tick in range(round((self.high[1] - self.low[1]) / step) + 1):
+            value = self.low[1] + step * tick
+            y = self.y(value)
+            drawn.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+            drawn.append(
+                f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">'
+                f"{escape(spell(value))}</text>"
+            )
+        return drawn
+
+    def around(self, drawn: Sequence[str], spell: Spell, spell_x: Spell) -> str:
+        ends = ((self.low[0], "start"), (self.high[0], "end"))
+        labels = [_label(self.x(value), anchor, spell_x(value)) for value, anchor in ends]
+        return _svg([*self.rows(spell), *drawn, *labels])
+
+
+def _label(x: float, anchor: str, text: str) -> str:
+    place = f'x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}"'
+    return f'<text class="tick" {place}>{escape(text)}</text>'
+
+
+def _round_step(extent: float) -> float:
+    """A round number that goes about `TICKS` times into an extent.
+
+    >>> _round_step(60.0), _round_step(0.45), _round_step(1300.0)
+    (20.0, 0.1, 500.0)
+    """
+    power = 10.0 ** math.floor(math.log10(extent / TICKS))
+    steps = [float(f"{factor * power:.9g}") for factor in (1, 2, 5, 10)]
+    return min(steps, key=lambda step: abs(extent / step - TICKS))
+
+
+def _frame(points: Sequence[Point], *, zero: bool) -> _Frame:
+    left, right = _apart([point.x for point in points])
+    low, high = _apart([*(point.y for point in points), *([0.0] if zero else [])])
+    step = _round_step(high - low)
+    low, high = math.floor(low / step) * step, math.ceil(high / step - 1e-9) * step
+    return _Frame((left, low), (right, high))
+
+
+def _apart(values: Sequence[float]) -> tuple[float, float]:
+    """The least and the greatest, with room between them."""
+    low, high = min(values), max(values)
+    room = max(abs(low), abs(high)) * 1e-6 or 1.0
+    return (low, high) if high - low >= room else (low, low + room)
+
+
+def _dot(frame: _Frame, point: Point, radius: float, style: str) -> str:
+    return (
+        f'<circle class="{style}" cx="{frame.x(point.x):.1f}" cy="{frame.y(point.y):.1f}" '
+        f'r="{radius}"><title>{escape(point.label)}</title></circle>'
+    )
+
+
+def _finite(points: Sequence[Point]) -> list[Point]:
+    return [point for point in points if math.isfinite(point.x) and math.isfinite(point.y)]
+
+
+def _svg(drawn: Sequence[str]) -> str:
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(drawn)}</svg>'

@@ -1,0 +1,268 @@
+"""The report on a run as one page of HTML, that needs nothing but itself."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from html import escape
+from statistics import median
+
+from holdfast.cli.chart import Point, bars, dots, line
+from holdfast.cli.history import History
+from holdfast.cli.list import Row
+from holdfast.cli.terminal import counted, spelled_age, spelled_bytes, spelled_layout
+
+STYLE = """
+:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b1f24; --soft: #5d6773;
+  --rule: #e2e6eb; --blue: #2563c9; --green: #177a45; --red: #c02b2b; --amber: #a86400 }
+@media (prefers-color-scheme: dark) { :root { --page: #14171b; --card: #1c2026; --ink: #e6e9ed;
+  --soft: #9aa4b0; --rule: #2d333b; --blue: #6ea3f7; --green: #4cc38a; --red: #f27c7c;
+  --amber: #e0a43c } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
+main { max-width: 70rem; margin: auto; padding: 1.25rem }
+h1 { font-size: 1.35rem; margin: 0; overflow-wrap: anywhere }
+h2 { font-size: 1rem; margin: 0 0 .5rem }
+p { margin: .25rem 0; color: var(--soft); font-size: .9rem }
+.cards, .charts { display: grid; gap: .75rem; margin: .75rem 0 }
+.cards { grid-template-columns: repeat(auto-fit, minmax(min(100%, 9.5rem), 1fr)) }
+.charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
+.card { background: var(--card); border: 1px solid var(--rule); border-radius: .6rem;
+  padding: .9rem; min-width: 0 }
+.card b { display: block; font-size: 1.4rem; font-variant-numeric: tabular-nums }
+.card small { color: var(--soft) }
+svg { width: 100%; height: auto; display: block }
+.grid { stroke: var(--rule) }
+.tick { fill: var(--soft); font-size: 12px }
+.line { fill: none; stroke: var(--blue); stroke-width: 2; stroke-linejoin: round }
+.quiet { stroke: var(--soft); stroke-width: 1 }
+.bar, circle.model { fill: var(--blue) }
+.bar.damaged, circle.damaged { fill: var(--red) }
+circle { stroke: var(--card) }
+circle.good { fill: var(--green) }
+circle.touch { fill: transparent; stroke: none }
+circle.touch:hover { fill: var(--blue) }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .3rem .75rem .3rem 0; border-top: 1px solid var(--rule);
+  white-space: nowrap }
+thead th { border: 0; color: var(--soft); font-weight: 500 }
+td.note { white-space: normal; min-width: 14rem }
+.state-good { color: var(--green) }
+.state-damaged { color: var(--red); font-weight: 600 }
+.state-attempt { color: var(--amber) }
+"""
+
+
+STALL_SAID_S = 0.01
+"""A shorter wait is that of a step without a save."""
+
+
+def page(history: History, now: datetime) -> str:
+    """The page."""
+    title = escape(history.where)
+    body = "".join(
+        (
+            f"<h1>{title}</h1>",
+            f"<p>{escape(_summary(history))}; looked at {now:%Y-%m-%d %H:%M} UTC</p>",
+            f'<div class="cards">{"".join(_cards(history, now))}</div>',
+            f'<div class="charts">{"".join(_charts(history))}</div>',
+            _table(history, now),
+        )
+    )
+    # Nothing of the page may be fetched from anywhere, or run.
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
+    )
+
+
+def _summary(history: History) -> str:
+    steps = [row for row in history.rows if row.step is not None]
+    said = [counted(len(steps), "step")]
+    damaged = [row for row in steps if row.state == "damaged"]
+    if damaged:
+        said.append(f"{len(damaged)} damaged")
+    resume = history.resume
+    said.append(f"a resume takes step {resume}" if resume is not None else "none to resume from")
+    return ", ".join(said)
+
+
+def _cards(history: History, now: datetime) -> list[str]:
+    resume = history.resume
+    newest = next(
+        (row for row in history.rows if row.step is not None and row.step == resume), None
+    )
+    nbytes = sum(row.nbytes or 0 for row in history.rows)
+    cards = [
+        ("newest good step", "none" if newest is None else f"{newest.step:,}", _ago(newest, now)),
+        ("kept", spelled_bytes(nbytes), counted(len(history.rows), "folder")),
+    ]
+    reports = history.current
+    if reports:
+        last = reports[-1]
+        cards.append(("step reached", f"{last.step:,}", _since(last.time, now)))
+        cards.append(("loss", f"{last.loss:.4g}", f"at step {last.step:,}"))
+        speed = median(report.tokens_per_s for report in reports)
+        cards.append(("throughput", f"{speed:,.0f}", "tokens/s, median"))
+        blocked, share = _blocked(history)
+        cards.append(("held up by saving", f"{share:.1%}", f"{blocked:,.1f} s of training"))
+    return [
+        f'<div class="card"><small>{escape(name)}</small><b>{escape(value)}</b>'
+        f"<small>{escape(note)}</small></div>"
+        for name, value, note in cards
+    ]
+
+
+def _blocked(history: History) -> tuple[float, float]:
+    """Seconds that saving has held up training, and their share of the time between reports; where
+    a run began anew, the time until then is nobody's."""
+    blocked, spent = 0.0, 0.0
+    for before, report in zip(history.reports, history.reports[1:], strict=False):
+        if report.step > before.step:
+            blocked += report.save_blocked_s
+            spent += max(report.time - before.time, 0.0)
+    return blocked, blocked / spent if spent else 0.0
+
+
+def _charts(history: History) -> list[str]:
+    current, written = history.current, history.written
+    stalls = [
+        Point(r.step, r.save_blocked_s, f"step {r.step}: {r.save_blocked_s:.2f} s")
+        for r in current
+        if r.save_blocked_s > STALL_SAID_S
+    ]
+    speeds = [
+        Point(r.step, r.tokens_per_s, f"step {r.step}: {r.tokens_per_s:,.0f}") for r in current
+    ]
+    losses = [Point(r.step, r.loss, f"step {r.step}: {r.loss:.4f}") for r in current]
+    sizes = [
+        Point(row.step or 0, row.nbytes, f"step {row.step}: {spelled_bytes(row.nbytes)}")
+        for row in history.rows
+        if row.step is not None and row.nbytes
+    ]
+    ranks = [
+        Point(index, nbytes, f"{file}: {spelled_bytes(nbytes)}")
+        for index, (file, nbytes) in enumerate(written)
+    ]
+
+    def size(value: float) -> str:
+        return spelled_bytes(int(value))
+
+    def seconds(value: float) -> str:
+        return f"{value:.2g} s"
+
+    charts = (
+        ("Steps over time", COURSE, _course(history)),
+        ("Held up by each save", "training waited", bars(stalls, spell=seconds, spell_x=_number)),
+        ("Throughput", "tokens/s over all ranks", line(speeds, spell=_short, spell_x=_number)),
+        ("Loss", "", line(losses, spell=_short, spell_x=_number)),
+        ("Size of each step", "", bars(sizes, spell=size, spell_x=_number)),
+        (
+            "What each rank wrote",
+            "files of the newest good step",
+            bars(ranks, spell=size, spell_x=lambda index: written[int(index)][0]),
+        ),
+    )
+    return [
+        f'<section class="card"><h2>{name}</h2>{chart}<p>{note}</p></section>'
+        for name, note, chart in charts
+        if chart
+    ]
+
+
+COURSE = "each dot is a checkpoint: green to resume from, blue the model alone, red damaged"
+
+
+def _course(history: History) -> str:
+    """Steps over time, with the checkpoints as dots."""
+    # A step whose index cannot be read was committed when it was reached, more or less.
+    reached = {report.step: report.time for report in history.current}
+    saves = [
+        (row, _seconds(row) or reached.get(row.step))
+        for row in history.rows
+        if row.step is not None
+    ]
+    times = [report.time for report in history.reports]
+    begun = min([*times, *(at for _, at in saves if at is not None)], default=0.0)
+    behind = [
+        Point(report.time - begun, report.step, f"step {report.step}")
+        for report in sorted(history.reports, key=lambda report: report.time)
+    ]
+    points = [
+        Point(at - begun, row.step or 0, f"step {row.step}: {row.kind or row.state}", _style(row))
+        for row, at in saves
+        if at is not None
+    ]
+    return dots(points, behind=behind, spell=_short, spell_x=spelled_age)
+
+
+def _table(history: History, now: datetime) -> str:
+    head = ("step", "state", "kind", "size", "age", "layout", "note")
+    rows = []
+    for row in reversed(history.rows):
+        notes = [row.problem or "", "pinned" * row.pinned]
+        if row.step is not None and row.step == history.resume:
+            notes.append("a resume takes this one")
+        cells = (
+            row.name if row.step is None else f"{row.step:,}",
+            row.state,
+            row.kind or "",
+            "" if row.nbytes is None else spelled_bytes(row.nbytes),
+            _ago(row, now),
+            spelled_layout(row.layout),
+            "; ".join(filter(None, notes)),
+        )
+        styles = ["", f"state-{row.state}", "", "", "", "", "note"]
+        rows.append(
+            "".join(
+                f'<td class="{style}">{escape(cell)}</td>'
+                for style, cell in zip(styles, cells, strict=True)
+            )
+        )
+    header = "".join(f"<th>{name}</th>" for name in head)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return (
+        '<section class="card scroll"><h2>Checkpoints</h2>'
+        f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></section>"
+    )
+
+
+def _style(row: Row) -> str:
+    return "damaged" if row.state == "damaged" else {"full": "good"}.get(row.kind or "", "model")
+
+
+def _seconds(row: Row) -> float | None:
+    """When a step was committed, in seconds since 1970."""
+    try:
+        then = datetime.fromisoformat(row.created or "")
+    except ValueError:
+        return None
+    return then.timestamp() if then.tzinfo is not None else None
+
+
+def _ago(row: Row | None, now: datetime) -> str:
+    seconds = None if row is None else _seconds(row)
+    return "" if seconds is None else _since(seconds, now)
+
+
+def _since(seconds: float, now: datetime) -> str:
+    return f"{spelled_age(now.timestamp() - seconds)} ago"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _short(value: float) -> str:
+    """A number in few characters.
+
+    >>> _short(1234567.0), _short(950.0)
+    ('1.23M', '950')
+    """
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= 10 * size or (unit != "k" and abs(value) >= size):
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.4g}"
