@@ -38,7 +38,7 @@ from holdfast.format.names import LOCK, step_of
 from holdfast.hf.export import HubModel
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.goodput import RESUMING, Goodput
-from holdfast.manager.hub import Hub
+from holdfast.manager.hub import FOLDER, Hub
 from holdfast.manager.parts import (
     DATALOADER,
     MODEL,
@@ -366,11 +366,14 @@ class CheckpointManager:
         since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         note = f"host {host_name()}, pid {os.getpid()}, since {since}"
         self._held.enter_context(store.lock(LOCK, note))
-        actions = plan_sweep(store.list())
-        for action in actions:
-            logger.info("%s %s: %s", action.verb, action.folder, action.why)
-        for problem in execute(store, actions):
-            logger.warning("%s; the next start tries again", problem)
+        # Who reads exports does not know of what stands aside.
+        exports = [self._hub.catalog.store] if f"{FOLDER}/" in store.list() else []
+        for swept in (store, *exports):
+            actions = plan_sweep(swept.list())
+            for action in actions:
+                logger.info("%s %s: %s", action.verb, action.folder, action.why)
+            for problem in execute(swept, actions):
+                logger.warning("%s; the next start tries again", problem)
 
     def _resume(self, found: Step, *, explicit: bool) -> int:
         """Load a step of this folder, and remember the course that the run is on."""
