@@ -38,7 +38,7 @@ from holdfast.format.names import LOCK, step_of
 from holdfast.hf.export import HubModel
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.goodput import RESUMING, Goodput
-from holdfast.manager.hub import Hub
+from holdfast.manager.hub import FOLDER, Hub
 from holdfast.manager.parts import (
     DATALOADER,
     MODEL,
@@ -48,9 +48,11 @@ from holdfast.manager.parts import (
     changed_by_optimizers,
     check_dataloader,
     check_excluded,
+    differences,
     not_excluded,
 )
 from holdfast.manager.policy import is_due, kind_in_time, kind_of_save
+from holdfast.manager.renames import rename
 from holdfast.manager.resume import Step, newest_final, newest_resumable, strict_step
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
@@ -364,11 +366,14 @@ class CheckpointManager:
         since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         note = f"host {host_name()}, pid {os.getpid()}, since {since}"
         self._held.enter_context(store.lock(LOCK, note))
-        actions = plan_sweep(store.list())
-        for action in actions:
-            logger.info("%s %s: %s", action.verb, action.folder, action.why)
-        for problem in execute(store, actions):
-            logger.warning("%s; the next start tries again", problem)
+        # Who reads exports does not know of what stands aside.
+        exports = [self._hub.catalog.store] if f"{FOLDER}/" in store.list() else []
+        for swept in (store, *exports):
+            actions = plan_sweep(swept.list())
+            for action in actions:
+                logger.info("%s %s: %s", action.verb, action.folder, action.why)
+            for problem in execute(swept, actions):
+                logger.warning("%s; the next start tries again", problem)
 
     def _resume(self, found: Step, *, explicit: bool) -> int:
         """Load a step of this folder, and remember the course that the run is on."""
@@ -402,9 +407,10 @@ class CheckpointManager:
         """Load a checkpoint from elsewhere. Returns the step to go on from."""
         store, name = open_for_reading(path)
         manifest = on_rank_0(self._ranks, lambda: open_manifest(store, name))
+        manifest = rename(manifest, self.config.initial_load_renames)
         source = Source(store, name, manifest)
         if self.config.initial_load_model_only:
-            self._load_parts(source, [MODEL])
+            self._load_parts(source, [MODEL], partial_load=not self.config.initial_load_strict)
             self._say(f"loaded the model of {source.url}: starting at step 0")
             return 0
         self._load_parts(source, self._not_excluded())
@@ -412,7 +418,9 @@ class CheckpointManager:
         self._say(f"loaded {source.url}: going on from step {step}")
         return step
 
-    def _load_parts(self, source: Source, names: Sequence[str]) -> None:
+    def _load_parts(
+        self, source: Source, names: Sequence[str], *, partial_load: bool = False
+    ) -> None:
         manifest = source.manifest
         wanted = list(names)
         if RNG in wanted and not self._fits_generators(manifest):
@@ -421,7 +429,8 @@ class CheckpointManager:
             check_dataloader(manifest, self._ranks.size)
         parts = {part: self._parts[part] for part in wanted}
         tree = StateTree(parts, flat=MODEL, others=self._sections)
-        loaded = load_tree(source, tree, ranks=self._ranks)
+        loaded = load_tree(source, tree, ranks=self._ranks, partial=partial_load)
+        self._warn(*differences(loaded))
         if loaded.converted:
             first = loaded.converted[0]
             self._warn(
@@ -485,8 +494,8 @@ class CheckpointManager:
         if self._ranks.rank == 0:
             logger.info(line)
 
-    def _warn(self, line: str) -> None:
-        if self._ranks.rank == 0:
+    def _warn(self, *lines: str) -> None:
+        for line in lines if self._ranks.rank == 0 else ():
             logger.warning(line)
 
 
