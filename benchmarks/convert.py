@@ -114,7 +114,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torchtitan.models.llama3 import model_registry
 #note
-spec = model_registry({flavor!r}, attn_backend="sdpa")
+spec = model_registry({flavor!r}, attn_backend="flex")
 with torch.device("cpu"):
     model = spec.model.build()
 adapter = spec.state_dict_adapter(spec.model, None)

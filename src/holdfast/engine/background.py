@@ -10,8 +10,15 @@ from contextlib import suppress
 from holdfast.engine.ranks import outcome_of
 from holdfast.errors import HoldfastError
 
-NICENESS = 10
-"""Of the thread and of those that it starts: training comes first."""
+NICENESS = 5
+"""Of a thread that writes, and of those that it starts: training comes first."""
+
+
+def make_way() -> None:
+    """Let this thread, and those that it starts, run behind all others of the process."""
+    # Linux knows a niceness for each thread; where there is none, nothing is lost.
+    with suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 class Background:
@@ -36,9 +43,6 @@ class Background:
         assert self._thread is None, "wait first"
 
         def run() -> None:
-            # Linux knows a niceness for each thread, and none for those of another system.
-            with suppress(OSError, AttributeError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
             outcome = outcome_of(work)
             if isinstance(outcome, HoldfastError):
                 self._error = outcome

@@ -41,6 +41,13 @@ class Loaded:
 
     spans: Spans
 
+    differences: tuple[str, ...] = ()
+    """What the checkpoint and the state do not have in common, where that was allowed: a line each,
+    over all ranks."""
+
+    num_matched: int = 0
+    """Entries that this rank has loaded."""
+
 
 def load(path: str | os.PathLike[str], state: Mapping[str, Any], *, strict: bool = True) -> Loaded:
     """Load the checkpoint at `path` into `state`, in place: tensors are written over, plain values
@@ -80,9 +87,11 @@ def load_tree(
     *,
     ranks: Ranks,
     strict: bool = True,
+    partial: bool = False,
     fill: Fill = read_tensors,
 ) -> Loaded:
-    """Load an open checkpoint into a tree of state. `fill` is how its tensors are read.
+    """Load an open checkpoint into a tree of state. `fill` is how its tensors are read. `partial`:
+    what is missing there or does not fit stays as it is, and every difference is reported.
 
     Collective: every rank calls this; an error on one is raised on all. Objects are given their
     state only once every rank has read all that it wants.
@@ -93,8 +102,11 @@ def load_tree(
         leaves = on_every_rank(ranks, tree.leaves)
         stored = {name: (entry.dtype, entry.shape) for name, entry in manifest.tensors.items()}
         room = on_every_rank(ranks, lambda: tree.room_for(stored))
-        _check_fit(source, tree, leaves, room, ranks, strict)
+        unfit, differences = _differences(source, tree, leaves, room, ranks, strict)
+        if differences and not partial:
+            raise _mismatch(source, differences)
         leaves = on_every_rank(ranks, lambda: _leaves_with_room(manifest, tree, stored))
+        leaves = {name: leaf for name, leaf in leaves.items() if name not in unfit}
     with spans("read"):
         nbytes, values = on_every_rank(ranks, lambda: _read(source, leaves, fill))
     with spans("apply"):
@@ -105,7 +117,7 @@ def load_tree(
         if isinstance(leaf.value, torch.Tensor)
         and str(leaf.value.dtype) != f"torch.{manifest.tensors[name].dtype}"
     ]
-    return Loaded(source.url, nbytes, tuple(converted), spans)
+    return Loaded(source.url, nbytes, tuple(converted), spans, tuple(differences), len(leaves))
 
 
 def _leaves_with_room(
@@ -116,20 +128,22 @@ def _leaves_with_room(
     return {name: leaf for name, leaf in tree.leaves().items() if name in there}
 
 
-def _check_fit(
+def _differences(
     source: Source,
     tree: StateTree,
     leaves: Mapping[str, Leaf],
     room: Collection[str],
     ranks: Ranks,
     strict: bool,
-) -> None:
-    """Raise on every rank, before anything has changed, where the checkpoint does not fit.
+) -> tuple[set[str], list[str]]:
+    """Entries of this rank that the checkpoint does not fit, and a line on each difference of all
+    ranks. Collective.
 
     An entry is unexpected where no rank wants it: a pipeline stage wants its own layers only.
     """
     manifest = source.manifest
-    wrong = [line for name, leaf in leaves.items() for line in _misfit(manifest, tree, name, leaf)]
+    misfits = {name: [*_misfit(manifest, tree, name, leaf)] for name, leaf in leaves.items()}
+    wrong = [line for lines in misfits.values() for line in lines]
     paths = {name: entry.path for name, entry in manifest.tensors.items()}
     paths |= {name: entry.path for name, entry in manifest.values.items()}
     unexpected = {
@@ -143,16 +157,18 @@ def _check_fit(
         listed = list(dict.fromkeys(line for report, _ in reports for line in report))
         nobodys = set.intersection(*(names for _, names in reports))
         listed += [f"`{n}` is in the checkpoint, but not wanted" for n in paths if n in nobodys]
-    listed = ranks.broadcast(listed)
-    if listed:
-        more = len(listed) - _LISTED_MAX
-        raise MismatchError(
-            f"`{source.url}` does not fit, {len(listed)} differences, nothing was changed:\n  "
-            + "\n  ".join(listed[:_LISTED_MAX])
-            + (f"\n  ... and {more} more" if more > 0 else ""),
-            hint="is it a checkpoint of another model? `checkpoint.exclude_from_loading` leaves "
-            "out whole parts, such as `optimizer` or `dataloader`",
-        )
+    return {name for name, lines in misfits.items() if lines}, ranks.broadcast(listed)
+
+
+def _mismatch(source: Source, listed: Sequence[str]) -> MismatchError:
+    more = len(listed) - _LISTED_MAX
+    return MismatchError(
+        f"`{source.url}` does not fit, {len(listed)} differences, nothing was changed:\n  "
+        + "\n  ".join(listed[:_LISTED_MAX])
+        + (f"\n  ... and {more} more" if more > 0 else ""),
+        hint="is it a checkpoint of another model? `checkpoint.exclude_from_loading` leaves "
+        "out whole parts, such as `optimizer` or `dataloader`",
+    )
 
 
 def _misfit(manifest: Manifest, tree: StateTree, name: str, leaf: Leaf) -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from holdfast.catalog.catalog import Catalog
+from holdfast.engine.background import make_way
 from holdfast.engine.commit import Facts, commit
 from holdfast.engine.planner import Held, Index, Planner
 from holdfast.engine.ranks import (
@@ -193,7 +194,7 @@ def finish_save(
     bytes_per_s: float | None = None,
 ) -> Saved:
     """Finish the copy, write and publish. Collective, over ranks that nothing else uses in the
-    meantime.
+    meantime. With a copy to finish it is called in a thread of its own.
 
     `bytes_per_s` is how fast this rank may write.
     """
@@ -203,6 +204,8 @@ def finish_save(
         if staging is not None:
             with spans("stage"):
                 staging.run()
+            # Optimizers wait for a copy, but nobody for what follows it.
+            make_way()
         with spans("write"):
             pace = Pace(bytes_per_s)
             return write(catalog.store, str(attempt), pending.image, pending.data_of, pace)

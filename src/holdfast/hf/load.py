@@ -34,11 +34,17 @@ BLOCK_BYTES = 8 << 20
 
 
 def load_folder(
-    path: str, tree: StateTree, *, ranks: Ranks, config: Config | None = None
+    path: str,
+    tree: StateTree,
+    *,
+    ranks: Ranks,
+    config: Config | None = None,
+    partial_load: bool = False,
 ) -> tuple[Loaded, tuple[str, ...]]:
     """Load the weights of a Hugging Face folder into the model in `tree`. Returns notes too.
 
-    `config` stands in where the folder has no `config.json`. Quantized weights are dequantized;
+    `config` stands in where the folder has no `config.json`; `partial_load` is that of `load_tree`.
+    Quantized weights are dequantized;
     names are Meta's or TorchTitan's, as the model's are.
 
     Collective: every rank calls this; nothing is sent but headers, and an error on one is raised on
@@ -59,7 +65,8 @@ def load_folder(
     }
     seen = Source(store, name, Manifest(entries, {}, kind="model"))
     fill = partial(_fill, tensors)
-    return load_tree(seen, tree, ranks=ranks, fill=fill), (*folder.notes, *notes)
+    loaded = load_tree(seen, tree, ranks=ranks, partial=partial_load, fill=fill)
+    return loaded, (*folder.notes, *notes)
 
 
 def _config(source: Source, folder: Folder, config: Config | None) -> tuple[Config, str]:

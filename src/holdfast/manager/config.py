@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from holdfast.errors import UsageError
+from holdfast.manager.renames import parse
 from holdfast.manager.signals import check_names
 
 DATALOADER_KEYS = ("dataloader", "data_loader")
@@ -46,6 +47,14 @@ class CheckpointConfig:
 
     initial_load_model_only: bool = True
     """Take the model alone from `initial_load_path`, and start at step 0."""
+
+    initial_load_strict: bool = True
+    """Refuse weights to start from that lack some of the model's, have others, or other shapes.
+    Off: what does not fit stays as it is, and the log lists all of it."""
+
+    initial_load_renames: tuple[str, ...] = ()
+    """Names of tensors in `initial_load_path` and what they are here, each as `theirs=ours`:
+    leading parts are replaced, `{}` stands for any one part."""
 
     initial_load_in_hf: bool = False
     """Start from a Hugging Face folder: `initial_load_path`, or else `model.hf_assets_path`."""
@@ -178,6 +187,13 @@ class CheckpointConfig:
                 "`checkpoint.last_save_in_hf` saves the model alone, but "
                 "`checkpoint.last_save_model_only` is off",
                 hint="--checkpoint.last_save_model_only",
+            )
+        for rule in self.initial_load_renames:
+            parse(rule)
+        if self.initial_load_renames and self.initial_load_in_hf:
+            raise UsageError(
+                "`checkpoint.initial_load_renames` is not for Hugging Face folders, whose names "
+                "are known by their family"
             )
         if self.initial_load_in_hf and not self.initial_load_model_only:
             raise UsageError(

@@ -17,6 +17,7 @@ from holdfast.format.names import step_name
 from holdfast.hf.export import HubModel, Snapshot, export
 from holdfast.hf.load import load_folder
 from holdfast.manager.config import CheckpointConfig
+from holdfast.manager.parts import differences
 from holdfast.state.objects import StateTree
 from holdfast.storage.local import LocalStore
 
@@ -69,12 +70,17 @@ class Hub:
                 hint="--checkpoint.initial_load_path FOLDER, or --model.hf_assets_path FOLDER",
             )
         config = known.config if known is not None else None
-        loaded, notes = load_folder(found, tree, ranks=self._ranks, config=config)
+        partial = not self._config.initial_load_strict
+        loaded, notes = load_folder(
+            found, tree, ranks=self._ranks, config=config, partial_load=partial
+        )
         quantized = any("dequantized" in note for note in notes)
         if self._config.initial_load_in_hf_quantized and not quantized:
             notes = (*notes, "`initial_load_in_hf_quantized` is set, and no tensor is quantized")
         for note in notes if self._ranks.rank == 0 else ():
             logger.info("%s: %s", loaded.where, note)
+        for line in differences(loaded) if self._ranks.rank == 0 else ():
+            logger.warning(line)
         return loaded.where
 
     def prepare(self) -> None:

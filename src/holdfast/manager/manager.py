@@ -25,7 +25,7 @@ from holdfast.engine.load import load_tree
 from holdfast.engine.ranks import Ranks, all_ranks, host_name, on_every_rank, on_rank_0
 from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source
-from holdfast.engine.spans import rate
+from holdfast.engine.spans import SaveTimes, rate
 from holdfast.errors import (
     DamagedError,
     ExistsError,
@@ -48,9 +48,11 @@ from holdfast.manager.parts import (
     changed_by_optimizers,
     check_dataloader,
     check_excluded,
+    differences,
     not_excluded,
 )
 from holdfast.manager.policy import is_due, kind_in_time, kind_of_save
+from holdfast.manager.renames import rename
 from holdfast.manager.resume import Step, newest_final, newest_resumable, strict_step
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
@@ -221,6 +223,11 @@ class CheckpointManager:
         parameters or optimizer state in another way calls it first.
         """
         self._saver.wait_for_staging()
+
+    def timed_saves(self) -> list[SaveTimes]:
+        """How long the saves took, by stage and over all ranks, that have become durable since the
+        last call. Known to rank 0; elsewhere there are none."""
+        return self._saver.timed()
 
     @property
     def blocked_s(self) -> float:
@@ -400,9 +407,10 @@ class CheckpointManager:
         """Load a checkpoint from elsewhere. Returns the step to go on from."""
         store, name = open_for_reading(path)
         manifest = on_rank_0(self._ranks, lambda: open_manifest(store, name))
+        manifest = rename(manifest, self.config.initial_load_renames)
         source = Source(store, name, manifest)
         if self.config.initial_load_model_only:
-            self._load_parts(source, [MODEL])
+            self._load_parts(source, [MODEL], partial_load=not self.config.initial_load_strict)
             self._say(f"loaded the model of {source.url}: starting at step 0")
             return 0
         self._load_parts(source, self._not_excluded())
@@ -410,7 +418,9 @@ class CheckpointManager:
         self._say(f"loaded {source.url}: going on from step {step}")
         return step
 
-    def _load_parts(self, source: Source, names: Sequence[str]) -> None:
+    def _load_parts(
+        self, source: Source, names: Sequence[str], *, partial_load: bool = False
+    ) -> None:
         manifest = source.manifest
         wanted = list(names)
         if RNG in wanted and not self._fits_generators(manifest):
@@ -419,7 +429,8 @@ class CheckpointManager:
             check_dataloader(manifest, self._ranks.size)
         parts = {part: self._parts[part] for part in wanted}
         tree = StateTree(parts, flat=MODEL, others=self._sections)
-        loaded = load_tree(source, tree, ranks=self._ranks)
+        loaded = load_tree(source, tree, ranks=self._ranks, partial=partial_load)
+        self._warn(*differences(loaded))
         if loaded.converted:
             first = loaded.converted[0]
             self._warn(
@@ -483,8 +494,8 @@ class CheckpointManager:
         if self._ranks.rank == 0:
             logger.info(line)
 
-    def _warn(self, line: str) -> None:
-        if self._ranks.rank == 0:
+    def _warn(self, *lines: str) -> None:
+        for line in lines if self._ranks.rank == 0 else ():
             logger.warning(line)
 
 

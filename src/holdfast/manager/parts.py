@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Sequence
 
+from holdfast.engine.load import Loaded
 from holdfast.errors import MismatchError, UsageError
 from holdfast.format.manifest import Manifest
 from holdfast.manager.config import DATALOADER_KEYS
@@ -64,3 +65,12 @@ def check_dataloader(manifest: Manifest, num_ranks: int) -> None:
             f"this run has {num_ranks}",
             hint='`checkpoint.exclude_from_loading = ["dataloader"]` starts the data afresh',
         )
+
+
+def differences(loaded: Loaded) -> list[str]:
+    """What a load that allowed for differences has found, for people."""
+    lines = [*loaded.differences]
+    if lines:
+        matched, left = loaded.num_matched, len(lines)
+        lines.append(f"{matched} entries matched, {left} differ and stay as they are")
+    return lines

@@ -16,7 +16,7 @@ from torch import nn
 
 import holdfast
 from holdfast import CheckpointConfig, CheckpointManager
-from holdfast.engine.background import NICENESS, Background
+from holdfast.engine.background import NICENESS, Background, make_way
 from holdfast.engine.ranks import Ranks
 from holdfast.engine.stage import Staging
 from holdfast.testing.ranks import run_ranks
@@ -191,6 +191,7 @@ def test_what_is_done_in_the_background_makes_way_for_training() -> None:
     background = Background()
 
     def note() -> None:
+        make_way()
         found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
 
     background.start(note)

@@ -1,0 +1,139 @@
+"""The manager's way to and from Hugging Face, in one process."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from holdfast.catalog.catalog import Catalog
+from holdfast.errors import HoldfastError, MismatchError, NotFoundError, UsageError
+from holdfast.hf.export import HubModel
+from holdfast.hf.flavors import MODELS, Flavor, config_of
+from holdfast.manager.config import CheckpointConfig
+from holdfast.manager.manager import CheckpointManager
+from holdfast.storage.local import LocalStore
+from holdfast.trainer.model import Transformer
+from hub_folders import hub_tensors, save_folder
+
+FLAVOR = replace(MODELS["llama3"]["debugmodel"], dim=32, num_layers=2, hidden_dim=48)
+CONFIG = config_of("llama3", FLAVOR, 64)
+
+
+def model_of(flavor: Flavor = FLAVOR, seed: int = 1) -> Transformer:
+    torch.manual_seed(seed)
+    model = Transformer(flavor, vocab_size=64, seq_len=8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    return model
+
+
+def manager_of(
+    folder: Path, model: Transformer, hub: HubModel | None, **settings: Any
+) -> CheckpointManager:
+    config = CheckpointConfig(enable=True, interval=2, **settings)
+    return CheckpointManager(folder, model=model, config=config, hub=hub)
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async", "async_with_pinned_mem"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_folders_at_their_own_interval_and_at_the_end(
+    mode: str, tied: bool, tmp_path: Path
+) -> None:
+    """Method: a step every 2, a folder every 3 and, from the same snapshot, at 6; the last is one.
+    Each holds the weights of its own moment; a next run takes the end for the end."""
+    flavor = replace(FLAVOR, tied=tied)
+    model, hub = model_of(flavor), HubModel(config_of("llama3", flavor, 64))
+    settings = {"hf_export_interval": 3, "last_save_in_hf": True, "async_mode": mode}
+    wanted: dict[int, torch.Tensor] = {}
+    with manager_of(tmp_path, model, hub, **settings) as manager:
+        for step in range(1, 8):
+            with torch.no_grad():
+                manager.wait_for_staging()
+                model.state_dict()["norm.weight"].fill_(step)
+            wanted[step] = torch.full((32,), float(step))
+            manager.save(step, last_step=step == 7)
+    assert Catalog(LocalStore(tmp_path)).steps() == [2, 4, 6, 7]
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == {"step-3", "step-6"}
+    for folder, step in (("hf/step-3", 3), ("hf/step-6", 6), ("step-7", 7)):
+        found = load_file(tmp_path / folder / "model.safetensors")
+        assert torch.equal(found["model.norm.weight"], wanted[step])
+        assert ("lm_head.weight" in found) != tied
+    with manager_of(tmp_path, model, hub, **settings) as manager:
+        assert manager.final_step() == 7
+        assert manager.load() == 6
+
+
+def test_a_folder_is_loaded_where_there_is_nothing_to_resume(tmp_path: Path) -> None:
+    """Method: from `initial_load_path`, then from the assets; a later step of the run wins."""
+    folder = save_folder(tmp_path / "hub", CONFIG, hub_tensors(CONFIG), num_files=2)
+    for number, (path, assets) in enumerate([(str(folder), None), (None, str(folder))]):
+        model = model_of(seed=number)
+        settings = {"initial_load_in_hf": True, "initial_load_path": path}
+        where = tmp_path / f"run-{number}"
+        with manager_of(where, model, HubModel(CONFIG, assets), **settings) as manager:
+            assert manager.load() == 0
+            given = hub_tensors(CONFIG)
+            assert torch.equal(model.state_dict()["norm.weight"], given["model.norm.weight"])
+            assert torch.equal(model.state_dict()["output.weight"], given["lm_head.weight"])
+            manager.save(2)
+        with manager_of(where, model_of(), HubModel(CONFIG, assets), **settings) as manager:
+            assert manager.load() == 2
+
+
+def test_what_cannot_be_loaded_or_exported_says_why_and_changes_nothing(tmp_path: Path) -> None:
+    """Method: no folder named; a folder of another size; a damaged file; a model that is not the
+    configuration's, whose export leaves nothing; settings that exclude one another."""
+    loading: dict[str, Any] = {"initial_load_in_hf": True}
+    model = model_of()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def refused(kind: type[HoldfastError], path: Path | None) -> str:
+        settings = {**loading, "initial_load_path": None if path is None else str(path)}
+        with (
+            manager_of(tmp_path / "run", model, None, **settings) as manager,
+            pytest.raises(kind) as raised,
+        ):
+            manager.load()
+        assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+        return str(raised.value)
+
+    assert "--model.hf_assets_path" in refused(UsageError, None)
+    assert "nothing at" in refused(NotFoundError, tmp_path / "nowhere")
+    other = {**CONFIG, "num_hidden_layers": 3}
+    larger = save_folder(tmp_path / "larger", other, hub_tensors(other))
+    assert "layers.2.attention.wq.weight` is in the checkpoint, but not wanted" in refused(
+        MismatchError, larger
+    )
+    (larger / "config.json").write_text(json.dumps(CONFIG))
+    assert "is of layer 2" in refused(MismatchError, larger)
+
+    hub = HubModel({**CONFIG, "num_hidden_layers": 3})
+    with (
+        manager_of(tmp_path / "run", model, hub, last_save_in_hf=True) as manager,
+        pytest.raises(MismatchError, match=r"layers\.2\.attention\.wq\.weight` is not there"),
+    ):
+        manager.save(2, last_step=True)
+    assert not [path for path in (tmp_path / "run").iterdir() if path.is_dir()]
+    with pytest.raises(UsageError, match="need to know the model"):
+        manager_of(tmp_path / "run", model, None, hf_export_interval=1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"hf_export_interval": -1},
+        {"last_save_in_hf": True, "last_save_model_only": False},
+        {"initial_load_in_hf": True, "initial_load_model_only": False},
+        {"initial_load_in_hf_quantized": True},
+    ],
+)
+def test_settings_that_exclude_one_another(settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="checkpoint"):
+        CheckpointConfig(enable=True, **settings)

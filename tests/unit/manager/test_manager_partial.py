@@ -1,0 +1,114 @@
+"""Starting from weights that fit in part, or have other names."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from holdfast.engine.save import save
+from holdfast.errors import MismatchError, UsageError
+from holdfast.format.manifest import Manifest, TensorEntry
+from holdfast.hf.export import HubModel
+from holdfast.hf.flavors import MODELS, config_of
+from holdfast.manager.config import CheckpointConfig
+from holdfast.manager.manager import CheckpointManager
+from holdfast.manager.renames import rename
+from holdfast.trainer.model import Transformer
+from hub_folders import hub_tensors, save_folder
+
+FLAVOR = replace(MODELS["llama3"]["debugmodel"], dim=32, num_layers=2, hidden_dim=48)
+CONFIG = config_of("llama3", FLAVOR, 64)
+
+
+def started(folder: Path, model: nn.Module, hub: HubModel | None = None, **settings: Any) -> None:
+    config = CheckpointConfig(enable=True, **settings)
+    with CheckpointManager(folder, model=model, config=config, hub=hub) as manager:
+        assert manager.load() == 0
+
+
+def test_a_partial_start_takes_what_fits_and_lists_the_rest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G6: a head of another size, a tensor too many, one too few. Strict, nothing changes; else the
+    head stays as it is and every difference is in the log."""
+    saved = {"body.weight": torch.randn(4, 4), "head.weight": torch.randn(9, 4)}
+    save(tmp_path / "weights", {**saved, "old": torch.ones(2)})
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 3, bias=False)})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    path: dict[str, Any] = {"initial_load_path": str(tmp_path / "weights")}
+    with pytest.raises(MismatchError, match="3 differences"):
+        started(tmp_path / "run", model, **path)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    with caplog.at_level(logging.WARNING, "holdfast"):
+        started(tmp_path / "run", model, **path, initial_load_strict=False)
+    found = model.state_dict()
+    assert torch.equal(found["body.weight"], saved["body.weight"])
+    assert torch.equal(found["body.bias"], before["body.bias"])
+    assert torch.equal(found["head.weight"], before["head.weight"])
+    for line in (
+        "`body.bias` is not in the checkpoint",
+        "`head.weight` is [9, 4] in the checkpoint, [3, 4] is wanted",
+        "`old` is in the checkpoint, but not wanted",
+        "1 entries matched, 3 differ and stay as they are",
+    ):
+        assert line in caplog.text
+
+
+def test_a_partial_start_from_a_hugging_face_folder(tmp_path: Path) -> None:
+    """Method: a folder of three layers into a model of two."""
+    larger = {**CONFIG, "num_hidden_layers": 3}
+    folder = save_folder(tmp_path / "hub", larger, hub_tensors(larger))
+    settings = {"initial_load_in_hf": True, "initial_load_path": str(folder)}
+    model = Transformer(FLAVOR, vocab_size=64, seq_len=8)
+    with pytest.raises(MismatchError):
+        started(tmp_path / "run", model, HubModel(CONFIG), **settings)
+    started(tmp_path / "run", model, HubModel(CONFIG), **settings, initial_load_strict=False)
+    wanted = hub_tensors(larger)["model.layers.1.mlp.up_proj.weight"]
+    assert torch.equal(model.state_dict()["layers.1.feed_forward.w3.weight"], wanted)
+
+
+def test_names_from_elsewhere_by_a_small_table(tmp_path: Path) -> None:
+    """Method: a prefix dropped, a part of each layer's name replaced, another name whole."""
+    saved = {f"net.blocks.{n}.lin.weight": torch.randn(2, 2) for n in range(2)}
+    save(tmp_path / "weights", {**saved, "net.out": torch.randn(2)})
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(2))
+    model.scale = nn.Parameter(torch.zeros(2))
+    rules = ("net.blocks.{}.lin=layers.{}", "net.out=scale")
+    started(
+        tmp_path / "run",
+        model,
+        initial_load_path=str(tmp_path / "weights"),
+        initial_load_renames=rules,
+    )
+    found = model.state_dict()
+    assert torch.equal(found["layers.1.weight"], saved["net.blocks.1.lin.weight"])
+    assert found["scale"].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("rules", "error"),
+    [
+        (("a",), "as many"),
+        (("a.{}=b",), "as many"),
+        (("x=y",), "no tensor fits"),
+        (("a=c", "b=c"), "two tensors the name `c.w`"),
+    ],
+)
+def test_tables_of_names_that_cannot_be_meant(rules: tuple[str, ...], error: str) -> None:
+    entry = TensorEntry("float32", (1,), (), ("w",))
+    with pytest.raises(UsageError, match=error):
+        rename(Manifest({"a.w": entry, "b.w": entry}, {}), rules)
+
+
+def test_a_prefix_is_dropped_by_an_empty_name() -> None:
+    entry = TensorEntry("float32", (1,), (), ("model", "a"))
+    found = rename(Manifest({"model.a": entry, "models": entry}, {}), ["model="]).tensors
+    assert [*found] == ["a", "models"]
+    assert found["a"].path == ("a",)
