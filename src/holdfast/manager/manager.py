@@ -6,12 +6,12 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import torch
 from torch import nn
@@ -49,9 +49,10 @@ from holdfast.manager.parts import (
     check_dataloader,
     check_excluded,
     differences,
+    many,
     not_excluded,
 )
-from holdfast.manager.policy import is_due, kind_in_time, kind_of_save
+from holdfast.manager.policy import Metrics, is_due, kind_in_time, kind_of_save, numbers
 from holdfast.manager.renames import rename
 from holdfast.manager.resume import Step, newest_final, newest_resumable, strict_step
 from holdfast.manager.saver import Saver
@@ -64,11 +65,6 @@ from holdfast.state.rng import RngState
 from holdfast.state.schedulers import SchedulerState
 from holdfast.state.tree import Stateful
 from holdfast.storage.local import LocalStore
-
-T = TypeVar("T")
-
-Metrics = Mapping[str, float] | Callable[[], Mapping[str, float]]
-"""Numbers by name, or a function that gives them."""
 
 logger = logging.getLogger("holdfast")
 
@@ -116,11 +112,11 @@ class CheckpointManager:
         self._goodput = Goodput()
         self._ranks = ranks or all_ranks()
         self._catalog = Catalog(LocalStore(folder))
-        models, rank = _many(model), self._ranks.rank
+        models, rank = many(model), self._ranks.rank
         self._parts: dict[str, Stateful] = {
             MODEL: ModelState(models),
-            OPTIMIZER: OptimizerState(models, _many(optimizers)),
-            SCHEDULER: SchedulerState(_many(lr_schedulers)),
+            OPTIMIZER: OptimizerState(models, many(optimizers)),
+            SCHEDULER: SchedulerState(many(lr_schedulers)),
             **({} if dataloader is None else {DATALOADER: DataloaderState(dataloader, rank)}),
             **(states or {}),
             RNG: RngState(rank),
@@ -135,7 +131,7 @@ class CheckpointManager:
         self._owed = False
         self._held = ExitStack()
         if self.config.async_mode == "async_with_pinned_mem":
-            for optimizer in _many(optimizers):
+            for optimizer in many(optimizers):
                 hook = optimizer.register_step_pre_hook(lambda *_: self.wait_for_staging())
                 self._held.callback(hook.remove)
         self._stop_signals = StopSignals(())
@@ -452,16 +448,16 @@ class CheckpointManager:
         self, kind: Kind, step: int, *, last_step: bool, metrics: Metrics | None = None
     ) -> bool:
         """Save all parts, or the model alone: in the export dtype where it is the last step."""
-        numbers = on_every_rank(self._ranks, partial(_numbers, metrics))
+        kept = on_every_rank(self._ranks, partial(numbers, metrics))
         self._goodput.count_save()
         use = self._hub.use(step, last_step=last_step, saved=True)
         if kind == "full":
             leaves = StateTree(self._parts, flat=MODEL).leaves
-            return self._saver.save(step, kind, leaves, metrics=numbers, use=use)
+            return self._saver.save(step, kind, leaves, metrics=kept, use=use)
         dtype: torch.dtype | None = getattr(torch, self.config.export_dtype)
         dtype = dtype if last_step and use != "step" else None
         leaves = self._model().leaves
-        return self._saver.save(step, kind, leaves, dtype=dtype, metrics=numbers, use=use)
+        return self._saver.save(step, kind, leaves, dtype=dtype, metrics=kept, use=use)
 
     def _export(self, step: int) -> bool:
         """Save a Hugging Face folder alone, if this step is one for that. Returns False: a step is
@@ -497,12 +493,3 @@ class CheckpointManager:
     def _warn(self, *lines: str) -> None:
         for line in lines if self._ranks.rank == 0 else ():
             logger.warning(line)
-
-
-def _many(given: T | Sequence[T]) -> list[T]:
-    return list(given) if isinstance(given, Sequence) else [given]
-
-
-def _numbers(metrics: Metrics | None) -> dict[str, float]:
-    given = metrics() if callable(metrics) else metrics or {}
-    return {name: float(value) for name, value in given.items()}

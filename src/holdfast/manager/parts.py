@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Sequence
+from typing import TypeVar
 
 from holdfast.engine.load import Loaded
 from holdfast.errors import MismatchError, UsageError
@@ -12,6 +13,8 @@ from holdfast.manager.config import DATALOADER_KEYS
 from holdfast.state.dataloader import RANK
 from holdfast.state.optim import OptimizerState
 from holdfast.state.tree import Stateful
+
+T = TypeVar("T")
 
 MODEL, OPTIMIZER, SCHEDULER, DATALOADER, RNG = (
     *("model", "optimizer", "lr_scheduler"),
@@ -74,3 +77,8 @@ def differences(loaded: Loaded) -> list[str]:
         matched, left = loaded.num_matched, len(lines)
         lines.append(f"{matched} entries matched, {left} differ and stay as they are")
     return lines
+
+
+def many(given: T | Sequence[T]) -> list[T]:
+    """What may be given alone, as a list."""
+    return list(given) if isinstance(given, Sequence) else [given]
