@@ -52,7 +52,7 @@ from holdfast.manager.parts import (
     not_excluded,
 )
 from holdfast.manager.policy import is_due, kind_in_time, kind_of_save
-from holdfast.manager.renames import rename
+from holdfast.manager.renames import as_here
 from holdfast.manager.resume import Step, newest_final, newest_resumable, strict_step
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
@@ -399,7 +399,7 @@ class CheckpointManager:
         """Load a checkpoint from elsewhere. Returns the step to go on from."""
         store, name = open_for_reading(path)
         manifest = on_rank_0(self._ranks, lambda: open_manifest(store, name))
-        manifest = rename(manifest, self.config.initial_load_renames)
+        manifest = as_here(manifest, self._parts[MODEL], self.config.initial_load_renames)
         source = Source(store, name, manifest)
         if self.config.initial_load_model_only:
             self._load_parts(source, [MODEL], partial_load=not self.config.initial_load_strict)
