@@ -18,6 +18,21 @@ METRICS_BYTES_MAX = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
+class Save:
+    """How long one save took."""
+
+    step: int
+    seconds: float
+    stages: Sequence[tuple[str, float, int]]
+    """Name, seconds of the slowest rank, and which one that was."""
+
+    @property
+    def slowest(self) -> int:
+        """The rank that took the longest over its longest stage."""
+        return max(self.stages, key=lambda stage: stage[1])[2]
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """One line of `metrics.jsonl`."""
 
@@ -29,6 +44,9 @@ class Report:
     tokens_per_s: float
     save_blocked_s: float
     """How long saving held up training since the line before."""
+
+    saves: tuple[Save, ...] = ()
+    """Those that have become durable since the line before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +72,12 @@ class History:
         """Of several reports of a step the last one: what the run stands on."""
         last = {report.step: report for report in self.reports}
         return [last[step] for step in sorted(last)]
+
+    @property
+    def saves(self) -> list[Save]:
+        """By step; of several of a step the last one."""
+        found = {save.step: save for report in self.reports for save in report.saves}
+        return [found[step] for step in sorted(found)]
 
 
 def history_of(path: str) -> History:
@@ -94,6 +118,18 @@ def _report(line: bytes) -> Report | None:
         numbers = [row[key] for key in ("time", "loss", "tokens_per_s", "save_blocked_s")]
         if type(row["step"]) is not int:
             return None
-        return Report(row["step"], *map(float, numbers))
-    except (ValueError, LookupError, TypeError, RecursionError, OverflowError):
+        saves = tuple(map(_save, row.get("saves", ())))
+        time, loss, tokens_per_s, save_blocked_s = map(float, numbers)
+        return Report(row["step"], time, loss, tokens_per_s, save_blocked_s, saves)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
+
+
+def _save(row: Any) -> Save:
+    stages = [
+        (str(name), float(spread["most"]), int(spread["slowest"]))
+        for name, spread in row["stages"].items()
+    ]
+    if not stages:
+        raise ValueError("a save without stages")
+    return Save(int(row["step"]), float(row["seconds"]), stages)

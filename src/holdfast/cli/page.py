@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import datetime
 from html import escape
 from statistics import median
@@ -157,6 +158,11 @@ def _charts(history: History) -> list[str]:
     charts = (
         ("Steps over time", COURSE, _course(history)),
         ("Held up by each save", "training waited", bars(stalls, spell=seconds, spell_x=_number)),
+        (
+            "How long each save took",
+            _slow(history),
+            bars(_took(history), spell=seconds, spell_x=_number),
+        ),
         ("Throughput", "tokens/s over all ranks", line(speeds, spell=_short, spell_x=_number)),
         ("Loss", "", line(losses, spell=_short, spell_x=_number)),
         ("Size of each step", "", bars(sizes, spell=size, spell_x=_number)),
@@ -171,6 +177,24 @@ def _charts(history: History) -> list[str]:
         for name, note, chart in charts
         if chart
     ]
+
+
+def _took(history: History) -> list[Point]:
+    """Until each save was durable, with its stages."""
+    found = []
+    for save in history.saves:
+        stages = (f"{name} {spent:.2f} s (rank {rank})" for name, spent, rank in save.stages)
+        found.append(Point(save.step, save.seconds, f"step {save.step}: {', '.join(stages)}"))
+    return found
+
+
+def _slow(history: History) -> str:
+    """Which rank the others waited for, mostly."""
+    slowest = Counter(save.slowest for save in history.saves).most_common(1)
+    if not slowest:
+        return ""
+    ((rank, times),) = slowest
+    return f"until it was durable; rank {rank} was the slowest in {times} of {len(history.saves)}"
 
 
 COURSE = "each dot is a checkpoint: green to resume from, blue the model alone, red damaged"

@@ -15,7 +15,7 @@ from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.catalog.verify import format_of
 from holdfast.cli.terminal import counted, parsed, say, say_json, say_table, spelled_bytes
 from holdfast.errors import HoldfastError, NotFoundError, StorageError, UsageError
-from holdfast.format.names import LOCK
+from holdfast.format.names import LOCK, aside_of
 from holdfast.manager.policy import STEPS_MIN, Retention, reasons_to_keep
 from holdfast.manager.resume import good_steps
 from holdfast.storage.local import LocalStore
@@ -94,12 +94,13 @@ def run(arguments: Sequence[str]) -> int:
     if "://" in asked.folder:
         raise UsageError(f"`{asked.folder}` is a URL: use the tool of that store")
     catalog = Catalog(LocalStore(asked.folder))
+    names = [name.rstrip("/") for name in catalog.store.list()]
+    if not catalog.folders() and not any(map(aside_of, names)):
+        raise NotFoundError(f"`{catalog.store.url}` holds no step")
     if asked.dry_run:
         _say(decide(catalog, asked), asked)
         return 0
     note = f"holdfast prune, pid {os.getpid()}, since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-    if not {*catalog.store.list()} - {LOCK}:
-        raise NotFoundError(f"`{catalog.store.url}` is empty")
     with catalog.store.lock(LOCK, note):
         decisions = decide(catalog, asked)
         _say(decisions, asked)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import median
 
 
 @dataclass(slots=True)
@@ -26,6 +27,43 @@ class Spans:
     @property
     def total(self) -> float:
         return sum(self.seconds.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Seconds of one stage over all ranks."""
+
+    least: float
+    median: float
+    most: float
+    slowest: int
+    """The rank that took the most."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaveTimes:
+    """How long a save took, from its plan until it was durable."""
+
+    step: int
+    nbytes: int
+    seconds: float
+    """Of the rank that took the longest."""
+
+    stages: Mapping[str, Spread]
+
+
+def save_times(step: int, nbytes: int, ranks: Sequence[Mapping[str, float]]) -> SaveTimes:
+    """How long a save took, from the seconds of each stage that every rank has measured.
+
+    >>> save_times(1, 8, [{"write": 2.0}, {"write": 5.0}, {"write": 3.0}]).stages["write"]
+    Spread(least=2.0, median=3.0, most=5.0, slowest=1)
+    """
+    stages = {}
+    for stage in dict.fromkeys(stage for seconds in ranks for stage in seconds):
+        spent = [seconds.get(stage, 0.0) for seconds in ranks]
+        most = max(spent)
+        stages[stage] = Spread(min(spent), median(spent), most, spent.index(most))
+    return SaveTimes(step, nbytes, max(sum(seconds.values()) for seconds in ranks), stages)
 
 
 def rate(nbytes: int, seconds: float) -> str:

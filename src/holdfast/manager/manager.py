@@ -25,7 +25,7 @@ from holdfast.engine.load import load_tree
 from holdfast.engine.ranks import Ranks, all_ranks, host_name, on_every_rank, on_rank_0
 from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source
-from holdfast.engine.spans import rate
+from holdfast.engine.spans import SaveTimes, rate
 from holdfast.errors import (
     DamagedError,
     ExistsError,
@@ -38,7 +38,7 @@ from holdfast.format.names import LOCK, step_of
 from holdfast.hf.export import HubModel
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.goodput import RESUMING, Goodput
-from holdfast.manager.hub import Hub
+from holdfast.manager.hub import FOLDER, Hub
 from holdfast.manager.parts import (
     DATALOADER,
     MODEL,
@@ -224,6 +224,11 @@ class CheckpointManager:
         """
         self._saver.wait_for_staging()
 
+    def timed_saves(self) -> list[SaveTimes]:
+        """How long the saves took, by stage and over all ranks, that have become durable since the
+        last call. Known to rank 0; elsewhere there are none."""
+        return self._saver.timed()
+
     @property
     def blocked_s(self) -> float:
         """Seconds that saving has held up training so far."""
@@ -361,11 +366,14 @@ class CheckpointManager:
         since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         note = f"host {host_name()}, pid {os.getpid()}, since {since}"
         self._held.enter_context(store.lock(LOCK, note))
-        actions = plan_sweep(store.list())
-        for action in actions:
-            logger.info("%s %s: %s", action.verb, action.folder, action.why)
-        for problem in execute(store, actions):
-            logger.warning("%s; the next start tries again", problem)
+        # Who reads exports does not know of what stands aside.
+        exports = [self._hub.catalog.store] if f"{FOLDER}/" in store.list() else []
+        for swept in (store, *exports):
+            actions = plan_sweep(swept.list())
+            for action in actions:
+                logger.info("%s %s: %s", action.verb, action.folder, action.why)
+            for problem in execute(swept, actions):
+                logger.warning("%s; the next start tries again", problem)
 
     def _resume(self, found: Step, *, explicit: bool) -> int:
         """Load a step of this folder, and remember the course that the run is on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
@@ -14,7 +15,7 @@ from holdfast.engine.background import Background
 from holdfast.engine.planner import Planner
 from holdfast.engine.ranks import Ranks, conclude, on_every_rank, outcome_of
 from holdfast.engine.save import Pending, begin_save, discard, finish_save, take_snapshot
-from holdfast.engine.spans import amount, rate
+from holdfast.engine.spans import SaveTimes, amount, rate, save_times
 from holdfast.engine.stage import Snapshot, Staging, free_memory
 from holdfast.errors import HoldfastError, RankError, UsageError
 from holdfast.format.manifest import Kind, Path
@@ -64,10 +65,16 @@ class Saver:
         self._staging: Staging | None = None
         self.retainer = Retainer(catalog, retention_of(config))
         """Lets old steps go; used on rank 0 alone."""
+        self._timed: deque[SaveTimes] = deque()
         self.full_save_s = 0.0
         """The longest that a full save took until it was durable; 0 before the first."""
         self.model_share = 0.0
         """The model's part of a full step's bytes; known to rank 0 alone."""
+
+    def timed(self) -> list[SaveTimes]:
+        """How long the saves took that have become durable since the last call; known to rank 0
+        alone."""
+        return [self._timed.popleft() for _ in range(len(self._timed))]
 
     @property
     def busy(self) -> bool:
@@ -175,6 +182,7 @@ class Saver:
         limit = self._config.write_bandwidth_limit * 1e6 / self._ranks.size
         ranks = self._finishing_ranks
         saved = finish_save(pending, ranks, staging=staging, bytes_per_s=limit or None)
+        every = ranks.gather(saved.spans.seconds)
         if pending.facts.kind == "full":
             self.full_save_s = max(self.full_save_s, saved.spans.total)
             if pending.index is not None:
@@ -183,6 +191,7 @@ class Saver:
         if self._ranks.rank == 0:
             done = rate(saved.nbytes, saved.spans.total)
             logger.info("saved step %d: %s, %s", step, done, saved.where)
+            self._timed.append(save_times(step, saved.nbytes, every))
             self.retainer.saved(step)
         if use == "beside":
             self._hub.finish(pending, self._finishing_ranks, step, use)

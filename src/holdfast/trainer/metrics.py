@@ -9,12 +9,14 @@ import os
 import resource
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from holdfast.engine.spans import SaveTimes
 from holdfast.errors import UsageError
 from holdfast.trainer.config import MetricsConfig
 
@@ -49,6 +51,9 @@ class Row:
     time: float
     """Seconds since 1970."""
 
+    saves: tuple[SaveTimes, ...] = ()
+    """Saves that have become durable since the row before, with the seconds of each stage."""
+
 
 class Metrics:
     """Reports rows; on every rank but the first it does nothing."""
@@ -63,6 +68,7 @@ class Metrics:
             UsageError: TensorBoard is asked for and not installed.
         """
         self._file = None
+        self._last: Row | None = None
         self._board: SummaryWriter | None = None
         if config.enable_tensorboard and importlib.util.find_spec("tensorboard") is None:
             # Asked on every rank, so that all of them stop.
@@ -92,19 +98,26 @@ class Metrics:
             f"{row.tokens_per_s:,.0f}",
             memory_bytes(device) / 2**30,
         )
-        if self._file is not None:
-            self._file.write(json.dumps(asdict(row)).encode() + b"\n")
-            self._file.flush()
+        self._last = row
+        self._write(row)
         if self._board is not None:
             for name in ("loss", "grad_norm", "lr", "tokens_per_s", "save_blocked_s"):
                 self._board.add_scalar(name, getattr(row, name), row.step)
 
-    def close(self) -> None:
-        """Finish the files."""
+    def close(self, saves: Sequence[SaveTimes] = ()) -> None:
+        """Finish the files. `saves` became durable after the last row, which then is there again,
+        with them."""
+        if saves and self._last is not None:
+            self._write(replace(self._last, saves=(*self._last.saves, *saves)))
         if self._file is not None:
             self._file.close()
         if self._board is not None:
             self._board.close()
+
+    def _write(self, row: Row) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(asdict(row)).encode() + b"\n")
+            self._file.flush()
 
 
 class Clock:

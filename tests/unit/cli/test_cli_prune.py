@@ -131,6 +131,7 @@ def test_a_folder_in_use_is_left_alone(steps: Path, capsys: pytest.CaptureFixtur
     ("arguments", "status"),
     [
         (("missing",), 4),
+        (("steps/step-10",), 4),
         (("s3://bucket/steps",), 2),
         (("steps", "--keep-latest-k", "0"), 2),
         (("steps", "--keep-best-k", "-1"), 2),

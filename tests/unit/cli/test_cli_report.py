@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -24,6 +25,7 @@ from holdfast.cli.history import history_of
 from holdfast.cli.list import Row
 from holdfast.cli.main import main
 from holdfast.cli.page import page
+from holdfast.engine.spans import save_times
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -50,6 +52,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def row(step: int, time: float) -> dict[str, Any]:
+    """A line as a run reports it, which saves after each tenth step; rank 3 is the slowest."""
+    seconds = [{"plan": 0.1, "write": 1.0 + (rank == 3)} for rank in range(4)]
+    saves = [save_times(step - 1, 1000, seconds)] if step % 10 == 1 and step > 1 else []
     return {
         "step": step,
         "loss": 5 / step,
@@ -58,6 +63,7 @@ def row(step: int, time: float) -> dict[str, Any]:
         "time": time,
         "tokens_per_s": 100.0 + step,
         "save_blocked_s": 0.5 if step % 10 == 1 else 0.0,
+        "saves": [dataclasses.asdict(times) for times in saves],
     }
 
 
@@ -104,6 +110,8 @@ def test_a_run_is_told_on_one_page(
     for said in ("4 steps, 1 damaged, a resume takes step 40", "Throughput", "step reached"):
         assert said in found.text
     assert "`__1_0.distcp` is missing" in found.text
+    assert "rank 3 was the slowest in 3 of 3" in found.text
+    assert "step 20: plan 0.10 s (rank 0), write 2.00 s (rank 3)" in found.text
     assert "pinned" in found.text
     assert ".attempt-step-50-0123abcd" in found.text
     assert "step 30: damaged" in found.text, "its dot on the course of the run"
@@ -135,9 +143,14 @@ def test_a_folder_without_reports_has_a_page_too(
     assert "cannot write" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "line", ["", "{", "[]", "{}", '{"step": "1"}', '{"step": 1e999}', "\x00", "[" * 100_000]
+NO_SAVES: list[Any] = [[{}], [1], [{"step": 1, "seconds": 1, "stages": {}}], [{"stages": []}]]
+NO_REPORTS = (
+    *(json.dumps({**row(3, 1003.0), "saves": saves}) for saves in NO_SAVES),
+    *("", "{", "[]", "{}", '{"step": "1"}', '{"step": 1e999}', "\x00", "[" * 100_000),
 )
+
+
+@pytest.mark.parametrize("line", NO_REPORTS)
 def test_lines_that_are_no_reports_are_left_out(saved: Path, tmp_path: Path, line: str) -> None:
     """Method: alone, and between good ones; numbers that are none are not drawn."""
     folder = shutil.copytree(saved / "outputs/checkpoint", tmp_path / "outputs/checkpoint")
@@ -157,8 +170,6 @@ def test_names_made_to_harm_are_text(saved: Path) -> None:
         Row(evil, 7, "damaged", problem=evil),
         Row("step-8", 8, "good", "full", 5, "", {evil: 1}),
     ]
-    import dataclasses
-
     made = dataclasses.replace(history, where=evil, rows=rows, written=[(evil, 3)])
     found = Checked(page(made, NOW))
     assert found.tags.isdisjoint({"script", "img"})
