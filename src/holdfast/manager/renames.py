@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import Any, Protocol
 
 from holdfast.errors import UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.hf.dialects import dialect_of, renamed
-from holdfast.state.tree import Stateful
 
 KEY = "checkpoint.initial_load_renames"
 
@@ -30,7 +30,11 @@ def parse(rule: str) -> tuple[re.Pattern[str], str]:
     return re.compile(rf"{pattern}(?=\.|$)"), ours
 
 
-def as_here(manifest: Manifest, model: Stateful, rules: Sequence[str]) -> Manifest:
+class _Model(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+def as_here(manifest: Manifest, model: _Model, rules: Sequence[str]) -> Manifest:
     """The manifest of a checkpoint from elsewhere by the names that `model` gives its tensors, then
     by `rules`: see `in_words_of` and `rename`."""
     return rename(in_words_of(manifest, model.state_dict()), rules)
