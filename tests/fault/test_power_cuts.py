@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -109,10 +109,11 @@ def check(
     outcomes: list[Outcome],
     work: Callable[[Store], None],
     before: Callable[[Store], None] | None = None,
+    seeds: Iterable[int] = range(4),
 ) -> None:
     """Every cut of `work` leaves one of the outcomes, each of them is seen, and the last is that of
     work that came to its end."""
-    found = cut_everywhere(work, steps_of, before=before)
+    found = cut_everywhere(work, steps_of, before=before, seeds=seeds)
     for cut, outcome in found:
         assert outcome in outcomes, cut
     assert all(outcome in [found for _, found in found] for outcome in outcomes)
@@ -189,6 +190,25 @@ def test_a_step_saved_again_in_the_background_is_the_old_one_or_the_new_one(size
         [{1: 1, 2: 2}, {1: 1, 2: 3}],
         lambda store: train(store, {2: 3}, size=size, async_mode="async"),
         before=lambda store: train(store, {1: 1, 2: 2}, size=1),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@SIZES
+def test_many_more_choices_of_what_is_left(size: int) -> None:
+    """G1, G2, G5. Method: a save in place and retention as above, with sixty choices a cut."""
+    check(
+        [{1: 1}, {1: 2}],
+        lambda store: save(store, 1, 2, size),
+        before=lambda store: save(store, 1, 1),
+        seeds=range(60),
+    )
+    check(
+        [{1: 1, 2: 2}, {1: 1, 2: 2, 3: 3}, {2: 2, 3: 3}],
+        lambda store: train(store, {3: 3}, size=size, async_mode="async"),
+        before=lambda store: train(store, {1: 1, 2: 2}, size=1),
+        seeds=range(60),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -55,7 +54,7 @@ def read_tensors(source: Source, wanted: Sequence[Wanted]) -> int:
 
 
 def _run(jobs: Sequence[Callable[[], int]]) -> list[int]:
-    threads = min(THREADS_MAX, os.cpu_count() or 1, len(jobs))
+    threads = min(THREADS_MAX, len(jobs))
     if threads < 2:
         return [job() for job in jobs]
     with ThreadPoolExecutor(threads, thread_name_prefix="holdfast-read") as pool:
