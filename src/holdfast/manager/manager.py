@@ -33,7 +33,7 @@ from holdfast.errors import (
     HoldfastError,
     NotFoundError,
 )
-from holdfast.format.manifest import Kind, Manifest
+from holdfast.format.manifest import Kind
 from holdfast.format.names import LOCK, step_of
 from holdfast.hf.export import HubModel
 from holdfast.manager.config import CheckpointConfig
@@ -50,9 +50,10 @@ from holdfast.manager.parts import (
     check_excluded,
     differences,
     not_excluded,
+    other_generators,
 )
 from holdfast.manager.policy import is_due, kind_in_time, kind_of_save
-from holdfast.manager.renames import rename
+from holdfast.manager.renames import as_here
 from holdfast.manager.resume import Step, newest_final, newest_resumable, strict_step
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
@@ -407,7 +408,7 @@ class CheckpointManager:
         """Load a checkpoint from elsewhere. Returns the step to go on from."""
         store, name = open_for_reading(path)
         manifest = on_rank_0(self._ranks, lambda: open_manifest(store, name))
-        manifest = rename(manifest, self.config.initial_load_renames)
+        manifest = as_here(manifest, self._parts[MODEL], self.config.initial_load_renames)
         source = Source(store, name, manifest)
         if self.config.initial_load_model_only:
             self._load_parts(source, [MODEL], partial_load=not self.config.initial_load_strict)
@@ -423,7 +424,8 @@ class CheckpointManager:
     ) -> None:
         manifest = source.manifest
         wanted = list(names)
-        if RNG in wanted and not self._fits_generators(manifest):
+        if RNG in wanted and (why := other_generators(manifest, self._ranks.size)):
+            self._say(f"random number generators start afresh: {why}")
             wanted.remove(RNG)
         if DATALOADER in wanted:
             check_dataloader(manifest, self._ranks.size)
@@ -437,16 +439,6 @@ class CheckpointManager:
                 f"{len(loaded.converted)} tensors were converted to another dtype, such as "
                 f"`{first}`, stored as {manifest.tensors[first].dtype}"
             )
-
-    def _fits_generators(self, manifest: Manifest) -> bool:
-        """Whether the checkpoint has a generator state for each rank of this run."""
-        saved_by = manifest.layout.get("world_size")
-        kept = any(entry.path[0] == RNG for entry in manifest.tensors.values())
-        if kept and saved_by == self._ranks.size:
-            return True
-        why = f"saved by {saved_by} ranks, this run has {self._ranks.size}" if kept else "not saved"
-        self._say(f"random number generators start afresh: {why}")
-        return False
 
     def _save_as(
         self, kind: Kind, step: int, *, last_step: bool, metrics: Metrics | None = None

@@ -74,3 +74,12 @@ def differences(loaded: Loaded) -> list[str]:
         matched, left = loaded.num_matched, len(lines)
         lines.append(f"{matched} entries matched, {left} differ and stay as they are")
     return lines
+
+
+def other_generators(manifest: Manifest, num_ranks: int) -> str | None:
+    """Why a checkpoint does not have a generator state for each rank of this run; None: it has."""
+    saved_by = manifest.layout.get("world_size")
+    kept = any(entry.path[0] == RNG for entry in manifest.tensors.values())
+    if kept and saved_by == num_ranks:
+        return None
+    return f"saved by {saved_by} ranks, this run has {num_ranks}" if kept else "not saved"
