@@ -6,12 +6,12 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ from holdfast.errors import (
     HoldfastError,
     NotFoundError,
 )
-from holdfast.format.manifest import Kind, Manifest
+from holdfast.format.manifest import Kind
 from holdfast.format.names import LOCK, step_of
 from holdfast.hf.export import HubModel
 from holdfast.manager.config import CheckpointConfig
@@ -49,11 +49,11 @@ from holdfast.manager.parts import (
     check_dataloader,
     check_excluded,
     differences,
-    many,
     not_excluded,
+    other_generators,
 )
-from holdfast.manager.policy import Metrics, is_due, kind_in_time, kind_of_save, numbers
-from holdfast.manager.renames import rename
+from holdfast.manager.policy import is_due, kind_in_time, kind_of_save
+from holdfast.manager.renames import as_here
 from holdfast.manager.resume import Step, newest_final, newest_resumable, strict_step
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
@@ -65,6 +65,11 @@ from holdfast.state.rng import RngState
 from holdfast.state.schedulers import SchedulerState
 from holdfast.state.tree import Stateful
 from holdfast.storage.local import LocalStore
+
+T = TypeVar("T")
+
+Metrics = Mapping[str, float] | Callable[[], Mapping[str, float]]
+"""Numbers by name, or a function that gives them."""
 
 logger = logging.getLogger("holdfast")
 
@@ -112,11 +117,11 @@ class CheckpointManager:
         self._goodput = Goodput()
         self._ranks = ranks or all_ranks()
         self._catalog = Catalog(LocalStore(folder))
-        models, rank = many(model), self._ranks.rank
+        models, rank = _many(model), self._ranks.rank
         self._parts: dict[str, Stateful] = {
             MODEL: ModelState(models),
-            OPTIMIZER: OptimizerState(models, many(optimizers)),
-            SCHEDULER: SchedulerState(many(lr_schedulers)),
+            OPTIMIZER: OptimizerState(models, _many(optimizers)),
+            SCHEDULER: SchedulerState(_many(lr_schedulers)),
             **({} if dataloader is None else {DATALOADER: DataloaderState(dataloader, rank)}),
             **(states or {}),
             RNG: RngState(rank),
@@ -131,7 +136,7 @@ class CheckpointManager:
         self._owed = False
         self._held = ExitStack()
         if self.config.async_mode == "async_with_pinned_mem":
-            for optimizer in many(optimizers):
+            for optimizer in _many(optimizers):
                 hook = optimizer.register_step_pre_hook(lambda *_: self.wait_for_staging())
                 self._held.callback(hook.remove)
         self._stop_signals = StopSignals(())
@@ -403,7 +408,7 @@ class CheckpointManager:
         """Load a checkpoint from elsewhere. Returns the step to go on from."""
         store, name = open_for_reading(path)
         manifest = on_rank_0(self._ranks, lambda: open_manifest(store, name))
-        manifest = rename(manifest, self.config.initial_load_renames)
+        manifest = as_here(manifest, self._parts[MODEL], self.config.initial_load_renames)
         source = Source(store, name, manifest)
         if self.config.initial_load_model_only:
             self._load_parts(source, [MODEL], partial_load=not self.config.initial_load_strict)
@@ -419,7 +424,8 @@ class CheckpointManager:
     ) -> None:
         manifest = source.manifest
         wanted = list(names)
-        if RNG in wanted and not self._fits_generators(manifest):
+        if RNG in wanted and (why := other_generators(manifest, self._ranks.size)):
+            self._say(f"random number generators start afresh: {why}")
             wanted.remove(RNG)
         if DATALOADER in wanted:
             check_dataloader(manifest, self._ranks.size)
@@ -434,30 +440,20 @@ class CheckpointManager:
                 f"`{first}`, stored as {manifest.tensors[first].dtype}"
             )
 
-    def _fits_generators(self, manifest: Manifest) -> bool:
-        """Whether the checkpoint has a generator state for each rank of this run."""
-        saved_by = manifest.layout.get("world_size")
-        kept = any(entry.path[0] == RNG for entry in manifest.tensors.values())
-        if kept and saved_by == self._ranks.size:
-            return True
-        why = f"saved by {saved_by} ranks, this run has {self._ranks.size}" if kept else "not saved"
-        self._say(f"random number generators start afresh: {why}")
-        return False
-
     def _save_as(
         self, kind: Kind, step: int, *, last_step: bool, metrics: Metrics | None = None
     ) -> bool:
         """Save all parts, or the model alone: in the export dtype where it is the last step."""
-        kept = on_every_rank(self._ranks, partial(numbers, metrics))
+        numbers = on_every_rank(self._ranks, partial(_numbers, metrics))
         self._goodput.count_save()
         use = self._hub.use(step, last_step=last_step, saved=True)
         if kind == "full":
             leaves = StateTree(self._parts, flat=MODEL).leaves
-            return self._saver.save(step, kind, leaves, metrics=kept, use=use)
+            return self._saver.save(step, kind, leaves, metrics=numbers, use=use)
         dtype: torch.dtype | None = getattr(torch, self.config.export_dtype)
         dtype = dtype if last_step and use != "step" else None
         leaves = self._model().leaves
-        return self._saver.save(step, kind, leaves, dtype=dtype, metrics=kept, use=use)
+        return self._saver.save(step, kind, leaves, dtype=dtype, metrics=numbers, use=use)
 
     def _export(self, step: int) -> bool:
         """Save a Hugging Face folder alone, if this step is one for that. Returns False: a step is
@@ -493,3 +489,12 @@ class CheckpointManager:
     def _warn(self, *lines: str) -> None:
         for line in lines if self._ranks.rank == 0 else ():
             logger.warning(line)
+
+
+def _many(given: T | Sequence[T]) -> list[T]:
+    return list(given) if isinstance(given, Sequence) else [given]
+
+
+def _numbers(metrics: Metrics | None) -> dict[str, float]:
+    given = metrics() if callable(metrics) else metrics or {}
+    return {name: float(value) for name, value in given.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Sequence
-from typing import TypeVar
 
 from holdfast.engine.load import Loaded
 from holdfast.errors import MismatchError, UsageError
@@ -13,8 +12,6 @@ from holdfast.manager.config import DATALOADER_KEYS
 from holdfast.state.dataloader import RANK
 from holdfast.state.optim import OptimizerState
 from holdfast.state.tree import Stateful
-
-T = TypeVar("T")
 
 MODEL, OPTIMIZER, SCHEDULER, DATALOADER, RNG = (
     *("model", "optimizer", "lr_scheduler"),
@@ -79,6 +76,10 @@ def differences(loaded: Loaded) -> list[str]:
     return lines
 
 
-def many(given: T | Sequence[T]) -> list[T]:
-    """What may be given alone, as a list."""
-    return list(given) if isinstance(given, Sequence) else [given]
+def other_generators(manifest: Manifest, num_ranks: int) -> str | None:
+    """Why a checkpoint does not have a generator state for each rank of this run; None: it has."""
+    saved_by = manifest.layout.get("world_size")
+    kept = any(entry.path[0] == RNG for entry in manifest.tensors.values())
+    if kept and saved_by == num_ranks:
+        return None
+    return f"saved by {saved_by} ranks, this run has {num_ranks}" if kept else "not saved"

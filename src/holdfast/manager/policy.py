@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from holdfast.format.manifest import Kind
 from holdfast.manager.config import CheckpointConfig
-
-Metrics = Mapping[str, float] | Callable[[], Mapping[str, float]]
-"""Numbers by name, or a function that gives them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +175,3 @@ def _best(steps: Sequence[Candidate], retention: Retention) -> list[Candidate]:
             ranked.append((sign * value, candidate.step, candidate))
     ranked.sort(key=lambda entry: entry[:2], reverse=True)
     return [candidate for _, _, candidate in ranked[: retention.best_k]]
-
-
-def numbers(metrics: Metrics | None) -> dict[str, float]:
-    """The numbers to keep with a step."""
-    given = metrics() if callable(metrics) else metrics or {}
-    return {name: float(value) for name, value in given.items()}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import Any, Protocol
 
 from holdfast.errors import UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
+from holdfast.hf.dialects import dialect_of, renamed
 
 KEY = "checkpoint.initial_load_renames"
 
@@ -26,6 +28,36 @@ def parse(rule: str) -> tuple[re.Pattern[str], str]:
         )
     pattern = r"([^.]+)".join(map(re.escape, theirs.split("{}")))
     return re.compile(rf"{pattern}(?=\.|$)"), ours
+
+
+class _Model(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+def as_here(manifest: Manifest, model: _Model, rules: Sequence[str]) -> Manifest:
+    """The manifest of a checkpoint from elsewhere by the names that `model` gives its tensors, then
+    by `rules`: see `in_words_of` and `rename`."""
+    return rename(in_words_of(manifest, model.state_dict()), rules)
+
+
+def in_words_of(manifest: Manifest, names: Collection[str]) -> Manifest:
+    """The manifest in the words of a model that has tensors of these `names`: Meta's, or those that
+    TorchTitan has from 0.3 on, optimizer state included. As it is where that is not known."""
+    ours, theirs = dialect_of(names), dialect_of(manifest.tensors)
+    if ours == theirs or ours in ("hub", None) or theirs in ("hub", None):
+        return manifest
+    assert ours in ("meta", "titan")
+    keys = {str(key) for entry in manifest.tensors.values() for key in entry.path}
+    called = renamed([*manifest.tensors, *keys], ours)
+    return replace(
+        manifest,
+        tensors={
+            called[name]: replace(
+                entry, path=tuple(called[k] if isinstance(k, str) else k for k in entry.path)
+            )
+            for name, entry in manifest.tensors.items()
+        },
+    )
 
 
 def rename(manifest: Manifest, rules: Sequence[str]) -> Manifest:

@@ -87,6 +87,34 @@ def test_a_folder_is_loaded_where_there_is_nothing_to_resume(tmp_path: Path) -> 
             assert manager.load() == 2
 
 
+def test_a_quantized_folder_is_dequantized_as_it_is_loaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Method: fp8 in blocks of 16 x 16, against a factor for each element; a folder that is not
+    quantized though it should be is loaded, with a word."""
+    settings: dict[str, Any] = {"initial_load_in_hf": True, "initial_load_in_hf_quantized": True}
+    tensors, name = hub_tensors(CONFIG), "model.layers.0.mlp.up_proj.weight"
+    plain = save_folder(tmp_path / "plain", CONFIG, tensors)
+    quantized, scale = tensors[name].to(torch.float8_e4m3fn), torch.rand(3, 2)
+    tensors |= {name: quantized, f"{name}_scale_inv": scale}
+    config = {**CONFIG, "quantization_config": {"weight_block_size": [16, 16]}}
+    folder = save_folder(tmp_path / "hub", config, tensors)
+    model = model_of()
+    with caplog.at_level("INFO", "holdfast"):
+        path = {"initial_load_path": str(folder)}
+        with manager_of(tmp_path / "run", model, None, **settings, **path) as manager:
+            manager.load()
+    factors = scale.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    found = model.state_dict()["layers.0.feed_forward.w3.weight"]
+    assert torch.equal(found, quantized.float() * factors)
+    assert "1 quantized tensors are dequantized" in caplog.text
+    with caplog.at_level("INFO", "holdfast"):
+        path = {"initial_load_path": str(plain)}
+        with manager_of(tmp_path / "again", model, None, **settings, **path) as manager:
+            manager.load()
+    assert "no tensor is quantized" in caplog.text
+
+
 def test_what_cannot_be_loaded_or_exported_says_why_and_changes_nothing(tmp_path: Path) -> None:
     """Method: no folder named; a folder of another size; a damaged file; a model that is not the
     configuration's, whose export leaves nothing; settings that exclude one another."""

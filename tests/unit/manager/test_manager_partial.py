@@ -14,6 +14,7 @@ from torch import nn
 from holdfast.engine.save import save
 from holdfast.errors import MismatchError, UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
+from holdfast.hf.dialects import renamed
 from holdfast.hf.export import HubModel
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.manager.config import CheckpointConfig
@@ -90,6 +91,18 @@ def test_names_from_elsewhere_by_a_small_table(tmp_path: Path) -> None:
     found = model.state_dict()
     assert torch.equal(found["layers.1.weight"], saved["net.blocks.1.lin.weight"])
     assert found["scale"].abs().sum() > 0
+
+
+def test_a_step_in_the_words_of_torchtitan_starts_a_run_in_metas(tmp_path: Path) -> None:
+    """G10: a model saved under TorchTitan 0.3's names of its tensors."""
+    torch.manual_seed(4)
+    saved = Transformer(FLAVOR, vocab_size=64, seq_len=8).state_dict()
+    called = renamed([*saved], "titan")
+    save(tmp_path / "titan", {called[name]: tensor for name, tensor in saved.items()})
+    assert "lm_head.weight" in called.values()
+    model = Transformer(FLAVOR, vocab_size=64, seq_len=8)
+    started(tmp_path / "run", model, initial_load_path=str(tmp_path / "titan"))
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,117 @@
+"""A Hugging Face folder from 4 ranks:
+`torchrun --nproc-per-node 4 -m benchmarks.export --where DIR`.
+
+A sharded model of 1.9 GB with the shapes of a Llama is exported by Holdfast, synced and published,
+and by torch's `HuggingFaceStorageWriter` with its consolidation, which syncs nothing and leaves
+names and order of rows as they are. Each three times, in turns; times are those of rank 0, between
+barriers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from holdfast.catalog.catalog import Catalog
+from holdfast.engine.planner import Planner
+from holdfast.engine.ranks import all_ranks
+from holdfast.engine.save import begin_save
+from holdfast.hf.export import HubModel, Snapshot, export
+from holdfast.hf.flavors import LLAMA3, config_of
+from holdfast.state.tree import flatten
+from holdfast.storage.local import LocalStore
+
+ROUNDS = 3
+FLAVOR = replace(LLAMA3["1B"], tied=False, num_layers=11)
+VOCAB = 64128
+
+
+def sharded_model() -> dict[str, torch.Tensor]:
+    """Random bfloat16 weights under Meta's names, cut by rows over all ranks."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shapes = HubModel(config_of("llama3", FLAVOR, VOCAB)).mapping
+    state: dict[str, torch.Tensor] = {}
+    for name in shapes.names("native"):
+        rows, *rest = shapes.shape("native", name)
+        local = torch.randn(rows // dist.get_world_size(), *rest, dtype=torch.bfloat16)
+        state[name] = DTensor.from_local(local, mesh, [Shard(0)])
+    return state
+
+
+def ours(state: dict[str, torch.Tensor], folder: Path) -> Callable[[int], None]:
+    """Export by Holdfast."""
+    ranks, hub = all_ranks(), HubModel(config_of("llama3", FLAVOR, VOCAB))
+    catalog, planner = Catalog(LocalStore(folder)), Planner(ranks)
+
+    def run(number: int) -> None:
+        pending = begin_save(
+            catalog, f"step-{number}", flatten(state), ranks=ranks, planner=planner
+        )
+        held = Snapshot(pending.image, pending.data_of, pending.index)
+        export(held, hub, "bfloat16", catalog=catalog, attempt=pending.attempt, ranks=ranks)
+
+    return run
+
+
+def stock(state: dict[str, torch.Tensor], folder: Path) -> Callable[[int], None]:
+    """Export by torch."""
+
+    def run(number: int) -> None:
+        writer = HuggingFaceStorageWriter(
+            path=str(folder / f"step-{number}"),
+            save_distributed=True,
+            enable_consolidation=True,
+            fqn_to_index_mapping=dict.fromkeys(state, 1),
+        )
+        save(state, storage_writer=writer)
+
+    return run
+
+
+def main() -> None:
+    """Measure, and print a line each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--where", type=Path, required=True, help="a folder with room for 3 models")
+    where = parser.parse_args().where
+    dist.init_process_group("gloo")
+    state = sharded_model()
+    ways = {}
+    for name, make in (("Holdfast", ours), ("torch", stock)):
+        (where / name).mkdir(parents=True, exist_ok=True)
+        ways[name] = make(state, where / name)
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(ROUNDS):
+        for name, way in ways.items():
+            dist.barrier()
+            if dist.get_rank() == 0:
+                os.sync()
+            dist.barrier()
+            started = time.perf_counter()
+            way(number)
+            dist.barrier()
+            taken[name].append(time.perf_counter() - started)
+            if dist.get_rank() == 0:
+                shutil.rmtree(where / name / f"step-{number}")
+    if dist.get_rank() == 0:
+        for name, seconds in taken.items():
+            each = ", ".join(f"{s:.2f}" for s in seconds)
+            sys.stdout.write(f"| {name} | {statistics.median(seconds):.2f} s | {each} |\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
