@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 from holdfast.catalog.catalog import place, read_manifest, steps_in
@@ -54,15 +54,18 @@ def look_at(store: ReadStore, name: str) -> Seen:
     form = format_of(store, name)
     where = place(store, name)
     if form is None:
-        steps = steps_in(store, name) if _is_folder(store, name) else []
+        steps = steps_in(store, name) if is_folder(store, name) else []
         hint = "`holdfast list FOLDER` shows the steps of a run's checkpoint folder"
         if steps:
             hint = f"its newest step: {place(store, steps[-1])}"
         raise NotFoundError(f"`{where}` is no checkpoint", hint=hint)
     if form in ("holdfast", "dcp"):
         return Seen(form, Source(store, name, read_manifest(store, name)))
-    if _is_folder(store, name):
-        return Seen(form, Source(store, name, _of_folder(store, name, where)))
+    if is_folder(store, name):
+        # Not at the top: its tables of names need numpy, for which nothing else waits.
+        from holdfast.hf.folder import open_folder
+
+        return Seen(form, Source(store, name, open_folder(store, name).manifest))
     fetch, nbytes = partial(_fetch, store, name), store.size(name)
     above, _, file = where.rpartition("/")
     around = open_for_reading(above)  # What is read below is read from files in a folder.
@@ -73,26 +76,8 @@ def look_at(store: ReadStore, name: str) -> Seen:
     return Seen(form, Source(*around, manifest), file=file)
 
 
-def _of_folder(store: ReadStore, name: str, where: str) -> Manifest:
-    """Of a folder of safetensors, by its index where it has one."""
-    there = store.list(name)
-    index = None
-    if safetensors.INDEX in there:
-        key = f"{name}/{safetensors.INDEX}"
-        data = store.read(key, 0, min(store.size(key), safetensors.INDEX_BYTES_MAX + 1))
-        index = safetensors.read_index(data, where=f"{where}/{safetensors.INDEX}")
-    files = [file for file in there if file.endswith(safetensors.SUFFIX)]
-    parts = {}
-    for file in files if index is None else sorted(set(index.values())):
-        key = f"{name}/{file}"
-        fetch = partial(_fetch, store, key)
-        parts[file] = safetensors.read_file(
-            fetch, store.size(key), file=file, where=f"{where}/{file}"
-        )
-    return replace(safetensors.joined(parts, index, where=where), kind="model")
-
-
-def _is_folder(store: ReadStore, name: str) -> bool:
+def is_folder(store: ReadStore, name: str) -> bool:
+    """Whether there is a folder of that name."""
     above, _, last = name.rpartition("/")
     return f"{last}/" in store.list(above)
 

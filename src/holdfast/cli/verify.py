@@ -12,6 +12,7 @@ from holdfast.catalog.catalog import steps_in
 from holdfast.catalog.findings import Report
 from holdfast.catalog.marks import damaged_steps
 from holdfast.catalog.verify import Target, failed, format_of, verify
+from holdfast.cli.look import is_folder
 from holdfast.cli.terminal import parsed, progress, say, say_json, spelled_bytes
 from holdfast.engine.root import open_for_reading
 from holdfast.errors import DamagedError, HoldfastError
@@ -46,7 +47,9 @@ def run(arguments: Sequence[str]) -> int:
     """Verify, print what was found; the exit status."""
     asked = parsed(Verify, "verify", arguments)
     store, name = open_for_reading(asked.path)
-    steps = steps_in(store, name) if format_of(store, name) is None and _has(store, name) else []
+    steps = (
+        steps_in(store, name) if format_of(store, name) is None and is_folder(store, name) else []
+    )
     if steps:
         reports = [verified(store, step, asked.quick) for step in steps]
     else:
@@ -74,11 +77,6 @@ def run(arguments: Sequence[str]) -> int:
             hint=f"a resume takes step {resume}" if resume is not None else None,
         )
     return 0
-
-
-def _has(store: ReadStore, name: str) -> bool:
-    above, _, last = name.rpartition("/")
-    return f"{last}/" in store.list(above)
 
 
 def verified(store: ReadStore, name: str, quick: bool) -> Report:

@@ -20,7 +20,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.marks import mark_damaged
-from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.engine.load import load_tree
 from holdfast.engine.ranks import Ranks, all_ranks, host_name, on_every_rank, on_rank_0
 from holdfast.engine.root import open_for_reading
@@ -55,6 +54,7 @@ from holdfast.manager.parts import (
 from holdfast.manager.policy import is_due, kind_in_time, kind_of_save
 from holdfast.manager.renames import as_here
 from holdfast.manager.resume import Step, newest_final, newest_resumable, strict_step
+from holdfast.manager.retention import put_in_order
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
 from holdfast.state.dataloader import DataloaderState
@@ -367,14 +367,10 @@ class CheckpointManager:
         since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         note = f"host {host_name()}, pid {os.getpid()}, since {since}"
         self._held.enter_context(store.lock(LOCK, note))
-        # Who reads exports does not know of what stands aside.
-        exports = [self._hub.catalog.store] if f"{FOLDER}/" in store.list() else []
-        for swept in (store, *exports):
-            actions = plan_sweep(swept.list())
-            for action in actions:
-                logger.info("%s %s: %s", action.verb, action.folder, action.why)
-            for problem in execute(swept, actions):
-                logger.warning("%s; the next start tries again", problem)
+        put_in_order(store)
+        if f"{FOLDER}/" in store.list():
+            # Who reads exports does not know of what stands aside.
+            put_in_order(self._hub.catalog.store)
 
     def _resume(self, found: Step, *, explicit: bool) -> int:
         """Load a step of this folder, and remember the course that the run is on."""

@@ -7,14 +7,24 @@ import threading
 from collections.abc import Collection
 
 from holdfast.catalog.catalog import Catalog
-from holdfast.catalog.sweep import Action, execute, plan_removals
+from holdfast.catalog.sweep import Action, execute, plan_removals, plan_sweep
 from holdfast.engine.ranks import outcome_of
 from holdfast.errors import HoldfastError
 from holdfast.format.names import step_name
 from holdfast.manager.policy import Retention, removable
 from holdfast.manager.resume import good_steps
+from holdfast.storage.store import Store
 
 logger = logging.getLogger("holdfast")
+
+
+def put_in_order(store: Store) -> None:
+    """Sweep what killed runs have left, and say what was done. Nobody else may be saving there."""
+    actions = plan_sweep(store.list())
+    for action in actions:
+        logger.info("%s %s: %s", action.verb, action.folder, action.why)
+    for problem in execute(store, actions):
+        logger.warning("%s; the next start tries again", problem)
 
 
 class Retainer:

@@ -122,7 +122,11 @@ def train(config: Config, place: Place) -> None:
             return
         follow_schedules(run.schedulers)
         for line in restored_otherwise(run.optimizers, config.optimizer):
-            logger.warning("%s; --checkpoint.exclude_from_loading optimizer,lr_scheduler", line)
+            logger.warning(
+                "%s (--checkpoint.exclude_from_loading optimizer,lr_scheduler takes that, and "
+                "starts the optimizer afresh)",
+                line,
+            )
         logger.info("training from step %d to %d", step, config.training.steps)
         metrics = Metrics(config.metrics, dump_folder, first_rank=place.rank == 0, step=step)
         started = time.perf_counter()

@@ -96,6 +96,7 @@ def test_a_restored_value_that_the_configuration_has_otherwise_is_told() -> None
     assert restored_otherwise(new, config) == []
     new[0].load_state_dict(old[0].state_dict())
     assert restored_otherwise(new, config) == [
-        "`optimizer.betas`: restored (0.5, 0.6), configured (0.9, 0.95)",
-        "`optimizer.lr`: restored 1.0, configured 2.0",
+        "`optimizer.betas`: (0.5, 0.6), which the step was saved with, is used; configured is "
+        "(0.9, 0.95)",
+        "`optimizer.lr`: 1.0, which the step was saved with, is used; configured is 2.0",
     ]
