@@ -37,6 +37,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from xxhash import xxh3_128_digest
 
+from benchmarks.meter import machine
 from holdfast.catalog.catalog import Catalog
 from holdfast.engine.commit import commit
 from holdfast.engine.plan import Offer
@@ -287,7 +288,8 @@ def main() -> None:
         console.print(f"{size} ranks: done", highlight=False)
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
     if options.out:
-        options.out.write_text("\n".join(lines) + "\n")
+        head = f"`python -m benchmarks.planning`: {NUM_TENSORS:,} tensors; {machine()}.\n\n"
+        options.out.write_text(head + "\n".join(lines) + "\n")
 
 
 def row(size: int, name: str, figures: Figures) -> str:

@@ -40,8 +40,13 @@ class Wishes:
     """Of one file of an export."""
 
     model_name: str | None = None
+    """Family, by the name of the reference run: held against `config.json`."""
+
     model_flavor: str | None = None
+    """Size, likewise; where there is no `config.json`, in its place."""
+
     model_only: bool = False
+    """Leave out what is not the model's."""
 
     names: Literal["meta", "titan"] | None = None
     """What native tensors are to be called; None: as they are, and Meta's from the hub."""
@@ -50,6 +55,7 @@ class Wishes:
     """Patterns of tensors to leave out."""
 
     overwrite: bool = False
+    """Replace what is at the target."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,7 @@ from contextlib import suppress
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.engine.index import Index
-from holdfast.engine.publish import Facts as Facts
-from holdfast.engine.publish import publish
+from holdfast.engine.publish import Facts, publish
 from holdfast.engine.ranks import Ranks, conclude
 from holdfast.engine.write import Receipt
 from holdfast.errors import HoldfastError

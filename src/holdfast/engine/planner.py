@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from holdfast.engine.index import Index as Index
-from holdfast.engine.index import columns, index_of
+from holdfast.engine.index import Index, columns, index_of
 from holdfast.engine.plan import (
     Offer,
     Offers,

@@ -15,8 +15,10 @@ import torch
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.engine.background import make_way
-from holdfast.engine.commit import Facts, commit
-from holdfast.engine.planner import Held, Index, Planner
+from holdfast.engine.commit import commit
+from holdfast.engine.index import Index
+from holdfast.engine.planner import Held, Planner
+from holdfast.engine.publish import Facts
 from holdfast.engine.ranks import (
     Ranks,
     all_ranks,

@@ -174,7 +174,11 @@ class Saver:
         """Write, publish, let old steps go."""
         if use in ("step", "alone"):
             copied = outcome_of(staging.run) if staging is not None else None
-            conclude(self._finishing_ranks, copied, lambda _: None)
+            try:
+                conclude(self._finishing_ranks, copied, lambda _: None)
+            except HoldfastError:
+                discard(pending, self._ranks)
+                raise
             self._hub.finish(pending, self._finishing_ranks, step, use)
             if use == "step" and self._ranks.rank == 0:
                 self.retainer.saved(step)

@@ -130,8 +130,8 @@ def restored_otherwise(
     if config.name != "SGD":
         wanted |= {"betas": config.adam_betas, "eps": config.eps}
     found = {
-        f"`optimizer.{key.removeprefix('initial_')}`: {group[key]}, which the step was saved with, is "
-        f"used; configured is {value}"
+        f"`optimizer.{key.removeprefix('initial_')}`: {group[key]}, which the step was saved with, "
+        f"is used; configured is {value}"
         for optimizer in optimizers
         for group in optimizer.param_groups
         for key, value in wanted.items()

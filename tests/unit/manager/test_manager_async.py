@@ -17,7 +17,7 @@ from torch import nn
 import holdfast
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.catalog.catalog import Catalog
-from holdfast.engine.commit import Facts
+from holdfast.engine.publish import Facts
 from holdfast.engine.ranks import Ranks, Solo
 from holdfast.engine.save import Pending
 from holdfast.engine.spans import Spans
