@@ -106,6 +106,8 @@ class _Frame:
 
     low: tuple[float, float]
     high: tuple[float, float]
+    step: float
+    """Between two lines across; they begin at `low` and end at `high`."""
 
     def x(self, value: float) -> float:
         share = (value - self.low[0]) / (self.high[0] - self.low[0])
@@ -117,9 +119,8 @@ class _Frame:
 
     def rows(self, spell: Spell) -> list[str]:
         drawn = []
-        step = _round_step(self.high[1] - self.low[1])
-        for tick in range(round((self.high[1] - self.low[1]) / step) + 1):
-            value = self.low[1] + step * tick
+        for tick in range(round((self.high[1] - self.low[1]) / self.step) + 1):
+            value = self.low[1] + self.step * tick
             y = self.y(value)
             drawn.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
             drawn.append(
@@ -155,7 +156,7 @@ def _frame(points: Sequence[Point], *, zero: bool) -> _Frame:
     low, high = _apart([*(point.y for point in points), *([0.0] if zero else [])])
     step = _round_step(high - low)
     low, high = math.floor(low / step) * step, math.ceil(high / step - 1e-9) * step
-    return _Frame((left, low), (right, high))
+    return _Frame((left, low), (right, high), step)
 
 
 def _apart(values: Sequence[float]) -> tuple[float, float]:

@@ -197,6 +197,10 @@ def test_any_numbers_make_a_drawing_within_its_bounds(
             continue
         root = ElementTree.fromstring(text)
         assert sum(one.tag == "circle" for one in root.iter()) <= POINTS_MAX + 5
+        across = [
+            float((one.get("d") or "").split()[1].partition("H")[0]) for one in root.iter("path")
+        ]
+        assert (max(across), min(across)) == (156.0, 10.0), "lines at both ends of the drawing"
         for one in root.iter("circle"):
             assert 0 <= float(one.get("cx", "")) <= 440
             assert 0 <= float(one.get("cy", "")) <= 180
