@@ -48,7 +48,7 @@ class TensorOffer:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a rank holds of one section of the state: of what lies below one top-level name."""
+    """What a rank holds of one section of the state: of all names that begin alike, up to a dot."""
 
     tensors: dict[str, TensorOffer] = field(default_factory=dict)
     values: dict[str, Path] = field(default_factory=dict)

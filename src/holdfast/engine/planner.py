@@ -60,7 +60,8 @@ class Planner:
         held = Held()
         names: dict[tuple[object, ...], str] = {}
         for name, leaf in leaves.items():
-            offer = held.offers.setdefault(str(leaf.path[0]), Offer())
+            head, dot, _ = name.partition(".")
+            offer = held.offers.setdefault(head if dot else "", Offer())
             if not isinstance(leaf.value, torch.Tensor):
                 held.values[name] = leaf.value
                 offer.values[name] = leaf.path

@@ -36,6 +36,7 @@ _MEMORY_FORMAT = Call(Global(_MODULE, "_MEM_FORMAT_ENCODING"), (0,))
 _CONSTANTS = (
     *(_CHUNK, _INDEX, _INFO, _SIZE, _VALUE, "offsets", "sizes", "fqn", "index", "offset"),
     *("relative_path", "length", "storage_meta", "version", "1.0.0"),
+    *(_TENSOR, "properties", "chunks"),
 )
 """What the parts that are written row by row, or anew, refer to."""
 
@@ -122,6 +123,7 @@ class StockIndex:
         self, tables: Iterable[TensorTable], values: Mapping[str, Path], files: Sequence[str]
     ) -> None:
         self._out = out = Dumper(OURS)
+        self._known: dict[str, bytes] = {}
         out.know(*files, *_CONSTANTS)
         places = np.array([out.at(file) for file in files], np.int64)
         self._open(_METADATA)
@@ -164,17 +166,11 @@ class StockIndex:
 
     def _put_tensor(self, table: TensorTable) -> None:
         out = self._out
-        dtype = Global("torch", table.dtype)
-        properties = (dtype, _LAYOUT, False, _MEMORY_FORMAT, False)
-        self._open(_TENSOR)
-        for key, value in (
-            ("properties", Instance(_PROPERTIES, properties)),
-            ("size", Call(_SIZE, (table.shape,))),
-        ):
-            out.put(key)
-            out.put(value)
-        out.put("chunks")
-        out.raw(b"](")
+        out.raw(out.get(_TENSOR) + b")\x81}(" + out.get("properties"))
+        out.raw(self._properties(table.dtype))
+        out.put("size")
+        out.put(Call(_SIZE, (table.shape,)))
+        out.raw(out.get("chunks") + b"](")
         out.raw(
             _rows(
                 len(table.start),
@@ -186,6 +182,20 @@ class StockIndex:
         )
         out.raw(b"eub")
 
+    def _properties(self, dtype: str) -> bytes:
+        """Of a tensor of this dtype; the same bytes each time."""
+        if dtype not in self._known:
+            out, before = self._out, self._out.take()
+            fields = (Global("torch", dtype), _LAYOUT, False, _MEMORY_FORMAT, False)
+            # All that it refers to, so that nothing in it is new to the memo.
+            layout, order = _LAYOUT.function, _MEMORY_FORMAT.function
+            out.know(_PROPERTIES, fields[0], layout, *_LAYOUT.args, order)
+            known = out.take()
+            out.put(Instance(_PROPERTIES, fields))
+            self._known[dtype] = out.take()
+            out.raw(before + known)
+        return self._known[dtype]
+
     def _places(self, table: TensorTable, places: Ints) -> bytes:
         """Where each chunk lies."""
         out = self._out
@@ -193,41 +203,56 @@ class StockIndex:
             len(table.start),
             *(out.get(_INDEX), b")\x81}("),
             *(out.get("fqn"), out.get(table.name)),
-            *(out.get("index"), _numbers(np.arange(len(table.start)))),
+            *(out.get("index"), np.arange(len(table.start))),
             *(out.get("offset"), *self._size(table.start)),
             *(b"ub", out.get(_INFO), b")\x81}("),
-            *(out.get("relative_path"), _gets(places[table.file])),
-            *(out.get("offset"), _numbers(table.offset)),
-            *(out.get("length"), _numbers(table.nbytes)),
+            *(out.get("relative_path"), _Gets(places[table.file])),
+            *(out.get("offset"), table.offset),
+            *(out.get("length"), table.nbytes),
             b"ub",
         )
 
-    def _size(self, columns: Ints) -> list[bytes | Bytes]:
+    def _size(self, columns: Ints) -> list[_Part]:
         """`torch.Size` of a tuple a row."""
-        numbers = [_numbers(column) for column in columns.T]
-        before, after = (
-            (b"(", b"t") if len(numbers) > 3 else (b"", b")\x85\x86\x87"[len(numbers) :])
-        )
-        return [self._out.get(_SIZE), before, *numbers, after[:1], b"\x85R"]
+        before, after = b"(", b"t"
+        if columns.shape[1] < 4:
+            before, after = b"", (b")", b"\x85", b"\x86", b"\x87")[columns.shape[1]]
+        return [self._out.get(_SIZE), before, *columns.T, after, b"\x85R"]
 
 
-def _rows(count: int, *parts: bytes | Bytes) -> bytes:
-    """So many rows of the parts one after the other; an array gives each row its own bytes."""
-    widths = [len(part) if isinstance(part, bytes) else part.shape[1] for part in parts]
-    rows = np.empty((count, sum(widths)), np.uint8)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Gets:
+    """Places in the memo, a row each."""
+
+    places: Ints
+
+
+_Part = bytes | Ints | _Gets
+"""Of a row: the same in each; or an int of its own, or something known, in each."""
+
+_FEW = 4
+
+
+def _rows(count: int, *parts: _Part) -> bytes:
+    """So many rows of the parts one after the other."""
+    if count < _FEW:
+        spelled = [p if isinstance(p, bytes) else _spelled(p) for p in parts]
+        return b"".join(p if isinstance(p, bytes) else p[n] for n in range(count) for p in spelled)
+    columns = [np.frombuffer(p, np.uint8) if isinstance(p, bytes) else _column(p) for p in parts]
+    rows = np.empty((count, sum(column.shape[-1] for column in columns)), np.uint8)
     at = 0
-    for part, width in zip(parts, widths, strict=True):
-        same = np.frombuffer(part, np.uint8) if isinstance(part, bytes) else part
-        rows[:, at : at + width] = same
-        at += width
+    for column in columns:
+        rows[:, at : at + column.shape[-1]] = column
+        at += column.shape[-1]
     return rows.tobytes()
 
 
-def _numbers(column: Ints) -> Bytes:
-    """A pickled int a row, all as wide as the largest needs."""
-    largest = int(column.max()) if len(column) else 0
-    opcode, dtype = next((o, d) for o, d, limit in _WIDTHS if largest < limit)
-    return _with_opcode(opcode, column.astype(dtype))
+def _opcode(part: Ints | _Gets) -> tuple[Ints, bytes, str]:
+    """The numbers, the opcode before each, and their type: one as wide as the largest needs."""
+    if isinstance(part, _Gets):
+        return part.places, b"j", "<u4"
+    largest = int(part.max()) if len(part) else 0
+    return part, *next((opcode, dtype) for opcode, dtype, limit in _WIDTHS if largest < limit)
 
 
 _WIDTHS = (
@@ -236,12 +261,17 @@ _WIDTHS = (
 )
 
 
-def _gets(column: Ints) -> Bytes:
-    """A place in the memo a row."""
-    return _with_opcode(b"j", column.astype("<u4"))
+def _spelled(part: Ints | _Gets) -> list[bytes]:
+    """Each number with its opcode, one by one: for few rows."""
+    numbers, opcode, dtype = _opcode(part)
+    nbytes = int(dtype[-1])
+    return [opcode + number.to_bytes(nbytes, "little") for number in numbers.tolist()]
 
 
-def _with_opcode(opcode: bytes, column: NDArray[np.generic]) -> Bytes:
+def _column(part: Ints | _Gets) -> Bytes:
+    """Each number with its opcode, all at once."""
+    numbers, opcode, dtype = _opcode(part)
+    column = numbers.astype(dtype)
     made = np.empty((len(column), len(opcode) + column.itemsize), np.uint8)
     made[:, : len(opcode)] = np.frombuffer(opcode, np.uint8)
     made[:, len(opcode) :] = column.view(np.uint8).reshape(len(column), -1)
