@@ -11,14 +11,16 @@ from holdfast.engine.ranks import outcome_of
 from holdfast.errors import HoldfastError
 
 NICENESS = 5
-"""Of a thread that writes, and of those that it starts: training comes first."""
+"""Of a thread that writes, and of those that it starts, beside training's: that comes first."""
 
 
 def make_way() -> None:
     """Let this thread, and those that it starts, run behind all others of the process."""
     # Linux knows a niceness for each thread; where there is none, nothing is lost.
     with suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        thread = threading.get_native_id()
+        now = os.getpriority(os.PRIO_PROCESS, thread)
+        os.setpriority(os.PRIO_PROCESS, thread, now + NICENESS)
 
 
 class Background:
