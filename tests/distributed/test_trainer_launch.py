@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +81,9 @@ def test_no_worker_outlives_a_launcher_that_is_killed(run: subprocess.Popen[str]
     """Method: SIGKILL to the launcher, which cannot pass it on."""
     pids = workers(run)
     run.kill()
-    # Returns once no process holds the pipes.
+    # Returns once no process holds the pipes; a process that ends closes them a moment before.
     run.communicate(timeout=60)
+    deadline = time.monotonic() + 30
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert not any(map(alive, pids))
