@@ -48,6 +48,9 @@ class Loaded:
     num_matched: int = 0
     """Entries that this rank has loaded."""
 
+    lacking: tuple[str, ...] = ()
+    """Tensors of this rank that a base may lack, and does: they stay as they are."""
+
 
 def load(path: str | os.PathLike[str], state: Mapping[str, Any], *, strict: bool = True) -> Loaded:
     """Load the checkpoint at `path` into `state`, in place: tensors are written over, plain values
@@ -105,6 +108,7 @@ def load_tree(
         unfit, differences = _differences(source, tree, leaves, room, ranks, strict)
         if differences and not partial:
             raise _mismatch(source, differences)
+        lacking = [n for n, leaf in leaves.items() if n not in stored and tree.lacks(leaf.path)]
         leaves = on_every_rank(ranks, lambda: _leaves_with_room(manifest, tree, stored))
         leaves = {name: leaf for name, leaf in leaves.items() if name not in unfit}
     with spans("read"):
@@ -117,7 +121,10 @@ def load_tree(
         if isinstance(leaf.value, torch.Tensor)
         and str(leaf.value.dtype) != f"torch.{manifest.tensors[name].dtype}"
     ]
-    return Loaded(source.url, nbytes, tuple(converted), spans, tuple(differences), len(leaves))
+    return Loaded(
+        *(source.url, nbytes, tuple(converted), spans, tuple(differences), len(leaves)),
+        lacking=tuple(lacking),
+    )
 
 
 def _leaves_with_room(

@@ -255,9 +255,13 @@ def decode(data: bytes, *, where: str) -> Manifest:
 
 def _decode_body(body: dict[str, Any], where: str) -> Manifest:
     if body["holdfast"] != VERSION:
+        found = body["holdfast"]
+        older = isinstance(found, int) and found < VERSION
         raise FormatError(
-            f"`{where}` has format version {body['holdfast']}, this holdfast knows {VERSION}",
-            hint="pip install --upgrade holdfast",
+            f"`{where}` has format version {found}, this holdfast knows {VERSION}",
+            hint="that version was never released: save the step again, from the run that wrote it"
+            if older
+            else "pip install --upgrade holdfast",
         )
     if body["checksums"] != {"algorithm": checksum.ALGORITHM, "block_bytes": checksum.BLOCK_BYTES}:
         raise FormatError(f"`{where}` has unknown checksums: {body['checksums']}")

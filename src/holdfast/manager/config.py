@@ -62,6 +62,10 @@ class CheckpointConfig:
     initial_load_in_hf_quantized: bool = False
     """That folder is expected to be quantized; it is dequantized whether or not this is said."""
 
+    save_frozen: bool = True
+    """Off: steps leave out parameters that are frozen (`requires_grad` is false), such as the base
+    beside adapters; every start loads those from `initial_load_path`, before it resumes."""
+
     last_save_model_only: bool = True
     """The last step holds the model alone, in `export_dtype`."""
 
@@ -159,6 +163,7 @@ class CheckpointConfig:
                 f"`checkpoint.load_step` is -1 (the newest good step) or a step: {self.load_step}"
             )
         self._check_hub()
+        self._check_frozen()
         check_names(self.stop_signals)
         if self.stop_deadline_s <= 0:
             raise UsageError(
@@ -174,6 +179,21 @@ class CheckpointConfig:
             raise UsageError(
                 "`checkpoint.exclude_from_loading` holds `model`, without which nothing is resumed",
                 hint="to start with fresh weights, use another `checkpoint.folder`",
+            )
+
+    def _check_frozen(self) -> None:
+        """Steps without a base are for this run alone: what needs a whole model is refused."""
+        whole = ("last_save_in_hf", "hf_export_interval", "create_seed_checkpoint")
+        asked = [key for key in whole if getattr(self, key) and not self.save_frozen]
+        if asked:
+            raise UsageError(
+                f"`checkpoint.{asked[0]}` writes a whole model, but `checkpoint.save_frozen` is off"
+            )
+        if not self.save_frozen and not self.initial_load_model_only:
+            raise UsageError(
+                "`checkpoint.save_frozen` is off: each start loads the model alone from "
+                "`initial_load_path`, but `checkpoint.initial_load_model_only` is off",
+                hint="--checkpoint.initial_load_model_only",
             )
 
     def _check_hub(self) -> None:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import torch
 from torch import nn
@@ -48,6 +48,7 @@ from holdfast.manager.parts import (
     check_dataloader,
     check_excluded,
     differences,
+    many,
     not_excluded,
     other_generators,
 )
@@ -58,15 +59,13 @@ from holdfast.manager.retention import put_in_order
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
 from holdfast.state.dataloader import DataloaderState
-from holdfast.state.model import ModelState
+from holdfast.state.model import ModelState, adapted
 from holdfast.state.objects import StateTree
 from holdfast.state.optim import OptimizerState
 from holdfast.state.rng import RngState
 from holdfast.state.schedulers import SchedulerState
 from holdfast.state.tree import Stateful
 from holdfast.storage.local import LocalStore
-
-T = TypeVar("T")
 
 Metrics = Mapping[str, float] | Callable[[], Mapping[str, float]]
 """Numbers by name, or a function that gives them."""
@@ -117,11 +116,14 @@ class CheckpointManager:
         self._goodput = Goodput()
         self._ranks = ranks or all_ranks()
         self._catalog = Catalog(LocalStore(folder))
-        models, rank = _many(model), self._ranks.rank
+        models, rank = many(model), self._ranks.rank
+        self._kept = self._whole = ModelState(models)
+        if not self.config.save_frozen:
+            self._kept, self._whole = adapted(models)
         self._parts: dict[str, Stateful] = {
-            MODEL: ModelState(models),
-            OPTIMIZER: OptimizerState(models, _many(optimizers)),
-            SCHEDULER: SchedulerState(_many(lr_schedulers)),
+            MODEL: self._kept,
+            OPTIMIZER: OptimizerState(models, many(optimizers)),
+            SCHEDULER: SchedulerState(many(lr_schedulers)),
             **({} if dataloader is None else {DATALOADER: DataloaderState(dataloader, rank)}),
             **(states or {}),
             RNG: RngState(rank),
@@ -136,11 +138,12 @@ class CheckpointManager:
         self._owed = False
         self._held = ExitStack()
         if self.config.async_mode == "async_with_pinned_mem":
-            for optimizer in _many(optimizers):
+            for optimizer in many(optimizers):
                 hook = optimizer.register_step_pre_hook(lambda *_: self.wait_for_staging())
                 self._held.callback(hook.remove)
         self._stop_signals = StopSignals(())
         check_excluded(self.config.exclude_from_loading, self._parts)
+        self._resumed = not_excluded(self._parts, self.config.exclude_from_loading)
         if self._saves:
             on_rank_0(self._ranks, self._take_hold)
 
@@ -282,6 +285,7 @@ class CheckpointManager:
         if not self.config.enable:
             return 0
         self.wait_for_staging()
+        base = None if self.config.save_frozen else self._load_initial()
         if wanted >= 0:
             found = on_rank_0(self._ranks, partial(strict_step, self._catalog, wanted))
             return self._resume(found, explicit=True)
@@ -304,12 +308,10 @@ class CheckpointManager:
                 self._warn(f"passed over {passed_over[-1]}")
                 self._mark_damaged(candidate.step, error)
                 below = candidate.step
-        if self.config.initial_load_in_hf:
-            where = self._hub.load(self.config.initial_load_path, self._model())
-            self._say(f"loaded the model of {where}: starting at step 0")
-            return 0
-        if self.config.initial_load_path is not None:
-            return self._load_initial(self.config.initial_load_path)
+        # Of what is trained, a step that proved damaged may have been read in part: no fresh start.
+        start = self._load_initial() if self.config.save_frozen else None if passed_over else base
+        if start is not None:
+            return start
         if passed_over:
             listed = "\n  ".join(passed_over)
             raise NotFoundError(
@@ -375,9 +377,8 @@ class CheckpointManager:
     def _resume(self, found: Step, *, explicit: bool) -> int:
         """Load a step of this folder, and remember the course that the run is on."""
         started = time.perf_counter()
-        names = [MODEL] if found.step == 0 else self._not_excluded()
         source = Source(self._catalog.store, found.folder, found.manifest)
-        self._load_parts(source, names)
+        self._load_parts(source, self._resumed if found.step else [MODEL])
         seconds = time.perf_counter() - started
         done = rate(found.manifest.nbytes, seconds)
         self._say(f"resumed from step {found.step}: {done}, {source.url}")
@@ -400,24 +401,31 @@ class CheckpointManager:
         except HoldfastError as failed:
             logger.warning("could not mark step %d as damaged: %s", step, failed)
 
-    def _load_initial(self, path: str) -> int:
-        """Load a checkpoint from elsewhere. Returns the step to go on from."""
+    def _load_initial(self) -> int | None:
+        """Load weights from elsewhere, if there are to be any. Returns the step to go on from."""
+        path = self.config.initial_load_path
+        then = ": starting at step 0" if self.config.save_frozen else ", to train in part"
+        if self.config.initial_load_in_hf:
+            where = self._hub.load(path, self._model(self._whole))
+            self._say(f"loaded the model of {where}{then}")
+            return 0
+        if path is None:
+            return None
         store, name = open_for_reading(path)
         manifest = on_rank_0(self._ranks, lambda: open_manifest(store, name))
-        manifest = as_here(manifest, self._parts[MODEL], self.config.initial_load_renames)
+        manifest = as_here(manifest, self._whole, self.config.initial_load_renames)
         source = Source(store, name, manifest)
         if self.config.initial_load_model_only:
-            self._load_parts(source, [MODEL], partial_load=not self.config.initial_load_strict)
-            self._say(f"loaded the model of {source.url}: starting at step 0")
+            partial_load = not self.config.initial_load_strict
+            self._load_tree(source, self._model(self._whole), partial_load=partial_load)
+            self._say(f"loaded the model of {source.url}{then}")
             return 0
-        self._load_parts(source, self._not_excluded())
+        self._load_parts(source, self._resumed)
         step = manifest.step if manifest.step is not None else step_of(name) or 0
         self._say(f"loaded {source.url}: going on from step {step}")
         return step
 
-    def _load_parts(
-        self, source: Source, names: Sequence[str], *, partial_load: bool = False
-    ) -> None:
+    def _load_parts(self, source: Source, names: Sequence[str]) -> None:
         manifest = source.manifest
         wanted = list(names)
         if RNG in wanted and (why := other_generators(manifest, self._ranks.size)):
@@ -426,7 +434,10 @@ class CheckpointManager:
         if DATALOADER in wanted:
             check_dataloader(manifest, self._ranks.size)
         parts = {part: self._parts[part] for part in wanted}
-        tree = StateTree(parts, flat=MODEL, others=self._sections)
+        self._load_tree(source, StateTree(parts, flat=MODEL, others=self._sections))
+
+    def _load_tree(self, source: Source, tree: StateTree, *, partial_load: bool = False) -> None:
+        manifest = source.manifest
         loaded = load_tree(source, tree, ranks=self._ranks, partial=partial_load)
         self._warn(*differences(loaded))
         if loaded.converted:
@@ -459,8 +470,8 @@ class CheckpointManager:
             self._saver.save(step, "model", self._model().leaves, use=use)
         return False
 
-    def _model(self) -> StateTree:
-        return StateTree({MODEL: self._parts[MODEL]}, flat=MODEL, others=self._sections)
+    def _model(self, state: ModelState | None = None) -> StateTree:
+        return StateTree({MODEL: state or self._kept}, flat=MODEL, others=self._sections)
 
     def _say_stopping(
         self, number: int, step: int, left_s: float, full_save_s: float, kind: Kind | None
@@ -475,9 +486,6 @@ class CheckpointManager:
                 f"saving {instead}, then ending"
             )
 
-    def _not_excluded(self) -> list[str]:
-        return not_excluded(self._parts, self.config.exclude_from_loading)
-
     def _say(self, line: str) -> None:
         if self._ranks.rank == 0:
             logger.info(line)
@@ -485,10 +493,6 @@ class CheckpointManager:
     def _warn(self, *lines: str) -> None:
         for line in lines if self._ranks.rank == 0 else ():
             logger.warning(line)
-
-
-def _many(given: T | Sequence[T]) -> list[T]:
-    return list(given) if isinstance(given, Sequence) else [given]
 
 
 def _numbers(metrics: Metrics | None) -> dict[str, float]:

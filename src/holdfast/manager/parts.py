@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Sequence
+from typing import TypeVar
 
 from holdfast.engine.load import Loaded
 from holdfast.errors import MismatchError, UsageError
@@ -18,6 +19,14 @@ MODEL, OPTIMIZER, SCHEDULER, DATALOADER, RNG = (
     *("dataloader", "rng"),
 )
 """Names of the parts of a step; TorchTitan's. The model's own names lie at the top level."""
+
+
+T = TypeVar("T")
+
+
+def many(given: T | Sequence[T]) -> list[T]:
+    """One object or several, as a list."""
+    return list(given) if isinstance(given, Sequence) else [given]
 
 
 def changed_by_optimizers(optimizers: Stateful) -> set[str]:
@@ -73,6 +82,11 @@ def differences(loaded: Loaded) -> list[str]:
     if lines:
         matched, left = loaded.num_matched, len(lines)
         lines.append(f"{matched} entries matched, {left} differ and stay as they are")
+    if loaded.lacking:
+        lines.append(
+            f"{len(loaded.lacking)} trained parameters are not in {loaded.where}, and stay as they "
+            f"are, such as `{loaded.lacking[0]}`"
+        )
     return lines
 
 

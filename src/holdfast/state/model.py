@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +26,17 @@ def canonical(name: str) -> str:
 class ModelState:
     """One or several parts of a model (pipeline stages) as one `Stateful`."""
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
+    def __init__(
+        self,
+        parts: Sequence[nn.Module],
+        *,
+        without: Collection[str] = (),
+        may_lack: Collection[str] = (),
+    ) -> None:
+        """`without`: names that are left out; `may_lack`: names that a checkpoint may not have."""
         self._parts = list(parts)
+        self._without = frozenset(without)
+        self.may_lack = frozenset(may_lack)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors share their memory with the model."""
@@ -36,7 +45,8 @@ class ModelState:
             for name, value in part.state_dict().items():
                 if canonical(name) in state:
                     raise UsageError(f"two model parts hold `{canonical(name)}`")
-                state[canonical(name)] = value
+                if canonical(name) not in self._without:
+                    state[canonical(name)] = value
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -49,6 +59,20 @@ class ModelState:
             }
             if extra:
                 part.load_state_dict(extra, strict=False)
+
+
+def adapted(parts: Sequence[nn.Module]) -> tuple[ModelState, ModelState]:
+    """A model that is trained in part: what its steps hold, all but frozen parameters; and all of
+    it, as its base has it, which may lack what is trained."""
+    named = [pair for part in parts for pair in part.named_parameters(remove_duplicate=False)]
+    frozen = [canonical(name) for name, one in named if not one.requires_grad]
+    trained = [canonical(name) for name, one in named if one.requires_grad]
+    if not trained:
+        raise UsageError(
+            "`checkpoint.save_frozen` is off, and every parameter of the model is frozen",
+            hint="make the manager after `requires_grad_` has said what is trained",
+        )
+    return ModelState(parts, without=frozen), ModelState(parts, may_lack=trained)
 
 
 def named_parameters(parts: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:

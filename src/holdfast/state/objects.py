@@ -43,10 +43,18 @@ class StateTree:
 
     def optional(self, path: Path) -> bool:
         """Whether checkpoint and state may differ in this entry: an option that the optimizers of
-        another torch have or have not, the generator of a GPU that is or is not there."""
+        another torch have or have not, the generator of a GPU that is or is not there, parameters
+        that a base has not."""
+        if self.lacks(path):
+            return True
         owner = self._wrapped(self._state.get(str(path[0])))
         prefixes: tuple[str, ...] = getattr(owner, "optional", ())
         return len(path) > 1 and str(path[1]).startswith(prefixes)
+
+    def lacks(self, path: Path) -> bool:
+        """Whether this is a tensor of the model that its base may not have."""
+        model = self._wrapped(self._state.get(self._flat)) if self._flat else None
+        return isinstance(model, ModelState) and ".".join(map(str, path)) in model.may_lack
 
     def room_for(self, stored: Mapping[str, TensorInfo]) -> set[str]:
         """Stored tensors that the state lacks, and `prepare` will make room for."""

@@ -1,0 +1,178 @@
+"""Adapters beside a frozen base: steps hold what is trained, the base is stored once."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from holdfast.catalog.catalog import open_manifest
+from holdfast.engine.save import save
+from holdfast.errors import MismatchError, NotFoundError, UsageError
+from holdfast.hf.export import HubModel
+from holdfast.hf.flavors import MODELS, config_of
+from holdfast.manager.config import CheckpointConfig
+from holdfast.manager.manager import CheckpointManager
+from holdfast.storage.local import LocalStore
+from holdfast.trainer.model import Transformer
+from hub_folders import hub_tensors, save_folder
+
+TRAINED = {"up.lora_a", "up.lora_b", "down.lora_a", "down.lora_b"}
+
+
+class Adapted(nn.Linear):
+    """A frozen layer, and beside it two factors of low rank that are trained."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__(dim, out_dim)
+        self.requires_grad_(False)
+        self.lora_a = nn.Parameter(torch.randn(2, dim))
+        self.lora_b = nn.Parameter(torch.zeros(out_dim, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.lora_a.T @ self.lora_b.T
+
+
+class Run:
+    """A run of a small adapted model, its weights drawn from `seed`."""
+
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.model = nn.ModuleDict({"up": Adapted(4, 8), "down": Adapted(8, 4)})
+        trained = [one for one in self.model.parameters() if one.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=0.1)
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        x = torch.randn(3, 4)
+        (self.model["down"](self.model["up"](x).relu()) - x).square().mean().backward()
+        self.optimizer.step()
+
+    def manager(self, folder: Path, base: Path | None, **settings: Any) -> CheckpointManager:
+        config = CheckpointConfig(
+            enable=True,
+            interval=2,
+            last_save_model_only=False,
+            save_frozen=False,
+            initial_load_path=None if base is None else str(base),
+            **settings,
+        )
+        return CheckpointManager(folder, model=self.model, optimizers=self.optimizer, config=config)
+
+    def train(self, folder: Path, base: Path, steps: int, **settings: Any) -> dict[str, Tensor]:
+        with self.manager(folder, base, **settings) as manager:
+            for step in range(manager.load() + 1, steps + 1):
+                self.step()
+                manager.save(step, last_step=step == steps)
+        return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A checkpoint of the model before it had adapters."""
+    state = Run(0).model.state_dict()
+    save(tmp_path / "base", {n: t for n, t in state.items() if n not in TRAINED})
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async_with_pinned_mem"])
+def test_a_run_of_adapters_resumes_with_the_same_bits(
+    mode: str, base: Path, tmp_path: Path
+) -> None:
+    """G4: steps hold adapters and their optimizer state, no byte of the base; a process that starts
+    from other weights takes the base from its own checkpoint, the rest from the step."""
+    whole = Run(1).train(tmp_path / "whole", base, 6, async_mode=mode)
+    Run(1).train(tmp_path / "run", base, 3, async_mode=mode)
+    manifest = open_manifest(LocalStore(tmp_path / "run"), "step-3")
+    flat = {name for name in manifest.tensors if not name.startswith(("optimizer.", "rng."))}
+    assert flat == TRAINED
+    slots = {name for name in manifest.tensors if name.startswith("optimizer.state.")}
+    assert {name.split(".", 2)[2].rpartition(".")[0] for name in slots} == TRAINED
+    resumed = Run(2).train(tmp_path / "run", base, 6, async_mode=mode)
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_base_is_fitted_strictly_but_for_what_is_trained(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G6: adapters that the base lacks are named in the log; a frozen tensor that it lacks, or one
+    that the model does not have, is an error, and nothing has changed."""
+    run = Run(3)
+    with (
+        caplog.at_level(logging.WARNING, "holdfast"),
+        run.manager(tmp_path / "a", base) as manager,
+    ):
+        manager.load()
+    assert "4 trained parameters are not in" in caplog.text
+    state = {n: t for n, t in Run(0).model.state_dict().items() if n not in TRAINED}
+    state["other"] = state.pop("up.bias")
+    save(tmp_path / "wrong", state)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    with (
+        run.manager(tmp_path / "b", tmp_path / "wrong") as manager,
+        pytest.raises(MismatchError, match="2 differences") as raised,
+    ):
+        manager.load()
+    assert "`up.bias` is not in the checkpoint" in str(raised.value)
+    assert all(torch.equal(before[n], t) for n, t in run.model.state_dict().items())
+
+
+def test_a_base_does_not_stand_in_for_damaged_steps(base: Path, tmp_path: Path) -> None:
+    """G5: adapters that were read in part are not taken for fresh ones. Method: every data file
+    gets other bytes."""
+    Run(1).train(tmp_path / "run", base, 3)
+    for file in (tmp_path / "run").glob("step-*/*.distcp"):
+        file.write_bytes(bytes(byte ^ 1 for byte in file.read_bytes()))
+    with (
+        Run(2).manager(tmp_path / "run", base) as manager,
+        pytest.raises(NotFoundError, match="can be resumed from"),
+    ):
+        manager.load()
+
+
+def test_a_base_may_be_a_hugging_face_folder(tmp_path: Path) -> None:
+    """Method: the base from the hub, at the start and at the resume; the adapter from the step."""
+    flavor = MODELS["llama3"]["debugmodel"]
+    config = config_of("llama3", flavor, 64)
+    folder = save_folder(tmp_path / "hub", config, hub_tensors(config))
+    found = []
+    for value in (1.0, 2.0):
+        model = Transformer(flavor, vocab_size=64, seq_len=8).requires_grad_(False)
+        model.adapter = nn.Parameter(torch.full((3,), value))
+        settings = CheckpointConfig(
+            enable=True,
+            interval=1,
+            save_frozen=False,
+            initial_load_in_hf=True,
+            initial_load_path=str(folder),
+        )
+        with CheckpointManager(
+            tmp_path / "run", model=model, config=settings, hub=HubModel(config)
+        ) as manager:
+            if manager.load() == 0:
+                manager.save(1)
+        found.append(model.state_dict())
+    assert torch.equal(found[1]["adapter"], torch.full((3,), 1.0))
+    wanted = hub_tensors(config)["model.layers.1.mlp.up_proj.weight"]
+    assert torch.equal(found[1]["layers.1.feed_forward.w3.weight"], wanted)
+
+
+def test_what_needs_a_whole_model_is_refused(tmp_path: Path) -> None:
+    """G6: exports and seeds hold the base; a model with nothing to train has no steps."""
+    for settings in ({"last_save_in_hf": True}, {"hf_export_interval": 5}):
+        wanted: dict[str, Any] = {"enable": True, "save_frozen": False, **settings}
+        with pytest.raises(UsageError, match="writes a whole model"):
+            CheckpointConfig(**wanted)
+    with pytest.raises(UsageError, match="initial_load_model_only"):
+        CheckpointConfig(enable=True, save_frozen=False, initial_load_model_only=False)
+    with pytest.raises(UsageError, match="every parameter of the model is frozen"):
+        CheckpointManager(
+            tmp_path / "run",
+            model=nn.Linear(2, 2).requires_grad_(False),
+            config=CheckpointConfig(enable=True, save_frozen=False),
+        )
