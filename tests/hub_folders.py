@@ -55,3 +55,26 @@ def save_folder(
         save_file(part, folder / file, metadata={"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     return folder
+
+
+PEFT = "base_model.model."
+"""What PEFT puts before the names of a model that it wraps."""
+
+
+def low_rank(base: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str, Tensor]:
+    """Factors of weights of a base, by their names without `.weight`, named as PEFT does."""
+    made = {}
+    for name, rank in ranks.items():
+        rows, columns = base[f"{name}.weight"].shape
+        made[f"{PEFT}{name}.lora_A.weight"] = torch.randn(rank, columns)
+        made[f"{PEFT}{name}.lora_B.weight"] = torch.randn(rows, rank)
+    return made
+
+
+def save_adapter(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
+    """A folder as PEFT saves it."""
+    folder.mkdir(parents=True)
+    said = {"peft_type": "LORA", "base_model_name_or_path": "some/base", "r": 4, "lora_alpha": 8}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    save_file({**tensors}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder

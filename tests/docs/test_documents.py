@@ -21,7 +21,7 @@ from checkpoints import save_step
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.trainer.arguments import read_config
 from holdfast.trainer.config import Config
-from hub_folders import hub_tensors, save_folder
+from hub_folders import hub_tensors, low_rank, save_adapter, save_folder
 from runs import kill_all, wait_for_step
 
 ROOT = Path(__file__).parent.parent.parent
@@ -163,6 +163,7 @@ CONVERTING = (
     "python ./scripts/convert_to_hf.py initial_load_path_2 exported_again_2 "
     "--hf_assets_path path/to/hf",
     "python -m torch.distributed.checkpoint.format_utils dcp_to_torch outputs/seed/step-0 stock.pt",
+    "holdfast convert path/to/adapter outputs/adapter/step-0 --hf-assets path/to/hf",
 )
 
 
@@ -171,6 +172,9 @@ def test_the_commands_that_convert(tmp_path: Path) -> None:
     config = config_of("llama3", MODELS["llama3"]["debugmodel"], 300)
     tensors = hub_tensors(config)
     save_folder(tmp_path / "path/to/hf", config, tensors, num_files=2)
+    save_adapter(
+        tmp_path / "path/to/adapter", low_rank(tensors, {"model.layers.0.self_attn.q_proj": 4})
+    )
     for command in CONVERTING:
         words = shlex.split(command)
         if words[0] == "holdfast":

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from holdfast.convert.sizes import config_of_model
 from holdfast.convert.source import Opened, fetched, open_source
 from holdfast.convert.stream import Output, Outputs, dtype_for
 from holdfast.errors import UsageError
 from holdfast.format.manifest import Path
+from holdfast.hf.adapter import adapter_mapping
 from holdfast.hf.check import check_fit, skipped
 from holdfast.hf.dialects import renamed
 from holdfast.hf.families import family_of
@@ -96,6 +97,9 @@ def plan(source: str, wishes: Wishes) -> Planned:
         notes.append(f"{len(left_out)} tensors were left out, as asked")
     config, said_by = config_of_model(opened, model, assets, wishes.model_name, wishes.model_flavor)
     related = None
+    if opened.adapter is not None:
+        outputs, note = _adapter(opened, opened.adapter, model, config, wishes)
+        return Planned(opened, outputs, None, None, (*notes, note))
     if config is not None and opened.dialect is not None:
         related = _relate(opened, model, of_language_model(config), said_by)
         notes += related.notes
@@ -177,6 +181,35 @@ def _from_hub(opened: Opened, related: _Related | None, wishes: Wishes) -> Outpu
         path, same_as = (called[name],), called[first]
         outputs[called[name]] = replace(outputs[same_as], path=path, same_as=same_as)
     return outputs
+
+
+def _adapter(
+    opened: Opened, said: Mapping[str, Any], model: Tensors, config: Config | None, wishes: Wishes
+) -> tuple[Outputs, str]:
+    """The factors of an adapter: under native names where its base is known. Returns a note too."""
+    base = f"--hf-assets {said.get('base_model_name_or_path') or 'FOLDER'}"
+    if wishes.to == "hf":
+        raise UsageError(
+            f"`{opened.where}` is an adapter of PEFT's, and `--to hf` writes a whole model",
+            hint="`--to dcp` or `--to torch`",
+        )
+    if config is None and wishes.names is not None:
+        raise UsageError(
+            f"`--names {wishes.names}`: the base of this adapter decides what is called how",
+            hint=base,
+        )
+    rank, alpha = said.get("r"), said.get("lora_alpha")
+    note = f"r {rank}, lora_alpha {alpha}: the scale of an adapter is not among its tensors"
+    if config is None:
+        return _as_it_is(opened, model, wishes), f"{note}; names stay PEFT's without `{base}`"
+    config = of_language_model(config)
+    table = mapping_of(family_of(config, where=opened.where), config)
+    names = wishes.names or "meta"
+    mapping = adapter_mapping(model.held, table, names=names, where=opened.where)
+    native = Mapped(model, mapping, "native")
+    return {
+        n: Output(native, n, dtype_for(native, n, wishes.dtype), (n,)) for n in native.held
+    }, note
 
 
 def _as_it_is(opened: Opened, model: Tensors, wishes: Wishes) -> Outputs:

@@ -58,6 +58,9 @@ class Opened:
 
     notes: tuple[str, ...] = ()
 
+    adapter: Mapping[str, Any] | None = None
+    """What PEFT says of it, where it is an adapter and no model."""
+
     @property
     def where(self) -> str:
         return self.source.url
@@ -139,6 +142,7 @@ def _open_hub_folder(path: str) -> Opened:
         *(source, "safetensors", model, dialect, stored, there),
         has_config=folder.config is not None,
         notes=notes,
+        adapter=folder.adapter,
     )
 
 

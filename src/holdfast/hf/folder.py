@@ -17,6 +17,8 @@ from holdfast.storage.store import ReadStore
 CONFIG = "config.json"
 CONFIG_BYTES_MAX = 10_000_000
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,9 @@ class Folder:
 
     notes: tuple[str, ...]
     """What was left aside, for people."""
+
+    adapter: Mapping[str, Any] | None = None
+    """What PEFT says of it, where it holds an adapter and no model."""
 
 
 def open_folder(store: ReadStore, name: str) -> Folder:
@@ -68,24 +73,26 @@ def open_folder(store: ReadStore, name: str) -> Folder:
     stray = [file for file in weights if file not in files]
     notes = [f"`{file}` is not in the index, and was left aside" for file in stray]
     whole = read_config(store, name) if CONFIG in there else None
+    is_adapter = files == [ADAPTER] and ADAPTER_CONFIG in there
     return Folder(
         safetensors.joined(parts, index, where=where),
         None if whole is None else of_language_model(whole),
         {} if whole is None else whole.get("quantization_config") or {},
         tuple(notes),
+        read_config(store, name, ADAPTER_CONFIG) if is_adapter else None,
     )
 
 
-def read_config(store: ReadStore, name: str) -> dict[str, Any]:
-    """What `config.json` says, as it is.
+def read_config(store: ReadStore, name: str, file: str = CONFIG) -> dict[str, Any]:
+    """What `config.json`, or another such file, says, as it is.
 
     Raises:
         NotFoundError: there is none.
         FormatError: it is no table.
     """
-    where = f"{place(store, name)}/{CONFIG}"
+    where = f"{place(store, name)}/{file}"
     try:
-        config = safetensors.parse_json(_read(store, f"{name}/{CONFIG}", CONFIG_BYTES_MAX))
+        config = safetensors.parse_json(_read(store, f"{name}/{file}", CONFIG_BYTES_MAX))
         if not isinstance(config, dict):
             raise ValueError("it is no object")
     except (ValueError, RecursionError) as error:

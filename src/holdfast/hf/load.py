@@ -70,6 +70,11 @@ def load_folder(
 
 
 def _config(source: Source, folder: Folder, config: Config | None) -> tuple[Config, str]:
+    if folder.adapter is not None:
+        raise UsageError(
+            f"`{source.url}` holds an adapter of PEFT's, a base model is expected here",
+            hint=f"its base is `{folder.adapter.get('base_model_name_or_path')}`",
+        )
     if folder.config is not None:
         return folder.config, f"`{source.url}/{CONFIG}`"
     if config is None:

@@ -102,6 +102,7 @@ class TensorMapping:
         self, relations: Sequence[Relation], axes: Axes, aliases: Sequence[Alias] = ()
     ) -> None:
         """`axes` has every axis that is not spelled by words."""
+        self.axes = axes
         self._places: dict[SideName, dict[str, list[_Place]]] = {"native": {}, "hub": {}}
         self.aliases: dict[SideName, dict[str, str]] = {
             "native": {alias.native: alias.native_of for alias in aliases},
@@ -128,6 +129,26 @@ class TensorMapping:
     def dtype(self, side: SideName, name: str) -> str | None:
         """What a tensor stays in, whatever the others are converted to; None: no such rule."""
         return self._places[side][name][0].relation.dtype
+
+    def alone(self, side: SideName, name: str) -> Relation | None:
+        """The relation of a tensor that is one tensor on the other side too, whole, with the same
+        elements in each row, if perhaps in another order of rows. Both names are spelled out; None:
+        there is no such tensor, or it is not so."""
+        places = self._places[side].get(name, ())
+        if len(places) != 1:
+            return None
+        relation, axes, indices = places[0].relation, places[0].axes, places[0].indices
+        ours, theirs = relation.native, relation.hub
+        same_rows = [sorted(side.dims[0].axes) for side in relation.sides]
+        if (
+            {*ours.name_axes} != {*theirs.name_axes}
+            or any(len(dim.segments) > 1 for side in relation.sides for dim in side.dims)
+            or same_rows[0] != same_rows[1]
+            or ours.dims[1:] != theirs.dims[1:]
+        ):
+            return None
+        native, hub = (Side(s.spelled(indices, axes), s.dims) for s in relation.sides)
+        return Relation(native, hub, relation.dtype)
 
     def sources(self, side: SideName, name: str) -> list[str]:
         """Tensors of the other side that hold the elements of this one."""
