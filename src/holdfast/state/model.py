@@ -67,11 +67,6 @@ def adapted(parts: Sequence[nn.Module]) -> tuple[ModelState, ModelState]:
     named = [pair for part in parts for pair in part.named_parameters(remove_duplicate=False)]
     frozen = [canonical(name) for name, one in named if not one.requires_grad]
     trained = [canonical(name) for name, one in named if one.requires_grad]
-    if not trained:
-        raise UsageError(
-            "`checkpoint.save_frozen` is off, and every parameter of the model is frozen",
-            hint="make the manager after `requires_grad_` has said what is trained",
-        )
     return ModelState(parts, without=frozen), ModelState(parts, may_lack=trained)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.catalog.catalog import open_manifest
+from holdfast.engine.ranks import Ranks
 from holdfast.engine.save import save
 from holdfast.errors import MismatchError, NotFoundError, UsageError
 from holdfast.hf.export import HubModel
@@ -18,6 +19,7 @@ from holdfast.hf.flavors import MODELS, config_of
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.manager import CheckpointManager
 from holdfast.storage.local import LocalStore
+from holdfast.testing.ranks import run_ranks
 from holdfast.trainer.model import Transformer
 from hub_folders import hub_tensors, save_folder
 
@@ -162,17 +164,38 @@ def test_a_base_may_be_a_hugging_face_folder(tmp_path: Path) -> None:
     assert torch.equal(found[1]["layers.1.feed_forward.w3.weight"], wanted)
 
 
-def test_what_needs_a_whole_model_is_refused(tmp_path: Path) -> None:
-    """G6: exports and seeds hold the base; a model with nothing to train has no steps."""
+def test_what_needs_a_whole_model_is_refused() -> None:
+    """G6: exports and seeds hold the base."""
     for settings in ({"last_save_in_hf": True}, {"hf_export_interval": 5}):
         wanted: dict[str, Any] = {"enable": True, "save_frozen": False, **settings}
         with pytest.raises(UsageError, match="writes a whole model"):
             CheckpointConfig(**wanted)
     with pytest.raises(UsageError, match="initial_load_model_only"):
         CheckpointConfig(enable=True, save_frozen=False, initial_load_model_only=False)
-    with pytest.raises(UsageError, match="every parameter of the model is frozen"):
-        CheckpointManager(
-            tmp_path / "run",
-            model=nn.Linear(2, 2).requires_grad_(False),
-            config=CheckpointConfig(enable=True, save_frozen=False),
+
+
+def test_a_rank_may_hold_frozen_parameters_alone(tmp_path: Path) -> None:
+    """G9: as a pipeline stage without adapters does. Method: two ranks as threads, each with one
+    stage, and a second run of both."""
+    save(tmp_path / "base", {"first.weight": torch.ones(2, 2), "last.weight": torch.ones(2, 2)})
+
+    def run(ranks: Ranks) -> dict[str, Tensor]:
+        name = ("first", "last")[ranks.rank]
+        model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False)}).requires_grad_(False)
+        if name == "last":
+            model["adapter"] = nn.Linear(2, 2, bias=False)
+        config = CheckpointConfig(
+            enable=True, interval=1, save_frozen=False, initial_load_path=str(tmp_path / "base")
         )
+        with CheckpointManager(
+            tmp_path / "run", model=model, config=config, ranks=ranks
+        ) as manager:
+            if manager.load() == 0:
+                manager.save(1)
+        return dict(model.state_dict())
+
+    _, saved = run_ranks(2, run)
+    first, found = run_ranks(2, run)
+    assert torch.equal(first["first.weight"], torch.ones(2, 2))
+    assert torch.equal(found["last.weight"], torch.ones(2, 2))
+    assert torch.equal(found["adapter.weight"], saved["adapter.weight"])
