@@ -19,7 +19,7 @@ from holdfast.cli.terminal import counted, parsed, say, say_json, spelled_bytes
 from holdfast.cli.verify import resumable, verified
 from holdfast.engine.root import open_for_reading
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError, StorageError
-from holdfast.format.names import LOCK, MANIFEST, METADATA, Mark, aside_of, step_name, step_of
+from holdfast.format.names import LOCK, MANIFEST, METADATA, aside_of, step_name, step_of
 from holdfast.storage.holder import holder_of
 from holdfast.storage.local import LocalStore
 from holdfast.storage.store import ReadStore
@@ -159,11 +159,10 @@ def _damaged(folder: Folder) -> Iterator[Trouble]:
 
 def _marked(folder: Folder, name: str, step: int) -> Trouble:
     """A step that a run has found damaged, and that looks whole."""
-    mark = Mark("damaged", step)
     if not folder.read:
         return Trouble("damaged", name, folder.marked[step], folder.command("verify", f"/{name}"))
     what = f"{folder.marked[step]}, but every byte of it is as it was written"
-    return Trouble("marked", name, what, f"rm {shlex.quote(f'{folder.where}/{mark}')}")
+    return Trouble("marked", name, what, f"{folder.command('verify', f'/{name}')} --mark")
 
 
 def _space(folder: Folder, store: LocalStore) -> Iterator[Trouble]:

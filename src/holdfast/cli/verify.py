@@ -10,12 +10,14 @@ import tyro
 
 from holdfast.catalog.catalog import steps_in
 from holdfast.catalog.findings import Report
-from holdfast.catalog.marks import damaged_steps
+from holdfast.catalog.marks import clear_damaged, damaged_steps, mark_damaged
 from holdfast.catalog.verify import Target, failed, format_of, verify
 from holdfast.cli.look import is_folder
 from holdfast.cli.terminal import parsed, progress, say, say_json, spelled_bytes
 from holdfast.engine.root import open_for_reading
-from holdfast.errors import DamagedError, HoldfastError
+from holdfast.errors import DamagedError, HoldfastError, UsageError
+from holdfast.format.names import step_of
+from holdfast.storage.local import LocalStore
 from holdfast.storage.store import ReadStore
 
 LISTED_MAX = 50
@@ -36,6 +38,10 @@ class Verify:
     quick: bool = False
     """Check structure alone: indexes and sizes, no data."""
 
+    mark: bool = False
+    """Leave a mark beside each damaged step, and take it from each that is whole: resumes,
+    retention and `holdfast list` pass over what is marked."""
+
     json: bool = False
     """Print JSON, with every finding."""
 
@@ -46,6 +52,8 @@ class Verify:
 def run(arguments: Sequence[str]) -> int:
     """Verify, print what was found; the exit status."""
     asked = parsed(Verify, "verify", arguments)
+    if asked.mark and (asked.quick or "://" in asked.path):
+        raise UsageError("`--mark` is for folders of this machine, with all data read")
     store, name = open_for_reading(asked.path)
     steps = (
         steps_in(store, name) if format_of(store, name) is None and is_folder(store, name) else []
@@ -55,6 +63,8 @@ def run(arguments: Sequence[str]) -> int:
     else:
         with progress(name, _nbytes(store, name)) as advance:
             reports = [verify(Target(store, name, asked.quick, advance))]
+    if asked.mark:
+        _mark(reports)
     marked = damaged_steps(store, name) if steps else {}
     resume = resumable(reports, marked) if steps else None
     if asked.json:
@@ -67,14 +77,16 @@ def run(arguments: Sequence[str]) -> int:
             if report.good and report.step in marked:
                 say(f"  note: {marked[report.step]}; a resume passes it over")
         if steps:
-            say(f"a resume takes step {resume}" if resume is not None else "no step to resume from")
+            say(_resumes(resume))
     damaged = [report for report in reports if not report.good]
     if damaged:
         raise DamagedError(
             f"{len(damaged)} of {len(reports)} checkpoints are damaged"
             if steps
             else f"`{damaged[0].where}` is damaged",
-            hint=f"a resume takes step {resume}" if resume is not None else None,
+            hint=None
+            if asked.mark or not steps
+            else "with `--mark` retention and `list` know it too",
         )
     return 0
 
@@ -87,6 +99,25 @@ def verified(store: ReadStore, name: str, quick: bool) -> Report:
             return verify(target)
         except HoldfastError as error:
             return failed(target, error)
+
+
+def _mark(reports: Sequence[Report]) -> None:
+    """Let what was found be known beside the steps."""
+    for report in reports:
+        folder, _, name = report.where.rpartition("/")
+        step = step_of(name)
+        if step is None:
+            raise UsageError(
+                f"`{report.where}` is no step of a run", hint="`--mark` is for folders named step-N"
+            )
+        if report.loads:
+            clear_damaged(LocalStore(folder), step)
+        else:
+            mark_damaged(LocalStore(folder), step, str(report.findings[0]))
+
+
+def _resumes(resume: int | None) -> str:
+    return f"a resume takes step {resume}" if resume is not None else "no step to resume from"
 
 
 def _nbytes(store: ReadStore, name: str) -> int:
