@@ -40,6 +40,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         data_file = (folder / name).read_bytes()
         assert len(data_file) == nbytes
         assert digest(data_file[table:]) == expected
+    for stage in manifest.get("timings", {}).values():
+        assert 0 <= stage["least"] <= stage["median"] <= stage["most"]
+        assert type(stage["slowest"]) is int
     if manifest["metadata"]:
         nbytes, expected = manifest["metadata"]
         metadata = (folder / ".metadata").read_bytes()

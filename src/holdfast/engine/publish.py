@@ -17,6 +17,7 @@ from holdfast.format import manifest as manifests
 from holdfast.format.checksum import Running
 from holdfast.format.manifest import Kind, Manifest, ValueEntry
 from holdfast.format.names import MANIFEST, METADATA, Aside
+from holdfast.format.timings import over_ranks
 from holdfast.storage.store import Store
 
 logger = logging.getLogger("holdfast")
@@ -46,7 +47,7 @@ def publish(
         StorageError: a file is not where all ranks can see it, or cannot be written.
     """
     folder, store = str(attempt), catalog.store
-    manifest = _manifest([r for r in receipts if r.file], index, facts)
+    manifest = _manifest(receipts, index, facts)
     for file, nbytes in manifest.files.items():
         _check_shared(store, folder, file, nbytes)
     metadata = index.stock.encode({n: (e.file, e.item) for n, e in manifest.values.items()})
@@ -78,20 +79,21 @@ def _check_shared(store: Store, folder: str, file: str, nbytes: int) -> None:
 
 def _manifest(receipts: Sequence[Receipt], index: Index, facts: Facts) -> Manifest:
     """All but the tensors, which the index has as bytes."""
-    paths = index.plan.values
+    paths, files = index.plan.values, [receipt for receipt in receipts if receipt.file]
     return Manifest(
         tensors={},
         values={
             name: ValueEntry(receipt.file, item, found, paths[name][1])
-            for receipt in receipts
+            for receipt in files
             for name, (item, found) in receipt.values.items()
         },
-        files={receipt.file: receipt.nbytes for receipt in receipts},
-        tables={receipt.file: receipt.table for receipt in receipts},
+        files={receipt.file: receipt.nbytes for receipt in files},
+        tables={receipt.file: receipt.table for receipt in files},
         step=facts.step,
         kind=facts.kind,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         layout=facts.layout,
         versions=facts.versions,
         metrics=facts.metrics,
+        timings=over_ranks([receipt.seconds for receipt in receipts]),
     )

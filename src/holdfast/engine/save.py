@@ -208,9 +208,9 @@ def finish_save(
                 staging.run()
             # Optimizers wait for a copy, but nobody for what follows it.
             make_way()
-        with spans("write"):
-            pace = Pace(bytes_per_s)
-            return write(catalog.store, str(attempt), pending.image, pending.data_of, pace)
+        pace = Pace(bytes_per_s)
+        receipt = write(catalog.store, str(attempt), pending.image, pending.data_of, pace, spans)
+        return replace(receipt, seconds=dict(spans.seconds))
 
     written = outcome_of(stage_and_write)
     with spans("commit"):

@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from statistics import median
+
+from holdfast.format.timings import DIGITS, Stage, over_ranks
 
 
 @dataclass(slots=True)
@@ -30,40 +31,27 @@ class Spans:
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
-    """Seconds of one stage over all ranks."""
-
-    least: float
-    median: float
-    most: float
-    slowest: int
-    """The rank that took the most."""
-
-
-@dataclass(frozen=True, slots=True)
-class SaveTimes:
-    """How long a save took, from its plan until it was durable."""
+class Times:
+    """How long a save took, from its plan until it was durable; or a load."""
 
     step: int
     nbytes: int
+    """Over all ranks."""
+
     seconds: float
     """Of the rank that took the longest."""
 
-    stages: Mapping[str, Spread]
+    stages: Mapping[str, Stage]
 
 
-def save_times(step: int, nbytes: int, ranks: Sequence[Mapping[str, float]]) -> SaveTimes:
-    """How long a save took, from the seconds of each stage that every rank has measured.
+def times_of(step: int, nbytes: int, ranks: Sequence[Mapping[str, float]]) -> Times:
+    """How long a save or a load took, from the seconds of each stage that every rank has measured.
 
-    >>> save_times(1, 8, [{"write": 2.0}, {"write": 5.0}, {"write": 3.0}]).stages["write"]
-    Spread(least=2.0, median=3.0, most=5.0, slowest=1)
+    >>> times_of(1, 8, [{"plan": 1.0, "write": 2.0}, {"plan": 1.0, "write": 5.0}]).seconds
+    6.0
     """
-    stages = {}
-    for stage in dict.fromkeys(stage for seconds in ranks for stage in seconds):
-        spent = [seconds.get(stage, 0.0) for seconds in ranks]
-        most = max(spent)
-        stages[stage] = Spread(min(spent), median(spent), most, spent.index(most))
-    return SaveTimes(step, nbytes, max(sum(seconds.values()) for seconds in ranks), stages)
+    seconds = max(sum(spent.values()) for spent in ranks)
+    return Times(step, nbytes, round(seconds, DIGITS), over_ranks(ranks))
 
 
 def rate(nbytes: int, seconds: float) -> str:

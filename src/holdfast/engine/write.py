@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from holdfast.engine.spans import Spans
 from holdfast.format import checksum, torchzip
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Span, Table
@@ -63,6 +65,9 @@ class Receipt:
     values: Mapping[str, tuple[Span, int]] = field(default_factory=dict)
     """Place and checksum of each value's container."""
 
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """What each stage has taken so far."""
+
 
 def lay_out(regions: Sequence[tuple[str, str, Region]]) -> tuple[TensorItem, ...]:
     """Where tensors lie in a file, one after the other. `regions` are name, dtype and region."""
@@ -99,23 +104,34 @@ DataOf = Callable[[str, Region], memoryview]
 
 
 def write(
-    store: Store, folder: str, image: FileImage, data_of: DataOf, pace: Pace | None = None
+    store: Store,
+    folder: str,
+    image: FileImage,
+    data_of: DataOf,
+    pace: Pace | None = None,
+    spans: Spans | None = None,
 ) -> Receipt:
-    """Write a file, and make its bytes durable."""
+    """Write a file, and make its bytes durable: in `spans` the stages `write` and `sync`, which
+    also waits for what is still on its way."""
     if not image.nbytes:
         return Receipt()
+    spans = spans or Spans()
     checksums: list[int] = []
-    with store.create(f"{folder}/{image.name}", image.nbytes) as writer:
-        stream = _Stream(writer, pace or Pace())
-        for item in image.tensors:
-            stream.put(item.prefix)
-            checksums += _put_checked(stream, data_of(item.name, item.region), item)
-            stream.put(item.suffix)
-        for _, container in image.containers:
-            stream.put(container)
-        packed = checksum.pack(checksums)
-        stream.put(packed)
-        stream.flush()
+    with ExitStack() as file:
+        with spans("write"):
+            writer = file.enter_context(store.create(f"{folder}/{image.name}", image.nbytes))
+            stream = _Stream(writer, pace or Pace())
+            for item in image.tensors:
+                stream.put(item.prefix)
+                checksums += _put_checked(stream, data_of(item.name, item.region), item)
+                stream.put(item.suffix)
+            for _, container in image.containers:
+                stream.put(container)
+            packed = checksum.pack(checksums)
+            stream.put(packed)
+            stream.flush()
+        with spans("sync"):
+            file.close()
     sums = {offset: checksum.checksum(container) for offset, container in image.containers}
     values = {name: (span, sums[span.offset]) for name, span in image.values.items()}
     table = Table(image.table_offset, checksum.checksum(packed))

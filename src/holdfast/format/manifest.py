@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from holdfast.errors import DamagedError, FormatError
-from holdfast.format import checksum
+from holdfast.format import checksum, timings
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.region import Region
+from holdfast.format.timings import Stage
 
 VERSION = 2
 
@@ -122,6 +123,9 @@ class Manifest:
     metrics: Mapping[str, float] = field(default_factory=dict)
     """What the training loop measured at this step; NaN where it was no finite number."""
 
+    timings: Mapping[str, Stage] = field(default_factory=dict)
+    """How long each stage of the save took over all ranks, up to the commit that it is part of."""
+
     metadata: tuple[int, int] | None = None
     """Bytes and checksum of the `.metadata` beside it."""
 
@@ -183,6 +187,7 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
         "versions": dict(manifest.versions),
         "layout": dict(manifest.layout),
         **({"metrics": _encode_metrics(manifest.metrics)} if manifest.metrics else {}),
+        **({"timings": timings.encode(manifest.timings)} if manifest.timings else {}),
         "checksums": {"algorithm": checksum.ALGORITHM, "block_bytes": checksum.BLOCK_BYTES},
         "metadata": manifest.metadata,
         "files": [
@@ -249,8 +254,14 @@ def decode(data: bytes, *, where: str) -> Manifest:
         )
     try:
         return _decode_body(json.loads(body), where)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
+    except _NO_MANIFEST as error:
         raise FormatError(f"`{where}` is not a manifest: {type(error).__name__} {error}") from error
+
+
+_NO_MANIFEST = (
+    *(LookupError, TypeError, ValueError, AttributeError, RecursionError),
+    OverflowError,  # Of a number that no float holds.
+)
 
 
 def _decode_body(body: dict[str, Any], where: str) -> Manifest:
@@ -281,6 +292,7 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
         layout=dict(body["layout"].items()),
         versions={str(name): str(version) for name, version in body["versions"].items()},
         metrics={name: _metric(value) for name, value in body.get("metrics", {}).items()},
+        timings=timings.decode(body.get("timings", {})),
         metadata=_seal(body["metadata"]),
     )
     if manifest.kind not in ("full", "model", None):

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+from holdfast.engine.spans import Times
 from holdfast.manager.policy import Progress
 
 RESUMING = "resuming"
 
 
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """What saves and loads have taken, by stage and over all ranks, since this was last asked."""
+
+    saves: tuple[Times, ...] = ()
+    """Those that have become durable."""
+
+    loads: tuple[Times, ...] = ()
+
+    failed_saves: int = 0
+    """Saves that have come to nothing."""
+
+
 class Goodput:
-    """Counts steps and seconds: those that training had, and those that it lost, by cause."""
+    """Counts steps and seconds: those that training had, and those that it lost, by cause. Told of
+    saves from the thread that finishes them, too."""
 
     def __init__(self) -> None:
+        self.saves: deque[Times] = deque()
+        self.loads: deque[Times] = deque()
+        self.failed_saves = 0
         self._began = self._saved_at = time.perf_counter()
         self._lost: dict[str, float] = {}
         self._num_steps = self._num_saves = self._steps_at_save = 0
@@ -39,6 +59,14 @@ class Goodput:
     def blocked_s(self) -> float:
         """Of these, those for the sake of saves."""
         return self.lost_s - self._lost.get(RESUMING, 0.0)
+
+    def timings(self) -> Timings:
+        """What has been added since the last call."""
+        saves, loads = (
+            tuple(added.popleft() for _ in range(len(added))) for added in (self.saves, self.loads)
+        )
+        failed, self.failed_saves = self.failed_saves, 0
+        return Timings(saves, loads, failed)
 
     def count_step(self) -> None:
         """Another step has been trained."""

@@ -8,6 +8,7 @@ from typing import Literal
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.sweep import execute, plan_sweep
+from holdfast.engine.load import Loaded
 from holdfast.engine.planner import Planner
 from holdfast.engine.ranks import Ranks, on_rank_0
 from holdfast.engine.save import Pending
@@ -60,8 +61,8 @@ class Hub:
             return None
         return "beside" if saved else "alone"
 
-    def load(self, path: str | None, tree: StateTree) -> str:
-        """Load the model from `path`, or from the assets. Returns where from."""
+    def load(self, path: str | None, tree: StateTree) -> Loaded:
+        """Load the model from `path`, or from the assets."""
         known = self._model
         found = path or (known.assets if known is not None else None)
         if found is None:
@@ -81,7 +82,7 @@ class Hub:
             logger.info("%s: %s", loaded.where, note)
         for line in differences(loaded) if self._ranks.rank == 0 else ():
             logger.warning(line)
-        return loaded.where
+        return loaded
 
     def prepare(self) -> None:
         """Make the folder of exports ready. Collective."""
@@ -92,9 +93,9 @@ class Hub:
 
         on_rank_0(self._ranks, make)
 
-    def finish(self, pending: Pending, ranks: Ranks, step: int, use: Use) -> None:
-        """Write the model of a save as a Hugging Face folder, and publish it. Collective, over
-        ranks that nothing else uses in the meantime."""
+    def finish(self, pending: Pending, ranks: Ranks, step: int, use: Use) -> int:
+        """Write the model of a save as a Hugging Face folder, and publish it. Returns its bytes.
+        Collective, over ranks that nothing else uses in the meantime."""
         assert self._model is not None, "checked at birth"
         started = time.perf_counter()
         catalog, attempt = pending.catalog, pending.attempt
@@ -113,3 +114,4 @@ class Hub:
             done = rate(nbytes, time.perf_counter() - started)
             where = catalog.where(attempt.name)
             logger.info("saved step %d for Hugging Face: %s, %s", step, done, where)
+        return nbytes

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
@@ -19,24 +19,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from holdfast.catalog.catalog import Catalog, open_manifest
-from holdfast.catalog.marks import mark_damaged
-from holdfast.engine.load import load_tree
+from holdfast.engine.load import Loaded, load_tree
 from holdfast.engine.ranks import Ranks, all_ranks, host_name, on_every_rank, on_rank_0
 from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source
-from holdfast.engine.spans import SaveTimes, rate
-from holdfast.errors import (
-    DamagedError,
-    ExistsError,
-    FormatError,
-    HoldfastError,
-    NotFoundError,
-)
+from holdfast.engine.spans import rate, times_of
+from holdfast.errors import DamagedError, ExistsError, FormatError, NotFoundError
 from holdfast.format.manifest import Kind
 from holdfast.format.names import LOCK, step_of
 from holdfast.hf.export import HubModel
 from holdfast.manager.config import CheckpointConfig
-from holdfast.manager.goodput import RESUMING, Goodput
+from holdfast.manager.goodput import RESUMING, Goodput, Timings
 from holdfast.manager.hub import FOLDER, Hub
 from holdfast.manager.parts import (
     DATALOADER,
@@ -44,17 +37,25 @@ from holdfast.manager.parts import (
     OPTIMIZER,
     RNG,
     SCHEDULER,
+    Metrics,
     changed_by_optimizers,
     check_dataloader,
     check_excluded,
     differences,
     many,
     not_excluded,
+    numbers_in,
     other_generators,
 )
 from holdfast.manager.policy import is_due, kind_in_time, kind_of_save
 from holdfast.manager.renames import as_here
-from holdfast.manager.resume import Step, newest_final, newest_resumable, strict_step
+from holdfast.manager.resume import (
+    Step,
+    newest_final,
+    newest_resumable,
+    remember_damage,
+    strict_step,
+)
 from holdfast.manager.retention import put_in_order
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
@@ -66,9 +67,6 @@ from holdfast.state.rng import RngState
 from holdfast.state.schedulers import SchedulerState
 from holdfast.state.tree import Stateful
 from holdfast.storage.local import LocalStore
-
-Metrics = Mapping[str, float] | Callable[[], Mapping[str, float]]
-"""Numbers by name, or a function that gives them."""
 
 logger = logging.getLogger("holdfast")
 
@@ -228,10 +226,10 @@ class CheckpointManager:
         """
         self._saver.wait_for_staging()
 
-    def timed_saves(self) -> list[SaveTimes]:
-        """How long the saves took, by stage and over all ranks, that have become durable since the
-        last call. Known to rank 0; elsewhere there are none."""
-        return self._saver.timed()
+    def timings(self) -> Timings:
+        """How long saves and loads took, by stage and over all ranks: those that came to their end
+        since the last call. Known to rank 0; elsewhere there are none."""
+        return self._goodput.timings()
 
     @property
     def blocked_s(self) -> float:
@@ -306,7 +304,8 @@ class CheckpointManager:
                 # Raised on every rank alike, so all go on to the same older step.
                 passed_over.append(f"step {candidate.step}: {error.what}")
                 self._warn(f"passed over {passed_over[-1]}")
-                self._mark_damaged(candidate.step, error)
+                if self._ranks.rank == 0 and self._saves:
+                    remember_damage(self._catalog, candidate.step, error)
                 below = candidate.step
         # Of what is trained, a step that proved damaged may have been read in part: no fresh start.
         start = self._load_initial() if self.config.save_frozen else None if passed_over else base
@@ -378,9 +377,8 @@ class CheckpointManager:
         """Load a step of this folder, and remember the course that the run is on."""
         started = time.perf_counter()
         source = Source(self._catalog.store, found.folder, found.manifest)
-        self._load_parts(source, self._resumed if found.step else [MODEL])
-        seconds = time.perf_counter() - started
-        done = rate(found.manifest.nbytes, seconds)
+        self._load_parts(source, self._resumed if found.step else [MODEL], found.step)
+        done = rate(found.manifest.nbytes, time.perf_counter() - started)
         self._say(f"resumed from step {found.step}: {done}, {source.url}")
         steps = on_rank_0(self._ranks, self._catalog.steps)
         left_behind = [step for step in steps if step > found.step]
@@ -392,22 +390,14 @@ class CheckpointManager:
             )
         return found.step
 
-    def _mark_damaged(self, step: int, error: HoldfastError) -> None:
-        """Let later runs know at once; one that only loads writes nothing."""
-        if self._ranks.rank != 0 or not self._saves or isinstance(error, NotFoundError):
-            return
-        try:
-            mark_damaged(self._catalog.store, step, error.what)
-        except HoldfastError as failed:
-            logger.warning("could not mark step %d as damaged: %s", step, failed)
-
     def _load_initial(self) -> int | None:
         """Load weights from elsewhere, if there are to be any. Returns the step to go on from."""
         path = self.config.initial_load_path
         then = ": starting at step 0" if self.config.save_frozen else ", to train in part"
         if self.config.initial_load_in_hf:
-            where = self._hub.load(path, self._model(self._whole))
-            self._say(f"loaded the model of {where}{then}")
+            loaded = self._hub.load(path, self._model(self._whole))
+            self._note(loaded, 0)
+            self._say(f"loaded the model of {loaded.where}{then}")
             return 0
         if path is None:
             return None
@@ -417,15 +407,15 @@ class CheckpointManager:
         source = Source(store, name, manifest)
         if self.config.initial_load_model_only:
             partial_load = not self.config.initial_load_strict
-            self._load_tree(source, self._model(self._whole), partial_load=partial_load)
+            self._load_tree(source, self._model(self._whole), 0, partial_load=partial_load)
             self._say(f"loaded the model of {source.url}{then}")
             return 0
-        self._load_parts(source, self._resumed)
         step = manifest.step if manifest.step is not None else step_of(name) or 0
+        self._load_parts(source, self._resumed, step)
         self._say(f"loaded {source.url}: going on from step {step}")
         return step
 
-    def _load_parts(self, source: Source, names: Sequence[str]) -> None:
+    def _load_parts(self, source: Source, names: Sequence[str], step: int) -> None:
         manifest = source.manifest
         wanted = list(names)
         if RNG in wanted and (why := other_generators(manifest, self._ranks.size)):
@@ -434,11 +424,14 @@ class CheckpointManager:
         if DATALOADER in wanted:
             check_dataloader(manifest, self._ranks.size)
         parts = {part: self._parts[part] for part in wanted}
-        self._load_tree(source, StateTree(parts, flat=MODEL, others=self._sections))
+        self._load_tree(source, StateTree(parts, flat=MODEL, others=self._sections), step)
 
-    def _load_tree(self, source: Source, tree: StateTree, *, partial_load: bool = False) -> None:
+    def _load_tree(
+        self, source: Source, tree: StateTree, step: int, *, partial_load: bool = False
+    ) -> None:
         manifest = source.manifest
         loaded = load_tree(source, tree, ranks=self._ranks, partial=partial_load)
+        self._note(loaded, step)
         self._warn(*differences(loaded))
         if loaded.converted:
             first = loaded.converted[0]
@@ -447,11 +440,18 @@ class CheckpointManager:
                 f"`{first}`, stored as {manifest.tensors[first].dtype}"
             )
 
+    def _note(self, loaded: Loaded, step: int) -> None:
+        """Remember how long a load has taken that goes on from `step`. Collective."""
+        every = self._ranks.gather((loaded.nbytes, loaded.spans.seconds))
+        if every:
+            sizes, seconds = zip(*every, strict=True)
+            self._goodput.loads.append(times_of(step, sum(sizes), seconds))
+
     def _save_as(
         self, kind: Kind, step: int, *, last_step: bool, metrics: Metrics | None = None
     ) -> bool:
         """Save all parts, or the model alone: in the export dtype where it is the last step."""
-        numbers = on_every_rank(self._ranks, partial(_numbers, metrics))
+        numbers = on_every_rank(self._ranks, partial(numbers_in, metrics))
         self._goodput.count_save()
         use = self._hub.use(step, last_step=last_step, saved=True)
         if kind == "full":
@@ -493,8 +493,3 @@ class CheckpointManager:
     def _warn(self, *lines: str) -> None:
         for line in lines if self._ranks.rank == 0 else ():
             logger.warning(line)
-
-
-def _numbers(metrics: Metrics | None) -> dict[str, float]:
-    given = metrics() if callable(metrics) else metrics or {}
-    return {name: float(value) for name, value in given.items()}

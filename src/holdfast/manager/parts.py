@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 from holdfast.engine.load import Loaded
@@ -21,7 +21,16 @@ MODEL, OPTIMIZER, SCHEDULER, DATALOADER, RNG = (
 """Names of the parts of a step; TorchTitan's. The model's own names lie at the top level."""
 
 
+Metrics = Mapping[str, float] | Callable[[], Mapping[str, float]]
+"""Numbers by name, or a function that gives them."""
+
 T = TypeVar("T")
+
+
+def numbers_in(metrics: Metrics | None) -> dict[str, float]:
+    """What a step is to keep of what was measured."""
+    given = metrics() if callable(metrics) else metrics or {}
+    return {name: float(value) for name, value in given.items()}
 
 
 def many(given: T | Sequence[T]) -> list[T]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.findings import kind_of
-from holdfast.catalog.marks import damaged_steps, pinned_steps
+from holdfast.catalog.marks import damaged_steps, mark_damaged, pinned_steps
 from holdfast.errors import HoldfastError, NotFoundError
 from holdfast.format.manifest import Manifest
 from holdfast.hf.folder import open_folder
 from holdfast.manager.policy import Candidate
+
+logger = logging.getLogger("holdfast")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,16 @@ def newest_resumable(catalog: Catalog, below: int | None) -> tuple[Step | None, 
             return Step(step, folder, manifest), refused
         refused.append(f"step {step}: it holds the model alone, and cannot be resumed from")
     return None, refused
+
+
+def remember_damage(catalog: Catalog, step: int, error: HoldfastError) -> None:
+    """Let later runs know at once what a load of this step ended in."""
+    if isinstance(error, NotFoundError):
+        return
+    try:
+        mark_damaged(catalog.store, step, error.what)
+    except HoldfastError as failed:
+        logger.warning("could not mark step %d as damaged: %s", step, failed)
 
 
 def newest_final(catalog: Catalog) -> int | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
@@ -15,7 +14,7 @@ from holdfast.engine.background import Background
 from holdfast.engine.planner import Planner
 from holdfast.engine.ranks import Ranks, conclude, on_every_rank, outcome_of
 from holdfast.engine.save import Pending, begin_save, discard, finish_save, take_snapshot
-from holdfast.engine.spans import SaveTimes, amount, rate, save_times
+from holdfast.engine.spans import Spans, amount, rate, times_of
 from holdfast.engine.stage import Snapshot, Staging, free_memory
 from holdfast.errors import HoldfastError, RankError, UsageError
 from holdfast.format.manifest import Kind, Path
@@ -65,16 +64,10 @@ class Saver:
         self._staging: Staging | None = None
         self.retainer = Retainer(catalog, retention_of(config))
         """Lets old steps go; used on rank 0 alone."""
-        self._timed: deque[SaveTimes] = deque()
         self.full_save_s = 0.0
         """The longest that a full save took until it was durable; 0 before the first."""
         self.model_share = 0.0
         """The model's part of a full step's bytes; known to rank 0 alone."""
-
-    def timed(self) -> list[SaveTimes]:
-        """How long the saves took that have become durable since the last call; known to rank 0
-        alone."""
-        return [self._timed.popleft() for _ in range(len(self._timed))]
 
     @property
     def busy(self) -> bool:
@@ -179,14 +172,17 @@ class Saver:
             except HoldfastError:
                 discard(pending, self._ranks)
                 raise
-            self._hub.finish(pending, self._finishing_ranks, step, use)
-            if use == "step" and self._ranks.rank == 0:
-                self.retainer.saved(step)
+            with pending.spans("write"):
+                nbytes = self._hub.finish(pending, self._finishing_ranks, step, use)
+            if use == "step":
+                self._note(step, nbytes, pending.spans)
+                if self._ranks.rank == 0:
+                    self.retainer.saved(step)
             return
         limit = self._config.write_bandwidth_limit * 1e6 / self._ranks.size
         ranks = self._finishing_ranks
         saved = finish_save(pending, ranks, staging=staging, bytes_per_s=limit or None)
-        every = ranks.gather(saved.spans.seconds)
+        self._note(step, saved.nbytes, saved.spans)
         if pending.facts.kind == "full":
             self.full_save_s = max(self.full_save_s, saved.spans.total)
             if pending.index is not None:
@@ -195,13 +191,19 @@ class Saver:
         if self._ranks.rank == 0:
             done = rate(saved.nbytes, saved.spans.total)
             logger.info("saved step %d: %s, %s", step, done, saved.where)
-            self._timed.append(save_times(step, saved.nbytes, every))
             self.retainer.saved(step)
         if use == "beside":
             self._hub.finish(pending, self._finishing_ranks, step, use)
 
+    def _note(self, step: int, nbytes: int, spans: Spans) -> None:
+        """Remember how long a save has taken. Collective."""
+        every = self._finishing_ranks.gather(spans.seconds)
+        if every:
+            self._goodput.saves.append(times_of(step, nbytes, every))
+
     def _survive(self, error: HoldfastError) -> None:
         """Go on without what was not saved, if that is wanted and can be."""
+        self._goodput.failed_saves += 1
         if self._config.on_save_error == "raise" or isinstance(error, RankError):
             raise error
         if self._ranks.rank == 0:

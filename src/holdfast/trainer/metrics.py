@@ -9,15 +9,15 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from holdfast.engine.spans import SaveTimes
+from holdfast.engine.spans import Times
 from holdfast.errors import UsageError
+from holdfast.manager.goodput import Timings
 from holdfast.trainer.config import MetricsConfig
 
 if TYPE_CHECKING:
@@ -51,8 +51,23 @@ class Row:
     time: float
     """Seconds since 1970."""
 
-    saves: tuple[SaveTimes, ...] = ()
+    saves: tuple[Times, ...] = ()
     """Saves that have become durable since the row before, with the seconds of each stage."""
+
+    loads: tuple[Times, ...] = ()
+    """In the first row of a run that began with one."""
+
+    failed_saves: int = 0
+    """Saves that came to nothing since the row before."""
+
+    def with_more(self, more: Timings) -> Row:
+        """The same step, and what has come to its end since."""
+        return replace(
+            self,
+            saves=(*self.saves, *more.saves),
+            loads=(*self.loads, *more.loads),
+            failed_saves=self.failed_saves + more.failed_saves,
+        )
 
 
 class Metrics:
@@ -104,11 +119,11 @@ class Metrics:
             for name in ("loss", "grad_norm", "lr", "tokens_per_s", "save_blocked_s"):
                 self._board.add_scalar(name, getattr(row, name), row.step)
 
-    def close(self, saves: Sequence[SaveTimes] = ()) -> None:
-        """Finish the files. `saves` became durable after the last row, which then is there again,
-        with them."""
-        if saves and self._last is not None:
-            self._write(replace(self._last, saves=(*self._last.saves, *saves)))
+    def close(self, more: Timings | None = None) -> None:
+        """Finish the files. Where there is more than the last row had, it is there again, with
+        that."""
+        if self._last is not None and more is not None and more != Timings():
+            self._write(self._last.with_more(more))
         if self._file is not None:
             self._file.close()
         if self._board is not None:

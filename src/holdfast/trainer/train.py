@@ -133,7 +133,7 @@ def train(config: Config, place: Place) -> None:
         try:
             take_steps(run, manager, metrics, first=step)
         finally:
-            metrics.close(manager.timed_saves())
+            metrics.close(manager.timings())
     _log_end(run, config.training.steps - step, time.perf_counter() - started, manager.goodput())
 
 
@@ -198,9 +198,8 @@ def take_steps(run: Run, manager: CheckpointManager, metrics: Metrics, *, first:
             if last_step or step % config.metrics.log_freq == 0 or step == first + 1:
                 mean_loss, norm = sum_over_data(loss, place), grad_norm.item()
                 pace = clock.lap(manager.blocked_s)
-                saves = tuple(manager.timed_saves())
-                row = Row(step, mean_loss, norm, lr, *pace, time.time(), saves)
-                metrics.report(row, place.device)
+                row = Row(step, mean_loss, norm, lr, *pace, time.time())
+                metrics.report(row.with_more(manager.timings()), place.device)
             measured = partial(_measured, loss, place)
             manager.save(step, last_step=last_step, metrics=measured)
     except KeyboardInterrupt:

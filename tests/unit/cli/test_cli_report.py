@@ -25,7 +25,7 @@ from holdfast.cli.history import history_of
 from holdfast.cli.list import Row
 from holdfast.cli.main import main
 from holdfast.cli.page import page
-from holdfast.engine.spans import save_times
+from holdfast.engine.spans import times_of
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -54,7 +54,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def row(step: int, time: float) -> dict[str, Any]:
     """A line as a run reports it, which saves after each tenth step; rank 3 is the slowest."""
     seconds = [{"plan": 0.1, "write": 1.0 + (rank == 3)} for rank in range(4)]
-    saves = [save_times(step - 1, 1000, seconds)] if step % 10 == 1 and step > 1 else []
+    saves = [times_of(step - 1, 1000, seconds)] if step % 10 == 1 and step > 1 else []
     return {
         "step": step,
         "loss": 5 / step,

@@ -24,6 +24,7 @@ from holdfast.format.manifest import (
     encode,
 )
 from holdfast.format.region import Region
+from holdfast.format.timings import Stage
 
 FILES = {"__0_0.distcp": 1 << 41, "__1_0.distcp": 1 << 41}
 TABLES = {file: Table(1 << 40, 7) for file in FILES}
@@ -63,6 +64,10 @@ def value_entries(draw: st.DrawFn, name: str) -> ValueEntry:
     return ValueEntry(draw(st.sampled_from([*FILES])), item, found, draw(paths(name)))
 
 
+seconds = st.floats(0, 1e9)
+stages = st.builds(Stage, seconds, seconds, seconds, st.integers(0, 4000))
+
+
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     names = draw(st.lists(KEYS, unique=True, max_size=5))
@@ -77,6 +82,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         created=draw(st.sampled_from(["", "2026-01-02T03:04:05+00:00"])),
         layout=draw(st.dictionaries(KEYS, st.integers() | KEYS | st.booleans(), max_size=3)),
         versions=draw(st.dictionaries(KEYS, KEYS, max_size=3)),
+        timings=draw(st.dictionaries(KEYS, stages, max_size=2)),
         metadata=draw(st.none() | st.tuples(st.integers(0, 2**40), st.integers(0, 2**64 - 1))),
     )
 
@@ -96,6 +102,8 @@ SMALL = Manifest(
     step=3,
     kind="full",
     layout={"world_size": 1},
+    metrics={"loss": 0.5},
+    timings={"write": Stage(1.0, 1.5, 2.0, 3)},
     metadata=(10, 11),
 )
 
@@ -211,6 +219,17 @@ def test_a_data_file_elsewhere_is_refused_by_name(name: str) -> None:
         (("checksums", "block_bytes"), 4096),
         (("metadata",), [1]),
         (("metadata",), [1, "x"]),
+        (("metrics", "loss"), 10**400),
+        (("timings",), ["write"]),
+        (("timings", "write"), 1.5),
+        (("timings", "write"), {"least": 1.0}),
+        (("timings", "write", "most"), 10**400),
+        (("timings", "write", "most"), -1.0),
+        (("timings", "write", "most"), "2"),
+        (("timings", "write", "most"), True),
+        (("timings", "write", "most"), float("nan")),
+        (("timings", "write", "slowest"), -1),
+        (("timings", "write", "slowest"), 1.0),
         (("layout",), 7),
         (("versions",), [1]),
         (("tensors",), []),

@@ -132,6 +132,9 @@ def test_a_run_may_go_on_after_a_failed_save(
             held.save(1)
             held.wait()
         held.save(2)
+        held.wait()
+        timings = held.timings()
+    assert (timings.failed_saves, [times.step for times in timings.saves]) == (1, [2])
     assert "a save failed, the run goes on" in caplog.text
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "step-2"}
 

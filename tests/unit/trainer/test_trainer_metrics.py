@@ -1,51 +1,75 @@
-"""What a run writes down of its saves."""
+"""What a run writes down of its saves and loads, beside its steps and in their manifests."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+import torch
 
 import holdfast
 from holdfast.engine.ranks import Ranks
-from holdfast.engine.spans import SaveTimes
+from holdfast.manager.goodput import Timings
 from holdfast.testing.ranks import run_ranks
+from holdfast.trainer.config import MetricsConfig
+from holdfast.trainer.metrics import Metrics, Row
 from runs import rows, train
 
 
-def test_every_save_of_a_run_is_in_its_metrics_with_the_time_of_each_stage(tmp_path: Path) -> None:
-    """Method: a run of two ranks, which saves in the background; the last save comes with the last
-    row, written again."""
+def test_every_save_and_load_of_a_run_is_in_its_metrics_with_the_time_of_each_stage(
+    tmp_path: Path,
+) -> None:
+    """Method: a run of two ranks, which saves in the background, and goes on; the last save comes
+    with the last row, written again, the load with the first."""
     arguments = ("--checkpoint.interval", "2", "--checkpoint.async_mode", "async")
-    ran = train("--training.steps", "5", *arguments, ranks=2, cwd=tmp_path)
-    assert ran.returncode == 0, ran.stdout
+    for steps in ("5", "6"):
+        ran = train("--training.steps", steps, *arguments, ranks=2, cwd=tmp_path)
+        assert ran.returncode == 0, ran.stdout
     found = rows(tmp_path / "outputs")
     assert [row["step"] for row in found][:5] == [1, 2, 3, 4, 5]
     last = {row["step"]: row for row in found}
     saves = [save for step in sorted(last) for save in last[step]["saves"]]
-    assert [save["step"] for save in saves] == [2, 4, 5]
-    for save in saves:
-        assert {"plan", "stage", "write", "commit"} <= save["stages"].keys()
-        assert save["nbytes"] > 0
-        for stage in save["stages"].values():
+    loads = [load for step in sorted(last) for load in last[step]["loads"]]
+    assert [save["step"] for save in saves] == [2, 4, 5, 6]
+    assert [load["step"] for load in loads] == [5]
+    for times in (*saves, *loads):
+        assert times["nbytes"] > 0
+        for stage in times["stages"].values():
             assert 0 <= stage["least"] <= stage["median"] <= stage["most"]
             assert stage["slowest"] in (0, 1)
+    assert {"plan", "stage", "write", "sync", "commit"} == saves[0]["stages"].keys()
+    assert {"plan", "read", "apply"} == loads[0]["stages"].keys()
+    manifest = json.loads((tmp_path / "outputs/checkpoint/step-4/manifest.json").read_text())
+    stages = {**saves[1]["stages"]}
+    del stages["commit"]  # The manifest is a part of it.
+    assert manifest["timings"] == stages
 
 
 def test_the_first_rank_alone_knows_them_and_once(tmp_path: Path) -> None:
-    """Method: a manager on three ranks that are threads."""
-    import torch
+    """Method: a manager on three ranks that are threads; one that loads what it has saved, too."""
 
-    def work(ranks: Ranks) -> list[SaveTimes]:
+    def work(ranks: Ranks) -> list[Timings]:
         config = holdfast.CheckpointConfig(enable=True, interval=1)
         with holdfast.CheckpointManager(
             tmp_path, model=torch.nn.Linear(2, 2), config=config, ranks=ranks
         ) as manager:
             manager.save(1)
-            times = manager.timed_saves()
-            assert manager.timed_saves() == []
-            return times
+            manager.load()
+            return [manager.timings(), manager.timings()]
 
-    first, *others = run_ranks(3, work)
-    assert [times.step for times in first] == [1]
-    stages = first[0].stages.values()
-    assert sum(s.least for s in stages) <= first[0].seconds <= sum(s.most for s in stages)
-    assert others == [[], []]
+    (first, again), *others = run_ranks(3, work)
+    assert [times.step for times in (*first.saves, *first.loads)] == [1, 1]
+    for times in (*first.saves, *first.loads):
+        stages = times.stages.values()
+        assert sum(s.least for s in stages) <= times.seconds + 1e-5
+        assert times.seconds <= sum(s.most for s in stages) + 1e-5
+    assert [again, *(timings for both in others for timings in both)] == [Timings()] * 5
+
+
+def test_a_save_that_failed_is_counted(tmp_path: Path) -> None:
+    """Method: the row with which a run ends, and the same row with what came after it."""
+    row = Row(1, 2.0, 1.0, 0.1, 10.0, 0.0, 1000.0, failed_saves=1)
+    metrics = Metrics(MetricsConfig(), tmp_path, first_rank=True, step=0)
+    metrics.report(row, torch.device("cpu"))
+    metrics.close(Timings(failed_saves=2))
+    assert [found["failed_saves"] for found in rows(tmp_path)] == [1, 3]
