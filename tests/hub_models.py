@@ -58,6 +58,10 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
     "deepseek-v3": ("DeepseekV3Config", {"q_lora_rank": 20, **LATENT, **EXPERTS}),
     "deepseek-v3-plain": ("DeepseekV3Config", {"q_lora_rank": None, **LATENT, **EXPERTS}),
+    "deepseek-v2": (
+        "DeepseekV2Config",
+        {"q_lora_rank": None, **LATENT, **EXPERTS, "topk_method": "greedy"},
+    ),
     "gpt-oss": ("GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, **WIDE}),
     "gemma-2": ("Gemma2Config", WIDE),
     "gemma-3": ("Gemma3TextConfig", WIDE),

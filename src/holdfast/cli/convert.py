@@ -47,10 +47,11 @@ class Convert:
     """Of one file of an export."""
 
     model_name: str | None = None
-    """Checked against config.json, or in its place; with --model-flavor."""
+    """Family: llama3, qwen3, deepseek_v3, gpt_oss, ... Checked against config.json."""
 
     model_flavor: str | None = None
-    """Size of the model, as `model.flavor` of a training run."""
+    """Size, as TorchTitan calls it: 8B, 30B-A3B, 20b, ... Checked against config.json, or in its
+    place."""
 
     model_only: bool = False
     """Leave out optimizer, schedule and everything else that is not the model's."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from holdfast.convert.source import Opened
 from holdfast.engine.root import open_for_reading
 from holdfast.errors import MismatchError, UsageError
 from holdfast.hf.families import family_of
-from holdfast.hf.family import EMBEDDING, HUB_EMBEDDING, Config, decoder_axes
-from holdfast.hf.flavors import MODELS, config_of
+from holdfast.hf.family import EMBEDDING, HUB_EMBEDDING, Config, Family, decoder_axes
 from holdfast.hf.folder import CONFIG, of_language_model, read_config
+from holdfast.hf.published import TYPES, flavors_of, published
 from holdfast.hf.tensors import Tensors
 
 _COMPARED = {
@@ -25,6 +25,14 @@ _COMPARED = {
     "e": "the number of experts",
     "m": "moe_intermediate_size",
 }
+"""Axes that all decoders have, and what to call their sizes."""
+
+_COMPARED_TOO = (
+    *("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
+    *("n_shared_experts", "first_k_dense_replace"),
+    *("intermediate_size_mlp", "interleave_moe_layer_step"),
+)
+"""Sizes that only some families have."""
 
 
 def config_of_model(
@@ -43,32 +51,45 @@ def config_of_model(
         if CONFIG in store.list(folder):
             found.append((read_config(store, folder), f"`{place}/{CONFIG}`"))
     if name is not None:
-        known = _named(model, name, flavor, [config for config, _ in found])
+        known = _named(model, name, flavor, found)
         if known is not None:
-            found.append((known, f"flavor {flavor}"))
+            found.append((known, f"flavor {flavor} of {name}"))
+    elif flavor is not None:
+        raise UsageError(
+            f"`--model-flavor {flavor}` needs `--model-name` too",
+            hint=f"`--model-name` is one of {', '.join(TYPES)}",
+        )
     for other in found[1:]:
         check_alike(found[0], other)
     return found[0] if found else (None, "")
 
 
 def _named(
-    model: Tensors, name: str, flavor: str | None, configs: Sequence[Config]
+    model: Tensors, name: str, flavor: str | None, found: Sequence[tuple[Config, str]]
 ) -> dict[str, Any] | None:
-    for key, given, known in (
-        ("name", name, list(MODELS)),
-        ("flavor", flavor, list(MODELS.get(name, ()))),
-    ):
+    """The configuration that goes by this name and flavor; None where there is only a name, which
+    fits what was found."""
+    flavors = flavors_of(name)
+    for key, given, known in (("name", name, list(TYPES)), ("flavor", flavor, flavors)):
         if given is not None and given not in known:
             raise UsageError(
-                f"`--model-{key}` is one of {', '.join(known)}, found: {given}",
-                hint="leave both out: family and sizes are read from `config.json`",
+                f"`--model-{key}` is one of {', '.join(known)}, found: {given}"
+                if known
+                else f"`--model-name {name}` has no flavors that are known, found: {given}",
+                hint=f"leave out `--model-{key}`: family and sizes are read from `{CONFIG}`",
+            )
+    for config, where in found:
+        if config.get("model_type") not in TYPES[name]:
+            raise MismatchError(
+                f"{where} and `--model-name {name}` are of different families:\n  model_type is "
+                f"{config.get('model_type')} and {' or '.join(TYPES[name])}",
+                hint="leave out `--model-name`, or give that of these weights",
             )
     if flavor is None:
         return None
-    shape = MODELS[name][flavor]
     embeddings = [model.held[n].shape[0] for n in (EMBEDDING, HUB_EMBEDDING) if n in model.held]
-    said = [config["vocab_size"] for config in configs if "vocab_size" in config]
-    return config_of(name, shape, shape.vocab_size or next(iter([*said, *embeddings]), 0))
+    said = [config["vocab_size"] for config, _ in found if "vocab_size" in config]
+    return published(name, flavor, next(iter([*said, *embeddings]), 0))
 
 
 def check_alike(one: tuple[Config, str], other: tuple[Config, str]) -> None:
@@ -81,14 +102,19 @@ def check_alike(one: tuple[Config, str], other: tuple[Config, str]) -> None:
     configs = of_language_model(one[0]), of_language_model(other[0])
     families = [family_of(c, where=where) for c, where in zip(configs, says, strict=True)]
     wrong = []
-    if families[0] != families[1]:
+    if families[0].rows != families[1].rows:
         wrong.append("model_type is {} and {}".format(*(c["model_type"] for c in configs)))
     else:
         full = [family.with_defaults(c) for family, c in zip(families, configs, strict=True)]
         ours, theirs = map(decoder_axes, full)
+        used = {*_used(families[0], full[0]), *_used(families[1], full[1])}
         for axis, key in _COMPARED.items():
-            if len(ours[axis]) != len(theirs[axis]):
+            if len(ours[axis]) != len(theirs[axis]) and (axis in used or axis == "l"):
                 wrong.append(f"{key} is {len(ours[axis])} and {len(theirs[axis])}")
+        for key in _COMPARED_TOO:
+            sizes = [c.get(key) for c in full]
+            if sizes[0] != sizes[1] and all(key in c for c in full):
+                wrong.append("{} is {} and {}".format(key, *sizes))
         tied = [bool(c["tie_word_embeddings"]) for c in full]
         if tied[0] != tied[1]:
             wrong.append("tie_word_embeddings is {} and {}".format(*tied))
@@ -97,3 +123,11 @@ def check_alike(one: tuple[Config, str], other: tuple[Config, str]) -> None:
             f"{says[0]} and {says[1]} are of different models:\n  " + "\n  ".join(wrong),
             hint="leave out `--model-name` and `--model-flavor`, or give those of these weights",
         )
+
+
+def _used(family: Family, config: Config) -> Iterator[str]:
+    """Axes of tensors that there are: dense layers, say, have a size even where there are none."""
+    axes = {**decoder_axes(config), **family.axes(config)}
+    for row in family.rows(config):
+        if all(len(axes[axis]) for axis in row.native.name_axes if axis in axes):
+            yield from row.native.axes

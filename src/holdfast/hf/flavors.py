@@ -146,9 +146,10 @@ LLAMA3: dict[str, Flavor] = {
 """Llama 3.1 (8B, 70B, 405B) and 3.2 (1B, 3B) as published, and one that trains on two CPU cores."""
 
 
-def _qwen3_moe(
+def qwen3_moe(
     dim: int, num_layers: int, num_heads: int, num_kv_heads: int, experts: ExpertFlavor
 ) -> Flavor:
+    """Qwen3 with experts in every block, as it is published but for these sizes."""
     return Flavor(
         *(dim, num_layers, num_heads, num_kv_heads, experts.hidden_dim),
         vocab_size=151936,
@@ -163,10 +164,10 @@ def _qwen3_moe(
 
 QWEN3_MOE: dict[str, Flavor] = {
     "debugmodel": replace(
-        _qwen3_moe(256, 4, 8, 4, ExpertFlavor(8, 2, 192)), vocab_size=None, head_width=32
+        qwen3_moe(256, 4, 8, 4, ExpertFlavor(8, 2, 192)), vocab_size=None, head_width=32
     ),
-    "30B-A3B": _qwen3_moe(2048, 48, 32, 4, ExpertFlavor(128, 8, 768)),
-    "235B-A22B": _qwen3_moe(4096, 94, 64, 4, ExpertFlavor(128, 8, 1536)),
+    "30B-A3B": qwen3_moe(2048, 48, 32, 4, ExpertFlavor(128, 8, 768)),
+    "235B-A22B": qwen3_moe(4096, 94, 64, 4, ExpertFlavor(128, 8, 1536)),
 }
 """Qwen3's mixtures of experts as published, and one that trains on two CPU cores."""
 

@@ -73,6 +73,11 @@ class Side:
         """Axes that choose between tensors."""
         return tuple(match[1] for match in _PLACE.finditer(self.name))
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Of its name and its dims."""
+        return *self.name_axes, *(axis for dim in self.dims for axis in dim.axes)
+
     def shape(self, axes: Axes) -> tuple[int, ...]:
         """Of each of the tensors."""
         return tuple(dim.size(axes) for dim in self.dims)
@@ -109,8 +114,8 @@ class Relation:
     """What the tensor stays in, whatever the others are converted to."""
 
     def __post_init__(self) -> None:
-        held = [sorted({*_axes(side)}) for side in (self.native, self.hub)]
-        if held[0] != held[1] or any(len({*a}) < len(a) for a in map(_axes, self.sides)):
+        held = [sorted({*side.axes}) for side in self.sides]
+        if held[0] != held[1] or any(len({*a}) < len(a) for a in (s.axes for s in self.sides)):
             raise ValueError(f"both sides need the same axes, each once: {self}")
 
     @property
@@ -163,7 +168,3 @@ def side(name: str, dims: str) -> Side:
 def size_of(merged: Sequence[str], axes: Axes) -> int:
     """Elements along merged axes."""
     return prod(len(axes[axis]) for axis in merged)
-
-
-def _axes(side: Side) -> list[str]:
-    return [*side.name_axes, *(axis for dim in side.dims for axis in dim.axes)]

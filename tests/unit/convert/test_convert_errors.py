@@ -64,8 +64,10 @@ def test_a_flavor_is_held_against_the_configuration(tmp_path: Path) -> None:
     assert "hidden_size is 32 and 4096" in said
     said = refused(folder, Wishes(to="dcp", model_name="qwen3_moe", model_flavor="30B-A3B"))
     assert "model_type is llama and qwen3_moe" in said
-    said = refused(folder, Wishes(to="dcp", model_name="llama4"), UsageError)
-    assert "leave both out" in said
+    said = refused(folder, Wishes(to="dcp", model_name="llama4"))
+    assert "model_type is llama and llama4_text or llama4" in said
+    said = refused(folder, Wishes(to="dcp", model_flavor="8B"), UsageError)
+    assert "needs `--model-name`" in said
 
 
 @pytest.mark.parametrize("alike", [True, False])

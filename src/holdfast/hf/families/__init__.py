@@ -21,6 +21,7 @@ FAMILIES: tuple[Family, ...] = (
     qwen.QWEN3,
     qwen.QWEN3_MOE,
     mixtral.MIXTRAL,
+    deepseek_v3.DEEPSEEK_V2,
     deepseek_v3.DEEPSEEK_V3,
     gpt_oss.GPT_OSS,
     gemma.GEMMA2,

@@ -1,4 +1,4 @@
-"""DeepSeek V3 and R1: attention by way of small latent vectors, and experts after a few layers.
+"""DeepSeek V2, V3 and R1: attention by way of small latent vectors, and experts after a few layers.
 
 Letters beside those of every decoder: a rank of the queries, c of keys and values, p latent and
 rotated part together; y one query head, z one head of keys and values, w one of values.
@@ -27,8 +27,9 @@ LATENT_QUERIES = block("""
     attention.wq_b.weight   | (h y) a | self_attn.q_b_proj.weight
 """)
 
+BIAS = block("moe.expert_bias | e | mlp.gate.e_score_correction_bias | | float32", "sparse")
+
 SHARED = """
-    moe.expert_bias              | e       | mlp.gate.e_score_correction_bias | | float32
     moe.shared_experts.w1.weight | (n m) d | mlp.shared_experts.gate_proj.weight
     moe.shared_experts.w2.weight | d (n m) | mlp.shared_experts.down_proj.weight
     moe.shared_experts.w3.weight | (n m) d | mlp.shared_experts.up_proj.weight
@@ -58,4 +59,5 @@ def _axes(config: Config) -> dict[str, Sequence[int]]:
     return {**{axis: range(size) for axis, size in sizes.items()}, **layers}
 
 
-DEEPSEEK_V3 = Family(("deepseek_v3",), _rows, _axes)
+DEEPSEEK_V2 = Family(("deepseek_v2",), _rows, _axes)
+DEEPSEEK_V3 = Family(("deepseek_v3",), lambda config: (*_rows(config), *BIAS), _axes)

@@ -1,0 +1,93 @@
+"""The sizes that models are published in, against transformers and against one another."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import hub_models
+from holdfast.convert.plan import Wishes, plan
+from holdfast.errors import MismatchError, UsageError
+from holdfast.hf.families import family_of
+from holdfast.hf.family import mapping_of
+from holdfast.hf.published import TYPES, flavors_of, published
+from hub_folders import hub_tensors, save_folder
+
+EVERY = [(name, flavor) for name in TYPES for flavor in flavors_of(name)]
+
+
+@pytest.mark.parametrize(("name", "flavor"), EVERY)
+def test_a_flavor_is_a_model_of_transformers_with_as_many_elements(name: str, flavor: str) -> None:
+    """Method: its configuration, made into a model without memory; elements are counted there and
+    in the family's table."""
+    config = published(name, flavor, 300)
+    mapping = mapping_of(family_of(config, where="test"), config)
+    ours = sum(prod(mapping.shape("hub", tensor)) for tensor in mapping.names("hub"))
+    with hub_models.quiet(), torch.device("meta"):
+        known = transformers.AutoConfig.for_model(**config)
+        model = transformers.AutoModelForCausalLM.from_config(known)
+    theirs = sum(tensor.numel() for tensor in model.state_dict().values())
+    twice = known.tie_word_embeddings * prod(mapping.shape("native", "tok_embeddings.weight"))
+    assert theirs - twice == ours
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_every_family_goes_by_a_name(name: str, tmp_path: Path) -> None:
+    """Method: `--model-name` beside a `config.json` of each of its types, and of another family; a
+    name or a flavor that is not known is answered with those that are."""
+    for model_type in TYPES[name]:
+        assert family_of({"model_type": model_type}, where="test")
+    other = "gemma2" if name != "gemma2" else "llama"
+    folder = tmp_path / other
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": other}))
+    tensors = {"model.embed_tokens.weight": torch.ones(2, 2)}
+    save_folder(tmp_path / "hub", {"model_type": other}, tensors)
+    with pytest.raises(MismatchError, match=f"of different families:\n  model_type is {other}"):
+        plan(str(tmp_path / "hub"), Wishes(to="dcp", model_name=name))
+    with pytest.raises(UsageError) as raised:
+        plan(str(tmp_path / "hub"), Wishes(to="dcp", model_name=name, model_flavor="9T"))
+    assert all(flavor in str(raised.value) for flavor in flavors_of(name))
+    with pytest.raises(UsageError) as raised:
+        plan(str(tmp_path / "hub"), Wishes(to="dcp", model_name="gpt5"))
+    assert all(known in str(raised.value) for known in TYPES)
+
+
+@pytest.mark.parametrize(
+    ("name", "flavor"),
+    [("qwen3", "0.6B"), ("deepseek_v3", "671B"), ("gpt_oss", "20b"), ("llama4", "17bx16e")],
+)
+def test_a_flavor_is_told_from_another_size(name: str, flavor: str, tmp_path: Path) -> None:
+    """Method: the `config.json` of a flavor, in a larger model where there is such a one, with a
+    size that has no meaning there and with one that has; nothing is read but it."""
+    config = published(name, flavor, 0)
+    if name == "llama4":
+        config = {"model_type": "llama4", "text_config": config}
+    inner = config.get("text_config", config)
+    tensors = {"model.embed_tokens.weight": torch.ones(2, 2)}
+    folder = save_folder(tmp_path / "hub", config, tensors)
+    wishes = Wishes(to="dcp", model_name=name, model_flavor=flavor)
+    with pytest.raises(MismatchError, match="does not fit"):
+        plan(str(folder), wishes)
+    for key in ("head_dim", "kv_lora_rank", "num_local_experts", "num_hidden_layers"):
+        if key in inner and (name, key) != ("deepseek_v3", "head_dim"):
+            said = json.dumps({**config, "text_config": {**inner, key: 3}})
+            (folder / "config.json").write_text(
+                said if name == "llama4" else json.dumps({**config, key: 3})
+            )
+            with pytest.raises(MismatchError, match="of different models"):
+                plan(str(folder), wishes)
+
+
+def test_a_flavor_of_another_family_stands_in_for_a_configuration(tmp_path: Path) -> None:
+    """Method: TorchTitan's small DeepSeek without its `config.json`: an export has one again."""
+    config = published("deepseek_v3", "debugmodel", 0)
+    source = save_folder(tmp_path / "hub", config, hub_tensors(config))
+    (source / "config.json").unlink()
+    wishes = Wishes(to="hf", model_name="deepseek_v3", model_flavor="debugmodel")
+    assert plan(str(source), wishes).config == config
