@@ -97,6 +97,7 @@ LOOKING = (
     "holdfast verify outputs/checkpoint",
     "holdfast verify outputs/checkpoint/step-20 --json",
     "holdfast verify outputs/checkpoint --quick",
+    "holdfast verify outputs/checkpoint --mark",
     "holdfast doctor outputs/checkpoint",
     "holdfast doctor outputs/checkpoint --verify",
     "holdfast prune outputs/checkpoint --keep-latest-k 3 --dry-run",
