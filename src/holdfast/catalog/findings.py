@@ -16,7 +16,10 @@ load of that entry fails. `frame`: the bytes around an entry; Holdfast does not 
 reader does."""
 
 PARTS = ("optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
-"""What a resume can leave out; the rest of a checkpoint is the model."""
+"""What a resume can leave out; the rest of a checkpoint is the model, unless that has a table."""
+
+TABLES = ("model", "state_dict")
+"""Under which others keep a whole model: Accelerate and torchtune; Lightning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +84,7 @@ def usable(manifest: Manifest, findings: Sequence[Finding]) -> str:
         return "everything, by Holdfast; stock torch may fail on what is named above"
     refused = [f for f in findings if f.concern in ("index", "file")]
     where = _damaged(manifest, findings)
-    parts = {part_of(path) for path in _paths(manifest).values()}
-    whole = sorted(parts - where.keys())
+    whole = sorted({*parts_of(manifest).values()} - where.keys())
     said = [f"{part} is whole" for part in whole]
     said += [f"{part} is damaged in {', '.join(sorted(where[part]))}" for part in sorted(where)]
     if refused:
@@ -102,9 +104,31 @@ def kind_of(manifest: Manifest) -> Kind:
     return "full" if optimizer else "model"
 
 
-def part_of(path: Sequence[str | int]) -> str:
-    """The part of a checkpoint that an entry belongs to."""
-    return str(path[0]) if path[0] in PARTS else "model"
+def parts_of(manifest: Manifest) -> dict[str, str]:
+    """For each entry the part of the checkpoint that it belongs to: `model`, or another.
+
+    Where the model has a table of its own, what stands beside that is not the model's; and an
+    optimizer's own state dict, as `optimizer.pt` holds it, is the optimizer's.
+    """
+    paths = _paths(manifest)
+    tables = {path[0] for path in paths.values() if len(path) > 1}
+    alone = tables >= {"state", "param_groups"}
+    table = next((name for name in TABLES if name in tables), None)
+
+    def part_of(path: Sequence[str | int]) -> str:
+        if path[0] in PARTS:
+            return str(path[0])
+        if alone:
+            return "optimizer"
+        return "model" if table is None or path[0] == table else str(path[0])
+
+    return {name: part_of(path) for name, path in paths.items()}
+
+
+def name_in_model(path: Sequence[str | int]) -> str:
+    """What the model's own state dict calls a tensor of it that lies at this path."""
+    nested = len(path) > 1 and path[0] in TABLES
+    return ".".join(map(str, path[1:] if nested else path))
 
 
 def _paths(manifest: Manifest) -> dict[str, Sequence[str | int]]:
@@ -115,7 +139,7 @@ def _paths(manifest: Manifest) -> dict[str, Sequence[str | int]]:
 def _damaged(manifest: Manifest, findings: Sequence[Finding]) -> dict[str, set[str]]:
     """Part to the files that its damage is in. A file that is not whole damages all that it
     holds."""
-    paths = _paths(manifest)
+    parts = parts_of(manifest)
     entries = {(f.entry, f.file) for f in findings if f.concern == "data"}
     files = {finding.file for finding in findings if finding.concern == "file"}
     for name, tensor in manifest.tensors.items() if files else ():
@@ -125,6 +149,6 @@ def _damaged(manifest: Manifest, findings: Sequence[Finding]) -> dict[str, set[s
             entries.add((name, value.file))
     where: dict[str, set[str]] = {}
     for name, file in entries:
-        if name in paths:
-            where.setdefault(part_of(paths[name]), set()).add(file)
+        if name in parts:
+            where.setdefault(parts[name], set()).add(file)
     return where

@@ -73,7 +73,16 @@ class Convert:
     """On an error, print where it came from."""
 
     def wishes(self) -> Wishes:
-        """What the conversion is told."""
+        """What the conversion is told.
+
+        Raises:
+            UsageError: no target of its format.
+        """
+        if self.target.endswith(".safetensors"):
+            raise UsageError(
+                f"`{self.target}`: safetensors are written as a folder, with `config.json`",
+                hint=f"holdfast convert {self.source} FOLDER --to hf",
+            )
         return Wishes(
             to=self.to or ("torch" if self.target.endswith((".pt", ".pth")) else "dcp"),
             hf_assets=self.hf_assets,
@@ -106,8 +115,8 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     for note in notes:
         say(f"note: {note}")
-    rate = done.nbytes / max(done.seconds, 1e-9) / 1e9
-    written = f"{spelled_bytes(done.nbytes)} in {done.seconds:.1f} s ({rate:.2f} GB/s)"
+    rate = spelled_bytes(round(done.nbytes / max(done.seconds, 1e-9)))
+    written = f"{spelled_bytes(done.nbytes)} in {done.seconds:.1f} s ({rate}/s)"
     say(f"{done.where}: {done.num_tensors} tensors, {written}")
     return 0
 

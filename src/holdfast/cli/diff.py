@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from holdfast.catalog.findings import part_of
+from holdfast.catalog.findings import name_in_model, parts_of
 from holdfast.cli.compare import Difference, Side, compare, nbytes_to_read
 from holdfast.cli.look import Seen, look
 from holdfast.cli.terminal import counted, parsed, progress, say, say_json
@@ -97,14 +97,12 @@ def sides(seen: tuple[Seen, Seen], asked: Diff) -> tuple[dict[str, Side], dict[s
 
 def _names(manifest: Manifest, *, model_only: bool) -> dict[str, str]:
     """For each tensor its name; of the model's, as its own state dict has them."""
-    called = {}
+    called, parts = {}, parts_of(manifest)
     for name, entry in manifest.tensors.items():
-        if part_of(entry.path) != "model":
-            if not model_only:
-                called[name] = name
-            continue
-        nested = len(entry.path) > 1 and entry.path[0] in ("model", "state_dict")
-        called[name] = ".".join(map(str, entry.path[1:] if nested else entry.path))
+        if parts[name] == "model":
+            called[name] = name_in_model(entry.path)
+        elif not model_only:
+            called[name] = name
     return called
 
 

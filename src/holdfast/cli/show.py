@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from holdfast.catalog.findings import kind_of, part_of
+from holdfast.catalog.findings import PARTS, kind_of, parts_of
 from holdfast.cli.look import Seen, look
 from holdfast.cli.picture import draw, letter
 from holdfast.cli.terminal import (
@@ -87,7 +87,8 @@ def run(arguments: Sequence[str]) -> int:
         say(f"{asked.name}  value, {spelled_bytes(value.item.nbytes)}  {value.file}")
         return 0
     # A stable sort: the model first, as it lies there, then what a resume needs beside it.
-    ordered = sorted(tensors.items(), key=lambda member: part_of(member[1].path) != "model")
+    of = parts_of(seen.manifest)
+    ordered = sorted(tensors.items(), key=lambda member: of[member[0]] != "model")
     for line in lines(tree_of(dict(ordered)), each=asked.each):
         say(line)
     return 0
@@ -151,7 +152,10 @@ def _say_checkpoint(seen: Seen) -> None:
     if manifest.step is not None:
         facts.append(f"step {manifest.step}")
     files = counted(len(manifest.files), "file")
-    facts += [kind_of(manifest), f"{spelled_bytes(manifest.nbytes)} in {files}"]
+    held = parts(manifest)
+    if "model" in held and {"model", *PARTS} >= held.keys():
+        facts.append(kind_of(manifest))
+    facts.append(f"{spelled_bytes(manifest.nbytes)} in {files}")
     say(f"{seen.where}: {', '.join(facts)}")
     if manifest.created:
         by = spelled_layout(manifest.layout) or "unknown ranks"
@@ -159,12 +163,12 @@ def _say_checkpoint(seen: Seen) -> None:
     if manifest.versions:
         versions = (f"{name} {version}" for name, version in manifest.versions.items())
         say(f"{INDENT}with {', '.join(versions)}")
-    for part, facts_of in parts(manifest).items():
+    for part, facts_of in held.items():
         elements, nbytes = facts_of["elements"], facts_of["nbytes"]
         what = "parameters and buffers" if part == "model" else "elements"
-        held = [f"{elements:,} {what}, {spelled_bytes(nbytes)}"] if facts_of["tensors"] else []
-        held += [counted(facts_of["values"], "value")] if facts_of["values"] else []
-        say(f"{INDENT}{part}: {', '.join(held)}")
+        has = [f"{elements:,} {what}, {spelled_bytes(nbytes)}"] if facts_of["tensors"] else []
+        has += [counted(facts_of["values"], "value")] if facts_of["values"] else []
+        say(f"{INDENT}{part}: {', '.join(has)}")
     say()
 
 
@@ -172,11 +176,11 @@ def parts(manifest: Manifest) -> dict[str, dict[str, int]]:
     """What each part of a checkpoint holds; what two names share counts once."""
     tensors: dict[str, list[TensorEntry]] = {}
     values: dict[str, int] = {}
-    for entry in manifest.tensors.values():
-        tensors.setdefault(part_of(entry.path), []).append(entry)
-    for value in manifest.values.values():
-        part = part_of(value.path)
-        values[part] = values.get(part, 0) + 1
+    of = parts_of(manifest)
+    for name, entry in manifest.tensors.items():
+        tensors.setdefault(of[name], []).append(entry)
+    for name in manifest.values:
+        values[of[name]] = values.get(of[name], 0) + 1
     found = {}
     for part in sorted({*tensors, *values}, key=lambda part: (part != "model", part)):
         entries = tensors.get(part, [])

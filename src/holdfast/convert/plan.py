@@ -109,6 +109,11 @@ def plan(source: str, wishes: Wishes) -> Planned:
         outputs = _from_hub(opened, related, wishes)
     else:
         outputs = _as_it_is(opened, model, wishes)
+    if wishes.model_only and not outputs:
+        raise UsageError(
+            f"`{opened.where}` holds no model: {len(opened.others)} tensors of other parts",
+            hint="without `--model-only` they are converted; `holdfast show` says what they are",
+        )
     return Planned(opened, outputs, config, assets, tuple(notes))
 
 

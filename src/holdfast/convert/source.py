@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.catalog.catalog import open_manifest, place
-from holdfast.catalog.findings import Format, part_of
+from holdfast.catalog.findings import Format, name_in_model, parts_of
 from holdfast.catalog.verify import format_of
 from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source
@@ -166,14 +166,12 @@ def _open_torch_file(path: str) -> Opened:
 
 def _opened(source: Source, form: Format, stored: Stored) -> Opened:
     """A native checkpoint: the model's tensors told from the rest by their paths."""
-    names, others = {}, []
+    names, others, parts = {}, [], parts_of(source.manifest)
     for name, entry in source.manifest.tensors.items():
-        path = entry.path
-        if part_of(path) != MODEL:
+        if parts[name] == MODEL:
+            names[name] = name_in_model(entry.path)
+        else:
             others.append(name)
-            continue
-        nested = len(path) > 1 and path[0] in (MODEL, "state_dict")
-        names[name] = ".".join(map(str, path[1:] if nested else path))
     if len({*names.values()}) < len(names):
         raise FormatError(f"`{source.url}` holds a model twice, under `model` and beside it")
     model = Dequantized(Renamed(stored, names), {})

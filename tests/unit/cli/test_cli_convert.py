@@ -40,12 +40,15 @@ def test_what_was_done_is_said_in_a_line_or_as_json(
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "note: `old.safetensors` is not in the index, and was left aside"
     assert said[1].startswith(f"{tmp_path / 'step-1'}: 21 tensors, ")
-    assert said[1].endswith("GB/s)")
+    assert said[1].endswith("B/s)")
     assert main(["convert", str(source), str(tmp_path / "all.pt"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["target"], found["tensors"]) == (str(tmp_path / "all.pt"), 21)
     assert found["nbytes"] == (tmp_path / "all.pt").stat().st_size
     assert len(found["notes"]) == 1
+    assert main(["convert", str(tmp_path / "all.pt"), str(tmp_path / "one.safetensors")]) == 2
+    assert "FOLDER --to hf" in capsys.readouterr().err
+    assert not (tmp_path / "one.safetensors").exists()
 
 
 def test_a_name_on_the_hub_is_taken_from_its_cache(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,7 +54,7 @@ def entry(dtype: str, shape: tuple[int, ...], *files: str) -> TensorEntry:
         ("stock", "checkpoint of stock torch", "half  bfloat16 70x40  5.6 kB  __0_0.distcp"),
         ("hf", "safetensors, model", "a  float32 8x8  256 B  model-00001-of-00002.safetensors"),
         ("hf/model-00002-of-00002.safetensors", "safetensors, model", "c  int64 5  40 B"),
-        ("model.pt", "file of torch.save, full", "transposed  float32 4x3  48 B  model.pt"),
+        ("model.pt", "file of torch.save, 2.4 MB", "transposed  float32 4x3  48 B  model.pt"),
     ],
 )
 def test_every_kind_of_checkpoint_is_shown_as_a_tree(
@@ -87,6 +88,31 @@ def test_parameters_are_counted_by_part_and_shared_ones_once(
     assert "by 2 ranks" in said
     assert "model: 2,302,837 parameters and buffers, 2.3 MB" in said
     assert "train_state: 2 values" in said
+
+
+def test_a_model_in_a_table_of_its_own_is_told_from_what_stands_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Method: as Lightning nests it, and an optimizer's own state; then the model alone."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    state = {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}
+    torch.save({**state, "epoch": 1}, tmp_path / "last.ckpt")
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    parts = json.loads(run(capsys, tmp_path / "last.ckpt", "--json")[1])["parts"]
+    held = {part: found["tensors"] for part, found in parts.items()}
+    assert held == {"model": 2, "optimizer_states": 6, "epoch": 0}
+    alone = json.loads(run(capsys, tmp_path / "optimizer.pt", "--json")[1])["parts"]
+    assert alone.keys() == {"optimizer"}
+    file = str(tmp_path / "model.pt")
+    assert main(["convert", str(tmp_path / "last.ckpt"), file, "--model-only"]) == 0
+    found = torch.load(file, weights_only=True)
+    assert found.keys() == {"state_dict"}
+    assert torch.equal(found["state_dict"]["weight"], model.weight)
+    assert main(["convert", str(tmp_path / "optimizer.pt"), file, "--model-only"]) == 2
+    assert "holds no model" in capsys.readouterr().err
 
 
 def test_a_tensor_is_shown_with_its_place_and_a_beginning_with_all_below(
