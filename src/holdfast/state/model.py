@@ -23,6 +23,14 @@ def canonical(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def bare(part: nn.Module) -> nn.Module:
+    """The module that DDP has wrapped, whose names are those of a model on one rank."""
+    if isinstance(part, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        inner: nn.Module = part.module
+        return inner
+    return part
+
+
 class ModelState:
     """One or several parts of a model (pipeline stages) as one `Stateful`."""
 
@@ -34,7 +42,7 @@ class ModelState:
         may_lack: Collection[str] = (),
     ) -> None:
         """`without`: names that are left out; `may_lack`: names that a checkpoint may not have."""
-        self._parts = list(parts)
+        self._parts = list(map(bare, parts))
         self._without = frozenset(without)
         self.may_lack = frozenset(may_lack)
 
@@ -64,7 +72,8 @@ class ModelState:
 def adapted(parts: Sequence[nn.Module]) -> tuple[ModelState, ModelState]:
     """A model that is trained in part: what its steps hold, all but frozen parameters; and all of
     it, as its base has it, which may lack what is trained."""
-    named = [pair for part in parts for pair in part.named_parameters(remove_duplicate=False)]
+    bared = map(bare, parts)
+    named = [pair for part in bared for pair in part.named_parameters(remove_duplicate=False)]
     frozen = [canonical(name) for name, one in named if not one.requires_grad]
     trained = [canonical(name) for name, one in named if one.requires_grad]
     return ModelState(parts, without=frozen), ModelState(parts, may_lack=trained)
@@ -72,6 +81,6 @@ def adapted(parts: Sequence[nn.Module]) -> tuple[ModelState, ModelState]:
 
 def named_parameters(parts: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
     """Each parameter once, under the first of its names."""
-    for part in parts:
+    for part in map(bare, parts):
         for name, parameter in part.named_parameters():
             yield canonical(name), parameter

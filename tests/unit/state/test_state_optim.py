@@ -13,9 +13,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 import holdfast
 from holdfast.errors import MismatchError, UsageError
+from holdfast.state.model import ModelState, adapted
 from holdfast.state.objects import StateTree
 from holdfast.state.optim import OptimizerState
 from holdfast.state.rng import RngState
+from processes import run_processes
 
 
 class Net(nn.Module):
@@ -161,6 +163,29 @@ def test_two_optimizers_of_different_parameters_are_one_state() -> None:
     found = OptimizerState([net], both).state_dict()
     assert found["param_groups.head.bias.lr"] == 1.0
     assert found["param_groups.unused.lr"] == 2.0
+
+
+def names_under_ddp(rank: int, size: int) -> list[list[str]]:
+    net = Net()
+    wrapped = nn.parallel.DistributedDataParallel(net)
+    optimizer = torch.optim.AdamW(wrapped.parameters())
+    kept, whole = adapted([wrapped])
+    optimizers = OptimizerState([wrapped], [optimizer])
+    return [
+        [*ModelState([wrapped]).state_dict()],
+        [*whole.state_dict()],
+        [*kept.state_dict()],
+        optimizers.parameter_names(),
+    ]
+
+
+def test_ddp_adds_nothing_to_a_name() -> None:
+    """G9. Method: a wrapped model in a real group, beside one that is not; so what many ranks have
+    saved loads on one."""
+    ((state, whole, kept, optimized),) = run_processes(1, names_under_ddp)
+    assert state == whole == [*Net().state_dict()]
+    assert {*optimized} == {name for name, _ in Net().named_parameters()}
+    assert {*state} - {*kept} == {"frozen.weight", "frozen.bias"}
 
 
 class Counter:
