@@ -1,7 +1,7 @@
 """Checkpoints that were written once, and must be read for ever.
 
-`solo`, `ranks` (two processes, some tensors sharded), `timed` (with metrics and timings) and
-`stock` (torch 2.13's own `save`) are as they were written by the versions that their manifests
+`solo`, `ranks` (two processes, some tensors sharded), `timed` (with metrics, timings and a model)
+and `stock` (torch 2.13's own `save`) are as they were written by the versions that their manifests
 name. They are never written anew: a format that changes gets further ones.
 """
 
@@ -100,7 +100,8 @@ def test_the_goldens_show_what_they_are_there_for() -> None:
     solo, ranks, timed = (read_manifest(HERE / name) for name in OURS)
     assert [*timed["timings"]] == ["plan", "write", "sync"]
     assert timed["metrics"] == {"loss": 2.5, "norm": None}
-    assert not {"timings", "metrics"} & (solo.keys() | ranks.keys())
+    assert timed["model"] == {"model_type": "llama", "rope_scaling": None}
+    assert not {"timings", "metrics", "model"} & (solo.keys() | ranks.keys())
     assert len(solo["files"]) == 1
     assert len(ranks["files"]) == 2
     assert len(ranks["tensors"]["model.rows"]["chunks"]) == 2

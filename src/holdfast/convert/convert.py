@@ -10,6 +10,7 @@ from holdfast.convert.stream import Advance
 from holdfast.convert.target import (
     HubFiles,
     Values,
+    facts_of,
     open_target,
     write_hub,
     write_step,
@@ -53,7 +54,9 @@ def convert(planned: Planned, target: str, wishes: Wishes, advance: Advance) -> 
         whole = opened.others and not wishes.model_only
         kind: Kind = "full" if whole else "model"
         step = opened.manifest.step
-        nbytes = write_step(place, outputs, _values(planned, wishes), kind, step, advance)
+        model = planned.config or opened.manifest.model
+        facts = facts_of(place, kind, step, model)
+        nbytes = write_step(place, outputs, _values(planned, wishes), facts, advance)
     return Converted(place.where, nbytes, time.perf_counter() - started, len(outputs))
 
 

@@ -11,6 +11,7 @@ from holdfast.convert.source import Opened, fetched, open_source
 from holdfast.convert.stream import Output, Outputs, dtype_for
 from holdfast.errors import UsageError
 from holdfast.format.manifest import Path
+from holdfast.format.names import MANIFEST
 from holdfast.hf.adapter import adapter_mapping
 from holdfast.hf.check import check_fit, skipped
 from holdfast.hf.dialects import renamed
@@ -96,6 +97,8 @@ def plan(source: str, wishes: Wishes) -> Planned:
         model = only(model, [name for name in model.held if name not in left_out])
         notes.append(f"{len(left_out)} tensors were left out, as asked")
     config, said_by = config_of_model(opened, model, assets, wishes.model_name, wishes.model_flavor)
+    if config is None and wishes.to == "hf" and opened.manifest.model:
+        config, said_by = dict(opened.manifest.model), f"`{opened.where}/{MANIFEST}`"
     related = None
     if opened.adapter is not None:
         outputs, note = _adapter(opened, opened.adapter, model, config, wishes)

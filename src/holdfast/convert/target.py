@@ -186,8 +186,7 @@ def write_step(
     target: Target,
     outputs: Outputs,
     values: Values,
-    kind: Kind,
-    step: int | None,
+    facts: Facts,
     advance: Advance,
 ) -> int:
     """Write a step as a save does, checksums and `.metadata` included. Returns its bytes."""
@@ -197,8 +196,6 @@ def write_step(
         [(p.name, p.tensor.dtype, region) for p in whole.tensors for region in p.regions_of(0)]
     )
     image = image_of(0, items, {name: container for name, (_, container) in values.items()})
-    named = step_of(target.name)
-    facts = Facts(step if named is None else named, kind, {"world_size": 1}, _versions())
     with _attempt(target, image.nbytes) as attempt:
         with read_ahead(wanted, advance) as take:
             store = target.catalog.store
@@ -221,6 +218,13 @@ def _plan(outputs: Outputs, values: Values) -> Plan:
         tensor = TensorOffer(output.dtype, output.shape, output.path)
         placed.append(Placed(name, tensor, start, stop, np.zeros(len(regions), np.int64)))
     return Plan(placed, {name: (0, path) for name, (path, _) in values.items()}, aliases)
+
+
+def facts_of(target: Target, kind: Kind, step: int | None, model: Mapping[str, Any]) -> Facts:
+    """What the manifest of a step says; the name of the target knows better which step it is."""
+    named = step_of(target.name)
+    step = step if named is None else named
+    return Facts(step, kind, {"world_size": 1}, _versions(), model=model)
 
 
 def _versions() -> dict[str, str]:

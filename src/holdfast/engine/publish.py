@@ -32,6 +32,7 @@ class Facts:
     layout: dict[str, Any]
     versions: dict[str, str]
     metrics: Mapping[str, float] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
 
 
 def publish(
@@ -95,5 +96,6 @@ def _manifest(receipts: Sequence[Receipt], index: Index, facts: Facts) -> Manife
         layout=facts.layout,
         versions=facts.versions,
         metrics=facts.metrics,
+        model=facts.model,
         timings=over_ranks([receipt.seconds for receipt in receipts]),
     )

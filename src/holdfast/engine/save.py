@@ -143,10 +143,11 @@ def begin_save(
     kind: Kind | None = None,
     dtype: torch.dtype | None = None,
     metrics: Mapping[str, float] | None = None,
+    model: Mapping[str, Any] | None = None,
 ) -> Pending:
     """Agree on a save: everything of `save_leaves` up to the first byte. Collective.
 
-    `metrics` are kept in the manifest, those of rank 0.
+    `metrics` are kept in the manifest, and `model`, its configuration on the hub: those of rank 0.
     """
     spans = Spans()
     with spans("plan"):
@@ -157,7 +158,8 @@ def begin_save(
         nbytes = image.nbytes if isinstance(image, FileImage) else image
         attempt = conclude(ranks, nbytes, lambda sizes: _begin(catalog, name, sum(sizes)))
         assert isinstance(image, FileImage)
-    facts = Facts(step, kind, {"world_size": ranks.size}, _versions(), metrics or {})
+    layout = {"world_size": ranks.size}
+    facts = Facts(step, kind, layout, _versions(), metrics or {}, model or {})
     tensor_of = partial(_piece, held, dtype)
     data_of = partial(_live_data, tensor_of)
     return Pending(catalog, attempt, image, tensor_of, data_of, planner.index, facts, spans)

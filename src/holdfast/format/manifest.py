@@ -123,6 +123,9 @@ class Manifest:
     metrics: Mapping[str, float] = field(default_factory=dict)
     """What the training loop measured at this step; NaN where it was no finite number."""
 
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """What the `config.json` of its model says on the Hugging Face hub, where the writer knew."""
+
     timings: Mapping[str, Stage] = field(default_factory=dict)
     """How long each stage of the save took over all ranks, up to the commit that it is part of."""
 
@@ -187,6 +190,7 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
         "versions": dict(manifest.versions),
         "layout": dict(manifest.layout),
         **({"metrics": _encode_metrics(manifest.metrics)} if manifest.metrics else {}),
+        **({"model": dict(manifest.model)} if manifest.model else {}),
         **({"timings": timings.encode(manifest.timings)} if manifest.timings else {}),
         "checksums": {"algorithm": checksum.ALGORITHM, "block_bytes": checksum.BLOCK_BYTES},
         "metadata": manifest.metadata,
@@ -292,6 +296,7 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
         layout=dict(body["layout"].items()),
         versions={str(name): str(version) for name, version in body["versions"].items()},
         metrics={name: _metric(value) for name, value in body.get("metrics", {}).items()},
+        model=dict(body.get("model", {}).items()),
         timings=timings.decode(body.get("timings", {})),
         metadata=_seal(body["metadata"]),
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.sweep import execute, plan_sweep
@@ -51,6 +52,11 @@ class Hub:
                 "Hugging Face folders need to know the model: its `config.json`",
                 hint="`hub=HubModel(config, assets)` of CheckpointManager",
             )
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What the `config.json` of the model says; nothing where it is not known."""
+        return {} if self._model is None else self._model.config
 
     def use(self, step: int, *, last_step: bool, saved: bool) -> Use | None:
         """What of this step is to be a Hugging Face folder; `saved`: it is saved as a step too."""

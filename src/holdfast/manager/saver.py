@@ -107,6 +107,7 @@ class Saver:
                 kind=kind,
                 dtype=dtype,
                 metrics=metrics,
+                model=self._hub.config,
             )
             if self._in_background and self._has_room(pending):
                 later = self._changed_by_optimizers() if self._overlapping else ()

@@ -82,6 +82,9 @@ def manifests(draw: st.DrawFn) -> Manifest:
         created=draw(st.sampled_from(["", "2026-01-02T03:04:05+00:00"])),
         layout=draw(st.dictionaries(KEYS, st.integers() | KEYS | st.booleans(), max_size=3)),
         versions=draw(st.dictionaries(KEYS, KEYS, max_size=3)),
+        model=draw(
+            st.dictionaries(KEYS, st.integers() | KEYS | st.none() | st.booleans(), max_size=3)
+        ),
         timings=draw(st.dictionaries(KEYS, stages, max_size=2)),
         metadata=draw(st.none() | st.tuples(st.integers(0, 2**40), st.integers(0, 2**64 - 1))),
     )
@@ -103,6 +106,7 @@ SMALL = Manifest(
     kind="full",
     layout={"world_size": 1},
     metrics={"loss": 0.5},
+    model={"model_type": "llama"},
     timings={"write": Stage(1.0, 1.5, 2.0, 3)},
     metadata=(10, 11),
 )
@@ -220,6 +224,7 @@ def test_a_data_file_elsewhere_is_refused_by_name(name: str) -> None:
         (("metadata",), [1]),
         (("metadata",), [1, "x"]),
         (("metrics", "loss"), 10**400),
+        (("model",), ["llama"]),
         (("timings",), ["write"]),
         (("timings", "write"), 1.5),
         (("timings", "write"), {"least": 1.0}),

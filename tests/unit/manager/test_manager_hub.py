@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from holdfast.catalog.catalog import Catalog
+from holdfast.convert.convert import convert
+from holdfast.convert.plan import Wishes, plan
 from holdfast.errors import HoldfastError, MismatchError, NotFoundError, UsageError
 from holdfast.hf.export import HubModel
 from holdfast.hf.flavors import MODELS, Flavor, config_of
@@ -47,7 +49,8 @@ def test_folders_at_their_own_interval_and_at_the_end(
     mode: str, tied: bool, tmp_path: Path
 ) -> None:
     """Method: a step every 2, a folder every 3 and, from the same snapshot, at 6; the last is one.
-    Each holds the weights of its own moment; a next run takes the end for the end."""
+    Each holds the weights of its own moment; a next run takes the end for the end. A step says what
+    its model is, so that it becomes a folder without being told."""
     flavor = replace(FLAVOR, tied=tied)
     model, hub = model_of(flavor), HubModel(config_of("llama3", flavor, 64))
     settings = {"hf_export_interval": 3, "last_save_in_hf": True, "async_mode": mode}
@@ -65,6 +68,12 @@ def test_folders_at_their_own_interval_and_at_the_end(
         found = load_file(tmp_path / folder / "model.safetensors")
         assert torch.equal(found["model.norm.weight"], wanted[step])
         assert ("lm_head.weight" in found) != tied
+    wishes = Wishes(to="hf", model_only=True)
+    convert(plan(str(tmp_path / "step-4"), wishes), str(tmp_path / "told"), wishes, lambda _: None)
+    told = json.loads((tmp_path / "told/config.json").read_bytes())
+    assert told == json.loads((tmp_path / "hf/step-3/config.json").read_bytes())
+    found = load_file(tmp_path / "told/model.safetensors")
+    assert torch.equal(found["model.norm.weight"], wanted[4])
     with manager_of(tmp_path, model, hub, **settings) as manager:
         assert manager.final_step() == 7
         assert manager.load() == 6
