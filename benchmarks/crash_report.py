@@ -16,7 +16,6 @@ import logging
 import multiprocessing
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ranks import free_port
 from holdfast.testing.crashes import fingerprint
 from holdfast.testing.disk import cuts
 from holdfast.testing.recording import (
@@ -187,14 +187,6 @@ def work(rank: int, protocol: Protocol, root: Path, port: int, queue: Any) -> No
     queue.join_thread()
     dist.barrier()
     os._exit(0)
-
-
-def free_port() -> int:
-    """One of the loopback address that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def sharded() -> dict[str, Any]:

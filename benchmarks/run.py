@@ -1,41 +1,46 @@
-"""All benchmarks that need nothing but this project: `python -m benchmarks.run [--quick]`.
+"""The benchmarks of saving, loading and planning: `python -m benchmarks.run [--quick] [PART ...]`.
 
-Each runs in a process of its own and leaves its table in `benchmarks/results/`. Figures are for
-comparing systems within one table: between machines, and on a busy one, they mean nothing.
+Each part runs in a process of its own and keeps its figures in `results/data`; tables, plots and
+the summary in `results/README.md` are made of all that is kept. `torch_checkpointing` takes part
+where it is installed (`pip install holdfast[benchmarks]`). Figures are for comparing systems within
+one table: between machines, and on a busy one, they mean nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
-from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks import saving, sharded
+from benchmarks.asked import Asked, asked
+from benchmarks.report import write_report
+
+MODULES = {
+    **dict.fromkeys(saving.PARTS, "benchmarks.saving"),
+    "overlap": "benchmarks.overlap",
+    **dict.fromkeys(sharded.PARTS, "benchmarks.sharded"),
+    "listing": "benchmarks.listing",
+    "planning": "benchmarks.planning",
+}
 
 
-def commands(quick: bool) -> dict[str, list[str]]:
-    """Name of the result, and the module with its arguments."""
-    size, rounds = (["--gb", "0.3"], ["--rounds", "2"]) if quick else ([], [])
-    ranks = ["--sizes", "8", "64"] if quick else ["--sizes", "8", "64", "512", "2048"]
-    return {
-        "saving": ["benchmarks.saving", *size, *rounds],
-        "small": ["benchmarks.saving", "--small", *rounds],
-        "overlap": ["benchmarks.overlap", *size, *rounds],
-        "planning": ["benchmarks.planning", *ranks],
-    }
+def command(part: str, given: Asked) -> list[str]:
+    """What measures one part."""
+    start = [sys.executable, "-m", MODULES[part]]
+    if part == "planning":
+        sizes = ["8", "64"] if given.quick else ["8", "64", "512", "2048"]
+        return [*start, "--sizes", *sizes, "--out", str(given.out / "planning.md")]
+    return [*start, part, *given.arguments()]
 
 
 def main() -> None:
     """Run one after the other; the first that fails ends it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small states and few rounds")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the tables")
-    asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)
-    for name, command in commands(asked.quick).items():
-        out = ["--out", str(asked.out / f"{name}.md")]
-        subprocess.run([sys.executable, "-m", *command, *out], check=True)
+    given = asked(__doc__, tuple(MODULES))
+    given.out.mkdir(parents=True, exist_ok=True)
+    for part in given.parts:
+        sys.stderr.write(f"{part}\n")
+        subprocess.run(command(part, given), check=True)
+    write_report(given.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,205 @@
+"""Ways to save while training goes on, each with its documented best: `systems` gives them by name.
+
+`dcp`: `async_save` in a thread, with buffers that are kept; the same, copied in a thread, which the
+optimizer waits for; in a process, with shared memory. Pinned memory needs CUDA: on a CPU it is not
+to be had. `torch_checkpointing` copies in a thread and writes in a process; the optimizer steps
+under its lock. `plain traffic` saves nothing: a thread copies as many bytes in memory, then writes
+them as `raw` does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_saver import (
+    AsyncCheckpointerType,
+    AsyncSaveResponse,
+    async_save,
+)
+from torch.optim import Optimizer
+
+from benchmarks.disk import WINDOW_BYTES, random_window, raw_write, sync
+from benchmarks.peers import meta_config
+from holdfast import CheckpointConfig, CheckpointManager
+
+
+class Background(Protocol):
+    """One way, for one run of training."""
+
+    def start(self) -> None:
+        """Start a save; the one before is done."""
+        ...
+
+    def finish(self) -> None:
+        """Wait, in a thread of its own, until the save is durable."""
+        ...
+
+    def optimizing(self) -> AbstractContextManager[object]:
+        """What the optimizer steps in."""
+        ...
+
+    def close(self) -> None:
+        """Give back what was held."""
+        ...
+
+
+Make = Callable[[nn.Module, Optimizer, Path], Background]
+
+
+def systems() -> dict[str, Make]:
+    """Those that can be had here, by name: each takes a model, its optimizer, an empty folder."""
+    process = AsyncCheckpointerType.PROCESS
+    found: dict[str, Make] = {
+        "plain traffic": PlainTraffic,
+        "holdfast, async": partial(Ours, mode="async"),
+        "holdfast, async_with_pinned_mem": partial(Ours, mode="async_with_pinned_mem"),
+        "dcp, thread": Stock,
+        "dcp, thread, staged in a thread": partial(Stock, staged=True),
+        "dcp, process, shared memory": partial(Stock, shared=True, kind=process),
+    }
+    if importlib.util.find_spec("torch_checkpointing") is not None:
+        found["torch_checkpointing"] = Meta
+    return found
+
+
+class Ours:
+    """A manager that saves whenever it is asked."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, folder: Path, mode: Any) -> None:
+        config = CheckpointConfig(enable=True, interval=1, async_mode=mode, keep_latest_k=2)
+        self._folder, self._step = folder, 0
+        self._manager = CheckpointManager(folder, model=model, optimizers=optimizer, config=config)
+
+    def start(self) -> None:
+        self._step += 1
+        self._manager.save(self._step)
+
+    def finish(self) -> None:
+        # A step is durable from the instant it has its name.
+        while not (self._folder / f"step-{self._step}").exists():
+            time.sleep(0.002)
+
+    def optimizing(self) -> AbstractContextManager[object]:
+        # The manager's own hook waits, where there is something to wait for.
+        return nullcontext()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+class Stock:
+    """`dcp.async_save`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        folder: Path,
+        *,
+        staged: bool = False,
+        shared: bool = False,
+        kind: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
+    ) -> None:
+        self._model, self._optimizer, self._folder, self._kind = model, optimizer, folder, kind
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=False,
+                use_shared_memory=shared,
+                use_async_staging=staged,
+                use_non_blocking_copy=False,
+            )
+        )
+        self._response: Any = None
+
+    def start(self) -> None:
+        shutil.rmtree(self._folder)
+        state = {
+            "model": get_model_state_dict(self._model),
+            "optimizer": get_optimizer_state_dict(self._model, self._optimizer),
+        }
+        self._response = async_save(
+            state,
+            storage_writer=FileSystemWriter(self._folder),
+            async_checkpointer_type=self._kind,
+            async_stager=self._stager,
+        )
+
+    def finish(self) -> None:
+        getattr(self._response, "upload_completion", self._response).result()
+        sync(self._folder)
+
+    def optimizing(self) -> AbstractContextManager[object]:
+        if isinstance(self._response, AsyncSaveResponse):
+            self._response.staging_completion.result()
+        return nullcontext()
+
+    def close(self) -> None:
+        self._stager.close()
+
+
+class Meta:
+    """The manager of `torch_checkpointing`."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
+        from torch_checkpointing import CheckpointManager as MetaManager
+
+        self._model, self._optimizer, self._folder = model, optimizer, folder
+        self._manager = meta_config(MetaManager.Config.with_async_save()).build()
+        self._response: Any = None
+
+    def start(self) -> None:
+        shutil.rmtree(self._folder)
+        self._folder.mkdir()
+        state = {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
+        self._response = self._manager.save(str(self._folder / "step"), state)
+
+    def finish(self) -> None:
+        self._response.result()
+        sync(self._folder)
+
+    def optimizing(self) -> AbstractContextManager[object]:
+        lock: AbstractContextManager[object] = self._manager.lock()
+        return lock
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+class PlainTraffic:
+    """As many bytes, copied and written by a plain thread."""
+
+    def __init__(self, model: nn.Module, _optimizer: Optimizer, folder: Path) -> None:
+        self._path, nbytes = folder / "raw", 12 * sum(p.numel() for p in model.parameters())
+        self._source, self._target = (np.ones(nbytes, np.uint8) for _ in range(2))
+        self._window, self._pool = random_window(), ThreadPoolExecutor(1)
+
+    def start(self) -> None:
+        self._done = self._pool.submit(self._move)
+
+    def _move(self) -> None:
+        for at in range(0, len(self._target), WINDOW_BYTES):
+            window = slice(at, at + WINDOW_BYTES)
+            self._target[window] = self._source[window]
+        raw_write(self._path, len(self._target), self._window)
+
+    def finish(self) -> None:
+        self._done.result()
+
+    def optimizing(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def close(self) -> None:
+        self._pool.shutdown()
