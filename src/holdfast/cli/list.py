@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -25,6 +25,7 @@ from holdfast.engine.root import open_for_reading
 from holdfast.errors import HoldfastError, NotFoundError
 from holdfast.format.manifest import Manifest
 from holdfast.format.names import MANIFEST, METADATA, aside_of, steps_among
+from holdfast.format.timings import Stage
 from holdfast.storage.store import ReadStore
 
 HEAD = ("step", "size", "age", "kind", "layout", "state", "")
@@ -75,6 +76,12 @@ class Row:
     problem: str | None = None
     """What is wrong, where something is."""
 
+    files: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of each data file: what each rank has written."""
+
+    timings: Mapping[str, Stage] = field(default_factory=dict)
+    """What each stage of its save has taken, over all ranks."""
+
 
 def run(arguments: Sequence[str]) -> int:
     """Print the list; the exit status."""
@@ -95,8 +102,13 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def survey(store: ReadStore, name: str) -> list[Row]:
-    """The steps below a folder, oldest first, then what is no step yet, or no longer.
+LookAt = Callable[[ReadStore, str], Row]
+"""`look_at(store, key)`: what is known of one step, but for its marks."""
+
+
+def survey(store: ReadStore, name: str, look_at: LookAt | None = None) -> list[Row]:
+    """The steps below a folder, oldest first, then what is no step yet, or no longer. `look_at`
+    stands in for `row_of`, should the caller know some of them.
 
     Raises:
         NotFoundError: no such folder, or none with a step.
@@ -109,9 +121,14 @@ def survey(store: ReadStore, name: str) -> list[Row]:
     if not steps and not asides:
         raise NotFoundError(f"`{place(store, name)}` holds no step", hint=_hint(store, name, there))
     damaged, pinned = damaged_steps(store, name), pinned_steps(store, name)
-    rows = [_row(store, step, damaged) for step in steps]
-    rows = [replace(row, pinned=row.step in pinned) for row in rows]
+    rows = [_marked((look_at or row_of)(store, step), damaged, pinned) for step in steps]
     return rows + [Row(one, None, "attempt") for one in asides]
+
+
+def _marked(row: Row, damaged: Mapping[int, str], pinned: Collection[int]) -> Row:
+    if row.state == "good" and row.step is not None and row.step in damaged:
+        row = Row(row.name, row.step, "damaged", problem=damaged[row.step])
+    return replace(row, pinned=row.step in pinned)
 
 
 def _hint(store: ReadStore, name: str, there: Sequence[str]) -> str:
@@ -123,17 +140,17 @@ def _hint(store: ReadStore, name: str, there: Sequence[str]) -> str:
     return f"found: {', '.join(there[:10]) or 'nothing'}"
 
 
-def _row(store: ReadStore, key: str, damaged: Mapping[int, str]) -> Row:
+def row_of(store: ReadStore, key: str) -> Row:
+    """What is known of one step, but for its marks."""
     name = key.rpartition("/")[2]
     step = next(iter(steps_among([f"{name}/"])), None)
     try:
         manifest, kind = _manifest(store, key)
     except HoldfastError as error:
         return Row(name, step, "damaged", problem=error.what)
-    if step is not None and step in damaged:
-        return Row(name, step, "damaged", problem=damaged[step])
     created = manifest.created or None
-    return Row(name, step, "good", kind, manifest.nbytes, created, manifest.layout)
+    held = (kind, manifest.nbytes, created, manifest.layout)
+    return Row(name, step, "good", *held, files=manifest.files, timings=manifest.timings)
 
 
 def _manifest(store: ReadStore, key: str) -> tuple[Manifest, Literal["full", "model", "hf"]]:

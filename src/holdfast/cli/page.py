@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from datetime import datetime
 from html import escape
 from statistics import median
 
 from holdfast.cli.chart import Point, bars, dots, line
-from holdfast.cli.history import History
+from holdfast.cli.history import History, slowest
 from holdfast.cli.list import Row
 from holdfast.cli.terminal import counted, spelled_age, spelled_bytes, spelled_layout
+from holdfast.engine.spans import Times
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b1f24; --soft: #5d6773;
@@ -40,6 +42,7 @@ svg { width: 100%; height: auto; display: block }
 .bar.damaged, circle.damaged { fill: var(--red) }
 circle { stroke: var(--card) }
 circle.good { fill: var(--green) }
+circle.gone { fill: var(--card); stroke: var(--soft) }
 circle.touch { fill: transparent; stroke: none }
 circle.touch:hover { fill: var(--blue) }
 .scroll { overflow-x: auto }
@@ -47,6 +50,10 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: left; padding: .3rem .75rem .3rem 0; border-top: 1px solid var(--rule);
   white-space: nowrap }
 thead th { border: 0; color: var(--soft); font-weight: 500 }
+.legend { display: inline-flex; align-items: center; gap: .3rem; margin-right: .8rem }
+.legend svg { width: .8rem }
+.alarm { border-color: var(--red); color: var(--red) }
+a { color: var(--blue) }
 td.note { white-space: normal; min-width: 14rem }
 .state-good { color: var(--green) }
 .state-damaged { color: var(--red); font-weight: 600 }
@@ -61,26 +68,40 @@ STALL_SAID_S = 0.01
 def page(history: History, now: datetime) -> str:
     """The page."""
     title = escape(history.where)
-    body = "".join(
+    return framed(title, body(history, now))
+
+
+def body(history: History, now: datetime) -> str:
+    """What stands on the page, but for the frame around it."""
+    return "".join(
         (
-            f"<h1>{title}</h1>",
-            f"<p>{escape(_summary(history))}; looked at {now:%Y-%m-%d %H:%M} UTC</p>",
+            f"<h1>{escape(history.where)}</h1>",
+            f"<p>{escape(summary(history))}; looked at {now:%Y-%m-%d %H:%M} UTC</p>",
             f'<div class="cards">{"".join(_cards(history, now))}</div>',
             f'<div class="charts">{"".join(_charts(history))}</div>',
             _table(history, now),
         )
     )
-    # Nothing of the page may be fetched from anywhere, or run.
+
+
+def framed(title: str, body: str, *, script: str = "") -> str:
+    """A page around what stands on it, both as HTML. `script` is the place of the one script that
+    may run on it; of the page itself nothing is fetched from anywhere, or run."""
     policy = "default-src 'none'; style-src 'unsafe-inline'"
+    if script:
+        policy += "; script-src 'self'; connect-src 'self'"
+        script = f'<script src="{script}" defer></script>'
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
+        f"<title>{title}</title><style>{STYLE}</style>{script}</head>"
+        f"<body><main>{body}</main></body></html>\n"
     )
 
 
-def _summary(history: History) -> str:
+def summary(history: History) -> str:
+    """A run's checkpoints in half a sentence."""
     steps = [row for row in history.rows if row.step is not None]
     said = [counted(len(steps), "step")]
     damaged = [row for row in steps if row.state == "damaged"]
@@ -92,10 +113,7 @@ def _summary(history: History) -> str:
 
 
 def _cards(history: History, now: datetime) -> list[str]:
-    resume = history.resume
-    newest = next(
-        (row for row in history.rows if row.step is not None and row.step == resume), None
-    )
+    newest = history.newest
     nbytes = sum(row.nbytes or 0 for row in history.rows)
     cards = [
         ("newest good step", "none" if newest is None else f"{newest.step:,}", _ago(newest, now)),
@@ -110,11 +128,24 @@ def _cards(history: History, now: datetime) -> list[str]:
         cards.append(("throughput", f"{speed:,.0f}", "tokens/s, median"))
         blocked, share = _blocked(history)
         cards.append(("held up by saving", f"{share:.1%}", f"{blocked:,.1f} s of training"))
-    return [
-        f'<div class="card"><small>{escape(name)}</small><b>{escape(value)}</b>'
-        f"<small>{escape(note)}</small></div>"
-        for name, value, note in cards
-    ]
+        saved, gone = len({save.step for r in reports for save in r.saves}), len(history.gone)
+        cards.append(("steps saved", f"{saved:,}", f"{gone:,} removed since"))
+    if history.loads:
+        last_load = history.loads[-1]
+        took = f"{counted(len(history.loads), 'time')}, last in {last_load.seconds:.2g} s"
+        cards.append(("resumed", f"from {last_load.step:,}", took))
+    shown = [_card(*card) for card in cards]
+    failed = sum(report.failed_saves for report in history.lived)
+    if failed:
+        shown.append(_card("saves failed", f"{failed:,}", "the log says why", alarm=True))
+    return shown
+
+
+def _card(name: str, value: str, note: str, *, alarm: bool = False) -> str:
+    return (
+        f'<div class="card{" alarm" * alarm}"><small>{escape(name)}</small>'
+        f"<b>{escape(value)}</b><small>{escape(note)}</small></div>"
+    )
 
 
 def _blocked(history: History) -> tuple[float, float]:
@@ -156,12 +187,17 @@ def _charts(history: History) -> list[str]:
         return f"{value:.2g} s"
 
     charts = (
-        ("Steps over time", COURSE, _course(history)),
+        ("Steps over time", _legend(history), _course(history)),
         ("Held up by each save", "training waited", bars(stalls, spell=seconds, spell_x=_number)),
         (
             "How long each save took",
             _slow(history),
-            bars(_took(history), spell=seconds, spell_x=_number),
+            bars(_took(history.saves), spell=seconds, spell_x=_number),
+        ),
+        (
+            "How long each resume took",
+            "plan, read, apply",
+            bars(_took(history.loads), spell=seconds, spell_x=_number),
         ),
         ("Throughput", "tokens/s over all ranks", line(speeds, spell=_short, spell_x=_number)),
         ("Loss", "", line(losses, spell=_short, spell_x=_number)),
@@ -179,25 +215,46 @@ def _charts(history: History) -> list[str]:
     ]
 
 
-def _took(history: History) -> list[Point]:
-    """Until each save was durable, with its stages."""
+def _took(operations: Sequence[Times]) -> list[Point]:
+    """Until each save was durable, or each load done, with its stages."""
     found = []
-    for save in history.saves:
-        stages = (f"{name} {spent:.2f} s (rank {rank})" for name, spent, rank in save.stages)
-        found.append(Point(save.step, save.seconds, f"step {save.step}: {', '.join(stages)}"))
+    for times in operations:
+        stages = (
+            f"{name} {stage.most:.2f} s (rank {stage.slowest})"
+            for name, stage in times.stages.items()
+        )
+        found.append(Point(times.step, times.seconds, f"step {times.step}: {', '.join(stages)}"))
     return found
 
 
 def _slow(history: History) -> str:
     """Which rank the others waited for, mostly."""
-    slowest = Counter(save.slowest for save in history.saves).most_common(1)
-    if not slowest:
+    saves = history.saves
+    ranks = Counter(map(slowest, saves)).most_common(1)
+    if not ranks:
         return ""
-    ((rank, times),) = slowest
-    return f"until it was durable; rank {rank} was the slowest in {times} of {len(history.saves)}"
+    ((rank, times),) = ranks
+    return f"until it was durable; rank {rank} was the slowest in {times} of {len(saves)}"
 
 
-COURSE = "each dot is a checkpoint: green to resume from, blue the model alone, red damaged"
+DOTS = {
+    "good": "to resume from",
+    "model": "the model alone",
+    "damaged": "damaged",
+    "gone": "saved, and removed since",
+}
+"""What a checkpoint's dot says, by its style."""
+
+
+def _legend(history: History) -> str:
+    drawn = {_style(row) for row in history.rows if row.step is not None}
+    drawn |= {"gone"} if history.gone else set()
+    return "".join(
+        f'<span class="legend"><svg viewBox="0 0 12 12"><circle class="{style}" cx="6" cy="6" '
+        f'r="4.5"/></svg>{said}</span>'
+        for style, said in DOTS.items()
+        if style in drawn
+    )
 
 
 def _course(history: History) -> str:
@@ -215,7 +272,8 @@ def _course(history: History) -> str:
         Point(report.time - begun, report.step, f"step {report.step}")
         for report in sorted(history.reports, key=lambda report: report.time)
     ]
-    points = [
+    points = [Point(at - begun, step, f"step {step}: removed", "gone") for step, at in history.gone]
+    points += [
         Point(at - begun, row.step or 0, f"step {row.step}: {row.kind or row.state}", _style(row))
         for row, at in saves
         if at is not None

@@ -21,7 +21,7 @@ from PIL import Image
 
 from checkpoints import save_step
 from holdfast.cli.chart import POINTS_MAX, Point, bars, dots, line
-from holdfast.cli.history import history_of
+from holdfast.cli.history import Watch, history_of
 from holdfast.cli.list import Row
 from holdfast.cli.main import main
 from holdfast.cli.page import page
@@ -46,6 +46,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / ".attempt-step-50-0123abcd").mkdir()
     rows = [row(step, 1000.0 + step) for step in range(1, 26)]
     rows += [row(step, 2000.0 + step) for step in range(21, 41)]
+    rows[3]["saves"] = [dataclasses.asdict(times_of(3, 900, [{"write": 0.3, "commit": 9.0}]))]
+    rows[25]["loads"] = [dataclasses.asdict(times_of(20, 800, [{"plan": 0.1, "read": 0.6}]))]
+    rows += [{**rows[-1], "failed_saves": 2}]
     lines = [json.dumps(one) for one in rows]
     (home / "outputs/metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 41, "lo')
     return home
@@ -110,7 +113,12 @@ def test_a_run_is_told_on_one_page(
     for said in ("4 steps, 1 damaged, a resume takes step 40", "Throughput", "step reached"):
         assert said in found.text
     assert "`__1_0.distcp` is missing" in found.text
-    assert "rank 3 was the slowest in 3 of 3" in found.text
+    assert "rank 3 was the slowest in 3 of 5" in found.text, "of 40 its manifest alone knows"
+    assert "step 20: plan 0.10 s (rank 0), read 0.60 s (rank 0)" in found.text, "the resume"
+    assert "step 3: removed" in found.text
+    assert "1 removed since" in found.text
+    assert "resumedfrom 201 time, last in 0.7 s" in found.text
+    assert "saves failed2" in found.text, "told twice of one step, counted once"
     assert "step 20: plan 0.10 s (rank 0), write 2.00 s (rank 3)" in found.text
     assert "pinned" in found.text
     assert ".attempt-step-50-0123abcd" in found.text
@@ -125,11 +133,31 @@ def test_the_share_that_saving_took_is_of_the_time_that_the_run_was_alive(saved:
     """Method: 43 seconds between reports of two lives, 1.5 of them held up; the time between the
     two is nobody's. Steps that were done twice count once for what the run stands on."""
     history = history_of(str(saved / "outputs/checkpoint"))
-    assert len(history.reports) == 45
+    assert len(history.reports) == 46
     assert [report.step for report in history.current] == list(range(1, 41))
     assert history.current[20].time == 2021.0
     assert "3.5%" in page(history, NOW)
     assert "1.5 s of training" in page(history, NOW)
+
+
+def test_what_has_not_changed_is_not_read_again(saved: Path, tmp_path: Path) -> None:
+    """Method: a folder looked at again: rows of untouched steps are the same objects; a step that
+    loses a file is damaged at once, a mark is seen, new lines are read, half a line is not."""
+    home = shutil.copytree(saved, tmp_path / "run")
+    folder, log = home / "outputs/checkpoint", home / "outputs/metrics.jsonl"
+    watch = Watch(str(folder))
+    before = watch.look()
+    (folder / "step-20/__1_0.distcp").unlink()
+    (folder / ".damaged-step-40").write_text("a block")
+    with log.open("a") as file:
+        file.write("\n" + json.dumps(row(42, 2042.0)) + "\n" + json.dumps(row(43, 2043.0))[:40])
+    after = watch.look()
+    assert [r.state for r in after.rows[:4]] == ["good", "damaged", "damaged", "damaged"]
+    assert after.rows[0].files is before.rows[0].files
+    assert [report.step for report in after.reports[-2:]] == [40, 42]
+    assert after.reports[0] is before.reports[0]
+    log.write_text(json.dumps(row(1, 5.0)))
+    assert [report.time for report in watch.look().reports] == [5.0], "another run's"
 
 
 def test_a_folder_without_reports_has_a_page_too(
@@ -168,9 +196,9 @@ def test_names_made_to_harm_are_text(saved: Path) -> None:
     history = history_of(str(saved / "outputs/checkpoint"))
     rows = [
         Row(evil, 7, "damaged", problem=evil),
-        Row("step-8", 8, "good", "full", 5, "", {evil: 1}),
+        Row("step-8", 8, "good", "full", 5, "", {evil: 1}, files={evil: 3}),
     ]
-    made = dataclasses.replace(history, where=evil, rows=rows, written=[(evil, 3)])
+    made = dataclasses.replace(history, where=evil, rows=rows)
     found = Checked(page(made, NOW))
     assert found.tags.isdisjoint({"script", "img"})
     assert not [name for name, _ in found.attributes if name.startswith("on")]
@@ -219,7 +247,7 @@ def test_a_browser_shows_it_in_light_and_dark_and_on_a_phone(
     subprocess.run(
         [
             *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
-            *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", *scheme),
+            *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1600", *scheme),
             *(f"--screenshot={tmp_path / 'page.png'}", out.as_uri()),
         ],
         check=True,
