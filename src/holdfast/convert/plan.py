@@ -14,13 +14,13 @@ from holdfast.format.manifest import Path
 from holdfast.format.names import MANIFEST
 from holdfast.hf.adapter import adapter_mapping
 from holdfast.hf.check import check_fit, skipped
-from holdfast.hf.dialects import renamed
+from holdfast.hf.dialects import balances, renamed
 from holdfast.hf.families import family_of
 from holdfast.hf.family import Config, fused_experts, mapping_of
 from holdfast.hf.folder import CONFIG, of_language_model
 from holdfast.hf.mapping import TensorMapping
 from holdfast.hf.shards import SHARD_BYTES
-from holdfast.hf.tensors import Mapped, Renamed, Tensors, only
+from holdfast.hf.tensors import Mapped, Renamed, Tensors, Zeros, only
 
 Form = Literal["dcp", "hf", "torch"]
 Float = Literal["float32", "bfloat16", "float16"]
@@ -188,7 +188,17 @@ def _from_hub(opened: Opened, related: _Related | None, wishes: Wishes) -> Outpu
     for name, first in aliases.items():
         path, same_as = (called[name],), called[first]
         outputs[called[name]] = replace(outputs[same_as], path=path, same_as=same_as)
-    return outputs
+    return {**outputs, **(_balances(native) if wishes.names == "titan" else {})}
+
+
+def _balances(model: Tensors, above: Path = ()) -> Outputs:
+    """What TorchTitan looks for beside every router, and nobody else has: zeros."""
+    zeros = Zeros(balances({name: held.shape for name, held in model.held.items()}))
+    found = {}
+    for name, called in renamed(zeros.held, "titan").items():
+        path = (*above, called)
+        found[_join(path)] = Output(zeros, name, "float32", path)
+    return found
 
 
 def _adapter(
@@ -241,13 +251,18 @@ def _as_it_is(opened: Opened, model: Tensors, wishes: Wishes) -> Outputs:
         return outputs
     keys = {str(key) for output in outputs.values() for key in output.path}
     called = renamed([*outputs, *keys], wishes.names)
+    above = next((o.path[:-1] for o in outputs.values() if o.path[-1] == o.name), ())
+    more = _balances(model, above) if wishes.names == "titan" else {}
     return {
-        called[name]: replace(
-            output,
-            path=tuple(called[key] if isinstance(key, str) else key for key in output.path),
-            same_as=called[output.same_as] if output.same_as else "",
-        )
-        for name, output in outputs.items()
+        **more,
+        **{
+            called[name]: replace(
+                output,
+                path=tuple(called[key] if isinstance(key, str) else key for key in output.path),
+                same_as=called[output.same_as] if output.same_as else "",
+            )
+            for name, output in outputs.items()
+        },
     }
 
 

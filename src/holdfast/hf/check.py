@@ -9,7 +9,9 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from holdfast.errors import MismatchError, UsageError
+from holdfast.format.region import Region
 from holdfast.hf.blocks import blocks
+from holdfast.hf.dialects import is_balance
 from holdfast.hf.mapping import SideName, TensorMapping
 from holdfast.hf.tensors import Held, Tensors
 
@@ -58,8 +60,11 @@ def check_fit(
     names, aliases = mapping.names(side), mapping.aliases[side]
     derived = [name for name in held if DERIVED.fullmatch(name)]
     wrong = [*_missing(held, names), *_misshapen(held, mapping, side, said_by)]
-    known = {*names, *aliases, *derived}
-    wrong += _unknown([name for name in held if name not in known], names, said_by)
+    unknown = {*held} - {*names, *aliases, *derived}
+    balance = {name for name in unknown if side == "native" and is_balance(name)}
+    used = sorted(name for name in balance if _bits(tensors.read(name, _whole(held[name]))).any())
+    wrong += [f"`{name}` is not zero, and the hub has no place for it" for name in used]
+    wrong += _unknown([name for name in held if name in unknown - balance], names, said_by)
     if not wrong:
         wrong += [
             f"`{name}` and `{first}` differ, and {said_by} ties them"
@@ -75,9 +80,11 @@ def check_fit(
             hint="is the configuration the one of these weights? `--skip 'PATTERN'` leaves out "
             "tensors that are known and not wanted",
         )
-    return (
-        [f"left out {len(derived)} buffers that follow from the configuration"] if derived else []
-    )
+    notes = {
+        "buffers that follow from the configuration": derived,
+        "biases that balance experts, all zero": balance,
+    }
+    return [f"left out {len(found)} {what}" for what, found in notes.items() if found]
 
 
 def same(tensors: Tensors, one: str, other: str) -> bool:
@@ -89,6 +96,10 @@ def same(tensors: Tensors, one: str, other: str) -> bool:
         np.array_equal(_bits(tensors.read(one, region)), _bits(tensors.read(other, region)))
         for region in blocks(first.shape, 4, BLOCK_BYTES)
     )
+
+
+def _whole(held: Held) -> Region:
+    return Region.whole(held.shape)
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

@@ -25,6 +25,10 @@ _RENAMED: Mapping[str, str] = {
     "moe.expert_bias": "moe.expert_bias_E",
 }
 
+GATE, BALANCE = "moe.router.gate.weight", "moe.expert_bias"
+"""TorchTitan balances the experts of every family by a buffer, zero at first, beside the router.
+Most families have no place for it on the hub."""
+
 _LATENT = "attention.wkv_a"
 """Where keys come from latent vectors, TorchTitan 0.3 kept the name of `wq`."""
 
@@ -48,6 +52,18 @@ def renamed(names: Collection[str], dialect: Literal["meta", "titan"]) -> dict[s
     table = pairs if dialect == "titan" else {titan: meta for meta, titan in pairs.items()}
     told = re.compile("|".join(map(_pattern, table)))
     return {name: told.sub(lambda match: table[match[0]], name) for name in names}
+
+
+def balances(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The buffers that are missing beside the routers among these tensors: name and shape."""
+    wanted = {n.removesuffix(GATE): s[:1] for n, s in shapes.items() if n.endswith(GATE)}
+    there = {n[: n.rindex(BALANCE)] for n in shapes if is_balance(n)}
+    return {at + BALANCE: shape for at, shape in wanted.items() if at not in there}
+
+
+def is_balance(name: str) -> bool:
+    """Whether this is such a buffer, in either dialect."""
+    return name.endswith((BALANCE, _RENAMED[BALANCE]))
 
 
 def _pattern(part: str) -> str:

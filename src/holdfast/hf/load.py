@@ -20,13 +20,13 @@ from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.region import Region
 from holdfast.hf.blocks import blocks
 from holdfast.hf.check import check_fit
-from holdfast.hf.dialects import dialect_of, renamed
+from holdfast.hf.dialects import balances, dialect_of, is_balance, renamed
 from holdfast.hf.families import family_of
 from holdfast.hf.family import Config, fused_experts, mapping_of
 from holdfast.hf.folder import CONFIG, Folder, open_folder
 from holdfast.hf.quantized import Dequantized
 from holdfast.hf.stored import Stored
-from holdfast.hf.tensors import Mapped, Renamed, Tensors
+from holdfast.hf.tensors import Joined, Mapped, Renamed, Tensors, Zeros
 from holdfast.state.objects import StateTree
 
 BLOCK_BYTES = 8 << 20
@@ -56,10 +56,14 @@ def load_folder(
     store, name = open_for_reading(path)
     folder = on_rank_0(ranks, lambda: open_folder(store, name))
     source = Source(store, name, folder.manifest)
-    ours = dialect_of([*on_every_rank(ranks, tree.leaves)])
-    titan = ranks.largest([float(ours == "titan")])[0] > 0
+    leaves = on_every_rank(ranks, tree.leaves)
+    balanced = any(map(is_balance, leaves))
+    told = ranks.largest([float(dialect_of([*leaves]) == "titan"), float(balanced)])
+    titan, balanced = told[0] > 0, told[1] > 0
     notes = on_rank_0(ranks, lambda: _checked(source, folder, config))
-    tensors = on_every_rank(ranks, lambda: _native(source, folder, config, titan=titan))
+    tensors = on_every_rank(
+        ranks, lambda: _native(source, folder, config, titan=titan, balanced=balanced)
+    )
     entries = {
         n: TensorEntry(held.stored, held.shape, (), (n,)) for n, held in tensors.held.items()
     }
@@ -96,13 +100,19 @@ def _checked(source: Source, folder: Folder, config: Config | None) -> list[str]
     return notes
 
 
-def _native(source: Source, folder: Folder, config: Config | None, *, titan: bool) -> Tensors:
+def _native(
+    source: Source, folder: Folder, config: Config | None, *, titan: bool, balanced: bool
+) -> Tensors:
+    """`balanced`: the model has a bias beside every router, which starts from zero."""
     found, said_by = _config(source, folder, config)
     held = Dequantized(Stored(source, {}), folder.quantization)
     family = family_of(found, where=said_by)
     mapping = mapping_of(family, found, fused_experts=fused_experts(family, found, held.held))
-    names = mapping.names("native")
-    seen = Mapped(held, mapping, "native")
+    seen: Tensors = Mapped(held, mapping, "native")
+    if balanced:
+        shapes = {name: held.shape for name, held in seen.held.items()}
+        seen = Joined(seen, Zeros(balances(shapes)))
+    names = [*seen.held]
     called = renamed([*names, *mapping.aliases["native"]], "titan" if titan else "meta")
     firsts = {called[n]: called[first] for n, first in mapping.aliases["native"].items()}
     return Renamed(seen, {n: called[n] for n in names}, firsts)

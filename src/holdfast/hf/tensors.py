@@ -104,6 +104,27 @@ class Mapped:
         return Held(widest.dtype, shape, stays or kept, stays is not None)
 
 
+class Zeros:
+    """Tensors in float32 that are all zeros."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.held = {name: Held("float32", shape, fixed=True) for name, shape in shapes.items()}
+
+    def read(self, _: str, region: Region) -> Array:
+        return np.zeros(region.shape, np.float32)
+
+
+class Joined:
+    """The tensors of two sets that have no name in common."""
+
+    def __init__(self, first: Tensors, second: Tensors) -> None:
+        self._first, self._second = first, second
+        self.held = {**first.held, **second.held}
+
+    def read(self, name: str, region: Region) -> Array:
+        return (self._first if name in self._first.held else self._second).read(name, region)
+
+
 def only(source: Tensors, names: Sequence[str]) -> Renamed:
     """These tensors alone."""
     return Renamed(source, {name: name for name in names})

@@ -1,0 +1,70 @@
+"""The biases by which TorchTitan balances experts, which most families have no place for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from holdfast.convert.convert import convert
+from holdfast.convert.plan import Wishes, plan
+from holdfast.engine.checkpoint import open_checkpoint
+from holdfast.engine.ranks import all_ranks
+from holdfast.engine.save import save
+from holdfast.errors import MismatchError
+from holdfast.hf.flavors import MODELS, config_of
+from holdfast.hf.load import load_folder
+from holdfast.state.objects import StateTree
+from hub_folders import hub_tensors, save_folder
+
+CONFIG = {**config_of("qwen3_moe", MODELS["qwen3_moe"]["debugmodel"], 64), "num_hidden_layers": 2}
+BIASES = [f"layers.{n}.moe.expert_bias_E" for n in (0, 1)]
+
+
+def converted(source: Path, target: Path, **wishes: Any) -> tuple[str, ...]:
+    asked = Wishes(**wishes)
+    planned = plan(str(source), asked)
+    convert(planned, str(target), asked, lambda _: None)
+    return planned.notes
+
+
+def state_of(step: Path) -> dict[str, torch.Tensor]:
+    opened = open_checkpoint(step)
+    return {name: opened.read(name) for name in opened.tensors}
+
+
+def test_torchtitan_finds_its_biases_and_the_hub_does_not(tmp_path: Path) -> None:
+    """G10: from the hub, and from Meta's names, to TorchTitan's: zeros beside every router. On the
+    way to the hub they are left out, with a word; those that are not zero are not."""
+    source = save_folder(tmp_path / "hub", CONFIG, hub_tensors(CONFIG))
+    converted(source, tmp_path / "meta", to="dcp")
+    assert not any("expert_bias" in name for name in state_of(tmp_path / "meta"))
+    for origin in ("hub", "meta"):
+        step = tmp_path / f"titan-{origin}"
+        converted(tmp_path / origin, step, to="dcp", names="titan")
+        state = state_of(step)
+        assert [name for name in state if "expert_bias" in name] == BIASES
+        assert all(torch.equal(state[name], torch.zeros(8)) for name in BIASES)
+        notes = converted(step, tmp_path / f"back-{origin}", to="hf", hf_assets=str(source))
+        assert "left out 2 biases that balance experts, all zero" in notes
+    state[BIASES[1]][3] = 0.5
+    save(tmp_path / "trained", state)
+    with pytest.raises(MismatchError, match="1 differences") as raised:
+        plan(str(tmp_path / "trained"), Wishes(to="hf", hf_assets=str(source)))
+    assert f"`{BIASES[1].removesuffix('_E')}` is not zero" in str(raised.value)
+    skip = ("*.expert_bias_E",)
+    converted(tmp_path / "trained", tmp_path / "out", to="hf", hf_assets=str(source), skip=skip)
+
+
+def test_a_live_model_with_such_biases_starts_them_from_zero(tmp_path: Path) -> None:
+    """G10: a folder of the hub into the state of a model of TorchTitan's."""
+    source = save_folder(tmp_path / "hub", CONFIG, hub_tensors(CONFIG))
+    converted(source, tmp_path / "titan", to="dcp", names="titan")
+    wanted = state_of(tmp_path / "titan")
+    state = {name: torch.full_like(tensor, 7) for name, tensor in wanted.items()}
+    ranks = all_ranks()
+    load_folder(str(source), StateTree(state), ranks=ranks)
+    ranks.close()
+    assert all(torch.equal(state[name], tensor) for name, tensor in wanted.items())
