@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -107,6 +108,7 @@ def run(arguments: Sequence[str]) -> int:
             {
                 "target": done.where,
                 "nbytes": done.nbytes,
+                "kept_bytes": done.kept_bytes,
                 "seconds": seconds,
                 "tensors": done.num_tensors,
                 "notes": notes,
@@ -125,8 +127,12 @@ def converted(asked: Convert) -> tuple[Converted, Sequence[str]]:
     """The conversion, done, with a bar on a terminal; and its notes."""
     wishes = asked.wishes()
     planned = plan(asked.source, wishes)
-    with progress(asked.target, planned.nbytes) as advance:
-        return convert(planned, asked.target, wishes, advance), planned.notes
+    try:
+        with progress(asked.target, planned.nbytes) as advance:
+            return convert(planned, asked.target, wishes, advance), planned.notes
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: the same command goes on from here\n")
+        raise
 
 
 def nbytes_of(text: str) -> int:

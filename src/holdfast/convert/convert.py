@@ -26,14 +26,18 @@ class Converted:
 
     where: str
     nbytes: int
-    """Written."""
+    """Of the target's files."""
+
+    kept_bytes: int
+    """Of these, what an earlier conversion that was killed had written already."""
 
     seconds: float
     num_tensors: int
 
 
 def convert(planned: Planned, target: str, wishes: Wishes, advance: Advance) -> Converted:
-    """Write what was planned to `target`, which is absent until it is whole.
+    """Write what was planned to `target`, which is absent until it is whole. Goes on where an
+    earlier conversion to it was killed.
 
     Holds a few blocks of 32 MB in memory, whatever the size of the model.
 
@@ -57,7 +61,8 @@ def convert(planned: Planned, target: str, wishes: Wishes, advance: Advance) -> 
         model = planned.config or opened.manifest.model
         facts = facts_of(place, kind, step, model)
         nbytes = write_step(place, outputs, _values(planned, wishes), facts, advance)
-    return Converted(place.where, nbytes, time.perf_counter() - started, len(outputs))
+    seconds = time.perf_counter() - started
+    return Converted(place.where, nbytes, place.store.kept_bytes, seconds, len(outputs))
 
 
 def _values(planned: Planned, wishes: Wishes) -> Values:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -23,11 +23,12 @@ from holdfast.engine.write import image_of, lay_out, write
 from holdfast.errors import ExistsError, HoldfastError, StorageError
 from holdfast.format import torchfile
 from holdfast.format.manifest import Kind, Path
-from holdfast.format.names import Aside, step_of
+from holdfast.format.names import Aside, aside_of, step_of
 from holdfast.format.safetensors import INDEX
 from holdfast.hf.assets import beside_weights, config_bytes
 from holdfast.hf.folder import CONFIG
 from holdfast.hf.shards import shard
+from holdfast.storage.continuing import ContinuingStore
 from holdfast.storage.store import Buffer, ReadStore, Writer
 
 Values = Mapping[str, tuple[Path, bytes]]
@@ -41,6 +42,9 @@ class Target:
     catalog: Catalog
     """Of the folder that it lies in."""
 
+    store: ContinuingStore
+    """That folder."""
+
     name: str
 
     @property
@@ -49,15 +53,20 @@ class Target:
 
 
 def open_target(path: str, *, overwrite: bool) -> Target:
-    """The place at `path`, made ready: what a killed conversion left there is removed.
+    """The place at `path`, made ready. What a killed conversion left there stays for now: the next
+    one goes on with it.
 
     Raises:
         ExistsError: something is there, and `overwrite` is false.
         UsageError: no place that can be written to.
     """
     catalog, name = open_root(path)
-    catalog.store.make_folder("")
-    execute(catalog.store, plan_sweep(catalog.store.list(), only=name))
+    store = ContinuingStore(catalog.store.url)
+    catalog = Catalog(store)
+    store.make_folder("")
+    begun = {str(attempt) for attempt in _attempts(store, name)}
+    left = plan_sweep(store.list(), only=name)
+    execute(store, [action for action in left if action.folder not in begun])
     there = catalog.store.list()
     taken = name in there or (f"{name}/" in there and catalog.store.list(name))
     if taken and not overwrite:
@@ -65,25 +74,65 @@ def open_target(path: str, *, overwrite: bool) -> Target:
             f"`{catalog.where(name)}` exists already",
             hint="choose another place, or pass `--overwrite` to replace it",
         )
-    return Target(catalog, name)
+    return Target(catalog, store, name)
 
 
 @contextmanager
-def _attempt(target: Target, nbytes: int) -> Iterator[Aside]:
-    """A folder that no reader looks at; gone if what is done in it fails."""
-    free = target.catalog.store.free_bytes()
-    if free is not None and nbytes > free:
-        raise StorageError(
-            f"`{target.where}` needs {amount(nbytes)}, {amount(free)} are free",
-            hint="free some space (df -h), or convert to another disk",
-        )
-    attempt = target.catalog.begin(target.name)
-    try:
-        yield attempt
-    except BaseException:
-        with suppress(HoldfastError):
-            target.catalog.discard(attempt)
-        raise
+def _attempt(target: Target, sizes: Mapping[str, int]) -> Iterator[Aside]:
+    """A folder that no reader looks at, to write files of these sizes into: a new one, or that of a
+    conversion which was killed, with those of its files that can be gone on with.
+
+    Gone if what is done in it fails, but not if somebody interrupts it.
+
+    Raises:
+        ExistsError: another conversion to this place is at work.
+    """
+    store = target.store
+    with ExitStack() as held:
+        attempt = _taken_over(target, sizes, held)
+        there = [] if attempt is None else store.list(str(attempt))
+        nbytes = sum(sizes[file] for file in sizes if file not in there)
+        free = store.free_bytes()
+        if free is not None and nbytes > free:
+            raise StorageError(
+                f"`{target.where}` needs {amount(nbytes)}, {amount(free)} are free",
+                hint="free some space (df -h), or convert to another disk",
+            )
+        if attempt is None:
+            attempt = target.catalog.begin(target.name)
+            held.enter_context(store.hold(str(attempt)))
+        try:
+            yield attempt
+        except Exception:
+            with suppress(HoldfastError):
+                target.catalog.discard(attempt)
+            raise
+
+
+def _taken_over(target: Target, sizes: Mapping[str, int], held: ExitStack) -> Aside | None:
+    """What a killed conversion to this place left, with nothing in it but files of these sizes."""
+    store, found = target.store, None
+    for attempt in _attempts(store, target.name):
+        mine = held.enter_context(store.hold(str(attempt)))
+        if mine is False:
+            raise ExistsError(
+                f"`{target.where}` is being written by another conversion",
+                hint="wait for it, or choose another place",
+            )
+        if found is not None or mine is None:
+            store.remove(str(attempt))
+            continue
+        found = attempt
+        for name in store.list(str(attempt)):
+            if name not in sizes or store.size(f"{attempt}/{name}") != sizes[name]:
+                store.remove(f"{attempt}/{name.rstrip('/')}")
+    return found
+
+
+def _attempts(store: ContinuingStore, name: str) -> list[Aside]:
+    """Conversions to this place that have not come to their end."""
+    asides = [aside_of(one.rstrip("/")) for one in store.list() if one.endswith("/")]
+    return [one for one in asides if one and (one.role, one.name) == ("attempt", name)]
 
 
 # ----------------------------------------------------------------------------------- Hugging Face
@@ -106,9 +155,9 @@ def write_hub(
     """Write a Hugging Face folder. Returns its bytes, without what lies beside the weights."""
     infos = {name: (output.dtype, output.shape) for name, output in outputs.items()}
     export = shard(infos, max_shard_bytes)
-    store = target.catalog.store
+    store = target.store
     order = [name for image in export.files.values() for name in image.tensors]
-    with _attempt(target, export.nbytes) as attempt:
+    with _attempt(target, {file: one.nbytes for file, one in export.files.items()}) as attempt:
         wanted = [(outputs[name], region) for name in order for region in outputs[name].regions()]
         with read_ahead(wanted, advance) as take:
             for file, image in export.files.items():
@@ -131,7 +180,7 @@ def write_hub(
 
 
 def _write_small(target: Target, attempt: Aside, file: str, data: bytes) -> None:
-    store = target.catalog.store
+    store = target.store
     folder, _, _ = file.rpartition("/")
     if folder and f"{folder}/" not in store.list(str(attempt)):
         store.make_folder(f"{attempt}/{folder}")
@@ -160,8 +209,8 @@ def write_torch_file(target: Target, outputs: Outputs, values: Values, advance: 
         },
         values,
     )
-    store, name = target.catalog.store, target.name
-    with _attempt(target, image.nbytes) as attempt:
+    store, name = target.store, target.name
+    with _attempt(target, {name: image.nbytes}) as attempt:
         wanted = [(outputs[n], region) for n in image.tensors for region in outputs[n].regions()]
         with (
             read_ahead(wanted, advance) as take,
@@ -196,10 +245,9 @@ def write_step(
         [(p.name, p.tensor.dtype, region) for p in whole.tensors for region in p.regions_of(0)]
     )
     image = image_of(0, items, {name: container for name, (_, container) in values.items()})
-    with _attempt(target, image.nbytes) as attempt:
+    with _attempt(target, {image.name: image.nbytes} if image.nbytes else {}) as attempt:
         with read_ahead(wanted, advance) as take:
-            store = target.catalog.store
-            receipt = write(store, str(attempt), image, lambda _name, _region: take())
+            receipt = write(target.store, str(attempt), image, lambda _name, _region: take())
         index = index_of(whole, [columns(items)])
         return publish(attempt, [receipt], index, facts, target.catalog)
 

@@ -171,6 +171,25 @@ class LocalStore:
             os.close(file)
 
     @contextmanager
+    def hold(self, folder: str) -> Iterator[bool | None]:
+        """Hold a folder, whatever it is called meanwhile, until the context ends or the process
+        dies. Gives whether it is held: false where somebody else does so, None where this file
+        system cannot tell."""
+        with self._said("hold", folder):
+            file = os.open(self._path(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held: bool | None = True
+            except BlockingIOError:
+                held = False
+            except OSError:
+                held = None
+            yield held
+        finally:
+            os.close(file)
+
+    @contextmanager
     def _said(self, doing: str, key: str) -> Iterator[None]:
         """Turn what the system says into what the user needs to know."""
         try:

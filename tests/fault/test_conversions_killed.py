@@ -1,0 +1,143 @@
+"""Conversions that are killed, and the second run that goes on where the first one ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from holdfast.convert.convert import Converted, convert
+from holdfast.convert.plan import Wishes, plan
+from holdfast.errors import ExistsError
+from holdfast.storage.local import LocalStore
+from hub_folders import LLAMA, hub_tensors, save_folder
+
+FORMS: dict[str, Wishes] = {
+    "dcp": Wishes(to="dcp"),
+    "hf": Wishes(to="hf", max_shard_bytes=20_000),
+    "torch": Wishes(to="torch", dtype="bfloat16"),
+}
+
+KILLED = """
+import os, signal, sys
+from holdfast.convert.convert import convert
+from holdfast.convert.plan import Wishes, plan
+source, target, wishes, left = *sys.argv[1:3], eval(sys.argv[3]), int(sys.argv[4])
+def advance(_):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+convert(plan(source, wishes), target, wishes, advance)
+"""
+"""Dies when so many blocks have been handed over for writing."""
+
+LATER = ("created", "timings", "checksum")
+"""What a manifest says of when it was made, and its own checksum, which covers that."""
+
+
+def killed(source: Path, target: Path, wishes: Wishes, num_blocks: int) -> None:
+    """A conversion in a process of its own that dies by SIGKILL; the target is absent."""
+    arguments = [str(source), str(target), repr(wishes), str(num_blocks)]
+    ran = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
+    assert ran.returncode == -9
+    assert [path.name[:9] for path in target.parent.iterdir()] == [".attempt-"]
+
+
+def converted(source: Path, target: Path, wishes: Wishes) -> Converted:
+    return convert(plan(str(source), wishes), str(target), wishes, lambda _: None)
+
+
+def contents(target: Path) -> dict[str, object]:
+    """Every byte of a target, but for when and how fast it was written."""
+    if target.is_file():
+        return {"": target.read_bytes()}
+    found: dict[str, object] = {path.name: path.read_bytes() for path in target.iterdir()}
+    if "manifest.json" in found:
+        said = json.loads((target / "manifest.json").read_text())
+        found["manifest.json"] = {k: v for k, v in said.items() if k not in LATER}
+    return found
+
+
+@pytest.mark.parametrize("to", FORMS)
+def test_a_second_run_goes_on_and_ends_with_the_same_bytes(to: str, tmp_path: Path) -> None:
+    """G14: SIGKILL after a random number of blocks, up to twice, for each format. What is there
+    then is what a conversion at one go gives, byte for byte, and what had been written was not
+    written again."""
+    source, wishes = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA)), FORMS[to]
+    whole = converted(source, tmp_path / "whole/step-1", wishes)
+    assert whole.kept_bytes == 0
+    num_blocks = len(plan(str(source), wishes).outputs)
+    chance = random.Random(to)
+    for case in range(3):
+        target = tmp_path / f"case-{case}" / "step-1"
+        points = sorted(chance.sample(range(3, num_blocks), 1 + case % 2))
+        for point in points:
+            killed(source, target, wishes, point)
+        done = converted(source, target, wishes)
+        assert contents(target) == contents(tmp_path / "whole/step-1")
+        assert [path.name for path in target.parent.iterdir()] == ["step-1"]
+        if to == "hf":
+            # One file after the other is whole; a step this small is written at one go.
+            assert done.kept_bytes > 0
+        assert done.kept_bytes < whole.nbytes
+
+
+@pytest.mark.parametrize("to", FORMS)
+def test_what_is_kept_is_of_this_source_and_this_conversion(to: str, tmp_path: Path) -> None:
+    """G14: after the kill the source becomes another of the same sizes; or the next conversion to
+    the same place is of another kind. Method: what arrives is what a conversion from nothing
+    gives."""
+    tensors, wishes = hub_tensors(LLAMA), FORMS[to]
+    source = save_folder(tmp_path / "hub", LLAMA, tensors)
+    other = save_folder(tmp_path / "other", LLAMA, {n: t + 1 for n, t in tensors.items()})
+    killed(source, tmp_path / "one/step-1", wishes, 15)
+    os.rename(source, tmp_path / "gone")  # noqa: PTH104
+    os.rename(other, source)  # noqa: PTH104
+    converted(source, tmp_path / "one/step-1", wishes)
+    converted(source, tmp_path / "fresh/step-1", wishes)
+    assert contents(tmp_path / "one/step-1") == contents(tmp_path / "fresh/step-1")
+    for kind, next_wishes in FORMS.items():
+        target = tmp_path / kind / "step-1"
+        killed(source, target, wishes, 15)
+        converted(source, target, next_wishes)
+        converted(source, tmp_path / f"{kind}-fresh/step-1", next_wishes)
+        assert contents(target) == contents(tmp_path / f"{kind}-fresh/step-1")
+        assert [path.name for path in target.parent.iterdir()] == ["step-1"]
+
+
+def test_large_files_are_gone_on_with_block_by_block(tmp_path: Path) -> None:
+    """G14: written past the page cache; most of what was there stays, and what was damaged in the
+    meantime is written again."""
+    large = {**LLAMA, "vocab_size": 200_000, "hidden_size": 64}
+    source = save_folder(tmp_path / "hub", large, hub_tensors(large))
+    wishes = Wishes(to="dcp")
+    converted(source, tmp_path / "whole/step-1", wishes)
+    killed(source, tmp_path / "one/step-1", wishes, 22)
+    file = next((tmp_path / "one").glob("*/*.distcp"))
+    with file.open("r+b") as opened:
+        opened.seek(10_000_000)
+        opened.write(b"damage")
+    done = converted(source, tmp_path / "one/step-1", wishes)
+    assert contents(tmp_path / "one/step-1") == contents(tmp_path / "whole/step-1")
+    assert 20_000_000 < done.kept_bytes < done.nbytes - (4 << 20)
+
+
+def test_two_conversions_to_one_place_do_not_meet(tmp_path: Path) -> None:
+    """G14: while another one is at work there, this one is refused, and the other's stays."""
+    source = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    killed(source, tmp_path / "one/step-1", FORMS["hf"], 15)
+    attempt = next((tmp_path / "one").iterdir())
+    before = {path.name: path.read_bytes() for path in attempt.iterdir()}
+    with (
+        LocalStore(tmp_path / "one").hold(attempt.name) as held,
+        pytest.raises(ExistsError, match="being written by another conversion"),
+    ):
+        assert held
+        converted(source, tmp_path / "one/step-1", FORMS["hf"])
+    assert {path.name: path.read_bytes() for path in attempt.iterdir()} == before
