@@ -79,13 +79,13 @@ class Goodput:
 
     def measured(self) -> list[float]:
         """Of this rank, as `progress` takes the largest of all: seconds since the last save, of a
-        step, of a save."""
+        step, of a save. The last is 0 before the first save: asking whether one is due is none."""
         now = time.perf_counter()
         trained = now - self._began - self.lost_s
         return [
             now - self._saved_at,
             trained / max(self._num_steps, 1),
-            self.blocked_s / max(self._num_saves, 1),
+            self.blocked_s / self._num_saves if self._num_saves else 0.0,
         ]
 
     def progress(self, seconds: float, step_s: float, save_s: float) -> Progress:

@@ -268,3 +268,13 @@ def test_tied_weights_are_stored_once_and_found_under_both_names(tmp_path: Path)
     assert checkpoint.manifest.nbytes < 1.2 * 400 * 50 * 4
     for name in ("model.embed.weight", "model.head.weight"):
         assert torch.equal(checkpoint.read(name), embed.weight.detach())
+
+
+def test_an_interval_by_itself_follows_what_saves_and_steps_took(tmp_path: Path) -> None:
+    """Method: failures so rare, and so frequent, that whatever a save takes here the optimum lies
+    beyond a bound. Before a first save nothing is known, and the shortest interval holds."""
+    bounds: dict[str, Any] = {"interval": "auto", "min_interval": 2, "max_interval": 5}
+    Run(tmp_path / "rare", **bounds, mtbf_hours=1e12).until(13)
+    assert steps(tmp_path / "rare") == [2, 7, 12, 13]
+    Run(tmp_path / "frequent", **bounds, mtbf_hours=1e-12).until(7)
+    assert steps(tmp_path / "frequent") == [2, 4, 6, 7]
