@@ -24,9 +24,12 @@ parser.add_argument("input_dir")
 parser.add_argument("output_dir")
 parser.add_argument("--model_name", help="checked against config.json")
 parser.add_argument("--model_flavor", help="checked against config.json")
+parser.add_argument("--skip", action="append", default=[], help="pattern of tensors to leave out")
 given = parser.parse_args()
 command = ["convert", given.input_dir, given.output_dir, "--to", "dcp"]
 for key in ("model_name", "model_flavor"):
     if getattr(given, key) is not None:
         command += [f"--{key.replace('_', '-')}", getattr(given, key)]
+for pattern in given.skip:
+    command += ["--skip", pattern]
 sys.exit(main(command))

@@ -26,6 +26,7 @@ parser.add_argument("--hf_assets_path", help="folder with config.json and tokeni
 parser.add_argument("--model_name", help="checked against config.json, or in its place")
 parser.add_argument("--model_flavor", help="checked against config.json, or in its place")
 parser.add_argument("--export_dtype", choices=("float32", "bfloat16", "float16"))
+parser.add_argument("--skip", action="append", default=[], help="pattern of tensors to leave out")
 given = parser.parse_args()
 command = ["convert", given.input_dir, given.output_dir, "--to", "hf"]
 flags = {
@@ -37,4 +38,6 @@ flags = {
 for key, flag in flags.items():
     if getattr(given, key) is not None:
         command += [flag, getattr(given, key)]
+for pattern in given.skip:
+    command += ["--skip", pattern]
 sys.exit(main(command))

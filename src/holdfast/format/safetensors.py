@@ -178,7 +178,10 @@ def joined(
             if len(wrong) == 1
             else f"`{where}`: {len(wrong)} tensors are not where they should be:\n  "
             + "\n  ".join(wrong[:LISTED_MAX])
-            + (f"\n  ... and {more} more" if more > 0 else "")
+            + (f"\n  ... and {more} more" if more > 0 else ""),
+            hint=f"without `{INDEX}` every `*{SUFFIX}` counts: move away what does not belong here"
+            if index is None
+            else "download the folder again",
         )
     files = {file: size for part in parts.values() for file, size in part.files.items()}
     return Manifest(tensors, {}, files=files, kind="model")

@@ -22,7 +22,8 @@ BLOCK_BYTES = 16 << 20
 DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|freqs_cis|rope\.(freqs|cache))")
 """Buffers that follow from the configuration, and that some writers keep all the same."""
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
+_EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 
 
 def skipped(names: Collection[str], patterns: Sequence[str]) -> set[str]:
@@ -72,10 +73,11 @@ def check_fit(
             if name in held and not same(tensors, name, first)
         ]
     if wrong:
-        more = len(wrong) - LISTED_MAX
+        lines = wrong if len(wrong) <= LISTED_MAX else list(_together(wrong))
+        more = len(lines) - LISTED_MAX
         raise MismatchError(
             f"`{where}` does not fit, {len(wrong)} differences:\n  "
-            + "\n  ".join(wrong[:LISTED_MAX])
+            + "\n  ".join(lines[:LISTED_MAX])
             + (f"\n  ... and {more} more" if more > 0 else ""),
             hint="is the configuration the one of these weights? `--skip 'PATTERN'` leaves out "
             "tensors that are known and not wanted",
@@ -85,6 +87,38 @@ def check_fit(
         "biases that balance experts, all zero": balance,
     }
     return [f"left out {len(found)} {what}" for what, found in notes.items() if found]
+
+
+def _together(lines: Sequence[str]) -> Iterator[str]:
+    """What is said of one tensor after another that differ in the number of an expert, then of a
+    layer, said of all of them at once.
+
+    >>> [*_together([f"`layers.{n}.norm` is missing" for n in (2, 3, 4, 9)])]
+    ['`layers.{2-4,9}.norm` is missing']
+    """
+    for place in (_EXPERT, _LAYER):
+        found: dict[tuple[str, str], list[int]] = {}
+        for line in lines:
+            number = place.search(line)
+            start, stop = number.span(1) if number else (len(line), len(line))
+            found.setdefault((line[:start], line[stop:]), []).extend(
+                [int(number[1])] if number else []
+            )
+        lines = [before + _runs(numbers) + after for (before, after), numbers in found.items()]
+    yield from lines
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    if len(numbers) < 2:
+        return "".join(map(str, numbers))
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    spelled = (f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return "{" + ",".join(spelled) + "}"
 
 
 def same(tensors: Tensors, one: str, other: str) -> bool:
@@ -126,7 +160,7 @@ def _unknown(unknown: Sequence[str], names: Sequence[str], said_by: str) -> Iter
     for name in unknown:
         match = _LAYER.search(name)
         if match and int(match[1]) not in layers:
-            yield f"`{name}` is of layer {match[1]}, {said_by} has {len(layers)} layers"
+            yield f"`{name}` is beyond the layers that {said_by} has: {len(layers)}"
         elif name.endswith(("lm_head.weight", "output.weight")):
             yield f"`{name}` is there, {said_by} ties the output to the embedding"
         else:

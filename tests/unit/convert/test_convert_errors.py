@@ -19,6 +19,7 @@ from holdfast.errors import (
     NotFoundError,
     UsageError,
 )
+from holdfast.hf.published import published
 from hub_folders import LLAMA, hub_tensors, save_folder
 
 DCP = Wishes(to="dcp")
@@ -48,12 +49,28 @@ def test_all_that_is_missing_unknown_or_of_another_shape_is_listed(tmp_path: Pat
     assert "makes it [32, 32]" in said
 
 
+def test_many_differences_are_said_of_all_layers_and_experts_at_once(tmp_path: Path) -> None:
+    """Method: a model of eight layers with experts under the configuration of two, and with more
+    experts; and two layers where there should be forty."""
+    config = published("qwen3_moe", "debugmodel", 64)
+    more = {**config, "num_hidden_layers": 8, "num_experts": 10}
+    source = save_folder(tmp_path / "hub", config | {"num_hidden_layers": 2}, hub_tensors(more))
+    said = refused(source)
+    assert "`model.layers.{2-7}.mlp.experts.{0-9}.up_proj.weight` is beyond the layers" in said
+    assert "`model.layers.{0-1}.mlp.experts.{8-9}.up_proj.weight` is not known" in said
+    source = save_folder(tmp_path / "short", LLAMA | {"num_hidden_layers": 40}, hub_tensors(LLAMA))
+    said = refused(source)
+    assert "342 differences" in said
+    assert "`model.layers.{2-39}.mlp.up_proj.weight` is missing" in said
+    assert "more" not in said
+
+
 def test_layers_beyond_the_configuration_are_told_from_other_strangers(tmp_path: Path) -> None:
     """Method: weights of three layers, a configuration of two."""
     tensors = hub_tensors({**LLAMA, "num_hidden_layers": 3})
     said = refused(save_folder(tmp_path / "hub", LLAMA, tensors))
-    assert said.count("is of layer 2") == 9
-    assert "has 2 layers" in said
+    assert said.count("`model.layers.2.") == said.count("is beyond the layers that") == 9
+    assert "config.json` has: 2" in said
 
 
 def test_a_flavor_is_held_against_the_configuration(tmp_path: Path) -> None:
