@@ -6,7 +6,7 @@ import os
 import sys
 
 from holdfast.errors import HoldfastError
-from holdfast.trainer.arguments import print_help, read_config, refresh_skills, wants_help
+from holdfast.trainer.arguments import get_ready, print_help, read_config, wants_help
 
 
 def main(arguments: list[str]) -> int:
@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"error: {error}\n")
         return error.exit_status
-    refresh_skills()
+    get_ready(config)
     # Imports torch, for which neither `--help` nor a wrong setting has to wait.
     from holdfast.trainer.worker import work
 

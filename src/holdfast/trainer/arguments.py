@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from holdfast.errors import HoldfastError, NotFoundError, UsageError
 from holdfast.skills.startup import refresh
+from holdfast.trainer import titan
 from holdfast.trainer.config import Config, nearest
 
 Values = dict[str, dict[str, Any]]
@@ -62,9 +63,18 @@ def print_help(program: str) -> None:
     )
 
 
-def refresh_skills() -> None:
-    """Bring the user's guides for coding agents up to date, where that was agreed to by a first
-    `holdfast skills sync`, and say what has changed. Never raises."""
+def get_ready(config: Config) -> None:
+    """Say which of TorchTitan's settings in the file have no effect here. Bring the user's guides
+    for coding agents up to date, where that was agreed to by a first `holdfast skills sync`, and
+    say what has changed. On rank 0 alone."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    file = config.job.config_file
+    idle = titan.ours(tomllib.loads(Path(file).read_text(encoding="utf-8")))[1] if file else []
+    if idle:
+        sys.stderr.write(
+            f"of TorchTitan's settings, these have no effect here: {', '.join(idle)}\n"
+        )
     for line in refresh(os.environ):
         sys.stderr.write(f"{line}\n")
 
@@ -96,7 +106,7 @@ def _from_file(path: Path) -> Values:
             f"`{path}` is not TOML: {error}", hint="text is quoted, true and false are lower-case"
         ) from None
     values: Values = {}
-    for section, table in tables.items():
+    for section, table in titan.ours(tables)[0].items():
         if section not in _sections():
             raise _unknown(f"`{path}`: section `[{section}]`", section, _sections())
         if not isinstance(table, dict):

@@ -294,8 +294,20 @@ class MetricsConfig:
 class ActivationCheckpointConfig:
     """Memory against time in the backward pass."""
 
-    mode: Literal["none", "full"] = "none"
-    """full: keep only the input of each block and compute the rest again."""
+    mode: Literal["none", "selective", "full"] = "none"
+    """full: keep only the input of each block and compute the rest again. selective: less of it."""
+
+    selective_ac_option: str = "2"
+    """What selective computes again: a number n, of every n-th block all; `op`, of every block all
+    but products of matrices and attention."""
+
+    def __post_init__(self) -> None:
+        option = self.selective_ac_option
+        if option != "op" and not (option.isdecimal() and int(option)):
+            raise UsageError(
+                f"`activation_checkpoint.selective_ac_option` is a number from 1 on, or `op`: "
+                f"{option}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

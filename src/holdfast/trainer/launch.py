@@ -19,7 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from holdfast.errors import HoldfastError, UsageError
-from holdfast.trainer.arguments import print_help, read_config, refresh_skills, wants_help
+from holdfast.trainer.arguments import get_ready, print_help, read_config, wants_help
 from holdfast.trainer.config import Config
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     except HoldfastError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_status
-    refresh_skills()
+    get_ready(config)
     try:
         return Workers(config, num_workers).wait()
     except KeyboardInterrupt:

@@ -17,11 +17,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from holdfast.hf.flavors import Flavor, RopeScaling
 from holdfast.trainer.moe import MixtureOfExperts
@@ -51,6 +57,35 @@ class Part:
         return self.layers.stop == self.num_layers
 
 
+@dataclass(frozen=True, slots=True)
+class Recompute:
+    """What blocks compute again in the backward pass, and keep their input for alone."""
+
+    every: int = 0
+    """The last of so many blocks; 0: none."""
+
+    keep_products: bool = False
+    """Keep, besides, what products of matrices and attention give: the dear part of a block."""
+
+    def of(self, layer: int) -> Callable[..., Tensor] | None:
+        """How a block calls what it computes; None where it keeps everything."""
+        if not self.every or (layer + 1) % self.every:
+            return None
+        kept = partial(create_selective_checkpoint_contexts, _keeps_products)
+        contexts = kept if self.keep_products else noop_context_fn
+        return partial(checkpoint, use_reentrant=False, context_fn=contexts)
+
+
+NOTHING = Recompute()
+
+
+def _keeps_products(_context: object, op: object, *_: object, **__: object) -> CheckpointPolicy:
+    product = str(op).removeprefix("aten.").partition(".")[0]
+    if product in ("mm", "bmm", "addmm", "_grouped_mm") or "dot_product" in product:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Transformer(nn.Module):
     """Tokens to the logits of the tokens that follow them; or a part of the way.
 
@@ -66,12 +101,11 @@ class Transformer(nn.Module):
         *,
         vocab_size: int,
         seq_len: int,
-        recompute: bool = False,
+        recompute: Recompute = NOTHING,
         part: Part | None = None,
         positions: range | None = None,
     ) -> None:
-        """`recompute`: blocks keep their input alone and compute again in the backward pass.
-        `part`: these blocks only; `positions`: of the tokens that it is given, if not all."""
+        """`part`: these blocks only; `positions`: of the tokens that it is given, if not all."""
         super().__init__()
         self.flavor = flavor
         self.seq_len = seq_len
@@ -83,7 +117,7 @@ class Transformer(nn.Module):
         # Keyed by the index in the whole model, so that a pipeline stage, which holds a few of the
         # blocks, names its weights as the whole model does.
         self.layers = nn.ModuleDict(
-            {str(i): TransformerBlock(flavor, recompute) for i in self.part.layers}
+            {str(i): TransformerBlock(flavor, recompute.of(i)) for i in self.part.layers}
         )
         self.norm: nn.Module = nn.Identity()
         self.output: nn.Module = nn.Identity()
@@ -122,7 +156,7 @@ class Transformer(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention, then feed-forward, each added to what came in."""
 
-    def __init__(self, flavor: Flavor, recompute: bool) -> None:
+    def __init__(self, flavor: Flavor, recompute: Callable[..., Tensor] | None) -> None:
         super().__init__()
         self.recompute = recompute
         self.attention_norm = RMSNorm(flavor.dim, flavor.norm_eps)
@@ -135,9 +169,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x_BTD: Tensor, rope_TP2: Tensor) -> Tensor:
         # Inside the block, so that names and FSDP's hooks, which go around it, stay as they are.
-        if self.recompute and self.training:
-            out_BTD: Tensor = checkpoint(self.compute, x_BTD, rope_TP2, use_reentrant=False)
-            return out_BTD
+        if self.recompute is not None and self.training:
+            return self.recompute(self.compute, x_BTD, rope_TP2)
         return self.compute(x_BTD, rope_TP2)
 
     def compute(self, x_BTD: Tensor, rope_TP2: Tensor) -> Tensor:

@@ -27,9 +27,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 from holdfast.errors import UsageError
-from holdfast.trainer.config import Config
+from holdfast.trainer.config import ActivationCheckpointConfig, Config
 from holdfast.trainer.context import attend_across, stretch_of
-from holdfast.trainer.model import Attention, Transformer
+from holdfast.trainer.model import Attention, Recompute, Transformer
 from holdfast.trainer.moe import Experts
 from holdfast.trainer.pipeline import parts_of
 from holdfast.trainer.weights import init_weights
@@ -182,7 +182,7 @@ def build_model(config: Config, place: Place, vocab_size: int) -> list[nn.Module
                 config.model.shape,
                 vocab_size=vocab_size,
                 seq_len=seq_len,
-                recompute=config.activation_checkpoint.mode == "full",
+                recompute=_recompute(config.activation_checkpoint),
                 part=part,
                 positions=stretch_of(seq_len, place.index("cp"), place.degree("cp")),
             )
@@ -199,6 +199,14 @@ def build_model(config: Config, place: Place, vocab_size: int) -> list[nn.Module
         init_weights(model, config.training.seed)
         parts.append(model.train())
     return parts
+
+
+def _recompute(config: ActivationCheckpointConfig) -> Recompute:
+    if config.mode != "selective":
+        return Recompute(every=config.mode == "full")
+    if config.selective_ac_option == "op":
+        return Recompute(every=1, keep_products=True)
+    return Recompute(every=int(config.selective_ac_option))
 
 
 def split_matrices(model: Transformer, mesh: DeviceMesh) -> None:

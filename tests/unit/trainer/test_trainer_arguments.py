@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 from holdfast.errors import HoldfastError, NotFoundError, UsageError
-from holdfast.trainer.arguments import read_config
+from holdfast.trainer import titan
+from holdfast.trainer.arguments import get_ready, read_config
+from holdfast.trainer.config import Config
 
 
 def refused(arguments: list[str]) -> HoldfastError:
@@ -124,6 +127,33 @@ def test_a_value_of_the_wrong_kind_names_key_expected_and_found(
     error = refused(arguments)
     assert isinstance(error, UsageError)
     assert all(part in error.what for part in parts), error.what
+
+
+def test_a_file_of_torchtitans_is_taken_and_what_has_no_effect_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Method: keys as TorchTitan 0.1 and 0.2 have them: as here, under older names, of features
+    that are not here. No key of ours is among the last."""
+    file = tmp_path / "debug_model.toml"
+    file.write_text(
+        '[job]\ndescription = "debug"\nprint_config = false\n[profiling]\nprofile_freq = 10\n'
+        '[model]\nflavor = "debugmodel"\nconverters = ["float8"]\n[debug]\nseed = 7\n'
+        "[compile]\nenable = true\n[lr_scheduler]\nlr_min = 0.1\n"
+        '[activation_checkpoint]\nmode = "selective"\nselective_ac_option = "op"\n'
+        "[checkpoint]\nenable_checkpoint = true\nlast_save_model_weights_only = false\n"
+    )
+    config = read_config(["--job.config_file", str(file)])
+    assert (config.training.seed, config.lr_scheduler.min_lr_factor) == (7, 0.1)
+    assert (config.checkpoint.enable, config.checkpoint.last_save_model_only) == (True, False)
+    assert config.activation_checkpoint.selective_ac_option == "op"
+    get_ready(config)
+    said = capsys.readouterr().err
+    assert "have no effect here: job.print_config, [profiling], model.converters, [compile]" in said
+    sections = get_type_hints(Config)
+    for section, keys in sections.items():
+        assert not {*titan.WITHOUT_EFFECT.get(section, "").split()} & get_type_hints(keys).keys()
+        assert titan.WITHOUT_EFFECT.get(section) != "*"
+    assert all(key in get_type_hints(sections[name]) for name, key in titan.RENAMED.values())
 
 
 @pytest.mark.parametrize(

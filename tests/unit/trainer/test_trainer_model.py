@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from holdfast.hf.flavors import LLAMA3, Flavor
-from holdfast.trainer.model import Transformer, rotary_table, rotate
+from holdfast.trainer.model import NOTHING, Recompute, Transformer, rotary_table, rotate
 from holdfast.trainer.weights import init_weights
 
 SMALL = Flavor(32, 2, 4, 2, 48, vocab_size=50)
 
 
-def built(flavor: Flavor = SMALL, *, seed: int = 0, recompute: bool = False) -> Transformer:
+def built(flavor: Flavor = SMALL, *, seed: int = 0, recompute: Recompute = NOTHING) -> Transformer:
     """A model on the CPU with its initial weights."""
     model = Transformer(flavor, vocab_size=50, seq_len=16, recompute=recompute)
     init_weights(model, seed)
@@ -94,14 +94,31 @@ def test_frequencies_are_stretched_at_the_low_end_only() -> None:
     assert (ratio.diff() >= -1e-3).all()
 
 
-def test_recomputing_activations_gives_the_same_gradients() -> None:
-    """Method: the same model with and without."""
-    tokens = torch.arange(32).remainder(50).view(2, 16)
-    gradients = []
-    for recompute in (False, True):
-        model = built(recompute=recompute).train()
-        model(tokens).square().mean().backward()
+@pytest.mark.parametrize(
+    ("recompute", "times"),
+    [
+        (NOTHING, [1, 1]),
+        (Recompute(every=1), [2, 2]),
+        (Recompute(every=2), [1, 2]),
+        (Recompute(every=1, keep_products=True), [2, 2]),
+    ],
+)
+def test_recomputing_activations_gives_the_same_gradients(
+    recompute: Recompute, times: list[int]
+) -> None:
+    """Method: the same model with and without; how often each block is computed."""
+    tokens, gradients = torch.arange(32).remainder(50).view(2, 16), []
+    for model in (built(), built(recompute=recompute)):
+        computed = [0] * len(model.layers)
+        for number, layer in enumerate(model.layers.values()):
+
+            def count(*_: object, number: int = number, computed: list[int] = computed) -> None:
+                computed[number] += 1
+
+            layer.get_submodule("attention").register_forward_pre_hook(count)
+        model.train()(tokens).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
+    assert computed == times
     for one, other in zip(*gradients, strict=True):
         assert one is not None
         assert other is not None
