@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from queue import SimpleQueue
@@ -15,17 +16,22 @@ from holdfast.storage.store import Buffer
 PAGE_BYTES = 4096
 """Offsets, lengths and addresses of direct writes are multiples of this, on every disk so far."""
 
-WINDOW_BYTES = 8 << 20
-"""Written at once where parts are small."""
+WINDOW_BYTES = 2 << 20
+"""Written at once: one huge page, which the disk takes as one piece, and few enough that all
+windows together stay in the processor's cache."""
 
-NUM_WINDOWS = 3
-"""One is filled while two are on their way: what a writer holds in memory."""
+NUM_THREADS = 4
+"""Each has a window: some copy while others wait for the disk."""
 
-NUM_THREADS = 2
+WINDOWS_AHEAD = 4
+"""What waits for a thread at most: parts that were handed over are about to be written."""
 
 IN_PLACE_BYTES_MIN = 1 << 20
 """A part that is as large, and lies on pages as its place in the file does, is written from where
 it is."""
+
+_FEW = 8
+"""So many parts are copied one by one; more are joined first."""
 
 _BUFFERS_A_CALL = 512
 """Linux takes at most 1024 buffers in one pwritev."""
@@ -52,8 +58,12 @@ class BufferedWriter:
 
 
 class DirectWriter:
-    """Writes whole pages past the page cache, in threads; what is left at the ends of ranges goes
-    through it. Fastest where each range begins where the last one ended."""
+    """Writes whole pages past the page cache; what is left at the ends of ranges goes through it.
+    Fastest where each range begins where the last one ended.
+
+    Threads take one window of the file after the other, copy it to memory that the disk can read,
+    and write it. So the copies cost no time beside the disk's own.
+    """
 
     def __init__(self, direct: int, buffered: int) -> None:
         """`direct` and `buffered` are the same file, opened with `O_DIRECT` and without."""
@@ -61,11 +71,12 @@ class DirectWriter:
         self._edges = BufferedWriter(buffered)
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="holdfast-write")
         self._free: SimpleQueue[memoryview] = SimpleQueue()
-        self._num_made = 0
-        self._writing: list[Future[None]] = []
-        self._window: memoryview | None = None
+        for window in _windows():
+            self._free.put(window)
+        self._writing: deque[Future[None]] = deque()
+        self._parts: list[memoryview] = []
         self._start = self._stop = 0
-        """What of the file the window holds; `_start` is that of a page."""
+        """What of the file the parts are; `_start` is that of a page, where there are any."""
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
         for part in parts:
@@ -77,99 +88,109 @@ class DirectWriter:
     def finish(self) -> None:
         """All has been handed over: wait until it is written."""
         self._leave()
-        for done in self._writing:
-            done.result()
+        while self._writing:
+            self._writing.popleft().result()
 
     def close(self) -> None:
         """Stop the threads."""
         self._pool.shutdown(cancel_futures=True)
 
     def _put(self, offset: int, view: memoryview) -> None:
-        if offset != self._stop or (self._window is None and offset % PAGE_BYTES):
+        if offset != self._stop or (not self._parts and offset % PAGE_BYTES):
             self._leave()
             edge = min(-offset % PAGE_BYTES, len(view))
             self._edges.write(offset, [view[:edge]])
             offset, view = offset + edge, view[edge:]
             self._start = self._stop = offset
-        if self._fits_in_place(view, offset):
-            self._flush()
-            pages = len(view) // PAGE_BYTES * PAGE_BYTES
-            self._writing.append(self._pool.submit(self._pwrite, view[:pages], offset, None))
-            view = view[pages:]
-            self._start = self._stop = offset + pages
+        in_place = _fits_in_place(view, offset)
+        if in_place:
+            # All before it is whole pages, since it begins on one.
+            self._send(self._stop - self._start)
         while len(view):
-            if self._window is None:
-                self._window = self._fresh()
-            at = self._stop - self._start
-            taken = view[: WINDOW_BYTES - at]
-            _copy(self._window[at : at + len(taken)], taken)
+            taken = view[: WINDOW_BYTES - (self._stop - self._start)]
+            self._parts.append(taken)
             self._stop += len(taken)
             view = view[len(taken) :]
             if self._stop - self._start == WINDOW_BYTES:
-                self._flush()
+                self._send(WINDOW_BYTES, in_place=in_place)
+        if in_place:
+            self._send((self._stop - self._start) // PAGE_BYTES * PAGE_BYTES, in_place=True)
 
-    def _fits_in_place(self, view: memoryview, offset: int) -> bool:
-        if len(view) < IN_PLACE_BYTES_MIN or offset % PAGE_BYTES:
-            return False
-        import numpy as np  # Not at the top: whoever only looks at a store need not wait for it.
-
-        return np.frombuffer(view, np.uint8).ctypes.data % PAGE_BYTES == 0
-
-    def _flush(self) -> None:
-        """Send the whole pages of the window on their way; the rest begins the next one."""
-        if self._window is None:
+    def _send(self, nbytes: int, *, in_place: bool = False) -> None:
+        """Let a thread write so many bytes, whole pages, of what is there. Raises the error of one
+        that failed."""
+        if not nbytes:
             return
-        pages = (self._stop - self._start) // PAGE_BYTES * PAGE_BYTES
-        rest = bytes(self._window[pages : self._stop - self._start])
-        window, self._window = self._window, None
-        if pages:
-            self._writing.append(
-                self._pool.submit(self._pwrite, window[:pages], self._start, window)
-            )
-        else:
-            self._free.put(window)
-        self._start += pages
-        if rest:
-            self._window = self._fresh()
-            self._window[: len(rest)] = rest
+        parts, rest = _split(self._parts, nbytes)
+        work = self._pwrite if in_place else self._copy_and_write
+        given = parts[0] if in_place else parts
+        self._writing.append(self._pool.submit(work, given, self._start))  # type: ignore[arg-type]
+        self._parts, self._start = rest, self._start + nbytes
+        while len(self._writing) > NUM_THREADS + WINDOWS_AHEAD:
+            self._writing.popleft().result()
 
     def _leave(self) -> None:
         """The next range begins elsewhere."""
-        self._flush()
-        if self._window is not None:
-            self._edges.write(self._start, [self._window[: self._stop - self._start]])
-            self._free.put(self._window)
-            self._window = None
+        self._send((self._stop - self._start) // PAGE_BYTES * PAGE_BYTES)
+        self._edges.write(self._start, self._parts)
+        self._parts = []
 
-    def _fresh(self) -> memoryview:
-        """A window to fill. Raises the error of a write that failed."""
-        for done in [done for done in self._writing if done.done()]:
-            self._writing.remove(done)
-            done.result()
-        if self._num_made < NUM_WINDOWS and self._free.empty():
-            self._num_made += 1
-            # Anonymous memory begins on a page.
-            return memoryview(mmap.mmap(-1, WINDOW_BYTES))
-        return self._free.get()
-
-    def _pwrite(self, view: memoryview, offset: int, window: memoryview | None) -> None:
+    def _copy_and_write(self, parts: Sequence[memoryview], offset: int) -> None:
+        window = self._free.get()
         try:
-            while len(view):
-                count = os.pwrite(self._direct, view, offset)
-                view, offset = view[count:], offset + count
+            self._pwrite(window[: _gather(parts, window)], offset)
         finally:
-            if window is not None:
-                self._free.put(window)
+            self._free.put(window)
+
+    def _pwrite(self, view: memoryview, offset: int) -> None:
+        while len(view):
+            count = os.pwrite(self._direct, view, offset)
+            view, offset = view[count:], offset + count
 
 
-def _copy(target: memoryview, source: memoryview) -> None:
-    if len(source) < PAGE_BYTES:
-        target[:] = source
-    else:
-        import numpy as np
+def _windows() -> Iterator[memoryview]:
+    """One for each thread, side by side."""
+    # Anonymous memory begins on a page, and as much of it on a huge one.
+    memory = mmap.mmap(-1, NUM_THREADS * WINDOW_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    for number in range(NUM_THREADS):
+        yield memoryview(memory)[number * WINDOW_BYTES : (number + 1) * WINDOW_BYTES]
 
+
+def _split(parts: list[memoryview], nbytes: int) -> tuple[list[memoryview], list[memoryview]]:
+    """The first so many bytes, and what follows them."""
+    rest: list[memoryview] = []
+    over = sum(map(len, parts)) - nbytes
+    while over:
+        last = parts.pop()
+        keep = max(0, len(last) - over)
+        rest.insert(0, last[keep:])
+        over -= len(last) - keep
+        if keep:
+            parts.append(last[:keep])
+    return parts, rest
+
+
+def _fits_in_place(view: memoryview, offset: int) -> bool:
+    if len(view) < IN_PLACE_BYTES_MIN or offset % PAGE_BYTES:
+        return False
+    import numpy as np  # Not at the top: whoever only looks at a store need not wait for it.
+
+    return np.frombuffer(view, np.uint8).ctypes.data % PAGE_BYTES == 0
+
+
+def _gather(parts: Sequence[memoryview], window: memoryview) -> int:
+    """Copy the parts to the window, one after the other. Returns their bytes."""
+    import numpy as np
+
+    at = 0
+    for part in parts if len(parts) <= _FEW else [b"".join(parts)]:
+        target = window[at : at + len(part)]
         # Lets other threads run meanwhile, which an assignment does not.
-        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(part, np.uint8))
+        at += len(part)
+    return at
 
 
 def open_direct(path: str) -> int | None:

@@ -22,8 +22,8 @@ from holdfast.storage.direct import (
 )
 from holdfast.storage.local import DIRECT_BYTES_MIN, LocalStore
 
-BYTES = memoryview(mmap.mmap(-1, 2 * WINDOW_BYTES))
-BYTES[:] = os.urandom(1 << 20) * (2 * WINDOW_BYTES >> 20)
+BYTES = memoryview(mmap.mmap(-1, 4 * WINDOW_BYTES))
+BYTES[:] = os.urandom(1 << 20) * (4 * WINDOW_BYTES >> 20)
 
 SIZES = st.sampled_from([0, 1, 100, PAGE_BYTES - 1, PAGE_BYTES, PAGE_BYTES + 1]) | st.sampled_from(
     [IN_PLACE_BYTES_MIN, IN_PLACE_BYTES_MIN + PAGE_BYTES, WINDOW_BYTES - 1, WINDOW_BYTES + 70]
