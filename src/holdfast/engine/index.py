@@ -45,8 +45,8 @@ def index_of(whole: Plan, layouts: Sequence[Ints]) -> Index:
     files = {rank: number for number, rank in enumerate(sorted(writing))}
     names = tuple(map(data_file, files))
     values = {name: path for name, (_, path) in whole.values.items()}
-    stock = StockIndex(_tables(whole, layouts, files), values, names)
-    return Index(whole, names, encode_tensors(_tables(whole, layouts, files)), stock)
+    tables = list(_tables(whole, layouts, files))
+    return Index(whole, names, encode_tensors(tables), StockIndex(tables, values, names))
 
 
 def _tables(
@@ -64,8 +64,15 @@ def _tables(
     for alias, (first, path) in whole.aliases.items():
         aliases.setdefault(first, []).append((alias, path))
     for placed in whole.tensors:
-        rows = stored[following[placed.rank] + _times_before(placed.rank)]
-        np.add.at(following, placed.rank, 1)
+        if len(placed.rank) == 1:
+            # Thousands of small tensors have one chunk each: numpy is for many at once.
+            rank = placed.rank.item()
+            at = following.item(rank)
+            rows = stored[at : at + 1]
+            following[rank] += 1
+        else:
+            rows = stored[following[placed.rank] + _times_before(placed.rank)]
+            np.add.at(following, placed.rank, 1)
         table = _table(placed, number[placed.rank], rows)
         yield table
         for alias, path in aliases.get(placed.name, ()):

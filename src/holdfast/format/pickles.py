@@ -74,6 +74,11 @@ class Dumper:
         """These bytes as they are; they leave the memo alone."""
         self.parts.append(opcodes)
 
+    @property
+    def num_known(self) -> int:
+        """Globals and strings in the memo."""
+        return len(self._memo)
+
     def at(self, value: object) -> int:
         """The place in the memo of a global or a string that is known."""
         return self._memo[value]

@@ -34,7 +34,18 @@ _SIZE = Global("torch", "Size")
 _LAYOUT = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
 _MEMORY_FORMAT = Call(Global(_MODULE, "_MEM_FORMAT_ENCODING"), (0,))
 _CONSTANTS = (
-    *(_CHUNK, _INDEX, _INFO, _SIZE, _VALUE, "offsets", "sizes", "fqn", "index", "offset"),
+    *(
+        _CHUNK,
+        _INDEX,
+        _INFO,
+        _SIZE,
+        _VALUE,
+        "offsets",
+        "sizes",
+        "fqn",
+        "index",
+        "offset",
+    ),
     *("relative_path", "length", "storage_meta", "version", "1.0.0"),
     *(_TENSOR, "properties", "chunks"),
 )
@@ -99,14 +110,18 @@ def _files(manifest: Manifest) -> list[str]:
 def encode_tensors(tables: Iterable[TensorTable]) -> bytes:
     """The member `tensors` of `manifest.json`."""
     return manifests.joined(
-        manifests.encode_tensor(
-            *(t.name, t.dtype, t.shape, t.path),
-            np.column_stack([t.file, t.offset, t.nbytes, t.data, t.block, t.start, t.stop])
-            .ravel()
-            .tolist(),
-        )
-        for t in tables
+        manifests.encode_tensor(t.name, t.dtype, t.shape, t.path, _numbers(t)) for t in tables
     )
+
+
+def _numbers(table: TensorTable) -> list[int]:
+    """Those of all chunks, as `manifest.encode_tensor` takes them."""
+    columns = (table.file, table.offset, table.nbytes, table.data, table.block)
+    if len(table.file) == 1:
+        places = [column.item() for column in columns]
+        return [*places, *table.start[0].tolist(), *table.stop[0].tolist()]
+    numbers: list[int] = np.column_stack([*columns, table.start, table.stop]).ravel().tolist()
+    return numbers
 
 
 def encode_metadata(manifest: Manifest) -> bytes:
@@ -120,12 +135,18 @@ class StockIndex:
     """`.metadata`, all of it but the places of the values, which change from save to save."""
 
     def __init__(
-        self, tables: Iterable[TensorTable], values: Mapping[str, Path], files: Sequence[str]
+        self,
+        tables: Iterable[TensorTable],
+        values: Mapping[str, Path],
+        files: Sequence[str],
     ) -> None:
         self._out = out = Dumper(OURS)
         self._known: dict[str, bytes] = {}
+        self._alike: dict[tuple[object, ...], bytes] = {}
         out.know(*files, *_CONSTANTS)
         places = np.array([out.at(file) for file in files], np.int64)
+        self._index = out.get(_INDEX) + b")\x81}(" + out.get("fqn")
+        self._length = out.get("length")
         self._open(_METADATA)
         out.put("state_dict_metadata")
         out.raw(b"}(")
@@ -133,7 +154,7 @@ class StockIndex:
         stored = []
         for table in tables:
             out.put(table.name)
-            self._put_tensor(table)
+            self._put_once(table)
             stored.append(self._places(table, places))
             paths[table.name] = table.path
         for name in values:
@@ -163,6 +184,21 @@ class StockIndex:
         """An instance, up to the first item of its state."""
         self._out.put(cls)
         self._out.raw(b")\x81}(")
+
+    def _put_once(self, table: TensorTable) -> None:
+        """As `_put_tensor`; for tensors of one chunk that lie alike the bytes are made once."""
+        if len(table.start) > 1:
+            self._put_tensor(table)
+            return
+        key = (table.dtype, table.shape, table.start.tobytes(), table.stop.tobytes())
+        if key in self._alike:
+            self._out.raw(self._alike[key])
+            return
+        at, known = len(self._out.parts), self._out.num_known
+        self._put_tensor(table)
+        if self._out.num_known == known:
+            # Where something was new to the memo, the next one is written otherwise.
+            self._alike[key] = b"".join(self._out.parts[at:])
 
     def _put_tensor(self, table: TensorTable) -> None:
         out = self._out
@@ -199,6 +235,8 @@ class StockIndex:
     def _places(self, table: TensorTable, places: Ints) -> bytes:
         """Where each chunk lies."""
         out = self._out
+        if len(table.start) == 1:
+            return self._place(table, places)
         return _rows(
             len(table.start),
             *(out.get(_INDEX), b")\x81}("),
@@ -210,6 +248,28 @@ class StockIndex:
             *(out.get("offset"), table.offset),
             *(out.get("length"), table.nbytes),
             b"ub",
+        )
+
+    def _place(self, table: TensorTable, places: Ints) -> bytes:
+        """As `_places`, of a tensor of one chunk."""
+        out, start = self._out, table.start.tobytes()
+        file = places.item(table.file.item())
+        key = (start, table.start.shape, file)
+        if key not in self._alike:
+            self._alike[key] = _rows(
+                1,
+                *(out.get("index"), np.zeros(1, np.int64)),
+                *(out.get("offset"), *self._size(table.start)),
+                *(b"ub", out.get(_INFO), b")\x81}("),
+                *(out.get("relative_path"), _Gets(places[table.file])),
+                out.get("offset"),
+            )
+        return b"".join(
+            (
+                *(self._index, out.get(table.name), self._alike[key]),
+                *(_number(table.offset.item()), self._length),
+                *(_number(table.nbytes.item()), b"ub"),
+            )
         )
 
     def _size(self, columns: Ints) -> list[_Part]:
@@ -259,6 +319,12 @@ _WIDTHS = (
     *((b"K", "u1", 1 << 8), (b"M", "<u2", 1 << 16), (b"J", "<i4", 1 << 31)),
     (b"\x8a\x08", "<i8", 1 << 63),
 )
+
+
+def _number(number: int) -> bytes:
+    """An int with its opcode."""
+    opcode, dtype = next((opcode, dtype) for opcode, dtype, limit in _WIDTHS if number < limit)
+    return opcode + number.to_bytes(int(dtype[-1]), "little")
 
 
 def _spelled(part: Ints | _Gets) -> list[bytes]:
