@@ -28,10 +28,20 @@ from holdfast.skills.bundle import (
 from holdfast.trainer.arguments import read_config
 from holdfast.trainer.config import Config
 from hub_folders import hub_tensors, save_folder
+from neighbours import prepare
 
 FIELDS = {"name", "description", "license", "compatibility", "metadata", "allowed-tools"}
 BODY_LINES_MAX = 500
 PAGES = [(name, page) for name, skill in shipped().items() for page in skill.files]
+RESUMED = {
+    "accelerate": ("accelerate launch --num_processes 2 train.py", "outputs/checkpoint", (20, 15)),
+    "peft": ("python finetune.py", "outputs/adapter", (10,)),
+    "pytorch-lightning": ("python train.py", "outputs/checkpoint", (48,)),
+    "trl-fine-tuning": ("python finetune.py", "outputs/checkpoint", (8, 6)),
+}
+"""Of a skill for a neighbour: the command that trains, where to, and the last steps, which it must
+make again with the same bits once they are lost."""
+
 SHORT = (
     *("--training.seq_len", "16", "--training.global_batch_size", "4"),
     *("--training.dataset_path", "train.txt"),
@@ -109,13 +119,14 @@ def follow(folder: Path, command: str, *, steps: int) -> str:
         for program, script in (
             ("holdfast", f'[ "$1" = train ] && set -- "$@" {short}\nset -- -m holdfast.cli "$@"'),
             ("torchrun", 'set -- -m torch.distributed.run "$@"'),
+            ("accelerate", 'set -- -m accelerate.commands.accelerate_cli "$@"'),
             ("python", ""),
         ):
             text = f'#!/bin/sh\n{script}\nexec "{sys.executable}" "$@"\n'
             (bin_folder / program).write_text(text)
             (bin_folder / program).chmod(0o755)
     environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
-    environment |= {"HOME": str(folder), "OMP_NUM_THREADS": "1"}
+    environment |= {"HOME": str(folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     ran = subprocess.run(
         command, shell=True, cwd=folder, env=environment, text=True, capture_output=True
     )
@@ -129,7 +140,9 @@ def test_what_a_page_tells_to_run_runs(
 ) -> None:
     """Method: every line of shell and every block of Python, in their order, where two steps are
     (of a real run, where the page goes on from one)."""
-    if page == "references/resume.md":
+    if name in RESUMED:
+        prepare(name, tmp_path)
+    elif page == "references/resume.md":
         shutil.copytree(request.getfixturevalue("trained") / "outputs", tmp_path / "outputs")
     elif page != "references/seed.md":
         for step in (10, 20):
@@ -160,3 +173,20 @@ def test_what_a_page_tells_to_run_runs(
                     shutil.rmtree(tmp_path / "outputs")
                     source = request.getfixturevalue("trained") / "outputs"
                     shutil.copytree(source, tmp_path / "outputs")
+    if name in RESUMED:
+        check_that_it_goes_on(tmp_path, *RESUMED[name])
+
+
+def check_that_it_goes_on(folder: Path, command: str, steps: str, lost: tuple[int, ...]) -> None:
+    """G9. Method: the last steps are taken away; what the command makes in their place is equal.
+    Lightning puts the data elsewhere: there it is where the run goes on from that counts."""
+    last = folder / steps / f"step-{lost[0]}"
+    shutil.move(last, folder / "before")
+    for step in lost[1:]:
+        shutil.rmtree(folder / steps / f"step-{step}")
+    said = follow(folder, command, steps=0)
+    if "resumed from" in said:
+        assert "resumed from step 32" in said
+        assert last.exists()
+    else:
+        follow(folder, f"holdfast diff before {last}", steps=0)

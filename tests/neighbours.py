@@ -1,0 +1,91 @@
+"""What the neighbours' programs leave, as far as their skills speak of it; small, and made on the
+spot by their own code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from hub_folders import LLAMA, hub_tensors, save_folder
+from processes import run_processes
+
+SHARDED = """
+import sys, torch, pytorch_lightning as pl
+from pytorch_lightning.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Linear(32, 4))
+
+    def configure_model(self):
+        for layer in self.net:
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+strategy = ModelParallelStrategy(2, 1, process_group_backend="gloo")
+quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
+trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_steps=2, **quiet)
+trainer.fit(Net(), torch.utils.data.DataLoader(torch.randn(16, 16), batch_size=4))
+trainer.save_checkpoint(sys.argv[1])
+"""
+
+
+def save_by_accelerate(rank: int, size: int, folder: str) -> None:
+    """A whole model by `save_state`; a sharded one by what `save_state` calls under FSDP2, which
+    Accelerate itself turns on where there are GPUs."""
+    import torch
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils import save_fsdp_model, save_fsdp_optimizer
+    from torch.distributed.fsdp import fully_shard
+
+    accelerator = Accelerator(cpu=True)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+    layers = (torch.nn.Linear(16, 32), torch.nn.Dropout(0.1), torch.nn.Linear(32, 4))
+    model = torch.nn.Sequential(*layers)
+    accelerator.prepare(model)
+    accelerator.save_state(f"{folder}/state")
+    for layer in layers:
+        fully_shard(layer)
+    model = torch.nn.Sequential(*layers)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 16)).square().mean().backward()
+    optimizer.step()
+    save_fsdp_model(plugin, accelerator, model, f"{folder}/sharded")
+    save_fsdp_optimizer(plugin, accelerator, optimizer, model, f"{folder}/sharded")
+
+
+def prepare(name: str, folder: Path) -> None:
+    """What a neighbour's skill takes as given, below a folder."""
+    outputs = folder / "outputs"
+    if name == "accelerate":
+        run_processes(2, save_by_accelerate, str(outputs))
+    elif name == "pytorch-lightning":
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        (folder / "sharded.py").write_text(SHARDED)
+        work = ["--nproc_per_node", "2", "sharded.py", str(outputs / "sharded.ckpt")]
+        subprocess.run([*launch, *work], cwd=folder, check=True, capture_output=True)
+    else:
+        save_folder(folder / "path/to/hf", LLAMA, hub_tensors(LLAMA))
+        save_tokenizer(folder / "path/to/hf")
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer of a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "<unk>", "some", "words", "to", "learn"]
+    model = models.WordLevel({word: index for index, word in enumerate(words)}, "<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    fast.save_pretrained(folder)
