@@ -7,13 +7,15 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from holdfast.cli.convert import run
 from holdfast.convert.convert import Converted, convert
 from holdfast.convert.plan import Wishes, plan
-from holdfast.errors import ExistsError
+from holdfast.errors import ExistsError, StorageError
 from holdfast.storage.local import LocalStore
 from hub_folders import LLAMA, hub_tensors, save_folder
 
@@ -141,3 +143,25 @@ def test_two_conversions_to_one_place_do_not_meet(tmp_path: Path) -> None:
         assert held
         converted(source, tmp_path / "one/step-1", FORMS["hf"])
     assert {path.name: path.read_bytes() for path in attempt.iterdir()} == before
+
+
+def test_an_interrupted_conversion_is_gone_on_with_and_a_failed_one_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G14: Ctrl-C, and an error, after fifteen blocks; the second run says what it has kept."""
+    source = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    target, wishes = tmp_path / "one/step-1", FORMS["hf"]
+    for kind in (StorageError("the disk is gone"), KeyboardInterrupt()):
+        blocks = iter(range(15))
+
+        def advance(_: int, blocks: Iterator[int] = blocks, kind: BaseException = kind) -> None:
+            if next(blocks, None) is None:
+                raise kind
+
+        with pytest.raises(type(kind)):
+            convert(plan(str(source), wishes), str(target), wishes, advance)
+        left = [path.name[:9] for path in target.parent.iterdir()]
+        assert left == ([".attempt-"] if isinstance(kind, KeyboardInterrupt) else [])
+    assert run([str(source), str(target), "--to", "hf", "--max-shard-size", "20KB"]) == 0
+    assert "were there already, from a conversion that was interrupted" in capsys.readouterr().out
+    assert [path.name for path in target.parent.iterdir()] == ["step-1"]

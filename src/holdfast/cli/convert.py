@@ -117,6 +117,9 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     for note in notes:
         say(f"note: {note}")
+    if done.kept_bytes:
+        kept = spelled_bytes(done.kept_bytes)
+        say(f"note: {kept} were there already, from a conversion that was interrupted")
     rate = spelled_bytes(round(done.nbytes / max(done.seconds, 1e-9)))
     written = f"{spelled_bytes(done.nbytes)} in {done.seconds:.1f} s ({rate}/s)"
     say(f"{done.where}: {done.num_tensors} tensors, {written}")

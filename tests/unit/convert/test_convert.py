@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -173,8 +174,8 @@ def test_damage_in_the_source_leaves_no_target(tmp_path: Path) -> None:
 def test_a_conversion_that_is_killed_leaves_nothing_and_the_next_one_goes_through(
     to: str, tmp_path: Path
 ) -> None:
-    """G14: SIGKILL while data is being written; then the same command again, which also clears
-    away what the killed one left."""
+    """G14: SIGKILL while data is being written; then the same command again, which leaves nothing
+    but the target."""
     large = {**LLAMA, "vocab_size": 400_000, "hidden_size": 64}
     source = save_folder(tmp_path / "hub", large, hub_tensors(large))
     target = tmp_path / "below/target"
@@ -195,6 +196,7 @@ def test_a_conversion_that_is_killed_leaves_nothing_and_the_next_one_goes_throug
     os.kill(run.pid, signal.SIGKILL)
     assert run.wait(30) == -signal.SIGKILL
     assert [path.name.split("-")[0] for path in target.parent.iterdir()] == [".attempt"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    ran = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True)
+    assert 0 <= json.loads(ran.stdout)["kept_bytes"] < json.loads(ran.stdout)["nbytes"]
     assert [path.name for path in target.parent.iterdir()] == ["target"]
     assert verify(Target(LocalStore(target.parent), "target")).good
