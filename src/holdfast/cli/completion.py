@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from holdfast.cli.terminal import parsed
+from holdfast.cli.terminal import named, parsed
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,7 @@ def _one_of(package: str, verbs: Mapping[str, str]) -> Any:
             kind = _one_of(f"{package}.{verb}", below)
         else:
             home = module or import_module(package)
-            kind = getattr(home, verb.capitalize(), None) or make_dataclass(verb, [])
+            found = getattr(home, verb.capitalize(), None)
+            kind = named(found) if found else make_dataclass(verb, [])
         kinds.append(Annotated[kind, tyro.conf.subcommand(verb, description=does)])
     return Union[tuple(kinds)]  # noqa: UP007 - made from a list

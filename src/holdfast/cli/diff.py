@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated
-
-import tyro
+from typing import TYPE_CHECKING, Annotated
 
 from holdfast.catalog.findings import name_in_model, parts_of
 from holdfast.cli.compare import Difference, Side, compare, nbytes_to_read
@@ -18,6 +16,9 @@ from holdfast.errors import MismatchError
 from holdfast.format.manifest import Manifest
 from holdfast.hf.dialects import dialect_of, renamed
 from holdfast.hf.stored import Stored
+
+if TYPE_CHECKING:
+    import tyro
 
 LISTED_MAX = 200
 

@@ -7,9 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from holdfast.catalog.catalog import place, read_manifest, steps_in
 from holdfast.catalog.findings import Report
@@ -23,6 +21,9 @@ from holdfast.format.names import LOCK, MANIFEST, METADATA, aside_of, step_name,
 from holdfast.storage.holder import holder_of
 from holdfast.storage.local import LocalStore
 from holdfast.storage.store import ReadStore
+
+if TYPE_CHECKING:
+    import tyro
 
 Concern = Literal["damaged", "marked", "space", "rights", "left over", "in use", "unknown"]
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from holdfast.catalog.catalog import open_manifest, place, steps_in
 from holdfast.catalog.findings import kind_of
@@ -24,9 +22,12 @@ from holdfast.cli.terminal import (
 from holdfast.engine.root import open_for_reading
 from holdfast.errors import HoldfastError, NotFoundError
 from holdfast.format.manifest import Manifest
-from holdfast.format.names import MANIFEST, METADATA, aside_of, steps_among
+from holdfast.format.names import aside_of, steps_among
 from holdfast.format.timings import Stage
 from holdfast.storage.store import ReadStore
+
+if TYPE_CHECKING:
+    import tyro
 
 HEAD = ("step", "size", "age", "kind", "layout", "state", "")
 
@@ -132,11 +133,19 @@ def _marked(row: Row, damaged: Mapping[int, str], pinned: Collection[int]) -> Ro
 
 
 def _hint(store: ReadStore, name: str, there: Sequence[str]) -> str:
-    if {MANIFEST, METADATA} & {*there}:
+    # Not at the top: a list that has something to say waits for no verifier.
+    from holdfast.catalog.verify import format_of
+
+    if format_of(store, name):
         return f"it is a checkpoint itself: holdfast verify {place(store, name)}"
-    for below in there:
-        if below.endswith("/") and steps_in(store, f"{name}/{below.rstrip('/')}"):
+    folders = [one.rstrip("/") for one in there if one.endswith("/")]
+    for below in folders:
+        if steps_in(store, f"{name}/{below}"):
             return f"there are some in {place(store, name)}/{below}"
+    held = [below for below in folders if format_of(store, f"{name}/{below}")]
+    if held:
+        one = f"holdfast verify {place(store, name)}/{held[-1]}"
+        return f"no `step-N`, but checkpoints: {', '.join(held[:10])}; {one}"
     return f"found: {', '.join(there[:10]) or 'nothing'}"
 
 

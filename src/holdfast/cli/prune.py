@@ -6,9 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Literal
-
-import tyro
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.sweep import execute, plan_sweep
@@ -19,6 +17,9 @@ from holdfast.format.names import LOCK, aside_of
 from holdfast.manager.policy import STEPS_MIN, Retention, reasons_to_keep
 from holdfast.manager.resume import good_steps
 from holdfast.storage.local import LocalStore
+
+if TYPE_CHECKING:
+    import tyro
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
-
-import tyro
+from typing import TYPE_CHECKING, Annotated
 
 from holdfast.cli.history import history_of
 from holdfast.cli.page import page
 from holdfast.cli.terminal import parsed, say
 from holdfast.errors import StorageError
+
+if TYPE_CHECKING:
+    import tyro
 
 
 @dataclass(frozen=True, slots=True)

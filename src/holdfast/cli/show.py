@@ -5,9 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
-
-import tyro
+from typing import TYPE_CHECKING, Annotated, Any
 
 from holdfast.catalog.findings import PARTS, kind_of, parts_of
 from holdfast.cli.look import Seen, look
@@ -24,6 +22,9 @@ from holdfast.cli.terminal import (
 from holdfast.cli.tree import INDENT, count, lines, tree_of
 from holdfast.errors import NotFoundError, UsageError
 from holdfast.format.manifest import Chunk, Manifest, TensorEntry
+
+if TYPE_CHECKING:
+    import tyro
 
 FORMATS = {
     "holdfast": "checkpoint of Holdfast",

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar
 
 from holdfast.errors import UsageError
@@ -25,16 +26,53 @@ _STYLES = {"good": "green", "damaged": "bold red", "attempt": "yellow", "resume"
 
 
 def parsed(kind: type[T], verb: str, arguments: Sequence[str]) -> T:
-    """The arguments of a verb; ends the process where help is asked for, or they are wrong."""
+    """The arguments of a verb; ends the process where help is asked for, or they are wrong.
+
+    Verbs import tyro for type checkers alone: it costs more than all else that `list` does.
+    """
+    plain = plainly(kind, arguments)
+    if plain is not None:
+        return plain
     import tyro
 
     return tyro.cli(
-        kind,
+        named(kind),
         prog=f"holdfast {verb}",
         args=arguments,
         description=inspect.cleandoc(kind.__doc__ or ""),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+def named(kind: type) -> type:
+    """A verb's class, with tyro where its annotations look for it: until here they are text."""
+    import tyro
+
+    vars(sys.modules[kind.__module__])["tyro"] = tyro
+    return kind
+
+
+def plainly(kind: type[T], arguments: Sequence[str]) -> T | None:
+    """What tyro makes of arguments that are places and switches alone, without it; None where there
+    is anything else, or anything is wrong."""
+    assert is_dataclass(kind)
+    of = {one.name: str(one.type) for one in fields(kind)}
+    places = [name for name, spelled in of.items() if "tyro.conf.Positional" in spelled]
+    switches = {f"--{n.replace('_', '-')}": n for n, spelled in of.items() if spelled == "bool"}
+    given = [argument for argument in arguments if not argument.startswith("-")]
+    turned = [argument for argument in arguments if argument.startswith("-")]
+    needed = [one.name for one in fields(kind) if one.default is MISSING]
+    if (
+        not all(of[name].startswith("Annotated[str,") for name in places)
+        or not {*turned} <= switches.keys()
+        or len({*turned}) < len(turned)
+        or needed != places[: len(needed)]
+        or not len(needed) <= len(given) <= len(places)
+    ):
+        return None
+    values = dict(zip(places, given, strict=False))
+    made: T = kind(**values, **{switches[argument]: True for argument in turned})
+    return made
 
 
 def verb_in(

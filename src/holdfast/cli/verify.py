@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
-
-import tyro
+from typing import TYPE_CHECKING, Annotated, Any
 
 from holdfast.catalog.catalog import steps_in
 from holdfast.catalog.findings import Report
@@ -19,6 +17,9 @@ from holdfast.errors import DamagedError, HoldfastError, UsageError
 from holdfast.format.names import step_of
 from holdfast.storage.local import LocalStore
 from holdfast.storage.store import ReadStore
+
+if TYPE_CHECKING:
+    import tyro
 
 LISTED_MAX = 50
 
