@@ -7,14 +7,17 @@ import dataclasses
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from checkpoints import save_step
@@ -66,7 +69,7 @@ def test_toml_blocks_are_configurations(name: str, text: str, tmp_path: Path) ->
 def test_every_command_is_one_that_is_run_here() -> None:
     """`./run_tests.sh` is what runs this; the others are run below."""
     ours = {c for c in commands() if not c.startswith("./run_tests.sh")}
-    run_here = (*TRAINING, *LOOKING, *GUIDES, *CONVERTING)
+    run_here = (*TRAINING, *LOOKING, *SERVING, *GUIDES, *CONVERTING)
     assert ours == {shlex.join(shlex.split(command)) for command in run_here}
 
 
@@ -122,6 +125,47 @@ def test_the_commands_that_look_after_checkpoints(tmp_path: Path) -> None:
         if command in ("holdfast list outputs/checkpoint", "holdfast doctor outputs/checkpoint"):
             assert "resume" in ran.stdout
             assert "20" in ran.stdout
+
+
+SERVING = (
+    "holdfast serve outputs/checkpoint --max-age 7200",
+    "nohup holdfast serve outputs/checkpoint other/checkpoint --max-age 7200 >serve.log 2>&1 &",
+)
+
+
+@pytest.mark.parametrize("command", SERVING)
+def test_the_commands_that_serve(tmp_path: Path, command: str) -> None:
+    """Each as it stands, on a port that is free, until it is told to end."""
+    save_step(tmp_path / "outputs/checkpoint", 10)
+    serve = f"{shlex.quote(sys.executable)} -m holdfast.cli serve --port 0"
+    script = command.replace("holdfast serve", serve)
+    if "serve.log" not in script:
+        script += " >serve.log 2>&1 &"
+    ran = subprocess.run(
+        ["bash", "-c", f"{script} echo $!"], cwd=tmp_path, text=True, capture_output=True
+    )
+    log = tmp_path / "serve.log"
+    for line in ("serving", "stopped by SIGTERM"):
+        deadline = time.monotonic() + 30
+        while not log.exists() or line not in log.read_text():
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+        if line == "serving":
+            os.kill(int(ran.stdout), signal.SIGTERM)
+
+
+def test_the_page_on_serving_names_the_metrics_that_are_served() -> None:
+    """Method: the table, and every name in the example rule, against the source."""
+    page = (ROOT / "docs/serve.md").read_text()
+    source = (ROOT / "src/holdfast/cli/digest.py").read_text()
+    rows = re.findall(r"^\| (`holdfast_.*)$", page, re.M)
+    table = {name for row in rows for name in re.findall(r"holdfast_(\w+)", row)}
+    (rule,) = re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)
+    assert set(re.findall(r"holdfast_(\w+)", rule)) <= table
+    assert all(one["expr"] for one in yaml.safe_load(rule)["groups"][0]["rules"])
+    served = re.findall(r'(?:gauge|counter|GaugeMetricFamily), "(\w+)"', source)
+    counted = re.findall(r'^        \("(\w+)", "', source, re.M)
+    assert {name.removesuffix("_total") for name in table} == {*served, *counted}
 
 
 GUIDES = (

@@ -26,7 +26,10 @@ def damaged_steps(store: ReadStore, folder: str = "") -> dict[int, str]:
     for mark in marks_in(store, folder):
         if mark.role == "damaged":
             key = f"{folder}/{mark}" if folder else str(mark)
-            note = store.read(key, 0, _NOTE_BYTES_MAX).decode(errors="replace").strip()
+            # Who may write here may not have others read what lies elsewhere to him.
+            inside = not store.leads_out(folder, str(mark))
+            noted = store.read(key, 0, _NOTE_BYTES_MAX) if inside else b"a link to elsewhere"
+            note = noted.decode(errors="replace").strip()
             found[mark.step] = f"found damaged before: {note or 'no more is known'} (`{mark}`)"
     return found
 

@@ -23,6 +23,7 @@ VERBS = {
     "list": "the steps in a checkpoint folder, and which one a resume takes",
     "prune": "remove steps that no rule keeps, and what killed saves left",
     "report": "a run and its checkpoints on one page of HTML",
+    "serve": "runs as live web pages, metrics for Prometheus, a health check",
     "show": "what a checkpoint holds, and where each tensor lies",
     "verify": "check every byte of a checkpoint, or of every step in a folder",
     "skills": "guides for coding agents: install them, keep them up to date",

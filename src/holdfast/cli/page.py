@@ -54,6 +54,7 @@ thead th { border: 0; color: var(--soft); font-weight: 500 }
 .legend svg { width: .8rem }
 .alarm { border-color: var(--red); color: var(--red) }
 a { color: var(--blue) }
+.lost h1::after { content: " (the server does not answer)"; color: var(--red) }
 td.note { white-space: normal; min-width: 14rem }
 .state-good { color: var(--green) }
 .state-damaged { color: var(--red); font-weight: 600 }
@@ -126,8 +127,8 @@ def _cards(history: History, now: datetime) -> list[str]:
         cards.append(("loss", f"{last.loss:.4g}", f"at step {last.step:,}"))
         speed = median(report.tokens_per_s for report in reports)
         cards.append(("throughput", f"{speed:,.0f}", "tokens/s, median"))
-        blocked, share = _blocked(history)
-        cards.append(("held up by saving", f"{share:.1%}", f"{blocked:,.1f} s of training"))
+        held_s, share = blocked(history)
+        cards.append(("held up by saving", f"{share:.1%}", f"{held_s:,.1f} s of training"))
         saved, gone = len({save.step for r in reports for save in r.saves}), len(history.gone)
         cards.append(("steps saved", f"{saved:,}", f"{gone:,} removed since"))
     if history.loads:
@@ -148,15 +149,15 @@ def _card(name: str, value: str, note: str, *, alarm: bool = False) -> str:
     )
 
 
-def _blocked(history: History) -> tuple[float, float]:
+def blocked(history: History) -> tuple[float, float]:
     """Seconds that saving has held up training, and their share of the time between reports; where
     a run began anew, the time until then is nobody's."""
-    blocked, spent = 0.0, 0.0
+    held, spent = 0.0, 0.0
     for before, report in zip(history.reports, history.reports[1:], strict=False):
         if report.step > before.step:
-            blocked += report.save_blocked_s
+            held += report.save_blocked_s
             spent += max(report.time - before.time, 0.0)
-    return blocked, blocked / spent if spent else 0.0
+    return held, held / spent if spent else 0.0
 
 
 def _charts(history: History) -> list[str]:
@@ -262,7 +263,7 @@ def _course(history: History) -> str:
     # A step whose index cannot be read was committed when it was reached, more or less.
     reached = {report.step: report.time for report in history.current}
     saves = [
-        (row, _seconds(row) or reached.get(row.step))
+        (row, committed(row) or reached.get(row.step))
         for row in history.rows
         if row.step is not None
     ]
@@ -316,7 +317,7 @@ def _style(row: Row) -> str:
     return "damaged" if row.state == "damaged" else {"full": "good"}.get(row.kind or "", "model")
 
 
-def _seconds(row: Row) -> float | None:
+def committed(row: Row) -> float | None:
     """When a step was committed, in seconds since 1970."""
     try:
         then = datetime.fromisoformat(row.created or "")
@@ -326,7 +327,7 @@ def _seconds(row: Row) -> float | None:
 
 
 def _ago(row: Row | None, now: datetime) -> str:
-    seconds = None if row is None else _seconds(row)
+    seconds = None if row is None else committed(row)
     return "" if seconds is None else _since(seconds, now)
 
 

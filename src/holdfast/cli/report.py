@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
     target = Path(asked.out)
     part = target.with_name(f".{target.name}.part")
     try:
-        part.write_text(text)
+        part.write_bytes(text.encode(errors="replace"))
         part.replace(target)
     except OSError as error:
         raise StorageError(f"cannot write `{target}`: {error.strerror}") from error

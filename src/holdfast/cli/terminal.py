@@ -106,18 +106,19 @@ def say(line: str = "") -> None:
 
 
 def say_json(value: Any) -> None:
-    """What was asked for, as JSON. What is no finite number is spelled: JSON has no such."""
-    json.dump(_finite(value), sys.stdout, indent=2, allow_nan=False)
+    """What was asked for, as JSON."""
+    json.dump(finite(value), sys.stdout, indent=2, allow_nan=False)
     sys.stdout.write("\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same for JSON: what is no finite number is spelled."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    if isinstance(value, dict):
-        return {key: _finite(member) for key, member in value.items()}
+    if isinstance(value, Mapping):
+        return {key: finite(member) for key, member in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(member) for member in value]
+        return [finite(member) for member in value]
     return value
 
 

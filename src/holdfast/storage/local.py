@@ -81,7 +81,7 @@ class LocalStore:
 
     def leads_out(self, folder: str, file: str) -> bool:
         inside = self._path(folder).resolve()
-        return not self._path(f"{folder}/{file}").resolve().is_relative_to(inside)
+        return not (self._path(folder) / file).resolve().is_relative_to(inside)
 
     @contextmanager
     def create(self, key: str, nbytes: int) -> Iterator[Writer]:

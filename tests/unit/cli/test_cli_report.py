@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from browser import CHROMIUM, QUIET
 from checkpoints import save_step
 from holdfast.cli.chart import POINTS_MAX, Point, bars, dots, line
 from holdfast.cli.history import Watch, history_of
@@ -27,9 +28,6 @@ from holdfast.cli.main import main
 from holdfast.cli.page import page
 from holdfast.engine.spans import times_of
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
 
@@ -246,7 +244,7 @@ def test_a_browser_shows_it_in_light_and_dark_and_on_a_phone(
     scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
     subprocess.run(
         [
-            *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+            *(str(CHROMIUM), *QUIET),
             *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1600", *scheme),
             *(f"--screenshot={tmp_path / 'page.png'}", out.as_uri()),
         ],
