@@ -128,13 +128,22 @@ def open_manifest(store: ReadStore, name: str) -> Manifest:
         FormatError: its index is not what it claims to be.
     """
     manifest = read_manifest(store, name)
+    check_whole(store, name, manifest)
+    return manifest
+
+
+def check_whole(store: ReadStore, name: str, manifest: Manifest) -> None:
+    """Make sure that every file of a checkpoint is there in full.
+
+    Raises:
+        DamagedError: it is not as it was published.
+    """
     problems = check_structure(store, name, manifest)
     if problems:
         raise DamagedError(
             f"`{place(store, name)}` is damaged:\n  " + "\n  ".join(map(str, problems)),
             hint="leave out `load_step` to resume from the newest good step",
         )
-    return manifest
 
 
 def read_manifest(store: ReadStore, name: str) -> Manifest:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from holdfast.catalog.catalog import Catalog
+from holdfast.catalog.catalog import Catalog, check_whole
 from holdfast.catalog.findings import kind_of
 from holdfast.catalog.marks import damaged_steps, mark_damaged, pinned_steps
 from holdfast.errors import HoldfastError, NotFoundError
+from holdfast.format.checksum import checksum
 from holdfast.format.manifest import Manifest
+from holdfast.format.names import MANIFEST
 from holdfast.hf.folder import open_folder
 from holdfast.manager.policy import Candidate
 
@@ -71,16 +73,53 @@ def newest_final(catalog: Catalog) -> int | None:
     return newest.step if newest is not None and not newest.resumable else None
 
 
-def good_steps(catalog: Catalog, folders: Mapping[int, str]) -> Iterator[Candidate]:
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What is remembered of a step that was whole."""
+
+    index: int
+    """Checksum of the bytes of its index."""
+
+    manifest: Manifest
+    """Less its entries, which were in order: they may be a million."""
+
+    resumable: bool
+
+
+def good_steps(
+    catalog: Catalog, folders: Mapping[int, str], looked: MutableMapping[str, Looked] | None = None
+) -> Iterator[Candidate]:
     """Those of these steps (with their folders) of which every file is there in full and whose data
-    nobody has found damaged, newest first, with what retention asks of them."""
+    nobody has found damaged, newest first, with what retention asks of them.
+
+    `looked` is filled, and spares decoding an index that has not changed: files are looked at.
+    """
+    looked = {} if looked is None else looked
+    for gone in looked.keys() - {*folders.values()}:
+        del looked[gone]
     damaged, pinned = damaged_steps(catalog.store), pinned_steps(catalog.store)
     for step in sorted(folders.keys() - damaged.keys(), reverse=True):
         try:
-            manifest = _opened(catalog, folders[step])
+            found = _look(catalog, step, folders[step], looked)
         except HoldfastError:
             continue
-        yield Candidate(step, can_resume(step, manifest), manifest.metrics, step in pinned)
+        yield Candidate(step, found.resumable, found.manifest.metrics, step in pinned)
+
+
+def _look(catalog: Catalog, step: int, folder: str, looked: MutableMapping[str, Looked]) -> Looked:
+    index = 0
+    with suppress(NotFoundError):
+        key = f"{folder}/{MANIFEST}"
+        index = checksum(catalog.store.read(key, 0, catalog.store.size(key)))
+    before = looked.get(folder)
+    if before is not None and before.index == index:
+        check_whole(catalog.store, folder, before.manifest)
+        return before
+    manifest = _opened(catalog, folder)
+    found = Looked(index, replace(manifest, tensors={}, values={}), can_resume(step, manifest))
+    if index:
+        looked[folder] = found
+    return found
 
 
 def _opened(catalog: Catalog, folder: str) -> Manifest:

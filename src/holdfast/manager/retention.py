@@ -12,7 +12,7 @@ from holdfast.engine.ranks import outcome_of
 from holdfast.errors import HoldfastError
 from holdfast.format.names import step_name
 from holdfast.manager.policy import Retention, removable
-from holdfast.manager.resume import good_steps
+from holdfast.manager.resume import Looked, good_steps
 from holdfast.storage.store import Store
 
 logger = logging.getLogger("holdfast")
@@ -35,6 +35,7 @@ class Retainer:
         self._catalog, self._retention = catalog, retention
         self._resumed_from: int | None = None
         self._left_behind: set[int] = set()
+        self._looked: dict[str, Looked] = {}
         self._thread: threading.Thread | None = None
 
     def resumed(self, step: int, left_behind: Collection[int]) -> None:
@@ -64,7 +65,7 @@ class Retainer:
         ours = {s: f for s, f in self._catalog.folders().items() if s not in self._left_behind}
         if keep == 0 or len(ours) <= keep:
             return []  # Whichever of them are good: none can go, so none is looked into.
-        good = good_steps(self._catalog, ours)
+        good = good_steps(self._catalog, ours, self._looked)
         protected = () if self._resumed_from is None else (self._resumed_from,)
         return removable(good, self._retention, current=current, protected=protected)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from holdfast.engine.save import save_leaves
 from holdfast.errors import StorageError
 from holdfast.format.names import step_name
 from holdfast.manager.policy import Retention
+from holdfast.manager.resume import Looked, good_steps
 from holdfast.manager.retention import Retainer
 from holdfast.state.tree import flatten
 from holdfast.storage.local import LocalStore
@@ -112,6 +115,30 @@ def test_a_step_whose_data_is_damaged_is_marked_and_known_at_once_from_then_on(
     assert steps(tmp_path) == [2, 4, 5]
     with manager(tmp_path) as held, pytest.raises(holdfast.DamagedError, match="weight"):
         held.load(2)
+
+
+def test_what_is_remembered_of_steps_hides_nothing_that_has_happened_to_them(
+    tmp_path: Path,
+) -> None:
+    """G5. Method: after each change by others (a mark, a file cut short, a torn index, a step
+    saved again, a folder gone) what is found with a memory is what is found without."""
+    catalog, looked = Catalog(LocalStore(tmp_path)), dict[str, Looked]()
+
+    def agree() -> list[int]:
+        found = [list(good_steps(catalog, catalog.folders(), m)) for m in (looked, None)]
+        assert found[0] == found[1]
+        return [candidate.step for candidate in found[0]]
+
+    with manager(tmp_path, keep_latest_k=0) as ours:
+        for step in range(1, 7):
+            ours.save(step, metrics={"loss": float(step)})
+        assert agree() == [6, 5, 4, 3, 2, 1]
+        mark_damaged(catalog.store, 6, "by others")
+        os.truncate(tmp_path / "step-5" / "__0_0.distcp", 100)
+        (tmp_path / "step-4" / "manifest.json").write_text("{}")
+        ours.save(3, metrics={"loss": 7.0})
+        shutil.rmtree(tmp_path / "step-2")
+        assert agree() == [3, 1]
 
 
 def test_a_step_that_is_saved_again_is_no_longer_marked(tmp_path: Path) -> None:
