@@ -108,7 +108,7 @@ def plan(source: str, wishes: Wishes) -> Planned:
         notes += related.notes
     if wishes.to == "hf":
         outputs = _to_hub(opened, related, wishes)
-    elif opened.dialect == "hub":
+    elif opened.dialect == "hub" and (related or wishes.names or opened.format == "safetensors"):
         outputs = _from_hub(opened, related, wishes)
     else:
         outputs = _as_it_is(opened, model, wishes)

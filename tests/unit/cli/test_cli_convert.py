@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import holdfast
 from holdfast.cli.convert import nbytes_of
 from holdfast.cli.main import main
 from holdfast.errors import UsageError
@@ -86,3 +88,13 @@ def test_a_name_on_the_hub_is_taken_from_its_cache(tmp_path: Path) -> None:
 def test_sizes_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is a size such as"):
         nbytes_of(text)
+
+
+def test_a_step_of_a_hub_model_becomes_a_file_without_its_configuration(tmp_path: Path) -> None:
+    """G10. Method: a step with transformers' own names, as a run of such a model saves it."""
+    tensors = hub_tensors(LLAMA)
+    holdfast.save(tmp_path / "step-1", tensors)
+    assert main(["convert", str(tmp_path / "step-1"), str(tmp_path / "all.pt")]) == 0
+    found = torch.load(tmp_path / "all.pt", weights_only=True)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
