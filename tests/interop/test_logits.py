@@ -27,7 +27,7 @@ STRETCHED = RopeScaling(8, original_seq_len=16)
 def test_logits_are_those_of_transformers(
     name: str, tied: bool, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """Method: a random model, saved, exported with the `config.json` of its flavor, opened by
+    """G10: a random model, saved, exported with the `config.json` of its flavor, opened by
     transformers, and run on 64 tokens: in float32 equal to 1e-5 and with the same experts chosen,
     in bfloat16 close by Kullback-Leibler divergence."""
     scaling = STRETCHED if name == "llama3" else None

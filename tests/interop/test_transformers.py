@@ -36,8 +36,8 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 def test_there_and_back_is_the_same_bits_and_opens_with_the_same_logits(
     name: str, tmp_path: Path
 ) -> None:
-    """Method: what transformers saved, to a step, and from there to a folder of several files and
-    to a `.pt` and a single file; both hold what was saved, and give the same logits."""
+    """G10: what transformers saved, to a step, and from there to a folder of several files and to a
+    `.pt` and a single file; both hold what was saved, and give the same logits."""
     model = hub_models.make(name)
     source = hub_models.save(model, tmp_path / "hub")
     step = converted(source, tmp_path / "seed/step-0", Wishes(to="dcp"))
