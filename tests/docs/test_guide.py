@@ -1,0 +1,132 @@
+"""The guide and the README are followed as a reader would, in a folder of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict_saver import save as stock_save
+
+from pages import blocks, environment, follow, furnish, run_line
+from runs import ROOT, kill_all, wait_for_step
+
+GUIDE = {path.stem: path for path in sorted((ROOT / "docs" / "guide").glob("*.md"))}
+AFTER_A_RUN = {
+    *("excluding", "keeping", "practices", "resuming", "single-file", "structure", "torchtune")
+}
+"""Pages that begin where a run has left two steps."""
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of 20 steps has left."""
+    folder = tmp_path_factory.mktemp("trained")
+    furnish(folder)
+    run_line(folder, "./run_train.sh --training.steps 20")
+    return folder / "outputs"
+
+
+# Stock torch warns of its own making; a page is followed all the same.
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", sorted(GUIDE.keys() - {"first-hour"}))
+def test_a_page_of_the_guide_can_be_followed(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Method: every block in its order, where a run has left steps if the page goes on from one."""
+    furnish(tmp_path)
+    if name in AFTER_A_RUN:
+        shutil.copytree(request.getfixturevalue("trained"), tmp_path / "outputs")
+    if name == "torchtitan":
+        steps = request.getfixturevalue("trained") / "checkpoint"
+        as_torchtitan_saves(steps / "step-20", tmp_path / "outputs/checkpoint/step-20")
+    said = dict(follow(tmp_path, GUIDE[name].read_text()))
+    if name in ("excluding", "practices", "resuming", "torchtitan"):
+        assert "resumed from step 20" in "".join(said.values())
+    if name == "script":
+        assert run_line(tmp_path, "python train.py").endswith("done\n"), "nothing left to do"
+
+
+def as_torchtitan_saves(step: Path, folder: Path) -> None:
+    """What TorchTitan would have saved of that state, by stock DCP: no random numbers, counters as
+    tensors, and a data loader's state for each data rank."""
+    folder.mkdir(parents=True)
+    dcp_to_torch_save(step, folder / "all.pt")
+    state = torch.load(folder / "all.pt", weights_only=True)
+    (folder / "all.pt").unlink()
+    state.pop("rng")
+    state["train_state"] = {key: torch.tensor(n) for key, n in state["train_state"].items()}
+    state["dataloader"] = {"dp_rank_0": b"a place", "world_size": 1}
+    stock_save(state, checkpoint_id=folder)
+
+
+def test_the_readme_can_be_followed(tmp_path: Path) -> None:
+    """The first run is killed after step 25; the rest is done as it stands."""
+    furnish(tmp_path, steps=100, workers=2)
+    text = (ROOT / "README.md").read_text()
+    first = subprocess.Popen(
+        ["./run_train.sh"],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    wait_for_step(tmp_path / "outputs", 25)
+    kill_all(first)
+    shell = "".join(f"```sh\n{block}```\n" for language, block in blocks(text) if language == "sh")
+    # The command that was killed is run again by the next one.
+    said = follow(tmp_path, shell.replace("./run_train.sh    #", "true #", 1))
+    runs = [heard for line, heard in said if "run_train.sh" in line]
+    assert "resumed from step 20" in runs[0]
+    assert "resumed from step 100" in runs[1]
+    assert "passed over step 120" in runs[2]
+    assert "resumed from step 110" in runs[2]
+    assert "--checkpoint.keep_latest_k" in runs[3]
+
+
+def test_what_the_readme_says_of_others_names_tests_that_exist() -> None:
+    """Method: every row of the table names one, and there is a function of that name."""
+    there = set()
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        there |= set(re.findall(r"^def (test_\w+)", file.read_text(), re.M))
+    table = (ROOT / "README.md").read_text().split("## What others lack")[1].split("\n## ")[0]
+    rows = [row for row in table.splitlines() if row.startswith("| ")][1:]
+    assert len(rows) > 10
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row)
+        assert named, row
+        assert there.issuperset(named), row
+
+
+def test_the_site_is_built_without_a_broken_link(tmp_path: Path) -> None:
+    """Method: strictly, from a copy; nothing in a page is fetched from elsewhere; every document
+    has its place in it."""
+    for name in ("docs", "src/holdfast", "benchmarks/results"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("README.md", "mkdocs.yml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    ran = subprocess.run(
+        ["zensical", "build", "--strict"],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        text=True,
+        capture_output=True,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    pages = sorted((tmp_path / "site").rglob("*.html"))
+    for page in pages:
+        fetched = re.findall(r'(?:src|href)="(https?:[^"]+)"', page.read_text())
+        assert not [url for url in fetched if re.search(r"\.(?:js|css|woff2?|png|svg)$", url)]
+    listed = set(re.findall(r": ([\w/-]+\.md)$", (tmp_path / "mkdocs.yml").read_text(), re.M))
+    assert listed == {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")}
+    shown = (ROOT / "docs/benchmarks.md").read_text()
+    for result in (ROOT / "benchmarks/results").glob("*.md"):
+        assert result.name in shown

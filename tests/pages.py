@@ -1,0 +1,82 @@
+"""Pages of the documents, followed from top to bottom as a reader would."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from runs import ROOT
+
+STEPS = 12
+"""Steps of a training run, where a page does not say how many."""
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """Language and text of every code block."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", text, re.M | re.S)
+
+
+def furnish(folder: Path, *, steps: int = STEPS, workers: int = 1) -> None:
+    """What a reader has who has cloned the project and made its `.venv`, with runs kept short."""
+    programs = folder / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    shutil.copy(ROOT / "LICENSE", folder / "train.txt")
+    short = (
+        f"--training.steps {steps} --training.seq_len 16 --training.global_batch_size 4 "
+        f"--training.local_batch_size 1 --training.dataset_path {folder}/train.txt"
+    )
+    scripts = {
+        folder / "run_train.sh": f"NGPU=${{NGPU:-{workers}}} exec {ROOT}/run_train.sh {short}",
+        programs / "holdfast": f"exec {sys.executable} -m holdfast.cli",
+        programs / "torchrun": f"exec {sys.executable} -m torch.distributed.run",
+        programs / "python": f"exec {sys.executable}",
+        programs / "pip": "exit 0 #",
+    }
+    for path, script in scripts.items():
+        path.write_text(f'#!/bin/sh\n{script} "$@"\n')
+        path.chmod(0o755)
+    (programs / "activate").touch()
+    (folder / "scripts").symlink_to(ROOT / "scripts")
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """In which the commands of a page run."""
+    path = f"{folder}/.venv/bin:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "HOME": str(folder), "OMP_NUM_THREADS": "1"}
+
+
+def run_line(folder: Path, line: str) -> str:
+    """Run a line of shell; what it said. It ends with the status in its comment, or with 0."""
+    ran = subprocess.run(
+        ["bash", "-c", line],
+        cwd=folder,
+        env=environment(folder),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=200,
+    )
+    expected = re.search(r"# status (\d+)", line)
+    assert ran.returncode == (int(expected[1]) if expected else 0), f"{line}\n{ran.stdout}"
+    return ran.stdout
+
+
+def follow(folder: Path, page: str) -> list[tuple[str, str]]:
+    """Do all that a page says, in its order: files whose name stands in the first line of a block
+    are written, Python is run, each line of shell is. Gives the lines, with what they said."""
+    said = []
+    for language, text in blocks(page):
+        name = re.match(r"# (\w+\.(?:py|toml))\n", text)
+        if name is not None:
+            (folder / name[1]).write_text(text)
+        elif language == "python":
+            python = [sys.executable, "-c", text]
+            subprocess.run(python, cwd=folder, env=environment(folder), check=True, timeout=200)
+        elif language == "sh":
+            lines = [line for line in text.splitlines() if not line.startswith("./run_tests.sh")]
+            said += [(line, run_line(folder, line)) for line in lines]
+    return said
