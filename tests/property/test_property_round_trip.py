@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.catalog.catalog import open_manifest
+from holdfast.engine import read
 from holdfast.engine.checkpoint import Checkpoint
 from holdfast.engine.load import load_tree
 from holdfast.engine.plan import Placed, Plan, TensorOffer
@@ -93,6 +94,16 @@ def check_round_trip(data: st.DataObject, store: Store) -> None:
     save_regions(store, "step-1", held, size)
     checkpoint = Checkpoint(Source(store, "step-1", open_manifest(store, "step-1")))
     assert {*checkpoint.names()} == {*held}
+    all_of_it = [
+        Wanted(name, [Piece(region, Region.whole(region.shape))], torch.empty_like(whole))
+        for name, (whole, _) in held.items()
+        for region in [Region.whole(whole.shape)]
+    ]
+    with pytest.MonkeyPatch.context() as patched:
+        # Small chunks are read together; here each by itself too.
+        patched.setattr(read, "SMALL_BYTES", data.draw(st.sampled_from([-1, read.SMALL_BYTES])))
+        read.read_tensors(checkpoint._source, all_of_it)
+    assert all(bits(want.local) == bits(held[want.name][0]) for want in all_of_it)
     for name, (whole, _) in held.items():
         assert bits(checkpoint.read(name)) == bits(whole)
         wanted = data.draw(regions(tuple(whole.shape)))
@@ -176,11 +187,11 @@ def test_rows_cost_their_bytes_rounded_up_to_blocks(first: int, second: int) -> 
     source = _large()
     target = torch.empty(stop - start, dtype=torch.uint8)
     piece = Piece(Region((start,), (stop,)), Region.whole(target.shape))
-    read = read_tensors(source, [Wanted("w", [piece], target)]) if stop > start else 0
+    num_read = read_tensors(source, [Wanted("w", [piece], target)]) if stop > start else 0
     blocks = (-(-stop // BLOCK_BYTES) - start // BLOCK_BYTES) if stop > start else 0
     length = source.manifest.tensors["w"].nbytes
     last_is_short = stop > start and -(-stop // BLOCK_BYTES) * BLOCK_BYTES > length
-    assert read == blocks * BLOCK_BYTES - (-length % BLOCK_BYTES if last_is_short else 0)
+    assert num_read == blocks * BLOCK_BYTES - (-length % BLOCK_BYTES if last_is_short else 0)
     assert torch.equal(target, _LARGE[start:stop])
 
 
@@ -195,6 +206,19 @@ def _large() -> Source:
         save_regions(store, "step-1", {"w": (_LARGE, [[Region.whole(_LARGE.shape)]])}, 1)
         _KEPT.append(Source(store, "step-1", open_manifest(store, "step-1")))
     return _KEPT[0]
+
+
+def test_each_block_between_two_windows_is_read_once() -> None:
+    """G3, G13. Method: a column of a tensor of many blocks, read in windows that end inside of them
+    by one thread; the bytes read are those of the tensor."""
+    store = MemoryStore()
+    whole = torch.randn(3000, 1000)
+    save_regions(store, "step-1", {"w": (whole, [[Region.whole(whole.shape)]])}, 1)
+    source = Source(store, "step-1", open_manifest(store, "step-1"))
+    piece = Piece(Region((0, 300), (3000, 500)), Region((0, 0), (3000, 200)))
+    target = torch.empty(3000, 200)
+    assert read_tensors(source, [Wanted("w", [piece], target)]) == whole.nbytes
+    assert torch.equal(target, whole[:, 300:500])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -20,7 +20,7 @@ from holdfast.engine.spans import Spans
 from holdfast.engine.values import decode_value
 from holdfast.errors import MismatchError
 from holdfast.format.manifest import Manifest
-from holdfast.state.layout import layout_of
+from holdfast.state.layout import Known, layout_of
 from holdfast.state.objects import StateTree
 from holdfast.state.optim import TensorInfo
 from holdfast.state.tree import Leaf
@@ -203,9 +203,10 @@ def _read(source: Source, leaves: Mapping[str, Leaf], fill: Fill) -> tuple[int, 
     """Fill the tensors among the leaves. Returns the bytes read, and the values."""
     wanted, values = [], {}
     decoded: dict[tuple[str, int], Any] = {}
+    known: Known = {}
     for name, leaf in leaves.items():
         if isinstance(leaf.value, torch.Tensor):
-            layout = layout_of(name, leaf.value)
+            layout = layout_of(name, leaf.value, known)
             wanted.append(Wanted(name, layout.pieces, layout.local))
         elif name in source.manifest.tensors:
             entry = source.manifest.tensors[name]

@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 
 from holdfast.engine.reshard import Part, moves, parts
-from holdfast.engine.source import HINT, WINDOW_BYTES, ChunkData, Source
+from holdfast.engine.source import (
+    HINT,
+    ROOM_BYTES,
+    WINDOW_BYTES,
+    ChunkData,
+    Source,
+    check,
+    ends_inside,
+)
 from holdfast.errors import DamagedError
-from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Chunk, Span, TensorEntry
 from holdfast.format.region import Region
 from holdfast.format.torchzip import contiguous_strides, locate
 from holdfast.state.shard import Piece
+from holdfast.storage.store import Reader
 
 THREADS_MAX = 4
+
+JOB_BYTES = 32 << 20
+"""About what a thread takes on at once: whole blocks. Two that take parts of one chunk may both
+read the block between them."""
+
+SMALL_BYTES = 128 << 10
+"""Smaller chunks that lie close to each other are read together: a copy costs less than a call."""
+
+GAP_BYTES_MAX = 16 << 10
+"""Read along between two small chunks: more than the frames of two items."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,101 +59,213 @@ def read_tensors(source: Source, wanted: Sequence[Wanted]) -> int:
     Raises:
         DamagedError: bytes that are not those that were written, or not there.
     """
-    jobs: list[tuple[str, int, Callable[[], int]]] = []
+    jobs: list[_Job] = []
+    small: list[_Small] = []
     for want in wanted:
         entry = source.manifest.tensors[want.name]
+        dtype: torch.dtype = getattr(torch, entry.dtype)
         for piece in want.pieces:
             for move in moves(want.name, entry, piece.region):
-                at = piece.local_of(move.region)
-                target = want.local[at.slices()] if want.local.ndim else want.local
-                work = partial(
-                    _read_move, source, want.name, entry, move.chunk, move.region, target
-                )
-                jobs.append((move.chunk.file, move.chunk.item.offset, work))
-    jobs.sort(key=lambda job: job[:2])
-    return sum(_run([work for _, _, work in jobs]))
+                target = _within(want.local, piece.local_of(move.region))
+                chunk, nbytes = move.chunk, move.chunk.region.num_elements * dtype.itemsize
+                if chunk.data_offset is None:
+                    jobs.append(_Foreign(want.name, entry, chunk, move.region, target))
+                elif nbytes <= SMALL_BYTES and chunk.first_block is not None:
+                    at = chunk.data_offset
+                    small.append(_Small(at, nbytes, want.name, dtype, chunk, move.region, target))
+                else:
+                    jobs += _stretches(want.name, dtype, chunk, move.region, target)
+    jobs += _batches(small)
+    jobs.sort(key=lambda job: (job.chunk.file, job.start))
+    return _run(source, jobs)
 
 
-def _run(jobs: Sequence[Callable[[], int]]) -> list[int]:
-    threads = min(THREADS_MAX, len(jobs))
-    if threads < 2:
-        return [job() for job in jobs]
-    with ThreadPoolExecutor(threads, thread_name_prefix="holdfast-read") as pool:
-        futures = [pool.submit(job) for job in jobs]
-        done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in waiting:
-            future.cancel()
-        return [future.result() for future in futures if future in done]
+def _within(tensor: torch.Tensor, box: Region) -> torch.Tensor:
+    if not tensor.ndim or (not any(box.start) and box.stop == tuple(tensor.shape)):
+        return tensor
+    return tensor[box.slices()]
 
 
-def _read_move(
-    source: Source,
-    name: str,
-    entry: TensorEntry,
-    chunk: Chunk,
-    region: Region,
-    target: torch.Tensor,
-) -> int:
-    """Bring one region of one chunk into `target`, which has its shape."""
-    itemsize = dtype_of(entry.dtype).itemsize
-    nbytes = chunk.region.num_elements * itemsize
-    dtype: torch.dtype = getattr(torch, entry.dtype)
-    box = region.within(chunk.region)
-    shape, strides = chunk.region.shape, contiguous_strides(chunk.region.shape)
-    offset, crc32 = chunk.data_offset, 0
-    if offset is None:
-        stored = locate(
-            partial(_fetch, source, chunk.file), chunk.item, where=f"{chunk.file}:{name}"
-        )
-        if (stored.dtype, stored.shape) != (entry.dtype, shape):
-            raise DamagedError(
-                f"`{source.url}/{chunk.file}`: `{name}` is {stored.dtype} {list(stored.shape)} in "
-                f"its file, {entry.dtype} {list(shape)} in the index",
-                hint=HINT,
-            )
-        offset, crc32 = stored.data.offset, stored.crc32
-        if stored.strides != strides and nbytes > itemsize:
-            # As a transposed parameter is kept. Rare: read the chunk whole, then pick.
-            whole = torch.empty(stored.data.nbytes // itemsize, dtype=dtype)
-            data = ChunkData(source, name, chunk.file, Span(offset, whole.nbytes), None)
-            if crc32:
-                data = data.with_crc32(crc32)
-            data.read(0, whole.nbytes, _memory(whole))
-            data.finish()
-            target.copy_(whole.as_strided(shape, stored.strides)[box.slices()])
-            return whole.nbytes
-    checksums = source.checksums(chunk, nbytes)
-    data = ChunkData(source, name, chunk.file, Span(offset, nbytes), checksums)
-    if crc32 and box == Region.whole(shape):
-        data = data.with_crc32(crc32)
-    done = 0
-    for part in parts(box, shape, itemsize, WINDOW_BYTES):
-        done += _read_part(data, part, dtype, strides, target)
-    data.finish()
-    return done
+# ------------------------------------------------------------------------------------- the threads
 
 
-def _read_part(
-    data: ChunkData, part: Part, dtype: torch.dtype, strides: tuple[int, ...], target: torch.Tensor
-) -> int:
-    into = target[part.box.slices()] if target.ndim else target
+class _Job(Protocol):
+    """What one thread does at a time."""
+
+    @property
+    def chunk(self) -> Chunk:
+        """Whose file is read."""
+        ...
+
+    @property
+    def start(self) -> int:
+        """About where in the file."""
+        ...
+
+    def run(self, worker: _Worker) -> int:
+        """Returns the bytes read."""
+        ...
+
+
+class _Worker:
+    """What one thread has to itself: the file that it reads, and memory for what cannot go straight
+    to its place, page-locked where there is a GPU to take it on to."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        pinned = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        self.memory = torch.empty(ROOM_BYTES, dtype=torch.uint8, pin_memory=pinned)
+        self.room = self.memory.numpy().data
+        self._file: str | None = None
+        self._open = ExitStack()
+
+    def reader(self, file: str) -> Reader:
+        """Of a file; the one before it is closed."""
+        if file != self._file:
+            self._open.close()
+            self._reader = self._open.enter_context(self.source.store.open(self.source.key(file)))
+            self._file = file
+        return self._reader
+
+    def data(
+        self, name: str, chunk: Chunk, span: Span, checksums: Sequence[int] | None
+    ) -> ChunkData:
+        place = chunk.file, span
+        return ChunkData(self.source, name, place, checksums, self.reader(chunk.file), self.room)
+
+    def run(self, jobs: Iterator[_Job]) -> int:
+        """Do jobs until there are none left."""
+        with self._open:
+            return sum(job.run(self) for job in jobs)
+
+
+class _Queue:
+    """Jobs for several threads, each handed out once; none once one has failed."""
+
+    def __init__(self, jobs: Sequence[_Job]) -> None:
+        self._jobs = iter(jobs)
+        self._mutex = threading.Lock()
+        self.errors: list[BaseException] = []
+        self.num_read = 0
+
+    def __iter__(self) -> Iterator[_Job]:
+        return self
+
+    def __next__(self) -> _Job:
+        with self._mutex:
+            if self.errors:
+                raise StopIteration
+            return next(self._jobs)
+
+    def work(self, source: Source) -> None:
+        try:
+            done = _Worker(source).run(self)
+        except BaseException as error:  # noqa: BLE001 - raised by the thread that waits for this one
+            self.errors.append(error)
+            return
+        with self._mutex:
+            self.num_read += done
+
+
+def _run(source: Source, jobs: Sequence[_Job]) -> int:
+    queue = _Queue(jobs)
+    # More threads than cores would take from each other the cache that blocks are checked in.
+    count = min(THREADS_MAX, max(2, len(os.sched_getaffinity(0))), len(jobs))
+    others = [
+        threading.Thread(target=queue.work, args=(source,), name="holdfast-read", daemon=True)
+        for _ in range(count - 1)
+    ]
+    for thread in others:
+        thread.start()
+    if jobs:
+        queue.work(source)
+    for thread in others:
+        thread.join()
+    if queue.errors:
+        raise queue.errors[0]
+    return queue.num_read
+
+
+# ------------------------------------------------------------------------- chunks of Holdfast's own
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A part of a chunk, or as much of it as one thread takes on."""
+
+    part: Part
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Stretch:
+    """Some of the parts of one chunk that follow each other."""
+
+    name: str
+    dtype: torch.dtype
+    chunk: Chunk
+    steps: Sequence[_Step]
+    target: torch.Tensor
+
+    @property
+    def start(self) -> int:
+        return self.chunk.item.offset + self.steps[0].start
+
+    def run(self, worker: _Worker) -> int:
+        assert self.chunk.data_offset is not None
+        span = Span(self.chunk.data_offset, self.chunk.region.num_elements * self.dtype.itemsize)
+        checksums = worker.source.checksums(self.chunk, span.nbytes)
+        data = worker.data(self.name, self.chunk, span, checksums)
+        for step in self.steps:
+            _take(data, step, self.dtype, self.chunk.region.shape, self.target)
+        return data.num_read
+
+
+def _stretches(
+    name: str, dtype: torch.dtype, chunk: Chunk, region: Region, target: torch.Tensor
+) -> Iterator[_Stretch]:
+    steps: list[_Step] = []
+    nbytes = 0
+    for step in _steps(region.within(chunk.region), chunk.region.shape, dtype, target):
+        if steps and nbytes + step.stop - step.start > JOB_BYTES:
+            yield _Stretch(name, dtype, chunk, steps, target)
+            steps, nbytes = [], 0
+        steps.append(step)
+        nbytes += step.stop - step.start
+    if steps:
+        yield _Stretch(name, dtype, chunk, steps, target)
+
+
+def _steps(
+    box: Region, shape: tuple[int, ...], dtype: torch.dtype, target: torch.Tensor
+) -> Iterator[_Step]:
+    for part in parts(box, shape, dtype.itemsize, WINDOW_BYTES):
+        if _goes_straight(part, dtype, _into(target, part)):
+            at = part.start
+            while at < part.stop:
+                end = min((at // JOB_BYTES + 1) * JOB_BYTES, part.stop)
+                yield _Step(part, at, end)
+                at = end
+        else:
+            for piece in _windows(part, dtype.itemsize):
+                yield _Step(piece, piece.start, piece.stop)
+
+
+def _into(target: torch.Tensor, part: Part) -> torch.Tensor:
+    return _within(target, part.box)
+
+
+def _goes_straight(part: Part, dtype: torch.dtype, into: torch.Tensor) -> bool:
     plain = into.is_cpu and into.is_contiguous() and not (into.is_conj() or into.is_neg())
-    if part.contiguous and plain and into.dtype == dtype:
-        return data.read(part.start, part.stop, _memory(into))
-    if part.contiguous and part.stop - part.start > WINDOW_BYTES and part.box.shape:
-        return sum(
-            _read_part(data, piece, dtype, strides, target)
-            for piece in _windows(part, dtype.itemsize)
-        )
-    staged = torch.empty((part.stop - part.start) // dtype.itemsize, dtype=dtype)
-    done = data.read(part.start, part.stop, _memory(staged))
-    shape = part.box.shape
-    into.copy_(staged.view(shape) if part.contiguous else staged.as_strided(shape, strides))
-    return done
+    return part.contiguous and plain and into.dtype == dtype
 
 
 def _windows(part: Part, itemsize: int) -> Iterator[Part]:
-    """A long contiguous part in pieces that fit beside the target: rows of its first long dim."""
+    """A part as it is read; a long contiguous one in pieces: rows of its first long dim."""
+    if part.stop - part.start <= WINDOW_BYTES:
+        yield part
+        return
     box = part.box
     dim = next(d for d, size in enumerate(box.shape) if size > 1)
     row = box.num_elements // box.shape[dim] * itemsize
@@ -142,13 +275,151 @@ def _windows(part: Part, itemsize: int) -> Iterator[Part]:
         start, stop = list(box.start), list(box.stop)
         start[dim], stop[dim] = box.start[dim] + first, box.start[dim] + last
         piece = Region(tuple(start), tuple(stop))
-        yield Part(part.start + first * row, part.start + last * row, piece, True)
+        yield from _windows(
+            Part(part.start + first * row, part.start + last * row, piece, True), itemsize
+        )
+
+
+def _take(
+    data: ChunkData,
+    step: _Step,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    target: torch.Tensor,
+) -> None:
+    """Bring one step to its place."""
+    part = step.part
+    into = _into(target, part)
+    if _goes_straight(part, dtype, into):
+        memory = _memory(into)[step.start - part.start : step.stop - part.start]
+        data.read(step.start, step.stop, memory)
+        return
+    found = torch.frombuffer(data.window(part.start, part.stop), dtype=dtype)
+    strides = contiguous_strides(part.box.shape if part.contiguous else shape)
+    into.copy_(found.as_strided(part.box.shape, strides))
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, to write into."""
     # Not `view(-1)`: a single element counts as contiguous whatever its stride.
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
+
+
+# ------------------------------------------------------------------------- many small ones together
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Small:
+    """A chunk of one block, and the region of it that is wanted."""
+
+    start: int
+    nbytes: int
+    name: str
+    dtype: torch.dtype
+    chunk: Chunk
+    region: Region
+    target: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batch:
+    """Small chunks of one file that lie close to each other, in their order."""
+
+    items: Sequence[_Small]
+
+    @property
+    def chunk(self) -> Chunk:
+        return self.items[0].chunk
+
+    @property
+    def start(self) -> int:
+        return self.items[0].start
+
+    def run(self, worker: _Worker) -> int:
+        start, last = self.start, max(item.start + item.nbytes for item in self.items)
+        file, source = self.chunk.file, worker.source
+        done = worker.reader(file).read_into(start, worker.room[: last - start])
+        for item in self.items:
+            at = item.start - start
+            if at + item.nbytes > done:
+                raise ends_inside(source, file, item.name, start + done)
+            sums = source.checksums(item.chunk, item.nbytes)
+            if sums is not None:
+                check(source, file, item.name, 0, worker.room[at : at + item.nbytes], sums[0])
+            shape = item.chunk.region.shape
+            count = item.nbytes // item.dtype.itemsize
+            held = torch.frombuffer(worker.room, dtype=item.dtype, count=count, offset=at)
+            box = item.region.within(item.chunk.region)
+            item.target.copy_(_within(held.view(shape), box))
+        return done
+
+
+def _batches(small: list[_Small]) -> Iterator[_Batch]:
+    small.sort(key=lambda item: (item.chunk.file, item.start))
+    batch: list[_Small] = []
+    stop = 0
+    for item in small:
+        if batch and (
+            item.chunk.file != batch[0].chunk.file
+            or item.start > stop + GAP_BYTES_MAX
+            or item.start + item.nbytes > batch[0].start + WINDOW_BYTES
+        ):
+            yield _Batch(batch)
+            batch = []
+            stop = 0
+        batch.append(item)
+        stop = max(stop, item.start + item.nbytes)
+    if batch:
+        yield _Batch(batch)
+
+
+# ------------------------------------------------------------------ chunks that anyone has written
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Foreign:
+    """A region of a chunk of which only its container knows where the elements are."""
+
+    name: str
+    entry: TensorEntry
+    chunk: Chunk
+    region: Region
+    target: torch.Tensor
+
+    @property
+    def start(self) -> int:
+        return self.chunk.item.offset
+
+    def run(self, worker: _Worker) -> int:
+        chunk, entry, source = self.chunk, self.entry, worker.source
+        where = f"{chunk.file}:{self.name}"
+        stored = locate(partial(_fetch, source, chunk.file), chunk.item, where=where)
+        shape, strides = chunk.region.shape, contiguous_strides(chunk.region.shape)
+        if (stored.dtype, stored.shape) != (entry.dtype, shape):
+            raise DamagedError(
+                f"`{source.url}/{chunk.file}`: `{self.name}` is {stored.dtype} "
+                f"{list(stored.shape)} in its file, {entry.dtype} {list(shape)} in the index",
+                hint=HINT,
+            )
+        dtype: torch.dtype = getattr(torch, entry.dtype)
+        box = self.region.within(chunk.region)
+        nbytes = chunk.region.num_elements * dtype.itemsize
+        if stored.strides != strides and nbytes > dtype.itemsize:
+            # As a transposed parameter is kept. Rare: read the chunk whole, then pick.
+            whole = torch.empty(stored.data.nbytes // dtype.itemsize, dtype=dtype)
+            data = worker.data(self.name, chunk, Span(stored.data.offset, whole.nbytes), None)
+            if stored.crc32:
+                data = data.with_crc32(stored.crc32)
+            data.read(0, whole.nbytes, _memory(whole))
+            self.target.copy_(whole.as_strided(shape, stored.strides)[box.slices()])
+        else:
+            data = worker.data(self.name, chunk, Span(stored.data.offset, nbytes), None)
+            if stored.crc32 and box == Region.whole(shape):
+                data = data.with_crc32(stored.crc32)
+            for step in _steps(box, shape, dtype, self.target):
+                _take(data, step, dtype, shape, self.target)
+        data.finish()
+        return data.num_read
 
 
 def _fetch(source: Source, file: str, offset: int, nbytes: int) -> bytes:

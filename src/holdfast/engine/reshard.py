@@ -29,6 +29,8 @@ def moves(name: str, entry: TensorEntry, wanted: Region) -> list[Move]:
     Raises:
         DamagedError: the chunks do not hold every one of them exactly once.
     """
+    if len(entry.chunks) == 1 and entry.chunks[0].region == wanted and wanted.num_elements:
+        return [Move(entry.chunks[0], wanted)]
     found = []
     for chunk in entry.chunks:
         region = chunk.region & wanted

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from holdfast.catalog.catalog import place, read_checksums
 from holdfast.errors import DamagedError
 from holdfast.format.checksum import BLOCK_BYTES, checksum, num_blocks
 from holdfast.format.manifest import Chunk, Manifest, Span, ValueEntry
-from holdfast.storage.store import ReadStore
+from holdfast.storage.store import Reader, ReadStore
 
-WINDOW_BYTES = 8 << 20
-"""Bytes held beside the target, a thread. Whole blocks."""
+WINDOW_BYTES = 2 << 20
+"""Most bytes of a chunk that are asked for at once, but for those that go straight to their place.
+Whole blocks, few enough to be in cache from their checksum when they are taken on from there."""
+
+ROOM_BYTES = WINDOW_BYTES + 2 * BLOCK_BYTES
+"""Held beside the target, a thread: a window, and the rest of the blocks at its ends."""
 
 HINT = "leave out `load_step` to resume from the newest good step"
 
@@ -63,39 +67,65 @@ def read_value(source: Source, name: str, entry: ValueEntry) -> bytes:
 
 
 class ChunkData:
-    """The raw data of one chunk, read by ranges, every block that a range touches checked."""
+    """The raw data of one chunk, read by ranges, every block that a range touches checked: once,
+    where ranges follow each other."""
 
     def __init__(
-        self, source: Source, name: str, file: str, span: Span, checksums: Sequence[int] | None
+        self,
+        source: Source,
+        name: str,
+        place: tuple[str, Span],
+        checksums: Sequence[int] | None,
+        reader: Reader,
+        room: memoryview,
     ) -> None:
-        self._source, self._name, self._file, self._span = source, name, file, span
-        self._checksums = checksums
+        """`place`: the chunk's file, which `reader` reads, and where in it the raw data is. `room`:
+        `ROOM_BYTES` of memory to use."""
+        self._source, self._name, (self._file, self._span) = source, name, place
+        self._checksums, self._reader, self._room = checksums, reader, room
+        self._held = (0, 0)
         self._crc32: tuple[int, int] | None = None
+        self.num_read = 0
+        """Bytes read so far."""
 
     def with_crc32(self, expected: int) -> ChunkData:
         """Check the CRC-32 that `torch.save` left, of the data read whole and in order."""
         self._crc32 = (0, expected)
         return self
 
-    def read(self, start: int, stop: int, target: memoryview) -> int:
-        """Fill `target` with bytes `start` to `stop`. Returns how many bytes were read."""
+    def read(self, start: int, stop: int, target: memoryview) -> None:
+        """Fill `target` with bytes `start` to `stop`."""
         if self._checksums is None:
             self._fill(start, target)
-            if self._crc32:
-                self._crc32 = (zlib.crc32(target, self._crc32[0]), self._crc32[1])
-            return len(target)
-        done = 0
-        for lo, hi in _cuts(start, stop):
-            first = lo // BLOCK_BYTES * BLOCK_BYTES
-            last = min(-(-hi // BLOCK_BYTES) * BLOCK_BYTES, self._span.nbytes)
-            if (first, last) == (lo, hi):
-                self._fill_checked(lo, target[lo - start : hi - start])
+            return
+        at = start
+        while at < stop:
+            end = min((at // BLOCK_BYTES + 1) * BLOCK_BYTES, stop)
+            whole = at % BLOCK_BYTES == 0 and end in (at + BLOCK_BYTES, self._span.nbytes)
+            # A block at a time: so it is in cache when its checksum is taken.
+            into = target[at - start : end - start]
+            if whole:
+                self._fill(at, into)
             else:
-                block = memoryview(bytearray(last - first))
-                self._fill_checked(first, block)
-                target[lo - start : hi - start] = block[lo - first : hi - first]
-            done += last - first
-        return done
+                into[:] = self.window(at, end)
+            at = end
+
+    def window(self, start: int, stop: int) -> memoryview:
+        """Bytes `start` to `stop`, at most `WINDOW_BYTES`, good until the next call."""
+        first, last = start, stop
+        if self._checksums is not None:
+            first = start // BLOCK_BYTES * BLOCK_BYTES
+            last = min(-(-stop // BLOCK_BYTES) * BLOCK_BYTES, self._span.nbytes)
+        lo, hi = self._held
+        kept = min(hi, last) - first if lo <= first < hi else 0
+        if kept and lo < first:
+            self._room[:kept] = self._room[first - lo : first - lo + kept]
+        self._held = (0, 0)
+        for at in range(first + kept, last, BLOCK_BYTES):
+            self._fill(at, self._room[at - first : min(at + BLOCK_BYTES, last) - first])
+        if self._checksums is not None:
+            self._held = (first, last)
+        return self._room[start - first : stop - first]
 
     def finish(self) -> None:
         """All has been read."""
@@ -106,35 +136,36 @@ class ChunkData:
                 hint=HINT,
             )
 
-    def _fill_checked(self, start: int, target: memoryview) -> None:
-        assert self._checksums is not None
-        self._fill(start, target)
-        for at in range(0, len(target), BLOCK_BYTES):
-            index = (start + at) // BLOCK_BYTES
-            found = checksum(target[at : at + BLOCK_BYTES])
-            if found != self._checksums[index]:
-                raise DamagedError(
-                    f"`{self._source.url}/{self._file}`: block {index} of `{self._name}` has "
-                    f"checksum {found:016x}, the manifest says {self._checksums[index]:016x}",
-                    hint=HINT,
-                )
-
     def _fill(self, start: int, target: memoryview) -> None:
-        key = self._source.key(self._file)
-        done = self._source.store.read_into(key, self._span.offset + start, target)
+        """Bytes from `start` on, checked: one block, or any where no checksums were kept."""
+        done = self._reader.read_into(self._span.offset + start, target)
         if done != len(target):
-            raise DamagedError(
-                f"`{self._source.url}/{self._file}` ends inside `{self._name}`, at byte "
-                f"{self._span.offset + start + done}",
-                hint=HINT,
+            raise ends_inside(
+                self._source, self._file, self._name, self._span.offset + start + done
             )
+        self.num_read += done
+        if self._checksums is not None:
+            index = start // BLOCK_BYTES
+            check(self._source, self._file, self._name, index, target, self._checksums[index])
+        elif self._crc32:
+            self._crc32 = (zlib.crc32(target, self._crc32[0]), self._crc32[1])
 
 
-def _cuts(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """`start` to `stop` in windows that begin and end with a block, but for the two ends."""
-    while start < stop:
-        whole = start % BLOCK_BYTES == 0 and stop - start >= BLOCK_BYTES
-        size = min(WINDOW_BYTES, (stop - start) // BLOCK_BYTES * BLOCK_BYTES) if whole else 0
-        end = start + size if size else min(stop, (start // BLOCK_BYTES + 1) * BLOCK_BYTES)
-        yield start, end
-        start = end
+def check(
+    source: Source, file: str, name: str, block: int, data: memoryview, expected: int
+) -> None:
+    """Refuse a block of a tensor that is not what was written."""
+    found = checksum(data)
+    if found != expected:
+        raise DamagedError(
+            f"`{source.url}/{file}`: block {block} of `{name}` has checksum {found:016x}, "
+            f"the manifest says {expected:016x}",
+            hint=HINT,
+        )
+
+
+def ends_inside(source: Source, file: str, name: str, position: int) -> DamagedError:
+    """What is said of a file that is too short."""
+    return DamagedError(
+        f"`{source.url}/{file}` ends inside `{name}`, at byte {position}", hint=HINT
+    )

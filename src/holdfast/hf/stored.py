@@ -10,7 +10,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from holdfast.engine.reshard import Part, moves, parts
-from holdfast.engine.source import WINDOW_BYTES, ChunkData, Source
+from holdfast.engine.source import ROOM_BYTES, WINDOW_BYTES, ChunkData, Source
 from holdfast.errors import DamagedError
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Chunk, Span, TensorEntry
@@ -18,6 +18,7 @@ from holdfast.format.region import Region
 from holdfast.format.torchzip import StoredTensor, contiguous_strides, locate
 from holdfast.hf.numbers import Array, box_of, raw_type
 from holdfast.hf.tensors import Held
+from holdfast.storage.store import PlainReader
 
 
 class Stored:
@@ -47,7 +48,9 @@ class Stored:
         box = region.within(chunk.region)
         rows = contiguous_strides(shape)
         checksums = self._source.checksums(chunk, chunk.region.num_elements * itemsize)
-        data = ChunkData(self._source, name, chunk.file, placed.data, checksums)
+        reader = PlainReader(self._source.store, self._source.key(chunk.file))
+        room = memoryview(bytearray(ROOM_BYTES))
+        data = ChunkData(self._source, name, (chunk.file, placed.data), checksums, reader, room)
         if placed.strides != rows and prod(shape) > 1:
             # As a transposed parameter is kept. Rare: read the chunk whole, then pick.
             whole = np.empty(placed.data.nbytes // itemsize, target.dtype)

@@ -24,6 +24,8 @@ class Piece:
 
     def local_of(self, region: Region) -> Region:
         """Where a part of it lies in the rank's own tensor."""
+        if region == self.region:
+            return self.local
         inner = region.within(self.region)
         return Region(
             tuple(map(int.__add__, self.local.start, inner.start)),

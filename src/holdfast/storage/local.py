@@ -13,7 +13,7 @@ from pathlib import Path
 
 from holdfast.errors import ExistsError, NotFoundError, StorageError
 from holdfast.storage.direct import BufferedWriter, DirectWriter, open_direct
-from holdfast.storage.store import Writer
+from holdfast.storage.store import Reader, Writer
 
 DIRECT_BYTES_MIN = 4 << 20
 """Smaller files are not worth the threads."""
@@ -60,16 +60,15 @@ class LocalStore:
         return bytes(buffer[: self.read_into(key, start, memoryview(buffer))])
 
     def read_into(self, key: str, start: int, target: memoryview) -> int:
+        with self.open(key) as reader:
+            return reader.read_into(start, target)
+
+    @contextmanager
+    def open(self, key: str) -> Iterator[Reader]:
         with self._said("read", key):
             file = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
             try:
-                done = 0
-                while done < len(target):
-                    count = os.preadv(file, [target[done:]], start + done)
-                    if not count:
-                        break
-                    done += count
-                return done
+                yield _LocalReader(file)
             finally:
                 os.close(file)
 
@@ -207,6 +206,20 @@ class LocalStore:
                 f"cannot {doing} `{self._path(key)}`: {error.strerror or error}",
                 hint=_HINTS.get(error.errno or 0),
             ) from error
+
+
+class _LocalReader:
+    def __init__(self, file: int) -> None:
+        self._file = file
+
+    def read_into(self, start: int, target: memoryview) -> int:
+        done = 0
+        while done < len(target):
+            count = os.preadv(self._file, [target[done:] if done else target], start + done)
+            if not count:
+                break
+            done += count
+        return done
 
 
 def _reserve(file: int, nbytes: int) -> None:

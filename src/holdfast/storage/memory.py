@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from holdfast.errors import ExistsError, NotFoundError, StorageError
-from holdfast.storage.store import Buffer
+from holdfast.storage.store import Buffer, PlainReader
 
 
 @dataclass(slots=True)
@@ -71,6 +71,9 @@ class MemoryStore:
         data = self.read(key, start, start + len(target))
         target[: len(data)] = data
         return len(data)
+
+    def open(self, key: str) -> PlainReader:
+        return PlainReader(self, key)
 
     def leads_out(self, folder: str, file: str) -> bool:  # noqa: ARG002 - there are no links
         return False

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from holdfast.errors import NotFoundError, StorageError, UsageError
+from holdfast.storage.store import PlainReader
 
 try:
     import fsspec
@@ -58,6 +59,9 @@ class RemoteStore:
         data = self.read(key, start, start + len(target))
         target[: len(data)] = data
         return len(data)
+
+    def open(self, key: str) -> PlainReader:
+        return PlainReader(self, key)
 
     def leads_out(self, folder: str, file: str) -> bool:
         if not getattr(self._files, "local_file", False):

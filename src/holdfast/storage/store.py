@@ -20,6 +20,14 @@ class Writer(Protocol):
         ...
 
 
+class Reader(Protocol):
+    """One file, open for reading."""
+
+    def read_into(self, start: int, target: memoryview) -> int:
+        """As `ReadStore.read_into`, of this file."""
+        ...
+
+
 class ReadStore(Protocol):
     """A tree of files to read from. Keys are paths relative to its root, `/` between their parts.
 
@@ -45,6 +53,11 @@ class ReadStore(Protocol):
 
     def read_into(self, key: str, start: int, target: memoryview) -> int:
         """Fill `target` from `start` on. Returns the bytes read, fewer only where the file ends."""
+        ...
+
+    def open(self, key: str) -> AbstractContextManager[Reader]:
+        """A file of which many ranges are to be read. One that is not there may be found out here,
+        or by the first of them."""
         ...
 
     def leads_out(self, folder: str, file: str) -> bool:
@@ -96,3 +109,19 @@ class Store(ReadStore, Protocol):
             ExistsError: somebody holds it; the message has their note.
         """
         ...
+
+
+class PlainReader:
+    """A file of a store that has nothing to keep open."""
+
+    def __init__(self, store: ReadStore, key: str) -> None:
+        self._store, self._key = store, key
+
+    def read_into(self, start: int, target: memoryview) -> int:
+        return self._store.read_into(self._key, start, target)
+
+    def __enter__(self) -> PlainReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass

@@ -17,7 +17,7 @@ from typing import TypeVar
 from holdfast.errors import HoldfastError
 from holdfast.format.checksum import checksum
 from holdfast.storage.memory import MemoryStore
-from holdfast.storage.store import Buffer, Store, Writer
+from holdfast.storage.store import Buffer, PlainReader, Store, Writer
 from holdfast.testing.disk import Cut, Operation, Tree, cuts
 
 T = TypeVar("T")
@@ -51,6 +51,9 @@ class RecordingStore:
 
     def read_into(self, key: str, start: int, target: memoryview) -> int:
         return self._beneath.read_into(key, start, target)
+
+    def open(self, key: str) -> PlainReader:
+        return PlainReader(self, key)
 
     def leads_out(self, folder: str, file: str) -> bool:
         return self._beneath.leads_out(folder, file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from holdfast.storage.store import Buffer, Store, Writer
+from holdfast.storage.store import Buffer, PlainReader, Store, Writer
 
 Fail = Callable[[str, str], None]
 """`fail(verb, key)` raises what the operation is to end in, or lets it go on."""
@@ -38,6 +38,9 @@ class FailingStore:
     def read_into(self, key: str, start: int, target: memoryview) -> int:
         self._fail("read", key)
         return self._beneath.read_into(key, start, target)
+
+    def open(self, key: str) -> PlainReader:
+        return PlainReader(self, key)
 
     def leads_out(self, folder: str, file: str) -> bool:
         self._fail("read", f"{folder}/{file}")

@@ -9,6 +9,11 @@ from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageEr
 from holdfast.storage.store import Store
 
 
+def read_opened(store: Store, key: str) -> int:
+    with store.open(key) as reader:
+        return reader.read_into(0, memoryview(bytearray(1)))
+
+
 class StoreSuite:
     """Tests that every `Store` passes: derive a class for pytest, and give it a new store each.
 
@@ -35,6 +40,10 @@ class StoreSuite:
                 count = store.read_into("file", start, memoryview(target))
                 assert count == len(data[start:stop])
                 assert target == data[start:stop] + b"?" * (stop - start - count)
+                with store.open("file") as reader:
+                    again = bytearray(b"?" * (stop - start))
+                    assert reader.read_into(start, memoryview(again)) == count
+                    assert again == target
 
     def test_a_write_of_very_many_parts_keeps_their_order(self) -> None:
         """Method: more buffers than one system call takes, empty ones among them."""
@@ -105,6 +114,7 @@ class StoreSuite:
             lambda: store.size("absent"),
             lambda: store.read("absent", 0, 1),
             lambda: store.read_into("absent", 0, memoryview(bytearray(1))),
+            lambda: read_opened(store, "absent"),
             lambda: store.size("absent/file"),
         ]
         for ask in asks:
