@@ -16,7 +16,6 @@ from holdfast.catalog.structure import check_structure
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError
 from holdfast.format import manifest as manifests
 from holdfast.format.checksum import checksum, unpack
-from holdfast.format.dcp import decode_metadata, is_ours
 from holdfast.format.manifest import Manifest
 from holdfast.format.names import (
     MANIFEST,
@@ -119,15 +118,16 @@ class Catalog:
         self.store.remove(str(self.let_go(name)))
 
 
-def open_manifest(store: ReadStore, name: str) -> Manifest:
-    """What the checkpoint `name` holds, its structure checked: every file is there in full.
+def open_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manifest:
+    """What the checkpoint `name` holds, its structure checked: every file is there in full. Without
+    `entries` what is known of it as a whole, if it is Holdfast's own.
 
     Raises:
         NotFoundError: no such checkpoint, or a folder that holds none.
         DamagedError: it is not as it was published.
         FormatError: its index is not what it claims to be.
     """
-    manifest = read_manifest(store, name)
+    manifest = read_manifest(store, name, entries=entries)
     check_whole(store, name, manifest)
     return manifest
 
@@ -146,14 +146,17 @@ def check_whole(store: ReadStore, name: str, manifest: Manifest) -> None:
         )
 
 
-def read_manifest(store: ReadStore, name: str) -> Manifest:
+def read_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manifest:
     """As `open_manifest`, without a look at the data files but for the sizes of stock ones."""
     where = place(store, name)
     files = set(store.list(name))
     if MANIFEST in files:
         data = _read_all(store, f"{name}/{MANIFEST}")
-        return manifests.decode(data, where=f"{where}/{MANIFEST}")
+        return manifests.decode(data, where=f"{where}/{MANIFEST}", entries=entries)
     if METADATA in files:
+        # Not at the top: where all steps are Holdfast's own, no list waits for the reader of stock.
+        from holdfast.format.dcp import decode_metadata, is_ours
+
         data = _read_all(store, f"{name}/{METADATA}")
         manifest = decode_metadata(data, where=f"{where}/{METADATA}")
         if is_ours(data):

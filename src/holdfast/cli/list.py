@@ -164,7 +164,7 @@ def row_of(store: ReadStore, key: str) -> Row:
 
 def _manifest(store: ReadStore, key: str) -> tuple[Manifest, Literal["full", "model", "hf"]]:
     try:
-        manifest = open_manifest(store, key)
+        manifest = open_manifest(store, key, entries=False)
         return manifest, kind_of(manifest)
     except NotFoundError as error:
         # The last step of a run may be a folder of Hugging Face's.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from holdfast.catalog.findings import kind_of
 from holdfast.errors import DamagedError, FormatError
 from holdfast.format import checksum
 from holdfast.format.dtypes import BY_NAME
@@ -124,6 +126,14 @@ def body_of(manifest: Manifest) -> dict[str, Any]:
     body: dict[str, Any] = json.loads(encode(manifest))
     del body["checksum"]
     return body
+
+
+@given(manifests())
+def test_without_its_entries_a_manifest_says_the_same_of_the_whole(manifest: Manifest) -> None:
+    """Method: the short way against the long one, for any manifest."""
+    head = decode(encode(manifest), where="here", entries=False)
+    whole = decode(encode(manifest), where="here")
+    assert head == replace(whole, tensors={}, values={}, kind=kind_of(whole))
 
 
 @given(manifests())
