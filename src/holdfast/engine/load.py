@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from holdfast.catalog.catalog import open_manifest
+from holdfast.catalog.findings import PARTS
 from holdfast.engine.ranks import Ranks, all_ranks, on_every_rank, on_rank_0
 from holdfast.engine.read import Wanted, read_tensors
 from holdfast.engine.root import open_for_reading
@@ -169,12 +170,21 @@ def _differences(
 
 def _mismatch(source: Source, listed: Sequence[str]) -> MismatchError:
     more = len(listed) - _LISTED_MAX
+    parts = {line.removeprefix("`").partition(".")[0] for line in listed}
+    hint = (
+        "is it a checkpoint of another model? `checkpoint.exclude_from_loading` leaves out whole "
+        "parts, such as `optimizer` or `dataloader`"
+    )
+    if parts <= {*PARTS}:
+        hint = (
+            "the model fits, what wrote the rest was another program or another setting: "
+            f"`--checkpoint.exclude_from_loading {','.join(sorted(parts))}` starts that afresh"
+        )
     return MismatchError(
         f"`{source.url}` does not fit, {len(listed)} differences, nothing was changed:\n  "
         + "\n  ".join(listed[:_LISTED_MAX])
         + (f"\n  ... and {more} more" if more > 0 else ""),
-        hint="is it a checkpoint of another model? `checkpoint.exclude_from_loading` leaves "
-        "out whole parts, such as `optimizer` or `dataloader`",
+        hint=hint,
     )
 
 

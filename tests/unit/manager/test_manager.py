@@ -236,8 +236,24 @@ def test_a_checkpoint_of_another_model_changes_nothing(tmp_path: Path) -> None:
     for name in ("0.weight", "0.bias", "2.weight"):
         assert f"`{name}` is " in message
     assert "[6, 6] in the checkpoint, [5, 5] is wanted" in message
+    assert "is it a checkpoint of another model?" in message
     assert equal(other.parameters(), before)
     assert not other.optimizer.state
+
+
+def test_a_checkpoint_with_another_loaders_place_names_the_key_that_leaves_it_out(
+    tmp_path: Path,
+) -> None:
+    """G6. Method: as a loader of another program keeps it; then started again as the hint says."""
+    written = Run(tmp_path)
+    written.data.state_dict = lambda: {"_snapshot": {"position": 3}}  # type: ignore[method-assign]
+    written.until(2)
+    with pytest.raises(holdfast.MismatchError) as caught:
+        Run(tmp_path).until(4)
+    assert "--checkpoint.exclude_from_loading dataloader" in str(caught.value.hint)
+    resumed = Run(tmp_path, exclude_from_loading=("dataloader",))
+    assert resumed.until(4) == 2
+    assert resumed.data.seen == 2
 
 
 def test_what_a_killed_run_left_is_swept_at_the_next_start(tmp_path: Path) -> None:
