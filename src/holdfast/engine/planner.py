@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,12 +82,15 @@ class Planner:
         """Make sure that there is a plan for what the ranks hold; a rank that could not find out
         passes its error.
 
-        Collective: every rank calls this. While no layout changes one bit of each rank travels, and
-        one back.
+        Collective: every rank calls this. While no layout changes that is all that they tell.
         """
         ranks = self._ranks
-        changed = held if isinstance(held, HoldfastError) else held.offers != self._offers
-        if conclude(ranks, changed, any):
+        error = held if isinstance(held, HoldfastError) else None
+        changed = isinstance(held, Held) and held.offers != self._offers
+        anyone_failed, anyone_changed = ranks.largest([error is not None, changed])
+        if anyone_failed:
+            conclude(ranks, error, lambda _: None)
+        if anyone_changed:
             assert isinstance(held, Held)
             # Forgotten until all have agreed: a failed plan must not be taken for the next one.
             self._offers = None
@@ -116,33 +119,37 @@ class Planner:
             ranks, lambda: whole[0] if whole else plan(census_from(view, held.offers, ranks.size))
         )
         self._values = tuple(name for name, (rank, _) in mine.values.items() if rank == ranks.rank)
-        self._warn_of_differences(held, view)
         regions = [
             (placed.name, placed.tensor.dtype, region)
             for placed in mine.tensors
             for region in placed.regions_of(ranks.rank)
         ]
         self._items = on_every_rank(ranks, lambda: lay_out(regions))
-        layouts = gather_distinct(ranks, {"items": columns(self._items)})
+        digests = self._digests(held, view)
+        told: dict[str, Any] = {"items": columns(self._items), "values": digests}
+        every = gather_distinct(ranks, told)
         if ranks.rank == 0:
-            self.index = index_of(whole[0], [layout["items"] for layout in layouts])
+            self.index = index_of(whole[0], [theirs["items"] for theirs in every])
+            # What many ranks have alike is one object.
+            once = {id(theirs["values"]): theirs["values"] for theirs in every}
+            _warn_of_differences([*once.values()])
 
-    def _warn_of_differences(self, held: Held, view: View) -> None:
-        """Say which values are not the same on all ranks that have them. Collective."""
-        ranks = self._ranks
+    def _digests(self, held: Held, view: View) -> dict[str, int]:
+        """Of each value that other ranks have too."""
         shared = [
             name
             for section, offer in held.offers.items()
             for name in offer.values
             if len(view.get(section, ())) != 1 or len(view[section][0][0]) > 1
         ]
-        digests = {n: checksum(self._containers.of(n, held.values[n])) for n in shared}
-        everyones = gather_distinct(ranks, {"values": digests})
-        # What many ranks have alike is one object.
-        once = {id(member["values"]): member["values"] for member in everyones}
-        for name in differing([*once.values()]):
-            logger.warning(
-                "`%s` differs between ranks: the first rank's is kept. State of one rank alone "
-                "needs a key of its own, such as `rank_3`",
-                name,
-            )
+        return {n: checksum(self._containers.of(n, held.values[n])) for n in shared}
+
+
+def _warn_of_differences(digests: Sequence[Mapping[str, int]]) -> None:
+    """Say which values are not the same on all ranks that have them."""
+    for name in differing(digests):
+        logger.warning(
+            "`%s` differs between ranks: the first rank's is kept. State of one rank alone "
+            "needs a key of its own, such as `rank_3`",
+            name,
+        )

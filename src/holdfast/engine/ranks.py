@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, cast
@@ -17,6 +18,16 @@ from holdfast.errors import HoldfastError, RankError, StorageError
 
 T = TypeVar("T")
 U = TypeVar("U")
+
+_HEAD = struct.Struct("<qq")
+"""Bytes of this message, and of the longest that goes at the same time."""
+
+_FRAME_BYTES = 256
+"""Sent in any case, so that both sides know the length; most messages need no more. A message costs
+milliseconds where processes share cores, hardly anything by its bytes."""
+
+_FIRST_BYTES = _FRAME_BYTES - _HEAD.size
+"""Of a message, in its frame."""
 
 
 class Ranks(Protocol):
@@ -91,21 +102,41 @@ class GroupRanks:
         self._root = dist.get_global_rank(group, 0)
 
     def gather(self, item: T) -> list[T]:
-        gathered: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        self._reach(lambda: dist.gather_object(item, gathered, self._root, self._group))
-        return gathered or []
+        data = pickle.dumps(item)
+        frames = [torch.empty(_FRAME_BYTES, dtype=torch.uint8) for _ in range(self.size)]
+        self._reach(lambda: dist.all_gather(frames, _frame(data, len(data)), self._group))
+        longest = max(_lengths(frame)[0] for frame in frames)
+        rests = [_EMPTY] * self.size
+        if longest > _FIRST_BYTES:
+            mine = _rest(data, longest)
+            rests = [torch.empty_like(mine) for _ in rests] if self.rank == 0 else []
+            self._reach(lambda: dist.gather(mine, rests or None, self._root, self._group))
+        return list(map(_message, frames, rests)) if self.rank == 0 else []
 
     def scatter(self, items: list[T]) -> T:
-        out: list[Any] = [None]
-        sent: Any = items if self.rank == 0 else None
-        self._reach(lambda: dist.scatter_object_list(out, sent, self._root, self._group))
-        scattered: T = out[0]
+        sent = [pickle.dumps(item) for item in items]
+        longest = max(map(len, sent), default=0)
+        mine = torch.empty(_FRAME_BYTES, dtype=torch.uint8)
+        frames = [_frame(data, longest) for data in sent] or None
+        self._reach(lambda: dist.scatter(mine, frames, self._root, self._group))
+        longest, rest = _lengths(mine)[1], _EMPTY
+        if longest > _FIRST_BYTES:
+            rest = torch.empty(longest - _FIRST_BYTES, dtype=torch.uint8)
+            rests = [_rest(data, longest) for data in sent] or None
+            self._reach(lambda: dist.scatter(rest, rests, self._root, self._group))
+        scattered: T = _message(mine, rest)
         return scattered
 
     def broadcast(self, item: T) -> T:
-        items = [item]
-        self._reach(lambda: dist.broadcast_object_list(items, self._root, self._group))
-        return items[0]
+        data = pickle.dumps(item) if self.rank == 0 else b""
+        frame = _frame(data, len(data))
+        self._reach(lambda: dist.broadcast(frame, self._root, self._group))
+        nbytes, rest = _lengths(frame)[0], _EMPTY
+        if nbytes > _FIRST_BYTES:
+            rest = _rest(data, nbytes)
+            self._reach(lambda: dist.broadcast(rest, self._root, self._group))
+        sent: T = item if self.rank == 0 else _message(frame, rest)
+        return sent
 
     def twin(self) -> Ranks:
         return GroupRanks(dist.new_group(dist.get_process_group_ranks(self._group), backend="gloo"))
@@ -127,6 +158,35 @@ class GroupRanks:
                 hint="look for the first error among the other ranks, then start the run again: "
                 "it goes on from the newest good step",
             ) from error
+
+
+_EMPTY = torch.empty(0, dtype=torch.uint8)
+
+
+def _frame(data: bytes, longest: int) -> torch.Tensor:
+    """The start of a message, with its length."""
+    frame = bytearray(_FRAME_BYTES)
+    first = _HEAD.pack(len(data), longest) + data[:_FIRST_BYTES]
+    frame[: len(first)] = first
+    return torch.frombuffer(frame, dtype=torch.uint8)
+
+
+def _rest(data: bytes, longest: int) -> torch.Tensor:
+    """What the frame has no room for, as long as that of the longest."""
+    rest = torch.empty(longest - _FIRST_BYTES, dtype=torch.uint8)
+    over = data[_FIRST_BYTES:]
+    rest.numpy()[: len(over)] = memoryview(over)
+    return rest
+
+
+def _lengths(frame: torch.Tensor) -> tuple[int, int]:
+    nbytes, longest = _HEAD.unpack_from(frame.numpy().data)
+    return nbytes, longest
+
+
+def _message(frame: torch.Tensor, rest: torch.Tensor) -> Any:
+    data = frame.numpy()[_HEAD.size :].tobytes() + rest.numpy().tobytes()
+    return pickle.loads(data[: _lengths(frame)[0]])
 
 
 def all_ranks() -> Ranks:
@@ -169,10 +229,12 @@ def on_rank_0(ranks: Ranks, work: Callable[[], T]) -> T:
 def on_every_rank(ranks: Ranks, work: Callable[[], T]) -> T:
     """What `work` gives on this rank, once it went well on all; else as `conclude`.
 
-    Collective: every rank calls this once.
+    Collective: every rank calls this once. Errors travel only where there are any.
     """
     mine = outcome_of(work)
-    conclude(ranks, mine if isinstance(mine, HoldfastError) else None, lambda _: None)
+    error = mine if isinstance(mine, HoldfastError) else None
+    if ranks.largest([error is not None])[0]:
+        conclude(ranks, error, lambda _: None)
     return _or_raise(mine)
 
 
