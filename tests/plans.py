@@ -13,7 +13,7 @@ from holdfast.engine.index import columns, index_of
 from holdfast.engine.plan import Plan
 from holdfast.engine.publish import Facts
 from holdfast.engine.ranks import Ranks, on_rank_0
-from holdfast.engine.stage import host_bytes
+from holdfast.engine.stage import box_of, host_windows
 from holdfast.engine.write import image_of, lay_out, write
 from holdfast.format.dtypes import BY_NAME
 from holdfast.storage.store import Store
@@ -40,7 +40,8 @@ def save_by_plan(
         index = index_of(plan, layouts) if ranks.rank == 0 else None
         image = image_of(ranks.rank, items, {})
         receipt = write(
-            store, str(attempt), image, lambda key, box: host_bytes(tensors[key], box, None)
+            *(store, str(attempt), image),
+            lambda item: host_windows(box_of(tensors[item.name], item.region), item.dtype),
         )
         facts = Facts(1, "full", {}, {})
         commit(attempt, receipt, index=index, facts=facts, catalog=catalog, ranks=ranks)

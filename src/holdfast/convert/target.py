@@ -247,7 +247,7 @@ def write_step(
     image = image_of(0, items, {name: container for name, (_, container) in values.items()})
     with _attempt(target, {image.name: image.nbytes} if image.nbytes else {}) as attempt:
         with read_ahead(wanted, advance) as take:
-            receipt = write(target.store, str(attempt), image, lambda _name, _region: take())
+            receipt = write(target.store, str(attempt), image, lambda _: (take(),))
         index = index_of(whole, [columns(items)])
         return publish(attempt, [receipt], index, facts, target.catalog)
 

@@ -29,12 +29,11 @@ from holdfast.engine.ranks import (
 )
 from holdfast.engine.root import open_root
 from holdfast.engine.spans import Spans, amount
-from holdfast.engine.stage import Snapshot, Staging, TensorOf, host_bytes, piece_of
-from holdfast.engine.write import DataOf, FileImage, Pace, Receipt, write
+from holdfast.engine.stage import Snapshot, Staging, TensorOf, box_of, host_bytes, host_windows
+from holdfast.engine.write import DataOf, FileImage, Pace, Receipt, TensorItem, WindowsOf, write
 from holdfast.errors import ExistsError, HoldfastError, StorageError
 from holdfast.format.manifest import Kind
 from holdfast.format.names import Aside
-from holdfast.format.region import Region
 from holdfast.state.objects import StateTree
 from holdfast.state.tree import Leaf
 
@@ -98,8 +97,11 @@ class Pending:
     tensor_of: TensorOf
     """The training state."""
 
-    data_of: DataOf
+    windows_of: WindowsOf
     """What is written: the training state, until a snapshot takes its place."""
+
+    data_of: DataOf
+    """The same, each item as a whole."""
 
     index: Index | None
     """What the plan decides of both indices, on rank 0."""
@@ -160,9 +162,18 @@ def begin_save(
         assert isinstance(image, FileImage)
     layout = {"world_size": ranks.size}
     facts = Facts(step, kind, layout, _versions(), metrics or {}, model or {})
-    tensor_of = partial(_piece, held, dtype)
-    data_of = partial(_live_data, tensor_of)
-    return Pending(catalog, attempt, image, tensor_of, data_of, planner.index, facts, spans)
+    tensor_of = partial(_live, held)
+    return Pending(
+        catalog,
+        attempt,
+        image,
+        tensor_of,
+        lambda item: host_windows(tensor_of(item), item.dtype),
+        lambda item: host_bytes(tensor_of(item), item.dtype),
+        planner.index,
+        facts,
+        spans,
+    )
 
 
 def take_snapshot(
@@ -181,7 +192,10 @@ def take_snapshot(
             discard(pending, ranks)
             raise
     staging = Staging(lambda: snapshot.copy(rest, pending.tensor_of))
-    return replace(pending, data_of=snapshot.data_of(pending.image)), staging
+    copied = replace(
+        pending, windows_of=lambda item: (snapshot.bytes_of(item),), data_of=snapshot.bytes_of
+    )
+    return copied, staging
 
 
 def discard(pending: Pending, ranks: Ranks) -> None:
@@ -211,7 +225,7 @@ def finish_save(
             # Optimizers wait for a copy, but nobody for what follows it.
             make_way()
         pace = Pace(bytes_per_s)
-        receipt = write(catalog.store, str(attempt), pending.image, pending.data_of, pace, spans)
+        receipt = write(catalog.store, str(attempt), pending.image, pending.windows_of, pace, spans)
         return replace(receipt, seconds=dict(spans.seconds))
 
     written = outcome_of(stage_and_write)
@@ -237,17 +251,11 @@ def _begin(catalog: Catalog, name: str, nbytes: int) -> Aside:
     return catalog.begin(name)
 
 
-def _piece(held: Held, dtype: torch.dtype | None, name: str, region: Region) -> torch.Tensor:
+def _live(held: Held, item: TensorItem) -> torch.Tensor:
     """A region of the tensor that training goes on with."""
-    layout = held.layouts[name]
+    layout, region = held.layouts[item.name], item.region
     piece = next(piece for piece in layout.pieces if piece.region & region == region)
-    stored_as = dtype if layout.local.is_floating_point() else None
-    return piece_of(layout.local, piece.local_of(region), stored_as)
-
-
-def _live_data(tensor_of: TensorOf, name: str, region: Region) -> memoryview:
-    piece = tensor_of(name, region)
-    return host_bytes(piece, Region.whole(piece.shape), None)
+    return box_of(layout.local, piece.local_of(region))
 
 
 def _versions() -> dict[str, str]:

@@ -3,34 +3,73 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from holdfast.engine.spans import amount
-from holdfast.engine.write import DataOf, FileImage, TensorItem
+from holdfast.engine.write import WINDOW_BYTES, TensorItem
 from holdfast.errors import UsageError
 from holdfast.format.region import Region
 from holdfast.format.torchzip import PAGE_BYTES
+from holdfast.storage.direct import huge_memory
 
-TensorOf = Callable[[str, Region], torch.Tensor]
-"""`tensor_of(name, region)`: a region of a tensor, contiguous, on its own device."""
-
-
-def piece_of(tensor: torch.Tensor, local: Region, dtype: torch.dtype | None) -> torch.Tensor:
-    """A box of `tensor`, row-major, converted to `dtype` where one is given.
-
-    Shares memory with the tensor where it can: plain, contiguous, its dtype unchanged.
-    """
-    piece = tensor[local.slices()] if tensor.ndim else tensor
-    piece = piece.detach().resolve_conj().resolve_neg()
-    return (piece if dtype is None else piece.to(dtype)).contiguous()
+TensorOf = Callable[[TensorItem], torch.Tensor]
+"""`tensor_of(item)`: the region of its tensor as training has it: on its own device, in its own
+dtype, its elements wherever they lie."""
 
 
-def host_bytes(tensor: torch.Tensor, local: Region, dtype: torch.dtype | None) -> memoryview:
-    """The bytes of `piece_of` in host memory; the tensor's own where they can be."""
-    return _flat_bytes(piece_of(tensor, local, dtype).cpu()).numpy().data
+def box_of(tensor: torch.Tensor, local: Region) -> torch.Tensor:
+    """A box of `tensor`, in its memory."""
+    return (tensor[local.slices()] if tensor.ndim else tensor).detach()
+
+
+def host_bytes(box: torch.Tensor, dtype: str) -> memoryview:
+    """Its elements in host memory, row-major, as `dtype`; its own memory where that can be."""
+    piece = box.resolve_conj().resolve_neg().to(_dtype(dtype)).contiguous()
+    return _flat_bytes(piece.cpu()).numpy().data
+
+
+def host_windows(box: torch.Tensor, dtype: str) -> Iterator[memoryview]:
+    """The same in windows of `WINDOW_BYTES`, so that what cannot be its own memory is never a copy
+    of all of it."""
+    made = _dtype(dtype)
+    plain = not (box.is_conj() or box.is_neg())
+    if box.device.type == "cpu" and box.dtype == made and box.is_contiguous() and plain:
+        yield host_bytes(box, dtype)
+        return
+    num_elements = WINDOW_BYTES // made.itemsize
+    for start in range(0, box.numel(), num_elements):
+        count = min(num_elements, box.numel() - start)
+        window = torch.frombuffer(huge_memory(count * made.itemsize), dtype=made, count=count)
+        _fill(window, box, start)
+        yield _flat_bytes(window).numpy().data
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _fill(window: torch.Tensor, box: torch.Tensor, start: int) -> None:
+    """Copy as many elements as the window has, from `start` on in row-major order: whole rows at
+    once, and what there is of the rows before and after them."""
+    if box.ndim <= 1:
+        window.copy_(box.reshape(-1)[start : start + len(window)])
+        return
+    row = box[0].numel()
+    first, skipped = divmod(start, row)
+    if skipped or len(window) < row:
+        head = min(row - skipped, len(window))
+        _fill(window[:head], box[first], skipped)
+        window, first = window[head:], first + 1
+    rows = len(window) // row
+    if rows:
+        whole = box[first : first + rows]
+        window[: rows * row].view(whole.shape).copy_(whole)
+    if len(window) > rows * row:
+        _fill(window[rows * row :], box[first + rows], 0)
 
 
 def _flat_bytes(piece: torch.Tensor) -> torch.Tensor:
@@ -69,8 +108,10 @@ class Snapshot:
                 hint='`checkpoint.async_mode = "disabled"` needs none; with '
                 '`checkpoint.on_low_memory = "wait"` training waits for saves that do not fit',
             )
-        pinned = torch.cuda.is_available()
-        memory = torch.empty(nbytes + PAGE_BYTES, dtype=torch.uint8, pin_memory=pinned)
+        if torch.cuda.is_available():
+            memory = torch.empty(nbytes + PAGE_BYTES, dtype=torch.uint8, pin_memory=True)
+        else:
+            memory = torch.frombuffer(huge_memory(nbytes + PAGE_BYTES), dtype=torch.uint8)
         # Data that lies on pages in the file does so here, and is written from where it is.
         self._memory = memory[-memory.data_ptr() % PAGE_BYTES :][:nbytes]
 
@@ -80,20 +121,16 @@ class Snapshot:
         for item in items:
             start, stop = item.data.offset, item.data.stop
             if stop > start:
-                piece = tensor_of(item.name, item.region)
-                gpu = piece.device if piece.is_cuda else gpu
-                self._memory[start:stop].copy_(_flat_bytes(piece), non_blocking=True)
+                box = tensor_of(item)
+                gpu = box.device if box.is_cuda else gpu
+                place = self._memory[start:stop].view(_dtype(item.dtype)).view(box.shape)
+                place.copy_(box, non_blocking=True)
         if gpu is not None:
             torch.cuda.current_stream(gpu).synchronize()
 
-    def data_of(self, image: FileImage) -> DataOf:
-        """Where the copies are, or will be."""
-        memory = self._memory.numpy().data
-        held = {
-            (item.name, item.region): memory[item.data.offset : item.data.stop]
-            for item in image.tensors
-        }
-        return lambda name, region: held[name, region]
+    def bytes_of(self, item: TensorItem) -> memoryview:
+        """Where its copy is, or will be."""
+        return self._memory.numpy().data[item.data.offset : item.data.stop]
 
 
 class Staging:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -99,15 +99,18 @@ def image_of(rank: int, items: tuple[TensorItem, ...], values: Mapping[str, byte
     return FileImage(data_file(rank), nbytes, items, at, spans, position)
 
 
-DataOf = Callable[[str, Region], memoryview]
-"""`data_of(name, region)`: the raw bytes of a region of a tensor, row-major."""
+DataOf = Callable[[TensorItem], memoryview]
+"""`data_of(item)`: the raw bytes of a region of a tensor, row-major."""
+
+WindowsOf = Callable[[TensorItem], Iterable[memoryview]]
+"""The same, at once or in order: each but the last of `WINDOW_BYTES`, made as it is asked for."""
 
 
 def write(
     store: Store,
     folder: str,
     image: FileImage,
-    data_of: DataOf,
+    windows_of: WindowsOf,
     pace: Pace | None = None,
     spans: Spans | None = None,
 ) -> Receipt:
@@ -123,7 +126,7 @@ def write(
             stream = _Stream(writer, pace or Pace())
             for item in image.tensors:
                 stream.put(item.prefix)
-                checksums += _put_checked(stream, data_of(item.name, item.region), item)
+                checksums += _put_checked(stream, windows_of(item), item)
                 stream.put(item.suffix)
             for _, container in image.containers:
                 stream.put(container)
@@ -138,13 +141,16 @@ def write(
     return Receipt(image.name, image.nbytes, table, values)
 
 
-def _put_checked(stream: _Stream, data: memoryview, item: TensorItem) -> list[int]:
-    assert len(data) == item.data.nbytes, f"{item.name}: {len(data)} bytes for {item.data}"
+def _put_checked(stream: _Stream, windows: Iterable[memoryview], item: TensorItem) -> list[int]:
     checksums: list[int] = []
-    for start in range(0, len(data), WINDOW_BYTES):
-        window = data[start : start + WINDOW_BYTES]
-        checksums += checksum.block_checksums(window)
-        stream.put(window)
+    nbytes = 0
+    for data in windows:
+        for start in range(0, len(data), WINDOW_BYTES):
+            window = data[start : start + WINDOW_BYTES]
+            checksums += checksum.block_checksums(window)
+            stream.put(window)
+        nbytes += len(data)
+    assert nbytes == item.data.nbytes, f"{item.name}: {nbytes} bytes for {item.data}"
     return checksums
 
 

@@ -137,7 +137,7 @@ def _write(
         for item in held.image.tensors:
             if called[item.name] not in wanted:
                 continue
-            data = np.frombuffer(held.data_of(item.name, item.region), raw_type(item.dtype))
+            data = np.frombuffer(held.data_of(item), raw_type(item.dtype))
             whole = data.reshape(item.region.shape)
             for block in blocks(item.region.shape, 8, BLOCK_BYTES):
                 at = Region(

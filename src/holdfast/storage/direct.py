@@ -150,12 +150,18 @@ class DirectWriter:
 
 def _windows() -> Iterator[memoryview]:
     """One for each thread, side by side."""
-    # Anonymous memory begins on a page, and as much of it on a huge one.
-    memory = mmap.mmap(-1, NUM_THREADS * WINDOW_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = memoryview(huge_memory(NUM_THREADS * WINDOW_BYTES))
+    for number in range(NUM_THREADS):
+        yield memory[number * WINDOW_BYTES : (number + 1) * WINDOW_BYTES]
+
+
+def huge_memory(nbytes: int) -> mmap.mmap:
+    """So many bytes of memory of its own, on huge pages where there are any, which the disk takes
+    in one piece. Begins on a page, and goes back to the system with its last reader."""
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    for number in range(NUM_THREADS):
-        yield memoryview(memory)[number * WINDOW_BYTES : (number + 1) * WINDOW_BYTES]
+    return memory
 
 
 def _split(parts: list[memoryview], nbytes: int) -> tuple[list[memoryview], list[memoryview]]:
