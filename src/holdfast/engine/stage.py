@@ -22,7 +22,8 @@ dtype, its elements wherever they lie."""
 
 def box_of(tensor: torch.Tensor, local: Region) -> torch.Tensor:
     """A box of `tensor`, in its memory."""
-    return (tensor[local.slices()] if tensor.ndim else tensor).detach()
+    whole = local.stop == tensor.shape and not any(local.start)
+    return (tensor if whole else tensor[local.slices()]).detach()
 
 
 def host_bytes(box: torch.Tensor, dtype: str) -> memoryview:
@@ -37,7 +38,7 @@ def host_windows(box: torch.Tensor, dtype: str) -> Iterator[memoryview]:
     made = _dtype(dtype)
     plain = not (box.is_conj() or box.is_neg())
     if box.device.type == "cpu" and box.dtype == made and box.is_contiguous() and plain:
-        yield host_bytes(box, dtype)
+        yield _flat_bytes(box).numpy().data
         return
     num_elements = WINDOW_BYTES // made.itemsize
     for start in range(0, box.numel(), num_elements):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from math import prod
 
 from holdfast.engine.spans import Spans
 from holdfast.format import checksum, torchzip
@@ -17,6 +18,10 @@ from holdfast.storage.store import Buffer, Store, Writer
 
 WINDOW_BYTES = 4 << 20
 """Bytes handed to the store at once: whole blocks, few enough to be in cache from the checksum."""
+
+JOINED_BYTES_MAX = 64 << 10
+"""Parts below it are joined to one before they are handed on: each costs more to keep apart, from
+here to the disk, than to copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +78,9 @@ def lay_out(regions: Sequence[tuple[str, str, Region]]) -> tuple[TensorItem, ...
     """Where tensors lie in a file, one after the other. `regions` are name, dtype and region."""
     items, position, block = [], 0, 0
     for name, dtype, region in regions:
-        prefix, suffix = torchzip.frame(dtype, region.shape, position)
-        nbytes = region.num_elements * dtype_of(dtype).itemsize
+        shape = region.shape
+        prefix, suffix = torchzip.frame(dtype, shape, position)
+        nbytes = prod(shape) * dtype_of(dtype).itemsize
         item = Span(position, len(prefix) + nbytes + len(suffix))
         items.append(TensorItem(name, region, dtype, item, prefix, suffix, block))
         position = item.stop
@@ -171,22 +177,37 @@ class Pace:
 
 
 class _Stream:
-    """Parts of a file one after the other, handed on in windows: small items cost no write each."""
+    """Parts of a file one after the other, handed on in windows: small items cost no write each,
+    and small parts that follow one another are handed on as one."""
 
     def __init__(self, writer: Writer, pace: Pace) -> None:
         self._writer = writer
         self._pace = pace
         self._parts: list[Buffer] = []
+        self._small: list[Buffer] = []
+        """Those behind the parts, not joined yet."""
+
         self._offset = 0
         self._pending = 0
 
     def put(self, part: Buffer) -> None:
-        self._parts.append(part)
-        self._pending += len(part)
+        nbytes = len(part)
+        if nbytes >= JOINED_BYTES_MAX:
+            self._join()
+            self._parts.append(part)
+        else:
+            self._small.append(part)
+        self._pending += nbytes
         if self._pending >= WINDOW_BYTES:
             self.flush()
 
+    def _join(self) -> None:
+        if self._small:
+            self._parts.append(b"".join(self._small))
+            self._small = []
+
     def flush(self) -> None:
+        self._join()
         self._writer.write(self._offset, self._parts)
         self._offset += self._pending
         self._pace.keep(self._pending)
