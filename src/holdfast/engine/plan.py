@@ -141,7 +141,12 @@ class Placed:
 
     def regions_of(self, rank: int) -> Iterator[Region]:
         """Those that this rank writes."""
-        for row in np.flatnonzero(self.rank == rank).tolist():
+        # Thousands of small tensors have one chunk each: numpy is for many at once.
+        if len(self.rank) == 1:
+            rows = [0] if self.rank.item() == rank else []
+        else:
+            rows = np.flatnonzero(self.rank == rank).tolist()
+        for row in rows:
             yield Region(tuple(self.start[row].tolist()), tuple(self.stop[row].tolist()))
 
 
@@ -215,16 +220,17 @@ def _by_name(everyone: Iterable[Holders]) -> dict[str, list[Holders]]:
 
 def _placed(held: Sequence[tuple[str, TensorOffer, _Cells]]) -> Iterator[Placed]:
     """Each tensor with the stretches of its line cut."""
+    sizes = [tensor.nbytes for _, tensor, _ in held]
     total: dict[bytes, int] = {}
-    for _, tensor, cells in held:
-        total[cells.key] = total.get(cells.key, 0) + tensor.nbytes
+    for (_, _, cells), nbytes in zip(held, sizes, strict=True):
+        total[cells.key] = total.get(cells.key, 0) + nbytes
     before = dict.fromkeys(total, 0)
-    for name, tensor, cells in held:
+    for (name, tensor, cells), nbytes in zip(held, sizes, strict=True):
         at = before[cells.key]
-        before[cells.key] += tensor.nbytes
+        before[cells.key] += nbytes
         num_ranks = cells.ranks.shape[1]
         num = max(1, min(num_ranks, total[cells.key] // STRETCH_BYTES_MIN))
-        cuts = _cuts(at, tensor.nbytes, total[cells.key], num)
+        cuts = _cuts(at, nbytes, total[cells.key], num)
         if len(cuts) == 1:
             yield Placed(name, tensor, cells.start, cells.stop, cells.ranks[:, cuts[0][2]])
         else:

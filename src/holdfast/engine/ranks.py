@@ -244,6 +244,8 @@ def gather_distinct(ranks: Ranks, parts: Mapping[str, T]) -> list[dict[str, T]]:
     What several ranks have alike crosses once, and is one object there: each rank sends a digest
     of each part, then those that rank 0 asks it for. Collective.
     """
+    if ranks.size == 1:
+        return [dict(parts)]
     packed = {name: pickle.dumps(part) for name, part in parts.items()}
     digests = ranks.gather({name: xxh3_128_digest(data) for name, data in packed.items()})
     owners: dict[bytes, tuple[int, str]] = {}

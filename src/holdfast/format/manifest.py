@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 from holdfast.errors import DamagedError, FormatError
@@ -177,8 +178,16 @@ def encode_tensor(
     # One list a chunk would be a million objects of which the garbage collector keeps track.
     row = "[" + ",".join(["%d"] * (5 + 2 * len(shape))) + "]"
     rows = ",".join([row] * (len(numbers) // (5 + 2 * len(shape)))) % tuple(numbers)
-    head = _json({"dtype": dtype, "shape": shape, **_path(name, path)})
-    return _json(name) + b":" + head[:-1] + b',"chunks":[' + rows.encode() + b"]}"
+    head = _head(dtype, shape)
+    if path != (name,):
+        head += b',"path":' + _json(path)
+    return _json(name) + b":" + head + b',"chunks":[' + rows.encode() + b"]}"
+
+
+@lru_cache(maxsize=1024)
+def _head(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """How a member of `tensors` begins; thousands are alike."""
+    return _json({"dtype": dtype, "shape": shape})[:-1]
 
 
 def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import le
 
 from holdfast.errors import FormatError
 
@@ -28,6 +29,8 @@ class Region:
             raise ValueError(
                 f"start and stop need the same dims: got {len(self.start)} and {len(self.stop)}"
             )
+        if all(map(le, self.start, self.stop)) and min(self.start, default=0) >= 0:
+            return
         for dim, (start, stop) in enumerate(zip(self.start, self.stop, strict=True)):
             if not 0 <= start <= stop:
                 raise ValueError(f"dim {dim}: need 0 <= start <= stop, got {start} and {stop}")
