@@ -42,6 +42,7 @@ from holdfast.catalog.catalog import Catalog
 from holdfast.engine.commit import commit
 from holdfast.engine.plan import Offer
 from holdfast.engine.planner import Planner
+from holdfast.engine.ranks import Sending
 from holdfast.engine.save import begin_save
 from holdfast.engine.write import FileImage, Receipt
 from holdfast.format.manifest import Table
@@ -112,6 +113,12 @@ class Chorus:
 
     def largest(self, numbers: Sequence[float]) -> list[float]:
         return list(numbers)
+
+    def send(self, rank: int, data: torch.Tensor) -> Sending:
+        raise AssertionError(f"a save sends nothing to rank {rank}: {data.numel()} bytes")
+
+    def receive(self, rank: int, into: torch.Tensor) -> None:
+        raise AssertionError(f"a save receives nothing from rank {rank}: {into.numel()} bytes")
 
     def _said(self, rank: int, item: Any) -> Any:
         if isinstance(item, Receipt):

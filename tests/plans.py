@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
+import numpy as np
 import torch
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.engine.commit import commit
 from holdfast.engine.index import columns, index_of
-from holdfast.engine.plan import Plan
+from holdfast.engine.plan import Placed, Plan, TensorOffer
 from holdfast.engine.publish import Facts
 from holdfast.engine.ranks import Ranks, on_rank_0
 from holdfast.engine.stage import box_of, host_windows
 from holdfast.engine.write import image_of, lay_out, write
 from holdfast.format.dtypes import BY_NAME
+from holdfast.format.region import Region
 from holdfast.storage.store import Store
 from holdfast.testing.ranks import run_ranks
 
@@ -47,6 +49,31 @@ def save_by_plan(
         commit(attempt, receipt, index=index, facts=facts, catalog=catalog, ranks=ranks)
 
     run_ranks(size, work)
+
+
+Held = Mapping[str, tuple[torch.Tensor, list[list[Region]]]]
+"""Each tensor as a whole, and the regions of it that each rank holds."""
+
+
+def save_regions(store: Store, name: str, held: Held, size: int) -> None:
+    """Save by `size` ranks, each holding its own regions: each is written by the last rank that
+    holds it."""
+    plan = Plan([placed(key, *tensor) for key, tensor in held.items()], {}, {})
+    save_by_plan(store, name, plan, {key: whole for key, (whole, _) in held.items()}, size)
+
+
+def placed(key: str, whole: torch.Tensor, held: list[list[Region]]) -> Placed:
+    """The regions that ranks hold of a tensor, each with one rank that writes it."""
+    writers = {region: rank for rank, regions in enumerate(held) for region in regions}
+    dims = (len(writers), whole.ndim)
+    dtype = str(whole.dtype).removeprefix("torch.")
+    return Placed(
+        key,
+        TensorOffer(dtype, tuple(whole.shape), (key,)),
+        np.array([region.start for region in writers], np.int64).reshape(dims),
+        np.array([region.stop for region in writers], np.int64).reshape(dims),
+        np.array([*writers.values()], np.int64),
+    )
 
 
 def random_tensor(dtype: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import pairwise, product
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +16,6 @@ from holdfast.catalog.catalog import open_manifest
 from holdfast.engine import read
 from holdfast.engine.checkpoint import Checkpoint
 from holdfast.engine.load import load_tree
-from holdfast.engine.plan import Placed, Plan, TensorOffer
 from holdfast.engine.ranks import Solo
 from holdfast.engine.read import Wanted, read_tensors
 from holdfast.engine.source import Source
@@ -30,33 +27,9 @@ from holdfast.state.shard import Piece
 from holdfast.storage.local import LocalStore
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Store
-from plans import bits, random_tensor, save_by_plan
+from plans import bits, random_tensor, save_regions
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-
-Held = Mapping[str, tuple[torch.Tensor, list[list[Region]]]]
-"""Each tensor as a whole, and the regions of it that each rank holds."""
-
-
-def save_regions(store: Store, name: str, held: Held, size: int) -> None:
-    """Save by `size` ranks, each holding its own regions: each is written by the last rank that
-    holds it."""
-    plan = Plan([placed(key, *tensor) for key, tensor in held.items()], {}, {})
-    save_by_plan(store, name, plan, {key: whole for key, (whole, _) in held.items()}, size)
-
-
-def placed(key: str, whole: torch.Tensor, held: list[list[Region]]) -> Placed:
-    """The regions that ranks hold of a tensor, each with one rank that writes it."""
-    writers = {region: rank for rank, regions in enumerate(held) for region in regions}
-    dims = (len(writers), whole.ndim)
-    dtype = str(whole.dtype).removeprefix("torch.")
-    return Placed(
-        key,
-        TensorOffer(dtype, tuple(whole.shape), (key,)),
-        np.array([region.start for region in writers], np.int64).reshape(dims),
-        np.array([region.stop for region in writers], np.int64).reshape(dims),
-        np.array([*writers.values()], np.int64),
-    )
 
 
 @st.composite

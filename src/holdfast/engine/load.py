@@ -7,20 +7,21 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from holdfast.catalog.catalog import open_manifest
 from holdfast.catalog.findings import PARTS
-from holdfast.engine.ranks import Ranks, all_ranks, on_every_rank, on_rank_0
-from holdfast.engine.read import Wanted, read_tensors
+from holdfast.engine.ranks import Ranks, all_ranks, hosts_of, on_every_rank, on_rank_0
+from holdfast.engine.read import Wanted, read_tensors, threads_for
+from holdfast.engine.replicas import Place, ask, read_shared
 from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source, read_value
 from holdfast.engine.spans import Spans
 from holdfast.engine.values import decode_value
 from holdfast.errors import MismatchError
-from holdfast.format.manifest import Manifest
+from holdfast.format.manifest import Manifest, ValueEntry
 from holdfast.state.layout import Known, layout_of
 from holdfast.state.objects import StateTree
 from holdfast.state.optim import TensorInfo
@@ -84,6 +85,12 @@ def load(path: str | os.PathLike[str], state: Mapping[str, Any], *, strict: bool
 Fill = Callable[[Source, Sequence[Wanted]], int]
 """Brings the wanted tensors of a source into memory, and tells how many bytes it read."""
 
+Replicas = Literal["auto", "read", "broadcast"]
+"""How what several ranks want alike comes to them. `read`: each reads it for itself. `broadcast`:
+one reads and checks it, and passes it on, so that no byte is read twice. `auto`: `broadcast` where
+the checkpoint is behind a URL or the ranks are on several hosts, since each would fetch it over the
+network; the ranks of one host are served by one page cache, and would wait for each other."""
+
 
 def load_tree(
     source: Source,
@@ -92,10 +99,12 @@ def load_tree(
     ranks: Ranks,
     strict: bool = True,
     partial: bool = False,
-    fill: Fill = read_tensors,
+    fill: Fill | None = None,
+    replicas: Replicas = "read",
 ) -> Loaded:
-    """Load an open checkpoint into a tree of state. `fill` is how its tensors are read. `partial`:
-    what is missing there or does not fit stays as it is, and every difference is reported.
+    """Load an open checkpoint into a tree of state. `partial`: what is missing there or does not
+    fit stays as it is, and every difference is reported. `fill` stands in for `read_tensors`, and
+    nothing is passed on then.
 
     Collective: every rank calls this; an error on one is raised on all. Objects are given their
     state only once every rank has read all that it wants.
@@ -113,7 +122,9 @@ def load_tree(
         leaves = on_every_rank(ranks, lambda: _leaves_with_room(manifest, tree, stored))
         leaves = {name: leaf for name, leaf in leaves.items() if name not in unfit}
     with spans("read"):
-        nbytes, values = on_every_rank(ranks, lambda: _read(source, leaves, fill))
+        wanted, entries = on_every_rank(ranks, lambda: _wanted(manifest, leaves))
+        nbytes, containers = _read(source, wanted.values(), entries, ranks, fill, replicas)
+        values = on_every_rank(ranks, lambda: _values(source, leaves, wanted, containers))
     with spans("apply"):
         on_every_rank(ranks, lambda: tree.take(leaves, values))
     converted = [
@@ -209,26 +220,68 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float))
 
 
-def _read(source: Source, leaves: Mapping[str, Leaf], fill: Fill) -> tuple[int, dict[str, Any]]:
-    """Fill the tensors among the leaves. Returns the bytes read, and the values."""
-    wanted, values = [], {}
-    decoded: dict[tuple[str, int], Any] = {}
+def _wanted(
+    manifest: Manifest, leaves: Mapping[str, Leaf]
+) -> tuple[dict[str, Wanted], dict[str, ValueEntry]]:
+    """The tensors that are to be read, and the values."""
+    wanted: dict[str, Wanted] = {}
     known: Known = {}
     for name, leaf in leaves.items():
+        entry = manifest.tensors.get(name)
+        if entry is None and not isinstance(leaf.value, torch.Tensor):
+            continue
+        into = leaf.value
+        if not isinstance(into, torch.Tensor):
+            assert entry is not None
+            into = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+        layout = layout_of(name, into, known)
+        wanted[name] = Wanted(name, layout.pieces, layout.local)
+    return wanted, {name: manifest.values[name] for name in leaves if name not in wanted}
+
+
+def _read(
+    source: Source,
+    wanted: Collection[Wanted],
+    entries: Mapping[str, ValueEntry],
+    ranks: Ranks,
+    fill: Fill | None,
+    replicas: Replicas,
+) -> tuple[int, Mapping[Place, bytes]]:
+    """Fill the tensors. Returns the bytes read, and the containers that came from other ranks.
+    Collective."""
+    if fill is not None:
+        return on_every_rank(ranks, lambda: fill(source, [*wanted])), {}
+    hosts = hosts_of(ranks)
+    threads = threads_for(hosts.num_local)
+    far = hosts.num_hosts > 1 or "://" in source.store.url
+    if ranks.size == 1 or not (replicas == "broadcast" or (replicas == "auto" and far)):
+        return on_every_rank(ranks, lambda: read_tensors(source, [*wanted], threads)), {}
+    asked = on_every_rank(ranks, lambda: ask(source, [*wanted], entries))
+    nbytes = on_every_rank(ranks, lambda: read_shared(source, asked, ranks, threads))
+    return nbytes, asked.containers
+
+
+def _values(
+    source: Source,
+    leaves: Mapping[str, Leaf],
+    wanted: Mapping[str, Wanted],
+    containers: Mapping[Place, bytes],
+) -> dict[str, Any]:
+    """What goes to the leaves that are no tensors. A container that no other rank has read is read
+    here."""
+    values: dict[str, Any] = {}
+    decoded: dict[Place, Any] = {}
+    for name, leaf in leaves.items():
         if isinstance(leaf.value, torch.Tensor):
-            layout = layout_of(name, leaf.value, known)
-            wanted.append(Wanted(name, layout.pieces, layout.local))
-        elif name in source.manifest.tensors:
-            entry = source.manifest.tensors[name]
-            number = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
-            read_tensors(source, [Wanted(name, layout_of(name, number).pieces, number)])
-            values[name] = type(leaf.value)(number.item())
-        else:
-            value = source.manifest.values[name]
-            at = (value.file, value.item.offset)
-            if at not in decoded:
-                container = read_value(source, name, value)
-                decoded[at] = decode_value(name, container, where=f"{source.url}/{value.file}")
-            # One container may stand for many names; each gets a value of its own.
-            values[name] = copy.deepcopy(decoded[at])
-    return fill(source, wanted), values
+            continue
+        if name in wanted:
+            values[name] = type(leaf.value)(wanted[name].local.item())
+            continue
+        value = source.manifest.values[name]
+        at = (value.file, value.item.offset)
+        if at not in decoded:
+            container = containers.get(at) or read_value(source, name, value)
+            decoded[at] = decode_value(name, container, where=f"{source.url}/{value.file}")
+        # One container may stand for many names; each gets a value of its own.
+        values[name] = copy.deepcopy(decoded[at])
+    return values

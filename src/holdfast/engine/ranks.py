@@ -8,6 +8,7 @@ import pickle
 import struct
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -28,6 +29,9 @@ milliseconds where processes share cores, hardly anything by its bytes."""
 
 _FIRST_BYTES = _FRAME_BYTES - _HEAD.size
 """Of a message, in its frame."""
+
+Sending = Callable[[], object]
+"""Returns once what is being sent may change, or be let go."""
 
 
 class Ranks(Protocol):
@@ -66,6 +70,15 @@ class Ranks(Protocol):
         """For each place the largest number of any rank. Cheap enough for every step."""
         ...
 
+    def send(self, rank: int, data: torch.Tensor) -> Sending:
+        """Begin to send bytes in host memory to another rank; call what is returned before they
+        change. Not collective: between two ranks, what is sent first is received first."""
+        ...
+
+    def receive(self, rank: int, into: torch.Tensor) -> None:
+        """Wait for what another rank sends to this one: as many bytes."""
+        ...
+
 
 class Solo:
     """One process alone."""
@@ -90,6 +103,12 @@ class Solo:
 
     def largest(self, numbers: Sequence[float]) -> list[float]:
         return list(numbers)
+
+    def send(self, rank: int, data: torch.Tensor) -> Sending:
+        raise AssertionError(f"{data.numel()} bytes to rank {rank}: there is no other rank")
+
+    def receive(self, rank: int, into: torch.Tensor) -> None:
+        raise AssertionError(f"{into.numel()} bytes from rank {rank}: there is no other rank")
 
 
 class GroupRanks:
@@ -149,9 +168,17 @@ class GroupRanks:
         self._reach(lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX, self._group))
         return tensor.tolist()
 
-    def _reach(self, exchange: Callable[[], object]) -> None:
+    def send(self, rank: int, data: torch.Tensor) -> Sending:
+        work = self._reach(lambda: dist.isend(data, group=self._group, group_dst=rank))
+        assert work is not None
+        return lambda: self._reach(work.wait)
+
+    def receive(self, rank: int, into: torch.Tensor) -> None:
+        self._reach(lambda: dist.recv(into, group=self._group, group_src=rank))
+
+    def _reach(self, exchange: Callable[[], T]) -> T:
         try:
-            exchange()
+            return exchange()
         except RuntimeError as error:
             raise RankError(
                 f"rank {self.rank} of {self.size} lost another rank while checkpointing: {error}",
@@ -287,3 +314,19 @@ def _or_raise(outcome: T | HoldfastError) -> T:
 
 def host_name() -> str:
     return os.uname().nodename
+
+
+@dataclass(frozen=True, slots=True)
+class Hosts:
+    """Where the ranks are."""
+
+    num_hosts: int
+    num_local: int
+    """Ranks on the host of this one, itself among them."""
+
+
+def hosts_of(ranks: Ranks) -> Hosts:
+    """Where the ranks are. Collective: every rank calls this."""
+    mine = host_name()
+    names = ranks.broadcast(ranks.gather(mine))
+    return Hosts(len({*names}), names.count(mine))

@@ -51,10 +51,18 @@ class Wanted:
     local: torch.Tensor
 
 
-def read_tensors(source: Source, wanted: Sequence[Wanted]) -> int:
+def threads_for(num_local: int) -> int:
+    """How many threads read on each of so many ranks of this host: together no more than it has
+    cores, since more would take from each other the cache that blocks are checked in."""
+    cores = len(os.sched_getaffinity(0))
+    return min(THREADS_MAX, max(2 if num_local == 1 else 1, cores // num_local))
+
+
+def read_tensors(source: Source, wanted: Sequence[Wanted], threads: int | None = None) -> int:
     """Fill every wanted tensor. Returns the bytes read.
 
-    Files are read in the order of their bytes, by a few threads; the first error ends them all.
+    Files are read in the order of their bytes, by `threads` (those of a process alone on its host,
+    if not said); the first error ends them all.
 
     Raises:
         DamagedError: bytes that are not those that were written, or not there.
@@ -66,7 +74,7 @@ def read_tensors(source: Source, wanted: Sequence[Wanted]) -> int:
         dtype: torch.dtype = getattr(torch, entry.dtype)
         for piece in want.pieces:
             for move in moves(want.name, entry, piece.region):
-                target = _within(want.local, piece.local_of(move.region))
+                target = within(want.local, piece.local_of(move.region))
                 chunk, nbytes = move.chunk, move.chunk.region.num_elements * dtype.itemsize
                 if chunk.data_offset is None:
                     jobs.append(_Foreign(want.name, entry, chunk, move.region, target))
@@ -77,10 +85,11 @@ def read_tensors(source: Source, wanted: Sequence[Wanted]) -> int:
                     jobs += _stretches(want.name, dtype, chunk, move.region, target)
     jobs += _batches(small)
     jobs.sort(key=lambda job: (job.chunk.file, job.start))
-    return _run(source, jobs)
+    return _run(source, jobs, threads or threads_for(1))
 
 
-def _within(tensor: torch.Tensor, box: Region) -> torch.Tensor:
+def within(tensor: torch.Tensor, box: Region) -> torch.Tensor:
+    """A box of `tensor`, in its memory."""
     if not tensor.ndim or (not any(box.start) and box.stop == tuple(tensor.shape)):
         return tensor
     return tensor[box.slices()]
@@ -167,13 +176,11 @@ class _Queue:
             self.num_read += done
 
 
-def _run(source: Source, jobs: Sequence[_Job]) -> int:
+def _run(source: Source, jobs: Sequence[_Job], threads: int) -> int:
     queue = _Queue(jobs)
-    # More threads than cores would take from each other the cache that blocks are checked in.
-    count = min(THREADS_MAX, max(2, len(os.sched_getaffinity(0))), len(jobs))
     others = [
         threading.Thread(target=queue.work, args=(source,), name="holdfast-read", daemon=True)
-        for _ in range(count - 1)
+        for _ in range(min(threads, len(jobs)) - 1)
     ]
     for thread in others:
         thread.start()
@@ -253,7 +260,7 @@ def _steps(
 
 
 def _into(target: torch.Tensor, part: Part) -> torch.Tensor:
-    return _within(target, part.box)
+    return within(target, part.box)
 
 
 def _goes_straight(part: Part, dtype: torch.dtype, into: torch.Tensor) -> bool:
@@ -350,7 +357,7 @@ class _Batch:
             count = item.nbytes // item.dtype.itemsize
             held = torch.frombuffer(worker.room, dtype=item.dtype, count=count, offset=at)
             box = item.region.within(item.chunk.region)
-            item.target.copy_(_within(held.view(shape), box))
+            item.target.copy_(within(held.view(shape), box))
         return done
 
 

@@ -115,6 +115,11 @@ class CheckpointConfig:
     exclude_from_loading: tuple[str, ...] = field(default=())
     """What a resume leaves as it is: `optimizer`, `lr_scheduler`, `dataloader`, ..."""
 
+    load_replicas: Literal["auto", "read", "broadcast"] = "auto"
+    """What several ranks want alike, such as copies of weights: `read`: each reads it for itself.
+    `broadcast`: one of them reads and checks it, and passes it on over the network. `auto`:
+    `broadcast` for a URL or ranks on several hosts, else `read`: one page cache serves a host."""
+
     enable_first_step_checkpoint: bool = False
     """Save after step 1 too, to see at once that saving works."""
 

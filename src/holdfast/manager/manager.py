@@ -430,7 +430,10 @@ class CheckpointManager:
         self, source: Source, tree: StateTree, step: int, *, partial_load: bool = False
     ) -> None:
         manifest = source.manifest
-        loaded = load_tree(source, tree, ranks=self._ranks, partial=partial_load)
+        replicas = self.config.load_replicas
+        loaded = load_tree(
+            *(source, tree), ranks=self._ranks, partial=partial_load, replicas=replicas
+        )
         self._note(loaded, step)
         self._warn(*differences(loaded))
         if loaded.converted:

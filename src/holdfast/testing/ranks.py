@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from holdfast.engine.ranks import Ranks
+import torch
+
+from holdfast.engine.ranks import Ranks, Sending
 from holdfast.errors import RankError
 
 T = TypeVar("T")
@@ -50,6 +53,13 @@ class ThreadRanks:
     def largest(self, numbers: Sequence[float]) -> list[float]:
         return [max(places) for places in zip(*self._exchange(numbers), strict=True)]
 
+    def send(self, rank: int, data: torch.Tensor) -> Sending:
+        self._board.send(self.rank, rank, data.clone())
+        return lambda: None
+
+    def receive(self, rank: int, into: torch.Tensor) -> None:
+        into.copy_(self._board.receive(rank, self.rank))
+
     def _exchange(self, item: Any) -> list[Any]:
         self._num_exchanges += 1
         return self._board.exchange(self._num_exchanges, self.rank, item)
@@ -67,6 +77,9 @@ class _Board:
         self._timeout_s = timeout_s
         self._changed = threading.Condition()
         self._items: dict[int, dict[int, Any]] = {}
+        self._sent: dict[tuple[int, int], deque[torch.Tensor]] = {}
+        """Messages from one rank to another that have not been received."""
+
         self._gone: set[int] = set()
         self._twins: dict[int, _Board] = {}
 
@@ -83,6 +96,19 @@ class _Board:
             # Whoever is in the next exchange has been through the one before this.
             self._items.pop(number - 2, None)
             return copy.deepcopy([items[other] for other in range(self.size)])
+
+    def send(self, rank: int, to: int, data: torch.Tensor) -> None:
+        with self._changed:
+            self._sent.setdefault((rank, to), deque()).append(data)
+            self._changed.notify_all()
+
+    def receive(self, rank: int, to: int) -> torch.Tensor:
+        with self._changed:
+            sent = self._sent.setdefault((rank, to), deque())
+            self._changed.wait_for(lambda: sent or rank in self._gone, self._timeout_s)
+            if not sent:
+                raise RankError(f"rank {to} lost another rank")
+            return sent.popleft()
 
     def leave(self, rank: int) -> None:
         with self._changed:

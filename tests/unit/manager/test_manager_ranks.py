@@ -12,7 +12,9 @@ from torch import nn
 
 import holdfast
 from holdfast import CheckpointConfig, CheckpointManager
+from holdfast.catalog.catalog import open_manifest
 from holdfast.engine.ranks import Ranks
+from holdfast.storage.local import LocalStore
 from holdfast.testing.ranks import run_ranks, try_ranks
 
 
@@ -88,6 +90,34 @@ def test_a_global_place_fits_any_number_of_ranks(tmp_path: Path, size: int) -> N
     """G9: kept once, found by all."""
     run_ranks(3, save(tmp_path, GlobalLoader))
     assert run_ranks(size, load(tmp_path, GlobalLoader)) == [7] * size
+
+
+def test_ranks_that_read_for_each_other_go_back_alike_past_a_damaged_step(tmp_path: Path) -> None:
+    """G4. Method: `load_replicas = "broadcast"`; a flipped byte of the newest step is met by one
+    rank, all resume from the step before it, with its weights."""
+
+    def save_two(ranks: Ranks) -> None:
+        with manager(tmp_path, ranks, GlobalLoader(0)) as held:
+            held.save(1)
+            held.save(2)
+
+    run_ranks(3, save_two)
+    entry = open_manifest(LocalStore(tmp_path), "step-2").tensors["weight"]
+    with (tmp_path / "step-2" / entry.chunks[0].file).open("r+b") as data:
+        data.seek(entry.chunks[0].data_offset or 0)
+        first = data.read(1)
+        data.seek(-1, 1)
+        data.write(bytes([first[0] ^ 1]))
+
+    def load_one(ranks: Ranks) -> tuple[int | None, bytes]:
+        with manager(tmp_path, ranks, GlobalLoader(0), load_replicas="broadcast") as held:
+            step = held.load()
+            weight = held._parts["model"].state_dict()["weight"]
+        return step, weight.numpy().tobytes()
+
+    found = run_ranks(3, load_one)
+    assert [step for step, _ in found] == [1, 1, 1]
+    assert len({weight for _, weight in found}) == 1
 
 
 def test_values_that_differ_between_ranks_are_said(

@@ -1,0 +1,74 @@
+"""Ranks that read for each other, as real processes: HSDP, and what is whole on every rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import holdfast
+from holdfast.catalog.catalog import open_manifest
+from holdfast.engine.load import Replicas, load_tree
+from holdfast.engine.ranks import all_ranks
+from holdfast.engine.source import Source
+from holdfast.state.objects import StateTree
+from holdfast.storage.local import LocalStore
+from processes import run_processes
+
+
+class Model(nn.Module):
+    """Sharded over two ranks, twice, but for a table of several messages and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(301, 1501)
+        self.table = nn.Embedding(1000, 2500)
+        self.norm = nn.LayerNorm(301)
+
+
+def save_and_load(rank: int, size: int, path: Path) -> list[int]:
+    """Bytes that this rank has read, by each way; what came of each is that which was saved."""
+    torch.manual_seed(1)
+    model = Model()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    fully_shard(model.shared, mesh=mesh)
+    holdfast.save(path, {"model": model, "seen": {"text": "hello"}})
+    expected = [local(parameter).clone() for parameter in model.parameters()]
+    store, read = LocalStore(path.parent), []
+    ways: tuple[Replicas, ...] = ("read", "broadcast")
+    for replicas in ways:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        state = {"model": model, "seen": {"text": ""}}
+        source = Source(store, path.name, open_manifest(store, path.name))
+        ranks = all_ranks()
+        loaded = load_tree(source, StateTree(state), ranks=ranks, replicas=replicas)
+        ranks.close()
+        read.append(loaded.nbytes)
+        assert state["seen"] == {"text": "hello"}
+        for parameter, saved in zip(model.parameters(), expected, strict=True):
+            assert torch.equal(local(parameter), saved)
+    return read
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def test_copies_on_ranks_of_one_group_are_read_once(tmp_path: Path) -> None:
+    """G6, G9. Method: two copies of a sharded layer, and an embedding and a norm on all four ranks,
+    saved, zeroed and loaded both ways. Each gives the bits saved; read for each other, the bytes
+    are those of the model, give or take the block in which two shards meet, and of each rank a
+    fair share of them."""
+    nbytes = sum(parameter.nbytes for parameter in Model().parameters())
+    by_itself, for_each_other = zip(
+        *run_processes(4, save_and_load, tmp_path / "step-1"), strict=True
+    )
+    assert sum(by_itself) > 3 * nbytes
+    assert nbytes <= sum(for_each_other) <= nbytes + (2 << 20)
+    assert max(for_each_other) < nbytes / 2

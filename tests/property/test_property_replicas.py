@@ -1,0 +1,89 @@
+"""What ranks want alike reaches each of them as if it had read it itself."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holdfast.catalog.catalog import open_manifest
+from holdfast.engine import replicas
+from holdfast.engine.ranks import Ranks
+from holdfast.engine.read import Wanted
+from holdfast.engine.source import Source
+from holdfast.format.dtypes import BY_NAME
+from holdfast.format.region import Region
+from holdfast.state.shard import Piece
+from holdfast.storage.memory import MemoryStore
+from holdfast.testing.ranks import run_ranks
+from plans import bits, random_tensor, save_regions
+
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+
+
+def a_box(chance: random.Random, shape: tuple[int, ...]) -> Region:
+    bounds = [sorted((chance.randint(0, n), chance.randint(0, n))) for n in shape]
+    return Region(tuple(b[0] for b in bounds), tuple(b[1] for b in bounds))
+
+
+def a_target(chance: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Elements in any order in memory."""
+    order = chance.sample(range(len(shape)), len(shape))
+    made = torch.zeros([shape[dim] for dim in order], dtype=dtype)
+    return made.permute([order.index(dim) for dim in range(len(shape))])
+
+
+@given(st.randoms(use_true_random=False), st.sampled_from([16, 48, 256, 4 << 20]))
+def test_every_rank_gets_the_bits_that_it_would_read(chance: random.Random, nbytes: int) -> None:
+    """G6. Method: every dtype, random bits, saved by up to three ranks; up to four ranks want boxes
+    of which each is wanted by any of them, in any order, in targets of any strides, in messages of
+    any size. The elements are those of slicing."""
+    store = MemoryStore()
+    wholes, boxes = {}, {}
+    for number in range(chance.randint(1, 4)):
+        shape = tuple(chance.randint(0, 7) for _ in range(chance.randint(0, 3)))
+        whole = random_tensor(chance.choice(sorted(BY_NAME)), shape, number)
+        wholes[f"t{number}"] = whole
+        boxes[f"t{number}"] = [Region.whole(shape), a_box(chance, shape)]
+    # A tensor cut into rows, so that a box comes from several chunks.
+    held = {
+        name: (whole, [[region] for region in rows_of(chance, tuple(whole.shape))])
+        for name, whole in wholes.items()
+    }
+    save_regions(store, "step-1", held, max(len(regions) for _, regions in held.values()))
+    source = Source(store, "step-1", open_manifest(store, "step-1"))
+    size = chance.randint(1, 4)
+    asked = [
+        [
+            Wanted(name, [Piece(box, Region.whole(box.shape))], target)
+            for name, whole in wholes.items()
+            for box in [chance.choice(boxes[name])]
+            for target in [a_target(chance, box.shape, whole.dtype)]
+            if chance.random() < 0.9
+        ]
+        for _ in range(size)
+    ]
+
+    for wanted in asked:
+        chance.shuffle(wanted)
+
+    def work(ranks: Ranks) -> int:
+        mine = replicas.ask(source, asked[ranks.rank], {})
+        return replicas.read_shared(source, mine, ranks, threads=2)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(replicas, "BUNDLE_BYTES", nbytes)
+        run_ranks(size, work)
+    for want in (want for wanted in asked for want in wanted):
+        whole, box = wholes[want.name], want.pieces[0].region
+        assert bits(want.local) == bits(whole[box.slices()] if whole.ndim else whole)
+
+
+def rows_of(chance: random.Random, shape: tuple[int, ...]) -> list[Region]:
+    if not shape or shape[0] < 2:
+        return [Region.whole(shape)]
+    cut, zeros = chance.randint(1, shape[0] - 1), (0,) * (len(shape) - 1)
+    return [Region((0, *zeros), (cut, *shape[1:])), Region((cut, *zeros), shape)]
