@@ -6,10 +6,12 @@ from __future__ import annotations
 import mmap
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
-from queue import SimpleQueue
+from functools import partial
+from queue import Empty, SimpleQueue
+from threading import Thread
 
 from holdfast.storage.store import Buffer
 
@@ -69,7 +71,7 @@ class DirectWriter:
         """`direct` and `buffered` are the same file, opened with `O_DIRECT` and without."""
         self._direct = direct
         self._edges = BufferedWriter(buffered)
-        self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="holdfast-write")
+        self._threads = _Threads(NUM_THREADS)
         self._free: SimpleQueue[memoryview] = SimpleQueue()
         for window in _windows():
             self._free.put(window)
@@ -92,8 +94,8 @@ class DirectWriter:
             self._writing.popleft().result()
 
     def close(self) -> None:
-        """Stop the threads."""
-        self._pool.shutdown(cancel_futures=True)
+        """Stop the threads; what none has begun yet is not written."""
+        self._threads.stop()
 
     def _put(self, offset: int, view: memoryview) -> None:
         if offset != self._stop or (not self._parts and offset % PAGE_BYTES):
@@ -122,9 +124,12 @@ class DirectWriter:
         if not nbytes:
             return
         parts, rest = _split(self._parts, nbytes)
-        work = self._pwrite if in_place else self._copy_and_write
-        given = parts[0] if in_place else parts
-        self._writing.append(self._pool.submit(work, given, self._start))  # type: ignore[arg-type]
+        work = (
+            partial(self._pwrite, parts[0], self._start)
+            if in_place
+            else partial(self._copy_and_write, parts, self._start)
+        )
+        self._writing.append(self._threads.submit(work))
         self._parts, self._start = rest, self._start + nbytes
         while len(self._writing) > NUM_THREADS + WINDOWS_AHEAD:
             self._writing.popleft().result()
@@ -146,6 +151,52 @@ class DirectWriter:
         while len(view):
             count = os.pwrite(self._direct, view, offset)
             view, offset = view[count:], offset + count
+
+
+class _Threads:
+    """As many threads as are asked for, or can be had: under a limit of memory there may be none,
+    and then the caller does the work. The standard library's pool raises there, half way."""
+
+    def __init__(self, count: int) -> None:
+        self._jobs: SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = SimpleQueue()
+        self._running: list[Thread] = []
+        for number in range(count):
+            thread = Thread(target=self._work, name=f"holdfast-write_{number}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                break
+            self._running.append(thread)
+
+    def submit(self, work: Callable[[], None]) -> Future[None]:
+        future: Future[None] = Future()
+        if self._running:
+            self._jobs.put((work, future))
+        else:
+            _carry_out(work, future)
+        return future
+
+    def stop(self) -> None:
+        with suppress(Empty):
+            while True:
+                self._jobs.get_nowait()
+        for _ in self._running:
+            self._jobs.put(None)
+        for thread in self._running:
+            thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            _carry_out(*job)
+
+
+def _carry_out(work: Callable[[], None], future: Future[None]) -> None:
+    try:
+        work()
+    except BaseException as error:  # noqa: BLE001 - raised by whoever asks for the result
+        future.set_exception(error)
+    else:
+        future.set_result(None)
 
 
 def _windows() -> Iterator[memoryview]:

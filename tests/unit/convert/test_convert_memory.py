@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -28,7 +29,7 @@ MODEL = {
 }
 """540 MB in bfloat16, of which one tensor has 436 MB."""
 
-LIMIT_BYTES = 400 << 20
+LIMIT_BYTES = 300 << 20
 
 SCRIPT = """
 import re, resource, sys
@@ -64,8 +65,9 @@ def sparse_folder(folder: Path) -> Path:
 
 @pytest.mark.parametrize("to", ["dcp", "hf", "torch"])
 def test_peak_memory_is_bounded(to: str, tmp_path: Path) -> None:
-    """G13: the address space may grow by 400 MiB, threads included: the largest tensor takes more.
-    Method: RLIMIT_AS, set once everything is imported."""
+    """G13: the address space may grow by 300 MiB, threads included: the largest tensor takes more.
+    Method: RLIMIT_AS, set once everything is imported; one arena of malloc, since what glibc
+    reserves for each thread (64 MiB) is no memory."""
     source, target = sparse_folder(tmp_path / "hub"), tmp_path / "target"
     arguments = [
         str(source),
@@ -77,7 +79,11 @@ def test_peak_memory_is_bounded(to: str, tmp_path: Path) -> None:
     ]
     script = SCRIPT.format(limit=LIMIT_BYTES)
     ran = subprocess.run(
-        [sys.executable, "-c", script, *arguments], text=True, capture_output=True, check=False
+        [sys.executable, "-c", script, *arguments],
+        env={**os.environ, "MALLOC_ARENA_MAX": "1"},
+        text=True,
+        capture_output=True,
+        check=False,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert "tensors" in ran.stdout

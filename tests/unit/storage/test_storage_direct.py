@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from holdfast.errors import StorageError
 from holdfast.storage.direct import (
     IN_PLACE_BYTES_MIN,
+    NUM_THREADS,
     PAGE_BYTES,
     WINDOW_BYTES,
     BufferedWriter,
@@ -95,6 +98,35 @@ def test_a_large_file_of_the_store_is_whole_and_no_longer_than_it_should_be(tmp_
         writer.write(0, [BYTES[:1000], BYTES[1000:nbytes]])
     assert store.size("file") == nbytes
     assert store.read("file", 0, nbytes) == BYTES[:nbytes]
+
+
+@pytest.mark.parametrize("room_mib", [4, 20])
+def test_where_memory_is_short_fewer_threads_write_the_same(tmp_path: Path, room_mib: int) -> None:
+    """G13. Method: a limit of the address space, with room for the stacks of no threads, or few."""
+    script = """
+import os, re, resource, sys
+from pathlib import Path
+import numpy
+from holdfast.storage import direct
+files = [os.open(sys.argv[1], os.O_RDWR | os.O_CREAT | flag) for flag in (os.O_DIRECT, 0)]
+data, windows = bytes(range(256)) * (64 << 10), [*direct._windows()]
+direct._windows = lambda: windows
+size = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+size += int(sys.argv[2]) << 20
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+writer = direct.DirectWriter(*files)
+num_threads = len(writer._threads._running)
+writer.write(0, [data])
+writer.finish()
+writer.close()
+print(num_threads)
+"""
+    file = tmp_path / "file"
+    words = [sys.executable, "-c", script, str(file), str(room_mib)]
+    ran = subprocess.run(words, text=True, capture_output=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) < NUM_THREADS
+    assert file.read_bytes() == bytes(range(256)) * (64 << 10)
 
 
 def test_an_error_while_a_large_file_is_written_goes_on_and_ends_the_threads(
