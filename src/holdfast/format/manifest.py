@@ -314,10 +314,10 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
         step=None if body["step"] is None else count_of(body["step"]),
         kind=body["kind"],
         created=str(body["created"]),
-        layout=dict(body["layout"].items()),
+        layout=_told(body["layout"]),
         versions={str(name): str(version) for name, version in body["versions"].items()},
         metrics={name: _metric(value) for name, value in body.get("metrics", {}).items()},
-        model=dict(body.get("model", {}).items()),
+        model=_told(body.get("model", {})),
         timings=timings.decode(body.get("timings", {})),
         metadata=_seal(body["metadata"]),
     )
@@ -327,6 +327,12 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
     if twice or manifest.tensors.keys() & manifest.values.keys():
         raise ValueError("a file or an entry is there twice")
     return manifest
+
+
+def _told(stored: dict[str, Any]) -> dict[str, Any]:
+    """What a writer adds, as it is. Python's JSON reads infinities, which JSON has not."""
+    _ENCODER.encode(stored)
+    return dict(stored.items())
 
 
 @dataclass(frozen=True, slots=True)

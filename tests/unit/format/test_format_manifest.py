@@ -235,6 +235,8 @@ def test_a_data_file_elsewhere_is_refused_by_name(name: str) -> None:
         (("metadata",), [1, "x"]),
         (("metrics", "loss"), 10**400),
         (("model",), ["llama"]),
+        (("model", "rope_theta"), float("inf")),
+        (("layout", "world_size"), float("nan")),
         (("timings",), ["write"]),
         (("timings", "write"), 1.5),
         (("timings", "write"), {"least": 1.0}),
