@@ -75,7 +75,7 @@ class Folder:
     """Of each step as it was saved last, or may have been."""
 
     may_go: set[int] = field(default_factory=set)
-    """What some retention had no reason to keep."""
+    """What retention had no reason to keep in the last course."""
 
 
 def value_of(step: int) -> torch.Tensor:
@@ -161,6 +161,8 @@ def train(folder: Folder, course: Course) -> None:
     cut = Cut(at, "killed" if course.cut is None else course.version, course.seed)
     folder.tree = left_by([*before, *done], cut, durable=len(before))
 
+    # What is still there is counted, also where a course that was cut had no reason to keep it.
+    folder.may_go = set()
     counted = {step for step in catalog.steps() if opens(begin, step)} - set(left_behind)
     pins = {step for step in range(200) if f".pinned-{step_name(step)}" in begin.list()}
     for step, loss in new.items():
@@ -177,7 +179,6 @@ def train(folder: Folder, course: Course) -> None:
     assert left or not there, "the last good step went"
     if course.cut is None:
         assert left >= set(new) - folder.may_go
-    folder.may_go &= set(Catalog(found).steps())
     folder.tree = tree_of(found)
 
 
