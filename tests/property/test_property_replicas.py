@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -32,7 +33,10 @@ def a_box(chance: random.Random, shape: tuple[int, ...]) -> Region:
 def a_target(chance: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Elements in any order in memory."""
     order = chance.sample(range(len(shape)), len(shape))
-    made = torch.zeros([shape[dim] for dim in order], dtype=dtype)
+    sizes = [shape[dim] for dim in order]
+    # Not `zeros` of the dtype: torch cannot fill all of them on the CPU.
+    nbytes = math.prod(sizes) * dtype.itemsize
+    made = torch.zeros(nbytes, dtype=torch.uint8).view(dtype).view(sizes)
     return made.permute([order.index(dim) for dim in range(len(shape))])
 
 
