@@ -34,8 +34,13 @@ def listing(given: Asked, folder: Path) -> Section:
     listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert listed.count(" good") == NUM_STEPS, listed
 
+    # As an installed package does, the first one leaves its bytecode for the others.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+
     def run(*command: str) -> Figure:
-        return measure_command(lambda: subprocess.run(command, check=True, capture_output=True))
+        return measure_command(
+            lambda: subprocess.run(command, check=True, capture_output=True, env=environment)
+        )
 
     ways = {
         "python -c pass": lambda: run(sys.executable, "-c", "pass"),

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.asked import Asked, asked, quiet
-from benchmarks.disk import forget, recall
+from benchmarks.disk import forget, let_go, recall
 from benchmarks.meter import Figure, in_turns, measure
 from benchmarks.peers import System, saved, stock_save_again, systems
 from benchmarks.results import Section, store
@@ -98,7 +98,9 @@ def _load(
     target: State,
 ) -> Figure:
     ready(place)
-    return measure(lambda: load(place, target))
+    figure = measure(lambda: load(place, target))
+    let_go(place)
+    return figure
 
 
 def _section(name: str, title: str, state: State, found: dict[str, list[Figure]]) -> Section:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as stock_load
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.asked import Asked, asked, quiet
-from benchmarks.disk import forget, recall
+from benchmarks.disk import forget, let_go, recall
 from benchmarks.meter import Figure, in_turns, measure, measure_together
 from benchmarks.peers import System, saved, systems
 from benchmarks.ranks import on_ranks
@@ -125,7 +125,9 @@ def _load(
     ready: Callable[[Path], None] = recall,
 ) -> Figure:
     _on_rank_0(ready, place)
-    return measure_together(lambda: load(place, target))
+    figure = measure_together(lambda: load(place, target))
+    _on_rank_0(let_go, place)
+    return figure
 
 
 PEERS = ("holdfast", "dcp")
