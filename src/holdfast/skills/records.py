@@ -48,7 +48,8 @@ class Ledger:
     """Installed once, and shipped when last looked."""
 
     removed: frozenset[str] = field(default=frozenset())
-    """Removed by the user: never to be installed again, whatever is shipped in between."""
+    """Removed by the user, or no longer shipped: where there is no copy, none is to be installed,
+    whatever is shipped in between."""
 
     def encode(self) -> bytes:
         """The bytes of the ledger's file."""

@@ -117,7 +117,7 @@ def sync(skills: Mapping[str, Skill], copies: Copies, version: str) -> Synced:
         before = survey(skills, copies, version)
         done = tuple(_bring(skills[found.name], found, copies, version) for found in before.skills)
         synced = replace(before, skills=done)
-        copies.write_ledger(_after(copies.ledger(), synced, copies))
+        copies.write_ledger(_after(copies.ledger(), synced))
         if not synced.problems:
             copies.write_synced(version)
         return synced
@@ -185,12 +185,13 @@ def _bring(skill: Skill, found: Found, copies: Copies, version: str) -> Found:
     return found
 
 
-def _after(ledger: Ledger, synced: Synced, copies: Copies) -> Ledger:
+def _after(ledger: Ledger, synced: Synced) -> Ledger:
     """What is to be remembered after a sync."""
     there = set(synced.names("new", "outdated", "current", "modified", "newer"))
-    gone = {name for name in synced.cleaned if copies.held(name) is None}
+    # Its files stay; should the user delete them, a version that ships it again must not bring
+    # them back.
     offered = (ledger.offered | there) - {*synced.cleaned}
-    return Ledger(offered, (ledger.removed - there) | gone)
+    return Ledger(offered, (ledger.removed - there) | {*synced.cleaned})
 
 
 def _ours(name: str, found: Found, copies: Copies, mine: bool) -> State:

@@ -169,8 +169,19 @@ def test_what_is_no_longer_shipped_leaves_the_record_and_stays_on_disk(root: Pat
     done = sync(bundle(alpha="a"), Copies(root), V1)
     assert done.cleaned == ("gone",)
     assert files_in(root / "gone") == skill("gone", "g").files
-    assert Copies(root).ledger() == Ledger(frozenset({"alpha"}))
+    assert Copies(root).ledger() == Ledger(frozenset({"alpha"}), frozenset({"gone"}))
     assert states(root, bundle(alpha="a", gone="2"), V2)["gone"] == "outdated"
+    assert Copies(root).ledger() == Ledger(frozenset({"alpha", "gone"}))
+
+
+def test_what_was_deleted_while_it_was_not_shipped_stays_away(root: Path) -> None:
+    """Method: no longer shipped, deleted by hand, shipped again; and so after a reset."""
+    states(root, bundle(alpha="a"))
+    sync({}, Copies(root), V1)
+    shutil.rmtree(root / "alpha")
+    assert states(root, bundle(alpha="2"), V2) == {"alpha": "deleted"}
+    reset(skill("alpha", "2"), Copies(root), V2)
+    assert states(root, bundle(alpha="2"), V2) == {"alpha": "current"}
 
 
 def test_an_older_version_changes_nothing_that_a_newer_one_installed(root: Path) -> None:
