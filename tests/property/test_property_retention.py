@@ -71,9 +71,6 @@ class Folder:
     """What is there, and what the test knows of it."""
 
     tree: Tree = field(default_factory=dict)
-    losses: dict[int, float] = field(default_factory=dict)
-    """Of each step as it was saved last, or may have been."""
-
     may_go: set[int] = field(default_factory=set)
     """What retention had no reason to keep in the last course."""
 
@@ -163,13 +160,14 @@ def train(folder: Folder, course: Course) -> None:
 
     # What is still there is counted, also where a course that was cut had no reason to keep it.
     folder.may_go = set()
-    counted = {step for step in catalog.steps() if opens(begin, step)} - set(left_behind)
+    losses = losses_of_counted(begin)
+    counted = set(losses) - set(left_behind)
     pins = {step for step in range(200) if f".pinned-{step_name(step)}" in begin.list()}
     for step, loss in new.items():
         counted.add(step)
-        folder.losses[step] = loss
+        losses[step] = loss
         past = {other for other in counted if other <= step}
-        folder.may_go |= past - kept_by_the_rules(past, pins, folder.losses, first)
+        folder.may_go |= past - kept_by_the_rules(past, pins, losses, first)
         folder.may_go.discard(step)
         counted -= folder.may_go
     found = store_of(folder.tree)
@@ -182,14 +180,17 @@ def train(folder: Folder, course: Course) -> None:
     folder.tree = tree_of(found)
 
 
-def opens(store: MemoryStore, step: int) -> bool:
-    """Whether retention counts it: whole by its structure, and not marked."""
-    marked = f".damaged-{step_name(step)}" in store.list()
-    try:
-        open_manifest(store, step_name(step))
-    except HoldfastError:
-        return False
-    return not marked
+def losses_of_counted(store: MemoryStore) -> dict[int, float]:
+    """The loss of each step that retention counts: whole by its structure, and not marked."""
+    losses = {}
+    for step, folder in Catalog(store).folders().items():
+        if f".damaged-{step_name(step)}" in store.list():
+            continue
+        try:
+            losses[step] = open_manifest(store, folder).metrics["loss"]
+        except HoldfastError:
+            continue
+    return losses
 
 
 def strike(folder: Folder, damage: tuple[str, int]) -> None:
