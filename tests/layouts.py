@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -53,19 +55,26 @@ class Layout:
     def config(self, *more: str) -> Config:
         """A tiny run with plain SGD: AdamW would hide a gradient of the wrong scale.
 
-        `more` are further arguments of the command line.
+        `more` are further arguments of the command line. A step accumulates over two turns, or as
+        many as a pipeline has stages, however few ranks share its sequences.
         """
+        turns = 4 if "pp" in self.text else 2
+        local = max(1, SEQUENCES // self._data_degree() // turns)
         arguments = (
             f"--model.name {'qwen3_moe' if 'experts' in self.kind else 'llama3'} "
             f"--model.flavor {'tied' if self.kind == 'tied' else 'small'} --optimizer.name SGD "
             "--optimizer.lr 0.2 --optimizer.weight_decay 0 --training.seed 3 "
-            f"--training.seq_len {SEQ_LEN} --training.local_batch_size 1 "
+            f"--training.seq_len {SEQ_LEN} --training.local_batch_size {local} "
             f"--training.global_batch_size {SEQUENCES} --training.max_norm 0.5 "
             f"--activation_checkpoint.mode {'full' if 'recompute' in self.kind else 'none'} "
             "--parallelism.data_parallel_shard_degree 1 "
             f"--parallelism.pipeline_parallel_schedule {self.schedule}"
         ).split()
         return read_config([*arguments, *self.degrees(), *more])
+
+    def _data_degree(self) -> int:
+        words = (re.fullmatch(r"(?:replicate|shard)(\d+)", word) for word in self.text.split())
+        return prod(int(word[1]) for word in words if word)
 
     def degrees(self) -> list[str]:
         """The degrees as arguments of the command line."""

@@ -27,7 +27,7 @@ def furnish(folder: Path, *, steps: int = STEPS, workers: int = 1) -> None:
     shutil.copy(ROOT / "LICENSE", folder / "train.txt")
     short = (
         f"--training.steps {steps} --training.seq_len 16 --training.global_batch_size 4 "
-        f"--training.local_batch_size 1 --training.dataset_path {folder}/train.txt"
+        f"--training.local_batch_size 2 --training.dataset_path {folder}/train.txt"
     )
     scripts = {
         folder / "run_train.sh": f"NGPU=${{NGPU:-{workers}}} exec {ROOT}/run_train.sh {short}",

@@ -57,10 +57,14 @@ class Held:
         """Every tensor, whole, on rank 0. Collective."""
         return merged({name: whole(tensor).clone() for name, tensor in self._tensors().items()})
 
+    def own(self) -> dict[str, Tensor]:
+        """This rank's part of every tensor."""
+        return {name: local_share(tensor)[0] for name, tensor in self._tensors().items()}
+
     def spoil(self) -> None:
         """Other values everywhere."""
-        for tensor in self._tensors().values():
-            local_share(tensor)[0].fill_(-1)
+        for tensor in self.own().values():
+            tensor.fill_(-1)
 
     def _tensors(self) -> dict[str, Tensor]:
         found = {}
@@ -93,55 +97,68 @@ def save(held: Held, folder: Path) -> None:
 
 
 def load_all(rank: int, size: int, sources: list[str], folder: Path) -> list[str]:
-    """Load each checkpoint on each layout of `size` ranks; what differs, on rank 0.
+    """Load each checkpoint on each layout of `size` ranks; what differs from what was saved.
 
-    The first layout saves what it has loaded from the first source, for others to load.
+    All hold the same, so what a rank has of the first, once that is found to be right as a whole,
+    it has of each. The first layout saves what it has loaded from the first, for others to load.
     """
     set_up()
+    expected = torch.load(folder / SOURCES[0] / "expected.pt")
     wrong = []
     for target in LAYOUTS[size]:
         held = Held(target, steps=0)
+        own: dict[str, Tensor] = {}
         for source in sources:
             with held.manager(folder / source, LOAD) as manager:
                 assert manager.load() == 1
-            found = held.contents()
-            if rank == 0:
-                expected = torch.load(folder / source / "expected.pt")
-                assert found.keys() == expected.keys()
-                names = [n for n, value in expected.items() if not torch.equal(found[n], value)]
-                wrong += [f"{source} on {target}: {names}"] if names else []
+            if not own:
+                found, wanted = held.contents(), expected if rank == 0 else {}
+                own = {name: tensor.clone() for name, tensor in held.own().items()}
+            else:
+                found, wanted = held.own(), own
+            wrong += [f"{source} on {target}: {n}" for n in differing(found, wanted)]
             if (source, target) == (sources[0], LAYOUTS[size][0]) and size == 3:
                 save(held, folder / "8 on 3")
             held.spoil()
     return wrong
 
 
+def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    both = found.keys() & expected.keys()
+    differ = {name for name in both if not torch.equal(found[name], expected[name])}
+    return sorted((found.keys() ^ expected.keys()) | differ)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint by every layout; they all hold the same."""
     made = tmp_path_factory.mktemp("saved")
     for size in LAYOUTS:
         run_processes(size, save_all, made)
+    first, *others = (torch.load(made / text / "expected.pt") for text in SOURCES)
+    assert not [names for other in others if (names := differing(other, first))]
     return made
+
+
+def check(size: int, sources: list[str], folder: Path) -> None:
+    assert run_processes(size, load_all, sources, folder, timeout_s=300) == [[]] * size
 
 
 @pytest.mark.parametrize("size", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_every_layout_loads_what_every_other_has_saved(size: int, folder: Path) -> None:
     """G6, G9: weights and AdamW state of a model with experts, bit for bit: replicas, shards,
     tensor, pipeline, context and expert parallel, alone and together, each from each."""
-    assert run_processes(size, load_all, SOURCES, folder, timeout_s=300)[0] == []
+    check(size, SOURCES, folder)
 
 
 def test_eight_ranks_load_what_one_and_three_have_saved(folder: Path) -> None:
     """G6, G9: onto more ranks than have saved, evenly or not."""
-    sources = [*LAYOUTS[1], *LAYOUTS[3]]
-    assert run_processes(8, load_all, sources, folder)[0] == []
+    check(8, [*LAYOUTS[1], *LAYOUTS[3]], folder)
 
 
 def test_eight_ranks_then_three_then_one(folder: Path) -> None:
     """G6, G9: what 8 ranks saved is loaded by 3, saved by them, and loaded by one, bit for bit."""
-    sources = [*LAYOUTS[8], *(text for text in SOURCES if text not in LAYOUTS[8])]
-    assert run_processes(3, load_all, sources, folder, timeout_s=300)[0] == []
+    check(3, [*LAYOUTS[8], *(text for text in SOURCES if text not in LAYOUTS[8])], folder)
     expected = torch.load(folder / LAYOUTS[8][0] / "expected.pt")
-    handed_on = torch.load(folder / "8 on 3" / "expected.pt")
-    assert all(torch.equal(handed_on[name], value) for name, value in expected.items())
-    assert run_processes(1, load_all, ["8 on 3", *SOURCES], folder)[0] == []
+    assert not differing(torch.load(folder / "8 on 3" / "expected.pt"), expected)
+    check(1, ["8 on 3", *SOURCES], folder)
