@@ -14,8 +14,8 @@ if [ "${1:-}" = --all ]; then
     selection=(--hypothesis-profile explore)
     shift
 fi
-# A file of tests at a time on each core, the longest first; one core where the caller chooses.
-workers=(--numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
+# Several cores, in groups as tests/conftest.py has them; one where the caller chooses the tests.
+workers=(--numprocesses auto --maxprocesses 8 --dist loadgroup --no-loadscope-reorder)
 for argument in "$@"; do
     [ "${argument:0:1}" = - ] || workers=()
 done

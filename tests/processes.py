@@ -7,14 +7,16 @@ import os
 import pickle
 import socket
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(
-    ["processes", "torch.distributed.checkpoint", "holdfast.engine.load"]
+    ["processes", "torch.distributed.checkpoint", "holdfast.trainer.train"]
 )
 
 
@@ -28,6 +30,12 @@ def run_processes(
     """
     with Job(size, work, *args) as job:
         return job.results(timeout_s)
+
+
+def in_batches(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
+    """A few at a time, each for ranks of their own: a gloo group that nobody uses any more still
+    takes a core's time, and what makes many groups soon has nothing left of it."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 class Job:

@@ -11,7 +11,7 @@ import torch
 
 from holdfast.hf.flavors import MODELS
 from layouts import Layout, add_flavors, train_all, trained
-from processes import run_processes
+from processes import in_batches, run_processes
 
 pytestmark = pytest.mark.timeout(400)  # one start of the ranks tries many layouts
 
@@ -77,13 +77,13 @@ Results = Callable[[str], list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def results() -> Results:
-    """What the layouts of a group come to, all from one start of the ranks."""
+    """What the layouts of a group come to."""
 
     @cache
     def found(group: str) -> list[dict[str, Any]]:
         size, layouts = GROUPS[group]
-        first: list[dict[str, Any]] = run_processes(size, train_all, layouts, timeout_s=300)[0]
-        return first
+        started = (run_processes(size, train_all, few)[0] for few in in_batches(layouts, 3))
+        return [result for results in started for result in results]
 
     return found
 

@@ -100,8 +100,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_processes(1, seed, layout, begun)
         (begun / "text.txt").write_text(Path(__file__).read_text())
     run_processes(1, run_all, ALONE, made)
-    run_processes(4, run_all, LAYOUTS, made, timeout_s=300)
-    run_processes(4, move_all, MOVES, made, timeout_s=300)
+    for layout in LAYOUTS:
+        run_processes(4, run_all, [layout], made)
+    for move in MOVES:
+        run_processes(4, move_all, [move], made)
     return made
 
 

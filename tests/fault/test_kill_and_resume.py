@@ -11,7 +11,7 @@ import holdfast
 from runs import kill_all, rows, start, train, wait_for_step
 
 KEEP = ("--checkpoint.no-last_save_model_only", "--checkpoint.interval", "10")
-TWENTY = (*KEEP, "--training.steps", "20")
+TWENTY = (*KEEP, "--training.steps", "20", "--training.global_batch_size", "4")
 
 
 def contents(path: Path) -> dict[str, Any]:
@@ -64,11 +64,10 @@ def test_ten_steps_kill_and_ten_more_equal_twenty_at_once(tmp_path: Path) -> Non
 
 def test_a_killed_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     """G9: 4 ranks (2 x 2) are killed; 1 rank goes on, and says what starts afresh."""
-    layout = ("--parallelism.tensor_parallel_degree", "2", "--training.global_batch_size", "4")
-    run = start(*TWENTY, *layout, ranks=4, cwd=tmp_path)
+    run = start(*TWENTY, "--parallelism.tensor_parallel_degree", "2", ranks=4, cwd=tmp_path)
     wait_for_step(tmp_path / "outputs", 11)
     kill_all(run)
-    resumed = train(*TWENTY, "--training.global_batch_size", "4", ranks=1, cwd=tmp_path)
+    resumed = train(*TWENTY, ranks=1, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stdout
     assert "resumed from step 10" in resumed.stdout
     assert "saved by 4 ranks, this run has 1" in resumed.stdout
