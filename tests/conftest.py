@@ -13,6 +13,7 @@ settings.register_profile("holdfast", settings.get_profile("explore"), derandomi
 settings.load_profile("holdfast")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What of the tests goes to one core together: a file, and all that starts many ranks. These
     take turns on every core as it is; two such tests at once take four times as long as one."""
