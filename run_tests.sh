@@ -14,8 +14,8 @@ if [ "${1:-}" = --all ]; then
     selection=(--hypothesis-profile explore)
     shift
 fi
-# Several cores, in groups as tests/conftest.py has them; one where the caller chooses the tests.
-workers=(--numprocesses auto --maxprocesses 8 --dist loadgroup --no-loadscope-reorder)
+# On all cores, shared out by tests/conftest.py; on one where the caller chooses the tests.
+workers=(--numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
 for argument in "$@"; do
     [ "${argument:0:1}" = - ] || workers=()
 done

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadFileScheduling
 
 # No deadlines: how fast an example runs is up to the machine, and no test is about time.
 # The same examples each time, so that a change fails by what it changes; `--all` tries others.
@@ -13,10 +16,14 @@ settings.register_profile("holdfast", settings.get_profile("explore"), derandomi
 settings.load_profile("holdfast")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What of the tests goes to one core together: a file, and all that starts many ranks. These
-    take turns on every core as it is; two such tests at once take four times as long as one."""
-    for item in items:
-        alone = item.path.parent.name == "distributed" or item.path.stem == "test_sigkill"
-        item.add_marker(pytest.mark.xdist_group("ranks" if alone else item.path.stem))
+class Together(LoadFileScheduling):  # type: ignore[misc]
+    """Hands out the tests of a file to one core, and to one all that start many ranks. These take
+    turns on every core as it is; two such tests at once take four times as long as one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::", 1)[0]
+        return "ranks" if "/distributed/" in file or "sigkill" in file else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
+    return Together(config, log)
