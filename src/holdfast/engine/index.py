@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,9 +27,8 @@ class Index:
 
     stock: StockIndex
 
-    def nbytes_of(self, wanted: Callable[[Path], bool]) -> int:
-        """Bytes, over all ranks, of the tensors whose path is wanted."""
-        return sum(p.tensor.nbytes for p in self.plan.tensors if wanted(p.tensor.path))
+    nbytes: Mapping[str | int, int]
+    """Over all ranks, of the tensors below each top-level name."""
 
 
 def columns(items: Sequence[TensorItem]) -> Ints:
@@ -46,7 +45,11 @@ def index_of(whole: Plan, layouts: Sequence[Ints]) -> Index:
     names = tuple(map(data_file, files))
     values = {name: path for name, (_, path) in whole.values.items()}
     tables = list(_tables(whole, layouts, files))
-    return Index(whole, names, encode_tensors(tables), StockIndex(tables, values, names))
+    nbytes: dict[str | int, int] = {}
+    for placed in whole.tensors:
+        part = placed.tensor.path[0]
+        nbytes[part] = nbytes.get(part, 0) + placed.tensor.nbytes
+    return Index(whole, names, encode_tensors(tables), StockIndex(tables, values, names), nbytes)
 
 
 def _tables(

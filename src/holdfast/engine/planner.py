@@ -27,7 +27,7 @@ from holdfast.engine.values import Containers
 from holdfast.engine.write import FileImage, TensorItem, image_of, lay_out
 from holdfast.errors import HoldfastError
 from holdfast.format.checksum import checksum
-from holdfast.state.layout import Known, Layout, layout_of, same_memory
+from holdfast.state.layout import Known, Layout, dtype_name, layout_of, same_memory
 from holdfast.state.tree import Leaf
 
 logger = logging.getLogger("holdfast")
@@ -74,7 +74,7 @@ class Planner:
             held.layouts[name] = layout
             stored_as = layout.dtype
             if dtype is not None and layout.local.is_floating_point():
-                stored_as = str(dtype).removeprefix("torch.")
+                stored_as = dtype_name(dtype)
             offer.tensors[name] = TensorOffer(stored_as, layout.shape, leaf.path, layout.spread)
         return held
 

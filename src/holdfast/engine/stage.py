@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,9 +22,9 @@ dtype, its elements wherever they lie."""
 
 
 def box_of(tensor: torch.Tensor, local: Region) -> torch.Tensor:
-    """A box of `tensor`, in its memory."""
+    """A box of `tensor`, which has no gradient, in its memory."""
     whole = local.stop == tensor.shape and not any(local.start)
-    return (tensor if whole else tensor[local.slices()]).detach()
+    return tensor if whole else tensor[local.slices()]
 
 
 def host_bytes(box: torch.Tensor, dtype: str) -> memoryview:
@@ -32,14 +33,17 @@ def host_bytes(box: torch.Tensor, dtype: str) -> memoryview:
     return _flat_bytes(piece.cpu()).numpy().data
 
 
-def host_windows(box: torch.Tensor, dtype: str) -> Iterator[memoryview]:
+def host_windows(box: torch.Tensor, dtype: str) -> Iterable[memoryview]:
     """The same in windows of `WINDOW_BYTES`, so that what cannot be its own memory is never a copy
     of all of it."""
     made = _dtype(dtype)
     plain = not (box.is_conj() or box.is_neg())
     if box.device.type == "cpu" and box.dtype == made and box.is_contiguous() and plain:
-        yield _flat_bytes(box).numpy().data
-        return
+        return (_flat_bytes(box).numpy().data,)
+    return _copied(box, made)
+
+
+def _copied(box: torch.Tensor, made: torch.dtype) -> Iterator[memoryview]:
     num_elements = WINDOW_BYTES // made.itemsize
     for start in range(0, box.numel(), num_elements):
         count = min(num_elements, box.numel() - start)
@@ -48,6 +52,7 @@ def host_windows(box: torch.Tensor, dtype: str) -> Iterator[memoryview]:
         yield _flat_bytes(window).numpy().data
 
 
+@cache
 def _dtype(name: str) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, name)
     return dtype

@@ -32,17 +32,13 @@ class TensorItem:
     region: Region
     dtype: str
     item: Span
+    data: Span
+    """The raw elements, within the item."""
+
     prefix: bytes
     suffix: bytes
     first_block: int
     """How many blocks the file has before its own."""
-
-    @property
-    def data(self) -> Span:
-        return Span(
-            self.item.offset + len(self.prefix),
-            self.item.nbytes - len(self.prefix) - len(self.suffix),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +78,8 @@ def lay_out(regions: Sequence[tuple[str, str, Region]]) -> tuple[TensorItem, ...
         prefix, suffix = torchzip.frame(dtype, shape, position)
         nbytes = prod(shape) * dtype_of(dtype).itemsize
         item = Span(position, len(prefix) + nbytes + len(suffix))
-        items.append(TensorItem(name, region, dtype, item, prefix, suffix, block))
+        data = Span(position + len(prefix), nbytes)
+        items.append(TensorItem(name, region, dtype, item, data, prefix, suffix, block))
         position = item.stop
         block += checksum.num_blocks(nbytes)
     return tuple(items)

@@ -17,7 +17,7 @@ from holdfast.engine.save import Pending, begin_save, discard, finish_save, take
 from holdfast.engine.spans import Spans, amount, rate, times_of
 from holdfast.engine.stage import Snapshot, Staging, free_memory
 from holdfast.errors import HoldfastError, RankError, UsageError
-from holdfast.format.manifest import Kind, Path
+from holdfast.format.manifest import Kind
 from holdfast.format.names import step_name
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.goodput import Goodput
@@ -187,7 +187,8 @@ class Saver:
         if pending.facts.kind == "full":
             self.full_save_s = max(self.full_save_s, saved.spans.total)
             if pending.index is not None:
-                model = pending.index.nbytes_of(self._is_of_model)
+                parts = pending.index.nbytes.items()
+                model = sum(nbytes for part, nbytes in parts if part not in self._sections)
                 self.model_share = model / max(saved.nbytes, 1)
         if self._ranks.rank == 0:
             done = rate(saved.nbytes, saved.spans.total)
@@ -209,6 +210,3 @@ class Saver:
             raise error
         if self._ranks.rank == 0:
             logger.warning("a save failed, the run goes on: %s", error)
-
-    def _is_of_model(self, path: Path) -> bool:
-        return path[0] not in self._sections

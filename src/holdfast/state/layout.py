@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def layout_of(name: str, tensor: torch.Tensor, known: Known | None = None) -> La
     Raises:
         UsageError: a kind of tensor whose elements are not plainly there.
     """
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    dtype = dtype_name(tensor.dtype)
     shape = tuple(tensor.shape)
     if isinstance(tensor, DTensor):
         local = tensor.to_local().detach()
@@ -67,21 +68,25 @@ def layout_of(name: str, tensor: torch.Tensor, known: Known | None = None) -> La
     return Layout(dtype, shape, known[shape][1], tensor.detach())
 
 
+@cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """As formats spell it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def same_memory(tensor: torch.Tensor) -> tuple[object, ...] | None:
     """A key that two tensors share where they are one: tied weights. None where there is no memory.
 
     Views of one storage differ in it unless they are the same view.
     """
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    placements = tensor.placements if isinstance(tensor, DTensor) else ()
+    local, placements = tensor, ""
+    if isinstance(tensor, DTensor):
+        local, placements = tensor.to_local(), str(tensor.placements)
     if not local.numel():
         return None
-    return (
-        *(local.device, local.data_ptr(), local.dtype, tuple(tensor.shape)),
-        *(local.stride(), tuple(map(str, placements))),
-        # Bits by which a view stands for other values than those in memory.
-        *(local.is_conj(), local.is_neg()),
-    )
+    place = (local.device, local.data_ptr(), local.dtype, local.stride())
+    # Bits by which a view stands for other values than those in memory.
+    return (place, tensor.shape, placements, local.is_conj(), local.is_neg())
 
 
 def _spread_of(name: str, tensor: DTensor, known: Known) -> tuple[Spread | None, tuple[Piece, ...]]:

@@ -20,6 +20,8 @@ def canonical(name: str) -> str:
     >>> canonical("layers.0._checkpoint_wrapped_module.attention.wq.weight")
     'layers.0.attention.wq.weight'
     """
+    if not any(wrapper in name for wrapper in _WRAPPERS):
+        return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -50,11 +52,12 @@ class ModelState:
         """Tensors share their memory with the model."""
         state: dict[str, Any] = {}
         for part in self._parts:
-            for name, value in part.state_dict().items():
-                if canonical(name) in state:
-                    raise UsageError(f"two model parts hold `{canonical(name)}`")
-                if canonical(name) not in self._without:
-                    state[canonical(name)] = value
+            for named, value in part.state_dict().items():
+                name = canonical(named)
+                if name in state:
+                    raise UsageError(f"two model parts hold `{name}`")
+                if name not in self._without:
+                    state[name] = value
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

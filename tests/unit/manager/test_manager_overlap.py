@@ -142,6 +142,15 @@ def slow(folder: Path, **settings: Any) -> Any:
     return overlapped(folder, write_bandwidth_limit=20.0, **settings)
 
 
+def test_no_more_is_written_in_a_second_than_is_allowed(tmp_path: Path) -> None:
+    """Method: how long the write of a step took, as its manifest has it: never less than its bytes
+    take at that rate, whatever the machine."""
+    with slow(tmp_path) as (*_, manager):
+        manager.save(1)
+    manifest = holdfast.open(tmp_path / "step-1").manifest
+    assert manifest.timings["write"].most >= manifest.nbytes / 20e6
+
+
 def steps_in(folder: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in folder.glob("step-*"))
 
