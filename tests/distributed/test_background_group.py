@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,7 @@ def train_beside(rank: int, size: int, folder: Path, mode: Any) -> tuple[int, in
     config = CheckpointConfig(
         enable=True, interval=1, async_mode=mode, write_bandwidth_limit=10.0, keep_latest_k=0
     )
-    group, sent = dist.group.WORLD, 0
-    assert group is not None
+    sent, group = 0, cast(Any, dist.group.WORLD)
     with CheckpointManager(folder, model=model, config=config) as manager:
         manager.save(1)
         before = group._get_sequence_number_for_group()
