@@ -5,12 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 _T = TypeVar("_T")
 
@@ -42,7 +43,9 @@ class Job:
     """Ranks at work. Whoever is left when the context ends is killed."""
 
     def __init__(self, size: int, work: Callable[..., Any], *args: Any) -> None:
-        port = free_port()
+        # Here, where no other job can take its port before the ranks have come to it.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port = self._store.port
         pipes = [_FORKED.Pipe(duplex=False) for _ in range(size)]
         self._pipes = [here for here, _ in pipes]
         self._ranks = [
@@ -103,14 +106,6 @@ class Job:
         return results
 
 
-def free_port() -> int:
-    """A port of the loopback address that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def _rank(
     rank: int, size: int, port: int, out: Connection, work: Callable[..., Any], args: Any
 ) -> None:
@@ -119,6 +114,7 @@ def _rank(
 
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     result: Any
     try:

@@ -136,10 +136,9 @@ def test_what_goes_wrong_on_one_reader_ends_the_load_on_all(
     store = CountingStore(tmp_path)
     manifest = open_manifest(store, "step-1")
     if kind == "damage":
-        offset = manifest.tensors["large"].chunks[0].data_offset
-        with data.open("r+b") as damaged:
-            damaged.seek((offset or 0) + (9 << 20))
-            damaged.write(b"!")
+        damaged = bytearray(data.read_bytes())
+        damaged[(manifest.tensors["large"].chunks[0].data_offset or 0) + (9 << 20)] ^= 1
+        data.write_bytes(damaged)
     if kind == "gone":
         store.fail = lambda key: data.unlink(missing_ok=True) if data.name in key else None
     if kind == "store":
