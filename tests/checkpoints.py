@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 
+import holdfast
 from holdfast.catalog.catalog import Catalog
 from holdfast.engine.planner import Planner
 from holdfast.engine.ranks import Ranks
@@ -21,6 +23,24 @@ from holdfast.storage.local import LocalStore
 from holdfast.testing.ranks import run_ranks
 
 STEP = 7
+
+
+def contents(path: Path) -> dict[str, Any]:
+    """Every tensor and value of a checkpoint."""
+    checkpoint = holdfast.open(path)
+    found: dict[str, Any] = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    return found | {name: checkpoint.value(name) for name in checkpoint.manifest.values}
+
+
+def differing(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Names that only one of the two has, or that are not the same in both, bit for bit."""
+
+    def same(one: Any, other: Any) -> bool:
+        return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
+
+    both = found.keys() & expected.keys()
+    differ = {name for name in both if not same(found[name], expected[name])}
+    return sorted((found.keys() ^ expected.keys()) | differ)
 
 
 def state() -> dict[str, object]:

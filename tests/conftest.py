@@ -21,8 +21,8 @@ class Together(LoadFileScheduling):  # type: ignore[misc]
     turns on every core as it is; two such tests at once take four times as long as one."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.split("::", 1)[0]
-        return "ranks" if "/distributed/" in file or "sigkill" in file else file
+        file: str = super()._split_scope(nodeid)
+        return "ranks" if "/distributed/" in file or "test_sigkill" in file else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:

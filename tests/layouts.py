@@ -6,7 +6,6 @@ import logging
 import re
 import warnings
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import torch
@@ -58,8 +57,9 @@ class Layout:
         `more` are further arguments of the command line. A step accumulates over two turns, or as
         many as a pipeline has stages, however few ranks share its sequences.
         """
-        turns = 4 if "pp" in self.text else 2
-        local = max(1, SEQUENCES // self._data_degree() // turns)
+        axes = self._axes()
+        share = SEQUENCES // (axes.get("replicate", 1) * axes.get("shard", 1))
+        local = max(1, share // (4 if "pp" in axes else 2))
         arguments = (
             f"--model.name {'qwen3_moe' if 'experts' in self.kind else 'llama3'} "
             f"--model.flavor {'tied' if self.kind == 'tied' else 'small'} --optimizer.name SGD "
@@ -72,17 +72,17 @@ class Layout:
         ).split()
         return read_config([*arguments, *self.degrees(), *more])
 
-    def _data_degree(self) -> int:
-        words = (re.fullmatch(r"(?:replicate|shard)(\d+)", word) for word in self.text.split())
-        return prod(int(word[1]) for word in words if word)
-
     def degrees(self) -> list[str]:
         """The degrees as arguments of the command line."""
-        found = []
-        for word in self.text.split():
-            name = word.rstrip("0123456789")
-            found += [f"--parallelism.{KEYS[name]}", word[len(name) :]]
-        return found
+        return [
+            word
+            for axis, degree in self._axes().items()
+            for word in (f"--parallelism.{KEYS[axis]}", str(degree))
+        ]
+
+    def _axes(self) -> dict[str, int]:
+        """Degrees by their short names."""
+        return {axis: int(degree) for axis, degree in re.findall(r"([a-z]+)(\d+)", self.text)}
 
 
 def add_flavors() -> None:

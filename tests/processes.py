@@ -6,14 +6,13 @@ import multiprocessing
 import os
 import pickle
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from typing import Any, TypeVar
+from typing import Any
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-_T = TypeVar("_T")
+import torch
+import torch.distributed as dist
 
 _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(
@@ -33,23 +32,18 @@ def run_processes(
         return job.results(timeout_s)
 
 
-def in_batches(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
-    """A few at a time, each for ranks of their own: a gloo group that nobody uses any more still
-    takes a core's time, and what makes many groups soon has nothing left of it."""
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
 class Job:
     """Ranks at work. Whoever is left when the context ends is killed."""
 
     def __init__(self, size: int, work: Callable[..., Any], *args: Any) -> None:
         # Here, where no other job can take its port before the ranks have come to it.
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        port = self._store.port
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False
+        )
         pipes = [_FORKED.Pipe(duplex=False) for _ in range(size)]
         self._pipes = [here for here, _ in pipes]
         self._ranks = [
-            _FORKED.Process(target=_rank, args=(rank, size, port, there, work, args))
+            _FORKED.Process(target=_rank, args=(rank, size, self._store.port, there, work, args))
             for rank, (_, there) in enumerate(pipes)
         ]
         for process, (_, there) in zip(self._ranks, pipes, strict=True):
@@ -109,12 +103,9 @@ class Job:
 def _rank(
     rank: int, size: int, port: int, out: Connection, work: Callable[..., Any], args: Any
 ) -> None:
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True")
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True")  # rank 0 does not serve it
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     result: Any
     try:

@@ -103,3 +103,8 @@ def rows(folder: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return found
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """The loss of each step; the last row of a step counts."""
+    return {row["step"]: row["loss"] for row in rows(folder)}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from runs import losses
 
 
 def launched(folder: Path, *arguments: str, workers: int = 2) -> subprocess.CompletedProcess[str]:
@@ -32,12 +33,6 @@ def launched(folder: Path, *arguments: str, workers: int = 2) -> subprocess.Comp
     )
 
 
-def losses(folder: Path) -> dict[int, float]:
-    """The loss of each step; the last row of a step counts."""
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {row["step"]: row["loss"] for row in rows}
-
-
 def test_a_run_goes_on_in_another_layout_and_with_the_same_data_only(tmp_path: Path) -> None:
     """Method: five steps at once, a save after three; from there two more with tensor parallel.
     Then nothing is left to do, and other data are refused."""
@@ -50,6 +45,7 @@ def test_a_run_goes_on_in_another_layout_and_with_the_same_data_only(tmp_path: P
     done = launched(other, "--training.steps", "5", *tensor_parallel, "--checkpoint.load_only")
     assert done.returncode == 0, done.stderr
     assert "training from step 3 to 5" in done.stdout
+    assert sorted(losses(other)) == [4, 5]
     for step, loss in losses(other).items():
         assert loss == pytest.approx(losses(folder)[step], abs=1e-4)
     done = launched(folder, "--training.steps", "5")

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from checkpoints import differing
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.manager import CheckpointManager
 from holdfast.trainer.optim import build_optimizers
@@ -17,7 +18,7 @@ from holdfast.trainer.parallel import build_model, local_share, whole
 from layouts import VOCAB_SIZE, Layout, add_flavors, merged, named, place_of
 from processes import run_processes
 
-pytestmark = pytest.mark.timeout(400)  # one start of the ranks tries many layouts
+pytestmark = pytest.mark.timeout(400)  # many layouts load from many
 
 LAYOUTS = {
     1: ["alone1"],
@@ -102,7 +103,6 @@ def load_all(rank: int, size: int, target: str, sources: list[str], folder: Path
     it has of each. Three ranks save what they have loaded from the first, for others to load.
     """
     set_up()
-    expected = torch.load(folder / SOURCES[0] / "expected.pt")
     held = Held(target, steps=0)
     own: dict[str, Tensor] = {}
     wrong = []
@@ -110,7 +110,8 @@ def load_all(rank: int, size: int, target: str, sources: list[str], folder: Path
         with held.manager(folder / source, LOAD) as manager:
             assert manager.load() == 1
         if not own:
-            found, wanted = held.contents(), expected if rank == 0 else {}
+            found = held.contents()
+            wanted = torch.load(folder / SOURCES[0] / "expected.pt") if rank == 0 else {}
             own = {name: tensor.clone() for name, tensor in held.own().items()}
         else:
             found, wanted = held.own(), own
@@ -119,12 +120,6 @@ def load_all(rank: int, size: int, target: str, sources: list[str], folder: Path
             save(held, folder / "8 on 3")
         held.spoil()
     return wrong
-
-
-def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
-    both = found.keys() & expected.keys()
-    differ = {name for name in both if not torch.equal(found[name], expected[name])}
-    return sorted((found.keys() ^ expected.keys()) | differ)
 
 
 @pytest.fixture(scope="module")

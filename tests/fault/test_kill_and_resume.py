@@ -3,35 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import torch
 
 import holdfast
-from runs import kill_all, rows, start, train, wait_for_step
+from checkpoints import contents, differing
+from runs import kill_all, losses, start, train, wait_for_step
 
 KEEP = ("--checkpoint.no-last_save_model_only", "--checkpoint.interval", "10")
 TWENTY = (*KEEP, "--training.steps", "20", "--training.global_batch_size", "4")
-
-
-def contents(path: Path) -> dict[str, Any]:
-    """Every tensor and value of a checkpoint."""
-    checkpoint = holdfast.open(path)
-    found: dict[str, Any] = {name: checkpoint.read(name) for name in checkpoint.tensors}
-    return found | {name: checkpoint.value(name) for name in checkpoint.manifest.values}
-
-
-def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    assert one.keys() == other.keys()
-    return [
-        name
-        for name, value in one.items()
-        if not (
-            torch.equal(value, other[name])
-            if isinstance(value, torch.Tensor)
-            else value == other[name]
-        )
-    ]
 
 
 def test_ten_steps_kill_and_ten_more_equal_twenty_at_once(tmp_path: Path) -> None:
@@ -57,9 +35,8 @@ def test_ten_steps_kill_and_ten_more_equal_twenty_at_once(tmp_path: Path) -> Non
     assert differing(found, expected) == []
     assert any(name.startswith("optimizer.state.") for name in expected)
     assert any(name.startswith("rng.rank_1.") for name in expected)
-    losses = {row["step"]: row["loss"] for row in rows(broken / "outputs")}
-    assert losses == {row["step"]: row["loss"] for row in rows(straight / "outputs")}
-    assert sorted(losses) == list(range(1, 21))
+    assert losses(broken / "outputs") == losses(straight / "outputs")
+    assert sorted(losses(broken / "outputs")) == list(range(1, 21))
 
 
 def test_a_killed_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
