@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -45,10 +46,9 @@ def index_of(whole: Plan, layouts: Sequence[Ints]) -> Index:
     names = tuple(map(data_file, files))
     values = {name: path for name, (_, path) in whole.values.items()}
     tables = list(_tables(whole, layouts, files))
-    nbytes: dict[str | int, int] = {}
+    nbytes: Counter[str | int] = Counter()
     for placed in whole.tensors:
-        part = placed.tensor.path[0]
-        nbytes[part] = nbytes.get(part, 0) + placed.tensor.nbytes
+        nbytes[placed.tensor.path[0]] += placed.tensor.nbytes
     return Index(whole, names, encode_tensors(tables), StockIndex(tables, values, names), nbytes)
 
 

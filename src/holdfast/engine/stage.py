@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -52,7 +51,6 @@ def _copied(box: torch.Tensor, made: torch.dtype) -> Iterator[memoryview]:
         yield _flat_bytes(window).numpy().data
 
 
-@cache
 def _dtype(name: str) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, name)
     return dtype

@@ -188,10 +188,10 @@ def _bring(skill: Skill, found: Found, copies: Copies, version: str) -> Found:
 def _after(ledger: Ledger, synced: Synced) -> Ledger:
     """What is to be remembered after a sync."""
     there = set(synced.names("new", "outdated", "current", "modified", "newer"))
-    # Its files stay; should the user delete them, a version that ships it again must not bring
+    cleaned = {*synced.cleaned}
+    # Their files stay; should the user delete them, a version that ships them again must not bring
     # them back.
-    offered = (ledger.offered | there) - {*synced.cleaned}
-    return Ledger(offered, (ledger.removed - there) | {*synced.cleaned})
+    return Ledger((ledger.offered | there) - cleaned, (ledger.removed - there) | cleaned)
 
 
 def _ours(name: str, found: Found, copies: Copies, mine: bool) -> State:

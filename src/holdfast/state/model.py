@@ -20,8 +20,6 @@ def canonical(name: str) -> str:
     >>> canonical("layers.0._checkpoint_wrapped_module.attention.wq.weight")
     'layers.0.attention.wq.weight'
     """
-    if not any(wrapper in name for wrapper in _WRAPPERS):
-        return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
