@@ -111,9 +111,9 @@ def rows_only(spread: Spread) -> Spread:
 @settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_rows_are_read_once_and_nothing_beside_them(data: st.DataObject) -> None:
-    """G13. Method: rows of one block of checksums each, cut by rows over any two meshes: the bytes
+    """G13. Method: rows of two blocks of checksums each, cut by rows over any two meshes: the bytes
     read are those wanted, no more."""
-    whole = torch.arange(7 * BLOCK_BYTES).to(torch.uint8).view(7, BLOCK_BYTES)
+    whole = torch.arange(7 * 2 * BLOCK_BYTES).to(torch.uint8).view(7, 2 * BLOCK_BYTES)
     before, after = (rows_only(data.draw(spreads(2, ranks_max=6))) for _ in range(2))
     assert check(whole, before, after) == wanted_bytes(whole, after)
 

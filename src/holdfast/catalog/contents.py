@@ -15,7 +15,7 @@ from functools import partial
 from holdfast.catalog.findings import Finding
 from holdfast.errors import HoldfastError
 from holdfast.format.archive import Record, read_records, windowed
-from holdfast.format.checksum import BLOCK_BYTES, Running, checksum, num_blocks
+from holdfast.format.checksum import Running, checksum, num_blocks
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry, ValueEntry
 from holdfast.format.torchzip import frame, locate
@@ -74,12 +74,22 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A stretch of a file, and what its bytes should be: their checksum, or the bytes."""
+    """A stretch of a file, and what its bytes should be: their checksum, those of the blocks in it,
+    or the bytes."""
 
     span: Span
-    expected: int | bytes
+    expected: int | bytes | _Blocks
     entry: str
-    block: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """Blocks of a chunk that follow each other."""
+
+    first: int
+    checksums: Sequence[int]
+    nbytes: int
+    """Of each but the last."""
 
 
 def check_pieces(
@@ -100,7 +110,8 @@ def check_pieces(
         items.setdefault(value.file, []).append((value.item, name, value, None))
     for file in files:
         placed = sorted(items.get(file, ()), key=lambda item: (item[0].offset, item[0].nbytes))
-        pieces = _pieces(placed, manifest.tables[file].offset, checksums.get(file))
+        table = _Blocks(0, checksums.get(file, ()), manifest.block_bytes)
+        pieces = _pieces(placed, manifest.tables[file].offset, table)
         for window in _grouped(pieces):
             yield partial(_check_window, reader_of(file), window)
 
@@ -108,8 +119,9 @@ def check_pieces(
 def _pieces(
     items: Sequence[tuple[Span, str, TensorEntry | ValueEntry, Chunk | None]],
     nbytes: int,
-    checksums: Sequence[int] | None,
+    table: _Blocks,
 ) -> Iterator[_Piece]:
+    """Of a file whose items end at `nbytes`; `table` has all of its blocks, or none."""
     position, before = 0, None
     for item, name, entry, chunk in items:
         if item == before:
@@ -117,7 +129,7 @@ def _pieces(
             continue
         yield from _gap(position, item.offset)
         if chunk is not None and isinstance(entry, TensorEntry):
-            yield from _chunk_pieces(name, entry.dtype, chunk, checksums)
+            yield from _chunk_pieces(name, entry.dtype, chunk, table)
         elif isinstance(entry, ValueEntry):
             yield _Piece(item, entry.checksum or 0, name)
         position, before = max(position, item.stop), item
@@ -130,17 +142,17 @@ def _gap(start: int, stop: int) -> Iterator[_Piece]:
         yield _Piece(Span(at, nbytes), bytes(nbytes), "")
 
 
-def _chunk_pieces(
-    name: str, dtype: str, chunk: Chunk, checksums: Sequence[int] | None
-) -> Iterator[_Piece]:
+def _chunk_pieces(name: str, dtype: str, chunk: Chunk, table: _Blocks) -> Iterator[_Piece]:
     prefix, suffix = frame(dtype, chunk.region.shape, chunk.item.offset)
     start = chunk.data_offset if chunk.data_offset is not None else chunk.item.offset + len(prefix)
     stop = start + chunk.region.num_elements * dtype_of(dtype).itemsize
     yield _Piece(Span(chunk.item.offset, start - chunk.item.offset), prefix, name)
-    first = chunk.first_block or 0
-    for block, expected in enumerate((checksums or ())[first : first + num_blocks(stop - start)]):
-        at = start + block * BLOCK_BYTES
-        yield _Piece(Span(at, min(BLOCK_BYTES, stop - at)), expected, name, block)
+    before = chunk.first_block or 0
+    for at in range(start, stop if table.checksums else start, WINDOW_BYTES):
+        nbytes, first = min(WINDOW_BYTES, stop - at), (at - start) // table.nbytes
+        last = first + num_blocks(nbytes, table.nbytes)
+        sums = table.checksums[before + first : before + last]
+        yield _Piece(Span(at, nbytes), _Blocks(first, sums, table.nbytes), name)
     yield _Piece(Span(stop, chunk.item.stop - stop), suffix, name)
 
 
@@ -167,15 +179,20 @@ def _check_window(reader: Reader, pieces: Sequence[_Piece]) -> list[Finding]:
             running = Running()
             for window in reader.windows(piece.span):
                 running.add(window)
-            return _compare(reader.file, piece, running.value)
+            return _compare(reader.file, piece, [running.value], [piece.expected])
         data = next(reader.windows(Span(first, last - first)), memoryview(b""))
     except HoldfastError as error:
         return [_unreadable(reader.file, pieces[0].entry, error)]
     findings = []
     for piece in pieces:
         view = data[piece.span.offset - first : piece.span.stop - first]
-        if isinstance(piece.expected, int):
-            findings += _compare(reader.file, piece, checksum(view))
+        if isinstance(piece.expected, _Blocks):
+            # By number: where the file ends early there are blocks without a byte.
+            nbytes, expected = piece.expected.nbytes, piece.expected.checksums
+            found = [checksum(view[n * nbytes : (n + 1) * nbytes]) for n in range(len(expected))]
+            findings += _compare(reader.file, piece, found, expected)
+        elif isinstance(piece.expected, int):
+            findings += _compare(reader.file, piece, [checksum(view)], [piece.expected])
         elif view != piece.expected:
             at = piece.span.offset + _first_difference(view, piece.expected)
             what = f"byte {at} around its data is not what was written"
@@ -185,11 +202,18 @@ def _check_window(reader: Reader, pieces: Sequence[_Piece]) -> list[Finding]:
     return findings
 
 
-def _compare(file: str, piece: _Piece, found: int) -> list[Finding]:
-    if found == piece.expected:
-        return []
-    what = f"has checksum {found:016x}, which is not that of what was written"
-    return [Finding("data", file, what, piece.entry, piece.block)]
+def _compare(
+    file: str, piece: _Piece, found: Sequence[int], expected: Sequence[object]
+) -> list[Finding]:
+    first = piece.expected.first if isinstance(piece.expected, _Blocks) else None
+    return [
+        Finding(
+            *("data", file, f"has checksum {one:016x}, which is not that of what was written"),
+            *(piece.entry, None if first is None else first + n),
+        )
+        for n, (one, other) in enumerate(zip(found, expected, strict=True))
+        if one != other
+    ]
 
 
 def _first_difference(found: memoryview, expected: bytes) -> int:

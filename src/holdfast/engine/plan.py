@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.errors import MismatchError
-from holdfast.format.checksum import BLOCK_BYTES
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Path
 from holdfast.format.region import Region, first_overlap
@@ -27,7 +26,7 @@ from holdfast.state.shard import Mesh, Spread, pieces_of
 
 Ints = NDArray[np.int64]
 
-STRETCH_BYTES_MIN = BLOCK_BYTES
+STRETCH_BYTES_MIN = 1 << 20
 """What several ranks hold is not shared out in less."""
 
 

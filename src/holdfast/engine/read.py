@@ -352,7 +352,7 @@ class _Batch:
                 raise ends_inside(source, file, item.name, start + done)
             sums = source.checksums(item.chunk, item.nbytes)
             if sums is not None:
-                check(source, file, item.name, 0, worker.room[at : at + item.nbytes], sums[0])
+                check(source, file, item.name, 0, worker.room[at : at + item.nbytes], sums)
             shape = item.chunk.region.shape
             count = item.nbytes // item.dtype.itemsize
             held = torch.frombuffer(worker.room, dtype=item.dtype, count=count, offset=at)

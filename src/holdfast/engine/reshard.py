@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from holdfast.errors import DamagedError
+from holdfast.format.checksum import BLOCK_BYTES
 from holdfast.format.manifest import Chunk, TensorEntry
 from holdfast.format.region import Region, first_overlap
 from holdfast.format.torchzip import contiguous_strides
 
-RUN_BYTES_MIN = 1 << 20
+RUN_BYTES_MIN = BLOCK_BYTES
 """Runs at least this long are read one by one; shorter ones together with the gaps between them."""
 
 

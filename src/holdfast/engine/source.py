@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from holdfast.catalog.catalog import place, read_checksums
 from holdfast.errors import DamagedError
-from holdfast.format.checksum import BLOCK_BYTES, checksum, num_blocks
+from holdfast.format.checksum import BLOCK_BYTES_MAX, block_checksums, checksum, num_blocks
 from holdfast.format.manifest import Chunk, Manifest, Span, ValueEntry
 from holdfast.storage.store import Reader, ReadStore
 
@@ -16,8 +16,11 @@ WINDOW_BYTES = 2 << 20
 """Most bytes of a chunk that are asked for at once, but for those that go straight to their place.
 Whole blocks, few enough to be in cache from their checksum when they are taken on from there."""
 
-ROOM_BYTES = WINDOW_BYTES + 2 * BLOCK_BYTES
+ROOM_BYTES = WINDOW_BYTES + 2 * BLOCK_BYTES_MAX
 """Held beside the target, a thread: a window, and the rest of the blocks at its ends."""
+
+CHECKED_BYTES = BLOCK_BYTES_MAX
+"""Read at once, of what is checked: whole blocks, few enough to be in cache from the read."""
 
 HINT = "leave out `load_step` to resume from the newest good step"
 
@@ -48,7 +51,7 @@ class Source:
             self.tables[chunk.file] = read_checksums(
                 self.store, self.folder, self.manifest, chunk.file
             )
-        stop = chunk.first_block + num_blocks(nbytes)
+        stop = chunk.first_block + num_blocks(nbytes, self.manifest.block_bytes)
         return self.tables[chunk.file][chunk.first_block : stop]
 
 
@@ -98,13 +101,16 @@ class ChunkData:
         if self._checksums is None:
             self._fill(start, target)
             return
+        whole = self._source.manifest.block_bytes
         at = start
         while at < stop:
-            end = min((at // BLOCK_BYTES + 1) * BLOCK_BYTES, stop)
-            whole = at % BLOCK_BYTES == 0 and end in (at + BLOCK_BYTES, self._span.nbytes)
-            # A block at a time: so it is in cache when its checksum is taken.
+            end = min((at // CHECKED_BYTES + 1) * CHECKED_BYTES, stop)
+            if at % whole:
+                end = min((at // whole + 1) * whole, stop)
+            elif end < self._span.nbytes and end // whole * whole > at:
+                end = end // whole * whole
             into = target[at - start : end - start]
-            if whole:
+            if (at, end) == self._blocks(at, end):
                 self._fill(at, into)
             else:
                 into[:] = self.window(at, end)
@@ -114,15 +120,14 @@ class ChunkData:
         """Bytes `start` to `stop`, at most `WINDOW_BYTES`, good until the next call."""
         first, last = start, stop
         if self._checksums is not None:
-            first = start // BLOCK_BYTES * BLOCK_BYTES
-            last = min(-(-stop // BLOCK_BYTES) * BLOCK_BYTES, self._span.nbytes)
+            first, last = self._blocks(start, stop)
         lo, hi = self._held
         kept = min(hi, last) - first if lo <= first < hi else 0
         if kept and lo < first:
             self._room[:kept] = self._room[first - lo : first - lo + kept]
         self._held = (0, 0)
-        for at in range(first + kept, last, BLOCK_BYTES):
-            self._fill(at, self._room[at - first : min(at + BLOCK_BYTES, last) - first])
+        for at in range(first + kept, last, CHECKED_BYTES):
+            self._fill(at, self._room[at - first : min(at + CHECKED_BYTES, last) - first])
         if self._checksums is not None:
             self._held = (first, last)
         return self._room[start - first : stop - first]
@@ -136,8 +141,13 @@ class ChunkData:
                 hint=HINT,
             )
 
+    def _blocks(self, start: int, stop: int) -> tuple[int, int]:
+        """The same range, and what is left of the blocks at its ends."""
+        whole = self._source.manifest.block_bytes
+        return start // whole * whole, min(-(-stop // whole) * whole, self._span.nbytes)
+
     def _fill(self, start: int, target: memoryview) -> None:
-        """Bytes from `start` on, checked: one block, or any where no checksums were kept."""
+        """Bytes from `start` on, checked: whole blocks, or any where no checksums were kept."""
         done = self._reader.read_into(self._span.offset + start, target)
         if done != len(target):
             raise ends_inside(
@@ -145,23 +155,27 @@ class ChunkData:
             )
         self.num_read += done
         if self._checksums is not None:
-            index = start // BLOCK_BYTES
-            check(self._source, self._file, self._name, index, target, self._checksums[index])
+            whole = self._source.manifest.block_bytes
+            first = start // whole
+            expected = self._checksums[first : first + num_blocks(done, whole)]
+            check(self._source, self._file, self._name, first, target, expected)
         elif self._crc32:
             self._crc32 = (zlib.crc32(target, self._crc32[0]), self._crc32[1])
 
 
 def check(
-    source: Source, file: str, name: str, block: int, data: memoryview, expected: int
+    source: Source, file: str, name: str, first: int, data: memoryview, expected: Sequence[int]
 ) -> None:
-    """Refuse a block of a tensor that is not what was written."""
-    found = checksum(data)
-    if found != expected:
-        raise DamagedError(
-            f"`{source.url}/{file}`: block {block} of `{name}` has checksum {found:016x}, "
-            f"the manifest says {expected:016x}",
-            hint=HINT,
-        )
+    """Refuse blocks of a tensor, from number `first` on, that are not what was written."""
+    found = block_checksums(data, source.manifest.block_bytes)
+    if found == [*expected]:
+        return
+    n = next(n for n, (one, other) in enumerate(zip(found, expected, strict=True)) if one != other)
+    raise DamagedError(
+        f"`{source.url}/{file}`: block {first + n} of `{name}` has checksum {found[n]:016x}, "
+        f"the manifest says {expected[n]:016x}",
+        hint=HINT,
+    )
 
 
 def ends_inside(source: Source, file: str, name: str, position: int) -> DamagedError:

@@ -14,9 +14,12 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 
 ALGORITHM = "xxh3-64"
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 128 << 10
 """Bytes of raw tensor data under one checksum, counted from the start of each chunk. A partial read
 reads and checks whole blocks, so this bounds what it reads beside what it wants."""
+
+BLOCK_BYTES_MAX = 1 << 20
+"""In a checkpoint that is read: those of the first versions have blocks as large."""
 
 NBYTES = 8
 """Of one checksum in a table."""
@@ -46,16 +49,23 @@ class Running:
         return self._state.intdigest()
 
 
-def num_blocks(nbytes: int) -> int:
+def is_block(nbytes: object) -> bool:
+    """Whether a stranger's checkpoint may have blocks of so many bytes."""
+    return nbytes in [BLOCK_BYTES << n for n in range(4)]
+
+
+def num_blocks(nbytes: int, block_bytes: int = BLOCK_BYTES) -> int:
     """How many checksums that many bytes have."""
-    return -(-nbytes // BLOCK_BYTES)
+    return -(-nbytes // block_bytes)
 
 
-def block_checksums(data: memoryview) -> list[int]:
+def block_checksums(data: memoryview, block_bytes: int = BLOCK_BYTES) -> list[int]:
     """One checksum a block; the last block may be short. Start on a block boundary."""
+    if len(data) <= block_bytes:
+        return [xxh3_64_intdigest(data)] if data else []
     return [
-        xxh3_64_intdigest(data[start : start + BLOCK_BYTES])
-        for start in range(0, len(data), BLOCK_BYTES)
+        xxh3_64_intdigest(data[start : start + block_bytes])
+        for start in range(0, len(data), block_bytes)
     ]
 
 

@@ -111,6 +111,9 @@ class Manifest:
     tables: Mapping[str, Table] = field(default_factory=dict)
     """Checksums of the blocks in each data file; only Holdfast's own have them."""
 
+    block_bytes: int = checksum.BLOCK_BYTES
+    """Of raw data under one of these checksums."""
+
     step: int | None = None
     kind: Kind | None = None
     """`full` can be resumed from, `model` holds the model alone; None where nobody said."""
@@ -204,7 +207,7 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
         **({"metrics": _encode_metrics(manifest.metrics)} if manifest.metrics else {}),
         **({"model": dict(manifest.model)} if manifest.model else {}),
         **({"timings": timings.encode(manifest.timings)} if manifest.timings else {}),
-        "checksums": {"algorithm": checksum.ALGORITHM, "block_bytes": checksum.BLOCK_BYTES},
+        "checksums": {"algorithm": checksum.ALGORITHM, "block_bytes": manifest.block_bytes},
         "metadata": manifest.metadata,
         "files": [
             [file, nbytes, manifest.tables[file].offset, _hex(manifest.tables[file].checksum)]
@@ -299,7 +302,8 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
             if older
             else "pip install --upgrade holdfast",
         )
-    if body["checksums"] != {"algorithm": checksum.ALGORITHM, "block_bytes": checksum.BLOCK_BYTES}:
+    block_bytes = body["checksums"]["block_bytes"]
+    if body["checksums"]["algorithm"] != checksum.ALGORITHM or not checksum.is_block(block_bytes):
         raise FormatError(f"`{where}` has unknown checksums: {body['checksums']}")
     files: list[_File] = []
     for name, nbytes, offset, found in body["files"]:
@@ -307,10 +311,14 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
         files.append(_file(name, count_of(nbytes), count_of(offset), found))
     values = [entry for stored in body["values"] for entry in _values(stored, files)]
     manifest = Manifest(
-        tensors={name: _tensor(name, e, files) for name, e in body["tensors"].items()},
+        tensors={
+            name: _tensor(name, entry, files, block_bytes)
+            for name, entry in body["tensors"].items()
+        },
         values=dict(values),
         files={file.name: file.nbytes for file in files},
         tables={file.name: file.table for file in files},
+        block_bytes=block_bytes,
         step=None if body["step"] is None else count_of(body["step"]),
         kind=body["kind"],
         created=str(body["created"]),
@@ -353,7 +361,7 @@ def _file(name: str, nbytes: int, offset: int, stored: str) -> _File:
     return _File(name, nbytes, Table(offset, found), num_blocks)
 
 
-def _tensor(name: str, entry: dict[str, Any], files: list[_File]) -> TensorEntry:
+def _tensor(name: str, entry: dict[str, Any], files: list[_File], block_bytes: int) -> TensorEntry:
     shape = tuple(map(count_of, entry["shape"]))
     itemsize = dtype_of(entry["dtype"]).itemsize
     chunks = []
@@ -368,7 +376,7 @@ def _tensor(name: str, entry: dict[str, Any], files: list[_File]) -> TensorEntry
             raise ValueError(f"`{name}`: chunk {region} is outside of the shape {shape}")
         if not item.offset <= data_offset <= data_offset + data_bytes <= item.stop:
             raise ValueError(f"`{name}`: data at {data_offset} is outside of its item {item}")
-        if first_block + checksum.num_blocks(data_bytes) > file.num_blocks:
+        if first_block + checksum.num_blocks(data_bytes, block_bytes) > file.num_blocks:
             raise ValueError(f"`{name}`: its checksums are outside of those of `{file.name}`")
         chunks.append(Chunk(region, file.name, item, data_offset, first_block))
     return TensorEntry(entry["dtype"], shape, tuple(chunks), path_of(entry.get("path", [name])))

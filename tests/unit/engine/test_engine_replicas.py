@@ -18,6 +18,7 @@ from holdfast.engine.load import Replicas, load_tree
 from holdfast.engine.ranks import Ranks
 from holdfast.engine.read import threads_for
 from holdfast.engine.source import Source
+from holdfast.format.checksum import BLOCK_BYTES
 from holdfast.format.manifest import Manifest
 from holdfast.state.objects import StateTree
 from holdfast.storage.local import LocalStore
@@ -149,7 +150,7 @@ def test_what_goes_wrong_on_one_reader_ends_the_load_on_all(
 
         store.fail = fail
     expected = {
-        "damage": (holdfast.DamagedError, "block 9 of `large`"),
+        "damage": (holdfast.DamagedError, f"block {(9 << 20) // BLOCK_BYTES} of `large`"),
         "gone": (holdfast.NotFoundError, data.name),
         "store": (holdfast.StorageError, "the mount is gone"),
     }
