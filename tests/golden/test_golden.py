@@ -2,7 +2,8 @@
 
 `solo`, `ranks` (two processes, some tensors sharded), `timed` (with metrics, timings and a model),
 `blocks` (checksums of 128 KiB, those before it of 1 MiB) and `stock` (torch 2.13's own `save`) are
-as they were written by the versions that their manifests name. They are never written anew: a format that changes gets further ones.
+as they were written by the versions that their manifests name. They are never written anew: a
+format that changes gets further ones.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from holdfast.catalog.catalog import Catalog
+from holdfast.engine.collector import collector_at_rest
 from holdfast.engine.index import Index
 from holdfast.engine.publish import Facts, publish
 from holdfast.engine.ranks import Ranks, conclude
@@ -34,7 +35,8 @@ def commit(
 
     def finish(receipts: Sequence[Receipt]) -> int:
         assert index is not None
-        return publish(attempt, receipts, index, facts, catalog)
+        with collector_at_rest():
+            return publish(attempt, receipts, index, facts, catalog)
 
     try:
         return conclude(ranks, written, finish)

@@ -13,6 +13,7 @@ import torch
 
 from holdfast.catalog.catalog import open_manifest
 from holdfast.catalog.findings import PARTS
+from holdfast.engine.collector import collector_at_rest
 from holdfast.engine.ranks import Ranks, all_ranks, hosts_of, on_every_rank, on_rank_0
 from holdfast.engine.read import Wanted, read_tensors, threads_for
 from holdfast.engine.replicas import Place, ask, read_shared
@@ -75,7 +76,8 @@ def load(path: str | os.PathLike[str], state: Mapping[str, Any], *, strict: bool
     store, name = open_for_reading(path)
     ranks = all_ranks()
     try:
-        manifest = on_rank_0(ranks, lambda: open_manifest(store, name))
+        with collector_at_rest():
+            manifest = on_rank_0(ranks, lambda: open_manifest(store, name))
         source = Source(store, name, manifest)
         return load_tree(source, StateTree(state), ranks=ranks, strict=strict)
     finally:
@@ -111,7 +113,7 @@ def load_tree(
     """
     spans = Spans()
     manifest = source.manifest
-    with spans("plan"):
+    with spans("plan"), collector_at_rest():
         leaves = on_every_rank(ranks, tree.leaves)
         stored = {name: (entry.dtype, entry.shape) for name, entry in manifest.tensors.items()}
         room = on_every_rank(ranks, lambda: tree.room_for(stored))
@@ -121,8 +123,8 @@ def load_tree(
         lacking = [n for n, leaf in leaves.items() if n not in stored and tree.lacks(leaf.path)]
         leaves = on_every_rank(ranks, lambda: _leaves_with_room(manifest, tree, stored))
         leaves = {name: leaf for name, leaf in leaves.items() if name not in unfit}
-    with spans("read"):
         wanted, entries = on_every_rank(ranks, lambda: _wanted(manifest, leaves))
+    with spans("read"):
         nbytes, containers = _read(source, wanted.values(), entries, ranks, fill, replicas)
         values = on_every_rank(ranks, lambda: _values(source, leaves, wanted, containers))
     with spans("apply"):

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from holdfast.engine.collector import collector_at_rest
 from holdfast.engine.reshard import Part, moves, parts
 from holdfast.engine.source import (
     HINT,
@@ -67,6 +68,12 @@ def read_tensors(source: Source, wanted: Sequence[Wanted], threads: int | None =
     Raises:
         DamagedError: bytes that are not those that were written, or not there.
     """
+    return _run(source, _jobs(source, wanted), threads or threads_for(1))
+
+
+@collector_at_rest()
+def _jobs(source: Source, wanted: Sequence[Wanted]) -> list[_Job]:
+    """What there is to read, in the order of its bytes."""
     jobs: list[_Job] = []
     small: list[_Small] = []
     for want in wanted:
@@ -85,7 +92,7 @@ def read_tensors(source: Source, wanted: Sequence[Wanted], threads: int | None =
                     jobs += _stretches(want.name, dtype, chunk, move.region, target)
     jobs += _batches(small)
     jobs.sort(key=lambda job: (job.chunk.file, job.start))
-    return _run(source, jobs, threads or threads_for(1))
+    return jobs
 
 
 def within(tensor: torch.Tensor, box: Region) -> torch.Tensor:

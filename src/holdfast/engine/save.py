@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.engine.background import make_way
+from holdfast.engine.collector import collector_at_rest
 from holdfast.engine.commit import commit
 from holdfast.engine.index import Index
 from holdfast.engine.planner import Held, Planner
@@ -49,6 +50,7 @@ class Saved:
     spans: Spans
 
 
+@collector_at_rest()
 def save(
     path: str | os.PathLike[str], state: Mapping[str, Any], *, overwrite: bool = False
 ) -> Saved:
@@ -260,6 +262,7 @@ def _live(held: Held, item: TensorItem) -> torch.Tensor:
     return box_of(layout.local, local)
 
 
+@cache
 def _versions() -> dict[str, str]:
     return {
         "holdfast": version("holdfast"),

@@ -13,6 +13,9 @@ from holdfast.errors import FormatError, UsageError
 _KNOWN_MAX = 1000
 _MEMBERS_MAX = 16
 _SCALARS = (bool, int, float, str, type(None))
+_DEPTH_MAX = 16
+_INT_MAX = 1 << 64
+"""Far larger ones have an opcode of their own, which not every torch reads."""
 
 
 def encode_value(name: str, value: Any) -> bytes:
@@ -24,7 +27,8 @@ def encode_value(name: str, value: Any) -> bytes:
     buffer = io.BytesIO()
     try:
         torch.save(value, buffer)
-        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+        if not reads_back(value):
+            torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
     except (pickle.PicklingError, AttributeError, TypeError, pickle.UnpicklingError) as error:
         raise UsageError(
             f"`{name}` is a {type(value).__module__}.{type(value).__qualname__}, "
@@ -33,6 +37,18 @@ def encode_value(name: str, value: Any) -> bytes:
             "a checkpoint, and rebuild the object from them in `load_state_dict`",
         ) from error
     return buffer.getvalue()
+
+
+def reads_back(value: Any, depth: int = 0) -> bool:
+    """Whether it is made of plain values alone, so that there is no need to try: the state of
+    Python's random numbers has 625 of them, and is another in each save."""
+    if type(value) is int:
+        return -_INT_MAX < value < _INT_MAX
+    if type(value) in (list, tuple):
+        return depth < _DEPTH_MAX and all(reads_back(member, depth + 1) for member in value)
+    if type(value) is dict:
+        return all(type(key) is str for key in value) and reads_back([*value.values()], depth)
+    return type(value) in _SCALARS
 
 
 class Containers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from operator import le
+from operator import le, sub
 
 from holdfast.errors import FormatError
 
@@ -48,18 +48,16 @@ class Region:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(stop - start for start, stop in zip(self.start, self.stop, strict=True))
+        return tuple(map(sub, self.stop, self.start))
 
     @property
     def num_elements(self) -> int:
-        return prod(self.shape)
+        return prod(map(sub, self.stop, self.start))
 
     def within(self, outer: Region) -> Region:
         """The same elements, counted from the first element of `outer`, which holds them all."""
-        return Region(
-            tuple(s - o for s, o in zip(self.start, outer.start, strict=True)),
-            tuple(s - o for s, o in zip(self.stop, outer.start, strict=True)),
-        )
+        origin = outer.start
+        return Region(tuple(map(sub, self.start, origin)), tuple(map(sub, self.stop, origin)))
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether every element lies inside a tensor of this shape."""

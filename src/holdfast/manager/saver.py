@@ -11,6 +11,7 @@ import torch
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.engine.background import Background
+from holdfast.engine.collector import collector_at_rest
 from holdfast.engine.planner import Planner
 from holdfast.engine.ranks import Ranks, conclude, on_every_rank, outcome_of
 from holdfast.engine.save import Pending, begin_save, discard, finish_save, take_snapshot
@@ -97,18 +98,19 @@ class Saver:
         try:
             if use in ("beside", "alone"):
                 self._hub.prepare()
-            pending = begin_save(
-                self._hub.catalog if use == "alone" else self._catalog,
-                step_name(step),
-                on_every_rank(self._ranks, leaves),
-                ranks=self._ranks,
-                planner=self._hub.planner if use == "alone" else self._planner,
-                step=step,
-                kind=kind,
-                dtype=dtype,
-                metrics=metrics,
-                model=self._hub.config,
-            )
+            with collector_at_rest():
+                pending = begin_save(
+                    self._hub.catalog if use == "alone" else self._catalog,
+                    step_name(step),
+                    on_every_rank(self._ranks, leaves),
+                    ranks=self._ranks,
+                    planner=self._hub.planner if use == "alone" else self._planner,
+                    step=step,
+                    kind=kind,
+                    dtype=dtype,
+                    metrics=metrics,
+                    model=self._hub.config,
+                )
             if self._in_background and self._has_room(pending):
                 later = self._changed_by_optimizers() if self._overlapping else ()
                 staged, self._staging = take_snapshot(
@@ -118,7 +120,8 @@ class Saver:
                 if not later:
                     self._staging.wait()
             else:
-                self._finish(pending, step, use)
+                with collector_at_rest():
+                    self._finish(pending, step, use)
         except HoldfastError as error:
             self._survive(error)
             return False

@@ -1,0 +1,33 @@
+"""Python's garbage collector, at rest while many small objects are made."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_mutex = threading.Lock()
+_resting = 0
+
+
+@contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """Nothing is collected until the last thread in here has left; whether it is afterwards is as
+    before. For short work alone: cycles that training makes meanwhile stay until then.
+
+    A plan makes thousands of objects that all live on. Each few thousand of them make the collector
+    look at every object of the process, which took a third of a save of 8,000 small tensors.
+    """
+    global _resting
+    with _mutex:
+        rested = not gc.isenabled() and not _resting
+        gc.disable()
+        _resting += not rested
+    try:
+        yield
+    finally:
+        with _mutex:
+            _resting -= not rested
+            if not rested and not _resting:
+                gc.enable()

@@ -1,0 +1,45 @@
+"""Which values are read back before they are written, and which need not be."""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import PurePosixPath
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holdfast.engine.values import encode_value, reads_back
+from holdfast.errors import UsageError
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda members: (
+        st.lists(members)
+        | st.lists(members).map(tuple)
+        | st.dictionaries(st.text(), members, max_size=5)
+    ),
+    max_leaves=20,
+)
+
+
+@given(PLAIN)
+def test_what_need_not_be_tried_reads_back_equal(value: Any) -> None:
+    """G12. Method: any plain value, as torch reads it without running code."""
+    if reads_back(value):
+        container = encode_value("value", value)
+        assert torch.load(io.BytesIO(container), weights_only=True) == value
+
+
+def test_the_state_of_random_numbers_need_not_be_tried_and_objects_must() -> None:
+    """G12. Method: also an object inside of plain values, and a list that holds itself."""
+    assert reads_back(random.getstate())
+    endless: list[Any] = []
+    endless.append(endless)
+    for other in (PurePosixPath("a"), [{"a": (1, PurePosixPath("b"))}], {1: 2}, 1 << 64, endless):
+        assert not reads_back(other)
+    with pytest.raises(UsageError, match="cannot be read back safely"):
+        encode_value("value", [{"a": (1, object())}])
