@@ -186,10 +186,7 @@ class StockIndex:
         self._out.raw(b")\x81}(")
 
     def _put_once(self, table: TensorTable) -> None:
-        """As `_put_tensor`; for tensors of one chunk that lie alike the bytes are made once."""
-        if len(table.start) > 1:
-            self._put_tensor(table)
-            return
+        """As `_put_tensor`; for tensors that lie alike the bytes are made once."""
         key = (table.dtype, table.shape, table.start.tobytes(), table.stop.tobytes())
         if key in self._alike:
             self._out.raw(self._alike[key])
@@ -290,7 +287,8 @@ class _Gets:
 _Part = bytes | Ints | _Gets
 """Of a row: the same in each; or an int of its own, or something known, in each."""
 
-_FEW = 4
+_FEW = 24
+"""Rows that are sooner written one by one than all at once by numpy."""
 
 
 def _rows(count: int, *parts: _Part) -> bytes:

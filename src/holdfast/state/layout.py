@@ -45,7 +45,7 @@ def layout_of(name: str, tensor: torch.Tensor, known: Known | None = None) -> La
     dtype = dtype_name(tensor.dtype)
     shape = tuple(tensor.shape)
     if isinstance(tensor, DTensor):
-        local = tensor.to_local().detach()
+        local = _local(tensor)
         spread, pieces = _spread_of(name, tensor, {} if known is None else known)
         held = sum(piece.region.num_elements for piece in pieces)
         if held != local.numel():
@@ -79,12 +79,18 @@ def same_memory(tensor: torch.Tensor) -> tuple[object, ...] | None:
     """
     local, placements = tensor, ""
     if isinstance(tensor, DTensor):
-        local, placements = tensor.to_local(), str(tensor.placements)
+        local, placements = _local(tensor), str(tensor.placements)
     if not local.numel():
         return None
     place = (local.device, local.data_ptr(), local.dtype, local.stride())
     # Bits by which a view stands for other values than those in memory.
     return (place, tensor.shape, placements, local.is_conj(), local.is_neg())
+
+
+def _local(tensor: DTensor) -> torch.Tensor:
+    # With gradients it is a step of autograd, which takes ten times as long.
+    with torch.no_grad():
+        return tensor.to_local().detach()
 
 
 def _spread_of(name: str, tensor: DTensor, known: Known) -> tuple[Spread | None, tuple[Piece, ...]]:
