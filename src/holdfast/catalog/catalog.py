@@ -7,7 +7,7 @@ first of its files goes. So whatever bears a checkpoint's name is whole, at ever
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
@@ -66,7 +66,7 @@ class Catalog:
 
     def begin(self, name: str) -> Aside:
         """A new, empty folder to write checkpoint `name` into."""
-        attempt = Aside("attempt", name, secrets.token_hex(4))
+        attempt = Aside("attempt", name, os.urandom(4).hex())
         self.store.make_folder(str(attempt))
         return attempt
 
@@ -109,7 +109,7 @@ class Catalog:
     def let_go(self, name: str) -> Aside:
         """Take a checkpoint's name away, at one instant. What is left looks like nothing whole, and
         is deleted by `execute` of what `plan_removals` or the next sweep finds."""
-        aside = Aside("removing", name, secrets.token_hex(4))
+        aside = Aside("removing", name, os.urandom(4).hex())
         self.store.rename(name, str(aside))
         return aside
 

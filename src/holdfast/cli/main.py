@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -44,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(given)
     except HoldfastError as error:
         if "--debug" in given:
+            import traceback  # Not at the top: a verb that goes well need not wait for it.
+
             traceback.print_exc()
         sys.stderr.write(f"error: {error}\n")
         return error.exit_status

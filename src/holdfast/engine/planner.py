@@ -58,7 +58,7 @@ class Planner:
     def hold(self, leaves: Mapping[str, Leaf], dtype: torch.dtype | None) -> Held:
         """What this rank has to offer; floating-point tensors as `dtype`, where one is given."""
         held = Held()
-        names: dict[tuple[object, ...], str] = {}
+        names: dict[int, list[str]] = {}
         for name, leaf in leaves.items():
             head, dot, _ = name.partition(".")
             offer = held.offers.setdefault(head if dot else "", Offer())
@@ -67,10 +67,14 @@ class Planner:
                 offer.values[name] = leaf.path
                 continue
             layout = layout_of(name, leaf.value, self._known)
-            memory = same_memory(leaf.value)
-            if memory is not None and names.setdefault(memory, name) != name:
-                offer.aliases[name] = (names[memory], leaf.path)
-                continue
+            if layout.local.numel():
+                # Few begin where another does: only of these more is looked at.
+                beside = names.setdefault(layout.local.data_ptr(), [])
+                tied = [n for n in beside if same_memory(leaf.value, leaves[n].value)]
+                if tied:
+                    offer.aliases[name] = (tied[0], leaf.path)
+                    continue
+                beside.append(name)
             held.layouts[name] = layout
             stored_as = layout.dtype
             if dtype is not None and layout.local.is_floating_point():

@@ -256,10 +256,11 @@ def _begin(catalog: Catalog, name: str, nbytes: int) -> Aside:
 def _live(held: Held, item: TensorItem) -> torch.Tensor:
     """A region of the tensor that training goes on with."""
     layout, region = held.layouts[item.name], item.region
+    piece = layout.pieces[0]
     # Most are written whole, by the rank that has them: then there is nothing to work out.
-    piece = next(p for p in layout.pieces if p.region == region or p.region & region == region)
-    local = piece.local if piece.region == region else piece.local_of(region)
-    return box_of(layout.local, local)
+    if piece.region != region:
+        piece = next(p for p in layout.pieces if p.region & region == region)
+    return box_of(layout.local, piece.local_of(region))
 
 
 @cache

@@ -72,16 +72,19 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def same_memory(tensor: torch.Tensor) -> tuple[object, ...] | None:
-    """A key that two tensors share where they are one: tied weights. None where there is no memory.
+def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are one: tied weights. Views of one storage are not, unless they are the
+    same view; nor are tensors without elements."""
+    return bool(_elements(one) and _elements(one) == _elements(other))
 
-    Views of one storage differ in it unless they are the same view.
-    """
+
+def _elements(tensor: torch.Tensor) -> tuple[object, ...]:
+    """All that says which elements a tensor stands for; nothing where it has none."""
     local, placements = tensor, ""
     if isinstance(tensor, DTensor):
         local, placements = _local(tensor), str(tensor.placements)
     if not local.numel():
-        return None
+        return ()
     place = (local.device, local.data_ptr(), local.dtype, local.stride())
     # Bits by which a view stands for other values than those in memory.
     return (place, tensor.shape, placements, local.is_conj(), local.is_neg())

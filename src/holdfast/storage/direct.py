@@ -7,13 +7,16 @@ import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Thread
+from typing import TYPE_CHECKING
 
 from holdfast.storage.store import Buffer
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 PAGE_BYTES = 4096
 """Offsets, lengths and addresses of direct writes are multiples of this, on every disk so far."""
@@ -169,6 +172,8 @@ class _Threads:
             self._running.append(thread)
 
     def submit(self, work: Callable[[], None]) -> Future[None]:
+        from concurrent.futures import Future  # Whoever only looks at a store need not wait for it.
+
         future: Future[None] = Future()
         if self._running:
             self._jobs.put((work, future))

@@ -49,8 +49,13 @@ def test_tied_tensors_are_stored_once_and_found_under_both_names(tmp_path: Path)
 
 
 def test_tensors_without_elements_are_never_one() -> None:
-    """G6. Method: they have no memory to tell by."""
-    assert same_memory(torch.empty(0)) is None
+    """G6. Method: they have no memory to tell by; one with elements is itself, and no other view of
+    its memory."""
+    tensor = torch.randn(4, 4)
+    assert not same_memory(torch.empty(0), torch.empty(0))
+    assert same_memory(tensor, tensor.detach())
+    others = (tensor.T, tensor[:2], tensor.view(16), tensor.view(torch.int32), tensor.clone())
+    assert not any(same_memory(tensor, other) for other in others)
 
 
 @pytest.mark.filterwarnings("ignore:.*[Ss]parse")
