@@ -14,7 +14,7 @@ _resting = 0
 @contextmanager
 def collector_at_rest() -> Iterator[None]:
     """Nothing is collected until the last thread in here has left; whether it is afterwards is as
-    before. For short work alone: cycles that training makes meanwhile stay until then.
+    before. For work that is short, or that training waits for: cycles that it makes beside stay.
 
     A plan makes thousands of objects that all live on. Each few thousand of them make the collector
     look at every object of the process, which took a third of a save of 8,000 small tensors.
