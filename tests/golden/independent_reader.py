@@ -33,7 +33,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads(data)
     assert manifest["holdfast"] == 2
     assert manifest["checksums"]["algorithm"] == "xxh3-64"
-    assert manifest["checksums"]["block_bytes"] in [1 << 17, 1 << 18, 1 << 19, 1 << 20]
+    assert manifest["checksums"]["block_bytes"] in [1 << 18, 1 << 19, 1 << 20]
     values = [name for container in manifest["values"] for name in container["entries"]]
     assert not manifest["tensors"].keys() & {*values}
     assert len({*values}) == len(values)

@@ -1,7 +1,7 @@
 """Checkpoints that were written once, and must be read for ever.
 
 `solo`, `ranks` (two processes, some tensors sharded), `timed` (with metrics, timings and a model),
-`blocks` (checksums of 128 KiB, those before it of 1 MiB) and `stock` (torch 2.13's own `save`) are
+`blocks` (checksums of 256 KiB, those before it of 1 MiB) and `stock` (torch 2.13's own `save`) are
 as they were written by the versions that their manifests name. They are never written anew: a
 format that changes gets further ones.
 """
@@ -100,7 +100,7 @@ def test_the_goldens_show_what_they_are_there_for() -> None:
     """Method: two files, sharded tensors, several blocks, tied tensors, an empty one, paths."""
     solo, ranks, timed, blocks = (read_manifest(HERE / name) for name in OURS)
     sizes = [m["checksums"]["block_bytes"] >> 10 for m in (solo, ranks, timed, blocks)]
-    assert sizes == [1024, 1024, 1024, 128]
+    assert sizes == [1024, 1024, 1024, 256]
     assert [*timed["timings"]] == ["plan", "write", "sync"]
     assert timed["metrics"] == {"loss": 2.5, "norm": None}
     assert timed["model"] == {"model_type": "llama", "rope_scaling": None}

@@ -14,7 +14,7 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 
 ALGORITHM = "xxh3-64"
 
-BLOCK_BYTES = 128 << 10
+BLOCK_BYTES = 256 << 10
 """Bytes of raw tensor data under one checksum, counted from the start of each chunk. A partial read
 reads and checks whole blocks, so this bounds what it reads beside what it wants."""
 
@@ -51,7 +51,7 @@ class Running:
 
 def is_block(nbytes: object) -> bool:
     """Whether a stranger's checkpoint may have blocks of so many bytes."""
-    return nbytes in [BLOCK_BYTES << n for n in range(4)]
+    return nbytes in [BLOCK_BYTES << n for n in range(3)]
 
 
 def num_blocks(nbytes: int, block_bytes: int = BLOCK_BYTES) -> int:
