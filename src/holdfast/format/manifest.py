@@ -276,7 +276,7 @@ def decode(data: bytes, *, where: str, entries: bool = True) -> Manifest:
             hint="leave out `load_step` to resume from the newest good step",
         )
     try:
-        whole = json.loads(body)
+        whole = (None if entries else _without_tensors(body)) or json.loads(body)
         if not entries:
             parts = {entry.get("path", [name])[0] for name, entry in whole["tensors"].items()}
             kind = whole["kind"] or ("full" if OPTIMIZER in parts else "model")
@@ -284,6 +284,22 @@ def decode(data: bytes, *, where: str, entries: bool = True) -> Manifest:
         return _decode_body(whole, where)
     except _NO_MANIFEST as error:
         raise FormatError(f"`{where}` is not a manifest: {type(error).__name__} {error}") from error
+
+
+_NEEDED = {"holdfast", "step", "kind", "created", "layout", "checksums", "files", "values"}
+
+
+def _without_tensors(body: bytes) -> dict[str, Any] | None:
+    """A manifest without its tensors, which stand last and are most of it. None where they stand
+    elsewhere, or have to tell of what kind the checkpoint is."""
+    head, found, _ = body.partition(b',"tensors":{')
+    try:
+        whole = json.loads(head + b"}")
+    except ValueError:
+        # Some other member has one of that name.
+        return None
+    known = found and isinstance(whole, dict) and whole.keys() >= _NEEDED and whole["kind"]
+    return {**whole, "tensors": {}} if known else None
 
 
 _NO_MANIFEST = (

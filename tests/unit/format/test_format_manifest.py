@@ -16,6 +16,7 @@ from holdfast.format import checksum
 from holdfast.format.dtypes import BY_NAME
 from holdfast.format.manifest import (
     Chunk,
+    Kind,
     Manifest,
     Path,
     Span,
@@ -134,6 +135,18 @@ def test_without_its_entries_a_manifest_says_the_same_of_the_whole(manifest: Man
     head = decode(encode(manifest), where="here", entries=False)
     whole = decode(encode(manifest), where="here")
     assert head == replace(whole, tensors={}, values={}, kind=kind_of(whole))
+
+
+@pytest.mark.parametrize("kind", ["full", None])
+def test_so_it_does_whatever_its_members_are_called_and_in_whatever_order(kind: Kind) -> None:
+    """Method: a model with a member `tensors`, as long as the true one; then that one first."""
+    model = {"a": 1, "tensors": {"tensors": {"dtype": 2}}, "z": 3}
+    manifest = replace(SMALL, kind=kind, model=model)
+    expected = replace(manifest, tensors={}, values={}, kind=kind_of(manifest))
+    body = body_of(manifest)
+    first = {"tensors": body.pop("tensors"), **body}
+    for data in (encode(manifest), sealed(first)):
+        assert decode(data, where="here", entries=False) == expected
 
 
 @given(manifests())
