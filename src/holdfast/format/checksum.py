@@ -19,7 +19,7 @@ BLOCK_BYTES = 256 << 10
 reads and checks whole blocks, so this bounds what it reads beside what it wants."""
 
 BLOCK_BYTES_MAX = 1 << 20
-"""In a checkpoint that is read: those of the first versions have blocks as large."""
+"""The same in checkpoints that were written first."""
 
 NBYTES = 8
 """Of one checksum in a table."""
@@ -49,11 +49,6 @@ class Running:
         return self._state.intdigest()
 
 
-def is_block(nbytes: object) -> bool:
-    """Whether a stranger's checkpoint may have blocks of so many bytes."""
-    return nbytes in [BLOCK_BYTES << n for n in range(3)]
-
-
 def num_blocks(nbytes: int, block_bytes: int = BLOCK_BYTES) -> int:
     """How many checksums that many bytes have."""
     return -(-nbytes // block_bytes)
@@ -61,8 +56,6 @@ def num_blocks(nbytes: int, block_bytes: int = BLOCK_BYTES) -> int:
 
 def block_checksums(data: memoryview, block_bytes: int = BLOCK_BYTES) -> list[int]:
     """One checksum a block; the last block may be short. Start on a block boundary."""
-    if len(data) <= block_bytes:
-        return [xxh3_64_intdigest(data)] if data else []
     return [
         xxh3_64_intdigest(data[start : start + block_bytes])
         for start in range(0, len(data), block_bytes)

@@ -207,7 +207,7 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
         **({"metrics": _encode_metrics(manifest.metrics)} if manifest.metrics else {}),
         **({"model": dict(manifest.model)} if manifest.model else {}),
         **({"timings": timings.encode(manifest.timings)} if manifest.timings else {}),
-        "checksums": {"algorithm": checksum.ALGORITHM, "block_bytes": manifest.block_bytes},
+        "checksums": _checksums(manifest.block_bytes),
         "metadata": manifest.metadata,
         "files": [
             [file, nbytes, manifest.tables[file].offset, _hex(manifest.tables[file].checksum)]
@@ -227,6 +227,13 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
     for part in parts:
         running.add(part)
     return [*parts[:2], b',"checksum":"' + _hex(running.value).encode() + b'"}']
+
+
+_BLOCK_BYTES = (checksum.BLOCK_BYTES, checksum.BLOCK_BYTES_MAX)
+
+
+def _checksums(block_bytes: int) -> dict[str, object]:
+    return {"algorithm": checksum.ALGORITHM, "block_bytes": block_bytes}
 
 
 def _encode_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
@@ -318,8 +325,9 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
             if older
             else "pip install --upgrade holdfast",
         )
-    block_bytes = body["checksums"]["block_bytes"]
-    if body["checksums"]["algorithm"] != checksum.ALGORITHM or not checksum.is_block(block_bytes):
+    block_bytes = body["checksums"].get("block_bytes")
+    known = type(block_bytes) is int and block_bytes in _BLOCK_BYTES
+    if not known or body["checksums"] != _checksums(block_bytes):
         raise FormatError(f"`{where}` has unknown checksums: {body['checksums']}")
     files: list[_File] = []
     for name, nbytes, offset, found in body["files"]:
