@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 
 from holdfast.catalog.findings import Finding
 from holdfast.errors import HoldfastError
 from holdfast.format.archive import Record, read_records, windowed
-from holdfast.format.checksum import Running, checksum, num_blocks
+from holdfast.format.checksum import Running, block_checksums, checksum, num_blocks
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry, ValueEntry
 from holdfast.format.torchzip import frame, locate
@@ -74,22 +75,23 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A stretch of a file, and what its bytes should be: their checksum, those of the blocks in it,
-    or the bytes."""
+    """A stretch of a file, and what its bytes should be: their checksums, or the bytes."""
 
     span: Span
-    expected: int | bytes | _Blocks
+    expected: _Sums | bytes
     entry: str
 
 
 @dataclass(frozen=True, slots=True)
-class _Blocks:
-    """Blocks of a chunk that follow each other."""
+class _Sums:
+    """Checksums of stretches that follow each other."""
 
-    first: int
     checksums: Sequence[int]
     nbytes: int
-    """Of each but the last."""
+    """Of each stretch but the last."""
+
+    first: int | None = None
+    """Number of the first one, where they are blocks of a chunk."""
 
 
 def check_pieces(
@@ -110,7 +112,7 @@ def check_pieces(
         items.setdefault(value.file, []).append((value.item, name, value, None))
     for file in files:
         placed = sorted(items.get(file, ()), key=lambda item: (item[0].offset, item[0].nbytes))
-        table = _Blocks(0, checksums.get(file, ()), manifest.block_bytes)
+        table = _Sums(checksums.get(file, ()), manifest.block_bytes)
         pieces = _pieces(placed, manifest.tables[file].offset, table)
         for window in _grouped(pieces):
             yield partial(_check_window, reader_of(file), window)
@@ -119,7 +121,7 @@ def check_pieces(
 def _pieces(
     items: Sequence[tuple[Span, str, TensorEntry | ValueEntry, Chunk | None]],
     nbytes: int,
-    table: _Blocks,
+    table: _Sums,
 ) -> Iterator[_Piece]:
     """Of a file whose items end at `nbytes`; `table` has all of its blocks, or none."""
     position, before = 0, None
@@ -131,7 +133,7 @@ def _pieces(
         if chunk is not None and isinstance(entry, TensorEntry):
             yield from _chunk_pieces(name, entry.dtype, chunk, table)
         elif isinstance(entry, ValueEntry):
-            yield _Piece(item, entry.checksum or 0, name)
+            yield _Piece(item, _Sums([entry.checksum or 0], item.nbytes), name)
         position, before = max(position, item.stop), item
     yield from _gap(position, nbytes)
 
@@ -142,7 +144,7 @@ def _gap(start: int, stop: int) -> Iterator[_Piece]:
         yield _Piece(Span(at, nbytes), bytes(nbytes), "")
 
 
-def _chunk_pieces(name: str, dtype: str, chunk: Chunk, table: _Blocks) -> Iterator[_Piece]:
+def _chunk_pieces(name: str, dtype: str, chunk: Chunk, table: _Sums) -> Iterator[_Piece]:
     prefix, suffix = frame(dtype, chunk.region.shape, chunk.item.offset)
     start = chunk.data_offset if chunk.data_offset is not None else chunk.item.offset + len(prefix)
     stop = start + chunk.region.num_elements * dtype_of(dtype).itemsize
@@ -152,7 +154,7 @@ def _chunk_pieces(name: str, dtype: str, chunk: Chunk, table: _Blocks) -> Iterat
         nbytes, first = min(WINDOW_BYTES, stop - at), (at - start) // table.nbytes
         last = first + num_blocks(nbytes, table.nbytes)
         sums = table.checksums[before + first : before + last]
-        yield _Piece(Span(at, nbytes), _Blocks(first, sums, table.nbytes), name)
+        yield _Piece(Span(at, nbytes), _Sums(sums, table.nbytes, first), name)
     yield _Piece(Span(stop, chunk.item.stop - stop), suffix, name)
 
 
@@ -179,20 +181,15 @@ def _check_window(reader: Reader, pieces: Sequence[_Piece]) -> list[Finding]:
             running = Running()
             for window in reader.windows(piece.span):
                 running.add(window)
-            return _compare(reader.file, piece, [running.value], [piece.expected])
+            return _compare(reader.file, piece, [running.value])
         data = next(reader.windows(Span(first, last - first)), memoryview(b""))
     except HoldfastError as error:
         return [_unreadable(reader.file, pieces[0].entry, error)]
     findings = []
     for piece in pieces:
         view = data[piece.span.offset - first : piece.span.stop - first]
-        if isinstance(piece.expected, _Blocks):
-            # By number: where the file ends early there are blocks without a byte.
-            nbytes, expected = piece.expected.nbytes, piece.expected.checksums
-            found = [checksum(view[n * nbytes : (n + 1) * nbytes]) for n in range(len(expected))]
-            findings += _compare(reader.file, piece, found, expected)
-        elif isinstance(piece.expected, int):
-            findings += _compare(reader.file, piece, [checksum(view)], [piece.expected])
+        if isinstance(piece.expected, _Sums):
+            findings += _compare(reader.file, piece, block_checksums(view, piece.expected.nbytes))
         elif view != piece.expected:
             at = piece.span.offset + _first_difference(view, piece.expected)
             what = f"byte {at} around its data is not what was written"
@@ -202,16 +199,17 @@ def _check_window(reader: Reader, pieces: Sequence[_Piece]) -> list[Finding]:
     return findings
 
 
-def _compare(
-    file: str, piece: _Piece, found: Sequence[int], expected: Sequence[object]
-) -> list[Finding]:
-    first = piece.expected.first if isinstance(piece.expected, _Blocks) else None
+def _compare(file: str, piece: _Piece, found: Sequence[int]) -> list[Finding]:
+    assert isinstance(piece.expected, _Sums)
+    expected, first = piece.expected.checksums, piece.expected.first
+    # Of what a file that ends early lacks there is not a byte.
+    both = zip_longest(found, expected, fillvalue=checksum(b""))
     return [
         Finding(
             *("data", file, f"has checksum {one:016x}, which is not that of what was written"),
             *(piece.entry, None if first is None else first + n),
         )
-        for n, (one, other) in enumerate(zip(found, expected, strict=True))
+        for n, (one, other) in enumerate(both)
         if one != other
     ]
 

@@ -21,13 +21,13 @@ def collector_at_rest() -> Iterator[None]:
     """
     global _resting
     with _mutex:
-        rested = not gc.isenabled() and not _resting
+        ours = gc.isenabled() or _resting > 0
         gc.disable()
-        _resting += not rested
+        _resting += ours
     try:
         yield
     finally:
         with _mutex:
-            _resting -= not rested
-            if not rested and not _resting:
+            _resting -= ours
+            if ours and not _resting:
                 gc.enable()

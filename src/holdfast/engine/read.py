@@ -23,6 +23,7 @@ from holdfast.engine.source import (
     check,
     ends_inside,
 )
+from holdfast.engine.stage import memory_of
 from holdfast.errors import DamagedError
 from holdfast.format.manifest import Chunk, Span, TensorEntry
 from holdfast.format.region import Region
@@ -305,18 +306,12 @@ def _take(
     part = step.part
     into = _into(target, part)
     if _goes_straight(part, dtype, into):
-        memory = _memory(into)[step.start - part.start : step.stop - part.start]
+        memory = memory_of(into)[step.start - part.start : step.stop - part.start]
         data.read(step.start, step.stop, memory)
         return
     found = torch.frombuffer(data.window(part.start, part.stop), dtype=dtype)
     strides = contiguous_strides(part.box.shape if part.contiguous else shape)
     into.copy_(found.as_strided(part.box.shape, strides))
-
-
-def _memory(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, to write into."""
-    # Not `view(-1)`: a single element counts as contiguous whatever its stride.
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 # ------------------------------------------------------------------------- many small ones together
@@ -424,7 +419,7 @@ class _Foreign:
             data = worker.data(self.name, chunk, Span(stored.data.offset, whole.nbytes), None)
             if stored.crc32:
                 data = data.with_crc32(stored.crc32)
-            data.read(0, whole.nbytes, _memory(whole))
+            data.read(0, whole.nbytes, memory_of(whole))
             self.target.copy_(whole.as_strided(shape, stored.strides)[box.slices()])
         else:
             data = worker.data(self.name, chunk, Span(stored.data.offset, nbytes), None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 
 from holdfast.errors import DamagedError
 from holdfast.format.checksum import BLOCK_BYTES
@@ -73,9 +72,6 @@ def parts(box: Region, shape: tuple[int, ...], itemsize: int, window_bytes: int)
     spans at most `window_bytes`, or is one run; so at most `row / slice` times the wanted bytes are
     read when each row of `row` bytes is wanted in `slice` of them, and never more than that.
     """
-    if box.stop == shape and box.num_elements == prod(shape):
-        yield Part(0, box.num_elements * itemsize, box, True)
-        return
     strides = [stride * itemsize for stride in contiguous_strides(shape)]
     yield from _parts(box, box.start, strides, itemsize, window_bytes)
 

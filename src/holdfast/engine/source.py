@@ -101,26 +101,24 @@ class ChunkData:
         if self._checksums is None:
             self._fill(start, target)
             return
+        # Whole blocks go straight to their place, those at the ends by way of the room.
         whole = self._source.manifest.block_bytes
-        at = start
-        while at < stop:
-            end = min((at // CHECKED_BYTES + 1) * CHECKED_BYTES, stop)
-            if at % whole:
-                end = min((at // whole + 1) * whole, stop)
-            elif end < self._span.nbytes and end // whole * whole > at:
-                end = end // whole * whole
-            into = target[at - start : end - start]
-            if (at, end) == self._blocks(at, end):
-                self._fill(at, into)
-            else:
-                into[:] = self.window(at, end)
-            at = end
+        first = min(-(-start // whole) * whole, stop)
+        last = stop if stop == self._span.nbytes else max(first, stop // whole * whole)
+        if start < first:
+            target[: first - start] = self.window(start, first)
+        for at in range(first, last, CHECKED_BYTES):
+            self._fill(at, target[at - start : min(at + CHECKED_BYTES, last) - start])
+        if last < stop:
+            target[last - start :] = self.window(last, stop)
 
     def window(self, start: int, stop: int) -> memoryview:
         """Bytes `start` to `stop`, at most `WINDOW_BYTES`, good until the next call."""
         first, last = start, stop
         if self._checksums is not None:
-            first, last = self._blocks(start, stop)
+            whole = self._source.manifest.block_bytes
+            first = start // whole * whole
+            last = min(-(-stop // whole) * whole, self._span.nbytes)
         lo, hi = self._held
         kept = min(hi, last) - first if lo <= first < hi else 0
         if kept and lo < first:
@@ -140,11 +138,6 @@ class ChunkData:
                 f"{self._crc32[0]:08x}, its container says {self._crc32[1]:08x}",
                 hint=HINT,
             )
-
-    def _blocks(self, start: int, stop: int) -> tuple[int, int]:
-        """The same range, and what is left of the blocks at its ends."""
-        whole = self._source.manifest.block_bytes
-        return start // whole * whole, min(-(-stop // whole) * whole, self._span.nbytes)
 
     def _fill(self, start: int, target: memoryview) -> None:
         """Bytes from `start` on, checked: whole blocks, or any where no checksums were kept."""

@@ -75,7 +75,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors are one: tied weights. Views of one storage are not, unless they are the
     same view; nor are tensors without elements."""
-    return bool(_elements(one) and _elements(one) == _elements(other))
+    elements = _elements(one)
+    return bool(elements) and elements == _elements(other)
 
 
 def _elements(tensor: torch.Tensor) -> tuple[object, ...]:

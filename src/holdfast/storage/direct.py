@@ -161,6 +161,9 @@ class _Threads:
     and then the caller does the work. The standard library's pool raises there, half way."""
 
     def __init__(self, count: int) -> None:
+        from concurrent.futures import Future  # Whoever only looks at a store need not wait for it.
+
+        self._future: type[Future[None]] = Future
         self._jobs: SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = SimpleQueue()
         self._running: list[Thread] = []
         for number in range(count):
@@ -172,9 +175,7 @@ class _Threads:
             self._running.append(thread)
 
     def submit(self, work: Callable[[], None]) -> Future[None]:
-        from concurrent.futures import Future  # Whoever only looks at a store need not wait for it.
-
-        future: Future[None] = Future()
+        future = self._future()
         if self._running:
             self._jobs.put((work, future))
         else:
