@@ -5,11 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
 
 from holdfast.errors import ExistsError, NotFoundError, StorageError
 from holdfast.storage.direct import BufferedWriter, DirectWriter, open_direct
@@ -35,14 +33,14 @@ class LocalStore:
     """A folder of this machine, or of a network file system mounted on it."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self._root = Path(os.path.abspath(root))  # noqa: PTH100 - resolve() would follow links
+        self._root = os.path.abspath(root)
 
     @property
     def url(self) -> str:
-        return str(self._root)
+        return self._root
 
-    def _path(self, key: str) -> Path:
-        return self._root / key if key else self._root
+    def _path(self, key: str) -> str:
+        return os.path.join(self._root, key).rstrip("/") or "/"
 
     def list(self, folder: str = "") -> Sequence[str]:
         with self._said("list", folder), os.scandir(self._path(folder)) as entries:
@@ -50,7 +48,7 @@ class LocalStore:
 
     def size(self, key: str) -> int:
         with self._said("look at", key):
-            found = self._path(key).stat()
+            found = os.stat(self._path(key))
             if stat.S_ISDIR(found.st_mode):
                 raise NotFoundError(f"`{self._path(key)}` is a folder, not a file")
             return found.st_size
@@ -79,8 +77,11 @@ class LocalStore:
             return sorted((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in found)
 
     def leads_out(self, folder: str, file: str) -> bool:
-        inside = self._path(folder).resolve()
-        return not (self._path(folder) / file).resolve().is_relative_to(inside)
+        path = os.path.join(self._path(folder), file)
+        if not os.path.islink(path):
+            return False
+        inside = os.path.realpath(self._path(folder))
+        return os.path.commonpath((inside, os.path.realpath(path))) != inside
 
     @contextmanager
     def create(self, key: str, nbytes: int) -> Iterator[Writer]:
@@ -89,7 +90,7 @@ class LocalStore:
             file = os.open(self._path(key), flags, 0o666)
             stack.callback(os.close, file)
             _reserve(file, nbytes)
-            direct = open_direct(str(self._path(key))) if nbytes >= DIRECT_BYTES_MIN else None
+            direct = open_direct(self._path(key)) if nbytes >= DIRECT_BYTES_MIN else None
             if direct is None:
                 yield BufferedWriter(file)
             else:
@@ -112,7 +113,10 @@ class LocalStore:
 
     def make_folder(self, key: str) -> None:
         with self._said("make the folder", key):
-            self._path(key).mkdir(parents=not key, exist_ok=not key)
+            if key:
+                os.mkdir(self._path(key))
+            else:
+                os.makedirs(self._root, exist_ok=True)
 
     def sync(self, folder: str) -> None:
         with self._said("sync", folder):
@@ -124,18 +128,20 @@ class LocalStore:
             # writers cannot race here: the lock keeps the second one out.
             if os.path.lexists(self._path(target)):
                 raise ExistsError(f"`{self._path(target)}` exists already")
-            self._path(source).rename(self._path(target))
-            _sync_folder(self._path(target).parent)
-            if self._path(source).parent != self._path(target).parent:
-                _sync_folder(self._path(source).parent)
+            os.rename(self._path(source), self._path(target))
+            folders = (os.path.dirname(self._path(key)) for key in (target, source))
+            for folder in dict.fromkeys(folders):
+                _sync_folder(folder)
 
     def remove(self, key: str) -> None:
         with self._said("remove", key):
             path = self._path(key)
-            if path.is_dir() and not path.is_symlink():
+            if os.path.isdir(path) and not os.path.islink(path):
+                import shutil
+
                 shutil.rmtree(path)
             else:
-                path.unlink()
+                os.unlink(path)
 
     def free_bytes(self) -> int | None:
         with self._said("measure the free space of", ""):
@@ -241,7 +247,7 @@ def _looked_at(entry: os.DirEntry[str]) -> os.stat_result:
         return entry.stat(follow_symlinks=False)  # A link to nothing.
 
 
-def _sync_folder(path: Path) -> None:
+def _sync_folder(path: str) -> None:
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(folder)
