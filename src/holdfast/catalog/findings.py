@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from holdfast.format.manifest import OPTIMIZER, Kind, Manifest
+from holdfast.format.manifest import Kind, Manifest, kind_with
 
 Format = Literal["holdfast", "dcp", "safetensors", "torch"]
 
@@ -100,8 +100,7 @@ def kind_of(manifest: Manifest) -> Kind:
     """What a checkpoint holds, also where its writer, stock DCP, did not say."""
     if manifest.kind is not None:
         return manifest.kind
-    optimizer = any(entry.path[0] == OPTIMIZER for entry in manifest.tensors.values())
-    return "full" if optimizer else "model"
+    return kind_with(entry.path[0] for entry in manifest.tensors.values())
 
 
 def parts_of(manifest: Manifest) -> dict[str, str]:

@@ -15,7 +15,7 @@ from holdfast.engine.write import Receipt
 from holdfast.errors import HoldfastError, StorageError
 from holdfast.format import manifest as manifests
 from holdfast.format.checksum import Running
-from holdfast.format.manifest import Kind, Manifest, ValueEntry
+from holdfast.format.manifest import Kind, Manifest, ValueEntry, kind_with
 from holdfast.format.names import MANIFEST, METADATA, Aside
 from holdfast.format.timings import over_ranks
 from holdfast.storage.store import Store
@@ -29,6 +29,8 @@ class Facts:
 
     step: int | None
     kind: Kind | None
+    """None: what the names of the tensors tell."""
+
     layout: dict[str, Any]
     versions: dict[str, str]
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -91,7 +93,7 @@ def _manifest(receipts: Sequence[Receipt], index: Index, facts: Facts) -> Manife
         files={receipt.file: receipt.nbytes for receipt in files},
         tables={receipt.file: receipt.table for receipt in files},
         step=facts.step,
-        kind=facts.kind,
+        kind=facts.kind or kind_with(index.plan.parts()),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         layout=facts.layout,
         versions=facts.versions,

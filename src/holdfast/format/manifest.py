@@ -116,7 +116,8 @@ class Manifest:
 
     step: int | None = None
     kind: Kind | None = None
-    """`full` can be resumed from, `model` holds the model alone; None where nobody said."""
+    """`full` can be resumed from, `model` holds the model alone; None where nobody said, as in
+    formats of others."""
 
     created: str = ""
     """When the save was committed: ISO 8601, UTC."""
@@ -285,9 +286,8 @@ def decode(data: bytes, *, where: str, entries: bool = True) -> Manifest:
     try:
         whole = (None if entries else _without_tensors(body)) or json.loads(body)
         if not entries:
-            parts = {entry.get("path", [name])[0] for name, entry in whole["tensors"].items()}
-            kind = whole["kind"] or ("full" if OPTIMIZER in parts else "model")
-            whole |= {"kind": kind, "tensors": {}, "values": []}
+            parts = (entry.get("path", [name])[0] for name, entry in whole["tensors"].items())
+            whole |= {"kind": whole["kind"] or kind_with(parts), "tensors": {}, "values": []}
         return _decode_body(whole, where)
     except _NO_MANIFEST as error:
         raise FormatError(f"`{where}` is not a manifest: {type(error).__name__} {error}") from error
@@ -436,6 +436,11 @@ def _seal(stored: list[int] | None) -> tuple[int, int] | None:
         return None
     nbytes, found = map(count_of, stored)
     return nbytes, found
+
+
+def kind_with(parts: Iterable[str | int]) -> Kind:
+    """What a checkpoint with tensors below these top-level names holds."""
+    return "full" if OPTIMIZER in parts else "model"
 
 
 def count_of(value: object) -> int:

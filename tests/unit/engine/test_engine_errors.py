@@ -466,3 +466,19 @@ def test_a_manifest_of_the_engine_survives_its_own_encoding() -> None:
     source = save_in_memory(MemoryStore(), "step-1", small_state())
     data = manifests.encode(source.manifest)
     assert manifests.decode(data, where="m") == source.manifest
+
+
+@pytest.mark.parametrize(
+    ("state", "kind"),
+    [
+        ({"model": {"w": torch.zeros(1)}, "optimizer": {"step": torch.zeros(1)}}, "full"),
+        ({"model": {"w": torch.zeros(1)}, "step": 3}, "model"),
+        ({"optimizer.w": torch.zeros(1)}, "model"),
+    ],
+)
+def test_a_save_that_names_no_kind_states_what_its_names_tell(
+    state: dict[str, Any], kind: str, tmp_path: Path
+) -> None:
+    """So that nobody has to read the tensors to find out."""
+    holdfast.save(tmp_path / "step", state)
+    assert json.loads((tmp_path / "step" / "manifest.json").read_bytes())["kind"] == kind
