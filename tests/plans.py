@@ -10,7 +10,7 @@ import torch
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.engine.commit import commit
-from holdfast.engine.index import columns, index_of
+from holdfast.engine.index import Index, columns
 from holdfast.engine.plan import Placed, Plan, TensorOffer
 from holdfast.engine.publish import Facts
 from holdfast.engine.ranks import Ranks, on_rank_0
@@ -39,7 +39,7 @@ def save_by_plan(
             ]
         )
         layouts = ranks.gather(columns(items))
-        index = index_of(plan, layouts) if ranks.rank == 0 else None
+        index = Index(plan, layouts) if ranks.rank == 0 else None
         image = image_of(ranks.rank, items, {})
         receipt = write(
             *(store, str(attempt), image),

@@ -14,7 +14,7 @@ import numpy as np
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.convert.stream import Advance, Output, Outputs, read_ahead
-from holdfast.engine.index import columns, index_of
+from holdfast.engine.index import Index, columns
 from holdfast.engine.plan import Placed, Plan, TensorOffer
 from holdfast.engine.publish import Facts, publish
 from holdfast.engine.root import open_root
@@ -248,7 +248,7 @@ def write_step(
     with _attempt(target, {image.name: image.nbytes} if image.nbytes else {}) as attempt:
         with read_ahead(wanted, advance) as take:
             receipt = write(target.store, str(attempt), image, lambda _: (take(),))
-        index = index_of(whole, [columns(items)])
+        index = Index(whole, [columns(items)])
         return publish(attempt, [receipt], index, facts, target.catalog)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from holdfast.engine.collector import collector_at_rest
 from holdfast.engine.plan import Ints, Placed, Plan
 from holdfast.engine.write import TensorItem
 from holdfast.format.manifest import Path
@@ -16,12 +18,8 @@ from holdfast.format.tables import StockIndex, TensorTable, encode_tensors
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Index:
-    """What a layout decides of both indices of a checkpoint; rank 0 has it."""
-
-    plan: Plan
-    files: tuple[str, ...]
-    """Those of all ranks that write anything."""
+class Encoded:
+    """What does not change from save to save in the bytes of both indices."""
 
     tensors: bytes
     """The member of that name of `manifest.json`."""
@@ -32,24 +30,53 @@ class Index:
     """Over all ranks, of the tensors below each top-level name."""
 
 
+class Index:
+    """What a layout decides of both indices of a checkpoint; rank 0 has it.
+
+    Their bytes are made when they are first asked for, and kept. At thousands of ranks that takes
+    minutes: nothing for training to wait for.
+    """
+
+    def __init__(self, plan: Plan, layouts: Sequence[Ints]) -> None:
+        """`layouts`: what `columns` gives of each rank's items."""
+        self.plan = plan
+        self._layouts = layouts
+        self._encoded: Encoded | None = None
+        self._making = threading.Lock()
+
+    @property
+    def is_made(self) -> bool:
+        return self._encoded is not None
+
+    def encoded(self) -> Encoded:
+        """The bytes; any thread may ask."""
+        with self._making:
+            if self._encoded is None:
+                with collector_at_rest():
+                    self._encoded = _encoded(self.plan, self._layouts)
+                self._layouts = ()
+            return self._encoded
+
+
 def columns(items: Sequence[TensorItem]) -> Ints:
     """A row an item: offset, bytes, offset of its data, number of its first block."""
     rows = [(i.item.offset, i.item.nbytes, i.data.offset, i.first_block) for i in items]
     return np.array(rows, np.int64).reshape(len(rows), 4)
 
 
-def index_of(whole: Plan, layouts: Sequence[Ints]) -> Index:
-    """Both indices of a checkpoint, from the plan and what `columns` gives of each rank's items."""
+def _encoded(whole: Plan, layouts: Sequence[Ints]) -> Encoded:
     writing = {r for r, layout in enumerate(layouts) if len(layout)}
     writing |= {rank for rank, _ in whole.values.values()}
     files = {rank: number for number, rank in enumerate(sorted(writing))}
-    names = tuple(map(data_file, files))
     values = {name: path for name, (_, path) in whole.values.items()}
     tables = list(_tables(whole, layouts, files))
+    stock = StockIndex(tables, values, [data_file(rank) for rank in files])
     nbytes: Counter[str | int] = Counter()
     for placed in whole.tensors:
         nbytes[placed.tensor.path[0]] += placed.tensor.nbytes
-    return Index(whole, names, encode_tensors(tables), StockIndex(tables, values, names), nbytes)
+    # Tied ones are stored under their first name, but here they are too.
+    nbytes.update({path[0]: 0 for _, path in whole.aliases.values()})
+    return Encoded(encode_tensors(tables), stock, nbytes)
 
 
 def _tables(

@@ -159,11 +159,6 @@ class Plan:
 
     aliases: Mapping[str, tuple[str, Path]]
 
-    def parts(self) -> set[str | int]:
-        """Top-level names with tensors below them."""
-        tied = {path[0] for _, path in self.aliases.values()}
-        return {placed.tensor.path[0] for placed in self.tensors} | tied
-
 
 def plan(census: Census) -> Plan:
     """Who writes what, so that every element and every value is written once.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from holdfast.engine.index import Index, columns, index_of
+from holdfast.engine.index import Index, columns
 from holdfast.engine.plan import (
     Offer,
     Offers,
@@ -133,7 +133,7 @@ class Planner:
         told: dict[str, Any] = {"items": columns(self._items), "values": digests}
         every = gather_distinct(ranks, told)
         if ranks.rank == 0:
-            self.index = index_of(whole[0], [theirs["items"] for theirs in every])
+            self.index = Index(whole[0], [theirs["items"] for theirs in every])
             # What many ranks have alike is one object.
             once = {id(theirs["values"]): theirs["values"] for theirs in every}
             _warn_of_differences([*once.values()])

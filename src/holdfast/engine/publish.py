@@ -11,6 +11,7 @@ from typing import Any
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.engine.index import Index
+from holdfast.engine.plan import Plan
 from holdfast.engine.write import Receipt
 from holdfast.errors import HoldfastError, StorageError
 from holdfast.format import manifest as manifests
@@ -50,15 +51,17 @@ def publish(
         StorageError: a file is not where all ranks can see it, or cannot be written.
     """
     folder, store = str(attempt), catalog.store
-    manifest = _manifest(receipts, index, facts)
+    made = index.encoded()
+    kind = facts.kind or kind_with(made.nbytes)
+    manifest = _manifest(receipts, index.plan, replace(facts, kind=kind))
     for file, nbytes in manifest.files.items():
         _check_shared(store, folder, file, nbytes)
-    metadata = index.stock.encode({n: (e.file, e.item) for n, e in manifest.values.items()})
+    metadata = made.stock.encode({n: (e.file, e.item) for n, e in manifest.values.items()})
     running = Running()
     for part in metadata:
         running.add(part)
     manifest = replace(manifest, metadata=(sum(map(len, metadata)), running.value))
-    encoded = manifests.encode_around(manifest, index.tensors)
+    encoded = manifests.encode_around(manifest, made.tensors)
     for name, parts in ((METADATA, metadata), (MANIFEST, encoded)):
         with store.create(f"{folder}/{name}", sum(map(len, parts))) as writer:
             writer.write(0, parts)
@@ -80,9 +83,9 @@ def _check_shared(store: Store, folder: str, file: str, nbytes: int) -> None:
         raise StorageError(f"`{file}`: {nbytes} bytes were written, rank 0 sees {found}")
 
 
-def _manifest(receipts: Sequence[Receipt], index: Index, facts: Facts) -> Manifest:
+def _manifest(receipts: Sequence[Receipt], plan: Plan, facts: Facts) -> Manifest:
     """All but the tensors, which the index has as bytes."""
-    paths, files = index.plan.values, [receipt for receipt in receipts if receipt.file]
+    paths, files = plan.values, [receipt for receipt in receipts if receipt.file]
     return Manifest(
         tensors={},
         values={
@@ -93,7 +96,7 @@ def _manifest(receipts: Sequence[Receipt], index: Index, facts: Facts) -> Manife
         files={receipt.file: receipt.nbytes for receipt in files},
         tables={receipt.file: receipt.table for receipt in files},
         step=facts.step,
-        kind=facts.kind or kind_with(index.plan.parts()),
+        kind=facts.kind,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         layout=facts.layout,
         versions=facts.versions,

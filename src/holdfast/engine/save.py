@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -106,7 +107,7 @@ class Pending:
     """The same, each item as a whole."""
 
     index: Index | None
-    """What the plan decides of both indices, on rank 0."""
+    """What the layout decides of both indices, on rank 0."""
 
     facts: Facts
     spans: Spans
@@ -226,6 +227,8 @@ def finish_save(
                 staging.run()
             # Optimizers wait for a copy, but nobody for what follows it.
             make_way()
+        if pending.index is not None and not pending.index.is_made:
+            _make_beside(pending.index)
         pace = Pace(bytes_per_s)
         receipt = write(catalog.store, str(attempt), pending.image, pending.windows_of, pace, spans)
         return replace(receipt, seconds=dict(spans.seconds))
@@ -241,6 +244,14 @@ def finish_save(
             ranks=ranks,
         )
     return Saved(catalog.where(attempt.name), nbytes, spans)
+
+
+def _make_beside(index: Index) -> None:
+    """Begin to make the bytes of both indices, which `commit` asks for: the disk is what a write
+    waits for."""
+    # What goes wrong there goes wrong again, and is told, where they are asked for.
+    making = partial(outcome_of, index.encoded)
+    threading.Thread(target=making, name="holdfast-index", daemon=True).start()
 
 
 def _begin(catalog: Catalog, name: str, nbytes: int) -> Aside:

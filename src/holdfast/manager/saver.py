@@ -190,7 +190,7 @@ class Saver:
         if pending.facts.kind == "full":
             self.full_save_s = max(self.full_save_s, saved.spans.total)
             if pending.index is not None:
-                parts = pending.index.nbytes.items()
+                parts = pending.index.encoded().nbytes.items()
                 model = sum(nbytes for part, nbytes in parts if part not in self._sections)
                 self.model_share = model / max(saved.nbytes, 1)
         if self._ranks.rank == 0:

@@ -17,7 +17,7 @@ def held(planner: Planner, *shapes: tuple[int, ...]) -> Held:
 
 def stock_parts(planner: Planner, offset: int) -> list[bytes]:
     assert planner.index is not None
-    return planner.index.stock.encode({"step": ("__0_0.distcp", Span(offset, 100))})
+    return planner.index.encoded().stock.encode({"step": ("__0_0.distcp", Span(offset, 100))})
 
 
 def test_the_bytes_of_both_indices_are_made_once_while_the_layout_stands() -> None:
