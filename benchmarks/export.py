@@ -61,7 +61,7 @@ def ours(state: dict[str, torch.Tensor], folder: Path) -> Callable[[int], None]:
         pending = begin_save(
             catalog, f"step-{number}", flatten(state), ranks=ranks, planner=planner
         )
-        held = Snapshot(pending.image, pending.data_of, pending.index)
+        held = Snapshot(pending.image, pending.data_of, pending.index, ())
         export(held, hub, "bfloat16", catalog=catalog, attempt=pending.attempt, ranks=ranks)
 
     return run

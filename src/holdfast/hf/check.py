@@ -57,15 +57,12 @@ def check_fit(
         MismatchError: listing all that are missing, unknown or of another shape, and second names
             whose tensors differ.
     """
-    held = tensors.held
-    names, aliases = mapping.names(side), mapping.aliases[side]
+    held, aliases = tensors.held, mapping.aliases[side]
     derived = [name for name in held if DERIVED.fullmatch(name)]
-    wrong = [*_missing(held, names), *_misshapen(held, mapping, side, said_by)]
-    unknown = {*held} - {*names, *aliases, *derived}
-    balance = {name for name in unknown if side == "native" and is_balance(name)}
+    balance = biases_left_out(held, mapping) if side == "native" else set()
     used = sorted(name for name in balance if _bits(tensors.read(name, _whole(held[name]))).any())
-    wrong += [f"`{name}` is not zero, and the hub has no place for it" for name in used]
-    wrong += _unknown([name for name in held if name in unknown - balance], names, said_by)
+    wrong = [f"`{name}` is not zero, and the hub has no place for it" for name in used]
+    wrong += differences(held, mapping, side, said_by)
     if not wrong:
         wrong += [
             f"`{name}` and `{first}` differ, and {said_by} ties them"
@@ -73,12 +70,8 @@ def check_fit(
             if name in held and not same(tensors, name, first)
         ]
     if wrong:
-        lines = wrong if len(wrong) <= LISTED_MAX else list(_together(wrong))
-        more = len(lines) - LISTED_MAX
         raise MismatchError(
-            f"`{where}` does not fit, {len(wrong)} differences:\n  "
-            + "\n  ".join(lines[:LISTED_MAX])
-            + (f"\n  ... and {more} more" if more > 0 else ""),
+            f"`{where}` does not fit, {len(wrong)} differences:{listed(wrong)}",
             hint="is the configuration the one of these weights? `--skip 'PATTERN'` leaves out "
             "tensors that are known and not wanted",
         )
@@ -87,6 +80,34 @@ def check_fit(
         "biases that balance experts, all zero": balance,
     }
     return [f"left out {len(found)} {what}" for what, found in notes.items() if found]
+
+
+def differences(
+    held: Mapping[str, Held], mapping: TensorMapping, side: SideName, said_by: str
+) -> list[str]:
+    """Tensors of one side that are missing, of another shape, or not known: a line each."""
+    names = mapping.names(side)
+    known = {*names, *mapping.aliases[side]}
+    known |= biases_left_out(held, mapping) if side == "native" else set()
+    unknown = [name for name in held if name not in known and not DERIVED.fullmatch(name)]
+    return [
+        *_missing(held, names),
+        *_misshapen(held, mapping, side, said_by),
+        *_unknown(unknown, names, said_by),
+    ]
+
+
+def biases_left_out(native: Collection[str], mapping: TensorMapping) -> set[str]:
+    """The biases that balance experts, where the hub has no place for them."""
+    return {name for name in native if is_balance(name)} - {*mapping.names("native")}
+
+
+def listed(lines: Sequence[str]) -> str:
+    """Many lines for an error, indented below it."""
+    shown = lines if len(lines) <= LISTED_MAX else list(_together(lines))
+    more = len(shown) - LISTED_MAX
+    last = [f"... and {more} more"] if more > 0 else []
+    return "".join(f"\n  {line}" for line in (*shown[:LISTED_MAX], *last))
 
 
 def _together(lines: Sequence[str]) -> Iterator[str]:

@@ -7,7 +7,7 @@ rank 0 publishes: nothing is gathered, nothing is written twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +26,15 @@ from holdfast.format.region import Region
 from holdfast.format.safetensors import INDEX
 from holdfast.hf.assets import beside_weights, config_bytes
 from holdfast.hf.blocks import blocks, runs
-from holdfast.hf.dialects import renamed
+from holdfast.hf.check import differences, listed
+from holdfast.hf.dialects import is_balance, renamed
 from holdfast.hf.families import family_of
 from holdfast.hf.family import mapping_of
 from holdfast.hf.folder import CONFIG, of_language_model
 from holdfast.hf.mapping import TensorMapping
 from holdfast.hf.numbers import box_of, convert, is_floating, raw_type
 from holdfast.hf.shards import SHARD_BYTES, Export, shard
+from holdfast.hf.tensors import Held
 from holdfast.storage.local import LocalStore
 from holdfast.storage.store import Writer
 
@@ -66,12 +68,23 @@ class Snapshot:
     index: Index | None
     """Of all ranks, on rank 0."""
 
+    others: Collection[str]
+    """Top-level names that are not the model's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A folder that is published."""
+
+    nbytes: int
+    lost: tuple[str, ...]
+    """Biases that balance experts and are not zero, where the hub has no place for them."""
+
 
 def export(
     held: Snapshot, hub: HubModel, dtype: str, *, catalog: Catalog, attempt: Aside, ranks: Ranks
-) -> int:
-    """Write the model of a save as a Hugging Face folder, in `dtype`, and publish it. Returns its
-    bytes.
+) -> Exported:
+    """Write the model of a save as a Hugging Face folder, in `dtype`, and publish it.
 
     Collective: every rank calls this with what it holds; an error on one is raised on all, and
     nothing is left of the attempt.
@@ -84,9 +97,9 @@ def export(
     made = shard(infos, SHARD_BYTES)
     store = LocalStore(catalog.store.url)
     try:
-        on_rank_0(ranks, lambda: _make_files(held.index, mapping, made, store, attempt))
+        on_rank_0(ranks, lambda: _make_files(held, mapping, made, store, attempt))
         mine = outcome_of(lambda: _write(held, mapping, made, store, attempt))
-        return conclude(ranks, mine, lambda sizes: _finish(made, hub, catalog, attempt, sum(sizes)))
+        return conclude(ranks, mine, lambda parts: _finish(made, hub, catalog, attempt, parts))
     except HoldfastError:
         if ranks.rank == 0:
             with suppress(HoldfastError):
@@ -95,21 +108,20 @@ def export(
 
 
 def _make_files(
-    index: Index | None, mapping: TensorMapping, made: Export, store: LocalStore, attempt: Aside
+    held: Snapshot, mapping: TensorMapping, made: Export, store: LocalStore, attempt: Aside
 ) -> None:
-    assert index is not None, "rank 0 has it"
-    there = {placed.name: placed.tensor.shape for placed in index.plan.tensors}
-    called = renamed([*there, *index.plan.aliases], "meta")
-    native = {called[name]: shape for name, shape in there.items()}
-    wrong = [
-        f"`{name}` is {list(native[name]) if name in native else 'not there'}, the configuration "
-        f"makes it {list(mapping.shape('native', name))}"
-        for name in mapping.names("native")
-        if native.get(name) != mapping.shape("native", name)
-    ]
+    assert held.index is not None, "rank 0 has it"
+    whole = held.index.plan
+    called = renamed([*(placed.name for placed in whole.tensors), *whole.aliases], "meta")
+    native = {
+        called[placed.name]: Held(placed.tensor.dtype, placed.tensor.shape)
+        for placed in whole.tensors
+        if placed.tensor.path[0] not in held.others
+    }
+    wrong = differences(native, mapping, "native", "the configuration")
     if wrong:
         raise MismatchError(
-            "the model cannot be exported:\n  " + "\n  ".join(wrong[:50]),
+            f"the model cannot be exported:{listed(wrong)}",
             hint="is `config.json` in `model.hf_assets_path` the one of this model?",
         )
     for file, image in made.files.items():
@@ -119,13 +131,13 @@ def _make_files(
 
 def _write(
     held: Snapshot, mapping: TensorMapping, made: Export, store: LocalStore, attempt: Aside
-) -> int:
-    """Write this rank's elements. Returns their bytes."""
+) -> Exported:
+    """Write this rank's elements."""
     places = {n: (f, s.offset) for f, i in made.files.items() for n, s in i.tensors.items()}
     wanted = {*mapping.names("native")}
     names = {item.name for item in held.image.tensors}
     called = renamed(names, "meta")
-    done = 0
+    done, lost = 0, []
     with ExitStack() as opened:
         writers: dict[str, Writer] = {}
 
@@ -136,6 +148,8 @@ def _write(
 
         for item in held.image.tensors:
             if called[item.name] not in wanted:
+                if is_balance(item.name) and any(held.data_of(item)):
+                    lost.append(item.name)
                 continue
             data = np.frombuffer(held.data_of(item), raw_type(item.dtype))
             whole = data.reshape(item.region.shape)
@@ -149,7 +163,7 @@ def _write(
                 ):
                     file, offset = places[name]
                     done += _put(writer_of(file), offset, mapping.shape("hub", name), box, elements)
-    return done
+    return Exported(done, tuple(lost))
 
 
 def _pieces(
@@ -188,9 +202,12 @@ def _put(
     return at
 
 
-def _finish(made: Export, hub: HubModel, catalog: Catalog, attempt: Aside, written: int) -> int:
+def _finish(
+    made: Export, hub: HubModel, catalog: Catalog, attempt: Aside, parts: Sequence[Exported]
+) -> Exported:
     store = catalog.store
     wanted = sum(span.nbytes for image in made.files.values() for span in image.tensors.values())
+    written = sum(part.nbytes for part in parts)
     if written != wanted:
         raise MismatchError(f"the ranks wrote {written} bytes of {wanted}")
     small = {CONFIG: config_bytes(hub.config, made.dtype)}
@@ -206,4 +223,4 @@ def _finish(made: Export, hub: HubModel, catalog: Catalog, attempt: Aside, writt
             writer.write(0, [data])
     catalog.publish(attempt)
     execute(store, plan_sweep(store.list(), only=attempt.name))
-    return made.nbytes
+    return Exported(made.nbytes, tuple(sorted({name for part in parts for name in part.lost})))

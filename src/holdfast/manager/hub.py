@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from holdfast.catalog.catalog import Catalog
@@ -36,14 +36,20 @@ class Hub:
     """A run's way to and from Hugging Face. Collective: every rank makes one and calls alike."""
 
     def __init__(
-        self, model: HubModel | None, config: CheckpointConfig, catalog: Catalog, ranks: Ranks
+        self,
+        model: HubModel | None,
+        config: CheckpointConfig,
+        catalog: Catalog,
+        ranks: Ranks,
+        sections: Collection[str],
     ) -> None:
-        """`catalog` is that of the steps.
+        """`catalog` is that of the steps, `sections` the top-level names that are not the model's.
 
         Raises:
             UsageError: the settings ask for what needs to know the model, and it is not given.
         """
         self._model, self._config, self._ranks = model, config, ranks
+        self._sections = sections
         self._store = LocalStore(f"{catalog.store.url}/{FOLDER}")
         self.catalog = Catalog(self._store)
         self.planner = Planner(ranks)
@@ -108,8 +114,8 @@ class Hub:
         if use == "beside":
             catalog = self.catalog
             attempt = on_rank_0(ranks, lambda: self.catalog.begin(step_name(step)))
-        nbytes = export(
-            Snapshot(pending.image, pending.data_of, pending.index),
+        made = export(
+            Snapshot(pending.image, pending.data_of, pending.index, self._sections),
             self._model,
             self._config.export_dtype,
             catalog=catalog,
@@ -117,7 +123,14 @@ class Hub:
             ranks=ranks,
         )
         if ranks.rank == 0:
-            done = rate(nbytes, time.perf_counter() - started)
+            done = rate(made.nbytes, time.perf_counter() - started)
             where = catalog.where(attempt.name)
             logger.info("saved step %d for Hugging Face: %s, %s", step, done, where)
-        return nbytes
+            if made.lost:
+                more = f" and {len(made.lost) - 1} more" if len(made.lost) > 1 else ""
+                logger.warning(
+                    "%s is without `%s`%s, which balance experts and are not zero: the hub has no "
+                    "place for them, so experts are chosen otherwise there",
+                    *(where, made.lost[0], more),
+                )
+        return made.nbytes

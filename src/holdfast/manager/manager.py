@@ -127,7 +127,7 @@ class CheckpointManager:
             RNG: RngState(rank),
         }
         self._sections = [name for name in self._parts if name != MODEL]
-        self._hub = Hub(hub, self.config, self._catalog, self._ranks)
+        self._hub = Hub(hub, self.config, self._catalog, self._ranks, self._sections)
         changed = partial(changed_by_optimizers, self._parts[OPTIMIZER])
         self._saver = Saver(
             *(self._catalog, self.config, self._ranks, self._sections),

@@ -54,7 +54,7 @@ class Saver:
         self._catalog, self._config, self._ranks = catalog, config, ranks
         self._sections = sections
         self._planner = Planner(ranks)
-        self._hub = hub or Hub(None, config, catalog, ranks)
+        self._hub = hub or Hub(None, config, catalog, ranks, sections)
         self._in_background = config.async_mode != "disabled"
         # Training's collectives, and those that begin a save, must not meet those of the thread.
         self._finishing_ranks = ranks.twin() if self._in_background else ranks

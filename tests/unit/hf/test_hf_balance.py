@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import Wishes, plan
@@ -14,8 +15,11 @@ from holdfast.engine.checkpoint import open_checkpoint
 from holdfast.engine.ranks import all_ranks
 from holdfast.engine.save import save
 from holdfast.errors import MismatchError
+from holdfast.hf.export import HubModel
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.hf.load import load_folder
+from holdfast.manager.config import CheckpointConfig
+from holdfast.manager.manager import CheckpointManager
 from holdfast.state.objects import StateTree
 from hub_folders import hub_tensors, save_folder
 
@@ -56,6 +60,46 @@ def test_torchtitan_finds_its_biases_and_the_hub_does_not(tmp_path: Path) -> Non
     assert f"`{BIASES[1].removesuffix('_E')}` is not zero" in str(raised.value)
     skip = ("*.expert_bias_E",)
     converted(tmp_path / "trained", tmp_path / "out", to="hf", hf_assets=str(source), skip=skip)
+
+
+def module_of(state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """One with this state dict."""
+    root = torch.nn.Module()
+    for name, tensor in state.items():
+        *above, last = name.split(".")
+        at = root
+        for part in above:
+            if part not in dict(at.named_children()):
+                at.add_module(part, torch.nn.Module())
+            at = at.get_submodule(part)
+        at.register_buffer(last, tensor.clone())
+    return root
+
+
+def test_a_live_model_says_what_of_it_is_not_in_its_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G10: biases of zero are left out; of others the log tells, and the run goes on; what the
+    configuration does not know is an error."""
+    source = save_folder(tmp_path / "hub", CONFIG, hub_tensors(CONFIG))
+    converted(source, tmp_path / "titan", to="dcp", names="titan")
+    model = module_of(state_of(tmp_path / "titan"))
+    settings = CheckpointConfig(enable=True, interval=100, hf_export_interval=1)
+    with CheckpointManager(
+        tmp_path / "run", model=model, config=settings, hub=HubModel(CONFIG)
+    ) as manager:
+        manager.save(1)
+        assert not caplog.records
+        model.get_buffer(BIASES[1])[3] = 0.5
+        manager.save(2)
+        (warned,) = (record.getMessage() for record in caplog.records)
+        assert f"is without `{BIASES[1]}`, which balance experts and are not zero" in warned
+        exported = [load_file(tmp_path / f"run/hf/step-{n}/model.safetensors") for n in (1, 2)]
+        assert exported[0].keys() == exported[1].keys() == hub_tensors(CONFIG).keys()
+        model.get_submodule("layers.1").register_buffer("adapter", torch.ones(2))
+        with pytest.raises(MismatchError, match=r"`layers\.1\.adapter` is not known"):
+            manager.save(3)
+    assert {path.name for path in (tmp_path / "run/hf").iterdir()} == {"step-1", "step-2"}
 
 
 def test_a_live_model_with_such_biases_starts_them_from_zero(tmp_path: Path) -> None:
