@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
@@ -32,10 +32,11 @@ from holdfast.engine.ranks import (
 from holdfast.engine.root import open_root
 from holdfast.engine.spans import Spans, amount
 from holdfast.engine.stage import Snapshot, Staging, TensorOf, box_of, host_bytes, host_windows
-from holdfast.engine.write import DataOf, FileImage, Pace, Receipt, TensorItem, WindowsOf, write
+from holdfast.engine.write import FileImage, Pace, Receipt, TensorItem, write
 from holdfast.errors import ExistsError, HoldfastError, StorageError
 from holdfast.format.manifest import Kind
 from holdfast.format.names import Aside
+from holdfast.format.region import Region
 from holdfast.state.objects import StateTree
 from holdfast.state.tree import Leaf
 
@@ -98,19 +99,21 @@ class Pending:
     attempt: Aside
     image: FileImage
     tensor_of: TensorOf
-    """The training state."""
-
-    windows_of: WindowsOf
     """What is written: the training state, until a snapshot takes its place."""
-
-    data_of: DataOf
-    """The same, each item as a whole."""
 
     index: Index | None
     """What the layout decides of both indices, on rank 0."""
 
     facts: Facts
     spans: Spans
+
+    def windows_of(self, item: TensorItem) -> Iterable[memoryview]:
+        """Its bytes, as `write` takes them."""
+        return host_windows(self.tensor_of(item), item.dtype)
+
+    def data_of(self, item: TensorItem, box: Region) -> memoryview:
+        """The bytes of a box of it, row-major; `box` is counted from the first of its elements."""
+        return host_bytes(box_of(self.tensor_of(item), box), item.dtype)
 
 
 def save_leaves(
@@ -165,18 +168,7 @@ def begin_save(
         assert isinstance(image, FileImage)
     layout = {"world_size": ranks.size}
     facts = Facts(step, kind, layout, _versions(), metrics or {}, model or {})
-    tensor_of = partial(_live, held)
-    return Pending(
-        catalog,
-        attempt,
-        image,
-        tensor_of,
-        lambda item: host_windows(tensor_of(item), item.dtype),
-        lambda item: host_bytes(tensor_of(item), item.dtype),
-        planner.index,
-        facts,
-        spans,
-    )
+    return Pending(catalog, attempt, image, partial(_live, held), planner.index, facts, spans)
 
 
 def take_snapshot(
@@ -195,10 +187,7 @@ def take_snapshot(
             discard(pending, ranks)
             raise
     staging = Staging(lambda: snapshot.copy(rest, pending.tensor_of))
-    copied = replace(
-        pending, windows_of=lambda item: (snapshot.bytes_of(item),), data_of=snapshot.bytes_of
-    )
-    return copied, staging
+    return replace(pending, tensor_of=snapshot.tensor_of), staging
 
 
 def discard(pending: Pending, ranks: Ranks) -> None:

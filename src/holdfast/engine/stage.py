@@ -19,7 +19,7 @@ _SPELLED_BY_NUMPY = {torch.float32, torch.float64, torch.int64, torch.int32, tor
 """Dtypes whose numpy arrays are buffers of a plain C type."""
 
 TensorOf = Callable[[TensorItem], torch.Tensor]
-"""`tensor_of(item)`: the region of its tensor as training has it: on its own device, in its own
+"""`tensor_of(item)`: the region of its tensor. As training has it: on its own device, in its own
 dtype, its elements wherever they lie."""
 
 
@@ -130,18 +130,17 @@ class Snapshot:
         """Copy these items of an image that there is room for. Blocks until they are here."""
         gpu = None
         for item in items:
-            start, stop = item.data.offset, item.data.stop
-            if stop > start:
+            if item.data.nbytes:
                 box = tensor_of(item)
                 gpu = box.device if box.is_cuda else gpu
-                place = self._memory[start:stop].view(_dtype(item.dtype)).view(box.shape)
-                place.copy_(box, non_blocking=True)
+                self.tensor_of(item).copy_(box, non_blocking=True)
         if gpu is not None:
             torch.cuda.current_stream(gpu).synchronize()
 
-    def bytes_of(self, item: TensorItem) -> memoryview:
-        """Where its copy is, or will be."""
-        return self._memory.numpy().data[item.data.offset : item.data.stop]
+    def tensor_of(self, item: TensorItem) -> torch.Tensor:
+        """Where its copy is, or will be: contiguous, in the dtype that is written."""
+        elements = self._memory[item.data.offset : item.data.stop].view(_dtype(item.dtype))
+        return elements.view(item.region.shape)
 
 
 class Staging:

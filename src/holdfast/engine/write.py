@@ -102,11 +102,9 @@ def image_of(rank: int, items: tuple[TensorItem, ...], values: Mapping[str, byte
     return FileImage(data_file(rank), nbytes, items, at, spans, position)
 
 
-DataOf = Callable[[TensorItem], memoryview]
-"""`data_of(item)`: the raw bytes of a region of a tensor, row-major."""
-
 WindowsOf = Callable[[TensorItem], Iterable[memoryview]]
-"""The same, at once or in order: each but the last of `WINDOW_BYTES`, made as it is asked for."""
+"""`windows_of(item)`: the raw bytes of a region of a tensor, row-major, at once or in order: each
+but the last of `WINDOW_BYTES`, made as it is asked for."""
 
 
 def write(

@@ -7,7 +7,7 @@ rank 0 publishes: nothing is gathered, nothing is written twice.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.engine.index import Index
 from holdfast.engine.ranks import Ranks, conclude, on_rank_0, outcome_of
 from holdfast.engine.root import open_for_reading
-from holdfast.engine.write import DataOf, FileImage
+from holdfast.engine.write import FileImage, TensorItem
 from holdfast.errors import HoldfastError, MismatchError
 from holdfast.format.names import Aside
 from holdfast.format.region import Region
@@ -64,7 +64,9 @@ class Snapshot:
     """What a rank is to write, and where it reads it: of a save that has begun."""
 
     image: FileImage
-    data_of: DataOf
+    data_of: Callable[[TensorItem, Region], memoryview]
+    """The raw bytes of a box of an item, row-major, counted from the first of its elements."""
+
     index: Index | None
     """Of all ranks, on rank 0."""
 
@@ -148,18 +150,18 @@ def _write(
 
         for item in held.image.tensors:
             if called[item.name] not in wanted:
-                if is_balance(item.name) and any(held.data_of(item)):
+                whole = Region.whole(item.region.shape)
+                if is_balance(item.name) and any(held.data_of(item, whole)):
                     lost.append(item.name)
                 continue
-            data = np.frombuffer(held.data_of(item), raw_type(item.dtype))
-            whole = data.reshape(item.region.shape)
             for block in blocks(item.region.shape, 8, BLOCK_BYTES):
                 at = Region(
                     tuple(map(int.__add__, block.start, item.region.start)),
                     tuple(map(int.__add__, block.stop, item.region.start)),
                 )
+                data = np.frombuffer(held.data_of(item, block), raw_type(item.dtype))
                 for name, box, elements in _pieces(
-                    mapping, called[item.name], at, box_of(whole, block), item.dtype, made
+                    mapping, called[item.name], at, data.reshape(block.shape), item.dtype, made
                 ):
                     file, offset = places[name]
                     done += _put(writer_of(file), offset, mapping.shape("hub", name), box, elements)

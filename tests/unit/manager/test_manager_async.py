@@ -147,9 +147,8 @@ def test_a_snapshot_keeps_its_memory_and_its_copies() -> None:
     snapshot = Snapshot()
     snapshot.reserve(image.nbytes)
     snapshot.copy(image.tensors, lambda *_: weight)
-    copy, before = snapshot.bytes_of(image.tensors[0]), snapshot.nbytes
+    copied, before = snapshot.tensor_of(image.tensors[0]), snapshot.nbytes
     weight.zero_()
-    copied = torch.frombuffer(copy, dtype=torch.float32)
     assert copied[7] == 7
     assert copied.data_ptr() % 4096 == image.tensors[0].data.offset % 4096 == 0
     snapshot.reserve(image.nbytes)
@@ -176,8 +175,8 @@ def pending_of(catalog: Catalog) -> Pending:
     """A save that needs more memory than there is."""
     nothing: Any = None
     facts = Facts(1, "full", {}, {})
-    reads = (nothing, nothing, nothing)
-    return Pending(catalog, catalog.begin("step-1"), huge_image(), *reads, None, facts, Spans())
+    begun = catalog.begin("step-1")
+    return Pending(catalog, begun, huge_image(), nothing, None, facts, Spans())
 
 
 @pytest.mark.parametrize("policy", ["raise", "wait"])
