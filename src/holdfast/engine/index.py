@@ -82,46 +82,43 @@ def _encoded(whole: Plan, layouts: Sequence[Ints]) -> Encoded:
 def _tables(
     whole: Plan, layouts: Sequence[Ints], files: Mapping[int, int]
 ) -> Iterator[TensorTable]:
-    """Every tensor with the places of its chunks. A rank's items lie in the order of the plan."""
-    distinct = {id(layout): layout for layout in layouts}
-    lengths = [len(layout) for layout in distinct.values()]
-    starts = dict(zip(distinct, np.cumsum([0, *lengths]).tolist(), strict=False))
-    stored = np.concatenate([*distinct.values()])
-    following = np.array([starts[id(layout)] for layout in layouts], np.int64)
-    number = np.zeros(len(layouts), np.int64)
-    number[list(files)] = list(files.values())
+    """Every tensor with the places of its chunks."""
+    places = _places(whole.tensors, layouts, files)
     aliases: dict[str, list[tuple[str, Path]]] = {}
     for alias, (first, path) in whole.aliases.items():
         aliases.setdefault(first, []).append((alias, path))
+    at = 0
     for placed in whole.tensors:
-        if len(placed.rank) == 1:
-            # Thousands of small tensors have one chunk each: numpy is for many at once.
-            rank = placed.rank.item()
-            at = following.item(rank)
-            rows = stored[at : at + 1]
-            following[rank] += 1
-        else:
-            rows = stored[following[placed.rank] + _times_before(placed.rank)]
-            np.add.at(following, placed.rank, 1)
-        table = _table(placed, number[placed.rank], rows)
+        tensor, stop = placed.tensor, at + len(placed.rank)
+        table = TensorTable(
+            *(placed.name, tensor.dtype, tensor.shape, tensor.path),
+            *(placed.start, placed.stop, places[at:stop]),
+        )
+        at = stop
         yield table
         for alias, path in aliases.get(placed.name, ()):
             yield replace(table, name=alias, path=path)
 
 
-def _table(placed: Placed, file: Ints, rows: Ints) -> TensorTable:
-    tensor = placed.tensor
-    return TensorTable(
-        *(placed.name, tensor.dtype, tensor.shape, tensor.path),
-        *(placed.start, placed.stop, file, *rows.T),
-    )
+def _places(tensors: Sequence[Placed], layouts: Sequence[Ints], files: Mapping[int, int]) -> Ints:
+    """Of every chunk, in the order of the plan, the number of its file, and what `columns` gives of
+    its item. A rank's items lie in the order of the plan."""
+    distinct = {id(layout): layout for layout in layouts}
+    lengths = [len(layout) for layout in distinct.values()]
+    starts = dict(zip(distinct, np.cumsum([0, *lengths]).tolist(), strict=False))
+    first = np.array([starts[id(layout)] for layout in layouts], np.int64)
+    number = np.zeros(len(layouts), np.int64)
+    number[list(files)] = list(files.values())
+    ranks = np.concatenate([np.zeros(0, np.int64), *(placed.rank for placed in tensors)])
+    rows = np.concatenate([*distinct.values()])[first[ranks] + _times_before(ranks)]
+    return np.column_stack([number[ranks], rows])
 
 
 def _times_before(numbers: Ints) -> Ints:
     """For each number how often it has come before."""
     order = np.argsort(numbers, kind="stable")
-    ordered = numbers[order]
-    first = np.searchsorted(ordered, ordered)
+    first = np.flatnonzero(np.diff(numbers[order], prepend=-1))
+    counts = np.diff(first, append=len(numbers))
     times = np.empty_like(numbers)
-    times[order] = np.arange(len(numbers)) - first
+    times[order] = np.arange(len(numbers)) - np.repeat(first, counts)
     return times

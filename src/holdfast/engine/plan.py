@@ -291,7 +291,7 @@ class _CellsOf:
     def __call__(self, name: str, shape: tuple[int, ...], offering: Sequence[Holders]) -> _Cells:
         spreads = [holders.offer.tensors[name].spread for holders in offering]
         # By identity: those that lie alike have one object, and a mesh may have many ranks.
-        key = (shape, *((id(s), id(h)) for s, h in zip(spreads, offering, strict=True)))
+        key = (shape, *map(id, spreads), *map(id, offering))
         if key not in self._known:
             self._known[key] = _cells(shape, spreads, offering)
         return self._known[key]

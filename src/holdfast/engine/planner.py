@@ -61,7 +61,10 @@ class Planner:
         names: dict[int, list[str]] = {}
         for name, leaf in leaves.items():
             head, dot, _ = name.partition(".")
-            offer = held.offers.setdefault(head if dot else "", Offer())
+            section = head if dot else ""
+            if section not in held.offers:
+                held.offers[section] = Offer()
+            offer = held.offers[section]
             if not isinstance(leaf.value, torch.Tensor):
                 held.values[name] = leaf.value
                 offer.values[name] = leaf.path

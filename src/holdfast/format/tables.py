@@ -64,20 +64,9 @@ class TensorTable:
     """First element of each chunk: rows by dims."""
 
     stop: Ints
-    file: Ints
-    """Number of the file, among those of the checkpoint."""
-
-    offset: Ints
-    """Of the item in its file."""
-
-    nbytes: Ints
-    """Of the item."""
-
-    data: Ints
-    """Offset of the raw elements in the file."""
-
-    block: Ints
-    """Which of the file's checksums is the first of the chunk's."""
+    places: Ints
+    """Of each chunk: number of its file among those of the checkpoint, offset and bytes of its item
+    there, offset of its raw elements there, which of the file's checksums is its first."""
 
 
 def tables_of(manifest: Manifest) -> list[TensorTable]:
@@ -89,15 +78,18 @@ def tables_of(manifest: Manifest) -> list[TensorTable]:
 def _table(name: str, entry: TensorEntry, number: Mapping[str, int]) -> TensorTable:
     chunks = entry.chunks
     dims = (len(chunks), len(chunks[0].region.start if chunks else entry.shape))
+    places = [
+        (
+            *(number[c.file], c.item.offset, c.item.nbytes),
+            *(-1 if known is None else known for known in (c.data_offset, c.first_block)),
+        )
+        for c in chunks
+    ]
     return TensorTable(
         *(name, entry.dtype, entry.shape, entry.path),
         np.array([c.region.start for c in chunks], np.int64).reshape(dims),
         np.array([c.region.stop for c in chunks], np.int64).reshape(dims),
-        np.array([number[c.file] for c in chunks], np.int64),
-        np.array([c.item.offset for c in chunks], np.int64),
-        np.array([c.item.nbytes for c in chunks], np.int64),
-        np.array([-1 if c.data_offset is None else c.data_offset for c in chunks], np.int64),
-        np.array([-1 if c.first_block is None else c.first_block for c in chunks], np.int64),
+        np.array(places, np.int64).reshape(len(chunks), 5),
     )
 
 
@@ -116,11 +108,11 @@ def encode_tensors(tables: Iterable[TensorTable]) -> bytes:
 
 def _numbers(table: TensorTable) -> list[int]:
     """Those of all chunks, as `manifest.encode_tensor` takes them."""
-    columns = (table.file, table.offset, table.nbytes, table.data, table.block)
-    if len(table.file) == 1:
-        places = [column.item() for column in columns]
-        return [*places, *table.start[0].tolist(), *table.stop[0].tolist()]
-    numbers: list[int] = np.column_stack([*columns, table.start, table.stop]).ravel().tolist()
+    columns = (table.places, table.start, table.stop)
+    if len(table.places) == 1:
+        # Thousands of small tensors have one chunk each: numpy is for many at once.
+        return [number for column in columns for number in column[0].tolist()]
+    numbers: list[int] = np.hstack(columns).ravel().tolist()
     return numbers
 
 
@@ -144,7 +136,7 @@ class StockIndex:
         self._known: dict[str, bytes] = {}
         self._alike: dict[tuple[object, ...], bytes] = {}
         out.know(*files, *_CONSTANTS)
-        places = np.array([out.at(file) for file in files], np.int64)
+        memo = np.array([out.at(file) for file in files], np.int64)
         self._index = out.get(_INDEX) + b")\x81}(" + out.get("fqn")
         self._length = out.get("length")
         self._open(_METADATA)
@@ -155,14 +147,22 @@ class StockIndex:
         for table in tables:
             out.put(table.name)
             self._put_once(table)
-            stored.append(self._places(table, places))
+            stored.append(self._places(table, memo))
             paths[table.name] = table.path
         for name in values:
             out.put(name)
             out.put(Instance(_VALUE, None))
         out.raw(b"u")
         out.put("planner_data")
-        out.put({**paths, **values})
+        out.raw(b"}(")
+        for name, path in (*paths.items(), *values.items()):
+            known = out.get(name)
+            if path == (name,):
+                out.raw(known + known + b"\x85")
+            else:
+                out.raw(known)
+                out.put(path)
+        out.raw(b"u")
         out.put("storage_data")
         out.raw(b"}(")
         self._fixed = [out.take(), *stored]
@@ -229,11 +229,12 @@ class StockIndex:
             out.raw(before + known)
         return self._known[dtype]
 
-    def _places(self, table: TensorTable, places: Ints) -> bytes:
-        """Where each chunk lies."""
+    def _places(self, table: TensorTable, memo: Ints) -> bytes:
+        """Where each chunk lies; `memo` has the files' places there."""
         out = self._out
         if len(table.start) == 1:
-            return self._place(table, places)
+            return self._place(table, memo)
+        file, offset, nbytes = table.places.T[:3]
         return _rows(
             len(table.start),
             *(out.get(_INDEX), b")\x81}("),
@@ -241,16 +242,16 @@ class StockIndex:
             *(out.get("index"), np.arange(len(table.start))),
             *(out.get("offset"), *self._size(table.start)),
             *(b"ub", out.get(_INFO), b")\x81}("),
-            *(out.get("relative_path"), _Gets(places[table.file])),
-            *(out.get("offset"), table.offset),
-            *(out.get("length"), table.nbytes),
+            *(out.get("relative_path"), _Gets(memo[file])),
+            *(out.get("offset"), offset),
+            *(out.get("length"), nbytes),
             b"ub",
         )
 
-    def _place(self, table: TensorTable, places: Ints) -> bytes:
+    def _place(self, table: TensorTable, memo: Ints) -> bytes:
         """As `_places`, of a tensor of one chunk."""
         out, start = self._out, table.start.tobytes()
-        file = places.item(table.file.item())
+        file, offset, nbytes = table.places[0].tolist()[:3]
         key = (start, table.start.shape, file)
         if key not in self._alike:
             self._alike[key] = _rows(
@@ -258,14 +259,13 @@ class StockIndex:
                 *(out.get("index"), np.zeros(1, np.int64)),
                 *(out.get("offset"), *self._size(table.start)),
                 *(b"ub", out.get(_INFO), b")\x81}("),
-                *(out.get("relative_path"), _Gets(places[table.file])),
+                *(out.get("relative_path"), _Gets(memo[[file]])),
                 out.get("offset"),
             )
         return b"".join(
             (
                 *(self._index, out.get(table.name), self._alike[key]),
-                *(_number(table.offset.item()), self._length),
-                *(_number(table.nbytes.item()), b"ub"),
+                *(_number(offset), self._length, _number(nbytes), b"ub"),
             )
         )
 
@@ -309,8 +309,7 @@ def _opcode(part: Ints | _Gets) -> tuple[Ints, bytes, str]:
     """The numbers, the opcode before each, and their type: one as wide as the largest needs."""
     if isinstance(part, _Gets):
         return part.places, b"j", "<u4"
-    largest = int(part.max()) if len(part) else 0
-    return part, *next((opcode, dtype) for opcode, dtype, limit in _WIDTHS if largest < limit)
+    return part, *_width(int(part.max()) if len(part) else 0)
 
 
 _WIDTHS = (
@@ -319,9 +318,17 @@ _WIDTHS = (
 )
 
 
+def _width(largest: int) -> tuple[bytes, str]:
+    """The opcode for ints up to this one, and their type."""
+    for opcode, dtype, limit in _WIDTHS:
+        if largest < limit:
+            return opcode, dtype
+    raise OverflowError(f"{largest} is more than 63 bits")
+
+
 def _number(number: int) -> bytes:
     """An int with its opcode."""
-    opcode, dtype = next((opcode, dtype) for opcode, dtype, limit in _WIDTHS if number < limit)
+    opcode, dtype = _width(number)
     return opcode + number.to_bytes(int(dtype[-1]), "little")
 
 

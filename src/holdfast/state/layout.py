@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ def layout_of(name: str, tensor: torch.Tensor, known: Known | None = None) -> La
     return Layout(dtype, shape, known[shape][1], tensor.detach())
 
 
+@cache
 def dtype_name(dtype: torch.dtype) -> str:
     """As formats spell it."""
     return str(dtype).removeprefix("torch.")
