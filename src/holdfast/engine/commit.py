@@ -35,6 +35,8 @@ def commit(
 
     def finish(receipts: Sequence[Receipt]) -> int:
         assert index is not None
+        # That may have to wait for it, beside training: not with the collector at rest.
+        index.encoded()
         with collector_at_rest():
             return publish(attempt, receipts, index, facts, catalog)
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from holdfast.engine.collector import collector_at_rest
 from holdfast.engine.plan import Ints, Placed, Plan
 from holdfast.engine.write import TensorItem
 from holdfast.format.manifest import Path
@@ -52,8 +51,7 @@ class Index:
         """The bytes; any thread may ask."""
         with self._making:
             if self._encoded is None:
-                with collector_at_rest():
-                    self._encoded = _encoded(self.plan, self._layouts)
+                self._encoded = _encoded(self.plan, self._layouts)
                 self._layouts = ()
             return self._encoded
 
