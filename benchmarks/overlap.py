@@ -28,7 +28,9 @@ from benchmarks.ranks import free_port
 from benchmarks.results import Section, store
 from benchmarks.saving import renew
 
-WIDTH, BATCH = 2048, 64
+NUM_LAYERS, BATCH = 288, 64
+"""As many matrices as a Llama of 8B has: what a save does for each is what training waits for."""
+
 PLAIN_STEPS = 3
 STEPS_MIN = 3
 """With a save; more where it is not durable by then."""
@@ -67,12 +69,13 @@ class Training:
     """A model of some size, and its optimizer."""
 
     def __init__(self, nbytes: int) -> None:
-        num_layers = max(1, nbytes // (12 * WIDTH * WIDTH))
+        # Of a matrix: itself and two moments, 4 bytes each.
+        width = max(64, round((nbytes / (12 * NUM_LAYERS)) ** 0.5 / 64) * 64)
         self.model = nn.Sequential(
-            *(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(num_layers))
+            *(nn.Linear(width, width, bias=False) for _ in range(NUM_LAYERS))
         )
         self.optimizer = torch.optim.AdamW(self.model.parameters())
-        self._inputs = torch.randn(BATCH, WIDTH)
+        self._inputs = torch.randn(BATCH, width)
         self.step(nullcontext)
         self.nbytes = 12 * sum(parameter.numel() for parameter in self.model.parameters())
 

@@ -55,6 +55,7 @@ class Planner:
         self.index: Index | None = None
         """On rank 0, once there is a plan."""
 
+    @torch.no_grad()
     def hold(self, leaves: Mapping[str, Leaf], dtype: torch.dtype | None) -> Held:
         """What this rank has to offer; floating-point tensors as `dtype`, where one is given."""
         held = Held()
@@ -106,7 +107,14 @@ class Planner:
 
     def image(self, held: Held) -> FileImage:
         """This rank's file, as it is to be written."""
-        containers = {name: self._containers.of(name, held.values[name]) for name in self._values}
+        # An option of an optimizer is one value under the names of all its parameters.
+        once: dict[int, bytes] = {}
+        containers = {}
+        for name in self._values:
+            value = held.values[name]
+            if id(value) not in once:
+                once[id(value)] = self._containers.of(name, value)
+            containers[name] = once[id(value)]
         return image_of(self._ranks.rank, self._items, containers)
 
     def _renew(self, held: Held) -> None:

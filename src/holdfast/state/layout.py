@@ -15,9 +15,9 @@ from holdfast.errors import UsageError
 from holdfast.state.shard import Cut, Mesh, Piece, Spread, pieces_of
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Layout:
-    """What this rank holds of one tensor."""
+    """What this rank holds of one tensor. Not frozen for the reason that leaves have."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -47,7 +47,7 @@ def layout_of(name: str, tensor: torch.Tensor, known: Known | None = None) -> La
     shape = tuple(tensor.shape)
     if isinstance(tensor, DTensor):
         local = _local(tensor)
-        spread, pieces = _spread_of(name, tensor, {} if known is None else known)
+        spread, pieces = _spread_of(name, tensor, shape, {} if known is None else known)
         held = sum(piece.region.num_elements for piece in pieces)
         if held != local.numel():
             raise UsageError(
@@ -62,10 +62,10 @@ def layout_of(name: str, tensor: torch.Tensor, known: Known | None = None) -> La
             hint="store its dense parts under names of their own",
         )
     if known is None:
-        return Layout(dtype, shape, pieces_of(shape, ()), tensor.detach())
+        return Layout(dtype, shape, pieces_of(shape, ()), _detached(tensor))
     if shape not in known:
         known[shape] = None, pieces_of(shape, ())
-    return Layout(dtype, shape, known[shape][1], tensor.detach())
+    return Layout(dtype, shape, known[shape][1], _detached(tensor))
 
 
 @cache
@@ -94,26 +94,35 @@ def _elements(tensor: torch.Tensor) -> tuple[object, ...]:
 
 
 def _local(tensor: DTensor) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        return _detached(tensor.to_local())
     # With gradients it is a step of autograd, which takes ten times as long.
     with torch.no_grad():
-        return tensor.to_local().detach()
+        return _detached(tensor.to_local())
 
 
-def _spread_of(name: str, tensor: DTensor, known: Known) -> tuple[Spread | None, tuple[Piece, ...]]:
-    mesh, shape = tensor.device_mesh, tuple(tensor.shape)
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        raise UsageError(f"`{name}`: this rank is not part of the tensor's mesh {mesh}")
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _spread_of(
+    name: str, tensor: DTensor, shape: tuple[int, ...], known: Known
+) -> tuple[Spread | None, tuple[Piece, ...]]:
+    mesh = tensor.device_mesh
     key = (mesh, tensor.placements, shape)
-    if key not in known:
+    found = known.get(key)
+    if found is None:
+        coordinate = mesh.get_coordinate()
+        if coordinate is None:
+            raise UsageError(f"`{name}`: this rank is not part of the tensor's mesh {mesh}")
         # One object for all that lie alike: it is compared, and sent, once.
-        alike = (found for other, (found, _) in known.items() if found and other[:2] == key[:2])
+        alike = (one for other, (one, _) in known.items() if one and other[:2] == key[:2])
         spread = next(alike, None) or Spread(
             Mesh(tuple(mesh.mesh.shape), tuple(mesh.mesh.flatten().tolist())),
             tuple(_cut(name, placement) for placement in tensor.placements),
         )
-        known[key] = spread, pieces_of(shape, spread.splits_at(coordinate))
-    return known[key]
+        found = known[key] = spread, pieces_of(shape, spread.splits_at(coordinate))
+    return found
 
 
 def _cut(name: str, placement: Placement) -> Cut | None:

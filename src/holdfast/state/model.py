@@ -47,10 +47,11 @@ class ModelState:
         self.may_lack = frozenset(may_lack)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors share their memory with the model."""
+        """Parameters and buffers themselves, with their gradients."""
         state: dict[str, Any] = {}
         for part in self._parts:
-            for named, value in part.state_dict().items():
+            # A DTensor takes long to detach; whoever reads or fills it does so with its local one.
+            for named, value in part.state_dict(keep_vars=True).items():
                 name = canonical(named)
                 if name in state:
                     raise UsageError(f"two model parts hold `{name}`")

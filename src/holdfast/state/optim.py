@@ -52,6 +52,14 @@ class OptimizerState:
         """Of the parameters that the optimizers change."""
         return list(self._parameters)
 
+    def slot_names(self) -> list[str]:
+        """Of the entries of `state_dict` that the optimizers change."""
+        return [
+            f"state.{self._names[id(parameter)]}.{slot}"
+            for optimizer, parameter in self._in_order()
+            for slot in optimizer.state.get(parameter, {})
+        ]
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors share their memory with the optimizer. A parameter without state has none."""
         state: dict[str, Any] = {}

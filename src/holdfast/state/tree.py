@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,9 +22,13 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Leaf:
-    """A tensor or a plain value in a tree of state."""
+    """A tensor or a plain value in a tree of state.
+
+    Nobody changes one, but it is not frozen: a save makes thousands while training waits, and each
+    would take three times as long.
+    """
 
     path: Path
     value: Any
@@ -51,28 +55,28 @@ def flatten(
     """
     leaves: dict[str, Leaf] = {}
 
-    def enter(path: Path, value: Any) -> None:
-        # A large state has thousands of these, and asking what else they might be takes longest.
-        if not isinstance(value, _NEVER_OPENED):
-            value = opened(path, value)
-        if isinstance(value, _NEVER_OPENED):
-            add(path, value)
-        elif isinstance(value, Mapping):
+    def enter(path: Path, name: str, value: Any) -> None:
+        value = opened(path, value)
+        members: Iterable[tuple[str | int, Any]]
+        if isinstance(value, Mapping):
             if len({*map(str, value)}) < len(value):
                 raise UsageError(
                     f"two keys at {path} are spelled alike: {[*value]}",
                     hint="rename one of them: a checkpoint spells every key as text",
                 )
-            for key, member in value.items():
-                enter((*path, str(key)), member)
+            members = ((str(key), member) for key, member in value.items())
         elif isinstance(value, list) and _holds_state(value):
-            for index, member in enumerate(value):
-                enter((*path, index), member)
+            members = enumerate(value)
         else:
-            add(path, value)
+            add(path, name, value)
+            return
+        before = f"{name}." if path else ""
+        for key, member in members:
+            # A state has thousands of these, and asking what else they might be takes longest.
+            follow = add if isinstance(member, _NEVER_OPENED) else enter
+            follow((*path, key), f"{before}{key}", member)
 
-    def add(path: Path, value: Any) -> None:
-        name = ".".join(map(str, path))
+    def add(path: Path, name: str, value: Any) -> None:
         if name in leaves:
             raise UsageError(
                 f"two entries have the name `{name}`: {leaves[name].path} and {path}",
@@ -80,7 +84,7 @@ def flatten(
             )
         leaves[name] = Leaf(path, value)
 
-    enter(root, state)
+    enter(root, ".".join(map(str, root)), state)
     return leaves
 
 
