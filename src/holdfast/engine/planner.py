@@ -67,8 +67,9 @@ class Planner:
                 held.offers[section] = Offer()
             offer = held.offers[section]
             if not isinstance(leaf.value, torch.Tensor):
-                held.values[name] = leaf.value
-                offer.values[name] = leaf.path
+                called = leaf.names or {name: leaf.path}
+                held.values.update(dict.fromkeys(called, leaf.value))
+                offer.values.update(called)
                 continue
             layout = layout_of(name, leaf.value, self._known)
             if layout.local.numel():

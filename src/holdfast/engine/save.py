@@ -75,7 +75,7 @@ def save(
     ranks = all_ranks()
     try:
         on_rank_0(ranks, lambda: _check_free(catalog, name, overwrite))
-        leaves = on_every_rank(ranks, StateTree(state).leaves)
+        leaves = on_every_rank(ranks, StateTree(state).leaves_to_save)
         return save_leaves(catalog, name, leaves, ranks=ranks, planner=Planner(ranks))
     finally:
         ranks.close()

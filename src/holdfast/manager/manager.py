@@ -458,7 +458,7 @@ class CheckpointManager:
         self._goodput.count_save()
         use = self._hub.use(step, last_step=last_step, saved=True)
         if kind == "full":
-            leaves = StateTree(self._parts, flat=MODEL).leaves
+            leaves = StateTree(self._parts, flat=MODEL).leaves_to_save
             return self._saver.save(step, kind, leaves, metrics=numbers, use=use)
         dtype: torch.dtype | None = getattr(torch, self.config.export_dtype)
         dtype = dtype if last_step and use != "step" else None

@@ -41,7 +41,7 @@ def many(given: T | Sequence[T]) -> list[T]:
 def changed_by_optimizers(optimizers: Stateful) -> set[str]:
     """Names of the tensors that change when optimizers step, and at no other time."""
     assert isinstance(optimizers, OptimizerState)
-    state = {f"{OPTIMIZER}.{name}" for name in optimizers.slot_names()}
+    state = {f"{OPTIMIZER}.{name}" for name in optimizers.slots()}
     return {*optimizers.parameter_names(), *state}
 
 

@@ -15,9 +15,9 @@ from holdfast.errors import UsageError
 from holdfast.state.shard import Cut, Mesh, Piece, Spread, pieces_of
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """What this rank holds of one tensor. Not frozen for the reason that leaves have."""
+    """What this rank holds of one tensor."""
 
     dtype: str
     shape: tuple[int, ...]

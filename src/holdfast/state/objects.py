@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -72,8 +72,25 @@ class StateTree:
     def leaves(self) -> dict[str, Leaf]:
         """Every tensor and value by name, as they are now. Tensors share memory with the state."""
         self._opened.clear()
+        return self._leaves(self._open)
+
+    def leaves_to_save(self) -> dict[str, Leaf]:
+        """The same, but an option of an optimizer is one leaf with the names of all parameters that
+        have it: there are thousands of these names, and training waits."""
+        options: dict[str, Leaf] = {}
+
+        def opened(path: Path, value: Any) -> Any:
+            wrapped = self._wrapped(value)
+            if not isinstance(wrapped, OptimizerState):
+                return self._open(path, value)
+            options.update(wrapped.shared_options(path))
+            return {**wrapped.slots(), **wrapped.other_options()}
+
+        return {**self._leaves(opened), **options}
+
+    def _leaves(self, opened: Callable[[Path, Any], Any]) -> dict[str, Leaf]:
         below = {name: value for name, value in self._state.items() if name != self._flat}
-        leaves = flatten(below, opened=self._open)
+        leaves = flatten(below, opened=opened)
         if self._flat is not None and self._flat in self._state:
             for name, leaf in self._flat_leaves(self._state[self._flat]):
                 leaves[name] = leaf

@@ -15,9 +15,14 @@ from torch.optim import Optimizer
 
 from holdfast.errors import UsageError
 from holdfast.state.model import named_parameters
+from holdfast.state.tree import Leaf, Path
 
 TensorInfo = tuple[str, tuple[int, ...]]
 """Dtype by torch's name, and global shape."""
+
+
+_SHARED = (int, float, str, bytes, tuple, type(None))
+"""Values that nobody opens, and that are no tensors."""
 
 
 class OptimizerState:
@@ -33,6 +38,7 @@ class OptimizerState:
         self._optimizers = list(optimizers)
         self._names = {id(parameter): name for name, parameter in named_parameters(parts)}
         self._parameters: dict[str, tuple[Optimizer, nn.Parameter]] = {}
+        self._options: dict[tuple[Path, int, str], tuple[list[str], dict[str, Path]]] = {}
         for optimizer, parameter in self._in_order():
             name = self._names.setdefault(id(parameter), str(len(self._parameters)))
             if name in self._parameters:
@@ -52,27 +58,59 @@ class OptimizerState:
         """Of the parameters that the optimizers change."""
         return list(self._parameters)
 
-    def slot_names(self) -> list[str]:
-        """Of the entries of `state_dict` that the optimizers change."""
-        return [
-            f"state.{self._names[id(parameter)]}.{slot}"
+    def slots(self) -> dict[str, Any]:
+        """The entries of `state_dict` that the optimizers change."""
+        return {
+            f"state.{self._names[id(parameter)]}.{slot}": value
             for optimizer, parameter in self._in_order()
-            for slot in optimizer.state.get(parameter, {})
-        ]
+            for slot, value in optimizer.state.get(parameter, {}).items()
+        }
+
+    def shared_options(self, above: Path) -> dict[str, Leaf]:
+        """The entries that are plain values, below a path: each option of a group once, with the
+        names that it has for all its parameters."""
+        leaves = {}
+        for number, group in enumerate(self._groups()):
+            held = [self._names[id(parameter)] for parameter in group["params"]]
+            for option, value in _options(group):
+                if held and isinstance(value, _SHARED):
+                    first, *_ = names = self._spelled(above, number, option, held)
+                    leaves[first] = Leaf(names[first], value, names)
+        return leaves
+
+    def other_options(self) -> dict[str, Any]:
+        """The entries that are neither slots nor plain values."""
+        return {
+            f"param_groups.{self._names[id(parameter)]}.{option}": value
+            for group in self._groups()
+            for option, value in _options(group)
+            if not isinstance(value, _SHARED)
+            for parameter in group["params"]
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors share their memory with the optimizer. A parameter without state has none."""
-        state: dict[str, Any] = {}
+        shared = {
+            name: leaf.value
+            for leaf in self.shared_options(()).values()
+            for name in leaf.names or ()
+        }
+        return {**self.slots(), **shared, **self.other_options()}
+
+    def _groups(self) -> Iterator[dict[str, Any]]:
         for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                options = {key: value for key, value in group.items() if key != "params"}
-                for parameter in group["params"]:
-                    name = self._names[id(parameter)]
-                    for slot, value in optimizer.state.get(parameter, {}).items():
-                        state[f"state.{name}.{slot}"] = value
-                    for option, value in options.items():
-                        state[f"param_groups.{name}.{option}"] = value
-        return state
+            yield from optimizer.param_groups
+
+    def _spelled(
+        self, above: Path, number: int, option: str, held: list[str]
+    ) -> Mapping[str, Path]:
+        """The names of an option of a group: kept, for every save asks for them."""
+        known = self._options.get((above, number, option))
+        if known is None or known[0] != held:
+            paths = [(*above, f"param_groups.{name}.{option}") for name in held]
+            known = held, {".".join(map(str, path)): path for path in paths}
+            self._options[above, number, option] = known
+        return known[1]
 
     def room_for(self, stored: Mapping[str, TensorInfo]) -> list[str]:
         """Names of stored tensors that are slots of these parameters, but not there yet."""
@@ -116,6 +154,10 @@ class OptimizerState:
             for group in optimizer.param_groups:
                 for parameter in group["params"][:1]:
                     group.update(options.get(self._names[id(parameter)], {}))
+
+
+def _options(group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    return ((option, value) for option, value in group.items() if option != "params")
 
 
 def _by_parameter(entries: Mapping[str, Any], prefix: str) -> dict[str, dict[str, Any]]:

@@ -22,16 +22,14 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Leaf:
-    """A tensor or a plain value in a tree of state.
-
-    Nobody changes one, but it is not frozen: a save makes thousands while training waits, and each
-    would take three times as long.
-    """
+    """A tensor or a plain value in a tree of state."""
 
     path: Path
     value: Any
+    names: Mapping[str, Path] | None = None
+    """Of a value that has several names: all of them, with their paths."""
 
 
 _NEVER_OPENED = (torch.Tensor, int, float, str, bytes, tuple, type(None))

@@ -77,6 +77,31 @@ def test_the_names_are_those_of_torchs_flattened_optimizer_state() -> None:
         assert same(found[name], value), name
 
 
+def test_an_option_is_saved_once_under_the_names_of_all_its_parameters() -> None:
+    """Method: what is saved against what is loaded, name by name; a number, a tensor and a list of
+    tensors among the options; again after an option has come and a parameter has gone."""
+    net, optimizer = trained(0)
+    first, last = optimizer.param_groups[0], optimizer.param_groups[-1]
+    first |= {"lr": torch.tensor(0.5), "mine": [torch.ones(2), {"x": 1}]}
+    tree = StateTree({"net": net, "optimizers": {"one": OptimizerState([net], [optimizer])}})
+    for _ in range(2):
+        saved: dict[str, tuple[Any, Any]] = {}
+        shared = 0
+        for name, leaf in tree.leaves_to_save().items():
+            shared += leaf.names is not None
+            assert leaf.names is None or name in leaf.names
+            for one, path in (leaf.names or {name: leaf.path}).items():
+                assert one not in saved
+                saved[one] = path, leaf.value
+        wanted = {name: (leaf.path, leaf.value) for name, leaf in tree.leaves().items()}
+        assert saved.keys() == wanted.keys()
+        for name, (path, value) in wanted.items():
+            assert (path, True) == (saved[name][0], same(value, saved[name][1])), name
+        assert 0 < shared < sum("param_groups" in name for name in wanted)
+        # Between two saves: another option, and another number of parameters.
+        last["more"] = last["params"].pop() is None
+
+
 def test_a_parameter_without_state_has_no_state_and_keeps_its_options() -> None:
     """G9. Method: frozen, and never reached by a gradient."""
     net, optimizer = trained(0)
