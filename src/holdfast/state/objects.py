@@ -10,7 +10,7 @@ from torch import nn
 
 from holdfast.state.model import ModelState
 from holdfast.state.optim import OptimizerState, TensorInfo
-from holdfast.state.tree import Leaf, Path, Stateful, flatten, place
+from holdfast.state.tree import Leaf, Path, Stateful, flatten, named_twice, place
 
 
 class StateTree:
@@ -77,16 +77,23 @@ class StateTree:
     def leaves_to_save(self) -> dict[str, Leaf]:
         """The same, but an option of an optimizer is one leaf with the names of all parameters that
         have it: there are thousands of these names, and training waits."""
-        options: dict[str, Leaf] = {}
+        shared: list[Leaf] = []
 
         def opened(path: Path, value: Any) -> Any:
             wrapped = self._wrapped(value)
             if not isinstance(wrapped, OptimizerState):
                 return self._open(path, value)
-            options.update(wrapped.shared_options(path))
+            shared.extend(wrapped.shared_options(path))
             return {**wrapped.slots(), **wrapped.other_options()}
 
-        return {**self._leaves(opened), **options}
+        leaves = self._leaves(opened)
+        spelled = {name: leaf.path for name, leaf in leaves.items()}
+        for leaf in shared:
+            for name in spelled.keys() & leaf.names.keys():
+                raise named_twice(name, spelled[name], leaf.names[name])
+            spelled.update(leaf.names)
+            leaves[next(iter(leaf.names))] = leaf
+        return leaves
 
     def _leaves(self, opened: Callable[[Path, Any], Any]) -> dict[str, Leaf]:
         below = {name: value for name, value in self._state.items() if name != self._flat}

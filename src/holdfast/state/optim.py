@@ -38,7 +38,7 @@ class OptimizerState:
         self._optimizers = list(optimizers)
         self._names = {id(parameter): name for name, parameter in named_parameters(parts)}
         self._parameters: dict[str, tuple[Optimizer, nn.Parameter]] = {}
-        self._options: dict[tuple[Path, int, str], tuple[list[str], dict[str, Path]]] = {}
+        self._known: dict[tuple[Path, int, str], tuple[list[str], dict[str, Path]]] = {}
         for optimizer, parameter in self._in_order():
             name = self._names.setdefault(id(parameter), str(len(self._parameters)))
             if name in self._parameters:
@@ -66,17 +66,15 @@ class OptimizerState:
             for slot, value in optimizer.state.get(parameter, {}).items()
         }
 
-    def shared_options(self, above: Path) -> dict[str, Leaf]:
+    def shared_options(self, above: Path) -> Iterator[Leaf]:
         """The entries that are plain values, below a path: each option of a group once, with the
         names that it has for all its parameters."""
-        leaves = {}
         for number, group in enumerate(self._groups()):
             held = [self._names[id(parameter)] for parameter in group["params"]]
             for option, value in _options(group):
                 if held and isinstance(value, _SHARED):
-                    first, *_ = names = self._spelled(above, number, option, held)
-                    leaves[first] = Leaf(names[first], value, names)
-        return leaves
+                    names = self._spelled(above, number, option, held)
+                    yield Leaf(next(iter(names.values())), value, names)
 
     def other_options(self) -> dict[str, Any]:
         """The entries that are neither slots nor plain values."""
@@ -90,11 +88,7 @@ class OptimizerState:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors share their memory with the optimizer. A parameter without state has none."""
-        shared = {
-            name: leaf.value
-            for leaf in self.shared_options(()).values()
-            for name in leaf.names or ()
-        }
+        shared = {name: leaf.value for leaf in self.shared_options(()) for name in leaf.names}
         return {**self.slots(), **shared, **self.other_options()}
 
     def _groups(self) -> Iterator[dict[str, Any]]:
@@ -105,11 +99,11 @@ class OptimizerState:
         self, above: Path, number: int, option: str, held: list[str]
     ) -> Mapping[str, Path]:
         """The names of an option of a group: kept, for every save asks for them."""
-        known = self._options.get((above, number, option))
+        known = self._known.get((above, number, option))
         if known is None or known[0] != held:
             paths = [(*above, f"param_groups.{name}.{option}") for name in held]
             known = held, {".".join(map(str, path)): path for path in paths}
-            self._options[above, number, option] = known
+            self._known[above, number, option] = known
         return known[1]
 
     def room_for(self, stored: Mapping[str, TensorInfo]) -> list[str]:
@@ -150,10 +144,9 @@ class OptimizerState:
                 if not isinstance(value, torch.Tensor):
                     optimizer.state[parameter][slot] = value
         options = _by_parameter(state_dict, "param_groups.")
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"][:1]:
-                    group.update(options.get(self._names[id(parameter)], {}))
+        for group in self._groups():
+            for parameter in group["params"][:1]:
+                group.update(options.get(self._names[id(parameter)], {}))
 
 
 def _options(group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -28,8 +28,8 @@ class Leaf:
 
     path: Path
     value: Any
-    names: Mapping[str, Path] | None = None
-    """Of a value that has several names: all of them, with their paths."""
+    names: Mapping[str, Path] = field(default_factory=dict)
+    """Of a value that has several names: all of them, with their paths; that of the leaf first."""
 
 
 _NEVER_OPENED = (torch.Tensor, int, float, str, bytes, tuple, type(None))
@@ -76,14 +76,19 @@ def flatten(
 
     def add(path: Path, name: str, value: Any) -> None:
         if name in leaves:
-            raise UsageError(
-                f"two entries have the name `{name}`: {leaves[name].path} and {path}",
-                hint="rename one of the keys; dots in keys join them to their parents",
-            )
+            raise named_twice(name, leaves[name].path, path)
         leaves[name] = Leaf(path, value)
 
     enter(root, ".".join(map(str, root)), state)
     return leaves
+
+
+def named_twice(name: str, one: Path, other: Path) -> UsageError:
+    """What is said of two entries that a checkpoint could not tell apart."""
+    return UsageError(
+        f"two entries have the name `{name}`: {one} and {other}",
+        hint="rename one of the keys; dots in keys join them to their parents",
+    )
 
 
 def _holds_state(members: Sequence[Any]) -> bool:

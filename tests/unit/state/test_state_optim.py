@@ -88,8 +88,8 @@ def test_an_option_is_saved_once_under_the_names_of_all_its_parameters() -> None
         saved: dict[str, tuple[Any, Any]] = {}
         shared = 0
         for name, leaf in tree.leaves_to_save().items():
-            shared += leaf.names is not None
-            assert leaf.names is None or name in leaf.names
+            shared += bool(leaf.names)
+            assert not leaf.names or (name, leaf.path) == next(iter(leaf.names.items()))
             for one, path in (leaf.names or {name: leaf.path}).items():
                 assert one not in saved
                 saved[one] = path, leaf.value
@@ -100,6 +100,25 @@ def test_an_option_is_saved_once_under_the_names_of_all_its_parameters() -> None
         assert 0 < shared < sum("param_groups" in name for name in wanted)
         # Between two saves: another option, and another number of parameters.
         last["more"] = last["params"].pop() is None
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"a.b.param_groups": {"head.weight": {"lr": 3}}},
+        {"a.b.param_groups.unused.betas": torch.ones(2)},
+        None,
+    ],
+)
+def test_an_option_whose_name_another_entry_has_is_refused(beside: dict[str, Any] | None) -> None:
+    """Method: a value, a tensor, another optimizer of the same parameters; for what is saved as for
+    what is loaded."""
+    net, optimizer = trained(0)
+    beside = beside or {"a.b": OptimizerState([net], [torch.optim.SGD(net.parameters())])}
+    tree = StateTree({"a": {"b": OptimizerState([net], [optimizer])}, **beside})
+    for leaves in (tree.leaves, tree.leaves_to_save):
+        with pytest.raises(UsageError, match=r"two entries have the name `a\.b\.param_groups\."):
+            leaves()
 
 
 def test_a_parameter_without_state_has_no_state_and_keeps_its_options() -> None:
