@@ -59,7 +59,7 @@ def check_fit(
     """
     held, aliases = tensors.held, mapping.aliases[side]
     derived = [name for name in held if DERIVED.fullmatch(name)]
-    balance = biases_left_out(held, mapping) if side == "native" else set()
+    balance = _biases_left_out(held, mapping, side)
     used = sorted(name for name in balance if _bits(tensors.read(name, _whole(held[name]))).any())
     wrong = [f"`{name}` is not zero, and the hub has no place for it" for name in used]
     wrong += differences(held, mapping, side, said_by)
@@ -87,8 +87,7 @@ def differences(
 ) -> list[str]:
     """Tensors of one side that are missing, of another shape, or not known: a line each."""
     names = mapping.names(side)
-    known = {*names, *mapping.aliases[side]}
-    known |= biases_left_out(held, mapping) if side == "native" else set()
+    known = {*names, *mapping.aliases[side], *_biases_left_out(held, mapping, side)}
     unknown = [name for name in held if name not in known and not DERIVED.fullmatch(name)]
     return [
         *_missing(held, names),
@@ -97,17 +96,18 @@ def differences(
     ]
 
 
-def biases_left_out(native: Collection[str], mapping: TensorMapping) -> set[str]:
-    """The biases that balance experts, where the hub has no place for them."""
-    return {name for name in native if is_balance(name)} - {*mapping.names("native")}
-
-
 def listed(lines: Sequence[str]) -> str:
     """Many lines for an error, indented below it."""
     shown = lines if len(lines) <= LISTED_MAX else list(_together(lines))
     more = len(shown) - LISTED_MAX
     last = [f"... and {more} more"] if more > 0 else []
     return "".join(f"\n  {line}" for line in (*shown[:LISTED_MAX], *last))
+
+
+def _biases_left_out(held: Collection[str], mapping: TensorMapping, side: SideName) -> set[str]:
+    """The biases that balance experts, where the hub has no place for them."""
+    balance = {name for name in held if is_balance(name)} if side == "native" else set()
+    return balance - {*mapping.names(side)}
 
 
 def _together(lines: Sequence[str]) -> Iterator[str]:
