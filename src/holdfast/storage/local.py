@@ -137,7 +137,7 @@ class LocalStore:
         with self._said("remove", key):
             path = self._path(key)
             if os.path.isdir(path) and not os.path.islink(path):
-                import shutil
+                import shutil  # Whoever only looks at a store need not wait for it.
 
                 shutil.rmtree(path)
             else:
