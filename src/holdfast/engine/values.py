@@ -12,7 +12,8 @@ from holdfast.errors import FormatError, UsageError
 
 _KNOWN_MAX = 1000
 _MEMBERS_MAX = 16
-_SCALARS = (bool, int, float, str, type(None))
+_INNER_MAX = 1000
+_SCALARS = frozenset({bool, int, float, str, type(None)})
 _DEPTH_MAX = 16
 _INT_MAX = 1 << 64
 """Far larger ones have an opcode of their own, which not every torch reads."""
@@ -45,6 +46,8 @@ def reads_back(value: Any, depth: int = 0) -> bool:
     if type(value) is int:
         return -_INT_MAX < value < _INT_MAX
     if type(value) in (list, tuple):
+        if {*map(type, value)} == {int}:
+            return bool(-_INT_MAX < min(value) and max(value) < _INT_MAX)
         return depth < _DEPTH_MAX and all(reads_back(member, depth + 1) for member in value)
     if type(value) is dict:
         return all(type(key) is str for key in value) and reads_back([*value.values()], depth)
@@ -52,8 +55,8 @@ def reads_back(value: Any, depth: int = 0) -> bool:
 
 
 class Containers:
-    """The containers of values; those of numbers, texts and pairs of them, of which a state has
-    hundreds that are equal, are made once."""
+    """The containers of values; those of numbers, texts and tuples of them are made once: hundreds
+    in a state are equal, and many stay as they are from save to save."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[type, str], bytes] = {}
@@ -72,10 +75,21 @@ class Containers:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether two values of this type and text are the same."""
-    if type(value) is tuple:
-        return len(value) <= _MEMBERS_MAX and all(type(member) in _SCALARS for member in value)
-    return type(value) in _SCALARS
+    """Whether two values of this type and text are the same, and the text is short: the state of
+    random numbers is a tuple of 625 numbers in another."""
+    if type(value) is not tuple:
+        return type(value) in _SCALARS
+    return len(value) <= _MEMBERS_MAX and all(
+        type(member) in _SCALARS or _is_plain_inside(member) for member in value
+    )
+
+
+def _is_plain_inside(member: Any) -> bool:
+    return (
+        type(member) in (list, tuple)
+        and len(member) <= _INNER_MAX
+        and _SCALARS.issuperset(map(type, member))
+    )
 
 
 def decode_value(name: str, container: bytes, *, where: str) -> Any:

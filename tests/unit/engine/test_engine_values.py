@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.engine.values import encode_value, reads_back
+from holdfast.engine.values import Containers, encode_value, reads_back
 from holdfast.errors import UsageError
 
 PLAIN = st.recursive(
@@ -32,6 +32,19 @@ def test_what_need_not_be_tried_reads_back_equal(value: Any) -> None:
     if reads_back(value):
         container = encode_value("value", value)
         assert torch.load(io.BytesIO(container), weights_only=True) == value
+
+
+NEAR = st.sampled_from([0, 0.0, -0.0, False, 1, True, 1.0, "1", "a", None, 2**70])
+MEMBERS = st.lists(NEAR, max_size=3)
+NEARLY_EQUAL = NEAR | st.lists(NEAR | MEMBERS | MEMBERS.map(tuple), max_size=3).map(tuple)
+
+
+@given(st.lists(NEARLY_EQUAL, max_size=8))
+def test_a_container_that_is_kept_is_that_of_the_very_value(values: list[Any]) -> None:
+    """G6. Method: values that are equal, or nearly, one after the other."""
+    containers = Containers()
+    for value in values:
+        assert containers.of("value", value) == encode_value("value", value)
 
 
 def test_the_state_of_random_numbers_need_not_be_tried_and_objects_must() -> None:
