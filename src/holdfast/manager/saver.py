@@ -17,6 +17,7 @@ from holdfast.engine.ranks import Ranks, conclude, on_every_rank, outcome_of
 from holdfast.engine.save import Pending, begin_save, discard, finish_save, take_snapshot
 from holdfast.engine.spans import Spans, amount, rate, times_of
 from holdfast.engine.stage import Snapshot, Staging, free_memory
+from holdfast.engine.write import TensorItem
 from holdfast.errors import HoldfastError, RankError, UsageError
 from holdfast.format.manifest import Kind
 from holdfast.format.names import step_name
@@ -60,6 +61,8 @@ class Saver:
         self._finishing_ranks = ranks.twin() if self._in_background else ranks
         self._overlapping = config.async_mode == "async_with_pinned_mem"
         self._changed_by_optimizers = changed_by_optimizers
+        self._items: tuple[TensorItem, ...] | None = None
+        self._names: Collection[str] = ()
         self._goodput = goodput or Goodput()
         self._background, self._snapshot = Background(), Snapshot()
         self._staging: Staging | None = None
@@ -112,7 +115,7 @@ class Saver:
                     model=self._hub.config,
                 )
             if self._in_background and self._has_room(pending):
-                later = self._changed_by_optimizers() if self._overlapping else ()
+                later = self._later(pending.image.tensors) if self._overlapping else ()
                 staged, self._staging = take_snapshot(
                     pending, self._snapshot, self._ranks, later=later
                 )
@@ -133,6 +136,13 @@ class Saver:
             with self._goodput.lost_to("waiting for a copy"):
                 self._staging.wait()
             self._staging = None
+
+    def _later(self, items: tuple[TensorItem, ...]) -> Collection[str]:
+        """Names of the tensors that are copied while training goes on: the same while the plan is,
+        whose items these are."""
+        if items is not self._items:
+            self._items, self._names = items, self._changed_by_optimizers()
+        return self._names
 
     def _has_room(self, pending: Pending) -> bool:
         """Whether every rank has the memory for a snapshot; where not, that is an error, or the
