@@ -215,7 +215,7 @@ def ours(size: int, leaves: dict[str, Leaf], own: set[str]) -> Figures:
 
 
 def receipt_of(image: FileImage) -> Receipt:
-    values = {name: (span, 7) for name, span in image.values.items()}
+    values = {name: (span, 7) for names, span in image.values for name in names}
     return Receipt(image.name, image.nbytes, Table(image.table_offset, 7), values)
 
 

@@ -40,7 +40,7 @@ def save_by_plan(
         )
         layouts = ranks.gather(columns(items))
         index = Index(plan, layouts) if ranks.rank == 0 else None
-        image = image_of(ranks.rank, items, {})
+        image = image_of(ranks.rank, items, [])
         receipt = write(
             *(store, str(attempt), image),
             lambda item: host_windows(box_of(tensors[item.name], item.region), item.dtype),

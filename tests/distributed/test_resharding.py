@@ -13,14 +13,19 @@ from torch.distributed.checkpoint.state_dict_loader import load as stock_load
 from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
     parallelize_module,
 )
+from torch.distributed.tensor.placement_types import Placement
+from torch.utils import swap_tensors
 
 import holdfast
+from holdfast.engine.planner import Held, Planner
+from holdfast.engine.ranks import all_ranks, outcome_of
+from holdfast.state.tree import flatten
 from processes import run_processes
 
 WIDTH = 10
@@ -202,3 +207,46 @@ def test_an_error_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
         assert "rank 1" in message
         assert "`mine`" in message
     assert list(tmp_path.iterdir()) == []
+
+
+def relaid_on(rank: int, size: int) -> int:
+    mesh = init_device_mesh("cpu", (size,))
+    ranks = all_ranks()
+
+    def laid(*shape: int, placement: Placement | None = None) -> torch.Tensor:
+        tensor = torch.ones(shape)
+        return tensor if placement is None else distribute_tensor(tensor, mesh, [placement])
+
+    def offers(planner: Planner, state: dict[str, Any]) -> Any:
+        held = outcome_of(lambda: planner.hold(flatten(state), None))
+        return held.offers if isinstance(held, Held) else held.what
+
+    # The first rank has elements of the same shape before and after, but for one.
+    changes = [
+        (laid(4, 4), laid(4, 4).bfloat16()),
+        (laid(4, 4), laid(2, 8)),
+        (laid(4), laid(4).to("meta")),
+        (laid(4, 4), laid(4, 4, placement=Replicate())),
+        (laid(4, 4, placement=Replicate()), laid(4, 4)),
+        (laid(3, 4, placement=Shard(0)), laid(4, 4, placement=Shard(0))),
+        (laid(4, 4, placement=Shard(0)), laid(2, 8, placement=Shard(1))),
+    ]
+    for before, after in changes:
+        planner = Planner(ranks)
+        was = offers(planner, {"a.b": before})
+        wanted = offers(Planner(ranks), {"a.b": after})
+        assert offers(planner, {"a.b": after}) == wanted != was
+        assert offers(planner, {"a": {"b": before}}) != was, "another path"
+        if type(before) is type(after):
+            planner.hold(flatten({"a.b": before}), None)
+            swap_tensors(before, after)  # type: ignore[no-untyped-call]
+            assert offers(planner, {"a.b": before}) == wanted
+    ranks.close()
+    return len(changes)
+
+
+def test_what_lies_otherwise_than_in_the_save_before_is_noticed() -> None:
+    """G6. Method: a planner that has seen a tensor offers what a new one does after a change of its
+    dtype, shape, placement, path or kind, by another object and in place: torch swaps two tensors
+    only where nothing has been left on them."""
+    assert run_processes(2, relaid_on) == [7, 7]

@@ -244,7 +244,7 @@ def write_step(
     items = lay_out(
         [(p.name, p.tensor.dtype, region) for p in whole.tensors for region in p.regions_of(0)]
     )
-    image = image_of(0, items, {name: container for name, (_, container) in values.items()})
+    image = image_of(0, items, [([name], container) for name, (_, container) in values.items()])
     with _attempt(target, {image.name: image.nbytes} if image.nbytes else {}) as attempt:
         with read_ahead(wanted, advance) as take:
             receipt = write(target.store, str(attempt), image, lambda _: (take(),))

@@ -23,7 +23,7 @@ from holdfast.engine.spans import Spans
 from holdfast.engine.values import decode_value
 from holdfast.errors import MismatchError
 from holdfast.format.manifest import Manifest, ValueEntry
-from holdfast.state.layout import Known, layout_of
+from holdfast.state.layout import Layouts, local_of
 from holdfast.state.objects import StateTree
 from holdfast.state.optim import TensorInfo
 from holdfast.state.tree import Leaf
@@ -222,12 +222,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float))
 
 
+@torch.no_grad()
 def _wanted(
     manifest: Manifest, leaves: Mapping[str, Leaf]
 ) -> tuple[dict[str, Wanted], dict[str, ValueEntry]]:
     """The tensors that are to be read, and the values."""
     wanted: dict[str, Wanted] = {}
-    known: Known = {}
+    layouts = Layouts()
     for name, leaf in leaves.items():
         entry = manifest.tensors.get(name)
         if entry is None and not isinstance(leaf.value, torch.Tensor):
@@ -236,8 +237,8 @@ def _wanted(
         if not isinstance(into, torch.Tensor):
             assert entry is not None
             into = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
-        layout = layout_of(name, into, known)
-        wanted[name] = Wanted(name, layout.pieces, layout.local)
+        local = local_of(into)
+        wanted[name] = Wanted(name, layouts.of(name, into, local).pieces, local.detach())
     return wanted, {name: manifest.values[name] for name in leaves if name not in wanted}
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +31,7 @@ STRETCH_BYTES_MIN = 1 << 20
 """What several ranks hold is not shared out in less."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorOffer:
+class TensorOffer(NamedTuple):
     """What a rank holds of one tensor."""
 
     dtype: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,19 +27,31 @@ from holdfast.engine.values import Containers
 from holdfast.engine.write import FileImage, TensorItem, image_of, lay_out
 from holdfast.errors import HoldfastError
 from holdfast.format.checksum import checksum
-from holdfast.state.layout import Known, Layout, dtype_name, layout_of, same_memory
-from holdfast.state.tree import Leaf
+from holdfast.state.layout import Layout, Layouts, dtype_name, local_of, same_memory
+from holdfast.state.tree import Leaf, Path
 
 logger = logging.getLogger("holdfast")
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What this rank holds: tensors by name with how they lie, and values."""
+    """What this rank holds."""
 
-    layouts: dict[str, Layout] = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, tuple[Layout, torch.Tensor]] = field(default_factory=dict)
+    """How each lies, and the elements that are here."""
+
+    values: list[tuple[Mapping[str, Path], Any]] = field(default_factory=list)
+    """Each with all its names."""
+
     offers: dict[str, Offer] = field(default_factory=dict)
+    """By section."""
+
+    def offer(self, section: str) -> Offer:
+        """That of a section; a new one where there is none yet."""
+        found = self.offers.get(section)
+        if found is None:
+            found = self.offers[section] = Offer()
+        return found
 
 
 class Planner:
@@ -47,11 +59,12 @@ class Planner:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._known: Known = {}
+        self._layouts = Layouts()
+        self._known: dict[str, _Known] = {}
         self._containers = Containers()
         self._offers: Offers | None = None
         self._items: tuple[TensorItem, ...] = ()
-        self._values: tuple[str, ...] = ()
+        self._values: frozenset[str] = frozenset()
         self.index: Index | None = None
         """On rank 0, once there is a plan."""
 
@@ -59,33 +72,41 @@ class Planner:
     def hold(self, leaves: Mapping[str, Leaf], dtype: torch.dtype | None) -> Held:
         """What this rank has to offer; floating-point tensors as `dtype`, where one is given."""
         held = Held()
-        names: dict[int, list[str]] = {}
+        first_at: dict[int, str] = {}
+        beside: dict[int, list[str]] = {}
         for name, leaf in leaves.items():
-            head, dot, _ = name.partition(".")
-            section = head if dot else ""
-            if section not in held.offers:
-                held.offers[section] = Offer()
-            offer = held.offers[section]
-            if not isinstance(leaf.value, torch.Tensor):
-                called = leaf.names or {name: leaf.path}
-                held.values.update(dict.fromkeys(called, leaf.value))
-                offer.values.update(called)
+            value = leaf.value
+            if not isinstance(value, torch.Tensor):
+                names = leaf.names or {name: leaf.path}
+                held.values.append((names, value))
+                held.offer(_section_of(name)).values.update(names)
                 continue
-            layout = layout_of(name, leaf.value, self._known)
-            if layout.local.numel():
+            local = local_of(value)
+            known = self._known.get(name)
+            if known is None or not known.stands(leaf, local, dtype):
+                known = self._known[name] = self._see(name, leaf, local, dtype)
+            offer = held.offer(known.section)
+            at = local.data_ptr()
+            first = first_at.setdefault(at, name)
+            if first is not name and local.numel():
                 # Few begin where another does: only of these more is looked at.
-                beside = names.setdefault(layout.local.data_ptr(), [])
-                tied = [n for n in beside if same_memory(leaf.value, leaves[n].value)]
+                others = beside.setdefault(at, [first])
+                tied = [other for other in others if same_memory(value, leaves[other].value)]
                 if tied:
                     offer.aliases[name] = (tied[0], leaf.path)
                     continue
-                beside.append(name)
-            held.layouts[name] = layout
-            stored_as = layout.dtype
-            if dtype is not None and layout.local.is_floating_point():
-                stored_as = dtype_name(dtype)
-            offer.tensors[name] = TensorOffer(stored_as, layout.shape, leaf.path, layout.spread)
+                others.append(name)
+            held.tensors[name] = known.layout, local
+            offer.tensors[name] = known.offer
         return held
+
+    def _see(self, name: str, leaf: Leaf, local: torch.Tensor, dtype: torch.dtype | None) -> _Known:
+        layout = self._layouts.of(name, leaf.value, local)
+        stored_as = layout.dtype
+        if dtype is not None and local.is_floating_point():
+            stored_as = dtype_name(dtype)
+        offer = TensorOffer(stored_as, layout.shape, leaf.path, layout.spread)
+        return _Known(layout, offer, _section_of(name), dtype)
 
     def agree(self, held: Held | HoldfastError) -> None:
         """Make sure that there is a plan for what the ranks hold; a rank that could not find out
@@ -108,14 +129,13 @@ class Planner:
 
     def image(self, held: Held) -> FileImage:
         """This rank's file, as it is to be written."""
-        # An option of an optimizer is one value under the names of all its parameters.
-        once: dict[int, bytes] = {}
-        containers = {}
-        for name in self._values:
-            value = held.values[name]
-            if id(value) not in once:
-                once[id(value)] = self._containers.of(name, value)
-            containers[name] = once[id(value)]
+        num_held = sum(len(offer.values) for offer in held.offers.values())
+        all_mine = len(self._values) == num_held
+        containers = []
+        for names, value in held.values:
+            mine = [*names] if all_mine else [name for name in names if name in self._values]
+            if mine:
+                containers.append((mine, self._containers.of(mine[0], value)))
         return image_of(self._ranks.rank, self._items, containers)
 
     def _renew(self, held: Held) -> None:
@@ -134,7 +154,7 @@ class Planner:
         mine = on_every_rank(
             ranks, lambda: whole[0] if whole else plan(census_from(view, held.offers, ranks.size))
         )
-        self._values = tuple(name for name, (rank, _) in mine.values.items() if rank == ranks.rank)
+        self._values = frozenset(n for n, (rank, _) in mine.values.items() if rank == ranks.rank)
         regions = [
             (placed.name, placed.tensor.dtype, region)
             for placed in mine.tensors
@@ -152,13 +172,41 @@ class Planner:
 
     def _digests(self, held: Held, view: View) -> dict[str, int]:
         """Of each value that other ranks have too."""
-        shared = [
+        shared = {
             name
             for section, offer in held.offers.items()
             for name in offer.values
             if len(view.get(section, ())) != 1 or len(view[section][0][0]) > 1
-        ]
-        return {n: checksum(self._containers.of(n, held.values[n])) for n in shared}
+        }
+        return {
+            name: checksum(self._containers.of(name, value))
+            for names, value in held.values
+            for name in names
+            if name in shared
+        }
+
+
+class _Known(NamedTuple):
+    """A tensor as the save before found it."""
+
+    layout: Layout
+    offer: TensorOffer
+    section: str
+    dtype: torch.dtype | None
+    """That was asked for."""
+
+    def stands(self, leaf: Leaf, local: torch.Tensor, dtype: torch.dtype | None) -> bool:
+        """Whether there is nothing new to be found out."""
+        return (
+            dtype is self.dtype
+            and self.layout.is_of(leaf.value, local)
+            and self.offer.path == leaf.path
+        )
+
+
+def _section_of(name: str) -> str:
+    head, dot, _ = name.partition(".")
+    return head if dot else ""
 
 
 def _warn_of_differences(digests: Sequence[Mapping[str, int]]) -> None:

@@ -255,12 +255,12 @@ def _begin(catalog: Catalog, name: str, nbytes: int) -> Aside:
 
 def _live(held: Held, item: TensorItem) -> torch.Tensor:
     """A region of the tensor that training goes on with."""
-    layout, region = held.layouts[item.name], item.region
+    (layout, local), region = held.tensors[item.name], item.region
     piece = layout.pieces[0]
     # Most are written whole, by the rank that has them: then there is nothing to work out.
     if piece.region != region:
         piece = next(p for p in layout.pieces if p.region & region == region)
-    return box_of(layout.local, piece.local_of(region))
+    return box_of(local.detach(), piece.local_of(region))
 
 
 @cache

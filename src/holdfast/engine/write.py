@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
@@ -51,7 +51,9 @@ class FileImage:
     containers: tuple[tuple[int, bytes], ...]
     """Values as `torch.save` writes them, by position; each stands once however often it occurs."""
 
-    values: Mapping[str, Span]
+    values: tuple[tuple[Collection[str], Span], ...]
+    """Where the container of each value stands, with the names of the value."""
+
     table_offset: int
     """Where the checksums of all blocks stand, in the order of the items; they end the file."""
 
@@ -85,21 +87,25 @@ def lay_out(regions: Sequence[tuple[str, str, Region]]) -> tuple[TensorItem, ...
     return tuple(items)
 
 
-def image_of(rank: int, items: tuple[TensorItem, ...], values: Mapping[str, bytes]) -> FileImage:
+def image_of(
+    rank: int,
+    items: tuple[TensorItem, ...],
+    values: Iterable[tuple[Collection[str], bytes]],
+) -> FileImage:
     """The file of `rank`: tensors as they were laid out, the containers of values behind them, then
-    the checksums."""
+    the checksums. `values` are names and container."""
     position = items[-1].item.stop if items else 0
     placed: dict[bytes, Span] = {}
-    spans = {}
-    for name, container in values.items():
+    spans = []
+    for names, container in values:
         if container not in placed:
             placed[container] = Span(position, len(container))
             position += len(container)
-        spans[name] = placed[container]
+        spans.append((names, placed[container]))
     at = tuple((span.offset, container) for container, span in placed.items())
     num_blocks = items[-1].first_block + checksum.num_blocks(items[-1].data.nbytes) if items else 0
     nbytes = position + num_blocks * checksum.NBYTES
-    return FileImage(data_file(rank), nbytes, items, at, spans, position)
+    return FileImage(data_file(rank), nbytes, items, at, tuple(spans), position)
 
 
 WindowsOf = Callable[[TensorItem], Iterable[memoryview]]
@@ -137,7 +143,7 @@ def write(
         with spans("sync"):
             file.close()
     sums = {offset: checksum.checksum(container) for offset, container in image.containers}
-    values = {name: (span, sums[span.offset]) for name, span in image.values.items()}
+    values = {name: (span, sums[span.offset]) for names, span in image.values for name in names}
     table = Table(image.table_offset, checksum.checksum(packed))
     return Receipt(image.name, image.nbytes, table, values)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
 
@@ -17,55 +16,106 @@ from holdfast.state.shard import Cut, Mesh, Piece, Spread, pieces_of
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """What this rank holds of one tensor."""
+    """What this rank holds of a tensor. One object for all tensors that lie alike."""
 
     dtype: str
     shape: tuple[int, ...]
     """Of the tensor as a whole."""
 
     pieces: tuple[Piece, ...]
-    local: torch.Tensor
-    """The rank's own elements; shares its memory with the tensor."""
+    num_elements: int
+    """Of all pieces."""
 
-    spread: Spread | None = None
+    spread: Spread | None
     """How it lies over all ranks; None for a tensor that is whole on this one, whoever has it."""
 
+    key: _Key
 
-Known = MutableMapping[Any, tuple[Spread | None, tuple[Piece, ...]]]
-"""Layouts found before, by mesh, placements and shape; by shape alone where there is no mesh."""
+    def is_of(self, tensor: torch.Tensor, local: torch.Tensor) -> bool:
+        """Whether `tensor` lies like this; `local` are the rank's own elements."""
+        dtype, mesh, placements = self.key
+        if tensor.dtype is not dtype or tensor.shape != self.shape:
+            return False
+        if mesh is None:
+            return local is tensor and _is_plain(tensor)
+        return local.numel() == self.num_elements and _mesh_of(tensor) == (mesh, placements)
 
 
-def layout_of(name: str, tensor: torch.Tensor, known: Known | None = None) -> Layout:
-    """How `tensor` lies on this rank: a DTensor by its mesh, any other tensor as a whole.
+_Key = tuple[torch.dtype, DeviceMesh | None, tuple[Placement, ...]]
+"""What decides, beside the shape."""
 
-    `known` is filled, and spares the work for tensors that lie alike.
 
-    Raises:
-        UsageError: a kind of tensor whose elements are not plainly there.
-    """
-    dtype = dtype_name(tensor.dtype)
-    shape = tuple(tensor.shape)
-    if isinstance(tensor, DTensor):
-        local = _local(tensor)
-        spread, pieces = _spread_of(name, tensor, shape, {} if known is None else known)
-        held = sum(piece.region.num_elements for piece in pieces)
-        if held != local.numel():
+class Layouts:
+    """Finds out how tensors lie on this rank; what lies alike, once."""
+
+    def __init__(self) -> None:
+        self._alike: dict[tuple[torch.Size, _Key], Layout] = {}
+        self._spreads: dict[tuple[DeviceMesh, tuple[Placement, ...]], Spread] = {}
+
+    def of(self, name: str, tensor: torch.Tensor, local: torch.Tensor) -> Layout:
+        """How `tensor` lies: a DTensor by its mesh, any other as a whole. `local` are the rank's
+        own elements.
+
+        Raises:
+            UsageError: a kind of tensor whose elements are not plainly there.
+        """
+        mesh, placements = _mesh_of(tensor)
+        if mesh is None and not _is_plain(tensor):
             raise UsageError(
-                f"`{name}`: placements {tensor.placements} give this rank {held} elements, "
-                f"its local tensor has {local.numel()}",
+                f"`{name}` is a {'meta' if tensor.is_meta else tensor.layout} tensor, "
+                "which has no plain elements to keep",
+                hint="store its dense parts under names of their own",
             )
-        return Layout(dtype, shape, pieces, local, spread)
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        raise UsageError(
-            f"`{name}` is a {'meta' if tensor.is_meta else tensor.layout} tensor, "
-            "which has no plain elements to keep",
-            hint="store its dense parts under names of their own",
-        )
-    if known is None:
-        return Layout(dtype, shape, pieces_of(shape, ()), _detached(tensor))
-    if shape not in known:
-        known[shape] = None, pieces_of(shape, ())
-    return Layout(dtype, shape, known[shape][1], _detached(tensor))
+        key = tensor.dtype, mesh, placements
+        layout = self._alike.get((tensor.shape, key))
+        if layout is None:
+            layout = self._alike[tensor.shape, key] = self._lie(name, tuple(tensor.shape), key)
+        if layout.num_elements != local.numel():
+            raise UsageError(
+                f"`{name}`: placements {placements} give this rank {layout.num_elements} "
+                f"elements, its local tensor has {local.numel()}",
+            )
+        return layout
+
+    def _lie(self, name: str, shape: tuple[int, ...], key: _Key) -> Layout:
+        dtype, mesh, placements = key
+        spread, pieces = None, pieces_of(shape, ())
+        if mesh is not None:
+            coordinate = mesh.get_coordinate()
+            if coordinate is None:
+                raise UsageError(f"`{name}`: this rank is not part of the tensor's mesh {mesh}")
+            spread = self._spread(name, mesh, placements)
+            pieces = pieces_of(shape, spread.splits_at(coordinate))
+        num_elements = sum(piece.region.num_elements for piece in pieces)
+        return Layout(dtype_name(dtype), shape, pieces, num_elements, spread, key)
+
+    def _spread(self, name: str, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Spread:
+        key = mesh, placements
+        if key not in self._spreads:
+            # One object for all that lie alike: it is compared, and sent, once.
+            self._spreads[key] = Spread(
+                Mesh(tuple(mesh.mesh.shape), tuple(mesh.mesh.flatten().tolist())),
+                tuple(_cut(name, placement) for placement in placements),
+            )
+        return self._spreads[key]
+
+
+def _mesh_of(tensor: torch.Tensor) -> tuple[DeviceMesh | None, tuple[Placement, ...]]:
+    """What a DTensor lies on, and how."""
+    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else (None, ())
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether its elements are in its memory, as they are."""
+    return tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_quantized)
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The rank's own elements, in the memory of the tensor; any but a DTensor is its own.
+
+    Of a DTensor it takes ten times as long where gradients are recorded.
+    """
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @cache
@@ -83,46 +133,13 @@ def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _elements(tensor: torch.Tensor) -> tuple[object, ...]:
     """All that says which elements a tensor stands for; nothing where it has none."""
-    local, placements = tensor, ""
-    if isinstance(tensor, DTensor):
-        local, placements = _local(tensor), str(tensor.placements)
+    local = local_of(tensor)
+    placements = str(tensor.placements) if isinstance(tensor, DTensor) else ""
     if not local.numel():
         return ()
     place = (local.device, local.data_ptr(), local.dtype, local.stride())
     # Bits by which a view stands for other values than those in memory.
     return (place, tensor.shape, placements, local.is_conj(), local.is_neg())
-
-
-def _local(tensor: DTensor) -> torch.Tensor:
-    if not torch.is_grad_enabled():
-        return _detached(tensor.to_local())
-    # With gradients it is a step of autograd, which takes ten times as long.
-    with torch.no_grad():
-        return _detached(tensor.to_local())
-
-
-def _detached(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach() if tensor.requires_grad else tensor
-
-
-def _spread_of(
-    name: str, tensor: DTensor, shape: tuple[int, ...], known: Known
-) -> tuple[Spread | None, tuple[Piece, ...]]:
-    mesh = tensor.device_mesh
-    key = (mesh, tensor.placements, shape)
-    found = known.get(key)
-    if found is None:
-        coordinate = mesh.get_coordinate()
-        if coordinate is None:
-            raise UsageError(f"`{name}`: this rank is not part of the tensor's mesh {mesh}")
-        # One object for all that lie alike: it is compared, and sent, once.
-        alike = (one for other, (one, _) in known.items() if one and other[:2] == key[:2])
-        spread = next(alike, None) or Spread(
-            Mesh(tuple(mesh.mesh.shape), tuple(mesh.mesh.flatten().tolist())),
-            tuple(_cut(name, placement) for placement in tensor.placements),
-        )
-        found = known[key] = spread, pieces_of(shape, spread.splits_at(coordinate))
-    return found
 
 
 def _cut(name: str, placement: Placement) -> Cut | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Path elements that `torch.compile` and activation checkpointing add, and no checkpoint has."""
 
 
+@cache
 def canonical(name: str) -> str:
     """A parameter's name without what wrappers add to it.
 

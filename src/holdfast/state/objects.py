@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -77,22 +77,21 @@ class StateTree:
     def leaves_to_save(self) -> dict[str, Leaf]:
         """The same, but an option of an optimizer is one leaf with the names of all parameters that
         have it: there are thousands of these names, and training waits."""
-        shared: list[Leaf] = []
+        own: list[tuple[str, Leaf]] = []
 
         def opened(path: Path, value: Any) -> Any:
             wrapped = self._wrapped(value)
             if not isinstance(wrapped, OptimizerState):
                 return self._open(path, value)
-            shared.extend(wrapped.shared_options(path))
-            return {**wrapped.slots(), **wrapped.other_options()}
+            own.extend(wrapped.leaves(path))
+            return wrapped.to_open()
 
         leaves = self._leaves(opened)
-        spelled = {name: leaf.path for name, leaf in leaves.items()}
-        for leaf in shared:
-            for name in spelled.keys() & leaf.names.keys():
-                raise named_twice(name, spelled[name], leaf.names[name])
-            spelled.update(leaf.names)
-            leaves[next(iter(leaf.names))] = leaf
+        for name, leaf in own:
+            if name in leaves:
+                raise named_twice(name, leaves[name].path, leaf.path)
+            leaves[name] = leaf
+        _check_names(leaves, [leaf for _, leaf in own if leaf.names])
         return leaves
 
     def _leaves(self, opened: Callable[[Path, Any], Any]) -> dict[str, Leaf]:
@@ -161,6 +160,20 @@ def _modules(state: Mapping[str, Any]) -> Iterator[nn.Module]:
             yield value
         elif isinstance(value, Mapping):
             yield from _modules(value)
+
+
+def _check_names(leaves: Mapping[str, Leaf], several: Sequence[Leaf]) -> None:
+    """Refuse names that two leaves have; `several` are those that have more than one."""
+    names: dict[str, object] = {**leaves}
+    for leaf in several:
+        names.update(leaf.names)
+    if len(names) == len(leaves) + sum(len(leaf.names) - 1 for leaf in several):
+        return
+    paths = {name: leaf.path for name, leaf in leaves.items() if not leaf.names}
+    for leaf in several:
+        for name in leaf.names.keys() & paths.keys():
+            raise named_twice(name, paths[name], leaf.names[name])
+        paths.update(leaf.names)
 
 
 def _below(stored: Mapping[str, TensorInfo], name: str) -> dict[str, TensorInfo]:

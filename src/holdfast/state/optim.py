@@ -15,14 +15,10 @@ from torch.optim import Optimizer
 
 from holdfast.errors import UsageError
 from holdfast.state.model import named_parameters
-from holdfast.state.tree import Leaf, Path
+from holdfast.state.tree import NEVER_OPENED, PLAIN, Leaf, Path
 
 TensorInfo = tuple[str, tuple[int, ...]]
 """Dtype by torch's name, and global shape."""
-
-
-_SHARED = (int, float, str, bytes, tuple, type(None))
-"""Values that nobody opens, and that are no tensors."""
 
 
 class OptimizerState:
@@ -66,30 +62,40 @@ class OptimizerState:
             for slot, value in optimizer.state.get(parameter, {}).items()
         }
 
-    def shared_options(self, above: Path) -> Iterator[Leaf]:
-        """The entries that are plain values, below a path: each option of a group once, with the
-        names that it has for all its parameters."""
+    def leaves(self, above: Path) -> Iterator[tuple[str, Leaf]]:
+        """The entries that nobody opens, below a path, by name: each option of a group once, with
+        the names that it has for all its parameters."""
+        start = "".join(f"{key}." for key in above)
+        for optimizer, parameter in self._in_order():
+            name = self._names[id(parameter)]
+            for slot, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, NEVER_OPENED):
+                    key = f"state.{name}.{slot}"
+                    yield start + key, Leaf((*above, key), value)
         for number, group in enumerate(self._groups()):
             held = [self._names[id(parameter)] for parameter in group["params"]]
             for option, value in _options(group):
-                if held and isinstance(value, _SHARED):
+                if held and isinstance(value, PLAIN):
                     names = self._spelled(above, number, option, held)
-                    yield Leaf(next(iter(names.values())), value, names)
+                    first, path = next(iter(names.items()))
+                    yield first, Leaf(path, value, names)
 
-    def other_options(self) -> dict[str, Any]:
-        """The entries that are neither slots nor plain values."""
-        return {
+    def to_open(self) -> dict[str, Any]:
+        """The other entries, which may hold state of their own, or differ by parameter."""
+        slots = {k: v for k, v in self.slots().items() if not isinstance(v, NEVER_OPENED)}
+        options = {
             f"param_groups.{self._names[id(parameter)]}.{option}": value
             for group in self._groups()
             for option, value in _options(group)
-            if not isinstance(value, _SHARED)
+            if not isinstance(value, PLAIN)
             for parameter in group["params"]
         }
+        return {**slots, **options}
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors share their memory with the optimizer. A parameter without state has none."""
-        shared = {name: leaf.value for leaf in self.shared_options(()) for name in leaf.names}
-        return {**self.slots(), **shared, **self.other_options()}
+        plain = {n: leaf.value for first, leaf in self.leaves(()) for n in leaf.names or [first]}
+        return {**plain, **self.to_open()}
 
     def _groups(self) -> Iterator[dict[str, Any]]:
         for optimizer in self._optimizers:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -22,18 +22,20 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Leaf:
+class Leaf(NamedTuple):
     """A tensor or a plain value in a tree of state."""
 
     path: Path
     value: Any
-    names: Mapping[str, Path] = field(default_factory=dict)
+    names: Mapping[str, Path] = MappingProxyType({})
     """Of a value that has several names: all of them, with their paths; that of the leaf first."""
 
 
-_NEVER_OPENED = (torch.Tensor, int, float, str, bytes, tuple, type(None))
-"""Leaves whatever else they may be: the objects among them hold no state of their own."""
+PLAIN = (int, float, str, bytes, tuple, type(None))
+"""Values that nobody opens: they hold no state of their own."""
+
+NEVER_OPENED = (torch.Tensor, *PLAIN)
+"""Leaves whatever else they may be."""
 
 
 def flatten(
@@ -71,7 +73,7 @@ def flatten(
         before = f"{name}." if path else ""
         for key, member in members:
             # A state has thousands of these, and asking what else they might be takes longest.
-            follow = add if isinstance(member, _NEVER_OPENED) else enter
+            follow = add if isinstance(member, NEVER_OPENED) else enter
             follow((*path, key), f"{before}{key}", member)
 
     def add(path: Path, name: str, value: Any) -> None:

@@ -143,7 +143,7 @@ def test_a_snapshot_keeps_its_memory_and_its_copies() -> None:
     """G13: one copy of what is written, allocated once, where its file will have it."""
     weight = torch.arange(30_000, dtype=torch.float32)
     region = Region.whole(weight.shape)
-    image = image_of(0, lay_out([("weight", "float32", region)]), {})
+    image = image_of(0, lay_out([("weight", "float32", region)]), [])
     snapshot = Snapshot()
     snapshot.reserve(image.nbytes)
     snapshot.copy(image.tensors, lambda *_: weight)
@@ -162,7 +162,7 @@ def huge_image() -> FileImage:
     free = free_memory()
     assert free is not None
     region = Region.whole((free // 4 + (1 << 28),))
-    return image_of(0, lay_out([("weight", "float32", region)]), {})
+    return image_of(0, lay_out([("weight", "float32", region)]), [])
 
 
 def test_a_snapshot_that_does_not_fit_is_refused_with_the_numbers() -> None:

@@ -10,7 +10,7 @@ import torch
 
 import holdfast
 from holdfast.errors import UsageError
-from holdfast.state.layout import layout_of, same_memory
+from holdfast.state.layout import Layouts, local_of, same_memory
 
 
 def test_views_of_one_memory_are_one_only_where_their_elements_are(tmp_path: Path) -> None:
@@ -71,4 +71,4 @@ def test_tensors_without_plain_elements_are_refused_by_name() -> None:
         dense.to("meta"),
     ):
         with pytest.raises(UsageError, match="`the name`"):
-            layout_of("the name", tensor)
+            Layouts().of("the name", tensor, local_of(tensor))
