@@ -47,7 +47,7 @@ def reads_back(value: Any, depth: int = 0) -> bool:
         return -_INT_MAX < value < _INT_MAX
     if type(value) in (list, tuple):
         if {*map(type, value)} == {int}:
-            return bool(-_INT_MAX < min(value) and max(value) < _INT_MAX)
+            return bool(min(value) > -_INT_MAX and max(value) < _INT_MAX)
         return depth < _DEPTH_MAX and all(reads_back(member, depth + 1) for member in value)
     if type(value) is dict:
         return all(type(key) is str for key in value) and reads_back([*value.values()], depth)
