@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from holdfast.format import manifest as manifests
 from holdfast.format.dcp import OURS
 from holdfast.format.manifest import Manifest, Path, Span, TensorEntry
-from holdfast.format.pickles import Call, Dumper, Global, Instance
+from holdfast.format.pickles import Call, Dumper, Global, Instance, pickled_int
 
 Ints = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -170,10 +170,11 @@ class StockIndex:
     def encode(self, values: Mapping[str, tuple[str, Span]]) -> list[bytes]:
         """The bytes, in parts, for the file and the item of each value."""
         out = self._out
-        for name, (file, item) in values.items():
-            out.put(Instance(_INDEX, {"fqn": name, "index": None, "offset": None}))
-            info = {"relative_path": file, "offset": item.offset, "length": item.nbytes}
-            out.put(Instance(_INFO, info))
+        places: dict[tuple[str, Span], bytes] = {}
+        for name, place in values.items():
+            if place not in places:
+                places[place] = self._value_place(*place)
+            out.raw(self._index + out.get(name) + places[place])
         out.raw(b"u")
         for constant in ("storage_meta", None, "version", "1.0.0"):
             out.put(constant)
@@ -266,6 +267,18 @@ class StockIndex:
             (
                 *(self._index, out.get(table.name), self._alike[key]),
                 *(_number(offset), self._length, _number(nbytes), b"ub"),
+            )
+        )
+
+    def _value_place(self, file: str, item: Span) -> bytes:
+        """What follows the name of a value: it has neither an index nor an offset of its own."""
+        get = self._out.get
+        return b"".join(
+            (
+                *(get("index"), b"N", get("offset"), b"Nub"),
+                *(get(_INFO), b")\x81}(", get("relative_path"), get(file)),
+                *(get("offset"), pickled_int(item.offset)),
+                *(self._length, pickled_int(item.nbytes), b"ub"),
             )
         )
 
