@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from holdfast.catalog.catalog import Catalog, check_whole
+from holdfast.catalog.catalog import Catalog, check_whole, open_manifest
 from holdfast.catalog.findings import kind_of
 from holdfast.catalog.marks import damaged_steps, mark_damaged, pinned_steps
 from holdfast.errors import HoldfastError, NotFoundError
@@ -81,7 +81,7 @@ class Looked:
     """Checksum of the bytes of its index."""
 
     manifest: Manifest
-    """Less its entries, which were in order: they may be a million."""
+    """Without its entries: they may be a million, and are what was written if its bytes are."""
 
     resumable: bool
 
@@ -115,17 +115,17 @@ def _look(catalog: Catalog, step: int, folder: str, looked: MutableMapping[str, 
     if before is not None and before.index == index:
         check_whole(catalog.store, folder, before.manifest)
         return before
-    manifest = _opened(catalog, folder)
+    manifest = _opened(catalog, folder, entries=False)
     found = Looked(index, replace(manifest, tensors={}, values={}), can_resume(step, manifest))
     if index:
         looked[folder] = found
     return found
 
 
-def _opened(catalog: Catalog, folder: str) -> Manifest:
+def _opened(catalog: Catalog, folder: str, *, entries: bool = True) -> Manifest:
     """What a step holds; the last one of a run may be a Hugging Face folder."""
     try:
-        return catalog.open(folder)
+        return open_manifest(catalog.store, folder, entries=entries)
     except NotFoundError as error:
         with suppress(NotFoundError):
             return open_folder(catalog.store, folder).manifest
