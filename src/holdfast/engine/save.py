@@ -106,6 +106,8 @@ class Pending:
 
     facts: Facts
     spans: Spans
+    memory: memoryview | None = None
+    """Of a snapshot: laid out as the file that this rank writes."""
 
     def windows_of(self, item: TensorItem) -> Iterable[memoryview]:
         """Its bytes, as `write` takes them."""
@@ -187,7 +189,8 @@ def take_snapshot(
             discard(pending, ranks)
             raise
     staging = Staging(lambda: snapshot.copy(rest, pending.tensor_of))
-    return replace(pending, tensor_of=snapshot.tensor_of), staging
+    memory = snapshot.memory(pending.image.nbytes)
+    return replace(pending, tensor_of=snapshot.tensor_of, memory=memory), staging
 
 
 def discard(pending: Pending, ranks: Ranks) -> None:
@@ -219,7 +222,8 @@ def finish_save(
         if pending.index is not None and not pending.index.is_made:
             _make_beside(pending.index)
         pace = Pace(bytes_per_s)
-        receipt = write(catalog.store, str(attempt), pending.image, pending.windows_of, pace, spans)
+        data = pending.windows_of if pending.memory is None else pending.memory
+        receipt = write(catalog.store, str(attempt), pending.image, data, pace, spans)
         return replace(receipt, seconds=dict(spans.seconds))
 
     written = outcome_of(stage_and_write)

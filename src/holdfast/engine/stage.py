@@ -142,6 +142,10 @@ class Snapshot:
         elements = self._memory[item.data.offset : item.data.stop].view(_dtype(item.dtype))
         return elements.view(item.region.shape)
 
+    def memory(self, nbytes: int) -> memoryview:
+        """That of a file of so many bytes, which there is room for."""
+        return memory_of(self._memory[:nbytes])
+
 
 class Staging:
     """A copy that is made while training goes on. One thread runs it, any may wait for it."""

@@ -117,35 +117,80 @@ def write(
     store: Store,
     folder: str,
     image: FileImage,
-    windows_of: WindowsOf,
+    data: WindowsOf | memoryview,
     pace: Pace | None = None,
     spans: Spans | None = None,
 ) -> Receipt:
     """Write a file, and make its bytes durable: in `spans` the stages `write` and `sync`, which
-    also waits for what is still on its way."""
+    also waits for what is still on its way.
+
+    `data` may be memory that is laid out as the file and has the data of all tensors in its place:
+    then all else is put there too, and the file written from where it is.
+    """
     if not image.nbytes:
         return Receipt()
-    spans = spans or Spans()
-    checksums: list[int] = []
+    spans, pace = spans or Spans(), pace or Pace()
     with ExitStack() as file:
         with spans("write"):
             writer = file.enter_context(store.create(f"{folder}/{image.name}", image.nbytes))
-            stream = _Stream(writer, pace or Pace())
-            for item in image.tensors:
-                stream.put(item.prefix)
-                checksums += _put_checked(stream, windows_of(item), item)
-                stream.put(item.suffix)
-            for _, container in image.containers:
-                stream.put(container)
-            packed = checksum.pack(checksums)
-            stream.put(packed)
-            stream.flush()
+            if isinstance(data, memoryview):
+                packed = _write_memory(writer, image, data, pace)
+            else:
+                packed = _write_parts(writer, image, data, pace)
         with spans("sync"):
             file.close()
     sums = {offset: checksum.checksum(container) for offset, container in image.containers}
     values = {name: (span, sums[span.offset]) for names, span in image.values for name in names}
     table = Table(image.table_offset, checksum.checksum(packed))
     return Receipt(image.name, image.nbytes, table, values)
+
+
+def _write_parts(writer: Writer, image: FileImage, windows_of: WindowsOf, pace: Pace) -> bytes:
+    """Hand on one part of the file after the other. Returns its table of checksums."""
+    checksums: list[int] = []
+    stream = _Stream(writer, pace)
+    for item in image.tensors:
+        stream.put(item.prefix)
+        checksums += _put_checked(stream, windows_of(item), item)
+        stream.put(item.suffix)
+    for _, container in image.containers:
+        stream.put(container)
+    packed = checksum.pack(checksums)
+    stream.put(packed)
+    stream.flush()
+    return packed
+
+
+def _write_memory(writer: Writer, image: FileImage, memory: memoryview, pace: Pace) -> bytes:
+    """The same from memory that has the data: the parts between are many and small, and each would
+    be handed on for itself."""
+    checksums: list[int] = []
+    written = 0
+
+    def put(offset: int, part: bytes) -> None:
+        memory[offset : offset + len(part)] = part
+
+    def write_to(stop: int) -> None:
+        nonlocal written
+        writer.write(written, [memory[written:stop]])
+        pace.keep(stop - written)
+        written = stop
+
+    for item in image.tensors:
+        put(item.item.offset, item.prefix)
+        put(item.data.stop, item.suffix)
+        for start in range(item.data.offset, item.data.stop, WINDOW_BYTES):
+            stop = min(start + WINDOW_BYTES, item.data.stop)
+            checksums += checksum.block_checksums(memory[start:stop])
+            if stop - written >= WINDOW_BYTES:
+                write_to(written + WINDOW_BYTES)
+    for offset, container in image.containers:
+        put(offset, container)
+    packed = checksum.pack(checksums)
+    put(image.table_offset, packed)
+    while written < image.nbytes:
+        write_to(min(written + WINDOW_BYTES, image.nbytes))
+    return packed
 
 
 def _put_checked(stream: _Stream, windows: Iterable[memoryview], item: TensorItem) -> list[int]:

@@ -1,0 +1,57 @@
+"""One file, written part by part and from a snapshot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holdfast.engine.stage import Snapshot, host_windows
+from holdfast.engine.write import WINDOW_BYTES, TensorItem, image_of, lay_out, write
+from holdfast.format.region import Region
+from holdfast.storage.local import LocalStore
+from holdfast.storage.memory import MemoryStore
+
+NUM_ELEMENTS = [0, 1, 1000, WINDOW_BYTES // 4 - 1, WINDOW_BYTES // 4, WINDOW_BYTES // 2 + 7]
+"""Of a tensor: none, few, and about one window and two."""
+
+
+@given(
+    st.lists(st.sampled_from(NUM_ELEMENTS), max_size=4),
+    st.lists(st.binary(max_size=5000), max_size=3),
+    st.booleans(),
+)
+def test_a_file_is_the_same_from_a_snapshot_as_part_by_part(
+    sizes: list[int], containers: list[bytes], local: bool
+) -> None:
+    """G1, G6. Method: bytes and receipts; the snapshot's memory had another file before."""
+    tensors = {f"w{n}": torch.rand(size) for n, size in enumerate(sizes)}
+    items = lay_out([(n, "float32", Region.whole(t.shape)) for n, t in tensors.items()])
+    image = image_of(0, items, [([f"v{n}"], value) for n, value in enumerate(containers)])
+
+    def tensor_of(item: TensorItem) -> torch.Tensor:
+        return tensors[item.name]
+
+    snapshot = Snapshot()
+    snapshot.reserve(image.nbytes + 1000)
+    snapshot.memory(image.nbytes + 1000)[:] = b"\xaa" * (image.nbytes + 1000)
+    snapshot.copy(items, tensor_of)
+    with TemporaryDirectory() as folder:
+        store = LocalStore(Path(folder)) if local else MemoryStore()
+        receipts = []
+        for name, data in (
+            ("parts", lambda item: host_windows(tensor_of(item), item.dtype)),
+            ("memory", snapshot.memory(image.nbytes)),
+        ):
+            store.make_folder(name)
+            receipts.append(write(store, name, image, data))
+        assert receipts[0] == receipts[1]
+        if image.nbytes:
+            parts, memory = (
+                store.read(f"{name}/{image.name}", 0, image.nbytes) for name in ("parts", "memory")
+            )
+            assert len(parts) == image.nbytes
+            assert parts == memory
