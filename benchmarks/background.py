@@ -90,7 +90,7 @@ class Ours:
     def finish(self) -> None:
         # A step is durable from the instant it has its name.
         while not (self._folder / f"step-{self._step}").exists():
-            time.sleep(0.002)
+            time.sleep(0.01)
 
     def optimizing(self) -> AbstractContextManager[object]:
         # The manager's own hook waits, where there is something to wait for.
