@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,25 +33,36 @@ from holdfast.state.tree import Leaf, Path
 logger = logging.getLogger("holdfast")
 
 
-@dataclass(frozen=True, slots=True)
+class Seen(NamedTuple):
+    """How a tensor was found, and what is offered of it."""
+
+    layout: Layout
+    offer: TensorOffer
+    dtype: torch.dtype | None
+    """That was asked for."""
+
+    def stands(self, leaf: Leaf, local: torch.Tensor, dtype: torch.dtype | None) -> bool:
+        """Whether there is nothing new to be found out."""
+        layout, offer, before = self
+        return dtype is before and layout.is_of(leaf.value, local) and offer.path == leaf.path
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Held:
     """What this rank holds."""
 
-    tensors: dict[str, tuple[Layout, torch.Tensor]] = field(default_factory=dict)
-    """How each lies, and the elements that are here."""
+    tensors: dict[str, torch.Tensor]
+    """Their elements on this rank."""
 
-    values: list[tuple[Mapping[str, Path], Any]] = field(default_factory=list)
+    seen: dict[str, Seen]
+    values: list[tuple[Mapping[str, Path], Any]]
     """Each with all its names."""
 
-    offers: dict[str, Offer] = field(default_factory=dict)
-    """By section."""
+    aliases: dict[str, tuple[str, Path]]
+    """Second names of tensors, with the first."""
 
-    def offer(self, section: str) -> Offer:
-        """That of a section; a new one where there is none yet."""
-        found = self.offers.get(section)
-        if found is None:
-            found = self.offers[section] = Offer()
-        return found
+    offers: dict[str, Offer]
+    """By section."""
 
 
 class Planner:
@@ -60,7 +71,7 @@ class Planner:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._layouts = Layouts()
-        self._known: dict[str, _Known] = {}
+        self._last = _Last({}, [], {}, {})
         self._containers = Containers()
         self._offers: Offers | None = None
         self._items: tuple[TensorItem, ...] = ()
@@ -71,21 +82,21 @@ class Planner:
     @torch.no_grad()
     def hold(self, leaves: Mapping[str, Leaf], dtype: torch.dtype | None) -> Held:
         """What this rank has to offer; floating-point tensors as `dtype`, where one is given."""
-        held = Held()
+        before, known = self._last, self._last.seen
+        held = Held({}, {}, [], {}, before.offers)
         first_at: dict[int, str] = {}
         beside: dict[int, list[str]] = {}
+        stands = True
         for name, leaf in leaves.items():
             value = leaf.value
             if not isinstance(value, torch.Tensor):
-                names = leaf.names or {name: leaf.path}
-                held.values.append((names, value))
-                held.offer(_section_of(name)).values.update(names)
+                held.values.append((leaf.names or {name: leaf.path}, value))
                 continue
-            local = local_of(value)
-            known = self._known.get(name)
-            if known is None or not known.stands(leaf, local, dtype):
-                known = self._known[name] = self._see(name, leaf, local, dtype)
-            offer = held.offer(known.section)
+            local = held.tensors[name] = local_of(value)
+            one = known.get(name)
+            if one is None or not one.stands(leaf, local, dtype):
+                stands, one = False, self._see(name, leaf, local, dtype)
+            held.seen[name] = one
             at = local.data_ptr()
             first = first_at.setdefault(at, name)
             if first is not name and local.numel():
@@ -93,20 +104,23 @@ class Planner:
                 others = beside.setdefault(at, [first])
                 tied = [other for other in others if same_memory(value, leaves[other].value)]
                 if tied:
-                    offer.aliases[name] = (tied[0], leaf.path)
-                    continue
-                others.append(name)
-            held.tensors[name] = known.layout, local
-            offer.tensors[name] = known.offer
+                    held.aliases[name] = (tied[0], leaf.path)
+                else:
+                    others.append(name)
+        names = [names for names, _ in held.values]
+        stands = stands and held.seen.keys() == known.keys()
+        if not stands or (names, held.aliases) != (before.names, before.aliases):
+            held = replace(held, offers=_offers_of(held))
+        self._last = _Last(held.seen, names, held.aliases, held.offers)
         return held
 
-    def _see(self, name: str, leaf: Leaf, local: torch.Tensor, dtype: torch.dtype | None) -> _Known:
+    def _see(self, name: str, leaf: Leaf, local: torch.Tensor, dtype: torch.dtype | None) -> Seen:
         layout = self._layouts.of(name, leaf.value, local)
         stored_as = layout.dtype
         if dtype is not None and local.is_floating_point():
             stored_as = dtype_name(dtype)
         offer = TensorOffer(stored_as, layout.shape, leaf.path, layout.spread)
-        return _Known(layout, offer, _section_of(name), dtype)
+        return Seen(layout, offer, dtype)
 
     def agree(self, held: Held | HoldfastError) -> None:
         """Make sure that there is a plan for what the ranks hold; a rank that could not find out
@@ -186,27 +200,30 @@ class Planner:
         }
 
 
-class _Known(NamedTuple):
-    """A tensor as the save before found it."""
+class _Last(NamedTuple):
+    """What was held last, without any of it."""
 
-    layout: Layout
-    offer: TensorOffer
-    section: str
-    dtype: torch.dtype | None
-    """That was asked for."""
-
-    def stands(self, leaf: Leaf, local: torch.Tensor, dtype: torch.dtype | None) -> bool:
-        """Whether there is nothing new to be found out."""
-        return (
-            dtype is self.dtype
-            and self.layout.is_of(leaf.value, local)
-            and self.offer.path == leaf.path
-        )
+    seen: Mapping[str, Seen]
+    names: Sequence[Mapping[str, Path]]
+    aliases: Mapping[str, tuple[str, Path]]
+    offers: dict[str, Offer]
 
 
-def _section_of(name: str) -> str:
-    head, dot, _ = name.partition(".")
-    return head if dot else ""
+def _offers_of(held: Held) -> dict[str, Offer]:
+    offers: dict[str, Offer] = {}
+
+    def section(name: str) -> Offer:
+        head, dot, _ = name.partition(".")
+        return offers.setdefault(head if dot else "", Offer())
+
+    for name, seen in held.seen.items():
+        if name in held.aliases:
+            section(name).aliases[name] = held.aliases[name]
+        else:
+            section(name).tensors[name] = seen.offer
+    for names, _ in held.values:
+        section(next(iter(names))).values.update(names)
+    return offers
 
 
 def _warn_of_differences(digests: Sequence[Mapping[str, int]]) -> None:

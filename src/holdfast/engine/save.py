@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
@@ -174,21 +174,24 @@ def begin_save(
 
 
 def take_snapshot(
-    pending: Pending, snapshot: Snapshot, ranks: Ranks, *, later: Collection[str] = ()
+    pending: Pending,
+    snapshot: Snapshot,
+    ranks: Ranks,
+    *,
+    now: Sequence[TensorItem],
+    later: Sequence[TensorItem],
 ) -> tuple[Pending, Staging]:
     """The same save from a host copy, which the snapshot has room for, and the copy of what is
-    left: when this returns, training may change all but the tensors named `later`, and these once
-    it has waited for the copy. Collective.
+    left: when this returns, training may change all but what is to be copied `later`, and that once
+    it has waited for the copy. `now` and `later` are all items of the image. Collective.
     """
-    now = [item for item in pending.image.tensors if item.name not in later]
-    rest = [item for item in pending.image.tensors if item.name in later]
     with pending.spans("stage"):
         try:
             on_every_rank(ranks, lambda: snapshot.copy(now, pending.tensor_of))
         except HoldfastError:
             discard(pending, ranks)
             raise
-    staging = Staging(lambda: snapshot.copy(rest, pending.tensor_of))
+    staging = Staging(lambda: snapshot.copy(later, pending.tensor_of))
     memory = snapshot.memory(pending.image.nbytes)
     return replace(pending, tensor_of=snapshot.tensor_of, memory=memory), staging
 
@@ -259,12 +262,12 @@ def _begin(catalog: Catalog, name: str, nbytes: int) -> Aside:
 
 def _live(held: Held, item: TensorItem) -> torch.Tensor:
     """A region of the tensor that training goes on with."""
-    (layout, local), region = held.tensors[item.name], item.region
-    piece = layout.pieces[0]
+    pieces, region = held.seen[item.name].layout.pieces, item.region
+    piece = pieces[0]
     # Most are written whole, by the rank that has them: then there is nothing to work out.
     if piece.region != region:
-        piece = next(p for p in layout.pieces if p.region & region == region)
-    return box_of(local.detach(), piece.local_of(region))
+        piece = next(p for p in pieces if p.region & region == region)
+    return box_of(held.tensors[item.name].detach(), piece.local_of(region))
 
 
 @cache

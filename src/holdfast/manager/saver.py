@@ -34,6 +34,9 @@ WAIT_SAID_S = 0.1
 """A wait for the background that is shorter is not worth a line in the log."""
 
 
+Items = tuple[TensorItem, ...]
+
+
 class Saver:
     """Saves steps into a catalog, one at a time, and lets old ones go.
 
@@ -61,8 +64,8 @@ class Saver:
         self._finishing_ranks = ranks.twin() if self._in_background else ranks
         self._overlapping = config.async_mode == "async_with_pinned_mem"
         self._changed_by_optimizers = changed_by_optimizers
-        self._items: tuple[TensorItem, ...] | None = None
-        self._names: Collection[str] = ()
+        self._items: Items | None = None
+        self._parted: tuple[Items, Items] = ((), ())
         self._goodput = goodput or Goodput()
         self._background, self._snapshot = Background(), Snapshot()
         self._staging: Staging | None = None
@@ -115,9 +118,9 @@ class Saver:
                     model=self._hub.config,
                 )
             if self._in_background and self._has_room(pending):
-                later = self._later(pending.image.tensors) if self._overlapping else ()
+                now, later = self._parts_of(pending.image.tensors)
                 staged, self._staging = take_snapshot(
-                    pending, self._snapshot, self._ranks, later=later
+                    *(pending, self._snapshot, self._ranks), now=now, later=later
                 )
                 self._background.start(partial(self._finish, staged, step, use, self._staging))
                 if not later:
@@ -137,12 +140,15 @@ class Saver:
                 self._staging.wait()
             self._staging = None
 
-    def _later(self, items: tuple[TensorItem, ...]) -> Collection[str]:
-        """Names of the tensors that are copied while training goes on: the same while the plan is,
-        whose items these are."""
+    def _parts_of(self, items: Items) -> tuple[Items, Items]:
+        """Those of a plan that are copied at once, and those that may be while training goes on:
+        found out once, for as long as the plan stands."""
         if items is not self._items:
-            self._items, self._names = items, self._changed_by_optimizers()
-        return self._names
+            names = self._changed_by_optimizers() if self._overlapping else ()
+            now = tuple(item for item in items if item.name not in names)
+            later = tuple(item for item in items if item.name in names)
+            self._items, self._parted = items, (now, later)
+        return self._parted
 
     def _has_room(self, pending: Pending) -> bool:
         """Whether every rank has the memory for a snapshot; where not, that is an error, or the

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from holdfast.errors import UsageError
 from holdfast.state.model import ModelState
 from holdfast.state.optim import OptimizerState, TensorInfo
 from holdfast.state.tree import Leaf, Path, Stateful, flatten, named_twice, place
@@ -86,12 +87,17 @@ class StateTree:
             own.extend(wrapped.leaves(path))
             return wrapped.to_open()
 
-        leaves = self._leaves(opened)
-        for name, leaf in own:
-            if name in leaves:
-                raise named_twice(name, leaves[name].path, leaf.path)
-            leaves[name] = leaf
-        _check_names(leaves, [leaf for _, leaf in own if leaf.names])
+        opened_leaves = self._leaves(opened)
+        leaves = {**opened_leaves}
+        leaves.update(own)
+        # That no name is there twice is seen by counting them: they are not looked at one by one.
+        several = [leaf.names for _, leaf in own if leaf.names]
+        names: dict[str, object] = {**leaves}
+        for more in several:
+            names.update(more)
+        wanted = len(opened_leaves) + len(own) + sum(map(len, several)) - len(several)
+        if len(names) < wanted:
+            raise _named_twice([*opened_leaves.items(), *own])
         return leaves
 
     def _leaves(self, opened: Callable[[Path, Any], Any]) -> dict[str, Leaf]:
@@ -162,18 +168,15 @@ def _modules(state: Mapping[str, Any]) -> Iterator[nn.Module]:
             yield from _modules(value)
 
 
-def _check_names(leaves: Mapping[str, Leaf], several: Sequence[Leaf]) -> None:
-    """Refuse names that two leaves have; `several` are those that have more than one."""
-    names: dict[str, object] = {**leaves}
-    for leaf in several:
-        names.update(leaf.names)
-    if len(names) == len(leaves) + sum(len(leaf.names) - 1 for leaf in several):
-        return
-    paths = {name: leaf.path for name, leaf in leaves.items() if not leaf.names}
-    for leaf in several:
-        for name in leaf.names.keys() & paths.keys():
-            raise named_twice(name, paths[name], leaf.names[name])
-        paths.update(leaf.names)
+def _named_twice(leaves: Iterable[tuple[str, Leaf]]) -> UsageError:
+    """What is said of leaves of which two have one name."""
+    paths: dict[str, Path] = {}
+    for name, leaf in leaves:
+        for one, path in (leaf.names or {name: leaf.path}).items():
+            if one in paths:
+                return named_twice(one, paths[one], path)
+            paths[one] = path
+    raise AssertionError("no name is there twice")
 
 
 def _below(stored: Mapping[str, TensorInfo], name: str) -> dict[str, TensorInfo]:

@@ -82,7 +82,12 @@ class OptimizerState:
 
     def to_open(self) -> dict[str, Any]:
         """The other entries, which may hold state of their own, or differ by parameter."""
-        slots = {k: v for k, v in self.slots().items() if not isinstance(v, NEVER_OPENED)}
+        slots = {
+            f"state.{self._names[id(parameter)]}.{slot}": value
+            for optimizer, parameter in self._in_order()
+            for slot, value in optimizer.state.get(parameter, {}).items()
+            if not isinstance(value, NEVER_OPENED)
+        }
         options = {
             f"param_groups.{self._names[id(parameter)]}.{option}": value
             for group in self._groups()

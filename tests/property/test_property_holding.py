@@ -1,0 +1,40 @@
+"""What a planner remembers from save to save, against one that has seen nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holdfast.engine.planner import Planner
+from holdfast.engine.ranks import Solo
+from holdfast.state.tree import flatten
+
+ONE, OTHER = torch.zeros(4), torch.zeros(4)
+ALIKE = st.sampled_from([ONE, ONE.detach(), OTHER])
+ANY = st.sampled_from(
+    [
+        *(torch.zeros(2, 2), torch.zeros(0), torch.zeros(0), torch.zeros(4, dtype=torch.int64)),
+        *(ONE.view(2, 2), ONE[:2], ONE.bfloat16(), 1, 1.5, "text"),
+    ]
+)
+NAMES = st.sampled_from(["a", "b", "b.c", "d.e"])
+STATES = st.dictionaries(NAMES, ALIKE | ANY)
+CHANGES = st.dictionaries(NAMES, ALIKE | ANY | st.none(), max_size=2)
+
+
+@given(STATES, st.lists(st.tuples(CHANGES, st.sampled_from([None, torch.bfloat16])), max_size=6))
+def test_what_is_offered_does_not_depend_on_the_saves_before(
+    state: dict[str, Any], saves: list[tuple[dict[str, Any], torch.dtype | None]]
+) -> None:
+    """G6. Method: between saves entries come, go, change their kind and share memory; and another
+    dtype is asked for."""
+    planner = Planner(Solo())
+    for changes, dtype in saves:
+        state = {n: value for n, value in {**state, **changes}.items() if value is not None}
+        leaves = flatten(state)
+        held, anew = planner.hold(leaves, dtype), Planner(Solo()).hold(leaves, dtype)
+        assert held.offers == anew.offers
+        assert held.aliases == anew.aliases
