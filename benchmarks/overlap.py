@@ -2,9 +2,9 @@
 
 One process trains with AdamW on the CPU. In its turn each system saves once, which makes its
 buffers and processes, then training goes on without a save, then with one, until that is durable.
-`lost_s` is what those last steps took beyond as many without a save, by the median step of the
-round; `slowed_pct` the same as a share of them; `blocked_s` how long the call took to return;
-`durable_s` when all was on the disk, from the call on.
+`lost_s` is what those last steps took beyond as many without a save, by the mean of the steps just
+before and just after them; `slowed_pct` the same as a share of them; `blocked_s` how long the call
+took to return; `durable_s` when all was on the disk, from the call on.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ NUM_LAYERS, BATCH = 288, 64
 """As many matrices as a Llama of 8B has: what a save does for each is what training waits for."""
 
 PLAIN_STEPS = 3
+"""Without a save, before and again after: a machine that others share is faster or slower from
+minute to minute."""
+
 STEPS_MIN = 3
 """With a save; more where it is not durable by then."""
 
@@ -52,8 +55,9 @@ class Turn:
     blocked_s: float
     durable_s: float
 
-    def figure(self, step_s: float) -> Figure:
-        """Beside steps that take so long without a save."""
+    def figure(self) -> Figure:
+        """What is told of it."""
+        step_s = statistics.mean(self.plain_s)
         plain_s = step_s * self.num_steps
         lost_s = self.steps_s - plain_s
         return {
@@ -109,6 +113,7 @@ class Training:
                 num_steps += 1
             steps_s = time.perf_counter() - called
             durable_s = durable.result() - called
+        plain_s += [self.step(nullcontext) for _ in range(PLAIN_STEPS)]
         return Turn(plain_s, num_steps, steps_s, blocked_s, durable_s)
 
 
@@ -124,15 +129,11 @@ def overlap(given: Asked, folder: Path) -> Section:
     training, makes = Training(given.nbytes), systems()
     found: dict[str, list[Figure]] = {name: [] for name in makes}
     for number in range(given.rounds):
-        round_: dict[str, Turn] = {}
         for name in turns(list(makes), number):
             renew(folder)
             system = makes[name](training.model, training.optimizer, folder)
-            round_[name] = training.turn(system)
+            found[name].append(training.turn(system).figure())
             system.close()
-        step_s = statistics.median(s for turn in round_.values() for s in turn.plain_s)
-        for name, turn in round_.items():
-            found[name].append(turn.figure(step_s))
     method = (
         f"One process trains on the CPU, {training.nbytes / 1e9:.2f} GB of parameters and moments. "
         "Lost: what the steps until the save was durable took beyond as many without one."
