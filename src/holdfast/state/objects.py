@@ -84,8 +84,9 @@ class StateTree:
             wrapped = self._wrapped(value)
             if not isinstance(wrapped, OptimizerState):
                 return self._open(path, value)
-            own.extend(wrapped.leaves(path))
-            return wrapped.to_open()
+            leaves, others = wrapped.parted(path)
+            own.extend(leaves)
+            return others
 
         opened_leaves = self._leaves(opened)
         leaves = {**opened_leaves}

@@ -62,45 +62,33 @@ class OptimizerState:
             for slot, value in optimizer.state.get(parameter, {}).items()
         }
 
-    def leaves(self, above: Path) -> Iterator[tuple[str, Leaf]]:
-        """The entries that nobody opens, below a path, by name: each option of a group once, with
-        the names that it has for all its parameters."""
+    def parted(self, above: Path) -> tuple[list[tuple[str, Leaf]], dict[str, Any]]:
+        """The entries of `state_dict`, below a path, in two parts. Those that nobody opens, by
+        name: each option of a group once, with the names that it has for all its parameters. And
+        the others, which may hold state of their own, or differ by parameter."""
+        leaves: list[tuple[str, Leaf]] = []
+        others: dict[str, Any] = {}
         start = "".join(f"{key}." for key in above)
-        for optimizer, parameter in self._in_order():
-            name = self._names[id(parameter)]
-            for slot, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, NEVER_OPENED):
-                    key = f"state.{name}.{slot}"
-                    yield start + key, Leaf((*above, key), value)
+        for key, value in self.slots().items():
+            if isinstance(value, NEVER_OPENED):
+                leaves.append((start + key, Leaf((*above, key), value)))
+            else:
+                others[key] = value
         for number, group in enumerate(self._groups()):
             held = [self._names[id(parameter)] for parameter in group["params"]]
             for option, value in _options(group):
-                if held and isinstance(value, PLAIN):
+                if not isinstance(value, PLAIN):
+                    others.update({f"param_groups.{name}.{option}": value for name in held})
+                elif held:
                     names = self._spelled(above, number, option, held)
                     first, path = next(iter(names.items()))
-                    yield first, Leaf(path, value, names)
-
-    def to_open(self) -> dict[str, Any]:
-        """The other entries, which may hold state of their own, or differ by parameter."""
-        slots = {
-            f"state.{self._names[id(parameter)]}.{slot}": value
-            for optimizer, parameter in self._in_order()
-            for slot, value in optimizer.state.get(parameter, {}).items()
-            if not isinstance(value, NEVER_OPENED)
-        }
-        options = {
-            f"param_groups.{self._names[id(parameter)]}.{option}": value
-            for group in self._groups()
-            for option, value in _options(group)
-            if not isinstance(value, PLAIN)
-            for parameter in group["params"]
-        }
-        return {**slots, **options}
+                    leaves.append((first, Leaf(path, value, names)))
+        return leaves, others
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors share their memory with the optimizer. A parameter without state has none."""
-        plain = {n: leaf.value for first, leaf in self.leaves(()) for n in leaf.names or [first]}
-        return {**plain, **self.to_open()}
+        leaves, others = self.parted(())
+        return {**{n: leaf.value for one, leaf in leaves for n in leaf.names or [one]}, **others}
 
     def _groups(self) -> Iterator[dict[str, Any]]:
         for optimizer in self._optimizers:
