@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -83,20 +83,22 @@ class Planner:
     def hold(self, leaves: Mapping[str, Leaf], dtype: torch.dtype | None) -> Held:
         """What this rank has to offer; floating-point tensors as `dtype`, where one is given."""
         before, known = self._last, self._last.seen
-        held = Held({}, {}, [], {}, before.offers)
+        tensors: dict[str, torch.Tensor] = {}
+        seen: dict[str, Seen] = {}
+        values: list[tuple[Mapping[str, Path], Any]] = []
+        aliases: dict[str, tuple[str, Path]] = {}
         first_at: dict[int, str] = {}
         beside: dict[int, list[str]] = {}
-        stands = True
         for name, leaf in leaves.items():
             value = leaf.value
             if not isinstance(value, torch.Tensor):
-                held.values.append((leaf.names or {name: leaf.path}, value))
+                values.append((leaf.names or {name: leaf.path}, value))
                 continue
-            local = held.tensors[name] = local_of(value)
+            local = tensors[name] = local_of(value)
             one = known.get(name)
             if one is None or not one.stands(leaf, local, dtype):
-                stands, one = False, self._see(name, leaf, local, dtype)
-            held.seen[name] = one
+                one = self._see(name, leaf, local, dtype)
+            seen[name] = one
             at = local.data_ptr()
             first = first_at.setdefault(at, name)
             if first is not name and local.numel():
@@ -104,15 +106,14 @@ class Planner:
                 others = beside.setdefault(at, [first])
                 tied = [other for other in others if same_memory(value, leaves[other].value)]
                 if tied:
-                    held.aliases[name] = (tied[0], leaf.path)
+                    aliases[name] = (tied[0], leaf.path)
                 else:
                     others.append(name)
-        names = [names for names, _ in held.values]
-        stands = stands and held.seen.keys() == known.keys()
-        if not stands or (names, held.aliases) != (before.names, before.aliases):
-            held = replace(held, offers=_offers_of(held))
-        self._last = _Last(held.seen, names, held.aliases, held.offers)
-        return held
+        names = [names for names, _ in values]
+        same = (seen, names, aliases) == (known, before.names, before.aliases)
+        offers = before.offers if same else _offers_of(seen, aliases, names)
+        self._last = _Last(seen, names, aliases, offers)
+        return Held(tensors, seen, values, aliases, offers)
 
     def _see(self, name: str, leaf: Leaf, local: torch.Tensor, dtype: torch.dtype | None) -> Seen:
         layout = self._layouts.of(name, leaf.value, local)
@@ -209,19 +210,23 @@ class _Last(NamedTuple):
     offers: dict[str, Offer]
 
 
-def _offers_of(held: Held) -> dict[str, Offer]:
+def _offers_of(
+    seen: Mapping[str, Seen],
+    aliases: Mapping[str, tuple[str, Path]],
+    values: Iterable[Mapping[str, Path]],
+) -> dict[str, Offer]:
     offers: dict[str, Offer] = {}
 
     def section(name: str) -> Offer:
         head, dot, _ = name.partition(".")
         return offers.setdefault(head if dot else "", Offer())
 
-    for name, seen in held.seen.items():
-        if name in held.aliases:
-            section(name).aliases[name] = held.aliases[name]
+    for name, one in seen.items():
+        if name in aliases:
+            section(name).aliases[name] = aliases[name]
         else:
-            section(name).tensors[name] = seen.offer
-    for names, _ in held.values:
+            section(name).tensors[name] = one.offer
+    for names in values:
         section(next(iter(names))).values.update(names)
     return offers
 
