@@ -47,7 +47,7 @@ from holdfast.engine.save import begin_save
 from holdfast.engine.write import FileImage, Receipt
 from holdfast.format.manifest import Table
 from holdfast.format.names import METADATA, data_file
-from holdfast.state.tree import Leaf, flatten
+from holdfast.state.tree import FlatState, flatten
 
 NUM_TENSORS = 2000
 SHAPE = (16384, 4)
@@ -185,7 +185,7 @@ class Figures:
     manifest: int = 0
 
 
-def ours(size: int, leaves: dict[str, Leaf], own: set[str]) -> Figures:
+def ours(size: int, state: FlatState, own: set[str]) -> Figures:
     """The engine's own code from `begin_save` to `commit`, less the writing."""
     clock, store = Clock(), Nowhere()
     ranks = Chorus(size, clock, own)
@@ -195,7 +195,7 @@ def ours(size: int, leaves: dict[str, Leaf], own: set[str]) -> Figures:
     for _ in range(1 + LATER_SAVES):
         clock.seconds, ranks.wire_bytes = 0.0, 0
         with clock.runs():
-            pending = begin_save(catalog, "step-1", leaves, ranks=ranks, planner=planner, step=1)
+            pending = begin_save(catalog, "step-1", state, ranks=ranks, planner=planner, step=1)
         planned.append(clock.seconds)
         with clock.runs():
             store.sizes["data"] = pending.image.nbytes

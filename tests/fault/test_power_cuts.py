@@ -49,7 +49,7 @@ def bits(value: Any) -> Any:
 
 STATES = {seed: state_of(seed) for seed in range(1, 6)}
 EXPECTED = {
-    seed: {n: bits(leaf.value) for n, leaf in flatten(state).items()}
+    seed: {n: bits(leaf.value) for n, leaf in flatten(state).leaves.items()}
     for seed, state in STATES.items()
 }
 
@@ -163,7 +163,7 @@ def train(
             state = flatten({**STATES[seed], "large": STATES[seed]["large"].clone()})
             assert saver.save(step, "full", lambda state=state: state)  # type: ignore[misc]
             if async_mode == "async":
-                state["large"].value.fill_(0)
+                state.leaves["large"].value.fill_(0)
         saver.collect()
         saver.retainer.wait()
 

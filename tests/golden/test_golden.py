@@ -37,7 +37,7 @@ def bits(value: Any) -> Any:
 
 
 def expected() -> dict[str, Any]:
-    return {name: bits(leaf.value) for name, leaf in flatten(golden_state()).items()}
+    return {name: bits(leaf.value) for name, leaf in flatten(golden_state()).leaves.items()}
 
 
 def blank(value: Any) -> Any:
@@ -75,7 +75,7 @@ def test_it_is_opened_and_loaded_bit_for_bit(name: str) -> None:
     assert {n: bits(value) for n, value in found.items()} == expected()
     state = blank(golden_state())
     holdfast.load(HERE / name, state)
-    assert {n: bits(leaf.value) for n, leaf in flatten(state).items()} == expected()
+    assert {n: bits(leaf.value) for n, leaf in flatten(state).leaves.items()} == expected()
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -85,7 +85,7 @@ def test_stock_loads_it_bit_for_bit(name: str) -> None:
     """G10. Method: stock `load` of the same folder."""
     state = blank(golden_state())
     stock_load(state, checkpoint_id=HERE / name, no_dist=True)
-    assert {n: bits(leaf.value) for n, leaf in flatten(state).items()} == expected()
+    assert {n: bits(leaf.value) for n, leaf in flatten(state).leaves.items()} == expected()
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -137,7 +137,7 @@ def test_a_bit_flipped_in_any_file_of_it_is_found(name: str, tmp_path: Path) -> 
             except DamagedError:
                 continue
             assert file.suffix == ".distcp", f"byte {position} of {file.name}"
-            assert {n: bits(leaf.value) for n, leaf in flatten(state).items()} == expected()
+            assert {n: bits(leaf.value) for n, leaf in flatten(state).leaves.items()} == expected()
         file.write_bytes(whole)
 
 

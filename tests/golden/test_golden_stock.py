@@ -36,7 +36,7 @@ def test_it_is_opened_and_verified_bit_for_bit(name: str) -> None:
             {f"{n}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {}
         )
         found |= parts or {n: value}
-    expected = {n: leaf.value for n, leaf in flatten(stock_state()).items()}
+    expected = {n: leaf.value for n, leaf in flatten(stock_state()).leaves.items()}
     assert found.keys() == expected.keys()
     for n, value in expected.items():
         if isinstance(value, torch.Tensor):

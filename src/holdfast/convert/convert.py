@@ -17,7 +17,8 @@ from holdfast.convert.target import (
     write_torch_file,
 )
 from holdfast.engine.root import open_for_reading
-from holdfast.format.manifest import Kind
+from holdfast.format.manifest import Kind, Path
+from holdfast.format.structure import Node
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +61,27 @@ def convert(planned: Planned, target: str, wishes: Wishes, advance: Advance) -> 
         step = opened.manifest.step
         model = planned.config or opened.manifest.model
         facts = facts_of(place, kind, step, model)
-        nbytes = write_step(place, outputs, _values(planned, wishes), facts, advance)
+        values = _values(planned, wishes)
+        structure = _structure(planned, values)
+        nbytes = write_step(place, outputs, values, facts, advance, structure=structure)
     seconds = time.perf_counter() - started
     return Converted(place.where, nbytes, place.store.kept_bytes, seconds, len(outputs))
+
+
+def _structure(planned: Planned, values: Values) -> dict[Path, Node] | None:
+    """The structure of the source, as far as all that it describes is in the target."""
+    manifest = planned.opened.manifest
+    if manifest.structure is None:
+        return None
+    kept = {output.path for output in planned.outputs.values()} | {at for at, _ in values.values()}
+    entries = [one.path for one in manifest.tensors.values()]
+    entries += [one.path for one in manifest.values.values()]
+    lost = [path for path in entries if path not in kept]
+    return {
+        path: node
+        for path, node in manifest.structure.items()
+        if not any(one[: len(path)] == path for one in lost)
+    }
 
 
 def _values(planned: Planned, wishes: Wishes) -> Values:

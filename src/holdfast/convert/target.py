@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -25,6 +25,7 @@ from holdfast.format import torchfile
 from holdfast.format.manifest import Kind, Path
 from holdfast.format.names import Aside, aside_of, step_of
 from holdfast.format.safetensors import INDEX
+from holdfast.format.structure import Node
 from holdfast.hf.assets import beside_weights, config_bytes
 from holdfast.hf.folder import CONFIG
 from holdfast.hf.shards import shard
@@ -237,9 +238,11 @@ def write_step(
     values: Values,
     facts: Facts,
     advance: Advance,
+    *,
+    structure: Mapping[Path, Node] | None,
 ) -> int:
     """Write a step as a save does, checksums and `.metadata` included. Returns its bytes."""
-    whole = _plan(outputs, values)
+    whole = replace(_plan(outputs, values), structure=structure)
     wanted = [(outputs[p.name], region) for p in whole.tensors for region in p.regions_of(0)]
     items = lay_out(
         [(p.name, p.tensor.dtype, region) for p in whole.tensors for region in p.regions_of(0)]

@@ -53,7 +53,7 @@ class Checkpoint:
         box = _box(name, entry.shape, region)
         # First, so that a shape without chunks behind it takes no memory.
         moves(name, entry, box)
-        target = torch.empty(box.shape, dtype=getattr(torch, entry.dtype))
+        target = torch.empty(box.shape, dtype=getattr(torch, entry.dtype), device="cpu")
         if box.num_elements:
             read_tensors(
                 self._source, [Wanted(name, [Piece(box, Region.whole(box.shape))], target)]

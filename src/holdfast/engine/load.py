@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +12,7 @@ import torch
 from holdfast.catalog.catalog import open_manifest
 from holdfast.catalog.findings import PARTS
 from holdfast.engine.collector import collector_at_rest
+from holdfast.engine.fitting import fits, is_narrowed
 from holdfast.engine.ranks import Ranks, all_ranks, hosts_of, on_every_rank, on_rank_0
 from holdfast.engine.read import Wanted, read_tensors, threads_for
 from holdfast.engine.replicas import Place, ask, read_shared
@@ -22,11 +21,9 @@ from holdfast.engine.source import Source, read_value
 from holdfast.engine.spans import Spans
 from holdfast.engine.values import decode_value
 from holdfast.errors import MismatchError
-from holdfast.format.manifest import Manifest, ValueEntry
 from holdfast.state.layout import Layouts, local_of
+from holdfast.state.match import MadeValues, Match
 from holdfast.state.objects import StateTree
-from holdfast.state.optim import TensorInfo
-from holdfast.state.tree import Leaf
 
 _LISTED_MAX = 50
 
@@ -55,31 +52,35 @@ class Loaded:
     """Tensors of this rank that a base may lack, and does: they stay as they are."""
 
 
-def load(path: str | os.PathLike[str], state: Mapping[str, Any], *, strict: bool = True) -> Loaded:
-    """Load the checkpoint at `path` into `state`, in place: tensors are written over, plain values
-    replaced, objects given their state dict. Any layout loads what any other has saved.
+def load(path: str | os.PathLike[str], state: Any, *, strict: bool = True) -> Loaded:
+    """Load the checkpoint at `path` into `state`, in place: tensors are written over, objects given
+    what their `state_dict` said, everything else replaced by what was saved. Any layout loads what
+    any other has saved.
 
-    `state` names what is wanted; other top-level names of the checkpoint are left alone. Below the
-    names given, the checkpoint must have the same entries, unless `strict` is false: then what it
-    has beyond them is left alone too. What is wanted must always be there.
+    `state` is a dict of what is wanted, or a module alone; other top-level names of the checkpoint
+    are left alone. Below the names given, dicts and modules must have the same entries as the
+    checkpoint, unless `strict` is false: then what it has beyond them is left alone too. What is
+    wanted must always be there. Lists, and the state of objects, come back as they were saved,
+    whatever stood in their place.
 
     Collective where `torch.distributed` is initialized: every rank calls this with its part of the
     state; an error on one is raised on all.
 
     Raises:
         NotFoundError: no checkpoint at `path`.
-        MismatchError: entries that are missing, unexpected or of another shape, all of them listed;
-            nothing was changed.
+        MismatchError: entries that are missing, unexpected, of another shape, or numbers that do
+            not fit, all of them listed; nothing was changed. Or an object refuses its state.
         DamagedError: bytes are not those that were saved; the state may be loaded in part.
         FormatError: the checkpoint holds what could be read only by running its code.
     """
+    tree = StateTree(state)
     store, name = open_for_reading(path)
     ranks = all_ranks()
     try:
         with collector_at_rest():
             manifest = on_rank_0(ranks, lambda: open_manifest(store, name))
         source = Source(store, name, manifest)
-        return load_tree(source, StateTree(state), ranks=ranks, strict=strict)
+        return load_tree(source, tree, ranks=ranks, strict=strict)
     finally:
         ranks.close()
 
@@ -112,73 +113,44 @@ def load_tree(
     state only once every rank has read all that it wants.
     """
     spans = Spans()
-    manifest = source.manifest
-    with spans("plan"), collector_at_rest():
-        leaves = on_every_rank(ranks, tree.leaves)
-        stored = {name: (entry.dtype, entry.shape) for name, entry in manifest.tensors.items()}
-        room = on_every_rank(ranks, lambda: tree.room_for(stored))
-        unfit, differences = _differences(source, tree, leaves, room, ranks, strict)
-        if differences and not partial:
-            raise _mismatch(source, differences)
-        lacking = [n for n, leaf in leaves.items() if n not in stored and tree.lacks(leaf.path)]
-        leaves = on_every_rank(ranks, lambda: _leaves_with_room(manifest, tree, stored))
-        leaves = {name: leaf for name, leaf in leaves.items() if name not in unfit}
-        wanted, entries = on_every_rank(ranks, lambda: _wanted(manifest, leaves))
-    with spans("read"):
-        nbytes, containers = _read(source, wanted.values(), entries, ranks, fill, replicas)
-        values = on_every_rank(ranks, lambda: _values(source, leaves, wanted, containers))
-    with spans("apply"):
-        on_every_rank(ranks, lambda: tree.take(leaves, values))
-    converted = [
-        name
-        for name, leaf in leaves.items()
-        if isinstance(leaf.value, torch.Tensor)
-        and str(leaf.value.dtype) != f"torch.{manifest.tensors[name].dtype}"
-    ]
+    # A load inside of `torch.inference_mode` would make tensors that no training can change.
+    with torch.inference_mode(mode=False):
+        with spans("plan"), collector_at_rest():
+            match = on_every_rank(ranks, lambda: tree.match(source.manifest, strict=strict))
+            differences = _differences(match, ranks)
+            if differences and not partial:
+                raise _mismatch(source, differences)
+            reading = on_every_rank(ranks, lambda: _Reading(source, match))
+        with spans("read"):
+            nbytes = _read(reading, ranks, fill, replicas)
+            values = on_every_rank(ranks, reading.values)
+        with spans("apply"):
+            reading.settle()
+            on_every_rank(ranks, lambda: match.take(values))
     return Loaded(
-        *(source.url, nbytes, tuple(converted), spans, tuple(differences), len(leaves)),
-        lacking=tuple(lacking),
+        source.url,
+        nbytes,
+        converted=reading.converted(),
+        spans=spans,
+        differences=tuple(differences),
+        num_matched=len(reading.wanted) + len(match.values),
+        lacking=tuple(match.lacking),
     )
 
 
-def _leaves_with_room(
-    manifest: Manifest, tree: StateTree, stored: Mapping[str, TensorInfo]
-) -> dict[str, Leaf]:
-    tree.prepare(stored)
-    there = manifest.tensors.keys() | manifest.values.keys()
-    return {name: leaf for name, leaf in tree.leaves().items() if name in there}
+def _differences(match: Match, ranks: Ranks) -> list[str]:
+    """A line on each difference between the checkpoint and the state of all ranks. Collective.
 
-
-def _differences(
-    source: Source,
-    tree: StateTree,
-    leaves: Mapping[str, Leaf],
-    room: Collection[str],
-    ranks: Ranks,
-    strict: bool,
-) -> tuple[set[str], list[str]]:
-    """Entries of this rank that the checkpoint does not fit, and a line on each difference of all
-    ranks. Collective.
-
-    An entry is unexpected where no rank wants it: a pipeline stage wants its own layers only.
+    An entry is unexpected where no rank has a place for it: a pipeline stage has its own layers.
     """
-    manifest = source.manifest
-    misfits = {name: [*_misfit(manifest, tree, name, leaf)] for name, leaf in leaves.items()}
-    wrong = [line for lines in misfits.values() for line in lines]
-    paths = {name: entry.path for name, entry in manifest.tensors.items()}
-    paths |= {name: entry.path for name, entry in manifest.values.items()}
-    unexpected = {
-        name
-        for name, path in paths.items()
-        if strict and name not in leaves and name not in room and tree.wants(path)
-    }
-    reports = ranks.gather((wrong, unexpected))
+    reports = ranks.gather((list(match.misfits.values()), list(match.extra)))
     listed: list[str] = []
     if reports:
-        listed = list(dict.fromkeys(line for report, _ in reports for line in report))
-        nobodys = set.intersection(*(names for _, names in reports))
-        listed += [f"`{n}` is in the checkpoint, but not wanted" for n in paths if n in nobodys]
-    return {name for name, lines in misfits.items() if lines}, ranks.broadcast(listed)
+        listed = list(dict.fromkeys(line for lines, _ in reports for line in lines))
+        common = set.intersection(*({*names} for _, names in reports))
+        extra = [name for name in reports[0][1] if name in common]
+        listed += [f"`{name}` is in the checkpoint, but not wanted" for name in extra]
+    return ranks.broadcast(listed)
 
 
 def _mismatch(source: Source, listed: Sequence[str]) -> MismatchError:
@@ -201,90 +173,102 @@ def _mismatch(source: Source, listed: Sequence[str]) -> MismatchError:
     )
 
 
-def _misfit(manifest: Manifest, tree: StateTree, name: str, leaf: Leaf) -> Iterator[str]:
-    entry = manifest.tensors.get(name)
-    value = leaf.value
-    if entry is None and name not in manifest.values:
-        if not tree.optional(leaf.path):
-            yield f"`{name}` is not in the checkpoint"
-    elif not isinstance(value, torch.Tensor):
-        if entry is not None and not (_is_number(value) and math.prod(entry.shape) == 1):
-            yield f"`{name}` is a tensor in the checkpoint, a {type(value).__name__} is wanted"
-    elif entry is None:
-        yield f"`{name}` is a plain value in the checkpoint, a tensor is wanted"
-    elif entry.shape != tuple(value.shape):
-        yield f"`{name}` is {list(entry.shape)} in the checkpoint, {list(value.shape)} is wanted"
-    elif not torch.can_cast(getattr(torch, entry.dtype), value.dtype):
-        yield f"`{name}` is {entry.dtype} in the checkpoint, {value.dtype} is wanted"
+class _Reading:
+    """What one rank reads: tensors into their places, and values."""
+
+    @torch.no_grad()
+    def __init__(self, source: Source, match: Match) -> None:
+        self.source, self._match = source, match
+        self._made = {name: make() for name, make in match.made.items()}
+        tensors = source.manifest.tensors
+        self._checked: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        layouts = Layouts()
+        self.wanted: dict[str, Wanted] = {}
+        for name, tensor in {**match.into, **self._made}.items():
+            local = local_of(tensor).detach()
+            pieces = layouts.of(name, tensor, local_of(tensor)).pieces
+            stored: torch.dtype = getattr(torch, tensors[name].dtype)
+            if is_narrowed(stored, local.dtype):
+                # Read aside first: a number that does not fit must not take the place of another.
+                aside = torch.empty(local.shape, dtype=stored, device=local.device)
+                self._checked[name] = (aside, local)
+                local = aside
+            self.wanted[name] = Wanted(name, pieces, local)
+        self.entries = {name: source.manifest.values[name] for name in match.values}
+        self.containers: Mapping[Place, bytes] = {}
+
+    def check(self, read: Callable[[Collection[Wanted]], int]) -> int:
+        """Read aside what has to be checked. Returns the bytes read.
+
+        Raises:
+            MismatchError: numbers that do not fit where they would go, each tensor named.
+        """
+        nbytes = read([self.wanted[name] for name in self._checked])
+        wrong = [
+            f"`{name}` holds numbers in the checkpoint that no {local.dtype} is"
+            for name, (aside, local) in self._checked.items()
+            if not fits(aside, local.dtype)
+        ]
+        if wrong:
+            raise _mismatch(self.source, wrong)
+        return nbytes
+
+    def settle(self) -> None:
+        """Put what was read aside in its place."""
+        for aside, local in self._checked.values():
+            local.copy_(aside)
+
+    @property
+    def unchecked(self) -> list[Wanted]:
+        """What goes straight to its place."""
+        return [want for name, want in self.wanted.items() if name not in self._checked]
+
+    @property
+    def has_checked(self) -> bool:
+        """Whether anything is to be checked before it goes to its place."""
+        return bool(self._checked)
+
+    def values(self) -> MadeValues:
+        """Everything that has been read. A container that no other rank has read is read here."""
+        decoded: dict[Place, Any] = {}
+        held: dict[str, Any] = {}
+        for name, entry in self.entries.items():
+            at = (entry.file, entry.item.offset)
+            if at not in decoded:
+                container = self.containers.get(at) or read_value(self.source, name, entry)
+                where = f"{self.source.url}/{entry.file}"
+                decoded[at] = decode_value(name, container, where=where)
+            held[name] = decoded[at]
+        return MadeValues(self._made, held)
+
+    def converted(self) -> tuple[str, ...]:
+        """Tensors whose dtype is another in the state than in the checkpoint."""
+        tensors = self.source.manifest.tensors
+        return tuple(
+            name
+            for name, tensor in self._match.into.items()
+            if str(tensor.dtype) != f"torch.{tensors[name].dtype}"
+        )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float))
-
-
-@torch.no_grad()
-def _wanted(
-    manifest: Manifest, leaves: Mapping[str, Leaf]
-) -> tuple[dict[str, Wanted], dict[str, ValueEntry]]:
-    """The tensors that are to be read, and the values."""
-    wanted: dict[str, Wanted] = {}
-    layouts = Layouts()
-    for name, leaf in leaves.items():
-        entry = manifest.tensors.get(name)
-        if entry is None and not isinstance(leaf.value, torch.Tensor):
-            continue
-        into = leaf.value
-        if not isinstance(into, torch.Tensor):
-            assert entry is not None
-            into = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
-        local = local_of(into)
-        wanted[name] = Wanted(name, layouts.of(name, into, local).pieces, local.detach())
-    return wanted, {name: manifest.values[name] for name in leaves if name not in wanted}
-
-
-def _read(
-    source: Source,
-    wanted: Collection[Wanted],
-    entries: Mapping[str, ValueEntry],
-    ranks: Ranks,
-    fill: Fill | None,
-    replicas: Replicas,
-) -> tuple[int, Mapping[Place, bytes]]:
-    """Fill the tensors. Returns the bytes read, and the containers that came from other ranks.
-    Collective."""
-    if fill is not None:
-        return on_every_rank(ranks, lambda: fill(source, [*wanted])), {}
-    hosts = hosts_of(ranks)
+def _read(reading: _Reading, ranks: Ranks, fill: Fill | None, replicas: Replicas) -> int:
+    """Fill the tensors. Returns the bytes read. Collective."""
+    source, hosts = reading.source, hosts_of(ranks)
     threads = threads_for(hosts.num_local)
+
+    def read(wanted: Collection[Wanted]) -> int:
+        if fill is not None:
+            return fill(source, [*wanted])
+        return read_tensors(source, [*wanted], threads)
+
+    nbytes = 0
+    if ranks.largest([reading.has_checked])[0]:
+        nbytes = on_every_rank(ranks, lambda: reading.check(read))
     far = hosts.num_hosts > 1 or "://" in source.store.url
-    if ranks.size == 1 or not (replicas == "broadcast" or (replicas == "auto" and far)):
-        return on_every_rank(ranks, lambda: read_tensors(source, [*wanted], threads)), {}
-    asked = on_every_rank(ranks, lambda: ask(source, [*wanted], entries))
-    nbytes = on_every_rank(ranks, lambda: read_shared(source, asked, ranks, threads))
-    return nbytes, asked.containers
-
-
-def _values(
-    source: Source,
-    leaves: Mapping[str, Leaf],
-    wanted: Mapping[str, Wanted],
-    containers: Mapping[Place, bytes],
-) -> dict[str, Any]:
-    """What goes to the leaves that are no tensors. A container that no other rank has read is read
-    here."""
-    values: dict[str, Any] = {}
-    decoded: dict[Place, Any] = {}
-    for name, leaf in leaves.items():
-        if isinstance(leaf.value, torch.Tensor):
-            continue
-        if name in wanted:
-            values[name] = type(leaf.value)(wanted[name].local.item())
-            continue
-        value = source.manifest.values[name]
-        at = (value.file, value.item.offset)
-        if at not in decoded:
-            container = containers.get(at) or read_value(source, name, value)
-            decoded[at] = decode_value(name, container, where=f"{source.url}/{value.file}")
-        # One container may stand for many names; each gets a value of its own.
-        values[name] = copy.deepcopy(decoded[at])
-    return values
+    passed_on = replicas == "broadcast" or (replicas == "auto" and far)
+    if ranks.size == 1 or fill is not None or not passed_on:
+        return nbytes + on_every_rank(ranks, lambda: read(reading.unchecked))
+    asked = on_every_rank(ranks, lambda: ask(source, reading.unchecked, reading.entries))
+    nbytes += on_every_rank(ranks, lambda: read_shared(source, asked, ranks, threads))
+    reading.containers = asked.containers
+    return nbytes

@@ -23,6 +23,7 @@ from holdfast.errors import MismatchError
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Path
 from holdfast.format.region import Region, first_overlap
+from holdfast.format.structure import Node
 from holdfast.state.shard import Mesh, Spread, pieces_of
 
 Ints = NDArray[np.int64]
@@ -53,6 +54,9 @@ class Offer:
     values: dict[str, Path] = field(default_factory=dict)
     aliases: dict[str, tuple[str, Path]] = field(default_factory=dict)
     """Second names of tensors (tied weights), with the first: stored once, found under both."""
+
+    structure: dict[Path, Node] = field(default_factory=dict)
+    """How the state is put together, by path, where names do not tell."""
 
     def names(self) -> set[str]:
         return {*self.tensors, *self.values, *self.aliases}
@@ -158,6 +162,8 @@ class Plan:
     """Rank that writes each value."""
 
     aliases: Mapping[str, tuple[str, Path]]
+    structure: Mapping[Path, Node] | None = None
+    """How the state is put together where names do not tell; None where nobody knows."""
 
 
 def plan(census: Census) -> Plan:
@@ -196,7 +202,11 @@ def plan(census: Census) -> Plan:
         for name, path in holders.offer.values.items():
             rank = min(holders.ranks[0], values.get(name, (holders.ranks[0],))[0])
             values[name] = rank, path
-    return Plan(list(_placed(held)), values, aliases)
+    structure: dict[Path, Node] = {}
+    for holders in everyone:
+        # As for values that differ: the first rank's is kept.
+        structure = {**holders.offer.structure, **structure}
+    return Plan(list(_placed(held)), values, aliases, structure)
 
 
 def differing(digests: Sequence[Mapping[str, int]]) -> list[str]:

@@ -27,8 +27,9 @@ from holdfast.engine.values import Containers
 from holdfast.engine.write import FileImage, TensorItem, image_of, lay_out
 from holdfast.errors import HoldfastError
 from holdfast.format.checksum import checksum
+from holdfast.format.structure import Node
 from holdfast.state.layout import Layout, Layouts, dtype_name, local_of, same_memory
-from holdfast.state.tree import Leaf, Path
+from holdfast.state.tree import FlatState, Leaf, Path
 
 logger = logging.getLogger("holdfast")
 
@@ -71,7 +72,7 @@ class Planner:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._layouts = Layouts()
-        self._last = _Last({}, [], {}, {})
+        self._last = _Last({}, [], {}, {}, {})
         self._containers = Containers()
         self._offers: Offers | None = None
         self._items: tuple[TensorItem, ...] = ()
@@ -80,9 +81,10 @@ class Planner:
         """On rank 0, once there is a plan."""
 
     @torch.no_grad()
-    def hold(self, leaves: Mapping[str, Leaf], dtype: torch.dtype | None) -> Held:
+    def hold(self, state: FlatState, dtype: torch.dtype | None) -> Held:
         """What this rank has to offer; floating-point tensors as `dtype`, where one is given."""
         before, known = self._last, self._last.seen
+        leaves = state.leaves
         tensors: dict[str, torch.Tensor] = {}
         seen: dict[str, Seen] = {}
         values: list[tuple[Mapping[str, Path], Any]] = []
@@ -111,8 +113,9 @@ class Planner:
                     others.append(name)
         names = [names for names, _ in values]
         same = (seen, names, aliases) == (known, before.names, before.aliases)
-        offers = before.offers if same else _offers_of(seen, aliases, names)
-        self._last = _Last(seen, names, aliases, offers)
+        same = same and state.structure == before.structure
+        offers = before.offers if same else _offers_of(seen, aliases, names, state.structure)
+        self._last = _Last(seen, names, aliases, state.structure, offers)
         return Held(tensors, seen, values, aliases, offers)
 
     def _see(self, name: str, leaf: Leaf, local: torch.Tensor, dtype: torch.dtype | None) -> Seen:
@@ -207,6 +210,7 @@ class _Last(NamedTuple):
     seen: Mapping[str, Seen]
     names: Sequence[Mapping[str, Path]]
     aliases: Mapping[str, tuple[str, Path]]
+    structure: Mapping[Path, Node]
     offers: dict[str, Offer]
 
 
@@ -214,6 +218,7 @@ def _offers_of(
     seen: Mapping[str, Seen],
     aliases: Mapping[str, tuple[str, Path]],
     values: Iterable[Mapping[str, Path]],
+    structure: Mapping[Path, Node],
 ) -> dict[str, Offer]:
     offers: dict[str, Offer] = {}
 
@@ -228,6 +233,8 @@ def _offers_of(
             section(name).tensors[name] = one.offer
     for names in values:
         section(next(iter(names))).values.update(names)
+    for path, node in structure.items():
+        section(".".join(map(str, path))).structure[path] = node
     return offers
 
 

@@ -103,4 +103,5 @@ def _manifest(receipts: Sequence[Receipt], plan: Plan, facts: Facts) -> Manifest
         metrics=facts.metrics,
         model=facts.model,
         timings=over_ranks([receipt.seconds for receipt in receipts]),
+        structure=plan.structure,
     )

@@ -122,7 +122,9 @@ class GroupRanks:
 
     def gather(self, item: T) -> list[T]:
         data = pickle.dumps(item)
-        frames = [torch.empty(_FRAME_BYTES, dtype=torch.uint8) for _ in range(self.size)]
+        frames = [
+            torch.empty(_FRAME_BYTES, dtype=torch.uint8, device="cpu") for _ in range(self.size)
+        ]
         self._reach(lambda: dist.all_gather(frames, _frame(data, len(data)), self._group))
         longest = max(_lengths(frame)[0] for frame in frames)
         rests = [_EMPTY] * self.size
@@ -135,12 +137,12 @@ class GroupRanks:
     def scatter(self, items: list[T]) -> T:
         sent = [pickle.dumps(item) for item in items]
         longest = max(map(len, sent), default=0)
-        mine = torch.empty(_FRAME_BYTES, dtype=torch.uint8)
+        mine = torch.empty(_FRAME_BYTES, dtype=torch.uint8, device="cpu")
         frames = [_frame(data, longest) for data in sent] or None
         self._reach(lambda: dist.scatter(mine, frames, self._root, self._group))
         longest, rest = _lengths(mine)[1], _EMPTY
         if longest > _FIRST_BYTES:
-            rest = torch.empty(longest - _FIRST_BYTES, dtype=torch.uint8)
+            rest = torch.empty(longest - _FIRST_BYTES, dtype=torch.uint8, device="cpu")
             rests = [_rest(data, longest) for data in sent] or None
             self._reach(lambda: dist.scatter(rest, rests, self._root, self._group))
         scattered: T = _message(mine, rest)
@@ -164,7 +166,7 @@ class GroupRanks:
         dist.destroy_process_group(self._group)
 
     def largest(self, numbers: Sequence[float]) -> list[float]:
-        tensor = torch.tensor(numbers, dtype=torch.float64)
+        tensor = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         self._reach(lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX, self._group))
         return tensor.tolist()
 
@@ -187,7 +189,7 @@ class GroupRanks:
             ) from error
 
 
-_EMPTY = torch.empty(0, dtype=torch.uint8)
+_EMPTY = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def _frame(data: bytes, longest: int) -> torch.Tensor:
@@ -200,7 +202,7 @@ def _frame(data: bytes, longest: int) -> torch.Tensor:
 
 def _rest(data: bytes, longest: int) -> torch.Tensor:
     """What the frame has no room for, as long as that of the longest."""
-    rest = torch.empty(longest - _FIRST_BYTES, dtype=torch.uint8)
+    rest = torch.empty(longest - _FIRST_BYTES, dtype=torch.uint8, device="cpu")
     over = data[_FIRST_BYTES:]
     rest.numpy()[: len(over)] = memoryview(over)
     return rest

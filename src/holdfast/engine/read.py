@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from holdfast.engine.collector import collector_at_rest
+from holdfast.engine.fitting import put
 from holdfast.engine.reshard import Part, moves, parts
 from holdfast.engine.source import (
     HINT,
@@ -131,7 +132,7 @@ class _Worker:
     def __init__(self, source: Source) -> None:
         self.source = source
         pinned = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        self.memory = torch.empty(ROOM_BYTES, dtype=torch.uint8, pin_memory=pinned)
+        self.memory = torch.empty(ROOM_BYTES, dtype=torch.uint8, pin_memory=pinned, device="cpu")
         self.room = self.memory.numpy().data
         self._file: str | None = None
         self._open = ExitStack()
@@ -311,7 +312,7 @@ def _take(
         return
     found = torch.frombuffer(data.window(part.start, part.stop), dtype=dtype)
     strides = contiguous_strides(part.box.shape if part.contiguous else shape)
-    into.copy_(found.as_strided(part.box.shape, strides))
+    put(into, found.as_strided(part.box.shape, strides), data.name)
 
 
 # ------------------------------------------------------------------------- many small ones together
@@ -359,7 +360,7 @@ class _Batch:
             count = item.nbytes // item.dtype.itemsize
             held = torch.frombuffer(worker.room, dtype=item.dtype, count=count, offset=at)
             box = item.region.within(item.chunk.region)
-            item.target.copy_(within(held.view(shape), box))
+            put(item.target, within(held.view(shape), box), item.name)
         return done
 
 
@@ -415,12 +416,13 @@ class _Foreign:
         nbytes = chunk.region.num_elements * dtype.itemsize
         if stored.strides != strides and nbytes > dtype.itemsize:
             # As a transposed parameter is kept. Rare: read the chunk whole, then pick.
-            whole = torch.empty(stored.data.nbytes // dtype.itemsize, dtype=dtype)
+            count = stored.data.nbytes // dtype.itemsize
+            whole = torch.empty(count, dtype=dtype, device="cpu")
             data = worker.data(self.name, chunk, Span(stored.data.offset, whole.nbytes), None)
             if stored.crc32:
                 data = data.with_crc32(stored.crc32)
             data.read(0, whole.nbytes, memory_of(whole))
-            self.target.copy_(whole.as_strided(shape, stored.strides)[box.slices()])
+            put(self.target, whole.as_strided(shape, stored.strides)[box.slices()], self.name)
         else:
             data = worker.data(self.name, chunk, Span(stored.data.offset, nbytes), None)
             if stored.crc32 and box == Region.whole(shape):

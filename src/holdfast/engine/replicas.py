@@ -12,6 +12,7 @@ from itertools import islice
 import torch
 from xxhash import xxh3_128_digest
 
+from holdfast.engine.fitting import put
 from holdfast.engine.ranks import Ranks, Sending, outcome_of
 from holdfast.engine.read import Wanted, read_tensors, within
 from holdfast.engine.reshard import Move, moves, parts
@@ -72,7 +73,7 @@ class _Box:
         return Wanted(self.name, [piece], room.view(self.dtype).view(shape))
 
     def take(self, room: torch.Tensor) -> None:
-        self.target.copy_(room.view(self.dtype).view(self.move.region.shape))
+        put(self.target, room.view(self.dtype).view(self.move.region.shape), self.name)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,14 +104,15 @@ class _Stretch:
         assert chunk.data_offset is not None
         span = Span(chunk.data_offset, chunk.region.num_elements * self.dtype.itemsize)
         checksums = source.checksums(chunk, span.nbytes)
-        spare = torch.empty(ROOM_BYTES, dtype=torch.uint8).numpy().data
+        spare = torch.empty(ROOM_BYTES, dtype=torch.uint8, device="cpu").numpy().data
         with source.store.open(source.key(chunk.file)) as reader:
             data = ChunkData(source, self.name, (chunk.file, span), checksums, reader, spare)
             data.read(self.start, self.stop, room.numpy().data)
         return data.num_read
 
     def take(self, room: torch.Tensor) -> None:
-        _lay(self.target, (self.start - self.first) // self.dtype.itemsize, room.view(self.dtype))
+        first = (self.start - self.first) // self.dtype.itemsize
+        _lay(self.target, first, room.view(self.dtype), self.name)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,24 +145,24 @@ _Item = _Box | _Stretch | _Value
 """
 
 
-def _lay(target: torch.Tensor, start: int, found: torch.Tensor) -> None:
+def _lay(target: torch.Tensor, start: int, found: torch.Tensor, name: str) -> None:
     """Copy elements into `target` from number `start` on, in row-major order: whole rows at once,
     and what there is of the rows before and after them."""
     if target.ndim <= 1:
-        target.reshape(-1)[start : start + len(found)].copy_(found)
+        put(target.reshape(-1)[start : start + len(found)], found, name)
         return
     row = target[0].numel()
     first, skipped = divmod(start, row)
     if skipped or len(found) < row:
         head = min(row - skipped, len(found))
-        _lay(target[first], skipped, found[:head])
+        _lay(target[first], skipped, found[:head], name)
         found, first = found[head:], first + 1
     rows = len(found) // row
     if rows:
         whole = target[first : first + rows]
-        whole.copy_(found[: rows * row].view(whole.shape))
+        put(whole, found[: rows * row].view(whole.shape), name)
     if len(found) > rows * row:
-        _lay(target[first + rows], 0, found[rows * row :])
+        _lay(target[first + rows], 0, found[rows * row :], name)
 
 
 # ----------------------------------------------------------------------------- what a rank asks for
@@ -421,7 +423,7 @@ class _Passing:
                 memory = self._collect(ahead.popleft())
                 ahead.extend(pool.submit(self._read, after) for after in islice(mine, 1))
             else:
-                memory = torch.empty(bundle.nbytes, dtype=torch.uint8)
+                memory = torch.empty(bundle.nbytes, dtype=torch.uint8, device="cpu")
                 self._ranks.receive(bundle.members[at - 1], memory)
             if at + 1 < len(bundle.members):
                 sending.append(self._ranks.send(bundle.members[at + 1], memory))
@@ -432,7 +434,7 @@ class _Passing:
             sent()
 
     def _read(self, bundle: _Bundle) -> tuple[torch.Tensor, int | HoldfastError]:
-        memory = torch.empty(bundle.nbytes, dtype=torch.uint8)
+        memory = torch.empty(bundle.nbytes, dtype=torch.uint8, device="cpu")
         done = outcome_of(partial(self._fill, bundle, memory)) if self.good else 0
         memory[-1] = self.good and not isinstance(done, HoldfastError)
         return memory, done

@@ -38,7 +38,7 @@ from holdfast.format.manifest import Kind
 from holdfast.format.names import Aside
 from holdfast.format.region import Region
 from holdfast.state.objects import StateTree
-from holdfast.state.tree import Leaf
+from holdfast.state.tree import FlatState
 
 logger = logging.getLogger("holdfast")
 
@@ -75,8 +75,8 @@ def save(
     ranks = all_ranks()
     try:
         on_rank_0(ranks, lambda: _check_free(catalog, name, overwrite))
-        leaves = on_every_rank(ranks, StateTree(state).leaves_to_save)
-        return save_leaves(catalog, name, leaves, ranks=ranks, planner=Planner(ranks))
+        flat = on_every_rank(ranks, lambda: StateTree(state).flatten())
+        return save_leaves(catalog, name, flat, ranks=ranks, planner=Planner(ranks))
     finally:
         ranks.close()
 
@@ -121,7 +121,7 @@ class Pending:
 def save_leaves(
     catalog: Catalog,
     name: str,
-    leaves: Mapping[str, Leaf],
+    state: FlatState,
     *,
     ranks: Ranks,
     planner: Planner,
@@ -137,7 +137,7 @@ def save_leaves(
     was before.
     """
     pending = begin_save(
-        catalog, name, leaves, ranks=ranks, planner=planner, step=step, kind=kind, dtype=dtype
+        catalog, name, state, ranks=ranks, planner=planner, step=step, kind=kind, dtype=dtype
     )
     return finish_save(pending, ranks)
 
@@ -145,7 +145,7 @@ def save_leaves(
 def begin_save(
     catalog: Catalog,
     name: str,
-    leaves: Mapping[str, Leaf],
+    state: FlatState,
     *,
     ranks: Ranks,
     planner: Planner,
@@ -161,7 +161,7 @@ def begin_save(
     """
     spans = Spans()
     with spans("plan"):
-        held = outcome_of(lambda: planner.hold(leaves, dtype))
+        held = outcome_of(lambda: planner.hold(state, dtype))
         planner.agree(held)
         assert isinstance(held, Held)
         image = outcome_of(lambda: planner.image(held))

@@ -84,7 +84,8 @@ class ChunkData:
     ) -> None:
         """`place`: the chunk's file, which `reader` reads, and where in it the raw data is. `room`:
         `ROOM_BYTES` of memory to use."""
-        self._source, self._name, (self._file, self._span) = source, name, place
+        self.name = name
+        self._source, (self._file, self._span) = source, place
         self._checksums, self._reader, self._room = checksums, reader, room
         self._held = (0, 0)
         self._crc32: tuple[int, int] | None = None
@@ -134,7 +135,7 @@ class ChunkData:
         """All has been read."""
         if self._crc32 and self._crc32[0] != self._crc32[1]:
             raise DamagedError(
-                f"`{self._source.url}/{self._file}`: `{self._name}` has CRC-32 "
+                f"`{self._source.url}/{self._file}`: `{self.name}` has CRC-32 "
                 f"{self._crc32[0]:08x}, its container says {self._crc32[1]:08x}",
                 hint=HINT,
             )
@@ -143,15 +144,13 @@ class ChunkData:
         """Bytes from `start` on, checked: whole blocks, or any where no checksums were kept."""
         done = self._reader.read_into(self._span.offset + start, target)
         if done != len(target):
-            raise ends_inside(
-                self._source, self._file, self._name, self._span.offset + start + done
-            )
+            raise ends_inside(self._source, self._file, self.name, self._span.offset + start + done)
         self.num_read += done
         if self._checksums is not None:
             whole = self._source.manifest.block_bytes
             first = start // whole
             expected = self._checksums[first : first + num_blocks(done, whole)]
-            check(self._source, self._file, self._name, first, target, expected)
+            check(self._source, self._file, self.name, first, target, expected)
         elif self._crc32:
             self._crc32 = (zlib.crc32(target, self._crc32[0]), self._crc32[1])
 

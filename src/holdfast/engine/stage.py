@@ -95,7 +95,7 @@ class Snapshot:
     """
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +110,7 @@ class Snapshot:
         """
         if nbytes <= self._memory.nbytes:
             return
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         free = free_memory()
         if free is not None and nbytes > free:
             raise UsageError(
@@ -120,7 +120,9 @@ class Snapshot:
                 '`checkpoint.on_low_memory = "wait"` training waits for saves that do not fit',
             )
         if torch.cuda.is_available():
-            memory = torch.empty(nbytes + PAGE_BYTES, dtype=torch.uint8, pin_memory=True)
+            memory = torch.empty(
+                nbytes + PAGE_BYTES, dtype=torch.uint8, pin_memory=True, device="cpu"
+            )
         else:
             memory = torch.frombuffer(huge_memory(nbytes + PAGE_BYTES), dtype=torch.uint8)
         # Data that lies on pages in the file does so here, and is written from where it is.

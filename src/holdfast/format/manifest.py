@@ -17,6 +17,7 @@ from holdfast.errors import DamagedError, FormatError
 from holdfast.format import checksum, timings
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.region import Region
+from holdfast.format.structure import Node, check_node
 from holdfast.format.timings import Stage
 
 VERSION = 2
@@ -140,6 +141,10 @@ class Manifest:
     metadata: tuple[int, int] | None = None
     """Bytes and checksum of the `.metadata` beside it."""
 
+    structure: Mapping[Path, Node] | None = None
+    """How the state is put together, by path, where the entries do not tell; see `structure`. None
+    where nobody said, as in formats of others."""
+
     @property
     def nbytes(self) -> int:
         return sum(self.files.values())
@@ -208,6 +213,7 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
         **({"metrics": _encode_metrics(manifest.metrics)} if manifest.metrics else {}),
         **({"model": dict(manifest.model)} if manifest.model else {}),
         **({"timings": timings.encode(manifest.timings)} if manifest.timings else {}),
+        **({} if manifest.structure is None else {"structure": [*manifest.structure.items()]}),
         "checksums": _checksums(manifest.block_bytes),
         "metadata": manifest.metadata,
         "files": [
@@ -288,6 +294,7 @@ def decode(data: bytes, *, where: str, entries: bool = True) -> Manifest:
         if not entries:
             parts = (entry.get("path", [name])[0] for name, entry in whole["tensors"].items())
             whole |= {"kind": whole["kind"] or kind_with(parts), "tensors": {}, "values": []}
+            whole.pop("structure", None)
         return _decode_body(whole, where)
     except _NO_MANIFEST as error:
         raise FormatError(f"`{where}` is not a manifest: {type(error).__name__} {error}") from error
@@ -352,6 +359,7 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
         model=_told(body.get("model", {})),
         timings=timings.decode(body.get("timings", {})),
         metadata=_seal(body["metadata"]),
+        structure=_structure(body.get("structure")),
     )
     if manifest.kind not in ("full", "model", None):
         raise ValueError(f"kind: {manifest.kind}")
@@ -359,6 +367,12 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
     if twice or manifest.tensors.keys() & manifest.values.keys():
         raise ValueError("a file or an entry is there twice")
     return manifest
+
+
+def _structure(stored: list[Any] | None) -> dict[Path, Node] | None:
+    if stored is None:
+        return None
+    return {path_of(path): check_node(node) for path, node in stored}
 
 
 def _told(stored: dict[str, Any]) -> dict[str, Any]:

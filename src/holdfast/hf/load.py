@@ -56,7 +56,7 @@ def load_folder(
     store, name = open_for_reading(path)
     folder = on_rank_0(ranks, lambda: open_folder(store, name))
     source = Source(store, name, folder.manifest)
-    leaves = on_every_rank(ranks, tree.leaves)
+    leaves = on_every_rank(ranks, lambda: tree.flatten().leaves)
     balanced = any(map(is_balance, leaves))
     told = ranks.largest([float(dialect_of([*leaves]) == "titan"), float(balanced)])
     titan, balanced = told[0] > 0, told[1] > 0

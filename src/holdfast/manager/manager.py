@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -38,7 +38,6 @@ from holdfast.manager.parts import (
     RNG,
     SCHEDULER,
     Metrics,
-    changed_by_optimizers,
     check_dataloader,
     check_excluded,
     differences,
@@ -59,12 +58,13 @@ from holdfast.manager.resume import (
 from holdfast.manager.retention import put_in_order
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
-from holdfast.state.dataloader import DataloaderState
+from holdfast.state.dataloader import LoaderState
 from holdfast.state.model import ModelState, adapted
 from holdfast.state.objects import StateTree
 from holdfast.state.optim import OptimizerState
 from holdfast.state.rng import RngState
-from holdfast.state.schedulers import SchedulerState
+from holdfast.state.schedulers import scheduler_component
+from holdfast.state.stateful import RankState
 from holdfast.state.tree import Stateful
 from holdfast.storage.local import LocalStore
 
@@ -118,20 +118,21 @@ class CheckpointManager:
         self._kept = self._whole = ModelState(models)
         if not self.config.save_frozen:
             self._kept, self._whole = adapted(models)
-        self._parts: dict[str, Stateful] = {
+        self._parts: dict[str, Any] = {
             MODEL: self._kept,
             OPTIMIZER: OptimizerState(models, many(optimizers)),
-            SCHEDULER: SchedulerState(many(lr_schedulers)),
-            **({} if dataloader is None else {DATALOADER: DataloaderState(dataloader, rank)}),
+            SCHEDULER: scheduler_component(many(lr_schedulers)),
             **(states or {}),
-            RNG: RngState(rank),
+            **({} if dataloader is None else {DATALOADER: LoaderState(dataloader, rank)}),
+            # Last: what makes an iterator or a worker draws from the generators.
+            RNG: RankState(RngState(), rank, may_lack=True),
         }
         self._sections = [name for name in self._parts if name != MODEL]
         self._hub = Hub(hub, self.config, self._catalog, self._ranks, self._sections)
-        changed = partial(changed_by_optimizers, self._parts[OPTIMIZER])
+        optimized = self._parts[OPTIMIZER]
         self._saver = Saver(
             *(self._catalog, self.config, self._ranks, self._sections),
-            *(self._goodput, changed, self._hub),
+            *(self._goodput, lambda name: optimized.changes(name, OPTIMIZER), self._hub),
         )
         self._owed = False
         self._held = ExitStack()
@@ -458,19 +459,19 @@ class CheckpointManager:
         self._goodput.count_save()
         use = self._hub.use(step, last_step=last_step, saved=True)
         if kind == "full":
-            leaves = StateTree(self._parts, flat=MODEL).leaves_to_save
-            return self._saver.save(step, kind, leaves, metrics=numbers, use=use)
+            flatten = StateTree(self._parts, flat=MODEL).flatten
+            return self._saver.save(step, kind, flatten, metrics=numbers, use=use)
         dtype: torch.dtype | None = getattr(torch, self.config.export_dtype)
         dtype = dtype if last_step and use != "step" else None
-        leaves = self._model().leaves
-        return self._saver.save(step, kind, leaves, dtype=dtype, metrics=numbers, use=use)
+        flatten = self._model().flatten
+        return self._saver.save(step, kind, flatten, dtype=dtype, metrics=numbers, use=use)
 
     def _export(self, step: int) -> bool:
         """Save a Hugging Face folder alone, if this step is one for that. Returns False: a step is
         not saved."""
         use = self._hub.use(step, last_step=False, saved=False)
         if use is not None:
-            self._saver.save(step, "model", self._model().leaves, use=use)
+            self._saver.save(step, "model", self._model().flatten, use=use)
         return False
 
     def _model(self, state: ModelState | None = None) -> StateTree:

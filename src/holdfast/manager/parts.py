@@ -10,9 +10,7 @@ from holdfast.engine.load import Loaded
 from holdfast.errors import MismatchError, UsageError
 from holdfast.format.manifest import Manifest
 from holdfast.manager.config import DATALOADER_KEYS
-from holdfast.state.dataloader import RANK
-from holdfast.state.optim import OptimizerState
-from holdfast.state.tree import Stateful
+from holdfast.state.stateful import RANK
 
 MODEL, OPTIMIZER, SCHEDULER, DATALOADER, RNG = (
     *("model", "optimizer", "lr_scheduler"),
@@ -36,13 +34,6 @@ def numbers_in(metrics: Metrics | None) -> dict[str, float]:
 def many(given: T | Sequence[T]) -> list[T]:
     """One object or several, as a list."""
     return list(given) if isinstance(given, Sequence) else [given]
-
-
-def changed_by_optimizers(optimizers: Stateful) -> set[str]:
-    """Names of the tensors that change when optimizers step, and at no other time."""
-    assert isinstance(optimizers, OptimizerState)
-    state = {f"{OPTIMIZER}.{name}" for name in optimizers.slots()}
-    return {*optimizers.parameter_names(), *state}
 
 
 def not_excluded(parts: Collection[str], excluded: Collection[str]) -> list[str]:

@@ -26,7 +26,7 @@ from holdfast.manager.goodput import Goodput
 from holdfast.manager.hub import Hub, Use
 from holdfast.manager.policy import retention_of
 from holdfast.manager.retention import Retainer
-from holdfast.state.tree import Leaf
+from holdfast.state.tree import FlatState
 
 logger = logging.getLogger("holdfast")
 
@@ -50,11 +50,11 @@ class Saver:
         ranks: Ranks,
         sections: Collection[str],
         goodput: Goodput | None = None,
-        changed_by_optimizers: Callable[[], Collection[str]] = tuple,
+        changed_by_optimizers: Callable[[str], bool] = lambda _: False,
         hub: Hub | None = None,
     ) -> None:
-        """`sections` are the top-level names that are not the model's. `changed_by_optimizers` are
-        the names of tensors that change in the optimizers' step and nowhere else."""
+        """`sections` are the top-level names that are not the model's. `changed_by_optimizers`
+        says of a tensor's name whether it changes in the optimizers' step and nowhere else."""
         self._catalog, self._config, self._ranks = catalog, config, ranks
         self._sections = sections
         self._planner = Planner(ranks)
@@ -90,7 +90,7 @@ class Saver:
         self,
         step: int,
         kind: Kind,
-        leaves: Callable[[], Mapping[str, Leaf]],
+        flatten: Callable[[], FlatState],
         *,
         dtype: torch.dtype | None = None,
         metrics: Mapping[str, float] | None = None,
@@ -108,7 +108,7 @@ class Saver:
                 pending = begin_save(
                     self._hub.catalog if use == "alone" else self._catalog,
                     step_name(step),
-                    on_every_rank(self._ranks, leaves),
+                    on_every_rank(self._ranks, flatten),
                     ranks=self._ranks,
                     planner=self._hub.planner if use == "alone" else self._planner,
                     step=step,
@@ -144,9 +144,9 @@ class Saver:
         """Those of a plan that are copied at once, and those that may be while training goes on:
         found out once, for as long as the plan stands."""
         if items is not self._items:
-            names = self._changed_by_optimizers() if self._overlapping else ()
-            now = tuple(item for item in items if item.name not in names)
-            later = tuple(item for item in items if item.name in names)
+            waits = self._changed_by_optimizers if self._overlapping else lambda _: False
+            now = tuple(item for item in items if not waits(item.name))
+            later = tuple(item for item in items if waits(item.name))
             self._items, self._parted = items, (now, later)
         return self._parted
 

@@ -1,23 +1,34 @@
-"""Model parts as one tree of parameters and persistent buffers, by fully qualified name."""
+"""Models as one tree of parameters, buffers and extra state, by fully qualified name."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from holdfast.errors import UsageError
+from holdfast.errors import MismatchError, UsageError
+from holdfast.format.structure import Node
+from holdfast.state.layout import same_memory
+from holdfast.state.match import Match, Values, put_together
+from holdfast.state.plain import match_inside
+from holdfast.state.stored import object_node
+from holdfast.state.subclass import UNINITIALIZED, is_ours
+from holdfast.state.tree import Flattener, Path, spelled, type_name
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Path elements that `torch.compile` and activation checkpointing add, and no checkpoint has."""
 
+_TRANSPARENT = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
+"""Modules that keep another one as `module`, whose names are those of the model alone."""
+
 
 @cache
 def canonical(name: str) -> str:
-    """A parameter's name without what wrappers add to it.
+    """A parameter's name without what `torch.compile` and activation checkpointing add to it.
 
     >>> canonical("layers.0._checkpoint_wrapped_module.attention.wq.weight")
     'layers.0.attention.wq.weight'
@@ -25,16 +36,46 @@ def canonical(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def bare(part: nn.Module) -> nn.Module:
-    """The module that DDP has wrapped, whose names are those of a model on one rank."""
-    if isinstance(part, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        inner: nn.Module = part.module
-        return inner
-    return part
+class Names:
+    """Names of a module's state as a checkpoint has them, whatever wraps it, at any depth."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._owners = {
+            canonical(name)
+            for name, module in root.named_modules(remove_duplicate=False)
+            if isinstance(module, _TRANSPARENT)
+        }
+        self._known: dict[str, str] = {}
+
+    def of(self, raw: str) -> str:
+        """The name of what the module's own `state_dict` calls `raw`."""
+        if not self._owners:
+            return canonical(raw)
+        if raw not in self._known:
+            self._known[raw] = self._shortened(canonical(raw))
+        return self._known[raw]
+
+    def _shortened(self, name: str) -> str:
+        kept: list[str] = []
+        above = ""
+        for part in name.split("."):
+            if not (part == "module" and above in self._owners):
+                kept.append(part)
+            above = f"{above}.{part}" if above else part
+        return ".".join(kept)
+
+    def earlier(self, raw: str) -> list[str]:
+        """What else a checkpoint may call it: names of stock DCP, and of Holdfast before it looked
+        for wrappers inside of modules."""
+        name = canonical(raw)
+        found = [name, raw]
+        if "" in self._owners:
+            found.insert(0, name.removeprefix("module."))
+        return [one for one in dict.fromkeys(found) if one != self.of(raw)]
 
 
 class ModelState:
-    """One or several parts of a model (pipeline stages) as one `Stateful`."""
+    """One or several parts of a model (pipeline stages) as one component of the state."""
 
     def __init__(
         self,
@@ -43,48 +84,274 @@ class ModelState:
         without: Collection[str] = (),
         may_lack: Collection[str] = (),
     ) -> None:
-        """`without`: names that are left out; `may_lack`: names that a checkpoint may not have."""
-        self._parts = list(map(bare, parts))
+        """`without`: names that are left out; `may_lack`: names that a checkpoint may not have.
+
+        Raises:
+            UsageError: a part is wrapped by FSDP1, whose parameters are not those of the model.
+        """
+        self._parts = list(parts)
+        self._names = list(map(Names, parts))
         self._without = frozenset(without)
         self.may_lack = frozenset(may_lack)
+        for part in parts:
+            refuse_fsdp1(part)
+
+    @property
+    def parts(self) -> Sequence[nn.Module]:
+        """The modules."""
+        return self._parts
 
     def state_dict(self) -> dict[str, Any]:
-        """Parameters and buffers themselves, with their gradients."""
+        """What the parts' own `state_dict` say, by canonical name: parameters and buffers
+        themselves, with their gradients."""
         state: dict[str, Any] = {}
-        for part in self._parts:
-            # A DTensor takes long to detach; whoever reads or fills it does so with its local one.
-            for named, value in part.state_dict(keep_vars=True).items():
-                name = canonical(named)
+        for part, names in zip(self._parts, self._names, strict=True):
+            for raw, value in own_state(part).items():
+                name = names.of(raw)
                 if name in state:
-                    raise UsageError(f"two model parts hold `{name}`")
+                    raise UsageError(
+                        f"two parts of the model hold `{name}`, or a wrapper in it does",
+                        hint="give each part of the model once",
+                    )
                 if name not in self._without:
                     state[name] = value
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what is not a tensor; tensors have been loaded in place."""
-        for part in self._parts:
-            extra = {
-                name: state_dict[canonical(name)]
-                for name, value in part.state_dict().items()
-                if not isinstance(value, torch.Tensor)
-            }
-            if extra:
-                part.load_state_dict(extra, strict=False)
+    def flatten(self, flattener: Flattener, path: Path) -> Node:
+        """Add every parameter, buffer and piece of extra state."""
+        above = f"{spelled(path)}." if path else ""
+        for name, value in self.state_dict().items():
+            if type(value) in (torch.Tensor, nn.Parameter):
+                flattener.add((*path, name), value, above + name)
+            else:
+                flattener.put((*path, name), value)
+        return None
+
+    def match(self, match: Match, path: Path) -> None:
+        """Have parameters and buffers filled where they are; give everything else to the modules'
+        own `load_state_dict`."""
+        wanted: set[str] = set()
+        parts = [
+            PartMatch(match, path, part, names, model=self)
+            for part, names in zip(self._parts, self._names, strict=True)
+        ]
+        for part in parts:
+            wanted |= part.match()
+        for part in parts:
+            wanted |= part.match_more(wanted)
+            part.finish()
+
+    def skips(self, name: str) -> bool:
+        """Whether a name is left out of this model's checkpoints."""
+        return name in self._without
+
+
+class PartMatch:
+    """Matches one module with what is stored for it."""
+
+    def __init__(
+        self, match: Match, path: Path, part: nn.Module, names: Names, *, model: ModelState
+    ) -> None:
+        self._match, self._path, self._part, self._names = match, path, part, names
+        self._model = model
+        self._above = f"{spelled(path)}." if path else ""
+        self._state = own_state(part)
+        self._replaced: dict[str, Callable[[Values], Any]] = {}
+
+    def match(self) -> set[str]:
+        """Say where each entry of the module goes. Returns their names below the path."""
+        memory, wanted = memory_of(self._part), set()
+        for raw, value in self._state.items():
+            if self._model.skips(self._names.of(raw)):
+                continue
+            name = self._stored_as(raw)
+            wanted.add(name)
+            own = memory.get(raw)
+            if own is not None and _is_memory(value, own):
+                self._fill(name, own)
+            else:
+                self._give(raw, name)
+        return wanted
+
+    def match_more(self, wanted: Collection[str]) -> set[str]:
+        """Give entries that a fresh module does not have yet to the one that may make room for
+        them: it does more at a load than to fill its memory. Returns their names."""
+        if not is_custom(self._part):
+            return set()
+        stored, length = self._match.stored, len(self._path)
+        below = stored.below(self._path).children if length else stored.tops()
+        customs = [n for n, one in self._part.named_modules() if is_custom(one, deep=False)]
+        more = set()
+        for name in below:
+            text = str(name)
+            mine = any(not one or text.startswith(f"{one}.") for one in customs)
+            if mine and text not in wanted and not self._belongs_elsewhere(text):
+                more.add(text)
+                self._give(text, text)
+        return more
+
+    def finish(self) -> None:
+        """Call the module's own `load_state_dict` once everything has been read, if need be."""
+        if self._replaced or is_custom(self._part):
+            self._match.then(self._take)
+
+    def _belongs_elsewhere(self, name: str) -> bool:
+        return not self._path and name in self._match.others
+
+    def _stored_as(self, raw: str) -> str:
+        """The name below the path under which the checkpoint has an entry."""
+        name, match = self._names.of(raw), self._match
+        if not match.stored.holds(self._above + name, (*self._path, name)):
+            for other in self._names.earlier(raw):
+                if match.stored.holds(self._above + other, (*self._path, other)):
+                    return other
+        return name
+
+    def _fill(self, name: str, own: torch.Tensor) -> None:
+        match, path = self._match, (*self._path, name)
+        if not is_ours(own):
+            match_inside(match, own, path, match.stored.below(path), match.stored.node(path))
+        elif name in self._model.may_lack and match.stored.tensor(self._above + name) is None:
+            match.lacking.append(self._above + name)
+        else:
+            match.fill(self._above + name, own)
+
+    def _give(self, raw: str, name: str) -> None:
+        """Have an entry that is not the module's own memory read, for `load_state_dict`."""
+        match, path = self._match, (*self._path, name)
+        branch, node = match.stored.below(path), match.stored.node(path)
+        if branch.is_empty and node is None:
+            if name in self._model.may_lack:
+                match.lacking.append(self._above + name)
+            else:
+                match.missing(self._above + name)
+            return
+        fresh = self._state.get(raw)
+        template = fresh if isinstance(fresh, torch.Tensor) and is_ours(fresh) else None
+        match.demand(branch, node, lambda one, _: template if one.path == path else None)
+        self._replaced[raw] = lambda values: put_together(branch, object_node(node), values)
+
+    def _take(self, values: Values) -> None:
+        """Give the module its state, its own memory in it where that has been filled."""
+        state = own_state(self._part)
+        for raw, made in self._replaced.items():
+            state[raw] = made(values)
+        give_back(self._part, state)
+
+
+def own_state(module: nn.Module) -> dict[str, Any]:
+    """What a module says of itself: parameters and buffers with their gradients, where it can."""
+    if type(module).state_dict is nn.Module.state_dict:
+        # A DTensor takes long to detach; whoever reads or fills it does so with its local one.
+        found: dict[str, Any] = module.state_dict(keep_vars=True)
+    else:
+        found = module.state_dict()
+    return found
+
+
+def give_back(module: nn.Module, state: dict[str, Any]) -> None:
+    """Call a module's own `load_state_dict`.
+
+    Raises:
+        MismatchError: the module refuses the state.
+    """
+    try:
+        with torch.no_grad():
+            module.load_state_dict(state)
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MismatchError(
+            f"`load_state_dict` of {type_name(module)} refuses what was saved: "
+            f"{type(error).__name__}: {error}",
+            hint="make the model as the run that saved it did, then load",
+        ) from error
+
+
+def memory_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by the names that `state_dict` has for them."""
+    found: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    found.update(module.named_buffers(remove_duplicate=False))
+    return found
+
+
+def _is_memory(value: Any, own: torch.Tensor) -> bool:
+    """Whether an entry of a state dict is the parameter or buffer itself, or shares its memory."""
+    if value is own:
+        return not isinstance(own, UNINITIALIZED)
+    if not isinstance(value, torch.Tensor) or not (is_ours(value) and is_ours(own)):
+        return False
+    alike = value.dtype == own.dtype and value.shape == own.shape
+    return alike and same_memory(value, own)
+
+
+_HOOKS = (
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+    *("_state_dict_hooks", "_state_dict_pre_hooks"),
+)
+
+_METHODS = (
+    *("load_state_dict", "_load_from_state_dict", "state_dict", "_save_to_state_dict"),
+    "set_extra_state",
+)
+
+
+def is_custom(module: nn.Module, *, deep: bool = True) -> bool:
+    """Whether a module does more at a load than to fill its parameters and buffers; `deep`: or
+    any module in it."""
+    return any(map(_does_more, module.modules() if deep else [module]))
+
+
+def _does_more(module: nn.Module) -> bool:
+    cls: Any = type(module)
+    if _overrides(cls):
+        return True
+    hooks = (hook for kind in _HOOKS for hook in (getattr(module, kind, None) or {}).values())
+    # Torch's own hooks rename and gather; what is filled in place needs neither.
+    return any(not _is_torchs(getattr(hook, "hook", hook)) for hook in hooks)
+
+
+@cache
+def _overrides(cls: Any) -> bool:
+    return any(
+        getattr(cls, name) is not getattr(nn.Module, name) and not _is_torchs(getattr(cls, name))
+        for name in _METHODS
+    )
+
+
+def _is_torchs(function: Any) -> bool:
+    return (getattr(function, "__module__", None) or "").startswith("torch.")
+
+
+def refuse_fsdp1(module: nn.Module) -> None:
+    """Raises UsageError where a module is wrapped by FSDP1."""
+    for name, one in module.named_modules():
+        cls = type(one)
+        if cls.__name__ == "FullyShardedDataParallel" and cls.__module__.startswith(
+            "torch.distributed.fsdp"
+        ):
+            raise UsageError(
+                f"`{name or 'the model'}` is wrapped by FullyShardedDataParallel (FSDP1), which "
+                "gives and takes its state in a form of its own",
+                hint="wrap it with `torch.distributed.fsdp.fully_shard` (FSDP2) instead: "
+                "https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html",
+            )
 
 
 def adapted(parts: Sequence[nn.Module]) -> tuple[ModelState, ModelState]:
     """A model that is trained in part: what its steps hold, all but frozen parameters; and all of
     it, as its base has it, which may lack what is trained."""
-    bared = map(bare, parts)
-    named = [pair for part in bared for pair in part.named_parameters(remove_duplicate=False)]
-    frozen = [canonical(name) for name, one in named if not one.requires_grad]
-    trained = [canonical(name) for name, one in named if one.requires_grad]
+    named = [
+        (Names(part).of(name), parameter)
+        for part in parts
+        for name, parameter in part.named_parameters(remove_duplicate=False)
+    ]
+    frozen = [name for name, one in named if not one.requires_grad]
+    trained = [name for name, one in named if one.requires_grad]
     return ModelState(parts, without=frozen), ModelState(parts, may_lack=trained)
 
 
 def named_parameters(parts: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
     """Each parameter once, under the first of its names."""
-    for part in map(bare, parts):
+    for part in parts:
+        names = Names(part)
         for name, parameter in part.named_parameters():
-            yield canonical(name), parameter
+            yield names.of(name), parameter

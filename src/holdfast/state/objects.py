@@ -1,185 +1,207 @@
-"""Training state as people hold it, modules and optimizers among it, opened into one tree."""
+"""Training state as people hold it, modules and optimizers among it, as one tree."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from holdfast.errors import UsageError
-from holdfast.state.model import ModelState
-from holdfast.state.optim import OptimizerState, TensorInfo
-from holdfast.state.tree import Leaf, Path, Stateful, flatten, named_twice, place
+from holdfast.format.manifest import Manifest
+from holdfast.format.structure import Node
+from holdfast.state.dataloader import LoaderState
+from holdfast.state.match import Match
+from holdfast.state.model import ModelState, named_parameters
+from holdfast.state.optim import OptimizerState
+from holdfast.state.plain import Component, PlainMatch, is_object
+from holdfast.state.stateful import NoState, ObjectState, RankState
+from holdfast.state.stored import Stored
+from holdfast.state.tree import (
+    FlatState,
+    Flattener,
+    Path,
+    named_twice,
+    names_of,
+    spelled,
+    type_name,
+)
 
 
 class StateTree:
     """A dict of state whose objects are asked for theirs.
 
-    `state` maps names to tensors, plain values, dicts, lists and `Stateful` objects. The entry at
-    `flat`, if there is one, adds its own names to the top level instead of lying below its key:
-    that is how TorchTitan keeps the model. `others` are top-level names that are not its own.
+    `state` maps names to tensors, plain values, dicts, lists and objects with a `state_dict`; or it
+    is a module alone. The entry at `flat`, if there is one, adds its own names to the top level
+    instead of lying below its key: that is how TorchTitan keeps the model. `others` are top-level
+    names that are not its own.
     """
 
     def __init__(
-        self,
-        state: Mapping[str, Any],
-        *,
-        flat: str | None = None,
-        others: Collection[str] = (),
+        self, state: Any, *, flat: str | None = None, others: Collection[str] = ()
     ) -> None:
-        self._state = state
-        self._flat = flat
-        self._others = others
+        if isinstance(state, nn.Module):
+            state, flat = {"": state}, ""
+        if not isinstance(state, Mapping):
+            raise UsageError(
+                f"the state is a {type_name(state)}, a dict or a module is expected",
+                hint='{"model": model, "optimizer": optimizer, "step": 7}, for instance',
+            )
+        self._keys = names_of((), state)
+        self._state, self._flat, self._others = state, flat, others
         self._modules = list(_modules(state))
-        self._opened: dict[Path, tuple[Stateful, dict[str, Any]]] = {}
+        self._components: dict[Path, Component] = {}
+        self._placed: dict[Any, list[str]] | None = None
 
-    def wants(self, path: Path) -> bool:
-        """Whether a stored entry, by its path, lies below one of the names given: leaving it out
-        would lose it."""
-        if path[0] in self._state and path[0] != self._flat:
-            return not self.optional(path)
-        return self._flat in self._state and path[0] not in self._others
+    def flatten(self) -> FlatState:
+        """Every tensor and value by name, as they are now. Tensors share memory with the state.
 
-    def optional(self, path: Path) -> bool:
-        """Whether checkpoint and state may differ in this entry: an option that the optimizers of
-        another torch have or have not, the generator of a GPU that is or is not there, parameters
-        that a base has not."""
-        if self.lacks(path):
-            return True
-        owner = self._wrapped(self._state.get(str(path[0])))
-        prefixes: tuple[str, ...] = getattr(owner, "optional", ())
-        return len(path) > 1 and str(path[1]).startswith(prefixes)
-
-    def lacks(self, path: Path) -> bool:
-        """Whether this is a tensor of the model that its base may not have."""
-        model = self._wrapped(self._state.get(self._flat)) if self._flat else None
-        return isinstance(model, ModelState) and ".".join(map(str, path)) in model.may_lack
-
-    def room_for(self, stored: Mapping[str, TensorInfo]) -> set[str]:
-        """Stored tensors that the state lacks, and `prepare` will make room for."""
-        return {
-            f"{name}.{key}"
-            for name, optimizers in self._optimizers()
-            for key in optimizers.room_for(_below(stored, name))
-        }
-
-    def prepare(self, stored: Mapping[str, TensorInfo]) -> None:
-        """Let the optimizers make room for the tensors that a checkpoint holds."""
-        for name, optimizers in self._optimizers():
-            optimizers.prepare(_below(stored, name))
-
-    def leaves(self) -> dict[str, Leaf]:
-        """Every tensor and value by name, as they are now. Tensors share memory with the state."""
-        self._opened.clear()
-        return self._leaves(self._open)
-
-    def leaves_to_save(self) -> dict[str, Leaf]:
-        """The same, but an option of an optimizer is one leaf with the names of all parameters that
-        have it: there are thousands of these names, and training waits."""
-        own: list[tuple[str, Leaf]] = []
-
-        def opened(path: Path, value: Any) -> Any:
-            wrapped = self._wrapped(value)
-            if not isinstance(wrapped, OptimizerState):
-                return self._open(path, value)
-            leaves, others = wrapped.parted(path)
-            own.extend(leaves)
-            return others
-
-        opened_leaves = self._leaves(opened)
-        leaves = {**opened_leaves}
-        leaves.update(own)
-        # That no name is there twice is seen by counting them: they are not looked at one by one.
-        several = [leaf.names for _, leaf in own if leaf.names]
-        names: dict[str, object] = {**leaves}
-        for more in several:
-            names.update(more)
-        wanted = len(opened_leaves) + len(own) + sum(map(len, several)) - len(several)
-        if len(names) < wanted:
-            raise _named_twice([*opened_leaves.items(), *own])
-        return leaves
-
-    def _leaves(self, opened: Callable[[Path, Any], Any]) -> dict[str, Leaf]:
-        below = {name: value for name, value in self._state.items() if name != self._flat}
-        leaves = flatten(below, opened=opened)
-        if self._flat is not None and self._flat in self._state:
-            for name, leaf in self._flat_leaves(self._state[self._flat]):
-                leaves[name] = leaf
-        return leaves
-
-    def take(self, leaves: Mapping[str, Leaf], values: Mapping[str, Any]) -> None:
-        """Put loaded values in their place, and give every object its state.
-
-        Call after `leaves`; tensors have been loaded into the memory of the leaves.
+        Raises:
+            UsageError: two entries have one name; or what could not come back as it is.
         """
-        for name, value in values.items():
-            path = leaves[name].path
-            owner = self._owner(path)
-            if owner is None:
-                assert isinstance(self._state, MutableMapping), "values need a place to go to"
-                place(self._state, path, value)
-            else:
-                place(self._opened[owner][1], path[len(owner) :], value)
-        for stateful, state in self._opened.values():
-            stateful.load_state_dict(state)
+        flattener = Flattener(enters=self._enter, placed_like=self._placed_like)
+        for name, key in self._keys.items():
+            if key != self._flat:
+                self._flatten_one(flattener, (name,), self._state[key])
+        if self._flat is not None and self._flat in self._state:
+            component = self.component_of((), self._state[self._flat])
+            assert component is not None, "a model"
+            component.flatten(flattener, ())
+        _check_names(flattener.state)
+        return flattener.state
 
-    def _flat_leaves(self, value: Any) -> Iterator[tuple[str, Leaf]]:
-        state = self._open((), value)
-        for name, member in state.items():
-            yield name, Leaf((name,), member)
+    def match(self, manifest: Manifest, *, strict: bool = True) -> Match:
+        """Which entry of a checkpoint goes where. `strict`: what it has beyond the state, below
+        the names given, is noted as `extra`."""
+        stored = Stored(manifest)
+        sections = frozenset({*self._others, *self._keys} - {self._flat})
+        match = Match(stored, parameter=self._parameter, others=sections)
+        plain = PlainMatch(match, self.component_of, lambda _, name: self._parameter(name))
+        if self._flat is not None and self._flat in self._state:
+            component = self.component_of((), self._state[self._flat])
+            assert component is not None, "a model"
+            component.match(match, ())
+        for name, key in self._keys.items():
+            if key != self._flat:
+                plain.member(self._state[key], (name,), self._setter(key))
+        if strict:
+            self._note_extra(match)
+        else:
+            match.extra.clear()
+        return match
 
-    def _owner(self, path: Path) -> Path | None:
-        """Path of the object that a leaf belongs to."""
-        found = [at for at in self._opened if path[: len(at)] == at]
-        longest = max(found, key=len, default=None)
-        if longest == () and path[0] in self._state:
-            return None
-        return longest
+    def component_of(self, path: Path, value: Any) -> Component | None:
+        """What knows how an object's state is stored; None for plain state."""
+        if path not in self._components:
+            component = self._made_component(value)
+            if component is None:
+                return None
+            self._components[path] = component
+        return self._components[path]
 
-    def _optimizers(self) -> Iterator[tuple[str, OptimizerState]]:
-        for name, value in self._state.items():
-            wrapped = self._wrapped(value)
-            if isinstance(wrapped, OptimizerState):
-                yield name, wrapped
+    def _made_component(self, value: Any) -> Component | None:
+        if isinstance(value, nn.Module):
+            return ModelState([value])
+        if isinstance(value, Optimizer):
+            return OptimizerState(self._modules, [value])
+        if _is_component(value):
+            return value
+        return ObjectState(value) if is_object(value) else None
 
-    def _open(self, path: Path, value: Any) -> Any:
-        wrapped = self._wrapped(value)
-        if isinstance(wrapped, Stateful) and not isinstance(wrapped, Mapping):
-            state = wrapped.state_dict()
-            self._opened[path] = (wrapped, state)
-            return state
-        return value
+    def _flatten_one(self, flattener: Flattener, path: Path, value: Any) -> None:
+        component = self.component_of(path, value)
+        if component is None:
+            flattener.put(path, value)
+            return
+        node = component.flatten(flattener, path)
+        if node is not None:
+            flattener.state.structure[path] = {"object": node}
 
-    def _wrapped(self, value: Any) -> Any:
-        match value:
-            case nn.Module():
-                return ModelState([value])
-            case torch.optim.Optimizer():
-                return OptimizerState(self._modules, [value])
-        return value
+    def _enter(self, flattener: Flattener, path: Path, value: Any) -> Node:
+        component = self.component_of(path, value)
+        assert component is not None, "an object"
+        return component.flatten(flattener, path)
+
+    def _setter(self, key: Any) -> Callable[[Any], None]:
+        def put(value: Any) -> None:
+            try:
+                self._state[key] = value  # type: ignore[index]
+            except TypeError as error:
+                raise UsageError(
+                    f"`{key}` cannot be put into a {type_name(self._state)}",
+                    hint="pass a dict, whose values a load can replace",
+                ) from error
+
+        return put
+
+    def _note_extra(self, match: Match) -> None:
+        """Note entries below the names given that this rank has no place for."""
+        flat = self._flat is not None and self._flat in self._state
+        for top, entries in match.stored.tops().items():
+            given = top in self._keys and top != self._flat
+            if given or (flat and top not in match.others):
+                for name, _ in entries:
+                    if name not in match.taken:
+                        match.extra[name] = None
+
+    # ---------------------------------------------------------------- parameters that others follow
+
+    def _parameter(self, name: str) -> torch.Tensor | None:
+        for model in self._modules:
+            for one, parameter in named_parameters([model]):
+                if one == name:
+                    return parameter
+        return None
+
+    def _placed_like(self, path: Path, tensor: DTensor) -> str | None:
+        """The name of a parameter that is spread over the ranks as a tensor is: of several the one
+        whose name ends the path."""
+        if self._placed is None:
+            self._placed = {}
+            for name, parameter in named_parameters(self._modules):
+                if isinstance(parameter, DTensor):
+                    self._placed.setdefault(_placement(parameter), []).append(name)
+        found = self._placed.get(_placement(tensor), [])
+        where = spelled(path)
+        return next((name for name in found if name in where), found[0] if found else None)
+
+
+def _placement(tensor: DTensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.placements, tensor.device_mesh
+
+
+def _is_component(value: Any) -> TypeGuard[Component]:
+    kinds = (ModelState, OptimizerState, ObjectState, RankState, LoaderState, NoState)
+    return isinstance(value, kinds)
 
 
 def _modules(state: Mapping[str, Any]) -> Iterator[nn.Module]:
     for value in state.values():
         if isinstance(value, nn.Module):
             yield value
+        elif isinstance(value, ModelState):
+            yield from value.parts
         elif isinstance(value, Mapping):
             yield from _modules(value)
+        elif isinstance(value, list | tuple):
+            yield from (one for one in value if isinstance(one, nn.Module))
 
 
-def _named_twice(leaves: Iterable[tuple[str, Leaf]]) -> UsageError:
-    """What is said of leaves of which two have one name."""
+def _check_names(state: FlatState) -> None:
+    """Raises UsageError where an entry has a name that another one has too."""
+    several = [leaf.names for leaf in state.leaves.values() if leaf.names]
+    # That no name is there twice is seen by counting them: they are not looked at one by one.
+    names: dict[str, object] = {**state.leaves}
+    for more in several:
+        names.update(more)
+    if len(names) == len(state.leaves) + sum(map(len, several)) - len(several):
+        return
     paths: dict[str, Path] = {}
-    for name, leaf in leaves:
+    for name, leaf in state.leaves.items():
         for one, path in (leaf.names or {name: leaf.path}).items():
             if one in paths:
-                return named_twice(one, paths[one], path)
+                raise named_twice(one, paths[one], path)
             paths[one] = path
-    raise AssertionError("no name is there twice")
-
-
-def _below(stored: Mapping[str, TensorInfo], name: str) -> dict[str, TensorInfo]:
-    prefix = f"{name}."
-    return {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}

@@ -1,172 +1,282 @@
-"""Optimizer state by parameter name, so that it fits whatever the order and number of the ranks.
+"""Optimizers by parameter name, so that their state fits whatever the order and number of ranks.
 
 Names are those of torch's flattened optimizer state dict (`state.<parameter>.<slot>` and
-`param_groups.<parameter>.<option>`), which is what TorchTitan writes.
+`param_groups.<parameter>.<option>`), which is what TorchTitan writes. What `state_dict()` of an
+optimizer says is what is saved; its own `load_state_dict` gets it back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from holdfast.errors import UsageError
+from holdfast.format.structure import Node
+from holdfast.state.match import Match
 from holdfast.state.model import named_parameters
-from holdfast.state.tree import NEVER_OPENED, PLAIN, Leaf, Path
+from holdfast.state.stateful import ObjectState
+from holdfast.state.tree import (
+    Flattener,
+    Path,
+    Stateful,
+    holds_state,
+    without_numpy,
+)
 
-TensorInfo = tuple[str, tuple[int, ...]]
-"""Dtype by torch's name, and global shape."""
+STATE, GROUPS = "state", "param_groups"
+"""Keys of an optimizer's state dict."""
+
+OTHERS, EMPTY, MORE, OWN = "others", "empty_groups", "more", "own"
+"""Keys, with the number of the optimizer behind a dot: state that belongs to no parameter; the
+options of groups without parameters, by the number of the group; what a state dict holds beside
+state and groups; and an optimizer that is kept as its own `state_dict` gives it."""
 
 
 class OptimizerState:
-    """One or several optimizers as one `Stateful`.
+    """One or several optimizers as one component of the state.
 
-    `parts` name the parameters; a parameter that none of them holds is named by its number.
+    `parts` name the parameters; a parameter that none of them holds is named by its number. An
+    optimizer with a `state_dict` of its own is kept as that gives it.
     """
 
-    optional: ClassVar = ("param_groups",)
-    """Entries that a checkpoint may lack, or have beyond these."""
-
-    def __init__(self, parts: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
-        self._optimizers = list(optimizers)
+    def __init__(self, parts: Sequence[nn.Module], optimizers: Sequence[Stateful]) -> None:
+        self._named: list[Optimizer] = [one for one in optimizers if is_by_parameter(one)]
+        self._own = [one for one in optimizers if not is_by_parameter(one)]
+        self._single = len(self._own) == len(optimizers) == 1
         self._names = {id(parameter): name for name, parameter in named_parameters(parts)}
-        self._parameters: dict[str, tuple[Optimizer, nn.Parameter]] = {}
+        self._owners: dict[str, Optimizer] = {}
         self._known: dict[tuple[Path, int, str], tuple[list[str], dict[str, Path]]] = {}
-        for optimizer, parameter in self._in_order():
-            name = self._names.setdefault(id(parameter), str(len(self._parameters)))
-            if name in self._parameters:
-                raise UsageError(
-                    f"`{name}` is in two optimizers, or two parameters have this name",
-                    hint="give each parameter to one optimizer, and every model part to the call",
-                )
-            self._parameters[name] = (optimizer, parameter)
+        for optimizer in self._named:
+            for parameter in parameters_of(optimizer):
+                name = self._names.setdefault(id(parameter), str(len(self._owners)))
+                if name in self._owners:
+                    raise UsageError(
+                        f"`{name}` is in two optimizers, or two parameters have this name",
+                        hint="give each parameter to one optimizer, and every model part to the "
+                        "call",
+                    )
+                self._owners[name] = optimizer
 
-    def _in_order(self) -> Iterator[tuple[Optimizer, nn.Parameter]]:
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    yield optimizer, parameter
+    @property
+    def named(self) -> Sequence[Optimizer]:
+        """Optimizers whose state is kept by the names of their parameters."""
+        return self._named
 
-    def parameter_names(self) -> list[str]:
-        """Of the parameters that the optimizers change."""
-        return list(self._parameters)
+    def name_of(self, parameter: torch.Tensor) -> str:
+        """The name of a parameter; its number, if no part of the model holds it."""
+        return self._names.setdefault(id(parameter), str(len(self._names)))
 
-    def slots(self) -> dict[str, Any]:
-        """The entries of `state_dict` that the optimizers change."""
-        return {
-            f"state.{self._names[id(parameter)]}.{slot}": value
-            for optimizer, parameter in self._in_order()
-            for slot, value in optimizer.state.get(parameter, {}).items()
-        }
+    def changes(self, name: str, above: str) -> bool:
+        """Whether an entry changes in a step of these optimizers and at no other time; `above` is
+        the name of this component."""
+        return name in self._owners or (
+            not self._own and name.startswith(f"{above}.{STATE}.") and bool(self._named)
+        )
 
-    def parted(self, above: Path) -> tuple[list[tuple[str, Leaf]], dict[str, Any]]:
-        """The entries of `state_dict`, below a path, in two parts. Those that nobody opens, by
-        name: each option of a group once, with the names that it has for all its parameters. And
-        the others, which may hold state of their own, or differ by parameter."""
-        leaves: list[tuple[str, Leaf]] = []
-        others: dict[str, Any] = {}
-        start = "".join(f"{key}." for key in above)
-        for key, value in self.slots().items():
-            if isinstance(value, NEVER_OPENED):
-                leaves.append((start + key, Leaf((*above, key), value)))
-            else:
-                others[key] = value
-        for number, group in enumerate(self._groups()):
-            held = [self._names[id(parameter)] for parameter in group["params"]]
-            for option, value in _options(group):
-                if not isinstance(value, PLAIN):
-                    others.update({f"param_groups.{name}.{option}": value for name in held})
-                elif held:
-                    names = self._spelled(above, number, option, held)
-                    first, path = next(iter(names.items()))
-                    leaves.append((first, Leaf(path, value, names)))
-        return leaves, others
+    def flatten(self, flattener: Flattener, path: Path) -> Node:
+        """Add the slots of every parameter, the options of every group, and what else the
+        optimizers say."""
+        for number, optimizer in enumerate(self._named):
+            state = state_of(optimizer)
+            others = self._flatten_slots(flattener, path, optimizer, state[STATE])
+            self._flatten_groups(flattener, path, number, optimizer, state[GROUPS])
+            more = {key: value for key, value in state.items() if key not in (STATE, GROUPS)}
+            for key, held in ((OTHERS, others), (MORE, more)):
+                if held:
+                    flattener.put((*path, f"{key}.{number}"), held, rebuilt=True)
+        for at, own in self._own_paths(path):
+            node = ObjectState(own).flatten(flattener, at)
+            if self._single:
+                return node
+            flattener.state.structure[at] = {"object": node}
+        return None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors share their memory with the optimizer. A parameter without state has none."""
-        leaves, others = self.parted(())
-        return {**{n: leaf.value for one, leaf in leaves for n in leaf.names or [one]}, **others}
+    def match(self, match: Match, path: Path) -> None:
+        """Give every optimizer its state, by the names of its parameters."""
+        from holdfast.state.optim_match import OptimizerMatch
 
-    def _groups(self) -> Iterator[dict[str, Any]]:
-        for optimizer in self._optimizers:
-            yield from optimizer.param_groups
+        if self._named:
+            OptimizerMatch(self, match, path).run()
+        for at, own in self._own_paths(path):
+            ObjectState(own).match(match, at)
+
+    def _own_paths(self, path: Path) -> Iterator[tuple[Path, Stateful]]:
+        for number, own in enumerate(self._own):
+            yield (path if self._single else (*path, f"{OWN}.{number}")), own
+
+    def _flatten_slots(
+        self, flattener: Flattener, path: Path, optimizer: Optimizer, state: Mapping[Any, Any]
+    ) -> dict[Any, Any]:
+        """Add the state of every parameter. Returns what belongs to none."""
+        above = "".join(f"{key}." for key in path)
+        parameters = parameters_of(optimizer)
+        others: dict[Any, Any] = {}
+        for key, slots in state.items():
+            if type(key) is not int or not 0 <= key < len(parameters):
+                others[key] = slots
+                continue
+            parameter = parameters[key]
+            name = f"{STATE}.{self.name_of(parameter)}"
+            if type(slots) is not dict or not slots or {*map(type, slots)} != {str}:
+                flattener.put((*path, name), slots, rebuilt=True)
+                continue
+            for slot, value in slots.items():
+                at = f"{name}.{slot}"
+                if lies_like(value, parameter):
+                    flattener.add((*path, at), value, above + at)
+                elif type(value) is torch.Tensor and value.shape == parameter.shape:
+                    # Of its parameter's shape, but whole on every rank.
+                    flattener.add((*path, at), value, above + at)
+                    flattener.state.structure[*path, at] = {"tensor": {"place": "whole"}}
+                else:
+                    flattener.put((*path, at), value, rebuilt=True)
+        return others
+
+    def _flatten_groups(
+        self,
+        flattener: Flattener,
+        path: Path,
+        number: int,
+        optimizer: Optimizer,
+        groups: Sequence[Mapping[str, Any]],
+    ) -> None:
+        empty = {}
+        for index, (group, own) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+            held = [self.name_of(parameter) for parameter in own["params"]]
+            options = {option: value for option, value in group.items() if option != "params"}
+            if not held:
+                empty[index] = options
+            for option, value in options.items() if held else ():
+                if type(option) is not str:
+                    raise UsageError(
+                        f"a group of the optimizer has the option {option!r}, whose name is no text"
+                    )
+                self._flatten_option(flattener, path, (number, index), option, value, held)
+        if empty:
+            flattener.put((*path, f"{EMPTY}.{number}"), empty, rebuilt=True)
+
+    def _flatten_option(
+        self,
+        flattener: Flattener,
+        path: Path,
+        group: tuple[int, int],
+        option: str,
+        value: Any,
+        held: list[str],
+    ) -> None:
+        """Add an option of a group: one leaf with the names that it has for all its parameters,
+        since there are thousands of these names, and training waits."""
+        names = self._spelled(path, group, option, held)
+        if not _is_one_leaf(value):
+            for name in held:
+                flattener.put((*path, f"{GROUPS}.{name}.{option}"), value, rebuilt=True)
+            return
+        at = next(iter(names.values()))
+        plain, numbers = without_numpy(at, value)
+        flattener.add_named(names, plain)
+        if numbers:
+            structure = flattener.state.structure
+            structure.update((one, {"numbers": numbers}) for one in names.values())
 
     def _spelled(
-        self, above: Path, number: int, option: str, held: list[str]
-    ) -> Mapping[str, Path]:
-        """The names of an option of a group: kept, for every save asks for them."""
-        known = self._known.get((above, number, option))
+        self, path: Path, group: tuple[int, int], option: str, held: list[str]
+    ) -> dict[str, Path]:
+        """Names and paths of an option of a group: kept, for every save asks for them."""
+        key = (path, group[0] * 10_000 + group[1], option)
+        known = self._known.get(key)
         if known is None or known[0] != held:
-            paths = [(*above, f"param_groups.{name}.{option}") for name in held]
-            known = held, {".".join(map(str, path)): path for path in paths}
-            self._known[above, number, option] = known
+            paths = [(*path, f"{GROUPS}.{name}.{option}") for name in held]
+            known = held, {".".join(map(str, at)): at for at in paths}
+            self._known[key] = known
         return known[1]
 
-    def room_for(self, stored: Mapping[str, TensorInfo]) -> list[str]:
-        """Names of stored tensors that are slots of these parameters, but not there yet."""
-        return [f"state.{name}.{slot}" for name, slot, *_ in self._lacking(stored)]
 
-    def prepare(self, stored: Mapping[str, TensorInfo]) -> None:
-        """Make room for the tensors of a checkpoint, given by their names below this optimizer's:
-        before its first step an optimizer has no state to load into.
+@dataclass(frozen=True, slots=True)
+class _Sharded:
+    """What a `ZeroRedundancyOptimizer` has of its own on this rank."""
 
-        A slot of its parameter's shape lies over the ranks as the parameter does; any other is
-        whole on every rank, a single number on the CPU.
-        """
-        for name, slot, group, parameter in list(self._lacking(stored)):
-            # Optimizers with these options keep their step count on the parameter's device.
-            on_device = bool(group.get("fused") or group.get("capturable"))
-            room = _room_for(*stored[f"state.{name}.{slot}"], parameter, on_device=on_device)
-            self._parameters[name][0].state[parameter][slot] = room
+    optimizer: Any
 
-    def _lacking(
-        self, stored: Mapping[str, TensorInfo]
-    ) -> Iterator[tuple[str, str, dict[str, Any], nn.Parameter]]:
-        by_parameter = _by_parameter(stored, "state.")
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    name = self._names[id(parameter)]
-                    there = optimizer.state.get(parameter, {})
-                    for slot in by_parameter.get(name, {}):
-                        if slot not in there:
-                            yield name, slot, group, parameter
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over options and values; tensors have been loaded in place."""
-        for name, slots in _by_parameter(state_dict, "state.").items():
-            optimizer, parameter = self._parameters[name]
-            for slot, value in slots.items():
-                if not isinstance(value, torch.Tensor):
-                    optimizer.state[parameter][slot] = value
-        options = _by_parameter(state_dict, "param_groups.")
-        for group in self._groups():
-            for parameter in group["params"][:1]:
-                group.update(options.get(self._names[id(parameter)], {}))
+    def state_dict(self) -> dict[str, Any]:
+        """State of the parameters that this rank steps, and the options of all groups."""
+        optimizer = self.optimizer
+        groups = Optimizer.state_dict(optimizer)[GROUPS]
+        numbers = {id(p): number for number, p in enumerate(parameters_of(optimizer))}
+        state = {numbers[id(p)]: slots for p, slots in optimizer.optim.state.items()}
+        return {STATE: state, GROUPS: groups}
 
 
-def _options(group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    return ((option, value) for option, value in group.items() if option != "params")
+def is_by_parameter(optimizer: object) -> TypeGuard[Optimizer]:
+    """Whether an optimizer says its state in torch's form, by the numbers of its parameters."""
+    if not isinstance(optimizer, Optimizer):
+        return False
+    cls = type(optimizer)
+    return cls.state_dict is Optimizer.state_dict or is_zero(optimizer)
 
 
-def _by_parameter(entries: Mapping[str, Any], prefix: str) -> dict[str, dict[str, Any]]:
-    """Entries `<prefix><parameter>.<slot>` by parameter and slot."""
-    found: dict[str, dict[str, Any]] = {}
-    for key, value in entries.items():
-        if key.startswith(prefix):
-            parameter, _, slot = key[len(prefix) :].rpartition(".")
-            found.setdefault(parameter, {})[slot] = value
-    return found
+def is_zero(optimizer: object) -> bool:
+    """Whether it is torch's `ZeroRedundancyOptimizer`, which gives its whole state only once that
+    has been sent to one rank; each rank's own is enough here."""
+    return any(
+        cls.__name__ == "ZeroRedundancyOptimizer" and cls.__module__.startswith("torch.")
+        for cls in type(optimizer).__mro__
+    )
 
 
-def _room_for(
-    dtype: str, shape: tuple[int, ...], parameter: nn.Parameter, *, on_device: bool
-) -> torch.Tensor:
-    torch_dtype: torch.dtype = getattr(torch, dtype)
-    if shape == tuple(parameter.shape):
-        return torch.zeros_like(parameter.detach(), dtype=torch_dtype)
-    device = parameter.device if shape or on_device else torch.device("cpu")
-    return torch.zeros(shape, dtype=torch_dtype, device=device)
+def state_of(optimizer: Optimizer) -> dict[str, Any]:
+    """What an optimizer says of itself.
+
+    Raises:
+        UsageError: a hook of its own has given that another form.
+    """
+    state: Any = _Sharded(optimizer).state_dict() if is_zero(optimizer) else optimizer.state_dict()
+    numbers = iter(range(len(parameters_of(optimizer))))
+    try:
+        fits = isinstance(state[STATE], Mapping) and [g["params"] for g in state[GROUPS]] == [
+            [next(numbers) for _ in group["params"]] for group in optimizer.param_groups
+        ]
+    except (LookupError, TypeError, StopIteration):
+        fits = False
+    if not fits:
+        raise UsageError(
+            f"`state_dict()` of {type(optimizer).__qualname__} is not in torch's form: `state` and "
+            "`param_groups`, parameters by their numbers",
+            hint="does a hook change it? Remove the hook, or override `state_dict` and "
+            "`load_state_dict` in a class of your own: what these say is kept as it is",
+        )
+    return dict(state)
+
+
+def parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:
+    """All parameters, in the order of their numbers."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def lies_like(value: Any, parameter: torch.Tensor) -> bool:
+    """Whether a load finds out by itself where a slot belongs."""
+    if type(value) is torch.Tensor:
+        # Of another shape than its parameter: whole on each rank.
+        return not isinstance(parameter, DTensor) or value.shape != parameter.shape
+    return (
+        type(value) is DTensor
+        and isinstance(parameter, DTensor)
+        and value.shape == parameter.shape
+        and value.placements == parameter.placements
+        and value.device_mesh == parameter.device_mesh
+    )
+
+
+_LEAVES = (int, float, complex, bool, str, bytes, type(None))
+
+
+def _is_one_leaf(value: Any) -> bool:
+    """Whether a value is one entry whatever is in it."""
+    if type(value) in _LEAVES:
+        return True
+    return type(value) in (tuple, list) and not holds_state(value)

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import random
 import sys
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 
 class RngState:
-    """The generators as one `Stateful`; one entry a rank, since each rank draws its own numbers."""
-
-    optional: ClassVar = ("rank_",)
-    """Entries that a checkpoint may lack, or have beyond these."""
-
-    def __init__(self, rank: int) -> None:
-        self._key = f"rank_{rank}"
+    """The generators of this process as one `Stateful`: each rank draws its own numbers."""
 
     def state_dict(self) -> dict[str, Any]:
+        """The state of every generator that there is."""
         state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state()
@@ -26,18 +21,18 @@ class RngState:
         if numpy is not None:
             name, keys, *rest = numpy.random.get_state()
             state["numpy"] = (str(name), keys.tolist(), *map(_plain, rest))
-        return {self._key: state}
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state = state_dict[self._key]
-        torch.set_rng_state(state["torch"])
-        random.setstate(state["python"])
-        if "cuda" in state and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda"])
-        if "numpy" in state:
+        """Put every generator that is here, and was there, where it was."""
+        torch.set_rng_state(state_dict["torch"])
+        random.setstate(state_dict["python"])
+        if "cuda" in state_dict and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state_dict["cuda"])
+        if "numpy" in state_dict:
             import numpy
 
-            name, keys, *rest = state["numpy"]
+            name, keys, *rest = state_dict["numpy"]
             numpy.random.set_state((name, numpy.array(keys, dtype="uint32"), *rest))
 
 

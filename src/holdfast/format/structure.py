@@ -1,0 +1,197 @@
+"""Structure of nested state: what the names of its entries cannot tell, as JSON.
+
+A node says how the state below one path is put together again. `null` stands for what the entries
+tell by themselves: one entry, or dicts with text keys and lists around several. docs/format.md has
+the grammar.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Node = str | dict[str, Any] | None
+"""JSON of one node. Only `check_node` may be trusted to have looked at what a file states."""
+
+MAPPINGS = ("dict", "OrderedDict", "Counter", "defaultdict")
+"""Kinds of containers whose children have keys."""
+
+SEQUENCES = ("list", "tuple")
+"""Kinds of containers whose children have numbers."""
+
+ARRAY = "array"
+"""Node of a numpy array, which is stored as a tensor."""
+
+FACTORIES = ("list", "dict", "set", "int", "float", "str", "bool", "tuple", "None")
+"""Default factories that a `defaultdict` may name."""
+
+NUMBERS = (
+    *("bool_", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "float32", "float64", "complex64", "complex128", "str_", "bytes_"),
+)
+"""Types of numpy scalars that come back as they were."""
+
+DEPTH_MAX = 100
+"""Nodes inside one another."""
+
+_KEY_CHARS_MAX = 4096
+_KEY_TYPES = (str, int, bool, float, bytes, type(None))
+
+
+def key_text(key: object) -> str | None:
+    """How a structure spells a key of a dict that is not text; None where it cannot.
+
+    >>> key_text(3), key_text((1, "a")), key_text(object())
+    ('3', "(1, 'a')", None)
+    """
+    if not _is_spelled(key):
+        return None
+    text = repr(key)
+    return text if len(text) <= _KEY_CHARS_MAX else None
+
+
+def _is_spelled(key: object) -> bool:
+    if type(key) is tuple:
+        return all(map(_is_spelled, key))
+    if type(key) is float:
+        return math.isfinite(key)
+    return type(key) in _KEY_TYPES
+
+
+def key_of(text: str) -> Any:
+    """The key that `key_text` has spelled.
+
+    Raises:
+        ValueError: the text is no such key.
+
+    >>> key_of("3"), key_of("(1, 'a')")
+    (3, (1, 'a'))
+    """
+    if len(text) > _KEY_CHARS_MAX:
+        raise ValueError("a key of too many characters")
+    try:
+        key = ast.literal_eval(text)
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"no key: {text[:50]!r}") from error
+    if not _is_spelled(key):
+        raise ValueError(f"no key of a dict: {text[:50]!r}")
+    return key
+
+
+def children_of(node: Node) -> list[tuple[Any, Node]] | None:
+    """Keys, or numbers, of what a container holds, each with its node; None for any other node.
+
+    >>> children_of({"dict": {"a": None}}), children_of({"dict": [["3", None]]})
+    ([('a', None)], [(3, None)])
+    >>> children_of({"tuple": [None, "array"]}), children_of("array")
+    ([(0, None), (1, 'array')], None)
+    """
+    kind = kind_of_node(node)
+    if kind in MAPPINGS:
+        assert isinstance(node, dict)
+        held = node[kind]
+        if isinstance(held, dict):
+            return list(held.items())
+        return [(key_of(text), child) for text, child in held]
+    if kind in SEQUENCES:
+        assert isinstance(node, dict)
+        return list(enumerate(node[kind]))
+    return None
+
+
+def kind_of_node(node: Node) -> str | None:
+    """The first member of a node, which says what it describes.
+
+    >>> kind_of_node({"list": []}), kind_of_node("array"), kind_of_node(None)
+    ('list', 'array', None)
+    """
+    return next(iter(node)) if isinstance(node, dict) else node
+
+
+def mapping_node(kind: str, children: Sequence[tuple[Any, Node]], **more: object) -> Node:
+    """Node of a dict whose keys `key_text` can spell.
+
+    >>> mapping_node("dict", [("a", None)]), mapping_node("dict", [(1, None)])
+    ({'dict': {'a': None}}, {'dict': [['1', None]]})
+    """
+    if all(type(key) is str for key, _ in children):
+        return {kind: dict(children), **more}
+    return {kind: [[key_text(key), child] for key, child in children], **more}
+
+
+def check_node(node: object, depth: int = 0) -> Node:
+    """A node as a stranger's file states it.
+
+    Raises:
+        ValueError: it is none, or lies too deep.
+    """
+    if depth > DEPTH_MAX:
+        raise ValueError(f"a structure of more than {DEPTH_MAX} levels")
+    if node is None or node == ARRAY:
+        return node
+    if not isinstance(node, dict) or not node:
+        raise ValueError("a structure with a node of no known kind")
+    kind, held = next(iter(node.items()))
+    check = _CHECKS.get(kind)
+    if check is None:
+        raise ValueError(f"a structure with a node of unknown kind {kind[:50]!r}")
+    check(node, held, depth + 1)
+    return node
+
+
+def _check_mapping(node: Mapping[str, Any], held: Any, depth: int) -> None:
+    if isinstance(held, dict):
+        children = list(held.values())
+    else:
+        keys = [key_of(text) for text, _ in held if type(text) is str]
+        if len(keys) != len(held) or len({*keys}) != len(keys):
+            raise ValueError("a dict whose keys are no texts, or not distinct")
+        children = [child for _, child in held]
+    if "defaultdict" in node and node.get("default") not in FACTORIES:
+        raise ValueError("a defaultdict with an unknown default")
+    for child in children:
+        check_node(child, depth)
+
+
+def _check_sequence(_: Mapping[str, Any], held: Any, depth: int) -> None:
+    if not isinstance(held, list):
+        raise ValueError("a sequence without a list of nodes")
+    for child in held:
+        check_node(child, depth)
+
+
+def _check_object(_: Mapping[str, Any], held: Any, depth: int) -> None:
+    check_node(held, depth)
+
+
+def _check_numbers(_: Mapping[str, Any], held: Any, __: int) -> None:
+    for path, name in held:
+        if name not in NUMBERS or not all(type(key) is str for key in path):
+            raise ValueError("a value with a number of an unknown type")
+        for key in path:
+            key_of(key)
+
+
+def _check_tensor(_: Mapping[str, Any], held: Any, __: int) -> None:
+    if not isinstance(held, dict) or not all(type(value) is str for value in held.values()):
+        raise ValueError("a tensor whose place is no text")
+
+
+def _check_subclass(_: Mapping[str, Any], held: Any, depth: int) -> None:
+    sizes = [*held["size"], *held["stride"]]
+    if type(held["class"]) is not str or not all(type(size) is int for size in sizes):
+        raise ValueError("a tensor class without a name, or without sizes")
+    for child in held["inner"].values():
+        check_node(child, depth)
+
+
+_CHECKS = {
+    **dict.fromkeys(MAPPINGS, _check_mapping),
+    **dict.fromkeys(SEQUENCES, _check_sequence),
+    "object": _check_object,
+    "numbers": _check_numbers,
+    "tensor": _check_tensor,
+    "subclass": _check_subclass,
+}

@@ -1,0 +1,81 @@
+"""Whether two states are one: types, keys, order, numbers and every bit of every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from holdfast.state.subclass import is_ours
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two states are alike in every bit.
+
+    >>> same({"a": [1, 2.0]}, {"a": [1, 2.0]}), same([1], (1,)), same(1, 1.0)
+    (True, False, False)
+    """
+    return next(differences(one, other), None) is None
+
+
+def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
+    """Where two states differ, and in what: a line each."""
+    where = path or "the state"
+    if _kind(one) is not _kind(other):
+        yield f"{where}: {type(one).__qualname__} and {type(other).__qualname__}"
+    elif isinstance(one, torch.Tensor):
+        yield from _tensor_differences(one, other, where)
+    elif isinstance(one, np.ndarray):
+        alike = one.dtype == other.dtype and one.shape == other.shape
+        if not alike or one.tobytes() != other.tobytes():
+            yield f"{where}: two arrays"
+    elif isinstance(one, Mapping):
+        if list(one) != list(other) or list(map(type, one)) != list(map(type, other)):
+            yield f"{where}: keys {[*one][:10]} and {[*other][:10]}"
+            return
+        for key in one:
+            yield from differences(one[key], other[key], f"{path}[{key!r}]")
+    elif isinstance(one, list | tuple):
+        if len(one) != len(other):
+            yield f"{where}: {len(one)} and {len(other)} members"
+            return
+        for number, (a, b) in enumerate(zip(one, other, strict=True)):
+            yield from differences(a, b, f"{path}[{number}]")
+    elif isinstance(one, float | complex | np.generic):
+        # By their text: 0.0 and -0.0 are equal, and NaN is not equal to itself.
+        if repr(one) != repr(other):
+            yield f"{where}: {one!r} and {other!r}"
+    elif one != other:
+        yield f"{where}: {one!r} and {other!r}"
+
+
+def _kind(value: Any) -> type:
+    # What `keep_vars` or a cast makes of a tensor is no difference of the state.
+    return torch.Tensor if type(value) is torch.nn.Parameter else type(value)
+
+
+def _tensor_differences(one: torch.Tensor, other: torch.Tensor, where: str) -> Iterator[str]:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        yield f"{where}: {one.dtype} {[*one.shape]} and {other.dtype} {[*other.shape]}"
+    elif not is_ours(one):
+        names, context = one.__tensor_flatten__()  # type: ignore[attr-defined]
+        theirs, said = other.__tensor_flatten__()  # type: ignore[attr-defined]
+        yield from differences([*names], [*theirs], f"{where}.names")
+        yield from differences(context, said, f"{where}.context")
+        for name in names:
+            yield from differences(getattr(one, name), getattr(other, name), f"{where}.{name}")
+    elif isinstance(one, DTensor) and isinstance(other, DTensor):
+        if one.placements != other.placements:
+            yield f"{where}: {one.placements} and {other.placements}"
+            return
+        yield from _tensor_differences(one.to_local(), other.to_local(), where)
+    elif _bits(one) != _bits(other):
+        yield f"{where}: two tensors of {one.dtype} {[*one.shape]}"
+
+
+def _bits(tensor: torch.Tensor) -> bytes:
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return plain.reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,239 @@
+"""Objects that give their state and take it back: saved as they say it, put together again as it
+was saved, and handed to their own `load_state_dict`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from holdfast.errors import HoldfastError, MismatchError
+from holdfast.format.manifest import TensorEntry
+from holdfast.format.structure import Node, children_of, kind_of_node
+from holdfast.state.match import Like, Match, Values, put_together
+from holdfast.state.stored import Branch, keys_like, object_node, rebuild
+from holdfast.state.tree import Flattener, Path, Stateful, spelled, type_name
+
+RANK = "rank_"
+"""Begins the key of one rank's own state."""
+
+
+class ObjectState:
+    """Any object with `state_dict` and `load_state_dict` as a component of the state."""
+
+    def __init__(self, owner: Stateful) -> None:
+        self._owner = owner
+
+    def flatten(self, flattener: Flattener, path: Path) -> Node:
+        """Add what the object says. A load makes every tensor of it anew."""
+        return flattener.walk(path, self._owner.state_dict(), rebuilt=True)
+
+    def match(self, match: Match, path: Path) -> None:
+        """Have everything below the path read and handed to the object."""
+        stored = match.stored
+        branch, node = stored.below(path), object_node(stored.node(path))
+        if stored.states_structure and (node is not None or not branch.is_empty):
+            self._match_stated(match, path, branch, node)
+        elif stored.states_structure:
+            match.missing(spelled(path))
+        else:
+            self._match_guessed(match, path, branch)
+
+    def _match_stated(self, match: Match, path: Path, branch: Branch, node: Node) -> None:
+        """The checkpoint says what the structure is; what a fresh object says is not asked for,
+        since asking may have effects: a data loader starts its workers."""
+        fresh: Any = self._owner.state_dict() if _needs_fresh(node) else None
+        match.demand(branch, node, _like(match, path, fresh))
+        inner = dict(_objects_in(node, ()))
+
+        def take(values: Values) -> None:
+            state = put_together(branch, node, values)
+            for at in inner:
+                held, key = _at(state, at[:-1]), at[-1]
+                live = _at(fresh, at)
+                hand_over(live, held[key], spelled((*path, *at)))
+                held[key] = live
+            hand_over(self._owner, state, spelled(path))
+
+        match.then(take)
+
+    def _match_guessed(self, match: Match, path: Path, branch: Branch) -> None:
+        """Stock DCP and earlier versions wrote names alone: a fresh object's own state tells the
+        types of keys and containers, and what has no entries of its own."""
+        fresh: Any = self._owner.state_dict()
+        for name in _missing(fresh, branch, path):
+            match.missing(name)
+        if not branch.is_empty:
+            match.demand(branch, None, _like(match, path, fresh))
+
+        def take(values: Values) -> None:
+            state = _merged(fresh, branch, lambda name, _: values(name))
+            hand_over(self._owner, state, spelled(path))
+
+        match.then(take)
+
+
+class RankState:
+    """The state of one rank's own object, below a key of its rank."""
+
+    def __init__(self, owner: Stateful, rank: int, *, may_lack: bool = False) -> None:
+        """`may_lack`: a checkpoint of fewer ranks is no reason to refuse it; the object stays as
+        it is then."""
+        self._state, self._key, self._may_lack = ObjectState(owner), f"{RANK}{rank}", may_lack
+
+    def flatten(self, flattener: Flattener, path: Path) -> Node:
+        """Add the object's state below this rank's key."""
+        at = (*path, self._key)
+        node = self._state.flatten(flattener, at)
+        if node is not None:
+            flattener.state.structure[at] = {"object": node}
+        return None
+
+    def match(self, match: Match, path: Path) -> None:
+        """Have this rank's state read; that of other ranks is theirs."""
+        at = (*path, self._key)
+        match.taken.update(match.stored.below(path).entries())
+        if self._may_lack and match.stored.below(at).is_empty:
+            return
+        self._state.match(match, at)
+
+
+class NoState:
+    """The component of what this run does not have: all that is stored for it is left over."""
+
+    def flatten(self, flattener: Flattener, path: Path) -> Node:  # noqa: ARG002 - nothing to add
+        """Add nothing."""
+        return None
+
+    def match(self, match: Match, path: Path) -> None:
+        """Take nothing."""
+
+
+def hand_over(owner: Any, state: Any, name: str) -> None:
+    """Call an object's own `load_state_dict`.
+
+    Raises:
+        MismatchError: the object refuses the state.
+    """
+    try:
+        with torch.no_grad():
+            owner.load_state_dict(state)
+    except HoldfastError:
+        raise
+    except Exception as error:
+        raise MismatchError(
+            f"`load_state_dict` of {type_name(owner)} does not take what was saved as `{name}`: "
+            f"{type(error).__name__}: {error}",
+            hint="make the object as the run that saved it did; or leave it out of this load, and "
+            "it stays as it is",
+        ) from error
+
+
+def _needs_fresh(node: Node) -> bool:
+    """Whether only the object itself can say where a part of its state belongs."""
+    kind = kind_of_node(node)
+    if kind == "object":
+        return True
+    if isinstance(node, dict) and kind == "tensor":
+        return "like" in node["tensor"]
+    if isinstance(node, dict) and kind == "subclass":
+        return any(map(_needs_fresh, node["subclass"]["inner"].values()))
+    return any(_needs_fresh(child) for _, child in children_of(node) or ())
+
+
+def _objects_in(node: Node, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Node]]:
+    """Objects inside of an object's state, by their keys there."""
+    if kind_of_node(node) == "object":
+        yield path, node
+        return
+    for key, child in children_of(node) or ():
+        yield from _objects_in(child, (*path, key))
+
+
+def _at(state: Any, keys: tuple[Any, ...]) -> Any:
+    for key in keys:
+        state = state[key]
+    return state
+
+
+def _like(match: Match, path: Path, fresh: Any) -> Like:
+    """Where a tensor lies: as that of a fresh object does, or as a parameter."""
+
+    def like(entry: TensorEntry, name: str) -> torch.Tensor | None:
+        found = fresh
+        for key in entry.path[len(path) :]:
+            found = _child(found, key)
+        if isinstance(found, torch.Tensor):
+            return found
+        return match.parameter(name) if name else None
+
+    return like
+
+
+def _child(value: Any, key: str | int) -> Any:
+    if isinstance(value, Mapping):
+        return value.get(key) if key in value else value.get(keys_like([*value], str(key)))
+    if isinstance(value, list | tuple) and type(key) is int and key < len(value):
+        return value[key]
+    return None
+
+
+# ------------------------------------------------- checkpoints that do not state their structure
+
+
+def _missing(fresh: Any, branch: Branch, path: Path) -> Iterator[str]:
+    """Names of entries that a fresh object has, and the checkpoint has nothing of."""
+    if branch.is_empty:
+        flattener = Flattener(enters=lambda f, at, one: f.walk(at, one.state_dict(), rebuilt=True))
+        flattener.put(path, fresh)
+        yield from flattener.state.leaves
+    elif branch.name is None and isinstance(fresh, Mapping):
+        for key, member in fresh.items():
+            yield from _missing(member, _below(branch, key), (*path, str(key)))
+
+
+def _below(branch: Branch, key: Any) -> Branch:
+    """The branch of a key of a dict, also where the checkpoint states no paths."""
+    name = str(key)
+    if name in branch.children:
+        return branch.children[name]
+    held = {
+        one.removeprefix(f"{name}."): child
+        for one, child in branch.children.items()
+        if type(one) is str and one.startswith(f"{name}.")
+    }
+    return Branch((*branch.path, name), None, held)  # type: ignore[arg-type]
+
+
+Take = Callable[[str, Node], Any]
+
+
+def _merged(fresh: Any, branch: Branch, take: Take) -> Any:
+    """What was saved, with the types of a fresh object's keys and containers."""
+    if branch.name is not None:
+        return take(branch.name, None)
+    if branch.is_empty:
+        return fresh
+    if isinstance(fresh, Mapping):
+        return _merged_mapping(fresh, branch, take)
+    if isinstance(fresh, list) and all(type(key) is int for key in branch.children):
+        numbers = sorted(key for key in branch.children if type(key) is int)
+        return [
+            _merged(fresh[n] if n < len(fresh) else None, branch.child(n), take) for n in numbers
+        ]
+    return rebuild(branch, None, take)
+
+
+def _merged_mapping(fresh: Mapping[Any, Any], branch: Branch, take: Take) -> Any:
+    merged: Any = copy.copy(fresh) if hasattr(fresh, "__setitem__") else dict(fresh)
+    done: set[str] = set()
+    for key, member in fresh.items():
+        below = _below(branch, key)
+        done.update(below.entries())
+        merged[key] = _merged(member, below, take)
+    for name, child in branch.children.items():
+        if not done.issuperset(child.entries()):
+            merged[keys_like([*fresh], str(name))] = rebuild(child, None, take)
+    return merged
