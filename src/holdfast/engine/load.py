@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 
 from holdfast.catalog.catalog import open_manifest
-from holdfast.catalog.findings import PARTS
 from holdfast.engine.collector import collector_at_rest
 from holdfast.engine.fitting import fits, is_narrowed
 from holdfast.engine.ranks import Ranks, all_ranks, hosts_of, on_every_rank, on_rank_0
@@ -155,21 +154,12 @@ def _differences(match: Match, ranks: Ranks) -> list[str]:
 
 def _mismatch(source: Source, listed: Sequence[str]) -> MismatchError:
     more = len(listed) - _LISTED_MAX
-    parts = {line.removeprefix("`").partition(".")[0] for line in listed}
-    hint = (
-        "is it a checkpoint of another model? `checkpoint.exclude_from_loading` leaves out whole "
-        "parts, such as `optimizer` or `dataloader`"
-    )
-    if parts <= {*PARTS}:
-        hint = (
-            "the model fits, what wrote the rest was another program or another setting: "
-            f"`--checkpoint.exclude_from_loading {','.join(sorted(parts))}` starts that afresh"
-        )
     return MismatchError(
         f"`{source.url}` does not fit, {len(listed)} differences, nothing was changed:\n  "
         + "\n  ".join(listed[:_LISTED_MAX])
         + (f"\n  ... and {more} more" if more > 0 else ""),
-        hint=hint,
+        hint="is it a checkpoint of another model? A state without what does not fit loads the "
+        "rest: `holdfast show` lists what is there",
     )
 
 

@@ -24,7 +24,13 @@ from holdfast.engine.ranks import Ranks, all_ranks, host_name, on_every_rank, on
 from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source
 from holdfast.engine.spans import rate, times_of
-from holdfast.errors import DamagedError, ExistsError, FormatError, NotFoundError
+from holdfast.errors import (
+    DamagedError,
+    ExistsError,
+    FormatError,
+    MismatchError,
+    NotFoundError,
+)
 from holdfast.format.manifest import Kind
 from holdfast.format.names import LOCK, step_of
 from holdfast.hf.export import HubModel
@@ -45,6 +51,7 @@ from holdfast.manager.parts import (
     not_excluded,
     numbers_in,
     other_generators,
+    way_on,
 )
 from holdfast.manager.policy import is_due, kind_in_time, kind_of_save
 from holdfast.manager.renames import as_here
@@ -64,7 +71,7 @@ from holdfast.state.objects import StateTree
 from holdfast.state.optim import OptimizerState
 from holdfast.state.rng import RngState
 from holdfast.state.schedulers import scheduler_component
-from holdfast.state.stateful import RankState
+from holdfast.state.stateful import ObjectState, RankState
 from holdfast.state.tree import Stateful
 from holdfast.storage.local import LocalStore
 
@@ -125,7 +132,7 @@ class CheckpointManager:
             **(states or {}),
             **({} if dataloader is None else {DATALOADER: LoaderState(dataloader, rank)}),
             # Last: what makes an iterator or a worker draws from the generators.
-            RNG: RankState(RngState(), rank, may_lack=True),
+            RNG: RankState(ObjectState(RngState()), rank, may_lack=True),
         }
         self._sections = [name for name in self._parts if name != MODEL]
         self._hub = Hub(hub, self.config, self._catalog, self._ranks, self._sections)
@@ -432,9 +439,13 @@ class CheckpointManager:
     ) -> None:
         manifest = source.manifest
         replicas = self.config.load_replicas
-        loaded = load_tree(
-            *(source, tree), ranks=self._ranks, partial=partial_load, replicas=replicas
-        )
+        try:
+            loaded = load_tree(
+                source, tree, ranks=self._ranks, partial=partial_load, replicas=replicas
+            )
+        except MismatchError as error:
+            hint = way_on(error, self._sections)
+            raise MismatchError(error.what, hint=hint or error.hint) from error
         self._note(loaded, step)
         self._warn(*differences(loaded))
         if loaded.converted:

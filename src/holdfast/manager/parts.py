@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
@@ -74,6 +75,28 @@ def check_dataloader(manifest: Manifest, num_ranks: int) -> None:
             f"this run has {num_ranks}",
             hint='`checkpoint.exclude_from_loading = ["dataloader"]` starts the data afresh',
         )
+
+
+def way_on(error: MismatchError, parts: Collection[str]) -> str | None:
+    """What a run can do about a checkpoint that does not fit, if only some of `parts` do not: the
+    setting that leaves these out."""
+    named = {name.partition(".")[0] for name in re.findall(r"`([^`/]+)`", error.what)}
+    unfit = sorted(named & {*parts})
+    if not unfit:
+        return None
+    return (
+        "the model fits, what wrote the rest was another program or another setting: "
+        f"`--checkpoint.exclude_from_loading {','.join(unfit)}` starts that afresh"
+        if _is_all(error.what, parts)
+        else "is it a checkpoint of another model? `--checkpoint.exclude_from_loading` leaves out "
+        f"whole parts, such as {', '.join(unfit)}"
+    )
+
+
+def _is_all(what: str, parts: Collection[str]) -> bool:
+    """Whether every line of a list of differences is about one of `parts`."""
+    lines = [line.strip() for line in what.splitlines()[1:] if line.strip().startswith("`")]
+    return all(line[1:].partition("`")[0].partition(".")[0] in parts for line in lines)
 
 
 def differences(loaded: Loaded) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from holdfast.format.structure import Node
 from holdfast.state.match import Match
 from holdfast.state.stateful import ObjectState, RankState
@@ -19,9 +17,11 @@ class LoaderState:
     """
 
     def __init__(self, loader: Stateful, rank: int) -> None:
-        self._owner = _Started(loader)
         is_global = bool(getattr(loader, "state_is_global", False))
-        self._state = ObjectState(self._owner) if is_global else RankState(self._owner, rank)
+        # torchdata's loader makes its iterator when it is asked for its state, and keeps it. The
+        # iterator draws a seed: it must do so before the generators are put where they were.
+        state = ObjectState(loader, is_asked_after=True)
+        self._state = state if is_global else RankState(state, rank)
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:
         """Add the loader's state."""
@@ -30,19 +30,3 @@ class LoaderState:
     def match(self, match: Match, path: Path) -> None:
         """Have the loader's state read and handed to it."""
         self._state.match(match, path)
-
-
-class _Started:
-    """A loader that begins where it was put as soon as it is put there."""
-
-    def __init__(self, loader: Stateful) -> None:
-        self._loader = loader
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._loader.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loader.load_state_dict(state_dict)
-        # torchdata's loader makes its iterator when it is asked for its state, and keeps it. The
-        # iterator draws a seed: it must do so before the generators are put where they were.
-        self._loader.state_dict()

@@ -1,7 +1,8 @@
-"""Whether two states are one: types, keys, order, numbers and every bit of every tensor."""
+"""Whether two states are one: types, keys, numbers and every bit of every tensor."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
         if not alike or one.tobytes() != other.tobytes():
             yield f"{where}: two arrays"
     elif isinstance(one, Mapping):
-        if list(one) != list(other) or list(map(type, one)) != list(map(type, other)):
+        if not _same_keys(one, other):
             yield f"{where}: keys {[*one][:10]} and {[*other][:10]}"
             return
         for key in one:
@@ -50,6 +51,15 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
             yield f"{where}: {one!r} and {other!r}"
     elif one != other:
         yield f"{where}: {one!r} and {other!r}"
+
+
+def _same_keys(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
+    """Whether two mappings have keys of the same types and values; in one order, where that
+    counts."""
+    types = {key: type(key) for key in one}
+    if types != {key: type(key) for key in other}:
+        return False
+    return not isinstance(one, OrderedDict) or list(one) == list(other)
 
 
 def _kind(value: Any) -> type:

@@ -23,8 +23,9 @@ RANK = "rank_"
 class ObjectState:
     """Any object with `state_dict` and `load_state_dict` as a component of the state."""
 
-    def __init__(self, owner: Stateful) -> None:
-        self._owner = owner
+    def __init__(self, owner: Stateful, *, is_asked_after: bool = False) -> None:
+        """`is_asked_after`: the object is asked for its state once it has been given one."""
+        self._owner, self._is_asked_after = owner, is_asked_after
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:
         """Add what the object says. A load makes every tensor of it anew."""
@@ -55,7 +56,7 @@ class ObjectState:
                 live = _at(fresh, at)
                 hand_over(live, held[key], spelled((*path, *at)))
                 held[key] = live
-            hand_over(self._owner, state, spelled(path))
+            self._give(state, path)
 
         match.then(take)
 
@@ -70,18 +71,23 @@ class ObjectState:
 
         def take(values: Values) -> None:
             state = _merged(fresh, branch, lambda name, _: values(name))
-            hand_over(self._owner, state, spelled(path))
+            self._give(state, path)
 
         match.then(take)
+
+    def _give(self, state: Any, path: Path) -> None:
+        hand_over(self._owner, state, spelled(path))
+        if self._is_asked_after:
+            self._owner.state_dict()
 
 
 class RankState:
     """The state of one rank's own object, below a key of its rank."""
 
-    def __init__(self, owner: Stateful, rank: int, *, may_lack: bool = False) -> None:
+    def __init__(self, state: ObjectState, rank: int, *, may_lack: bool = False) -> None:
         """`may_lack`: a checkpoint of fewer ranks is no reason to refuse it; the object stays as
         it is then."""
-        self._state, self._key, self._may_lack = ObjectState(owner), f"{RANK}{rank}", may_lack
+        self._state, self._key, self._may_lack = state, f"{RANK}{rank}", may_lack
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:
         """Add the object's state below this rank's key."""

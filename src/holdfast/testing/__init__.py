@@ -1,1 +1,17 @@
-"""The test kit, shipped for those who write stores of their own."""
+"""The test kit: shipped for those who write stores, and objects with state, of their own."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from holdfast.testing.round_trip import round_trip
+
+__all__ = ["round_trip"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module `holdfast.testing` has no attribute `{name}`")
+    return getattr(import_module("holdfast.testing.round_trip"), name)

@@ -32,7 +32,7 @@ from holdfast.state.objects import StateTree
 from holdfast.storage.local import LocalStore
 
 def save(name, tensor):
-    catalog, leaves = Catalog(LocalStore(sys.argv[1])), StateTree({"weight": tensor}).leaves()
+    catalog, leaves = Catalog(LocalStore(sys.argv[1])), StateTree({"weight": tensor}).flatten()
     save_leaves(catalog, name, leaves, ranks=Solo(), planner=Planner(Solo()), dtype=dtype)
 
 dtype = getattr(torch, sys.argv[2])
