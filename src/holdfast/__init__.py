@@ -60,6 +60,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "testing":
+        return import_module("holdfast.testing")
     if name not in _HOMES:
         raise AttributeError(f"module `holdfast` has no attribute `{name}`")
     module, _, member = _HOMES[name].partition(":")

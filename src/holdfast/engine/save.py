@@ -53,22 +53,21 @@ class Saved:
 
 
 @collector_at_rest()
-def save(
-    path: str | os.PathLike[str], state: Mapping[str, Any], *, overwrite: bool = False
-) -> Saved:
+def save(path: str | os.PathLike[str], state: Any, *, overwrite: bool = False) -> Saved:
     """Save `state` as one checkpoint at `path`, published whole or not at all.
 
     `state` is a dict of tensors, DTensors, plain values, further dicts and lists of these, and of
     objects with `state_dict` and `load_state_dict`: modules, optimizers (whose entries are named by
-    the parameters of the modules beside them), schedulers. Stock `torch.distributed.checkpoint`
-    finds the same names.
+    the parameters of the modules beside them), schedulers. Or it is a module alone. What
+    `state_dict` of an object says is what is saved. Stock `torch.distributed.checkpoint` finds the
+    same names.
 
     Collective where `torch.distributed` is initialized: every rank calls this with its part of the
     state; an error on one is raised on all.
 
     Raises:
         ExistsError: there is something at `path`, and `overwrite` is false.
-        UsageError: a value that could not be read back safely.
+        UsageError: what would not come back as it is, with its name and type; nothing was written.
         StorageError: no space, no rights; nothing is left behind.
     """
     catalog, name = open_root(path)

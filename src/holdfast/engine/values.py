@@ -23,21 +23,57 @@ def encode_value(name: str, value: Any) -> bytes:
     """The container of a value, as stock DCP keeps it.
 
     Raises:
-        UsageError: the value could be read back only by running code that the checkpoint names.
+        UsageError: a part of the value could be read back only by running code that the checkpoint
+            names; the error names that part.
     """
+    container = _container(value)
+    if container is None:
+        inside, part = _culprit(value)
+        cls = type(part)
+        raise UsageError(
+            f"`{name}{inside}` is a {cls.__module__}.{cls.__qualname__}, which a load could "
+            "rebuild only by running code that the checkpoint names".replace("builtins.", ""),
+            hint="keep tensors and plain values (numbers, texts, bytes, lists, dicts, tuples) in "
+            "its place, and make the object of them in `load_state_dict`; or trust the class in "
+            f"every process that loads: torch.serialization.add_safe_globals([{cls.__name__}])",
+        )
+    return container
+
+
+def _container(value: Any) -> bytes | None:
+    """The bytes of a value; None where they could not be read back safely."""
     buffer = io.BytesIO()
     try:
         torch.save(value, buffer)
         if not reads_back(value):
-            torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-    except (pickle.PicklingError, AttributeError, TypeError, pickle.UnpicklingError) as error:
-        raise UsageError(
-            f"`{name}` is a {type(value).__module__}.{type(value).__qualname__}, "
-            f"which cannot be read back safely",
-            hint="keep tensors and plain values (numbers, strings, bytes, lists, dicts, tuples) in "
-            "a checkpoint, and rebuild the object from them in `load_state_dict`",
-        ) from error
+            torch.load(io.BytesIO(buffer.getvalue()), map_location="cpu", weights_only=True)
+    except _CANNOT:
+        return None
     return buffer.getvalue()
+
+
+_CANNOT = (
+    *(pickle.PicklingError, pickle.UnpicklingError, AttributeError, TypeError),
+    *(RecursionError, NotImplementedError, RuntimeError),
+)
+"""What pickle and torch raise about a value that is none for them."""
+
+
+def _culprit(value: Any, depth: int = 0) -> tuple[str, Any]:
+    """The innermost part of a value that cannot be kept, and how to get to it."""
+    members: list[tuple[str, Any]] = []
+    if type(value) in (list, tuple):
+        members = [(f"[{number}]", member) for number, member in enumerate(value)]
+    elif isinstance(value, dict):
+        members = [(f"[{key!r}]", member) for key, member in value.items()]
+        members += [("", key) for key in value]
+    elif type(value) in (set, frozenset):
+        members = [("", member) for member in value]
+    for where, member in members if depth < _DEPTH_MAX else ():
+        if type(member) not in _SCALARS and _container(member) is None:
+            inside, part = _culprit(member, depth + 1)
+            return where + inside, part
+    return "", value
 
 
 def reads_back(value: Any, depth: int = 0) -> bool:

@@ -28,10 +28,10 @@ FACTORIES = ("list", "dict", "set", "int", "float", "str", "bool", "tuple", "Non
 """Default factories that a `defaultdict` may name."""
 
 NUMBERS = (
-    *("bool_", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-    *("float16", "float32", "float64", "complex64", "complex128", "str_", "bytes_"),
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "float32", "float64", "complex64", "complex128", "str", "bytes"),
 )
-"""Types of numpy scalars that come back as they were."""
+"""Types of numpy scalars that come back as they were, as numpy names their dtypes."""
 
 DEPTH_MAX = 100
 """Nodes inside one another."""

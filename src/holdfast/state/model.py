@@ -17,7 +17,7 @@ from holdfast.state.match import Match, Values, put_together
 from holdfast.state.plain import match_inside
 from holdfast.state.stored import object_node
 from holdfast.state.subclass import UNINITIALIZED, is_ours
-from holdfast.state.tree import Flattener, Path, spelled, type_name
+from holdfast.state.tree import Flattener, Path, said_by, spelled, type_name
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Path elements that `torch.compile` and activation checkpointing add, and no checkpoint has."""
@@ -241,11 +241,12 @@ class PartMatch:
 
 def own_state(module: nn.Module) -> dict[str, Any]:
     """What a module says of itself: parameters and buffers with their gradients, where it can."""
-    if type(module).state_dict is nn.Module.state_dict:
-        # A DTensor takes long to detach; whoever reads or fills it does so with its local one.
-        found: dict[str, Any] = module.state_dict(keep_vars=True)
-    else:
-        found = module.state_dict()
+    with torch.no_grad():
+        if type(module).state_dict is nn.Module.state_dict:
+            # A DTensor takes long to detach; whoever reads or fills it does so with its local one.
+            found: dict[str, Any] = said_by(module, keep_vars=True)
+        else:
+            found = said_by(module)
     return found
 
 

@@ -15,7 +15,7 @@ from holdfast.format.manifest import Manifest
 from holdfast.format.structure import Node
 from holdfast.state.dataloader import LoaderState
 from holdfast.state.match import Match
-from holdfast.state.model import ModelState, named_parameters
+from holdfast.state.model import ModelState, named_parameters, refuse_fsdp1
 from holdfast.state.optim import OptimizerState
 from holdfast.state.plain import Component, PlainMatch, is_object
 from holdfast.state.stateful import NoState, ObjectState, RankState
@@ -24,6 +24,7 @@ from holdfast.state.tree import (
     FlatState,
     Flattener,
     Path,
+    check_depth,
     named_twice,
     names_of,
     spelled,
@@ -52,7 +53,9 @@ class StateTree:
             )
         self._keys = names_of((), state)
         self._state, self._flat, self._others = state, flat, others
-        self._modules = list(_modules(state))
+        self._modules = list(_modules(state, ()))
+        for module in self._modules:
+            refuse_fsdp1(module)
         self._components: dict[Path, Component] = {}
         self._placed: dict[Any, list[str]] | None = None
 
@@ -178,14 +181,16 @@ def _is_component(value: Any) -> TypeGuard[Component]:
     return isinstance(value, kinds)
 
 
-def _modules(state: Mapping[str, Any]) -> Iterator[nn.Module]:
-    for value in state.values():
+def _modules(state: Mapping[Any, Any], path: Path) -> Iterator[nn.Module]:
+    for key, value in state.items():
         if isinstance(value, nn.Module):
             yield value
         elif isinstance(value, ModelState):
             yield from value.parts
         elif isinstance(value, Mapping):
-            yield from _modules(value)
+            at = (*path, str(key))
+            check_depth(at)
+            yield from _modules(value, at)
         elif isinstance(value, list | tuple):
             yield from (one for one in value if isinstance(one, nn.Module))
 

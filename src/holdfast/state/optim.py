@@ -26,6 +26,7 @@ from holdfast.state.tree import (
     Path,
     Stateful,
     holds_state,
+    said_by,
     without_numpy,
 )
 
@@ -235,7 +236,7 @@ def state_of(optimizer: Optimizer) -> dict[str, Any]:
     Raises:
         UsageError: a hook of its own has given that another form.
     """
-    state: Any = _Sharded(optimizer).state_dict() if is_zero(optimizer) else optimizer.state_dict()
+    state: Any = said_by(_Sharded(optimizer) if is_zero(optimizer) else optimizer)
     numbers = iter(range(len(parameters_of(optimizer))))
     try:
         fits = isinstance(state[STATE], Mapping) and [g["params"] for g in state[GROUPS]] == [

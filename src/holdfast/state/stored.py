@@ -252,7 +252,7 @@ def as_saved(value: Any, node: Node) -> Any:
 
 def _with_numpy(value: Any, types: Mapping[tuple[str, ...], str], at: tuple[str, ...]) -> Any:
     if at in types:
-        return getattr(np, types[at])(value)
+        return np.dtype(types[at]).type(value)
     if not any(path[: len(at)] == at for path in types):
         return value
     if type(value) in (list, tuple):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from holdfast.errors import UsageError
+from holdfast.errors import HoldfastError, UsageError
 from holdfast.format.structure import (
     ARRAY,
     FACTORIES,
@@ -183,7 +183,7 @@ class Flattener:
 
     def _mapping(self, path: Path, value: Mapping[Any, Any], *, rebuilt: bool) -> Node:
         kind, more = _kind_of(path, value)
-        _check_depth(path)
+        check_depth(path)
         children: list[tuple[Any, Node]] = []
         told = kind == "dict" and bool(value)
         before = self._num_values
@@ -197,7 +197,7 @@ class Flattener:
         return mapping_node(kind, children, **more)
 
     def _sequence(self, path: Path, value: Sequence[Any], kind: str) -> Node:
-        _check_depth(path)
+        check_depth(path)
         # A list that grows is not there when a run starts: its tensors are always made anew.
         nodes = [
             self.walk((*path, number), member, rebuilt=True) for number, member in enumerate(value)
@@ -275,10 +275,27 @@ def _kind_of(path: Path, value: Mapping[Any, Any]) -> tuple[str, dict[str, str]]
     name = "None" if factory is None else getattr(factory, "__name__", "")
     if name not in FACTORIES or (factory is not None and factory.__module__ != "builtins"):
         raise UsageError(
-            f"`{spelled(path)}` is a defaultdict of {name or factory!r}, which is code",
+            f"`{spelled(path)}` is a defaultdict of {name or repr(factory)}, which is code",
             hint=f"a defaultdict of one of these comes back: {', '.join(FACTORIES)}",
         )
     return kind, {"default": name}
+
+
+def said_by(owner: Any, **options: bool) -> Any:
+    """What an object's own `state_dict` says.
+
+    Raises:
+        UsageError: it raises, with its words.
+    """
+    try:
+        return owner.state_dict(**options)
+    except HoldfastError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"`state_dict()` of {type_name(owner)} fails: {type(error).__name__}: {error}",
+            hint="call it by yourself, outside of Holdfast, to see where",
+        ) from error
 
 
 def names_of(path: Path, value: Mapping[Any, Any]) -> dict[str, Any]:
@@ -305,7 +322,8 @@ def names_of(path: Path, value: Mapping[Any, Any]) -> dict[str, Any]:
     return names
 
 
-def _check_depth(path: Path) -> None:
+def check_depth(path: Path) -> None:
+    """Raises UsageError where containers lie in one another without an end."""
     if len(path) > DEPTH_MAX:
         raise UsageError(
             f"`{spelled(path)}` lies {len(path)} levels deep, {DEPTH_MAX} are the most",
@@ -344,7 +362,7 @@ def _without_numpy(
     path: Path, value: Any, inside: tuple[str, ...], found: list[tuple[list[str], str]]
 ) -> Any:
     if isinstance(value, np.generic):
-        name = type(value).__name__
+        name = {"U": "str", "S": "bytes"}.get(value.dtype.kind, value.dtype.name)
         if name not in NUMBERS:
             raise UsageError(
                 f"`{spelled(path)}{_inside(inside)}` is a {type_name(value)}",

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from holdfast.testing.round_trip import round_trip
+    from holdfast.testing.states import round_trip
 
 __all__ = ["round_trip"]
 
@@ -14,4 +14,4 @@ __all__ = ["round_trip"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module `holdfast.testing` has no attribute `{name}`")
-    return getattr(import_module("holdfast.testing.round_trip"), name)
+    return getattr(import_module("holdfast.testing.states"), name)

@@ -12,11 +12,13 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 import holdfast
-from holdfast.errors import MismatchError, UsageError
+from holdfast.errors import UsageError
 from holdfast.state.model import ModelState, adapted
 from holdfast.state.objects import StateTree
 from holdfast.state.optim import OptimizerState
 from holdfast.state.rng import RngState
+from holdfast.state.stateful import ObjectState, RankState
+from holdfast.state.tree import Flattener
 from processes import run_processes
 
 
@@ -64,11 +66,19 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def flat(net: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, Any]:
+    """Entries of optimizers by name, each name of an option for itself."""
+    flattener = Flattener()
+    OptimizerState([net], optimizers).flatten(flattener, ())
+    leaves = flattener.state.leaves
+    return {n: leaf.value for one, leaf in leaves.items() for n in leaf.names or [one]}
+
+
 def test_the_names_are_those_of_torchs_flattened_optimizer_state() -> None:
     """G10. Method: torch's own `get_optimizer_state_dict` with `flatten_optimizer_state_dict`,
     which is what TorchTitan writes. Torch names frozen parameters not at all: we keep theirs."""
     net, optimizer = trained(0)
-    found = OptimizerState([net], [optimizer]).state_dict()
+    found = flat(net, optimizer)
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     expected = get_optimizer_state_dict(net, optimizer, options=options)
     for name, value in expected.items():
@@ -78,28 +88,28 @@ def test_the_names_are_those_of_torchs_flattened_optimizer_state() -> None:
 
 
 def test_an_option_is_saved_once_under_the_names_of_all_its_parameters() -> None:
-    """Method: what is saved against what is loaded, name by name; a number, a tensor and a list of
-    tensors among the options; again after an option has come and a parameter has gone."""
+    """Method: numbers, texts, lists of them, each one leaf for a group; a tensor, and a list with a
+    tensor in it, by parameter; again after an option has come and a parameter has gone."""
     net, optimizer = trained(0)
     first, last = optimizer.param_groups[0], optimizer.param_groups[-1]
-    first |= {"lr": torch.tensor(0.5), "mine": [torch.ones(2), {"x": 1}]}
-    tree = StateTree({"net": net, "optimizers": {"one": OptimizerState([net], [optimizer])}})
+    first |= {"lr": torch.tensor(0.5), "mine": [torch.ones(2), {"x": 1}], "names": ["a", "b"]}
+    tree = StateTree({"net": net, "optimizer": OptimizerState([net], [optimizer])})
     for _ in range(2):
-        saved: dict[str, tuple[Any, Any]] = {}
-        shared = 0
-        for name, leaf in tree.leaves_to_save().items():
-            shared += bool(leaf.names)
-            assert not leaf.names or (name, leaf.path) == next(iter(leaf.names.items()))
-            for one, path in (leaf.names or {name: leaf.path}).items():
-                assert one not in saved
-                saved[one] = path, leaf.value
-        wanted = {name: (leaf.path, leaf.value) for name, leaf in tree.leaves().items()}
-        assert saved.keys() == wanted.keys()
-        for name, (path, value) in wanted.items():
-            assert (path, True) == (saved[name][0], same(value, saved[name][1])), name
-        assert 0 < shared < sum("param_groups" in name for name in wanted)
+        state = tree.flatten()
+        names = {n: leaf.path for one, leaf in state.leaves.items() for n in leaf.names or [one]}
+        for group in optimizer.param_groups:
+            held = [n for n, p in net.named_parameters() if any(p is q for q in group["params"])]
+            for option in group.keys() - {"params"}:
+                spelled = [f"optimizer.param_groups.{name}.{option}" for name in held]
+                if option == "mine":
+                    assert all(f"{one}.0" in names and f"{one}.1.x" in names for one in spelled)
+                else:
+                    assert all(one in names for one in spelled), option
+                if option in ("betas", "names", "eps"):
+                    leaf = state.leaves[spelled[0]]
+                    assert [*leaf.names] == spelled
         # Between two saves: another option, and another number of parameters.
-        last["more"] = last["params"].pop() is None
+        last["more"] = last["params"].pop(0) is None
 
 
 @pytest.mark.parametrize(
@@ -111,43 +121,21 @@ def test_an_option_is_saved_once_under_the_names_of_all_its_parameters() -> None
     ],
 )
 def test_an_option_whose_name_another_entry_has_is_refused(beside: dict[str, Any] | None) -> None:
-    """Method: a value, a tensor, another optimizer of the same parameters; for what is saved as for
-    what is loaded."""
+    """Method: a value, a tensor, another optimizer of the same parameters."""
     net, optimizer = trained(0)
-    beside = beside or {"a.b": OptimizerState([net], [torch.optim.SGD(net.parameters())])}
-    tree = StateTree({"a": {"b": OptimizerState([net], [optimizer])}, **beside})
-    for leaves in (tree.leaves, tree.leaves_to_save):
-        with pytest.raises(UsageError, match=r"two entries have the name `a\.b\.param_groups\."):
-            leaves()
+    beside = beside or {"a.b": torch.optim.SGD(net.parameters())}
+    tree = StateTree({"net": net, "a": {"b": optimizer}, **beside})
+    with pytest.raises(UsageError, match=r"two entries have the name `a\.b\.param_groups\."):
+        tree.flatten()
 
 
 def test_a_parameter_without_state_has_no_state_and_keeps_its_options() -> None:
     """G9. Method: frozen, and never reached by a gradient."""
     net, optimizer = trained(0)
-    found = OptimizerState([net], [optimizer]).state_dict()
+    found = flat(net, optimizer)
     assert not [name for name in found if name.startswith(("state.frozen", "state.unused"))]
     assert found["param_groups.frozen.weight.lr"] == 0.25
     assert found["param_groups.head.weight.lr"] == 0.5
-
-
-def test_a_fresh_optimizer_makes_room_for_what_is_stored_and_for_nothing_else() -> None:
-    """G6, G9. Method: an AdamW before its first step; a slot of the parameter's shape and a number;
-    what belongs to no parameter here is left alone."""
-    net = Net()
-    optimizer = torch.optim.AdamW(groups(net))
-    state = OptimizerState([net], [optimizer])
-    stored: dict[str, tuple[str, tuple[int, ...]]] = {
-        "state.head.weight.exp_avg": ("float32", (2, 4)),
-        "state.head.weight.step": ("float32", ()),
-        "state.elsewhere.exp_avg": ("float32", (2, 4)),
-    }
-    names = {"state.head.weight.exp_avg", "state.head.weight.step"}
-    assert set(state.room_for(stored)) == names
-    assert not optimizer.state, "asking changes nothing"
-    state.prepare(stored)
-    assert {n for n in state.state_dict() if n.startswith("state.")} == names
-    assert optimizer.state[net.head.weight]["exp_avg"].shape == (2, 4)
-    assert state.room_for(stored) == []
 
 
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
@@ -181,9 +169,7 @@ def test_an_optimizer_whose_parameters_nobody_names_numbers_them(tmp_path: Any) 
     other = Net()
     fresh = torch.optim.AdamW(groups(other))
     holdfast.load(tmp_path / "step-1", {"optimizer": fresh})
-    assert same(
-        OptimizerState([], [fresh]).state_dict(), OptimizerState([], [optimizer]).state_dict()
-    )
+    assert same(fresh.state_dict(), optimizer.state_dict())
     assert torch.equal(
         fresh.state[other.head.weight]["exp_avg"], optimizer.state[net.head.weight]["exp_avg"]
     )
@@ -204,7 +190,7 @@ def test_two_optimizers_of_different_parameters_are_one_state() -> None:
         torch.optim.SGD(net.head.parameters(), lr=1.0),
         torch.optim.SGD([net.unused], lr=2.0),
     ]
-    found = OptimizerState([net], both).state_dict()
+    found = flat(net, *both)
     assert found["param_groups.head.bias.lr"] == 1.0
     assert found["param_groups.unused.lr"] == 2.0
 
@@ -214,12 +200,11 @@ def names_under_ddp(rank: int, size: int) -> list[list[str]]:
     wrapped = nn.parallel.DistributedDataParallel(net)
     optimizer = torch.optim.AdamW(wrapped.parameters())
     kept, whole = adapted([wrapped])
-    optimizers = OptimizerState([wrapped], [optimizer])
     return [
         [*ModelState([wrapped]).state_dict()],
         [*whole.state_dict()],
         [*kept.state_dict()],
-        optimizers.parameter_names(),
+        [name for name in flat(wrapped, optimizer) if name.endswith(".lr")],
     ]
 
 
@@ -228,7 +213,7 @@ def test_ddp_adds_nothing_to_a_name() -> None:
     saved loads on one."""
     ((state, whole, kept, optimized),) = run_processes(1, names_under_ddp)
     assert state == whole == [*Net().state_dict()]
-    assert {*optimized} == {name for name, _ in Net().named_parameters()}
+    assert {*optimized} == {f"param_groups.{name}.lr" for name, _ in Net().named_parameters()}
     assert {*state} - {*kept} == {"frozen.weight", "frozen.bias"}
 
 
@@ -243,12 +228,6 @@ class Counter:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.count, self.inner = state_dict["count"], state_dict["inner"]
-
-
-class Optional(Counter):
-    """As `Counter`; its count may be missing from a checkpoint."""
-
-    optional = ("count",)
 
 
 def test_objects_at_any_depth_are_asked_and_given_their_state(tmp_path: Any) -> None:
@@ -266,24 +245,21 @@ def test_objects_at_any_depth_are_asked_and_given_their_state(tmp_path: Any) -> 
 
 def test_a_flat_entry_adds_its_names_to_the_top() -> None:
     """G10. Method: as TorchTitan keeps the model: no `model.` before its names."""
-    tree = StateTree({"model": nn.Linear(2, 2), "step": 7}, flat="model", others=["dataloader"])
-    assert {*tree.leaves()} == {"weight", "bias", "step"}
-    assert tree.wants(("unknown",)), "may be a parameter that the model lacks"
-    assert not tree.wants(("dataloader", "x")), "is known to be another's"
+    state = {"model": nn.Linear(2, 2), "step": 7}
+    tree = StateTree(state, flat="model", others=["dataloader"])
+    assert {*tree.flatten().leaves} == {"weight", "bias", "step"}
 
 
-def test_an_entry_that_may_be_missing_is_left_as_it_is_and_any_other_is_an_error(
-    tmp_path: Any,
-) -> None:
-    """G6. Method: a checkpoint without the count, for one object that can do without it and for
-    another that cannot."""
-    holdfast.save(tmp_path / "step-1", {"a": {"inner": {"x": 5}}})
-    lenient, strict = Optional(4, {"x": 0}), Counter(4, {"x": 0})
-    holdfast.load(tmp_path / "step-1", {"a": lenient})
-    assert (lenient.count, lenient.inner) == (4, {"x": 5})
-    with pytest.raises(MismatchError, match=r"`a\.count` is not in the checkpoint"):
-        holdfast.load(tmp_path / "step-1", {"a": strict})
-    assert (strict.count, strict.inner) == (4, {"x": 0})
+def test_a_flat_model_takes_what_no_other_part_has_for_its_own(tmp_path: Any) -> None:
+    """G6. Method: an entry that may be a parameter that the model lacks is an error; one that is
+    known to be another's is not."""
+    saved = {"weight": torch.ones(2, 2), "bias": torch.ones(2), "dataloader": {"x": 1}}
+    holdfast.save(tmp_path / "one", saved)
+    manifest = holdfast.open(tmp_path / "one").manifest
+    tree = StateTree({"model": nn.Linear(2, 2)}, flat="model", others=["dataloader"])
+    assert not tree.match(manifest).extra
+    tree = StateTree({"model": nn.Linear(2, 2)}, flat="model")
+    assert [*tree.match(manifest).extra] == ["dataloader.x"]
 
 
 def draws() -> tuple[Any, ...]:
@@ -304,16 +280,24 @@ def test_the_generators_go_on_bit_for_bit(tmp_path: Any) -> None:
     np.random.seed(3)
     random.gauss(0, 1)
     np.random.standard_normal()
-    holdfast.save(tmp_path / "step-1", {"rng": RngState(0)})
+    holdfast.save(
+        tmp_path / "step-1", {"rng": RankState(ObjectState(RngState()), 0, may_lack=True)}
+    )
     expected = draws()
     assert draws() != expected
-    holdfast.load(tmp_path / "step-1", {"rng": RngState(0)})
+    holdfast.load(
+        tmp_path / "step-1", {"rng": RankState(ObjectState(RngState()), 0, may_lack=True)}
+    )
     assert draws() == expected
 
 
 def test_a_rank_that_was_not_there_keeps_its_own_generators(tmp_path: Any) -> None:
     """G9. Method: rank 3 loads what rank 0 alone has saved; nothing is drawn twice."""
-    holdfast.save(tmp_path / "step-1", {"rng": RngState(0)})
+    holdfast.save(
+        tmp_path / "step-1", {"rng": RankState(ObjectState(RngState()), 0, may_lack=True)}
+    )
     before = torch.get_rng_state()
-    holdfast.load(tmp_path / "step-1", {"rng": RngState(3)})
+    holdfast.load(
+        tmp_path / "step-1", {"rng": RankState(ObjectState(RngState()), 3, may_lack=True)}
+    )
     assert torch.equal(torch.get_rng_state(), before)

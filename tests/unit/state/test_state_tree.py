@@ -1,18 +1,24 @@
-"""Nested state as flat names: those of stock DCP."""
+"""Nested state as flat names, those of stock DCP, and the structure that they do not tell."""
 
 from __future__ import annotations
 
-import copy
+import enum
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
-from holdfast.errors import UsageError
-from holdfast.state.tree import Leaf, flatten, place
+import holdfast
+from holdfast.errors import FormatError, HoldfastError, UsageError
+from holdfast.format.structure import check_node
+from holdfast.state.same import differences, same
+from holdfast.state.tree import Leaf, flatten
 
 KEYS = st.sampled_from(["a", "b", "a.b", "0", "", "weight", "exp_avg"]) | st.integers(0, 2)
 LEAVES = st.builds(lambda: torch.zeros(1)) | st.none() | st.integers() | st.text(max_size=3)
@@ -54,41 +60,11 @@ def test_names_paths_and_leaves_are_those_of_stock_dcp(state: dict[Any, Any]) ->
         with pytest.raises(UsageError, match="two entries have the name"):
             flatten(state)
         return
-    found = flatten(state)
+    found = flatten(state).leaves
     assert [*found] == [*expected]
     for name, leaf in found.items():
         assert leaf.value is expected[name]
         assert leaf.path == paths[name]
-
-
-@given(STATES)
-def test_a_value_is_put_back_where_it_was_found(state: dict[Any, Any]) -> None:
-    """G6. Method: every leaf of a copy replaced by a tensor of its own, then all found again."""
-    try:
-        leaves = flatten(state)
-    except UsageError:
-        return
-    target = copy.deepcopy(state)
-    marks = {name: torch.tensor(number) for number, name in enumerate(leaves)}
-    for name, leaf in leaves.items():
-        place(target, leaf.path, marks[name])
-    again = flatten(target)
-    assert [*again] == [*leaves]
-    assert all(leaf.value is marks[name] for name, leaf in again.items())
-
-
-def test_an_object_may_be_opened_into_a_dict_and_is_then_entered() -> None:
-    """Method: an object at a depth; its path is given to the one who opens."""
-    marker = object()
-    seen = []
-
-    def opened(path: tuple[str | int, ...], value: Any) -> Any:
-        seen.append(path)
-        return {"x": 1} if value is marker else value
-
-    found = flatten({"a": {"b": marker}, "c": 2}, opened=opened)
-    assert {name: leaf.value for name, leaf in found.items()} == {"a.b.x": 1, "c": 2}
-    assert ("a", "b") in seen
 
 
 def test_two_entries_of_one_name_are_refused_with_both_paths() -> None:
@@ -102,6 +78,338 @@ def test_two_entries_of_one_name_are_refused_with_both_paths() -> None:
 def test_a_leaf_keeps_the_very_object() -> None:
     """Method: identity; a tensor is not copied."""
     tensor = torch.zeros(3)
-    leaf = flatten({"w": tensor})["w"]
+    leaf = flatten({"w": tensor}).leaves["w"]
     assert isinstance(leaf, Leaf)
     assert leaf.value is tensor
+
+
+def test_structure_is_kept_where_names_do_not_tell_and_nowhere_else() -> None:
+    """Method: dicts of tensors, as models have them, need none; types, order, what is empty do."""
+    told = {"model": {"w": torch.ones(1), "b": [torch.ones(1), {"x": torch.ones(1)}]}, "step": 3}
+    assert flatten(told).structure == {}
+    found = flatten({"o": OrderedDict(b=1, a=2), "k": {1: torch.ones(1)}, "e": {"x": {}}})
+    assert found.structure == {
+        ("o",): {"OrderedDict": {"b": None, "a": None}},
+        ("k",): {"dict": [["1", None]]},
+        ("e",): {"dict": {"x": {"dict": {}}}},
+    }
+
+
+class Kept:
+    """An object of any state."""
+
+    def __init__(self, state: Any = None) -> None:
+        self.state = state
+
+    def state_dict(self) -> Any:
+        return self.state
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.state = state_dict
+
+
+WHOLE: dict[str, Any] = {
+    "int keys": {0: torch.ones(2), 10: {"x": 1}, -1: None},
+    "mixed keys": {1: "a", "b": 2, None: 3, (1, "x"): 4, 2.5: 5, b"k": 6, False: 7},
+    "ordered": OrderedDict([("z", 1), ("a", torch.ones(1)), ("m", OrderedDict())]),
+    "counter": Counter({3: 2, "a": 1}),
+    "defaultdict": defaultdict(list, {3: [1], "t": [torch.ones(2)]}),
+    "empties": {"a": {}, "b": [], "c": (), "d": [{}], "e": [[]], "f": {"g": {"h": {}}}},
+    "tuples": (1, (torch.ones(2), [torch.zeros(1)]), {"k": (2, 3)}),
+    "rows": [{"i": n, "x": torch.full((n,), float(n))} for n in range(4)],
+    "numpy": {
+        "array": np.arange(6, dtype=np.uint16).reshape(2, 3),
+        "strided": np.arange(6)[::2],
+        "zero": np.array(3.5),
+        "scalars": [np.float32(0.1), np.int64(-3), np.bool_(1), 7],
+        "deep": {"t": (np.float64(2.5), [np.uint8(3)], {1: np.float32(4)})},
+        "list": [np.ones(2), torch.ones(2)],
+    },
+    "numbers": [-0.0, float("nan"), float("inf"), 2**70, -(2**63), 1j, True, None],
+    "bytes and text": {"b": b"\x00\xff", "s": "ümlaut", "set": {1, 2}, "r": "a\nb"},
+    "torch values": {"dtype": torch.float16, "size": torch.Size([1, 2])},
+    "dtypes": [
+        torch.ones(2, dtype=dtype)
+        for dtype in (torch.bool, torch.uint8, torch.bfloat16, torch.complex64, torch.float8_e4m3fn)
+    ],
+    "no elements": {"a": torch.ones(0, 3), "b": torch.ones(())},
+}
+
+
+@pytest.mark.parametrize("state", WHOLE.values(), ids=WHOLE)
+def test_the_state_of_an_object_comes_back_as_it_was(state: Any, tmp_path: Path) -> None:
+    """G15. Method: types of containers, keys and numbers, order, every bit; handed to an object
+    that is fresh; by itself, and as a part of another state; saved in the background too."""
+    holdfast.save(tmp_path / "one", {"a": Kept(state), "b": Kept({"deep": [state]})})
+    one, two = Kept(), Kept()
+    holdfast.load(tmp_path / "one", {"a": one, "b": two})
+    assert [*differences(state, one.state)] == []
+    assert same({"deep": [state]}, two.state)
+    if isinstance(state, dict):
+        assert list(state) == list(one.state), "order"
+    holdfast.testing.round_trip({"model": torch.nn.Linear(1, 1), "a": Kept(state)})
+
+
+def test_plain_state_is_replaced_by_what_was_saved(tmp_path: Path) -> None:
+    """G15. Method: lists that have grown and shrunk, None that has become a dict, an empty dict
+    that has filled, numbers, texts; dicts of tensors are filled where they are."""
+    saved = {
+        "rows": [{"i": 1, "x": torch.ones(2)}, {"i": 2, "x": torch.ones(3)}],
+        "fewer": [1],
+        "last": {"epoch": 4, 3: "x"},
+        "history": {"loss": [0.5, np.float32(0.25)]},
+        "tensors": {"a": torch.ones(2), "b": [torch.ones(1)]},
+        "number": np.int64(7),
+        "gone": None,
+    }
+    holdfast.save(tmp_path / "one", saved)
+    tensor = torch.zeros(2)
+    target: dict[str, Any] = {
+        "rows": [],
+        "fewer": [1, 2, {"a": 3}],
+        "last": None,
+        "history": {},
+        "tensors": {"a": tensor, "b": [torch.zeros(1)]},
+        "number": 0,
+        "gone": {"was": 1},
+    }
+    holdfast.load(tmp_path / "one", target)
+    assert [*differences(saved, target)] == []
+    assert target["tensors"]["a"] is tensor, "in place"
+
+
+class Colour(enum.Enum):
+    """No value of Python's own."""
+
+    RED = 1
+
+
+class MyDict(dict[str, int]):
+    """A dict of a class of one's own."""
+
+
+class MyTensor(torch.Tensor):
+    """A tensor of a class of one's own that does not say what its elements are."""
+
+
+Point = namedtuple("Point", "x y")
+
+REFUSED: dict[str, Any] = {
+    "enum": ({"a": [1, Colour.RED]}, r"`state\.a\[1\]` is a .*Colour"),
+    "deque": ({"d": deque([1])}, r"`state\.d` is a collections\.deque"),
+    "named tuple": ({"p": Point(1, 2)}, r"`state\.p` is a .*Point"),
+    "a dict of its own": ({"m": MyDict(a=1)}, r"`state\.m` is a .*MyDict"),
+    "path": ({"p": (1, {"x": Path("/")})}, r"`state\.p\[1\]\['x'\]` is a pathlib"),
+    "function": ({"f": len}, r"`state\.f` is a builtin_function"),
+    "a key of its own": ({Colour.RED: 1}, r"has the key <Colour\.RED"),
+    "a default of its own": ({"d": defaultdict(Kept)}, r"defaultdict of Kept"),
+    "alike": ({1: 2, "1": 3}, r"two keys of `state` are spelled alike"),
+    "numpy text": ({"a": np.array(["x"])}, r"`state\.a` is a numpy array of <U1"),
+    "numpy time": ({"a": [np.datetime64("2020-01-01")]}, r"`state\.a\[0\]` is a numpy\.datetime64"),
+    "tensor class": ({"t": torch.ones(1).as_subclass(MyTensor)}, r"`state\.t` is a .*MyTensor"),
+    "sparse": ({"t": torch.eye(2).to_sparse()}, r"`state\.t`"),
+    "meta": ({"t": torch.ones(1, device="meta")}, r"`state\.t`"),
+}
+
+
+@pytest.mark.parametrize(("state", "said"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("mode", ["save", "disabled", "async", "async_with_pinned_mem"])
+def test_what_would_not_come_back_is_refused_by_name(
+    state: Any, said: str, mode: str, tmp_path: Path
+) -> None:
+    """G15. Method: in every mode alike, before a byte is written."""
+    with pytest.raises(UsageError, match=said) as refused:
+        holdfast.testing.round_trip(
+            {"model": torch.nn.Linear(1, 1), "state": Kept(state)},
+            fresh={"model": torch.nn.Linear(1, 1), "state": Kept()},
+            modes=(mode,),
+        )
+    assert "unexpected" not in str(refused.value)
+    assert refused.value.hint
+    with pytest.raises(UsageError):
+        holdfast.save(tmp_path / "one", {"state": Kept(state)})
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_a_state_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    """G15. Method: a dict and a list; the error comes at a bounded depth."""
+    endless: dict[str, Any] = {"x": torch.ones(1)}
+    endless["me"] = endless
+    members: list[Any] = [torch.ones(1)]
+    members.append(members)
+    for state in (endless, members):
+        with pytest.raises(UsageError, match=r"holds itself|levels deep"):
+            holdfast.save(tmp_path / "one", {"a": state})
+
+
+def test_an_object_that_cannot_take_its_state_says_so(tmp_path: Path) -> None:
+    """G15. Method: an error of its own; the name and its words are in the message."""
+
+    class Picky(Kept):
+        def load_state_dict(self, state_dict: Any) -> None:
+            raise KeyError(f"no {state_dict}")
+
+    holdfast.save(tmp_path / "one", {"a": Kept({"x": 1})})
+    with pytest.raises(HoldfastError, match=r"as `a`: KeyError") as refused:
+        holdfast.load(tmp_path / "one", {"a": Picky()})
+    assert "Picky" in str(refused.value)
+
+
+def test_tensors_of_a_class_of_their_own_need_to_be_known_where_none_is_there(
+    tmp_path: Path,
+) -> None:
+    """G8, G15. Method: a checkpoint must not choose the code that is run: the class is one that
+    the process has declared, or that of the tensor in whose place it is read."""
+    with pytest.raises(UsageError, match=r"add_safe_globals\(\[Scaled\]\)"):
+        holdfast.save(tmp_path / "no", {"a": Kept({"t": scaled(1.0)})})
+    holdfast.save(tmp_path / "in place", {"t": scaled(3.0)})
+    target = {"t": scaled(0.0)}
+    holdfast.load(tmp_path / "in place", target)
+    assert target["t"].scale == 3.0
+    with torch.serialization.safe_globals([Scaled]):
+        holdfast.save(tmp_path / "yes", {"a": Kept({"t": scaled(5.0)})})
+        one = Kept()
+        holdfast.load(tmp_path / "yes", {"a": one})
+        assert type(one.state["t"]) is Scaled
+        assert one.state["t"].scale == 5.0
+    with pytest.raises(HoldfastError, match="not declared"):
+        holdfast.load(tmp_path / "yes", {"a": Kept()})
+
+
+class Scaled(torch.Tensor):
+    """Holds its elements as whole numbers and a factor."""
+
+    data8: torch.Tensor
+    scale: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, data: torch.Tensor, scale: torch.Tensor) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.float32)
+
+    def __init__(self, data: torch.Tensor, scale: torch.Tensor) -> None:
+        self.data8, self.scale = data, scale
+
+    def __tensor_flatten__(self) -> Any:
+        return ["data8", "scale"], {"bits": 8}
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: Any, _: Any, __: Any, ___: Any) -> Scaled:
+        return cls(inner["data8"], inner["scale"])
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        def plain(one: Any) -> Any:
+            return one.data8.float() * one.scale if isinstance(one, Scaled) else one
+
+        return func(*map(plain, args), **{k: plain(v) for k, v in (kwargs or {}).items()})
+
+
+def scaled(factor: float) -> Scaled:
+    return Scaled(torch.arange(4, dtype=torch.int8), torch.tensor(factor))
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async", "async_with_pinned_mem"])
+def test_a_buffer_of_a_tensor_class_comes_back_in_every_mode(mode: Any, tmp_path: Path) -> None:
+    """G15. Method: changed after the save has returned; the class, and what it holds."""
+
+    def made(factor: float) -> torch.nn.Module:
+        model = torch.nn.Linear(2, 2)
+        model.register_buffer("table", scaled(factor))
+        return model
+
+    config = holdfast.CheckpointConfig(enable=True, interval=1, async_mode=mode, stop_signals=())
+    one, two = made(3.0), made(0.0)
+    with holdfast.CheckpointManager(tmp_path, model=one, config=config) as manager:
+        manager.save(1)
+        manager.wait_for_staging()
+        one.get_buffer("table").scale.fill_(9.0)  # type: ignore[attr-defined]
+    with holdfast.CheckpointManager(tmp_path, model=two, config=config) as manager:
+        manager.load()
+    table: Any = two.get_buffer("table")
+    assert type(table) is Scaled
+    assert table.scale == 3.0
+
+
+@pytest.mark.parametrize("context", ["meta", "default dtype", "inference", "no_grad"])
+def test_settings_of_the_caller_change_nothing(context: str, tmp_path: Path) -> None:
+    """G15. Method: saved and loaded inside of each; the state can be trained afterwards."""
+    contexts: dict[str, Any] = {
+        "meta": lambda: torch.device("meta"),
+        "inference": torch.inference_mode,
+        "no_grad": torch.no_grad,
+        "default dtype": torch.no_grad,
+    }
+    entered = contexts[context]()
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    fresh = torch.nn.Linear(2, 2)
+    again = torch.optim.AdamW(fresh.parameters())
+    before = torch.get_default_dtype()
+    state = {"model": model, "optimizer": optimizer, "a": Kept({"x": [torch.ones(2), 1.5]})}
+    kept = Kept()
+    try:
+        if context == "default dtype":
+            torch.set_default_dtype(torch.float64)
+        with entered:
+            holdfast.save(tmp_path / "one", state)
+            holdfast.load(tmp_path / "one", {"model": fresh, "optimizer": again, "a": kept})
+            read = holdfast.open(tmp_path / "one").read("model.weight")
+    finally:
+        torch.set_default_dtype(before)
+    assert same(optimizer.state_dict(), again.state_dict())
+    assert same(kept.state, {"x": [torch.ones(2), 1.5]})
+    assert torch.equal(read, model.weight)
+    loss: Any = fresh(torch.ones(1, 2)).sum()
+    loss.backward()
+    again.step()
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        3,
+        [],
+        {},
+        {"set": []},
+        {"dict": [["[1]", None]]},
+        {"dict": [["1", None], ["1", None]]},
+        {"dict": [[1, None]]},
+        {"list": {"a": None}},
+        {"defaultdict": {}, "default": "exec"},
+        {"numbers": [[["0"], "object_"]]},
+        {"tensor": {"like": 3}},
+        {"subclass": {"class": "x", "inner": {}, "size": ["a"], "stride": []}},
+        {"dict": [["__import__('os')", None]]},
+        {"dict": [["(" * 300, None]]},
+    ],
+)
+def test_a_structure_that_is_none_is_refused(node: Any) -> None:
+    """G8. Method: what a stranger's manifest may state; nothing of it is run."""
+    with pytest.raises((ValueError, LookupError, TypeError)):
+        check_node(node)
+
+
+def test_a_structure_of_too_many_levels_is_refused() -> None:
+    """G8. Method: lists inside lists."""
+    node: Any = None
+    for _ in range(500):
+        node = {"list": [node]}
+    with pytest.raises(ValueError, match="levels"):
+        check_node(node)
+
+
+def test_a_structure_without_its_entries_is_refused(tmp_path: Path) -> None:
+    """G8. Method: a manifest whose structure names what is not there."""
+    from dataclasses import replace
+
+    from holdfast.state.objects import StateTree
+
+    holdfast.save(tmp_path / "one", {"a": Kept([{"x": torch.ones(1)}])})
+    manifest = holdfast.open(tmp_path / "one").manifest
+    wrong = replace(manifest, structure={("a",): {"list": [None, None]}})
+    with pytest.raises(FormatError, match="does not hold it"):
+        StateTree({"a": Kept()}).match(wrong)

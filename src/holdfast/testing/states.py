@@ -133,10 +133,18 @@ def _is_other(value: Any) -> bool:
 def _said(value: Any) -> Any:
     """What a state says of itself, as it is now."""
     if isinstance(value, nn.Module):
-        return copy.deepcopy(dict(own_state(value)))
+        return _copied(dict(own_state(value)))
     if isinstance(value, Optimizer) and is_by_parameter(value):
-        return copy.deepcopy(state_of(value))
-    return copy.deepcopy(value.state_dict() if is_object(value) else value)
+        return _copied(state_of(value))
+    return _copied(value.state_dict() if is_object(value) else value)
+
+
+def _copied(state: Any) -> Any:
+    try:
+        return copy.deepcopy(state)
+    except (RuntimeError, TypeError, AttributeError):
+        # Of a class that has no copies; a save refuses it, or shows that it did not change.
+        return state
 
 
 def _found(value: Any) -> Any:

@@ -1,0 +1,303 @@
+"""States that lie over ranks: optimizers of every kind, models in every wrapper, loaders."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+import holdfast
+from holdfast.errors import UsageError
+from processes import run_processes
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
+
+
+class Joined(Optimizer):
+    """Keeps others inside, and gives their state by the numbers of their parameters."""
+
+    def __init__(self, *inner: Optimizer) -> None:
+        self.inner = inner
+        super().__init__([p for o in inner for g in o.param_groups for p in g["params"]], {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for one in self.inner:
+            one.step(closure)
+
+    def state_dict(self) -> Any:
+        return {str(number): one.state_dict() for number, one in enumerate(self.inner)}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        for number, one in enumerate(self.inner):
+            one.load_state_dict(state_dict[str(number)])
+
+
+class Container(Optimizer):
+    """As TorchTitan has it: torch's flattened state dict, by the names of the parameters."""
+
+    def __init__(self, part: nn.Module) -> None:
+        self.part = part
+        self.inner = torch.optim.AdamW(part.parameters(), lr=0.01)
+        super().__init__(list(part.parameters()), {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.inner.step(closure)
+
+    def state_dict(self) -> Any:
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        return get_optimizer_state_dict(self.part, self.inner, options=options)
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        set_optimizer_state_dict(self.part, self.inner, state_dict, options=options)
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": lambda m: torch.optim.AdamW(m.parameters(), lr=0.01),
+    "joined": lambda m: Joined(
+        torch.optim.AdamW([p for p in m.parameters() if p.ndim == 2], lr=0.01),
+        torch.optim.SGD([p for p in m.parameters() if p.ndim != 2], lr=0.1, momentum=0.9),
+    ),
+    "container": Container,
+    "zero": lambda m: zero(m),
+}
+
+
+def zero(part: nn.Module) -> Any:
+    """Torch's optimizer that shares out its state."""
+    cls = import_module("torch.distributed.optim").ZeroRedundancyOptimizer
+    return cls(part.parameters(), optimizer_class=torch.optim.AdamW, lr=0.01)
+
+
+def train(
+    rank: int, size: int, folder: str, until: int, kind: str, wrapper: str, mode: str
+) -> dict[str, Any]:
+    """Train by so many ranks up to a step, from what is in the folder; the weights, whole."""
+    net: Any = model()
+    net = fully_shard(net) if wrapper == "fsdp2" else DistributedDataParallel(net)
+    optimizer = OPTIMIZERS[kind](net)
+    config = holdfast.CheckpointConfig(
+        enable=True,
+        interval=1,
+        last_save_model_only=False,
+        async_mode=mode,  # type: ignore[arg-type]
+        stop_signals=(),
+    )
+    with holdfast.CheckpointManager(
+        folder, model=net, optimizers=optimizer, config=config
+    ) as manager:
+        for step in range(manager.load() + 1, until + 1):
+            # The same samples whatever the number of ranks: those of a rank are its share.
+            batch = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+            share = batch.chunk(size)[rank]
+            optimizer.zero_grad()
+            (net(share) - share.flip(0)).square().mean().backward()
+            optimizer.step()
+            manager.save(step)
+    whole = {
+        name: value.full_tensor() if isinstance(value, DTensor) else value
+        for name, value in net.named_parameters()
+    }
+    return {name: value.detach().clone() for name, value in whole.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrapper"),
+    [
+        *(("adamw", "fsdp2"), ("joined", "fsdp2"), ("container", "fsdp2")),
+        *(("joined", "ddp"), ("container", "ddp"), ("zero", "ddp")),
+    ],
+)
+@pytest.mark.parametrize("mode", ["disabled", "async_with_pinned_mem"])
+def test_optimizers_over_ranks_go_on_bit_for_bit(
+    kind: str, wrapper: str, mode: str, tmp_path: Path
+) -> None:
+    """G9, G15. Method: two ranks, two steps, started anew, two more: the bits of four at once."""
+    whole = run_processes(2, train, str(tmp_path / "whole"), 4, kind, wrapper, mode)
+    run_processes(2, train, str(tmp_path / "halves"), 2, kind, wrapper, mode)
+    halves = run_processes(2, train, str(tmp_path / "halves"), 4, kind, wrapper, mode)
+    for name, value in whole[0].items():
+        assert torch.equal(value, halves[0][name]), name
+        assert torch.equal(value, halves[1][name]), name
+
+
+def moments(rank: int, size: int, folder: str, kind: str, wrapper: str) -> list[torch.Tensor]:
+    """Load by so many ranks; every moment, whole."""
+    net: Any = model()
+    net = fully_shard(net) if wrapper == "fsdp2" else DistributedDataParallel(net)
+    optimizer = OPTIMIZERS[kind](net)
+    config = holdfast.CheckpointConfig(enable=True, load_only=True)
+    manager = holdfast.CheckpointManager(folder, model=net, optimizers=optimizer, config=config)
+    assert manager.load() == 2
+    manager.close()
+    inner = [*getattr(optimizer, "inner", [optimizer])] if kind == "joined" else [optimizer]
+    if kind == "zero":
+        inner = [optimizer.optim]
+    found = []
+    for one in inner:
+        for slots in one.state.values():
+            for value in slots.values():
+                whole = value.full_tensor() if isinstance(value, DTensor) else value
+                found.append(whole.clone())
+    return found
+
+
+@pytest.mark.parametrize(("kind", "wrapper"), [("joined", "fsdp2"), ("zero", "ddp")])
+def test_optimizers_of_two_ranks_are_loaded_by_one(kind: str, wrapper: str, tmp_path: Path) -> None:
+    """G9, G15. Method: moments that lie over two ranks, or that two ranks share out, on one."""
+    run_processes(2, train, str(tmp_path), 2, kind, wrapper, "disabled")
+    by_two = run_processes(2, moments, str(tmp_path), kind, wrapper)
+    (by_one,) = run_processes(1, moments, str(tmp_path), kind, wrapper)
+    if kind == "zero":
+        by_two = [[*by_two[0], *by_two[1]]]
+    key = lambda one: (one.shape, one.sum().item())  # noqa: E731
+    assert len(by_one) == len(by_two[0]) > 0
+    for one, two in zip(sorted(by_one, key=key), sorted(by_two[0], key=key), strict=True):
+        assert torch.equal(one, two)
+
+
+def refused_fsdp1(rank: int, size: int, folder: str) -> list[str]:
+    fsdp1: Any = import_module("torch.distributed.fsdp").FullyShardedDataParallel
+    said = []
+    for more in ({}, {"use_orig_params": True}):
+        part = fsdp1(nn.Linear(4, 4), device_id=torch.device("cpu"), **more)
+        net = nn.Sequential(nn.Linear(4, 4), part)
+        for call in (
+            lambda net=net: holdfast.CheckpointManager(folder, model=net),
+            lambda net=net: holdfast.save(f"{folder}/one", {"model": net}),
+            lambda net=net: holdfast.load(f"{folder}/one", {"model": net}),
+        ):
+            with pytest.raises(UsageError) as refused:
+                call()
+            said.append(str(refused.value))
+    return said
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fsdp1_is_refused_at_once_with_the_way_on(tmp_path: Path) -> None:
+    """G15. Method: flat and original parameters, inside of another module; manager, save, load."""
+    for said in run_processes(2, refused_fsdp1, str(tmp_path)):
+        assert len(said) == 6
+        for line in said:
+            assert "`1` is wrapped by FullyShardedDataParallel" in line
+            assert "fully_shard" in line
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------ dropout, loaders, and a kill
+
+
+class Rows:
+    """A map-style dataset."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return torch.full((8,), float(number))
+
+
+class Stream(torch.utils.data.IterableDataset[torch.Tensor]):
+    """An iterable one that says where it is, with a buffer that it draws from."""
+
+    def __init__(self) -> None:
+        self.at, self.buffer = 0, [torch.full((8,), -1.0)]
+
+    def __iter__(self) -> Any:
+        while self.at < 24:
+            self.buffer.append(torch.full((8,), float(self.at)))
+            self.at += 1
+            if len(self.buffer) > 3:
+                yield self.buffer.pop(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at, "buffer": self.buffer}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.at, self.buffer = state_dict["at"], state_dict["buffer"]
+
+
+def loader_of(kind: str, workers: int, rank: int, size: int) -> Any:
+    stateful: Any = import_module("torchdata.stateful_dataloader").StatefulDataLoader
+    more = {"multiprocessing_context": "fork"} if workers else {}
+    if kind == "iterable":
+        return stateful(Stream(), batch_size=2, num_workers=workers, **more)
+    return stateful(Rows(), batch_size=2, shuffle=True, num_workers=workers, **more)
+
+
+def train_on_loader(
+    rank: int, size: int, folder: str, until: int, wrapper: str, kind: str, workers: int
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Train with dropout over several epochs of a loader; the weights, and the samples seen."""
+    torch.manual_seed(7 + rank)
+    net: Any = nn.Sequential(nn.Linear(8, 12), nn.Dropout(0.5), nn.Linear(12, 8))
+    if wrapper == "fsdp2":
+        net = fully_shard(net)
+    elif wrapper == "ddp":
+        net = DistributedDataParallel(net)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    loader = loader_of(kind, workers, rank, size)
+    config = holdfast.CheckpointConfig(
+        enable=True, interval=1, last_save_model_only=False, stop_signals=()
+    )
+    seen: list[float] = []
+    with holdfast.CheckpointManager(
+        folder, model=net, optimizers=optimizer, dataloader=loader, config=config
+    ) as manager:
+        step = manager.load()
+        while step < until:
+            for batch in loader:
+                seen.append(float(batch.sum()))
+                optimizer.zero_grad()
+                (net(batch / 24) - batch / 24).square().mean().backward()
+                optimizer.step()
+                step += 1
+                manager.save(step)
+                if step == until:
+                    break
+    weights = {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+        for name, value in net.named_parameters()
+    }
+    return weights, seen
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["map", "iterable"])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("wrapper", ["none", "ddp", "fsdp2"])
+def test_dropout_and_a_stateful_loader_go_on_bit_for_bit(
+    wrapper: str, workers: int, kind: str, tmp_path: Path
+) -> None:
+    """G9. Method: stopped in the middle of an epoch, and at its end; started anew. The samples, and
+    the bits, are those of a run that was not stopped."""
+    pytest.importorskip("torchdata")
+    size, more = (1 if wrapper == "none" else 2), (wrapper, kind, workers)
+    whole = run_processes(size, train_on_loader, str(tmp_path / "whole"), 17, *more)
+    seen: list[list[float]] = [[] for _ in range(size)]
+    for until in (5, 12, 17):
+        parts = run_processes(size, train_on_loader, str(tmp_path / "parts"), until, *more)
+        for rank, (_, samples) in enumerate(parts):
+            seen[rank] += samples
+    for rank in range(size):
+        assert seen[rank] == whole[rank][1]
+        for name, value in whole[rank][0].items():
+            assert torch.equal(value, parts[rank][0][name]), name
+    assert dist.is_available()
