@@ -218,9 +218,11 @@ class Stream(torch.utils.data.IterableDataset[torch.Tensor]):
     """An iterable one that says where it is, with a buffer that it draws from."""
 
     def __init__(self) -> None:
-        self.at, self.buffer = 0, [torch.full((8,), -1.0)]
+        self.at, self.buffer = 24, list[torch.Tensor]()
 
     def __iter__(self) -> Any:
+        if self.at == 24:
+            self.at, self.buffer = 0, [torch.full((8,), -1.0)]
         while self.at < 24:
             self.buffer.append(torch.full((8,), float(self.at)))
             self.at += 1
@@ -228,7 +230,7 @@ class Stream(torch.utils.data.IterableDataset[torch.Tensor]):
                 yield self.buffer.pop(0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"at": self.at, "buffer": self.buffer}
+        return {"at": self.at, "buffer": [*self.buffer]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.at, self.buffer = state_dict["at"], state_dict["buffer"]
