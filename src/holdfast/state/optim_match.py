@@ -126,13 +126,14 @@ class OptimizerMatch:
     def _match_optimizer(self, optimizer: Optimizer, number: int, found: Found) -> None:
         names, parameters = self._names[number], _parameters(optimizer)
         state: dict[Any, Made] = {}
+        groups_of = [group for group in optimizer.param_groups for _ in group["params"]]
         for index, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
             if not _is_stepped_here(optimizer, parameter):
                 continue
             known = name in found.slots or name in found.whole or name in found.options
             if not known and not found.groups and parameter.requires_grad:
                 self._match.missing(f"{self._name}.{STATE}.{name}")
-            made = self._match_state(optimizer, name, parameter, found)
+            made = self._match_state(optimizer, name, parameter, groups_of[index], found)
             if made is not None:
                 state[index] = made
         groups = self._match_groups(optimizer, number, names, found)
@@ -152,7 +153,12 @@ class OptimizerMatch:
     # ---------------------------------------------------------------------------------- the slots
 
     def _match_state(
-        self, optimizer: Optimizer, name: str, parameter: torch.Tensor, found: Found
+        self,
+        optimizer: Optimizer,
+        name: str,
+        parameter: torch.Tensor,
+        group: Mapping[str, Any],
+        found: Found,
     ) -> Made | None:
         """What makes the state of one parameter; None where it has none."""
         if name in found.whole:
@@ -160,14 +166,16 @@ class OptimizerMatch:
         if name not in found.slots:
             return None
         live = optimizer.state.get(parameter, {})
+        # Optimizers with these options keep their step count on the parameter's device.
+        on_device = bool(group.get("fused") or group.get("capturable"))
         made = {
-            slot: self._match_slot(optimizer, branch, parameter, live.get(slot))
+            slot: self._match_slot(branch, parameter, live.get(slot), on_device=on_device)
             for slot, branch in found.slots[name].items()
         }
         return lambda values: {slot: one(values) for slot, one in made.items()}
 
     def _match_slot(
-        self, optimizer: Optimizer, branch: Branch, parameter: torch.Tensor, live: Any
+        self, branch: Branch, parameter: torch.Tensor, live: Any, *, on_device: bool
     ) -> Made:
         entry = self._match.stored.tensor(branch.name or "")
         node = self._match.stored.node(branch.path)
@@ -183,9 +191,6 @@ class OptimizerMatch:
             # Its own memory is filled: what is there may be half of a GPU's.
             self._match.fill(branch.name, live)
             return lambda _: live
-        on_device = bool(_group_of(optimizer, parameter).get("fused")) or bool(
-            _group_of(optimizer, parameter).get("capturable")
-        )
         return self._made(branch, parameter, on_device=on_device)
 
     def _made(self, branch: Branch, parameter: torch.Tensor, *, on_device: bool = False) -> Made:
@@ -362,13 +367,6 @@ def _exact(handed: Any, live: Any) -> Any:
 
 def _parameters(optimizer: Optimizer) -> list[torch.Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _group_of(optimizer: Optimizer, parameter: torch.Tensor) -> Mapping[str, Any]:
-    for group in optimizer.param_groups:
-        if any(one is parameter for one in group["params"]):
-            return group
-    return {}
 
 
 def _is_stepped_here(optimizer: Any, parameter: torch.Tensor) -> bool:
