@@ -204,6 +204,7 @@ def ours(size: int, state: FlatState, own: set[str]) -> Figures:
                 receipt_of(pending.image),
                 index=pending.index,
                 facts=pending.facts,
+                replicas=pending.replicas,
                 catalog=catalog,
                 ranks=ranks,
             )

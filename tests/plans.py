@@ -10,6 +10,7 @@ import torch
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.engine.commit import commit
+from holdfast.engine.digests import Replicas
 from holdfast.engine.index import Index, columns
 from holdfast.engine.plan import Placed, Plan, TensorOffer
 from holdfast.engine.publish import Facts
@@ -46,7 +47,15 @@ def save_by_plan(
             lambda item: host_windows(box_of(tensors[item.name], item.region), item.dtype),
         )
         facts = Facts(1, "full", {}, {})
-        commit(attempt, receipt, index=index, facts=facts, catalog=catalog, ranks=ranks)
+        commit(
+            attempt,
+            receipt,
+            index=index,
+            facts=facts,
+            replicas=Replicas([], {}),
+            catalog=catalog,
+            ranks=ranks,
+        )
 
     run_ranks(size, work)
 

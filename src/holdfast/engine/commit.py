@@ -7,12 +7,15 @@ from contextlib import suppress
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.engine.collector import collector_at_rest
+from holdfast.engine.digests import Group, Replicas, groups_that_differ, names_that_differ
 from holdfast.engine.index import Index
 from holdfast.engine.publish import Facts, publish
 from holdfast.engine.ranks import Ranks, conclude
 from holdfast.engine.write import Receipt
-from holdfast.errors import HoldfastError
+from holdfast.errors import HoldfastError, MismatchError
 from holdfast.format.names import Aside
+
+_LISTED_MAX = 20
 
 
 def commit(
@@ -21,6 +24,7 @@ def commit(
     *,
     index: Index | None,
     facts: Facts,
+    replicas: Replicas,
     catalog: Catalog,
     ranks: Ranks,
 ) -> int:
@@ -28,24 +32,49 @@ def commit(
 
     Collective: every rank calls this once, also one that failed to write: it passes its error in
     place of its receipt. No rank returns before the checkpoint exists; if it cannot, every rank
-    raises, and nothing is left of the attempt.
+    raises, and nothing is left of the attempt. One in which ranks differ in what they should hold
+    alike is not published.
 
     `index` is what the plan decides, on rank 0.
     """
 
-    def finish(receipts: Sequence[Receipt]) -> int:
+    def finish(everyone: Sequence[tuple[Receipt, dict[Group, int]]]) -> int | list[Group]:
+        differ = groups_that_differ([groups for _, groups in everyone])
+        if differ:
+            return differ
+        receipts = [receipt for receipt, _ in everyone]
         assert index is not None
         # That may have to wait for it, beside training: not with the collector at rest.
         index.encoded()
         with collector_at_rest():
             return publish(attempt, receipts, index, facts, catalog)
 
+    mine = written if isinstance(written, HoldfastError) else (written, replicas.by_group())
     try:
-        return conclude(ranks, written, finish)
+        done = conclude(ranks, mine, finish)
+        if isinstance(done, list):
+            conclude(ranks, replicas.of(done), _refuse)
+        assert isinstance(done, int), "refused on every rank"
+        return done
     except HoldfastError:
         if ranks.rank == 0:
             _discard(catalog, attempt)
         raise
+
+
+def _refuse(everyone: Sequence[dict[str, tuple[Group, int]]]) -> None:
+    """Raises MismatchError with every tensor of which ranks have different versions."""
+    lines = [
+        f"`{name}` differs between ranks {one} and {other}"
+        for name, (one, other) in names_that_differ(everyone).items()
+    ]
+    more = len(lines) - _LISTED_MAX
+    listed = "\n  ".join(lines[:_LISTED_MAX]) + (f"\n  ... and {more} more" if more > 0 else "")
+    raise MismatchError(
+        f"ranks that train one model hold different versions of it, nothing was saved:\n  {listed}",
+        hint="the ranks have diverged: compare their seeds, data and gradients; what is meant to "
+        "differ needs a name of its own on each rank, such as `states={'rank_3': ...}`",
+    )
 
 
 def _discard(catalog: Catalog, attempt: Aside) -> None:

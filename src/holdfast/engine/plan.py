@@ -41,6 +41,10 @@ class TensorOffer(NamedTuple):
     spread: Spread | None = None
     """How the tensor lies over ranks; None: this rank has all of it."""
 
+    shared_out: bool = True
+    """Whether ranks that hold the same elements write a part each; else the first of them writes
+    all: a checkpoint must not mix two ranks' versions."""
+
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * dtype_of(self.dtype).itemsize
@@ -209,6 +213,40 @@ def plan(census: Census) -> Plan:
     return Plan(list(_placed(held)), values, aliases, structure)
 
 
+def groups_of(census: Census, mine: Offers, rank: int) -> dict[str, tuple[int, ...]]:
+    """For each tensor of this rank that others hold too: the ranks that hold the same elements."""
+    known: dict[tuple[object, ...], tuple[int, ...]] = {}
+    found: dict[str, tuple[int, ...]] = {}
+    for section, offer in mine.items():
+        everyone = census.get(section, ())
+        for name, tensor in offer.tensors.items():
+            if not prod(tensor.shape):
+                continue
+            # By identity: tensors that lie alike have one object.
+            if tensor.spread is not None:
+                key: tuple[object, ...] = (id(tensor.spread),)
+                if key not in known:
+                    known[key] = _same_place(tensor.spread, rank)
+            else:
+                holding = [holders for holders in everyone if name in holders.offer.tensors]
+                key = tuple(map(id, holding))
+                if key not in known:
+                    known[key] = tuple(sorted(r for holders in holding for r in holders.ranks))
+            if len(known[key]) > 1:
+                found[name] = known[key]
+    return found
+
+
+def _same_place(spread: Spread, rank: int) -> tuple[int, ...]:
+    """The ranks of a mesh that hold the elements of this one."""
+    grid = np.array(spread.mesh.ranks).reshape(spread.mesh.shape)
+    at = [
+        slice(None) if cut is None else int(where[0])
+        for cut, where in zip(spread.cuts, np.nonzero(grid == rank), strict=True)
+    ]
+    return tuple(sorted(np.atleast_1d(grid[tuple(at)]).flatten().tolist()))
+
+
 def differing(digests: Sequence[Mapping[str, int]]) -> list[str]:
     """Names under which ranks hold different values; one digest a value."""
     first: dict[str, int] = {}
@@ -231,10 +269,13 @@ def _placed(held: Sequence[tuple[str, TensorOffer, _Cells]]) -> Iterator[Placed]
     """Each tensor with the stretches of its line cut."""
     sizes = [tensor.nbytes for _, tensor, _ in held]
     total: dict[bytes, int] = {}
-    for (_, _, cells), nbytes in zip(held, sizes, strict=True):
-        total[cells.key] = total.get(cells.key, 0) + nbytes
+    for (_, tensor, cells), nbytes in zip(held, sizes, strict=True):
+        total[cells.key] = total.get(cells.key, 0) + nbytes * tensor.shared_out
     before = dict.fromkeys(total, 0)
     for (name, tensor, cells), nbytes in zip(held, sizes, strict=True):
+        if not tensor.shared_out:
+            yield Placed(name, tensor, cells.start, cells.stop, cells.ranks[:, 0])
+            continue
         at = before[cells.key]
         before[cells.key] += nbytes
         num_ranks = cells.ranks.shape[1]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
+from holdfast.engine.digests import Replica, Replicas
 from holdfast.engine.index import Index, columns
 from holdfast.engine.plan import (
     Offer,
@@ -19,6 +20,7 @@ from holdfast.engine.plan import (
     census_from,
     census_of,
     differing,
+    groups_of,
     plan,
     views_of,
 )
@@ -65,6 +67,9 @@ class Held:
     offers: dict[str, Offer]
     """By section."""
 
+    stepped: Callable[[], frozenset[str]]
+    """Names of the tensors that change in a step of an optimizer only."""
+
 
 class Planner:
     """Who writes what, agreed between the ranks once and kept while nobody's layout changes."""
@@ -77,6 +82,11 @@ class Planner:
         self._offers: Offers | None = None
         self._items: tuple[TensorItem, ...] = ()
         self._values: frozenset[str] = frozenset()
+        self._by_first: frozenset[str] = frozenset()
+        self._replicas: tuple[Replica, ...] = ()
+        self.stepped: frozenset[str] = frozenset()
+        """Names of the tensors that change in a step of an optimizer only, once there is a plan."""
+
         self.index: Index | None = None
         """On rank 0, once there is a plan."""
 
@@ -116,15 +126,29 @@ class Planner:
         same = same and state.structure == before.structure
         offers = before.offers if same else _offers_of(seen, aliases, names, state.structure)
         self._last = _Last(seen, names, aliases, state.structure, offers)
-        return Held(tensors, seen, values, aliases, offers)
+        return Held(tensors, seen, values, aliases, offers, state.stepped)
 
     def _see(self, name: str, leaf: Leaf, local: torch.Tensor, dtype: torch.dtype | None) -> Seen:
         layout = self._layouts.of(name, leaf.value, local)
         stored_as = layout.dtype
         if dtype is not None and local.is_floating_point():
             stored_as = dtype_name(dtype)
-        offer = TensorOffer(stored_as, layout.shape, leaf.path, layout.spread)
+        shared_out = name not in self._by_first
+        offer = TensorOffer(stored_as, layout.shape, leaf.path, layout.spread, shared_out)
         return Seen(layout, offer, dtype)
+
+    def replicas(self, held: Held, *, stepped: bool) -> Replicas:
+        """What this rank holds and others do too: of it what only optimizers change, or the
+        rest."""
+        mine = [one for one in self._replicas if (one.name in self.stepped) is stepped]
+        return Replicas(mine, {one.name: held.tensors[one.name].detach() for one in mine})
+
+    def keep_first(self, names: Collection[str]) -> None:
+        """From the next `hold` on, have each of these tensors written by the first rank that holds
+        it: the ranks' versions differ. Every rank calls this alike."""
+        self._by_first |= frozenset(names)
+        seen = {name: one for name, one in self._last.seen.items() if name not in self._by_first}
+        self._last = self._last._replace(seen=seen)
 
     def agree(self, held: Held | HoldfastError) -> None:
         """Make sure that there is a plan for what the ranks hold; a rank that could not find out
@@ -169,9 +193,13 @@ class Planner:
 
         on_rank_0(ranks, consider)
         view = ranks.scatter(views)
-        mine = on_every_rank(
-            ranks, lambda: whole[0] if whole else plan(census_from(view, held.offers, ranks.size))
+        near = census_from(view, held.offers, ranks.size)
+        mine = on_every_rank(ranks, lambda: whole[0] if whole else plan(near))
+        groups = groups_of(near, held.offers, ranks.rank) if ranks.size > 1 else {}
+        self._replicas = tuple(
+            Replica(name, group) for name, group in groups.items() if name not in self._by_first
         )
+        self.stepped = held.stepped()
         self._values = frozenset(n for n, (rank, _) in mine.values.items() if rank == ranks.rank)
         regions = [
             (placed.name, placed.tensor.dtype, region)

@@ -6,7 +6,8 @@ import logging
 import os
 import platform
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from holdfast.catalog.catalog import Catalog
 from holdfast.engine.background import make_way
 from holdfast.engine.collector import collector_at_rest
 from holdfast.engine.commit import commit
+from holdfast.engine.digests import Group, Replicas, groups_that_differ, names_that_differ
 from holdfast.engine.index import Index
 from holdfast.engine.planner import Held, Planner
 from holdfast.engine.publish import Facts
@@ -105,6 +107,12 @@ class Pending:
 
     facts: Facts
     spans: Spans
+    replicas: Replicas
+    """What optimizers change and other ranks hold too; compared before the save is published."""
+
+    stepped: frozenset[str]
+    """Names of all that only optimizers change."""
+
     memory: memoryview | None = None
     """Of a snapshot: laid out as the file that this rank writes."""
 
@@ -160,16 +168,68 @@ def begin_save(
     """
     spans = Spans()
     with spans("plan"):
-        held = outcome_of(lambda: planner.hold(state, dtype))
-        planner.agree(held)
-        assert isinstance(held, Held)
-        image = outcome_of(lambda: planner.image(held))
-        nbytes = image.nbytes if isinstance(image, FileImage) else image
-        attempt = conclude(ranks, nbytes, lambda sizes: _begin(catalog, name, sum(sizes)))
-        assert isinstance(image, FileImage)
+        while True:
+            held = outcome_of(lambda: planner.hold(state, dtype))
+            planner.agree(held)
+            assert isinstance(held, Held)
+            begun = _begin_alike(catalog, name, held, planner=planner, ranks=ranks)
+            if begun is not None:
+                break
+    image, attempt = begun
     layout = {"world_size": ranks.size}
     facts = Facts(step, kind, layout, _versions(), metrics or {}, model or {})
-    return Pending(catalog, attempt, image, partial(_live, held), planner.index, facts, spans)
+    return Pending(
+        catalog,
+        attempt,
+        image,
+        tensor_of=partial(_live, held),
+        index=planner.index,
+        facts=facts,
+        spans=spans,
+        replicas=planner.replicas(held, stepped=True),
+        stepped=planner.stepped,
+    )
+
+
+def _begin_alike(
+    catalog: Catalog, name: str, held: Held, *, planner: Planner, ranks: Ranks
+) -> tuple[FileImage, Aside] | None:
+    """Make the attempt for what the ranks hold, if they hold the same of what they hold alike.
+
+    Else the first rank's version is the one that is kept, from the next plan on: None. What
+    optimizers change is compared later, since that takes longer; there a difference is an error.
+    Collective.
+    """
+    replicas = planner.replicas(held, stepped=False)
+
+    def look() -> tuple[FileImage, dict[Group, int]]:
+        replicas.take()
+        return planner.image(held), replicas.by_group()
+
+    looked = outcome_of(look)
+    mine = looked if isinstance(looked, HoldfastError) else (looked[0].nbytes, looked[1])
+
+    def begin(everyone: list[tuple[int, dict[Group, int]]]) -> Aside | list[Group]:
+        differ = groups_that_differ([groups for _, groups in everyone])
+        return differ or _begin(catalog, name, sum(nbytes for nbytes, _ in everyone))
+
+    begun = conclude(ranks, mine, begin)
+    assert not isinstance(looked, HoldfastError)
+    if isinstance(begun, Aside):
+        return looked[0], begun
+    names = conclude(ranks, replicas.of(begun), names_that_differ)
+    planner.keep_first(names)
+    if ranks.rank == 0:
+        for one, (first, other) in names.items():
+            logger.warning(
+                "`%s` differs between ranks %d and %d: the version of the first rank that holds it "
+                "is kept. State of one rank alone needs a key of its own, such as `rank_%d`",
+                one,
+                first,
+                other,
+                other,
+            )
+    return None
 
 
 def take_snapshot(
@@ -186,13 +246,23 @@ def take_snapshot(
     """
     with pending.spans("stage"):
         try:
-            on_every_rank(ranks, lambda: snapshot.copy(now, pending.tensor_of))
+            on_every_rank(ranks, lambda: _copy(pending, snapshot, now, is_last=not later))
         except HoldfastError:
             discard(pending, ranks)
             raise
-    staging = Staging(lambda: snapshot.copy(later, pending.tensor_of))
+    staging = Staging(lambda: _copy(pending, snapshot, later, is_last=bool(later)))
     memory = snapshot.memory(pending.image.nbytes)
     return replace(pending, tensor_of=snapshot.tensor_of, memory=memory), staging
+
+
+def _copy(
+    pending: Pending, snapshot: Snapshot, items: Sequence[TensorItem], *, is_last: bool
+) -> None:
+    """Copy these items; with the last of them take the digests, before training changes
+    anything."""
+    snapshot.copy(items, pending.tensor_of)
+    if is_last:
+        pending.replicas.take()
 
 
 def discard(pending: Pending, ranks: Ranks) -> None:
@@ -223,9 +293,12 @@ def finish_save(
             make_way()
         if pending.index is not None and not pending.index.is_made:
             _make_beside(pending.index)
+        # A snapshot has them from the instant of its copy.
+        live = pending.memory is None and not pending.replicas.is_empty
         pace = Pace(bytes_per_s)
         data = pending.windows_of if pending.memory is None else pending.memory
-        receipt = write(catalog.store, str(attempt), pending.image, data, pace, spans)
+        with _beside(pending.replicas.take) if live else nullcontext():
+            receipt = write(catalog.store, str(attempt), pending.image, data, pace, spans)
         return replace(receipt, seconds=dict(spans.seconds))
 
     written = outcome_of(stage_and_write)
@@ -235,10 +308,26 @@ def finish_save(
             written,
             index=pending.index,
             facts=pending.facts,
+            replicas=pending.replicas,
             catalog=catalog,
             ranks=ranks,
         )
     return Saved(catalog.where(attempt.name), nbytes, spans)
+
+
+@contextmanager
+def _beside(work: Callable[[], None]) -> Iterator[None]:
+    """Do work in a thread of its own while a file is written: the disk is what a write waits for.
+    Raises its error at the end."""
+    outcome: list[HoldfastError | None] = []
+    thread = threading.Thread(target=lambda: outcome.append(outcome_of(work)), name="holdfast-hash")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+    if outcome[0] is not None:
+        raise outcome[0]
 
 
 def _make_beside(index: Index) -> None:

@@ -136,10 +136,9 @@ class CheckpointManager:
         }
         self._sections = [name for name in self._parts if name != MODEL]
         self._hub = Hub(hub, self.config, self._catalog, self._ranks, self._sections)
-        optimized = self._parts[OPTIMIZER]
         self._saver = Saver(
             *(self._catalog, self.config, self._ranks, self._sections),
-            *(self._goodput, lambda name: optimized.changes(name, OPTIMIZER), self._hub),
+            *(self._goodput, self._hub),
         )
         self._owed = False
         self._held = ExitStack()

@@ -50,11 +50,9 @@ class Saver:
         ranks: Ranks,
         sections: Collection[str],
         goodput: Goodput | None = None,
-        changed_by_optimizers: Callable[[str], bool] = lambda _: False,
         hub: Hub | None = None,
     ) -> None:
-        """`sections` are the top-level names that are not the model's. `changed_by_optimizers`
-        says of a tensor's name whether it changes in the optimizers' step and nowhere else."""
+        """`sections` are the top-level names that are not the model's."""
         self._catalog, self._config, self._ranks = catalog, config, ranks
         self._sections = sections
         self._planner = Planner(ranks)
@@ -63,7 +61,6 @@ class Saver:
         # Training's collectives, and those that begin a save, must not meet those of the thread.
         self._finishing_ranks = ranks.twin() if self._in_background else ranks
         self._overlapping = config.async_mode == "async_with_pinned_mem"
-        self._changed_by_optimizers = changed_by_optimizers
         self._items: Items | None = None
         self._parted: tuple[Items, Items] = ((), ())
         self._goodput = goodput or Goodput()
@@ -118,7 +115,7 @@ class Saver:
                     model=self._hub.config,
                 )
             if self._in_background and self._has_room(pending):
-                now, later = self._parts_of(pending.image.tensors)
+                now, later = self._parts_of(pending.image.tensors, pending.stepped)
                 staged, self._staging = take_snapshot(
                     *(pending, self._snapshot, self._ranks), now=now, later=later
                 )
@@ -140,13 +137,13 @@ class Saver:
                 self._staging.wait()
             self._staging = None
 
-    def _parts_of(self, items: Items) -> tuple[Items, Items]:
+    def _parts_of(self, items: Items, stepped: frozenset[str]) -> tuple[Items, Items]:
         """Those of a plan that are copied at once, and those that may be while training goes on:
         found out once, for as long as the plan stands."""
         if items is not self._items:
-            waits = self._changed_by_optimizers if self._overlapping else lambda _: False
-            now = tuple(item for item in items if not waits(item.name))
-            later = tuple(item for item in items if waits(item.name))
+            names = stepped if self._overlapping else frozenset[str]()
+            now = tuple(item for item in items if item.name not in names)
+            later = tuple(item for item in items if item.name in names)
             self._items, self._parted = items, (now, later)
         return self._parted
 

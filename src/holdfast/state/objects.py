@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeGuard
 
 import torch
@@ -73,8 +74,17 @@ class StateTree:
             component = self.component_of((), self._state[self._flat])
             assert component is not None, "a model"
             component.flatten(flattener, ())
-        _check_names(flattener.state)
-        return flattener.state
+        state = flattener.state
+        _check_names(state)
+        return replace(state, stepped=lambda: frozenset(self._stepped(state)))
+
+    def _stepped(self, state: FlatState) -> Iterator[str]:
+        for path, component in self._components.items():
+            if isinstance(component, OptimizerState):
+                parameters, slots = component.stepped(spelled(path))
+                for name, leaf in state.leaves.items():
+                    if id(leaf.value) in parameters or (slots and name.startswith(slots)):
+                        yield name
 
     def match(self, manifest: Manifest, *, strict: bool = True) -> Match:
         """Which entry of a checkpoint goes where. `strict`: what it has beyond the state, below

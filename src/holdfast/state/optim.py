@@ -73,12 +73,12 @@ class OptimizerState:
         """The name of a parameter; its number, if no part of the model holds it."""
         return self._names.setdefault(id(parameter), str(len(self._names)))
 
-    def changes(self, name: str, above: str) -> bool:
-        """Whether an entry changes in a step of these optimizers and at no other time; `above` is
-        the name of this component."""
-        return name in self._owners or (
-            not self._own and name.startswith(f"{above}.{STATE}.") and bool(self._named)
-        )
+    def stepped(self, above: str) -> tuple[set[int], str]:
+        """What changes in a step of the optimizers that are kept by parameter, and at no other
+        time: parameters, by their `id`, and entries whose names begin so. `above` is the name of
+        this component."""
+        parameters = {id(one) for optimizer in self._named for one in parameters_of(optimizer)}
+        return parameters, f"{above}.{STATE}." if self._named else ""
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:
         """Add the slots of every parameter, the options of every group, and what else the

@@ -59,6 +59,9 @@ class FlatState:
     structure: dict[Path, Node] = field(default_factory=dict)
     """Nodes by the path of what they describe; none where the names tell all."""
 
+    stepped: Callable[[], frozenset[str]] = frozenset
+    """Names of the tensors that change in a step of an optimizer, and at no other time."""
+
 
 PLAIN = (int, float, str, bytes, tuple, type(None))
 """Types of values that are never entered: they hold no state of their own."""
