@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from holdfast.errors import FormatError, UsageError
+from holdfast.state.tree import type_name
 
 _KNOWN_MAX = 1000
 _MEMBERS_MAX = 16
@@ -29,13 +30,13 @@ def encode_value(name: str, value: Any) -> bytes:
     container = _container(value)
     if container is None:
         inside, part = _culprit(value)
-        cls = type(part)
+        cls = type(part).__name__
         raise UsageError(
-            f"`{name}{inside}` is a {cls.__module__}.{cls.__qualname__}, which a load could "
-            "rebuild only by running code that the checkpoint names".replace("builtins.", ""),
+            f"`{name}{inside}` is a {type_name(part)}, which a load could rebuild only by running "
+            "code that the checkpoint names",
             hint="keep tensors and plain values (numbers, texts, bytes, lists, dicts, tuples) in "
             "its place, and make the object of them in `load_state_dict`; or trust the class in "
-            f"every process that loads: torch.serialization.add_safe_globals([{cls.__name__}])",
+            f"every process that loads: torch.serialization.add_safe_globals([{cls}])",
         )
     return container
 

@@ -29,7 +29,7 @@ def model(vocab_size):
 
 def write(name, hub, state):
     catalog, ranks = Catalog(LocalStore(sys.argv[1])), Solo()
-    leaves = StateTree(state).leaves()
+    leaves = StateTree(state).flatten()
     begun = begin_save(catalog, name, leaves, ranks=ranks, planner=Planner(ranks))
     held = Snapshot(begun.image, begun.data_of, begun.index, ())
     export(held, hub, "bfloat16", catalog=catalog, attempt=begun.attempt, ranks=ranks)

@@ -17,6 +17,7 @@ from torch import nn
 import holdfast
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.catalog.catalog import Catalog
+from holdfast.engine.digests import Replicas
 from holdfast.engine.publish import Facts
 from holdfast.engine.ranks import Ranks, Solo
 from holdfast.engine.save import Pending
@@ -176,7 +177,17 @@ def pending_of(catalog: Catalog) -> Pending:
     nothing: Any = None
     facts = Facts(1, "full", {}, {})
     begun = catalog.begin("step-1")
-    return Pending(catalog, begun, huge_image(), nothing, None, facts, Spans())
+    return Pending(
+        catalog,
+        begun,
+        huge_image(),
+        tensor_of=nothing,
+        index=None,
+        facts=facts,
+        spans=Spans(),
+        replicas=Replicas([], {}),
+        stepped=frozenset(),
+    )
 
 
 @pytest.mark.parametrize("policy", ["raise", "wait"])

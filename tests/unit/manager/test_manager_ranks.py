@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any, ClassVar
@@ -135,8 +136,10 @@ def test_values_that_differ_between_ranks_are_said(
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             self.state = state_dict
 
+    weights = nn.Linear(2, 2)
+
     def work(ranks: Ranks) -> None:
-        model, mine = nn.Linear(2, 2), Mine(ranks.rank)
+        model, mine = copy.deepcopy(weights), Mine(ranks.rank)
         config = CheckpointConfig(enable=True, interval=1)
         with CheckpointManager(
             tmp_path, model=model, states={"mine": mine}, config=config, ranks=ranks

@@ -373,7 +373,7 @@ def test_an_optimizer_takes_every_form_that_stock_dcp_keeps(form: str, tmp_path:
 
     model = small()
     rates = {"params": matrices(model), "lr": 0.5}, {"params": others(model), "lr": 0.25}
-    optimizer = torch.optim.AdamW(list(rates))
+    optimizer: Any = torch.optim.AdamW(list(rates))
     loss: Any = model(torch.ones(2, 8)).square().sum()
     loss.backward()
     optimizer.step()
