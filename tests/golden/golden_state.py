@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict, defaultdict
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -43,4 +45,23 @@ def golden_state() -> dict[str, Any]:
             "tuple": (1, 2.5, None),
             "plain": [1, 2, 3],
         },
+    }
+
+
+def golden_structure() -> dict[str, Any]:
+    """State whose entries do not tell how it is put together."""
+    return {
+        "keys": {0: numbers(3), -5: {"x": 1}, "text": None, (1, "a"): 2.5, True: b"k"},
+        "order": OrderedDict([("z", 1), ("a", numbers(2)), ("m", {})]),
+        "count": Counter({3: 2, "a": 1}),
+        "default": defaultdict(list, {7: [1], "t": [numbers(2)]}),
+        "empty": {"dict": {}, "list": [{}, []], "deep": {"a": {"b": {}}}},
+        "rows": [{"i": 1, "x": numbers(2)}, {"i": 2, "x": numbers(3)}],
+        "numpy": {
+            "array": np.arange(6, dtype=np.uint16).reshape(2, 3),
+            "number": np.float32(0.25),
+            "list": [1, np.int64(-3), (np.float64(2.5), {2: np.uint8(7)})],
+        },
+        "tuple": (1, (numbers(2), [numbers(1)])),
+        "told": {"w": numbers(2), "list": [numbers(1), {"x": numbers(1)}]},
     }

@@ -6,14 +6,17 @@ give tensors and values by name.
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import pickle
 import zipfile
+from collections import Counter, OrderedDict, defaultdict
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 
@@ -68,6 +71,62 @@ def read(folder: Path) -> dict[str, Any]:
             found[name] = torch.load(io.BytesIO(container), weights_only=True)
             check_name(name, path)
     return found
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state by its top-level names, put together as the structure says."""
+    manifest, entries = read_manifest(folder), read(folder)
+    paths = {name: tensor.get("path") or [name] for name, tensor in manifest["tensors"].items()}
+    for value in manifest["values"]:
+        paths |= {name: path or [name] for name, path in value["entries"].items()}
+    held = {tuple(path): entries[name] for name, path in paths.items()}
+    nodes = {tuple(path): node for path, node in manifest["structure"]}
+    tops = dict.fromkeys(path[0] for path in (*held, *nodes))
+    return {top: put_together((top,), nodes.get((top,)), held, nodes) for top in tops}
+
+
+def put_together(path: Any, node: Any, held: dict[Any, Any], nodes: dict[Any, Any]) -> Any:
+    if node is None and path in nodes:
+        node = nodes[path]
+    if node is None:
+        if path in held:
+            return held[path]
+        keys = dict.fromkeys(p[len(path)] for p in (*held, *nodes) if p[: len(path)] == path)
+        below = {key: put_together((*path, key), None, held, nodes) for key in keys}
+        lists = all(type(key) is int for key in below)
+        return [below[key] for key in sorted(below)] if lists else below
+    if node == "array":
+        return held[path].numpy()
+    kind, what = next(iter(node.items()))
+    if kind == "object":
+        return put_together(path, what, held, nodes)
+    if kind == "tensor":
+        return held[path]
+    if kind == "numbers":
+        return with_numbers(held[path], [([literal(key) for key in keys], n) for keys, n in what])
+    if kind in ("list", "tuple"):
+        members = (put_together((*path, n), one, held, nodes) for n, one in enumerate(what))
+        return {"list": list, "tuple": tuple}[kind](members)
+    pairs = what.items() if isinstance(what, dict) else ((literal(key), one) for key, one in what)
+    members = {key: put_together((*path, str(key)), one, held, nodes) for key, one in pairs}
+    if kind == "defaultdict":
+        return defaultdict({"list": list, "None": None}[node["default"]], members)
+    return {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}[kind](members)
+
+
+def literal(text: str) -> Any:
+    return ast.literal_eval(text)
+
+
+def with_numbers(value: Any, places: list[tuple[list[Any], str]]) -> Any:
+    for keys, name in places:
+        if not keys:
+            return np.dtype(name).type(value)
+        key, rest = keys[0], (keys[1:], name)
+        members = value.copy() if isinstance(value, dict) else list(value)
+        members[key] = with_numbers(members[key], [rest])
+        value = type(value)(members)
+    return value
 
 
 def check_name(name: str, path: list[str | int] | None) -> None:

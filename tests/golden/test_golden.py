@@ -1,5 +1,6 @@
 """Checkpoints that were written once, and must be read for ever.
 
+`structure` holds state whose entries do not tell how it is put together.
 `solo`, `ranks` (two processes, some tensors sharded), `timed` (with metrics, timings and a model),
 `blocks` (checksums of 256 KiB, those before it of 1 MiB) and `stock` (torch 2.13's own `save`) are
 as they were written by the versions that their manifests name. They are never written anew: a
@@ -9,6 +10,7 @@ format that changes gets further ones.
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ import torch
 from torch.distributed.checkpoint.state_dict_loader import load as stock_load
 
 import holdfast
-from golden.golden_state import golden_state
-from golden.independent_reader import read, read_manifest, read_stock
+from golden.golden_state import golden_state, golden_structure
+from golden.independent_reader import read, read_manifest, read_state, read_stock
 from holdfast.errors import DamagedError
 from holdfast.format import manifest as manifests
 from holdfast.format.manifest import decode
+from holdfast.state.same import differences
 from holdfast.state.tree import flatten
 
 HERE = Path(__file__).parent
@@ -146,5 +149,42 @@ def test_the_independent_reader_knows_nothing_of_holdfast() -> None:
     tree = ast.parse((HERE / "independent_reader.py").read_text())
     imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     imported |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    known = {"__future__", "io", "json", "pickle", "zipfile", "math", "pathlib", "typing"}
-    assert imported - known == {"torch", "xxhash"}
+    known = {*sys.stdlib_module_names}
+    assert imported - known == {"torch", "xxhash", "numpy"}
+
+
+class Kept:
+    """An object of any state."""
+
+    state: Any = None
+
+    def state_dict(self) -> Any:
+        return self.state
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.state = state_dict
+
+
+def test_structure_is_read_as_it_was_written() -> None:
+    """G10, G15. Method: by the independent reader, by objects that are fresh, and by `load` into
+    nothing; types of containers, keys and numbers, order, every bit."""
+    wanted = golden_structure()
+    found = read_state(HERE / "structure")
+    assert {*found} == {*wanted}
+    objects: dict[str, Any] = {name: Kept() for name in wanted}
+    plain: dict[str, Any] = dict.fromkeys(wanted)
+    holdfast.load(HERE / "structure", objects)
+    holdfast.load(HERE / "structure", plain)
+    for name, value in wanted.items():
+        for one in (found[name], objects[name].state, plain[name]):
+            assert [*differences(value, one, name)] == []
+            if isinstance(value, dict):
+                assert [*one] == [*value], name
+
+
+def test_the_structure_is_what_this_version_would_write() -> None:
+    """G10. Method: decoded and encoded again, and flattened anew; node by node."""
+    data = (HERE / "structure" / "manifest.json").read_bytes()
+    manifest = decode(data, where="structure")
+    assert manifests.encode(manifest) == data
+    assert manifest.structure == flatten(golden_structure()).structure

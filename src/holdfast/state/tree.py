@@ -352,18 +352,16 @@ def _tensor_of(path: Path, array: np.ndarray[Any, Any]) -> torch.Tensor:
         raise UsageError(f"`{spelled(path)}` is a numpy array of {dtype}: {error}") from error
 
 
-def without_numpy(path: Path, value: Any) -> tuple[Any, list[tuple[list[str], str]]]:
+def without_numpy(path: Path, value: Any) -> tuple[Any, list[list[Any]]]:
     """A value with plain numbers in place of numpy's, and where each of these was and its type."""
     if type(value) in _SCALARS or not isinstance(value, (np.generic, list, tuple, dict)):
         return value, []
-    found: list[tuple[list[str], str]] = []
+    found: list[list[Any]] = []
     plain = _without_numpy(path, value, (), found)
     return (plain, found) if found else (value, [])
 
 
-def _without_numpy(
-    path: Path, value: Any, inside: tuple[str, ...], found: list[tuple[list[str], str]]
-) -> Any:
+def _without_numpy(path: Path, value: Any, inside: tuple[str, ...], found: list[list[Any]]) -> Any:
     if isinstance(value, np.generic):
         name = {"U": "str", "S": "bytes"}.get(value.dtype.kind, value.dtype.name)
         if name not in NUMBERS:
@@ -371,7 +369,7 @@ def _without_numpy(
                 f"`{spelled(path)}{_inside(inside)}` is a {type_name(value)}",
                 hint="keep a number or a text of Python's own in its place",
             )
-        found.append(([*inside], name))
+        found.append([[*inside], name])
         return value.item()
     kind = type(value)
     if kind in (list, tuple) and not _SCALARS.issuperset(map(type, value)):
