@@ -60,7 +60,7 @@ def golden_structure() -> dict[str, Any]:
         "numpy": {
             "array": np.arange(6, dtype=np.uint16).reshape(2, 3),
             "number": np.float32(0.25),
-            "list": [1, np.int64(-3), (np.float64(2.5), {2: np.uint8(7)})],
+            "list": [1, np.int64(-3), (np.float64(2.5), {2: np.uint8(7)}), b""],
         },
         "tuple": (1, (numbers(2), [numbers(1)])),
         "told": {"w": numbers(2), "list": [numbers(1), {"x": numbers(1)}]},

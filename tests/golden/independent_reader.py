@@ -102,8 +102,8 @@ def put_together(path: Any, node: Any, held: dict[Any, Any], nodes: dict[Any, An
         return put_together(path, what, held, nodes)
     if kind == "tensor":
         return held[path]
-    if kind == "numbers":
-        return with_numbers(held[path], [([literal(key) for key in keys], n) for keys, n in what])
+    if kind == "types":
+        return with_types(held[path], [([literal(key) for key in keys], n) for keys, n in what])
     if kind in ("list", "tuple"):
         members = (put_together((*path, n), one, held, nodes) for n, one in enumerate(what))
         return {"list": list, "tuple": tuple}[kind](members)
@@ -118,13 +118,13 @@ def literal(text: str) -> Any:
     return ast.literal_eval(text)
 
 
-def with_numbers(value: Any, places: list[tuple[list[Any], str]]) -> Any:
+def with_types(value: Any, places: list[tuple[list[Any], str]]) -> Any:
     for keys, name in places:
         if not keys:
-            return np.dtype(name).type(value)
+            return b"" if name == "empty bytes" else np.dtype(name).type(value)
         key, rest = keys[0], (keys[1:], name)
         members = value.copy() if isinstance(value, dict) else list(value)
-        members[key] = with_numbers(members[key], [rest])
+        members[key] = with_types(members[key], [rest])
         value = type(value)(members)
     return value
 

@@ -53,7 +53,9 @@ def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
 def _sums(tensor: torch.Tensor) -> torch.Tensor:
     """Two sums of the words of a tensor, on its device: one tells its columns apart, one its
     rows."""
-    data = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    plain = tensor.resolve_conj().resolve_neg().contiguous()
+    # Not `reshape(-1)`: a single element counts as contiguous whatever its stride.
+    data = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
     whole = data.numel() // 8 * 8
     if data.storage_offset() % 8:
         data = data.clone()

@@ -33,6 +33,9 @@ NUMBERS = (
 )
 """Types of numpy scalars that come back as they were, as numpy names their dtypes."""
 
+EMPTY_BYTES = "empty bytes"
+"""Type of `b""`, which pickle writes as a call of `bytes`: an empty text stands in its place."""
+
 DEPTH_MAX = 100
 """Nodes inside one another."""
 
@@ -166,10 +169,10 @@ def _check_object(_: Mapping[str, Any], held: Any, depth: int) -> None:
     check_node(held, depth)
 
 
-def _check_numbers(_: Mapping[str, Any], held: Any, __: int) -> None:
+def _check_types(_: Mapping[str, Any], held: Any, __: int) -> None:
     for path, name in held:
-        if name not in NUMBERS or not all(type(key) is str for key in path):
-            raise ValueError("a value with a number of an unknown type")
+        if name not in (*NUMBERS, EMPTY_BYTES) or not all(type(key) is str for key in path):
+            raise ValueError("a value with a part of an unknown type")
         for key in path:
             key_of(key)
 
@@ -191,7 +194,7 @@ _CHECKS = {
     **dict.fromkeys(MAPPINGS, _check_mapping),
     **dict.fromkeys(SEQUENCES, _check_sequence),
     "object": _check_object,
-    "numbers": _check_numbers,
+    "types": _check_types,
     "tensor": _check_tensor,
     "subclass": _check_subclass,
 }

@@ -26,8 +26,8 @@ from holdfast.state.tree import (
     Path,
     Stateful,
     holds_state,
+    made_plain,
     said_by,
-    without_numpy,
 )
 
 STATE, GROUPS = "state", "param_groups"
@@ -179,11 +179,11 @@ class OptimizerState:
                 flattener.put((*path, f"{GROUPS}.{name}.{option}"), value, rebuilt=True)
             return
         at = next(iter(names.values()))
-        plain, numbers = without_numpy(at, value)
+        plain, types = made_plain(at, value)
         flattener.add_named(names, plain)
-        if numbers:
+        if types:
             structure = flattener.state.structure
-            structure.update((one, {"numbers": numbers}) for one in names.values())
+            structure.update((one, {"types": types}) for one in names.values())
 
     def _spelled(
         self, path: Path, group: tuple[int, int], option: str, held: list[str]

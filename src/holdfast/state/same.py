@@ -88,4 +88,7 @@ def _tensor_differences(one: torch.Tensor, other: torch.Tensor, where: str) -> I
 
 def _bits(tensor: torch.Tensor) -> bytes:
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+    if not plain.numel():
+        return b""
+    # Not `reshape(-1)`: a single element counts as contiguous whatever its stride.
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().tobytes()

@@ -203,8 +203,9 @@ def _missing(fresh: Any, branch: Branch, path: Path) -> Iterator[str]:
 def _below(branch: Branch, key: Any) -> Branch:
     """The branch of a key of a dict, also where the checkpoint states no paths."""
     name = str(key)
-    if name in branch.children:
-        return branch.children[name]
+    for known in (key, name):
+        if known in branch.children:
+            return branch.children[known]
     held = {
         one.removeprefix(f"{name}."): child
         for one, child in branch.children.items()
@@ -224,12 +225,18 @@ def _merged(fresh: Any, branch: Branch, take: Take) -> Any:
         return fresh
     if isinstance(fresh, Mapping):
         return _merged_mapping(fresh, branch, take)
-    if isinstance(fresh, list) and all(type(key) is int for key in branch.children):
-        numbers = sorted(key for key in branch.children if type(key) is int)
+    numbers = _numbers(branch)
+    if isinstance(fresh, list) and numbers:
         return [
-            _merged(fresh[n] if n < len(fresh) else None, branch.child(n), take) for n in numbers
+            _merged(fresh[n] if n < len(fresh) else None, _below(branch, n), take) for n in numbers
         ]
     return rebuild(branch, None, take)
+
+
+def _numbers(branch: Branch) -> list[int]:
+    """The numbers of a list's members below a branch; none where it is no list's."""
+    heads = {str(key).partition(".")[0] for key in branch.children}
+    return sorted(map(int, heads)) if all(head.isdecimal() for head in heads) else []
 
 
 def _merged_mapping(fresh: Mapping[Any, Any], branch: Branch, take: Take) -> Any:

@@ -15,6 +15,7 @@ from holdfast.errors import FormatError
 from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.structure import (
     ARRAY,
+    EMPTY_BYTES,
     MAPPINGS,
     Node,
     children_of,
@@ -245,22 +246,22 @@ def as_saved(value: Any, node: Node) -> Any:
     if node == ARRAY:
         assert isinstance(value, torch.Tensor)
         return value.numpy()
-    if isinstance(node, dict) and "numbers" in node:
-        return _with_numpy(value, {tuple(path): name for path, name in node["numbers"]}, ())
+    if isinstance(node, dict) and "types" in node:
+        return _typed(value, {tuple(path): name for path, name in node["types"]}, ())
     return value
 
 
-def _with_numpy(value: Any, types: Mapping[tuple[str, ...], str], at: tuple[str, ...]) -> Any:
+def _typed(value: Any, types: Mapping[tuple[str, ...], str], at: tuple[str, ...]) -> Any:
     if at in types:
-        return np.dtype(types[at]).type(value)
+        return b"" if types[at] == EMPTY_BYTES else np.dtype(types[at]).type(value)
     if not any(path[: len(at)] == at for path in types):
         return value
     if type(value) in (list, tuple):
-        members = (_with_numpy(one, types, (*at, str(n))) for n, one in enumerate(value))
+        members = (_typed(one, types, (*at, str(n))) for n, one in enumerate(value))
         return type(value)(members)
     if isinstance(value, dict):
         return type(value)(
-            (key, _with_numpy(one, types, (*at, key_text(key) or ""))) for key, one in value.items()
+            (key, _typed(one, types, (*at, key_text(key) or ""))) for key, one in value.items()
         )
     return value
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.format.structure import (
     ARRAY,
+    EMPTY_BYTES,
     FACTORIES,
     MAPPINGS,
     NUMBERS,
@@ -138,7 +139,7 @@ class Flattener:
 
     def walk(self, path: Path, value: Any, *, rebuilt: bool) -> Node:
         """Add everything below one path. Returns its node."""
-        if type(value) in _SCALARS:
+        if type(value) in _SCALARS and value != b"":
             self.add(path, value)
             return None
         if isinstance(value, torch.Tensor):
@@ -156,9 +157,9 @@ class Flattener:
             if self._enters is None:
                 raise UsageError(f"`{spelled(path)}` is a {type_name(value)}, an object with state")
             return {"object": self._enters(self, path, value)}
-        plain, numbers = without_numpy(path, value)
+        plain, types = made_plain(path, value)
         self.add(path, plain)
-        return {"numbers": numbers} if numbers else None
+        return {"types": types} if types else None
 
     def _tensor(self, path: Path, tensor: torch.Tensor, *, rebuilt: bool) -> Node:
         if not is_ours(tensor):
@@ -247,7 +248,7 @@ def _holds_placed(members: Sequence[Any]) -> bool:
     if _SCALARS.issuperset(map(type, members)):
         return False
     return any(
-        isinstance(member, np.ndarray)
+        isinstance(member, np.ndarray | defaultdict)
         or (
             isinstance(member, torch.Tensor)
             and not (is_ours(member) and member.is_cpu and not isinstance(member, DTensor))
@@ -352,16 +353,17 @@ def _tensor_of(path: Path, array: np.ndarray[Any, Any]) -> torch.Tensor:
         raise UsageError(f"`{spelled(path)}` is a numpy array of {dtype}: {error}") from error
 
 
-def without_numpy(path: Path, value: Any) -> tuple[Any, list[list[Any]]]:
-    """A value with plain numbers in place of numpy's, and where each of these was and its type."""
-    if type(value) in _SCALARS or not isinstance(value, (np.generic, list, tuple, dict)):
+def made_plain(path: Path, value: Any) -> tuple[Any, list[list[Any]]]:
+    """A value with Python's own in place of what pickle could write only as code: numpy's numbers,
+    empty bytes. Beside it where each of these was, and its type."""
+    if type(value) in _SCALARS and value != b"":
         return value, []
-    found: list[list[Any]] = []
-    plain = _without_numpy(path, value, (), found)
-    return (plain, found) if found else (value, [])
+    types: list[list[Any]] = []
+    plain = _made_plain(path, value, (), types)
+    return (plain, types) if types else (value, [])
 
 
-def _without_numpy(path: Path, value: Any, inside: tuple[str, ...], found: list[list[Any]]) -> Any:
+def _made_plain(path: Path, value: Any, inside: tuple[str, ...], types: list[list[Any]]) -> Any:
     if isinstance(value, np.generic):
         name = {"U": "str", "S": "bytes"}.get(value.dtype.kind, value.dtype.name)
         if name not in NUMBERS:
@@ -369,20 +371,23 @@ def _without_numpy(path: Path, value: Any, inside: tuple[str, ...], found: list[
                 f"`{spelled(path)}{_inside(inside)}` is a {type_name(value)}",
                 hint="keep a number or a text of Python's own in its place",
             )
-        found.append([[*inside], name])
+        types.append([[*inside], name])
         return value.item()
+    if type(value) is bytes and not value:
+        types.append([[*inside], EMPTY_BYTES])
+        return ""
     kind = type(value)
-    if kind in (list, tuple) and not _SCALARS.issuperset(map(type, value)):
+    if kind in (list, tuple) and not (_SCALARS.issuperset(map(type, value)) and b"" not in value):
         if len(inside) > DEPTH_MAX:
             raise UsageError(f"`{spelled(path)}` is nested too deep", hint="does it hold itself?")
         return kind(
-            _without_numpy(path, member, (*inside, str(number)), found)
+            _made_plain(path, member, (*inside, str(number)), types)
             for number, member in enumerate(value)
         )
     if kind in (dict, OrderedDict):
         # A key that has no text is refused where the value is encoded, if it must be.
         return kind(
-            (key, _without_numpy(path, member, (*inside, key_text(key) or ""), found))
+            (key, _made_plain(path, member, (*inside, key_text(key) or ""), types))
             for key, member in value.items()
         )
     return value

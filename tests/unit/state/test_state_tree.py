@@ -126,7 +126,14 @@ WHOLE: dict[str, Any] = {
         "list": [np.ones(2), torch.ones(2)],
     },
     "numbers": [-0.0, float("nan"), float("inf"), 2**70, -(2**63), 1j, True, None],
-    "bytes and text": {"b": b"\x00\xff", "s": "ümlaut", "set": {1, 2}, "r": "a\nb"},
+    "bytes and text": {
+        "b": b"\x00\xff",
+        "none": [b"", (b"", 1)],
+        "e": b"",
+        "s": "ümlaut",
+        "set": {1, 2},
+        "r": "a\nb",
+    },
     "torch values": {"dtype": torch.float16, "size": torch.Size([1, 2])},
     "dtypes": [
         torch.ones(2, dtype=dtype)
@@ -380,7 +387,7 @@ def test_settings_of_the_caller_change_nothing(context: str, tmp_path: Path) -> 
         {"dict": [[1, None]]},
         {"list": {"a": None}},
         {"defaultdict": {}, "default": "exec"},
-        {"numbers": [[["0"], "object_"]]},
+        {"types": [[["0"], "object_"]]},
         {"tensor": {"like": 3}},
         {"subclass": {"class": "x", "inner": {}, "size": ["a"], "stride": []}},
         {"dict": [["__import__('os')", None]]},
