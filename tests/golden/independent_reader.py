@@ -105,8 +105,8 @@ def put_together(path: Any, node: Any, held: dict[Any, Any], nodes: dict[Any, An
     if kind == "types":
         return with_types(held[path], [([literal(key) for key in keys], n) for keys, n in what])
     if kind in ("list", "tuple"):
-        members = (put_together((*path, n), one, held, nodes) for n, one in enumerate(what))
-        return {"list": list, "tuple": tuple}[kind](members)
+        numbered = (put_together((*path, n), one, held, nodes) for n, one in enumerate(what))
+        return {"list": list, "tuple": tuple}[kind](numbered)
     pairs = what.items() if isinstance(what, dict) else ((literal(key), one) for key, one in what)
     members = {key: put_together((*path, str(key)), one, held, nodes) for key, one in pairs}
     if kind == "defaultdict":

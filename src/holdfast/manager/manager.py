@@ -134,6 +134,7 @@ class CheckpointManager:
             # Last: what makes an iterator or a worker draws from the generators.
             RNG: RankState(ObjectState(RngState()), rank, may_lack=True),
         }
+        self._tree = StateTree(self._parts, flat=MODEL)
         self._sections = [name for name in self._parts if name != MODEL]
         self._hub = Hub(hub, self.config, self._catalog, self._ranks, self._sections)
         self._saver = Saver(
@@ -469,8 +470,7 @@ class CheckpointManager:
         self._goodput.count_save()
         use = self._hub.use(step, last_step=last_step, saved=True)
         if kind == "full":
-            flatten = StateTree(self._parts, flat=MODEL).flatten
-            return self._saver.save(step, kind, flatten, metrics=numbers, use=use)
+            return self._saver.save(step, kind, self._tree.flatten, metrics=numbers, use=use)
         dtype: torch.dtype | None = getattr(torch, self.config.export_dtype)
         dtype = dtype if last_step and use != "step" else None
         flatten = self._model().flatten

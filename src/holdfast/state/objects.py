@@ -108,12 +108,13 @@ class StateTree:
 
     def component_of(self, path: Path, value: Any) -> Component | None:
         """What knows how an object's state is stored; None for plain state."""
-        if path not in self._components:
-            component = self._made_component(value)
-            if component is None:
-                return None
+        if path in self._components:
+            return self._components[path]
+        component = self._made_component(value)
+        if component is not None and len(path) <= 1:
+            # Objects further down come and go, with the state that they are a part of.
             self._components[path] = component
-        return self._components[path]
+        return component
 
     def _made_component(self, value: Any) -> Component | None:
         if isinstance(value, nn.Module):

@@ -50,19 +50,32 @@ class OptimizerState:
         self._named: list[Optimizer] = [one for one in optimizers if is_by_parameter(one)]
         self._own = [one for one in optimizers if not is_by_parameter(one)]
         self._single = len(self._own) == len(optimizers) == 1
-        self._names = {id(parameter): name for name, parameter in named_parameters(parts)}
-        self._owners: dict[str, Optimizer] = {}
+        self._parts = parts
+        self._names: dict[int, str] = {}
+        self._named_for: list[int] = []
         self._known: dict[tuple[Path, int, str], tuple[list[str], dict[str, Path]]] = {}
-        for optimizer in self._named:
-            for parameter in parameters_of(optimizer):
-                name = self._names.setdefault(id(parameter), str(len(self._owners)))
-                if name in self._owners:
-                    raise UsageError(
-                        f"`{name}` is in two optimizers, or two parameters have this name",
-                        hint="give each parameter to one optimizer, and every model part to the "
-                        "call",
-                    )
-                self._owners[name] = optimizer
+        self._find_names()
+
+    def _find_names(self) -> None:
+        """Find out what the parameters of the optimizers are called, where these have changed.
+
+        Names are known by `id`: an optimizer holds on to its parameters, so no other object comes
+        to have the `id` of one of them.
+        """
+        held = [id(one) for optimizer in self._named for one in parameters_of(optimizer)]
+        if held == self._named_for:
+            return
+        self._names = {id(parameter): name for name, parameter in named_parameters(self._parts)}
+        used: set[str] = set()
+        for number, one in enumerate(held):
+            name = self._names.setdefault(one, str(number))
+            if name in used:
+                raise UsageError(
+                    f"`{name}` is in two optimizers, or two parameters have this name",
+                    hint="give each parameter to one optimizer, and every model part to the call",
+                )
+            used.add(name)
+        self._named_for = held
 
     @property
     def named(self) -> Sequence[Optimizer]:
@@ -71,7 +84,7 @@ class OptimizerState:
 
     def name_of(self, parameter: torch.Tensor) -> str:
         """The name of a parameter; its number, if no part of the model holds it."""
-        return self._names.setdefault(id(parameter), str(len(self._names)))
+        return self._names[id(parameter)]
 
     def stepped(self, above: str) -> tuple[set[int], str]:
         """What changes in a step of the optimizers that are kept by parameter, and at no other
@@ -83,6 +96,7 @@ class OptimizerState:
     def flatten(self, flattener: Flattener, path: Path) -> Node:
         """Add the slots of every parameter, the options of every group, and what else the
         optimizers say."""
+        self._find_names()
         for number, optimizer in enumerate(self._named):
             state = state_of(optimizer)
             others = self._flatten_slots(flattener, path, optimizer, state[STATE])
@@ -102,6 +116,7 @@ class OptimizerState:
         """Give every optimizer its state, by the names of its parameters."""
         from holdfast.state.optim_match import OptimizerMatch
 
+        self._find_names()
         if self._named:
             OptimizerMatch(self, match, path).run()
         for at, own in self._own_paths(path):

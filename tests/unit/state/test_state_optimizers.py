@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -376,13 +376,14 @@ def test_an_optimizer_takes_every_form_that_stock_dcp_keeps(form: str, tmp_path:
     optimizer: Any = torch.optim.AdamW(list(rates))
     loss: Any = model(torch.ones(2, 8)).square().sum()
     loss.backward()
-    optimizer.step()
+    optimizer.step(None)
     flat = StateDictOptions(flatten_optimizer_state_dict=True)
-    stored: Any = {
-        "numbers": lambda: cast("Any", optimizer).state_dict(),
+    forms: dict[str, Any] = {
+        "numbers": lambda: optimizer.state_dict(),
         "names": lambda: get_optimizer_state_dict(model, optimizer),
         "flattened": lambda: get_optimizer_state_dict(model, optimizer, options=flat),
-    }[form]()
+    }
+    stored = forms[form]()
     dcp.save({"model": model.state_dict(), "optimizer": stored}, checkpoint_id=tmp_path / "stock")
     fresh = small()
     again = torch.optim.AdamW([{"params": matrices(fresh)}, {"params": others(fresh)}])
