@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -20,14 +19,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.engine.load import Loaded, load_tree
-from holdfast.engine.ranks import Ranks, all_ranks, host_name, on_every_rank, on_rank_0
+from holdfast.engine.ranks import Ranks, Solo, all_ranks, host_name, on_every_rank, on_rank_0
 from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source
 from holdfast.engine.spans import rate, times_of
-from holdfast.errors import DamagedError, ExistsError, FormatError, NotFoundError
+from holdfast.errors import DamagedError, FormatError, NotFoundError
 from holdfast.format.manifest import Kind
-from holdfast.format.names import LOCK, step_of
+from holdfast.format.names import LOCK, checked_step, step_of
 from holdfast.hf.export import HubModel
+from holdfast.manager import arguments
+from holdfast.manager.arguments import Metrics
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.goodput import RESUMING, Goodput, Timings
 from holdfast.manager.hub import FOLDER, Hub
@@ -37,17 +38,22 @@ from holdfast.manager.parts import (
     OPTIMIZER,
     RNG,
     SCHEDULER,
-    Metrics,
     changed_by_optimizers,
     check_dataloader,
     check_excluded,
+    converted,
     differences,
     many,
     not_excluded,
-    numbers_in,
     other_generators,
 )
-from holdfast.manager.policy import is_due, kind_in_time, kind_of_save
+from holdfast.manager.policy import (
+    check_seed,
+    is_due,
+    kind_in_time,
+    kind_of_save,
+    stopping_line,
+)
 from holdfast.manager.renames import as_here
 from holdfast.manager.resume import (
     Step,
@@ -107,12 +113,25 @@ class CheckpointManager:
         says what the model is called on the Hugging Face hub, for what goes there or comes from it.
 
         Raises:
+            UsageError: an argument of another type, or two parts of one name; nothing was touched.
             ExistsError: another run saves in this folder.
             StorageError: the folder cannot be written.
         """
-        self.config = config or CheckpointConfig(enable=True)
+        self.config = arguments.checked_config(config)
         self._goodput = Goodput()
-        self._ranks = ranks or all_ranks()
+        self._ranks = all_ranks() if ranks is None else arguments.checked_ranks(ranks)
+        check = partial(
+            arguments.check,
+            folder=folder,
+            model=model,
+            optimizers=optimizers,
+            lr_schedulers=lr_schedulers,
+            dataloader=dataloader,
+            states=states,
+            hub=hub,
+            config=self.config,
+        )
+        on_every_rank(self._ranks, check)
         self._catalog = Catalog(LocalStore(folder))
         models, rank = many(model), self._ranks.rank
         self._kept = self._whole = ModelState(models)
@@ -168,25 +187,29 @@ class CheckpointManager:
         Collective: every rank calls this after every step.
 
         Raises:
+            UsageError: an argument of another type, or other arguments than another rank's.
             HoldfastError: the step could not be saved, on every rank; the steps before it stand.
                 With `on_save_error = "warn"` that is logged, and the run goes on.
         """
+        call = arguments.call_of(step, last_step, metrics)
         if not self._saves:
+            arguments.agreed(Solo(), call, arguments.told_of(call))
             return False
         self._goodput.count_step()
         with self._goodput.lost_to("saving"):
             # What any rank has measured or received decides, so that all decide alike.
             saver = self._saver
-            number, since_s, full_save_s, model_share, failed, busy, *measured = (
-                self._ranks.largest(
-                    [
-                        *self._stop_signals.received(),
-                        *(saver.full_save_s, saver.model_share),
-                        *(float(saver.failed), float(saver.busy)),
-                        *self._goodput.measured(),
-                    ]
-                )
+            numbers = self._ranks.largest(
+                [
+                    *arguments.told_of(call),
+                    *self._stop_signals.received(),
+                    *(saver.full_save_s, saver.model_share),
+                    *(float(saver.failed), float(saver.busy)),
+                    *self._goodput.measured(),
+                ]
             )
+            step, last_step, rest = arguments.agreed(self._ranks, call, numbers)
+            number, since_s, full_save_s, model_share, failed, busy, *measured = rest
             if failed:
                 saver.collect()
             stopping = bool(number) and not last_step
@@ -194,7 +217,8 @@ class CheckpointManager:
             if stopping:
                 left_s = self.config.stop_deadline_s - since_s
                 kind = kind_in_time(left_s, full_save_s, model_share)
-                self._say_stopping(int(number), step, left_s, full_save_s, kind)
+                line = stopping_line(int(number), step, left_s, full_save_s, kind)
+                (self._say if kind == "full" else self._warn)(line)
             elif not self._is_time(step, last_step, bool(busy), measured):
                 return self._export(step)
             saved = kind is not None and self._save_as(
@@ -250,14 +274,7 @@ class CheckpointManager:
                 replace.
         """
 
-        def look() -> None:
-            if steps := self._catalog.steps():
-                raise ExistsError(
-                    f"`{self._catalog.store.url}` holds step {steps[-1]}: a seed is the first step",
-                    hint="choose another `checkpoint.folder`, or remove this one",
-                )
-
-        on_rank_0(self._ranks, look)
+        on_rank_0(self._ranks, lambda: check_seed(self._catalog.steps(), self._catalog.store.url))
         self._save_as("model", 0, last_step=False)
         self._saver.collect()
 
@@ -276,8 +293,11 @@ class CheckpointManager:
             MismatchError: a checkpoint of another model; nothing was changed.
             DamagedError: the step asked for is damaged.
         """
+        wanted = self.config.load_step
+        if step is not None:
+            wanted = on_every_rank(self._ranks, lambda: checked_step(step, "step", least=-1))
         with self._goodput.lost_to(RESUMING):
-            return self._load(self.config.load_step if step is None else step)
+            return self._load(wanted)
 
     def _load(self, wanted: int) -> int:
         if not self.config.enable:
@@ -436,12 +456,7 @@ class CheckpointManager:
         )
         self._note(loaded, step)
         self._warn(*differences(loaded))
-        if loaded.converted:
-            first = loaded.converted[0]
-            self._warn(
-                f"{len(loaded.converted)} tensors were converted to another dtype, such as "
-                f"`{first}`, stored as {manifest.tensors[first].dtype}"
-            )
+        self._warn(*converted(loaded, manifest))
 
     def _note(self, loaded: Loaded, step: int) -> None:
         """Remember how long a load has taken that goes on from `step`. Collective."""
@@ -454,7 +469,7 @@ class CheckpointManager:
         self, kind: Kind, step: int, *, last_step: bool, metrics: Metrics | None = None
     ) -> bool:
         """Save all parts, or the model alone: in the export dtype where it is the last step."""
-        numbers = on_every_rank(self._ranks, partial(numbers_in, metrics))
+        numbers = on_every_rank(self._ranks, partial(arguments.numbers_in, metrics))
         self._goodput.count_save()
         use = self._hub.use(step, last_step=last_step, saved=True)
         if kind == "full":
@@ -475,19 +490,6 @@ class CheckpointManager:
 
     def _model(self, state: ModelState | None = None) -> StateTree:
         return StateTree({MODEL: state or self._kept}, flat=MODEL, others=self._sections)
-
-    def _say_stopping(
-        self, number: int, step: int, left_s: float, full_save_s: float, kind: Kind | None
-    ) -> None:
-        name = signal.Signals(number).name
-        if kind == "full":
-            self._say(f"{name}: saving step {step}, then ending")
-        else:
-            instead = "the model alone" if kind == "model" else "nothing: the newest step stands"
-            self._warn(
-                f"{name}: {left_s:.1f} s are left, a save takes {full_save_s:.1f} s; "
-                f"saving {instead}, then ending"
-            )
 
     def _say(self, line: str) -> None:
         if self._ranks.rank == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 from holdfast.engine.load import Loaded
@@ -20,17 +20,7 @@ MODEL, OPTIMIZER, SCHEDULER, DATALOADER, RNG = (
 )
 """Names of the parts of a step; TorchTitan's. The model's own names lie at the top level."""
 
-
-Metrics = Mapping[str, float] | Callable[[], Mapping[str, float]]
-"""Numbers by name, or a function that gives them."""
-
 T = TypeVar("T")
-
-
-def numbers_in(metrics: Metrics | None) -> dict[str, float]:
-    """What a step is to keep of what was measured."""
-    given = metrics() if callable(metrics) else metrics or {}
-    return {name: float(value) for name, value in given.items()}
 
 
 def many(given: T | Sequence[T]) -> list[T]:
@@ -40,7 +30,8 @@ def many(given: T | Sequence[T]) -> list[T]:
 
 def changed_by_optimizers(optimizers: Stateful) -> set[str]:
     """Names of the tensors that change when optimizers step, and at no other time."""
-    assert isinstance(optimizers, OptimizerState)
+    if not isinstance(optimizers, OptimizerState):
+        return set()
     state = {f"{OPTIMIZER}.{name}" for name in optimizers.slots()}
     return {*optimizers.parameter_names(), *state}
 
@@ -97,6 +88,17 @@ def differences(loaded: Loaded) -> list[str]:
             f"are, such as `{loaded.lacking[0]}`"
         )
     return lines
+
+
+def converted(loaded: Loaded, manifest: Manifest) -> list[str]:
+    """What a load has converted, for people."""
+    if not loaded.converted:
+        return []
+    first = loaded.converted[0]
+    return [
+        f"{len(loaded.converted)} tensors were converted to another dtype, such as `{first}`, "
+        f"stored as {manifest.tensors[first].dtype}"
+    ]
 
 
 def other_generators(manifest: Manifest, num_ranks: int) -> str | None:
