@@ -13,11 +13,11 @@ import torch
 
 from holdfast.catalog.catalog import open_manifest
 from holdfast.catalog.findings import PARTS
+from holdfast.engine.arguments import place_to_load
 from holdfast.engine.collector import collector_at_rest
 from holdfast.engine.ranks import Ranks, all_ranks, hosts_of, on_every_rank, on_rank_0
 from holdfast.engine.read import Wanted, read_tensors, threads_for
 from holdfast.engine.replicas import Place, ask, read_shared
-from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source, read_value
 from holdfast.engine.spans import Spans
 from holdfast.engine.values import decode_value
@@ -67,15 +67,16 @@ def load(path: str | os.PathLike[str], state: Mapping[str, Any], *, strict: bool
     state; an error on one is raised on all.
 
     Raises:
+        UsageError: an argument of another type.
         NotFoundError: no checkpoint at `path`.
         MismatchError: entries that are missing, unexpected or of another shape, all of them listed;
             nothing was changed.
         DamagedError: bytes are not those that were saved; the state may be loaded in part.
         FormatError: the checkpoint holds what could be read only by running its code.
     """
-    store, name = open_for_reading(path)
     ranks = all_ranks()
     try:
+        store, name = on_every_rank(ranks, lambda: place_to_load(path, state, strict=strict))
         with collector_at_rest():
             manifest = on_rank_0(ranks, lambda: open_manifest(store, name))
         source = Source(store, name, manifest)

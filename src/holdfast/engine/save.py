@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from holdfast.catalog.catalog import Catalog
+from holdfast.engine.arguments import place_to_save
 from holdfast.engine.background import make_way
 from holdfast.engine.collector import collector_at_rest
 from holdfast.engine.commit import commit
@@ -29,7 +30,6 @@ from holdfast.engine.ranks import (
     on_rank_0,
     outcome_of,
 )
-from holdfast.engine.root import open_root
 from holdfast.engine.spans import Spans, amount
 from holdfast.engine.stage import Snapshot, Staging, TensorOf, box_of, host_bytes, host_windows
 from holdfast.engine.write import FileImage, Pace, Receipt, TensorItem, write
@@ -68,12 +68,13 @@ def save(
 
     Raises:
         ExistsError: there is something at `path`, and `overwrite` is false.
-        UsageError: a value that could not be read back safely.
+        UsageError: an argument of another type, or a value that could not be read back safely.
         StorageError: no space, no rights; nothing is left behind.
     """
-    catalog, name = open_root(path)
     ranks = all_ranks()
     try:
+        check = partial(place_to_save, path, state, overwrite=overwrite)
+        catalog, name = on_every_rank(ranks, check)
         on_rank_0(ranks, lambda: _check_free(catalog, name, overwrite))
         leaves = on_every_rank(ranks, StateTree(state).leaves_to_save)
         return save_leaves(catalog, name, leaves, ranks=ranks, planner=Planner(ranks))
