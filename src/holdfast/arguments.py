@@ -134,9 +134,18 @@ def checked_path(path: object, what: str) -> str:
         raise UsageError(
             f"`{what}` must be a path, as text or `pathlib.Path`, found: {shown(path)}"
         )
-    if not text.strip() or "\0" in text:
+    if not text.strip() or "\0" in text or not is_encodable(text):
         raise UsageError(f"`{what}` must name a folder or a file, found: {shown(text)}")
     return text
+
+
+def is_encodable(text: str) -> bool:
+    """Whether a file can have this name: half of a surrogate pair is no character."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # ------------------------------------------------------------------------------------------ by type

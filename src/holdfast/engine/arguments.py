@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 from holdfast.arguments import checked_flag, checked_path, shown
 from holdfast.catalog.catalog import Catalog
@@ -31,6 +31,8 @@ def place_to_load(path: object, state: object, *, strict: object) -> tuple[ReadS
         UsageError: an argument of another type.
     """
     text = _checked(path, state, "holdfast.load")
+    if isinstance(state, Mapping) and not isinstance(state, MutableMapping):
+        raise UsageError(f"`state` must be a dict, which is filled in place, found: {shown(state)}")
     checked_flag(strict, "strict")
     return open_for_reading(text)
 

@@ -80,7 +80,8 @@ def load(path: str | os.PathLike[str], state: Mapping[str, Any], *, strict: bool
         with collector_at_rest():
             manifest = on_rank_0(ranks, lambda: open_manifest(store, name))
         source = Source(store, name, manifest)
-        return load_tree(source, StateTree(state), ranks=ranks, strict=strict)
+        tree = on_every_rank(ranks, lambda: StateTree(state))
+        return load_tree(source, tree, ranks=ranks, strict=strict)
     finally:
         ranks.close()
 

@@ -76,7 +76,7 @@ def save(
         check = partial(place_to_save, path, state, overwrite=overwrite)
         catalog, name = on_every_rank(ranks, check)
         on_rank_0(ranks, lambda: _check_free(catalog, name, overwrite))
-        leaves = on_every_rank(ranks, StateTree(state).leaves_to_save)
+        leaves = on_every_rank(ranks, lambda: StateTree(state).leaves_to_save())
         return save_leaves(catalog, name, leaves, ranks=ranks, planner=Planner(ranks))
     finally:
         ranks.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from typing import Any
 
 import torch
@@ -30,7 +29,10 @@ def encode_value(name: str, value: Any) -> bytes:
         torch.save(value, buffer)
         if not reads_back(value):
             torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-    except (pickle.PicklingError, AttributeError, TypeError, pickle.UnpicklingError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Pickling calls methods of the object, which may raise anything.
         raise UsageError(
             f"`{name}` is a {type(value).__module__}.{type(value).__qualname__}, "
             f"which cannot be read back safely",

@@ -63,7 +63,7 @@ class HubModel:
             )
         try:
             # As the manifest of every step keeps it.
-            json.dumps(dict(self.config), allow_nan=False)
+            json.dumps(dict(self.config), allow_nan=False, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(f"`HubModel.config` must be plain JSON: {error}") from error
         if self.assets is not None:

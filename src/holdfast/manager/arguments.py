@@ -173,7 +173,7 @@ def numbers_in(metrics: Metrics | None) -> dict[str, float]:
         raise _wrong("metrics", "a function that returns a dict of numbers", given)
     found = {}
     for name, value in given.items():
-        if not isinstance(name, str):
+        if not _is_name(name):
             raise UsageError(f"`metrics` must have text as names, found: {shown(name)}")
         single = value.item() if _is_element(value) else value
         number_of = number(single) if flag(single) is None else float(single)
@@ -200,7 +200,7 @@ def _check_states(states: object, taken: Mapping[str, str], models: Sequence[nn.
         raise _wrong("states", "a dict of objects by name", states)
     taken = {**dict.fromkeys(_names_in(models), "a tensor of the model"), **taken}
     for name, value in states.items():
-        if not isinstance(name, str) or not name:
+        if not _is_name(name):
             raise UsageError(f"`states` must have text as names, found: {shown(name)}")
         if name in taken:
             raise UsageError(
@@ -231,6 +231,14 @@ def _several(what: str, given: object, kind: type, expected: str) -> list[Any]:
     if isinstance(given, Iterator) and not isinstance(given, kind):
         raise _wrong(what, f"{expected}, or a list of them", given, f"{what}=list(...)")
     return [given]
+
+
+def _is_name(name: object) -> bool:
+    """Whether this is text that the index of a checkpoint can hold."""
+    try:
+        return isinstance(name, str) and bool(name.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_text(value: object) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from holdfast import NotFoundError, UsageError
 STATE = {"w": torch.arange(12.0).view(4, 3), "step": 7}
 
 
-@pytest.mark.parametrize("path", [None, 3, b"x", "", "  ", "a\0b", [Path("x")], torch.ones(1)])
+@pytest.mark.parametrize(
+    "path", [None, 3, b"x", "", "  ", "a\0b", "\ud800", [Path("x")], torch.ones(1)]
+)
 def test_what_is_no_path_is_refused(path: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """Method: each way in; the current directory, which an empty path would stand for, stays as it
     was."""
@@ -50,6 +53,13 @@ def test_what_is_no_state_is_refused(state: Any, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="`state` must be a dict of tensors, values and"):
             call()
     assert not (tmp_path / "new").exists()
+
+
+def test_a_state_that_cannot_be_filled_is_refused(tmp_path: Path) -> None:
+    """Method: a view of a dict, which nothing can be put into."""
+    holdfast.save(tmp_path / "there", MappingProxyType(STATE))
+    with pytest.raises(UsageError, match="filled in place, found: a mappingproxy"):
+        holdfast.load(tmp_path / "there", MappingProxyType(STATE))
 
 
 @pytest.mark.parametrize("value", [1, "no", None, []])
