@@ -5,6 +5,7 @@
     holdfast.open(path)                 look into one, reading only what is asked for
     holdfast.CheckpointManager          when to save, what to keep, where to resume from
     holdfast.HoldfastError              and its classes, by what to do next (holdfast.errors)
+    holdfast.__version__                what is installed
 
 Nothing here imports torch before it is used.
 """
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from holdfast.manager.config import CheckpointConfig
     from holdfast.manager.manager import CheckpointManager
 
+    __version__: str
+
 _HOMES = {
     "CheckpointConfig": "holdfast.manager.config:CheckpointConfig",
     "CheckpointManager": "holdfast.manager.manager:CheckpointManager",
@@ -60,6 +63,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # Not at the top: it costs more than all else here.
+
+        return version("holdfast")
     if name not in _HOMES:
         raise AttributeError(f"module `holdfast` has no attribute `{name}`")
     module, _, member = _HOMES[name].partition(":")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import holdfast
 from checkpoints import save_safetensors, save_step, save_stock, save_torch
 from holdfast.cli import terminal
 from holdfast.cli.main import VERBS, main
@@ -254,6 +255,18 @@ def child(*arguments: str | Path, script: str = "") -> subprocess.CompletedProce
     code = script or "import sys; from holdfast.cli.main import main; sys.exit(main())"
     command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
     return subprocess.run(command, text=True, capture_output=True)
+
+
+@pytest.mark.parametrize("module", ["holdfast", "holdfast.cli"])
+def test_the_package_is_the_command_too(module: str, tmp_path: Path) -> None:
+    """Method: `python -m`, with a verb that ends well and one that does not."""
+    command = [sys.executable, "-W", "error", "-m", module]
+    ran = subprocess.run([*command, "version"], text=True, capture_output=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert f"holdfast {holdfast.__version__}\n" in ran.stdout
+    ran = subprocess.run([*command, "list", tmp_path / "none"], text=True, capture_output=True)
+    assert (ran.returncode, ran.stdout) == (4, "")
+    assert ran.stderr.startswith("error: nothing at")
 
 
 def test_training_starts_as_by_its_script(tmp_path: Path) -> None:
