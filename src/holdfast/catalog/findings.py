@@ -16,7 +16,8 @@ load of that entry fails. `frame`: the bytes around an entry; Holdfast does not 
 reader does."""
 
 PARTS = ("optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
-"""What a resume can leave out; the rest of a checkpoint is the model, unless that has a table."""
+"""What a resume can leave out. In a checkpoint whose manifest does not say what is the model's, the
+rest is, unless the model has a table."""
 
 TABLES = ("model", "state_dict")
 """Under which others keep a whole model: Accelerate and torchtune; Lightning."""
@@ -106,10 +107,13 @@ def kind_of(manifest: Manifest) -> Kind:
 def parts_of(manifest: Manifest) -> dict[str, str]:
     """For each entry the part of the checkpoint that it belongs to: `model`, or another.
 
-    Where the model has a table of its own, what stands beside that is not the model's; and an
+    The manifest may say which top-level names are not the model's. Where it does not, names decide:
+    where the model has a table of its own, what stands beside that is not the model's; and an
     optimizer's own state dict, as `optimizer.pt` holds it, is the optimizer's.
     """
-    paths = _paths(manifest)
+    paths, beside = _paths(manifest), manifest.components
+    if beside is not None:
+        return {n: str(path[0]) if path[0] in beside else "model" for n, path in paths.items()}
     tables = {path[0] for path in paths.values() if len(path) > 1}
     alone = tables >= {"state", "param_groups"}
     table = next((name for name in TABLES if name in tables), None)

@@ -154,7 +154,8 @@ def _say_checkpoint(seen: Seen) -> None:
         facts.append(f"step {manifest.step}")
     files = counted(len(manifest.files), "file")
     held = parts(manifest)
-    if "model" in held and {"model", *PARTS} >= held.keys():
+    known = manifest.components is not None or {"model", *PARTS} >= held.keys()
+    if "model" in held and known:
         facts.append(kind_of(manifest))
     facts.append(f"{spelled_bytes(manifest.nbytes)} in {files}")
     say(f"{seen.where}: {', '.join(facts)}")

@@ -55,11 +55,17 @@ def convert(planned: Planned, target: str, wishes: Wishes, advance: Advance) -> 
     elif wishes.to == "torch":
         nbytes = write_torch_file(place, outputs, _values(planned, wishes), advance)
     else:
-        whole = opened.others and not wishes.model_only
-        kind: Kind = "full" if whole else "model"
-        step = opened.manifest.step
-        model = planned.config or opened.manifest.model
-        facts = facts_of(place, kind, step, model)
+        kind: Kind = "model"
+        if planned.whole:
+            kind = opened.manifest.kind or ("full" if opened.others else "model")
+        components = opened.manifest.components
+        facts = facts_of(
+            place,
+            kind=kind,
+            step=opened.manifest.step,
+            model=planned.config or opened.manifest.model,
+            components=() if components is not None and wishes.model_only else components,
+        )
         nbytes = write_step(place, outputs, _values(planned, wishes), facts, advance)
     seconds = time.perf_counter() - started
     return Converted(place.where, nbytes, place.store.kept_bytes, seconds, len(outputs))

@@ -119,6 +119,10 @@ class Manifest:
     """`full` can be resumed from, `model` holds the model alone; None where nobody said, as in
     formats of others."""
 
+    components: tuple[str, ...] | None = None
+    """Top-level names that are not the model's: first keys of the paths of all else. None where the
+    writer did not say."""
+
     created: str = ""
     """When the save was committed: ISO 8601, UTC."""
 
@@ -205,6 +209,7 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
         "created": manifest.created,
         "versions": dict(manifest.versions),
         "layout": dict(manifest.layout),
+        **({} if manifest.components is None else {"components": manifest.components}),
         **({"metrics": _encode_metrics(manifest.metrics)} if manifest.metrics else {}),
         **({"model": dict(manifest.model)} if manifest.model else {}),
         **({"timings": timings.encode(manifest.timings)} if manifest.timings else {}),
@@ -345,6 +350,7 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
         block_bytes=block_bytes,
         step=None if body["step"] is None else count_of(body["step"]),
         kind=body["kind"],
+        components=_components(body.get("components")),
         created=str(body["created"]),
         layout=_told(body["layout"]),
         versions={str(name): str(version) for name, version in body["versions"].items()},
@@ -359,6 +365,14 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
     if twice or manifest.tensors.keys() & manifest.values.keys():
         raise ValueError("a file or an entry is there twice")
     return manifest
+
+
+def _components(stored: object) -> tuple[str, ...] | None:
+    if stored is None:
+        return None
+    if not isinstance(stored, list) or {type(name) for name in stored} - {str}:
+        raise ValueError("components that are no list of names")
+    return tuple(stored)
 
 
 def _told(stored: dict[str, Any]) -> dict[str, Any]:

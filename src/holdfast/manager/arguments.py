@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.arguments import checked_flag, checked_path, flag, number, shown
-from holdfast.engine.ranks import Ranks, conclude
+from holdfast.engine.ranks import Ranks, conclude, on_every_rank
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.format.names import checked_step
 from holdfast.hf.export import HubModel
@@ -25,7 +25,15 @@ _RANKS = ("rank", "size", "gather", "scatter", "broadcast", "twin", "close", "la
 _OPTIMIZER = ("param_groups", "state", "state_dict", "load_state_dict")
 
 
-def check(
+def check(ranks: Ranks, **given: Any) -> None:
+    """Refuse what `CheckpointManager` cannot keep, by the arguments of `check_arguments`.
+
+    Collective: every rank calls this; an error on one is raised on all.
+    """
+    on_every_rank(ranks, lambda: check_arguments(**given))
+
+
+def check_arguments(
     *,
     folder: object,
     model: object,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
@@ -18,11 +18,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from holdfast.catalog.catalog import Catalog, open_manifest
-from holdfast.engine.load import Loaded, load_tree
+from holdfast.engine.load import load_tree
 from holdfast.engine.ranks import Ranks, Solo, all_ranks, host_name, on_every_rank, on_rank_0
 from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source
-from holdfast.engine.spans import rate, times_of
+from holdfast.engine.spans import rate
 from holdfast.errors import DamagedError, FormatError, NotFoundError
 from holdfast.format.manifest import Kind
 from holdfast.format.names import LOCK, checked_step, step_of
@@ -43,6 +43,7 @@ from holdfast.manager.parts import (
     check_excluded,
     converted,
     differences,
+    left_alone,
     many,
     not_excluded,
     other_generators,
@@ -120,8 +121,8 @@ class CheckpointManager:
         self.config = arguments.checked_config(config)
         self._goodput = Goodput()
         self._ranks = all_ranks() if ranks is None else arguments.checked_ranks(ranks)
-        check = partial(
-            arguments.check,
+        arguments.check(
+            self._ranks,
             folder=folder,
             model=model,
             optimizers=optimizers,
@@ -131,7 +132,6 @@ class CheckpointManager:
             hub=hub,
             config=self.config,
         )
-        on_every_rank(self._ranks, check)
         self._catalog = Catalog(LocalStore(folder))
         models, rank = many(model), self._ranks.rank
         self._kept = self._whole = ModelState(models)
@@ -416,7 +416,7 @@ class CheckpointManager:
         then = ": starting at step 0" if self.config.save_frozen else ", to train in part"
         if self.config.initial_load_in_hf:
             loaded = self._hub.load(path, self._model(self._whole))
-            self._note(loaded, 0)
+            self._goodput.note_load(loaded, 0, self._ranks)
             self._say(f"loaded the model of {loaded.where}{then}")
             return 0
         if path is None:
@@ -427,7 +427,8 @@ class CheckpointManager:
         source = Source(store, name, manifest)
         if self.config.initial_load_model_only:
             partial_load = not self.config.initial_load_strict
-            self._load_tree(source, self._model(self._whole), 0, partial_load=partial_load)
+            tree = self._model(self._whole, left_alone(manifest, [MODEL]))
+            self._load_tree(source, tree, 0, partial_load=partial_load)
             self._say(f"loaded the model of {source.url}{then}")
             return 0
         step = manifest.step if manifest.step is not None else step_of(name) or 0
@@ -444,7 +445,8 @@ class CheckpointManager:
         if DATALOADER in wanted:
             check_dataloader(manifest, self._ranks.size)
         parts = {part: self._parts[part] for part in wanted}
-        self._load_tree(source, StateTree(parts, flat=MODEL, others=self._sections), step)
+        others = {*self._sections, *left_alone(manifest, names, self.config.exclude_from_loading)}
+        self._load_tree(source, StateTree(parts, flat=MODEL, others=others), step)
 
     def _load_tree(
         self, source: Source, tree: StateTree, step: int, *, partial_load: bool = False
@@ -454,16 +456,9 @@ class CheckpointManager:
         loaded = load_tree(
             *(source, tree), ranks=self._ranks, partial=partial_load, replicas=replicas
         )
-        self._note(loaded, step)
+        self._goodput.note_load(loaded, step, self._ranks)
         self._warn(*differences(loaded))
         self._warn(*converted(loaded, manifest))
-
-    def _note(self, loaded: Loaded, step: int) -> None:
-        """Remember how long a load has taken that goes on from `step`. Collective."""
-        every = self._ranks.gather((loaded.nbytes, loaded.spans.seconds))
-        if every:
-            sizes, seconds = zip(*every, strict=True)
-            self._goodput.loads.append(times_of(step, sum(sizes), seconds))
 
     def _save_as(
         self, kind: Kind, step: int, *, last_step: bool, metrics: Metrics | None = None
@@ -488,8 +483,9 @@ class CheckpointManager:
             self._saver.save(step, "model", self._model().leaves, use=use)
         return False
 
-    def _model(self, state: ModelState | None = None) -> StateTree:
-        return StateTree({MODEL: state or self._kept}, flat=MODEL, others=self._sections)
+    def _model(self, state: ModelState | None = None, beside: Collection[str] = ()) -> StateTree:
+        others = {*self._sections, *beside}
+        return StateTree({MODEL: state or self._kept}, flat=MODEL, others=others)
 
     def _say(self, line: str) -> None:
         if self._ranks.rank == 0:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Collection, Sequence
 from typing import TypeVar
 
+from holdfast.catalog.findings import PARTS
 from holdfast.engine.load import Loaded
 from holdfast.errors import MismatchError, UsageError
 from holdfast.format.manifest import Manifest
@@ -40,6 +41,18 @@ def not_excluded(parts: Collection[str], excluded: Collection[str]) -> list[str]
     """The parts that a resume loads."""
     left_out = {DATALOADER if name in DATALOADER_KEYS else name for name in excluded}
     return [name for name in parts if name not in left_out]
+
+
+def left_alone(
+    manifest: Manifest, wanted: Sequence[str], excluded: Collection[str] = ()
+) -> set[str]:
+    """Top-level names of a checkpoint that a load of these parts leaves as they are, whether or not
+    this run has parts of these names: what was excluded and, where the model alone is wanted, all
+    that is not the model's."""
+    names = {DATALOADER if name in DATALOADER_KEYS else name for name in excluded}
+    if [*wanted] == [MODEL]:
+        names |= {*(PARTS if manifest.components is None else manifest.components)}
+    return names
 
 
 def check_excluded(excluded: Sequence[str], parts: Collection[str]) -> None:
