@@ -291,7 +291,8 @@ def test_no_verb_imports_torch(saved: Path) -> None:
     )
     paths = [saved / one for one in ("outputs/checkpoint", "stock", "hf", "model.pt")]
     quiet = (("version",), ("skills", "list"))
-    for arguments in (*quiet, ("list", paths[0]), *(("verify", path) for path in paths)):
+    value = ("show", paths[0] / "step-3", "train_state.step")
+    for arguments in (*quiet, value, ("list", paths[0]), *(("verify", path) for path in paths)):
         ran = child(*arguments, script=script)
         assert ran.returncode == 0, ran.stderr
 
