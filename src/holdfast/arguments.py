@@ -148,6 +148,20 @@ def is_encodable(text: str) -> bool:
     return True
 
 
+def not_installed(error: ImportError, what: str) -> UsageError:
+    """The error that says which package `what` needs and has not.
+
+    Raises:
+        ImportError: it is a module of this package, which is a fault of ours.
+    """
+    package = (error.name or "").partition(".")[0]
+    if package == "holdfast":
+        raise error
+    # Without a name a package is there, and something that it needs is not: its own words say it.
+    said = f"needs `{package}`, which is not installed" if package else f"cannot run: {error}"
+    return UsageError(f"{what} {said}", hint=f"pip install {package}" if package else None)
+
+
 # ------------------------------------------------------------------------------------------ by type
 
 

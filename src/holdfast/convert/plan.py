@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from holdfast.convert.form import Form
 from holdfast.convert.sizes import config_of_model
 from holdfast.convert.source import Opened, fetched, open_source
 from holdfast.convert.stream import Output, Outputs, dtype_for
@@ -22,7 +23,6 @@ from holdfast.hf.mapping import TensorMapping
 from holdfast.hf.shards import SHARD_BYTES
 from holdfast.hf.tensors import Mapped, Renamed, Tensors, Zeros, only
 
-Form = Literal["dcp", "hf", "torch"]
 Float = Literal["float32", "bfloat16", "float16"]
 
 

@@ -66,6 +66,13 @@ class Opened:
         return self.source.url
 
     @property
+    def place(self) -> str:
+        """The path of the checkpoint itself, which may be a file."""
+        if self.format != "torch":
+            return self.where
+        return f"{self.source.store.url}/{self.source.key(next(iter(self.manifest.files)))}"
+
+    @property
     def manifest(self) -> Manifest:
         return self.source.manifest
 
