@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +20,8 @@ from holdfast.manager.config import DATALOADER_KEYS, CheckpointConfig
 from holdfast.manager.parts import DATALOADER, MODEL, OPTIMIZER, RNG, SCHEDULER
 from holdfast.state.model import bare, canonical
 
+logger = logging.getLogger("holdfast")
+
 Metrics = Mapping[str, float] | Callable[[], Mapping[str, float]]
 """Numbers by name, or a function that gives them."""
 
@@ -31,6 +35,13 @@ def check(ranks: Ranks, **given: Any) -> None:
     Collective: every rank calls this; an error on one is raised on all.
     """
     on_every_rank(ranks, lambda: check_arguments(**given))
+    idle = _without_effect(given["config"])
+    if idle and ranks.rank == 0:
+        logger.warning(
+            "nothing is saved or resumed, since `enable` of the CheckpointConfig is off: without "
+            "effect are %s",
+            ", ".join(idle),
+        )
 
 
 def check_arguments(
@@ -91,6 +102,13 @@ def check_arguments(
     _check_states(states, taken, models)
     if hub is not None and not isinstance(hub, HubModel):
         raise _wrong("hub", "a `HubModel`", hub, "HubModel(config, assets)")
+
+
+def _without_effect(config: CheckpointConfig) -> list[str]:
+    """The settings that somebody has changed where `enable`, without which none counts, is off."""
+    if config.enable:
+        return []
+    return [one.name for one in fields(config) if getattr(config, one.name) != one.default]
 
 
 def checked_config(config: object) -> CheckpointConfig:

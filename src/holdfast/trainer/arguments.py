@@ -41,13 +41,19 @@ def read_config(arguments: Sequence[str]) -> Config:
         UsageError: a section or key that is not known, or a value of the wrong type.
         NotFoundError: there is no such file.
     """
+    values = _given(arguments)
+    sections = {name: cls(**values.get(name, {})) for name, cls in _sections().items()}
+    return Config(**sections)
+
+
+def _given(arguments: Sequence[str]) -> Values:
+    """What the command line and the file say, without the defaults."""
     given = _from_command_line(arguments)
     file = given.get("job", {}).get("config_file")
     values = _from_file(Path(file)) if file is not None else {}
     for section, keys in given.items():
         values.setdefault(section, {}).update(keys)
-    sections = {name: cls(**values.get(name, {})) for name, cls in _sections().items()}
-    return Config(**sections)
+    return values
 
 
 def wants_help(arguments: Iterable[str]) -> bool:
@@ -71,10 +77,10 @@ def print_help(program: str) -> None:
     )
 
 
-def get_ready(config: Config) -> None:
-    """Say which of TorchTitan's settings in the file have no effect here. Bring the user's guides
-    for coding agents up to date, where that was agreed to by a first `holdfast skills sync`, and
-    say what has changed. On rank 0 alone."""
+def get_ready(config: Config, arguments: Sequence[str] = ()) -> None:
+    """Say which settings have no effect: TorchTitan's of what is not here, and those of checkpoints
+    where `enable` was forgotten. Bring the user's guides for coding agents up to date, where that
+    was agreed to by a first `holdfast skills sync`, and say what has changed. On rank 0 alone."""
     if os.environ.get("RANK", "0") != "0":
         return
     file = config.job.config_file
@@ -82,6 +88,14 @@ def get_ready(config: Config) -> None:
     if idle:
         sys.stderr.write(
             f"of TorchTitan's settings, these have no effect here: {', '.join(idle)}\n"
+        )
+    keys = _given(arguments).get("checkpoint", {})
+    if keys and "enable" not in keys:
+        sys.stderr.write(
+            f"nothing is saved or resumed, since `checkpoint.enable` is off: without effect are "
+            f"{', '.join(f'checkpoint.{key}' for key in keys)}\n"
+            "hint: --checkpoint.enable, or `enable = true` below `[checkpoint]`; "
+            "--checkpoint.no-enable where that is wanted\n"
         )
     for line in refresh(os.environ):
         sys.stderr.write(f"{line}\n")

@@ -168,6 +168,22 @@ def test_what_is_no_step_is_refused_before_anything_is_written(
     assert not [path for path in tmp_path.iterdir() if path.name != ".lock"]
 
 
+def test_settings_that_have_no_effect_are_pointed_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Method: `enable` forgotten beside other settings; none given; all in effect."""
+    given: list[tuple[dict[str, Any], bool]] = [
+        ({"interval": 5, "keep_latest_k": 3}, True),
+        ({}, False),
+        ({"enable": True, "interval": 5}, False),
+    ]
+    for settings, said in given:
+        caplog.clear()
+        CheckpointManager(tmp_path, model=MODEL, config=CheckpointConfig(**settings)).close()
+        assert ("without effect are interval, keep_latest_k" in caplog.text) == said
+        assert bool(caplog.records) == said
+
+
 def test_integers_and_flags_of_numpy_and_torch_are_steps_and_flags(tmp_path: Path) -> None:
     """Method: saved and loaded by them; the last by a comparison of numpy's."""
     config = CheckpointConfig(enable=True, interval=1, last_save_model_only=False)
