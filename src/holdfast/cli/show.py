@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any
 
-from holdfast.catalog.findings import PARTS, kind_of, parts_of
+from holdfast.catalog.findings import FORMATS, PARTS, kind_of, parts_of
 from holdfast.cli import values
 from holdfast.cli.look import Seen, look
 from holdfast.cli.picture import draw, letter
@@ -27,13 +27,6 @@ from holdfast.format.manifest import Chunk, Manifest, TensorEntry
 
 if TYPE_CHECKING:
     import tyro
-
-FORMATS = {
-    "holdfast": "checkpoint of Holdfast",
-    "dcp": "checkpoint of stock torch.distributed.checkpoint",
-    "safetensors": "safetensors",
-    "torch": "file of torch.save",
-}
 
 CHUNKS_SAID_MAX = 52
 
