@@ -7,14 +7,13 @@ layout of that file is specified in docs/format.md.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
 from holdfast.errors import DamagedError, FormatError
-from holdfast.format import checksum, timings
+from holdfast.format import checksum, facts, timings
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.region import Region
 from holdfast.format.timings import Stage
@@ -210,7 +209,7 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
         "versions": dict(manifest.versions),
         "layout": dict(manifest.layout),
         **({} if manifest.components is None else {"components": manifest.components}),
-        **({"metrics": _encode_metrics(manifest.metrics)} if manifest.metrics else {}),
+        **({"metrics": facts.encode_metrics(manifest.metrics)} if manifest.metrics else {}),
         **({"model": dict(manifest.model)} if manifest.model else {}),
         **({"timings": timings.encode(manifest.timings)} if manifest.timings else {}),
         "checksums": _checksums(manifest.block_bytes),
@@ -240,10 +239,6 @@ _BLOCK_BYTES = (checksum.BLOCK_BYTES, checksum.BLOCK_BYTES_MAX)
 
 def _checksums(block_bytes: int) -> dict[str, object]:
     return {"algorithm": checksum.ALGORITHM, "block_bytes": block_bytes}
-
-
-def _encode_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def by_container(
@@ -350,12 +345,12 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
         block_bytes=block_bytes,
         step=None if body["step"] is None else count_of(body["step"]),
         kind=body["kind"],
-        components=_components(body.get("components")),
+        components=facts.components(body.get("components")),
         created=str(body["created"]),
-        layout=_told(body["layout"]),
+        layout=facts.told(body["layout"]),
         versions={str(name): str(version) for name, version in body["versions"].items()},
-        metrics={name: _metric(value) for name, value in body.get("metrics", {}).items()},
-        model=_told(body.get("model", {})),
+        metrics=facts.decode_metrics(body.get("metrics", {})),
+        model=facts.told(body.get("model", {})),
         timings=timings.decode(body.get("timings", {})),
         metadata=_seal(body["metadata"]),
     )
@@ -365,20 +360,6 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
     if twice or manifest.tensors.keys() & manifest.values.keys():
         raise ValueError("a file or an entry is there twice")
     return manifest
-
-
-def _components(stored: object) -> tuple[str, ...] | None:
-    if stored is None:
-        return None
-    if not isinstance(stored, list) or {type(name) for name in stored} - {str}:
-        raise ValueError("components that are no list of names")
-    return tuple(stored)
-
-
-def _told(stored: dict[str, Any]) -> dict[str, Any]:
-    """What a writer adds, as it is. Python's JSON reads infinities, which JSON has not."""
-    _ENCODER.encode(stored)
-    return dict(stored.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -435,14 +416,6 @@ def _item(number: int, offset: int, nbytes: int, files: list[_File]) -> tuple[_F
             f"item {item} is outside of the {file.table.offset} bytes of `{file.name}`"
         )
     return file, item
-
-
-def _metric(stored: float | None) -> float:
-    if stored is None:
-        return math.nan
-    if type(stored) not in (int, float):
-        raise ValueError(f"a metric that is a {type(stored).__name__}")
-    return float(stored)
 
 
 def _seal(stored: list[int] | None) -> tuple[int, int] | None:
