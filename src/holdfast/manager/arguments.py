@@ -25,7 +25,7 @@ logger = logging.getLogger("holdfast")
 Metrics = Mapping[str, float] | Callable[[], Mapping[str, float]]
 """Numbers by name, or a function that gives them."""
 
-_RANKS = ("rank", "size", "gather", "scatter", "broadcast", "twin", "close", "largest")
+_RANKS = ("rank", "size", "gather", "broadcast")
 _OPTIMIZER = ("param_groups", "state", "state_dict", "load_state_dict")
 
 
