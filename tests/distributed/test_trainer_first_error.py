@@ -107,6 +107,19 @@ def test_a_worker_that_fails_in_any_other_way_says_so(tmp_path: Path) -> None:
     assert "GeneratorExit: odd" in ended.stdout
 
 
+def test_a_folder_that_cannot_be_made_is_a_message(tmp_path: Path) -> None:
+    """Method: a place for all that a run writes where nobody can make a folder; its traceback where
+    that is asked for."""
+    (tmp_path / "file").write_text("no folder")
+    arguments = ("--job.dump_folder", str(tmp_path / "file/below"))
+    ended = run("import sys\n" + LAUNCH, *arguments, NGPU="2")
+    assert ended.returncode == 9
+    assert ended.stdout.startswith("error: the run cannot go on: [Errno 20] Not a directory: ")
+    assert ended.stdout.count("error: ") == 1
+    assert "Traceback" not in ended.stdout
+    assert "Traceback" in run("import sys\n" + LAUNCH, *arguments, "--job.debug", NGPU="2").stdout
+
+
 @pytest.mark.parametrize(("local_rank", "speaks"), [("0", True), ("1", False)])
 def test_a_wrong_setting_is_said_once_on_each_machine(local_rank: str, speaks: bool) -> None:
     """Method: workers 8 and 9 of a run, the first two of the second machine."""

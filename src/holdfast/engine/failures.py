@@ -30,6 +30,9 @@ _LIBRARIES = tuple(
 _METHODS = ("state_dict", "load_state_dict")
 """What objects that hold state are asked for."""
 
+_CALLERS = ("numbers_in",)
+"""Functions of ours that call a function of the user's."""
+
 _MISCALLED = re.compile(r"([\w.<>]+)\(\) (?:missing|takes|got) ")
 """How Python's message on a call with the wrong arguments begins."""
 
@@ -47,7 +50,8 @@ def worded(error: Exception) -> HoldfastError:
 def _worded(error: Exception) -> HoldfastError:
     frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     raiser = _raiser(frames)
-    if raiser is not None:
+    # A store may be somebody else's code too, and what it raises is trouble with the store.
+    if raiser is not None and (not isinstance(error, OSError) or _asks_for_state(frames)):
         code, line = raiser
         return UsageError(
             f"`{code.co_qualname}` raised {_spelled(error)} ({_place(code, line)})",
@@ -84,6 +88,15 @@ def _raiser(frames: Sequence[tuple[CodeType, int]]) -> tuple[CodeType, int] | No
         if _is_ours(before[0]) and not _is_ours(after[0]) and after[0].co_name in _METHODS
     ]
     return asked[-1] if asked else None
+
+
+def _asks_for_state(frames: Sequence[tuple[CodeType, int]]) -> bool:
+    """Whether an object was asked for its state, or a function for what a step has measured."""
+    return any(
+        after.co_name in _METHODS or before.co_name in _CALLERS
+        for (before, _), (after, _) in pairwise(frames)
+        if _is_ours(before) and not _is_ours(after)
+    )
 
 
 def _spelled(error: Exception) -> str:

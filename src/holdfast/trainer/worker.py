@@ -9,9 +9,10 @@ import time
 import traceback
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 
-from holdfast.errors import HoldfastError
+from holdfast.errors import HoldfastError, StorageError, UsageError
 from holdfast.trainer.config import Config
 from holdfast.trainer.parallel import Meeting, join, meet
 from holdfast.trainer.train import train
@@ -43,19 +44,39 @@ def work(config: Config, is_first: Callable[[], bool] | None = None) -> int:
     except SystemExit as ended:
         # A signal has stopped the run; the manager has saved what there was time for.
         return int(ended.code or 0)
-    except HoldfastError as error:
+    except (HoldfastError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        found = _worded(error)
         if is_first() if is_first is not None else _is_first_of(meeting):
             if config.job.debug:
                 traceback.print_exc()
-            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.write(f"error: {found}\n")
         time.sleep(COLLATERAL_S)
-        return error.exit_status
+        return found.exit_status
     except Exception:  # noqa: BLE001 - the end of the process: all that is left is to say so
         time.sleep(COLLATERAL_S)
         if is_first() if is_first is not None else _is_first_of(meeting):
             sys.stderr.write(f"rank {rank} failed:\n{traceback.format_exc()}")
         return 1
     return 0
+
+
+def _worded(error: Exception) -> HoldfastError:
+    """What is said of an error that the machine has, and no program is to blame for."""
+    match error:
+        case HoldfastError():
+            return error
+        case OSError():
+            return StorageError(
+                f"the run cannot go on: {error}",
+                hint="is there space, and is it yours to write? All of a run lies below "
+                "`job.dump_folder`; `--job.debug` shows where this came from",
+            )
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    return UsageError(
+        f"there is not enough memory: {said[0]}",
+        hint="a lower `training.local_batch_size` or `training.seq_len`, or "
+        "`--activation_checkpoint.mode full`, takes less; `--job.debug` shows where this came from",
+    )
 
 
 def set_up_log(speaks: bool) -> None:

@@ -51,6 +51,10 @@ def raising() -> dict[str, float]:
     raise ZeroDivisionError("no samples")
 
 
+def unreadable() -> dict[str, float]:
+    return {"loss": float(Path("none").read_text())}
+
+
 def manager(folder: Path, state: Broken, **settings: Any) -> CheckpointManager:
     config = CheckpointConfig(enable=True, interval=1, last_save_model_only=False, **settings)
     return CheckpointManager(folder, model=nn.Linear(2, 2), states={"ema": state}, config=config)
@@ -98,6 +102,10 @@ def load(folder: Path) -> None:
         (
             lambda f: manager(f, Broken()).save(1, metrics=raising),
             "`raising` raised ZeroDivisionError: no samples (",
+        ),
+        (
+            lambda f: manager(f, Broken()).save(1, metrics=unreadable),
+            "`unreadable` raised FileNotFoundError: [Errno 2] No such file or directory: 'none' (",
         ),
         (
             lambda f: save(f, Broken("state_dict", FileNotFoundError(2, "gone", "a.bin"))),
