@@ -74,7 +74,8 @@ say_progress() {
     # open that somebody reads to its end.
     while sleep 1 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
         spent=$((SECONDS - started))
-        last=$(tail -n 1 "$log" | cut -c 1-70)
+        # What it has removed or found is no word of what it does for the next minute.
+        last=$(grep -oE '(Collecting|Downloading|Building|Installing) .*' "$log" | tail -n 1 | cut -c 1-70) || true
         if [ -t 2 ]; then
             printf '\r\033[K%4d s  %s' "$spent" "$last" >&2
         elif [ $((spent % 5)) = 0 ]; then
