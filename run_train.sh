@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Sets up on first use, then trains; run again, it goes on from the newest checkpoint.
 #
-#   ./run_train.sh                                 the debug model, on 2 workers
+#   ./run_train.sh                                 the debug model, on all GPUs
 #   NGPU=4 ./run_train.sh --training.steps 200     settings as `--section.key value`
 #   ./run_train.sh --help                          every setting, its meaning and its default
 #
-#   NGPU          number of workers: GPUs, or CPU processes where there is none (default: 2)
+#   NGPU          number of workers (default: as many as GPUs; 2 on the CPU where there is none)
 #   CONFIG_FILE   TOML file (default: train_configs/debug_model.toml)
 #   LOG_RANK      ranks that log, comma-separated (default: 0)
 #
@@ -15,7 +15,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$root/scripts/setup.sh"
 setup ""
 
-export NGPU=${NGPU:-2} LOG_RANK=${LOG_RANK:-0}
+export LOG_RANK=${LOG_RANK:-0}
 config_file=${CONFIG_FILE:-train_configs/debug_model.toml}
 # Relative to where the caller stands, else to the project.
 if [ ! -e "$config_file" ] && [ -e "$root/$config_file" ]; then

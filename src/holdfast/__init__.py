@@ -5,6 +5,7 @@
     holdfast.open(path)                 look into one, reading only what is asked for
     holdfast.CheckpointManager          when to save, what to keep, where to resume from
     holdfast.HoldfastError              and its classes, by what to do next (holdfast.errors)
+    holdfast.__version__                what is installed
 
 Nothing here imports torch before it is used.
 """
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from holdfast.engine.save import save
     from holdfast.manager.config import CheckpointConfig
     from holdfast.manager.manager import CheckpointManager
+
+    __version__: str
 
 _HOMES = {
     "CheckpointConfig": "holdfast.manager.config:CheckpointConfig",
@@ -62,6 +65,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "testing":
         return import_module("holdfast.testing")
+    if name == "__version__":
+        from importlib.metadata import version  # Not at the top: it costs more than all else here.
+
+        return version("holdfast")
     if name not in _HOMES:
         raise AttributeError(f"module `holdfast` has no attribute `{name}`")
     module, _, member = _HOMES[name].partition(":")

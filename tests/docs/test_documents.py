@@ -90,6 +90,8 @@ LOOKING = (
     "holdfast show outputs/checkpoint/step-20 model",
     "holdfast show outputs/checkpoint/step-20 model.half",
     "holdfast show outputs/checkpoint/step-20 model.half --stats --values",
+    "holdfast show outputs/checkpoint/step-20 train_state.step",
+    "holdfast show outputs/checkpoint/step-20 train_state",
     "holdfast diff outputs/checkpoint/step-10 outputs/checkpoint/step-20",
     "holdfast diff outputs/checkpoint/step-10 outputs/checkpoint/step-20 --model-only --json",
     "holdfast verify outputs/checkpoint",

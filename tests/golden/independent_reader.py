@@ -47,6 +47,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for stage in manifest.get("timings", {}).values():
         assert 0 <= stage["least"] <= stage["median"] <= stage["most"]
         assert type(stage["slowest"]) is int
+    assert all(type(name) is str for name in manifest.get("components", []))
     if manifest["metadata"]:
         nbytes, expected = manifest["metadata"]
         metadata = (folder / ".metadata").read_bytes()

@@ -2,7 +2,8 @@
 
 `structure` holds state whose entries do not tell how it is put together.
 `solo`, `ranks` (two processes, some tensors sharded), `timed` (with metrics, timings and a model),
-`blocks` (checksums of 256 KiB, those before it of 1 MiB) and `stock` (torch 2.13's own `save`) are
+`blocks` (checksums of 256 KiB, those before it of 1 MiB), `components` (which names are not the
+model's) and `stock` (torch 2.13's own `save`) are
 as they were written by the versions that their manifests name. They are never written anew: a
 format that changes gets further ones.
 """
@@ -28,7 +29,7 @@ from holdfast.state.same import differences
 from holdfast.state.tree import flatten
 
 HERE = Path(__file__).parent
-OURS = ["solo", "ranks", "timed", "blocks"]
+OURS = ["solo", "ranks", "timed", "blocks", "components"]
 ALL = [*OURS, "stock"]
 
 
@@ -101,9 +102,11 @@ def test_its_manifest_is_what_this_version_would_write_for_it(name: str) -> None
 
 def test_the_goldens_show_what_they_are_there_for() -> None:
     """Method: two files, sharded tensors, several blocks, tied tensors, an empty one, paths."""
-    solo, ranks, timed, blocks = (read_manifest(HERE / name) for name in OURS)
-    sizes = [m["checksums"]["block_bytes"] >> 10 for m in (solo, ranks, timed, blocks)]
-    assert sizes == [1024, 1024, 1024, 256]
+    solo, ranks, timed, blocks, components = (read_manifest(HERE / name) for name in OURS)
+    sizes = [m["checksums"]["block_bytes"] >> 10 for m in (solo, ranks, timed, blocks, components)]
+    assert sizes == [1024, 1024, 1024, 256, 256]
+    assert components["components"] == ["large", "list", "values"]
+    assert not any("components" in one for one in (solo, ranks, timed, blocks))
     assert [*timed["timings"]] == ["plan", "write", "sync"]
     assert timed["metrics"] == {"loss": 2.5, "norm": None}
     assert timed["model"] == {"model_type": "llama", "rope_scaling": None}

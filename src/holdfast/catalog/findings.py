@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,8 +16,17 @@ Concern = Literal["index", "file", "data", "frame"]
 load of that entry fails. `frame`: the bytes around an entry; Holdfast does not need them, the stock
 reader does."""
 
+FORMATS: Mapping[Format, str] = {
+    "holdfast": "checkpoint of Holdfast",
+    "dcp": "checkpoint of stock torch.distributed.checkpoint",
+    "safetensors": "safetensors",
+    "torch": "file of torch.save",
+}
+"""What each is called, for people."""
+
 PARTS = ("optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
-"""What a resume can leave out; the rest of a checkpoint is the model, unless that has a table."""
+"""What a resume can leave out. In a checkpoint whose manifest does not say what is the model's, the
+rest is, unless the model has a table."""
 
 TABLES = ("model", "state_dict")
 """Under which others keep a whole model: Accelerate and torchtune; Lightning."""
@@ -76,6 +86,60 @@ class Report:
         return all(finding.concern == "frame" for finding in self.findings)
 
 
+MODEL_IS_WHOLE = "model is whole"
+"""How `usable` begins where it is."""
+
+NAMED_MAX = 3
+"""Entries that a line names of many."""
+
+_NUMBERS = re.compile(r"\b[0-9a-f]{8,}\b|[0-9]+", re.ASCII)
+
+
+def said_of(findings: Sequence[Finding]) -> str:
+    """What is wrong, in one line: the first cause, and how many more there are."""
+    first, *others = by_cause(findings)
+    return first + (f", and {len(others)} more" if others else "")
+
+
+def by_cause(findings: Sequence[Finding]) -> list[str]:
+    """A line for each cause: findings of one file that say the same of other places are one, with
+    how many they are. Where a file is not as long as it was, that is why data in it is not right.
+    """
+    cut = {f.file for f in findings if f.concern == "file" and not f.entry and _is_size(f)}
+    groups: dict[tuple[str, ...], list[Finding]] = {}
+    for finding in findings:
+        if finding.file in cut:
+            cause: tuple[str, ...] = (finding.file,)
+        else:
+            cause = finding.concern, finding.file, _NUMBERS.sub("#", finding.what)
+        groups.setdefault(cause, []).append(finding)
+    return [_line(group) for group in groups.values()]
+
+
+def _is_size(finding: Finding) -> bool:
+    return finding.what.startswith("has ") and finding.what.endswith(" were written")
+
+
+def _line(group: Sequence[Finding]) -> str:
+    first, *others = group
+    if first.concern == "file" and first.entry and others:
+        # As of a file that is missing: what lies in it is all there is to say of each.
+        held = list(dict.fromkeys(f.entry for f in group))
+        return f"`{first.file}` {first.what}: in it lie {_named(held)}"
+    entries = list(dict.fromkeys(f.entry for f in others if f.entry and f.entry != first.entry))
+    if not others:
+        return str(first)
+    if not entries:
+        return f"{first}; and so {len(others)} more of its {'blocks' if first.entry else 'places'}"
+    return f"{first}; and so {len(others)} more places, in {_named(entries)}"
+
+
+def _named(entries: Sequence[str]) -> str:
+    named = ", ".join(f"`{entry}`" for entry in entries[:NAMED_MAX])
+    more = len(entries) - NAMED_MAX
+    return named + (f" and {more} more" if more > 0 else "")
+
+
 def usable(manifest: Manifest, findings: Sequence[Finding]) -> str:
     """What can be done with a checkpoint that has these findings, for people."""
     if not findings:
@@ -84,7 +148,7 @@ def usable(manifest: Manifest, findings: Sequence[Finding]) -> str:
         return "everything, by Holdfast; stock torch may fail on what is named above"
     refused = [f for f in findings if f.concern in ("index", "file")]
     where = _damaged(manifest, findings)
-    whole = sorted({*parts_of(manifest).values()} - where.keys())
+    whole = sorted({*parts_of(manifest).values()} - where.keys(), key=lambda part: part != "model")
     said = [f"{part} is whole" for part in whole]
     said += [f"{part} is damaged in {', '.join(sorted(where[part]))}" for part in sorted(where)]
     if refused:
@@ -106,10 +170,13 @@ def kind_of(manifest: Manifest) -> Kind:
 def parts_of(manifest: Manifest) -> dict[str, str]:
     """For each entry the part of the checkpoint that it belongs to: `model`, or another.
 
-    Where the model has a table of its own, what stands beside that is not the model's; and an
+    The manifest may say which top-level names are not the model's. Where it does not, names decide:
+    where the model has a table of its own, what stands beside that is not the model's; and an
     optimizer's own state dict, as `optimizer.pt` holds it, is the optimizer's.
     """
-    paths = _paths(manifest)
+    paths, beside = _paths(manifest), manifest.components
+    if beside is not None:
+        return {n: str(path[0]) if path[0] in beside else "model" for n, path in paths.items()}
     tables = {path[0] for path in paths.values() if len(path) > 1}
     alone = tables >= {"state", "param_groups"}
     table = next((name for name in TABLES if name in tables), None)

@@ -19,6 +19,7 @@ from holdfast.catalog.contents import (
     run,
 )
 from holdfast.catalog.findings import Finding, Format, Report, kind_of, usable
+from holdfast.catalog.pieces import check_whole_checkpoint, no_checkpoint
 from holdfast.catalog.structure import check_coverage, check_structure
 from holdfast.errors import DamagedError, FormatError, HoldfastError, NotFoundError
 from holdfast.format import safetensors, torchfile
@@ -55,10 +56,12 @@ def format_of(store: ReadStore, name: str) -> Format | None:
 
     Raises:
         NotFoundError: nothing is there.
+        UsageError: a file that is a piece of a checkpoint.
     """
     above, _, last = name.rpartition("/")
     there = store.list(above)
     if last in there:
+        check_whole_checkpoint(store, name)
         start = store.read(name, 0, 9)
         if start[:4] == b"PK\3\4" or start[:1] == b"\x80":
             return "torch"
@@ -88,8 +91,9 @@ def verify(target: Target) -> Report:
     """
     form = format_of(target.store, target.name)
     if form is None:
-        raise NotFoundError(
-            f"`{target.where}` is no checkpoint: no `{MANIFEST}`, no `{METADATA}`, no safetensors",
+        raise no_checkpoint(
+            target.store,
+            target.name,
             hint="`holdfast list FOLDER` shows the steps of a run's checkpoint folder",
         )
     verifiers: dict[Format, Callable[[Target], Report]] = {

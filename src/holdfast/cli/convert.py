@@ -12,7 +12,8 @@ import tyro
 
 from holdfast.cli.terminal import parsed, progress, say, say_json, spelled_bytes
 from holdfast.convert.convert import Converted, convert
-from holdfast.convert.plan import Float, Form, Wishes, plan
+from holdfast.convert.form import Form, form_of
+from holdfast.convert.plan import Float, Wishes, plan
 from holdfast.errors import UsageError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -79,13 +80,8 @@ class Convert:
         Raises:
             UsageError: no target of its format.
         """
-        if self.target.endswith(".safetensors"):
-            raise UsageError(
-                f"`{self.target}`: safetensors are written as a folder, with `config.json`",
-                hint=f"holdfast convert {self.source} FOLDER --to hf",
-            )
         return Wishes(
-            to=self.to or ("torch" if self.target.endswith((".pt", ".pth")) else "dcp"),
+            to=form_of(self.source, self.target, self.to),
             hf_assets=self.hf_assets,
             dtype=self.dtype,
             max_shard_bytes=nbytes_of(self.max_shard_size),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from holdfast.catalog.catalog import place, read_manifest, steps_in
-from holdfast.catalog.findings import Report
+from holdfast.catalog.findings import MODEL_IS_WHOLE, Report, said_of
 from holdfast.catalog.marks import damaged_steps
 from holdfast.catalog.sweep import plan_sweep
 from holdfast.cli.terminal import counted, parsed, say, say_json, spelled_bytes
@@ -41,7 +41,8 @@ class Doctor:
     """Folder of steps, or its URL."""
 
     verify: bool = False
-    """Read all data; otherwise indexes and sizes alone."""
+    """Read all data. Otherwise indexes and sizes alone are looked at, and damaged data is not
+    seen."""
 
     json: bool = False
     """Print JSON."""
@@ -101,21 +102,30 @@ def run(arguments: Sequence[str]) -> int:
     resume = folder.resume
     if asked.json:
         listed = [asdict(trouble) for trouble in troubles]
-        say_json({"folder": folder.where, "resume": resume, "troubles": listed})
+        said = {"folder": folder.where, "resume": resume, "read": folder.read}
+        say_json({**said, "troubles": listed})
     else:
         taken = f"a resume takes step {resume}" if resume is not None else "no step to resume from"
         say(f"{folder.where}: {counted(len(folder.reports), 'step')}, {taken}")
         for trouble in troubles:
             say(f"  {trouble.concern}: {trouble.where}: {trouble.what}")
-            say(f"    {trouble.mend}" if trouble.mend else "    nothing to do")
+            say(f"    {trouble.mend or _without_command(trouble)}")
         if not troubles:
-            say("  nothing is wrong")
+            say("  nothing is wrong" + ("" if folder.read else " with indexes and sizes"))
+        if not folder.read:
+            say(f"  no data was read: {folder.command('doctor')} --verify reads all of it")
     concerns = {trouble.concern for trouble in troubles}
     if "damaged" in concerns:
         raise DamagedError(f"`{folder.where}` holds damaged steps")
     if concerns & {"space", "rights"}:
         raise StorageError(f"a save into `{folder.where}` would fail")
     return 0
+
+
+def _without_command(trouble: Trouble) -> str:
+    if trouble.concern == "damaged":
+        return "no command mends it: put a copy in its place, or start from other weights"
+    return "nothing to do"
 
 
 def _looked_at(path: str, *, quick: bool) -> Folder:
@@ -149,21 +159,42 @@ def _damaged(folder: Folder) -> Iterator[Trouble]:
             if report.step is not None and report.step in folder.marked:
                 yield _marked(folder, name, report.step)
             continue
-        more = len(report.findings) - 1
-        what = str(report.findings[0]) + (f", and {more} more" if more else "")
+        what = said_of(report.findings)
         if report.usable not in ("nothing", "everything"):
             what += f"; usable: {report.usable}"
         if resume is not None:
             what += f"; a resume passes it over, and takes step {resume}"
-        yield Trouble("damaged", name, what, folder.command("verify", f"/{name}"))
+        yield Trouble("damaged", name, what, _mend(folder, report, name))
+
+
+def _mend(folder: Folder, report: Report, name: str) -> str | None:
+    """What takes a damaged step away where there is one to resume from, or gets out of it what is
+    whole; None where nothing is."""
+    if report.loads:
+        # The bytes around its data are not right, which only stock torch needs: a copy has them.
+        copy = shlex.quote(f"{folder.where}-rescued/{name}")
+        return f"{folder.command('convert', f'/{name}')} {copy}"
+    refused = any(finding.concern in ("index", "file") for finding in report.findings)
+    if folder.resume is None:
+        if refused or not report.usable.startswith(MODEL_IS_WHOLE):
+            return None
+        rescued = shlex.quote(f"{folder.where}-rescued/{step_name(0)}")
+        return f"{folder.command('convert', f'/{name}')} {rescued} --model-only"
+    prune = f"{folder.command('prune')} --damaged"
+    if refused or report.step in folder.marked:
+        return prune
+    # Of what only reading shows, `prune` knows by a mark. `verify` ends with the status of damage.
+    return f"{folder.command('verify', f'/{name}')} --mark; {prune}"
 
 
 def _marked(folder: Folder, name: str, step: int) -> Trouble:
     """A step that a run has found damaged, and that looks whole."""
+    # Reads all of it, and takes the mark away where it is whole.
+    mend = f"{folder.command('verify', f'/{name}')} --mark"
     if not folder.read:
-        return Trouble("damaged", name, folder.marked[step], folder.command("verify", f"/{name}"))
+        return Trouble("damaged", name, folder.marked[step], mend)
     what = f"{folder.marked[step]}, but every byte of it is as it was written"
-    return Trouble("marked", name, what, f"{folder.command('verify', f'/{name}')} --mark")
+    return Trouble("marked", name, what, mend)
 
 
 def _space(folder: Folder, store: LocalStore) -> Iterator[Trouble]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,15 +99,21 @@ def statistics(
     return Statistics(whole, zeros, nans, infs, float(least), float(greatest), mean, std)
 
 
-def corner(tensors: Tensors, name: str) -> list[list[float]]:
-    """The first elements along the last two dims, at the first element of all others."""
+def corner(tensors: Tensors, name: str) -> list[list[int | float | str]]:
+    """The first elements along the last two dims, at the first element of all others; complex ones
+    as text."""
     held = tensors.held[name]
     sizes = [1] * max(len(held.shape) - 2, 0) + [CORNER] * min(len(held.shape), 2)
     stop = tuple(map(min, sizes, held.shape))
-    found = numbers(tensors.read(name, Region((0,) * len(stop), stop)), held.dtype)
-    found = np.abs(found) if np.iscomplexobj(found) else found
-    found = found.reshape(-1, stop[-1] if stop and stop[-1] else 1)
-    rows: list[list[float]] = found.astype(np.float64).tolist()
+    elements = tensors.read(name, Region((0,) * len(stop), stop))
+    width = stop[-1] if stop and stop[-1] else 1
+    if is_integer(held.dtype):
+        # Not as floats, which hold no more than 53 bits of them.
+        whole: list[list[int | float | str]] = elements.reshape(-1, width).tolist()
+        return whole
+    rows: list[list[Any]] = numbers(elements, held.dtype).reshape(-1, width).tolist()
+    if held.dtype.startswith("complex"):
+        rows = [[f"{one.real:.5g}{one.imag:+.5g}j" for one in row] for row in rows]
     return rows
 
 

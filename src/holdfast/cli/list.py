@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from holdfast.catalog.catalog import open_manifest, place, steps_in
-from holdfast.catalog.findings import kind_of
+from holdfast.catalog.findings import Report, kind_of, said_of
 from holdfast.catalog.marks import damaged_steps, pinned_steps
 from holdfast.cli.terminal import (
     parsed,
@@ -20,7 +20,7 @@ from holdfast.cli.terminal import (
     spelled_layout,
 )
 from holdfast.engine.root import open_for_reading
-from holdfast.errors import HoldfastError, NotFoundError
+from holdfast.errors import DamagedError, HoldfastError, NotFoundError
 from holdfast.format.manifest import Manifest
 from holdfast.format.names import aside_of, steps_among
 from holdfast.format.timings import Stage
@@ -35,7 +35,8 @@ HEAD = ("step", "size", "age", "kind", "layout", "state", "")
 @dataclass(frozen=True, slots=True)
 class List:
     """The steps in a checkpoint folder: size, age, kind, the layout that wrote it, whether each is
-    whole, and which one a resume takes. Looks at indexes and sizes; with --verify at every byte.
+    whole, and which one a resume takes. Looks at indexes and sizes; with --verify at every byte,
+    and exits with 7 where one is damaged, as verify does.
 
     Example: holdfast list outputs/checkpoint
     """
@@ -89,17 +90,25 @@ def run(arguments: Sequence[str]) -> int:
     asked = parsed(List, "list", arguments)
     store, name = open_for_reading(asked.folder)
     rows = survey(store, name)
+    damaged = 0
     if asked.verify:
-        rows = [_verified(store, name, row) for row in rows]
+        reports = _reports(store, name, rows)
+        damaged = sum(not report.good for report in reports.values())
+        rows = [_verified(row, reports.get(row.name)) for row in rows]
     resume = resumable(rows)
     if asked.json:
         said = {"folder": place(store, name), "resume": resume}
         say_json({**said, "checkpoints": [asdict(row) for row in rows]})
-        return 0
-    say_table(HEAD, [_cells(row, resume) for row in rows])
-    for row in rows:
-        if row.problem:
-            say(f"{row.name}: {row.problem}")
+    else:
+        say_table(HEAD, [_cells(row, resume) for row in rows])
+        for row in rows:
+            if row.problem:
+                say(f"{row.name}: {row.problem}")
+    if damaged:
+        raise DamagedError(
+            f"{damaged} of {len(reports)} checkpoints are damaged",
+            hint=f"holdfast doctor {place(store, name)} --verify",
+        )
     return 0
 
 
@@ -176,17 +185,20 @@ def _manifest(store: ReadStore, key: str) -> tuple[Manifest, Literal["full", "mo
             raise error from None
 
 
-def _verified(store: ReadStore, folder: str, row: Row) -> Row:
-    """The row with what reading all data has shown."""
-    if row.state != "good":
-        return row
+def _reports(store: ReadStore, folder: str, rows: Sequence[Row]) -> dict[str, Report]:
+    """What reading all data of each step has shown, by its name."""
+    # Not at the top: a list that reads no data does not wait for the verifier.
     from holdfast.cli.verify import verified
 
-    report = verified(store, f"{folder}/{row.name}", quick=False)
-    if report.good:
+    steps = [row.name for row in rows if row.state != "attempt"]
+    return {name: verified(store, f"{folder}/{name}", quick=False) for name in steps}
+
+
+def _verified(row: Row, report: Report | None) -> Row:
+    """The row with what its report says."""
+    if row.state != "good" or report is None or report.good:
         return row
-    more = len(report.findings) - 1
-    problem = str(report.findings[0]) + (f", and {more} more" if more else "")
+    problem = said_of(report.findings)
     return replace(row, state="good" if report.loads else "damaged", problem=problem)
 
 

@@ -8,10 +8,10 @@ from functools import partial
 
 from holdfast.catalog.catalog import place, read_manifest, steps_in
 from holdfast.catalog.findings import Format
+from holdfast.catalog.pieces import no_checkpoint
 from holdfast.catalog.verify import format_of
 from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source
-from holdfast.errors import NotFoundError
 from holdfast.format import safetensors, torchfile
 from holdfast.format.manifest import Manifest
 from holdfast.storage.store import ReadStore
@@ -58,7 +58,7 @@ def look_at(store: ReadStore, name: str) -> Seen:
         hint = "`holdfast list FOLDER` shows the steps of a run's checkpoint folder"
         if steps:
             hint = f"its newest step: {place(store, steps[-1])}"
-        raise NotFoundError(f"`{where}` is no checkpoint", hint=hint)
+        raise no_checkpoint(store, name, hint=hint)
     if form in ("holdfast", "dcp"):
         return Seen(form, Source(store, name, read_manifest(store, name)))
     if is_folder(store, name):

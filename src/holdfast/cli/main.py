@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from holdfast.arguments import not_installed
 from holdfast.cli.terminal import verb_in
 from holdfast.errors import HoldfastError
 
@@ -42,14 +43,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(given)
     except HoldfastError as error:
-        if "--debug" in given:
-            import traceback  # Not at the top: a verb that goes well need not wait for it.
-
-            traceback.print_exc()
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_status
+        return _ended(given, error)
+    except ImportError as error:
+        return _ended(given, not_installed(error, f"`holdfast {given[0]}`"))
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _ended(given: Sequence[str], error: HoldfastError) -> int:
+    """Say what went wrong; the exit status."""
+    if "--debug" in given:
+        import traceback  # Not at the top: a verb that goes well need not wait for it.
+
+        traceback.print_exc()
+    sys.stderr.write(f"error: {error}\n")
+    return error.exit_status
 
 
 def _run(arguments: list[str]) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import TYPE_CHECKING, Annotated, Any
 
-from holdfast.catalog.findings import PARTS, kind_of, parts_of
+from holdfast.catalog.findings import FORMATS, PARTS, kind_of, parts_of
+from holdfast.cli import values
 from holdfast.cli.look import Seen, look
 from holdfast.cli.picture import draw, letter
 from holdfast.cli.terminal import (
@@ -26,21 +28,18 @@ from holdfast.format.manifest import Chunk, Manifest, TensorEntry
 if TYPE_CHECKING:
     import tyro
 
-FORMATS = {
-    "holdfast": "checkpoint of Holdfast",
-    "dcp": "checkpoint of stock torch.distributed.checkpoint",
-    "safetensors": "safetensors",
-    "torch": "file of torch.save",
-}
-
 CHUNKS_SAID_MAX = 52
+
+VALUES_SAID_MAX = 100
+"""Values of which a line is printed; names of optimizers' options are thousands."""
 
 
 @dataclass(frozen=True, slots=True)
 class Show:
     """What a checkpoint holds: its tensors as a tree, how many parameters, who wrote it. With NAME,
-    one tensor and where each chunk of it lies, or all tensors below that name. Takes steps of
-    Holdfast and of stock torch.distributed.checkpoint, folders and files of safetensors, .pt files.
+    one tensor and where each chunk of it lies, one value as it is, or all below that name. Takes
+    steps of Holdfast and of stock torch.distributed.checkpoint, folders and files of safetensors,
+    .pt files.
 
     Example: holdfast show outputs/checkpoint/step-500
     """
@@ -49,7 +48,7 @@ class Show:
     """Checkpoint, or its URL."""
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ""
-    """Tensor, or beginning of the names of some."""
+    """Tensor or value, or beginning of the names of some."""
 
     each: bool = False
     """List blocks that are alike one by one."""
@@ -71,11 +70,12 @@ def run(arguments: Sequence[str]) -> int:
     """Print what is there; the exit status."""
     asked = parsed(Show, "show", arguments)
     seen = look(asked.path)
-    tensors = chosen(seen, asked.name)
+    tensors, names = chosen(seen, asked.name), values.below(seen, asked.name)
     entry = tensors.get(asked.name)
     data = _data(asked, seen, entry)
     if asked.json:
-        say_json({**_as_json(seen, tensors), **data})
+        held = {"contents": values.as_json(seen, names)} if names else {}
+        say_json({**_as_json(seen, tensors), **data, **held})
         return 0
     if entry is not None:
         _say_tensor(asked.name, entry)
@@ -83,15 +83,12 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     if not asked.name:
         _say_checkpoint(seen)
-    elif asked.name in seen.manifest.values:
-        value = seen.manifest.values[asked.name]
-        say(f"{asked.name}  value, {spelled_bytes(value.item.nbytes)}  {value.file}")
-        return 0
     # A stable sort: the model first, as it lies there, then what a resume needs beside it.
     of = parts_of(seen.manifest)
     ordered = sorted(tensors.items(), key=lambda member: of[member[0]] != "model")
     for line in lines(tree_of(dict(ordered)), each=asked.each):
         say(line)
+    _say_values(seen, names)
     return 0
 
 
@@ -107,7 +104,7 @@ def chosen(seen: Seen, name: str) -> Mapping[str, TensorEntry]:
     if name in tensors:
         return {name: tensors[name]}
     below = {one: entry for one, entry in tensors.items() if one.startswith(f"{name}.")}
-    if not below and name not in seen.manifest.values:
+    if not below and not values.below(seen, name):
         near = difflib.get_close_matches(name, seen.manifest.names(), n=3)
         raise NotFoundError(
             f"`{seen.where}` holds no `{name}`",
@@ -117,16 +114,20 @@ def chosen(seen: Seen, name: str) -> Mapping[str, TensorEntry]:
 
 
 def _data(asked: Show, seen: Seen, entry: TensorEntry | None) -> dict[str, Any]:
-    """What is known of the tensor's elements, where that is asked for."""
-    if not asked.stats and not asked.values:
+    """What is known of the tensor's elements, where that is asked for, or there is only one: the
+    steps that a loop counts are often a tensor."""
+    single = entry is not None and prod(entry.shape) == 1
+    if not asked.stats and not asked.values and not single:
         return {}
+    if asked.name in seen.manifest.values and not asked.stats:
+        return {}  # A value is shown whether or not it is asked for.
     if entry is None:
         raise UsageError(
             "`--stats` and `--values` read one tensor",
             hint=f"its name after the path: holdfast show {asked.path} NAME --stats",
         )
     # Not at the top: they need numpy, for which the tree does not wait.
-    from holdfast.cli.elements import corner, statistics
+    from holdfast.cli.elements import WITHOUT_NUMBERS, corner, statistics
     from holdfast.hf.stored import Stored
 
     stored = Stored(seen.source, seen.strides)
@@ -134,17 +135,33 @@ def _data(asked: Show, seen: Seen, entry: TensorEntry | None) -> dict[str, Any]:
     if asked.stats:
         with progress(asked.name, entry.nbytes) as advance:
             found["statistics"] = asdict(statistics(stored, asked.name, advance))
-    if asked.values:
+    if asked.values or (single and entry.dtype not in WITHOUT_NUMBERS):
         found["first"] = corner(stored, asked.name)
     return found
+
+
+def _say_values(seen: Seen, names: Sequence[str]) -> None:
+    """Each value with its name, its container and the file that holds it."""
+    shown = names[:VALUES_SAID_MAX]
+    for name, value in zip(shown, values.spelled(seen, shown), strict=True):
+        entry = seen.manifest.values[name]
+        nbytes = "" if seen.format == "torch" else f"{spelled_bytes(entry.item.nbytes)}  "
+        say(f"{name}  {value}  {nbytes}{entry.file}")
+    if len(names) > len(shown):
+        say(f"and {len(names) - len(shown)} more values: --json lists all")
 
 
 def _say_data(data: Mapping[str, Any]) -> None:
     for name, value in data.get("statistics", {}).items():
         spelled = f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
         say(f"{INDENT}{name.replace('num_', 'number of '):<18} {spelled}")
-    for row in data.get("first", ()):
-        say(INDENT + " ".join(f"{value:>12.5g}" for value in row))
+    rows = data.get("first", [])
+    if len(rows) == 1 and len(rows[0]) == 1:
+        say(f"{INDENT}{rows[0][0]}")
+        return
+    for row in rows:
+        cells = (f"{v:>12.5g}" if isinstance(v, float) else f"{v!s:>12}" for v in row)
+        say(INDENT + " ".join(cells))
 
 
 def _say_checkpoint(seen: Seen) -> None:
@@ -154,7 +171,8 @@ def _say_checkpoint(seen: Seen) -> None:
         facts.append(f"step {manifest.step}")
     files = counted(len(manifest.files), "file")
     held = parts(manifest)
-    if "model" in held and {"model", *PARTS} >= held.keys():
+    known = manifest.components is not None or {"model", *PARTS} >= held.keys()
+    if "model" in held and known:
         facts.append(kind_of(manifest))
     facts.append(f"{spelled_bytes(manifest.nbytes)} in {files}")
     say(f"{seen.where}: {', '.join(facts)}")
@@ -176,21 +194,21 @@ def _say_checkpoint(seen: Seen) -> None:
 def parts(manifest: Manifest) -> dict[str, dict[str, int]]:
     """What each part of a checkpoint holds; what two names share counts once."""
     tensors: dict[str, list[TensorEntry]] = {}
-    values: dict[str, int] = {}
+    num_values: dict[str, int] = {}
     of = parts_of(manifest)
     for name, entry in manifest.tensors.items():
         tensors.setdefault(of[name], []).append(entry)
     for name in manifest.values:
-        values[of[name]] = values.get(of[name], 0) + 1
+        num_values[of[name]] = num_values.get(of[name], 0) + 1
     found = {}
-    for part in sorted({*tensors, *values}, key=lambda part: (part != "model", part)):
+    for part in sorted({*tensors, *num_values}, key=lambda part: (part != "model", part)):
         entries = tensors.get(part, [])
         elements, nbytes = count(entries)
         found[part] = {
             "tensors": len(entries),
             "elements": elements,
             "nbytes": nbytes,
-            "values": values.get(part, 0),
+            "values": num_values.get(part, 0),
         }
     return found
 

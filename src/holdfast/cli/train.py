@@ -16,9 +16,9 @@ HELP = """\
 usage: holdfast train [--section.key value ...]
 
 Train a model, save checkpoints, resume from them, on workers of this machine: run again, it goes
-on from the newest checkpoint. NGPU in the environment is the number of workers (default: 2),
-CONFIG_FILE a TOML file (default: train_configs/debug_model.toml), LOG_RANK the ranks that log
-(default: 0).
+on from the newest checkpoint. NGPU in the environment is the number of workers (default: as many as
+GPUs; 2 on the CPU where there is none), CONFIG_FILE a TOML file (default:
+train_configs/debug_model.toml), LOG_RANK the ranks that log (default: 0).
 
 Example: holdfast train --training.steps 200
 """

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from holdfast.catalog.catalog import steps_in
-from holdfast.catalog.findings import Report
+from holdfast.catalog.findings import FORMATS, Report, by_cause
 from holdfast.catalog.marks import clear_damaged, damaged_steps, mark_damaged
+from holdfast.catalog.pieces import note_on
 from holdfast.catalog.verify import Target, failed, format_of, verify
 from holdfast.cli.look import is_folder
-from holdfast.cli.terminal import parsed, progress, say, say_json, spelled_bytes
+from holdfast.cli.terminal import counted, parsed, progress, say, say_json, spelled_bytes
 from holdfast.engine.root import open_for_reading
 from holdfast.errors import DamagedError, HoldfastError, UsageError
 from holdfast.format.names import step_of
@@ -64,6 +65,9 @@ def run(arguments: Sequence[str]) -> int:
     else:
         with progress(name, _nbytes(store, name)) as advance:
             reports = [verify(Target(store, name, asked.quick, advance))]
+        note = note_on(store, name)
+        if note is not None:
+            reports = [replace(reports[0], notes=(note, *reports[0].notes))]
     if asked.mark:
         _mark(reports)
     marked = damaged_steps(store, name) if steps else {}
@@ -73,8 +77,9 @@ def run(arguments: Sequence[str]) -> int:
         said |= {"resume": resume} if steps else {}
         say_json(said | {"checkpoints": [asdict(r) | {"good": r.good} for r in reports]})
     else:
+        is_file = not steps and not is_folder(store, name)
         for report in reports:
-            _say(report, asked.quick)
+            _say(report, asked.quick, is_file=is_file)
             if report.good and report.step in marked:
                 say(f"  note: {marked[report.step]}; a resume passes it over")
         if steps:
@@ -136,18 +141,21 @@ def resumable(reports: Sequence[Report], marked: Collection[int]) -> int | None:
     return max((step for step in steps if step is not None and step not in marked), default=None)
 
 
-def _say(report: Report, quick: bool) -> None:
+def _say(report: Report, quick: bool, *, is_file: bool) -> None:
+    # A folder says by its name what it is, mostly; a file could be anything.
+    what = f", {FORMATS[report.format]}" if is_file and report.format else ""
     if report.good:
         how = "its structure is whole" if quick else "good"
-        held = f"{report.num_entries} entries, {spelled_bytes(report.nbytes)}"
-        say(f"{report.where}: {how}, {held}")
+        entries = "1 entry" if report.num_entries == 1 else f"{report.num_entries:,} entries"
+        say(f"{report.where}: {how}{what}, {entries}, {spelled_bytes(report.nbytes)}")
     else:
-        places = len(report.findings)
-        say(f"{report.where}: damaged in {places} place{'s' * (places > 1)}")
-    for finding in report.findings[:LISTED_MAX]:
-        say(f"  {finding}")
-    if len(report.findings) > LISTED_MAX:
-        say(f"  and {len(report.findings) - LISTED_MAX} more: --json lists all")
+        places = counted(len(report.findings), "place")
+        say(f"{report.where}: damaged in {places}{what}")
+    causes = by_cause(report.findings)
+    for line in causes[:LISTED_MAX]:
+        say(f"  {line}")
+    if len(causes) > LISTED_MAX:
+        say(f"  and {len(causes) - LISTED_MAX} more: --json lists all")
     if not report.good:
         say(f"  usable: {report.usable}")
     for note in report.notes:

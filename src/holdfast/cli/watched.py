@@ -57,4 +57,4 @@ class Watched:
         except HoldfastError as error:
             return Seen(None, error.what, time.time())
         except Exception as error:  # noqa: BLE001 - the next look may find the folder mended
-            return Seen(None, f"unexpected {type(error).__name__}: {error}", time.time())
+            return Seen(None, f"{type(error).__name__}: {error}", time.time())

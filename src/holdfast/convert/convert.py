@@ -47,21 +47,28 @@ def convert(planned: Planned, target: str, wishes: Wishes, advance: Advance) -> 
         StorageError: no space, no rights; nothing is left behind.
         DamagedError: bytes of the source are not those that were written.
     """
-    place = open_target(target, overwrite=wishes.overwrite)
     started = time.perf_counter()
     outputs, opened = planned.outputs, planned.opened
+    # First, so that nothing is left behind where they cannot be converted.
+    values = {} if wishes.to == "hf" else _values(planned, wishes)
+    place = open_target(target, overwrite=wishes.overwrite)
     if wishes.to == "hf":
         shard_bytes = wishes.max_shard_bytes
         nbytes = write_hub(place, outputs, _beside(planned), shard_bytes, advance)
     elif wishes.to == "torch":
-        nbytes = write_torch_file(place, outputs, _values(planned, wishes), advance)
+        nbytes = write_torch_file(place, outputs, values, advance)
     else:
-        whole = opened.others and not wishes.model_only
-        kind: Kind = "full" if whole else "model"
-        step = opened.manifest.step
-        model = planned.config or opened.manifest.model
-        facts = facts_of(place, kind, step, model)
-        values = _values(planned, wishes)
+        kind: Kind = "model"
+        if planned.whole:
+            kind = opened.manifest.kind or ("full" if opened.others else "model")
+        components = opened.manifest.components
+        facts = facts_of(
+            place,
+            kind=kind,
+            step=opened.manifest.step,
+            model=planned.config or opened.manifest.model,
+            components=() if components is not None and wishes.model_only else components,
+        )
         structure = _structure(planned, values)
         nbytes = write_step(place, outputs, values, facts, advance, structure=structure)
     seconds = time.perf_counter() - started

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from holdfast.convert.form import Form
 from holdfast.convert.sizes import config_of_model
 from holdfast.convert.source import Opened, fetched, open_source
 from holdfast.convert.stream import Output, Outputs, dtype_for
@@ -22,7 +23,6 @@ from holdfast.hf.mapping import TensorMapping
 from holdfast.hf.shards import SHARD_BYTES
 from holdfast.hf.tensors import Mapped, Renamed, Tensors, Zeros, only
 
-Form = Literal["dcp", "hf", "torch"]
 Float = Literal["float32", "bfloat16", "float16"]
 
 
@@ -69,6 +69,9 @@ class Planned:
     config: Config | None
     """Of the model, whole; None where nobody says, and it is not needed."""
 
+    whole: bool
+    """Whether all of the source is in it, not the model alone."""
+
     assets: str | None
     """Path of the folder whose files an export takes along."""
 
@@ -102,22 +105,23 @@ def plan(source: str, wishes: Wishes) -> Planned:
     related = None
     if opened.adapter is not None:
         outputs, note = _adapter(opened, opened.adapter, model, config, wishes)
-        return Planned(opened, outputs, None, None, (*notes, note))
+        return Planned(opened, outputs, None, False, None, (*notes, note))
     if config is not None and opened.dialect is not None:
         related = _relate(opened, model, of_language_model(config), said_by)
         notes += related.notes
+    whole = False
     if wishes.to == "hf":
         outputs = _to_hub(opened, related, wishes)
     elif opened.dialect == "hub" and (related or wishes.names or opened.format == "safetensors"):
         outputs = _from_hub(opened, related, wishes)
     else:
-        outputs = _as_it_is(opened, model, wishes)
+        outputs, whole = _as_it_is(opened, model, wishes), not wishes.model_only
     if wishes.model_only and not outputs:
         raise UsageError(
             f"`{opened.where}` holds no model: {len(opened.others)} tensors of other parts",
             hint="without `--model-only` they are converted; `holdfast show` says what they are",
         )
-    return Planned(opened, outputs, config, assets, tuple(notes))
+    return Planned(opened, outputs, config, whole, assets, tuple(notes))
 
 
 @dataclass(frozen=True, slots=True)

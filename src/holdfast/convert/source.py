@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from holdfast.catalog.catalog import open_manifest, place
+from holdfast.catalog.catalog import open_manifest
 from holdfast.catalog.findings import Format, name_in_model, parts_of
+from holdfast.catalog.pieces import no_checkpoint
 from holdfast.catalog.verify import format_of
 from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source
@@ -66,6 +67,13 @@ class Opened:
         return self.source.url
 
     @property
+    def place(self) -> str:
+        """The path of the checkpoint itself, which may be a file."""
+        if self.format != "torch":
+            return self.where
+        return f"{self.source.store.url}/{self.source.key(next(iter(self.manifest.files)))}"
+
+    @property
     def manifest(self) -> Manifest:
         return self.source.manifest
 
@@ -114,10 +122,8 @@ def open_source(path: str) -> Opened:
     store, name = open_for_reading(found)
     form = format_of(store, name)
     if form is None:
-        raise NotFoundError(
-            f"`{place(store, name)}` is no checkpoint: no `manifest.json`, no `.metadata`, no "
-            "safetensors",
-            hint="a step of a run, a Hugging Face folder, or a .pt file",
+        raise no_checkpoint(
+            store, name, hint="a step of a run, a Hugging Face folder, or a .pt file"
         )
     is_file = Path(found).is_file()
     if form == "safetensors":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -271,11 +271,19 @@ def _plan(outputs: Outputs, values: Values) -> Plan:
     return Plan(placed, {name: (0, path) for name, (path, _) in values.items()}, aliases)
 
 
-def facts_of(target: Target, kind: Kind, step: int | None, model: Mapping[str, Any]) -> Facts:
+def facts_of(
+    target: Target,
+    *,
+    kind: Kind,
+    step: int | None,
+    model: Mapping[str, Any],
+    components: Collection[str] | None,
+) -> Facts:
     """What the manifest of a step says; the name of the target knows better which step it is."""
     named = step_of(target.name)
     step = step if named is None else named
-    return Facts(step, kind, {"world_size": 1}, _versions(), model=model)
+    layout = {"world_size": 1}
+    return Facts(step, kind, layout, _versions(), model=model, components=components)
 
 
 def _versions() -> dict[str, str]:

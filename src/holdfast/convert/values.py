@@ -13,11 +13,13 @@ from holdfast.errors import FormatError, UsageError
 
 def as_containers(opened: Opened) -> Values:
     """Every value as a step keeps it: in a container of its own."""
-    from holdfast.engine.values import encode_value
-
     entries = opened.manifest.values
     if opened.format != "torch":
+        # Containers are kept as they are.
         return {n: (e.path, read_value(opened.source, n, e)) for n, e in entries.items()}
+    _check_torch(opened)
+    from holdfast.engine.values import encode_value
+
     made = _load_torch_file(opened)
     return {
         name: (entry.path, encode_value(name, _member(made, entry.path)))
@@ -27,6 +29,7 @@ def as_containers(opened: Opened) -> Values:
 
 def as_pickles(opened: Opened) -> Values:
     """Every value as a `.pt` file keeps it: a part of its one pickle."""
+    _check_torch(opened)
     from holdfast.engine.values import decode_value
 
     entries = opened.manifest.values
@@ -41,6 +44,17 @@ def as_pickles(opened: Opened) -> Values:
             for name, entry in entries.items()
         }
     return {name: (entries[name].path, _pickled(name, value)) for name, value in found.items()}
+
+
+def _check_torch(opened: Opened) -> None:
+    try:
+        import torch  # noqa: F401 - what follows needs it
+    except ImportError as error:
+        raise UsageError(
+            f"`{opened.place}` holds values that are not tensors, which only torch can convert; it "
+            f"cannot be imported: {error}",
+            hint="pip install torch; or `--model-only`, which leaves them out",
+        ) from error
 
 
 def _pickled(name: str, value: Any) -> bytes:
@@ -65,7 +79,7 @@ def _load_torch_file(opened: Opened) -> Any:
     """The objects of a `.pt` file; its tensors stay on disk."""
     import torch
 
-    path = f"{opened.source.store.url}/{opened.source.key(next(iter(opened.manifest.files)))}"
+    path = opened.place
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:

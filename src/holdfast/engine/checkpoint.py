@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from holdfast.arguments import shown
 from holdfast.catalog.catalog import open_manifest
+from holdfast.engine.arguments import region_of
 from holdfast.engine.read import Wanted, read_tensors
 from holdfast.engine.reshard import moves
 from holdfast.engine.root import open_for_reading
@@ -18,6 +21,8 @@ from holdfast.errors import NotFoundError, UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.region import Region
 from holdfast.state.shard import Piece
+
+T = TypeVar("T")
 
 
 class Checkpoint:
@@ -46,11 +51,12 @@ class Checkpoint:
         `region` is a `Region`, or a slice for each dim as in indexing (no steps).
 
         Raises:
+            UsageError: a region that this tensor does not have.
             NotFoundError: no tensor of that name.
             DamagedError: the bytes are not those that were written.
         """
-        entry = self._entry(name)
-        box = _box(name, entry.shape, region)
+        entry = self._found("tensor", name, self.tensors)
+        box = region_of(name, entry.shape, region)
         # First, so that a shape without chunks behind it takes no memory.
         moves(name, entry, box)
         target = torch.empty(box.shape, dtype=getattr(torch, entry.dtype), device="cpu")
@@ -62,49 +68,37 @@ class Checkpoint:
 
     def value(self, name: str) -> Any:
         """A value that is not a tensor."""
-        try:
-            entry = self._source.manifest.values[name]
-        except KeyError:
-            raise self._unknown("value", name, self._source.manifest.values) from None
+        entry = self._found("value", name, self._source.manifest.values)
         container = read_value(self._source, name, entry)
         return decode_value(name, container, where=f"{self._source.url}/{entry.file}")
 
-    def _entry(self, name: str) -> TensorEntry:
-        try:
-            return self.tensors[name]
-        except KeyError:
-            raise self._unknown("tensor", name, self.tensors) from None
+    def _found(self, kind: str, name: object, there: Mapping[str, T]) -> T:
+        """The entry of that name.
 
-    def _unknown(self, kind: str, name: str, there: Mapping[str, object]) -> NotFoundError:
-        import difflib
-
+        Raises:
+            UsageError: the name is no text.
+            NotFoundError: there is none.
+        """
+        if not isinstance(name, str):
+            raise UsageError(f"`name` must be text, found: {shown(name)}")
+        if name in there:
+            return there[name]
         near = difflib.get_close_matches(name, there, n=3)
-        return NotFoundError(
-            f"`{self._source.url}` holds no {kind} `{name}`",
-            hint=f"near it: {', '.join(near)}" if near else "`names()` lists what is there",
-        )
+        # A tensor that was asked for as a value, or the other way round, has no other name.
+        other = {"value": self.tensors, "tensor": self._source.manifest.values}[kind]
+        hint = f"near it: {', '.join(near)}" if near else "`names()` lists what is there"
+        if name in other:
+            hint = f'`read("{name}")`' if kind == "value" else f'`value("{name}")`'
+        raise NotFoundError(f"`{self._source.url}` holds no {kind} `{name}`", hint=hint)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open the checkpoint at `path`, its structure checked.
 
     Raises:
+        UsageError: no path.
         NotFoundError: no checkpoint there.
         DamagedError: files are missing or of another size.
     """
     store, name = open_for_reading(path)
     return Checkpoint(Source(store, name, open_manifest(store, name)))
-
-
-def _box(name: str, shape: tuple[int, ...], region: Region | tuple[slice, ...] | None) -> Region:
-    if region is None:
-        return Region.whole(shape)
-    if not isinstance(region, Region):
-        if len(region) > len(shape) or any(part.step not in (None, 1) for part in region):
-            raise UsageError(f"`{name}` of shape {list(shape)} has no region {region}")
-        bounds = [part.indices(size) for part, size in zip(region, shape, strict=False)]
-        bounds += [(0, size, 1) for size in shape[len(region) :]]
-        region = Region(tuple(b[0] for b in bounds), tuple(max(b[0], b[1]) for b in bounds))
-    if not region.fits(shape):
-        raise UsageError(f"{region} is outside of `{name}` of shape {list(shape)}")
-    return region

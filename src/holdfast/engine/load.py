@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 
 from holdfast.catalog.catalog import open_manifest
+from holdfast.engine.arguments import place_to_load
 from holdfast.engine.collector import collector_at_rest
 from holdfast.engine.fitting import fits, is_narrowed
 from holdfast.engine.ranks import Ranks, all_ranks, hosts_of, on_every_rank, on_rank_0
 from holdfast.engine.read import Wanted, read_tensors, threads_for
 from holdfast.engine.replicas import Place, ask, read_shared
-from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source, read_value
 from holdfast.engine.spans import Spans
 from holdfast.engine.values import decode_value
@@ -66,19 +66,20 @@ def load(path: str | os.PathLike[str], state: Any, *, strict: bool = True) -> Lo
     state; an error on one is raised on all.
 
     Raises:
+        UsageError: an argument of another type.
         NotFoundError: no checkpoint at `path`.
         MismatchError: entries that are missing, unexpected, of another shape, or numbers that do
             not fit, all of them listed; nothing was changed. Or an object refuses its state.
         DamagedError: bytes are not those that were saved; the state may be loaded in part.
         FormatError: the checkpoint holds what could be read only by running its code.
     """
-    tree = StateTree(state)
-    store, name = open_for_reading(path)
     ranks = all_ranks()
     try:
+        store, name = on_every_rank(ranks, lambda: place_to_load(path, state, strict=strict))
         with collector_at_rest():
             manifest = on_rank_0(ranks, lambda: open_manifest(store, name))
         source = Source(store, name, manifest)
+        tree = on_every_rank(ranks, lambda: StateTree(state))
         return load_tree(source, tree, ranks=ranks, strict=strict)
     finally:
         ranks.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -36,6 +36,8 @@ class Facts:
     versions: dict[str, str]
     metrics: Mapping[str, float] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
+    components: Collection[str] | None = None
+    """Top-level names that are not the model's; None where nobody knows."""
 
 
 def publish(
@@ -97,6 +99,7 @@ def _manifest(receipts: Sequence[Receipt], plan: Plan, facts: Facts) -> Manifest
         tables={receipt.file: receipt.table for receipt in files},
         step=facts.step,
         kind=facts.kind,
+        components=None if facts.components is None else tuple(sorted(facts.components)),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         layout=facts.layout,
         versions=facts.versions,

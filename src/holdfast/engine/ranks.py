@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import pickle
 import struct
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
@@ -15,7 +14,8 @@ import torch
 import torch.distributed as dist
 from xxhash import xxh3_128_digest
 
-from holdfast.errors import HoldfastError, RankError, StorageError
+from holdfast.engine.failures import worded
+from holdfast.errors import HoldfastError, RankError
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -243,7 +243,13 @@ def conclude(ranks: Ranks, mine: T | HoldfastError, work: Callable[[list[T]], U]
             outcome = failed[0][1] if ranks.size == 1 else _of_rank(*failed[0])
         else:
             outcome = outcome_of(lambda: work(cast("list[T]", items)))
-    return _or_raise(ranks.broadcast(cast("U | HoldfastError", outcome)))
+    told = ranks.broadcast(cast("U | HoldfastError", outcome))
+    if isinstance(told, HoldfastError) and isinstance(mine, HoldfastError):
+        # Of what this rank has met itself it knows the cause, which has not crossed.
+        told.__cause__ = told.__cause__ or (
+            mine.__cause__ if told.what.endswith(mine.what) else None
+        )
+    return _or_raise(told)
 
 
 def on_rank_0(ranks: Ranks, work: Callable[[], T]) -> T:
@@ -299,13 +305,8 @@ def outcome_of(work: Callable[[], T]) -> T | HoldfastError:
         return work()
     except HoldfastError as error:
         return error
-    except OSError as error:
-        return StorageError(f"{error}")
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for it
-        return HoldfastError(
-            f"unexpected {type(error).__name__}: {error}",
-            hint="".join(traceback.format_exception(error)),
-        )
+        return worded(error)
 
 
 def _or_raise(outcome: T | HoldfastError) -> T:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from holdfast.arguments import checked_path
 from holdfast.catalog.catalog import Catalog, standing
 from holdfast.errors import UsageError
 from holdfast.storage.local import LocalStore
@@ -16,6 +17,7 @@ def open_root(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
     Raises:
         UsageError: a URL, or a path without a name.
     """
+    path = checked_path(path, "path")
     if _is_url(path):
         raise UsageError(
             f"`{path}` is a URL: checkpoints are loaded from there, but saved to folders",
@@ -27,7 +29,12 @@ def open_root(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
 
 def open_for_reading(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
     """The store that the checkpoint at `path`, a folder or a URL, lies in, and its name there, or
-    that of the folder that stands for it (`standing`)."""
+    that of the folder that stands for it (`standing`).
+
+    Raises:
+        UsageError: no path.
+    """
+    path = checked_path(path, "path")
     if _is_url(path):
         from holdfast.storage.remote import RemoteStore
 

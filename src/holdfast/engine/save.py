@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from holdfast.catalog.catalog import Catalog
+from holdfast.engine.arguments import place_to_save
 from holdfast.engine.background import make_way
 from holdfast.engine.collector import collector_at_rest
 from holdfast.engine.commit import commit
@@ -31,7 +32,6 @@ from holdfast.engine.ranks import (
     on_rank_0,
     outcome_of,
 )
-from holdfast.engine.root import open_root
 from holdfast.engine.spans import Spans, amount
 from holdfast.engine.stage import Snapshot, Staging, TensorOf, box_of, host_bytes, host_windows
 from holdfast.engine.write import FileImage, Pace, Receipt, TensorItem, write
@@ -69,12 +69,14 @@ def save(path: str | os.PathLike[str], state: Any, *, overwrite: bool = False) -
 
     Raises:
         ExistsError: there is something at `path`, and `overwrite` is false.
-        UsageError: what would not come back as it is, with its name and type; nothing was written.
+        UsageError: an argument of another type; or what would not come back as it is, with its name
+            and type. Nothing was written.
         StorageError: no space, no rights; nothing is left behind.
     """
-    catalog, name = open_root(path)
     ranks = all_ranks()
     try:
+        check = partial(place_to_save, path, state, overwrite=overwrite)
+        catalog, name = on_every_rank(ranks, check)
         on_rank_0(ranks, lambda: _check_free(catalog, name, overwrite))
         flat = on_every_rank(ranks, lambda: StateTree(state).flatten())
         return save_leaves(catalog, name, flat, ranks=ranks, planner=Planner(ranks))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from typing import Any
 
 import torch
@@ -48,16 +47,11 @@ def _container(value: Any) -> bytes | None:
         torch.save(value, buffer)
         if not reads_back(value):
             torch.load(io.BytesIO(buffer.getvalue()), map_location="cpu", weights_only=True)
-    except _CANNOT:
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - pickling calls methods of the object
         return None
     return buffer.getvalue()
-
-
-_CANNOT = (
-    *(pickle.PicklingError, pickle.UnpicklingError, AttributeError, TypeError),
-    *(RecursionError, NotImplementedError, RuntimeError),
-)
-"""What pickle and torch raise about a value that is none for them."""
 
 
 def _culprit(value: Any, depth: int = 0) -> tuple[str, Any]:

@@ -7,14 +7,13 @@ layout of that file is specified in docs/format.md.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
 from holdfast.errors import DamagedError, FormatError
-from holdfast.format import checksum, timings
+from holdfast.format import checksum, facts, timings
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.region import Region
 from holdfast.format.structure import Node, check_node
@@ -120,6 +119,10 @@ class Manifest:
     """`full` can be resumed from, `model` holds the model alone; None where nobody said, as in
     formats of others."""
 
+    components: tuple[str, ...] | None = None
+    """Top-level names that are not the model's: first keys of the paths of all else. None where the
+    writer did not say."""
+
     created: str = ""
     """When the save was committed: ISO 8601, UTC."""
 
@@ -210,7 +213,8 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
         "created": manifest.created,
         "versions": dict(manifest.versions),
         "layout": dict(manifest.layout),
-        **({"metrics": _encode_metrics(manifest.metrics)} if manifest.metrics else {}),
+        **({} if manifest.components is None else {"components": manifest.components}),
+        **({"metrics": facts.encode_metrics(manifest.metrics)} if manifest.metrics else {}),
         **({"model": dict(manifest.model)} if manifest.model else {}),
         **({"timings": timings.encode(manifest.timings)} if manifest.timings else {}),
         **({} if manifest.structure is None else {"structure": [*manifest.structure.items()]}),
@@ -241,10 +245,6 @@ _BLOCK_BYTES = (checksum.BLOCK_BYTES, checksum.BLOCK_BYTES_MAX)
 
 def _checksums(block_bytes: int) -> dict[str, object]:
     return {"algorithm": checksum.ALGORITHM, "block_bytes": block_bytes}
-
-
-def _encode_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def by_container(
@@ -352,11 +352,12 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
         block_bytes=block_bytes,
         step=None if body["step"] is None else count_of(body["step"]),
         kind=body["kind"],
+        components=facts.components(body.get("components")),
         created=str(body["created"]),
-        layout=_told(body["layout"]),
+        layout=facts.told(body["layout"]),
         versions={str(name): str(version) for name, version in body["versions"].items()},
-        metrics={name: _metric(value) for name, value in body.get("metrics", {}).items()},
-        model=_told(body.get("model", {})),
+        metrics=facts.decode_metrics(body.get("metrics", {})),
+        model=facts.told(body.get("model", {})),
         timings=timings.decode(body.get("timings", {})),
         metadata=_seal(body["metadata"]),
         structure=_structure(body.get("structure")),
@@ -373,12 +374,6 @@ def _structure(stored: list[Any] | None) -> dict[Path, Node] | None:
     if stored is None:
         return None
     return {path_of(path): check_node(node) for path, node in stored}
-
-
-def _told(stored: dict[str, Any]) -> dict[str, Any]:
-    """What a writer adds, as it is. Python's JSON reads infinities, which JSON has not."""
-    _ENCODER.encode(stored)
-    return dict(stored.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -435,14 +430,6 @@ def _item(number: int, offset: int, nbytes: int, files: list[_File]) -> tuple[_F
             f"item {item} is outside of the {file.table.offset} bytes of `{file.name}`"
         )
     return file, item
-
-
-def _metric(stored: float | None) -> float:
-    if stored is None:
-        return math.nan
-    if type(stored) not in (int, float):
-        raise ValueError(f"a metric that is a {type(stored).__name__}")
-    return float(stored)
 
 
 def _seal(stored: list[int] | None) -> tuple[int, int] | None:

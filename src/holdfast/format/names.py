@@ -16,9 +16,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from holdfast.arguments import shown, whole_number
+from holdfast.errors import UsageError
+
 METADATA = ".metadata"
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+
+STEP_MAX = 10**18 - 1
+"""Largest step: the name of a larger one would be longer than the grammar allows, so that no
+reader would find it."""
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})", re.ASCII)
 _ASIDE = re.compile(r"\.(attempt|replaced|removing)-([^/]+)-([0-9a-f]{8})", re.ASCII)
@@ -49,6 +56,22 @@ class Mark:
 
     def __str__(self) -> str:
         return f".{self.role}-{step_name(self.step)}"
+
+
+def checked_step(value: object, what: str, *, least: int = 0) -> int:
+    """The step number that was passed as `what`: any integer of Python, numpy or torch.
+
+    Raises:
+        UsageError: no whole number, below `least`, or above `STEP_MAX`.
+    """
+    step = whole_number(value)
+    if step is None or not least <= step <= STEP_MAX:
+        found = shown(value if step is None else step)
+        raise UsageError(
+            f"`{what}` must be a whole number from {least} to {STEP_MAX}, found: {found}",
+            hint="`int(...)` makes it one" if isinstance(value, float | str) else None,
+        )
+    return step
 
 
 def step_name(step: int) -> str:

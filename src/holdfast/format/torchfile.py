@@ -76,6 +76,8 @@ def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> TorchFile:
     try:
         within = windowed(fetch, Span(0, nbytes))
         records = read_records(within, nbytes)
+        if "data.pkl" not in records:
+            raise ValueError("a ZIP archive of another program, without `data.pkl`")
         check_byte_order(within, records)
         pickled = content(within, records["data.pkl"], PICKLE_BYTES_MAX)
         made = loads(pickled, _ALLOWED, where=where)

@@ -7,6 +7,7 @@ rank 0 publishes: nothing is gathered, nothing is written twice.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -14,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from holdfast.arguments import checked_path, shown
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.engine.index import Index
 from holdfast.engine.ranks import Ranks, conclude, on_rank_0, outcome_of
 from holdfast.engine.root import open_for_reading
 from holdfast.engine.write import FileImage, TensorItem
-from holdfast.errors import HoldfastError, MismatchError
+from holdfast.errors import HoldfastError, MismatchError, UsageError
 from holdfast.format.names import Aside
 from holdfast.format.region import Region
 from holdfast.format.safetensors import INDEX
@@ -51,6 +53,21 @@ class HubModel:
 
     assets: str | None = None
     """Folder whose other files an export takes along: tokenizer, templates."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.config, Mapping):
+            raise UsageError(
+                "`HubModel.config` must be a dict, as `config.json` has it, found: "
+                f"{shown(self.config)}",
+                hint="`config.to_dict()` makes one of a configuration of transformers",
+            )
+        try:
+            # As the manifest of every step keeps it.
+            json.dumps(dict(self.config), allow_nan=False, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UsageError(f"`HubModel.config` must be plain JSON: {error}") from error
+        if self.assets is not None:
+            object.__setattr__(self, "assets", checked_path(self.assets, "HubModel.assets"))
 
     @property
     def mapping(self) -> TensorMapping:

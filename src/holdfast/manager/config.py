@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from holdfast.arguments import checked_path, settings
 from holdfast.errors import UsageError
+from holdfast.format.names import STEP_MAX
 from holdfast.manager.renames import parse
 from holdfast.manager.signals import check_names
 
@@ -13,6 +15,7 @@ DATALOADER_KEYS = ("dataloader", "data_loader")
 """Two spellings of one key, both in use among TorchTitan's users."""
 
 
+@settings("checkpoint")
 @dataclass(frozen=True, slots=True)
 class CheckpointConfig:
     """When to save, what to keep, where to resume from."""
@@ -163,10 +166,14 @@ class CheckpointConfig:
         for key in ("keep_every_n_steps", "keep_best_k"):
             if getattr(self, key) < 0:
                 raise UsageError(f"`checkpoint.{key}` is 0 (off) or a number: {getattr(self, key)}")
-        if self.load_step < -1:
+        if not -1 <= self.load_step <= STEP_MAX:
             raise UsageError(
-                f"`checkpoint.load_step` is -1 (the newest good step) or a step: {self.load_step}"
+                "`checkpoint.load_step` must be -1 (the newest good step) or a step, found: "
+                f"{self.load_step}"
             )
+        checked_path(self.folder, "checkpoint.folder")
+        if self.initial_load_path is not None:
+            checked_path(self.initial_load_path, "checkpoint.initial_load_path")
         self._check_hub()
         self._check_frozen()
         check_names(self.stop_signals)

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from holdfast.engine.spans import Times
+from holdfast.engine.load import Loaded
+from holdfast.engine.ranks import Ranks
+from holdfast.engine.spans import Times, times_of
 from holdfast.manager.policy import Progress
 
 RESUMING = "resuming"
@@ -49,6 +51,13 @@ class Goodput:
             inner = self.lost_s - before
             spent = time.perf_counter() - started - inner
             self._lost[cause] = self._lost.get(cause, 0.0) + spent
+
+    def note_load(self, loaded: Loaded, step: int, ranks: Ranks) -> None:
+        """Remember how long a load has taken that goes on from `step`. Collective."""
+        every = ranks.gather((loaded.nbytes, loaded.spans.seconds))
+        if every:
+            sizes, seconds = zip(*every, strict=True)
+            self.loads.append(times_of(step, sum(sizes), seconds))
 
     @property
     def lost_s(self) -> float:

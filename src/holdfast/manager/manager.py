@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
@@ -19,21 +18,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from holdfast.catalog.catalog import Catalog, open_manifest
-from holdfast.engine.load import Loaded, load_tree
-from holdfast.engine.ranks import Ranks, all_ranks, host_name, on_every_rank, on_rank_0
+from holdfast.engine.load import load_tree
+from holdfast.engine.ranks import Ranks, Solo, all_ranks, host_name, on_every_rank, on_rank_0
 from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source
-from holdfast.engine.spans import rate, times_of
-from holdfast.errors import (
-    DamagedError,
-    ExistsError,
-    FormatError,
-    MismatchError,
-    NotFoundError,
-)
+from holdfast.engine.spans import rate
+from holdfast.errors import DamagedError, FormatError, MismatchError, NotFoundError
 from holdfast.format.manifest import Kind
-from holdfast.format.names import LOCK, step_of
+from holdfast.format.names import LOCK, checked_step, step_of
 from holdfast.hf.export import HubModel
+from holdfast.manager import arguments
+from holdfast.manager.arguments import Metrics
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.goodput import RESUMING, Goodput, Timings
 from holdfast.manager.hub import FOLDER, Hub
@@ -43,17 +38,23 @@ from holdfast.manager.parts import (
     OPTIMIZER,
     RNG,
     SCHEDULER,
-    Metrics,
     check_dataloader,
     check_excluded,
+    converted,
     differences,
+    left_alone,
     many,
     not_excluded,
-    numbers_in,
     other_generators,
     way_on,
 )
-from holdfast.manager.policy import is_due, kind_in_time, kind_of_save
+from holdfast.manager.policy import (
+    check_seed,
+    is_due,
+    kind_in_time,
+    kind_of_save,
+    stopping_line,
+)
 from holdfast.manager.renames import as_here
 from holdfast.manager.resume import (
     Step,
@@ -65,13 +66,10 @@ from holdfast.manager.resume import (
 from holdfast.manager.retention import put_in_order
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
-from holdfast.state.dataloader import LoaderState
 from holdfast.state.model import ModelState, adapted
 from holdfast.state.objects import StateTree
 from holdfast.state.optim import OptimizerState
-from holdfast.state.rng import RngState
 from holdfast.state.schedulers import scheduler_component
-from holdfast.state.stateful import ObjectState, RankState
 from holdfast.state.tree import Stateful
 from holdfast.storage.local import LocalStore
 
@@ -114,14 +112,26 @@ class CheckpointManager:
         says what the model is called on the Hugging Face hub, for what goes there or comes from it.
 
         Raises:
+            UsageError: an argument of another type, or two parts of one name; nothing was touched.
             ExistsError: another run saves in this folder.
             StorageError: the folder cannot be written.
         """
-        self.config = config or CheckpointConfig(enable=True)
+        self.config = arguments.checked_config(config)
         self._goodput = Goodput()
-        self._ranks = ranks or all_ranks()
+        self._ranks = all_ranks() if ranks is None else arguments.checked_ranks(ranks)
+        arguments.check(
+            self._ranks,
+            folder=folder,
+            model=model,
+            optimizers=optimizers,
+            lr_schedulers=lr_schedulers,
+            dataloader=dataloader,
+            states=states,
+            hub=hub,
+            config=self.config,
+        )
         self._catalog = Catalog(LocalStore(folder))
-        models, rank = many(model), self._ranks.rank
+        models = many(model)
         self._kept = self._whole = ModelState(models)
         if not self.config.save_frozen:
             self._kept, self._whole = adapted(models)
@@ -130,9 +140,7 @@ class CheckpointManager:
             OPTIMIZER: OptimizerState(models, many(optimizers)),
             SCHEDULER: scheduler_component(many(lr_schedulers)),
             **(states or {}),
-            **({} if dataloader is None else {DATALOADER: LoaderState(dataloader, rank)}),
-            # Last: what makes an iterator or a worker draws from the generators.
-            RNG: RankState(ObjectState(RngState()), rank, may_lack=True),
+            **beside(dataloader, self._ranks.rank),
         }
         self._tree = StateTree(self._parts, flat=MODEL)
         self._sections = [name for name in self._parts if name != MODEL]
@@ -176,25 +184,29 @@ class CheckpointManager:
         Collective: every rank calls this after every step.
 
         Raises:
+            UsageError: an argument of another type, or other arguments than another rank's.
             HoldfastError: the step could not be saved, on every rank; the steps before it stand.
                 With `on_save_error = "warn"` that is logged, and the run goes on.
         """
+        call = arguments.call_of(step, last_step, metrics)
         if not self._saves:
+            arguments.agreed(Solo(), call, arguments.told_of(call))
             return False
         self._goodput.count_step()
         with self._goodput.lost_to("saving"):
             # What any rank has measured or received decides, so that all decide alike.
             saver = self._saver
-            number, since_s, full_save_s, model_share, failed, busy, *measured = (
-                self._ranks.largest(
-                    [
-                        *self._stop_signals.received(),
-                        *(saver.full_save_s, saver.model_share),
-                        *(float(saver.failed), float(saver.busy)),
-                        *self._goodput.measured(),
-                    ]
-                )
+            numbers = self._ranks.largest(
+                [
+                    *arguments.told_of(call),
+                    *self._stop_signals.received(),
+                    *(saver.full_save_s, saver.model_share),
+                    *(float(saver.failed), float(saver.busy)),
+                    *self._goodput.measured(),
+                ]
             )
+            step, last_step, rest = arguments.agreed(self._ranks, call, numbers)
+            number, since_s, full_save_s, model_share, failed, busy, *measured = rest
             if failed:
                 saver.collect()
             stopping = bool(number) and not last_step
@@ -202,7 +214,8 @@ class CheckpointManager:
             if stopping:
                 left_s = self.config.stop_deadline_s - since_s
                 kind = kind_in_time(left_s, full_save_s, model_share)
-                self._say_stopping(int(number), step, left_s, full_save_s, kind)
+                line = stopping_line(int(number), step, left_s, full_save_s, kind)
+                (self._say if kind == "full" else self._warn)(line)
             elif not self._is_time(step, last_step, bool(busy), measured):
                 return self._export(step)
             saved = kind is not None and self._save_as(
@@ -258,14 +271,7 @@ class CheckpointManager:
                 replace.
         """
 
-        def look() -> None:
-            if steps := self._catalog.steps():
-                raise ExistsError(
-                    f"`{self._catalog.store.url}` holds step {steps[-1]}: a seed is the first step",
-                    hint="choose another `checkpoint.folder`, or remove this one",
-                )
-
-        on_rank_0(self._ranks, look)
+        on_rank_0(self._ranks, lambda: check_seed(self._catalog.steps(), self._catalog.store.url))
         self._save_as("model", 0, last_step=False)
         self._saver.collect()
 
@@ -284,8 +290,11 @@ class CheckpointManager:
             MismatchError: a checkpoint of another model; nothing was changed.
             DamagedError: the step asked for is damaged.
         """
+        wanted = self.config.load_step
+        if step is not None:
+            wanted = on_every_rank(self._ranks, lambda: checked_step(step, "step", least=-1))
         with self._goodput.lost_to(RESUMING):
-            return self._load(self.config.load_step if step is None else step)
+            return self._load(wanted)
 
     def _load(self, wanted: int) -> int:
         if not self.config.enable:
@@ -404,7 +413,7 @@ class CheckpointManager:
         then = ": starting at step 0" if self.config.save_frozen else ", to train in part"
         if self.config.initial_load_in_hf:
             loaded = self._hub.load(path, self._model(self._whole))
-            self._note(loaded, 0)
+            self._goodput.note_load(loaded, 0, self._ranks)
             self._say(f"loaded the model of {loaded.where}{then}")
             return 0
         if path is None:
@@ -415,7 +424,8 @@ class CheckpointManager:
         source = Source(store, name, manifest)
         if self.config.initial_load_model_only:
             partial_load = not self.config.initial_load_strict
-            self._load_tree(source, self._model(self._whole), 0, partial_load=partial_load)
+            tree = self._model(self._whole, left_alone(manifest, [MODEL]))
+            self._load_tree(source, tree, 0, partial_load=partial_load)
             self._say(f"loaded the model of {source.url}{then}")
             return 0
         step = manifest.step if manifest.step is not None else step_of(name) or 0
@@ -432,7 +442,8 @@ class CheckpointManager:
         if DATALOADER in wanted:
             check_dataloader(manifest, self._ranks.size)
         parts = {part: self._parts[part] for part in wanted}
-        self._load_tree(source, StateTree(parts, flat=MODEL, others=self._sections), step)
+        others = {*self._sections, *left_alone(manifest, names, self.config.exclude_from_loading)}
+        self._load_tree(source, StateTree(parts, flat=MODEL, others=others), step)
 
     def _load_tree(
         self, source: Source, tree: StateTree, step: int, *, partial_load: bool = False
@@ -446,27 +457,15 @@ class CheckpointManager:
         except MismatchError as error:
             hint = way_on(error, self._sections)
             raise MismatchError(error.what, hint=hint or error.hint) from error
-        self._note(loaded, step)
+        self._goodput.note_load(loaded, step, self._ranks)
         self._warn(*differences(loaded))
-        if loaded.converted:
-            first = loaded.converted[0]
-            self._warn(
-                f"{len(loaded.converted)} tensors were converted to another dtype, such as "
-                f"`{first}`, stored as {manifest.tensors[first].dtype}"
-            )
-
-    def _note(self, loaded: Loaded, step: int) -> None:
-        """Remember how long a load has taken that goes on from `step`. Collective."""
-        every = self._ranks.gather((loaded.nbytes, loaded.spans.seconds))
-        if every:
-            sizes, seconds = zip(*every, strict=True)
-            self._goodput.loads.append(times_of(step, sum(sizes), seconds))
+        self._warn(*converted(loaded, manifest))
 
     def _save_as(
         self, kind: Kind, step: int, *, last_step: bool, metrics: Metrics | None = None
     ) -> bool:
         """Save all parts, or the model alone: in the export dtype where it is the last step."""
-        numbers = on_every_rank(self._ranks, partial(numbers_in, metrics))
+        numbers = on_every_rank(self._ranks, partial(arguments.numbers_in, metrics))
         self._goodput.count_save()
         use = self._hub.use(step, last_step=last_step, saved=True)
         if kind == "full":
@@ -484,21 +483,9 @@ class CheckpointManager:
             self._saver.save(step, "model", self._model().flatten, use=use)
         return False
 
-    def _model(self, state: ModelState | None = None) -> StateTree:
-        return StateTree({MODEL: state or self._kept}, flat=MODEL, others=self._sections)
-
-    def _say_stopping(
-        self, number: int, step: int, left_s: float, full_save_s: float, kind: Kind | None
-    ) -> None:
-        name = signal.Signals(number).name
-        if kind == "full":
-            self._say(f"{name}: saving step {step}, then ending")
-        else:
-            instead = "the model alone" if kind == "model" else "nothing: the newest step stands"
-            self._warn(
-                f"{name}: {left_s:.1f} s are left, a save takes {full_save_s:.1f} s; "
-                f"saving {instead}, then ending"
-            )
+    def _model(self, state: ModelState | None = None, beside: Collection[str] = ()) -> StateTree:
+        others = {*self._sections, *beside}
+        return StateTree({MODEL: state or self._kept}, flat=MODEL, others=others)
 
     def _say(self, line: str) -> None:
         if self._ranks.rank == 0:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Collection, Sequence
+from typing import Any, TypeVar
 
+from holdfast.catalog.findings import PARTS
 from holdfast.engine.load import Loaded
 from holdfast.errors import MismatchError, UsageError
 from holdfast.format.manifest import Manifest
 from holdfast.manager.config import DATALOADER_KEYS
-from holdfast.state.stateful import RANK
+from holdfast.state.dataloader import LoaderState
+from holdfast.state.rng import RngState
+from holdfast.state.stateful import RANK, ObjectState, RankState
+from holdfast.state.tree import Stateful
 
 MODEL, OPTIMIZER, SCHEDULER, DATALOADER, RNG = (
     *("model", "optimizer", "lr_scheduler"),
@@ -19,17 +23,7 @@ MODEL, OPTIMIZER, SCHEDULER, DATALOADER, RNG = (
 )
 """Names of the parts of a step; TorchTitan's. The model's own names lie at the top level."""
 
-
-Metrics = Mapping[str, float] | Callable[[], Mapping[str, float]]
-"""Numbers by name, or a function that gives them."""
-
 T = TypeVar("T")
-
-
-def numbers_in(metrics: Metrics | None) -> dict[str, float]:
-    """What a step is to keep of what was measured."""
-    given = metrics() if callable(metrics) else metrics or {}
-    return {name: float(value) for name, value in given.items()}
 
 
 def many(given: T | Sequence[T]) -> list[T]:
@@ -37,10 +31,29 @@ def many(given: T | Sequence[T]) -> list[T]:
     return list(given) if isinstance(given, Sequence) else [given]
 
 
+def beside(dataloader: Stateful | None, rank: int) -> dict[str, Any]:
+    """What each rank has for itself: its place in the data, and its random numbers. These come
+    last: whatever makes an iterator or a worker draws from them."""
+    loader = {} if dataloader is None else {DATALOADER: LoaderState(dataloader, rank)}
+    return {**loader, RNG: RankState(ObjectState(RngState()), rank, may_lack=True)}
+
+
 def not_excluded(parts: Collection[str], excluded: Collection[str]) -> list[str]:
     """The parts that a resume loads."""
     left_out = {DATALOADER if name in DATALOADER_KEYS else name for name in excluded}
     return [name for name in parts if name not in left_out]
+
+
+def left_alone(
+    manifest: Manifest, wanted: Sequence[str], excluded: Collection[str] = ()
+) -> set[str]:
+    """Top-level names of a checkpoint that a load of these parts leaves as they are, whether or not
+    this run has parts of these names: what was excluded and, where the model alone is wanted, all
+    that is not the model's."""
+    names = {DATALOADER if name in DATALOADER_KEYS else name for name in excluded}
+    if [*wanted] == [MODEL]:
+        names |= {*(PARTS if manifest.components is None else manifest.components)}
+    return names
 
 
 def check_excluded(excluded: Sequence[str], parts: Collection[str]) -> None:
@@ -111,6 +124,17 @@ def differences(loaded: Loaded) -> list[str]:
             f"are, such as `{loaded.lacking[0]}`"
         )
     return lines
+
+
+def converted(loaded: Loaded, manifest: Manifest) -> list[str]:
+    """What a load has converted, for people."""
+    if not loaded.converted:
+        return []
+    first = loaded.converted[0]
+    return [
+        f"{len(loaded.converted)} tensors were converted to another dtype, such as `{first}`, "
+        f"stored as {manifest.tensors[first].dtype}"
+    ]
 
 
 def other_generators(manifest: Manifest, num_ranks: int) -> str | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from holdfast.errors import ExistsError
 from holdfast.format.manifest import Kind
 from holdfast.manager.config import CheckpointConfig
 
@@ -62,6 +64,19 @@ def kind_of_save(*, last_step: bool, config: CheckpointConfig) -> Kind:
     return "model" if last_step and config.last_save_model_only else "full"
 
 
+def check_seed(steps: Sequence[int], where: str) -> None:
+    """Refuse to save a seed beside other steps.
+
+    Raises:
+        ExistsError: the folder holds steps.
+    """
+    if steps:
+        raise ExistsError(
+            f"`{where}` holds step {steps[-1]}: a seed is the first step",
+            hint="choose another `checkpoint.folder`, or remove this one",
+        )
+
+
 def kind_in_time(left_s: float, full_save_s: float, model_share: float) -> Kind | None:
     """The most that can be saved in `left_s`; None where there is no time for anything.
 
@@ -71,6 +86,20 @@ def kind_in_time(left_s: float, full_save_s: float, model_share: float) -> Kind 
     if full_save_s < left_s:
         return "full"
     return "model" if full_save_s * model_share < left_s else None
+
+
+def stopping_line(
+    number: int, step: int, left_s: float, full_save_s: float, kind: Kind | None
+) -> str:
+    """The line of the log on what a signal makes of this step: see `kind_in_time`."""
+    name = signal.Signals(number).name
+    if kind == "full":
+        return f"{name}: saving step {step}, then ending"
+    instead = "the model alone" if kind == "model" else "nothing: the newest step stands"
+    return (
+        f"{name}: {left_s:.1f} s are left, a save takes {full_save_s:.1f} s; "
+        f"saving {instead}, then ending"
+    )
 
 
 STEPS_MIN = 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -114,6 +115,9 @@ class Saver:
                     metrics=metrics,
                     model=self._hub.config,
                 )
+            # A model by itself has nothing beside it, whatever its own names are.
+            beside = self._sections if kind == "full" else ()
+            pending = replace(pending, facts=replace(pending.facts, components=beside))
             if self._in_background and self._has_room(pending):
                 now, later = self._parts_of(pending.image.tensors, pending.stepped)
                 staged, self._staging = take_snapshot(

@@ -33,7 +33,7 @@ class Values(Protocol):
         ...
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Match:
     """Which entry goes where. Nothing is changed before `take`."""
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from holdfast.errors import UsageError
+from holdfast.errors import MismatchError, UsageError
 from holdfast.format.manifest import Manifest
 from holdfast.format.structure import Node
 from holdfast.state.dataloader import LoaderState
@@ -141,6 +141,10 @@ class StateTree:
 
     def _setter(self, key: Any) -> Callable[[Any], None]:
         def put(value: Any) -> None:
+            if self._flat:
+                # Nobody would see a value that is put beside the model of a run.
+                found, wanted = type_name(value), type_name(self._state[key])
+                raise MismatchError(f"`{key}` is a {found} in the checkpoint, a {wanted} here")
             try:
                 self._state[key] = value  # type: ignore[index]
             except TypeError as error:

@@ -28,7 +28,7 @@ Made = Callable[[Values], Any]
 """Makes a part of the state from what was read."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Found:
     """What a checkpoint holds for optimizers, by parameter."""
 
@@ -86,7 +86,7 @@ class OptimizerMatch:
             elif text == STATE:
                 self._sort_nested(found, child)
             elif text == GROUPS:
-                found.groups = [child.child(n) for n in sorted(child.children, key=int)]
+                found.groups.extend(child.child(n) for n in sorted(child.children, key=int))
         return found
 
     def _sort_slot(self, found: Found, rest: str, child: Branch) -> None:

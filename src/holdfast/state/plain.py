@@ -75,7 +75,7 @@ class PlainMatch:
             match.taken.update(branch.entries())
         else:
             match.demand(branch, node, self._like)
-            match.then(lambda values: put(put_together(branch, node, values)))
+            match.then(lambda values: _replace(live, put_together(branch, node, values), put))
 
     def _tensor(self, live: torch.Tensor, path: Path, branch: Branch, node: Node) -> None:
         if is_ours(live):
@@ -174,6 +174,17 @@ def _length(branch: Branch, node: Node) -> int:
         assert isinstance(node, dict)
         return len(node[kind])
     return len(branch.children)
+
+
+def _replace(live: Any, made: Any, put: Put) -> None:
+    """Put a value in the place of another; into the dict or list that is there, if it is one."""
+    if type(live) is dict and type(made) is dict:
+        live.clear()
+        live.update(made)
+    elif type(live) is list and type(made) is list:
+        live[:] = made
+    else:
+        put(made)
 
 
 def _setter(container: Any, key: Any) -> Put:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,15 +26,20 @@ from holdfast.state.subclass import CONTEXT, put_together
 from holdfast.state.tree import Path, spelled
 
 
-@dataclass(slots=True)
 class Branch:
     """Entries of a checkpoint at and below one path."""
 
-    path: Path
-    name: str | None = None
-    """Name of the entry at this path itself."""
+    __slots__ = ("children", "name", "path")
 
-    children: dict[str | int, Branch] = field(default_factory=dict)
+    def __init__(
+        self,
+        path: Path,
+        name: str | None = None,
+        children: dict[str | int, Branch] | None = None,
+    ) -> None:
+        """`name` is that of the entry at this path itself."""
+        self.path, self.name = path, name
+        self.children: dict[str | int, Branch] = {} if children is None else children
 
     def entries(self) -> Iterator[str]:
         """Names of all entries at and below the path."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from holdfast.arguments import not_installed
 from holdfast.errors import HoldfastError
 from holdfast.trainer.arguments import get_ready, print_help, read_config, wants_help
 
@@ -17,15 +18,22 @@ def main(arguments: list[str]) -> int:
         config = read_config(arguments)
         config.check(int(os.environ.get("WORLD_SIZE", "1")))
     except HoldfastError as error:
-        # Every worker finds the same mistake; one of them says so.
-        if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"error: {error}\n")
-        return error.exit_status
-    get_ready(config)
-    # Imports torch, for which neither `--help` nor a wrong setting has to wait.
-    from holdfast.trainer.worker import work
-
+        return _ended(error)
+    get_ready(config, arguments)
+    try:
+        # Imports torch, for which neither `--help` nor a wrong setting has to wait.
+        from holdfast.trainer.worker import work
+    except ImportError as error:
+        return _ended(not_installed(error, "training"))
     return work(config)
+
+
+def _ended(error: HoldfastError) -> int:
+    """Say what is wrong; the exit status. All workers of a machine find the same mistake, and one
+    of them says so; on another machine its files may differ."""
+    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+        sys.stderr.write(f"error: {error}\n")
+    return error.exit_status
 
 
 if __name__ == "__main__":

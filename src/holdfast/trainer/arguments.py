@@ -10,17 +10,25 @@ import os
 import signal
 import sys
 import tomllib
-import types
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
-from holdfast.errors import HoldfastError, NotFoundError, UsageError
+from holdfast.arguments import (
+    described,
+    first_fit,
+    fitted,
+    is_list,
+    members,
+    misfit,
+    nearest,
+    of_length,
+)
+from holdfast.errors import NotFoundError, UsageError
 from holdfast.skills.startup import refresh
 from holdfast.trainer import titan
-from holdfast.trainer.config import Config, nearest
+from holdfast.trainer.config import Config
 
 Values = dict[str, dict[str, Any]]
 """Section to key to value."""
@@ -33,13 +41,19 @@ def read_config(arguments: Sequence[str]) -> Config:
         UsageError: a section or key that is not known, or a value of the wrong type.
         NotFoundError: there is no such file.
     """
+    values = _given(arguments)
+    sections = {name: cls(**values.get(name, {})) for name, cls in _sections().items()}
+    return Config(**sections)
+
+
+def _given(arguments: Sequence[str]) -> Values:
+    """What the command line and the file say, without the defaults."""
     given = _from_command_line(arguments)
     file = given.get("job", {}).get("config_file")
     values = _from_file(Path(file)) if file is not None else {}
     for section, keys in given.items():
         values.setdefault(section, {}).update(keys)
-    sections = {name: cls(**values.get(name, {})) for name, cls in _sections().items()}
-    return Config(**sections)
+    return values
 
 
 def wants_help(arguments: Iterable[str]) -> bool:
@@ -63,10 +77,10 @@ def print_help(program: str) -> None:
     )
 
 
-def get_ready(config: Config) -> None:
-    """Say which of TorchTitan's settings in the file have no effect here. Bring the user's guides
-    for coding agents up to date, where that was agreed to by a first `holdfast skills sync`, and
-    say what has changed. On rank 0 alone."""
+def get_ready(config: Config, arguments: Sequence[str] = ()) -> None:
+    """Say which settings have no effect: TorchTitan's of what is not here, and those of checkpoints
+    where `enable` was forgotten. Bring the user's guides for coding agents up to date, where that
+    was agreed to by a first `holdfast skills sync`, and say what has changed. On rank 0 alone."""
     if os.environ.get("RANK", "0") != "0":
         return
     file = config.job.config_file
@@ -74,6 +88,14 @@ def get_ready(config: Config) -> None:
     if idle:
         sys.stderr.write(
             f"of TorchTitan's settings, these have no effect here: {', '.join(idle)}\n"
+        )
+    keys = _given(arguments).get("checkpoint", {})
+    if keys and "enable" not in keys:
+        sys.stderr.write(
+            f"nothing is saved or resumed, since `checkpoint.enable` is off: without effect are "
+            f"{', '.join(f'checkpoint.{key}' for key in keys)}\n"
+            "hint: --checkpoint.enable, or `enable = true` below `[checkpoint]`; "
+            "--checkpoint.no-enable where that is wanted\n"
         )
     for line in refresh(os.environ):
         sys.stderr.write(f"{line}\n")
@@ -119,7 +141,7 @@ def _from_file(path: Path) -> Values:
         for key, value in table.items():
             if key not in hints:
                 raise _unknown(f"`{path}`: key `{section}.{key}`", key, hints, section)
-            values[section][key] = _fitted(f"`{path}`: `{section}.{key}`", value, hints[key])
+            values[section][key] = _from_toml(f"`{path}`: `{section}.{key}`", value, hints[key])
     return values
 
 
@@ -148,12 +170,12 @@ def _from_command_line(arguments: Sequence[str]) -> Values:
                 )
             values.setdefault(section, {})[key] = not negated
             continue
-        words = [text] if equals else _words(rest, many=_is_list(hint))
+        words = [text] if equals else _words(rest, many=is_list(hint))
         if not words:
-            raise UsageError(f"`{name}` needs a value: {_described(hint)}")
+            raise UsageError(f"`{name}` needs a value: {described(hint)}")
         value = _parsed(f"`{name}`", words, hint)
         earlier = values.setdefault(section, {}).get(key)
-        if earlier is not None and _is_list(hint) and get_args(hint)[-1] is Ellipsis:
+        if earlier is not None and is_list(hint) and get_args(hint)[-1] is Ellipsis:
             value = earlier + value
         values[section][key] = value
     return values
@@ -198,97 +220,30 @@ def _unknown(what: str, name: str, known: Iterable[str], section: str = "") -> U
 # --------------------------------------------------------------------------------------- values
 
 
-def _is_list(hint: Any) -> bool:
-    return get_origin(hint) is tuple
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    """What an optional hint allows beside None; the hint itself where it is not optional."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return tuple(member for member in get_args(hint) if member is not type(None))
-    return (hint,)
-
-
-def _described(hint: Any) -> str:
-    if len(members := _members(hint)) > 1:
-        return ", or ".join(map(_described, members))
-    (hint,) = members
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(str(choice) for choice in get_args(hint))
-    if _is_list(hint):
-        item, *others = get_args(hint)
-        if others[-1] is Ellipsis:
-            return f"a list, each {_described(item)}"
-        return f"{len(others) + 1} values, each {_described(item)}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
-
-
-def _fitted(where: str, value: Any, hint: Any) -> Any:
-    """A value from TOML as `hint` has it; raises where its type is another."""
-    if len(members := _members(hint)) > 1:
-        return _first_fit(where, members, hint, lambda member: _fitted(where, value, member), value)
-    (hint,) = members
-    if _is_list(hint):
-        if isinstance(value, str):
-            return _parsed(where, [value], hint)
-        if not isinstance(value, list):
-            raise _misfit(where, value, hint)
-        return _of_length(where, [_fitted(where, v, get_args(hint)[0]) for v in value], hint)
-    if hint is float and type(value) is int:
-        return float(value)
-    if get_origin(hint) is Literal:
-        fits = isinstance(value, str) and value in get_args(hint)
-    else:
-        # Not `isinstance`, to which True is a whole number.
-        fits = type(value) is hint
-    if not fits:
-        raise _misfit(where, value, hint)
-    return value
+def _from_toml(where: str, value: Any, hint: Any) -> Any:
+    """A value of a file as `hint` has it. A list may be text, as on the command line."""
+    if isinstance(value, str) and is_list(members(hint)[0]):
+        return _parsed(where, [value], hint)
+    return fitted(where, value, hint)
 
 
 def _parsed(where: str, words: list[str], hint: Any) -> Any:
     """The value that `words` of the command line spell; raises where they spell none."""
-    if hint is not (members := _members(hint))[0]:
+    if hint is not (several := members(hint))[0]:
         if words[0].lower() == "none" and type(None) in get_args(hint):
             return None
-        if len(members) > 1:
+        if len(several) > 1:
             parse = partial(_parsed, where, words)
-            return _first_fit(where, members, hint, parse, " ".join(words))
-        (hint,) = members
-    if _is_list(hint):
+            return first_fit(where, several, hint, parse, " ".join(words))
+        (hint,) = several
+    if is_list(hint):
         items = [item.strip() for word in words for item in word.split(",") if item.strip()]
         parsed = [_parsed(where, [item], get_args(hint)[0]) for item in items]
-        return _of_length(where, parsed, hint)
+        return of_length(where, parsed, hint)
     (text,) = words
     if hint in (int, float):
         try:
-            return hint(text)
+            return fitted(where, hint(text), hint)
         except ValueError:
-            raise _misfit(where, text, hint) from None
-    return _fitted(where, text, hint)
-
-
-def _first_fit(
-    where: str, members: Sequence[Any], hint: Any, read: Callable[[Any], Any], value: object
-) -> Any:
-    """The value as the first of a union's members that it fits."""
-    for member in members:
-        with suppress(UsageError):
-            return read(member)
-    raise _misfit(where, value, hint)
-
-
-def _of_length(where: str, values: list[Any], hint: Any) -> tuple[Any, ...]:
-    members = get_args(hint)
-    if members[-1] is not Ellipsis and len(values) != len(members):
-        raise _misfit(where, values, hint)
-    return tuple(values)
-
-
-def _misfit(where: str, value: object, hint: Any) -> HoldfastError:
-    literals = (member for member in _members(hint) if get_origin(member) is Literal)
-    choices = [choice for literal in literals for choice in get_args(literal)]
-    return UsageError(
-        f"{where} is {_described(hint)}, found: {value!r}",
-        hint=nearest(str(value), [str(choice) for choice in choices]),
-    )
+            raise misfit(where, text, hint) from None
+    return fitted(where, text, hint)

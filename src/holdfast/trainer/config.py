@@ -7,16 +7,17 @@ TOML file and the command line.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Literal
 
+from holdfast.arguments import nearest, settings
 from holdfast.errors import UsageError
 from holdfast.hf.flavors import MODELS, Flavor
 from holdfast.manager.config import CheckpointConfig
 
 
+@settings("job")
 @dataclass(frozen=True, slots=True)
 class JobConfig:
     """What the run is called and where it leaves its files."""
@@ -34,6 +35,7 @@ class JobConfig:
     """Show the traceback of an error, not its message alone."""
 
 
+@settings("model")
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Which model is trained."""
@@ -62,6 +64,7 @@ class ModelConfig:
         return MODELS[self.name][self.flavor]
 
 
+@settings("training")
 @dataclass(frozen=True, slots=True)
 class TrainingConfig:
     """What is trained on, and for how long."""
@@ -119,6 +122,7 @@ class TrainingConfig:
         return self.global_batch_size // dp_size
 
 
+@settings("optimizer")
 @dataclass(frozen=True, slots=True)
 class OptimizerConfig:
     """How weights follow gradients."""
@@ -147,8 +151,10 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for key in ("lr", "eps", "weight_decay"):
             _not_negative(f"optimizer.{key}", getattr(self, key))
-        if any(not 0 <= beta < 1 for beta in self.adam_betas):
-            raise UsageError(f"`optimizer.betas` are at least 0 and below 1: {self.adam_betas}")
+        decays = [("beta1", self.beta1), ("beta2", self.beta2)]
+        for key, beta in (*decays, *(("betas", beta) for beta in self.betas)):
+            if beta is not None and not 0 <= beta < 1:
+                raise UsageError(f"`optimizer.{key}` must be from 0 to below 1, found: {beta}")
 
     @property
     def adam_betas(self) -> tuple[float, float]:
@@ -159,6 +165,7 @@ class OptimizerConfig:
         )
 
 
+@settings("lr_scheduler")
 @dataclass(frozen=True, slots=True)
 class LRSchedulerConfig:
     """How the learning rate goes over the steps: up, level, down."""
@@ -189,6 +196,7 @@ class LRSchedulerConfig:
                 raise UsageError(f"`lr_scheduler.{key}` is a share from 0 to 1: {share}")
 
 
+@settings("parallelism")
 @dataclass(frozen=True, slots=True)
 class ParallelismConfig:
     """How the workers share the model and the data. The degrees multiply to their number."""
@@ -276,6 +284,7 @@ FILLING = "data_parallel_shard_degree"
 """The one degree that may be -1."""
 
 
+@settings("metrics")
 @dataclass(frozen=True, slots=True)
 class MetricsConfig:
     """What a run reports."""
@@ -290,6 +299,7 @@ class MetricsConfig:
         _at_least_one("metrics.log_freq", self.log_freq)
 
 
+@settings("activation_checkpoint")
 @dataclass(frozen=True, slots=True)
 class ActivationCheckpointConfig:
     """Memory against time in the backward pass."""
@@ -310,6 +320,7 @@ class ActivationCheckpointConfig:
             )
 
 
+@settings("config")
 @dataclass(frozen=True, slots=True)
 class Config:
     """All settings of a run, a section each."""
@@ -431,13 +442,6 @@ class Config:
                 hint="sequences per step on a data-parallel rank / `training.local_batch_size` is "
                 "the number of microbatches: raise `training.global_batch_size`",
             )
-
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """A hint that names what `name` was probably meant to be; None where nothing is near."""
-    folded = {candidate.casefold(): candidate for candidate in known}
-    close = get_close_matches(name.casefold(), folded, n=1)
-    return f"did you mean `{folded[close[0]]}`?" if close else None
 
 
 def _unknown_schedule(name: str) -> UsageError:

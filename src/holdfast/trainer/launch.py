@@ -5,7 +5,8 @@ fewer words: torch is imported once and the workers are forked from there, a wor
 the run with its own message and exit status, and no worker outlives the launcher. On several
 machines `torchrun` starts the same `holdfast.trainer`.
 
-The environment has `NGPU`, the number of workers (default: 2).
+The environment has `NGPU`, the number of workers. By default there are as many as GPUs, and two
+where there is none.
 """
 
 from __future__ import annotations
@@ -15,15 +16,24 @@ import os
 import signal
 import socket
 import sys
+import traceback
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from holdfast.arguments import not_installed
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.trainer.arguments import get_ready, print_help, read_config, wants_help
 from holdfast.trainer.config import Config
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+NUM_WORKERS = 2
+"""Where there is no GPU."""
+
+GPUS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/nvhost-ctrl-gpu")
+"""What the kernel shows where there may be GPUs: of NVIDIA, of those in WSL, of AMD, of Jetsons."""
 
 GRACE_S = 10
 """How long workers may take to end, beyond `checkpoint.stop_deadline_s`, before they are killed."""
@@ -37,17 +47,21 @@ def main(arguments: list[str]) -> int:
     if wants_help(arguments):
         print_help("./run_train.sh")
     try:
-        num_workers = _num_workers()
         config = read_config(arguments)
-        config.check(num_workers)
-    except HoldfastError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_status
-    get_ready(config)
-    try:
+        num_workers = _num_workers(config)
+        get_ready(config, arguments)
         return Workers(config, num_workers).wait()
+    except ImportError as error:
+        return _ended(not_installed(error, "training"))
+    except HoldfastError as error:
+        return _ended(error)
     except KeyboardInterrupt:
         return 130
+
+
+def _ended(error: HoldfastError) -> int:
+    sys.stderr.write(f"error: {error}\n")
+    return error.exit_status
 
 
 class Workers:
@@ -67,12 +81,16 @@ class Workers:
         self._patience_s = int(config.checkpoint.stop_deadline_s) + GRACE_S
         self._running: dict[int, int] = {}
         self._status: int | None = None
+        # Holds one byte, which the first worker that has an error to report takes.
+        self._reports, token = os.pipe()
+        os.write(token, b"1")
+        os.close(token)
         # Bound before the workers know its number: nobody else can take the port.
         listener = socket.create_server(("127.0.0.1", 0), backlog=2 * num_workers)
         for rank in range(num_workers):
             pid = os.fork()
             if pid == 0:
-                _run_worker(config, rank, num_workers, listener)
+                _run_worker(config, rank, num_workers, listener, self._is_first)
             self._running[pid] = rank
         self._store = _serve_store(listener, num_workers)
         passed_on = {"SIGINT", "SIGTERM", "SIGHUP", *config.checkpoint.stop_signals}
@@ -89,6 +107,9 @@ class Workers:
             if rank is None or status == 0 or self._status is not None:
                 continue
             self._status = status if status > 0 else 128 - status
+            if 0 < status < 128 and self._is_first():
+                said = f"error: rank {rank} of {self._num_workers} ended with status {status}"
+                sys.stderr.write(f"{said}, and did not say why\n")
             if self._asked_to_stop:
                 continue  # The others are about to end too, each in its own time.
             if status < 0:
@@ -102,6 +123,10 @@ class Workers:
             signal.alarm(GRACE_S)
         signal.alarm(0)
         return self._status or 0
+
+    def _is_first(self) -> bool:
+        """Whether nobody has reported an error yet: true once, in all of these processes."""
+        return os.read(self._reports, 1) == b"1"
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self._asked_to_stop = True
@@ -117,8 +142,14 @@ class Workers:
             os.kill(pid, number)
 
 
-def _run_worker(config: Config, rank: int, num_workers: int, listener: socket.socket) -> None:
-    """Be worker `rank`; never returns."""
+def _run_worker(
+    config: Config,
+    rank: int,
+    num_workers: int,
+    listener: socket.socket,
+    is_first: Callable[[], bool],
+) -> None:
+    """Be worker `rank`; never returns. `is_first` is as in `worker.work`."""
     status = 1
     try:
         # Away from the terminal's ^C, which the launcher passes on: once, to all.
@@ -141,9 +172,12 @@ def _run_worker(config: Config, rank: int, num_workers: int, listener: socket.so
         }
         from holdfast.trainer.worker import work
 
-        status = work(config)
+        status = work(config, is_first)
     except KeyboardInterrupt:
         status = 130
+    except BaseException:  # noqa: BLE001 - nothing above would hear of it
+        if is_first():
+            sys.stderr.write(f"rank {rank} failed:\n{traceback.format_exc()}")
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -165,13 +199,60 @@ def _serve_store(listener: socket.socket, num_workers: int) -> TCPStore:
     )
 
 
-def _num_workers() -> int:
-    text = os.environ.get("NGPU", "2")
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(
-            f"`NGPU` in the environment is the number of workers, found: {text!r}", hint="NGPU=2"
+def _num_workers(config: Config) -> int:
+    """As many workers as `NGPU` says; else as there are GPUs, or as many of these as the settings
+    can be shared among, which is said.
+
+    Raises:
+        UsageError: no number, or settings that do not fit it.
+    """
+    text = os.environ.get("NGPU", "").strip()
+    if text:
+        if not text.isdecimal() or int(text) < 1:
+            raise UsageError(
+                f"`NGPU` in the environment must be a number of workers, found: {text!r}",
+                hint="NGPU=2; without it there are as many as GPUs",
+            )
+        config.check(int(text))
+        return int(text)
+    num_gpus = count_gpus()
+    fitting = [count for count in range(1, num_gpus + 1) if _fits(config, count)]
+    if fitting and fitting[-1] < num_gpus:
+        sys.stderr.write(
+            f"{fitting[-1]} of {num_gpus} GPUs are used: the settings cannot be shared among all. "
+            f"NGPU={num_gpus} says why\n"
         )
-    return int(text)
+        return fitting[-1]
+    count = num_gpus or NUM_WORKERS
+    config.check(count)
+    return count
+
+
+def _fits(config: Config, num_workers: int) -> bool:
+    try:
+        config.check(num_workers)
+    except UsageError:
+        return False
+    return True
+
+
+def count_gpus() -> int:
+    """GPUs that torch can use on this machine.
+
+    Asked in a process of its own: where CUDA was started, workers forked from there cannot use it.
+    """
+    if not any(map(os.path.exists, GPUS)):
+        return 0  # The kernel knows of none: there is no need to wait for torch.
+    import torch
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os._exit(min(torch.cuda.device_count(), 255))
+        finally:
+            os._exit(0)
+    _, ended = os.waitpid(pid, 0)
+    return max(os.waitstatus_to_exitcode(ended), 0)
 
 
 if __name__ == "__main__":

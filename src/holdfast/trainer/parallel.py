@@ -118,29 +118,49 @@ def lay_out(degrees: Mapping[str, int], device: torch.device, ep: int) -> tuple[
     )
 
 
+TIMEOUT = timedelta(minutes=10)
+"""For other processes to come, and for a collective."""
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """The processes of a run, before they do anything together."""
+
+    rank: int
+    world_size: int
+    store: Store
+    """Shared by all of them."""
+
+
+def meet() -> Meeting | None:
+    """Where the processes that `torchrun` or `holdfast.trainer.launch` started find each other;
+    None in a lone process."""
+    if "RANK" not in os.environ:
+        return None
+    store, rank, world_size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+    store.set_timeout(TIMEOUT)
+    return Meeting(rank, world_size, store)
+
+
 @contextmanager
-def join(config: Config) -> Iterator[Place]:
-    """This process's place among those that `torchrun` or `holdfast.trainer.launch` started.
+def join(config: Config, meeting: Meeting | None) -> Iterator[Place]:
+    """This process's place among those that it has met.
 
     Collective: returns once all have come. Leaves the process group only after success: after a
     failure the others may be gone, and parting from them could take forever.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(int(os.environ.get("LOCAL_RANK", "0")), config)
-    if "RANK" not in os.environ:
-        yield Place(rank, world_size, device)
+    if meeting is None:
+        yield Place(0, 1, device)
         return
-    timeout = timedelta(minutes=10)
-    store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
-    store.set_timeout(timeout)
+    rank, world_size, store = meeting.rank, meeting.world_size, meeting.store
     dist.init_process_group(
         # Both: checkpoints gather plain values through memory also where training is on GPUs.
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=PrefixStore("training", store),
         rank=rank,
         world_size=world_size,
-        timeout=timeout,
+        timeout=TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )
     ep = config.parallelism.expert_parallel_degree
@@ -158,7 +178,8 @@ def _device(local_rank: int, config: Config) -> torch.device:
         raise UsageError(
             f"worker {local_rank} of this machine has no GPU: there are "
             f"{torch.cuda.device_count()}",
-            hint=f"start as many workers as there are GPUs: NGPU={torch.cuda.device_count()}",
+            hint=f"NGPU={torch.cuda.device_count()} starts as many workers as there are GPUs, "
+            "CUDA_VISIBLE_DEVICES= lets all of them run on the CPU",
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)

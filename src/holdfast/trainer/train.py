@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from holdfast.errors import HoldfastError, UsageError
+from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.manager import CheckpointManager
 from holdfast.trainer.config import Config
 from holdfast.trainer.corpus import Tokenizer, Tokens, open_tokenizer, open_tokens
@@ -112,7 +113,8 @@ def train(config: Config, place: Place) -> None:
         lr_schedulers=run.schedulers,
         dataloader=run.loader,
         states={"train_state": run.state},
-        config=config.checkpoint,
+        # Where it is off no key has an effect, which the start of the run has said.
+        config=config.checkpoint if config.checkpoint.enable else CheckpointConfig(),
         hub=hub_model(config, run.vocab_size),
     ) as manager:
         if is_finished(config, manager.final_step()):

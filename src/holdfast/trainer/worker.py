@@ -7,12 +7,14 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 
-from holdfast.errors import HoldfastError
+from holdfast.errors import HoldfastError, StorageError, UsageError
 from holdfast.trainer.config import Config
-from holdfast.trainer.parallel import Place, join
+from holdfast.trainer.parallel import Meeting, join, meet
 from holdfast.trainer.train import train
 
 COLLATERAL_S = 0.5
@@ -20,9 +22,11 @@ COLLATERAL_S = 0.5
 launcher ends it in the meantime, and the cause is not buried under its consequences."""
 
 
-def work(config: Config) -> int:
+def work(config: Config, is_first: Callable[[], bool] | None = None) -> int:
     """Train as one worker of the run; the exit status. Collective.
 
+    The first worker that fails says so, whichever it is and however early. `is_first` tells, once,
+    whether this one is; without it the store of the run does, as soon as it is there.
     `LOG_RANK` in the environment names the ranks that log, comma-separated (default: 0).
     """
     rank = os.environ.get("RANK", "0")
@@ -30,28 +34,49 @@ def work(config: Config) -> int:
     if config.training.deterministic:
         # Read when CUDA starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    place: Place | None = None
+    meeting: Meeting | None = None
     try:
-        with join(config) as place:
+        meeting = meet()
+        with join(config, meeting) as place:
             train(config, place)
     except KeyboardInterrupt:
         return 130
     except SystemExit as ended:
         # A signal has stopped the run; the manager has saved what there was time for.
         return int(ended.code or 0)
-    except HoldfastError as error:
-        if _is_first(place):
+    except (HoldfastError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        found = _worded(error)
+        if is_first() if is_first is not None else _is_first_of(meeting):
             if config.job.debug:
                 traceback.print_exc()
-            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.write(f"error: {found}\n")
         time.sleep(COLLATERAL_S)
-        return error.exit_status
+        return found.exit_status
     except Exception:  # noqa: BLE001 - the end of the process: all that is left is to say so
         time.sleep(COLLATERAL_S)
-        if _is_first(place):
+        if is_first() if is_first is not None else _is_first_of(meeting):
             sys.stderr.write(f"rank {rank} failed:\n{traceback.format_exc()}")
         return 1
     return 0
+
+
+def _worded(error: Exception) -> HoldfastError:
+    """What is said of an error that the machine has, and no program is to blame for."""
+    match error:
+        case HoldfastError():
+            return error
+        case OSError():
+            return StorageError(
+                f"the run cannot go on: {error}",
+                hint="is there space, and is it yours to write? All of a run lies below "
+                "`job.dump_folder`; `--job.debug` shows where this came from",
+            )
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    return UsageError(
+        f"there is not enough memory: {said[0]}",
+        hint="a lower `training.local_batch_size` or `training.seq_len`, or "
+        "`--activation_checkpoint.mode full`, takes less; `--job.debug` shows where this came from",
+    )
 
 
 def set_up_log(speaks: bool) -> None:
@@ -70,12 +95,13 @@ def set_up_log(speaks: bool) -> None:
     logger.handlers = [handler]
 
 
-def _is_first(place: Place | None) -> bool:
-    """Whether no other rank has reported a failure yet."""
-    if place is None or place.store is None:
-        return os.environ.get("RANK", "0") == "0"
+def _is_first_of(meeting: Meeting | None) -> bool:
+    """Whether no other rank has reported a failure yet, as far as this one can know."""
+    if meeting is None:
+        # It is alone, or has not found the others: one message too many is better than none.
+        return True
     try:
-        return bool(place.store.add("failures", 1) == 1)
+        return bool(meeting.store.add("failures", 1) == 1)
     except dist.DistError:
         # Whoever held the store is gone, and reported if it could.
-        return place.rank == 0
+        return meeting.rank == 0

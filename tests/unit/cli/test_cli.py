@@ -8,11 +8,13 @@ import pty
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import holdfast
 from checkpoints import save_safetensors, save_step, save_stock, save_torch
 from holdfast.cli import terminal
 from holdfast.cli.main import VERBS, main
@@ -82,7 +84,7 @@ def test_list_reads_all_data_where_asked_and_knows_pins_and_folders_of_hugging_f
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """G4. Method: a bit flipped, which sizes do not show; a step pinned; a step that holds
-    safetensors; one that a run has marked."""
+    safetensors; one that a run has marked. The status is that of `verify`."""
     folder = home / "outputs/checkpoint"
     damage(folder / "step-2/__0_0.distcp")
     (folder / ".pinned-step-1").touch()
@@ -93,7 +95,8 @@ def test_list_reads_all_data_where_asked_and_knows_pins_and_folders_of_hugging_f
     assert [one["kind"] for one in found["checkpoints"]] == ["full", "full", None, "hf"]
     assert [one["pinned"] for one in found["checkpoints"]] == [True, False, False, False]
     status, said, err = run(capsys, "list", folder, "--verify")
-    assert (status, err) == (0, "")
+    assert (status, err.splitlines()[0]) == (7, "error: 1 of 4 checkpoints are damaged")
+    assert json.loads(run(capsys, "list", folder, "--verify", "--json")[1])["resume"] == 1
     rows = {line.split()[0]: line for line in said.splitlines()}
     assert rows["1"].endswith("resume")
     assert "damaged" in rows["2"]
@@ -102,6 +105,25 @@ def test_list_reads_all_data_where_asked_and_knows_pins_and_folders_of_hugging_f
     said = run(capsys, "verify", folder)[1]
     assert "note: found damaged before: a block" in said
     assert "a resume takes step 1" in said
+
+
+def test_list_and_verify_end_alike(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """G4. Method: all whole; one marked that is whole; one damaged; one whose index is gone."""
+    folder = home / "outputs/checkpoint"
+    changes: list[Callable[[], object]] = [
+        lambda: None,
+        (folder / ".damaged-step-3").touch,
+        lambda: damage(folder / "step-2/__0_0.distcp"),
+        (folder / "step-1/manifest.json").unlink,
+    ]
+    for change in changes:
+        change()
+        found = [run(capsys, verb, folder, *more)[0] for verb, more in (("verify", ()), LISTED)]
+        assert found[0] == found[1]
+    assert found == [7, 7]
+
+
+LISTED = ("list", ("--verify",))
 
 
 @pytest.mark.parametrize("path", ["outputs/checkpoint", "stock", "hf", "model.pt"])
@@ -256,6 +278,18 @@ def child(*arguments: str | Path, script: str = "") -> subprocess.CompletedProce
     return subprocess.run(command, text=True, capture_output=True)
 
 
+@pytest.mark.parametrize("module", ["holdfast", "holdfast.cli"])
+def test_the_package_is_the_command_too(module: str, tmp_path: Path) -> None:
+    """Method: `python -m`, with a verb that ends well and one that does not."""
+    command = [sys.executable, "-W", "error", "-m", module]
+    ran = subprocess.run([*command, "version"], text=True, capture_output=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert f"holdfast {holdfast.__version__}\n" in ran.stdout
+    ran = subprocess.run([*command, "list", tmp_path / "none"], text=True, capture_output=True)
+    assert (ran.returncode, ran.stdout) == (4, "")
+    assert ran.stderr.startswith("error: nothing at")
+
+
 def test_training_starts_as_by_its_script(tmp_path: Path) -> None:
     """Method: its help; a file of settings that is not there; none, away from the project."""
     ran = child("train", "--help")
@@ -278,7 +312,8 @@ def test_no_verb_imports_torch(saved: Path) -> None:
     )
     paths = [saved / one for one in ("outputs/checkpoint", "stock", "hf", "model.pt")]
     quiet = (("version",), ("skills", "list"))
-    for arguments in (*quiet, ("list", paths[0]), *(("verify", path) for path in paths)):
+    value = ("show", paths[0] / "step-3", "train_state.step")
+    for arguments in (*quiet, value, ("list", paths[0]), *(("verify", path) for path in paths)):
         ran = child(*arguments, script=script)
         assert ran.returncode == 0, ran.stderr
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import holdfast
 from checkpoints import save_step
 from holdfast.catalog.marks import mark_damaged
 from holdfast.cli import doctor
@@ -59,22 +60,59 @@ def test_nothing_is_wrong_with_a_folder_that_a_run_has_left(
 def test_damaged_steps_are_named_with_what_a_resume_does(
     steps: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """G4. Method: a file missing; then one bit in another step, which only `--verify` sees. The
-    command that is offered finds the same."""
+    """G4. Method: a file missing; then one bit in another step, which only `--verify` sees, and the
+    first look says that it has read no data. The command that is offered mends it."""
     (steps / "step-3/__1_0.distcp").unlink()
     status, said, _ = run(capsys, steps)
     assert status == 7
     assert "a resume passes it over, and takes step 2" in said
     found = troubles(capsys, steps)
     assert found.keys() == {"step-3"}
-    command = shlex.split(found["step-3"]["mend"])
-    ran = subprocess.run([sys.executable, "-m", "holdfast.cli", *command[1:]], capture_output=True)
-    assert ran.returncode == 7
+    assert found["step-3"]["mend"] == f"holdfast prune {steps} --damaged"
+    mend(found["step-3"])
+    status, said, _ = run(capsys, steps)
+    assert (status, "step-3" in said) == (0, False)
     data = bytearray((steps / "step-2/__0_0.distcp").read_bytes())
     data[len(data) // 2] ^= 1
     (steps / "step-2/__0_0.distcp").write_bytes(data)
-    assert "damaged: step-2" not in run(capsys, steps)[1]
-    assert "damaged: step-2" in run(capsys, steps, "--verify")[1]
+    said = run(capsys, steps)[1]
+    assert "damaged: step-2" not in said
+    assert f"no data was read: holdfast doctor {steps} --verify reads all of it" in said
+    said = run(capsys, steps, "--verify", "--json")[1]
+    (trouble,) = json.loads(said)["troubles"]
+    assert trouble["where"] == "step-2"
+    mend(trouble)
+    assert run(capsys, steps, "--verify")[1].endswith("takes step 1\n  nothing is wrong\n")
+
+
+def mend(trouble: dict[str, Any]) -> None:
+    """Run the command of a trouble as a shell does."""
+    script = f'holdfast() {{ {sys.executable} -m holdfast.cli "$@"; }}\n{trouble["mend"]}'
+    subprocess.run(["bash", "-c", script], check=True, capture_output=True)
+
+
+def test_where_no_step_is_left_what_is_whole_can_be_taken_out(
+    steps: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G4. Method: the optimizer of every step damaged: its model becomes a seed elsewhere; then an
+    index that is gone, which nothing mends."""
+    for step in (1, 2):
+        shutil.rmtree(steps / f"step-{step}")
+    entry = holdfast.open(steps / "step-3").manifest.tensors["optimizer.moment"]
+    file = steps / "step-3" / entry.chunks[0].file
+    data = bytearray(file.read_bytes())
+    data[(entry.chunks[0].data_offset or 0) + 5] ^= 1
+    file.write_bytes(data)
+    assert run(capsys, steps, "--verify")[0] == 7
+    found = json.loads(run(capsys, steps, "--verify", "--json")[1])
+    assert found["resume"] is None
+    mend(found["troubles"][0])
+    seed = holdfast.open(f"{steps}-rescued/step-0")
+    assert all(name.startswith("model.") for name in seed.names())
+    (steps / "step-3/manifest.json").unlink()
+    status, said, _ = run(capsys, steps)
+    assert (status, "no command mends it: put a copy in its place" in said) == (7, True)
+    assert troubles(capsys, steps)["step-3"]["mend"] is None
 
 
 def test_a_step_that_a_run_has_marked_is_read_again_and_its_mark_taken_away(
@@ -84,7 +122,7 @@ def test_a_step_that_a_run_has_marked_is_read_again_and_its_mark_taken_away(
     mark_damaged(LocalStore(steps), 3, "a block")
     status, said, _ = run(capsys, steps)
     assert (status, "a resume takes step 2" in said) == (7, True)
-    assert troubles(capsys, steps)["step-3"]["mend"] == f"holdfast verify {steps}/step-3"
+    assert troubles(capsys, steps)["step-3"]["mend"] == f"holdfast verify {steps}/step-3 --mark"
     found = json.loads(run(capsys, steps, "--verify", "--json")[1])
     (trouble,) = found["troubles"]
     assert "every byte of it is as it was written" in trouble["what"]

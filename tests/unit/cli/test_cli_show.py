@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import holdfast
 from checkpoints import save_safetensors, save_step, save_stock, save_torch
 from holdfast.cli.main import main
 from holdfast.cli.picture import draw, letter
@@ -128,7 +129,6 @@ def test_a_tensor_is_shown_with_its_place_and_a_beginning_with_all_below(
     below = run(capsys, step, "model")[1]
     assert "tied_too" in below
     assert "optimizer" not in below
-    assert "value" in run(capsys, step, "train_state.step")[1]
     status, _, err = run(capsys, step, "model.larg")
     assert (status, "near it: model.large" in err) == (4, True)
 
@@ -141,6 +141,56 @@ def test_what_is_no_checkpoint_is_an_error_that_leads_on(
     assert (status, f"its newest step: {saved}/outputs/step-7" in err) == (4, True)
     assert "holdfast list" in run(capsys, saved)[2]
     assert run(capsys, saved / "missing")[0] == 4
+
+
+def test_a_value_is_shown_as_it_is_in_every_format(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Method: one value, and all below a name, as text and as JSON."""
+    for path, step in ((saved / "outputs/step-7", "7  "), (saved / "stock", "7  ")):
+        status, said, err = run(capsys, path, "train_state.step")
+        assert (status, err) == (0, "")
+        assert said.startswith(f"train_state.step  {step}")
+    assert (
+        run(capsys, saved / "model.pt", "train_state.step")[1] == "train_state.step  7  model.pt\n"
+    )
+    said = run(capsys, saved / "outputs/step-7", "train_state")[1]
+    assert "train_state.text  'valuevalue" in said
+    found = json.loads(run(capsys, saved / "stock", "train_state", "--json")[1])
+    assert found["contents"] == {"train_state.step": 7, "train_state.text": "value" * 100}
+    assert "contents" not in json.loads(run(capsys, saved / "stock", "--json")[1])
+    lines_of = run(capsys, saved / "outputs/step-7", "optimizer")[1].splitlines()
+    assert lines_of[-1].startswith("optimizer.lr  0.1  ")
+    assert lines_of[0].startswith("optimizer.moment  float32 300x90")
+    assert run(capsys, saved / "outputs/step-7", "train_state.step", "--stats")[0] == 2
+
+
+def test_the_element_of_a_tensor_that_has_one_is_shown_with_its_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Method: numbers that neither float64 nor five digits hold; flags, complex ones, none."""
+    state = {"n": torch.tensor(2**60 + 1), "f": torch.tensor([[0.5]]), "b": torch.tensor(True)}
+    state |= {"c": torch.tensor(1 - 2j), "many": torch.arange(3), "none": torch.ones(0)}
+    holdfast.save(tmp_path / "x", state)
+    for name, last in (("n", str(2**60 + 1)), ("f", "0.5"), ("b", "True"), ("c", "1-2j")):
+        assert run(capsys, tmp_path / "x", name)[1].splitlines()[-1].strip() == last
+    assert "from byte" in run(capsys, tmp_path / "x", "many")[1].splitlines()[-1]
+    assert run(capsys, tmp_path / "x", "none")[0] == 0
+    said = run(capsys, tmp_path / "x", "many", "--values")[1].splitlines()
+    assert said[-1].split() == ["0", "1", "2"]
+
+
+def test_a_damaged_value_is_said_to_be_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G3. Method: a byte of its container; and a value that no container of torch's holds."""
+    holdfast.save(tmp_path / "x", {"step": 7})
+    file = tmp_path / "x/__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[40] ^= 1
+    file.write_bytes(data)
+    status, _, err = run(capsys, tmp_path / "x", "step")
+    assert (status, "value `step` has checksum" in err) == (7, True)
 
 
 def test_blocks_that_are_alike_stand_in_the_tree_once() -> None:

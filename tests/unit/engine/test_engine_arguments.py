@@ -1,0 +1,102 @@
+"""`save`, `load` and `open`: a wrong argument is refused before anything is touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+
+import holdfast
+from holdfast import NotFoundError, UsageError
+
+STATE = {"w": torch.arange(12.0).view(4, 3), "step": 7}
+
+
+@pytest.mark.parametrize(
+    "path", [None, 3, b"x", "", "  ", "a\0b", "\ud800", [Path("x")], torch.ones(1)]
+)
+def test_what_is_no_path_is_refused(path: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Method: each way in; the current directory, which an empty path would stand for, stays as it
+    was."""
+    monkeypatch.chdir(tmp_path)
+    for call in (
+        lambda: holdfast.save(path, STATE, overwrite=True),
+        lambda: holdfast.load(path, {**STATE}),
+        lambda: holdfast.open(path),
+    ):
+        with pytest.raises(UsageError, match="`path` must "):
+            call()
+    assert not [*tmp_path.iterdir()]
+    assert tmp_path.exists()
+
+
+def test_arguments_the_other_way_round_are_told_their_order(tmp_path: Path) -> None:
+    """Method: the state first, as `torch.save` has it; as text and as a path."""
+    for path in (str(tmp_path / "x"), tmp_path / "x"):
+        for call in (holdfast.save, holdfast.load):
+            with pytest.raises(UsageError, match="the path comes first: ") as raised:
+                call(STATE, path)  # type: ignore[arg-type]
+            assert "found: a dict" in raised.value.what
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("state", [None, 5, "text", [torch.ones(1)], torch.ones(1), {1, 2}])
+def test_what_is_no_state_is_refused(state: Any, tmp_path: Path) -> None:
+    holdfast.save(tmp_path / "there", STATE)
+    for call in (
+        lambda: holdfast.save(tmp_path / "new", state),
+        lambda: holdfast.load(tmp_path / "there", state),
+    ):
+        with pytest.raises(UsageError, match="`state` must be a dict of tensors, values and"):
+            call()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_state_that_cannot_be_filled_is_refused(tmp_path: Path) -> None:
+    """Method: a view of a dict, which nothing can be put into."""
+    holdfast.save(tmp_path / "there", MappingProxyType(STATE))
+    with pytest.raises(UsageError, match="filled in place, found: a mappingproxy"):
+        holdfast.load(tmp_path / "there", MappingProxyType(STATE))
+
+
+@pytest.mark.parametrize("value", [1, "no", None, []])
+def test_flags_are_flags(value: Any, tmp_path: Path) -> None:
+    """Method: what Python takes for true or false, with a checkpoint that it could replace."""
+    holdfast.save(tmp_path / "there", STATE)
+    before = (tmp_path / "there").stat().st_ino
+    with pytest.raises(UsageError, match="`overwrite` must be True or False, found: "):
+        holdfast.save(tmp_path / "there", STATE, overwrite=value)
+    with pytest.raises(UsageError, match="`strict` must be True or False, found: "):
+        holdfast.load(tmp_path / "there", {**STATE}, strict=value)
+    assert (tmp_path / "there").stat().st_ino == before
+
+
+def test_a_region_is_slices_or_one_of_ours(tmp_path: Path) -> None:
+    """Method: a slice by itself; indices, steps, too many dims, floats, text."""
+    holdfast.save(tmp_path / "there", STATE)
+    there = holdfast.open(tmp_path / "there")
+    assert torch.equal(there.read("w", slice(1, 3)), STATE["w"][1:3])  # type: ignore[arg-type, index]
+    wrong: list[Any] = [0, (0,), (slice(0, 2), 1), "all", {}, torch.ones(2), (slice(0.5, 2),)]
+    for region in wrong:
+        with pytest.raises(UsageError, match="`region` must "):
+            there.read("w", region)
+    for slices in ((slice(0, 4, 2),), (slice(0, 1),) * 3):
+        with pytest.raises(UsageError, match="has no region"):
+            there.read("w", slices)
+
+
+def test_a_name_is_text_and_of_the_right_kind(tmp_path: Path) -> None:
+    """Method: numbers; a value asked for as a tensor, and the other way round."""
+    holdfast.save(tmp_path / "there", STATE)
+    there = holdfast.open(tmp_path / "there")
+    for name in (5, None, ("w",)):
+        for call in (there.read, there.value):
+            with pytest.raises(UsageError, match="`name` must be text, found: "):
+                call(name)  # type: ignore[arg-type]
+    with pytest.raises(NotFoundError, match=r'no tensor `step`\nhint: `value\("step"\)`'):
+        there.read("step")
+    with pytest.raises(NotFoundError, match=r'no value `w`\nhint: `read\("w"\)`'):
+        there.value("w")

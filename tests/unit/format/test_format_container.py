@@ -1,0 +1,125 @@
+"""Values of a checkpoint without torch: what people see of them, and nothing is run."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+import time
+from collections import Counter, OrderedDict
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holdfast.errors import FormatError
+from holdfast.format.container import as_json, read_member, read_value, spelled
+
+
+def container(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def read(value: Any) -> object:
+    return read_value(container(value), where="here")
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
+plain = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+@given(plain)
+def test_plain_values_are_spelled_as_python_writes_them(value: Any) -> None:
+    """Method: numbers, text, bytes and what nests them, against `repr`."""
+    found = read(value)
+    # An empty bytes is a call in the pickles of torch.save.
+    if "b''" not in repr(value) and len(repr(value)) < 500:
+        assert spelled(found) == repr(value)
+    json.dumps(as_json(found, 10_000))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.float32, "torch.float32"),
+        (torch.device("cpu"), "torch.device('cpu')"),
+        (torch.Size([2, 3]), "(2, 3)"),
+        ((1, torch.ones(2)), "(1, tensor of float32 [2])"),
+        ({1}, "{1}"),
+        (set(), "set()"),
+        (1 + 2j, "(1+2j)"),
+        (OrderedDict(a=1), "{'a': 1}"),
+        (Counter("aa"), "collections.Counter({'a': 2})"),
+        (10**5000, "a number of 16610 bits"),
+        ({(1, 2): None}, "{(1, 2): None}"),
+        ([], "[]"),
+        ((1,), "(1,)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_only_torch_could_make_is_named(value: Any, said: str) -> None:
+    """Method: the other kinds of values that checkpoints hold."""
+    found = read(value)
+    assert spelled(found) == said
+    json.dumps(as_json(found, 100))
+
+
+def test_long_and_shared_and_cyclic_values_take_no_time() -> None:
+    """G8. Method: the state of Python's generator, lists that double at each level, that are forty
+    wide at ten levels, and that hold themselves."""
+    cyclic: list[Any] = []
+    cyclic.append(cyclic)
+    doubled: list[Any] = [1]
+    wide: list[Any] = [1] * 40
+    for _ in range(50):
+        doubled = [doubled, doubled]
+        wide = [wide] * 40
+    started = time.monotonic()
+    for value in (random.getstate(), cyclic, doubled, wide, "x" * 10**6):
+        assert len(spelled(read(value))) < 2100
+    for value in (cyclic, doubled, wide):
+        with pytest.raises(FormatError, match="or one that holds itself"):
+            as_json(read(value), 1000)
+    assert time.monotonic() - started < 5
+    assert "585 more" in spelled(read(random.getstate()))
+
+
+def test_nothing_that_a_value_names_is_run(tmp_path: Any) -> None:
+    """G8. Method: a pickle that would run a command."""
+
+    class Attack:
+        def __reduce__(self) -> Any:
+            import os
+
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    assert spelled(read(Attack())) == f"posix.system('touch {tmp_path}/ran')"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_members_of_a_file_are_found_by_their_path() -> None:
+    """Method: keys of other types than text, which a path spells; none of that name."""
+    data = container({"epoch": 3, "args": {1: "one", None: [4, 5]}, "nan": math.nan})
+
+    def fetch(offset: int, nbytes: int) -> bytes:
+        return data[offset : offset + nbytes]
+
+    member = partial(read_member, fetch, len(data), where="x.pt")
+    assert member(("epoch",)) == 3
+    assert member(("args", 1)) == member(("args", "1")) == "one"
+    assert member(("args", "None", 1)) == 5
+    for path in (("none",), ("args", "2"), ("epoch", 0)):
+        with pytest.raises(FormatError, match=r"`x\.pt` is no container"):
+            member(path)
+    with pytest.raises(FormatError, match="is no container of torch"):
+        read_value(data[:100], where="cut")

@@ -1,0 +1,76 @@
+"""The set-up of a fresh machine shows that it is alive, and says what went wrong."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+PYTHON = """#!/usr/bin/env bash
+# Stands in for an interpreter whose pip takes a while.
+case "$*" in
+    "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+    *find_spec*) echo None ;;
+    "-m pip install "*)
+        echo "Collecting torch==2.13.0"
+        sleep "$PIP_S"
+        [ "$PIP_STATUS" = 0 ] || echo "ERROR: No matching distribution found for torch" >&2
+        exit "$PIP_STATUS" ;;
+esac
+"""
+
+SCRIPT = 'source scripts/setup.sh\nsetup ""\necho done\n'
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """What the set-up reads of the project, and an interpreter."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts/setup.sh", tmp_path / "scripts")
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / "python"
+    python.write_text(PYTHON)
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    return tmp_path
+
+
+def set_up(project: Path, *, seconds: str, status: str = "0") -> subprocess.CompletedProcess[str]:
+    pip = {"PYTHON": str(project / "python"), "PIP_S": seconds, "PIP_STATUS": status}
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", SCRIPT],
+        cwd=project,
+        env={**os.environ, **pip},
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
+
+
+def test_a_line_every_five_seconds_says_what_pip_is_at_and_the_second_time_nothing(
+    project: Path,
+) -> None:
+    """Method: a pip that takes six seconds, seen by a log."""
+    first = set_up(project, seconds="6")
+    assert (first.returncode, first.stdout) == (0, "done\n")
+    lines = first.stderr.splitlines()
+    assert lines[0].startswith(f"setting up {project}/.venv (once; minutes")
+    assert lines[1] == "5 s: Collecting torch==2.13.0"
+    assert lines[2].startswith("set up in ")
+    assert len(lines) == 3
+    again = set_up(project, seconds="6")
+    assert (again.returncode, again.stdout, again.stderr) == (0, "done\n", "")
+
+
+def test_a_pip_that_fails_is_heard_and_the_next_set_up_tries_again(project: Path) -> None:
+    ended = set_up(project, seconds="0", status="1")
+    assert (ended.returncode, ended.stdout) == (3, "")
+    assert "Collecting torch==2.13.0\nERROR: No matching distribution" in ended.stderr
+    assert "hint: run the same command again" in ended.stderr
+    assert set_up(project, seconds="0").returncode == 0
