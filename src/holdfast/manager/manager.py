@@ -38,6 +38,7 @@ from holdfast.manager.parts import (
     OPTIMIZER,
     RNG,
     SCHEDULER,
+    beside,
     check_dataloader,
     check_excluded,
     converted,
