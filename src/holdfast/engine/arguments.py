@@ -49,7 +49,8 @@ def _checked(path: object, state: object, function: str) -> str:
     # Whether a module by itself is a state is for the tree of state to say.
     if not isinstance(state, Mapping) and not hasattr(state, "state_dict"):
         raise UsageError(
-            f"`state` must be a dict of tensors, values and objects by name, found: {shown(state)}",
+            "`state` must be a dict of tensors, values and objects by name, or a module, found: "
+            f"{shown(state)}",
             hint=f'{function}(path, {{"model": model, "step": 7}})',
         )
     return text

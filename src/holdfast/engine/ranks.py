@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from xxhash import xxh3_128_digest
 
-from holdfast.engine.failures import worded
 from holdfast.errors import HoldfastError, RankError
+from holdfast.failures import worded
 
 T = TypeVar("T")
 U = TypeVar("U")

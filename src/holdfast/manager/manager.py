@@ -456,8 +456,8 @@ class CheckpointManager:
                 source, tree, ranks=self._ranks, partial=partial_load, replicas=replicas
             )
         except MismatchError as error:
-            hint = way_on(error, self._sections)
-            raise MismatchError(error.what, hint=hint or error.hint) from error
+            error.hint = way_on(error, self._sections) or error.hint
+            raise
         self._goodput.note_load(loaded, step, self._ranks)
         self._warn(*differences(loaded))
         self._warn(*converted(loaded, manifest))

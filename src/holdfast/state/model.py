@@ -10,14 +10,15 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from holdfast.errors import MismatchError, UsageError
+from holdfast.errors import UsageError
 from holdfast.format.structure import Node
 from holdfast.state.layout import same_memory
 from holdfast.state.match import Match, Values, put_together
 from holdfast.state.plain import match_inside
+from holdfast.state.stateful import hand_over
 from holdfast.state.stored import object_node
 from holdfast.state.subclass import UNINITIALIZED, is_ours
-from holdfast.state.tree import Flattener, Path, said_by, spelled, type_name
+from holdfast.state.tree import Flattener, Path, spelled
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Path elements that `torch.compile` and activation checkpointing add, and no checkpoint has."""
@@ -236,7 +237,7 @@ class PartMatch:
         state = own_state(self._part)
         for raw, made in self._replaced.items():
             state[raw] = made(values)
-        give_back(self._part, state)
+        hand_over(self._part, state, spelled(self._path) or "model")
 
 
 def own_state(module: nn.Module) -> dict[str, Any]:
@@ -244,27 +245,10 @@ def own_state(module: nn.Module) -> dict[str, Any]:
     with torch.no_grad():
         if type(module).state_dict is nn.Module.state_dict:
             # A DTensor takes long to detach; whoever reads or fills it does so with its local one.
-            found: dict[str, Any] = said_by(module, keep_vars=True)
+            found: dict[str, Any] = module.state_dict(keep_vars=True)
         else:
-            found = said_by(module)
+            found = module.state_dict()
     return found
-
-
-def give_back(module: nn.Module, state: dict[str, Any]) -> None:
-    """Call a module's own `load_state_dict`.
-
-    Raises:
-        MismatchError: the module refuses the state.
-    """
-    try:
-        with torch.no_grad():
-            module.load_state_dict(state)
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise MismatchError(
-            f"`load_state_dict` of {type_name(module)} refuses what was saved: "
-            f"{type(error).__name__}: {error}",
-            hint="make the model as the run that saved it did, then load",
-        ) from error
 
 
 def memory_of(module: nn.Module) -> dict[str, torch.Tensor]:

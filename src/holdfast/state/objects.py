@@ -49,7 +49,8 @@ class StateTree:
             state, flat = {"": state}, ""
         if not isinstance(state, Mapping):
             raise UsageError(
-                f"the state is a {type_name(state)}, a dict or a module is expected",
+                "`state` must be a dict of tensors, values and objects by name, or a module, found: "
+                f"a {type_name(state)}",
                 hint='{"model": model, "optimizer": optimizer, "step": 7}, for instance',
             )
         self._keys = names_of((), state)

@@ -27,7 +27,6 @@ from holdfast.state.tree import (
     Stateful,
     holds_state,
     made_plain,
-    said_by,
 )
 
 STATE, GROUPS = "state", "param_groups"
@@ -251,7 +250,7 @@ def state_of(optimizer: Optimizer) -> dict[str, Any]:
     Raises:
         UsageError: a hook of its own has given that another form.
     """
-    state: Any = said_by(_Sharded(optimizer) if is_zero(optimizer) else optimizer)
+    state: Any = (_Sharded(optimizer) if is_zero(optimizer) else optimizer).state_dict()
     numbers = iter(range(len(parameters_of(optimizer))))
     try:
         fits = isinstance(state[STATE], Mapping) and [g["params"] for g in state[GROUPS]] == [

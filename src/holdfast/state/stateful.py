@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from holdfast.errors import HoldfastError, MismatchError
+from holdfast.failures import worded
 from holdfast.format.manifest import TensorEntry
 from holdfast.format.structure import Node, children_of, kind_of_node
 from holdfast.state.match import Like, Match, Values, put_together
 from holdfast.state.stored import Branch, keys_like, object_node, rebuild
-from holdfast.state.tree import Flattener, Path, Stateful, said_by, spelled, type_name
+from holdfast.state.tree import Flattener, Path, Stateful, spelled
 
 RANK = "rank_"
 """Begins the key of one rank's own state."""
@@ -29,7 +30,7 @@ class ObjectState:
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:
         """Add what the object says. A load makes every tensor of it anew."""
-        return flattener.walk(path, said_by(self._owner), rebuilt=True)
+        return flattener.walk(path, self._owner.state_dict(), rebuilt=True)
 
     def match(self, match: Match, path: Path) -> None:
         """Have everything below the path read and handed to the object."""
@@ -45,7 +46,7 @@ class ObjectState:
     def _match_stated(self, match: Match, path: Path, branch: Branch, node: Node) -> None:
         """The checkpoint says what the structure is; what a fresh object says is not asked for,
         since asking may have effects: a data loader starts its workers."""
-        fresh: Any = said_by(self._owner) if _needs_fresh(node) else None
+        fresh: Any = self._owner.state_dict() if _needs_fresh(node) else None
         match.demand(branch, node, _like(match, path, fresh))
         inner = dict(_objects_in(node, ()))
 
@@ -63,7 +64,7 @@ class ObjectState:
     def _match_guessed(self, match: Match, path: Path, branch: Branch) -> None:
         """Stock DCP and earlier versions wrote names alone: a fresh object's own state tells the
         types of keys and containers, and what has no entries of its own."""
-        fresh: Any = said_by(self._owner)
+        fresh: Any = self._owner.state_dict()
         for name in _missing(fresh, branch, path):
             match.missing(name)
         if not branch.is_empty:
@@ -78,7 +79,7 @@ class ObjectState:
     def _give(self, state: Any, path: Path) -> None:
         hand_over(self._owner, state, spelled(path))
         if self._is_asked_after:
-            said_by(self._owner)
+            self._owner.state_dict()
 
 
 class RankState:
@@ -130,8 +131,7 @@ def hand_over(owner: Any, state: Any, name: str) -> None:
         raise
     except Exception as error:
         raise MismatchError(
-            f"`load_state_dict` of {type_name(owner)} does not take what was saved as `{name}`: "
-            f"{type(error).__name__}: {error}",
+            f"`{name}` was not taken: {worded(error).what}",
             hint="make the object as the run that saved it did; or leave it out of this load, and "
             "it stays as it is",
         ) from error

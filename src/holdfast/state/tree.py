@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from holdfast.errors import HoldfastError, UsageError
+from holdfast.errors import UsageError
 from holdfast.format.structure import (
     ARRAY,
     EMPTY_BYTES,
@@ -283,23 +283,6 @@ def _kind_of(path: Path, value: Mapping[Any, Any]) -> tuple[str, dict[str, str]]
             hint=f"a defaultdict of one of these comes back: {', '.join(FACTORIES)}",
         )
     return kind, {"default": name}
-
-
-def said_by(owner: Any, **options: bool) -> Any:
-    """What an object's own `state_dict` says.
-
-    Raises:
-        UsageError: it raises, with its words.
-    """
-    try:
-        return owner.state_dict(**options)
-    except HoldfastError:
-        raise
-    except Exception as error:
-        raise UsageError(
-            f"`state_dict()` of {type_name(owner)} fails: {type(error).__name__}: {error}",
-            hint="call it by yourself, outside of Holdfast, to see where",
-        ) from error
 
 
 def names_of(path: Path, value: Mapping[Any, Any]) -> dict[str, Any]:

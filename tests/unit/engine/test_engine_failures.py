@@ -15,7 +15,14 @@ import torch
 from torch import nn
 
 import holdfast
-from holdfast import CheckpointConfig, CheckpointManager, HoldfastError, StorageError, UsageError
+from holdfast import (
+    CheckpointConfig,
+    CheckpointManager,
+    HoldfastError,
+    MismatchError,
+    StorageError,
+    UsageError,
+)
 from holdfast.engine.ranks import Ranks, outcome_of
 from holdfast.engine.spans import amount
 from holdfast.state.schedulers import SchedulerState
@@ -90,7 +97,7 @@ def load(folder: Path) -> None:
             lambda f: save(f, Broken("state_dict")),
             "`Broken.state_dict` raised ValueError: no shadow",
         ),
-        (load, "`Broken.load_state_dict` raised ValueError: no shadow\nfor `w` ("),
+        (load, "`ema` was not taken: `Broken.load_state_dict` raised ValueError: no shadow\nfor"),
         (
             lambda f: save(f, Broken("state_dict"), async_mode="async"),
             "`Broken.state_dict` raised ValueError: no shadow",
@@ -128,7 +135,7 @@ def test_an_error_of_a_users_object_says_whose_and_which_and_where(
     raised is the cause, and the stack is in the log."""
     with caplog.at_level(logging.DEBUG, "holdfast"):
         error = failed(lambda: call(tmp_path))
-    assert isinstance(error, UsageError)
+    assert isinstance(error, UsageError | MismatchError)
     assert error.what.startswith(said)
     assert "test_engine_failures.py, line " in error.what
     assert len(error.what) < 3000
@@ -203,7 +210,7 @@ def test_an_object_that_raises_when_it_is_pickled_cannot_be_kept(tmp_path: Path)
 
     error = failed(lambda: holdfast.save(tmp_path / "x", {"a": {"b": Stubborn()}}))
     assert "`a.b` is a " in error.what
-    assert "Stubborn, which cannot be read back safely" in error.what
+    assert "Stubborn, which a load could rebuild only by running code" in error.what
 
 
 def test_a_state_that_holds_itself_is_said_to_be_one(tmp_path: Path) -> None:

@@ -257,7 +257,7 @@ def test_an_object_that_cannot_take_its_state_says_so(tmp_path: Path) -> None:
             raise KeyError(f"no {state_dict}")
 
     holdfast.save(tmp_path / "one", {"a": Kept({"x": 1})})
-    with pytest.raises(HoldfastError, match=r"as `a`: KeyError") as refused:
+    with pytest.raises(HoldfastError, match=r"`a` was not taken: .*KeyError") as refused:
         holdfast.load(tmp_path / "one", {"a": Picky()})
     assert "Picky" in str(refused.value)
 

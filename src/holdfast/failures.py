@@ -18,7 +18,7 @@ logger = logging.getLogger("holdfast")
 TEXT_MAX = 2000
 """Characters of an error's own message that are repeated: torch lists every missing key."""
 
-_OURS = __file__.removesuffix(os.path.join("engine", "failures.py"))  # noqa: PTH118
+_OURS = __file__.removesuffix("failures.py")
 """Folder of this package, as code objects have it."""
 
 _LIBRARIES = tuple(
