@@ -76,10 +76,10 @@ def load(path: str | os.PathLike[str], state: Any, *, strict: bool = True) -> Lo
     ranks = all_ranks()
     try:
         store, name = on_every_rank(ranks, lambda: place_to_load(path, state, strict=strict))
+        tree = on_every_rank(ranks, lambda: StateTree(state))
         with collector_at_rest():
             manifest = on_rank_0(ranks, lambda: open_manifest(store, name))
         source = Source(store, name, manifest)
-        tree = on_every_rank(ranks, lambda: StateTree(state))
         return load_tree(source, tree, ranks=ranks, strict=strict)
     finally:
         ranks.close()
