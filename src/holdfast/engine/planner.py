@@ -27,7 +27,7 @@ from holdfast.engine.plan import (
 from holdfast.engine.ranks import Ranks, conclude, gather_distinct, on_every_rank, on_rank_0
 from holdfast.engine.values import Containers
 from holdfast.engine.write import FileImage, TensorItem, image_of, lay_out
-from holdfast.errors import HoldfastError
+from holdfast.errors import HoldfastError, UsageError
 from holdfast.format.checksum import checksum
 from holdfast.format.structure import Node
 from holdfast.state.layout import Layout, Layouts, dtype_name, local_of, same_memory
@@ -251,6 +251,7 @@ def _offers_of(
     offers: dict[str, Offer] = {}
 
     def section(name: str) -> Offer:
+        _check_text(name)
         head, dot, _ = name.partition(".")
         return offers.setdefault(head if dot else "", Offer())
 
@@ -264,6 +265,17 @@ def _offers_of(
     for path, node in structure.items():
         section(".".join(map(str, path))).structure[path] = node
     return offers
+
+
+def _check_text(name: str) -> None:
+    """Raises UsageError where an index could not hold a name."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the name {name!r} holds half of a character: {error.reason}",
+            hint="such text comes from file names that are no UTF-8: rename the key",
+        ) from error
 
 
 def _warn_of_differences(digests: Sequence[Mapping[str, int]]) -> None:

@@ -62,8 +62,7 @@ class Layouts:
         mesh, placements = _mesh_of(tensor)
         if mesh is None and not _is_plain(tensor):
             raise UsageError(
-                f"`{name}` is a {'meta' if tensor.is_meta else tensor.layout} tensor, "
-                "which has no plain elements to keep",
+                f"`{name}` is a {_kind_of(tensor)} tensor, which has no plain elements to keep",
                 hint="store its dense parts under names of their own",
             )
         key = tensor.dtype, mesh, placements
@@ -107,7 +106,16 @@ def _mesh_of(tensor: torch.Tensor) -> tuple[DeviceMesh | None, tuple[Placement, 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether its elements are in its memory, as they are."""
-    return tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_quantized)
+    odd = tensor.is_meta or tensor.is_quantized or tensor.is_nested
+    return tensor.layout is torch.strided and not odd
+
+
+def _kind_of(tensor: torch.Tensor) -> str:
+    """What makes a tensor none whose elements are plainly there."""
+    for kind in ("meta", "quantized", "nested"):
+        if getattr(tensor, f"is_{kind}"):
+            return kind
+    return str(tensor.layout)
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:

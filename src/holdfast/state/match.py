@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from holdfast.errors import MismatchError
 from holdfast.format.manifest import TensorEntry
 from holdfast.format.structure import Node, kind_of_node
+from holdfast.state.layout import local_of
 from holdfast.state.stored import Branch, Stored, as_saved, leaves_of, rebuild
 
 Like = Callable[[TensorEntry, str], torch.Tensor | torch.device | None]
@@ -79,6 +80,8 @@ class Match:
             line = f"is {list(entry.shape)} in the checkpoint, {list(tensor.shape)} is wanted"
         elif not torch.can_cast(getattr(torch, entry.dtype), tensor.dtype):
             line = f"is {entry.dtype} in the checkpoint, {tensor.dtype} is wanted"
+        elif is_expanded(local_of(tensor)):
+            line = "is expanded here: its elements share memory, so clone it first"
         self.taken.add(name)
         if line is not None:
             self.misfits[name] = f"`{name}` {line}"
@@ -139,6 +142,18 @@ class Match:
 def put_together(branch: Branch, node: Node, values: Values) -> Any:
     """The state at and below a path, as it was saved, from what was read."""
     return rebuild(branch, node, lambda name, at: as_saved(values(name), at))
+
+
+def is_expanded(tensor: torch.Tensor) -> bool:
+    """Whether several elements of a tensor are one in memory."""
+    return (
+        any(
+            not stride and size > 1
+            for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        )
+        if tensor.layout is torch.strided
+        else False
+    )
 
 
 def device_for(kind: str) -> torch.device:

@@ -49,8 +49,8 @@ class StateTree:
             state, flat = {"": state}, ""
         if not isinstance(state, Mapping):
             raise UsageError(
-                "`state` must be a dict of tensors, values and objects by name, or a module, found: "
-                f"a {type_name(state)}",
+                "`state` must be a dict of tensors, values and objects by name, or a module, "
+                f"found: a {type_name(state)}",
                 hint='{"model": model, "optimizer": optimizer, "step": 7}, for instance',
             )
         self._keys = names_of((), state)

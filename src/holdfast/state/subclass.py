@@ -81,7 +81,10 @@ def taken_apart(name: str, tensor: torch.Tensor, *, must_be_known: bool) -> Apar
     names, context = flat()
     size, stride = tuple(tensor.size()), tuple(tensor.stride())
     if {*map(type, (*size, *stride))} - {int}:
-        raise UsageError(f"`{name}` is a {class_name(cls)} of a size that is known to torch alone")
+        raise UsageError(
+            f"`{name}` is a {class_name(cls)} of a size that is known to torch alone",
+            hint="keep its parts: `values()` and `offsets()` of a nested tensor",
+        )
     return Apart(class_name(cls), {n: getattr(tensor, n) for n in names}, context, size, stride)
 
 

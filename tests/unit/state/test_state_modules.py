@@ -262,7 +262,7 @@ def test_what_is_no_dict_and_no_module_is_told_what_to_pass(tmp_path: Path) -> N
     states: list[Any] = [torch.ones(1), [layer], torch.optim.SGD(layer.parameters()), None, 3]
     for state in states:
         for call in (holdfast.save, holdfast.load):
-            with pytest.raises(UsageError, match="`state` must be a dict .* or a module"):
+            with pytest.raises(UsageError, match=r"`state` must be a dict .* or a module"):
                 call(tmp_path / "one", state)
     assert not list(tmp_path.iterdir())
 

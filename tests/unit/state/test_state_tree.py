@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import warnings
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
 import holdfast
-from holdfast.errors import FormatError, HoldfastError, UsageError
+from holdfast.errors import FormatError, HoldfastError, MismatchError, UsageError
 from holdfast.format.structure import check_node
 from holdfast.state.same import differences, same
 from holdfast.state.tree import Leaf, flatten
@@ -201,6 +202,13 @@ class MyTensor(torch.Tensor):
 
 Point = namedtuple("Point", "x y")
 
+
+def nested(layout: torch.layout) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=layout)
+
+
 REFUSED: dict[str, Any] = {
     "enum": ({"a": [1, Colour.RED]}, r"`state\.a\[1\]` is a .*Colour"),
     "deque": ({"d": deque([1])}, r"`state\.d` is a collections\.deque"),
@@ -215,6 +223,9 @@ REFUSED: dict[str, Any] = {
     "numpy time": ({"a": [np.datetime64("2020-01-01")]}, r"`state\.a\[0\]` is a numpy\.datetime64"),
     "tensor class": ({"t": torch.ones(1).as_subclass(MyTensor)}, r"`state\.t` is a .*MyTensor"),
     "sparse": ({"t": torch.eye(2).to_sparse()}, r"`state\.t`"),
+    "nested": ({"t": nested(torch.strided)}, r"`state\.t` is a nested tensor"),
+    "jagged": ({"t": nested(torch.jagged)}, r"`state\.t`"),
+    "half a character": ({"\ud800": torch.ones(1)}, r"holds half of a character"),
     "meta": ({"t": torch.ones(1, device="meta")}, r"`state\.t`"),
 }
 
@@ -420,3 +431,13 @@ def test_a_structure_without_its_entries_is_refused(tmp_path: Path) -> None:
     wrong = replace(manifest, structure={("a",): {"list": [None, None]}})
     with pytest.raises(FormatError, match="does not hold it"):
         StateTree({"a": Kept()}).match(wrong)
+
+
+def test_an_expanded_tensor_is_no_place_to_load_into(tmp_path: Path) -> None:
+    """G6. Method: whose elements are one in memory; of one element it is."""
+    holdfast.save(tmp_path / "one", {"x": torch.arange(3.0), "y": torch.ones(1, 2)})
+    with pytest.raises(MismatchError, match="`x` is expanded here"):
+        holdfast.load(tmp_path / "one", {"x": torch.zeros(1).expand(3), "y": torch.zeros(1, 2)})
+    state = {"x": torch.zeros(3), "y": torch.zeros(1, 2).as_strided((1, 2), (0, 1))}
+    holdfast.load(tmp_path / "one", state)
+    assert state["y"].tolist() == [[1, 1]]
