@@ -9,21 +9,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from contextlib import suppress
-from dataclasses import replace
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 
+from holdfast.catalog.replaceable import why_not_removable, why_not_replaceable
 from holdfast.catalog.structure import check_structure
-from holdfast.errors import DamagedError, HoldfastError, NotFoundError
+from holdfast.errors import (
+    DamagedError,
+    ExistsError,
+    HoldfastError,
+    NotFoundError,
+    StorageError,
+)
 from holdfast.format import manifest as manifests
 from holdfast.format.checksum import checksum, unpack
 from holdfast.format.manifest import Manifest
 from holdfast.format.names import (
+    LOCK,
     MANIFEST,
     METADATA,
     Aside,
     aside_of,
     mark_of,
     step_name,
+    step_of,
     steps_among,
 )
 from holdfast.storage.store import ReadStore, Store
@@ -31,11 +40,26 @@ from holdfast.storage.store import ReadStore, Store
 _INDEX_BYTES_MAX = 1 << 30
 
 
+_TRIES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """An attempt of this process."""
+
+    held: ExitStack
+    """Holds the attempt, and what it is to replace."""
+
+    replaces: bool
+
+
 class Catalog:
     """The checkpoints directly below the root of a store."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self._begun: dict[str, _Begun] = {}
+        """Attempts that this catalog has begun, each with what it holds until they are over."""
 
     def steps(self) -> list[int]:
         """Published steps, oldest first. A folder with any other name is not looked at."""
@@ -64,58 +88,172 @@ class Catalog:
             )
         return self.open(folders[step])
 
-    def begin(self, name: str) -> Aside:
-        """A new, empty folder to write checkpoint `name` into."""
-        attempt = Aside("attempt", name, os.urandom(4).hex())
-        self.store.make_folder(str(attempt))
-        return attempt
+    def check_free(self, name: str, *, replace: bool, hint: str, file: bool = False) -> None:
+        """Make sure that a checkpoint may be saved as `name`; `replace`: in place of one there;
+        `file`: it is to be a file, not a folder.
+
+        Raises:
+            ExistsError: the name is taken, and not by a checkpoint that may be replaced.
+        """
+        there = self._standing_for(name)
+        if there is None:
+            return
+        if not replace:
+            raise ExistsError(f"`{self.where(name)}` exists already", hint=hint)
+        why = why_not_replaceable(self.store, there, file=file)
+        if why is None and step_of(name) is not None and self.store.holder(LOCK) is not None:
+            why = f"a run saves in `{self.store.url}`"
+        if why is not None:
+            raise self._kept(name, why)
+
+    def begin(self, name: str, *, replace: bool = False) -> Aside:
+        """A new, empty folder to write checkpoint `name` into, held until it is published,
+        discarded or released. `replace`: what has the name now may be replaced, and nothing that
+        takes it meanwhile.
+
+        Raises:
+            ExistsError: it may not be replaced, or another process is replacing or removing it.
+        """
+        for _ in range(_TRIES):
+            attempt = Aside("attempt", name, os.urandom(4).hex())
+            self.store.make_folder(str(attempt))
+            try:
+                if self.hold(attempt, replace=replace) is not False:
+                    return attempt
+            except NotFoundError:
+                # A sweep that took it for a dead one's was here before it could be held.
+                continue
+        raise StorageError(f"every attempt to save `{self.where(name)}` was removed at once")
+
+    def hold(self, attempt: Aside, *, replace: bool) -> bool | None:
+        """Hold an attempt that is there: see `Store.hold` for what this gives, and `begin`."""
+        with ExitStack() as stack:
+            mine = stack.enter_context(self.store.hold(str(attempt)))
+            if mine is False:
+                return mine
+            replaced = self._standing_for(attempt.name) if replace else None
+            if replaced is not None:
+                self._hold_replaced(attempt, replaced, stack)
+            self._begun[str(attempt)] = _Begun(stack.pop_all(), replaced is not None)
+        return mine
+
+    def _hold_replaced(self, attempt: Aside, replaced: str, stack: ExitStack) -> None:
+        """Hold what an attempt is to replace. The attempt goes where that cannot be done."""
+        try:
+            if stack.enter_context(self.store.hold(replaced)) is False:
+                raise self._kept(attempt.name, "another process is replacing or removing it")
+            if replaced != attempt.name:
+                # Left aside by a save that died: sweeps give it its name back, and so does this.
+                self.store.rename(replaced, attempt.name)
+            if why := why_not_removable(self.store, attempt.name):
+                raise self._kept(attempt.name, why)
+        except HoldfastError:
+            with suppress(HoldfastError):
+                self.store.remove(str(attempt))
+            raise
 
     def publish(self, attempt: Aside) -> None:
-        """Give a whole attempt its name. An earlier checkpoint of that name makes way: it is moved
-        aside, where `sweep` removes it, or moves it back should the process die before the new one
-        is there."""
+        """Give a whole attempt its name. The checkpoint that it replaces makes way: it is moved
+        aside, where a sweep removes it, or moves it back should the process die before the new one
+        is there.
+
+        Raises:
+            ExistsError: something else has taken the name meanwhile.
+        """
         self.store.sync(str(attempt))
         there = self.store.list()
-        replacing = f"{attempt.name}/" in there
-        if replacing:
-            # Were the sweep to find two that had this name, it could not tell which is the newer.
-            for stale in map(aside_of, (name.rstrip("/") for name in there)):
-                if stale and (stale.role, stale.name) == ("replaced", attempt.name):
-                    removing = replace(stale, role="removing")
-                    self.store.rename(str(stale), str(removing))
-                    self.store.remove(str(removing))
-        # What was known of the old one is not known of the new one, not even after a power cut.
-        for mark in map(mark_of, there):
-            if mark is not None and mark.role == "damaged" and step_name(mark.step) == attempt.name:
-                self.store.remove(str(mark))
+        begun = self._begun.get(str(attempt))
+        if begun is not None and begun.replaces and {attempt.name, f"{attempt.name}/"} & {*there}:
+            self._publish_in_place(attempt, there)
+        elif standing(self.store, attempt.name) != attempt.name:
+            raise self._kept(attempt.name, "another process is replacing it")
+        else:
+            self._forget_damage(attempt.name, there)
+            # The attempt's own name must be durable before it gets another.
+            self.store.sync("")
+            self.store.rename(str(attempt), attempt.name)
+        self.release(attempt)
+
+    def _publish_in_place(self, attempt: Aside, there: Collection[str]) -> None:
+        # Were a sweep to find two that had this name, it could not tell which is the newer.
+        for stale in map(aside_of, (name.rstrip("/") for name in there)):
+            if stale and (stale.role, stale.name) == ("replaced", attempt.name):
+                removing = replace(stale, role="removing")
+                self.store.rename(str(stale), str(removing))
+                self.store.remove(str(removing))
+        self._forget_damage(attempt.name, there)
         # The attempt's own name must be durable before the old checkpoint gives up its name.
         self.store.sync("")
-        replaced = str(Aside("replaced", attempt.name, attempt.id))
-        if replacing:
-            self.store.rename(attempt.name, replaced)
+        replaced = Aside("replaced", attempt.name, attempt.id)
+        if why := why_not_removable(self.store, attempt.name):
+            raise self._kept(attempt.name, why)
         try:
+            self.store.rename(attempt.name, str(replaced))
             self.store.rename(str(attempt), attempt.name)
         except HoldfastError:
-            if replacing:
-                # If this cannot be done either, readers look there, and the next sweep does it.
-                with suppress(HoldfastError):
-                    self.store.rename(replaced, attempt.name)
+            # If this cannot be done either, readers look there, and the next sweep does it.
+            with suppress(HoldfastError):
+                self.store.rename(str(replaced), attempt.name)
             raise
+        # While it is held: a sweep must not give the name back once the next save needs it.
+        with suppress(HoldfastError):
+            self.store.rename(str(replaced), str(replace(replaced, role="removing")))
+
+    def _forget_damage(self, name: str, there: Collection[str]) -> None:
+        """Remove the mark of the old checkpoint, which is not known of the new one, not even after
+        a power cut."""
+        for mark in map(mark_of, there):
+            if mark is not None and mark.role == "damaged" and step_name(mark.step) == name:
+                with suppress(NotFoundError):
+                    self.store.remove(str(mark))
+
+    def release(self, attempt: Aside) -> None:
+        """Hold an attempt no longer. The next save or start may sweep it."""
+        begun = self._begun.pop(str(attempt), None)
+        if begun is not None:
+            begun.held.close()
 
     def discard(self, attempt: Aside) -> None:
         """Remove an attempt that came to nothing."""
-        self.store.remove(str(attempt))
+        try:
+            self.store.remove(str(attempt))
+        finally:
+            self.release(attempt)
 
     def let_go(self, name: str) -> Aside:
         """Take a checkpoint's name away, at one instant. What is left looks like nothing whole, and
-        is deleted by `execute` of what `plan_removals` or the next sweep finds."""
+        is deleted by `execute` of what `plan_removals` or the next sweep finds.
+
+        Raises:
+            ExistsError: another process is replacing or removing it, or it is not one checkpoint.
+        """
         aside = Aside("removing", name, os.urandom(4).hex())
-        self.store.rename(name, str(aside))
+        with self.store.hold(name) as held:
+            if held is False:
+                raise self._kept(name, "another process is replacing or removing it")
+            if why := why_not_removable(self.store, name):
+                raise self._kept(name, why)
+            self.store.rename(name, str(aside))
         return aside
 
     def remove(self, name: str) -> None:
         """Delete a checkpoint: its name first, so that nothing that looks whole is ever in part."""
         self.store.remove(str(self.let_go(name)))
+
+    def _standing_for(self, name: str) -> str | None:
+        """What has the name of a checkpoint, or stands aside for it; None where nothing does."""
+        there = self.store.list()
+        if {name, f"{name}/"} & {*there}:
+            return name
+        found = standing(self.store, name)
+        return None if found == name else found
+
+    def _kept(self, name: str, why: str) -> ExistsError:
+        return ExistsError(
+            f"`{self.where(name)}` is neither replaced nor removed: {why}",
+            hint="only one checkpoint, or one export, that nobody uses is; choose another path, or "
+            "move it away",
+        )
 
 
 def open_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manifest:

@@ -46,7 +46,10 @@ def convert(planned: Planned, target: str, wishes: Wishes, advance: Advance) -> 
         StorageError: no space, no rights; nothing is left behind.
         DamagedError: bytes of the source are not those that were written.
     """
-    place = open_target(target, overwrite=wishes.overwrite)
+    sources = [planned.opened.path, *([] if planned.assets is None else [planned.assets])]
+    place = open_target(
+        target, overwrite=wishes.overwrite, sources=sources, file=wishes.to == "torch"
+    )
     started = time.perf_counter()
     outputs, opened = planned.outputs, planned.opened
     if wishes.to == "hf":
@@ -62,7 +65,7 @@ def convert(planned: Planned, target: str, wishes: Wishes, advance: Advance) -> 
         facts = facts_of(place, kind, step, model)
         nbytes = write_step(place, outputs, _values(planned, wishes), facts, advance)
     seconds = time.perf_counter() - started
-    return Converted(place.where, nbytes, place.store.kept_bytes, seconds, len(outputs))
+    return Converted(place.where, nbytes, place.files.kept_bytes, seconds, len(outputs))
 
 
 def _values(planned: Planned, wishes: Wishes) -> Values:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,17 @@ class Opened:
     adapter: Mapping[str, Any] | None = None
     """What PEFT says of it, where it is an adapter and no model."""
 
+    file: str = ""
+    """Within the source's folder, where the checkpoint is one file."""
+
     @property
     def where(self) -> str:
         return self.source.url
+
+    @property
+    def path(self) -> str:
+        """Path or URL of the folder or file that is read."""
+        return f"{self.where}/{self.file}" if self.file else self.where
 
     @property
     def manifest(self) -> Manifest:
@@ -152,7 +160,7 @@ def _open_safetensors(path: str) -> Opened:
     fetch = partial(_fetch, Source(store, name, Manifest({}, {})), file)
     manifest = safetensors.read_file(fetch, size, file=file, where=path)
     source = Source(store, name, manifest)
-    return _opened(source, "safetensors", Stored(source, {}))
+    return replace(_opened(source, "safetensors", Stored(source, {})), file=file)
 
 
 def _open_torch_file(path: str) -> Opened:
@@ -161,7 +169,7 @@ def _open_torch_file(path: str) -> Opened:
     fetch = partial(_fetch, Source(store, name, Manifest({}, {})), file)
     found = torchfile.read_file(fetch, size, file=file, where=path)
     source = Source(store, name, found.manifest)
-    return _opened(source, "torch", Stored(source, found.strides))
+    return replace(_opened(source, "torch", Stored(source, found.strides)), file=file)
 
 
 def _opened(source: Source, form: Format, stored: Stored) -> Opened:

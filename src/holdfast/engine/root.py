@@ -7,6 +7,7 @@ import os
 from holdfast.catalog.catalog import Catalog, standing
 from holdfast.errors import UsageError
 from holdfast.storage.local import LocalStore
+from holdfast.storage.opening import folder_store, is_url, local_path, open_store, without_scheme
 from holdfast.storage.store import ReadStore
 
 
@@ -16,34 +17,21 @@ def open_root(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
     Raises:
         UsageError: a URL, or a path without a name.
     """
-    if _is_url(path):
-        raise UsageError(
-            f"`{path}` is a URL: checkpoints are loaded from there, but saved to folders",
-            hint="save to a folder, then copy it with the tool of that store",
-        )
-    folder, name = _split(path)
-    return Catalog(LocalStore(folder)), name
+    folder, name = _split(local_path(path))
+    return Catalog(folder_store(folder)), name
 
 
 def open_for_reading(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
     """The store that the checkpoint at `path`, a folder or a URL, lies in, and its name there, or
     that of the folder that stands for it (`standing`)."""
-    if _is_url(path):
-        from holdfast.storage.remote import RemoteStore
-
-        folder, _, name = str(path).rstrip("/").rpartition("/")
-        return RemoteStore(folder), name
-    folder, name = _split(path)
-    store = LocalStore(folder)
-    return store, standing(store, name)
+    text = without_scheme(path)
+    folder, name = _split(text.rstrip("/") if is_url(text) else local_path(text))
+    store = open_store(folder)
+    return store, standing(store, name) if isinstance(store, LocalStore) else name
 
 
-def _split(path: str | os.PathLike[str]) -> tuple[str, str]:
-    folder, name = os.path.split(os.path.abspath(path))  # noqa: PTH100 - links stay links
+def _split(path: str) -> tuple[str, str]:
+    folder, _, name = path.rpartition("/")
     if not name:
-        raise UsageError(f"`{os.fspath(path)}` is no place for a checkpoint: it has no name")
-    return folder, name
-
-
-def _is_url(path: str | os.PathLike[str]) -> bool:
-    return "://" in os.fspath(path)
+        raise UsageError(f"`{path}` is no place for a checkpoint: it has no name")
+    return folder or "/", name

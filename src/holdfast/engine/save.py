@@ -33,7 +33,7 @@ from holdfast.engine.root import open_root
 from holdfast.engine.spans import Spans, amount
 from holdfast.engine.stage import Snapshot, Staging, TensorOf, box_of, host_bytes, host_windows
 from holdfast.engine.write import FileImage, Pace, Receipt, TensorItem, write
-from holdfast.errors import ExistsError, HoldfastError, StorageError
+from holdfast.errors import HoldfastError, StorageError
 from holdfast.format.manifest import Kind
 from holdfast.format.names import Aside
 from holdfast.format.region import Region
@@ -58,6 +58,10 @@ def save(
 ) -> Saved:
     """Save `state` as one checkpoint at `path`, published whole or not at all.
 
+    `overwrite` replaces one checkpoint that is there, and nothing else: no folder of checkpoints,
+    no run, no folder with other files. Of several threads and processes that save to one path at
+    once, one does, and the others raise ExistsError.
+
     `state` is a dict of tensors, DTensors, plain values, further dicts and lists of these, and of
     objects with `state_dict` and `load_state_dict`: modules, optimizers (whose entries are named by
     the parameters of the modules beside them), schedulers. Stock `torch.distributed.checkpoint`
@@ -67,7 +71,8 @@ def save(
     state; an error on one is raised on all.
 
     Raises:
-        ExistsError: there is something at `path`, and `overwrite` is false.
+        ExistsError: there is something at `path`, and `overwrite` is false, or it is not one
+            checkpoint; or it came there, or is being replaced, meanwhile.
         UsageError: a value that could not be read back safely.
         StorageError: no space, no rights; nothing is left behind.
     """
@@ -76,7 +81,9 @@ def save(
     try:
         on_rank_0(ranks, lambda: _check_free(catalog, name, overwrite))
         leaves = on_every_rank(ranks, StateTree(state).leaves_to_save)
-        return save_leaves(catalog, name, leaves, ranks=ranks, planner=Planner(ranks))
+        return save_leaves(
+            catalog, name, leaves, ranks=ranks, planner=Planner(ranks), overwrite=overwrite
+        )
     finally:
         ranks.close()
 
@@ -84,11 +91,8 @@ def save(
 def _check_free(catalog: Catalog, name: str, overwrite: bool) -> None:
     """Make sure that the folder is there and the name may be taken."""
     catalog.store.make_folder("")
-    if not overwrite and {name, f"{name}/"} & set(catalog.store.list()):
-        raise ExistsError(
-            f"`{catalog.where(name)}` exists already",
-            hint="choose another path, or pass `overwrite=True` to replace it",
-        )
+    hint = "choose another path, or pass `overwrite=True` to replace it"
+    catalog.check_free(name, replace=overwrite, hint=hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +132,10 @@ def save_leaves(
     step: int | None = None,
     kind: Kind | None = None,
     dtype: torch.dtype | None = None,
+    overwrite: bool = True,
 ) -> Saved:
-    """Save flat state as checkpoint `name` of `catalog`, in place of one that has the name.
+    """Save flat state as checkpoint `name` of `catalog`. `overwrite`: in place of one that has the
+    name now.
 
     Floating-point tensors are converted to `dtype` where one is given.
 
@@ -137,7 +143,15 @@ def save_leaves(
     was before.
     """
     pending = begin_save(
-        catalog, name, leaves, ranks=ranks, planner=planner, step=step, kind=kind, dtype=dtype
+        catalog,
+        name,
+        leaves,
+        ranks=ranks,
+        planner=planner,
+        step=step,
+        kind=kind,
+        dtype=dtype,
+        overwrite=overwrite,
     )
     return finish_save(pending, ranks)
 
@@ -154,10 +168,12 @@ def begin_save(
     dtype: torch.dtype | None = None,
     metrics: Mapping[str, float] | None = None,
     model: Mapping[str, Any] | None = None,
+    overwrite: bool = True,
 ) -> Pending:
     """Agree on a save: everything of `save_leaves` up to the first byte. Collective.
 
     `metrics` are kept in the manifest, and `model`, its configuration on the hub: those of rank 0.
+    `overwrite`: a checkpoint that has the name now may be replaced.
     """
     spans = Spans()
     with spans("plan"):
@@ -166,7 +182,9 @@ def begin_save(
         assert isinstance(held, Held)
         image = outcome_of(lambda: planner.image(held))
         nbytes = image.nbytes if isinstance(image, FileImage) else image
-        attempt = conclude(ranks, nbytes, lambda sizes: _begin(catalog, name, sum(sizes)))
+        attempt = conclude(
+            ranks, nbytes, lambda sizes: _begin(catalog, name, sum(sizes), overwrite)
+        )
         assert isinstance(image, FileImage)
     layout = {"world_size": ranks.size}
     facts = Facts(step, kind, layout, _versions(), metrics or {}, model or {})
@@ -250,14 +268,14 @@ def _make_beside(index: Index) -> None:
     threading.Thread(target=making, name="holdfast-index", daemon=True).start()
 
 
-def _begin(catalog: Catalog, name: str, nbytes: int) -> Aside:
+def _begin(catalog: Catalog, name: str, nbytes: int, overwrite: bool) -> Aside:
     free = catalog.store.free_bytes()
     if free is not None and nbytes > free:
         raise StorageError(
             f"`{catalog.where(name)}` needs {amount(nbytes)}, {amount(free)} are free",
             hint="free some space (df -h), lower `checkpoint.keep_latest_k`, or use another disk",
         )
-    return catalog.begin(name)
+    return catalog.begin(name, replace=overwrite)
 
 
 def _live(held: Held, item: TensorItem) -> torch.Tensor:

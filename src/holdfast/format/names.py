@@ -6,19 +6,24 @@ step-500                  a published step
 .removing-NAME-1f2e3d4c   a checkpoint half deleted
 .pinned-step-500          a mark: retention never removes step 500
 .damaged-step-500         a mark: data of step 500 was found damaged
+.held-NAME-1f2e3d4c       locked in place of the folder NAME, where folders cannot be locked
 .lock                     who is saving here
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+from zlib import crc32
 
 METADATA = ".metadata"
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+
+_HELD = ".held-"
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})", re.ASCII)
 _ASIDE = re.compile(r"\.(attempt|replaced|removing)-([^/]+)-([0-9a-f]{8})", re.ASCII)
@@ -105,6 +110,21 @@ def mark_of(name: str) -> Mark | None:
         return None
     role: Literal["pinned", "damaged"] = match[1]  # type: ignore[assignment]
     return Mark(role, step)
+
+
+def held_file(name: str) -> str:
+    """File that is locked in place of a folder of this name, beside it.
+
+    >>> held_file("step-5")
+    '.held-step-5-1eb6696e'
+    """
+    return f"{_HELD}{name}-{crc32(os.fsencode(name)):08x}"
+
+
+def held_of(name: str) -> str | None:
+    """Folder in whose place a file of this name is locked; None where it is no such file."""
+    folder = name.removeprefix(_HELD)[:-9]
+    return folder if name == held_file(folder) else None
 
 
 def data_file(rank: int) -> str:

@@ -113,7 +113,7 @@ class Hub:
         catalog, attempt = pending.catalog, pending.attempt
         if use == "beside":
             catalog = self.catalog
-            attempt = on_rank_0(ranks, lambda: self.catalog.begin(step_name(step)))
+            attempt = on_rank_0(ranks, lambda: self.catalog.begin(step_name(step), replace=True))
         made = export(
             Snapshot(pending.image, pending.data_of, pending.index, self._sections),
             self._model,

@@ -122,7 +122,7 @@ def test_a_folder_in_use_is_left_alone(steps: Path, capsys: pytest.CaptureFixtur
     before = there(steps)
     with LocalStore(steps).lock(LOCK, "host here, pid 1"):
         status, _, err = run(capsys, steps, "--keep-latest-k", "2")
-        assert (status, "is in use by another run: host here, pid 1" in err) == (5, True)
+        assert (status, "held by this process already: host here, pid 1" in err) == (5, True)
         assert run(capsys, steps, "--keep-latest-k", "2", "--dry-run")[0] == 0
     assert there(steps) == before
 

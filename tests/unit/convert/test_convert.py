@@ -138,7 +138,8 @@ def test_a_flavor_stands_in_for_a_configuration(tmp_path: Path) -> None:
 
 
 def test_what_is_there_already_is_replaced_only_when_asked(tmp_path: Path) -> None:
-    """Method: each kind of target twice; an empty folder is nobody's."""
+    """G16. Method: each kind of target twice; an empty folder is nobody's. What an export may have
+    beside its weights goes with an export; a file that no step has keeps a step in its place."""
     source = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
     for to, name in (("dcp", "step-0"), ("hf", "export"), ("torch", "all.pt")):
         if to != "torch":
@@ -147,11 +148,15 @@ def test_what_is_there_already_is_replaced_only_when_asked(tmp_path: Path) -> No
         converted(source, tmp_path / name, wishes)
         with pytest.raises(ExistsError, match="--overwrite"):
             converted(source, tmp_path / name, wishes)
-        old = (tmp_path / name / "old.txt") if to != "torch" else None
-        if old:
+        again, old = Wishes(to=to, overwrite=True), tmp_path / name / "old.txt"  # type: ignore[arg-type]
+        if to != "torch":
             old.write_text("of an earlier export")
-        converted(source, tmp_path / name, Wishes(to=to, overwrite=True))  # type: ignore[arg-type]
-        assert old is None or not old.exists()
+        if to == "dcp":
+            with pytest.raises(ExistsError, match=r"no part of a checkpoint: `old\.txt`"):
+                converted(source, tmp_path / name, again)
+            old.unlink()
+        converted(source, tmp_path / name, again)
+        assert not old.exists()
     assert {path.name for path in tmp_path.iterdir()} == {"hub", "step-0", "export", "all.pt"}
 
 
