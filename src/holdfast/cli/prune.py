@@ -16,7 +16,7 @@ from holdfast.errors import HoldfastError, NotFoundError, StorageError, UsageErr
 from holdfast.format.names import LOCK, aside_of
 from holdfast.manager.policy import STEPS_MIN, Retention, reasons_to_keep
 from holdfast.manager.resume import good_steps
-from holdfast.storage.local import LocalStore
+from holdfast.storage.opening import folder_store, is_url
 
 if TYPE_CHECKING:
     import tyro
@@ -92,9 +92,9 @@ class Decision:
 def run(arguments: Sequence[str]) -> int:
     """Say what goes, and let it go; the exit status."""
     asked = parsed(Prune, "prune", arguments)
-    if "://" in asked.folder:
+    if is_url(asked.folder):
         raise UsageError(f"`{asked.folder}` is a URL: use the tool of that store")
-    catalog = Catalog(LocalStore(asked.folder))
+    catalog = Catalog(folder_store(asked.folder))
     names = [name.rstrip("/") for name in catalog.store.list()]
     if not catalog.folders() and not any(map(aside_of, names)):
         raise NotFoundError(f"`{catalog.store.url}` holds no step")

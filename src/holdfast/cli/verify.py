@@ -15,7 +15,7 @@ from holdfast.cli.terminal import parsed, progress, say, say_json, spelled_bytes
 from holdfast.engine.root import open_for_reading
 from holdfast.errors import DamagedError, HoldfastError, UsageError
 from holdfast.format.names import step_of
-from holdfast.storage.local import LocalStore
+from holdfast.storage.opening import folder_store, is_url
 from holdfast.storage.store import ReadStore
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Verify:
 def run(arguments: Sequence[str]) -> int:
     """Verify, print what was found; the exit status."""
     asked = parsed(Verify, "verify", arguments)
-    if asked.mark and (asked.quick or "://" in asked.path):
+    if asked.mark and (asked.quick or is_url(asked.path)):
         raise UsageError("`--mark` is for folders of this machine, with all data read")
     store, name = open_for_reading(asked.path)
     steps = (
@@ -112,9 +112,9 @@ def _mark(reports: Sequence[Report]) -> None:
                 f"`{report.where}` is no step of a run", hint="`--mark` is for folders named step-N"
             )
         if report.loads:
-            clear_damaged(LocalStore(folder), step)
+            clear_damaged(folder_store(folder), step)
         else:
-            mark_damaged(LocalStore(folder), step, str(report.findings[0]))
+            mark_damaged(folder_store(folder), step, str(report.findings[0]))
 
 
 def _resumes(resume: int | None) -> str:

@@ -22,6 +22,7 @@ from holdfast.hf.folder import open_folder
 from holdfast.hf.quantized import Dequantized
 from holdfast.hf.stored import Stored
 from holdfast.hf.tensors import Renamed, Tensors
+from holdfast.storage.opening import is_url
 
 MODEL = "model"
 
@@ -86,7 +87,7 @@ def fetched(path: str, *, assets_only: bool = False) -> str:
         NotFoundError: neither.
         StorageError: the hub cannot be reached.
     """
-    if "://" in path or Path(path).exists():
+    if is_url(path) or Path(path).exists():
         return path
     if not _HUB_NAME.fullmatch(path):
         raise NotFoundError(

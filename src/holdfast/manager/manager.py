@@ -7,8 +7,6 @@ import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from datetime import UTC, datetime
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -20,17 +18,18 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.engine.load import Loaded, load_tree
-from holdfast.engine.ranks import Ranks, all_ranks, host_name, on_every_rank, on_rank_0
+from holdfast.engine.ranks import Ranks, all_ranks, on_every_rank, on_rank_0
 from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source
 from holdfast.engine.spans import rate, times_of
 from holdfast.errors import DamagedError, ExistsError, FormatError, NotFoundError
 from holdfast.format.manifest import Kind
-from holdfast.format.names import LOCK, step_of
+from holdfast.format.names import step_of
 from holdfast.hf.export import HubModel
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.goodput import RESUMING, Goodput, Timings
-from holdfast.manager.hub import FOLDER, Hub
+from holdfast.manager.holding import Holding
+from holdfast.manager.hub import Hub
 from holdfast.manager.parts import (
     DATALOADER,
     MODEL,
@@ -56,7 +55,6 @@ from holdfast.manager.resume import (
     remember_damage,
     strict_step,
 )
-from holdfast.manager.retention import put_in_order
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
 from holdfast.state.dataloader import DataloaderState
@@ -66,7 +64,7 @@ from holdfast.state.optim import OptimizerState
 from holdfast.state.rng import RngState
 from holdfast.state.schedulers import SchedulerState
 from holdfast.state.tree import Stateful
-from holdfast.storage.local import LocalStore
+from holdfast.storage.opening import folder_store
 
 logger = logging.getLogger("holdfast")
 
@@ -107,13 +105,14 @@ class CheckpointManager:
         says what the model is called on the Hugging Face hub, for what goes there or comes from it.
 
         Raises:
-            ExistsError: another run saves in this folder.
+            ExistsError: another run saves in this folder, or another manager of this process.
+            UsageError: `folder` is a URL.
             StorageError: the folder cannot be written.
         """
         self.config = config or CheckpointConfig(enable=True)
         self._goodput = Goodput()
         self._ranks = ranks or all_ranks()
-        self._catalog = Catalog(LocalStore(folder))
+        self._catalog = Catalog(folder_store(folder))
         models, rank = many(model), self._ranks.rank
         self._kept = self._whole = ModelState(models)
         if not self.config.save_frozen:
@@ -134,7 +133,7 @@ class CheckpointManager:
             *(self._goodput, changed, self._hub),
         )
         self._owed = False
-        self._held = ExitStack()
+        self._held = Holding()
         if self.config.async_mode == "async_with_pinned_mem":
             for optimizer in many(optimizers):
                 hook = optimizer.register_step_pre_hook(lambda *_: self.wait_for_staging())
@@ -143,7 +142,11 @@ class CheckpointManager:
         check_excluded(self.config.exclude_from_loading, self._parts)
         self._resumed = not_excluded(self._parts, self.config.exclude_from_loading)
         if self._saves:
-            on_rank_0(self._ranks, self._take_hold)
+            try:
+                on_rank_0(self._ranks, partial(self._held.take, self._catalog, self._hub))
+            except BaseException:
+                with self._held:
+                    raise
 
     @property
     def _saves(self) -> bool:
@@ -171,6 +174,7 @@ class CheckpointManager:
             HoldfastError: the step could not be saved, on every rank; the steps before it stand.
                 With `on_save_error = "warn"` that is logged, and the run goes on.
         """
+        self._held.check_open()
         if not self._saves:
             return False
         self._goodput.count_step()
@@ -224,7 +228,9 @@ class CheckpointManager:
         Optimizers given to this manager do this by themselves before each step; whoever changes
         parameters or optimizer state in another way calls it first.
         """
-        self._saver.wait_for_staging()
+        # In a forked child the thread that copies is not there to be waited for.
+        if self._held.is_open:
+            self._saver.wait_for_staging()
 
     def timings(self) -> Timings:
         """How long saves and loads took, by stage and over all ranks: those that came to their end
@@ -257,6 +263,7 @@ class CheckpointManager:
                     hint="choose another `checkpoint.folder`, or remove this one",
                 )
 
+        self._held.check_open()
         on_rank_0(self._ranks, look)
         self._save_as("model", 0, last_step=False)
         self._saver.collect()
@@ -276,6 +283,7 @@ class CheckpointManager:
             MismatchError: a checkpoint of another model; nothing was changed.
             DamagedError: the step asked for is damaged.
         """
+        self._held.check_open()
         with self._goodput.lost_to(RESUMING):
             return self._load(self.config.load_step if step is None else step)
 
@@ -335,15 +343,19 @@ class CheckpointManager:
 
         Collective: every rank calls this. Raises what went wrong in the background.
         """
-        self._saver.collect()
+        if self._held.is_open:
+            self._saver.collect()
 
     def close(self) -> None:
-        """Finish what is under way and let go of the folder. Further calls do nothing."""
-        with self._held:
-            self.wait()
-            self._saver.retainer.wait()
+        """Finish what is under way and give up the folder: nothing is saved or loaded afterwards.
+        Further calls do nothing, and neither do calls in a forked child."""
+        if self._held.is_open:
+            with self._held:
+                self._saver.collect()
+                self._saver.retainer.wait()
 
     def __enter__(self) -> Self:
+        self._held.check_open()
         if self._saves:
             self._stop_signals = StopSignals(self.config.stop_signals)
             self._held.callback(self._stop_signals.release)
@@ -357,21 +369,10 @@ class CheckpointManager:
     ) -> None:
         if error is None:
             self.close()
-        else:
+        elif self._held.is_open:
             # Whoever stops has a deadline: what is not deleted by then, the next start sweeps.
             with self._held:
-                self.wait()
-
-    def _take_hold(self) -> None:
-        store = self._catalog.store
-        store.make_folder("")
-        since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-        note = f"host {host_name()}, pid {os.getpid()}, since {since}"
-        self._held.enter_context(store.lock(LOCK, note))
-        put_in_order(store)
-        if f"{FOLDER}/" in store.list():
-            # Who reads exports does not know of what stands aside.
-            put_in_order(self._hub.catalog.store)
+                self._saver.collect()
 
     def _resume(self, found: Step, *, explicit: bool) -> int:
         """Load a step of this folder, and remember the course that the run is on."""
