@@ -13,10 +13,11 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
 from holdfast.catalog.replaceable import why_not_removable, why_not_replaceable
-from holdfast.catalog.structure import check_structure
+from holdfast.catalog.structure import INDEX_BYTES_MAX, check_structure
 from holdfast.errors import (
     DamagedError,
     ExistsError,
+    FormatError,
     HoldfastError,
     NotFoundError,
     StorageError,
@@ -37,7 +38,11 @@ from holdfast.format.names import (
 )
 from holdfast.storage.store import ReadStore, Store
 
-_INDEX_BYTES_MAX = 1 << 30
+_LARGE_BYTES = 1 << 20
+"""A larger index is looked at before memory is taken for all of it."""
+
+_STARTS = (b"{", b"\x80")
+"""First bytes of a manifest, and of a stock index."""
 
 
 _TRIES = 100
@@ -288,14 +293,17 @@ def read_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
     """As `open_manifest`, without a look at the data files but for the sizes of stock ones."""
     where = place(store, name)
     files = set(store.list(name))
+    for index in {MANIFEST, METADATA} & files:
+        if store.leads_out(name, index):
+            raise FormatError(f"`{where}/{index}` is a link to a place outside of its folder")
     if MANIFEST in files:
-        data = _read_all(store, f"{name}/{MANIFEST}")
+        data = read_index(store, f"{name}/{MANIFEST}")
         return manifests.decode(data, where=f"{where}/{MANIFEST}", entries=entries)
     if METADATA in files:
         # Not at the top: where all steps are Holdfast's own, no list waits for the reader of stock.
         from holdfast.format.dcp import decode_metadata, is_ours
 
-        data = _read_all(store, f"{name}/{METADATA}")
+        data = read_index(store, f"{name}/{METADATA}")
         manifest = decode_metadata(data, where=f"{where}/{METADATA}")
         if is_ours(data):
             # It would load as a stock checkpoint does, its data unchecked.
@@ -354,8 +362,20 @@ def place(store: ReadStore, name: str) -> str:
     return f"{store.url.rstrip('/')}/{name}"
 
 
-def _read_all(store: ReadStore, key: str) -> bytes:
-    return store.read(key, 0, min(store.size(key), _INDEX_BYTES_MAX))
+def read_index(store: ReadStore, key: str) -> bytes:
+    """All bytes of an index.
+
+    Raises:
+        FormatError: so many that it can be none: a sparse file may state any size.
+    """
+    nbytes = store.size(key)
+    if nbytes > INDEX_BYTES_MAX:
+        raise FormatError(
+            f"`{place(store, key)}` has {nbytes} bytes, an index has at most {INDEX_BYTES_MAX}"
+        )
+    if nbytes > _LARGE_BYTES and store.read(key, 0, 1) not in _STARTS:
+        raise DamagedError(f"`{place(store, key)}` has {nbytes} bytes, and is no index")
+    return store.read(key, 0, nbytes)
 
 
 def _file_sizes(

@@ -194,9 +194,7 @@ def _left_over(folder: Folder, store: LocalStore) -> Iterator[Trouble]:
         return
     for action in asides:
         yield Trouble("left over", action.folder, action.why, folder.command("prune"))
-    note = (
-        store.read(lock, 0, 1024).decode(errors="replace").strip() if LOCK in folder.names else ""
-    )
+    note = _note(store, lock) if LOCK in folder.names else ""
     if note and not note.startswith(f"host {os.uname().nodename},"):
         what = f"held, or left, by {note}: another machine, so nobody can tell from here"
         yield Trouble("in use", LOCK, what)
@@ -204,12 +202,24 @@ def _left_over(folder: Folder, store: LocalStore) -> Iterator[Trouble]:
         yield Trouble("left over", LOCK, f"by {note}, which has died; the next run takes it over")
 
 
+def _note(store: LocalStore, lock: str) -> str:
+    """What the last holder of a lock has left in it."""
+    try:
+        return store.read(lock, 0, 1024).decode(errors="replace").strip()
+    except HoldfastError:
+        return ""
+
+
 def _unknown(folder: Folder) -> Iterator[Trouble]:
     """Folders whose names are no steps': neither read, nor counted, nor removed."""
     for name in folder.names:
         if not name.endswith("/") or step_of(name[:-1]) is not None or aside_of(name[:-1]):
             continue
-        held = folder.store.list(f"{folder.name}/{name[:-1]}")
+        try:
+            held = folder.store.list(f"{folder.name}/{name[:-1]}")
+        except HoldfastError as error:
+            yield Trouble("unknown", name, f"no step; {error.what}")
+            continue
         if any(step_of(one.rstrip("/")) is not None for one in held):
             continue  # Steps of another kind, as `hf/`.
         if not _is_checkpoint(held):

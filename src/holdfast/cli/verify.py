@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ from holdfast.cli.look import is_folder
 from holdfast.cli.terminal import parsed, progress, say, say_json, spelled_bytes
 from holdfast.engine.root import open_for_reading
 from holdfast.errors import DamagedError, HoldfastError, UsageError
-from holdfast.format.names import step_of
+from holdfast.format.names import step_of, step_standing_in
 from holdfast.storage.opening import folder_store, is_url
 from holdfast.storage.store import ReadStore
 
@@ -127,13 +128,22 @@ def _nbytes(store: ReadStore, name: str) -> int:
         files = [f"{name}/{file}" for file in store.list(name) if not file.endswith("/")]
     except HoldfastError:
         files = [name]
-    return sum(store.size(file) for file in files)
+    nbytes = 0
+    for file in files:
+        # What cannot be looked at is a finding later on.
+        with suppress(HoldfastError):
+            nbytes += store.size(file)
+    return nbytes
 
 
 def resumable(reports: Sequence[Report], marked: Collection[int]) -> int | None:
     """The newest step that loads whole, can be resumed from, and is not marked as damaged."""
-    steps = [r.step for r in reports if r.loads and (r.kind == "full" or r.step == 0)]
+    steps = [step_standing_in(r.where.rpartition("/")[2]) for r in reports if _resumes_from(r)]
     return max((step for step in steps if step is not None and step not in marked), default=None)
+
+
+def _resumes_from(report: Report) -> bool:
+    return report.loads and report.why_not is None
 
 
 def _say(report: Report, quick: bool) -> None:

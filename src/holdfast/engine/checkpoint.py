@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from holdfast.catalog.catalog import open_manifest
+from holdfast.catalog.steady import UNREADABLE, fingerprint
+from holdfast.engine.opening import open_at
 from holdfast.engine.read import Wanted, read_tensors
 from holdfast.engine.reshard import moves
 from holdfast.engine.root import open_for_reading
@@ -23,8 +25,9 @@ from holdfast.state.shard import Piece
 class Checkpoint:
     """A checkpoint of Holdfast, or of stock `torch.distributed.checkpoint`."""
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    def __init__(self, source: Source, seen: object = None) -> None:
+        """`seen` is the fingerprint of the checkpoint when it was opened; None: it is not known."""
+        self._source, self._seen = source, seen
 
     @property
     def manifest(self) -> Manifest:
@@ -55,9 +58,9 @@ class Checkpoint:
         moves(name, entry, box)
         target = torch.empty(box.shape, dtype=getattr(torch, entry.dtype))
         if box.num_elements:
-            read_tensors(
-                self._source, [Wanted(name, [Piece(box, Region.whole(box.shape))], target)]
-            )
+            wanted = Wanted(name, [Piece(box, Region.whole(box.shape))], target)
+            with self._unless_replaced():
+                read_tensors(self._source, [wanted])
         return target
 
     def value(self, name: str) -> Any:
@@ -66,8 +69,23 @@ class Checkpoint:
             entry = self._source.manifest.values[name]
         except KeyError:
             raise self._unknown("value", name, self._source.manifest.values) from None
-        container = read_value(self._source, name, entry)
+        with self._unless_replaced():
+            container = read_value(self._source, name, entry)
         return decode_value(name, container, where=f"{self._source.url}/{entry.file}")
+
+    @contextmanager
+    def _unless_replaced(self) -> Iterator[None]:
+        """Tell a checkpoint that another save has replaced from one that is damaged."""
+        try:
+            yield
+        except UNREADABLE as error:
+            source = self._source
+            if self._seen is None or fingerprint(source.store, source.folder) == self._seen:
+                raise
+            raise NotFoundError(
+                f"`{source.url}` has been replaced or removed since it was opened",
+                hint="open it again",
+            ) from error
 
     def _entry(self, name: str) -> TensorEntry:
         try:
@@ -92,8 +110,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         NotFoundError: no checkpoint there.
         DamagedError: files are missing or of another size.
     """
-    store, name = open_for_reading(path)
-    return Checkpoint(Source(store, name, open_manifest(store, name)))
+    opened = open_at(path)
+    store, _ = open_for_reading(path)
+    return Checkpoint(Source(store, opened.name, opened.manifest), opened.seen)
 
 
 def _box(name: str, shape: tuple[int, ...], region: Region | tuple[slice, ...] | None) -> Region:

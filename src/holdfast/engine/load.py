@@ -11,13 +11,12 @@ from typing import Any, Literal
 
 import torch
 
-from holdfast.catalog.catalog import open_manifest
 from holdfast.catalog.findings import PARTS
 from holdfast.engine.collector import collector_at_rest
-from holdfast.engine.ranks import Ranks, all_ranks, hosts_of, on_every_rank, on_rank_0
+from holdfast.engine.opening import read_at
+from holdfast.engine.ranks import Ranks, all_ranks, hosts_of, on_every_rank
 from holdfast.engine.read import Wanted, read_tensors, threads_for
 from holdfast.engine.replicas import Place, ask, read_shared
-from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source, read_value
 from holdfast.engine.spans import Spans
 from holdfast.engine.values import decode_value
@@ -73,13 +72,13 @@ def load(path: str | os.PathLike[str], state: Mapping[str, Any], *, strict: bool
         DamagedError: bytes are not those that were saved; the state may be loaded in part.
         FormatError: the checkpoint holds what could be read only by running its code.
     """
-    store, name = open_for_reading(path)
     ranks = all_ranks()
     try:
-        with collector_at_rest():
-            manifest = on_rank_0(ranks, lambda: open_manifest(store, name))
-        source = Source(store, name, manifest)
-        return load_tree(source, StateTree(state), ranks=ranks, strict=strict)
+        return read_at(
+            path,
+            ranks,
+            lambda source: load_tree(source, StateTree(state), ranks=ranks, strict=strict),
+        )
     finally:
         ranks.close()
 

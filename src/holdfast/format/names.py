@@ -85,12 +85,21 @@ def steps_among(names: Iterable[str]) -> dict[int, str]:
     """
     found = {}
     for folder in (name.rstrip("/") for name in sorted(names) if name.endswith("/")):
-        aside = aside_of(folder)
-        step = step_of(aside.name if aside and aside.role == "replaced" else folder)
+        step = step_standing_in(folder)
         if step is not None:
             # In the order of the alphabet, what was set aside stands before what has the name.
             found[step] = folder
     return dict(sorted(found.items()))
+
+
+def step_standing_in(folder: str) -> int | None:
+    """The step that a folder stands for: by its name, or set aside while its successor was saved.
+
+    >>> step_standing_in("step-30"), step_standing_in(".replaced-step-30-1f2e3d4c")
+    (30, 30)
+    """
+    aside = aside_of(folder)
+    return step_of(aside.name if aside and aside.role == "replaced" else folder)
 
 
 def aside_of(name: str) -> Aside | None:

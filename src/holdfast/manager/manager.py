@@ -22,7 +22,7 @@ from holdfast.engine.ranks import Ranks, all_ranks, on_every_rank, on_rank_0
 from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source
 from holdfast.engine.spans import rate, times_of
-from holdfast.errors import DamagedError, ExistsError, FormatError, NotFoundError
+from holdfast.errors import ExistsError, NotFoundError
 from holdfast.format.manifest import Kind
 from holdfast.format.names import step_of
 from holdfast.hf.export import HubModel
@@ -48,13 +48,7 @@ from holdfast.manager.parts import (
 )
 from holdfast.manager.policy import is_due, kind_in_time, kind_of_save
 from holdfast.manager.renames import as_here
-from holdfast.manager.resume import (
-    Step,
-    newest_final,
-    newest_resumable,
-    remember_damage,
-    strict_step,
-)
+from holdfast.manager.resume import Resuming, Step, newest_final
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
 from holdfast.state.dataloader import DataloaderState
@@ -282,6 +276,7 @@ class CheckpointManager:
             NotFoundError: no such step; or there are steps, but none can be resumed from.
             MismatchError: a checkpoint of another model; nothing was changed.
             DamagedError: the step asked for is damaged.
+            StorageError: the step asked for cannot be read.
         """
         self._held.check_open()
         with self._goodput.lost_to(RESUMING):
@@ -292,29 +287,12 @@ class CheckpointManager:
             return 0
         self.wait_for_staging()
         base = None if self.config.save_frozen else self._load_initial()
+        resuming = Resuming(self._catalog, self._ranks, self._resume, self._warn, self._saves)
         if wanted >= 0:
-            found = on_rank_0(self._ranks, partial(strict_step, self._catalog, wanted))
-            return self._resume(found, explicit=True)
-        passed_over: list[str] = []
-        below: int | None = None
-        while True:
-            candidate, refused = on_rank_0(
-                self._ranks, partial(newest_resumable, self._catalog, below)
-            )
-            for line in refused:
-                self._warn(f"passed over {line}")
-            passed_over += refused
-            if candidate is None:
-                break
-            try:
-                return self._resume(candidate, explicit=False)
-            except (DamagedError, FormatError, NotFoundError) as error:
-                # Raised on every rank alike, so all go on to the same older step.
-                passed_over.append(f"step {candidate.step}: {error.what}")
-                self._warn(f"passed over {passed_over[-1]}")
-                if self._ranks.rank == 0 and self._saves:
-                    remember_damage(self._catalog, candidate.step, error)
-                below = candidate.step
+            return resuming.from_step(wanted)
+        found, passed_over = resuming.from_newest()
+        if found is not None:
+            return found
         # Of what is trained, a step that proved damaged may have been read in part: no fresh start.
         start = self._load_initial() if self.config.save_frozen else None if passed_over else base
         if start is not None:
@@ -374,7 +352,7 @@ class CheckpointManager:
             with self._held:
                 self._saver.collect()
 
-    def _resume(self, found: Step, *, explicit: bool) -> int:
+    def _resume(self, found: Step, explicit: bool) -> int:
         """Load a step of this folder, and remember the course that the run is on."""
         started = time.perf_counter()
         source = Source(self._catalog.store, found.folder, found.manifest)

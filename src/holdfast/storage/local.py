@@ -231,6 +231,11 @@ class LocalStore:
                     hint=_HINTS.get(error.errno or 0, f"`{self._root}` must be there: mkdir -p"),
                 ) from error
             raise NotFoundError(f"nothing at `{path}`") from error
+        except MemoryError as error:
+            # A sparse file may state any size.
+            raise StorageError(
+                f"cannot {doing} `{self._path(key)}`: it does not fit into memory"
+            ) from error
         except OSError as error:
             raise StorageError(
                 f"cannot {doing} `{self._path(key)}`: {error.strerror or error}",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from checkpoints import save_safetensors, save_step
+from checkpoints import copy_step, save_safetensors, save_step
 from holdfast.catalog.marks import mark_damaged, pin
 from holdfast.cli.main import main
 from holdfast.format.names import LOCK
@@ -22,7 +22,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("saved")
     save_step(home / "steps", 10)
     for step in (20, 30, 40, 50, 60):
-        shutil.copytree(home / "steps/step-10", home / f"steps/step-{step}")
+        copy_step(home / "steps/step-10", step)
     return home / "steps"
 
 
