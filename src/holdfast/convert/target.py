@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -240,11 +241,15 @@ def _write_small(target: Target, attempt: Aside, file: str, data: bytes) -> None
         store.sync(f"{attempt}/{folder}")
 
 
-def _write_tensor(writer: Writer, offset: int, output: Output, take: Callable[[], Buffer]) -> None:
+def _write_tensor(writer: Writer, offset: int, output: Output, take: Callable[[], Buffer]) -> int:
+    """Write the elements of a tensor, block by block. Returns their CRC-32."""
+    crc32 = 0
     for _ in output.regions():
         block = take()
+        crc32 = zlib.crc32(block, crc32)
         writer.write(offset, [block])
         offset += len(block)
+    return crc32
 
 
 # ------------------------------------------------------------------------------------------ .pt
@@ -266,10 +271,13 @@ def write_torch_file(target: Target, outputs: Outputs, values: Values, advance: 
             read_ahead(wanted, advance) as take,
             target.files.create(f"{attempt}/{name}", image.nbytes) as writer,
         ):
-            for offset, frame in image.frames:
+            crc32s = {
+                one: _write_tensor(writer, span.offset, outputs[one], take)
+                for one, span in image.tensors.items()
+            }
+            # Last, since they hold the checksums of the elements between them.
+            for offset, frame in image.frames(crc32s):
                 writer.write(offset, [frame])
-            for one, span in image.tensors.items():
-                _write_tensor(writer, span.offset, outputs[one], take)
         store.sync(str(attempt))
         _publish_file(target, attempt)
     return image.nbytes

@@ -48,7 +48,8 @@ from holdfast.manager.parts import (
 )
 from holdfast.manager.policy import is_due, kind_in_time, kind_of_save
 from holdfast.manager.renames import as_here
-from holdfast.manager.resume import Resuming, Step, newest_final
+from holdfast.manager.resume import Step, newest_final
+from holdfast.manager.resuming import Resuming
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
 from holdfast.state.dataloader import DataloaderState
