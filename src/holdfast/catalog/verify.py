@@ -226,9 +226,15 @@ def _verify_safetensors(target: Target) -> Report:
         index = safetensors.read_index(data, where=f"{target.where}/{indexes[0]}")
     held = [name for name in names if name.endswith(safetensors.SUFFIX) or not name]
     files = held if index is None else sorted(set(index.values()))
+    if index is None:
+        lacking = safetensors.missing_shards(held)
+        findings += [Finding("file", file, "is missing") for file in lacking]
     parts: dict[str, Manifest] = {}
     for file in files:
         try:
+            if file and target.store.leads_out(target.name, file):
+                findings.append(Finding("file", file, "is a link to a place outside of its folder"))
+                continue
             parts[file] = _safetensors_file(target, file)
         except NotFoundError:
             findings.append(Finding("file", file, "is missing"))
