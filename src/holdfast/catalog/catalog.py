@@ -13,6 +13,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
 from holdfast.catalog.replaceable import why_not_removable, why_not_replaceable
+from holdfast.catalog.steady import LOOKS_MAX
 from holdfast.catalog.structure import INDEX_BYTES_MAX, check_structure
 from holdfast.errors import (
     DamagedError,
@@ -36,6 +37,7 @@ from holdfast.format.names import (
     step_of,
     steps_among,
 )
+from holdfast.storage.opening import is_url
 from holdfast.storage.store import ReadStore, Store
 
 _LARGE_BYTES = 1 << 20
@@ -100,12 +102,19 @@ class Catalog:
         Raises:
             ExistsError: the name is taken, and not by a checkpoint that may be replaced.
         """
-        there = self._standing_for(name)
-        if there is None:
-            return
-        if not replace:
-            raise ExistsError(f"`{self.where(name)}` exists already", hint=hint)
-        why = why_not_replaceable(self.store, there, file=file)
+        for left in reversed(range(LOOKS_MAX)):
+            there = self._standing_for(name)
+            if there is None:
+                return
+            if not replace:
+                raise ExistsError(f"`{self.where(name)}` exists already", hint=hint)
+            try:
+                why = why_not_replaceable(self.store, there, file=file)
+                break
+            except NotFoundError:
+                # Another process is replacing it: look at what has its name then.
+                if not left:
+                    raise
         if why is None and step_of(name) is not None and self.store.holder(LOCK) is not None:
             why = f"a run saves in `{self.store.url}`"
         if why is not None:
@@ -183,9 +192,11 @@ class Catalog:
         # Were a sweep to find two that had this name, it could not tell which is the newer.
         for stale in map(aside_of, (name.rstrip("/") for name in there)):
             if stale and (stale.role, stale.name) == ("replaced", attempt.name):
-                removing = replace(stale, role="removing")
-                self.store.rename(str(stale), str(removing))
-                self.store.remove(str(removing))
+                # A sweep that is at it already has done so.
+                with suppress(NotFoundError):
+                    removing = replace(stale, role="removing")
+                    self.store.rename(str(stale), str(removing))
+                    self.store.remove(str(removing))
         self._forget_damage(attempt.name, there)
         # The attempt's own name must be durable before the old checkpoint gives up its name.
         self.store.sync("")
@@ -344,7 +355,9 @@ def steps_in(store: ReadStore, name: str) -> list[str]:
 def standing(store: ReadStore, name: str) -> str:
     """The folder that holds checkpoint `name`: its own; or, where a save that was to take its place
     has died between its two renames, the one in which the earlier checkpoint stands aside until a
-    sweep gives it back its name."""
+    sweep gives it back its name. Behind a URL nobody saves, and listing may be slow or refused."""
+    if is_url(store.url):
+        return name
     above, _, last = name.rpartition("/")
     try:
         there = store.list(above)

@@ -128,10 +128,10 @@ def _change(store: Store, action: Action) -> None:
 
 
 def _out_of_reach(store: Store, folder: str) -> str:
-    """The folder under a name from which nothing is restored: half of it may be all that is left
-    when its successor goes."""
+    """The folder under a name from which nothing is restored, and that nobody goes on with: half of
+    it may be all that is left when its successor goes."""
     aside = aside_of(folder)
-    if aside is None or aside.role != "replaced":
+    if aside is None or aside.role == "removing":
         return folder
     removing = str(replace(aside, role="removing"))
     store.rename(folder, removing)

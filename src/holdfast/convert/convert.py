@@ -9,6 +9,7 @@ from holdfast.convert.plan import Planned, Wishes
 from holdfast.convert.stream import Advance
 from holdfast.convert.target import (
     HubFiles,
+    Target,
     Values,
     facts_of,
     open_target,
@@ -36,20 +37,25 @@ class Converted:
 
 
 def convert(planned: Planned, target: str, wishes: Wishes, advance: Advance) -> Converted:
-    """Write what was planned to `target`, which is absent until it is whole. Goes on where an
+    """As `convert_to`, to the place at the path `target`."""
+    sources = [planned.opened.path, *([] if planned.assets is None else [planned.assets])]
+    place = open_target(
+        target, overwrite=wishes.overwrite, sources=sources, file=wishes.to == "torch"
+    )
+    return convert_to(place, planned, wishes, advance)
+
+
+def convert_to(place: Target, planned: Planned, wishes: Wishes, advance: Advance) -> Converted:
+    """Write what was planned to a target, which is absent until it is whole. Goes on where an
     earlier conversion to it was killed.
 
     Holds a few blocks of 32 MB in memory, whatever the size of the model.
 
     Raises:
-        ExistsError: something is at `target`.
+        ExistsError: something is there, or came there meanwhile.
         StorageError: no space, no rights; nothing is left behind.
         DamagedError: bytes of the source are not those that were written.
     """
-    sources = [planned.opened.path, *([] if planned.assets is None else [planned.assets])]
-    place = open_target(
-        target, overwrite=wishes.overwrite, sources=sources, file=wishes.to == "torch"
-    )
     started = time.perf_counter()
     outputs, opened = planned.outputs, planned.opened
     if wishes.to == "hf":

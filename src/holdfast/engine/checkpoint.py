@@ -13,7 +13,6 @@ from holdfast.catalog.steady import UNREADABLE, fingerprint
 from holdfast.engine.opening import open_at
 from holdfast.engine.read import Wanted, read_tensors
 from holdfast.engine.reshard import moves
-from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source, read_value
 from holdfast.engine.values import decode_value
 from holdfast.errors import NotFoundError, UsageError
@@ -110,8 +109,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         NotFoundError: no checkpoint there.
         DamagedError: files are missing or of another size.
     """
-    opened = open_at(path)
-    store, _ = open_for_reading(path)
+    store, opened = open_at(path)
     return Checkpoint(Source(store, opened.name, opened.manifest), opened.seen)
 
 

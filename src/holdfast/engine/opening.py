@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from holdfast.catalog.catalog import open_manifest
+from holdfast.catalog.catalog import open_manifest, standing
 from holdfast.catalog.steady import LOOKS_MAX, UNREADABLE, fingerprint
 from holdfast.engine.collector import collector_at_rest
 from holdfast.engine.ranks import Ranks, on_rank_0
-from holdfast.engine.root import open_for_reading
+from holdfast.engine.root import place_of
 from holdfast.engine.source import Source
 from holdfast.format.manifest import Manifest
 from holdfast.storage.store import ReadStore
@@ -34,36 +34,46 @@ class Opened:
         return fingerprint(store, self.name) != self.seen
 
 
-def open_at(path: str | os.PathLike[str]) -> Opened:
-    """The checkpoint at `path`, its structure checked. Looks again where another process replaces
-    it meanwhile.
+def open_at(path: str | os.PathLike[str]) -> tuple[ReadStore, Opened]:
+    """The checkpoint at `path`, with its store: see `open_in`."""
+    store, name = place_of(path)
+    return store, open_in(store, name)
+
+
+def open_in(store: ReadStore, name: str) -> Opened:
+    """The checkpoint `name` of a store, its structure checked. Looks again where another process
+    replaces it meanwhile.
 
     Raises:
         NotFoundError: no checkpoint there.
         DamagedError: files are missing or of another size.
     """
     for left in reversed(range(LOOKS_MAX)):
-        store, name = open_for_reading(path)
-        seen = fingerprint(store, name)
+        folder = standing(store, name)
+        seen = fingerprint(store, folder)
         try:
-            return Opened(name, open_manifest(store, name), seen)
+            return Opened(folder, open_manifest(store, folder), seen)
         except UNREADABLE:
-            moved = open_for_reading(path)[1] != name
-            if not left or not (moved or fingerprint(store, name) != seen):
+            moved = standing(store, name) != folder
+            if not left or not (moved or fingerprint(store, folder) != seen):
                 raise
     raise AssertionError("the last look returns or raises")
 
 
 def read_at(path: str | os.PathLike[str], ranks: Ranks, read: Callable[[Source], T]) -> T:
-    """What `read` makes of the checkpoint at `path`. Called again on the new one where it fails
-    since another process has replaced the checkpoint meanwhile.
+    """What `read` makes of the checkpoint at `path`: see `read_in`."""
+    return read_in(*place_of(path), ranks, read)
+
+
+def read_in(store: ReadStore, name: str, ranks: Ranks, read: Callable[[Source], T]) -> T:
+    """What `read` makes of the checkpoint `name`. Called again on the new one where it fails since
+    another process has replaced the checkpoint meanwhile.
 
     Collective: every rank calls this; `read` raises on every rank alike.
     """
-    store, _ = open_for_reading(path)
     for left in reversed(range(LOOKS_MAX)):
         with collector_at_rest():
-            opened = on_rank_0(ranks, partial(open_at, path))
+            opened = on_rank_0(ranks, partial(open_in, store, name))
         try:
             return read(Source(store, opened.name, opened.manifest))
         except UNREADABLE:

@@ -6,7 +6,6 @@ import os
 
 from holdfast.catalog.catalog import Catalog, standing
 from holdfast.errors import UsageError
-from holdfast.storage.local import LocalStore
 from holdfast.storage.opening import folder_store, is_url, local_path, open_store, without_scheme
 from holdfast.storage.store import ReadStore
 
@@ -24,10 +23,15 @@ def open_root(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
 def open_for_reading(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
     """The store that the checkpoint at `path`, a folder or a URL, lies in, and its name there, or
     that of the folder that stands for it (`standing`)."""
+    store, name = place_of(path)
+    return store, standing(store, name)
+
+
+def place_of(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
+    """The store that `path`, a folder or a URL, lies in, and its name there."""
     text = without_scheme(path)
     folder, name = _split(text.rstrip("/") if is_url(text) else local_path(text))
-    store = open_store(folder)
-    return store, standing(store, name) if isinstance(store, LocalStore) else name
+    return open_store(folder), name
 
 
 def _split(path: str) -> tuple[str, str]:

@@ -79,13 +79,20 @@ def save(
     catalog, name = open_root(path)
     ranks = all_ranks()
     try:
-        on_rank_0(ranks, lambda: _check_free(catalog, name, overwrite))
-        leaves = on_every_rank(ranks, StateTree(state).leaves_to_save)
-        return save_leaves(
-            catalog, name, leaves, ranks=ranks, planner=Planner(ranks), overwrite=overwrite
-        )
+        return save_in(catalog, name, state, ranks=ranks, overwrite=overwrite)
     finally:
         ranks.close()
+
+
+def save_in(
+    catalog: Catalog, name: str, state: Mapping[str, Any], *, ranks: Ranks, overwrite: bool
+) -> Saved:
+    """As `save`, to the checkpoint `name` of `catalog`, by these ranks."""
+    on_rank_0(ranks, lambda: _check_free(catalog, name, overwrite))
+    leaves = on_every_rank(ranks, StateTree(state).leaves_to_save)
+    return save_leaves(
+        catalog, name, leaves, ranks=ranks, planner=Planner(ranks), overwrite=overwrite
+    )
 
 
 def _check_free(catalog: Catalog, name: str, overwrite: bool) -> None:
