@@ -201,7 +201,11 @@ class Catalog:
         # The attempt's own name must be durable before the old checkpoint gives up its name.
         self.store.sync("")
         replaced = Aside("replaced", attempt.name, attempt.id)
-        if why := why_not_removable(self.store, attempt.name):
+        try:
+            why = why_not_removable(self.store, attempt.name)
+        except NotFoundError:
+            why = "it has just been removed"
+        if why is not None:
             raise self._kept(attempt.name, why)
         try:
             self.store.rename(attempt.name, str(replaced))
@@ -246,9 +250,9 @@ class Catalog:
         aside = Aside("removing", name, os.urandom(4).hex())
         with self.store.hold(name) as held:
             if held is False:
-                raise self._kept(name, "another process is replacing or removing it")
+                raise self._kept(name, "another process is replacing or removing it", "removed")
             if why := why_not_removable(self.store, name):
-                raise self._kept(name, why)
+                raise self._kept(name, why, "removed")
             self.store.rename(name, str(aside))
         return aside
 
@@ -264,11 +268,11 @@ class Catalog:
         found = standing(self.store, name)
         return None if found == name else found
 
-    def _kept(self, name: str, why: str) -> ExistsError:
+    def _kept(self, name: str, why: str, what: str = "replaced") -> ExistsError:
         return ExistsError(
-            f"`{self.where(name)}` is neither replaced nor removed: {why}",
-            hint="only one checkpoint, or one export, that nobody uses is; choose another path, or "
-            "move it away",
+            f"`{self.where(name)}` is not {what}: {why}",
+            hint=f"only one checkpoint, or one export, that nobody else uses is {what}; choose "
+            "another path, or move it away",
         )
 
 

@@ -48,7 +48,7 @@ def plan_sweep(names: Collection[str], *, only: str | None = None) -> list[Actio
             actions.append(Action("remove", folder, why))
     if only is None:
         actions += _stale_marks(names, folders)
-        actions += _stale_locks(names, folders)
+        actions += _locks(names)
     return actions
 
 
@@ -72,13 +72,9 @@ def _stale_marks(names: Collection[str], folders: Collection[str]) -> list[Actio
     ]
 
 
-def _stale_locks(names: Collection[str], folders: Collection[str]) -> list[Action]:
-    held = {name: held_of(name) for name in sorted(names)}
-    return [
-        Action("remove", name, "the lock of a save that is over")
-        for name, folder in held.items()
-        if folder is not None and folder not in folders
-    ]
+def _locks(names: Collection[str]) -> list[Action]:
+    held = [name for name in sorted(names) if held_of(name) is not None]
+    return [Action("remove", name, "the lock of a save that is over") for name in held]
 
 
 def execute(store: Store, actions: Sequence[Action]) -> list[str]:

@@ -122,12 +122,15 @@ def mark_of(name: str) -> Mark | None:
 
 
 def held_file(name: str) -> str:
-    """File that is locked in place of a folder of this name, beside it.
+    """File that is locked in place of a folder of this name, beside it. A checkpoint has one file
+    by whatever name it is set aside, since who holds it may rename it; an attempt has its own.
 
-    >>> held_file("step-5")
-    '.held-step-5-1eb6696e'
+    >>> held_file("step-5"), held_file(".replaced-step-5-1f2e3d4c")
+    ('.held-step-5-1eb6696e', '.held-step-5-1eb6696e')
     """
-    return f"{_HELD}{name}-{crc32(os.fsencode(name)):08x}"
+    aside = aside_of(name)
+    held = name if aside is None or aside.role == "attempt" else aside.name
+    return f"{_HELD}{held}-{crc32(os.fsencode(held)):08x}"
 
 
 def held_of(name: str) -> str | None:

@@ -216,6 +216,9 @@ class LocalStore:
                 return None
             if lock is not None:
                 stack.callback(locks.remove_lock_file, beside, lock)
+                if not os.path.lexists(path):
+                    # Its last holder removed it, and the lock's file with it.
+                    raise NotFoundError(f"nothing at `{path}`") from None
         return lock is not None
 
     @contextmanager
