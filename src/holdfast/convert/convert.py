@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from holdfast.catalog.steady import UNREADABLE
 from holdfast.convert.plan import Planned, Wishes
 from holdfast.convert.stream import Advance
 from holdfast.convert.target import (
@@ -18,6 +19,7 @@ from holdfast.convert.target import (
     write_torch_file,
 )
 from holdfast.engine.root import open_for_reading
+from holdfast.errors import NotFoundError
 from holdfast.format.manifest import Kind
 
 
@@ -55,23 +57,36 @@ def convert_to(place: Target, planned: Planned, wishes: Wishes, advance: Advance
         ExistsError: something is there, or came there meanwhile.
         StorageError: no space, no rights; nothing is left behind.
         DamagedError: bytes of the source are not those that were written.
+        NotFoundError: another process has replaced or removed the source meanwhile.
     """
     started = time.perf_counter()
+    try:
+        nbytes = _written(place, planned, wishes, advance)
+    except UNREADABLE as error:
+        if not planned.opened.is_gone:
+            raise
+        raise NotFoundError(
+            f"`{planned.opened.path}` has been replaced or removed while it was converted",
+            hint="run the command again",
+        ) from error
+    seconds = time.perf_counter() - started
+    kept_bytes = place.files.kept_bytes
+    return Converted(place.where, nbytes, kept_bytes, seconds, len(planned.outputs))
+
+
+def _written(place: Target, planned: Planned, wishes: Wishes, advance: Advance) -> int:
+    """Write the target. Returns its bytes."""
     outputs, opened = planned.outputs, planned.opened
     if wishes.to == "hf":
         shard_bytes = wishes.max_shard_bytes
-        nbytes = write_hub(place, outputs, _beside(planned), shard_bytes, advance)
-    elif wishes.to == "torch":
-        nbytes = write_torch_file(place, outputs, _values(planned, wishes), advance)
-    else:
-        whole = opened.others and not wishes.model_only
-        kind: Kind = "full" if whole else "model"
-        step = opened.manifest.step
-        model = planned.config or opened.manifest.model
-        facts = facts_of(place, kind, step, model)
-        nbytes = write_step(place, outputs, _values(planned, wishes), facts, advance)
-    seconds = time.perf_counter() - started
-    return Converted(place.where, nbytes, place.files.kept_bytes, seconds, len(outputs))
+        return write_hub(place, outputs, _beside(planned), shard_bytes, advance)
+    if wishes.to == "torch":
+        return write_torch_file(place, outputs, _values(planned, wishes), advance)
+    whole = opened.others and not wishes.model_only
+    kind: Kind = "full" if whole else "model"
+    model = planned.config or opened.manifest.model
+    facts = facts_of(place, kind, opened.manifest.step, model)
+    return write_step(place, outputs, _values(planned, wishes), facts, advance)
 
 
 def _values(planned: Planned, wishes: Wishes) -> Values:

@@ -11,6 +11,7 @@ from typing import Any
 
 from holdfast.catalog.catalog import open_manifest, place
 from holdfast.catalog.findings import Format, name_in_model, parts_of
+from holdfast.catalog.steady import fingerprint
 from holdfast.catalog.verify import format_of
 from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source
@@ -23,6 +24,7 @@ from holdfast.hf.quantized import Dequantized
 from holdfast.hf.stored import Stored
 from holdfast.hf.tensors import Renamed, Tensors
 from holdfast.storage.opening import is_url
+from holdfast.storage.store import ReadStore
 
 MODEL = "model"
 
@@ -65,6 +67,9 @@ class Opened:
     file: str = ""
     """Within the source's folder, where the checkpoint is one file."""
 
+    seen: object = None
+    """Fingerprint of the checkpoint when it was opened."""
+
     @property
     def where(self) -> str:
         return self.source.url
@@ -77,6 +82,12 @@ class Opened:
     @property
     def manifest(self) -> Manifest:
         return self.source.manifest
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the checkpoint has been replaced or removed since."""
+        key = f"{self.source.folder}/{self.file}" if self.file else self.source.folder
+        return fingerprint(self.source.store, key) != self.seen
 
 
 def fetched(path: str, *, assets_only: bool = False) -> str:
@@ -121,6 +132,11 @@ def open_source(path: str) -> Opened:
     """
     found = fetched(path)
     store, name = open_for_reading(found)
+    seen = fingerprint(store, name)
+    return replace(_open(found, store, name), seen=seen)
+
+
+def _open(found: str, store: ReadStore, name: str) -> Opened:
     form = format_of(store, name)
     if form is None:
         raise NotFoundError(

@@ -15,7 +15,7 @@ from holdfast.storage.store import ReadStore
 
 _LOCAL = "file:///"
 
-_SHORTENED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_SHORTENED = re.compile(r"(?:^|/)[A-Za-z][A-Za-z0-9+.-]+:(?=/)")
 """A URL that went through `pathlib`, which makes `s3:/` of `s3://`."""
 
 
@@ -31,7 +31,8 @@ def local_path(path: str | os.PathLike[str]) -> str:
         UsageError: it is a URL, or no path at all.
     """
     text = os.fsdecode(path)
-    if is_url(text) or _SHORTENED.match(text):
+    shortened = _SHORTENED.search(text)
+    if is_url(text) or (shortened and not os.path.isdir(text[: shortened.end()])):  # noqa: PTH112
         raise UsageError(
             f"`{text}` is a URL, and only folders of this machine can be written to",
             hint="save to a folder, then copy it with the tool of that store",

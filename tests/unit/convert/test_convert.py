@@ -25,7 +25,7 @@ from holdfast.convert.plan import Wishes, plan
 from holdfast.engine.checkpoint import open_checkpoint
 from holdfast.engine.load import load
 from holdfast.engine.save import save
-from holdfast.errors import DamagedError, ExistsError, FormatError
+from holdfast.errors import DamagedError, ExistsError, FormatError, NotFoundError
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.storage.local import LocalStore
 from hub_folders import LLAMA, hub_tensors, save_folder
@@ -203,6 +203,16 @@ def test_a_flipped_bit_that_changes_what_loads_is_found_in_a_pt_file_of_ours(
             except FormatError:
                 continue
     assert changed > 150
+
+
+def test_a_source_that_is_replaced_meanwhile_is_not_called_damaged(tmp_path: Path) -> None:
+    """G14. Method: another save takes the place of the source between the plan and the reading."""
+    save(tmp_path / "c", {"w": torch.zeros(300)})
+    planned = plan(str(tmp_path / "c"), Wishes(to="torch"))
+    save(tmp_path / "c", {"w": torch.ones(300), "more": torch.ones(7)}, overwrite=True)
+    with pytest.raises(NotFoundError, match="replaced or removed while it was converted"):
+        convert(planned, str(tmp_path / "c.pt"), Wishes(to="torch"), lambda _: None)
+    assert {path.name for path in tmp_path.iterdir()} == {"c"}
 
 
 def test_damage_in_the_source_leaves_no_target(tmp_path: Path) -> None:
