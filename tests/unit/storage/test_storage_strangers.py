@@ -46,7 +46,7 @@ STRANGE: dict[str, Callable[[Path], None]] = {
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", STRANGE)
 def test_what_is_no_plain_file_is_refused_at_once(kind: str, tmp_path: Path) -> None:
-    """G16. Method: a pipe, a socket and a device, read and asked for in every way; a folder with
+    """G8. Method: a pipe, a socket and a device, read and asked for in every way; a folder with
     one of them is listed."""
     STRANGE[kind](tmp_path / "strange")
     store = LocalStore(tmp_path)
@@ -63,13 +63,13 @@ def test_what_is_no_plain_file_is_refused_at_once(kind: str, tmp_path: Path) -> 
 
 
 def test_a_read_takes_memory_for_what_is_there(tmp_path: Path) -> None:
-    """G16. Method: a tebibyte asked for, of a file that has nine bytes."""
+    """G8. Method: a tebibyte asked for, of a file that has nine bytes."""
     (tmp_path / "file").write_bytes(b"nine byte")
     assert LocalStore(tmp_path).read("file", 0, 1 << 40) == b"nine byte"
 
 
 def test_a_link_that_leads_in_a_circle_does_not_end_a_walk(tmp_path: Path) -> None:
-    """G16. Method: two links to each other beside a file and a folder."""
+    """G8. Method: two links to each other beside a file and a folder."""
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     (tmp_path / "folder").mkdir()
