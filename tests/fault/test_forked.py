@@ -219,6 +219,26 @@ def test_a_closed_manager_saves_and_loads_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == before
 
 
+@pytest.mark.parametrize("mode", ["disabled", "async", "async_with_pinned_mem"])
+def test_a_manager_that_nobody_refers_to_holds_nothing(mode: str, tmp_path: Path) -> None:
+    """G16. Method: as where a notebook's variable is deleted, or gets another value, without a
+    `close`; the manager's optimizer refers to it by a hook in one of the modes."""
+
+    def made() -> CheckpointManager:
+        model = nn.Linear(3, 3)
+        optimizer = torch.optim.SGD(model.parameters())
+        config = CheckpointConfig(enable=True, interval=1, async_mode=mode)  # type: ignore[arg-type]
+        return CheckpointManager(tmp_path, model=model, optimizers=optimizer, config=config)
+
+    held = made()
+    held.save(1)
+    held.wait()
+    with pytest.raises(holdfast.ExistsError, match="held by this process already"):
+        made()
+    del held
+    made().close()
+
+
 def test_a_manager_that_could_not_begin_holds_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

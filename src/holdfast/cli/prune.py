@@ -149,12 +149,19 @@ def decide(catalog: Catalog, asked: Prune) -> list[Decision]:
 
 def _why_kept(catalog: Catalog, step: int, folder: str) -> str | None:
     """Why a folder stays whatever the rules say: more lies in it than one checkpoint, or another
-    one than its name says. None where the rules decide."""
+    one than its name says, or it cannot be read now. None where the rules decide."""
     try:
-        why = why_not_removable(catalog.store, folder)
-        return why or misnumbered(step, read_manifest(catalog.store, folder, entries=False))
+        if why := why_not_removable(catalog.store, folder):
+            return why
+        manifest = read_manifest(catalog.store, folder, entries=False)
+        for file in manifest.files:
+            with suppress(NotFoundError):
+                catalog.store.size(f"{folder}/{file}")
+    except StorageError as error:
+        return error.what  # A disk or a mount that is ill says nothing of the step.
     except HoldfastError:
         return None
+    return misnumbered(step, manifest)
 
 
 def _is_of_hub(catalog: Catalog, folder: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -155,8 +156,13 @@ class LocalStore:
 
     @contextmanager
     def lock(self, key: str, note: str) -> Iterator[None]:
+        path = self._path(key)
         with self._said("lock", key):
-            lock = locks.lock_file(self._path(key))
+            lock = locks.lock_file(path)
+            if lock is None:
+                # Its holder may be a manager that nobody refers to, and that is in a cycle.
+                gc.collect()
+                lock = locks.lock_file(path)
             if lock is None:
                 raise self._in_use(key)
         try:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +151,41 @@ def test_a_mistake_removes_nothing(
     monkeypatch.chdir(steps.parent)
     assert run(capsys, *arguments)[0] == status
     assert there(steps) == before
+
+
+@pytest.mark.parametrize("what", ["step-60", "step-60/__0_0.distcp"])
+def test_a_step_that_cannot_be_read_now_is_not_removed_as_damaged(
+    what: str, steps: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G16. Method: the system says that the disk is ill, of a folder or of a file; `--damaged`
+    leaves the step, which is whole once the disk is well."""
+    refused, real = str(steps / what), {name: getattr(os, name) for name in ("open", "stat")}
+
+    def failing(name: str, path: Any, *more: Any, **named: Any) -> Any:
+        if isinstance(path, str) and path.startswith(refused):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return real[name](path, *more, **named)
+
+    before = there(steps)
+    with monkeypatch.context() as patch:
+        for name in real:
+            patch.setattr(os, name, partial(failing, name))
+        assert run(capsys, steps, "--damaged")[0] == 0
+    assert there(steps) == before
+
+
+def test_what_another_process_is_at_work_on_stays(
+    steps: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G16. Method: two attempts, one of them held, as a conversion holds its own."""
+    store = LocalStore(steps)
+    for number in (1, 2):
+        store.make_folder(f".attempt-step-0-0000000{number}")
+    with store.hold(".attempt-step-0-00000001"):
+        status, said, _ = run(capsys, steps)
+        assert status == 0
+        assert "keep    another process is at work on it" in said
+        assert ".attempt-step-0-00000001" in there(steps)
+    assert ".attempt-step-0-00000002" not in there(steps)
+    assert run(capsys, steps)[0] == 0
+    assert not [name for name in there(steps) if name.startswith(".attempt")]
