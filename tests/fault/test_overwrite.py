@@ -363,3 +363,36 @@ def test_prune_removes_no_folder_that_only_looks_like_a_step(tmp_path: Path) -> 
     arguments: list[Any] = ["prune", tmp_path, "--keep-latest-k", "2", "--damaged"]
     assert main([os.fspath(one) for one in arguments]) in (0, 2)
     assert (tmp_path / "step-7" / "thesis.tex").read_text() == "years"
+
+
+@pytest.mark.parametrize("way", ["save", "manager"])
+def test_an_interrupted_save_holds_nothing(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G16. Method: Ctrl-C as the data of a checkpoint that is being replaced are synced, in a
+    process that lives on, as a notebook's does, and keeps the traceback; the same save goes through
+    then, and what the first one left is swept."""
+    model, real = nn.Linear(2, 2), os.fsync
+    config = CheckpointConfig(enable=True, interval=1)
+    path = tmp_path / "step-1"
+
+    def interrupted(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with CheckpointManager(tmp_path, model=model, config=config) as held:
+
+        def save() -> None:
+            if way == "manager":
+                held.save(1)
+            else:
+                holdfast.save(tmp_path / "c", {"model": model}, overwrite=True)
+
+        save()
+        monkeypatch.setattr(os, "fsync", interrupted)
+        with pytest.raises(KeyboardInterrupt) as kept:
+            save()
+        monkeypatch.setattr(os, "fsync", real)
+        save()
+        assert kept.value is not None
+    assert holdfast.open(path if way == "manager" else tmp_path / "c").names()
+    assert not [one for one in tmp_path.iterdir() if one.name.startswith(".attempt")]

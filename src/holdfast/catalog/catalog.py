@@ -33,6 +33,7 @@ from holdfast.format.names import (
     Aside,
     aside_of,
     mark_of,
+    standing_among,
     step_name,
     step_of,
     steps_among,
@@ -103,7 +104,7 @@ class Catalog:
             ExistsError: the name is taken, and not by a checkpoint that may be replaced.
         """
         for left in reversed(range(LOOKS_MAX)):
-            there = self._standing_for(name)
+            there = standing_among(self.store.list(), name)
             if there is None:
                 return
             if not replace:
@@ -145,7 +146,8 @@ class Catalog:
             mine = stack.enter_context(self.store.hold(str(attempt)))
             if mine is False:
                 return mine
-            replaced = self._standing_for(attempt.name) if replace else None
+            there = self.store.list() if replace else ()
+            replaced = standing_among(there, attempt.name)
             if replaced is not None:
                 self._hold_replaced(attempt, replaced, stack)
             self._begun[str(attempt)] = _Begun(stack.pop_all(), replaced is not None)
@@ -177,9 +179,10 @@ class Catalog:
         self.store.sync(str(attempt))
         there = self.store.list()
         begun = self._begun.get(str(attempt))
-        if begun is not None and begun.replaces and {attempt.name, f"{attempt.name}/"} & {*there}:
+        found = standing_among(there, attempt.name)
+        if begun is not None and begun.replaces and found == attempt.name:
             self._publish_in_place(attempt, there)
-        elif standing(self.store, attempt.name) != attempt.name:
+        elif found not in (None, attempt.name):
             raise self._kept(attempt.name, "another process is replacing it")
         else:
             self._forget_damage(attempt.name, there)
@@ -233,6 +236,12 @@ class Catalog:
         if begun is not None:
             begun.held.close()
 
+    def release_all(self) -> None:
+        """Hold no attempt any longer, of whatever save was interrupted."""
+        for begun in [*self._begun.values()]:
+            begun.held.close()
+        self._begun.clear()
+
     def discard(self, attempt: Aside) -> None:
         """Remove an attempt that came to nothing."""
         try:
@@ -259,14 +268,6 @@ class Catalog:
     def remove(self, name: str) -> None:
         """Delete a checkpoint: its name first, so that nothing that looks whole is ever in part."""
         self.store.remove(str(self.let_go(name)))
-
-    def _standing_for(self, name: str) -> str | None:
-        """What has the name of a checkpoint, or stands aside for it; None where nothing does."""
-        there = self.store.list()
-        if {name, f"{name}/"} & {*there}:
-            return name
-        found = standing(self.store, name)
-        return None if found == name else found
 
     def _kept(self, name: str, why: str, what: str = "replaced") -> ExistsError:
         return ExistsError(
@@ -364,14 +365,10 @@ def standing(store: ReadStore, name: str) -> str:
         return name
     above, _, last = name.rpartition("/")
     try:
-        there = store.list(above)
+        found = standing_among(store.list(above), last)
     except HoldfastError:
         return name
-    if not {last, f"{last}/"} & {*there}:
-        for aside in map(aside_of, (one.rstrip("/") for one in there)):
-            if aside is not None and (aside.role, aside.name) == ("replaced", last):
-                return f"{above}/{aside}" if above else str(aside)
-    return name
+    return name if found is None or found == last else f"{above}/{found}".lstrip("/")
 
 
 def place(store: ReadStore, name: str) -> str:

@@ -90,9 +90,13 @@ def save_in(
     """As `save`, to the checkpoint `name` of `catalog`, by these ranks."""
     on_rank_0(ranks, lambda: _check_free(catalog, name, overwrite))
     leaves = on_every_rank(ranks, StateTree(state).leaves_to_save)
-    return save_leaves(
-        catalog, name, leaves, ranks=ranks, planner=Planner(ranks), overwrite=overwrite
-    )
+    try:
+        return save_leaves(
+            catalog, name, leaves, ranks=ranks, planner=Planner(ranks), overwrite=overwrite
+        )
+    finally:
+        # An interrupt ends no process where a notebook runs, and its traceback keeps the catalog.
+        catalog.release_all()
 
 
 def _check_free(catalog: Catalog, name: str, overwrite: bool) -> None:

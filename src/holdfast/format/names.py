@@ -102,6 +102,23 @@ def step_standing_in(folder: str) -> int | None:
     return step_of(aside.name if aside and aside.role == "replaced" else folder)
 
 
+def standing_among(names: Iterable[str], name: str) -> str | None:
+    """The folder that stands for checkpoint `name`, from the names that are there: its own; or the
+    one set aside by a save that has died between its two renames. None where there is neither.
+
+    >>> standing_among([".replaced-best-1f2e3d4c/"], "best"), standing_among(["best/"], "best")
+    ('.replaced-best-1f2e3d4c', 'best')
+    """
+    found = None
+    for one in (other.rstrip("/") for other in names):
+        if one == name:
+            return name
+        aside = aside_of(one)
+        if found is None and aside is not None and (aside.role, aside.name) == ("replaced", name):
+            found = one
+    return found
+
+
 def aside_of(name: str) -> Aside | None:
     """What a folder set aside under this name is; None where the name is somebody else's."""
     match = _ASIDE.fullmatch(name)
