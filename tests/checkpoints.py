@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,6 +20,8 @@ from holdfast.catalog.catalog import Catalog
 from holdfast.engine.planner import Planner
 from holdfast.engine.ranks import Ranks
 from holdfast.engine.save import save_leaves
+from holdfast.format import manifest as manifests
+from holdfast.format.names import MANIFEST
 from holdfast.state.tree import flatten
 from holdfast.storage.local import LocalStore
 from holdfast.testing.ranks import run_ranks
@@ -80,6 +84,15 @@ def save_step(folder: Path, step: int = STEP) -> Path:
 
     run_ranks(2, work)
     return folder / f"step-{step}"
+
+
+def copy_step(path: Path, step: int) -> Path:
+    """A copy of a step beside it, as if it had been saved under another number."""
+    copy = Path(shutil.copytree(path, path.with_name(f"step-{step}")))
+    index = copy / MANIFEST
+    found = manifests.decode(index.read_bytes(), where=str(index))
+    index.write_bytes(manifests.encode(replace(found, step=step)))
+    return copy
 
 
 def save_stock(folder: Path) -> Path:

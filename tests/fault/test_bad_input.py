@@ -63,6 +63,14 @@ def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
     assert "hint: a file stands where a folder should" in said
 
 
+@pytest.mark.parametrize("key", ["job.dump_folder", "checkpoint.folder"])
+def test_a_url_where_a_folder_belongs(key: str, tmp_path: Path) -> None:
+    """G16. Method: `s3://...` in either setting; no folder `s3:` is made, for data neither."""
+    said = refused(tmp_path, f"--{key}", "s3://bucket/run", status=2)
+    assert "is a URL" in said
+    assert not [*tmp_path.rglob("s3:*")]
+
+
 def test_a_step_that_does_not_exist(run_folder: Path) -> None:
     said = refused(run_folder, "--checkpoint.load_step", "3", status=4)
     assert "step-3` does not exist" in said

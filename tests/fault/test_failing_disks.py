@@ -25,21 +25,30 @@ from holdfast.errors import HoldfastError, StorageError
 from holdfast.format.names import step_name
 from holdfast.manager.saver import Saver
 from holdfast.state.tree import flatten
+from holdfast.storage import renaming
 from holdfast.storage.local import LocalStore
 from holdfast.testing.failing import FailingStore
 from holdfast.testing.ranks import try_ranks
 
-CALLS = {"pwritev": errno.ENOSPC, "fsync": errno.EIO, "open": errno.EROFS, "rename": errno.EACCES}
+CALLS = {
+    "pwritev": errno.ENOSPC,
+    "fsync": errno.EIO,
+    "open": errno.EROFS,
+    "rename_exclusive": errno.EACCES,
+}
 """Each call with an error that it meets in life."""
+
+HOMES: dict[str, Any] = {"rename_exclusive": renaming}
+"""Modules of calls that are not of `os`."""
 
 SIZE = 2
 
 
 class FailsOnce:
-    """Stands in for a function of `os`: its k-th call below a folder ends in an error."""
+    """Stands in for a function of the system's: its k-th call below a folder ends in an error."""
 
     def __init__(self, name: str, folder: Path, number: int, at: int) -> None:
-        self._real: Callable[..., Any] = getattr(os, name)
+        self._real: Callable[..., Any] = getattr(HOMES.get(name, os), name)
         self._folder, self._number, self._left = folder, number, at
         self._mutex = threading.Lock()
         self.failed = False
@@ -105,7 +114,7 @@ def test_a_call_that_fails_is_told_to_every_rank_and_nothing_is_lost(
             assert [save(saver, step, ranks) for step in (1, 2)] == [None, None]
             ranks.gather(None)
             if ranks.rank == 0:
-                monkeypatch.setattr(os, call, fails)
+                monkeypatch.setattr(HOMES.get(call, os), call, fails)
             ranks.broadcast(None)
             told = [save(saver, step, ranks) for step in (2, 3)]
             ranks.gather(None)

@@ -101,6 +101,16 @@ def test_values_are_frozen_and_slotted(path: Path) -> None:
                 assert options.get("frozen") or private, f"{node.name}: frozen=True"
 
 
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.parent.name != "storage"], ids=_id)
+def test_a_store_is_made_by_the_functions_that_tell_a_folder_from_a_url(path: Path) -> None:
+    """G16: `s3://...` never becomes a folder of that name. Method: no class of a store that takes a
+    path or a URL is called outside of `storage`; its functions in `storage.opening` are."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            called = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            assert called not in ("LocalStore", "RemoteStore"), f"line {node.lineno}"
+
+
 @pytest.mark.parametrize(
     "statement",
     [

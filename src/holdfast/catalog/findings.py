@@ -76,6 +76,9 @@ class Report:
     usable: str = field(default="everything")
     """What can be done with it, for people."""
 
+    why_not: str | None = None
+    """Reason why no run can go on from it, but for its findings and marks; None where one can."""
+
     @property
     def good(self) -> bool:
         return not self.findings

@@ -3,6 +3,7 @@ one cut off by a power failure says no less; its content is a note for people.""
 
 from __future__ import annotations
 
+from holdfast.errors import HoldfastError
 from holdfast.format.names import Mark, mark_of
 from holdfast.storage.store import ReadStore, Store
 
@@ -26,12 +27,20 @@ def damaged_steps(store: ReadStore, folder: str = "") -> dict[int, str]:
     for mark in marks_in(store, folder):
         if mark.role == "damaged":
             key = f"{folder}/{mark}" if folder else str(mark)
-            # Who may write here may not have others read what lies elsewhere to him.
-            inside = not store.leads_out(folder, str(mark))
-            noted = store.read(key, 0, _NOTE_BYTES_MAX) if inside else b"a link to elsewhere"
-            note = noted.decode(errors="replace").strip()
+            note = _note(store, folder, mark, key)
             found[mark.step] = f"found damaged before: {note or 'no more is known'} (`{mark}`)"
     return found
+
+
+def _note(store: ReadStore, folder: str, mark: Mark, key: str) -> str:
+    """What a mark says. One that cannot be read says no less by its name."""
+    try:
+        # Who may write here may not have others read what lies elsewhere to him.
+        if store.leads_out(folder, str(mark)):
+            return "a link to elsewhere"
+        return store.read(key, 0, _NOTE_BYTES_MAX).decode(errors="replace").strip()
+    except HoldfastError as error:
+        return error.what
 
 
 def pin(store: Store, step: int) -> None:

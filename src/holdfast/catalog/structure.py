@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from holdfast.catalog.findings import Finding
-from holdfast.errors import FormatError, NotFoundError
+from holdfast.errors import FormatError, HoldfastError, NotFoundError
 from holdfast.format.checksum import checksum
 from holdfast.format.manifest import Manifest, Span
 from holdfast.format.names import MANIFEST, METADATA
 from holdfast.format.region import Region, first_overlap
 from holdfast.storage.store import ReadStore
+
+INDEX_BYTES_MAX = 1 << 30
+"""Of a manifest or `.metadata`: several million tensors."""
 
 
 def check_structure(store: ReadStore, folder: str, manifest: Manifest) -> list[Finding]:
@@ -22,6 +25,9 @@ def check_structure(store: ReadStore, folder: str, manifest: Manifest) -> list[F
             found = store.size(f"{folder}/{file}")
         except NotFoundError:
             findings.append(Finding("file", file, "is missing"))
+            continue
+        except HoldfastError as error:
+            findings.append(Finding("file", file, f"cannot be read: {error.what}"))
             continue
         if store.leads_out(folder, file):
             # A stranger's checkpoint could carry the files of whoever loads it into a model.
@@ -68,9 +74,12 @@ def _items(manifest: Manifest) -> Iterator[tuple[str, str, Span]]:
 
 def _check_metadata(store: ReadStore, folder: str, nbytes: int, expected: int) -> list[Finding]:
     try:
-        data = store.read(f"{folder}/{METADATA}", 0, nbytes + 1)
+        # One byte more than there may be tells that there are too many.
+        data = store.read(f"{folder}/{METADATA}", 0, min(nbytes, INDEX_BYTES_MAX) + 1)
     except NotFoundError:
         return [Finding("index", METADATA, "is missing")]
+    except HoldfastError as error:
+        return [Finding("index", METADATA, f"cannot be read: {error.what}")]
     if len(data) != nbytes or checksum(data) != expected:
         return [Finding("index", METADATA, f"is not the {nbytes} bytes that were written")]
     return []

@@ -20,12 +20,14 @@ from holdfast.catalog.contents import (
 )
 from holdfast.catalog.findings import Finding, Format, Report, kind_of, usable
 from holdfast.catalog.pieces import check_whole_checkpoint, no_checkpoint
+from holdfast.catalog.resumable import misnumbered, why_not_resumable
+from holdfast.catalog.steady import LOOKS_MAX, UNREADABLE, fingerprint
 from holdfast.catalog.structure import check_coverage, check_structure
 from holdfast.errors import DamagedError, FormatError, HoldfastError, NotFoundError
 from holdfast.format import safetensors, torchfile
 from holdfast.format.archive import read_records, windowed
 from holdfast.format.manifest import Manifest, Span
-from holdfast.format.names import LOCK, MANIFEST, METADATA, step_of
+from holdfast.format.names import LOCK, MANIFEST, METADATA, step_standing_in
 from holdfast.storage.store import ReadStore
 
 
@@ -102,16 +104,44 @@ def verify(target: Target) -> Report:
         "safetensors": _verify_safetensors,
         "torch": _verify_torch_file,
     }
-    report = verifiers[form](target)
-    step = step_of(target.name.rpartition("/")[2])
-    return replace(report, format=form, step=report.step if report.step is not None else step)
+    report = _steadily(target, verifiers[form])
+    number = step_standing_in(target.name.rpartition("/")[2])
+    held = Manifest({}, {}, step=report.step, kind=report.kind)
+    if number is None:
+        return replace(report, format=form)
+    wrong = misnumbered(number, held)
+    return replace(
+        report,
+        format=form,
+        step=report.step if report.step is not None else number,
+        notes=report.notes
+        if wrong is None
+        else (*report.notes, f"{wrong}; a resume never takes it"),
+        why_not=why_not_resumable(number, held),
+    )
+
+
+def _steadily(target: Target, verifier: Callable[[Target], Report]) -> Report:
+    """The report of a verifier, which looks again at a checkpoint that was replaced meanwhile."""
+    for _ in range(LOOKS_MAX - 1):
+        before = fingerprint(target.store, target.name)
+        try:
+            report = verifier(target)
+        except UNREADABLE:
+            if fingerprint(target.store, target.name) == before:
+                raise
+            continue
+        if report.good or fingerprint(target.store, target.name) == before:
+            return report
+    return verifier(target)
 
 
 def failed(target: Target, error: HoldfastError) -> Report:
     """The report on a checkpoint that cannot even be opened."""
     index = MANIFEST if isinstance(error, DamagedError) else METADATA
     finding = Finding("index", index, error.what)
-    return Report(target.where, None, (finding,), usable="nothing", step=step_of(target.name))
+    number = step_standing_in(target.name.rpartition("/")[2])
+    return Report(target.where, None, (finding,), usable="nothing", step=number, why_not=error.what)
 
 
 # ------------------------------------------------------------------------ Holdfast, and stock DCP
@@ -145,7 +175,7 @@ def _verify_step(target: Target) -> Report:
 def _readable(findings: Sequence[Finding], file: str) -> bool:
     """Whether there is anything to read: a file that is too short or too long is read, so that what
     is whole in it is known."""
-    gone = ("is missing", "is a link")
+    gone = ("is missing", "is a link", "cannot be read")
     return not any(f.file == file and f.what.startswith(gone) for f in findings)
 
 
@@ -200,9 +230,15 @@ def _verify_safetensors(target: Target) -> Report:
         index = safetensors.read_index(data, where=f"{target.where}/{indexes[0]}")
     held = [name for name in names if name.endswith(safetensors.SUFFIX) or not name]
     files = held if index is None else sorted(set(index.values()))
+    if index is None:
+        lacking = safetensors.missing_shards(held)
+        findings += [Finding("file", file, "is missing") for file in lacking]
     parts: dict[str, Manifest] = {}
     for file in files:
         try:
+            if file and target.store.leads_out(target.name, file):
+                findings.append(Finding("file", file, "is a link to a place outside of its folder"))
+                continue
             parts[file] = _safetensors_file(target, file)
         except NotFoundError:
             findings.append(Finding("file", file, "is missing"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from holdfast.catalog.catalog import place, read_manifest, steps_in
 from holdfast.catalog.findings import MODEL_IS_WHOLE, Report, said_of
 from holdfast.catalog.marks import damaged_steps
-from holdfast.catalog.sweep import plan_sweep
+from holdfast.catalog.sweep import is_at_work, plan_sweep
 from holdfast.cli.terminal import counted, parsed, say, say_json, spelled_bytes
 from holdfast.cli.verify import resumable, verified
 from holdfast.engine.root import open_for_reading
@@ -224,10 +224,11 @@ def _left_over(folder: Folder, store: LocalStore) -> Iterator[Trouble]:
         yield Trouble("in use", LOCK, f"{what}, {counted(len(asides), 'folder')} on the way")
         return
     for action in asides:
-        yield Trouble("left over", action.folder, action.why, folder.command("prune"))
-    note = (
-        store.read(lock, 0, 1024).decode(errors="replace").strip() if LOCK in folder.names else ""
-    )
+        if is_at_work(store, f"{folder.name}/{action.folder}"):
+            yield Trouble("in use", action.folder, "another process is at work on it")
+        else:
+            yield Trouble("left over", action.folder, action.why, folder.command("prune"))
+    note = _note(store, lock) if LOCK in folder.names else ""
     if note and not note.startswith(f"host {os.uname().nodename},"):
         what = f"held, or left, by {note}: another machine, so nobody can tell from here"
         yield Trouble("in use", LOCK, what)
@@ -235,12 +236,27 @@ def _left_over(folder: Folder, store: LocalStore) -> Iterator[Trouble]:
         yield Trouble("left over", LOCK, f"by {note}, which has died; the next run takes it over")
 
 
+def _note(store: LocalStore, lock: str) -> str:
+    """What the last holder of a lock has left in it."""
+    folder, _, name = lock.rpartition("/")
+    try:
+        if store.leads_out(folder, name):
+            return ""
+        return store.read(lock, 0, 1024).decode(errors="replace").strip()
+    except HoldfastError:
+        return ""
+
+
 def _unknown(folder: Folder) -> Iterator[Trouble]:
     """Folders whose names are no steps': neither read, nor counted, nor removed."""
     for name in folder.names:
         if not name.endswith("/") or step_of(name[:-1]) is not None or aside_of(name[:-1]):
             continue
-        held = folder.store.list(f"{folder.name}/{name[:-1]}")
+        try:
+            held = folder.store.list(f"{folder.name}/{name[:-1]}")
+        except HoldfastError as error:
+            yield Trouble("unknown", name, f"no step; {error.what}")
+            continue
         if any(step_of(one.rstrip("/")) is not None for one in held):
             continue  # Steps of another kind, as `hf/`.
         if not _is_checkpoint(held):

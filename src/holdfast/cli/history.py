@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,7 +146,7 @@ class Watch:
         before, self._rows = self._rows, {}
 
         def look_at(store: ReadStore, key: str) -> Row:
-            stamp = store.stamp(key) if isinstance(store, LocalStore) else object()
+            stamp = _stamp(store, key)
             seen, row = before.get(key, (None, None))
             if row is None or seen != stamp:
                 row = row_of(store, key)
@@ -154,6 +155,15 @@ class Watch:
 
         rows = survey(store, name, look_at)
         return History(place(store, name), rows, self._reports.read(store, name))
+
+
+def _stamp(store: ReadStore, key: str) -> object:
+    """Equal to an earlier one for as long as no file of a step has changed; unlike any other where
+    that cannot be known."""
+    if isinstance(store, LocalStore):
+        with suppress(HoldfastError):
+            return store.stamp(key)
+    return object()
 
 
 class _Reports:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from holdfast.catalog.catalog import open_manifest, place, steps_in
 from holdfast.catalog.findings import Report, kind_of, said_of
 from holdfast.catalog.marks import damaged_steps, pinned_steps
+from holdfast.catalog.resumable import misnumbered, why_not_resumable
+from holdfast.catalog.steady import read_steadily
 from holdfast.cli.terminal import (
     parsed,
     say,
@@ -22,7 +24,7 @@ from holdfast.cli.terminal import (
 from holdfast.engine.root import open_for_reading
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError
 from holdfast.format.manifest import Manifest
-from holdfast.format.names import aside_of, steps_among
+from holdfast.format.names import aside_of, step_standing_in
 from holdfast.format.timings import Stage
 from holdfast.storage.store import ReadStore
 
@@ -77,6 +79,9 @@ class Row:
 
     problem: str | None = None
     """What is wrong, where something is."""
+
+    why_not: str | None = None
+    """Reason why no run can go on from it; None where one can."""
 
     files: Mapping[str, int] = field(default_factory=dict)
     """Bytes of each data file: what each rank has written."""
@@ -137,38 +142,63 @@ def survey(store: ReadStore, name: str, look_at: LookAt | None = None) -> list[R
 
 def _marked(row: Row, damaged: Mapping[int, str], pinned: Collection[int]) -> Row:
     if row.state == "good" and row.step is not None and row.step in damaged:
-        row = Row(row.name, row.step, "damaged", problem=damaged[row.step])
+        why = damaged[row.step]
+        row = Row(row.name, row.step, "damaged", problem=why, why_not=why)
     return replace(row, pinned=row.step in pinned)
 
 
 def _hint(store: ReadStore, name: str, there: Sequence[str]) -> str:
-    # Not at the top: a list that has something to say waits for no verifier.
-    from holdfast.catalog.verify import format_of
-
-    if format_of(store, name):
+    if _is_checkpoint(store, name):
         return f"it is a checkpoint itself: holdfast verify {place(store, name)}"
     folders = [one.rstrip("/") for one in there if one.endswith("/")]
     for below in folders:
-        if steps_in(store, f"{name}/{below}"):
+        if _holds_steps(store, f"{name}/{below}"):
             return f"there are some in {place(store, name)}/{below}"
-    held = [below for below in folders if format_of(store, f"{name}/{below}")]
+    held = [below for below in folders if _is_checkpoint(store, f"{name}/{below}")]
     if held:
         one = f"holdfast verify {place(store, name)}/{held[-1]}"
         return f"no `step-N`, but checkpoints: {', '.join(held[:10])}; {one}"
     return f"found: {', '.join(there[:10]) or 'nothing'}"
 
 
+def _is_checkpoint(store: ReadStore, name: str) -> bool:
+    # Not at the top: a list that has something to say waits for no verifier.
+    from holdfast.catalog.verify import format_of
+
+    try:
+        return format_of(store, name) is not None
+    except HoldfastError:
+        return False
+
+
+def _holds_steps(store: ReadStore, name: str) -> bool:
+    try:
+        return bool(steps_in(store, name))
+    except HoldfastError:
+        return False
+
+
 def row_of(store: ReadStore, key: str) -> Row:
     """What is known of one step, but for its marks."""
     name = key.rpartition("/")[2]
-    step = next(iter(steps_among([f"{name}/"])), None)
+    step = step_standing_in(name)
     try:
-        manifest, kind = _manifest(store, key)
+        manifest, kind = read_steadily(store, key, lambda: _manifest(store, key))
     except HoldfastError as error:
-        return Row(name, step, "damaged", problem=error.what)
-    created = manifest.created or None
-    held = (kind, manifest.nbytes, created, manifest.layout)
-    return Row(name, step, "good", *held, files=manifest.files, timings=manifest.timings)
+        return Row(name, step, "damaged", problem=error.what, why_not=error.what)
+    return Row(
+        name,
+        step,
+        "good",
+        kind,
+        manifest.nbytes,
+        manifest.created or None,
+        manifest.layout,
+        problem=None if step is None else misnumbered(step, manifest),
+        files=manifest.files,
+        timings=manifest.timings,
+        why_not=None if step is None else why_not_resumable(step, manifest),
+    )
 
 
 def _manifest(store: ReadStore, key: str) -> tuple[Manifest, Literal["full", "model", "hf"]]:
@@ -199,17 +229,15 @@ def _verified(row: Row, report: Report | None) -> Row:
     if row.state != "good" or report is None or report.good:
         return row
     problem = said_of(report.findings)
-    return replace(row, state="good" if report.loads else "damaged", problem=problem)
+    state: Literal["good", "damaged"] = "good" if report.loads else "damaged"
+    why_not = row.why_not if report.loads else problem
+    return replace(row, state=state, problem=problem, why_not=why_not)
 
 
 def resumable(rows: Sequence[Row]) -> int | None:
     """The step that a resume takes, as far as can be known without reading data."""
-    full = [row.step for row in rows if row.state == "good" and _resumes(row)]
-    return max((step for step in full if step is not None), default=None)
-
-
-def _resumes(row: Row) -> bool:
-    return row.kind == "full" or row.step == 0
+    steps = [row.step for row in rows if row.why_not is None and row.step is not None]
+    return max(steps, default=None)
 
 
 def _cells(row: Row, resume: int | None) -> tuple[str, ...]:

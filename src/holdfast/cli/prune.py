@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from holdfast.catalog.catalog import Catalog
-from holdfast.catalog.sweep import execute, plan_sweep
+from holdfast.catalog.catalog import Catalog, read_manifest
+from holdfast.catalog.replaceable import why_not_removable
+from holdfast.catalog.resumable import misnumbered
+from holdfast.catalog.sweep import execute, is_at_work, plan_sweep
 from holdfast.catalog.verify import format_of
 from holdfast.cli.terminal import counted, parsed, say, say_json, say_table, spelled_bytes
 from holdfast.errors import HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format.names import LOCK, aside_of
 from holdfast.manager.policy import STEPS_MIN, Retention, reasons_to_keep
 from holdfast.manager.resume import good_steps
-from holdfast.storage.local import LocalStore
+from holdfast.storage.opening import folder_store, is_url
 
 if TYPE_CHECKING:
     import tyro
@@ -92,9 +95,9 @@ class Decision:
 def run(arguments: Sequence[str]) -> int:
     """Say what goes, and let it go; the exit status."""
     asked = parsed(Prune, "prune", arguments)
-    if "://" in asked.folder:
+    if is_url(asked.folder):
         raise UsageError(f"`{asked.folder}` is a URL: use the tool of that store")
-    catalog = Catalog(LocalStore(asked.folder))
+    catalog = Catalog(folder_store(asked.folder))
     names = [name.rstrip("/") for name in catalog.store.list()]
     if not catalog.folders() and not any(map(aside_of, names)):
         raise NotFoundError(f"`{catalog.store.url}` holds no step")
@@ -128,18 +131,37 @@ def decide(catalog: Catalog, asked: Prune) -> list[Decision]:
     decisions = []
     for step, folder in folders.items():
         stays, why = not asked.damaged, "damaged"
-        if _is_of_hub(catalog, folder):
+        if (kept := _why_kept(catalog, step, folder)) is not None:
+            stays, why = True, kept
+        elif _is_of_hub(catalog, folder):
             stays, why = True, "a Hugging Face folder"
         elif step in good:
             stays, why = bool(reasons[step]), ", ".join(reasons[step]) or "no rule keeps it"
         decisions.append(Decision(folder, _nbytes(catalog, folder), stays, why))
     for action in plan_sweep(store.list()):
-        stays = action.verb == "restore"
+        stays, why = action.verb == "restore", action.why
+        if is_at_work(store, action.folder):
+            stays, why = True, "another process is at work on it"
         if action.folder not in folders.values():
-            decisions.append(
-                Decision(action.folder, _nbytes(catalog, action.folder), stays, action.why)
-            )
+            decisions.append(Decision(action.folder, _nbytes(catalog, action.folder), stays, why))
     return decisions
+
+
+def _why_kept(catalog: Catalog, step: int, folder: str) -> str | None:
+    """Why a folder stays whatever the rules say: more lies in it than one checkpoint, or another
+    one than its name says, or it cannot be read now. None where the rules decide."""
+    try:
+        if why := why_not_removable(catalog.store, folder):
+            return why
+        manifest = read_manifest(catalog.store, folder, entries=False)
+        for file in manifest.files:
+            with suppress(NotFoundError):
+                catalog.store.size(f"{folder}/{file}")
+    except StorageError as error:
+        return error.what  # A disk or a mount that is ill says nothing of the step.
+    except HoldfastError:
+        return None
+    return misnumbered(step, manifest)
 
 
 def _is_of_hub(catalog: Catalog, folder: str) -> bool:
@@ -154,8 +176,14 @@ def _nbytes(catalog: Catalog, folder: str) -> int:
     store = catalog.store
     if f"{folder}/" not in store.list():
         return 0
-    files = [file for file in store.list(folder) if not file.endswith("/")]
-    return sum(store.size(f"{folder}/{file}") for file in files)
+    nbytes = 0
+    try:
+        for file in store.list(folder):
+            with suppress(HoldfastError):
+                nbytes += 0 if file.endswith("/") else store.size(f"{folder}/{file}")
+    except HoldfastError:
+        return 0
+    return nbytes
 
 
 def _say(decisions: Sequence[Decision], asked: Prune) -> None:
@@ -178,11 +206,15 @@ def _say(decisions: Sequence[Decision], asked: Prune) -> None:
 def _execute(catalog: Catalog, decisions: Sequence[Decision]) -> None:
     """Names first, all of them; then the files."""
     steps = {*catalog.folders().values()}
+    failed = []
     for decision in decisions:
         if decision.name in steps and not decision.stays:
-            catalog.let_go(decision.name)
+            try:
+                catalog.let_go(decision.name)
+            except HoldfastError as error:
+                failed.append(error.what)
     store = catalog.store
     # Also deletes what has just lost its name.
-    failed = execute(store, plan_sweep(store.list()))
+    failed += execute(store, plan_sweep(store.list()))
     if failed:
         raise StorageError("not all could be removed:\n  " + "\n  ".join(failed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +16,8 @@ from holdfast.cli.look import is_folder
 from holdfast.cli.terminal import counted, parsed, progress, say, say_json, spelled_bytes
 from holdfast.engine.root import open_for_reading
 from holdfast.errors import DamagedError, HoldfastError, UsageError
-from holdfast.format.names import step_of
-from holdfast.storage.local import LocalStore
+from holdfast.format.names import step_of, step_standing_in
+from holdfast.storage.opening import folder_store, is_url
 from holdfast.storage.store import ReadStore
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Verify:
 def run(arguments: Sequence[str]) -> int:
     """Verify, print what was found; the exit status."""
     asked = parsed(Verify, "verify", arguments)
-    if asked.mark and (asked.quick or "://" in asked.path):
+    if asked.mark and (asked.quick or is_url(asked.path)):
         raise UsageError("`--mark` is for folders of this machine, with all data read")
     store, name = open_for_reading(asked.path)
     steps = (
@@ -117,9 +118,9 @@ def _mark(reports: Sequence[Report]) -> None:
                 f"`{report.where}` is no step of a run", hint="`--mark` is for folders named step-N"
             )
         if report.loads:
-            clear_damaged(LocalStore(folder), step)
+            clear_damaged(folder_store(folder), step)
         else:
-            mark_damaged(LocalStore(folder), step, str(report.findings[0]))
+            mark_damaged(folder_store(folder), step, str(report.findings[0]))
 
 
 def _resumes(resume: int | None) -> str:
@@ -132,13 +133,22 @@ def _nbytes(store: ReadStore, name: str) -> int:
         files = [f"{name}/{file}" for file in store.list(name) if not file.endswith("/")]
     except HoldfastError:
         files = [name]
-    return sum(store.size(file) for file in files)
+    nbytes = 0
+    for file in files:
+        # What cannot be looked at is a finding later on.
+        with suppress(HoldfastError):
+            nbytes += store.size(file)
+    return nbytes
 
 
 def resumable(reports: Sequence[Report], marked: Collection[int]) -> int | None:
     """The newest step that loads whole, can be resumed from, and is not marked as damaged."""
-    steps = [r.step for r in reports if r.loads and (r.kind == "full" or r.step == 0)]
+    steps = [step_standing_in(r.where.rpartition("/")[2]) for r in reports if _resumes_from(r)]
     return max((step for step in steps if step is not None and step not in marked), default=None)
+
+
+def _resumes_from(report: Report) -> bool:
+    return report.loads and report.why_not is None
 
 
 def _say(report: Report, quick: bool, *, is_file: bool) -> None:

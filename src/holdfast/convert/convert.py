@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from holdfast.catalog.steady import UNREADABLE
 from holdfast.convert.plan import Planned, Wishes
 from holdfast.convert.stream import Advance
 from holdfast.convert.target import (
     HubFiles,
+    Target,
     Values,
     facts_of,
     open_target,
@@ -17,6 +19,7 @@ from holdfast.convert.target import (
     write_torch_file,
 )
 from holdfast.engine.root import open_for_reading
+from holdfast.errors import NotFoundError
 from holdfast.format.manifest import Kind, Path
 from holdfast.format.structure import Node
 
@@ -37,42 +40,64 @@ class Converted:
 
 
 def convert(planned: Planned, target: str, wishes: Wishes, advance: Advance) -> Converted:
-    """Write what was planned to `target`, which is absent until it is whole. Goes on where an
+    """As `convert_to`, to the place at the path `target`."""
+    sources = [planned.opened.path, *([] if planned.assets is None else [planned.assets])]
+    place = open_target(
+        target, overwrite=wishes.overwrite, sources=sources, file=wishes.to == "torch"
+    )
+    return convert_to(place, planned, wishes, advance)
+
+
+def convert_to(place: Target, planned: Planned, wishes: Wishes, advance: Advance) -> Converted:
+    """Write what was planned to a target, which is absent until it is whole. Goes on where an
     earlier conversion to it was killed.
 
     Holds a few blocks of 32 MB in memory, whatever the size of the model.
 
     Raises:
-        ExistsError: something is at `target`.
+        ExistsError: something is there, or came there meanwhile.
         StorageError: no space, no rights; nothing is left behind.
         DamagedError: bytes of the source are not those that were written.
+        NotFoundError: another process has replaced or removed the source meanwhile.
     """
     started = time.perf_counter()
+    try:
+        nbytes = _written(place, planned, wishes, advance)
+    except UNREADABLE as error:
+        if not planned.opened.is_gone:
+            raise
+        raise NotFoundError(
+            f"`{planned.opened.path}` has been replaced or removed while it was converted",
+            hint="run the command again",
+        ) from error
+    seconds = time.perf_counter() - started
+    kept_bytes = place.files.kept_bytes
+    return Converted(place.where, nbytes, kept_bytes, seconds, len(planned.outputs))
+
+
+def _written(place: Target, planned: Planned, wishes: Wishes, advance: Advance) -> int:
+    """Write the target. Returns its bytes."""
     outputs, opened = planned.outputs, planned.opened
     # First, so that nothing is left behind where they cannot be converted.
     values = {} if wishes.to == "hf" else _values(planned, wishes)
-    place = open_target(target, overwrite=wishes.overwrite)
     if wishes.to == "hf":
         shard_bytes = wishes.max_shard_bytes
-        nbytes = write_hub(place, outputs, _beside(planned), shard_bytes, advance)
-    elif wishes.to == "torch":
-        nbytes = write_torch_file(place, outputs, values, advance)
-    else:
-        kind: Kind = "model"
-        if planned.whole:
-            kind = opened.manifest.kind or ("full" if opened.others else "model")
-        components = opened.manifest.components
-        facts = facts_of(
-            place,
-            kind=kind,
-            step=opened.manifest.step,
-            model=planned.config or opened.manifest.model,
-            components=() if components is not None and wishes.model_only else components,
-        )
-        structure = _structure(planned, values)
-        nbytes = write_step(place, outputs, values, facts, advance, structure=structure)
-    seconds = time.perf_counter() - started
-    return Converted(place.where, nbytes, place.store.kept_bytes, seconds, len(outputs))
+        return write_hub(place, outputs, _beside(planned), shard_bytes, advance)
+    if wishes.to == "torch":
+        return write_torch_file(place, outputs, values, advance)
+    kind: Kind = "model"
+    if planned.whole:
+        kind = opened.manifest.kind or ("full" if opened.others else "model")
+    components = opened.manifest.components
+    facts = facts_of(
+        place,
+        kind=kind,
+        step=opened.manifest.step,
+        model=planned.config or opened.manifest.model,
+        components=() if components is not None and wishes.model_only else components,
+    )
+    structure = _structure(planned, values)
+    return write_step(place, outputs, values, facts, advance, structure=structure)
 
 
 def _structure(planned: Planned, values: Values) -> dict[Path, Node] | None:

@@ -9,7 +9,7 @@ from holdfast.convert.source import Opened
 from holdfast.engine.root import open_for_reading
 from holdfast.errors import MismatchError, UsageError
 from holdfast.hf.families import family_of
-from holdfast.hf.family import EMBEDDING, HUB_EMBEDDING, Config, Family, decoder_axes
+from holdfast.hf.family import EMBEDDING, HUB_EMBEDDING, Config, Family, count, flag, rows_and_axes
 from holdfast.hf.folder import CONFIG, of_language_model, read_config
 from holdfast.hf.published import TYPES, flavors_of, published
 from holdfast.hf.tensors import Tensors
@@ -88,7 +88,7 @@ def _named(
     if flavor is None:
         return None
     embeddings = [model.held[n].shape[0] for n in (EMBEDDING, HUB_EMBEDDING) if n in model.held]
-    said = [config["vocab_size"] for config, _ in found if "vocab_size" in config]
+    said = [count(config, "vocab_size") for config, _ in found if "vocab_size" in config]
     return published(name, flavor, next(iter([*said, *embeddings]), 0))
 
 
@@ -106,7 +106,7 @@ def check_alike(one: tuple[Config, str], other: tuple[Config, str]) -> None:
         wrong.append("model_type is {} and {}".format(*(c["model_type"] for c in configs)))
     else:
         full = [family.with_defaults(c) for family, c in zip(families, configs, strict=True)]
-        ours, theirs = map(decoder_axes, full)
+        ours, theirs = (rows_and_axes(f, c)[1] for f, c in zip(families, full, strict=True))
         used = {*_used(families[0], full[0]), *_used(families[1], full[1])}
         for axis, key in _COMPARED.items():
             if len(ours[axis]) != len(theirs[axis]) and (axis in used or axis == "l"):
@@ -115,7 +115,7 @@ def check_alike(one: tuple[Config, str], other: tuple[Config, str]) -> None:
             sizes = [c.get(key) for c in full]
             if sizes[0] != sizes[1] and all(key in c for c in full):
                 wrong.append("{} is {} and {}".format(key, *sizes))
-        tied = [bool(c["tie_word_embeddings"]) for c in full]
+        tied = [flag(c, "tie_word_embeddings") for c in full]
         if tied[0] != tied[1]:
             wrong.append("tie_word_embeddings is {} and {}".format(*tied))
     if wrong:
@@ -127,7 +127,7 @@ def check_alike(one: tuple[Config, str], other: tuple[Config, str]) -> None:
 
 def _used(family: Family, config: Config) -> Iterator[str]:
     """Axes of tensors that there are: dense layers, say, have a size even where there are none."""
-    axes = {**decoder_axes(config), **family.axes(config)}
-    for row in family.rows(config):
+    rows, axes = rows_and_axes(family, config)
+    for row in rows:
         if all(len(axes[axis]) for axis in row.native.name_axes if axis in axes):
             yield from row.native.axes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from holdfast.catalog.catalog import open_manifest
 from holdfast.catalog.findings import Format, name_in_model, parts_of
 from holdfast.catalog.pieces import no_checkpoint
+from holdfast.catalog.steady import fingerprint
 from holdfast.catalog.verify import format_of
 from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source
@@ -23,6 +24,8 @@ from holdfast.hf.folder import open_folder
 from holdfast.hf.quantized import Dequantized
 from holdfast.hf.stored import Stored
 from holdfast.hf.tensors import Renamed, Tensors
+from holdfast.storage.opening import is_url
+from holdfast.storage.store import ReadStore
 
 MODEL = "model"
 
@@ -62,20 +65,30 @@ class Opened:
     adapter: Mapping[str, Any] | None = None
     """What PEFT says of it, where it is an adapter and no model."""
 
+    file: str = ""
+    """Within the source's folder, where the checkpoint is one file."""
+
+    seen: object = None
+    """Fingerprint of the checkpoint when it was opened."""
+
     @property
     def where(self) -> str:
         return self.source.url
 
     @property
-    def place(self) -> str:
-        """The path of the checkpoint itself, which may be a file."""
-        if self.format != "torch":
-            return self.where
-        return f"{self.source.store.url}/{self.source.key(next(iter(self.manifest.files)))}"
+    def path(self) -> str:
+        """Path or URL of the folder or file that is read."""
+        return f"{self.where}/{self.file}" if self.file else self.where
 
     @property
     def manifest(self) -> Manifest:
         return self.source.manifest
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the checkpoint has been replaced or removed since."""
+        key = f"{self.source.folder}/{self.file}" if self.file else self.source.folder
+        return fingerprint(self.source.store, key) != self.seen
 
 
 def fetched(path: str, *, assets_only: bool = False) -> str:
@@ -86,7 +99,7 @@ def fetched(path: str, *, assets_only: bool = False) -> str:
         NotFoundError: neither.
         StorageError: the hub cannot be reached.
     """
-    if "://" in path or Path(path).exists():
+    if is_url(path) or Path(path).exists():
         return path
     if not _HUB_NAME.fullmatch(path):
         raise NotFoundError(
@@ -120,6 +133,11 @@ def open_source(path: str) -> Opened:
     """
     found = fetched(path)
     store, name = open_for_reading(found)
+    seen = fingerprint(store, name)
+    return replace(_open(found, store, name), seen=seen)
+
+
+def _open(found: str, store: ReadStore, name: str) -> Opened:
     form = format_of(store, name)
     if form is None:
         raise no_checkpoint(
@@ -158,7 +176,7 @@ def _open_safetensors(path: str) -> Opened:
     fetch = partial(_fetch, Source(store, name, Manifest({}, {})), file)
     manifest = safetensors.read_file(fetch, size, file=file, where=path)
     source = Source(store, name, manifest)
-    return _opened(source, "safetensors", Stored(source, {}))
+    return replace(_opened(source, "safetensors", Stored(source, {})), file=file)
 
 
 def _open_torch_file(path: str) -> Opened:
@@ -167,7 +185,7 @@ def _open_torch_file(path: str) -> Opened:
     fetch = partial(_fetch, Source(store, name, Manifest({}, {})), file)
     found = torchfile.read_file(fetch, size, file=file, where=path)
     source = Source(store, name, found.manifest)
-    return _opened(source, "torch", Stored(source, found.strides))
+    return replace(_opened(source, "torch", Stored(source, found.strides)), file=file)
 
 
 def _opened(source: Source, form: Format, stored: Stored) -> Opened:

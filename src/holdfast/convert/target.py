@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -17,10 +19,9 @@ from holdfast.convert.stream import Advance, Output, Outputs, read_ahead
 from holdfast.engine.index import Index, columns
 from holdfast.engine.plan import Placed, Plan, TensorOffer
 from holdfast.engine.publish import Facts, publish
-from holdfast.engine.root import open_root
 from holdfast.engine.spans import amount
 from holdfast.engine.write import image_of, lay_out, write
-from holdfast.errors import ExistsError, HoldfastError, StorageError
+from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format import torchfile
 from holdfast.format.manifest import Kind, Path
 from holdfast.format.names import Aside, aside_of, step_of
@@ -29,8 +30,9 @@ from holdfast.format.structure import Node
 from holdfast.hf.assets import beside_weights, config_bytes
 from holdfast.hf.folder import CONFIG
 from holdfast.hf.shards import shard
-from holdfast.storage.continuing import ContinuingStore
-from holdfast.storage.store import Buffer, ReadStore, Writer
+from holdfast.storage.continuing import Continuing
+from holdfast.storage.opening import folder_store, is_url, local_path
+from holdfast.storage.store import AmendableStore, Buffer, ReadStore, Store, Writer
 
 Values = Mapping[str, tuple[Path, bytes]]
 """What is not a tensor: path and bytes, in the form that the target keeps."""
@@ -41,41 +43,83 @@ class Target:
     """A place to convert to."""
 
     catalog: Catalog
-    """Of the folder that it lies in."""
+    """Checkpoints of the folder that it lies in."""
 
-    store: ContinuingStore
+    store: AmendableStore
     """That folder."""
 
     name: str
+    overwrite: bool
+    """Whether a checkpoint that is there now is replaced."""
+
+    file: bool
+    """Whether it is to be a file, not a folder."""
+
+    files: Continuing
+    """Creates files in that folder, where a killed conversion may have begun them."""
 
     @property
     def where(self) -> str:
         return self.catalog.where(self.name)
 
+    @property
+    def replaces_folder(self) -> bool:
+        return self.overwrite and not self.file
 
-def open_target(path: str, *, overwrite: bool) -> Target:
-    """The place at `path`, made ready. What a killed conversion left there stays for now: the next
-    one goes on with it.
+
+def open_target(
+    path: str, *, overwrite: bool, sources: Sequence[str] = (), file: bool = False
+) -> Target:
+    """The place at `path`, made ready: see `target_in`.
+
+    `sources` are the paths that the conversion reads: the target must be none of them, hold none
+    of them and lie in none of them.
 
     Raises:
-        ExistsError: something is there, and `overwrite` is false.
-        UsageError: no place that can be written to.
+        ExistsError: something is there that may not be replaced.
+        UsageError: no place that can be written to, or one of the sources.
     """
-    catalog, name = open_root(path)
-    store = ContinuingStore(catalog.store.url)
+    full = local_path(path)
+    for source in sources:
+        _check_apart(full, source)
+    folder, _, name = full.rpartition("/")
+    if not name:
+        raise UsageError(f"`{path}` is no place for a checkpoint: it has no name")
+    return target_in(folder_store(folder or "/"), name, overwrite=overwrite, file=file)
+
+
+def target_in(store: AmendableStore, name: str, *, overwrite: bool, file: bool = False) -> Target:
+    """The place `name` in a store, made ready; `file`: it is to be a file, not a folder. What a
+    killed conversion left there stays for now: the next one goes on with it.
+
+    Raises:
+        ExistsError: something is there, and `overwrite` is false, or it is not one checkpoint.
+    """
     catalog = Catalog(store)
     store.make_folder("")
     begun = {str(attempt) for attempt in _attempts(store, name)}
     left = plan_sweep(store.list(), only=name)
     execute(store, [action for action in left if action.folder not in begun])
-    there = catalog.store.list()
-    taken = name in there or (f"{name}/" in there and catalog.store.list(name))
-    if taken and not overwrite:
-        raise ExistsError(
-            f"`{catalog.where(name)}` exists already",
-            hint="choose another place, or pass `--overwrite` to replace it",
+    there = store.list()
+    empty = not file and f"{name}/" in there and not store.list(name)
+    if not empty:
+        hint = "choose another place, or pass `--overwrite` to replace it"
+        catalog.check_free(name, replace=overwrite, hint=hint, file=file)
+    return Target(catalog, store, name, overwrite or empty, file, Continuing(store))
+
+
+def _check_apart(target: str, source: str) -> None:
+    """Make sure that a target is not, holds not and lies not in what is read."""
+    if is_url(source):
+        return
+    # Not the target's own last link: that is replaced, and what it leads to stays.
+    above, _, name = target.rpartition("/")
+    ends = f"{os.path.realpath(above or '/')}/{name}", os.path.realpath(source)
+    if os.path.commonpath(ends) in ends:
+        raise UsageError(
+            f"`{target}` cannot be written: the conversion reads `{source}`",
+            hint="choose a place beside it",
         )
-    return Target(catalog, store, name)
 
 
 @contextmanager
@@ -88,9 +132,9 @@ def _attempt(target: Target, sizes: Mapping[str, int]) -> Iterator[Aside]:
     Raises:
         ExistsError: another conversion to this place is at work.
     """
-    store = target.store
-    with ExitStack() as held:
-        attempt = _taken_over(target, sizes, held)
+    store, catalog = target.store, target.catalog
+    attempt = _taken_over(target, sizes)
+    try:
         there = [] if attempt is None else store.list(str(attempt))
         nbytes = sum(sizes[file] for file in sizes if file not in there)
         free = store.free_bytes()
@@ -100,28 +144,35 @@ def _attempt(target: Target, sizes: Mapping[str, int]) -> Iterator[Aside]:
                 hint="free some space (df -h), or convert to another disk",
             )
         if attempt is None:
-            attempt = target.catalog.begin(target.name)
-            held.enter_context(store.hold(str(attempt)))
+            attempt = catalog.begin(target.name, replace=target.replaces_folder)
         try:
             yield attempt
         except Exception:
             with suppress(HoldfastError):
-                target.catalog.discard(attempt)
+                catalog.discard(attempt)
             raise
+    finally:
+        if attempt is not None:
+            catalog.release(attempt)
 
 
-def _taken_over(target: Target, sizes: Mapping[str, int], held: ExitStack) -> Aside | None:
+def _taken_over(target: Target, sizes: Mapping[str, int]) -> Aside | None:
     """What a killed conversion to this place left, with nothing in it but files of these sizes."""
-    store, found = target.store, None
+    store, catalog, found = target.store, target.catalog, None
     for attempt in _attempts(store, target.name):
-        mine = held.enter_context(store.hold(str(attempt)))
+        try:
+            mine = catalog.hold(attempt, replace=target.replaces_folder and found is None)
+        except NotFoundError:
+            continue  # It came to its end a moment ago.
         if mine is False:
+            if found is not None:
+                catalog.release(found)
             raise ExistsError(
-                f"`{target.where}` is being written by another conversion",
+                f"`{target.where}` is being written by another conversion or save",
                 hint="wait for it, or choose another place",
             )
         if found is not None or mine is None:
-            store.remove(str(attempt))
+            catalog.discard(attempt)
             continue
         found = attempt
         for name in store.list(str(attempt)):
@@ -130,7 +181,7 @@ def _taken_over(target: Target, sizes: Mapping[str, int], held: ExitStack) -> As
     return found
 
 
-def _attempts(store: ContinuingStore, name: str) -> list[Aside]:
+def _attempts(store: Store, name: str) -> list[Aside]:
     """Conversions to this place that have not come to their end."""
     asides = [aside_of(one.rstrip("/")) for one in store.list() if one.endswith("/")]
     return [one for one in asides if one and (one.role, one.name) == ("attempt", name)]
@@ -156,13 +207,13 @@ def write_hub(
     """Write a Hugging Face folder. Returns its bytes, without what lies beside the weights."""
     infos = {name: (output.dtype, output.shape) for name, output in outputs.items()}
     export = shard(infos, max_shard_bytes)
-    store = target.store
+    store, files = target.store, target.files
     order = [name for image in export.files.values() for name in image.tensors]
     with _attempt(target, {file: one.nbytes for file, one in export.files.items()}) as attempt:
         wanted = [(outputs[name], region) for name in order for region in outputs[name].regions()]
         with read_ahead(wanted, advance) as take:
             for file, image in export.files.items():
-                with store.create(f"{attempt}/{file}", image.nbytes) as writer:
+                with files.create(f"{attempt}/{file}", image.nbytes) as writer:
                     writer.write(0, [image.header])
                     for name, span in image.tensors.items():
                         _write_tensor(writer, span.offset, outputs[name], take)
@@ -185,17 +236,21 @@ def _write_small(target: Target, attempt: Aside, file: str, data: bytes) -> None
     folder, _, _ = file.rpartition("/")
     if folder and f"{folder}/" not in store.list(str(attempt)):
         store.make_folder(f"{attempt}/{folder}")
-    with store.create(f"{attempt}/{file}", len(data)) as writer:
+    with target.files.create(f"{attempt}/{file}", len(data)) as writer:
         writer.write(0, [data])
     if folder:
         store.sync(f"{attempt}/{folder}")
 
 
-def _write_tensor(writer: Writer, offset: int, output: Output, take: Callable[[], Buffer]) -> None:
+def _write_tensor(writer: Writer, offset: int, output: Output, take: Callable[[], Buffer]) -> int:
+    """Write the elements of a tensor, block by block. Returns their CRC-32."""
+    crc32 = 0
     for _ in output.regions():
         block = take()
+        crc32 = zlib.crc32(block, crc32)
         writer.write(offset, [block])
         offset += len(block)
+    return crc32
 
 
 # ------------------------------------------------------------------------------------------ .pt
@@ -215,18 +270,28 @@ def write_torch_file(target: Target, outputs: Outputs, values: Values, advance: 
         wanted = [(outputs[n], region) for n in image.tensors for region in outputs[n].regions()]
         with (
             read_ahead(wanted, advance) as take,
-            store.create(f"{attempt}/{name}", image.nbytes) as writer,
+            target.files.create(f"{attempt}/{name}", image.nbytes) as writer,
         ):
-            for offset, frame in image.frames:
+            crc32s = {
+                one: _write_tensor(writer, span.offset, outputs[one], take)
+                for one, span in image.tensors.items()
+            }
+            # Last, since they hold the checksums of the elements between them.
+            for offset, frame in image.frames(crc32s):
                 writer.write(offset, [frame])
-            for one, span in image.tensors.items():
-                _write_tensor(writer, span.offset, outputs[one], take)
         store.sync(str(attempt))
-        if name in store.list() or f"{name}/" in store.list():
-            store.remove(name)
-        store.rename(f"{attempt}/{name}", name)
-        store.remove(str(attempt))
+        _publish_file(target, attempt)
     return image.nbytes
+
+
+def _publish_file(target: Target, attempt: Aside) -> None:
+    """Give a whole file its name; one that is there is replaced at one instant, where it may be."""
+    store, name = target.store, target.name
+    if target.overwrite and name in store.list():
+        store.replace_file(f"{attempt}/{name}", name)
+    else:
+        store.rename(f"{attempt}/{name}", name)
+    store.remove(str(attempt))
 
 
 # ----------------------------------------------------------------------------------------- a step
@@ -250,7 +315,7 @@ def write_step(
     image = image_of(0, items, [([name], container) for name, (_, container) in values.items()])
     with _attempt(target, {image.name: image.nbytes} if image.nbytes else {}) as attempt:
         with read_ahead(wanted, advance) as take:
-            receipt = write(target.store, str(attempt), image, lambda _: (take(),))
+            receipt = write(target.files, str(attempt), image, lambda _: (take(),))
         index = Index(whole, [columns(items)])
         return publish(attempt, [receipt], index, facts, target.catalog)
 

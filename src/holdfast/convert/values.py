@@ -51,7 +51,7 @@ def _check_torch(opened: Opened) -> None:
         import torch  # noqa: F401 - what follows needs it
     except ImportError as error:
         raise UsageError(
-            f"`{opened.place}` holds values that are not tensors, which only torch can convert; it "
+            f"`{opened.path}` holds values that are not tensors, which only torch can convert; it "
             f"cannot be imported: {error}",
             hint="pip install torch; or `--model-only`, which leaves them out",
         ) from error
@@ -79,7 +79,7 @@ def _load_torch_file(opened: Opened) -> Any:
     """The objects of a `.pt` file; its tensors stay on disk."""
     import torch
 
-    path = opened.place
+    path = opened.path
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:

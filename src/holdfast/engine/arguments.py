@@ -7,7 +7,7 @@ from collections.abc import Mapping, MutableMapping
 
 from holdfast.arguments import checked_flag, checked_path, shown
 from holdfast.catalog.catalog import Catalog
-from holdfast.engine.root import open_for_reading, open_root
+from holdfast.engine.root import open_root, place_of
 from holdfast.errors import UsageError
 from holdfast.format.region import Region
 from holdfast.storage.store import ReadStore
@@ -24,7 +24,7 @@ def place_to_save(path: object, state: object, *, overwrite: object) -> tuple[Ca
     return open_root(text)
 
 
-def place_to_load(path: object, state: object, *, strict: object) -> tuple[ReadStore, str]:
+def check_to_load(path: object, state: object, *, strict: object) -> tuple[ReadStore, str]:
     """The store that `load` is to read from, and the checkpoint's name there.
 
     Raises:
@@ -34,7 +34,7 @@ def place_to_load(path: object, state: object, *, strict: object) -> tuple[ReadS
     if isinstance(state, Mapping) and not isinstance(state, MutableMapping):
         raise UsageError(f"`state` must be a dict, which is filled in place, found: {shown(state)}")
     checked_flag(strict, "strict")
-    return open_for_reading(text)
+    return place_of(text)
 
 
 def _checked(path: object, state: object, function: str) -> str:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 
 from holdfast.arguments import shown
-from holdfast.catalog.catalog import open_manifest
+from holdfast.catalog.steady import UNREADABLE, fingerprint
 from holdfast.engine.arguments import region_of
+from holdfast.engine.opening import open_at
 from holdfast.engine.read import Wanted, read_tensors
 from holdfast.engine.reshard import moves
-from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source, read_value
 from holdfast.engine.values import decode_value
 from holdfast.errors import NotFoundError, UsageError
@@ -28,8 +29,9 @@ T = TypeVar("T")
 class Checkpoint:
     """A checkpoint of Holdfast, or of stock `torch.distributed.checkpoint`."""
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    def __init__(self, source: Source, seen: object = None) -> None:
+        """`seen` is the fingerprint of the checkpoint when it was opened; None: it is not known."""
+        self._source, self._seen = source, seen
 
     @property
     def manifest(self) -> Manifest:
@@ -61,19 +63,35 @@ class Checkpoint:
         moves(name, entry, box)
         target = torch.empty(box.shape, dtype=getattr(torch, entry.dtype), device="cpu")
         if box.num_elements:
-            read_tensors(
-                self._source, [Wanted(name, [Piece(box, Region.whole(box.shape))], target)]
-            )
+            wanted = Wanted(name, [Piece(box, Region.whole(box.shape))], target)
+            with self._unless_replaced():
+                read_tensors(self._source, [wanted])
         return target
 
     def value(self, name: str) -> Any:
         """A value that is not a tensor."""
         entry = self._found("value", name, self._source.manifest.values)
-        container = read_value(self._source, name, entry)
+        with self._unless_replaced():
+            container = read_value(self._source, name, entry)
         return decode_value(name, container, where=f"{self._source.url}/{entry.file}")
+
+    @contextmanager
+    def _unless_replaced(self) -> Iterator[None]:
+        """Tell a checkpoint that another save has replaced from one that is damaged."""
+        try:
+            yield
+        except UNREADABLE as error:
+            source = self._source
+            if self._seen is None or fingerprint(source.store, source.folder) == self._seen:
+                raise
+            raise NotFoundError(
+                f"`{source.url}` has been replaced or removed since it was opened",
+                hint="open it again",
+            ) from error
 
     def _found(self, kind: str, name: object, there: Mapping[str, T]) -> T:
         """The entry of that name.
+
 
         Raises:
             UsageError: the name is no text.
@@ -100,5 +118,5 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         NotFoundError: no checkpoint there.
         DamagedError: files are missing or of another size.
     """
-    store, name = open_for_reading(path)
-    return Checkpoint(Source(store, name, open_manifest(store, name)))
+    store, opened = open_at(path)
+    return Checkpoint(Source(store, opened.name, opened.manifest), opened.seen)

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import torch
 
-from holdfast.catalog.catalog import open_manifest
-from holdfast.engine.arguments import place_to_load
+from holdfast.engine.arguments import check_to_load
 from holdfast.engine.collector import collector_at_rest
 from holdfast.engine.fitting import fits, is_narrowed
-from holdfast.engine.ranks import Ranks, all_ranks, hosts_of, on_every_rank, on_rank_0
+from holdfast.engine.opening import read_in
+from holdfast.engine.ranks import Ranks, all_ranks, hosts_of, on_every_rank
 from holdfast.engine.read import Wanted, read_tensors, threads_for
 from holdfast.engine.replicas import Place, ask, read_shared
 from holdfast.engine.source import Source, read_value
@@ -75,12 +75,14 @@ def load(path: str | os.PathLike[str], state: Any, *, strict: bool = True) -> Lo
     """
     ranks = all_ranks()
     try:
-        store, name = on_every_rank(ranks, lambda: place_to_load(path, state, strict=strict))
+        store, name = on_every_rank(ranks, lambda: check_to_load(path, state, strict=strict))
         tree = on_every_rank(ranks, lambda: StateTree(state))
-        with collector_at_rest():
-            manifest = on_rank_0(ranks, lambda: open_manifest(store, name))
-        source = Source(store, name, manifest)
-        return load_tree(source, tree, ranks=ranks, strict=strict)
+        return read_in(
+            store,
+            name,
+            ranks,
+            lambda source: load_tree(source, tree, ranks=ranks, strict=strict),
+        )
     finally:
         ranks.close()
 

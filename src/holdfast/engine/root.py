@@ -7,7 +7,7 @@ import os
 from holdfast.arguments import checked_path
 from holdfast.catalog.catalog import Catalog, standing
 from holdfast.errors import UsageError
-from holdfast.storage.local import LocalStore
+from holdfast.storage.opening import folder_store, is_url, local_path, open_store, without_scheme
 from holdfast.storage.store import ReadStore
 
 
@@ -17,14 +17,8 @@ def open_root(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
     Raises:
         UsageError: a URL, or a path without a name.
     """
-    path = checked_path(path, "path")
-    if _is_url(path):
-        raise UsageError(
-            f"`{path}` is a URL: checkpoints are loaded from there, but saved to folders",
-            hint="save to a folder, then copy it with the tool of that store",
-        )
-    folder, name = _split(path)
-    return Catalog(LocalStore(folder)), name
+    folder, name = _split(local_path(checked_path(path, "path")))
+    return Catalog(folder_store(folder)), name
 
 
 def open_for_reading(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
@@ -34,23 +28,19 @@ def open_for_reading(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
     Raises:
         UsageError: no path.
     """
-    path = checked_path(path, "path")
-    if _is_url(path):
-        from holdfast.storage.remote import RemoteStore
-
-        folder, _, name = str(path).rstrip("/").rpartition("/")
-        return RemoteStore(folder), name
-    folder, name = _split(path)
-    store = LocalStore(folder)
+    store, name = place_of(path)
     return store, standing(store, name)
 
 
-def _split(path: str | os.PathLike[str]) -> tuple[str, str]:
-    folder, name = os.path.split(os.path.abspath(path))  # noqa: PTH100 - links stay links
+def place_of(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
+    """The store that `path`, a folder or a URL, lies in, and its name there."""
+    text = without_scheme(checked_path(path, "path"))
+    folder, name = _split(text.rstrip("/") if is_url(text) else local_path(text))
+    return open_store(folder), name
+
+
+def _split(path: str) -> tuple[str, str]:
+    folder, _, name = path.rpartition("/")
     if not name:
-        raise UsageError(f"`{os.fspath(path)}` is no place for a checkpoint: it has no name")
-    return folder, name
-
-
-def _is_url(path: str | os.PathLike[str]) -> bool:
-    return "://" in os.fspath(path)
+        raise UsageError(f"`{path}` is no place for a checkpoint: it has no name")
+    return folder or "/", name

@@ -35,7 +35,7 @@ from holdfast.engine.ranks import (
 from holdfast.engine.spans import Spans, amount
 from holdfast.engine.stage import Snapshot, Staging, TensorOf, box_of, host_bytes, host_windows
 from holdfast.engine.write import FileImage, Pace, Receipt, TensorItem, write
-from holdfast.errors import ExistsError, HoldfastError, StorageError
+from holdfast.errors import HoldfastError, StorageError
 from holdfast.format.manifest import Kind
 from holdfast.format.names import Aside
 from holdfast.format.region import Region
@@ -58,6 +58,10 @@ class Saved:
 def save(path: str | os.PathLike[str], state: Any, *, overwrite: bool = False) -> Saved:
     """Save `state` as one checkpoint at `path`, published whole or not at all.
 
+    `overwrite` replaces one checkpoint that is there, and nothing else: no folder of checkpoints,
+    no run, no folder with other files. Of several threads and processes that save to one path at
+    once, one does, and the others raise ExistsError.
+
     `state` is a dict of tensors, DTensors, plain values, further dicts and lists of these, and of
     objects with `state_dict` and `load_state_dict`: modules, optimizers (whose entries are named by
     the parameters of the modules beside them), schedulers. Or it is a module alone. What
@@ -68,7 +72,8 @@ def save(path: str | os.PathLike[str], state: Any, *, overwrite: bool = False) -
     state; an error on one is raised on all.
 
     Raises:
-        ExistsError: there is something at `path`, and `overwrite` is false.
+        ExistsError: there is something at `path`, and `overwrite` is false, or it is not one
+            checkpoint; or it came there, or is being replaced, meanwhile.
         UsageError: an argument of another type; or what would not come back as it is, with its name
             and type. Nothing was written.
         StorageError: no space, no rights; nothing is left behind.
@@ -77,21 +82,31 @@ def save(path: str | os.PathLike[str], state: Any, *, overwrite: bool = False) -
     try:
         check = partial(place_to_save, path, state, overwrite=overwrite)
         catalog, name = on_every_rank(ranks, check)
-        on_rank_0(ranks, lambda: _check_free(catalog, name, overwrite))
-        flat = on_every_rank(ranks, lambda: StateTree(state).flatten())
-        return save_leaves(catalog, name, flat, ranks=ranks, planner=Planner(ranks))
+        return save_in(catalog, name, state, ranks=ranks, overwrite=overwrite)
     finally:
         ranks.close()
+
+
+def save_in(
+    catalog: Catalog, name: str, state: Mapping[str, Any], *, ranks: Ranks, overwrite: bool
+) -> Saved:
+    """As `save`, to the checkpoint `name` of `catalog`, by these ranks."""
+    on_rank_0(ranks, lambda: _check_free(catalog, name, overwrite))
+    flat = on_every_rank(ranks, lambda: StateTree(state).flatten())
+    try:
+        return save_leaves(
+            catalog, name, flat, ranks=ranks, planner=Planner(ranks), overwrite=overwrite
+        )
+    finally:
+        # An interrupt ends no process where a notebook runs, and its traceback keeps the catalog.
+        catalog.release_all()
 
 
 def _check_free(catalog: Catalog, name: str, overwrite: bool) -> None:
     """Make sure that the folder is there and the name may be taken."""
     catalog.store.make_folder("")
-    if not overwrite and {name, f"{name}/"} & set(catalog.store.list()):
-        raise ExistsError(
-            f"`{catalog.where(name)}` exists already",
-            hint="choose another path, or pass `overwrite=True` to replace it",
-        )
+    hint = "choose another path, or pass `overwrite=True` to replace it"
+    catalog.check_free(name, replace=overwrite, hint=hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +152,10 @@ def save_leaves(
     step: int | None = None,
     kind: Kind | None = None,
     dtype: torch.dtype | None = None,
+    overwrite: bool = True,
 ) -> Saved:
-    """Save flat state as checkpoint `name` of `catalog`, in place of one that has the name.
+    """Save flat state as checkpoint `name` of `catalog`. `overwrite`: in place of one that has the
+    name now.
 
     Floating-point tensors are converted to `dtype` where one is given.
 
@@ -146,7 +163,15 @@ def save_leaves(
     was before.
     """
     pending = begin_save(
-        catalog, name, state, ranks=ranks, planner=planner, step=step, kind=kind, dtype=dtype
+        catalog,
+        name,
+        state,
+        ranks=ranks,
+        planner=planner,
+        step=step,
+        kind=kind,
+        dtype=dtype,
+        overwrite=overwrite,
     )
     return finish_save(pending, ranks)
 
@@ -163,10 +188,12 @@ def begin_save(
     dtype: torch.dtype | None = None,
     metrics: Mapping[str, float] | None = None,
     model: Mapping[str, Any] | None = None,
+    overwrite: bool = True,
 ) -> Pending:
     """Agree on a save: everything of `save_leaves` up to the first byte. Collective.
 
     `metrics` are kept in the manifest, and `model`, its configuration on the hub: those of rank 0.
+    `overwrite`: a checkpoint that has the name now may be replaced.
     """
     spans = Spans()
     with spans("plan"):
@@ -174,7 +201,8 @@ def begin_save(
             held = outcome_of(lambda: planner.hold(state, dtype))
             planner.agree(held)
             assert isinstance(held, Held)
-            begun = _begin_alike(catalog, name, held, planner=planner, ranks=ranks)
+            begin = partial(_begin, catalog, name, overwrite=overwrite)
+            begun = _begin_alike(held, begin, planner=planner, ranks=ranks)
             if begun is not None:
                 break
     image, attempt = begun
@@ -194,9 +222,10 @@ def begin_save(
 
 
 def _begin_alike(
-    catalog: Catalog, name: str, held: Held, *, planner: Planner, ranks: Ranks
+    held: Held, begin: Callable[[int], Aside], *, planner: Planner, ranks: Ranks
 ) -> tuple[FileImage, Aside] | None:
-    """Make the attempt for what the ranks hold, if they hold the same of what they hold alike.
+    """Make the attempt for what the ranks hold, if they hold the same of what they hold alike:
+    `begin(nbytes)` makes it.
 
     Else the first rank's version is the one that is kept, from the next plan on: None. What
     optimizers change is compared later, since that takes longer; there a difference is an error.
@@ -211,11 +240,11 @@ def _begin_alike(
     looked = outcome_of(look)
     mine = looked if isinstance(looked, HoldfastError) else (looked[0].nbytes, looked[1])
 
-    def begin(everyone: list[tuple[int, dict[Group, int]]]) -> Aside | list[Group]:
+    def compare(everyone: list[tuple[int, dict[Group, int]]]) -> Aside | list[Group]:
         differ = groups_that_differ([groups for _, groups in everyone])
-        return differ or _begin(catalog, name, sum(nbytes for nbytes, _ in everyone))
+        return differ or begin(sum(nbytes for nbytes, _ in everyone))
 
-    begun = conclude(ranks, mine, begin)
+    begun = conclude(ranks, mine, compare)
     assert not isinstance(looked, HoldfastError)
     if isinstance(begun, Aside):
         return looked[0], begun
@@ -340,14 +369,14 @@ def _make_beside(index: Index) -> None:
     threading.Thread(target=making, name="holdfast-index", daemon=True).start()
 
 
-def _begin(catalog: Catalog, name: str, nbytes: int) -> Aside:
+def _begin(catalog: Catalog, name: str, nbytes: int, overwrite: bool) -> Aside:
     free = catalog.store.free_bytes()
     if free is not None and nbytes > free:
         raise StorageError(
             f"`{catalog.where(name)}` needs {amount(nbytes)}, {amount(free)} are free",
             hint="free some space (df -h), lower `checkpoint.keep_latest_k`, or use another disk",
         )
-    return catalog.begin(name)
+    return catalog.begin(name, replace=overwrite)
 
 
 def _live(held: Held, item: TensorItem) -> torch.Tensor:

@@ -14,7 +14,7 @@ from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Span, Table
 from holdfast.format.names import data_file
 from holdfast.format.region import Region
-from holdfast.storage.store import Buffer, Store, Writer
+from holdfast.storage.store import Buffer, Creating, Writer
 
 WINDOW_BYTES = 4 << 20
 """Bytes handed to the store at once: whole blocks, few enough to be in cache from the checksum."""
@@ -114,7 +114,7 @@ but the last of `WINDOW_BYTES`, made as it is asked for."""
 
 
 def write(
-    store: Store,
+    store: Creating,
     folder: str,
     image: FileImage,
     data: WindowsOf | memoryview,

@@ -6,15 +6,18 @@ step-500                  a published step
 .removing-NAME-1f2e3d4c   a checkpoint half deleted
 .pinned-step-500          a mark: retention never removes step 500
 .damaged-step-500         a mark: data of step 500 was found damaged
+.held-NAME-1f2e3d4c       locked in place of the folder NAME, where folders cannot be locked
 .lock                     who is saving here
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+from zlib import crc32
 
 from holdfast.arguments import shown, whole_number
 from holdfast.errors import UsageError
@@ -26,6 +29,7 @@ LOCK = ".lock"
 STEP_MAX = 10**18 - 1
 """Largest step: the name of a larger one would be longer than the grammar allows, so that no
 reader would find it."""
+_HELD = ".held-"
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})", re.ASCII)
 _ASIDE = re.compile(r"\.(attempt|replaced|removing)-([^/]+)-([0-9a-f]{8})", re.ASCII)
@@ -103,12 +107,38 @@ def steps_among(names: Iterable[str]) -> dict[int, str]:
     """
     found = {}
     for folder in (name.rstrip("/") for name in sorted(names) if name.endswith("/")):
-        aside = aside_of(folder)
-        step = step_of(aside.name if aside and aside.role == "replaced" else folder)
+        step = step_standing_in(folder)
         if step is not None:
             # In the order of the alphabet, what was set aside stands before what has the name.
             found[step] = folder
     return dict(sorted(found.items()))
+
+
+def step_standing_in(folder: str) -> int | None:
+    """The step that a folder stands for: by its name, or set aside while its successor was saved.
+
+    >>> step_standing_in("step-30"), step_standing_in(".replaced-step-30-1f2e3d4c")
+    (30, 30)
+    """
+    aside = aside_of(folder)
+    return step_of(aside.name if aside and aside.role == "replaced" else folder)
+
+
+def standing_among(names: Iterable[str], name: str) -> str | None:
+    """The folder that stands for checkpoint `name`, from the names that are there: its own; or the
+    one set aside by a save that has died between its two renames. None where there is neither.
+
+    >>> standing_among([".replaced-best-1f2e3d4c/"], "best"), standing_among(["best/"], "best")
+    ('.replaced-best-1f2e3d4c', 'best')
+    """
+    found = None
+    for one in (other.rstrip("/") for other in names):
+        if one == name:
+            return name
+        aside = aside_of(one)
+        if found is None and aside is not None and (aside.role, aside.name) == ("replaced", name):
+            found = one
+    return found
 
 
 def aside_of(name: str) -> Aside | None:
@@ -128,6 +158,24 @@ def mark_of(name: str) -> Mark | None:
         return None
     role: Literal["pinned", "damaged"] = match[1]  # type: ignore[assignment]
     return Mark(role, step)
+
+
+def held_file(name: str) -> str:
+    """File that is locked in place of a folder of this name, beside it. A checkpoint has one file
+    by whatever name it is set aside, since who holds it may rename it; an attempt has its own.
+
+    >>> held_file("step-5"), held_file(".replaced-step-5-1f2e3d4c")
+    ('.held-step-5-1eb6696e', '.held-step-5-1eb6696e')
+    """
+    aside = aside_of(name)
+    held = name if aside is None or aside.role == "attempt" else aside.name
+    return f"{_HELD}{held}-{crc32(os.fsencode(held)):08x}"
+
+
+def held_of(name: str) -> str | None:
+    """Folder in whose place a file of this name is locked; None where it is no such file."""
+    folder = name.removeprefix(_HELD)[:-9]
+    return folder if name == held_file(folder) else None
 
 
 def data_file(rank: int) -> str:

@@ -8,10 +8,11 @@ fill the data without a gap. No checksum is kept: what can be checked is that it
 from __future__ import annotations
 
 import json
+import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 from holdfast.errors import FormatError
@@ -148,6 +149,33 @@ def read_index(data: bytes, *, where: str) -> dict[str, str]:
     for file in weight_map.values():
         check_file_name(file, where)
     return weight_map
+
+
+_SHARD = re.compile(r"(.*?)([0-9]+)-of-([0-9]+)(.*)", re.ASCII | re.DOTALL)
+
+_NUMBER_DIGITS_MAX = 9
+
+
+def missing_shards(files: Iterable[str]) -> list[str]:
+    """Names of the shards, up to `LISTED_MAX`, that are missing in sets of which some are there.
+
+    >>> missing_shards(["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"])
+    ['model-00002-of-00003.safetensors']
+    """
+    sets: dict[tuple[str, str, str], dict[int, str]] = {}
+    for file in files:
+        found = _SHARD.fullmatch(file)
+        if found and max(len(found[2]), len(found[3])) <= _NUMBER_DIGITS_MAX:
+            sets.setdefault((found[1], found[3], found[4]), {})[int(found[2])] = found[2]
+    missing: list[str] = []
+    for (before, total, after), there in sets.items():
+        digits = len(next(iter(there.values())))
+        # Most count from 1, a few from 0.
+        first = 0 if 0 in there else 1
+        lacking = (n for n in range(first, first + int(total)) if n not in there)
+        for number in islice(lacking, LISTED_MAX - len(missing)):
+            missing.append(f"{before}{number:0{digits}}-of-{total}{after}")
+    return missing
 
 
 def joined(

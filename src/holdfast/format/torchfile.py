@@ -1,12 +1,15 @@
 """A `.pt` file: what `torch.save` wrote of a whole state, seen as one manifest without torch.
 
 One ZIP archive: `data.pkl` describes the objects, `data/<key>` holds the elements of each storage.
-Entries are named by the keys that lead to them, joined by dots, as in a DCP checkpoint.
+Entries are named by the keys that lead to them, joined by dots, as in a DCP checkpoint. Every
+record that is written here has its CRC-32: nothing else goes with the file that tells of a flipped
+bit.
 """
 
 from __future__ import annotations
 
 import struct
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -189,15 +192,59 @@ class NewTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class _NewRecord:
+    """A record before it is written."""
+
+    name: str
+    header: int
+    nbytes: int
+    content: bytes | None = None
+    tensor: str = ""
+    """The tensor whose elements it holds, where it has no content yet."""
+
+    @property
+    def data(self) -> Span:
+        """Where its data lies in the file."""
+        return Span(self.header + len(self.frame(0)), self.nbytes)
+
+    def frame(self, crc32: int) -> bytes:
+        """What stands before the record's data; data begins on a multiple of `ALIGN`."""
+        named = f"archive/{self.name}".encode()
+        size64 = struct.pack("<2Q", self.nbytes, self.nbytes) if self.nbytes >= FULL else b""
+        field = _field64(size64)
+        padding = -(self.header + LOCAL.size + len(named) + len(field) + 4) % ALIGN
+        extra = field + b"FB" + struct.pack("<H", padding) + b"Z" * padding
+        return local_record(named, self.nbytes, extra, crc32)
+
+    def listed(self, crc32: int) -> bytes:
+        """Its entry in the directory."""
+        size64 = struct.pack("<2Q", self.nbytes, self.nbytes) if self.nbytes >= FULL else b""
+        at64 = struct.pack("<Q", self.header) if self.header >= FULL else b""
+        named = f"archive/{self.name}".encode()
+        return central_record(named, self.nbytes, self.header, _field64(size64 + at64), crc32)
+
+
+@dataclass(frozen=True, slots=True)
 class TorchImage:
-    """A file before it is written: what stands around the tensors, and where they go."""
+    """A file before it is written: where the tensors go, and what stands around them."""
 
     nbytes: int
-    frames: tuple[tuple[int, bytes], ...]
-    """By position."""
-
     tensors: Mapping[str, Span]
     """Where the raw elements go; those that share another's are left out."""
+
+    records: tuple[_NewRecord, ...]
+
+    def frames(self, crc32s: Mapping[str, int]) -> Iterator[tuple[int, bytes]]:
+        """Everything but the elements, by position. `crc32s` are those of the elements of each
+        tensor: no other checksum goes with a file of this kind."""
+        listed = []
+        for record in self.records:
+            content = record.content
+            crc32 = crc32s[record.tensor] if content is None else zlib.crc32(content)
+            yield record.header, record.frame(crc32) + (content or b"")
+            listed.append(record.listed(crc32))
+        directory, stop = b"".join(listed), self.records[-1].data.stop
+        yield stop, directory + end_records(len(listed), len(directory), stop)
 
 
 def lay_out(
@@ -216,32 +263,21 @@ def lay_out(
     for path, pickled in values.values():
         leaves[path] = pickled[2:-1]  # without the two ends of a pickle of its own
     pickle = b"\x80\x02" + _pickled(_tree(leaves)) + b"."
-    frames, placed = [], {}
-    position, directory = 0, list[bytes]()
-
-    def add(name: str, nbytes: int, content: bytes | None) -> int:
-        """Place a record; returns where its data begins."""
-        nonlocal position
-        header, named = position, f"archive/{name}".encode()
-        size64 = struct.pack("<2Q", nbytes, nbytes) if nbytes >= FULL else b""
-        local = _field64(size64)
-        padding = -(position + LOCAL.size + len(named) + len(local) + 4) % ALIGN
-        extra = local + b"FB" + struct.pack("<H", padding) + b"Z" * padding
-        frame = local_record(named, nbytes, extra)
-        at64 = struct.pack("<Q", header) if header >= FULL else b""
-        directory.append(central_record(named, nbytes, header, _field64(size64 + at64)))
-        frames.append((header, frame + (content or b"")))
-        position += len(frame) + nbytes
-        return header + len(frame)
-
-    for name, small in (("data.pkl", pickle), ("byteorder", b"little"), ("version", b"3\n")):
-        add(name, len(small), small)
+    small = {"data.pkl": pickle, "byteorder": b"little", "version": b"3\n"}
+    records: list[_NewRecord] = []
+    placed: dict[str, Span] = {}
+    position = 0
+    for name, data in small.items():
+        records.append(_NewRecord(name, position, len(data), data))
+        position = records[-1].data.stop
     for name in stored:
         nbytes = tensors[name].nbytes
-        placed[name] = Span(add(f"data/{keys[name]}", nbytes, None), nbytes)
-    listed = b"".join(directory)
-    end = listed + end_records(len(directory), len(listed), position)
-    return TorchImage(position + len(end), (*frames, (position, end)), placed)
+        records.append(_NewRecord(f"data/{keys[name]}", position, nbytes, tensor=name))
+        placed[name] = records[-1].data
+        position = placed[name].stop
+    directory_bytes = sum(len(record.listed(0)) for record in records)
+    end = end_records(len(records), directory_bytes, position)
+    return TorchImage(position + directory_bytes + len(end), placed, tuple(records))
 
 
 def _field64(sizes: bytes) -> bytes:

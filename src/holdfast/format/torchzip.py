@@ -5,8 +5,9 @@ Layout after PKWARE's APPNOTE.TXT 6.3.10 (sections 4.3.7, 4.3.12, 4.3.14 to 4.3.
 Everything around the raw data is a function of dtype, shape and position, so that a file can be
 laid out, and its bytes written in one pass, before a single element is read.
 
-The CRC-32 fields of what Holdfast writes are zero, as after `torch.serialization.
+The CRC-32 fields in Holdfast's own steps are zero, as after `torch.serialization.
 set_crc32_options(False)`: no version of torch reads them, and the manifest holds a better checksum.
+A `.pt` file has no manifest beside it, and so has true ones (`torchfile`).
 """
 
 from __future__ import annotations
@@ -121,19 +122,23 @@ def pickled_tensor(dtype: str, shape: tuple[int, ...], key: str) -> bytes:
     )
 
 
-def local_record(name: bytes, nbytes: int, extra: bytes) -> bytes:
+def local_record(name: bytes, nbytes: int, extra: bytes, crc32: int = 0) -> bytes:
     """What stands before a record of `nbytes`."""
     size, version = min(nbytes, FULL), 45 if nbytes >= FULL else 0
-    fields = (b"PK\3\4", version, _UTF8, 0, 0, 0, 0, size, size, len(name), len(extra))
+    fields = (b"PK\3\4", version, _UTF8, 0, 0, 0, crc32, size, size, len(name), len(extra))
     return LOCAL.pack(*fields) + name + extra
 
 
-def central_record(name: bytes, nbytes: int, offset: int, extra: bytes) -> bytes:
+def central_record(name: bytes, nbytes: int, offset: int, extra: bytes, crc32: int = 0) -> bytes:
     """A record's entry in the directory; `extra` holds what is too large for its own fields."""
     size, version = min(nbytes, FULL), 45 if extra else 0
     offset = min(offset, FULL)
-    fields = (b"PK\1\2", version, version, _UTF8, 0, 0, 0, 0, size, size, len(name), len(extra))
-    return CENTRAL.pack(*fields, 0, 0, 0, 0, offset) + name + extra
+    sizes = (size, size, len(name), len(extra))
+    return (
+        CENTRAL.pack(b"PK\1\2", version, version, _UTF8, 0, 0, 0, crc32, *sizes, 0, 0, 0, 0, offset)
+        + name
+        + extra
+    )
 
 
 def end_records(count: int, directory_bytes: int, directory_offset: int) -> bytes:

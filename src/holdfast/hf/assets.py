@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from holdfast.hf.folder import CONFIG
+from holdfast.hf.folder import CONFIG, check_inside
 from holdfast.storage.store import ReadStore
 
 _WEIGHTS = (
@@ -25,7 +25,11 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
 def beside_weights(store: ReadStore, name: str) -> Iterator[tuple[str, bytes]]:
-    """Every file of a folder that an export takes along as it is, one at a time."""
+    """Every file of a folder that an export takes along as it is, one at a time.
+
+    Raises:
+        FormatError: one of them is a link out of the folder, or no plain file.
+    """
     for file in store.list(name):
         if file == _TEMPLATES:
             for below in store.list(f"{name}/{_TEMPLATES.rstrip('/')}"):
@@ -43,7 +47,7 @@ def _stored_as(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     said = {key: value for key, value in config.items() if key != "quantization_config"}
     # Two names of one key: transformers renamed it in version 5, and reads both.
     spelled = [key for key in ("dtype", "torch_dtype") if key in said]
-    nested = "text_config" in said
+    nested = isinstance(said.get("text_config"), dict)
     if nested:
         said["text_config"] = _stored_as(said["text_config"], dtype)
     for key in spelled or ([] if nested else ["torch_dtype"]):
@@ -55,6 +59,7 @@ def _file(store: ReadStore, name: str, file: str) -> Iterator[tuple[str, bytes]]
     plain = not file.endswith("/") and not file.startswith(".")
     if plain and not any(fnmatchcase(file, pattern) for pattern in _WEIGHTS):
         key = f"{name}/{file}"
+        check_inside(store, name, file)
         size = store.size(key)
         if size <= COPIED_BYTES_MAX:
             yield file, store.read(key, 0, size)

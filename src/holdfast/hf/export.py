@@ -38,6 +38,7 @@ from holdfast.hf.numbers import box_of, convert, is_floating, raw_type
 from holdfast.hf.shards import SHARD_BYTES, Export, shard
 from holdfast.hf.tensors import Held
 from holdfast.storage.local import LocalStore
+from holdfast.storage.opening import folder_store
 from holdfast.storage.store import Writer
 
 BLOCK_BYTES = 16 << 20
@@ -114,7 +115,7 @@ def export(
         for name in mapping.names("hub")
     }
     made = shard(infos, SHARD_BYTES)
-    store = LocalStore(catalog.store.url)
+    store = folder_store(catalog.store.url)
     try:
         on_rank_0(ranks, lambda: _make_files(held, mapping, made, store, attempt))
         mine = outcome_of(lambda: _write(held, mapping, made, store, attempt))

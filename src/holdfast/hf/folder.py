@@ -45,15 +45,16 @@ def open_folder(store: ReadStore, name: str) -> Folder:
     With an index it alone says which files count; without one every `*.safetensors` does.
 
     Raises:
-        NotFoundError: no safetensors there, or files missing that the index names.
-        FormatError: files that are not what they claim to be.
-        DamagedError: files that the index names are missing.
+        NotFoundError: no safetensors there.
+        FormatError: files that are not what they claim to be, or links out of the folder.
+        DamagedError: files that the index names, or shards of a set, are missing.
     """
     where = place(store, name)
     there = [file for file in store.list(name) if not file.endswith("/")]
     weights = [file for file in there if file.endswith(safetensors.SUFFIX)]
     index = None
     if safetensors.INDEX in there:
+        check_inside(store, name, safetensors.INDEX)
         data = _read(store, f"{name}/{safetensors.INDEX}", safetensors.INDEX_BYTES_MAX)
         index = safetensors.read_index(data, where=f"{where}/{safetensors.INDEX}")
     files = weights if index is None else sorted({*index.values()})
@@ -62,6 +63,11 @@ def open_folder(store: ReadStore, name: str) -> Folder:
         raise DamagedError(
             f"`{where}`: {len(missing)} of {len(files)} files of its index are missing: "
             + ", ".join(missing[:10]),
+            hint="download the folder again",
+        )
+    if index is None and (lacking := safetensors.missing_shards(weights)):
+        raise DamagedError(
+            f"`{where}` has no index, and shards are missing: {', '.join(lacking[:10])}",
             hint="download the folder again",
         )
     if not files:
@@ -91,6 +97,9 @@ def read_config(store: ReadStore, name: str, file: str = CONFIG) -> dict[str, An
         FormatError: it is no table.
     """
     where = f"{place(store, name)}/{file}"
+    check_inside(store, name, file)
+    if store.size(f"{name}/{file}") > CONFIG_BYTES_MAX:
+        raise FormatError(f"`{where}` has more than {CONFIG_BYTES_MAX} bytes")
     try:
         config = safetensors.parse_json(_read(store, f"{name}/{file}", CONFIG_BYTES_MAX))
         if not isinstance(config, dict):
@@ -118,7 +127,22 @@ def _read(store: ReadStore, key: str, nbytes_max: int) -> bytes:
     return store.read(key, 0, min(store.size(key), nbytes_max + 1))
 
 
+def check_inside(store: ReadStore, name: str, file: str) -> None:
+    """Make sure that a file of a folder is no link to a place outside of it: a stranger's folder
+    could carry whatever its reader may read. The layout of the hub's cache is the exception.
+
+    Raises:
+        FormatError: it is such a link.
+    """
+    if store.leads_out(name, file):
+        raise FormatError(
+            f"`{place(store, name)}/{file}` is a link to a place outside of its folder",
+            hint="if it is yours, put a copy of the file in the place of the link: cp -L",
+        )
+
+
 def _open_file(store: ReadStore, name: str, file: str) -> Manifest:
+    check_inside(store, name, file)
     key = f"{name}/{file}"
     fetch = partial(_fetch, store, key)
     where = f"{place(store, name)}/{file}"

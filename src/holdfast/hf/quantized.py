@@ -49,7 +49,7 @@ class Dequantized:
             FormatError: parts that do not fit one another, or a way to quantize that is not known.
         """
         self._source = source
-        self._block = tuple(config.get("weight_block_size") or BLOCK)
+        self._block = _block_in(config)
         self.held: dict[str, Held] = {}
         self.num_quantized = 0
         held, wrong = source.held, []
@@ -135,6 +135,20 @@ class Dequantized:
             f"`{name}` is {found.dtype} {list(found.shape)}, `{scales}` {theirs.dtype} "
             f"{list(theirs.shape)}"
         ]
+
+
+def _block_in(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Elements of fp8 that share a factor, as a stranger's configuration has them."""
+    found = config.get("weight_block_size") if isinstance(config, Mapping) else 0
+    if found is None:
+        return BLOCK
+    if (
+        not isinstance(found, list | tuple)
+        or len(found) != 2
+        or any(type(size) is not int or size < 1 for size in found)
+    ):
+        raise FormatError("`config.json`: `weight_block_size` must be two whole numbers above 0")
+    return found[0], found[1]
 
 
 def _other(name: str, suffix: str, other: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 from holdfast.catalog.catalog import Catalog
@@ -21,7 +22,7 @@ from holdfast.hf.load import load_folder
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.parts import differences
 from holdfast.state.objects import StateTree
-from holdfast.storage.local import LocalStore
+from holdfast.storage.opening import folder_store
 
 logger = logging.getLogger("holdfast")
 
@@ -50,14 +51,18 @@ class Hub:
         """
         self._model, self._config, self._ranks = model, config, ranks
         self._sections = sections
-        self._store = LocalStore(f"{catalog.store.url}/{FOLDER}")
-        self.catalog = Catalog(self._store)
+        self._above = catalog.store.url
         self.planner = Planner(ranks)
         if model is None and (config.last_save_in_hf or config.hf_export_interval):
             raise UsageError(
                 "Hugging Face folders need to know the model: its `config.json`",
                 hint="`hub=HubModel(config, assets)` of CheckpointManager",
             )
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """Exports at an interval, in a folder of their own below that of the steps."""
+        return Catalog(folder_store(f"{self._above}/{FOLDER}"))
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -100,8 +105,9 @@ class Hub:
         """Make the folder of exports ready. Collective."""
 
         def make() -> None:
-            self._store.make_folder("")
-            execute(self._store, plan_sweep(self._store.list()))
+            store = self.catalog.store
+            store.make_folder("")
+            execute(store, plan_sweep(store.list()))
 
         on_rank_0(self._ranks, make)
 
@@ -113,7 +119,7 @@ class Hub:
         catalog, attempt = pending.catalog, pending.attempt
         if use == "beside":
             catalog = self.catalog
-            attempt = on_rank_0(ranks, lambda: self.catalog.begin(step_name(step)))
+            attempt = on_rank_0(ranks, lambda: self.catalog.begin(step_name(step), replace=True))
         made = export(
             Snapshot(pending.image, pending.data_of, pending.index, self._sections),
             self._model,

@@ -6,8 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
-from datetime import UTC, datetime
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -19,19 +17,20 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.engine.load import load_tree
-from holdfast.engine.ranks import Ranks, Solo, all_ranks, host_name, on_every_rank, on_rank_0
+from holdfast.engine.ranks import Ranks, Solo, all_ranks, on_every_rank, on_rank_0
 from holdfast.engine.root import open_for_reading
 from holdfast.engine.source import Source
 from holdfast.engine.spans import rate
-from holdfast.errors import DamagedError, FormatError, MismatchError, NotFoundError
+from holdfast.errors import MismatchError, NotFoundError
 from holdfast.format.manifest import Kind
-from holdfast.format.names import LOCK, checked_step, step_of
+from holdfast.format.names import checked_step, step_of
 from holdfast.hf.export import HubModel
 from holdfast.manager import arguments
 from holdfast.manager.arguments import Metrics
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.goodput import RESUMING, Goodput, Timings
-from holdfast.manager.hub import FOLDER, Hub
+from holdfast.manager.holding import Holding
+from holdfast.manager.hub import Hub
 from holdfast.manager.parts import (
     DATALOADER,
     MODEL,
@@ -57,14 +56,8 @@ from holdfast.manager.policy import (
     stopping_line,
 )
 from holdfast.manager.renames import as_here
-from holdfast.manager.resume import (
-    Step,
-    newest_final,
-    newest_resumable,
-    remember_damage,
-    strict_step,
-)
-from holdfast.manager.retention import put_in_order
+from holdfast.manager.resume import Step, newest_final
+from holdfast.manager.resuming import Resuming
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
 from holdfast.state.model import ModelState, adapted
@@ -72,7 +65,7 @@ from holdfast.state.objects import StateTree
 from holdfast.state.optim import OptimizerState
 from holdfast.state.schedulers import scheduler_component
 from holdfast.state.tree import Stateful
-from holdfast.storage.local import LocalStore
+from holdfast.storage.opening import folder_store
 
 logger = logging.getLogger("holdfast")
 
@@ -113,8 +106,9 @@ class CheckpointManager:
         says what the model is called on the Hugging Face hub, for what goes there or comes from it.
 
         Raises:
-            UsageError: an argument of another type, or two parts of one name; nothing was touched.
-            ExistsError: another run saves in this folder.
+            UsageError: an argument of another type, two parts of one name, or a `folder` that is a
+                URL; nothing was touched.
+            ExistsError: another run saves in this folder, or another manager of this process.
             StorageError: the folder cannot be written.
         """
         self.config = arguments.checked_config(config)
@@ -131,7 +125,7 @@ class CheckpointManager:
             hub=hub,
             config=self.config,
         )
-        self._catalog = Catalog(LocalStore(folder))
+        self._catalog = Catalog(folder_store(folder))
         models = many(model)
         self._kept = self._whole = ModelState(models)
         if not self.config.save_frozen:
@@ -151,7 +145,7 @@ class CheckpointManager:
             *(self._goodput, self._hub),
         )
         self._owed = False
-        self._held = ExitStack()
+        self._held = Holding()
         if self.config.async_mode == "async_with_pinned_mem":
             for optimizer in many(optimizers):
                 hook = optimizer.register_step_pre_hook(lambda *_: self.wait_for_staging())
@@ -160,7 +154,11 @@ class CheckpointManager:
         check_excluded(self.config.exclude_from_loading, self._parts)
         self._resumed = not_excluded(self._parts, self.config.exclude_from_loading)
         if self._saves:
-            on_rank_0(self._ranks, self._take_hold)
+            try:
+                on_rank_0(self._ranks, partial(self._held.take, self._catalog, self._hub))
+            except BaseException:
+                with self._held:
+                    raise
 
     @property
     def _saves(self) -> bool:
@@ -189,6 +187,7 @@ class CheckpointManager:
             HoldfastError: the step could not be saved, on every rank; the steps before it stand.
                 With `on_save_error = "warn"` that is logged, and the run goes on.
         """
+        self._held.check_open()
         call = arguments.call_of(step, last_step, metrics)
         if not self._saves:
             arguments.agreed(Solo(), call, arguments.told_of(call))
@@ -246,7 +245,9 @@ class CheckpointManager:
         Optimizers given to this manager do this by themselves before each step; whoever changes
         parameters or optimizer state in another way calls it first.
         """
-        self._saver.wait_for_staging()
+        # In a forked child the thread that copies is not there to be waited for.
+        if self._held.is_open:
+            self._saver.wait_for_staging()
 
     def timings(self) -> Timings:
         """How long saves and loads took, by stage and over all ranks: those that came to their end
@@ -272,6 +273,7 @@ class CheckpointManager:
                 replace.
         """
 
+        self._held.check_open()
         on_rank_0(self._ranks, lambda: check_seed(self._catalog.steps(), self._catalog.store.url))
         self._save_as("model", 0, last_step=False)
         self._saver.collect()
@@ -290,7 +292,9 @@ class CheckpointManager:
             NotFoundError: no such step; or there are steps, but none can be resumed from.
             MismatchError: a checkpoint of another model; nothing was changed.
             DamagedError: the step asked for is damaged.
+            StorageError: the step asked for cannot be read.
         """
+        self._held.check_open()
         wanted = self.config.load_step
         if step is not None:
             wanted = on_every_rank(self._ranks, lambda: checked_step(step, "step", least=-1))
@@ -302,29 +306,12 @@ class CheckpointManager:
             return 0
         self.wait_for_staging()
         base = None if self.config.save_frozen else self._load_initial()
+        resuming = Resuming(self._catalog, self._ranks, self._resume, self._warn, self._saves)
         if wanted >= 0:
-            found = on_rank_0(self._ranks, partial(strict_step, self._catalog, wanted))
-            return self._resume(found, explicit=True)
-        passed_over: list[str] = []
-        below: int | None = None
-        while True:
-            candidate, refused = on_rank_0(
-                self._ranks, partial(newest_resumable, self._catalog, below)
-            )
-            for line in refused:
-                self._warn(f"passed over {line}")
-            passed_over += refused
-            if candidate is None:
-                break
-            try:
-                return self._resume(candidate, explicit=False)
-            except (DamagedError, FormatError, NotFoundError) as error:
-                # Raised on every rank alike, so all go on to the same older step.
-                passed_over.append(f"step {candidate.step}: {error.what}")
-                self._warn(f"passed over {passed_over[-1]}")
-                if self._ranks.rank == 0 and self._saves:
-                    remember_damage(self._catalog, candidate.step, error)
-                below = candidate.step
+            return resuming.from_step(wanted)
+        found, passed_over = resuming.from_newest()
+        if found is not None:
+            return found
         # Of what is trained, a step that proved damaged may have been read in part: no fresh start.
         start = self._load_initial() if self.config.save_frozen else None if passed_over else base
         if start is not None:
@@ -353,15 +340,19 @@ class CheckpointManager:
 
         Collective: every rank calls this. Raises what went wrong in the background.
         """
-        self._saver.collect()
+        if self._held.is_open:
+            self._saver.collect()
 
     def close(self) -> None:
-        """Finish what is under way and let go of the folder. Further calls do nothing."""
-        with self._held:
-            self.wait()
-            self._saver.retainer.wait()
+        """Finish what is under way and give up the folder: nothing is saved or loaded afterwards.
+        Further calls do nothing, and neither do calls in a forked child."""
+        if self._held.is_open:
+            with self._held:
+                self._saver.collect()
+                self._saver.retainer.wait()
 
     def __enter__(self) -> Self:
+        self._held.check_open()
         if self._saves:
             self._stop_signals = StopSignals(self.config.stop_signals)
             self._held.callback(self._stop_signals.release)
@@ -375,23 +366,12 @@ class CheckpointManager:
     ) -> None:
         if error is None:
             self.close()
-        else:
+        elif self._held.is_open:
             # Whoever stops has a deadline: what is not deleted by then, the next start sweeps.
             with self._held:
-                self.wait()
+                self._saver.collect()
 
-    def _take_hold(self) -> None:
-        store = self._catalog.store
-        store.make_folder("")
-        since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-        note = f"host {host_name()}, pid {os.getpid()}, since {since}"
-        self._held.enter_context(store.lock(LOCK, note))
-        put_in_order(store)
-        if f"{FOLDER}/" in store.list():
-            # Who reads exports does not know of what stands aside.
-            put_in_order(self._hub.catalog.store)
-
-    def _resume(self, found: Step, *, explicit: bool) -> int:
+    def _resume(self, found: Step, explicit: bool) -> int:
         """Load a step of this folder, and remember the course that the run is on."""
         started = time.perf_counter()
         source = Source(self._catalog.store, found.folder, found.manifest)

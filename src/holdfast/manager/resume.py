@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from holdfast.catalog.catalog import Catalog, check_whole, open_manifest
-from holdfast.catalog.findings import kind_of
+from holdfast.catalog.catalog import Catalog, check_whole, open_manifest, read_index
 from holdfast.catalog.marks import damaged_steps, mark_damaged, pinned_steps
-from holdfast.errors import HoldfastError, NotFoundError
+from holdfast.catalog.resumable import misnumbered, why_not_resumable
+from holdfast.catalog.steady import LOOKS_MAX, fingerprint
+from holdfast.errors import HoldfastError, MismatchError, NotFoundError, StorageError
 from holdfast.format.checksum import checksum
 from holdfast.format.manifest import Manifest
-from holdfast.format.names import MANIFEST
+from holdfast.format.names import MANIFEST, step_name
 from holdfast.hf.folder import open_folder
 from holdfast.manager.policy import Candidate
 
@@ -27,39 +28,72 @@ class Step:
     step: int
     folder: str
     manifest: Manifest
+    seen: object = None
+    """Fingerprint of the checkpoint that was opened."""
 
 
 def strict_step(catalog: Catalog, step: int) -> Step:
-    """This step, or an error that says why not; a mark of damage is no reason not to try."""
-    return Step(step, catalog.folders().get(step, ""), catalog.open_step(step))
+    """This step, or an error that says why not; a mark of damage is no reason not to try.
+
+    Raises:
+        MismatchError: the folder of this step holds another one.
+    """
+    folder = catalog.folders().get(step, "")
+    seen = fingerprint(catalog.store, folder) if folder else None
+    manifest = catalog.open_step(step)
+    if wrong := misnumbered(step, manifest):
+        raise MismatchError(
+            f"`{catalog.where(folder)}` is not step {step}: {wrong}",
+            hint=f"load step {manifest.step} instead, or give the folder the name "
+            f"`{step_name(manifest.step or 0)}` back",
+        )
+    return Step(step, folder, manifest, seen)
 
 
 def newest_resumable(catalog: Catalog, below: int | None) -> tuple[Step | None, list[str]]:
     """The newest step (below one, where given) that looks whole and can be resumed from, and a line
     on each newer one that is neither. Its data is checked as it is read, not here; where that has
     failed before, the mark that it left is enough."""
-    refused = []
+    refused: list[str] = []
     damaged = damaged_steps(catalog.store)
-    for step, folder in reversed(catalog.folders().items()):
+    for step in reversed(catalog.folders()):
         if below is not None and step >= below:
             continue
-        if step in damaged:
-            refused.append(f"step {step}: {damaged[step]}")
-            continue
-        try:
-            manifest = _opened(catalog, folder)
-        except HoldfastError as error:
-            refused.append(f"step {step}: {error.what}")
-            continue
-        if can_resume(step, manifest):
-            return Step(step, folder, manifest), refused
-        refused.append(f"step {step}: it holds the model alone, and cannot be resumed from")
+        found: Step | None = None
+        held: Manifest | HoldfastError | None = None
+        if step not in damaged:
+            try:
+                found = _opened_step(catalog, step)
+                held = found.manifest
+            except HoldfastError as error:
+                if step not in catalog.folders():
+                    continue  # Retention of a run has removed it since it was listed.
+                held = error
+        why = why_not_resumable(step, held, damaged.get(step))
+        if why is None:
+            return found, refused
+        refused.append(f"step {step}: {why}")
     return None, refused
 
 
+def _opened_step(catalog: Catalog, step: int) -> Step:
+    """A step that is there, opened again where another process replaces it meanwhile."""
+    for left in reversed(range(LOOKS_MAX)):
+        folder = catalog.folders().get(step, step_name(step))
+        seen = fingerprint(catalog.store, folder)
+        try:
+            return Step(step, folder, _opened(catalog, folder), seen)
+        except HoldfastError:
+            moved = catalog.folders().get(step) != folder
+            if not left or not (moved or fingerprint(catalog.store, folder) != seen):
+                raise
+    raise AssertionError("the last look returns or raises")
+
+
 def remember_damage(catalog: Catalog, step: int, error: HoldfastError) -> None:
-    """Let later runs know at once what a load of this step ended in."""
-    if isinstance(error, NotFoundError):
+    """Let later runs know at once what a load of this step ended in. A store that failed may work
+    the next time, so that leaves no mark."""
+    if isinstance(error, NotFoundError | StorageError):
         return
     try:
         mark_damaged(catalog.store, step, error.what)
@@ -89,8 +123,9 @@ class Looked:
 def good_steps(
     catalog: Catalog, folders: Mapping[int, str], looked: MutableMapping[str, Looked] | None = None
 ) -> Iterator[Candidate]:
-    """Those of these steps (with their folders) of which every file is there in full and whose data
-    nobody has found damaged, newest first, with what retention asks of them.
+    """Those of these steps (with their folders) of which every file is there in full, whose data
+    nobody has found damaged and that have their own number, newest first, with what retention asks
+    of them.
 
     `looked` is filled, and spares decoding an index that has not changed: files are looked at.
     """
@@ -103,20 +138,22 @@ def good_steps(
             found = _look(catalog, step, folders[step], looked)
         except HoldfastError:
             continue
+        if misnumbered(step, found.manifest):
+            continue
         yield Candidate(step, found.resumable, found.manifest.metrics, step in pinned)
 
 
 def _look(catalog: Catalog, step: int, folder: str, looked: MutableMapping[str, Looked]) -> Looked:
     index = 0
     with suppress(NotFoundError):
-        key = f"{folder}/{MANIFEST}"
-        index = checksum(catalog.store.read(key, 0, catalog.store.size(key)))
+        index = checksum(read_index(catalog.store, f"{folder}/{MANIFEST}"))
     before = looked.get(folder)
     if before is not None and before.index == index:
         check_whole(catalog.store, folder, before.manifest)
         return before
     manifest = _opened(catalog, folder, entries=False)
-    found = Looked(index, replace(manifest, tensors={}, values={}), can_resume(step, manifest))
+    resumable = why_not_resumable(step, manifest) is None
+    found = Looked(index, replace(manifest, tensors={}, values={}), resumable)
     if index:
         looked[folder] = found
     return found
@@ -130,8 +167,3 @@ def _opened(catalog: Catalog, folder: str, *, entries: bool = True) -> Manifest:
         with suppress(NotFoundError):
             return open_folder(catalog.store, folder).manifest
         raise error from None
-
-
-def can_resume(step: int, manifest: Manifest) -> bool:
-    """Whether a run can go on from a step: from all of its state, or from a seed."""
-    return kind_of(manifest) == "full" or step == 0

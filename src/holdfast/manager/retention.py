@@ -46,12 +46,17 @@ class Retainer:
         """Let go of what need not stay now that `step` is published. The files are deleted in the
         background: see `wait`."""
         self._left_behind.discard(step)
-        try:
-            for old in self._removable(step):
+        found = outcome_of(lambda: self._removable(step))
+        if isinstance(found, HoldfastError):
+            logger.warning("could not look for steps to remove: %s", found)
+        for old in [] if isinstance(found, HoldfastError) else found:
+            try:
                 self._catalog.let_go(step_name(old))
                 logger.info("removed step %d: no rule keeps it", old)
-        except HoldfastError as error:
-            logger.warning("could not remove old steps: %s; the next save tries again", error)
+            except HoldfastError as error:
+                logger.warning(
+                    "could not remove old steps: %s; the next save tries again", error.what
+                )
         self._delete()
 
     def wait(self) -> None:

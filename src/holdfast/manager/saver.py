@@ -132,6 +132,10 @@ class Saver:
         except HoldfastError as error:
             self._survive(error)
             return False
+        except BaseException:
+            # An interrupt ends no process where a notebook runs.
+            self._catalog.release_all()
+            raise
         return True
 
     def wait_for_staging(self) -> None:

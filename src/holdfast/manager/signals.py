@@ -6,12 +6,13 @@ import os
 import signal
 import threading
 import time
-import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 from holdfast.errors import UsageError
+from holdfast.storage.forks import leave_in_children, no_fork_between
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -25,6 +26,9 @@ def check_names(names: Sequence[str]) -> None:
                 hint="SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGHUP, SIGXCPU, ...",
             )
 
+
+_ENDS = b"\0"
+"""Written to the pipe to end the thread; no signal has this number."""
 
 REPEATED_S = 1.0
 """Signals that come within this time of the first are the same one, sent once to the process and
@@ -43,59 +47,107 @@ class StopSignals:
         """Take over the signals; outside of the main thread, where that cannot be done, none."""
         self._number = 0
         self._received_s = 0.0
-        self._before: dict[signal.Signals, Any] = {}
+        self._before: dict[int, Any] = {}
+        self._listening = False
         if not names or threading.current_thread() is not threading.main_thread():
             return
-        self._out, self._in = os.pipe()
+        with no_fork_between():
+            self._out, self._in = os.pipe()
+            self._listening = True
+            leave_in_children(self)
         os.set_blocking(self._in, False)
-        self._wakeup_before = signal.set_wakeup_fd(self._in, warn_on_full_buffer=False)
+        self._wakeup_before = _Wakeup(signal.set_wakeup_fd(self._in, warn_on_full_buffer=False))
         ours = frozenset(int(signal.Signals[name]) for name in names)
         self._thread = threading.Thread(
             target=self._listen, args=(ours,), name="holdfast-signals", daemon=True
         )
         self._thread.start()
         for number in ours:
-            self._before[signal.Signals(number)] = signal.signal(number, self._note)
-        leave = weakref.WeakMethod(self._leave)
-        os.register_at_fork(after_in_child=lambda: (leave() or _do_nothing)())
+            self._before[number] = signal.signal(number, self._note)
 
     def received(self) -> tuple[float, float]:
         """Number of the signal that came, and the seconds since; zeros while there is none."""
         return self._number, time.monotonic() - self._received_s if self._number else 0.0
 
     def release(self) -> None:
-        """Give the signals back. Further calls do nothing."""
-        if self._before:
-            self._give_back(self._wakeup_before)
+        """Give the signals back. Does nothing when called again, or in a forked child."""
+        if not self._listening:
+            return
+        self._give_back(self._wakeup_before.descriptor)
+        # Not by closing the pipe: a child may have a copy of this end, and the thread would wait
+        # for as long as that child lives. A pipe that is full wakes the thread as well.
+        with suppress(BlockingIOError):
+            os.write(self._in, _ENDS)
+        self._thread.join()
+        os.close(self._in)
+        os.close(self._out)
+
+    def leave(self) -> None:
+        """In a forked child, such as a worker that loads data: its signals are not ours."""
+        if self._listening:
+            self._give_back(-1)
             os.close(self._in)
-            self._thread.join()
             os.close(self._out)
 
-    def _leave(self) -> None:
-        """In a process forked off, such as a worker that loads data: its signals are not ours."""
-        if self._before:
-            self._give_back(-1)
-
     def _give_back(self, wakeup: int) -> None:
+        self._listening = False
         for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-        signal.set_wakeup_fd(wakeup)
+            # Another manager may have taken the signals over since: then they are its own.
+            if signal.getsignal(number) == self._note:
+                signal.signal(number, handler)
+        found = signal.set_wakeup_fd(wakeup)
+        if found != self._in:
+            signal.set_wakeup_fd(found)
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._listening:
+            self._remember(number)
+        else:
+            # Given back to this object, after it was released, by a manager that was made later.
+            _handle(self._before[number], number, frame)
+
+    def _remember(self, number: int) -> None:
         if not self._number:
             self._received_s = time.monotonic()
             self._number = number
 
     def _listen(self, ours: frozenset[int]) -> None:
-        """Returns once the other end of the pipe is closed."""
-        while received := os.read(self._out, 1):
-            if received[0] not in ours:
+        """Return once the signals have been given back."""
+        while self._listening:
+            received = os.read(self._out, 1)[0]
+            if received not in ours:
                 continue
             if self._number and time.monotonic() - self._received_s >= REPEATED_S:
                 # Whatever the main thread is in the midst of: what was published stands.
-                os._exit(128 + received[0])
-            self._note(received[0], None)
+                os._exit(128 + received)
+            self._remember(received)
 
 
-def _do_nothing() -> None: ...
+class _Wakeup:
+    """A descriptor that signals were written to, if it still is the file that it was."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._file = descriptor, _file_of(descriptor)
+
+    @property
+    def descriptor(self) -> int:
+        """-1 where the file has been closed: the number may be another file's by now."""
+        same = self._file is not None and _file_of(self._descriptor) == self._file
+        return self._descriptor if same else -1
+
+
+def _file_of(descriptor: int) -> tuple[int, int] | None:
+    try:
+        found = os.fstat(descriptor)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _handle(handler: Any, number: int, frame: FrameType | None) -> None:
+    """Do what a handler, as `signal.signal` takes it, does."""
+    if callable(handler):
+        handler(number, frame)
+    elif handler == signal.SIG_DFL:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)

@@ -7,37 +7,38 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from holdfast.storage.local import LocalStore
-from holdfast.storage.store import Buffer, Writer
+from holdfast.storage.store import AmendableStore, Buffer, Writer
 
 WINDOW_BYTES = 4 << 20
 """Compared at a time."""
 
 
-class ContinuingStore(LocalStore):
-    """A folder whose files may be there in part, of which nothing need be known: every byte that is
-    to be written is compared with what stands in its place, and written where they differ."""
+class Continuing:
+    """Creates files in a store that may hold them already, in part and with anything in them: every
+    byte to be written is compared with the one in its place, and written where they differ."""
 
-    kept_bytes = 0
-    """Which were there already."""
+    def __init__(self, store: AmendableStore) -> None:
+        self._store = store
+        self.kept_bytes = 0
+        """Bytes that were there already."""
 
     @contextmanager
     def create(self, key: str, nbytes: int) -> Iterator[Writer]:
-        """As of any store, but that a file of this size may be there, with anything in it."""
+        """As `Store.create`, but a file of this size may be there, with anything in it."""
         folder, _, name = key.rpartition("/")
-        if name not in self.list(folder):
-            with super().create(key, nbytes) as writer:
+        if name not in self._store.list(folder):
+            with self._store.create(key, nbytes) as writer:
                 yield writer
             return
-        with self.amend(key) as writer:
-            yield _Differing(self, key, writer)
+        with self._store.amend(key) as writer:
+            yield _Differing(self, self._store, key, writer)
 
 
 class _Differing:
     """Writes what is not there yet."""
 
-    def __init__(self, store: ContinuingStore, key: str, writer: Writer) -> None:
-        self._store, self._key, self._writer = store, key, writer
+    def __init__(self, files: Continuing, store: AmendableStore, key: str, writer: Writer) -> None:
+        self._files, self._store, self._key, self._writer = files, store, key, writer
         self._found = memoryview(bytearray(WINDOW_BYTES))
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
@@ -51,6 +52,6 @@ class _Differing:
         found = self._found[: len(wanted)]
         whole = self._store.read_into(self._key, offset, found) == len(wanted)
         if whole and np.array_equal(np.frombuffer(found, "u1"), np.frombuffer(wanted, "u1")):
-            self._store.kept_bytes += len(wanted)
+            self._files.kept_bytes += len(wanted)
         else:
             self._writer.write(offset, [wanted])

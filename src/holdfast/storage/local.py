@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
-import fcntl
+import gc
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 from holdfast.errors import ExistsError, NotFoundError, StorageError
+from holdfast.format.names import held_file
+from holdfast.storage import links, locks, renaming
 from holdfast.storage.direct import BufferedWriter, DirectWriter, open_direct
+from holdfast.storage.plain import check_plain, open_plain
 from holdfast.storage.store import Reader, Writer
 
 DIRECT_BYTES_MIN = 4 << 20
@@ -44,18 +46,22 @@ class LocalStore:
 
     def list(self, folder: str = "") -> Sequence[str]:
         with self._said("list", folder), os.scandir(self._path(folder)) as entries:
-            return sorted(e.name + "/" if e.is_dir() else e.name for e in entries)
+            return sorted(e.name + "/" if _is_folder(e) else e.name for e in entries)
 
     def size(self, key: str) -> int:
         with self._said("look at", key):
             found = os.stat(self._path(key))
-            if stat.S_ISDIR(found.st_mode):
-                raise NotFoundError(f"`{self._path(key)}` is a folder, not a file")
+            check_plain(self._path(key), found.st_mode)
             return found.st_size
 
     def read(self, key: str, start: int, stop: int) -> bytes:
-        buffer = bytearray(max(0, min(stop, self.size(key)) - start))
-        return bytes(buffer[: self.read_into(key, start, memoryview(buffer))])
+        with self._said("read", key):
+            file = open_plain(self._path(key), os.O_RDONLY)
+            try:
+                # Memory for what is there, whatever the caller would have taken.
+                return _pread(file, start, min(stop, os.fstat(file).st_size))
+            finally:
+                os.close(file)
 
     def read_into(self, key: str, start: int, target: memoryview) -> int:
         with self.open(key) as reader:
@@ -64,7 +70,7 @@ class LocalStore:
     @contextmanager
     def open(self, key: str) -> Iterator[Reader]:
         with self._said("read", key):
-            file = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+            file = open_plain(self._path(key), os.O_RDONLY)
             try:
                 yield _LocalReader(file)
             finally:
@@ -77,11 +83,7 @@ class LocalStore:
             return sorted((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in found)
 
     def leads_out(self, folder: str, file: str) -> bool:
-        path = os.path.join(self._path(folder), file)
-        if not os.path.islink(path):
-            return False
-        inside = os.path.realpath(self._path(folder))
-        return os.path.commonpath((inside, os.path.realpath(path))) != inside
+        return links.leads_out(self._path(folder), file)
 
     @contextmanager
     def create(self, key: str, nbytes: int) -> Iterator[Writer]:
@@ -103,10 +105,8 @@ class LocalStore:
 
     @contextmanager
     def amend(self, key: str) -> Iterator[Writer]:
-        """A file that is there, in its full length, for several processes to write their parts of.
-        What this one wrote is durable when the context ends well."""
         with self._said("write", key), ExitStack() as stack:
-            file = os.open(self._path(key), os.O_WRONLY | os.O_CLOEXEC)
+            file = open_plain(self._path(key), os.O_WRONLY | os.O_NOFOLLOW)
             stack.callback(os.close, file)
             yield BufferedWriter(file)
             os.fsync(file)
@@ -124,14 +124,20 @@ class LocalStore:
 
     def rename(self, source: str, target: str) -> None:
         with self._said("publish", target):
-            # rename(2) would take the place of an empty folder, so that is looked for first. Two
-            # writers cannot race here: the lock keeps the second one out.
-            if os.path.lexists(self._path(target)):
-                raise ExistsError(f"`{self._path(target)}` exists already")
-            os.rename(self._path(source), self._path(target))
-            folders = (os.path.dirname(self._path(key)) for key in (target, source))
-            for folder in dict.fromkeys(folders):
-                _sync_folder(folder)
+            try:
+                renaming.rename_exclusive(self._path(source), self._path(target))
+            except FileExistsError as error:
+                raise ExistsError(f"`{self._path(target)}` exists already") from error
+            self._sync_above(target, source)
+
+    def replace_file(self, source: str, target: str) -> None:
+        with self._said("publish", target):
+            os.replace(self._path(source), self._path(target))
+            self._sync_above(target, source)
+
+    def _sync_above(self, *keys: str) -> None:
+        for folder in dict.fromkeys(os.path.dirname(self._path(key)) for key in keys):
+            _sync_folder(folder)
 
     def remove(self, key: str) -> None:
         with self._said("remove", key):
@@ -150,49 +156,76 @@ class LocalStore:
 
     @contextmanager
     def lock(self, key: str, note: str) -> Iterator[None]:
+        path = self._path(key)
         with self._said("lock", key):
-            file = os.open(self._path(key), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            lock = locks.lock_file(path)
+            if lock is None:
+                # Its holder may be a manager that nobody refers to, and that is in a cycle.
+                gc.collect()
+                lock = locks.lock_file(path)
+            if lock is None:
+                raise self._in_use(key)
         try:
             with self._said("lock", key):
-                try:
-                    # Held by the open file, so the system lets go of it when the process dies.
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    holder = os.pread(file, 1024, 0).decode(errors="replace").strip()
-                    raise ExistsError(
-                        f"`{self.url}` is in use by another run: {holder or 'unknown'}",
-                        hint="wait for that run or stop it, or give this one another "
-                        "`checkpoint.folder`",
-                    ) from None
-                os.ftruncate(file, 0)
-                os.pwrite(file, note.encode(), 0)
-            try:
-                yield
-            finally:
-                # Only by the holder: whoever was refused must leave the holder's note alone.
-                with suppress(OSError):
-                    os.ftruncate(file, 0)
+                lock.write_note(note)
+            yield
         finally:
-            os.close(file)
+            with suppress(OSError):
+                lock.write_note("")
+            lock.release()
+
+    def holder(self, key: str) -> str | None:
+        return locks.holder_of(self._path(key))
+
+    def _in_use(self, key: str) -> ExistsError:
+        """The error for whoever finds a lock held: it names the holder."""
+        path = self._path(key)
+        note = locks.read_note(path) or "unknown"
+        if locks.is_held_here(path):
+            return ExistsError(
+                f"`{self.url}` is held by this process already: {note}",
+                hint="close the CheckpointManager that holds it first: `manager.close()`, or the "
+                "end of its `with` block",
+            )
+        if locks.has_ended(note):
+            left = ", ".join(map(str, locks.processes_with(path))) or "none that is seen from here"
+            return ExistsError(
+                f"`{self.url}` is locked: {note}, has ended, but processes that it forked keep "
+                f"the lock: {left}",
+                hint="end these processes, then start again",
+            )
+        return ExistsError(
+            f"`{self.url}` is in use by another run: {note}",
+            hint="wait for that run or stop it, or give this one another folder",
+        )
 
     @contextmanager
-    def hold(self, folder: str) -> Iterator[bool | None]:
-        """Hold a folder, whatever it is called meanwhile, until the context ends or the process
-        dies. Gives whether it is held: false where somebody else does so, None where this file
-        system cannot tell."""
-        with self._said("hold", folder):
-            file = os.open(self._path(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held: bool | None = True
-            except BlockingIOError:
-                held = False
-            except OSError:
-                held = None
+    def hold(self, key: str) -> Iterator[bool | None]:
+        with ExitStack() as stack:
+            with self._said("hold", key):
+                held = self._hold(self._path(key), stack)
             yield held
-        finally:
-            os.close(file)
+
+    def _hold(self, path: str, stack: ExitStack) -> bool | None:
+        try:
+            lock = locks.lock_folder(path)
+            if lock is not None:
+                stack.callback(lock.release)
+        except FileNotFoundError as error:
+            raise NotFoundError(f"nothing at `{path}`") from error
+        except OSError:
+            # NFS locks files alone: there a file beside the folder is locked for it.
+            beside = os.path.join(os.path.dirname(path), held_file(os.path.basename(path)))
+            try:
+                lock = locks.lock_file(beside)
+            except (OSError, StorageError):
+                return None
+            if lock is not None:
+                stack.callback(locks.remove_lock_file, beside, lock)
+                if not os.path.lexists(path):
+                    # Its last holder removed it, and the lock's file with it.
+                    raise NotFoundError(f"nothing at `{path}`") from None
+        return lock is not None
 
     @contextmanager
     def _said(self, doing: str, key: str) -> Iterator[None]:
@@ -207,6 +240,11 @@ class LocalStore:
                     hint=_HINTS.get(error.errno or 0, f"`{self._root}` must be there: mkdir -p"),
                 ) from error
             raise NotFoundError(f"nothing at `{path}`") from error
+        except MemoryError as error:
+            # A sparse file may state any size.
+            raise StorageError(
+                f"cannot {doing} `{self._path(key)}`: it does not fit into memory"
+            ) from error
         except OSError as error:
             raise StorageError(
                 f"cannot {doing} `{self._path(key)}`: {error.strerror or error}",
@@ -240,11 +278,30 @@ def _reserve(file: int, nbytes: int) -> None:
             raise
 
 
+def _pread(file: int, start: int, stop: int) -> bytes:
+    parts = []
+    while start < stop:
+        # One call reads up to 2 GiB; most callers want less, and get it without a copy.
+        part = os.pread(file, stop - start, start)
+        if not part:
+            break
+        parts.append(part)
+        start += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # A link that leads in a circle, or through a folder that may not be searched.
+
+
 def _looked_at(entry: os.DirEntry[str]) -> os.stat_result:
     try:
         return entry.stat()
-    except FileNotFoundError:
-        return entry.stat(follow_symlinks=False)  # A link to nothing.
+    except OSError:
+        return entry.stat(follow_symlinks=False)  # A link that leads nowhere.
 
 
 def _sync_folder(path: str) -> None:

@@ -28,6 +28,7 @@ class MemoryStore:
         self._root = _Folder()
         self._capacity = capacity
         self._locks: dict[str, str] = {}
+        self._held: list[_File | _Folder] = []
         self._mutex = threading.RLock()
 
     @property
@@ -136,6 +137,39 @@ class MemoryStore:
         finally:
             with self._mutex:
                 del self._locks[key]
+
+    def holder(self, key: str) -> str | None:
+        with self._mutex:
+            return self._locks.get(key)
+
+    @contextmanager
+    def hold(self, key: str) -> Iterator[bool | None]:
+        with self._mutex:
+            node = self._find(key)
+            mine = not any(one is node for one in self._held)
+            if mine:
+                self._held.append(node)
+        try:
+            yield mine
+        finally:
+            if mine:
+                with self._mutex:
+                    self._held = [one for one in self._held if one is not node]
+
+    @contextmanager
+    def amend(self, key: str) -> Iterator[_MemoryWriter]:
+        with self._mutex:
+            file = self._file(key)
+        yield _MemoryWriter(file)
+
+    def replace_file(self, source: str, target: str) -> None:
+        with self._mutex:
+            file = self._file(source)
+            for key in (source, target):
+                folder, name = _split(key)
+                self._folder(folder).entries.pop(name, None)
+            folder, name = _split(target)
+            self._folder(folder).entries[name] = file
 
 
 class _MemoryWriter:

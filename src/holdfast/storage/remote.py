@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from holdfast.errors import NotFoundError, StorageError, UsageError
+from holdfast.storage import links
 from holdfast.storage.store import PlainReader
 
 try:
@@ -67,8 +67,7 @@ class RemoteStore:
         if not getattr(self._files, "local_file", False):
             return False
         # `file://` is a folder of this machine, links and all.
-        inside = Path(self._path(folder)).resolve()
-        return not Path(self._path(f"{folder}/{file}")).resolve().is_relative_to(inside)
+        return links.leads_out(self._path(folder), file)
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}" if key else self._root

@@ -87,10 +87,10 @@ class Store(ReadStore, Protocol):
         ...
 
     def rename(self, source: str, target: str) -> None:
-        """Move a folder under a name that is free, at one instant. Durable on return.
+        """Move a file or folder under a name that is free, at one instant. Durable on return.
 
         Raises:
-            ExistsError: the name is taken.
+            ExistsError: the name is taken, also if it was free a moment ago.
         """
         ...
 
@@ -108,6 +108,46 @@ class Store(ReadStore, Protocol):
         Raises:
             ExistsError: somebody holds it; the message has their note.
         """
+        ...
+
+    def holder(self, key: str) -> str | None:
+        """Note of whoever holds the lock `key`; None where nobody does, as far as is seen from
+        here. Does not take the lock."""
+        ...
+
+    def hold(self, key: str) -> AbstractContextManager[bool | None]:
+        """Hold a file or folder, whatever it is renamed to, until the context ends or the process
+        dies.
+
+        Gives whether it is held: False where somebody else holds it, None where this store cannot
+        tell. What is held may still be read, renamed and removed; everybody who removes or replaces
+        holds it first, and leaves what others hold.
+
+        Raises:
+            NotFoundError: nothing is there.
+        """
+        ...
+
+
+class Creating(Protocol):
+    """A place that files are created in."""
+
+    def create(self, key: str, nbytes: int) -> AbstractContextManager[Writer]:
+        """As `Store.create`."""
+        ...
+
+
+class AmendableStore(Store, Protocol):
+    """A store whose files can be changed in place, so that a conversion continues a killed one."""
+
+    def amend(self, key: str) -> AbstractContextManager[Writer]:
+        """A file that is there, in its full length, for several processes to write their parts of.
+        What this one wrote is durable when the context ends well."""
+        ...
+
+    def replace_file(self, source: str, target: str) -> None:
+        """Move a file under a name that another file may have, which is gone then, at one instant.
+        Durable on return."""
         ...
 
 

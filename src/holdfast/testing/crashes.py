@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 from holdfast.errors import HoldfastError
@@ -101,6 +101,13 @@ class RecordingStore:
     def lock(self, key: str, note: str) -> Iterator[None]:
         with self._beneath.lock(key, note):
             yield
+
+    def holder(self, key: str) -> str | None:
+        return self._beneath.holder(key)
+
+    def hold(self, key: str) -> AbstractContextManager[bool | None]:
+        # No change to the disk: whoever looks after a power cut finds nothing held.
+        return self._beneath.hold(key)
 
     def _done(self, operation: Operation) -> None:
         with self._mutex:

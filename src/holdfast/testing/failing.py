@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from holdfast.storage.store import Buffer, PlainReader, Store, Writer
+from holdfast.storage.store import AmendableStore, Buffer, PlainReader, Writer
 
 Fail = Callable[[str, str], None]
 """`fail(verb, key)` raises what the operation is to end in, or lets it go on."""
@@ -13,10 +13,10 @@ Fail = Callable[[str, str], None]
 
 class FailingStore:
     """Another store, with `fail` asked before each operation: `list`, `size`, `read`,
-    `make_folder`, `create`, `write`, `end` (of a file: its bytes are made durable), `sync`,
-    `rename`, `remove`, `free_bytes` and `lock`."""
+    `make_folder`, `create`, `amend`, `write`, `end` (of a file: its bytes are made durable),
+    `sync`, `rename`, `remove`, `free_bytes`, `lock`, `holder` and `hold`."""
 
-    def __init__(self, beneath: Store, fail: Fail) -> None:
+    def __init__(self, beneath: AmendableStore, fail: Fail) -> None:
         self._beneath, self._fail = beneath, fail
 
     @property
@@ -53,6 +53,17 @@ class FailingStore:
             yield _FailingWriter(writer, key, self._fail)
             self._fail("end", key)
 
+    @contextmanager
+    def amend(self, key: str) -> Iterator[Writer]:
+        self._fail("amend", key)
+        with self._beneath.amend(key) as writer:
+            yield _FailingWriter(writer, key, self._fail)
+            self._fail("end", key)
+
+    def replace_file(self, source: str, target: str) -> None:
+        self._fail("rename", source)
+        self._beneath.replace_file(source, target)
+
     def make_folder(self, key: str) -> None:
         self._fail("make_folder", key)
         self._beneath.make_folder(key)
@@ -78,6 +89,16 @@ class FailingStore:
         self._fail("lock", key)
         with self._beneath.lock(key, note):
             yield
+
+    def holder(self, key: str) -> str | None:
+        self._fail("holder", key)
+        return self._beneath.holder(key)
+
+    @contextmanager
+    def hold(self, key: str) -> Iterator[bool | None]:
+        self._fail("hold", key)
+        with self._beneath.hold(key) as held:
+            yield held
 
 
 class _FailingWriter:

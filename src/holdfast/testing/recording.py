@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from holdfast.storage import renaming
 from holdfast.testing.disk import Disk, Operation, Tree, Verb
 
 Timed = tuple[int, Operation]
@@ -33,6 +34,7 @@ def recorded_folder(folder: str | os.PathLike[str]) -> Iterator[list[Timed]]:
     ]
     hooks += [(os, "remove", recorder._unlink), (os, "fdatasync", recorder._fsync)]
     hooks += [(os, "replace", recorder._rename)]
+    hooks += [(renaming, "rename_exclusive", recorder._rename_exclusive)]
     hooks += [(home, "open", recorder.open_file) for home in (builtins, io)]
     real = [(home, name, getattr(home, name)) for home, name, _ in hooks]
     try:
@@ -212,6 +214,13 @@ class _Recorder:
             _REAL["rename"](source, target, **folders)
             if below is not None and there is not None:
                 self._keep("rename", below, target=there)
+
+    def _rename_exclusive(self, source: str, target: str) -> None:
+        """Stands in for the one rename that Python has no function for."""
+        with self._mutex:
+            if os.path.lexists(target):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
+            self._rename(source, target)
 
     def open_file(self, file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
         """Stands in for `open`: a file below the root that may change is opened as one that tells

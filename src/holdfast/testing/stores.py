@@ -196,6 +196,57 @@ class StoreSuite:
             raise KeyError("mine")
         enter(store, "run 11")
 
+    def test_whoever_looks_is_told_who_holds_a_lock(self) -> None:
+        """G16. Method: asking before, while and after it is held; asking takes nothing."""
+        store = self.new_store()
+        assert store.holder("lock") is None
+        with store.lock("lock", "run 7 on host a"):
+            assert store.holder("lock") == "run 7 on host a"
+        assert store.holder("lock") is None
+        enter(store, "run 8")
+
+    def test_a_folder_is_held_by_one_whatever_it_is_renamed_to(self) -> None:
+        """G16. Method: held twice, renamed, and another folder under its old name."""
+        store = self.new_store()
+        store.make_folder("one")
+        with store.hold("one") as held:
+            assert held
+            with store.hold("one") as again:
+                assert again is False
+            store.rename("one", "moved")
+            store.make_folder("one")
+            with store.hold("moved") as again, store.hold("one") as other:
+                assert again is False
+                assert other
+        with store.hold("moved") as held:
+            assert held
+        refuses(NotFoundError, lambda: store.hold("absent").__enter__())
+
+    def test_what_is_held_may_be_read_and_removed(self) -> None:
+        """G16. Method: by its holder; the name is free at once."""
+        store = self.new_store()
+        store.make_folder("one")
+        put(store, "one/file", b"1")
+        with store.hold("one") as held:
+            assert held
+            assert store.read("one/file", 0, 9) == b"1"
+            store.remove("one")
+            store.make_folder("one")
+            with store.hold("one") as other:
+                assert other
+
+    def test_a_file_is_renamed_only_to_a_name_that_is_free(self) -> None:
+        """G16. Method: a file onto a file, then onto a free name in another folder."""
+        store = self.new_store()
+        store.make_folder("folder")
+        put(store, "source", b"source")
+        put(store, "taken", b"taken")
+        refuses(ExistsError, lambda: store.rename("source", "taken"))
+        assert store.read("taken", 0, 9) == b"taken"
+        store.rename("source", "folder/free")
+        assert list(store.list()) == ["folder/", "taken"]
+        assert store.read("folder/free", 0, 9) == b"source"
+
     def test_free_space_is_a_number_or_not_known(self) -> None:
         """G11. Method: asking."""
         free = self.new_store().free_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.manager import CheckpointManager
+from holdfast.storage.opening import local_path
 from holdfast.trainer.config import Config
 from holdfast.trainer.corpus import Tokenizer, Tokens, open_tokenizer, open_tokens
 from holdfast.trainer.data import DataLoader
@@ -101,13 +103,14 @@ def train(config: Config, place: Place) -> None:
     Collective. Raises HoldfastError on every rank where the settings, the data or a checkpoint do
     not allow it.
     """
+    # First, before the data make a folder of a name that is a URL.
+    dump_folder, checkpoint_folder = _folders(config)
     if config.checkpoint.create_seed_checkpoint:
         create_seed(config, place)
         return
     run = build_run(config, place)
-    dump_folder = Path(config.job.dump_folder)
     with CheckpointManager(
-        dump_folder / config.checkpoint.folder,
+        checkpoint_folder,
         model=run.model_parts,
         optimizers=run.optimizers,
         lr_schedulers=run.schedulers,
@@ -139,6 +142,16 @@ def train(config: Config, place: Place) -> None:
     _log_end(run, config.training.steps - step, time.perf_counter() - started, manager.goodput())
 
 
+def _folders(config: Config) -> tuple[Path, str]:
+    """The folder that everything of a run goes to, and that of its checkpoints.
+
+    Raises:
+        UsageError: one of them is a URL.
+    """
+    dump_folder = local_path(config.job.dump_folder)
+    return Path(dump_folder), local_path(os.path.join(dump_folder, config.checkpoint.folder))  # noqa: PTH118 - keeps `//`
+
+
 def create_seed(config: Config, place: Place) -> None:
     """Save the whole model's initial weights as step 0; no data are needed.
 
@@ -147,7 +160,7 @@ def create_seed(config: Config, place: Place) -> None:
     """
     tokenizer = open_tokenizer(config.model.hf_assets_path)
     model_parts = build_model(config, place, _vocab_size(config, tokenizer))
-    folder = Path(config.job.dump_folder) / config.checkpoint.folder
+    _, folder = _folders(config)
     checkpoint = replace(config.checkpoint, on_save_error="raise", async_mode="disabled")
     with CheckpointManager(folder, model=model_parts, config=checkpoint) as manager:
         manager.save_seed()

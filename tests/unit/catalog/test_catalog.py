@@ -25,8 +25,8 @@ from holdfast.testing.stores import put, refuses
 FILE = "__0_0.distcp"
 
 
-def write_checkpoint(store: Store, folder: str, content: bytes) -> Manifest:
-    """A checkpoint of one value, by hand: its files, nothing of the engine."""
+def fill(store: Store, folder: str, content: bytes) -> Manifest:
+    """Write a checkpoint of one value into a folder, by hand: its files, nothing of the engine."""
     manifest = Manifest(
         tensors={},
         values={"v": ValueEntry(FILE, Span(0, len(content)), checksum(content), ("v",))},
@@ -34,7 +34,6 @@ def write_checkpoint(store: Store, folder: str, content: bytes) -> Manifest:
         tables={FILE: Table(len(content), checksum(b""))},
         metadata=(4, checksum(b"meta")),
     )
-    store.make_folder(folder)
     put(store, f"{folder}/{FILE}", content)
     put(store, f"{folder}/{METADATA}", b"meta")
     put(store, f"{folder}/{MANIFEST}", manifests.encode(manifest))
@@ -43,11 +42,14 @@ def write_checkpoint(store: Store, folder: str, content: bytes) -> Manifest:
     return manifest
 
 
+def write_checkpoint(store: Store, folder: str, content: bytes) -> Manifest:
+    store.make_folder(folder)
+    return fill(store, folder, content)
+
+
 def publish(catalog: Catalog, name: str, content: bytes) -> None:
-    attempt = catalog.begin(name)
-    store = catalog.store
-    store.remove(str(attempt))
-    write_checkpoint(store, str(attempt), content)
+    attempt = catalog.begin(name, replace=True)
+    fill(catalog.store, str(attempt), content)
     catalog.publish(attempt)
 
 
@@ -102,7 +104,7 @@ def test_a_new_checkpoint_takes_the_name_and_the_earlier_one_makes_way() -> None
     publish(catalog, "step-5", b"second")
     assert content_of(store, "step-5") == b"second"
     (aside,) = [n.rstrip("/") for n in store.list() if n != "step-5/"]
-    assert aside.startswith(".replaced-step-5-")
+    assert aside.startswith(".removing-step-5-")
     assert content_of(store, aside) == b"first"
     assert execute(store, plan_sweep(store.list())) == []
     assert list(store.list()) == ["step-5/"]
@@ -125,7 +127,12 @@ def test_a_save_that_dies_brings_back_the_step_before_it_and_none_older(leftover
         assert list(store.list()) == ["step-5/"]
         return content_of(store, "step-5")
 
-    found = cut_everywhere(lambda store: Catalog(store).publish(attempt), look, before=before)
+    def take_over(store: Store) -> None:
+        catalog = Catalog(store)
+        catalog.hold(attempt, replace=True)
+        catalog.publish(attempt)
+
+    found = cut_everywhere(take_over, look, before=before)
     assert {content for _, content in found} == {b"second", b"third"}
     assert found[-1][1] == b"third"
 

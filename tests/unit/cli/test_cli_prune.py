@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from checkpoints import save_safetensors, save_step
+from checkpoints import copy_step, save_safetensors, save_step
 from holdfast.catalog.marks import mark_damaged, pin
 from holdfast.cli.main import main
 from holdfast.format.names import LOCK
@@ -22,7 +25,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("saved")
     save_step(home / "steps", 10)
     for step in (20, 30, 40, 50, 60):
-        shutil.copytree(home / "steps/step-10", home / f"steps/step-{step}")
+        copy_step(home / "steps/step-10", step)
     return home / "steps"
 
 
@@ -122,7 +125,7 @@ def test_a_folder_in_use_is_left_alone(steps: Path, capsys: pytest.CaptureFixtur
     before = there(steps)
     with LocalStore(steps).lock(LOCK, "host here, pid 1"):
         status, _, err = run(capsys, steps, "--keep-latest-k", "2")
-        assert (status, "is in use by another run: host here, pid 1" in err) == (5, True)
+        assert (status, "held by this process already: host here, pid 1" in err) == (5, True)
         assert run(capsys, steps, "--keep-latest-k", "2", "--dry-run")[0] == 0
     assert there(steps) == before
 
@@ -148,3 +151,41 @@ def test_a_mistake_removes_nothing(
     monkeypatch.chdir(steps.parent)
     assert run(capsys, *arguments)[0] == status
     assert there(steps) == before
+
+
+@pytest.mark.parametrize("what", ["step-60", "step-60/__0_0.distcp"])
+def test_a_step_that_cannot_be_read_now_is_not_removed_as_damaged(
+    what: str, steps: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G16. Method: the system says that the disk is ill, of a folder or of a file; `--damaged`
+    leaves the step, which is whole once the disk is well."""
+    refused, real = str(steps / what), {name: getattr(os, name) for name in ("open", "stat")}
+
+    def failing(name: str, path: Any, *more: Any, **named: Any) -> Any:
+        if isinstance(path, str) and path.startswith(refused):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return real[name](path, *more, **named)
+
+    before = there(steps)
+    with monkeypatch.context() as patch:
+        for name in real:
+            patch.setattr(os, name, partial(failing, name))
+        assert run(capsys, steps, "--damaged")[0] == 0
+    assert there(steps) == before
+
+
+def test_what_another_process_is_at_work_on_stays(
+    steps: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G16. Method: two attempts, one of them held, as a conversion holds its own."""
+    store = LocalStore(steps)
+    for number in (1, 2):
+        store.make_folder(f".attempt-step-0-0000000{number}")
+    with store.hold(".attempt-step-0-00000001"):
+        status, said, _ = run(capsys, steps)
+        assert status == 0
+        assert "keep    another process is at work on it" in said
+        assert ".attempt-step-0-00000001" in there(steps)
+    assert ".attempt-step-0-00000002" not in there(steps)
+    assert run(capsys, steps)[0] == 0
+    assert not [name for name in there(steps) if name.startswith(".attempt")]

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from browser import CHROMIUM, QUIET
-from checkpoints import save_step
+from checkpoints import copy_step, save_step
 from holdfast.cli.chart import POINTS_MAX, Point, bars, dots, line
 from holdfast.cli.history import Watch, history_of
 from holdfast.cli.list import Row
@@ -38,7 +38,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = home / "outputs/checkpoint"
     save_step(folder, 10)
     for step in (20, 30, 40):
-        shutil.copytree(folder / "step-10", folder / f"step-{step}")
+        copy_step(folder / "step-10", step)
     (folder / "step-30/__1_0.distcp").unlink()
     (folder / ".pinned-step-10").touch()
     (folder / ".attempt-step-50-0123abcd").mkdir()

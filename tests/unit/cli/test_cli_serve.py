@@ -22,7 +22,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from browser import CHROMIUM, Browser
-from checkpoints import save_step
+from checkpoints import copy_step, save_step
 from holdfast.cli.main import main
 from runs import kill_all, start
 
@@ -94,7 +94,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
     folder = save_step(home / "outputs/checkpoint", 10).parent
     for step in (20, 30):
-        shutil.copytree(folder / "step-10", folder / f"step-{step}")
+        copy_step(folder / "step-10", step)
     (folder / "step-30/__1_0.distcp").unlink()
     (home / "secret").write_text("hidden from all")
     return folder

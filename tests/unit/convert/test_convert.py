@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -22,7 +24,8 @@ from holdfast.convert.convert import Converted, convert
 from holdfast.convert.plan import Wishes, plan
 from holdfast.engine.checkpoint import open_checkpoint
 from holdfast.engine.load import load
-from holdfast.errors import DamagedError, ExistsError
+from holdfast.engine.save import save
+from holdfast.errors import DamagedError, ExistsError, FormatError, NotFoundError
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.storage.local import LocalStore
 from hub_folders import LLAMA, hub_tensors, save_folder
@@ -138,7 +141,8 @@ def test_a_flavor_stands_in_for_a_configuration(tmp_path: Path) -> None:
 
 
 def test_what_is_there_already_is_replaced_only_when_asked(tmp_path: Path) -> None:
-    """Method: each kind of target twice; an empty folder is nobody's."""
+    """G16. Method: each kind of target twice; an empty folder is nobody's. What an export may have
+    beside its weights goes with an export; a file that no step has keeps a step in its place."""
     source = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
     for to, name in (("dcp", "step-0"), ("hf", "export"), ("torch", "all.pt")):
         if to != "torch":
@@ -147,12 +151,68 @@ def test_what_is_there_already_is_replaced_only_when_asked(tmp_path: Path) -> No
         converted(source, tmp_path / name, wishes)
         with pytest.raises(ExistsError, match="--overwrite"):
             converted(source, tmp_path / name, wishes)
-        old = (tmp_path / name / "old.txt") if to != "torch" else None
-        if old:
+        again, old = Wishes(to=to, overwrite=True), tmp_path / name / "old.txt"  # type: ignore[arg-type]
+        if to != "torch":
             old.write_text("of an earlier export")
-        converted(source, tmp_path / name, Wishes(to=to, overwrite=True))  # type: ignore[arg-type]
-        assert old is None or not old.exists()
+        if to == "dcp":
+            with pytest.raises(ExistsError, match=r"no part of a checkpoint: `old\.txt`"):
+                converted(source, tmp_path / name, again)
+            old.unlink()
+        converted(source, tmp_path / name, again)
+        assert not old.exists()
     assert {path.name for path in tmp_path.iterdir()} == {"hub", "step-0", "export", "all.pt"}
+
+
+def test_a_flipped_bit_that_changes_what_loads_is_found_in_a_pt_file_of_ours(
+    tmp_path: Path,
+) -> None:
+    """G3. Method: 250 seeded bits of a file that `convert` wrote, then every bit around the small
+    records; what `torch.load` makes of it, against the report."""
+    half = torch.ones(7).half()
+    state = {"w": torch.randn(300, 200), "deep": {"half": half}, "n": [1, 2.5, "x"]}
+    save(tmp_path / "c", state)
+    path = tmp_path / "c.pt"
+    converted(tmp_path / "c", path, Wishes(to="torch"))
+    whole = path.read_bytes()
+    target = Target(LocalStore(tmp_path), path.name)
+    assert verify(target).good
+    assert verify(target).notes == ()
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+    random = Random(3)
+    bits = [random.randrange(len(whole) * 8) for _ in range(250)]
+    bits += range(0, 2000 * 8, 11)
+    bits += range((len(whole) - 400) * 8, len(whole) * 8, 7)
+    changed = 0
+    for bit in bits:
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        try:
+            loaded = torch.load(path, weights_only=True)
+            same = str(loaded["n"]) == str(state["n"]) and not checkpoints.differing(
+                {"w": loaded["w"], "half": loaded["deep"]["half"]},
+                {"w": state["w"], "half": half},
+            )
+        except Exception:  # noqa: BLE001 - torch says so itself
+            continue
+        if not same:
+            changed += 1
+            try:
+                assert not verify(target).good, bit
+            except FormatError:
+                continue
+    assert changed > 150
+
+
+def test_a_source_that_is_replaced_meanwhile_is_not_called_damaged(tmp_path: Path) -> None:
+    """G14. Method: another save takes the place of the source between the plan and the reading."""
+    save(tmp_path / "c", {"w": torch.zeros(300)})
+    planned = plan(str(tmp_path / "c"), Wishes(to="torch"))
+    save(tmp_path / "c", {"w": torch.ones(300), "more": torch.ones(7)}, overwrite=True)
+    with pytest.raises(NotFoundError, match="replaced or removed while it was converted"):
+        convert(planned, str(tmp_path / "c.pt"), Wishes(to="torch"), lambda _: None)
+    assert {path.name for path in tmp_path.iterdir()} == {"c"}
 
 
 def test_damage_in_the_source_leaves_no_target(tmp_path: Path) -> None:

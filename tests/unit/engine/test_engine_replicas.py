@@ -41,6 +41,11 @@ class CountingStore(LocalStore):
         with super().open(key) as beneath:
             yield CountingReader(self, key, beneath)
 
+    def read(self, key: str, start: int, stop: int) -> bytes:
+        self.fail(key)
+        self.reads.setdefault(key, []).append((start, stop))
+        return super().read(key, start, stop)
+
     def times(self, folder: str, manifest: Manifest) -> set[int]:
         """How often bytes of tensors and values were read."""
         found: set[int] = set()

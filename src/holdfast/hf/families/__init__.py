@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from reprlib import repr as shortened
+
 from holdfast.errors import FormatError
 from holdfast.hf.families import (
     deepseek_v3,
@@ -43,8 +45,9 @@ def family_of(config: Config, *, where: str) -> Family:
     """
     found = _BY_TYPE.get(str(config.get("model_type")))
     if found is None:
+        named = shortened(config.get("model_type"))
         raise FormatError(
-            f"`{where}` has model_type {config.get('model_type')!r}, whose tensors are not known",
+            f"`{where}` has model_type {named}, whose tensors are not known",
             hint=f"known: {', '.join(sorted(_BY_TYPE))}; docs/families.md shows how to add one",
         )
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from holdfast.hf.families.decoder import ENDS, FEED_FORWARD, NORMS, block, experts
-from holdfast.hf.family import Config, Family
+from holdfast.hf.family import LAYERS, LAYERS_MAX, Config, Family, count
 from holdfast.hf.relation import Relation
 
 LATENT = block("""
@@ -37,24 +37,25 @@ SHARED = """
 
 
 def _rows(config: Config) -> tuple[Relation, ...]:
-    queries = LATENT_QUERIES if config.get("q_lora_rank") else QUERIES
+    queries = LATENT_QUERIES if count(config, "q_lora_rank", default=0) else QUERIES
     wide = (*block(FEED_FORWARD, "dense"), *experts(config, "sparse"), *block(SHARED, "sparse"))
     return (*ENDS, *NORMS, *LATENT, *queries, *wide)
 
 
 def _axes(config: Config) -> dict[str, Sequence[int]]:
-    latent, rotated = config["kv_lora_rank"], config["qk_rope_head_dim"]
-    plain, value = config["qk_nope_head_dim"], config["v_head_dim"]
+    latent, rotated = count(config, "kv_lora_rank"), count(config, "qk_rope_head_dim")
+    plain, value = count(config, "qk_nope_head_dim"), count(config, "v_head_dim")
     sizes = {
-        "a": config.get("q_lora_rank") or 0,
+        "a": count(config, "q_lora_rank", default=0),
         "c": latent,
         "p": latent + rotated,
         "y": plain + rotated,
         "z": plain + value,
         "w": value,
-        "n": config["n_shared_experts"],
+        "n": count(config, "n_shared_experts"),
     }
-    every, dense = range(config["num_hidden_layers"]), config["first_k_dense_replace"]
+    every = range(count(config, LAYERS, most=LAYERS_MAX))
+    dense = count(config, "first_k_dense_replace")
     layers = {"dense": every[:dense], "sparse": every[dense:]}
     return {**{axis: range(size) for axis, size in sizes.items()}, **layers}
 

@@ -7,7 +7,7 @@ second: rows of `wq` and `wk` change places, head by head.
 from __future__ import annotations
 
 from holdfast.hf.families.decoder import DENSE, WO_BIAS, block
-from holdfast.hf.family import Config, Family
+from holdfast.hf.family import Config, Family, flag
 from holdfast.hf.relation import Relation
 
 ATTENTION = block("""
@@ -31,8 +31,8 @@ FEED_FORWARD_BIASES = block("""
 
 
 def _rows(config: Config) -> tuple[Relation, ...]:
-    biases = (*QKV_BIASES, *WO_BIAS) if config.get("attention_bias") else ()
-    wide_biases = FEED_FORWARD_BIASES if config.get("mlp_bias") else ()
+    biases = (*QKV_BIASES, *WO_BIAS) if flag(config, "attention_bias") else ()
+    wide_biases = FEED_FORWARD_BIASES if flag(config, "mlp_bias") else ()
     return (*DENSE, *ATTENTION, *biases, *wide_biases)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from holdfast.hf.families.decoder import ATTENTION, ENDS, NORMS, block
-from holdfast.hf.family import Config, Family, first
+from holdfast.hf.family import LAYERS, LAYERS_MAX, Config, Family, count, numbers
 from holdfast.hf.relation import Relation
 
 FEED_FORWARD = """
@@ -31,11 +31,12 @@ def _rows(_: Config) -> tuple[Relation, ...]:
 
 
 def _axes(config: Config) -> dict[str, Sequence[int]]:
-    every, step = range(config["num_hidden_layers"]), config["interleave_moe_layer_step"]
-    listed = first(config, "moe_layers")
+    every = range(count(config, LAYERS, most=LAYERS_MAX))
+    step = count(config, "interleave_moe_layer_step", least=1)
+    listed = numbers(config, "moe_layers")
     sparse = [n for n in every if (n in listed if listed is not None else (n + 1) % step == 0)]
-    dense = [layer for layer in every if layer not in sparse]
-    return {"u": range(config["intermediate_size_mlp"]), "dense": dense, "sparse": sparse}
+    dense = sorted({*every} - {*sparse})
+    return {"u": range(count(config, "intermediate_size_mlp")), "dense": dense, "sparse": sparse}
 
 
 LLAMA4 = Family(("llama4_text",), _rows, _axes, {"head_dim": 128})

@@ -16,12 +16,12 @@ from holdfast.hf.families.decoder import (
     block,
     experts,
 )
-from holdfast.hf.family import Config, Family
+from holdfast.hf.family import LAYERS, LAYERS_MAX, Config, Family, count, flag, numbers
 from holdfast.hf.relation import Relation
 
 
 def _attention(config: Config) -> tuple[Relation, ...]:
-    biases = (*QKV_BIASES, *WO_BIAS) if config.get("attention_bias") else ()
+    biases = (*QKV_BIASES, *WO_BIAS) if flag(config, "attention_bias") else ()
     return (*ATTENTION, *HEAD_NORMS, *biases)
 
 
@@ -31,10 +31,11 @@ def _with_experts(config: Config) -> tuple[Relation, ...]:
 
 
 def _layers(config: Config) -> dict[str, Sequence[int]]:
-    every = range(config["num_hidden_layers"])
-    step, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()
+    every = range(count(config, LAYERS, most=LAYERS_MAX))
+    step = count(config, "decoder_sparse_step", default=1) or 1
+    dense = numbers(config, "mlp_only_layers") or frozenset()
     sparse = [layer for layer in every if layer not in dense and (layer + 1) % step == 0]
-    return {"sparse": sparse, "dense": [layer for layer in every if layer not in sparse]}
+    return {"sparse": sparse, "dense": sorted({*every} - {*sparse})}
 
 
 QWEN2 = Family(("qwen2",), lambda _: (*DENSE, *ATTENTION, *QKV_BIASES))

@@ -1,0 +1,29 @@
+"""Whether a link leads out of the folder that it lies in."""
+
+from __future__ import annotations
+
+import os
+
+_SNAPSHOTS, _BLOBS = "snapshots", "blobs"
+"""Folders of the Hugging Face cache: a file of `snapshots/<revision>` is a link into `blobs`."""
+
+
+def leads_out(folder: str, file: str) -> bool:
+    """Whether `file`, a path below `folder`, is reached by a link that leaves `folder`.
+
+    The one exception is the layout of the Hugging Face cache, where the files of a snapshot are
+    links to the blobs of the same repository.
+    """
+    path = os.path.join(folder, file)
+    if "/" not in file and not os.path.islink(path):
+        return False
+    inside, target = os.path.realpath(folder), os.path.realpath(path)
+    if _is_below(target, inside):
+        return False
+    above, _, _ = inside.rpartition("/")
+    repository, _, name = above.rpartition("/")
+    return name != _SNAPSHOTS or not _is_below(target, f"{repository}/{_BLOBS}")
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder.rstrip('/')}/")

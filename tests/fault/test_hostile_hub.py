@@ -1,0 +1,265 @@
+"""Hugging Face folders made by strangers: absurd configurations, links out, shards in part."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.catalog.verify import Target, verify
+from holdfast.cli.main import main
+from holdfast.convert.convert import convert
+from holdfast.convert.plan import Wishes, plan
+from holdfast.convert.sizes import check_alike
+from holdfast.errors import DamagedError, FormatError, MismatchError
+from holdfast.format.safetensors import missing_shards
+from holdfast.hf.assets import config_bytes
+from holdfast.hf.families import FAMILIES, family_of
+from holdfast.hf.family import mapping_of
+from holdfast.hf.folder import of_language_model, open_folder
+from holdfast.hf.quantized import Dequantized
+from holdfast.hf.tensors import Held
+from holdfast.storage.local import LocalStore
+from hub_folders import LLAMA, hub_tensors, save_folder
+
+ALL: dict[str, Any] = {
+    **LLAMA,
+    "head_dim": 8,
+    "tie_word_embeddings": False,
+    "attention_bias": True,
+    "mlp_bias": False,
+    "num_experts": 2,
+    "num_local_experts": 2,
+    "n_routed_experts": 2,
+    "moe_intermediate_size": 24,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [0],
+    "interleave_moe_layer_step": 2,
+    "intermediate_size_mlp": 40,
+    "moe_layers": [1],
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 2,
+}
+"""Every key that any family reads."""
+
+ABSURD: list[Any] = [
+    *("32", "x" * 100_000, 64.0, -1, 10**10, 10**40, True),
+    *([], ["0"], [10**30], [0] * 100_001, {"a": [1]}),
+]
+
+
+class Empty:
+    """No tensors at all."""
+
+    held: dict[str, Held]
+
+    def __init__(self) -> None:
+        self.held = {}
+
+    def read(self, *_: object) -> Any:
+        raise AssertionError
+
+
+def uses(config: Any) -> Iterator[Any]:
+    """Everything that is done with a configuration."""
+    language = of_language_model(config)
+    yield lambda: mapping_of(family_of(language, where="test"), language)
+    yield lambda: check_alike((config, "one"), (LLAMA, "other"))
+    yield lambda: Dequantized(Empty(), config.get("quantization_config") or {})
+    yield lambda: config_bytes(config, "bfloat16")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: str(family.model_types[0]))
+def test_an_absurd_configuration_is_refused_at_once(family: Any) -> None:
+    """G8: `FormatError`, in bounded time. Method: each key that any family reads, and each that
+    holds a table, with each absurd value, for each family; and everything that is done with it."""
+    whole = {**ALL, "model_type": family.model_types[0]}
+    mapping_of(family, whole)
+    keys = [*whole, "text_config", "quantization_config", "rope_scaling", "torch_dtype"]
+    started, refused = time.monotonic(), dict.fromkeys(keys, 0)
+    for key in keys:
+        for value in ABSURD:
+            for use in uses({**whole, key: value}):
+                try:
+                    use()
+                except FormatError:
+                    refused[key] += 1
+                except MismatchError:
+                    continue  # Two configurations that differ: what `check_alike` is for.
+    assert time.monotonic() - started < 60
+    for key in ("num_hidden_layers", "num_attention_heads", "vocab_size", "hidden_size"):
+        assert refused[key] >= len(ABSURD) - 2, key
+
+
+def test_a_float_is_no_size_and_a_text_neither(tmp_path: Path) -> None:
+    """G8. Method: through the command, as a stranger's folder meets it; the message names the key,
+    what is expected and what is there."""
+    for number, (key, value) in enumerate(
+        [("num_hidden_layers", "32"), ("head_dim", 64.0), ("num_hidden_layers", 10**10)]
+    ):
+        folder = save_folder(tmp_path / str(number), LLAMA, hub_tensors(LLAMA))
+        (folder / "config.json").write_text(json.dumps({**LLAMA, key: value}))
+        started = time.monotonic()
+        with pytest.raises(FormatError, match=f"`{key}` must be a whole number") as raised:
+            plan(str(folder), Wishes(to="dcp"))
+        assert str(value) in raised.value.what
+        assert time.monotonic() - started < 10
+        assert main(["convert", str(folder), str(tmp_path / "out")]) == 8
+    assert not (tmp_path / "out").exists()
+
+
+WORST = """
+import resource, sys, time
+from holdfast.errors import FormatError
+from holdfast.hf.families import family_of
+from holdfast.hf.family import mapping_of
+sys.path.insert(0, "tests")
+from hub_folders import LLAMA
+started = time.monotonic()
+for layers in (27_000, 99_999):
+    config = {**LLAMA, "num_hidden_layers": layers}
+    try:
+        mapping_of(family_of(config, where="test"), config)
+    except FormatError:
+        print("refused")
+print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_the_largest_configuration_that_is_not_refused_takes_bounded_memory() -> None:
+    """G8, G13. Method: the most layers that fit below the limit, in a process of its own."""
+    ran = subprocess.run([sys.executable, "-c", WORST], capture_output=True, text=True, check=True)
+    *refused, last = ran.stdout.splitlines()
+    assert refused == ["refused"]
+    seconds, mebibytes = map(float, last.split())
+    assert seconds < 60
+    assert mebibytes < 1024
+
+
+def test_a_configuration_that_is_no_table_or_too_large_is_refused(tmp_path: Path) -> None:
+    """G8. Method: other JSON, none at all, a gibibyte of nothing, a pipe."""
+    folder = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    path = folder / "config.json"
+    for text in (
+        "[]",
+        "1",
+        "null",
+        "{",
+        '{"a": 1, "a": 2}',
+        "[" * 100_000,
+        '{"a": NaN}',
+        "1" * 5000,
+    ):
+        path.write_text(text)
+        with pytest.raises(FormatError):
+            plan(str(folder), Wishes(to="dcp"))
+    os.truncate(path, 1 << 30)
+    with pytest.raises(FormatError, match="more than"):
+        plan(str(folder), Wishes(to="dcp"))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(FormatError, match="named pipe"):
+        plan(str(folder), Wishes(to="dcp"))
+
+
+@pytest.mark.parametrize(
+    "file", ["merges.txt", "config.json", "model.safetensors", "additional_chat_templates/x.jinja"]
+)
+@pytest.mark.parametrize("to", ["hf", "dcp"])
+def test_a_link_out_of_a_strangers_folder_is_never_followed(
+    file: str, to: Any, tmp_path: Path
+) -> None:
+    """G8. Method: each file that a conversion reads or takes along is a link to a secret; what is
+    made of it, if anything, does not hold the secret."""
+    if (file, to) in (("merges.txt", "dcp"), ("additional_chat_templates/x.jinja", "dcp")):
+        pytest.skip("a step takes no assets along")
+    folder = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    secret = tmp_path / "id_rsa"
+    if (folder / file).exists():
+        shutil.copy(folder / file, secret)
+        (folder / file).unlink()
+    else:
+        secret.write_text("secret")
+        (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).symlink_to(secret)
+    wishes = Wishes(to=to)
+    with pytest.raises(FormatError, match="is a link to a place outside of its folder"):
+        convert(plan(str(folder), wishes), str(tmp_path / "out"), wishes, lambda _: None)
+    assert not (tmp_path / "out").exists()
+    report = None
+    if file == "model.safetensors":
+        report = verify(Target(LocalStore(tmp_path), "hub"))
+        assert not report.good
+
+
+def test_a_folder_of_templates_that_is_a_link_is_not_copied(tmp_path: Path) -> None:
+    """G8. Method: the folder itself leads to another one."""
+    folder = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    (tmp_path / "ssh").mkdir()
+    (tmp_path / "ssh" / "id_rsa").write_text("secret")
+    (folder / "additional_chat_templates").symlink_to(tmp_path / "ssh")
+    wishes = Wishes(to="hf")
+    with pytest.raises(FormatError, match="outside of its folder"):
+        convert(plan(str(folder), wishes), str(tmp_path / "out"), wishes, lambda _: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_the_cache_of_the_hub_is_read_as_it_is(tmp_path: Path) -> None:
+    """Method: a snapshot whose files are links to blobs, exported with its assets, and verified."""
+    cache = tmp_path / "models--org--name"
+    folder = save_folder(cache / "snapshots" / "0123abcd", LLAMA, hub_tensors(LLAMA))
+    (folder / "merges.txt").write_text("a b")
+    (cache / "blobs").mkdir()
+    for path in [*folder.iterdir()]:
+        path.rename(cache / "blobs" / path.name)
+        path.symlink_to(f"../../blobs/{path.name}")
+    wishes = Wishes(to="hf")
+    convert(plan(str(folder), wishes), str(tmp_path / "out"), wishes, lambda _: None)
+    assert (tmp_path / "out" / "merges.txt").read_text() == "a b"
+    assert not (tmp_path / "out" / "merges.txt").is_symlink()
+    assert verify(Target(LocalStore(folder.parent), folder.name)).good
+
+
+@pytest.mark.parametrize("missing", [1, 2, 3])
+def test_a_set_of_shards_in_part_is_not_good(missing: int, tmp_path: Path) -> None:
+    """G3. Method: one of three shards gone, with its index and without; every command that opens
+    the folder says which."""
+    folder = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA), num_files=3)
+    assert verify(Target(LocalStore(tmp_path), "hub")).good
+    gone = f"model-0000{missing}-of-00003.safetensors"
+    (folder / gone).unlink()
+    for _ in range(2):
+        report = verify(Target(LocalStore(tmp_path), "hub"))
+        assert [f.file for f in report.findings if f.what == "is missing"] == [gone]
+        with pytest.raises(DamagedError, match=gone):
+            open_folder(LocalStore(tmp_path), "hub")
+        assert main(["verify", str(folder)]) == 7
+        (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+
+
+def test_shards_are_counted_by_their_names() -> None:
+    """Method: sets that are whole and not, from 0 and from 1, several side by side, and absurd
+    ones, which take no time."""
+    assert missing_shards(["model.safetensors", "a-of-b.safetensors"]) == []
+    assert missing_shards([f"m-0000{n}-of-00002.x" for n in (1, 2)]) == []
+    assert missing_shards([f"m-0000{n}-of-00002.x" for n in (0, 1)]) == []
+    assert missing_shards(["m-2-of-3.x", "n-00001-of-00002.x"]) == [
+        "m-1-of-3.x",
+        "m-3-of-3.x",
+        "n-00002-of-00002.x",
+    ]
+    assert len(missing_shards(["m-1-of-999999999.x"])) == 50
+    assert missing_shards(["m-1-of-99999999999999999999.x"]) == []
