@@ -288,8 +288,8 @@ def train_on_loader(
 def test_dropout_and_a_stateful_loader_go_on_bit_for_bit(
     wrapper: str, workers: int, kind: str, tmp_path: Path
 ) -> None:
-    """G9. Method: stopped in the middle of an epoch, and at its end; started anew. The samples, and
-    the bits, are those of a run that was not stopped."""
+    """G9, G15. Method: stopped in the middle of an epoch, and at its end; started anew. The
+    samples, and the bits, are those of a run that was not stopped."""
     pytest.importorskip("torchdata")
     size, more = (1 if wrapper == "none" else 2), (wrapper, kind, workers)
     whole = run_processes(size, train_on_loader, str(tmp_path / "whole"), 17, *more)

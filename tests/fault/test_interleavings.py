@@ -19,7 +19,7 @@ import torch
 
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.sweep import execute, plan_sweep
-from holdfast.convert.convert import convert_to
+from holdfast.convert.convert import convert_to, values_of
 from holdfast.convert.plan import Wishes, plan
 from holdfast.convert.target import target_in
 from holdfast.engine.checkpoint import Checkpoint
@@ -330,7 +330,8 @@ def conversion(source: Path, wishes: Wishes) -> Actor:
     def convert(store: AmendableStore) -> int:
         file = wishes.to == "torch"
         place = target_in(store, "step-0", overwrite=wishes.overwrite, file=file)
-        return convert_to(place, planned, wishes, lambda _: None).num_tensors
+        values = values_of(planned, wishes)
+        return convert_to(place, planned, values, wishes, lambda _: None).num_tensors
 
     return convert
 

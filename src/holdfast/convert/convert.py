@@ -41,16 +41,21 @@ class Converted:
 
 def convert(planned: Planned, target: str, wishes: Wishes, advance: Advance) -> Converted:
     """As `convert_to`, to the place at the path `target`."""
+    # First, so that no folder is made for values that cannot be converted.
+    values = values_of(planned, wishes)
     sources = [planned.opened.path, *([] if planned.assets is None else [planned.assets])]
     place = open_target(
         target, overwrite=wishes.overwrite, sources=sources, file=wishes.to == "torch"
     )
-    return convert_to(place, planned, wishes, advance)
+    return convert_to(place, planned, values, wishes, advance)
 
 
-def convert_to(place: Target, planned: Planned, wishes: Wishes, advance: Advance) -> Converted:
-    """Write what was planned to a target, which is absent until it is whole. Goes on where an
-    earlier conversion to it was killed.
+def convert_to(
+    place: Target, planned: Planned, values: Values, wishes: Wishes, advance: Advance
+) -> Converted:
+    """Write what was planned, and its values, to a target, which is absent until it is whole.
+
+    Goes on where an earlier conversion to it was killed.
 
     Holds a few blocks of 32 MB in memory, whatever the size of the model.
 
@@ -62,7 +67,7 @@ def convert_to(place: Target, planned: Planned, wishes: Wishes, advance: Advance
     """
     started = time.perf_counter()
     try:
-        nbytes = _written(place, planned, wishes, advance)
+        nbytes = _written(place, planned, values, wishes, advance)
     except UNREADABLE as error:
         if not planned.opened.is_gone:
             raise
@@ -75,11 +80,11 @@ def convert_to(place: Target, planned: Planned, wishes: Wishes, advance: Advance
     return Converted(place.where, nbytes, kept_bytes, seconds, len(planned.outputs))
 
 
-def _written(place: Target, planned: Planned, wishes: Wishes, advance: Advance) -> int:
+def _written(
+    place: Target, planned: Planned, values: Values, wishes: Wishes, advance: Advance
+) -> int:
     """Write the target. Returns its bytes."""
     outputs, opened = planned.outputs, planned.opened
-    # First, so that nothing is left behind where they cannot be converted.
-    values = {} if wishes.to == "hf" else _values(planned, wishes)
     if wishes.to == "hf":
         shard_bytes = wishes.max_shard_bytes
         return write_hub(place, outputs, _beside(planned), shard_bytes, advance)
@@ -116,9 +121,9 @@ def _structure(planned: Planned, values: Values) -> dict[Path, Node] | None:
     }
 
 
-def _values(planned: Planned, wishes: Wishes) -> Values:
+def values_of(planned: Planned, wishes: Wishes) -> Values:
     """What is not a tensor, as the target keeps it."""
-    if wishes.model_only or not planned.opened.manifest.values:
+    if wishes.to == "hf" or wishes.model_only or not planned.opened.manifest.values:
         return {}
     from holdfast.convert.values import as_containers, as_pickles
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from holdfast.errors import MismatchError, UsageError
-from holdfast.format.structure import MAPPINGS, Node, kind_of_node
+from holdfast.format.structure import MAPPINGS, Node, children_of, kind_of_node
 from holdfast.state.match import Like, Match, Values, as_number, is_one_number, put_together
 from holdfast.state.same import same
 from holdfast.state.stored import Branch, object_node
@@ -98,11 +98,9 @@ class PlainMatch:
         known = {str(key) for key in live}
         for key, member in live.items():
             self.member(member, (*path, str(key)), _setter(live, key))
-        if isinstance(node, dict):
-            held = node[kind_of_node(node) or ""]
-            for key in held if isinstance(held, dict) else (text for text, _ in held):
-                if key not in known and key not in branch.children:
-                    self._match.extra[spelled((*path, key))] = None
+        for key, _ in children_of(node) or ():
+            if str(key) not in known and str(key) not in branch.children:
+                self._match.extra[spelled((*path, str(key)))] = None
 
     def _keeps_members(self, live: list[Any], path: Path, branch: Branch, node: Node) -> bool:
         """Whether a list is filled member by member: it has objects in it, or tensors of the

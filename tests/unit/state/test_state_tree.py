@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
@@ -156,6 +157,15 @@ def test_the_state_of_an_object_comes_back_as_it_was(state: Any, tmp_path: Path)
     if isinstance(state, dict):
         assert list(state) == list(one.state), "order"
     holdfast.testing.round_trip({"model": torch.nn.Linear(1, 1), "a": Kept(state)})
+
+
+@pytest.mark.parametrize("state", WHOLE.values(), ids=WHOLE)
+def test_plain_state_comes_back_as_it_was(state: Any, tmp_path: Path) -> None:
+    """G15. Method: no object around it; into a state of the same keys, and into one without."""
+    holdfast.save(tmp_path / "one", {"a": state})
+    for target in ({"a": copy.deepcopy(state)}, {"a": None}):
+        holdfast.load(tmp_path / "one", target)
+        assert [*differences(state, target["a"])] == []
 
 
 def test_plain_state_is_replaced_by_what_was_saved(tmp_path: Path) -> None:
