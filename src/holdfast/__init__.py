@@ -66,9 +66,7 @@ def __getattr__(name: str) -> Any:
     if name == "testing":
         return import_module("holdfast.testing")
     if name == "__version__":
-        from importlib.metadata import version  # Not at the top: it costs more than all else here.
-
-        return version("holdfast")
+        return import_module("holdfast.release").installed_version()
     if name not in _HOMES:
         raise AttributeError(f"module `holdfast` has no attribute `{name}`")
     module, _, member = _HOMES[name].partition(":")

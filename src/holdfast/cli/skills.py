@@ -14,8 +14,9 @@ import tyro
 
 from holdfast.cli.terminal import parsed, say, say_json, say_table, verb_in
 from holdfast.errors import ExistsError, MismatchError, NotFoundError, StorageError
+from holdfast.release import installed_version
 from holdfast.skills import sync as syncing
-from holdfast.skills.bundle import ENTRY, Skill, shipped, shipping_version
+from holdfast.skills.bundle import ENTRY, Skill, shipped
 from holdfast.skills.copies import Copies
 from holdfast.skills.targets import all_targets, target_of
 
@@ -207,7 +208,7 @@ def run(arguments: Sequence[str]) -> int:
 def _list(arguments: Sequence[str]) -> None:
     asked = parsed(List, "skills list", arguments)
     skills, copies = shipped(), asked.where.copies
-    found = syncing.survey(skills, copies, shipping_version()).skills
+    found = syncing.survey(skills, copies, installed_version()).skills
     if asked.json:
         described = {name: skill.description for name, skill in skills.items()}
         listed = [asdict(one) | {"description": described[one.name]} for one in found]
@@ -238,7 +239,7 @@ def _sync(arguments: Sequence[str]) -> None:
     asked = parsed(Sync, "skills sync", arguments)
     rehearsal = asked.dry_run or asked.check
     work = syncing.survey if rehearsal else syncing.sync
-    done = work(shipped(), asked.where.copies, shipping_version())
+    done = work(shipped(), asked.where.copies, installed_version())
     _say_synced([done], json=asked.json)
     if asked.check and done.changes:
         raise MismatchError(f"`{done.root}` is not up to date", hint="holdfast skills sync")
@@ -251,7 +252,7 @@ def _update(arguments: Sequence[str]) -> None:
     agreed = [copies for copies in every if copies.state.is_dir()]
     if not agreed:
         raise NotFoundError("no folder of skills was synced yet", hint="holdfast skills sync")
-    version = shipping_version()
+    version = installed_version()
     _say_synced([syncing.sync(shipped(), copies, version) for copies in agreed], json=asked.json)
 
 
@@ -302,12 +303,12 @@ def _changes(skill: Skill, copies: Copies) -> dict[str, str]:
 def _reset(arguments: Sequence[str]) -> None:
     asked = parsed(Reset, "skills reset", arguments)
     skill, copies = syncing.known(asked.name, shipped()), asked.where.copies
-    kept = syncing.reset(skill, copies, shipping_version())
+    kept = syncing.reset(skill, copies, installed_version())
     say(f"{copies.place(skill.name)} is as shipped" + (f"; yours: {kept}" if kept else ""))
 
 
 def _remove(arguments: Sequence[str]) -> None:
     asked = parsed(Remove, "skills remove", arguments)
     skill, copies = syncing.known(asked.name, shipped()), asked.where.copies
-    kept = syncing.remove(skill, copies, shipping_version())
+    kept = syncing.remove(skill, copies, installed_version())
     say(f"{copies.place(skill.name)} is gone for good" + (f"; yours: {kept}" if kept else ""))

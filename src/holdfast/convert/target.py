@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from holdfast.format.structure import Node
 from holdfast.hf.assets import beside_weights, config_bytes
 from holdfast.hf.folder import CONFIG
 from holdfast.hf.shards import shard
+from holdfast.release import installed_version
 from holdfast.storage.continuing import Continuing
 from holdfast.storage.opening import folder_store, is_url, local_path
 from holdfast.storage.store import AmendableStore, Buffer, ReadStore, Store, Writer
@@ -352,7 +352,7 @@ def facts_of(
 
 
 def _versions() -> dict[str, str]:
-    return {"holdfast": version("holdfast"), "python": platform.python_version()}
+    return {"holdfast": installed_version(), "python": platform.python_version()}
 
 
 def nbytes_of(outputs: Outputs) -> int:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -39,6 +38,7 @@ from holdfast.errors import HoldfastError, StorageError
 from holdfast.format.manifest import Kind
 from holdfast.format.names import Aside
 from holdfast.format.region import Region
+from holdfast.release import installed_version
 from holdfast.state.objects import StateTree
 from holdfast.state.tree import FlatState
 
@@ -392,7 +392,7 @@ def _live(held: Held, item: TensorItem) -> torch.Tensor:
 @cache
 def _versions() -> dict[str, str]:
     return {
-        "holdfast": version("holdfast"),
+        "holdfast": installed_version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from holdfast.errors import FormatError
@@ -58,11 +57,6 @@ def read_skill(folder: Path) -> Skill:
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     return Skill(folder.name, files)
-
-
-def shipping_version() -> str:
-    """The version of holdfast that ships them."""
-    return version("holdfast")
 
 
 def frontmatter(text: str) -> dict[str, str]:

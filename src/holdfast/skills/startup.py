@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from holdfast.errors import HoldfastError
-from holdfast.skills.bundle import shipped, shipping_version
+from holdfast.release import installed_version
+from holdfast.skills.bundle import shipped
 from holdfast.skills.copies import Copies
 from holdfast.skills.records import order_of
 from holdfast.skills.sync import sync
@@ -35,7 +36,7 @@ def refresh(environment: Mapping[str, str]) -> list[str]:
 
 
 def _refreshed(copies: Copies) -> Iterator[str]:
-    synced, version = copies.synced(), shipping_version()
+    synced, version = copies.synced(), installed_version()
     if not synced or order_of(synced) >= order_of(version):
         return
     if copies.root.stat().st_uid != os.geteuid():

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import holdfast
+from holdfast.errors import UsageError
 from holdfast.state.model import memory_of, own_state
 from holdfast.state.optim import is_by_parameter, state_of
 from holdfast.state.plain import is_object
@@ -35,7 +36,8 @@ def round_trip(
     other objects with `state_dict`. `fresh` is the same as a run makes it before it loads. Left
     out, it is a deep copy: its parameters and buffers hold other bits, its optimizers have no
     state, its values are None. An object of another kind is compared by what reaches its
-    `load_state_dict`; pass `fresh` to see what it makes of it.
+    `load_state_dict`; pass `fresh` to see what it makes of it. A state that has no deep copy, as
+    that of FSDP2, needs `fresh`.
 
         holdfast.testing.round_trip({"model": model, "optimizer": optimizer, "loader": loader})
 
@@ -154,7 +156,13 @@ def _found(value: Any) -> Any:
 
 def _disturbed(state: Mapping[str, Any]) -> dict[str, Any]:
     """A deep copy, with other values wherever that can be."""
-    target = dict(copy.deepcopy(dict(state)))
+    try:
+        target = dict(copy.deepcopy(dict(state)))
+    except Exception as error:
+        raise UsageError(
+            f"the state has no deep copy to load into: {type(error).__name__}: {error}",
+            hint="pass `fresh`, the same state as a run makes it before it loads",
+        ) from error
     for key, value in target.items():
         if isinstance(value, nn.Module):
             for tensor in memory_of(value).values():

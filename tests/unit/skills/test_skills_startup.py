@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import NotFoundError, UsageError
-from holdfast.skills.bundle import Skill, shipped, shipping_version
+from holdfast.release import installed_version
+from holdfast.skills.bundle import Skill, shipped
 from holdfast.skills.copies import STATE, Copies
 from holdfast.skills.startup import refresh
 from holdfast.skills.sync import sync
@@ -83,7 +84,7 @@ def test_once_agreed_to_copies_are_brought_up_to_date_wherever_they_are(home: Pa
     for root in roots:
         for name, one in shipped().items():
             assert files_in(root / name) == one.files
-        assert Copies(root).synced() == shipping_version()
+        assert Copies(root).synced() == installed_version()
     assert refresh({"HOME": str(home)}) == []
 
 
@@ -115,7 +116,7 @@ def test_a_failing_sync_is_a_line_and_never_an_error(home: Path) -> None:
 
 def test_a_start_with_nothing_to_do_reads_one_file_a_folder(home: Path) -> None:
     """Method: what a start opens below the folder, as Python's audit events tell."""
-    sync(shipped(), Copies(home / ".agents/skills"), shipping_version())
+    sync(shipped(), Copies(home / ".agents/skills"), installed_version())
     script = (
         "import sys\n"
         "from holdfast.skills.startup import refresh\n"
@@ -150,4 +151,4 @@ def test_the_training_command_starts_with_it(home: Path) -> None:
         os.environ.update(before)
     assert ran.returncode == 0, ran.stdout
     assert "1 new, 1 updated" in ran.stdout
-    assert Copies(root).synced() == shipping_version()
+    assert Copies(root).synced() == installed_version()

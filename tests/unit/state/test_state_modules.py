@@ -185,15 +185,20 @@ def compiled(module: nn.Module) -> Any:
     return torch.compile(module, backend="eager")
 
 
+def data_parallel(module: nn.Module) -> nn.Module:
+    """On the CPU, where there are GPUs too."""
+    return nn.DataParallel(module, device_ids=[])
+
+
 WRAPPED: dict[str, Any] = {
     "compile": lambda m: compiled(m),
-    "data parallel": nn.DataParallel,
+    "data parallel": data_parallel,
     "averaged": AveragedModel,
     "checkpoint wrapper": checkpoint_wrapper,
-    "compile of data parallel": lambda m: compiled(nn.DataParallel(m)),
+    "compile of data parallel": lambda m: compiled(data_parallel(m)),
     "averaged of compile": lambda m: AveragedModel(compiled(m)),
-    "part of it": lambda m: nn.Sequential(nn.DataParallel(m[0]), checkpoint_wrapper(m[1])),
-    "deep": lambda m: AveragedModel(nn.DataParallel(compiled(m))),
+    "part of it": lambda m: nn.Sequential(data_parallel(m[0]), checkpoint_wrapper(m[1])),
+    "deep": lambda m: AveragedModel(data_parallel(compiled(m))),
 }
 
 

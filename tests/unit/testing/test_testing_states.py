@@ -1,0 +1,41 @@
+"""`holdfast.testing.round_trip` on states that hold, and on states that cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from holdfast.errors import UsageError
+from holdfast.testing import round_trip
+
+
+class Uncopied(torch.nn.Linear):
+    def __deepcopy__(self, memo: object) -> Uncopied:
+        raise AssertionError("no copies of this")
+
+
+def test_a_state_that_comes_back_passes() -> None:
+    round_trip({"model": torch.nn.Linear(2, 2), "notes": {1: [0.5, None], "epoch": 3}})
+
+
+def test_what_differs_is_named_with_its_mode() -> None:
+    """Method: a buffer that the module's own `load_state_dict` changes on the way."""
+
+    class Shifts(torch.nn.Linear):
+        def load_state_dict(
+            self, state_dict: Any, strict: bool = True, assign: bool = False
+        ) -> Any:
+            return super().load_state_dict(
+                {name: one + 1 for name, one in state_dict.items()}, strict, assign
+            )
+
+    with pytest.raises(AssertionError, match="mode `save`:\n  model"):
+        round_trip({"model": Shifts(2, 2)})
+
+
+def test_a_state_that_has_no_copy_needs_another_to_load_into() -> None:
+    with pytest.raises(UsageError, match="no deep copy to load into: AssertionError: no copies"):
+        round_trip({"model": Uncopied(2, 2)})
+    round_trip({"model": Uncopied(2, 2)}, fresh={"model": Uncopied(2, 2)})
