@@ -27,11 +27,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from holdfast.catalog.catalog import Catalog
-from holdfast.engine.planner import Planner
-from holdfast.engine.ranks import all_ranks
-from holdfast.engine.save import begin_save
+from holdfast.comm import all_ranks
 from holdfast.hf.export import HubModel, Snapshot, export
 from holdfast.hf.flavors import LLAMA3, config_of
+from holdfast.saving.planner import Planner
+from holdfast.saving.save import begin_save
 from holdfast.state.tree import flatten
 from holdfast.storage.local import LocalStore
 

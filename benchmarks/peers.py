@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 import holdfast
 from benchmarks.disk import random_window, raw_read, raw_read_direct, raw_write, sync
 from benchmarks.states import State, held_bytes, local, rank
-from holdfast.engine.source import Source
+from holdfast.catalog.source import Source
 from holdfast.format import checksum
 
 

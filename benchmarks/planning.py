@@ -39,14 +39,15 @@ from xxhash import xxh3_128_digest
 
 from benchmarks.meter import machine
 from holdfast.catalog.catalog import Catalog
-from holdfast.engine.commit import commit
-from holdfast.engine.plan import Offer
-from holdfast.engine.planner import Planner
-from holdfast.engine.ranks import Sending
-from holdfast.engine.save import begin_save
-from holdfast.engine.write import FileImage, Receipt
+from holdfast.comm import Sending
 from holdfast.format.manifest import Table
 from holdfast.format.names import METADATA, data_file
+from holdfast.planning.file_layout import FileImage
+from holdfast.planning.write_plan import Offer
+from holdfast.saving.commit import commit
+from holdfast.saving.planner import Planner
+from holdfast.saving.save import begin_save
+from holdfast.saving.write import Receipt
 from holdfast.state.tree import FlatState, flatten
 
 NUM_TENSORS = 2000

@@ -1,6 +1,6 @@
 """Bars as an SVG of its own, for light pages and dark ones: numbers in, text out.
 
-`holdfast.cli.chart` draws inside of a page and takes that page's style; this file brings its own.
+`holdfast.dashboard.chart` draws inside a page and takes its style; this file brings its own.
 """
 
 from __future__ import annotations

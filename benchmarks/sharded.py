@@ -28,10 +28,10 @@ from benchmarks.results import Section, store
 from benchmarks.saving import renew
 from benchmarks.states import State, held_bytes, llama_like, local, mesh_of, rank, same, sharded
 from holdfast.catalog.catalog import open_manifest
-from holdfast.engine.load import load_tree
-from holdfast.engine.ranks import Solo
-from holdfast.engine.root import open_for_reading
-from holdfast.engine.source import Source
+from holdfast.catalog.paths import open_for_reading
+from holdfast.catalog.source import Source
+from holdfast.comm import Solo
+from holdfast.loading.load import load_tree
 from holdfast.state.objects import StateTree
 
 SIZE = 4

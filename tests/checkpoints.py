@@ -17,11 +17,11 @@ from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 
 import holdfast
 from holdfast.catalog.catalog import Catalog
-from holdfast.engine.planner import Planner
-from holdfast.engine.ranks import Ranks
-from holdfast.engine.save import save_leaves
+from holdfast.comm import Ranks
 from holdfast.format import manifest as manifests
 from holdfast.format.names import MANIFEST
+from holdfast.saving.planner import Planner
+from holdfast.saving.save import save_leaves
 from holdfast.state.tree import flatten
 from holdfast.storage.local import LocalStore
 from holdfast.testing.ranks import run_ranks

@@ -9,16 +9,17 @@ import numpy as np
 import torch
 
 from holdfast.catalog.catalog import Catalog
-from holdfast.engine.commit import commit
-from holdfast.engine.digests import Replicas
-from holdfast.engine.index import Index, columns
-from holdfast.engine.plan import Placed, Plan, TensorOffer
-from holdfast.engine.publish import Facts
-from holdfast.engine.ranks import Ranks, on_rank_0
-from holdfast.engine.stage import box_of, host_windows
-from holdfast.engine.write import image_of, lay_out, write
+from holdfast.comm import Ranks, on_rank_0
 from holdfast.format.dtypes import BY_NAME
 from holdfast.format.region import Region
+from holdfast.planning.file_layout import image_of, lay_out
+from holdfast.planning.index import Index, columns
+from holdfast.planning.write_plan import Placed, Plan, TensorOffer
+from holdfast.saving.commit import commit
+from holdfast.saving.digests import Replicas
+from holdfast.saving.publish import Facts
+from holdfast.saving.stage import box_of, host_windows
+from holdfast.saving.write import write
 from holdfast.storage.store import Store
 from holdfast.testing.ranks import run_ranks
 

@@ -28,20 +28,20 @@ from holdfast.errors import (
 )
 
 if TYPE_CHECKING:
-    from holdfast.engine.checkpoint import open_checkpoint as open  # noqa: A004
-    from holdfast.engine.load import load
-    from holdfast.engine.save import save
+    from holdfast.loading.checkpoint import open_checkpoint as open  # noqa: A004
+    from holdfast.loading.load import load
     from holdfast.manager.config import CheckpointConfig
     from holdfast.manager.manager import CheckpointManager
+    from holdfast.saving.save import save
 
     __version__: str
 
 _HOMES = {
     "CheckpointConfig": "holdfast.manager.config:CheckpointConfig",
     "CheckpointManager": "holdfast.manager.manager:CheckpointManager",
-    "load": "holdfast.engine.load:load",
-    "open": "holdfast.engine.checkpoint:open_checkpoint",
-    "save": "holdfast.engine.save:save",
+    "load": "holdfast.loading.load:load",
+    "open": "holdfast.loading.checkpoint:open_checkpoint",
+    "save": "holdfast.saving.save:save",
 }
 
 __all__ = [

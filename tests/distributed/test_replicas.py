@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 
 import holdfast
 from holdfast.catalog.catalog import open_manifest
-from holdfast.engine.load import Replicas, load_tree
-from holdfast.engine.ranks import all_ranks
-from holdfast.engine.source import Source
+from holdfast.catalog.source import Source
+from holdfast.comm import all_ranks
+from holdfast.loading.load import Replicas, load_tree
 from holdfast.state.objects import StateTree
 from holdfast.storage.local import LocalStore
 from processes import run_processes

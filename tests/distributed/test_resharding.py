@@ -23,8 +23,8 @@ from torch.distributed.tensor.placement_types import Placement
 from torch.utils import swap_tensors
 
 import holdfast
-from holdfast.engine.planner import Held, Planner
-from holdfast.engine.ranks import all_ranks, outcome_of
+from holdfast.comm import all_ranks, outcome_of
+from holdfast.saving.planner import Held, Planner
 from holdfast.state.tree import flatten
 from processes import run_processes
 

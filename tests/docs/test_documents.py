@@ -154,7 +154,7 @@ def test_the_commands_that_serve(tmp_path: Path, command: str) -> None:
 def test_the_page_on_serving_names_the_metrics_that_are_served() -> None:
     """Method: the table, and every name in the example rule, against the source."""
     page = (ROOT / "docs/serve.md").read_text()
-    source = (ROOT / "src/holdfast/cli/digest.py").read_text()
+    source = (ROOT / "src/holdfast/dashboard/digest.py").read_text()
     rows = re.findall(r"^\| (`holdfast_.*)$", page, re.M)
     table = {name for row in rows for name in re.findall(r"holdfast_(\w+)", row)}
     (rule,) = re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)

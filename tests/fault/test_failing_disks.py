@@ -17,12 +17,12 @@ import torch
 
 from holdfast import CheckpointConfig
 from holdfast.catalog.catalog import Catalog, open_manifest
+from holdfast.catalog.source import Source
 from holdfast.catalog.sweep import execute, plan_sweep
-from holdfast.engine.checkpoint import Checkpoint
-from holdfast.engine.ranks import Ranks
-from holdfast.engine.source import Source
+from holdfast.comm import Ranks
 from holdfast.errors import HoldfastError, StorageError
 from holdfast.format.names import step_name
+from holdfast.loading.checkpoint import Checkpoint
 from holdfast.manager.saver import Saver
 from holdfast.state.tree import flatten
 from holdfast.storage import renaming

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from holdfast.catalog.hf_folder import of_language_model, open_hf_folder
 from holdfast.catalog.verify import Target, verify
 from holdfast.cli.main import main
 from holdfast.convert.convert import convert
@@ -24,10 +25,9 @@ from holdfast.format.safetensors import missing_shards
 from holdfast.hf.assets import config_bytes
 from holdfast.hf.families import FAMILIES, family_of
 from holdfast.hf.family import mapping_of
-from holdfast.hf.folder import of_language_model, open_folder
-from holdfast.hf.quantized import Dequantized
-from holdfast.hf.tensors import Held
 from holdfast.storage.local import LocalStore
+from holdfast.tensors.lazy import Held
+from holdfast.tensors.quantized import Dequantized
 from hub_folders import LLAMA, hub_tensors, save_folder
 
 ALL: dict[str, Any] = {
@@ -245,7 +245,7 @@ def test_a_set_of_shards_in_part_is_not_good(missing: int, tmp_path: Path) -> No
         report = verify(Target(LocalStore(tmp_path), "hub"))
         assert [f.file for f in report.findings if f.what == "is missing"] == [gone]
         with pytest.raises(DamagedError, match=gone):
-            open_folder(LocalStore(tmp_path), "hub")
+            open_hf_folder(LocalStore(tmp_path), "hub")
         assert main(["verify", str(folder)]) == 7
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)
 

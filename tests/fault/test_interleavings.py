@@ -18,25 +18,25 @@ import pytest
 import torch
 
 from holdfast.catalog.catalog import Catalog, open_manifest
+from holdfast.catalog.source import Source
 from holdfast.catalog.sweep import execute, plan_sweep
+from holdfast.comm import Solo
 from holdfast.convert.convert import convert_to, values_of
 from holdfast.convert.plan import Wishes, plan
 from holdfast.convert.target import target_in
-from holdfast.engine.checkpoint import Checkpoint
-from holdfast.engine.load import load_tree
-from holdfast.engine.opening import read_in
-from holdfast.engine.planner import Planner
-from holdfast.engine.ranks import Solo
-from holdfast.engine.save import Saved, save_in, save_leaves
-from holdfast.engine.source import Source
 from holdfast.errors import ExistsError
 from holdfast.format.names import LOCK, aside_of, step_name
+from holdfast.loading.checkpoint import Checkpoint
+from holdfast.loading.load import load_tree
+from holdfast.loading.opening import read_in
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.holding import Holding
 from holdfast.manager.hub import Hub
 from holdfast.manager.policy import Retention
 from holdfast.manager.resume import newest_resumable
 from holdfast.manager.retention import Retainer
+from holdfast.saving.planner import Planner
+from holdfast.saving.save import Saved, save_in, save_leaves
 from holdfast.state.objects import StateTree
 from holdfast.state.tree import flatten
 from holdfast.storage.memory import MemoryStore

@@ -10,15 +10,15 @@ import torch
 
 from holdfast import CheckpointConfig
 from holdfast.catalog.catalog import Catalog, open_manifest
+from holdfast.catalog.source import Source
 from holdfast.catalog.sweep import execute, plan_sweep
-from holdfast.engine.checkpoint import Checkpoint
-from holdfast.engine.planner import Planner
-from holdfast.engine.ranks import Ranks, Solo
-from holdfast.engine.save import save_leaves
-from holdfast.engine.source import Source
+from holdfast.comm import Ranks, Solo
 from holdfast.format.names import aside_of, step_name
+from holdfast.loading.checkpoint import Checkpoint
 from holdfast.manager.resume import newest_resumable
 from holdfast.manager.saver import Saver
+from holdfast.saving.planner import Planner
+from holdfast.saving.save import save_leaves
 from holdfast.state.tree import flatten
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Store

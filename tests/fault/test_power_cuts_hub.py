@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from holdfast import CheckpointConfig, CheckpointManager
-from holdfast.engine.ranks import Ranks
+from holdfast.comm import Ranks
 from holdfast.hf.export import HubModel
 from holdfast.testing.crashes import fingerprint
 from holdfast.testing.disk import cuts

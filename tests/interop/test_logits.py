@@ -13,9 +13,9 @@ from torch.nn.functional import kl_div
 import hub_models
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import Wishes, plan
-from holdfast.engine.load import load
-from holdfast.engine.save import save
 from holdfast.hf.flavors import MODELS, RopeScaling, config_of
+from holdfast.loading.load import load
+from holdfast.saving.save import save
 from holdfast.trainer.model import Transformer
 
 STRETCHED = RopeScaling(8, original_seq_len=16)

@@ -13,8 +13,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 import hub_models
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import Wishes, plan
-from holdfast.engine.checkpoint import open_checkpoint
 from holdfast.errors import FormatError
+from holdfast.loading.checkpoint import open_checkpoint
 from hub_folders import hub_tensors, save_folder
 
 DEEPSEEK: dict[str, Any] = {

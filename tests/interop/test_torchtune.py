@@ -12,8 +12,8 @@ import torch
 
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import Wishes, plan
-from holdfast.engine.save import save
 from holdfast.hf.flavors import MODELS
+from holdfast.saving.save import save
 from holdfast.trainer.model import Transformer
 
 ROOT = Path(__file__).parents[2]

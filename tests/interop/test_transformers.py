@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import hub_models
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import Wishes, plan
-from holdfast.engine.checkpoint import open_checkpoint
+from holdfast.loading.checkpoint import open_checkpoint
 
 
 def converted(source: Path, target: Path, wishes: Wishes) -> Path:

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.engine.planner import Planner
-from holdfast.engine.ranks import Solo
+from holdfast.comm import Solo
+from holdfast.saving.planner import Planner
 from holdfast.state.tree import flatten
 
 ONE, OTHER = torch.zeros(4), torch.zeros(4)

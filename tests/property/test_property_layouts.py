@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.catalog.catalog import open_manifest
-from holdfast.engine.plan import Offer, TensorOffer, census_of, plan
-from holdfast.engine.read import Wanted, read_tensors
-from holdfast.engine.source import Source
+from holdfast.catalog.source import Source
 from holdfast.format.checksum import BLOCK_BYTES
 from holdfast.format.dtypes import BY_NAME
+from holdfast.loading.read import Wanted, read_tensors
+from holdfast.planning.write_plan import Offer, TensorOffer, census_of, plan
 from holdfast.state.shard import Cut, Mesh, Piece, Spread, pieces_of
 from holdfast.storage.memory import MemoryStore
 from plans import bits, random_tensor, save_by_plan

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from holdfast.format.region import Region
-from holdfast.hf.mapping import SideName, TensorMapping
-from holdfast.hf.relation import Axes, Dim, Relation, Side
+from holdfast.tensors.mapping import SideName, TensorMapping
+from holdfast.tensors.relation import Axes, Dim, Relation, Side
 
 Tensors = dict[str, NDArray[np.int64]]
 Place = tuple[str, tuple[int, ...]]

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.catalog.catalog import open_manifest
-from holdfast.engine import replicas
-from holdfast.engine.ranks import Ranks
-from holdfast.engine.read import Wanted
-from holdfast.engine.source import Source
+from holdfast.catalog.source import Source
+from holdfast.comm import Ranks
 from holdfast.format.dtypes import BY_NAME
 from holdfast.format.region import Region
+from holdfast.loading import replicas
+from holdfast.loading.read import Wanted
 from holdfast.state.shard import Piece
 from holdfast.storage.memory import MemoryStore
 from holdfast.testing.ranks import run_ranks

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.engine.reshard import RUN_BYTES_MIN, Part, moves, parts
 from holdfast.errors import DamagedError
 from holdfast.format.manifest import Chunk, Span, TensorEntry
 from holdfast.format.region import Region
 from holdfast.format.torchzip import contiguous_strides
+from holdfast.planning.read_plan import RUN_BYTES_MIN, Part, moves, parts
 
 
 @st.composite

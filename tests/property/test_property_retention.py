@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from holdfast import CheckpointConfig
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.marks import mark_damaged, pin
+from holdfast.catalog.source import Source
 from holdfast.catalog.sweep import execute, plan_sweep
-from holdfast.engine.checkpoint import Checkpoint
-from holdfast.engine.ranks import Solo
-from holdfast.engine.source import Source
+from holdfast.comm import Solo
 from holdfast.errors import DamagedError, HoldfastError
 from holdfast.format.names import step_name
+from holdfast.loading.checkpoint import Checkpoint
 from holdfast.manager.resume import newest_resumable
 from holdfast.manager.saver import Saver
 from holdfast.state.tree import flatten

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.catalog.catalog import open_manifest
-from holdfast.engine import read
-from holdfast.engine.checkpoint import Checkpoint
-from holdfast.engine.load import load_tree
-from holdfast.engine.ranks import Solo
-from holdfast.engine.read import Wanted, read_tensors
-from holdfast.engine.source import Source
+from holdfast.catalog.source import Source
+from holdfast.comm import Solo
 from holdfast.format.checksum import BLOCK_BYTES
 from holdfast.format.dtypes import BY_NAME
 from holdfast.format.region import Region
+from holdfast.loading import read
+from holdfast.loading.checkpoint import Checkpoint
+from holdfast.loading.load import load_tree
+from holdfast.loading.read import Wanted, read_tensors
 from holdfast.state.objects import StateTree
 from holdfast.state.shard import Piece
 from holdfast.storage.local import LocalStore

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.engine.stage import Snapshot, host_windows
-from holdfast.engine.write import WINDOW_BYTES, TensorItem, image_of, lay_out, write
 from holdfast.format.region import Region
+from holdfast.planning.file_layout import TensorItem, image_of, lay_out
+from holdfast.saving.stage import Snapshot, host_windows
+from holdfast.saving.write import WINDOW_BYTES, write
 from holdfast.storage.local import LocalStore
 from holdfast.storage.memory import MemoryStore
 

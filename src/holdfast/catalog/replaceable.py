@@ -80,7 +80,7 @@ def _is_file(store: ReadStore, name: str) -> bool:
 
 def _is_checkpoint_file(store: ReadStore, name: str) -> bool:
     # Not at the top: the verifier imports readers of every format, and removals are of folders.
-    from holdfast.catalog.verify import format_of
+    from holdfast.catalog.open_any import format_of
 
     try:
         return format_of(store, name) is not None

@@ -19,7 +19,8 @@ from holdfast.catalog.contents import (
     run,
 )
 from holdfast.catalog.findings import Finding, Format, Report, kind_of, usable
-from holdfast.catalog.pieces import check_whole_checkpoint, no_checkpoint
+from holdfast.catalog.open_any import format_of, is_folder
+from holdfast.catalog.pieces import no_checkpoint
 from holdfast.catalog.resumable import misnumbered, why_not_resumable
 from holdfast.catalog.steady import LOOKS_MAX, UNREADABLE, fingerprint
 from holdfast.catalog.structure import check_coverage, check_structure
@@ -51,34 +52,6 @@ class Target:
     def reader(self, file: str) -> Reader:
         key = f"{self.name}/{file}" if file else self.name
         return Reader(self.store, key, file or self.name, self.advance)
-
-
-def format_of(store: ReadStore, name: str) -> Format | None:
-    """What a folder, or a file, looks like; None where it is no checkpoint.
-
-    Raises:
-        NotFoundError: nothing is there.
-        UsageError: a file that is a piece of a checkpoint.
-    """
-    above, _, last = name.rpartition("/")
-    there = store.list(above)
-    if last in there:
-        check_whole_checkpoint(store, name)
-        start = store.read(name, 0, 9)
-        if start[:4] == b"PK\3\4" or start[:1] == b"\x80":
-            return "torch"
-        return "safetensors" if name.endswith(safetensors.SUFFIX) or start[8:] == b"{" else None
-    if f"{last}/" not in there:
-        raise NotFoundError(f"nothing at `{place(store, name)}`")
-    files = store.list(name)
-    if MANIFEST in files:
-        return "holdfast"
-    if METADATA in files:
-        return "dcp"
-    safe = any(
-        file.endswith((safetensors.SUFFIX, f"{safetensors.SUFFIX}.index.json")) for file in files
-    )
-    return "safetensors" if safe else None
 
 
 def verify(target: Target) -> Report:
@@ -218,7 +191,7 @@ def _distinct(findings: Sequence[Finding]) -> tuple[Finding, ...]:
 
 
 def _verify_safetensors(target: Target) -> Report:
-    names = target.store.list(target.name) if _is_folder(target) else [""]
+    names = target.store.list(target.name) if is_folder(target.store, target.name) else [""]
     indexes = [name for name in names if name.endswith(f"{safetensors.SUFFIX}.index.json")]
     findings: list[Finding] = []
     index: dict[str, str] | None = None
@@ -266,11 +239,6 @@ def _safetensors_file(target: Target, file: str) -> Manifest:
     nbytes = target.store.size(reader.key)
     where = f"{target.where}/{file}" if file else target.where
     return safetensors.read_file(reader.fetch, nbytes, file=reader.file, where=where)
-
-
-def _is_folder(target: Target) -> bool:
-    above, _, last = target.name.rpartition("/")
-    return f"{last}/" in target.store.list(above)
 
 
 # -------------------------------------------------------------------------------------- .pt files

@@ -8,13 +8,13 @@ from typing import Literal
 
 import numpy as np
 
+from holdfast.catalog.source import Source
 from holdfast.cli.elements import WITHOUT_NUMBERS, boxes, is_integer, numbers
-from holdfast.engine.source import Source
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import TensorEntry
 from holdfast.format.region import Region
-from holdfast.hf.numbers import Array
-from holdfast.hf.tensors import Tensors
+from holdfast.tensors.lazy import Tensors
+from holdfast.tensors.numbers import Array
 
 State = Literal["equal", "differs", "dtype", "shape", "only in a", "only in b"]
 

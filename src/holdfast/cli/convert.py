@@ -10,11 +10,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from holdfast.cli.terminal import parsed, progress, say, say_json, spelled_bytes
+from holdfast.cli.terminal import parsed, progress, say, say_json
 from holdfast.convert.convert import Converted, convert
 from holdfast.convert.form import Form, form_of
 from holdfast.convert.plan import Float, Wishes, plan
 from holdfast.errors import UsageError
+from holdfast.spelling import spelled_bytes
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

@@ -7,15 +7,17 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from holdfast.catalog.findings import name_in_model, parts_of
+from holdfast.catalog.open_any import OpenCheckpoint, open_any
+from holdfast.catalog.paths import open_for_reading
+from holdfast.catalog.source import read_value
 from holdfast.cli.compare import Difference, Side, compare, nbytes_to_read
-from holdfast.cli.look import Seen, look
-from holdfast.cli.terminal import counted, parsed, progress, say, say_json
+from holdfast.cli.terminal import parsed, progress, say, say_json
 from holdfast.convert.plan import Wishes, plan
-from holdfast.engine.source import read_value
 from holdfast.errors import MismatchError
 from holdfast.format.manifest import Manifest
 from holdfast.hf.dialects import dialect_of, renamed
-from holdfast.hf.stored import Stored
+from holdfast.spelling import counted
+from holdfast.tensors.stored import Stored
 
 if TYPE_CHECKING:
     import tyro
@@ -55,7 +57,7 @@ class Diff:
 def run(arguments: Sequence[str]) -> int:
     """Compare, print what differs; the exit status."""
     asked = parsed(Diff, "diff", arguments)
-    seen = look(asked.a), look(asked.b)
+    seen = open_any(*open_for_reading(asked.a)), open_any(*open_for_reading(asked.b))
     a, b = sides(seen, asked)
     pairs = [(name, a.get(name), b.get(name)) for name in [*a, *(n for n in b if n not in a)]]
     nbytes = sum(nbytes_to_read(one, other) for _, one, other in pairs if one and other)
@@ -74,7 +76,9 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def sides(seen: tuple[Seen, Seen], asked: Diff) -> tuple[dict[str, Side], dict[str, Side]]:
+def sides(
+    seen: tuple[OpenCheckpoint, OpenCheckpoint], asked: Diff
+) -> tuple[dict[str, Side], dict[str, Side]]:
     """The tensors of both under the names that they are compared by: as they are, and where the
     two use different ones, as Meta's.
 
@@ -107,7 +111,7 @@ def _names(manifest: Manifest, *, model_only: bool) -> dict[str, str]:
     return called
 
 
-def _as_called(seen: Seen, called: Mapping[str, str]) -> dict[str, Side]:
+def _as_called(seen: OpenCheckpoint, called: Mapping[str, str]) -> dict[str, Side]:
     stored, entries = Stored(seen.source, seen.strides), seen.manifest.tensors
     return {ours: Side(stored, name, seen.source, entries[name]) for name, ours in called.items()}
 
@@ -118,7 +122,7 @@ def _through_table(path: str, assets: str | None) -> dict[str, Side]:
     return {name: Side(output.tensors, output.name) for name, output in outputs.items()}
 
 
-def _values(seen: tuple[Seen, Seen]) -> dict[str, str]:
+def _values(seen: tuple[OpenCheckpoint, OpenCheckpoint]) -> dict[str, str]:
     """What is not a tensor, by its bytes; between formats that keep it in different ways, not."""
     a, b = (one.manifest.values for one in seen)
     if "torch" in (seen[0].format, seen[1].format) or not a or not b:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from holdfast.catalog.catalog import place, read_manifest, steps_in
 from holdfast.catalog.findings import MODEL_IS_WHOLE, Report, said_of
 from holdfast.catalog.marks import damaged_steps
+from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.sweep import is_at_work, plan_sweep
-from holdfast.cli.terminal import counted, parsed, say, say_json, spelled_bytes
+from holdfast.cli.terminal import parsed, say, say_json
 from holdfast.cli.verify import resumable, verified
-from holdfast.engine.root import open_for_reading
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError, StorageError
 from holdfast.format.names import LOCK, MANIFEST, METADATA, aside_of, step_name, step_of
+from holdfast.spelling import counted, spelled_bytes
 from holdfast.storage.holder import holder_of
 from holdfast.storage.local import LocalStore
 from holdfast.storage.store import ReadStore

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from holdfast.errors import UsageError
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.region import Region
-from holdfast.hf.blocks import blocks
-from holdfast.hf.numbers import Array, convert, is_floating
-from holdfast.hf.tensors import Tensors
+from holdfast.tensors.blocks import blocks
+from holdfast.tensors.lazy import Tensors
+from holdfast.tensors.numbers import Array, convert, is_floating
 
 WINDOW_BYTES = 8 << 20
 """Of one tensor, held at a time."""

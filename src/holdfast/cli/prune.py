@@ -10,15 +10,16 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from holdfast.catalog.catalog import Catalog, read_manifest
+from holdfast.catalog.open_any import format_of
 from holdfast.catalog.replaceable import why_not_removable
 from holdfast.catalog.resumable import misnumbered
 from holdfast.catalog.sweep import execute, is_at_work, plan_sweep
-from holdfast.catalog.verify import format_of
-from holdfast.cli.terminal import counted, parsed, say, say_json, say_table, spelled_bytes
+from holdfast.cli.terminal import parsed, say, say_json, say_table
 from holdfast.errors import HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format.names import LOCK, aside_of
 from holdfast.manager.policy import STEPS_MIN, Retention, reasons_to_keep
 from holdfast.manager.resume import good_steps
+from holdfast.spelling import counted, spelled_bytes
 from holdfast.storage.opening import folder_store, is_url
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from holdfast.cli.history import history_of
-from holdfast.cli.page import page
 from holdfast.cli.terminal import parsed, say
+from holdfast.dashboard.history import history_of
+from holdfast.dashboard.page import page
 from holdfast.errors import StorageError
 
 if TYPE_CHECKING:

@@ -13,9 +13,10 @@ from typing import Annotated
 
 import tyro
 
-from holdfast.cli.terminal import counted, parsed, say
+from holdfast.cli.terminal import parsed, say
 from holdfast.errors import ExistsError, StorageError, UsageError
 from holdfast.skills.startup import refresh
+from holdfast.spelling import counted
 
 PACKAGES = ("prometheus_client", "starlette", "uvicorn")
 """Of the extra `serve`."""
@@ -53,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
     asked = parsed(Serve, "serve", arguments)
     check(asked)
     try:
-        from holdfast.cli.web import server_of
+        from holdfast.dashboard.web import server_of
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:
             raise

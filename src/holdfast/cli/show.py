@@ -9,21 +9,15 @@ from math import prod
 from typing import TYPE_CHECKING, Annotated, Any
 
 from holdfast.catalog.findings import FORMATS, PARTS, kind_of, parts_of
+from holdfast.catalog.open_any import OpenCheckpoint, open_any
+from holdfast.catalog.paths import open_for_reading
 from holdfast.cli import values
-from holdfast.cli.look import Seen, look
 from holdfast.cli.picture import draw, letter
-from holdfast.cli.terminal import (
-    counted,
-    parsed,
-    progress,
-    say,
-    say_json,
-    spelled_bytes,
-    spelled_layout,
-)
+from holdfast.cli.terminal import parsed, progress, say, say_json
 from holdfast.cli.tree import INDENT, count, lines, tree_of
 from holdfast.errors import NotFoundError, UsageError
 from holdfast.format.manifest import Chunk, Manifest, TensorEntry
+from holdfast.spelling import counted, spelled_bytes, spelled_layout
 
 if TYPE_CHECKING:
     import tyro
@@ -69,7 +63,7 @@ class Show:
 def run(arguments: Sequence[str]) -> int:
     """Print what is there; the exit status."""
     asked = parsed(Show, "show", arguments)
-    seen = look(asked.path)
+    seen = open_any(*open_for_reading(asked.path))
     tensors, names = chosen(seen, asked.name), values.below(seen, asked.name)
     entry = tensors.get(asked.name)
     data = _data(asked, seen, entry)
@@ -92,7 +86,7 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def chosen(seen: Seen, name: str) -> Mapping[str, TensorEntry]:
+def chosen(seen: OpenCheckpoint, name: str) -> Mapping[str, TensorEntry]:
     """The tensors that a name, or the beginning of names, stands for.
 
     Raises:
@@ -113,7 +107,7 @@ def chosen(seen: Seen, name: str) -> Mapping[str, TensorEntry]:
     return below
 
 
-def _data(asked: Show, seen: Seen, entry: TensorEntry | None) -> dict[str, Any]:
+def _data(asked: Show, seen: OpenCheckpoint, entry: TensorEntry | None) -> dict[str, Any]:
     """What is known of the tensor's elements, where that is asked for, or there is only one: the
     steps that a loop counts are often a tensor."""
     single = entry is not None and prod(entry.shape) == 1
@@ -128,7 +122,7 @@ def _data(asked: Show, seen: Seen, entry: TensorEntry | None) -> dict[str, Any]:
         )
     # Not at the top: they need numpy, for which the tree does not wait.
     from holdfast.cli.elements import WITHOUT_NUMBERS, corner, statistics
-    from holdfast.hf.stored import Stored
+    from holdfast.tensors.stored import Stored
 
     stored = Stored(seen.source, seen.strides)
     found: dict[str, Any] = {}
@@ -140,7 +134,7 @@ def _data(asked: Show, seen: Seen, entry: TensorEntry | None) -> dict[str, Any]:
     return found
 
 
-def _say_values(seen: Seen, names: Sequence[str]) -> None:
+def _say_values(seen: OpenCheckpoint, names: Sequence[str]) -> None:
     """Each value with its name, its container and the file that holds it."""
     shown = names[:VALUES_SAID_MAX]
     for name, value in zip(shown, values.spelled(seen, shown), strict=True):
@@ -164,7 +158,7 @@ def _say_data(data: Mapping[str, Any]) -> None:
         say(INDENT + " ".join(cells))
 
 
-def _say_checkpoint(seen: Seen) -> None:
+def _say_checkpoint(seen: OpenCheckpoint) -> None:
     manifest = seen.manifest
     facts = [FORMATS[seen.format]]
     if manifest.step is not None:
@@ -237,7 +231,7 @@ def _spelled_place(chunk: Chunk) -> str:
     return f"{chunk.file} from byte {start}"
 
 
-def _as_json(seen: Seen, tensors: Mapping[str, TensorEntry]) -> dict[str, Any]:
+def _as_json(seen: OpenCheckpoint, tensors: Mapping[str, TensorEntry]) -> dict[str, Any]:
     manifest = seen.manifest
     return {
         "path": seen.where,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
-import math
 import sys
 import threading
 import time
@@ -15,6 +14,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar
 
 from holdfast.errors import UsageError
+from holdfast.spelling import finite, spelled_age, spelled_bytes
 
 T = TypeVar("T")
 
@@ -111,17 +111,6 @@ def say_json(value: Any) -> None:
     sys.stdout.write("\n")
 
 
-def finite(value: Any) -> Any:
-    """The same for JSON: what is no finite number is spelled."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: finite(member) for key, member in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(member) for member in value]
-    return value
-
-
 def say_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table: with lines and colour on a terminal, plain columns elsewhere."""
     if sys.stdout.isatty():
@@ -186,50 +175,3 @@ class _Lines:
         done = f"{spelled_bytes(self._done)} of {spelled_bytes(self._nbytes)}"
         rate = f"{spelled_bytes(int(self._done / spent))}/s"
         sys.stderr.write(f"{self._what}: {done}, {rate}, {spelled_age(left)} left\n")
-
-
-def spelled_bytes(nbytes: int) -> str:
-    """A number of bytes for people.
-
-    >>> spelled_bytes(1536)
-    '1.5 kB'
-    """
-    size = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000:
-            return f"{nbytes} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} PB"
-
-
-def counted(count: int, noun: str) -> str:
-    """How many, for people.
-
-    >>> counted(1, "file"), counted(1200, "file")
-    ('1 file', '1,200 files')
-    """
-    return f"{count:,} {noun}{'s' * (count != 1)}"
-
-
-def spelled_layout(layout: Mapping[str, Any]) -> str:
-    """Which ranks wrote a checkpoint, for people; empty where it does not say.
-
-    >>> spelled_layout({"world_size": 8, "tensor_parallel": 2})
-    '8 ranks, tensor_parallel 2'
-    """
-    ranks = layout.get("world_size")
-    said = [counted(ranks, "rank")] if type(ranks) is int else []
-    others = [f"{name} {value}" for name, value in layout.items() if name != "world_size"]
-    return ", ".join([*said, *others])
-
-
-def spelled_age(seconds: float) -> str:
-    """How long ago, for people.
-
-    >>> spelled_age(7200)
-    '2 h'
-    """
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from math import prod
 
-from holdfast.cli.terminal import counted, spelled_bytes
 from holdfast.format.manifest import TensorEntry
+from holdfast.spelling import counted, spelled_bytes
 
 INDENT = "  "
 

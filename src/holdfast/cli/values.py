@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from holdfast.cli.look import Seen
-from holdfast.engine.source import read_value
+from holdfast.catalog.open_any import OpenCheckpoint
+from holdfast.catalog.source import read_value
 from holdfast.errors import FormatError
 from holdfast.format import container
 from holdfast.format.manifest import Span, ValueEntry
@@ -16,7 +16,7 @@ MEMBERS_MAX = 100_000
 """Of one value that is printed as JSON."""
 
 
-def below(seen: Seen, name: str) -> list[str]:
+def below(seen: OpenCheckpoint, name: str) -> list[str]:
     """The values of that name, or whose names begin with it; none where no name is given."""
     values = seen.manifest.values
     if not name:
@@ -24,7 +24,7 @@ def below(seen: Seen, name: str) -> list[str]:
     return [name] if name in values else [one for one in values if one.startswith(f"{name}.")]
 
 
-def spelled(seen: Seen, names: Sequence[str]) -> Iterator[str]:
+def spelled(seen: OpenCheckpoint, names: Sequence[str]) -> Iterator[str]:
     """Each value as Python writes it, or why it cannot be shown.
 
     Raises:
@@ -34,7 +34,7 @@ def spelled(seen: Seen, names: Sequence[str]) -> Iterator[str]:
         yield str(value) if isinstance(value, FormatError) else container.spelled(value)
 
 
-def as_json(seen: Seen, names: Sequence[str]) -> dict[str, Any]:
+def as_json(seen: OpenCheckpoint, names: Sequence[str]) -> dict[str, Any]:
     """Each value by its name; what JSON has not is text.
 
     Raises:
@@ -52,7 +52,7 @@ def _converted(value: object) -> Any:
         return error.what
 
 
-def _read(seen: Seen, names: Sequence[str]) -> Iterator[object]:
+def _read(seen: OpenCheckpoint, names: Sequence[str]) -> Iterator[object]:
     """The values; in the place of one that is no value of torch's, the error that says so."""
     known: dict[tuple[str, Span], object] = {}
     for name in names:
@@ -64,7 +64,7 @@ def _read(seen: Seen, names: Sequence[str]) -> Iterator[object]:
         yield known[place]
 
 
-def _read_one(seen: Seen, name: str, entry: ValueEntry) -> object:
+def _read_one(seen: OpenCheckpoint, name: str, entry: ValueEntry) -> object:
     source = seen.source
     where = f"{source.url}/{entry.file}"
     try:
@@ -78,5 +78,5 @@ def _read_one(seen: Seen, name: str, entry: ValueEntry) -> object:
         return error
 
 
-def _fetch(seen: Seen, key: str, offset: int, nbytes: int) -> bytes:
+def _fetch(seen: OpenCheckpoint, key: str, offset: int, nbytes: int) -> bytes:
     return seen.source.store.read(key, offset, offset + nbytes)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from holdfast.catalog.catalog import steps_in
 from holdfast.catalog.findings import FORMATS, Report, by_cause
 from holdfast.catalog.marks import clear_damaged, damaged_steps, mark_damaged
+from holdfast.catalog.open_any import format_of, is_folder
+from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.pieces import note_on
-from holdfast.catalog.verify import Target, failed, format_of, verify
-from holdfast.cli.look import is_folder
-from holdfast.cli.terminal import counted, parsed, progress, say, say_json, spelled_bytes
-from holdfast.engine.root import open_for_reading
+from holdfast.catalog.verify import Target, failed, verify
+from holdfast.cli.terminal import parsed, progress, say, say_json
 from holdfast.errors import DamagedError, HoldfastError, UsageError
 from holdfast.format.names import step_of, step_standing_in
+from holdfast.spelling import counted, spelled_bytes
 from holdfast.storage.opening import folder_store, is_url
 from holdfast.storage.store import ReadStore
 

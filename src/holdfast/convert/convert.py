@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.steady import UNREADABLE
 from holdfast.convert.plan import Planned, Wishes
 from holdfast.convert.stream import Advance
@@ -18,7 +19,6 @@ from holdfast.convert.target import (
     write_step,
     write_torch_file,
 )
-from holdfast.engine.root import open_for_reading
 from holdfast.errors import NotFoundError
 from holdfast.format.manifest import Kind, Path
 from holdfast.format.structure import Node

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from holdfast.catalog.hf_folder import CONFIG, of_language_model
 from holdfast.convert.form import Form
 from holdfast.convert.sizes import config_of_model
 from holdfast.convert.source import Opened, fetched, open_source
@@ -18,10 +19,9 @@ from holdfast.hf.check import check_fit, skipped
 from holdfast.hf.dialects import balances, renamed
 from holdfast.hf.families import family_of
 from holdfast.hf.family import Config, fused_experts, mapping_of
-from holdfast.hf.folder import CONFIG, of_language_model
-from holdfast.hf.mapping import TensorMapping
 from holdfast.hf.shards import SHARD_BYTES
-from holdfast.hf.tensors import Mapped, Renamed, Tensors, Zeros, only
+from holdfast.tensors.lazy import Mapped, Renamed, Tensors, Zeros, only
+from holdfast.tensors.mapping import TensorMapping
 
 Float = Literal["float32", "bfloat16", "float16"]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from holdfast.catalog.hf_folder import CONFIG, of_language_model, read_config
+from holdfast.catalog.paths import open_for_reading
 from holdfast.convert.source import Opened
-from holdfast.engine.root import open_for_reading
 from holdfast.errors import MismatchError, UsageError
 from holdfast.hf.families import family_of
 from holdfast.hf.family import EMBEDDING, HUB_EMBEDDING, Config, Family, count, flag, rows_and_axes
-from holdfast.hf.folder import CONFIG, of_language_model, read_config
 from holdfast.hf.published import TYPES, flavors_of, published
-from holdfast.hf.tensors import Tensors
+from holdfast.tensors.lazy import Tensors
 
 _COMPARED = {
     "l": "num_hidden_layers",

@@ -5,27 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from holdfast.catalog.catalog import open_manifest
 from holdfast.catalog.findings import Format, name_in_model, parts_of
-from holdfast.catalog.pieces import no_checkpoint
+from holdfast.catalog.open_any import OpenCheckpoint, open_any
+from holdfast.catalog.paths import open_for_reading
+from holdfast.catalog.source import Source
 from holdfast.catalog.steady import fingerprint
-from holdfast.catalog.verify import format_of
-from holdfast.engine.root import open_for_reading
-from holdfast.engine.source import Source
 from holdfast.errors import FormatError, NotFoundError, StorageError, UsageError
-from holdfast.format import safetensors, torchfile
 from holdfast.format.manifest import Manifest
 from holdfast.hf.dialects import Dialect, dialect_of
-from holdfast.hf.folder import open_folder
-from holdfast.hf.quantized import Dequantized
-from holdfast.hf.stored import Stored
-from holdfast.hf.tensors import Renamed, Tensors
 from holdfast.storage.opening import is_url
-from holdfast.storage.store import ReadStore
+from holdfast.tensors.lazy import Renamed, Tensors
+from holdfast.tensors.quantized import Dequantized
+from holdfast.tensors.stored import Stored
 
 MODEL = "model"
 
@@ -131,65 +125,39 @@ def open_source(path: str) -> Opened:
         NotFoundError: nothing there, or no checkpoint.
         HoldfastError: it is not whole, or not what it claims to be.
     """
-    found = fetched(path)
-    store, name = open_for_reading(found)
+    store, name = open_for_reading(fetched(path))
     seen = fingerprint(store, name)
-    return replace(_open(found, store, name), seen=seen)
+    found = open_any(store, name, check_files=True)
+    opened = _opened(found) if found.format != "safetensors" or found.file else _opened_hf(found)
+    return replace(opened, seen=seen)
 
 
-def _open(found: str, store: ReadStore, name: str) -> Opened:
-    form = format_of(store, name)
-    if form is None:
-        raise no_checkpoint(
-            store, name, hint="a step of a run, a Hugging Face folder, or a .pt file"
-        )
-    is_file = Path(found).is_file()
-    if form == "safetensors":
-        return _open_safetensors(found) if is_file else _open_hub_folder(found)
-    if form == "torch":
-        return _open_torch_file(found)
-    source = Source(store, name, open_manifest(store, name))
-    return _opened(source, form, Stored(source, {}))
-
-
-def _open_hub_folder(path: str) -> Opened:
-    store, name = open_for_reading(path)
-    folder = open_folder(store, name)
-    source = Source(store, name, folder.manifest)
-    stored = Stored(source, {})
+def _opened_hf(found: OpenCheckpoint) -> Opened:
+    """A Hugging Face folder: its tensors dequantized."""
+    folder = found.hf
+    assert folder is not None
+    stored = Stored(found.source, {})
     model = Dequantized(stored, folder.quantization)
     notes = folder.notes
     if model.num_quantized:
         notes = (*notes, f"{model.num_quantized} quantized tensors are dequantized")
     dialect, there = dialect_of(model.held), {name: name for name in stored.held}
     return Opened(
-        *(source, "safetensors", model, dialect, stored, there),
+        source=found.source,
+        format="safetensors",
+        model=model,
+        dialect=dialect,
+        stored=stored,
+        originals=there,
         has_config=folder.config is not None,
         notes=notes,
         adapter=folder.adapter,
     )
 
 
-def _open_safetensors(path: str) -> Opened:
-    store, name, file = _split(path)
-    size = store.size(f"{name}/{file}")
-    fetch = partial(_fetch, Source(store, name, Manifest({}, {})), file)
-    manifest = safetensors.read_file(fetch, size, file=file, where=path)
-    source = Source(store, name, manifest)
-    return replace(_opened(source, "safetensors", Stored(source, {})), file=file)
-
-
-def _open_torch_file(path: str) -> Opened:
-    store, name, file = _split(path)
-    size = store.size(f"{name}/{file}")
-    fetch = partial(_fetch, Source(store, name, Manifest({}, {})), file)
-    found = torchfile.read_file(fetch, size, file=file, where=path)
-    source = Source(store, name, found.manifest)
-    return replace(_opened(source, "torch", Stored(source, found.strides)), file=file)
-
-
-def _opened(source: Source, form: Format, stored: Stored) -> Opened:
-    """A native checkpoint: the model's tensors told from the rest by their paths."""
+def _opened(found: OpenCheckpoint) -> Opened:
+    """Any other checkpoint: the model's tensors told from the rest by their paths."""
+    source = found.source
     names, others, parts = {}, [], parts_of(source.manifest)
     for name, entry in source.manifest.tensors.items():
         if parts[name] == MODEL:
@@ -198,18 +166,15 @@ def _opened(source: Source, form: Format, stored: Stored) -> Opened:
             others.append(name)
     if len({*names.values()}) < len(names):
         raise FormatError(f"`{source.url}` holds a model twice, under `model` and beside it")
+    stored = Stored(source, found.strides)
     model = Dequantized(Renamed(stored, names), {})
-    originals = {ours: theirs for theirs, ours in names.items()}
-    dialect = dialect_of(model.held)
-    return Opened(source, form, model, dialect, stored, originals, tuple(others))
-
-
-def _split(path: str) -> tuple[Any, str, str]:
-    """The store of a file, its folder there, and its name."""
-    full = Path(path).absolute()
-    store, name = open_for_reading(full.parent)
-    return store, name, full.name
-
-
-def _fetch(source: Source, file: str, offset: int, nbytes: int) -> bytes:
-    return source.store.read(source.key(file), offset, offset + nbytes)
+    return Opened(
+        source=source,
+        format=found.format,
+        model=model,
+        dialect=dialect_of(model.held),
+        stored=stored,
+        originals={ours: theirs for theirs, ours in names.items()},
+        others=tuple(others),
+        file=found.file,
+    )

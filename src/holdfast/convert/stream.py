@@ -13,9 +13,9 @@ import numpy as np
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Path
 from holdfast.format.region import Region
-from holdfast.hf.blocks import blocks
-from holdfast.hf.numbers import convert, is_floating
-from holdfast.hf.tensors import Tensors
+from holdfast.tensors.blocks import blocks
+from holdfast.tensors.lazy import Tensors
+from holdfast.tensors.numbers import convert, is_floating
 
 BLOCK_BYTES = 32 << 20
 """Of one block, in the wider of the two dtypes."""

@@ -13,13 +13,9 @@ from typing import Any
 import numpy as np
 
 from holdfast.catalog.catalog import Catalog
+from holdfast.catalog.hf_folder import CONFIG
 from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.convert.stream import Advance, Output, Outputs, read_ahead
-from holdfast.engine.index import Index, columns
-from holdfast.engine.plan import Placed, Plan, TensorOffer
-from holdfast.engine.publish import Facts, publish
-from holdfast.engine.spans import amount
-from holdfast.engine.write import image_of, lay_out, write
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format import torchfile
 from holdfast.format.manifest import Kind, Path
@@ -27,9 +23,14 @@ from holdfast.format.names import Aside, aside_of, step_of
 from holdfast.format.safetensors import INDEX
 from holdfast.format.structure import Node
 from holdfast.hf.assets import beside_weights, config_bytes
-from holdfast.hf.folder import CONFIG
 from holdfast.hf.shards import shard
+from holdfast.planning.file_layout import image_of, lay_out
+from holdfast.planning.index import Index, columns
+from holdfast.planning.write_plan import Placed, Plan, TensorOffer
 from holdfast.release import installed_version
+from holdfast.saving.publish import Facts, publish
+from holdfast.saving.write import write
+from holdfast.spelling import spelled_bytes
 from holdfast.storage.continuing import Continuing
 from holdfast.storage.opening import folder_store, is_url, local_path
 from holdfast.storage.store import AmendableStore, Buffer, ReadStore, Store, Writer
@@ -140,7 +141,7 @@ def _attempt(target: Target, sizes: Mapping[str, int]) -> Iterator[Aside]:
         free = store.free_bytes()
         if free is not None and nbytes > free:
             raise StorageError(
-                f"`{target.where}` needs {amount(nbytes)}, {amount(free)} are free",
+                f"`{target.where}` needs {spelled_bytes(nbytes)}, {spelled_bytes(free)} are free",
                 hint="free some space (df -h), or convert to another disk",
             )
         if attempt is None:

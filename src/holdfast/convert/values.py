@@ -5,9 +5,9 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+from holdfast.catalog.source import read_value
 from holdfast.convert.source import Opened
 from holdfast.convert.target import Values
-from holdfast.engine.source import read_value
 from holdfast.errors import FormatError, UsageError
 
 
@@ -18,7 +18,7 @@ def as_containers(opened: Opened) -> Values:
         # Containers are kept as they are.
         return {n: (e.path, read_value(opened.source, n, e)) for n, e in entries.items()}
     _check_torch(opened)
-    from holdfast.engine.values import encode_value
+    from holdfast.state.values import encode_value
 
     made = _load_torch_file(opened)
     return {
@@ -30,7 +30,7 @@ def as_containers(opened: Opened) -> Values:
 def as_pickles(opened: Opened) -> Values:
     """Every value as a `.pt` file keeps it: a part of its one pickle."""
     _check_torch(opened)
-    from holdfast.engine.values import decode_value
+    from holdfast.state.values import decode_value
 
     entries = opened.manifest.values
     if opened.format == "torch":

@@ -27,6 +27,7 @@ from holdfast.format.manifest import (
 )
 from holdfast.format.region import Region
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
 

@@ -12,9 +12,9 @@ from typing import Literal
 
 from holdfast.errors import MismatchError
 from holdfast.hf.dialects import renamed
-from holdfast.hf.mapping import TensorMapping
-from holdfast.hf.relation import Dim, Relation, Side
-from holdfast.hf.tensors import Held
+from holdfast.tensors.lazy import Held
+from holdfast.tensors.mapping import TensorMapping
+from holdfast.tensors.relation import Dim, Relation, Side
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the model that it wraps."""

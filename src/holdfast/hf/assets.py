@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from holdfast.hf.folder import CONFIG, check_inside
+from holdfast.catalog.hf_folder import CONFIG, check_inside
 from holdfast.storage.store import ReadStore
 
 _WEIGHTS = (

@@ -10,10 +10,10 @@ import numpy as np
 
 from holdfast.errors import MismatchError, UsageError
 from holdfast.format.region import Region
-from holdfast.hf.blocks import blocks
 from holdfast.hf.dialects import is_balance
-from holdfast.hf.mapping import SideName, TensorMapping
-from holdfast.hf.tensors import Held, Tensors
+from holdfast.tensors.blocks import blocks
+from holdfast.tensors.lazy import Held, Tensors
+from holdfast.tensors.mapping import SideName, TensorMapping
 
 LISTED_MAX = 50
 

@@ -17,29 +17,29 @@ import numpy as np
 
 from holdfast.arguments import checked_path, shown
 from holdfast.catalog.catalog import Catalog
+from holdfast.catalog.hf_folder import CONFIG, of_language_model
+from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.sweep import execute, plan_sweep
-from holdfast.engine.index import Index
-from holdfast.engine.ranks import Ranks, conclude, on_rank_0, outcome_of
-from holdfast.engine.root import open_for_reading
-from holdfast.engine.write import FileImage, TensorItem
+from holdfast.comm import Ranks, conclude, on_rank_0, outcome_of
 from holdfast.errors import HoldfastError, MismatchError, UsageError
 from holdfast.format.names import Aside
 from holdfast.format.region import Region
 from holdfast.format.safetensors import INDEX
 from holdfast.hf.assets import beside_weights, config_bytes
-from holdfast.hf.blocks import blocks, runs
 from holdfast.hf.check import differences, listed
 from holdfast.hf.dialects import is_balance, renamed
 from holdfast.hf.families import family_of
 from holdfast.hf.family import mapping_of
-from holdfast.hf.folder import CONFIG, of_language_model
-from holdfast.hf.mapping import TensorMapping
-from holdfast.hf.numbers import box_of, convert, is_floating, raw_type
 from holdfast.hf.shards import SHARD_BYTES, Export, shard
-from holdfast.hf.tensors import Held
+from holdfast.planning.file_layout import FileImage, TensorItem
+from holdfast.planning.index import Index
 from holdfast.storage.local import LocalStore
 from holdfast.storage.opening import folder_store
 from holdfast.storage.store import Writer
+from holdfast.tensors.blocks import blocks, runs
+from holdfast.tensors.lazy import Held
+from holdfast.tensors.mapping import TensorMapping
+from holdfast.tensors.numbers import box_of, convert, is_floating, raw_type
 
 BLOCK_BYTES = 16 << 20
 """Converted and written at a time."""

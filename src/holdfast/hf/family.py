@@ -10,8 +10,8 @@ from reprlib import repr as shortened
 from typing import Any
 
 from holdfast.errors import FormatError
-from holdfast.hf.mapping import TensorMapping
-from holdfast.hf.relation import Alias, Axes, Relation, Side
+from holdfast.tensors.mapping import TensorMapping
+from holdfast.tensors.relation import Alias, Axes, Relation, Side
 
 Config = Mapping[str, Any]
 """What `config.json` says of the language model."""

@@ -10,24 +10,24 @@ from functools import partial
 import numpy as np
 import torch
 
-from holdfast.engine.load import Loaded, load_tree
-from holdfast.engine.ranks import Ranks, on_every_rank, on_rank_0
-from holdfast.engine.read import THREADS_MAX, Wanted
-from holdfast.engine.root import open_for_reading
-from holdfast.engine.source import Source
+from holdfast.catalog.hf_folder import CONFIG, HFFolder, open_hf_folder
+from holdfast.catalog.paths import open_for_reading
+from holdfast.catalog.source import Source
+from holdfast.comm import Ranks, on_every_rank, on_rank_0
 from holdfast.errors import UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.region import Region
-from holdfast.hf.blocks import blocks
 from holdfast.hf.check import check_fit
 from holdfast.hf.dialects import balances, dialect_of, is_balance, renamed
 from holdfast.hf.families import family_of
 from holdfast.hf.family import Config, fused_experts, mapping_of
-from holdfast.hf.folder import CONFIG, Folder, open_folder
-from holdfast.hf.quantized import Dequantized
-from holdfast.hf.stored import Stored
-from holdfast.hf.tensors import Joined, Mapped, Renamed, Tensors, Zeros
+from holdfast.loading.load import Loaded, load_tree
+from holdfast.loading.read import THREADS_MAX, Wanted
 from holdfast.state.objects import StateTree
+from holdfast.tensors.blocks import blocks
+from holdfast.tensors.lazy import Joined, Mapped, Renamed, Tensors, Zeros
+from holdfast.tensors.quantized import Dequantized
+from holdfast.tensors.stored import Stored
 
 BLOCK_BYTES = 8 << 20
 """Held beside the model, a thread."""
@@ -54,7 +54,7 @@ def load_folder(
         MismatchError: the folder holds another model; nothing was changed.
     """
     store, name = open_for_reading(path)
-    folder = on_rank_0(ranks, lambda: open_folder(store, name))
+    folder = on_rank_0(ranks, lambda: open_hf_folder(store, name))
     source = Source(store, name, folder.manifest)
     leaves = on_every_rank(ranks, lambda: tree.flatten().leaves)
     balanced = any(map(is_balance, leaves))
@@ -73,7 +73,7 @@ def load_folder(
     return loaded, (*folder.notes, *notes)
 
 
-def _config(source: Source, folder: Folder, config: Config | None) -> tuple[Config, str]:
+def _config(source: Source, folder: HFFolder, config: Config | None) -> tuple[Config, str]:
     if folder.adapter is not None:
         raise UsageError(
             f"`{source.url}` holds an adapter of PEFT's, a base model is expected here",
@@ -89,7 +89,7 @@ def _config(source: Source, folder: Folder, config: Config | None) -> tuple[Conf
     return config, "the configuration of this run"
 
 
-def _checked(source: Source, folder: Folder, config: Config | None) -> list[str]:
+def _checked(source: Source, folder: HFFolder, config: Config | None) -> list[str]:
     found, said_by = _config(source, folder, config)
     held = Dequantized(Stored(source, {}), folder.quantization)
     family = family_of(found, where=said_by)
@@ -101,7 +101,7 @@ def _checked(source: Source, folder: Folder, config: Config | None) -> list[str]
 
 
 def _native(
-    source: Source, folder: Folder, config: Config | None, *, titan: bool, balanced: bool
+    source: Source, folder: HFFolder, config: Config | None, *, titan: bool, balanced: bool
 ) -> Tensors:
     """`balanced`: the model has a bias beside every router, which starts from zero."""
     found, said_by = _config(source, folder, config)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.region import Region
-from holdfast.format.safetensors import Image, encode_index, lay_out
-from holdfast.hf.folder import SINGLE
+from holdfast.format.safetensors import SINGLE, Image, encode_index, lay_out
 
 SHARD_BYTES = 5_000_000_000
 """Of one file, as the hub has them, unless asked for otherwise."""

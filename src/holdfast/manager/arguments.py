@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.arguments import checked_flag, checked_path, flag, number, shown
-from holdfast.engine.ranks import Ranks, conclude, on_every_rank
+from holdfast.comm import Ranks, conclude, on_every_rank
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.format.names import checked_step
 from holdfast.hf.export import HubModel
@@ -134,7 +134,7 @@ def checked_ranks(ranks: Ranks) -> Ranks:
     """
     if not _has(ranks, *_RANKS):
         hint = "leave it out: the ranks of `torch.distributed` are found"
-        raise _wrong("ranks", "ranks as `holdfast.engine.ranks` has them", ranks, hint)
+        raise _wrong("ranks", "ranks as `holdfast.comm` has them", ranks, hint)
     return ranks
 
 

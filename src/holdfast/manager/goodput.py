@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from holdfast.engine.load import Loaded
-from holdfast.engine.ranks import Ranks
-from holdfast.engine.spans import Times, times_of
+from holdfast.comm import Ranks
+from holdfast.loading.load import Loaded
 from holdfast.manager.policy import Progress
+from holdfast.timing import Times, times_of
 
 RESUMING = "resuming"
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 
 from holdfast.catalog.catalog import Catalog
-from holdfast.engine.ranks import host_name
+from holdfast.comm import host_name
 from holdfast.errors import UsageError
 from holdfast.format.names import LOCK
 from holdfast.manager.hub import FOLDER, Hub

@@ -10,17 +10,17 @@ from typing import Any, Literal
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.sweep import execute, plan_sweep
-from holdfast.engine.load import Loaded
-from holdfast.engine.planner import Planner
-from holdfast.engine.ranks import Ranks, on_rank_0
-from holdfast.engine.save import Pending
-from holdfast.engine.spans import rate
+from holdfast.comm import Ranks, on_rank_0
 from holdfast.errors import UsageError
 from holdfast.format.names import step_name
 from holdfast.hf.export import HubModel, Snapshot, export
 from holdfast.hf.load import load_folder
+from holdfast.loading.load import Loaded
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.parts import differences
+from holdfast.saving.planner import Planner
+from holdfast.saving.save import Pending
+from holdfast.spelling import rate
 from holdfast.state.objects import StateTree
 from holdfast.storage.opening import folder_store
 

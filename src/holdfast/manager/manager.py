@@ -16,15 +16,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from holdfast.catalog.catalog import Catalog, open_manifest
-from holdfast.engine.load import load_tree
-from holdfast.engine.ranks import Ranks, Solo, all_ranks, on_every_rank, on_rank_0
-from holdfast.engine.root import open_for_reading
-from holdfast.engine.source import Source
-from holdfast.engine.spans import rate
+from holdfast.catalog.paths import open_for_reading
+from holdfast.catalog.source import Source
+from holdfast.comm import Ranks, Solo, all_ranks, on_every_rank, on_rank_0
 from holdfast.errors import MismatchError, NotFoundError
 from holdfast.format.manifest import Kind
 from holdfast.format.names import checked_step, step_of
 from holdfast.hf.export import HubModel
+from holdfast.loading.load import load_tree
 from holdfast.manager import arguments
 from holdfast.manager.arguments import Metrics
 from holdfast.manager.config import CheckpointConfig
@@ -60,6 +59,7 @@ from holdfast.manager.resume import Step, newest_final
 from holdfast.manager.resuming import Resuming
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
+from holdfast.spelling import rate
 from holdfast.state.model import ModelState, adapted
 from holdfast.state.objects import StateTree
 from holdfast.state.optim import OptimizerState

@@ -8,9 +8,9 @@ from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
 from holdfast.catalog.findings import PARTS
-from holdfast.engine.load import Loaded
 from holdfast.errors import MismatchError, UsageError
 from holdfast.format.manifest import Manifest
+from holdfast.loading.load import Loaded
 from holdfast.manager.config import DATALOADER_KEYS
 from holdfast.state.dataloader import LoaderState
 from holdfast.state.rng import RngState

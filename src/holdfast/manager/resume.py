@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from holdfast.catalog.catalog import Catalog, check_whole, open_manifest, read_index
+from holdfast.catalog.catalog import Catalog, check_whole, read_index
 from holdfast.catalog.marks import damaged_steps, mark_damaged, pinned_steps
+from holdfast.catalog.open_any import open_any
 from holdfast.catalog.resumable import misnumbered, why_not_resumable
 from holdfast.catalog.steady import LOOKS_MAX, fingerprint
 from holdfast.errors import HoldfastError, MismatchError, NotFoundError, StorageError
 from holdfast.format.checksum import checksum
 from holdfast.format.manifest import Manifest
 from holdfast.format.names import MANIFEST, step_name
-from holdfast.hf.folder import open_folder
 from holdfast.manager.policy import Candidate
 
 logger = logging.getLogger("holdfast")
@@ -161,9 +161,4 @@ def _look(catalog: Catalog, step: int, folder: str, looked: MutableMapping[str, 
 
 def _opened(catalog: Catalog, folder: str, *, entries: bool = True) -> Manifest:
     """What a step holds; the last one of a run may be a Hugging Face folder."""
-    try:
-        return open_manifest(catalog.store, folder, entries=entries)
-    except NotFoundError as error:
-        with suppress(NotFoundError):
-            return open_folder(catalog.store, folder).manifest
-        raise error from None
+    return open_any(catalog.store, folder, check_files=True, entries=entries).manifest

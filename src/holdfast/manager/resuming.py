@@ -8,7 +8,7 @@ from functools import partial
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.steady import LOOKS_MAX, UNREADABLE, fingerprint
-from holdfast.engine.ranks import Ranks, on_rank_0
+from holdfast.comm import Ranks, on_rank_0
 from holdfast.manager.resume import Step, newest_resumable, remember_damage, strict_step
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.sweep import Action, execute, plan_removals, plan_sweep
-from holdfast.engine.ranks import outcome_of
+from holdfast.comm import outcome_of
 from holdfast.errors import HoldfastError
 from holdfast.format.names import step_name
 from holdfast.manager.policy import Retention, removable

@@ -11,14 +11,7 @@ from functools import partial
 import torch
 
 from holdfast.catalog.catalog import Catalog
-from holdfast.engine.background import Background
-from holdfast.engine.collector import collector_at_rest
-from holdfast.engine.planner import Planner
-from holdfast.engine.ranks import Ranks, conclude, on_every_rank, outcome_of
-from holdfast.engine.save import Pending, begin_save, discard, finish_save, take_snapshot
-from holdfast.engine.spans import Spans, amount, rate, times_of
-from holdfast.engine.stage import Snapshot, Staging, free_memory
-from holdfast.engine.write import TensorItem
+from holdfast.comm import Ranks, conclude, on_every_rank, outcome_of
 from holdfast.errors import HoldfastError, RankError, UsageError
 from holdfast.format.manifest import Kind
 from holdfast.format.names import step_name
@@ -27,7 +20,15 @@ from holdfast.manager.goodput import Goodput
 from holdfast.manager.hub import Hub, Use
 from holdfast.manager.policy import retention_of
 from holdfast.manager.retention import Retainer
+from holdfast.planning.collector import collector_at_rest
+from holdfast.planning.file_layout import TensorItem
+from holdfast.saving.background import Background
+from holdfast.saving.planner import Planner
+from holdfast.saving.save import Pending, begin_save, discard, finish_save, take_snapshot
+from holdfast.saving.stage import Snapshot, Staging, free_memory
+from holdfast.spelling import rate, spelled_bytes
 from holdfast.state.tree import FlatState
+from holdfast.timing import Spans, times_of
 
 logger = logging.getLogger("holdfast")
 
@@ -161,8 +162,8 @@ class Saver:
         nbytes = pending.image.nbytes
         if nbytes > self._snapshot.nbytes and self._ranks.rank == 0:
             free = free_memory()
-            left = "" if free is None else f", {amount(free)} free"
-            logger.info("needs %s of host memory for snapshots%s", amount(nbytes), left)
+            left = "" if free is None else f", {spelled_bytes(free)} free"
+            logger.info("needs %s of host memory for snapshots%s", spelled_bytes(nbytes), left)
         try:
             on_every_rank(self._ranks, lambda: self._snapshot.reserve(nbytes))
         except UsageError as error:

@@ -163,3 +163,16 @@ def _cut(name: str, placement: Placement) -> Cut | None:
         num_strides = getattr(placement, "split_factor", 1)
         return Cut(placement.dim, num_strides)  # type: ignore[attr-defined]
     raise UsageError(f"`{name}`: unknown placement {placement}")
+
+
+_SPELLED_BY_NUMPY = {torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8}
+"""Dtypes whose numpy arrays are buffers of a plain C type."""
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, which has no gradient: to read, or to write."""
+    if tensor.dtype in _SPELLED_BY_NUMPY and tensor.numel():
+        # Of thousands of small tensors: a third of the time that the other way takes.
+        return tensor.numpy().data.cast("B")
+    # Not `reshape(-1)`: a single element counts as contiguous whatever its stride.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from holdfast.engine.ranks import Ranks, Sending
+from holdfast.comm import Ranks, Sending
 from holdfast.errors import RankError
 
 T = TypeVar("T")

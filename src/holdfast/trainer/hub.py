@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from holdfast.catalog.hf_folder import CONFIG, read_config
+from holdfast.catalog.paths import open_for_reading
 from holdfast.convert.sizes import check_alike
-from holdfast.engine.root import open_for_reading
 from holdfast.errors import HoldfastError
 from holdfast.hf.export import HubModel
 from holdfast.hf.flavors import config_of
-from holdfast.hf.folder import CONFIG, read_config
 from holdfast.trainer.config import Config
 
 logger = logging.getLogger("holdfast.trainer")

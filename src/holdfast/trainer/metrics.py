@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from holdfast.engine.spans import Times
 from holdfast.errors import UsageError
 from holdfast.manager.goodput import Timings
+from holdfast.timing import Times
 from holdfast.trainer.config import MetricsConfig
 
 if TYPE_CHECKING:

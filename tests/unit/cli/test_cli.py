@@ -18,7 +18,7 @@ import holdfast
 from checkpoints import save_safetensors, save_step, save_stock, save_torch
 from holdfast.cli import terminal
 from holdfast.cli.main import VERBS, main
-from holdfast.cli.terminal import spelled_age, spelled_bytes
+from holdfast.spelling import spelled_age, spelled_bytes
 
 
 @pytest.fixture(scope="module")

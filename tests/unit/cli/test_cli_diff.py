@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from checkpoints import save_step, save_stock, save_torch
+from holdfast.catalog.open_any import open_any
+from holdfast.catalog.paths import open_for_reading
 from holdfast.cli import elements
 from holdfast.cli.compare import Side, compare
-from holdfast.cli.look import look
 from holdfast.cli.main import main
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import Wishes, plan
-from holdfast.hf.stored import Stored
+from holdfast.tensors.stored import Stored
 from hub_folders import LLAMA, hub_tensors, save_folder
 
 DTYPES = (
@@ -199,7 +200,7 @@ def test_differences_are_those_that_torch_finds(
     folder = tmp_path_factory.mktemp("pair")
     for name, one in (("a", a), ("b", b)):
         torch.save({"t": one}, folder / f"{name}.pt")
-    ours, theirs = (look(str(folder / f"{name}.pt")) for name in "ab")
+    ours, theirs = (open_any(*open_for_reading(folder / f"{name}.pt")) for name in "ab")
     got = compare(
         "t",
         Side(Stored(ours.source, ours.strides), "t"),
@@ -232,7 +233,7 @@ def test_statistics_are_those_that_torch_computes(
     before = elements.WINDOW_BYTES
     elements.WINDOW_BYTES = window
     try:
-        seen = look(str(path))
+        seen = open_any(*open_for_reading(path))
         got = elements.statistics(Stored(seen.source, seen.strides), "t")
     finally:
         elements.WINDOW_BYTES = before

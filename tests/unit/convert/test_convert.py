@@ -22,11 +22,11 @@ import checkpoints
 from holdfast.catalog.verify import Target, verify
 from holdfast.convert.convert import Converted, convert
 from holdfast.convert.plan import Wishes, plan
-from holdfast.engine.checkpoint import open_checkpoint
-from holdfast.engine.load import load
-from holdfast.engine.save import save
 from holdfast.errors import DamagedError, ExistsError, FormatError, NotFoundError
 from holdfast.hf.flavors import MODELS, config_of
+from holdfast.loading.checkpoint import open_checkpoint
+from holdfast.loading.load import load
+from holdfast.saving.save import save
 from holdfast.storage.local import LocalStore
 from hub_folders import LLAMA, hub_tensors, save_folder
 

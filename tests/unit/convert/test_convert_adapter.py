@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from holdfast.catalog.verify import Target, verify
+from holdfast.comm import all_ranks
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import Wishes, plan
-from holdfast.engine.checkpoint import open_checkpoint
-from holdfast.engine.load import load
-from holdfast.engine.ranks import all_ranks
 from holdfast.errors import MismatchError, UsageError
 from holdfast.hf.load import load_folder
+from holdfast.loading.checkpoint import open_checkpoint
+from holdfast.loading.load import load
 from holdfast.state.objects import StateTree
 from holdfast.storage.local import LocalStore
 from hub_folders import LLAMA, PEFT, hub_tensors, low_rank, save_adapter, save_folder

@@ -9,17 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from holdfast.comm import all_ranks
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import Wishes, plan
-from holdfast.engine.checkpoint import open_checkpoint
-from holdfast.engine.ranks import all_ranks
-from holdfast.engine.save import save
 from holdfast.errors import MismatchError
 from holdfast.hf.export import HubModel
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.hf.load import load_folder
+from holdfast.loading.checkpoint import open_checkpoint
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.manager import CheckpointManager
+from holdfast.saving.save import save
 from holdfast.state.objects import StateTree
 from hub_folders import hub_tensors, save_folder
 

@@ -12,9 +12,9 @@ PREPARED = """
 from dataclasses import replace
 import torch
 from holdfast.catalog.catalog import Catalog
-from holdfast.engine.planner import Planner
-from holdfast.engine.ranks import Solo
-from holdfast.engine.save import begin_save
+from holdfast.saving.planner import Planner
+from holdfast.comm import Solo
+from holdfast.saving.save import begin_save
 from holdfast.hf.export import HubModel, Snapshot, export
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.state.objects import StateTree

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.catalog.catalog import open_manifest
-from holdfast.engine.ranks import Ranks
-from holdfast.engine.save import save
+from holdfast.comm import Ranks
 from holdfast.errors import MismatchError, NotFoundError, UsageError
 from holdfast.hf.export import HubModel
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.manager import CheckpointManager
+from holdfast.saving.save import save
 from holdfast.storage.local import LocalStore
 from holdfast.testing.ranks import run_ranks
 from holdfast.trainer.model import Transformer

@@ -13,7 +13,7 @@ from torch import nn
 
 import holdfast
 from holdfast import CheckpointConfig, CheckpointManager, HoldfastError, UsageError
-from holdfast.engine.ranks import Ranks, Solo
+from holdfast.comm import Ranks, Solo
 from holdfast.hf.export import HubModel
 from holdfast.manager.arguments import numbers_in
 from holdfast.testing.ranks import try_ranks

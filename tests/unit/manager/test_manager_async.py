@@ -17,17 +17,17 @@ from torch import nn
 import holdfast
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.catalog.catalog import Catalog
-from holdfast.engine.digests import Replicas
-from holdfast.engine.publish import Facts
-from holdfast.engine.ranks import Ranks, Solo
-from holdfast.engine.save import Pending
-from holdfast.engine.spans import Spans
-from holdfast.engine.stage import Snapshot, free_memory
-from holdfast.engine.write import FileImage, image_of, lay_out
+from holdfast.comm import Ranks, Solo
 from holdfast.format.region import Region
 from holdfast.manager.saver import Saver
+from holdfast.planning.file_layout import FileImage, image_of, lay_out
+from holdfast.saving.digests import Replicas
+from holdfast.saving.publish import Facts
+from holdfast.saving.save import Pending
+from holdfast.saving.stage import Snapshot, free_memory
 from holdfast.storage.local import LocalStore
 from holdfast.testing.ranks import run_ranks
+from holdfast.timing import Spans
 
 WIDTH = 700
 """A weight of 2 MB: more than one block, and more than a moment to write."""

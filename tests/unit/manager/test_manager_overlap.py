@@ -16,9 +16,9 @@ from torch import nn
 
 import holdfast
 from holdfast import CheckpointConfig, CheckpointManager
-from holdfast.engine.background import NICENESS, Background, make_way
-from holdfast.engine.ranks import Ranks
-from holdfast.engine.stage import Staging
+from holdfast.comm import Ranks
+from holdfast.saving.background import NICENESS, Background, make_way
+from holdfast.saving.stage import Staging
 from holdfast.testing.ranks import run_ranks
 
 WIDTH = 1500

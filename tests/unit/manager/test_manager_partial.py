@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from holdfast.engine.save import save
 from holdfast.errors import MismatchError, UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.hf.dialects import renamed
@@ -20,6 +19,7 @@ from holdfast.hf.flavors import MODELS, config_of
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.manager import CheckpointManager
 from holdfast.manager.renames import rename
+from holdfast.saving.save import save
 from holdfast.trainer.model import Transformer
 from hub_folders import hub_tensors, save_folder
 

@@ -14,7 +14,7 @@ from torch import nn
 import holdfast
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.catalog.catalog import open_manifest
-from holdfast.engine.ranks import Ranks
+from holdfast.comm import Ranks
 from holdfast.storage.local import LocalStore
 from holdfast.testing.ranks import run_ranks, try_ranks
 

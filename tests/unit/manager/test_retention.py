@@ -16,16 +16,16 @@ from torch import nn
 import holdfast
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.catalog.catalog import Catalog
+from holdfast.catalog.listing import survey
 from holdfast.catalog.marks import damaged_steps, mark_damaged, pin, unpin
-from holdfast.cli.list import survey
-from holdfast.engine.planner import Planner
-from holdfast.engine.ranks import Solo
-from holdfast.engine.save import save_leaves
+from holdfast.comm import Solo
 from holdfast.errors import StorageError
 from holdfast.format.names import step_name
 from holdfast.manager.policy import Retention
 from holdfast.manager.resume import Looked, good_steps
 from holdfast.manager.retention import Retainer
+from holdfast.saving.planner import Planner
+from holdfast.saving.save import save_leaves
 from holdfast.state.tree import flatten
 from holdfast.storage.local import LocalStore
 from holdfast.storage.memory import MemoryStore

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 import holdfast
-from holdfast.engine.load import load_tree
-from holdfast.engine.ranks import Solo
-from holdfast.engine.source import Source
+from holdfast.catalog.source import Source
+from holdfast.comm import Solo
 from holdfast.errors import MismatchError
+from holdfast.loading.load import load_tree
 from holdfast.state.objects import StateTree
 from holdfast.state.same import differences
 from holdfast.storage.local import LocalStore

@@ -13,10 +13,10 @@ from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.catalog.catalog import Catalog
-from holdfast.engine.planner import Planner
-from holdfast.engine.ranks import Solo
-from holdfast.engine.save import save_leaves
+from holdfast.comm import Solo
 from holdfast.format.names import MANIFEST
+from holdfast.saving.planner import Planner
+from holdfast.saving.save import save_leaves
 from holdfast.state.tree import flatten
 from holdfast.storage.local import LocalStore
 from holdfast.storage.store import Store

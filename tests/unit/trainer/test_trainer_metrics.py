@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import holdfast
-from holdfast.engine.ranks import Ranks
+from holdfast.comm import Ranks
 from holdfast.manager.goodput import Timings
 from holdfast.testing.ranks import run_ranks
 from holdfast.trainer.config import MetricsConfig

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from holdfast.hf.family import FUSED_EXPERTS, Config
-from holdfast.hf.relation import Relation, table
+from holdfast.tensors.relation import Relation, table
 
 
 def block(rows: str, layers: str = "l") -> tuple[Relation, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from holdfast.hf.families.decoder import ENDS, FEED_FORWARD, NORMS, block, experts
 from holdfast.hf.family import LAYERS, LAYERS_MAX, Config, Family, count
-from holdfast.hf.relation import Relation
+from holdfast.tensors.relation import Relation
 
 LATENT = block("""
     attention.wkv_a.weight   | p d     | self_attn.kv_a_proj_with_mqa.weight

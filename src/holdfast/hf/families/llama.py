@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from holdfast.hf.families.decoder import DENSE, WO_BIAS, block
 from holdfast.hf.family import Config, Family, flag
-from holdfast.hf.relation import Relation
+from holdfast.tensors.relation import Relation
 
 ATTENTION = block("""
     attention.wq.weight | (h r s) d | self_attn.q_proj.weight | (h s r) d

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from holdfast.hf.families.decoder import ATTENTION, ENDS, NORMS, block
 from holdfast.hf.family import LAYERS, LAYERS_MAX, Config, Family, count, numbers
-from holdfast.hf.relation import Relation
+from holdfast.tensors.relation import Relation
 
 FEED_FORWARD = """
     feed_forward.w1.weight | u d | feed_forward.gate_proj.weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 from holdfast.hf.families.decoder import ENDS, NORMS, block, experts
 from holdfast.hf.families.llama import ATTENTION
 from holdfast.hf.family import FUSED_EXPERTS, Config, Family
-from holdfast.hf.relation import Relation
+from holdfast.tensors.relation import Relation
 
 EXPERTS = block("""
     moe.router.gate.weight | e d   | block_sparse_moe.gate.weight

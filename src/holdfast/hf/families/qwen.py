@@ -17,7 +17,7 @@ from holdfast.hf.families.decoder import (
     experts,
 )
 from holdfast.hf.family import LAYERS, LAYERS_MAX, Config, Family, count, flag, numbers
-from holdfast.hf.relation import Relation
+from holdfast.tensors.relation import Relation
 
 
 def _attention(config: Config) -> tuple[Relation, ...]:

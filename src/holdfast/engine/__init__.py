@@ -1,1 +1,0 @@
-"""Where tensors meet bytes: plan, stage, write, commit; reshard, read."""

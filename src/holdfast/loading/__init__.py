@@ -1,0 +1,1 @@
+"""Load: match, plan, read, hand over."""

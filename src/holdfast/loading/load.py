@@ -1,0 +1,267 @@
+"""Load: fit, reshard, read, cover."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from holdfast.catalog.arguments import check_to_load
+from holdfast.catalog.source import Source, read_value
+from holdfast.comm import Ranks, all_ranks, hosts_of, on_every_rank
+from holdfast.errors import MismatchError
+from holdfast.loading.fit import fits, is_narrowed
+from holdfast.loading.opening import read_in
+from holdfast.loading.read import Wanted, read_tensors, threads_for
+from holdfast.loading.replicas import Place, ask, read_shared
+from holdfast.planning.collector import collector_at_rest
+from holdfast.state.layout import Layouts, local_of
+from holdfast.state.match import MadeValues, Match
+from holdfast.state.objects import StateTree
+from holdfast.state.values import decode_value
+from holdfast.timing import Spans
+
+_LISTED_MAX = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a load did."""
+
+    where: str
+    nbytes: int
+    """Read by this rank."""
+
+    converted: tuple[str, ...]
+    """Tensors whose stored dtype is another than the one that they were loaded into."""
+
+    spans: Spans
+
+    differences: tuple[str, ...] = ()
+    """What the checkpoint and the state do not have in common, where that was allowed: a line each,
+    over all ranks."""
+
+    num_matched: int = 0
+    """Entries that this rank has loaded."""
+
+    lacking: tuple[str, ...] = ()
+    """Tensors of this rank that a base may lack, and does: they stay as they are."""
+
+
+def load(path: str | os.PathLike[str], state: Any, *, strict: bool = True) -> Loaded:
+    """Load the checkpoint at `path` into `state`, in place: tensors are written over, objects given
+    what their `state_dict` said, everything else replaced by what was saved. Any layout loads what
+    any other has saved.
+
+    `state` is a dict of what is wanted, or a module alone; other top-level names of the checkpoint
+    are left alone. Below the names given, dicts and modules must have the same entries as the
+    checkpoint, unless `strict` is false: then what it has beyond them is left alone too. What is
+    wanted must always be there. Lists, and the state of objects, come back as they were saved,
+    whatever stood in their place.
+
+    Collective where `torch.distributed` is initialized: every rank calls this with its part of the
+    state; an error on one is raised on all.
+
+    Raises:
+        UsageError: an argument of another type.
+        NotFoundError: no checkpoint at `path`.
+        MismatchError: entries that are missing, unexpected, of another shape, or numbers that do
+            not fit, all of them listed; nothing was changed. Or an object refuses its state.
+        DamagedError: bytes are not those that were saved; the state may be loaded in part.
+        FormatError: the checkpoint holds what could be read only by running its code.
+    """
+    ranks = all_ranks()
+    try:
+        store, name = on_every_rank(ranks, lambda: check_to_load(path, state, strict=strict))
+        tree = on_every_rank(ranks, lambda: StateTree(state))
+        return read_in(
+            store,
+            name,
+            ranks,
+            lambda source: load_tree(source, tree, ranks=ranks, strict=strict),
+        )
+    finally:
+        ranks.close()
+
+
+Fill = Callable[[Source, Sequence[Wanted]], int]
+"""Brings the wanted tensors of a source into memory, and tells how many bytes it read."""
+
+Replicas = Literal["auto", "read", "broadcast"]
+"""How what several ranks want alike comes to them. `read`: each reads it for itself. `broadcast`:
+one reads and checks it, and passes it on, so that no byte is read twice. `auto`: `broadcast` where
+the checkpoint is behind a URL or the ranks are on several hosts, since each would fetch it over the
+network; the ranks of one host are served by one page cache, and would wait for each other."""
+
+
+def load_tree(
+    source: Source,
+    tree: StateTree,
+    *,
+    ranks: Ranks,
+    strict: bool = True,
+    partial: bool = False,
+    fill: Fill | None = None,
+    replicas: Replicas = "read",
+) -> Loaded:
+    """Load an open checkpoint into a tree of state. `partial`: what is missing there or does not
+    fit stays as it is, and every difference is reported. `fill` stands in for `read_tensors`, and
+    nothing is passed on then.
+
+    Collective: every rank calls this; an error on one is raised on all. Objects are given their
+    state only once every rank has read all that it wants.
+    """
+    spans = Spans()
+    # A load inside of `torch.inference_mode` would make tensors that no training can change.
+    with torch.inference_mode(mode=False):
+        with spans("plan"), collector_at_rest():
+            match = on_every_rank(ranks, lambda: tree.match(source.manifest, strict=strict))
+            differences = _differences(match, ranks)
+            if differences and not partial:
+                raise _mismatch(source, differences)
+            reading = on_every_rank(ranks, lambda: _Reading(source, match))
+        with spans("read"):
+            nbytes = _read(reading, ranks, fill, replicas)
+            values = on_every_rank(ranks, reading.values)
+        with spans("apply"):
+            reading.settle()
+            on_every_rank(ranks, lambda: match.take(values))
+    return Loaded(
+        source.url,
+        nbytes,
+        converted=reading.converted(),
+        spans=spans,
+        differences=tuple(differences),
+        num_matched=len(reading.wanted) + len(match.values),
+        lacking=tuple(match.lacking),
+    )
+
+
+def _differences(match: Match, ranks: Ranks) -> list[str]:
+    """A line on each difference between the checkpoint and the state of all ranks. Collective.
+
+    An entry is unexpected where no rank has a place for it: a pipeline stage has its own layers.
+    """
+    reports = ranks.gather((list(match.misfits.values()), list(match.extra)))
+    listed: list[str] = []
+    if reports:
+        listed = list(dict.fromkeys(line for lines, _ in reports for line in lines))
+        common = set.intersection(*({*names} for _, names in reports))
+        extra = [name for name in reports[0][1] if name in common]
+        listed += [f"`{name}` is in the checkpoint, but not wanted" for name in extra]
+    return ranks.broadcast(listed)
+
+
+def _mismatch(source: Source, listed: Sequence[str]) -> MismatchError:
+    more = len(listed) - _LISTED_MAX
+    return MismatchError(
+        f"`{source.url}` does not fit, {len(listed)} differences, nothing was changed:\n  "
+        + "\n  ".join(listed[:_LISTED_MAX])
+        + (f"\n  ... and {more} more" if more > 0 else ""),
+        hint="is it a checkpoint of another model? A state without what does not fit loads the "
+        "rest: `holdfast show` lists what is there",
+    )
+
+
+class _Reading:
+    """What one rank reads: tensors into their places, and values."""
+
+    @torch.no_grad()
+    def __init__(self, source: Source, match: Match) -> None:
+        self.source, self._match = source, match
+        self._made = {name: make() for name, make in match.made.items()}
+        tensors = source.manifest.tensors
+        self._checked: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        layouts = Layouts()
+        self.wanted: dict[str, Wanted] = {}
+        for name, tensor in {**match.into, **self._made}.items():
+            local = local_of(tensor).detach()
+            pieces = layouts.of(name, tensor, local_of(tensor)).pieces
+            stored: torch.dtype = getattr(torch, tensors[name].dtype)
+            if is_narrowed(stored, local.dtype):
+                # Read aside first: a number that does not fit must not take the place of another.
+                aside = torch.empty(local.shape, dtype=stored, device=local.device)
+                self._checked[name] = (aside, local)
+                local = aside
+            self.wanted[name] = Wanted(name, pieces, local)
+        self.entries = {name: source.manifest.values[name] for name in match.values}
+        self.containers: Mapping[Place, bytes] = {}
+
+    def check(self, read: Callable[[Collection[Wanted]], int]) -> int:
+        """Read aside what has to be checked. Returns the bytes read.
+
+        Raises:
+            MismatchError: numbers that do not fit where they would go, each tensor named.
+        """
+        nbytes = read([self.wanted[name] for name in self._checked])
+        wrong = [
+            f"`{name}` holds numbers in the checkpoint that no {local.dtype} is"
+            for name, (aside, local) in self._checked.items()
+            if not fits(aside, local.dtype)
+        ]
+        if wrong:
+            raise _mismatch(self.source, wrong)
+        return nbytes
+
+    def settle(self) -> None:
+        """Put what was read aside in its place."""
+        for aside, local in self._checked.values():
+            local.copy_(aside)
+
+    @property
+    def unchecked(self) -> list[Wanted]:
+        """What goes straight to its place."""
+        return [want for name, want in self.wanted.items() if name not in self._checked]
+
+    @property
+    def has_checked(self) -> bool:
+        """Whether anything is to be checked before it goes to its place."""
+        return bool(self._checked)
+
+    def values(self) -> MadeValues:
+        """Everything that has been read. A container that no other rank has read is read here."""
+        decoded: dict[Place, Any] = {}
+        held: dict[str, Any] = {}
+        for name, entry in self.entries.items():
+            at = (entry.file, entry.item.offset)
+            if at not in decoded:
+                container = self.containers.get(at) or read_value(self.source, name, entry)
+                where = f"{self.source.url}/{entry.file}"
+                decoded[at] = decode_value(name, container, where=where)
+            held[name] = decoded[at]
+        return MadeValues(self._made, held)
+
+    def converted(self) -> tuple[str, ...]:
+        """Tensors whose dtype is another in the state than in the checkpoint."""
+        tensors = self.source.manifest.tensors
+        return tuple(
+            name
+            for name, tensor in self._match.into.items()
+            if str(tensor.dtype) != f"torch.{tensors[name].dtype}"
+        )
+
+
+def _read(reading: _Reading, ranks: Ranks, fill: Fill | None, replicas: Replicas) -> int:
+    """Fill the tensors. Returns the bytes read. Collective."""
+    source, hosts = reading.source, hosts_of(ranks)
+    threads = threads_for(hosts.num_local)
+
+    def read(wanted: Collection[Wanted]) -> int:
+        if fill is not None:
+            return fill(source, [*wanted])
+        return read_tensors(source, [*wanted], threads)
+
+    nbytes = 0
+    if ranks.largest([reading.has_checked])[0]:
+        nbytes = on_every_rank(ranks, lambda: reading.check(read))
+    far = hosts.num_hosts > 1 or "://" in source.store.url
+    passed_on = replicas == "broadcast" or (replicas == "auto" and far)
+    if ranks.size == 1 or fill is not None or not passed_on:
+        return nbytes + on_every_rank(ranks, lambda: read(reading.unchecked))
+    asked = on_every_rank(ranks, lambda: ask(source, reading.unchecked, reading.entries))
+    nbytes += on_every_rank(ranks, lambda: read_shared(source, asked, ranks, threads))
+    reading.containers = asked.containers
+    return nbytes

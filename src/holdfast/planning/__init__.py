@@ -1,0 +1,1 @@
+"""Who writes and who reads what: pure functions of layouts."""

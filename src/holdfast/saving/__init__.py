@@ -1,0 +1,1 @@
+"""Save: plan, stage, write, commit."""

@@ -1,0 +1,75 @@
+"""Numbers as text for people: bytes, rates, counts, ages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def spelled_bytes(nbytes: float) -> str:
+    """A number of bytes.
+
+    >>> spelled_bytes(999), spelled_bytes(1536), spelled_bytes(2.2e9)
+    ('999 B', '1.5 kB', '2.2 GB')
+    """
+    size = nbytes
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} PB"
+
+
+def counted(count: int, noun: str) -> str:
+    """How many, for people.
+
+    >>> counted(1, "file"), counted(1200, "file")
+    ('1 file', '1,200 files')
+    """
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def spelled_layout(layout: Mapping[str, Any]) -> str:
+    """Which ranks wrote a checkpoint, for people; empty where it does not say.
+
+    >>> spelled_layout({"world_size": 8, "tensor_parallel": 2})
+    '8 ranks, tensor_parallel 2'
+    """
+    ranks = layout.get("world_size")
+    said = [counted(ranks, "rank")] if type(ranks) is int else []
+    others = [f"{name} {value}" for name, value in layout.items() if name != "world_size"]
+    return ", ".join([*said, *others])
+
+
+def spelled_age(seconds: float) -> str:
+    """How long ago, for people.
+
+    >>> spelled_age(7200)
+    '2 h'
+    """
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def rate(nbytes: int, seconds: float) -> str:
+    """How much, how long, how fast.
+
+    >>> rate(2_500_000, 0.5)
+    '2.5 MB in 0.50 s (5.0 MB/s)'
+    """
+    per_s = spelled_bytes(nbytes / max(seconds, 1e-9))
+    return f"{spelled_bytes(nbytes)} in {seconds:.2f} s ({per_s}/s)"
+
+
+def finite(value: Any) -> Any:
+    """The same for JSON: what is no finite number is spelled."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: finite(member) for key, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(member) for member in value]
+    return value

@@ -1,0 +1,1 @@
+"""Lazy tensors: read any box, cast, rename, dequantize."""

@@ -1,0 +1,209 @@
+"""What several ranks hold alike: differences are noticed, named, and never mixed."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import holdfast
+from holdfast.errors import MismatchError
+from holdfast.planning.write_plan import Holders, Offer, TensorOffer, groups_of
+from holdfast.saving.digests import (
+    Replica,
+    Replicas,
+    digests_of,
+    groups_that_differ,
+    names_that_differ,
+)
+from holdfast.state.shard import Cut, Mesh, Spread
+from holdfast.storage.memory import MemoryStore
+from holdfast.testing.ranks import run_ranks
+
+BASE = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+
+def model() -> Any:
+    """A model with buffers, the same on all ranks."""
+    return copy.deepcopy(BASE)
+
+
+def config(**more: Any) -> holdfast.CheckpointConfig:
+    return holdfast.CheckpointConfig(
+        enable=True, interval=1, last_save_model_only=False, stop_signals=(), **more
+    )
+
+
+MODES = ["disabled", "async", "async_with_pinned_mem"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_buffers_that_differ_are_the_first_ranks_and_named(
+    mode: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G15. Method: statistics of a BatchNorm and a rank's own average, large enough to be shared
+    out between the ranks; never a mixture, whichever rank has written what."""
+
+    def work(ranks: Any) -> None:
+        net = model()
+        average = nn.Linear(700, 700)
+        with torch.no_grad():
+            net[1].running_mean.fill_(ranks.rank + 1.0)
+            average.weight.fill_(ranks.rank + 1.0)
+            average.bias.fill_(ranks.rank + 1.0)
+        with holdfast.CheckpointManager(
+            tmp_path,
+            model=net,
+            optimizers=torch.optim.AdamW(net.parameters()),
+            states={"average": average},
+            config=config(async_mode=mode),
+            ranks=ranks,
+        ) as manager:
+            manager.save(1)
+            manager.save(2)
+
+    with caplog.at_level(logging.WARNING, logger="holdfast"):
+        run_ranks(3, work)
+    for step in (1, 2):
+        found = holdfast.open(tmp_path / f"step-{step}")
+        for name in ("1.running_mean", "average.weight", "average.bias"):
+            assert {*found.read(name).flatten().tolist()} == {1.0}, name
+    said = [
+        record.message for record in caplog.records if "differs between ranks" in record.message
+    ]
+    assert len(said) == 3, "each is named once"
+    assert any("`1.running_mean` differs between ranks 0 and 1" in line for line in said)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("what", ["parameter", "moment"])
+def test_what_is_trained_and_differs_is_never_published(
+    what: str, mode: Any, tmp_path: Path
+) -> None:
+    """G15, G7. Method: one rank has diverged; the tensor and the ranks are named on every rank,
+    and nothing is left; the step before stands."""
+
+    def work(ranks: Any) -> None:
+        net = model()
+        optimizer = torch.optim.AdamW(net.parameters())
+        net(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        manager = holdfast.CheckpointManager(
+            tmp_path, model=net, optimizers=optimizer, config=config(async_mode=mode), ranks=ranks
+        )
+        manager.save(1)
+        manager.wait()
+        if ranks.rank == 2:
+            weight: Any = net[0].weight
+            with torch.no_grad():
+                changed = weight if what == "parameter" else optimizer.state[weight]["exp_avg"]
+                changed[1, 1] += 1e-6
+        with pytest.raises(MismatchError) as refused:
+            manager.save(2)
+            manager.wait()
+        name = "0.weight" if what == "parameter" else "optimizer.state.0.weight.exp_avg"
+        assert f"`{name}` differs between ranks 0 and 2" in refused.value.what
+        assert "diverged" in str(refused.value.hint)
+        manager.close()
+
+    run_ranks(3, work)
+    names = {path.name for path in tmp_path.iterdir()} - {".lock"}
+    assert names == {"step-1"}
+
+
+def test_a_save_without_a_manager_notices_too(tmp_path: Path) -> None:
+    """G15. Method: a plain tensor in a dict; tensors that are alike are still shared out."""
+
+    def work(ranks: Any) -> Any:
+        from holdfast.catalog.catalog import Catalog
+        from holdfast.saving.planner import Planner
+        from holdfast.saving.save import save_leaves
+        from holdfast.state.tree import flatten
+
+        state = {"mine": torch.full((5,), float(ranks.rank)), "ours": torch.ones(900, 900)}
+        planner = Planner(ranks)
+        catalog = Catalog(store)
+        save_leaves(catalog, "one", flatten(state), ranks=ranks, planner=planner)
+
+    store = MemoryStore()
+    run_ranks(2, work)
+    files = [name for name in store.list("one") if name.endswith(".distcp")]
+    assert len(files) == 2, "what is alike is written by both"
+
+
+@given(
+    st.integers(0, 40_000),
+    st.sampled_from([torch.float32, torch.uint8, torch.bfloat16, torch.int64, torch.bool]),
+    st.integers(0, 2**31),
+)
+def test_a_digest_tells_any_changed_element(count: int, dtype: Any, seed: int) -> None:
+    """Method: one bit, or two elements that change places; the way of accelerators on a CPU."""
+    from holdfast.saving.digests import _sums
+
+    generator = torch.Generator().manual_seed(seed)
+    one = torch.randint(0, 2 if dtype is torch.bool else 100, (count,), generator=generator)
+    one = one.to(dtype)
+    other = one.clone()
+    assert digests_of({"a": one}) == digests_of({"a": other})
+    assert torch.equal(_sums(one), _sums(other))
+    if count < 2:
+        return
+    at, to = np.random.default_rng(seed).choice(count, 2, replace=False).tolist()
+    other[at], other[to] = one[to], one[at]
+    alike = torch.equal(one, other)
+    assert (digests_of({"a": one}) == digests_of({"a": other})) is alike
+    assert torch.equal(_sums(one), _sums(other)) is alike
+
+
+def test_strided_and_conjugated_tensors_have_the_digest_of_their_elements() -> None:
+    """Method: transposed, a slice, a conjugate, one without elements."""
+    base = torch.arange(12.0).reshape(3, 4)
+    pairs = [
+        (base.t(), base.t().clone()),
+        (base[:, 1:3], base[:, 1:3].clone()),
+        (torch.tensor([1 + 2j]).conj(), torch.tensor([1 - 2j])),
+        (base[:0], torch.ones(0, 4)),
+    ]
+    for one, other in pairs:
+        assert digests_of({"a": one}) == digests_of({"a": other})
+
+
+def test_groups_are_the_ranks_that_hold_the_same_elements() -> None:
+    """Method: whole on some ranks; over a mesh that repeats along one axis."""
+    mesh = Mesh((2, 2), (0, 1, 2, 3))
+    hsdp = Spread(mesh, (None, Cut(0)))
+    offer = Offer({"w": TensorOffer("float32", (4, 4), ("w",), hsdp)})
+    part = Offer(
+        {"x": TensorOffer("float32", (4,), ("x",)), "e": TensorOffer("int8", (0,), ("e",))}
+    )
+    census = {"w": [Holders([0, 1, 2, 3], offer)], "x": [Holders([1, 3], part)]}
+    assert groups_of(census, {"w": offer, "x": part}, 1) == {"w": (1, 3), "x": (1, 3)}
+    assert groups_of(census, {"w": offer}, 2) == {"w": (0, 2)}
+
+
+def test_one_digest_a_group_is_compared_and_then_the_names() -> None:
+    """Method: three ranks, two groups; one tensor of one group differs."""
+
+    def of(values: dict[str, float], groups: dict[str, tuple[int, ...]]) -> Replicas:
+        tensors = {name: torch.full((3,), value) for name, value in values.items()}
+        replicas = Replicas([Replica(name, groups[name]) for name in values], tensors)
+        replicas.take()
+        return replicas
+
+    groups = {"a": (0, 1, 2), "b": (0, 1), "c": (0, 1)}
+    ranks = [
+        of({"a": 1, "b": 2, "c": 3}, groups),
+        of({"a": 1, "b": 2, "c": 4}, groups),
+        of({"a": 1}, groups),
+    ]
+    differ = groups_that_differ([one.by_group() for one in ranks])
+    assert differ == [(0, 1)]
+    assert names_that_differ([one.of(differ) for one in ranks]) == {"c": (0, 1)}

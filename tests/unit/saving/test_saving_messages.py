@@ -1,0 +1,31 @@
+"""What crosses between the ranks of a real process group."""
+
+from __future__ import annotations
+
+import pickle
+
+import torch.distributed as dist
+
+from holdfast.comm import _FIRST_BYTES, GroupRanks
+from processes import run_processes
+
+SIZE = 3
+FITS = _FIRST_BYTES - len(pickle.dumps(b""))
+"""Bytes about as long as a frame has room for."""
+
+
+def exchange(rank: int, size: int) -> None:
+    ranks = GroupRanks(dist.new_group(backend="gloo"))
+    for num in (0, *range(FITS - 4, FITS + 5), 100_000):
+        # Of different lengths, and only some of them longer than a frame.
+        items = [bytes([r]) * (num * (r + 1) // size) for r in range(size)]
+        assert ranks.gather(items[rank]) == (items if rank == 0 else [])
+        assert ranks.scatter(items if rank == 0 else []) == items[rank]
+        assert ranks.broadcast(items[rank]) == items[0]
+        assert ranks.broadcast(items[-1] if rank == 0 else None) == items[-1]
+    ranks.close()
+
+
+def test_messages_of_any_length_arrive() -> None:
+    """Around the length that a frame has room for, alike on all ranks or not."""
+    run_processes(SIZE, exchange)

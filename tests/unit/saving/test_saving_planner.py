@@ -1,0 +1,36 @@
+"""What is worked out once and kept while the layout stands."""
+
+from __future__ import annotations
+
+import torch
+
+from holdfast.comm import Solo
+from holdfast.format.manifest import Span
+from holdfast.saving.planner import Held, Planner
+from holdfast.state.tree import flatten
+
+
+def held(planner: Planner, *shapes: tuple[int, ...]) -> Held:
+    state = {"step": 1, **{f"w{n}": torch.zeros(shape) for n, shape in enumerate(shapes)}}
+    return planner.hold(flatten(state), None)
+
+
+def stock_parts(planner: Planner, offset: int) -> list[bytes]:
+    assert planner.index is not None
+    return planner.index.encoded().stock.encode({"step": ("__0_0.distcp", Span(offset, 100))})
+
+
+def test_the_bytes_of_both_indices_are_made_once_while_the_layout_stands() -> None:
+    """Method: the very objects, for the same shapes in other memory and a value that has moved;
+    others once a shape has changed."""
+    planner = Planner(Solo())
+    planner.agree(held(planner, (3, 4), (5,)))
+    first, parts = planner.index, stock_parts(planner, 1000)
+    planner.agree(held(planner, (3, 4), (5,)))
+    assert planner.index is first
+    again = stock_parts(planner, 2000)
+    assert all(one is other for one, other in zip(parts[:-1], again[:-1], strict=True))
+    assert again[-1] != parts[-1], "the place of the value"
+    planner.agree(held(planner, (3, 4), (6,)))
+    assert planner.index is not first
+    assert stock_parts(planner, 1000)[0] != parts[0]
