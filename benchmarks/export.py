@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.comm import all_ranks
-from holdfast.hf.export import HubModel, Snapshot, export
+from holdfast.hf.export import ExportSnapshot, HFModel, export
 from holdfast.hf.flavors import LLAMA3, config_of
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import begin_save
@@ -43,7 +43,7 @@ VOCAB = 64128
 def sharded_model() -> dict[str, torch.Tensor]:
     """Random bfloat16 weights under Meta's names, cut by rows over all ranks."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    shapes = HubModel(config_of("llama3", FLAVOR, VOCAB)).mapping
+    shapes = HFModel(config_of("llama3", FLAVOR, VOCAB)).mapping
     state: dict[str, torch.Tensor] = {}
     for name in shapes.names("native"):
         rows, *rest = shapes.shape("native", name)
@@ -54,14 +54,14 @@ def sharded_model() -> dict[str, torch.Tensor]:
 
 def ours(state: dict[str, torch.Tensor], folder: Path) -> Callable[[int], None]:
     """Export by Holdfast."""
-    ranks, hub = all_ranks(), HubModel(config_of("llama3", FLAVOR, VOCAB))
+    ranks, hub = all_ranks(), HFModel(config_of("llama3", FLAVOR, VOCAB))
     catalog, planner = Catalog(LocalStore(folder)), Planner(ranks)
 
     def run(number: int) -> None:
         pending = begin_save(
             catalog, f"step-{number}", flatten(state), ranks=ranks, planner=planner
         )
-        held = Snapshot(pending.image, pending.data_of, pending.index, ())
+        held = ExportSnapshot(pending.file_layout, pending.data_of, pending.index, ())
         export(held, hub, "bfloat16", catalog=catalog, attempt=pending.attempt, ranks=ranks)
 
     return run

@@ -42,12 +42,12 @@ from holdfast.catalog.catalog import Catalog
 from holdfast.comm import Sending
 from holdfast.format.manifest import Table
 from holdfast.format.names import METADATA, data_file
-from holdfast.planning.file_layout import FileImage
-from holdfast.planning.write_plan import Offer
+from holdfast.planning.file_layout import FileLayout
+from holdfast.planning.write_plan import LocalPlan
 from holdfast.saving.commit import commit
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import begin_save
-from holdfast.saving.write import Receipt
+from holdfast.saving.write import WriteResult as RankResult
 from holdfast.state.tree import FlatState, flatten
 
 NUM_TENSORS = 2000
@@ -106,13 +106,13 @@ class Chorus:
         self.wire_bytes += len(pickle.dumps(item)) * (self.size - 1)
         return item
 
-    def twin(self) -> Chorus:
+    def duplicate(self) -> Chorus:
         return self
 
     def close(self) -> None:
         pass
 
-    def largest(self, numbers: Sequence[float]) -> list[float]:
+    def all_reduce_max(self, numbers: Sequence[float]) -> list[float]:
         return list(numbers)
 
     def send(self, rank: int, data: torch.Tensor) -> Sending:
@@ -122,7 +122,7 @@ class Chorus:
         raise AssertionError(f"a save receives nothing from rank {rank}: {into.numel()} bytes")
 
     def _said(self, rank: int, item: Any) -> Any:
-        if isinstance(item, Receipt):
+        if isinstance(item, RankResult):
             return dataclasses.replace(item, file=data_file(rank))
         if self._asked is not None:
             return {name: self._part(rank, name) for name in self._asked[rank]}
@@ -133,7 +133,7 @@ class Chorus:
 
     def _part(self, rank: int, name: str) -> bytes:
         if name == "rng":
-            return pickle.dumps(Offer(values={f"rng.rank_{rank}": ("rng", f"rank_{rank}")}))
+            return pickle.dumps(LocalPlan(values={f"rng.rank_{rank}": ("rng", f"rank_{rank}")}))
         # Places of items: numbers as large as any, with nothing in common.
         places = np.random.default_rng(rank).integers(1 << 30, 1 << 40, (NUM_TENSORS, 4))
         return pickle.dumps(places.astype(np.int64))
@@ -199,10 +199,10 @@ def ours(size: int, state: FlatState, own: set[str]) -> Figures:
             pending = begin_save(catalog, "step-1", state, ranks=ranks, planner=planner, step=1)
         planned.append(clock.seconds)
         with clock.runs():
-            store.sizes["data"] = pending.image.nbytes
+            store.sizes["data"] = pending.file_layout.nbytes
             commit(
                 pending.attempt,
-                receipt_of(pending.image),
+                receipt_of(pending.file_layout),
                 index=pending.index,
                 facts=pending.facts,
                 replicas=pending.replicas,
@@ -216,9 +216,9 @@ def ours(size: int, state: FlatState, own: set[str]) -> Figures:
     return Figures(planned[0], seconds[0], later_s, wire[0], wire[-1], *sizes)
 
 
-def receipt_of(image: FileImage) -> Receipt:
+def receipt_of(image: FileLayout) -> RankResult:
     values = {name: (span, 7) for names, span in image.values for name in names}
-    return Receipt(image.name, image.nbytes, Table(image.table_offset, 7), values)
+    return RankResult(image.name, image.nbytes, Table(image.table_offset, 7), values)
 
 
 def stock(size: int, state: dict[str, Any], folder: Path) -> Figures:

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from holdfast.catalog.catalog import Catalog
-from holdfast.comm import Ranks, on_rank_0
+from holdfast.comm import Ranks, run_on_rank_0
 from holdfast.format.dtypes import BY_NAME
 from holdfast.format.region import Region
-from holdfast.planning.file_layout import image_of, lay_out
+from holdfast.planning.file_layout import lay_out, lay_out_file
 from holdfast.planning.index import Index, columns
-from holdfast.planning.write_plan import Placed, Plan, TensorOffer
+from holdfast.planning.write_plan import GlobalPlan, LocalTensor, TensorChunks
 from holdfast.saving.commit import commit
 from holdfast.saving.digests import Replicas
 from holdfast.saving.publish import Facts
@@ -25,14 +25,14 @@ from holdfast.testing.ranks import run_ranks
 
 
 def save_by_plan(
-    store: Store, name: str, plan: Plan, tensors: Mapping[str, torch.Tensor], size: int
+    store: Store, name: str, plan: GlobalPlan, tensors: Mapping[str, torch.Tensor], size: int
 ) -> None:
     """Save by `size` ranks; every one of them could read all of the tensors, and writes its part of
     the plan. All from the plan on is the engine's own."""
     catalog = Catalog(store)
 
     def work(ranks: Ranks) -> None:
-        attempt = on_rank_0(ranks, lambda: catalog.begin(name))
+        attempt = run_on_rank_0(ranks, lambda: catalog.begin(name))
         items = lay_out(
             [
                 (placed.name, placed.tensor.dtype, region)
@@ -42,15 +42,15 @@ def save_by_plan(
         )
         layouts = ranks.gather(columns(items))
         index = Index(plan, layouts) if ranks.rank == 0 else None
-        image = image_of(ranks.rank, items, [])
-        receipt = write(
-            *(store, str(attempt), image),
+        layout = lay_out_file(ranks.rank, items, [])
+        result = write(
+            *(store, str(attempt), layout),
             lambda item: host_windows(box_of(tensors[item.name], item.region), item.dtype),
         )
         facts = Facts(1, "full", {}, {})
         commit(
             attempt,
-            receipt,
+            result,
             index=index,
             facts=facts,
             replicas=Replicas([], {}),
@@ -68,18 +68,18 @@ Held = Mapping[str, tuple[torch.Tensor, list[list[Region]]]]
 def save_regions(store: Store, name: str, held: Held, size: int) -> None:
     """Save by `size` ranks, each holding its own regions: each is written by the last rank that
     holds it."""
-    plan = Plan([placed(key, *tensor) for key, tensor in held.items()], {}, {})
+    plan = GlobalPlan([placed(key, *tensor) for key, tensor in held.items()], {}, {})
     save_by_plan(store, name, plan, {key: whole for key, (whole, _) in held.items()}, size)
 
 
-def placed(key: str, whole: torch.Tensor, held: list[list[Region]]) -> Placed:
+def placed(key: str, whole: torch.Tensor, held: list[list[Region]]) -> TensorChunks:
     """The regions that ranks hold of a tensor, each with one rank that writes it."""
     writers = {region: rank for rank, regions in enumerate(held) for region in regions}
     dims = (len(writers), whole.ndim)
     dtype = str(whole.dtype).removeprefix("torch.")
-    return Placed(
+    return TensorChunks(
         key,
-        TensorOffer(dtype, tuple(whole.shape), (key,)),
+        LocalTensor(dtype, tuple(whole.shape), (key,)),
         np.array([region.start for region in writers], np.int64).reshape(dims),
         np.array([region.stop for region in writers], np.int64).reshape(dims),
         np.array([*writers.values()], np.int64),

@@ -58,7 +58,7 @@ class Ranks(Protocol):
         """Rank 0's item, on all."""
         ...
 
-    def twin(self) -> Ranks:
+    def duplicate(self) -> Ranks:
         """The same ranks over a channel of their own, so that a thread can use it meanwhile."""
         ...
 
@@ -66,7 +66,7 @@ class Ranks(Protocol):
         """Give the channel back; nothing is called after it."""
         ...
 
-    def largest(self, numbers: Sequence[float]) -> list[float]:
+    def all_reduce_max(self, numbers: Sequence[float]) -> list[float]:
         """For each place the largest number of any rank. Cheap enough for every step."""
         ...
 
@@ -95,13 +95,13 @@ class Solo:
     def broadcast(self, item: T) -> T:
         return item
 
-    def twin(self) -> Ranks:
+    def duplicate(self) -> Ranks:
         return self
 
     def close(self) -> None:
         pass
 
-    def largest(self, numbers: Sequence[float]) -> list[float]:
+    def all_reduce_max(self, numbers: Sequence[float]) -> list[float]:
         return list(numbers)
 
     def send(self, rank: int, data: torch.Tensor) -> Sending:
@@ -159,13 +159,13 @@ class GroupRanks:
         sent: T = item if self.rank == 0 else _message(frame, rest)
         return sent
 
-    def twin(self) -> Ranks:
+    def duplicate(self) -> Ranks:
         return GroupRanks(dist.new_group(dist.get_process_group_ranks(self._group), backend="gloo"))
 
     def close(self) -> None:
         dist.destroy_process_group(self._group)
 
-    def largest(self, numbers: Sequence[float]) -> list[float]:
+    def all_reduce_max(self, numbers: Sequence[float]) -> list[float]:
         tensor = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         self._reach(lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX, self._group))
         return tensor.tolist()
@@ -228,7 +228,7 @@ def all_ranks() -> Ranks:
     return GroupRanks(dist.new_group(backend="gloo"))
 
 
-def conclude(ranks: Ranks, mine: T | HoldfastError, work: Callable[[list[T]], U]) -> U:
+def gather_and_run(ranks: Ranks, mine: T | HoldfastError, work: Callable[[list[T]], U]) -> U:
     """What `work` makes on rank 0 of every rank's item, on every rank.
 
     Collective: every rank calls this once; a rank that failed passes its error. Where any rank did,
@@ -242,7 +242,7 @@ def conclude(ranks: Ranks, mine: T | HoldfastError, work: Callable[[list[T]], U]
         if failed:
             outcome = failed[0][1] if ranks.size == 1 else _of_rank(*failed[0])
         else:
-            outcome = outcome_of(lambda: work(cast("list[T]", items)))
+            outcome = capture(lambda: work(cast("list[T]", items)))
     told = ranks.broadcast(cast("U | HoldfastError", outcome))
     if isinstance(told, HoldfastError) and isinstance(mine, HoldfastError):
         # Of what this rank has met itself it knows the cause, which has not crossed.
@@ -252,28 +252,28 @@ def conclude(ranks: Ranks, mine: T | HoldfastError, work: Callable[[list[T]], U]
     return _or_raise(told)
 
 
-def on_rank_0(ranks: Ranks, work: Callable[[], T]) -> T:
+def run_on_rank_0(ranks: Ranks, work: Callable[[], T]) -> T:
     """What `work` gives on rank 0, on every rank; or its error, on every rank.
 
     Collective: every rank calls this once; `work` runs on rank 0 alone.
     """
-    outcome = outcome_of(work) if ranks.rank == 0 else None
+    outcome = capture(work) if ranks.rank == 0 else None
     return _or_raise(ranks.broadcast(cast("T | HoldfastError", outcome)))
 
 
-def on_every_rank(ranks: Ranks, work: Callable[[], T]) -> T:
-    """What `work` gives on this rank, once it went well on all; else as `conclude`.
+def run_on_all(ranks: Ranks, work: Callable[[], T]) -> T:
+    """What `work` gives on this rank, once it went well on all; else as `gather_and_run`.
 
     Collective: every rank calls this once. Errors travel only where there are any.
     """
-    mine = outcome_of(work)
+    mine = capture(work)
     error = mine if isinstance(mine, HoldfastError) else None
-    if ranks.largest([error is not None])[0]:
-        conclude(ranks, error, lambda _: None)
+    if ranks.all_reduce_max([error is not None])[0]:
+        gather_and_run(ranks, error, lambda _: None)
     return _or_raise(mine)
 
 
-def gather_distinct(ranks: Ranks, parts: Mapping[str, T]) -> list[dict[str, T]]:
+def gather_deduplicated(ranks: Ranks, parts: Mapping[str, T]) -> list[dict[str, T]]:
     """Every rank's parts, in order, on rank 0; elsewhere an empty list.
 
     What several ranks have alike crosses once, and is one object there: each rank sends a digest
@@ -299,7 +299,7 @@ def _of_rank(rank: int, error: HoldfastError) -> HoldfastError:
     return type(error)(f"rank {rank}: {error.what}", hint=error.hint)
 
 
-def outcome_of(work: Callable[[], T]) -> T | HoldfastError:
+def capture(work: Callable[[], T]) -> T | HoldfastError:
     """What `work` gives, or the error that it ends in, to be carried to where it can be raised."""
     try:
         return work()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from holdfast.convert.convert import convert
-from holdfast.convert.plan import Wishes, plan
+from holdfast.convert.plan import ConvertOptions, plan
 from runs import train
 
 EXPERTS = ("--model.name", "qwen3_moe")
@@ -60,9 +60,9 @@ def test_a_folder_from_one_layout_starts_a_run_on_another(
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json"}
     assert [path.name for path in folder.parent.iterdir()] == ["step-2"]
 
-    wishes = Wishes(to="hf", hf_assets=str(folder))
+    options = ConvertOptions(to="hf", hf_assets=str(folder))
     step = tmp_path / "outputs/checkpoint/step-2"
-    convert(plan(str(step), wishes), str(tmp_path / "converted"), wishes, lambda _: None)
+    convert(plan(str(step), options), str(tmp_path / "converted"), options, lambda _: None)
     assert_same(folder, tmp_path / "converted")
 
     starting = ("--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_path", str(folder))

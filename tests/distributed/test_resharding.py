@@ -23,8 +23,8 @@ from torch.distributed.tensor.placement_types import Placement
 from torch.utils import swap_tensors
 
 import holdfast
-from holdfast.comm import all_ranks, outcome_of
-from holdfast.saving.planner import Held, Planner
+from holdfast.comm import all_ranks, capture
+from holdfast.saving.planner import LocalState, Planner
 from holdfast.state.tree import flatten
 from processes import run_processes
 
@@ -217,9 +217,9 @@ def relaid_on(rank: int, size: int) -> int:
         tensor = torch.ones(shape)
         return tensor if placement is None else distribute_tensor(tensor, mesh, [placement])
 
-    def offers(planner: Planner, state: dict[str, Any]) -> Any:
-        held = outcome_of(lambda: planner.hold(flatten(state), None))
-        return held.offers if isinstance(held, Held) else held.what
+    def local_plans(planner: Planner, state: dict[str, Any]) -> Any:
+        held = capture(lambda: planner.hold(flatten(state), None))
+        return held.local_plans if isinstance(held, LocalState) else held.what
 
     # The first rank has elements of the same shape before and after, but for one.
     changes = [
@@ -233,14 +233,14 @@ def relaid_on(rank: int, size: int) -> int:
     ]
     for before, after in changes:
         planner = Planner(ranks)
-        was = offers(planner, {"a.b": before})
-        wanted = offers(Planner(ranks), {"a.b": after})
-        assert offers(planner, {"a.b": after}) == wanted != was
-        assert offers(planner, {"a": {"b": before}}) != was, "another path"
+        was = local_plans(planner, {"a.b": before})
+        wanted = local_plans(Planner(ranks), {"a.b": after})
+        assert local_plans(planner, {"a.b": after}) == wanted != was
+        assert local_plans(planner, {"a": {"b": before}}) != was, "another path"
         if type(before) is type(after):
             planner.hold(flatten({"a.b": before}), None)
             swap_tensors(before, after)  # type: ignore[no-untyped-call]
-            assert offers(planner, {"a.b": before}) == wanted
+            assert local_plans(planner, {"a.b": before}) == wanted
     ranks.close()
     return len(changes)
 

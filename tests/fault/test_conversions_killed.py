@@ -14,15 +14,15 @@ import pytest
 
 from holdfast.cli.convert import run
 from holdfast.convert.convert import Converted, convert
-from holdfast.convert.plan import Wishes, plan
+from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import ExistsError, StorageError
 from holdfast.storage.local import LocalStore
 from hub_folders import LLAMA, hub_tensors, save_folder
 
-FORMS: dict[str, Wishes] = {
-    "dcp": Wishes(to="dcp"),
-    "hf": Wishes(to="hf", max_shard_bytes=20_000),
-    "torch": Wishes(to="torch", dtype="bfloat16"),
+FORMS: dict[str, ConvertOptions] = {
+    "dcp": ConvertOptions(to="dcp"),
+    "hf": ConvertOptions(to="hf", max_shard_bytes=20_000),
+    "torch": ConvertOptions(to="torch", dtype="bfloat16"),
 }
 
 KILLED = """
@@ -43,16 +43,16 @@ LATER = ("created", "timings", "checksum")
 """What a manifest says of when it was made, and its own checksum, which covers that."""
 
 
-def killed(source: Path, target: Path, wishes: Wishes, num_blocks: int) -> None:
+def killed(source: Path, target: Path, options: ConvertOptions, num_blocks: int) -> None:
     """A conversion in a process of its own that dies by SIGKILL; the target is absent."""
-    arguments = [str(source), str(target), repr(wishes), str(num_blocks)]
+    arguments = [str(source), str(target), repr(options), str(num_blocks)]
     ran = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
     assert ran.returncode == -9
     assert [path.name[:9] for path in target.parent.iterdir()] == [".attempt-"]
 
 
-def converted(source: Path, target: Path, wishes: Wishes) -> Converted:
-    return convert(plan(str(source), wishes), str(target), wishes, lambda _: None)
+def converted(source: Path, target: Path, options: ConvertOptions) -> Converted:
+    return convert(plan(str(source), options), str(target), options, lambda _: None)
 
 
 def contents(target: Path) -> dict[str, object]:
@@ -71,17 +71,17 @@ def test_a_second_run_goes_on_and_ends_with_the_same_bytes(to: str, tmp_path: Pa
     """G14: SIGKILL after a random number of blocks, up to twice, for each format. What is there
     then is what a conversion at one go gives, byte for byte, and what had been written was not
     written again."""
-    source, wishes = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA)), FORMS[to]
-    whole = converted(source, tmp_path / "whole/step-1", wishes)
+    source, options = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA)), FORMS[to]
+    whole = converted(source, tmp_path / "whole/step-1", options)
     assert whole.kept_bytes == 0
-    num_blocks = len(plan(str(source), wishes).outputs)
+    num_blocks = len(plan(str(source), options).outputs)
     chance = random.Random(to)
     for case in range(3):
         target = tmp_path / f"case-{case}" / "step-1"
         points = sorted(chance.sample(range(3, num_blocks), 1 + case % 2))
         for point in points:
-            killed(source, target, wishes, point)
-        done = converted(source, target, wishes)
+            killed(source, target, options, point)
+        done = converted(source, target, options)
         assert contents(target) == contents(tmp_path / "whole/step-1")
         assert [path.name for path in target.parent.iterdir()] == ["step-1"]
         if to == "hf":
@@ -95,18 +95,18 @@ def test_what_is_kept_is_of_this_source_and_this_conversion(to: str, tmp_path: P
     """G14: after the kill the source becomes another of the same sizes; or the next conversion to
     the same place is of another kind. Method: what arrives is what a conversion from nothing
     gives."""
-    tensors, wishes = hub_tensors(LLAMA), FORMS[to]
+    tensors, options = hub_tensors(LLAMA), FORMS[to]
     source = save_folder(tmp_path / "hub", LLAMA, tensors)
     other = save_folder(tmp_path / "other", LLAMA, {n: t + 1 for n, t in tensors.items()})
-    killed(source, tmp_path / "one/step-1", wishes, 15)
+    killed(source, tmp_path / "one/step-1", options, 15)
     os.rename(source, tmp_path / "gone")  # noqa: PTH104
     os.rename(other, source)  # noqa: PTH104
-    converted(source, tmp_path / "one/step-1", wishes)
-    converted(source, tmp_path / "fresh/step-1", wishes)
+    converted(source, tmp_path / "one/step-1", options)
+    converted(source, tmp_path / "fresh/step-1", options)
     assert contents(tmp_path / "one/step-1") == contents(tmp_path / "fresh/step-1")
     for kind, next_wishes in FORMS.items():
         target = tmp_path / kind / "step-1"
-        killed(source, target, wishes, 15)
+        killed(source, target, options, 15)
         converted(source, target, next_wishes)
         converted(source, tmp_path / f"{kind}-fresh/step-1", next_wishes)
         assert contents(target) == contents(tmp_path / f"{kind}-fresh/step-1")
@@ -118,14 +118,14 @@ def test_large_files_are_gone_on_with_block_by_block(tmp_path: Path) -> None:
     meantime is written again."""
     large = {**LLAMA, "vocab_size": 200_000, "hidden_size": 64}
     source = save_folder(tmp_path / "hub", large, hub_tensors(large))
-    wishes = Wishes(to="dcp")
-    converted(source, tmp_path / "whole/step-1", wishes)
-    killed(source, tmp_path / "one/step-1", wishes, 22)
+    options = ConvertOptions(to="dcp")
+    converted(source, tmp_path / "whole/step-1", options)
+    killed(source, tmp_path / "one/step-1", options, 22)
     file = next((tmp_path / "one").glob("*/*.distcp"))
     with file.open("r+b") as opened:
         opened.seek(10_000_000)
         opened.write(b"damage")
-    done = converted(source, tmp_path / "one/step-1", wishes)
+    done = converted(source, tmp_path / "one/step-1", options)
     assert contents(tmp_path / "one/step-1") == contents(tmp_path / "whole/step-1")
     assert 20_000_000 < done.kept_bytes < done.nbytes - (4 << 20)
 
@@ -150,7 +150,7 @@ def test_an_interrupted_conversion_is_gone_on_with_and_a_failed_one_leaves_nothi
 ) -> None:
     """G14: Ctrl-C, and an error, after fifteen blocks; the second run says what it has kept."""
     source = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
-    target, wishes = tmp_path / "one/step-1", FORMS["hf"]
+    target, options = tmp_path / "one/step-1", FORMS["hf"]
     for kind in (StorageError("the disk is gone"), KeyboardInterrupt()):
         blocks = iter(range(15))
 
@@ -159,7 +159,7 @@ def test_an_interrupted_conversion_is_gone_on_with_and_a_failed_one_leaves_nothi
                 raise kind
 
         with pytest.raises(type(kind)):
-            convert(plan(str(source), wishes), str(target), wishes, advance)
+            convert(plan(str(source), options), str(target), options, advance)
         left = [path.name[:9] for path in target.parent.iterdir()]
         assert left == ([".attempt-"] if isinstance(kind, KeyboardInterrupt) else [])
     assert run([str(source), str(target), "--to", "hf", "--max-shard-size", "20KB"]) == 0

@@ -17,8 +17,8 @@ import torch
 
 from holdfast import CheckpointConfig
 from holdfast.catalog.catalog import Catalog, open_manifest
+from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.source import Source
-from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.comm import Ranks
 from holdfast.errors import HoldfastError, StorageError
 from holdfast.format.names import step_name
@@ -137,7 +137,7 @@ def test_a_call_that_fails_is_told_to_every_rank_and_nothing_is_lost(
         assert 3 in there or told[1] is not None
         assert last is None
         assert whole_steps(folder)[-1] == 4
-        assert execute(LocalStore(folder), plan_sweep(LocalStore(folder).list())) == []
+        assert execute(LocalStore(folder), plan_cleanup(LocalStore(folder).list())) == []
         shutil.rmtree(folder)
         at, failing = at + 1, fails.failed
     assert at > 3

@@ -21,7 +21,7 @@ import torch
 import holdfast
 from checkpoints import save_step, save_stock
 from holdfast.catalog.catalog import open_manifest
-from holdfast.catalog.verify import Target, verify
+from holdfast.catalog.verify import VerifyTarget, verify
 from holdfast.errors import DamagedError, FormatError
 from holdfast.format import checksum
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry
@@ -422,7 +422,7 @@ def test_chunks_that_overlap_are_found_and_never_loaded(tmp_path: Path) -> None:
     # As Python's own pickler has it, so that it passes for a stock one.
     (folder / ".metadata").write_bytes(index[:2] + b"\x95" + struct.pack("<Q", 0) + index[2:])
     assert "some elements are there twice" in str(
-        verify(Target(LocalStore(tmp_path), "stock")).findings
+        verify(VerifyTarget(LocalStore(tmp_path), "stock")).findings
     )
     with pytest.raises(DamagedError, match="twice"):
         holdfast.load(folder, {"w": torch.zeros(16)})
@@ -453,7 +453,7 @@ def test_a_link_to_a_file_outside_of_the_folder_is_refused(tmp_path: Path, kind:
     path.symlink_to("../outside")
     with pytest.raises(DamagedError, match="link to a place outside"):
         open_manifest(LocalStore(tmp_path), folder.name)
-    assert not verify(Target(LocalStore(tmp_path), folder.name)).good
+    assert not verify(VerifyTarget(LocalStore(tmp_path), folder.name)).good
     for wrapped in (RemoteStore(f"file://{tmp_path}"), FailingStore(LocalStore(tmp_path), nothing)):
         with pytest.raises(DamagedError, match="link to a place outside"):
             open_manifest(wrapped, folder.name)

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from holdfast.catalog.hf_folder import of_language_model, open_hf_folder
-from holdfast.catalog.verify import Target, verify
+from holdfast.catalog.verify import VerifyTarget, verify
 from holdfast.cli.main import main
 from holdfast.convert.convert import convert
-from holdfast.convert.plan import Wishes, plan
+from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.convert.sizes import check_alike
 from holdfast.errors import DamagedError, FormatError, MismatchError
 from holdfast.format.safetensors import missing_shards
@@ -26,7 +26,7 @@ from holdfast.hf.assets import config_bytes
 from holdfast.hf.families import FAMILIES, family_of
 from holdfast.hf.family import mapping_of
 from holdfast.storage.local import LocalStore
-from holdfast.tensors.lazy import Held
+from holdfast.tensors.lazy import TensorInfo
 from holdfast.tensors.quantized import Dequantized
 from hub_folders import LLAMA, hub_tensors, save_folder
 
@@ -64,7 +64,7 @@ ABSURD: list[Any] = [
 class Empty:
     """No tensors at all."""
 
-    held: dict[str, Held]
+    held: dict[str, TensorInfo]
 
     def __init__(self) -> None:
         self.held = {}
@@ -114,7 +114,7 @@ def test_a_float_is_no_size_and_a_text_neither(tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps({**LLAMA, key: value}))
         started = time.monotonic()
         with pytest.raises(FormatError, match=f"`{key}` must be a whole number") as raised:
-            plan(str(folder), Wishes(to="dcp"))
+            plan(str(folder), ConvertOptions(to="dcp"))
         assert str(value) in raised.value.what
         assert time.monotonic() - started < 10
         assert main(["convert", str(folder), str(tmp_path / "out")]) == 8
@@ -165,14 +165,14 @@ def test_a_configuration_that_is_no_table_or_too_large_is_refused(tmp_path: Path
     ):
         path.write_text(text)
         with pytest.raises(FormatError):
-            plan(str(folder), Wishes(to="dcp"))
+            plan(str(folder), ConvertOptions(to="dcp"))
     os.truncate(path, 1 << 30)
     with pytest.raises(FormatError, match="more than"):
-        plan(str(folder), Wishes(to="dcp"))
+        plan(str(folder), ConvertOptions(to="dcp"))
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(FormatError, match="named pipe"):
-        plan(str(folder), Wishes(to="dcp"))
+        plan(str(folder), ConvertOptions(to="dcp"))
 
 
 @pytest.mark.parametrize(
@@ -195,13 +195,13 @@ def test_a_link_out_of_a_strangers_folder_is_never_followed(
         secret.write_text("secret")
         (folder / file).parent.mkdir(exist_ok=True)
     (folder / file).symlink_to(secret)
-    wishes = Wishes(to=to)
+    options = ConvertOptions(to=to)
     with pytest.raises(FormatError, match="is a link to a place outside of its folder"):
-        convert(plan(str(folder), wishes), str(tmp_path / "out"), wishes, lambda _: None)
+        convert(plan(str(folder), options), str(tmp_path / "out"), options, lambda _: None)
     assert not (tmp_path / "out").exists()
     report = None
     if file == "model.safetensors":
-        report = verify(Target(LocalStore(tmp_path), "hub"))
+        report = verify(VerifyTarget(LocalStore(tmp_path), "hub"))
         assert not report.good
 
 
@@ -211,9 +211,9 @@ def test_a_folder_of_templates_that_is_a_link_is_not_copied(tmp_path: Path) -> N
     (tmp_path / "ssh").mkdir()
     (tmp_path / "ssh" / "id_rsa").write_text("secret")
     (folder / "additional_chat_templates").symlink_to(tmp_path / "ssh")
-    wishes = Wishes(to="hf")
+    options = ConvertOptions(to="hf")
     with pytest.raises(FormatError, match="outside of its folder"):
-        convert(plan(str(folder), wishes), str(tmp_path / "out"), wishes, lambda _: None)
+        convert(plan(str(folder), options), str(tmp_path / "out"), options, lambda _: None)
     assert not (tmp_path / "out").exists()
 
 
@@ -226,11 +226,11 @@ def test_a_folder_in_the_cache_of_the_hub_is_read_as_it_is(tmp_path: Path) -> No
     for path in [*folder.iterdir()]:
         path.rename(cache / "blobs" / path.name)
         path.symlink_to(f"../../blobs/{path.name}")
-    wishes = Wishes(to="hf")
-    convert(plan(str(folder), wishes), str(tmp_path / "out"), wishes, lambda _: None)
+    options = ConvertOptions(to="hf")
+    convert(plan(str(folder), options), str(tmp_path / "out"), options, lambda _: None)
     assert (tmp_path / "out" / "merges.txt").read_text() == "a b"
     assert not (tmp_path / "out" / "merges.txt").is_symlink()
-    assert verify(Target(LocalStore(folder.parent), folder.name)).good
+    assert verify(VerifyTarget(LocalStore(folder.parent), folder.name)).good
 
 
 @pytest.mark.parametrize("missing", [1, 2, 3])
@@ -238,11 +238,11 @@ def test_a_set_of_shards_in_part_is_not_good(missing: int, tmp_path: Path) -> No
     """G3. Method: one of three shards gone, with its index and without; every command that opens
     the folder says which."""
     folder = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA), num_files=3)
-    assert verify(Target(LocalStore(tmp_path), "hub")).good
+    assert verify(VerifyTarget(LocalStore(tmp_path), "hub")).good
     gone = f"model-0000{missing}-of-00003.safetensors"
     (folder / gone).unlink()
     for _ in range(2):
-        report = verify(Target(LocalStore(tmp_path), "hub"))
+        report = verify(VerifyTarget(LocalStore(tmp_path), "hub"))
         assert [f.file for f in report.findings if f.what == "is missing"] == [gone]
         with pytest.raises(DamagedError, match=gone):
             open_hf_folder(LocalStore(tmp_path), "hub")

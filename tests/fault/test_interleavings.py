@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from holdfast.catalog.catalog import Catalog, open_manifest
+from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.source import Source
-from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.comm import Solo
 from holdfast.convert.convert import convert_to, values_of
-from holdfast.convert.plan import Wishes, plan
+from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.convert.target import target_in
 from holdfast.errors import ExistsError
 from holdfast.format.names import LOCK, aside_of, step_name
@@ -159,7 +159,7 @@ def dirty(store: AmendableStore) -> None:
 
 
 def clean_up(store: AmendableStore) -> list[str]:
-    return execute(store, plan_sweep(store.list()))
+    return execute(store, plan_cleanup(store.list()))
 
 
 @SWITCHES
@@ -311,9 +311,9 @@ def test_a_step_saved_by_two_at_once_is_of_one_of_them(switches: int) -> None:
 
 
 WISHES = {
-    "dcp": Wishes(to="dcp"),
-    "hf": Wishes(to="hf", max_shard_bytes=20_000),
-    "torch": Wishes(to="torch"),
+    "dcp": ConvertOptions(to="dcp"),
+    "hf": ConvertOptions(to="hf", max_shard_bytes=20_000),
+    "torch": ConvertOptions(to="torch"),
 }
 
 
@@ -323,15 +323,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_folder(tmp_path_factory.mktemp("hub") / "hub", small, hub_tensors(small))
 
 
-def conversion(source: Path, wishes: Wishes) -> Actor:
+def conversion(source: Path, options: ConvertOptions) -> Actor:
     """What `convert` does, to the name `step-0` of a store."""
-    planned = plan(str(source), wishes)
+    planned = plan(str(source), options)
 
     def convert(store: AmendableStore) -> int:
-        file = wishes.to == "torch"
-        place = target_in(store, "step-0", overwrite=wishes.overwrite, file=file)
-        values = values_of(planned, wishes)
-        return convert_to(place, planned, values, wishes, lambda _: None).num_tensors
+        file = options.to == "torch"
+        place = target_in(store, "step-0", overwrite=options.overwrite, file=file)
+        values = values_of(planned, options)
+        return convert_to(place, planned, values, options, lambda _: None).num_tensors
 
     return convert
 

@@ -10,8 +10,8 @@ import torch
 
 from holdfast import CheckpointConfig
 from holdfast.catalog.catalog import Catalog, open_manifest
+from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.source import Source
-from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.comm import Ranks, Solo
 from holdfast.format.names import aside_of, step_name
 from holdfast.loading.checkpoint import Checkpoint
@@ -71,7 +71,7 @@ Outcome = Mapping[int, int]
 def steps_of(store: MemoryStore) -> Outcome:
     """After a sweep, which must leave nothing aside. Every step there is must be whole, and the
     newest is what a resume takes."""
-    assert execute(store, plan_sweep(store.list())) == []
+    assert execute(store, plan_cleanup(store.list())) == []
     assert not [name for name in store.list() if aside_of(name.rstrip("/"))]
     catalog = Catalog(store)
     steps = {step: which(store, step_name(step)) for step in catalog.steps()}
@@ -235,6 +235,6 @@ def test_a_sweep_that_dies_is_finished_by_the_next_one() -> None:
         store.rename("step-2", ".attempt-step-2-00000003")
 
     def sweep(store: Store) -> None:
-        assert execute(store, plan_sweep(store.list())) == []
+        assert execute(store, plan_cleanup(store.list())) == []
 
     check([{1: 1, 3: 2}], sweep, before=before)

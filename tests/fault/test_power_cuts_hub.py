@@ -13,7 +13,7 @@ from torch import nn
 
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.comm import Ranks
-from holdfast.hf.export import HubModel
+from holdfast.hf.export import HFModel
 from holdfast.testing.crashes import fingerprint
 from holdfast.testing.disk import cuts
 from holdfast.testing.ranks import run_ranks
@@ -25,7 +25,7 @@ from holdfast.testing.recording import (
     write_tree,
 )
 
-HUB = HubModel(
+HUB = HFModel(
     {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],

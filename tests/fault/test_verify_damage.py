@@ -25,8 +25,8 @@ from checkpoints import (
     zero,
 )
 from holdfast.catalog.catalog import Catalog, open_manifest
-from holdfast.catalog.findings import Report
-from holdfast.catalog.verify import Target, verify
+from holdfast.catalog.findings import VerifyReport
+from holdfast.catalog.verify import VerifyTarget, verify
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError
 from holdfast.format.checksum import BLOCK_BYTES
 from holdfast.format.dtypes import dtype_of
@@ -50,8 +50,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def checked(path: Path, *, quick: bool = False) -> Report:
-    return verify(Target(LocalStore(path.parent), path.name, quick))
+def checked(path: Path, *, quick: bool = False) -> VerifyReport:
+    return verify(VerifyTarget(LocalStore(path.parent), path.name, quick))
 
 
 @contextmanager
@@ -123,9 +123,9 @@ def test_every_single_byte_around_the_data_of_a_tensor_counts(tmp_path: Path) ->
         for at in range(len(data)):
             data[at] ^= 0x55
             path.write_bytes(data)
-            assert not verify(Target(store, "one")).good, f"byte {at}"
+            assert not verify(VerifyTarget(store, "one")).good, f"byte {at}"
             data[at] ^= 0x55
-    assert verify(Target(store, "one")).good
+    assert verify(VerifyTarget(store, "one")).good
 
 
 def test_a_deleted_file_of_a_step_is_found_whichever_it_is(home: Path) -> None:

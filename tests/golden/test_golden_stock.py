@@ -10,7 +10,7 @@ import torch
 
 import holdfast
 from golden.write_by_stock import stock_state
-from holdfast.catalog.verify import Target, verify
+from holdfast.catalog.verify import VerifyTarget, verify
 from holdfast.state.tree import flatten
 from holdfast.storage.local import LocalStore
 
@@ -44,7 +44,7 @@ def test_it_is_opened_and_verified_bit_for_bit(name: str) -> None:
             assert torch.equal(found[n], value), n
         else:
             assert found[n] == value, n
-    assert verify(Target(LocalStore(HERE), name)).good
+    assert verify(VerifyTarget(LocalStore(HERE), name)).good
 
 
 @pytest.mark.parametrize("name", VERSIONS)

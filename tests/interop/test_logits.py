@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div
 
 import hub_models
 from holdfast.convert.convert import convert
-from holdfast.convert.plan import Wishes, plan
+from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.hf.flavors import MODELS, RopeScaling, config_of
 from holdfast.loading.load import load
 from holdfast.saving.save import save
@@ -45,8 +45,8 @@ def test_logits_are_those_of_transformers(
     if scaling is not None:
         config["rope_scaling"]["original_max_position_embeddings"] = 16
     (assets / "config.json").write_text(json.dumps(config))
-    wishes = Wishes(to="hf", hf_assets=str(assets), dtype=str(dtype)[6:])  # type: ignore[arg-type]
-    convert(plan(str(step), wishes), str(tmp_path / "hub"), wishes, lambda _: None)
+    options = ConvertOptions(to="hf", hf_assets=str(assets), dtype=str(dtype)[6:])  # type: ignore[arg-type]
+    convert(plan(str(step), options), str(tmp_path / "hub"), options, lambda _: None)
     theirs = hub_models.load(tmp_path / "hub", dtype=dtype)
     tokens = torch.randint(0, 300, (2, 64))
     with torch.no_grad(), hub_models.quiet():
@@ -59,7 +59,7 @@ def test_logits_are_those_of_transformers(
         bound = 0.01 if name == "llama3" else 0.1
         assert kl_div(wanted_odds, odds, log_target=True, reduction="batchmean") < bound
 
-    back = Wishes(to="dcp")
+    back = ConvertOptions(to="dcp")
     convert(plan(str(tmp_path / "hub"), back), str(tmp_path / "step-1"), back, lambda _: None)
     again = Transformer(flavor, vocab_size=300, seq_len=64)
     load(tmp_path / "step-1", again.state_dict())

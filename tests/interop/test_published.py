@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import hub_models
-from holdfast.convert.plan import Wishes, plan
+from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import MismatchError, UsageError
 from holdfast.hf.families import family_of
 from holdfast.hf.family import mapping_of
@@ -49,12 +49,12 @@ def test_every_family_goes_by_a_name(name: str, tmp_path: Path) -> None:
     tensors = {"model.embed_tokens.weight": torch.ones(2, 2)}
     save_folder(tmp_path / "hub", {"model_type": other}, tensors)
     with pytest.raises(MismatchError, match=f"of different families:\n  model_type is {other}"):
-        plan(str(tmp_path / "hub"), Wishes(to="dcp", model_name=name))
+        plan(str(tmp_path / "hub"), ConvertOptions(to="dcp", model_name=name))
     with pytest.raises(UsageError) as raised:
-        plan(str(tmp_path / "hub"), Wishes(to="dcp", model_name=name, model_flavor="9T"))
+        plan(str(tmp_path / "hub"), ConvertOptions(to="dcp", model_name=name, model_flavor="9T"))
     assert all(flavor in str(raised.value) for flavor in flavors_of(name))
     with pytest.raises(UsageError) as raised:
-        plan(str(tmp_path / "hub"), Wishes(to="dcp", model_name="gpt5"))
+        plan(str(tmp_path / "hub"), ConvertOptions(to="dcp", model_name="gpt5"))
     assert all(known in str(raised.value) for known in TYPES)
 
 
@@ -71,9 +71,9 @@ def test_a_flavor_is_told_from_another_size(name: str, flavor: str, tmp_path: Pa
     inner = config.get("text_config", config)
     tensors = {"model.embed_tokens.weight": torch.ones(2, 2)}
     folder = save_folder(tmp_path / "hub", config, tensors)
-    wishes = Wishes(to="dcp", model_name=name, model_flavor=flavor)
+    options = ConvertOptions(to="dcp", model_name=name, model_flavor=flavor)
     with pytest.raises(MismatchError, match="does not fit"):
-        plan(str(folder), wishes)
+        plan(str(folder), options)
     for key in ("head_dim", "kv_lora_rank", "num_local_experts", "num_hidden_layers"):
         if key in inner and (name, key) != ("deepseek_v3", "head_dim"):
             said = json.dumps({**config, "text_config": {**inner, key: 3}})
@@ -81,7 +81,7 @@ def test_a_flavor_is_told_from_another_size(name: str, flavor: str, tmp_path: Pa
                 said if name == "llama4" else json.dumps({**config, key: 3})
             )
             with pytest.raises(MismatchError, match="of different models"):
-                plan(str(folder), wishes)
+                plan(str(folder), options)
 
 
 def test_a_flavor_of_another_family_stands_in_for_a_configuration(tmp_path: Path) -> None:
@@ -89,5 +89,5 @@ def test_a_flavor_of_another_family_stands_in_for_a_configuration(tmp_path: Path
     config = published("deepseek_v3", "debugmodel", 0)
     source = save_folder(tmp_path / "hub", config, hub_tensors(config))
     (source / "config.json").unlink()
-    wishes = Wishes(to="hf", model_name="deepseek_v3", model_flavor="debugmodel")
-    assert plan(str(source), wishes).config == config
+    options = ConvertOptions(to="hf", model_name="deepseek_v3", model_flavor="debugmodel")
+    assert plan(str(source), options).config == config

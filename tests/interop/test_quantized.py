@@ -12,7 +12,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import hub_models
 from holdfast.convert.convert import convert
-from holdfast.convert.plan import Wishes, plan
+from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import FormatError
 from holdfast.loading.checkpoint import open_checkpoint
 from hub_folders import hub_tensors, save_folder
@@ -45,9 +45,9 @@ GPT_OSS: dict[str, Any] = {
 }
 
 
-def converted(source: Path, target: Path, wishes: Wishes) -> tuple[str, ...]:
-    planned = plan(str(source), wishes)
-    convert(planned, str(target), wishes, lambda _: None)
+def converted(source: Path, target: Path, options: ConvertOptions) -> tuple[str, ...]:
+    planned = plan(str(source), options)
+    convert(planned, str(target), options, lambda _: None)
     return planned.notes
 
 
@@ -70,11 +70,11 @@ def test_fp8_in_blocks_is_detected_and_dequantized(tmp_path: Path) -> None:
     """Method: DeepSeek's layout, to the hub's names in bfloat16, and to a step and back."""
     source, wanted = fp8_folder(tmp_path / "hub")
     assert len(wanted) > 10
-    notes = converted(source, tmp_path / "plain", Wishes(to="hf"))
+    notes = converted(source, tmp_path / "plain", ConvertOptions(to="hf"))
     assert f"{len(wanted)} quantized tensors are dequantized" in notes
-    converted(source, tmp_path / "step-0", Wishes(to="dcp"))
+    converted(source, tmp_path / "step-0", ConvertOptions(to="dcp"))
     assets = str(tmp_path / "plain")
-    converted(tmp_path / "step-0", tmp_path / "back", Wishes(to="hf", hf_assets=assets))
+    converted(tmp_path / "step-0", tmp_path / "back", ConvertOptions(to="hf", hf_assets=assets))
     from safetensors.torch import load_file
 
     for folder in ("plain", "back"):
@@ -96,7 +96,7 @@ def test_fp8_blocks_at_the_edge_are_smaller(tmp_path: Path) -> None:
     source = save_folder(
         tmp_path / "hub", config, {**tensors, name: quantized, f"{name}_scale_inv": scale}
     )
-    converted(source, tmp_path / "step-0", Wishes(to="dcp", dtype="float32"))
+    converted(source, tmp_path / "step-0", ConvertOptions(to="dcp", dtype="float32"))
     found = open_checkpoint(tmp_path / "step-0").read("layers.0.feed_forward.w3.weight")
     assert torch.equal(found, quantized.float() * every)
 
@@ -118,8 +118,8 @@ def test_mxfp4_is_detected_and_dequantized(dtype: str, tmp_path: Path) -> None:
         tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
         wanted[name] = convert_moe_packed_tensors(blocks, scales, dtype=getattr(torch, dtype))
     source = save_folder(tmp_path / "hub", GPT_OSS, tensors)
-    wishes = Wishes(to="dcp", dtype=dtype if dtype == "float32" else None)  # type: ignore[arg-type]
-    notes = converted(source, tmp_path / "step-0", wishes)
+    options = ConvertOptions(to="dcp", dtype=dtype if dtype == "float32" else None)  # type: ignore[arg-type]
+    notes = converted(source, tmp_path / "step-0", options)
     assert f"{len(wanted)} quantized tensors are dequantized" in notes
     checkpoint = open_checkpoint(tmp_path / "step-0")
     for ours, theirs in (("mlp1_weight", "gate_up_proj"), ("mlp2_weight", "down_proj")):
@@ -138,6 +138,6 @@ def test_a_way_to_quantize_that_is_not_known_is_refused(tmp_path: Path) -> None:
     del tensors[f"{second}_scale_inv"]
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(FormatError) as raised:
-        plan(str(source), Wishes(to="dcp"))
+        plan(str(source), ConvertOptions(to="dcp"))
     assert f"`{first}` is" in str(raised.value)
     assert f"`{second}` is float8_e4m3fn, without" in str(raised.value)

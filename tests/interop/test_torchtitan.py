@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import hub_models
 from holdfast.convert.convert import convert
-from holdfast.convert.plan import Wishes, plan
+from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.hf.published import published
 
 ROOT = Path(__file__).parents[2]
@@ -118,8 +118,8 @@ def make(config: dict[str, Any]) -> Any:
     return model.eval()
 
 
-def converted(source: Path, target: Path, wishes: Wishes) -> Path:
-    convert(plan(str(source), wishes), str(target), wishes, lambda _: None)
+def converted(source: Path, target: Path, options: ConvertOptions) -> Path:
+    convert(plan(str(source), options), str(target), options, lambda _: None)
     return target
 
 
@@ -137,8 +137,10 @@ def test_models_of_torchtitan_give_the_logits_of_transformers(
     for case, (name, flavor, config, sizes) in MODELS.items():
         folder, model = tmp_path / "models" / case, make(config)
         hub = hub_models.save(model, tmp_path / "hub" / case)
-        step = converted(hub, folder / "step-0", Wishes(to="dcp", names="titan"))
-        back = converted(step, tmp_path / "back" / case, Wishes(to="hf", hf_assets=str(hub)))
+        step = converted(hub, folder / "step-0", ConvertOptions(to="dcp", names="titan"))
+        back = converted(
+            step, tmp_path / "back" / case, ConvertOptions(to="hf", hf_assets=str(hub))
+        )
         saved, found = (load_file(at / "model.safetensors") for at in (hub, back))
         assert saved.keys() == found.keys()
         assert all(torch.equal(found[key], tensor) for key, tensor in saved.items()), case

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from holdfast.convert.convert import convert
-from holdfast.convert.plan import Wishes, plan
+from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.hf.flavors import MODELS
 from holdfast.saving.save import save
 from holdfast.trainer.model import Transformer
@@ -52,12 +52,12 @@ def test_each_checkpointer_of_torchtune_loads_a_model_only_step(
             parameter.copy_(torch.randn(parameter.shape) * 0.05 + (parameter.dim() == 1))
     save(tmp_path / "step", model.state_dict())
     named = {"model_name": "llama3", "model_flavor": "debugmodel"}
-    for name, wishes in (
-        ("model.pt", Wishes(to="torch", model_only=True)),
-        ("hf", Wishes(to="hf", **named)),  # type: ignore[arg-type]
+    for name, options in (
+        ("model.pt", ConvertOptions(to="torch", model_only=True)),
+        ("hf", ConvertOptions(to="hf", **named)),  # type: ignore[arg-type]
     ):
-        planned = plan(str(tmp_path / "step"), wishes)
-        convert(planned, str(tmp_path / name), wishes, lambda _: None)
+        planned = plan(str(tmp_path / "step"), options)
+        convert(planned, str(tmp_path / name), options, lambda _: None)
     tokens = torch.randint(0, 300, (2, 32))
     sizes = {
         "vocab_size": 300,

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 import hub_models
 from holdfast.convert.convert import convert
-from holdfast.convert.plan import Wishes, plan
+from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.loading.checkpoint import open_checkpoint
 
 
-def converted(source: Path, target: Path, wishes: Wishes) -> Path:
-    convert(plan(str(source), wishes), str(target), wishes, lambda _: None)
+def converted(source: Path, target: Path, options: ConvertOptions) -> Path:
+    convert(plan(str(source), options), str(target), options, lambda _: None)
     return target
 
 
@@ -40,17 +40,17 @@ def test_there_and_back_is_the_same_bits_and_opens_with_the_same_logits(
     `.pt` and a single file; both hold what was saved, and give the same logits."""
     model = hub_models.make(name)
     source = hub_models.save(model, tmp_path / "hub")
-    step = converted(source, tmp_path / "seed/step-0", Wishes(to="dcp"))
+    step = converted(source, tmp_path / "seed/step-0", ConvertOptions(to="dcp"))
     assets = str(source)
     many = converted(
-        step, tmp_path / "many", Wishes(to="hf", hf_assets=assets, max_shard_bytes=20_000)
+        step, tmp_path / "many", ConvertOptions(to="hf", hf_assets=assets, max_shard_bytes=20_000)
     )
     assert len([*many.glob("*.safetensors")]) > 1
     assert_same(tensors_in(source), tensors_in(many))
     assert torch.equal(hub_models.logits(model), hub_models.logits(hub_models.load(many)))
 
-    file = converted(step, tmp_path / "all.pt", Wishes(to="torch"))
-    single = converted(file, tmp_path / "single", Wishes(to="hf", hf_assets=assets))
+    file = converted(step, tmp_path / "all.pt", ConvertOptions(to="torch"))
+    single = converted(file, tmp_path / "single", ConvertOptions(to="hf", hf_assets=assets))
     assert [one.name for one in single.glob("*.safetensors*")] == ["model.safetensors"]
     assert_same(tensors_in(source), tensors_in(single))
 
@@ -59,15 +59,15 @@ def test_there_and_back_is_the_same_bits_and_opens_with_the_same_logits(
 def test_names_of_torchtitan_and_back(name: str, tmp_path: Path) -> None:
     """Method: hub to TorchTitan 0.3's names, to Meta's, to the hub."""
     source = hub_models.save(hub_models.make(name), tmp_path / "hub")
-    titan = converted(source, tmp_path / "titan", Wishes(to="dcp", names="titan"))
-    meta = converted(titan, tmp_path / "meta", Wishes(to="dcp", names="meta"))
+    titan = converted(source, tmp_path / "titan", ConvertOptions(to="dcp", names="titan"))
+    meta = converted(titan, tmp_path / "meta", ConvertOptions(to="dcp", names="meta"))
     names = {*open_checkpoint(titan).tensors}
     assert ("layers.0.attention.qkv_linear.wq.weight" in names) != (name == "deepseek-v3")
     assert "lm_head.weight" in names
     assert "output.weight" in open_checkpoint(meta).tensors
     for step in (titan, meta):
         back = converted(
-            step, tmp_path / f"back-{step.name}", Wishes(to="hf", hf_assets=str(source))
+            step, tmp_path / f"back-{step.name}", ConvertOptions(to="hf", hf_assets=str(source))
         )
         assert_same(tensors_in(source), tensors_in(back))
 
@@ -81,10 +81,10 @@ def test_experts_as_transformers_keeps_them_in_memory_are_read_too(
     hub = hub_models.save(model, tmp_path / "hub")
     memory = hub_models.save(model, tmp_path / "memory", save_original_format=False)
     assert tensors_in(hub).keys() != tensors_in(memory).keys()
-    step = converted(memory, tmp_path / "seed/step-0", Wishes(to="dcp"))
-    back = converted(step, tmp_path / "back", Wishes(to="hf", hf_assets=str(hub)))
+    step = converted(memory, tmp_path / "seed/step-0", ConvertOptions(to="dcp"))
+    back = converted(step, tmp_path / "back", ConvertOptions(to="hf", hf_assets=str(hub)))
     assert_same(tensors_in(hub), tensors_in(back))
-    straight = converted(memory, tmp_path / "straight", Wishes(to="hf"))
+    straight = converted(memory, tmp_path / "straight", ConvertOptions(to="hf"))
     assert_same(tensors_in(hub), tensors_in(straight))
 
 
@@ -100,11 +100,11 @@ def test_an_export_is_complete_and_in_the_form_that_loaders_check(tmp_path: Path
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "pytorch_model.bin").write_bytes(b"old")
     (source / ".cache").write_bytes(b"")
-    step = converted(source, tmp_path / "seed/step-0", Wishes(to="dcp"))
+    step = converted(source, tmp_path / "seed/step-0", ConvertOptions(to="dcp"))
     made = converted(
         step,
         tmp_path / "made",
-        Wishes(to="hf", hf_assets=str(source), dtype="bfloat16", max_shard_bytes=10_000),
+        ConvertOptions(to="hf", hf_assets=str(source), dtype="bfloat16", max_shard_bytes=10_000),
     )
     index = json.loads((made / "model.safetensors.index.json").read_text())
     found = tensors_in(made)
@@ -131,8 +131,8 @@ def test_an_export_is_complete_and_in_the_form_that_loaders_check(tmp_path: Path
 def test_a_correction_bias_of_the_router_stays_in_float32(tmp_path: Path) -> None:
     """Method: DeepSeek's, to a step and back in bfloat16."""
     source = hub_models.save(hub_models.make("deepseek-v3"), tmp_path / "hub")
-    step = converted(source, tmp_path / "seed/step-0", Wishes(to="dcp", dtype="bfloat16"))
-    back = converted(step, tmp_path / "back", Wishes(to="hf", hf_assets=str(source)))
+    step = converted(source, tmp_path / "seed/step-0", ConvertOptions(to="dcp", dtype="bfloat16"))
+    back = converted(step, tmp_path / "back", ConvertOptions(to="hf", hf_assets=str(source)))
     dtypes = {name: tensor.dtype for name, tensor in tensors_in(back).items()}
     kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
     assert kept == {f"model.layers.{n}.mlp.gate.e_score_correction_bias" for n in (1, 2)}

@@ -36,5 +36,5 @@ def test_what_is_offered_does_not_depend_on_the_saves_before(
         state = {n: value for n, value in {**state, **changes}.items() if value is not None}
         leaves = flatten(state)
         held, anew = planner.hold(leaves, dtype), Planner(Solo()).hold(leaves, dtype)
-        assert held.offers == anew.offers
+        assert held.local_plans == anew.local_plans
         assert held.aliases == anew.aliases

@@ -16,8 +16,8 @@ from holdfast.catalog.source import Source
 from holdfast.format.checksum import BLOCK_BYTES
 from holdfast.format.dtypes import BY_NAME
 from holdfast.loading.read import Wanted, read_tensors
-from holdfast.planning.write_plan import Offer, TensorOffer, census_of, plan
-from holdfast.state.shard import Cut, Mesh, Piece, Spread, pieces_of
+from holdfast.planning.write_plan import LocalPlan, LocalTensor, merge_local_plans, plan
+from holdfast.state.shard import Mesh, MeshPlacement, Piece, ShardSpec, pieces_of
 from holdfast.storage.memory import MemoryStore
 from plans import bits, random_tensor, save_by_plan
 
@@ -25,40 +25,44 @@ pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimen
 
 
 @st.composite
-def spreads(draw: st.DrawFn, num_dims: int, ranks_max: int = 12) -> Spread:
+def spreads(draw: st.DrawFn, num_dims: int, ranks_max: int = 12) -> MeshPlacement:
     """Any way to lie over any mesh: repeated, cut, cut in strides as FSDP over tensor parallelism
     does; dims smaller than their axis among them."""
     sizes = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
     shape = draw(sizes.filter(lambda shape: prod(shape) <= ranks_max))
-    cuts: list[Cut | None] = []
+    cuts: list[ShardSpec | None] = []
     for _ in shape:
-        cut = Cut(draw(st.integers(0, max(num_dims - 1, 0))), draw(st.sampled_from([1, 1, 2, 3])))
+        cut = ShardSpec(
+            draw(st.integers(0, max(num_dims - 1, 0))), draw(st.sampled_from([1, 1, 2, 3]))
+        )
         cuts.append(draw(st.sampled_from([None, cut])) if num_dims else None)
-    return Spread(Mesh(shape, tuple(draw(st.permutations(range(prod(shape)))))), tuple(cuts))
+    return MeshPlacement(Mesh(shape, tuple(draw(st.permutations(range(prod(shape)))))), tuple(cuts))
 
 
-def saved(whole: torch.Tensor, spread: Spread) -> Source:
+def saved(whole: torch.Tensor, placement: MeshPlacement) -> Source:
     """A checkpoint of one tensor, by the ranks of a mesh."""
     dtype = str(whole.dtype).removeprefix("torch.")
-    offer = Offer({"w": TensorOffer(dtype, tuple(whole.shape), ("w",), spread)})
-    size = len(spread.mesh.ranks)
+    local_plan = LocalPlan({"w": LocalTensor(dtype, tuple(whole.shape), ("w",), placement)})
+    size = len(placement.mesh.ranks)
     store = MemoryStore()
-    save_by_plan(store, "step-1", plan(census_of([{"w": offer}] * size)), {"w": whole}, size)
+    save_by_plan(
+        store, "step-1", plan(merge_local_plans([{"w": local_plan}] * size)), {"w": whole}, size
+    )
     return Source(store, "step-1", open_manifest(store, "step-1"))
 
 
 def loaded(
-    source: Source, whole: torch.Tensor, coordinate: Sequence[int], spread: Spread
+    source: Source, whole: torch.Tensor, coordinate: Sequence[int], placement: MeshPlacement
 ) -> tuple[Sequence[Piece], torch.Tensor, int]:
     """What the rank at a place of another mesh gets, and the bytes that it read."""
-    pieces = pieces_of(tuple(whole.shape), spread.splits_at(coordinate))
+    pieces = pieces_of(tuple(whole.shape), placement.splits_at(coordinate))
     sizes = [max((p.local.stop[d] for p in pieces), default=0) for d in range(whole.ndim)]
     nbytes = prod(sizes) * whole.itemsize
     local = torch.zeros(nbytes, dtype=torch.uint8).view(whole.dtype).view(sizes)
     return pieces, local, read_tensors(source, [Wanted("w", pieces, local)])
 
 
-def check(whole: torch.Tensor, before: Spread, after: Spread) -> int:
+def check(whole: torch.Tensor, before: MeshPlacement, after: MeshPlacement) -> int:
     """Save by one layout, load by another; every rank has what slicing gives. Returns bytes read by
     all ranks together."""
     source, read = saved(whole, before), 0
@@ -95,17 +99,19 @@ def test_so_it_is_for_very_many_pairs_of_them(data: st.DataObject) -> None:
     check_any(data)
 
 
-def wanted_bytes(whole: torch.Tensor, spread: Spread) -> int:
+def wanted_bytes(whole: torch.Tensor, placement: MeshPlacement) -> int:
     """Of all ranks together: replicas count each."""
-    everyone = product(*map(range, spread.mesh.shape))
+    everyone = product(*map(range, placement.mesh.shape))
     regions = [
-        piece.region for at in everyone for piece in pieces_of(whole.shape, spread.splits_at(at))
+        piece.region for at in everyone for piece in pieces_of(whole.shape, placement.splits_at(at))
     ]
     return sum(region.num_elements for region in regions) * whole.itemsize
 
 
-def rows_only(spread: Spread) -> Spread:
-    return Spread(spread.mesh, tuple(cut and Cut(0, cut.num_strides) for cut in spread.cuts))
+def rows_only(placement: MeshPlacement) -> MeshPlacement:
+    return MeshPlacement(
+        placement.mesh, tuple(cut and ShardSpec(0, cut.num_strides) for cut in placement.shards)
+    )
 
 
 @settings(max_examples=20, deadline=None)
@@ -125,7 +131,7 @@ def test_columns_are_read_once_while_a_block_wide_and_else_with_their_rows(
     """G13. Method: rows of four blocks, saved by rows, loaded by columns. A run of a block or more
     is read by itself; of shorter ones at most `row / slice` of the bytes wanted are read."""
     whole = torch.arange(6 * 4 * BLOCK_BYTES).to(torch.uint8).view(6, 4 * BLOCK_BYTES)
-    before = Spread(Mesh((3,), (0, 1, 2)), (Cut(0),))
-    after = Spread(Mesh((num_columns,), tuple(range(num_columns))), (Cut(1),))
+    before = MeshPlacement(Mesh((3,), (0, 1, 2)), (ShardSpec(0),))
+    after = MeshPlacement(Mesh((num_columns,), tuple(range(num_columns))), (ShardSpec(1),))
     read, wanted = check(whole, before, after), wanted_bytes(whole, after)
     assert read == wanted if num_columns <= 4 else read <= wanted * num_columns

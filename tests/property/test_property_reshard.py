@@ -14,7 +14,7 @@ from holdfast.errors import DamagedError
 from holdfast.format.manifest import Chunk, Span, TensorEntry
 from holdfast.format.region import Region
 from holdfast.format.torchzip import contiguous_strides
-from holdfast.planning.read_plan import RUN_BYTES_MIN, Part, moves, parts
+from holdfast.planning.read_plan import RUN_BYTES_MIN, ByteRange, byte_ranges, read_items
 
 
 @st.composite
@@ -29,7 +29,7 @@ ITEMSIZES = st.sampled_from([1, 2, 8, RUN_BYTES_MIN // 4, RUN_BYTES_MIN])
 of that size is ever there."""
 
 
-def taken(part: Part, chunk: np.ndarray, itemsize: int) -> np.ndarray:
+def taken(part: ByteRange, chunk: np.ndarray, itemsize: int) -> np.ndarray:
     """What a reader takes out of the bytes of a part: only those, in the strides of the chunk."""
     assert part.start % itemsize == 0
     stretch = chunk.reshape(-1)[part.start // itemsize : part.stop // itemsize]
@@ -52,7 +52,7 @@ def test_the_parts_put_together_are_the_slice(data: st.DataObject) -> None:
     chunk = np.arange(prod(shape)).reshape(shape)
     wanted = chunk[box.slices()]
     found = np.full(box.shape, -1)
-    for part in parts(box, shape, itemsize, window):
+    for part in byte_ranges(box, shape, itemsize, window):
         assert (found[part.box.slices()] == -1).all(), "no element comes twice"
         found[part.box.slices()] = taken(part, chunk, itemsize)
         inside = part.box.num_elements * itemsize
@@ -68,7 +68,7 @@ def test_rows_are_read_as_one_part_and_nothing_beside_them(data: st.DataObject) 
     shape = data.draw(SHAPES.filter(bool))
     lo, hi = sorted((data.draw(st.integers(0, shape[0])), data.draw(st.integers(0, shape[0]))))
     box = Region((lo, *[0] * (len(shape) - 1)), (hi, *shape[1:]))
-    found = list(parts(box, shape, 8, 1))
+    found = list(byte_ranges(box, shape, 8, 1))
     assert sum(part.stop - part.start for part in found) == box.num_elements * 8
     assert len(found) == (1 if box.num_elements else 0)
 
@@ -80,7 +80,7 @@ def test_long_runs_are_read_without_the_gaps_between_them(data: st.DataObject) -
     height, width = data.draw(st.integers(1, 5)), data.draw(st.integers(2, 6))
     lo, hi = sorted((data.draw(st.integers(0, width)), data.draw(st.integers(0, width))))
     box = Region((0, lo), (height, hi))
-    found = list(parts(box, (height, width), RUN_BYTES_MIN, 8 * RUN_BYTES_MIN))
+    found = list(byte_ranges(box, (height, width), RUN_BYTES_MIN, 8 * RUN_BYTES_MIN))
     assert sum(part.stop - part.start for part in found) == box.num_elements * RUN_BYTES_MIN
 
 
@@ -89,7 +89,7 @@ def test_short_runs_cost_no_more_than_the_rows_that_they_lie_in(data: st.DataObj
     """G13. Method: any box; the bytes read are at most those from its first element to its last."""
     shape = data.draw(SHAPES)
     box = data.draw(boxes(shape))
-    read = sum(part.stop - part.start for part in parts(box, shape, 4, 64))
+    read = sum(part.stop - part.start for part in byte_ranges(box, shape, 4, 64))
     if box.num_elements:
         strides = contiguous_strides(shape)
         last = sum((n - 1) * s for n, s in zip(box.shape, strides, strict=True)) + 1
@@ -124,7 +124,7 @@ def test_every_wanted_element_comes_from_the_one_chunk_that_holds_it(data: st.Da
     shape = data.draw(SHAPES)
     entry, wanted = entry_of(shape, data.draw(grids(shape))), data.draw(boxes(shape))
     counted = np.zeros(shape, int)
-    for move in moves("w", entry, wanted):
+    for move in read_items("w", entry, wanted):
         assert move.region & move.chunk.region == move.region
         counted[move.region.slices()] += 1
     expected = np.zeros(shape, int)
@@ -146,6 +146,6 @@ def test_a_chunk_that_is_missing_or_there_twice_is_damage_where_it_is_wanted(
     )
     if (cells[victim] & wanted).num_elements:
         with pytest.raises(DamagedError, match="`w`"):
-            moves("w", entry_of(shape, broken), wanted)
+            read_items("w", entry_of(shape, broken), wanted)
     else:
-        moves("w", entry_of(shape, broken), wanted)
+        read_items("w", entry_of(shape, broken), wanted)

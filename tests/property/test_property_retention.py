@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from holdfast import CheckpointConfig
 from holdfast.catalog.catalog import Catalog, open_manifest
+from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.marks import mark_damaged, pin
 from holdfast.catalog.source import Source
-from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.comm import Solo
 from holdfast.errors import DamagedError, HoldfastError
 from holdfast.format.names import step_name
@@ -24,7 +24,7 @@ from holdfast.state.tree import flatten
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Store
 from holdfast.testing.crashes import recorded, store_of
-from holdfast.testing.disk import Cut, Tree, left_by
+from holdfast.testing.disk import PowerCut, Tree, left_by
 
 CONFIG = CheckpointConfig(
     enable=True, keep_latest_k=3, keep_every_n_steps=5, keep_best_k=1, keep_best_mode="max"
@@ -94,7 +94,7 @@ def intact(store: MemoryStore) -> set[int]:
 
 def resume(store: MemoryStore, back: int) -> int | None:
     """As the manager does: sweep, then the newest step that loads; damaged ones are marked."""
-    assert execute(store, plan_sweep(store.list())) == []
+    assert execute(store, plan_cleanup(store.list())) == []
     catalog, below = Catalog(store), None
     good = sorted(intact(store))
     if 0 < back < len(good):
@@ -155,7 +155,7 @@ def train(folder: Folder, course: Course) -> None:
 
     before, done = recorded(copy, save)
     at = len(done) if course.cut is None else int(course.cut * len(done))
-    cut = Cut(at, "killed" if course.cut is None else course.version, course.seed)
+    cut = PowerCut(at, "killed" if course.cut is None else course.version, course.seed)
     folder.tree = left_by([*before, *done], cut, durable=len(before))
 
     # What is still there is counted, also where a course that was cut had no reason to keep it.
@@ -171,7 +171,7 @@ def train(folder: Folder, course: Course) -> None:
         folder.may_go.discard(step)
         counted -= folder.may_go
     found = store_of(folder.tree)
-    assert execute(found, plan_sweep(found.list())) == []
+    assert execute(found, plan_cleanup(found.list())) == []
     left = intact(found)
     assert left >= (there - folder.may_go) - set(new), (there, folder.may_go, left)
     assert left or not there, "the last good step went"

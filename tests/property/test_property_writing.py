@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.format.region import Region
-from holdfast.planning.file_layout import TensorItem, image_of, lay_out
+from holdfast.planning.file_layout import TensorItem, lay_out, lay_out_file
 from holdfast.saving.stage import Snapshot, host_windows
 from holdfast.saving.write import WINDOW_BYTES, write
 from holdfast.storage.local import LocalStore
@@ -31,28 +31,29 @@ def test_a_file_is_the_same_from_a_snapshot_as_part_by_part(
     """G1, G6. Method: bytes and receipts; the snapshot's memory had another file before."""
     tensors = {f"w{n}": torch.rand(size) for n, size in enumerate(sizes)}
     items = lay_out([(n, "float32", Region.whole(t.shape)) for n, t in tensors.items()])
-    image = image_of(0, items, [([f"v{n}"], value) for n, value in enumerate(containers)])
+    layout = lay_out_file(0, items, [([f"v{n}"], value) for n, value in enumerate(containers)])
 
     def tensor_of(item: TensorItem) -> torch.Tensor:
         return tensors[item.name]
 
     snapshot = Snapshot()
-    snapshot.reserve(image.nbytes + 1000)
-    snapshot.memory(image.nbytes + 1000)[:] = b"\xaa" * (image.nbytes + 1000)
+    snapshot.reserve(layout.nbytes + 1000)
+    snapshot.memory(layout.nbytes + 1000)[:] = b"\xaa" * (layout.nbytes + 1000)
     snapshot.copy(items, tensor_of)
     with TemporaryDirectory() as folder:
         store = LocalStore(Path(folder)) if local else MemoryStore()
-        receipts = []
+        results = []
         for name, data in (
             ("parts", lambda item: host_windows(tensor_of(item), item.dtype)),
-            ("memory", snapshot.memory(image.nbytes)),
+            ("memory", snapshot.memory(layout.nbytes)),
         ):
             store.make_folder(name)
-            receipts.append(write(store, name, image, data))
-        assert receipts[0] == receipts[1]
-        if image.nbytes:
+            results.append(write(store, name, layout, data))
+        assert results[0] == results[1]
+        if layout.nbytes:
             parts, memory = (
-                store.read(f"{name}/{image.name}", 0, image.nbytes) for name in ("parts", "memory")
+                store.read(f"{name}/{layout.name}", 0, layout.nbytes)
+                for name in ("parts", "memory")
             )
-            assert len(parts) == image.nbytes
+            assert len(parts) == layout.nbytes
             assert parts == memory

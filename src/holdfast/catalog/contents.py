@@ -47,7 +47,7 @@ def run(checks: Iterable[Check]) -> Iterator[Finding]:
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
+class RecordReader:
     """One file of a checkpoint, to be read in windows."""
 
     store: ReadStore
@@ -98,7 +98,7 @@ def check_pieces(
     manifest: Manifest,
     files: Iterable[str],
     checksums: Mapping[str, Sequence[int]],
-    reader_of: Callable[[str], Reader],
+    reader_of: Callable[[str], RecordReader],
 ) -> Iterator[Check]:
     """Checks of every byte of Holdfast's own files: blocks and values by their checksums, what
     stands around them as it is generated, and zeros between the items, should there be any.
@@ -173,7 +173,7 @@ def _grouped(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
         yield group
 
 
-def _check_window(reader: Reader, pieces: Sequence[_Piece]) -> list[Finding]:
+def _check_window(reader: RecordReader, pieces: Sequence[_Piece]) -> list[Finding]:
     first, last = pieces[0].span.offset, pieces[-1].span.stop
     try:
         if last - first > WINDOW_BYTES:
@@ -226,7 +226,9 @@ def _unreadable(file: str, entry: str, error: HoldfastError) -> Finding:
 # -------------------------------------------------------------------- what torch.save has written
 
 
-def check_containers(manifest: Manifest, reader_of: Callable[[str], Reader]) -> Iterator[Check]:
+def check_containers(
+    manifest: Manifest, reader_of: Callable[[str], RecordReader]
+) -> Iterator[Check]:
     """Checks of every item of a stock checkpoint: what its container says it holds, and the CRC-32
     of each of its records."""
     for name, entry in manifest.tensors.items():
@@ -236,7 +238,9 @@ def check_containers(manifest: Manifest, reader_of: Callable[[str], Reader]) -> 
         yield partial(_check_value, reader_of(value.file), name, value.item)
 
 
-def _check_tensor(reader: Reader, name: str, entry: TensorEntry, chunk: Chunk) -> list[Finding]:
+def _check_tensor(
+    reader: RecordReader, name: str, entry: TensorEntry, chunk: Chunk
+) -> list[Finding]:
     try:
         stored = locate(reader.fetch, chunk.item, where=reader.file)
     except HoldfastError as error:
@@ -250,7 +254,7 @@ def _check_tensor(reader: Reader, name: str, entry: TensorEntry, chunk: Chunk) -
     return _check_value(reader, name, chunk.item)
 
 
-def _check_value(reader: Reader, name: str, item: Span) -> list[Finding]:
+def _check_value(reader: RecordReader, name: str, item: Span) -> list[Finding]:
     try:
         if reader.fetch(item.offset, 4) != b"PK\3\4":
             return [Finding("data", reader.file, "is no container of torch.save", name)]
@@ -274,7 +278,7 @@ def keeps_checksums(records: Mapping[str, Record]) -> bool:
 
 
 def check_record(
-    reader: Reader, records: Mapping[str, Record], name: str, position: int, entry: str
+    reader: RecordReader, records: Mapping[str, Record], name: str, position: int, entry: str
 ) -> list[Finding]:
     """One record of an archive that begins at `position`, against its CRC-32. `entry` is what is
     stored in it, for people."""

@@ -19,7 +19,7 @@ from holdfast.storage.store import ReadStore
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class CheckpointRow:
     """One step, or a save that did not come to its end."""
 
     name: str
@@ -52,11 +52,11 @@ class Row:
     """What each stage of its save has taken, over all ranks."""
 
 
-LookAt = Callable[[ReadStore, str], Row]
+LookAt = Callable[[ReadStore, str], CheckpointRow]
 """`look_at(store, key)`: what is known of one step, but for its marks."""
 
 
-def survey(store: ReadStore, name: str, look_at: LookAt | None = None) -> list[Row]:
+def survey(store: ReadStore, name: str, look_at: LookAt | None = None) -> list[CheckpointRow]:
     """The steps below a folder, oldest first, then what is no step yet, or no longer. `look_at`
     stands in for `row_of`, should the caller know some of them.
 
@@ -72,13 +72,15 @@ def survey(store: ReadStore, name: str, look_at: LookAt | None = None) -> list[R
         raise NotFoundError(f"`{place(store, name)}` holds no step", hint=_hint(store, name, there))
     damaged, pinned = damaged_steps(store, name), pinned_steps(store, name)
     rows = [_marked((look_at or row_of)(store, step), damaged, pinned) for step in steps]
-    return rows + [Row(one, None, "attempt") for one in asides]
+    return rows + [CheckpointRow(one, None, "attempt") for one in asides]
 
 
-def _marked(row: Row, damaged: Mapping[int, str], pinned: Collection[int]) -> Row:
+def _marked(
+    row: CheckpointRow, damaged: Mapping[int, str], pinned: Collection[int]
+) -> CheckpointRow:
     if row.state == "good" and row.step is not None and row.step in damaged:
         why = damaged[row.step]
-        row = Row(row.name, row.step, "damaged", problem=why, why_not=why)
+        row = CheckpointRow(row.name, row.step, "damaged", problem=why, why_not=why)
     return replace(row, pinned=row.step in pinned)
 
 
@@ -110,7 +112,7 @@ def _holds_steps(store: ReadStore, name: str) -> bool:
         return False
 
 
-def row_of(store: ReadStore, key: str) -> Row:
+def row_of(store: ReadStore, key: str) -> CheckpointRow:
     """What is known of one step, but for its marks."""
     name = key.rpartition("/")[2]
     step = step_standing_in(name)
@@ -119,9 +121,9 @@ def row_of(store: ReadStore, key: str) -> Row:
             store, key, lambda: open_any(store, key, check_files=True, entries=False)
         )
     except HoldfastError as error:
-        return Row(name, step, "damaged", problem=error.what, why_not=error.what)
+        return CheckpointRow(name, step, "damaged", problem=error.what, why_not=error.what)
     manifest = opened.manifest
-    return Row(
+    return CheckpointRow(
         name,
         step,
         "good",
@@ -136,7 +138,7 @@ def row_of(store: ReadStore, key: str) -> Row:
     )
 
 
-def resumable(rows: Sequence[Row]) -> int | None:
+def resumable(rows: Sequence[CheckpointRow]) -> int | None:
     """The step that a resume takes, as far as can be known without reading data."""
     steps = [row.step for row in rows if row.why_not is None and row.step is not None]
     return max(steps, default=None)

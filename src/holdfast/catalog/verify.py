@@ -10,7 +10,7 @@ from functools import partial
 from holdfast.catalog.catalog import place, read_checksums, read_manifest
 from holdfast.catalog.contents import (
     Advance,
-    Reader,
+    RecordReader,
     check_containers,
     check_pieces,
     check_record,
@@ -18,7 +18,7 @@ from holdfast.catalog.contents import (
     keeps_checksums,
     run,
 )
-from holdfast.catalog.findings import Finding, Format, Report, kind_of, usable
+from holdfast.catalog.findings import Finding, Format, VerifyReport, kind_of, usable
 from holdfast.catalog.open_any import format_of, is_folder
 from holdfast.catalog.pieces import no_checkpoint
 from holdfast.catalog.resumable import misnumbered, why_not_resumable
@@ -33,7 +33,7 @@ from holdfast.storage.store import ReadStore
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class VerifyTarget:
     """What is to be verified, and how far."""
 
     store: ReadStore
@@ -49,12 +49,12 @@ class Target:
     def where(self) -> str:
         return place(self.store, self.name)
 
-    def reader(self, file: str) -> Reader:
+    def reader(self, file: str) -> RecordReader:
         key = f"{self.name}/{file}" if file else self.name
-        return Reader(self.store, key, file or self.name, self.advance)
+        return RecordReader(self.store, key, file or self.name, self.advance)
 
 
-def verify(target: Target) -> Report:
+def verify(target: VerifyTarget) -> VerifyReport:
     """What is wrong with one checkpoint, a folder or a file; `quick` for its structure alone.
 
     Holds a few windows of data in memory, whatever the size of the checkpoint.
@@ -71,7 +71,7 @@ def verify(target: Target) -> Report:
             target.name,
             hint="`holdfast list FOLDER` shows the steps of a run's checkpoint folder",
         )
-    verifiers: dict[Format, Callable[[Target], Report]] = {
+    verifiers: dict[Format, Callable[[VerifyTarget], VerifyReport]] = {
         "holdfast": _verify_step,
         "dcp": _verify_step,
         "safetensors": _verify_safetensors,
@@ -94,7 +94,9 @@ def verify(target: Target) -> Report:
     )
 
 
-def _steadily(target: Target, verifier: Callable[[Target], Report]) -> Report:
+def _steadily(
+    target: VerifyTarget, verifier: Callable[[VerifyTarget], VerifyReport]
+) -> VerifyReport:
     """The report of a verifier, which looks again at a checkpoint that was replaced meanwhile."""
     for _ in range(LOOKS_MAX - 1):
         before = fingerprint(target.store, target.name)
@@ -109,18 +111,20 @@ def _steadily(target: Target, verifier: Callable[[Target], Report]) -> Report:
     return verifier(target)
 
 
-def failed(target: Target, error: HoldfastError) -> Report:
+def failed(target: VerifyTarget, error: HoldfastError) -> VerifyReport:
     """The report on a checkpoint that cannot even be opened."""
     index = MANIFEST if isinstance(error, DamagedError) else METADATA
     finding = Finding("index", index, error.what)
     number = step_standing_in(target.name.rpartition("/")[2])
-    return Report(target.where, None, (finding,), usable="nothing", step=number, why_not=error.what)
+    return VerifyReport(
+        target.where, None, (finding,), usable="nothing", step=number, why_not=error.what
+    )
 
 
 # ------------------------------------------------------------------------ Holdfast, and stock DCP
 
 
-def _verify_step(target: Target) -> Report:
+def _verify_step(target: VerifyTarget) -> VerifyReport:
     try:
         manifest = read_manifest(target.store, target.name)
     except DamagedError as error:
@@ -162,15 +166,18 @@ def _without(manifest: Manifest, files: set[str]) -> Manifest:
     return replace(manifest, tensors=tensors, values=values)
 
 
-def _others(target: Target) -> list[str]:
+def _others(target: VerifyTarget) -> list[str]:
     return [name for name in target.store.list(target.name) if name != LOCK]
 
 
 def _report(
-    target: Target, manifest: Manifest, findings: Sequence[Finding], others: Sequence[str] = ()
-) -> Report:
+    target: VerifyTarget,
+    manifest: Manifest,
+    findings: Sequence[Finding],
+    others: Sequence[str] = (),
+) -> VerifyReport:
     notes = [f"`{name}` is not part of the checkpoint" for name in others]
-    return Report(
+    return VerifyReport(
         target.where,
         None,
         _distinct(findings),
@@ -190,7 +197,7 @@ def _distinct(findings: Sequence[Finding]) -> tuple[Finding, ...]:
 # ------------------------------------------------------------------------------------ safetensors
 
 
-def _verify_safetensors(target: Target) -> Report:
+def _verify_safetensors(target: VerifyTarget) -> VerifyReport:
     names = target.store.list(target.name) if is_folder(target.store, target.name) else [""]
     indexes = [name for name in names if name.endswith(f"{safetensors.SUFFIX}.index.json")]
     findings: list[Finding] = []
@@ -234,7 +241,7 @@ def _verify_safetensors(target: Target) -> Report:
     return replace(report, notes=tuple(notes))
 
 
-def _safetensors_file(target: Target, file: str) -> Manifest:
+def _safetensors_file(target: VerifyTarget, file: str) -> Manifest:
     reader = target.reader(file)
     nbytes = target.store.size(reader.key)
     where = f"{target.where}/{file}" if file else target.where
@@ -244,7 +251,7 @@ def _safetensors_file(target: Target, file: str) -> Manifest:
 # -------------------------------------------------------------------------------------- .pt files
 
 
-def _verify_torch_file(target: Target) -> Report:
+def _verify_torch_file(target: VerifyTarget) -> VerifyReport:
     reader = target.reader("")
     nbytes = target.store.size(reader.key)
     read = partial(torchfile.read_file, reader.fetch, nbytes, file=reader.file, where=target.where)
@@ -255,14 +262,14 @@ def _verify_torch_file(target: Target) -> Report:
     except (ValueError, LookupError, struct.error) as error:
         what = f"is not a whole file of torch.save: {error}"
         finding = Finding("file", reader.file, what)
-        return Report(target.where, "torch", (finding,), nbytes=nbytes, usable="nothing")
+        return VerifyReport(target.where, "torch", (finding,), nbytes=nbytes, usable="nothing")
     kept = keeps_checksums(records)
     findings: list[Finding] = []
     for name in ("data.pkl", "byteorder"):
         if kept and name in records:
             findings += check_record(reader, records, name, 0, "")
     if findings:
-        return Report(target.where, "torch", tuple(findings), nbytes=nbytes, usable="nothing")
+        return VerifyReport(target.where, "torch", tuple(findings), nbytes=nbytes, usable="nothing")
     manifest = read().manifest
     if kept and not target.quick:
         entries = entries_by_record(manifest, records)

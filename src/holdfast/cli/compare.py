@@ -20,7 +20,7 @@ State = Literal["equal", "differs", "dtype", "shape", "only in a", "only in b"]
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class ComparedTensor:
     """One of two tensors that are compared."""
 
     tensors: Tensors
@@ -60,7 +60,10 @@ class Difference:
 
 
 def compare(
-    name: str, a: Side | None, b: Side | None, advance: Callable[[int], None] = lambda _: None
+    name: str,
+    a: ComparedTensor | None,
+    b: ComparedTensor | None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Difference:
     """What differs between two tensors: `dtype` where the numbers are equal and kept otherwise.
 
@@ -95,7 +98,7 @@ def compare(
     )
 
 
-def nbytes_to_read(a: Side, b: Side) -> int:
+def nbytes_to_read(a: ComparedTensor, b: ComparedTensor) -> int:
     """Of each side, for a progress bar."""
     held = a.tensors.held[a.name], b.tensors.held[b.name]
     if held[0].shape != held[1].shape:
@@ -105,7 +108,7 @@ def nbytes_to_read(a: Side, b: Side) -> int:
     return sum(region.num_elements * itemsize for region in regions)
 
 
-def _differing_chunks(a: Side, b: Side, whole: Region) -> Iterator[Region]:
+def _differing_chunks(a: ComparedTensor, b: ComparedTensor, whole: Region) -> Iterator[Region]:
     """The regions that have to be read: those of chunks without checksums, or with other ones."""
     if a.entry is None or b.entry is None or a.entry.dtype != b.entry.dtype:
         yield whole

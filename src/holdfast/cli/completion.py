@@ -13,7 +13,7 @@ from holdfast.cli.terminal import named, parsed
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
+class CompletionArguments:
     """Print the script that lets a shell complete verbs and their options.
 
     Example: holdfast completion bash > ~/.local/share/bash-completion/completions/holdfast
@@ -30,7 +30,7 @@ def run(arguments: Sequence[str]) -> int:
     """Print the script; ends the process."""
     from holdfast.cli.main import VERBS
 
-    asked = parsed(Completion, "completion", arguments)
+    asked = parsed(CompletionArguments, "completion", arguments)
     tyro.cli(
         _one_of("holdfast.cli", VERBS),
         prog="holdfast",

@@ -13,7 +13,7 @@ import tyro
 from holdfast.cli.terminal import parsed, progress, say, say_json
 from holdfast.convert.convert import Converted, convert
 from holdfast.convert.form import Form, form_of
-from holdfast.convert.plan import Float, Wishes, plan
+from holdfast.convert.plan import ConvertOptions, Float, plan
 from holdfast.errors import UsageError
 from holdfast.spelling import spelled_bytes
 
@@ -22,7 +22,7 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True, slots=True)
-class Convert:
+class ConvertArguments:
     """Convert a checkpoint (a step of Holdfast, a folder of stock torch.distributed.checkpoint or
     of Hugging Face, a .pt file) into another format, tensor by tensor, in bounded memory. TARGET is
     absent until it is whole.
@@ -75,13 +75,13 @@ class Convert:
     debug: bool = False
     """On an error, print where it came from."""
 
-    def wishes(self) -> Wishes:
+    def options(self) -> ConvertOptions:
         """What the conversion is told.
 
         Raises:
             UsageError: no target of its format.
         """
-        return Wishes(
+        return ConvertOptions(
             to=form_of(self.source, self.target, self.to),
             hf_assets=self.hf_assets,
             dtype=self.dtype,
@@ -97,7 +97,7 @@ class Convert:
 
 def run(arguments: Sequence[str]) -> int:
     """Convert, and say how much and how fast; the exit status."""
-    asked = parsed(Convert, "convert", arguments)
+    asked = parsed(ConvertArguments, "convert", arguments)
     done, notes = converted(asked)
     if asked.json:
         seconds = round(done.seconds, 3)
@@ -123,13 +123,13 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def converted(asked: Convert) -> tuple[Converted, Sequence[str]]:
+def converted(asked: ConvertArguments) -> tuple[Converted, Sequence[str]]:
     """The conversion, done, with a bar on a terminal; and its notes."""
-    wishes = asked.wishes()
-    planned = plan(asked.source, wishes)
+    options = asked.options()
+    planned = plan(asked.source, options)
     try:
         with progress(asked.target, planned.nbytes) as advance:
-            return convert(planned, asked.target, wishes, advance), planned.notes
+            return convert(planned, asked.target, options, advance), planned.notes
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: the same command goes on from here\n")
         raise

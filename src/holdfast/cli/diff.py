@@ -10,14 +10,14 @@ from holdfast.catalog.findings import name_in_model, parts_of
 from holdfast.catalog.open_any import OpenCheckpoint, open_any
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.source import read_value
-from holdfast.cli.compare import Difference, Side, compare, nbytes_to_read
+from holdfast.cli.compare import ComparedTensor, Difference, compare, nbytes_to_read
 from holdfast.cli.terminal import parsed, progress, say, say_json
-from holdfast.convert.plan import Wishes, plan
+from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import MismatchError
 from holdfast.format.manifest import Manifest
 from holdfast.hf.dialects import dialect_of, renamed
 from holdfast.spelling import counted
-from holdfast.tensors.stored import Stored
+from holdfast.tensors.stored import StoredTensors
 
 if TYPE_CHECKING:
     import tyro
@@ -26,7 +26,7 @@ LISTED_MAX = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Diff:
+class DiffArguments:
     """What differs between two checkpoints: names, shapes, dtypes, and the elements, by how much.
     Either may be a step, a folder of stock torch.distributed.checkpoint or of Hugging Face, or a
     .pt file; where one has Hugging Face's names, it is compared through the table of its family.
@@ -56,7 +56,7 @@ class Diff:
 
 def run(arguments: Sequence[str]) -> int:
     """Compare, print what differs; the exit status."""
-    asked = parsed(Diff, "diff", arguments)
+    asked = parsed(DiffArguments, "diff", arguments)
     seen = open_any(*open_for_reading(asked.a)), open_any(*open_for_reading(asked.b))
     a, b = sides(seen, asked)
     pairs = [(name, a.get(name), b.get(name)) for name in [*a, *(n for n in b if n not in a)]]
@@ -77,8 +77,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def sides(
-    seen: tuple[OpenCheckpoint, OpenCheckpoint], asked: Diff
-) -> tuple[dict[str, Side], dict[str, Side]]:
+    seen: tuple[OpenCheckpoint, OpenCheckpoint], asked: DiffArguments
+) -> tuple[dict[str, ComparedTensor], dict[str, ComparedTensor]]:
     """The tensors of both under the names that they are compared by: as they are, and where the
     two use different ones, as Meta's.
 
@@ -111,15 +111,18 @@ def _names(manifest: Manifest, *, model_only: bool) -> dict[str, str]:
     return called
 
 
-def _as_called(seen: OpenCheckpoint, called: Mapping[str, str]) -> dict[str, Side]:
-    stored, entries = Stored(seen.source, seen.strides), seen.manifest.tensors
-    return {ours: Side(stored, name, seen.source, entries[name]) for name, ours in called.items()}
+def _as_called(seen: OpenCheckpoint, called: Mapping[str, str]) -> dict[str, ComparedTensor]:
+    stored, entries = StoredTensors(seen.source, seen.strides), seen.manifest.tensors
+    return {
+        ours: ComparedTensor(stored, name, seen.source, entries[name])
+        for name, ours in called.items()
+    }
 
 
-def _through_table(path: str, assets: str | None) -> dict[str, Side]:
+def _through_table(path: str, assets: str | None) -> dict[str, ComparedTensor]:
     """The tensors of a Hugging Face folder as a conversion would write them."""
-    outputs = plan(path, Wishes(to="dcp", names="meta", hf_assets=assets)).outputs
-    return {name: Side(output.tensors, output.name) for name, output in outputs.items()}
+    outputs = plan(path, ConvertOptions(to="dcp", names="meta", hf_assets=assets)).outputs
+    return {name: ComparedTensor(output.tensors, output.name) for name, output in outputs.items()}
 
 
 def _values(seen: tuple[OpenCheckpoint, OpenCheckpoint]) -> dict[str, str]:

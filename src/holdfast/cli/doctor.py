@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from holdfast.catalog.catalog import place, read_manifest, steps_in
-from holdfast.catalog.findings import MODEL_IS_WHOLE, Report, said_of
+from holdfast.catalog.cleanup import is_at_work, plan_cleanup
+from holdfast.catalog.findings import MODEL_IS_WHOLE, VerifyReport, said_of
 from holdfast.catalog.marks import damaged_steps
 from holdfast.catalog.paths import open_for_reading
-from holdfast.catalog.sweep import is_at_work, plan_sweep
 from holdfast.cli.terminal import parsed, say, say_json
 from holdfast.cli.verify import resumable, verified
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError, StorageError
@@ -30,7 +30,7 @@ Concern = Literal["damaged", "marked", "space", "rights", "left over", "in use",
 
 
 @dataclass(frozen=True, slots=True)
-class Doctor:
+class DoctorArguments:
     """What is wrong with a run's checkpoint folder, and the command that mends each: damaged steps,
     what killed saves left, locks, space, rights, checkpoints under names that no resume finds.
     Exits with 7 where a step is damaged, with 9 where a save would fail.
@@ -72,7 +72,7 @@ class Folder:
     names: Sequence[str]
     """What lies in it; names of folders end in `/`."""
 
-    reports: Sequence[Report]
+    reports: Sequence[VerifyReport]
     """On each step."""
 
     marked: Mapping[int, str]
@@ -97,7 +97,7 @@ class Folder:
 
 def run(arguments: Sequence[str]) -> int:
     """Look, say what is wrong; the exit status."""
-    asked = parsed(Doctor, "doctor", arguments)
+    asked = parsed(DoctorArguments, "doctor", arguments)
     folder = _looked_at(asked.folder, quick=not asked.verify)
     troubles = [*examine(folder)]
     resume = folder.resume
@@ -168,7 +168,7 @@ def _damaged(folder: Folder) -> Iterator[Trouble]:
         yield Trouble("damaged", name, what, _mend(folder, report, name))
 
 
-def _mend(folder: Folder, report: Report, name: str) -> str | None:
+def _mend(folder: Folder, report: VerifyReport, name: str) -> str | None:
     """What takes a damaged step away where there is one to resume from, or gets out of it what is
     whole; None where nothing is."""
     if report.loads:
@@ -219,7 +219,7 @@ def _left_over(folder: Folder, store: LocalStore) -> Iterator[Trouble]:
     """What saves that were killed left; while a run is at work, what it is at."""
     lock = f"{folder.name}/{LOCK}"
     holder = holder_of(store, lock) if LOCK in folder.names else None
-    asides = plan_sweep(folder.names)
+    asides = plan_cleanup(folder.names)
     if holder is not None:
         what = f"by {holder or 'a run that gives no name'}"
         yield Trouble("in use", LOCK, f"{what}, {counted(len(asides), 'folder')} on the way")

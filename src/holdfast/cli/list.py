@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from holdfast.catalog.catalog import place
-from holdfast.catalog.findings import Report, said_of
-from holdfast.catalog.listing import Row, resumable, survey
+from holdfast.catalog.findings import VerifyReport, said_of
+from holdfast.catalog.listing import CheckpointRow, resumable, survey
 from holdfast.catalog.paths import open_for_reading
 from holdfast.cli.terminal import parsed, say, say_json, say_table
 from holdfast.errors import DamagedError
@@ -23,7 +23,7 @@ HEAD = ("step", "size", "age", "kind", "layout", "state", "")
 
 
 @dataclass(frozen=True, slots=True)
-class List:
+class ListArguments:
     """The steps in a checkpoint folder: size, age, kind, the layout that wrote it, whether each is
     whole, and which one a resume takes. Looks at indexes and sizes; with --verify at every byte,
     and exits with 7 where one is damaged, as verify does.
@@ -46,7 +46,7 @@ class List:
 
 def run(arguments: Sequence[str]) -> int:
     """Print the list; the exit status."""
-    asked = parsed(List, "list", arguments)
+    asked = parsed(ListArguments, "list", arguments)
     store, name = open_for_reading(asked.folder)
     rows = survey(store, name)
     damaged = 0
@@ -71,7 +71,9 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _reports(store: ReadStore, folder: str, rows: Sequence[Row]) -> dict[str, Report]:
+def _reports(
+    store: ReadStore, folder: str, rows: Sequence[CheckpointRow]
+) -> dict[str, VerifyReport]:
     """What reading all data of each step has shown, by its name."""
     # Not at the top: a list that reads no data does not wait for the verifier.
     from holdfast.cli.verify import verified
@@ -80,7 +82,7 @@ def _reports(store: ReadStore, folder: str, rows: Sequence[Row]) -> dict[str, Re
     return {name: verified(store, f"{folder}/{name}", quick=False) for name in steps}
 
 
-def _verified(row: Row, report: Report | None) -> Row:
+def _verified(row: CheckpointRow, report: VerifyReport | None) -> CheckpointRow:
     """The row with what its report says."""
     if row.state != "good" or report is None or report.good:
         return row
@@ -90,7 +92,7 @@ def _verified(row: Row, report: Report | None) -> Row:
     return replace(row, state=state, problem=problem, why_not=why_not)
 
 
-def _cells(row: Row, resume: int | None) -> tuple[str, ...]:
+def _cells(row: CheckpointRow, resume: int | None) -> tuple[str, ...]:
     return (
         str(row.step) if row.step is not None else row.name,
         "-" if row.nbytes is None else spelled_bytes(row.nbytes),

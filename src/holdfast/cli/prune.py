@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from holdfast.catalog.catalog import Catalog, read_manifest
+from holdfast.catalog.cleanup import execute, is_at_work, plan_cleanup
 from holdfast.catalog.open_any import format_of
 from holdfast.catalog.replaceable import why_not_removable
 from holdfast.catalog.resumable import misnumbered
-from holdfast.catalog.sweep import execute, is_at_work, plan_sweep
 from holdfast.cli.terminal import parsed, say, say_json, say_table
 from holdfast.errors import HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format.names import LOCK, aside_of
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Prune:
+class PruneArguments:
     """Remove steps that no rule keeps, and what killed saves left. A step stays if any rule keeps
     it; without a rule every step stays. Pinned steps and the newest two to resume from always stay.
     Damaged steps neither count nor go, unless asked for. Refused while a run saves in the folder.
@@ -95,7 +95,7 @@ class Decision:
 
 def run(arguments: Sequence[str]) -> int:
     """Say what goes, and let it go; the exit status."""
-    asked = parsed(Prune, "prune", arguments)
+    asked = parsed(PruneArguments, "prune", arguments)
     if is_url(asked.folder):
         raise UsageError(f"`{asked.folder}` is a URL: use the tool of that store")
     catalog = Catalog(folder_store(asked.folder))
@@ -113,7 +113,7 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def decide(catalog: Catalog, asked: Prune) -> list[Decision]:
+def decide(catalog: Catalog, asked: PruneArguments) -> list[Decision]:
     """What goes and what stays: steps, oldest first, then what killed saves left.
 
     Raises:
@@ -134,12 +134,12 @@ def decide(catalog: Catalog, asked: Prune) -> list[Decision]:
         stays, why = not asked.damaged, "damaged"
         if (kept := _why_kept(catalog, step, folder)) is not None:
             stays, why = True, kept
-        elif _is_of_hub(catalog, folder):
+        elif _is_hf(catalog, folder):
             stays, why = True, "a Hugging Face folder"
         elif step in good:
             stays, why = bool(reasons[step]), ", ".join(reasons[step]) or "no rule keeps it"
         decisions.append(Decision(folder, _nbytes(catalog, folder), stays, why))
-    for action in plan_sweep(store.list()):
+    for action in plan_cleanup(store.list()):
         stays, why = action.verb == "restore", action.why
         if is_at_work(store, action.folder):
             stays, why = True, "another process is at work on it"
@@ -165,7 +165,7 @@ def _why_kept(catalog: Catalog, step: int, folder: str) -> str | None:
     return misnumbered(step, manifest)
 
 
-def _is_of_hub(catalog: Catalog, folder: str) -> bool:
+def _is_hf(catalog: Catalog, folder: str) -> bool:
     """Whether a step is what `last_save_in_hf` makes of it. No rule counts it or lets it go."""
     try:
         return format_of(catalog.store, folder) == "safetensors"
@@ -187,7 +187,7 @@ def _nbytes(catalog: Catalog, folder: str) -> int:
     return nbytes
 
 
-def _say(decisions: Sequence[Decision], asked: Prune) -> None:
+def _say(decisions: Sequence[Decision], asked: PruneArguments) -> None:
     going = [decision for decision in decisions if not decision.stays]
     freed = sum(decision.nbytes for decision in going)
     if asked.json:
@@ -216,6 +216,6 @@ def _execute(catalog: Catalog, decisions: Sequence[Decision]) -> None:
                 failed.append(error.what)
     store = catalog.store
     # Also deletes what has just lost its name.
-    failed += execute(store, plan_sweep(store.list()))
+    failed += execute(store, plan_cleanup(store.list()))
     if failed:
         raise StorageError("not all could be removed:\n  " + "\n  ".join(failed))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ReportArguments:
     """Write one page of HTML on a run: its steps over time, how long each save held it up,
     throughput, loss, sizes, what each rank wrote, and every checkpoint with what is wrong with it.
     The page needs no network. Reads indexes, and the metrics.jsonl beside the folder.
@@ -38,7 +38,7 @@ class Report:
 
 def run(arguments: Sequence[str]) -> int:
     """Write the page, say where it is; the exit status."""
-    asked = parsed(Report, "report", arguments)
+    asked = parsed(ReportArguments, "report", arguments)
     text = page(history_of(asked.folder), datetime.now(UTC))
     target = Path(asked.out)
     part = target.with_name(f".{target.name}.part")

@@ -23,7 +23,7 @@ PACKAGES = ("prometheus_client", "starlette", "uvicorn")
 
 
 @dataclass(frozen=True, slots=True)
-class Serve:
+class ServeArguments:
     """Serve runs as live web pages, /metrics for Prometheus, /healthz and JSON. It only reads, and
     listens on this machine alone unless told otherwise. Needs: pip install 'holdfast[serve]'.
 
@@ -51,7 +51,7 @@ class Serve:
 
 def run(arguments: Sequence[str]) -> int:
     """Serve until SIGINT or SIGTERM; the exit status."""
-    asked = parsed(Serve, "serve", arguments)
+    asked = parsed(ServeArguments, "serve", arguments)
     check(asked)
     try:
         from holdfast.dashboard.web import server_of
@@ -85,7 +85,7 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def check(asked: Serve) -> None:
+def check(asked: ServeArguments) -> None:
     """Raises:
     UsageError: what is asked for cannot be served.
     """

@@ -29,7 +29,7 @@ VALUES_SAID_MAX = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Show:
+class ShowArguments:
     """What a checkpoint holds: its tensors as a tree, how many parameters, who wrote it. With NAME,
     one tensor and where each chunk of it lies, one value as it is, or all below that name. Takes
     steps of Holdfast and of stock torch.distributed.checkpoint, folders and files of safetensors,
@@ -62,7 +62,7 @@ class Show:
 
 def run(arguments: Sequence[str]) -> int:
     """Print what is there; the exit status."""
-    asked = parsed(Show, "show", arguments)
+    asked = parsed(ShowArguments, "show", arguments)
     seen = open_any(*open_for_reading(asked.path))
     tensors, names = chosen(seen, asked.name), values.below(seen, asked.name)
     entry = tensors.get(asked.name)
@@ -107,7 +107,7 @@ def chosen(seen: OpenCheckpoint, name: str) -> Mapping[str, TensorEntry]:
     return below
 
 
-def _data(asked: Show, seen: OpenCheckpoint, entry: TensorEntry | None) -> dict[str, Any]:
+def _data(asked: ShowArguments, seen: OpenCheckpoint, entry: TensorEntry | None) -> dict[str, Any]:
     """What is known of the tensor's elements, where that is asked for, or there is only one: the
     steps that a loop counts are often a tensor."""
     single = entry is not None and prod(entry.shape) == 1
@@ -122,9 +122,9 @@ def _data(asked: Show, seen: OpenCheckpoint, entry: TensorEntry | None) -> dict[
         )
     # Not at the top: they need numpy, for which the tree does not wait.
     from holdfast.cli.elements import WITHOUT_NUMBERS, corner, statistics
-    from holdfast.tensors.stored import Stored
+    from holdfast.tensors.stored import StoredTensors
 
-    stored = Stored(seen.source, seen.strides)
+    stored = StoredTensors(seen.source, seen.strides)
     found: dict[str, Any] = {}
     if asked.stats:
         with progress(asked.name, entry.nbytes) as advance:

@@ -24,7 +24,7 @@ Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
 
 
 @dataclass(frozen=True, slots=True)
-class Where:
+class SkillsWhere:
     """A folder of skills."""
 
     to: str = "agents"
@@ -41,17 +41,17 @@ class Where:
         return Copies(target.root, categories=target.categories)
 
 
-There = tyro.conf.OmitArgPrefixes[Where]
+There = tyro.conf.OmitArgPrefixes[SkillsWhere]
 
 
 @dataclass(frozen=True, slots=True)
-class List:
+class SkillsList:
     """The skills that are shipped, and the state of your copy of each.
 
     Example: holdfast skills list
     """
 
-    where: There = Where()
+    where: There = SkillsWhere()
     """Your copies."""
 
     json: bool = False
@@ -62,7 +62,7 @@ class List:
 
 
 @dataclass(frozen=True, slots=True)
-class Show:
+class SkillsShow:
     """One skill as it is shipped: its entry page, or another of its files.
 
     Example: holdfast skills show holdfast references/resume.md
@@ -82,7 +82,7 @@ class Show:
 
 
 @dataclass(frozen=True, slots=True)
-class Sync:
+class SkillsSync:
     """Bring your copies up to date: new skills are copied, those that are as they were installed
     are replaced; what you changed, deleted or wrote yourself is left alone. From the first sync on,
     training starts with a quiet one.
@@ -90,7 +90,7 @@ class Sync:
     Example: holdfast skills sync --to claude
     """
 
-    where: There = Where()
+    where: There = SkillsWhere()
     """Your copies."""
 
     dry_run: bool = False
@@ -107,7 +107,7 @@ class Sync:
 
 
 @dataclass(frozen=True, slots=True)
-class Update:
+class SkillsUpdate:
     """Bring your copies up to date wherever you have synced them by a name: agents, claude, ...
 
     Example: holdfast skills update
@@ -121,7 +121,7 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
-class Diff:
+class SkillsDiff:
     """What is shipped against your copy: what a reset would change.
 
     Example: holdfast skills diff holdfast
@@ -130,7 +130,7 @@ class Diff:
     name: Name
     """Of the skill."""
 
-    where: There = Where()
+    where: There = SkillsWhere()
     """Your copies."""
 
     json: bool = False
@@ -141,7 +141,7 @@ class Diff:
 
 
 @dataclass(frozen=True, slots=True)
-class Reset:
+class SkillsReset:
     """Put the shipped skill in place of your copy, which is archived first if you changed it.
 
     Example: holdfast skills reset holdfast
@@ -150,7 +150,7 @@ class Reset:
     name: Name
     """Of the skill."""
 
-    where: There = Where()
+    where: There = SkillsWhere()
     """Your copies."""
 
     debug: bool = False
@@ -158,7 +158,7 @@ class Reset:
 
 
 @dataclass(frozen=True, slots=True)
-class Remove:
+class SkillsRemove:
     """Take your copy away, archived first if you changed it. No sync brings it back; `reset` does.
 
     Example: holdfast skills remove holdfast
@@ -167,7 +167,7 @@ class Remove:
     name: Name
     """Of the skill."""
 
-    where: There = Where()
+    where: There = SkillsWhere()
     """Your copies."""
 
     debug: bool = False
@@ -206,7 +206,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _list(arguments: Sequence[str]) -> None:
-    asked = parsed(List, "skills list", arguments)
+    asked = parsed(SkillsList, "skills list", arguments)
     skills, copies = shipped(), asked.where.copies
     found = syncing.survey(skills, copies, installed_version()).skills
     if asked.json:
@@ -219,7 +219,7 @@ def _list(arguments: Sequence[str]) -> None:
 
 
 def _show(arguments: Sequence[str]) -> None:
-    asked = parsed(Show, "skills show", arguments)
+    asked = parsed(SkillsShow, "skills show", arguments)
     skill = syncing.known(asked.name, shipped())
     if asked.file not in skill.files:
         near = difflib.get_close_matches(asked.file, skill.files, n=1)
@@ -236,7 +236,7 @@ def _show(arguments: Sequence[str]) -> None:
 
 
 def _sync(arguments: Sequence[str]) -> None:
-    asked = parsed(Sync, "skills sync", arguments)
+    asked = parsed(SkillsSync, "skills sync", arguments)
     rehearsal = asked.dry_run or asked.check
     work = syncing.survey if rehearsal else syncing.sync
     done = work(shipped(), asked.where.copies, installed_version())
@@ -246,7 +246,7 @@ def _sync(arguments: Sequence[str]) -> None:
 
 
 def _update(arguments: Sequence[str]) -> None:
-    asked = parsed(Update, "skills update", arguments)
+    asked = parsed(SkillsUpdate, "skills update", arguments)
     targets = all_targets(os.environ, Path.cwd())
     every = [Copies(target.root, categories=target.categories) for target in targets]
     agreed = [copies for copies in every if copies.state.is_dir()]
@@ -270,7 +270,7 @@ def _say_synced(synced: Sequence[syncing.Synced], *, json: bool) -> None:
 
 
 def _diff(arguments: Sequence[str]) -> None:
-    asked = parsed(Diff, "skills diff", arguments)
+    asked = parsed(SkillsDiff, "skills diff", arguments)
     skill, copies = syncing.known(asked.name, shipped()), asked.where.copies
     changed = _changes(skill, copies)
     if asked.json:
@@ -301,14 +301,14 @@ def _changes(skill: Skill, copies: Copies) -> dict[str, str]:
 
 
 def _reset(arguments: Sequence[str]) -> None:
-    asked = parsed(Reset, "skills reset", arguments)
+    asked = parsed(SkillsReset, "skills reset", arguments)
     skill, copies = syncing.known(asked.name, shipped()), asked.where.copies
     kept = syncing.reset(skill, copies, installed_version())
     say(f"{copies.place(skill.name)} is as shipped" + (f"; yours: {kept}" if kept else ""))
 
 
 def _remove(arguments: Sequence[str]) -> None:
-    asked = parsed(Remove, "skills remove", arguments)
+    asked = parsed(SkillsRemove, "skills remove", arguments)
     skill, copies = syncing.known(asked.name, shipped()), asked.where.copies
     kept = syncing.remove(skill, copies, installed_version())
     say(f"{copies.place(skill.name)} is gone for good" + (f"; yours: {kept}" if kept else ""))

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from holdfast.catalog.catalog import steps_in
-from holdfast.catalog.findings import FORMATS, Report, by_cause
+from holdfast.catalog.findings import FORMATS, VerifyReport, by_cause
 from holdfast.catalog.marks import clear_damaged, damaged_steps, mark_damaged
 from holdfast.catalog.open_any import format_of, is_folder
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.pieces import note_on
-from holdfast.catalog.verify import Target, failed, verify
+from holdfast.catalog.verify import VerifyTarget, failed, verify
 from holdfast.cli.terminal import parsed, progress, say, say_json
 from holdfast.errors import DamagedError, HoldfastError, UsageError
 from holdfast.format.names import step_of, step_standing_in
@@ -28,7 +28,7 @@ LISTED_MAX = 50
 
 
 @dataclass(frozen=True, slots=True)
-class Verify:
+class VerifyArguments:
     """Check a checkpoint: a step of Holdfast, a folder of stock torch.distributed.checkpoint or of
     Hugging Face safetensors, a .pt file; or every step in a folder. Exits with 7 where one is
     damaged.
@@ -55,7 +55,7 @@ class Verify:
 
 def run(arguments: Sequence[str]) -> int:
     """Verify, print what was found; the exit status."""
-    asked = parsed(Verify, "verify", arguments)
+    asked = parsed(VerifyArguments, "verify", arguments)
     if asked.mark and (asked.quick or is_url(asked.path)):
         raise UsageError("`--mark` is for folders of this machine, with all data read")
     store, name = open_for_reading(asked.path)
@@ -66,7 +66,7 @@ def run(arguments: Sequence[str]) -> int:
         reports = [verified(store, step, asked.quick) for step in steps]
     else:
         with progress(name, _nbytes(store, name)) as advance:
-            reports = [verify(Target(store, name, asked.quick, advance))]
+            reports = [verify(VerifyTarget(store, name, asked.quick, advance))]
         note = note_on(store, name)
         if note is not None:
             reports = [replace(reports[0], notes=(note, *reports[0].notes))]
@@ -99,17 +99,17 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def verified(store: ReadStore, name: str, quick: bool) -> Report:
+def verified(store: ReadStore, name: str, quick: bool) -> VerifyReport:
     """What is wrong with one checkpoint, with a bar on a terminal; never raises on what it is."""
     with progress(name, _nbytes(store, name)) as advance:
-        target = Target(store, name, quick, advance)
+        target = VerifyTarget(store, name, quick, advance)
         try:
             return verify(target)
         except HoldfastError as error:
             return failed(target, error)
 
 
-def _mark(reports: Sequence[Report]) -> None:
+def _mark(reports: Sequence[VerifyReport]) -> None:
     """Let what was found be known beside the steps."""
     for report in reports:
         folder, _, name = report.where.rpartition("/")
@@ -142,17 +142,17 @@ def _nbytes(store: ReadStore, name: str) -> int:
     return nbytes
 
 
-def resumable(reports: Sequence[Report], marked: Collection[int]) -> int | None:
+def resumable(reports: Sequence[VerifyReport], marked: Collection[int]) -> int | None:
     """The newest step that loads whole, can be resumed from, and is not marked as damaged."""
     steps = [step_standing_in(r.where.rpartition("/")[2]) for r in reports if _resumes_from(r)]
     return max((step for step in steps if step is not None and step not in marked), default=None)
 
 
-def _resumes_from(report: Report) -> bool:
+def _resumes_from(report: VerifyReport) -> bool:
     return report.loads and report.why_not is None
 
 
-def _say(report: Report, quick: bool, *, is_file: bool) -> None:
+def _say(report: VerifyReport, quick: bool, *, is_file: bool) -> None:
     # A folder says by its name what it is, mostly; a file could be anything.
     what = f", {FORMATS[report.format]}" if is_file and report.format else ""
     if report.good:

@@ -11,7 +11,7 @@ from holdfast.cli.terminal import parsed, say, say_json
 
 
 @dataclass(frozen=True, slots=True)
-class Version:
+class VersionArguments:
     """What is installed: holdfast, Python, torch and what else reads and writes checkpoints.
 
     Example: holdfast version
@@ -26,7 +26,7 @@ class Version:
 
 def run(arguments: Sequence[str]) -> int:
     """Print versions; the exit status."""
-    asked = parsed(Version, "version", arguments)
+    asked = parsed(VersionArguments, "version", arguments)
     found = {"python": platform.python_version()}
     for package in ("holdfast", "torch", "numpy", "xxhash", "safetensors"):
         try:

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.steady import UNREADABLE
-from holdfast.convert.plan import Planned, Wishes
+from holdfast.convert.plan import ConvertOptions, Planned
 from holdfast.convert.stream import Advance
 from holdfast.convert.target import (
-    HubFiles,
-    Target,
+    ConvertTarget,
+    HFFiles,
     Values,
     facts_of,
     open_target,
-    write_hub,
+    write_hf,
     write_step,
     write_torch_file,
 )
@@ -39,19 +39,23 @@ class Converted:
     num_tensors: int
 
 
-def convert(planned: Planned, target: str, wishes: Wishes, advance: Advance) -> Converted:
+def convert(planned: Planned, target: str, options: ConvertOptions, advance: Advance) -> Converted:
     """As `convert_to`, to the place at the path `target`."""
     # First, so that no folder is made for values that cannot be converted.
-    values = values_of(planned, wishes)
+    values = values_of(planned, options)
     sources = [planned.opened.path, *([] if planned.assets is None else [planned.assets])]
     place = open_target(
-        target, overwrite=wishes.overwrite, sources=sources, file=wishes.to == "torch"
+        target, overwrite=options.overwrite, sources=sources, file=options.to == "torch"
     )
-    return convert_to(place, planned, values, wishes, advance)
+    return convert_to(place, planned, values, options, advance)
 
 
 def convert_to(
-    place: Target, planned: Planned, values: Values, wishes: Wishes, advance: Advance
+    place: ConvertTarget,
+    planned: Planned,
+    values: Values,
+    options: ConvertOptions,
+    advance: Advance,
 ) -> Converted:
     """Write what was planned, and its values, to a target, which is absent until it is whole.
 
@@ -67,7 +71,7 @@ def convert_to(
     """
     started = time.perf_counter()
     try:
-        nbytes = _written(place, planned, values, wishes, advance)
+        nbytes = _written(place, planned, values, options, advance)
     except UNREADABLE as error:
         if not planned.opened.is_gone:
             raise
@@ -81,14 +85,18 @@ def convert_to(
 
 
 def _written(
-    place: Target, planned: Planned, values: Values, wishes: Wishes, advance: Advance
+    place: ConvertTarget,
+    planned: Planned,
+    values: Values,
+    options: ConvertOptions,
+    advance: Advance,
 ) -> int:
     """Write the target. Returns its bytes."""
     outputs, opened = planned.outputs, planned.opened
-    if wishes.to == "hf":
-        shard_bytes = wishes.max_shard_bytes
-        return write_hub(place, outputs, _beside(planned), shard_bytes, advance)
-    if wishes.to == "torch":
+    if options.to == "hf":
+        shard_bytes = options.max_shard_bytes
+        return write_hf(place, outputs, _beside(planned), shard_bytes, advance)
+    if options.to == "torch":
         return write_torch_file(place, outputs, values, advance)
     kind: Kind = "model"
     if planned.whole:
@@ -99,7 +107,7 @@ def _written(
         kind=kind,
         step=opened.manifest.step,
         model=planned.config or opened.manifest.model,
-        components=() if components is not None and wishes.model_only else components,
+        components=() if components is not None and options.model_only else components,
     )
     structure = _structure(planned, values)
     return write_step(place, outputs, values, facts, advance, structure=structure)
@@ -121,18 +129,18 @@ def _structure(planned: Planned, values: Values) -> dict[Path, Node] | None:
     }
 
 
-def values_of(planned: Planned, wishes: Wishes) -> Values:
+def values_of(planned: Planned, options: ConvertOptions) -> Values:
     """What is not a tensor, as the target keeps it."""
-    if wishes.to == "hf" or wishes.model_only or not planned.opened.manifest.values:
+    if options.to == "hf" or options.model_only or not planned.opened.manifest.values:
         return {}
     from holdfast.convert.values import as_containers, as_pickles
 
-    return as_pickles(planned.opened) if wishes.to == "torch" else as_containers(planned.opened)
+    return as_pickles(planned.opened) if options.to == "torch" else as_containers(planned.opened)
 
 
-def _beside(planned: Planned) -> HubFiles:
+def _beside(planned: Planned) -> HFFiles:
     assert planned.config is not None, "an export is mapped, and so has a configuration"
     where = planned.assets
     if where is None and planned.opened.has_config:
         where = planned.opened.where
-    return HubFiles(planned.config, None if where is None else open_for_reading(where))
+    return HFFiles(planned.config, None if where is None else open_for_reading(where))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from holdfast.catalog.hf_folder import CONFIG, of_language_model
 from holdfast.convert.form import Form
 from holdfast.convert.sizes import config_of_model
-from holdfast.convert.source import Opened, fetched, open_source
+from holdfast.convert.source import ConvertSource, fetched, open_source
 from holdfast.convert.stream import Output, Outputs, dtype_for
 from holdfast.errors import UsageError
 from holdfast.format.manifest import Path
@@ -27,7 +27,7 @@ Float = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class ConvertOptions:
     """How a checkpoint is to be converted."""
 
     to: Form
@@ -64,7 +64,7 @@ class Wishes:
 class Planned:
     """A conversion before anything is written."""
 
-    opened: Opened
+    opened: ConvertSource
     outputs: Outputs
     config: Config | None
     """Of the model, whole; None where nobody says, and it is not needed."""
@@ -83,7 +83,7 @@ class Planned:
         return sum(output.nbytes for output in self.outputs.values() if not output.same_as)
 
 
-def plan(source: str, wishes: Wishes) -> Planned:
+def plan(source: str, options: ConvertOptions) -> Planned:
     """Look at everything that can be looked at without reading data.
 
     Raises:
@@ -92,31 +92,33 @@ def plan(source: str, wishes: Wishes) -> Planned:
         UsageError: a wish that cannot be granted.
     """
     opened = open_source(source)
-    assets = None if wishes.hf_assets is None else fetched(wishes.hf_assets, assets_only=True)
+    assets = None if options.hf_assets is None else fetched(options.hf_assets, assets_only=True)
     model: Tensors = opened.model
     notes = list(opened.notes)
-    if wishes.skip:
-        left_out = skipped(model.held, wishes.skip)
+    if options.skip:
+        left_out = skipped(model.held, options.skip)
         model = only(model, [name for name in model.held if name not in left_out])
         notes.append(f"{len(left_out)} tensors were left out, as asked")
-    config, said_by = config_of_model(opened, model, assets, wishes.model_name, wishes.model_flavor)
-    if config is None and wishes.to == "hf" and opened.manifest.model:
+    config, said_by = config_of_model(
+        opened, model, assets, options.model_name, options.model_flavor
+    )
+    if config is None and options.to == "hf" and opened.manifest.model:
         config, said_by = dict(opened.manifest.model), f"`{opened.where}/{MANIFEST}`"
     related = None
     if opened.adapter is not None:
-        outputs, note = _adapter(opened, opened.adapter, model, config, wishes)
+        outputs, note = _adapter(opened, opened.adapter, model, config, options)
         return Planned(opened, outputs, None, False, None, (*notes, note))
     if config is not None and opened.dialect is not None:
         related = _relate(opened, model, of_language_model(config), said_by)
         notes += related.notes
     whole = False
-    if wishes.to == "hf":
-        outputs = _to_hub(opened, related, wishes)
-    elif opened.dialect == "hub" and (related or wishes.names or opened.format == "safetensors"):
-        outputs = _from_hub(opened, related, wishes)
+    if options.to == "hf":
+        outputs = _to_hf(opened, related, options)
+    elif opened.dialect == "hub" and (related or options.names or opened.format == "safetensors"):
+        outputs = _from_hf(opened, related, options)
     else:
-        outputs, whole = _as_it_is(opened, model, wishes), not wishes.model_only
-    if wishes.model_only and not outputs:
+        outputs, whole = _as_it_is(opened, model, options), not options.model_only
+    if options.model_only and not outputs:
         raise UsageError(
             f"`{opened.where}` holds no model: {len(opened.others)} tensors of other parts",
             hint="without `--model-only` they are converted; `holdfast show` says what they are",
@@ -136,7 +138,7 @@ class _Related:
     notes: Sequence[str]
 
 
-def _relate(opened: Opened, model: Tensors, config: Config, said_by: str) -> _Related:
+def _relate(opened: ConvertSource, model: Tensors, config: Config, said_by: str) -> _Related:
     """Raises MismatchError, with all that does not fit."""
     family = family_of(config, where=said_by)
     mapping = mapping_of(family, config)
@@ -163,7 +165,7 @@ def _fixed(model: Tensors, mapping: TensorMapping) -> Tensors:
     return shown
 
 
-def _to_hub(opened: Opened, related: _Related | None, wishes: Wishes) -> Outputs:
+def _to_hf(opened: ConvertSource, related: _Related | None, options: ConvertOptions) -> Outputs:
     if related is None:
         raise UsageError(
             f"the tensors of `{opened.where}` have names of no model that is known"
@@ -173,10 +175,10 @@ def _to_hub(opened: Opened, related: _Related | None, wishes: Wishes) -> Outputs
             "`--model-flavor`",
         )
     hub = related.hub
-    return {n: Output(hub, n, dtype_for(hub, n, wishes.dtype), (n,)) for n in hub.held}
+    return {n: Output(hub, n, dtype_for(hub, n, options.dtype), (n,)) for n in hub.held}
 
 
-def _from_hub(opened: Opened, related: _Related | None, wishes: Wishes) -> Outputs:
+def _from_hf(opened: ConvertSource, related: _Related | None, options: ConvertOptions) -> Outputs:
     """The model under native names."""
     if related is None:
         raise UsageError(
@@ -184,15 +186,15 @@ def _from_hub(opened: Opened, related: _Related | None, wishes: Wishes) -> Outpu
             hint="`--hf-assets FOLDER` with it, or `--model-name` and `--model-flavor`",
         )
     native, aliases = related.native, related.mapping.aliases["native"]
-    called = renamed([*native.held, *aliases], wishes.names or "meta")
+    called = renamed([*native.held, *aliases], options.names or "meta")
     outputs = {
-        called[n]: Output(native, n, dtype_for(native, n, wishes.dtype), (called[n],))
+        called[n]: Output(native, n, dtype_for(native, n, options.dtype), (called[n],))
         for n in native.held
     }
     for name, first in aliases.items():
         path, same_as = (called[name],), called[first]
         outputs[called[name]] = replace(outputs[same_as], path=path, same_as=same_as)
-    return {**outputs, **(_balances(native) if wishes.names == "titan" else {})}
+    return {**outputs, **(_balances(native) if options.names == "titan" else {})}
 
 
 def _balances(model: Tensors, above: Path = ()) -> Outputs:
@@ -206,39 +208,43 @@ def _balances(model: Tensors, above: Path = ()) -> Outputs:
 
 
 def _adapter(
-    opened: Opened, said: Mapping[str, Any], model: Tensors, config: Config | None, wishes: Wishes
+    opened: ConvertSource,
+    said: Mapping[str, Any],
+    model: Tensors,
+    config: Config | None,
+    options: ConvertOptions,
 ) -> tuple[Outputs, str]:
     """The factors of an adapter: under native names where its base is known. Returns a note too."""
     base = f"--hf-assets {said.get('base_model_name_or_path') or 'FOLDER'}"
-    if wishes.to == "hf":
+    if options.to == "hf":
         raise UsageError(
             f"`{opened.where}` is an adapter of PEFT's, and `--to hf` writes a whole model",
             hint="`--to dcp` or `--to torch`",
         )
-    if config is None and wishes.names is not None:
+    if config is None and options.names is not None:
         raise UsageError(
-            f"`--names {wishes.names}`: the base of this adapter decides what is called how",
+            f"`--names {options.names}`: the base of this adapter decides what is called how",
             hint=base,
         )
     rank, alpha = said.get("r"), said.get("lora_alpha")
     note = f"r {rank}, lora_alpha {alpha}: the scale of an adapter is not among its tensors"
     if config is None:
-        return _as_it_is(opened, model, wishes), f"{note}; names stay PEFT's without `{base}`"
+        return _as_it_is(opened, model, options), f"{note}; names stay PEFT's without `{base}`"
     config = of_language_model(config)
     table = mapping_of(family_of(config, where=opened.where), config)
-    names = wishes.names or "meta"
+    names = options.names or "meta"
     mapping = adapter_mapping(model.held, table, names=names, where=opened.where)
     native = Mapped(model, mapping, "native")
     return {
-        n: Output(native, n, dtype_for(native, n, wishes.dtype), (n,)) for n in native.held
+        n: Output(native, n, dtype_for(native, n, options.dtype), (n,)) for n in native.held
     }, note
 
 
-def _as_it_is(opened: Opened, model: Tensors, wishes: Wishes) -> Outputs:
+def _as_it_is(opened: ConvertSource, model: Tensors, options: ConvertOptions) -> Outputs:
     """Native tensors, nested as they are, renamed if that is wanted; and all others."""
-    if wishes.names is not None and opened.dialect is None:
+    if options.names is not None and opened.dialect is None:
         raise UsageError(
-            f"`--names {wishes.names}`: the tensors of `{opened.where}` have names of no model "
+            f"`--names {options.names}`: the tensors of `{opened.where}` have names of no model "
             "that is known"
         )
     outputs: dict[str, Output] = {}
@@ -246,17 +252,17 @@ def _as_it_is(opened: Opened, model: Tensors, wishes: Wishes) -> Outputs:
     for name in model.held:
         original = opened.originals.get(name)
         path: Path = (name,) if original is None else entries[original].path
-        dtype = dtype_for(model, name, wishes.dtype)
+        dtype = dtype_for(model, name, options.dtype)
         _add(outputs, Output(model, name, dtype, path), chunks, opened, original)
-    for name in () if wishes.model_only else opened.others:
+    for name in () if options.model_only else opened.others:
         dtype = opened.stored.held[name].dtype
         _add(outputs, Output(opened.stored, name, dtype, entries[name].path), chunks, opened, name)
-    if wishes.names is None:
+    if options.names is None:
         return outputs
     keys = {str(key) for output in outputs.values() for key in output.path}
-    called = renamed([*outputs, *keys], wishes.names)
+    called = renamed([*outputs, *keys], options.names)
     above = next((o.path[:-1] for o in outputs.values() if o.path[-1] == o.name), ())
-    more = _balances(model, above) if wishes.names == "titan" else {}
+    more = _balances(model, above) if options.names == "titan" else {}
     return {
         **more,
         **{
@@ -274,7 +280,7 @@ def _add(
     outputs: dict[str, Output],
     output: Output,
     chunks: dict[object, str],
-    opened: Opened,
+    opened: ConvertSource,
     original: str | None,
 ) -> None:
     """Add an output, as the second name of an earlier one where both are the same chunks."""

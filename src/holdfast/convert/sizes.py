@@ -7,7 +7,7 @@ from typing import Any
 
 from holdfast.catalog.hf_folder import CONFIG, of_language_model, read_config
 from holdfast.catalog.paths import open_for_reading
-from holdfast.convert.source import Opened
+from holdfast.convert.source import ConvertSource
 from holdfast.errors import MismatchError, UsageError
 from holdfast.hf.families import family_of
 from holdfast.hf.family import EMBEDDING, HUB_EMBEDDING, Config, Family, count, flag, rows_and_axes
@@ -36,7 +36,7 @@ _COMPARED_TOO = (
 
 
 def config_of_model(
-    opened: Opened, model: Tensors, assets: str | None, name: str | None, flavor: str | None
+    opened: ConvertSource, model: Tensors, assets: str | None, name: str | None, flavor: str | None
 ) -> tuple[Config | None, str]:
     """The configuration of the model, whole, and who says so; None where nobody does.
 

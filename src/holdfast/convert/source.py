@@ -19,7 +19,7 @@ from holdfast.hf.dialects import Dialect, dialect_of
 from holdfast.storage.opening import is_url
 from holdfast.tensors.lazy import Renamed, Tensors
 from holdfast.tensors.quantized import Dequantized
-from holdfast.tensors.stored import Stored
+from holdfast.tensors.stored import StoredTensors
 
 MODEL = "model"
 
@@ -31,7 +31,7 @@ ASSETS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENS
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class ConvertSource:
     """A checkpoint that is open for conversion."""
 
     source: Source
@@ -42,7 +42,7 @@ class Opened:
     dialect: Dialect | None
     """Whose names those are; None: of a model that is not known here."""
 
-    stored: Stored
+    stored: StoredTensors
     """All tensors as they lie there, by their names in the manifest."""
 
     originals: Mapping[str, str]
@@ -118,7 +118,7 @@ def fetched(path: str, *, assets_only: bool = False) -> str:
         ) from error
 
 
-def open_source(path: str) -> Opened:
+def open_source(path: str) -> ConvertSource:
     """Open a step of Holdfast's, a folder of stock DCP or of Hugging Face, or a `.pt` file.
 
     Raises:
@@ -132,17 +132,17 @@ def open_source(path: str) -> Opened:
     return replace(opened, seen=seen)
 
 
-def _opened_hf(found: OpenCheckpoint) -> Opened:
+def _opened_hf(found: OpenCheckpoint) -> ConvertSource:
     """A Hugging Face folder: its tensors dequantized."""
     folder = found.hf
     assert folder is not None
-    stored = Stored(found.source, {})
+    stored = StoredTensors(found.source, {})
     model = Dequantized(stored, folder.quantization)
     notes = folder.notes
     if model.num_quantized:
         notes = (*notes, f"{model.num_quantized} quantized tensors are dequantized")
     dialect, there = dialect_of(model.held), {name: name for name in stored.held}
-    return Opened(
+    return ConvertSource(
         source=found.source,
         format="safetensors",
         model=model,
@@ -155,7 +155,7 @@ def _opened_hf(found: OpenCheckpoint) -> Opened:
     )
 
 
-def _opened(found: OpenCheckpoint) -> Opened:
+def _opened(found: OpenCheckpoint) -> ConvertSource:
     """Any other checkpoint: the model's tensors told from the rest by their paths."""
     source = found.source
     names, others, parts = {}, [], parts_of(source.manifest)
@@ -166,9 +166,9 @@ def _opened(found: OpenCheckpoint) -> Opened:
             others.append(name)
     if len({*names.values()}) < len(names):
         raise FormatError(f"`{source.url}` holds a model twice, under `model` and beside it")
-    stored = Stored(source, found.strides)
+    stored = StoredTensors(source, found.strides)
     model = Dequantized(Renamed(stored, names), {})
-    return Opened(
+    return ConvertSource(
         source=source,
         format=found.format,
         model=model,

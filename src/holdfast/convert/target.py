@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from holdfast.catalog.catalog import Catalog
+from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.hf_folder import CONFIG
-from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.convert.stream import Advance, Output, Outputs, read_ahead
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format import torchfile
@@ -24,9 +24,9 @@ from holdfast.format.safetensors import INDEX
 from holdfast.format.structure import Node
 from holdfast.hf.assets import beside_weights, config_bytes
 from holdfast.hf.shards import shard
-from holdfast.planning.file_layout import image_of, lay_out
+from holdfast.planning.file_layout import lay_out, lay_out_file
 from holdfast.planning.index import Index, columns
-from holdfast.planning.write_plan import Placed, Plan, TensorOffer
+from holdfast.planning.write_plan import GlobalPlan, LocalTensor, TensorChunks
 from holdfast.release import installed_version
 from holdfast.saving.publish import Facts, publish
 from holdfast.saving.write import write
@@ -40,7 +40,7 @@ Values = Mapping[str, tuple[Path, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ConvertTarget:
     """A place to convert to."""
 
     catalog: Catalog
@@ -70,7 +70,7 @@ class Target:
 
 def open_target(
     path: str, *, overwrite: bool, sources: Sequence[str] = (), file: bool = False
-) -> Target:
+) -> ConvertTarget:
     """The place at `path`, made ready: see `target_in`.
 
     `sources` are the paths that the conversion reads: the target must be none of them, hold none
@@ -89,7 +89,9 @@ def open_target(
     return target_in(folder_store(folder or "/"), name, overwrite=overwrite, file=file)
 
 
-def target_in(store: AmendableStore, name: str, *, overwrite: bool, file: bool = False) -> Target:
+def target_in(
+    store: AmendableStore, name: str, *, overwrite: bool, file: bool = False
+) -> ConvertTarget:
     """The place `name` in a store, made ready; `file`: it is to be a file, not a folder. What a
     killed conversion left there stays for now: the next one goes on with it.
 
@@ -99,14 +101,14 @@ def target_in(store: AmendableStore, name: str, *, overwrite: bool, file: bool =
     catalog = Catalog(store)
     store.make_folder("")
     begun = {str(attempt) for attempt in _attempts(store, name)}
-    left = plan_sweep(store.list(), only=name)
+    left = plan_cleanup(store.list(), only=name)
     execute(store, [action for action in left if action.folder not in begun])
     there = store.list()
     empty = not file and f"{name}/" in there and not store.list(name)
     if not empty:
         hint = "choose another place, or pass `--overwrite` to replace it"
         catalog.check_free(name, replace=overwrite, hint=hint, file=file)
-    return Target(catalog, store, name, overwrite or empty, file, Continuing(store))
+    return ConvertTarget(catalog, store, name, overwrite or empty, file, Continuing(store))
 
 
 def _check_apart(target: str, source: str) -> None:
@@ -124,7 +126,7 @@ def _check_apart(target: str, source: str) -> None:
 
 
 @contextmanager
-def _attempt(target: Target, sizes: Mapping[str, int]) -> Iterator[Aside]:
+def _attempt(target: ConvertTarget, sizes: Mapping[str, int]) -> Iterator[Aside]:
     """A folder that no reader looks at, to write files of these sizes into: a new one, or that of a
     conversion which was killed, with those of its files that can be gone on with.
 
@@ -157,7 +159,7 @@ def _attempt(target: Target, sizes: Mapping[str, int]) -> Iterator[Aside]:
             catalog.release(attempt)
 
 
-def _taken_over(target: Target, sizes: Mapping[str, int]) -> Aside | None:
+def _taken_over(target: ConvertTarget, sizes: Mapping[str, int]) -> Aside | None:
     """What a killed conversion to this place left, with nothing in it but files of these sizes."""
     store, catalog, found = target.store, target.catalog, None
     for attempt in _attempts(store, target.name):
@@ -192,7 +194,7 @@ def _attempts(store: Store, name: str) -> list[Aside]:
 
 
 @dataclass(frozen=True, slots=True)
-class HubFiles:
+class HFFiles:
     """What an export has beside its weights."""
 
     config: Mapping[str, Any]
@@ -202,21 +204,21 @@ class HubFiles:
     """A folder whose other files come along."""
 
 
-def write_hub(
-    target: Target, outputs: Outputs, beside: HubFiles, max_shard_bytes: int, advance: Advance
+def write_hf(
+    target: ConvertTarget, outputs: Outputs, beside: HFFiles, max_shard_bytes: int, advance: Advance
 ) -> int:
     """Write a Hugging Face folder. Returns its bytes, without what lies beside the weights."""
     infos = {name: (output.dtype, output.shape) for name, output in outputs.items()}
     export = shard(infos, max_shard_bytes)
     store, files = target.store, target.files
-    order = [name for image in export.files.values() for name in image.tensors]
+    order = [name for layout in export.files.values() for name in layout.tensors]
     with _attempt(target, {file: one.nbytes for file, one in export.files.items()}) as attempt:
         wanted = [(outputs[name], region) for name in order for region in outputs[name].regions()]
         with read_ahead(wanted, advance) as take:
-            for file, image in export.files.items():
-                with files.create(f"{attempt}/{file}", image.nbytes) as writer:
-                    writer.write(0, [image.header])
-                    for name, span in image.tensors.items():
+            for file, layout in export.files.items():
+                with files.create(f"{attempt}/{file}", layout.nbytes) as writer:
+                    writer.write(0, [layout.header])
+                    for name, span in layout.tensors.items():
                         _write_tensor(writer, span.offset, outputs[name], take)
         small = {CONFIG: config_bytes(beside.config, export.dtype)}
         if beside.assets is not None:
@@ -228,11 +230,11 @@ def write_hub(
             # Last: a folder without its index is one that nobody takes for whole.
             _write_small(target, attempt, INDEX, export.index)
         target.catalog.publish(attempt)
-    execute(store, plan_sweep(store.list(), only=target.name))
+    execute(store, plan_cleanup(store.list(), only=target.name))
     return export.nbytes
 
 
-def _write_small(target: Target, attempt: Aside, file: str, data: bytes) -> None:
+def _write_small(target: ConvertTarget, attempt: Aside, file: str, data: bytes) -> None:
     store = target.store
     folder, _, _ = file.rpartition("/")
     if folder and f"{folder}/" not in store.list(str(attempt)):
@@ -257,9 +259,11 @@ def _write_tensor(writer: Writer, offset: int, output: Output, take: Callable[[]
 # ------------------------------------------------------------------------------------------ .pt
 
 
-def write_torch_file(target: Target, outputs: Outputs, values: Values, advance: Advance) -> int:
+def write_torch_file(
+    target: ConvertTarget, outputs: Outputs, values: Values, advance: Advance
+) -> int:
     """Write a `.pt` file as `torch.save` nests it. Returns its bytes."""
-    image = torchfile.lay_out(
+    layout = torchfile.lay_out(
         {
             name: torchfile.NewTensor(output.path, output.dtype, output.shape, output.same_as)
             for name, output in outputs.items()
@@ -267,25 +271,25 @@ def write_torch_file(target: Target, outputs: Outputs, values: Values, advance: 
         values,
     )
     store, name = target.store, target.name
-    with _attempt(target, {name: image.nbytes}) as attempt:
-        wanted = [(outputs[n], region) for n in image.tensors for region in outputs[n].regions()]
+    with _attempt(target, {name: layout.nbytes}) as attempt:
+        wanted = [(outputs[n], region) for n in layout.tensors for region in outputs[n].regions()]
         with (
             read_ahead(wanted, advance) as take,
-            target.files.create(f"{attempt}/{name}", image.nbytes) as writer,
+            target.files.create(f"{attempt}/{name}", layout.nbytes) as writer,
         ):
             crc32s = {
                 one: _write_tensor(writer, span.offset, outputs[one], take)
-                for one, span in image.tensors.items()
+                for one, span in layout.tensors.items()
             }
             # Last, since they hold the checksums of the elements between them.
-            for offset, frame in image.frames(crc32s):
+            for offset, frame in layout.frames(crc32s):
                 writer.write(offset, [frame])
         store.sync(str(attempt))
         _publish_file(target, attempt)
-    return image.nbytes
+    return layout.nbytes
 
 
-def _publish_file(target: Target, attempt: Aside) -> None:
+def _publish_file(target: ConvertTarget, attempt: Aside) -> None:
     """Give a whole file its name; one that is there is replaced at one instant, where it may be."""
     store, name = target.store, target.name
     if target.overwrite and name in store.list():
@@ -299,7 +303,7 @@ def _publish_file(target: Target, attempt: Aside) -> None:
 
 
 def write_step(
-    target: Target,
+    target: ConvertTarget,
     outputs: Outputs,
     values: Values,
     facts: Facts,
@@ -313,15 +317,17 @@ def write_step(
     items = lay_out(
         [(p.name, p.tensor.dtype, region) for p in whole.tensors for region in p.regions_of(0)]
     )
-    image = image_of(0, items, [([name], container) for name, (_, container) in values.items()])
-    with _attempt(target, {image.name: image.nbytes} if image.nbytes else {}) as attempt:
+    layout = lay_out_file(
+        0, items, [([name], container) for name, (_, container) in values.items()]
+    )
+    with _attempt(target, {layout.name: layout.nbytes} if layout.nbytes else {}) as attempt:
         with read_ahead(wanted, advance) as take:
-            receipt = write(target.files, str(attempt), image, lambda _: (take(),))
+            result = write(target.files, str(attempt), layout, lambda _: (take(),))
         index = Index(whole, [columns(items)])
-        return publish(attempt, [receipt], index, facts, target.catalog)
+        return publish(attempt, [result], index, facts, target.catalog)
 
 
-def _plan(outputs: Outputs, values: Values) -> Plan:
+def _plan(outputs: Outputs, values: Values) -> GlobalPlan:
     """One rank writes all of it, each tensor in the blocks that it is read in."""
     placed, aliases = [], {}
     for name, output in outputs.items():
@@ -332,13 +338,13 @@ def _plan(outputs: Outputs, values: Values) -> Plan:
         shape = len(regions), len(output.shape)
         start = np.array([region.start for region in regions], np.int64).reshape(shape)
         stop = np.array([region.stop for region in regions], np.int64).reshape(shape)
-        tensor = TensorOffer(output.dtype, output.shape, output.path)
-        placed.append(Placed(name, tensor, start, stop, np.zeros(len(regions), np.int64)))
-    return Plan(placed, {name: (0, path) for name, (path, _) in values.items()}, aliases)
+        tensor = LocalTensor(output.dtype, output.shape, output.path)
+        placed.append(TensorChunks(name, tensor, start, stop, np.zeros(len(regions), np.int64)))
+    return GlobalPlan(placed, {name: (0, path) for name, (path, _) in values.items()}, aliases)
 
 
 def facts_of(
-    target: Target,
+    target: ConvertTarget,
     *,
     kind: Kind,
     step: int | None,

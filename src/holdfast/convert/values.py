@@ -6,12 +6,12 @@ import pickle
 from typing import Any
 
 from holdfast.catalog.source import read_value
-from holdfast.convert.source import Opened
+from holdfast.convert.source import ConvertSource
 from holdfast.convert.target import Values
 from holdfast.errors import FormatError, UsageError
 
 
-def as_containers(opened: Opened) -> Values:
+def as_containers(opened: ConvertSource) -> Values:
     """Every value as a step keeps it: in a container of its own."""
     entries = opened.manifest.values
     if opened.format != "torch":
@@ -27,7 +27,7 @@ def as_containers(opened: Opened) -> Values:
     }
 
 
-def as_pickles(opened: Opened) -> Values:
+def as_pickles(opened: ConvertSource) -> Values:
     """Every value as a `.pt` file keeps it: a part of its one pickle."""
     _check_torch(opened)
     from holdfast.state.values import decode_value
@@ -46,7 +46,7 @@ def as_pickles(opened: Opened) -> Values:
     return {name: (entries[name].path, _pickled(name, value)) for name, value in found.items()}
 
 
-def _check_torch(opened: Opened) -> None:
+def _check_torch(opened: ConvertSource) -> None:
     try:
         import torch  # noqa: F401 - what follows needs it
     except ImportError as error:
@@ -75,7 +75,7 @@ def _pickled(name: str, value: Any) -> bytes:
     return pickle.dumps(value, protocol=2)
 
 
-def _load_torch_file(opened: Opened) -> Any:
+def _load_torch_file(opened: ConvertSource) -> Any:
     """The objects of a `.pt` file; its tensors stay on disk."""
     import torch
 

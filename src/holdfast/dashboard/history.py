@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from holdfast.catalog.catalog import place
-from holdfast.catalog.listing import Row, resumable, row_of, survey
+from holdfast.catalog.listing import CheckpointRow, resumable, row_of, survey
 from holdfast.catalog.paths import open_for_reading
 from holdfast.errors import HoldfastError
 from holdfast.format import timings
@@ -25,7 +25,7 @@ HEAD_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class MetricsRecord:
     """One line of `metrics.jsonl`."""
 
     step: int
@@ -49,10 +49,10 @@ class History:
     """Everything that a report tells of."""
 
     where: str
-    rows: Sequence[Row]
+    rows: Sequence[CheckpointRow]
     """Steps, oldest first, then what is none."""
 
-    reports: Sequence[Report]
+    reports: Sequence[MetricsRecord]
     """In the order in which they were written: steps that were done again are there again."""
 
     @property
@@ -60,7 +60,7 @@ class History:
         return resumable(self.rows)
 
     @property
-    def newest(self) -> Row | None:
+    def newest(self) -> CheckpointRow | None:
         """The step that a resume takes."""
         taken = self.resume
         steps = (row for row in self.rows if row.step is not None and row.step == taken)
@@ -73,13 +73,13 @@ class History:
         return [*good[-1].files.items()] if good else []
 
     @property
-    def current(self) -> list[Report]:
+    def current(self) -> list[MetricsRecord]:
         """Of several reports of a step the last one: what the run stands on."""
         last = {report.step: report for report in self.reports}
         return [last[step] for step in sorted(last)]
 
     @property
-    def lived(self) -> list[Report]:
+    def lived(self) -> list[MetricsRecord]:
         """As they were written. The last row of a life may stand twice, the second time with more:
         then that one."""
         last = {(report.step, report.time): report for report in self.reports}
@@ -107,7 +107,7 @@ class History:
         return [(step, saved[step].time) for step in sorted(saved) if step not in there]
 
 
-def _times_of(row: Row) -> Times | None:
+def _times_of(row: CheckpointRow) -> Times | None:
     if row.step is None or not row.timings:
         return None
     seconds = sum(stage.most for stage in row.timings.values())
@@ -137,15 +137,15 @@ class Watch:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._rows: dict[str, tuple[object, Row]] = {}
-        self._reports = _Reports()
+        self._rows: dict[str, tuple[object, CheckpointRow]] = {}
+        self._reports = _MetricsRecords()
 
     def look(self) -> History:
         """As `history_of`, now."""
         store, name = open_for_reading(self._path)
         before, self._rows = self._rows, {}
 
-        def look_at(store: ReadStore, key: str) -> Row:
+        def look_at(store: ReadStore, key: str) -> CheckpointRow:
             stamp = _stamp(store, key)
             seen, row = before.get(key, (None, None))
             if row is None or seen != stamp:
@@ -166,14 +166,14 @@ def _stamp(store: ReadStore, key: str) -> object:
     return object()
 
 
-class _Reports:
+class _MetricsRecords:
     """The lines of the file beside a folder, or in it; none where there is no such file."""
 
     def __init__(self) -> None:
-        self._found: list[Report] = []
+        self._found: list[MetricsRecord] = []
         self._key, self._head, self._offset = "", b"", 0
 
-    def read(self, store: ReadStore, name: str) -> list[Report]:
+    def read(self, store: ReadStore, name: str) -> list[MetricsRecord]:
         """All of them, those that are new from the file."""
         above = name.rpartition("/")[0]
         for key in (f"{above}/{METRICS}" if above else METRICS, f"{name}/{METRICS}"):
@@ -183,7 +183,7 @@ class _Reports:
                 continue
         return []
 
-    def _from(self, store: ReadStore, key: str) -> list[Report]:
+    def _from(self, store: ReadStore, key: str) -> list[MetricsRecord]:
         nbytes = min(store.size(key), METRICS_BYTES_MAX)
         head = store.read(key, 0, HEAD_BYTES)
         if (key, head[: len(self._head)]) != (self._key, self._head) or nbytes < self._offset:
@@ -198,7 +198,7 @@ class _Reports:
         return [*self._found, last] if last is not None else [*self._found]
 
 
-def _report(line: bytes) -> Report | None:
+def _report(line: bytes) -> MetricsRecord | None:
     """The report on one line; None where it is cut off, or something else."""
     try:
         row: Any = json.loads(line)
@@ -208,7 +208,9 @@ def _report(line: bytes) -> Report | None:
         saves, loads = (tuple(map(_times, row.get(key, ()))) for key in ("saves", "loads"))
         time, loss, tokens_per_s, save_blocked_s = map(float, numbers)
         failed = int(row.get("failed_saves", 0))
-        return Report(row["step"], time, loss, tokens_per_s, save_blocked_s, saves, loads, failed)
+        return MetricsRecord(
+            row["step"], time, loss, tokens_per_s, save_blocked_s, saves, loads, failed
+        )
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
 

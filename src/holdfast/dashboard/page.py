@@ -8,7 +8,7 @@ from datetime import datetime
 from html import escape
 from statistics import median
 
-from holdfast.catalog.listing import Row
+from holdfast.catalog.listing import CheckpointRow
 from holdfast.dashboard.chart import Point, bars, dots, line
 from holdfast.dashboard.history import History, slowest
 from holdfast.spelling import counted, spelled_age, spelled_bytes, spelled_layout
@@ -313,11 +313,11 @@ def _table(history: History, now: datetime) -> str:
     )
 
 
-def _style(row: Row) -> str:
+def _style(row: CheckpointRow) -> str:
     return "damaged" if row.state == "damaged" else {"full": "good"}.get(row.kind or "", "model")
 
 
-def committed(row: Row) -> float | None:
+def committed(row: CheckpointRow) -> float | None:
     """When a step was committed, in seconds since 1970."""
     try:
         then = datetime.fromisoformat(row.created or "")
@@ -326,7 +326,7 @@ def committed(row: Row) -> float | None:
     return then.timestamp() if then.tzinfo is not None else None
 
 
-def _ago(row: Row | None, now: datetime) -> str:
+def _ago(row: CheckpointRow | None, now: datetime) -> str:
     seconds = None if row is None else committed(row)
     return "" if seconds is None else _since(seconds, now)
 

@@ -217,7 +217,7 @@ def joined(
 
 
 @dataclass(frozen=True, slots=True)
-class Image:
+class SafetensorsLayout:
     """A file before it is written: its header, and where the elements of each tensor go."""
 
     nbytes: int
@@ -225,7 +225,7 @@ class Image:
     tensors: Mapping[str, Span]
 
 
-def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Image:
+def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> SafetensorsLayout:
     """Where everything lies in a file of these tensors, given their dtypes and shapes.
 
     Larger elements come first, so that all are aligned; the header says `{"format": "pt"}`, which
@@ -251,7 +251,7 @@ def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Image:
     for name in tensors:
         first, last = entries[name]["data_offsets"]
         placed[name] = Span(start + first, last - first)
-    return Image(start + at, struct.pack("<Q", len(text)) + text, placed)
+    return SafetensorsLayout(start + at, struct.pack("<Q", len(text)) + text, placed)
 
 
 def encode_index(files: Mapping[str, str], nbytes: int) -> bytes:

@@ -225,7 +225,7 @@ class _NewRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class TorchImage:
+class TorchFileLayout:
     """A file before it is written: where the tensors go, and what stands around them."""
 
     nbytes: int
@@ -249,7 +249,7 @@ class TorchImage:
 
 def lay_out(
     tensors: Mapping[str, NewTensor], values: Mapping[str, tuple[Path, bytes]]
-) -> TorchImage:
+) -> TorchFileLayout:
     """Where everything lies in a file that holds these, as `torch.save` would nest them.
 
     `values` are paths and pickles (protocol 2) of what is not a tensor.
@@ -277,7 +277,7 @@ def lay_out(
         position = placed[name].stop
     directory_bytes = sum(len(record.listed(0)) for record in records)
     end = end_records(len(records), directory_bytes, position)
-    return TorchImage(position + directory_bytes + len(end), placed, tuple(records))
+    return TorchFileLayout(position + directory_bytes + len(end), placed, tuple(records))
 
 
 def _field64(sizes: bytes) -> bytes:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from holdfast.errors import MismatchError
 from holdfast.hf.dialects import renamed
-from holdfast.tensors.lazy import Held
+from holdfast.tensors.lazy import TensorInfo
 from holdfast.tensors.mapping import TensorMapping
 from holdfast.tensors.relation import Dim, Relation, Side
 
@@ -23,7 +23,7 @@ _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 
 
 def adapter_mapping(
-    held: Mapping[str, Held],
+    held: Mapping[str, TensorInfo],
     base: TensorMapping,
     *,
     names: Literal["meta", "titan"],
@@ -81,7 +81,7 @@ def _between(
     return Relation(Side(names[0], ours), Side(names[1], theirs), of.dtype)
 
 
-def _misfits(held: Mapping[str, Held], mapping: TensorMapping) -> Iterator[str]:
+def _misfits(held: Mapping[str, TensorInfo], mapping: TensorMapping) -> Iterator[str]:
     for name in mapping.names("hub"):
         found, wanted = held[name].shape, mapping.shape("hub", name)
         if found != wanted:

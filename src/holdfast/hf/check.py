@@ -12,7 +12,7 @@ from holdfast.errors import MismatchError, UsageError
 from holdfast.format.region import Region
 from holdfast.hf.dialects import is_balance
 from holdfast.tensors.blocks import blocks
-from holdfast.tensors.lazy import Held, Tensors
+from holdfast.tensors.lazy import TensorInfo, Tensors
 from holdfast.tensors.mapping import SideName, TensorMapping
 
 LISTED_MAX = 50
@@ -83,7 +83,7 @@ def check_fit(
 
 
 def differences(
-    held: Mapping[str, Held], mapping: TensorMapping, side: SideName, said_by: str
+    held: Mapping[str, TensorInfo], mapping: TensorMapping, side: SideName, said_by: str
 ) -> list[str]:
     """Tensors of one side that are missing, of another shape, or not known: a line each."""
     names = mapping.names(side)
@@ -153,7 +153,7 @@ def same(tensors: Tensors, one: str, other: str) -> bool:
     )
 
 
-def _whole(held: Held) -> Region:
+def _whole(held: TensorInfo) -> Region:
     return Region.whole(held.shape)
 
 
@@ -161,14 +161,14 @@ def _bits(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def _missing(held: Mapping[str, Held], names: Sequence[str]) -> Iterator[str]:
+def _missing(held: Mapping[str, TensorInfo], names: Sequence[str]) -> Iterator[str]:
     for name in names:
         if name not in held:
             yield f"`{name}` is missing"
 
 
 def _misshapen(
-    held: Mapping[str, Held], mapping: TensorMapping, side: SideName, said_by: str
+    held: Mapping[str, TensorInfo], mapping: TensorMapping, side: SideName, said_by: str
 ) -> Iterator[str]:
     for name in mapping.names(side):
         if name in held and held[name].shape != mapping.shape(side, name):

@@ -17,10 +17,10 @@ import numpy as np
 
 from holdfast.arguments import checked_path, shown
 from holdfast.catalog.catalog import Catalog
+from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.hf_folder import CONFIG, of_language_model
 from holdfast.catalog.paths import open_for_reading
-from holdfast.catalog.sweep import execute, plan_sweep
-from holdfast.comm import Ranks, conclude, on_rank_0, outcome_of
+from holdfast.comm import Ranks, capture, gather_and_run, run_on_rank_0
 from holdfast.errors import HoldfastError, MismatchError, UsageError
 from holdfast.format.names import Aside
 from holdfast.format.region import Region
@@ -31,13 +31,13 @@ from holdfast.hf.dialects import is_balance, renamed
 from holdfast.hf.families import family_of
 from holdfast.hf.family import mapping_of
 from holdfast.hf.shards import SHARD_BYTES, Export, shard
-from holdfast.planning.file_layout import FileImage, TensorItem
+from holdfast.planning.file_layout import FileLayout, TensorItem
 from holdfast.planning.index import Index
 from holdfast.storage.local import LocalStore
 from holdfast.storage.opening import folder_store
 from holdfast.storage.store import Writer
 from holdfast.tensors.blocks import blocks, runs
-from holdfast.tensors.lazy import Held
+from holdfast.tensors.lazy import TensorInfo
 from holdfast.tensors.mapping import TensorMapping
 from holdfast.tensors.numbers import box_of, convert, is_floating, raw_type
 
@@ -46,7 +46,7 @@ BLOCK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class HubModel:
+class HFModel:
     """What a live model is called on the hub."""
 
     config: Mapping[str, Any]
@@ -58,7 +58,7 @@ class HubModel:
     def __post_init__(self) -> None:
         if not isinstance(self.config, Mapping):
             raise UsageError(
-                "`HubModel.config` must be a dict, as `config.json` has it, found: "
+                "`HFModel.config` must be a dict, as `config.json` has it, found: "
                 f"{shown(self.config)}",
                 hint="`config.to_dict()` makes one of a configuration of transformers",
             )
@@ -66,9 +66,9 @@ class HubModel:
             # As the manifest of every step keeps it.
             json.dumps(dict(self.config), allow_nan=False, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
-            raise UsageError(f"`HubModel.config` must be plain JSON: {error}") from error
+            raise UsageError(f"`HFModel.config` must be plain JSON: {error}") from error
         if self.assets is not None:
-            object.__setattr__(self, "assets", checked_path(self.assets, "HubModel.assets"))
+            object.__setattr__(self, "assets", checked_path(self.assets, "HFModel.assets"))
 
     @property
     def mapping(self) -> TensorMapping:
@@ -78,10 +78,10 @@ class HubModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class ExportSnapshot:
     """What a rank is to write, and where it reads it: of a save that has begun."""
 
-    image: FileImage
+    image: FileLayout
     data_of: Callable[[TensorItem, Region], memoryview]
     """The raw bytes of a box of an item, row-major, counted from the first of its elements."""
 
@@ -102,7 +102,13 @@ class Exported:
 
 
 def export(
-    held: Snapshot, hub: HubModel, dtype: str, *, catalog: Catalog, attempt: Aside, ranks: Ranks
+    held: ExportSnapshot,
+    hub: HFModel,
+    dtype: str,
+    *,
+    catalog: Catalog,
+    attempt: Aside,
+    ranks: Ranks,
 ) -> Exported:
     """Write the model of a save as a Hugging Face folder, in `dtype`, and publish it.
 
@@ -117,9 +123,11 @@ def export(
     made = shard(infos, SHARD_BYTES)
     store = folder_store(catalog.store.url)
     try:
-        on_rank_0(ranks, lambda: _make_files(held, mapping, made, store, attempt))
-        mine = outcome_of(lambda: _write(held, mapping, made, store, attempt))
-        return conclude(ranks, mine, lambda parts: _finish(made, hub, catalog, attempt, parts))
+        run_on_rank_0(ranks, lambda: _make_files(held, mapping, made, store, attempt))
+        mine = capture(lambda: _write(held, mapping, made, store, attempt))
+        return gather_and_run(
+            ranks, mine, lambda parts: _finish(made, hub, catalog, attempt, parts)
+        )
     except HoldfastError:
         if ranks.rank == 0:
             with suppress(HoldfastError):
@@ -128,13 +136,13 @@ def export(
 
 
 def _make_files(
-    held: Snapshot, mapping: TensorMapping, made: Export, store: LocalStore, attempt: Aside
+    held: ExportSnapshot, mapping: TensorMapping, made: Export, store: LocalStore, attempt: Aside
 ) -> None:
     assert held.index is not None, "rank 0 has it"
     whole = held.index.plan
     called = renamed([*(placed.name for placed in whole.tensors), *whole.aliases], "meta")
     native = {
-        called[placed.name]: Held(placed.tensor.dtype, placed.tensor.shape)
+        called[placed.name]: TensorInfo(placed.tensor.dtype, placed.tensor.shape)
         for placed in whole.tensors
         if placed.tensor.path[0] not in held.others
     }
@@ -150,7 +158,7 @@ def _make_files(
 
 
 def _write(
-    held: Snapshot, mapping: TensorMapping, made: Export, store: LocalStore, attempt: Aside
+    held: ExportSnapshot, mapping: TensorMapping, made: Export, store: LocalStore, attempt: Aside
 ) -> Exported:
     """Write this rank's elements."""
     places = {n: (f, s.offset) for f, i in made.files.items() for n, s in i.tensors.items()}
@@ -223,7 +231,7 @@ def _put(
 
 
 def _finish(
-    made: Export, hub: HubModel, catalog: Catalog, attempt: Aside, parts: Sequence[Exported]
+    made: Export, hub: HFModel, catalog: Catalog, attempt: Aside, parts: Sequence[Exported]
 ) -> Exported:
     store = catalog.store
     wanted = sum(span.nbytes for image in made.files.values() for span in image.tensors.values())
@@ -242,5 +250,5 @@ def _finish(
         with store.create(f"{attempt}/{file}", len(data)) as writer:
             writer.write(0, [data])
     catalog.publish(attempt)
-    execute(store, plan_sweep(store.list(), only=attempt.name))
+    execute(store, plan_cleanup(store.list(), only=attempt.name))
     return Exported(made.nbytes, tuple(sorted({name for part in parts for name in part.lost})))

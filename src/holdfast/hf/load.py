@@ -13,7 +13,7 @@ import torch
 from holdfast.catalog.hf_folder import CONFIG, HFFolder, open_hf_folder
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.source import Source
-from holdfast.comm import Ranks, on_every_rank, on_rank_0
+from holdfast.comm import Ranks, run_on_all, run_on_rank_0
 from holdfast.errors import UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.region import Region
@@ -27,7 +27,7 @@ from holdfast.state.objects import StateTree
 from holdfast.tensors.blocks import blocks
 from holdfast.tensors.lazy import Joined, Mapped, Renamed, Tensors, Zeros
 from holdfast.tensors.quantized import Dequantized
-from holdfast.tensors.stored import Stored
+from holdfast.tensors.stored import StoredTensors
 
 BLOCK_BYTES = 8 << 20
 """Held beside the model, a thread."""
@@ -54,14 +54,14 @@ def load_folder(
         MismatchError: the folder holds another model; nothing was changed.
     """
     store, name = open_for_reading(path)
-    folder = on_rank_0(ranks, lambda: open_hf_folder(store, name))
+    folder = run_on_rank_0(ranks, lambda: open_hf_folder(store, name))
     source = Source(store, name, folder.manifest)
-    leaves = on_every_rank(ranks, lambda: tree.flatten().leaves)
+    leaves = run_on_all(ranks, lambda: tree.flatten().leaves)
     balanced = any(map(is_balance, leaves))
-    told = ranks.largest([float(dialect_of([*leaves]) == "titan"), float(balanced)])
+    told = ranks.all_reduce_max([float(dialect_of([*leaves]) == "titan"), float(balanced)])
     titan, balanced = told[0] > 0, told[1] > 0
-    notes = on_rank_0(ranks, lambda: _checked(source, folder, config))
-    tensors = on_every_rank(
+    notes = run_on_rank_0(ranks, lambda: _checked(source, folder, config))
+    tensors = run_on_all(
         ranks, lambda: _native(source, folder, config, titan=titan, balanced=balanced)
     )
     entries = {
@@ -91,7 +91,7 @@ def _config(source: Source, folder: HFFolder, config: Config | None) -> tuple[Co
 
 def _checked(source: Source, folder: HFFolder, config: Config | None) -> list[str]:
     found, said_by = _config(source, folder, config)
-    held = Dequantized(Stored(source, {}), folder.quantization)
+    held = Dequantized(StoredTensors(source, {}), folder.quantization)
     family = family_of(found, where=said_by)
     mapping = mapping_of(family, found, fused_experts=fused_experts(family, found, held.held))
     notes = check_fit(held, mapping, "hub", where=source.url, said_by=said_by)
@@ -105,7 +105,7 @@ def _native(
 ) -> Tensors:
     """`balanced`: the model has a bias beside every router, which starts from zero."""
     found, said_by = _config(source, folder, config)
-    held = Dequantized(Stored(source, {}), folder.quantization)
+    held = Dequantized(StoredTensors(source, {}), folder.quantization)
     family = family_of(found, where=said_by)
     mapping = mapping_of(family, found, fused_experts=fused_experts(family, found, held.held))
     seen: Tensors = Mapped(held, mapping, "native")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.region import Region
-from holdfast.format.safetensors import SINGLE, Image, encode_index, lay_out
+from holdfast.format.safetensors import SINGLE, SafetensorsLayout, encode_index, lay_out
 
 SHARD_BYTES = 5_000_000_000
 """Of one file, as the hub has them, unless asked for otherwise."""
@@ -20,7 +20,7 @@ TensorInfo = tuple[str, tuple[int, ...]]
 class Export:
     """The files of an export before a byte of them is written."""
 
-    files: Mapping[str, Image]
+    files: Mapping[str, SafetensorsLayout]
     """By name, each with the place of its tensors."""
 
     index: bytes | None

@@ -19,7 +19,7 @@ from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.region import Region
 from holdfast.loading.opening import open_at
 from holdfast.loading.read import Wanted, read_tensors
-from holdfast.planning.read_plan import moves
+from holdfast.planning.read_plan import read_items
 from holdfast.state.shard import Piece
 from holdfast.state.values import decode_value
 
@@ -60,7 +60,7 @@ class Checkpoint:
         entry = self._found("tensor", name, self.tensors)
         box = region_of(name, entry.shape, region)
         # First, so that a shape without chunks behind it takes no memory.
-        moves(name, entry, box)
+        read_items(name, entry, box)
         target = torch.empty(box.shape, dtype=getattr(torch, entry.dtype), device="cpu")
         if box.num_elements:
             wanted = Wanted(name, [Piece(box, Region.whole(box.shape))], target)

@@ -11,13 +11,13 @@ import torch
 
 from holdfast.catalog.arguments import check_to_load
 from holdfast.catalog.source import Source, read_value
-from holdfast.comm import Ranks, all_ranks, hosts_of, on_every_rank
+from holdfast.comm import Ranks, all_ranks, hosts_of, run_on_all
 from holdfast.errors import MismatchError
 from holdfast.loading.fit import fits, is_narrowed
 from holdfast.loading.opening import read_in
 from holdfast.loading.read import Wanted, read_tensors, threads_for
 from holdfast.loading.replicas import Place, ask, read_shared
-from holdfast.planning.collector import collector_at_rest
+from holdfast.planning.gc_pause import gc_paused
 from holdfast.state.layout import Layouts, local_of
 from holdfast.state.match import MadeValues, Match
 from holdfast.state.objects import StateTree
@@ -75,8 +75,8 @@ def load(path: str | os.PathLike[str], state: Any, *, strict: bool = True) -> Lo
     """
     ranks = all_ranks()
     try:
-        store, name = on_every_rank(ranks, lambda: check_to_load(path, state, strict=strict))
-        tree = on_every_rank(ranks, lambda: StateTree(state))
+        store, name = run_on_all(ranks, lambda: check_to_load(path, state, strict=strict))
+        tree = run_on_all(ranks, lambda: StateTree(state))
         return read_in(
             store,
             name,
@@ -117,18 +117,18 @@ def load_tree(
     spans = Spans()
     # A load inside of `torch.inference_mode` would make tensors that no training can change.
     with torch.inference_mode(mode=False):
-        with spans("plan"), collector_at_rest():
-            match = on_every_rank(ranks, lambda: tree.match(source.manifest, strict=strict))
+        with spans("plan"), gc_paused():
+            match = run_on_all(ranks, lambda: tree.match(source.manifest, strict=strict))
             differences = _differences(match, ranks)
             if differences and not partial:
                 raise _mismatch(source, differences)
-            reading = on_every_rank(ranks, lambda: _Reading(source, match))
+            reading = run_on_all(ranks, lambda: _Reading(source, match))
         with spans("read"):
             nbytes = _read(reading, ranks, fill, replicas)
-            values = on_every_rank(ranks, reading.values)
+            values = run_on_all(ranks, reading.values)
         with spans("apply"):
             reading.settle()
-            on_every_rank(ranks, lambda: match.take(values))
+            run_on_all(ranks, lambda: match.take(values))
     return Loaded(
         source.url,
         nbytes,
@@ -255,13 +255,13 @@ def _read(reading: _Reading, ranks: Ranks, fill: Fill | None, replicas: Replicas
         return read_tensors(source, [*wanted], threads)
 
     nbytes = 0
-    if ranks.largest([reading.has_checked])[0]:
-        nbytes = on_every_rank(ranks, lambda: reading.check(read))
+    if ranks.all_reduce_max([reading.has_checked])[0]:
+        nbytes = run_on_all(ranks, lambda: reading.check(read))
     far = hosts.num_hosts > 1 or "://" in source.store.url
     passed_on = replicas == "broadcast" or (replicas == "auto" and far)
     if ranks.size == 1 or fill is not None or not passed_on:
-        return nbytes + on_every_rank(ranks, lambda: read(reading.unchecked))
-    asked = on_every_rank(ranks, lambda: ask(source, reading.unchecked, reading.entries))
-    nbytes += on_every_rank(ranks, lambda: read_shared(source, asked, ranks, threads))
+        return nbytes + run_on_all(ranks, lambda: read(reading.unchecked))
+    asked = run_on_all(ranks, lambda: ask(source, reading.unchecked, reading.entries))
+    nbytes += run_on_all(ranks, lambda: read_shared(source, asked, ranks, threads))
     reading.containers = asked.containers
     return nbytes

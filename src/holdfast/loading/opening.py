@@ -12,9 +12,9 @@ from holdfast.catalog.catalog import open_manifest, standing
 from holdfast.catalog.paths import place_of
 from holdfast.catalog.source import Source
 from holdfast.catalog.steady import LOOKS_MAX, UNREADABLE, fingerprint
-from holdfast.comm import Ranks, on_rank_0
+from holdfast.comm import Ranks, run_on_rank_0
 from holdfast.format.manifest import Manifest
-from holdfast.planning.collector import collector_at_rest
+from holdfast.planning.gc_pause import gc_paused
 from holdfast.storage.store import ReadStore
 
 T = TypeVar("T")
@@ -72,11 +72,11 @@ def read_in(store: ReadStore, name: str, ranks: Ranks, read: Callable[[Source], 
     Collective: every rank calls this; `read` raises on every rank alike.
     """
     for left in reversed(range(LOOKS_MAX)):
-        with collector_at_rest():
-            opened = on_rank_0(ranks, partial(open_in, store, name))
+        with gc_paused():
+            opened = run_on_rank_0(ranks, partial(open_in, store, name))
         try:
             return read(Source(store, opened.name, opened.manifest))
         except UNREADABLE:
-            if not left or not on_rank_0(ranks, partial(opened.is_gone, store)):
+            if not left or not run_on_rank_0(ranks, partial(opened.is_gone, store)):
                 raise
     raise AssertionError("the last look returns or raises")

@@ -26,8 +26,8 @@ from holdfast.format.manifest import Chunk, Span, TensorEntry
 from holdfast.format.region import Region
 from holdfast.format.torchzip import contiguous_strides, locate
 from holdfast.loading.fit import put
-from holdfast.planning.collector import collector_at_rest
-from holdfast.planning.read_plan import Part, moves, parts
+from holdfast.planning.gc_pause import gc_paused
+from holdfast.planning.read_plan import ByteRange, byte_ranges, read_items
 from holdfast.state.layout import bytes_of
 from holdfast.state.shard import Piece
 from holdfast.storage.store import Reader
@@ -73,7 +73,7 @@ def read_tensors(source: Source, wanted: Sequence[Wanted], threads: int | None =
     return _run(source, _jobs(source, wanted), threads or threads_for(1))
 
 
-@collector_at_rest()
+@gc_paused()
 def _jobs(source: Source, wanted: Sequence[Wanted]) -> list[_Job]:
     """What there is to read, in the order of its bytes."""
     jobs: list[_Job] = []
@@ -82,7 +82,7 @@ def _jobs(source: Source, wanted: Sequence[Wanted]) -> list[_Job]:
         entry = source.manifest.tensors[want.name]
         dtype: torch.dtype = getattr(torch, entry.dtype)
         for piece in want.pieces:
-            for move in moves(want.name, entry, piece.region):
+            for move in read_items(want.name, entry, piece.region):
                 target = within(want.local, piece.local_of(move.region))
                 chunk, nbytes = move.chunk, move.chunk.region.num_elements * dtype.itemsize
                 if chunk.data_offset is None:
@@ -209,7 +209,7 @@ def _run(source: Source, jobs: Sequence[_Job], threads: int) -> int:
 class _Step:
     """A part of a chunk, or as much of it as one thread takes on."""
 
-    part: Part
+    part: ByteRange
     start: int
     stop: int
 
@@ -256,7 +256,7 @@ def _stretches(
 def _steps(
     box: Region, shape: tuple[int, ...], dtype: torch.dtype, target: torch.Tensor
 ) -> Iterator[_Step]:
-    for part in parts(box, shape, dtype.itemsize, WINDOW_BYTES):
+    for part in byte_ranges(box, shape, dtype.itemsize, WINDOW_BYTES):
         if _goes_straight(part, dtype, _into(target, part)):
             at = part.start
             while at < part.stop:
@@ -268,16 +268,16 @@ def _steps(
                 yield _Step(piece, piece.start, piece.stop)
 
 
-def _into(target: torch.Tensor, part: Part) -> torch.Tensor:
+def _into(target: torch.Tensor, part: ByteRange) -> torch.Tensor:
     return within(target, part.box)
 
 
-def _goes_straight(part: Part, dtype: torch.dtype, into: torch.Tensor) -> bool:
+def _goes_straight(part: ByteRange, dtype: torch.dtype, into: torch.Tensor) -> bool:
     plain = into.is_cpu and into.is_contiguous() and not (into.is_conj() or into.is_neg())
     return part.contiguous and plain and into.dtype == dtype
 
 
-def _windows(part: Part, itemsize: int) -> Iterator[Part]:
+def _windows(part: ByteRange, itemsize: int) -> Iterator[ByteRange]:
     """A part as it is read; a long contiguous one in pieces: rows of its first long dim."""
     if part.stop - part.start <= WINDOW_BYTES:
         yield part
@@ -292,7 +292,7 @@ def _windows(part: Part, itemsize: int) -> Iterator[Part]:
         start[dim], stop[dim] = box.start[dim] + first, box.start[dim] + last
         piece = Region(tuple(start), tuple(stop))
         yield from _windows(
-            Part(part.start + first * row, part.start + last * row, piece, True), itemsize
+            ByteRange(part.start + first * row, part.start + last * row, piece, True), itemsize
         )
 
 

@@ -13,13 +13,13 @@ import torch
 from xxhash import xxh3_128_digest
 
 from holdfast.catalog.source import ROOM_BYTES, WINDOW_BYTES, ChunkData, Source, read_value
-from holdfast.comm import Ranks, Sending, outcome_of
+from holdfast.comm import Ranks, Sending, capture
 from holdfast.errors import HoldfastError
 from holdfast.format.manifest import Span, ValueEntry
 from holdfast.format.region import Region
 from holdfast.loading.fit import put
 from holdfast.loading.read import Wanted, read_tensors, within
-from holdfast.planning.read_plan import Move, moves, parts
+from holdfast.planning.read_plan import ReadItem, byte_ranges, read_items
 from holdfast.state.shard import Piece
 
 BUNDLE_BYTES = 4 << 20
@@ -44,7 +44,7 @@ _Order = tuple[Place, tuple[int, ...], tuple[int, ...], str]
 whatever order a rank names them."""
 
 
-def _at(move: Move) -> Place:
+def _at(move: ReadItem) -> Place:
     return move.chunk.file, move.chunk.item.offset
 
 
@@ -54,7 +54,7 @@ class _Box:
 
     name: str
     dtype: torch.dtype
-    move: Move
+    move: ReadItem
     target: torch.Tensor
 
     @property
@@ -82,7 +82,7 @@ class _Stretch:
 
     name: str
     dtype: torch.dtype
-    move: Move
+    move: ReadItem
     target: torch.Tensor
     """Where the whole box goes, of which byte `first` is the first one."""
 
@@ -206,7 +206,7 @@ def ask(source: Source, wanted: Sequence[Wanted], values: Mapping[str, ValueEntr
         dtype: torch.dtype = getattr(torch, entry.dtype)
         for piece in want.pieces:
             one = Wanted(want.name, [piece], want.local)
-            found = moves(want.name, entry, piece.region)
+            found = read_items(want.name, entry, piece.region)
             if any(_is_whole_only(move, dtype) for move in found):
                 alone.append(one)
             elif found:
@@ -219,7 +219,7 @@ def ask(source: Source, wanted: Sequence[Wanted], values: Mapping[str, ValueEntr
     return Asked(asks, alone, containers)
 
 
-def _is_whole_only(move: Move, dtype: torch.dtype) -> bool:
+def _is_whole_only(move: ReadItem, dtype: torch.dtype) -> bool:
     """Whether a chunk can be checked only by who reads all of it: a large one of a program that
     left one checksum of the whole."""
     nbytes = move.region.num_elements * dtype.itemsize
@@ -234,14 +234,14 @@ def _value(name: str, entry: ValueEntry, containers: dict[Place, bytes]) -> list
     return [_Value(name, entry, containers)]
 
 
-def _items(want: Wanted, dtype: torch.dtype, found: Sequence[Move]) -> Iterator[_Item]:
+def _items(want: Wanted, dtype: torch.dtype, found: Sequence[ReadItem]) -> Iterator[_Item]:
     """Parts of one piece, of at most `BUNDLE_BYTES` each. They depend on nothing but the checkpoint
     and the piece: all ranks that want it have the same."""
     (piece,) = want.pieces
     for move in found:
         target = within(want.local, piece.local_of(move.region))
         box, shape = move.region.within(move.chunk.region), move.chunk.region.shape
-        part = next(parts(box, shape, dtype.itemsize, WINDOW_BYTES))
+        part = next(byte_ranges(box, shape, dtype.itemsize, WINDOW_BYTES))
         if move.region.num_elements * dtype.itemsize <= BUNDLE_BYTES:
             yield _Box(want.name, dtype, move, target)
         elif part.contiguous and part.box.shape == box.shape:
@@ -253,7 +253,7 @@ def _items(want: Wanted, dtype: torch.dtype, found: Sequence[Move]) -> Iterator[
         else:
             for region in _rows(move.region, dtype.itemsize):
                 into = within(target, region.within(move.region))
-                yield _Box(want.name, dtype, Move(move.chunk, region), into)
+                yield _Box(want.name, dtype, ReadItem(move.chunk, region), into)
 
 
 def _rows(region: Region, itemsize: int) -> Iterator[Region]:
@@ -427,7 +427,7 @@ class _Passing:
                 self._ranks.receive(bundle.members[at - 1], memory)
             if at + 1 < len(bundle.members):
                 sending.append(self._ranks.send(bundle.members[at + 1], memory))
-            self._note(outcome_of(partial(self._take, bundle, memory)))
+            self._note(capture(partial(self._take, bundle, memory)))
             while len(sending) > SENDING:
                 sending.popleft()()
         for sent in sending:
@@ -435,7 +435,7 @@ class _Passing:
 
     def _read(self, bundle: _Bundle) -> tuple[torch.Tensor, int | HoldfastError]:
         memory = torch.empty(bundle.nbytes, dtype=torch.uint8, device="cpu")
-        done = outcome_of(partial(self._fill, bundle, memory)) if self.good else 0
+        done = capture(partial(self._fill, bundle, memory)) if self.good else 0
         memory[-1] = self.good and not isinstance(done, HoldfastError)
         return memory, done
 

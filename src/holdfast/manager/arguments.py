@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.arguments import checked_flag, checked_path, flag, number, shown
-from holdfast.comm import Ranks, conclude, on_every_rank
+from holdfast.comm import Ranks, gather_and_run, run_on_all
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.format.names import checked_step
-from holdfast.hf.export import HubModel
+from holdfast.hf.export import HFModel
 from holdfast.manager.config import DATALOADER_KEYS, CheckpointConfig
 from holdfast.manager.parts import DATALOADER, MODEL, OPTIMIZER, RNG, SCHEDULER
 from holdfast.state.model import Names, memory_of
@@ -34,7 +34,7 @@ def check(ranks: Ranks, **given: Any) -> None:
 
     Collective: every rank calls this; an error on one is raised on all.
     """
-    on_every_rank(ranks, lambda: check_arguments(**given))
+    run_on_all(ranks, lambda: check_arguments(**given))
     idle = _without_effect(given["config"])
     if idle and ranks.rank == 0:
         logger.warning(
@@ -100,8 +100,8 @@ def check_arguments(
     taken |= {} if dataloader is None else {DATALOADER: "`dataloader`"}
     _check_names(models, {OPTIMIZER, SCHEDULER, RNG, *taken})
     _check_states(states, taken, models)
-    if hub is not None and not isinstance(hub, HubModel):
-        raise _wrong("hub", "a `HubModel`", hub, "HubModel(config, assets)")
+    if hub is not None and not isinstance(hub, HFModel):
+        raise _wrong("hub", "a `HFModel`", hub, "HFModel(config, assets)")
 
 
 def _without_effect(config: CheckpointConfig) -> list[str]:
@@ -176,7 +176,7 @@ def agreed(
     """
     refused, most, minus_least, last, minus_not_last, *rest = told
     if refused:
-        conclude(ranks, call if isinstance(call, HoldfastError) else None, lambda _: None)
+        gather_and_run(ranks, call if isinstance(call, HoldfastError) else None, lambda _: None)
     if most != -minus_least:
         found = f"{-minus_least:.0f} to {most:.0f}"
         raise UsageError(f"`step` must be the same on every rank, found: {found}")

@@ -174,7 +174,7 @@ class CheckpointConfig:
         checked_path(self.folder, "checkpoint.folder")
         if self.initial_load_path is not None:
             checked_path(self.initial_load_path, "checkpoint.initial_load_path")
-        self._check_hub()
+        self._check_hf()
         self._check_frozen()
         check_names(self.stop_signals)
         if self.stop_deadline_s <= 0:
@@ -208,7 +208,7 @@ class CheckpointConfig:
                 hint="--checkpoint.initial_load_model_only",
             )
 
-    def _check_hub(self) -> None:
+    def _check_hf(self) -> None:
         if self.hf_export_interval < 0:
             raise UsageError(
                 f"`checkpoint.hf_export_interval` is 0 (none) or a number of steps: "

@@ -9,11 +9,11 @@ from functools import cached_property
 from typing import Any, Literal
 
 from holdfast.catalog.catalog import Catalog
-from holdfast.catalog.sweep import execute, plan_sweep
-from holdfast.comm import Ranks, on_rank_0
+from holdfast.catalog.cleanup import execute, plan_cleanup
+from holdfast.comm import Ranks, run_on_rank_0
 from holdfast.errors import UsageError
 from holdfast.format.names import step_name
-from holdfast.hf.export import HubModel, Snapshot, export
+from holdfast.hf.export import ExportSnapshot, HFModel, export
 from holdfast.hf.load import load_folder
 from holdfast.loading.load import Loaded
 from holdfast.manager.config import CheckpointConfig
@@ -38,7 +38,7 @@ class Hub:
 
     def __init__(
         self,
-        model: HubModel | None,
+        model: HFModel | None,
         config: CheckpointConfig,
         catalog: Catalog,
         ranks: Ranks,
@@ -56,7 +56,7 @@ class Hub:
         if model is None and (config.last_save_in_hf or config.hf_export_interval):
             raise UsageError(
                 "Hugging Face folders need to know the model: its `config.json`",
-                hint="`hub=HubModel(config, assets)` of CheckpointManager",
+                hint="`hub=HFModel(config, assets)` of CheckpointManager",
             )
 
     @cached_property
@@ -107,9 +107,9 @@ class Hub:
         def make() -> None:
             store = self.catalog.store
             store.make_folder("")
-            execute(store, plan_sweep(store.list()))
+            execute(store, plan_cleanup(store.list()))
 
-        on_rank_0(self._ranks, make)
+        run_on_rank_0(self._ranks, make)
 
     def finish(self, pending: Pending, ranks: Ranks, step: int, use: Use) -> int:
         """Write the model of a save as a Hugging Face folder, and publish it. Returns its bytes.
@@ -119,9 +119,11 @@ class Hub:
         catalog, attempt = pending.catalog, pending.attempt
         if use == "beside":
             catalog = self.catalog
-            attempt = on_rank_0(ranks, lambda: self.catalog.begin(step_name(step), replace=True))
+            attempt = run_on_rank_0(
+                ranks, lambda: self.catalog.begin(step_name(step), replace=True)
+            )
         made = export(
-            Snapshot(pending.image, pending.data_of, pending.index, self._sections),
+            ExportSnapshot(pending.file_layout, pending.data_of, pending.index, self._sections),
             self._model,
             self._config.export_dtype,
             catalog=catalog,

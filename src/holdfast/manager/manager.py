@@ -18,11 +18,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.source import Source
-from holdfast.comm import Ranks, Solo, all_ranks, on_every_rank, on_rank_0
+from holdfast.comm import Ranks, Solo, all_ranks, run_on_all, run_on_rank_0
 from holdfast.errors import MismatchError, NotFoundError
 from holdfast.format.manifest import Kind
 from holdfast.format.names import checked_step, step_of
-from holdfast.hf.export import HubModel
+from holdfast.hf.export import HFModel
 from holdfast.loading.load import load_tree
 from holdfast.manager import arguments
 from holdfast.manager.arguments import Metrics
@@ -55,7 +55,7 @@ from holdfast.manager.policy import (
     stopping_line,
 )
 from holdfast.manager.renames import as_here
-from holdfast.manager.resume import Step, newest_final
+from holdfast.manager.resume import ResumableStep, newest_final
 from holdfast.manager.resuming import Resuming
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
@@ -95,7 +95,7 @@ class CheckpointManager:
         states: Mapping[str, Stateful] | None = None,
         config: CheckpointConfig | None = None,
         ranks: Ranks | None = None,
-        hub: HubModel | None = None,
+        hub: HFModel | None = None,
     ) -> None:
         """Take hold of `folder`: what killed runs left there is swept, other runs are kept out.
 
@@ -155,7 +155,7 @@ class CheckpointManager:
         self._resumed = not_excluded(self._parts, self.config.exclude_from_loading)
         if self._saves:
             try:
-                on_rank_0(self._ranks, partial(self._held.take, self._catalog, self._hub))
+                run_on_rank_0(self._ranks, partial(self._held.take, self._catalog, self._hub))
             except BaseException:
                 with self._held:
                     raise
@@ -196,7 +196,7 @@ class CheckpointManager:
         with self._goodput.lost_to("saving"):
             # What any rank has measured or received decides, so that all decide alike.
             saver = self._saver
-            numbers = self._ranks.largest(
+            numbers = self._ranks.all_reduce_max(
                 [
                     *arguments.told_of(call),
                     *self._stop_signals.received(),
@@ -274,7 +274,9 @@ class CheckpointManager:
         """
 
         self._held.check_open()
-        on_rank_0(self._ranks, lambda: check_seed(self._catalog.steps(), self._catalog.store.url))
+        run_on_rank_0(
+            self._ranks, lambda: check_seed(self._catalog.steps(), self._catalog.store.url)
+        )
         self._save_as("model", 0, last_step=False)
         self._saver.collect()
 
@@ -297,7 +299,7 @@ class CheckpointManager:
         self._held.check_open()
         wanted = self.config.load_step
         if step is not None:
-            wanted = on_every_rank(self._ranks, lambda: checked_step(step, "step", least=-1))
+            wanted = run_on_all(self._ranks, lambda: checked_step(step, "step", least=-1))
         with self._goodput.lost_to(RESUMING):
             return self._load(wanted)
 
@@ -333,7 +335,7 @@ class CheckpointManager:
         """
         if not self.config.enable:
             return None
-        return on_rank_0(self._ranks, partial(newest_final, self._catalog))
+        return run_on_rank_0(self._ranks, partial(newest_final, self._catalog))
 
     def wait(self) -> None:
         """Return once everything saved is published and durable.
@@ -371,14 +373,14 @@ class CheckpointManager:
             with self._held:
                 self._saver.collect()
 
-    def _resume(self, found: Step, explicit: bool) -> int:
+    def _resume(self, found: ResumableStep, explicit: bool) -> int:
         """Load a step of this folder, and remember the course that the run is on."""
         started = time.perf_counter()
         source = Source(self._catalog.store, found.folder, found.manifest)
         self._load_parts(source, self._resumed if found.step else [MODEL], found.step)
         done = rate(found.manifest.nbytes, time.perf_counter() - started)
         self._say(f"resumed from step {found.step}: {done}, {source.url}")
-        steps = on_rank_0(self._ranks, self._catalog.steps)
+        steps = run_on_rank_0(self._ranks, self._catalog.steps)
         left_behind = [step for step in steps if step > found.step]
         self._saver.retainer.resumed(found.step, left_behind)
         if left_behind and self._saves and explicit:
@@ -400,7 +402,7 @@ class CheckpointManager:
         if path is None:
             return None
         store, name = open_for_reading(path)
-        manifest = on_rank_0(self._ranks, lambda: open_manifest(store, name))
+        manifest = run_on_rank_0(self._ranks, lambda: open_manifest(store, name))
         manifest = as_here(manifest, self._whole, self.config.initial_load_renames)
         source = Source(store, name, manifest)
         if self.config.initial_load_model_only:
@@ -446,7 +448,7 @@ class CheckpointManager:
         self, kind: Kind, step: int, *, last_step: bool, metrics: Metrics | None = None
     ) -> bool:
         """Save all parts, or the model alone: in the export dtype where it is the last step."""
-        numbers = on_every_rank(self._ranks, partial(arguments.numbers_in, metrics))
+        numbers = run_on_all(self._ranks, partial(arguments.numbers_in, metrics))
         self._goodput.count_save()
         use = self._hub.use(step, last_step=last_step, saved=True)
         if kind == "full":

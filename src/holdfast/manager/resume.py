@@ -22,7 +22,7 @@ logger = logging.getLogger("holdfast")
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ResumableStep:
     """A step that is there, and what it holds."""
 
     step: int
@@ -32,7 +32,7 @@ class Step:
     """Fingerprint of the checkpoint that was opened."""
 
 
-def strict_step(catalog: Catalog, step: int) -> Step:
+def strict_step(catalog: Catalog, step: int) -> ResumableStep:
     """This step, or an error that says why not; a mark of damage is no reason not to try.
 
     Raises:
@@ -47,10 +47,10 @@ def strict_step(catalog: Catalog, step: int) -> Step:
             hint=f"load step {manifest.step} instead, or give the folder the name "
             f"`{step_name(manifest.step or 0)}` back",
         )
-    return Step(step, folder, manifest, seen)
+    return ResumableStep(step, folder, manifest, seen)
 
 
-def newest_resumable(catalog: Catalog, below: int | None) -> tuple[Step | None, list[str]]:
+def newest_resumable(catalog: Catalog, below: int | None) -> tuple[ResumableStep | None, list[str]]:
     """The newest step (below one, where given) that looks whole and can be resumed from, and a line
     on each newer one that is neither. Its data is checked as it is read, not here; where that has
     failed before, the mark that it left is enough."""
@@ -59,7 +59,7 @@ def newest_resumable(catalog: Catalog, below: int | None) -> tuple[Step | None, 
     for step in reversed(catalog.folders()):
         if below is not None and step >= below:
             continue
-        found: Step | None = None
+        found: ResumableStep | None = None
         held: Manifest | HoldfastError | None = None
         if step not in damaged:
             try:
@@ -76,13 +76,13 @@ def newest_resumable(catalog: Catalog, below: int | None) -> tuple[Step | None, 
     return None, refused
 
 
-def _opened_step(catalog: Catalog, step: int) -> Step:
+def _opened_step(catalog: Catalog, step: int) -> ResumableStep:
     """A step that is there, opened again where another process replaces it meanwhile."""
     for left in reversed(range(LOOKS_MAX)):
         folder = catalog.folders().get(step, step_name(step))
         seen = fingerprint(catalog.store, folder)
         try:
-            return Step(step, folder, _opened(catalog, folder), seen)
+            return ResumableStep(step, folder, _opened(catalog, folder), seen)
         except HoldfastError:
             moved = catalog.folders().get(step) != folder
             if not left or not (moved or fingerprint(catalog.store, folder) != seen):
@@ -108,7 +108,7 @@ def newest_final(catalog: Catalog) -> int | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Looked:
+class CachedIndex:
     """What is remembered of a step that was whole."""
 
     index: int
@@ -121,7 +121,9 @@ class Looked:
 
 
 def good_steps(
-    catalog: Catalog, folders: Mapping[int, str], looked: MutableMapping[str, Looked] | None = None
+    catalog: Catalog,
+    folders: Mapping[int, str],
+    looked: MutableMapping[str, CachedIndex] | None = None,
 ) -> Iterator[Candidate]:
     """Those of these steps (with their folders) of which every file is there in full, whose data
     nobody has found damaged and that have their own number, newest first, with what retention asks
@@ -143,7 +145,9 @@ def good_steps(
         yield Candidate(step, found.resumable, found.manifest.metrics, step in pinned)
 
 
-def _look(catalog: Catalog, step: int, folder: str, looked: MutableMapping[str, Looked]) -> Looked:
+def _look(
+    catalog: Catalog, step: int, folder: str, looked: MutableMapping[str, CachedIndex]
+) -> CachedIndex:
     index = 0
     with suppress(NotFoundError):
         index = checksum(read_index(catalog.store, f"{folder}/{MANIFEST}"))
@@ -153,7 +157,7 @@ def _look(catalog: Catalog, step: int, folder: str, looked: MutableMapping[str, 
         return before
     manifest = _opened(catalog, folder, entries=False)
     resumable = why_not_resumable(step, manifest) is None
-    found = Looked(index, replace(manifest, tensors={}, values={}), resumable)
+    found = CachedIndex(index, replace(manifest, tensors={}, values={}), resumable)
     if index:
         looked[folder] = found
     return found

@@ -8,8 +8,8 @@ from functools import partial
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.steady import LOOKS_MAX, UNREADABLE, fingerprint
-from holdfast.comm import Ranks, on_rank_0
-from holdfast.manager.resume import Step, newest_resumable, remember_damage, strict_step
+from holdfast.comm import Ranks, run_on_rank_0
+from holdfast.manager.resume import ResumableStep, newest_resumable, remember_damage, strict_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Resuming:
 
     catalog: Catalog
     ranks: Ranks
-    resume: Callable[[Step, bool], int]
+    resume: Callable[[ResumableStep, bool], int]
     """`resume(found, explicit)` loads a step on all ranks, and returns its number; where one rank
     fails, all raise."""
 
@@ -29,13 +29,15 @@ class Resuming:
     def from_step(self, step: int) -> int:
         """Go on from this step, or raise."""
         for _ in range(LOOKS_MAX - 1):
-            found = on_rank_0(self.ranks, partial(strict_step, self.catalog, step))
+            found = run_on_rank_0(self.ranks, partial(strict_step, self.catalog, step))
             try:
                 return self.resume(found, True)
             except UNREADABLE:
                 if not self._was_replaced(found):
                     raise
-        return self.resume(on_rank_0(self.ranks, partial(strict_step, self.catalog, step)), True)
+        return self.resume(
+            run_on_rank_0(self.ranks, partial(strict_step, self.catalog, step)), True
+        )
 
     def from_newest(self) -> tuple[int | None, list[str]]:
         """Go on from the newest step that can be read. Returns it, None where there is none, and a
@@ -43,7 +45,9 @@ class Resuming:
         passed_over: list[str] = []
         below, looks = None, 0
         while True:
-            found, refused = on_rank_0(self.ranks, partial(newest_resumable, self.catalog, below))
+            found, refused = run_on_rank_0(
+                self.ranks, partial(newest_resumable, self.catalog, below)
+            )
             for line in [one for one in refused if one not in passed_over]:
                 self.warn(f"passed over {line}")
                 passed_over.append(line)
@@ -62,10 +66,10 @@ class Resuming:
                     remember_damage(self.catalog, found.step, error)
                 below = found.step
 
-    def _was_replaced(self, found: Step) -> bool:
+    def _was_replaced(self, found: ResumableStep) -> bool:
         """Whether a step is gone, or another one than the one that was found."""
 
         def look() -> bool:
             return fingerprint(self.catalog.store, found.folder) != found.seen
 
-        return on_rank_0(self.ranks, look)
+        return run_on_rank_0(self.ranks, look)

@@ -7,12 +7,12 @@ import threading
 from collections.abc import Collection
 
 from holdfast.catalog.catalog import Catalog
-from holdfast.catalog.sweep import Action, execute, plan_removals, plan_sweep
-from holdfast.comm import outcome_of
+from holdfast.catalog.cleanup import Action, execute, plan_cleanup, plan_removals
+from holdfast.comm import capture
 from holdfast.errors import HoldfastError
 from holdfast.format.names import step_name
 from holdfast.manager.policy import Retention, removable
-from holdfast.manager.resume import Looked, good_steps
+from holdfast.manager.resume import CachedIndex, good_steps
 from holdfast.storage.store import Store
 
 logger = logging.getLogger("holdfast")
@@ -20,7 +20,7 @@ logger = logging.getLogger("holdfast")
 
 def put_in_order(store: Store) -> None:
     """Sweep what killed runs have left, and say what was done. Nobody else may be saving there."""
-    actions = plan_sweep(store.list())
+    actions = plan_cleanup(store.list())
     for action in actions:
         logger.info("%s %s: %s", action.verb, action.folder, action.why)
     for problem in execute(store, actions):
@@ -35,7 +35,7 @@ class Retainer:
         self._catalog, self._retention = catalog, retention
         self._resumed_from: int | None = None
         self._left_behind: set[int] = set()
-        self._looked: dict[str, Looked] = {}
+        self._looked: dict[str, CachedIndex] = {}
         self._thread: threading.Thread | None = None
 
     def resumed(self, step: int, left_behind: Collection[int]) -> None:
@@ -46,7 +46,7 @@ class Retainer:
         """Let go of what need not stay now that `step` is published. The files are deleted in the
         background: see `wait`."""
         self._left_behind.discard(step)
-        found = outcome_of(lambda: self._removable(step))
+        found = capture(lambda: self._removable(step))
         if isinstance(found, HoldfastError):
             logger.warning("could not look for steps to remove: %s", found)
         for old in [] if isinstance(found, HoldfastError) else found:
@@ -77,7 +77,7 @@ class Retainer:
     def _delete(self) -> None:
         """Also what an earlier attempt could not delete."""
         self.wait()
-        found = outcome_of(lambda: plan_removals(self._catalog.store.list()))
+        found = capture(lambda: plan_removals(self._catalog.store.list()))
         if isinstance(found, HoldfastError):
             logger.warning("could not look for what to delete: %s", found.what)
         elif found:
@@ -88,6 +88,6 @@ class Retainer:
             self._thread.start()
 
     def _execute(self, actions: list[Action]) -> None:
-        failed = outcome_of(lambda: execute(self._catalog.store, actions))
+        failed = capture(lambda: execute(self._catalog.store, actions))
         for problem in [failed.what] if isinstance(failed, HoldfastError) else failed:
             logger.warning("%s; the next save tries again", problem)

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from holdfast.catalog.catalog import Catalog
-from holdfast.comm import Ranks, conclude, on_every_rank, outcome_of
+from holdfast.comm import Ranks, capture, gather_and_run, run_on_all
 from holdfast.errors import HoldfastError, RankError, UsageError
 from holdfast.format.manifest import Kind
 from holdfast.format.names import step_name
@@ -20,8 +20,8 @@ from holdfast.manager.goodput import Goodput
 from holdfast.manager.hub import Hub, Use
 from holdfast.manager.policy import retention_of
 from holdfast.manager.retention import Retainer
-from holdfast.planning.collector import collector_at_rest
 from holdfast.planning.file_layout import TensorItem
+from holdfast.planning.gc_pause import gc_paused
 from holdfast.saving.background import Background
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import Pending, begin_save, discard, finish_save, take_snapshot
@@ -61,7 +61,7 @@ class Saver:
         self._hub = hub or Hub(None, config, catalog, ranks, sections)
         self._in_background = config.async_mode != "disabled"
         # Training's collectives, and those that begin a save, must not meet those of the thread.
-        self._finishing_ranks = ranks.twin() if self._in_background else ranks
+        self._finishing_ranks = ranks.duplicate() if self._in_background else ranks
         self._overlapping = config.async_mode == "async_with_pinned_mem"
         self._items: Items | None = None
         self._parted: tuple[Items, Items] = ((), ())
@@ -103,11 +103,11 @@ class Saver:
         try:
             if use in ("beside", "alone"):
                 self._hub.prepare()
-            with collector_at_rest():
+            with gc_paused():
                 pending = begin_save(
                     self._hub.catalog if use == "alone" else self._catalog,
                     step_name(step),
-                    on_every_rank(self._ranks, flatten),
+                    run_on_all(self._ranks, flatten),
                     ranks=self._ranks,
                     planner=self._hub.planner if use == "alone" else self._planner,
                     step=step,
@@ -120,7 +120,7 @@ class Saver:
             beside = self._sections if kind == "full" else ()
             pending = replace(pending, facts=replace(pending.facts, components=beside))
             if self._in_background and self._has_room(pending):
-                now, later = self._parts_of(pending.image.tensors, pending.stepped)
+                now, later = self._parts_of(pending.file_layout.tensors, pending.stepped)
                 staged, self._staging = take_snapshot(
                     *(pending, self._snapshot, self._ranks), now=now, later=later
                 )
@@ -128,7 +128,7 @@ class Saver:
                 if not later:
                     self._staging.wait()
             else:
-                with collector_at_rest():
+                with gc_paused():
                     self._finish(pending, step, use)
         except HoldfastError as error:
             self._survive(error)
@@ -159,13 +159,13 @@ class Saver:
     def _has_room(self, pending: Pending) -> bool:
         """Whether every rank has the memory for a snapshot; where not, that is an error, or the
         training waits for this save. Collective."""
-        nbytes = pending.image.nbytes
+        nbytes = pending.file_layout.nbytes
         if nbytes > self._snapshot.nbytes and self._ranks.rank == 0:
             free = free_memory()
             left = "" if free is None else f", {spelled_bytes(free)} free"
             logger.info("needs %s of host memory for snapshots%s", spelled_bytes(nbytes), left)
         try:
-            on_every_rank(self._ranks, lambda: self._snapshot.reserve(nbytes))
+            run_on_all(self._ranks, lambda: self._snapshot.reserve(nbytes))
         except UsageError as error:
             if self._config.on_low_memory == "raise":
                 discard(pending, self._ranks)
@@ -192,9 +192,9 @@ class Saver:
     ) -> None:
         """Write, publish, let old steps go."""
         if use in ("step", "alone"):
-            copied = outcome_of(staging.run) if staging is not None else None
+            copied = capture(staging.run) if staging is not None else None
             try:
-                conclude(self._finishing_ranks, copied, lambda _: None)
+                gather_and_run(self._finishing_ranks, copied, lambda _: None)
             except HoldfastError:
                 discard(pending, self._ranks)
                 raise

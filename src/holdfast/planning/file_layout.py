@@ -31,7 +31,7 @@ class TensorItem:
 
 
 @dataclass(frozen=True, slots=True)
-class FileImage:
+class FileLayout:
     """A file before it is written: where everything in it lies."""
 
     name: str
@@ -62,11 +62,11 @@ def lay_out(regions: Sequence[tuple[str, str, Region]]) -> tuple[TensorItem, ...
     return tuple(items)
 
 
-def image_of(
+def lay_out_file(
     rank: int,
     items: tuple[TensorItem, ...],
     values: Iterable[tuple[Collection[str], bytes]],
-) -> FileImage:
+) -> FileLayout:
     """The file of `rank`: tensors as they were laid out, the containers of values behind them, then
     the checksums. `values` are names and container."""
     position = items[-1].item.stop if items else 0
@@ -80,4 +80,4 @@ def image_of(
     at = tuple((span.offset, container) for container, span in placed.items())
     num_blocks = items[-1].first_block + checksum.num_blocks(items[-1].data.nbytes) if items else 0
     nbytes = position + num_blocks * checksum.NBYTES
-    return FileImage(data_file(rank), nbytes, items, at, tuple(spans), position)
+    return FileLayout(data_file(rank), nbytes, items, at, tuple(spans), position)

@@ -13,7 +13,7 @@ from holdfast.format.manifest import Path
 from holdfast.format.names import data_file
 from holdfast.format.tables import StockIndex, TensorTable, encode_tensors
 from holdfast.planning.file_layout import TensorItem
-from holdfast.planning.write_plan import Ints, Placed, Plan
+from holdfast.planning.write_plan import GlobalPlan, Ints, TensorChunks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,7 +36,7 @@ class Index:
     minutes: nothing for training to wait for.
     """
 
-    def __init__(self, plan: Plan, layouts: Sequence[Ints]) -> None:
+    def __init__(self, plan: GlobalPlan, layouts: Sequence[Ints]) -> None:
         """`layouts`: what `columns` gives of each rank's items."""
         self.plan = plan
         self._layouts = layouts
@@ -62,7 +62,7 @@ def columns(items: Sequence[TensorItem]) -> Ints:
     return np.array(rows, np.int64).reshape(len(rows), 4)
 
 
-def _encoded(whole: Plan, layouts: Sequence[Ints]) -> Encoded:
+def _encoded(whole: GlobalPlan, layouts: Sequence[Ints]) -> Encoded:
     writing = {r for r, layout in enumerate(layouts) if len(layout)}
     writing |= {rank for rank, _ in whole.values.values()}
     files = {rank: number for number, rank in enumerate(sorted(writing))}
@@ -78,7 +78,7 @@ def _encoded(whole: Plan, layouts: Sequence[Ints]) -> Encoded:
 
 
 def _tables(
-    whole: Plan, layouts: Sequence[Ints], files: Mapping[int, int]
+    whole: GlobalPlan, layouts: Sequence[Ints], files: Mapping[int, int]
 ) -> Iterator[TensorTable]:
     """Every tensor with the places of its chunks."""
     places = _places(whole.tensors, layouts, files)
@@ -98,7 +98,9 @@ def _tables(
             yield replace(table, name=alias, path=path)
 
 
-def _places(tensors: Sequence[Placed], layouts: Sequence[Ints], files: Mapping[int, int]) -> Ints:
+def _places(
+    tensors: Sequence[TensorChunks], layouts: Sequence[Ints], files: Mapping[int, int]
+) -> Ints:
     """Of every chunk, in the order of the plan, the number of its file, and what `columns` gives of
     its item. A rank's items lie in the order of the plan."""
     distinct = {id(layout): layout for layout in layouts}

@@ -16,7 +16,7 @@ RUN_BYTES_MIN = BLOCK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class ReadItem:
     """Elements to bring from one chunk."""
 
     chunk: Chunk
@@ -24,19 +24,19 @@ class Move:
     """Of the tensor as a whole."""
 
 
-def moves(name: str, entry: TensorEntry, wanted: Region) -> list[Move]:
+def read_items(name: str, entry: TensorEntry, wanted: Region) -> list[ReadItem]:
     """Where each element of `wanted` comes from.
 
     Raises:
         DamagedError: the chunks do not hold every one of them exactly once.
     """
     if len(entry.chunks) == 1 and entry.chunks[0].region == wanted and wanted.num_elements:
-        return [Move(entry.chunks[0], wanted)]
+        return [ReadItem(entry.chunks[0], wanted)]
     found = []
     for chunk in entry.chunks:
         region = chunk.region & wanted
         if region.num_elements:
-            found.append(Move(chunk, region))
+            found.append(ReadItem(chunk, region))
     held = sum(move.region.num_elements for move in found)
     overlap = first_overlap(move.region for move in found)
     if held != wanted.num_elements or overlap:
@@ -49,7 +49,7 @@ def moves(name: str, entry: TensorEntry, wanted: Region) -> list[Move]:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ByteRange:
     """A stretch of a chunk's raw data, and the box of wanted elements that lies in it."""
 
     start: int
@@ -65,7 +65,9 @@ class Part:
     """Whether the stretch holds the box and nothing else."""
 
 
-def parts(box: Region, shape: tuple[int, ...], itemsize: int, window_bytes: int) -> Iterator[Part]:
+def byte_ranges(
+    box: Region, shape: tuple[int, ...], itemsize: int, window_bytes: int
+) -> Iterator[ByteRange]:
     """How to read `box` out of a row-major chunk of `shape`: every wanted byte in one part only.
 
     Contiguous elements come as one part, whatever their number. Where there are gaps, a part
@@ -78,7 +80,7 @@ def parts(box: Region, shape: tuple[int, ...], itemsize: int, window_bytes: int)
 
 def _parts(
     box: Region, origin: tuple[int, ...], strides: list[int], itemsize: int, window_bytes: int
-) -> Iterator[Part]:
+) -> Iterator[ByteRange]:
     if not box.num_elements:
         return
     start = sum(i * s for i, s in zip(box.start, strides, strict=True))
@@ -86,7 +88,7 @@ def _parts(
     contiguous = stop - start == box.num_elements * itemsize
     short_runs = _short_runs(box, strides, itemsize)
     if contiguous or (short_runs and stop - start <= window_bytes):
-        yield Part(start, stop, box.within(Region(origin, box.stop)), contiguous)
+        yield ByteRange(start, stop, box.within(Region(origin, box.stop)), contiguous)
         return
     dim = next(d for d, size in enumerate(box.shape) if size > 1)
     rows = max(1, window_bytes // strides[dim]) if short_runs else 1

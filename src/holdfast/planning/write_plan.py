@@ -24,7 +24,7 @@ from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Path
 from holdfast.format.region import Region, first_overlap
 from holdfast.format.structure import Node
-from holdfast.state.shard import Mesh, Spread, pieces_of
+from holdfast.state.shard import Mesh, MeshPlacement, pieces_of
 
 Ints = NDArray[np.int64]
 
@@ -32,13 +32,13 @@ STRETCH_BYTES_MIN = 1 << 20
 """What several ranks hold is not shared out in less."""
 
 
-class TensorOffer(NamedTuple):
+class LocalTensor(NamedTuple):
     """What a rank holds of one tensor."""
 
     dtype: str
     shape: tuple[int, ...]
     path: Path
-    spread: Spread | None = None
+    placement: MeshPlacement | None = None
     """How the tensor lies over ranks; None: this rank has all of it."""
 
     shared_out: bool = True
@@ -51,10 +51,10 @@ class TensorOffer(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
+class LocalPlan:
     """What a rank holds of one section of the state: of all names that begin alike, up to a dot."""
 
-    tensors: dict[str, TensorOffer] = field(default_factory=dict)
+    tensors: dict[str, LocalTensor] = field(default_factory=dict)
     values: dict[str, Path] = field(default_factory=dict)
     aliases: dict[str, tuple[str, Path]] = field(default_factory=dict)
     """Second names of tensors (tied weights), with the first: stored once, found under both."""
@@ -66,54 +66,57 @@ class Offer:
         return {*self.tensors, *self.values, *self.aliases}
 
 
-Offers = Mapping[str, Offer]
+LocalPlans = Mapping[str, LocalPlan]
 """Of one rank, by section."""
 
 
 @dataclass(frozen=True, slots=True)
-class Holders:
+class SharedPlan:
     """Ranks that make the same offer."""
 
     ranks: Sequence[int]
-    offer: Offer
+    local_plan: LocalPlan
 
 
-Census = Mapping[str, Sequence[Holders]]
+AllPlans = Mapping[str, Sequence[SharedPlan]]
 """Who offers what, by section."""
 
 
-def census_of(offers: Sequence[Offers]) -> dict[str, list[Holders]]:
+def merge_local_plans(local_plans: Sequence[LocalPlans]) -> dict[str, list[SharedPlan]]:
     """The offers of all ranks; alike are those that are one object."""
-    census: dict[str, list[Holders]] = {}
+    all_plans: dict[str, list[SharedPlan]] = {}
     alike: dict[tuple[str, int], list[int]] = {}
-    for rank, sections in enumerate(offers):
-        for section, offer in sections.items():
-            ranks = alike.setdefault((section, id(offer)), [])
+    for rank, sections in enumerate(local_plans):
+        for section, local_plan in sections.items():
+            ranks = alike.setdefault((section, id(local_plan)), [])
             if not ranks:
-                census.setdefault(section, []).append(Holders(ranks, offer))
+                all_plans.setdefault(section, []).append(SharedPlan(ranks, local_plan))
             ranks.append(rank)
-    return census
+    return all_plans
 
 
-View = Mapping[str, Sequence[tuple[Sequence[int], Offer | None]]]
+NeighborPlans = Mapping[str, Sequence[tuple[Sequence[int], LocalPlan | None]]]
 """What a rank has to know of the others: for some of its sections the ranks that offer the same
 names, and what they offer, None standing for what it offers itself."""
 
 
-def views_of(census: Census, size: int) -> list[View]:
+def neighbor_plans_of(all_plans: AllPlans, size: int) -> list[NeighborPlans]:
     """The view of each rank. A section that all ranks offer alike is in none."""
-    views: list[dict[str, list[tuple[Sequence[int], Offer | None]]]] = [{} for _ in range(size)]
-    for section, everyone in census.items():
+    views: list[dict[str, list[tuple[Sequence[int], LocalPlan | None]]]] = [{} for _ in range(size)]
+    for section, everyone in all_plans.items():
         if len(everyone) == 1 and len(everyone[0].ranks) == size:
             continue
-        offering: dict[str, list[int]] = {}
+        sharing: dict[str, list[int]] = {}
         for number, holders in enumerate(everyone):
-            for name in holders.offer.names():
-                offering.setdefault(name, []).append(number)
+            for name in holders.local_plan.names():
+                sharing.setdefault(name, []).append(number)
         for mine in everyone:
-            near = sorted({n for name in mine.offer.names() for n in offering[name]})
+            near = sorted({n for name in mine.local_plan.names() for n in sharing[name]})
             known = [
-                (_compact(everyone[n].ranks), None if everyone[n] is mine else everyone[n].offer)
+                (
+                    _compact(everyone[n].ranks),
+                    None if everyone[n] is mine else everyone[n].local_plan,
+                )
                 for n in near
             ]
             for rank in mine.ranks:
@@ -121,12 +124,14 @@ def views_of(census: Census, size: int) -> list[View]:
     return list(views)
 
 
-def census_from(view: View, mine: Offers, size: int) -> Census:
+def known_plans(view: NeighborPlans, mine: LocalPlans, size: int) -> AllPlans:
     """What a rank knows, from its own offers and its view."""
-    alike: Sequence[tuple[Sequence[int], Offer | None]] = [(range(size), None)]
+    alike: Sequence[tuple[Sequence[int], LocalPlan | None]] = [(range(size), None)]
     return {
-        section: [Holders(ranks, other or offer) for ranks, other in view.get(section, alike)]
-        for section, offer in mine.items()
+        section: [
+            SharedPlan(ranks, other or local_plan) for ranks, other in view.get(section, alike)
+        ]
+        for section, local_plan in mine.items()
     }
 
 
@@ -137,11 +142,11 @@ def _compact(ranks: Sequence[int]) -> Sequence[int]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Placed:
+class TensorChunks:
     """The chunks that a tensor is written in: rows by dims, and the rank that writes each."""
 
     name: str
-    tensor: TensorOffer
+    tensor: LocalTensor
     start: Ints
     stop: Ints
     rank: Ints
@@ -158,10 +163,10 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class GlobalPlan:
     """Who writes what."""
 
-    tensors: Sequence[Placed]
+    tensors: Sequence[TensorChunks]
     values: Mapping[str, tuple[int, Path]]
     """Rank that writes each value."""
 
@@ -170,7 +175,7 @@ class Plan:
     """How the state is put together where names do not tell; None where nobody knows."""
 
 
-def plan(census: Census) -> Plan:
+def plan(all_plans: AllPlans) -> GlobalPlan:
     """Who writes what, so that every element and every value is written once.
 
     The same for a rank's own names whether the census is whole, or what the rank knows.
@@ -178,18 +183,18 @@ def plan(census: Census) -> Plan:
     Raises:
         MismatchError: the ranks do not hold one whole state between them; lists every tensor.
     """
-    everyone = [holders for section in sorted(census) for holders in census[section]]
-    aliases = {n: alias for h in everyone for n, alias in h.offer.aliases.items()}
+    everyone = [holders for section in sorted(all_plans) for holders in all_plans[section]]
+    aliases = {n: alias for h in everyone for n, alias in h.local_plan.aliases.items()}
     wrong = _disagreements(everyone, aliases)
-    held: list[tuple[str, TensorOffer, _Cells]] = []
-    cells = _CellsOf()
-    for section in sorted(census):
-        for name, offering in _by_name(census[section]).items():
+    held: list[tuple[str, LocalTensor, _HeldRegions]] = []
+    cells = _RegionFinder()
+    for section in sorted(all_plans):
+        for name, sharing in _by_name(all_plans[section]).items():
             if name in aliases:
                 continue
-            tensor = offering[0].offer.tensors[name]
-            wrong += _differing(name, offering)
-            found = cells(name, tensor.shape, offering)
+            tensor = sharing[0].local_plan.tensors[name]
+            wrong += _differing(name, sharing)
+            found = cells(name, tensor.shape, sharing)
             held.append((name, tensor, found))
             if found.num_elements != prod(tensor.shape) or found.overlap:
                 wrong.append(
@@ -203,32 +208,32 @@ def plan(census: Census) -> Plan:
         )
     values: dict[str, tuple[int, Path]] = {}
     for holders in everyone:
-        for name, path in holders.offer.values.items():
+        for name, path in holders.local_plan.values.items():
             rank = min(holders.ranks[0], values.get(name, (holders.ranks[0],))[0])
             values[name] = rank, path
     structure: dict[Path, Node] = {}
     for holders in everyone:
         # As for values that differ: the first rank's is kept.
-        structure = {**holders.offer.structure, **structure}
-    return Plan(list(_placed(held)), values, aliases, structure)
+        structure = {**holders.local_plan.structure, **structure}
+    return GlobalPlan(list(_placed(held)), values, aliases, structure)
 
 
-def groups_of(census: Census, mine: Offers, rank: int) -> dict[str, tuple[int, ...]]:
+def groups_of(all_plans: AllPlans, mine: LocalPlans, rank: int) -> dict[str, tuple[int, ...]]:
     """For each tensor of this rank that others hold too: the ranks that hold the same elements."""
     known: dict[tuple[object, ...], tuple[int, ...]] = {}
     found: dict[str, tuple[int, ...]] = {}
-    for section, offer in mine.items():
-        everyone = census.get(section, ())
-        for name, tensor in offer.tensors.items():
+    for section, local_plan in mine.items():
+        everyone = all_plans.get(section, ())
+        for name, tensor in local_plan.tensors.items():
             if not prod(tensor.shape):
                 continue
             # By identity: tensors that lie alike have one object.
-            if tensor.spread is not None:
-                key: tuple[object, ...] = (id(tensor.spread),)
+            if tensor.placement is not None:
+                key: tuple[object, ...] = (id(tensor.placement),)
                 if key not in known:
-                    known[key] = _same_place(tensor.spread, rank)
+                    known[key] = _same_place(tensor.placement, rank)
             else:
-                holding = [holders for holders in everyone if name in holders.offer.tensors]
+                holding = [holders for holders in everyone if name in holders.local_plan.tensors]
                 key = tuple(map(id, holding))
                 if key not in known:
                     known[key] = tuple(sorted(r for holders in holding for r in holders.ranks))
@@ -237,12 +242,12 @@ def groups_of(census: Census, mine: Offers, rank: int) -> dict[str, tuple[int, .
     return found
 
 
-def _same_place(spread: Spread, rank: int) -> tuple[int, ...]:
+def _same_place(placement: MeshPlacement, rank: int) -> tuple[int, ...]:
     """The ranks of a mesh that hold the elements of this one."""
-    grid = np.array(spread.mesh.ranks).reshape(spread.mesh.shape)
+    grid = np.array(placement.mesh.ranks).reshape(placement.mesh.shape)
     at = [
         slice(None) if cut is None else int(where[0])
-        for cut, where in zip(spread.cuts, np.nonzero(grid == rank), strict=True)
+        for cut, where in zip(placement.shards, np.nonzero(grid == rank), strict=True)
     ]
     return tuple(sorted(np.atleast_1d(grid[tuple(at)]).flatten().tolist()))
 
@@ -257,15 +262,15 @@ def differing(digests: Sequence[Mapping[str, int]]) -> list[str]:
     ]
 
 
-def _by_name(everyone: Iterable[Holders]) -> dict[str, list[Holders]]:
-    found: dict[str, list[Holders]] = {}
+def _by_name(everyone: Iterable[SharedPlan]) -> dict[str, list[SharedPlan]]:
+    found: dict[str, list[SharedPlan]] = {}
     for holders in everyone:
-        for name in holders.offer.tensors:
+        for name in holders.local_plan.tensors:
             found.setdefault(name, []).append(holders)
     return found
 
 
-def _placed(held: Sequence[tuple[str, TensorOffer, _Cells]]) -> Iterator[Placed]:
+def _placed(held: Sequence[tuple[str, LocalTensor, _HeldRegions]]) -> Iterator[TensorChunks]:
     """Each tensor with the stretches of its line cut."""
     sizes = [tensor.nbytes for _, tensor, _ in held]
     total: dict[bytes, int] = {}
@@ -274,7 +279,7 @@ def _placed(held: Sequence[tuple[str, TensorOffer, _Cells]]) -> Iterator[Placed]
     before = dict.fromkeys(total, 0)
     for (name, tensor, cells), nbytes in zip(held, sizes, strict=True):
         if not tensor.shared_out:
-            yield Placed(name, tensor, cells.start, cells.stop, cells.ranks[:, 0])
+            yield TensorChunks(name, tensor, cells.start, cells.stop, cells.ranks[:, 0])
             continue
         at = before[cells.key]
         before[cells.key] += nbytes
@@ -282,7 +287,7 @@ def _placed(held: Sequence[tuple[str, TensorOffer, _Cells]]) -> Iterator[Placed]
         num = max(1, min(num_ranks, total[cells.key] // STRETCH_BYTES_MIN))
         cuts = _cuts(at, nbytes, total[cells.key], num)
         if len(cuts) == 1:
-            yield Placed(name, tensor, cells.start, cells.stop, cells.ranks[:, cuts[0][2]])
+            yield TensorChunks(name, tensor, cells.start, cells.stop, cells.ranks[:, cuts[0][2]])
         else:
             yield _cut(name, tensor, cells, cuts)
 
@@ -297,8 +302,8 @@ def _cuts(before: int, nbytes: int, total: int, num: int) -> list[tuple[int, int
 
 
 def _cut(
-    name: str, tensor: TensorOffer, cells: _Cells, cuts: Sequence[tuple[int, int, int]]
-) -> Placed:
+    name: str, tensor: LocalTensor, cells: _HeldRegions, cuts: Sequence[tuple[int, int, int]]
+) -> TensorChunks:
     rows: list[tuple[list[int], list[int], int]] = []
     for start, stop, ranks in zip(
         cells.start.tolist(), cells.stop.tolist(), cells.ranks.tolist(), strict=True
@@ -315,11 +320,11 @@ def _cut(
                 from_[dim], to[dim] = start[dim] + first, start[dim] + last
                 rows.append((from_, to, ranks[number]))
     columns = (np.array(column, np.int64) for column in zip(*rows, strict=True))
-    return Placed(name, tensor, *columns)
+    return TensorChunks(name, tensor, *columns)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Cells:
+class _HeldRegions:
     """The regions that ranks hold of a tensor, a row each; one object for all that lie alike."""
 
     start: Ints
@@ -333,35 +338,39 @@ class _Cells:
     """The same for tensors whose regions are held by the same ranks."""
 
 
-class _CellsOf:
+class _RegionFinder:
     """Finds the cells of tensors, each way to lie over the ranks once."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[object, ...], _Cells] = {}
+        self._known: dict[tuple[object, ...], _HeldRegions] = {}
 
-    def __call__(self, name: str, shape: tuple[int, ...], offering: Sequence[Holders]) -> _Cells:
-        spreads = [holders.offer.tensors[name].spread for holders in offering]
+    def __call__(
+        self, name: str, shape: tuple[int, ...], sharing: Sequence[SharedPlan]
+    ) -> _HeldRegions:
+        placements = [holders.local_plan.tensors[name].placement for holders in sharing]
         # By identity: those that lie alike have one object, and a mesh may have many ranks.
-        key = (shape, *map(id, spreads), *map(id, offering))
+        key = (shape, *map(id, placements), *map(id, sharing))
         if key not in self._known:
-            self._known[key] = _cells(shape, spreads, offering)
+            self._known[key] = _cells(shape, placements, sharing)
         return self._known[key]
 
 
 def _cells(
-    shape: tuple[int, ...], spreads: Sequence[Spread | None], offering: Sequence[Holders]
-) -> _Cells:
+    shape: tuple[int, ...],
+    placements: Sequence[MeshPlacement | None],
+    sharing: Sequence[SharedPlan],
+) -> _HeldRegions:
     held: dict[Region, list[int]] = {}
-    by_spread: dict[int, tuple[Spread, set[int]]] = {}
-    for spread, holders in zip(spreads, offering, strict=True):
+    by_spread: dict[int, tuple[MeshPlacement, set[int]]] = {}
+    for placement, holders in zip(placements, sharing, strict=True):
         ranks = tuple(holders.ranks)
-        whole = spread or Spread(Mesh((len(ranks),), ranks), (None,))
+        whole = placement or MeshPlacement(Mesh((len(ranks),), ranks), (None,))
         by_spread.setdefault(id(whole), (whole, set()))[1].update(ranks)
-    merged: dict[Spread, set[int]] = {}
-    for spread_, ranks_ in by_spread.values():
-        merged.setdefault(spread_, set()).update(ranks_)
-    for spread_, ranks_ in merged.items():
-        for region, holding in _regions(shape, spread_):
+    merged: dict[MeshPlacement, set[int]] = {}
+    for placement_, ranks_ in by_spread.values():
+        merged.setdefault(placement_, set()).update(ranks_)
+    for placement_, ranks_ in merged.items():
+        for region, holding in _regions(shape, placement_):
             held.setdefault(region, []).extend(r for r in holding if r in ranks_)
     regions = sorted((r for r, ranks in held.items() if ranks), key=lambda r: (r.start, r.stop))
     num_ranks = max((len(held[region]) for region in regions), default=1)
@@ -369,7 +378,7 @@ def _cells(
     ranks_of = np.array(
         [np.resize(held[region], num_ranks) for region in regions], np.int64
     ).reshape(len(regions), num_ranks)
-    return _Cells(
+    return _HeldRegions(
         np.array([r.start for r in regions], np.int64).reshape(dims),
         np.array([r.stop for r in regions], np.int64).reshape(dims),
         ranks_of,
@@ -380,29 +389,31 @@ def _cells(
     )
 
 
-def _regions(shape: tuple[int, ...], spread: Spread) -> Iterator[tuple[Region, list[int]]]:
+def _regions(
+    shape: tuple[int, ...], placement: MeshPlacement
+) -> Iterator[tuple[Region, list[int]]]:
     """Every region that the mesh holds, with its ranks."""
-    mesh = spread.mesh
+    mesh = placement.mesh
     whole = Region.whole(shape)
     if not whole.num_elements:
         yield whole, list(mesh.ranks)
         return
-    split = [axis for axis, cut in enumerate(spread.cuts) if cut is not None]
+    split = [axis for axis, cut in enumerate(placement.shards) if cut is not None]
     grid = np.moveaxis(np.array(mesh.ranks).reshape(mesh.shape), split, range(len(split)))
     coordinate = [0] * len(mesh.shape)
     for index in np.ndindex(*grid.shape[: len(split)]):
         for axis, at in zip(split, index, strict=True):
             coordinate[axis] = at
         ranks = grid[index].flatten().tolist()
-        for piece in pieces_of(shape, spread.splits_at(coordinate)):
+        for piece in pieces_of(shape, placement.splits_at(coordinate)):
             yield piece.region, ranks
 
 
-def _differing(name: str, offering: Sequence[Holders]) -> Iterator[str]:
+def _differing(name: str, sharing: Sequence[SharedPlan]) -> Iterator[str]:
     """Where a tensor has another dtype or shape than on the first rank that offers it."""
-    first = offering[0].offer.tensors[name]
-    for holders in offering[1:]:
-        tensor = holders.offer.tensors[name]
+    first = sharing[0].local_plan.tensors[name]
+    for holders in sharing[1:]:
+        tensor = holders.local_plan.tensors[name]
         if (first.dtype, first.shape) != (tensor.dtype, tensor.shape):
             yield (
                 f"`{name}` is {tensor.dtype} {list(tensor.shape)} on rank {holders.ranks[0]}, "
@@ -411,20 +422,20 @@ def _differing(name: str, offering: Sequence[Holders]) -> Iterator[str]:
 
 
 def _disagreements(
-    everyone: Sequence[Holders], aliases: Mapping[str, tuple[str, Path]]
+    everyone: Sequence[SharedPlan], aliases: Mapping[str, tuple[str, Path]]
 ) -> list[str]:
     """Names that stand for different kinds of things on different ranks."""
-    tensors = {name for h in everyone for name in (*h.offer.tensors, *h.offer.aliases)}
-    tied = {n: h.ranks[0] for h in everyone for n in h.offer.aliases}
+    tensors = {name for h in everyone for name in (*h.local_plan.tensors, *h.local_plan.aliases)}
+    tied = {n: h.ranks[0] for h in everyone for n in h.local_plan.aliases}
     wrong = []
     for holders in everyone:
         rank = holders.ranks[0]
-        for name in holders.offer.values:
+        for name in holders.local_plan.values:
             if name in tensors:
                 wrong.append(f"`{name}` is a tensor on one rank, a value on rank {rank}")
-        for name in tied.keys() & holders.offer.tensors.keys():
+        for name in tied.keys() & holders.local_plan.tensors.keys():
             # A rank without elements has no memory to see by that two tensors are one.
-            if _holds_any(holders.offer.tensors[name], rank):
+            if _holds_any(holders.local_plan.tensors[name], rank):
                 wrong.append(
                     f"`{name}` is tied to `{aliases[name][0]}` on rank {tied[name]}, "
                     f"a tensor of its own on rank {rank}"
@@ -432,7 +443,7 @@ def _disagreements(
     return wrong
 
 
-def _holds_any(tensor: TensorOffer, rank: int) -> bool:
-    if tensor.spread is None:
+def _holds_any(tensor: LocalTensor, rank: int) -> bool:
+    if tensor.placement is None:
         return bool(prod(tensor.shape))
-    return any(rank in ranks for _, ranks in _regions(tensor.shape, tensor.spread))
+    return any(rank in ranks for _, ranks in _regions(tensor.shape, tensor.placement))

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from holdfast.comm import outcome_of
+from holdfast.comm import capture
 from holdfast.errors import HoldfastError
 
 NICENESS = 5
@@ -45,7 +45,7 @@ class Background:
         assert self._thread is None, "wait first"
 
         def run() -> None:
-            outcome = outcome_of(work)
+            outcome = capture(work)
             if isinstance(outcome, HoldfastError):
                 self._error = outcome
 

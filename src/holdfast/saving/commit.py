@@ -6,21 +6,21 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from holdfast.catalog.catalog import Catalog
-from holdfast.comm import Ranks, conclude
+from holdfast.comm import Ranks, gather_and_run
 from holdfast.errors import HoldfastError, MismatchError
 from holdfast.format.names import Aside
-from holdfast.planning.collector import collector_at_rest
+from holdfast.planning.gc_pause import gc_paused
 from holdfast.planning.index import Index
 from holdfast.saving.digests import Group, Replicas, groups_that_differ, names_that_differ
 from holdfast.saving.publish import Facts, publish
-from holdfast.saving.write import Receipt
+from holdfast.saving.write import WriteResult
 
 _LISTED_MAX = 20
 
 
 def commit(
     attempt: Aside,
-    written: Receipt | HoldfastError,
+    written: WriteResult | HoldfastError,
     *,
     index: Index | None,
     facts: Facts,
@@ -38,22 +38,22 @@ def commit(
     `index` is what the plan decides, on rank 0.
     """
 
-    def finish(everyone: Sequence[tuple[Receipt, dict[Group, int]]]) -> int | list[Group]:
+    def finish(everyone: Sequence[tuple[WriteResult, dict[Group, int]]]) -> int | list[Group]:
         differ = groups_that_differ([groups for _, groups in everyone])
         if differ:
             return differ
-        receipts = [receipt for receipt, _ in everyone]
+        results = [result for result, _ in everyone]
         assert index is not None
         # That may have to wait for it, beside training: not with the collector at rest.
         index.encoded()
-        with collector_at_rest():
-            return publish(attempt, receipts, index, facts, catalog)
+        with gc_paused():
+            return publish(attempt, results, index, facts, catalog)
 
     mine = written if isinstance(written, HoldfastError) else (written, replicas.by_group())
     try:
-        done = conclude(ranks, mine, finish)
+        done = gather_and_run(ranks, mine, finish)
         if isinstance(done, list):
-            conclude(ranks, replicas.of(done), _refuse)
+            gather_and_run(ranks, replicas.of(done), _refuse)
         assert isinstance(done, int), "refused on every rank"
         return done
     except HoldfastError:

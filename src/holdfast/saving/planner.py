@@ -9,24 +9,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-from holdfast.comm import Ranks, conclude, gather_distinct, on_every_rank, on_rank_0
+from holdfast.comm import Ranks, gather_and_run, gather_deduplicated, run_on_all, run_on_rank_0
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.format.checksum import checksum
 from holdfast.format.structure import Node
-from holdfast.planning.file_layout import FileImage, TensorItem, image_of, lay_out
+from holdfast.planning.file_layout import FileLayout, TensorItem, lay_out, lay_out_file
 from holdfast.planning.index import Index, columns
 from holdfast.planning.write_plan import (
-    Offer,
-    Offers,
-    Plan,
-    TensorOffer,
-    View,
-    census_from,
-    census_of,
+    GlobalPlan,
+    LocalPlan,
+    LocalPlans,
+    LocalTensor,
+    NeighborPlans,
     differing,
     groups_of,
+    known_plans,
+    merge_local_plans,
+    neighbor_plans_of,
     plan,
-    views_of,
 )
 from holdfast.saving.digests import Replica, Replicas
 from holdfast.state.layout import Layout, Layouts, dtype_name, local_of, same_memory
@@ -36,35 +36,35 @@ from holdfast.state.values import Containers
 logger = logging.getLogger("holdfast")
 
 
-class Seen(NamedTuple):
+class KnownTensor(NamedTuple):
     """How a tensor was found, and what is offered of it."""
 
     layout: Layout
-    offer: TensorOffer
+    local_plan: LocalTensor
     dtype: torch.dtype | None
     """That was asked for."""
 
     def stands(self, leaf: Leaf, local: torch.Tensor, dtype: torch.dtype | None) -> bool:
         """Whether there is nothing new to be found out."""
-        layout, offer, before = self
-        return dtype is before and layout.is_of(leaf.value, local) and offer.path == leaf.path
+        layout, local_plan, before = self
+        return dtype is before and layout.is_of(leaf.value, local) and local_plan.path == leaf.path
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Held:
+class LocalState:
     """What this rank holds."""
 
     tensors: dict[str, torch.Tensor]
     """Their elements on this rank."""
 
-    seen: dict[str, Seen]
+    seen: dict[str, KnownTensor]
     values: list[tuple[Mapping[str, Path], Any]]
     """Each with all its names."""
 
     aliases: dict[str, tuple[str, Path]]
     """Second names of tensors, with the first."""
 
-    offers: dict[str, Offer]
+    local_plans: dict[str, LocalPlan]
     """By section."""
 
     stepped: Callable[[], frozenset[str]]
@@ -77,9 +77,9 @@ class Planner:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._layouts = Layouts()
-        self._last = _Last({}, [], {}, {}, {})
+        self._last = _Previous({}, [], {}, {}, {})
         self._containers = Containers()
-        self._offers: Offers | None = None
+        self._offers: LocalPlans | None = None
         self._items: tuple[TensorItem, ...] = ()
         self._values: frozenset[str] = frozenset()
         self._by_first: frozenset[str] = frozenset()
@@ -91,12 +91,12 @@ class Planner:
         """On rank 0, once there is a plan."""
 
     @torch.no_grad()
-    def hold(self, state: FlatState, dtype: torch.dtype | None) -> Held:
+    def hold(self, state: FlatState, dtype: torch.dtype | None) -> LocalState:
         """What this rank has to offer; floating-point tensors as `dtype`, where one is given."""
         before, known = self._last, self._last.seen
         leaves = state.leaves
         tensors: dict[str, torch.Tensor] = {}
-        seen: dict[str, Seen] = {}
+        seen: dict[str, KnownTensor] = {}
         values: list[tuple[Mapping[str, Path], Any]] = []
         aliases: dict[str, tuple[str, Path]] = {}
         first_at: dict[int, str] = {}
@@ -124,20 +124,24 @@ class Planner:
         names = [names for names, _ in values]
         same = (seen, names, aliases) == (known, before.names, before.aliases)
         same = same and state.structure == before.structure
-        offers = before.offers if same else _offers_of(seen, aliases, names, state.structure)
-        self._last = _Last(seen, names, aliases, state.structure, offers)
-        return Held(tensors, seen, values, aliases, offers, state.stepped)
+        local_plans = (
+            before.local_plans if same else _offers_of(seen, aliases, names, state.structure)
+        )
+        self._last = _Previous(seen, names, aliases, state.structure, local_plans)
+        return LocalState(tensors, seen, values, aliases, local_plans, state.stepped)
 
-    def _see(self, name: str, leaf: Leaf, local: torch.Tensor, dtype: torch.dtype | None) -> Seen:
+    def _see(
+        self, name: str, leaf: Leaf, local: torch.Tensor, dtype: torch.dtype | None
+    ) -> KnownTensor:
         layout = self._layouts.of(name, leaf.value, local)
         stored_as = layout.dtype
         if dtype is not None and local.is_floating_point():
             stored_as = dtype_name(dtype)
         shared_out = name not in self._by_first
-        offer = TensorOffer(stored_as, layout.shape, leaf.path, layout.spread, shared_out)
-        return Seen(layout, offer, dtype)
+        local_plan = LocalTensor(stored_as, layout.shape, leaf.path, layout.placement, shared_out)
+        return KnownTensor(layout, local_plan, dtype)
 
-    def replicas(self, held: Held, *, stepped: bool) -> Replicas:
+    def replicas(self, held: LocalState, *, stepped: bool) -> Replicas:
         """What this rank holds and others do too: of it what only optimizers change, or the
         rest."""
         mine = [one for one in self._replicas if (one.name in self.stepped) is stepped]
@@ -150,7 +154,7 @@ class Planner:
         seen = {name: one for name, one in self._last.seen.items() if name not in self._by_first}
         self._last = self._last._replace(seen=seen)
 
-    def agree(self, held: Held | HoldfastError) -> None:
+    def agree(self, held: LocalState | HoldfastError) -> None:
         """Make sure that there is a plan for what the ranks hold; a rank that could not find out
         passes its error.
 
@@ -158,44 +162,44 @@ class Planner:
         """
         ranks = self._ranks
         error = held if isinstance(held, HoldfastError) else None
-        changed = isinstance(held, Held) and held.offers != self._offers
-        anyone_failed, anyone_changed = ranks.largest([error is not None, changed])
+        changed = isinstance(held, LocalState) and held.local_plans != self._offers
+        anyone_failed, anyone_changed = ranks.all_reduce_max([error is not None, changed])
         if anyone_failed:
-            conclude(ranks, error, lambda _: None)
+            gather_and_run(ranks, error, lambda _: None)
         if anyone_changed:
-            assert isinstance(held, Held)
+            assert isinstance(held, LocalState)
             # Forgotten until all have agreed: a failed plan must not be taken for the next one.
             self._offers = None
             self._renew(held)
-            self._offers = held.offers
+            self._offers = held.local_plans
 
-    def image(self, held: Held) -> FileImage:
+    def file_layout(self, held: LocalState) -> FileLayout:
         """This rank's file, as it is to be written."""
-        num_held = sum(len(offer.values) for offer in held.offers.values())
+        num_held = sum(len(local_plan.values) for local_plan in held.local_plans.values())
         all_mine = len(self._values) == num_held
         containers = []
         for names, value in held.values:
             mine = [*names] if all_mine else [name for name in names if name in self._values]
             if mine:
                 containers.append((mine, self._containers.of(mine[0], value)))
-        return image_of(self._ranks.rank, self._items, containers)
+        return lay_out_file(self._ranks.rank, self._items, containers)
 
-    def _renew(self, held: Held) -> None:
+    def _renew(self, held: LocalState) -> None:
         ranks = self._ranks
-        offers = gather_distinct(ranks, held.offers)
-        whole: list[Plan] = []
-        views: list[View] = []
+        local_plans = gather_deduplicated(ranks, held.local_plans)
+        whole: list[GlobalPlan] = []
+        views: list[NeighborPlans] = []
 
         def consider() -> None:
-            census = census_of(offers)
-            whole.append(plan(census))
-            views.extend(views_of(census, ranks.size))
+            all_plans = merge_local_plans(local_plans)
+            whole.append(plan(all_plans))
+            views.extend(neighbor_plans_of(all_plans, ranks.size))
 
-        on_rank_0(ranks, consider)
+        run_on_rank_0(ranks, consider)
         view = ranks.scatter(views)
-        near = census_from(view, held.offers, ranks.size)
-        mine = on_every_rank(ranks, lambda: whole[0] if whole else plan(near))
-        groups = groups_of(near, held.offers, ranks.rank) if ranks.size > 1 else {}
+        near = known_plans(view, held.local_plans, ranks.size)
+        mine = run_on_all(ranks, lambda: whole[0] if whole else plan(near))
+        groups = groups_of(near, held.local_plans, ranks.rank) if ranks.size > 1 else {}
         self._replicas = tuple(
             Replica(name, group) for name, group in groups.items() if name not in self._by_first
         )
@@ -206,22 +210,22 @@ class Planner:
             for placed in mine.tensors
             for region in placed.regions_of(ranks.rank)
         ]
-        self._items = on_every_rank(ranks, lambda: lay_out(regions))
+        self._items = run_on_all(ranks, lambda: lay_out(regions))
         digests = self._digests(held, view)
         told: dict[str, Any] = {"items": columns(self._items), "values": digests}
-        every = gather_distinct(ranks, told)
+        every = gather_deduplicated(ranks, told)
         if ranks.rank == 0:
             self.index = Index(whole[0], [theirs["items"] for theirs in every])
             # What many ranks have alike is one object.
             once = {id(theirs["values"]): theirs["values"] for theirs in every}
             _warn_of_differences([*once.values()])
 
-    def _digests(self, held: Held, view: View) -> dict[str, int]:
+    def _digests(self, held: LocalState, view: NeighborPlans) -> dict[str, int]:
         """Of each value that other ranks have too."""
         shared = {
             name
-            for section, offer in held.offers.items()
-            for name in offer.values
+            for section, local_plan in held.local_plans.items()
+            for name in local_plan.values
             if len(view.get(section, ())) != 1 or len(view[section][0][0]) > 1
         }
         return {
@@ -232,39 +236,39 @@ class Planner:
         }
 
 
-class _Last(NamedTuple):
+class _Previous(NamedTuple):
     """What was held last, without any of it."""
 
-    seen: Mapping[str, Seen]
+    seen: Mapping[str, KnownTensor]
     names: Sequence[Mapping[str, Path]]
     aliases: Mapping[str, tuple[str, Path]]
     structure: Mapping[Path, Node]
-    offers: dict[str, Offer]
+    local_plans: dict[str, LocalPlan]
 
 
 def _offers_of(
-    seen: Mapping[str, Seen],
+    seen: Mapping[str, KnownTensor],
     aliases: Mapping[str, tuple[str, Path]],
     values: Iterable[Mapping[str, Path]],
     structure: Mapping[Path, Node],
-) -> dict[str, Offer]:
-    offers: dict[str, Offer] = {}
+) -> dict[str, LocalPlan]:
+    local_plans: dict[str, LocalPlan] = {}
 
-    def section(name: str) -> Offer:
+    def section(name: str) -> LocalPlan:
         _check_text(name)
         head, dot, _ = name.partition(".")
-        return offers.setdefault(head if dot else "", Offer())
+        return local_plans.setdefault(head if dot else "", LocalPlan())
 
     for name, one in seen.items():
         if name in aliases:
             section(name).aliases[name] = aliases[name]
         else:
-            section(name).tensors[name] = one.offer
+            section(name).tensors[name] = one.local_plan
     for names in values:
         section(next(iter(names))).values.update(names)
     for path, node in structure.items():
         section(".".join(map(str, path))).structure[path] = node
-    return offers
+    return local_plans
 
 
 def _check_text(name: str) -> None:

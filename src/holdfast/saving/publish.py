@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from holdfast.catalog.catalog import Catalog
-from holdfast.catalog.sweep import execute, plan_sweep
+from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.errors import HoldfastError, StorageError
 from holdfast.format import manifest as manifests
 from holdfast.format.checksum import Running
@@ -17,8 +17,8 @@ from holdfast.format.manifest import Kind, Manifest, ValueEntry, kind_with
 from holdfast.format.names import MANIFEST, METADATA, Aside
 from holdfast.format.timings import over_ranks
 from holdfast.planning.index import Index
-from holdfast.planning.write_plan import Plan
-from holdfast.saving.write import Receipt
+from holdfast.planning.write_plan import GlobalPlan
+from holdfast.saving.write import WriteResult
 from holdfast.storage.store import Store
 
 logger = logging.getLogger("holdfast")
@@ -42,7 +42,7 @@ class Facts:
 
 def publish(
     attempt: Aside,
-    receipts: Sequence[Receipt],
+    results: Sequence[WriteResult],
     index: Index,
     facts: Facts,
     catalog: Catalog,
@@ -55,7 +55,7 @@ def publish(
     folder, store = str(attempt), catalog.store
     made = index.encoded()
     kind = facts.kind or kind_with(made.nbytes)
-    manifest = _manifest(receipts, index.plan, replace(facts, kind=kind))
+    manifest = _manifest(results, index.plan, replace(facts, kind=kind))
     for file, nbytes in manifest.files.items():
         _check_shared(store, folder, file, nbytes)
     metadata = made.stock.encode({n: (e.file, e.item) for n, e in manifest.values.items()})
@@ -68,7 +68,7 @@ def publish(
         with store.create(f"{folder}/{name}", sum(map(len, parts))) as writer:
             writer.write(0, parts)
     catalog.publish(attempt)
-    for problem in execute(store, plan_sweep(store.list(), only=attempt.name)):
+    for problem in execute(store, plan_cleanup(store.list(), only=attempt.name)):
         logger.warning("%s; the next save tries again", problem)
     return manifest.nbytes
 
@@ -85,18 +85,18 @@ def _check_shared(store: Store, folder: str, file: str, nbytes: int) -> None:
         raise StorageError(f"`{file}`: {nbytes} bytes were written, rank 0 sees {found}")
 
 
-def _manifest(receipts: Sequence[Receipt], plan: Plan, facts: Facts) -> Manifest:
+def _manifest(results: Sequence[WriteResult], plan: GlobalPlan, facts: Facts) -> Manifest:
     """All but the tensors, which the index has as bytes."""
-    paths, files = plan.values, [receipt for receipt in receipts if receipt.file]
+    paths, files = plan.values, [result for result in results if result.file]
     return Manifest(
         tensors={},
         values={
-            name: ValueEntry(receipt.file, item, found, paths[name][1])
-            for receipt in files
-            for name, (item, found) in receipt.values.items()
+            name: ValueEntry(result.file, item, found, paths[name][1])
+            for result in files
+            for name, (item, found) in result.values.items()
         },
-        files={receipt.file: receipt.nbytes for receipt in files},
-        tables={receipt.file: receipt.table for receipt in files},
+        files={result.file: result.nbytes for result in files},
+        tables={result.file: result.table for result in files},
         step=facts.step,
         kind=facts.kind,
         components=None if facts.components is None else tuple(sorted(facts.components)),
@@ -105,6 +105,6 @@ def _manifest(receipts: Sequence[Receipt], plan: Plan, facts: Facts) -> Manifest
         versions=facts.versions,
         metrics=facts.metrics,
         model=facts.model,
-        timings=over_ranks([receipt.seconds for receipt in receipts]),
+        timings=over_ranks([result.seconds for result in results]),
         structure=plan.structure,
     )

@@ -19,26 +19,26 @@ from holdfast.catalog.catalog import Catalog
 from holdfast.comm import (
     Ranks,
     all_ranks,
-    conclude,
-    on_every_rank,
-    on_rank_0,
-    outcome_of,
+    capture,
+    gather_and_run,
+    run_on_all,
+    run_on_rank_0,
 )
 from holdfast.errors import HoldfastError, StorageError
 from holdfast.format.manifest import Kind
 from holdfast.format.names import Aside
 from holdfast.format.region import Region
-from holdfast.planning.collector import collector_at_rest
-from holdfast.planning.file_layout import FileImage, TensorItem
+from holdfast.planning.file_layout import FileLayout, TensorItem
+from holdfast.planning.gc_pause import gc_paused
 from holdfast.planning.index import Index
 from holdfast.release import installed_version
 from holdfast.saving.background import make_way
 from holdfast.saving.commit import commit
 from holdfast.saving.digests import Group, Replicas, groups_that_differ, names_that_differ
-from holdfast.saving.planner import Held, Planner
+from holdfast.saving.planner import LocalState, Planner
 from holdfast.saving.publish import Facts
 from holdfast.saving.stage import Snapshot, Staging, TensorOf, box_of, host_bytes, host_windows
-from holdfast.saving.write import Pace, Receipt, write
+from holdfast.saving.write import Pace, WriteResult, write
 from holdfast.spelling import spelled_bytes
 from holdfast.state.objects import StateTree
 from holdfast.state.tree import FlatState
@@ -56,7 +56,7 @@ class Saved:
     spans: Spans
 
 
-@collector_at_rest()
+@gc_paused()
 def save(path: str | os.PathLike[str], state: Any, *, overwrite: bool = False) -> Saved:
     """Save `state` as one checkpoint at `path`, published whole or not at all.
 
@@ -83,7 +83,7 @@ def save(path: str | os.PathLike[str], state: Any, *, overwrite: bool = False) -
     ranks = all_ranks()
     try:
         check = partial(place_to_save, path, state, overwrite=overwrite)
-        catalog, name = on_every_rank(ranks, check)
+        catalog, name = run_on_all(ranks, check)
         return save_in(catalog, name, state, ranks=ranks, overwrite=overwrite)
     finally:
         ranks.close()
@@ -93,8 +93,8 @@ def save_in(
     catalog: Catalog, name: str, state: Mapping[str, Any], *, ranks: Ranks, overwrite: bool
 ) -> Saved:
     """As `save`, to the checkpoint `name` of `catalog`, by these ranks."""
-    on_rank_0(ranks, lambda: _check_free(catalog, name, overwrite))
-    flat = on_every_rank(ranks, lambda: StateTree(state).flatten())
+    run_on_rank_0(ranks, lambda: _check_free(catalog, name, overwrite))
+    flat = run_on_all(ranks, lambda: StateTree(state).flatten())
     try:
         return save_leaves(
             catalog, name, flat, ranks=ranks, planner=Planner(ranks), overwrite=overwrite
@@ -117,7 +117,7 @@ class Pending:
 
     catalog: Catalog
     attempt: Aside
-    image: FileImage
+    file_layout: FileLayout
     tensor_of: TensorOf
     """What is written: the training state, until a snapshot takes its place."""
 
@@ -200,20 +200,20 @@ def begin_save(
     spans = Spans()
     with spans("plan"):
         while True:
-            held = outcome_of(lambda: planner.hold(state, dtype))
+            held = capture(lambda: planner.hold(state, dtype))
             planner.agree(held)
-            assert isinstance(held, Held)
+            assert isinstance(held, LocalState)
             begin = partial(_begin, catalog, name, overwrite=overwrite)
             begun = _begin_alike(held, begin, planner=planner, ranks=ranks)
             if begun is not None:
                 break
-    image, attempt = begun
+    file_layout, attempt = begun
     layout = {"world_size": ranks.size}
     facts = Facts(step, kind, layout, _versions(), metrics or {}, model or {})
     return Pending(
         catalog,
         attempt,
-        image,
+        file_layout,
         tensor_of=partial(_live, held),
         index=planner.index,
         facts=facts,
@@ -224,8 +224,8 @@ def begin_save(
 
 
 def _begin_alike(
-    held: Held, begin: Callable[[int], Aside], *, planner: Planner, ranks: Ranks
-) -> tuple[FileImage, Aside] | None:
+    held: LocalState, begin: Callable[[int], Aside], *, planner: Planner, ranks: Ranks
+) -> tuple[FileLayout, Aside] | None:
     """Make the attempt for what the ranks hold, if they hold the same of what they hold alike:
     `begin(nbytes)` makes it.
 
@@ -235,22 +235,22 @@ def _begin_alike(
     """
     replicas = planner.replicas(held, stepped=False)
 
-    def look() -> tuple[FileImage, dict[Group, int]]:
+    def look() -> tuple[FileLayout, dict[Group, int]]:
         replicas.take()
-        return planner.image(held), replicas.by_group()
+        return planner.file_layout(held), replicas.by_group()
 
-    looked = outcome_of(look)
+    looked = capture(look)
     mine = looked if isinstance(looked, HoldfastError) else (looked[0].nbytes, looked[1])
 
     def compare(everyone: list[tuple[int, dict[Group, int]]]) -> Aside | list[Group]:
         differ = groups_that_differ([groups for _, groups in everyone])
         return differ or begin(sum(nbytes for nbytes, _ in everyone))
 
-    begun = conclude(ranks, mine, compare)
+    begun = gather_and_run(ranks, mine, compare)
     assert not isinstance(looked, HoldfastError)
     if isinstance(begun, Aside):
         return looked[0], begun
-    names = conclude(ranks, replicas.of(begun), names_that_differ)
+    names = gather_and_run(ranks, replicas.of(begun), names_that_differ)
     planner.keep_first(names)
     if ranks.rank == 0:
         for one, (first, other) in names.items():
@@ -279,12 +279,12 @@ def take_snapshot(
     """
     with pending.spans("stage"):
         try:
-            on_every_rank(ranks, lambda: _copy(pending, snapshot, now, is_last=not later))
+            run_on_all(ranks, lambda: _copy(pending, snapshot, now, is_last=not later))
         except HoldfastError:
             discard(pending, ranks)
             raise
     staging = Staging(lambda: _copy(pending, snapshot, later, is_last=bool(later)))
-    memory = snapshot.memory(pending.image.nbytes)
+    memory = snapshot.memory(pending.file_layout.nbytes)
     return replace(pending, tensor_of=snapshot.tensor_of, memory=memory), staging
 
 
@@ -318,7 +318,7 @@ def finish_save(
     """
     catalog, attempt, spans = pending.catalog, pending.attempt, pending.spans
 
-    def stage_and_write() -> Receipt:
+    def stage_and_write() -> WriteResult:
         if staging is not None:
             with spans("stage"):
                 staging.run()
@@ -331,10 +331,10 @@ def finish_save(
         pace = Pace(bytes_per_s)
         data = pending.windows_of if pending.memory is None else pending.memory
         with _beside(pending.replicas.take) if live else nullcontext():
-            receipt = write(catalog.store, str(attempt), pending.image, data, pace, spans)
-        return replace(receipt, seconds=dict(spans.seconds))
+            result = write(catalog.store, str(attempt), pending.file_layout, data, pace, spans)
+        return replace(result, seconds=dict(spans.seconds))
 
-    written = outcome_of(stage_and_write)
+    written = capture(stage_and_write)
     with spans("commit"):
         nbytes = commit(
             attempt,
@@ -353,7 +353,7 @@ def _beside(work: Callable[[], None]) -> Iterator[None]:
     """Do work in a thread of its own while a file is written: the disk is what a write waits for.
     Raises its error at the end."""
     outcome: list[HoldfastError | None] = []
-    thread = threading.Thread(target=lambda: outcome.append(outcome_of(work)), name="holdfast-hash")
+    thread = threading.Thread(target=lambda: outcome.append(capture(work)), name="holdfast-hash")
     thread.start()
     try:
         yield
@@ -367,7 +367,7 @@ def _make_beside(index: Index) -> None:
     """Begin to make the bytes of both indices, which `commit` asks for: the disk is what a write
     waits for."""
     # What goes wrong there goes wrong again, and is told, where they are asked for.
-    making = partial(outcome_of, index.encoded)
+    making = partial(capture, index.encoded)
     threading.Thread(target=making, name="holdfast-index", daemon=True).start()
 
 
@@ -382,7 +382,7 @@ def _begin(catalog: Catalog, name: str, nbytes: int, overwrite: bool) -> Aside:
     return catalog.begin(name, replace=overwrite)
 
 
-def _live(held: Held, item: TensorItem) -> torch.Tensor:
+def _live(held: LocalState, item: TensorItem) -> torch.Tensor:
     """A region of the tensor that training goes on with."""
     pieces, region = held.seen[item.name].layout.pieces, item.region
     piece = pieces[0]

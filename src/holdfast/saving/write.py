@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from holdfast.format import checksum
 from holdfast.format.manifest import Span, Table
-from holdfast.planning.file_layout import FileImage, TensorItem
+from holdfast.planning.file_layout import FileLayout, TensorItem
 from holdfast.storage.store import Buffer, Creating, Writer
 from holdfast.timing import Spans
 
@@ -22,7 +22,7 @@ here to the disk, than to copy."""
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class WriteResult:
     """What one rank has written, durably."""
 
     file: str = ""
@@ -43,44 +43,44 @@ but the last of `WINDOW_BYTES`, made as it is asked for."""
 def write(
     store: Creating,
     folder: str,
-    image: FileImage,
+    layout: FileLayout,
     data: WindowsOf | memoryview,
     pace: Pace | None = None,
     spans: Spans | None = None,
-) -> Receipt:
+) -> WriteResult:
     """Write a file, and make its bytes durable: in `spans` the stages `write` and `sync`, which
     also waits for what is still on its way.
 
     `data` may be memory that is laid out as the file and has the data of all tensors in its place:
     then all else is put there too, and the file written from where it is.
     """
-    if not image.nbytes:
-        return Receipt()
+    if not layout.nbytes:
+        return WriteResult()
     spans, pace = spans or Spans(), pace or Pace()
     with ExitStack() as file:
         with spans("write"):
-            writer = file.enter_context(store.create(f"{folder}/{image.name}", image.nbytes))
+            writer = file.enter_context(store.create(f"{folder}/{layout.name}", layout.nbytes))
             if isinstance(data, memoryview):
-                packed = _write_memory(writer, image, data, pace)
+                packed = _write_memory(writer, layout, data, pace)
             else:
-                packed = _write_parts(writer, image, data, pace)
+                packed = _write_parts(writer, layout, data, pace)
         with spans("sync"):
             file.close()
-    sums = {offset: checksum.checksum(container) for offset, container in image.containers}
-    values = {name: (span, sums[span.offset]) for names, span in image.values for name in names}
-    table = Table(image.table_offset, checksum.checksum(packed))
-    return Receipt(image.name, image.nbytes, table, values)
+    sums = {offset: checksum.checksum(container) for offset, container in layout.containers}
+    values = {name: (span, sums[span.offset]) for names, span in layout.values for name in names}
+    table = Table(layout.table_offset, checksum.checksum(packed))
+    return WriteResult(layout.name, layout.nbytes, table, values)
 
 
-def _write_parts(writer: Writer, image: FileImage, windows_of: WindowsOf, pace: Pace) -> bytes:
+def _write_parts(writer: Writer, layout: FileLayout, windows_of: WindowsOf, pace: Pace) -> bytes:
     """Hand on one part of the file after the other. Returns its table of checksums."""
     checksums: list[int] = []
     stream = _Stream(writer, pace)
-    for item in image.tensors:
+    for item in layout.tensors:
         stream.put(item.prefix)
         checksums += _put_checked(stream, windows_of(item), item)
         stream.put(item.suffix)
-    for _, container in image.containers:
+    for _, container in layout.containers:
         stream.put(container)
     packed = checksum.pack(checksums)
     stream.put(packed)
@@ -88,7 +88,7 @@ def _write_parts(writer: Writer, image: FileImage, windows_of: WindowsOf, pace: 
     return packed
 
 
-def _write_memory(writer: Writer, image: FileImage, memory: memoryview, pace: Pace) -> bytes:
+def _write_memory(writer: Writer, layout: FileLayout, memory: memoryview, pace: Pace) -> bytes:
     """The same from memory that has the data: the parts between are many and small, and each would
     be handed on for itself."""
     checksums: list[int] = []
@@ -103,7 +103,7 @@ def _write_memory(writer: Writer, image: FileImage, memory: memoryview, pace: Pa
         pace.keep(stop - written)
         written = stop
 
-    for item in image.tensors:
+    for item in layout.tensors:
         put(item.item.offset, item.prefix)
         put(item.data.stop, item.suffix)
         for start in range(item.data.offset, item.data.stop, WINDOW_BYTES):
@@ -111,12 +111,12 @@ def _write_memory(writer: Writer, image: FileImage, memory: memoryview, pace: Pa
             checksums += checksum.block_checksums(memory[start:stop])
             if stop - written >= WINDOW_BYTES:
                 write_to(written + WINDOW_BYTES)
-    for offset, container in image.containers:
+    for offset, container in layout.containers:
         put(offset, container)
     packed = checksum.pack(checksums)
-    put(image.table_offset, packed)
-    while written < image.nbytes:
-        write_to(min(written + WINDOW_BYTES, image.nbytes))
+    put(layout.table_offset, packed)
+    while written < layout.nbytes:
+        write_to(min(written + WINDOW_BYTES, layout.nbytes))
     return packed
 
 

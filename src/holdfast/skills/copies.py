@@ -25,7 +25,7 @@ from holdfast.errors import ExistsError, HoldfastError, StorageError
 from holdfast.skills.bundle import ENTRY, Skill
 from holdfast.skills.content import RECEIPT, Digests, digests_in
 from holdfast.skills.disk import Disk
-from holdfast.skills.records import Ledger, Receipt, decode_ledger, decode_receipt, order_of
+from holdfast.skills.records import Ledger, SyncRecord, decode_ledger, decode_receipt, order_of
 
 STATE = ".holdfast-skills"
 
@@ -64,7 +64,7 @@ class Copies:
                 return inside[0].parent if inside else place
         return place
 
-    def receipt(self, name: str) -> Receipt | None:
+    def receipt(self, name: str) -> SyncRecord | None:
         """Of the copy of a skill; None where there is none that can be read."""
         place = self.place(name)
         try:
@@ -116,7 +116,7 @@ class Copies:
         if order_of(version) > order_of(self.synced()):
             self._replace(self.state / "synced", version.encode())
 
-    def write_receipt(self, name: str, receipt: Receipt) -> None:
+    def write_receipt(self, name: str, receipt: SyncRecord) -> None:
         """Give a copy that is as it should be the receipt that says so."""
         self._replace(self.place(name) / RECEIPT, receipt.encode())
 
@@ -178,7 +178,7 @@ class Copies:
                     self._disk.write(new / file, skill.files[file])
                 else:
                     self._disk.copy(place / file, new / file)
-            self._disk.write(new / RECEIPT, Receipt(version, skill.digests).encode())
+            self._disk.write(new / RECEIPT, SyncRecord(version, skill.digests).encode())
             for folder in (*folders, stage, self.state):
                 self._disk.sync_folder(folder)
             staged = digests_in(new)

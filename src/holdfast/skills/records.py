@@ -12,7 +12,7 @@ from holdfast.errors import FormatError
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class SyncRecord:
     """What was installed. It lies inside the copy, so that the two move together."""
 
     version: str
@@ -27,7 +27,7 @@ class Receipt:
         return json.dumps(body, indent=1).encode() + b"\n"
 
 
-def decode_receipt(data: bytes) -> Receipt | None:
+def decode_receipt(data: bytes) -> SyncRecord | None:
     """The receipt in these bytes; None where they are none, so that the copy counts as the
     user's."""
     try:
@@ -37,7 +37,7 @@ def decode_receipt(data: bytes) -> Receipt | None:
         return None
     if type(version) is not str or {type(known) for known in files.values()} - {str}:
         return None
-    return Receipt(version, files)
+    return SyncRecord(version, files)
 
 
 @dataclass(frozen=True, slots=True)

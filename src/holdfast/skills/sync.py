@@ -11,7 +11,7 @@ from holdfast.errors import ExistsError, HoldfastError, NotFoundError
 from holdfast.skills.bundle import Skill
 from holdfast.skills.content import Digests
 from holdfast.skills.copies import Copies
-from holdfast.skills.records import Ledger, Receipt, order_of
+from holdfast.skills.records import Ledger, SyncRecord, order_of
 
 State = Literal["new", "outdated", "current", "modified", "deleted", "foreign", "newer"]
 """new: never offered. outdated: as it was installed, and another is shipped. current: as shipped.
@@ -23,7 +23,7 @@ SKIPPED: Sequence[State] = ("modified", "deleted", "foreign", "newer")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SkillStates:
     """One shipped skill, and the user's copy of it."""
 
     name: str
@@ -39,7 +39,7 @@ class Synced:
     """What a sync did; a rehearsal, what it would do."""
 
     root: str
-    skills: tuple[Found, ...] = ()
+    skills: tuple[SkillStates, ...] = ()
     cleaned: tuple[str, ...] = ()
     """Names that are no longer shipped: the record of them is dropped, their files stay."""
 
@@ -68,7 +68,7 @@ class Synced:
 
 
 def state_of(
-    want: Digests, have: Digests | None, receipt: Receipt | None, *, offered: bool, version: str
+    want: Digests, have: Digests | None, receipt: SyncRecord | None, *, offered: bool, version: str
 ) -> State:
     """What is so of one skill: what is shipped, what is there, and what is written down of it."""
     if have is None:
@@ -159,19 +159,19 @@ def remove(skill: Skill, copies: Copies, version: str) -> str | None:
         return kept
 
 
-def _found(skill: Skill, copies: Copies, ledger: Ledger, version: str) -> Found:
+def _found(skill: Skill, copies: Copies, ledger: Ledger, version: str) -> SkillStates:
     offered = skill.name in ledger.offered | ledger.removed
     try:
         have, receipt = copies.held(skill.name), copies.receipt(skill.name)
     except HoldfastError as error:
-        return Found(skill.name, "modified", error.what)
-    return Found(
+        return SkillStates(skill.name, "modified", error.what)
+    return SkillStates(
         skill.name,
         state_of(skill.digests, have, receipt, offered=offered, version=version),
     )
 
 
-def _bring(skill: Skill, found: Found, copies: Copies, version: str) -> Found:
+def _bring(skill: Skill, found: SkillStates, copies: Copies, version: str) -> SkillStates:
     """Bring one copy up to date, where that is the sync's business."""
     try:
         if not found.problem and found.state in ("new", "outdated"):
@@ -179,7 +179,7 @@ def _bring(skill: Skill, found: Found, copies: Copies, version: str) -> Found:
         elif found.state == "current":
             receipt = copies.receipt(skill.name)
             if receipt is None or receipt.files != skill.digests:
-                copies.write_receipt(skill.name, Receipt(version, skill.digests))
+                copies.write_receipt(skill.name, SyncRecord(version, skill.digests))
     except HoldfastError as error:
         return replace(found, problem=error.what)
     return found
@@ -194,7 +194,7 @@ def _after(ledger: Ledger, synced: Synced) -> Ledger:
     return Ledger((ledger.offered | there) - cleaned, (ledger.removed - there) | cleaned)
 
 
-def _ours(name: str, found: Found, copies: Copies, mine: bool) -> State:
+def _ours(name: str, found: SkillStates, copies: Copies, mine: bool) -> State:
     """The state of a copy that may be changed because its user has said so."""
     where = copies.place(name)
     if not mine:

@@ -20,7 +20,7 @@ OF_PROJECTS = ("agents", "claude", "codex")
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class SkillTarget:
     """A folder of skills."""
 
     root: Path
@@ -28,7 +28,7 @@ class Target:
     """Whether skills may also lie one folder deeper."""
 
 
-def target_of(to: str, *, project: bool, environment: Mapping[str, str], here: Path) -> Target:
+def target_of(to: str, *, project: bool, environment: Mapping[str, str], here: Path) -> SkillTarget:
     """The folder that `--to` means: a name in `HOMES`, or a path.
 
     Raises:
@@ -37,8 +37,8 @@ def target_of(to: str, *, project: bool, environment: Mapping[str, str], here: P
     """
     if not project:
         if to not in HOMES:
-            return Target(here / Path(to).expanduser())
-        return Target(_home(to, environment), categories=to == "hermes")
+            return SkillTarget(here / Path(to).expanduser())
+        return SkillTarget(_home(to, environment), categories=to == "hermes")
     if to not in OF_PROJECTS:
         raise UsageError(
             f"`--project` goes with {', '.join(OF_PROJECTS)}, not with `{to}`",
@@ -47,10 +47,10 @@ def target_of(to: str, *, project: bool, environment: Mapping[str, str], here: P
     repository = _repository(here)
     if repository is None:
         raise NotFoundError(f"`{here}` is in no repository", hint="`--project` needs one: git init")
-    return Target(repository / HOMES[to][0] / "skills")
+    return SkillTarget(repository / HOMES[to][0] / "skills")
 
 
-def all_targets(environment: Mapping[str, str], here: Path) -> Iterator[Target]:
+def all_targets(environment: Mapping[str, str], here: Path) -> Iterator[SkillTarget]:
     """Every folder that goes by a name, there or not."""
     for name in HOMES:
         yield target_of(name, project=False, environment=environment, here=here)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
 
 from holdfast.errors import UsageError
-from holdfast.state.shard import Cut, Mesh, Piece, Spread, pieces_of
+from holdfast.state.shard import Mesh, MeshPlacement, Piece, ShardSpec, pieces_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,7 +26,7 @@ class Layout:
     num_elements: int
     """Of all pieces."""
 
-    spread: Spread | None
+    placement: MeshPlacement | None
     """How it lies over all ranks; None for a tensor that is whole on this one, whoever has it."""
 
     key: _Key
@@ -50,7 +50,7 @@ class Layouts:
 
     def __init__(self) -> None:
         self._alike: dict[tuple[torch.Size, _Key], Layout] = {}
-        self._spreads: dict[tuple[DeviceMesh, tuple[Placement, ...]], Spread] = {}
+        self._spreads: dict[tuple[DeviceMesh, tuple[Placement, ...]], MeshPlacement] = {}
 
     def of(self, name: str, tensor: torch.Tensor, local: torch.Tensor) -> Layout:
         """How `tensor` lies: a DTensor by its mesh, any other as a whole. `local` are the rank's
@@ -78,21 +78,23 @@ class Layouts:
 
     def _lie(self, name: str, shape: tuple[int, ...], key: _Key) -> Layout:
         dtype, mesh, placements = key
-        spread, pieces = None, pieces_of(shape, ())
+        placement, pieces = None, pieces_of(shape, ())
         if mesh is not None:
             coordinate = mesh.get_coordinate()
             if coordinate is None:
                 raise UsageError(f"`{name}`: this rank is not part of the tensor's mesh {mesh}")
-            spread = self._spread(name, mesh, placements)
-            pieces = pieces_of(shape, spread.splits_at(coordinate))
+            placement = self._spread(name, mesh, placements)
+            pieces = pieces_of(shape, placement.splits_at(coordinate))
         num_elements = sum(piece.region.num_elements for piece in pieces)
-        return Layout(dtype_name(dtype), shape, pieces, num_elements, spread, key)
+        return Layout(dtype_name(dtype), shape, pieces, num_elements, placement, key)
 
-    def _spread(self, name: str, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Spread:
+    def _spread(
+        self, name: str, mesh: DeviceMesh, placements: tuple[Placement, ...]
+    ) -> MeshPlacement:
         key = mesh, placements
         if key not in self._spreads:
             # One object for all that lie alike: it is compared, and sent, once.
-            self._spreads[key] = Spread(
+            self._spreads[key] = MeshPlacement(
                 Mesh(tuple(mesh.mesh.shape), tuple(mesh.mesh.flatten().tolist())),
                 tuple(_cut(name, placement) for placement in placements),
             )
@@ -150,7 +152,7 @@ def _elements(tensor: torch.Tensor) -> tuple[object, ...]:
     return (place, tensor.shape, placements, local.is_conj(), local.is_neg())
 
 
-def _cut(name: str, placement: Placement) -> Cut | None:
+def _cut(name: str, placement: Placement) -> ShardSpec | None:
     if isinstance(placement, Replicate):
         return None
     if isinstance(placement, Partial):
@@ -161,7 +163,7 @@ def _cut(name: str, placement: Placement) -> Cut | None:
     # `_StridedShard` is a class of its own beside `Shard`, both with `dim`.
     if isinstance(placement, Shard) or type(placement).__name__ == "_StridedShard":
         num_strides = getattr(placement, "split_factor", 1)
-        return Cut(placement.dim, num_strides)  # type: ignore[attr-defined]
+        return ShardSpec(placement.dim, num_strides)  # type: ignore[attr-defined]
     raise UsageError(f"`{name}`: unknown placement {placement}")
 
 

@@ -15,7 +15,7 @@ from holdfast.errors import MismatchError
 from holdfast.format.manifest import TensorEntry
 from holdfast.format.structure import Node, kind_of_node
 from holdfast.state.layout import local_of
-from holdfast.state.stored import Branch, Stored, as_saved, leaves_of, rebuild
+from holdfast.state.stored import Branch, StoredState, as_saved, leaves_of, rebuild
 
 Like = Callable[[TensorEntry, str], torch.Tensor | torch.device | None]
 """`like(entry, name)`: where a tensor belongs that is made anew: as another one lies, such as the
@@ -38,7 +38,7 @@ class Values(Protocol):
 class Match:
     """Which entry goes where. Nothing is changed before `take`."""
 
-    stored: Stored
+    stored: StoredState
     parameter: Callable[[str], torch.Tensor | None] = lambda _: None
     """`parameter(name)`: a parameter of this run's models."""
 
@@ -193,7 +193,7 @@ def as_number(name: str, value: Any, wanted: type) -> Any:
     return made
 
 
-def is_one_number(stored: Stored, name: str | None, live: Any) -> bool:
+def is_one_number(stored: StoredState, name: str | None, live: Any) -> bool:
     """Whether a tensor of one element is stored where a number stands."""
     entry = stored.tensor(name) if name is not None else None
     return (

@@ -20,7 +20,7 @@ from holdfast.state.model import ModelState, named_parameters, refuse_fsdp1
 from holdfast.state.optim import OptimizerState
 from holdfast.state.plain import Component, PlainMatch, is_object
 from holdfast.state.stateful import NoState, ObjectState, RankState
-from holdfast.state.stored import Stored
+from holdfast.state.stored import StoredState
 from holdfast.state.tree import (
     FlatState,
     Flattener,
@@ -90,7 +90,7 @@ class StateTree:
     def match(self, manifest: Manifest, *, strict: bool = True) -> Match:
         """Which entry of a checkpoint goes where. `strict`: what it has beyond the state, below
         the names given, is noted as `extra`."""
-        stored = Stored(manifest)
+        stored = StoredState(manifest)
         sections = frozenset({*self._others, *self._keys} - {self._flat})
         match = Match(stored, parameter=self._parameter, others=sections)
         plain = PlainMatch(match, self.component_of, lambda _, name: self._parameter(name))

@@ -29,7 +29,7 @@ Made = Callable[[Values], Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class StoredOptimizer:
     """What a checkpoint holds for optimizers, by parameter."""
 
     slots: dict[str, dict[str, Branch]] = field(default_factory=dict)
@@ -73,9 +73,9 @@ class OptimizerMatch:
             if below and path[-1] not in branch.children:
                 yield path[-1]
 
-    def _sorted(self, branch: Branch, keys: list[str | int]) -> Found:
+    def _sorted(self, branch: Branch, keys: list[str | int]) -> StoredOptimizer:
         """Everything below the path, by parameter; what belongs to none here is left over."""
-        found = Found()
+        found = StoredOptimizer()
         for key in keys:
             text, child = str(key), branch.child(key)
             kind, dot, rest = text.partition(".")
@@ -89,19 +89,19 @@ class OptimizerMatch:
                 found.groups.extend(child.child(n) for n in sorted(child.children, key=int))
         return found
 
-    def _sort_slot(self, found: Found, rest: str, child: Branch) -> None:
+    def _sort_slot(self, found: StoredOptimizer, rest: str, child: Branch) -> None:
         name, slot = self._split(rest)
         if name is None and rest in self._known:
             found.whole[rest] = child
         elif name is not None:
             found.slots.setdefault(name, {})[slot] = child
 
-    def _sort_option(self, found: Found, rest: str, child: Branch) -> None:
+    def _sort_option(self, found: StoredOptimizer, rest: str, child: Branch) -> None:
         name, option = self._split(rest)
         if name is not None:
             found.options.setdefault(name, {})[option] = child
 
-    def _sort_nested(self, found: Found, state: Branch) -> None:
+    def _sort_nested(self, found: StoredOptimizer, state: Branch) -> None:
         """Torch's form before it is flattened: by name, or by the number of the parameter."""
         numbered = [name for names in self._names for name in names]
         for key, slots in state.children.items():
@@ -123,7 +123,7 @@ class OptimizerMatch:
                 return name, last
         return None, rest
 
-    def _match_optimizer(self, optimizer: Optimizer, number: int, found: Found) -> None:
+    def _match_optimizer(self, optimizer: Optimizer, number: int, found: StoredOptimizer) -> None:
         names, parameters = self._names[number], _parameters(optimizer)
         state: dict[Any, Made] = {}
         groups_of = [group for group in optimizer.param_groups for _ in group["params"]]
@@ -158,7 +158,7 @@ class OptimizerMatch:
         name: str,
         parameter: torch.Tensor,
         group: Mapping[str, Any],
-        found: Found,
+        found: StoredOptimizer,
     ) -> Made | None:
         """What makes the state of one parameter; None where it has none."""
         if name in found.whole:
@@ -214,7 +214,7 @@ class OptimizerMatch:
     # --------------------------------------------------------------------------------- the groups
 
     def _match_groups(
-        self, optimizer: Optimizer, number: int, names: list[str], found: Found
+        self, optimizer: Optimizer, number: int, names: list[str], found: StoredOptimizer
     ) -> Callable[[Values], list[dict[str, Any]]]:
         """What makes the groups: the options that were saved, and this run's where it has more."""
         made: list[tuple[dict[str, Any], list[int], dict[str, Made]]] = []
@@ -242,7 +242,7 @@ class OptimizerMatch:
 
         return groups
 
-    def _match_options(self, held: list[str], found: Found) -> dict[str, Made]:
+    def _match_options(self, held: list[str], found: StoredOptimizer) -> dict[str, Made]:
         options: dict[str, Made] = {}
         values = self._match.stored.manifest.values
         for name in held:

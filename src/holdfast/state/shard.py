@@ -57,7 +57,7 @@ class Mesh:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class ShardSpec:
     """How one mesh axis splits one dim: a `Split`, as all ranks of the axis see it."""
 
     dim: int
@@ -65,19 +65,21 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class MeshPlacement:
     """How a tensor lies over ranks: what each axis of a mesh does to it."""
 
     mesh: Mesh
-    cuts: tuple[Cut | None, ...]
+    shards: tuple[ShardSpec | None, ...]
     """Of each axis; None where it repeats the tensor. They apply in this order."""
 
     def splits_at(self, coordinate: Sequence[int]) -> list[Split]:
         """The splits as the rank at `coordinate` of the mesh sees them."""
         return [
-            Split(cut.dim, num_parts, index, cut.num_strides)
-            for cut, num_parts, index in zip(self.cuts, self.mesh.shape, coordinate, strict=True)
-            if cut is not None
+            Split(shard.dim, num_parts, index, shard.num_strides)
+            for shard, num_parts, index in zip(
+                self.shards, self.mesh.shape, coordinate, strict=True
+            )
+            if shard is not None
         ]
 
 

@@ -57,7 +57,7 @@ class Branch:
         return self.name is None and not self.children
 
 
-class Stored:
+class StoredState:
     """Entries of a checkpoint by path, and the structure that it states."""
 
     def __init__(self, manifest: Manifest) -> None:

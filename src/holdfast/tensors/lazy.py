@@ -15,7 +15,7 @@ from holdfast.tensors.numbers import Array, box_of, convert, raw_type
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class TensorInfo:
     """What is known of a tensor before it is read."""
 
     dtype: str
@@ -38,7 +38,7 @@ class Tensors(Protocol):
     """Named tensors, of which any box can be read."""
 
     @property
-    def held(self) -> Mapping[str, Held]:
+    def held(self) -> Mapping[str, TensorInfo]:
         """Every tensor by name, in the order in which reading them is cheapest."""
         ...
 
@@ -94,21 +94,23 @@ class Mapped:
             copy.run(found, box_of(target, copy.target_view.region))
         return target
 
-    def _held(self, name: str) -> Held:
+    def _held(self, name: str) -> TensorInfo:
         """Where sources differ in dtype, the widest of them."""
         sources = [self._source.held[s] for s in self._mapping.sources(self._side, name)]
         widest = max(sources, key=lambda held: dtype_of(held.dtype).itemsize)
         kept = max((held.stored for held in sources), key=lambda dtype: dtype_of(dtype).itemsize)
         stays = self._mapping.dtype(self._side, name)
         shape = self._mapping.shape(self._side, name)
-        return Held(widest.dtype, shape, stays or kept, stays is not None)
+        return TensorInfo(widest.dtype, shape, stays or kept, stays is not None)
 
 
 class Zeros:
     """Tensors in float32 that are all zeros."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.held = {name: Held("float32", shape, fixed=True) for name, shape in shapes.items()}
+        self.held = {
+            name: TensorInfo("float32", shape, fixed=True) for name, shape in shapes.items()
+        }
 
     def read(self, _: str, region: Region) -> Array:
         return np.zeros(region.shape, np.float32)

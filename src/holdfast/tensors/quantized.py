@@ -14,7 +14,7 @@ import numpy as np
 
 from holdfast.errors import FormatError
 from holdfast.format.region import Region
-from holdfast.tensors.lazy import Held, Tensors
+from holdfast.tensors.lazy import TensorInfo, Tensors
 from holdfast.tensors.numbers import Array, Floats, floats
 
 KEPT = "bfloat16"
@@ -50,7 +50,7 @@ class Dequantized:
         """
         self._source = source
         self._block = _block_in(config)
-        self.held: dict[str, Held] = {}
+        self.held: dict[str, TensorInfo] = {}
         self.num_quantized = 0
         held, wrong = source.held, []
         for name, found in held.items():
@@ -70,7 +70,7 @@ class Dequantized:
                 self.held[name] = found
                 continue
             self.num_quantized += 1
-            self.held[name] = Held("float32", shape, KEPT)
+            self.held[name] = TensorInfo("float32", shape, KEPT)
         if wrong:
             raise FormatError(
                 "quantized in a way that is not known:\n  " + "\n  ".join(wrong),

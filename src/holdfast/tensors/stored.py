@@ -15,13 +15,13 @@ from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Chunk, Span, TensorEntry
 from holdfast.format.region import Region
 from holdfast.format.torchzip import StoredTensor, contiguous_strides, locate
-from holdfast.planning.read_plan import Part, moves, parts
+from holdfast.planning.read_plan import ByteRange, byte_ranges, read_items
 from holdfast.storage.store import PlainReader
-from holdfast.tensors.lazy import Held
+from holdfast.tensors.lazy import TensorInfo
 from holdfast.tensors.numbers import Array, box_of, raw_type
 
 
-class Stored:
+class StoredTensors:
     """What a manifest lists, whatever format it is of."""
 
     def __init__(self, source: Source, strides: Mapping[str, tuple[int, ...]]) -> None:
@@ -29,12 +29,12 @@ class Stored:
         self._source, self._strides = source, strides
         self._located: dict[tuple[str, int], StoredTensor] = {}
         tensors = source.manifest.tensors
-        self.held = {name: Held(entry.dtype, entry.shape) for name, entry in tensors.items()}
+        self.held = {name: TensorInfo(entry.dtype, entry.shape) for name, entry in tensors.items()}
 
     def read(self, name: str, region: Region) -> Array:
         entry = self._source.manifest.tensors[name]
         found = np.empty(region.shape, raw_type(entry.dtype))
-        for move in moves(name, entry, region):
+        for move in read_items(name, entry, region):
             within = move.region.within(Region(region.start, move.region.stop))
             self._fill(name, entry, move.chunk, move.region, box_of(found, within))
         return found
@@ -58,7 +58,7 @@ class Stored:
             seen = as_strided(whole, shape, [stride * itemsize for stride in placed.strides])
             target[...] = box_of(seen, box)
             return
-        for part in parts(box, shape, itemsize, WINDOW_BYTES):
+        for part in byte_ranges(box, shape, itemsize, WINDOW_BYTES):
             _read_part(data, part, rows, target)
 
     def _placed(self, name: str, entry: TensorEntry, chunk: Chunk) -> StoredTensor:
@@ -83,7 +83,7 @@ class Stored:
         return self._located[key]
 
 
-def _read_part(data: ChunkData, part: Part, strides: tuple[int, ...], target: Array) -> None:
+def _read_part(data: ChunkData, part: ByteRange, strides: tuple[int, ...], target: Array) -> None:
     into = box_of(target, part.box)
     if part.contiguous and into.flags.c_contiguous:
         data.read(part.start, part.stop, _memory(into))

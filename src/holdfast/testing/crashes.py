@@ -18,7 +18,7 @@ from holdfast.errors import HoldfastError
 from holdfast.format.checksum import checksum
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Buffer, PlainReader, Store, Writer
-from holdfast.testing.disk import Cut, Operation, Tree, cuts
+from holdfast.testing.disk import Operation, PowerCut, Tree, cuts
 
 T = TypeVar("T")
 
@@ -148,7 +148,7 @@ def cut_everywhere(
     *,
     before: Protocol | None = None,
     seeds: Iterable[int] = range(4),
-) -> list[tuple[Cut, T]]:
+) -> list[tuple[PowerCut, T]]:
     """What the next start finds after each cut of `protocol`; the last is that of a protocol that
     came to its end, and then lost all that it had not synced.
 

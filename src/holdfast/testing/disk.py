@@ -56,7 +56,7 @@ Version = Literal["killed", "lost", "reordered", "torn"]
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class PowerCut:
     """One way in which the power goes."""
 
     at: int
@@ -97,7 +97,7 @@ class _Fate:
     """Does to a file's bytes what is there of the next change to them."""
 
 
-class Disk:
+class SimulatedDisk:
     """A tree of files as the operations make it, and what is durable of it."""
 
     def __init__(self) -> None:
@@ -171,28 +171,28 @@ class Disk:
 
 def cuts(
     operations: Sequence[Operation], *, durable: int = 0, seeds: Iterable[int] = range(4)
-) -> Iterator[tuple[Cut, Tree]]:
+) -> Iterator[tuple[PowerCut, Tree]]:
     """What is left when the power goes after each of the operations, in every version, the chosen
     ones once for each seed. The first `durable` operations are what was there before."""
-    disk, last = Disk(), "nothing"
+    disk, last = SimulatedDisk(), "nothing"
     seeds = tuple(seeds)
     for at in range(len(operations) + 1):
         if at == durable:
             disk.settle()
         if at >= durable:
-            yield Cut(at - durable, "killed", 0, last), disk.survivors("killed", 0)
-            yield Cut(at - durable, "lost", 0, last), disk.survivors("lost", 0)
+            yield PowerCut(at - durable, "killed", 0, last), disk.survivors("killed", 0)
+            yield PowerCut(at - durable, "lost", 0, last), disk.survivors("lost", 0)
             for version in ("reordered", "torn"):
                 for seed in seeds:
-                    yield Cut(at - durable, version, seed, last), disk.survivors(version, seed)
+                    yield PowerCut(at - durable, version, seed, last), disk.survivors(version, seed)
         if at < len(operations):
             disk.apply(operations[at])
             last = str(operations[at])
 
 
-def left_by(operations: Sequence[Operation], cut: Cut, *, durable: int = 0) -> Tree:
+def left_by(operations: Sequence[Operation], cut: PowerCut, *, durable: int = 0) -> Tree:
     """What one cut leaves; the first `durable` operations are what was there before."""
-    disk = Disk()
+    disk = SimulatedDisk()
     for done, operation in enumerate(operations[: durable + cut.at]):
         if done == durable:
             disk.settle()

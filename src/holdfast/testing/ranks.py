@@ -43,14 +43,14 @@ class ThreadRanks:
         broadcast: T = self._exchange(item)[0]
         return broadcast
 
-    def twin(self) -> ThreadRanks:
+    def duplicate(self) -> ThreadRanks:
         self._num_twins += 1
-        return ThreadRanks(self.rank, self._board.twin(self._num_twins))
+        return ThreadRanks(self.rank, self._board.duplicate(self._num_twins))
 
     def close(self) -> None:
         pass
 
-    def largest(self, numbers: Sequence[float]) -> list[float]:
+    def all_reduce_max(self, numbers: Sequence[float]) -> list[float]:
         return [max(places) for places in zip(*self._exchange(numbers), strict=True)]
 
     def send(self, rank: int, data: torch.Tensor) -> Sending:
@@ -117,7 +117,7 @@ class _Board:
             for twin in self._twins.values():
                 twin.leave(rank)
 
-    def twin(self, number: int) -> _Board:
+    def duplicate(self, number: int) -> _Board:
         with self._changed:
             return self._twins.setdefault(number, _Board(self.size, self._timeout_s))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.storage import renaming
-from holdfast.testing.disk import Disk, Operation, Tree, Verb
+from holdfast.testing.disk import Operation, SimulatedDisk, Tree, Verb
 
 Timed = tuple[int, Operation]
 """Nanoseconds of a clock that all processes of a machine share, and what was done then."""
@@ -54,7 +54,7 @@ def merged(records: Sequence[Sequence[Timed]]) -> list[Operation]:
 
 def tree_after(operations: Sequence[Operation]) -> Tree:
     """What the operations make of an empty folder."""
-    disk = Disk()
+    disk = SimulatedDisk()
     for operation in operations:
         disk.apply(operation)
     return disk.survivors("killed", 0)

@@ -187,7 +187,7 @@ class Files:
                 yield path.read_text(encoding="utf-8", errors="surrogateescape")
 
 
-class HubDataset:
+class HFDataset:
     """The `text` column of a data set on the Hugging Face hub, by `owner/name[:config]`."""
 
     def __init__(self, name: str) -> None:
@@ -235,7 +235,7 @@ def _source(config: Config) -> Text:
             path for path in root.rglob("*.py") if skipped.isdisjoint(path.relative_to(root).parts)
         ]
         return Files("stdlib", root, found)
-    return HubDataset(config.training.dataset)
+    return HFDataset(config.training.dataset)
 
 
 def _json_lines(path: Path) -> Iterator[str]:

@@ -27,7 +27,7 @@ logger = logging.getLogger("holdfast.trainer")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class MetricsRow:
     """What is known about one step: a line of `metrics.jsonl`."""
 
     step: int
@@ -60,7 +60,7 @@ class Row:
     failed_saves: int = 0
     """Saves that came to nothing since the row before."""
 
-    def with_more(self, more: Timings) -> Row:
+    def with_more(self, more: Timings) -> MetricsRow:
         """The same step, and what has come to its end since."""
         return replace(
             self,
@@ -83,7 +83,7 @@ class Metrics:
             UsageError: TensorBoard is asked for and not installed.
         """
         self._file = None
-        self._last: Row | None = None
+        self._last: MetricsRow | None = None
         self._board: SummaryWriter | None = None
         if config.enable_tensorboard and importlib.util.find_spec("tensorboard") is None:
             # Asked on every rank, so that all of them stop.
@@ -102,7 +102,7 @@ class Metrics:
         if config.enable_tensorboard:
             self._board = _board(folder / "tensorboard", step)
 
-    def report(self, row: Row, device: torch.device) -> None:
+    def report(self, row: MetricsRow, device: torch.device) -> None:
         """Log `row` and append it to the file."""
         logger.info(
             "step %d  loss %.4f  grad_norm %.3f  lr %.3g  %s tokens/s  memory %.2f GiB",
@@ -129,7 +129,7 @@ class Metrics:
         if self._board is not None:
             self._board.close()
 
-    def _write(self, row: Row) -> None:
+    def _write(self, row: MetricsRow) -> None:
         if self._file is not None:
             self._file.write(json.dumps(asdict(row)).encode() + b"\n")
             self._file.flush()

@@ -37,7 +37,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ModelPart:
     """A run of neighbouring blocks, with what stands before the first and after the last of all."""
 
     layers: range
@@ -102,14 +102,14 @@ class Transformer(nn.Module):
         vocab_size: int,
         seq_len: int,
         recompute: Recompute = NOTHING,
-        part: Part | None = None,
+        part: ModelPart | None = None,
         positions: range | None = None,
     ) -> None:
         """`part`: these blocks only; `positions`: of the tokens that it is given, if not all."""
         super().__init__()
         self.flavor = flavor
         self.seq_len = seq_len
-        self.part = part or Part(range(flavor.num_layers), flavor.num_layers)
+        self.part = part or ModelPart(range(flavor.num_layers), flavor.num_layers)
         self.positions = positions or range(seq_len)
         self.tok_embeddings: nn.Module = nn.Identity()
         if self.part.first:

@@ -15,12 +15,14 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from holdfast.trainer.config import ParallelismConfig
-from holdfast.trainer.model import Part
+from holdfast.trainer.model import ModelPart
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def parts_of(num_layers: int, config: ParallelismConfig, index: int, degree: int) -> list[Part]:
+def parts_of(
+    num_layers: int, config: ParallelismConfig, index: int, degree: int
+) -> list[ModelPart]:
     """What rank `index` of a pipeline of `degree` holds: one part, or one for each round trip.
 
     Stages go to the ranks in turn: stage 0 to rank 0, 1 to rank 1, and so on, then round again.
@@ -29,7 +31,7 @@ def parts_of(num_layers: int, config: ParallelismConfig, index: int, degree: int
     num_stages = degree * config.stages_per_rank if degree > 1 else 1
     bounds = [stage * num_layers // num_stages for stage in range(num_stages + 1)]
     return [
-        Part(range(bounds[stage], bounds[stage + 1]), num_layers)
+        ModelPart(range(bounds[stage], bounds[stage + 1]), num_layers)
         for stage in range(index, num_stages, degree)
     ]
 

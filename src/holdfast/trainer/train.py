@@ -25,8 +25,8 @@ from holdfast.trainer.config import Config
 from holdfast.trainer.corpus import Tokenizer, Tokens, open_tokenizer, open_tokens
 from holdfast.trainer.data import DataLoader
 from holdfast.trainer.gradients import Gradients
-from holdfast.trainer.hub import hub_model
-from holdfast.trainer.metrics import Clock, Metrics, Row
+from holdfast.trainer.hub import hf_model
+from holdfast.trainer.metrics import Clock, Metrics, MetricsRow
 from holdfast.trainer.optim import (
     build_optimizers,
     build_schedulers,
@@ -118,7 +118,7 @@ def train(config: Config, place: Place) -> None:
         states={"train_state": run.state},
         # Where it is off no key has an effect, which the start of the run has said.
         config=config.checkpoint if config.checkpoint.enable else CheckpointConfig(),
-        hub=hub_model(config, run.vocab_size),
+        hub=hf_model(config, run.vocab_size),
     ) as manager:
         if is_finished(config, manager.final_step()):
             return
@@ -213,7 +213,7 @@ def take_steps(run: Run, manager: CheckpointManager, metrics: Metrics, *, first:
             if last_step or step % config.metrics.log_freq == 0 or step == first + 1:
                 mean_loss, norm = sum_over_data(loss, place), grad_norm.item()
                 pace = clock.lap(manager.blocked_s)
-                row = Row(step, mean_loss, norm, lr, *pace, time.time())
+                row = MetricsRow(step, mean_loss, norm, lr, *pace, time.time())
                 metrics.report(row.with_more(manager.timings()), place.device)
             measured = partial(_measured, loss, place)
             manager.save(step, last_step=last_step, metrics=measured)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.catalog.catalog import Catalog, open_manifest
+from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.structure import check_structure
-from holdfast.catalog.sweep import execute, plan_sweep
 from holdfast.errors import DamagedError, FormatError, NotFoundError, StorageError
 from holdfast.format import manifest as manifests
 from holdfast.format.checksum import checksum
@@ -106,7 +106,7 @@ def test_a_new_checkpoint_takes_the_name_and_the_earlier_one_makes_way() -> None
     (aside,) = [n.rstrip("/") for n in store.list() if n != "step-5/"]
     assert aside.startswith(".removing-step-5-")
     assert content_of(store, aside) == b"first"
-    assert execute(store, plan_sweep(store.list())) == []
+    assert execute(store, plan_cleanup(store.list())) == []
     assert list(store.list()) == ["step-5/"]
 
 
@@ -123,7 +123,7 @@ def test_a_save_that_dies_brings_back_the_step_before_it_and_none_older(leftover
         write_checkpoint(store, str(attempt), b"third")
 
     def look(store: MemoryStore) -> bytes:
-        assert execute(store, plan_sweep(store.list())) == []
+        assert execute(store, plan_cleanup(store.list())) == []
         assert list(store.list()) == ["step-5/"]
         return content_of(store, "step-5")
 
@@ -161,7 +161,7 @@ def test_the_plan_says_what_becomes_of_each_folder_and_why() -> None:
         *("step-1/", "step-2/", aside("attempt", 3, 1), aside("replaced", 2, 2)),
         *(aside("replaced", 4, 3), aside("removing", 1, 4), aside("removing", 9, 5)),
     ]
-    plan = {action.folder: action for action in plan_sweep(names)}
+    plan = {action.folder: action for action in plan_cleanup(names)}
     assert {a.verb for a in plan.values()} == {"remove", "restore"}
     assert plan[aside("replaced", 4, 3).rstrip("/")].verb == "restore"
     assert plan[aside("replaced", 4, 3).rstrip("/")].target == "step-4"
@@ -172,7 +172,7 @@ def test_the_plan_says_what_becomes_of_each_folder_and_why() -> None:
 def test_a_plan_for_one_name_leaves_the_others_alone() -> None:
     """G5. Method: attempts at two steps, one of whose names begins with the other."""
     names = [aside("attempt", 1, 1), aside("attempt", 10, 2), aside("replaced", 10, 3)]
-    assert [a.folder for a in plan_sweep(names, only="step-1")] == [names[0].rstrip("/")]
+    assert [a.folder for a in plan_cleanup(names, only="step-1")] == [names[0].rstrip("/")]
 
 
 foreign = st.text(st.characters(codec="utf-8", exclude_characters="/"), min_size=1, max_size=20)
@@ -197,7 +197,7 @@ def test_a_sweep_touches_only_what_is_set_aside_and_is_done_after_once(names: se
         elif f"{name}/" not in names:
             put(store, name, b"1")
     before = set(store.list())
-    actions = plan_sweep(store.list())
+    actions = plan_cleanup(store.list())
     assert execute(store, actions) == []
     after = set(store.list())
     planned = {f"{action.folder}/" for action in actions}
@@ -205,7 +205,7 @@ def test_a_sweep_touches_only_what_is_set_aside_and_is_done_after_once(names: se
     assert before - planned <= after
     assert after == (before - planned) | restored
     assert not restored & before
-    assert plan_sweep(after) == []
+    assert plan_cleanup(after) == []
 
 
 def stubborn(store: MemoryStore) -> FailingStore:
@@ -227,11 +227,11 @@ def test_a_folder_removed_in_part_never_comes_back_as_a_checkpoint() -> None:
     store = MemoryStore()
     write_checkpoint(store, "step-5", b"new")
     write_checkpoint(store, ".replaced-step-5-00000001", b"old")
-    failed = execute(stubborn(store), plan_sweep(store.list()))
+    failed = execute(stubborn(store), plan_cleanup(store.list()))
     assert len(failed) == 1
     assert "Device or resource busy" in failed[0]
     Catalog(store).remove("step-5")
-    assert execute(store, plan_sweep(store.list())) == []
+    assert execute(store, plan_cleanup(store.list())) == []
     assert Catalog(store).steps() == []
     assert list(store.list()) == []
 
@@ -241,10 +241,10 @@ def test_what_a_sweep_cannot_do_is_told_and_the_rest_is_done() -> None:
     store = MemoryStore()
     write_checkpoint(store, ".attempt-step-6-00000001", b"1")
     write_checkpoint(store, ".replaced-step-5-00000002", b"old")
-    failed = execute(stubborn(store), plan_sweep(store.list()))
+    failed = execute(stubborn(store), plan_cleanup(store.list()))
     assert ["could not remove" in line for line in failed] == [True]
     assert content_of(store, "step-5") == b"old"
-    assert execute(store, plan_sweep(store.list())) == []
+    assert execute(store, plan_cleanup(store.list())) == []
 
 
 def test_a_step_that_is_not_there_names_those_that_are() -> None:

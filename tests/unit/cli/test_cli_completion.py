@@ -10,7 +10,7 @@ import pytest
 import tyro
 
 from holdfast.cli import skills
-from holdfast.cli.list import List
+from holdfast.cli.list import ListArguments
 from holdfast.cli.main import VERBS, main
 from holdfast.cli.terminal import named, plainly
 
@@ -68,5 +68,5 @@ def test_what_is_read_without_tyro_is_what_tyro_reads(arguments: str) -> None:
             continue
         flags = (tyro.conf.FlagCreatePairsOff,)
         assert plain == tyro.cli(named(kind), args=given, config=flags)
-    assert plainly(List, ["F"]) == List("F")
-    assert plainly(List, ["F", "--jsn"]) is None
+    assert plainly(ListArguments, ["F"]) == ListArguments("F")
+    assert plainly(ListArguments, ["F", "--jsn"]) is None

@@ -20,11 +20,11 @@ from checkpoints import save_step, save_stock, save_torch
 from holdfast.catalog.open_any import open_any
 from holdfast.catalog.paths import open_for_reading
 from holdfast.cli import elements
-from holdfast.cli.compare import Side, compare
+from holdfast.cli.compare import ComparedTensor, compare
 from holdfast.cli.main import main
 from holdfast.convert.convert import convert
-from holdfast.convert.plan import Wishes, plan
-from holdfast.tensors.stored import Stored
+from holdfast.convert.plan import ConvertOptions, plan
+from holdfast.tensors.stored import StoredTensors
 from hub_folders import LLAMA, hub_tensors, save_folder
 
 DTYPES = (
@@ -126,8 +126,8 @@ def test_a_folder_of_the_hub_is_compared_through_the_table_of_its_family(
     """Method: a small Llama converted to a step, either way round; then one element changed."""
     tensors = hub_tensors(LLAMA)
     hub = save_folder(tmp_path / "hub", LLAMA, tensors, num_files=2)
-    wishes = Wishes(to="dcp")
-    convert(plan(str(hub), wishes), str(tmp_path / "step-0"), wishes, lambda _: None)
+    options = ConvertOptions(to="dcp")
+    convert(plan(str(hub), options), str(tmp_path / "step-0"), options, lambda _: None)
     if changed:
         tensors["model.layers.1.self_attn.q_proj.weight"][0, 0] += 1
         hub = save_folder(tmp_path / "changed", LLAMA, tensors)
@@ -203,8 +203,8 @@ def test_differences_are_those_that_torch_finds(
     ours, theirs = (open_any(*open_for_reading(folder / f"{name}.pt")) for name in "ab")
     got = compare(
         "t",
-        Side(Stored(ours.source, ours.strides), "t"),
-        Side(Stored(theirs.source, theirs.strides), "t"),
+        ComparedTensor(StoredTensors(ours.source, ours.strides), "t"),
+        ComparedTensor(StoredTensors(theirs.source, theirs.strides), "t"),
     )
     same = (a == b) | (a.isnan() & b.isnan()) if a.is_floating_point() else a == b
     assert got.num_differing == int((~same).sum())
@@ -234,7 +234,7 @@ def test_statistics_are_those_that_torch_computes(
     elements.WINDOW_BYTES = window
     try:
         seen = open_any(*open_for_reading(path))
-        got = elements.statistics(Stored(seen.source, seen.strides), "t")
+        got = elements.statistics(StoredTensors(seen.source, seen.strides), "t")
     finally:
         elements.WINDOW_BYTES = before
     finite = wide(one)[wide(one).isfinite()]

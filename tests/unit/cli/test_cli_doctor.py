@@ -203,10 +203,10 @@ def test_a_save_that_would_fail_is_an_error(
 
 
 def _reports(steps: Path) -> list[Any]:
-    from holdfast.catalog.verify import Target, verify
+    from holdfast.catalog.verify import VerifyTarget, verify
 
     store = LocalStore(steps)
-    return [verify(Target(store, f"step-{step}", quick=True)) for step in (1, 2, 3)]
+    return [verify(VerifyTarget(store, f"step-{step}", quick=True)) for step in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("path", ["missing", "steps/step-1", "."])

@@ -19,9 +19,9 @@ import torch.distributed.checkpoint.format_utils as stock
 from safetensors.torch import load_file
 
 import checkpoints
-from holdfast.catalog.verify import Target, verify
+from holdfast.catalog.verify import VerifyTarget, verify
 from holdfast.convert.convert import Converted, convert
-from holdfast.convert.plan import Wishes, plan
+from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import DamagedError, ExistsError, FormatError, NotFoundError
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.loading.checkpoint import open_checkpoint
@@ -33,12 +33,12 @@ from hub_folders import LLAMA, hub_tensors, save_folder
 Nested = dict[str, Any]
 
 
-def converted(source: Path, target: Path, wishes: Wishes) -> Converted:
-    return convert(plan(str(source), wishes), str(target), wishes, lambda _: None)
+def converted(source: Path, target: Path, options: ConvertOptions) -> Converted:
+    return convert(plan(str(source), options), str(target), options, lambda _: None)
 
 
 def assert_good(folder: Path) -> None:
-    report = verify(Target(LocalStore(folder.parent), folder.name))
+    report = verify(VerifyTarget(LocalStore(folder.parent), folder.name))
     assert report.good, report
 
 
@@ -62,7 +62,7 @@ def test_a_step_becomes_what_stock_dcp_to_torch_makes_of_it(kind: str, tmp_path:
     weights_only and mapped, and names that share a tensor still do."""
     save = checkpoints.save_step if kind == "holdfast" else checkpoints.save_stock
     step = save(tmp_path / "folder")
-    converted(step, tmp_path / "ours.pt", Wishes(to="torch"))
+    converted(step, tmp_path / "ours.pt", ConvertOptions(to="torch"))
     stock.dcp_to_torch_save(step, tmp_path / "stock.pt")
     theirs = torch.load(tmp_path / "stock.pt", weights_only=True)
     for mapped in (False, True):
@@ -71,14 +71,14 @@ def test_a_step_becomes_what_stock_dcp_to_torch_makes_of_it(kind: str, tmp_path:
     assert ours["model"]["tied"].data_ptr() == ours["model"]["tied_too"].data_ptr() or (
         kind == "stock"
     )
-    report = verify(Target(LocalStore(tmp_path), "ours.pt"))
+    report = verify(VerifyTarget(LocalStore(tmp_path), "ours.pt"))
     assert report.good
 
 
 def test_a_pt_file_becomes_a_step_that_loads_as_saved(tmp_path: Path) -> None:
     """Method: one with a transposed tensor and values of several kinds, loaded into fresh state."""
     file = checkpoints.save_torch(tmp_path / "all.pt")
-    done = converted(file, tmp_path / "run/step-7", Wishes(to="dcp"))
+    done = converted(file, tmp_path / "run/step-7", ConvertOptions(to="dcp"))
     assert_good(tmp_path / "run/step-7")
     wanted = torch.load(file, weights_only=True)
     found = {
@@ -100,9 +100,9 @@ def test_the_model_alone_in_another_dtype(tmp_path: Path) -> None:
     """Method: a step with an optimizer; its model in bfloat16 as a step and as a file. Numbers that
     are not floating-point stay as they are."""
     step = checkpoints.save_step(tmp_path / "folder")
-    wishes = {"model_only": True, "dtype": "bfloat16"}
-    converted(step, tmp_path / "model.pt", Wishes(to="torch", **wishes))  # type: ignore[arg-type]
-    converted(step, tmp_path / "step-9", Wishes(to="dcp", **wishes))  # type: ignore[arg-type]
+    options = {"model_only": True, "dtype": "bfloat16"}
+    converted(step, tmp_path / "model.pt", ConvertOptions(to="torch", **options))  # type: ignore[arg-type]
+    converted(step, tmp_path / "step-9", ConvertOptions(to="dcp", **options))  # type: ignore[arg-type]
     found = torch.load(tmp_path / "model.pt", weights_only=True)
     assert found.keys() == {"model"}
     state: Nested = checkpoints.state()
@@ -118,9 +118,11 @@ def test_a_folder_of_the_hub_in_fewer_and_more_files(tmp_path: Path) -> None:
     """Method: three files to one, to many, in another dtype; nothing but the files changes."""
     tensors = hub_tensors(LLAMA)
     source = save_folder(tmp_path / "hub", LLAMA, tensors, num_files=3)
-    converted(source, tmp_path / "one", Wishes(to="hf"))
+    converted(source, tmp_path / "one", ConvertOptions(to="hf"))
     assert_alike(tensors, load_file(tmp_path / "one/model.safetensors"))
-    converted(source, tmp_path / "many", Wishes(to="hf", dtype="float16", max_shard_bytes=5000))
+    converted(
+        source, tmp_path / "many", ConvertOptions(to="hf", dtype="float16", max_shard_bytes=5000)
+    )
     found: dict[str, torch.Tensor] = {}
     for file in (tmp_path / "many").glob("*.safetensors"):
         found |= load_file(file)
@@ -133,9 +135,9 @@ def test_a_flavor_stands_in_for_a_configuration(tmp_path: Path) -> None:
     config = config_of("llama3", MODELS["llama3"]["debugmodel"], 300)
     source = save_folder(tmp_path / "hub", config, hub_tensors(config))
     named = {"model_name": "llama3", "model_flavor": "debugmodel"}
-    converted(source, tmp_path / "step-0", Wishes(to="dcp", **named))  # type: ignore[arg-type]
-    converted(tmp_path / "step-0", tmp_path / "out", Wishes(to="hf", **named))  # type: ignore[arg-type]
-    converted(tmp_path / "out", tmp_path / "step-1", Wishes(to="dcp", **named))  # type: ignore[arg-type]
+    converted(source, tmp_path / "step-0", ConvertOptions(to="dcp", **named))  # type: ignore[arg-type]
+    converted(tmp_path / "step-0", tmp_path / "out", ConvertOptions(to="hf", **named))  # type: ignore[arg-type]
+    converted(tmp_path / "out", tmp_path / "step-1", ConvertOptions(to="dcp", **named))  # type: ignore[arg-type]
     for name, tensor in hub_tensors(config).items():
         assert_alike(tensor, load_file(tmp_path / "out/model.safetensors")[name])
 
@@ -147,11 +149,11 @@ def test_what_is_there_already_is_replaced_only_when_asked(tmp_path: Path) -> No
     for to, name in (("dcp", "step-0"), ("hf", "export"), ("torch", "all.pt")):
         if to != "torch":
             (tmp_path / name).mkdir()
-        wishes = Wishes(to=to)  # type: ignore[arg-type]
-        converted(source, tmp_path / name, wishes)
+        options = ConvertOptions(to=to)  # type: ignore[arg-type]
+        converted(source, tmp_path / name, options)
         with pytest.raises(ExistsError, match="--overwrite"):
-            converted(source, tmp_path / name, wishes)
-        again, old = Wishes(to=to, overwrite=True), tmp_path / name / "old.txt"  # type: ignore[arg-type]
+            converted(source, tmp_path / name, options)
+        again, old = ConvertOptions(to=to, overwrite=True), tmp_path / name / "old.txt"  # type: ignore[arg-type]
         if to != "torch":
             old.write_text("of an earlier export")
         if to == "dcp":
@@ -172,9 +174,9 @@ def test_a_flipped_bit_that_changes_what_loads_is_found_in_a_pt_file_of_ours(
     state = {"w": torch.randn(300, 200), "deep": {"half": half}, "n": [1, 2.5, "x"]}
     save(tmp_path / "c", state)
     path = tmp_path / "c.pt"
-    converted(tmp_path / "c", path, Wishes(to="torch"))
+    converted(tmp_path / "c", path, ConvertOptions(to="torch"))
     whole = path.read_bytes()
-    target = Target(LocalStore(tmp_path), path.name)
+    target = VerifyTarget(LocalStore(tmp_path), path.name)
     assert verify(target).good
     assert verify(target).notes == ()
     with zipfile.ZipFile(path) as archive:
@@ -208,17 +210,17 @@ def test_a_flipped_bit_that_changes_what_loads_is_found_in_a_pt_file_of_ours(
 def test_a_source_that_is_replaced_meanwhile_is_not_called_damaged(tmp_path: Path) -> None:
     """G14. Method: another save takes the place of the source between the plan and the reading."""
     save(tmp_path / "c", {"w": torch.zeros(300)})
-    planned = plan(str(tmp_path / "c"), Wishes(to="torch"))
+    planned = plan(str(tmp_path / "c"), ConvertOptions(to="torch"))
     save(tmp_path / "c", {"w": torch.ones(300), "more": torch.ones(7)}, overwrite=True)
     with pytest.raises(NotFoundError, match="replaced or removed while it was converted"):
-        convert(planned, str(tmp_path / "c.pt"), Wishes(to="torch"), lambda _: None)
+        convert(planned, str(tmp_path / "c.pt"), ConvertOptions(to="torch"), lambda _: None)
     assert {path.name for path in tmp_path.iterdir()} == {"c"}
 
 
 def test_damage_in_the_source_leaves_no_target(tmp_path: Path) -> None:
     """G3, G14: one bit of a step; the conversion ends with the tensor's name, and nothing stays."""
     source = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
-    converted(source, tmp_path / "step-0", Wishes(to="dcp"))
+    converted(source, tmp_path / "step-0", ConvertOptions(to="dcp"))
     file = tmp_path / "step-0/__0_0.distcp"
     entry = open_checkpoint(tmp_path / "step-0").tensors["norm.weight"].chunks[0]
     data = bytearray(file.read_bytes())
@@ -226,7 +228,7 @@ def test_damage_in_the_source_leaves_no_target(tmp_path: Path) -> None:
     data[entry.data_offset + 5] ^= 4
     file.write_bytes(data)
     with pytest.raises(DamagedError, match=r"norm\.weight"):
-        converted(tmp_path / "step-0", tmp_path / "out", Wishes(to="torch"))
+        converted(tmp_path / "step-0", tmp_path / "out", ConvertOptions(to="torch"))
     assert {path.name for path in tmp_path.iterdir()} == {"hub", "step-0"}
 
 
@@ -259,4 +261,4 @@ def test_a_conversion_that_is_killed_leaves_nothing_and_the_next_one_goes_throug
     ran = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True)
     assert 0 <= json.loads(ran.stdout)["kept_bytes"] < json.loads(ran.stdout)["nbytes"]
     assert [path.name for path in target.parent.iterdir()] == ["target"]
-    assert verify(Target(LocalStore(target.parent), "target")).good
+    assert verify(VerifyTarget(LocalStore(target.parent), "target")).good

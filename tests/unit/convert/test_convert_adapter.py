@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdfast.catalog.verify import Target, verify
+from holdfast.catalog.verify import VerifyTarget, verify
 from holdfast.comm import all_ranks
 from holdfast.convert.convert import convert
-from holdfast.convert.plan import Wishes, plan
+from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import MismatchError, UsageError
 from holdfast.hf.load import load_folder
 from holdfast.loading.checkpoint import open_checkpoint
@@ -41,9 +41,9 @@ RANKS = {
 }
 
 
-def loaded(source: Path, target: Path, **wishes: Any) -> dict[str, Tensor]:
+def loaded(source: Path, target: Path, **options: Any) -> dict[str, Tensor]:
     """What a conversion to a step gives."""
-    asked = Wishes("dcp", **wishes)
+    asked = ConvertOptions("dcp", **options)
     convert(plan(str(source), asked), str(target), asked, lambda _: None)
     entries = open_checkpoint(target).manifest.tensors
     state = {n: torch.empty(e.shape, dtype=getattr(torch, e.dtype)) for n, e in entries.items()}
@@ -84,7 +84,7 @@ def test_an_adapter_without_its_base_keeps_its_names(tmp_path: Path) -> None:
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     for name in ("peft", "step-1"):
-        assert verify(Target(LocalStore(tmp_path), name)).good
+        assert verify(VerifyTarget(LocalStore(tmp_path), name)).good
 
 
 def test_what_fits_no_weight_of_the_base_is_listed(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_what_fits_no_weight_of_the_base_is_listed(tmp_path: Path) -> None:
     folder = save_adapter(tmp_path / "peft", tensors)
     base = save_folder(tmp_path / "base", LLAMA, BASE)
     with pytest.raises(MismatchError, match="4 differences") as raised:
-        plan(str(folder), Wishes("dcp", hf_assets=str(base)))
+        plan(str(folder), ConvertOptions("dcp", hf_assets=str(base)))
     for part in ("layers.7", "lora_magnitude_vector", "without", "[5, 4], its base makes it [32"):
         assert part in str(raised.value)
 
@@ -106,7 +106,7 @@ def test_an_adapter_is_refused_where_a_base_is_expected(tmp_path: Path) -> None:
     """G6: as an export, and as the weights that a run starts from."""
     folder = save_adapter(tmp_path / "peft", whole_numbers(low_rank(BASE, RANKS)))
     with pytest.raises(UsageError, match="`--to hf` writes a whole model"):
-        plan(str(folder), Wishes("hf"))
+        plan(str(folder), ConvertOptions("hf"))
     ranks = all_ranks()
     with pytest.raises(UsageError, match="a base model is expected"):
         load_folder(str(folder), StateTree({"w": torch.ones(2)}), ranks=ranks, config=LLAMA)

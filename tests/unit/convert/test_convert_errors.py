@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from holdfast.convert.plan import Wishes, plan
+from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import (
     DamagedError,
     FormatError,
@@ -22,12 +22,14 @@ from holdfast.errors import (
 from holdfast.hf.published import published
 from hub_folders import LLAMA, hub_tensors, save_folder
 
-DCP = Wishes(to="dcp")
+DCP = ConvertOptions(to="dcp")
 
 
-def refused(folder: Path, wishes: Wishes = DCP, kind: type[HoldfastError] = MismatchError) -> str:
+def refused(
+    folder: Path, options: ConvertOptions = DCP, kind: type[HoldfastError] = MismatchError
+) -> str:
     with pytest.raises(kind) as raised:
-        plan(str(folder), wishes)
+        plan(str(folder), options)
     return str(raised.value)
 
 
@@ -76,14 +78,14 @@ def test_layers_beyond_the_configuration_are_told_from_other_strangers(tmp_path:
 def test_a_flavor_is_held_against_the_configuration(tmp_path: Path) -> None:
     """Method: a small model called 8B, and one called by the name of another family."""
     folder = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
-    said = refused(folder, Wishes(to="dcp", model_name="llama3", model_flavor="8B"))
+    said = refused(folder, ConvertOptions(to="dcp", model_name="llama3", model_flavor="8B"))
     assert "num_hidden_layers is 2 and 32" in said
     assert "hidden_size is 32 and 4096" in said
-    said = refused(folder, Wishes(to="dcp", model_name="qwen3_moe", model_flavor="30B-A3B"))
+    said = refused(folder, ConvertOptions(to="dcp", model_name="qwen3_moe", model_flavor="30B-A3B"))
     assert "model_type is llama and qwen3_moe" in said
-    said = refused(folder, Wishes(to="dcp", model_name="llama4"))
+    said = refused(folder, ConvertOptions(to="dcp", model_name="llama4"))
     assert "model_type is llama and llama4_text or llama4" in said
-    said = refused(folder, Wishes(to="dcp", model_flavor="8B"), UsageError)
+    said = refused(folder, ConvertOptions(to="dcp", model_flavor="8B"), UsageError)
     assert "needs `--model-name`" in said
 
 
@@ -136,11 +138,11 @@ def test_what_is_left_out_is_asked_for_by_name_and_said(tmp_path: Path) -> None:
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     folder = save_folder(tmp_path / "hub", LLAMA, tensors)
     assert "`vision.a`" in refused(folder)
-    planned = plan(str(folder), Wishes(to="dcp", skip=("vision.*",)))
+    planned = plan(str(folder), ConvertOptions(to="dcp", skip=("vision.*",)))
     assert "2 tensors were left out, as asked" in planned.notes
     assert any("buffers" in note for note in planned.notes)
     assert not any("vision" in name or "inv_freq" in name for name in planned.outputs)
-    said = refused(folder, Wishes(to="dcp", skip=("audio.*",)), UsageError)
+    said = refused(folder, ConvertOptions(to="dcp", skip=("audio.*",)), UsageError)
     assert "`--skip audio.*` matches no tensor" in said
 
 
@@ -161,5 +163,5 @@ def test_what_lacks_a_configuration_or_is_of_no_known_model_says_what_to_give(
     assert "nothing at" in refused(tmp_path / "nowhere", kind=NotFoundError)
     strangers: dict[str, Tensor] = {"weight": torch.ones(2, 2)}
     torch.save(strangers, tmp_path / "strange.pt")
-    said = refused(tmp_path / "strange.pt", Wishes(to="hf"), UsageError)
+    said = refused(tmp_path / "strange.pt", ConvertOptions(to="hf"), UsageError)
     assert "names of no model that is known" in said

@@ -21,7 +21,7 @@ from PIL import Image
 
 from browser import CHROMIUM, QUIET
 from checkpoints import copy_step, save_step
-from holdfast.catalog.listing import Row
+from holdfast.catalog.listing import CheckpointRow
 from holdfast.cli.main import main
 from holdfast.dashboard.chart import POINTS_MAX, Point, bars, dots, line
 from holdfast.dashboard.history import Watch, history_of
@@ -193,8 +193,8 @@ def test_names_made_to_harm_are_text(saved: Path) -> None:
     evil = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
     history = history_of(str(saved / "outputs/checkpoint"))
     rows = [
-        Row(evil, 7, "damaged", problem=evil),
-        Row("step-8", 8, "good", "full", 5, "", {evil: 1}, files={evil: 3}),
+        CheckpointRow(evil, 7, "damaged", problem=evil),
+        CheckpointRow("step-8", 8, "good", "full", 5, "", {evil: 1}, files={evil: 3}),
     ]
     made = dataclasses.replace(history, where=evil, rows=rows)
     found = Checked(page(made, NOW))

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from holdfast.comm import all_ranks
 from holdfast.convert.convert import convert
-from holdfast.convert.plan import Wishes, plan
+from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import MismatchError
-from holdfast.hf.export import HubModel
+from holdfast.hf.export import HFModel
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.hf.load import load_folder
 from holdfast.loading.checkpoint import open_checkpoint
@@ -27,8 +27,8 @@ CONFIG = {**config_of("qwen3_moe", MODELS["qwen3_moe"]["debugmodel"], 64), "num_
 BIASES = [f"layers.{n}.moe.expert_bias_E" for n in (0, 1)]
 
 
-def converted(source: Path, target: Path, **wishes: Any) -> tuple[str, ...]:
-    asked = Wishes(**wishes)
+def converted(source: Path, target: Path, **options: Any) -> tuple[str, ...]:
+    asked = ConvertOptions(**options)
     planned = plan(str(source), asked)
     convert(planned, str(target), asked, lambda _: None)
     return planned.notes
@@ -56,7 +56,7 @@ def test_torchtitan_finds_its_biases_and_the_hub_does_not(tmp_path: Path) -> Non
     state[BIASES[1]][3] = 0.5
     save(tmp_path / "trained", state)
     with pytest.raises(MismatchError, match="1 differences") as raised:
-        plan(str(tmp_path / "trained"), Wishes(to="hf", hf_assets=str(source)))
+        plan(str(tmp_path / "trained"), ConvertOptions(to="hf", hf_assets=str(source)))
     assert f"`{BIASES[1].removesuffix('_E')}` is not zero" in str(raised.value)
     skip = ("*.expert_bias_E",)
     converted(tmp_path / "trained", tmp_path / "out", to="hf", hf_assets=str(source), skip=skip)
@@ -86,7 +86,7 @@ def test_a_live_model_says_what_of_it_is_not_in_its_folder(
     model = module_of(state_of(tmp_path / "titan"))
     settings = CheckpointConfig(enable=True, interval=100, hf_export_interval=1)
     with CheckpointManager(
-        tmp_path / "run", model=model, config=settings, hub=HubModel(CONFIG)
+        tmp_path / "run", model=model, config=settings, hub=HFModel(CONFIG)
     ) as manager:
         manager.save(1)
         assert not caplog.records

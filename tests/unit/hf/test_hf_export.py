@@ -15,14 +15,14 @@ from holdfast.catalog.catalog import Catalog
 from holdfast.saving.planner import Planner
 from holdfast.comm import Solo
 from holdfast.saving.save import begin_save
-from holdfast.hf.export import HubModel, Snapshot, export
+from holdfast.hf.export import HFModel, Snapshot, export
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.state.objects import StateTree
 from holdfast.storage.local import LocalStore
 
 def model(vocab_size):
     flavor = replace(MODELS["llama3"]["debugmodel"], dim=64, num_layers=1, hidden_dim=96)
-    hub = HubModel(config_of("llama3", flavor, vocab_size))
+    hub = HFModel(config_of("llama3", flavor, vocab_size))
     shapes = {name: hub.mapping.shape("native", name) for name in hub.mapping.names("native")}
     # None of the matrices is its own memory as it is to be written.
     return hub, {name: torch.ones(shape[::-1]).T for name, shape in shapes.items()}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from holdfast.catalog.catalog import open_manifest
 from holdfast.comm import Ranks
 from holdfast.errors import MismatchError, NotFoundError, UsageError
-from holdfast.hf.export import HubModel
+from holdfast.hf.export import HFModel
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.manager import CheckpointManager
@@ -154,7 +154,7 @@ def test_a_base_may_be_a_hugging_face_folder(tmp_path: Path) -> None:
             initial_load_path=str(folder),
         )
         with CheckpointManager(
-            tmp_path / "run", model=model, config=settings, hub=HubModel(config)
+            tmp_path / "run", model=model, config=settings, hub=HFModel(config)
         ) as manager:
             if manager.load() == 0:
                 manager.save(1)

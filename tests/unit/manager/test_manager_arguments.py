@@ -14,7 +14,7 @@ from torch import nn
 import holdfast
 from holdfast import CheckpointConfig, CheckpointManager, HoldfastError, UsageError
 from holdfast.comm import Ranks, Solo
-from holdfast.hf.export import HubModel
+from holdfast.hf.export import HFModel
 from holdfast.manager.arguments import numbers_in
 from holdfast.testing.ranks import try_ranks
 
@@ -81,7 +81,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"ranks": 4}, "`ranks` must be ranks as .*, found: 4"),
     ({"ranks": 0}, "`ranks` must be ranks as .*, found: 0"),
     ({"ranks": Solo}, "found: the class Solo"),
-    ({"hub": {"model_type": "llama"}}, "`hub` must be a `HubModel`, found: a dict"),
+    ({"hub": {"model_type": "llama"}}, "`hub` must be a `HFModel`, found: a dict"),
 ]
 
 
@@ -259,11 +259,11 @@ def test_metrics_are_numbers_of_any_kind_or_refused_by_name() -> None:
 def test_a_model_of_the_hub_is_what_its_config_json_says() -> None:
     """Method: a configuration object of transformers' kind, values that JSON has not, a path."""
     for config in (object(), "llama", None, [("a", 1)]):
-        with pytest.raises(UsageError, match=r"`HubModel\.config` must be a dict"):
-            HubModel(config)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match=r"`HFModel\.config` must be a dict"):
+            HFModel(config)  # type: ignore[arg-type]
     for value in (torch.float32, float("nan"), {1, 2}, "\ud800"):
-        with pytest.raises(UsageError, match=r"`HubModel\.config` must be plain JSON: "):
-            HubModel({"torch_dtype": value})
-    with pytest.raises(UsageError, match=r"`HubModel\.assets` must be a path"):
-        HubModel({}, 5)  # type: ignore[arg-type]
-    assert HubModel({"id2label": {0: "no"}}, Path("a")).assets == "a"  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match=r"`HFModel\.config` must be plain JSON: "):
+            HFModel({"torch_dtype": value})
+    with pytest.raises(UsageError, match=r"`HFModel\.assets` must be a path"):
+        HFModel({}, 5)  # type: ignore[arg-type]
+    assert HFModel({"id2label": {0: "no"}}, Path("a")).assets == "a"  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from holdfast.catalog.catalog import Catalog
 from holdfast.comm import Ranks, Solo
 from holdfast.format.region import Region
 from holdfast.manager.saver import Saver
-from holdfast.planning.file_layout import FileImage, image_of, lay_out
+from holdfast.planning.file_layout import FileLayout, lay_out, lay_out_file
 from holdfast.saving.digests import Replicas
 from holdfast.saving.publish import Facts
 from holdfast.saving.save import Pending
@@ -101,11 +101,11 @@ def test_an_error_in_the_background_comes_out_of_the_next_call(tmp_path: Path, s
             held.wait()
             # The limit is the process's, so one rank sets it for all.
             with no_file_larger_than(100_000) if ranks.rank == 0 else nullcontext():
-                ranks.largest([0])
+                ranks.all_reduce_max([0])
                 assert held.save(4)
                 with pytest.raises(holdfast.StorageError, match="cannot write"):
                     held.wait()
-                ranks.largest([0])
+                ranks.all_reduce_max([0])
 
     run_ranks(size, work)
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "step-2"}
@@ -144,7 +144,7 @@ def test_a_snapshot_keeps_its_memory_and_its_copies() -> None:
     """G13: one copy of what is written, allocated once, where its file will have it."""
     weight = torch.arange(30_000, dtype=torch.float32)
     region = Region.whole(weight.shape)
-    image = image_of(0, lay_out([("weight", "float32", region)]), [])
+    image = lay_out_file(0, lay_out([("weight", "float32", region)]), [])
     snapshot = Snapshot()
     snapshot.reserve(image.nbytes)
     snapshot.copy(image.tensors, lambda *_: weight)
@@ -158,12 +158,12 @@ def test_a_snapshot_keeps_its_memory_and_its_copies() -> None:
     assert snapshot.nbytes == before == image.nbytes
 
 
-def huge_image() -> FileImage:
+def huge_image() -> FileLayout:
     """A file that no memory here has room for."""
     free = free_memory()
     assert free is not None
     region = Region.whole((free // 4 + (1 << 28),))
-    return image_of(0, lay_out([("weight", "float32", region)]), [])
+    return lay_out_file(0, lay_out([("weight", "float32", region)]), [])
 
 
 def test_a_snapshot_that_does_not_fit_is_refused_with_the_numbers() -> None:

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.convert.convert import convert
-from holdfast.convert.plan import Wishes, plan
+from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import HoldfastError, MismatchError, NotFoundError, UsageError
-from holdfast.hf.export import HubModel
+from holdfast.hf.export import HFModel
 from holdfast.hf.flavors import MODELS, Flavor, config_of
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.manager import CheckpointManager
@@ -37,7 +37,7 @@ def model_of(flavor: Flavor = FLAVOR, seed: int = 1) -> Transformer:
 
 
 def manager_of(
-    folder: Path, model: Transformer, hub: HubModel | None, **settings: Any
+    folder: Path, model: Transformer, hub: HFModel | None, **settings: Any
 ) -> CheckpointManager:
     config = CheckpointConfig(enable=True, interval=2, **settings)
     return CheckpointManager(folder, model=model, config=config, hub=hub)
@@ -52,7 +52,7 @@ def test_folders_at_their_own_interval_and_at_the_end(
     Each holds the weights of its own moment; a next run takes the end for the end. A step says what
     its model is, so that it becomes a folder without being told."""
     flavor = replace(FLAVOR, tied=tied)
-    model, hub = model_of(flavor), HubModel(config_of("llama3", flavor, 64))
+    model, hub = model_of(flavor), HFModel(config_of("llama3", flavor, 64))
     settings = {"hf_export_interval": 3, "last_save_in_hf": True, "async_mode": mode}
     wanted: dict[int, torch.Tensor] = {}
     with manager_of(tmp_path, model, hub, **settings) as manager:
@@ -68,8 +68,10 @@ def test_folders_at_their_own_interval_and_at_the_end(
         found = load_file(tmp_path / folder / "model.safetensors")
         assert torch.equal(found["model.norm.weight"], wanted[step])
         assert ("lm_head.weight" in found) != tied
-    wishes = Wishes(to="hf", model_only=True)
-    convert(plan(str(tmp_path / "step-4"), wishes), str(tmp_path / "told"), wishes, lambda _: None)
+    options = ConvertOptions(to="hf", model_only=True)
+    convert(
+        plan(str(tmp_path / "step-4"), options), str(tmp_path / "told"), options, lambda _: None
+    )
     told = json.loads((tmp_path / "told/config.json").read_bytes())
     assert told == json.loads((tmp_path / "hf/step-3/config.json").read_bytes())
     found = load_file(tmp_path / "told/model.safetensors")
@@ -86,13 +88,13 @@ def test_a_folder_is_loaded_where_there_is_nothing_to_resume(tmp_path: Path) -> 
         model = model_of(seed=number)
         settings = {"initial_load_in_hf": True, "initial_load_path": path}
         where = tmp_path / f"run-{number}"
-        with manager_of(where, model, HubModel(CONFIG, assets), **settings) as manager:
+        with manager_of(where, model, HFModel(CONFIG, assets), **settings) as manager:
             assert manager.load() == 0
             given = hub_tensors(CONFIG)
             assert torch.equal(model.state_dict()["norm.weight"], given["model.norm.weight"])
             assert torch.equal(model.state_dict()["output.weight"], given["lm_head.weight"])
             manager.save(2)
-        with manager_of(where, model_of(), HubModel(CONFIG, assets), **settings) as manager:
+        with manager_of(where, model_of(), HFModel(CONFIG, assets), **settings) as manager:
             assert manager.load() == 2
 
 
@@ -152,7 +154,7 @@ def test_what_cannot_be_loaded_or_exported_says_why_and_changes_nothing(tmp_path
     assert "is beyond the layers" in refused(MismatchError, larger)
 
     for layers, told in ((3, r"2\.attention\.wq\.weight` is missing"), (1, r"1\..*` is beyond")):
-        hub = HubModel({**CONFIG, "num_hidden_layers": layers})
+        hub = HFModel({**CONFIG, "num_hidden_layers": layers})
         with (
             manager_of(tmp_path / "run", model, hub, last_save_in_hf=True) as manager,
             pytest.raises(MismatchError, match=rf"cannot be exported:\n(.*\n)* .`layers\.{told}"),

@@ -14,7 +14,7 @@ from torch import nn
 from holdfast.errors import MismatchError, UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.hf.dialects import renamed
-from holdfast.hf.export import HubModel
+from holdfast.hf.export import HFModel
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.manager import CheckpointManager
@@ -27,7 +27,7 @@ FLAVOR = replace(MODELS["llama3"]["debugmodel"], dim=32, num_layers=2, hidden_di
 CONFIG = config_of("llama3", FLAVOR, 64)
 
 
-def started(folder: Path, model: nn.Module, hub: HubModel | None = None, **settings: Any) -> None:
+def started(folder: Path, model: nn.Module, hub: HFModel | None = None, **settings: Any) -> None:
     config = CheckpointConfig(enable=True, **settings)
     with CheckpointManager(folder, model=model, config=config, hub=hub) as manager:
         assert manager.load() == 0
@@ -68,8 +68,8 @@ def test_a_partial_start_from_a_hugging_face_folder(tmp_path: Path) -> None:
     settings = {"initial_load_in_hf": True, "initial_load_path": str(folder)}
     model = Transformer(FLAVOR, vocab_size=64, seq_len=8)
     with pytest.raises(MismatchError):
-        started(tmp_path / "run", model, HubModel(CONFIG), **settings)
-    started(tmp_path / "run", model, HubModel(CONFIG), **settings, initial_load_strict=False)
+        started(tmp_path / "run", model, HFModel(CONFIG), **settings)
+    started(tmp_path / "run", model, HFModel(CONFIG), **settings, initial_load_strict=False)
     wanted = hub_tensors(larger)["model.layers.1.mlp.up_proj.weight"]
     assert torch.equal(model.state_dict()["layers.1.feed_forward.w3.weight"], wanted)
 

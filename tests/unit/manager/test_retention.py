@@ -22,7 +22,7 @@ from holdfast.comm import Solo
 from holdfast.errors import StorageError
 from holdfast.format.names import step_name
 from holdfast.manager.policy import Retention
-from holdfast.manager.resume import Looked, good_steps
+from holdfast.manager.resume import CachedIndex, good_steps
 from holdfast.manager.retention import Retainer
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import save_leaves
@@ -122,7 +122,7 @@ def test_what_is_remembered_of_steps_hides_nothing_that_has_happened_to_them(
 ) -> None:
     """G5. Method: after each change by others (a mark, a file cut short, a torn index, a step
     saved again, a folder gone) what is found with a memory is what is found without."""
-    catalog, looked = Catalog(LocalStore(tmp_path)), dict[str, Looked]()
+    catalog, looked = Catalog(LocalStore(tmp_path)), dict[str, CachedIndex]()
 
     def agree() -> list[int]:
         found = [list(good_steps(catalog, catalog.folders(), m)) for m in (looked, None)]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from holdfast.planning.collector import collector_at_rest
+from holdfast.planning.gc_pause import gc_paused
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +22,8 @@ def enabled() -> Iterator[None]:
 
 def test_it_rests_inside_also_of_another_and_goes_on_after_an_error() -> None:
     """G13."""
-    with pytest.raises(ZeroDivisionError), collector_at_rest():
-        with collector_at_rest():
+    with pytest.raises(ZeroDivisionError), gc_paused():
+        with gc_paused():
             assert not gc.isenabled()
         assert not gc.isenabled()
         raise ZeroDivisionError
@@ -33,7 +33,7 @@ def test_it_rests_inside_also_of_another_and_goes_on_after_an_error() -> None:
 def test_where_a_program_has_turned_it_off_it_stays_off() -> None:
     """Method: as trainers do that collect at steps of their own choice."""
     gc.disable()
-    with collector_at_rest():
+    with gc_paused():
         assert not gc.isenabled()
     assert not gc.isenabled()
 
@@ -43,12 +43,12 @@ def test_it_goes_on_with_the_last_thread_that_leaves() -> None:
     inside, leave = threading.Event(), threading.Event()
 
     def stay() -> None:
-        with collector_at_rest():
+        with gc_paused():
             inside.set()
             leave.wait()
 
     thread = threading.Thread(target=stay)
-    with collector_at_rest():
+    with gc_paused():
         thread.start()
         inside.wait()
     assert not gc.isenabled()

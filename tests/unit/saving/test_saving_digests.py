@@ -16,7 +16,7 @@ from torch import nn
 
 import holdfast
 from holdfast.errors import MismatchError
-from holdfast.planning.write_plan import Holders, Offer, TensorOffer, groups_of
+from holdfast.planning.write_plan import LocalPlan, LocalTensor, SharedPlan, groups_of
 from holdfast.saving.digests import (
     Replica,
     Replicas,
@@ -24,7 +24,7 @@ from holdfast.saving.digests import (
     groups_that_differ,
     names_that_differ,
 )
-from holdfast.state.shard import Cut, Mesh, Spread
+from holdfast.state.shard import Mesh, MeshPlacement, ShardSpec
 from holdfast.storage.memory import MemoryStore
 from holdfast.testing.ranks import run_ranks
 
@@ -179,14 +179,14 @@ def test_strided_and_conjugated_tensors_have_the_digest_of_their_elements() -> N
 def test_groups_are_the_ranks_that_hold_the_same_elements() -> None:
     """Method: whole on some ranks; over a mesh that repeats along one axis."""
     mesh = Mesh((2, 2), (0, 1, 2, 3))
-    hsdp = Spread(mesh, (None, Cut(0)))
-    offer = Offer({"w": TensorOffer("float32", (4, 4), ("w",), hsdp)})
-    part = Offer(
-        {"x": TensorOffer("float32", (4,), ("x",)), "e": TensorOffer("int8", (0,), ("e",))}
+    hsdp = MeshPlacement(mesh, (None, ShardSpec(0)))
+    local_plan = LocalPlan({"w": LocalTensor("float32", (4, 4), ("w",), hsdp)})
+    part = LocalPlan(
+        {"x": LocalTensor("float32", (4,), ("x",)), "e": LocalTensor("int8", (0,), ("e",))}
     )
-    census = {"w": [Holders([0, 1, 2, 3], offer)], "x": [Holders([1, 3], part)]}
-    assert groups_of(census, {"w": offer, "x": part}, 1) == {"w": (1, 3), "x": (1, 3)}
-    assert groups_of(census, {"w": offer}, 2) == {"w": (0, 2)}
+    all_plans = {"w": [SharedPlan([0, 1, 2, 3], local_plan)], "x": [SharedPlan([1, 3], part)]}
+    assert groups_of(all_plans, {"w": local_plan, "x": part}, 1) == {"w": (1, 3), "x": (1, 3)}
+    assert groups_of(all_plans, {"w": local_plan}, 2) == {"w": (0, 2)}
 
 
 def test_one_digest_a_group_is_compared_and_then_the_names() -> None:

@@ -23,7 +23,7 @@ from holdfast import (
     StorageError,
     UsageError,
 )
-from holdfast.comm import Ranks, outcome_of
+from holdfast.comm import Ranks, capture
 from holdfast.spelling import spelled_bytes
 from holdfast.state.schedulers import SchedulerState
 from holdfast.testing.ranks import try_ranks
@@ -169,7 +169,7 @@ def test_an_error_of_one_ranks_object_is_told_to_all_and_its_cause_kept_where_it
 
 def test_a_fault_of_ours_says_where_and_what_to_report() -> None:
     """Method: a function of ours called as nobody should."""
-    found = outcome_of(partial(spelled_bytes, "many"))  # type: ignore[arg-type]
+    found = capture(partial(spelled_bytes, "many"))  # type: ignore[arg-type]
     assert type(found) is HoldfastError
     assert found.what.startswith("Holdfast failed with TypeError: ")
     assert "timing.py, line " in found.what
@@ -181,7 +181,7 @@ def test_an_object_of_an_installed_package_is_named_too() -> None:
     """Method: a scheduler of torch's that is given a state without what it looks for."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (n + 1))
-    found = outcome_of(partial(SchedulerState([scheduler]).load_state_dict, {}))
+    found = capture(partial(SchedulerState([scheduler]).load_state_dict, {}))
     assert isinstance(found, UsageError)
     assert found.what.startswith("`LambdaLR.load_state_dict` raised KeyError: 'lr_lambdas' (")
     assert "lr_scheduler.py, line " in found.what
@@ -223,6 +223,6 @@ def test_a_state_that_holds_itself_is_said_to_be_one(tmp_path: Path) -> None:
 
 def test_a_store_that_fails_is_still_a_store_that_fails() -> None:
     """Method: an OSError that comes from no code of a user's."""
-    found = outcome_of(partial(os.listdir, "/no such folder"))
+    found = capture(partial(os.listdir, "/no such folder"))
     assert isinstance(found, StorageError)
     assert isinstance(found.__cause__, FileNotFoundError)

@@ -6,11 +6,11 @@ import torch
 
 from holdfast.comm import Solo
 from holdfast.format.manifest import Span
-from holdfast.saving.planner import Held, Planner
+from holdfast.saving.planner import LocalState, Planner
 from holdfast.state.tree import flatten
 
 
-def held(planner: Planner, *shapes: tuple[int, ...]) -> Held:
+def held(planner: Planner, *shapes: tuple[int, ...]) -> LocalState:
     state = {"step": 1, **{f"w{n}": torch.zeros(shape) for n, shape in enumerate(shapes)}}
     return planner.hold(flatten(state), None)
 

@@ -15,7 +15,7 @@ from holdfast.skills.bundle import Skill
 from holdfast.skills.content import RECEIPT, digest, digests_in
 from holdfast.skills.copies import STATE, Copies
 from holdfast.skills.disk import Disk
-from holdfast.skills.records import Ledger, Receipt, decode_ledger, decode_receipt
+from holdfast.skills.records import Ledger, SyncRecord, decode_ledger, decode_receipt
 from holdfast.skills.sync import remove, reset, survey, sync
 from skills import V1, V2, bundle, files_in, skill
 
@@ -52,7 +52,7 @@ def everything(root: Path) -> dict[str, tuple[int, int, bytes]]:
 
 def test_a_receipt_reads_as_it_was_written_and_anything_else_as_none() -> None:
     """Method: there and back; then text, other JSON, other types."""
-    receipt = Receipt(V1, {"SKILL.md": digest(b"text")})
+    receipt = SyncRecord(V1, {"SKILL.md": digest(b"text")})
     assert decode_receipt(receipt.encode()) == receipt
     for other in (b"{", b"[]", b'{"holdfast": 1, "files": {}}', b'{"holdfast": "1", "files": [1]}'):
         assert decode_receipt(other) is None
@@ -94,7 +94,7 @@ def test_a_fresh_install_copies_everything_with_a_receipt(root: Path) -> None:
     assert states(root, shipped) == {"alpha": "new", "beta": "new"}
     for name, one in shipped.items():
         assert files_in(root / name) == one.files
-        assert decode_receipt((root / name / RECEIPT).read_bytes()) == Receipt(V1, one.digests)
+        assert decode_receipt((root / name / RECEIPT).read_bytes()) == SyncRecord(V1, one.digests)
     assert not list((root / STATE).rglob("SKILL.md")), "an agent would read it"
 
 

@@ -14,20 +14,20 @@ from holdfast.errors import NotFoundError
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Store
 from holdfast.testing.crashes import cut_everywhere, recorded, store_of
-from holdfast.testing.disk import Disk, Operation, cuts
+from holdfast.testing.disk import Operation, SimulatedDisk, cuts
 from holdfast.testing.stores import put
 
 OLD, NEW = b"o" * 10_000, b"n" * 10_000
 
 
-def write(disk: Disk, path: str, file: int, data: bytes) -> None:
+def write(disk: SimulatedDisk, path: str, file: int, data: bytes) -> None:
     disk.apply(Operation("create", path, file))
     disk.apply(Operation("write", path, file, 0, data))
 
 
 def test_only_what_was_synced_is_left_where_all_else_is_lost() -> None:
     """G2. Method: each rule of the model, broken one at a time."""
-    disk = Disk()
+    disk = SimulatedDisk()
     disk.apply(Operation("make_folder", "named"))
     write(disk, "named/synced", 1, b"1")
     disk.apply(Operation("sync_file", "named/synced", 1))
@@ -56,7 +56,7 @@ def test_only_what_was_synced_is_left_where_all_else_is_lost() -> None:
 
 def test_the_extremes_of_reordering_are_names_without_data_and_data_without_names() -> None:
     """G2. Method: a new file and a change to an old one, nothing synced."""
-    disk = Disk()
+    disk = SimulatedDisk()
     write(disk, "old", 1, b"before")
     disk.settle()
     disk.apply(Operation("write", "old", 1, 0, b"after!"))
@@ -71,7 +71,7 @@ def test_the_extremes_of_reordering_are_names_without_data_and_data_without_name
 def test_a_torn_write_is_there_up_to_a_byte_or_in_some_of_its_pages(seed: int, size: int) -> None:
     """G2. Method: a synced file written over; every byte is an old or a new one, and inside of a
     page both occur only in their order."""
-    disk = Disk()
+    disk = SimulatedDisk()
     write(disk, "file", 1, b"o" * size)
     disk.settle()
     disk.apply(Operation("write", "file", 1, 0, b"n" * size))

@@ -12,7 +12,7 @@ from holdfast.comm import Ranks
 from holdfast.manager.goodput import Timings
 from holdfast.testing.ranks import run_ranks
 from holdfast.trainer.config import MetricsConfig
-from holdfast.trainer.metrics import Metrics, Row
+from holdfast.trainer.metrics import Metrics, MetricsRow
 from runs import rows, train
 
 
@@ -68,7 +68,7 @@ def test_the_first_rank_alone_knows_them_and_once(tmp_path: Path) -> None:
 
 def test_a_save_that_failed_is_counted(tmp_path: Path) -> None:
     """Method: the row with which a run ends, and the same row with what came after it."""
-    row = Row(1, 2.0, 1.0, 0.1, 10.0, 0.0, 1000.0, failed_saves=1)
+    row = MetricsRow(1, 2.0, 1.0, 0.1, 10.0, 0.0, 1000.0, failed_saves=1)
     metrics = Metrics(MetricsConfig(), tmp_path, first_rank=True, step=0)
     metrics.report(row, torch.device("cpu"))
     metrics.close(Timings(failed_saves=2))

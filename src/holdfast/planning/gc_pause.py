@@ -12,7 +12,7 @@ _resting = 0
 
 
 @contextmanager
-def collector_at_rest() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Nothing is collected until the last thread in here has left; whether it is afterwards is as
     before. For work that is short, or that training waits for: cycles that it makes beside stay.
 

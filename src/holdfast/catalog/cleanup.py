@@ -23,7 +23,7 @@ class Action:
     """Name under which `restore` puts the folder back."""
 
 
-def plan_sweep(names: Collection[str], *, only: str | None = None) -> list[Action]:
+def plan_cleanup(names: Collection[str], *, only: str | None = None) -> list[Action]:
     """What a killed process may have left, from the names that are there (folders end in `/`).
 
     `only` limits it to what was to become, or was, the checkpoint of that name. Names alone do not
