@@ -172,8 +172,8 @@ def test_a_fault_of_ours_says_where_and_what_to_report() -> None:
     found = capture(partial(spelled_bytes, "many"))  # type: ignore[arg-type]
     assert type(found) is HoldfastError
     assert found.what.startswith("Holdfast failed with TypeError: ")
-    assert "timing.py, line " in found.what
-    assert found.what.endswith("in `amount`)")
+    assert "spelling.py, line " in found.what
+    assert found.what.endswith("in `spelled_bytes`)")
     assert "report it with the stack" in str(found.hint)
 
 
