@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
-import json
 import os
 import re
 import shlex
@@ -15,7 +13,6 @@ import time
 import tomllib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -25,7 +22,6 @@ from safetensors.torch import load_file
 from checkpoints import save_step
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.trainer.arguments import read_config
-from holdfast.trainer.config import Config
 from hub_folders import hub_tensors, low_rank, save_adapter, save_folder
 
 ROOT = Path(__file__).parent.parent.parent
@@ -253,31 +249,11 @@ def test_the_page_of_the_terminal_has_every_verb() -> None:
     assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == set(VERBS)
 
 
-def test_every_key_is_in_the_configuration_page_with_its_default() -> None:
-    """Method: the rows of each section's table against the fields of its dataclass."""
-    page = (ROOT / "docs/configuration.md").read_text()
-    for section, kind in get_type_hints(Config).items():
-        table = page.split(f"## `[{section}]`")[1].split("\n## ")[0]
-        rows = {
-            key: default
-            for keys, default in re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (.*?) \|", table, re.M)
-            for key in re.findall(r"\w+", keys)
-        }
-        assert rows == {key: written(value) for key, value in vars_of(kind()).items()}
-
-
-def vars_of(settings: Any) -> dict[str, Any]:
-    """The fields of a section, and what they are by default."""
-    return {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-
-
-def written(value: Any) -> str:
-    """A default as the page has it: as in TOML, but for what is not set."""
-    if value is None:
-        return "none"
-    if isinstance(value, float) and value == 0:
-        return "0"
-    return json.dumps(value)
+def test_the_configuration_page_is_what_the_classes_say() -> None:
+    """Method: the script that writes the tables compares the page with the fields' docstrings."""
+    script = [sys.executable, str(ROOT / "scripts/configuration_reference.py"), "--check"]
+    ran = subprocess.run(script, text=True, capture_output=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_exit_statuses_are_those_of_the_errors() -> None:
@@ -308,7 +284,25 @@ def test_guarantees_name_tests_that_exist() -> None:
             assert set(line.split(", ")) <= set(promised), f"{path}: {line}"
 
 
+def anchors(page: Path) -> set[str]:
+    """Anchors of the headings of a page, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in headings}
+
+
 def test_links_lead_somewhere() -> None:
+    """Method: the file of each link exists, and has a heading for its anchor."""
     for document in DOCUMENTS:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document}: {target}"
+        links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", document.read_text())
+        for target, anchor in links:
+            page = document.parent / target if target else document
+            assert page.exists(), f"{document}: {target}"
+            if anchor and "--8<--" not in page.read_text():
+                assert anchor in anchors(page), f"{document}: {target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", [d for d in DOCUMENTS if "decisions" not in d.parts], ids=str)
+def test_documents_name_no_machine_and_no_registry(page: Path) -> None:
+    """Method: a pattern over the text."""
+    found = re.findall(r"/(?:home|work|root|Users)/\w+|\bpypi-\w+|simple/", page.read_text())
+    assert not found
