@@ -22,9 +22,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from holdfast.trainer.config import Config
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
-START = (
-    "<!-- tables: written by scripts/configuration_reference.py from the docstrings of fields -->"
-)
+START = "<!-- tables: written by scripts/configuration_reference.py -->"
 STOP = "<!-- end of tables -->"
 FIRST = "checkpoint"
 """Section that the page shows first."""

@@ -11,6 +11,16 @@ from pathlib import Path
 
 from runs import ROOT
 
+FIRST = ("index", "install", "quickstart")
+GUIDE = {
+    path.stem: path
+    for path in [
+        *(ROOT / "docs" / f"{name}.md" for name in FIRST),
+        *sorted((ROOT / "docs" / "guide").glob("*.md")),
+    ]
+}
+"""Pages whose blocks a test runs from top to bottom, by name."""
+
 STEPS = 12
 """Steps of a training run, where a page does not say how many."""
 

@@ -14,10 +14,9 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 
-from pages import blocks, environment, follow, furnish, run_line
+from pages import GUIDE, blocks, environment, follow, furnish, run_line
 from runs import ROOT, kill_all, wait_for_step
 
-GUIDE = {path.stem: path for path in sorted((ROOT / "docs" / "guide").glob("*.md"))}
 AFTER_A_RUN = {*("keeping", "practices", "resuming", "single-file", "structure", "torchtune")}
 """Pages that begin where a run has left two steps."""
 
