@@ -5,4 +5,5 @@
 #   scripts/verify_types.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-exec pyright --pythonpath "${PYTHON:-.venv/bin/python}" --verifytypes holdfast --ignoreexternal
+# pyright finds packages by the `python` on PATH; `--verifytypes` ignores its other options for that.
+PATH="$PWD/.venv/bin:$PATH" exec pyright --verifytypes holdfast --ignoreexternal "$@"
