@@ -13,7 +13,7 @@ from types import CodeType
 
 from holdfast.errors import HoldfastError, StorageError, UsageError
 
-logger = logging.getLogger("holdfast")
+logger: logging.Logger = logging.getLogger("holdfast")
 
 TEXT_MAX = 2000
 """Characters of an error's own message that are repeated: torch lists every missing key."""

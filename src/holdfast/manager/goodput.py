@@ -36,7 +36,7 @@ class Goodput:
     def __init__(self) -> None:
         self.saves: deque[Times] = deque()
         self.loads: deque[Times] = deque()
-        self.failed_saves = 0
+        self.failed_saves: int = 0
         self._began = self._saved_at = time.perf_counter()
         self._lost: dict[str, float] = {}
         self._num_steps = self._num_saves = self._steps_at_save = 0

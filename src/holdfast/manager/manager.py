@@ -67,7 +67,7 @@ from holdfast.state.schedulers import scheduler_component
 from holdfast.state.tree import Stateful
 from holdfast.storage.opening import folder_store
 
-logger = logging.getLogger("holdfast")
+logger: logging.Logger = logging.getLogger("holdfast")
 
 
 class CheckpointManager:
@@ -111,7 +111,7 @@ class CheckpointManager:
             ExistsError: another run saves in this folder, or another manager of this process.
             StorageError: the folder cannot be written.
         """
-        self.config = arguments.checked_config(config)
+        self.config: CheckpointConfig = arguments.checked_config(config)
         self._goodput = Goodput()
         self._ranks = all_ranks() if ranks is None else arguments.checked_ranks(ranks)
         arguments.check(

@@ -15,7 +15,7 @@ from holdfast.manager.policy import Retention, removable
 from holdfast.manager.resume import CachedIndex, good_steps
 from holdfast.storage.store import Store
 
-logger = logging.getLogger("holdfast")
+logger: logging.Logger = logging.getLogger("holdfast")
 
 
 def put_in_order(store: Store) -> None:

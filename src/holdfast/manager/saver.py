@@ -30,7 +30,7 @@ from holdfast.spelling import rate, spelled_bytes
 from holdfast.state.tree import FlatState
 from holdfast.timing import Spans, times_of
 
-logger = logging.getLogger("holdfast")
+logger: logging.Logger = logging.getLogger("holdfast")
 
 WAIT_SAID_S = 0.1
 """A wait for the background that is shorter is not worth a line in the log."""
@@ -68,11 +68,11 @@ class Saver:
         self._goodput = goodput or Goodput()
         self._background, self._snapshot = Background(), Snapshot()
         self._staging: Staging | None = None
-        self.retainer = Retainer(catalog, retention_of(config))
+        self.retainer: Retainer = Retainer(catalog, retention_of(config))
         """Lets old steps go; used on rank 0 alone."""
-        self.full_save_s = 0.0
+        self.full_save_s: float = 0.0
         """The longest that a full save took until it was durable; 0 before the first."""
-        self.model_share = 0.0
+        self.model_share: float = 0.0
         """The model's part of a full step's bytes; known to rank 0 alone."""
 
     @property

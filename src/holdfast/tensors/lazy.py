@@ -67,7 +67,9 @@ class Renamed:
         for name, first in (aliases or {}).items():
             if first in self._original:
                 self._original[name] = self._original[first]
-        self.held = {ours: source.held[theirs] for ours, theirs in self._original.items()}
+        self.held: dict[str, TensorInfo] = {
+            ours: source.held[theirs] for ours, theirs in self._original.items()
+        }
 
     def read(self, name: str, region: Region) -> Array:
         return self._source.read(self._original[name], region)
@@ -79,7 +81,7 @@ class Mapped:
     def __init__(self, source: Tensors, mapping: TensorMapping, side: SideName) -> None:
         """`side` is the one that is seen here."""
         self._source, self._mapping, self._side = source, mapping, side
-        self.held = {name: self._held(name) for name in mapping.names(side)}
+        self.held: dict[str, TensorInfo] = {name: self._held(name) for name in mapping.names(side)}
 
     def read(self, name: str, region: Region) -> Array:
         wanted = self.held[name].dtype
@@ -108,7 +110,7 @@ class Zeros:
     """Tensors in float32 that are all zeros."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.held = {
+        self.held: dict[str, TensorInfo] = {
             name: TensorInfo("float32", shape, fixed=True) for name, shape in shapes.items()
         }
 
@@ -121,7 +123,7 @@ class Joined:
 
     def __init__(self, first: Tensors, second: Tensors) -> None:
         self._first, self._second = first, second
-        self.held = {**first.held, **second.held}
+        self.held: dict[str, TensorInfo] = {**first.held, **second.held}
 
     def read(self, name: str, region: Region) -> Array:
         return (self._first if name in self._first.held else self._second).read(name, region)
