@@ -1,4 +1,4 @@
-"""What the documents say is so: their code runs, their links lead somewhere, their tests exist."""
+"""The code in the documents runs, their links and anchors exist, and so do the tests they name."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SHORT = ("--training.seq_len", "16", "--training.global_batch_size", "4")
 
 
 def blocks(language: str, *, but: Collection[Path] = ()) -> list[tuple[str, str]]:
-    """Every code block of that language, with the document and number that name it."""
+    """Every code block of a language, as (`document#number`, text)."""
     found = []
     for document in (d for d in DOCUMENTS if d not in but):
         texts = re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), re.M | re.S)
@@ -46,22 +46,22 @@ def blocks(language: str, *, but: Collection[Path] = ()) -> list[tuple[str, str]
 
 
 def commands() -> list[str]:
-    """Every line of every shell block, without its comment."""
+    """Every line of every shell block, without comments."""
     lines = [line for _, text in blocks("sh", but=FOLLOWED) for line in text.splitlines()]
     return list(dict.fromkeys(shlex.join(shlex.split(line, comments=True)) for line in lines))
 
 
 @pytest.mark.parametrize(("name", "text"), blocks("python", but=FOLLOWED - {ROOT / "README.md"}))
 def test_python_blocks_run(name: str, text: str, tmp_path: Path) -> None:
-    """Each as a script of its own, in an empty folder; one with a manager is run again, and finds
-    what the first run left."""
+    """Method: each block is a script in an empty folder. A block with a manager runs twice, so that
+    the second run resumes."""
     for _ in range(1 + ("CheckpointManager" in text)):
         subprocess.run([sys.executable, "-W", "error", "-c", text], cwd=tmp_path, check=True)
 
 
 @pytest.mark.parametrize(("name", "text"), blocks("toml"))
 def test_toml_blocks_are_configurations(name: str, text: str, tmp_path: Path) -> None:
-    """Every key is known, every value is taken."""
+    """Method: read each block as a run does; every value arrives in the configuration."""
     (tmp_path / "given.toml").write_text(text)
     config = read_config(["--job.config_file", str(tmp_path / "given.toml")])
     for section, keys in tomllib.loads(text).items():
@@ -113,7 +113,8 @@ LOOKING = (
 
 
 def test_the_commands_that_look_after_checkpoints(tmp_path: Path) -> None:
-    """Each ends well on two whole steps, and names the step that a resume takes where it should."""
+    """Method: each succeeds on two good checkpoints; `list` and `doctor` name the one that a resume
+    takes."""
     for step in (10, 20):
         save_step(tmp_path / "outputs/checkpoint", step)
     for command in LOOKING:
@@ -133,7 +134,7 @@ SERVING = (
 
 @pytest.mark.parametrize("command", SERVING)
 def test_the_commands_that_serve(tmp_path: Path, command: str) -> None:
-    """Each as it stands, on a port that is free, until it is told to end."""
+    """Method: each command on a free port, until SIGTERM."""
     save_step(tmp_path / "outputs/checkpoint", 10)
     serve = f"{shlex.quote(sys.executable)} -m holdfast.cli serve --port 0"
     script = command.replace("holdfast serve", serve)
@@ -153,7 +154,7 @@ def test_the_commands_that_serve(tmp_path: Path, command: str) -> None:
 
 
 def test_the_page_on_serving_names_the_metrics_that_are_served() -> None:
-    """Method: the table, and every name in the example rule, against the source."""
+    """Method: the names in the table and in the example rule against those in the source."""
     page = (ROOT / "docs/serve.md").read_text()
     source = (ROOT / "src/holdfast/dashboard/digest.py").read_text()
     rows = re.findall(r"^\| (`holdfast_.*)$", page, re.M)
@@ -182,7 +183,7 @@ GUIDES = (
 
 
 def test_the_commands_of_the_guides(tmp_path: Path) -> None:
-    """One after the other, in a repository of an empty home."""
+    """Method: one after the other, in a repository below an empty home."""
     (tmp_path / ".git").mkdir()
     for command in GUIDES:
         words = [sys.executable, "-m", "holdfast.cli", *shlex.split(command)[1:]]
@@ -210,7 +211,7 @@ CONVERTING = (
 
 
 def test_the_commands_that_convert(tmp_path: Path) -> None:
-    """One after the other, on a small Llama; what comes back from each way is what went in."""
+    """Method: one after the other, on a small Llama; each round trip gives the same tensors."""
     config = config_of("llama3", MODELS["llama3"]["debugmodel"], 300)
     tensors = hub_tensors(config)
     save_folder(tmp_path / "path/to/hf", config, tensors, num_files=2)
@@ -232,7 +233,7 @@ def test_the_commands_that_convert(tmp_path: Path) -> None:
 
 
 def test_a_run_that_saves_nothing(tmp_path: Path) -> None:
-    """The command of the configuration page as it stands, and shorter."""
+    """Method: the command of the configuration page, with a short run."""
     words = [str(ROOT / "run_train.sh"), *shlex.split(TRAINING[0])[1:], *SHORT]
     ran = subprocess.run(
         [*words, "--training.steps", "2"],
@@ -272,7 +273,7 @@ def test_exit_statuses_are_those_of_the_errors() -> None:
 
 
 def test_guarantees_name_tests_that_exist() -> None:
-    """And tests that name a guarantee name one that is promised."""
+    """Method: each test in the list exists and names the guarantee; tests name known guarantees."""
     text = (ROOT / "docs/guarantees.md").read_text()
     promised = re.findall(r"^### (G\d+) ", text, re.M)
     for section in re.split(r"^### ", text, flags=re.M)[1:]:
