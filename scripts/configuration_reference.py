@@ -4,7 +4,7 @@
     python scripts/configuration_reference.py            rewrite the tables
     python scripts/configuration_reference.py --check    status 1 if the page is out of date
 
-A row has the key, its type, its default and the docstring under the field.
+A row has the key, its default and the docstring under the field.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STOP = "<!-- end of tables -->"
 FIRST = "checkpoint"
 """Section that the page shows first."""
 
-TYPES = {bool: "bool", int: "int", float: "float", str: "string"}
+NAMES = {bool: "bool", int: "int", float: "float", str: "text"}
 
 
 def main() -> int:
@@ -53,14 +53,16 @@ def tables() -> str:
 
 def table(section: str, kind: type[Any]) -> str:
     """The keys of one section."""
-    notes, types, defaults = docstrings(kind), get_type_hints(kind), kind()
-    rows = [
-        f"| `{field.name}` | {type_text(types[field.name])} "
-        f"| {default_text(getattr(defaults, field.name))} | {cell(notes[field.name])} |"
-        for field in dataclasses.fields(kind)
-    ]
+    notes, hints, defaults = docstrings(kind), get_type_hints(kind), kind()
+    rows = []
+    for field in dataclasses.fields(kind):
+        default, note = getattr(defaults, field.name), cell(notes[field.name])
+        choices = choices_of(hints[field.name])
+        if not all(choice in note for choice in choices):
+            note += f" One of {', '.join(map(json.dumps, choices))}."
+        rows.append(f"| `{field.name}` | {default_text(default, hints[field.name])} | {note} |")
     head = f"## `[{section}]`\n\n{inspect.getdoc(kind)}\n\n"
-    return head + "| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+    return head + "| key | default | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
 def docstrings(kind: type[Any]) -> dict[str, str]:
@@ -76,21 +78,18 @@ def docstrings(kind: type[Any]) -> dict[str, str]:
     return notes
 
 
-def type_text(hint: Any) -> str:
-    """A type as the page has it: the choices of a `Literal`, else its name."""
+def choices_of(hint: Any) -> list[str]:
+    """The texts that a key can be; none if it can be any."""
     if get_origin(hint) is Literal:
-        return ", ".join(json.dumps(choice) for choice in get_args(hint))
-    if get_origin(hint) is tuple:
-        items = [item for item in get_args(hint) if item is not ...]
-        return f"list of {type_text(items[0])}"
-    parts = [type_text(part) for part in get_args(hint) if part is not NoneType]
-    return " or ".join(parts) if parts else TYPES[hint]
+        return [*get_args(hint)]
+    return []
 
 
-def default_text(value: Any) -> str:
-    """A default as in TOML; "none" for a key that is not set."""
+def default_text(value: Any, hint: Any) -> str:
+    """A default as in TOML. For a key that is not set, its type."""
     if value is None:
-        return "none"
+        (kind,) = (kind for kind in get_args(hint) if kind is not NoneType)
+        return f"none ({NAMES[kind]})"
     if isinstance(value, float) and value == 0:
         return "0"
     return json.dumps(value)

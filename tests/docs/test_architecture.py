@@ -38,8 +38,8 @@ def test_the_page_and_the_readme_have_every_package() -> None:
     packages = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
     tree = set(re.findall(r"^[|`]-- (\w+)/", (ROOT / "README.md").read_text(), re.M))
     assert tree == packages
-    diagram = PAGE.split("```")[1]
-    assert packages <= set(re.findall(r"\w+", diagram))
+    layers = PAGE.split("```")[1]
+    assert packages <= set(re.findall(r"\w+", layers))
 
 
 def test_the_page_walks_a_save_a_load_and_a_conversion() -> None:
