@@ -120,8 +120,9 @@ def test_of_three_saves_of_one_name_the_slow_overwrite_leaves_nothing_behind() -
     publish(Catalog(store), "ck", b"first")
 
     def between(operation: str, key: str) -> None:
-        if operation == "rename" and key == str(slow_attempt) and attempt is not None:
-            late.publish(attempt)
+        if operation == "rename" and key == str(slow_attempt):
+            # The last operation of the other save, which looked before the first one was there.
+            store.rename(str(attempt), "ck")
 
     slow = Catalog(FailingStore(store, between))
     slow_attempt = slow.begin("ck", replace=True)
