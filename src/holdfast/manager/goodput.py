@@ -30,8 +30,10 @@ class Timings:
 
 
 class Goodput:
-    """Counts steps, and the seconds that training lost, by cause. The thread that finishes a save in
-    the background adds to `saves`."""
+    """Counts steps, and the seconds that training lost, by cause.
+
+    The thread that finishes a save in the background adds to `saves`.
+    """
 
     def __init__(self) -> None:
         self.saves: deque[Times] = deque()

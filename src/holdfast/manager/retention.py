@@ -28,8 +28,10 @@ def put_in_order(store: Store) -> None:
 
 
 class Retainer:
-    """Applies the retention rules after each save, on rank 0. Training does not wait for it. It logs
-    errors, and tries again after the next save."""
+    """Applies the retention rules after each save, on rank 0.
+
+    Training does not wait for it. It logs errors, and tries again after the next save.
+    """
 
     def __init__(self, catalog: Catalog, retention: Retention) -> None:
         self._catalog, self._retention = catalog, retention
