@@ -43,7 +43,8 @@ class CheckpointConfig:
     """Steps that `interval = "auto"` leaves between saves at most."""
 
     load_step: int = -1
-    """-1: the newest good step. A number: that step or an error. Step 0 loads the model only."""
+    """-1: the newest good step. A number: that step or an error. A seed or a stock checkpoint
+    at step 0 loads the model only."""
 
     initial_load_path: str | None = None
     """Checkpoint to start from while `folder` holds no good step."""
