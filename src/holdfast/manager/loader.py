@@ -38,7 +38,7 @@ from holdfast.spelling import rate
 from holdfast.state.model import ModelState
 from holdfast.state.objects import StateTree
 
-logger = logging.getLogger("holdfast")
+logger: logging.Logger = logging.getLogger("holdfast")
 
 
 class Loader:
