@@ -37,7 +37,7 @@ class Watched:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self.seen: Seen = Seen(None, "not looked at yet")
+        self.seen = Seen(None, "not looked at yet")
         """What the last look has found."""
         self._watch = Watch(folder)
         first = threading.Event()

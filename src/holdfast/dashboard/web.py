@@ -228,7 +228,7 @@ class Patient(H11Protocol):
     """A connection that is dropped where nothing is answered for long: because the request does not
     come to its end, or the client does not take the answer."""
 
-    since: float = 0.0
+    since = 0.0
     """When it was opened, or last answered."""
 
     _timer: asyncio.TimerHandle | None = None

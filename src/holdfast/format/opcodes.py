@@ -57,13 +57,13 @@ class Machine:
 
     def __init__(self, data: bytes, allowed: Mapping[tuple[str, str], Any], where: str) -> None:
         self.data = data
-        self.at: int = 0
+        self.at = 0
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.allowed = allowed
         self.where = where
-        self.num_large_keys: int = 0
+        self.num_large_keys = 0
 
     def run(self) -> Any:
         """The object that the pickle ends with."""

@@ -35,8 +35,7 @@ class Copies:
 
     def __init__(self, root: Path, *, categories: bool = False, disk: Disk | None = None) -> None:
         """`categories`: a copy may also lie one folder deeper, where its user has moved it."""
-        self.root: Path = root
-        self.state: Path = root / STATE
+        self.root, self.state = root, root / STATE
         self._categories, self._disk = categories, disk or Disk()
 
     @contextmanager

@@ -38,7 +38,7 @@ class Lock:
         self._descriptor = descriptor
         self._pid = os.getpid()
         found = os.fstat(descriptor)
-        self.file: tuple[int, int] = (found.st_dev, found.st_ino)
+        self.file = (found.st_dev, found.st_ino)
         """Device and inode."""
 
     @property

@@ -67,9 +67,7 @@ class Renamed:
         for name, first in (aliases or {}).items():
             if first in self._original:
                 self._original[name] = self._original[first]
-        self.held: dict[str, TensorInfo] = {
-            ours: source.held[theirs] for ours, theirs in self._original.items()
-        }
+        self.held = {ours: source.held[theirs] for ours, theirs in self._original.items()}
 
     def read(self, name: str, region: Region) -> Array:
         return self._source.read(self._original[name], region)
@@ -81,7 +79,7 @@ class Mapped:
     def __init__(self, source: Tensors, mapping: TensorMapping, side: SideName) -> None:
         """`side` is the one that is seen here."""
         self._source, self._mapping, self._side = source, mapping, side
-        self.held: dict[str, TensorInfo] = {name: self._held(name) for name in mapping.names(side)}
+        self.held = {name: self._held(name) for name in mapping.names(side)}
 
     def read(self, name: str, region: Region) -> Array:
         wanted = self.held[name].dtype
@@ -110,7 +108,7 @@ class Zeros:
     """Tensors in float32 that are all zeros."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.held: dict[str, TensorInfo] = {
+        self.held = {
             name: TensorInfo("float32", shape, fixed=True) for name, shape in shapes.items()
         }
 
@@ -123,7 +121,7 @@ class Joined:
 
     def __init__(self, first: Tensors, second: Tensors) -> None:
         self._first, self._second = first, second
-        self.held: dict[str, TensorInfo] = {**first.held, **second.held}
+        self.held = {**first.held, **second.held}
 
     def read(self, name: str, region: Region) -> Array:
         return (self._first if name in self._first.held else self._second).read(name, region)

@@ -51,7 +51,7 @@ class Dequantized:
         self._source = source
         self._block = _block_in(config)
         self.held: dict[str, TensorInfo] = {}
-        self.num_quantized: int = 0
+        self.num_quantized = 0
         held, wrong = source.held, []
         for name, found in held.items():
             if name.endswith(SCALE) and name.removesuffix(SCALE) in held:

@@ -29,9 +29,7 @@ class StoredTensors:
         self._source, self._strides = source, strides
         self._located: dict[tuple[str, int], StoredTensor] = {}
         tensors = source.manifest.tensors
-        self.held: dict[str, TensorInfo] = {
-            name: TensorInfo(entry.dtype, entry.shape) for name, entry in tensors.items()
-        }
+        self.held = {name: TensorInfo(entry.dtype, entry.shape) for name, entry in tensors.items()}
 
     def read(self, name: str, region: Region) -> Array:
         entry = self._source.manifest.tensors[name]
