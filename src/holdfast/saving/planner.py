@@ -33,7 +33,7 @@ from holdfast.state.layout import Layout, Layouts, dtype_name, local_of, same_me
 from holdfast.state.tree import FlatState, Leaf, Path
 from holdfast.state.values import Containers
 
-logger: logging.Logger = logging.getLogger("holdfast")
+logger = logging.getLogger("holdfast")
 
 
 class KnownTensor(NamedTuple):

@@ -93,7 +93,7 @@ class ModelState:
         self._parts = list(parts)
         self._names = list(map(Names, parts))
         self._without = frozenset(without)
-        self.may_lack: frozenset[str] = frozenset(may_lack)
+        self.may_lack = frozenset(may_lack)
         for part in parts:
             refuse_fsdp1(part)
 
