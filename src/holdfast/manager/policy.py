@@ -48,10 +48,10 @@ def best_interval(config: CheckpointConfig, progress: Progress) -> int:
     """Number of steps between saves that minimizes the time lost to saves and to repeated work.
 
     The first-order optimum is a save every `sqrt(2 * save time * mean time between failures)`:
-    J. W. Young, A first order approximation to the optimum checkpoint interval, Communications of the ACM
-    17(9), 1974; J. T. Daly, A higher order estimate of the optimum checkpoint interval for restart
-    dumps, Future Generation Computer Systems 22(3), 2006. Before the first save, returns the
-    shortest interval allowed.
+    J. W. Young, A first order approximation to the optimum checkpoint interval, Communications of
+    the ACM 17(9), 1974; J. T. Daly, A higher order estimate of the optimum checkpoint interval for
+    restart dumps, Future Generation Computer Systems 22(3), 2006. Before the first save, returns
+    the shortest interval allowed.
     """
     if not progress.save_s or not progress.step_s:
         return config.min_interval
