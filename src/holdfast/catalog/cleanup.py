@@ -1,4 +1,4 @@
-"""Putting a folder in order: first a plan, which can be looked at, then its execution."""
+"""Cleans up after killed processes: first a plan, which can be shown, then its execution."""
 
 from __future__ import annotations
 
@@ -11,23 +11,34 @@ from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageEr
 from holdfast.format.names import aside_of, held_of, mark_of, step_name
 from holdfast.storage.store import Store
 
+_WHY = {
+    "attempt": "an unfinished save",
+    "replaced": "a newer save has replaced it",
+    "removing": "an unfinished deletion",
+}
+"""Reasons to delete a folder, by its role."""
+
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One thing to do."""
+    """One step of a cleanup."""
 
-    verb: Literal["remove", "restore"]
+    verb: Literal["delete", "restore"]
     folder: str
+    """Name of the folder or file."""
+
     why: str
+    """Reason, for people."""
+
     target: str = ""
-    """Name under which `restore` puts the folder back."""
+    """Name that `restore` gives back to the folder."""
 
 
 def plan_cleanup(names: Collection[str], *, only: str | None = None) -> list[Action]:
-    """What a killed process may have left, from the names that are there (folders end in `/`).
+    """Plan the cleanup of a folder that has these names in it (names of folders end in `/`).
 
-    `only` limits it to what was to become, or was, the checkpoint of that name. Names alone do not
-    tell a dead process from one at work: `execute` leaves what anybody holds.
+    `only` restricts the plan to the checkpoint of that name. Names do not tell whether the process
+    that made a folder still runs: `execute` skips the folders that somebody holds.
     """
     folders = {name.rstrip("/") for name in names if name.endswith("/")}
     actions = []
@@ -36,50 +47,39 @@ def plan_cleanup(names: Collection[str], *, only: str | None = None) -> list[Act
         if aside is None or (only is not None and aside.name != only):
             continue
         if aside.role == "replaced" and aside.name not in folders:
-            why = "the save that was to replace it never came to its end"
+            why = "the save that was to replace it is unfinished"
             actions.append(Action("restore", folder, why, aside.name))
             folders.add(aside.name)
         else:
-            why = {
-                "attempt": "a save that never came to its end",
-                "replaced": "a newer save has its name",
-                "removing": "a removal that never came to its end",
-            }[aside.role]
-            actions.append(Action("remove", folder, why))
-    if only is None:
-        actions += _stale_marks(names, folders)
-        actions += _locks(names)
-    return actions
+            actions.append(Action("delete", folder, _WHY[aside.role]))
+    if only is not None:
+        return actions
+    for name in sorted(names):
+        mark = mark_of(name)
+        if mark and mark.role == "damaged" and step_name(mark.step) not in folders:
+            actions.append(Action("delete", name, "a mark of a deleted checkpoint"))
+    locks = [name for name in sorted(names) if held_of(name) is not None]
+    return actions + [Action("delete", name, "the lock of a finished save") for name in locks]
 
 
-def plan_removals(names: Iterable[str]) -> list[Action]:
-    """Checkpoints that have lost their names and wait to be deleted. Nobody else looks at them, so
-    this may be done beside anything but a sweep."""
-    asides = map(aside_of, (name.rstrip("/") for name in sorted(names)))
+def plan_deletions(names: Iterable[str]) -> list[Action]:
+    """Plan to delete the files of checkpoints that have lost their names.
+
+    No other process uses these, so the plan may be executed at any time except during a cleanup.
+    """
+    folders = [name.rstrip("/") for name in sorted(names)]
     return [
-        Action("remove", str(aside), "it was let go")
-        for aside in asides
-        if aside is not None and aside.role == "removing"
+        Action("delete", folder, "it was set aside for deletion")
+        for folder in folders
+        if (aside := aside_of(folder)) is not None and aside.role == "removing"
     ]
-
-
-def _stale_marks(names: Collection[str], folders: Collection[str]) -> list[Action]:
-    marks = [mark for mark in map(mark_of, sorted(names)) if mark is not None]
-    return [
-        Action("remove", str(mark), "a mark of a step that is gone")
-        for mark in marks
-        if mark.role == "damaged" and step_name(mark.step) not in folders
-    ]
-
-
-def _locks(names: Collection[str]) -> list[Action]:
-    held = [name for name in sorted(names) if held_of(name) is not None]
-    return [Action("remove", name, "the lock of a save that is over") for name in held]
 
 
 def execute(store: Store, actions: Sequence[Action]) -> list[str]:
-    """Do it, but for what another process holds. What could not be done comes back as a line each;
-    the next sweep tries again."""
+    """Execute a plan, except on folders that another process holds.
+
+    Returns a line on each action that failed. The next cleanup tries again.
+    """
     failed = []
     for action in actions:
         try:
@@ -92,7 +92,7 @@ def execute(store: Store, actions: Sequence[Action]) -> list[str]:
 
 
 def is_at_work(store: Store, folder: str) -> bool:
-    """Whether another process, or this one, is at work on a folder that is set aside."""
+    """Whether a process, this one or another, holds the folder."""
     try:
         with store.hold(folder) as held:
             return held is False
@@ -111,21 +111,20 @@ def _execute(store: Store, action: Action) -> None:
     with store.hold(action.folder) as held:
         aside = aside_of(action.folder)
         if held is None and aside is not None and aside.role == "attempt":
-            raise StorageError("this file system cannot tell whether a save is at work on it")
-        if held is not False:
-            _change(store, action)
+            raise StorageError("this file system cannot tell whether a save is writing to it")
+        if held is False:
+            return
+        if action.verb == "restore":
+            store.rename(action.folder, action.target)
+        else:
+            store.remove(_renamed_for_deletion(store, action.folder))
 
 
-def _change(store: Store, action: Action) -> None:
-    if action.verb == "restore":
-        store.rename(action.folder, action.target)
-    else:
-        store.remove(_out_of_reach(store, action.folder))
+def _renamed_for_deletion(store: Store, folder: str) -> str:
+    """Rename a folder before its files are deleted, and return its new name.
 
-
-def _out_of_reach(store: Store, folder: str) -> str:
-    """The folder under a name from which nothing is restored, and that nobody goes on with: half of
-    it may be all that is left when its successor goes."""
+    A `.replaced` folder of which half is deleted must not be restored, nor an `.attempt` continued.
+    """
     aside = aside_of(folder)
     if aside is None or aside.role == "removing":
         return folder

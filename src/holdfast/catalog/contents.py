@@ -1,4 +1,4 @@
-"""The bytes of a checkpoint against what was written: streamed, in threads, in bounded memory."""
+"""Compares the bytes of a checkpoint with their checksums: in threads, with bounded memory."""
 
 from __future__ import annotations
 
@@ -23,18 +23,22 @@ from holdfast.format.torchzip import frame, locate
 from holdfast.storage.store import ReadStore
 
 WINDOW_BYTES = 4 << 20
-"""Read at once, a thread. With the threads below a quarter of what a check may hold in memory."""
+"""Bytes that a thread reads at once. All threads together need less than a quarter of the memory
+that a check may use."""
 
 THREADS_MAX = 4
 
 Advance = Callable[[int], None]
-"""Told how many bytes have been read, from any thread."""
+"""Callback with the number of bytes just read. Called from any thread."""
 
 Check = Callable[[], list[Finding]]
 
 
 def run(checks: Iterable[Check]) -> Iterator[Finding]:
-    """What the checks find, in their order. A few run at a time; later ones are not made yet."""
+    """Run the checks in threads, and return their findings in order.
+
+    Few checks exist at a time: the next ones are taken from `checks` as earlier ones finish.
+    """
     threads = min(THREADS_MAX, (os.cpu_count() or 1) + 1)
     with ThreadPoolExecutor(threads, thread_name_prefix="holdfast-verify") as pool:
         waiting: deque[Future[list[Finding]]] = deque()
@@ -48,189 +52,194 @@ def run(checks: Iterable[Check]) -> Iterator[Finding]:
 
 @dataclass(frozen=True, slots=True)
 class RecordReader:
-    """One file of a checkpoint, to be read in windows."""
+    """Reader of one file of a checkpoint."""
 
     store: ReadStore
     key: str
     file: str
+    """Name of the file, for findings."""
+
     advance: Advance
 
     def fetch(self, offset: int, nbytes: int) -> bytes:
-        """Bytes of the file, fewer only where it ends."""
+        """Read `nbytes` at `offset`; fewer at the end of the file."""
         return self.store.read(self.key, offset, offset + nbytes)
 
     def windows(self, span: Span) -> Iterator[memoryview]:
-        """The bytes of a span one window after the other, each good until the next; short where
-        the file ends."""
+        """Read a span in windows; fewer bytes at the end of the file. The next window overwrites
+        the one before."""
         buffer = memoryview(bytearray(min(span.nbytes, WINDOW_BYTES)))
         for start in range(span.offset, span.stop, WINDOW_BYTES):
             window = buffer[: min(WINDOW_BYTES, span.stop - start)]
-            done = self.store.read_into(self.key, start, window)
-            self.advance(done)
-            yield window[:done]
+            nbytes = self.store.read_into(self.key, start, window)
+            self.advance(nbytes)
+            yield window[:nbytes]
 
 
 # ------------------------------------------------------------------------------- Holdfast's files
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """A stretch of a file, and what its bytes should be: their checksums, or the bytes."""
+class _Sums:
+    """Checksums of consecutive blocks, or of one value."""
+
+    checksums: Sequence[int]
+    nbytes: int
+    """Bytes under each checksum; the last one may cover fewer."""
+
+    first: int | None = None
+    """Index of the first block in its chunk; None for a value."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """A span of a file, with its checksums or its expected bytes."""
 
     span: Span
     expected: _Sums | bytes
     entry: str
+    """Name of the tensor or value; empty between entries."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Sums:
-    """Checksums of stretches that follow each other."""
-
-    checksums: Sequence[int]
-    nbytes: int
-    """Of each stretch but the last."""
-
-    first: int | None = None
-    """Number of the first one, where they are blocks of a chunk."""
+_Item = tuple[Span, str, TensorEntry | ValueEntry, Chunk | None]
 
 
-def check_pieces(
+def check_files(
     manifest: Manifest,
     files: Iterable[str],
     checksums: Mapping[str, Sequence[int]],
     reader_of: Callable[[str], RecordReader],
 ) -> Iterator[Check]:
-    """Checks of every byte of Holdfast's own files: blocks and values by their checksums, what
-    stands around them as it is generated, and zeros between the items, should there be any.
+    """Yield checks of every byte of Holdfast's own files.
 
-    `checksums` are those of the blocks, of each file whose table could be read."""
-    items: dict[str, list[tuple[Span, str, TensorEntry | ValueEntry, Chunk | None]]] = {}
+    Blocks and values are compared with their checksums, the bytes around them with those that a
+    save generates, and gaps between items with zeros. `checksums` holds the block checksums of each
+    file whose table could be read.
+    """
+    items: dict[str, list[_Item]] = {}
     for name, entry in manifest.tensors.items():
         for chunk in entry.chunks:
             items.setdefault(chunk.file, []).append((chunk.item, name, entry, chunk))
     for name, value in manifest.values.items():
         items.setdefault(value.file, []).append((value.item, name, value, None))
     for file in files:
-        placed = sorted(items.get(file, ()), key=lambda item: (item[0].offset, item[0].nbytes))
+        in_order = sorted(items.get(file, ()), key=lambda item: (item[0].offset, item[0].nbytes))
         table = _Sums(checksums.get(file, ()), manifest.block_bytes)
-        pieces = _pieces(placed, manifest.tables[file].offset, table)
-        for window in _grouped(pieces):
-            yield partial(_check_window, reader_of(file), window)
+        sections = _sections(in_order, manifest.tables[file].offset, table)
+        for group in _grouped(sections):
+            yield partial(_check_group, reader_of(file), group)
 
 
-def _pieces(
-    items: Sequence[tuple[Span, str, TensorEntry | ValueEntry, Chunk | None]],
-    nbytes: int,
-    table: _Sums,
-) -> Iterator[_Piece]:
-    """Of a file whose items end at `nbytes`; `table` has all of its blocks, or none."""
-    position, before = 0, None
+def _sections(items: Sequence[_Item], nbytes: int, table: _Sums) -> Iterator[_Section]:
+    """Divide the first `nbytes` of a file, which hold its items. `table` has the checksums of all
+    of its blocks, or none."""
+    position, previous = 0, None
     for item, name, entry, chunk in items:
-        if item == before:
-            # The same item under another name: a tensor that two names share, a value seen twice.
-            continue
+        if item == previous:
+            continue  # Tied tensors and shared values are stored once.
         yield from _gap(position, item.offset)
         if chunk is not None and isinstance(entry, TensorEntry):
-            yield from _chunk_pieces(name, entry.dtype, chunk, table)
+            yield from _chunk_sections(name, entry.dtype, chunk, table)
         elif isinstance(entry, ValueEntry):
-            yield _Piece(item, _Sums([entry.checksum or 0], item.nbytes), name)
-        position, before = max(position, item.stop), item
+            yield _Section(item, _Sums([entry.checksum or 0], item.nbytes), name)
+        position, previous = max(position, item.stop), item
     yield from _gap(position, nbytes)
 
 
-def _gap(start: int, stop: int) -> Iterator[_Piece]:
-    for at in range(start, stop, WINDOW_BYTES):
-        nbytes = min(WINDOW_BYTES, stop - at)
-        yield _Piece(Span(at, nbytes), bytes(nbytes), "")
+def _gap(start: int, stop: int) -> Iterator[_Section]:
+    for offset in range(start, stop, WINDOW_BYTES):
+        nbytes = min(WINDOW_BYTES, stop - offset)
+        yield _Section(Span(offset, nbytes), bytes(nbytes), "")
 
 
-def _chunk_pieces(name: str, dtype: str, chunk: Chunk, table: _Sums) -> Iterator[_Piece]:
+def _chunk_sections(name: str, dtype: str, chunk: Chunk, table: _Sums) -> Iterator[_Section]:
     prefix, suffix = frame(dtype, chunk.region.shape, chunk.item.offset)
     start = chunk.data_offset if chunk.data_offset is not None else chunk.item.offset + len(prefix)
     stop = start + chunk.region.num_elements * dtype_of(dtype).itemsize
-    yield _Piece(Span(chunk.item.offset, start - chunk.item.offset), prefix, name)
-    before = chunk.first_block or 0
-    for at in range(start, stop if table.checksums else start, WINDOW_BYTES):
-        nbytes, first = min(WINDOW_BYTES, stop - at), (at - start) // table.nbytes
+    yield _Section(Span(chunk.item.offset, start - chunk.item.offset), prefix, name)
+    chunk_first = chunk.first_block or 0
+    for offset in range(start, stop if table.checksums else start, WINDOW_BYTES):
+        nbytes, first = min(WINDOW_BYTES, stop - offset), (offset - start) // table.nbytes
         last = first + num_blocks(nbytes, table.nbytes)
-        sums = table.checksums[before + first : before + last]
-        yield _Piece(Span(at, nbytes), _Sums(sums, table.nbytes, first), name)
-    yield _Piece(Span(stop, chunk.item.stop - stop), suffix, name)
+        sums = table.checksums[chunk_first + first : chunk_first + last]
+        yield _Section(Span(offset, nbytes), _Sums(sums, table.nbytes, first), name)
+    yield _Section(Span(stop, chunk.item.stop - stop), suffix, name)
 
 
-def _grouped(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    """Pieces that lie one after the other and fit into one window; a larger one alone."""
-    group: list[_Piece] = []
-    for piece in pieces:
+def _grouped(sections: Iterable[_Section]) -> Iterator[list[_Section]]:
+    """Group adjacent sections that fit into one window. A larger section is a group of its own."""
+    group: list[_Section] = []
+    for section in sections:
         if group and (
-            piece.span.offset != group[-1].span.stop
-            or piece.span.stop - group[0].span.offset > WINDOW_BYTES
+            section.span.offset != group[-1].span.stop
+            or section.span.stop - group[0].span.offset > WINDOW_BYTES
         ):
             yield group
             group = []
-        group.append(piece)
+        group.append(section)
     if group:
         yield group
 
 
-def _check_window(reader: RecordReader, pieces: Sequence[_Piece]) -> list[Finding]:
-    first, last = pieces[0].span.offset, pieces[-1].span.stop
+def _check_group(reader: RecordReader, sections: Sequence[_Section]) -> list[Finding]:
+    start, stop = sections[0].span.offset, sections[-1].span.stop
     try:
-        if last - first > WINDOW_BYTES:
-            (piece,) = pieces
+        if stop - start > WINDOW_BYTES:
+            (section,) = sections
             running = Running()
-            for window in reader.windows(piece.span):
+            for window in reader.windows(section.span):
                 running.add(window)
-            return _compare(reader.file, piece, [running.value])
-        data = next(reader.windows(Span(first, last - first)), memoryview(b""))
+            return _compare(reader.file, section, [running.value])
+        data = next(reader.windows(Span(start, stop - start)), memoryview(b""))
     except HoldfastError as error:
-        return [_unreadable(reader.file, pieces[0].entry, error)]
+        return [Finding("file", reader.file, error.what, sections[0].entry)]
     findings = []
-    for piece in pieces:
-        view = data[piece.span.offset - first : piece.span.stop - first]
-        if isinstance(piece.expected, _Sums):
-            findings += _compare(reader.file, piece, block_checksums(view, piece.expected.nbytes))
-        elif view != piece.expected:
-            at = piece.span.offset + _first_difference(view, piece.expected)
-            what = f"byte {at} around its data is not what was written"
-            if not piece.entry:
-                what = f"byte {at} belongs to no entry, and is not zero"
-            findings.append(Finding("frame", reader.file, what, piece.entry))
+    for section in sections:
+        found = data[section.span.offset - start : section.span.stop - start]
+        if isinstance(section.expected, _Sums):
+            sums = block_checksums(found, section.expected.nbytes)
+            findings += _compare(reader.file, section, sums)
+        elif found != section.expected:
+            offset = section.span.offset + _first_difference(found, section.expected)
+            what = f"byte {offset} around its data is not what was written"
+            if not section.entry:
+                what = f"byte {offset} belongs to no entry, and is not zero"
+            findings.append(Finding("frame", reader.file, what, section.entry))
     return findings
 
 
-def _compare(file: str, piece: _Piece, found: Sequence[int]) -> list[Finding]:
-    assert isinstance(piece.expected, _Sums)
-    expected, first = piece.expected.checksums, piece.expected.first
-    # Of what a file that ends early lacks there is not a byte.
-    both = zip_longest(found, expected, fillvalue=checksum(b""))
+def _compare(file: str, section: _Section, checksums: Sequence[int]) -> list[Finding]:
+    assert isinstance(section.expected, _Sums)
+    expected, first = section.expected.checksums, section.expected.first
+    # A truncated file has no bytes for its missing blocks.
+    pairs = zip_longest(checksums, expected, fillvalue=checksum(b""))
     return [
         Finding(
-            *("data", file, f"has checksum {one:016x}, which is not that of what was written"),
-            *(piece.entry, None if first is None else first + n),
+            concern="data",
+            file=file,
+            what=f"has checksum {found:016x}, which is not that of what was written",
+            entry=section.entry,
+            block=None if first is None else first + n,
         )
-        for n, (one, other) in enumerate(both)
-        if one != other
+        for n, (found, written) in enumerate(pairs)
+        if found != written
     ]
 
 
 def _first_difference(found: memoryview, expected: bytes) -> int:
-    differing = (at for at, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b)
-    return next(differing, min(len(found), len(expected)))
+    pairs = enumerate(zip(found, expected, strict=False))
+    shorter = min(len(found), len(expected))
+    return next((index for index, (a, b) in pairs if a != b), shorter)
 
 
-def _unreadable(file: str, entry: str, error: HoldfastError) -> Finding:
-    return Finding("file", file, error.what, entry)
-
-
-# -------------------------------------------------------------------- what torch.save has written
+# ------------------------------------------------------------------------- files of stock torch
 
 
 def check_containers(
     manifest: Manifest, reader_of: Callable[[str], RecordReader]
 ) -> Iterator[Check]:
-    """Checks of every item of a stock checkpoint: what its container says it holds, and the CRC-32
-    of each of its records."""
+    """Yield checks of every item of a stock checkpoint: dtype and shape against the index, and the
+    CRC-32 of each record."""
     for name, entry in manifest.tensors.items():
         for chunk in entry.chunks:
             yield partial(_check_tensor, reader_of(chunk.file), name, entry, chunk)
@@ -259,44 +268,42 @@ def _check_value(reader: RecordReader, name: str, item: Span) -> list[Finding]:
         if reader.fetch(item.offset, 4) != b"PK\3\4":
             return [Finding("data", reader.file, "is no container of torch.save", name)]
         records = read_records(windowed(reader.fetch, item), item.nbytes)
-        kept = keeps_checksums(records)
-        return [
-            finding
-            for record in records
-            for finding in check_record(reader, records, record, item.offset, name)
-            if kept
-        ]
+        findings = []
+        for record in records:
+            findings += check_record(reader, records, record, item.offset, name)
+        # Without checksums, reading still shows whether the disk returns every byte.
+        return findings if has_checksums(records) else []
     except HoldfastError as error:
-        return [_unreadable(reader.file, name, error)]
+        return [Finding("file", reader.file, error.what, name)]
     except (ValueError, LookupError, struct.error) as error:
         return [Finding("data", reader.file, f"is no container of torch.save: {error}", name)]
 
 
-def keeps_checksums(records: Mapping[str, Record]) -> bool:
-    """Whether an archive was written with CRC-32s; torch can be told to leave them out."""
+def has_checksums(records: Mapping[str, Record]) -> bool:
+    """Whether an archive was written with CRC-32s, which torch can leave out."""
     return any(record.crc32 for record in records.values())
 
 
 def check_record(
     reader: RecordReader, records: Mapping[str, Record], name: str, position: int, entry: str
 ) -> list[Finding]:
-    """One record of an archive that begins at `position`, against its CRC-32. `entry` is what is
-    stored in it, for people."""
-    record, found = records[name], 0
+    """Compare a record of the archive at `position` with its CRC-32. `entry` names its tensor or
+    value in the finding."""
+    record, crc32 = records[name], 0
     for window in reader.windows(Span(position + record.data.offset, record.data.nbytes)):
-        found = zlib.crc32(window, found)
-    if found == record.crc32:
+        crc32 = zlib.crc32(window, crc32)
+    if crc32 == record.crc32:
         return []
-    what = f"`{name}` has CRC-32 {found:08x}, {record.crc32:08x} was written"
+    what = f"`{name}` has CRC-32 {crc32:08x}, {record.crc32:08x} was written"
     return [Finding("data", reader.file, what, entry)]
 
 
 def entries_by_record(manifest: Manifest, records: Mapping[str, Record]) -> dict[str, str]:
-    """The tensors of a `.pt` file that lie in each of its records, for people."""
-    placed = sorted((record.data.offset, name) for name, record in records.items())
-    starts = [start for start, _ in placed]
-    found: dict[str, list[str]] = {}
+    """The names of the tensors in each record of a `.pt` file, as one text per record."""
+    by_offset = sorted((record.data.offset, name) for name, record in records.items())
+    offsets = [offset for offset, _ in by_offset]
+    names: dict[str, list[str]] = {}
     for name, entry in manifest.tensors.items():
-        at = bisect_right(starts, entry.chunks[0].item.offset) - 1
-        found.setdefault(placed[max(at, 0)][1], []).append(name)
-    return {record: ", ".join(names) for record, names in found.items()}
+        index = bisect_right(offsets, entry.chunks[0].item.offset) - 1
+        names.setdefault(by_offset[max(index, 0)][1], []).append(name)
+    return {record: ", ".join(tensors) for record, tensors in names.items()}

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint, as values: each finding, and what is usable all the same."""
+"""Findings: what is wrong with a checkpoint, and what can still be used."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from holdfast.format.components import COMPONENTS, MODEL, MODEL_KEYS, OPTIMIZER
 from holdfast.format.manifest import Kind, Manifest, kind_with
 
 Format = Literal["holdfast", "dcp", "safetensors", "torch"]
 
 Concern = Literal["index", "file", "data", "frame"]
-"""What a finding is about. `index` and `file`: a load refuses the checkpoint as a whole. `data`: a
-load of that entry fails. `frame`: the bytes around an entry; Holdfast does not need them, the stock
-reader does."""
+"""Scope of a finding. `index` and `file`: the checkpoint does not load. `data`: the entry does not
+load. `frame`: bytes around an entry, which Holdfast does not need but stock torch does."""
 
 FORMATS: Mapping[Format, str] = {
     "holdfast": "checkpoint of Holdfast",
@@ -22,62 +22,57 @@ FORMATS: Mapping[Format, str] = {
     "safetensors": "safetensors",
     "torch": "file of torch.save",
 }
-"""What each is called, for people."""
-
-PARTS = ("optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
-"""What a resume can leave out. In a checkpoint whose manifest does not say what is the model's, the
-rest is, unless the model has a table."""
-
-TABLES = ("model", "state_dict")
-"""Under which others keep a whole model: Accelerate and torchtune; Lightning."""
+"""Names of the formats, for people."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is not as it was written."""
+    """One difference from what was written."""
 
     concern: Concern
     file: str
-    """Within the checkpoint's folder."""
+    """Name of the file in the checkpoint's folder."""
 
     what: str
+    """What is wrong: a predicate whose subject is the entry or the file."""
+
     entry: str = ""
-    """Tensor or value; empty where it is about the file."""
+    """Tensor or value; empty if the finding is about the file."""
 
     block: int | None = None
-    """Of the tensor: which of its checksums does not hold."""
+    """Index of the damaged block of the tensor."""
 
     def __str__(self) -> str:
-        about = f" `{self.entry}`" if self.entry else ""
-        about += f" block {self.block}" if self.block is not None else ""
-        # What is about a file reads on as one sentence, unless it is one of its own.
-        colon = ":" if about or self.what.startswith("`") else ""
-        return f"`{self.file}`{about}{colon} {self.what}"
+        entry = f" `{self.entry}`" if self.entry else ""
+        entry += f" block {self.block}" if self.block is not None else ""
+        # A predicate about the file needs no colon; a sentence with its own subject does.
+        colon = ":" if entry or self.what.startswith("`") else ""
+        return f"`{self.file}`{entry}{colon} {self.what}"
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What verifying one checkpoint has found."""
+    """Result of verifying one checkpoint."""
 
     where: str
     format: Format | None
-    """None: nothing that says so can be read."""
+    """None if no index can be read."""
 
     findings: tuple[Finding, ...]
     notes: tuple[str, ...] = ()
-    """What could not be checked, or does not belong here; nothing that is wrong."""
+    """Remarks that are no findings: data without checksums, files of others."""
 
     step: int | None = None
     kind: Kind | None = None
     num_entries: int = 0
     nbytes: int = 0
-    """Of all data files."""
+    """Bytes of all data files."""
 
     usable: str = field(default="everything")
-    """What can be done with it, for people."""
+    """Parts that can still be used, for people."""
 
     why_not: str | None = None
-    """Reason why no run can go on from it, but for its findings and marks; None where one can."""
+    """Reason why no run can resume from it, apart from its findings and marks; None if one can."""
 
     @property
     def good(self) -> bool:
@@ -90,23 +85,25 @@ class VerifyReport:
 
 
 MODEL_IS_WHOLE = "model is whole"
-"""How `usable` begins where it is."""
+"""Beginning of `usable` if the model has no damage."""
 
 NAMED_MAX = 3
-"""Entries that a line names of many."""
+"""Most entries that a line names."""
 
 _NUMBERS = re.compile(r"\b[0-9a-f]{8,}\b|[0-9]+", re.ASCII)
 
 
 def said_of(findings: Sequence[Finding]) -> str:
-    """What is wrong, in one line: the first cause, and how many more there are."""
+    """One line on the findings: the first cause, and the number of others."""
     first, *others = by_cause(findings)
     return first + (f", and {len(others)} more" if others else "")
 
 
 def by_cause(findings: Sequence[Finding]) -> list[str]:
-    """A line for each cause: findings of one file that say the same of other places are one, with
-    how many they are. Where a file is not as long as it was, that is why data in it is not right.
+    """A line for each cause, with the number of findings that share it.
+
+    Findings in one file that differ only in numbers have one cause. A file of another size is the
+    cause of all findings in it.
     """
     cut = {f.file for f in findings if f.concern == "file" and not f.entry and _is_size(f)}
     groups: dict[tuple[str, ...], list[Finding]] = {}
@@ -126,9 +123,9 @@ def _is_size(finding: Finding) -> bool:
 def _line(group: Sequence[Finding]) -> str:
     first, *others = group
     if first.concern == "file" and first.entry and others:
-        # As of a file that is missing: what lies in it is all there is to say of each.
-        held = list(dict.fromkeys(f.entry for f in group))
-        return f"`{first.file}` {first.what}: in it lie {_named(held)}"
+        # A missing file: the line names its entries instead of repeating itself for each.
+        entries = list(dict.fromkeys(finding.entry for finding in group))
+        return f"`{first.file}` {first.what}: in it lie {_named(entries)}"
     entries = list(dict.fromkeys(f.entry for f in others if f.entry and f.entry != first.entry))
     if not others:
         return str(first)
@@ -144,59 +141,59 @@ def _named(entries: Sequence[str]) -> str:
 
 
 def usable(manifest: Manifest, findings: Sequence[Finding]) -> str:
-    """What can be done with a checkpoint that has these findings, for people."""
+    """What can still be used of a checkpoint with these findings, for people."""
     if not findings:
         return "everything"
     if all(finding.concern == "frame" for finding in findings):
         return "everything, by Holdfast; stock torch may fail on what is named above"
-    refused = [f for f in findings if f.concern in ("index", "file")]
-    where = _damaged(manifest, findings)
-    whole = sorted({*parts_of(manifest).values()} - where.keys(), key=lambda part: part != "model")
-    said = [f"{part} is whole" for part in whole]
-    said += [f"{part} is damaged in {', '.join(sorted(where[part]))}" for part in sorted(where)]
+    damaged = _damaged_files(manifest, findings)
+    whole = {*parts_of(manifest).values()} - damaged.keys()
+    lines = [f"{name} is whole" for name in sorted(whole, key=lambda name: name != MODEL)]
+    lines += [f"{name} is damaged in {', '.join(sorted(damaged[name]))}" for name in sorted(damaged)]
+    refused = {finding.file for finding in findings if finding.concern in ("index", "file")}
     if refused:
-        files = ", ".join(sorted({finding.file for finding in refused}))
-        said.append(f"a load refuses this checkpoint as long as {files} is not as it was written")
-    elif "model" in whole:
-        leave = ",".join(sorted(where))
-        said.append(f"a model-only resume is possible: --checkpoint.exclude_from_loading {leave}")
-    return "; ".join(said)
+        files = ", ".join(sorted(refused))
+        lines.append(f"a load refuses this checkpoint as long as {files} is not as it was written")
+    elif MODEL in whole:
+        without = ", ".join(sorted(damaged))
+        lines.append(f"a model-only resume is possible, without {without}")
+    return "; ".join(lines)
 
 
 def kind_of(manifest: Manifest) -> Kind:
-    """What a checkpoint holds, also where its writer, stock DCP, did not say."""
+    """The kind of a checkpoint, by its entries if the manifest does not state it."""
     if manifest.kind is not None:
         return manifest.kind
     return kind_with(entry.path[0] for entry in manifest.tensors.values())
 
 
 def parts_of(manifest: Manifest) -> dict[str, str]:
-    """For each entry the part of the checkpoint that it belongs to: `model`, or another.
+    """The component of each entry, by the name of the entry.
 
-    The manifest may say which top-level names are not the model's. Where it does not, names decide:
-    where the model has a table of its own, what stands beside that is not the model's; and an
-    optimizer's own state dict, as `optimizer.pt` holds it, is the optimizer's.
+    Holdfast's manifests list the names of components. Others do not, so names decide: if the model
+    has a first key of its own, other first keys are other components; entries below `state` and
+    `param_groups` alone are an optimizer's state dict, as in `optimizer.pt`.
     """
-    paths, beside = _paths(manifest), manifest.components
-    if beside is not None:
-        return {n: str(path[0]) if path[0] in beside else "model" for n, path in paths.items()}
-    tables = {path[0] for path in paths.values() if len(path) > 1}
-    alone = tables >= {"state", "param_groups"}
-    table = next((name for name in TABLES if name in tables), None)
+    paths, components = _paths(manifest), manifest.components
+    if components is not None:
+        return {n: str(path[0]) if path[0] in components else MODEL for n, path in paths.items()}
+    first_keys = {path[0] for path in paths.values() if len(path) > 1}
+    is_optimizer = first_keys >= {"state", "param_groups"}
+    model_key = next((name for name in MODEL_KEYS if name in first_keys), None)
 
-    def part_of(path: Sequence[str | int]) -> str:
-        if path[0] in PARTS:
+    def component_of(path: Sequence[str | int]) -> str:
+        if path[0] in COMPONENTS:
             return str(path[0])
-        if alone:
-            return "optimizer"
-        return "model" if table is None or path[0] == table else str(path[0])
+        if is_optimizer:
+            return OPTIMIZER
+        return MODEL if model_key is None or path[0] == model_key else str(path[0])
 
-    return {name: part_of(path) for name, path in paths.items()}
+    return {name: component_of(path) for name, path in paths.items()}
 
 
 def name_in_model(path: Sequence[str | int]) -> str:
-    """What the model's own state dict calls a tensor of it that lies at this path."""
-    nested = len(path) > 1 and path[0] in TABLES
+    """The name of a tensor of the model, at this path, in the model's own state dict."""
+    nested = len(path) > 1 and path[0] in MODEL_KEYS
     return ".".join(map(str, path[1:] if nested else path))
 
 
@@ -205,19 +202,17 @@ def _paths(manifest: Manifest) -> dict[str, Sequence[str | int]]:
     return paths | {name: entry.path for name, entry in manifest.values.items()}
 
 
-def _damaged(manifest: Manifest, findings: Sequence[Finding]) -> dict[str, set[str]]:
-    """Part to the files that its damage is in. A file that is not whole damages all that it
-    holds."""
-    parts = parts_of(manifest)
-    entries = {(f.entry, f.file) for f in findings if f.concern == "data"}
+def _damaged_files(manifest: Manifest, findings: Sequence[Finding]) -> dict[str, set[str]]:
+    """The damaged files of each damaged component. A finding about a file damages all entries in
+    it."""
+    damaged = {(f.entry, f.file) for f in findings if f.concern == "data"}
     files = {finding.file for finding in findings if finding.concern == "file"}
     for name, tensor in manifest.tensors.items() if files else ():
-        entries |= {(name, chunk.file) for chunk in tensor.chunks if chunk.file in files}
-    for name, value in manifest.values.items():
-        if value.file in files:
-            entries.add((name, value.file))
-    where: dict[str, set[str]] = {}
-    for name, file in entries:
-        if name in parts:
-            where.setdefault(parts[name], set()).add(file)
-    return where
+        damaged |= {(name, chunk.file) for chunk in tensor.chunks if chunk.file in files}
+    damaged |= {(name, v.file) for name, v in manifest.values.items() if v.file in files}
+    components = parts_of(manifest)
+    by_component: dict[str, set[str]] = {}
+    for name, file in damaged:
+        if name in components:
+            by_component.setdefault(components[name], set()).add(file)
+    return by_component

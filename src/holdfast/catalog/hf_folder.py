@@ -1,4 +1,4 @@
-"""A Hugging Face folder seen as one manifest, with what its `config.json` says."""
+"""Opens Hugging Face folders: one manifest for all files, and the configuration."""
 
 from __future__ import annotations
 
@@ -24,78 +24,77 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True, slots=True)
 class HFFolder:
-    """What a Hugging Face folder holds."""
+    """Contents of a Hugging Face folder."""
 
     manifest: Manifest
     config: Config | None
-    """Of the language model; None where there is no `config.json`."""
+    """Configuration of the language model; None without a `config.json`."""
 
     quantization: Mapping[str, Any]
-    """How the weights were made smaller; empty where they were not."""
+    """Quantization of the weights; empty if there is none."""
 
     notes: tuple[str, ...]
-    """What was left aside, for people."""
+    """Files that are ignored, for people."""
 
     adapter: Mapping[str, Any] | None = None
-    """What PEFT says of it, where it holds an adapter and no model."""
+    """Configuration of PEFT, if the folder holds an adapter and no model."""
 
 
 def open_hf_folder(store: ReadStore, name: str) -> HFFolder:
-    """The manifest and the configuration of a folder. Reads headers only.
+    """Read the headers and the configuration of a folder.
 
-    With an index it alone says which files count; without one every `*.safetensors` does.
+    The weights are the files in the index; without an index, every `*.safetensors`.
 
     Raises:
-        NotFoundError: no safetensors there.
-        FormatError: files that are not what they claim to be, or links out of the folder.
-        DamagedError: files that the index names, or shards of a set, are missing.
+        NotFoundError: the folder has no safetensors.
+        FormatError: a file is malformed, or a link out of the folder.
+        DamagedError: files in the index, or shards of a set, are missing.
     """
     where = place(store, name)
-    there = [file for file in store.list(name) if not file.endswith("/")]
-    weights = [file for file in there if file.endswith(safetensors.SUFFIX)]
+    present = [file for file in store.list(name) if not file.endswith("/")]
+    weights = [file for file in present if file.endswith(safetensors.SUFFIX)]
     index = None
-    if safetensors.INDEX in there:
+    if safetensors.INDEX in present:
         check_inside(store, name, safetensors.INDEX)
         data = _read(store, f"{name}/{safetensors.INDEX}", safetensors.INDEX_BYTES_MAX)
         index = safetensors.read_index(data, where=f"{where}/{safetensors.INDEX}")
     files = weights if index is None else sorted({*index.values()})
-    missing = [file for file in files if file not in there]
+    missing = [file for file in files if file not in present]
     if missing:
         raise DamagedError(
             f"`{where}`: {len(missing)} of {len(files)} files of its index are missing: "
             + ", ".join(missing[:10]),
             hint="download the folder again",
         )
-    if index is None and (lacking := safetensors.missing_shards(weights)):
+    if index is None and (shards := safetensors.missing_shards(weights)):
         raise DamagedError(
-            f"`{where}` has no index, and shards are missing: {', '.join(lacking[:10])}",
+            f"`{where}` has no index, and shards are missing: {', '.join(shards[:10])}",
             hint="download the folder again",
         )
     if not files:
         raise NotFoundError(
             f"`{where}` holds no `*{safetensors.SUFFIX}`",
-            hint=f"found: {', '.join(there[:10]) or 'nothing'}",
+            hint=f"found: {', '.join(present[:10]) or 'nothing'}",
         )
-    parts = {file: _open_file(store, name, file) for file in files}
-    stray = [file for file in weights if file not in files]
-    notes = [f"`{file}` is not in the index, and was left aside" for file in stray]
-    whole = read_config(store, name) if CONFIG in there else None
-    is_adapter = files == [ADAPTER] and ADAPTER_CONFIG in there
+    manifests = {file: _open_file(store, name, file) for file in files}
+    ignored = [file for file in weights if file not in files]
+    config = read_config(store, name) if CONFIG in present else None
+    is_adapter = files == [ADAPTER] and ADAPTER_CONFIG in present
     return HFFolder(
-        safetensors.joined(parts, index, where=where),
-        None if whole is None else of_language_model(whole),
-        {} if whole is None else whole.get("quantization_config") or {},
-        tuple(notes),
-        read_config(store, name, ADAPTER_CONFIG) if is_adapter else None,
+        manifest=safetensors.joined(manifests, index, where=where),
+        config=None if config is None else of_language_model(config),
+        quantization={} if config is None else config.get("quantization_config") or {},
+        notes=tuple(f"`{file}` is not in the index, and is ignored" for file in ignored),
+        adapter=read_config(store, name, ADAPTER_CONFIG) if is_adapter else None,
     )
 
 
 def read_config(store: ReadStore, name: str, file: str = CONFIG) -> dict[str, Any]:
-    """What `config.json`, or another such file, says, as it is.
+    """Read `config.json`, or another file of JSON, unchanged.
 
     Raises:
-        NotFoundError: there is none.
-        FormatError: it is no table.
+        NotFoundError: there is no such file.
+        FormatError: it is no JSON object, or too large.
     """
     where = f"{place(store, name)}/{file}"
     check_inside(store, name, file)
@@ -104,23 +103,20 @@ def read_config(store: ReadStore, name: str, file: str = CONFIG) -> dict[str, An
     try:
         config = safetensors.parse_json(_read(store, f"{name}/{file}", CONFIG_BYTES_MAX))
         if not isinstance(config, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is no JSON object")
     except (ValueError, RecursionError) as error:
         raise FormatError(f"`{where}` is no configuration: {error}") from error
     return config
 
 
 def of_language_model(config: Config) -> Config:
-    """The part of a configuration that is about the language model, in one table."""
+    """The language model's part of a multimodal configuration, as one flat configuration."""
     text = config.get("text_config")
     if not isinstance(text, dict):
         return config
     outer = {key: value for key, value in config.items() if not isinstance(value, dict)}
-    tied = (
-        {}
-        if "tie_word_embeddings" not in outer
-        else {"tie_word_embeddings": outer["tie_word_embeddings"]}
-    )
+    # On tied embeddings and the type, the outer configuration decides.
+    tied = {key: outer[key] for key in ("tie_word_embeddings",) if key in outer}
     return {**outer, **text, **tied, "model_type": config.get("model_type")}
 
 
@@ -129,16 +125,18 @@ def _read(store: ReadStore, key: str, nbytes_max: int) -> bytes:
 
 
 def check_inside(store: ReadStore, name: str, file: str) -> None:
-    """Make sure that a file of a folder is no link to a place outside of it: a stranger's folder
-    could carry whatever its reader may read. The layout of the hub's cache is the exception.
+    """Refuse a file that is a link to a place outside of its folder.
+
+    A stranger's folder could otherwise include private files of its reader. The cache of the
+    Hugging Face hub, whose files are links, is the exception.
 
     Raises:
-        FormatError: it is such a link.
+        FormatError: the file is such a link.
     """
     if store.leads_out(name, file):
         raise FormatError(
             f"`{place(store, name)}/{file}` is a link to a place outside of its folder",
-            hint="if it is yours, put a copy of the file in the place of the link: cp -L",
+            hint="if the link is yours, replace it by a copy of the file: cp -L",
         )
 
 

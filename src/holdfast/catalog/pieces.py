@@ -1,4 +1,4 @@
-"""What a file is that is no checkpoint by itself: a piece of one, or another program's."""
+"""Recognizes files that are no checkpoint: a part of one, or a file of another program."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INDEX = f"{SUFFIX}.index.json"
 _DATA = re.compile(r"__([0-9]+)_[0-9]+\.distcp", re.ASCII)
 _SHARD = re.compile(r".*-([0-9]{5})-of-([0-9]{5})\.safetensors", re.ASCII)
 
-_BESIDE = (
+_BESIDE_WEIGHTS = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -34,35 +34,33 @@ _STARTS = {
     b"ustar": "a tar archive",
     b"\x7fELF": "a program",
 }
-"""First bytes of files that people have beside checkpoints."""
+"""Kind of a file, by its first bytes."""
 
 _HEAD_BYTES = 512
 
 
 def check_whole_checkpoint(store: ReadStore, name: str) -> None:
-    """Refuse a file that is a piece of a checkpoint.
+    """Refuse a file that is a part of a checkpoint.
 
     Raises:
-        UsageError: says which piece, and of which checkpoint.
+        UsageError: the file is such a part. The message says of which checkpoint.
     """
     folder, _, last = name.rpartition("/")
-    within = _is_checkpoint(store, folder)
-    piece = _piece(last, within=within)
-    if piece is None:
+    in_checkpoint = _is_checkpoint(store, folder)
+    part = _part(last, in_checkpoint=in_checkpoint)
+    if part is None:
         return
-    where = _folder(store, folder)
-    hint = f"holdfast verify {where}"
-    if not within:
-        hint = f"the checkpoint is the whole folder, with `{MANIFEST}` or `{METADATA}` in it"
+    checkpoint, where = "a checkpoint", _folder(store, folder)
+    hint = f"the checkpoint is the whole folder, with `{MANIFEST}` or `{METADATA}` in it"
+    if in_checkpoint:
+        checkpoint, hint = f"`{where}`", f"holdfast verify {where}"
     raise UsageError(
-        f"`{place(store, name)}` is {piece} of {f'`{where}`' if within else 'a checkpoint'}, "
-        "and no checkpoint by itself",
-        hint=hint,
+        f"`{place(store, name)}` is {part} of {checkpoint}, and no checkpoint by itself", hint=hint
     )
 
 
 def note_on(store: ReadStore, name: str) -> str | None:
-    """What a person should know of a file that can be read by itself, and belongs to others."""
+    """A note on a file that can be read alone, but is one of several; None for other files."""
     folder, _, last = name.rpartition("/")
     shard = _SHARD.fullmatch(last)
     if shard is None:
@@ -72,7 +70,7 @@ def note_on(store: ReadStore, name: str) -> str | None:
 
 
 def no_checkpoint(store: ReadStore, name: str, *, hint: str) -> NotFoundError:
-    """What is said of a place where something is, but no checkpoint."""
+    """The error for a file or folder that is no checkpoint."""
     where = place(store, name)
     try:
         above, _, last = name.rpartition("/")
@@ -83,7 +81,8 @@ def no_checkpoint(store: ReadStore, name: str, *, hint: str) -> NotFoundError:
     if kind is not None:
         return NotFoundError(
             f"`{where}` is no checkpoint: it is {kind}",
-            hint="it reads steps, folders of Hugging Face, safetensors and files of torch.save",
+            hint="Holdfast reads its own and stock DCP's checkpoints, Hugging Face folders, "
+            "safetensors and files of torch.save",
         )
     return NotFoundError(
         f"`{where}` is no checkpoint: no `{MANIFEST}`, no `{METADATA}`, no safetensors", hint=hint
@@ -94,8 +93,8 @@ def _folder(store: ReadStore, folder: str) -> str:
     return place(store, folder).rstrip("/")
 
 
-def _piece(last: str, *, within: bool) -> str | None:
-    """What a file of this name is, in the folder of a checkpoint or elsewhere."""
+def _part(last: str, *, in_checkpoint: bool) -> str | None:
+    """Which part of a checkpoint a file of this name is; None if it is none."""
     data = _DATA.fullmatch(last)
     if data is not None:
         return f"the data that rank {data[1]} wrote"
@@ -104,21 +103,21 @@ def _piece(last: str, *, within: bool) -> str | None:
         return named[last]
     if last.endswith(INDEX):
         return "the index of the weights"
-    return "a file beside the weights" if within and last in _BESIDE else None
+    return "a file beside the weights" if in_checkpoint and last in _BESIDE_WEIGHTS else None
 
 
 def _is_checkpoint(store: ReadStore, folder: str) -> bool:
-    there = store.list(folder)
-    return any(one in (MANIFEST, METADATA) or one.endswith((SUFFIX, INDEX)) for one in there)
+    files = store.list(folder)
+    return any(file in (MANIFEST, METADATA) or file.endswith((SUFFIX, INDEX)) for file in files)
 
 
 def _kind(start: bytes) -> str | None:
-    """What a file that begins so is; None where nothing tells."""
-    for first, kind in _STARTS.items():
-        if start.startswith(first) or (first == b"ustar" and start[257:262] == first):
+    """The kind of a file, by its first bytes; None if they do not tell."""
+    for magic, kind in _STARTS.items():
+        if start.startswith(magic) or (magic == b"ustar" and start[257:262] == magic):
             return kind
     if not start:
         return "an empty file"
-    # A character may be cut in two at the end.
+    # The last character may be incomplete.
     text = start.decode(errors="replace").rstrip("\ufffd")
     return None if {"\0", "\ufffd"} & {*text} else "a text file"

@@ -1,7 +1,7 @@
-"""Which checkpoint of a folder a run can go on from: decided here, and nowhere else.
+"""Whether a run can resume from a checkpoint.
 
-`list`, `verify`, `doctor`, `prune`, retention and the resume itself ask these functions, so that
-none of them says what another one does not do.
+`list`, `verify`, `doctor`, `prune`, retention and resuming all ask these functions, so that they
+never contradict each other.
 """
 
 from __future__ import annotations
@@ -12,31 +12,30 @@ from holdfast.format.manifest import Manifest
 
 
 def why_not_resumable(
-    step: int, found: Manifest | HoldfastError | None, damage: str | None = None
+    step: int, opened: Manifest | HoldfastError | None, damage: str | None = None
 ) -> str | None:
-    """Why no run can go on from the checkpoint in the folder of `step`; None where one can.
+    """Reason why no run can resume from the checkpoint in the folder of `step`; None if one can.
 
-    `found` is what it holds, or the error in which opening it has ended; `damage` is what the mark
-    beside it says, and reason enough: then `found` may be None.
+    `opened` is its manifest, or the error that opening it raised. `damage` is the line of its mark
+    `damaged`; with it, `opened` may be None.
     """
     if damage is not None:
         return damage
-    assert found is not None, "without a mark it is looked into"
-    if isinstance(found, HoldfastError):
-        return found.what
-    wrong = misnumbered(step, found)
-    if wrong is not None:
+    assert opened is not None, "a checkpoint without a mark is opened"
+    if isinstance(opened, HoldfastError):
+        return opened.what
+    if wrong := misnumbered(step, opened):
         return wrong
-    if kind_of(found) != "full" and step != 0:
+    if kind_of(opened) != "full" and step != 0:
         return "it holds the model alone, and cannot be resumed from"
     return None
 
 
 def misnumbered(step: int, manifest: Manifest) -> str | None:
-    """What is wrong with a checkpoint whose folder has another number than it was saved under; None
-    where they agree, or where its writer told no number, as stock DCP.
+    """Problem of a checkpoint that was saved as another step than the number of its folder; None if
+    both agree, or if the manifest has no number, as in stock DCP.
 
-    Retention neither counts nor removes it: it is somebody's copy.
+    Such a checkpoint is a copy that a user made: retention neither counts nor deletes it.
     """
     if manifest.step is None or manifest.step == step:
         return None

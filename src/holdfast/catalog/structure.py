@@ -1,4 +1,4 @@
-"""Is a checkpoint whole? Its files and their sizes, and what its index says of them; no data."""
+"""Checks the files of a checkpoint, their sizes and its index. Reads no data."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from holdfast.format.region import Region, first_overlap
 from holdfast.storage.store import ReadStore
 
 INDEX_BYTES_MAX = 1 << 30
-"""Of a manifest or `.metadata`: several million tensors."""
+"""Most bytes of a manifest or `.metadata`: enough for several million tensors."""
 
 
 def check_structure(store: ReadStore, folder: str, manifest: Manifest) -> list[Finding]:
-    """What is wrong with a checkpoint's files: missing, too short, too long, elsewhere, items that
-    reach outside of them. Reads `.metadata` and sizes only."""
+    """Find files that are missing, of another size or outside of the folder, and entries that reach
+    beyond the end of their file. Reads `.metadata` and file sizes only."""
     findings = []
     for file, nbytes in manifest.files.items():
         try:
-            found = store.size(f"{folder}/{file}")
+            size = store.size(f"{folder}/{file}")
         except NotFoundError:
             findings.append(Finding("file", file, "is missing"))
             continue
@@ -30,10 +30,10 @@ def check_structure(store: ReadStore, folder: str, manifest: Manifest) -> list[F
             findings.append(Finding("file", file, f"cannot be read: {error.what}"))
             continue
         if store.leads_out(folder, file):
-            # A stranger's checkpoint could carry the files of whoever loads it into a model.
+            # A stranger's checkpoint could load private files of its reader into a model.
             findings.append(Finding("file", file, "is a link to a place outside of its folder"))
-        if found != nbytes:
-            findings.append(Finding("file", file, f"has {found} bytes, {nbytes} were written"))
+        if size != nbytes:
+            findings.append(Finding("file", file, f"has {size} bytes, {nbytes} were written"))
     for name, file, item in _items(manifest):
         if file not in manifest.files:
             findings.append(Finding("file", file, "is missing", name))
@@ -46,13 +46,14 @@ def check_structure(store: ReadStore, folder: str, manifest: Manifest) -> list[F
 
 
 def check_coverage(manifest: Manifest) -> Iterator[Finding]:
-    """Tensors whose chunks do not hold every one of their elements exactly once."""
+    """Find tensors whose chunks do not hold each element exactly once."""
     index = MANIFEST if manifest.metadata else METADATA
     for name, entry in manifest.tensors.items():
         held = sum(chunk.region.num_elements for chunk in entry.chunks)
-        wanted = Region.whole(entry.shape).num_elements
-        if held != wanted:
-            yield Finding("data", index, f"its chunks hold {held} of {wanted} elements", name)
+        expected = Region.whole(entry.shape).num_elements
+        if held != expected:
+            what = f"its chunks hold {held} of {expected} elements"
+            yield Finding("data", index, what, name)
             continue
         try:
             overlap = first_overlap(chunk.region for chunk in entry.chunks)
@@ -74,7 +75,7 @@ def _items(manifest: Manifest) -> Iterator[tuple[str, str, Span]]:
 
 def _check_metadata(store: ReadStore, folder: str, nbytes: int, expected: int) -> list[Finding]:
     try:
-        # One byte more than there may be tells that there are too many.
+        # One byte more than expected shows that the file is too long.
         data = store.read(f"{folder}/{METADATA}", 0, min(nbytes, INDEX_BYTES_MAX) + 1)
     except NotFoundError:
         return [Finding("index", METADATA, "is missing")]

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint from elsewhere under the names that they have in this run."""
+"""Renames the tensors of a checkpoint from elsewhere to the names that this run gives them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEY = "checkpoint.initial_load_renames"
 
 
 def parse(rule: str) -> tuple[re.Pattern[str], str]:
-    """What `theirs=ours` matches, and what to put in its place.
+    """Parse a rule `theirs=ours` into a pattern and its replacement.
 
     Raises:
         UsageError: it is no such rule.
@@ -23,7 +23,8 @@ def parse(rule: str) -> tuple[re.Pattern[str], str]:
     theirs, equals, ours = rule.partition("=")
     if not equals or not theirs or theirs.count("{}") != ours.count("{}"):
         raise UsageError(
-            f"`{KEY}` has `theirs=ours`, each with as many `{{}}`, found: {rule!r}",
+            f"`{KEY}` must have rules `theirs=ours`, with the same number of `{{}}` on both sides, "
+            f"found: {rule!r}",
             hint='such as "encoder.{}.attn=layers.{}.attention", or "model=" to drop a prefix',
         )
     pattern = r"([^.]+)".join(map(re.escape, theirs.split("{}")))
@@ -34,38 +35,36 @@ class _Model(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
 
-def as_here(manifest: Manifest, model: _Model, rules: Sequence[str]) -> Manifest:
-    """The manifest of a checkpoint from elsewhere by the names that `model` gives its tensors, then
-    by `rules`: see `in_words_of` and `rename`."""
-    return rename(in_words_of(manifest, model.state_dict()), rules)
+def with_names_of(manifest: Manifest, model: _Model, rules: Sequence[str]) -> Manifest:
+    """The manifest with the names of `model`: its dialect first, then `rules` (see `rename`)."""
+    return rename(in_dialect_of(manifest, model.state_dict()), rules)
 
 
-def in_words_of(manifest: Manifest, names: Collection[str]) -> Manifest:
-    """The manifest in the words of a model that has tensors of these `names`: Meta's, or those that
-    TorchTitan has from 0.3 on, optimizer state included. As it is where that is not known."""
+def in_dialect_of(manifest: Manifest, names: Collection[str]) -> Manifest:
+    """The manifest in the dialect of these tensor names, Meta's or TorchTitan's from 0.3 on.
+
+    Renames optimizer state too. Returns the manifest unchanged if either dialect is unknown.
+    """
     ours, theirs = dialect_of(names), dialect_of(manifest.tensors)
     if ours == theirs or ours in ("hub", None) or theirs in ("hub", None):
         return manifest
     assert ours in ("meta", "titan")
     keys = {str(key) for entry in manifest.tensors.values() for key in entry.path}
-    called = renamed([*manifest.tensors, *keys], ours)
-    return replace(
-        manifest,
-        tensors={
-            called[name]: replace(
-                entry, path=tuple(called[k] if isinstance(k, str) else k for k in entry.path)
-            )
-            for name, entry in manifest.tensors.items()
-        },
-    )
+    new_names = renamed([*manifest.tensors, *keys], ours)
+    tensors = {}
+    for name, entry in manifest.tensors.items():
+        path = tuple(new_names[key] if isinstance(key, str) else key for key in entry.path)
+        tensors[new_names[name]] = replace(entry, path=path)
+    return replace(manifest, tensors=tensors)
 
 
 def rename(manifest: Manifest, rules: Sequence[str]) -> Manifest:
-    """The manifest with every tensor under the name that the first fitting rule gives it: leading
-    parts of a name are replaced, `{}` standing for any one part.
+    """Rename every tensor by the first rule that matches the beginning of its name.
+
+    `{}` matches one part of a name, without dots.
 
     Raises:
-        UsageError: a rule that fits no tensor, or two tensors that come to have one name.
+        UsageError: a rule matches no tensor, or two tensors get the same name.
     """
     if not rules:
         return manifest
@@ -73,20 +72,22 @@ def rename(manifest: Manifest, rules: Sequence[str]) -> Manifest:
     used: set[str] = set()
     tensors: dict[str, TensorEntry] = {}
     for name, entry in manifest.tensors.items():
-        called = name
+        new_name = name
         for rule, pattern, ours in parsed:
             match = pattern.match(name)
             if match is not None:
                 used.add(rule)
-                called = (ours.replace("{}", "\0") + name[match.end() :]).removeprefix(".")
+                new_name = (ours.replace("{}", "\0") + name[match.end() :]).removeprefix(".")
                 for part in match.groups():
-                    called = called.replace("\0", part, 1)
+                    new_name = new_name.replace("\0", part, 1)
                 break
-        if called in tensors:
-            raise UsageError(f"`{KEY}` gives two tensors the name `{called}`")
-        tensors[called] = entry if called == name else replace(entry, path=(called,))
+        if new_name in tensors:
+            raise UsageError(f"`{KEY}` gives two tensors the name `{new_name}`")
+        tensors[new_name] = entry if new_name == name else replace(entry, path=(new_name,))
     unused = [rule for rule in rules if rule not in used]
     if unused:
-        near = ", ".join(list(manifest.tensors)[:3])
-        raise UsageError(f"`{KEY}`: no tensor fits {unused}", hint=f"names there: {near}, ...")
+        examples = ", ".join(list(manifest.tensors)[:3])
+        raise UsageError(
+            f"`{KEY}`: no tensor matches {unused}", hint=f"names in the checkpoint: {examples}, ..."
+        )
     return replace(manifest, tensors=tensors)

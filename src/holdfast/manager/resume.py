@@ -1,4 +1,4 @@
-"""Which step a resume takes. Runs on one rank; what it finds goes to all."""
+"""Finds the checkpoint to resume from. Runs on one rank, which sends the result to the others."""
 
 from __future__ import annotations
 
@@ -23,76 +23,77 @@ logger: logging.Logger = logging.getLogger("holdfast")
 
 @dataclass(frozen=True, slots=True)
 class ResumableStep:
-    """A step that is there, and what it holds."""
+    """A checkpoint that a run can resume from."""
 
     step: int
     folder: str
     manifest: Manifest
-    seen: object = None
-    """Fingerprint of the checkpoint that was opened."""
+    fingerprint: object = None
+    """Fingerprint of the checkpoint when it was opened: see `steady.fingerprint`."""
 
 
-def strict_step(catalog: Catalog, step: int) -> ResumableStep:
-    """This step, or an error that says why not; a mark of damage is no reason not to try.
+def open_requested(catalog: Catalog, step: int) -> ResumableStep:
+    """Open the checkpoint of a step that the user has requested, even if it is marked as damaged.
 
     Raises:
-        MismatchError: the folder of this step holds another one.
+        MismatchError: the folder of this step holds another step.
     """
     folder = catalog.folders().get(step, "")
-    seen = fingerprint(catalog.store, folder) if folder else None
+    before = fingerprint(catalog.store, folder) if folder else None
     manifest = catalog.open_step(step)
     if wrong := misnumbered(step, manifest):
         raise MismatchError(
             f"`{catalog.where(folder)}` is not step {step}: {wrong}",
-            hint=f"load step {manifest.step} instead, or give the folder the name "
-            f"`{step_name(manifest.step or 0)}` back",
+            hint=f"load step {manifest.step} instead, or rename the folder to "
+            f"`{step_name(manifest.step or 0)}`",
         )
-    return ResumableStep(step, folder, manifest, seen)
+    return ResumableStep(step, folder, manifest, before)
 
 
 def newest_resumable(catalog: Catalog, below: int | None) -> tuple[ResumableStep | None, list[str]]:
-    """The newest step (below one, where given) that looks whole and can be resumed from, and a line
-    on each newer one that is neither. Its data is checked as it is read, not here; where that has
-    failed before, the mark that it left is enough."""
+    """Find the newest checkpoint that a run can resume from, older than step `below` if given.
+
+    Returns it, and a line on each newer one that was refused. Data is not read here: loading checks
+    it, and a load that fails leaves a mark, by which this function refuses the checkpoint.
+    """
     refused: list[str] = []
     damaged = damaged_steps(catalog.store)
     for step in reversed(catalog.folders()):
         if below is not None and step >= below:
             continue
-        found: ResumableStep | None = None
-        held: Manifest | HoldfastError | None = None
+        opened: ResumableStep | HoldfastError | None = None
         if step not in damaged:
             try:
-                found = _opened_step(catalog, step)
-                held = found.manifest
+                opened = _open_steadily(catalog, step)
             except HoldfastError as error:
                 if step not in catalog.folders():
-                    continue  # Retention of a run has removed it since it was listed.
-                held = error
-        why = why_not_resumable(step, held, damaged.get(step))
-        if why is None:
-            return found, refused
+                    continue  # The retention of another run deleted it after the listing.
+                opened = error
+        manifest = opened.manifest if isinstance(opened, ResumableStep) else opened
+        why = why_not_resumable(step, manifest, damaged.get(step))
+        if why is None and isinstance(opened, ResumableStep):
+            return opened, refused
         refused.append(f"step {step}: {why}")
     return None, refused
 
 
-def _opened_step(catalog: Catalog, step: int) -> ResumableStep:
-    """A step that is there, opened again where another process replaces it meanwhile."""
+def _open_steadily(catalog: Catalog, step: int) -> ResumableStep:
+    """Open a checkpoint, again if another process replaces it meanwhile."""
     for left in reversed(range(LOOKS_MAX)):
         folder = catalog.folders().get(step, step_name(step))
-        seen = fingerprint(catalog.store, folder)
+        before = fingerprint(catalog.store, folder)
         try:
-            return ResumableStep(step, folder, _opened(catalog, folder), seen)
+            return ResumableStep(step, folder, _manifest_of(catalog, folder), before)
         except HoldfastError:
             moved = catalog.folders().get(step) != folder
-            if not left or not (moved or fingerprint(catalog.store, folder) != seen):
+            if not left or not (moved or fingerprint(catalog.store, folder) != before):
                 raise
-    raise AssertionError("the last look returns or raises")
+    raise AssertionError("the last attempt returns or raises")
 
 
-def remember_damage(catalog: Catalog, step: int, error: HoldfastError) -> None:
-    """Let later runs know at once what a load of this step ended in. A store that failed may work
-    the next time, so that leaves no mark."""
+def mark_unless_store_failed(catalog: Catalog, step: int, error: HoldfastError) -> None:
+    """Mark a checkpoint that failed to load as damaged, unless the store failed, which may work the
+    next time."""
     if isinstance(error, NotFoundError | StorageError):
         return
     try:
@@ -102,20 +103,20 @@ def remember_damage(catalog: Catalog, step: int, error: HoldfastError) -> None:
 
 
 def newest_final(catalog: Catalog) -> int | None:
-    """The newest step that looks whole, if it holds the model alone and is no seed."""
+    """The newest good step, if its checkpoint holds the model alone and is no seed; else None."""
     newest = next(good_steps(catalog, catalog.folders()), None)
     return newest.step if newest is not None and not newest.resumable else None
 
 
 @dataclass(frozen=True, slots=True)
 class CachedIndex:
-    """What is remembered of a step that was whole."""
+    """Facts about a good checkpoint, cached until its index changes."""
 
     index: int
     """Checksum of the bytes of its index."""
 
     manifest: Manifest
-    """Without its entries: they may be a million, and are what was written if its bytes are."""
+    """Manifest without entries, of which there may be a million."""
 
     resumable: bool
 
@@ -123,46 +124,45 @@ class CachedIndex:
 def good_steps(
     catalog: Catalog,
     folders: Mapping[int, str],
-    looked: MutableMapping[str, CachedIndex] | None = None,
+    cache: MutableMapping[str, CachedIndex] | None = None,
 ) -> Iterator[Candidate]:
-    """Those of these steps (with their folders) of which every file is there in full, whose data
-    nobody has found damaged and that have their own number, newest first, with what retention asks
-    of them.
+    """Yield the good ones of these checkpoints, newest first, for the retention rules.
 
-    `looked` is filled, and spares decoding an index that has not changed: files are looked at.
+    A good checkpoint has all of its files in full, has no mark `damaged`, and was saved as the step
+    in its name. `cache` is filled, and saves decoding an index that has not changed; file sizes are
+    checked in any case.
     """
-    looked = {} if looked is None else looked
-    for gone in looked.keys() - {*folders.values()}:
-        del looked[gone]
+    cache = {} if cache is None else cache
+    for folder in cache.keys() - {*folders.values()}:
+        del cache[folder]
     damaged, pinned = damaged_steps(catalog.store), pinned_steps(catalog.store)
     for step in sorted(folders.keys() - damaged.keys(), reverse=True):
         try:
-            found = _look(catalog, step, folders[step], looked)
+            index = _cached(catalog, step, folders[step], cache)
         except HoldfastError:
             continue
-        if misnumbered(step, found.manifest):
-            continue
-        yield Candidate(step, found.resumable, found.manifest.metrics, step in pinned)
+        if not misnumbered(step, index.manifest):
+            yield Candidate(step, index.resumable, index.manifest.metrics, step in pinned)
 
 
-def _look(
-    catalog: Catalog, step: int, folder: str, looked: MutableMapping[str, CachedIndex]
+def _cached(
+    catalog: Catalog, step: int, folder: str, cache: MutableMapping[str, CachedIndex]
 ) -> CachedIndex:
     index = 0
     with suppress(NotFoundError):
         index = checksum(read_index(catalog.store, f"{folder}/{MANIFEST}"))
-    before = looked.get(folder)
-    if before is not None and before.index == index:
-        check_whole(catalog.store, folder, before.manifest)
-        return before
-    manifest = _opened(catalog, folder, entries=False)
+    cached = cache.get(folder)
+    if cached is not None and cached.index == index:
+        check_whole(catalog.store, folder, cached.manifest)
+        return cached
+    manifest = _manifest_of(catalog, folder, entries=False)
     resumable = why_not_resumable(step, manifest) is None
-    found = CachedIndex(index, replace(manifest, tensors={}, values={}), resumable)
+    cached = CachedIndex(index, replace(manifest, tensors={}, values={}), resumable)
     if index:
-        looked[folder] = found
-    return found
+        cache[folder] = cached
+    return cached
 
 
-def _opened(catalog: Catalog, folder: str, *, entries: bool = True) -> Manifest:
-    """What a step holds; the last one of a run may be a Hugging Face folder."""
+def _manifest_of(catalog: Catalog, folder: str, *, entries: bool = True) -> Manifest:
+    """Open a checkpoint. The last one of a run may be a Hugging Face folder."""
     return open_any(catalog.store, folder, check_files=True, entries=entries).manifest

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted when they come, acted on at the next step boundary."""
+"""Stop signals: recorded when they arrive, acted on after the next step."""
 
 from __future__ import annotations
 
@@ -16,35 +16,33 @@ from holdfast.storage.forks import leave_in_children, no_fork_between
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises UsageError where one of these is no signal that can be waited for."""
+    """Raise a UsageError if one of these names no signal, or one that no process can catch."""
     for name in names:
         number = getattr(signal, name, None)
-        refused = (signal.SIGKILL, signal.SIGSTOP)
-        if not isinstance(number, signal.Signals) or number in refused:
+        if not isinstance(number, signal.Signals) or name in ("SIGKILL", "SIGSTOP"):
             raise UsageError(
-                f"`checkpoint.stop_signals` names `{name}`, which cannot be waited for",
+                f"`checkpoint.stop_signals` has `{name}`, which is no signal that can be caught",
                 hint="SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGHUP, SIGXCPU, ...",
             )
 
 
-_ENDS = b"\0"
-"""Written to the pipe to end the thread; no signal has this number."""
+_END = b"\0"
+"""Byte that ends the thread when it comes through the pipe. No signal has this number."""
 
 REPEATED_S = 1.0
-"""Signals that come within this time of the first are the same one, sent once to the process and
-once by whoever started it."""
+"""Seconds after the first signal in which others count as the same. A launcher may pass on a signal
+that the process has also received directly."""
 
 
 class StopSignals:
-    """Notes the first of the given signals, and ends the process at once with a second one.
+    """Records the first of the given signals. A second one ends the process at once.
 
-    A thread hears of them by a pipe at the moment in which they come. The main thread would only
-    hear of them after the collective or the copy that it waits for, which may take longer than
-    there is time.
+    A thread receives them through a pipe as they arrive. A Python handler in the main thread would
+    run only after the current collective or copy, which may take longer than the deadline.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        """Take over the signals; outside of the main thread, where that cannot be done, none."""
+        """Take over the signals. Does nothing outside of the main thread, where Python cannot."""
         self._number = 0
         self._received_s = 0.0
         self._before: dict[int, Any] = {}
@@ -63,99 +61,99 @@ class StopSignals:
         )
         self._thread.start()
         for number in ours:
-            self._before[number] = signal.signal(number, self._note)
+            self._before[number] = signal.signal(number, self._handle)
 
     def received(self) -> tuple[float, float]:
-        """Number of the signal that came, and the seconds since; zeros while there is none."""
+        """Number of the recorded signal, and the seconds since then; zeros if there is none."""
         return self._number, time.monotonic() - self._received_s if self._number else 0.0
 
     def forget(self) -> None:
-        """Forget the signal that came: somebody has acted on it."""
+        """Forget the recorded signal, which has been acted on."""
         self._number = 0
 
     def pass_on(self) -> None:
-        """Raise the signal that came, if nobody has acted on it. Call this after `release`."""
+        """Raise the recorded signal if nothing has acted on it. Call this after `release`."""
         number, self._number = self._number, 0
         if number:
             signal.raise_signal(number)
 
     def release(self) -> None:
-        """Give the signals back. Does nothing when called again, or in a forked child."""
+        """Restore the handlers. Does nothing when called again, or in a forked child."""
         if not self._listening:
             return
-        self._give_back(self._wakeup_before.descriptor)
-        # Not by closing the pipe: a child may have a copy of this end, and the thread would wait
-        # for as long as that child lives. A pipe that is full wakes the thread as well.
+        self._restore(self._wakeup_before.descriptor)
+        # Closing the pipe would not end the thread while a child has a copy of this end. A full
+        # pipe wakes the thread as well.
         with suppress(BlockingIOError):
-            os.write(self._in, _ENDS)
+            os.write(self._in, _END)
         self._thread.join()
         os.close(self._in)
         os.close(self._out)
 
     def leave(self) -> None:
-        """In a forked child, such as a worker that loads data: its signals are not ours."""
+        """Restore the handlers in a forked child, such as a data loader's worker."""
         if self._listening:
-            self._give_back(-1)
+            self._restore(-1)
             os.close(self._in)
             os.close(self._out)
 
-    def _give_back(self, wakeup: int) -> None:
+    def _restore(self, wakeup: int) -> None:
         self._listening = False
         for number, handler in self._before.items():
-            # Another manager may have taken the signals over since: then they are its own.
-            if signal.getsignal(number) == self._note:
+            # A later manager may have taken the signals over, and keeps them.
+            if signal.getsignal(number) == self._handle:
                 signal.signal(number, handler)
-        found = signal.set_wakeup_fd(wakeup)
-        if found != self._in:
-            signal.set_wakeup_fd(found)
+        current = signal.set_wakeup_fd(wakeup)
+        if current != self._in:
+            signal.set_wakeup_fd(current)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._listening:
-            self._remember(number)
+            self._record(number)
         else:
-            # Given back to this object, after it was released, by a manager that was made later.
-            _handle(self._before[number], number, frame)
+            # A later manager restored this handler, after this object was released.
+            _call(self._before[number], number, frame)
 
-    def _remember(self, number: int) -> None:
+    def _record(self, number: int) -> None:
         if not self._number:
             self._received_s = time.monotonic()
             self._number = number
 
     def _listen(self, ours: frozenset[int]) -> None:
-        """Return once the signals have been given back."""
+        """Record signals until the handlers are restored."""
         while self._listening:
             received = os.read(self._out, 1)[0]
             if received not in ours:
                 continue
             if self._number and time.monotonic() - self._received_s >= REPEATED_S:
-                # Whatever the main thread is in the midst of: what was published stands.
+                # Safe at any moment: published checkpoints are durable.
                 os._exit(128 + received)
-            self._remember(received)
+            self._record(received)
 
 
 class _Wakeup:
-    """A descriptor that signals were written to, if it still is the file that it was."""
+    """The descriptor of an earlier `signal.set_wakeup_fd`, if it still refers to the same file."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor, self._file = descriptor, _file_of(descriptor)
 
     @property
     def descriptor(self) -> int:
-        """-1 where the file has been closed: the number may be another file's by now."""
+        """The descriptor; -1 if its file was closed, since the number may now be another file's."""
         same = self._file is not None and _file_of(self._descriptor) == self._file
         return self._descriptor if same else -1
 
 
 def _file_of(descriptor: int) -> tuple[int, int] | None:
     try:
-        found = os.fstat(descriptor)
+        status = os.fstat(descriptor)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
-def _handle(handler: Any, number: int, frame: FrameType | None) -> None:
-    """Do what a handler, as `signal.signal` takes it, does."""
+def _call(handler: Any, number: int, frame: FrameType | None) -> None:
+    """Act as `handler`, any argument of `signal.signal`, would."""
     if callable(handler):
         handler(number, frame)
     elif handler == signal.SIG_DFL:

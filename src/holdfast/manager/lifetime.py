@@ -1,5 +1,4 @@
-"""The hold of a manager on its folder, its signals and its hooks: from when it is made until it is
-closed, in the process that made it."""
+"""What a manager holds until it is closed, in the process that made it: its lock, signals, hooks."""
 
 from __future__ import annotations
 
@@ -13,51 +12,50 @@ from holdfast.catalog.catalog import Catalog
 from holdfast.comm import host_name
 from holdfast.errors import UsageError
 from holdfast.format.names import LOCK
-from holdfast.manager.hub import FOLDER, Hub
+from holdfast.manager.hf import FOLDER, HFFormat
 from holdfast.manager.retention import put_in_order
 
 
-class Holding:
-    """What a manager holds. A context that gives it up at its end, whatever happens in it."""
+class Lifetime:
+    """Context that releases everything a manager holds, even if an error ends it."""
 
     def __init__(self) -> None:
         self._held = ExitStack()
         self._pid = os.getpid()
-        # Also when the program ends without `close`: later the modules that it needs are gone.
-        weakref.finalize(self, _give_up, self._held, self._pid)
+        # Releases them if the program ends without `close`, before modules are torn down.
+        weakref.finalize(self, _release, self._held, self._pid)
         self._closed = False
 
     @property
     def is_open(self) -> bool:
-        """Whether the manager works: false once it is closed, and in a forked child."""
+        """Whether the manager can be used: False once it is closed, and in a forked child."""
         return not self._closed and self._pid == os.getpid()
 
     def check_open(self) -> None:
-        """Make sure that the manager works.
+        """Check that the manager can be used.
 
         Raises:
-            UsageError: it was closed, or this process inherited it by a fork.
+            UsageError: it is closed, or this process inherited it by a fork.
         """
         if self._pid != os.getpid():
             raise UsageError(
                 f"this CheckpointManager belongs to process {self._pid}; this one, {os.getpid()}, "
                 "was forked from it",
-                hint="use it where it was made; a process that saves on its own makes its own, "
-                "with another folder",
+                hint="use it in that process, or make another one here, with another folder",
             )
         if self._closed:
             raise UsageError(
-                "this CheckpointManager is closed: it saves and loads no more",
+                "this CheckpointManager is closed: it neither saves nor loads",
                 hint="make another one; `with CheckpointManager(...)` closes it at the end of the "
                 "block",
             )
 
-    def take(self, catalog: Catalog, hub: Hub) -> None:
-        """Lock the folder of `catalog` for this process, and clean up what killed runs left there
-        and among the exports below it.
+    def take(self, catalog: Catalog, hf: HFFormat) -> None:
+        """Lock the folder of `catalog` for this process. Clean up after killed runs, in that folder
+        and in the folder of exports below it.
 
         Raises:
-            ExistsError: another manager, of this process or another one, holds it.
+            ExistsError: another manager, of this process or another one, holds the folder.
         """
         store = catalog.store
         store.make_folder("")
@@ -67,13 +65,13 @@ class Holding:
         catalog.check_lock = check_lock
         put_in_order(store)
         if f"{FOLDER}/" in store.list():
-            # Who reads exports does not know of what stands aside.
-            put_in_order(hub.catalog.store)
-        hub.catalog.check_lock = check_lock
+            # Other programs, which read exports, cannot restore a `.replaced` one.
+            put_in_order(hf.catalog.store)
+        hf.catalog.check_lock = check_lock
 
-    def callback(self, give_up: Callable[[], object]) -> None:
-        """Call `give_up` when the manager is closed."""
-        self._held.callback(give_up)
+    def callback(self, release: Callable[[], object]) -> None:
+        """Call `release` when the manager is closed."""
+        self._held.callback(release)
 
     def __enter__(self) -> None: ...
 
@@ -82,6 +80,6 @@ class Holding:
         self._held.close()
 
 
-def _give_up(held: ExitStack, pid: int) -> None:
+def _release(held: ExitStack, pid: int) -> None:
     if pid == os.getpid():
         held.close()

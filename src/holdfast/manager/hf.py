@@ -1,4 +1,4 @@
-"""What of a run comes from Hugging Face's folders, and what becomes one."""
+"""Loads the model of a run from a Hugging Face folder, and exports it to such folders."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from holdfast.format.names import step_name
 from holdfast.hf.export import ExportSnapshot, HFModel, export
 from holdfast.hf.load import load_folder
 from holdfast.loading.load import Loaded
+from holdfast.manager.components import differences
 from holdfast.manager.config import CheckpointConfig
-from holdfast.manager.parts import differences
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import Pending
 from holdfast.spelling import rate
@@ -27,14 +27,18 @@ from holdfast.storage.opening import folder_store
 logger: logging.Logger = logging.getLogger("holdfast")
 
 FOLDER = "hf"
-"""Of exports at an interval, below that of the steps."""
+"""Folder of the exports at an interval, below the folder of the checkpoints."""
 
-Use = Literal["step", "beside", "alone"]
-"""The step itself is a Hugging Face folder; there is one beside it; there is one and no step."""
+Export = Literal["as_step", "beside", "alone"]
+"""Place of an export: in the folder `step-N` itself, in addition to a checkpoint, or without a
+checkpoint of this step."""
 
 
-class Hub:
-    """A run's way to and from Hugging Face. Collective: every rank makes one and calls alike."""
+class HFFormat:
+    """Reads and writes the model in HF format.
+
+    Collective: every rank makes one and calls its methods in the same order.
+    """
 
     def __init__(
         self,
@@ -42,16 +46,16 @@ class Hub:
         config: CheckpointConfig,
         catalog: Catalog,
         ranks: Ranks,
-        sections: Collection[str],
+        components: Collection[str],
     ) -> None:
-        """`catalog` is that of the steps, `sections` the top-level names that are not the model's.
+        """`catalog` is that of the checkpoints; `components` are all but the model.
 
         Raises:
-            UsageError: the settings ask for what needs to know the model, and it is not given.
+            UsageError: the settings ask for exports, and `model` is None.
         """
         self._model, self._config, self._ranks = model, config, ranks
-        self._sections = sections
-        self._above = catalog.store.url
+        self._components = components
+        self._checkpoints_url = catalog.store.url
         self.planner: Planner = Planner(ranks)
         if model is None and (config.last_save_in_hf or config.hf_export_interval):
             raise UsageError(
@@ -61,48 +65,52 @@ class Hub:
 
     @cached_property
     def catalog(self) -> Catalog:
-        """Exports at an interval, in a folder of their own below that of the steps."""
-        return Catalog(folder_store(f"{self._above}/{FOLDER}"))
+        """Catalog of the exports at an interval."""
+        return Catalog(folder_store(f"{self._checkpoints_url}/{FOLDER}"))
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """What the `config.json` of the model says; nothing where it is not known."""
+        """Contents of the model's `config.json`; empty if unknown."""
         return {} if self._model is None else self._model.config
 
-    def use(self, step: int, *, last_step: bool, saved: bool) -> Use | None:
-        """What of this step is to be a Hugging Face folder; `saved`: it is saved as a step too."""
+    def export_at(self, step: int, *, last_step: bool, saved: bool) -> Export | None:
+        """Where this step is exported to; None if it is not. `saved`: a checkpoint of it is saved
+        too."""
         if last_step and self._config.last_save_in_hf:
-            return "step"
+            return "as_step"
         interval = self._config.hf_export_interval
         if not interval or step % interval:
             return None
         return "beside" if saved else "alone"
 
     def load(self, path: str | None, tree: StateTree) -> Loaded:
-        """Load the model from `path`, or from the assets."""
-        known = self._model
-        found = path or (known.assets if known is not None else None)
-        if found is None:
+        """Load the model from `path`, or from the assets of the model."""
+        model = self._model
+        folder = path or (model.assets if model is not None else None)
+        if folder is None:
             raise UsageError(
                 "`checkpoint.initial_load_in_hf` needs a Hugging Face folder",
                 hint="--checkpoint.initial_load_path FOLDER, or --model.hf_assets_path FOLDER",
             )
-        config = known.config if known is not None else None
-        partial = not self._config.initial_load_strict
         loaded, notes = load_folder(
-            found, tree, ranks=self._ranks, config=config, partial_load=partial
+            folder,
+            tree,
+            ranks=self._ranks,
+            config=model.config if model is not None else None,
+            partial_load=not self._config.initial_load_strict,
         )
         quantized = any("dequantized" in note for note in notes)
         if self._config.initial_load_in_hf_quantized and not quantized:
             notes = (*notes, "`initial_load_in_hf_quantized` is set, and no tensor is quantized")
-        for note in notes if self._ranks.rank == 0 else ():
-            logger.info("%s: %s", loaded.where, note)
-        for line in differences(loaded) if self._ranks.rank == 0 else ():
-            logger.warning(line)
+        if self._ranks.rank == 0:
+            for note in notes:
+                logger.info("%s: %s", loaded.where, note)
+            for line in differences(loaded):
+                logger.warning(line)
         return loaded
 
     def prepare(self) -> None:
-        """Make the folder of exports ready. Collective."""
+        """Create the folder of exports, or clean it up. Collective."""
 
         def make() -> None:
             store = self.catalog.store
@@ -111,19 +119,21 @@ class Hub:
 
         run_on_rank_0(self._ranks, make)
 
-    def finish(self, pending: Pending, ranks: Ranks, step: int, use: Use) -> int:
+    def export(self, pending: Pending, ranks: Ranks, step: int, place: Export) -> int:
         """Write the model of a save as a Hugging Face folder, and publish it. Returns its bytes.
-        Collective, over ranks that nothing else uses in the meantime."""
-        assert self._model is not None, "checked at birth"
+
+        Collective. Nothing else may use `ranks` in the meantime.
+        """
+        assert self._model is not None, "checked by the constructor"
         started = time.perf_counter()
         catalog, attempt = pending.catalog, pending.attempt
-        if use == "beside":
+        if place == "beside":
             catalog = self.catalog
             attempt = run_on_rank_0(
                 ranks, lambda: self.catalog.begin(step_name(step), replace=True)
             )
-        made = export(
-            ExportSnapshot(pending.file_layout, pending.data_of, pending.index, self._sections),
+        exported = export(
+            ExportSnapshot(pending.file_layout, pending.data_of, pending.index, self._components),
             self._model,
             self._config.export_dtype,
             catalog=catalog,
@@ -131,14 +141,16 @@ class Hub:
             ranks=ranks,
         )
         if ranks.rank == 0:
-            done = rate(made.nbytes, time.perf_counter() - started)
-            where = catalog.where(attempt.name)
-            logger.info("saved step %d for Hugging Face: %s, %s", step, done, where)
-            if made.lost:
-                more = f" and {len(made.lost) - 1} more" if len(made.lost) > 1 else ""
+            speed = rate(exported.nbytes, time.perf_counter() - started)
+            where, lost = catalog.where(attempt.name), exported.lost
+            logger.info("saved step %d for Hugging Face: %s, %s", step, speed, where)
+            if lost:
+                more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
                 logger.warning(
-                    "%s is without `%s`%s, which balance experts and are not zero: the hub has no "
-                    "place for them, so experts are chosen otherwise there",
-                    *(where, made.lost[0], more),
+                    "%s is without `%s`%s, which balance experts and are not zero: the Hugging "
+                    "Face format has no tensors for them, so this model routes differently there",
+                    where,
+                    lost[0],
+                    more,
                 )
-        return made.nbytes
+        return exported.nbytes
