@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from holdfast.cli.terminal import parsed, say
+from holdfast.cli.terminal import parsed, say, say_error
 from holdfast.errors import ExistsError, StorageError, UsageError
 from holdfast.skills.startup import refresh
 from holdfast.spelling import counted
@@ -63,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
             hint="pip install 'holdfast[serve]'",
         ) from error
     for line in refresh(os.environ):
-        sys.stderr.write(f"{line}\n")
+        say_error(line)
     listener = listen(asked.host, asked.port)
     names = ["localhost", asked.host, socket.gethostname(), *asked.allow_host]
     server = server_of(asked.folders, names, asked.max_age)

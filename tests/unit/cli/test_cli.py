@@ -392,6 +392,47 @@ def test_a_reader_that_has_seen_enough_is_no_error(saved: Path) -> None:
     assert ran.stderr == ""
 
 
+def shell(line: str) -> subprocess.CompletedProcess[str]:
+    """What a shell makes of a line in which `holdfast` is the command."""
+    line = line.replace("holdfast ", f"{sys.executable} -m holdfast.cli ")
+    return subprocess.run(["bash", "-c", line], text=True, capture_output=True)
+
+
+@pytest.mark.parametrize("verb", ["list", "list --json", "verify", "list --help", "--help"])
+def test_output_that_cannot_be_written_is_one_error(verb: str, saved: Path) -> None:
+    """G8. Method: stdout is a full disk: one line and its hint, no traceback, status 9."""
+    folder = "" if "--help" in verb else saved / "outputs/checkpoint"
+    ran = shell(f"holdfast {verb} {folder} > /dev/full")
+    assert ran.stderr.startswith("error: cannot write the output: No space left on device\nhint: ")
+    assert len(ran.stderr.splitlines()) == 2
+    assert ran.returncode == 9
+
+
+def test_a_closed_stream_is_no_error(saved: Path) -> None:
+    """G8. Method: stdout closed by the shell, for a command that ends well and one that does not;
+    stderr closed, or full: the exit status is all there is, and is the right one."""
+    ran = shell(f"holdfast list {saved}/outputs/checkpoint >&-")
+    assert (ran.stderr, ran.returncode) == ("", 0)
+    ran = shell(f"holdfast list {saved}/nothing >&-")
+    assert ran.stderr.startswith("error: nothing at")
+    assert ran.returncode == 4
+    for closed in ("2>&-", "2>/dev/full", ">&- 2>&-"):
+        assert shell(f"holdfast list {saved}/nothing {closed}").returncode == 4
+
+
+def test_a_character_that_the_output_cannot_spell_is_escaped(tmp_path: Path) -> None:
+    """G8. Method: a tensor with a name that ASCII lacks, on stdout and in an error."""
+    import torch
+
+    holdfast.save(tmp_path / "step-1", {"gr\u00f6\u00dfe": torch.ones(2)})
+    ran = shell(f"PYTHONUTF8=0 PYTHONIOENCODING=ascii holdfast show {tmp_path}/step-1")
+    assert (ran.stderr, ran.returncode) == ("", 0)
+    assert "gr\\xf6\\xdfe" in ran.stdout
+    ran = shell(f"PYTHONUTF8=0 PYTHONIOENCODING=ascii holdfast show {tmp_path}/gr\u00f6\u00dfe")
+    assert (ran.stdout, ran.returncode) == ("", 4)
+    assert "gr\\xf6\\xdfe" in ran.stderr
+
+
 @pytest.mark.parametrize(
     ("nbytes", "said"),
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1_550_000, "1.6 MB"), (2 * 10**15, "2.0 PB")],
