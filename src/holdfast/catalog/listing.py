@@ -11,7 +11,7 @@ from holdfast.catalog.findings import kind_of
 from holdfast.catalog.marks import damaged_steps, pinned_steps
 from holdfast.catalog.open_any import format_of, open_any
 from holdfast.catalog.resumable import misnumbered, why_not_resumable
-from holdfast.catalog.steady import read_steadily
+from holdfast.catalog.steady import is_deleted, read_steadily
 from holdfast.errors import HoldfastError, NotFoundError
 from holdfast.format.names import aside_of, step_standing_in
 from holdfast.format.timings import Stage
@@ -71,7 +71,13 @@ def survey(store: ReadStore, name: str, look_at: LookAt | None = None) -> list[C
     if not steps and not asides:
         raise NotFoundError(f"`{place(store, name)}` holds no step", hint=_hint(store, name, there))
     damaged, pinned = damaged_steps(store, name), pinned_steps(store, name)
-    rows = [_marked((look_at or row_of)(store, step), damaged, pinned) for step in steps]
+    found = [(step, (look_at or row_of)(store, step)) for step in steps]
+    rows = [
+        _marked(row, damaged, pinned)
+        for step, row in found
+        # Retention may have deleted it since it was listed.
+        if row.state != "damaged" or not is_deleted(store, step)
+    ]
     return rows + [CheckpointRow(one, None, "attempt") for one in asides]
 
 

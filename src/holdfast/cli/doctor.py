@@ -138,7 +138,7 @@ def _looked_at(path: str, *, quick: bool) -> Folder:
             f"`{place(store, name)}` is no folder of steps",
             hint="it is a checkpoint itself: holdfast verify" if _is_checkpoint(names) else None,
         )
-    reports = [verified(store, step, quick) for step in steps]
+    reports = [*verified(store, steps, quick).values()]
     return Folder(store, name, names, reports, damaged_steps(store, name), not quick)
 
 

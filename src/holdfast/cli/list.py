@@ -53,7 +53,11 @@ def run(arguments: Sequence[str]) -> int:
     if asked.verify:
         reports = _reports(store, name, rows)
         damaged = sum(not report.good for report in reports.values())
-        rows = [_verified(row, reports.get(row.name)) for row in rows]
+        rows = [
+            _verified(row, reports.get(row.name))
+            for row in rows
+            if row.state == "attempt" or row.name in reports
+        ]
     resume = resumable(rows)
     if asked.json:
         said = {"folder": place(store, name), "resume": resume}
@@ -74,12 +78,13 @@ def run(arguments: Sequence[str]) -> int:
 def _reports(
     store: ReadStore, folder: str, rows: Sequence[CheckpointRow]
 ) -> dict[str, VerifyReport]:
-    """What reading all data of each step has shown, by its name."""
+    """What reading all data of each step has shown, by its name; of those still there."""
     # Not at the top: a list that reads no data does not wait for the verifier.
     from holdfast.cli.verify import verified
 
-    steps = [row.name for row in rows if row.state != "attempt"]
-    return {name: verified(store, f"{folder}/{name}", quick=False) for name in steps}
+    steps = [f"{folder}/{row.name}" for row in rows if row.state != "attempt"]
+    found = verified(store, steps, quick=False)
+    return {step.rpartition("/")[2]: report for step, report in found.items()}
 
 
 def _verified(row: CheckpointRow, report: VerifyReport | None) -> CheckpointRow:

@@ -16,9 +16,11 @@ import pytest
 
 import holdfast
 from checkpoints import save_safetensors, save_step, save_stock, save_torch
+from holdfast.catalog.catalog import Catalog
 from holdfast.cli import terminal
 from holdfast.cli.main import VERBS, main
 from holdfast.spelling import spelled_age, spelled_bytes
+from holdfast.storage.local import LocalStore
 
 
 @pytest.fixture(scope="module")
@@ -390,6 +392,45 @@ def test_a_reader_that_has_seen_enough_is_no_error(saved: Path) -> None:
     command = f"{sys.executable} -m holdfast.cli list {saved}/outputs/checkpoint --json | true"
     ran = subprocess.run(command, shell=True, text=True, capture_output=True)
     assert ran.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        (("list",), "manifest"),
+        (("verify",), "manifest"),
+        (("list", "--verify"), "distcp"),
+        (("verify", "--mark"), "distcp"),
+        (("doctor", "--verify"), "distcp"),
+    ],
+)
+def test_a_step_that_is_deleted_while_it_is_read_is_not_damaged(
+    command: tuple[str, ...],
+    file: str,
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """G4, G16. Method: retention deletes steps 1 and 2 once both are listed and a file of the first
+    is read. They are left out, and neither called damaged nor marked."""
+    folder = home / "outputs/checkpoint"
+    catalog, read = Catalog(LocalStore(folder)), LocalStore.read
+    deleted: list[str] = []
+
+    def deleting(store: LocalStore, key: str, start: int, stop: int) -> bytes:
+        if not deleted and "step-1/" in key and file in key:
+            deleted.append(key)
+            for step in (1, 2):
+                catalog.remove(f"step-{step}")
+        return read(store, key, start, stop)
+
+    monkeypatch.setattr(LocalStore, "read", deleting)
+    status, said, err = run(capsys, command[0], folder, *command[1:])
+    assert deleted
+    assert status == 0, err
+    assert "damaged" not in said
+    assert ("deleted meanwhile" in err) == (command != ("list",))
+    assert sorted(path.name for path in folder.iterdir()) == ["step-3"]
 
 
 def shell(line: str) -> subprocess.CompletedProcess[str]:
