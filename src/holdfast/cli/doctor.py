@@ -13,6 +13,7 @@ from holdfast.catalog.catalog import place, read_manifest, steps_in
 from holdfast.catalog.cleanup import is_at_work, plan_cleanup
 from holdfast.catalog.findings import MODEL_IS_WHOLE, VerifyReport, said_of
 from holdfast.catalog.marks import damaged_steps
+from holdfast.catalog.open_any import check_folder
 from holdfast.catalog.paths import open_for_reading
 from holdfast.cli.terminal import parsed, say, say_json
 from holdfast.cli.verify import resumable, verified
@@ -131,6 +132,7 @@ def _without_command(trouble: Trouble) -> str:
 
 def _looked_at(path: str, *, quick: bool) -> Folder:
     store, name = open_for_reading(path)
+    check_folder(store, name)
     names, steps = store.list(name), steps_in(store, name)
     asides = [one for one in names if aside_of(one.rstrip("/")) is not None]
     if not steps and not asides and LOCK not in names:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from holdfast.catalog.catalog import place
 from holdfast.catalog.findings import VerifyReport, said_of
 from holdfast.catalog.listing import CheckpointRow, resumable, survey
+from holdfast.catalog.open_any import check_folder
 from holdfast.catalog.paths import open_for_reading
 from holdfast.cli.terminal import parsed, say, say_json, say_table
 from holdfast.errors import DamagedError
@@ -48,6 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     """Print the list; the exit status."""
     asked = parsed(ListArguments, "list", arguments)
     store, name = open_for_reading(asked.folder)
+    check_folder(store, name)
     rows = survey(store, name)
     damaged = 0
     if asked.verify:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from holdfast.catalog.catalog import Catalog, read_manifest
 from holdfast.catalog.cleanup import execute, is_at_work, plan_cleanup
-from holdfast.catalog.open_any import format_of
+from holdfast.catalog.open_any import check_folder, format_of
+from holdfast.catalog.paths import place_of
 from holdfast.catalog.replaceable import why_not_removable
 from holdfast.catalog.resumable import misnumbered
 from holdfast.cli.terminal import parsed, say, say_json, say_table
@@ -98,6 +99,7 @@ def run(arguments: Sequence[str]) -> int:
     asked = parsed(PruneArguments, "prune", arguments)
     if is_url(asked.folder):
         raise UsageError(f"`{asked.folder}` is a URL: use the tool of that store")
+    check_folder(*place_of(asked.folder))
     catalog = Catalog(folder_store(asked.folder))
     names = [name.rstrip("/") for name in catalog.store.list()]
     if not catalog.folders() and not any(map(aside_of, names)):

@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from holdfast.catalog.open_any import check_folder
+from holdfast.catalog.paths import open_for_reading
 from holdfast.cli.terminal import parsed, say
 from holdfast.dashboard.history import history_of
 from holdfast.dashboard.page import page
@@ -39,6 +41,7 @@ class ReportArguments:
 def run(arguments: Sequence[str]) -> int:
     """Write the page, say where it is; the exit status."""
     asked = parsed(ReportArguments, "report", arguments)
+    check_folder(*open_for_reading(asked.folder))
     text = page(history_of(asked.folder), datetime.now(UTC))
     target = Path(asked.out)
     part = target.with_name(f".{target.name}.part")

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from holdfast.catalog.catalog import Catalog, open_manifest
+from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.source import Source
 from holdfast.comm import Ranks, Solo, all_ranks, run_on_all, run_on_rank_0
@@ -24,6 +24,7 @@ from holdfast.format.manifest import Kind
 from holdfast.format.names import checked_step, step_of
 from holdfast.hf.export import HFModel
 from holdfast.loading.load import load_tree
+from holdfast.loading.opening import open_in
 from holdfast.manager import arguments
 from holdfast.manager.arguments import Metrics
 from holdfast.manager.config import CheckpointConfig
@@ -402,9 +403,9 @@ class CheckpointManager:
         if path is None:
             return None
         store, name = open_for_reading(path)
-        manifest = run_on_rank_0(self._ranks, lambda: open_manifest(store, name))
-        manifest = as_here(manifest, self._whole, self.config.initial_load_renames)
-        source = Source(store, name, manifest)
+        opened = run_on_rank_0(self._ranks, lambda: open_in(store, name))
+        manifest = as_here(opened.manifest, self._whole, self.config.initial_load_renames)
+        source = Source(store, opened.name, manifest)
         if self.config.initial_load_model_only:
             partial_load = not self.config.initial_load_strict
             tree = self._model(self._whole, left_alone(manifest, [MODEL]))

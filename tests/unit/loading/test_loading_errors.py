@@ -32,6 +32,8 @@ from holdfast.format import manifest as manifests
 from holdfast.format.checksum import BLOCK_BYTES
 from holdfast.loading.checkpoint import Checkpoint
 from holdfast.loading.load import load_tree
+from holdfast.manager.config import CheckpointConfig
+from holdfast.manager.manager import CheckpointManager
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import save_leaves
 from holdfast.state.objects import StateTree
@@ -175,6 +177,23 @@ def test_a_chunk_that_the_manifest_lacks_is_damage_and_no_tensor_is_touched(tmp_
     assert target["seen"] == {"text": "", "list": []}
     with pytest.raises(DamagedError, match=r"`model\.b`"):
         holdfast.open(tmp_path / "step-1").read("model.b")
+
+
+def test_a_file_where_a_folder_is_wanted_is_named(tmp_path: Path) -> None:
+    """G8. Method: a file of torch.save, for every function that loads or opens."""
+    file, model = tmp_path / "w.pt", torch.nn.Linear(2, 2)
+    torch.save(model.state_dict(), file)
+    config = CheckpointConfig(enable=True, initial_load_path=str(file))
+    with CheckpointManager(tmp_path / "run", model=model, config=config) as manager:
+        for load_it in (
+            lambda: holdfast.load(file, model),
+            lambda: holdfast.open(file),
+            manager.load,
+        ):
+            with pytest.raises(NotFoundError, match=r"is a file, written by torch\.save") as raised:
+                load_it()
+            assert f"holdfast convert {file} " in str(raised.value.hint)
+            assert "move it away" not in str(raised.value)
 
 
 def test_every_difference_is_listed_and_nothing_is_changed(tmp_path: Path) -> None:
