@@ -19,7 +19,7 @@ from holdfast.convert.stream import Advance, Output, Outputs, read_ahead
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format import torchfile
 from holdfast.format.manifest import Kind, Path
-from holdfast.format.names import Aside, aside_of, step_name, step_of
+from holdfast.format.names import Aside, aside_of, check_name, step_name, step_of
 from holdfast.format.safetensors import INDEX
 from holdfast.format.structure import Node
 from holdfast.hf.assets import beside_weights, config_bytes
@@ -86,6 +86,7 @@ def open_target(
     folder, _, name = full.rpartition("/")
     if not name:
         raise UsageError(f"`{path}` is no place for a checkpoint: it has no name")
+    check_name(name, full)
     return target_in(folder_store(folder or "/"), name, overwrite=overwrite, file=file)
 
 

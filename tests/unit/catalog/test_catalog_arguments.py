@@ -11,6 +11,8 @@ import torch
 
 import holdfast
 from holdfast import NotFoundError, UsageError
+from holdfast.convert.target import open_target
+from holdfast.format.names import NAME_BYTES_MAX, Aside, held_file
 
 STATE = {"w": torch.arange(12.0).view(4, 3), "step": 7}
 
@@ -100,3 +102,45 @@ def test_a_name_is_text_and_of_the_right_kind(tmp_path: Path) -> None:
         there.read("step")
     with pytest.raises(NotFoundError, match=r'no value `w`\nhint: `read\("w"\)`'):
         there.value("w")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".attempt-best-00000001",
+        ".removing-best-00000002",
+        ".replaced-step-3-00000003",
+        ".pinned-step-5",
+        ".damaged-step-5",
+        ".held-best-00000000",
+        ".lock",
+        "manifest.json",
+    ],
+)
+def test_a_name_that_holdfast_uses_is_no_checkpoints(name: str, tmp_path: Path) -> None:
+    """G14: the next start of a run there would delete it. Method: a save and a conversion."""
+    with pytest.raises(UsageError, match="Holdfast itself uses names such as"):
+        holdfast.save(tmp_path / "new" / name, {"a": 1})
+    with pytest.raises(UsageError, match="Holdfast itself uses names such as"):
+        open_target(str(tmp_path / "new" / name), overwrite=True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_name_is_refused_if_what_is_set_aside_for_it_has_no_name(tmp_path: Path) -> None:
+    """G8, G14. Method: the longest name allowed, of two-byte characters, saved and replaced; every
+    name that Holdfast makes of it fits. One byte more is refused before anything is made."""
+    longest = "\u00f6" * (NAME_BYTES_MAX // 2)
+    for value in (1, 2):
+        holdfast.save(tmp_path / longest, {"a": value}, overwrite=True)
+    assert holdfast.open(tmp_path / longest).value("a") == 2
+    for role in ("attempt", "replaced", "removing"):
+        aside = str(Aside(role, longest, "0" * 8))  # type: ignore[arg-type]
+        (tmp_path / aside).mkdir()
+        (tmp_path / held_file(aside)).touch()
+    for refuse in (
+        lambda path: holdfast.save(path, {"a": 1}),
+        lambda path: open_target(str(path), overwrite=False),
+    ):
+        with pytest.raises(UsageError, match=f"a checkpoint may have {NAME_BYTES_MAX}"):
+            refuse(tmp_path / "new" / f"{longest}x")
+    assert not (tmp_path / "new").exists()
