@@ -53,7 +53,8 @@ def load_folder(
     all.
 
     Raises:
-        MismatchError: the folder holds another model; nothing was changed.
+        MismatchError: the folder holds another model; nothing was changed. Or a number is too large
+            for a smaller float: the state is loaded in part.
     """
     store, name = open_for_reading(path)
     folder = run_on_rank_0(ranks, lambda: _opened(store, name))
