@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from holdfast.catalog.catalog import place, read_checksums
+from holdfast.catalog.catalog import place, read_checksums, verify_hint
 from holdfast.errors import DamagedError
 from holdfast.format.checksum import BLOCK_BYTES_MAX, block_checksums, checksum, num_blocks
 from holdfast.format.manifest import Chunk, Manifest, Span, ValueEntry
@@ -22,8 +22,6 @@ ROOM_BYTES = WINDOW_BYTES + 2 * BLOCK_BYTES_MAX
 CHECKED_BYTES = BLOCK_BYTES_MAX
 """Read at once, of what is checked: whole blocks, few enough to be in cache from the read."""
 
-HINT = "leave out `load_step` to resume from the newest good step"
-
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -38,6 +36,11 @@ class Source:
     @property
     def url(self) -> str:
         return place(self.store, self.folder)
+
+    @property
+    def hint(self) -> str:
+        """Next step where this checkpoint is damaged."""
+        return verify_hint(self.url)
 
     def key(self, file: str) -> str:
         return f"{self.folder}/{file}"
@@ -59,12 +62,14 @@ def read_value(source: Source, name: str, entry: ValueEntry) -> bytes:
     """The container of a value, checked where the checkpoint has a checksum of it."""
     data = source.store.read(source.key(entry.file), entry.item.offset, entry.item.stop)
     if len(data) != entry.item.nbytes:
-        raise DamagedError(f"`{source.url}/{entry.file}` ends inside value `{name}`", hint=HINT)
+        raise DamagedError(
+            f"`{source.url}/{entry.file}` ends inside value `{name}`", hint=source.hint
+        )
     if entry.checksum is not None and checksum(data) != entry.checksum:
         raise DamagedError(
             f"`{source.url}/{entry.file}`: value `{name}` has checksum {checksum(data):016x}, "
             f"the manifest says {entry.checksum:016x}",
-            hint=HINT,
+            hint=source.hint,
         )
     return data
 
@@ -137,7 +142,7 @@ class ChunkData:
             raise DamagedError(
                 f"`{self._source.url}/{self._file}`: `{self.name}` has CRC-32 "
                 f"{self._crc32[0]:08x}, its container says {self._crc32[1]:08x}",
-                hint=HINT,
+                hint=self._source.hint,
             )
 
     def _fill(self, start: int, target: memoryview) -> None:
@@ -166,12 +171,12 @@ def check(
     raise DamagedError(
         f"`{source.url}/{file}`: block {first + n} of `{name}` has checksum {found[n]:016x}, "
         f"the manifest says {expected[n]:016x}",
-        hint=HINT,
+        hint=source.hint,
     )
 
 
 def ends_inside(source: Source, file: str, name: str, position: int) -> DamagedError:
     """What is said of a file that is too short."""
     return DamagedError(
-        f"`{source.url}/{file}` ends inside `{name}`, at byte {position}", hint=HINT
+        f"`{source.url}/{file}` ends inside `{name}`, at byte {position}", hint=source.hint
     )

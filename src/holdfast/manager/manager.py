@@ -18,8 +18,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.source import Source
+from holdfast.catalog.steady import UNREADABLE
 from holdfast.comm import Ranks, Solo, all_ranks, run_on_all, run_on_rank_0
-from holdfast.errors import MismatchError, NotFoundError
+from holdfast.errors import FormatError, MismatchError, NotFoundError
 from holdfast.format.manifest import Kind
 from holdfast.format.names import checked_step, step_of
 from holdfast.hf.export import HFModel
@@ -313,7 +314,12 @@ class CheckpointManager:
         base = None if self.config.save_frozen else self._load_initial()
         resuming = Resuming(self._catalog, self._ranks, self._resume, self._warn, self._saves)
         if wanted >= 0:
-            return resuming.from_step(wanted)
+            try:
+                return resuming.from_step(wanted)
+            except UNREADABLE as error:
+                newest = "`load_step = -1` takes the newest good checkpoint"
+                error.hint = f"{error.hint}; {newest}" if error.hint else newest
+                raise
         found, passed_over = resuming.from_newest()
         if found is not None:
             return found
@@ -440,7 +446,7 @@ class CheckpointManager:
             loaded = load_tree(
                 source, tree, ranks=self._ranks, partial=partial_load, replicas=replicas
             )
-        except MismatchError as error:
+        except (FormatError, MismatchError) as error:
             error.hint = way_on(error, self._sections) or error.hint
             raise
         self._goodput.note_load(loaded, step, self._ranks)

@@ -18,11 +18,14 @@ from holdfast.storage.store import Reader, Writer
 DIRECT_BYTES_MIN = 4 << 20
 """Smaller files are not worth the threads."""
 
+NO_SPACE = "free some space (df -h), or use another disk"
+"""Hint where a disk is full."""
+
 _HINTS = {
     errno.EACCES: "check the owner and the rights of the folder: ls -ld",
     errno.EPERM: "check the owner and the rights of the folder: ls -ld",
     errno.EROFS: "the file system is mounted read-only: mount -o remount,rw, or another folder",
-    errno.ENOSPC: "free some space (df -h), lower `checkpoint.keep_latest_k`, or use another disk",
+    errno.ENOSPC: NO_SPACE,
     errno.EDQUOT: "the quota is used up: free some space, or use another folder",
     errno.EEXIST: "a file stands where a folder should: move it away, or use another folder",
     errno.ENOTDIR: "a file stands where a folder should: move it away, or use another folder",

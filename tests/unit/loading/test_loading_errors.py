@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -33,8 +32,6 @@ from holdfast.format import manifest as manifests
 from holdfast.format.checksum import BLOCK_BYTES
 from holdfast.loading.checkpoint import Checkpoint
 from holdfast.loading.load import load_tree
-from holdfast.manager.config import CheckpointConfig
-from holdfast.manager.manager import CheckpointManager
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import save_leaves
 from holdfast.state.objects import StateTree
@@ -180,23 +177,6 @@ def test_a_chunk_that_the_manifest_lacks_is_damage_and_no_tensor_is_touched(tmp_
         holdfast.open(tmp_path / "step-1").read("model.b")
 
 
-def test_a_file_where_a_folder_is_wanted_is_named(tmp_path: Path) -> None:
-    """G8. Method: a file of torch.save, for every function that loads or opens."""
-    file, model = tmp_path / "w.pt", torch.nn.Linear(2, 2)
-    torch.save(model.state_dict(), file)
-    config = CheckpointConfig(enable=True, initial_load_path=str(file))
-    with CheckpointManager(tmp_path / "run", model=model, config=config) as manager:
-        for load_it in (
-            lambda: holdfast.load(file, model),
-            lambda: holdfast.open(file),
-            manager.load,
-        ):
-            with pytest.raises(NotFoundError, match=r"is a file, written by torch\.save") as raised:
-                load_it()
-            assert f"holdfast convert {file} " in str(raised.value.hint)
-            assert "move it away" not in str(raised.value)
-
-
 def test_every_difference_is_listed_and_nothing_is_changed(tmp_path: Path) -> None:
     """G6. Method: a missing, an extra and a mis-shaped tensor, a tensor where a value is and the
     other way around, a dtype that cannot be had; all in one message."""
@@ -249,37 +229,6 @@ def test_what_a_checkpoint_has_beyond_the_state_may_be_left_alone_if_told_so(
     assert target["a"]["x"].item() == 1
     with pytest.raises(MismatchError, match=r"`a\.z` is not in the checkpoint"):
         holdfast.load(tmp_path / "step-1", {"a": {"z": torch.zeros(1)}}, strict=False)
-
-
-class Refusing:
-    """Gives a state that it does not take back."""
-
-    def state_dict(self) -> dict[str, int]:
-        return {"version": 1}
-
-    def load_state_dict(self, _: object) -> None:
-        raise ValueError("version 1 is too old")
-
-
-def test_an_error_after_tensors_have_changed_says_so(tmp_path: Path) -> None:
-    """G6, G15. Method: an object that refuses its state, for a load and for a manager, and a number
-    too large for a smaller float. Something has changed by then, and the error says so."""
-    model, said = torch.nn.Linear(2, 2), r"; the state is loaded in part$"
-    holdfast.save(tmp_path / "a", {"model": model, "object": Refusing()})
-    holdfast.save(tmp_path / "b", {"model": model, "number": torch.tensor([1e30])})
-    number = torch.zeros(1, dtype=torch.float16)
-    for path, other in (("a", {"object": Refusing()}), ("b", {"number": number})):
-        fresh = torch.nn.Linear(2, 2)
-        with pytest.raises(MismatchError) as raised:
-            holdfast.load(tmp_path / path, {"model": fresh, **other})
-        assert re.search(said, raised.value.what)
-        assert torch.equal(fresh.weight, model.weight) or number.isinf().all()
-    config, states = CheckpointConfig(enable=True, interval=1), {"object": Refusing()}
-    with CheckpointManager(tmp_path / "c", model=model, states=states, config=config) as manager:
-        manager.save(1)
-        with pytest.raises(MismatchError, match=r"`object` was not taken: .*") as raised:
-            manager.load()
-    assert re.search(said, raised.value.what)
 
 
 def test_an_unknown_name_is_told_with_those_near_to_it(tmp_path: Path) -> None:
