@@ -116,7 +116,7 @@ def prepare_streams() -> None:
 def unwritten(error: OSError) -> StorageError:
     """The error on output that could not be written. What is left of the output goes nowhere, so
     that Python does not fail on it again as it ends."""
-    if error.filename is not None:
+    if error.filename is not None or isinstance(error, FileNotFoundError):
         return StorageError(f"{error}")
     _drop(sys.stdout)
     return StorageError(
