@@ -69,7 +69,9 @@ def survey(store: ReadStore, name: str, look_at: LookAt | None = None) -> list[C
     folders = [one.rstrip("/") for one in there]
     asides = [one for one in folders if aside_of(one) is not None and one not in listed]
     if not steps and not asides:
-        raise NotFoundError(f"`{place(store, name)}` holds no step", hint=_hint(store, name, there))
+        raise NotFoundError(
+            f"`{place(store, name)}` holds no step", hint=hint_without_steps(store, name, there)
+        )
     damaged, pinned = damaged_steps(store, name), pinned_steps(store, name)
     found = [(step, (look_at or row_of)(store, step)) for step in steps]
     rows = [
@@ -90,7 +92,8 @@ def _marked(
     return replace(row, pinned=row.step in pinned)
 
 
-def _hint(store: ReadStore, name: str, there: Sequence[str]) -> str:
+def hint_without_steps(store: ReadStore, name: str, there: Sequence[str]) -> str:
+    """Next step where a folder was to hold steps, and holds none."""
     if _is_checkpoint(store, name):
         return f"it is a checkpoint itself: holdfast verify {place(store, name)}"
     folders = [one.rstrip("/") for one in there if one.endswith("/")]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from holdfast.catalog.catalog import place, read_checksums, verify_hint
-from holdfast.errors import DamagedError
+from holdfast.catalog.steady import is_deleted
+from holdfast.errors import DamagedError, HoldfastError, NotFoundError
 from holdfast.format.checksum import BLOCK_BYTES_MAX, block_checksums, checksum, num_blocks
 from holdfast.format.manifest import Chunk, Manifest, Span, ValueEntry
 from holdfast.storage.store import Reader, ReadStore
@@ -51,16 +52,29 @@ class Source:
             return None
         if chunk.file not in self.tables:
             # Two threads may both read it: that costs less than making one wait.
-            self.tables[chunk.file] = read_checksums(
-                self.store, self.folder, self.manifest, chunk.file
-            )
+            try:
+                self.tables[chunk.file] = read_checksums(
+                    self.store, self.folder, self.manifest, chunk.file
+                )
+            except NotFoundError as error:
+                raise lacks(self, chunk.file) from error
         stop = chunk.first_block + num_blocks(nbytes, self.manifest.block_bytes)
         return self.tables[chunk.file][chunk.first_block : stop]
 
 
+def lacks(source: Source, file: str) -> HoldfastError:
+    """The error on a file that is not there: damage, unless the whole checkpoint is gone."""
+    if is_deleted(source.store, source.folder):
+        return NotFoundError(f"`{source.url}` has been deleted meanwhile")
+    return DamagedError(f"`{source.url}/{file}` is missing", hint=source.hint)
+
+
 def read_value(source: Source, name: str, entry: ValueEntry) -> bytes:
     """The container of a value, checked where the checkpoint has a checksum of it."""
-    data = source.store.read(source.key(entry.file), entry.item.offset, entry.item.stop)
+    try:
+        data = source.store.read(source.key(entry.file), entry.item.offset, entry.item.stop)
+    except NotFoundError as error:
+        raise lacks(source, entry.file) from error
     if len(data) != entry.item.nbytes:
         raise DamagedError(
             f"`{source.url}/{entry.file}` ends inside value `{name}`", hint=source.hint
