@@ -71,6 +71,14 @@ def test_a_url_where_a_folder_belongs(key: str, tmp_path: Path) -> None:
     assert not [*tmp_path.rglob("s3:*")]
 
 
+@pytest.mark.parametrize("key", ["job.dump_folder", "checkpoint.folder"])
+def test_a_home_that_no_shell_has_spelled_out(key: str, tmp_path: Path) -> None:
+    """G8. Method: `~` in either setting; no folder of that name is made."""
+    said = refused(tmp_path, f"--{key}", "~/run", status=2)
+    assert "starts with `~`" in said
+    assert not [*tmp_path.rglob("~")]
+
+
 def test_a_step_that_does_not_exist(run_folder: Path) -> None:
     said = refused(run_folder, "--checkpoint.load_step", "3", status=4)
     assert "step-3` does not exist" in said
