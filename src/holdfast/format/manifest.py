@@ -287,7 +287,7 @@ def decode(data: bytes, *, where: str, entries: bool = True) -> Manifest:
     ):
         raise DamagedError(
             f"`{where}` does not have the checksum that its last member states",
-            hint="leave out `load_step` to resume from the newest good step",
+            hint=f"`holdfast verify {where.rpartition('/')[0]}` lists what is damaged",
         )
     try:
         whole = (None if entries else _without_tensors(body)) or json.loads(body)

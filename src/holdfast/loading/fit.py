@@ -47,8 +47,8 @@ def put(target: torch.Tensor, numbers: torch.Tensor, name: str) -> None:
     ):
         raise MismatchError(
             f"`{name}` is {numbers.dtype} in the checkpoint, and holds numbers beyond the range of "
-            f"the {target.dtype} that is wanted",
-            hint="load it as another dtype; the state has been loaded in part",
+            f"the {target.dtype} that is wanted; the state is loaded in part",
+            hint="load it as another dtype",
         )
 
 

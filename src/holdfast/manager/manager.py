@@ -320,7 +320,9 @@ class CheckpointManager:
 
         Raises:
             NotFoundError: no such step; or there are steps, but none can be resumed from.
-            MismatchError: a checkpoint of another model; nothing was changed.
+            MismatchError: a checkpoint of another model; nothing was changed. Or an object refuses
+                its state, or a number is too large for a smaller float: then the state is loaded
+                in part.
             DamagedError: the step asked for is damaged.
             StorageError: the step asked for cannot be read.
         """

@@ -42,6 +42,7 @@ from holdfast.saving.write import Pace, WriteResult, write
 from holdfast.spelling import spelled_bytes
 from holdfast.state.objects import StateTree
 from holdfast.state.tree import FlatState
+from holdfast.storage.local import NO_SPACE
 from holdfast.timing import Spans
 
 logger: logging.Logger = logging.getLogger("holdfast")
@@ -377,7 +378,7 @@ def _begin(catalog: Catalog, name: str, nbytes: int, overwrite: bool) -> Aside:
         raise StorageError(
             f"`{catalog.where(name)}` needs {spelled_bytes(nbytes)}, "
             f"{spelled_bytes(free)} are free",
-            hint="free some space (df -h), lower `checkpoint.keep_latest_k`, or use another disk",
+            hint=NO_SPACE,
         )
     return catalog.begin(name, replace=overwrite)
 
