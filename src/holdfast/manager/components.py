@@ -1,4 +1,4 @@
-"""The parts of a step, by TorchTitan's names, and what is known of them."""
+"""The components of a training state: which to load, and log lines and hints about them."""
 
 from __future__ import annotations
 
@@ -7,117 +7,119 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
-from holdfast.catalog.findings import PARTS
 from holdfast.errors import HoldfastError, MismatchError, UsageError
+from holdfast.format.components import COMPONENTS, DATALOADER, DATALOADER_KEYS, MODEL, RNG
 from holdfast.format.manifest import Manifest
 from holdfast.loading.load import Loaded
-from holdfast.manager.config import DATALOADER_KEYS
 from holdfast.state.dataloader import LoaderState
 from holdfast.state.rng import RngState
 from holdfast.state.stateful import RANK, ObjectState, RankState
 from holdfast.state.tree import Stateful
 
-MODEL, OPTIMIZER, SCHEDULER, DATALOADER, RNG = (
-    *("model", "optimizer", "lr_scheduler"),
-    *("dataloader", "rng"),
-)
-"""Names of the parts of a step; TorchTitan's. The model's own names lie at the top level."""
-
 T = TypeVar("T")
 
 
-def many(given: T | Sequence[T]) -> list[T]:
+def as_list(given: T | Sequence[T]) -> list[T]:
     """One object or several, as a list."""
     return list(given) if isinstance(given, Sequence) else [given]
 
 
-def beside(dataloader: Stateful | None, rank: int) -> dict[str, Any]:
-    """What each rank has for itself: its place in the data, and its random numbers. These come
-    last: whatever makes an iterator or a worker draws from them."""
+def components_per_rank(dataloader: Stateful | None, rank: int) -> dict[str, Any]:
+    """The components that each rank has for itself: data loader and random number generators.
+
+    The generators come last, since making an iterator or a worker draws random numbers.
+    """
     loader = {} if dataloader is None else {DATALOADER: LoaderState(dataloader, rank)}
     return {**loader, RNG: RankState(ObjectState(RngState()), rank, may_lack=True)}
 
 
-def not_excluded(parts: Collection[str], excluded: Collection[str]) -> list[str]:
-    """The parts that a resume loads."""
-    left_out = {DATALOADER if name in DATALOADER_KEYS else name for name in excluded}
-    return [name for name in parts if name not in left_out]
+def not_excluded(components: Collection[str], excluded: Collection[str]) -> list[str]:
+    """The components that a resume loads."""
+    return [name for name in components if name not in _canonical(excluded)]
 
 
-def left_alone(
-    manifest: Manifest, wanted: Sequence[str], excluded: Collection[str] = ()
+def ignored_names(
+    manifest: Manifest, loaded: Sequence[str], excluded: Collection[str] = ()
 ) -> set[str]:
-    """Top-level names of a checkpoint that a load of these parts leaves as they are, whether or not
-    this run has parts of these names: what was excluded and, where the model alone is wanted, all
-    that is not the model's."""
-    names = {DATALOADER if name in DATALOADER_KEYS else name for name in excluded}
-    if [*wanted] == [MODEL]:
-        names |= {*(PARTS if manifest.components is None else manifest.components)}
+    """First keys of a checkpoint that a load of the components `loaded` ignores: those excluded by
+    the user, and, if only the model is loaded, all that do not belong to the model."""
+    names = _canonical(excluded)
+    if [*loaded] == [MODEL]:
+        names |= {*(COMPONENTS if manifest.components is None else manifest.components)}
     return names
 
 
-def check_excluded(excluded: Sequence[str], parts: Collection[str]) -> None:
-    """Refuse names that are those of no part.
+def _canonical(names: Collection[str]) -> set[str]:
+    return {DATALOADER if name in DATALOADER_KEYS else name for name in names}
+
+
+def check_excluded(excluded: Sequence[str], components: Collection[str]) -> None:
+    """Check that only components are excluded from loading.
 
     Raises:
-        UsageError: the first of them, with the nearest that is.
+        UsageError: a name is no component. The hint has the most similar one.
     """
-    known = {*parts, *DATALOADER_KEYS} - {MODEL}
+    known = {*components, *DATALOADER_KEYS} - {MODEL}
     for name in excluded:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            similar = difflib.get_close_matches(name, known, n=1)
+            listed = f"components: {', '.join(sorted(known))}"
             raise UsageError(
-                f"`checkpoint.exclude_from_loading` names `{name}`, which is no part of a step",
-                hint=f"did you mean `{near[0]}`?" if near else f"parts: {', '.join(sorted(known))}",
+                f"`checkpoint.exclude_from_loading` has `{name}`, which is no component of the "
+                "training state",
+                hint=f"did you mean `{similar[0]}`?" if similar else listed,
             )
 
 
 def check_dataloader(manifest: Manifest, num_ranks: int) -> None:
-    """A loader's state by ranks fits as many ranks only.
+    """Check that a data loader's state for each rank was saved by as many ranks as load it.
 
     Raises:
         MismatchError: another number of ranks has saved it.
     """
     paths = [tensor.path for tensor in manifest.tensors.values()]
     paths += [value.path for value in manifest.values.values()]
-    kept = {str(path[1]) for path in paths if path[0] == DATALOADER and len(path) > 1}
-    by_rank = {key for key in kept if key.startswith(RANK)}
+    keys = {str(path[1]) for path in paths if path[0] == DATALOADER and len(path) > 1}
+    by_rank = {key for key in keys if key.startswith(RANK)}
     if by_rank and by_rank != {f"{RANK}{rank}" for rank in range(num_ranks)}:
         raise MismatchError(
-            f"the data loader's state was saved by {len(by_rank)} ranks, for each its own; "
-            f"this run has {num_ranks}",
+            f"the data loader's state was saved by {len(by_rank)} ranks, one state for each; "
+            f"this run has {num_ranks} ranks",
             hint='`checkpoint.exclude_from_loading = ["dataloader"]` starts the data afresh',
         )
 
 
-def way_on(error: HoldfastError, parts: Collection[str]) -> str | None:
-    """What a run can do about a checkpoint that does not fit, if only some of `parts` do not: the
-    setting that leaves these out."""
+def hint_for_mismatch(error: HoldfastError, components: Collection[str]) -> str | None:
+    """The setting that excludes the mismatched components, if any of `components` are mismatched.
+    These are all components but the model."""
     named = {name.partition(".")[0] for name in re.findall(r"`([^`/]+)`", error.what)}
-    unfit = sorted(named & {*parts})
-    if not unfit:
+    mismatched = sorted(named & {*components})
+    if not mismatched:
         return None
+    if _is_all(error.what, components):
+        return (
+            "the model fits; the rest was saved by another program, or with other settings: "
+            f"`--checkpoint.exclude_from_loading {','.join(mismatched)}` starts it afresh"
+        )
     return (
-        "the model fits, what wrote the rest was another program or another setting: "
-        f"`--checkpoint.exclude_from_loading {','.join(unfit)}` starts that afresh"
-        if _is_all(error.what, parts)
-        else "is it a checkpoint of another model? `--checkpoint.exclude_from_loading` leaves out "
-        f"whole parts, such as {', '.join(unfit)}"
+        "is it a checkpoint of another model? `--checkpoint.exclude_from_loading` leaves out "
+        f"whole components, such as {', '.join(mismatched)}"
     )
 
 
-def _is_all(what: str, parts: Collection[str]) -> bool:
-    """Whether every line of a list of differences is about one of `parts`."""
+def _is_all(what: str, components: Collection[str]) -> bool:
+    """Whether every line in a list of differences is about one of `components`."""
     lines = [line.strip() for line in what.splitlines()[1:] if line.strip().startswith("`")]
-    return all(line[1:].partition("`")[0].partition(".")[0] in parts for line in lines)
+    return all(line[1:].partition("`")[0].partition(".")[0] in components for line in lines)
 
 
 def differences(loaded: Loaded) -> list[str]:
-    """What a load that allowed for differences has found, for people."""
+    """Log lines on the differences that a load has allowed."""
     lines = [*loaded.differences]
     if lines:
-        matched, left = loaded.num_matched, len(lines)
-        lines.append(f"{matched} entries matched, {left} differ and stay as they are")
+        lines.append(
+            f"{loaded.num_matched} entries matched, {len(lines)} differ and stay as they are"
+        )
     if loaded.lacking:
         lines.append(
             f"{len(loaded.lacking)} trained parameters are not in {loaded.where}, and stay as they "
@@ -126,8 +128,8 @@ def differences(loaded: Loaded) -> list[str]:
     return lines
 
 
-def converted(loaded: Loaded, manifest: Manifest) -> list[str]:
-    """What a load has converted, for people."""
+def conversions(loaded: Loaded, manifest: Manifest) -> list[str]:
+    """Log line on the tensors that a load has converted to another dtype; empty if there are none."""
     if not loaded.converted:
         return []
     first = loaded.converted[0]
@@ -137,10 +139,11 @@ def converted(loaded: Loaded, manifest: Manifest) -> list[str]:
     ]
 
 
-def other_generators(manifest: Manifest, num_ranks: int) -> str | None:
-    """Why a checkpoint does not have a generator state for each rank of this run; None: it has."""
+def why_no_generators(manifest: Manifest, num_ranks: int) -> str | None:
+    """Reason why a checkpoint has no random number generators for each rank; None if it has."""
     saved_by = manifest.layout.get("world_size")
-    kept = any(entry.path[0] == RNG for entry in manifest.tensors.values())
-    if kept and saved_by == num_ranks:
+    if not any(entry.path[0] == RNG for entry in manifest.tensors.values()):
+        return "not saved"
+    if saved_by == num_ranks:
         return None
-    return f"saved by {saved_by} ranks, this run has {num_ranks}" if kept else "not saved"
+    return f"saved by {saved_by} ranks, this run has {num_ranks}"

@@ -1,4 +1,4 @@
-"""The `[checkpoint]` section: TorchTitan's keys, with their meaning and their checks."""
+"""The `[checkpoint]` section of the configuration, with TorchTitan's keys."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from holdfast.errors import UsageError
 from holdfast.format.names import STEP_MAX
 from holdfast.manager.renames import parse
 from holdfast.manager.signals import check_names
-
-DATALOADER_KEYS = ("dataloader", "data_loader")
-"""Two spellings of one key, both in use among TorchTitan's users."""
 
 
 @settings("checkpoint")
@@ -153,64 +150,72 @@ class CheckpointConfig:
     time left, the model only is saved, or nothing."""
 
     def __post_init__(self) -> None:
-        if self.interval != "auto" and self.interval < 1:
-            raise UsageError(
-                f'`checkpoint.interval` is a number of steps from 1 on, or "auto": {self.interval}'
-            )
-        if not 1 <= self.min_interval <= self.max_interval:
-            raise UsageError(
-                "`checkpoint.min_interval` is at least 1, and at most `checkpoint.max_interval`: "
-                f"{self.min_interval} and {self.max_interval}"
-            )
-        if self.mtbf_hours <= 0:
-            raise UsageError(f"`checkpoint.mtbf_hours` is a number of hours: {self.mtbf_hours}")
-        for key in ("interval_minutes", "write_bandwidth_limit"):
-            if getattr(self, key) < 0:
-                raise UsageError(f"`checkpoint.{key}` is 0 (off) or a number: {getattr(self, key)}")
-        if self.keep_latest_k < 0 or self.keep_latest_k == 1:
-            raise UsageError(
-                f"`checkpoint.keep_latest_k` is 0 (keep all) or at least 2: {self.keep_latest_k}",
-                hint="with a single step kept, one damaged file would end the run: use 2 or more",
-            )
-        for key in ("keep_every_n_steps", "keep_best_k"):
-            if getattr(self, key) < 0:
-                raise UsageError(f"`checkpoint.{key}` is 0 (off) or a number: {getattr(self, key)}")
-        if not -1 <= self.load_step <= STEP_MAX:
-            raise UsageError(
-                "`checkpoint.load_step` must be -1 (the newest good step) or a step, found: "
-                f"{self.load_step}"
-            )
+        self._check_numbers()
         checked_path(self.folder, "checkpoint.folder")
         if self.initial_load_path is not None:
             checked_path(self.initial_load_path, "checkpoint.initial_load_path")
         self._check_hf()
         self._check_frozen()
         check_names(self.stop_signals)
-        if self.stop_deadline_s <= 0:
-            raise UsageError(
-                f"`checkpoint.stop_deadline_s` is a number of seconds: {self.stop_deadline_s}"
-            )
         if self.create_seed_checkpoint and (self.load_only or not self.enable):
-            hindrance = "load_only` is on" if self.load_only else "enable` is off"
+            obstacle = "load_only` is on" if self.load_only else "enable` is off"
             raise UsageError(
-                f"`checkpoint.create_seed_checkpoint` saves a step, but `checkpoint.{hindrance}",
+                f"`checkpoint.create_seed_checkpoint` saves a step, but `checkpoint.{obstacle}",
                 hint="--checkpoint.enable --checkpoint.no-load_only",
             )
         if "model" in self.exclude_from_loading:
             raise UsageError(
-                "`checkpoint.exclude_from_loading` holds `model`, without which nothing is resumed",
+                "`checkpoint.exclude_from_loading` has `model`, without which nothing is resumed",
                 hint="to start with fresh weights, use another `checkpoint.folder`",
             )
 
-    def _check_frozen(self) -> None:
-        """Steps without a base are for this run alone: what needs a whole model is refused."""
-        whole = ("last_save_in_hf", "hf_export_interval", "create_seed_checkpoint")
-        asked = [key for key in whole if getattr(self, key) and not self.save_frozen]
-        if asked:
+    def _check_numbers(self) -> None:
+        if self.interval != "auto" and self.interval < 1:
             raise UsageError(
-                f"`checkpoint.{asked[0]}` writes a whole model, but `checkpoint.save_frozen` is off"
+                '`checkpoint.interval` must be at least 1 step, or "auto", found: '
+                f"{self.interval}"
             )
-        if not self.save_frozen and not self.initial_load_model_only:
+        if not 1 <= self.min_interval <= self.max_interval:
+            raise UsageError(
+                "`checkpoint.min_interval` must be at least 1, and at most "
+                f"`checkpoint.max_interval`, found: {self.min_interval} and {self.max_interval}"
+            )
+        if self.keep_latest_k < 0 or self.keep_latest_k == 1:
+            raise UsageError(
+                "`checkpoint.keep_latest_k` must be 0 (keep all) or at least 2, found: "
+                f"{self.keep_latest_k}",
+                hint="with a single checkpoint, one damaged file would end the run: use 2 or more",
+            )
+        if not -1 <= self.load_step <= STEP_MAX:
+            raise UsageError(
+                "`checkpoint.load_step` must be -1 (the newest good step) or a step, found: "
+                f"{self.load_step}"
+            )
+        for key in ("mtbf_hours", "stop_deadline_s"):
+            if getattr(self, key) <= 0:
+                raise UsageError(f"`checkpoint.{key}` must be above 0, found: {getattr(self, key)}")
+        for key in (
+            "interval_minutes",
+            "write_bandwidth_limit",
+            "keep_every_n_steps",
+            "keep_best_k",
+            "hf_export_interval",
+        ):
+            if getattr(self, key) < 0:
+                raise UsageError(
+                    f"`checkpoint.{key}` must be 0 (off) or above, found: {getattr(self, key)}"
+                )
+
+    def _check_frozen(self) -> None:
+        """Refuse settings that need a whole model if checkpoints leave its frozen parameters out."""
+        if self.save_frozen:
+            return
+        for key in ("last_save_in_hf", "hf_export_interval", "create_seed_checkpoint"):
+            if getattr(self, key):
+                raise UsageError(
+                    f"`checkpoint.{key}` writes a whole model, but `checkpoint.save_frozen` is off"
+                )
+        if not self.initial_load_model_only:
             raise UsageError(
                 "`checkpoint.save_frozen` is off: each start loads the model alone from "
                 "`initial_load_path`, but `checkpoint.initial_load_model_only` is off",
@@ -218,11 +223,6 @@ class CheckpointConfig:
             )
 
     def _check_hf(self) -> None:
-        if self.hf_export_interval < 0:
-            raise UsageError(
-                f"`checkpoint.hf_export_interval` is 0 (none) or a number of steps: "
-                f"{self.hf_export_interval}"
-            )
         if self.last_save_in_hf and not self.last_save_model_only:
             raise UsageError(
                 "`checkpoint.last_save_in_hf` saves the model alone, but "
@@ -233,8 +233,8 @@ class CheckpointConfig:
             parse(rule)
         if self.initial_load_renames and self.initial_load_in_hf:
             raise UsageError(
-                "`checkpoint.initial_load_renames` is not for Hugging Face folders, whose names "
-                "are known by their family"
+                "`checkpoint.initial_load_renames` does not apply to Hugging Face folders, whose "
+                "tensor names are known"
             )
         if self.initial_load_in_hf and not self.initial_load_model_only:
             raise UsageError(
@@ -244,7 +244,7 @@ class CheckpointConfig:
             )
         if self.initial_load_in_hf_quantized and not self.initial_load_in_hf:
             raise UsageError(
-                "`checkpoint.initial_load_in_hf_quantized` is about a folder that "
-                "`checkpoint.initial_load_in_hf` does not load",
+                "`checkpoint.initial_load_in_hf_quantized` is on, but no folder is loaded: "
+                "`checkpoint.initial_load_in_hf` is off",
                 hint="--checkpoint.initial_load_in_hf",
             )

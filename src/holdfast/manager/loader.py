@@ -1,4 +1,4 @@
-"""Loads what a run starts from: a checkpoint of its folder, or weights from elsewhere."""
+"""Loads the state that a run starts from: a checkpoint in its folder, or weights from elsewhere."""
 
 from __future__ import annotations
 
@@ -19,22 +19,20 @@ from holdfast.loading.load import load_tree
 from holdfast.loading.opening import open_in
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.goodput import Goodput
-from holdfast.manager.hub import Hub
-from holdfast.manager.parts import (
-    DATALOADER,
-    MODEL,
-    RNG,
+from holdfast.manager.hf import HFFormat
+from holdfast.manager.components import (
     check_dataloader,
-    converted,
+    conversions,
     differences,
-    left_alone,
+    hint_for_mismatch,
+    ignored_names,
     not_excluded,
-    other_generators,
-    way_on,
+    why_no_generators,
 )
-from holdfast.manager.renames import as_here
+from holdfast.manager.fallback import Resumer
+from holdfast.format.components import DATALOADER, MODEL, RNG
+from holdfast.manager.renames import with_names_of
 from holdfast.manager.resume import ResumableStep
-from holdfast.manager.resuming import Resuming
 from holdfast.manager.retention import Retainer
 from holdfast.spelling import rate
 from holdfast.state.model import ModelState
@@ -44,7 +42,7 @@ logger: logging.Logger = logging.getLogger("holdfast")
 
 
 class Loader:
-    """Loads a run's components.
+    """Loads the components of a run.
 
     Collective: every rank makes one and calls its methods in the same order.
     """
@@ -56,39 +54,40 @@ class Loader:
         config: CheckpointConfig,
         ranks: Ranks,
         components: Mapping[str, Any],
-        whole: ModelState,
-        hub: Hub,
+        whole_model: ModelState,
+        hf: HFFormat,
         goodput: Goodput,
         retainer: Retainer,
         saves: bool,
     ) -> None:
-        """`whole` is the model with all its parameters, frozen ones among them. `saves`: whether
-        the run saves to the folder, too."""
+        """`whole_model` includes frozen parameters. `saves`: the run also saves to the folder."""
         self._catalog, self._config, self._ranks = catalog, config, ranks
-        self._components, self._whole = components, whole
-        self._sections = [name for name in components if name != MODEL]
-        self._names = not_excluded(components, config.exclude_from_loading)
-        self._hub, self._goodput, self._retainer, self._saves = hub, goodput, retainer, saves
+        self._components, self._whole_model = components, whole_model
+        self._not_model = [name for name in components if name != MODEL]
+        self._resumed = not_excluded(components, config.exclude_from_loading)
+        self._hf, self._goodput, self._retainer, self._saves = hf, goodput, retainer, saves
 
-    def load(self, wanted: int) -> int:
-        """Resume from step `wanted`, or from the newest where it is -1. Returns the step to go on
-        from."""
+    def load(self, requested: int) -> int:
+        """Resume from step `requested`; -1 takes the newest. Returns the step to continue from."""
         base = None if self._config.save_frozen else self._load_initial()
-        resuming = Resuming(
+        resumer = Resumer(
             self._catalog, self._ranks, self._resume, partial(warn, self._ranks), self._saves
         )
-        if wanted >= 0:
+        if requested >= 0:
             try:
-                return resuming.from_step(wanted)
+                return resumer.from_step(requested)
             except UNREADABLE as error:
                 newest = "`load_step = -1` takes the newest good checkpoint"
                 error.hint = f"{error.hint}; {newest}" if error.hint else newest
                 raise
-        found, passed_over = resuming.from_newest()
-        if found is not None:
-            return found
-        # Of what is trained, a step that proved damaged may have been read in part: no fresh start.
-        start = self._load_initial() if self._config.save_frozen else None if passed_over else base
+        step, passed_over = resumer.from_newest()
+        if step is not None:
+            return step
+        if self._config.save_frozen:
+            start = self._load_initial()
+        else:
+            # A checkpoint that failed to load may have overwritten trained parameters of the base.
+            start = None if passed_over else base
         if start is not None:
             return start
         if passed_over:
@@ -101,32 +100,34 @@ class Loader:
         say(self._ranks, f"nothing to resume from in {self._catalog.store.url}: starting at step 0")
         return 0
 
-    def _resume(self, found: ResumableStep, explicit: bool) -> int:
-        """Load a step of this folder, and remember the course that the run is on."""
+    def _resume(self, checkpoint: ResumableStep, explicit: bool) -> int:
+        """Load a checkpoint of this folder, and protect it and newer ones from retention."""
         started = time.perf_counter()
-        source = Source(self._catalog.store, found.folder, found.manifest)
-        # A seed is step 0 too, and so is the first step of TorchTitan, which takes its model alone.
-        whole = found.step > 0 or found.manifest.kind == "full"
-        self._load_parts(source, self._names if whole else [MODEL], found.step)
-        done = rate(found.manifest.nbytes, time.perf_counter() - started)
-        say(self._ranks, f"resumed from step {found.step}: {done}, {source.url}")
+        step, manifest = checkpoint.step, checkpoint.manifest
+        source = Source(self._catalog.store, checkpoint.folder, manifest)
+        # Step 0 may be a seed, or TorchTitan's first step, of which only the model is loaded.
+        is_full = step > 0 or manifest.kind == "full"
+        self._load_components(source, self._resumed if is_full else [MODEL], step)
+        speed = rate(manifest.nbytes, time.perf_counter() - started)
+        say(self._ranks, f"resumed from step {step}: {speed}, {source.url}")
         steps = run_on_rank_0(self._ranks, self._catalog.steps)
-        left_behind = [step for step in steps if step > found.step]
-        self._retainer.resumed(found.step, left_behind)
-        if left_behind and self._saves and explicit:
+        newer = [other for other in steps if other > step]
+        self._retainer.resumed(step, newer)
+        if newer and self._saves and explicit:
             warn(
                 self._ranks,
-                f"steps {left_behind} are newer than step {found.step}: they stay, each until "
-                "this run saves the same step, and `load_step = -1` takes the newest",
+                f"steps {newer} are newer than step {step}: they stay, each until this run saves "
+                "the same step, and `load_step = -1` takes the newest",
             )
-        return found.step
+        return step
 
     def _load_initial(self) -> int | None:
-        """Load weights from elsewhere, if there are to be any. Returns the step to go on from."""
+        """Load weights from elsewhere if the settings ask for it. Returns the step to continue
+        from, or None."""
         path = self._config.initial_load_path
         then = ": starting at step 0" if self._config.save_frozen else ", to train in part"
         if self._config.initial_load_in_hf:
-            loaded = self._hub.load(path, self._model())
+            loaded = self._hf.load(path, self._model())
             self._goodput.note_load(loaded, 0, self._ranks)
             say(self._ranks, f"loaded the model of {loaded.where}{then}")
             return 0
@@ -134,50 +135,49 @@ class Loader:
             return None
         store, name = open_for_reading(path)
         opened = run_on_rank_0(self._ranks, lambda: open_in(store, name))
-        manifest = as_here(opened.manifest, self._whole, self._config.initial_load_renames)
+        rules = self._config.initial_load_renames
+        manifest = with_names_of(opened.manifest, self._whole_model, rules)
         source = Source(store, opened.name, manifest)
         if self._config.initial_load_model_only:
+            tree = self._model(ignored_names(manifest, [MODEL]))
             partial_load = not self._config.initial_load_strict
-            tree = self._model(left_alone(manifest, [MODEL]))
             self._load_tree(source, tree, 0, partial_load=partial_load)
             say(self._ranks, f"loaded the model of {source.url}{then}")
             return 0
         step = manifest.step if manifest.step is not None else step_of(name) or 0
-        self._load_parts(source, self._names, step)
+        self._load_components(source, self._resumed, step)
         say(self._ranks, f"loaded {source.url}: going on from step {step}")
         return step
 
-    def _load_parts(self, source: Source, names: Sequence[str], step: int) -> None:
-        manifest = source.manifest
-        wanted = list(names)
-        if RNG in wanted and (why := other_generators(manifest, self._ranks.size)):
+    def _load_components(self, source: Source, names: Sequence[str], step: int) -> None:
+        manifest, wanted = source.manifest, list(names)
+        if RNG in wanted and (why := why_no_generators(manifest, self._ranks.size)):
             say(self._ranks, f"random number generators start afresh: {why}")
             wanted.remove(RNG)
         if DATALOADER in wanted:
             check_dataloader(manifest, self._ranks.size)
-        parts = {part: self._components[part] for part in wanted}
-        others = {*self._sections, *left_alone(manifest, names, self._config.exclude_from_loading)}
-        self._load_tree(source, StateTree(parts, flat=MODEL, others=others), step)
+        components = {name: self._components[name] for name in wanted}
+        ignored = ignored_names(manifest, names, self._config.exclude_from_loading)
+        tree = StateTree(components, flat=MODEL, others={*self._not_model, *ignored})
+        self._load_tree(source, tree, step)
 
     def _load_tree(
         self, source: Source, tree: StateTree, step: int, *, partial_load: bool = False
     ) -> None:
-        manifest = source.manifest
         replicas = self._config.load_replicas
         try:
             loaded = load_tree(
                 source, tree, ranks=self._ranks, partial=partial_load, replicas=replicas
             )
         except (FormatError, MismatchError) as error:
-            error.hint = way_on(error, self._sections) or error.hint
+            error.hint = hint_for_mismatch(error, self._not_model) or error.hint
             raise
         self._goodput.note_load(loaded, step, self._ranks)
-        warn(self._ranks, *differences(loaded))
-        warn(self._ranks, *converted(loaded, manifest))
+        warn(self._ranks, *differences(loaded), *conversions(loaded, source.manifest))
 
-    def _model(self, beside: Collection[str] = ()) -> StateTree:
-        others = {*self._sections, *beside}
-        return StateTree({MODEL: self._whole}, flat=MODEL, others=others)
+    def _model(self, ignored: Collection[str] = ()) -> StateTree:
+        others = {*self._not_model, *ignored}
+        return StateTree({MODEL: self._whole_model}, flat=MODEL, others=others)
 
 
 def say(ranks: Ranks, line: str) -> None:
