@@ -66,6 +66,7 @@ from holdfast.state.optim import OptimizerState
 from holdfast.state.schedulers import scheduler_component
 from holdfast.state.tree import Stateful
 from holdfast.storage.opening import folder_store
+from holdfast.uncompiled import uncompiled
 
 logger = logging.getLogger("holdfast")
 
@@ -84,6 +85,7 @@ class CheckpointManager:
     in the same order; an error on one rank is raised on all.
     """
 
+    @uncompiled
     def __init__(
         self,
         folder: str | os.PathLike[str],
@@ -164,6 +166,7 @@ class CheckpointManager:
     def _saves(self) -> bool:
         return self.config.enable and not self.config.load_only
 
+    @uncompiled
     def save(self, step: int, last_step: bool = False, *, metrics: Metrics | None = None) -> bool:
         """Save the state after `step` if it is due. Returns whether it was saved.
 
@@ -239,6 +242,7 @@ class CheckpointManager:
             self._warn(f"step {step} is not saved: the save before it is still being written")
         return False
 
+    @uncompiled
     def wait_for_staging(self) -> None:
         """Return once the state of the last `save` has been copied, so that it may be changed.
 
@@ -249,6 +253,7 @@ class CheckpointManager:
         if self._held.is_open:
             self._saver.wait_for_staging()
 
+    @uncompiled
     def timings(self) -> Timings:
         """How long saves and loads took, by stage and over all ranks: those that came to their end
         since the last call. Known to rank 0; elsewhere there are none."""
@@ -259,10 +264,12 @@ class CheckpointManager:
         """Seconds that saving has held up training so far."""
         return self._goodput.blocked_s
 
+    @uncompiled
     def goodput(self) -> str:
         """Where the time since this manager was made went: training, and what it lost by cause."""
         return self._goodput.report()
 
+    @uncompiled
     def save_seed(self) -> None:
         """Save the model as it is, in its own dtypes, as step 0: what other runs can start from.
 
@@ -280,6 +287,7 @@ class CheckpointManager:
         self._save_as("model", 0, last_step=False)
         self._saver.collect()
 
+    @uncompiled
     def load(self, step: int | None = None) -> int:
         """Resume. Returns the step to go on from; 0 where there is nothing to resume from.
 
@@ -328,6 +336,7 @@ class CheckpointManager:
         self._say(f"nothing to resume from in {self._catalog.store.url}: starting at step 0")
         return 0
 
+    @uncompiled
     def final_step(self) -> int | None:
         """The newest good step, where it holds the model alone: there a run came to its end.
 
@@ -337,6 +346,7 @@ class CheckpointManager:
             return None
         return run_on_rank_0(self._ranks, partial(newest_final, self._catalog))
 
+    @uncompiled
     def wait(self) -> None:
         """Return once everything saved is published and durable.
 
@@ -345,6 +355,7 @@ class CheckpointManager:
         if self._held.is_open:
             self._saver.collect()
 
+    @uncompiled
     def close(self) -> None:
         """Finish what is under way and give up the folder: nothing is saved or loaded afterwards.
         Further calls do nothing, and neither do calls in a forked child."""
@@ -353,6 +364,7 @@ class CheckpointManager:
                 self._saver.collect()
                 self._saver.retainer.wait()
 
+    @uncompiled
     def __enter__(self) -> Self:
         self._held.check_open()
         if self._saves:
@@ -360,6 +372,7 @@ class CheckpointManager:
             self._held.callback(self._stop_signals.release)
         return self
 
+    @uncompiled
     def __exit__(
         self,
         kind: type[BaseException] | None,

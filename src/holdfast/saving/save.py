@@ -43,6 +43,7 @@ from holdfast.spelling import spelled_bytes
 from holdfast.state.objects import StateTree
 from holdfast.state.tree import FlatState
 from holdfast.timing import Spans
+from holdfast.uncompiled import uncompiled
 
 logger = logging.getLogger("holdfast")
 
@@ -56,7 +57,7 @@ class Saved:
     spans: Spans
 
 
-@gc_paused()
+@uncompiled
 def save(path: str | os.PathLike[str], state: Any, *, overwrite: bool = False) -> Saved:
     """Save `state` as one checkpoint at `path`, published whole or not at all.
 
@@ -80,13 +81,14 @@ def save(path: str | os.PathLike[str], state: Any, *, overwrite: bool = False) -
             and type. Nothing was written.
         StorageError: no space, no rights; nothing is left behind.
     """
-    ranks = all_ranks()
-    try:
-        check = partial(place_to_save, path, state, overwrite=overwrite)
-        catalog, name = run_on_all(ranks, check)
-        return save_in(catalog, name, state, ranks=ranks, overwrite=overwrite)
-    finally:
-        ranks.close()
+    with gc_paused():
+        ranks = all_ranks()
+        try:
+            check = partial(place_to_save, path, state, overwrite=overwrite)
+            catalog, name = run_on_all(ranks, check)
+            return save_in(catalog, name, state, ranks=ranks, overwrite=overwrite)
+        finally:
+            ranks.close()
 
 
 def save_in(
