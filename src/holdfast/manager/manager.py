@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -139,7 +140,13 @@ class CheckpointManager:
             **(states or {}),
             **beside(dataloader, self._ranks.rank),
         }
-        self._tree = StateTree(self._parts, flat=MODEL)
+        self._held = Holding()
+        overlaps = self.config.async_mode == "async_with_pinned_mem"
+        watch = self._make_wait if overlaps else None
+        self._waiting: WeakSet[Optimizer] = WeakSet()
+        for optimizer in many(optimizers) if overlaps else ():
+            self._make_wait(optimizer)
+        self._tree = StateTree(self._parts, flat=MODEL, watch=watch)
         self._sections = [name for name in self._parts if name != MODEL]
         self._hub = Hub(hub, self.config, self._catalog, self._ranks, self._sections)
         self._saver = Saver(
@@ -147,11 +154,6 @@ class CheckpointManager:
             *(self._goodput, self._hub),
         )
         self._owed = False
-        self._held = Holding()
-        if self.config.async_mode == "async_with_pinned_mem":
-            for optimizer in many(optimizers):
-                hook = optimizer.register_step_pre_hook(lambda *_: self.wait_for_staging())
-                self._held.callback(hook.remove)
         self._stop_signals = StopSignals(())
         check_excluded(self.config.exclude_from_loading, self._parts)
         self._resumed = not_excluded(self._parts, self.config.exclude_from_loading)
@@ -246,8 +248,9 @@ class CheckpointManager:
     def wait_for_staging(self) -> None:
         """Return once the state of the last `save` has been copied, so that it may be changed.
 
-        Optimizers given to this manager do this by themselves before each step; whoever changes
-        parameters or optimizer state in another way calls it first.
+        Optimizers in the state of this manager, given as `optimizers` or below `states`, do this by
+        themselves before each step; whoever changes parameters or optimizer state in another way
+        calls it first.
         """
         # In a forked child the thread that copies is not there to be waited for.
         if self._held.is_open:
@@ -482,6 +485,13 @@ class CheckpointManager:
     def _model(self, state: ModelState | None = None, beside: Collection[str] = ()) -> StateTree:
         others = {*self._sections, *beside}
         return StateTree({MODEL: state or self._kept}, flat=MODEL, others=others)
+
+    def _make_wait(self, optimizer: Optimizer) -> None:
+        """Have an optimizer wait, before each step, for the copy of what it changes."""
+        if optimizer not in self._waiting:
+            self._waiting.add(optimizer)
+            hook = optimizer.register_step_pre_hook(lambda *_: self.wait_for_staging())
+            self._held.callback(hook.remove)
 
     def _say(self, line: str) -> None:
         if self._ranks.rank == 0:

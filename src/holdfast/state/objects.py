@@ -39,11 +39,17 @@ class StateTree:
     `state` maps names to tensors, plain values, dicts, lists and objects with a `state_dict`; or it
     is a module alone. The entry at `flat`, if there is one, adds its own names to the top level
     instead of lying below its key: that is how TorchTitan keeps the model. `others` are top-level
-    names that are not its own.
+    names that are not its own. `watch` is told of every optimizer that the tree meets, at any
+    depth, before `flatten` returns.
     """
 
     def __init__(
-        self, state: Any, *, flat: str | None = None, others: Collection[str] = ()
+        self,
+        state: Any,
+        *,
+        flat: str | None = None,
+        others: Collection[str] = (),
+        watch: Callable[[Optimizer], None] | None = None,
     ) -> None:
         if isinstance(state, nn.Module):
             state, flat = {"": state}, ""
@@ -54,7 +60,7 @@ class StateTree:
                 hint='{"model": model, "optimizer": optimizer, "step": 7}, for instance',
             )
         self._keys = names_of((), state)
-        self._state, self._flat, self._others = state, flat, others
+        self._state, self._flat, self._others, self._watch = state, flat, others, watch
         self._modules = list(_modules(state, ()))
         for module in self._modules:
             refuse_fsdp1(module)
@@ -112,6 +118,9 @@ class StateTree:
         if path in self._components:
             return self._components[path]
         component = self._made_component(value)
+        if self._watch is not None and isinstance(component, OptimizerState):
+            for optimizer in component.optimizers:
+                self._watch(optimizer)
         if component is not None and len(path) <= 1:
             # Objects further down come and go, with the state that they are a part of.
             self._components[path] = component

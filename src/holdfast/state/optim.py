@@ -81,6 +81,11 @@ class OptimizerState:
         """Optimizers whose state is kept by the names of their parameters."""
         return self._named
 
+    @property
+    def optimizers(self) -> Iterator[Optimizer]:
+        """All that are torch's, in whatever form their state is kept."""
+        return (one for one in (*self._named, *self._own) if isinstance(one, Optimizer))
+
     def name_of(self, parameter: torch.Tensor) -> str:
         """The name of a parameter; its number, if no part of the model holds it."""
         return self._names[id(parameter)]
