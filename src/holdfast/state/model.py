@@ -75,6 +75,26 @@ class Names:
         return [one for one in dict.fromkeys(found) if one != self.of(raw)]
 
 
+def outline_of(parts: Sequence[nn.Module]) -> list[object]:
+    """All that decides what the parameters of these modules are called: the same as long as no
+    module and no parameter has another place. Every save asks for it, so it makes no names."""
+    outline: list[object] = []
+    seen: set[int] = set()
+    stack: list[nn.Module | None] = [*parts]
+    while stack:
+        one = stack.pop()
+        if one is None or id(one) in seen:
+            outline.append(None)
+            continue
+        seen.add(id(one))
+        outline.append(type(one))
+        outline += one._parameters.keys()
+        outline += map(id, one._parameters.values())
+        outline += one._modules.keys()
+        stack += one._modules.values()
+    return outline
+
+
 class ModelState:
     """One or several parts of a model (pipeline stages) as one component of the state."""
 
@@ -91,7 +111,8 @@ class ModelState:
             UsageError: a part is wrapped by FSDP1, whose parameters are not those of the model.
         """
         self._parts = list(parts)
-        self._names = list(map(Names, parts))
+        self._names: list[Names] = []
+        self._named_for: list[object] = []
         self._without = frozenset(without)
         self.may_lack = frozenset(may_lack)
         for part in parts:
@@ -102,9 +123,17 @@ class ModelState:
         """The modules."""
         return self._parts
 
+    def _find_names(self) -> None:
+        """Find out what wraps the parts, where any module has another place than before."""
+        outline = outline_of(self._parts)
+        if not self._names or outline != self._named_for:
+            self._names = list(map(Names, self._parts))
+            self._named_for = outline
+
     def state_dict(self) -> dict[str, Any]:
         """What the parts' own `state_dict` say, by canonical name: parameters and buffers
         themselves, with their gradients."""
+        self._find_names()
         state: dict[str, Any] = {}
         for part, names in zip(self._parts, self._names, strict=True):
             for raw, value in own_state(part).items():
@@ -131,6 +160,7 @@ class ModelState:
     def match(self, match: Match, path: Path) -> None:
         """Have parameters and buffers filled where they are; give everything else to the modules'
         own `load_state_dict`."""
+        self._find_names()
         wanted: set[str] = set()
         parts = [
             PartMatch(match, path, part, names, model=self)

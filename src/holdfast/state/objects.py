@@ -16,7 +16,7 @@ from holdfast.format.manifest import Manifest
 from holdfast.format.structure import Node
 from holdfast.state.dataloader import LoaderState
 from holdfast.state.match import Match
-from holdfast.state.model import ModelState, named_parameters, refuse_fsdp1
+from holdfast.state.model import ModelState, named_parameters, outline_of, refuse_fsdp1
 from holdfast.state.optim import OptimizerState
 from holdfast.state.plain import Component, PlainMatch, is_object
 from holdfast.state.stateful import NoState, ObjectState, RankState
@@ -66,6 +66,7 @@ class StateTree:
             refuse_fsdp1(module)
         self._components: dict[Path, Component] = {}
         self._placed: dict[Any, list[str]] | None = None
+        self._placed_for: list[object] = []
 
     def flatten(self) -> FlatState:
         """Every tensor and value by name, as they are now. Tensors share memory with the state.
@@ -73,6 +74,8 @@ class StateTree:
         Raises:
             UsageError: two entries have one name; or what could not come back as it is.
         """
+        if self._placed is not None and self._placed_for != outline_of(self._modules):
+            self._placed = None
         flattener = Flattener(enters=self._enter, placed_like=self._placed_like)
         for name, key in self._keys.items():
             if key != self._flat:
@@ -188,7 +191,7 @@ class StateTree:
         """The name of a parameter that is spread over the ranks as a tensor is: of several the one
         whose name ends the path."""
         if self._placed is None:
-            self._placed = {}
+            self._placed, self._placed_for = {}, outline_of(self._modules)
             for name, parameter in named_parameters(self._modules):
                 if isinstance(parameter, DTensor):
                     self._placed.setdefault(_placement(parameter), []).append(name)
