@@ -252,16 +252,6 @@ def _same_place(placement: MeshPlacement, rank: int) -> tuple[int, ...]:
     return tuple(sorted(np.atleast_1d(grid[tuple(at)]).flatten().tolist()))
 
 
-def differing(digests: Sequence[Mapping[str, int]]) -> list[str]:
-    """Names under which ranks hold different values; one digest a value."""
-    first: dict[str, int] = {}
-    for held in digests:
-        first = {**held, **first}
-    return [
-        n for n, digest in first.items() if any(held.get(n, digest) != digest for held in digests)
-    ]
-
-
 def _by_name(everyone: Iterable[SharedPlan]) -> dict[str, list[SharedPlan]]:
     found: dict[str, list[SharedPlan]] = {}
     for holders in everyone:
