@@ -198,6 +198,7 @@ class CheckpointManager:
             arguments.agreed(Solo(), call, arguments.told_of(call))
             return False
         self._goodput.count_step()
+        self._kept.note_trained()
         with self._goodput.lost_to("saving"):
             # What any rank has measured or received decides, so that all decide alike.
             saver = self._saver
