@@ -62,6 +62,9 @@ class LocalPlan:
     structure: dict[Path, Node] = field(default_factory=dict)
     """How the state is put together, by path, where names do not tell."""
 
+    unions: dict[Path, str] = field(default_factory=dict)
+    """Paths of components whose entries may be others on each rank, with their kind."""
+
     def names(self) -> set[str]:
         return {*self.tensors, *self.values, *self.aliases}
 

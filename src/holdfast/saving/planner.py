@@ -12,6 +12,7 @@ from holdfast.comm import Ranks, gather_and_run, gather_deduplicated, run_on_all
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.format.checksum import checksum
 from holdfast.format.structure import Node
+from holdfast.planning.alike import check_alike
 from holdfast.planning.file_layout import FileLayout, TensorItem, lay_out, lay_out_file
 from holdfast.planning.index import Index, columns
 from holdfast.planning.write_plan import (
@@ -81,7 +82,7 @@ class Planner:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._layouts = Layouts()
-        self._last = _Previous({}, [], {}, {}, {})
+        self._last = _Previous({}, [], {}, {}, {}, {})
         self._containers = Containers()
         self._offers: LocalPlans | None = None
         self._items: tuple[TensorItem, ...] = ()
@@ -131,11 +132,9 @@ class Planner:
                     others.append(name)
         names = [names for names, _ in values]
         same = (seen, names, aliases) == (known, before.names, before.aliases)
-        same = same and state.structure == before.structure
-        local_plans = (
-            before.local_plans if same else _offers_of(seen, aliases, names, state.structure)
-        )
-        self._last = _Previous(seen, names, aliases, state.structure, local_plans)
+        same = same and (state.structure, state.unions) == (before.structure, before.unions)
+        local_plans = before.local_plans if same else _offers_of(seen, aliases, names, state)
+        self._last = _Previous(seen, names, aliases, state.structure, state.unions, local_plans)
         return LocalState(tensors, seen, values, aliases, local_plans, state.stepped)
 
     def _see(
@@ -243,6 +242,7 @@ class Planner:
 
         def consider() -> None:
             all_plans = merge_local_plans(local_plans)
+            check_alike(all_plans, ranks.size)
             whole.append(plan(all_plans))
             views.extend(neighbor_plans_of(all_plans, ranks.size))
 
@@ -275,6 +275,7 @@ class _Previous(NamedTuple):
     names: Sequence[Mapping[str, Path]]
     aliases: Mapping[str, tuple[str, Path]]
     structure: Mapping[Path, Node]
+    unions: Mapping[Path, str]
     local_plans: dict[str, LocalPlan]
 
 
@@ -282,7 +283,7 @@ def _offers_of(
     seen: Mapping[str, KnownTensor],
     aliases: Mapping[str, tuple[str, Path]],
     values: Iterable[Mapping[str, Path]],
-    structure: Mapping[Path, Node],
+    state: FlatState,
 ) -> dict[str, LocalPlan]:
     local_plans: dict[str, LocalPlan] = {}
 
@@ -298,8 +299,11 @@ def _offers_of(
             section(name).tensors[name] = one.local_plan
     for names in values:
         section(next(iter(names))).values.update(names)
-    for path, node in structure.items():
+    for path, node in state.structure.items():
         section(".".join(map(str, path))).structure[path] = node
+    for path, kind in state.unions.items():
+        # In the section of what lies below it.
+        section(f"{'.'.join(map(str, path))}.").unions[path] = kind
     return local_plans
 
 

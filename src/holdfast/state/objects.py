@@ -143,6 +143,7 @@ class StateTree:
         if component is None:
             flattener.put(path, value)
             return
+        _note_union(flattener, path, component)
         node = component.flatten(flattener, path)
         if node is not None:
             flattener.state.structure[path] = {"object": node}
@@ -150,6 +151,7 @@ class StateTree:
     def _enter(self, flattener: Flattener, path: Path, value: Any) -> Node:
         component = self.component_of(path, value)
         assert component is not None, "an object"
+        _note_union(flattener, path, component)
         return component.flatten(flattener, path)
 
     def _setter(self, key: Any) -> Callable[[Any], None]:
@@ -198,6 +200,13 @@ class StateTree:
         found = self._placed.get(_placement(tensor), [])
         where = spelled(path)
         return next((name for name in found if name in where), found[0] if found else None)
+
+
+def _note_union(flattener: Flattener, path: Path, component: Component) -> None:
+    if isinstance(component, ModelState):
+        flattener.state.unions[path] = "model"
+    elif isinstance(component, OptimizerState):
+        flattener.state.unions[path] = "sharded" if component.is_sharded else "optimizer"
 
 
 def _placement(tensor: DTensor) -> tuple[Any, ...]:

@@ -88,6 +88,11 @@ class OptimizerState:
         """All that are torch's, in whatever form their state is kept."""
         return (one for one in (*self._named, *self._own) if isinstance(one, Optimizer))
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a rank may hold the slots of a part of its parameters alone."""
+        return bool(self._own) or any(map(is_zero, self._named))
+
     def name_of(self, parameter: torch.Tensor) -> str:
         """The name of a parameter; its number, if no part of the model holds it."""
         return self._names[id(parameter)]
