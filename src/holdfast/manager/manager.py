@@ -9,7 +9,6 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
-from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -60,6 +59,7 @@ from holdfast.manager.resume import ResumableStep, newest_final
 from holdfast.manager.resuming import Resuming
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
+from holdfast.manager.waiting import StepWaits
 from holdfast.spelling import rate
 from holdfast.state.model import ModelState, adapted
 from holdfast.state.objects import StateTree
@@ -142,11 +142,10 @@ class CheckpointManager:
         }
         self._held = Holding()
         overlaps = self.config.async_mode == "async_with_pinned_mem"
-        watch = self._make_wait if overlaps else None
-        self._waiting: WeakSet[Optimizer] = WeakSet()
+        waits = StepWaits(self._held, self.wait_for_staging)
         for optimizer in many(optimizers) if overlaps else ():
-            self._make_wait(optimizer)
-        self._tree = StateTree(self._parts, flat=MODEL, watch=watch)
+            waits.add(optimizer)
+        self._tree = StateTree(self._parts, flat=MODEL, watch=waits.add if overlaps else None)
         self._sections = [name for name in self._parts if name != MODEL]
         self._hub = Hub(hub, self.config, self._catalog, self._ranks, self._sections)
         self._saver = Saver(
@@ -486,13 +485,6 @@ class CheckpointManager:
     def _model(self, state: ModelState | None = None, beside: Collection[str] = ()) -> StateTree:
         others = {*self._sections, *beside}
         return StateTree({MODEL: state or self._kept}, flat=MODEL, others=others)
-
-    def _make_wait(self, optimizer: Optimizer) -> None:
-        """Have an optimizer wait, before each step, for the copy of what it changes."""
-        if optimizer not in self._waiting:
-            self._waiting.add(optimizer)
-            hook = optimizer.register_step_pre_hook(lambda *_: self.wait_for_staging())
-            self._held.callback(hook.remove)
 
     def _say(self, line: str) -> None:
         if self._ranks.rank == 0:

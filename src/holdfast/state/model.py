@@ -96,7 +96,7 @@ def outline_of(parts: Sequence[nn.Module]) -> list[object]:
     return outline
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Trained:
     """What a run that stores its base once has trained, by names of parameters."""
 
@@ -158,12 +158,12 @@ class ModelState:
             for name, parameter in part.named_parameters(remove_duplicate=False)
         }
         active = {name for name, one in every.items() if one.requires_grad}
-        self._trained.names |= active
+        self._trained.names.update(active)
         if self._is_base:
             self.may_lack = frozenset(active)
-            self._trained.base |= every.keys() & {*stored}
+            self._trained.base.update(every.keys() & {*stored})
             return
-        self._trained.names |= every.keys() & {*stored}
+        self._trained.names.update(every.keys() & {*stored})
         self._frozen = [(n, one) for n, one in every.items() if n not in self._trained.names]
         self._without = frozenset(name for name, _ in self._frozen)
         # Frozen when the checkpoint was made, and trained since: as the base has it.
