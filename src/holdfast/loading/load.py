@@ -23,6 +23,7 @@ from holdfast.state.match import MadeValues, Match
 from holdfast.state.objects import StateTree
 from holdfast.state.values import decode_value
 from holdfast.timing import Spans
+from holdfast.uncompiled import uncompiled
 
 _LISTED_MAX = 50
 
@@ -51,6 +52,7 @@ class Loaded:
     """Tensors of this rank that a base may lack, and does: they stay as they are."""
 
 
+@uncompiled
 def load(path: str | os.PathLike[str], state: Any, *, strict: bool = True) -> Loaded:
     """Load the checkpoint at `path` into `state`, in place: tensors are written over, objects given
     what their `state_dict` said, everything else replaced by what was saved. Any layout loads what
