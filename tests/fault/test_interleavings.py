@@ -25,13 +25,13 @@ from holdfast.convert.convert import convert_to, values_of
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.convert.target import target_in
 from holdfast.errors import ExistsError
-from holdfast.format.names import LOCK, aside_of, step_name
+from holdfast.format.names import LOCK, hidden_folder_of, step_name
 from holdfast.loading.checkpoint import Checkpoint
 from holdfast.loading.load import load_tree
 from holdfast.loading.opening import read_in
 from holdfast.manager.config import CheckpointConfig
-from holdfast.manager.holding import Holding
-from holdfast.manager.hub import Hub
+from holdfast.manager.hf import HFFormat
+from holdfast.manager.lifetime import Lifetime
 from holdfast.manager.policy import Retention
 from holdfast.manager.resume import newest_resumable
 from holdfast.manager.retention import Retainer
@@ -91,7 +91,7 @@ def held_in(store: MemoryStore, name: str = NAME) -> int:
 
 
 def leftovers(store: MemoryStore) -> list[str]:
-    return [name for name in store.list() if aside_of(name.rstrip("/"))]
+    return [name for name in store.list() if hidden_folder_of(name.rstrip("/"))]
 
 
 def ran_in(
@@ -272,11 +272,11 @@ def test_a_reader_beside_a_run_that_saves_and_removes_finds_a_step(switches: int
 
 def start(store: AmendableStore) -> str:
     """What a manager does before it loads, and until it is closed."""
-    holding = Holding()
+    holding = Lifetime()
     with holding:
         config = CheckpointConfig(enable=True)
         catalog = Catalog(store)
-        holding.take(catalog, Hub(None, config, catalog, Solo(), []))
+        holding.take(catalog, HFFormat(None, config, catalog, Solo(), []))
         store.make_folder("at-work")
         found, _ = newest_resumable(catalog, None)
         store.remove("at-work")

@@ -13,7 +13,7 @@ from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.source import Source
 from holdfast.comm import Ranks, Solo
-from holdfast.format.names import aside_of, step_name
+from holdfast.format.names import hidden_folder_of, step_name
 from holdfast.loading.checkpoint import Checkpoint
 from holdfast.manager.resume import newest_resumable
 from holdfast.manager.saver import Saver
@@ -72,7 +72,7 @@ def steps_of(store: MemoryStore) -> Outcome:
     """After a sweep, which must leave nothing aside. Every step there is must be whole, and the
     newest is what a resume takes."""
     assert execute(store, plan_cleanup(store.list())) == []
-    assert not [name for name in store.list() if aside_of(name.rstrip("/"))]
+    assert not [name for name in store.list() if hidden_folder_of(name.rstrip("/"))]
     catalog = Catalog(store)
     steps = {step: which(store, step_name(step)) for step in catalog.steps()}
     newest, refused = newest_resumable(catalog, None)
@@ -219,7 +219,7 @@ def test_a_step_that_is_removed_is_whole_until_it_is_gone() -> None:
         save(store, 1, 1)
         save(store, 2, 2)
 
-    check([{1: 1, 2: 2}, {2: 2}], lambda store: Catalog(store).remove(step_name(1)), before=before)
+    check([{1: 1, 2: 2}, {2: 2}], lambda store: Catalog(store).delete(step_name(1)), before=before)
 
 
 def test_a_sweep_that_dies_is_finished_by_the_next_one() -> None:

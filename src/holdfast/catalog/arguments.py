@@ -1,4 +1,4 @@
-"""The arguments of `holdfast.save`, `load` and `open`, checked before a byte is read or written."""
+"""Checks the arguments of `holdfast.save`, `load` and `open` before anything is read or written."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Mapping, MutableMapping
 
 from holdfast.arguments import checked_flag, checked_path, shown
 from holdfast.catalog.catalog import Catalog
-from holdfast.catalog.paths import open_root, place_of
+from holdfast.catalog.paths import open_for_saving, open_parent
 from holdfast.errors import UsageError
 from holdfast.format.region import Region
 from holdfast.storage.store import ReadStore
 
 
 def place_to_save(path: object, state: object, *, overwrite: object) -> tuple[Catalog, str]:
-    """The catalog that `save` is to write into, and the checkpoint's name there.
+    """Return the catalog in which `save` saves, and the name of the checkpoint there.
 
     Raises:
-        UsageError: an argument of another type, or a place that nothing can be saved to.
+        UsageError: an argument of another type, or a path that nothing can be saved to.
     """
     text = _checked(path, state, "holdfast.save")
     checked_flag(overwrite, "overwrite")
-    return open_root(text)
+    return open_for_saving(text)
 
 
 def check_to_load(path: object, state: object, *, strict: object) -> tuple[ReadStore, str]:
-    """The store that `load` is to read from, and the checkpoint's name there.
+    """Return the store from which `load` reads, and the name of the checkpoint there.
 
     Raises:
         UsageError: an argument of another type.
@@ -34,11 +34,11 @@ def check_to_load(path: object, state: object, *, strict: object) -> tuple[ReadS
     if isinstance(state, Mapping) and not isinstance(state, MutableMapping):
         raise UsageError(f"`state` must be a dict, which is filled in place, found: {shown(state)}")
     checked_flag(strict, "strict")
-    return place_of(text)
+    return open_parent(text)
 
 
 def _checked(path: object, state: object, function: str) -> str:
-    """The path, where both are of their types."""
+    """Check the types of `path` and `state`. Returns the path."""
     if isinstance(state, str | os.PathLike) and not isinstance(path, str | os.PathLike):
         raise UsageError(
             f"`path` must be a path, found: {shown(path)}; `state` must be a dict, found: "
@@ -46,7 +46,7 @@ def _checked(path: object, state: object, function: str) -> str:
             hint=f"the path comes first: {function}(path, state)",
         )
     text = checked_path(path, "path")
-    # Whether a module by itself is a state is for the tree of state to say.
+    # `StateTree` decides whether it accepts a module as a state.
     if not isinstance(state, Mapping) and not hasattr(state, "state_dict"):
         raise UsageError(
             "`state` must be a dict of tensors, values and objects by name, or a module, found: "
@@ -57,34 +57,34 @@ def _checked(path: object, state: object, function: str) -> str:
 
 
 def region_of(name: object, shape: tuple[int, ...], region: object) -> Region:
-    """The box of a tensor that `region` stands for: all of it, a `Region`, or a slice a dim.
+    """Return the region that was passed as None for the whole tensor, a `Region`, or slices.
 
     Raises:
-        UsageError: something else, or a box outside of the tensor.
+        UsageError: another type, or a region outside of the tensor.
     """
     if region is None:
         return Region.whole(shape)
     if not isinstance(region, Region):
-        region = _boxed(name, shape, region)
+        region = _region_of_slices(name, shape, region)
     if not region.fits(shape):
         raise UsageError(f"{region} is outside of `{name}` of shape {list(shape)}")
     return region
 
 
-def _boxed(name: object, shape: tuple[int, ...], region: object) -> Region:
+def _region_of_slices(name: object, shape: tuple[int, ...], region: object) -> Region:
     slices = [region] if isinstance(region, slice) else region
     if not isinstance(slices, list | tuple) or not all(isinstance(s, slice) for s in slices):
         found = shown(region)
         if isinstance(slices, list | tuple):
-            found = next(shown(one) for one in slices if not isinstance(one, slice))
+            found = next(shown(item) for item in slices if not isinstance(item, slice))
         raise UsageError(
             f"`region` must be a `Region`, or a slice for each dim, found: {found}",
             hint=f'read("{name}", (slice(0, 2),)) reads the first two rows',
         )
-    if len(slices) > len(shape) or any(part.step not in (None, 1) for part in slices):
+    if len(slices) > len(shape) or any(item.step not in (None, 1) for item in slices):
         raise UsageError(f"`{name}` of shape {list(shape)} has no region {region}")
     try:
-        bounds = [part.indices(size) for part, size in zip(slices, shape, strict=False)]
+        bounds = [item.indices(size) for item, size in zip(slices, shape, strict=False)]
     except TypeError as error:
         raise UsageError(f"`region` must have whole numbers in its slices: {error}") from error
     bounds += [(0, size, 1) for size in shape[len(slices) :]]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError
-from holdfast.format.names import aside_of, held_of, mark_of, step_name
+from holdfast.format.names import held_of, hidden_folder_of, mark_of, step_name
 from holdfast.storage.store import Store
 
 _WHY = {
@@ -43,7 +43,7 @@ def plan_cleanup(names: Collection[str], *, only: str | None = None) -> list[Act
     folders = {name.rstrip("/") for name in names if name.endswith("/")}
     actions = []
     for folder in sorted(folders):
-        aside = aside_of(folder)
+        aside = hidden_folder_of(folder)
         if aside is None or (only is not None and aside.name != only):
             continue
         if aside.role == "replaced" and aside.name not in folders:
@@ -71,7 +71,7 @@ def plan_deletions(names: Iterable[str]) -> list[Action]:
     return [
         Action("delete", folder, "it was set aside for deletion")
         for folder in folders
-        if (aside := aside_of(folder)) is not None and aside.role == "removing"
+        if (aside := hidden_folder_of(folder)) is not None and aside.role == "removing"
     ]
 
 
@@ -109,7 +109,7 @@ def _execute(store: Store, action: Action) -> None:
             store.remove(action.folder)
         return
     with store.hold(action.folder) as held:
-        aside = aside_of(action.folder)
+        aside = hidden_folder_of(action.folder)
         if held is None and aside is not None and aside.role == "attempt":
             raise StorageError("this file system cannot tell whether a save is writing to it")
         if held is False:
@@ -125,7 +125,7 @@ def _renamed_for_deletion(store: Store, folder: str) -> str:
 
     A `.replaced` folder of which half is deleted must not be restored, nor an `.attempt` continued.
     """
-    aside = aside_of(folder)
+    aside = hidden_folder_of(folder)
     if aside is None or aside.role == "removing":
         return folder
     removing = str(replace(aside, role="removing"))

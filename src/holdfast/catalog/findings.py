@@ -93,7 +93,7 @@ NAMED_MAX = 3
 _NUMBERS = re.compile(r"\b[0-9a-f]{8,}\b|[0-9]+", re.ASCII)
 
 
-def said_of(findings: Sequence[Finding]) -> str:
+def summary_of(findings: Sequence[Finding]) -> str:
     """One line on the findings: the first cause, and the number of others."""
     first, *others = by_cause(findings)
     return first + (f", and {len(others)} more" if others else "")
@@ -147,9 +147,11 @@ def usable(manifest: Manifest, findings: Sequence[Finding]) -> str:
     if all(finding.concern == "frame" for finding in findings):
         return "everything, by Holdfast; stock torch may fail on what is named above"
     damaged = _damaged_files(manifest, findings)
-    whole = {*parts_of(manifest).values()} - damaged.keys()
+    whole = {*components_of(manifest).values()} - damaged.keys()
     lines = [f"{name} is whole" for name in sorted(whole, key=lambda name: name != MODEL)]
-    lines += [f"{name} is damaged in {', '.join(sorted(damaged[name]))}" for name in sorted(damaged)]
+    lines += [
+        f"{name} is damaged in {', '.join(sorted(damaged[name]))}" for name in sorted(damaged)
+    ]
     refused = {finding.file for finding in findings if finding.concern in ("index", "file")}
     if refused:
         files = ", ".join(sorted(refused))
@@ -167,7 +169,7 @@ def kind_of(manifest: Manifest) -> Kind:
     return kind_with(entry.path[0] for entry in manifest.tensors.values())
 
 
-def parts_of(manifest: Manifest) -> dict[str, str]:
+def components_of(manifest: Manifest) -> dict[str, str]:
     """The component of each entry, by the name of the entry.
 
     Holdfast's manifests list the names of components. Others do not, so names decide: if the model
@@ -210,7 +212,7 @@ def _damaged_files(manifest: Manifest, findings: Sequence[Finding]) -> dict[str,
     for name, tensor in manifest.tensors.items() if files else ():
         damaged |= {(name, chunk.file) for chunk in tensor.chunks if chunk.file in files}
     damaged |= {(name, v.file) for name, v in manifest.values.items() if v.file in files}
-    components = parts_of(manifest)
+    components = components_of(manifest)
     by_component: dict[str, set[str]] = {}
     for name, file in damaged:
         if name in components:

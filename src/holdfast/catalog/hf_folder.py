@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from holdfast.catalog.catalog import place
+from holdfast.catalog.catalog import location
 from holdfast.errors import DamagedError, FormatError, NotFoundError
 from holdfast.format import safetensors
 from holdfast.format.manifest import Manifest
@@ -50,7 +50,7 @@ def open_hf_folder(store: ReadStore, name: str) -> HFFolder:
         FormatError: a file is malformed, or a link out of the folder.
         DamagedError: files in the index, or shards of a set, are missing.
     """
-    where = place(store, name)
+    where = location(store, name)
     present = [file for file in store.list(name) if not file.endswith("/")]
     weights = [file for file in present if file.endswith(safetensors.SUFFIX)]
     index = None
@@ -96,7 +96,7 @@ def read_config(store: ReadStore, name: str, file: str = CONFIG) -> dict[str, An
         NotFoundError: there is no such file.
         FormatError: it is no JSON object, or too large.
     """
-    where = f"{place(store, name)}/{file}"
+    where = f"{location(store, name)}/{file}"
     check_inside(store, name, file)
     if store.size(f"{name}/{file}") > CONFIG_BYTES_MAX:
         raise FormatError(f"`{where}` has more than {CONFIG_BYTES_MAX} bytes")
@@ -135,7 +135,7 @@ def check_inside(store: ReadStore, name: str, file: str) -> None:
     """
     if store.leads_out(name, file):
         raise FormatError(
-            f"`{place(store, name)}/{file}` is a link to a place outside of its folder",
+            f"`{location(store, name)}/{file}` is a link to a place outside of its folder",
             hint="if the link is yours, replace it by a copy of the file: cp -L",
         )
 
@@ -144,7 +144,7 @@ def _open_file(store: ReadStore, name: str, file: str) -> Manifest:
     check_inside(store, name, file)
     key = f"{name}/{file}"
     fetch = partial(_fetch, store, key)
-    where = f"{place(store, name)}/{file}"
+    where = f"{location(store, name)}/{file}"
     return safetensors.read_file(fetch, store.size(key), file=file, where=where)
 
 

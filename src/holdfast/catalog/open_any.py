@@ -1,4 +1,4 @@
-"""Opens any checkpoint, whoever wrote it. Reads its index, none of its data."""
+"""Opens a checkpoint of any format. Reads its index, none of its data."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from holdfast.catalog.catalog import open_manifest, place, read_manifest, steps_in
+from holdfast.catalog.catalog import location, open_manifest, read_manifest, steps_in
 from holdfast.catalog.findings import Format
 from holdfast.catalog.hf_folder import HFFolder, open_hf_folder
 from holdfast.catalog.paths import open_for_reading
-from holdfast.catalog.pieces import check_whole_checkpoint, no_checkpoint
+from holdfast.catalog.pieces import INDEX_SUFFIX, check_whole_checkpoint, no_checkpoint
 from holdfast.catalog.source import Source
 from holdfast.errors import NotFoundError, StorageError
 from holdfast.format import safetensors, torchfile
@@ -19,7 +19,7 @@ from holdfast.format.names import MANIFEST, METADATA
 from holdfast.storage.store import ReadStore
 
 _FILES = {"torch": "written by torch.save", "safetensors": "of safetensors"}
-"""What a file of each format is, for people."""
+"""Description of a file in each format, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +32,15 @@ class OpenCheckpoint:
     """Strides of the tensors in a `.pt` file that are not row-major."""
 
     file: str = ""
-    """Name of the file within `source.folder`, where the checkpoint is a single file."""
+    """Name of the file in `source.folder`, if the checkpoint is a single file."""
 
     hf: HFFolder | None = None
-    """Configuration and notes, where the checkpoint is a Hugging Face folder."""
+    """Configuration and notes, if the checkpoint is a Hugging Face folder."""
 
     @property
     def where(self) -> str:
         """Path or URL of the checkpoint."""
-        return place(self.source.store, self.source.folder) + (f"/{self.file}" * bool(self.file))
+        return location(self.source.store, self.source.folder) + (f"/{self.file}" * bool(self.file))
 
     @property
     def manifest(self) -> Manifest:
@@ -50,15 +50,15 @@ class OpenCheckpoint:
 def open_any(
     store: ReadStore, name: str, *, check_files: bool = False, entries: bool = True
 ) -> OpenCheckpoint:
-    """Open the checkpoint `name` of a store: a step of Holdfast or of stock DCP, a Hugging Face
-    folder, a safetensors file or a `.pt` file.
+    """Open the checkpoint `name` of a store: of Holdfast or stock DCP, a Hugging Face folder, a
+    safetensors file or a `.pt` file.
 
-    `check_files`: make sure that every file of a step is there in full. `entries`: read what a
-    manifest says of each tensor and value, too.
+    `check_files`: check that the files of a Holdfast or stock DCP checkpoint are complete. Without
+    `entries`, the tensors and values in a manifest are not read.
 
     Raises:
-        NotFoundError: nothing there, or no checkpoint.
-        UsageError: a file that is a piece of a checkpoint.
+        NotFoundError: there is no such file or folder, or it is no checkpoint.
+        UsageError: a file that is a part of a checkpoint.
         DamagedError, FormatError: its index cannot be read.
     """
     form = format_of(store, name)
@@ -74,81 +74,79 @@ def open_any(
 
 
 def _open_file(store: ReadStore, name: str, form: Format) -> OpenCheckpoint:
-    where = place(store, name)
+    where = location(store, name)
     folder, _, file = where.rpartition("/")
     fetch, nbytes = partial(_fetch, store, name), store.size(name)
-    # A source reads files in a folder, and this one may lie at the top of its store.
-    around = open_for_reading(folder)
+    # A source reads files in a folder, but this file may be at the root of its store.
+    parent, name_in_parent = open_for_reading(folder)
     if form == "torch":
-        found = torchfile.read_file(fetch, nbytes, file=file, where=where)
-        return OpenCheckpoint(form, Source(*around, found.manifest), found.strides, file)
+        content = torchfile.read_file(fetch, nbytes, file=file, where=where)
+        source = Source(parent, name_in_parent, content.manifest)
+        return OpenCheckpoint(form, source, content.strides, file)
     manifest = safetensors.read_file(fetch, nbytes, file=file, where=where)
-    return OpenCheckpoint(form, Source(*around, manifest), file=file)
+    return OpenCheckpoint(form, Source(parent, name_in_parent, manifest), file=file)
 
 
 def format_of(store: ReadStore, name: str) -> Format | None:
-    """Format of a folder or file; None where it is no checkpoint.
+    """The format of a folder or file; None if it is no checkpoint.
 
     Raises:
-        NotFoundError: nothing is there.
-        UsageError: a file that is a piece of a checkpoint.
+        NotFoundError: there is no such file or folder.
+        UsageError: a file that is a part of a checkpoint.
     """
-    above, _, last = name.rpartition("/")
-    there = store.list(above)
-    if last in there:
+    parent, _, last = name.rpartition("/")
+    names = store.list(parent)
+    if last in names:
         check_whole_checkpoint(store, name)
         start = store.read(name, 0, 9)
         if start[:4] == b"PK\3\4" or start[:1] == b"\x80":
             return "torch"
         return "safetensors" if name.endswith(safetensors.SUFFIX) or start[8:] == b"{" else None
-    if f"{last}/" not in there:
-        raise NotFoundError(f"nothing at `{place(store, name)}`")
+    if f"{last}/" not in names:
+        raise NotFoundError(f"nothing at `{location(store, name)}`")
     files = store.list(name)
     if MANIFEST in files:
         return "holdfast"
     if METADATA in files:
         return "dcp"
-    safe = any(
-        file.endswith((safetensors.SUFFIX, f"{safetensors.SUFFIX}.index.json")) for file in files
-    )
-    return "safetensors" if safe else None
+    suffixes = (safetensors.SUFFIX, INDEX_SUFFIX)
+    return "safetensors" if any(file.endswith(suffixes) for file in files) else None
 
 
 def check_folder(store: ReadStore, name: str) -> None:
-    """Refuse a file where the folder of a checkpoint, or of checkpoints, is wanted. Says nothing of
-    a place where nothing is.
+    """Refuse a file that was passed as a folder. Does nothing if `name` does not exist.
 
     Raises:
-        NotFoundError: says what the file is, and what can be done with it.
-        UsageError: a file that is a piece of a checkpoint.
+        NotFoundError: the message says what the file is, and the hint what to do with it.
+        UsageError: the file is a part of a checkpoint.
     """
-    above, _, last = name.rpartition("/")
+    parent, _, last = name.rpartition("/")
     try:
-        if last not in store.list(above):
+        if last not in store.list(parent):
             return
         form = format_of(store, name)
     except (NotFoundError, StorageError):
         return
-    where = place(store, name)
+    where = location(store, name)
     if form is None:
         raise no_checkpoint(store, name, hint="pass the folder of the checkpoint")
     raise NotFoundError(
         f"`{where}` is a file, {_FILES[form]}; a folder is wanted",
         hint=f"`holdfast convert {where} FOLDER` makes a checkpoint of it; `holdfast show {where}` "
-        "lists what it holds",
+        "lists its contents",
     )
 
 
 def is_folder(store: ReadStore, name: str) -> bool:
     """Whether `name` is a folder."""
-    above, _, last = name.rpartition("/")
-    return f"{last}/" in store.list(above)
+    parent, _, last = name.rpartition("/")
+    return f"{last}/" in store.list(parent)
 
 
 def _hint(store: ReadStore, name: str) -> str:
     steps = steps_in(store, name) if is_folder(store, name) else []
     if steps:
-        return f"its newest step: {place(store, steps[-1])}"
+        return f"its newest step: {location(store, steps[-1])}"
     return "`holdfast list FOLDER` shows the steps of a run's checkpoint folder"
 
 

@@ -1,22 +1,22 @@
-"""From the path that a person gives to a place in a store."""
+"""Splits the path of a checkpoint into a store, or a catalog, and a name in it."""
 
 from __future__ import annotations
 
 import os
 
 from holdfast.arguments import checked_path
-from holdfast.catalog.catalog import Catalog, standing
+from holdfast.catalog.catalog import Catalog, folder_of
 from holdfast.errors import UsageError
 from holdfast.format.names import check_name
 from holdfast.storage.opening import folder_store, is_url, local_path, open_store, without_scheme
 from holdfast.storage.store import ReadStore
 
 
-def open_root(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
-    """The catalog that a checkpoint is to be saved in, and its name there.
+def open_for_saving(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
+    """Return the catalog in which to save the checkpoint at `path`, and its name there.
 
     Raises:
-        UsageError: a URL, a path without a name, or a name that no checkpoint may have.
+        UsageError: `path` is a URL, has no name, or has a name that no checkpoint may have.
     """
     full = local_path(checked_path(path, "path"))
     folder, name = _split(full)
@@ -25,18 +25,18 @@ def open_root(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
 
 
 def open_for_reading(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
-    """The store that the checkpoint at `path`, a folder or a URL, lies in, and its name there, or
-    that of the folder that stands for it (`standing`).
+    """Return the store that holds the checkpoint at `path`, a folder, file or URL, and the name of
+    its folder there: see `folder_of`.
 
     Raises:
-        UsageError: no path.
+        UsageError: `path` is no path.
     """
-    store, name = place_of(path)
-    return store, standing(store, name)
+    store, name = open_parent(path)
+    return store, folder_of(store, name)
 
 
-def place_of(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
-    """The store that `path`, a folder or a URL, lies in, and its name there."""
+def open_parent(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
+    """Return the store of the folder or URL above `path`, and the last part of `path`."""
     text = without_scheme(checked_path(path, "path"))
     folder, name = _split(text.rstrip("/") if is_url(text) else local_path(text))
     return open_store(folder), name
@@ -45,5 +45,5 @@ def place_of(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
 def _split(path: str) -> tuple[str, str]:
     folder, _, name = path.rpartition("/")
     if not name:
-        raise UsageError(f"`{path}` is no place for a checkpoint: it has no name")
+        raise UsageError(f"`{path}` has no name after its last slash, so it names no checkpoint")
     return folder or "/", name

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 
-from holdfast.catalog.catalog import place
+from holdfast.catalog.catalog import location
 from holdfast.errors import HoldfastError, NotFoundError, UsageError
 from holdfast.format.names import LOCK, MANIFEST, METADATA
 from holdfast.format.safetensors import SUFFIX
 from holdfast.storage.store import ReadStore
 
-INDEX = f"{SUFFIX}.index.json"
+INDEX_SUFFIX = f"{SUFFIX}.index.json"
 
 _DATA = re.compile(r"__([0-9]+)_[0-9]+\.distcp", re.ASCII)
 _SHARD = re.compile(r".*-([0-9]{5})-of-([0-9]{5})\.safetensors", re.ASCII)
@@ -55,7 +55,8 @@ def check_whole_checkpoint(store: ReadStore, name: str) -> None:
     if in_checkpoint:
         checkpoint, hint = f"`{where}`", f"holdfast verify {where}"
     raise UsageError(
-        f"`{place(store, name)}` is {part} of {checkpoint}, and no checkpoint by itself", hint=hint
+        f"`{location(store, name)}` is {part} of {checkpoint}, and no checkpoint by itself",
+        hint=hint,
     )
 
 
@@ -71,7 +72,7 @@ def note_on(store: ReadStore, name: str) -> str | None:
 
 def no_checkpoint(store: ReadStore, name: str, *, hint: str) -> NotFoundError:
     """The error for a file or folder that is no checkpoint."""
-    where = place(store, name)
+    where = location(store, name)
     try:
         above, _, last = name.rpartition("/")
         is_file = last in store.list(above)
@@ -90,7 +91,7 @@ def no_checkpoint(store: ReadStore, name: str, *, hint: str) -> NotFoundError:
 
 
 def _folder(store: ReadStore, folder: str) -> str:
-    return place(store, folder).rstrip("/")
+    return location(store, folder).rstrip("/")
 
 
 def _part(last: str, *, in_checkpoint: bool) -> str | None:
@@ -101,14 +102,14 @@ def _part(last: str, *, in_checkpoint: bool) -> str | None:
     named = {MANIFEST: "the index", METADATA: "the index for stock torch", LOCK: "the lock"}
     if last in named:
         return named[last]
-    if last.endswith(INDEX):
+    if last.endswith(INDEX_SUFFIX):
         return "the index of the weights"
     return "a file beside the weights" if in_checkpoint and last in _BESIDE_WEIGHTS else None
 
 
 def _is_checkpoint(store: ReadStore, folder: str) -> bool:
-    files = store.list(folder)
-    return any(file in (MANIFEST, METADATA) or file.endswith((SUFFIX, INDEX)) for file in files)
+    suffixes = (SUFFIX, INDEX_SUFFIX)
+    return any(f in (MANIFEST, METADATA) or f.endswith(suffixes) for f in store.list(folder))
 
 
 def _kind(start: bytes) -> str | None:

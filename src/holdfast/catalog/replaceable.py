@@ -1,4 +1,4 @@
-"""What may be replaced or deleted: one checkpoint or one export, and nothing beside it."""
+"""Decides what may be replaced or deleted: a folder that is one checkpoint or one export."""
 
 from __future__ import annotations
 
@@ -7,23 +7,32 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from holdfast.errors import HoldfastError, NotFoundError
-from holdfast.format.names import LOCK, MANIFEST, METADATA, aside_of, step_of
+from holdfast.format.names import LOCK, MANIFEST, METADATA, hidden_folder_of, step_of
 from holdfast.format.safetensors import INDEX, SUFFIX
 from holdfast.storage.store import ReadStore
 
 _DATA = re.compile(r"__[0-9]+_[0-9]+\.distcp", re.ASCII)
 
 _OURS = b'{"holdfast":'
-"""First bytes of a manifest: other programs have a `manifest.json` too."""
+"""First bytes of Holdfast's manifest, since other programs write a `manifest.json` too."""
 
 _CONFIGS = ("config.json", "adapter_config.json", INDEX)
-"""Files of which an export has at least one beside its weights."""
+"""Files of an export, which has at least one of them beside its weights."""
 
-_ASSETS = (
-    *("*.json", "*.txt", "*.model", "*.model.v[0-9]*", "*.jinja", "*.tiktoken", "*.py", "*.md"),
-    *("LICENSE*", "NOTICE*", f"*{SUFFIX}"),
+_EXPORTED = (
+    f"*{SUFFIX}",
+    "*.jinja",
+    "*.json",
+    "*.md",
+    "*.model",
+    "*.model.v[0-9]*",
+    "*.py",
+    "*.tiktoken",
+    "*.txt",
+    "LICENSE*",
+    "NOTICE*",
 )
-"""Files that an export may hold: weights, configurations, tokenizers, templates."""
+"""Patterns of all files of an export: weights, configurations, tokenizers, templates."""
 
 _TEMPLATES = "additional_chat_templates/"
 
@@ -31,57 +40,58 @@ _LISTED_MAX = 3
 
 
 def why_not_replaceable(store: ReadStore, name: str, *, file: bool = False) -> str | None:
-    """Why nobody may replace what lies at `name` when told to overwrite it; None where they may.
+    """Reason why the folder or file `name` may not be overwritten; None if it may.
 
-    Everything in it must belong to one checkpoint or one export: a file of somebody's beside them
-    would be lost. `file`: a file is to take its place.
+    All of its files must belong to one checkpoint or one export: files of users would be lost.
+    `file`: a file will replace it.
     """
     if file:
         if not _is_file(store, name):
             return "it is a folder, and a file was to take its place"
         if _is_checkpoint_file(store, name):
             return None
-        return _what_file(store, name) or "it is a file, and no checkpoint"
-    why = why_not_removable(store, name)
-    if why is not None:
+        return _special_file(store, name) or "it is a file, and no checkpoint"
+    if why := why_not_removable(store, name):
         return why
     names = store.list(name)
-    folders = [one for one in names if one.endswith("/") and one != _TEMPLATES]
+    folders = [entry for entry in names if entry.endswith("/") and entry != _TEMPLATES]
     if folders:
         return f"it holds folders: {_listed(folders)}"
-    known = _is_native if _holds_native(store, name, names) else _is_asset
-    others = [one for one in names if not one.endswith("/") and not known(one)]
+    is_known = _is_native if _holds_native(store, name, names) else _is_exported
+    others = [entry for entry in names if not entry.endswith("/") and not is_known(entry)]
     return f"it holds files that are no part of a checkpoint: {_listed(others)}" if others else None
 
 
 def why_not_removable(store: ReadStore, name: str) -> str | None:
-    """Why retention, or a run that saves a step again, leaves what lies at `name`; None where it is
-    one checkpoint, whole or damaged. What people have put into its folder goes with it, unless that
-    is another checkpoint or a run."""
+    """Reason why retention, or a run that saves a step again, may not delete `name`; None if it is
+    one checkpoint, good or damaged.
+
+    Other files in its folder are deleted too, but another checkpoint or a run in it is a reason.
+    """
     if _is_file(store, name):
-        return _what_file(store, name) or "it is a file"
+        return _special_file(store, name) or "it is a file"
     names = store.list(name)
     if LOCK in names:
         return f"a run saves in it: it holds `{LOCK}`"
-    steps = [one for one in names if _is_step(one)]
+    steps = [entry for entry in names if _is_step(entry)]
     if steps:
         return f"it is a folder of checkpoints: {_listed(steps)}"
-    nested = [one for one in names if one.endswith("/") and _is_occupied(store, f"{name}/{one}")]
+    nested = [f for f in names if f.endswith("/") and _is_occupied(store, f"{name}/{f}")]
     if nested:
-        return f"another checkpoint, or a run, lies in it: {_listed(nested)}"
-    files = [one for one in names if not one.endswith("/")]
+        return f"another checkpoint, or a run, is in it: {_listed(nested)}"
+    files = [entry for entry in names if not entry.endswith("/")]
     if not names or _holds_native(store, name, files) or _holds_export(files):
         return None
     return f"it is no checkpoint: it holds {_listed(names)}"
 
 
 def _is_file(store: ReadStore, name: str) -> bool:
-    above, _, last = name.rpartition("/")
-    return last in store.list(above)
+    parent, _, last = name.rpartition("/")
+    return last in store.list(parent)
 
 
-def _what_file(store: ReadStore, name: str) -> str | None:
-    """Why a file is none that could be read; None where it is a plain one."""
+def _special_file(store: ReadStore, name: str) -> str | None:
+    """What a file is that cannot be read: a broken link, a device, ...; None for a plain file."""
     try:
         store.size(name)
     except NotFoundError:
@@ -92,7 +102,7 @@ def _what_file(store: ReadStore, name: str) -> str | None:
 
 
 def _is_checkpoint_file(store: ReadStore, name: str) -> bool:
-    # Not at the top: the verifier imports readers of every format, and removals are of folders.
+    # Imported here, since it imports the readers of all formats, and most deletions are of folders.
     from holdfast.catalog.open_any import format_of
 
     try:
@@ -102,13 +112,14 @@ def _is_checkpoint_file(store: ReadStore, name: str) -> bool:
 
 
 def _is_step(name: str) -> bool:
-    folder = name.rstrip("/")
-    return name.endswith("/") and (step_of(folder) is not None or aside_of(folder) is not None)
+    if not name.endswith("/"):
+        return False
+    return step_of(name[:-1]) is not None or hidden_folder_of(name[:-1]) is not None
 
 
 def _is_occupied(store: ReadStore, folder: str) -> bool:
-    """Whether a folder inside a checkpoint's is a checkpoint or a run of its own. One that cannot
-    be looked into might be."""
+    """Whether a folder in a checkpoint's folder is a checkpoint or a run itself, or cannot be
+    listed and might be one."""
     try:
         names = store.list(folder.rstrip("/"))
     except HoldfastError:
@@ -117,8 +128,8 @@ def _is_occupied(store: ReadStore, folder: str) -> bool:
 
 
 def _holds_native(store: ReadStore, name: str, files: Sequence[str]) -> bool:
-    """Whether these are files of a step, or of a stock checkpoint. A damaged one has lost its
-    manifest: then its data files tell."""
+    """Whether these are files of Holdfast's or stock DCP's checkpoints. Data files suffice, since a
+    damaged checkpoint may lack its manifest."""
     if any(map(_DATA.fullmatch, files)) or METADATA in files:
         return True
     if MANIFEST not in files:
@@ -130,15 +141,15 @@ def _holds_native(store: ReadStore, name: str, files: Sequence[str]) -> bool:
 
 
 def _holds_export(files: Sequence[str]) -> bool:
-    return any(one.endswith(SUFFIX) for one in files) and any(one in _CONFIGS for one in files)
+    return any(f.endswith(SUFFIX) for f in files) and any(f in _CONFIGS for f in files)
 
 
 def _is_native(file: str) -> bool:
     return file in (MANIFEST, METADATA) or _DATA.fullmatch(file) is not None
 
 
-def _is_asset(file: str) -> bool:
-    return any(fnmatchcase(file, pattern) for pattern in _ASSETS)
+def _is_exported(file: str) -> bool:
+    return any(fnmatchcase(file, pattern) for pattern in _EXPORTED)
 
 
 def _listed(names: Sequence[str]) -> str:

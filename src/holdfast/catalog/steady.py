@@ -1,5 +1,5 @@
-"""Reading a checkpoint that another process may replace meanwhile: look again before calling it
-damaged."""
+"""Reads checkpoints that another process may replace meanwhile: an error counts only if the
+checkpoint has not changed."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ from holdfast.storage.store import ReadStore
 T = TypeVar("T")
 
 LOOKS_MAX = 5
-"""Times that a checkpoint is read at most while others replace it."""
+"""Most times that a checkpoint is read while other processes replace it."""
 
 UNREADABLE = (DamagedError, FormatError, NotFoundError, StorageError)
-"""Errors in which reading a checkpoint ends that is damaged, or that has been replaced."""
+"""Errors that reading a damaged or replaced checkpoint may raise."""
 
 _TAIL_BYTES = 32
-"""A manifest ends in a checksum of all of it."""
+"""Bytes at the end of a manifest that include its checksum."""
 
 
 def fingerprint(store: ReadStore, name: str) -> object:
-    """A value that stays equal for as long as the checkpoint `name` is not replaced. Cheap: reads
-    the end of its index, or sizes where it has no manifest."""
+    """A value that stays equal until the checkpoint `name` is replaced.
+
+    Cheap: reads the end of the manifest, or file sizes if there is none.
+    """
     try:
-        above, _, last = name.rpartition("/")
-        if last in store.list(above):
+        parent, _, last = name.rpartition("/")
+        if last in store.list(parent):
             return store.size(name)
         files = store.list(name)
         if MANIFEST in files:
@@ -45,17 +47,16 @@ def fingerprint(store: ReadStore, name: str) -> object:
 
 
 def is_deleted(store: ReadStore, name: str) -> bool:
-    """Whether nothing has the name of checkpoint `name` any longer, as after retention."""
-    above, _, last = name.rpartition("/")
+    """Whether neither a file nor a folder has the name of checkpoint `name`."""
+    parent, _, last = name.rpartition("/")
     try:
-        return not {last, f"{last}/"} & {*store.list(above)}
+        return not {last, f"{last}/"} & {*store.list(parent)}
     except HoldfastError:
         return False
 
 
 def read_steadily(store: ReadStore, name: str, read: Callable[[], T]) -> T:
-    """What `read` makes of the checkpoint `name`. Called again where it fails on a checkpoint that
-    was replaced in the meantime."""
+    """Call `read`, and call it again if it fails and the checkpoint `name` was replaced."""
     for _ in range(LOOKS_MAX - 1):
         before = fingerprint(store, name)
         try:

@@ -1,4 +1,4 @@
-"""Is a checkpoint as it was written? Every byte of it, whoever wrote it, as far as can be known."""
+"""Verifies a checkpoint of any format: every byte, as far as the format has checksums."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from holdfast.catalog.catalog import place, read_checksums, read_manifest
+from holdfast.catalog.catalog import location, read_checksums, read_manifest
 from holdfast.catalog.contents import (
     Advance,
     RecordReader,
     check_containers,
-    check_pieces,
+    check_files,
     check_record,
     entries_by_record,
-    keeps_checksums,
+    has_checksums,
     run,
 )
 from holdfast.catalog.findings import Finding, Format, VerifyReport, kind_of, usable
 from holdfast.catalog.hf_folder import ADAPTER, ADAPTER_CONFIG, CONFIG, read_config
 from holdfast.catalog.open_any import format_of, is_folder
-from holdfast.catalog.pieces import no_checkpoint
+from holdfast.catalog.pieces import INDEX_SUFFIX, no_checkpoint
 from holdfast.catalog.resumable import misnumbered, why_not_resumable
 from holdfast.catalog.steady import LOOKS_MAX, UNREADABLE, fingerprint
 from holdfast.catalog.structure import check_coverage, check_structure
@@ -29,26 +29,26 @@ from holdfast.errors import DamagedError, FormatError, HoldfastError, NotFoundEr
 from holdfast.format import safetensors, torchfile
 from holdfast.format.archive import read_records, windowed
 from holdfast.format.manifest import Manifest, Span
-from holdfast.format.names import LOCK, MANIFEST, METADATA, step_standing_in
+from holdfast.format.names import LOCK, MANIFEST, METADATA, step_of_folder
 from holdfast.storage.store import ReadStore
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyTarget:
-    """What is to be verified, and how far."""
+    """A checkpoint to verify, and options."""
 
     store: ReadStore
     name: str
-    """Folder or file, below the root of the store."""
+    """Folder or file below the root of the store."""
 
     quick: bool = False
-    """Structure alone: sizes and indexes, no data."""
+    """Check sizes and indices only, no data."""
 
     advance: Advance = lambda _: None
 
     @property
     def where(self) -> str:
-        return place(self.store, self.name)
+        return location(self.store, self.name)
 
     def reader(self, file: str) -> RecordReader:
         key = f"{self.name}/{file}" if file else self.name
@@ -56,14 +56,14 @@ class VerifyTarget:
 
 
 def verify(target: VerifyTarget) -> VerifyReport:
-    """What is wrong with one checkpoint, a folder or a file; `quick` for its structure alone.
+    """Verify one checkpoint, a folder or a file.
 
     Holds a few windows of data in memory, whatever the size of the checkpoint.
 
     Raises:
-        NotFoundError: there is nothing, or nothing that is a checkpoint.
-        FormatError: it is no checkpoint, or one that names code.
-        StorageError: the store failed before anything could be said.
+        NotFoundError: there is no such folder or file, or it is no checkpoint.
+        FormatError: it is malformed, or refers to code.
+        StorageError: the store failed before anything could be reported.
     """
     form = format_of(target.store, target.name)
     if form is None:
@@ -78,27 +78,25 @@ def verify(target: VerifyTarget) -> VerifyReport:
         "safetensors": _verify_safetensors,
         "torch": _verify_torch_file,
     }
-    report = _steadily(target, verifiers[form])
-    number = step_standing_in(target.name.rpartition("/")[2])
-    held = Manifest({}, {}, step=report.step, kind=report.kind)
-    if number is None:
-        return replace(report, format=form)
-    wrong = misnumbered(number, held)
+    report = replace(_verify_steadily(target, verifiers[form]), format=form)
+    step = step_of_folder(target.name.rpartition("/")[2])
+    if step is None:
+        return report
+    manifest = Manifest({}, {}, step=report.step, kind=report.kind)
+    wrong = misnumbered(step, manifest)
+    notes = () if wrong is None else (f"{wrong}; a resume never takes it",)
     return replace(
         report,
-        format=form,
-        step=report.step if report.step is not None else number,
-        notes=report.notes
-        if wrong is None
-        else (*report.notes, f"{wrong}; a resume never takes it"),
-        why_not=why_not_resumable(number, held),
+        step=step if report.step is None else report.step,
+        notes=(*report.notes, *notes),
+        why_not=why_not_resumable(step, manifest),
     )
 
 
-def _steadily(
+def _verify_steadily(
     target: VerifyTarget, verifier: Callable[[VerifyTarget], VerifyReport]
 ) -> VerifyReport:
-    """The report of a verifier, which looks again at a checkpoint that was replaced meanwhile."""
+    """Verify a checkpoint, again if it was replaced meanwhile."""
     for _ in range(LOOKS_MAX - 1):
         before = fingerprint(target.store, target.name)
         try:
@@ -113,12 +111,12 @@ def _steadily(
 
 
 def failed(target: VerifyTarget, error: HoldfastError) -> VerifyReport:
-    """The report on a checkpoint that cannot even be opened."""
+    """The report on a checkpoint that cannot be opened."""
     index = MANIFEST if isinstance(error, DamagedError) else METADATA
     finding = Finding("index", index, error.what)
-    number = step_standing_in(target.name.rpartition("/")[2])
+    step = step_of_folder(target.name.rpartition("/")[2])
     return VerifyReport(
-        target.where, None, (finding,), usable="nothing", step=number, why_not=error.what
+        target.where, None, (finding,), usable="nothing", step=step, why_not=error.what
     )
 
 
@@ -130,35 +128,34 @@ def _verify_step(target: VerifyTarget) -> VerifyReport:
         manifest = read_manifest(target.store, target.name)
     except DamagedError as error:
         return failed(target, error)
-    ours = MANIFEST in target.store.list(target.name)
+    names = target.store.list(target.name)
     findings = check_structure(target.store, target.name, manifest)
     findings += check_coverage(manifest)
-    refused = {finding.file for finding in findings if finding.concern == "file"}
-    if not target.quick:
-        if ours:
-            files = [file for file in manifest.files if _readable(findings, file)]
-            checksums = {}
-            for file in files:
-                try:
-                    checksums[file] = read_checksums(target.store, target.name, manifest, file)
-                except HoldfastError as error:
-                    findings.append(Finding("file", file, error.what))
-            findings += run(check_pieces(manifest, files, checksums, target.reader))
-        else:
-            findings += run(check_containers(_without(manifest, refused), target.reader))
-    known = {MANIFEST, METADATA, *manifest.files}
-    return _report(target, manifest, findings, [f for f in _others(target) if f not in known])
+    if not target.quick and MANIFEST in names:
+        checksums = {}
+        files = [file for file in manifest.files if _is_readable(findings, file)]
+        for file in files:
+            try:
+                checksums[file] = read_checksums(target.store, target.name, manifest, file)
+            except HoldfastError as error:
+                findings.append(Finding("file", file, error.what))
+        findings += run(check_files(manifest, files, checksums, target.reader))
+    elif not target.quick:
+        refused = {finding.file for finding in findings if finding.concern == "file"}
+        findings += run(check_containers(_without(manifest, refused), target.reader))
+    known = {MANIFEST, METADATA, LOCK, *manifest.files}
+    notes = [f"`{name}` is not part of the checkpoint" for name in names if name not in known]
+    return _report(target, manifest, findings, notes)
 
 
-def _readable(findings: Sequence[Finding], file: str) -> bool:
-    """Whether there is anything to read: a file that is too short or too long is read, so that what
-    is whole in it is known."""
-    gone = ("is missing", "is a link", "cannot be read")
-    return not any(f.file == file and f.what.startswith(gone) for f in findings)
+def _is_readable(findings: Sequence[Finding], file: str) -> bool:
+    """Whether to read a file. One of another size is read, to find its undamaged entries."""
+    unreadable = ("is missing", "is a link", "cannot be read")
+    return not any(f.file == file and f.what.startswith(unreadable) for f in findings)
 
 
 def _without(manifest: Manifest, files: set[str]) -> Manifest:
-    """The manifest without what lies in files that are not as they should be."""
+    """The manifest without the chunks and values in these files."""
     tensors = {
         name: replace(entry, chunks=tuple(c for c in entry.chunks if c.file not in files))
         for name, entry in manifest.tensors.items()
@@ -167,85 +164,73 @@ def _without(manifest: Manifest, files: set[str]) -> Manifest:
     return replace(manifest, tensors=tensors, values=values)
 
 
-def _others(target: VerifyTarget) -> list[str]:
-    return [name for name in target.store.list(target.name) if name != LOCK]
-
-
 def _report(
     target: VerifyTarget,
     manifest: Manifest,
     findings: Sequence[Finding],
-    others: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> VerifyReport:
-    notes = [f"`{name}` is not part of the checkpoint" for name in others]
     return VerifyReport(
-        target.where,
-        None,
-        _distinct(findings),
-        tuple(notes),
-        manifest.step,
-        kind_of(manifest),
-        len(manifest.tensors) + len(manifest.values),
-        manifest.nbytes,
-        usable(manifest, findings),
+        where=target.where,
+        format=None,
+        findings=tuple(dict.fromkeys(findings)),
+        notes=tuple(notes),
+        step=manifest.step,
+        kind=kind_of(manifest),
+        num_entries=len(manifest.tensors) + len(manifest.values),
+        nbytes=manifest.nbytes,
+        usable=usable(manifest, findings),
     )
-
-
-def _distinct(findings: Sequence[Finding]) -> tuple[Finding, ...]:
-    return tuple(dict.fromkeys(findings))
 
 
 # ------------------------------------------------------------------------------------ safetensors
 
 
 def _verify_safetensors(target: VerifyTarget) -> VerifyReport:
-    names = target.store.list(target.name) if is_folder(target.store, target.name) else [""]
-    indexes = [name for name in names if name.endswith(f"{safetensors.SUFFIX}.index.json")]
-    findings: list[Finding] = []
+    folder = is_folder(target.store, target.name)
+    names = target.store.list(target.name) if folder else [""]
+    index_file = next((name for name in names if name.endswith(INDEX_SUFFIX)), "")
     index: dict[str, str] | None = None
-    if indexes:
-        size = min(
-            target.store.size(f"{target.name}/{indexes[0]}"), safetensors.INDEX_BYTES_MAX + 1
-        )
-        data = target.store.read(f"{target.name}/{indexes[0]}", 0, size)
-        index = safetensors.read_index(data, where=f"{target.where}/{indexes[0]}")
-    held = [name for name in names if name.endswith(safetensors.SUFFIX) or not name]
-    files = held if index is None else sorted(set(index.values()))
+    if index_file:
+        key = f"{target.name}/{index_file}"
+        nbytes = min(target.store.size(key), safetensors.INDEX_BYTES_MAX + 1)
+        data = target.store.read(key, 0, nbytes)
+        index = safetensors.read_index(data, where=f"{target.where}/{index_file}")
+    weights = [name for name in names if name.endswith(safetensors.SUFFIX) or not name]
+    files = weights if index is None else sorted(set(index.values()))
+    findings: list[Finding] = []
     if index is None:
-        lacking = safetensors.missing_shards(held)
-        findings += [Finding("file", file, "is missing") for file in lacking]
-    parts: dict[str, Manifest] = {}
+        shards = safetensors.missing_shards(weights)
+        findings += [Finding("file", file, "is missing") for file in shards]
+    manifests: dict[str, Manifest] = {}
     for file in files:
         try:
             if file and target.store.leads_out(target.name, file):
                 findings.append(Finding("file", file, "is a link to a place outside of its folder"))
                 continue
-            parts[file] = _safetensors_file(target, file)
+            manifests[file] = _safetensors_file(target, file)
         except NotFoundError:
             findings.append(Finding("file", file, "is missing"))
         except HoldfastError as error:
             findings.append(Finding("file", file or target.name, error.what))
-    for file in (CONFIG, ADAPTER_CONFIG) if names != [""] else ():
+    for file in (CONFIG, ADAPTER_CONFIG) if folder else ():
         if file in names and (file == CONFIG or files == [ADAPTER]):
             try:
                 read_config(target.store, target.name, file)
             except HoldfastError as error:
                 findings.append(Finding("file", file, error.what))
-    whole = Manifest({n: e for p in parts.values() for n, e in p.tensors.items()}, {})
+    manifest = Manifest({n: e for m in manifests.values() for n, e in m.tensors.items()}, {})
     if not findings:
         try:
-            whole = safetensors.joined(parts, index, where=target.where)
+            manifest = safetensors.joined(manifests, index, where=target.where)
         except FormatError as error:
-            findings.append(Finding("index", indexes[0] if indexes else "", error.what))
-    report = _report(target, whole, findings)
-    notes = [
-        f"`{file}` is not in the index, and does not count" for file in held if file not in files
-    ]
+            findings.append(Finding("index", index_file, error.what))
+    notes = [f"`{f}` is not in the index, and is ignored" for f in weights if f not in files]
     if not target.quick:
         notes.append(
             "safetensors keeps no checksums: headers and sizes were checked, data cannot be"
         )
-    return replace(report, notes=tuple(notes))
+    return _report(target, manifest, findings, notes)
 
 
 def _safetensors_file(target: VerifyTarget, file: str) -> Manifest:
@@ -270,21 +255,19 @@ def _verify_torch_file(target: VerifyTarget) -> VerifyReport:
         what = f"is not a whole file of torch.save: {error}"
         finding = Finding("file", reader.file, what)
         return VerifyReport(target.where, "torch", (finding,), nbytes=nbytes, usable="nothing")
-    kept = keeps_checksums(records)
     findings: list[Finding] = []
+    checked = has_checksums(records)
     for name in ("data.pkl", "byteorder"):
-        if kept and name in records:
+        if checked and name in records:
             findings += check_record(reader, records, name, 0, "")
     if findings:
         return VerifyReport(target.where, "torch", tuple(findings), nbytes=nbytes, usable="nothing")
     manifest = read().manifest
-    if kept and not target.quick:
+    if checked and not target.quick:
         entries = entries_by_record(manifest, records)
         findings += run(
             partial(check_record, reader, records, name, 0, entries.get(name, ""))
             for name in records
         )
-    report = _report(target, manifest, findings)
-    if not kept:
-        report = replace(report, notes=("it was written without checksums: data is not checked",))
-    return report
+    notes = () if checked else ("it was written without checksums: data is not checked",)
+    return _report(target, manifest, findings, notes)

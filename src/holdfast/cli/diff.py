@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from holdfast.catalog.findings import name_in_model, parts_of
+from holdfast.catalog.findings import components_of, name_in_model
 from holdfast.catalog.open_any import OpenCheckpoint, open_any
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.source import read_value
@@ -102,7 +102,7 @@ def sides(
 
 def _names(manifest: Manifest, *, model_only: bool) -> dict[str, str]:
     """For each tensor its name; of the model's, as its own state dict has them."""
-    called, parts = {}, parts_of(manifest)
+    called, parts = {}, components_of(manifest)
     for name, entry in manifest.tensors.items():
         if parts[name] == "model":
             called[name] = name_in_model(entry.path)

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from holdfast.catalog.catalog import place, read_manifest, steps_in
+from holdfast.catalog.catalog import location, read_manifest, steps_in
 from holdfast.catalog.cleanup import is_at_work, plan_cleanup
-from holdfast.catalog.findings import MODEL_IS_WHOLE, VerifyReport, said_of
+from holdfast.catalog.findings import MODEL_IS_WHOLE, VerifyReport, summary_of
 from holdfast.catalog.listing import hint_without_steps
 from holdfast.catalog.marks import damaged_steps
 from holdfast.catalog.open_any import check_folder
@@ -19,7 +19,7 @@ from holdfast.catalog.paths import open_for_reading
 from holdfast.cli.terminal import parsed, say, say_json
 from holdfast.cli.verify import resumable, verified
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError, StorageError
-from holdfast.format.names import LOCK, MANIFEST, METADATA, aside_of, step_name, step_of
+from holdfast.format.names import LOCK, MANIFEST, METADATA, hidden_folder_of, step_name, step_of
 from holdfast.spelling import counted, spelled_bytes
 from holdfast.storage.holder import holder_of
 from holdfast.storage.local import LocalStore
@@ -90,7 +90,7 @@ class Folder:
 
     @property
     def where(self) -> str:
-        return place(self.store, self.name)
+        return location(self.store, self.name)
 
     def command(self, verb: str, below: str = "") -> str:
         """A command about this folder, or what is in it."""
@@ -135,10 +135,10 @@ def _looked_at(path: str, *, quick: bool) -> Folder:
     store, name = open_for_reading(path)
     check_folder(store, name)
     names, steps = store.list(name), steps_in(store, name)
-    asides = [one for one in names if aside_of(one.rstrip("/")) is not None]
+    asides = [one for one in names if hidden_folder_of(one.rstrip("/")) is not None]
     if not steps and not asides and LOCK not in names:
         raise NotFoundError(
-            f"`{place(store, name)}` is no folder of steps",
+            f"`{location(store, name)}` is no folder of steps",
             hint=hint_without_steps(store, name, names),
         )
     reports = [*verified(store, steps, quick).values()]
@@ -163,7 +163,7 @@ def _damaged(folder: Folder) -> Iterator[Trouble]:
             if report.step is not None and report.step in folder.marked:
                 yield _marked(folder, name, report.step)
             continue
-        what = said_of(report.findings)
+        what = summary_of(report.findings)
         if report.usable not in ("nothing", "everything"):
             what += f"; usable: {report.usable}"
         if resume is not None:
@@ -254,7 +254,7 @@ def _note(store: LocalStore, lock: str) -> str:
 def _unknown(folder: Folder) -> Iterator[Trouble]:
     """Folders whose names are no steps': neither read, nor counted, nor removed."""
     for name in folder.names:
-        if not name.endswith("/") or step_of(name[:-1]) is not None or aside_of(name[:-1]):
+        if not name.endswith("/") or step_of(name[:-1]) is not None or hidden_folder_of(name[:-1]):
             continue
         try:
             held = folder.store.list(f"{folder.name}/{name[:-1]}")

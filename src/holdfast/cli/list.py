@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from holdfast.catalog.catalog import place
-from holdfast.catalog.findings import VerifyReport, said_of
+from holdfast.catalog.catalog import location
+from holdfast.catalog.findings import VerifyReport, summary_of
 from holdfast.catalog.listing import CheckpointRow, resumable, survey
 from holdfast.catalog.open_any import check_folder
 from holdfast.catalog.paths import open_for_reading
@@ -62,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
         ]
     resume = resumable(rows)
     if asked.json:
-        said = {"folder": place(store, name), "resume": resume}
+        said = {"folder": location(store, name), "resume": resume}
         say_json({**said, "checkpoints": [asdict(row) for row in rows]})
     else:
         say_table(HEAD, [_cells(row, resume) for row in rows])
@@ -72,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
     if damaged:
         raise DamagedError(
             f"{damaged} of {len(reports)} checkpoints are damaged",
-            hint=f"holdfast doctor {place(store, name)} --verify",
+            hint=f"holdfast doctor {location(store, name)} --verify",
         )
     return 0
 
@@ -93,7 +93,7 @@ def _verified(row: CheckpointRow, report: VerifyReport | None) -> CheckpointRow:
     """The row with what its report says."""
     if row.state != "good" or report is None or report.good:
         return row
-    problem = said_of(report.findings)
+    problem = summary_of(report.findings)
     state: Literal["good", "damaged"] = "good" if report.loads else "damaged"
     why_not = row.why_not if report.loads else problem
     return replace(row, state=state, problem=problem, why_not=why_not)

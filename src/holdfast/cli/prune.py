@@ -13,12 +13,12 @@ from holdfast.catalog.catalog import Catalog, read_manifest
 from holdfast.catalog.cleanup import execute, is_at_work, plan_cleanup
 from holdfast.catalog.listing import hint_without_steps
 from holdfast.catalog.open_any import check_folder, format_of
-from holdfast.catalog.paths import place_of
+from holdfast.catalog.paths import open_parent
 from holdfast.catalog.replaceable import why_not_removable
 from holdfast.catalog.resumable import misnumbered
 from holdfast.cli.terminal import parsed, say, say_json, say_table
 from holdfast.errors import HoldfastError, NotFoundError, StorageError, UsageError
-from holdfast.format.names import LOCK, aside_of
+from holdfast.format.names import LOCK, hidden_folder_of
 from holdfast.manager.policy import STEPS_MIN, Retention, reasons_to_keep
 from holdfast.manager.resume import good_steps
 from holdfast.spelling import counted, spelled_bytes
@@ -100,11 +100,11 @@ def run(arguments: Sequence[str]) -> int:
     asked = parsed(PruneArguments, "prune", arguments)
     if is_url(asked.folder):
         raise UsageError(f"`{asked.folder}` is a URL: use the tool of that store")
-    store, name = place_of(asked.folder)
+    store, name = open_parent(asked.folder)
     check_folder(store, name)
     catalog = Catalog(folder_store(asked.folder))
     names = [name.rstrip("/") for name in catalog.store.list()]
-    if not catalog.folders() and not any(map(aside_of, names)):
+    if not catalog.folders() and not any(map(hidden_folder_of, names)):
         hint = hint_without_steps(store, name, catalog.store.list())
         raise NotFoundError(f"`{catalog.store.url}` holds no step", hint=hint)
     if asked.dry_run:
@@ -216,7 +216,7 @@ def _execute(catalog: Catalog, decisions: Sequence[Decision]) -> None:
     for decision in decisions:
         if decision.name in steps and not decision.stays:
             try:
-                catalog.let_go(decision.name)
+                catalog.set_aside_for_deletion(decision.name)
             except HoldfastError as error:
                 failed.append(error.what)
     store = catalog.store

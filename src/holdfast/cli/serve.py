@@ -14,7 +14,7 @@ from typing import Annotated
 import tyro
 
 from holdfast.catalog.open_any import check_folder
-from holdfast.catalog.paths import place_of
+from holdfast.catalog.paths import open_parent
 from holdfast.cli.terminal import parsed, say, say_error
 from holdfast.errors import ExistsError, StorageError, UsageError
 from holdfast.skills.startup import refresh
@@ -99,7 +99,7 @@ def check(asked: ServeArguments) -> None:
                 f"`{folder}` is a URL: a server watches folders of this machine",
                 hint=f"holdfast report {folder}",
             )
-        check_folder(*place_of(folder))
+        check_folder(*open_parent(folder))
     if not 0 <= asked.port < 1 << 16:
         raise UsageError(f"`--port` is 0 to 65535, found: {asked.port}")
     if asked.max_age is not None and not asked.max_age > 0:

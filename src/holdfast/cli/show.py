@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any
 
-from holdfast.catalog.findings import FORMATS, PARTS, kind_of, parts_of
+from holdfast.catalog.findings import FORMATS, components_of, kind_of
 from holdfast.catalog.open_any import OpenCheckpoint, open_any
 from holdfast.catalog.paths import open_for_reading
 from holdfast.cli import values
@@ -16,6 +16,7 @@ from holdfast.cli.picture import draw, letter
 from holdfast.cli.terminal import parsed, progress, say, say_json
 from holdfast.cli.tree import INDENT, count, lines, tree_of
 from holdfast.errors import NotFoundError, UsageError
+from holdfast.format.components import COMPONENTS
 from holdfast.format.manifest import Chunk, Manifest, TensorEntry
 from holdfast.spelling import counted, spelled_bytes, spelled_layout
 
@@ -78,7 +79,7 @@ def run(arguments: Sequence[str]) -> int:
     if not asked.name:
         _say_checkpoint(seen)
     # A stable sort: the model first, as it lies there, then what a resume needs beside it.
-    of = parts_of(seen.manifest)
+    of = components_of(seen.manifest)
     ordered = sorted(tensors.items(), key=lambda member: of[member[0]] != "model")
     for line in lines(tree_of(dict(ordered)), each=asked.each):
         say(line)
@@ -165,7 +166,7 @@ def _say_checkpoint(seen: OpenCheckpoint) -> None:
         facts.append(f"step {manifest.step}")
     files = counted(len(manifest.files), "file")
     held = parts(manifest)
-    known = manifest.components is not None or {"model", *PARTS} >= held.keys()
+    known = manifest.components is not None or {"model", *COMPONENTS} >= held.keys()
     if "model" in held and known:
         facts.append(kind_of(manifest))
     facts.append(f"{spelled_bytes(manifest.nbytes)} in {files}")
@@ -189,7 +190,7 @@ def parts(manifest: Manifest) -> dict[str, dict[str, int]]:
     """What each part of a checkpoint holds; what two names share counts once."""
     tensors: dict[str, list[TensorEntry]] = {}
     num_values: dict[str, int] = {}
-    of = parts_of(manifest)
+    of = components_of(manifest)
     for name, entry in manifest.tensors.items():
         tensors.setdefault(of[name], []).append(entry)
     for name in manifest.values:

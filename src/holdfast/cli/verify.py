@@ -17,7 +17,7 @@ from holdfast.catalog.steady import is_deleted
 from holdfast.catalog.verify import VerifyTarget, failed, verify
 from holdfast.cli.terminal import parsed, progress, say, say_error, say_json
 from holdfast.errors import DamagedError, HoldfastError, UsageError
-from holdfast.format.names import step_of, step_standing_in
+from holdfast.format.names import step_of, step_of_folder
 from holdfast.spelling import counted, spelled_bytes
 from holdfast.storage.opening import folder_store, is_url
 from holdfast.storage.store import ReadStore
@@ -153,7 +153,7 @@ def _nbytes(store: ReadStore, name: str) -> int:
 
 def resumable(reports: Sequence[VerifyReport], marked: Collection[int]) -> int | None:
     """The newest step that loads whole, can be resumed from, and is not marked as damaged."""
-    steps = [step_standing_in(r.where.rpartition("/")[2]) for r in reports if _resumes_from(r)]
+    steps = [step_of_folder(r.where.rpartition("/")[2]) for r in reports if _resumes_from(r)]
     return max((step for step in steps if step is not None and step not in marked), default=None)
 
 

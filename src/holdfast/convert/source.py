@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.catalog.findings import Format, name_in_model, parts_of
+from holdfast.catalog.findings import Format, components_of, name_in_model
 from holdfast.catalog.open_any import OpenCheckpoint, open_any
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.source import Source
@@ -158,7 +158,7 @@ def _opened_hf(found: OpenCheckpoint) -> ConvertSource:
 def _opened(found: OpenCheckpoint) -> ConvertSource:
     """Any other checkpoint: the model's tensors told from the rest by their paths."""
     source = found.source
-    names, others, parts = {}, [], parts_of(source.manifest)
+    names, others, parts = {}, [], components_of(source.manifest)
     for name, entry in source.manifest.tensors.items():
         if parts[name] == MODEL:
             names[name] = name_in_model(entry.path)

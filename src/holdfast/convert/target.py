@@ -19,7 +19,7 @@ from holdfast.convert.stream import Advance, Output, Outputs, read_ahead
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format import torchfile
 from holdfast.format.manifest import Kind, Path
-from holdfast.format.names import Aside, aside_of, check_name, step_name, step_of
+from holdfast.format.names import HiddenFolder, check_name, hidden_folder_of, step_name, step_of
 from holdfast.format.safetensors import INDEX
 from holdfast.format.structure import Node
 from holdfast.hf.assets import beside_weights, config_bytes
@@ -127,7 +127,7 @@ def _check_apart(target: str, source: str) -> None:
 
 
 @contextmanager
-def _attempt(target: ConvertTarget, sizes: Mapping[str, int]) -> Iterator[Aside]:
+def _attempt(target: ConvertTarget, sizes: Mapping[str, int]) -> Iterator[HiddenFolder]:
     """A folder that no reader looks at, to write files of these sizes into: a new one, or that of a
     conversion which was killed, with those of its files that can be gone on with.
 
@@ -153,14 +153,14 @@ def _attempt(target: ConvertTarget, sizes: Mapping[str, int]) -> Iterator[Aside]
             yield attempt
         except Exception:
             with suppress(HoldfastError):
-                catalog.discard(attempt)
+                catalog.abort(attempt)
             raise
     finally:
         if attempt is not None:
             catalog.release(attempt)
 
 
-def _taken_over(target: ConvertTarget, sizes: Mapping[str, int]) -> Aside | None:
+def _taken_over(target: ConvertTarget, sizes: Mapping[str, int]) -> HiddenFolder | None:
     """What a killed conversion to this place left, with nothing in it but files of these sizes."""
     store, catalog, found = target.store, target.catalog, None
     for attempt in _attempts(store, target.name):
@@ -176,7 +176,7 @@ def _taken_over(target: ConvertTarget, sizes: Mapping[str, int]) -> Aside | None
                 hint="wait for it, or choose another place",
             )
         if found is not None or mine is None:
-            catalog.discard(attempt)
+            catalog.abort(attempt)
             continue
         found = attempt
         for name in store.list(str(attempt)):
@@ -185,9 +185,9 @@ def _taken_over(target: ConvertTarget, sizes: Mapping[str, int]) -> Aside | None
     return found
 
 
-def _attempts(store: Store, name: str) -> list[Aside]:
+def _attempts(store: Store, name: str) -> list[HiddenFolder]:
     """Conversions to this place that have not come to their end."""
-    asides = [aside_of(one.rstrip("/")) for one in store.list() if one.endswith("/")]
+    asides = [hidden_folder_of(one.rstrip("/")) for one in store.list() if one.endswith("/")]
     return [one for one in asides if one and (one.role, one.name) == ("attempt", name)]
 
 
@@ -235,7 +235,7 @@ def write_hf(
     return export.nbytes
 
 
-def _write_small(target: ConvertTarget, attempt: Aside, file: str, data: bytes) -> None:
+def _write_small(target: ConvertTarget, attempt: HiddenFolder, file: str, data: bytes) -> None:
     store = target.store
     folder, _, _ = file.rpartition("/")
     if folder and f"{folder}/" not in store.list(str(attempt)):
@@ -290,7 +290,7 @@ def write_torch_file(
     return layout.nbytes
 
 
-def _publish_file(target: ConvertTarget, attempt: Aside) -> None:
+def _publish_file(target: ConvertTarget, attempt: HiddenFolder) -> None:
     """Give a whole file its name; one that is there is replaced at one instant, where it may be."""
     store, name = target.store, target.name
     if target.overwrite and name in store.list():

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.catalog.catalog import place
+from holdfast.catalog.catalog import location
 from holdfast.catalog.listing import CheckpointRow, resumable, row_of, survey
 from holdfast.catalog.paths import open_for_reading
 from holdfast.errors import HoldfastError
@@ -154,7 +154,7 @@ class Watch:
             return row
 
         rows = survey(store, name, look_at)
-        return History(place(store, name), rows, self._reports.read(store, name))
+        return History(location(store, name), rows, self._reports.read(store, name))
 
 
 def _stamp(store: ReadStore, key: str) -> object:

@@ -32,12 +32,12 @@ reader would find it."""
 _HELD = ".held-"
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})", re.ASCII)
-_ASIDE = re.compile(r"\.(attempt|replaced|removing)-([^/]+)-([0-9a-f]{8})", re.ASCII)
+_HIDDEN = re.compile(r"\.(attempt|replaced|removing)-([^/]+)-([0-9a-f]{8})", re.ASCII)
 _MARK = re.compile(r"\.(pinned|damaged)-(.+)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
-class Aside:
+class HiddenFolder:
     """A folder that is not a checkpoint yet, or no longer."""
 
     role: Literal["attempt", "replaced", "removing"]
@@ -107,47 +107,47 @@ def steps_among(names: Iterable[str]) -> dict[int, str]:
     """
     found = {}
     for folder in (name.rstrip("/") for name in sorted(names) if name.endswith("/")):
-        step = step_standing_in(folder)
+        step = step_of_folder(folder)
         if step is not None:
             # In the order of the alphabet, what was set aside stands before what has the name.
             found[step] = folder
     return dict(sorted(found.items()))
 
 
-def step_standing_in(folder: str) -> int | None:
+def step_of_folder(folder: str) -> int | None:
     """The step that a folder stands for: by its name, or set aside while its successor was saved.
 
-    >>> step_standing_in("step-30"), step_standing_in(".replaced-step-30-1f2e3d4c")
+    >>> step_of_folder("step-30"), step_of_folder(".replaced-step-30-1f2e3d4c")
     (30, 30)
     """
-    aside = aside_of(folder)
+    aside = hidden_folder_of(folder)
     return step_of(aside.name if aside and aside.role == "replaced" else folder)
 
 
-def standing_among(names: Iterable[str], name: str) -> str | None:
+def folder_among(names: Iterable[str], name: str) -> str | None:
     """The folder that stands for checkpoint `name`, from the names that are there: its own; or the
     one set aside by a save that has died between its two renames. None where there is neither.
 
-    >>> standing_among([".replaced-best-1f2e3d4c/"], "best"), standing_among(["best/"], "best")
+    >>> folder_among([".replaced-best-1f2e3d4c/"], "best"), folder_among(["best/"], "best")
     ('.replaced-best-1f2e3d4c', 'best')
     """
     found = None
     for one in (other.rstrip("/") for other in names):
         if one == name:
             return name
-        aside = aside_of(one)
+        aside = hidden_folder_of(one)
         if found is None and aside is not None and (aside.role, aside.name) == ("replaced", name):
             found = one
     return found
 
 
-def aside_of(name: str) -> Aside | None:
+def hidden_folder_of(name: str) -> HiddenFolder | None:
     """What a folder set aside under this name is; None where the name is somebody else's."""
-    match = _ASIDE.fullmatch(name)
+    match = _HIDDEN.fullmatch(name)
     if not match:
         return None
     role: Literal["attempt", "replaced", "removing"] = match[1]  # type: ignore[assignment]
-    return Aside(role, match[2], match[3])
+    return HiddenFolder(role, match[2], match[3])
 
 
 def mark_of(name: str) -> Mark | None:
@@ -167,7 +167,7 @@ def held_file(name: str) -> str:
     >>> held_file("step-5"), held_file(".replaced-step-5-1f2e3d4c")
     ('.held-step-5-1eb6696e', '.held-step-5-1eb6696e')
     """
-    aside = aside_of(name)
+    aside = hidden_folder_of(name)
     held = name if aside is None or aside.role == "attempt" else aside.name
     return f"{_HELD}{held}-{crc32(os.fsencode(held)):08x}"
 
@@ -181,10 +181,10 @@ def held_of(name: str) -> str | None:
 def _is_taken(name: str) -> bool:
     """Whether Holdfast gives this name to files or folders of its own."""
     own = name in (LOCK, MANIFEST, METADATA) or name.startswith(_HELD)
-    return own or aside_of(name) is not None or mark_of(name) is not None
+    return own or hidden_folder_of(name) is not None or mark_of(name) is not None
 
 
-NAME_BYTES_MAX = 255 - len(held_file(str(Aside("attempt", "", "0" * 8))))
+NAME_BYTES_MAX = 255 - len(held_file(str(HiddenFolder("attempt", "", "0" * 8))))
 """Longest name of a checkpoint. File systems allow 255 bytes, and the names that Holdfast makes of
 it while it is saved, replaced and deleted are longer."""
 

@@ -22,7 +22,7 @@ from holdfast.catalog.hf_folder import CONFIG, of_language_model
 from holdfast.catalog.paths import open_for_reading
 from holdfast.comm import Ranks, capture, gather_and_run, run_on_rank_0
 from holdfast.errors import HoldfastError, MismatchError, UsageError
-from holdfast.format.names import Aside
+from holdfast.format.names import HiddenFolder
 from holdfast.format.region import Region
 from holdfast.format.safetensors import INDEX
 from holdfast.hf.assets import beside_weights, config_bytes
@@ -107,7 +107,7 @@ def export(
     dtype: str,
     *,
     catalog: Catalog,
-    attempt: Aside,
+    attempt: HiddenFolder,
     ranks: Ranks,
 ) -> Exported:
     """Write the model of a save as a Hugging Face folder, in `dtype`, and publish it.
@@ -131,12 +131,16 @@ def export(
     except HoldfastError:
         if ranks.rank == 0:
             with suppress(HoldfastError):
-                catalog.discard(attempt)
+                catalog.abort(attempt)
         raise
 
 
 def _make_files(
-    held: ExportSnapshot, mapping: TensorMapping, made: Export, store: LocalStore, attempt: Aside
+    held: ExportSnapshot,
+    mapping: TensorMapping,
+    made: Export,
+    store: LocalStore,
+    attempt: HiddenFolder,
 ) -> None:
     assert held.index is not None, "rank 0 has it"
     whole = held.index.plan
@@ -158,7 +162,11 @@ def _make_files(
 
 
 def _write(
-    held: ExportSnapshot, mapping: TensorMapping, made: Export, store: LocalStore, attempt: Aside
+    held: ExportSnapshot,
+    mapping: TensorMapping,
+    made: Export,
+    store: LocalStore,
+    attempt: HiddenFolder,
 ) -> Exported:
     """Write this rank's elements."""
     places = {n: (f, s.offset) for f, i in made.files.items() for n, s in i.tensors.items()}
@@ -231,7 +239,7 @@ def _put(
 
 
 def _finish(
-    made: Export, hub: HFModel, catalog: Catalog, attempt: Aside, parts: Sequence[Exported]
+    made: Export, hub: HFModel, catalog: Catalog, attempt: HiddenFolder, parts: Sequence[Exported]
 ) -> Exported:
     store = catalog.store
     wanted = sum(span.nbytes for image in made.files.values() for span in image.tensors.values())

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from holdfast.catalog.catalog import open_manifest, standing
+from holdfast.catalog.catalog import folder_of, open_manifest
 from holdfast.catalog.open_any import check_folder
-from holdfast.catalog.paths import place_of
+from holdfast.catalog.paths import open_parent
 from holdfast.catalog.source import Source
 from holdfast.catalog.steady import LOOKS_MAX, UNREADABLE, fingerprint
 from holdfast.comm import Ranks, run_on_rank_0
@@ -37,7 +37,7 @@ class Opened:
 
 def open_at(path: str | os.PathLike[str]) -> tuple[ReadStore, Opened]:
     """The checkpoint at `path`, with its store: see `open_in`."""
-    store, name = place_of(path)
+    store, name = open_parent(path)
     return store, open_in(store, name)
 
 
@@ -50,12 +50,12 @@ def open_in(store: ReadStore, name: str) -> Opened:
         DamagedError: files are missing or of another size.
     """
     for left in reversed(range(LOOKS_MAX)):
-        folder = standing(store, name)
+        folder = folder_of(store, name)
         seen = fingerprint(store, folder)
         try:
             return Opened(folder, open_manifest(store, folder), seen)
         except UNREADABLE:
-            moved = standing(store, name) != folder
+            moved = folder_of(store, name) != folder
             if not left or not (moved or fingerprint(store, folder) != seen):
                 check_folder(store, folder)
                 raise
@@ -64,7 +64,7 @@ def open_in(store: ReadStore, name: str) -> Opened:
 
 def read_at(path: str | os.PathLike[str], ranks: Ranks, read: Callable[[Source], T]) -> T:
     """What `read` makes of the checkpoint at `path`: see `read_in`."""
-    return read_in(*place_of(path), ranks, read)
+    return read_in(*open_parent(path), ranks, read)
 
 
 def read_in(store: ReadStore, name: str, ranks: Ranks, read: Callable[[Source], T]) -> T:

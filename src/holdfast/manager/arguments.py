@@ -1,4 +1,4 @@
-"""The arguments of a `CheckpointManager`, checked before it touches its folder or saves a step."""
+"""Checks the arguments of a `CheckpointManager` before it changes its folder or saves a step."""
 
 from __future__ import annotations
 
@@ -14,10 +14,17 @@ from torch.optim import Optimizer
 from holdfast.arguments import checked_flag, checked_path, flag, number, shown
 from holdfast.comm import Ranks, gather_and_run, run_on_all
 from holdfast.errors import HoldfastError, UsageError
+from holdfast.format.components import (
+    DATALOADER,
+    DATALOADER_KEYS,
+    MODEL,
+    OPTIMIZER,
+    RNG,
+    SCHEDULER,
+)
 from holdfast.format.names import checked_step
 from holdfast.hf.export import HFModel
-from holdfast.manager.config import DATALOADER_KEYS, CheckpointConfig
-from holdfast.manager.parts import DATALOADER, MODEL, OPTIMIZER, RNG, SCHEDULER
+from holdfast.manager.config import CheckpointConfig
 from holdfast.state.model import Names, memory_of
 
 logger: logging.Logger = logging.getLogger("holdfast")
@@ -30,17 +37,17 @@ _OPTIMIZER = ("param_groups", "state", "state_dict", "load_state_dict")
 
 
 def check(ranks: Ranks, **given: Any) -> None:
-    """Refuse what `CheckpointManager` cannot keep, by the arguments of `check_arguments`.
+    """Check the arguments of `CheckpointManager`: see `check_arguments`.
 
-    Collective: every rank calls this; an error on one is raised on all.
+    Collective: every rank calls this. An error on one rank is raised on all.
     """
     run_on_all(ranks, lambda: check_arguments(**given))
-    idle = _without_effect(given["config"])
-    if idle and ranks.rank == 0:
+    unused = _without_effect(given["config"])
+    if unused and ranks.rank == 0:
         logger.warning(
             "nothing is saved or resumed, since `enable` of the CheckpointConfig is off: without "
             "effect are %s",
-            ", ".join(idle),
+            ", ".join(unused),
         )
 
 
@@ -55,39 +62,29 @@ def check_arguments(
     hub: object,
     config: CheckpointConfig,
 ) -> None:
-    """Refuse what `CheckpointManager` cannot keep.
+    """Check that `CheckpointManager` can save and load these arguments.
 
     Raises:
         UsageError: an argument of another type, or a name in `states` that is taken.
     """
     checked_path(folder, "folder")
     models = _several("model", model, nn.Module, "a torch.nn.Module")
-    for one in models:
-        if not isinstance(one, nn.Module):
-            raise _wrong(
-                "model", "a torch.nn.Module, or a list of them", one, _advice_on_model(one)
-            )
+    for item in models:
+        if not isinstance(item, nn.Module):
+            expected = "a torch.nn.Module, or a list of them"
+            raise _wrong("model", expected, item, _hint_for_model(item))
     if not models:
         raise UsageError("`model` must have at least one module, found an empty list")
     given = _several("optimizers", optimizers, Optimizer, "a torch.optim.Optimizer")
-    for one in given:
-        if not isinstance(one, Optimizer) and not _has(one, *_OPTIMIZER):
-            expected = "a torch.optim.Optimizer, or a list of them"
-            raise _wrong("optimizers", expected, one, _advice_on_none(one))
-        hooked = hasattr(one, "register_step_pre_hook")
-        if config.async_mode == "async_with_pinned_mem" and not hooked:
-            raise UsageError(
-                f"`checkpoint.async_mode` async_with_pinned_mem waits in each optimizer before it "
-                f"steps, which {shown(one)} has no hook for",
-                hint='async_mode = "async"',
-            )
+    for item in given:
+        _check_optimizer(item, config)
     schedulers = _several("lr_schedulers", lr_schedulers, object, "a scheduler")
-    for one in schedulers:
-        if isinstance(one, Optimizer) or _has(one, *_OPTIMIZER):
+    for item in schedulers:
+        if isinstance(item, Optimizer) or _has(item, *_OPTIMIZER):
             hint = "pass it as `optimizers`"
-            raise _wrong("lr_schedulers", "a scheduler, or a list", one, hint)
-        if not _is_stateful(one):
-            raise _wrong("lr_schedulers", "a scheduler, or a list", one, _advice_on_none(one))
+            raise _wrong("lr_schedulers", "a scheduler, or a list", item, hint)
+        if not _is_stateful(item):
+            raise _wrong("lr_schedulers", "a scheduler, or a list", item, _hint_for_none(item))
     if dataloader is not None and not _is_stateful(dataloader):
         raise _wrong(
             "dataloader",
@@ -96,7 +93,7 @@ def check_arguments(
             "`torchdata.stateful_dataloader.StatefulDataLoader` has them; without `dataloader` "
             "a resume starts the data afresh",
         )
-    # Names of parts to the argument that gives them; a part that nobody gives may be a state.
+    # Owner of each name that is taken. A component that is not passed may be one of `states`.
     taken = {MODEL: "`model`", RNG: "every step", DATALOADER_KEYS[1]: "`dataloader`"}
     taken |= {OPTIMIZER: "`optimizers`"} if given else {}
     taken |= {SCHEDULER: "`lr_schedulers`"} if schedulers else {}
@@ -107,33 +104,47 @@ def check_arguments(
         raise _wrong("hub", "a `HFModel`", hub, "HFModel(config, assets)")
 
 
+def _check_optimizer(optimizer: object, config: CheckpointConfig) -> None:
+    if not isinstance(optimizer, Optimizer) and not _has(optimizer, *_OPTIMIZER):
+        expected = "a torch.optim.Optimizer, or a list of them"
+        raise _wrong("optimizers", expected, optimizer, _hint_for_none(optimizer))
+    has_hook = hasattr(optimizer, "register_step_pre_hook")
+    if config.async_mode == "async_with_pinned_mem" and not has_hook:
+        raise UsageError(
+            "with `checkpoint.async_mode` async_with_pinned_mem, optimizers wait before each step, "
+            f"which needs `register_step_pre_hook`; {shown(optimizer)} has none",
+            hint='async_mode = "async"',
+        )
+
+
 def _without_effect(config: CheckpointConfig) -> list[str]:
-    """The settings that somebody has changed where `enable`, without which none counts, is off."""
+    """Settings that the user has changed, and that have no effect since `enable` is off."""
     if config.enable:
         return []
-    return [one.name for one in fields(config) if getattr(config, one.name) != one.default]
+    return [key.name for key in fields(config) if getattr(config, key.name) != key.default]
 
 
 def checked_config(config: object) -> CheckpointConfig:
-    """The settings of a manager: those given, else saving every 500 steps.
+    """The given settings, or the default: a save every 500 steps.
 
     Raises:
-        UsageError: something else was given.
+        UsageError: `config` is no `CheckpointConfig`.
     """
     if config is None:
         return CheckpointConfig(enable=True)
     if not isinstance(config, CheckpointConfig):
-        named = isinstance(config, Mapping)
-        hint = "CheckpointConfig(**config)" if named else "CheckpointConfig(enable=True, ...)"
+        hint = "CheckpointConfig(enable=True, ...)"
+        if isinstance(config, Mapping):
+            hint = "CheckpointConfig(**config)"
         raise _wrong("config", "a `CheckpointConfig`", config, hint)
     return config
 
 
 def checked_ranks(ranks: Ranks) -> Ranks:
-    """The ranks that were given.
+    """The given ranks.
 
     Raises:
-        UsageError: something else was given.
+        UsageError: an object that lacks a method of `Ranks`.
     """
     if not _has(ranks, *_RANKS):
         hint = "leave it out: the ranks of `torch.distributed` are found"
@@ -146,20 +157,23 @@ Call = tuple[int, bool]
 
 
 def call_of(step: object, last_step: object, metrics: object) -> Call | HoldfastError:
-    """What `save` is called with; or, to be told to all ranks, the error that refuses it: no step,
-    no flag, or neither numbers by name nor a function."""
+    """Check the arguments of `save`. Returns the error instead of raising it, since `agreed` raises
+    it on all ranks."""
     try:
-        checked = checked_step(step, "step"), checked_flag(last_step, "last_step")
+        call = checked_step(step, "step"), checked_flag(last_step, "last_step")
         if metrics is not None and not isinstance(metrics, Mapping) and not callable(metrics):
             raise _wrong("metrics", "a dict of numbers, or a function that returns one", metrics)
     except HoldfastError as error:
         return error
-    return checked
+    return call
 
 
-def told_of(call: Call | HoldfastError) -> list[float]:
-    """What other ranks are told of this rank's call of `save`, to take the largest of: whether it
-    was refused, and its arguments with their negatives, which shows the least of them too."""
+def encoded(call: Call | HoldfastError) -> list[float]:
+    """This rank's call of `save` as numbers, of which the ranks take the maximum.
+
+    The first tells whether its arguments are invalid. Then come the arguments and their negatives,
+    whose maximum gives their minimum.
+    """
     if isinstance(call, HoldfastError):
         return [1.0, *[-math.inf] * 4]
     step, last_step = call
@@ -167,57 +181,59 @@ def told_of(call: Call | HoldfastError) -> list[float]:
 
 
 def agreed(
-    ranks: Ranks, call: Call | HoldfastError, told: Sequence[float]
+    ranks: Ranks, call: Call | HoldfastError, numbers: Sequence[float]
 ) -> tuple[int, bool, Sequence[float]]:
-    """The call of `save` that every rank makes alike. `told` begins with the largest numbers of
-    every rank's `told_of`; what follows them is returned too.
+    """The call of `save` that all ranks make, and the numbers that follow its encoding.
 
-    Collective: every rank calls this; where any rank's call was refused, all raise its error.
+    `numbers` begins with the maximum of `encoded` over all ranks. Collective: every rank calls
+    this. If any rank's arguments are invalid, all raise its error.
 
     Raises:
-        UsageError: ranks save different steps, which could not be told from one another.
+        UsageError: the arguments differ between ranks.
     """
-    refused, most, minus_least, last, minus_not_last, *rest = told
-    if refused:
+    invalid, step_max, step_min_negated, last_max, last_min_negated, *rest = numbers
+    if invalid:
         gather_and_run(ranks, call if isinstance(call, HoldfastError) else None, lambda _: None)
-    if most != -minus_least:
-        found = f"{-minus_least:.0f} to {most:.0f}"
+    if step_max != -step_min_negated:
+        found = f"{-step_min_negated:.0f} to {step_max:.0f}"
         raise UsageError(f"`step` must be the same on every rank, found: {found}")
-    if last != -minus_not_last:
+    if last_max != -last_min_negated:
         raise UsageError("`last_step` must be the same on every rank, found: both True and False")
     assert not isinstance(call, HoldfastError)
     return *call, rest
 
 
 def numbers_in(metrics: Metrics | None) -> dict[str, float]:
-    """What a step is to keep of what was measured.
+    """The metrics of a step as plain numbers.
 
     Raises:
-        UsageError: a name that is no text, or a value that is no number.
+        UsageError: a name is no text, or a value is no number.
     """
     given: object = {} if metrics is None else metrics
     if not isinstance(given, Mapping) and callable(given):
         given = given()
     if not isinstance(given, Mapping):
         raise _wrong("metrics", "a function that returns a dict of numbers", given)
-    found = {}
+    numbers = {}
     for name, value in given.items():
         if not _is_name(name):
             raise UsageError(f"`metrics` must have text as names, found: {shown(name)}")
         single = value.item() if _is_element(value) else value
-        number_of = number(single) if flag(single) is None else float(single)
-        if number_of is None:
+        as_number = number(single) if flag(single) is None else float(single)
+        if as_number is None:
             raise UsageError(f"`metrics` must have a number as `{name}`, found: {shown(value)}")
-        found[name] = number_of
-    return found
+        numbers[name] = as_number
+    return numbers
 
 
-def _check_names(models: Sequence[nn.Module], parts: Collection[str]) -> None:
-    """Refuse a model that has a tensor of the name of a part: a step could not tell them apart."""
-    both = {*_names_in(models)} & {*parts}
+def _check_names(models: Sequence[nn.Module], components: Collection[str]) -> None:
+    """Refuse tensors of the model with the name of a component, which a checkpoint could not tell
+    apart."""
+    both = {*_names_in(models)} & {*components}
     if both:
         raise UsageError(
-            f"`model` has a tensor `{min(both)}`, which is the name of a part of every step",
+            f"`model` has a tensor `{min(both)}`, which is the name of a component of every "
+            "checkpoint",
             hint="give the parameter or buffer another name",
         )
 
@@ -246,8 +262,8 @@ def _check_states(states: object, taken: Mapping[str, str], models: Sequence[nn.
 
 
 def _names_in(models: Sequence[nn.Module]) -> Iterator[str]:
-    for one in models:
-        yield from map(Names(one).of, memory_of(one))
+    for module in models:
+        yield from map(Names(module).of, memory_of(module))
 
 
 def _several(what: str, given: object, kind: type, expected: str) -> list[Any]:
@@ -260,7 +276,7 @@ def _several(what: str, given: object, kind: type, expected: str) -> list[Any]:
 
 
 def _is_name(name: object) -> bool:
-    """Whether this is text that the index of a checkpoint can hold."""
+    """Whether this is a text, not empty, that UTF-8 can encode."""
     try:
         return isinstance(name, str) and bool(name.encode())
     except UnicodeEncodeError:
@@ -272,22 +288,22 @@ def _is_text(value: object) -> bool:
 
 
 def _has(value: object, *names: str) -> bool:
-    """Whether an object, which is no class, has all of these."""
+    """Whether this is an object, not a class, with all of these attributes."""
     return not isinstance(value, type) and all(hasattr(value, name) for name in names)
 
 
 def _is_stateful(value: object) -> bool:
-    found = _has(value, "state_dict", "load_state_dict")
-    return found and callable(value.state_dict) and callable(value.load_state_dict)  # type: ignore[attr-defined]
+    names = ("state_dict", "load_state_dict")
+    return _has(value, *names) and all(callable(getattr(value, name)) for name in names)
 
 
 def _is_element(value: object) -> bool:
-    """Whether this is an array or a tensor of one element, whatever its dims."""
+    """Whether this is an array or a tensor of one element."""
     shape = getattr(value, "shape", None)
     return shape is not None and hasattr(value, "item") and math.prod(shape) == 1
 
 
-def _advice_on_model(value: object) -> str | None:
+def _hint_for_model(value: object) -> str | None:
     if isinstance(value, type):
         return f"an instance of it: {value.__name__}(...)"
     if isinstance(value, Mapping):
@@ -295,7 +311,7 @@ def _advice_on_model(value: object) -> str | None:
     return None
 
 
-def _advice_on_none(value: object) -> str | None:
+def _hint_for_none(value: object) -> str | None:
     return "leave it out where there is none" if value is None else None
 
 

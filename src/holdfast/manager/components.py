@@ -129,7 +129,7 @@ def differences(loaded: Loaded) -> list[str]:
 
 
 def conversions(loaded: Loaded, manifest: Manifest) -> list[str]:
-    """Log line on the tensors that a load has converted to another dtype; empty if there are none."""
+    """Log line on the tensors that a load has converted to another dtype, if any."""
     if not loaded.converted:
         return []
     first = loaded.converted[0]

@@ -172,8 +172,7 @@ class CheckpointConfig:
     def _check_numbers(self) -> None:
         if self.interval != "auto" and self.interval < 1:
             raise UsageError(
-                '`checkpoint.interval` must be at least 1 step, or "auto", found: '
-                f"{self.interval}"
+                f'`checkpoint.interval` must be at least 1 step, or "auto", found: {self.interval}'
             )
         if not 1 <= self.min_interval <= self.max_interval:
             raise UsageError(
@@ -207,7 +206,7 @@ class CheckpointConfig:
                 )
 
     def _check_frozen(self) -> None:
-        """Refuse settings that need a whole model if checkpoints leave its frozen parameters out."""
+        """Refuse settings that need the whole model if frozen parameters are not saved."""
         if self.save_frozen:
             return
         for key in ("last_save_in_hf", "hf_export_interval", "create_seed_checkpoint"):

@@ -1,4 +1,4 @@
-"""What a manager holds until it is closed, in the process that made it: its lock, signals, hooks."""
+"""Lock, signals and hooks that a manager holds until it is closed, in the process that made it."""
 
 from __future__ import annotations
 

@@ -14,12 +14,10 @@ from holdfast.catalog.source import Source
 from holdfast.catalog.steady import UNREADABLE
 from holdfast.comm import Ranks, run_on_rank_0
 from holdfast.errors import FormatError, MismatchError, NotFoundError
+from holdfast.format.components import DATALOADER, MODEL, RNG
 from holdfast.format.names import step_of
 from holdfast.loading.load import load_tree
 from holdfast.loading.opening import open_in
-from holdfast.manager.config import CheckpointConfig
-from holdfast.manager.goodput import Goodput
-from holdfast.manager.hf import HFFormat
 from holdfast.manager.components import (
     check_dataloader,
     conversions,
@@ -29,8 +27,10 @@ from holdfast.manager.components import (
     not_excluded,
     why_no_generators,
 )
+from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.fallback import Resumer
-from holdfast.format.components import DATALOADER, MODEL, RNG
+from holdfast.manager.goodput import Goodput
+from holdfast.manager.hf import HFFormat
 from holdfast.manager.renames import with_names_of
 from holdfast.manager.resume import ResumableStep
 from holdfast.manager.retention import Retainer
@@ -83,11 +83,11 @@ class Loader:
         step, passed_over = resumer.from_newest()
         if step is not None:
             return step
+        start = base
         if self._config.save_frozen:
             start = self._load_initial()
-        else:
-            # A checkpoint that failed to load may have overwritten trained parameters of the base.
-            start = None if passed_over else base
+        elif passed_over:
+            start = None  # A load that failed may have overwritten some trained parameters.
         if start is not None:
             return start
         if passed_over:

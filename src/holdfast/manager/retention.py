@@ -7,7 +7,7 @@ import threading
 from collections.abc import Collection
 
 from holdfast.catalog.catalog import Catalog
-from holdfast.catalog.cleanup import Action, execute, plan_cleanup, plan_removals
+from holdfast.catalog.cleanup import Action, execute, plan_cleanup, plan_deletions
 from holdfast.comm import capture
 from holdfast.errors import HoldfastError
 from holdfast.format.names import step_name
@@ -53,7 +53,7 @@ class Retainer:
             logger.warning("could not look for checkpoints to delete: %s", found)
         for old in [] if isinstance(found, HoldfastError) else found:
             try:
-                self._catalog.let_go(step_name(old))
+                self._catalog.set_aside_for_deletion(step_name(old))
                 logger.info("deleted step %d: no rule keeps it", old)
             except HoldfastError as error:
                 logger.warning(
@@ -79,7 +79,7 @@ class Retainer:
     def _delete(self) -> None:
         """Start to delete the files, also those that an earlier try could not delete."""
         self.wait()
-        found = capture(lambda: plan_removals(self._catalog.store.list()))
+        found = capture(lambda: plan_deletions(self._catalog.store.list()))
         if isinstance(found, HoldfastError):
             logger.warning("could not look for files to delete: %s", found.what)
         elif found:

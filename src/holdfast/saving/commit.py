@@ -8,7 +8,7 @@ from contextlib import suppress
 from holdfast.catalog.catalog import Catalog
 from holdfast.comm import Ranks, gather_and_run
 from holdfast.errors import HoldfastError, MismatchError
-from holdfast.format.names import Aside
+from holdfast.format.names import HiddenFolder
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.planning.index import Index
 from holdfast.saving.digests import Group, Replicas, groups_that_differ, names_that_differ
@@ -19,7 +19,7 @@ _LISTED_MAX = 20
 
 
 def commit(
-    attempt: Aside,
+    attempt: HiddenFolder,
     written: WriteResult | HoldfastError,
     *,
     index: Index | None,
@@ -58,7 +58,7 @@ def commit(
         return done
     except HoldfastError:
         if ranks.rank == 0:
-            _discard(catalog, attempt)
+            _abort(catalog, attempt)
         raise
 
 
@@ -77,7 +77,7 @@ def _refuse(everyone: Sequence[dict[str, tuple[Group, int]]]) -> None:
     )
 
 
-def _discard(catalog: Catalog, attempt: Aside) -> None:
+def _abort(catalog: Catalog, attempt: HiddenFolder) -> None:
     # What made the save fail may forbid this too; then the next start sweeps it.
     with suppress(HoldfastError):
-        catalog.discard(attempt)
+        catalog.abort(attempt)

@@ -14,7 +14,7 @@ from holdfast.errors import HoldfastError, StorageError
 from holdfast.format import manifest as manifests
 from holdfast.format.checksum import Running
 from holdfast.format.manifest import Kind, Manifest, ValueEntry, kind_with
-from holdfast.format.names import MANIFEST, METADATA, Aside
+from holdfast.format.names import MANIFEST, METADATA, HiddenFolder
 from holdfast.format.timings import over_ranks
 from holdfast.planning.index import Index
 from holdfast.planning.write_plan import GlobalPlan
@@ -41,7 +41,7 @@ class Facts:
 
 
 def publish(
-    attempt: Aside,
+    attempt: HiddenFolder,
     results: Sequence[WriteResult],
     index: Index,
     facts: Facts,

@@ -26,7 +26,7 @@ from holdfast.comm import (
 )
 from holdfast.errors import HoldfastError, StorageError
 from holdfast.format.manifest import Kind
-from holdfast.format.names import Aside
+from holdfast.format.names import HiddenFolder
 from holdfast.format.region import Region
 from holdfast.planning.file_layout import FileLayout, TensorItem
 from holdfast.planning.gc_pause import gc_paused
@@ -125,7 +125,7 @@ class Pending:
     """A save that all ranks have agreed on; its attempt folder is there, and empty."""
 
     catalog: Catalog
-    attempt: Aside
+    attempt: HiddenFolder
     file_layout: FileLayout
     tensor_of: TensorOf
     """What is written: the training state, until a snapshot takes its place."""
@@ -233,8 +233,8 @@ def begin_save(
 
 
 def _begin_alike(
-    held: LocalState, begin: Callable[[int], Aside], *, planner: Planner, ranks: Ranks
-) -> tuple[FileLayout, Aside] | None:
+    held: LocalState, begin: Callable[[int], HiddenFolder], *, planner: Planner, ranks: Ranks
+) -> tuple[FileLayout, HiddenFolder] | None:
     """Make the attempt for what the ranks hold, if they hold the same of what they hold alike:
     `begin(nbytes)` makes it.
 
@@ -257,7 +257,7 @@ def _begin_alike(
 
     def compare(
         everyone: list[tuple[int, dict[Group, int], dict[int, int]]],
-    ) -> Aside | tuple[list[Group], list[int]]:
+    ) -> HiddenFolder | tuple[list[Group], list[int]]:
         tensors = groups_that_differ([groups for _, groups, _ in everyone])
         values = groups_that_differ([groups for _, _, groups in everyone])
         if tensors or values:
@@ -266,7 +266,7 @@ def _begin_alike(
 
     begun = gather_and_run(ranks, mine, compare)
     assert not isinstance(looked, HoldfastError)
-    if isinstance(begun, Aside):
+    if isinstance(begun, HiddenFolder):
         return looked[0], begun
     theirs = replicas.of(begun[0]), looked[1].of(begun[1])
     names, values = gather_and_run(
@@ -314,7 +314,7 @@ def take_snapshot(
         try:
             run_on_all(ranks, lambda: _copy(pending, snapshot, now, is_last=not later))
         except HoldfastError:
-            discard(pending, ranks)
+            abort(pending, ranks)
             raise
     staging = Staging(lambda: _copy(pending, snapshot, later, is_last=bool(later)))
     memory = snapshot.memory(pending.file_layout.nbytes)
@@ -331,10 +331,10 @@ def _copy(
         pending.replicas.take()
 
 
-def discard(pending: Pending, ranks: Ranks) -> None:
+def abort(pending: Pending, ranks: Ranks) -> None:
     """Give up a save that has begun."""
     if ranks.rank == 0:
-        pending.catalog.discard(pending.attempt)
+        pending.catalog.abort(pending.attempt)
 
 
 def finish_save(
@@ -404,7 +404,7 @@ def _make_beside(index: Index) -> None:
     threading.Thread(target=making, name="holdfast-index", daemon=True).start()
 
 
-def _begin(catalog: Catalog, name: str, nbytes: int, overwrite: bool) -> Aside:
+def _begin(catalog: Catalog, name: str, nbytes: int, overwrite: bool) -> HiddenFolder:
     free = catalog.store.free_bytes()
     if free is not None and nbytes > free:
         raise StorageError(

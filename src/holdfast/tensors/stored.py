@@ -9,7 +9,7 @@ from math import prod
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from holdfast.catalog.source import ROOM_BYTES, WINDOW_BYTES, ChunkData, Source, lacks
+from holdfast.catalog.source import ROOM_BYTES, WINDOW_BYTES, ChunkData, Source, missing_file_error
 from holdfast.errors import DamagedError, NotFoundError
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Chunk, Span, TensorEntry
@@ -39,7 +39,7 @@ class StoredTensors:
             try:
                 self._fill(name, entry, move.chunk, move.region, box_of(found, within))
             except NotFoundError as error:
-                raise lacks(self._source, move.chunk.file) from error
+                raise missing_file_error(self._source, move.chunk.file) from error
         return found
 
     def _fill(

@@ -15,7 +15,7 @@ from holdfast.errors import DamagedError, ExistsError, FormatError, NotFoundErro
 from holdfast.format import manifest as manifests
 from holdfast.format.checksum import checksum
 from holdfast.format.manifest import Manifest, Span, Table, ValueEntry
-from holdfast.format.names import MANIFEST, METADATA, Aside
+from holdfast.format.names import MANIFEST, METADATA, HiddenFolder
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Store
 from holdfast.testing.crashes import cut_everywhere, recorded
@@ -92,7 +92,7 @@ def test_an_attempt_that_came_to_nothing_leaves_nothing() -> None:
     """G7. Method: discarded."""
     store = MemoryStore()
     catalog = Catalog(store)
-    catalog.discard(catalog.begin("step-5"))
+    catalog.abort(catalog.begin("step-5"))
     assert list(store.list()) == []
 
 
@@ -130,7 +130,7 @@ def test_of_three_saves_of_one_name_the_slow_overwrite_leaves_nothing_behind() -
     error = refuses(ExistsError, lambda: slow.publish(slow_attempt))
     assert "another save has just taken its place" in error.what
     assert content_of(store, "ck") == b"late"
-    slow.discard(slow_attempt)
+    slow.abort(slow_attempt)
     assert store.list() == ["ck/"]
 
 
@@ -139,7 +139,7 @@ def test_a_save_that_dies_brings_back_the_step_before_it_and_none_older(leftover
     """G2. Method: an earlier save's sweep never came, so that its `first` still stands aside; the
     next save dies at each of its operations. Whichever of the two set aside sorts first, the sweep
     must give the step as it was last, or the new one."""
-    attempt = Aside("attempt", "step-5", "7f7f7f7f")
+    attempt = HiddenFolder("attempt", "step-5", "7f7f7f7f")
 
     def before(store: Store) -> None:
         publish(Catalog(store), "step-5", b"second")
@@ -165,7 +165,7 @@ def test_a_checkpoint_loses_its_name_before_the_first_of_its_files() -> None:
     """G5. Method: the order of what is done to the store."""
     before, removal = recorded(
         lambda store: write_checkpoint(store, "step-5", b"1"),
-        lambda store: Catalog(store).remove("step-5"),
+        lambda store: Catalog(store).delete("step-5"),
     )
     assert before
     done = [str(operation) for operation in removal]
@@ -254,7 +254,7 @@ def test_a_folder_removed_in_part_never_comes_back_as_a_checkpoint() -> None:
     failed = execute(stubborn(store), plan_cleanup(store.list()))
     assert len(failed) == 1
     assert "Device or resource busy" in failed[0]
-    Catalog(store).remove("step-5")
+    Catalog(store).delete("step-5")
     assert execute(store, plan_cleanup(store.list())) == []
     assert Catalog(store).steps() == []
     assert list(store.list()) == []

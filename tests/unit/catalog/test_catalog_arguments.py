@@ -12,7 +12,7 @@ import torch
 import holdfast
 from holdfast import ExistsError, NotFoundError, UsageError
 from holdfast.convert.target import open_target
-from holdfast.format.names import NAME_BYTES_MAX, Aside, held_file
+from holdfast.format.names import NAME_BYTES_MAX, HiddenFolder, held_file
 
 STATE = {"w": torch.arange(12.0).view(4, 3), "step": 7}
 
@@ -134,7 +134,7 @@ def test_a_name_is_refused_if_what_is_set_aside_for_it_has_no_name(tmp_path: Pat
         holdfast.save(tmp_path / longest, {"a": value}, overwrite=True)
     assert holdfast.open(tmp_path / longest).value("a") == 2
     for role in ("attempt", "replaced", "removing"):
-        aside = str(Aside(role, longest, "0" * 8))
+        aside = str(HiddenFolder(role, longest, "0" * 8))
         (tmp_path / aside).mkdir()
         (tmp_path / held_file(aside)).touch()
     for refuse in (

@@ -429,7 +429,7 @@ def test_a_step_that_is_deleted_while_it_is_read_is_not_damaged(
         if not deleted and "step-1/" in key and file in key:
             deleted.append(key)
             for step in (1, 2):
-                catalog.remove(f"step-{step}")
+                catalog.delete(f"step-{step}")
         return read(store, key, start, stop)
 
     monkeypatch.setattr(LocalStore, "read", deleting)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.errors import FormatError
-from holdfast.format.names import Aside, aside_of, data_file, step_name, step_of
+from holdfast.format.names import HiddenFolder, data_file, hidden_folder_of, step_name, step_of
 
 FOREIGN_STEPS = [
     *("best-step-20", "step-030", "step-30.bak", "old-step-7-keep", "step-", "step--1", "step-+1"),
@@ -41,7 +41,7 @@ def test_a_name_is_a_step_only_if_it_is_the_name_of_that_step(name: str) -> None
 
 
 asides = st.builds(
-    Aside,
+    HiddenFolder,
     st.sampled_from(["attempt", "replaced", "removing"]),
     st.text(min_size=1, max_size=20).filter(lambda name: "/" not in name),
     st.text("0123456789abcdef", min_size=8, max_size=8),
@@ -49,9 +49,11 @@ asides = st.builds(
 
 
 @given(asides)
-def test_a_folder_set_aside_tells_its_role_and_name_and_is_never_a_step(aside: Aside) -> None:
+def test_a_folder_set_aside_tells_its_role_and_name_and_is_never_a_step(
+    aside: HiddenFolder,
+) -> None:
     """G1. Method: there and back, for any checkpoint name that is one folder."""
-    assert aside_of(str(aside)) == aside
+    assert hidden_folder_of(str(aside)) == aside
     assert step_of(str(aside)) is None
 
 
@@ -66,7 +68,7 @@ def test_a_folder_set_aside_tells_its_role_and_name_and_is_never_a_step(aside: A
 )
 def test_a_hidden_folder_of_others_is_not_taken_for_one_of_ours(name: str) -> None:
     """G5. Method: names one character away from ours: a sweep would delete them."""
-    assert aside_of(name) is None
+    assert hidden_folder_of(name) is None
 
 
 def test_data_files_are_named_as_stock_dcp_names_them() -> None:

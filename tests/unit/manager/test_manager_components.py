@@ -12,7 +12,7 @@ from torch import nn
 
 import holdfast
 from holdfast import CheckpointConfig, CheckpointManager, MismatchError
-from holdfast.catalog.findings import parts_of
+from holdfast.catalog.findings import components_of
 from holdfast.cli.main import main
 
 
@@ -65,8 +65,8 @@ def test_a_step_says_which_of_its_parts_are_not_the_model(run: Path) -> None:
     expected = {"counter", "dataloader", "ema", "lr_scheduler", "optimizer", "rng"}
     assert {*(full.components or ())} == expected
     assert last.components == ()
-    assert {name for name, part in parts_of(full).items() if part == "model"} == WEIGHTS
-    assert {*parts_of(last).values()} == {"model"}
+    assert {name for name, part in components_of(full).items() if part == "model"} == WEIGHTS
+    assert {*components_of(last).values()} == {"model"}
 
 
 def cli(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -107,7 +107,7 @@ def test_a_checkpoint_that_does_not_say_is_taken_by_its_names(tmp_path: Path) ->
     holdfast.save(tmp_path / "x", state)
     manifest = holdfast.open(tmp_path / "x").manifest
     assert manifest.components is None
-    assert parts_of(manifest) == {"w": "model", "ema.w": "model", "optimizer.m": "optimizer"}
+    assert components_of(manifest) == {"w": "model", "ema.w": "model", "optimizer.m": "optimizer"}
 
 
 def test_a_run_starts_from_the_model_of_one_that_had_other_parts(run: Path, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_ranks_that_read_for_each_other_go_back_alike_past_a_damaged_step(tmp_pa
     def load_one(ranks: Ranks) -> tuple[int | None, bytes]:
         with manager(tmp_path, ranks, GlobalLoader(0), load_replicas="broadcast") as held:
             step = held.load()
-            weight = held._parts["model"].state_dict()["weight"]
+            weight = held._loader._components["model"].state_dict()["weight"]
         return step, weight.detach().numpy().tobytes()
 
     found = run_ranks(3, load_one)

@@ -100,7 +100,7 @@ def test_a_store_in_memory_records_what_a_local_one_does(tmp_path: Path) -> None
         for name in ("step-1", "step-2", "step-1"):
             leaves = flatten({"w": torch.arange(30_000), "n": 1})
             save_leaves(catalog, name, leaves, ranks=Solo(), planner=Planner(Solo()))
-        catalog.remove("step-2")
+        catalog.delete("step-2")
 
     with recorded_folder(tmp_path) as done:
         work(LocalStore(tmp_path))
