@@ -118,7 +118,7 @@ def tokenizer_with(size: int, folder: Path) -> Path:
 
 def test_an_excluded_part_that_does_not_exist(run_folder: Path) -> None:
     said = refused(run_folder, "--checkpoint.exclude_from_loading", "optimiser", status=2)
-    assert "`optimiser`, which is no part of a step" in said
+    assert "`optimiser`, which is no component" in said
     assert "did you mean `optimizer`?" in said
 
 

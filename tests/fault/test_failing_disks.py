@@ -23,6 +23,7 @@ from holdfast.comm import Ranks
 from holdfast.errors import HoldfastError, StorageError
 from holdfast.format.names import step_name
 from holdfast.loading.checkpoint import Checkpoint
+from holdfast.manager.context import RunContext
 from holdfast.manager.saver import Saver
 from holdfast.state.tree import flatten
 from holdfast.storage import renaming
@@ -110,7 +111,7 @@ def test_a_call_that_fails_is_told_to_every_rank_and_nothing_is_lost(
         fails = FailsOnce(call, folder, CALLS[call], at)
 
         def work(ranks: Ranks, folder: Path = folder, fails: FailsOnce = fails) -> Any:
-            saver = Saver(Catalog(LocalStore(folder)), config, ranks, [])
+            saver = Saver(RunContext(Catalog(LocalStore(folder)), config, ranks))
             assert [save(saver, step, ranks) for step in (1, 2)] == [None, None]
             ranks.gather(None)
             if ranks.rank == 0:
@@ -155,7 +156,7 @@ def test_a_store_that_times_out_and_a_folder_that_is_gone_reach_every_rank(tmp_p
             if late and ranks.rank == 1:
                 raise StorageError(f"cannot {verb} `{key}`: Connection timed out")
 
-        saver = Saver(Catalog(FailingStore(LocalStore(tmp_path), fail)), config, ranks, [])
+        saver = Saver(RunContext(Catalog(FailingStore(LocalStore(tmp_path), fail)), config, ranks))
         told = [save(saver, 1, ranks)]
         late.append("from here on")
         told.append(save(saver, 2, ranks))
@@ -191,11 +192,11 @@ def test_what_goes_wrong_after_a_step_is_published_is_said_and_the_step_stands(
     caplog.set_level(logging.WARNING, "holdfast")
 
     def work(ranks: Ranks) -> list[HoldfastError | None]:
-        saver = Saver(Catalog(LocalStore(tmp_path)), config, ranks, [])
+        saver = Saver(RunContext(Catalog(LocalStore(tmp_path)), config, ranks))
         return [save(saver, step, ranks) for step in range(1, 5)]
 
     assert try_ranks(SIZE, work) == [[None] * 4] * 2
     assert whole_steps(tmp_path) == [3, 4]
-    assert "could not remove `.removing-step-1-" in caplog.text
+    assert "could not delete `.removing-step-1-" in caplog.text
     assert [name for name in LocalStore(tmp_path).list() if "removing" in name] == []
     assert step_name(4) in {path.name for path in tmp_path.iterdir()}

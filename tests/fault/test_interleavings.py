@@ -30,6 +30,7 @@ from holdfast.loading.checkpoint import Checkpoint
 from holdfast.loading.load import load_tree
 from holdfast.loading.opening import read_in
 from holdfast.manager.config import CheckpointConfig
+from holdfast.manager.context import RunContext
 from holdfast.manager.hf import HFFormat
 from holdfast.manager.lifetime import Lifetime
 from holdfast.manager.policy import Retention
@@ -276,7 +277,7 @@ def start(store: AmendableStore) -> str:
     with holding:
         config = CheckpointConfig(enable=True)
         catalog = Catalog(store)
-        holding.take(catalog, HFFormat(None, config, catalog, Solo(), []))
+        holding.take(catalog, HFFormat(RunContext(catalog, config, Solo()), None))
         store.make_folder("at-work")
         found, _ = newest_resumable(catalog, None)
         store.remove("at-work")

@@ -340,7 +340,7 @@ def test_retention_leaves_a_step_with_a_run_in_it(
                 held.save(step)
     assert {1, 4, 5} <= {*Catalog(LocalStore(tmp_path)).steps()}
     assert (tmp_path / "step-1" / "more" / "step-1" / "manifest.json").exists()
-    assert "a run, lies in it" in caplog.text
+    assert "a run, is in it" in caplog.text
     assert main(["prune", str(tmp_path), "--keep-latest-k", "1", "--damaged"]) == 0
     assert (tmp_path / "step-1" / "more" / "step-1" / "manifest.json").exists()
 

@@ -15,6 +15,7 @@ from holdfast.catalog.source import Source
 from holdfast.comm import Ranks, Solo
 from holdfast.format.names import hidden_folder_of, step_name
 from holdfast.loading.checkpoint import Checkpoint
+from holdfast.manager.context import RunContext
 from holdfast.manager.resume import newest_resumable
 from holdfast.manager.saver import Saver
 from holdfast.saving.planner import Planner
@@ -158,7 +159,7 @@ def train(
     config = CheckpointConfig(enable=True, keep_latest_k=2, async_mode=async_mode)
 
     def work(ranks: Ranks) -> None:
-        saver = Saver(Catalog(store), config, ranks, [])
+        saver = Saver(RunContext(Catalog(store), config, ranks))
         for step, seed in steps.items():
             state = flatten({**STATES[seed], "large": STATES[seed]["large"].clone()})
             assert saver.save(step, "full", lambda state=state: state)  # type: ignore[misc]

@@ -18,6 +18,7 @@ from holdfast.comm import Solo
 from holdfast.errors import DamagedError, HoldfastError
 from holdfast.format.names import step_name
 from holdfast.loading.checkpoint import Checkpoint
+from holdfast.manager.context import RunContext
 from holdfast.manager.resume import newest_resumable
 from holdfast.manager.saver import Saver
 from holdfast.state.tree import flatten
@@ -145,7 +146,7 @@ def train(folder: Folder, course: Course) -> None:
 
     def save(store: Store) -> None:
         config = CheckpointConfig(**{**vars_of(CONFIG), "async_mode": course.async_mode})
-        saver = Saver(Catalog(store), config, Solo(), [])
+        saver = Saver(RunContext(Catalog(store), config, Solo()))
         saver.retainer.resumed(first if first is not None else -1, left_behind)
         for step, loss in new.items():
             leaves = flatten({"w": value_of(step), "loss": loss})

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal
 
@@ -17,14 +16,12 @@ from holdfast.hf.export import ExportSnapshot, HFModel, export
 from holdfast.hf.load import load_folder
 from holdfast.loading.load import Loaded
 from holdfast.manager.components import differences
-from holdfast.manager.config import CheckpointConfig
+from holdfast.manager.context import RunContext
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import Pending
 from holdfast.spelling import rate
 from holdfast.state.objects import StateTree
 from holdfast.storage.opening import folder_store
-
-logger: logging.Logger = logging.getLogger("holdfast")
 
 FOLDER = "hf"
 """Folder of the exports at an interval, below the folder of the checkpoints."""
@@ -40,24 +37,11 @@ class HFFormat:
     Collective: every rank makes one and calls its methods in the same order.
     """
 
-    def __init__(
-        self,
-        model: HFModel | None,
-        config: CheckpointConfig,
-        catalog: Catalog,
-        ranks: Ranks,
-        components: Collection[str],
-    ) -> None:
-        """`catalog` is that of the checkpoints; `components` are all but the model.
-
-        Raises:
-            UsageError: the settings ask for exports, and `model` is None.
-        """
-        self._model, self._config, self._ranks = model, config, ranks
-        self._components = components
-        self._checkpoints_url = catalog.store.url
-        self.planner: Planner = Planner(ranks)
-        if model is None and (config.last_save_in_hf or config.hf_export_interval):
+    def __init__(self, run: RunContext, model: HFModel | None) -> None:
+        """Raises a UsageError if the settings ask for exports, and `model` is None."""
+        self._run, self._config, self._ranks, self._model = run, run.config, run.ranks, model
+        self.planner: Planner = Planner(run.ranks)
+        if model is None and (run.config.last_save_in_hf or run.config.hf_export_interval):
             raise UsageError(
                 "Hugging Face folders need to know the model: its `config.json`",
                 hint="`hub=HFModel(config, assets)` of CheckpointManager",
@@ -66,7 +50,7 @@ class HFFormat:
     @cached_property
     def catalog(self) -> Catalog:
         """Catalog of the exports at an interval."""
-        return Catalog(folder_store(f"{self._checkpoints_url}/{FOLDER}"))
+        return Catalog(folder_store(f"{self._run.catalog.store.url}/{FOLDER}"))
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -102,11 +86,9 @@ class HFFormat:
         quantized = any("dequantized" in note for note in notes)
         if self._config.initial_load_in_hf_quantized and not quantized:
             notes = (*notes, "`initial_load_in_hf_quantized` is set, and no tensor is quantized")
-        if self._ranks.rank == 0:
-            for note in notes:
-                logger.info("%s: %s", loaded.where, note)
-            for line in differences(loaded):
-                logger.warning(line)
+        for note in notes:
+            self._run.info(f"{loaded.where}: {note}")
+        self._run.warn(*differences(loaded))
         return loaded
 
     def prepare(self) -> None:
@@ -132,25 +114,22 @@ class HFFormat:
             attempt = run_on_rank_0(
                 ranks, lambda: self.catalog.begin(step_name(step), replace=True)
             )
+        others = self._run.components
         exported = export(
-            ExportSnapshot(pending.file_layout, pending.data_of, pending.index, self._components),
+            ExportSnapshot(pending.file_layout, pending.data_of, pending.index, others),
             self._model,
             self._config.export_dtype,
             catalog=catalog,
             attempt=attempt,
             ranks=ranks,
         )
-        if ranks.rank == 0:
-            speed = rate(exported.nbytes, time.perf_counter() - started)
-            where, lost = catalog.where(attempt.name), exported.lost
-            logger.info("saved step %d for Hugging Face: %s, %s", step, speed, where)
-            if lost:
-                more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-                logger.warning(
-                    "%s is without `%s`%s, which balance experts and are not zero: the Hugging "
-                    "Face format has no tensors for them, so this model routes differently there",
-                    where,
-                    lost[0],
-                    more,
-                )
+        speed = rate(exported.nbytes, time.perf_counter() - started)
+        where, lost = catalog.where(attempt.name), exported.lost
+        self._run.info(f"saved step {step} for Hugging Face: {speed}, {where}")
+        if lost:
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            self._run.warn(
+                f"{where} is without `{lost[0]}`{more}, which balance experts and are not zero: "
+                "the format has no tensors for them, so the exported model routes differently"
+            )
         return exported.nbytes

@@ -7,6 +7,9 @@ import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from weakref import WeakSet
+
+from torch.optim import Optimizer
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.comm import host_name
@@ -78,6 +81,21 @@ class Lifetime:
     def __exit__(self, *_: object) -> None:
         self._closed = True
         self._held.close()
+
+
+class OptimizerHooks:
+    """Hooks that make optimizers call `wait` before each step, until the manager is closed."""
+
+    def __init__(self, lifetime: Lifetime, wait: Callable[[], None]) -> None:
+        self._lifetime, self._wait = lifetime, wait
+        self._hooked: WeakSet[Optimizer] = WeakSet()
+
+    def add(self, optimizer: Optimizer) -> None:
+        """Add the hook to an optimizer, unless it has one."""
+        if optimizer not in self._hooked:
+            self._hooked.add(optimizer)
+            hook = optimizer.register_step_pre_hook(lambda *_: self._wait())
+            self._lifetime.callback(hook.remove)
 
 
 def _release(held: ExitStack, pid: int) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.source import Source
-from holdfast.catalog.steady import UNREADABLE
-from holdfast.comm import Ranks, run_on_rank_0
+from holdfast.catalog.steady import LOOKS_MAX, UNREADABLE, fingerprint
+from holdfast.comm import run_on_rank_0
 from holdfast.errors import FormatError, MismatchError, NotFoundError
 from holdfast.format.components import DATALOADER, MODEL, RNG
 from holdfast.format.names import step_of
@@ -27,18 +25,19 @@ from holdfast.manager.components import (
     not_excluded,
     why_no_generators,
 )
-from holdfast.manager.config import CheckpointConfig
-from holdfast.manager.fallback import Resumer
-from holdfast.manager.goodput import Goodput
+from holdfast.manager.context import RunContext
 from holdfast.manager.hf import HFFormat
 from holdfast.manager.renames import with_names_of
-from holdfast.manager.resume import ResumableStep
+from holdfast.manager.resume import (
+    ResumableStep,
+    mark_unless_store_failed,
+    newest_resumable,
+    open_requested,
+)
 from holdfast.manager.retention import Retainer
 from holdfast.spelling import rate
 from holdfast.state.model import ModelState
 from holdfast.state.objects import StateTree
-
-logger: logging.Logger = logging.getLogger("holdfast")
 
 
 class Loader:
@@ -49,41 +48,33 @@ class Loader:
 
     def __init__(
         self,
-        *,
-        catalog: Catalog,
-        config: CheckpointConfig,
-        ranks: Ranks,
+        run: RunContext,
         components: Mapping[str, Any],
         whole_model: ModelState,
+        *,
         hf: HFFormat,
-        goodput: Goodput,
         retainer: Retainer,
-        saves: bool,
     ) -> None:
-        """`whole_model` includes frozen parameters. `saves`: the run also saves to the folder."""
-        self._catalog, self._config, self._ranks = catalog, config, ranks
+        """`whole_model` includes frozen parameters that are not saved."""
+        self._run, self._catalog, self._ranks = run, run.catalog, run.ranks
+        self._config, self._goodput = run.config, run.goodput
         self._components, self._whole_model = components, whole_model
-        self._not_model = [name for name in components if name != MODEL]
-        self._resumed = not_excluded(components, config.exclude_from_loading)
-        self._hf, self._goodput, self._retainer, self._saves = hf, goodput, retainer, saves
+        self._resumed = not_excluded(components, run.config.exclude_from_loading)
+        self._hf, self._retainer = hf, retainer
 
     def load(self, requested: int) -> int:
         """Resume from step `requested`; -1 takes the newest. Returns the step to continue from."""
-        base = None if self._config.save_frozen else self._load_initial()
-        resumer = Resumer(
-            self._catalog, self._ranks, self._resume, partial(warn, self._ranks), self._saves
-        )
+        start = None if self._config.save_frozen else self._load_initial()
         if requested >= 0:
             try:
-                return resumer.from_step(requested)
+                return self._from_requested(requested)
             except UNREADABLE as error:
                 newest = "`load_step = -1` takes the newest good checkpoint"
                 error.hint = f"{error.hint}; {newest}" if error.hint else newest
                 raise
-        step, passed_over = resumer.from_newest()
+        step, passed_over = self._from_newest()
         if step is not None:
             return step
-        start = base
         if self._config.save_frozen:
             start = self._load_initial()
         elif passed_over:
@@ -97,10 +88,58 @@ class Loader:
                 hint="use another `checkpoint.folder`; with `checkpoint.initial_load_path` it "
                 "starts from the weights of a model-only step",
             )
-        say(self._ranks, f"nothing to resume from in {self._catalog.store.url}: starting at step 0")
+        self._run.info(f"nothing to resume from in {self._catalog.store.url}: starting at step 0")
         return 0
 
-    def _resume(self, checkpoint: ResumableStep, explicit: bool) -> int:
+    def _from_requested(self, step: int) -> int:
+        """Resume from this step, or raise an error."""
+        for left in reversed(range(LOOKS_MAX)):
+            checkpoint = run_on_rank_0(self._ranks, partial(open_requested, self._catalog, step))
+            try:
+                return self._resume(checkpoint, explicit=True)
+            except UNREADABLE:
+                if not left or not self._was_replaced(checkpoint):
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def _from_newest(self) -> tuple[int | None, list[str]]:
+        """Resume from the newest checkpoint that loads.
+
+        Returns its step, or None if there is none; and a line on each checkpoint that was passed
+        over.
+        """
+        passed_over: list[str] = []
+        below, num_replaced = None, 0
+        while True:
+            checkpoint, refused = run_on_rank_0(
+                self._ranks, partial(newest_resumable, self._catalog, below)
+            )
+            for line in [line for line in refused if line not in passed_over]:
+                self._run.warn(f"passed over {line}")
+                passed_over.append(line)
+            if checkpoint is None:
+                return None, passed_over
+            try:
+                return self._resume(checkpoint, explicit=False), passed_over
+            except UNREADABLE as error:
+                # The same error is raised on every rank, so all ranks try the same step next.
+                num_replaced += 1
+                if num_replaced < LOOKS_MAX and self._was_replaced(checkpoint):
+                    continue
+                passed_over.append(f"step {checkpoint.step}: {error.what}")
+                self._run.warn(f"passed over {passed_over[-1]}")
+                if self._ranks.rank == 0 and self._run.saves:
+                    mark_unless_store_failed(self._catalog, checkpoint.step, error)
+                below = checkpoint.step
+
+    def _was_replaced(self, checkpoint: ResumableStep) -> bool:
+        """Whether another process has replaced or deleted the checkpoint since it was opened."""
+        store, folder = self._catalog.store, checkpoint.folder
+        return run_on_rank_0(
+            self._ranks, lambda: fingerprint(store, folder) != checkpoint.fingerprint
+        )
+
+    def _resume(self, checkpoint: ResumableStep, *, explicit: bool) -> int:
         """Load a checkpoint of this folder, and protect it and newer ones from retention."""
         started = time.perf_counter()
         step, manifest = checkpoint.step, checkpoint.manifest
@@ -109,15 +148,14 @@ class Loader:
         is_full = step > 0 or manifest.kind == "full"
         self._load_components(source, self._resumed if is_full else [MODEL], step)
         speed = rate(manifest.nbytes, time.perf_counter() - started)
-        say(self._ranks, f"resumed from step {step}: {speed}, {source.url}")
+        self._run.info(f"resumed from step {step}: {speed}, {source.url}")
         steps = run_on_rank_0(self._ranks, self._catalog.steps)
         newer = [other for other in steps if other > step]
         self._retainer.resumed(step, newer)
-        if newer and self._saves and explicit:
-            warn(
-                self._ranks,
+        if newer and self._run.saves and explicit:
+            self._run.warn(
                 f"steps {newer} are newer than step {step}: they stay, each until this run saves "
-                "the same step, and `load_step = -1` takes the newest",
+                "the same step, and `load_step = -1` takes the newest"
             )
         return step
 
@@ -129,7 +167,7 @@ class Loader:
         if self._config.initial_load_in_hf:
             loaded = self._hf.load(path, self._model())
             self._goodput.note_load(loaded, 0, self._ranks)
-            say(self._ranks, f"loaded the model of {loaded.where}{then}")
+            self._run.info(f"loaded the model of {loaded.where}{then}")
             return 0
         if path is None:
             return None
@@ -140,25 +178,24 @@ class Loader:
         source = Source(store, opened.name, manifest)
         if self._config.initial_load_model_only:
             tree = self._model(ignored_names(manifest, [MODEL]))
-            partial_load = not self._config.initial_load_strict
-            self._load_tree(source, tree, 0, partial_load=partial_load)
-            say(self._ranks, f"loaded the model of {source.url}{then}")
+            self._load_tree(source, tree, 0, partial_load=not self._config.initial_load_strict)
+            self._run.info(f"loaded the model of {source.url}{then}")
             return 0
         step = manifest.step if manifest.step is not None else step_of(name) or 0
         self._load_components(source, self._resumed, step)
-        say(self._ranks, f"loaded {source.url}: going on from step {step}")
+        self._run.info(f"loaded {source.url}: going on from step {step}")
         return step
 
     def _load_components(self, source: Source, names: Sequence[str], step: int) -> None:
         manifest, wanted = source.manifest, list(names)
         if RNG in wanted and (why := why_no_generators(manifest, self._ranks.size)):
-            say(self._ranks, f"random number generators start afresh: {why}")
+            self._run.info(f"random number generators start afresh: {why}")
             wanted.remove(RNG)
         if DATALOADER in wanted:
             check_dataloader(manifest, self._ranks.size)
         components = {name: self._components[name] for name in wanted}
         ignored = ignored_names(manifest, names, self._config.exclude_from_loading)
-        tree = StateTree(components, flat=MODEL, others={*self._not_model, *ignored})
+        tree = StateTree(components, flat=MODEL, others={*self._run.components, *ignored})
         self._load_tree(source, tree, step)
 
     def _load_tree(
@@ -170,23 +207,11 @@ class Loader:
                 source, tree, ranks=self._ranks, partial=partial_load, replicas=replicas
             )
         except (FormatError, MismatchError) as error:
-            error.hint = hint_for_mismatch(error, self._not_model) or error.hint
+            error.hint = hint_for_mismatch(error, self._run.components) or error.hint
             raise
         self._goodput.note_load(loaded, step, self._ranks)
-        warn(self._ranks, *differences(loaded), *conversions(loaded, source.manifest))
+        self._run.warn(*differences(loaded), *conversions(loaded, source.manifest))
 
     def _model(self, ignored: Collection[str] = ()) -> StateTree:
-        others = {*self._not_model, *ignored}
+        others = {*self._run.components, *ignored}
         return StateTree({MODEL: self._whole_model}, flat=MODEL, others=others)
-
-
-def say(ranks: Ranks, line: str) -> None:
-    """Log a line on rank 0."""
-    if ranks.rank == 0:
-        logger.info(line)
-
-
-def warn(ranks: Ranks, *lines: str) -> None:
-    """Log warnings on rank 0."""
-    for line in lines if ranks.rank == 0 else ():
-        logger.warning(line)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Concatenate, ParamSpec, Self, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
@@ -22,11 +22,11 @@ from holdfast.manager import arguments
 from holdfast.manager.arguments import Metrics
 from holdfast.manager.components import as_list, check_excluded, components_per_rank
 from holdfast.manager.config import CheckpointConfig
-from holdfast.manager.goodput import RESUMING, Goodput, Timings
+from holdfast.manager.context import RunContext
+from holdfast.manager.goodput import RESUMING, Timings
 from holdfast.manager.hf import HFFormat
-from holdfast.manager.lifetime import Lifetime
+from holdfast.manager.lifetime import Lifetime, OptimizerHooks
 from holdfast.manager.loader import Loader
-from holdfast.manager.optimizer_hooks import OptimizerHooks
 from holdfast.manager.resume import newest_final
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
@@ -102,10 +102,9 @@ class CheckpointManager:
             StorageError: the folder cannot be written.
         """
         self.config: CheckpointConfig = arguments.checked_config(config)
-        self._goodput = Goodput()
-        self._ranks = all_ranks() if ranks is None else arguments.checked_ranks(ranks)
+        ranks = all_ranks() if ranks is None else arguments.checked_ranks(ranks)
         arguments.check(
-            self._ranks,
+            ranks,
             folder=folder,
             model=model,
             optimizers=optimizers,
@@ -124,70 +123,31 @@ class CheckpointManager:
             OPTIMIZER: OptimizerState(models, as_list(optimizers)),
             SCHEDULER: scheduler_component(as_list(lr_schedulers)),
             **(states or {}),
-            **components_per_rank(dataloader, self._ranks.rank),
+            **components_per_rank(dataloader, ranks.rank),
         }
         check_excluded(self.config.exclude_from_loading, components)
-        self._catalog = Catalog(folder_store(folder))
+        names = [name for name in components if name != MODEL]
+        self._run = RunContext(Catalog(folder_store(folder)), self.config, ranks, names)
+        hf = HFFormat(self._run, hub)
         self._calls = threading.RLock()
         self._lifetime = Lifetime()
         self._stop_signals = StopSignals(())
-        self._build(components, saved_model, whole_model, as_list(optimizers), hub)
-
-    def _build(
-        self,
-        components: Mapping[str, Any],
-        saved_model: ModelState,
-        whole_model: ModelState,
-        optimizers: Sequence[Optimizer],
-        hub: HFModel | None,
-    ) -> None:
-        """Make the loader and the saver of these components, and lock the folder."""
-        names = [name for name in components if name != MODEL]
-        overlaps = self.config.async_mode == "async_with_pinned_mem"
-        hf = HFFormat(hub, self.config, self._catalog, self._ranks, names)
         hooks = OptimizerHooks(self._lifetime, self.wait_for_staging)
-        for optimizer in optimizers if overlaps else ():
+        overlaps = self.config.async_mode == "async_with_pinned_mem"
+        for optimizer in as_list(optimizers) if overlaps else ():
             hooks.add(optimizer)
-        self._saver = Saver(
-            catalog=self._catalog,
-            config=self.config,
-            ranks=self._ranks,
-            components=names,
-            goodput=self._goodput,
-            hf=hf,
-        )
-        self._step_saver = StepSaver(
-            saver=self._saver,
-            catalog=self._catalog,
-            config=self.config,
-            ranks=self._ranks,
-            model=saved_model,
-            tree=StateTree(components, flat=MODEL, watch=hooks.add if overlaps else None),
-            components=names,
-            hf=hf,
-            goodput=self._goodput,
-        )
+        tree = StateTree(components, flat=MODEL, watch=hooks.add if overlaps else None)
+        self._saver = Saver(self._run, hf)
+        self._steps = StepSaver(self._run, self._saver, hf, model=saved_model, tree=tree)
         self._loader = Loader(
-            catalog=self._catalog,
-            config=self.config,
-            ranks=self._ranks,
-            components=components,
-            whole_model=whole_model,
-            hf=hf,
-            goodput=self._goodput,
-            retainer=self._saver.retainer,
-            saves=self._saves,
+            self._run, components, whole_model, hf=hf, retainer=self._saver.retainer
         )
-        if self._saves:
+        if self._run.saves:
             try:
-                run_on_rank_0(self._ranks, partial(self._lifetime.take, self._catalog, hf))
+                run_on_rank_0(ranks, partial(self._lifetime.take, self._run.catalog, hf))
             except BaseException:
                 with self._lifetime:
                     raise
-
-    @property
-    def _saves(self) -> bool:
-        return self.config.enable and not self.config.load_only
 
     @_one_at_a_time
     def load(self, step: int | None = None) -> int:
@@ -211,12 +171,12 @@ class CheckpointManager:
         self._lifetime.check_open()
         requested = self.config.load_step
         if step is not None:
-            requested = run_on_all(self._ranks, lambda: checked_step(step, "step", least=-1))
+            requested = run_on_all(self._run.ranks, lambda: checked_step(step, "step", least=-1))
         if not self.config.enable:
             return 0
-        self._step_saver.knows_folder = True
+        self._steps.knows_folder = True
         self.wait_for_staging()
-        with self._goodput.lost_to(RESUMING):
+        with self._run.goodput.lost_to(RESUMING):
             return self._loader.load(requested)
 
     @_one_at_a_time
@@ -243,7 +203,7 @@ class CheckpointManager:
                 `on_save_error = "warn"`, the error is logged, and the run continues.
         """
         self._lifetime.check_open()
-        return self._step_saver.save(step, last_step, metrics)
+        return self._steps.save(step, last_step, metrics)
 
     @_one_at_a_time
     def save_seed(self) -> None:
@@ -255,7 +215,7 @@ class CheckpointManager:
             ExistsError: the folder already holds checkpoints.
         """
         self._lifetime.check_open()
-        self._step_saver.save_seed()
+        self._steps.save_seed()
 
     @uncompiled
     def wait_for_staging(self) -> None:
@@ -286,23 +246,23 @@ class CheckpointManager:
         """
         if not self.config.enable:
             return None
-        return run_on_rank_0(self._ranks, partial(newest_final, self._catalog))
+        return run_on_rank_0(self._run.ranks, partial(newest_final, self._run.catalog))
 
     @uncompiled
     def timings(self) -> Timings:
         """Durations of the saves and loads that have finished since the last call, by stage and
         over all ranks. Empty on all ranks but 0."""
-        return self._goodput.timings()
+        return self._run.goodput.timings()
 
     @property
     def blocked_s(self) -> float:
         """Seconds for which saves have blocked training so far."""
-        return self._goodput.blocked_s
+        return self._run.goodput.blocked_s
 
     @uncompiled
     def goodput(self) -> str:
         """One line on the time since this manager was made: training, and losses by cause."""
-        return self._goodput.report()
+        return self._run.goodput.report()
 
     @_one_at_a_time
     def close(self) -> None:
@@ -318,9 +278,9 @@ class CheckpointManager:
     @uncompiled
     def __enter__(self) -> Self:
         self._lifetime.check_open()
-        if self._saves:
+        if self._run.saves:
             self._stop_signals = StopSignals(self.config.stop_signals)
-            self._step_saver.stop_signals = self._stop_signals
+            self._steps.stop_signals = self._stop_signals
             self._lifetime.callback(self._stop_signals.release)
         return self
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
 import torch
 
-from holdfast.catalog.catalog import Catalog
-from holdfast.comm import Ranks, capture, gather_and_run, run_on_all
+from holdfast.comm import capture, gather_and_run, run_on_all
 from holdfast.errors import HoldfastError, RankError, UsageError
 from holdfast.format.manifest import Kind
 from holdfast.format.names import step_name
-from holdfast.manager.config import CheckpointConfig
-from holdfast.manager.goodput import Goodput
+from holdfast.manager.context import RunContext
 from holdfast.manager.hf import Export, HFFormat
 from holdfast.manager.policy import retention_of
 from holdfast.manager.retention import Retainer
@@ -45,31 +43,21 @@ class Saver:
     Collective: every rank makes one and calls its methods in the same order.
     """
 
-    def __init__(
-        self,
-        catalog: Catalog,
-        config: CheckpointConfig,
-        ranks: Ranks,
-        components: Collection[str],
-        goodput: Goodput | None = None,
-        hf: HFFormat | None = None,
-    ) -> None:
-        """`components` are all but the model."""
-        self._catalog, self._config, self._ranks = catalog, config, ranks
-        self._components = components
-        self._planner = Planner(ranks)
-        self._hf = hf or HFFormat(None, config, catalog, ranks, components)
-        self._in_background = config.async_mode != "disabled"
+    def __init__(self, run: RunContext, hf: HFFormat | None = None) -> None:
+        self._run, self._catalog, self._ranks = run, run.catalog, run.ranks
+        self._config, self._goodput = run.config, run.goodput
+        self._hf = hf or HFFormat(run, None)
+        self._planner = Planner(run.ranks)
+        self._in_background = run.config.async_mode != "disabled"
         # The background thread's collectives must not mix with those of training and of new saves.
-        self._finishing_ranks = ranks.duplicate() if self._in_background else ranks
-        self._overlapping = config.async_mode == "async_with_pinned_mem"
+        self._finishing_ranks = run.ranks.duplicate() if self._in_background else run.ranks
+        self._overlapping = run.config.async_mode == "async_with_pinned_mem"
         self._items: Items | None = None
         self._items_now: Items = ()
         self._items_later: Items = ()
-        self._goodput = goodput or Goodput()
         self._background, self._snapshot = Background(), Snapshot()
         self._staging: Staging | None = None
-        self.retainer: Retainer = Retainer(catalog, retention_of(config))
+        self.retainer: Retainer = Retainer(run.catalog, retention_of(run.config))
         """Applies the retention rules; only rank 0 uses it."""
         self.full_save_s: float = 0.0
         """Longest duration of a full save until it was durable, in seconds; 0 before the first."""
@@ -121,7 +109,7 @@ class Saver:
                     model=self._hf.config,
                 )
             # A model alone has no other components, even if its tensors have such names.
-            components = self._components if kind == "full" else ()
+            components = self._run.components if kind == "full" else ()
             pending = replace(pending, facts=replace(pending.facts, components=components))
             if self._in_background and self._has_room(pending):
                 self._finish_in_background(pending, step, export)
@@ -160,17 +148,17 @@ class Saver:
         except HoldfastError as error:
             self._raise_or_log(error)
         waited_s = time.perf_counter() - started
-        if waited_s > LOGGED_WAIT_S and self._ranks.rank == 0:
-            logger.info("waited %.2f s for the save in the background", waited_s)
+        if waited_s > LOGGED_WAIT_S:
+            self._run.info(f"waited {waited_s:.2f} s for the save in the background")
 
     def _has_room(self, pending: Pending) -> bool:
         """Whether every rank has the memory for a snapshot. Raises an error if not, or lets
         training wait for this save: see `on_low_memory`. Collective."""
         nbytes = pending.file_layout.nbytes
-        if nbytes > self._snapshot.nbytes and self._ranks.rank == 0:
+        if nbytes > self._snapshot.nbytes:
             free = free_memory()
             left = "" if free is None else f", {spelled_bytes(free)} free"
-            logger.info("needs %s of host memory for snapshots%s", spelled_bytes(nbytes), left)
+            self._run.info(f"needs {spelled_bytes(nbytes)} of host memory for snapshots{left}")
         try:
             run_on_all(self._ranks, lambda: self._snapshot.reserve(nbytes))
         except UsageError as error:
@@ -181,8 +169,7 @@ class Saver:
                     '`checkpoint.on_low_memory = "wait"` training waits for saves that do not fit'
                 )
                 raise
-            if self._ranks.rank == 0:
-                logger.warning("training waits for this save: %s", error.what)
+            self._run.warn(f"training waits for this save: {error.what}")
             return False
         return True
 
@@ -231,11 +218,11 @@ class Saver:
             self.full_save_s = max(self.full_save_s, saved.spans.total)
             if pending.index is not None:
                 by_name = pending.index.encoded().nbytes.items()
-                model = sum(nbytes for name, nbytes in by_name if name not in self._components)
+                model = sum(nbytes for name, nbytes in by_name if name not in self._run.components)
                 self.model_share = model / max(saved.nbytes, 1)
+        speed = rate(saved.nbytes, saved.spans.total)
+        self._run.info(f"saved step {step}: {speed}, {saved.where}")
         if ranks.rank == 0:
-            speed = rate(saved.nbytes, saved.spans.total)
-            logger.info("saved step %d: %s, %s", step, speed, saved.where)
             self.retainer.saved(step)
         if export == "beside":
             self._hf.export(pending, ranks, step, export)
@@ -271,5 +258,4 @@ class Saver:
             error.hint = f"{NO_SPACE}, or lower `checkpoint.keep_latest_k`"
         if self._config.on_save_error == "raise" or isinstance(error, RankError):
             raise error
-        if self._ranks.rank == 0:
-            logger.warning("a save failed, the run goes on: %s", error)
+        self._run.warn(f"a save failed, the run goes on: {error}")

@@ -8,17 +8,14 @@ from functools import partial
 
 import torch
 
-from holdfast.catalog.catalog import Catalog
-from holdfast.comm import Ranks, Solo, capture, run_on_all, run_on_rank_0
+from holdfast.comm import Solo, capture, run_on_all, run_on_rank_0
 from holdfast.errors import HoldfastError
 from holdfast.format.components import MODEL
 from holdfast.format.manifest import Kind
 from holdfast.manager import arguments
 from holdfast.manager.arguments import Metrics
-from holdfast.manager.config import CheckpointConfig
-from holdfast.manager.goodput import Goodput
+from holdfast.manager.context import RunContext
 from holdfast.manager.hf import HFFormat
-from holdfast.manager.loader import say, warn
 from holdfast.manager.policy import check_seed, is_due, kind_in_time, kind_of_save, stopping_line
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
@@ -57,22 +54,12 @@ class StepSaver:
     """
 
     def __init__(
-        self,
-        *,
-        saver: Saver,
-        catalog: Catalog,
-        config: CheckpointConfig,
-        ranks: Ranks,
-        model: ModelState,
-        tree: StateTree,
-        components: Sequence[str],
-        hf: HFFormat,
-        goodput: Goodput,
+        self, run: RunContext, saver: Saver, hf: HFFormat, *, model: ModelState, tree: StateTree
     ) -> None:
-        """`tree` is the whole state. `components` are all but the model."""
-        self._saver, self._catalog, self._config, self._ranks = saver, catalog, config, ranks
-        self._model, self._tree, self._components = model, tree, components
-        self._hf, self._goodput = hf, goodput
+        """`tree` is the whole state, `model` the model in it."""
+        self._run, self._catalog, self._ranks = run, run.catalog, run.ranks
+        self._config, self._goodput = run.config, run.goodput
+        self._saver, self._hf, self._model, self._tree = saver, hf, model, tree
         self._queued = False
         self.stop_signals: StopSignals = StopSignals(())
         """Signals after which the run saves and ends."""
@@ -82,7 +69,7 @@ class StepSaver:
     def save(self, step: object, last_step: object, metrics: Metrics | None) -> bool:
         """Save the state after `step` if it is due: see `CheckpointManager.save`."""
         call = arguments.call_of(step, last_step, metrics)
-        if self._config.load_only or not self._config.enable:
+        if not self._run.saves:
             arguments.agreed(Solo(), call, arguments.encoded(call))
             return False
         self._goodput.count_step()
@@ -151,7 +138,7 @@ class StepSaver:
         left_s = self._config.stop_deadline_s - agreed.since_s
         kind = kind_in_time(left_s, agreed.full_save_s, agreed.model_share)
         line = stopping_line(agreed.signal, agreed.step, left_s, agreed.full_save_s, kind)
-        (say if kind == "full" else warn)(self._ranks, line)
+        (self._run.info if kind == "full" else self._run.warn)(line)
         return kind
 
     def _is_time(self, agreed: _Agreed) -> bool:
@@ -167,7 +154,7 @@ class StepSaver:
         self._queued = overlap == "queue"
         if not self._queued:
             line = f"step {agreed.step} is not saved: the save before it is still being written"
-            warn(self._ranks, line)
+            self._run.warn(line)
         return False
 
     def _save_as(
@@ -194,7 +181,7 @@ class StepSaver:
             self._saver.save(step, "model", self._model_alone().flatten, export=export)
 
     def _model_alone(self) -> StateTree:
-        return StateTree({MODEL: self._model}, flat=MODEL, others=self._components)
+        return StateTree({MODEL: self._model}, flat=MODEL, others=self._run.components)
 
     def _warn_of_newer_steps(self, step: int) -> None:
         """Warn once if this run, which has not loaded, saves beside newer checkpoints."""
@@ -205,8 +192,7 @@ class StepSaver:
         # If the folder cannot be listed, the save itself raises the error.
         newer = [] if isinstance(steps, HoldfastError) else [n for n in steps if n > step]
         if newer:
-            warn(
-                self._ranks,
+            self._run.warn(
                 f"step {step} is saved beside {len(newer)} newer checkpoints, up to step "
                 f"{newer[-1]}, and `load` was not called: the next start resumes from the newest; "
                 "another folder keeps two runs apart",

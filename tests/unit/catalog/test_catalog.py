@@ -186,7 +186,7 @@ def test_the_plan_says_what_becomes_of_each_folder_and_why() -> None:
         *(aside("replaced", 4, 3), aside("removing", 1, 4), aside("removing", 9, 5)),
     ]
     plan = {action.folder: action for action in plan_cleanup(names)}
-    assert {a.verb for a in plan.values()} == {"remove", "restore"}
+    assert {a.verb for a in plan.values()} == {"delete", "restore"}
     assert plan[aside("replaced", 4, 3).rstrip("/")].verb == "restore"
     assert plan[aside("replaced", 4, 3).rstrip("/")].target == "step-4"
     assert len(plan) == 5
@@ -266,7 +266,7 @@ def test_what_a_sweep_cannot_do_is_told_and_the_rest_is_done() -> None:
     write_checkpoint(store, ".attempt-step-6-00000001", b"1")
     write_checkpoint(store, ".replaced-step-5-00000002", b"old")
     failed = execute(stubborn(store), plan_cleanup(store.list()))
-    assert ["could not remove" in line for line in failed] == [True]
+    assert ["could not delete" in line for line in failed] == [True]
     assert content_of(store, "step-5") == b"old"
     assert execute(store, plan_cleanup(store.list())) == []
 

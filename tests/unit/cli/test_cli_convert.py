@@ -40,7 +40,7 @@ def test_what_was_done_is_said_in_a_line_or_as_json(
     (source / "old.safetensors").write_bytes(b"")
     assert main(["convert", str(source), str(tmp_path / "step-1")]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "note: `old.safetensors` is not in the index, and was left aside"
+    assert said[0] == "note: `old.safetensors` is not in the index, and is ignored"
     assert said[1].startswith(f"{tmp_path / 'step-1'}: 21 tensors, ")
     assert said[1].endswith("B/s)")
     assert main(["convert", str(source), str(tmp_path / "all.pt"), "--json"]) == 0

@@ -76,7 +76,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"states": {"optimizer": Counter()}}, "found: `optimizer`, which `optimizers` has"),
     ({"states": {"weight": Counter()}}, "found: `weight`, which a tensor of the model has"),
     ({"states": {"data_loader": Counter()}}, "found: `data_loader`, which `dataloader` has"),
-    ({"model": Named("rng")}, "`model` has a tensor `rng`, which is the name of a part"),
+    ({"model": Named("rng")}, "`model` has a tensor `rng`, which is the name of a component"),
     ({"config": {"enable": True}}, r"found: a dict\nhint: CheckpointConfig\(\*\*config\)"),
     ({"config": {}}, "`config` must be a `CheckpointConfig`, found: a dict"),
     ({"config": True}, "`config` must be a `CheckpointConfig`, found: True"),
@@ -136,7 +136,7 @@ def test_arguments_that_behave_like_torchs_own_are_taken(tmp_path: Path) -> None
     with CheckpointManager(tmp_path, model=(MODEL,), **given) as manager:
         assert manager.save(1, last_step=True)
     pinned = CheckpointConfig(enable=True, async_mode="async_with_pinned_mem")
-    with pytest.raises(UsageError, match="an Optimizer has no hook for"):
+    with pytest.raises(UsageError, match="which needs `register_step_pre_hook`"):
         CheckpointManager(tmp_path, model=MODEL, config=pinned, **given)
 
 

@@ -19,6 +19,7 @@ from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.catalog.catalog import Catalog
 from holdfast.comm import Ranks, Solo
 from holdfast.format.region import Region
+from holdfast.manager.context import RunContext
 from holdfast.manager.saver import Saver
 from holdfast.planning.file_layout import FileLayout, lay_out, lay_out_file
 from holdfast.saving.digests import Replicas
@@ -197,7 +198,7 @@ def test_without_memory_for_a_snapshot_it_is_an_error_or_training_waits(
     """G13: what is needed and free is said before the copy; `on_low_memory` decides what then."""
     catalog = Catalog(LocalStore(tmp_path))
     config = CheckpointConfig(enable=True, async_mode="async", on_low_memory=policy)
-    saver = Saver(catalog, config, Solo(), ())
+    saver = Saver(RunContext(catalog, config, Solo()))
     with caplog.at_level(logging.INFO, "holdfast"):
         if policy == "wait":
             assert not saver._has_room(pending_of(catalog))

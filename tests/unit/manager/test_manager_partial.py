@@ -110,7 +110,7 @@ def test_a_step_in_the_words_of_torchtitan_starts_a_run_in_metas(tmp_path: Path)
     [
         (("a",), "as many"),
         (("a.{}=b",), "as many"),
-        (("x=y",), "no tensor fits"),
+        (("x=y",), "no tensor matches"),
         (("a=c", "b=c"), "two tensors the name `c.w`"),
     ],
 )

@@ -1,0 +1,42 @@
+"""Objects that loading and saving a run share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from holdfast.catalog.catalog import Catalog
+from holdfast.comm import Ranks
+from holdfast.manager.config import CheckpointConfig
+from holdfast.manager.goodput import Goodput
+
+logger: logging.Logger = logging.getLogger("holdfast")
+
+
+@dataclass(frozen=True, slots=True)
+class RunContext:
+    """Catalog, settings and ranks of a run."""
+
+    catalog: Catalog
+    config: CheckpointConfig
+    ranks: Ranks
+    components: Sequence[str] = ()
+    """Names of all components but the model."""
+
+    goodput: Goodput = field(default_factory=Goodput)
+
+    @property
+    def saves(self) -> bool:
+        """Whether the run saves to its folder."""
+        return self.config.enable and not self.config.load_only
+
+    def info(self, line: str) -> None:
+        """Log a line on rank 0."""
+        if self.ranks.rank == 0:
+            logger.info(line)
+
+    def warn(self, *lines: str) -> None:
+        """Log warnings on rank 0."""
+        for line in lines if self.ranks.rank == 0 else ():
+            logger.warning(line)
