@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from holdfast.catalog.catalog import location
@@ -56,8 +55,7 @@ def open_hf_folder(store: ReadStore, name: str) -> HFFolder:
     index = None
     if safetensors.INDEX in present:
         check_inside(store, name, safetensors.INDEX)
-        data = _read(store, f"{name}/{safetensors.INDEX}", safetensors.INDEX_BYTES_MAX)
-        index = safetensors.read_index(data, where=f"{where}/{safetensors.INDEX}")
+        index = read_weights_index(store, name, safetensors.INDEX)
     files = weights if index is None else sorted({*index.values()})
     missing = [file for file in files if file not in present]
     if missing:
@@ -120,6 +118,17 @@ def of_language_model(config: Config) -> Config:
     return {**outer, **text, **tied, "model_type": config.get("model_type")}
 
 
+def read_weights_index(store: ReadStore, name: str, file: str) -> dict[str, str]:
+    """Read the index of a folder: the file of each tensor."""
+    data = _read(store, f"{name}/{file}", safetensors.INDEX_BYTES_MAX)
+    return safetensors.read_index(data, where=f"{location(store, name)}/{file}")
+
+
+def fetcher(store: ReadStore, key: str) -> Callable[[int, int], bytes]:
+    """A function that reads `nbytes` at `offset` of a file."""
+    return lambda offset, nbytes: store.read(key, offset, offset + nbytes)
+
+
 def _read(store: ReadStore, key: str, nbytes_max: int) -> bytes:
     return store.read(key, 0, min(store.size(key), nbytes_max + 1))
 
@@ -143,10 +152,5 @@ def check_inside(store: ReadStore, name: str, file: str) -> None:
 def _open_file(store: ReadStore, name: str, file: str) -> Manifest:
     check_inside(store, name, file)
     key = f"{name}/{file}"
-    fetch = partial(_fetch, store, key)
     where = f"{location(store, name)}/{file}"
-    return safetensors.read_file(fetch, store.size(key), file=file, where=where)
-
-
-def _fetch(store: ReadStore, key: str, offset: int, nbytes: int) -> bytes:
-    return store.read(key, offset, offset + nbytes)
+    return safetensors.read_file(fetcher(store, key), store.size(key), file=file, where=where)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from holdfast.catalog.catalog import location, steps_in
 from holdfast.catalog.findings import kind_of
 from holdfast.catalog.marks import damaged_steps, pinned_steps
-from holdfast.catalog.open_any import format_of, open_any
+from holdfast.catalog.open_any import is_checkpoint, open_any
 from holdfast.catalog.resumable import misnumbered, why_not_resumable
 from holdfast.catalog.steady import is_deleted, read_steadily
 from holdfast.errors import HoldfastError, NotFoundError
@@ -93,24 +93,17 @@ def _marked(
 
 def hint_without_steps(store: ReadStore, name: str, names: Sequence[str]) -> str:
     """Hint for a folder without checkpoints of a run, in which these names are listed."""
-    if _is_checkpoint(store, name):
+    if is_checkpoint(store, name):
         return f"it is a checkpoint itself: holdfast verify {location(store, name)}"
     folders = [folder.rstrip("/") for folder in names if folder.endswith("/")]
     for folder in folders:
         if _holds_steps(store, f"{name}/{folder}"):
             return f"there are some in {location(store, name)}/{folder}"
-    others = [folder for folder in folders if _is_checkpoint(store, f"{name}/{folder}")]
+    others = [folder for folder in folders if is_checkpoint(store, f"{name}/{folder}")]
     if others:
         command = f"holdfast verify {location(store, name)}/{others[-1]}"
         return f"no `step-N`, but checkpoints: {', '.join(others[:10])}; {command}"
     return f"found: {', '.join(names[:10]) or 'nothing'}"
-
-
-def _is_checkpoint(store: ReadStore, name: str) -> bool:
-    try:
-        return format_of(store, name) is not None
-    except HoldfastError:
-        return False
 
 
 def _holds_steps(store: ReadStore, name: str) -> bool:

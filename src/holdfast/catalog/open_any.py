@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 
 from holdfast.catalog.catalog import location, open_manifest, read_manifest, steps_in
 from holdfast.catalog.findings import Format
-from holdfast.catalog.hf_folder import HFFolder, open_hf_folder
+from holdfast.catalog.hf_folder import HFFolder, fetcher, open_hf_folder
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.pieces import INDEX_SUFFIX, check_whole_checkpoint, no_checkpoint
 from holdfast.catalog.source import Source
-from holdfast.errors import NotFoundError, StorageError
+from holdfast.errors import HoldfastError, NotFoundError, StorageError
 from holdfast.format import safetensors, torchfile
 from holdfast.format.manifest import Manifest
 from holdfast.format.names import MANIFEST, METADATA
@@ -76,7 +75,7 @@ def open_any(
 def _open_file(store: ReadStore, name: str, form: Format) -> OpenCheckpoint:
     where = location(store, name)
     folder, _, file = where.rpartition("/")
-    fetch, nbytes = partial(_fetch, store, name), store.size(name)
+    fetch, nbytes = fetcher(store, name), store.size(name)
     # A source reads files in a folder, but this file may be at the root of its store.
     parent, name_in_parent = open_for_reading(folder)
     if form == "torch":
@@ -137,6 +136,14 @@ def check_folder(store: ReadStore, name: str) -> None:
     )
 
 
+def is_checkpoint(store: ReadStore, name: str) -> bool:
+    """Whether `name` is a checkpoint of any format. False if it cannot be read."""
+    try:
+        return format_of(store, name) is not None
+    except HoldfastError:
+        return False
+
+
 def is_folder(store: ReadStore, name: str) -> bool:
     """Whether `name` is a folder."""
     parent, _, last = name.rpartition("/")
@@ -148,7 +155,3 @@ def _hint(store: ReadStore, name: str) -> str:
     if steps:
         return f"its newest step: {location(store, steps[-1])}"
     return "`holdfast list FOLDER` shows the steps of a run's checkpoint folder"
-
-
-def _fetch(store: ReadStore, key: str, offset: int, nbytes: int) -> bytes:
-    return store.read(key, offset, offset + nbytes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 from holdfast.errors import HoldfastError, NotFoundError
 from holdfast.format.names import LOCK, MANIFEST, METADATA, hidden_folder_of, step_of
@@ -19,20 +18,12 @@ _OURS = b'{"holdfast":'
 _CONFIGS = ("config.json", "adapter_config.json", INDEX)
 """Files of an export, which has at least one of them beside its weights."""
 
-_EXPORTED = (
-    f"*{SUFFIX}",
-    "*.jinja",
-    "*.json",
-    "*.md",
-    "*.model",
-    "*.model.v[0-9]*",
-    "*.py",
-    "*.tiktoken",
-    "*.txt",
-    "LICENSE*",
-    "NOTICE*",
+_EXPORTED = re.compile(
+    rf".*({re.escape(SUFFIX)}|\.(jinja|json|md|model|model\.v[0-9].*|py|tiktoken|txt))"
+    "|(LICENSE|NOTICE).*",
+    re.DOTALL,
 )
-"""Patterns of all files of an export: weights, configurations, tokenizers, templates."""
+"""Names of all files of an export: weights, configurations, tokenizers, templates."""
 
 _TEMPLATES = "additional_chat_templates/"
 
@@ -57,7 +48,7 @@ def why_not_replaceable(store: ReadStore, name: str, *, file: bool = False) -> s
     folders = [entry for entry in names if entry.endswith("/") and entry != _TEMPLATES]
     if folders:
         return f"it holds folders: {_listed(folders)}"
-    is_known = _is_native if _holds_native(store, name, names) else _is_exported
+    is_known = _is_native if _holds_native(store, name, names) else _EXPORTED.fullmatch
     others = [entry for entry in names if not entry.endswith("/") and not is_known(entry)]
     return f"it holds files that are no part of a checkpoint: {_listed(others)}" if others else None
 
@@ -103,12 +94,9 @@ def _special_file(store: ReadStore, name: str) -> str | None:
 
 def _is_checkpoint_file(store: ReadStore, name: str) -> bool:
     # Imported here, since it imports the readers of all formats, and most deletions are of folders.
-    from holdfast.catalog.open_any import format_of
+    from holdfast.catalog.open_any import is_checkpoint
 
-    try:
-        return format_of(store, name) is not None
-    except HoldfastError:
-        return False
+    return is_checkpoint(store, name)
 
 
 def _is_step(name: str) -> bool:
@@ -146,10 +134,6 @@ def _holds_export(files: Sequence[str]) -> bool:
 
 def _is_native(file: str) -> bool:
     return file in (MANIFEST, METADATA) or _DATA.fullmatch(file) is not None
-
-
-def _is_exported(file: str) -> bool:
-    return any(fnmatchcase(file, pattern) for pattern in _EXPORTED)
 
 
 def _listed(names: Sequence[str]) -> str:

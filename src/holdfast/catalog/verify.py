@@ -19,7 +19,13 @@ from holdfast.catalog.contents import (
     run,
 )
 from holdfast.catalog.findings import Finding, Format, VerifyReport, kind_of, usable
-from holdfast.catalog.hf_folder import ADAPTER, ADAPTER_CONFIG, CONFIG, read_config
+from holdfast.catalog.hf_folder import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    CONFIG,
+    read_config,
+    read_weights_index,
+)
 from holdfast.catalog.open_any import format_of, is_folder
 from holdfast.catalog.pieces import INDEX_SUFFIX, no_checkpoint
 from holdfast.catalog.resumable import misnumbered, why_not_resumable
@@ -190,12 +196,7 @@ def _verify_safetensors(target: VerifyTarget) -> VerifyReport:
     folder = is_folder(target.store, target.name)
     names = target.store.list(target.name) if folder else [""]
     index_file = next((name for name in names if name.endswith(INDEX_SUFFIX)), "")
-    index: dict[str, str] | None = None
-    if index_file:
-        key = f"{target.name}/{index_file}"
-        nbytes = min(target.store.size(key), safetensors.INDEX_BYTES_MAX + 1)
-        data = target.store.read(key, 0, nbytes)
-        index = safetensors.read_index(data, where=f"{target.where}/{index_file}")
+    index = read_weights_index(target.store, target.name, index_file) if index_file else None
     weights = [name for name in names if name.endswith(safetensors.SUFFIX) or not name]
     files = weights if index is None else sorted(set(index.values()))
     findings: list[Finding] = []

@@ -42,12 +42,13 @@ def check(ranks: Ranks, **given: Any) -> None:
     Collective: every rank calls this. An error on one rank is raised on all.
     """
     run_on_all(ranks, lambda: check_arguments(**given))
-    unused = _without_effect(given["config"])
-    if unused and ranks.rank == 0:
+    config: CheckpointConfig = given["config"]
+    changed = [key.name for key in fields(config) if getattr(config, key.name) != key.default]
+    if changed and not config.enable and ranks.rank == 0:
         logger.warning(
             "nothing is saved or resumed, since `enable` of the CheckpointConfig is off: without "
             "effect are %s",
-            ", ".join(unused),
+            ", ".join(changed),
         )
 
 
@@ -115,13 +116,6 @@ def _check_optimizer(optimizer: object, config: CheckpointConfig) -> None:
             f"which needs `register_step_pre_hook`; {shown(optimizer)} has none",
             hint='async_mode = "async"',
         )
-
-
-def _without_effect(config: CheckpointConfig) -> list[str]:
-    """Settings that the user has changed, and that have no effect since `enable` is off."""
-    if config.enable:
-        return []
-    return [key.name for key in fields(config) if getattr(config, key.name) != key.default]
 
 
 def checked_config(config: object) -> CheckpointConfig:
@@ -268,7 +262,7 @@ def _names_in(models: Sequence[nn.Module]) -> Iterator[str]:
 
 def _several(what: str, given: object, kind: type, expected: str) -> list[Any]:
     """One object or several, as a list."""
-    if isinstance(given, list | tuple) or (isinstance(given, Sequence) and not _is_text(given)):
+    if isinstance(given, Sequence) and not isinstance(given, str | bytes):
         return list(given)
     if isinstance(given, Iterator) and not isinstance(given, kind):
         raise _wrong(what, f"{expected}, or a list of them", given, f"{what}=list(...)")
@@ -281,10 +275,6 @@ def _is_name(name: object) -> bool:
         return isinstance(name, str) and bool(name.encode())
     except UnicodeEncodeError:
         return False
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str | bytes)
 
 
 def _has(value: object, *names: str) -> bool:

@@ -11,6 +11,14 @@ from holdfast.format.names import STEP_MAX
 from holdfast.manager.renames import parse
 from holdfast.manager.signals import check_names
 
+_ZERO_IS_OFF = (
+    "interval_minutes",
+    "write_bandwidth_limit",
+    "keep_every_n_steps",
+    "keep_best_k",
+    "hf_export_interval",
+)
+
 
 @settings("checkpoint")
 @dataclass(frozen=True, slots=True)
@@ -193,13 +201,7 @@ class CheckpointConfig:
         for key in ("mtbf_hours", "stop_deadline_s"):
             if getattr(self, key) <= 0:
                 raise UsageError(f"`checkpoint.{key}` must be above 0, found: {getattr(self, key)}")
-        for key in (
-            "interval_minutes",
-            "write_bandwidth_limit",
-            "keep_every_n_steps",
-            "keep_best_k",
-            "hf_export_interval",
-        ):
+        for key in _ZERO_IS_OFF:
             if getattr(self, key) < 0:
                 raise UsageError(
                     f"`checkpoint.{key}` must be 0 (off) or above, found: {getattr(self, key)}"
@@ -207,14 +209,12 @@ class CheckpointConfig:
 
     def _check_frozen(self) -> None:
         """Refuse settings that need the whole model if frozen parameters are not saved."""
-        if self.save_frozen:
-            return
         for key in ("last_save_in_hf", "hf_export_interval", "create_seed_checkpoint"):
-            if getattr(self, key):
+            if getattr(self, key) and not self.save_frozen:
                 raise UsageError(
                     f"`checkpoint.{key}` writes a whole model, but `checkpoint.save_frozen` is off"
                 )
-        if not self.initial_load_model_only:
+        if not self.save_frozen and not self.initial_load_model_only:
             raise UsageError(
                 "`checkpoint.save_frozen` is off: each start loads the model alone from "
                 "`initial_load_path`, but `checkpoint.initial_load_model_only` is off",
@@ -222,28 +222,20 @@ class CheckpointConfig:
             )
 
     def _check_hf(self) -> None:
-        if self.last_save_in_hf and not self.last_save_model_only:
-            raise UsageError(
-                "`checkpoint.last_save_in_hf` saves the model alone, but "
-                "`checkpoint.last_save_model_only` is off",
-                hint="--checkpoint.last_save_model_only",
-            )
+        for key, needed in (
+            ("last_save_in_hf", "last_save_model_only"),
+            ("initial_load_in_hf", "initial_load_model_only"),
+            ("initial_load_in_hf_quantized", "initial_load_in_hf"),
+        ):
+            if getattr(self, key) and not getattr(self, needed):
+                raise UsageError(
+                    f"`checkpoint.{key}` is on, and needs `checkpoint.{needed}`, which is off",
+                    hint=f"--checkpoint.{needed}",
+                )
         for rule in self.initial_load_renames:
             parse(rule)
         if self.initial_load_renames and self.initial_load_in_hf:
             raise UsageError(
                 "`checkpoint.initial_load_renames` does not apply to Hugging Face folders, whose "
                 "tensor names are known"
-            )
-        if self.initial_load_in_hf and not self.initial_load_model_only:
-            raise UsageError(
-                "`checkpoint.initial_load_in_hf` loads the model alone, but "
-                "`checkpoint.initial_load_model_only` is off",
-                hint="--checkpoint.initial_load_model_only",
-            )
-        if self.initial_load_in_hf_quantized and not self.initial_load_in_hf:
-            raise UsageError(
-                "`checkpoint.initial_load_in_hf_quantized` is on, but no folder is loaded: "
-                "`checkpoint.initial_load_in_hf` is off",
-                hint="--checkpoint.initial_load_in_hf",
             )

@@ -54,7 +54,8 @@ class StopSignals:
             self._listening = True
             leave_in_children(self)
         os.set_blocking(self._in, False)
-        self._wakeup_before = _Wakeup(signal.set_wakeup_fd(self._in, warn_on_full_buffer=False))
+        self._wakeup_before = signal.set_wakeup_fd(self._in, warn_on_full_buffer=False)
+        self._wakeup_file = _file_of(self._wakeup_before)
         ours = frozenset(int(signal.Signals[name]) for name in names)
         self._thread = threading.Thread(
             target=self._listen, args=(ours,), name="holdfast-signals", daemon=True
@@ -81,7 +82,9 @@ class StopSignals:
         """Restore the handlers. Does nothing when called again, or in a forked child."""
         if not self._listening:
             return
-        self._restore(self._wakeup_before.descriptor)
+        # The earlier descriptor may be closed by now, and its number be another file's.
+        is_same = self._wakeup_file and self._wakeup_file == _file_of(self._wakeup_before)
+        self._restore(self._wakeup_before if is_same else -1)
         # Closing the pipe would not end the thread while a child has a copy of this end. A full
         # pipe wakes the thread as well.
         with suppress(BlockingIOError):
@@ -131,20 +134,8 @@ class StopSignals:
             self._record(received)
 
 
-class _Wakeup:
-    """The descriptor of an earlier `signal.set_wakeup_fd`, if it still refers to the same file."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._file = descriptor, _file_of(descriptor)
-
-    @property
-    def descriptor(self) -> int:
-        """The descriptor; -1 if its file was closed, since the number may now be another file's."""
-        same = self._file is not None and _file_of(self._descriptor) == self._file
-        return self._descriptor if same else -1
-
-
 def _file_of(descriptor: int) -> tuple[int, int] | None:
+    """Device and inode of an open descriptor; None if it is closed."""
     try:
         status = os.fstat(descriptor)
     except OSError:
