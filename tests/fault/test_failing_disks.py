@@ -1,5 +1,5 @@
-"""Every call of the system that a save makes fails once: the error reaches every rank, nothing is
-lost, and the run can go on."""
+"""Every system call of a save fails once: the error reaches every rank, nothing is lost, and the
+run can continue."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SIZE = 2
 
 
 class FailsOnce:
-    """Stands in for a function of the system's: its k-th call below a folder ends in an error."""
+    """Replaces a function of the system: its k-th call below a folder fails."""
 
     def __init__(self, name: str, folder: Path, number: int, at: int) -> None:
         self._real: Callable[..., Any] = getattr(HOMES.get(name, os), name)
@@ -67,13 +67,13 @@ class FailsOnce:
 
 
 def state_of(step: int, rank: int) -> dict[str, Any]:
-    """A part that both ranks hold, and one of each rank's own."""
+    """One tensor that both ranks hold, and one of each rank's own."""
     value = float(step)
     return {"w": torch.full((70, 3), value), f"rank_{rank}": torch.full((1 << 14,), value)}
 
 
 def whole_steps(folder: Path) -> list[int]:
-    """Steps that are there; each must be whole, and of one state."""
+    """The steps of a folder; each must be complete, and of one state."""
     store = LocalStore(folder)
     for step, name in Catalog(store).folders().items():
         checkpoint = Checkpoint(Source(store, name, open_manifest(store, name)))
@@ -83,7 +83,7 @@ def whole_steps(folder: Path) -> list[int]:
 
 
 def save(saver: Saver, step: int, ranks: Ranks) -> HoldfastError | None:
-    """Save and wait; the error that this rank is told of."""
+    """Save and wait. Returns the error that this rank raises."""
     leaves = flatten(state_of(step, ranks.rank))
     try:
         saver.save(step, "full", lambda: leaves)
@@ -96,13 +96,13 @@ def save(saver: Saver, step: int, ranks: Ranks) -> HoldfastError | None:
 
 @pytest.mark.parametrize("async_mode", ["disabled", "async"])
 @pytest.mark.parametrize("call", CALLS)
-def test_a_call_that_fails_is_told_to_every_rank_and_nothing_is_lost(
+def test_a_failed_system_call_raises_on_every_rank_and_nothing_is_lost(
     call: str, async_mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """G7, G11. Method: the k-th write meets a full disk, the k-th sync an I/O error, the k-th open
-    a read-only file system, the k-th rename a lack of rights, for every k of a save in place of a
-    step and of retention, on either of two ranks. Steps that were there stay whole; where the save
-    fails, both ranks raise the same error; the next save works."""
+    a read-only file system, the k-th rename a lack of permission, for every k of a replacing save
+    and of retention, on either of two ranks. Earlier steps stay complete; if the save fails, both
+    ranks raise the same error; the next save works."""
     config = CheckpointConfig(enable=True, keep_latest_k=2, async_mode=async_mode)
     at, failing = 0, True
     while failing:
@@ -144,9 +144,9 @@ def test_a_call_that_fails_is_told_to_every_rank_and_nothing_is_lost(
     assert at > 3
 
 
-def test_a_store_that_times_out_and_a_folder_that_is_gone_reach_every_rank(tmp_path: Path) -> None:
-    """G7, G11. Method: a store whose calls all time out, on one of two ranks alone; then the folder
-    is removed under the run. Both ranks raise, and the next save works."""
+def test_a_timeout_and_a_deleted_folder_raise_on_every_rank(tmp_path: Path) -> None:
+    """G7, G11. Method: a store whose calls all time out, on one of two ranks; then the folder is
+    deleted under the run. Both ranks raise, and the next save works."""
     config = CheckpointConfig(enable=True)
 
     def work(ranks: Ranks) -> list[HoldfastError | None]:
@@ -183,10 +183,10 @@ def test_a_store_that_times_out_and_a_folder_that_is_gone_reach_every_rank(tmp_p
     assert whole_steps(tmp_path) == [4]
 
 
-def test_what_goes_wrong_after_a_step_is_published_is_said_and_the_step_stands(
+def test_errors_after_a_step_is_published_are_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G5, G7. Method: nothing can be removed; saves go on, each failure is in the log."""
+    """G5, G7. Method: nothing can be deleted; saves continue, and each failure is in the log."""
     monkeypatch.setattr(os, "unlink", FailsOnce("unlink", tmp_path, errno.EBUSY, 0))
     config = CheckpointConfig(enable=True, keep_latest_k=2)
     caplog.set_level(logging.WARNING, "holdfast")

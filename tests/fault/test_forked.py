@@ -1,4 +1,5 @@
-"""Processes forked from a run: they keep and end nothing of it, and it waits for none of them."""
+"""Processes forked from a run: they neither hold nor end anything of it, and it waits for none of
+them."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from torch import nn
 
 import holdfast
 from holdfast import CheckpointConfig, CheckpointManager
-from holdfast.manager import holding
+from holdfast.manager import lifetime
 from holdfast.storage.local import LocalStore
 
 SOON_S = 20.0
@@ -38,7 +39,7 @@ def names(folder: Path) -> list[str]:
 
 @contextmanager
 def child(work: Callable[[], None]) -> Iterator[int]:
-    """A process forked off here, which does `work` and then lives on until the context ends."""
+    """Fork a process that does `work`, then lives until the context ends."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -61,9 +62,9 @@ def child(work: Callable[[], None]) -> Iterator[int]:
         os.waitpid(pid, 0)
 
 
-def test_leaving_a_manager_waits_for_no_child(tmp_path: Path) -> None:
-    """G17. Method: a child that outlives the context; the folder is free at once, and the signals
-    are those from before."""
+def test_closing_a_manager_does_not_wait_for_children(tmp_path: Path) -> None:
+    """G17. Method: a child outlives the context; the folder is unlocked at once, and the signal
+    handlers are restored."""
     started, before = time.monotonic(), signal.getsignal(signal.SIGTERM)
     with manager(tmp_path) as held:
         children = child(lambda: None)
@@ -80,7 +81,7 @@ def test_leaving_a_manager_waits_for_no_child(tmp_path: Path) -> None:
 
 def test_an_inherited_manager_does_nothing(tmp_path: Path) -> None:
     """G17. Method: a child saves, loads, waits, closes, and leaves the context of its parent's
-    manager. Nothing of the parent's changes: its lock, its note, its signals, what it saves."""
+    manager. The parent's lock, note, signals and checkpoints are unchanged."""
     with manager(tmp_path) as held:
         held.save(1)
         note = (tmp_path / ".lock").read_text()
@@ -111,7 +112,7 @@ def test_an_inherited_manager_does_nothing(tmp_path: Path) -> None:
 RUN = """
 import multiprocessing, os, sys, time, torch
 from holdfast import CheckpointConfig, CheckpointManager
-from holdfast.manager import holding
+from holdfast.manager import lifetime
 from holdfast.storage.local import LocalStore
 config = CheckpointConfig(enable=True, interval=1)
 how, folder = sys.argv[1:]
@@ -140,7 +141,8 @@ with CheckpointManager(folder, model=model, config=config) as manager:
 
 @contextmanager
 def running(how: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A run that has saved a step, with children; whoever is left of its session is killed."""
+    """Start a run with children that has saved a step; kill what is left of its session at the
+    end."""
     command = [sys.executable, "-c", RUN, how, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
         try:
@@ -154,7 +156,7 @@ def running(how: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.mark.parametrize("how", ["fork", "loader"])
 def test_a_signal_ends_a_run_that_has_children(how: str, tmp_path: Path) -> None:
-    """G12, G17. Method: SIGTERM to the run alone, whose children live on."""
+    """G12, G17. Method: SIGTERM to the run only, whose children live on."""
     with running(how, tmp_path) as process:
         process.send_signal(signal.SIGTERM)
         assert process.stdout is not None
@@ -163,10 +165,8 @@ def test_a_signal_ends_a_run_that_has_children(how: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("how", ["fork", "loader", "spawn", "forkserver"])
-def test_the_next_start_is_not_refused_for_children_of_a_killed_run(
-    how: str, tmp_path: Path
-) -> None:
-    """G17. Method: SIGKILL to the run alone; its children live on while the next one saves."""
+def test_children_of_a_killed_run_do_not_block_the_next_start(how: str, tmp_path: Path) -> None:
+    """G17. Method: SIGKILL to the run only; its children live on while the next one saves."""
     with running(how, tmp_path) as process:
         process.kill()
         assert process.wait(SOON_S) == -signal.SIGKILL
@@ -176,9 +176,9 @@ def test_the_next_start_is_not_refused_for_children_of_a_killed_run(
             assert held.save(step + 1)
 
 
-def test_managers_that_end_in_another_order_give_the_signals_back(tmp_path: Path) -> None:
+def test_managers_that_end_in_another_order_restore_the_signal_handlers(tmp_path: Path) -> None:
     """G17. Method: two managers of two folders; the first one ends first. A signal then ends the
-    process as it did before there was any."""
+    process as it did before."""
     ends: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, _: ends.append(number))
     try:
@@ -198,9 +198,9 @@ def test_managers_that_end_in_another_order_give_the_signals_back(tmp_path: Path
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_a_closed_manager_saves_and_loads_nothing(tmp_path: Path) -> None:
+def test_a_closed_manager_refuses_to_save_and_load(tmp_path: Path) -> None:
     """G16. Method: closed by `close`, by the end of its context, and by an error in it; every call
-    that would change the folder or the state. Steps of the next manager stay."""
+    that would change the folder or the state. Checkpoints of the next manager are unchanged."""
     held = manager(tmp_path, keep_latest_k=2)
     held.save(1)
     held.close()
@@ -220,9 +220,9 @@ def test_a_closed_manager_saves_and_loads_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async", "async_with_pinned_mem"])
-def test_a_manager_that_nobody_refers_to_holds_nothing(mode: str, tmp_path: Path) -> None:
-    """G16. Method: as where a notebook's variable is deleted, or gets another value, without a
-    `close`; the manager's optimizer refers to it by a hook in one of the modes."""
+def test_a_manager_without_references_releases_its_folder(mode: str, tmp_path: Path) -> None:
+    """G16. Method: its variable is deleted or reassigned, as in a notebook, without `close`. In one
+    of the modes, a hook of the optimizer refers to the manager."""
 
     def made() -> CheckpointManager:
         model = nn.Linear(3, 3)
@@ -239,17 +239,17 @@ def test_a_manager_that_nobody_refers_to_holds_nothing(mode: str, tmp_path: Path
     made().close()
 
 
-def test_a_manager_that_could_not_begin_holds_nothing(
+def test_a_manager_that_failed_to_start_releases_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G16. Method: the folder cannot be put in order after it was locked; the error is kept, and
-    with it the frames that refer to the manager."""
+    """G16. Method: the cleanup fails after the folder was locked; the error is kept, and with it
+    the frames that refer to the manager."""
 
     def fail(_: object) -> None:
         raise holdfast.StorageError("gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(holding, "put_in_order", fail)
+        patch.setattr(lifetime, "put_in_order", fail)
         with pytest.raises(holdfast.StorageError, match="gone") as kept:
             manager(tmp_path)
     manager(tmp_path).close()
@@ -257,8 +257,8 @@ def test_a_manager_that_could_not_begin_holds_nothing(
 
 
 def test_a_process_forked_while_a_lock_is_taken_does_not_keep_it(tmp_path: Path) -> None:
-    """G17. Method: threads that take and give back locks, and forks in between, many times; once
-    the parent holds none, none is held, whichever children live."""
+    """G17. Method: threads that take and release locks, and forks in between, many times. Once the
+    parent holds none, none is held, whichever children live."""
     store = LocalStore(tmp_path)
     stop = threading.Event()
 
@@ -290,8 +290,8 @@ def test_a_process_forked_while_a_lock_is_taken_does_not_keep_it(tmp_path: Path)
             os.waitpid(pid, 0)
 
 
-def test_a_save_in_a_forked_child_is_its_own(tmp_path: Path) -> None:
-    """G16. Method: parent and child save different paths, then one path, at one time."""
+def test_parent_and_child_can_save_at_the_same_time(tmp_path: Path) -> None:
+    """G16. Method: parent and child save to different paths, then to one path."""
     state = {"w": torch.ones(100)}
 
     def work() -> None:

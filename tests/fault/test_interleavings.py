@@ -66,12 +66,12 @@ def state_of(value: int) -> dict[str, Any]:
 
 
 def save(value: int, store: AmendableStore, *, overwrite: bool = False, name: str = NAME) -> Saved:
-    """What `holdfast.save` does."""
+    """Save as `holdfast.save` does."""
     return save_in(Catalog(store), name, state_of(value), ranks=Solo(), overwrite=overwrite)
 
 
 def save_step(step: int, store: AmendableStore, *, value: int | None = None) -> Saved:
-    """What a manager does to save a step."""
+    """Save a step as a manager does."""
     return save_leaves(
         Catalog(store),
         step_name(step),
@@ -84,7 +84,8 @@ def save_step(step: int, store: AmendableStore, *, value: int | None = None) -> 
 
 
 def held_in(store: MemoryStore, name: str = NAME) -> int:
-    """The value whose state a checkpoint holds, every byte of it read and of one state."""
+    """Read every byte of a checkpoint, check that all of it is of one state, and return the state's
+    value."""
     checkpoint = Checkpoint(Source(store, name, open_manifest(store, name)))
     value: int = checkpoint.value("value")
     assert torch.equal(checkpoint.read("model.w"), torch.full((50,), float(value)))
@@ -101,7 +102,7 @@ def ran_in(
     switches: int,
     before: Callable[[AmendableStore], object] = lambda _: None,
 ) -> Iterator[Ran]:
-    """Every order, of which there are some in which the two meet."""
+    """Run two actors in every order; in some of them the two meet."""
     count = 0
     for ran in interleavings(before, one, other, switches_max=switches):
         count += 1
@@ -110,13 +111,13 @@ def ran_in(
 
 
 def check(ran: Ran, condition: object) -> None:
-    """An assertion that says which order it was."""
+    """Assert, with the order in the message."""
     assert condition, str(ran)
 
 
 @SWITCHES
-def test_of_two_saves_of_one_path_one_wins_and_the_other_is_told(switches: int) -> None:
-    """G16. Method: two saves to a name that is free."""
+def test_of_two_saves_to_one_path_one_wins_and_the_other_raises(switches: int) -> None:
+    """G16. Method: two saves to a free name."""
     for ran in ran_in(partial(save, 1), partial(save, 2), switches):
         kinds = sorted(type(outcome).__name__ for outcome in ran.outcomes)
         check(ran, kinds == ["ExistsError", "Saved"])
@@ -126,9 +127,10 @@ def test_of_two_saves_of_one_path_one_wins_and_the_other_is_told(switches: int) 
 
 
 @SWITCHES
-def test_of_two_that_replace_one_checkpoint_each_is_told_what_it_did(switches: int) -> None:
-    """G16. Method: two saves that overwrite the same one. Both may win, one after the other; who
-    is told that it lost has replaced nothing; what is there is of a winner, never the old one."""
+def test_of_two_saves_that_replace_one_checkpoint_each_reports_what_it_did(switches: int) -> None:
+    """G16. Method: two saves that overwrite the same checkpoint. Both may win, one after the other.
+    A save that raises has replaced nothing, and the result is a winner's, never the old
+    checkpoint."""
     one, other = (partial(save, value, overwrite=True) for value in (1, 2))
     for ran in ran_in(one, other, switches, partial(save, 9)):
         won = [n for n, outcome in enumerate(ran.outcomes, 1) if isinstance(outcome, Saved)]
@@ -140,8 +142,8 @@ def test_of_two_that_replace_one_checkpoint_each_is_told_what_it_did(switches: i
 
 
 @SWITCHES
-def test_a_save_beside_one_that_replaces_never_takes_its_place(switches: int) -> None:
-    """G16. Method: one overwrites what is there, the other does not: that one is always told."""
+def test_a_save_without_overwrite_never_replaces_one_that_overwrites(switches: int) -> None:
+    """G16. Method: one save overwrites the checkpoint, the other may not: it always raises."""
     one, other = partial(save, 1, overwrite=True), partial(save, 2)
     for ran in ran_in(one, other, switches, partial(save, 9)):
         check(ran, isinstance(ran.outcomes[0], Saved))
@@ -151,7 +153,8 @@ def test_a_save_beside_one_that_replaces_never_takes_its_place(switches: int) ->
 
 
 def dirty(store: AmendableStore) -> None:
-    """What killed processes leave: an attempt, half a removal, a step that stands aside."""
+    """Make what killed processes leave: an attempt, an unfinished deletion, a replaced
+    checkpoint."""
     for step in (1, 2, 3):
         save_step(step, store)
     store.rename("step-1", ".attempt-c-00000001")
@@ -165,9 +168,9 @@ def clean_up(store: AmendableStore) -> list[str]:
 
 @SWITCHES
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_clean_up_beside_a_save_leaves_its_attempt(overwrite: bool, switches: int) -> None:
-    """G16. Method: a save, new or in place of one, beside the sweep of a start, with what killed
-    processes left there. The save always comes to its end; all else is cleaned up."""
+def test_a_cleanup_during_a_save_spares_its_attempt(overwrite: bool, switches: int) -> None:
+    """G16. Method: a save, new or replacing, during the cleanup of a start, in a folder that killed
+    processes left. The save always succeeds; everything else is cleaned up."""
 
     def before(store: AmendableStore) -> None:
         dirty(store)
@@ -188,7 +191,7 @@ STEPS = (2, 3, 4)
 
 
 def keep_two(store: AmendableStore) -> None:
-    """What follows a save in a run that keeps two."""
+    """Apply retention as a run that keeps two does after a save."""
     retainer = Retainer(Catalog(store), Retention(latest_k=2))
     retainer.saved(STEPS[-1])
     retainer.wait()
@@ -210,10 +213,10 @@ def save_steps(store: AmendableStore) -> None:
         pytest.param("step-2", 3, marks=MANY),
     ],
 )
-def test_retention_beside_a_save_leaves_whole_steps(name: str, switches: int) -> None:
-    """G5, G16. Method: a save in place of a step that retention is about to remove, of a new step,
-    and of another name. Those that retention keeps stay as they were; the save is whole, or was
-    removed by the rule after it was published, or was refused while the old one was removed."""
+def test_retention_during_a_save_leaves_complete_checkpoints(name: str, switches: int) -> None:
+    """G5, G16. Method: a save that replaces a step which retention is about to delete, of a new
+    step, and of another name. Kept steps are unchanged. The save is complete, or was deleted by the
+    rule after it was published, or was refused while the old step was deleted."""
     one = partial(save, 7, overwrite=True, name=name)
     for ran in ran_in(one, keep_two, switches, save_steps):
         steps = {step: held_in(ran.store, step_name(step)) for step in Catalog(ran.store).steps()}
@@ -230,7 +233,7 @@ def test_retention_beside_a_save_leaves_whole_steps(name: str, switches: int) ->
 
 
 def load(store: AmendableStore) -> int:
-    """What `holdfast.load` does."""
+    """Load as `holdfast.load` does."""
     state = state_of(0)
 
     def read(source: Source) -> int:
@@ -243,8 +246,8 @@ def load(store: AmendableStore) -> int:
 
 
 @SWITCHES
-def test_a_reader_beside_one_that_replaces_finds_the_old_or_the_new(switches: int) -> None:
-    """G2, G16. Method: a load beside a save in place of what it loads. It never fails, and never
+def test_a_load_during_a_replacing_save_gives_the_old_or_the_new_checkpoint(switches: int) -> None:
+    """G2, G16. Method: a load during a save that replaces the checkpoint. It never fails, and never
     gives a mix."""
     for ran in ran_in(partial(save, 1, overwrite=True), load, switches, partial(save, 9)):
         check(ran, isinstance(ran.outcomes[0], Saved))
@@ -253,15 +256,15 @@ def test_a_reader_beside_one_that_replaces_finds_the_old_or_the_new(switches: in
 
 
 def resume(store: AmendableStore) -> tuple[int | None, list[str]]:
-    """What a reader of a run's folder does to find the newest step."""
+    """Find the newest step as a resume does."""
     found, refused = newest_resumable(Catalog(store), None)
     return None if found is None else found.step, refused
 
 
 @pytest.mark.parametrize("switches", [1, pytest.param(2, marks=MANY)])
-def test_a_reader_beside_a_run_that_saves_and_removes_finds_a_step(switches: int) -> None:
-    """G4. Method: the newest step is saved again, and older ones are removed, under a reader; it
-    passes over none."""
+def test_a_resume_beside_a_run_that_saves_and_deletes_finds_the_newest_step(switches: int) -> None:
+    """G4. Method: the newest step is saved again, and older ones are deleted, during the search;
+    none is passed over."""
 
     def run(store: AmendableStore) -> None:
         save_step(STEPS[-1], store, value=8)
@@ -272,7 +275,7 @@ def test_a_reader_beside_a_run_that_saves_and_removes_finds_a_step(switches: int
 
 
 def start(store: AmendableStore) -> str:
-    """What a manager does before it loads, and until it is closed."""
+    """Do what a manager does before it loads, and close it."""
     holding = Lifetime()
     with holding:
         config = CheckpointConfig(enable=True)
@@ -285,9 +288,9 @@ def start(store: AmendableStore) -> str:
 
 
 @SWITCHES
-def test_of_two_starts_at_once_one_holds_the_folder(switches: int) -> None:
-    """G16. Method: two managers begin in a folder with what killed runs left; while one of them is
-    at work, the other never is. Whoever is refused is told so; whoever is not finds the newest."""
+def test_of_two_starts_one_locks_the_folder(switches: int) -> None:
+    """G16. Method: two managers start in a folder that killed runs left. While one is at work, the
+    other is not. The refused one raises, and the other finds the newest step."""
     for ran in ran_in(start, start, switches, dirty):
         check(ran, "step 2" in ran.outcomes)
         lost = [outcome for outcome in ran.outcomes if outcome != "step 2"]
@@ -297,9 +300,9 @@ def test_of_two_starts_at_once_one_holds_the_folder(switches: int) -> None:
 
 
 @SWITCHES
-def test_a_step_saved_by_two_at_once_is_of_one_of_them(switches: int) -> None:
-    """G16. Method: a run saves a step under the number that `holdfast.save` gives its own; what
-    appears meanwhile is never replaced."""
+def test_a_step_saved_by_a_run_and_by_save_is_complete(switches: int) -> None:
+    """G16. Method: a run saves a step under the name to which `holdfast.save` saves. A checkpoint
+    that appears meanwhile is never replaced."""
     one, other = partial(save_step, 5), partial(save, 6, name="step-5")
     for ran in ran_in(one, other, switches):
         kinds = sorted(type(outcome).__name__ for outcome in ran.outcomes)
@@ -325,7 +328,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def conversion(source: Path, options: ConvertOptions) -> Actor:
-    """What `convert` does, to the name `step-0` of a store."""
+    """A conversion to the name `step-0` of a store."""
     planned = plan(str(source), options)
 
     def convert(store: AmendableStore) -> int:
@@ -338,7 +341,7 @@ def conversion(source: Path, options: ConvertOptions) -> Actor:
 
 
 def contents(store: MemoryStore, to: str) -> dict[str, bytes]:
-    """The target of a conversion, but for its indices, which tell when it was made."""
+    """The files of a converted checkpoint, except the indices, which hold the time."""
     if to == "torch":
         return {"": store.read("step-0", 0, 1 << 30)}
     files = [file for file in store.list("step-0") if not file.startswith((".meta", "manifest"))]
@@ -346,10 +349,10 @@ def contents(store: MemoryStore, to: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("to", WISHES)
-def test_a_start_beside_a_conversion_leaves_its_attempt(to: str, source: Path) -> None:
+def test_a_start_during_a_conversion_spares_its_attempt(to: str, source: Path) -> None:
     """G14, G16. Method: each format, to the folder of a run that starts; one change of turn, since
-    a conversion has a hundred operations. Both come to their end, and what a killed conversion
-    left is gone, or was gone on with."""
+    a conversion has a hundred operations. Both succeed, and what a killed conversion left is
+    deleted or continued."""
     convert = conversion(source, WISHES[to])
     alone = MemoryStore()
     convert(alone)
@@ -373,7 +376,7 @@ def test_a_start_beside_a_conversion_leaves_its_attempt(to: str, source: Path) -
 
 
 @pytest.mark.parametrize("to", WISHES)
-def test_of_two_conversions_to_one_place_one_wins(to: str, source: Path) -> None:
+def test_of_two_conversions_to_one_path_one_wins(to: str, source: Path) -> None:
     """G14, G16. Method: each format, twice to one name, one change of turn."""
     convert = conversion(source, WISHES[to])
     alone = MemoryStore()

@@ -192,7 +192,7 @@ def overwrite_by_convert(path: Path) -> int:
 
 
 def overwrite_by_a_run(path: Path) -> int:
-    """A run saves a step again."""
+    """Save a step again, in a run."""
     with CheckpointManager(
         path.parent,
         model=nn.Linear(2, 2),
@@ -218,11 +218,11 @@ KEPT_BY_PEOPLE = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", REFUSED)
-def test_nothing_but_one_checkpoint_is_replaced(
+def test_only_a_checkpoint_is_overwritten(
     name: str, way: Callable[[Path], int], tmp_path: Path
 ) -> None:
-    """G16. Method: each kind of thing under the name that is to be overwritten, by each way to do
-    so; every file of it is as it was."""
+    """G16. Method: each kind of file or folder under the name, by each way to overwrite it; every
+    file of it is unchanged."""
     if way is overwrite_by_a_run and name in KEPT_BY_PEOPLE:
         pytest.skip("a step goes with what people have put into it")
     path = tmp_path / "run" / "step-5"
@@ -237,9 +237,11 @@ def test_nothing_but_one_checkpoint_is_replaced(
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ALLOWED)
-def test_one_checkpoint_is_replaced(name: str, way: Callable[[Path], int], tmp_path: Path) -> None:
-    """G16. Method: each thing that is one checkpoint, whole or damaged; the new one loads, and
-    nothing else is left."""
+def test_any_checkpoint_can_be_overwritten(
+    name: str, way: Callable[[Path], int], tmp_path: Path
+) -> None:
+    """G16. Method: each kind of checkpoint, good or damaged; the new one loads, and nothing else is
+    left."""
     path = tmp_path / "run" / "step-5"
     path.parent.mkdir()
     ALLOWED[name](path)
@@ -250,10 +252,10 @@ def test_one_checkpoint_is_replaced(name: str, way: Callable[[Path], int], tmp_p
 
 
 @pytest.mark.parametrize("way", [overwrite_by_save, overwrite_by_convert])
-def test_a_step_of_a_run_at_work_is_not_replaced_by_others(
+def test_a_step_of_a_live_run_is_not_overwritten_by_others(
     way: Callable[[Path], int], tmp_path: Path
 ) -> None:
-    """G16. Method: the run holds its folder; other names in it are free to be replaced."""
+    """G16. Method: the run holds its folder; other names in it can be overwritten."""
     holdfast.save(tmp_path / "run" / "best", STATE)
     with run_in(tmp_path / "run"):
         before = tree_at(tmp_path / "run" / "step-1")
@@ -263,7 +265,7 @@ def test_a_step_of_a_run_at_work_is_not_replaced_by_others(
     assert way(tmp_path / "run" / "step-1") == 0
 
 
-def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+def test_overwriting_a_link_keeps_its_target(tmp_path: Path) -> None:
     """G16. Method: `best`, a link to a step."""
     holdfast.save(tmp_path / "step-1", STATE)
     (tmp_path / "best").symlink_to("step-1")
@@ -274,10 +276,10 @@ def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["dcp", "hf", "torch"])
-def test_the_source_of_a_conversion_is_never_its_target(
+def test_a_conversion_never_overwrites_its_source(
     to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """G16. Method: the source itself, by its path and by a link; the folder around it; a place
+    """G16. Method: the source itself, by its path and by a link; the folder around it; a path
     inside of it; the folder of assets; `.pt` files, onto themselves and beside."""
     home = tmp_path / "home"
     source = save_folder(home / "hub", LLAMA, hub_tensors(LLAMA))
@@ -299,10 +301,10 @@ def test_the_source_of_a_conversion_is_never_its_target(
     assert "the conversion reads" in capsys.readouterr().err
 
 
-def test_a_file_is_replaced_by_a_file_alone_and_at_one_instant(
+def test_a_file_replaces_only_a_file_and_atomically(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """G14, G16. Method: `.pt` files onto one another, a text, a folder, a link, and the source."""
+    """G14, G16. Method: `.pt` files onto each other, a text, a folder, a link, and the source."""
     source = save_torch(tmp_path / "source.pt")
     target = tmp_path / "target.pt"
     convert = ["convert", str(source), str(target), "--overwrite"]
@@ -327,11 +329,11 @@ def test_a_file_is_replaced_by_a_file_alone_and_at_one_instant(
     assert {path.name for path in tmp_path.iterdir()} == {"source.pt", "target.pt"}
 
 
-def test_retention_leaves_a_step_with_a_run_in_it(
+def test_retention_keeps_a_step_whose_folder_contains_a_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G16. Method: someone trains on in the folder of a step; retention says that it stays, and
-    removes the others; `prune` says the same."""
+    """G16. Method: a run trains in the folder of a step. Retention logs that the step stays, and
+    deletes the others; `prune` says the same."""
     config = CheckpointConfig(enable=True, interval=1, keep_latest_k=2)
     with CheckpointManager(tmp_path, model=nn.Linear(2, 2), config=config) as held:
         held.save(1)
@@ -345,9 +347,9 @@ def test_retention_leaves_a_step_with_a_run_in_it(
     assert (tmp_path / "step-1" / "more" / "step-1" / "manifest.json").exists()
 
 
-def test_prune_removes_no_folder_that_only_looks_like_a_step(tmp_path: Path) -> None:
-    """G16. Method: folders named as steps with somebody's files; `--damaged` removes the torn step
-    beside them, and leaves those."""
+def test_prune_deletes_no_folder_that_only_has_the_name_of_a_step(tmp_path: Path) -> None:
+    """G16. Method: folders named as steps with other files; `--damaged` deletes the damaged step
+    beside them, and keeps those."""
     with CheckpointManager(
         tmp_path,
         model=nn.Linear(2, 2),
@@ -366,12 +368,12 @@ def test_prune_removes_no_folder_that_only_looks_like_a_step(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("way", ["save", "manager"])
-def test_an_interrupted_save_holds_nothing(
+def test_an_interrupted_save_keeps_no_lock(
     way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G16. Method: Ctrl-C as the data of a checkpoint that is being replaced are synced, in a
-    process that lives on, as a notebook's does, and keeps the traceback; the same save goes through
-    then, and what the first one left is swept."""
+    """G16. Method: Ctrl-C during the sync of a checkpoint that is being replaced, in a process that
+    continues, as a notebook's does, and keeps the traceback. The same save then succeeds, and
+    cleans up after the first."""
     model, real = nn.Linear(2, 2), os.fsync
     config = CheckpointConfig(enable=True, interval=1)
     path = tmp_path / "step-1"

@@ -1,4 +1,4 @@
-"""The power goes at every operation of saves, retention and sweeps; what the next start finds."""
+"""Power cuts at every operation of saves, retention and cleanups, and the next start after each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ State = dict[str, Any]
 
 
 def state_of(seed: int) -> State:
-    """State of every kind, its largest tensor long enough to be handed to the store in parts."""
+    """A state of all types, whose largest tensor is written in several parts."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "large": torch.randint(0, 256, (5 << 20,), dtype=torch.uint8, generator=generator),
@@ -70,8 +70,8 @@ Outcome = Mapping[int, int]
 
 
 def steps_of(store: MemoryStore) -> Outcome:
-    """After a sweep, which must leave nothing aside. Every step there is must be whole, and the
-    newest is what a resume takes."""
+    """The steps after a cleanup, which must leave no hidden folder. Every step must be complete,
+    and a resume must take the newest."""
     assert execute(store, plan_cleanup(store.list())) == []
     assert not [name for name in store.list() if hidden_folder_of(name.rstrip("/"))]
     catalog = Catalog(store)
@@ -83,7 +83,7 @@ def steps_of(store: MemoryStore) -> Outcome:
 
 
 def save(store: Store, step: int, seed: int, size: int = 1) -> None:
-    """Save by `size` ranks, each of which holds the whole state."""
+    """Save on `size` ranks, each of which holds the whole state."""
 
     def work(ranks: Ranks) -> None:
         save_leaves(
@@ -112,8 +112,8 @@ def check(
     before: Callable[[Store], None] | None = None,
     seeds: Iterable[int] = range(4),
 ) -> None:
-    """Every cut of `work` leaves one of the outcomes, each of them is seen, and the last is that of
-    work that came to its end."""
+    """Check that every cut of `work` leaves one of the outcomes, that each of them occurs, and that
+    the last is that of finished work."""
     found = cut_everywhere(work, steps_of, before=before, seeds=seeds)
     for cut, outcome in found:
         assert outcome in outcomes, cut
@@ -126,13 +126,13 @@ SIZES = pytest.mark.parametrize("size", [1, 2, 4])
 
 
 @SIZES
-def test_a_first_save_is_there_whole_or_not_at_all(size: int) -> None:
+def test_a_first_save_is_complete_or_absent(size: int) -> None:
     """G1, G2. Method: every cut of a save into an empty folder."""
     check([{}, {1: 1}], lambda store: save(store, 1, 1, size))
 
 
 @SIZES
-def test_the_next_save_leaves_the_earlier_step_as_it_was(size: int) -> None:
+def test_the_next_save_does_not_change_the_earlier_step(size: int) -> None:
     """G1, G2. Method: every cut of a save beside an earlier step."""
     check(
         [{1: 1}, {1: 1, 2: 2}],
@@ -142,8 +142,8 @@ def test_the_next_save_leaves_the_earlier_step_as_it_was(size: int) -> None:
 
 
 @SIZES
-def test_a_step_saved_again_is_the_old_one_or_the_new_one_and_never_gone(size: int) -> None:
-    """G1, G2. Method: every cut of a save onto the name of an earlier one."""
+def test_a_step_saved_again_is_the_old_or_the_new_one(size: int) -> None:
+    """G1, G2. Method: every cut of a save that replaces an earlier one."""
     check(
         [{1: 1}, {1: 2}],
         lambda store: save(store, 1, 2, size),
@@ -154,8 +154,8 @@ def test_a_step_saved_again_is_the_old_one_or_the_new_one_and_never_gone(size: i
 def train(
     store: Store, steps: Mapping[int, int], *, size: int, async_mode: Any = "disabled"
 ) -> None:
-    """Save steps as a manager does, keeping two. The state changes as soon as a save has returned,
-    as it does in training."""
+    """Save steps as a manager does, keeping two. The state changes as soon as a save returns, as in
+    training."""
     config = CheckpointConfig(enable=True, keep_latest_k=2, async_mode=async_mode)
 
     def work(ranks: Ranks) -> None:
@@ -175,7 +175,7 @@ def train(
 @pytest.mark.parametrize("async_mode", ["disabled", "async"])
 def test_retention_never_leaves_fewer_good_steps_than_it_keeps(size: int, async_mode: str) -> None:
     """G1, G2, G5. Method: every cut of four saves that keep two, in the foreground and in the
-    background; each step is of one state, and once there are two there are always two."""
+    background. Each step is of one state, and once there are two there are always two."""
     steps = {1: 1, 2: 2, 3: 3, 4: 4}
     rising: list[Outcome] = [{}, {1: 1}, {1: 1, 2: 2}, {1: 1, 2: 2, 3: 3}]
     check(
@@ -185,8 +185,8 @@ def test_retention_never_leaves_fewer_good_steps_than_it_keeps(size: int, async_
 
 
 @SIZES
-def test_a_step_saved_again_in_the_background_is_the_old_one_or_the_new_one(size: int) -> None:
-    """G1, G2. Method: every cut of a background save onto the name of an earlier one."""
+def test_a_step_saved_again_in_the_background_is_the_old_or_the_new_one(size: int) -> None:
+    """G1, G2. Method: every cut of a background save that replaces an earlier one."""
     check(
         [{1: 1, 2: 2}, {1: 1, 2: 3}],
         lambda store: train(store, {2: 3}, size=size, async_mode="async"),
@@ -197,8 +197,9 @@ def test_a_step_saved_again_in_the_background_is_the_old_one_or_the_new_one(size
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @SIZES
-def test_many_more_choices_of_what_is_left(size: int) -> None:
-    """G1, G2, G5. Method: a save in place and retention as above, with sixty choices a cut."""
+def test_sixty_choices_of_what_each_cut_loses(size: int) -> None:
+    """G1, G2, G5. Method: a replacing save and retention as above, with sixty choices for each
+    cut."""
     check(
         [{1: 1}, {1: 2}],
         lambda store: save(store, 1, 2, size),
@@ -213,8 +214,8 @@ def test_many_more_choices_of_what_is_left(size: int) -> None:
     )
 
 
-def test_a_step_that_is_removed_is_whole_until_it_is_gone() -> None:
-    """G5. Method: every cut of the removal of the older of two."""
+def test_a_step_that_is_deleted_is_complete_or_absent() -> None:
+    """G5. Method: every cut of the deletion of the older of two."""
 
     def before(store: Store) -> None:
         save(store, 1, 1)
@@ -223,9 +224,9 @@ def test_a_step_that_is_removed_is_whole_until_it_is_gone() -> None:
     check([{1: 1, 2: 2}, {2: 2}], lambda store: Catalog(store).delete(step_name(1)), before=before)
 
 
-def test_a_sweep_that_dies_is_finished_by_the_next_one() -> None:
-    """G1, G2. Method: every cut of the sweep itself, with a dead attempt, half a removal and a
-    replaced step that has no successor left over."""
+def test_a_cleanup_that_dies_is_finished_by_the_next_one() -> None:
+    """G1, G2. Method: every cut of a cleanup of an attempt, an unfinished deletion, and a replaced
+    step without a successor."""
 
     def before(store: Store) -> None:
         for step, seed in ((1, 1), (2, 1), (3, 2)):

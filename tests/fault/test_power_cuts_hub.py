@@ -1,4 +1,4 @@
-"""The power goes at every operation of saves for Hugging Face; what the next start finds."""
+"""Power cuts at every operation of Hugging Face exports, and the next start after each."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ HUB = HFModel(
 
 
 def model_of(value: float) -> nn.Module:
-    """The model of `HUB`, every weight of it `value`."""
+    """The model of `HUB` with every weight equal to `value`."""
     root = nn.Module()
     for name in HUB.mapping.names("native"):
         *above, last = name.split(".")
@@ -62,7 +62,7 @@ def manager(folder: Path, model: nn.Module, ranks: Ranks | None, **settings: Any
 
 
 def values_in(folder: Path) -> set[float]:
-    """Of all weights in a Hugging Face folder, which must hold all of them."""
+    """The distinct values of all weights in a Hugging Face folder, which must be complete."""
     tensors = {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
     assert tensors.keys() == set(HUB.mapping.names("hub"))
     assert (folder / "config.json").read_text().startswith("{")
@@ -70,7 +70,7 @@ def values_in(folder: Path) -> set[float]:
 
 
 def look(folder: Path) -> tuple[tuple[str, float], ...]:
-    """Every checkpoint that is there after the next start, with the one value it holds."""
+    """Every checkpoint after the next start, with the one value it holds."""
     model = model_of(0.0)
     with manager(folder, model, None) as held:
         step = held.load()
@@ -87,11 +87,9 @@ def look(folder: Path) -> tuple[tuple[str, float], ...]:
 
 
 @pytest.mark.parametrize(("size", "async_mode"), [(1, "disabled"), (2, "async")])
-def test_a_folder_for_the_hub_is_there_whole_or_not_at_all(
-    size: int, async_mode: str, tmp_path: Path
-) -> None:
-    """G1, G2, G14. Method: every cut of a step with a folder beside it, of both saved again, and of
-    a last step that is such a folder, by real file operations."""
+def test_an_export_is_complete_or_absent(size: int, async_mode: str, tmp_path: Path) -> None:
+    """G1, G2, G14. Method: every cut of a step with an export, of both saved again, and of a last
+    step that is an export, by real file operations."""
     root, cut_folder = tmp_path / "root", tmp_path / "cut"
     root.mkdir()
 

@@ -20,7 +20,7 @@ ROWS = 1 << 18
 
 
 class Stamped(nn.Module):
-    """A sharded tensor of 4 MiB, each of whose elements says in which step it was saved."""
+    """A sharded tensor of 4 MiB, whose elements all hold the step in which it was saved."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Stamped(nn.Module):
 
 
 def save_for_ever(rank: int, size: int, folder: Path, async_mode: Any) -> None:
-    """Resume, then save step after step until killed. Every third save takes a step's place."""
+    """Resume, then save step after step until killed. Every third save replaces a step."""
     module = sharded(size)
     config = holdfast.CheckpointConfig(
         enable=True, interval=1, keep_latest_k=2, async_mode=async_mode
@@ -44,7 +44,7 @@ def save_for_ever(rank: int, size: int, folder: Path, async_mode: Any) -> None:
 
 
 def load_once(rank: int, size: int, folder: Path) -> tuple[int, set[float]]:
-    """What the next start finds."""
+    """Resume, and return the step and its stamps."""
     module = sharded(size)
     config = holdfast.CheckpointConfig(enable=True, interval=1, keep_latest_k=2)
     with holdfast.CheckpointManager(folder, model=module, config=config) as manager:
@@ -60,22 +60,22 @@ def sharded(size: int) -> Stamped:
 
 
 def stamp_of(module: Stamped) -> set[float]:
-    """Every different value in this rank's shard."""
+    """The distinct values in this rank's shard."""
     stamp: Any = module.stamp
     local = stamp.to_local() if isinstance(stamp, DTensor) else stamp
     return set(torch.unique(local).tolist())
 
 
 def names(folder: Path) -> set[str]:
-    """What lies in a folder that may not be there yet."""
+    """Names in a folder that may not exist yet."""
     return {path.name for path in folder.glob("*")}
 
 
 def kill_again_and_again(
     folder: Path, *, size: int, kills: int, seed: int, async_mode: str
 ) -> None:
-    """After each kill the steps there are whole and of one step each, and never fewer than before
-    of the newest two."""
+    """After each kill, all steps are complete and of one step each, and the newest two of before
+    are still there, or newer ones."""
     choose = random.Random(seed)
     newest = 0
     for _ in range(kills):
@@ -104,10 +104,10 @@ def kill_again_and_again(
 
 @pytest.mark.parametrize("async_mode", ["disabled", "async"])
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_save_killed_at_any_moment_leaves_whole_steps(
+def test_a_save_killed_at_any_moment_leaves_complete_checkpoints(
     size: int, async_mode: str, tmp_path: Path
 ) -> None:
-    """G1, G2, G5: 32 random kills of one rank or of all, in first saves, saves in place of a step,
+    """G1, G2, G5: 32 random kills of one rank or of all, in first saves, saves that replace a step,
     and retention."""
     kill_again_and_again(tmp_path / "run", size=size, kills=8, seed=size, async_mode=async_mode)
 
@@ -116,7 +116,7 @@ def test_a_save_killed_at_any_moment_leaves_whole_steps(
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("async_mode", ["disabled", "async"])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_many_kills(size: int, async_mode: str, tmp_path: Path) -> None:
+def test_300_kills_leave_complete_checkpoints(size: int, async_mode: str, tmp_path: Path) -> None:
     """As above, 300 of them."""
     kill_again_and_again(
         tmp_path / "run", size=size, kills=50, seed=100 + size, async_mode=async_mode

@@ -21,9 +21,9 @@ LONG = ("--training.steps", "500", "--checkpoint.interval", "400")
 
 
 @pytest.mark.parametrize("victim", ["launcher", "one worker"])
-def test_a_signal_saves_one_step_and_ends_every_rank(tmp_path: Path, victim: str) -> None:
-    """G12: SIGTERM to the launcher, or to one of two workers alone; the next start goes on from the
-    step that was saved."""
+def test_a_signal_saves_one_step_and_ends_all_ranks(tmp_path: Path, victim: str) -> None:
+    """G12: SIGTERM to the launcher, or to one of two workers; the next start resumes from the saved
+    step."""
     run = start(*LONG, ranks=2, cwd=tmp_path)
     wait_for_step(tmp_path / "outputs", 3)
     os.kill(run.pid if victim == "launcher" else workers_of(run)[1], signal.SIGTERM)
@@ -39,8 +39,8 @@ def test_a_signal_saves_one_step_and_ends_every_rank(tmp_path: Path, victim: str
 
 
 def step_for_ever(rank: int, size: int, folder: Path) -> None:
-    """Steps of random length that wait for data, an evaluation now and then that comes to no step
-    boundary, a save every third step, the others waited for in each."""
+    """Steps of random length: waits for data, sometimes an evaluation without `save`, a save every
+    third step, collectives in each."""
     module: Any = nn.Module()
     module.register_buffer("stamp", torch.zeros(1 << 20))
     config = holdfast.CheckpointConfig(enable=True, interval=3, keep_latest_k=2)
@@ -56,8 +56,8 @@ def step_for_ever(rank: int, size: int, folder: Path) -> None:
 
 
 def signal_again_and_again(folder: Path, *, size: int, times: int, seed: int) -> None:
-    """Each time one rank gets the signal: all end with its status, and the newest step is a new
-    one, whole, and of one step."""
+    """Signal one rank, again and again: all ranks end with its status, and the newest step is new,
+    complete, and of one step."""
     choose = random.Random(seed)
     newest = 0
     for _ in range(times):
@@ -79,14 +79,14 @@ def signal_again_and_again(folder: Path, *, size: int, times: int, seed: int) ->
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_signal_to_any_rank_at_any_moment(size: int, tmp_path: Path) -> None:
-    """G12: waiting for data, in a step, in an evaluation, in a save."""
+def test_a_signal_to_any_rank_at_any_moment_saves_one_step(size: int, tmp_path: Path) -> None:
+    """G12: during a wait for data, a step, an evaluation, or a save."""
     signal_again_and_again(tmp_path, size=size, times=5, seed=size)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_many_signals(size: int, tmp_path: Path) -> None:
+def test_a_hundred_signals_save_one_step_each(size: int, tmp_path: Path) -> None:
     """As above, a hundred times."""
     signal_again_and_again(tmp_path, size=size, times=100, seed=50 + size)

@@ -65,7 +65,7 @@ class Source:
 def missing_file_error(source: Source, file: str) -> HoldfastError:
     """The error about a missing file: damage, unless the whole checkpoint was deleted."""
     if is_deleted(source.store, source.folder):
-        return NotFoundError(f"`{source.url}` was deleted while it was read")
+        return NotFoundError(f"`{source.url}` was deleted meanwhile")
     return DamagedError(f"`{source.url}/{file}` is missing", hint=source.hint)
 
 

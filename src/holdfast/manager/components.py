@@ -84,7 +84,7 @@ def check_dataloader(manifest: Manifest, num_ranks: int) -> None:
     if by_rank and by_rank != {f"{RANK}{rank}" for rank in range(num_ranks)}:
         raise MismatchError(
             f"the data loader's state was saved by {len(by_rank)} ranks, one state for each; "
-            f"this run has {num_ranks} ranks",
+            f"this run has {num_ranks}",
             hint='`checkpoint.exclude_from_loading = ["dataloader"]` starts the data afresh',
         )
 

@@ -1,4 +1,4 @@
-"""Which checkpoints exist: listing, publishing, removing, and putting a folder in order."""
+"""The catalog: listing, publishing, deleting, and cleaning up."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FILE = "__0_0.distcp"
 
 
 def fill(store: Store, folder: str, content: bytes) -> Manifest:
-    """Write a checkpoint of one value into a folder, by hand: its files, nothing of the engine."""
+    """Write a checkpoint of one value into a folder by hand, without the code that saves."""
     manifest = Manifest(
         tensors={},
         values={"v": ValueEntry(FILE, Span(0, len(content)), checksum(content), ("v",))},
@@ -58,8 +58,8 @@ def content_of(store: MemoryStore, name: str) -> bytes:
     return store.read(f"{name}/{FILE}", 0, 99)
 
 
-def test_steps_are_listed_by_number_and_strangers_are_not_looked_at() -> None:
-    """G5. Method: steps that sort otherwise as text, folders and files that only look like one."""
+def test_steps_are_listed_by_number_and_other_names_ignored() -> None:
+    """G5. Method: steps that sort differently as text, folders and files with similar names."""
     store = MemoryStore()
     for folder in (
         *("step-10", "step-9", "step-100", "step-030", "best-step-20", "step-30.bak", "hf"),
@@ -83,21 +83,22 @@ def test_an_attempt_is_no_checkpoint_until_it_is_published() -> None:
 
 
 def test_two_attempts_at_one_step_have_folders_of_their_own() -> None:
-    """G1. Method: both begun before either ends."""
+    """G1. Method: both begin before either ends."""
     catalog = Catalog(MemoryStore())
     assert catalog.begin("step-5") != catalog.begin("step-5")
 
 
-def test_an_attempt_that_came_to_nothing_leaves_nothing() -> None:
-    """G7. Method: discarded."""
+def test_an_aborted_attempt_leaves_nothing() -> None:
+    """G7. Method: abort."""
     store = MemoryStore()
     catalog = Catalog(store)
     catalog.abort(catalog.begin("step-5"))
     assert list(store.list()) == []
 
 
-def test_a_new_checkpoint_takes_the_name_and_the_earlier_one_makes_way() -> None:
-    """G1. Method: published twice; the earlier one is aside, whole, for the sweep."""
+def test_publishing_again_renames_the_earlier_checkpoint() -> None:
+    """G1. Method: published twice; the earlier one is complete under a hidden name, for the
+    cleanup."""
     store = MemoryStore()
     catalog = Catalog(store)
     publish(catalog, "step-5", b"first")
@@ -110,9 +111,9 @@ def test_a_new_checkpoint_takes_the_name_and_the_earlier_one_makes_way() -> None
     assert list(store.list()) == ["step-5/"]
 
 
-def test_of_three_saves_of_one_name_the_slow_overwrite_leaves_nothing_behind() -> None:
-    """G16. Method: an attempt that was begun while the name was free is published in the moment in
-    which an overwrite has moved the checkpoint before it away."""
+def test_three_saves_of_one_name_leave_nothing_behind() -> None:
+    """G16. Method: an attempt that began while the name was free is published while an overwrite
+    has renamed the earlier checkpoint."""
     store = MemoryStore()
     late = Catalog(store)
     attempt = late.begin("ck", replace=True)
@@ -135,10 +136,10 @@ def test_of_three_saves_of_one_name_the_slow_overwrite_leaves_nothing_behind() -
 
 
 @pytest.mark.parametrize("leftover", ["00000000", "ffffffff"])
-def test_a_save_that_dies_brings_back_the_step_before_it_and_none_older(leftover: str) -> None:
-    """G2. Method: an earlier save's sweep never came, so that its `first` still stands aside; the
-    next save dies at each of its operations. Whichever of the two set aside sorts first, the sweep
-    must give the step as it was last, or the new one."""
+def test_after_a_killed_save_only_the_checkpoint_before_it_is_restored(leftover: str) -> None:
+    """G2. Method: an earlier save's cleanup never ran, so that its `.replaced` folder is still
+    there; the next save dies at each of its operations. Whichever `.replaced` folder sorts first,
+    the cleanup restores the newest checkpoint, or the new one."""
     attempt = HiddenFolder("attempt", "step-5", "7f7f7f7f")
 
     def before(store: Store) -> None:
@@ -162,7 +163,7 @@ def test_a_save_that_dies_brings_back_the_step_before_it_and_none_older(leftover
 
 
 def test_a_checkpoint_loses_its_name_before_the_first_of_its_files() -> None:
-    """G5. Method: the order of what is done to the store."""
+    """G5. Method: the order of the operations on the store."""
     before, removal = recorded(
         lambda store: write_checkpoint(store, "step-5", b"1"),
         lambda store: Catalog(store).delete("step-5"),
@@ -179,8 +180,8 @@ def aside(role: str, step: int, number: int) -> str:
     return f".{role}-step-{step}-{number:08x}/"
 
 
-def test_the_plan_says_what_becomes_of_each_folder_and_why() -> None:
-    """G1, G2. Method: one of each kind, with and without a successor."""
+def test_a_cleanup_plan_has_a_reason_for_each_folder() -> None:
+    """G1, G2. Method: one folder of each role, with and without a successor."""
     names = [
         *("step-1/", "step-2/", aside("attempt", 3, 1), aside("replaced", 2, 2)),
         *(aside("replaced", 4, 3), aside("removing", 1, 4), aside("removing", 9, 5)),
@@ -193,8 +194,8 @@ def test_the_plan_says_what_becomes_of_each_folder_and_why() -> None:
     assert all(action.why for action in plan.values())
 
 
-def test_a_plan_for_one_name_leaves_the_others_alone() -> None:
-    """G5. Method: attempts at two steps, one of whose names begins with the other."""
+def test_a_cleanup_plan_for_one_name_ignores_the_others() -> None:
+    """G5. Method: attempts at two steps, where the name of one begins with the other's."""
     names = [aside("attempt", 1, 1), aside("attempt", 10, 2), aside("replaced", 10, 3)]
     assert [a.folder for a in plan_cleanup(names, only="step-1")] == [names[0].rstrip("/")]
 
@@ -210,9 +211,9 @@ steps = st.integers(0, 3).map(lambda step: f"step-{step}/")
 
 
 @given(st.sets(ours | steps | foreign.map(lambda name: f"{name}/") | foreign))
-def test_a_sweep_touches_only_what_is_set_aside_and_is_done_after_once(names: set[str]) -> None:
-    """G5. Method: any folders; after the sweep the strangers and every step are still there, and
-    there is nothing left to do. A file is never touched, whatever its name."""
+def test_a_cleanup_touches_only_hidden_folders_and_needs_one_pass(names: set[str]) -> None:
+    """G5. Method: any folders; after the cleanup all other folders and every step are still there,
+    and a second plan is empty. Files are never touched, whatever their names."""
     store = MemoryStore()
     for name in names:
         if name.endswith("/"):
@@ -233,8 +234,8 @@ def test_a_sweep_touches_only_what_is_set_aside_and_is_done_after_once(names: se
 
 
 def stubborn(store: MemoryStore) -> FailingStore:
-    """A store that removes all but the last entry of a folder, then fails: as NFS does with a file
-    that somebody holds open."""
+    """A store that deletes all but the last entry of a folder, then fails: as NFS does with an open
+    file."""
 
     def fail(verb: str, key: str) -> None:
         if verb == "remove":
@@ -245,9 +246,9 @@ def stubborn(store: MemoryStore) -> FailingStore:
     return FailingStore(store, fail)
 
 
-def test_a_folder_removed_in_part_never_comes_back_as_a_checkpoint() -> None:
-    """G1, G5. Method: the sweep of a replaced step fails half-way; the step itself is removed
-    later; the next sweep must not bring the torn one back."""
+def test_a_partly_deleted_folder_is_never_restored() -> None:
+    """G1, G5. Method: the cleanup of a replaced step fails half-way; the step itself is deleted
+    later; the next cleanup must not restore the incomplete one."""
     store = MemoryStore()
     write_checkpoint(store, "step-5", b"new")
     write_checkpoint(store, ".replaced-step-5-00000001", b"old")
@@ -260,8 +261,8 @@ def test_a_folder_removed_in_part_never_comes_back_as_a_checkpoint() -> None:
     assert list(store.list()) == []
 
 
-def test_what_a_sweep_cannot_do_is_told_and_the_rest_is_done() -> None:
-    """G5. Method: a store that fails to remove; a restore beside it."""
+def test_a_cleanup_reports_failed_actions_and_does_the_others() -> None:
+    """G5. Method: a store that fails to delete, and a folder to restore."""
     store = MemoryStore()
     write_checkpoint(store, ".attempt-step-6-00000001", b"1")
     write_checkpoint(store, ".replaced-step-5-00000002", b"old")
@@ -271,8 +272,8 @@ def test_what_a_sweep_cannot_do_is_told_and_the_rest_is_done() -> None:
     assert execute(store, plan_cleanup(store.list())) == []
 
 
-def test_a_step_that_is_not_there_names_those_that_are() -> None:
-    """G4. Method: three steps, another asked for; and none at all."""
+def test_the_error_about_a_missing_step_lists_the_existing_ones() -> None:
+    """G4. Method: three steps, another requested; and no step at all."""
     store = MemoryStore()
     catalog = Catalog(store)
     assert "steps there: none" in (refuses(NotFoundError, lambda: catalog.open_step(7)).hint or "")
@@ -283,7 +284,7 @@ def test_a_step_that_is_not_there_names_those_that_are() -> None:
     assert catalog.open_step(5).values.keys() == {"v"}
 
 
-def test_a_folder_without_a_checkpoint_says_what_it_found() -> None:
+def test_the_error_about_a_folder_without_a_checkpoint_lists_its_files() -> None:
     """G4. Method: an empty folder, one with other files, none."""
     store = MemoryStore()
     store.make_folder("step-1")
@@ -311,10 +312,10 @@ def rewrite(store: MemoryStore, key: str, data: bytes) -> None:
         (METADATA, b"met", "`.metadata` is not the 4 bytes"),
     ],
 )
-def test_a_file_that_is_missing_or_of_another_size_is_damage(
+def test_a_missing_file_or_one_of_another_size_is_damage(
     key: str, data: bytes | None, said: str
 ) -> None:
-    """G3. Method: one file of a whole checkpoint removed, shortened, lengthened or changed."""
+    """G3. Method: one file of a good checkpoint is deleted, shortened, lengthened or changed."""
     store = MemoryStore()
     write_checkpoint(store, "step-1", b"123")
     store.remove(f"step-1/{key}")
@@ -333,8 +334,8 @@ def test_every_problem_of_a_checkpoint_is_listed() -> None:
     assert len(check_structure(store, "step-1", wider)) == 3
 
 
-def test_a_manifest_that_is_a_folder_or_rubbish_is_an_error_of_ours() -> None:
-    """G4. Method: other things under the names that are looked for."""
+def test_a_manifest_that_is_a_folder_or_random_bytes_raises_our_error() -> None:
+    """G4. Method: other things under the names of the index files."""
     store = MemoryStore()
     write_checkpoint(store, "step-1", b"123")
     rewrite(store, f"step-1/{MANIFEST}", b"{}")

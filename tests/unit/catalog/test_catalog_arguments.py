@@ -1,4 +1,4 @@
-"""`save`, `load` and `open`: a wrong argument is refused before anything is touched."""
+"""`save`, `load` and `open` refuse wrong arguments before anything is touched."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ STATE = {"w": torch.arange(12.0).view(4, 3), "step": 7}
 @pytest.mark.parametrize(
     "path", [None, 3, b"x", "", "  ", "a\0b", "\ud800", [Path("x")], torch.ones(1)]
 )
-def test_what_is_no_path_is_refused(path: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    """Method: each way in; the current directory, which an empty path would stand for, stays as it
-    was."""
+def test_invalid_paths_are_refused(path: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Method: each function. The current directory, which an empty path would mean, is
+    unchanged."""
     monkeypatch.chdir(tmp_path)
     for call in (
         lambda: holdfast.save(path, STATE, overwrite=True),
@@ -35,8 +35,8 @@ def test_what_is_no_path_is_refused(path: Any, tmp_path: Path, monkeypatch: Any)
     assert tmp_path.exists()
 
 
-def test_arguments_the_other_way_round_are_told_their_order(tmp_path: Path) -> None:
-    """Method: the state first, as `torch.save` has it; as text and as a path."""
+def test_swapped_arguments_are_recognized(tmp_path: Path) -> None:
+    """Method: the state first, as in `torch.save`; with the path as text and as a `Path`."""
     for path in (str(tmp_path / "x"), tmp_path / "x"):
         for call in (holdfast.save, holdfast.load):
             with pytest.raises(UsageError, match="the path comes first: ") as raised:
@@ -46,7 +46,7 @@ def test_arguments_the_other_way_round_are_told_their_order(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("state", [None, 5, "text", [torch.ones(1)], torch.ones(1), {1, 2}])
-def test_what_is_no_state_is_refused(state: Any, tmp_path: Path) -> None:
+def test_invalid_states_are_refused(state: Any, tmp_path: Path) -> None:
     holdfast.save(tmp_path / "there", STATE)
     for call in (
         lambda: holdfast.save(tmp_path / "new", state),
@@ -58,15 +58,16 @@ def test_what_is_no_state_is_refused(state: Any, tmp_path: Path) -> None:
 
 
 def test_a_state_that_cannot_be_filled_is_refused(tmp_path: Path) -> None:
-    """Method: a view of a dict, which nothing can be put into."""
+    """Method: a read-only view of a dict."""
     holdfast.save(tmp_path / "there", MappingProxyType(STATE))
     with pytest.raises(UsageError, match="filled in place, found: a mappingproxy"):
         holdfast.load(tmp_path / "there", MappingProxyType(STATE))
 
 
 @pytest.mark.parametrize("value", [1, "no", None, []])
-def test_flags_are_flags(value: Any, tmp_path: Path) -> None:
-    """Method: what Python takes for true or false, with a checkpoint that it could replace."""
+def test_flags_must_be_booleans(value: Any, tmp_path: Path) -> None:
+    """Method: values that Python takes for true or false, with a checkpoint that could be
+    replaced."""
     holdfast.save(tmp_path / "there", STATE)
     before = (tmp_path / "there").stat().st_ino
     with pytest.raises(UsageError, match="`overwrite` must be True or False, found: "):
@@ -76,8 +77,8 @@ def test_flags_are_flags(value: Any, tmp_path: Path) -> None:
     assert (tmp_path / "there").stat().st_ino == before
 
 
-def test_a_region_is_slices_or_one_of_ours(tmp_path: Path) -> None:
-    """Method: a slice by itself; indices, steps, too many dims, floats, text."""
+def test_a_region_is_a_region_or_slices(tmp_path: Path) -> None:
+    """Method: a single slice; indices, steps, too many dims, floats, text."""
     holdfast.save(tmp_path / "there", STATE)
     there = holdfast.open(tmp_path / "there")
     assert torch.equal(there.read("w", slice(1, 3)), STATE["w"][1:3])  # type: ignore[arg-type, index]
@@ -90,8 +91,8 @@ def test_a_region_is_slices_or_one_of_ours(tmp_path: Path) -> None:
             there.read("w", slices)
 
 
-def test_a_name_is_text_and_of_the_right_kind(tmp_path: Path) -> None:
-    """Method: numbers; a value asked for as a tensor, and the other way round."""
+def test_a_name_must_be_text_and_of_the_requested_kind(tmp_path: Path) -> None:
+    """Method: numbers; a value requested as a tensor, and a tensor as a value."""
     holdfast.save(tmp_path / "there", STATE)
     there = holdfast.open(tmp_path / "there")
     for name in (5, None, ("w",)):
@@ -117,7 +118,7 @@ def test_a_name_is_text_and_of_the_right_kind(tmp_path: Path) -> None:
         "manifest.json",
     ],
 )
-def test_a_name_that_holdfast_uses_is_no_checkpoints(name: str, tmp_path: Path) -> None:
+def test_names_that_holdfast_uses_are_refused_for_checkpoints(name: str, tmp_path: Path) -> None:
     """G14: the next start of a run there would delete it. Method: a save and a conversion."""
     with pytest.raises(UsageError, match="Holdfast itself uses names such as"):
         holdfast.save(tmp_path / "new" / name, {"a": 1})
@@ -126,9 +127,9 @@ def test_a_name_that_holdfast_uses_is_no_checkpoints(name: str, tmp_path: Path) 
     assert not (tmp_path / "new").exists()
 
 
-def test_a_name_is_refused_if_what_is_set_aside_for_it_has_no_name(tmp_path: Path) -> None:
+def test_names_too_long_for_their_hidden_folders_are_refused(tmp_path: Path) -> None:
     """G8, G14. Method: the longest name allowed, of two-byte characters, saved and replaced; every
-    name that Holdfast makes of it fits. One byte more is refused before anything is made."""
+    name that Holdfast derives from it fits. One byte more is refused before anything is created."""
     longest = "\u00f6" * (NAME_BYTES_MAX // 2)
     for value in (1, 2):
         holdfast.save(tmp_path / longest, {"a": value}, overwrite=True)
@@ -146,10 +147,8 @@ def test_a_name_is_refused_if_what_is_set_aside_for_it_has_no_name(tmp_path: Pat
     assert not (tmp_path / "new").exists()
 
 
-def test_a_home_that_nobody_has_spelled_out_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """G8. Method: `~` in every path of the API; no folder of that name is made."""
+def test_an_unexpanded_tilde_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G8. Method: `~` in every path of the API; no folder of that name is created."""
     monkeypatch.chdir(tmp_path)
     model = torch.nn.Linear(2, 2)
     config = holdfast.CheckpointConfig(enable=True, initial_load_path="~/weights")
@@ -167,11 +166,11 @@ def test_a_home_that_nobody_has_spelled_out_is_refused(
     holdfast.save("./~/best", STATE)
 
 
-def test_a_current_folder_that_was_deleted_is_said(
+def test_a_deleted_current_directory_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G8. Method: relative paths, from a folder that is gone; an absolute one is saved, and an
-    error of the caller's object still has its words."""
+    """G8. Method: relative paths, from a deleted folder; an absolute path is saved, and an error of
+    the caller's object keeps its message."""
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
@@ -193,8 +192,8 @@ def test_a_current_folder_that_was_deleted_is_said(
         holdfast.save(tmp_path / "broken", {"model": Broken()})
 
 
-def test_a_link_that_leads_nowhere_is_called_one(tmp_path: Path) -> None:
-    """G8, G14. Method: told to replace it, by a save and by a conversion."""
+def test_a_broken_link_is_reported_as_one(tmp_path: Path) -> None:
+    """G8, G14. Method: a save and a conversion that may overwrite it."""
     link = tmp_path / "link"
     link.symlink_to("nowhere")
     for replace in (
@@ -207,7 +206,7 @@ def test_a_link_that_leads_nowhere_is_called_one(tmp_path: Path) -> None:
     assert link.is_symlink()
 
 
-def test_a_meta_tensor_is_told_how_to_get_memory(tmp_path: Path) -> None:
+def test_the_error_about_a_meta_tensor_says_how_to_allocate_it(tmp_path: Path) -> None:
     """G8. Method: a model on the meta device, saved and loaded into."""
     holdfast.save(tmp_path / "best", torch.nn.Linear(2, 2))
     model = torch.nn.Linear(2, 2, device="meta")

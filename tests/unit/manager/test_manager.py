@@ -29,7 +29,7 @@ class Counter:
 
 
 class Run:
-    """A training run of a small model with dropout, so that generators matter."""
+    """A run of a small model with dropout, which depends on the random number generators."""
 
     def __init__(self, folder: Path, width: int = 6, **settings: Any) -> None:
         self.model = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.5), nn.Linear(width, 1))
@@ -74,7 +74,7 @@ def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path) -> None:
-    """G9: parameters after dropout, schedule and random batches are bit-identical."""
+    """G9: after dropout, schedule and random batches, all parameters are bit-identical."""
     torch.manual_seed(5)
     straight = Run(tmp_path / "straight")
     straight.until(8)
@@ -89,8 +89,8 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path) -> None:
     assert resumed.optimizer.param_groups[0]["lr"] == straight.optimizer.param_groups[0]["lr"]
 
 
-def test_the_latest_k_stay_and_foreign_folders_are_never_touched(tmp_path: Path) -> None:
-    """G5: names that only look like steps are neither counted nor removed."""
+def test_retention_keeps_the_latest_k_and_ignores_other_folders(tmp_path: Path) -> None:
+    """G5: folders whose names only resemble a step's are neither counted nor deleted."""
     foreign = ["best-step-20", "step-30.bak", "old-step-7-keep", "step-007", "step-"]
     for name in foreign:
         (tmp_path / name).mkdir()
@@ -99,8 +99,8 @@ def test_the_latest_k_stay_and_foreign_folders_are_never_touched(tmp_path: Path)
     assert kept == {*foreign, ".lock", "step-8", "step-10", "step-12"}
 
 
-def test_damaged_steps_never_push_out_good_ones(tmp_path: Path) -> None:
-    """G5: with two torn newest steps, the two good ones behind them stay."""
+def test_damaged_steps_never_displace_good_ones(tmp_path: Path) -> None:
+    """G5: with two damaged newest steps, the two good ones before them stay."""
     Run(tmp_path, keep_latest_k=2).until(4)
     for step in (6, 8):
         (tmp_path / f"step-{step}").mkdir()
@@ -110,10 +110,10 @@ def test_damaged_steps_never_push_out_good_ones(tmp_path: Path) -> None:
     assert steps(tmp_path) == [4, 5, 6, 8]
 
 
-def test_an_explicit_step_protects_itself_and_the_newer_ones(
+def test_load_step_protects_that_step_and_newer_ones(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G5: after `load_step` 4 of 8, neither 4 nor 6 and 8 of the earlier course are removed."""
+    """G5: after `load_step` 4 of 8, neither 4 nor 6 and 8 of the earlier branch are deleted."""
     Run(tmp_path).until(8)
     with caplog.at_level(logging.WARNING, "holdfast"):
         assert Run(tmp_path, load_step=4, keep_latest_k=2, interval=1).until(7) == 4
@@ -121,8 +121,8 @@ def test_an_explicit_step_protects_itself_and_the_newer_ones(
     assert steps(tmp_path) == [4, 6, 7, 8]
 
 
-def test_a_step_saved_again_takes_the_old_ones_place(tmp_path: Path) -> None:
-    """G1: the folder is a new one, and nothing of the old one is left."""
+def test_saving_a_step_again_replaces_its_checkpoint(tmp_path: Path) -> None:
+    """G1: the folder is a new one, without any file of the old one."""
     Run(tmp_path).until(4)
     before = (tmp_path / "step-4").stat().st_ino
     Run(tmp_path, load_step=2).until(4)
@@ -130,7 +130,7 @@ def test_a_step_saved_again_takes_the_old_ones_place(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "step-2", "step-4"}
 
 
-def test_excluded_parts_stay_as_they_are(tmp_path: Path) -> None:
+def test_excluded_components_keep_their_values(tmp_path: Path) -> None:
     """`data_loader` and `dataloader` are one key."""
     Run(tmp_path).until(4)
     for spelling in ("data_loader", "dataloader"):
@@ -143,7 +143,9 @@ def test_excluded_parts_stay_as_they_are(tmp_path: Path) -> None:
     assert whole.data.seen == 4
 
 
-def test_an_unknown_excluded_part_names_the_nearest(tmp_path: Path) -> None:
+def test_the_error_about_an_unknown_excluded_component_suggests_a_similar_name(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(holdfast.UsageError, match="did you mean `optimizer`"):
         Run(tmp_path, exclude_from_loading=("optimzer",))
 
@@ -157,9 +159,9 @@ def test_load_only_saves_nothing_and_takes_no_lock(tmp_path: Path) -> None:
     writing.manager.close()
 
 
-def test_a_second_run_on_the_folder_is_refused_until_the_first_closes(tmp_path: Path) -> None:
-    """G16. Method: as where a notebook's cell is run twice; the refusal says that it is this
-    process, and does not keep the folder itself."""
+def test_a_second_manager_of_a_folder_is_refused_until_the_first_closes(tmp_path: Path) -> None:
+    """G16. Method: two managers in one process, as when a notebook cell runs twice. The error names
+    this process, and keeps no reference to the folder."""
     first = Run(tmp_path)
     for _ in range(2):
         with pytest.raises(holdfast.ExistsError, match="held by this process already: host"):
@@ -168,8 +170,8 @@ def test_a_second_run_on_the_folder_is_refused_until_the_first_closes(tmp_path: 
     Run(tmp_path).manager.close()
 
 
-def test_the_initial_path_gives_the_model_to_a_fresh_folder_only(tmp_path: Path) -> None:
-    """Model alone by default, all of it if asked; not looked at once the folder has a step."""
+def test_initial_load_path_is_used_only_while_the_folder_is_empty(tmp_path: Path) -> None:
+    """It gives the model by default, or all components."""
     source = Run(tmp_path / "source")
     source.until(4)
     path = str(tmp_path / "source/step-4")
@@ -187,7 +189,8 @@ def test_the_initial_path_gives_the_model_to_a_fresh_folder_only(tmp_path: Path)
 
 
 def test_a_model_only_last_step_is_in_the_export_dtype(tmp_path: Path) -> None:
-    """Floating-point tensors alone are converted; the step holds nothing but the model."""
+    """Only floating-point tensors are converted. The checkpoint holds the model and nothing
+    else."""
     run = Run(tmp_path, last_save_model_only=True, export_dtype="bfloat16")
     run.model.register_buffer("count", torch.tensor([3]))
     run.until(3)
@@ -199,7 +202,7 @@ def test_a_model_only_last_step_is_in_the_export_dtype(tmp_path: Path) -> None:
     assert run.manager.final_step() == 3
 
 
-def test_a_run_goes_on_from_the_newest_full_step(
+def test_a_run_resumes_from_the_newest_full_step(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """G4: the model-only step 3 is passed over, and the log says so."""
@@ -209,14 +212,14 @@ def test_a_run_goes_on_from_the_newest_full_step(
     assert "passed over step 3: it holds the model alone" in caplog.text
 
 
-def test_steps_of_which_none_can_be_resumed_from_are_an_error(tmp_path: Path) -> None:
-    """G4: never silently from the start while there are steps."""
+def test_a_folder_without_a_resumable_step_raises_an_error(tmp_path: Path) -> None:
+    """G4: a run never silently starts over while there are checkpoints."""
     Run(tmp_path, last_save_model_only=True, interval=100).until(3)
     with pytest.raises(holdfast.NotFoundError, match="step 3: it holds the model alone"):
         Run(tmp_path).until(6)
 
 
-def test_a_full_step_zero_resumes_all_of_the_run(tmp_path: Path) -> None:
+def test_a_full_checkpoint_of_step_0_resumes_all_components(tmp_path: Path) -> None:
     """G9. Method: a loop that counts from 0."""
     first = Run(tmp_path)
     first.data.seen = 77
@@ -228,7 +231,7 @@ def test_a_full_step_zero_resumes_all_of_the_run(tmp_path: Path) -> None:
     assert run.data.seen == 77
 
 
-def test_a_seed_gives_the_model_alone(tmp_path: Path) -> None:
+def test_only_the_model_is_loaded_from_a_seed(tmp_path: Path) -> None:
     seed = Run(tmp_path)
     seed.data.seen = 77
     seed.manager.save_seed()
@@ -240,7 +243,7 @@ def test_a_seed_gives_the_model_alone(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_changes_nothing(tmp_path: Path) -> None:
-    """G6: every mis-shaped tensor of model and optimizer is listed."""
+    """G6: the error lists every mismatched tensor of model and optimizer."""
     Run(tmp_path).until(2)
     other = Run(tmp_path, width=5)
     before = other.parameters()
@@ -255,10 +258,11 @@ def test_a_checkpoint_of_another_model_changes_nothing(tmp_path: Path) -> None:
     assert not other.optimizer.state
 
 
-def test_a_checkpoint_with_another_loaders_place_names_the_key_that_leaves_it_out(
+def test_the_error_about_another_programs_loader_state_names_the_key_that_excludes_it(
     tmp_path: Path,
 ) -> None:
-    """G6. Method: as a loader of another program keeps it; then started again as the hint says."""
+    """G6. Method: the loader state has another program's entries; then the run starts again as the
+    hint says."""
     written = Run(tmp_path)
     written.data.state_dict = lambda: {"_snapshot": {"position": 3}}  # type: ignore[method-assign]
     written.until(2)
@@ -270,8 +274,9 @@ def test_a_checkpoint_with_another_loaders_place_names_the_key_that_leaves_it_ou
     assert resumed.data.seen == 2
 
 
-def test_what_a_killed_run_left_is_swept_at_the_next_start(tmp_path: Path) -> None:
-    """G1: attempts and half removed steps go; a step that was to be replaced comes back."""
+def test_the_next_start_cleans_up_after_a_killed_run(tmp_path: Path) -> None:
+    """G1: attempts and half-deleted checkpoints are deleted; one that was being replaced is
+    restored."""
     Run(tmp_path).until(4)
     (tmp_path / ".attempt-6-0123abcd").mkdir()
     (tmp_path / ".attempt-step-6-0123abcd").mkdir()
@@ -282,7 +287,7 @@ def test_what_a_killed_run_left_is_swept_at_the_next_start(tmp_path: Path) -> No
     assert run.until(4) == 4
 
 
-def test_saving_counts_the_seconds_it_blocks(tmp_path: Path) -> None:
+def test_the_seconds_for_which_saves_block_are_counted(tmp_path: Path) -> None:
     run = Run(tmp_path)
     assert run.manager.blocked_s == 0
     run.until(2)
@@ -300,9 +305,9 @@ def test_tied_weights_are_stored_once_and_found_under_both_names(tmp_path: Path)
         assert torch.equal(checkpoint.read(name), embed.weight.detach())
 
 
-def test_an_interval_by_itself_follows_what_saves_and_steps_took(tmp_path: Path) -> None:
-    """Method: failures so rare, and so frequent, that whatever a save takes here the optimum lies
-    beyond a bound. Before a first save nothing is known, and the shortest interval holds."""
+def test_the_automatic_interval_follows_the_measured_durations(tmp_path: Path) -> None:
+    """Method: failures so rare, or so frequent, that the optimum is beyond a bound whatever a save
+    takes here. Before the first save, the shortest interval is used."""
     bounds: dict[str, Any] = {"interval": "auto", "min_interval": 2, "max_interval": 5}
     Run(tmp_path / "rare", **bounds, mtbf_hours=1e12).until(13)
     assert steps(tmp_path / "rare") == [2, 7, 12, 13]

@@ -1,4 +1,5 @@
-"""Adapters beside a frozen base: steps hold what is trained, the base is stored once."""
+"""Adapters on a frozen base: checkpoints hold only trained parameters, and the base is stored
+once."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ TRAINED = {"up.lora_a", "up.lora_b", "down.lora_a", "down.lora_b"}
 
 
 class Adapted(nn.Linear):
-    """A frozen layer, and beside it two factors of low rank that are trained."""
+    """A frozen layer, and a trained low-rank adapter of two factors."""
 
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__(dim, out_dim)
@@ -40,7 +41,7 @@ class Adapted(nn.Linear):
 
 
 class Run:
-    """A run of a small adapted model, its weights drawn from `seed`."""
+    """A run of a small adapted model, with weights drawn from `seed`."""
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
@@ -82,11 +83,10 @@ def base(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async_with_pinned_mem"])
-def test_a_run_of_adapters_resumes_with_the_same_bits(
-    mode: str, base: Path, tmp_path: Path
-) -> None:
-    """G4: steps hold adapters and their optimizer state, no byte of the base; a process that starts
-    from other weights takes the base from its own checkpoint, the rest from the step."""
+def test_a_run_with_adapters_resumes_bit_identically(mode: str, base: Path, tmp_path: Path) -> None:
+    """G4: checkpoints hold adapters and their optimizer state, and no byte of the base. A process
+    with other initial weights loads the base from its own checkpoint, and the rest from the
+    step."""
     whole = Run(1).train(tmp_path / "whole", base, 6, async_mode=mode)
     Run(1).train(tmp_path / "run", base, 3, async_mode=mode)
     manifest = open_manifest(LocalStore(tmp_path / "run"), "step-3")
@@ -99,11 +99,11 @@ def test_a_run_of_adapters_resumes_with_the_same_bits(
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
-def test_a_base_is_fitted_strictly_but_for_what_is_trained(
+def test_a_base_may_lack_trained_parameters_only(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G6: adapters that the base lacks are named in the log; a frozen tensor that it lacks, or one
-    that the model does not have, is an error, and nothing has changed."""
+    """G6: adapters that the base lacks are logged. A missing frozen tensor, or one that the model
+    does not have, is an error, and nothing is changed."""
     run = Run(3)
     with (
         caplog.at_level(logging.WARNING, "holdfast"),
@@ -127,11 +127,11 @@ def test_a_base_is_fitted_strictly_but_for_what_is_trained(
 @pytest.mark.parametrize("mode", ["disabled", "async", "async_with_pinned_mem"])
 @pytest.mark.parametrize("then", ["unfrozen", "frozen", "unfrozen for two steps"])
 @pytest.mark.parametrize("resumed_as", [True, False])
-def test_what_a_run_trains_is_saved_whenever_it_was_unfrozen(
+def test_parameters_are_saved_whenever_they_were_unfrozen(
     resumed_as: bool, then: str, mode: str, base: Path, tmp_path: Path
 ) -> None:
-    """G15. Method: a layer of the base that is unfrozen after the manager was made, or frozen, or
-    unfrozen between two saves only; a run with the layer frozen or not resumes with the bits, and
+    """G15. Method: a layer of the base is unfrozen after the manager was made, or frozen, or
+    unfrozen only between two saves. A run with the layer frozen or not resumes bit-identically, and
     saves it again."""
     run = Run(1)
     layer: Any = run.model["up"].weight
@@ -159,11 +159,11 @@ def test_what_a_run_trains_is_saved_whenever_it_was_unfrozen(
     assert "up.bias" not in manifest.tensors, "the base has it"
 
 
-def test_a_layer_that_is_unfrozen_at_a_resume_comes_from_the_base(
+def test_a_layer_unfrozen_before_a_resume_is_loaded_from_the_base(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G15. Method: checkpoints were made while a layer was frozen, the next process unfreezes it
-    before it loads; without a base it is refused."""
+    """G15. Method: the checkpoints were saved while the layer was frozen, and the next process
+    unfreezes it before it loads. Without a base the load is refused."""
     Run(1).train(tmp_path / "run", base, 2)
     run = Run(2)
     run.model.get_parameter("up.weight").requires_grad_(True)
@@ -178,8 +178,10 @@ def test_a_layer_that_is_unfrozen_at_a_resume_comes_from_the_base(
         manager.load(2)
 
 
-def test_a_base_does_not_stand_in_for_damaged_steps(base: Path, tmp_path: Path) -> None:
-    """G5: adapters that were read in part are not taken for fresh ones. Method: every data file
+def test_a_run_does_not_start_from_the_base_if_all_steps_are_damaged(
+    base: Path, tmp_path: Path
+) -> None:
+    """G5: adapters that were loaded in part are not taken for fresh ones. Method: every data file
     gets other bytes."""
     Run(1).train(tmp_path / "run", base, 3)
     for file in (tmp_path / "run").glob("step-*/*.distcp"):
@@ -192,7 +194,8 @@ def test_a_base_does_not_stand_in_for_damaged_steps(base: Path, tmp_path: Path) 
 
 
 def test_a_base_may_be_a_hugging_face_folder(tmp_path: Path) -> None:
-    """Method: the base from the hub, at the start and at the resume; the adapter from the step."""
+    """Method: the base comes from a Hugging Face folder at the start and at the resume, the adapter
+    from the step."""
     flavor = MODELS["llama3"]["debugmodel"]
     config = config_of("llama3", flavor, 64)
     folder = save_folder(tmp_path / "hub", config, hub_tensors(config))
@@ -218,8 +221,8 @@ def test_a_base_may_be_a_hugging_face_folder(tmp_path: Path) -> None:
     assert torch.equal(found[1]["layers.1.feed_forward.w3.weight"], wanted)
 
 
-def test_what_needs_a_whole_model_is_refused() -> None:
-    """G6: exports and seeds hold the base."""
+def test_settings_that_need_the_whole_model_are_refused() -> None:
+    """G6: exports and seeds would need the base."""
     for settings in ({"last_save_in_hf": True}, {"hf_export_interval": 5}):
         wanted: dict[str, Any] = {"enable": True, "save_frozen": False, **settings}
         with pytest.raises(UsageError, match="writes a whole model"):
@@ -228,9 +231,9 @@ def test_what_needs_a_whole_model_is_refused() -> None:
         CheckpointConfig(enable=True, save_frozen=False, initial_load_model_only=False)
 
 
-def test_a_rank_may_hold_frozen_parameters_alone(tmp_path: Path) -> None:
-    """G9: as a pipeline stage without adapters does. Method: two ranks as threads, each with one
-    stage, and a second run of both."""
+def test_a_rank_may_hold_only_frozen_parameters(tmp_path: Path) -> None:
+    """G9: as a pipeline stage without adapters does. Method: two ranks as threads, one stage each,
+    and a second run of both."""
     save(tmp_path / "base", {"first.weight": torch.ones(2, 2), "last.weight": torch.ones(2, 2)})
 
     def run(ranks: Ranks) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a manager is given: refused by name before its folder is touched, on every rank alike."""
+"""Arguments of the manager: refused by name before the folder is touched, on every rank alike."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_an_argument_of_another_type_is_refused_and_nothing_is_touched(
     tmp_path: Path, given: dict[str, Any], said: str
 ) -> None:
-    """Method: each argument of the constructor, wrong in the ways that people get it wrong."""
+    """Method: each argument of the constructor, wrong in the ways that users get it wrong."""
     arguments: dict[str, Any] = {"folder": tmp_path / "run", "model": MODEL} | {
         "optimizers": OPTIMIZER
     }
@@ -100,9 +100,9 @@ def test_an_argument_of_another_type_is_refused_and_nothing_is_touched(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_part_that_nobody_gives_may_be_a_state(tmp_path: Path) -> None:
-    """Method: a loader and an optimizer of another kind under the names that steps have for them,
-    a dict and a tensor; all come back."""
+def test_a_component_that_is_not_passed_may_be_one_of_states(tmp_path: Path) -> None:
+    """Method: a loader and an optimizer of other types under the names of these components, a dict
+    and a tensor. All are restored."""
 
     def manager(value: int) -> tuple[CheckpointManager, dict[str, Any]]:
         states: dict[str, Any] = {"optimizer": Counter(), "dataloader": Counter()}
@@ -122,8 +122,8 @@ def test_a_part_that_nobody_gives_may_be_a_state(tmp_path: Path) -> None:
     assert torch.equal(states["mean"], torch.full((2,), 7.0))
 
 
-def test_arguments_that_behave_like_torchs_own_are_taken(tmp_path: Path) -> None:
-    """Method: an optimizer and a scheduler of another library, which have no class of torch's."""
+def test_arguments_that_behave_like_torchs_own_are_accepted(tmp_path: Path) -> None:
+    """Method: an optimizer and a scheduler of another library, with no class of torch's."""
 
     class Optimizer:
         def __init__(self) -> None:
@@ -148,11 +148,11 @@ NO_STEPS: list[Any] = [10.0, True, -5, 10**19, "7", None, np.float32(3), torch.t
 @pytest.mark.parametrize(
     "settings", [{}, {"enable": False}, {"load_only": True}, {"interval": 500}]
 )
-def test_what_is_no_step_is_refused_before_anything_is_written(
+def test_invalid_steps_are_refused_before_anything_is_written(
     tmp_path: Path, settings: Any
 ) -> None:
-    """Method: every call that takes a step, whether it would save or not, and with errors
-    turned into warnings."""
+    """Method: every call that takes a step, whether it would save or not, and with errors turned
+    into warnings."""
     config = CheckpointConfig(**(ALWAYS | settings))
     with CheckpointManager(tmp_path, model=MODEL, config=config) as manager:
         for value in NO_STEPS:
@@ -170,10 +170,10 @@ def test_what_is_no_step_is_refused_before_anything_is_written(
     assert not [path for path in tmp_path.iterdir() if path.name != ".lock"]
 
 
-def test_settings_that_have_no_effect_are_pointed_out(
+def test_settings_without_effect_are_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Method: `enable` forgotten beside other settings; none given; all in effect."""
+    """Method: `enable` forgotten among other settings; no other settings; all in effect."""
     given: list[tuple[dict[str, Any], bool]] = [
         ({"interval": 5, "keep_latest_k": 3}, True),
         ({}, False),
@@ -186,8 +186,8 @@ def test_settings_that_have_no_effect_are_pointed_out(
         assert bool(caplog.records) == said
 
 
-def test_integers_and_flags_of_numpy_and_torch_are_steps_and_flags(tmp_path: Path) -> None:
-    """Method: saved and loaded by them; the last by a comparison of numpy's."""
+def test_integers_and_booleans_of_numpy_and_torch_are_accepted(tmp_path: Path) -> None:
+    """Method: save and load with them; the last flag is a comparison of numpy's."""
     config = CheckpointConfig(enable=True, interval=1, last_save_model_only=False)
     with CheckpointManager(tmp_path, model=MODEL, config=config) as manager:
         assert manager.save(np.int64(3))  # type: ignore[arg-type]
@@ -200,7 +200,7 @@ def test_integers_and_flags_of_numpy_and_torch_are_steps_and_flags(tmp_path: Pat
 
 
 def errors_of(work: Callable[[Ranks], object], size: int = 2) -> list[str]:
-    """The message that each rank ends in."""
+    """The error message of each rank."""
     found = try_ranks(size, work, timeout_s=5)
     assert all(isinstance(one, HoldfastError) for one in found), found
     return [str(one) for one in found]
@@ -217,10 +217,11 @@ def errors_of(work: Callable[[Ranks], object], size: int = 2) -> list[str]:
         (lambda m, r: m.load("1" if r else 1), "rank 1: `step` must be a whole number"),
     ],
 )
-def test_a_wrong_argument_of_one_rank_is_told_to_all(
+def test_a_wrong_argument_on_one_rank_is_raised_on_all(
     tmp_path: Path, call: Callable[[CheckpointManager, int], object], said: str
 ) -> None:
-    """G7. Method: two ranks as threads, one of which is wrong, or other than the other."""
+    """G7. Method: two ranks as threads; one has a wrong argument, or another one than the other
+    rank."""
 
     def work(ranks: Ranks) -> None:
         config = CheckpointConfig(enable=True, interval=1)
@@ -231,8 +232,8 @@ def test_a_wrong_argument_of_one_rank_is_told_to_all(
     assert not [*tmp_path.glob("step-*")]
 
 
-def test_a_wrong_argument_of_one_ranks_manager_is_told_to_all(tmp_path: Path) -> None:
-    """G7. Method: a loader without state on rank 1 alone."""
+def test_a_wrong_argument_of_the_constructor_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
+    """G7. Method: a loader without state on rank 1 only."""
 
     def work(ranks: Ranks) -> None:
         loader = LOADER if ranks.rank else Counter()
@@ -243,7 +244,8 @@ def test_a_wrong_argument_of_one_ranks_manager_is_told_to_all(tmp_path: Path) ->
 
 
 def test_metrics_are_numbers_of_any_kind_or_refused_by_name() -> None:
-    """Method: Python's, numpy's and torch's, of one element; then text, None, several elements."""
+    """Method: Python's, numpy's and torch's numbers, of one element; then text, None, several
+    elements."""
     given: Any = {"a": 1, "b": np.float32(0.5), "c": torch.tensor([2.0]), "d": True}
     assert numbers_in(given) == {"a": 1.0, "b": 0.5, "c": 2.0, "d": 1.0}
     assert numbers_in(lambda: given) == numbers_in(given)
@@ -258,8 +260,8 @@ def test_metrics_are_numbers_of_any_kind_or_refused_by_name() -> None:
         numbers_in(lambda: 0.5)  # type: ignore[arg-type]
 
 
-def test_a_model_of_the_hub_is_what_its_config_json_says() -> None:
-    """Method: a configuration object of transformers' kind, values that JSON has not, a path."""
+def test_hf_model_takes_the_contents_of_config_json() -> None:
+    """Method: a configuration object like transformers', values that JSON does not have, a path."""
     for config in (object(), "llama", None, [("a", 1)]):
         with pytest.raises(UsageError, match=r"`HFModel\.config` must be a dict"):
             HFModel(config)  # type: ignore[arg-type]

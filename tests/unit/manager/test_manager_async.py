@@ -1,4 +1,4 @@
-"""Saving in the background: what is saved, and where errors come out."""
+"""Saving in the background: which state is saved, and where errors are raised."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def manager(folder: Path, ranks: Ranks | None = None, **settings: Any) -> Checkp
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_a_step_is_of_the_moment_at_which_it_was_saved(tmp_path: Path, size: int) -> None:
-    """G1, G2: the weights change as soon as `save` returns, again and again; every step holds what
-    they were, whole."""
+def test_a_background_save_holds_the_state_at_the_call_of_save(tmp_path: Path, size: int) -> None:
+    """G1, G2: weights change as soon as `save` returns, again and again. Every checkpoint holds
+    their values at the call, in full."""
 
     def work(ranks: Ranks) -> None:
         model = nn.Linear(WIDTH, WIDTH)
@@ -74,7 +74,7 @@ def test_waiting_and_closing_leave_everything_durable(tmp_path: Path) -> None:
     assert (tmp_path / "step-2").is_dir()
 
 
-def test_the_last_step_is_there_when_save_returns(tmp_path: Path) -> None:
+def test_the_last_step_is_published_when_save_returns(tmp_path: Path) -> None:
     with manager(tmp_path) as held:
         held.save(1, last_step=True)
         assert (tmp_path / "step-1").is_dir()
@@ -82,7 +82,8 @@ def test_the_last_step_is_there_when_save_returns(tmp_path: Path) -> None:
 
 @contextmanager
 def no_file_larger_than(nbytes: int) -> Iterator[None]:
-    """As the system's own limit has it: writing more is an error of the system."""
+    """Limit the size of files that this process may write: beyond it, the system fails the
+    write."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
     try:
@@ -92,9 +93,9 @@ def no_file_larger_than(nbytes: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_an_error_in_the_background_comes_out_of_the_next_call(tmp_path: Path, size: int) -> None:
-    """G7: on every rank, no later than the next step, due or not; the earlier step stands, nothing
-    is left of the failed one."""
+def test_the_next_call_raises_the_error_of_a_background_save(tmp_path: Path, size: int) -> None:
+    """G7: on every rank, at the next step at the latest, whether it is due or not. The earlier
+    checkpoint is unchanged, and nothing of the failed one is left."""
 
     def work(ranks: Ranks) -> None:
         with manager(tmp_path, ranks, interval=2) as held:
@@ -112,8 +113,8 @@ def test_an_error_in_the_background_comes_out_of_the_next_call(tmp_path: Path, s
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "step-2"}
 
 
-def test_a_step_that_is_not_due_brings_the_error_too(tmp_path: Path) -> None:
-    """G7: not only the next save."""
+def test_a_save_that_is_not_due_raises_the_error_too(tmp_path: Path) -> None:
+    """G7: not only the next save that is due."""
     with manager(tmp_path, interval=2) as held, no_file_larger_than(100_000):
         held.save(2)
         with pytest.raises(holdfast.StorageError):
@@ -122,7 +123,7 @@ def test_a_step_that_is_not_due_brings_the_error_too(tmp_path: Path) -> None:
                 time.sleep(0.001)
 
 
-def test_a_run_may_go_on_after_a_failed_save(
+def test_a_run_may_continue_after_a_failed_save(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """G11: with `on_save_error = "warn"` the next save works."""
@@ -141,8 +142,8 @@ def test_a_run_may_go_on_after_a_failed_save(
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "step-2"}
 
 
-def test_a_snapshot_keeps_its_memory_and_its_copies() -> None:
-    """G13: one copy of what is written, allocated once, where its file will have it."""
+def test_a_snapshot_reuses_its_memory() -> None:
+    """G13: one copy of the saved tensors, allocated once, at the offsets of the file."""
     weight = torch.arange(30_000, dtype=torch.float32)
     region = Region.whole(weight.shape)
     image = lay_out_file(0, lay_out([("weight", "float32", region)]), [])
@@ -160,21 +161,21 @@ def test_a_snapshot_keeps_its_memory_and_its_copies() -> None:
 
 
 def huge_image() -> FileLayout:
-    """A file that no memory here has room for."""
+    """The layout of a file that is larger than any memory."""
     free = free_memory()
     assert free is not None
     region = Region.whole((free // 4 + (1 << 28),))
     return lay_out_file(0, lay_out([("weight", "float32", region)]), [])
 
 
-def test_a_snapshot_that_does_not_fit_is_refused_with_the_numbers() -> None:
+def test_a_snapshot_that_does_not_fit_is_refused_with_its_size() -> None:
     """G13: before anything is allocated."""
     with pytest.raises(holdfast.UsageError, match="of host memory on this rank"):
         Snapshot().reserve(huge_image().nbytes)
 
 
 def pending_of(catalog: Catalog) -> Pending:
-    """A save that needs more memory than there is."""
+    """A pending save that needs more memory than there is."""
     nothing: Any = None
     facts = Facts(1, "full", {}, {})
     begun = catalog.begin("step-1")
@@ -192,10 +193,11 @@ def pending_of(catalog: Catalog) -> Pending:
 
 
 @pytest.mark.parametrize("policy", ["raise", "wait"])
-def test_without_memory_for_a_snapshot_it_is_an_error_or_training_waits(
+def test_without_memory_for_a_snapshot_save_raises_or_waits(
     tmp_path: Path, policy: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G13: what is needed and free is said before the copy; `on_low_memory` decides what then."""
+    """G13: the needed and the free memory are logged before the copy; `on_low_memory` decides what
+    follows."""
     catalog = Catalog(LocalStore(tmp_path))
     config = CheckpointConfig(enable=True, async_mode="async", on_low_memory=policy)
     saver = Saver(RunContext(catalog, config, Solo()))

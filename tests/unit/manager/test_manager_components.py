@@ -1,4 +1,4 @@
-"""What a step holds beside the model is said in its manifest, and every tool goes by that."""
+"""The manifest names the components of a checkpoint, and every tool uses these names."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model() -> nn.Module:
 def manager(
     folder: Path, *, extras: bool, built: nn.Module | None = None, **settings: Any
 ) -> CheckpointManager:
-    """A run; with `extras` it has an average of the weights, a counter and a loader, too."""
+    """A run; with `extras` it also has an average of the weights, a counter and a loader."""
     built = model() if built is None else built
     given: dict[str, Any] = {"states": {"ema": model(), "counter": Counter()}}
     given["dataloader"] = Counter()
@@ -47,7 +47,7 @@ def manager(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A seed, a full step, and a last one that holds the model alone."""
+    """A seed, a full checkpoint, and a last one that holds the model alone."""
     folder = tmp_path_factory.mktemp("run")
     with manager(folder, extras=True) as one:
         one.save_seed()
@@ -59,8 +59,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 WEIGHTS = {"0.weight", "0.bias", "1.weight", "1.bias"}
 
 
-def test_a_step_says_which_of_its_parts_are_not_the_model(run: Path) -> None:
-    """Method: the manifest of a full step, and of one that holds the model alone."""
+def test_a_manifest_names_the_components_other_than_the_model(run: Path) -> None:
+    """Method: the manifest of a full checkpoint, and of one that holds the model alone."""
     full, last = (holdfast.open(run / name).manifest for name in ("step-1", "step-2"))
     expected = {"counter", "dataloader", "ema", "lr_scheduler", "optimizer", "rng"}
     assert {*(full.components or ())} == expected
@@ -74,11 +74,12 @@ def cli(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     return capsys.readouterr().out
 
 
-def test_states_are_no_part_of_the_model_for_any_tool(
+def test_no_tool_counts_states_as_part_of_the_model(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: an average of the weights as a state: counted by itself, left out by `--model-only`,
-    and so again in a conversion of the conversion, which can be resumed from as its source can."""
+    """Method: an average of the weights as a state is counted separately, and left out by
+    `--model-only`. The same holds for a conversion of a conversion, which can be resumed from if
+    its source can."""
     parts = json.loads(cli(capsys, "show", run / "step-1", "--json"))["parts"]
     assert parts["model"]["elements"] == parts["ema"]["elements"] == 3 * 3 + 3 + 3 * 2 + 2
     assert ", step 1, full, " in cli(capsys, "show", run / "step-1")
@@ -101,7 +102,7 @@ def test_states_are_no_part_of_the_model_for_any_tool(
     )
 
 
-def test_a_checkpoint_that_does_not_say_is_taken_by_its_names(tmp_path: Path) -> None:
+def test_a_manifest_without_components_is_divided_by_names(tmp_path: Path) -> None:
     """Method: as `holdfast.save` and earlier managers wrote it."""
     state = {"w": torch.ones(2), "ema": {"w": torch.ones(2)}, "optimizer": {"m": torch.ones(2)}}
     holdfast.save(tmp_path / "x", state)
@@ -110,9 +111,11 @@ def test_a_checkpoint_that_does_not_say_is_taken_by_its_names(tmp_path: Path) ->
     assert components_of(manifest) == {"w": "model", "ema.w": "model", "optimizer.m": "optimizer"}
 
 
-def test_a_run_starts_from_the_model_of_one_that_had_other_parts(run: Path, tmp_path: Path) -> None:
-    """Method: weights from a full step and from a seed, into a run that has no states; all of it is
-    still refused, and parts that are excluded are left alone."""
+def test_a_run_starts_from_the_model_of_a_run_with_other_components(
+    run: Path, tmp_path: Path
+) -> None:
+    """Method: weights from a full checkpoint and from a seed, into a run without states. Loading
+    all of it is still refused, and excluded components are ignored."""
     expected = holdfast.open(run / "step-1").read("0.weight")
     built = model()
     path = str(run / "step-1")
@@ -128,7 +131,7 @@ def test_a_run_starts_from_the_model_of_one_that_had_other_parts(run: Path, tmp_
         assert one.load(1) == 1
 
 
-def test_a_loader_that_a_run_has_no_more_can_be_left_out(tmp_path: Path) -> None:
+def test_the_state_of_a_removed_loader_can_be_excluded(tmp_path: Path) -> None:
     """Method: saved with a loader, resumed without one, as the hint of the error says."""
     given: dict[str, Any] = {"enable": True, "interval": 1, "last_save_model_only": False}
     for settings, loader in (

@@ -1,4 +1,4 @@
-"""The manager's way to and from Hugging Face, in one process."""
+"""The manager loads and exports Hugging Face folders, in one process."""
 
 from __future__ import annotations
 
@@ -45,12 +45,13 @@ def manager_of(
 
 @pytest.mark.parametrize("mode", ["disabled", "async", "async_with_pinned_mem"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_folders_at_their_own_interval_and_at_the_end(
+def test_exports_have_their_own_interval_and_may_replace_the_last_checkpoint(
     mode: str, tied: bool, tmp_path: Path
 ) -> None:
-    """Method: a step every 2, a folder every 3 and, from the same snapshot, at 6; the last is one.
-    Each holds the weights of its own moment; a next run takes the end for the end. A step says what
-    its model is, so that it becomes a folder without being told."""
+    """Method: a checkpoint every 2 steps, an export every 3 and, from the same snapshot, at 6; the
+    last checkpoint is an export. Each holds the weights of its step; the next run finds that the
+    run is finished. A checkpoint holds the configuration of its model, so that `convert` needs
+    none."""
     flavor = replace(FLAVOR, tied=tied)
     model, hub = model_of(flavor), HFModel(config_of("llama3", flavor, 64))
     settings = {"hf_export_interval": 3, "last_save_in_hf": True, "async_mode": mode}
@@ -81,8 +82,9 @@ def test_folders_at_their_own_interval_and_at_the_end(
         assert manager.load() == 6
 
 
-def test_a_folder_is_loaded_where_there_is_nothing_to_resume(tmp_path: Path) -> None:
-    """Method: from `initial_load_path`, then from the assets; a later step of the run wins."""
+def test_a_hugging_face_folder_is_loaded_if_there_is_nothing_to_resume(tmp_path: Path) -> None:
+    """Method: from `initial_load_path`, then from the assets; a later checkpoint of the run is
+    preferred."""
     folder = save_folder(tmp_path / "hub", CONFIG, hub_tensors(CONFIG), num_files=2)
     for number, (path, assets) in enumerate([(str(folder), None), (None, str(folder))]):
         model = model_of(seed=number)
@@ -101,8 +103,8 @@ def test_a_folder_is_loaded_where_there_is_nothing_to_resume(tmp_path: Path) -> 
 def test_a_quantized_folder_is_dequantized_as_it_is_loaded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Method: fp8 in blocks of 16 x 16, against a factor for each element; a folder that is not
-    quantized though it should be is loaded, with a word."""
+    """Method: fp8 in blocks of 16 x 16, compared with a factor for each element. A folder that is
+    declared quantized and is not is loaded, with a note in the log."""
     settings: dict[str, Any] = {"initial_load_in_hf": True, "initial_load_in_hf_quantized": True}
     tensors, name = hub_tensors(CONFIG), "model.layers.0.mlp.up_proj.weight"
     plain = save_folder(tmp_path / "plain", CONFIG, tensors)
@@ -126,9 +128,9 @@ def test_a_quantized_folder_is_dequantized_as_it_is_loaded(
     assert "no tensor is quantized" in caplog.text
 
 
-def test_what_cannot_be_loaded_or_exported_says_why_and_changes_nothing(tmp_path: Path) -> None:
-    """Method: no folder named; a folder of another size; a damaged file; a model that is not the
-    configuration's, whose export leaves nothing; settings that exclude one another."""
+def test_a_failed_load_or_export_changes_nothing(tmp_path: Path) -> None:
+    """Method: no folder; a folder of another size; a damaged file; a model that does not fit the
+    configuration, whose export leaves nothing; settings that exclude each other."""
     loading: dict[str, Any] = {"initial_load_in_hf": True}
     model = model_of()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -174,6 +176,6 @@ def test_what_cannot_be_loaded_or_exported_says_why_and_changes_nothing(tmp_path
         {"initial_load_in_hf_quantized": True},
     ],
 )
-def test_settings_that_exclude_one_another(settings: dict[str, Any]) -> None:
+def test_settings_that_exclude_each_other_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="checkpoint"):
         CheckpointConfig(enable=True, **settings)

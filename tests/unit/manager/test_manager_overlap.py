@@ -1,4 +1,4 @@
-"""Saving beside the next forward and backward: what optimizers wait for, and saves that overlap."""
+"""Saves that overlap with training: what optimizers wait for, and saves that overlap each other."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WIDTH = 1500
 
 
 class Counted(nn.Module):
-    """A layer, and a buffer that changes outside of any optimizer."""
+    """A layer, and a buffer that changes without an optimizer."""
 
     seen: torch.Tensor
 
@@ -57,7 +57,7 @@ def overlapped(
 
 
 def change(model: Counted, optimizer: torch.optim.Optimizer) -> None:
-    """A step of the optimizer, and of what it knows nothing of."""
+    """Change parameters by a step of the optimizer, and the buffer without it."""
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -74,9 +74,9 @@ def state_of(model: Counted, optimizer: torch.optim.Optimizer) -> dict[str, torc
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_step_is_of_the_moment_at_which_it_was_saved(tmp_path: Path, size: int) -> None:
-    """G1, G2: everything changes as soon as `save` has returned, the optimizer by its own step; the
-    checkpoint holds what was there before."""
+def test_an_overlapping_save_holds_the_state_at_the_call_of_save(tmp_path: Path, size: int) -> None:
+    """G1, G2: everything changes as soon as `save` returns, parameters by the optimizer's own step.
+    The checkpoint holds the earlier values."""
 
     def work(ranks: Ranks) -> list[dict[str, torch.Tensor]]:
         expected = []
@@ -95,8 +95,8 @@ def test_a_step_is_of_the_moment_at_which_it_was_saved(tmp_path: Path, size: int
             assert torch.equal(checkpoint.read(name), value), name
 
 
-def test_whoever_waits_for_a_copy_gets_on_once_it_is_made_and_when_it_fails() -> None:
-    """G7: a thread that copies as slowly as this test lets it; then one that fails."""
+def test_waiting_for_a_copy_ends_when_it_is_made_or_fails() -> None:
+    """G7. Method: a thread that copies as slowly as the test lets it; then one that fails."""
     allowed, copied = threading.Event(), []
 
     def copy() -> None:
@@ -122,8 +122,8 @@ def test_whoever_waits_for_a_copy_gets_on_once_it_is_made_and_when_it_fails() ->
     failing.wait()
 
 
-def test_optimizers_wait_by_themselves_and_are_left_alone_after_the_run(tmp_path: Path) -> None:
-    """G2: the hook that the manager puts before an optimizer's step is gone with the manager."""
+def test_optimizers_wait_until_the_manager_is_closed(tmp_path: Path) -> None:
+    """G2: closing the manager removes the hook that it has added to the optimizer."""
     with overlapped(tmp_path) as (_, optimizer, manager):
         assert len(optimizer._optimizer_step_pre_hooks) == 1
         manager.save(1)
@@ -133,7 +133,7 @@ def test_optimizers_wait_by_themselves_and_are_left_alone_after_the_run(tmp_path
 
 
 class Holder:
-    """An object whose state has others in it."""
+    """An object whose state has other objects in it."""
 
     def __init__(self, **held: Any) -> None:
         self.held = held
@@ -146,11 +146,11 @@ class Holder:
 
 
 @pytest.mark.parametrize("where", ["states", "inside of an object", "container"])
-def test_an_optimizer_waits_wherever_it_is_given(
+def test_an_optimizer_waits_wherever_it_is_in_the_state(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G15. Method: a second model and its optimizer among `states`, in an object there, and in an
-    optimizer that holds others; it steps as soon as `save` has returned, before the copy in the
+    """G15. Method: a second model and its optimizer are in `states`, in an object there, or in an
+    optimizer that holds others. It steps as soon as `save` returns, before the copy in the
     background begins."""
     begin = Staging.run
 
@@ -189,7 +189,7 @@ def test_an_optimizer_waits_wherever_it_is_given(
 
 
 class Container(torch.optim.Optimizer):
-    """Says the state of another optimizer as its own."""
+    """An optimizer whose state is that of another optimizer."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.inner = inner
@@ -207,9 +207,9 @@ def slow(folder: Path, **settings: Any) -> Any:
     return overlapped(folder, write_bandwidth_limit=20.0, **settings)
 
 
-def test_no_more_is_written_in_a_second_than_is_allowed(tmp_path: Path) -> None:
-    """Method: how long the write of a step took, as its manifest has it: never less than its bytes
-    take at that rate, whatever the machine."""
+def test_saves_write_no_faster_than_the_limit(tmp_path: Path) -> None:
+    """Method: the duration of the write in the manifest is at least the bytes divided by the limit,
+    on any machine."""
     with slow(tmp_path) as (*_, manager):
         manager.save(1)
     manifest = holdfast.open(tmp_path / "step-1").manifest
@@ -220,18 +220,18 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in folder.glob("step-*"))
 
 
-def test_a_save_that_is_due_while_one_is_written_waits(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """G2: by default; the log says how long that took."""
+def test_a_save_waits_for_the_save_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """G2: by default. The log says how long."""
     with caplog.at_level(logging.INFO, "holdfast"), slow(tmp_path) as (*_, manager):
         assert all(manager.save(step) for step in (1, 2))
     assert steps_in(tmp_path) == [1, 2]
     assert "s for the save in the background" in caplog.text
 
 
-def test_or_it_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """G2: `on_save_overlap = "skip"`, said in the log."""
+def test_a_save_may_be_skipped_while_one_is_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G2: `on_save_overlap = "skip"`. The log says so."""
     with slow(tmp_path, on_save_overlap="skip") as (*_, manager):
         assert [manager.save(step) for step in (1, 2, 3)] == [True, False, False]
         manager.wait()
@@ -240,8 +240,9 @@ def test_or_it_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert "step 3 is not saved: the save before it is still being written" in caplog.text
 
 
-def test_or_it_is_made_up_for_as_soon_as_it_can_be(tmp_path: Path) -> None:
-    """G2: `on_save_overlap = "queue"`: the step that is reached when the one before is done."""
+def test_a_save_may_be_queued_while_one_is_written(tmp_path: Path) -> None:
+    """G2: `on_save_overlap = "queue"` saves the step that is reached when the save before is
+    done."""
     with slow(tmp_path, on_save_overlap="queue", interval=2) as (*_, manager):
         assert [manager.save(step) for step in (2, 3, 4, 5)] == [True, False, False, False]
         manager.wait()
@@ -251,16 +252,16 @@ def test_or_it_is_made_up_for_as_soon_as_it_can_be(tmp_path: Path) -> None:
     assert steps_in(tmp_path) == [2, 7]
 
 
-def test_the_last_step_is_saved_whatever_is_under_way(tmp_path: Path) -> None:
-    """G2: also where overlapping saves are left out."""
+def test_the_last_step_is_saved_even_while_another_save_is_written(tmp_path: Path) -> None:
+    """G2: also with `on_save_overlap = "skip"`."""
     with slow(tmp_path, on_save_overlap="skip") as (*_, manager):
         assert manager.save(1)
         assert manager.save(2, last_step=True)
     assert steps_in(tmp_path) == [1, 2]
 
 
-def test_what_is_done_in_the_background_makes_way_for_training() -> None:
-    """Method: the niceness of its thread, as the system has it."""
+def test_background_threads_have_a_lower_priority_than_training() -> None:
+    """Method: the niceness of the thread, from the system."""
     found: list[int] = []
     background = Background()
 
@@ -274,8 +275,8 @@ def test_what_is_done_in_the_background_makes_way_for_training() -> None:
     assert found == [min(here + NICENESS, 19)]
 
 
-def test_where_the_time_went_is_told(tmp_path: Path) -> None:
-    """Method: the line that a run ends with."""
+def test_goodput_says_where_the_time_went(tmp_path: Path) -> None:
+    """Method: the line that a run logs at its end."""
     with overlapped(tmp_path) as (*_, manager):
         manager.load()
         manager.save(1)

@@ -33,11 +33,11 @@ def started(folder: Path, model: nn.Module, hub: HFModel | None = None, **settin
         assert manager.load() == 0
 
 
-def test_a_partial_start_takes_what_fits_and_lists_the_rest(
+def test_a_partial_start_loads_matching_tensors_and_logs_the_others(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G6: a head of another size, a tensor too many, one too few. Strict, nothing changes; else the
-    head stays as it is and every difference is in the log."""
+    """G6: a head of another size, an extra tensor, a missing tensor. Strict, nothing is changed;
+    otherwise the head keeps its values, and the log lists every difference."""
     saved = {"body.weight": torch.randn(4, 4), "head.weight": torch.randn(9, 4)}
     save(tmp_path / "weights", {**saved, "old": torch.ones(2)})
     model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 3, bias=False)})
@@ -74,8 +74,9 @@ def test_a_partial_start_from_a_hugging_face_folder(tmp_path: Path) -> None:
     assert torch.equal(model.state_dict()["layers.1.feed_forward.w3.weight"], wanted)
 
 
-def test_names_from_elsewhere_by_a_small_table(tmp_path: Path) -> None:
-    """Method: a prefix dropped, a part of each layer's name replaced, another name whole."""
+def test_renames_apply_to_initial_weights(tmp_path: Path) -> None:
+    """Method: a prefix is dropped, a part of each layer's name replaced, another name replaced as a
+    whole."""
     saved = {f"net.blocks.{n}.lin.weight": torch.randn(2, 2) for n in range(2)}
     save(tmp_path / "weights", {**saved, "net.out": torch.randn(2)})
     model = nn.Module()
@@ -93,8 +94,8 @@ def test_names_from_elsewhere_by_a_small_table(tmp_path: Path) -> None:
     assert found["scale"].abs().sum() > 0
 
 
-def test_a_step_in_the_words_of_torchtitan_starts_a_run_in_metas(tmp_path: Path) -> None:
-    """G10: a model saved under TorchTitan 0.3's names of its tensors."""
+def test_a_checkpoint_in_torchtitans_dialect_starts_a_run_in_metas(tmp_path: Path) -> None:
+    """G10: a model saved under TorchTitan 0.3's tensor names."""
     torch.manual_seed(4)
     saved = Transformer(FLAVOR, vocab_size=64, seq_len=8).state_dict()
     called = renamed([*saved], "titan")
@@ -108,13 +109,13 @@ def test_a_step_in_the_words_of_torchtitan_starts_a_run_in_metas(tmp_path: Path)
 @pytest.mark.parametrize(
     ("rules", "error"),
     [
-        (("a",), "as many"),
-        (("a.{}=b",), "as many"),
+        (("a",), "same number of"),
+        (("a.{}=b",), "same number of"),
         (("x=y",), "no tensor matches"),
         (("a=c", "b=c"), "two tensors the name `c.w`"),
     ],
 )
-def test_tables_of_names_that_cannot_be_meant(rules: tuple[str, ...], error: str) -> None:
+def test_invalid_renames_are_refused(rules: tuple[str, ...], error: str) -> None:
     entry = TensorEntry("float32", (1,), (), ("w",))
     with pytest.raises(UsageError, match=error):
         rename(Manifest({"a.w": entry, "b.w": entry}, {}), rules)

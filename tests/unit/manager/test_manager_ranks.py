@@ -20,7 +20,7 @@ from holdfast.testing.ranks import run_ranks, try_ranks
 
 
 class Loader:
-    """A data loader as users bring it: every rank is somewhere else in the data."""
+    """A data loader with another position on each rank."""
 
     def __init__(self, rank: int) -> None:
         self.at = 100 * rank
@@ -33,7 +33,7 @@ class Loader:
 
 
 class GlobalLoader(Loader):
-    """One that has the same position on every rank."""
+    """A data loader with the same position on each rank."""
 
     state_is_global: ClassVar = True
 
@@ -68,34 +68,36 @@ def load(folder: Path, kind: type[Loader], **settings: Any) -> Any:
     return work
 
 
-def test_each_rank_gets_its_own_place_in_the_data_back(tmp_path: Path) -> None:
+def test_each_rank_gets_its_own_loader_state_back(tmp_path: Path) -> None:
     """G9: a loader with a state of its own on each rank, on the same number of ranks."""
     run_ranks(3, save(tmp_path, Loader))
     assert run_ranks(3, load(tmp_path, Loader)) == [7, 107, 207]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_such_a_place_does_not_fit_other_ranks(tmp_path: Path, size: int) -> None:
-    """G9: the error has the key to exclude, and with it excluded the rest resumes."""
+def test_loader_states_of_ranks_do_not_fit_another_number_of_ranks(
+    tmp_path: Path, size: int
+) -> None:
+    """G9: the error names the key to exclude, and with it excluded the rest resumes."""
     run_ranks(3, save(tmp_path, Loader))
     for error in try_ranks(size, load(tmp_path, Loader)):
         assert isinstance(error, holdfast.MismatchError)
-        assert "saved by 3 ranks, for each its own; this run has" in str(error)
+        assert "saved by 3 ranks, one state for each; this run has" in str(error)
         assert 'exclude_from_loading = ["dataloader"]' in str(error)
     started = run_ranks(size, load(tmp_path, Loader, exclude_from_loading=("dataloader",)))
     assert started == [100 * rank for rank in range(size)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_a_global_place_fits_any_number_of_ranks(tmp_path: Path, size: int) -> None:
-    """G9: kept once, found by all."""
+def test_a_global_loader_state_fits_any_number_of_ranks(tmp_path: Path, size: int) -> None:
+    """G9: it is stored once, and all ranks load it."""
     run_ranks(3, save(tmp_path, GlobalLoader))
     assert run_ranks(size, load(tmp_path, GlobalLoader)) == [7] * size
 
 
-def test_ranks_that_read_for_each_other_go_back_alike_past_a_damaged_step(tmp_path: Path) -> None:
-    """G4. Method: `load_replicas = "broadcast"`; a flipped byte of the newest step is met by one
-    rank, all resume from the step before it, with its weights."""
+def test_ranks_that_read_for_each_other_fall_back_together(tmp_path: Path) -> None:
+    """G4. Method: `load_replicas = "broadcast"`; one rank reads a flipped byte of the newest step,
+    and all resume from the step before it, with its weights."""
 
     def save_two(ranks: Ranks) -> None:
         with manager(tmp_path, ranks, GlobalLoader(0)) as held:
@@ -121,10 +123,10 @@ def test_ranks_that_read_for_each_other_go_back_alike_past_a_damaged_step(tmp_pa
     assert len({weight for _, weight in found}) == 1
 
 
-def test_values_that_differ_between_ranks_are_said(
+def test_values_that_differ_between_ranks_are_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing is dropped in silence: state under one name that is not the same everywhere."""
+    """Nothing is dropped silently: state under one name that differs between ranks."""
 
     class Mine:
         def __init__(self, rank: int) -> None:

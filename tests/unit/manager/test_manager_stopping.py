@@ -1,4 +1,4 @@
-"""Signals and failing saves, in one process."""
+"""Stop signals and failing saves, in one process."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_saves_the_next_step_and_ends_the_run(tmp_path: Path, name: str) -> None:
-    """G12: whatever the interval; the status says which signal it was, the step is full."""
+    """G12: whatever the interval. The exit status tells the signal, and the checkpoint is full."""
     with pytest.raises(SystemExit) as ended, manager(tmp_path) as held:
         held.save(1)
         me(signal.Signals[name])
@@ -67,9 +67,9 @@ with CheckpointManager(sys.argv[1], model=torch.nn.Linear(3, 3), config=config) 
 
 
 def test_a_second_signal_ends_the_process_at_once_with_the_last_step_intact(tmp_path: Path) -> None:
-    """G12. Method: a real process whose main thread waits in native code and runs no Python. A
-    signal that comes twice within a second is one, as where a launcher passes on what its whole
-    group has got."""
+    """G12. Method: a real process whose main thread waits in native code and runs no Python. Two
+    signals within a second count as one, as when a launcher passes on a signal of its whole
+    group."""
     command = [sys.executable, "-c", STUCK, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -89,9 +89,9 @@ def sleep_for_long(ready: Any) -> None:
     time.sleep(60)
 
 
-def test_a_signal_to_a_process_forked_off_is_its_own(tmp_path: Path) -> None:
-    """G12. Method: a child, such as one that loads data, ended by SIGTERM: it dies of it, and the
-    run goes on."""
+def test_a_signal_to_a_forked_child_does_not_stop_the_run(tmp_path: Path) -> None:
+    """G12. Method: SIGTERM to a child, such as a loader's worker: it dies, and the run
+    continues."""
     with manager(tmp_path, interval=1) as held:
         forking = multiprocessing.get_context("fork")
         ready = forking.Event()
@@ -105,7 +105,7 @@ def test_a_signal_to_a_process_forked_off_is_its_own(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-1"]
 
 
-def test_the_signals_are_given_back(tmp_path: Path) -> None:
+def test_the_signal_handlers_are_restored(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with manager(tmp_path):
         assert signal.getsignal(signal.SIGTERM) != before
@@ -114,10 +114,10 @@ def test_the_signals_are_given_back(tmp_path: Path) -> None:
         assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_deadline_too_near_for_a_save_leaves_the_newest_step(
+def test_no_save_is_begun_that_would_miss_the_deadline(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G12: a save is known to take longer than is left, so none is begun, which the log says."""
+    """G12: a save is known to take longer than the time left. The log says that none is begun."""
     with (
         caplog.at_level(logging.WARNING, "holdfast"),
         pytest.raises(SystemExit),
@@ -131,10 +131,10 @@ def test_a_deadline_too_near_for_a_save_leaves_the_newest_step(
 
 
 @given(left=st.floats(-10, 100), save=st.floats(0, 100), share=st.floats(0, 1))
-def test_what_is_saved_before_a_deadline_fits_before_it(
+def test_the_most_complete_save_that_meets_the_deadline_is_made(
     left: float, save: float, share: float
 ) -> None:
-    """G12: by what has been measured; more is never left out for less."""
+    """G12: according to the measured durations."""
     kind = kind_in_time(left, save, share)
     if kind == "full":
         assert save < left
@@ -144,24 +144,24 @@ def test_what_is_saved_before_a_deadline_fits_before_it(
         assert left <= save * share
 
 
-def test_a_signal_with_the_last_step_ends_the_run_as_usual(tmp_path: Path) -> None:
+def test_a_signal_at_the_last_step_ends_the_run_as_usual(tmp_path: Path) -> None:
     with manager(tmp_path) as held:
         me(signal.SIGTERM)
         assert held.save(2, last_step=True)
     assert names(tmp_path) == ["step-2"]
 
 
-def test_a_signal_that_cannot_be_waited_for_is_refused() -> None:
+def test_a_stop_signal_that_cannot_be_caught_is_refused() -> None:
     for name in ("SIGKILL", "SIGNONSENSE", "signal"):
         with pytest.raises(holdfast.UsageError, match=name):
             CheckpointConfig(stop_signals=(name,))
 
 
-def test_a_failed_save_ends_the_run_or_is_said(
+def test_a_failed_save_is_raised_or_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G11: the folder is removed under the run. By default that is raised; with `warn` the run goes
-    on, and the next save works."""
+    """G11: the folder is deleted under the run. By default the error is raised; with `warn` the run
+    continues, and the next save works."""
     folder = tmp_path / "run"
     with manager(folder, interval=1) as held:
         shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Programs that do not look: no `close`, no next call, an interrupt, a folder that was moved."""
+"""Programs without `close` or a next call, interrupts, and folders that are moved."""
 
 from __future__ import annotations
 
@@ -45,9 +45,11 @@ manager.save(2)
 """
 
 
-def test_a_program_that_ends_without_close_is_told_of_a_failed_save(tmp_path: Path) -> None:
-    """G7. Method: a file that may not grow under a save in the background, after which the program
-    ends. Nothing else is printed: the interpreter takes the manager apart in silence."""
+def test_a_failed_background_save_is_logged_if_the_program_ends_without_close(
+    tmp_path: Path,
+) -> None:
+    """G7. Method: a background save exceeds a limit on file sizes, then the program ends. Nothing
+    else is printed while the interpreter shuts down."""
     command = [sys.executable, "-c", UNCLOSED, str(tmp_path)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0
@@ -92,7 +94,7 @@ def test_an_interrupt_before_the_thread_starts_leaves_a_working_manager(
 
 
 def test_a_signal_after_the_last_save_is_passed_on(tmp_path: Path) -> None:
-    """G12. Method: it comes when no further save would see it."""
+    """G12. Method: it arrives when no further save would act on it."""
     received = []
     before = signal.signal(signal.SIGUSR1, lambda number, _: received.append(number))
     try:
@@ -105,9 +107,9 @@ def test_a_signal_after_the_last_save_is_passed_on(tmp_path: Path) -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_a_run_whose_folder_was_moved_saves_nothing_into_the_next_ones(tmp_path: Path) -> None:
-    """G16. Method: the folder moved away, or its lock removed, under a run; another run starts in
-    its place, and keeps every checkpoint."""
+def test_a_run_whose_folder_was_moved_never_saves_into_its_successor(tmp_path: Path) -> None:
+    """G16. Method: the folder is moved away, or its lock deleted, under a run; another run starts
+    in its place, and keeps every checkpoint."""
     folder = tmp_path / "run"
     for lose in (
         lambda: folder.rename(tmp_path / "moved"),
@@ -137,8 +139,8 @@ def manager_weight(folder: Path) -> torch.Tensor:
     return model.weight.detach()
 
 
-def test_a_run_whose_lock_was_removed_takes_it_again(tmp_path: Path) -> None:
-    """G16. Method: nobody else has come; another start is kept out afterwards."""
+def test_a_run_whose_lock_was_deleted_takes_it_again(tmp_path: Path) -> None:
+    """G16. Method: no other run has taken it; another start is refused afterwards."""
     with manager(tmp_path) as first:
         (tmp_path / ".lock").unlink()
         assert first.save(1)
@@ -146,7 +148,7 @@ def test_a_run_whose_lock_was_removed_takes_it_again(tmp_path: Path) -> None:
             manager(tmp_path)
 
 
-def test_a_run_whose_folder_was_deleted_says_so(tmp_path: Path) -> None:
+def test_a_save_into_a_deleted_folder_says_so(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with manager(folder) as held:
         folder.rename(tmp_path / "moved")
@@ -154,10 +156,11 @@ def test_a_run_whose_folder_was_deleted_says_so(tmp_path: Path) -> None:
             held.save(1)
 
 
-def test_a_run_that_saves_below_another_ones_steps_is_told(
+def test_a_run_that_saves_beside_newer_checkpoints_is_warned(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Method: a new run in an old folder, without `load`; said once, and not after a `load`."""
+    """Method: a new run in an old folder, without `load`. It is warned once, and not after a
+    `load`."""
     with manager(tmp_path, keep_latest_k=0) as old:
         old.save(20)
         old.save(30)

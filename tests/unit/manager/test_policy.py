@@ -1,4 +1,4 @@
-"""Which steps are saved, and which may go."""
+"""Which steps are saved, and which checkpoints may be deleted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from holdfast.manager.policy import (
 )
 
 
-def test_steps_at_the_interval_the_first_if_asked_and_the_last_are_due() -> None:
+def test_saves_are_due_at_the_interval_at_the_last_step_and_optionally_the_first() -> None:
     config = CheckpointConfig(enable=True, interval=10)
     due = [s for s in range(1, 26) if is_due(s, last_step=s == 25, config=config)]
     assert due == [10, 20, 25]
@@ -31,16 +31,16 @@ def test_steps_at_the_interval_the_first_if_asked_and_the_last_are_due() -> None
     assert is_due(1, last_step=False, config=first)
 
 
-def test_a_save_is_due_after_so_many_minutes_besides() -> None:
+def test_a_save_is_also_due_after_interval_minutes() -> None:
     config = CheckpointConfig(enable=True, interval=1000, interval_minutes=5)
     for seconds, due in ((299.0, False), (300.0, True)):
         progress = Progress(steps=3, seconds=seconds)
         assert is_due(3, last_step=False, config=config, progress=progress) is due
 
 
-def test_an_interval_by_itself_is_youngs_optimum_within_its_bounds() -> None:
+def test_the_automatic_interval_is_youngs_optimum_within_its_bounds() -> None:
     """Method: a save of 2 s, a failure a day, steps of half a second: sqrt(2 * 2 * 86400) s, which
-    is 588 s or 1176 steps; then bounds, and a run that has measured nothing."""
+    is 588 s or 1176 steps; then bounds, and a run without measurements."""
     config = CheckpointConfig(enable=True, interval="auto", max_interval=10_000)
     progress = Progress(steps=1175, step_s=0.5, save_s=2.0)
     assert best_interval(config, progress) == 1176
@@ -64,12 +64,12 @@ def test_an_interval_by_itself_is_youngs_optimum_within_its_bounds() -> None:
         {"write_bandwidth_limit": -1.0},
     ],
 )
-def test_intervals_that_make_no_sense_are_refused_by_name(settings: dict[str, Any]) -> None:
+def test_invalid_intervals_are_refused_by_name(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=[*settings][-1]):
         CheckpointConfig(enable=True, **settings)
 
 
-def test_nothing_is_due_when_saving_is_off() -> None:
+def test_no_save_is_due_if_saving_is_off() -> None:
     for config in (CheckpointConfig(interval=1), CheckpointConfig(enable=True, load_only=True)):
         assert not is_due(1, last_step=True, config=config)
 
@@ -101,11 +101,11 @@ rules = st.builds(
 
 
 @given(candidates, rules, st.integers(0, 50), st.sets(st.integers(0, 50)))
-def test_retention_keeps_its_floor_and_never_looks_past_the_current_step(
+def test_retention_keeps_exactly_what_its_rules_keep_up_to_the_current_step(
     good: list[Candidate], retention: Retention, current: int, protected: set[int]
 ) -> None:
-    """G5: of the steps up to the current one, all that any rule keeps stays, each rule written here
-    a second time; nothing else stays, and no later step goes."""
+    """G5. Method: each rule is written here a second time. Steps up to the current one stay if any
+    rule keeps them, and only then; later ones are never deleted."""
     ours = sorted(c.step for c in good if c.step <= current)
     resumable = sorted(c.step for c in good if c.step <= current and c.resumable)
     stay = {*ours[-retention.latest_k :], *resumable[-2:], *protected}
@@ -127,12 +127,12 @@ def test_retention_keeps_its_floor_and_never_looks_past_the_current_step(
     assert going == [step for step in ours if step not in stay]
 
 
-def test_zero_keeps_all() -> None:
+def test_keep_latest_k_0_keeps_all() -> None:
     assert removable([Candidate(step) for step in range(100)], Retention(0)) == []
 
 
-def test_each_step_that_stays_has_its_reasons() -> None:
-    """G5: what a person is told of each."""
+def test_each_kept_checkpoint_has_reasons() -> None:
+    """G5: the reasons that `prune` prints."""
     good = [
         Candidate(10, metrics={"loss": 1.0}),
         Candidate(20, metrics={"loss": nan}),
@@ -164,6 +164,6 @@ def test_each_step_that_stays_has_its_reasons() -> None:
         ("exclude_from_loading", ("model",), "without which nothing is resumed"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(key: str, value: object, said: str) -> None:
+def test_invalid_settings_are_refused(key: str, value: object, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         CheckpointConfig(**{key: value})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Resuming where the newest step cannot be read, is a copy, or is replaced while it is read."""
+"""Resuming if the newest step cannot be read, is a copy, or is replaced while it is read."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def marks(folder: Path) -> list[str]:
 
 
 def failing(real: Callable[..., Any], path: Path, number: int) -> Callable[..., Any]:
-    """A read of the system's that fails on one file."""
+    """A read function of the system that fails on one file."""
 
     def call(file: int, *more: Any) -> Any:
         if Path(f"/proc/self/fd/{file}").readlink() == path:
@@ -52,11 +52,11 @@ def failing(real: Callable[..., Any], path: Path, number: int) -> Callable[..., 
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
-def test_a_step_whose_data_cannot_be_read_is_passed_over_and_tried_again_later(
+def test_a_step_that_cannot_be_read_is_passed_over_without_a_mark(
     number: int, run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G4. Method: reads of the newest step's data fail; the run goes on from the one before, says
-    so, and leaves no mark: the next start takes the newest again. `load_step` raises."""
+    """G4. Method: reads of the newest step's data fail. The run resumes from the step before, logs
+    it, and leaves no mark: the next start takes the newest again. `load_step` raises."""
     data = run / "step-2" / "__0_0.distcp"
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "holdfast"):
         for call in ("pread", "preadv"):
@@ -72,7 +72,7 @@ def test_a_step_whose_data_cannot_be_read_is_passed_over_and_tried_again_later(
         assert held.load() == 2
 
 
-def test_no_step_that_can_be_read_is_no_fresh_start(
+def test_a_run_does_not_start_over_if_no_step_can_be_read(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """G4. Method: reads of all data fail; the error lists every step."""
@@ -88,9 +88,9 @@ def test_no_step_that_can_be_read_is_no_fresh_start(
     assert "step 2:" in raised.value.what
 
 
-def test_a_copy_is_not_loaded_under_its_number(run: Path) -> None:
-    """G4, G16. Method: `load_step` of a copy, then of the step itself; retention keeps two, and the
-    step that the run stands on, and leaves the copy."""
+def test_a_copy_of_a_checkpoint_is_not_loaded_under_its_new_number(run: Path) -> None:
+    """G4, G16. Method: `load_step` of a copy, then of the step itself. Retention keeps two and the
+    step that the run resumed from, and ignores the copy."""
     shutil.copytree(run / "step-1", run / "step-40")
     with manager(run) as held:
         with pytest.raises(holdfast.MismatchError, match="is not step 40: it holds step 1"):
@@ -103,11 +103,11 @@ def test_a_copy_is_not_loaded_under_its_number(run: Path) -> None:
     assert {path.name for path in run.glob("step-*")} == {"step-2", "step-4", "step-40", "step-5"}
 
 
-def test_a_reader_of_a_live_run_looks_again_where_a_step_went_away(
+def test_a_reader_of_a_live_run_tries_again_if_a_step_was_deleted(
     run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G4: a step that retention removes, or a save replaces, while it is loaded is not damaged.
-    Method: it goes, and newer ones come, as its data is opened."""
+    """G4: a step that is deleted or replaced while it is loaded is not damaged. Method: it is
+    deleted, and newer ones appear, as its data is opened."""
     real, seen = os.preadv, list[int]()
 
     def call(file: int, *more: Any) -> Any:
@@ -126,11 +126,11 @@ def test_a_reader_of_a_live_run_looks_again_where_a_step_went_away(
     assert marks(run) == []
 
 
-def test_a_load_of_a_checkpoint_that_is_replaced_takes_the_new_one(
+def test_a_load_of_a_checkpoint_that_is_replaced_gives_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G2: never a mix. Method: the checkpoint is saved again as its data is opened; what was opened
-    before says that it was replaced."""
+    """G2: never a mix. Method: the checkpoint is saved again as its data is opened; an object that
+    had it open raises an error that says so."""
     path = tmp_path / "c"
     holdfast.save(path, {"w": torch.ones(300), "n": 1})
     opened = holdfast.open(path)
@@ -154,7 +154,7 @@ def test_a_load_of_a_checkpoint_that_is_replaced_takes_the_new_one(
     assert torch.equal(holdfast.open(path).read("w"), torch.full((300,), 2.0))
 
 
-def test_damage_is_damage_all_the_same(run: Path) -> None:
+def test_damage_without_a_replacement_is_marked(run: Path) -> None:
     """G3. Method: a flipped byte, nothing replaced: one error, and a mark."""
     data = bytearray((run / "step-2" / "__0_0.distcp").read_bytes())
     data[len(data) // 3] ^= 1

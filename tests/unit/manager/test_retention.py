@@ -1,4 +1,4 @@
-"""Which steps stay on disk, and how the others go."""
+"""Which checkpoints retention keeps, and how it deletes the others."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def damage(folder: Path, step: int) -> None:
-    """A flipped byte among the data of a tensor: the structure stays whole."""
+    """Flip a byte of a tensor's data; the structure stays complete."""
     file = folder / step_name(step) / "__0_0.distcp"
     entry = holdfast.open(file.parent).tensors["weight"]
     data = bytearray(file.read_bytes())
@@ -51,9 +51,9 @@ def damage(folder: Path, step: int) -> None:
     file.write_bytes(data)
 
 
-def test_a_step_stays_while_any_rule_keeps_it(tmp_path: Path) -> None:
-    """G5: every third, the two best, a pinned one, the latest two; a loss that is no number is
-    never the best."""
+def test_a_checkpoint_stays_while_any_rule_keeps_it(tmp_path: Path) -> None:
+    """G5: every third, the two best, a pinned one, the latest two; a loss of NaN is never the
+    best."""
     losses = {1: 5.0, 2: 1.0, 3: 4.0, 4: nan, 5: 2.0, 6: 3.0, 7: 9.0, 8: 9.0, 9: 9.0, 10: 9.0}
     settings: Any = {"keep_every_n_steps": 3, "keep_best_k": 2}
     with manager(tmp_path, **settings) as held:
@@ -70,8 +70,8 @@ def test_a_step_stays_while_any_rule_keeps_it(tmp_path: Path) -> None:
     assert steps(tmp_path) == [2, 3, 6, 9, 10, 11]
 
 
-def test_steps_to_resume_from_stay_whatever_else_is_newer(tmp_path: Path) -> None:
-    """G5: model-only last steps never push out the newest two that are full."""
+def test_model_only_checkpoints_never_displace_resumable_ones(tmp_path: Path) -> None:
+    """G5: the newest two full ones stay."""
     for last in (3, 5, 7, 9):
         with manager(tmp_path, interval=2) as held:
             for step in range(last - 1, last + 1):
@@ -83,11 +83,11 @@ def test_steps_to_resume_from_stay_whatever_else_is_newer(tmp_path: Path) -> Non
     assert steps(tmp_path) == [6, 8, 10, 11]
 
 
-def test_a_step_whose_data_is_damaged_is_marked_and_known_at_once_from_then_on(
+def test_a_checkpoint_that_proves_damaged_is_marked(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G4, G5: the load that found it leaves a mark beside the step and nothing in it; listings and
-    later runs pass it over unread, and it is neither counted nor removed."""
+    """G4, G5: the load that found the damage leaves a mark beside the checkpoint and nothing in it.
+    Listings and later runs pass it over unread, and retention neither counts nor deletes it."""
     with manager(tmp_path) as held:
         held.save(1)
         held.save(2)
@@ -117,11 +117,11 @@ def test_a_step_whose_data_is_damaged_is_marked_and_known_at_once_from_then_on(
         held.load(2)
 
 
-def test_what_is_remembered_of_steps_hides_nothing_that_has_happened_to_them(
+def test_the_cache_of_retention_never_hides_a_change(
     tmp_path: Path,
 ) -> None:
-    """G5. Method: after each change by others (a mark, a file cut short, a torn index, a step
-    saved again, a folder gone) what is found with a memory is what is found without."""
+    """G5. Method: after each change by others (a mark, a truncated file, a damaged index, a step
+    saved again, a deleted folder) the result with a cache equals the result without."""
     catalog, looked = Catalog(LocalStore(tmp_path)), dict[str, CachedIndex]()
 
     def agree() -> list[int]:
@@ -141,8 +141,8 @@ def test_what_is_remembered_of_steps_hides_nothing_that_has_happened_to_them(
         assert agree() == [3, 1]
 
 
-def test_a_step_that_is_saved_again_is_no_longer_marked(tmp_path: Path) -> None:
-    """G5: and a mark of a step that is gone goes with the next start."""
+def test_a_step_that_is_saved_again_loses_its_mark(tmp_path: Path) -> None:
+    """G5: the next start also deletes the marks of deleted checkpoints."""
     store = LocalStore(tmp_path)
     with manager(tmp_path) as held:
         held.save(1)
@@ -158,11 +158,11 @@ def test_a_step_that_is_saved_again_is_no_longer_marked(tmp_path: Path) -> None:
     assert not (tmp_path / ".damaged-step-1").exists()
 
 
-def test_what_cannot_be_deleted_has_lost_its_name_and_is_tried_again(
+def test_a_failed_deletion_is_tried_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """G5: two removals fail. Each is reported; the step is gone from the list at once, its files at
-    the third attempt."""
+    """G5: two deletions fail. Each is logged; the checkpoint disappears from the list at once, its
+    files at the third attempt."""
     failures = iter([True, True])
 
     def fail(verb: str, key: str) -> None:
@@ -192,8 +192,8 @@ def save(catalog: Catalog, step: int) -> None:
     )
 
 
-def test_files_of_strangers_that_look_like_marks_are_left_alone(tmp_path: Path) -> None:
-    """G5: names outside of the grammar, and folders."""
+def test_files_that_only_look_like_marks_are_ignored(tmp_path: Path) -> None:
+    """G5: other names, and folders."""
     strange = (
         ".pinned-step-01",
         ".damaged-step-1-x",
@@ -210,8 +210,8 @@ def test_files_of_strangers_that_look_like_marks_are_left_alone(tmp_path: Path) 
     assert {path.name for path in tmp_path.iterdir()} >= set(strange)
 
 
-def test_a_step_that_stands_aside_is_found_before_any_sweep(tmp_path: Path) -> None:
-    """G2: as after the death of a save between its renames; whoever only reads moves nothing."""
+def test_readers_find_a_checkpoint_that_was_being_replaced(tmp_path: Path) -> None:
+    """G2: as after the death of a save between its renames. Readers rename nothing."""
     with manager(tmp_path) as held:
         held.save(1)
         held.save(2)
