@@ -1,4 +1,4 @@
-"""A `Store` in memory: for tests, and for trying things out."""
+"""A `Store` in memory, for tests and experiments."""
 
 from __future__ import annotations
 
@@ -107,12 +107,13 @@ class MemoryStore:
 
     def rename(self, source: str, target: str) -> None:
         with self._mutex:
-            (source_folder, source_name), (target_folder, name) = _split(source), _split(target)
-            above, below = self._folder(source_folder), self._folder(target_folder)
-            if name in below.entries:
+            source_folder, source_name = _split(source)
+            target_folder, target_name = _split(target)
+            new_entries = self._folder(target_folder).entries
+            if target_name in new_entries:
                 raise ExistsError(f"`{self.url}{target}` exists already")
-            below.entries[name] = self._find(source)
-            del above.entries[source_name]
+            new_entries[target_name] = self._find(source)
+            del self._folder(source_folder).entries[source_name]
 
     def remove(self, key: str) -> None:
         with self._mutex:
@@ -146,15 +147,15 @@ class MemoryStore:
     def hold(self, key: str) -> Iterator[bool | None]:
         with self._mutex:
             node = self._find(key)
-            mine = not any(one is node for one in self._held)
-            if mine:
+            is_free = all(held is not node for held in self._held)
+            if is_free:
                 self._held.append(node)
         try:
-            yield mine
+            yield is_free
         finally:
-            if mine:
+            if is_free:
                 with self._mutex:
-                    self._held = [one for one in self._held if one is not node]
+                    self._held = [held for held in self._held if held is not node]
 
     @contextmanager
     def amend(self, key: str) -> Iterator[_MemoryWriter]:

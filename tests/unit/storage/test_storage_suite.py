@@ -133,7 +133,7 @@ def test_a_file_where_the_folder_should_be_is_said(tmp_path: Path) -> None:
     store = LocalStore(tmp_path / "file")
     error = refuses(StorageError, lambda: store.make_folder("step-1"))
     assert "Not a directory" in error.what
-    assert "a file stands where a folder should" in (error.hint or "")
+    assert "a file has the name of the folder" in (error.hint or "")
 
 
 def test_a_folder_that_has_vanished_is_an_error_that_names_it(tmp_path: Path) -> None:
