@@ -32,9 +32,9 @@ from holdfast.format.checksum import BLOCK_BYTES
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry
 from holdfast.format.region import Region
-from holdfast.format.tables import encode_metadata
 from holdfast.manager.resume import newest_resumable
 from holdfast.storage.local import LocalStore
+from manifest_bytes import encode_metadata
 
 NUM_PLACES = 300
 

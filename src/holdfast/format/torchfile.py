@@ -62,7 +62,7 @@ class TorchFile:
     """Chunks of tensors that are not row-major have no `data_offset`."""
 
     strides: Mapping[str, tuple[int, ...]]
-    """Strides, in elements, of the tensors that are not row-major. Their elements start at their item."""
+    """Strides, in elements, of tensors that are not row-major; they start at their item."""
 
     records: Mapping[str, Record]
     """All records of the archive."""

@@ -30,7 +30,7 @@ from holdfast.format.dtypes import BY_NAME
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry, ValueEntry
 from holdfast.format.pickles import Call, Dumper, Global, Instance
 from holdfast.format.region import Region
-from holdfast.format.tables import encode_metadata
+from manifest_bytes import encode_metadata
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -334,7 +334,7 @@ def test_bytes_that_are_no_metadata_are_refused(data: bytes) -> None:
 def test_rows_written_one_by_one_and_all_at_once_are_the_same_bytes(manifest: Manifest) -> None:
     """G10. Method: the way for few chunks against the way for many, on the same manifest."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "_FEW", 0)
+        patch.setattr(tables, "_ONE_BY_ONE_MAX", 0)
         many = encode_metadata(manifest)
-        patch.setattr(tables, "_FEW", 1000)
+        patch.setattr(tables, "_ONE_BY_ONE_MAX", 1000)
         assert encode_metadata(manifest) == many

@@ -15,7 +15,7 @@ from holdfast.errors import FormatError
 from holdfast.format.dcp import decode_metadata, is_ours
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry, ValueEntry
 from holdfast.format.region import Region
-from holdfast.format.tables import encode_metadata
+from manifest_bytes import encode_metadata
 
 OURS = Manifest(
     {

@@ -24,10 +24,10 @@ from holdfast.format.manifest import (
     TensorEntry,
     ValueEntry,
     decode,
-    encode,
 )
 from holdfast.format.region import Region
 from holdfast.format.timings import Stage
+from manifest_bytes import encode
 
 FILES = {"__0_0.distcp": 1 << 41, "__1_0.distcp": 1 << 41}
 TABLES = {file: Table(1 << 40, 7) for file in FILES}

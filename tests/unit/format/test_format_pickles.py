@@ -105,7 +105,7 @@ def test_globals_calls_and_instances_are_what_python_makes_of_them() -> None:
 def test_what_is_known_is_got_by_its_place_and_what_was_taken_is_not_given_again() -> None:
     """Method: a string made known, then got, in two parts of one pickle."""
     out = Dumper(b"\x80\x04")
-    out.know("a")
+    out.memoize("a")
     first = out.take()
     assert pickle.loads(first + out.get("a") + b".") == "a"
     out.put("a")

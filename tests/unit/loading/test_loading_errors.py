@@ -39,6 +39,7 @@ from holdfast.state.tree import flatten
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Store, Writer
 from holdfast.testing.ranks import try_ranks
+from manifest_bytes import encode
 
 State = dict[str, Any]
 
@@ -464,7 +465,7 @@ def test_a_checkpoint_may_be_moved_and_copied(tmp_path: Path) -> None:
 def test_a_manifest_of_the_engine_survives_its_own_encoding() -> None:
     """Method: a real one, there and back."""
     source = save_in_memory(MemoryStore(), "step-1", small_state())
-    data = manifests.encode(source.manifest)
+    data = encode(source.manifest)
     assert manifests.decode(data, where="m") == source.manifest
 
 
