@@ -116,8 +116,8 @@ class Machine:
             raise FormatError(
                 f"`{self.where}` refers to `{module[:200]}.{name[:200]}`, which Holdfast does not "
                 "allow in a checkpoint",
-                hint="loading a pickle runs its code: use `torch.load(weights_only=False)` only if you "
-                "trust the writer of the file",
+                hint="loading a pickle can run code: use `torch.load(weights_only=False)` only if "
+                "you trust the writer of the file",
             ) from None
 
     def call(self, function: Any, args: object) -> Any:

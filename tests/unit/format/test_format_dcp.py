@@ -205,7 +205,7 @@ def test_an_item_that_was_compressed_is_refused_by_its_name() -> None:
     """Method: the field in which stock's extensions say what they did to the bytes."""
     stock = as_stock(SMALL)
     stock.storage_data[MetadataIndex("v")] = _StorageInfo("__0_0.distcp", 700, 50, ["zstd"])
-    with pytest.raises(FormatError, match="`v` is stored compressed"):
+    with pytest.raises(FormatError, match="`v` is compressed"):
         decode_metadata(pickle.dumps(stock), where="m")
 
 

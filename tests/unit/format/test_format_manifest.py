@@ -188,7 +188,7 @@ def test_a_version_that_is_not_known_is_refused_as_such(version: object) -> None
         decode(sealed({**body_of(SMALL), "holdfast": version}), where="m")
 
 
-@pytest.mark.parametrize(("version", "hint"), [(1, "save the step again"), (3, "pip install")])
+@pytest.mark.parametrize(("version", "hint"), [(1, "no release wrote that version"), (3, "pip install")])
 def test_a_version_that_is_not_known_says_which_way_round(version: int, hint: str) -> None:
     """G8: to upgrade helps where the step is newer, not where it is older."""
     with pytest.raises(FormatError) as raised:
