@@ -1,7 +1,7 @@
-"""A reader written from docs/format.md alone: nothing of Holdfast is imported, all is checked.
+"""A reader written from docs/format.md alone. It does not import Holdfast, and checks everything.
 
-`read(folder)` goes by `manifest.json`, `read_stock(folder)` by `.metadata`, as stock DCP does. Both
-give tensors and values by name.
+`read(folder)` uses `manifest.json`, `read_stock(folder)` uses `.metadata`, like stock DCP. Both
+return tensors and values by name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def digest(data: bytes) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The JSON object, its own checksum and all sizes checked."""
+    """Parse the JSON object; check its own checksum and all sizes."""
     data = (folder / "manifest.json").read_bytes()
     seal = b',"checksum":"' + b"?" * DIGITS + b'"}'
     text = data[: -len(seal)] + b"}"
@@ -56,7 +56,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Everything in a checkpoint that Holdfast wrote, every checksum checked."""
+    """Read all entries of a checkpoint of Holdfast, and check every checksum."""
     manifest = read_manifest(folder)
     files = [(folder / name).read_bytes() for name, *_ in manifest["files"]]
     tables = [data[at:] for data, (_, _, at, _) in zip(files, manifest["files"], strict=True)]
@@ -75,7 +75,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The state by its top-level names, put together as the structure says."""
+    """Rebuild the state from the structure, by top-level name."""
     manifest, entries = read_manifest(folder), read(folder)
     paths = {name: tensor.get("path") or [name] for name, tensor in manifest["tensors"].items()}
     for value in manifest["values"]:
@@ -137,7 +137,7 @@ def check_name(name: str, path: list[str | int] | None) -> None:
 def read_tensor(
     tensor: dict[str, Any], files: list[bytes], tables: list[bytes], block: int
 ) -> torch.Tensor:
-    """A tensor put together from its chunks; every element must be there once."""
+    """Join a tensor from its chunks; every element must be present once."""
     dtype = getattr(torch, tensor["dtype"])
     whole = torch.zeros(prod(tensor["shape"]) * dtype.itemsize, dtype=torch.uint8)
     target = whole.view(*tensor["shape"], dtype.itemsize)
@@ -163,7 +163,7 @@ def read_tensor(
 
 
 def check_container(container: bytes, raw: bytes, dtype: torch.dtype, shape: list[int]) -> None:
-    """The item by itself is what `torch.load` takes for the same elements."""
+    """Check that `torch.load` of the item gives the same elements."""
     with zipfile.ZipFile(io.BytesIO(container)) as archive:
         records = {i.filename: i for i in archive.infolist()}
     names = ("data.pkl", "byteorder", "version", "data/0")
@@ -176,7 +176,7 @@ def check_container(container: bytes, raw: bytes, dtype: torch.dtype, shape: lis
 
 
 def read_stock(folder: Path) -> dict[str, Any]:
-    """Everything in a checkpoint by its `.metadata`. For files of our own: this runs pickles."""
+    """Read all entries through `.metadata`. For our own files only: it runs pickles."""
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     found: dict[str, Any] = {}
     for index, info in metadata.storage_data.items():

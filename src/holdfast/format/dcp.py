@@ -30,36 +30,33 @@ _MODULE = "torch.distributed.checkpoint.metadata"
 _SHARDED = "torch.distributed._shard.sharded_tensor.metadata"
 """Module of two of the classes in torch 2.1 to 2.3."""
 
-_CLASSES = (
-    "Metadata",
-    "MetadataIndex",
-    "StorageMeta",
-    "TensorStorageMetadata",
-    "ChunkStorageMetadata",
-    "TensorProperties",
-    "BytesStorageMetadata",
-)
-
-
-def _class(name: str) -> type[Plain]:
-    return type(name, (Plain,), {})
-
+_CLASSES = {
+    _MODULE: (
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "BytesStorageMetadata",
+    ),
+    _SHARDED: ("TensorProperties",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "pathlib": ("PosixPath", "PurePosixPath"),
+    "pathlib._local": ("PosixPath",),
+}
+"""Classes that `.metadata` may refer to, by module."""
 
 _CHUNK_BYTES_MIN = 16
 """Fewest bytes of a chunk in a pickle, unless a crafted one shares a list between entries."""
 
 _ALLOWED: Mapping[tuple[str, str], Any] = {
-    **{(_MODULE, name): _class(name) for name in _CLASSES},
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _class("_StorageInfo"),
+    **{(m, name): type(name, (Plain,), {}) for m, names in _CLASSES.items() for name in names},
     (_MODULE, "_MEM_FORMAT_ENCODING"): int,
-    (_SHARDED, "TensorProperties"): _class("TensorProperties"),
     (_SHARDED, "MEM_FORMAT_ENCODING"): int,
     ("torch.serialization", "_get_layout"): str,
     ("torch", "Size"): tuple,
     ("collections", "OrderedDict"): OrderedDict,
-    ("pathlib", "PosixPath"): _class("PosixPath"),
-    ("pathlib", "PurePosixPath"): _class("PurePosixPath"),
-    ("pathlib._local", "PosixPath"): _class("PosixPath"),
 }
 
 

@@ -198,10 +198,6 @@ def _described(value: object) -> str:
     return f"`{value.__name__}`" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
-def _frame(m: Machine) -> None:
-    m.number(_U64)
-
-
 def _mark(m: Machine) -> None:
     if len(m.marked) >= MARKS_MAX:
         raise ValueError(f"more than {MARKS_MAX} marks are open")
@@ -221,26 +217,14 @@ def _int_line(m: Machine) -> None:
     m.stack.append(text == "01" if text in ("00", "01") else int(text))
 
 
-def _long_line(m: Machine) -> None:
-    m.stack.append(int(m.line().removesuffix("L")))
-
-
 def _long(m: Machine, nbytes: int) -> None:
     m.stack.append(int.from_bytes(m.take(nbytes), "little", signed=True))
-
-
-def _unicode_line(m: Machine) -> None:
-    m.stack.append(m.line("raw-unicode-escape"))
 
 
 def _set_item(m: Machine) -> None:
     value = m.stack.pop()
     key = m.stack.pop()
     m.set_items([key, value])
-
-
-def _append(m: Machine) -> None:
-    m.extend([m.stack.pop()])
 
 
 def _dict(m: Machine) -> None:
@@ -285,24 +269,20 @@ def _byte(m: Machine) -> int:
     return m.data[m.position - 1]
 
 
-def _push(value: Any) -> Callable[[Machine], None]:
-    return lambda m: m.stack.append(value)
-
-
 _STOP = ord(".")
 
 _OPCODES: dict[bytes, Callable[[Machine], Any]] = {
     b"\x80": _byte,
-    b"\x95": _frame,
+    b"\x95": lambda m: m.number(_U64),
     b"(": _mark,
     b"0": _pop,
     b"1": lambda m: m.to_mark(),
     b"2": lambda m: m.stack.append(m.stack[-1]),
-    b"N": _push(None),
-    b"\x88": _push(True),
-    b"\x89": _push(False),
+    b"N": lambda m: m.stack.append(None),
+    b"\x88": lambda m: m.stack.append(True),
+    b"\x89": lambda m: m.stack.append(False),
     b"I": _int_line,
-    b"L": _long_line,
+    b"L": lambda m: m.stack.append(int(m.line().removesuffix("L"))),
     b"F": lambda m: m.stack.append(float(m.line())),
     b"J": lambda m: m.stack.append(m.number(_I32)),
     b"K": lambda m: m.stack.append(_byte(m)),
@@ -310,7 +290,7 @@ _OPCODES: dict[bytes, Callable[[Machine], Any]] = {
     b"G": lambda m: m.stack.append(m.number(_F64)),
     b"\x8a": lambda m: _long(m, _byte(m)),
     b"\x8b": lambda m: _long(m, m.number(_U32)),
-    b"V": _unicode_line,
+    b"V": lambda m: m.stack.append(m.line("raw-unicode-escape")),
     b"X": lambda m: m.text(m.number(_U32)),
     b"\x8c": lambda m: m.text(_byte(m)),
     b"\x8d": lambda m: m.text(m.number(_U64)),
@@ -323,14 +303,14 @@ _OPCODES: dict[bytes, Callable[[Machine], Any]] = {
     b"\x8f": lambda m: m.stack.append(set()),
     b"\x90": lambda m: m.add_members(m.to_mark()),
     b"\x91": _frozen_set,
-    b")": _push(()),
+    b")": lambda m: m.stack.append(()),
     b"t": _collect(tuple),
     b"\x85": lambda m: m.make_tuple(1),
     b"\x86": lambda m: m.make_tuple(2),
     b"\x87": lambda m: m.make_tuple(3),
     b"]": lambda m: m.stack.append([]),
     b"l": _collect(list),
-    b"a": _append,
+    b"a": lambda m: m.extend([m.stack.pop()]),
     b"e": lambda m: m.extend(m.to_mark()),
     b"}": lambda m: m.stack.append({}),
     b"d": _dict,

@@ -26,24 +26,9 @@ ARRAY = "array"
 FACTORIES = ("list", "dict", "set", "int", "float", "str", "bool", "tuple", "None")
 """Default factories that a `defaultdict` may name."""
 
-NUMBERS = (
-    "bool",
-    "int8",
-    "int16",
-    "int32",
-    "int64",
-    "uint8",
-    "uint16",
-    "uint32",
-    "uint64",
-    "float16",
-    "float32",
-    "float64",
-    "complex64",
-    "complex128",
-    "str",
-    "bytes",
-)
+_INTEGERS = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+_FLOATS = ("float16", "float32", "float64", "complex64", "complex128")
+NUMBERS = (*_INTEGERS, *_FLOATS, "str", "bytes")
 """Types of numpy scalars that keep their type, as numpy names their dtypes."""
 
 EMPTY_BYTES = "empty bytes"
@@ -178,10 +163,6 @@ def _check_sequence(_: Mapping[str, Any], content: Any, depth: int) -> None:
         check_node(child, depth)
 
 
-def _check_object(_: Mapping[str, Any], content: Any, depth: int) -> None:
-    check_node(content, depth)
-
-
 def _check_types(_: Mapping[str, Any], content: Any, __: int) -> None:
     for path, name in content:
         if name not in (*NUMBERS, EMPTY_BYTES) or not all(type(key) is str for key in path):
@@ -206,7 +187,7 @@ def _check_subclass(_: Mapping[str, Any], content: Any, depth: int) -> None:
 _CHECKS = {
     **dict.fromkeys(MAPPINGS, _check_mapping),
     **dict.fromkeys(SEQUENCES, _check_sequence),
-    "object": _check_object,
+    "object": lambda _, content, depth: check_node(content, depth),
     "types": _check_types,
     "tensor": _check_tensor,
     "subclass": _check_subclass,

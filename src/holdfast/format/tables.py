@@ -31,26 +31,9 @@ _INFO = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
 _SIZE = Global("torch", "Size")
 _LAYOUT = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
 _MEMORY_FORMAT = Call(Global(_MODULE, "_MEM_FORMAT_ENCODING"), (0,))
-_CONSTANTS = (
-    _CHUNK,
-    _INDEX,
-    _INFO,
-    _SIZE,
-    _VALUE,
-    "offsets",
-    "sizes",
-    "fqn",
-    "index",
-    "offset",
-    "relative_path",
-    "length",
-    "storage_meta",
-    "version",
-    "1.0.0",
-    _TENSOR,
-    "properties",
-    "chunks",
-)
+_FIELDS = ("offsets", "sizes", "fqn", "index", "offset", "relative_path", "length")
+_MEMBERS = ("storage_meta", "version", "1.0.0", _TENSOR, "properties", "chunks")
+_CONSTANTS = (_CHUNK, _INDEX, _INFO, _SIZE, _VALUE, *_FIELDS, *_MEMBERS)
 """Globals and strings that are memoized first, so that every row can refer to them by index."""
 
 

@@ -22,7 +22,7 @@ _HINTS = {
     errno.EACCES: "check the owner and the rights of the folder: ls -ld",
     errno.EPERM: "check the owner and the rights of the folder: ls -ld",
     errno.EROFS: "the file system is mounted read-only: mount -o remount,rw, or another folder",
-    errno.ENOSPC: "free some space, for example by `holdfast prune`, or use another disk",
+    errno.ENOSPC: "free some space (df -h; holdfast prune), or use another disk",
     errno.EDQUOT: "the quota is used up: free some space, or use another folder",
     errno.EEXIST: "a file has the name of the folder: move it away, or use another folder",
     errno.ENOTDIR: "a file has the name of the folder: move it away, or use another folder",

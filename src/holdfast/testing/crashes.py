@@ -9,15 +9,14 @@ assert {outcome for _, outcome in results} == {OLD, NEW}
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from holdfast.errors import HoldfastError
 from holdfast.format.checksum import checksum
 from holdfast.storage.memory import MemoryStore
-from holdfast.storage.store import Buffer, PlainReader, Store, Writer
+from holdfast.storage.store import Buffer, Store, Writer
 from holdfast.testing.disk import Operation, PowerCut, Tree, cuts
 
 T = TypeVar("T")
@@ -26,91 +25,49 @@ Protocol = Callable[[Store], object]
 """Function that changes a store, and that a power cut may interrupt."""
 
 
-class RecordingStore:
-    """A store in memory that records its changes as the file operations that `LocalStore` would
-    do."""
+class RecordingStore(MemoryStore):
+    """A store in memory that records its changes as the file operations of a `LocalStore`."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.operations: list[Operation] = []
-        self._beneath = MemoryStore()
-        self._mutex = threading.Lock()
         self._num_files = 0
-
-    @property
-    def url(self) -> str:
-        return self._beneath.url
-
-    def list(self, folder: str = "") -> Sequence[str]:
-        return self._beneath.list(folder)
-
-    def size(self, key: str) -> int:
-        return self._beneath.size(key)
-
-    def read(self, key: str, start: int, stop: int) -> bytes:
-        return self._beneath.read(key, start, stop)
-
-    def read_into(self, key: str, start: int, target: memoryview) -> int:
-        return self._beneath.read_into(key, start, target)
-
-    def open(self, key: str) -> PlainReader:
-        return PlainReader(self, key)
-
-    def leads_out(self, folder: str, file: str) -> bool:
-        return self._beneath.leads_out(folder, file)
 
     @contextmanager
     def create(self, key: str, nbytes: int) -> Iterator[Writer]:
-        with self._beneath.create(key, nbytes) as writer:
+        with super().create(key, nbytes) as writer:
             with self._mutex:
                 file = self._num_files = self._num_files + 1
                 self.operations.append(Operation("create", key, file))
                 if nbytes:
                     self.operations.append(Operation("resize", key, file, offset=nbytes))
             yield _RecordingWriter(self, writer, key, file)
-            self._done(Operation("sync_file", key, file))
+            self.operations.append(Operation("sync_file", key, file))
 
     def make_folder(self, key: str) -> None:
         with self._mutex:
-            self._beneath.make_folder(key)
+            super().make_folder(key)
             if key:
                 self.operations.append(Operation("make_folder", key))
 
     def sync(self, folder: str) -> None:
-        self._beneath.sync(folder)
-        self._done(Operation("sync_folder", folder))
+        super().sync(folder)
+        self.operations.append(Operation("sync_folder", folder))
 
     def rename(self, source: str, target: str) -> None:
         with self._mutex:
-            self._beneath.rename(source, target)
+            super().rename(source, target)
             self.operations.append(Operation("rename", source, target=target))
             for folder in dict.fromkeys(key.rpartition("/")[0] for key in (target, source)):
                 self.operations.append(Operation("sync_folder", folder))
 
     def remove(self, key: str) -> None:
-        for below in _below(self._beneath, key):
-            self.remove(f"{key}/{below.rstrip('/')}")
+        with suppress(HoldfastError):  # It is a file.
+            for name in self.list(key):
+                self.remove(f"{key}/{name.rstrip('/')}")
         with self._mutex:
-            self._beneath.remove(key)
+            super().remove(key)
             self.operations.append(Operation("unlink", key))
-
-    def free_bytes(self) -> int | None:
-        return self._beneath.free_bytes()
-
-    @contextmanager
-    def lock(self, key: str, note: str) -> Iterator[None]:
-        with self._beneath.lock(key, note):
-            yield
-
-    def holder(self, key: str) -> str | None:
-        return self._beneath.holder(key)
-
-    def hold(self, key: str) -> AbstractContextManager[bool | None]:
-        # Holds are not on the disk: after a power cut there are none.
-        return self._beneath.hold(key)
-
-    def _done(self, operation: Operation) -> None:
-        with self._mutex:
-            self.operations.append(operation)
 
 
 class _RecordingWriter:
@@ -119,16 +76,8 @@ class _RecordingWriter:
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
         self._beneath.write(offset, parts)
-        data = b"".join(parts)
-        if data:
-            self._store._done(Operation("write", self._key, self._file, offset, data))
-
-
-def _below(store: Store, key: str) -> Sequence[str]:
-    try:
-        return store.list(key)
-    except HoldfastError:
-        return ()
+        if data := b"".join(parts):
+            self._store.operations.append(Operation("write", self._key, self._file, offset, data))
 
 
 def recorded(*protocols: Protocol) -> list[list[Operation]]:

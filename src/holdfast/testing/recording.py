@@ -79,21 +79,9 @@ def write_tree(tree: Tree, folder: str | os.PathLike[str]) -> None:
             (root / path).write_bytes(data)
 
 
-_HOOKED = (
-    "open",
-    "close",
-    "write",
-    "pwrite",
-    "pwritev",
-    "ftruncate",
-    "posix_fallocate",
-    "fsync",
-    "mkdir",
-    "rmdir",
-    "unlink",
-    "rename",
-    "sendfile",
-)
+_OF_FILES = ("open", "close", "write", "pwrite", "pwritev", "ftruncate", "posix_fallocate", "fsync")
+_OF_NAMES = ("mkdir", "rmdir", "unlink", "rename", "sendfile")
+_HOOKED = (*_OF_FILES, *_OF_NAMES)
 _REAL: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in _HOOKED}
 _REAL_OPEN = io.open
 

@@ -1,4 +1,4 @@
-"""Values of a checkpoint without torch: what people see of them, and nothing is run."""
+"""Values of a checkpoint displayed without torch, and without running code."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ plain = st.recursive(
 
 
 @given(plain)
-def test_plain_values_are_spelled_as_python_writes_them(value: Any) -> None:
-    """Method: numbers, text, bytes and what nests them, against `repr`."""
+def test_plain_values_are_displayed_like_repr(value: Any) -> None:
+    """Method: numbers, texts, bytes and containers of them, compared with `repr`."""
     found = read(value)
     # An empty bytes is a call in the pickles of torch.save.
     if "b''" not in repr(value) and len(repr(value)) < 500:
@@ -67,16 +67,16 @@ def test_plain_values_are_spelled_as_python_writes_them(value: Any) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_only_torch_could_make_is_named(value: Any, said: str) -> None:
-    """Method: the other kinds of values that checkpoints hold."""
+def test_objects_that_need_torch_are_named(value: Any, said: str) -> None:
+    """Method: the other kinds of values in checkpoints."""
     found = read(value)
     assert spelled(found) == said
     json.dumps(as_json(found, 100))
 
 
-def test_long_and_shared_and_cyclic_values_take_no_time() -> None:
-    """G8. Method: the state of Python's generator, lists that double at each level, that are forty
-    wide at ten levels, and that hold themselves."""
+def test_long_shared_and_cyclic_values_are_displayed_quickly() -> None:
+    """G8. Method: the state of Python's random generator, lists that double at each level, lists
+    forty wide and ten levels deep, and lists that contain themselves."""
     cyclic: list[Any] = []
     cyclic.append(cyclic)
     doubled: list[Any] = [1]
@@ -94,7 +94,7 @@ def test_long_and_shared_and_cyclic_values_take_no_time() -> None:
     assert "585 more" in spelled(read(random.getstate()))
 
 
-def test_nothing_that_a_value_names_is_run(tmp_path: Any) -> None:
+def test_displaying_a_value_runs_no_code(tmp_path: Any) -> None:
     """G8. Method: a pickle that would run a command."""
 
     class Attack:
@@ -107,8 +107,8 @@ def test_nothing_that_a_value_names_is_run(tmp_path: Any) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_members_of_a_file_are_found_by_their_path() -> None:
-    """Method: keys of other types than text, which a path spells; none of that name."""
+def test_members_of_a_file_are_found_by_path() -> None:
+    """Method: keys that are not texts, which a path has as text; a path that does not exist."""
     data = container({"epoch": 3, "args": {1: "one", None: [4, 5]}, "nan": math.nan})
 
     def fetch(offset: int, nbytes: int) -> bytes:

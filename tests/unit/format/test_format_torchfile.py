@@ -1,4 +1,4 @@
-"""A `.pt` file seen as a manifest: what torch.save writes, and every way to be broken."""
+"""`.pt` files: those of torch.save are read, corrupted ones are refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read(data: bytes) -> TorchFile:
 
 
 def tensor_of(data: bytes, found: TorchFile, name: str) -> torch.Tensor:
-    """The tensor that a reader makes of what was found."""
+    """Make a tensor from the bytes at the position that was found."""
     entry = found.manifest.tensors[name]
     item = entry.chunks[0].item
     flat = torch.frombuffer(bytearray(data[item.offset : item.stop]), dtype=torch.uint8)
@@ -43,9 +43,9 @@ def tensor_of(data: bytes, found: TorchFile, name: str) -> torch.Tensor:
     return typed.view(entry.shape)
 
 
-def test_a_whole_training_state_is_found_tensor_by_tensor() -> None:
-    """G10. Method: a real module and optimizer, after a step; every tensor bit for bit, views and
-    transposed ones too; values by their names."""
+def test_every_tensor_of_a_training_state_is_found() -> None:
+    """G10. Method: a module and an optimizer after a step; every tensor bit for bit, including
+    views and transposed ones; values by name."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(5, 4)).sum().backward()
@@ -86,13 +86,13 @@ def test_a_whole_training_state_is_found_tensor_by_tensor() -> None:
 
 @pytest.mark.parametrize("value", [3, None, [], {}, torch.ones(2), [torch.ones(1)], "text"])
 def test_a_file_of_one_value_is_read(value: object) -> None:
-    """Method: real files that hold no dict."""
+    """Method: files that contain no dict."""
     manifest = read(saved(value)).manifest
     assert len(manifest.names()) == 1
 
 
-def test_what_names_code_is_refused_by_its_name() -> None:
-    """G8. Method: a real file of a partial, and of a whole module."""
+def test_a_file_that_refers_to_code_is_refused_by_name() -> None:
+    """G8. Method: a file with a partial, and one with a whole module."""
     with pytest.raises(FormatError, match=r"functools\.partial"):
         read(saved({"a": partial(print)}))
     with pytest.raises(FormatError, match=r"torch\.nn\.modules\.linear\.Linear"):
@@ -100,7 +100,7 @@ def test_what_names_code_is_refused_by_its_name() -> None:
 
 
 def test_a_file_of_torch_before_1_6_is_refused_as_such() -> None:
-    """Method: the legacy stream, as torch still writes it when told to."""
+    """Method: the legacy format, which torch still writes on request."""
     with pytest.raises(FormatError, match=r"before 1\.6") as refused:
         read(saved({"a": torch.ones(2)}, _use_new_zipfile_serialization=False))
     assert refused.value.hint
@@ -117,9 +117,9 @@ VALID = saved(OrderedDict(a=torch.arange(6.0).view(2, 3), b=torch.ones(5, 2).T, 
 
 @settings(max_examples=300)
 @given(st.data())
-def test_a_garbled_file_is_read_or_refused_and_nothing_else(data: st.DataObject) -> None:
-    """G8. Method: a true file with bytes replaced, and cut at either end; what is read lies within
-    the file."""
+def test_a_corrupted_file_is_read_or_refused(data: st.DataObject) -> None:
+    """G8. Method: a valid file with bytes replaced, or truncated at either end. If it is read, all
+    positions are inside the file."""
     broken = bytearray(VALID)
     for _ in range(data.draw(st.integers(0, 4))):
         broken[data.draw(st.integers(0, len(broken) - 1))] = data.draw(st.integers(0, 255))
