@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from holdfast.errors import UsageError
 
 C = TypeVar("C")
+T = TypeVar("T")
 
 SHOWN_MAX = 80
 """Longest value that a message quotes, in characters."""
@@ -38,10 +39,7 @@ def whole_number(value: object) -> int | None:
         return value
     if isinstance(value, bool) or not _is_single(value) or _dtype(value).endswith("bool"):
         return None
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except Exception:  # noqa: BLE001 - a meta tensor raises torch's own error
-        return None
+    return _converted(value, operator.index)
 
 
 def number(value: object) -> float | None:
@@ -52,10 +50,7 @@ def number(value: object) -> float | None:
         return None
     if _dtype(value).endswith("bool") or "complex" in _dtype(value):
         return None
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except Exception:  # noqa: BLE001 - `__float__` may raise anything
-        return None
+    return _converted(value, float)
 
 
 def flag(value: object) -> bool | None:
@@ -64,8 +59,12 @@ def flag(value: object) -> bool | None:
         return value
     if not _is_single(value) or not _dtype(value).endswith("bool"):
         return None
+    return _converted(value, bool)
+
+
+def _converted(value: Any, convert: Callable[[Any], T]) -> T | None:
     try:
-        return bool(value)
+        return convert(value)
     except Exception:  # noqa: BLE001 - a meta tensor raises torch's own error
         return None
 

@@ -51,7 +51,7 @@ def worded(error: Exception) -> HoldfastError:
 def _worded(error: Exception) -> HoldfastError:
     frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     raiser = _raiser(frames)
-    # An OSError from user code outside of `_METHODS` comes from a user's store: a storage error.
+    # An OSError from other user code comes from a user's store: it is a storage error.
     if raiser is not None and (not isinstance(error, OSError) or _calls_user_code(frames)):
         code, line = raiser
         return UsageError(

@@ -201,7 +201,7 @@ def local_header(
 
 
 def directory_entry(name: bytes, nbytes: int, header: int, *, crc32: int = 0) -> bytes:
-    """Entry in the directory for a record of `nbytes` whose header starts at `header`."""
+    """Return the directory entry for a record of `nbytes` whose header starts at `header`."""
     extra = _field64(nbytes, header)
     size, version = min(nbytes, _FULL), 45 if extra else 0
     sizes = (size, size, len(name), len(extra), 0, 0, 0, 0, min(header, _FULL))
@@ -218,7 +218,7 @@ def _field64(nbytes: int, header: int = 0) -> bytes:
 
 
 def directory_end(count: int, directory_bytes: int, directory_offset: int) -> bytes:
-    """End of an archive, after the directory of `count` records."""
+    """Return the end of an archive, after the directory of `count` records."""
     end64 = b""
     if directory_offset >= _FULL or count > _COUNT_MAX:
         sizes = (count, count, directory_bytes, directory_offset)

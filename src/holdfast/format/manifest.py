@@ -127,7 +127,7 @@ class Manifest:
     """Time of the commit: ISO 8601, UTC."""
 
     layout: Mapping[str, Any] = field(default_factory=dict)
-    """Layout of the run that wrote it: `world_size`, and what else the writer adds for display."""
+    """Layout of the run that wrote it, for display: `world_size`, and others that it adds."""
 
     versions: Mapping[str, str] = field(default_factory=dict)
     """Versions of the software that wrote it, by name."""
@@ -186,6 +186,13 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
     `manifest.tensors` is ignored.
     """
     number = {file: index for index, file in enumerate(manifest.files)}
+    optional = {
+        "components": manifest.components,
+        "metrics": facts.encode_metrics(manifest.metrics) or None,
+        "model": dict(manifest.model) or None,
+        "timings": timings.encode(manifest.timings) or None,
+        "structure": None if manifest.structure is None else [*manifest.structure.items()],
+    }
     head = {
         "holdfast": VERSION,
         "step": manifest.step,
@@ -193,11 +200,7 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
         "created": manifest.created,
         "versions": dict(manifest.versions),
         "layout": dict(manifest.layout),
-        **({} if manifest.components is None else {"components": manifest.components}),
-        **({"metrics": facts.encode_metrics(manifest.metrics)} if manifest.metrics else {}),
-        **({"model": dict(manifest.model)} if manifest.model else {}),
-        **({"timings": timings.encode(manifest.timings)} if manifest.timings else {}),
-        **({} if manifest.structure is None else {"structure": [*manifest.structure.items()]}),
+        **{name: value for name, value in optional.items() if value is not None},
         "checksums": _checksums(manifest.block_bytes),
         "metadata": manifest.metadata,
         "files": [
@@ -207,10 +210,10 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
         "values": [
             {
                 "item": [number[file], item.offset, item.nbytes],
-                "checksum": _hex(found or 0),
+                "checksum": _hex(digest or 0),
                 "entries": {name: None if path == (name,) else path for name, path in paths},
             }
-            for (file, item, found), paths in _by_container(manifest.values).items()
+            for (file, item, digest), paths in _by_container(manifest.values).items()
         ],
     }
     parts = [_json(head)[:-1] + b',"tensors":', tensors, b"}"]
@@ -269,13 +272,13 @@ def decode(data: bytes, *, where: str, entries: bool = True) -> Manifest:
             hint="load another checkpoint; `holdfast verify` finds all damage in this one",
         )
     try:
-        whole = (None if entries else _without_tensors(body)) or json.loads(body)
+        members = (None if entries else _without_tensors(body)) or json.loads(body)
         if not entries:
-            keys = (entry.get("path", [name])[0] for name, entry in whole["tensors"].items())
-            whole |= {"kind": whole["kind"] or kind_with(keys), "tensors": {}, "values": []}
-            whole.pop("structure", None)
-        return _decode_body(whole, where)
-    except _NO_MANIFEST as error:
+            keys = (entry.get("path", [name])[0] for name, entry in members["tensors"].items())
+            members |= {"kind": members["kind"] or kind_with(keys), "tensors": {}, "values": []}
+            members.pop("structure", None)
+        return _decode_body(members, where)
+    except _INVALID as error:
         raise FormatError(f"`{where}` is not a manifest: {type(error).__name__} {error}") from error
 
 
@@ -297,10 +300,8 @@ def _without_tensors(body: bytes) -> dict[str, Any] | None:
     return {**members, "tensors": {}} if is_complete and members["kind"] else None
 
 
-_NO_MANIFEST = (
-    *(LookupError, TypeError, ValueError, AttributeError, RecursionError),
-    OverflowError,  # From an int too large for a float.
-)
+# OverflowError comes from an int too large for a float.
+_INVALID = (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError)
 
 
 def _decode_body(body: dict[str, Any], where: str) -> Manifest:

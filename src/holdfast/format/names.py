@@ -72,9 +72,9 @@ def checked_step(value: object, what: str, *, least: int = 0) -> int:
     """
     step = whole_number(value)
     if step is None or not least <= step <= STEP_MAX:
-        found = shown(value if step is None else step)
+        text = shown(value if step is None else step)
         raise UsageError(
-            f"`{what}` must be a whole number from {least} to {STEP_MAX}, found: {found}",
+            f"`{what}` must be a whole number from {least} to {STEP_MAX}, found: {text}",
             hint="convert it with `int(...)`" if isinstance(value, float | str) else None,
         )
     return step

@@ -123,10 +123,10 @@ def _check_filled(tensors: Mapping[str, TensorEntry], start: int, nbytes: int) -
     """Refuse tensors that overlap or leave gaps."""
     spans = sorted((e.chunks[0].item.offset, e.chunks[0].item.stop, n) for n, e in tensors.items())
     spans = [(start, start, "the header"), *spans, (nbytes, nbytes, "the end of the file")]
-    for (_, before, one), (after, _, other) in pairwise(spans):
-        if before != after:
-            how = "overlap" if after < before else "leave a gap"
-            raise ValueError(f"`{one[:200]}` and `{other[:200]}` {how} at byte {before}")
+    for (_, stop, name), (start, _, next_name) in pairwise(spans):
+        if stop != start:
+            how = "overlap" if start < stop else "leave a gap"
+            raise ValueError(f"`{name[:200]}` and `{next_name[:200]}` {how} at byte {stop}")
 
 
 def _check_strings(entry: object) -> None:
@@ -189,24 +189,24 @@ def joined(
         FormatError: a tensor is in two files, or not in the file that the index names.
     """
     tensors: dict[str, TensorEntry] = {}
-    wrong = []
+    problems = []
     for file, part in parts.items():
         for name, entry in part.tensors.items():
             if index is not None and index.get(name) != file:
-                wrong.append(f"`{name}` is in `{file}`, which the index does not say")
+                problems.append(f"`{name}` is in `{file}`, which the index does not say")
             elif name in tensors:
-                wrong.append(f"`{name}` is in `{tensors[name].chunks[0].file}` and in `{file}`")
+                problems.append(f"`{name}` is in `{tensors[name].chunks[0].file}` and in `{file}`")
             tensors[name] = entry
     for name, file in (index or {}).items():
         if name not in tensors:
-            wrong.append(f"`{name}` is not in `{file}`, contrary to the index")
-    if wrong:
-        more = len(wrong) - LISTED_MAX
+            problems.append(f"`{name}` is not in `{file}`, contrary to the index")
+    if problems:
+        more = len(problems) - LISTED_MAX
         raise FormatError(
-            f"`{where}`: {wrong[0]}"
-            if len(wrong) == 1
-            else f"`{where}`: {len(wrong)} tensors are in the wrong place:\n  "
-            + "\n  ".join(wrong[:LISTED_MAX])
+            f"`{where}`: {problems[0]}"
+            if len(problems) == 1
+            else f"`{where}`: {len(problems)} tensors are in the wrong place:\n  "
+            + "\n  ".join(problems[:LISTED_MAX])
             + (f"\n  ... and {more} more" if more > 0 else ""),
             hint=f"without `{INDEX}` every `*{SUFFIX}` is read: move away files of other models"
             if index is None
@@ -250,11 +250,11 @@ def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> SafetensorsLa
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    placed = {}
+    spans = {}
     for name in tensors:
         first, last = entries[name]["data_offsets"]
-        placed[name] = Span(start + first, last - first)
-    return SafetensorsLayout(start + position, struct.pack("<Q", len(text)) + text, placed)
+        spans[name] = Span(start + first, last - first)
+    return SafetensorsLayout(start + position, struct.pack("<Q", len(text)) + text, spans)
 
 
 def encode_index(files: Mapping[str, str], nbytes: int) -> bytes:

@@ -1,4 +1,4 @@
-"""`.pt` files, in which `torch.save` stores a whole state: read and write them without torch.
+"""`.pt` files, in which `torch.save` stores a region state: read and write them without torch.
 
 A file is one ZIP archive: `data.pkl` describes the objects, `data/<key>` holds the elements of each
 storage. Entries are named by their path, joined by dots, as in a DCP checkpoint. Every record that
@@ -44,7 +44,7 @@ from holdfast.format.torchzip import (
     contiguous_strides,
     described,
     pickled_tensor,
-    place,
+    stored_tensor,
 )
 
 PICKLE_BYTES_MAX = 256 << 20
@@ -87,48 +87,48 @@ def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> TorchFile:
             raise ValueError("a ZIP archive of another program, without `data.pkl`")
         check_byte_order(within, records)
         pickled = content(within, records["data.pkl"], PICKLE_BYTES_MAX)
-        made = loads(pickled, _ALLOWED, where=where)
-        return _state(made, len(pickled), records, file, nbytes)
+        value = loads(pickled, _ALLOWED, where=where)
+        return _state(value, len(pickled), records, file, nbytes)
     except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise FormatError(f"`{where}` is not a file of torch.save: {error}") from error
 
 
 def _state(
-    made: object, pickle_bytes: int, records: Mapping[str, Record], file: str, nbytes: int
+    value: object, pickle_bytes: int, records: Mapping[str, Record], file: str, nbytes: int
 ) -> TorchFile:
     tensors: dict[str, TensorEntry] = {}
     values: dict[str, ValueEntry] = {}
     strides: dict[str, tuple[int, ...]] = {}
-    for path, leaf in _leaves(made, pickle_bytes):
+    for path, leaf in _leaves(value, pickle_bytes):
         name = ".".join(map(str, path))
         if name in tensors or name in values:
             raise ValueError(f"two entries are named `{name[:200]}`")
         if not isinstance(leaf, Tensor):
             values[name] = ValueEntry(file, records["data.pkl"].data, None, path)
             continue
-        stored = place(described(leaf), records, 0)
-        whole = Region.whole(stored.shape)
-        data_bytes = whole.num_elements * dtype_of(stored.dtype).itemsize
+        stored = stored_tensor(described(leaf), records, 0)
+        region = Region.region(stored.shape)
+        data_bytes = region.num_elements * dtype_of(stored.dtype).itemsize
         if data_bytes > nbytes:
             # As `expand` makes them: a few bytes could describe a tensor of any size.
             raise ValueError(f"`{name[:200]}` has {data_bytes} bytes, the file only {nbytes}")
-        row_major = stored.strides == contiguous_strides(stored.shape) or whole.num_elements < 2
+        row_major = stored.strides == contiguous_strides(stored.shape) or region.num_elements < 2
         if row_major:
             item = Span(stored.data.offset, data_bytes)
         else:
             item, strides[name] = stored.data, stored.strides
-        chunk = Chunk(whole, file, item, item.offset if row_major else None)
+        chunk = Chunk(region, file, item, item.offset if row_major else None)
         tensors[name] = TensorEntry(stored.dtype, stored.shape, (chunk,), path)
     return TorchFile(Manifest(tensors, values, files={file: nbytes}), strides, records)
 
 
-def _leaves(made: object, num_max: int) -> Iterator[tuple[Path, object]]:
+def _leaves(value: object, num_max: int) -> Iterator[tuple[Path, object]]:
     """Yield tensors and values by path, depth first.
 
     An object may be shared, or contain itself. Raises `ValueError` after `num_max` objects, the
     bytes of the pickle: only a crafted file has more.
     """
-    waiting: list[tuple[Path, object]] = [((), made)]
+    waiting: list[tuple[Path, object]] = [((), value)]
     while waiting:
         path, node = waiting.pop()
         num_max -= 1
@@ -195,7 +195,7 @@ class NewTensor:
 
     @property
     def nbytes(self) -> int:
-        return Region.whole(self.shape).num_elements * dtype_of(self.dtype).itemsize
+        return Region.region(self.shape).num_elements * dtype_of(self.dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +266,7 @@ def lay_out(
     pickle = b"\x80\x02" + _pickled(_tree(leaves)) + b"."
     small = {"data.pkl": pickle, "byteorder": b"little", "version": b"3\n"}
     records: list[_NewRecord] = []
-    placed: dict[str, Span] = {}
+    positions: dict[str, Span] = {}
     position = 0
     for name, data in small.items():
         records.append(_NewRecord(name, position, len(data), data))
@@ -274,11 +274,11 @@ def lay_out(
     for name in stored:
         nbytes = tensors[name].nbytes
         records.append(_NewRecord(f"data/{keys[name]}", position, nbytes, tensor=name))
-        placed[name] = records[-1].data
-        position = placed[name].stop
+        positions[name] = records[-1].data
+        position = positions[name].stop
     directory_bytes = sum(len(record.entry(0)) for record in records)
     end = directory_end(len(records), directory_bytes, position)
-    return TorchFileLayout(position + directory_bytes + len(end), placed, tuple(records))
+    return TorchFileLayout(position + directory_bytes + len(end), positions, tuple(records))
 
 
 def _tree(leaves: Mapping[Path, bytes]) -> dict[str | int, Any]:

@@ -47,13 +47,13 @@ _PARAMETERS_MAX = 8
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a row-major tensor, in elements."""
+    """Return the strides of a row-major tensor, in elements."""
     sizes = [max(size, 1) for size in shape[:0:-1]]
     return tuple(accumulate(sizes, mul, initial=1))[::-1] if shape else ()
 
 
 def frame(dtype: str, shape: tuple[int, ...], position: int) -> tuple[bytes, bytes]:
-    """Bytes before and after the raw data of a tensor whose item begins at `position`."""
+    """Return the bytes before and after the raw data of a tensor whose item begins at `position`."""
     nbytes = prod(shape) * dtype_of(dtype).itemsize
     align = PAGE_BYTES if nbytes >= LARGE_BYTES else 64
     # Only the remainder matters, so that equal small tensors share few cached frames.
@@ -85,8 +85,10 @@ def _records(dtype: str, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
 
 
 def pickled_tensor(dtype: str, shape: tuple[int, ...], key: str) -> bytes:
-    """Part of a pickle (protocol 2) that makes torch rebuild a row-major tensor from all of storage
-    `key`."""
+    """Return the part of a pickle (protocol 2) that makes torch rebuild a row-major tensor.
+
+    The tensor has all of storage `key`.
+    """
     storage = dtype_of(dtype).storage
     numel = prod(shape) if storage else prod(shape) * dtype_of(dtype).itemsize
     return b"".join(
@@ -131,8 +133,8 @@ def locate(fetch: Fetch, item: Span, *, where: str) -> StoredTensor:
         within = windowed(fetch, item)
         records = read_records(within, item.nbytes)
         check_byte_order(within, records)
-        made = loads(content(within, records["data.pkl"], _PICKLE_BYTES_MAX), GLOBALS, where=where)
-        return place(described(made), records, item.offset)
+        value = loads(content(within, records["data.pkl"], _PICKLE_BYTES_MAX), GLOBALS, where=where)
+        return stored_tensor(described(value), records, item.offset)
     except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise FormatError(f"`{where}` is not a tensor as torch.save writes it: {error}") from error
 
@@ -161,7 +163,7 @@ def check_byte_order(fetch: Fetch, records: Mapping[str, Record]) -> None:
         raise ValueError("byte order is not little-endian")
 
 
-def place(tensor: Described, records: Mapping[str, Record], position: int) -> StoredTensor:
+def stored_tensor(tensor: Described, records: Mapping[str, Record], position: int) -> StoredTensor:
     """Find the elements of a tensor in an archive that begins at `position` of its file.
 
     Raises:
@@ -212,21 +214,21 @@ class _RebuildParameter(Tensor):
     """Arguments: the tensor; the others are ignored."""
 
 
-def described(made: object) -> Described:
+def described(value: object) -> Described:
     """Check and return the description of a tensor in the result of `loads`.
 
     Raises:
         ValueError, LookupError, TypeError, AttributeError: it is no valid tensor.
     """
     for _ in range(_PARAMETERS_MAX):
-        if not isinstance(made, _RebuildParameter):
+        if not isinstance(value, _RebuildParameter):
             break
-        made = made.args[0]
-    if not isinstance(made, _RebuildV2 | _RebuildV3):
-        raise ValueError(f"holds {type(made).__name__}, not a tensor")
-    storage, offset, shape, strides = made.args[:4]
+        value = value.args[0]
+    if not isinstance(value, _RebuildV2 | _RebuildV3):
+        raise ValueError(f"holds {type(value).__name__}, not a tensor")
+    storage, offset, shape, strides = value.args[:4]
     kind, storage_dtype, key = storage[:3]
-    dtype = made.args[6].name if isinstance(made, _RebuildV3) else storage_dtype
+    dtype = value.args[6].name if isinstance(value, _RebuildV3) else storage_dtype
     if kind != "storage" or type(key) is not str or type(dtype) is not str:
         raise ValueError("its storage is not one of torch's")
     (offset,) = check_sizes((offset,))

@@ -40,20 +40,20 @@ class Lock:
         """Device and inode."""
 
     @property
-    def mine(self) -> bool:
+    def is_held(self) -> bool:
         """Whether this process holds the lock: False once released, and in a forked child."""
         return self._descriptor >= 0 and self._pid == os.getpid()
 
     def write_note(self, note: str) -> None:
-        """Replace the content of the file by `note`. Does nothing unless the lock is `mine`."""
-        if self.mine:
+        """Replace the content of the file by `note`. Does nothing if the lock is released."""
+        if self.is_held:
             data = note.encode(errors="replace")[:NOTE_BYTES_MAX]
             os.pwrite(self._descriptor, data, 0)
             os.ftruncate(self._descriptor, len(data))
 
     def release(self) -> None:
         """Unlock. Does nothing if released already, or in a forked child."""
-        if self.mine:
+        if self.is_held:
             descriptor, self._descriptor = self._descriptor, -1
             # `close` is not enough: a child forked by native code may keep the file open.
             with suppress(OSError):
@@ -114,7 +114,7 @@ def lock_folder(path: str) -> Lock | None:
 
 def remove_lock_file(path: str, lock: Lock) -> None:
     """Delete a lock file, then release its lock."""
-    if lock.mine:
+    if lock.is_held:
         with suppress(FileNotFoundError):
             os.unlink(path)
         lock.release()
@@ -123,7 +123,7 @@ def remove_lock_file(path: str, lock: Lock) -> None:
 def is_held_here(path: str) -> bool:
     """Whether this process holds the lock on the file at `path`."""
     file = _file_at(path)
-    return any(isinstance(lock, Lock) and lock.mine and lock.file == file for lock in leavers())
+    return any(isinstance(lock, Lock) and lock.is_held and lock.file == file for lock in leavers())
 
 
 def holder_of(path: str) -> str | None:

@@ -208,11 +208,11 @@ class _Recorder:
                 self._keep(verb, below)
 
     def _rename(self, source: Any, target: Any, **folders: Any) -> None:
-        below, there = self._below(source), self._below(target)
+        old, new = self._below(source), self._below(target)
         with self._mutex:
             _REAL["rename"](source, target, **folders)
-            if below is not None and there is not None:
-                self._keep("rename", below, target=there)
+            if old is not None and new is not None:
+                self._keep("rename", old, target=new)
 
     def _rename_exclusive(self, source: str, target: str) -> None:
         """Replace `renaming.rename_exclusive`, which calls the C library."""

@@ -55,12 +55,9 @@ def round_trip(
             for key, value in target.items():
                 target[key] = _LoadRecorder(value) if _is_other_object(value) else value
             _save_and_load(Path(folder), mode, state, target)
-            found = [
-                line
-                for key in state
-                for line in differences(expected[key], _loaded_state(target[key]), key)
-            ]
-        assert not found, f"mode `{mode}`:\n  " + "\n  ".join(found)
+            loaded = {key: _loaded_state(target[key]) for key in state}
+            lines = [n for key in state for n in differences(expected[key], loaded[key], key)]
+        assert not lines, f"mode `{mode}`:\n  " + "\n  ".join(lines)
 
 
 def _save_and_load(
