@@ -189,8 +189,11 @@ def _record(fetch: Fetch, entry: _Entry, directory: int) -> Record:
 def local_header(
     name: bytes, nbytes: int, *, position: int = 0, align: int = 0, crc32: int = 0
 ) -> bytes:
-    """Header of a record of `nbytes`. With `align` it is padded so that the data start on a
-    multiple of that, if the header itself starts at `position`."""
+    """Return the header of a record of `nbytes`.
+
+    With `align` it is padded, so that the data start on a multiple of `align` if the header starts
+    at `position`.
+    """
     extra = _field64(nbytes)
     if align:
         padding = -(position + _LOCAL.size + len(name) + len(extra) + 4) % align

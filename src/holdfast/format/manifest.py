@@ -55,10 +55,10 @@ class Chunk:
     region: Region
     file: str
     item: Span
-    """Container around the data, which stock DCP passes to `torch.load`."""
+    """Archive around the data, which stock DCP passes to `torch.load`."""
 
     data_offset: int | None = None
-    """Offset of the raw row-major elements in the file; None if only the container tells."""
+    """Offset of the raw row-major elements in the file; None if it must be read from the item."""
 
     first_block: int | None = None
     """Index, in the file's table, of the checksum of the first block of the raw data; the next ones

@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 from zlib import crc32
 
 from holdfast.arguments import shown, whole_number
@@ -38,11 +38,15 @@ _ASIDE = re.compile(r"\.(attempt|replaced|removing)-([^/]+)-([0-9a-f]{8})", re.A
 _MARK = re.compile(r"\.(pinned|damaged)-(.+)", re.ASCII)
 
 
+AsideRole = Literal["attempt", "replaced", "removing"]
+MarkRole = Literal["pinned", "damaged"]
+
+
 @dataclass(frozen=True, slots=True)
 class Aside:
     """A folder that is not yet a checkpoint, or no longer one."""
 
-    role: Literal["attempt", "replaced", "removing"]
+    role: AsideRole
     name: str
     """Name of the checkpoint that it will become, or was."""
 
@@ -57,7 +61,7 @@ class Aside:
 class Mark:
     """A fact about a checkpoint, in a file beside it, since a published folder never changes."""
 
-    role: Literal["pinned", "damaged"]
+    role: MarkRole
     step: int
 
     def __str__(self) -> str:
@@ -149,20 +153,14 @@ def standing_among(names: Iterable[str], name: str) -> str | None:
 def aside_of(name: str) -> Aside | None:
     """Parse the name of an `Aside`; None if it is no such name."""
     match = _ASIDE.fullmatch(name)
-    if not match:
-        return None
-    role: Literal["attempt", "replaced", "removing"] = match[1]  # type: ignore[assignment]
-    return Aside(role, match[2], match[3])
+    return Aside(cast("AsideRole", match[1]), match[2], match[3]) if match else None
 
 
 def mark_of(name: str) -> Mark | None:
     """Parse the name of a `Mark`; None if it is no such name."""
     match = _MARK.fullmatch(name)
     step = step_of(match[2]) if match else None
-    if match is None or step is None:
-        return None
-    role: Literal["pinned", "damaged"] = match[1]  # type: ignore[assignment]
-    return Mark(role, step)
+    return None if match is None or step is None else Mark(cast("MarkRole", match[1]), step)
 
 
 def held_file(name: str) -> str:

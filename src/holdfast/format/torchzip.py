@@ -53,7 +53,7 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def frame(dtype: str, shape: tuple[int, ...], position: int) -> tuple[bytes, bytes]:
-    """Return the bytes before and after the raw data of a tensor whose item begins at `position`."""
+    """Return the bytes before and after the raw data of a tensor whose item is at `position`."""
     nbytes = prod(shape) * dtype_of(dtype).itemsize
     align = PAGE_BYTES if nbytes >= LARGE_BYTES else 64
     # Only the remainder matters, so that equal small tensors share few cached frames.
@@ -124,10 +124,10 @@ class StoredTensor:
 
 
 def locate(fetch: Fetch, item: Span, *, where: str) -> StoredTensor:
-    """Find the elements of a tensor inside a container of `torch.save`, which may be untrusted.
+    """Find the elements of a tensor inside an untrusted archive of `torch.save`.
 
     Raises:
-        FormatError: it is no container of a tensor, or refers to bytes outside of it.
+        FormatError: it is no archive of a tensor, or refers to bytes outside of it.
     """
     try:
         within = windowed(fetch, item)

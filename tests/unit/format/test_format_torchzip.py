@@ -1,4 +1,4 @@
-"""The container of one tensor: torch reads those of Holdfast, Holdfast reads those of torch."""
+"""The archive of one tensor: torch reads those of Holdfast, Holdfast reads those of torch."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def elements(data: bytes, found: StoredTensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", sorted(BY_NAME))
-def test_torch_load_reads_a_container_of_every_dtype_and_shape(dtype: str) -> None:
-    """G10. Method: `torch.load(weights_only=True)` of containers made by `frame` at odd positions;
+def test_torch_load_reads_an_archive_of_every_dtype_and_shape(dtype: str) -> None:
+    """G10. Method: `torch.load(weights_only=True)` of archives made by `frame` at odd positions;
     dtype, shape, strides and every byte. `locate` finds the same bytes."""
     for number, shape in enumerate(SHAPES):
         position = 37 * number
@@ -142,8 +142,8 @@ def test_strides_are_those_of_torch(shape: list[int]) -> None:
 
 
 @pytest.mark.parametrize("nbytes", [2**32 - 2, 2**32 - 1, 2**32, 2**32 + 7, 5 * 2**40])
-def test_a_container_of_more_than_4_gib_is_read(nbytes: int) -> None:
-    """G10. Method: a container around virtual zeros: `locate`, and Python's zipfile on a file
+def test_an_archive_of_more_than_4_gib_is_read(nbytes: int) -> None:
+    """G10. Method: an archive around virtual zeros: `locate`, and Python's zipfile on a file
     object that generates them, find the position and size of the data."""
     position = 3 * 2**33 + 5
     prefix, suffix = frame("uint8", (nbytes,), position)
@@ -226,9 +226,9 @@ STORED: list[tuple[str, torch.Tensor]] = [
 def test_a_tensor_saved_by_torch_is_found(tensor: torch.Tensor, position: int) -> None:
     """G10. Method: `torch.save`, at the start of a file and inside one; the bytes and strides that
     `locate` returns give the tensor bit for bit."""
-    container = saved(tensor)
-    data = bytes(position) + container + b"next item"
-    found = locate(from_bytes(data), Span(position, len(container)), where="f")
+    archive = saved(tensor)
+    data = bytes(position) + archive + b"next item"
+    found = locate(from_bytes(data), Span(position, len(archive)), where="f")
     assert found.shape == tuple(tensor.shape)
     assert f"torch.{found.dtype}" == str(tensor.dtype)
     assert raw(elements(data, found)) == raw(tensor)
@@ -248,14 +248,14 @@ def test_the_crc_of_torch_is_found_if_it_covers_the_data() -> None:
 @pytest.mark.parametrize(
     "value", [{"a": BASE}, [BASE], 3, "text", None, (BASE,), torch.Size([3]), torch.float32]
 )
-def test_a_container_of_something_else_than_a_tensor_is_refused(value: object) -> None:
+def test_an_archive_of_something_else_than_a_tensor_is_refused(value: object) -> None:
     """G8. Method: `torch.save` of other values."""
     data = saved(value)
     with pytest.raises(FormatError):
         locate(from_bytes(data), Span(0, len(data)), where="f")
 
 
-def test_a_container_that_refers_to_code_is_refused_by_name() -> None:
+def test_an_archive_that_refers_to_code_is_refused_by_name() -> None:
     """G8. Method: `torch.save` of an object whose class would be imported."""
     data = saved(partial(print, "hello"))
     with pytest.raises(FormatError, match=r"functools\.partial"):
@@ -271,14 +271,14 @@ def rewritten(entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) 
     return buffer.getvalue()
 
 
-def records_of(container: bytes) -> dict[str, bytes]:
-    with zipfile.ZipFile(io.BytesIO(container)) as archive:
+def records_of(saved_bytes: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(saved_bytes)) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
 def test_a_compressed_archive_is_refused(compression: int) -> None:
-    """Method: the records of a real container, compressed."""
+    """Method: the records of a real archive, compressed."""
     data = rewritten(records_of(saved(BASE)), compression)
     with pytest.raises(FormatError, match="compressed"):
         locate(from_bytes(data), Span(0, len(data)), where="f")
@@ -302,7 +302,7 @@ def test_a_big_endian_tensor_is_refused() -> None:
     ],
 )
 def test_a_tensor_larger_than_its_data_is_refused(old: bytes, new: bytes) -> None:
-    """G8. Method: sizes in the pickle of a real container, replaced; no byte outside of it is
+    """G8. Method: sizes in the pickle of a real archive, replaced; no byte outside of it is
     returned."""
     records = records_of(saved(BASE))
     pickled = records["archive/data.pkl"]
@@ -313,7 +313,7 @@ def test_a_tensor_larger_than_its_data_is_refused(old: bytes, new: bytes) -> Non
         locate(from_bytes(data), Span(0, len(data)), where="f")
 
 
-CONTAINERS = [
+ARCHIVES = [
     saved(BASE),
     saved(torch.nn.Parameter(torch.randn(3).to(torch.float8_e5m2))),
     b"".join((*frame("float32", (3, 4), 0)[:1], bytes(48), *frame("float32", (3, 4), 0)[1:])),
@@ -321,11 +321,11 @@ CONTAINERS = [
 
 
 @settings(max_examples=300)
-@given(st.sampled_from(CONTAINERS), st.data())
-def test_a_corrupted_container_is_read_or_refused(container: bytes, data: st.DataObject) -> None:
-    """G8. Method: a valid container, truncated at either end, or with bytes replaced outside of the
+@given(st.sampled_from(ARCHIVES), st.data())
+def test_a_corrupted_archive_is_read_or_refused(archive: bytes, data: st.DataObject) -> None:
+    """G8. Method: a valid archive, truncated at either end, or with bytes replaced outside of the
     data. Only `FormatError` may be raised, and no byte outside be returned."""
-    broken = bytearray(container)
+    broken = bytearray(archive)
     for _ in range(data.draw(st.integers(0, 4))):
         near = data.draw(st.integers(-700, 700)) % len(broken)
         byte = data.draw(st.integers(0, 255))
@@ -354,14 +354,14 @@ def test_random_bytes_are_refused(stored: bytes) -> None:
             locate(from_bytes(data), Span(0, len(data)), where="f")
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
-def test_a_truncated_container_is_refused(container: bytes) -> None:
+@pytest.mark.parametrize("archive", ARCHIVES)
+def test_a_truncated_archive_is_refused(archive: bytes) -> None:
     """G3. Method: every prefix, once with the new size in the index and once with the old one."""
-    for stop in range(len(container)):
+    for stop in range(len(archive)):
         with pytest.raises(FormatError):
-            locate(from_bytes(container[:stop]), Span(0, stop), where="f")
+            locate(from_bytes(archive[:stop]), Span(0, stop), where="f")
         with pytest.raises(FormatError):
-            locate(from_bytes(container[:stop]), Span(0, len(container)), where="f")
+            locate(from_bytes(archive[:stop]), Span(0, len(archive)), where="f")
 
 
 V3 = b"ctorch._utils\n_rebuild_tensor_v3\n"
@@ -390,7 +390,7 @@ def test_a_pickle_of_allowed_names_in_a_wrong_order_is_refused(pickled: bytes) -
 
 
 def test_data_that_ends_after_its_item_is_refused() -> None:
-    """G8. Method: a container for 4800 bytes that has 48; its directory is found, only the size is
+    """G8. Method: an archive for 4800 bytes that has 48; its directory is found, only the size is
     wrong. The bytes after the item belong to another one."""
     prefix, suffix = frame("float32", (300, 4), 0)
     directory_at = (len(prefix) + 48).to_bytes(4, "little")
