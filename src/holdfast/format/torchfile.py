@@ -1,4 +1,4 @@
-"""`.pt` files, in which `torch.save` stores a region state: read and write them without torch.
+"""`.pt` files, in which `torch.save` stores a whole state: read and write them without torch.
 
 A file is one ZIP archive: `data.pkl` describes the objects, `data/<key>` holds the elements of each
 storage. Entries are named by their path, joined by dots, as in a DCP checkpoint. Every record that
@@ -107,7 +107,7 @@ def _state(
             values[name] = ValueEntry(file, records["data.pkl"].data, None, path)
             continue
         stored = stored_tensor(described(leaf), records, 0)
-        region = Region.region(stored.shape)
+        region = Region.whole(stored.shape)
         data_bytes = region.num_elements * dtype_of(stored.dtype).itemsize
         if data_bytes > nbytes:
             # As `expand` makes them: a few bytes could describe a tensor of any size.
@@ -195,7 +195,7 @@ class NewTensor:
 
     @property
     def nbytes(self) -> int:
-        return Region.region(self.shape).num_elements * dtype_of(self.dtype).itemsize
+        return Region.whole(self.shape).num_elements * dtype_of(self.dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True)
