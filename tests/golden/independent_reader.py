@@ -80,36 +80,38 @@ def read_state(folder: Path) -> dict[str, Any]:
     paths = {name: tensor.get("path") or [name] for name, tensor in manifest["tensors"].items()}
     for value in manifest["values"]:
         paths |= {name: path or [name] for name, path in value["entries"].items()}
-    held = {tuple(path): entries[name] for name, path in paths.items()}
+    leaves = {tuple(path): entries[name] for name, path in paths.items()}
     nodes = {tuple(path): node for path, node in manifest["structure"]}
-    tops = dict.fromkeys(path[0] for path in (*held, *nodes))
-    return {top: put_together((top,), nodes.get((top,)), held, nodes) for top in tops}
+    tops = dict.fromkeys(path[0] for path in (*leaves, *nodes))
+    return {top: put_together((top,), nodes.get((top,)), leaves, nodes) for top in tops}
 
 
-def put_together(path: Any, node: Any, held: dict[Any, Any], nodes: dict[Any, Any]) -> Any:
+def put_together(path: Any, node: Any, leaves: dict[Any, Any], nodes: dict[Any, Any]) -> Any:
     if node is None and path in nodes:
         node = nodes[path]
     if node is None:
-        if path in held:
-            return held[path]
-        keys = dict.fromkeys(p[len(path)] for p in (*held, *nodes) if p[: len(path)] == path)
-        below = {key: put_together((*path, key), None, held, nodes) for key in keys}
+        if path in leaves:
+            return leaves[path]
+        keys = dict.fromkeys(p[len(path)] for p in (*leaves, *nodes) if p[: len(path)] == path)
+        below = {key: put_together((*path, key), None, leaves, nodes) for key in keys}
         lists = all(type(key) is int for key in below)
         return [below[key] for key in sorted(below)] if lists else below
     if node == "array":
-        return held[path].numpy()
+        return leaves[path].numpy()
     kind, what = next(iter(node.items()))
     if kind == "object":
-        return put_together(path, what, held, nodes)
+        return put_together(path, what, leaves, nodes)
     if kind == "tensor":
-        return held[path]
+        return leaves[path]
     if kind == "types":
-        return with_types(held[path], [([literal(key) for key in keys], n) for keys, n in what])
+        return with_types(leaves[path], [([literal(key) for key in keys], n) for keys, n in what])
     if kind in ("list", "tuple"):
-        numbered = (put_together((*path, n), one, held, nodes) for n, one in enumerate(what))
+        numbered = (put_together((*path, n), child, leaves, nodes) for n, child in enumerate(what))
         return {"list": list, "tuple": tuple}[kind](numbered)
-    pairs = what.items() if isinstance(what, dict) else ((literal(key), one) for key, one in what)
-    members = {key: put_together((*path, str(key)), one, held, nodes) for key, one in pairs}
+    pairs = (
+        what.items() if isinstance(what, dict) else ((literal(key), child) for key, child in what)
+    )
+    members = {key: put_together((*path, str(key)), child, leaves, nodes) for key, child in pairs}
     if kind == "defaultdict":
         return defaultdict({"list": list, "None": None}[node["default"]], members)
     return {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}[kind](members)

@@ -73,9 +73,9 @@ def test_its_stock_index_has_the_same_entries(name: str) -> None:
 def test_it_is_opened_and_loaded_bit_for_bit(name: str) -> None:
     """G3, G10. Method: `holdfast.open`, entry by entry, and `holdfast.load` as a whole."""
     checkpoint = holdfast.open(HERE / name)
-    found: dict[str, Any] = {n: checkpoint.read(n) for n in checkpoint.tensors}
-    found |= {n: checkpoint.value(n) for n in checkpoint.manifest.values}
-    assert {n: bits(value) for n, value in found.items()} == expected()
+    loaded: dict[str, Any] = {n: checkpoint.read(n) for n in checkpoint.tensors}
+    loaded |= {n: checkpoint.value(n) for n in checkpoint.manifest.values}
+    assert {n: bits(value) for n, value in loaded.items()} == expected()
     state = blank(golden_state())
     holdfast.load(HERE / name, state)
     assert {n: bits(leaf.value) for n, leaf in flatten(state).leaves.items()} == expected()
@@ -171,14 +171,14 @@ def test_structure_is_read_as_it_was_written() -> None:
     """G10, G15. Method: by the independent reader, into fresh objects, and by `load` into nothing;
     types of containers, keys and numbers, order, every bit."""
     wanted = golden_structure()
-    found = read_state(HERE / "structure")
-    assert {*found} == {*wanted}
+    loaded = read_state(HERE / "structure")
+    assert {*loaded} == {*wanted}
     objects: dict[str, Any] = {name: Kept() for name in wanted}
     plain: dict[str, Any] = dict.fromkeys(wanted)
     holdfast.load(HERE / "structure", objects)
     holdfast.load(HERE / "structure", plain)
     for name, value in wanted.items():
-        for one in (found[name], objects[name].state, plain[name]):
+        for one in (loaded[name], objects[name].state, plain[name]):
             assert [*differences(value, one, name)] == []
             if isinstance(value, dict):
                 assert [*one] == [*value], name

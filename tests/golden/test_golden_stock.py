@@ -30,21 +30,21 @@ def test_it_is_opened_and_verified_bit_for_bit(name: str) -> None:
     """G8, G10. Method: every entry, compared with the saved state. torch 2.1 stored dicts without
     tensors as one value, and had some classes in another module."""
     checkpoint = holdfast.open(HERE / name)
-    found: dict[str, Any] = {n: checkpoint.read(n) for n in checkpoint.tensors}
+    loaded: dict[str, Any] = {n: checkpoint.read(n) for n in checkpoint.tensors}
     for n in checkpoint.manifest.values:
         value = checkpoint.value(n)
         parts = (
             {f"{n}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {}
         )
-        found |= parts or {n: value}
+        loaded |= parts or {n: value}
     expected = {n: leaf.value for n, leaf in flatten(stock_state()).leaves.items()}
-    assert found.keys() == expected.keys()
+    assert loaded.keys() == expected.keys()
     for n, value in expected.items():
         if isinstance(value, torch.Tensor):
-            assert found[n].dtype == value.dtype
-            assert torch.equal(found[n], value), n
+            assert loaded[n].dtype == value.dtype
+            assert torch.equal(loaded[n], value), n
         else:
-            assert found[n] == value, n
+            assert loaded[n] == value, n
     assert verify(VerifyTarget(LocalStore(HERE), name)).good
 
 

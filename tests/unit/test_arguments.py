@@ -112,14 +112,14 @@ def test_every_setting_has_its_type_or_is_refused_by_name(section: Any) -> None:
     type of the key afterwards."""
     for key, hint in get_type_hints(section).items():
         for value in WRONG:
-            taken = taken_as(section, key, value)
-            if isinstance(taken, UsageError):
-                assert key in taken.what, taken.what
+            result = taken_as(section, key, value)
+            if isinstance(result, UsageError):
+                assert key in result.what, result.what
                 continue
             kinds = [get_args(one) for one in members(hint) if get_args(one)]
             choices = {choice for kind in kinds for choice in kind}
-            fits = type(taken) in members(hint) or taken in choices
-            assert fits or (taken is None and type(None) in get_args(hint)), f"{key}: {taken!r}"
+            fits = type(result) in members(hint) or result in choices
+            assert fits or (result is None and type(None) in get_args(hint)), f"{key}: {result!r}"
 
 
 @pytest.mark.parametrize(
@@ -168,12 +168,12 @@ def test_settings_are_converted_to_their_types() -> None:
         folder=Path("a") / "b",  # type: ignore[arg-type]
     )
     expected = (True, 5, 3, 7.0, ("optimizer",), "a/b")
-    found = (
+    converted = (
         *(config.enable, config.interval, config.keep_latest_k, config.mtbf_hours),
         *(config.exclude_from_loading, config.folder),
     )
-    assert found == expected
-    assert [type(one) for one in found] == [type(one) for one in expected]
+    assert converted == expected
+    assert [type(one) for one in converted] == [type(one) for one in expected]
     assert CheckpointConfig(True, "a/b", 5) == CheckpointConfig(
         enable=True, folder="a/b", interval=5
     )

@@ -30,9 +30,11 @@ def test_the_checksum_is_xxh3_64() -> None:
 def test_each_block_has_one_checksum_and_the_last_may_be_short(nbytes: int) -> None:
     """G3. Method: sizes around one block, compared with slices hashed one by one."""
     data = bytes(range(256)) * (nbytes // 256) + bytes(nbytes % 256)
-    found = block_checksums(memoryview(data))
-    assert len(found) == num_blocks(nbytes)
-    assert found == [checksum(data[at : at + BLOCK_BYTES]) for at in range(0, nbytes, BLOCK_BYTES)]
+    checksums_found = block_checksums(memoryview(data))
+    assert len(checksums_found) == num_blocks(nbytes)
+    assert checksums_found == [
+        checksum(data[start : start + BLOCK_BYTES]) for start in range(0, nbytes, BLOCK_BYTES)
+    ]
 
 
 @given(st.lists(st.integers(0, 2**64 - 1)))

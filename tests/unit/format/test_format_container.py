@@ -41,11 +41,11 @@ plain = st.recursive(
 @given(plain)
 def test_plain_values_are_displayed_like_repr(value: Any) -> None:
     """Method: numbers, texts, bytes and containers of them, compared with `repr`."""
-    found = read(value)
+    result = read(value)
     # An empty bytes is a call in the pickles of torch.save.
     if "b''" not in repr(value) and len(repr(value)) < 500:
-        assert spelled(found) == repr(value)
-    json.dumps(as_json(found, 10_000))
+        assert spelled(result) == repr(value)
+    json.dumps(as_json(result, 10_000))
 
 
 @pytest.mark.parametrize(
@@ -69,9 +69,9 @@ def test_plain_values_are_displayed_like_repr(value: Any) -> None:
 )
 def test_objects_that_need_torch_are_named(value: Any, said: str) -> None:
     """Method: the other kinds of values in checkpoints."""
-    found = read(value)
-    assert spelled(found) == said
-    json.dumps(as_json(found, 100))
+    result = read(value)
+    assert spelled(result) == said
+    json.dumps(as_json(result, 100))
 
 
 def test_long_shared_and_cyclic_values_are_displayed_quickly() -> None:

@@ -96,15 +96,15 @@ def test_pickle_loads_metadata_of_holdfast_as_stock_classes(manifest: Manifest) 
     """G10. Method: `pickle.loads` with the classes of torch, compared with objects made by torch;
     encoding again gives the same bytes, and decoding the same manifest."""
     data = encode_metadata(manifest)
-    found = pickle.loads(data)
+    decoded = pickle.loads(data)
     expected = as_stock(manifest)
-    assert type(found) is Metadata
-    assert found == expected
-    for index, info in found.storage_data.items():
+    assert type(decoded) is Metadata
+    assert decoded == expected
+    for index, info in decoded.storage_data.items():
         assert type(index) is MetadataIndex
         assert index.offset is None or type(index.offset) is torch.Size
         assert type(info) is _StorageInfo
-    for entry in found.state_dict_metadata.values():
+    for entry in decoded.state_dict_metadata.values():
         if isinstance(entry, TensorStorageMetadata):
             assert type(entry.size) is torch.Size
             assert entry.properties == TensorProperties(dtype=entry.properties.dtype)
@@ -132,9 +132,9 @@ def test_the_metadata_of_a_real_stock_checkpoint_is_read(tmp_path: Path) -> None
     stock_save(state, checkpoint_id=tmp_path / "step-1", no_dist=True)
     data = (tmp_path / "step-1" / ".metadata").read_bytes()
     stock = FileSystemReader(tmp_path / "step-1").read_metadata()
-    found = decode_metadata(data, where="m")
-    assert {*found.tensors, *found.values} == {*stock.state_dict_metadata}
-    for name, tensor in found.tensors.items():
+    decoded = decode_metadata(data, where="m")
+    assert {*decoded.tensors, *decoded.values} == {*stock.state_dict_metadata}
+    for name, tensor in decoded.tensors.items():
         expected = stock.state_dict_metadata[name]
         assert isinstance(expected, TensorStorageMetadata)
         assert f"torch.{tensor.dtype}" == str(expected.properties.dtype)
@@ -142,8 +142,8 @@ def test_the_metadata_of_a_real_stock_checkpoint_is_read(tmp_path: Path) -> None
         (chunk,) = tensor.chunks
         info = stock.storage_data[MetadataIndex(name, torch.Size(chunk.region.start), 0)]
         assert (chunk.file, chunk.item) == (info.relative_path, Span(info.offset, info.length))
-    paths = {name: entry.path for name, entry in found.tensors.items()}
-    paths |= {name: entry.path for name, entry in found.values.items()}
+    paths = {name: entry.path for name, entry in decoded.tensors.items()}
+    paths |= {name: entry.path for name, entry in decoded.values.items()}
     assert paths == stock.planner_data
 
 
@@ -213,9 +213,9 @@ def test_a_compressed_item_is_refused_by_name() -> None:
 def test_optional_fields_of_stock_metadata_may_be_missing() -> None:
     """G10. Method: no paths, no storage meta, no version."""
     stock = changed(planner_data=None, storage_meta=StorageMeta(), version=None)
-    found = decode_metadata(pickle.dumps(stock), where="m")
-    assert found.tensors == SMALL.tensors
-    assert found.values == SMALL.values
+    decoded = decode_metadata(pickle.dumps(stock), where="m")
+    assert decoded.tensors == SMALL.tensors
+    assert decoded.values == SMALL.values
 
 
 class Items(dict[Any, Any]):

@@ -49,9 +49,9 @@ def test_metadata_of_holdfast_is_recognized(stock: bytes) -> None:
     data = encode_metadata(OURS)
     assert decode_metadata(data, where="m") == OURS
     assert is_ours(data)
-    found = decode_metadata(stock, where="m")
-    assert found.tensors["w"].shape == (2, 3)
-    assert found.values["n.step"].path == ("n", "step")
+    decoded = decode_metadata(stock, where="m")
+    assert decoded.tensors["w"].shape == (2, 3)
+    assert decoded.values["n.step"].path == ("n", "step")
     assert not is_ours(stock)
 
 

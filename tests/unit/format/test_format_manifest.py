@@ -63,8 +63,8 @@ def tensor_entries(draw: st.DrawFn, name: str) -> TensorEntry:
 @st.composite
 def value_entries(draw: st.DrawFn, name: str) -> ValueEntry:
     item = Span(draw(st.integers(0, 99)), draw(st.integers(0, 99)))
-    found = draw(st.integers(0, 2**64 - 1))
-    return ValueEntry(draw(st.sampled_from([*FILES])), item, found, draw(paths(name)))
+    digest = draw(st.integers(0, 2**64 - 1))
+    return ValueEntry(draw(st.sampled_from([*FILES])), item, digest, draw(paths(name)))
 
 
 seconds = st.floats(0, 1e9)
@@ -135,8 +135,8 @@ def body_of(manifest: Manifest) -> dict[str, Any]:
 def test_decoding_without_entries_gives_the_same_facts(manifest: Manifest) -> None:
     """Method: the fast and the full decoder, for any manifest."""
     head = decode(encode(manifest), where="here", entries=False)
-    whole = decode(encode(manifest), where="here")
-    assert head == replace(whole, tensors={}, values={}, kind=kind_of(whole))
+    full = decode(encode(manifest), where="here")
+    assert head == replace(full, tensors={}, values={}, kind=kind_of(full))
 
 
 @pytest.mark.parametrize("kind", ["full", None])

@@ -185,10 +185,10 @@ def test_a_corrupted_pickle_is_read_or_refused(
     data: st.DataObject,
 ) -> None:
     """G8. Method: a valid pickle, truncated or with bytes replaced."""
-    whole = bytearray(pickle.dumps({"a": (1, [2.5, "x" * 10]), "b": OrderedDict(c=b"bytes")}))
+    broken = bytearray(pickle.dumps({"a": (1, [2.5, "x" * 10]), "b": OrderedDict(c=b"bytes")}))
     for _ in range(data.draw(st.integers(0, 3))):
-        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
-    cut = bytes(whole[: data.draw(st.integers(0, len(whole)))])
+        broken[data.draw(st.integers(0, len(broken) - 1))] = data.draw(st.integers(0, 255))
+    cut = bytes(broken[: data.draw(st.integers(0, len(broken)))])
     with suppress(FormatError):
         loads(cut, {("collections", "OrderedDict"): OrderedDict}, where="p")
 

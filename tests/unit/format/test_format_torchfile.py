@@ -31,14 +31,14 @@ def read(data: bytes) -> TorchFile:
     return read_file(fetch, len(data), file="f.pt", where="f")
 
 
-def tensor_of(data: bytes, found: TorchFile, name: str) -> torch.Tensor:
+def tensor_of(data: bytes, contents: TorchFile, name: str) -> torch.Tensor:
     """Make a tensor from the bytes at the position that was found."""
-    entry = found.manifest.tensors[name]
+    entry = contents.manifest.tensors[name]
     item = entry.chunks[0].item
     flat = torch.frombuffer(bytearray(data[item.offset : item.stop]), dtype=torch.uint8)
     typed = flat.view(getattr(torch, entry.dtype))
-    if name in found.strides:
-        return typed.as_strided(entry.shape, found.strides[name])
+    if name in contents.strides:
+        return typed.as_strided(entry.shape, contents.strides[name])
     assert entry.chunks[0].data_offset == item.offset
     return typed.view(entry.shape)
 
@@ -67,21 +67,23 @@ def test_every_tensor_of_a_training_state_is_found() -> None:
         "none": None,
     }
     data = saved(state)
-    found = read(data)
+    contents = read(data)
     expected = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     expected |= {f"views.{i}": view for i, view in enumerate([base[1:3], base.T, base[:, 2]])}
     expected |= {"parameter": base, "half": state["half"], "fp8": state["fp8"]}
     for number, moments in optimizer.state_dict()["state"].items():
         expected |= {f"optimizer.state.{number}.{key}": value for key, value in moments.items()}
-    assert found.manifest.tensors.keys() == expected.keys()
+    assert contents.manifest.tensors.keys() == expected.keys()
     for name, tensor in expected.items():
-        whole = tensor_of(data, found, name)
-        assert whole.dtype == tensor.dtype
-        assert torch.equal(whole.view(torch.uint8) if name == "fp8" else whole,
+        loaded = tensor_of(data, contents, name)
+        assert loaded.dtype == tensor.dtype
+        assert torch.equal(loaded.view(torch.uint8) if name == "fp8" else loaded,
                            tensor.view(torch.uint8) if name == "fp8" else tensor)  # fmt: skip
-    assert found.strides.keys() == {"views.1", "views.2"}
-    assert {"step", "betas", "device", "dtype", "bytes", "set", "none"} <= {*found.manifest.values}
-    assert found.manifest.tensors["model.0.weight"].path == ("model", "0.weight")
+    assert contents.strides.keys() == {"views.1", "views.2"}
+    assert {"step", "betas", "device", "dtype", "bytes", "set", "none"} <= {
+        *contents.manifest.values
+    }
+    assert contents.manifest.tensors["model.0.weight"].path == ("model", "0.weight")
 
 
 @pytest.mark.parametrize("value", [3, None, [], {}, torch.ones(2), [torch.ones(1)], "text"])
@@ -127,8 +129,8 @@ def test_a_corrupted_file_is_read_or_refused(data: st.DataObject) -> None:
     last = data.draw(st.just(len(broken)) | st.integers(first, len(broken)))
     part = bytes(broken[first:last])
     try:
-        found = read(part)
+        contents = read(part)
     except FormatError:
         return
-    for entry in found.manifest.tensors.values():
+    for entry in contents.manifest.tensors.values():
         assert 0 <= entry.chunks[0].item.offset <= entry.chunks[0].item.stop <= len(part)

@@ -59,16 +59,16 @@ def saved(value: object) -> bytes:
     return buffer.getvalue()
 
 
-def elements(data: bytes, found: StoredTensor) -> torch.Tensor:
+def elements(data: bytes, located: StoredTensor) -> torch.Tensor:
     """Make a tensor from the result of `locate`."""
-    dtype = getattr(torch, found.dtype)
-    itemsize = dtype_of(found.dtype).itemsize
-    count = found.data.nbytes // itemsize
+    dtype = getattr(torch, located.dtype)
+    itemsize = dtype_of(located.dtype).itemsize
+    count = located.data.nbytes // itemsize
     if not count:
-        return torch.empty(found.shape, dtype=dtype)
-    flat = torch.frombuffer(bytearray(data), dtype=torch.uint8)[found.data.offset :]
+        return torch.empty(located.shape, dtype=dtype)
+    flat = torch.frombuffer(bytearray(data), dtype=torch.uint8)[located.data.offset :]
     flat = flat[: count * itemsize].clone().view(dtype)
-    return flat.as_strided(found.shape, found.strides)
+    return flat.as_strided(located.shape, located.strides)
 
 
 @pytest.mark.parametrize("dtype", sorted(BY_NAME))
@@ -87,9 +87,9 @@ def test_torch_load_reads_an_archive_of_every_dtype_and_shape(dtype: str) -> Non
         assert loaded.stride() == contiguous_strides(shape)
         assert raw(loaded) == data
         item = Span(position, len(prefix) + len(data) + len(suffix))
-        found = locate(from_bytes(bytes(position) + prefix + data + suffix), item, where="f")
+        located = locate(from_bytes(bytes(position) + prefix + data + suffix), item, where="f")
         at = position + len(prefix)
-        assert found == StoredTensor(Span(at, len(data)), dtype, shape, loaded.stride(), 0)
+        assert located == StoredTensor(Span(at, len(data)), dtype, shape, loaded.stride(), 0)
 
 
 @pytest.mark.parametrize("dtype", sorted(BY_NAME))
@@ -149,9 +149,9 @@ def test_an_archive_of_more_than_4_gib_is_read(nbytes: int) -> None:
     prefix, suffix = frame("uint8", (nbytes,), position)
     file = Virtual(prefix, nbytes, suffix)
     item = Span(position, file.size)
-    found = locate(lambda at, n: file.at(at - position, n), item, where="f")
-    assert found.data == Span(position + len(prefix), nbytes)
-    assert found.shape == (nbytes,)
+    located = locate(lambda at, n: file.at(at - position, n), item, where="f")
+    assert located.data == Span(position + len(prefix), nbytes)
+    assert located.shape == (nbytes,)
     with zipfile.ZipFile(file) as archive:
         info = archive.getinfo("archive/data/0")
         assert (info.file_size, info.compress_size) == (nbytes, nbytes)
@@ -228,10 +228,10 @@ def test_a_tensor_saved_by_torch_is_found(tensor: torch.Tensor, position: int) -
     `locate` returns give the tensor bit for bit."""
     archive = saved(tensor)
     data = bytes(position) + archive + b"next item"
-    found = locate(from_bytes(data), Span(position, len(archive)), where="f")
-    assert found.shape == tuple(tensor.shape)
-    assert f"torch.{found.dtype}" == str(tensor.dtype)
-    assert raw(elements(data, found)) == raw(tensor)
+    located = locate(from_bytes(data), Span(position, len(archive)), where="f")
+    assert located.shape == tuple(tensor.shape)
+    assert f"torch.{located.dtype}" == str(tensor.dtype)
+    assert raw(elements(data, located)) == raw(tensor)
 
 
 def test_the_crc_of_torch_is_found_if_it_covers_the_data() -> None:
@@ -240,9 +240,9 @@ def test_the_crc_of_torch_is_found_if_it_covers_the_data() -> None:
 
     for tensor, expected in ((BASE, True), (BASE[1:], False)):
         data = saved(tensor)
-        found = locate(from_bytes(data), Span(0, len(data)), where="f")
-        crc = zlib.crc32(data[found.data.offset : found.data.stop])
-        assert found.crc32 == (crc if expected else 0)
+        located = locate(from_bytes(data), Span(0, len(data)), where="f")
+        crc = zlib.crc32(data[located.data.offset : located.data.stop])
+        assert located.crc32 == (crc if expected else 0)
 
 
 @pytest.mark.parametrize(
@@ -327,22 +327,22 @@ def test_a_corrupted_archive_is_read_or_refused(archive: bytes, data: st.DataObj
     data. Only `FormatError` may be raised, and no byte outside be returned."""
     broken = bytearray(archive)
     for _ in range(data.draw(st.integers(0, 4))):
-        near = data.draw(st.integers(-700, 700)) % len(broken)
+        position_near_end = data.draw(st.integers(-700, 700)) % len(broken)
         byte = data.draw(st.integers(0, 255))
-        broken[near] = byte
+        broken[position_near_end] = byte
     first = data.draw(st.just(0) | st.integers(0, len(broken)))
     last = data.draw(st.just(len(broken)) | st.integers(first, len(broken)))
     stored = bytes(broken[first:last])
     claimed = Span(0, data.draw(st.just(len(stored)) | st.integers(0, 2 * len(stored) + 1)))
     try:
-        found = locate(from_bytes(stored), claimed, where="f")
+        located = locate(from_bytes(stored), claimed, where="f")
     except FormatError:
         return
-    assert 0 <= found.data.offset <= found.data.stop <= claimed.nbytes
-    assert len(found.shape) == len(found.strides)
-    if prod(found.shape):
-        reach = sum((n - 1) * s for n, s in zip(found.shape, found.strides, strict=True)) + 1
-        assert reach * dtype_of(found.dtype).itemsize <= found.data.nbytes
+    assert 0 <= located.data.offset <= located.data.stop <= claimed.nbytes
+    assert len(located.shape) == len(located.strides)
+    if prod(located.shape):
+        reach = sum((n - 1) * s for n, s in zip(located.shape, located.strides, strict=True)) + 1
+        assert reach * dtype_of(located.dtype).itemsize <= located.data.nbytes
 
 
 @settings(max_examples=300)

@@ -37,10 +37,10 @@ SIZES = st.sampled_from([0, 1, 100, PAGE_BYTES - 1, PAGE_BYTES, PAGE_BYTES + 1])
 def direct_or_skip(tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.mktemp("direct") / "file"
     file.touch()
-    found = open_direct(str(file))
-    if found is None:
+    descriptor = open_direct(str(file))
+    if descriptor is None:
         pytest.skip("this file system knows no O_DIRECT")
-    os.close(found)
+    os.close(descriptor)
 
 
 @settings(max_examples=40, deadline=None)

@@ -25,8 +25,8 @@ def make_pipe(path: Path) -> None:
 
 
 def make_socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as one:
-        one.bind(str(path))
+    with socket.socket(socket.AF_UNIX) as endpoint:
+        endpoint.bind(str(path))
 
 
 def make_device(path: Path) -> None:
@@ -275,17 +275,17 @@ def test_a_second_lock_in_one_process_says_that_this_process_holds_it(tmp_path: 
     with store.lock(".lock", f"host {os.uname().nodename}, pid {os.getpid()}"):
         error = refuses(ExistsError, lambda: store.lock(".lock", "again").__enter__())
         assert "held by this process already" in error.what
-        told = tmp_path / "told"
+        message = tmp_path / "told"
 
         def ask() -> None:
             try:
                 store.lock(".lock", "child").__enter__()
             except HoldfastError as refused:
-                told.write_text(refused.what)
+                message.write_text(refused.what)
 
         end(fork(ask))
-        assert "in use by another run" in told.read_text()
-        assert f"pid {os.getpid()}" in told.read_text()
+        assert "in use by another run" in message.read_text()
+        assert f"pid {os.getpid()}" in message.read_text()
 
 
 def test_a_lock_of_a_dead_process_names_the_children_that_keep_it(tmp_path: Path) -> None:

@@ -153,8 +153,8 @@ def before(store: Store) -> None:
 )
 def test_mistakes_in_protocols_are_found(mistake: Callable[[Store], None], seen: set[str]) -> None:
     """G2. Method: four protocols with one mistake each, and one without."""
-    found = Counter(outcome for _, outcome in cut_everywhere(mistake, look, before=before))
-    assert set(found) - {"old", "new"} == seen, found
+    outcomes = Counter(outcome for _, outcome in cut_everywhere(mistake, look, before=before))
+    assert set(outcomes) - {"old", "new"} == seen, outcomes
 
 
 def test_an_error_of_load_has_a_note_with_the_cut() -> None:

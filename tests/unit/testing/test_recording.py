@@ -110,13 +110,13 @@ def test_a_store_in_memory_records_the_operations_of_a_local_one(tmp_path: Path)
     def shape(operations: list[Operation]) -> list[tuple[str, str, int, int]]:
         """Return the operation without the digits of a manifest that depend on the duration of its
         save."""
-        found = []
-        for one in operations:
-            name = one.path.rpartition("/")[2]
-            told = name == MANIFEST and one.verb in ("resize", "write")
-            size = (0, 0) if told else (one.offset, len(one.data))
-            found.append((one.verb, name if name == MANIFEST else "", *size))
-        return [one for one in found if one[0] != "unlink"]
+        shapes = []
+        for operation in operations:
+            name = operation.path.rpartition("/")[2]
+            is_content = name == MANIFEST and operation.verb in ("resize", "write")
+            size = (0, 0) if is_content else (operation.offset, len(operation.data))
+            shapes.append((operation.verb, name if name == MANIFEST else "", *size))
+        return [operation for operation in shapes if operation[0] != "unlink"]
 
     assert shape(on_disk) == shape(in_memory)
     gone = sorted(o.path.rpartition("/")[2] for o in on_disk if o.verb == "unlink")
