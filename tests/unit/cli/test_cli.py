@@ -203,7 +203,7 @@ def test_what_verify_found_is_known_from_then_on_where_it_leaves_marks(
         (("list", "stock"), 4, "hint: it is a checkpoint itself: holdfast verify"),
         (("list", "hf"), 4, "hint: it is a checkpoint itself: holdfast verify"),
         (("list", "."), 4, "hint: no `step-N`, but checkpoints: hf, stock; holdfast verify"),
-        (("verify", "evil.pt"), 8, "names `posix.system`"),
+        (("verify", "evil.pt"), 8, "refers to `posix.system`"),
         (("verify", "notes.txt"), 4, "is no checkpoint"),
         (("lst",), 2, "did you mean `holdfast list`?"),
         ((), 2, f"verbs: {', '.join(VERBS)}"),
