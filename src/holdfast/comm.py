@@ -117,8 +117,8 @@ class GroupRanks:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
+        self.rank: int = dist.get_rank(group)
+        self.size: int = dist.get_world_size(group)
         self._root = dist.get_global_rank(group, 0)
 
     def gather(self, item: T) -> list[T]:

@@ -13,7 +13,7 @@ from types import CodeType
 
 from holdfast.errors import HoldfastError, StorageError, UsageError
 
-logger = logging.getLogger("holdfast")
+logger: logging.Logger = logging.getLogger("holdfast")
 
 TEXT_MAX = 2000
 """Longest message that is quoted, in characters: torch lists every missing key."""

@@ -89,7 +89,7 @@ class ChunkData:
         self._checksums, self._reader, self._room = checksums, reader, room
         self._held = (0, 0)
         self._crc32: tuple[int, int] | None = None
-        self.num_read = 0
+        self.num_read: int = 0
         """Bytes read so far."""
 
     def with_crc32(self, expected: int) -> ChunkData:

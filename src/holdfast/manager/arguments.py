@@ -20,7 +20,7 @@ from holdfast.manager.config import DATALOADER_KEYS, CheckpointConfig
 from holdfast.manager.parts import DATALOADER, MODEL, OPTIMIZER, RNG, SCHEDULER
 from holdfast.state.model import Names, memory_of
 
-logger = logging.getLogger("holdfast")
+logger: logging.Logger = logging.getLogger("holdfast")
 
 Metrics = Mapping[str, float] | Callable[[], Mapping[str, float]]
 """Numbers by name, or a function that gives them."""

@@ -44,7 +44,7 @@ from holdfast.state.objects import StateTree
 from holdfast.state.tree import FlatState
 from holdfast.timing import Spans
 
-logger = logging.getLogger("holdfast")
+logger: logging.Logger = logging.getLogger("holdfast")
 
 
 @dataclass(frozen=True, slots=True)

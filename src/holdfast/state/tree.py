@@ -108,7 +108,7 @@ class Flattener:
     ) -> None:
         """`enters` opens objects that hold state; `placed_like` finds a parameter that is spread
         as a tensor is."""
-        self.state = FlatState()
+        self.state: FlatState = FlatState()
         self._enters, self._placed_like = enters, placed_like
         self._num_values = 0
 

@@ -13,7 +13,7 @@ from holdfast.format.names import held_file
 from holdfast.storage import links, locks, renaming
 from holdfast.storage.direct import BufferedWriter, DirectWriter, open_direct
 from holdfast.storage.plain import check_plain, open_plain
-from holdfast.storage.store import Reader, Writer
+from holdfast.storage.store import Check, Reader, Writer
 
 DIRECT_BYTES_MIN = 4 << 20
 """Smallest file that is written with `O_DIRECT`; below it the threads cost more than they save."""
@@ -155,7 +155,36 @@ class LocalStore:
             return status.f_bavail * status.f_frsize
 
     @contextmanager
-    def lock(self, key: str, note: str) -> Iterator[None]:
+    def lock(self, key: str, note: str) -> Iterator[Check]:
+        path = self._path(key)
+        lock, lost = self._lock(key, note), False
+
+        def check() -> None:
+            nonlocal lock, lost
+            if lost or (lock.is_held and not lock.is_at(path)):
+                # The folder was moved, or the file removed: another process may have locked the
+                # file that has its path now.
+                lost = True
+                lock.release()
+                try:
+                    lock = self._lock(key, note)
+                except ExistsError as error:
+                    raise ExistsError(
+                        f"this run has lost its folder, which was moved, or whose `{key}` was "
+                        f"removed: {error.what}",
+                        hint="stop this run, and resume it from the folder that has its "
+                        "checkpoints",
+                    ) from error
+                lost = False
+
+        try:
+            yield check
+        finally:
+            with suppress(OSError):
+                lock.write_note("")
+            lock.release()
+
+    def _lock(self, key: str, note: str) -> locks.Lock:
         path = self._path(key)
         with self._errors_of("lock", key):
             lock = locks.lock_file(path)
@@ -165,14 +194,8 @@ class LocalStore:
                 lock = locks.lock_file(path)
             if lock is None:
                 raise self._in_use(key)
-        try:
-            with self._errors_of("lock", key):
-                lock.write_note(note)
-            yield
-        finally:
-            with suppress(OSError):
-                lock.write_note("")
-            lock.release()
+            lock.write_note(note)
+        return lock
 
     def holder(self, key: str) -> str | None:
         return locks.holder_of(self._path(key))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
+
+Check = Callable[[], None]
+"""Function that raises an error if a condition no longer holds."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -104,11 +107,15 @@ class Store(ReadStore, Protocol):
         """Return the free space in bytes; None if no limit is known."""
         ...
 
-    def lock(self, key: str, note: str) -> AbstractContextManager[None]:
+    def lock(self, key: str, note: str) -> AbstractContextManager[Check]:
         """Lock `key` until the context ends or the process dies. `note` describes the holder.
 
+        The context gives a function that checks whether this process still holds the lock. It
+        locks again if the file is gone and no other process has locked one in its place.
+
         Raises:
-            ExistsError: it is locked already; the message quotes the holder's note.
+            ExistsError: another process holds the lock, now or when the check is called; the
+                message quotes its note.
         """
         ...
 

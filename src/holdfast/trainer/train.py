@@ -42,7 +42,7 @@ from holdfast.trainer.parallel import (
     sum_over_data,
 )
 
-logger = logging.getLogger("holdfast.trainer")
+logger: logging.Logger = logging.getLogger("holdfast.trainer")
 
 
 @dataclass(slots=True)
