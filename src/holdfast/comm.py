@@ -243,6 +243,8 @@ def gather_and_run(ranks: Ranks, item: T | HoldfastError, work: Callable[[list[T
         else:
             outcome = capture(lambda: work(cast("list[T]", items)))
     result = ranks.broadcast(cast("U | HoldfastError", outcome))
+    if isinstance(item, HoldfastError):
+        _raise_interrupt(item)
     if isinstance(result, HoldfastError) and isinstance(item, HoldfastError):
         # Causes do not cross ranks: if the error is this rank's own, give it its cause back.
         result.__cause__ = result.__cause__ or (
@@ -257,7 +259,10 @@ def run_on_rank_0(ranks: Ranks, work: Callable[[], T]) -> T:
     Collective: every rank calls this once.
     """
     outcome = capture(work) if ranks.rank == 0 else None
-    return _or_raise(ranks.broadcast(cast("T | HoldfastError", outcome)))
+    result = ranks.broadcast(cast("T | HoldfastError", outcome))
+    if isinstance(outcome, HoldfastError):
+        _raise_interrupt(outcome)
+    return _or_raise(result)
 
 
 def run_on_all(ranks: Ranks, work: Callable[[], T]) -> T:
@@ -307,6 +312,23 @@ def capture(work: Callable[[], T]) -> T | HoldfastError:
         return error
     except Exception as error:  # noqa: BLE001 - the other ranks must not wait for this one
         return worded(error)
+    except BaseException as interrupt:  # noqa: BLE001 - raised once the other ranks know
+        interrupted = RankError(
+            f"interrupted by {type(interrupt).__name__}",
+            hint="start the run again: it resumes from the newest good checkpoint",
+        )
+        interrupted.__cause__ = interrupt
+        return interrupted
+
+
+def _raise_interrupt(error: HoldfastError) -> None:
+    """Raise the interrupt that caused `error`, if one did.
+
+    A process that is told to end must not continue because its code catches `error`.
+    """
+    cause = error.__cause__
+    if cause is not None and not isinstance(cause, Exception):
+        raise cause
 
 
 def _or_raise(outcome: T | HoldfastError) -> T:

@@ -8,6 +8,7 @@ import re
 import sysconfig
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from types import CodeType
 
@@ -111,8 +112,10 @@ def _spelled(error: Exception) -> str:
 
 def _location(code: CodeType, line: int) -> str:
     """Format file and line, with the file relative to the current directory."""
-    file, here = code.co_filename, os.path.join(os.getcwd(), "")  # noqa: PTH109, PTH118
-    return f"{file.removeprefix(here)}, line {line}"
+    file = code.co_filename
+    with suppress(FileNotFoundError):  # The current directory may have been deleted.
+        file = file.removeprefix(os.path.join(os.getcwd(), ""))  # noqa: PTH109, PTH118
+    return f"{file}, line {line}"
 
 
 def _is_ours(code: CodeType) -> bool:

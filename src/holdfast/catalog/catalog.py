@@ -95,7 +95,7 @@ class Catalog:
             there = ", ".join(map(str, folders)) or "none"
             raise NotFoundError(
                 f"`{self.where(step_name(step))}` does not exist",
-                hint=f"steps there: {there}; `load_step = -1` takes the newest good one",
+                hint=f"steps there: {there}",
             )
         return self.open(folders[step])
 
@@ -317,7 +317,7 @@ def check_whole(store: ReadStore, name: str, manifest: Manifest) -> None:
     if problems:
         raise DamagedError(
             f"`{place(store, name)}` is damaged:\n  " + "\n  ".join(map(str, problems)),
-            hint="leave out `load_step` to resume from the newest good step",
+            hint=verify_hint(place(store, name)),
         )
 
 
@@ -341,7 +341,7 @@ def read_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
             # It would load as a stock checkpoint does, its data unchecked.
             raise DamagedError(
                 f"`{where}` was written by Holdfast, and its `{MANIFEST}` is missing",
-                hint="leave out `load_step` to resume from the newest good step",
+                hint=verify_hint(where),
             )
         return replace(manifest, files=_file_sizes(store, name, manifest, files))
     raise NotFoundError(
@@ -363,9 +363,14 @@ def read_checksums(store: ReadStore, name: str, manifest: Manifest, file: str) -
         raise DamagedError(
             f"`{place(store, name)}/{file}`: its table of checksums, from byte {table.offset} on, "
             f"has checksum {found:016x}, the manifest says {table.checksum:016x}",
-            hint="leave out `load_step` to resume from the newest good step",
+            hint=verify_hint(place(store, name)),
         )
     return unpack(packed)
+
+
+def verify_hint(where: str) -> str:
+    """Next step where the checkpoint at `where` is damaged."""
+    return f"`holdfast verify {where}` lists what is damaged"
 
 
 def steps_in(store: ReadStore, name: str) -> list[str]:

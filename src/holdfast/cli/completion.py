@@ -50,7 +50,9 @@ def _one_of(package: str, verbs: Mapping[str, str]) -> Any:
             kind = _one_of(f"{package}.{verb}", below)
         else:
             home = module or import_module(package)
-            found = getattr(home, verb.capitalize(), None)
+            group = package.rpartition(".")[2].capitalize()
+            called = f"{verb.capitalize()}Arguments" if module else f"{group}{verb.capitalize()}"
+            found = getattr(home, called, None)
             kind = named(found) if found else make_dataclass(verb, [])
         kinds.append(Annotated[kind, tyro.conf.subcommand(verb, description=does)])
     return Union[tuple(kinds)]  # noqa: UP007 - made from a list

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
-from holdfast.cli.terminal import parsed, progress, say, say_json
+from holdfast.cli.terminal import parsed, progress, say, say_error, say_json
 from holdfast.convert.convert import Converted, convert
 from holdfast.convert.form import Form, form_of
 from holdfast.convert.plan import ConvertOptions, Float, plan
@@ -131,7 +130,7 @@ def converted(asked: ConvertArguments) -> tuple[Converted, Sequence[str]]:
         with progress(asked.target, planned.nbytes) as advance:
             return convert(planned, asked.target, options, advance), planned.notes
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted: the same command goes on from here\n")
+        say_error("interrupted: the same command goes on from here")
         raise
 
 

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from holdfast.catalog.catalog import place, read_manifest, steps_in
 from holdfast.catalog.cleanup import is_at_work, plan_cleanup
 from holdfast.catalog.findings import MODEL_IS_WHOLE, VerifyReport, said_of
+from holdfast.catalog.listing import hint_without_steps
 from holdfast.catalog.marks import damaged_steps
+from holdfast.catalog.open_any import check_folder
 from holdfast.catalog.paths import open_for_reading
 from holdfast.cli.terminal import parsed, say, say_json
 from holdfast.cli.verify import resumable, verified
@@ -130,14 +132,15 @@ def _without_command(trouble: Trouble) -> str:
 
 def _looked_at(path: str, *, quick: bool) -> Folder:
     store, name = open_for_reading(path)
+    check_folder(store, name)
     names, steps = store.list(name), steps_in(store, name)
     asides = [one for one in names if aside_of(one.rstrip("/")) is not None]
     if not steps and not asides and LOCK not in names:
         raise NotFoundError(
             f"`{place(store, name)}` is no folder of steps",
-            hint="it is a checkpoint itself: holdfast verify" if _is_checkpoint(names) else None,
+            hint=hint_without_steps(store, name, names),
         )
-    reports = [verified(store, step, quick) for step in steps]
+    reports = [*verified(store, steps, quick).values()]
     return Folder(store, name, names, reports, damaged_steps(store, name), not quick)
 
 

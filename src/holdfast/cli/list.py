@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from holdfast.catalog.catalog import place
 from holdfast.catalog.findings import VerifyReport, said_of
 from holdfast.catalog.listing import CheckpointRow, resumable, survey
+from holdfast.catalog.open_any import check_folder
 from holdfast.catalog.paths import open_for_reading
 from holdfast.cli.terminal import parsed, say, say_json, say_table
 from holdfast.errors import DamagedError
@@ -48,12 +49,17 @@ def run(arguments: Sequence[str]) -> int:
     """Print the list; the exit status."""
     asked = parsed(ListArguments, "list", arguments)
     store, name = open_for_reading(asked.folder)
+    check_folder(store, name)
     rows = survey(store, name)
     damaged = 0
     if asked.verify:
         reports = _reports(store, name, rows)
         damaged = sum(not report.good for report in reports.values())
-        rows = [_verified(row, reports.get(row.name)) for row in rows]
+        rows = [
+            _verified(row, reports.get(row.name))
+            for row in rows
+            if row.state == "attempt" or row.name in reports
+        ]
     resume = resumable(rows)
     if asked.json:
         said = {"folder": place(store, name), "resume": resume}
@@ -74,12 +80,13 @@ def run(arguments: Sequence[str]) -> int:
 def _reports(
     store: ReadStore, folder: str, rows: Sequence[CheckpointRow]
 ) -> dict[str, VerifyReport]:
-    """What reading all data of each step has shown, by its name."""
+    """What reading all data of each step has shown, by its name; of those still there."""
     # Not at the top: a list that reads no data does not wait for the verifier.
     from holdfast.cli.verify import verified
 
-    steps = [row.name for row in rows if row.state != "attempt"]
-    return {name: verified(store, f"{folder}/{name}", quick=False) for name in steps}
+    steps = [f"{folder}/{row.name}" for row in rows if row.state != "attempt"]
+    found = verified(store, steps, quick=False)
+    return {step.rpartition("/")[2]: report for step, report in found.items()}
 
 
 def _verified(row: CheckpointRow, report: VerifyReport | None) -> CheckpointRow:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from holdfast.arguments import not_installed
-from holdfast.cli.terminal import verb_in
+from holdfast.cli.terminal import prepare_streams, say_error, unwritten, verb_in
 from holdfast.errors import HoldfastError
 
 VERBS = {
@@ -37,9 +37,24 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says; the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if hasattr(signal, "SIGPIPE") and arguments is None:
-        # A reader that has seen enough, such as `head`, is no error.
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if arguments is None:
+        prepare_streams()
+        if hasattr(signal, "SIGPIPE"):
+            # A reader that has seen enough, such as `head`, is no error.
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        try:
+            status = _status(given)
+        finally:
+            # Python would do this as it ends, and print a traceback where it fails.
+            sys.stdout.flush()
+    except OSError as error:
+        return _ended(given, unwritten(error))
+    return status
+
+
+def _status(given: list[str]) -> int:
+    """Exit status of a command, whose error has been printed."""
     try:
         return _run(given)
     except HoldfastError as error:
@@ -55,8 +70,8 @@ def _ended(given: Sequence[str], error: HoldfastError) -> int:
     if "--debug" in given:
         import traceback  # Not at the top: a verb that goes well need not wait for it.
 
-        traceback.print_exc()
-    sys.stderr.write(f"error: {error}\n")
+        say_error(traceback.format_exc().rstrip())
+    say_error(f"error: {error}")
     return error.exit_status
 
 

@@ -13,7 +13,9 @@ from typing import Annotated
 
 import tyro
 
-from holdfast.cli.terminal import parsed, say
+from holdfast.catalog.open_any import check_folder
+from holdfast.catalog.paths import place_of
+from holdfast.cli.terminal import parsed, say, say_error
 from holdfast.errors import ExistsError, StorageError, UsageError
 from holdfast.skills.startup import refresh
 from holdfast.spelling import counted
@@ -63,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
             hint="pip install 'holdfast[serve]'",
         ) from error
     for line in refresh(os.environ):
-        sys.stderr.write(f"{line}\n")
+        say_error(line)
     listener = listen(asked.host, asked.port)
     names = ["localhost", asked.host, socket.gethostname(), *asked.allow_host]
     server = server_of(asked.folders, names, asked.max_age)
@@ -97,6 +99,7 @@ def check(asked: ServeArguments) -> None:
                 f"`{folder}` is a URL: a server watches folders of this machine",
                 hint=f"holdfast report {folder}",
             )
+        check_folder(*place_of(folder))
     if not 0 <= asked.port < 1 << 16:
         raise UsageError(f"`--port` is 0 to 65535, found: {asked.port}")
     if asked.max_age is not None and not asked.max_age > 0:

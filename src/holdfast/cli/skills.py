@@ -19,6 +19,7 @@ from holdfast.skills import sync as syncing
 from holdfast.skills.bundle import ENTRY, Skill, shipped
 from holdfast.skills.copies import Copies
 from holdfast.skills.targets import all_targets, target_of
+from holdfast.storage.opening import local_path
 
 Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
 
@@ -36,7 +37,7 @@ class SkillsWhere:
     @property
     def copies(self) -> Copies:
         """The copies there."""
-        here, environment = Path.cwd(), os.environ
+        here, environment = Path(local_path(".")), os.environ
         target = target_of(self.to, project=self.project, environment=environment, here=here)
         return Copies(target.root, categories=target.categories)
 
@@ -247,7 +248,7 @@ def _sync(arguments: Sequence[str]) -> None:
 
 def _update(arguments: Sequence[str]) -> None:
     asked = parsed(SkillsUpdate, "skills update", arguments)
-    targets = all_targets(os.environ, Path.cwd())
+    targets = all_targets(os.environ, Path(local_path(".")))
     every = [Copies(target.root, categories=target.categories) for target in targets]
     agreed = [copies for copies in every if copies.state.is_dir()]
     if not agreed:

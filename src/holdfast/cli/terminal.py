@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
-from holdfast.errors import UsageError
+from holdfast.errors import StorageError, UsageError
 from holdfast.spelling import finite, spelled_age, spelled_bytes
 
 T = TypeVar("T")
@@ -100,6 +101,47 @@ def verb_in(
     return verb
 
 
+def prepare_streams() -> None:
+    """Make both streams of this process take any text: a character that their encoding lacks is
+    written as an escape, and a stream that the shell has closed takes everything."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            # Takes the closed number too: the next file that is opened must not become stdout.
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
+            setattr(sys, name, stream)
+        stream.reconfigure(errors="backslashreplace")
+
+
+def unwritten(error: OSError) -> StorageError:
+    """The error on output that could not be written. What is left of the output goes nowhere, so
+    that Python does not fail on it again as it ends."""
+    if error.filename is not None or isinstance(error, FileNotFoundError):
+        return StorageError(f"{error}")
+    _drop(sys.stdout)
+    return StorageError(
+        f"cannot write the output: {error.strerror or error}",
+        hint="send it to a disk with free space (df -h), or to a terminal",
+    )
+
+
+def _drop(stream: TextIO) -> None:
+    """Have everything that a stream still writes go nowhere."""
+    with suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def say_error(line: str) -> None:
+    """A line on stderr. Where nobody can read it, the exit status has to do."""
+    try:
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+    except OSError:
+        _drop(sys.stderr)
+
+
 def say(line: str = "") -> None:
     """A line of what was asked for."""
     sys.stdout.write(f"{line}\n")
@@ -174,4 +216,4 @@ class _Lines:
         left = spent * (self._nbytes - self._done) / max(self._done, 1)
         done = f"{spelled_bytes(self._done)} of {spelled_bytes(self._nbytes)}"
         rate = f"{spelled_bytes(int(self._done / spent))}/s"
-        sys.stderr.write(f"{self._what}: {done}, {rate}, {spelled_age(left)} left\n")
+        say_error(f"{self._what}: {done}, {rate}, {spelled_age(left)} left")

@@ -13,8 +13,9 @@ from holdfast.catalog.marks import clear_damaged, damaged_steps, mark_damaged
 from holdfast.catalog.open_any import format_of, is_folder
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.pieces import note_on
+from holdfast.catalog.steady import is_deleted
 from holdfast.catalog.verify import VerifyTarget, failed, verify
-from holdfast.cli.terminal import parsed, progress, say, say_json
+from holdfast.cli.terminal import parsed, progress, say, say_error, say_json
 from holdfast.errors import DamagedError, HoldfastError, UsageError
 from holdfast.format.names import step_of, step_standing_in
 from holdfast.spelling import counted, spelled_bytes
@@ -63,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
         steps_in(store, name) if format_of(store, name) is None and is_folder(store, name) else []
     )
     if steps:
-        reports = [verified(store, step, asked.quick) for step in steps]
+        reports = [*verified(store, steps, asked.quick).values()]
     else:
         with progress(name, _nbytes(store, name)) as advance:
             reports = [verify(VerifyTarget(store, name, asked.quick, advance))]
@@ -99,14 +100,22 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def verified(store: ReadStore, name: str, quick: bool) -> VerifyReport:
-    """What is wrong with one checkpoint, with a bar on a terminal; never raises on what it is."""
-    with progress(name, _nbytes(store, name)) as advance:
-        target = VerifyTarget(store, name, quick, advance)
-        try:
-            return verify(target)
-        except HoldfastError as error:
-            return failed(target, error)
+def verified(store: ReadStore, names: Sequence[str], quick: bool) -> dict[str, VerifyReport]:
+    """What is wrong with each checkpoint, with a bar on a terminal; never raises on what it is.
+    Leaves out those that another process has deleted meanwhile, and says so."""
+    reports = {}
+    for name in names:
+        with progress(name, _nbytes(store, name)) as advance:
+            target = VerifyTarget(store, name, quick, advance)
+            try:
+                report = verify(target)
+            except HoldfastError as error:
+                report = failed(target, error)
+        if not report.good and is_deleted(store, name):
+            say_error(f"note: `{target.where}` was deleted meanwhile, and is left out")
+        else:
+            reports[name] = report
+    return reports
 
 
 def _mark(reports: Sequence[VerifyReport]) -> None:
@@ -120,7 +129,7 @@ def _mark(reports: Sequence[VerifyReport]) -> None:
             )
         if report.loads:
             clear_damaged(folder_store(folder), step)
-        else:
+        elif not is_deleted(folder_store(folder), name):
             mark_damaged(folder_store(folder), step, str(report.findings[0]))
 
 

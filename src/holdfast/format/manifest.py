@@ -269,7 +269,7 @@ def decode(data: bytes, *, where: str, entries: bool = True) -> Manifest:
     ):
         raise DamagedError(
             f"`{where}` does not match its own checksum",
-            hint="load another checkpoint; `holdfast verify` finds all damage in this one",
+            hint=f"`holdfast verify {where.rpartition('/')[0]}` lists what is damaged",
         )
     try:
         members = (None if entries else _without_tensors(body)) or json.loads(body)

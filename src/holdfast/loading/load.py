@@ -12,7 +12,7 @@ import torch
 from holdfast.catalog.arguments import check_to_load
 from holdfast.catalog.source import Source, read_value
 from holdfast.comm import Ranks, all_ranks, hosts_of, run_on_all
-from holdfast.errors import MismatchError
+from holdfast.errors import HoldfastError, MismatchError
 from holdfast.loading.fit import fits, is_narrowed
 from holdfast.loading.opening import read_in
 from holdfast.loading.read import Wanted, read_tensors, threads_for
@@ -23,6 +23,7 @@ from holdfast.state.match import MadeValues, Match
 from holdfast.state.objects import StateTree
 from holdfast.state.values import decode_value
 from holdfast.timing import Spans
+from holdfast.uncompiled import uncompiled
 
 _LISTED_MAX = 50
 
@@ -51,6 +52,7 @@ class Loaded:
     """Tensors of this rank that a base may lack, and does: they stay as they are."""
 
 
+@uncompiled
 def load(path: str | os.PathLike[str], state: Any, *, strict: bool = True) -> Loaded:
     """Load the checkpoint at `path` into `state`, in place: tensors are written over, objects given
     what their `state_dict` said, everything else replaced by what was saved. Any layout loads what
@@ -68,8 +70,9 @@ def load(path: str | os.PathLike[str], state: Any, *, strict: bool = True) -> Lo
     Raises:
         UsageError: an argument of another type.
         NotFoundError: no checkpoint at `path`.
-        MismatchError: entries that are missing, unexpected, of another shape, or numbers that do
-            not fit, all of them listed; nothing was changed. Or an object refuses its state.
+        MismatchError: entries that are missing, unexpected, of another shape, or whole numbers that
+            do not fit, all of them listed; nothing was changed. Or an object refuses its state, or
+            a number is too large for a smaller float: the state is loaded in part.
         DamagedError: bytes are not those that were saved; the state may be loaded in part.
         FormatError: the checkpoint holds what could be read only by running its code.
     """
@@ -128,7 +131,7 @@ def load_tree(
             values = run_on_all(ranks, reading.values)
         with spans("apply"):
             reading.settle()
-            run_on_all(ranks, lambda: match.take(values))
+            _hand_over(match, values, ranks)
     return Loaded(
         source.url,
         nbytes,
@@ -138,6 +141,16 @@ def load_tree(
         num_matched=len(reading.wanted) + len(match.values),
         lacking=tuple(match.lacking),
     )
+
+
+def _hand_over(match: Match, values: MadeValues, ranks: Ranks) -> None:
+    """Give objects and containers what was read. Collective."""
+    try:
+        run_on_all(ranks, lambda: match.take(values))
+    except HoldfastError as error:
+        # Tensors have been read into their places, and other objects may have their state.
+        error.what += "; the state is loaded in part"
+        raise
 
 
 def _differences(match: Match, ranks: Ranks) -> list[str]:

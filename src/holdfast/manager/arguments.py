@@ -83,6 +83,9 @@ def check_arguments(
             )
     schedulers = _several("lr_schedulers", lr_schedulers, object, "a scheduler")
     for one in schedulers:
+        if isinstance(one, Optimizer) or _has(one, *_OPTIMIZER):
+            hint = "pass it as `optimizers`"
+            raise _wrong("lr_schedulers", "a scheduler, or a list", one, hint)
         if not _is_stateful(one):
             raise _wrong("lr_schedulers", "a scheduler, or a list", one, _advice_on_none(one))
     if dataloader is not None and not _is_stateful(dataloader):

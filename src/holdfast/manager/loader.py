@@ -8,13 +8,15 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from holdfast.catalog.catalog import Catalog, open_manifest
+from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.source import Source
+from holdfast.catalog.steady import UNREADABLE
 from holdfast.comm import Ranks, run_on_rank_0
-from holdfast.errors import MismatchError, NotFoundError
+from holdfast.errors import FormatError, MismatchError, NotFoundError
 from holdfast.format.names import step_of
 from holdfast.loading.load import load_tree
+from holdfast.loading.opening import open_in
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.goodput import Goodput
 from holdfast.manager.hub import Hub
@@ -76,7 +78,12 @@ class Loader:
             self._catalog, self._ranks, self._resume, partial(warn, self._ranks), self._saves
         )
         if wanted >= 0:
-            return resuming.from_step(wanted)
+            try:
+                return resuming.from_step(wanted)
+            except UNREADABLE as error:
+                newest = "`load_step = -1` takes the newest good checkpoint"
+                error.hint = f"{error.hint}; {newest}" if error.hint else newest
+                raise
         found, passed_over = resuming.from_newest()
         if found is not None:
             return found
@@ -126,9 +133,9 @@ class Loader:
         if path is None:
             return None
         store, name = open_for_reading(path)
-        manifest = run_on_rank_0(self._ranks, lambda: open_manifest(store, name))
-        manifest = as_here(manifest, self._whole, self._config.initial_load_renames)
-        source = Source(store, name, manifest)
+        opened = run_on_rank_0(self._ranks, lambda: open_in(store, name))
+        manifest = as_here(opened.manifest, self._whole, self._config.initial_load_renames)
+        source = Source(store, opened.name, manifest)
         if self._config.initial_load_model_only:
             partial_load = not self._config.initial_load_strict
             tree = self._model(left_alone(manifest, [MODEL]))
@@ -161,7 +168,7 @@ class Loader:
             loaded = load_tree(
                 source, tree, ranks=self._ranks, partial=partial_load, replicas=replicas
             )
-        except MismatchError as error:
+        except (FormatError, MismatchError) as error:
             error.hint = way_on(error, self._sections) or error.hint
             raise
         self._goodput.note_load(loaded, step, self._ranks)

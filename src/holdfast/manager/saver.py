@@ -28,6 +28,7 @@ from holdfast.saving.save import Pending, begin_save, discard, finish_save, take
 from holdfast.saving.stage import Snapshot, Staging, free_memory
 from holdfast.spelling import rate, spelled_bytes
 from holdfast.state.tree import FlatState
+from holdfast.storage.local import NO_SPACE
 from holdfast.timing import Spans, times_of
 
 logger: logging.Logger = logging.getLogger("holdfast")
@@ -177,6 +178,10 @@ class Saver:
         except UsageError as error:
             if self._config.on_low_memory == "raise":
                 discard(pending, self._ranks)
+                error.hint = (
+                    '`checkpoint.async_mode = "disabled"` needs none; with '
+                    '`checkpoint.on_low_memory = "wait"` training waits for saves that do not fit'
+                )
                 raise
             if self._ranks.rank == 0:
                 logger.warning("training waits for this save: %s", error.what)
@@ -250,6 +255,8 @@ class Saver:
     def _survive(self, error: HoldfastError) -> None:
         """Go on without what was not saved, if that is wanted and can be."""
         self._goodput.failed_saves += 1
+        if error.hint == NO_SPACE:
+            error.hint = f"{NO_SPACE}, or lower `checkpoint.keep_latest_k`"
         if self._config.on_save_error == "raise" or isinstance(error, RankError):
             raise error
         if self._ranks.rank == 0:

@@ -62,6 +62,9 @@ class LocalPlan:
     structure: dict[Path, Node] = field(default_factory=dict)
     """How the state is put together, by path, where names do not tell."""
 
+    unions: dict[Path, str] = field(default_factory=dict)
+    """Paths of components whose entries may be others on each rank, with their kind."""
+
     def names(self) -> set[str]:
         return {*self.tensors, *self.values, *self.aliases}
 
@@ -250,16 +253,6 @@ def _same_place(placement: MeshPlacement, rank: int) -> tuple[int, ...]:
         for cut, where in zip(placement.shards, np.nonzero(grid == rank), strict=True)
     ]
     return tuple(sorted(np.atleast_1d(grid[tuple(at)]).flatten().tolist()))
-
-
-def differing(digests: Sequence[Mapping[str, int]]) -> list[str]:
-    """Names under which ranks hold different values; one digest a value."""
-    first: dict[str, int] = {}
-    for held in digests:
-        first = {**held, **first}
-    return [
-        n for n, digest in first.items() if any(held.get(n, digest) != digest for held in digests)
-    ]
 
 
 def _by_name(everyone: Iterable[SharedPlan]) -> dict[str, list[SharedPlan]]:

@@ -60,6 +60,11 @@ class Layouts:
             UsageError: a kind of tensor whose elements are not plainly there.
         """
         mesh, placements = _mesh_of(tensor)
+        if tensor.is_meta:
+            raise UsageError(
+                f"`{name}` is a meta tensor, which has no elements",
+                hint='give its module memory first: `module.to_empty(device="cpu")`, or "cuda"',
+            )
         if mesh is None and not _is_plain(tensor):
             raise UsageError(
                 f"`{name}` is a {_kind_of(tensor)} tensor, which has no plain elements to keep",

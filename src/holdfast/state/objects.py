@@ -16,7 +16,7 @@ from holdfast.format.manifest import Manifest
 from holdfast.format.structure import Node
 from holdfast.state.dataloader import LoaderState
 from holdfast.state.match import Match
-from holdfast.state.model import ModelState, named_parameters, refuse_fsdp1
+from holdfast.state.model import ModelState, named_parameters, outline_of, refuse_fsdp1
 from holdfast.state.optim import OptimizerState
 from holdfast.state.plain import Component, PlainMatch, is_object
 from holdfast.state.stateful import NoState, ObjectState, RankState
@@ -39,11 +39,17 @@ class StateTree:
     `state` maps names to tensors, plain values, dicts, lists and objects with a `state_dict`; or it
     is a module alone. The entry at `flat`, if there is one, adds its own names to the top level
     instead of lying below its key: that is how TorchTitan keeps the model. `others` are top-level
-    names that are not its own.
+    names that are not its own. `watch` is told of every optimizer that the tree meets, at any
+    depth, before `flatten` returns.
     """
 
     def __init__(
-        self, state: Any, *, flat: str | None = None, others: Collection[str] = ()
+        self,
+        state: Any,
+        *,
+        flat: str | None = None,
+        others: Collection[str] = (),
+        watch: Callable[[Optimizer], None] | None = None,
     ) -> None:
         if isinstance(state, nn.Module):
             state, flat = {"": state}, ""
@@ -54,12 +60,13 @@ class StateTree:
                 hint='{"model": model, "optimizer": optimizer, "step": 7}, for instance',
             )
         self._keys = names_of((), state)
-        self._state, self._flat, self._others = state, flat, others
+        self._state, self._flat, self._others, self._watch = state, flat, others, watch
         self._modules = list(_modules(state, ()))
         for module in self._modules:
             refuse_fsdp1(module)
         self._components: dict[Path, Component] = {}
         self._placed: dict[Any, list[str]] | None = None
+        self._placed_for: list[object] = []
 
     def flatten(self) -> FlatState:
         """Every tensor and value by name, as they are now. Tensors share memory with the state.
@@ -67,6 +74,8 @@ class StateTree:
         Raises:
             UsageError: two entries have one name; or what could not come back as it is.
         """
+        if self._placed is not None and self._placed_for != outline_of(self._modules):
+            self._placed = None
         flattener = Flattener(enters=self._enter, placed_like=self._placed_like)
         for name, key in self._keys.items():
             if key != self._flat:
@@ -112,6 +121,9 @@ class StateTree:
         if path in self._components:
             return self._components[path]
         component = self._made_component(value)
+        if self._watch is not None and isinstance(component, OptimizerState):
+            for optimizer in component.optimizers:
+                self._watch(optimizer)
         if component is not None and len(path) <= 1:
             # Objects further down come and go, with the state that they are a part of.
             self._components[path] = component
@@ -131,6 +143,7 @@ class StateTree:
         if component is None:
             flattener.put(path, value)
             return
+        _note_union(flattener, path, component)
         node = component.flatten(flattener, path)
         if node is not None:
             flattener.state.structure[path] = {"object": node}
@@ -138,6 +151,7 @@ class StateTree:
     def _enter(self, flattener: Flattener, path: Path, value: Any) -> Node:
         component = self.component_of(path, value)
         assert component is not None, "an object"
+        _note_union(flattener, path, component)
         return component.flatten(flattener, path)
 
     def _setter(self, key: Any) -> Callable[[Any], None]:
@@ -179,13 +193,20 @@ class StateTree:
         """The name of a parameter that is spread over the ranks as a tensor is: of several the one
         whose name ends the path."""
         if self._placed is None:
-            self._placed = {}
+            self._placed, self._placed_for = {}, outline_of(self._modules)
             for name, parameter in named_parameters(self._modules):
                 if isinstance(parameter, DTensor):
                     self._placed.setdefault(_placement(parameter), []).append(name)
         found = self._placed.get(_placement(tensor), [])
         where = spelled(path)
         return next((name for name in found if name in where), found[0] if found else None)
+
+
+def _note_union(flattener: Flattener, path: Path, component: Component) -> None:
+    if isinstance(component, ModelState):
+        flattener.state.unions[path] = "model"
+    elif isinstance(component, OptimizerState):
+        flattener.state.unions[path] = "sharded" if component.is_sharded else "optimizer"
 
 
 def _placement(tensor: DTensor) -> tuple[Any, ...]:

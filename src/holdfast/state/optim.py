@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from holdfast.errors import UsageError
 from holdfast.format.structure import Node
 from holdfast.state.match import Match
-from holdfast.state.model import named_parameters
+from holdfast.state.model import named_parameters, outline_of
 from holdfast.state.stateful import ObjectState
 from holdfast.state.tree import (
     Flattener,
@@ -51,18 +51,20 @@ class OptimizerState:
         self._single = len(self._own) == len(optimizers) == 1
         self._parts = parts
         self._names: dict[int, str] = {}
-        self._named_for: list[int] = []
+        self._named_for: tuple[list[int], list[object]] | None = None
         self._known: dict[tuple[Path, int, str], tuple[list[str], dict[str, Path]]] = {}
         self._find_names()
 
     def _find_names(self) -> None:
-        """Find out what the parameters of the optimizers are called, where these have changed.
+        """Find out what the parameters of the optimizers are called, where these or the places of
+        parameters in the modules have changed.
 
         Names are known by `id`: an optimizer holds on to its parameters, so no other object comes
         to have the `id` of one of them.
         """
         held = [id(one) for optimizer in self._named for one in parameters_of(optimizer)]
-        if held == self._named_for:
+        named_for = held, outline_of(self._parts)
+        if named_for == self._named_for:
             return
         self._names = {id(parameter): name for name, parameter in named_parameters(self._parts)}
         used: set[str] = set()
@@ -74,12 +76,22 @@ class OptimizerState:
                     hint="give each parameter to one optimizer, and every model part to the call",
                 )
             used.add(name)
-        self._named_for = held
+        self._named_for = named_for
 
     @property
     def named(self) -> Sequence[Optimizer]:
         """Optimizers whose state is kept by the names of their parameters."""
         return self._named
+
+    @property
+    def optimizers(self) -> Iterator[Optimizer]:
+        """All that are torch's, in whatever form their state is kept."""
+        return (one for one in (*self._named, *self._own) if isinstance(one, Optimizer))
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a rank may hold the slots of a part of its parameters alone."""
+        return bool(self._own) or any(map(is_zero, self._named))
 
     def name_of(self, parameter: torch.Tensor) -> str:
         """The name of a parameter; its number, if no part of the model holds it."""

@@ -60,6 +60,10 @@ class FlatState:
     structure: dict[Path, Node] = field(default_factory=dict)
     """Nodes by the path of what they describe; none where the names tell all."""
 
+    unions: dict[Path, str] = field(default_factory=dict)
+    """Paths of models and optimizers, whose entries may be others on each rank, with their kind:
+    `model`, `optimizer`, or `sharded` for an optimizer whose slots are spread over ranks."""
+
     stepped: Callable[[], frozenset[str]] = frozenset
     """Names of the tensors that change in a step of an optimizer, and at no other time."""
 

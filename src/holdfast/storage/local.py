@@ -18,15 +18,23 @@ from holdfast.storage.store import Check, Reader, Writer
 DIRECT_BYTES_MIN = 4 << 20
 """Smallest file that is written with `O_DIRECT`; below it the threads cost more than they save."""
 
+NO_SPACE = "free some space (df -h), or use another disk"
+"""Hint of the error for a full disk."""
+
 _HINTS = {
     errno.EACCES: "check the owner and the rights of the folder: ls -ld",
     errno.EPERM: "check the owner and the rights of the folder: ls -ld",
     errno.EROFS: "the file system is mounted read-only: mount -o remount,rw, or another folder",
-    errno.ENOSPC: "free some space (df -h; holdfast prune), or use another disk",
+    errno.ENOSPC: NO_SPACE,
     errno.EDQUOT: "the quota is used up: free some space, or use another folder",
     errno.EEXIST: "a file has the name of the folder: move it away, or use another folder",
     errno.ENOTDIR: "a file has the name of the folder: move it away, or use another folder",
     errno.EIO: "the disk reports an input/output error: look at dmesg, use another disk",
+    errno.EFBIG: "no file may be that large here: `ulimit -f` shows the limit of this shell, and "
+    "the file system has one too",
+    errno.EMFILE: "this process has too many files open: `ulimit -n` shows the limit and raises it",
+    errno.ENFILE: "too many files are open on this machine: look at fs.file-max (sysctl)",
+    errno.ENAMETOOLONG: "choose a shorter name, or a folder with a shorter path",
     errno.ESTALE: "the network file system lost the file: check the mount",
 }
 
@@ -143,9 +151,7 @@ class LocalStore:
         with self._errors_of("remove", key):
             path = self._path(key)
             if os.path.isdir(path) and not os.path.islink(path):
-                import shutil  # Readers do not need this import.
-
-                shutil.rmtree(path)
+                _remove_folder(path)
             else:
                 os.unlink(path)
 
@@ -315,6 +321,23 @@ def _pread(file: int, start: int, stop: int) -> bytes:
         parts.append(part)
         start += len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _remove_folder(path: str) -> None:
+    import shutil  # Readers do not need this import.
+
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        # Delete what a save left that ran out of open files: this opens one at most.
+        with suppress(OSError):
+            os.rmdir(path)
+            return
+        for name in os.listdir(path):
+            os.unlink(os.path.join(path, name))
+        os.rmdir(path)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -16,9 +16,11 @@ import pytest
 
 import holdfast
 from checkpoints import save_safetensors, save_step, save_stock, save_torch
+from holdfast.catalog.catalog import Catalog
 from holdfast.cli import terminal
 from holdfast.cli.main import VERBS, main
 from holdfast.spelling import spelled_age, spelled_bytes
+from holdfast.storage.local import LocalStore
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +205,14 @@ def test_what_verify_found_is_known_from_then_on_where_it_leaves_marks(
         (("list", "stock"), 4, "hint: it is a checkpoint itself: holdfast verify"),
         (("list", "hf"), 4, "hint: it is a checkpoint itself: holdfast verify"),
         (("list", "."), 4, "hint: no `step-N`, but checkpoints: hf, stock; holdfast verify"),
+        (("list", "model.pt"), 4, "a file, written by torch.save"),
+        (("doctor", "model.pt"), 4, "model.pt FOLDER` makes a checkpoint of it"),
+        (("prune", "model.pt"), 4, "a file, written by torch.save"),
+        (("report", "model.pt"), 4, "`holdfast show "),
+        (("serve", "model.pt"), 4, "a file, written by torch.save"),
+        (("list", "hf/model-00001-of-00002.safetensors"), 4, "a file, of safetensors"),
+        (("list", "notes.txt"), 4, "it is a text file"),
+        (("list", "stock/.metadata"), 2, "is the index for stock torch"),
         (("verify", "evil.pt"), 8, "refers to `posix.system`"),
         (("verify", "notes.txt"), 4, "is no checkpoint"),
         (("lst",), 2, "did you mean `holdfast list`?"),
@@ -390,6 +400,86 @@ def test_a_reader_that_has_seen_enough_is_no_error(saved: Path) -> None:
     command = f"{sys.executable} -m holdfast.cli list {saved}/outputs/checkpoint --json | true"
     ran = subprocess.run(command, shell=True, text=True, capture_output=True)
     assert ran.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        (("list",), "manifest"),
+        (("verify",), "manifest"),
+        (("list", "--verify"), "distcp"),
+        (("verify", "--mark"), "distcp"),
+        (("doctor", "--verify"), "distcp"),
+    ],
+)
+def test_a_step_that_is_deleted_while_it_is_read_is_not_damaged(
+    command: tuple[str, ...],
+    file: str,
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """G4, G16. Method: retention deletes steps 1 and 2 once both are listed and a file of the first
+    is read. They are left out, and neither called damaged nor marked."""
+    folder = home / "outputs/checkpoint"
+    catalog, read = Catalog(LocalStore(folder)), LocalStore.read
+    deleted: list[str] = []
+
+    def deleting(store: LocalStore, key: str, start: int, stop: int) -> bytes:
+        if not deleted and "step-1/" in key and file in key:
+            deleted.append(key)
+            for step in (1, 2):
+                catalog.remove(f"step-{step}")
+        return read(store, key, start, stop)
+
+    monkeypatch.setattr(LocalStore, "read", deleting)
+    status, said, err = run(capsys, command[0], folder, *command[1:])
+    assert deleted
+    assert status == 0, err
+    assert "damaged" not in said
+    assert ("deleted meanwhile" in err) == (command != ("list",))
+    assert sorted(path.name for path in folder.iterdir()) == ["step-3"]
+
+
+def shell(line: str) -> subprocess.CompletedProcess[str]:
+    """What a shell makes of a line in which `holdfast` is the command."""
+    line = line.replace("holdfast ", f"{sys.executable} -m holdfast.cli ")
+    return subprocess.run(["bash", "-c", line], text=True, capture_output=True)
+
+
+@pytest.mark.parametrize("verb", ["list", "list --json", "verify", "list --help", "--help"])
+def test_output_that_cannot_be_written_is_one_error(verb: str, saved: Path) -> None:
+    """G8. Method: stdout is a full disk: one line and its hint, no traceback, status 9."""
+    folder = "" if "--help" in verb else saved / "outputs/checkpoint"
+    ran = shell(f"holdfast {verb} {folder} > /dev/full")
+    assert ran.stderr.startswith("error: cannot write the output: No space left on device\nhint: ")
+    assert len(ran.stderr.splitlines()) == 2
+    assert ran.returncode == 9
+
+
+def test_a_closed_stream_is_no_error(saved: Path) -> None:
+    """G8. Method: stdout closed by the shell, for a command that ends well and one that does not;
+    stderr closed, or full: the exit status is all there is, and is the right one."""
+    ran = shell(f"holdfast list {saved}/outputs/checkpoint >&-")
+    assert (ran.stderr, ran.returncode) == ("", 0)
+    ran = shell(f"holdfast list {saved}/nothing >&-")
+    assert ran.stderr.startswith("error: nothing at")
+    assert ran.returncode == 4
+    for closed in ("2>&-", "2>/dev/full", ">&- 2>&-"):
+        assert shell(f"holdfast list {saved}/nothing {closed}").returncode == 4
+
+
+def test_a_character_that_the_output_cannot_spell_is_escaped(tmp_path: Path) -> None:
+    """G8. Method: a tensor with a name that ASCII lacks, on stdout and in an error."""
+    import torch
+
+    holdfast.save(tmp_path / "step-1", {"gr\u00f6\u00dfe": torch.ones(2)})
+    ran = shell(f"PYTHONUTF8=0 PYTHONIOENCODING=ascii holdfast show {tmp_path}/step-1")
+    assert (ran.stderr, ran.returncode) == ("", 0)
+    assert "gr\\xf6\\xdfe" in ran.stdout
+    ran = shell(f"PYTHONUTF8=0 PYTHONIOENCODING=ascii holdfast show {tmp_path}/gr\u00f6\u00dfe")
+    assert (ran.stdout, ran.returncode) == ("", 4)
+    assert "gr\\xf6\\xdfe" in ran.stderr
 
 
 @pytest.mark.parametrize(
