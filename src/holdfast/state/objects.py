@@ -18,7 +18,7 @@ from holdfast.state.dataloader import LoaderState
 from holdfast.state.match import Match
 from holdfast.state.model import ModelState, named_parameters, refuse_fsdp1
 from holdfast.state.optim import OptimizerState
-from holdfast.state.plain import Component, PlainMatch, is_object
+from holdfast.state.plain import Component, PlainMatch
 from holdfast.state.stateful import NoState, ObjectState, RankState
 from holdfast.state.stored import StoredState
 from holdfast.state.tree import (
@@ -26,6 +26,7 @@ from holdfast.state.tree import (
     Flattener,
     Path,
     check_depth,
+    is_object,
     named_twice,
     names_of,
     spelled,
@@ -55,10 +56,10 @@ class StateTree:
             )
         self._keys = names_of((), state)
         self._state, self._flat, self._others = state, flat, others
-        self._modules = list(_modules(state, ()))
+        self._modules = [module for _, module in _modules(state, ())]
         for module in self._modules:
             refuse_fsdp1(module)
-        self._components: dict[Path, Component] = {}
+        self._components: dict[Path, tuple[Any, Component]] = {}
         self._placed: dict[Any, list[str]] | None = None
 
     def flatten(self) -> FlatState:
@@ -80,7 +81,7 @@ class StateTree:
         return replace(state, stepped=lambda: frozenset(self._stepped(state)))
 
     def _stepped(self, state: FlatState) -> Iterator[str]:
-        for path, component in self._components.items():
+        for path, (_, component) in self._components.items():
             if isinstance(component, OptimizerState):
                 parameters, slots = component.stepped(spelled(path))
                 for name, leaf in state.leaves.items():
@@ -109,12 +110,14 @@ class StateTree:
 
     def component_of(self, path: Path, value: Any) -> Component | None:
         """What knows how an object's state is stored; None for plain state."""
-        if path in self._components:
-            return self._components[path]
+        # An object that another gives as its whole state has the path of that one.
+        owner, component = self._components.get(path, (None, None))
+        if component is not None and owner is value:
+            return component
         component = self._made_component(value)
-        if component is not None and len(path) <= 1:
+        if component is not None and len(path) <= 1 and owner is None:
             # Objects further down come and go, with the state that they are a part of.
-            self._components[path] = component
+            self._components[path] = value, component
         return component
 
     def _made_component(self, value: Any) -> Component | None:
@@ -197,18 +200,19 @@ def _is_component(value: Any) -> TypeGuard[Component]:
     return isinstance(value, kinds)
 
 
-def _modules(state: Mapping[Any, Any], path: Path) -> Iterator[nn.Module]:
-    for key, value in state.items():
+def _modules(state: Any, path: Path) -> Iterator[tuple[Path, nn.Module]]:
+    """Modules in dicts, lists and tuples, at any depth, with their paths."""
+    check_depth(path)
+    if not isinstance(state, Mapping) and {int, float, str}.issuperset(map(type, state)):
+        return
+    for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
+        at = (*path, str(key))
         if isinstance(value, nn.Module):
-            yield value
+            yield at, value
         elif isinstance(value, ModelState):
-            yield from value.parts
-        elif isinstance(value, Mapping):
-            at = (*path, str(key))
-            check_depth(at)
+            yield from ((at, part) for part in value.parts)
+        elif isinstance(value, Mapping | list | tuple):
             yield from _modules(value, at)
-        elif isinstance(value, list | tuple):
-            yield from (one for one in value if isinstance(one, nn.Module))
 
 
 def _check_names(state: FlatState) -> None:

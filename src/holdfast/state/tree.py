@@ -134,7 +134,7 @@ class Flattener:
         """Add everything below one path. `rebuilt`: a load makes its tensors anew, so the structure
         says where they belong."""
         node = self.walk(path, value, rebuilt=rebuilt)
-        if node is not None and node != {"object": None}:
+        if node is not None and (rebuilt or node != {"object": None}):
             self.state.structure[path] = node
 
     def walk(self, path: Path, value: Any, *, rebuilt: bool) -> Node:
@@ -144,7 +144,7 @@ class Flattener:
             return None
         if isinstance(value, torch.Tensor):
             return self._tensor(path, value, rebuilt=rebuilt)
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not is_object(value):
             return self._mapping(path, value, rebuilt=rebuilt)
         if type(value) is list and holds_state(value):
             return self._sequence(path, value, "list")
@@ -153,7 +153,7 @@ class Flattener:
         if type(value) is np.ndarray:
             self.add(path, _tensor_of(path, value))
             return ARRAY
-        if isinstance(value, Stateful) and not isinstance(value, type):
+        if is_object(value):
             if self._enters is None:
                 raise UsageError(f"`{spelled(path)}` is a {type_name(value)}, an object with state")
             return {"object": self._enters(self, path, value)}
@@ -194,7 +194,9 @@ class Flattener:
         for name, key in names_of(path, value).items():
             node = self.walk((*path, name), value[key], rebuilt=rebuilt)
             children.append((key, node))
-            told = told and node in (None, {"object": None}) and type(key) is str
+            # An object that another one holds is found by its node alone.
+            quiet = node is None or (node == {"object": None} and not rebuilt)
+            told = told and quiet and type(key) is str
         # Values of a dict lose their order among each other, and to its tensors.
         if told and (self._num_values == before or len(children) == 1):
             return None
@@ -237,7 +239,7 @@ def holds_state(members: Sequence[Any]) -> bool:
         isinstance(member, (Mapping, torch.Tensor, np.ndarray))
         or (type(member) is list and holds_state(member))
         or (type(member) is tuple and _holds_placed(member))
-        or _is_object(member)
+        or is_object(member)
         for member in members
     )
 
@@ -255,13 +257,16 @@ def _holds_placed(members: Sequence[Any]) -> bool:
         )
         or (type(member) in (tuple, list) and _holds_placed(member))
         or (isinstance(member, Mapping) and _holds_placed([*member.values()]))
-        or _is_object(member)
+        or is_object(member)
         for member in members
     )
 
 
-def _is_object(member: object) -> bool:
-    return isinstance(member, Stateful) and not isinstance(member, type)
+def is_object(value: object) -> bool:
+    """Whether it gives and takes its own state: also a dict of a class that does."""
+    if type(value) in _KIND_OF_MAPPING or type(value) in _SCALARS:
+        return False
+    return isinstance(value, Stateful) and not isinstance(value, type)
 
 
 def _kind_of(path: Path, value: Mapping[Any, Any]) -> tuple[str, dict[str, str]]:
