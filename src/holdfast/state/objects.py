@@ -19,6 +19,7 @@ from holdfast.state.match import Match
 from holdfast.state.model import ModelState, named_parameters, refuse_fsdp1
 from holdfast.state.optim import OptimizerState
 from holdfast.state.plain import Component, PlainMatch
+from holdfast.state.schedulers import SchedulerState
 from holdfast.state.stateful import NoState, ObjectState, RankState
 from holdfast.state.stored import StoredState
 from holdfast.state.tree import (
@@ -196,7 +197,10 @@ def _placement(tensor: DTensor) -> tuple[Any, ...]:
 
 
 def _is_component(value: Any) -> TypeGuard[Component]:
-    kinds = (ModelState, OptimizerState, ObjectState, RankState, LoaderState, NoState)
+    kinds = (
+        *(ModelState, OptimizerState, SchedulerState),
+        *(ObjectState, RankState, LoaderState, NoState),
+    )
     return isinstance(value, kinds)
 
 
