@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -143,10 +144,8 @@ class OptimizerMatch:
             said: dict[str, Any] = {STATE: {key: made(values) for key, made in state.items()}}
             said[GROUPS] = groups(values)
             said = others(values, said)
-            handed = {parameters[index]: said[STATE][index] for index in state}
-            hand_over(optimizer, said, self._name)
-            if type(optimizer).load_state_dict is Optimizer.load_state_dict:
-                self._make_exact(optimizer, handed, names)
+            with self._exactly(optimizer, names):
+                hand_over(optimizer, said, self._name)
 
         self._match.then(take)
 
@@ -327,15 +326,37 @@ class OptimizerMatch:
 
     # ---------------------------------------------------------------------------------- afterwards
 
-    def _make_exact(
-        self, optimizer: Optimizer, handed: Mapping[torch.Tensor, Any], names: list[str]
-    ) -> None:
-        """Put back what torch's own `load_state_dict` has changed: it casts every slot to the
-        dtype of its parameter, counters and 8-bit moments too, and spells texts anew."""
-        by_parameter = dict(zip(map(id, _parameters(optimizer)), names, strict=True))
-        for parameter, state in handed.items():
-            if not self._was_cast(by_parameter[id(parameter)], parameter):
-                optimizer.state[parameter] = _exact(state, optimizer.state.get(parameter))
+    @contextmanager
+    def _exactly(self, optimizer: Optimizer, names: list[str]) -> Iterator[None]:
+        """Undo what torch's own `load_state_dict` changes in what it is given: it casts every slot
+        to the dtype of its parameter, counters and 8-bit moments too, and spells texts anew.
+
+        This is done after torch's cast, and before the optimizer's `__setstate__` and hooks see
+        the state: what these make of it stands.
+        """
+        if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+            yield
+            return
+        given: dict[str, Any] = {}
+        # The last of the hooks before the load: what the others have changed is in what it gets.
+        hook = optimizer.register_load_state_dict_pre_hook(lambda _, said: given.update(said))
+        set_state = optimizer.__setstate__
+        name_of = dict(zip(map(id, _parameters(optimizer)), names, strict=True))
+
+        def set_exact_state(cast: dict[str, Any]) -> None:
+            parameters = [one for group in cast[GROUPS] for one in group["params"]]
+            numbers = [number for group in given[GROUPS] for number in group["params"]]
+            for number, parameter in zip(numbers, parameters, strict=True):
+                if number in given[STATE] and not self._was_cast(name_of[id(parameter)], parameter):
+                    cast[STATE][parameter] = _exact(given[STATE][number], cast[STATE][parameter])
+            set_state(cast)
+
+        optimizer.__dict__["__setstate__"] = set_exact_state
+        try:
+            yield
+        finally:
+            hook.remove()
+            optimizer.__dict__.pop("__setstate__", None)
 
     def _was_cast(self, name: str, parameter: torch.Tensor) -> bool:
         """Whether the parameter has another dtype than the checkpoint's, so that slots follow."""
