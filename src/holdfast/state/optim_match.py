@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-from holdfast.errors import MismatchError
 from holdfast.format.manifest import TensorEntry
 from holdfast.format.structure import Node, kind_of_node
 from holdfast.state.match import Match, Values, put_together
@@ -265,16 +264,16 @@ class OptimizerMatch:
         """Refuse options that differ between parameters which are in one group here."""
         makes = self._made_value(one), self._made_value(other)
 
-        def check(values: Values) -> None:
+        def check(values: Values) -> str | None:
             found = [make(values) for make in makes]
-            if not same(*found):
-                raise MismatchError(
-                    f"`{self._name}`: `{first}` and `{name}` are in one group here, and were saved "
-                    f"with `{option}` {found[0]!r} and {found[1]!r}",
-                    hint="make the groups as the run that saved them did, then load",
-                )
+            if same(*found):
+                return None
+            return (
+                f"`{self._name}`: `{first}` and `{name}` are in one group here, and were saved "
+                f"with `{option}` {found[0]!r} and {found[1]!r}"
+            )
 
-        self._match.then(check)
+        self._match.check([*one.entries(), *other.entries()], check)
 
     def _empty(self, number: int, index: int) -> dict[str, Made]:
         """The options of a group without parameters."""

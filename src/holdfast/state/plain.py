@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
-from holdfast.errors import MismatchError, UsageError
+from holdfast.errors import UsageError
 from holdfast.format.structure import MAPPINGS, SEQUENCES, Node, children_of, kind_of_node
-from holdfast.state.match import Like, Match, Values, as_number, is_one_number, put_together
+from holdfast.state.match import Like, Match, Values, check_number, is_one_number, put_together
 from holdfast.state.same import same
 from holdfast.state.stored import Branch, object_node
 from holdfast.state.subclass import CONTEXT, is_ours, taken_apart
@@ -69,7 +69,8 @@ class PlainMatch:
             assert branch.name is not None
             match.demand(branch, None)
             name, wanted = branch.name, type(live)
-            match.then(lambda values: put(as_number(name, values(name), wanted)))
+            match.check([name], check_number(name, wanted))
+            match.then(lambda values: put(wanted(values(name).item())))
         elif type(live) in _NOT_TENSORS and stored.tensor(branch.name or "") is not None:
             what = f"is a tensor in the checkpoint, a {type(live).__name__} is wanted"
             match.fits_not(spelled(path), what)
@@ -165,16 +166,14 @@ def match_inside(match: Match, live: torch.Tensor, path: Path, branch: Branch, n
             match_inside(match, inner, child.path, child, described["inner"][name])
     said = branch.child(CONTEXT)
     match.demand(said, None)
-    match.then(lambda values: _check_context(spelled(path), apart.context, values, said))
 
+    def check(values: Values) -> str | None:
+        stored = put_together(said, None, values)
+        if same(stored, apart.context):
+            return None
+        return f"`{spelled(path)}` was saved with {stored!r}, and has {apart.context!r} here"
 
-def _check_context(name: str, here: Any, values: Values, said: Branch) -> None:
-    stored = put_together(said, None, values)
-    if not same(stored, here):
-        raise MismatchError(
-            f"`{name}` was saved with {stored!r}, and has {here!r} here",
-            hint="make the model as the run that saved it did, then load",
-        )
+    match.check(said.entries(), check)
 
 
 def _dtype(tensor: torch.Tensor) -> str:
