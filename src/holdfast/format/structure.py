@@ -36,6 +36,10 @@ NUMBERS = (
 EMPTY_BYTES = "empty bytes"
 """Type of `b""`, which pickle writes as a call of `bytes`: an empty text stands in its place."""
 
+OPTIMIZERS = "optimizers"
+"""Member of the node of an object: the classes of the optimizers that it stands for. A manifest
+has it apart from the nodes."""
+
 DEPTH_MAX = 100
 """Nodes inside one another."""
 
@@ -124,6 +128,20 @@ def mapping_node(kind: str, children: Sequence[tuple[Any, Node]], **more: object
     return {kind: [[key_text(key), child] for key, child in children], **more}
 
 
+def with_optimizers(node: Node, other: Mapping[str, Any]) -> Node:
+    """The node of an object with the optimizers of another rank added to its own.
+
+    >>> with_optimizers({"object": None, "optimizers": ["a"]}, {"optimizers": ["a", "b"]})
+    {'object': None, 'optimizers': ['a', 'b']}
+    """
+    if not isinstance(node, dict):
+        return node
+    return {
+        **node,
+        OPTIMIZERS: list(dict.fromkeys([*node.get(OPTIMIZERS, []), *other[OPTIMIZERS]])),
+    }
+
+
 def check_node(node: object, depth: int = 0) -> Node:
     """A node as a stranger's file states it.
 
@@ -165,7 +183,10 @@ def _check_sequence(_: Mapping[str, Any], held: Any, depth: int) -> None:
         check_node(child, depth)
 
 
-def _check_object(_: Mapping[str, Any], held: Any, depth: int) -> None:
+def _check_object(node: Mapping[str, Any], held: Any, depth: int) -> None:
+    names = node.get(OPTIMIZERS, [])
+    if not isinstance(names, list) or not all(type(name) is str for name in names):
+        raise ValueError("optimizers whose classes are no texts")
     check_node(held, depth)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from holdfast.timing import Spans
 
 _LISTED_MAX = 50
 
+logger = logging.getLogger("holdfast")
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
@@ -44,6 +47,10 @@ class Loaded:
     differences: tuple[str, ...] = ()
     """What the checkpoint and the state do not have in common, where that was allowed: a line each,
     over all ranks."""
+
+    notes: tuple[str, ...] = ()
+    """What is loaded otherwise than it was saved, such as the state of another optimizer: a line
+    each, over all ranks."""
 
     num_matched: int = 0
     """Entries that this rank has loaded."""
@@ -78,12 +85,15 @@ def load(path: str | os.PathLike[str], state: Any, *, strict: bool = True) -> Lo
     try:
         store, name = run_on_all(ranks, lambda: check_to_load(path, state, strict=strict))
         tree = run_on_all(ranks, lambda: StateTree(state))
-        return read_in(
+        loaded = read_in(
             store,
             name,
             ranks,
             lambda source: load_tree(source, tree, ranks=ranks, strict=strict),
         )
+        for line in loaded.notes if ranks.rank == 0 else ():
+            logger.warning("%s", line)
+        return loaded
     finally:
         ranks.close()
 
@@ -120,7 +130,7 @@ def load_tree(
     with torch.inference_mode(mode=False):
         with spans("plan"), gc_paused():
             match = run_on_all(ranks, lambda: tree.match(source.manifest, strict=strict))
-            differences = _differences(match, ranks)
+            differences, notes = _differences(match, ranks)
             if differences and not partial:
                 raise _mismatch(source, differences)
             reading = run_on_all(ranks, lambda: _Reading(source, match))
@@ -136,24 +146,28 @@ def load_tree(
         converted=reading.converted(),
         spans=spans,
         differences=tuple(differences),
+        notes=tuple(notes),
         num_matched=len(reading.wanted) + len(match.values),
         lacking=tuple(match.lacking),
     )
 
 
-def _differences(match: Match, ranks: Ranks) -> list[str]:
-    """A line on each difference between the checkpoint and the state of all ranks. Collective.
+def _differences(match: Match, ranks: Ranks) -> tuple[list[str], list[str]]:
+    """A line on each difference between the checkpoint and the state of all ranks, and on all else
+    that must be said. Collective.
 
     An entry is unexpected where no rank has a place for it: a pipeline stage has its own layers.
     """
-    reports = ranks.gather((list(match.misfits.values()), list(match.extra)))
+    reports = ranks.gather((list(match.misfits.values()), list(match.extra), [*match.notes]))
     listed: list[str] = []
+    notes: list[str] = []
     if reports:
-        listed = list(dict.fromkeys(line for lines, _ in reports for line in lines))
-        common = set.intersection(*({*names} for _, names in reports))
+        listed = list(dict.fromkeys(line for lines, _, _ in reports for line in lines))
+        notes = list(dict.fromkeys(line for _, _, lines in reports for line in lines))
+        common = set.intersection(*({*names} for _, names, _ in reports))
         extra = [name for name in reports[0][1] if name in common]
         listed += [f"`{name}` is in the checkpoint, but not wanted" for name in extra]
-    return ranks.broadcast(listed)
+    return ranks.broadcast((listed, notes))
 
 
 def _mismatch(source: Source, listed: Sequence[str]) -> MismatchError:

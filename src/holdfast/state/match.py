@@ -63,6 +63,9 @@ class Match:
     extra: dict[str, None] = field(default_factory=dict)
     """Names of what the structure alone tells of, and this rank has no place for."""
 
+    notes: dict[str, None] = field(default_factory=dict)
+    """Lines on what is loaded otherwise than it was saved, and must be said."""
+
     lacking: list[str] = field(default_factory=list)
     """Tensors that the checkpoint may lack, and does."""
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from holdfast.errors import MismatchError, UsageError
 from holdfast.format.manifest import Manifest
-from holdfast.format.structure import Node
+from holdfast.format.structure import OPTIMIZERS, Node
 from holdfast.state.dataloader import LoaderState
 from holdfast.state.match import Match
 from holdfast.state.model import ModelState, named_parameters, refuse_fsdp1
@@ -135,14 +135,21 @@ class StateTree:
         if component is None:
             flattener.put(path, value)
             return
-        node = component.flatten(flattener, path)
-        if node is not None:
+        node = self._flatten_component(flattener, path, component)
+        if node is not None and path not in flattener.state.structure:
             flattener.state.structure[path] = {"object": node}
 
     def _enter(self, flattener: Flattener, path: Path, value: Any) -> Node:
         component = self.component_of(path, value)
         assert component is not None, "an object"
-        return component.flatten(flattener, path)
+        return self._flatten_component(flattener, path, component)
+
+    def _flatten_component(self, flattener: Flattener, path: Path, component: Component) -> Node:
+        node = component.flatten(flattener, path)
+        if isinstance(component, OptimizerState):
+            classes = component.class_names
+            flattener.state.structure[path] = {"object": node, OPTIMIZERS: classes}
+        return node
 
     def _setter(self, key: Any) -> Callable[[Any], None]:
         def put(value: Any) -> None:

@@ -20,6 +20,7 @@ from holdfast.errors import UsageError
 from holdfast.format.structure import Node
 from holdfast.state.match import Match
 from holdfast.state.model import named_parameters
+from holdfast.state.optim_class import ClassCheck
 from holdfast.state.stateful import ObjectState
 from holdfast.state.tree import (
     Flattener,
@@ -27,6 +28,7 @@ from holdfast.state.tree import (
     Stateful,
     holds_state,
     made_plain,
+    type_name,
 )
 
 STATE, GROUPS = "state", "param_groups"
@@ -81,6 +83,11 @@ class OptimizerState:
         """Optimizers whose state is kept by the names of their parameters."""
         return self._named
 
+    @property
+    def class_names(self) -> list[str]:
+        """Classes of all optimizers, by module and name."""
+        return [type_name(one) for one in (*self._named, *self._own)]
+
     def name_of(self, parameter: torch.Tensor) -> str:
         """The name of a parameter; its number, if no part of the model holds it."""
         return self._names[id(parameter)]
@@ -119,6 +126,7 @@ class OptimizerState:
         if self._named:
             OptimizerMatch(self, match, path).run()
         for at, own in self._own_paths(path):
+            ClassCheck(match, path).note(own)
             ObjectState(own).match(match, at)
 
     def _own_paths(self, path: Path) -> Iterator[tuple[Path, Stateful]]:

@@ -11,8 +11,9 @@ import torch
 from torch.optim import Optimizer
 
 from holdfast.format.manifest import TensorEntry
-from holdfast.format.structure import Node, kind_of_node
+from holdfast.format.structure import Node, children_of, kind_of_node
 from holdfast.state.match import Match, Values, put_together
+from holdfast.state.optim_class import ClassCheck
 from holdfast.state.same import same
 from holdfast.state.stateful import hand_over
 from holdfast.state.stored import Branch
@@ -136,7 +137,12 @@ class OptimizerMatch:
             made = self._match_state(optimizer, name, parameter, groups_of[index], found)
             if made is not None:
                 state[index] = made
+        classes = ClassCheck(self._match, self._path)
+        if not classes.is_same(optimizer):
+            slots = (found.slots[name] for name in names if name in found.slots)
+            classes.check(optimizer, self._stored_options(names, found), slots)
         groups = self._match_groups(optimizer, number, names, found)
+        self._note_empty(optimizer, number)
         others = self._match_others(number)
 
         def take(values: Values) -> None:
@@ -239,6 +245,28 @@ class OptimizerMatch:
             return said
 
         return groups
+
+    def _stored_options(self, names: list[str], found: StoredOptimizer) -> set[str]:
+        """Names of the options that are stored for the groups of an optimizer."""
+        options = {str(option) for group in found.groups for option in group.children}
+        options.update(*(found.options[name] for name in names if name in found.options))
+        return options - {"params"}
+
+    def _note_empty(self, optimizer: Optimizer, number: int) -> None:
+        """Have it said which groups had no parameters when they were saved, and are not so here:
+        each parameter keeps the options that were saved for it, and theirs belong to none."""
+        path = (*self._path, f"empty_groups.{number}")
+        branch, node = self._match.stored.below(path), self._match.stored.node(path)
+        self._match.taken.update(branch.entries())
+        for key in [*branch.children, *(str(key) for key, _ in children_of(node) or ())]:
+            index, groups = int(key), optimizer.param_groups
+            if index >= len(groups) or groups[index]["params"]:
+                here = "has some here" if index < len(groups) else "is not here"
+                self._match.notes[
+                    f"`{self._name}`: group {index} had no parameters when it was saved, and "
+                    f"{here}: every parameter keeps its own options; a scheduler that sets them by "
+                    "the number of the group will not follow"
+                ] = None
 
     def _match_options(self, held: list[str], found: StoredOptimizer) -> dict[str, Made]:
         options: dict[str, Made] = {}

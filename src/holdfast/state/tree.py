@@ -134,7 +134,7 @@ class Flattener:
         """Add everything below one path. `rebuilt`: a load makes its tensors anew, so the structure
         says where they belong."""
         node = self.walk(path, value, rebuilt=rebuilt)
-        if node is not None and (rebuilt or node != {"object": None}):
+        if node is not None and node != {"object": None}:
             self.state.structure[path] = node
 
     def walk(self, path: Path, value: Any, *, rebuilt: bool) -> Node:
