@@ -16,7 +16,7 @@ from holdfast.errors import DamagedError, FormatError
 from holdfast.format import checksum, facts, timings
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.region import Region
-from holdfast.format.structure import OPTIMIZERS, Node, check_node
+from holdfast.format.structure import Node, check_node, members_of, with_classes
 from holdfast.format.timings import Stage
 
 VERSION = 2
@@ -217,7 +217,7 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
         **({"metrics": facts.encode_metrics(manifest.metrics)} if manifest.metrics else {}),
         **({"model": dict(manifest.model)} if manifest.model else {}),
         **({"timings": timings.encode(manifest.timings)} if manifest.timings else {}),
-        **_told_structure(manifest.structure),
+        **members_of(manifest.structure),
         "checksums": _checksums(manifest.block_bytes),
         "metadata": manifest.metadata,
         "files": [
@@ -370,32 +370,11 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
     return manifest
 
 
-def _told_structure(structure: Mapping[Path, Node] | None) -> dict[str, Any]:
-    """Members for the structure, and for the classes of optimizers, which stand apart: no reader
-    needs them to put a state together."""
-    if structure is None:
-        return {}
-    nodes, optimizers = [], []
-    for path, node in structure.items():
-        rest = node
-        if isinstance(node, dict) and OPTIMIZERS in node:
-            optimizers.append([path, node[OPTIMIZERS]])
-            rest = {key: one for key, one in node.items() if key != OPTIMIZERS}
-        if rest is node or rest != {"object": None}:
-            nodes.append([path, rest])
-    return {"structure": nodes, **({"optimizers": optimizers} if optimizers else {})}
-
-
 def _structure(stored: list[Any] | None, optimizers: list[Any]) -> dict[Path, Node] | None:
     if stored is None:
         return None
     nodes = {path_of(path): check_node(node) for path, node in stored}
-    for path, names in optimizers:
-        at = path_of(path)
-        node = nodes.get(at) or {"object": None}
-        if isinstance(node, dict):
-            nodes[at] = check_node({**node, OPTIMIZERS: names})
-    return nodes
+    return with_classes(nodes, {path_of(path): names for path, names in optimizers})
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,6 +142,42 @@ def with_optimizers(node: Node, other: Mapping[str, Any]) -> Node:
     }
 
 
+def members_of(structure: Mapping[Any, Node] | None) -> dict[str, list[Any]]:
+    """Members of a manifest for nodes by path; the classes of optimizers stand apart, since no
+    reader needs them to put a state together.
+
+    >>> members_of({("o",): {"object": None, "optimizers": ["a"]}, ("t",): {"tuple": []}})
+    {'structure': [[('t',), {'tuple': []}]], 'optimizers': [[('o',), ['a']]]}
+    """
+    if structure is None:
+        return {}
+    nodes, optimizers = [], []
+    for path, node in structure.items():
+        rest = node
+        if isinstance(node, dict) and OPTIMIZERS in node:
+            optimizers.append([path, node[OPTIMIZERS]])
+            rest = {key: one for key, one in node.items() if key != OPTIMIZERS}
+        if rest is node or rest != {"object": None}:
+            nodes.append([path, rest])
+    return {"structure": nodes, **({"optimizers": optimizers} if optimizers else {})}
+
+
+def with_classes(nodes: dict[Any, Node], optimizers: Mapping[Any, Any]) -> dict[Any, Node]:
+    """Nodes by path with the classes of optimizers in them again.
+
+    Raises:
+        ValueError: these are no lists of texts.
+
+    >>> with_classes({}, {("o",): ["a"]})
+    {('o',): {'object': None, 'optimizers': ['a']}}
+    """
+    for path, names in optimizers.items():
+        node = nodes.get(path) or {"object": None}
+        if isinstance(node, dict):
+            nodes[path] = check_node({**node, OPTIMIZERS: names})
+    return nodes
+
+
 def check_node(node: object, depth: int = 0) -> Node:
     """A node as a stranger's file states it.
 

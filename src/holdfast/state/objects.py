@@ -57,7 +57,9 @@ class StateTree:
             )
         self._keys = names_of((), state)
         self._state, self._flat, self._others = state, flat, others
-        self._modules = [module for _, module in _modules(state, ())]
+        found = list(_modules(state, ()))
+        self._modules = [module for _, module in found]
+        self._places = [spelled(path) for path, _ in found]
         for module in self._modules:
             refuse_fsdp1(module)
         self._components: dict[Path, tuple[Any, Component]] = {}
@@ -125,7 +127,7 @@ class StateTree:
         if isinstance(value, nn.Module):
             return ModelState([value])
         if isinstance(value, Optimizer):
-            return OptimizerState(self._modules, [value])
+            return OptimizerState(self._modules, [value], places=self._places)
         if _is_component(value):
             return value
         return ObjectState(value) if is_object(value) else None
