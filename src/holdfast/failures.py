@@ -86,12 +86,14 @@ def _raiser(frames: Sequence[tuple[CodeType, int]]) -> tuple[CodeType, int] | No
     users = [(code, line) for code, line in frames if not (_is_library(code) or _is_ours(code))]
     if users:
         return users[-1]
-    called = [
-        callee
-        for caller, callee in pairwise(frames)
-        if _is_ours(caller[0]) and not _is_ours(callee[0]) and callee[0].co_name in _METHODS
-    ]
-    return called[-1] if called else None
+    raiser, is_called = None, False
+    for code, line in frames:
+        if _is_ours(code):
+            is_called = True
+        elif is_called and code.co_name in _METHODS:
+            # Not always the function that Holdfast calls: torch wraps `state_dict` in another one.
+            raiser, is_called = (code, line), False
+    return raiser
 
 
 def _calls_user_code(frames: Sequence[tuple[CodeType, int]]) -> bool:

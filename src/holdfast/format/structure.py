@@ -34,6 +34,9 @@ NUMBERS = (*_INTEGERS, *_FLOATS, "str", "bytes")
 EMPTY_BYTES = "empty bytes"
 """Type of `b""`, which is stored as an empty text: pickle would write a call of `bytes`."""
 
+OPTIMIZERS = "optimizers"
+"""Member of the node of an object: classes of its optimizers. A manifest stores them apart."""
+
 DEPTH_MAX = 100
 """Most levels of nodes."""
 
@@ -122,6 +125,57 @@ def mapping_node(kind: str, children: Sequence[tuple[Any, Node]], **more: object
     return {kind: [[key_text(key), child] for key, child in children], **more}
 
 
+def with_optimizers(node: Node, other: Mapping[str, Any]) -> Node:
+    """Add the optimizers of another rank to the node of an object.
+
+    >>> with_optimizers({"object": None, "optimizers": ["a"]}, {"optimizers": ["a", "b"]})
+    {'object': None, 'optimizers': ['a', 'b']}
+    """
+    if not isinstance(node, dict):
+        return node
+    return {
+        **node,
+        OPTIMIZERS: list(dict.fromkeys([*node.get(OPTIMIZERS, []), *other[OPTIMIZERS]])),
+    }
+
+
+def members_of(structure: Mapping[Any, Node] | None) -> dict[str, list[Any]]:
+    """Return the members of a manifest for nodes by path.
+
+    The classes of optimizers are a member of their own: no reader needs them to rebuild a state.
+
+    >>> members_of({("o",): {"object": None, "optimizers": ["a"]}, ("t",): {"tuple": []}})
+    {'structure': [[('t',), {'tuple': []}]], 'optimizers': [[('o',), ['a']]]}
+    """
+    if structure is None:
+        return {}
+    nodes, optimizers = [], []
+    for path, node in structure.items():
+        rest = node
+        if isinstance(node, dict) and OPTIMIZERS in node:
+            optimizers.append([path, node[OPTIMIZERS]])
+            rest = {key: value for key, value in node.items() if key != OPTIMIZERS}
+        if rest is node or rest != {"object": None}:
+            nodes.append([path, rest])
+    return {"structure": nodes, **({"optimizers": optimizers} if optimizers else {})}
+
+
+def with_classes(nodes: dict[Any, Node], optimizers: Mapping[Any, Any]) -> dict[Any, Node]:
+    """Add the classes of optimizers to the nodes of their paths.
+
+    Raises:
+        ValueError: the classes are no lists of texts.
+
+    >>> with_classes({}, {("o",): ["a"]})
+    {('o',): {'object': None, 'optimizers': ['a']}}
+    """
+    for path, names in optimizers.items():
+        node = nodes.get(path) or {"object": None}
+        if isinstance(node, dict):
+            nodes[path] = check_node({**node, OPTIMIZERS: names})
+    return nodes
+
+
 def check_node(node: object, depth: int = 0) -> Node:
     """Check a node from an untrusted file.
 
@@ -163,6 +217,13 @@ def _check_sequence(_: Mapping[str, Any], content: Any, depth: int) -> None:
         check_node(child, depth)
 
 
+def _check_object(node: Mapping[str, Any], content: Any, depth: int) -> None:
+    names = node.get(OPTIMIZERS, [])
+    if not isinstance(names, list) or not all(type(name) is str for name in names):
+        raise ValueError("optimizers whose classes are no texts")
+    check_node(content, depth)
+
+
 def _check_types(_: Mapping[str, Any], content: Any, __: int) -> None:
     for path, name in content:
         if name not in (*NUMBERS, EMPTY_BYTES) or not all(type(key) is str for key in path):
@@ -187,7 +248,7 @@ def _check_subclass(_: Mapping[str, Any], content: Any, depth: int) -> None:
 _CHECKS = {
     **dict.fromkeys(MAPPINGS, _check_mapping),
     **dict.fromkeys(SEQUENCES, _check_sequence),
-    "object": lambda _, content, depth: check_node(content, depth),
+    "object": _check_object,
     "types": _check_types,
     "tensor": _check_tensor,
     "subclass": _check_subclass,
