@@ -33,8 +33,8 @@ def hub_tensors(config: Mapping[str, Any]) -> dict[str, Tensor]:
     mapping = mapping_of(family_of(config, where="test"), config)
     made = torch.Generator().manual_seed(5)
     return {
-        name: torch.randn(mapping.shape("hub", name), generator=made)
-        for name in mapping.names("hub")
+        name: torch.randn(mapping.shape("hf", name), generator=made)
+        for name in mapping.names("hf")
     }
 
 

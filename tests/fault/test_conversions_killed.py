@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.cli.convert import run
-from holdfast.convert.convert import Converted, convert
+from holdfast.convert.convert import ConvertResult, convert
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import ExistsError, StorageError
 from holdfast.storage.local import LocalStore
@@ -28,7 +28,7 @@ FORMS: dict[str, ConvertOptions] = {
 KILLED = """
 import os, signal, sys
 from holdfast.convert.convert import convert
-from holdfast.convert.plan import Wishes, plan
+from holdfast.convert.plan import ConvertOptions, plan
 source, target, wishes, left = *sys.argv[1:3], eval(sys.argv[3]), int(sys.argv[4])
 def advance(_):
     global left
@@ -51,7 +51,7 @@ def killed(source: Path, target: Path, options: ConvertOptions, num_blocks: int)
     assert [path.name[:9] for path in target.parent.iterdir()] == [".attempt-"]
 
 
-def converted(source: Path, target: Path, options: ConvertOptions) -> Converted:
+def converted(source: Path, target: Path, options: ConvertOptions) -> ConvertResult:
     return convert(plan(str(source), options), str(target), options, lambda _: None)
 
 

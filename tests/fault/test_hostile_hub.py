@@ -64,10 +64,10 @@ ABSURD: list[Any] = [
 class Empty:
     """No tensors at all."""
 
-    held: dict[str, TensorInfo]
+    infos: dict[str, TensorInfo]
 
     def __init__(self) -> None:
-        self.held = {}
+        self.infos = {}
 
     def read(self, *_: object) -> Any:
         raise AssertionError

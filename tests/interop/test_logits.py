@@ -24,7 +24,7 @@ STRETCHED = RopeScaling(8, original_seq_len=16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama3", "qwen3_moe"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_logits_are_those_of_transformers(
+def test_our_models_give_the_same_logits_as_transformers(
     name: str, tied: bool, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """G10: a random model, saved, exported with the `config.json` of its flavor, opened by

@@ -22,12 +22,12 @@ EVERY = [(name, flavor) for name in TYPES for flavor in flavors_of(name)]
 
 
 @pytest.mark.parametrize(("name", "flavor"), EVERY)
-def test_a_flavor_is_a_model_of_transformers_with_as_many_elements(name: str, flavor: str) -> None:
+def test_a_flavor_has_as_many_elements_as_in_transformers(name: str, flavor: str) -> None:
     """Method: its configuration, made into a model without memory; elements are counted there and
     in the family's table."""
     config = published(name, flavor, 300)
     mapping = mapping_of(family_of(config, where="test"), config)
-    ours = sum(prod(mapping.shape("hub", tensor)) for tensor in mapping.names("hub"))
+    ours = sum(prod(mapping.shape("hf", tensor)) for tensor in mapping.names("hf"))
     with hub_models.quiet(), torch.device("meta"):
         known = transformers.AutoConfig.for_model(**config)
         model = transformers.AutoModelForCausalLM.from_config(known)
@@ -37,7 +37,7 @@ def test_a_flavor_is_a_model_of_transformers_with_as_many_elements(name: str, fl
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_every_family_goes_by_a_name(name: str, tmp_path: Path) -> None:
+def test_a_model_name_is_checked_against_config_json(name: str, tmp_path: Path) -> None:
     """Method: `--model-name` beside a `config.json` of each of its types, and of another family; a
     name or a flavor that is not known is answered with those that are."""
     for model_type in TYPES[name]:
@@ -62,7 +62,7 @@ def test_every_family_goes_by_a_name(name: str, tmp_path: Path) -> None:
     ("name", "flavor"),
     [("qwen3", "0.6B"), ("deepseek_v3", "671B"), ("gpt_oss", "20b"), ("llama4", "17bx16e")],
 )
-def test_a_flavor_is_told_from_another_size(name: str, flavor: str, tmp_path: Path) -> None:
+def test_a_flavor_of_another_size_is_refused(name: str, flavor: str, tmp_path: Path) -> None:
     """Method: the `config.json` of a flavor, in a larger model where there is such a one, with a
     size that has no meaning there and with one that has; nothing is read but it."""
     config = published(name, flavor, 0)
@@ -84,7 +84,7 @@ def test_a_flavor_is_told_from_another_size(name: str, flavor: str, tmp_path: Pa
                 plan(str(folder), options)
 
 
-def test_a_flavor_of_another_family_stands_in_for_a_configuration(tmp_path: Path) -> None:
+def test_a_published_flavor_replaces_a_missing_config_json(tmp_path: Path) -> None:
     """Method: TorchTitan's small DeepSeek without its `config.json`: an export has one again."""
     config = published("deepseek_v3", "debugmodel", 0)
     source = save_folder(tmp_path / "hub", config, hub_tensors(config))

@@ -85,7 +85,7 @@ def test_fp8_in_blocks_is_detected_and_dequantized(tmp_path: Path) -> None:
         assert "quantization_config" not in (tmp_path / folder / "config.json").read_text()
 
 
-def test_fp8_blocks_at_the_edge_are_smaller(tmp_path: Path) -> None:
+def test_fp8_blocks_may_be_cut_by_the_edge_of_a_matrix(tmp_path: Path) -> None:
     """Method: a matrix of 200 x 300, whose factors are 2 x 3, against a factor each."""
     config = {**DEEPSEEK, "hidden_size": 300, "intermediate_size": 200}
     tensors = {name: tensor.bfloat16() for name, tensor in hub_tensors(config).items()}
@@ -127,7 +127,7 @@ def test_mxfp4_is_detected_and_dequantized(dtype: str, tmp_path: Path) -> None:
         assert torch.equal(found, wanted[f"model.layers.0.mlp.experts.{theirs}"].transpose(1, 2))
 
 
-def test_a_way_to_quantize_that_is_not_known_is_refused(tmp_path: Path) -> None:
+def test_an_unsupported_quantization_is_refused(tmp_path: Path) -> None:
     """Method: factors of the wrong shape, and fp8 without any; both are named."""
     source, wanted = fp8_folder(tmp_path / "hub")
     from safetensors.torch import load_file, save_file

@@ -44,7 +44,7 @@ def converted(step: Path, target: Path) -> dict[str, Any]:
     return loaded
 
 
-def test_dcp_to_torch_converts_a_full_step(steps: Path, tmp_path: Path) -> None:
+def test_dcp_to_torch_converts_a_full_checkpoint(steps: Path, tmp_path: Path) -> None:
     """G10: the command of torch's documentation; every tensor is there, bit for bit."""
     loaded = converted(steps / "step-2", tmp_path / "checkpoint.pt")
     ours = holdfast.open(steps / "step-2")
@@ -57,14 +57,14 @@ def test_dcp_to_torch_converts_a_full_step(steps: Path, tmp_path: Path) -> None:
     assert loaded["train_state"]["step"] == 2
 
 
-def test_weights_only_opens_a_converted_model_only_step(steps: Path, tmp_path: Path) -> None:
+def test_weights_only_opens_a_converted_model_only_checkpoint(steps: Path, tmp_path: Path) -> None:
     """G10: a flat dict of the model in Meta's names and the export dtype."""
     loaded = converted(steps / "step-3", tmp_path / "model.pt")
     assert loaded["layers.0.attention.wq.weight"].dtype == torch.bfloat16
     assert set(loaded) == set(holdfast.open(steps / "step-3").names())
 
 
-def test_stock_load_reads_a_step_bit_for_bit(steps: Path) -> None:
+def test_stock_load_reads_a_checkpoint_bit_for_bit(steps: Path) -> None:
     """G10: `dcp.load` into tensors that hold something else."""
     ours = holdfast.open(steps / "step-2")
     state = {

@@ -125,7 +125,7 @@ def converted(source: Path, target: Path, options: ConvertOptions) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_models_of_torchtitan_give_the_logits_of_transformers(
+def test_torchtitan_models_give_the_same_logits_as_transformers(
     torchtitan: Path, tmp_path: Path
 ) -> None:
     """G10: random models of transformers', as steps in TorchTitan 0.3's names, loaded by its models

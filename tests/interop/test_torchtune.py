@@ -39,7 +39,7 @@ def torchtune() -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_each_checkpointer_of_torchtune_loads_a_model_only_step(
+def test_each_torchtune_checkpointer_loads_a_model_only_checkpoint(
     torchtune: Path, tmp_path: Path
 ) -> None:
     """G10: a small Llama saved as a step, and what `holdfast convert` makes of it: logits are those

@@ -33,9 +33,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 
 @pytest.mark.parametrize("name", hub_models.MODELS)
-def test_there_and_back_is_the_same_bits_and_opens_with_the_same_logits(
-    name: str, tmp_path: Path
-) -> None:
+def test_every_family_round_trips_with_the_same_bits_and_logits(name: str, tmp_path: Path) -> None:
     """G10: what transformers saved, to a step, and from there to a folder of several files and to a
     `.pt` and a single file; both hold what was saved, and give the same logits."""
     model = hub_models.make(name)
@@ -56,7 +54,7 @@ def test_there_and_back_is_the_same_bits_and_opens_with_the_same_logits(
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen3-moe", "deepseek-v3", "gpt-oss", "phi-3"])
-def test_names_of_torchtitan_and_back(name: str, tmp_path: Path) -> None:
+def test_torchtitan_names_convert_back_without_change(name: str, tmp_path: Path) -> None:
     """Method: hub to TorchTitan 0.3's names, to Meta's, to the hub."""
     source = hub_models.save(hub_models.make(name), tmp_path / "hub")
     titan = converted(source, tmp_path / "titan", ConvertOptions(to="dcp", names="titan"))
@@ -73,9 +71,7 @@ def test_names_of_torchtitan_and_back(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "deepseek-v3"])
-def test_experts_as_transformers_keeps_them_in_memory_are_read_too(
-    name: str, tmp_path: Path
-) -> None:
+def test_fused_experts_are_read_and_exported_one_by_one(name: str, tmp_path: Path) -> None:
     """Method: a folder with the tensors of the model's own state dict; exports have the hub's."""
     model = hub_models.make(name)
     hub = hub_models.save(model, tmp_path / "hub")
@@ -88,7 +84,7 @@ def test_experts_as_transformers_keeps_them_in_memory_are_read_too(
     assert_same(tensors_in(hub), tensors_in(straight))
 
 
-def test_an_export_is_complete_and_in_the_form_that_loaders_check(tmp_path: Path) -> None:
+def test_an_export_passes_the_checks_of_loaders(tmp_path: Path) -> None:
     """Method: what vLLM and transformers look at: header, alignment, index, dtype, config,
     tokenizer, no second name of a tied tensor; what does not belong is not copied."""
     model = hub_models.make("llama-tied")
@@ -128,7 +124,7 @@ def test_an_export_is_complete_and_in_the_form_that_loaders_check(tmp_path: Path
     assert hub_models.load(made, dtype="auto").dtype == torch.bfloat16
 
 
-def test_a_correction_bias_of_the_router_stays_in_float32(tmp_path: Path) -> None:
+def test_a_router_correction_bias_stays_in_float32(tmp_path: Path) -> None:
     """Method: DeepSeek's, to a step and back in bfloat16."""
     source = hub_models.save(hub_models.make("deepseek-v3"), tmp_path / "hub")
     step = converted(source, tmp_path / "seed/step-0", ConvertOptions(to="dcp", dtype="bfloat16"))

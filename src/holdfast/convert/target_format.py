@@ -1,4 +1,4 @@
-"""Which format a conversion writes, by what its target is called and what was asked for."""
+"""Choice of the format that a conversion writes, from `--to` and the name of the target."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Literal
 
 from holdfast.errors import UsageError
 
-Form = Literal["dcp", "hf", "torch"]
+TargetFormat = Literal["dcp", "hf", "torch"]
 
 TORCH = (".pt", ".pth")
-"""Names of files that torch.save writes; others of its files may be called anything."""
+"""Suffixes that only files of `torch.save` have; its files may also have any other name."""
 
-TORCH_TOO = (".bin", ".ckpt", ".tar")
-"""Names that torch's files have as well as others, so that they need `--to torch`."""
+TORCH_OR_OTHER = (".bin", ".ckpt", ".tar")
+"""Suffixes of torch's files and of other programs' files: these need `--to torch`."""
 
-OTHERS = {
+OTHER = {
     ".gguf": "GGUF",
     ".ggml": "GGML",
     ".llamafile": "llamafile",
@@ -47,16 +47,16 @@ OTHERS = {
     ".txt": "text",
     ".csv": "CSV",
     ".parquet": "Parquet",
-    ".distcp": "a step's data",
+    ".distcp": "a checkpoint's data",
 }
-"""Names of files that no conversion writes: a folder of such a name would be taken for one."""
+"""Formats that no conversion writes, by suffix. Nothing gets such a name: it would mislead."""
 
 
-def form_of(source: str, target: str, to: Form | None) -> Form:
-    """The format to write: the one asked for, else torch for the name of its files, else dcp.
+def target_format(source: str, target: str, to: TargetFormat | None) -> TargetFormat:
+    """Return the format to write: `to` if given, else torch for its suffixes, else dcp.
 
     Raises:
-        UsageError: the target is called as a file of another format.
+        UsageError: the target has the name of a file of another format.
     """
     suffix = PurePath(target).suffix.lower()
     if suffix == ".safetensors":
@@ -69,18 +69,17 @@ def form_of(source: str, target: str, to: Form | None) -> Form:
             f"`{target}` is the name of a file, but `--to {to}` writes a folder",
             hint=f"another name, or `--to torch`: holdfast convert {source} FOLDER --to {to}",
         )
-    if suffix in TORCH_TOO and to != "torch":
+    if suffix in TORCH_OR_OTHER and to != "torch":
         raise UsageError(
-            f"`{target}` may name a file of torch, or of another program",
+            f"`{target}` may be meant as a file of torch, or of another program",
             hint=f"for torch: holdfast convert {source} {target} --to torch",
         )
-    if suffix in OTHERS:
-        advice = f"holdfast convert {source} FOLDER --to hf"
+    if suffix in OTHER:
+        hint = f"holdfast convert {source} FOLDER --to hf"
         if suffix in (".gguf", ".ggml", ".llamafile"):
-            advice += ", which `convert_hf_to_gguf.py` of llama.cpp takes"
+            hint += ", then `convert_hf_to_gguf.py` of llama.cpp"
         raise UsageError(
-            f"`{target}` names a file of {OTHERS[suffix]}, which is not written here: a step, a "
-            "Hugging Face folder and a .pt file are (`--to` dcp, hf, torch)",
-            hint=advice,
+            f"`{target}` has the suffix of {OTHER[suffix]}, which `holdfast convert` cannot write",
+            hint=hint,
         )
     return to or ("torch" if suffix in TORCH else "dcp")
