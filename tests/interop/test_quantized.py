@@ -47,7 +47,7 @@ GPT_OSS: dict[str, Any] = {
 
 def converted(source: Path, target: Path, options: ConvertOptions) -> tuple[str, ...]:
     planned = plan(str(source), options)
-    convert(planned, str(target), options, lambda _: None)
+    convert(planned, str(target))
     return planned.notes
 
 

@@ -120,7 +120,7 @@ def make(config: dict[str, Any]) -> Any:
 
 
 def converted(source: Path, target: Path, options: ConvertOptions) -> Path:
-    convert(plan(str(source), options), str(target), options, lambda _: None)
+    convert(plan(str(source), options), str(target))
     return target
 
 

@@ -57,7 +57,7 @@ def test_each_torchtune_checkpointer_loads_a_model_only_checkpoint(
         ("hf", ConvertOptions(to="hf", **named)),  # type: ignore[arg-type]
     ):
         planned = plan(str(tmp_path / "step"), options)
-        convert(planned, str(tmp_path / name), options, lambda _: None)
+        convert(planned, str(tmp_path / name))
     tokens = torch.randint(0, 300, (2, 32))
     sizes = {
         "vocab_size": 300,

@@ -17,7 +17,7 @@ from holdfast.loading.checkpoint import open_checkpoint
 
 
 def converted(source: Path, target: Path, options: ConvertOptions) -> Path:
-    convert(plan(str(source), options), str(target), options, lambda _: None)
+    convert(plan(str(source), options), str(target))
     return target
 
 

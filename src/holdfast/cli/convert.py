@@ -125,11 +125,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def converted(asked: ConvertArguments) -> tuple[ConvertResult, Sequence[str]]:
     """The conversion, done, with a bar on a terminal; and its notes."""
-    options = asked.options()
-    planned = plan(asked.source, options)
+    planned = plan(asked.source, asked.options())
     try:
         with progress(asked.target, planned.nbytes) as advance:
-            return convert(planned, asked.target, options, advance), planned.notes
+            return convert(planned, asked.target, advance), planned.notes
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: the same command goes on from here\n")
         raise

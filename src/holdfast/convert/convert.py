@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.steady import UNREADABLE
-from holdfast.convert.plan import ConvertOptions, ConvertPlan
+from holdfast.convert.plan import ConvertPlan
 from holdfast.convert.stream import Advance
 from holdfast.convert.target import (
     ConvertTarget,
@@ -44,25 +44,18 @@ class ConvertResult:
     num_tensors: int
 
 
-def convert(
-    planned: ConvertPlan, target: str, options: ConvertOptions, advance: Advance
-) -> ConvertResult:
+def convert(planned: ConvertPlan, target: str, advance: Advance = lambda _: None) -> ConvertResult:
     """Convert to the path `target`: see `convert_to`."""
     # First, so that no folder is created if the values cannot be converted.
-    values = values_of(planned, options)
+    values = values_of(planned)
     sources = [planned.opened.path, *([] if planned.assets is None else [planned.assets])]
-    opened = open_target(
-        target, overwrite=options.overwrite, sources=sources, file=options.to == "torch"
-    )
-    return convert_to(opened, planned, values, options, advance)
+    overwrite, file = planned.options.overwrite, planned.options.to == "torch"
+    opened = open_target(target, overwrite=overwrite, sources=sources, file=file)
+    return convert_to(opened, planned, values, advance)
 
 
 def convert_to(
-    target: ConvertTarget,
-    planned: ConvertPlan,
-    values: Values,
-    options: ConvertOptions,
-    advance: Advance,
+    target: ConvertTarget, planned: ConvertPlan, values: Values, advance: Advance = lambda _: None
 ) -> ConvertResult:
     """Write a planned conversion and its values to a target, which appears only when complete.
 
@@ -77,7 +70,7 @@ def convert_to(
     """
     started = time.perf_counter()
     try:
-        nbytes = _write(target, planned, values, options, advance)
+        nbytes = _write(target, planned, values, advance)
     except UNREADABLE as error:
         if not planned.opened.is_gone:
             raise
@@ -90,24 +83,21 @@ def convert_to(
     return ConvertResult(target.where, nbytes, kept_bytes, seconds, len(planned.outputs))
 
 
-def _write(
-    target: ConvertTarget,
-    planned: ConvertPlan,
-    values: Values,
-    options: ConvertOptions,
-    advance: Advance,
-) -> int:
+def _write(target: ConvertTarget, planned: ConvertPlan, values: Values, advance: Advance) -> int:
     """Write the target. Returns its bytes."""
-    outputs = planned.outputs
+    outputs, options = planned.outputs, planned.options
     if options.to == "hf":
-        return write_hf(target, outputs, _hf_files(planned), options.max_shard_bytes, advance)
+        assert planned.config is not None, "an export is mapped, and so has a configuration"
+        path = planned.assets or (planned.opened.where if planned.opened.has_config else None)
+        beside = HFFiles(planned.config, None if path is None else open_for_reading(path))
+        return write_hf(target, outputs, beside, options.max_shard_bytes, advance)
     if options.to == "torch":
         return write_torch_file(target, outputs, values, advance)
-    facts, structure = _facts(target, planned, options), _structure(planned, values)
+    facts, structure = _facts(target, planned), _structure(planned, values)
     return write_checkpoint(target, outputs, values, facts, advance, structure=structure)
 
 
-def _facts(target: ConvertTarget, planned: ConvertPlan, options: ConvertOptions) -> Facts:
+def _facts(target: ConvertTarget, planned: ConvertPlan) -> Facts:
     """Return the manifest's facts. A step number in the target's name overrides the source's."""
     opened, manifest = planned.opened, planned.opened.manifest
     kind: Kind = "model"
@@ -121,7 +111,7 @@ def _facts(target: ConvertTarget, planned: ConvertPlan, options: ConvertOptions)
         layout={"world_size": 1},
         versions={"holdfast": installed_version(), "python": platform.python_version()},
         model=planned.config or manifest.model,
-        components=() if components is not None and options.model_only else components,
+        components=() if components is not None and planned.options.model_only else components,
     )
 
 
@@ -142,18 +132,11 @@ def _structure(planned: ConvertPlan, values: Values) -> dict[Path, Node] | None:
     }
 
 
-def values_of(planned: ConvertPlan, options: ConvertOptions) -> Values:
+def values_of(planned: ConvertPlan) -> Values:
     """Return the values of the source in the form that the target needs."""
-    if options.to == "hf" or options.model_only or not planned.opened.manifest.values:
+    opened, options = planned.opened, planned.options
+    if options.to == "hf" or options.model_only or not opened.manifest.values:
         return {}
     from holdfast.convert.values import as_containers, as_pickles
 
-    return as_pickles(planned.opened) if options.to == "torch" else as_containers(planned.opened)
-
-
-def _hf_files(planned: ConvertPlan) -> HFFiles:
-    assert planned.config is not None, "an export is mapped, and so has a configuration"
-    assets = planned.assets
-    if assets is None and planned.opened.has_config:
-        assets = planned.opened.where
-    return HFFiles(planned.config, None if assets is None else open_for_reading(assets))
+    return as_pickles(opened) if options.to == "torch" else as_containers(opened)

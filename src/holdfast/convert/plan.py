@@ -27,7 +27,6 @@ from holdfast.tensors.relation import SideName
 Float = Literal["float32", "bfloat16", "float16"]
 
 _FIT_HINT = f"{HINT}; `--skip 'PATTERN'` leaves out unwanted tensors"
-_CONFIG_HINT = f"`--hf-assets FOLDER` with a `{CONFIG}`, or `--model-name` and `--model-flavor`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +68,7 @@ class ConvertPlan:
     """A conversion, before anything is written."""
 
     opened: ConvertSource
+    options: ConvertOptions
     outputs: Outputs
     config: Config | None
     """Complete configuration of the model; None: unknown, and not needed."""
@@ -110,16 +110,23 @@ def plan(source: str, options: ConvertOptions) -> ConvertPlan:
         config, config_from = dict(opened.manifest.model), f"`{opened.where}/{MANIFEST}`"
     if opened.adapter is not None:
         outputs, note = _adapter(opened, opened.adapter, model, (config, config_from), options)
-        return ConvertPlan(opened, outputs, None, False, None, (*notes, note))
+        return ConvertPlan(opened, options, outputs, None, False, None, (*notes, note))
     both = None
     if config is not None and opened.dialect is not None:
         both = _both_dialects(opened, model, of_language_model(config), config_from)
         notes += both.notes
-    complete = False
-    if options.to == "hf":
-        outputs = _to_hf(opened, both, options)
-    elif opened.dialect == "hf" and (both or options.names or opened.format == "safetensors"):
-        outputs = _from_hf(opened, both, options)
+    to_hf, complete = options.to == "hf", False
+    if both is not None and to_hf:
+        outputs = _outputs(both.hf, options)
+    elif both is not None and opened.dialect == "hf":
+        outputs = _from_hf(both, options)
+    elif to_hf or (opened.dialect == "hf" and (options.names or opened.format == "safetensors")):
+        raise UsageError(
+            f"the tensors of `{opened.where}` have the names of no supported model"
+            if opened.dialect is None
+            else f"`{opened.where}` has no `{CONFIG}` with the sizes of its model",
+            hint=f"`--hf-assets FOLDER` with a `{CONFIG}`, or `--model-name` and `--model-flavor`",
+        )
     else:
         outputs, complete = _native(opened, model, options), not options.model_only
     if options.model_only and not outputs:
@@ -127,7 +134,7 @@ def plan(source: str, options: ConvertOptions) -> ConvertPlan:
             f"`{opened.where}` has no model, only {len(opened.others)} other tensors",
             hint="without `--model-only` they are converted; `holdfast show` lists them",
         )
-    return ConvertPlan(opened, outputs, config, complete, assets, tuple(notes))
+    return ConvertPlan(opened, options, outputs, config, complete, assets, tuple(notes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +152,7 @@ class _BothDialects:
 def _both_dialects(
     opened: ConvertSource, model: Tensors, config: Config, config_from: str
 ) -> _BothDialects:
-    """Check the model against its family's table.
-
-    Raises:
-        MismatchError: listing all differences.
-    """
+    """Check the model against its family's table. All differences are listed in one error."""
     family = family_of(config, where=config_from)
     mapping = mapping_of(family, config)
     fused = opened.dialect == "hf" and fused_experts(family, config, model.infos)
@@ -178,17 +181,6 @@ def _with_fixed_dtypes(model: Tensors, mapping: TensorMapping) -> Tensors:
     return tensors
 
 
-def _to_hf(opened: ConvertSource, both: _BothDialects | None, options: ConvertOptions) -> Outputs:
-    if both is None:
-        raise UsageError(
-            f"the tensors of `{opened.where}` have the names of no supported model"
-            if opened.dialect is None
-            else f"`{opened.where}` has no configuration, so the sizes of its model are unknown",
-            hint=_CONFIG_HINT,
-        )
-    return _outputs(both.hf, options)
-
-
 def _outputs(tensors: Tensors, options: ConvertOptions) -> dict[str, Output]:
     """Return one output per tensor, without nesting."""
     return {
@@ -197,13 +189,8 @@ def _outputs(tensors: Tensors, options: ConvertOptions) -> dict[str, Output]:
     }
 
 
-def _from_hf(opened: ConvertSource, both: _BothDialects | None, options: ConvertOptions) -> Outputs:
-    """Return the outputs of a model under native names."""
-    if both is None:
-        raise UsageError(
-            f"`{opened.where}` has no `{CONFIG}`, so the sizes of its model are unknown",
-            hint=_CONFIG_HINT,
-        )
+def _from_hf(both: _BothDialects, options: ConvertOptions) -> Outputs:
+    """Return the outputs of a Hugging Face model under native names."""
     native, aliases = both.native, both.mapping.aliases["native"]
     new_names = renamed([*native.infos, *aliases], options.names or "meta")
     outputs = {
@@ -217,10 +204,7 @@ def _from_hf(opened: ConvertSource, both: _BothDialects | None, options: Convert
 
 
 def _balances(model: Tensors, above: Path = ()) -> Outputs:
-    """Return zeros for the balancing biases that TorchTitan expects beside every router.
-
-    `above`: path of the container of the model's tensors.
-    """
+    """Return zeros for the balancing biases that TorchTitan expects. `above`: the model's path."""
     zeros = Zeros(balances({name: info.shape for name, info in model.infos.items()}))
     outputs = {}
     for name, titan_name in renamed(zeros.infos, "titan").items():
@@ -236,10 +220,7 @@ def _adapter(
     base: tuple[Config | None, str],
     options: ConvertOptions,
 ) -> tuple[Outputs, str]:
-    """Return the outputs of a PEFT adapter, by native names if its base is known, and a note.
-
-    `base`: configuration of the base model, and its origin.
-    """
+    """Return the outputs of a PEFT adapter, by native names if its base is known, and a note."""
     config, config_from = base
     base_option = f"--hf-assets {adapter.get('base_model_name_or_path') or 'FOLDER'}"
     if options.to == "hf":
@@ -272,16 +253,22 @@ def _native(opened: ConvertSource, model: Tensors, options: ConvertOptions) -> O
             f"`--names {options.names}`: the tensors of `{opened.where}` have the names of no "
             "supported model"
         )
+    entries = opened.manifest.tensors
+    tensors = [(model, name, opened.originals.get(name), options.dtype) for name in model.infos]
+    if not options.model_only:
+        tensors += [(opened.stored, name, name, None) for name in opened.others]
     outputs: dict[str, Output] = {}
-    entries, first_names = opened.manifest.tensors, dict[object, str]()
-    for name in model.infos:
-        original = opened.originals.get(name)
+    first_names: dict[object, str] = {}
+    for source, name, original, dtype in tensors:
         path: Path = (name,) if original is None else entries[original].path
-        dtype = dtype_for(model, name, options.dtype)
-        _add(outputs, Output(model, name, dtype, path), first_names, opened, original)
-    for name in () if options.model_only else opened.others:
-        output = Output(opened.stored, name, opened.stored.infos[name].dtype, entries[name].path)
-        _add(outputs, output, first_names, opened, name)
+        output = Output(source, name, dtype_for(source, name, dtype), path)
+        full_name = _joined(path)
+        if original is not None and entries[original].chunks:
+            # Entries with the same chunks are names of one tensor.
+            chunks = (entries[original].chunks, output.shape, output.dtype)
+            first = first_names.setdefault(chunks, full_name)
+            output = replace(output, same_as=first if first != full_name else "")
+        outputs[full_name] = output
     if options.names is None:
         return outputs
     keys = {str(key) for output in outputs.values() for key in output.path}
@@ -299,27 +286,6 @@ def _native(opened: ConvertSource, model: Tensors, options: ConvertOptions) -> O
             for name, output in outputs.items()
         },
     }
-
-
-def _add(
-    outputs: dict[str, Output],
-    output: Output,
-    first_names: dict[object, str],
-    opened: ConvertSource,
-    original: str | None,
-) -> None:
-    """Add an output, as the second name of an earlier one if both have the same chunks.
-
-    `original`: name of the tensor in the manifest. `first_names`: names of the outputs by chunks.
-    """
-    name = _joined(output.path)
-    if original is not None:
-        entry = opened.manifest.tensors[original]
-        key = (entry.chunks, entry.shape, output.dtype)
-        first = first_names.setdefault(key, name) if entry.chunks else name
-        if first != name:
-            output = replace(output, same_as=first)
-    outputs[name] = output
 
 
 def _joined(path: Path) -> str:

@@ -28,15 +28,8 @@ _COMPARED_AXES = {
 """Names of the sizes that are compared, by axis in `decoder_axes`."""
 
 _COMPARED_KEYS = (
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_rope_head_dim",
-    "qk_nope_head_dim",
-    "v_head_dim",
-    "n_shared_experts",
-    "first_k_dense_replace",
-    "intermediate_size_mlp",
-    "interleave_moe_layer_step",
+    "q_lora_rank kv_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim n_shared_experts "
+    "first_k_dense_replace intermediate_size_mlp interleave_moe_layer_step"
 )
 """Further sizes that are compared if both configurations have them."""
 
@@ -74,12 +67,7 @@ def config_of_model(
 def _config_by_name(
     model: Tensors, name: str, flavor: str | None, found: Sequence[tuple[Config, str]]
 ) -> dict[str, Any] | None:
-    """Return the configuration of a flavor, or None without a flavor.
-
-    Raises:
-        MismatchError: a configuration in `found` is of another family than `name`.
-        UsageError: an unknown name or flavor.
-    """
+    """Check name and flavor. Returns the configuration of the flavor, or None without one."""
     hint = f"family and sizes are read from `{CONFIG}` if you leave out this option"
     if name not in TYPES:
         raise UsageError(
@@ -124,7 +112,7 @@ def check_alike(one: tuple[Config, str], other: tuple[Config, str]) -> None:
         for axis, size in _COMPARED_AXES.items():
             if axis in used and len(a[axis]) != len(b[axis]):
                 wrong.append(f"{size} is {len(a[axis])} and {len(b[axis])}")
-        for key in _COMPARED_KEYS:
+        for key in _COMPARED_KEYS.split():
             sizes = [c.get(key) for c in full]
             if sizes[0] != sizes[1] and all(key in c for c in full):
                 wrong.append("{} is {} and {}".format(key, *sizes))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from holdfast.catalog.findings import Format, name_in_model, parts_of
-from holdfast.catalog.hf_folder import HFFolder
 from holdfast.catalog.open_any import OpenCheckpoint, open_any
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.source import Source
@@ -130,47 +129,38 @@ def open_source(path: str) -> ConvertSource:
     store, name = open_for_reading(fetched(path))
     opened_as = fingerprint(store, name)
     found = open_any(store, name, check_files=True)
-    opened = _opened(found) if found.hf is None else _opened_hf(found, found.hf)
-    return replace(opened, fingerprint=opened_as)
-
-
-def _opened_hf(found: OpenCheckpoint, folder: HFFolder) -> ConvertSource:
-    """Open a Hugging Face folder, where all tensors belong to the model."""
-    stored = StoredTensors(found.source, {})
-    model = Dequantized(stored, folder.quantization)
+    names, others = _names_in_model(found)
+    stored = StoredTensors(found.source, found.strides)
+    quantization = {} if found.hf is None else found.hf.quantization
+    model = Dequantized(Renamed(stored, names), quantization)
     return ConvertSource(
         source=found.source,
-        format="safetensors",
-        model=model,
-        dialect=dialect_of(model.infos),
-        stored=stored,
-        originals={name: name for name in stored.infos},
-        has_config=folder.config is not None,
-        notes=(*folder.notes, *model.notes),
-        adapter=folder.adapter,
-    )
-
-
-def _opened(found: OpenCheckpoint) -> ConvertSource:
-    """Open any other checkpoint. Paths decide which tensors belong to the model."""
-    source = found.source
-    names, others, components = {}, [], parts_of(source.manifest)
-    for name, entry in source.manifest.tensors.items():
-        if components[name] == "model":
-            names[name] = name_in_model(entry.path)
-        else:
-            others.append(name)
-    if len({*names.values()}) < len(names):
-        raise FormatError(f"`{source.url}` has two models, one under `model` and one beside it")
-    stored = StoredTensors(source, found.strides)
-    model = Dequantized(Renamed(stored, names), {})
-    return ConvertSource(
-        source=source,
         format=found.format,
         model=model,
         dialect=dialect_of(model.infos),
         stored=stored,
         originals={new: old for old, new in names.items()},
-        others=tuple(others),
+        others=others,
+        has_config=found.hf is not None and found.hf.config is not None,
+        notes=() if found.hf is None else (*found.hf.notes, *model.notes),
+        adapter=None if found.hf is None else found.hf.adapter,
         file=found.file,
+        fingerprint=opened_as,
     )
+
+
+def _names_in_model(found: OpenCheckpoint) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return the names of the model's tensors in its own state dict, and the other tensors.
+
+    Both are by their names in the manifest. In a Hugging Face folder all tensors are the model's.
+    """
+    tensors = found.manifest.tensors
+    if found.hf is not None:
+        return {name: name for name in tensors}, ()
+    components = parts_of(found.manifest)
+    names = {n: name_in_model(e.path) for n, e in tensors.items() if components[n] == "model"}
+    if len({*names.values()}) < len(names):
+        raise FormatError(
+            f"`{found.source.url}` has two models, one under `model` and one beside it"
+        )
+    return names, tuple(name for name in tensors if name not in names)

@@ -15,41 +15,12 @@ TORCH = (".pt", ".pth")
 TORCH_OR_OTHER = (".bin", ".ckpt", ".tar")
 """Suffixes of torch's files and of other programs' files: these need `--to torch`."""
 
-OTHER = {
-    ".gguf": "GGUF",
-    ".ggml": "GGML",
-    ".llamafile": "llamafile",
-    ".onnx": "ONNX",
-    ".tflite": "TensorFlow Lite",
-    ".pb": "TensorFlow",
-    ".keras": "Keras",
-    ".h5": "HDF5",
-    ".hdf5": "HDF5",
-    ".npz": "numpy",
-    ".npy": "numpy",
-    ".msgpack": "Flax",
-    ".pdparams": "PaddlePaddle",
-    ".mlmodel": "Core ML",
-    ".mlpackage": "Core ML",
-    ".engine": "TensorRT",
-    ".nemo": "NeMo",
-    ".pte": "ExecuTorch",
-    ".pt2": "torch.export",
-    ".pkl": "pickle",
-    ".pickle": "pickle",
-    ".zip": "ZIP",
-    ".gz": "gzip",
-    ".tgz": "tar",
-    ".zst": "Zstandard",
-    ".json": "JSON",
-    ".toml": "TOML",
-    ".yaml": "YAML",
-    ".txt": "text",
-    ".csv": "CSV",
-    ".parquet": "Parquet",
-    ".distcp": "a checkpoint's data",
-}
-"""Formats that no conversion writes, by suffix. Nothing gets such a name: it would mislead."""
+OTHER = (
+    ".gguf .ggml .llamafile .onnx .tflite .pb .keras .h5 .hdf5 .npz .npy .msgpack .pdparams "
+    ".mlmodel .mlpackage .engine .nemo .pte .pt2 .pkl .pickle .zip .gz .tgz .zst .json .toml .yaml "
+    ".txt .csv .parquet .distcp"
+)
+"""Suffixes of formats that no conversion writes. Nothing gets such a name: it would mislead."""
 
 
 def target_format(source: str, target: str, to: TargetFormat | None) -> TargetFormat:
@@ -74,12 +45,12 @@ def target_format(source: str, target: str, to: TargetFormat | None) -> TargetFo
             f"`{target}` may be meant as a file of torch, or of another program",
             hint=f"for torch: holdfast convert {source} {target} --to torch",
         )
-    if suffix in OTHER:
+    if suffix in OTHER.split():
         hint = f"holdfast convert {source} FOLDER --to hf"
         if suffix in (".gguf", ".ggml", ".llamafile"):
             hint += ", then `convert_hf_to_gguf.py` of llama.cpp"
         raise UsageError(
-            f"`{target}` has the suffix of {OTHER[suffix]}, which `holdfast convert` cannot write",
+            f"`{target}`: `holdfast convert` cannot write {suffix} files",
             hint=hint,
         )
     return to or ("torch" if suffix in TORCH else "dcp")

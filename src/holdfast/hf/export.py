@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from holdfast.hf.check import differences, listed
 from holdfast.hf.dialects import is_balance, renamed
 from holdfast.hf.families import family_of
 from holdfast.hf.family import mapping_of
-from holdfast.hf.shards import SHARD_BYTES, ExportLayout, shard
+from holdfast.hf.shards import ExportLayout, shard
 from holdfast.planning.file_layout import FileLayout, TensorItem
 from holdfast.planning.index import Index
 from holdfast.storage.local import LocalStore
@@ -117,15 +118,16 @@ def export(
     raised on all.
     """
     mapping = model.mapping
-    infos = {
-        name: (mapping.dtype("hf", name) or dtype, mapping.shape("hf", name))
-        for name in mapping.names("hf")
-    }
-    layout = shard(infos, SHARD_BYTES)
-    store = folder_store(catalog.store.url)
+    layout = shard(
+        {
+            name: (mapping.dtype("hf", name) or dtype, mapping.shape("hf", name))
+            for name in mapping.names("hf")
+        }
+    )
+    job = _Job(snapshot, mapping, layout, folder_store(catalog.store.url), attempt)
     try:
-        run_on_rank_0(ranks, lambda: _create_files(snapshot, mapping, layout, store, attempt))
-        result = capture(lambda: _write(snapshot, mapping, layout, store, attempt))
+        run_on_rank_0(ranks, job.create_files)
+        result = capture(job.write)
         return gather_and_run(
             ranks, result, lambda results: _publish(layout, model, catalog, attempt, results)
         )
@@ -136,92 +138,79 @@ def export(
         raise
 
 
-def _create_files(
-    snapshot: ExportSnapshot,
-    mapping: TensorMapping,
-    layout: ExportLayout,
-    store: LocalStore,
-    attempt: Aside,
-) -> None:
-    """Check that the model fits the mapping, and create every file with its header."""
-    assert snapshot.index is not None, "rank 0 has it"
-    plan = snapshot.index.plan
-    native_names = renamed([*(placed.name for placed in plan.tensors), *plan.aliases], "meta")
-    infos = {
-        native_names[placed.name]: TensorInfo(placed.tensor.dtype, placed.tensor.shape)
-        for placed in plan.tensors
-        if placed.tensor.path[0] not in snapshot.others
-    }
-    wrong = differences(infos, mapping, "native", "the configuration")
-    if wrong:
-        raise MismatchError(
-            f"the model cannot be exported:{listed(wrong)}",
-            hint="check that the `config.json` of the export belongs to this model",
-        )
-    for file, file_layout in layout.files.items():
-        with store.create(f"{attempt}/{file}", file_layout.nbytes) as writer:
-            writer.write(0, [file_layout.header])
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One rank's part of an export."""
 
+    snapshot: ExportSnapshot
+    mapping: TensorMapping
+    layout: ExportLayout
+    store: LocalStore
+    attempt: Aside
 
-def _write(
-    snapshot: ExportSnapshot,
-    mapping: TensorMapping,
-    layout: ExportLayout,
-    store: LocalStore,
-    attempt: Aside,
-) -> Exported:
-    """Write this rank's elements."""
-    locations = {
-        name: (file, span.offset)
-        for file, file_layout in layout.files.items()
-        for name, span in file_layout.tensors.items()
-    }
-    exported = {*mapping.names("native")}
-    items = snapshot.file_layout.tensors
-    native_names = renamed({item.name for item in items}, "meta")
-    nbytes, lost = 0, []
-    with ExitStack() as stack:
-        writers: dict[str, Writer] = {}
+    def create_files(self) -> None:
+        """Check that the model fits the mapping, and create every file with its header."""
+        assert self.snapshot.index is not None, "rank 0 has it"
+        plan = self.snapshot.index.plan
+        native_names = renamed([*(placed.name for placed in plan.tensors), *plan.aliases], "meta")
+        infos = {
+            native_names[placed.name]: TensorInfo(placed.tensor.dtype, placed.tensor.shape)
+            for placed in plan.tensors
+            if placed.tensor.path[0] not in self.snapshot.others
+        }
+        wrong = differences(infos, self.mapping, "native", "the configuration")
+        if wrong:
+            raise MismatchError(
+                f"the model cannot be exported:{listed(wrong)}",
+                hint="check that the `config.json` of the export belongs to this model",
+            )
+        for file, layout in self.layout.files.items():
+            with self.store.create(f"{self.attempt}/{file}", layout.nbytes) as writer:
+                writer.write(0, [layout.header])
 
-        def writer_of(file: str) -> Writer:
-            if file not in writers:
-                writers[file] = stack.enter_context(store.amend(f"{attempt}/{file}"))
-            return writers[file]
+    def write(self) -> Exported:
+        """Write this rank's elements."""
+        locations = {
+            name: (file, span.offset)
+            for file, layout in self.layout.files.items()
+            for name, span in layout.tensors.items()
+        }
+        exported, items = {*self.mapping.names("native")}, self.snapshot.file_layout.tensors
+        native_names = renamed({item.name for item in items}, "meta")
+        nbytes, lost = 0, []
+        with ExitStack() as stack:
 
-        for item in items:
-            native = native_names[item.name]
-            if native not in exported:
-                region = Region.whole(item.region.shape)
-                if is_balance(item.name) and any(snapshot.data_of(item, region)):
-                    lost.append(item.name)
-                continue
-            for block in blocks(item.region.shape, 8, BLOCK_BYTES):
-                data = np.frombuffer(snapshot.data_of(item, block), raw_type(item.dtype))
-                region, data = moved(block, item.region.start), data.reshape(block.shape)
-                for name, box, elements in _pieces(
-                    mapping, native, region, data, item.dtype, layout.dtypes
-                ):
-                    file, offset = locations[name]
-                    shape = mapping.shape("hf", name)
-                    nbytes += _write_box(writer_of(file), offset, shape, box, elements)
-    return Exported(nbytes, tuple(lost))
+            @cache
+            def writer_of(file: str) -> Writer:
+                return stack.enter_context(self.store.amend(f"{self.attempt}/{file}"))
 
+            for item in items:
+                native = native_names[item.name]
+                if native not in exported:
+                    region = Region.whole(item.region.shape)
+                    if is_balance(item.name) and any(self.snapshot.data_of(item, region)):
+                        lost.append(item.name)
+                    continue
+                for block in blocks(item.region.shape, 8, BLOCK_BYTES):
+                    for name, box, elements in self._pieces(item, native, block):
+                        file, offset = locations[name]
+                        shape = self.mapping.shape("hf", name)
+                        nbytes += _write_box(writer_of(file), offset, shape, box, elements)
+        return Exported(nbytes, tuple(lost))
 
-def _pieces(
-    mapping: TensorMapping,
-    native: str,
-    region: Region,
-    data: Array,
-    dtype: str,
-    dtypes: Mapping[str, str],
-) -> Iterator[tuple[str, Region, Array]]:
-    """Yield Hugging Face name, box and elements for each part of a region of a native tensor."""
-    for copy in mapping.copies("native", native, region, exact=True):
-        box = copy.source_view.region
-        elements = np.empty(box.shape, raw_type(dtype))
-        copy.run_back(elements, box_of(data, copy.target_view.region))
-        target_dtype = dtypes[copy.source] if is_floating(dtype) else dtype
-        yield copy.source, box, convert(elements, dtype, target_dtype)
+    def _pieces(
+        self, item: TensorItem, native: str, block: Region
+    ) -> Iterator[tuple[str, Region, Array]]:
+        """Yield Hugging Face name, box and elements for each part of a block of an item."""
+        dtype, region = item.dtype, moved(block, item.region.start)
+        data = np.frombuffer(self.snapshot.data_of(item, block), raw_type(dtype))
+        data = data.reshape(block.shape)
+        for copy in self.mapping.copies("native", native, region, exact=True):
+            box = copy.source_view.region
+            elements = np.empty(box.shape, raw_type(dtype))
+            copy.run_back(elements, box_of(data, copy.target_view.region))
+            target_dtype = self.layout.dtypes[copy.source] if is_floating(dtype) else dtype
+            yield copy.source, box, convert(elements, dtype, target_dtype)
 
 
 def _write_box(

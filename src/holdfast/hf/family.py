@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -11,7 +10,7 @@ from typing import Any
 
 from holdfast.errors import FormatError
 from holdfast.tensors.mapping import TensorMapping
-from holdfast.tensors.relation import Alias, Axes, Relation, SideName
+from holdfast.tensors.relation import Axes, Relation
 
 Config = Mapping[str, Any]
 """Contents of `config.json`, for the language model alone."""
@@ -42,8 +41,10 @@ class Family:
 
 
 FUSED_EXPERTS = "fused_experts"
-"""Key added to a `Config`: true if all experts are in one tensor, as transformers has them in
-memory."""
+"""Key added to a `Config`: true if the experts of a layer are in one tensor, as transformers has
+them in memory."""
+
+_FUSED = ".mlp.experts.gate_up_proj"
 
 _DEFAULTS: Mapping[str, Any] = {"tie_word_embeddings": False, "head_dim": None}
 
@@ -112,12 +113,7 @@ def count(
 
 
 def layers(config: Config) -> range:
-    """Return the indices of all layers.
-
-    Raises:
-        KeyError: the number of layers is missing.
-        FormatError: it is not a whole number, or out of range.
-    """
+    """Return the indices of all layers. Raises the errors of `count`."""
     return range(count(config, "num_hidden_layers", most=LAYERS_MAX))
 
 
@@ -162,12 +158,11 @@ def mapping_of(family: Family, config: Config, *, fused_experts: bool = False) -
     """
     config = {**family.with_defaults(config), FUSED_EXPERTS: fused_experts}
     rows, axes = rows_and_axes(family, config)
-    aliases = []
-    if flag(config, "tie_word_embeddings"):
-        output, embedding = family.prefix + HF_OUTPUT, family.prefix + HF_EMBEDDING
-        aliases.append(Alias(OUTPUT, EMBEDDING, hf=output, hf_of=embedding))
-        rows = [row for row in rows if row.native.name != OUTPUT]
-    return TensorMapping(rows, axes, aliases)
+    if not flag(config, "tie_word_embeddings"):
+        return TensorMapping(rows, axes)
+    hf_alias = {family.prefix + HF_OUTPUT: family.prefix + HF_EMBEDDING}
+    rows = [row for row in rows if row.native.name != OUTPUT]
+    return TensorMapping(rows, axes, {"native": {OUTPUT: EMBEDDING}, "hf": hf_alias})
 
 
 def rows_and_axes(family: Family, config: Config) -> tuple[list[Relation], Axes]:
@@ -178,7 +173,10 @@ def rows_and_axes(family: Family, config: Config) -> tuple[list[Relation], Axes]
     """
     of_family = f"`config.json` of a {family.model_types[0]}"
     try:
-        rows = [_prefixed(row, family.prefix) for row in family.rows(config)]
+        rows = [
+            replace(row, hf=replace(row.hf, name=family.prefix + row.hf.name))
+            for row in family.rows(config)
+        ]
         axes: Axes = {**decoder_axes(config), **family.axes(config)}
     except KeyError as error:
         raise FormatError(f"{of_family} has no {error}", hint=_HINT) from error
@@ -187,16 +185,15 @@ def rows_and_axes(family: Family, config: Config) -> tuple[list[Relation], Axes]
             f"{of_family} has an impossible value: {str(error)[:100]}", hint=_HINT
         ) from error
     for side in ("native", "hf"):
-        num_names = sum(_num_names(row, side, axes) for row in rows)
+        num_names = sum(
+            prod(len(row.words.get(axis) or axes[axis]) for axis in row.side(side).name_axes)
+            for row in rows
+        )
         if num_names > NAMES_MAX:
             raise FormatError(
                 f"`config.json` describes {num_names} tensors, more than {NAMES_MAX}", hint=_HINT
             )
     return rows, axes
-
-
-def _num_names(row: Relation, side: SideName, axes: Axes) -> int:
-    return prod(len(row.words.get(axis) or axes[axis]) for axis in row.side(side).name_axes)
 
 
 def fused_experts(family: Family, config: Config, names: Collection[str]) -> bool:
@@ -205,11 +202,4 @@ def fused_experts(family: Family, config: Config, names: Collection[str]) -> boo
     transformers has the experts of a layer in one tensor in memory, and some tools save them so.
     """
     published = {*mapping_of(family, config).names("hf")}
-    return any(_FUSED.search(name) and name not in published for name in names)
-
-
-_FUSED = re.compile(r"\.mlp\.experts\.gate_up_proj$")
-
-
-def _prefixed(row: Relation, prefix: str) -> Relation:
-    return replace(row, hf=replace(row.hf, name=prefix + row.hf.name))
+    return any(name.endswith(_FUSED) and name not in published for name in names)

@@ -64,10 +64,12 @@ def load_folder(
     # Ranks may have different leaves, as in a pipeline, and must agree.
     flags = [float(dialect_of([*leaves]) == "titan"), float(has_balance)]
     titan, has_balance = (flag > 0 for flag in ranks.all_reduce_max(flags))
-    notes = run_on_rank_0(ranks, lambda: _check(source, folder, config))
-    tensors = run_on_all(
-        ranks, lambda: _native(source, folder, config, titan=titan, has_balance=has_balance)
+    hf_tensors, mapping, config_from = run_on_all(ranks, lambda: _open(source, folder, config))
+    notes = run_on_rank_0(
+        ranks,
+        lambda: check_fit(hf_tensors, mapping, "hf", where=source.url, config_from=config_from),
     )
+    tensors = _native(hf_tensors, mapping, titan=titan, has_balance=has_balance)
     entries = {
         name: TensorEntry(info.write_dtype, info.shape, (), (name,))
         for name, info in tensors.infos.items()
@@ -75,7 +77,7 @@ def load_folder(
     native = Source(store, name, Manifest(entries, {}, kind="model"))
     fill = partial(_fill, tensors)
     loaded = load_tree(native, tree, ranks=ranks, partial=partial_load, fill=fill)
-    return loaded, (*folder.notes, *notes)
+    return loaded, (*folder.notes, *notes, *hf_tensors.notes)
 
 
 def _open(
@@ -101,21 +103,13 @@ def _open(
     return tensors, mapping_of(family, config, fused_experts=fused), config_from
 
 
-def _check(source: Source, folder: HFFolder, config: Config | None) -> list[str]:
-    """Check that the folder's tensors match its configuration. Returns notes."""
-    tensors, mapping, config_from = _open(source, folder, config)
-    notes = check_fit(tensors, mapping, "hf", where=source.url, config_from=config_from)
-    return [*notes, *tensors.notes]
-
-
 def _native(
-    source: Source, folder: HFFolder, config: Config | None, *, titan: bool, has_balance: bool
+    hf_tensors: Tensors, mapping: TensorMapping, *, titan: bool, has_balance: bool
 ) -> Tensors:
     """Return the tensors by native names.
 
     `has_balance`: the model has a balancing bias beside every router, which starts from zero.
     """
-    hf_tensors, mapping, _ = _open(source, folder, config)
     tensors: Tensors = Mapped(hf_tensors, mapping, "native")
     if has_balance:
         shapes = {name: info.shape for name, info in tensors.infos.items()}
@@ -129,21 +123,19 @@ def _native(
 def _fill(tensors: Tensors, _: Source, wanted: Sequence[Wanted]) -> int:
     """Fill every wanted tensor. Returns the number of bytes read."""
     jobs = [
-        partial(_fill_block, tensors, want, region, local)
+        partial(
+            _fill_block,
+            tensors,
+            want,
+            moved(block, piece.region.start),
+            moved(block, piece.local.start),
+        )
         for want in wanted
         for piece in want.pieces
-        for region, local in _blocks(piece.region, piece.local)
+        for block in blocks(piece.region.shape, FLOAT_BYTES, BLOCK_BYTES)
     ]
     with ThreadPoolExecutor(min(THREADS_MAX, os.cpu_count() or 1)) as pool:
         return sum(pool.map(lambda job: job(), jobs))
-
-
-def _blocks(region: Region, local: Region) -> list[tuple[Region, Region]]:
-    """Split a piece into blocks, each with its region of the tensor and of this rank's shard."""
-    return [
-        (moved(block, region.start), moved(block, local.start))
-        for block in blocks(region.shape, FLOAT_BYTES, BLOCK_BYTES)
-    ]
 
 
 def _fill_block(tensors: Tensors, want: Wanted, region: Region, local: Region) -> int:

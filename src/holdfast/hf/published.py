@@ -95,14 +95,9 @@ def _qwen3(
 
 
 def _deepseek(
-    version: int,
-    sizes: dict[str, Any],
-    heads: int,
-    experts: ExpertFlavor,
-    *,
-    mscale: float = 1.0,
-    **more: Any,
+    version: int, sizes: dict[str, Any], heads: int, experts: ExpertFlavor, **more: Any
 ) -> Config:
+    mscale = more.pop("mscale", 1.0)
     return _config(
         f"DeepseekV{version}",
         f"deepseek_v{version}",
@@ -122,17 +117,18 @@ def _deepseek(
     )
 
 
-def _deepseek_v2(*args: Any, **more: Any) -> Config:
-    """Return a DeepSeek V2, which scores experts by softmax."""
-    return _deepseek(
-        2,
-        *args,
-        n_shared_experts=2,
-        first_k_dense_replace=1,
-        scoring_func="softmax",
-        norm_topk_prob=False,
-        **more,
-    )
+_DEEPSEEK_V2: Mapping[str, Any] = {
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+}
+_DEEPSEEK_V2_LITE: Mapping[str, Any] = {
+    **_DEEPSEEK_V2,
+    "q_lora_rank": None,
+    "topk_method": "greedy",
+    "routed_scaling_factor": 1.0,
+}
 
 
 def _gpt_oss(dim: int, num_layers: int, vocab_size: int, num_experts: int) -> Config:
@@ -189,25 +185,24 @@ QWEN3: Mapping[str, Config] = {
 }
 
 DEEPSEEK_V3: Mapping[str, Config] = {
-    "debugmodel": _deepseek_v2(
+    "debugmodel": _deepseek(
+        2,
         _sizes(256, 6, 1024, 2048),
         16,
         ExpertFlavor(8, 3, 256),
         mscale=0.7,
-        q_lora_rank=None,
-        topk_method="greedy",
-        routed_scaling_factor=1.0,
+        **_DEEPSEEK_V2_LITE,
     ),
-    "16B": _deepseek_v2(
+    "16B": _deepseek(
+        2,
         _sizes(2048, 27, 10944, 102400),
         16,
         ExpertFlavor(64, 6, 1408),
         mscale=0.707,
-        q_lora_rank=None,
-        topk_method="greedy",
-        routed_scaling_factor=1.0,
+        **_DEEPSEEK_V2_LITE,
     ),
-    "236B": _deepseek_v2(
+    "236B": _deepseek(
+        2,
         _sizes(5120, 60, 12288, 102400),
         128,
         ExpertFlavor(160, 6, 1536),
@@ -216,6 +211,7 @@ DEEPSEEK_V3: Mapping[str, Config] = {
         topk_group=3,
         topk_method="group_limited_greedy",
         routed_scaling_factor=16.0,
+        **_DEEPSEEK_V2,
     ),
     # Version 3 scores experts by sigmoid, and corrects the scores for the experts' load.
     "671B": _deepseek(

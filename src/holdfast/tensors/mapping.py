@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.format.region import Region
-from holdfast.tensors.relation import Alias, Axes, Dim, Relation, Side, SideName, size_of
+from holdfast.tensors.relation import Axes, Dim, Relation, Side, SideName, size_of
 
 READS_MAX = 64
 """Most reads that a box with gaps is split into; beyond that, one read includes the gaps."""
@@ -56,7 +56,6 @@ class Copy:
 
     source: str
     source_view: View
-    target: str
     target_view: View
 
     def run(self, source: NDArray[np.generic], target: NDArray[np.generic]) -> None:
@@ -100,16 +99,15 @@ class TensorMapping:
     """Relations whose sizes are known: names, shapes and copies, in both directions."""
 
     def __init__(
-        self, relations: Sequence[Relation], axes: Axes, aliases: Sequence[Alias] = ()
+        self,
+        relations: Sequence[Relation],
+        axes: Axes,
+        aliases: Mapping[SideName, Mapping[str, str]] | None = None,
     ) -> None:
-        """`axes`: indices of every axis that is not spelled by words."""
-        self.axes = axes
+        """`axes`: indices of every axis that is not spelled by words. `aliases`: first names of
+        tied tensors, by second name."""
+        self.axes, self.aliases = axes, aliases or {"native": {}, "hf": {}}
         self._members: dict[SideName, dict[str, list[_Member]]] = {"native": {}, "hf": {}}
-        self.aliases: dict[SideName, dict[str, str]] = {
-            "native": {alias.native: alias.native_of for alias in aliases},
-            "hf": {alias.hf: alias.hf_of for alias in aliases},
-        }
-        """First names of tensors, by second name."""
         for relation in relations:
             words = {axis: range(len(spelled)) for axis, spelled in relation.words.items()}
             known = {**axes, **words}
@@ -119,14 +117,10 @@ class TensorMapping:
                     members.setdefault(tensor, []).append(member)
 
     def names(self, side: SideName) -> list[str]:
-        """Return the names of all tensors of a side, in the order of the relations.
-
-        Second names are left out.
-        """
+        """Return the first names of all tensors of a side, in the order of the relations."""
         return list(self._members[side])
 
     def shape(self, side: SideName, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor."""
         member = self._members[side][name][0]
         return member.relation.side(side).shape(member.axes)
 
@@ -173,14 +167,15 @@ class TensorMapping:
             axes = member.axes
             target, source = member.relation.side(side), member.relation.side(other)
             for target_box in _boxes_in(target, axes, wanted):
-                for box in _by_source(source, {**target_box, **_single(member.indices)}):
+                target_box |= _single(member.indices)
+                for box in _split(target_box, source.name_axes):
                     indices = {axis: box[axis][0] for axis in source.name_axes}
                     source_name = source.spelled(indices, axes)
                     for part in _without_gaps(source, target, axes, box, exact):
                         view = _view(target, axes, part)
                         region = view.region.within(wanted)
                         target_view = View(region, view.axes, view.factored, view.inside)
-                        yield Copy(source_name, _view(source, axes, part), name, target_view)
+                        yield Copy(source_name, _view(source, axes, part), target_view)
 
 
 def _single(indices: Mapping[str, int]) -> Box:
@@ -223,10 +218,10 @@ def _boxes(lo: int, hi: int, merged: Sequence[str], axes: Axes) -> list[Box]:
     return boxes
 
 
-def _by_source(source: Side, box: Box) -> Iterator[Box]:
-    """Split a box by the source tensors that it overlaps."""
-    for indices in product(*(range(*box[axis]) for axis in source.name_axes)):
-        yield {**box, **_single(dict(zip(source.name_axes, indices, strict=True)))}
+def _split(box: Box, axes: Sequence[str]) -> Iterator[Box]:
+    """Split a box into boxes with a single index along each of `axes`."""
+    for indices in product(*(range(*box[axis]) for axis in axes)):
+        yield {**box, **_single(dict(zip(axes, indices, strict=True)))}
 
 
 def _without_gaps(source: Side, target: Side, axes: Axes, box: Box, exact: bool) -> Iterator[Box]:
@@ -238,9 +233,8 @@ def _without_gaps(source: Side, target: Side, axes: Axes, box: Box, exact: bool)
     gapped = list(dict.fromkeys(axis for dim in dims for axis in _axes_with_gaps(dim, axes, box)))
     if not exact and prod(box[axis][1] - box[axis][0] for axis in gapped) > READS_MAX:
         yield box
-        return
-    for indices in product(*(range(*box[axis]) for axis in gapped)):
-        yield {**box, **_single(dict(zip(gapped, indices, strict=True)))}
+    else:
+        yield from _split(box, gapped)
 
 
 def _axes_with_gaps(dim: Dim, axes: Axes, box: Box) -> Iterator[str]:

@@ -86,7 +86,6 @@ class Side:
         return *self.name_axes, *(axis for dim in self.dims for axis in dim.axes)
 
     def shape(self, axes: Axes) -> tuple[int, ...]:
-        """Return the shape of the tensor, or of each of the tensors."""
         return tuple(dim.size(axes) for dim in self.dims)
 
     def spelled(self, indices: Mapping[str, int], axes: Axes) -> str:
@@ -127,26 +126,12 @@ class Relation:
         return self.native, self.hf
 
     def side(self, name: SideName) -> Side:
-        """Return the side of that name."""
         return self.native if name == "native" else self.hf
 
     @property
     def words(self) -> dict[str, tuple[str, ...]]:
         """Words of each axis that is spelled by words; their number is the size of the axis."""
         return {**dict(self.native.words), **dict(self.hf.words)}
-
-
-@dataclass(frozen=True, slots=True)
-class Alias:
-    """Second name of a tensor on each side, as a tied embedding has it."""
-
-    native: str
-    native_of: str
-    """First native name."""
-
-    hf: str
-    hf_of: str
-    """First Hugging Face name."""
 
 
 def table(text: str, native: str = "", hf: str = "") -> tuple[Relation, ...]:

@@ -72,8 +72,9 @@ class StoredTensors:
             return StoredTensor(chunk.item, entry.dtype, shape, self._strides[name], 0)
         key = chunk.file, chunk.item.offset
         if key not in self._located:
-            fetch = partial(_fetch, self._source, chunk.file)
-            found = locate(fetch, chunk.item, where=f"{chunk.file}:{name}")
+            found = locate(
+                partial(self._fetch, chunk.file), chunk.item, where=f"{chunk.file}:{name}"
+            )
             if (found.dtype, found.shape) != (entry.dtype, shape):
                 raise DamagedError(
                     f"`{self._source.url}/{chunk.file}`: `{name}` is {found.dtype} "
@@ -81,6 +82,9 @@ class StoredTensors:
                 )
             self._located[key] = found
         return self._located[key]
+
+    def _fetch(self, file: str, offset: int, nbytes: int) -> bytes:
+        return self._source.store.read(self._source.key(file), offset, offset + nbytes)
 
 
 def _read_range(
@@ -101,7 +105,3 @@ def _read_range(
 def _memory(array: Array) -> memoryview:
     """Return the writable bytes of a contiguous array."""
     return array.reshape(-1).view(np.uint8).data
-
-
-def _fetch(source: Source, file: str, offset: int, nbytes: int) -> bytes:
-    return source.store.read(source.key(file), offset, offset + nbytes)

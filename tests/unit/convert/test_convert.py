@@ -34,7 +34,7 @@ Nested = dict[str, Any]
 
 
 def converted(source: Path, target: Path, options: ConvertOptions) -> ConvertResult:
-    return convert(plan(str(source), options), str(target), options, lambda _: None)
+    return convert(plan(str(source), options), str(target))
 
 
 def assert_good(folder: Path) -> None:
@@ -213,7 +213,7 @@ def test_a_source_replaced_during_a_conversion_is_not_called_damaged(tmp_path: P
     planned = plan(str(tmp_path / "c"), ConvertOptions(to="torch"))
     save(tmp_path / "c", {"w": torch.ones(300), "more": torch.ones(7)}, overwrite=True)
     with pytest.raises(NotFoundError, match="replaced or removed during the conversion"):
-        convert(planned, str(tmp_path / "c.pt"), ConvertOptions(to="torch"), lambda _: None)
+        convert(planned, str(tmp_path / "c.pt"))
     assert {path.name for path in tmp_path.iterdir()} == {"c"}
 
 

@@ -43,7 +43,7 @@ RANKS = {
 def loaded(source: Path, target: Path, **options: Any) -> dict[str, Tensor]:
     """Convert to a checkpoint, and load it."""
     parsed = ConvertOptions("dcp", **options)
-    convert(plan(str(source), parsed), str(target), parsed, lambda _: None)
+    convert(plan(str(source), parsed), str(target))
     entries = open_checkpoint(target).manifest.tensors
     state = {n: torch.empty(e.shape, dtype=getattr(torch, e.dtype)) for n, e in entries.items()}
     load(target, state)

@@ -30,7 +30,7 @@ BIASES = [f"layers.{n}.moe.expert_bias_E" for n in (0, 1)]
 def converted(source: Path, target: Path, **options: Any) -> tuple[str, ...]:
     parsed = ConvertOptions(**options)
     planned = plan(str(source), parsed)
-    convert(planned, str(target), parsed, lambda _: None)
+    convert(planned, str(target))
     return planned.notes
 
 
