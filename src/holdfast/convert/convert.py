@@ -48,7 +48,10 @@ def convert(planned: ConvertPlan, target: str, advance: Advance = lambda _: None
     """Convert to the path `target`: see `convert_to`."""
     # First, so that no folder is created if the values cannot be converted.
     values = values_of(planned)
-    sources = [planned.opened.path, *([] if planned.assets is None else [planned.assets])]
+    sources = [
+        planned.opened.checkpoint.where,
+        *([] if planned.assets is None else [planned.assets]),
+    ]
     overwrite, file = planned.options.overwrite, planned.options.to == "torch"
     opened = open_target(target, overwrite=overwrite, sources=sources, file=file)
     return convert_to(opened, planned, values, advance)
@@ -75,7 +78,7 @@ def convert_to(
         if not planned.opened.is_gone:
             raise
         raise NotFoundError(
-            f"`{planned.opened.path}` was replaced or removed during the conversion",
+            f"`{planned.opened.checkpoint.where}` was replaced or removed during the conversion",
             hint="run the command again",
         ) from error
     seconds = time.perf_counter() - started
@@ -99,7 +102,7 @@ def _write(target: ConvertTarget, planned: ConvertPlan, values: Values, advance:
 
 def _facts(target: ConvertTarget, planned: ConvertPlan) -> Facts:
     """Return the manifest's facts. A step number in the target's name overrides the source's."""
-    opened, manifest = planned.opened, planned.opened.manifest
+    opened, manifest = planned.opened, planned.opened.checkpoint.manifest
     kind: Kind = "model"
     if planned.complete:
         kind = manifest.kind or ("full" if opened.others else "model")
@@ -117,7 +120,7 @@ def _facts(target: ConvertTarget, planned: ConvertPlan) -> Facts:
 
 def _structure(planned: ConvertPlan, values: Values) -> dict[Path, Node] | None:
     """Return the source's structure without the containers from which an entry is left out."""
-    manifest = planned.opened.manifest
+    manifest = planned.opened.checkpoint.manifest
     if manifest.structure is None:
         return None
     kept = {output.path for output in planned.outputs.values()}
@@ -135,8 +138,8 @@ def _structure(planned: ConvertPlan, values: Values) -> dict[Path, Node] | None:
 def values_of(planned: ConvertPlan) -> Values:
     """Return the values of the source in the form that the target needs."""
     opened, options = planned.opened, planned.options
-    if options.to == "hf" or options.model_only or not opened.manifest.values:
+    if options.to == "hf" or options.model_only or not opened.checkpoint.manifest.values:
         return {}
-    from holdfast.convert.values import as_containers, as_pickles
+    from holdfast.convert.values import encoded_values
 
-    return as_pickles(opened) if options.to == "torch" else as_containers(opened)
+    return encoded_values(opened.checkpoint, pickled=options.to == "torch")

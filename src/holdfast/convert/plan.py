@@ -106,10 +106,11 @@ def plan(source: str, options: ConvertOptions) -> ConvertPlan:
     config, config_from = config_of_model(
         opened, model, assets, options.model_name, options.model_flavor
     )
-    if config is None and options.to == "hf" and opened.manifest.model:
-        config, config_from = dict(opened.manifest.model), f"`{opened.where}/{MANIFEST}`"
-    if opened.adapter is not None:
-        outputs, note = _adapter(opened, opened.adapter, model, (config, config_from), options)
+    if config is None and options.to == "hf" and opened.checkpoint.manifest.model:
+        config, config_from = dict(opened.checkpoint.manifest.model), f"`{opened.where}/{MANIFEST}`"
+    hf = opened.checkpoint.hf
+    if hf is not None and hf.adapter is not None:
+        outputs, note = _adapter(opened, hf.adapter, model, (config, config_from), options)
         return ConvertPlan(opened, options, outputs, None, False, None, (*notes, note))
     both = None
     if config is not None and opened.dialect is not None:
@@ -120,7 +121,9 @@ def plan(source: str, options: ConvertOptions) -> ConvertPlan:
         outputs = _outputs(both.hf, options)
     elif both is not None and opened.dialect == "hf":
         outputs = _from_hf(both, options)
-    elif to_hf or (opened.dialect == "hf" and (options.names or opened.format == "safetensors")):
+    elif to_hf or (
+        opened.dialect == "hf" and (options.names or opened.checkpoint.format == "safetensors")
+    ):
         raise UsageError(
             f"the tensors of `{opened.where}` have the names of no supported model"
             if opened.dialect is None
@@ -253,7 +256,7 @@ def _native(opened: ConvertSource, model: Tensors, options: ConvertOptions) -> O
             f"`--names {options.names}`: the tensors of `{opened.where}` have the names of no "
             "supported model"
         )
-    entries = opened.manifest.tensors
+    entries = opened.checkpoint.manifest.tensors
     tensors = [(model, name, opened.originals.get(name), options.dtype) for name in model.infos]
     if not options.model_only:
         tensors += [(opened.stored, name, name, None) for name in opened.others]

@@ -6,15 +6,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from holdfast.catalog.findings import Format, name_in_model, parts_of
+from holdfast.catalog.findings import name_in_model, parts_of
 from holdfast.catalog.open_any import OpenCheckpoint, open_any
 from holdfast.catalog.paths import open_for_reading
-from holdfast.catalog.source import Source
 from holdfast.catalog.steady import fingerprint
 from holdfast.errors import FormatError, NotFoundError, StorageError, UsageError
-from holdfast.format.manifest import Manifest
 from holdfast.hf.dialects import Dialect, dialect_of
 from holdfast.storage.opening import is_url
 from holdfast.tensors.lazy import Renamed, Tensors
@@ -32,8 +29,7 @@ ASSETS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENS
 class ConvertSource:
     """A checkpoint, open for conversion."""
 
-    source: Source
-    format: Format
+    checkpoint: OpenCheckpoint
     model: Tensors
     """Tensors of the model, dequantized, by their names in the model's own state dict."""
 
@@ -46,41 +42,29 @@ class ConvertSource:
     originals: Mapping[str, str]
     """Names in the manifest of the model's tensors, by their names in `model`."""
 
-    others: tuple[str, ...] = ()
+    others: tuple[str, ...]
     """Names in the manifest of the tensors that do not belong to the model."""
 
-    has_config: bool = False
-    """Whether there is a `config.json` beside the weights."""
-
-    notes: tuple[str, ...] = ()
-
-    adapter: Mapping[str, Any] | None = None
-    """Contents of `adapter_config.json` of a PEFT adapter; None for a model."""
-
-    file: str = ""
-    """Name of the file within the source's folder; empty for a folder."""
-
-    fingerprint: object = None
+    notes: tuple[str, ...]
+    fingerprint: object
     """Fingerprint of the checkpoint when it was opened."""
 
     @property
     def where(self) -> str:
-        return self.source.url
+        """Path or URL of the checkpoint, or of the folder around a single file."""
+        return self.checkpoint.source.url
 
     @property
-    def path(self) -> str:
-        """Path or URL of the checkpoint."""
-        return f"{self.where}/{self.file}" if self.file else self.where
-
-    @property
-    def manifest(self) -> Manifest:
-        return self.source.manifest
+    def has_config(self) -> bool:
+        """Whether there is a `config.json` beside the weights."""
+        return self.checkpoint.hf is not None and self.checkpoint.hf.config is not None
 
     @property
     def is_gone(self) -> bool:
         """Whether the checkpoint has been replaced or removed since it was opened."""
-        key = f"{self.source.folder}/{self.file}" if self.file else self.source.folder
-        return fingerprint(self.source.store, key) != self.fingerprint
+        source, file = self.checkpoint.source, self.checkpoint.file
+        key = f"{source.folder}/{file}" if file else source.folder
+        return fingerprint(source.store, key) != self.fingerprint
 
 
 def fetched(path: str, *, assets_only: bool = False) -> str:
@@ -128,39 +112,35 @@ def open_source(path: str) -> ConvertSource:
     """
     store, name = open_for_reading(fetched(path))
     opened_as = fingerprint(store, name)
-    found = open_any(store, name, check_files=True)
-    names, others = _names_in_model(found)
-    stored = StoredTensors(found.source, found.strides)
-    quantization = {} if found.hf is None else found.hf.quantization
+    checkpoint = open_any(store, name, check_files=True)
+    names, others = _names_in_model(checkpoint)
+    stored = StoredTensors(checkpoint.source, checkpoint.strides)
+    quantization = {} if checkpoint.hf is None else checkpoint.hf.quantization
     model = Dequantized(Renamed(stored, names), quantization)
     return ConvertSource(
-        source=found.source,
-        format=found.format,
+        checkpoint=checkpoint,
         model=model,
         dialect=dialect_of(model.infos),
         stored=stored,
         originals={new: old for old, new in names.items()},
         others=others,
-        has_config=found.hf is not None and found.hf.config is not None,
-        notes=() if found.hf is None else (*found.hf.notes, *model.notes),
-        adapter=None if found.hf is None else found.hf.adapter,
-        file=found.file,
+        notes=() if checkpoint.hf is None else (*checkpoint.hf.notes, *model.notes),
         fingerprint=opened_as,
     )
 
 
-def _names_in_model(found: OpenCheckpoint) -> tuple[dict[str, str], tuple[str, ...]]:
+def _names_in_model(checkpoint: OpenCheckpoint) -> tuple[dict[str, str], tuple[str, ...]]:
     """Return the names of the model's tensors in its own state dict, and the other tensors.
 
     Both are by their names in the manifest. In a Hugging Face folder all tensors are the model's.
     """
-    tensors = found.manifest.tensors
-    if found.hf is not None:
+    tensors = checkpoint.manifest.tensors
+    if checkpoint.hf is not None:
         return {name: name for name in tensors}, ()
-    components = parts_of(found.manifest)
+    components = parts_of(checkpoint.manifest)
     names = {n: name_in_model(e.path) for n, e in tensors.items() if components[n] == "model"}
     if len({*names.values()}) < len(names):
         raise FormatError(
-            f"`{found.source.url}` has two models, one under `model` and one beside it"
+            f"`{checkpoint.source.url}` has two models, one under `model` and one beside it"
         )
     return names, tuple(name for name in tensors if name not in names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,13 +82,11 @@ def dtype_for(tensors: Tensors, name: str, requested: str | None) -> str:
 
 
 @contextmanager
-def read_ahead(
-    wanted: Sequence[tuple[Output, Region]], advance: Advance
-) -> Iterator[Callable[[], memoryview]]:
-    """Yield a function that returns the bytes of the next block in `wanted` at each call."""
+def read_ahead(outputs: Iterable[Output], advance: Advance) -> Iterator[Callable[[], memoryview]]:
+    """Yield a function that returns the bytes of the next block of `outputs` at each call."""
     pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="holdfast-convert")
     waiting: deque[Future[memoryview]] = deque()
-    remaining = iter(wanted)
+    remaining = ((output, region) for output in outputs for region in output.regions())
 
     def start_next() -> None:
         for output, region in remaining:

@@ -195,11 +195,10 @@ def write_hf(
     """Write a Hugging Face folder. Returns the bytes of its weights."""
     infos = {name: (output.dtype, output.shape) for name, output in outputs.items()}
     export = shard(infos, max_shard_bytes)
-    order = [name for layout in export.files.values() for name in layout.tensors]
+    order = [outputs[name] for layout in export.files.values() for name in layout.tensors]
     sizes = {file: layout.nbytes for file, layout in export.files.items()}
     with _attempt(target, sizes) as attempt:
-        wanted = [(outputs[name], region) for name in order for region in outputs[name].regions()]
-        with read_ahead(wanted, advance) as take:
+        with read_ahead(order, advance) as take:
             for file, layout in export.files.items():
                 with target.files.create(f"{attempt}/{file}", layout.nbytes) as writer:
                     writer.write(0, [layout.header])
@@ -234,9 +233,8 @@ def write_torch_file(
     layout = torchfile.lay_out(tensors, values)
     store, file = target.store, target.name
     with _attempt(target, {file: layout.nbytes}) as attempt:
-        wanted = [(outputs[n], region) for n in layout.tensors for region in outputs[n].regions()]
         with (
-            read_ahead(wanted, advance) as take,
+            read_ahead([outputs[name] for name in layout.tensors], advance) as take,
             target.files.create(f"{attempt}/{file}", layout.nbytes) as writer,
         ):
             crc32s = {
@@ -268,12 +266,11 @@ def write_checkpoint(
     """Write a checkpoint as a save does, with checksums and `.metadata`. Returns its bytes."""
     plan = replace(_plan(outputs, values), structure=structure)
     regions = [(placed, region) for placed in plan.tensors for region in placed.regions_of(0)]
-    wanted = [(outputs[placed.name], region) for placed, region in regions]
     items = lay_out([(placed.name, placed.tensor.dtype, region) for placed, region in regions])
     containers = [([name], container) for name, (_, container) in values.items()]
     layout = lay_out_file(0, items, containers)
     with _attempt(target, {layout.name: layout.nbytes} if layout.nbytes else {}) as attempt:
-        with read_ahead(wanted, advance) as take:
+        with read_ahead([outputs[placed.name] for placed in plan.tensors], advance) as take:
             result = write(target.files, str(attempt), layout, lambda _: (take(),))
         index = Index(plan, [columns(items)])
         return publish(attempt, [result], index, facts, target.catalog)

@@ -5,57 +5,44 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+from holdfast.catalog.open_any import OpenCheckpoint
 from holdfast.catalog.source import read_value
-from holdfast.convert.source import ConvertSource
 from holdfast.convert.target import Values
 from holdfast.errors import FormatError, UsageError
 
 _HINT = "`--model-only` leaves out everything but the model"
 
 
-def as_containers(opened: ConvertSource) -> Values:
-    """Return every value in a container of its own, for a checkpoint."""
-    entries = opened.manifest.values
-    if opened.format != "torch":
-        return {n: (e.path, read_value(opened.source, n, e)) for n, e in entries.items()}
-    _check_torch(opened)
-    from holdfast.state.values import encode_value
+def encoded_values(checkpoint: OpenCheckpoint, *, pickled: bool) -> Values:
+    """Return every value in a container of its own or, `pickled`, as a fragment of a pickle.
 
-    root = _load_torch_file(opened)
-    return {
-        name: (entry.path, encode_value(name, _member(root, entry.path)))
-        for name, entry in entries.items()
-    }
-
-
-def as_pickles(opened: ConvertSource) -> Values:
-    """Return every value as a fragment of the pickle in a `.pt` file."""
-    _check_torch(opened)
-    from holdfast.state.values import decode_value
-
-    entries = opened.manifest.values
-    if opened.format == "torch":
-        root = _load_torch_file(opened)
+    Raises:
+        UsageError: torch is needed and cannot be imported.
+        FormatError: the values of a `.pt` file cannot be read.
+    """
+    entries, source = checkpoint.manifest.values, checkpoint.source
+    if checkpoint.format != "torch" and not pickled:
+        return {n: (e.path, read_value(source, n, e)) for n, e in entries.items()}
+    try:
+        from holdfast.state.values import decode_value, encode_value
+    except ImportError as error:
+        raise UsageError(
+            f"`{checkpoint.where}` has values that are not tensors, which need torch to be "
+            f"converted; it cannot be imported: {error}",
+            hint="pip install torch; or `--model-only`, which leaves out the values",
+        ) from error
+    if checkpoint.format == "torch":
+        root = _load_torch_file(checkpoint.where)
         values = {name: _member(root, entry.path) for name, entry in entries.items()}
     else:
         values = {
             name: decode_value(
-                name, read_value(opened.source, name, entry), where=f"{opened.where}/{entry.file}"
+                name, read_value(source, name, entry), where=f"{source.url}/{entry.file}"
             )
             for name, entry in entries.items()
         }
-    return {name: (entries[name].path, _pickled(name, value)) for name, value in values.items()}
-
-
-def _check_torch(opened: ConvertSource) -> None:
-    try:
-        import torch  # noqa: F401 - the caller needs it
-    except ImportError as error:
-        raise UsageError(
-            f"`{opened.path}` has values that are not tensors, which need torch to be converted; "
-            f"it cannot be imported: {error}",
-            hint="pip install torch; or `--model-only`, which leaves out the values",
-        ) from error
+    encode = _pickled if pickled else encode_value
+    return {name: (entries[name].path, encode(name, value)) for name, value in values.items()}
 
 
 def _pickled(name: str, value: Any) -> bytes:
@@ -76,16 +63,16 @@ def _pickled(name: str, value: Any) -> bytes:
     return pickle.dumps(value, protocol=2)
 
 
-def _load_torch_file(opened: ConvertSource) -> Any:
+def _load_torch_file(path: str) -> Any:
     """Load the objects of a `.pt` file. Its tensors stay on disk."""
     import torch
 
     try:
-        return torch.load(opened.path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise FormatError(
-            f"the values of `{opened.path}` cannot be read: {reason[0]}", hint=_HINT
+            f"the values of `{path}` cannot be read: {reason[0]}", hint=_HINT
         ) from error
 
 
