@@ -48,10 +48,8 @@ def convert(planned: ConvertPlan, target: str, advance: Advance = lambda _: None
     """Convert to the path `target`: see `convert_to`."""
     # First, so that no folder is created if the values cannot be converted.
     values = values_of(planned)
-    sources = [
-        planned.opened.checkpoint.where,
-        *([] if planned.assets is None else [planned.assets]),
-    ]
+    paths = planned.opened.checkpoint.where, planned.assets
+    sources = [path for path in paths if path is not None]
     overwrite, file = planned.options.overwrite, planned.options.to == "torch"
     opened = open_target(target, overwrite=overwrite, sources=sources, file=file)
     return convert_to(opened, planned, values, advance)

@@ -33,9 +33,6 @@ from holdfast.tensors.stored import StoredTensors
 BLOCK_BYTES = 8 << 20
 """Bytes that each thread converts at a time: its memory besides the model."""
 
-FLOAT_BYTES = 4
-"""Bytes per element in a block: those of float32, the widest dtype of most folders."""
-
 
 def load_folder(
     path: str,
@@ -132,7 +129,8 @@ def _fill(tensors: Tensors, _: Source, wanted: Sequence[Wanted]) -> int:
         )
         for want in wanted
         for piece in want.pieces
-        for block in blocks(piece.region.shape, FLOAT_BYTES, BLOCK_BYTES)
+        # 4 bytes an element: few folders have a wider dtype than float32.
+        for block in blocks(piece.region.shape, 4, BLOCK_BYTES)
     ]
     with ThreadPoolExecutor(min(THREADS_MAX, os.cpu_count() or 1)) as pool:
         return sum(pool.map(lambda job: job(), jobs))

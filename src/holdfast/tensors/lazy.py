@@ -97,11 +97,12 @@ class Mapped:
 
     def _info(self, name: str) -> TensorInfo:
         """Return dtypes and shape. Where the sources differ in dtype, the widest wins."""
-        sources = [self._source.infos[s] for s in self._mapping.sources(self._side, name)]
+        shape = self._mapping.shape(self._side, name)
+        copies = self._mapping.copies(self._side, name, Region.whole(shape))
+        sources = [self._source.infos[source] for source in {copy.source: None for copy in copies}]
         dtype = _widest([source.dtype for source in sources])
         write_dtype = _widest([source.write_dtype for source in sources])
         fixed = self._mapping.dtype(self._side, name)
-        shape = self._mapping.shape(self._side, name)
         return TensorInfo(dtype, shape, fixed or write_dtype, fixed is not None)
 
 

@@ -149,11 +149,6 @@ class TensorMapping:
         native, hf = (Side(one.spelled(indices, axes), one.dims) for one in relation.sides)
         return Relation(native, hf, relation.dtype)
 
-    def sources(self, side: SideName, name: str) -> list[str]:
-        """Return the tensors of the other side that have the elements of this one."""
-        region = Region.whole(self.shape(side, name))
-        return list(dict.fromkeys(copy.source for copy in self.copies(side, name, region)))
-
     def copies(
         self, side: SideName, name: str, wanted: Region, *, exact: bool = False
     ) -> Iterator[Copy]:

@@ -97,12 +97,8 @@ class Dequantized:
         last = tuple(-(-stop // size) for stop, size in zip(region.stop, self._block, strict=True))
         scale = self._source.infos[name + SCALE].dtype
         factors = floats(self._source.read(name + SCALE, Region(first, last)), scale)
-        rows, columns = (
-            np.arange(start, stop) // size - block
-            for start, stop, size, block in zip(
-                region.start, region.stop, self._block, first, strict=True
-            )
-        )
+        rows = np.arange(region.start[0], region.stop[0]) // self._block[0] - first[0]
+        columns = np.arange(region.start[1], region.stop[1]) // self._block[1] - first[1]
         values = floats(bits, self._source.infos[name].dtype)
         for block in range(factors.shape[0]):
             # One row of blocks at a time: a factor for every element would double the memory.
@@ -123,7 +119,7 @@ class Dequantized:
 
     def _check_fp8(self, name: str) -> list[str]:
         weight, scale = self._source.infos[name], self._source.infos[name + SCALE]
-        if len(weight.shape) == len(self._block) == 2:
+        if len(weight.shape) == 2:
             sizes = zip(weight.shape, self._block, strict=True)
             expected = tuple(-(-size // block) for size, block in sizes)
             if scale.shape == expected and weight.dtype.startswith("float8"):
