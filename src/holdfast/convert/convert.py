@@ -6,7 +6,6 @@ import platform
 import time
 from dataclasses import dataclass
 
-from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.steady import UNREADABLE
 from holdfast.convert.plan import ConvertPlan
 from holdfast.convert.stream import Advance
@@ -22,7 +21,6 @@ from holdfast.errors import NotFoundError
 from holdfast.format.manifest import Kind, Path
 from holdfast.format.names import step_of
 from holdfast.format.structure import Node
-from holdfast.hf.assets import HFFiles
 from holdfast.release import installed_version
 from holdfast.saving.publish import Facts
 
@@ -89,9 +87,9 @@ def _write(target: ConvertTarget, planned: ConvertPlan, values: Values, advance:
     outputs, options = planned.outputs, planned.options
     if options.to == "hf":
         assert planned.config is not None, "an export is mapped, and so has a configuration"
-        path = planned.assets or (planned.opened.where if planned.opened.has_config else None)
-        beside = HFFiles(planned.config, None if path is None else open_for_reading(path))
-        return write_hf(target, outputs, beside, options.max_shard_bytes, advance)
+        assets = planned.assets or (planned.opened.where if planned.opened.has_config else None)
+        shard_bytes = options.max_shard_bytes
+        return write_hf(target, outputs, planned.config, assets, shard_bytes, advance)
     if options.to == "torch":
         return write_torch_file(target, outputs, values, advance)
     facts, structure = _facts(target, planned), _structure(planned, values)

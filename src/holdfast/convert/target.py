@@ -18,7 +18,8 @@ from holdfast.format import torchfile
 from holdfast.format.manifest import Path
 from holdfast.format.names import Aside, aside_of
 from holdfast.format.structure import Node
-from holdfast.hf.assets import HFFiles, write_small
+from holdfast.hf.assets import files_beside, write_small
+from holdfast.hf.family import Config
 from holdfast.hf.shards import shard
 from holdfast.planning.file_layout import lay_out, lay_out_file
 from holdfast.planning.index import Index, columns
@@ -190,7 +191,12 @@ def _attempts(store: Store, name: str) -> list[Aside]:
 
 
 def write_hf(
-    target: ConvertTarget, outputs: Outputs, beside: HFFiles, max_shard_bytes: int, advance: Advance
+    target: ConvertTarget,
+    outputs: Outputs,
+    config: Config,
+    assets: str | None,
+    max_shard_bytes: int,
+    advance: Advance,
 ) -> int:
     """Write a Hugging Face folder. Returns the bytes of its weights."""
     infos = {name: (output.dtype, output.shape) for name, output in outputs.items()}
@@ -204,7 +210,7 @@ def write_hf(
                     writer.write(0, [layout.header])
                     for name, span in layout.tensors.items():
                         _write_tensor(writer, span.offset, outputs[name], take)
-        contents = beside.contents(export.dtype, export.index)
+        contents = files_beside(config, assets, export.dtype, export.index)
         write_small(target.store, target.files, str(attempt), contents)
         target.catalog.publish(attempt)
     execute(target.store, plan_cleanup(target.store.list(), only=target.name))

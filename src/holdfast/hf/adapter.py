@@ -46,7 +46,7 @@ def adapter_mapping(
         relation = base.row_by_row("hf", weight.removeprefix(PREFIX))
         is_matrix = relation is not None and len(relation.hf.dims) == 2
         if relation is None or (factor and not is_matrix) or not name.startswith(PREFIX):
-            wrong.append(f"`{name}` belongs to no weight that is mapped row by row")
+            wrong.append(f"`{name}` matches no weight of the base, or an expert or fused weight")
             continue
         native = native_names[relation.native.name]
         native_dims, hf_dims = relation.native.dims, relation.hf.dims

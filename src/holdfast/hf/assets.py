@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from holdfast.catalog.hf_folder import CONFIG, check_inside
+from holdfast.catalog.paths import open_for_reading
 from holdfast.format.safetensors import INDEX
 from holdfast.storage.store import Creating, ReadStore, Store
 
@@ -24,29 +24,22 @@ COPIED_BYTES_MAX = 200_000_000
 """Largest file that an export copies. The largest tokenizers have a tenth of it."""
 
 
-@dataclass(frozen=True, slots=True)
-class HFFiles:
-    """Files of an export besides the weights."""
+def files_beside(
+    config: Mapping[str, Any], assets: str | None, dtype: str, index: bytes | None
+) -> Iterator[tuple[str, bytes]]:
+    """Yield name and contents of each file of an export besides the weights, which are in `dtype`.
 
-    config: Mapping[str, Any]
-    """Configuration of the model, with any dtype."""
+    `assets`: folder whose other files are copied. The index comes last: a folder is not complete
+    without it.
 
-    assets: tuple[ReadStore, str] | None
-    """Store and name of a folder whose other files are copied."""
-
-    def contents(self, dtype: str, index: bytes | None) -> Iterator[tuple[str, bytes]]:
-        """Yield name and contents of each file. `dtype` is that of the weights.
-
-        The index comes last: a folder is not complete without it.
-
-        Raises:
-            FormatError: an asset is a link out of its folder, or not a plain file.
-        """
-        yield CONFIG, config_bytes(self.config, dtype)
-        if self.assets is not None:
-            yield from _copied(*self.assets)
-        if index is not None:
-            yield INDEX, index
+    Raises:
+        FormatError: an asset is a link out of its folder, or not a plain file.
+    """
+    yield CONFIG, config_bytes(config, dtype)
+    if assets is not None:
+        yield from _copied(*open_for_reading(assets))
+    if index is not None:
+        yield INDEX, index
 
 
 def write_small(

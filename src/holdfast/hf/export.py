@@ -20,12 +20,11 @@ from holdfast.arguments import checked_path, shown
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.hf_folder import of_language_model
-from holdfast.catalog.paths import open_for_reading
 from holdfast.comm import Ranks, capture, gather_and_run, run_on_rank_0
 from holdfast.errors import HoldfastError, MismatchError, UsageError
 from holdfast.format.names import Aside
 from holdfast.format.region import Region
-from holdfast.hf.assets import HFFiles, write_small
+from holdfast.hf.assets import files_beside, write_small
 from holdfast.hf.check import differences, listed
 from holdfast.hf.dialects import is_balance, renamed
 from holdfast.hf.families import family_of
@@ -239,8 +238,7 @@ def _publish(
     written = sum(result.nbytes for result in results)
     if written != expected:
         raise MismatchError(f"the ranks wrote {written} bytes, expected: {expected}")
-    assets = None if model.assets is None else open_for_reading(model.assets)
-    contents = HFFiles(model.config, assets).contents(layout.dtype, layout.index)
+    contents = files_beside(model.config, model.assets, layout.dtype, layout.index)
     write_small(store, store, str(attempt), contents)
     catalog.publish(attempt)
     execute(store, plan_cleanup(store.list(), only=attempt.name))
