@@ -43,15 +43,15 @@ def plan_cleanup(names: Collection[str], *, only: str | None = None) -> list[Act
     folders = {name.rstrip("/") for name in names if name.endswith("/")}
     actions = []
     for folder in sorted(folders):
-        aside = hidden_folder_of(folder)
-        if aside is None or (only is not None and aside.name != only):
+        hidden = hidden_folder_of(folder)
+        if hidden is None or (only is not None and hidden.name != only):
             continue
-        if aside.role == "replaced" and aside.name not in folders:
+        if hidden.role == "replaced" and hidden.name not in folders:
             why = "the save that was to replace it is unfinished"
-            actions.append(Action("restore", folder, why, aside.name))
-            folders.add(aside.name)
+            actions.append(Action("restore", folder, why, hidden.name))
+            folders.add(hidden.name)
         else:
-            actions.append(Action("delete", folder, _WHY[aside.role]))
+            actions.append(Action("delete", folder, _WHY[hidden.role]))
     if only is not None:
         return actions
     for name in sorted(names):
@@ -71,7 +71,7 @@ def plan_deletions(names: Iterable[str]) -> list[Action]:
     return [
         Action("delete", folder, "it was set aside for deletion")
         for folder in folders
-        if (aside := hidden_folder_of(folder)) is not None and aside.role == "removing"
+        if (hidden := hidden_folder_of(folder)) is not None and hidden.role == "removing"
     ]
 
 
@@ -109,8 +109,8 @@ def _execute(store: Store, action: Action) -> None:
             store.remove(action.folder)
         return
     with store.hold(action.folder) as held:
-        aside = hidden_folder_of(action.folder)
-        if held is None and aside is not None and aside.role == "attempt":
+        hidden = hidden_folder_of(action.folder)
+        if held is None and hidden is not None and hidden.role == "attempt":
             raise StorageError("this file system cannot tell whether a save is writing to it")
         if held is False:
             return
@@ -125,9 +125,9 @@ def _renamed_for_deletion(store: Store, folder: str) -> str:
 
     A `.replaced` folder of which half is deleted must not be restored, nor an `.attempt` continued.
     """
-    aside = hidden_folder_of(folder)
-    if aside is None or aside.role == "removing":
+    hidden = hidden_folder_of(folder)
+    if hidden is None or hidden.role == "removing":
         return folder
-    removing = str(replace(aside, role="removing"))
+    removing = str(replace(hidden, role="removing"))
     store.rename(folder, removing)
     return removing

@@ -120,6 +120,7 @@ def differences(loaded: Loaded) -> list[str]:
         lines.append(
             f"{loaded.num_matched} entries matched, {len(lines)} differ and stay as they are"
         )
+    lines += loaded.notes
     if loaded.lacking:
         lines.append(
             f"{len(loaded.lacking)} trained parameters are not in {loaded.where}, and stay as they "

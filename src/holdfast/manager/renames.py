@@ -46,7 +46,7 @@ def in_dialect_of(manifest: Manifest, names: Collection[str]) -> Manifest:
     Renames optimizer state too. Returns the manifest unchanged if either dialect is unknown.
     """
     ours, theirs = dialect_of(names), dialect_of(manifest.tensors)
-    if ours == theirs or ours in ("hub", None) or theirs in ("hub", None):
+    if ours == theirs or ours in ("hf", None) or theirs in ("hf", None):
         return manifest
     assert ours in ("meta", "titan")
     keys = {str(key) for entry in manifest.tensors.values() for key in entry.path}

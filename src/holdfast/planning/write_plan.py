@@ -23,7 +23,7 @@ from holdfast.errors import MismatchError
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Path
 from holdfast.format.region import Region, first_overlap
-from holdfast.format.structure import Node
+from holdfast.format.structure import OPTIMIZERS, Node, with_optimizers
 from holdfast.state.shard import Mesh, MeshPlacement, pieces_of
 
 Ints = NDArray[np.int64]
@@ -216,8 +216,14 @@ def plan(all_plans: AllPlans) -> GlobalPlan:
             values[name] = rank, path
     structure: dict[Path, Node] = {}
     for holders in everyone:
-        # As for values that differ: the first rank's is kept.
-        structure = {**holders.local_plan.structure, **structure}
+        # As for values that differ: the first rank's is kept. Optimizers are those of all ranks.
+        theirs = holders.local_plan.structure
+        both = {
+            path: with_optimizers(structure[path], node)
+            for path, node in theirs.items()
+            if isinstance(node, dict) and OPTIMIZERS in node and path in structure
+        }
+        structure = {**theirs, **structure, **both}
     return GlobalPlan(list(_placed(held)), values, aliases, structure)
 
 

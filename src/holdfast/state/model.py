@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -19,7 +19,7 @@ from holdfast.state.plain import match_inside
 from holdfast.state.stateful import hand_over
 from holdfast.state.stored import object_node
 from holdfast.state.subclass import UNINITIALIZED, is_ours
-from holdfast.state.tree import Flattener, Path, spelled
+from holdfast.state.tree import Flattener, Path, spelled, type_name
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Path elements that `torch.compile` and activation checkpointing add, and no checkpoint has."""
@@ -326,6 +326,18 @@ def own_state(module: nn.Module) -> dict[str, Any]:
             found: dict[str, Any] = module.state_dict(keep_vars=True)
         else:
             found = module.state_dict()
+    # Looked at at each save: one pass over the keys.
+    if not isinstance(found, Mapping) or not {*map(type, found)} <= {str}:
+        name = type(module).__qualname__
+        what = f"a {type_name(found)}"
+        if isinstance(found, Mapping):
+            key = next(key for key in found if type(key) is not str)
+            what = f"one with the key {key!r}, a {type_name(key)}"
+        raise UsageError(
+            f"`state_dict()` of the module {name} has to give a dict with text keys, gave {what}",
+            hint="a module with state of another form keeps it by `get_extra_state` and "
+            "`set_extra_state`",
+        )
     return found
 
 

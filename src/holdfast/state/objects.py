@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 
 from holdfast.errors import MismatchError, UsageError
 from holdfast.format.manifest import Manifest
-from holdfast.format.structure import Node
+from holdfast.format.structure import OPTIMIZERS, Node
 from holdfast.state.dataloader import LoaderState
 from holdfast.state.match import Match
 from holdfast.state.model import ModelState, named_parameters, outline_of, refuse_fsdp1
 from holdfast.state.optim import OptimizerState
-from holdfast.state.plain import Component, PlainMatch, is_object
+from holdfast.state.plain import Component, PlainMatch
+from holdfast.state.schedulers import SchedulerState
 from holdfast.state.stateful import NoState, ObjectState, RankState
 from holdfast.state.stored import StoredState
 from holdfast.state.tree import (
@@ -26,6 +27,7 @@ from holdfast.state.tree import (
     Flattener,
     Path,
     check_depth,
+    is_object,
     named_twice,
     names_of,
     spelled,
@@ -61,10 +63,12 @@ class StateTree:
             )
         self._keys = names_of((), state)
         self._state, self._flat, self._others, self._watch = state, flat, others, watch
-        self._modules = list(_modules(state, ()))
+        found = list(_modules(state, ()))
+        self._modules = [module for _, module in found]
+        self._places = [spelled(path) for path, _ in found]
         for module in self._modules:
             refuse_fsdp1(module)
-        self._components: dict[Path, Component] = {}
+        self._components: dict[Path, tuple[Any, Component]] = {}
         self._placed: dict[Any, list[str]] | None = None
         self._placed_for: list[object] = []
 
@@ -89,7 +93,7 @@ class StateTree:
         return replace(state, stepped=lambda: frozenset(self._stepped(state)))
 
     def _stepped(self, state: FlatState) -> Iterator[str]:
-        for path, component in self._components.items():
+        for path, (_, component) in self._components.items():
             if isinstance(component, OptimizerState):
                 parameters, slots = component.stepped(spelled(path))
                 for name, leaf in state.leaves.items():
@@ -118,22 +122,24 @@ class StateTree:
 
     def component_of(self, path: Path, value: Any) -> Component | None:
         """What knows how an object's state is stored; None for plain state."""
-        if path in self._components:
-            return self._components[path]
+        # An object that another gives as its whole state has the path of that one.
+        owner, component = self._components.get(path, (None, None))
+        if component is not None and owner is value:
+            return component
         component = self._made_component(value)
         if self._watch is not None and isinstance(component, OptimizerState):
             for optimizer in component.optimizers:
                 self._watch(optimizer)
-        if component is not None and len(path) <= 1:
+        if component is not None and len(path) <= 1 and owner is None:
             # Objects further down come and go, with the state that they are a part of.
-            self._components[path] = component
+            self._components[path] = value, component
         return component
 
     def _made_component(self, value: Any) -> Component | None:
         if isinstance(value, nn.Module):
             return ModelState([value])
         if isinstance(value, Optimizer):
-            return OptimizerState(self._modules, [value])
+            return OptimizerState(self._modules, [value], places=self._places)
         if _is_component(value):
             return value
         return ObjectState(value) if is_object(value) else None
@@ -143,16 +149,22 @@ class StateTree:
         if component is None:
             flattener.put(path, value)
             return
-        _note_union(flattener, path, component)
-        node = component.flatten(flattener, path)
-        if node is not None:
+        node = self._flatten_component(flattener, path, component)
+        if node is not None and path not in flattener.state.structure:
             flattener.state.structure[path] = {"object": node}
 
     def _enter(self, flattener: Flattener, path: Path, value: Any) -> Node:
         component = self.component_of(path, value)
         assert component is not None, "an object"
+        return self._flatten_component(flattener, path, component)
+
+    def _flatten_component(self, flattener: Flattener, path: Path, component: Component) -> Node:
         _note_union(flattener, path, component)
-        return component.flatten(flattener, path)
+        node = component.flatten(flattener, path)
+        if isinstance(component, OptimizerState):
+            classes = component.class_names
+            flattener.state.structure[path] = {"object": node, OPTIMIZERS: classes}
+        return node
 
     def _setter(self, key: Any) -> Callable[[Any], None]:
         def put(value: Any) -> None:
@@ -214,22 +226,26 @@ def _placement(tensor: DTensor) -> tuple[Any, ...]:
 
 
 def _is_component(value: Any) -> TypeGuard[Component]:
-    kinds = (ModelState, OptimizerState, ObjectState, RankState, LoaderState, NoState)
+    kinds = (
+        *(ModelState, OptimizerState, SchedulerState),
+        *(ObjectState, RankState, LoaderState, NoState),
+    )
     return isinstance(value, kinds)
 
 
-def _modules(state: Mapping[Any, Any], path: Path) -> Iterator[nn.Module]:
-    for key, value in state.items():
+def _modules(state: Any, path: Path) -> Iterator[tuple[Path, nn.Module]]:
+    """Modules in dicts, lists and tuples, at any depth, with their paths."""
+    check_depth(path)
+    if not isinstance(state, Mapping) and {int, float, str}.issuperset(map(type, state)):
+        return
+    for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
+        at = (*path, str(key))
         if isinstance(value, nn.Module):
-            yield value
+            yield at, value
         elif isinstance(value, ModelState):
-            yield from value.parts
-        elif isinstance(value, Mapping):
-            at = (*path, str(key))
-            check_depth(at)
+            yield from ((at, part) for part in value.parts)
+        elif isinstance(value, Mapping | list | tuple):
             yield from _modules(value, at)
-        elif isinstance(value, list | tuple):
-            yield from (one for one in value if isinstance(one, nn.Module))
 
 
 def _check_names(state: FlatState) -> None:
