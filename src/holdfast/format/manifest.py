@@ -14,15 +14,13 @@ from typing import Any, Literal
 
 from holdfast.errors import DamagedError, FormatError
 from holdfast.format import checksum, facts, timings
+from holdfast.format.components import OPTIMIZER
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.region import Region
 from holdfast.format.structure import Node, check_node, members_of, with_classes
 from holdfast.format.timings import Stage
 
 VERSION = 2
-
-OPTIMIZER = "optimizer"
-"""First key of the paths that only a resumed run needs."""
 
 DIMS_MAX = 64
 """Most dims of a tensor in torch."""
