@@ -87,10 +87,6 @@ class Catalog:
         """Path of a checkpoint, for messages."""
         return location(self.store, name)
 
-    def open(self, name: str) -> Manifest:
-        """Read the manifest of a checkpoint: see `open_manifest`."""
-        return open_manifest(self.store, name)
-
     def open_step(self, step: int) -> Manifest:
         """Read the manifest of a step. The error for a missing step lists the existing ones."""
         folders = self.folders()
@@ -100,7 +96,7 @@ class Catalog:
                 f"`{self.where(step_name(step))}` does not exist",
                 hint=f"steps there: {steps}",
             )
-        return self.open(folders[step])
+        return open_manifest(self.store, folders[step])
 
     def check_free(self, name: str, *, replace: bool, hint: str, file: bool = False) -> None:
         """Check that a checkpoint may be saved as `name`.

@@ -46,13 +46,8 @@ def _note(store: ReadStore, folder: str, mark: Mark) -> str:
 
 
 def pin(store: Store, step: int) -> None:
-    """Keep retention from deleting a checkpoint, until `unpin`."""
+    """Keep retention from deleting a checkpoint, until the mark is deleted."""
     _add(store, Mark("pinned", step), "")
-
-
-def unpin(store: Store, step: int) -> None:
-    """Let the retention rules decide on a checkpoint again."""
-    _delete(store, Mark("pinned", step))
 
 
 def mark_damaged(store: Store, step: int, note: str) -> None:
@@ -62,7 +57,10 @@ def mark_damaged(store: Store, step: int, note: str) -> None:
 
 def clear_damaged(store: Store, step: int) -> None:
     """Delete the mark `damaged` of a checkpoint."""
-    _delete(store, Mark("damaged", step))
+    mark = Mark("damaged", step)
+    if mark in marks_in(store):
+        store.remove(str(mark))
+        store.sync("")
 
 
 def _add(store: Store, mark: Mark, note: str) -> None:
@@ -72,9 +70,3 @@ def _add(store: Store, mark: Mark, note: str) -> None:
     with store.create(str(mark), len(data)) as writer:
         writer.write(0, [data])
     store.sync("")
-
-
-def _delete(store: Store, mark: Mark) -> None:
-    if mark in marks_in(store):
-        store.remove(str(mark))
-        store.sync("")

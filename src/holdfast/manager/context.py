@@ -21,7 +21,7 @@ class RunContext:
     catalog: Catalog
     config: CheckpointConfig
     ranks: Ranks
-    components: Sequence[str] = ()
+    others: Sequence[str] = ()
     """Names of all components but the model."""
 
     goodput: Goodput = field(default_factory=Goodput)

@@ -114,7 +114,7 @@ class HFFormat:
             attempt = run_on_rank_0(
                 ranks, lambda: self.catalog.begin(step_name(step), replace=True)
             )
-        others = self._run.components
+        others = self._run.others
         exported = export(
             ExportSnapshot(pending.file_layout, pending.data_of, pending.index, others),
             self._model,

@@ -59,7 +59,7 @@ class Loader:
         self._run, self._catalog, self._ranks = run, run.catalog, run.ranks
         self._config, self._goodput = run.config, run.goodput
         self._components, self._whole_model = components, whole_model
-        self._resumed = not_excluded(components, run.config.exclude_from_loading)
+        self._resumed_names = not_excluded(components, run.config.exclude_from_loading)
         self._hf, self._retainer = hf, retainer
 
     def load(self, requested: int) -> int:
@@ -146,7 +146,7 @@ class Loader:
         source = Source(self._catalog.store, checkpoint.folder, manifest)
         # Step 0 may be a seed, or TorchTitan's first step, of which only the model is loaded.
         is_full = step > 0 or manifest.kind == "full"
-        self._load_components(source, self._resumed if is_full else [MODEL], step)
+        self._load_components(source, self._resumed_names if is_full else [MODEL], step)
         speed = rate(manifest.nbytes, time.perf_counter() - started)
         self._run.info(f"resumed from step {step}: {speed}, {source.url}")
         steps = run_on_rank_0(self._ranks, self._catalog.steps)
@@ -182,7 +182,7 @@ class Loader:
             self._run.info(f"loaded the model of {source.url}{then}")
             return 0
         step = manifest.step if manifest.step is not None else step_of(name) or 0
-        self._load_components(source, self._resumed, step)
+        self._load_components(source, self._resumed_names, step)
         self._run.info(f"loaded {source.url}: going on from step {step}")
         return step
 
@@ -195,7 +195,7 @@ class Loader:
             check_dataloader(manifest, self._ranks.size)
         components = {name: self._components[name] for name in wanted}
         ignored = ignored_names(manifest, names, self._config.exclude_from_loading)
-        tree = StateTree(components, flat=MODEL, others={*self._run.components, *ignored})
+        tree = StateTree(components, flat=MODEL, others={*self._run.others, *ignored})
         self._load_tree(source, tree, step)
 
     def _load_tree(
@@ -207,11 +207,11 @@ class Loader:
                 source, tree, ranks=self._ranks, partial=partial_load, replicas=replicas
             )
         except (FormatError, MismatchError) as error:
-            error.hint = hint_for_mismatch(error, self._run.components) or error.hint
+            error.hint = hint_for_mismatch(error, self._run.others) or error.hint
             raise
         self._goodput.note_load(loaded, step, self._ranks)
         self._run.warn(*differences(loaded), *conversions(loaded, source.manifest))
 
     def _model(self, ignored: Collection[str] = ()) -> StateTree:
-        others = {*self._run.components, *ignored}
+        others = {*self._run.others, *ignored}
         return StateTree({MODEL: self._whole_model}, flat=MODEL, others=others)

@@ -37,7 +37,7 @@ class Retainer:
         self._catalog, self._retention = catalog, retention
         self._resumed_from: int | None = None
         self._left_behind: set[int] = set()
-        self._looked: dict[str, CachedIndex] = {}
+        self._cache: dict[str, CachedIndex] = {}
         self._thread: threading.Thread | None = None
 
     def resumed(self, step: int, left_behind: Collection[int]) -> None:
@@ -72,7 +72,7 @@ class Retainer:
         ours = {s: f for s, f in self._catalog.folders().items() if s not in self._left_behind}
         if keep == 0 or len(ours) <= keep:
             return []  # All are kept, whether they are good or not, so none need be opened.
-        good = good_steps(self._catalog, ours, self._looked)
+        good = good_steps(self._catalog, ours, self._cache)
         protected = () if self._resumed_from is None else (self._resumed_from,)
         return removable(good, self._retention, current=current, protected=protected)
 

@@ -109,7 +109,7 @@ class Saver:
                     model=self._hf.config,
                 )
             # A model alone has no other components, even if its tensors have such names.
-            components = self._run.components if kind == "full" else ()
+            components = self._run.others if kind == "full" else ()
             pending = replace(pending, facts=replace(pending.facts, components=components))
             if self._in_background and self._has_room(pending):
                 self._finish_in_background(pending, step, export)
@@ -218,7 +218,7 @@ class Saver:
             self.full_save_s = max(self.full_save_s, saved.spans.total)
             if pending.index is not None:
                 by_name = pending.index.encoded().nbytes.items()
-                model = sum(nbytes for name, nbytes in by_name if name not in self._run.components)
+                model = sum(nbytes for name, nbytes in by_name if name not in self._run.others)
                 self.model_share = model / max(saved.nbytes, 1)
         speed = rate(saved.nbytes, saved.spans.total)
         self._run.info(f"saved step {step}: {speed}, {saved.where}")

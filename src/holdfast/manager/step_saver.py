@@ -30,7 +30,7 @@ class _Agreed:
     step: int
     last_step: bool
     signal: int
-    """Number of the stop signal that any rank has received; 0 if there is none."""
+    """Number of a stop signal that a rank has received; 0 if there is none."""
 
     since_s: float
     """Seconds since that signal."""
@@ -181,7 +181,7 @@ class StepSaver:
             self._saver.save(step, "model", self._model_alone().flatten, export=export)
 
     def _model_alone(self) -> StateTree:
-        return StateTree({MODEL: self._model}, flat=MODEL, others=self._run.components)
+        return StateTree({MODEL: self._model}, flat=MODEL, others=self._run.others)
 
     def _warn_of_newer_steps(self, step: int) -> None:
         """Warn once if this run, which has not loaded, saves beside newer checkpoints."""

@@ -17,7 +17,7 @@ import holdfast
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.listing import survey
-from holdfast.catalog.marks import damaged_steps, mark_damaged, pin, unpin
+from holdfast.catalog.marks import damaged_steps, mark_damaged, pin
 from holdfast.comm import Solo
 from holdfast.errors import StorageError
 from holdfast.format.names import step_name
@@ -64,7 +64,7 @@ def test_a_checkpoint_stays_while_any_rule_keeps_it(tmp_path: Path) -> None:
     assert steps(tmp_path) == [2, 3, 4, 5, 6, 9, 10]
     assert holdfast.open(tmp_path / "step-5").manifest.metrics == {"loss": 2.0}
     assert str(holdfast.open(tmp_path / "step-4").manifest.metrics) == "{'loss': nan}"
-    unpin(LocalStore(tmp_path), 4)
+    (tmp_path / ".pinned-step-4").unlink()
     with manager(tmp_path, **settings) as held:
         held.save(11, metrics=lambda: {"loss": 0.5})
     assert steps(tmp_path) == [2, 3, 6, 9, 10, 11]
