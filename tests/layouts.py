@@ -17,7 +17,13 @@ from holdfast.trainer.arguments import read_config
 from holdfast.trainer.config import Config
 from holdfast.trainer.gradients import Gradients
 from holdfast.trainer.optim import build_optimizers, clip_gradients
-from holdfast.trainer.parallel import Place, build_model, lay_out, sum_over_data, whole
+from holdfast.trainer.parallel import (
+    ParallelContext,
+    build_meshes,
+    build_model,
+    full_tensor,
+    sum_over_data,
+)
 
 VOCAB_SIZE = 262
 """Not divided by 4: rows of the embedding are shared unevenly."""
@@ -92,16 +98,16 @@ def add_flavors() -> None:
     MODELS["llama3"]["tied"] = replace(SMALL, tied=True)
 
 
-def place_of(config: Config) -> Place:
+def parallel_context(config: Config) -> ParallelContext:
     """This process's place; the process group is there already. Collective."""
     device = torch.device("cpu")
     if not dist.is_initialized():
-        return Place(0, 1, device)
+        return ParallelContext(0, 1, device)
     size = dist.get_world_size()
     config.check(size)
     ep = config.parallelism.expert_parallel_degree
-    meshes = lay_out(config.parallelism.degrees(size), device, ep)
-    return Place(dist.get_rank(), size, device, meshes)
+    meshes = build_meshes(config.parallelism.degrees(size), device, ep)
+    return ParallelContext(dist.get_rank(), size, device, meshes)
 
 
 def trained(layout: Layout) -> dict[str, Any]:
@@ -110,7 +116,7 @@ def trained(layout: Layout) -> dict[str, Any]:
     Collective.
     """
     config = layout.config()
-    place = place_of(config)
+    place = parallel_context(config)
     parts = build_model(config, place, VOCAB_SIZE)
     gradients = Gradients(config, place, parts)
     optimizers = build_optimizers(parts, config.optimizer)
@@ -120,7 +126,7 @@ def trained(layout: Layout) -> dict[str, Any]:
         loss = gradients.accumulate(inputs, labels)
         if step == 0:
             first = merged(
-                {n: whole(p.grad).clone() for n, p in named(parts) if p.grad is not None}
+                {n: full_tensor(p.grad).clone() for n, p in named(parts) if p.grad is not None}
             )
         norm = clip_gradients(parts, config.training.max_norm, place)
         for optimizer in optimizers:
@@ -130,7 +136,7 @@ def trained(layout: Layout) -> dict[str, Any]:
     return {"before": before, "gradients": first, "reports": reports, "after": weights(parts)}
 
 
-def samples(config: Config, place: Place, step: int) -> tuple[Tensor, Tensor]:
+def samples(config: Config, place: ParallelContext, step: int) -> tuple[Tensor, Tensor]:
     """This rank's share of a step."""
     share = config.training.batch_per_rank(place.dp_size)
     generator = torch.Generator().manual_seed(step)
@@ -146,7 +152,7 @@ def named(parts: list[nn.Module]) -> list[tuple[str, nn.Parameter]]:
 
 def weights(parts: list[nn.Module]) -> dict[str, Tensor]:
     """All weights of the whole model, gathered to rank 0. Collective."""
-    return merged({name: whole(value.detach()).clone() for name, value in named(parts)})
+    return merged({name: full_tensor(value.detach()).clone() for name, value in named(parts)})
 
 
 def merged(mine: dict[str, Tensor]) -> dict[str, Tensor]:

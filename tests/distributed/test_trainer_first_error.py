@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.trainer import launch
-from holdfast.trainer.arguments import get_ready, read_config
+from holdfast.trainer.arguments import prepare_start, read_config
 
 ONE_GPU = (
     "import sys, torch\n"
@@ -135,7 +135,7 @@ GPUS = (
     "import os, sys, torch\n"
     "torch.cuda.device_count = lambda: int(sys.argv[1])\n"
     "from holdfast.trainer import launch\nfrom holdfast.trainer.arguments import read_config\n"
-    "launch.GPUS = ('/dev/null',)\n"
+    "launch.GPU_DEVICES = ('/dev/null',)\n"
     "config = read_config(sys.argv[2:])\n"
     "print(launch._num_workers(config))"
 )
@@ -174,11 +174,11 @@ def test_the_environment_says_how_many_where_somebody_wants_that() -> None:
 
 def test_without_a_gpu_nobody_waits_for_torch() -> None:
     script = (
-        "import sys\nfrom holdfast.trainer import launch\nlaunch.GPUS = ('/nowhere',)\n"
+        "import sys\nfrom holdfast.trainer import launch\nlaunch.GPU_DEVICES = ('/nowhere',)\n"
         "assert launch.count_gpus() == 0\nassert 'torch' not in sys.modules"
     )
     assert run(script).returncode == 0
-    assert launch.NUM_WORKERS == 2
+    assert launch.NUM_CPU_WORKERS == 2
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_without_a_gpu_nobody_waits_for_torch() -> None:
 def test_keys_of_checkpoints_are_pointed_out_where_enable_was_forgotten(
     arguments: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    get_ready(read_config(arguments), arguments)
+    prepare_start(read_config(arguments), arguments)
     said = capsys.readouterr().err
     assert f"without effect are checkpoint.{named}\nhint: --checkpoint.enable" in said or not named
     assert bool(named) == ("checkpoint.enable` is off" in said)
@@ -208,5 +208,5 @@ def test_so_they_are_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for text, said in (("interval = 5", True), ("interval = 5\nenable = false", False)):
         file.write_text(f"[checkpoint]\n{text}\n")
         arguments = ["--job.config_file", str(file)]
-        get_ready(read_config(arguments), arguments)
+        prepare_start(read_config(arguments), arguments)
         assert ("checkpoint.interval" in capsys.readouterr().err) == said

@@ -14,8 +14,8 @@ from checkpoints import differing
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.manager import CheckpointManager
 from holdfast.trainer.optim import build_optimizers
-from holdfast.trainer.parallel import build_model, local_share, whole
-from layouts import VOCAB_SIZE, Layout, add_flavors, merged, named, place_of
+from holdfast.trainer.parallel import build_model, full_tensor, local_shard
+from layouts import VOCAB_SIZE, Layout, add_flavors, merged, named, parallel_context
 from processes import run_processes
 
 pytestmark = pytest.mark.timeout(400)  # many layouts load from many
@@ -41,7 +41,7 @@ class Held:
         """`steps` are taken along made-up gradients. Collective."""
         layout = Layout("" if text == "alone1" else text, "experts")
         config = layout.config("--training.global_batch_size", "24", "--optimizer.name", "AdamW")
-        self.parts: list[nn.Module] = build_model(config, place_of(config), VOCAB_SIZE)
+        self.parts: list[nn.Module] = build_model(config, parallel_context(config), VOCAB_SIZE)
         self.optimizers = build_optimizers(self.parts, config.optimizer)
         for _ in range(steps):
             for _, parameter in named(self.parts):
@@ -56,11 +56,13 @@ class Held:
 
     def contents(self) -> dict[str, Tensor]:
         """Every tensor, whole, on rank 0. Collective."""
-        return merged({name: whole(tensor).clone() for name, tensor in self._tensors().items()})
+        return merged(
+            {name: full_tensor(tensor).clone() for name, tensor in self._tensors().items()}
+        )
 
     def own(self) -> dict[str, Tensor]:
         """This rank's part of every tensor."""
-        return {name: local_share(tensor)[0] for name, tensor in self._tensors().items()}
+        return {name: local_shard(tensor)[0] for name, tensor in self._tensors().items()}
 
     def spoil(self) -> None:
         """Other values everywhere."""

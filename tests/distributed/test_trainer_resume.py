@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from checkpoints import contents, differing
 from holdfast.trainer.train import train
-from layouts import Layout, add_flavors, place_of
+from layouts import Layout, add_flavors, parallel_context
 from processes import run_processes
 from runs import losses
 
@@ -51,7 +51,7 @@ def run(layout: Layout, folder: Path, *, steps: int) -> None:
         *("--metrics.log_freq", "1"),
         *("--training.global_batch_size", "4", "--training.local_batch_size", "1"),
     )
-    train(config, place_of(config))
+    train(config, parallel_context(config))
 
 
 def run_both(rank: int, size: int, layout: Layout, folder: Path) -> None:
@@ -85,7 +85,7 @@ def seed(rank: int, size: int, layout: Layout, folder: Path) -> None:
         *("--job.dump_folder", str(folder), "--training.seed", "99"),
         *("--checkpoint.enable", "--checkpoint.create_seed_checkpoint"),
     )
-    train(config, place_of(config))
+    train(config, parallel_context(config))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 from holdfast.errors import HoldfastError, NotFoundError, UsageError
 from holdfast.trainer import titan
-from holdfast.trainer.arguments import get_ready, read_config
+from holdfast.trainer.arguments import prepare_start, read_config
 from holdfast.trainer.config import Config
 
 
@@ -146,7 +146,7 @@ def test_a_file_of_torchtitans_is_taken_and_what_has_no_effect_is_said(
     assert (config.training.seed, config.lr_scheduler.min_lr_factor) == (7, 0.1)
     assert (config.checkpoint.enable, config.checkpoint.last_save_model_only) == (True, False)
     assert config.activation_checkpoint.selective_ac_option == "op"
-    get_ready(config)
+    prepare_start(config)
     said = capsys.readouterr().err
     assert "have no effect here: job.print_config, [profiling], model.converters, [compile]" in said
     sections = get_type_hints(Config)

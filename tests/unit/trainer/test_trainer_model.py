@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from holdfast.hf.flavors import LLAMA3, Flavor
-from holdfast.trainer.model import NOTHING, Recompute, Transformer, rotary_table, rotate
+from holdfast.trainer.model import NO_RECOMPUTE, Recompute, Transformer, rotary_table, rotate
 from holdfast.trainer.weights import init_weights
 
 SMALL = Flavor(32, 2, 4, 2, 48, vocab_size=50)
 
 
-def built(flavor: Flavor = SMALL, *, seed: int = 0, recompute: Recompute = NOTHING) -> Transformer:
+def built(
+    flavor: Flavor = SMALL, *, seed: int = 0, recompute: Recompute = NO_RECOMPUTE
+) -> Transformer:
     """A model on the CPU with its initial weights."""
     model = Transformer(flavor, vocab_size=50, seq_len=16, recompute=recompute)
     init_weights(model, seed)
@@ -97,7 +99,7 @@ def test_frequencies_are_stretched_at_the_low_end_only() -> None:
 @pytest.mark.parametrize(
     ("recompute", "times"),
     [
-        (NOTHING, [1, 1]),
+        (NO_RECOMPUTE, [1, 1]),
         (Recompute(every=1), [2, 2]),
         (Recompute(every=2), [1, 2]),
         (Recompute(every=1, keep_products=True), [2, 2]),

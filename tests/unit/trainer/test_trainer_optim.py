@@ -10,16 +10,16 @@ from torch import nn
 
 from holdfast.trainer.config import LRSchedulerConfig, OptimizerConfig
 from holdfast.trainer.optim import (
+    apply_schedules,
     build_optimizers,
     build_schedulers,
     clip_gradients,
-    follow_schedules,
     lr_curve,
-    restored_otherwise,
+    overridden_settings,
 )
-from holdfast.trainer.parallel import Place
+from holdfast.trainer.parallel import ParallelContext
 
-ALONE = Place(0, 1, torch.device("cpu"))
+ALONE = ParallelContext(0, 1, torch.device("cpu"))
 
 
 def curve(config: LRSchedulerConfig, steps: int) -> list[float]:
@@ -72,7 +72,7 @@ def test_a_run_that_is_made_longer_follows_the_new_curve_at_once() -> None:
     assert old[0].param_groups[0]["lr"] == 0
     longer = build_schedulers(new, LRSchedulerConfig(warmup_steps=0), 8)
     longer[0].load_state_dict(json.loads(json.dumps(schedule.state_dict())))
-    follow_schedules(longer)
+    apply_schedules(longer)
     assert new[0].param_groups[0]["lr"] == pytest.approx(1 - 5 / 9)
 
 
@@ -93,9 +93,9 @@ def test_a_restored_value_that_the_configuration_has_otherwise_is_told() -> None
     config = OptimizerConfig(lr=2.0)
     new = build_optimizers([model], config)
     build_schedulers(new, LRSchedulerConfig(), 10)
-    assert restored_otherwise(new, config) == []
+    assert overridden_settings(new, config) == []
     new[0].load_state_dict(old[0].state_dict())
-    assert restored_otherwise(new, config) == [
+    assert overridden_settings(new, config) == [
         "`optimizer.betas`: (0.5, 0.6), which the step was saved with, is used; configured is "
         "(0.9, 0.95)",
         "`optimizer.lr`: 1.0, which the step was saved with, is used; configured is 2.0",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from holdfast.trainer.config import ParallelismConfig
-from holdfast.trainer.pipeline import parts_of
+from holdfast.trainer.pipeline import stages_of_rank
 
 
 @pytest.mark.parametrize("schedule", ["1F1B", "GPipe", "Interleaved1F1B"])
@@ -15,7 +15,7 @@ def test_every_block_is_in_one_stage_and_stages_follow_one_another(
 ) -> None:
     """Method: all ranks' parts in the order of their stages; lengths differ by one at most."""
     config = ParallelismConfig(pipeline_parallel_degree=degree, pipeline_parallel_schedule=schedule)
-    held = [parts_of(num_layers, config, index, degree) for index in range(degree)]
+    held = [stages_of_rank(num_layers, config, index, degree) for index in range(degree)]
     turns = range(len(held[0]))
     assert len(turns) == (2 if degree > 1 and schedule == "Interleaved1F1B" else 1)
     stages = [held[index][turn] for turn in turns for index in range(degree)]
