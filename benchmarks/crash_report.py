@@ -113,7 +113,7 @@ def survey(protocol: Protocol, seeds: int) -> tuple[int, Counter[tuple[str, str]
         operations = merged(records)
         assert tree_after(operations) == tree_at(root), "a write was not recorded"
         times = sorted(at for record in records for at, _ in record)
-        durable = sum(at <= returned_at[len(protocol.before)] for time in times)
+        durable = sum(at <= returned_at[len(protocol.before)] for at in times)
         numbers = (0, *protocol.before, *protocol.saves)
         outcomes: dict[tuple[int, int], str] = {}
         counter: Counter[tuple[str, str]] = Counter()

@@ -70,8 +70,8 @@ class TrainingConfig:
     """Data and length of the training."""
 
     dataset: str = "stdlib"
-    """`stdlib`: the source files of Python's standard library. Otherwise a data set on the Hugging
-    Face hub (`owner/name` or `owner/name:config`) with a `text` column."""
+    """`stdlib`: the source files of Python's standard library.
+    Otherwise a data set on the Hugging Face hub: `owner/name` or `owner/name:config`."""
 
     dataset_path: str | None = None
     """A .txt, .jsonl or .parquet file, or a folder of such files; overrides `dataset`."""
@@ -90,8 +90,7 @@ class TrainingConfig:
     """Optimizer steps."""
 
     seed: int = 0
-    """Seed of the initial weights and of the data order, which do not depend on the number of
-    workers."""
+    """Seed of the initial weights and the data order; the number of workers changes neither."""
 
     deterministic: bool = False
     """Use only algorithms that give the same bits in every run; slower on a GPU."""
@@ -200,15 +199,13 @@ class LRSchedulerConfig:
 @settings("parallelism")
 @dataclass(frozen=True, slots=True)
 class ParallelismConfig:
-    """Degrees of parallelism; apart from the expert degree their product is the number of
-    workers."""
+    """Degrees of parallelism. Their product is the number of workers, without the expert degree."""
 
     data_parallel_replicate_degree: int = 1
     """Replicas of weights and optimizer state (HSDP; DDP if each replica is on one rank)."""
 
     data_parallel_shard_degree: int = -1
-    """Ranks over which each replica is sharded (FSDP2). -1: all ranks that the other degrees
-    leave."""
+    """Ranks over which each replica is sharded (FSDP2). -1: all that the other degrees leave."""
 
     tensor_parallel_degree: int = 1
     """Ranks over which each matrix is sharded."""
@@ -220,8 +217,8 @@ class ParallelismConfig:
     """Ranks over which each sequence is divided."""
 
     expert_parallel_degree: int = 1
-    """Ranks over which the experts of a layer are divided. They are taken from the ranks of the
-    shard, context and tensor degrees, whose product it must divide."""
+    """Ranks over which the experts of a layer are divided.
+    It must divide the product of the shard, context and tensor degrees, whose ranks it reuses."""
 
     pipeline_parallel_schedule: str = "1F1B"
     """Pipeline schedule: 1F1B, GPipe or Interleaved1F1B (two stages on each rank).
@@ -313,8 +310,8 @@ class ActivationCheckpointConfig:
     """full: recompute every layer from its input. selective: recompute part of that."""
 
     selective_ac_option: str = "2"
-    """Recomputation of mode selective. A number n: every n-th layer, whole. `op`: every layer,
-    except matrix products and attention."""
+    """Recomputation of mode selective. A number n: the whole of every n-th layer.
+    `op`: every layer, except matrix products and attention."""
 
     def __post_init__(self) -> None:
         option = self.selective_ac_option
@@ -331,33 +328,16 @@ class Config:
     """All settings of a run, by section."""
 
     job: JobConfig = field(default_factory=JobConfig)
-    """Name of the run and folder for its files."""
-
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Model to train."""
-
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    """Data and length of the training."""
-
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Optimizer and its hyperparameters."""
-
     lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
-    """Learning-rate schedule."""
-
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
-    """Degrees of parallelism."""
-
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When to save, what to keep, where to resume from."""
-
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    """Logged metrics."""
-
     activation_checkpoint: ActivationCheckpointConfig = field(
         default_factory=ActivationCheckpointConfig
     )
-    """Recomputation of activations in the backward pass."""
 
     def check(self, world_size: int) -> None:
         """Check that these settings can run on `world_size` workers.

@@ -36,7 +36,8 @@ def context_parallel_attention(mesh: DeviceMesh) -> Attend:
         length = q_BHTE.shape[2]
         num_keys = (index + 1) * length
         # The gather includes later slices, since every rank must contribute; they are cut off here.
-        k_BKSE, v_BKSE = _all_gather(torch.stack((k_BKTE, v_BKTE)), group)[..., :num_keys, :]
+        gathered = _AllGather.apply(torch.stack((k_BKTE, v_BKTE)), group)  # type: ignore[no-untyped-call]
+        k_BKSE, v_BKSE = gathered[..., :num_keys, :]
         return F.scaled_dot_product_attention(
             q_BHTE,
             k_BKSE,
@@ -46,11 +47,6 @@ def context_parallel_attention(mesh: DeviceMesh) -> Attend:
         )
 
     return attend
-
-
-def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    out: Tensor = _AllGather.apply(x, group)  # type: ignore[no-untyped-call]
-    return out
 
 
 class _AllGather(torch.autograd.Function):

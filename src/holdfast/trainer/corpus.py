@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -161,7 +162,8 @@ def _open_cached(ids_file: Path, info_file: Path) -> Tokens | None:
 # ---------------------------------------------------------------------------------------- text
 
 
-class Text(Protocol):
+@dataclass(frozen=True, slots=True)
+class Text:
     """Data set as text."""
 
     name: str
@@ -170,83 +172,51 @@ class Text(Protocol):
     identity: str
     """Key that changes with the text, as far as file names, sizes and times tell."""
 
-    def documents(self) -> Iterator[str]:
-        """Yield the documents, always in the same order."""
-        ...
-
-
-class TextFiles:
-    """Text of one file, or of all data files in a folder, ordered by path."""
-
-    def __init__(self, name: str, root: Path, paths: Iterable[Path]) -> None:
-        self.name = name
-        self._paths = sorted(paths, key=lambda path: path.relative_to(root).as_posix())
-        stats = [(path, path.stat()) for path in self._paths]
-        self.identity = "\n".join(
-            f"{path.relative_to(root).as_posix()} {stat.st_size} {stat.st_mtime_ns}"
-            for path, stat in stats
-        )
-
-    def documents(self) -> Iterator[str]:
-        """Yield one document per .py or .txt file, line of a .jsonl and row of a .parquet."""
-        for path in self._paths:
-            if path.suffix == ".jsonl":
-                yield from _json_lines(path)
-            elif path.suffix == ".parquet":
-                yield from _parquet_rows(path)
-            else:
-                yield path.read_text(encoding="utf-8", errors="surrogateescape")
-
-
-class HFDataset:
-    """Column `text` of the data set `owner/name[:config]` on the Hugging Face hub."""
-
-    def __init__(self, name: str) -> None:
-        self.name = self.identity = name
-
-    def documents(self) -> Iterator[str]:
-        """Yield the rows of the split `train` while they are downloaded."""
-        try:
-            from datasets import load_dataset
-        except ImportError:
-            raise UsageError(
-                f"`training.dataset` {self.name} needs the package `datasets`, which is not "
-                "installed",
-                hint=f"{EXTRA_HINT}; `--training.dataset stdlib` needs no package",
-            ) from None
-        path, _, subset = self.name.partition(":")
-        try:
-            rows = load_dataset(path, subset or None, split="train", streaming=True)
-        except Exception as error:  # noqa: BLE001 - many kinds: no such name, no network, no split
-            raise NotFoundError(
-                f"`training.dataset`: cannot load {self.name} from the Hugging Face hub: {error}",
-                hint="--training.dataset_path PATH for local files, or --training.dataset stdlib",
-            ) from None
-        for row in rows:
-            yield _text_of(row, f"`{self.name}`")
+    documents: Callable[[], Iterator[str]]
+    """Function that yields the documents, always in the same order."""
 
 
 def _open_text(config: Config) -> Text:
-    dataset_path = config.training.dataset_path
+    dataset, dataset_path = config.training.dataset, config.training.dataset_path
     if dataset_path is not None:
         root = Path(dataset_path)
         if root.is_file() and root.suffix in SUFFIXES:
-            return TextFiles(dataset_path, root.parent, [root])
+            return _text_of_files(dataset_path, root.parent, [root])
         paths = [path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file()]
         if not paths:
             raise NotFoundError(
                 f"`training.dataset_path`: there is no file with suffix {', '.join(SUFFIXES)} "
                 f"at or below `{root}`"
             )
-        return TextFiles(dataset_path, root, paths)
-    if config.training.dataset == "stdlib":
+        return _text_of_files(dataset_path, root, paths)
+    if dataset == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
         paths = [
             path for path in root.rglob("*.py") if skipped.isdisjoint(path.relative_to(root).parts)
         ]
-        return TextFiles("stdlib", root, paths)
-    return HFDataset(config.training.dataset)
+        return _text_of_files("stdlib", root, paths)
+    return Text(dataset, identity=dataset, documents=partial(_hub_documents, dataset))
+
+
+def _text_of_files(name: str, root: Path, paths: list[Path]) -> Text:
+    """Return the text of data files at or below `root`, ordered by path."""
+    paths.sort(key=lambda path: path.relative_to(root).as_posix())
+    stats = [(path.relative_to(root).as_posix(), path.stat()) for path in paths]
+    identity = "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
+    return Text(name, identity, documents=partial(_file_documents, paths))
+
+
+def _file_documents(paths: Iterable[Path]) -> Iterator[str]:
+    """Yield one document per .py or .txt file, line of a .jsonl and row of a .parquet."""
+    for path in paths:
+        if path.suffix == ".jsonl":
+            yield from _json_lines(path)
+        elif path.suffix == ".parquet":
+            rows = _import_datasets(f"`{path}`").Dataset.from_parquet(str(path), streaming=True)
+            yield from (_text_of(row, f"`{path}`") for row in rows)
+        else:
+            yield path.read_text(encoding="utf-8", errors="surrogateescape")
 
 
 def _json_lines(path: Path) -> Iterator[str]:
@@ -261,15 +231,29 @@ def _json_lines(path: Path) -> Iterator[str]:
             yield _text_of(row, f"`{path}`: line {number}")
 
 
-def _parquet_rows(path: Path) -> Iterator[str]:
+def _hub_documents(dataset: str) -> Iterator[str]:
+    """Yield the rows of the split `train` of `owner/name[:config]` while they are downloaded."""
+    datasets = _import_datasets(f"`training.dataset` {dataset}")
+    path, _, subset = dataset.partition(":")
     try:
-        from datasets import Dataset
+        rows = datasets.load_dataset(path, subset or None, split="train", streaming=True)
+    except Exception as error:  # noqa: BLE001 - many kinds: no such name, no network, no split
+        raise NotFoundError(
+            f"`training.dataset`: cannot load {dataset} from the Hugging Face hub: {error}",
+            hint="--training.dataset_path PATH for local files, or --training.dataset stdlib",
+        ) from None
+    yield from (_text_of(row, f"`{dataset}`") for row in rows)
+
+
+def _import_datasets(user: str) -> Any:
+    try:
+        import datasets
     except ImportError:
         raise UsageError(
-            f"`{path}` needs the package `datasets`, which is not installed", hint=EXTRA_HINT
+            f"{user} needs the package `datasets`, which is not installed",
+            hint=f"{EXTRA_HINT}; `--training.dataset stdlib` needs no package",
         ) from None
-    for row in Dataset.from_parquet(str(path), streaming=True):
-        yield _text_of(row, f"`{path}`")
+    return datasets
 
 
 def _text_of(row: Any, where: str) -> str:

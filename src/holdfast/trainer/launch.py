@@ -19,15 +19,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING
 
 from holdfast.arguments import not_installed
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.trainer.arguments import prepare_start, print_help, read_config, wants_help
 from holdfast.trainer.config import Config
-
-if TYPE_CHECKING:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 NUM_CPU_WORKERS = 2
 """Number of workers on a machine without GPUs."""
@@ -74,6 +70,8 @@ class Workers:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         # All workers are on this machine, whatever its hostname resolves to.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
         import holdfast.trainer.worker  # noqa: F401 - imported once, for all forked workers
 
         self._num_workers = num_workers
@@ -87,12 +85,20 @@ class Workers:
         os.close(write_end)
         # Bound before the workers learn the port, so that no other process can take it.
         listener = socket.create_server(("127.0.0.1", 0), backlog=2 * num_workers)
+        port = listener.getsockname()[1]
         for rank in range(num_workers):
             pid = os.fork()
             if pid == 0:
                 _run_forked(config, rank, num_workers, listener, self._is_first_error)
             self._ranks_by_pid[pid] = rank
-        self._store = _serve_store(listener, num_workers)
+        self._store = TCPStore(
+            "127.0.0.1",
+            port,
+            num_workers,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
         for name in sorted({"SIGINT", "SIGTERM", "SIGHUP", *config.checkpoint.stop_signals}):
             signal.signal(signal.Signals[name], self._pass_on)
         signal.signal(signal.SIGALRM, self._kill)
@@ -182,20 +188,6 @@ def _run_forked(
         sys.stderr.flush()
         # Not `sys.exit`, which would run the launcher's clean-up in the worker.
         os._exit(status)
-
-
-def _serve_store(listener: socket.socket, num_workers: int) -> TCPStore:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    port = listener.getsockname()[1]
-    return TCPStore(
-        "127.0.0.1",
-        port,
-        num_workers,
-        is_master=True,
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )
 
 
 def _num_workers(config: Config) -> int:

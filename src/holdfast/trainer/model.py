@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -26,57 +25,29 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
-    noop_context_fn,
 )
 
 from holdfast.hf.flavors import Flavor, RopeScaling
+from holdfast.trainer.config import ActivationCheckpointConfig
 from holdfast.trainer.moe import MixtureOfExperts
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of queries (BHTE) to keys and values (BKTE); the output is BHTE."""
 
 
-@dataclass(frozen=True, slots=True)
-class StageLayers:
-    """Layers of one pipeline stage; the first stage adds the embedding, the last the output."""
-
-    layers: range
-    """Indices of the layers in the whole model."""
-
-    num_layers: int
-    """Number of layers of the whole model."""
-
-    @property
-    def first(self) -> bool:
-        """Whether the stage begins with the embedding."""
-        return self.layers.start == 0
-
-    @property
-    def last(self) -> bool:
-        """Whether the stage ends with the logits."""
-        return self.layers.stop == self.num_layers
-
-
-@dataclass(frozen=True, slots=True)
-class Recompute:
-    """Activations to recompute in the backward pass instead of keeping them."""
-
-    every: int = 0
-    """Interval of the layers that recompute: 1 is every layer, 2 every second; 0: none."""
-
-    keep_products: bool = False
-    """Whether to keep the outputs of matrix products and attention, the costly part of a layer."""
-
-    def checkpoint_of(self, layer: int) -> Callable[..., Tensor] | None:
-        """Return the function by which a layer calls its forward pass; None: call it directly."""
-        if not self.every or (layer + 1) % self.every:
-            return None
-        keep_products = partial(create_selective_checkpoint_contexts, _product_policy)
-        contexts = keep_products if self.keep_products else noop_context_fn
+def checkpoint_function(
+    config: ActivationCheckpointConfig, layer: int
+) -> Callable[..., Tensor] | None:
+    """Return the function through which a layer runs its forward pass; None: run it directly."""
+    selective = config.mode == "selective"
+    if selective and config.selective_ac_option == "op":
+        # Matrix products and attention, the costly part of a layer, are not recomputed.
+        contexts = partial(create_selective_checkpoint_contexts, _product_policy)
         return partial(checkpoint, use_reentrant=False, context_fn=contexts)
-
-
-NO_RECOMPUTE = Recompute()
+    interval = int(config.selective_ac_option) if selective else 1
+    if config.mode == "none" or (layer + 1) % interval:
+        return None
+    return partial(checkpoint, use_reentrant=False)
 
 
 def _product_policy(_context: object, op: object, *_: object, **__: object) -> CheckpointPolicy:
@@ -101,30 +72,35 @@ class Transformer(nn.Module):
         *,
         vocab_size: int,
         seq_len: int,
-        recompute: Recompute = NO_RECOMPUTE,
-        stage: StageLayers | None = None,
+        recompute: ActivationCheckpointConfig | None = None,
+        layers: range | None = None,
         positions: range | None = None,
     ) -> None:
-        """Build the layers of `stage` (default: all) for tokens at `positions` (default: all)."""
+        """Build the stage of `layers` (default: all) for tokens at `positions` (default: all).
+
+        The stage with the first layer has the embedding, that with the last layer the output.
+        """
         super().__init__()
         self.flavor = flavor
         self.seq_len = seq_len
-        self.stage = stage or StageLayers(range(flavor.num_layers), flavor.num_layers)
+        layers = layers or range(flavor.num_layers)
+        self.first, self.last = layers.start == 0, layers.stop == flavor.num_layers
         self.positions = positions or range(seq_len)
+        recompute = recompute or ActivationCheckpointConfig()
         self.tok_embeddings: nn.Module = nn.Identity()
-        if self.stage.first:
+        if self.first:
             self.tok_embeddings = nn.Embedding(vocab_size, flavor.dim)
         # Keyed by the index in the whole model, so that a pipeline stage names its weights as the
         # whole model does.
         self.layers = nn.ModuleDict(
             {
-                str(index): TransformerBlock(flavor, recompute.checkpoint_of(index))
-                for index in self.stage.layers
+                str(index): TransformerBlock(flavor, checkpoint_function(recompute, index))
+                for index in layers
             }
         )
         self.norm: nn.Module = nn.Identity()
         self.output: nn.Module = nn.Identity()
-        if self.stage.last:
+        if self.last:
             self.norm = RMSNorm(flavor.dim, flavor.norm_eps)
             self.output = nn.Linear(flavor.dim, vocab_size, bias=False)
         # Not in checkpoints: it follows from the configuration.

@@ -96,14 +96,15 @@ class Experts(nn.Module):
         dist.all_to_all_single(received_counts, sent_counts.contiguous(), group=self.group)
         sent, received = sent_counts.sum(1).tolist(), received_counts.sum(1).tolist()
         # Rows arrive sorted by rank, and are computed sorted by expert.
-        arrived_RD = _exchange(x_RD, sent, received, self.group)
+        arrived_RD = _Exchange.apply(x_RD, sent, received, self.group)  # type: ignore[no-untyped-call]
         by_rank = torch.split(arrived_RD, received_counts.flatten().tolist())
         num_local = received_counts.shape[1]
         sorted_RD = torch.cat([x for e in range(num_local) for x in by_rank[e::num_local]])
         out_RD = self._compute(sorted_RD, received_counts.sum(0).tolist())
         by_expert = torch.split(out_RD, received_counts.t().flatten().tolist())
         returned_RD = torch.cat([x for r in range(num_ranks) for x in by_expert[r::num_ranks]])
-        return _exchange(returned_RD, received, sent, self.group)
+        result_RD: Tensor = _Exchange.apply(returned_RD, received, sent, self.group)  # type: ignore[no-untyped-call]
+        return result_RD
 
     def _compute(self, x_RD: Tensor, counts: list[int]) -> Tensor:
         w1, w2, w3 = (_local(weight) for weight in (self.w1, self.w2, self.w3))
@@ -117,13 +118,6 @@ class Experts(nn.Module):
 
 def _local(weight: Tensor) -> Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
-
-
-def _exchange(
-    x_RD: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
-) -> Tensor:
-    out_RD: Tensor = _Exchange.apply(x_RD, sent, received, group)  # type: ignore[no-untyped-call]
-    return out_RD
 
 
 class _Exchange(torch.autograd.Function):

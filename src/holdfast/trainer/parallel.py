@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,9 +27,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 from holdfast.errors import UsageError
-from holdfast.trainer.config import ActivationCheckpointConfig, Config
+from holdfast.trainer.config import Config
 from holdfast.trainer.context import context_parallel_attention, sequence_slice
-from holdfast.trainer.model import Attention, Recompute, Transformer
+from holdfast.trainer.model import Attention, Transformer
 from holdfast.trainer.moe import Experts
 from holdfast.trainer.pipeline import stages_of_rank
 from holdfast.trainer.weights import init_weights
@@ -53,9 +53,6 @@ class ParallelContext:
 
     meshes: tuple[DeviceMesh, ...] = ()
     """Meshes of all processes, as `build_meshes` returns them; empty for a single process."""
-
-    store: Store | None = None
-    """Store shared by all processes, independent of collectives; None for a single process."""
 
     def mesh(self, *axes: str, keep_last: bool = False) -> DeviceMesh | None:
         """Return the submesh of `axes` that contains this process.
@@ -103,62 +100,40 @@ def build_meshes(
     """
     if math.prod(degrees.values()) == 1:
         return ()
-    weights = {
-        "pp": degrees["pp"],
-        "dp_replicate": degrees["dp_replicate"],
-        "fsdp": degrees["dp_shard"] * degrees["cp"],
-        "tp": degrees["tp"],
-    }
-    experts = {
-        "pp": degrees["pp"],
-        "dp_replicate": degrees["dp_replicate"],
-        "fsdp_of_experts": degrees["dp_shard"] * degrees["cp"] * degrees["tp"] // ep,
-        "ep": ep,
-    }
+    outer = {"pp": degrees["pp"], "dp_replicate": degrees["dp_replicate"]}
+    fsdp, tp = degrees["dp_shard"] * degrees["cp"], degrees["tp"]
+    weights = {**outer, "fsdp": fsdp, "tp": tp}
+    experts = {**outer, "fsdp_of_experts": fsdp * tp // ep, "ep": ep}
     return tuple(
         init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
         for axes in (weights, experts, dict(degrees))
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Rendezvous:
-    """Store of a run before its process group exists."""
-
-    rank: int
-    """Global rank of this process."""
-
-    world_size: int
-    """Number of processes."""
-
-    store: Store
-    """Store shared by all processes."""
-
-
-def connect() -> Rendezvous | None:
+def connect() -> Store | None:
     """Connect to the store that `torchrun` or `holdfast.trainer.launch` serves.
 
     Returns None for a single process.
     """
     if "RANK" not in os.environ:
         return None
-    store, rank, world_size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+    store, _, _ = next(iter(rendezvous("env://", timeout=TIMEOUT)))
     store.set_timeout(TIMEOUT)
-    return Rendezvous(rank, world_size, store)
+    return cast("Store", store)
 
 
 @contextmanager
-def init_parallel(config: Config, rendezvous: Rendezvous | None) -> Iterator[ParallelContext]:
-    """Context with the process group and the meshes.
+def init_parallel(config: Config, store: Store | None) -> Iterator[ParallelContext]:
+    """Context with the process group and the meshes; `store` comes from `connect`.
 
     Collective: returns once all processes are here. Destroys the process group only after success:
     after a failure other processes may be gone, and destroying it could wait for them forever.
     """
     device = _device(int(os.environ.get("LOCAL_RANK", "0")), config)
-    if rendezvous is None:
+    if store is None:
         yield ParallelContext(0, 1, device)
         return
-    rank, world_size, store = rendezvous.rank, rendezvous.world_size, rendezvous.store
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(
         # gloo also on GPUs: checkpoints gather plain values through host memory.
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -170,7 +145,7 @@ def init_parallel(config: Config, rendezvous: Rendezvous | None) -> Iterator[Par
     )
     ep = config.parallelism.expert_parallel_degree
     meshes = build_meshes(config.parallelism.degrees(world_size), device, ep)
-    yield ParallelContext(rank, world_size, device, meshes, store)
+    yield ParallelContext(rank, world_size, device, meshes)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -200,7 +175,7 @@ def build_model(config: Config, parallel: ParallelContext, vocab_size: int) -> l
     stages: list[nn.Module] = []
     cp_mesh, tp_mesh, ep_mesh = parallel.mesh("cp"), parallel.mesh("tp"), parallel.mesh("ep")
     seq_len = config.training.seq_len
-    for stage in stages_of_rank(
+    for layers in stages_of_rank(
         config.model.shape.num_layers,
         config.parallelism,
         parallel.index("pp"),
@@ -211,8 +186,8 @@ def build_model(config: Config, parallel: ParallelContext, vocab_size: int) -> l
                 config.model.shape,
                 vocab_size=vocab_size,
                 seq_len=seq_len,
-                recompute=_recompute(config.activation_checkpoint),
-                stage=stage,
+                recompute=config.activation_checkpoint,
+                layers=layers,
                 positions=sequence_slice(seq_len, parallel.index("cp"), parallel.degree("cp")),
             )
         if cp_mesh is not None:
@@ -230,14 +205,6 @@ def build_model(config: Config, parallel: ParallelContext, vocab_size: int) -> l
     return stages
 
 
-def _recompute(config: ActivationCheckpointConfig) -> Recompute:
-    if config.mode != "selective":
-        return Recompute(every=config.mode == "full")
-    if config.selective_ac_option == "op":
-        return Recompute(every=1, keep_products=True)
-    return Recompute(every=int(config.selective_ac_option))
-
-
 def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
     """Shard every matrix over the ranks of `mesh`.
 
@@ -247,11 +214,11 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
     """
     sequence = Shard(1)
     outer: dict[str, ParallelStyle] = {}
-    if model.stage.first:
+    if model.first:
         outer["tok_embeddings"] = RowwiseParallel(
             input_layouts=Replicate(), output_layouts=sequence
         )
-    if model.stage.last:
+    if model.last:
         outer["norm"] = SequenceParallel()
         outer["output"] = ColwiseParallel(
             input_layouts=sequence, output_layouts=Shard(-1), use_local_output=False

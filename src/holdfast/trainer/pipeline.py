@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import (
-    PipelineScheduleMulti,
-    PipelineScheduleSingle,
-    get_schedule_class,
-)
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
 from holdfast.trainer.config import ParallelismConfig
-from holdfast.trainer.model import StageLayers
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Loss of logits and labels."""
@@ -23,18 +19,15 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 def stages_of_rank(
     num_layers: int, config: ParallelismConfig, index: int, degree: int
-) -> list[StageLayers]:
-    """Return the stages that rank `index` of a pipeline of `degree` ranks holds.
+) -> list[range]:
+    """Return the layers of each stage on rank `index` of a pipeline of `degree` ranks.
 
     Stages are dealt to the ranks in turn: stage 0 to rank 0, stage 1 to rank 1, ..., then again
     from rank 0. Without a pipeline (degree 1) the whole model is one stage.
     """
     num_stages = degree * config.stages_per_rank if degree > 1 else 1
     bounds = [stage * num_layers // num_stages for stage in range(num_stages + 1)]
-    return [
-        StageLayers(range(bounds[stage], bounds[stage + 1]), num_layers)
-        for stage in range(index, num_stages, degree)
-    ]
+    return [range(bounds[s], bounds[s + 1]) for s in range(index, num_stages, degree)]
 
 
 class Pipeline:
@@ -62,15 +55,14 @@ class Pipeline:
         ]
         self._first = stages[0].is_first
         self._last = stages[-1].is_last
-        schedule_class = get_schedule_class(config.pipeline_parallel_schedule)
-        # No scaling: `loss` already gives a microbatch's share of the step's loss.
-        settings = {"loss_fn": loss, "scale_grads": False}
-        self._schedule: PipelineScheduleSingle | PipelineScheduleMulti
-        if issubclass(schedule_class, PipelineScheduleMulti):
-            self._schedule = schedule_class(stages, num_microbatches, **settings)
-        else:
-            (stage,) = stages
-            self._schedule = schedule_class(stage, num_microbatches, **settings)
+        schedule_class: Any = get_schedule_class(config.pipeline_parallel_schedule)
+        self._schedule = schedule_class(
+            stages if issubclass(schedule_class, PipelineScheduleMulti) else stages[0],
+            num_microbatches,
+            loss_fn=loss,
+            # `loss` already gives a microbatch's share of the step's loss.
+            scale_grads=False,
+        )
 
     def run(self, inputs: Tensor, labels: Tensor) -> list[Tensor]:
         """Run a batch forward and backward; return the microbatch losses on the last rank.
@@ -80,8 +72,6 @@ class Pipeline:
         """
         losses: list[Tensor] = []
         stage_inputs = (inputs,) if self._first else ()
-        if self._last:
-            self._schedule.step(*stage_inputs, target=labels, losses=losses, return_outputs=False)
-        else:
-            self._schedule.step(*stage_inputs, return_outputs=False)
+        targets = {"target": labels, "losses": losses} if self._last else {}
+        self._schedule.step(*stage_inputs, **targets, return_outputs=False)
         return losses

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.manager.config import CheckpointConfig
@@ -65,36 +64,32 @@ class TrainState:
         self.ntokens_seen = int(state_dict["ntokens_seen"])
 
 
-@dataclass(frozen=True, slots=True)
 class Run:
-    """Objects of a run."""
+    """Model, optimizers, schedules and data of a run, before a checkpoint is loaded."""
 
-    config: Config
-    """Settings of the run."""
-
-    parallel: ParallelContext
-    """Rank, device and meshes of this process."""
-
-    stages: list[nn.Module]
-    """Pipeline stages on this process; without a pipeline, the whole model."""
-
-    optimizers: list[torch.optim.Optimizer]
-    """Optimizers, one per stage and mesh."""
-
-    gradients: Gradients
-    """Forward and backward passes through the stages."""
-
-    schedulers: list[LambdaLR]
-    """Learning-rate schedules, one for each optimizer."""
-
-    loader: DataLoader
-    """Loader of this process's share of the data."""
-
-    state: TrainState
-    """Counters of the training loop."""
-
-    vocab_size: int
-    """Number of rows of the embedding."""
+    def __init__(self, config: Config, parallel: ParallelContext) -> None:
+        """Build them in their initial state. Collective."""
+        _seed(config)
+        config.check(parallel.world_size)
+        self.config, self.parallel = config, parallel
+        tokenizer, tokens = _open_data(config, parallel)
+        self.vocab_size = _vocab_size(config, tokenizer)
+        self.stages = build_model(config, parallel, self.vocab_size)
+        self.optimizers = build_optimizers(self.stages, config.optimizer)
+        self.schedulers = build_schedulers(
+            self.optimizers, config.lr_scheduler, config.training.steps
+        )
+        self.loader = DataLoader(
+            tokens,
+            seq_len=config.training.seq_len,
+            seed=config.training.seed,
+            batch_per_rank=config.training.batch_per_rank(parallel.dp_size),
+            dp_rank=parallel.dp_rank,
+            dp_size=parallel.dp_size,
+        )
+        self.state = TrainState()
+        self.gradients = Gradients(config, parallel, self.stages)
+        _log_start(config, parallel, self.stages, tokens)
 
 
 def train(config: Config, parallel: ParallelContext) -> None:
@@ -110,7 +105,7 @@ def train(config: Config, parallel: ParallelContext) -> None:
     if config.checkpoint.create_seed_checkpoint:
         create_seed(config, parallel)
         return
-    run = build_run(config, parallel)
+    run = Run(config, parallel)
     with CheckpointManager(
         checkpoint_folder,
         model=run.stages,
@@ -166,37 +161,6 @@ def create_seed(config: Config, parallel: ParallelContext) -> None:
     checkpoint = replace(config.checkpoint, on_save_error="raise", async_mode="disabled")
     with CheckpointManager(folder, model=stages, config=checkpoint) as manager:
         manager.save_seed()
-
-
-def build_run(config: Config, parallel: ParallelContext) -> Run:
-    """Build the objects of a run in their initial state. Collective."""
-    _seed(config)
-    config.check(parallel.world_size)
-    tokenizer, tokens = _open_data(config, parallel)
-    vocab_size = _vocab_size(config, tokenizer)
-    stages = build_model(config, parallel, vocab_size)
-    optimizers = build_optimizers(stages, config.optimizer)
-    schedulers = build_schedulers(optimizers, config.lr_scheduler, config.training.steps)
-    loader = DataLoader(
-        tokens,
-        seq_len=config.training.seq_len,
-        seed=config.training.seed,
-        batch_per_rank=config.training.batch_per_rank(parallel.dp_size),
-        dp_rank=parallel.dp_rank,
-        dp_size=parallel.dp_size,
-    )
-    _log_start(config, parallel, stages, tokens)
-    return Run(
-        config=config,
-        parallel=parallel,
-        stages=stages,
-        optimizers=optimizers,
-        gradients=Gradients(config, parallel, stages),
-        schedulers=schedulers,
-        loader=loader,
-        state=TrainState(),
-        vocab_size=vocab_size,
-    )
 
 
 def take_steps(run: Run, manager: CheckpointManager, metrics: Metrics, *, first: int) -> None:

@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from holdfast.errors import HoldfastError, StorageError, UsageError
 from holdfast.trainer.config import Config
-from holdfast.trainer.parallel import Rendezvous, connect, init_parallel
+from holdfast.trainer.parallel import connect, init_parallel
 from holdfast.trainer.train import train
 
 COLLATERAL_S = 0.5
@@ -34,10 +35,10 @@ def work(config: Config, is_first_error: Callable[[], bool] | None = None) -> in
     if config.training.deterministic:
         # CUDA reads it when it is initialized.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    rendezvous: Rendezvous | None = None
+    store: Store | None = None
     try:
-        rendezvous = connect()
-        with init_parallel(config, rendezvous) as parallel:
+        store = connect()
+        with init_parallel(config, store) as parallel:
             train(config, parallel)
     except KeyboardInterrupt:
         return 130
@@ -46,7 +47,7 @@ def work(config: Config, is_first_error: Callable[[], bool] | None = None) -> in
         return int(stop.code or 0)
     except (HoldfastError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         message = _as_holdfast_error(error)
-        if is_first_error() if is_first_error is not None else _is_first_in_store(rendezvous):
+        if is_first_error() if is_first_error else _is_first_in_store(store):
             if config.job.debug:
                 traceback.print_exc()
             sys.stderr.write(f"error: {message}\n")
@@ -54,7 +55,7 @@ def work(config: Config, is_first_error: Callable[[], bool] | None = None) -> in
         return message.exit_status
     except Exception:  # noqa: BLE001 - the process ends here: no caller could report it
         time.sleep(COLLATERAL_S)
-        if is_first_error() if is_first_error is not None else _is_first_in_store(rendezvous):
+        if is_first_error() if is_first_error else _is_first_in_store(store):
             sys.stderr.write(f"rank {rank} failed:\n{traceback.format_exc()}")
         return 1
     return 0
@@ -95,13 +96,13 @@ def set_up_log(enabled: bool) -> None:
     logger.handlers = [handler]
 
 
-def _is_first_in_store(rendezvous: Rendezvous | None) -> bool:
+def _is_first_in_store(store: Store | None) -> bool:
     """Return True on the first rank that calls this, as far as the store can tell."""
-    if rendezvous is None:
+    if store is None:
         # A single process, or one that could not connect: better two messages than none.
         return True
     try:
-        return bool(rendezvous.store.add("failures", 1) == 1)
+        return bool(store.add("failures", 1) == 1)
     except dist.DistError:
         # The process that served the store is gone, and has reported its error if it could.
-        return rendezvous.rank == 0
+        return os.environ.get("RANK", "0") == "0"
