@@ -99,7 +99,7 @@ def add_flavors() -> None:
 
 
 def parallel_context(config: Config) -> ParallelContext:
-    """This process's parallel; the process group is there already. Collective."""
+    """Build the meshes in the existing process group. Collective."""
     device = torch.device("cpu")
     if not dist.is_initialized():
         return ParallelContext(0, 1, device)
@@ -117,23 +117,23 @@ def trained(layout: Layout) -> dict[str, Any]:
     """
     config = layout.config()
     parallel = parallel_context(config)
-    parts = build_model(config, parallel, VOCAB_SIZE)
-    gradients = Gradients(config, parallel, parts)
-    optimizers = build_optimizers(parts, config.optimizer)
-    before, first, reports = weights(parts), {}, []
+    stages = build_model(config, parallel, VOCAB_SIZE)
+    gradients = Gradients(config, parallel, stages)
+    optimizers = build_optimizers(stages, config.optimizer)
+    before, first, reports = weights(stages), {}, []
     for step in range(STEPS):
         inputs, labels = samples(config, parallel, step)
         loss = gradients.accumulate(inputs, labels)
         if step == 0:
-            first = merged(
-                {n: full_tensor(p.grad).clone() for n, p in named(parts) if p.grad is not None}
+            first = gathered(
+                {n: full_tensor(p.grad).clone() for n, p in named(stages) if p.grad is not None}
             )
-        norm = clip_gradients(parts, config.training.max_norm, parallel)
+        norm = clip_gradients(stages, config.training.max_norm, parallel)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         reports.append((sum_over_data(loss, parallel), norm.item()))
-    return {"before": before, "gradients": first, "reports": reports, "after": weights(parts)}
+    return {"before": before, "gradients": first, "reports": reports, "after": weights(stages)}
 
 
 def samples(config: Config, parallel: ParallelContext, step: int) -> tuple[Tensor, Tensor]:
