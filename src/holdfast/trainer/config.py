@@ -151,8 +151,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for key in ("lr", "eps", "weight_decay"):
             _not_negative(f"optimizer.{key}", getattr(self, key))
-        decays = [("beta1", self.beta1), ("beta2", self.beta2)]
-        for key, beta in (*decays, *(("betas", beta) for beta in self.betas)):
+        beta1, beta2 = self.betas
+        checked = ("beta1", self.beta1), ("beta2", self.beta2), ("betas", beta1), ("betas", beta2)
+        for key, beta in checked:
             if beta is not None and not 0 <= beta < 1:
                 raise UsageError(f"`optimizer.{key}` must be at least 0 and below 1, found: {beta}")
 

@@ -119,9 +119,9 @@ class Metrics:
             for name in ("loss", "grad_norm", "lr", "tokens_per_s", "save_blocked_s"):
                 self._board.add_scalar(name, getattr(row, name), row.step)
 
-    def close(self, timings: Timings | None = None) -> None:
+    def close(self, timings: Timings) -> None:
         """Close the files; first write the last row again if there are `timings` to add to it."""
-        if self._last is not None and timings is not None and timings != Timings():
+        if self._last is not None and timings != Timings():
             self._write(self._last.with_timings(timings))
         if self._file is not None:
             self._file.close()
