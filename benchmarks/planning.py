@@ -17,7 +17,7 @@ import pickle
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -165,6 +165,9 @@ class SizeStore:
 
     def write(self, offset: int, parts: Sequence[bytes]) -> None:
         pass
+
+    def hold(self, _: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def free_bytes(self) -> None:
         return None
