@@ -1,4 +1,4 @@
-"""`python -m holdfast`: as `holdfast`, where the command is not on the path."""
+"""`python -m holdfast`: the `holdfast` command where it is not on the PATH."""
 
 import sys
 

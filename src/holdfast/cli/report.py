@@ -1,4 +1,4 @@
-"""`holdfast report`: a run and its checkpoints on one page of HTML."""
+"""`holdfast report`: a page of HTML about a run and its checkpoints."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ReportArguments:
-    """Write one page of HTML on a run: its steps over time, how long each save held it up,
-    throughput, loss, sizes, what each rank wrote, and every checkpoint with what is wrong with it.
+    """Write a page of HTML about a run: its steps over time, how long each save delayed training,
+    throughput, loss, sizes, bytes written by each rank, and every checkpoint with its problems.
     The page needs no network. Reads indexes, and the metrics.jsonl beside the folder.
 
     Example: holdfast report outputs/checkpoint
     """
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Folder of steps, or its URL."""
+    """Path or URL of a folder of checkpoints."""
 
     out: str = "report.html"
-    """File to write; one that is there is replaced."""
+    """File to write. An existing one is replaced."""
 
     debug: bool = False
-    """On an error, print where it came from."""
+    """On an error, print the traceback."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Write the page, say where it is; the exit status."""
-    asked = parsed(ReportArguments, "report", arguments)
-    text = page(history_of(asked.folder), datetime.now(UTC))
-    target = Path(asked.out)
+    """Write the page, and print its path; returns the exit status."""
+    options = parsed(ReportArguments, "report", arguments)
+    text = page(history_of(options.folder), datetime.now(UTC))
+    target = Path(options.out)
     part = target.with_name(f".{target.name}.part")
     try:
         part.write_bytes(text.encode(errors="replace"))
