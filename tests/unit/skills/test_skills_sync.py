@@ -1,4 +1,4 @@
-"""The sync of skills: every state, and that what is the user's stays as it is."""
+"""The sync of skills: every state, and that the user's own files stay."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def root(tmp_path: Path) -> Path:
 def states(
     root: Path, skills: Mapping[str, Skill], version: str = V1, disk: Disk | None = None
 ) -> dict[str, str]:
-    """Sync; the state that each skill was found in."""
+    """Sync; returns the state of each skill before it."""
     done = sync(skills, Copies(root, disk=disk), version)
     assert not done.problems
     return {one.name: one.state for one in done.skills}
 
 
 def everything(root: Path) -> dict[str, tuple[int, int, bytes]]:
-    """Every file with its content and the identity that a rewrite would change."""
+    """Returns every file with its time, inode and content."""
     found = (path for path in root.rglob("*") if path.is_file() and path.name != "lock")
     return {
         path.relative_to(root).as_posix(): (
@@ -50,8 +50,8 @@ def everything(root: Path) -> dict[str, tuple[int, int, bytes]]:
 # ------------------------------------------------------------------- what is written down, hashes
 
 
-def test_a_receipt_reads_as_it_was_written_and_anything_else_as_none() -> None:
-    """Method: there and back; then text, other JSON, other types."""
+def test_a_receipt_decodes_to_what_was_encoded_and_anything_else_to_none() -> None:
+    """Method: encode and decode; then text, other JSON, other types."""
     receipt = SyncRecord(V1, {"SKILL.md": digest(b"text")})
     assert decode_receipt(receipt.encode()) == receipt
     for other in (b"{", b"[]", b'{"holdfast": 1, "files": {}}', b'{"holdfast": "1", "files": [1]}'):
@@ -126,7 +126,7 @@ def test_a_copy_that_the_user_changed_is_left_alone(root: Path) -> None:
     assert not (root / "beta/references/a.md").exists()
 
 
-def test_what_the_user_deleted_never_comes_back(root: Path) -> None:
+def test_a_deleted_copy_never_comes_back(root: Path) -> None:
     """Method: deleted by hand; newer versions; no longer shipped; shipped again."""
     states(root, bundle(alpha="a"))
     shutil.rmtree(root / "alpha")
@@ -137,7 +137,7 @@ def test_what_the_user_deleted_never_comes_back(root: Path) -> None:
     assert not (root / "alpha").exists()
 
 
-def test_a_folder_of_the_users_own_is_never_touched(root: Path) -> None:
+def test_a_foreign_folder_is_never_touched(root: Path) -> None:
     """Method: a folder, a file and two links of the same names, before the first sync and after."""
     (root / "alpha").mkdir(parents=True)
     (root / "alpha/SKILL.md").write_text("mine")
@@ -154,7 +154,7 @@ def test_a_folder_of_the_users_own_is_never_touched(root: Path) -> None:
     assert Copies(root).ledger() == Ledger()
 
 
-def test_a_link_to_a_copy_is_foreign_too(root: Path) -> None:
+def test_a_link_to_a_copy_is_foreign(root: Path) -> None:
     """Method: the installed folder moved away, and linked to."""
     states(root, bundle(alpha="a"))
     (root / "alpha").rename(root / "elsewhere")
@@ -163,7 +163,7 @@ def test_a_link_to_a_copy_is_foreign_too(root: Path) -> None:
     assert files_in(root / "elsewhere") == skill("alpha", "a").files
 
 
-def test_what_is_no_longer_shipped_leaves_the_record_and_stays_on_disk(root: Path) -> None:
+def test_a_skill_that_is_no_longer_shipped_leaves_the_ledger_and_stays_on_disk(root: Path) -> None:
     """Method: two skills, then one; then both again, with another text."""
     states(root, bundle(alpha="a", gone="g"))
     done = sync(bundle(alpha="a"), Copies(root), V1)
@@ -174,7 +174,7 @@ def test_what_is_no_longer_shipped_leaves_the_record_and_stays_on_disk(root: Pat
     assert Copies(root).ledger() == Ledger(frozenset({"alpha", "gone"}))
 
 
-def test_what_was_deleted_while_it_was_not_shipped_stays_away(root: Path) -> None:
+def test_a_copy_deleted_while_it_was_not_shipped_stays_away(root: Path) -> None:
     """Method: no longer shipped, deleted by hand, shipped again; and so after a reset."""
     states(root, bundle(alpha="a"))
     sync({}, Copies(root), V1)
@@ -208,7 +208,7 @@ def test_a_copy_restored_by_hand_gets_its_record_back(root: Path) -> None:
 # ------------------------------------------------------------------------- files of the user's own
 
 
-def test_files_of_the_users_own_neither_block_an_update_nor_are_lost(root: Path) -> None:
+def test_the_users_own_files_neither_block_an_update_nor_are_lost(root: Path) -> None:
     """Method: a file, one in a folder of its own, a program and a link."""
     states(root, bundle(alpha="1"))
     mine = {"mine.md": b"1", "own/deep/mine.md": b"2", "references/mine.sh": b"3"}
@@ -234,7 +234,7 @@ def test_a_file_in_the_way_of_a_new_one_stays(root: Path, mine: str, new: str) -
     assert (root / "alpha" / mine).read_text() == "mine"
 
 
-def test_what_programs_leave_behind_is_no_change(root: Path) -> None:
+def test_files_that_programs_create_are_no_change(root: Path) -> None:
     """Method: caches of interpreters and of file browsers; a checkout with CRLF."""
     states(root, bundle(alpha="1"))
     (root / "alpha/__pycache__").mkdir()
@@ -245,7 +245,7 @@ def test_what_programs_leave_behind_is_no_change(root: Path) -> None:
     assert states(root, bundle(alpha="2"), V2) == {"alpha": "outdated"}
 
 
-def test_a_change_during_an_update_wins(root: Path) -> None:
+def test_a_change_by_the_user_during_an_update_is_kept(root: Path) -> None:
     """Method: the user saves a file at each instant before the new copy is in place."""
 
     class Meddling(Disk):
@@ -263,7 +263,7 @@ def test_a_change_during_an_update_wins(root: Path) -> None:
 # ---------------------------------------------------------------------------- errors and contention
 
 
-def test_a_copy_that_fails_leaves_nothing_and_the_next_sync_goes_on(root: Path) -> None:
+def test_a_failing_disk_leaves_no_half_copy_and_the_next_sync_continues(root: Path) -> None:
     """Method: a disk that is full for one of two skills, new and outdated, and one that writes less
     than it was given."""
 
@@ -304,7 +304,7 @@ def test_an_unreadable_ledger_is_an_error_and_never_empty(
     assert not (root / "alpha").exists()
 
 
-def test_a_damaged_receipt_makes_a_copy_the_users(root: Path) -> None:
+def test_a_copy_with_a_damaged_receipt_is_foreign(root: Path) -> None:
     """Method: half of a receipt; a reset is refused until the folder is moved away."""
     states(root, bundle(alpha="1"))
     (root / "alpha" / RECEIPT).write_text("{")
@@ -316,7 +316,7 @@ def test_a_damaged_receipt_makes_a_copy_the_users(root: Path) -> None:
     assert files_in(root / "alpha") == skill("alpha", "2").files
 
 
-def test_a_file_that_cannot_be_read_stops_that_skill_alone(root: Path) -> None:
+def test_a_file_that_cannot_be_read_stops_only_its_skill(root: Path) -> None:
     """Method: a pipe, that would be waited for without end."""
     import os
 
@@ -327,7 +327,7 @@ def test_a_file_that_cannot_be_read_stops_that_skill_alone(root: Path) -> None:
     assert files_in(root / "beta") == skill("beta", "2").files
 
 
-def test_a_held_lock_means_that_nothing_is_done_at_once(root: Path) -> None:
+def test_a_sync_does_nothing_while_another_holds_the_lock(root: Path) -> None:
     """Method: the lock is held by another open file."""
     states(root, bundle(alpha="1"))
     with (root / STATE / "lock").open() as held:
@@ -339,13 +339,13 @@ def test_a_held_lock_means_that_nothing_is_done_at_once(root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", ".x", "A", "a--b", "-a", "a-", "", "a" * 65])
-def test_a_name_that_is_none_is_refused(name: str) -> None:
-    with pytest.raises(FormatError, match="a skill's name is"):
+def test_an_invalid_name_of_a_skill_is_refused(name: str) -> None:
+    with pytest.raises(FormatError, match="a skill's name must be"):
         Skill(name, {})
 
 
 @pytest.mark.parametrize("file", ["../x", "/x", "a//b", "a/./b", ""])
-def test_a_file_outside_of_the_skill_is_refused(file: str) -> None:
+def test_a_file_outside_of_its_skill_is_refused(file: str) -> None:
     with pytest.raises(FormatError, match="outside of its folder"):
         Skill("alpha", {file: b""})
 
@@ -369,7 +369,7 @@ def test_deleting_the_whole_folder_is_a_fresh_start(root: Path) -> None:
 # --------------------------------------------------------------------------------- reset and remove
 
 
-def test_a_reset_puts_the_shipped_skill_in_place_and_keeps_what_was_changed(root: Path) -> None:
+def test_a_reset_installs_the_shipped_skill_and_archives_a_changed_copy(root: Path) -> None:
     """Method: changed; as installed; deleted; installed by a later version."""
     states(root, bundle(alpha="1"), V2)
     (root / "alpha/SKILL.md").write_text("mine")
@@ -388,7 +388,7 @@ def test_a_reset_puts_the_shipped_skill_in_place_and_keeps_what_was_changed(root
     assert states(root, bundle(alpha="2"), V2) == {"alpha": "outdated"}
 
 
-def test_what_is_removed_stays_away_for_ever(root: Path) -> None:
+def test_a_removed_skill_never_comes_back(root: Path) -> None:
     """Method: newer versions; no longer shipped, shipped again; then a reset."""
     states(root, bundle(alpha="1", beta="1"))
     (root / "beta/SKILL.md").write_text("mine")
