@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def options_of_commands() -> dict[str, type]:
+def options_of_commands() -> dict[str, type[Any]]:
     """Returns the dataclass of every command with options; of `skills`, of each command below."""
     from holdfast.cli import main, skills
 
