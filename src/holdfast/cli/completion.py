@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from holdfast.cli.terminal import parsed, with_tyro
+from holdfast.cli.terminal import Options, parsed, with_tyro
 
 
 @dataclass(frozen=True, slots=True)
-class CompletionArguments:
+class CompletionArguments(Options):
     """Print the script with which a shell completes commands and their options.
 
     Example: holdfast completion bash > ~/.local/share/bash-completion/completions/holdfast
@@ -21,9 +21,6 @@ class CompletionArguments:
 
     shell: Annotated[Literal["bash", "zsh"], tyro.conf.Positional, tyro.conf.arg(metavar="SHELL")]
     """bash or zsh."""
-
-    debug: bool = False
-    """On an error, print the traceback."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -34,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
     kinds: dict[str, Any] = options_of_commands()
     # `train` takes hundreds of settings: only its name is completed.
     kinds["train"] = make_dataclass("train", [])
-    summaries = {name: command.summary for name, command in skills.COMMANDS.items()}
+    summaries = {name: summary for name, (summary, _, _) in skills.COMMANDS.items()}
     kinds["skills"] = _one_of({name: kinds[f"skills {name}"] for name in summaries}, summaries)
     tyro.cli(
         _one_of(kinds, main.COMMANDS),
@@ -54,7 +51,7 @@ def options_of_commands() -> dict[str, type[Any]]:
         if name not in ("skills", "train"):
             module = import_module(f"holdfast.cli.{name}")
             kinds[name] = with_tyro(getattr(module, f"{name.capitalize()}Arguments"))
-    return kinds | {f"skills {name}": one.options for name, one in skills.COMMANDS.items()}
+    return kinds | {f"skills {name}": kind for name, (_, kind, _) in skills.COMMANDS.items()}
 
 
 def _one_of(kinds: Mapping[str, Any], summaries: Mapping[str, str]) -> Any:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from holdfast.cli.terminal import parsed, progress, say, say_json
+from holdfast.cli.terminal import JsonOptions, parsed, progress, say, say_json
 from holdfast.convert.convert import Converted, convert
 from holdfast.convert.form import Form, form_of
 from holdfast.convert.plan import ConvertOptions, Float, plan
@@ -22,7 +22,7 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True, slots=True)
-class ConvertArguments:
+class ConvertArguments(JsonOptions):
     """Convert a checkpoint (of Holdfast, of stock torch.distributed.checkpoint, a Hugging Face
     folder or a .pt file) into another format, tensor by tensor, in bounded memory. TARGET appears
     once it is complete.
@@ -69,12 +69,6 @@ class ConvertArguments:
 
     overwrite: bool = False
     """Replace an existing TARGET."""
-
-    json: bool = False
-    """Print JSON."""
-
-    debug: bool = False
-    """On an error, print the traceback."""
 
     def convert_options(self) -> ConvertOptions:
         """Returns the options of the conversion.

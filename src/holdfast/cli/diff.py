@@ -11,7 +11,7 @@ from holdfast.catalog.open_any import OpenCheckpoint, open_any
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.source import read_value
 from holdfast.cli.compare import ComparedTensor, Difference, compare, nbytes_to_read
-from holdfast.cli.terminal import parsed, progress, say, say_json, spelled_shape
+from holdfast.cli.terminal import JsonOptions, parsed, progress, say, say_json, spelled_shape
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import MismatchError
 from holdfast.format.manifest import Manifest
@@ -26,7 +26,7 @@ LINES_MAX = 200
 
 
 @dataclass(frozen=True, slots=True)
-class DiffArguments:
+class DiffArguments(JsonOptions):
     """Compare two checkpoints: names, shapes, dtypes and elements, and by how much they differ.
     Either may be a checkpoint of Holdfast or of stock torch.distributed.checkpoint, a Hugging Face
     folder or a .pt file. Where only one has Hugging Face's tensor names, both are compared under
@@ -47,12 +47,6 @@ class DiffArguments:
 
     hf_assets: str | None = None
     """Folder with the config.json of the Hugging Face model, where its own folder has none."""
-
-    json: bool = False
-    """Print JSON, with what is equal too."""
-
-    debug: bool = False
-    """On an error, print the traceback."""
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -14,13 +14,14 @@ from holdfast.catalog.cleanup import is_at_work, plan_cleanup
 from holdfast.catalog.findings import MODEL_IS_WHOLE, VerifyReport, said_of
 from holdfast.catalog.marks import damaged_steps
 from holdfast.catalog.paths import open_for_reading
-from holdfast.cli.terminal import parsed, say, say_json, spelled_resume
+from holdfast.cli.terminal import JsonOptions, parsed, say, say_json, spelled_resume
 from holdfast.cli.verify import resumable, verified
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError, StorageError
 from holdfast.format.names import LOCK, MANIFEST, METADATA, aside_of, step_name, step_of
 from holdfast.spelling import counted, spelled_bytes
 from holdfast.storage.holder import holder_of
 from holdfast.storage.local import LocalStore
+from holdfast.storage.locks import read_note
 from holdfast.storage.store import ReadStore
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ Concern = Literal["damaged", "marked", "space", "rights", "left over", "in use",
 
 
 @dataclass(frozen=True, slots=True)
-class DoctorArguments:
+class DoctorArguments(JsonOptions):
     """Find problems in a run's checkpoint folder, and the command that fixes each: damaged
     checkpoints, leftovers of killed saves, locks, space, permissions, checkpoints under names that
     no resume finds. Exits with 7 where a checkpoint is damaged, with 9 where a save would fail.
@@ -44,12 +45,6 @@ class DoctorArguments:
     verify: bool = False
     """Read all data. Without it only indexes and file sizes are checked, which do not show damaged
     data."""
-
-    json: bool = False
-    """Print JSON."""
-
-    debug: bool = False
-    """On an error, print the traceback."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,24 +239,13 @@ def _left_over(folder: ExaminedFolder, store: LocalStore) -> Iterator[Trouble]:
             yield Trouble("in use", action.folder, "another process is at work on it")
         else:
             yield Trouble("left over", action.folder, action.why, folder.command("prune"))
-    note = _note(store, lock) if LOCK in folder.names else ""
+    note = read_note(f"{folder.where}/{LOCK}")
     if note and not note.startswith(f"host {os.uname().nodename},"):
         what = f"held or left by {note}: another machine, whose processes cannot be seen from here"
         yield Trouble("in use", LOCK, what)
     elif note:
         what = f"by {note}, which has ended; the next run takes it over"
         yield Trouble("left over", LOCK, what)
-
-
-def _note(store: LocalStore, lock: str) -> str:
-    """Returns the note that the last holder of a lock wrote into it."""
-    folder, _, name = lock.rpartition("/")
-    try:
-        if store.leads_out(folder, name):
-            return ""
-        return store.read(lock, 0, 1024).decode(errors="replace").strip()
-    except HoldfastError:
-        return ""
 
 
 def _unknown(folder: ExaminedFolder) -> Iterator[Trouble]:

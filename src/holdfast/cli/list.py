@@ -11,11 +11,10 @@ from holdfast.catalog.catalog import place
 from holdfast.catalog.findings import VerifyReport, said_of
 from holdfast.catalog.listing import CheckpointRow, resumable, survey
 from holdfast.catalog.paths import open_for_reading
-from holdfast.cli.terminal import parsed, say, say_json, say_table
+from holdfast.cli.terminal import JsonOptions, parsed, say, say_json, say_table
 from holdfast.dashboard.history import commit_time
 from holdfast.errors import DamagedError
 from holdfast.spelling import spelled_age, spelled_bytes, spelled_layout
-from holdfast.storage.store import ReadStore
 
 if TYPE_CHECKING:
     import tyro
@@ -24,7 +23,7 @@ HEAD = ("step", "size", "age", "kind", "layout", "state", "")
 
 
 @dataclass(frozen=True, slots=True)
-class ListArguments:
+class ListArguments(JsonOptions):
     """List the checkpoints in a folder: size, age, kind, the ranks that wrote each, whether it is
     complete, and which one a resume takes. Checks indexes and file sizes; with --verify every byte,
     and exits with 7 where one is damaged, as verify does.
@@ -38,12 +37,6 @@ class ListArguments:
     verify: bool = False
     """Also read all data."""
 
-    json: bool = False
-    """Print JSON."""
-
-    debug: bool = False
-    """On an error, print the traceback."""
-
 
 def run(arguments: Sequence[str]) -> int:
     """Print the list; returns the exit status."""
@@ -52,7 +45,11 @@ def run(arguments: Sequence[str]) -> int:
     rows = survey(store, name)
     num_damaged = 0
     if options.verify:
-        reports = _reports(store, name, rows)
+        # Not at the top: a list that reads no data need not load the verifier.
+        from holdfast.cli.verify import verified
+
+        names = [row.name for row in rows if row.state != "attempt"]
+        reports = {one: verified(store, f"{name}/{one}", quick=False) for one in names}
         num_damaged = sum(not report.good for report in reports.values())
         rows = [_verified(row, reports.get(row.name)) for row in rows]
     resume = resumable(rows)
@@ -70,17 +67,6 @@ def run(arguments: Sequence[str]) -> int:
             hint=f"holdfast doctor {place(store, name)} --verify",
         )
     return 0
-
-
-def _reports(
-    store: ReadStore, folder: str, rows: Sequence[CheckpointRow]
-) -> dict[str, VerifyReport]:
-    """Verify all data of each checkpoint; returns the reports by name."""
-    # Not at the top: a list that reads no data need not load the verifier.
-    from holdfast.cli.verify import verified
-
-    names = [row.name for row in rows if row.state != "attempt"]
-    return {name: verified(store, f"{folder}/{name}", quick=False) for name in names}
 
 
 def _verified(row: CheckpointRow, report: VerifyReport | None) -> CheckpointRow:

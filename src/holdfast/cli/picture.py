@@ -31,18 +31,12 @@ def draw(shape: Sequence[int], regions: Sequence[Region]) -> list[str]:
     if 0 in shape:
         return []
     down, across = _dims(shape, regions)
-    height = 1 if down is None else min(shape[down], HEIGHT_MAX)
-    width = 1 if across is None else min(shape[across], WIDTH_MAX)
     rows = []
-    for row in range(height):
+    for row in _middles(shape, down, HEIGHT_MAX):
         line = ""
-        for column in range(width):
-            index = [0] * len(shape)
-            if down is not None:
-                index[down] = _middle(row, height, shape[down])
-            if across is not None:
-                index[across] = _middle(column, width, shape[across])
-            line += _letter_at(index, regions)
+        for column in _middles(shape, across, WIDTH_MAX):
+            shown = {down: row, across: column}
+            line += _letter_at([shown.get(dim, 0) for dim in range(len(shape))], regions)
         rows.append(line)
     return rows
 
@@ -56,9 +50,11 @@ def _dims(shape: Sequence[int], regions: Sequence[Region]) -> tuple[int | None, 
     return first, second
 
 
-def _middle(cell: int, cells: int, size: int) -> int:
-    """Returns the index of the element in the middle of a cell, of `cells` over `size` elements."""
-    return (2 * cell + 1) * size // (2 * cells)
+def _middles(shape: Sequence[int], dim: int | None, cells_max: int) -> list[int]:
+    """Returns the index in the middle of each cell along a dim."""
+    size = 1 if dim is None else shape[dim]
+    cells = min(size, cells_max)
+    return [(2 * cell + 1) * size // (2 * cells) for cell in range(cells)]
 
 
 def _letter_at(index: Sequence[int], regions: Sequence[Region]) -> str:

@@ -14,7 +14,8 @@ from holdfast.catalog.cleanup import execute, is_at_work, plan_cleanup
 from holdfast.catalog.open_any import format_of
 from holdfast.catalog.replaceable import why_not_removable
 from holdfast.catalog.resumable import misnumbered
-from holdfast.cli.terminal import parsed, say, say_json, say_table
+from holdfast.cli.terminal import JsonOptions, parsed, say, say_json, say_table
+from holdfast.cli.verify import stored_bytes
 from holdfast.errors import HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format.names import LOCK, aside_of
 from holdfast.manager.policy import STEPS_MIN, Retention, reasons_to_keep
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class PruneArguments:
+class PruneArguments(JsonOptions):
     """Remove checkpoints that no rule keeps, and leftovers of killed saves. A checkpoint that any
     rule keeps stays; without a rule all stay. Pinned checkpoints and the newest two to resume from
     always stay. Damaged ones do not count for the rules, and stay unless --damaged is given.
@@ -59,12 +60,6 @@ class PruneArguments:
 
     dry_run: bool = False
     """Only print the plan."""
-
-    json: bool = False
-    """Print JSON."""
-
-    debug: bool = False
-    """On an error, print the traceback."""
 
     @property
     def retention(self) -> Retention | None:
@@ -140,13 +135,15 @@ def decide(catalog: Catalog, options: PruneArguments) -> list[Decision]:
             stays, why = True, reason
         elif step in good:
             stays, why = bool(reasons[step]), ", ".join(reasons[step]) or "no rule keeps it"
-        decisions.append(Decision(folder, _nbytes(catalog, folder), stays, why))
+        decisions.append(Decision(folder, stored_bytes(store, folder), stays, why))
     for action in plan_cleanup(store.list()):
         stays, why = action.verb == "restore", action.why
         if is_at_work(store, action.folder):
             stays, why = True, "another process is at work on it"
         if action.folder not in folders.values():
-            decisions.append(Decision(action.folder, _nbytes(catalog, action.folder), stays, why))
+            decisions.append(
+                Decision(action.folder, stored_bytes(store, action.folder), stays, why)
+            )
     return decisions
 
 
@@ -173,18 +170,6 @@ def _why_not_decided_by_rules(catalog: Catalog, step: int, folder: str) -> str |
                 return "a Hugging Face folder"
         return None
     return misnumbered(step, manifest)
-
-
-def _nbytes(catalog: Catalog, folder: str) -> int:
-    store = catalog.store
-    if f"{folder}/" not in store.list():
-        return 0
-    nbytes = 0
-    with suppress(HoldfastError):
-        for file in store.list(folder):
-            with suppress(HoldfastError):
-                nbytes += 0 if file.endswith("/") else store.size(f"{folder}/{file}")
-    return nbytes
 
 
 def _say(decisions: Sequence[Decision], options: PruneArguments) -> None:

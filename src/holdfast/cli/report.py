@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from holdfast.cli.terminal import parsed, say
+from holdfast.cli.terminal import Options, parsed, say
 from holdfast.dashboard.history import history_of
 from holdfast.dashboard.page import page
 from holdfast.errors import StorageError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class ReportArguments:
+class ReportArguments(Options):
     """Write a page of HTML about a run: its steps over time, how long each save delayed training,
     throughput, loss, sizes, bytes written by each rank, and every checkpoint with its problems.
     The page needs no network. Reads indexes, and the metrics.jsonl beside the folder.
@@ -31,9 +31,6 @@ class ReportArguments:
 
     out: str = "report.html"
     """File to write. An existing one is replaced."""
-
-    debug: bool = False
-    """On an error, print the traceback."""
 
 
 def run(arguments: Sequence[str]) -> int:

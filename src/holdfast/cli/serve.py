@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from holdfast.cli.terminal import parsed, say
+from holdfast.cli.terminal import Options, parsed, say
 from holdfast.errors import ExistsError, StorageError, UsageError
 from holdfast.skills.startup import refresh
 from holdfast.spelling import counted
@@ -23,7 +23,7 @@ PACKAGES = ("prometheus_client", "starlette", "uvicorn")
 
 
 @dataclass(frozen=True, slots=True)
-class ServeArguments:
+class ServeArguments(Options):
     """Serve runs as live web pages, /metrics for Prometheus, /healthz and JSON. The server only
     reads, and only this machine can reach it unless --host says otherwise. Needs: pip install
     'holdfast[serve]'.
@@ -45,9 +45,6 @@ class ServeArguments:
 
     allow_host: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Another name by which browsers may address this server. May be repeated."""
-
-    debug: bool = False
-    """On an error, print the traceback."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -87,9 +84,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def check(options: ServeArguments) -> None:
-    """Raises:
-    UsageError: options with which there is nothing to serve.
-    """
+    """Raise a UsageError where the options leave nothing to serve."""
     if not options.folders:
         raise UsageError(
             "`holdfast serve` needs a folder", hint="holdfast serve outputs/checkpoint"

@@ -13,7 +13,7 @@ from holdfast.catalog.open_any import OpenCheckpoint, open_any
 from holdfast.catalog.paths import open_for_reading
 from holdfast.cli import values
 from holdfast.cli.picture import draw, letter
-from holdfast.cli.terminal import parsed, progress, say, say_json, spelled_shape
+from holdfast.cli.terminal import JsonOptions, parsed, progress, say, say_json, spelled_shape
 from holdfast.cli.tree import INDENT, count, lines, tree_of
 from holdfast.errors import NotFoundError, UsageError
 from holdfast.format.manifest import Chunk, Manifest, TensorEntry
@@ -30,7 +30,7 @@ VALUES_MAX = 100
 
 
 @dataclass(frozen=True, slots=True)
-class ShowArguments:
+class ShowArguments(JsonOptions):
     """Show what a checkpoint holds: its tensors as a tree, the number of parameters, who wrote it.
     With NAME: one tensor and where each chunk of it is stored, one value, or everything below that
     name. Takes checkpoints of Holdfast and of stock torch.distributed.checkpoint, folders and files
@@ -54,12 +54,6 @@ class ShowArguments:
 
     values: bool = False
     """With NAME: print its first elements."""
-
-    json: bool = False
-    """Print JSON, with every chunk."""
-
-    debug: bool = False
-    """On an error, print the traceback."""
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from holdfast.arguments import nearest
-from holdfast.cli.terminal import command_in, parsed, say, say_json, say_table
+from holdfast.cli.terminal import JsonOptions, Options, command_in, parsed, say, say_json, say_table
 from holdfast.errors import ExistsError, MismatchError, NotFoundError, StorageError
 from holdfast.release import installed_version
 from holdfast.skills import sync
@@ -24,9 +24,9 @@ from holdfast.skills.targets import all_targets, target_of
 Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
 
 
-@dataclass(frozen=True, slots=True)
-class SkillsWhere:
-    """A folder of skills."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopiesOptions(Options):
+    """Options of a command on the user's copies."""
 
     to: str = "agents"
     """agents (~/.agents/skills), claude (~/.claude/skills), codex, hermes, or a path."""
@@ -36,34 +36,33 @@ class SkillsWhere:
 
     @property
     def copies(self) -> Copies:
-        """Copies in that folder."""
+        """Copies in the chosen folder."""
         here, environment = Path.cwd(), os.environ
         target = target_of(self.to, project=self.project, environment=environment, here=here)
         return Copies(target.root, categories=target.categories)
 
 
-There = tyro.conf.OmitArgPrefixes[SkillsWhere]
+@dataclass(frozen=True, slots=True)
+class CopyOptions(CopiesOptions):
+    """Options of a command on one copy."""
+
+    name: Name
+    """Name of the skill."""
 
 
 @dataclass(frozen=True, slots=True)
-class SkillsList:
+class SkillsList(CopiesOptions):
     """List the shipped skills, and the state of your copy of each.
 
     Example: holdfast skills list
     """
 
-    where: There = SkillsWhere()
-    """Folder of your copies."""
-
     json: bool = False
     """Print JSON."""
 
-    debug: bool = False
-    """On an error, print the traceback."""
-
 
 @dataclass(frozen=True, slots=True)
-class SkillsShow:
+class SkillsShow(JsonOptions):
     """Print a shipped skill: its entry page, or another of its files.
 
     Example: holdfast skills show holdfast references/resume.md
@@ -75,24 +74,15 @@ class SkillsShow:
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = ENTRY
     """Path below the skill's folder."""
 
-    json: bool = False
-    """Print JSON, with the names of all files."""
-
-    debug: bool = False
-    """On an error, print the traceback."""
-
 
 @dataclass(frozen=True, slots=True)
-class SkillsSync:
+class SkillsSync(CopiesOptions):
     """Bring your copies up to date: copies new skills, and replaces copies that are as they were
     installed. Leaves alone what you changed, deleted or wrote yourself. From the first sync on,
     training and `holdfast serve` sync quietly when they start.
 
     Example: holdfast skills sync --to claude
     """
-
-    where: There = SkillsWhere()
-    """Folder of your copies."""
 
     dry_run: bool = False
     """Only print what would be done."""
@@ -103,101 +93,56 @@ class SkillsSync:
     json: bool = False
     """Print JSON."""
 
-    debug: bool = False
-    """On an error, print the traceback."""
-
 
 @dataclass(frozen=True, slots=True)
-class SkillsUpdate:
+class SkillsUpdate(JsonOptions):
     """Bring your copies up to date in every folder that you have synced by name: agents, claude,
     ...
 
     Example: holdfast skills update
     """
 
-    json: bool = False
-    """Print JSON."""
-
-    debug: bool = False
-    """On an error, print the traceback."""
-
 
 @dataclass(frozen=True, slots=True)
-class SkillsDiff:
+class SkillsDiff(CopyOptions):
     """Compare your copy with the shipped skill: what a reset would change.
 
     Example: holdfast skills diff holdfast
     """
 
-    name: Name
-    """Name of the skill."""
-
-    where: There = SkillsWhere()
-    """Folder of your copies."""
-
     json: bool = False
     """Print JSON."""
 
-    debug: bool = False
-    """On an error, print the traceback."""
-
 
 @dataclass(frozen=True, slots=True)
-class SkillsReset:
+class SkillsReset(CopyOptions):
     """Replace your copy by the shipped skill. A changed copy is archived first.
 
     Example: holdfast skills reset holdfast
     """
 
-    name: Name
-    """Name of the skill."""
-
-    where: There = SkillsWhere()
-    """Folder of your copies."""
-
-    debug: bool = False
-    """On an error, print the traceback."""
-
 
 @dataclass(frozen=True, slots=True)
-class SkillsRemove:
+class SkillsRemove(CopyOptions):
     """Delete your copy. A changed copy is archived first. No sync brings it back; `reset` does.
 
     Example: holdfast skills remove holdfast
     """
 
-    name: Name
-    """Name of the skill."""
-
-    where: There = SkillsWhere()
-    """Folder of your copies."""
-
-    debug: bool = False
-    """On an error, print the traceback."""
-
-
-@dataclass(frozen=True, slots=True)
-class SkillsCommand:
-    """One of the commands below `holdfast skills`."""
-
-    summary: str
-    options: type
-    run: Callable[[Any], None]
-
 
 def run(arguments: Sequence[str]) -> int:
     """Run one of the commands; returns the exit status."""
     about, example = "Guides for coding agents.", "holdfast skills sync"
-    summaries = {name: command.summary for name, command in COMMANDS.items()}
+    summaries = {name: summary for name, (summary, _, _) in COMMANDS.items()}
     name = command_in("holdfast skills", summaries, arguments, about, example)
     if name is not None:
-        command = COMMANDS[name]
-        command.run(parsed(command.options, f"skills {name}", arguments[1:]))
+        _, kind, action = COMMANDS[name]
+        action(parsed(kind, f"skills {name}", arguments[1:]))
     return 0
 
 
 def _list(options: SkillsList) -> None:
-    skills, copies = shipped(), options.where.copies
+    skills, copies = shipped(), options.copies
     states = sync.survey(skills, copies, installed_version()).skills
     descriptions = {name: skill.description for name, skill in skills.items()}
     if options.json:
@@ -225,7 +170,7 @@ def _show(options: SkillsShow) -> None:
 
 def _sync(options: SkillsSync) -> None:
     work = sync.survey if options.dry_run or options.check else sync.sync
-    result = work(shipped(), options.where.copies, installed_version())
+    result = work(shipped(), options.copies, installed_version())
     _say_synced([result], json=options.json)
     if options.check and result.changes:
         raise MismatchError(f"`{result.root}` is not up to date", hint="holdfast skills sync")
@@ -257,7 +202,7 @@ def _say_synced(results: Sequence[sync.Synced], *, json: bool) -> None:
 
 def _diff(options: SkillsDiff) -> None:
     skill = sync.shipped_skill(options.name)
-    differences = _differences(skill, options.where.copies)
+    differences = _differences(skill, options.copies)
     if options.json:
         say_json({"name": skill.name, "files": differences})
         return
@@ -285,28 +230,26 @@ def _differences(skill: Skill, copies: Copies) -> dict[str, str]:
 
 
 def _reset(options: SkillsReset) -> None:
-    skill, copies = sync.shipped_skill(options.name), options.where.copies
+    skill, copies = sync.shipped_skill(options.name), options.copies
     archive = sync.reset(skill, copies, installed_version())
     say(f"{copies.folder(skill.name)} is as shipped" + (f"; yours: {archive}" if archive else ""))
 
 
 def _remove(options: SkillsRemove) -> None:
-    skill, copies = sync.shipped_skill(options.name), options.where.copies
+    skill, copies = sync.shipped_skill(options.name), options.copies
     archive = sync.remove(skill, copies, installed_version())
     say(
         f"{copies.folder(skill.name)} is gone for good" + (f"; yours: {archive}" if archive else "")
     )
 
 
-COMMANDS = {
-    "list": SkillsCommand(
-        "list the shipped skills, and the state of your copies", SkillsList, _list
-    ),
-    "show": SkillsCommand("print a shipped skill", SkillsShow, _show),
-    "sync": SkillsCommand("copy new skills, replace outdated copies", SkillsSync, _sync),
-    "update": SkillsCommand("sync every folder that you have synced before", SkillsUpdate, _update),
-    "diff": SkillsCommand("compare your copy with the shipped skill", SkillsDiff, _diff),
-    "reset": SkillsCommand("replace your copy by the shipped skill", SkillsReset, _reset),
-    "remove": SkillsCommand("delete your copy for good", SkillsRemove, _remove),
+COMMANDS: dict[str, tuple[str, type[Any], Callable[[Any], None]]] = {
+    "list": ("list the shipped skills, and the state of your copies", SkillsList, _list),
+    "show": ("print a shipped skill", SkillsShow, _show),
+    "sync": ("copy new skills, replace outdated copies", SkillsSync, _sync),
+    "update": ("sync every folder that you have synced before", SkillsUpdate, _update),
+    "diff": ("compare your copy with the shipped skill", SkillsDiff, _diff),
+    "reset": ("replace your copy by the shipped skill", SkillsReset, _reset),
+    "remove": ("delete your copy for good", SkillsRemove, _remove),
 }
-"""Every command, by name."""
+"""Summary, options and function of each command."""

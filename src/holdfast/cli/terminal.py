@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, TypeVar
 
 from holdfast.errors import UsageError
@@ -25,14 +25,26 @@ _STYLES = {"good": "green", "damaged": "bold red", "attempt": "yellow", "resume"
 """Colour of a table cell, by its text."""
 
 
-# ------------------------------------------------------------------------------------ command lines
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Options of every command."""
+
+    debug: bool = False
+    """On an error, print the traceback."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JsonOptions(Options):
+    """Options of a command that can print JSON."""
+
+    json: bool = False
+    """Print JSON, with all details."""
 
 
 def parsed(kind: type[T], command: str, arguments: Sequence[str]) -> T:
-    """Parse the arguments of a command into its dataclass `kind`.
-
-    Ends the process after printing help, or an error where the arguments are wrong. Commands import
-    tyro for type checkers only: loading it takes longer than everything else that `list` does.
+    """Parse the arguments of a command into its dataclass `kind`. Ends the process after help or an
+    error. Commands import tyro for type checkers only: loading it takes longer than all else that
+    `list` does.
     """
     simple = parsed_without_tyro(kind, arguments)
     if simple is not None:
@@ -113,9 +125,6 @@ def command_in(
     return command
 
 
-# ------------------------------------------------------------------------------------------- output
-
-
 def say(line: str = "") -> None:
     """Print a line to stdout."""
     sys.stdout.write(f"{line}\n")
@@ -159,9 +168,6 @@ def spelled_shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-# ----------------------------------------------------------------------------------------- progress
-
-
 @contextmanager
 def progress(label: str, nbytes: int) -> Iterator[Callable[[int], None]]:
     """Show progress on stderr; yields a function to call with each number of bytes done.
@@ -175,19 +181,12 @@ def progress(label: str, nbytes: int) -> Iterator[Callable[[int], None]]:
     if not sys.stderr.isatty():
         yield _Lines(label, nbytes).advance
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
 
-    rate = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    columns = (TextColumn(label), BarColumn(), *rate)
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    size = (rich.DownloadColumn(), rich.TransferSpeedColumn(), rich.TimeRemainingColumn())
+    columns = (rich.TextColumn(label), rich.BarColumn(), *size)
+    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=nbytes)
         yield lambda done: bar.advance(task, done)
 

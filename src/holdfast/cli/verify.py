@@ -14,7 +14,7 @@ from holdfast.catalog.open_any import format_of, is_folder
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.pieces import note_on
 from holdfast.catalog.verify import VerifyTarget, failed, verify
-from holdfast.cli.terminal import parsed, progress, say, say_json, spelled_resume
+from holdfast.cli.terminal import JsonOptions, parsed, progress, say, say_json, spelled_resume
 from holdfast.errors import DamagedError, HoldfastError, UsageError
 from holdfast.format.names import step_of, step_standing_in
 from holdfast.spelling import counted, spelled_bytes
@@ -28,7 +28,7 @@ CAUSES_MAX = 50
 
 
 @dataclass(frozen=True, slots=True)
-class VerifyArguments:
+class VerifyArguments(JsonOptions):
     """Check that a checkpoint holds the bytes that were written: a checkpoint of Holdfast or of
     stock torch.distributed.checkpoint, a Hugging Face folder, a .pt file; or every checkpoint in a
     folder. Exits with 7 where one is damaged.
@@ -46,12 +46,6 @@ class VerifyArguments:
     """Write a mark beside each damaged checkpoint, and delete it from each undamaged one: resumes,
     retention and `holdfast list` skip marked checkpoints."""
 
-    json: bool = False
-    """Print JSON, with every finding."""
-
-    debug: bool = False
-    """On an error, print the traceback."""
-
 
 def run(arguments: Sequence[str]) -> int:
     """Verify, and print the findings; returns the exit status."""
@@ -64,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
     if checkpoints:
         reports = [verified(store, checkpoint, options.quick) for checkpoint in checkpoints]
     else:
-        with progress(name, _nbytes(store, name)) as advance:
+        with progress(name, stored_bytes(store, name)) as advance:
             report = verify(VerifyTarget(store, name, options.quick, advance))
         note = note_on(store, name)
         reports = [replace(report, notes=(note, *report.notes)) if note is not None else report]
@@ -101,7 +95,7 @@ def _raise_if_damaged(reports: Sequence[VerifyReport], *, in_folder: bool, marke
 
 def verified(store: ReadStore, name: str, quick: bool) -> VerifyReport:
     """Verify one checkpoint, with progress on stderr. Errors become findings of the report."""
-    with progress(name, _nbytes(store, name)) as advance:
+    with progress(name, stored_bytes(store, name)) as advance:
         target = VerifyTarget(store, name, quick, advance)
         try:
             return verify(target)
@@ -125,15 +119,14 @@ def _mark(reports: Sequence[VerifyReport]) -> None:
             mark_damaged(folder_store(folder), step, str(report.findings[0]))
 
 
-def _nbytes(store: ReadStore, name: str) -> int:
-    """Returns the bytes of a checkpoint's files, for a progress bar."""
+def stored_bytes(store: ReadStore, name: str) -> int:
+    """Returns the bytes of a checkpoint's files, without those whose size cannot be read."""
     try:
         files = [f"{name}/{file}" for file in store.list(name) if not file.endswith("/")]
     except HoldfastError:
         files = [name]
     nbytes = 0
     for file in files:
-        # A file without a size becomes a finding later.
         with suppress(HoldfastError):
             nbytes += store.size(file)
     return nbytes

@@ -7,23 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from holdfast.cli.terminal import parsed, say, say_json
+from holdfast.cli.terminal import JsonOptions, parsed, say, say_json
 
 PACKAGES = ("torch", "numpy", "xxhash", "safetensors")
 
 
 @dataclass(frozen=True, slots=True)
-class VersionArguments:
+class VersionArguments(JsonOptions):
     """Print the versions of holdfast, Python, torch and other packages that handle checkpoints.
 
     Example: holdfast version
     """
-
-    json: bool = False
-    """Print JSON."""
-
-    debug: bool = False
-    """On an error, print the traceback."""
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from html import escape
 from statistics import median
 
 from holdfast.catalog.listing import CheckpointRow
 from holdfast.dashboard.chart import Point, bars, dots, line
-from holdfast.dashboard.history import History, commit_time, slowest
+from holdfast.dashboard.history import History, MetricsRecord, commit_time, slowest
 from holdfast.spelling import counted, spelled_age, spelled_bytes, spelled_layout
 from holdfast.timing import Times
 
@@ -165,15 +165,10 @@ def blocked(history: History) -> tuple[float, float]:
 
 def _charts(history: History) -> list[str]:
     current, written = history.current, history.written
-    stalls = [
-        Point(r.step, r.save_blocked_s, f"step {r.step}: {r.save_blocked_s:.2f} s")
-        for r in current
-        if r.save_blocked_s > STALL_MIN_S
-    ]
-    speeds = [
-        Point(r.step, r.tokens_per_s, f"step {r.step}: {r.tokens_per_s:,.0f}") for r in current
-    ]
-    losses = [Point(r.step, r.loss, f"step {r.step}: {r.loss:.4f}") for r in current]
+    stalled = [record for record in current if record.save_blocked_s > STALL_MIN_S]
+    stalls = _points(stalled, lambda record: record.save_blocked_s, ".2f", " s")
+    speeds = _points(current, lambda record: record.tokens_per_s, ",.0f")
+    losses = _points(current, lambda record: record.loss, ".4f")
     sizes = [
         Point(row.step or 0, row.nbytes, f"step {row.step}: {spelled_bytes(row.nbytes)}")
         for row in history.rows
@@ -214,6 +209,17 @@ def _charts(history: History) -> list[str]:
         for name, note, chart in charts
         if chart
     ]
+
+
+def _points(
+    records: Sequence[MetricsRecord],
+    value_of: Callable[[MetricsRecord], float],
+    form: str,
+    unit: str = "",
+) -> list[Point]:
+    """Returns one value of each record, by step; `form` is the format in its tooltip."""
+    values = [(record.step, value_of(record)) for record in records]
+    return [Point(step, value, f"step {step}: {value:{form}}{unit}") for step, value in values]
 
 
 def _durations(operations: Sequence[Times]) -> list[Point]:

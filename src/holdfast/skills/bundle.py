@@ -48,15 +48,13 @@ class Skill:
 
 def shipped() -> dict[str, Skill]:
     """Read the skills of this version; returns them by name."""
-    folder = Path(__file__).parent.parent / ".agents" / "skills"
-    return {path.name: read_skill(path) for path in sorted(folder.iterdir()) if path.is_dir()}
-
-
-def read_skill(folder: Path) -> Skill:
-    """Read the skill in a folder."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-    return Skill(folder.name, files)
+    skills = {}
+    for folder in sorted((Path(__file__).parent.parent / ".agents" / "skills").iterdir()):
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+        if files:
+            skills[folder.name] = Skill(folder.name, files)
+    return skills
 
 
 def frontmatter(text: str) -> dict[str, str]:
