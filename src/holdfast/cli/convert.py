@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from holdfast.cli.terminal import JsonOptions, parsed, progress, say, say_json
-from holdfast.convert.convert import Converted, convert
+from holdfast.convert.convert import convert
 from holdfast.convert.form import Form, form_of
 from holdfast.convert.plan import ConvertOptions, Float, plan
 from holdfast.errors import UsageError
@@ -93,31 +93,6 @@ class ConvertArguments(JsonOptions):
 def run(arguments: Sequence[str]) -> int:
     """Convert, and print size and rate; returns the exit status."""
     options = parsed(ConvertArguments, "convert", arguments)
-    result, notes = converted(options)
-    if options.json:
-        say_json(
-            {
-                "target": result.where,
-                "nbytes": result.nbytes,
-                "kept_bytes": result.kept_bytes,
-                "seconds": round(result.seconds, 3),
-                "tensors": result.num_tensors,
-                "notes": notes,
-            }
-        )
-        return 0
-    for note in notes:
-        say(f"note: {note}")
-    if result.kept_bytes:
-        kept = spelled_bytes(result.kept_bytes)
-        say(f"note: an interrupted conversion had written {kept} of it already")
-    written = rate(result.nbytes, result.seconds)
-    say(f"{result.where}: {result.num_tensors} tensors, {written}")
-    return 0
-
-
-def converted(options: ConvertArguments) -> tuple[Converted, Sequence[str]]:
-    """Convert, with a progress bar on a terminal; returns the result and notes on it."""
     convert_options = options.convert_options()
     planned = plan(options.source, convert_options)
     try:
@@ -126,7 +101,26 @@ def converted(options: ConvertArguments) -> tuple[Converted, Sequence[str]]:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: run the same command again to continue\n")
         raise
-    return result, planned.notes
+    if options.json:
+        say_json(
+            {
+                "target": result.where,
+                "nbytes": result.nbytes,
+                "kept_bytes": result.kept_bytes,
+                "seconds": round(result.seconds, 3),
+                "tensors": result.num_tensors,
+                "notes": planned.notes,
+            }
+        )
+        return 0
+    for note in planned.notes:
+        say(f"note: {note}")
+    if result.kept_bytes:
+        kept = spelled_bytes(result.kept_bytes)
+        say(f"note: an interrupted conversion had written {kept} of it already")
+    written = rate(result.nbytes, result.seconds)
+    say(f"{result.where}: {result.num_tensors} tensors, {written}")
+    return 0
 
 
 def nbytes_of(text: str) -> int:

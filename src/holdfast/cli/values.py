@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 from holdfast.catalog.open_any import OpenCheckpoint
@@ -69,14 +68,12 @@ def _read_one(checkpoint: OpenCheckpoint, name: str, entry: ValueEntry) -> objec
     where = f"{source.url}/{entry.file}"
     try:
         if checkpoint.format == "torch":
-            key = source.key(entry.file)
-            fetch = partial(_fetch, checkpoint, key)
-            nbytes = source.store.size(key)
-            return container.read_member(fetch, nbytes, entry.path, where=where)
+            key, store = source.key(entry.file), source.store
+
+            def fetch(offset: int, nbytes: int) -> bytes:
+                return store.read(key, offset, offset + nbytes)
+
+            return container.read_member(fetch, store.size(key), entry.path, where=where)
         return container.read_value(read_value(source, name, entry), where=where)
     except FormatError as error:
         return error
-
-
-def _fetch(checkpoint: OpenCheckpoint, key: str, offset: int, nbytes: int) -> bytes:
-    return checkpoint.source.store.read(key, offset, offset + nbytes)
