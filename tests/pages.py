@@ -1,4 +1,4 @@
-"""Pages of the documents, followed from top to bottom as a reader would."""
+"""Runs the code blocks of a page from top to bottom, as a reader would."""
 
 from __future__ import annotations
 
@@ -11,8 +11,18 @@ from pathlib import Path
 
 from runs import ROOT
 
+FIRST = ("index", "install", "quickstart")
+GUIDE = {
+    path.stem: path
+    for path in [
+        *(ROOT / "docs" / f"{name}.md" for name in FIRST),
+        *sorted((ROOT / "docs" / "guide").glob("*.md")),
+    ]
+}
+"""Pages whose blocks a test runs from top to bottom, by name."""
+
 STEPS = 12
-"""Steps of a training run, where a page does not say how many."""
+"""Steps of a training run whose command on the page has no `--training.steps`."""
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
@@ -21,7 +31,7 @@ def blocks(text: str) -> list[tuple[str, str]]:
 
 
 def furnish(folder: Path, *, steps: int = STEPS, workers: int = 1) -> None:
-    """What a reader has who has cloned the project and made its `.venv`, with runs kept short."""
+    """Make a folder that looks like a clone with its `.venv`, whose training runs are short."""
     programs = folder / ".venv" / "bin"
     programs.mkdir(parents=True)
     shutil.copy(ROOT / "LICENSE", folder / "train.txt")
@@ -44,13 +54,14 @@ def furnish(folder: Path, *, steps: int = STEPS, workers: int = 1) -> None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """In which the commands of a page run."""
+    """Environment variables for the commands of a page."""
     path = f"{folder}/.venv/bin:{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "HOME": str(folder), "OMP_NUM_THREADS": "1"}
 
 
 def run_line(folder: Path, line: str) -> str:
-    """Run a line of shell; what it said. It ends with the status in its comment, or with 0."""
+    """Run a line of shell. Returns its output. A comment `# status N` says which exit status is
+    expected; 0 by default."""
     ran = subprocess.run(
         ["bash", "-c", line],
         cwd=folder,
@@ -66,8 +77,9 @@ def run_line(folder: Path, line: str) -> str:
 
 
 def follow(folder: Path, page: str) -> list[tuple[str, str]]:
-    """Do all that a page says, in its order: files whose name stands in the first line of a block
-    are written, Python is run, each line of shell is. Gives the lines, with what they said."""
+    """Run every block of a page in order. A block whose first line is `# NAME.py` or `# NAME.toml`
+    is written to that file, other Python blocks and each line of shell are run. Returns the lines
+    of shell with their outputs."""
     said = []
     for language, text in blocks(page):
         name = re.match(r"# (\w+\.(?:py|toml))\n", text)

@@ -8,12 +8,13 @@ import re
 import sysconfig
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from types import CodeType
 
 from holdfast.errors import HoldfastError, StorageError, UsageError
 
-logger = logging.getLogger("holdfast")
+logger: logging.Logger = logging.getLogger("holdfast")
 
 TEXT_MAX = 2000
 """Characters of an error's own message that are repeated: torch lists every missing key."""
@@ -82,12 +83,14 @@ def _raiser(frames: Sequence[tuple[CodeType, int]]) -> tuple[CodeType, int] | No
     theirs = [one for one in frames if not _is_library(one[0]) and not _is_ours(one[0])]
     if theirs:
         return theirs[-1]
-    asked = [
-        after
-        for before, after in pairwise(frames)
-        if _is_ours(before[0]) and not _is_ours(after[0]) and after[0].co_name in _METHODS
-    ]
-    return asked[-1] if asked else None
+    found, is_called = None, False
+    for code, line in frames:
+        if _is_ours(code):
+            is_called = True
+        elif is_called and code.co_name in _METHODS:
+            # Not always the function that we call: torch wraps `state_dict` in another one.
+            found, is_called = (code, line), False
+    return found
 
 
 def _asks_for_state(frames: Sequence[tuple[CodeType, int]]) -> bool:
@@ -108,8 +111,10 @@ def _spelled(error: Exception) -> str:
 
 def _place(code: CodeType, line: int) -> str:
     """File and line; the file as the user would name it from the current directory."""
-    file, here = code.co_filename, os.path.join(os.getcwd(), "")  # noqa: PTH109, PTH118
-    return f"{file.removeprefix(here)}, line {line}"
+    file = code.co_filename
+    with suppress(FileNotFoundError):  # The current directory may have been deleted.
+        file = file.removeprefix(os.path.join(os.getcwd(), ""))  # noqa: PTH109, PTH118
+    return f"{file}, line {line}"
 
 
 def _is_ours(code: CodeType) -> bool:

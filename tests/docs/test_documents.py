@@ -1,10 +1,8 @@
-"""What the documents say is so: their code runs, their links lead somewhere, their tests exist."""
+"""The code in the documents runs, their links and anchors exist, and so do the tests they name."""
 
 from __future__ import annotations
 
 import ast
-import dataclasses
-import json
 import os
 import re
 import shlex
@@ -15,7 +13,6 @@ import time
 import tomllib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -25,19 +22,22 @@ from safetensors.torch import load_file
 from checkpoints import save_step
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.trainer.arguments import read_config
-from holdfast.trainer.config import Config
 from hub_folders import hub_tensors, low_rank, save_adapter, save_folder
+from pages import GUIDE
+from runs import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-FOLLOWED = {ROOT / "README.md", *ROOT.glob("docs/guide/*.md")}
+EXAMPLES = ROOT / "examples" / "README.md"
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob(".github/*.md"), EXAMPLES]
+)
+FOLLOWED = {ROOT / "README.md", *GUIDE.values()}
 """Pages that `test_guide` follows from top to bottom."""
 
 SHORT = ("--training.seq_len", "16", "--training.global_batch_size", "4")
 
 
 def blocks(language: str, *, but: Collection[Path] = ()) -> list[tuple[str, str]]:
-    """Every code block of that language, with the document and number that name it."""
+    """Every code block of a language, as (`document#number`, text)."""
     found = []
     for document in (d for d in DOCUMENTS if d not in but):
         texts = re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), re.M | re.S)
@@ -46,22 +46,22 @@ def blocks(language: str, *, but: Collection[Path] = ()) -> list[tuple[str, str]
 
 
 def commands() -> list[str]:
-    """Every line of every shell block, without its comment."""
+    """Every line of every shell block, without comments."""
     lines = [line for _, text in blocks("sh", but=FOLLOWED) for line in text.splitlines()]
     return list(dict.fromkeys(shlex.join(shlex.split(line, comments=True)) for line in lines))
 
 
 @pytest.mark.parametrize(("name", "text"), blocks("python", but=FOLLOWED - {ROOT / "README.md"}))
 def test_python_blocks_run(name: str, text: str, tmp_path: Path) -> None:
-    """Each as a script of its own, in an empty folder; one with a manager is run again, and finds
-    what the first run left."""
+    """Method: each block is a script in an empty folder. A block with a manager runs twice, so that
+    the second run resumes."""
     for _ in range(1 + ("CheckpointManager" in text)):
         subprocess.run([sys.executable, "-W", "error", "-c", text], cwd=tmp_path, check=True)
 
 
 @pytest.mark.parametrize(("name", "text"), blocks("toml"))
 def test_toml_blocks_are_configurations(name: str, text: str, tmp_path: Path) -> None:
-    """Every key is known, every value is taken."""
+    """Method: read each block as a run does; every value arrives in the configuration."""
     (tmp_path / "given.toml").write_text(text)
     config = read_config(["--job.config_file", str(tmp_path / "given.toml")])
     for section, keys in tomllib.loads(text).items():
@@ -71,8 +71,9 @@ def test_toml_blocks_are_configurations(name: str, text: str, tmp_path: Path) ->
 
 
 def test_every_command_is_one_that_is_run_here() -> None:
-    """`./run_tests.sh` is what runs this; the others are run below."""
-    ours = {c for c in commands() if not c.startswith("./run_tests.sh")}
+    """Left out: `./run_tests.sh`, which runs this, and the release (`test_project_files`)."""
+    left_out = ("./run_tests.sh", "scripts/release.sh")
+    ours = {command for command in commands() if not command.startswith(left_out)}
     run_here = (*TRAINING, *LOOKING, *SERVING, *GUIDES, *CONVERTING)
     assert ours == {shlex.join(shlex.split(command)) for command in run_here}
 
@@ -112,7 +113,8 @@ LOOKING = (
 
 
 def test_the_commands_that_look_after_checkpoints(tmp_path: Path) -> None:
-    """Each ends well on two whole steps, and names the step that a resume takes where it should."""
+    """Method: each succeeds on two good checkpoints; `list` and `doctor` name the one that a resume
+    takes."""
     for step in (10, 20):
         save_step(tmp_path / "outputs/checkpoint", step)
     for command in LOOKING:
@@ -132,7 +134,7 @@ SERVING = (
 
 @pytest.mark.parametrize("command", SERVING)
 def test_the_commands_that_serve(tmp_path: Path, command: str) -> None:
-    """Each as it stands, on a port that is free, until it is told to end."""
+    """Method: each command on a free port, until SIGTERM."""
     save_step(tmp_path / "outputs/checkpoint", 10)
     serve = f"{shlex.quote(sys.executable)} -m holdfast.cli serve --port 0"
     script = command.replace("holdfast serve", serve)
@@ -152,7 +154,7 @@ def test_the_commands_that_serve(tmp_path: Path, command: str) -> None:
 
 
 def test_the_page_on_serving_names_the_metrics_that_are_served() -> None:
-    """Method: the table, and every name in the example rule, against the source."""
+    """Method: the names in the table and in the example rule against those in the source."""
     page = (ROOT / "docs/serve.md").read_text()
     source = (ROOT / "src/holdfast/dashboard/digest.py").read_text()
     rows = re.findall(r"^\| (`holdfast_.*)$", page, re.M)
@@ -181,7 +183,7 @@ GUIDES = (
 
 
 def test_the_commands_of_the_guides(tmp_path: Path) -> None:
-    """One after the other, in a repository of an empty home."""
+    """Method: one after the other, in a repository below an empty home."""
     (tmp_path / ".git").mkdir()
     for command in GUIDES:
         words = [sys.executable, "-m", "holdfast.cli", *shlex.split(command)[1:]]
@@ -209,7 +211,7 @@ CONVERTING = (
 
 
 def test_the_commands_that_convert(tmp_path: Path) -> None:
-    """One after the other, on a small Llama; what comes back from each way is what went in."""
+    """Method: one after the other, on a small Llama; each round trip gives the same tensors."""
     config = config_of("llama3", MODELS["llama3"]["debugmodel"], 300)
     tensors = hub_tensors(config)
     save_folder(tmp_path / "path/to/hf", config, tensors, num_files=2)
@@ -231,7 +233,7 @@ def test_the_commands_that_convert(tmp_path: Path) -> None:
 
 
 def test_a_run_that_saves_nothing(tmp_path: Path) -> None:
-    """The command of the configuration page as it stands, and shorter."""
+    """Method: the command of the configuration page, with a short run."""
     words = [str(ROOT / "run_train.sh"), *shlex.split(TRAINING[0])[1:], *SHORT]
     ran = subprocess.run(
         [*words, "--training.steps", "2"],
@@ -253,31 +255,11 @@ def test_the_page_of_the_terminal_has_every_command() -> None:
     assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == set(COMMANDS)
 
 
-def test_every_key_is_in_the_configuration_page_with_its_default() -> None:
-    """Method: the rows of each section's table against the fields of its dataclass."""
-    page = (ROOT / "docs/configuration.md").read_text()
-    for section, kind in get_type_hints(Config).items():
-        table = page.split(f"## `[{section}]`")[1].split("\n## ")[0]
-        rows = {
-            key: default
-            for keys, default in re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (.*?) \|", table, re.M)
-            for key in re.findall(r"\w+", keys)
-        }
-        assert rows == {key: written(value) for key, value in vars_of(kind()).items()}
-
-
-def vars_of(settings: Any) -> dict[str, Any]:
-    """The fields of a section, and what they are by default."""
-    return {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-
-
-def written(value: Any) -> str:
-    """A default as the page has it: as in TOML, but for what is not set."""
-    if value is None:
-        return "none"
-    if isinstance(value, float) and value == 0:
-        return "0"
-    return json.dumps(value)
+def test_the_configuration_page_is_what_the_classes_say() -> None:
+    """Method: the script that writes the tables compares the page with the fields' docstrings."""
+    script = [sys.executable, str(ROOT / "scripts/configuration_reference.py"), "--check"]
+    ran = subprocess.run(script, text=True, capture_output=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_exit_statuses_are_those_of_the_errors() -> None:
@@ -291,7 +273,7 @@ def test_exit_statuses_are_those_of_the_errors() -> None:
 
 
 def test_guarantees_name_tests_that_exist() -> None:
-    """And tests that name a guarantee name one that is promised."""
+    """Method: each test in the list exists and names the guarantee; tests name known guarantees."""
     text = (ROOT / "docs/guarantees.md").read_text()
     promised = re.findall(r"^### (G\d+) ", text, re.M)
     for section in re.split(r"^### ", text, flags=re.M)[1:]:
@@ -308,7 +290,25 @@ def test_guarantees_name_tests_that_exist() -> None:
             assert set(line.split(", ")) <= set(promised), f"{path}: {line}"
 
 
+def anchors(page: Path) -> set[str]:
+    """Anchors of the headings of a page, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in headings}
+
+
 def test_links_lead_somewhere() -> None:
+    """Method: the file of each link exists, and has a heading for its anchor."""
     for document in DOCUMENTS:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document}: {target}"
+        links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", document.read_text())
+        for target, anchor in links:
+            page = document.parent / target if target else document
+            assert page.exists(), f"{document}: {target}"
+            if anchor and "--8<--" not in page.read_text():
+                assert anchor in anchors(page), f"{document}: {target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", [d for d in DOCUMENTS if "decisions" not in d.parts], ids=str)
+def test_documents_name_no_machine_and_no_registry(page: Path) -> None:
+    """Method: a pattern over the text."""
+    found = re.findall(r"/(?:home|work|root|Users)/\w+|\bpypi-\w+|simple/", page.read_text())
+    assert not found

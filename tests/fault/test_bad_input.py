@@ -71,6 +71,14 @@ def test_a_url_where_a_folder_belongs(key: str, tmp_path: Path) -> None:
     assert not [*tmp_path.rglob("s3:*")]
 
 
+@pytest.mark.parametrize("key", ["job.dump_folder", "checkpoint.folder"])
+def test_a_home_that_no_shell_has_spelled_out(key: str, tmp_path: Path) -> None:
+    """G8. Method: `~` in either setting; no folder of that name is made."""
+    said = refused(tmp_path, f"--{key}", "~/run", status=2)
+    assert "starts with `~`" in said
+    assert not [*tmp_path.rglob("~")]
+
+
 def test_a_step_that_does_not_exist(run_folder: Path) -> None:
     said = refused(run_folder, "--checkpoint.load_step", "3", status=4)
     assert "step-3` does not exist" in said
@@ -155,6 +163,7 @@ def test_a_damaged_step_is_passed_over_and_an_explicit_one_is_not(run_folder: Pa
         file.write(bytes([byte ^ 0x10]))
     said = refused(run_folder, "--checkpoint.load_step", "4", "--training.steps", "6", status=7)
     assert "__0_0.distcp`: block" in said
+    assert f"hint: `holdfast verify {data.parent}` lists what is damaged; `load_step = -1`" in said
     passed = train(*FOUR, "--training.steps", "6", cwd=run_folder)
     assert passed.returncode == 0, passed.stdout
     assert "passed over step 4: " in passed.stdout
@@ -194,7 +203,7 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
     folder = ("--checkpoint.folder", str(small_disk / "checkpoint"))
     said = refused(tmp_path, *folder, ranks=2, status=9)
     assert re.search(r"step-4` needs [\d.]+ MB, [\d.]+ MB are free", said)
-    assert "hint: free some space" in said
+    assert "hint: free some space (df -h), or use another disk, or lower `checkpoint.keep" in said
     left = {path.name for path in (small_disk / "checkpoint").iterdir()}
     assert left == {".lock", "step-2"}
     holdfast.open(small_disk / "checkpoint/step-2").read("output.weight")

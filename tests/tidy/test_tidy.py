@@ -75,6 +75,24 @@ def test_what_is_public_says_what_the_caller_gets(path: Path) -> None:
     assert not missing, f"without docstring: {missing}"
 
 
+UNCONFIGURED = [
+    path
+    for path in SOURCES
+    if path.relative_to(SOURCE).parts[0] not in ("manager", "trainer", "testing")
+]
+"""Modules that are used without a configuration."""
+
+KEY = re.compile(r"`checkpoint\.[a-z]|--checkpoint\.|`load_step|exclude_from_loading")
+
+
+@pytest.mark.parametrize("path", UNCONFIGURED, ids=_id)
+def test_keys_of_a_configuration_are_named_where_there_is_one(path: Path) -> None:
+    """G8: `holdfast.load` and the command line have no such keys. Method: every line of a module
+    that is neither the manager's nor the trainer's."""
+    lines = path.read_text().splitlines()
+    assert not [line for line in lines if KEY.search(line)]
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=_id)
 def test_nothing_unfinished_and_no_place_of_one_machine_is_left_in_the_code(path: Path) -> None:
     """Method: a pattern over the lines of the file."""

@@ -39,7 +39,7 @@ from holdfast.format.names import (
     steps_among,
 )
 from holdfast.storage.opening import is_url
-from holdfast.storage.store import ReadStore, Store
+from holdfast.storage.store import Check, ReadStore, Store
 
 _LARGE_BYTES = 1 << 20
 """A larger index is looked at before memory is taken for all of it."""
@@ -69,6 +69,9 @@ class Catalog:
         self._begun: dict[str, _Begun] = {}
         """Attempts that this catalog has begun, each with what it holds until they are over."""
 
+        self.check_lock: Check = lambda: None
+        """Called before anything changes: raises an error where the run has lost its folder."""
+
     def steps(self) -> list[int]:
         """Published steps, oldest first. A folder with any other name is not looked at."""
         return list(self.folders())
@@ -92,7 +95,7 @@ class Catalog:
             there = ", ".join(map(str, folders)) or "none"
             raise NotFoundError(
                 f"`{self.where(step_name(step))}` does not exist",
-                hint=f"steps there: {there}; `load_step = -1` takes the newest good one",
+                hint=f"steps there: {there}",
             )
         return self.open(folders[step])
 
@@ -129,6 +132,7 @@ class Catalog:
         Raises:
             ExistsError: it may not be replaced, or another process is replacing or removing it.
         """
+        self.check_lock()
         for _ in range(_TRIES):
             attempt = Aside("attempt", name, os.urandom(4).hex())
             self.store.make_folder(str(attempt))
@@ -176,6 +180,7 @@ class Catalog:
         Raises:
             ExistsError: something else has taken the name meanwhile.
         """
+        self.check_lock()
         self.store.sync(str(attempt))
         there = self.store.list()
         begun = self._begun.get(str(attempt))
@@ -197,9 +202,7 @@ class Catalog:
             if stale and (stale.role, stale.name) == ("replaced", attempt.name):
                 # A sweep that is at it already has done so.
                 with suppress(NotFoundError):
-                    removing = replace(stale, role="removing")
-                    self.store.rename(str(stale), str(removing))
-                    self.store.remove(str(removing))
+                    self._delete_aside(stale)
         self._forget_damage(attempt.name, there)
         # The attempt's own name must be durable before the old checkpoint gives up its name.
         self.store.sync("")
@@ -213,14 +216,26 @@ class Catalog:
         try:
             self.store.rename(attempt.name, str(replaced))
             self.store.rename(str(attempt), attempt.name)
+        except ExistsError as error:
+            # Another save was faster: what both were to replace is not needed any more.
+            with suppress(HoldfastError):
+                self._delete_aside(replaced)
+            raise self._kept(attempt.name, "another save has just taken its place") from error
         except HoldfastError:
-            # If this cannot be done either, readers look there, and the next sweep does it.
+            # If this cannot be done either, readers look there, and the next clean-up does it.
             with suppress(HoldfastError):
                 self.store.rename(str(replaced), attempt.name)
             raise
         # While it is held: a sweep must not give the name back once the next save needs it.
         with suppress(HoldfastError):
             self.store.rename(str(replaced), str(replace(replaced, role="removing")))
+
+    def _delete_aside(self, replaced: Aside) -> None:
+        """Delete a checkpoint that stands aside: from its first file on a clean-up must not give it
+        back its name."""
+        removing = replace(replaced, role="removing")
+        self.store.rename(str(replaced), str(removing))
+        self.store.remove(str(removing))
 
     def _forget_damage(self, name: str, there: Collection[str]) -> None:
         """Remove the mark of the old checkpoint, which is not known of the new one, not even after
@@ -256,6 +271,7 @@ class Catalog:
         Raises:
             ExistsError: another process is replacing or removing it, or it is not one checkpoint.
         """
+        self.check_lock()
         aside = Aside("removing", name, os.urandom(4).hex())
         with self.store.hold(name) as held:
             if held is False:
@@ -301,7 +317,7 @@ def check_whole(store: ReadStore, name: str, manifest: Manifest) -> None:
     if problems:
         raise DamagedError(
             f"`{place(store, name)}` is damaged:\n  " + "\n  ".join(map(str, problems)),
-            hint="leave out `load_step` to resume from the newest good step",
+            hint=verify_hint(place(store, name)),
         )
 
 
@@ -325,7 +341,7 @@ def read_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
             # It would load as a stock checkpoint does, its data unchecked.
             raise DamagedError(
                 f"`{where}` was written by Holdfast, and its `{MANIFEST}` is missing",
-                hint="leave out `load_step` to resume from the newest good step",
+                hint=verify_hint(where),
             )
         return replace(manifest, files=_file_sizes(store, name, manifest, files))
     raise NotFoundError(
@@ -347,9 +363,14 @@ def read_checksums(store: ReadStore, name: str, manifest: Manifest, file: str) -
         raise DamagedError(
             f"`{place(store, name)}/{file}`: its table of checksums, from byte {table.offset} on, "
             f"has checksum {found:016x}, the manifest says {table.checksum:016x}",
-            hint="leave out `load_step` to resume from the newest good step",
+            hint=verify_hint(place(store, name)),
         )
     return unpack(packed)
+
+
+def verify_hint(where: str) -> str:
+    """Next step where the checkpoint at `where` is damaged."""
+    return f"`holdfast verify {where}` lists what is damaged"
 
 
 def steps_in(store: ReadStore, name: str) -> list[str]:

@@ -158,8 +158,8 @@ def usable(manifest: Manifest, findings: Sequence[Finding]) -> str:
         files = ", ".join(sorted({finding.file for finding in refused}))
         said.append(f"a load refuses this checkpoint as long as {files} is not as it was written")
     elif "model" in whole:
-        leave = ",".join(sorted(where))
-        said.append(f"a model-only resume is possible: --checkpoint.exclude_from_loading {leave}")
+        leave = ", ".join(sorted(where))
+        said.append(f"a model-only resume is possible, without {leave}")
     return "; ".join(said)
 
 

@@ -11,7 +11,7 @@ from holdfast.catalog.findings import kind_of
 from holdfast.catalog.marks import damaged_steps, pinned_steps
 from holdfast.catalog.open_any import format_of, open_any
 from holdfast.catalog.resumable import misnumbered, why_not_resumable
-from holdfast.catalog.steady import read_steadily
+from holdfast.catalog.steady import is_deleted, read_steadily
 from holdfast.errors import HoldfastError, NotFoundError
 from holdfast.format.names import aside_of, step_standing_in
 from holdfast.format.timings import Stage
@@ -69,9 +69,17 @@ def survey(store: ReadStore, name: str, look_at: LookAt | None = None) -> list[C
     folders = [one.rstrip("/") for one in there]
     asides = [one for one in folders if aside_of(one) is not None and one not in listed]
     if not steps and not asides:
-        raise NotFoundError(f"`{place(store, name)}` holds no step", hint=_hint(store, name, there))
+        raise NotFoundError(
+            f"`{place(store, name)}` holds no step", hint=hint_without_steps(store, name, there)
+        )
     damaged, pinned = damaged_steps(store, name), pinned_steps(store, name)
-    rows = [_marked((look_at or row_of)(store, step), damaged, pinned) for step in steps]
+    found = [(step, (look_at or row_of)(store, step)) for step in steps]
+    rows = [
+        _marked(row, damaged, pinned)
+        for step, row in found
+        # Retention may have deleted it since it was listed.
+        if row.state != "damaged" or not is_deleted(store, step)
+    ]
     return rows + [CheckpointRow(one, None, "attempt") for one in asides]
 
 
@@ -84,7 +92,8 @@ def _marked(
     return replace(row, pinned=row.step in pinned)
 
 
-def _hint(store: ReadStore, name: str, there: Sequence[str]) -> str:
+def hint_without_steps(store: ReadStore, name: str, there: Sequence[str]) -> str:
+    """Next step where a folder was to hold steps, and holds none."""
     if _is_checkpoint(store, name):
         return f"it is a checkpoint itself: holdfast verify {place(store, name)}"
     folders = [one.rstrip("/") for one in there if one.endswith("/")]

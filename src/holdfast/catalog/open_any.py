@@ -12,11 +12,14 @@ from holdfast.catalog.hf_folder import HFFolder, open_hf_folder
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.pieces import check_whole_checkpoint, no_checkpoint
 from holdfast.catalog.source import Source
-from holdfast.errors import NotFoundError
+from holdfast.errors import NotFoundError, StorageError
 from holdfast.format import safetensors, torchfile
 from holdfast.format.manifest import Manifest
 from holdfast.format.names import MANIFEST, METADATA
 from holdfast.storage.store import ReadStore
+
+_FILES = {"torch": "written by torch.save", "safetensors": "of safetensors"}
+"""What a file of each format is, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,31 @@ def format_of(store: ReadStore, name: str) -> Format | None:
         file.endswith((safetensors.SUFFIX, f"{safetensors.SUFFIX}.index.json")) for file in files
     )
     return "safetensors" if safe else None
+
+
+def check_folder(store: ReadStore, name: str) -> None:
+    """Refuse a file where the folder of a checkpoint, or of checkpoints, is wanted. Says nothing of
+    a place where nothing is.
+
+    Raises:
+        NotFoundError: says what the file is, and what can be done with it.
+        UsageError: a file that is a piece of a checkpoint.
+    """
+    above, _, last = name.rpartition("/")
+    try:
+        if last not in store.list(above):
+            return
+        form = format_of(store, name)
+    except (NotFoundError, StorageError):
+        return
+    where = place(store, name)
+    if form is None:
+        raise no_checkpoint(store, name, hint="pass the folder of the checkpoint")
+    raise NotFoundError(
+        f"`{where}` is a file, {_FILES[form]}; a folder is wanted",
+        hint=f"`holdfast convert {where} FOLDER` makes a checkpoint of it; `holdfast show {where}` "
+        "lists what it holds",
+    )
 
 
 def is_folder(store: ReadStore, name: str) -> bool:

@@ -7,6 +7,7 @@ import os
 from holdfast.arguments import checked_path
 from holdfast.catalog.catalog import Catalog, standing
 from holdfast.errors import UsageError
+from holdfast.format.names import check_name
 from holdfast.storage.opening import folder_store, is_url, local_path, open_store, without_scheme
 from holdfast.storage.store import ReadStore
 
@@ -15,9 +16,11 @@ def open_root(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
     """The catalog that a checkpoint is to be saved in, and its name there.
 
     Raises:
-        UsageError: a URL, or a path without a name.
+        UsageError: a URL, a path without a name, or a name that no checkpoint may have.
     """
-    folder, name = _split(local_path(checked_path(path, "path")))
+    full = local_path(checked_path(path, "path"))
+    folder, name = _split(full)
+    check_name(name, full)
     return Catalog(folder_store(folder)), name
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from holdfast.errors import HoldfastError
+from holdfast.errors import HoldfastError, NotFoundError
 from holdfast.format.names import LOCK, MANIFEST, METADATA, aside_of, step_of
 from holdfast.format.safetensors import INDEX, SUFFIX
 from holdfast.storage.store import ReadStore
@@ -39,7 +39,9 @@ def why_not_replaceable(store: ReadStore, name: str, *, file: bool = False) -> s
     if file:
         if not _is_file(store, name):
             return "it is a folder, and a file was to take its place"
-        return None if _is_checkpoint_file(store, name) else "it is a file, and no checkpoint"
+        if _is_checkpoint_file(store, name):
+            return None
+        return _what_file(store, name) or "it is a file, and no checkpoint"
     why = why_not_removable(store, name)
     if why is not None:
         return why
@@ -57,7 +59,7 @@ def why_not_removable(store: ReadStore, name: str) -> str | None:
     one checkpoint, whole or damaged. What people have put into its folder goes with it, unless that
     is another checkpoint or a run."""
     if _is_file(store, name):
-        return "it is a file"
+        return _what_file(store, name) or "it is a file"
     names = store.list(name)
     if LOCK in names:
         return f"a run saves in it: it holds `{LOCK}`"
@@ -76,6 +78,17 @@ def why_not_removable(store: ReadStore, name: str) -> str | None:
 def _is_file(store: ReadStore, name: str) -> bool:
     above, _, last = name.rpartition("/")
     return last in store.list(above)
+
+
+def _what_file(store: ReadStore, name: str) -> str | None:
+    """Why a file is none that could be read; None where it is a plain one."""
+    try:
+        store.size(name)
+    except NotFoundError:
+        return "it is a link that leads nowhere"
+    except HoldfastError:
+        return "it is no plain file"
+    return None
 
 
 def _is_checkpoint_file(store: ReadStore, name: str) -> bool:

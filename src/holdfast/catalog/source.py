@@ -6,8 +6,9 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from holdfast.catalog.catalog import place, read_checksums
-from holdfast.errors import DamagedError
+from holdfast.catalog.catalog import place, read_checksums, verify_hint
+from holdfast.catalog.steady import is_deleted
+from holdfast.errors import DamagedError, HoldfastError, NotFoundError
 from holdfast.format.checksum import BLOCK_BYTES_MAX, block_checksums, checksum, num_blocks
 from holdfast.format.manifest import Chunk, Manifest, Span, ValueEntry
 from holdfast.storage.store import Reader, ReadStore
@@ -21,8 +22,6 @@ ROOM_BYTES = WINDOW_BYTES + 2 * BLOCK_BYTES_MAX
 
 CHECKED_BYTES = BLOCK_BYTES_MAX
 """Read at once, of what is checked: whole blocks, few enough to be in cache from the read."""
-
-HINT = "leave out `load_step` to resume from the newest good step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +38,11 @@ class Source:
     def url(self) -> str:
         return place(self.store, self.folder)
 
+    @property
+    def hint(self) -> str:
+        """Next step where this checkpoint is damaged."""
+        return verify_hint(self.url)
+
     def key(self, file: str) -> str:
         return f"{self.folder}/{file}"
 
@@ -48,23 +52,38 @@ class Source:
             return None
         if chunk.file not in self.tables:
             # Two threads may both read it: that costs less than making one wait.
-            self.tables[chunk.file] = read_checksums(
-                self.store, self.folder, self.manifest, chunk.file
-            )
+            try:
+                self.tables[chunk.file] = read_checksums(
+                    self.store, self.folder, self.manifest, chunk.file
+                )
+            except NotFoundError as error:
+                raise lacks(self, chunk.file) from error
         stop = chunk.first_block + num_blocks(nbytes, self.manifest.block_bytes)
         return self.tables[chunk.file][chunk.first_block : stop]
 
 
+def lacks(source: Source, file: str) -> HoldfastError:
+    """The error on a file that is not there: damage, unless the whole checkpoint is gone."""
+    if is_deleted(source.store, source.folder):
+        return NotFoundError(f"`{source.url}` has been deleted meanwhile")
+    return DamagedError(f"`{source.url}/{file}` is missing", hint=source.hint)
+
+
 def read_value(source: Source, name: str, entry: ValueEntry) -> bytes:
     """The container of a value, checked where the checkpoint has a checksum of it."""
-    data = source.store.read(source.key(entry.file), entry.item.offset, entry.item.stop)
+    try:
+        data = source.store.read(source.key(entry.file), entry.item.offset, entry.item.stop)
+    except NotFoundError as error:
+        raise lacks(source, entry.file) from error
     if len(data) != entry.item.nbytes:
-        raise DamagedError(f"`{source.url}/{entry.file}` ends inside value `{name}`", hint=HINT)
+        raise DamagedError(
+            f"`{source.url}/{entry.file}` ends inside value `{name}`", hint=source.hint
+        )
     if entry.checksum is not None and checksum(data) != entry.checksum:
         raise DamagedError(
             f"`{source.url}/{entry.file}`: value `{name}` has checksum {checksum(data):016x}, "
             f"the manifest says {entry.checksum:016x}",
-            hint=HINT,
+            hint=source.hint,
         )
     return data
 
@@ -89,7 +108,7 @@ class ChunkData:
         self._checksums, self._reader, self._room = checksums, reader, room
         self._held = (0, 0)
         self._crc32: tuple[int, int] | None = None
-        self.num_read = 0
+        self.num_read: int = 0
         """Bytes read so far."""
 
     def with_crc32(self, expected: int) -> ChunkData:
@@ -137,7 +156,7 @@ class ChunkData:
             raise DamagedError(
                 f"`{self._source.url}/{self._file}`: `{self.name}` has CRC-32 "
                 f"{self._crc32[0]:08x}, its container says {self._crc32[1]:08x}",
-                hint=HINT,
+                hint=self._source.hint,
             )
 
     def _fill(self, start: int, target: memoryview) -> None:
@@ -166,12 +185,12 @@ def check(
     raise DamagedError(
         f"`{source.url}/{file}`: block {first + n} of `{name}` has checksum {found[n]:016x}, "
         f"the manifest says {expected[n]:016x}",
-        hint=HINT,
+        hint=source.hint,
     )
 
 
 def ends_inside(source: Source, file: str, name: str, position: int) -> DamagedError:
     """What is said of a file that is too short."""
     return DamagedError(
-        f"`{source.url}/{file}` ends inside `{name}`, at byte {position}", hint=HINT
+        f"`{source.url}/{file}` ends inside `{name}`, at byte {position}", hint=source.hint
     )

@@ -44,6 +44,15 @@ def fingerprint(store: ReadStore, name: str) -> object:
         return type(error)
 
 
+def is_deleted(store: ReadStore, name: str) -> bool:
+    """Whether nothing has the name of checkpoint `name` any longer, as after retention."""
+    above, _, last = name.rpartition("/")
+    try:
+        return not {last, f"{last}/"} & {*store.list(above)}
+    except HoldfastError:
+        return False
+
+
 def read_steadily(store: ReadStore, name: str, read: Callable[[], T]) -> T:
     """What `read` makes of the checkpoint `name`. Called again where it fails on a checkpoint that
     was replaced in the meantime."""

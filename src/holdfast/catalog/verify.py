@@ -19,6 +19,7 @@ from holdfast.catalog.contents import (
     run,
 )
 from holdfast.catalog.findings import Finding, Format, VerifyReport, kind_of, usable
+from holdfast.catalog.hf_folder import ADAPTER, ADAPTER_CONFIG, CONFIG, read_config
 from holdfast.catalog.open_any import format_of, is_folder
 from holdfast.catalog.pieces import no_checkpoint
 from holdfast.catalog.resumable import misnumbered, why_not_resumable
@@ -224,6 +225,12 @@ def _verify_safetensors(target: VerifyTarget) -> VerifyReport:
             findings.append(Finding("file", file, "is missing"))
         except HoldfastError as error:
             findings.append(Finding("file", file or target.name, error.what))
+    for file in (CONFIG, ADAPTER_CONFIG) if names != [""] else ():
+        if file in names and (file == CONFIG or files == [ADAPTER]):
+            try:
+                read_config(target.store, target.name, file)
+            except HoldfastError as error:
+                findings.append(Finding("file", file, error.what))
     whole = Manifest({n: e for p in parts.values() for n, e in p.tensors.items()}, {})
     if not findings:
         try:

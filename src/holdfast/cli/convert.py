@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
-from holdfast.cli.terminal import JsonOptions, parsed, progress, say, say_json
+from holdfast.cli.terminal import JsonOptions, parsed, progress, say, say_error, say_json
 from holdfast.convert.convert import convert
 from holdfast.convert.form import Form, form_of
 from holdfast.convert.plan import ConvertOptions, Float, plan
@@ -99,7 +98,7 @@ def run(arguments: Sequence[str]) -> int:
         with progress(options.target, planned.nbytes) as advance:
             result = convert(planned, options.target, convert_options, advance)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted: run the same command again to continue\n")
+        say_error("interrupted: run the same command again to continue")
         raise
     if options.json:
         say_json(

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from holdfast.catalog.catalog import place, read_manifest, steps_in
 from holdfast.catalog.cleanup import is_at_work, plan_cleanup
 from holdfast.catalog.findings import MODEL_IS_WHOLE, VerifyReport, said_of
+from holdfast.catalog.listing import hint_without_steps
 from holdfast.catalog.marks import damaged_steps
+from holdfast.catalog.open_any import check_folder
 from holdfast.catalog.paths import open_for_reading
 from holdfast.cli.terminal import JsonOptions, parsed, say, say_json, spelled_resume
 from holdfast.cli.verify import resumable, verified
@@ -130,14 +132,15 @@ def _advice_without_command(trouble: Trouble) -> str:
 
 def _examined(path: str, *, quick: bool) -> ExaminedFolder:
     store, name = open_for_reading(path)
+    check_folder(store, name)
     names, checkpoints = store.list(name), steps_in(store, name)
     leftovers = [listed for listed in names if aside_of(listed.rstrip("/")) is not None]
     if not checkpoints and not leftovers and LOCK not in names:
         raise NotFoundError(
             f"`{place(store, name)}` is not a folder of checkpoints",
-            hint="it is a checkpoint itself: holdfast verify" if _is_checkpoint(names) else None,
+            hint=hint_without_steps(store, name, names),
         )
-    reports = [verified(store, checkpoint, quick) for checkpoint in checkpoints]
+    reports = [*verified(store, checkpoints, quick).values()]
     return ExaminedFolder(
         store=store,
         name=name,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from holdfast.catalog.catalog import place
 from holdfast.catalog.findings import VerifyReport, said_of
 from holdfast.catalog.listing import CheckpointRow, resumable, survey
+from holdfast.catalog.open_any import check_folder
 from holdfast.catalog.paths import open_for_reading
 from holdfast.cli.terminal import JsonOptions, parsed, say, say_json, say_table
 from holdfast.dashboard.history import commit_time
@@ -42,16 +43,21 @@ def run(arguments: Sequence[str]) -> int:
     """Print the list; returns the exit status."""
     options = parsed(ListArguments, "list", arguments)
     store, name = open_for_reading(options.folder)
+    check_folder(store, name)
     rows = survey(store, name)
     num_damaged = 0
     if options.verify:
         # Not at the top: a list that reads no data need not load the verifier.
         from holdfast.cli.verify import verified
 
-        names = [row.name for row in rows if row.state != "attempt"]
-        reports = {one: verified(store, f"{name}/{one}", quick=False) for one in names}
+        paths = [f"{name}/{row.name}" for row in rows if row.state != "attempt"]
+        reports = verified(store, paths, quick=False)
         num_damaged = sum(not report.good for report in reports.values())
-        rows = [_verified(row, reports.get(row.name)) for row in rows]
+        rows = [
+            _verified(row, reports.get(f"{name}/{row.name}"))
+            for row in rows
+            if row.state == "attempt" or f"{name}/{row.name}" in reports
+        ]
     resume = resumable(rows)
     if options.json:
         checkpoints = [asdict(row) for row in rows]

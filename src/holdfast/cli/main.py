@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from holdfast.arguments import not_installed
-from holdfast.cli.terminal import command_in
+from holdfast.cli.terminal import command_in, prepare_streams, say_error, unwritten
 from holdfast.errors import HoldfastError
 
 COMMANDS = {
@@ -38,9 +38,24 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line, by default that of this process; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if hasattr(signal, "SIGPIPE") and arguments is None:
-        # A reader that closes the pipe early, such as `head`, is no error.
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if arguments is None:
+        prepare_streams()
+        if hasattr(signal, "SIGPIPE"):
+            # A reader that closes the pipe early, such as `head`, is no error.
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        try:
+            status = _status(given)
+        finally:
+            # Python flushes as it exits, and prints a traceback where that fails.
+            sys.stdout.flush()
+    except OSError as error:
+        return _failed(given, unwritten(error))
+    return status
+
+
+def _status(given: list[str]) -> int:
+    """Run a command, and print its error; returns the exit status."""
     try:
         return _run(given)
     except HoldfastError as error:
@@ -56,8 +71,8 @@ def _failed(given: Sequence[str], error: HoldfastError) -> int:
     if "--debug" in given:
         import traceback  # Not at the top: a command that succeeds never needs it.
 
-        traceback.print_exc()
-    sys.stderr.write(f"error: {error}\n")
+        say_error(traceback.format_exc().rstrip())
+    say_error(f"error: {error}")
     return error.exit_status
 
 

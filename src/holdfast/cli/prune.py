@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from holdfast.catalog.catalog import Catalog, read_manifest
 from holdfast.catalog.cleanup import execute, is_at_work, plan_cleanup
-from holdfast.catalog.open_any import format_of
+from holdfast.catalog.listing import hint_without_steps
+from holdfast.catalog.open_any import check_folder, format_of
+from holdfast.catalog.paths import place_of
 from holdfast.catalog.replaceable import why_not_removable
 from holdfast.catalog.resumable import misnumbered
 from holdfast.cli.terminal import JsonOptions, parsed, say, say_json, say_table
@@ -96,10 +98,15 @@ def run(arguments: Sequence[str]) -> int:
     options = parsed(PruneArguments, "prune", arguments)
     if is_url(options.folder):
         raise UsageError(f"`{options.folder}` is a URL: use the tool of that store")
+    store, name = place_of(options.folder)
+    check_folder(store, name)
     catalog = Catalog(folder_store(options.folder))
-    names = [name.rstrip("/") for name in catalog.store.list()]
-    if not catalog.folders() and not any(map(aside_of, names)):
-        raise NotFoundError(f"`{catalog.store.url}` holds no checkpoint of a run")
+    listed = catalog.store.list()
+    if not catalog.folders() and not any(aside_of(entry.rstrip("/")) for entry in listed):
+        raise NotFoundError(
+            f"`{catalog.store.url}` holds no checkpoint of a run",
+            hint=hint_without_steps(store, name, listed),
+        )
     if options.dry_run:
         _say(decide(catalog, options), options)
         return 0

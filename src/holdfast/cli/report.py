@@ -8,13 +8,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from holdfast.catalog.open_any import check_folder
+from holdfast.catalog.paths import open_for_reading
 from holdfast.cli.terminal import Options, parsed, say
 from holdfast.dashboard.history import history_of
-from holdfast.dashboard.page import page
-from holdfast.errors import StorageError
+from holdfast.dashboard.page import GENERATOR, page
+from holdfast.errors import ExistsError, StorageError
+from holdfast.storage.opening import local_path
 
 if TYPE_CHECKING:
     import tyro
+
+
+HEAD_BYTES = 4096
+"""Bytes at the start of a file in which a report names its generator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +37,35 @@ class ReportArguments(Options):
     """Path or URL of a folder of checkpoints."""
 
     out: str = "report.html"
-    """File to write. An existing one is replaced."""
+    """File to write. An earlier report is replaced; any other file is refused."""
+
+
+def check_replaceable(target: Path) -> None:
+    """Check that the file to write does not exist, or is an earlier report.
+
+    Raises:
+        ExistsError: another file has the name.
+    """
+    try:
+        with target.open("rb") as file:
+            is_report = GENERATOR.encode() in file.read(HEAD_BYTES)
+    except OSError:
+        return  # No file has the name; or it cannot be replaced, and the write raises.
+    if not is_report:
+        raise ExistsError(
+            f"`{target}` exists, and is not a page of `holdfast report`",
+            hint="choose another file for `--out`, or move it away",
+        )
 
 
 def run(arguments: Sequence[str]) -> int:
     """Write the page, and print its path; returns the exit status."""
     options = parsed(ReportArguments, "report", arguments)
-    text = page(history_of(options.folder), datetime.now(UTC))
+    local_path(options.out)
     target = Path(options.out)
+    check_replaceable(target)
+    check_folder(*open_for_reading(options.folder))
+    text = page(history_of(options.folder), datetime.now(UTC))
     part = target.with_name(f".{target.name}.part")
     try:
         part.write_bytes(text.encode(errors="replace"))

@@ -13,7 +13,9 @@ from typing import Annotated
 
 import tyro
 
-from holdfast.cli.terminal import Options, parsed, say
+from holdfast.catalog.open_any import check_folder
+from holdfast.catalog.paths import place_of
+from holdfast.cli.terminal import Options, parsed, say, say_error
 from holdfast.errors import ExistsError, StorageError, UsageError
 from holdfast.skills.startup import refresh
 from holdfast.spelling import counted
@@ -61,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
             hint="pip install 'holdfast[serve]'",
         ) from error
     for line in refresh(os.environ):
-        sys.stderr.write(f"{line}\n")
+        say_error(line)
     listener = listen(options.host, options.port)
     names = ["localhost", options.host, socket.gethostname(), *options.allow_host]
     server = server_of(options.folders, names, options.max_age)
@@ -95,6 +97,7 @@ def check(options: ServeArguments) -> None:
                 f"`{folder}` is a URL: `holdfast serve` watches folders of this machine",
                 hint=f"holdfast report {folder}",
             )
+        check_folder(*place_of(folder))
     if not 0 <= options.port < 1 << 16:
         raise UsageError(f"`--port` must be 0 to 65535, found: {options.port}")
     if options.max_age is not None and not options.max_age > 0:

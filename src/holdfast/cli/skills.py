@@ -20,6 +20,7 @@ from holdfast.skills import sync
 from holdfast.skills.bundle import ENTRY, Skill, shipped
 from holdfast.skills.copies import Copies
 from holdfast.skills.targets import all_targets, target_of
+from holdfast.storage.opening import local_path
 
 Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
 
@@ -37,7 +38,7 @@ class CopiesOptions(Options):
     @property
     def copies(self) -> Copies:
         """Copies in the chosen folder."""
-        here, environment = Path.cwd(), os.environ
+        here, environment = Path(local_path(".")), os.environ
         target = target_of(self.to, project=self.project, environment=environment, here=here)
         return Copies(target.root, categories=target.categories)
 
@@ -177,7 +178,7 @@ def _sync(options: SkillsSync) -> None:
 
 
 def _update(options: SkillsUpdate) -> None:
-    targets = all_targets(os.environ, Path.cwd())
+    targets = all_targets(os.environ, Path(local_path(".")))
     folders = [Copies(target.root, categories=target.categories) for target in targets]
     synced_before = [copies for copies in folders if copies.state.is_dir()]
     if not synced_before:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
-from holdfast.errors import UsageError
+from holdfast.errors import StorageError, UsageError
 from holdfast.spelling import finite, spelled_age, spelled_bytes
 
 T = TypeVar("T")
@@ -125,6 +126,49 @@ def command_in(
     return command
 
 
+def prepare_streams() -> None:
+    """Make stdout and stderr accept any text. A character that the encoding lacks is written as an
+    escape; a stream that the shell has closed is replaced by the null device.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            # Also takes the free descriptor: the next file to be opened must not become stdout.
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
+            setattr(sys, name, stream)
+        stream.reconfigure(errors="backslashreplace")
+
+
+def unwritten(error: OSError) -> StorageError:
+    """Returns the error for output that could not be written. Discards the rest of the output:
+    Python would fail on it again as it exits.
+    """
+    if error.filename is not None or isinstance(error, FileNotFoundError):
+        return StorageError(f"{error}")
+    _discard(sys.stdout)
+    return StorageError(
+        f"cannot write the output: {error.strerror or error}",
+        hint="send it to a disk with free space (df -h), or to a terminal",
+    )
+
+
+def _discard(stream: TextIO) -> None:
+    """Send everything that a stream still writes to the null device."""
+    with suppress(OSError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def say_error(line: str) -> None:
+    """Print a line to stderr. Where stderr cannot be written, the exit status must suffice."""
+    try:
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+    except OSError:
+        _discard(sys.stderr)
+
+
 def say(line: str = "") -> None:
     """Print a line to stdout."""
     sys.stdout.write(f"{line}\n")
@@ -209,4 +253,4 @@ class _Lines:
         left = elapsed * (self._nbytes - self._done) / max(self._done, 1)
         done = f"{spelled_bytes(self._done)} of {spelled_bytes(self._nbytes)}"
         rate = f"{spelled_bytes(int(self._done / elapsed))}/s"
-        sys.stderr.write(f"{self._label}: {done}, {rate}, {spelled_age(left)} left\n")
+        say_error(f"{self._label}: {done}, {rate}, {spelled_age(left)} left")

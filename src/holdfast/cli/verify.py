@@ -13,8 +13,17 @@ from holdfast.catalog.marks import clear_damaged, damaged_steps, mark_damaged
 from holdfast.catalog.open_any import format_of, is_folder
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.pieces import note_on
+from holdfast.catalog.steady import is_deleted
 from holdfast.catalog.verify import VerifyTarget, failed, verify
-from holdfast.cli.terminal import JsonOptions, parsed, progress, say, say_json, spelled_resume
+from holdfast.cli.terminal import (
+    JsonOptions,
+    parsed,
+    progress,
+    say,
+    say_error,
+    say_json,
+    spelled_resume,
+)
 from holdfast.errors import DamagedError, HoldfastError, UsageError
 from holdfast.format.names import step_of, step_standing_in
 from holdfast.spelling import counted, spelled_bytes
@@ -56,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
     holds_many = format_of(store, name) is None and is_folder(store, name)
     checkpoints = steps_in(store, name) if holds_many else []
     if checkpoints:
-        reports = [verified(store, checkpoint, options.quick) for checkpoint in checkpoints]
+        reports = [*verified(store, checkpoints, options.quick).values()]
     else:
         with progress(name, stored_bytes(store, name)) as advance:
             report = verify(VerifyTarget(store, name, options.quick, advance))
@@ -93,14 +102,24 @@ def _raise_if_damaged(reports: Sequence[VerifyReport], *, in_folder: bool, marke
         raise DamagedError(f"`{damaged[0].where}` is damaged")
 
 
-def verified(store: ReadStore, name: str, quick: bool) -> VerifyReport:
-    """Verify one checkpoint, with progress on stderr. Errors become findings of the report."""
-    with progress(name, stored_bytes(store, name)) as advance:
-        target = VerifyTarget(store, name, quick, advance)
-        try:
-            return verify(target)
-        except HoldfastError as error:
-            return failed(target, error)
+def verified(store: ReadStore, names: Sequence[str], quick: bool) -> dict[str, VerifyReport]:
+    """Verify checkpoints, with progress on stderr. Errors become findings of the report.
+
+    Leaves out, with a note on stderr, checkpoints that another process deletes meanwhile.
+    """
+    reports = {}
+    for name in names:
+        with progress(name, stored_bytes(store, name)) as advance:
+            target = VerifyTarget(store, name, quick, advance)
+            try:
+                report = verify(target)
+            except HoldfastError as error:
+                report = failed(target, error)
+        if not report.good and is_deleted(store, name):
+            say_error(f"note: `{target.where}` was deleted meanwhile, and is left out")
+        else:
+            reports[name] = report
+    return reports
 
 
 def _mark(reports: Sequence[VerifyReport]) -> None:
@@ -115,7 +134,7 @@ def _mark(reports: Sequence[VerifyReport]) -> None:
             )
         if report.loads:
             clear_damaged(folder_store(folder), step)
-        else:
+        elif not is_deleted(folder_store(folder), name):
             mark_damaged(folder_store(folder), step, str(report.findings[0]))
 
 

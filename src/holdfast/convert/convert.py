@@ -13,6 +13,7 @@ from holdfast.convert.target import (
     ConvertTarget,
     HFFiles,
     Values,
+    check_number,
     facts_of,
     open_target,
     write_hf,
@@ -40,9 +41,15 @@ class Converted:
 
 
 def convert(planned: Planned, target: str, options: ConvertOptions, advance: Advance) -> Converted:
-    """As `convert_to`, to the place at the path `target`."""
+    """As `convert_to`, to the place at the path `target`.
+
+    Raises:
+        UsageError: the state of one step, to the folder of another; or no place to write to.
+    """
     # First, so that no folder is made for values that cannot be converted.
     values = values_of(planned, options)
+    if options.to == "dcp":
+        check_number(target, _kind(planned), planned.opened.manifest.step)
     sources = [planned.opened.path, *([] if planned.assets is None else [planned.assets])]
     place = open_target(
         target, overwrite=options.overwrite, sources=sources, file=options.to == "torch"
@@ -98,19 +105,23 @@ def _written(
         return write_hf(place, outputs, _beside(planned), shard_bytes, advance)
     if options.to == "torch":
         return write_torch_file(place, outputs, values, advance)
-    kind: Kind = "model"
-    if planned.whole:
-        kind = opened.manifest.kind or ("full" if opened.others else "model")
     components = opened.manifest.components
     facts = facts_of(
         place,
-        kind=kind,
+        kind=_kind(planned),
         step=opened.manifest.step,
         model=planned.config or opened.manifest.model,
         components=() if components is not None and options.model_only else components,
     )
     structure = _structure(planned, values)
     return write_step(place, outputs, values, facts, advance, structure=structure)
+
+
+def _kind(planned: Planned) -> Kind:
+    """Kind of the checkpoint that is written."""
+    if not planned.whole:
+        return "model"
+    return planned.opened.manifest.kind or ("full" if planned.opened.others else "model")
 
 
 def _structure(planned: Planned, values: Values) -> dict[Path, Node] | None:

@@ -120,7 +120,7 @@ def plan(source: str, options: ConvertOptions) -> Planned:
         outputs, whole = _as_it_is(opened, model, options), not options.model_only
     if options.model_only and not outputs:
         raise UsageError(
-            f"`{opened.where}` holds no model: {len(opened.others)} tensors of other parts",
+            f"`{opened.path}` holds no model: {len(opened.others)} tensors of other parts",
             hint="without `--model-only` they are converted; `holdfast show` says what they are",
         )
     return Planned(opened, outputs, config, whole, assets, tuple(notes))
@@ -144,12 +144,12 @@ def _relate(opened: ConvertSource, model: Tensors, config: Config, said_by: str)
     mapping = mapping_of(family, config)
     if opened.dialect != "hub":
         native = Renamed(model, renamed(model.held, "meta"))
-        notes = check_fit(native, mapping, "native", where=opened.where, said_by=said_by)
+        notes = check_fit(native, mapping, "native", where=opened.path, said_by=said_by)
         native = only(native, mapping.names("native"))
         return _Related(mapping, native, Mapped(native, mapping, "hub"), notes)
     fused = fused_experts(family, config, model.held)
     given = mapping_of(family, config, fused_experts=True) if fused else mapping
-    notes = check_fit(model, given, "hub", where=opened.where, said_by=said_by)
+    notes = check_fit(model, given, "hub", where=opened.path, said_by=said_by)
     mapped = Mapped(model, given, "native")
     hub = Mapped(mapped, mapping, "hub") if fused else _fixed(model, mapping)
     return _Related(mapping, mapped, hub, notes)
@@ -168,9 +168,9 @@ def _fixed(model: Tensors, mapping: TensorMapping) -> Tensors:
 def _to_hf(opened: ConvertSource, related: _Related | None, options: ConvertOptions) -> Outputs:
     if related is None:
         raise UsageError(
-            f"the tensors of `{opened.where}` have names of no model that is known"
+            f"the tensors of `{opened.path}` have names of no model that is known"
             if opened.dialect is None
-            else f"`{opened.where}` does not say how large its model is",
+            else f"`{opened.path}` does not say how large its model is",
             hint="`--hf-assets FOLDER` with its `config.json`, or `--model-name` and "
             "`--model-flavor`",
         )
@@ -218,7 +218,7 @@ def _adapter(
     base = f"--hf-assets {said.get('base_model_name_or_path') or 'FOLDER'}"
     if options.to == "hf":
         raise UsageError(
-            f"`{opened.where}` is an adapter of PEFT's, and `--to hf` writes a whole model",
+            f"`{opened.path}` is an adapter of PEFT's, and `--to hf` writes a whole model",
             hint="`--to dcp` or `--to torch`",
         )
     if config is None and options.names is not None:
@@ -233,7 +233,7 @@ def _adapter(
     config = of_language_model(config)
     table = mapping_of(family_of(config, where=opened.where), config)
     names = options.names or "meta"
-    mapping = adapter_mapping(model.held, table, names=names, where=opened.where)
+    mapping = adapter_mapping(model.held, table, names=names, where=opened.path)
     native = Mapped(model, mapping, "native")
     return {
         n: Output(native, n, dtype_for(native, n, options.dtype), (n,)) for n in native.held
@@ -244,7 +244,7 @@ def _as_it_is(opened: ConvertSource, model: Tensors, options: ConvertOptions) ->
     """Native tensors, nested as they are, renamed if that is wanted; and all others."""
     if options.names is not None and opened.dialect is None:
         raise UsageError(
-            f"`--names {options.names}`: the tensors of `{opened.where}` have names of no model "
+            f"`--names {options.names}`: the tensors of `{opened.path}` have names of no model "
             "that is known"
         )
     outputs: dict[str, Output] = {}

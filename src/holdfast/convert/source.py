@@ -16,7 +16,7 @@ from holdfast.catalog.steady import fingerprint
 from holdfast.errors import FormatError, NotFoundError, StorageError, UsageError
 from holdfast.format.manifest import Manifest
 from holdfast.hf.dialects import Dialect, dialect_of
-from holdfast.storage.opening import is_url
+from holdfast.storage.opening import is_url, local_path
 from holdfast.tensors.lazy import Renamed, Tensors
 from holdfast.tensors.quantized import Dequantized
 from holdfast.tensors.stored import StoredTensors
@@ -93,7 +93,7 @@ def fetched(path: str, *, assets_only: bool = False) -> str:
         NotFoundError: neither.
         StorageError: the hub cannot be reached.
     """
-    if is_url(path) or Path(path).exists():
+    if is_url(path) or Path(local_path(path)).exists():
         return path
     if not _HUB_NAME.fullmatch(path):
         raise NotFoundError(

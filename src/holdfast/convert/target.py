@@ -19,7 +19,7 @@ from holdfast.convert.stream import Advance, Output, Outputs, read_ahead
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format import torchfile
 from holdfast.format.manifest import Kind, Path
-from holdfast.format.names import Aside, aside_of, step_of
+from holdfast.format.names import Aside, aside_of, check_name, step_name, step_of
 from holdfast.format.safetensors import INDEX
 from holdfast.format.structure import Node
 from holdfast.hf.assets import beside_weights, config_bytes
@@ -86,6 +86,7 @@ def open_target(
     folder, _, name = full.rpartition("/")
     if not name:
         raise UsageError(f"`{path}` is no place for a checkpoint: it has no name")
+    check_name(name, full)
     return target_in(folder_store(folder or "/"), name, overwrite=overwrite, file=file)
 
 
@@ -343,6 +344,24 @@ def _plan(outputs: Outputs, values: Values) -> GlobalPlan:
     return GlobalPlan(placed, {name: (0, path) for name, (path, _) in values.items()}, aliases)
 
 
+def check_number(path: str, kind: Kind, step: int | None) -> None:
+    """Make sure that `path` does not give a full checkpoint of `step` the number of another step: a
+    resume would take it for that one. Weights alone may have any number.
+
+    Raises:
+        UsageError: names the folder that it may be converted to.
+    """
+    folder, _, name = local_path(path).rpartition("/")
+    if kind != "full" or step is None or step_of(name) in (None, step):
+        return
+    raise UsageError(
+        f"`{path}` is the folder of step {step_of(name)}, and the checkpoint holds step {step}: a "
+        "resume would take it for another step",
+        hint=f"convert it to `{folder}/{step_name(step)}`; or pass `--model-only` to "
+        "convert the weights alone, such as to a `step-0` to start from",
+    )
+
+
 def facts_of(
     target: ConvertTarget,
     *,
@@ -351,7 +370,8 @@ def facts_of(
     model: Mapping[str, Any],
     components: Collection[str] | None,
 ) -> Facts:
-    """What the manifest of a step says; the name of the target knows better which step it is."""
+    """What the manifest of a checkpoint says. The name of the target decides which step it is: see
+    `check_number` for a full checkpoint."""
     named = step_of(target.name)
     step = step if named is None else named
     layout = {"world_size": 1}

@@ -14,6 +14,9 @@ from holdfast.dashboard.history import History, MetricsRecord, commit_time, slow
 from holdfast.spelling import counted, spelled_age, spelled_bytes, spelled_layout
 from holdfast.timing import Times
 
+GENERATOR = '<meta name="generator" content="holdfast report">'
+"""Tag of every page. `holdfast report` replaces no file without it."""
+
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b1f24; --soft: #5d6773;
   --rule: #e2e6eb; --blue: #2563c9; --green: #177a45; --red: #c02b2b; --amber: #a86400 }
@@ -95,6 +98,7 @@ def framed(title: str, body: str, *, script: str = "") -> str:
         script = f'<script src="{script}" defer></script>'
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"{GENERATOR}"
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{title}</title><style>{STYLE}</style>{script}</head>"

@@ -178,6 +178,37 @@ def held_of(name: str) -> str | None:
     return folder if name == held_file(folder) else None
 
 
+def _is_taken(name: str) -> bool:
+    """Whether Holdfast gives this name to files or folders of its own."""
+    own = name in (LOCK, MANIFEST, METADATA) or name.startswith(_HELD)
+    return own or aside_of(name) is not None or mark_of(name) is not None
+
+
+NAME_BYTES_MAX = 255 - len(held_file(str(Aside("attempt", "", "0" * 8))))
+"""Longest name of a checkpoint. File systems allow 255 bytes, and the names that Holdfast makes of
+it while it is saved, replaced and deleted are longer."""
+
+
+def check_name(name: str, where: str) -> None:
+    """Make sure that a checkpoint at the path `where` may have this name.
+
+    Raises:
+        UsageError: a name that Holdfast itself uses, and would clean up; or one that is too long.
+    """
+    if _is_taken(name):
+        raise UsageError(
+            f"`{where}` is no place for a checkpoint: Holdfast itself uses names such as `{name}`",
+            hint="choose another name, without a dot at its start",
+        )
+    nbytes = len(os.fsencode(name))
+    if nbytes > NAME_BYTES_MAX:
+        raise UsageError(
+            f"the name of `{where}` has {nbytes} bytes, a checkpoint may have {NAME_BYTES_MAX}: "
+            "while it is saved or replaced it has a longer one",
+            hint="choose a shorter name",
+        )
+
+
 def data_file(rank: int) -> str:
     """File of one rank's items, as stock DCP names it."""
     return f"__{rank}_0.distcp"

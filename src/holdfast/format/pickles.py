@@ -67,7 +67,7 @@ class Dumper:
     """
 
     def __init__(self, start: bytes) -> None:
-        self.parts = [start]
+        self.parts: list[bytes] = [start]
         self._memo: dict[object, int] = {}
 
     def raw(self, opcodes: bytes) -> None:

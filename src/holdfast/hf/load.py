@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from holdfast.catalog.hf_folder import CONFIG, HFFolder, open_hf_folder
+from holdfast.catalog.open_any import check_folder
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.source import Source
 from holdfast.comm import Ranks, run_on_all, run_on_rank_0
@@ -24,6 +25,7 @@ from holdfast.hf.family import Config, fused_experts, mapping_of
 from holdfast.loading.load import Loaded, load_tree
 from holdfast.loading.read import THREADS_MAX, Wanted
 from holdfast.state.objects import StateTree
+from holdfast.storage.store import ReadStore
 from holdfast.tensors.blocks import blocks
 from holdfast.tensors.lazy import Joined, Mapped, Renamed, Tensors, Zeros
 from holdfast.tensors.quantized import Dequantized
@@ -51,10 +53,11 @@ def load_folder(
     all.
 
     Raises:
-        MismatchError: the folder holds another model; nothing was changed.
+        MismatchError: the folder holds another model; nothing was changed. Or a number is too large
+            for a smaller float: the state is loaded in part.
     """
     store, name = open_for_reading(path)
-    folder = run_on_rank_0(ranks, lambda: open_hf_folder(store, name))
+    folder = run_on_rank_0(ranks, lambda: _opened(store, name))
     source = Source(store, name, folder.manifest)
     leaves = run_on_all(ranks, lambda: tree.flatten().leaves)
     balanced = any(map(is_balance, leaves))
@@ -71,6 +74,11 @@ def load_folder(
     fill = partial(_fill, tensors)
     loaded = load_tree(seen, tree, ranks=ranks, partial=partial_load, fill=fill)
     return loaded, (*folder.notes, *notes)
+
+
+def _opened(store: ReadStore, name: str) -> HFFolder:
+    check_folder(store, name)
+    return open_hf_folder(store, name)
 
 
 def _config(source: Source, folder: HFFolder, config: Config | None) -> tuple[Config, str]:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TypeVar
 
 from holdfast.catalog.catalog import open_manifest, standing
+from holdfast.catalog.open_any import check_folder
 from holdfast.catalog.paths import place_of
 from holdfast.catalog.source import Source
 from holdfast.catalog.steady import LOOKS_MAX, UNREADABLE, fingerprint
@@ -56,6 +57,7 @@ def open_in(store: ReadStore, name: str) -> Opened:
         except UNREADABLE:
             moved = standing(store, name) != folder
             if not left or not (moved or fingerprint(store, folder) != seen):
+                check_folder(store, folder)
                 raise
     raise AssertionError("the last look returns or raises")
 

@@ -13,7 +13,6 @@ from typing import Protocol
 import torch
 
 from holdfast.catalog.source import (
-    HINT,
     ROOM_BYTES,
     WINDOW_BYTES,
     ChunkData,
@@ -409,7 +408,7 @@ class _Foreign:
             raise DamagedError(
                 f"`{source.url}/{chunk.file}`: `{self.name}` is {stored.dtype} "
                 f"{list(stored.shape)} in its file, {entry.dtype} {list(shape)} in the index",
-                hint=HINT,
+                hint=source.hint,
             )
         dtype: torch.dtype = getattr(torch, entry.dtype)
         box = self.region.within(chunk.region)

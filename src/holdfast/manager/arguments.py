@@ -20,7 +20,7 @@ from holdfast.manager.config import DATALOADER_KEYS, CheckpointConfig
 from holdfast.manager.parts import DATALOADER, MODEL, OPTIMIZER, RNG, SCHEDULER
 from holdfast.state.model import Names, memory_of
 
-logger = logging.getLogger("holdfast")
+logger: logging.Logger = logging.getLogger("holdfast")
 
 Metrics = Mapping[str, float] | Callable[[], Mapping[str, float]]
 """Numbers by name, or a function that gives them."""
@@ -83,6 +83,9 @@ def check_arguments(
             )
     schedulers = _several("lr_schedulers", lr_schedulers, object, "a scheduler")
     for one in schedulers:
+        if isinstance(one, Optimizer) or _has(one, *_OPTIMIZER):
+            hint = "pass it as `optimizers`"
+            raise _wrong("lr_schedulers", "a scheduler, or a list", one, hint)
         if not _is_stateful(one):
             raise _wrong("lr_schedulers", "a scheduler, or a list", one, _advice_on_none(one))
     if dataloader is not None and not _is_stateful(dataloader):

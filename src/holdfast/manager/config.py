@@ -18,130 +18,139 @@ DATALOADER_KEYS = ("dataloader", "data_loader")
 @settings("checkpoint")
 @dataclass(frozen=True, slots=True)
 class CheckpointConfig:
-    """When to save, what to keep, where to resume from."""
+    """When to save, what to keep, and what to start from."""
 
     enable: bool = False
-    """Save checkpoints and resume from them."""
+    """Save checkpoints, and resume from them."""
 
     folder: str = "checkpoint"
-    """Where the steps lie, below `job.dump_folder`."""
+    """Folder of the checkpoints, below `job.dump_folder`."""
 
     interval: int | Literal["auto"] = 500
-    """Steps between saves. `auto`: by what a save costs, what a step takes, and `mtbf_hours`."""
+    """Steps between saves. `auto` computes it from the duration of a save, the duration of a step
+    and `mtbf_hours`."""
 
     interval_minutes: float = 0.0
-    """Save, besides, when so many minutes have passed since the last save; 0: never for that."""
+    """Minutes since the last save after which a save is due, in addition to `interval`. 0 turns
+    this off."""
 
     mtbf_hours: float = 24.0
-    """Mean time between failures of the whole job: what `interval = "auto"` weighs a save against.
-    """
+    """Mean time between failures of the whole job, in hours, for `interval = "auto"`."""
 
     min_interval: int = 10
-    """Steps that `interval = "auto"` leaves between saves at least."""
+    """Smallest number of steps between saves with `interval = "auto"`."""
 
     max_interval: int = 5000
-    """Steps that `interval = "auto"` leaves between saves at most."""
+    """Largest number of steps between saves with `interval = "auto"`."""
 
     load_step: int = -1
-    """-1: the newest good step. A number: that step or an error. Step 0 loads the model only."""
+    """Step to resume from; an error if it cannot be loaded. -1 takes the newest good checkpoint. A
+    seed or a stock checkpoint at step 0 loads the model only."""
 
     initial_load_path: str | None = None
-    """Checkpoint to start from while `folder` holds no good step."""
+    """Path or URL of a checkpoint to start from while `folder` has no good checkpoint."""
 
     initial_load_model_only: bool = True
-    """Take the model alone from `initial_load_path`, and start at step 0."""
+    """Load only the model from `initial_load_path`, and start at step 0."""
 
     initial_load_strict: bool = True
-    """Refuse weights to start from that lack some of the model's, have others, or other shapes.
-    Off: what does not fit stays as it is, and the log lists all of it."""
+    """Refuse initial weights with missing tensors, unexpected tensors or other shapes. Off: these
+    tensors keep their values, and the log lists them."""
 
     initial_load_renames: tuple[str, ...] = ()
-    """Names of tensors in `initial_load_path` and what they are here, each as `theirs=ours`:
-    leading parts are replaced, `{}` stands for any one part."""
+    """Renames of tensors in `initial_load_path`, each as `theirs=ours`. A rename replaces the
+    beginning of a name; `{}` matches any one part of it."""
 
     initial_load_in_hf: bool = False
-    """Start from a Hugging Face folder: `initial_load_path`, or else `model.hf_assets_path`."""
+    """Start from a Hugging Face folder: `initial_load_path`, or `model.hf_assets_path` if that is
+    not set."""
 
     initial_load_in_hf_quantized: bool = False
-    """That folder is expected to be quantized; it is dequantized whether or not this is said."""
+    """Declare that this folder is quantized. Quantized folders are recognized and dequantized in
+    any case."""
 
     save_frozen: bool = True
-    """Off: steps leave out parameters that are frozen (`requires_grad` is false), such as the base
-    beside adapters; every start loads those from `initial_load_path`, before it resumes."""
+    """Save frozen parameters (`requires_grad` is false) too. Off: checkpoints leave them out, such
+    as the base model below adapters, and every start loads them from `initial_load_path` before it
+    resumes."""
 
     last_save_model_only: bool = True
-    """The last step holds the model alone, in `export_dtype`."""
+    """Write the last checkpoint with the model only, in `export_dtype`."""
 
     last_save_in_hf: bool = False
-    """The last step is a Hugging Face folder, which transformers opens as it is."""
+    """Write the last checkpoint as a Hugging Face folder, which transformers opens as it is."""
 
     hf_export_interval: int = 0
-    """Steps between Hugging Face folders of the model, below `folder` in `hf`; all of them stay. 0:
-    none."""
+    """Steps between Hugging Face exports of the model, in `hf/step-N` below `folder`. Retention
+    never deletes them. 0 turns exports off."""
 
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
-    """Dtype of the floating-point tensors of a model-only last step, and of Hugging Face's."""
+    """Dtype of floating-point tensors in a model-only last checkpoint and in Hugging Face
+    exports."""
 
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
-    """`disabled`: training waits for the step to be durable. `async`: it waits for a copy of the
-    state in host memory, and goes on while that is written. `async_with_pinned_mem`: it goes on at
-    once; the copy is made during the next forward and backward, and the optimizers wait for it."""
+    """What training waits for. `disabled`: the durable checkpoint. `async`: a copy of the state in
+    host memory, which is written in the background. `async_with_pinned_mem`: almost nothing; the
+    copy is made during the next forward and backward, and optimizers wait for it before they
+    step."""
 
     on_save_overlap: Literal["wait", "skip", "queue"] = "wait"
-    """What happens to a save that is due while the one before it is being written: training waits
-    for that; or this one is left out; or it is made once that is done, of the step then reached."""
+    """What happens if a save is due while the one before is being written. `wait`: training waits.
+    `skip`: the save is skipped. `queue`: it is made afterwards, of the step reached by then."""
 
     on_low_memory: Literal["raise", "wait"] = "raise"
-    """Where there is no host memory for the copy that `async_mode` needs: an error, or training
-    waits for the step to be durable, as with `disabled`."""
+    """What happens without host memory for the copy of `async_mode`. `raise`: an error. `wait`:
+    training waits for the durable checkpoint, as with `disabled`."""
 
     write_bandwidth_limit: float = 0.0
-    """MB/s that all ranks together write at most, for file systems that others share; 0: no limit.
-    """
+    """Most MB/s that all ranks together write, for file systems that others share. 0 is no
+    limit."""
 
     keep_latest_k: int = 10
-    """How many of the newest good steps to keep; 0 keeps all. 1 is refused: one damaged file would
-    be the end."""
+    """Number of newest good checkpoints to keep. 0 keeps all. 1 is refused: one damaged file would
+    end the run."""
 
     keep_every_n_steps: int = 0
-    """Keep, besides, each step whose number this divides; 0: none."""
+    """Also keep checkpoints whose step is a multiple of this number. 0 keeps none for that."""
 
     keep_best_k: int = 0
-    """Keep, besides, this many steps with the best metric; 0: none."""
+    """Also keep this many checkpoints with the best metric. 0 keeps none for that."""
 
     keep_best_metric: str = "loss"
-    """The metric: one of those that the training loop passes to `save`."""
+    """Metric for `keep_best_k`: a name that the training loop passes to `save`."""
 
     keep_best_mode: Literal["min", "max"] = "min"
-    """Whether the least or the greatest metric is the best."""
+    """Which metric is the best: the smallest (`min`) or the largest (`max`)."""
 
     exclude_from_loading: tuple[str, ...] = field(default=())
-    """What a resume leaves as it is: `optimizer`, `lr_scheduler`, `dataloader`, ..."""
+    """Components that a resume leaves as they are: `optimizer`, `lr_scheduler`, `dataloader`,
+    `train_state`, `rng`, or names of `states`."""
 
     load_replicas: Literal["auto", "read", "broadcast"] = "auto"
-    """What several ranks want alike, such as copies of weights: `read`: each reads it for itself.
-    `broadcast`: one of them reads and checks it, and passes it on over the network. `auto`:
-    `broadcast` for a URL or ranks on several hosts, else `read`: one page cache serves a host."""
+    """How ranks load data that several of them need. `read`: each rank reads it. `broadcast`: one
+    rank reads and checks it, and sends it to the others. `auto`: `broadcast` for a URL or for ranks
+    on several hosts, else `read`, since one page cache serves a host."""
 
     enable_first_step_checkpoint: bool = False
-    """Save after step 1 too, to see at once that saving works."""
+    """Also save after step 1, to see early that saving works."""
 
     create_seed_checkpoint: bool = False
     """Save the initial weights of the whole model as step 0, from one CPU process, and end. Any
-    layout starts from them."""
+    layout can start from them."""
 
     load_only: bool = False
     """Resume, but never save."""
 
     on_save_error: Literal["raise", "warn"] = "raise"
-    """What a save that fails does to the run: end it, or let it go on to the next save."""
+    """What a failed save does. `raise`: it ends the run. `warn`: it is logged, and the run
+    continues."""
 
     stop_signals: tuple[str, ...] = ("SIGTERM", "SIGINT", "SIGUSR1")
-    """Signals to any rank after which the next step is saved and the run ends."""
+    """Signals to any rank after which the run saves one checkpoint and ends."""
 
     stop_deadline_s: float = 30.0
-    """Seconds from such a signal until the process is killed. Where a save takes longer than is
-    left, the model alone is saved, or nothing."""
+    """Seconds from a stop signal until the process is killed. If a full save takes longer than the
+    time left, the model only is saved, or nothing."""
 
     def __post_init__(self) -> None:
         if self.interval != "auto" and self.interval < 1:

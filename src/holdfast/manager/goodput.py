@@ -1,4 +1,4 @@
-"""Where the time of a run goes, as far as checkpoints have a say in it."""
+"""Measures how much of the wall-clock time goes into training, saving and loading."""
 
 from __future__ import annotations
 
@@ -18,32 +18,35 @@ RESUMING = "resuming"
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """What saves and loads have taken, by stage and over all ranks, since this was last asked."""
+    """Durations of saves and loads since the last call, by stage and over all ranks."""
 
     saves: tuple[Times, ...] = ()
-    """Those that have become durable."""
+    """Saves that became durable."""
 
     loads: tuple[Times, ...] = ()
 
     failed_saves: int = 0
-    """Saves that have come to nothing."""
+    """Number of saves that failed."""
 
 
 class Goodput:
-    """Counts steps and seconds: those that training had, and those that it lost, by cause. Told of
-    saves from the thread that finishes them, too."""
+    """Counts steps, and the seconds that training lost, by cause.
+
+    The thread that finishes a save in the background adds to `saves`.
+    """
 
     def __init__(self) -> None:
         self.saves: deque[Times] = deque()
         self.loads: deque[Times] = deque()
-        self.failed_saves = 0
+        self.failed_saves: int = 0
         self._began = self._saved_at = time.perf_counter()
         self._lost: dict[str, float] = {}
         self._num_steps = self._num_saves = self._steps_at_save = 0
 
     @contextmanager
     def lost_to(self, cause: str) -> Iterator[None]:
-        """Training stands still in this context, because of `cause`; an inner one is part of it."""
+        """Count the time in this context as lost to `cause`. An inner context counts for its own
+        cause."""
         started, before = time.perf_counter(), self.lost_s
         try:
             yield
@@ -53,7 +56,7 @@ class Goodput:
             self._lost[cause] = self._lost.get(cause, 0.0) + spent
 
     def note_load(self, loaded: Loaded, step: int, ranks: Ranks) -> None:
-        """Remember how long a load has taken that goes on from `step`. Collective."""
+        """Record the duration of a load that resumes from `step`. Collective."""
         every = ranks.gather((loaded.nbytes, loaded.spans.seconds))
         if every:
             sizes, seconds = zip(*every, strict=True)
@@ -61,16 +64,16 @@ class Goodput:
 
     @property
     def lost_s(self) -> float:
-        """Seconds that training stood still."""
+        """Seconds lost so far, for any cause."""
         return sum(self._lost.values())
 
     @property
     def blocked_s(self) -> float:
-        """Of these, those for the sake of saves."""
+        """Seconds lost to saving so far."""
         return self.lost_s - self._lost.get(RESUMING, 0.0)
 
     def timings(self) -> Timings:
-        """What has been added since the last call."""
+        """Saves and loads recorded since the last call."""
         saves, loads = (
             tuple(added.popleft() for _ in range(len(added))) for added in (self.saves, self.loads)
         )
@@ -78,17 +81,19 @@ class Goodput:
         return Timings(saves, loads, failed)
 
     def count_step(self) -> None:
-        """Another step has been trained."""
+        """Count one more training step."""
         self._num_steps += 1
 
     def count_save(self) -> None:
-        """A save has begun, of the step that was counted last."""
+        """Count the save of the step that was counted last."""
         self._num_saves += 1
         self._steps_at_save, self._saved_at = self._num_steps, time.perf_counter()
 
     def measured(self) -> list[float]:
-        """Of this rank, as `progress` takes the largest of all: seconds since the last save, of a
-        step, of a save. The last is 0 before the first save: asking whether one is due is none."""
+        """Measurements of this rank: seconds since the last save, per step, and per save.
+
+        `progress` takes their maximum over all ranks. The last is 0 before the first save: the time
+        spent on asking whether one is due is not the cost of a save."""
         now = time.perf_counter()
         trained = now - self._began - self.lost_s
         return [
@@ -98,11 +103,11 @@ class Goodput:
         ]
 
     def progress(self, seconds: float, step_s: float, save_s: float) -> Progress:
-        """How the run stands, by the largest of all ranks' measured numbers."""
+        """Progress since the last save, from the maximum of `measured` over all ranks."""
         return Progress(self._num_steps - self._steps_at_save, seconds, step_s, save_s)
 
     def report(self) -> str:
-        """Where the time went, for people."""
+        """One line that says where the time went."""
         whole = max(time.perf_counter() - self._began, 1e-9)
         trained = max(whole - self.lost_s, 0.0)
         lost = "".join(f", {spent:.2f} s {cause}" for cause, spent in self._lost.items())

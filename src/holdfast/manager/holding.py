@@ -4,6 +4,7 @@ closed, in the process that made it."""
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -22,6 +23,8 @@ class Holding:
     def __init__(self) -> None:
         self._held = ExitStack()
         self._pid = os.getpid()
+        # Also when the program ends without `close`: later the modules that it needs are gone.
+        weakref.finalize(self, _give_up, self._held, self._pid)
         self._closed = False
 
     @property
@@ -60,11 +63,13 @@ class Holding:
         store.make_folder("")
         since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         note = f"host {host_name()}, pid {os.getpid()}, since {since}"
-        self._held.enter_context(store.lock(LOCK, note))
+        check_lock = self._held.enter_context(store.lock(LOCK, note))
+        catalog.check_lock = check_lock
         put_in_order(store)
         if f"{FOLDER}/" in store.list():
             # Who reads exports does not know of what stands aside.
             put_in_order(hub.catalog.store)
+        hub.catalog.check_lock = check_lock
 
     def callback(self, give_up: Callable[[], object]) -> None:
         """Call `give_up` when the manager is closed."""
@@ -75,3 +80,8 @@ class Holding:
     def __exit__(self, *_: object) -> None:
         self._closed = True
         self._held.close()
+
+
+def _give_up(held: ExitStack, pid: int) -> None:
+    if pid == os.getpid():
+        held.close()

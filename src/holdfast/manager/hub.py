@@ -24,7 +24,7 @@ from holdfast.spelling import rate
 from holdfast.state.objects import StateTree
 from holdfast.storage.opening import folder_store
 
-logger = logging.getLogger("holdfast")
+logger: logging.Logger = logging.getLogger("holdfast")
 
 FOLDER = "hf"
 """Of exports at an interval, below that of the steps."""
@@ -52,7 +52,7 @@ class Hub:
         self._model, self._config, self._ranks = model, config, ranks
         self._sections = sections
         self._above = catalog.store.url
-        self.planner = Planner(ranks)
+        self.planner: Planner = Planner(ranks)
         if model is None and (config.last_save_in_hf or config.hf_export_interval):
             raise UsageError(
                 "Hugging Face folders need to know the model: its `config.json`",

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
 from holdfast.catalog.findings import PARTS
-from holdfast.errors import MismatchError, UsageError
+from holdfast.errors import HoldfastError, MismatchError, UsageError
 from holdfast.format.manifest import Manifest
 from holdfast.loading.load import Loaded
 from holdfast.manager.config import DATALOADER_KEYS
@@ -90,7 +90,7 @@ def check_dataloader(manifest: Manifest, num_ranks: int) -> None:
         )
 
 
-def way_on(error: MismatchError, parts: Collection[str]) -> str | None:
+def way_on(error: HoldfastError, parts: Collection[str]) -> str | None:
     """What a run can do about a checkpoint that does not fit, if only some of `parts` do not: the
     setting that leaves these out."""
     named = {name.partition(".")[0] for name in re.findall(r"`([^`/]+)`", error.what)}
@@ -118,6 +118,7 @@ def differences(loaded: Loaded) -> list[str]:
     if lines:
         matched, left = loaded.num_matched, len(lines)
         lines.append(f"{matched} entries matched, {left} differ and stay as they are")
+    lines += loaded.notes
     if loaded.lacking:
         lines.append(
             f"{len(loaded.lacking)} trained parameters are not in {loaded.where}, and stay as they "

@@ -1,4 +1,4 @@
-"""Decisions about steps, as values: when to save, and which steps may go."""
+"""Pure decisions: when to save, what to save, and which checkpoints to delete."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from holdfast.manager.config import CheckpointConfig
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How a run stands between two saves; the same on all ranks."""
+    """Progress of a run since its last save. Equal on all ranks."""
 
     steps: int = 0
-    """Since the last save, or since the run began."""
+    """Steps since the last save, or since the run began."""
 
     seconds: float = 0.0
-    """Since then."""
+    """Seconds since then."""
 
     step_s: float = 0.0
-    """That a step takes on average; 0 where none has been measured."""
+    """Average duration of a step; 0 before the first."""
 
     save_s: float = 0.0
-    """That a save holds training up on average; 0 where none has been measured."""
+    """Average time for which a save blocks training; 0 before the first save."""
 
 
 def is_due(
     step: int, *, last_step: bool, config: CheckpointConfig, progress: Progress | None = None
 ) -> bool:
-    """Whether the state after this step is saved."""
+    """Whether to save the state after this step."""
     if not config.enable or config.load_only:
         return False
     progress = progress or Progress()
@@ -45,13 +45,13 @@ def is_due(
 
 
 def best_interval(config: CheckpointConfig, progress: Progress) -> int:
-    """Steps between saves that lose the least time, to saving and to what a failure throws away.
+    """Number of steps between saves that minimizes the time lost to saves and to repeated work.
 
-    The first-order optimum, a save every `sqrt(2 * save time * mean time between failures)`: J. W.
-    Young, A first order approximation to the optimum checkpoint interval, Communications of the ACM
-    17(9), 1974; J. T. Daly, A higher order estimate of the optimum checkpoint interval for restart
-    dumps, Future Generation Computer Systems 22(3), 2006. Until a save has been measured it is the
-    shortest interval allowed.
+    The first-order optimum is a save every `sqrt(2 * save time * mean time between failures)`:
+    J. W. Young, A first order approximation to the optimum checkpoint interval, Communications of
+    the ACM 17(9), 1974; J. T. Daly, A higher order estimate of the optimum checkpoint interval for
+    restart dumps, Future Generation Computer Systems 22(3), 2006. Before the first save, returns
+    the shortest interval allowed.
     """
     if not progress.save_s or not progress.step_s:
         return config.min_interval
@@ -60,28 +60,28 @@ def best_interval(config: CheckpointConfig, progress: Progress) -> int:
 
 
 def kind_of_save(*, last_step: bool, config: CheckpointConfig) -> Kind:
-    """What the step is to hold."""
+    """Whether a step is saved in full, or as the model alone."""
     return "model" if last_step and config.last_save_model_only else "full"
 
 
 def check_seed(steps: Sequence[int], where: str) -> None:
-    """Refuse to save a seed beside other steps.
+    """Check that a seed can be saved.
 
     Raises:
-        ExistsError: the folder holds steps.
+        ExistsError: the folder already holds a checkpoint.
     """
     if steps:
         raise ExistsError(
-            f"`{where}` holds step {steps[-1]}: a seed is the first step",
-            hint="choose another `checkpoint.folder`, or remove this one",
+            f"`{where}` holds step {steps[-1]}, and a seed must be the first checkpoint",
+            hint="set another `checkpoint.folder`, or delete this one",
         )
 
 
 def kind_in_time(left_s: float, full_save_s: float, model_share: float) -> Kind | None:
-    """The most that can be saved in `left_s`; None where there is no time for anything.
+    """The most complete save that fits into `left_s` seconds; None if no save fits.
 
-    `full_save_s` is how long a full save has taken at most (0: none has been measured, and a full
-    one is tried while there is any time), `model_share` the model's part of its bytes.
+    `full_save_s` is the longest full save so far. Where it is 0, none has been measured, and a full
+    save is tried while any time is left. `model_share` is the model's share of its bytes.
     """
     if full_save_s < left_s:
         return "full"
@@ -91,11 +91,11 @@ def kind_in_time(left_s: float, full_save_s: float, model_share: float) -> Kind 
 def stopping_line(
     number: int, step: int, left_s: float, full_save_s: float, kind: Kind | None
 ) -> str:
-    """The line of the log on what a signal makes of this step: see `kind_in_time`."""
+    """Log line that says what is saved because of a signal: see `kind_in_time`."""
     name = signal.Signals(number).name
     if kind == "full":
         return f"{name}: saving step {step}, then ending"
-    instead = "the model alone" if kind == "model" else "nothing: the newest step stands"
+    instead = "the model alone" if kind == "model" else "nothing: the newest checkpoint remains"
     return (
         f"{name}: {left_s:.1f} s are left, a save takes {full_save_s:.1f} s; "
         f"saving {instead}, then ending"
@@ -103,33 +103,33 @@ def stopping_line(
 
 
 STEPS_MIN = 2
-"""Newest steps to resume from that no rule lets go: with one alone, one damaged file would be the
-end."""
+"""Number of newest resumable checkpoints that are never deleted. With a single one, one damaged
+file could end the run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """Which steps stay: all that any of these rules keeps."""
+    """Retention rules. A checkpoint is kept if any rule keeps it."""
 
     latest_k: int
-    """The newest of them; 0 keeps all there are."""
+    """Number of newest checkpoints to keep; 0 keeps all."""
 
     every_n_steps: int = 0
-    """Those whose number it divides; 0: none for that reason."""
+    """Keep steps divisible by this number; 0 turns the rule off."""
 
     best_k: int = 0
-    """Those with the best metric; 0: none for that reason."""
+    """Number of checkpoints with the best metric to keep; 0 turns the rule off."""
 
     best_metric: str = "loss"
-    """Name of that metric."""
+    """Name of the metric."""
 
     best_mode: Literal["min", "max"] = "min"
-    """Whether less is better, or more."""
+    """Whether the smallest or the largest value is best."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A step that is known to be whole, with what retention asks of it."""
+    """A complete checkpoint, as the retention rules see it."""
 
     step: int
     resumable: bool = True
@@ -138,7 +138,7 @@ class Candidate:
 
 
 def retention_of(config: CheckpointConfig) -> Retention:
-    """What the `[checkpoint]` section says of keeping steps."""
+    """Retention rules of the `[checkpoint]` section."""
     return Retention(
         latest_k=config.keep_latest_k,
         every_n_steps=config.keep_every_n_steps,
@@ -151,10 +151,10 @@ def retention_of(config: CheckpointConfig) -> Retention:
 def reasons_to_keep(
     good: Iterable[Candidate], retention: Retention, *, protected: Collection[int] = ()
 ) -> dict[int, list[str]]:
-    """Why each step stays, oldest step first; one without a reason may go.
+    """Reasons to keep each checkpoint, oldest first. One without a reason may be deleted.
 
-    `good` are the steps known to be whole, and no others: a damaged one is neither counted nor
-    removed, so that it can never push a good one out. `protected` are never removed.
+    `good` holds complete checkpoints only: a damaged one is neither counted nor deleted, so it
+    never displaces a good one. Steps in `protected` are always kept.
     """
     steps = sorted(good, key=lambda candidate: candidate.step)
     reasons: dict[int, list[str]] = {candidate.step: [] for candidate in steps}
@@ -179,10 +179,10 @@ def removable(
     current: int | None = None,
     protected: Collection[int] = (),
 ) -> list[int]:
-    """Steps that retention lets go, oldest first.
+    """Steps to delete, oldest first.
 
-    Steps past `current` belong to another course of the run, which an explicit `load_step` has
-    left: they are not counted and not removed.
+    Steps after `current` belong to a branch of the run that an explicit `load_step` has left. They
+    are neither counted nor deleted.
     """
     ours = [c for c in good if current is None or c.step <= current]
     reasons = reasons_to_keep(ours, retention, protected=protected)
@@ -194,8 +194,8 @@ def _every(steps: Sequence[Candidate], every: int) -> list[Candidate]:
 
 
 def _best(steps: Sequence[Candidate], retention: Retention) -> list[Candidate]:
-    """The best by a metric, of equal ones the newer; a step without it, or whose metric is no
-    number, is never among them."""
+    """The best checkpoints by the metric; the newer one first where two are equal. A checkpoint
+    without the metric, or with NaN, is never among them."""
     sign = 1 if retention.best_mode == "max" else -1
     ranked = []
     for candidate in steps:

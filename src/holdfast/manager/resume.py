@@ -18,7 +18,7 @@ from holdfast.format.manifest import Manifest
 from holdfast.format.names import MANIFEST, step_name
 from holdfast.manager.policy import Candidate
 
-logger = logging.getLogger("holdfast")
+logger: logging.Logger = logging.getLogger("holdfast")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Letting old steps go: their names at once, their files in a thread of its own."""
+"""Deletes old checkpoints: takes their names away at once, and deletes their files in a thread."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from holdfast.manager.policy import Retention, removable
 from holdfast.manager.resume import CachedIndex, good_steps
 from holdfast.storage.store import Store
 
-logger = logging.getLogger("holdfast")
+logger: logging.Logger = logging.getLogger("holdfast")
 
 
 def put_in_order(store: Store) -> None:
-    """Sweep what killed runs have left, and say what was done. Nobody else may be saving there."""
+    """Clean up after killed runs, and log every action. No other process may save to this store."""
     actions = plan_cleanup(store.list())
     for action in actions:
         logger.info("%s %s: %s", action.verb, action.folder, action.why)
@@ -28,8 +28,10 @@ def put_in_order(store: Store) -> None:
 
 
 class Retainer:
-    """Keeps what the rules keep. On rank 0 alone: nobody waits for it, and what goes wrong is
-    reported and tried again after the next save."""
+    """Applies the retention rules after each save, on rank 0.
+
+    Training does not wait for it. It logs errors, and tries again after the next save.
+    """
 
     def __init__(self, catalog: Catalog, retention: Retention) -> None:
         self._catalog, self._retention = catalog, retention
@@ -39,28 +41,28 @@ class Retainer:
         self._thread: threading.Thread | None = None
 
     def resumed(self, step: int, left_behind: Collection[int]) -> None:
-        """Never remove the step that the run stands on, nor newer ones of a course it has left."""
+        """Protect the step that the run resumed from, and newer steps of a branch that it left."""
         self._resumed_from, self._left_behind = step, set(left_behind)
 
     def saved(self, step: int) -> None:
-        """Let go of what need not stay now that `step` is published. The files are deleted in the
-        background: see `wait`."""
+        """Apply the rules, now that `step` is published. Deletes files in the background: see
+        `wait`."""
         self._left_behind.discard(step)
         found = capture(lambda: self._removable(step))
         if isinstance(found, HoldfastError):
-            logger.warning("could not look for steps to remove: %s", found)
+            logger.warning("could not look for checkpoints to delete: %s", found)
         for old in [] if isinstance(found, HoldfastError) else found:
             try:
                 self._catalog.let_go(step_name(old))
-                logger.info("removed step %d: no rule keeps it", old)
+                logger.info("deleted step %d: no rule keeps it", old)
             except HoldfastError as error:
                 logger.warning(
-                    "could not remove old steps: %s; the next save tries again", error.what
+                    "could not delete step %d: %s; the next save tries again", old, error.what
                 )
         self._delete()
 
     def wait(self) -> None:
-        """Return once all that was let go is deleted, or reported."""
+        """Wait until the files are deleted, or the errors are logged."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -69,19 +71,19 @@ class Retainer:
         keep = self._retention.latest_k
         ours = {s: f for s, f in self._catalog.folders().items() if s not in self._left_behind}
         if keep == 0 or len(ours) <= keep:
-            return []  # Whichever of them are good: none can go, so none is looked into.
+            return []  # All are kept, whether they are good or not, so none need be opened.
         good = good_steps(self._catalog, ours, self._looked)
         protected = () if self._resumed_from is None else (self._resumed_from,)
         return removable(good, self._retention, current=current, protected=protected)
 
     def _delete(self) -> None:
-        """Also what an earlier attempt could not delete."""
+        """Start to delete the files, also those that an earlier try could not delete."""
         self.wait()
         found = capture(lambda: plan_removals(self._catalog.store.list()))
         if isinstance(found, HoldfastError):
-            logger.warning("could not look for what to delete: %s", found.what)
+            logger.warning("could not look for files to delete: %s", found.what)
         elif found:
-            # Whatever is left when the process ends is swept by the next start.
+            # The next start deletes what is left when the process ends.
             self._thread = threading.Thread(
                 target=self._execute, args=(found,), name="holdfast-remove", daemon=True
             )

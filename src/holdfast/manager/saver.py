@@ -28,9 +28,10 @@ from holdfast.saving.save import Pending, begin_save, discard, finish_save, take
 from holdfast.saving.stage import Snapshot, Staging, free_memory
 from holdfast.spelling import rate, spelled_bytes
 from holdfast.state.tree import FlatState
+from holdfast.storage.local import NO_SPACE
 from holdfast.timing import Spans, times_of
 
-logger = logging.getLogger("holdfast")
+logger: logging.Logger = logging.getLogger("holdfast")
 
 WAIT_SAID_S = 0.1
 """A wait for the background that is shorter is not worth a line in the log."""
@@ -68,11 +69,11 @@ class Saver:
         self._goodput = goodput or Goodput()
         self._background, self._snapshot = Background(), Snapshot()
         self._staging: Staging | None = None
-        self.retainer = Retainer(catalog, retention_of(config))
+        self.retainer: Retainer = Retainer(catalog, retention_of(config))
         """Lets old steps go; used on rank 0 alone."""
-        self.full_save_s = 0.0
+        self.full_save_s: float = 0.0
         """The longest that a full save took until it was durable; 0 before the first."""
-        self.model_share = 0.0
+        self.model_share: float = 0.0
         """The model's part of a full step's bytes; known to rank 0 alone."""
 
     @property
@@ -100,6 +101,7 @@ class Saver:
         self.collect()
         # What is being deleted would be counted as space that is taken.
         self.retainer.wait()
+        pending: Pending | None = None
         try:
             if use in ("beside", "alone"):
                 self._hub.prepare()
@@ -121,12 +123,13 @@ class Saver:
             pending = replace(pending, facts=replace(pending.facts, components=beside))
             if self._in_background and self._has_room(pending):
                 now, later = self._parts_of(pending.file_layout.tensors, pending.stepped)
-                staged, self._staging = take_snapshot(
-                    *(pending, self._snapshot, self._ranks), now=now, later=later
+                staged, staging = take_snapshot(
+                    pending, self._snapshot, self._ranks, now=now, later=later
                 )
-                self._background.start(partial(self._finish, staged, step, use, self._staging))
+                self._staging = staging
+                self._background.start(partial(self._finish_beside, staged, step, use, staging))
                 if not later:
-                    self._staging.wait()
+                    staging.wait()
             else:
                 with gc_paused():
                     self._finish(pending, step, use)
@@ -135,16 +138,22 @@ class Saver:
             return False
         except BaseException:
             # An interrupt ends no process where a notebook runs.
-            self._catalog.release_all()
+            if not self._background.is_started():
+                self._staging = None
+                if pending is not None:
+                    capture(partial(discard, pending, self._ranks))
+                self._catalog.release_all()
             raise
         return True
 
     def wait_for_staging(self) -> None:
         """Return once nothing of the training state is still to be copied."""
-        if self._staging is not None:
+        staging = self._staging
+        if staging is not None:
             with self._goodput.lost_to("waiting for a copy"):
-                self._staging.wait()
-            self._staging = None
+                staging.wait()
+            if self._staging is staging:
+                self._staging = None
 
     def _parts_of(self, items: Items, stepped: frozenset[str]) -> tuple[Items, Items]:
         """Those of a plan that are copied at once, and those that may be while training goes on:
@@ -169,6 +178,10 @@ class Saver:
         except UsageError as error:
             if self._config.on_low_memory == "raise":
                 discard(pending, self._ranks)
+                error.hint = (
+                    '`checkpoint.async_mode = "disabled"` needs none; with '
+                    '`checkpoint.on_low_memory = "wait"` training waits for saves that do not fit'
+                )
                 raise
             if self._ranks.rank == 0:
                 logger.warning("training waits for this save: %s", error.what)
@@ -186,6 +199,17 @@ class Saver:
         waited_s = time.perf_counter() - started
         if waited_s > WAIT_SAID_S and self._ranks.rank == 0:
             logger.info("waited %.2f s for the save in the background", waited_s)
+
+    def _finish_beside(
+        self, pending: Pending, step: int, use: Use | None, staging: Staging
+    ) -> None:
+        """As `_finish`, in the background. Logs an error at once: a program that makes no further
+        call would never learn of it."""
+        outcome = capture(lambda: self._finish(pending, step, use, staging))
+        if isinstance(outcome, HoldfastError):
+            if self._ranks.rank == 0:
+                logger.error("step %d was not saved: %s", step, outcome)
+            raise outcome
 
     def _finish(
         self, pending: Pending, step: int, use: Use | None, staging: Staging | None = None
@@ -231,6 +255,8 @@ class Saver:
     def _survive(self, error: HoldfastError) -> None:
         """Go on without what was not saved, if that is wanted and can be."""
         self._goodput.failed_saves += 1
+        if error.hint == NO_SPACE:
+            error.hint = f"{NO_SPACE}, or lower `checkpoint.keep_latest_k`"
         if self._config.on_save_error == "raise" or isinstance(error, RankError):
             raise error
         if self._ranks.rank == 0:

@@ -69,6 +69,16 @@ class StopSignals:
         """Number of the signal that came, and the seconds since; zeros while there is none."""
         return self._number, time.monotonic() - self._received_s if self._number else 0.0
 
+    def forget(self) -> None:
+        """Forget the signal that came: somebody has acted on it."""
+        self._number = 0
+
+    def pass_on(self) -> None:
+        """Raise the signal that came, if nobody has acted on it. Call this after `release`."""
+        number, self._number = self._number, 0
+        if number:
+            signal.raise_signal(number)
+
     def release(self) -> None:
         """Give the signals back. Does nothing when called again, or in a forked child."""
         if not self._listening:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -21,6 +22,10 @@ def make_way() -> None:
         thread = threading.get_native_id()
         now = os.getpriority(os.PRIO_PROCESS, thread)
         os.setpriority(os.PRIO_PROCESS, thread, now + NICENESS)
+
+
+_START_S = 1.0
+"""Seconds within which a thread that was started runs."""
 
 
 class Background:
@@ -41,8 +46,8 @@ class Background:
         return self._error is not None
 
     def start(self, work: Callable[[], object]) -> None:
-        """Do `work`; what was started before must have been waited for."""
-        assert self._thread is None, "wait first"
+        """Do `work`, after whatever was started before."""
+        self._join()
 
         def run() -> None:
             outcome = capture(work)
@@ -53,10 +58,23 @@ class Background:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return once what was started is done; raise its error, once."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Return once the work that was started is done; raise its error, once."""
+        self._join()
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def is_started(self) -> bool:
+        """Whether the thread runs, or has run. An interrupt may come before its start, or during
+        it."""
+        thread, waited_s = self._thread, 0.0
+        while thread is not None and thread.ident is None and waited_s < _START_S:
+            time.sleep(0.01)
+            waited_s += 0.01
+        return thread is not None and thread.ident is not None
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            if self.is_started():
+                self._thread.join()
+            self._thread = None

@@ -21,7 +21,7 @@ from holdfast.planning.write_plan import GlobalPlan
 from holdfast.saving.write import WriteResult
 from holdfast.storage.store import Store
 
-logger = logging.getLogger("holdfast")
+logger: logging.Logger = logging.getLogger("holdfast")
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,8 +106,6 @@ class Snapshot:
             raise UsageError(
                 f"saving in the background needs {spelled_bytes(nbytes)} of host memory on this "
                 f"rank for a snapshot, {spelled_bytes(free)} are free",
-                hint='`checkpoint.async_mode = "disabled"` needs none; with '
-                '`checkpoint.on_low_memory = "wait"` training waits for saves that do not fit',
             )
         if torch.cuda.is_available():
             memory = torch.empty(

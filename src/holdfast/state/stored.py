@@ -38,7 +38,8 @@ class Branch:
         children: dict[str | int, Branch] | None = None,
     ) -> None:
         """`name` is that of the entry at this path itself."""
-        self.path, self.name = path, name
+        self.path: Path = path
+        self.name: str | None = name
         self.children: dict[str | int, Branch] = {} if children is None else children
 
     def entries(self) -> Iterator[str]:
@@ -63,7 +64,7 @@ class StoredState:
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self.structure: Mapping[Path, Node] = manifest.structure or {}
-        self.states_structure = manifest.structure is not None
+        self.states_structure: bool = manifest.structure is not None
         """False for what stock DCP or an older Holdfast wrote: only names tell its structure."""
         self._tops: dict[str | int, list[tuple[str, Path]]] | None = None
         self._branches: dict[str | int, Branch] = {}

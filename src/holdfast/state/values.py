@@ -136,5 +136,5 @@ def decode_value(name: str, container: bytes, *, where: str) -> Any:
         named = next((line.strip() for line in reason if "GLOBAL" in line), reason[0])
         raise FormatError(
             f"`{where}`: value `{name}` cannot be read without running code: {named}",
-            hint=f'leave it out: `checkpoint.exclude_from_loading = ["{name.split(".")[0]}"]`',
+            hint=f"leave `{name.split('.')[0]}` out of the load",
         ) from error

@@ -13,20 +13,28 @@ from holdfast.format.names import held_file
 from holdfast.storage import links, locks, renaming
 from holdfast.storage.direct import BufferedWriter, DirectWriter, open_direct
 from holdfast.storage.plain import check_plain, open_plain
-from holdfast.storage.store import Reader, Writer
+from holdfast.storage.store import Check, Reader, Writer
 
 DIRECT_BYTES_MIN = 4 << 20
 """Smaller files are not worth the threads."""
+
+NO_SPACE = "free some space (df -h), or use another disk"
+"""Hint where a disk is full."""
 
 _HINTS = {
     errno.EACCES: "check the owner and the rights of the folder: ls -ld",
     errno.EPERM: "check the owner and the rights of the folder: ls -ld",
     errno.EROFS: "the file system is mounted read-only: mount -o remount,rw, or another folder",
-    errno.ENOSPC: "free some space (df -h), lower `checkpoint.keep_latest_k`, or use another disk",
+    errno.ENOSPC: NO_SPACE,
     errno.EDQUOT: "the quota is used up: free some space, or use another folder",
     errno.EEXIST: "a file stands where a folder should: move it away, or use another folder",
     errno.ENOTDIR: "a file stands where a folder should: move it away, or use another folder",
     errno.EIO: "the disk reports an input/output error: look at dmesg, use another disk",
+    errno.EFBIG: "no file may be that large here: `ulimit -f` shows the limit of this shell, and "
+    "the file system has one too",
+    errno.EMFILE: "this process has too many files open: `ulimit -n` shows the limit and raises it",
+    errno.ENFILE: "too many files are open on this machine: look at fs.file-max (sysctl)",
+    errno.ENAMETOOLONG: "choose a shorter name, or a folder with a shorter path",
     errno.ESTALE: "the network file system lost the file: check the mount",
 }
 
@@ -143,9 +151,7 @@ class LocalStore:
         with self._said("remove", key):
             path = self._path(key)
             if os.path.isdir(path) and not os.path.islink(path):
-                import shutil  # Whoever only looks at a store need not wait for it.
-
-                shutil.rmtree(path)
+                _remove_folder(path)
             else:
                 os.unlink(path)
 
@@ -155,7 +161,36 @@ class LocalStore:
             return found.f_bavail * found.f_frsize
 
     @contextmanager
-    def lock(self, key: str, note: str) -> Iterator[None]:
+    def lock(self, key: str, note: str) -> Iterator[Check]:
+        path = self._path(key)
+        lock, lost = self._lock(key, note), False
+
+        def check() -> None:
+            nonlocal lock, lost
+            if lost or (lock.mine and not lock.is_at(path)):
+                # Somebody has moved the folder away, or removed the file: another process may have
+                # locked the file that is there now.
+                lost = True
+                lock.release()
+                try:
+                    lock = self._lock(key, note)
+                except ExistsError as error:
+                    raise ExistsError(
+                        f"this run has lost its folder, which was moved, or whose `{key}` was "
+                        f"removed: {error.what}",
+                        hint="stop this run, and resume it from the folder that has its "
+                        "checkpoints",
+                    ) from error
+                lost = False
+
+        try:
+            yield check
+        finally:
+            with suppress(OSError):
+                lock.write_note("")
+            lock.release()
+
+    def _lock(self, key: str, note: str) -> locks.Lock:
         path = self._path(key)
         with self._said("lock", key):
             lock = locks.lock_file(path)
@@ -165,14 +200,8 @@ class LocalStore:
                 lock = locks.lock_file(path)
             if lock is None:
                 raise self._in_use(key)
-        try:
-            with self._said("lock", key):
-                lock.write_note(note)
-            yield
-        finally:
-            with suppress(OSError):
-                lock.write_note("")
-            lock.release()
+            lock.write_note(note)
+        return lock
 
     def holder(self, key: str) -> str | None:
         return locks.holder_of(self._path(key))
@@ -288,6 +317,23 @@ def _pread(file: int, start: int, stop: int) -> bytes:
         parts.append(part)
         start += len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _remove_folder(path: str) -> None:
+    import shutil  # Whoever only looks at a store need not wait for it.
+
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        # What a save leaves that has failed for want of open files: this opens one at most.
+        with suppress(OSError):
+            os.rmdir(path)
+            return
+        for name in os.listdir(path):
+            os.unlink(os.path.join(path, name))
+        os.rmdir(path)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

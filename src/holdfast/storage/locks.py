@@ -11,6 +11,8 @@ import fcntl
 import os
 import re
 import stat
+import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,6 +46,10 @@ class Lock:
         """Whether this process holds it: false once released, and in a forked child."""
         return self._descriptor >= 0 and self._pid == os.getpid()
 
+    def is_at(self, path: str) -> bool:
+        """Whether `path` still leads to the file that is locked."""
+        return self.file == _file_at(path)
+
     def write_note(self, note: str) -> None:
         """Make `note` the content of the file. Does nothing where the lock is not `mine`."""
         if self.mine:
@@ -66,9 +72,11 @@ class Lock:
         if descriptor >= 0:
             os.close(descriptor)
 
-    def __del__(self) -> None:
-        with suppress(OSError):
-            self.release()
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # When the interpreter ends, the globals of this module are gone, and the system unlocks.
+        if not is_finalizing():
+            with suppress(OSError):
+                self.release()
 
 
 def lock_file(path: str) -> Lock | None:
@@ -85,7 +93,7 @@ def lock_file(path: str) -> Lock | None:
         if lock is None:
             return None
         found = os.fstat(descriptor)
-        if lock.file != _file_at(path):
+        if not lock.is_at(path):
             # Its last holder removed the file after it was opened here.
             lock.release()
         elif found.st_nlink > 1:
@@ -107,7 +115,7 @@ def lock_folder(path: str) -> Lock | None:
     with no_fork_between():
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
         lock = _locked(os.open(path, flags))
-    if lock is not None and lock.file != _file_at(path):
+    if lock is not None and not lock.is_at(path):
         lock.release()
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
     return lock

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from holdfast.errors import ExistsError, NotFoundError, StorageError
-from holdfast.storage.store import Buffer, PlainReader
+from holdfast.storage.store import Buffer, Check, PlainReader
 
 
 @dataclass(slots=True)
@@ -127,13 +127,13 @@ class MemoryStore:
             return self._capacity - _nbytes(self._root)
 
     @contextmanager
-    def lock(self, key: str, note: str) -> Iterator[None]:
+    def lock(self, key: str, note: str) -> Iterator[Check]:
         with self._mutex:
             if key in self._locks:
                 raise ExistsError(f"`{self.url}` is in use by another run: {self._locks[key]}")
             self._locks[key] = note
         try:
-            yield
+            yield lambda: None
         finally:
             with self._mutex:
                 del self._locks[key]

@@ -28,7 +28,7 @@ def local_path(path: str | os.PathLike[str]) -> str:
     """The absolute path of a folder or file of this machine; links in it stay links.
 
     Raises:
-        UsageError: it is a URL, or no path at all.
+        UsageError: it is a URL, no path at all, or relative to something that is not there.
     """
     text = os.fsdecode(path)
     shortened = _SHORTENED.search(text)
@@ -39,7 +39,19 @@ def local_path(path: str | os.PathLike[str]) -> str:
         )
     if not text or "\0" in text:
         raise UsageError(f"{text!r} is not the path of a folder", hint="`.` is the current folder")
-    return os.path.abspath(text)  # noqa: PTH100 - links stay links
+    if text.startswith("~"):
+        raise UsageError(
+            f"`{text}` starts with `~`, which the shell replaces, and Holdfast does not",
+            hint="leave `~` out of quotes, or call `os.path.expanduser`; `./~` is a folder of that "
+            "name",
+        )
+    try:
+        return os.path.abspath(text)  # noqa: PTH100 - links stay links
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"`{text}` is relative to the current folder, which has been deleted",
+            hint="change to another folder (cd), or pass an absolute path",
+        ) from error
 
 
 def folder_store(path: str | os.PathLike[str]) -> LocalStore:

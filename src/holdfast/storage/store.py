@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
+
+Check = Callable[[], None]
+"""Raises an error where something no longer holds."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -102,11 +105,15 @@ class Store(ReadStore, Protocol):
         """How much can be written still; None where there is no limit to know of."""
         ...
 
-    def lock(self, key: str, note: str) -> AbstractContextManager[None]:
+    def lock(self, key: str, note: str) -> AbstractContextManager[Check]:
         """Hold `key` until the context ends or the process dies; `note` tells others who holds it.
 
+        Gives a function that checks whether this process still holds the lock. It takes the lock
+        again where its file is gone and nobody else holds one in its place.
+
         Raises:
-            ExistsError: somebody holds it; the message has their note.
+            ExistsError: somebody else holds it, from `lock` or from the check; the message has
+                their note.
         """
         ...
 

@@ -9,8 +9,8 @@ from math import prod
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from holdfast.catalog.source import ROOM_BYTES, WINDOW_BYTES, ChunkData, Source
-from holdfast.errors import DamagedError
+from holdfast.catalog.source import ROOM_BYTES, WINDOW_BYTES, ChunkData, Source, lacks
+from holdfast.errors import DamagedError, NotFoundError
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Chunk, Span, TensorEntry
 from holdfast.format.region import Region
@@ -36,7 +36,10 @@ class StoredTensors:
         found = np.empty(region.shape, raw_type(entry.dtype))
         for move in read_items(name, entry, region):
             within = move.region.within(Region(region.start, move.region.stop))
-            self._fill(name, entry, move.chunk, move.region, box_of(found, within))
+            try:
+                self._fill(name, entry, move.chunk, move.region, box_of(found, within))
+            except NotFoundError as error:
+                raise lacks(self._source, move.chunk.file) from error
         return found
 
     def _fill(

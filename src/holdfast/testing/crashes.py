@@ -17,7 +17,7 @@ from typing import TypeVar
 from holdfast.errors import HoldfastError
 from holdfast.format.checksum import checksum
 from holdfast.storage.memory import MemoryStore
-from holdfast.storage.store import Buffer, PlainReader, Store, Writer
+from holdfast.storage.store import Buffer, Check, PlainReader, Store, Writer
 from holdfast.testing.disk import Operation, PowerCut, Tree, cuts
 
 T = TypeVar("T")
@@ -98,9 +98,9 @@ class RecordingStore:
         return self._beneath.free_bytes()
 
     @contextmanager
-    def lock(self, key: str, note: str) -> Iterator[None]:
-        with self._beneath.lock(key, note):
-            yield
+    def lock(self, key: str, note: str) -> Iterator[Check]:
+        with self._beneath.lock(key, note) as check:
+            yield check
 
     def holder(self, key: str) -> str | None:
         return self._beneath.holder(key)

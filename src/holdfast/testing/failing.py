@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from holdfast.storage.store import AmendableStore, Buffer, PlainReader, Writer
+from holdfast.storage.store import AmendableStore, Buffer, Check, PlainReader, Writer
 
 Fail = Callable[[str, str], None]
 """`fail(verb, key)` raises what the operation is to end in, or lets it go on."""
@@ -85,10 +85,10 @@ class FailingStore:
         return self._beneath.free_bytes()
 
     @contextmanager
-    def lock(self, key: str, note: str) -> Iterator[None]:
+    def lock(self, key: str, note: str) -> Iterator[Check]:
         self._fail("lock", key)
-        with self._beneath.lock(key, note):
-            yield
+        with self._beneath.lock(key, note) as check:
+            yield check
 
     def holder(self, key: str) -> str | None:
         self._fail("holder", key)

@@ -26,7 +26,7 @@ class ThreadRanks:
 
     def __init__(self, rank: int, board: _Board) -> None:
         self.rank = rank
-        self.size = board.size
+        self.size: int = board.size
         self._board = board
         self._num_exchanges = 0
         self._num_twins = 0

@@ -37,7 +37,7 @@ def _ended(error: HoldfastError) -> int:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
+    status: int = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
     # After a failure other ranks may be gone: shutting down in order could wait for them forever.

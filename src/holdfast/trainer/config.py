@@ -20,35 +20,36 @@ from holdfast.manager.config import CheckpointConfig
 @settings("job")
 @dataclass(frozen=True, slots=True)
 class JobConfig:
-    """What the run is called and where it leaves its files."""
+    """Name of the run, and where it writes."""
 
     dump_folder: str = "./outputs"
-    """Everything that the run writes lies below; relative to the current directory."""
+    """Folder for everything that the run writes; relative to the current directory."""
 
     description: str = "training run"
-    """Said in the first line of the log."""
+    """Text for the first line of the log."""
 
     config_file: str | None = None
-    """TOML file with any of these settings; the command line wins over it."""
+    """TOML file with any of these keys. The command line overrides it."""
 
     debug: bool = False
-    """Show the traceback of an error, not its message alone."""
+    """Show the traceback of an error, not only its message."""
 
 
 @settings("model")
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Which model is trained."""
+    """The model."""
 
     name: Literal["llama3", "qwen3_moe"] = "llama3"
-    """Family of the model; qwen3_moe has experts."""
+    """Model family. `qwen3_moe` has experts."""
 
     flavor: str = "debugmodel"
-    """Size of the model. llama3: debugmodel, 1B, 3B, 8B, 70B or 405B.
-    qwen3_moe: debugmodel, 30B-A3B or 235B-A22B."""
+    """Size of the model. llama3: debugmodel, 1B, 3B, 8B, 70B or 405B. qwen3_moe: debugmodel,
+    30B-A3B or 235B-A22B."""
 
     hf_assets_path: str | None = None
-    """Folder with a `tokenizer.json`; without one, text is read as bytes."""
+    """Folder with a `tokenizer.json`, whose files an export copies too. Without it, each byte of
+    the text is a token."""
 
     def __post_init__(self) -> None:
         known = MODELS[self.name]
@@ -67,36 +68,37 @@ class ModelConfig:
 @settings("training")
 @dataclass(frozen=True, slots=True)
 class TrainingConfig:
-    """What is trained on, and for how long."""
+    """Data, batch sizes and number of steps."""
 
     dataset: str = "stdlib"
-    """`stdlib`: the sources of Python's standard library. Else a name on the Hugging Face hub
-    (`owner/name` or `owner/name:config`), whose `text` column is taken."""
+    """`stdlib`, which is the sources of Python's standard library, or a data set on the Hugging
+    Face hub (`owner/name` or `owner/name:config`), whose `text` column is used."""
 
     dataset_path: str | None = None
-    """A .txt, .jsonl or .parquet file, or a folder of such files; wins over `dataset`."""
+    """A .txt, .jsonl or .parquet file, or a folder of such files. Overrides `dataset`."""
 
     local_batch_size: int = 8
-    """Sequences that one data-parallel rank takes through the model at a time."""
+    """Sequences that one data-parallel rank passes through the model at a time."""
 
     global_batch_size: int = -1
-    """Sequences per step over all ranks; gradients are accumulated to reach it.
-    -1: `local_batch_size` times the number of data-parallel ranks."""
+    """Sequences per step over all ranks; gradients are accumulated to reach it. -1 means
+    `local_batch_size` times the number of data-parallel ranks."""
 
     seq_len: int = 2048
     """Tokens in a sequence."""
 
     steps: int = 10000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
 
     seed: int = 0
-    """Decides the initial weights and the order of the data, whatever the number of workers."""
+    """Seed of the initial weights and of the data order, which do not depend on the number of
+    workers."""
 
     deterministic: bool = False
-    """Only algorithms that give the same bits in every run; slower on a GPU."""
+    """Use only algorithms that give the same bits in every run. Slower on a GPU."""
 
     max_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0 leaves them as they are."""
+    """Largest gradient norm; larger gradients are scaled down. 0 turns this off."""
 
     def __post_init__(self) -> None:
         for key in ("local_batch_size", "seq_len", "steps"):
@@ -125,7 +127,7 @@ class TrainingConfig:
 @settings("optimizer")
 @dataclass(frozen=True, slots=True)
 class OptimizerConfig:
-    """How weights follow gradients."""
+    """The optimizer."""
 
     name: Literal["AdamW", "Adam", "SGD"] = "AdamW"
     """Class in `torch.optim`."""
@@ -134,19 +136,19 @@ class OptimizerConfig:
     """Learning rate after the warm-up."""
 
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of Adam's two running means, per step."""
+    """Decay rates of Adam's two running means."""
 
     beta1: float | None = None
-    """The first of `betas` on its own; wins over it."""
+    """First of `betas`. Overrides it."""
 
     beta2: float | None = None
-    """The second of `betas` on its own; wins over it."""
+    """Second of `betas`. Overrides it."""
 
     eps: float = 1e-8
-    """Keeps Adam's division finite."""
+    """Constant in Adam's denominator."""
 
     weight_decay: float = 0.1
-    """Pull of the weights towards zero, per unit of learning rate."""
+    """Weight decay coefficient."""
 
     def __post_init__(self) -> None:
         for key in ("lr", "eps", "weight_decay"):
@@ -168,23 +170,23 @@ class OptimizerConfig:
 @settings("lr_scheduler")
 @dataclass(frozen=True, slots=True)
 class LRSchedulerConfig:
-    """How the learning rate goes over the steps: up, level, down."""
+    """The learning rate over the steps: warm-up, constant, decay."""
 
     warmup_steps: int = 200
-    """Steps over which it rises in a straight line."""
+    """Steps of the linear warm-up."""
 
     total_steps: int | None = None
-    """Steps that the whole curve takes; by default `training.steps`."""
+    """Steps of the whole schedule; `training.steps` by default."""
 
     decay_ratio: float | None = None
-    """Share of the steps, at the end, over which it falls. 0: it stays level after the warm-up.
-    By default it falls from the end of the warm-up on."""
+    """Share of the steps, at the end, during which the rate decays. 0: it stays constant after the
+    warm-up. By default it decays from the end of the warm-up."""
 
     decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
-    """Shape of the fall."""
+    """Shape of the decay."""
 
     min_lr_factor: float = 0.0
-    """Where the fall ends, as a share of `optimizer.lr`."""
+    """Final learning rate, as a share of `optimizer.lr`."""
 
     def __post_init__(self) -> None:
         _not_negative("lr_scheduler.warmup_steps", self.warmup_steps)
@@ -199,31 +201,32 @@ class LRSchedulerConfig:
 @settings("parallelism")
 @dataclass(frozen=True, slots=True)
 class ParallelismConfig:
-    """How the workers share the model and the data. The degrees multiply to their number."""
+    """How the workers share model and data. The degrees multiply to the number of workers."""
 
     data_parallel_replicate_degree: int = 1
-    """Copies of weights and optimizer state, each on ranks of its own (HSDP; DDP where a copy is on
-    one rank)."""
+    """Copies of weights and optimizer state, each on its own ranks: DDP if a copy is on one rank,
+    else HSDP."""
 
     data_parallel_shard_degree: int = -1
-    """Ranks that share one copy of weights and optimizer state (FSDP). -1: all that are left."""
+    """Ranks that shard one copy of weights and optimizer state by FSDP2. -1 takes all ranks that
+    are left."""
 
     tensor_parallel_degree: int = 1
-    """Ranks that share each matrix."""
+    """Ranks that shard each matrix."""
 
     pipeline_parallel_degree: int = 1
     """Ranks that share the blocks of the model."""
 
     context_parallel_degree: int = 1
-    """Ranks that share each sequence."""
+    """Ranks that shard each sequence."""
 
     expert_parallel_degree: int = 1
     """Ranks that share the experts of a block, among those of the shard, context and tensor
-    degrees: it is a part of their product and no factor beside them."""
+    degrees: it divides their product, and is no further factor."""
 
     pipeline_parallel_schedule: str = "1F1B"
-    """Order of a pipeline's passes: 1F1B, GPipe or Interleaved1F1B (two stages on each rank).
-    `training.local_batch_size` sequences are a microbatch."""
+    """Pipeline schedule: 1F1B, GPipe or Interleaved1F1B (two stages per rank). A microbatch has
+    `training.local_batch_size` sequences."""
 
     def __post_init__(self) -> None:
         if self.pipeline_parallel_schedule not in STAGES_PER_RANK:
@@ -290,10 +293,10 @@ class MetricsConfig:
     """What a run reports."""
 
     log_freq: int = 10
-    """Steps between two lines of the log and of `metrics.jsonl`."""
+    """Steps between lines of the log and of `metrics.jsonl`."""
 
     enable_tensorboard: bool = False
-    """Write TensorBoard events too, below `job.dump_folder` in `tensorboard`."""
+    """Also write TensorBoard events, in `tensorboard` below `job.dump_folder`."""
 
     def __post_init__(self) -> None:
         _at_least_one("metrics.log_freq", self.log_freq)
@@ -302,14 +305,15 @@ class MetricsConfig:
 @settings("activation_checkpoint")
 @dataclass(frozen=True, slots=True)
 class ActivationCheckpointConfig:
-    """Memory against time in the backward pass."""
+    """Trades memory for time in the backward pass."""
 
     mode: Literal["none", "selective", "full"] = "none"
-    """full: keep only the input of each block and compute the rest again. selective: less of it."""
+    """`full`: keep only the input of each block, and recompute the rest. `selective`: recompute
+    less, see `selective_ac_option`."""
 
     selective_ac_option: str = "2"
-    """What selective computes again: a number n, of every n-th block all; `op`, of every block all
-    but products of matrices and attention."""
+    """What `selective` recomputes. A number n: every n-th block. `op`: everything in each block but
+    matrix products and attention."""
 
     def __post_init__(self) -> None:
         option = self.selective_ac_option
@@ -323,28 +327,28 @@ class ActivationCheckpointConfig:
 @settings("config")
 @dataclass(frozen=True, slots=True)
 class Config:
-    """All settings of a run, a section each."""
+    """All sections of the configuration of a run."""
 
     job: JobConfig = field(default_factory=JobConfig)
-    """What the run is called and where it leaves its files."""
+    """Name of the run, and where it writes."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Which model is trained."""
+    """The model."""
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    """What is trained on, and for how long."""
+    """Data, batch sizes and number of steps."""
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """How weights follow gradients."""
+    """The optimizer."""
 
     lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
-    """How the learning rate goes over the steps."""
+    """The learning rate over the steps."""
 
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
-    """How the workers share the model and the data."""
+    """How the workers share model and data."""
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When to save, what to keep, where to resume from."""
+    """When to save, what to keep, and what to start from."""
 
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     """What a run reports."""

@@ -65,8 +65,8 @@ class FileTokenizer:
             self._loaded = Loaded.from_file(str(path))
         except Exception as error:  # noqa: BLE001 - the package raises plain Exception
             raise FormatError(f"`{path}` is not a tokenizer: {error}") from None
-        self.vocab_size = self._loaded.get_vocab_size(with_added_tokens=True)
-        self.name = xxhash.xxh3_128_hexdigest(path.read_bytes())
+        self.vocab_size: int = self._loaded.get_vocab_size(with_added_tokens=True)
+        self.name: str = xxhash.xxh3_128_hexdigest(path.read_bytes())
 
     def encode(self, text: str) -> npt.NDArray[np.integer[Any]]:
         """The ids, with the special tokens that the file asks for."""
@@ -171,7 +171,7 @@ class Files:
         self.name = name
         self._paths = sorted(paths, key=lambda path: path.relative_to(root).as_posix())
         facts = [(path, path.stat()) for path in self._paths]
-        self.identity = "\n".join(
+        self.identity: str = "\n".join(
             f"{path.relative_to(root).as_posix()} {stat.st_size} {stat.st_mtime_ns}"
             for path, stat in facts
         )
@@ -191,7 +191,8 @@ class HFDataset:
     """The `text` column of a data set on the Hugging Face hub, by `owner/name[:config]`."""
 
     def __init__(self, name: str) -> None:
-        self.name = self.identity = name
+        self.identity: str = name
+        self.name: str = name
 
     def documents(self) -> Iterator[str]:
         """The rows of the split `train`, as they are downloaded."""

@@ -23,7 +23,7 @@ from holdfast.trainer.corpus import Tokens
 class DataLoader:
     """One data-parallel rank's share of every step's samples."""
 
-    state_is_global: ClassVar = True
+    state_is_global: ClassVar[bool] = True
     """Every rank has the same state, and any number of ranks can take it."""
 
     def __init__(

@@ -13,7 +13,7 @@ from holdfast.hf.export import HFModel
 from holdfast.hf.flavors import config_of
 from holdfast.trainer.config import Config
 
-logger = logging.getLogger("holdfast.trainer")
+logger: logging.Logger = logging.getLogger("holdfast.trainer")
 
 
 def hf_model(config: Config, vocab_size: int) -> HFModel:

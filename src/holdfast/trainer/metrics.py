@@ -23,7 +23,7 @@ from holdfast.trainer.config import MetricsConfig
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-logger = logging.getLogger("holdfast.trainer")
+logger: logging.Logger = logging.getLogger("holdfast.trainer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ class Clock:
     def __init__(self) -> None:
         self._since = time.perf_counter()
         self._blocked_s = 0.0
-        self.tokens = 0
+        self.tokens: int = 0
 
     def lap(self, blocked_s: float) -> tuple[float, float]:
         """Tokens per second and seconds blocked since the last call; `blocked_s` is a total."""

@@ -109,14 +109,14 @@ class Transformer(nn.Module):
         super().__init__()
         self.flavor = flavor
         self.seq_len = seq_len
-        self.part = part or ModelPart(range(flavor.num_layers), flavor.num_layers)
-        self.positions = positions or range(seq_len)
+        self.part: ModelPart = part or ModelPart(range(flavor.num_layers), flavor.num_layers)
+        self.positions: range = positions or range(seq_len)
         self.tok_embeddings: nn.Module = nn.Identity()
         if self.part.first:
             self.tok_embeddings = nn.Embedding(vocab_size, flavor.dim)
         # Keyed by the index in the whole model, so that a pipeline stage, which holds a few of the
         # blocks, names its weights as the whole model does.
-        self.layers = nn.ModuleDict(
+        self.layers: nn.ModuleDict = nn.ModuleDict(
             {str(i): TransformerBlock(flavor, recompute.of(i)) for i in self.part.layers}
         )
         self.norm: nn.Module = nn.Identity()
@@ -159,13 +159,13 @@ class TransformerBlock(nn.Module):
     def __init__(self, flavor: Flavor, recompute: Callable[..., Tensor] | None) -> None:
         super().__init__()
         self.recompute = recompute
-        self.attention_norm = RMSNorm(flavor.dim, flavor.norm_eps)
-        self.attention = Attention(flavor)
-        self.ffn_norm = RMSNorm(flavor.dim, flavor.norm_eps)
+        self.attention_norm: RMSNorm = RMSNorm(flavor.dim, flavor.norm_eps)
+        self.attention: Attention = Attention(flavor)
+        self.ffn_norm: RMSNorm = RMSNorm(flavor.dim, flavor.norm_eps)
         if flavor.experts is None:
-            self.feed_forward = FeedForward(flavor)
+            self.feed_forward: FeedForward = FeedForward(flavor)
         else:
-            self.moe = MixtureOfExperts(flavor.dim, flavor.experts)
+            self.moe: MixtureOfExperts = MixtureOfExperts(flavor.dim, flavor.experts)
 
     def forward(self, x_BTD: Tensor, rope_TP2: Tensor) -> Tensor:
         # Inside the block, so that names and FSDP's hooks, which go around it, stay as they are.
@@ -189,14 +189,16 @@ class Attention(nn.Module):
     def __init__(self, flavor: Flavor) -> None:
         super().__init__()
         self.attend = attend
-        self.head_dim = flavor.head_dim
-        self.rotate = rotate_halves if flavor.rope_halves else rotate
+        self.head_dim: int = flavor.head_dim
+        self.rotate: Callable[[Tensor, Tensor], Tensor] = (
+            rotate_halves if flavor.rope_halves else rotate
+        )
         query_dim = flavor.num_heads * flavor.head_dim
         kv_dim = flavor.num_kv_heads * flavor.head_dim
-        self.wq = nn.Linear(flavor.dim, query_dim, bias=False)
-        self.wk = nn.Linear(flavor.dim, kv_dim, bias=False)
-        self.wv = nn.Linear(flavor.dim, kv_dim, bias=False)
-        self.wo = nn.Linear(query_dim, flavor.dim, bias=False)
+        self.wq: nn.Linear = nn.Linear(flavor.dim, query_dim, bias=False)
+        self.wk: nn.Linear = nn.Linear(flavor.dim, kv_dim, bias=False)
+        self.wv: nn.Linear = nn.Linear(flavor.dim, kv_dim, bias=False)
+        self.wo: nn.Linear = nn.Linear(query_dim, flavor.dim, bias=False)
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
         if flavor.head_norm:
@@ -226,9 +228,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, flavor: Flavor) -> None:
         super().__init__()
-        self.w1 = nn.Linear(flavor.dim, flavor.hidden_dim, bias=False)
-        self.w2 = nn.Linear(flavor.hidden_dim, flavor.dim, bias=False)
-        self.w3 = nn.Linear(flavor.dim, flavor.hidden_dim, bias=False)
+        self.w1: nn.Linear = nn.Linear(flavor.dim, flavor.hidden_dim, bias=False)
+        self.w2: nn.Linear = nn.Linear(flavor.hidden_dim, flavor.dim, bias=False)
+        self.w3: nn.Linear = nn.Linear(flavor.dim, flavor.hidden_dim, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         hidden_BTF = F.silu(self.w1(x_BTD)) * self.w3(x_BTD)
@@ -242,7 +244,7 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight: nn.Parameter = nn.Parameter(torch.ones(dim))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         # In float32: squares of bfloat16 lose all but two digits.

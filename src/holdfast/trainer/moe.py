@@ -27,8 +27,8 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, dim: int, flavor: ExpertFlavor) -> None:
         super().__init__()
-        self.router = Router(dim, flavor)
-        self.experts = Experts(dim, flavor)
+        self.router: Router = Router(dim, flavor)
+        self.experts: Experts = Experts(dim, flavor)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.flatten(0, 1)
@@ -48,8 +48,8 @@ class Router(nn.Module):
 
     def __init__(self, dim: int, flavor: ExpertFlavor) -> None:
         super().__init__()
-        self.num_active = flavor.num_active
-        self.gate = nn.Linear(dim, flavor.num_experts, bias=False)
+        self.num_active: int = flavor.num_active
+        self.gate: nn.Linear = nn.Linear(dim, flavor.num_experts, bias=False)
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         share_NX = self.gate(x_ND).float().softmax(-1)
@@ -62,12 +62,12 @@ class Experts(nn.Module):
 
     def __init__(self, dim: int, flavor: ExpertFlavor) -> None:
         super().__init__()
-        self.num_experts = flavor.num_experts
+        self.num_experts: int = flavor.num_experts
         self.group: dist.ProcessGroup | None = None
         hidden = flavor.hidden_dim
-        self.w1 = nn.Parameter(torch.empty(flavor.num_experts, hidden, dim))
-        self.w2 = nn.Parameter(torch.empty(flavor.num_experts, dim, hidden))
-        self.w3 = nn.Parameter(torch.empty(flavor.num_experts, hidden, dim))
+        self.w1: nn.Parameter = nn.Parameter(torch.empty(flavor.num_experts, hidden, dim))
+        self.w2: nn.Parameter = nn.Parameter(torch.empty(flavor.num_experts, dim, hidden))
+        self.w3: nn.Parameter = nn.Parameter(torch.empty(flavor.num_experts, hidden, dim))
 
     @property
     def num_local(self) -> int:

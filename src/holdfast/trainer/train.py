@@ -42,7 +42,7 @@ from holdfast.trainer.parallel import (
     sum_over_data,
 )
 
-logger = logging.getLogger("holdfast.trainer")
+logger: logging.Logger = logging.getLogger("holdfast.trainer")
 
 
 @dataclass(slots=True)
@@ -149,6 +149,7 @@ def _folders(config: Config) -> tuple[Path, str]:
         UsageError: one of them is a URL.
     """
     dump_folder = local_path(config.job.dump_folder)
+    local_path(config.checkpoint.folder or ".")  # As it is given: a `~` inside of a path is a name.
     return Path(dump_folder), local_path(os.path.join(dump_folder, config.checkpoint.folder))  # noqa: PTH118 - keeps `//`
 
 

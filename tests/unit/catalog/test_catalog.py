@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.structure import check_structure
-from holdfast.errors import DamagedError, FormatError, NotFoundError, StorageError
+from holdfast.errors import DamagedError, ExistsError, FormatError, NotFoundError, StorageError
 from holdfast.format import manifest as manifests
 from holdfast.format.checksum import checksum
 from holdfast.format.manifest import Manifest, Span, Table, ValueEntry
@@ -108,6 +108,30 @@ def test_a_new_checkpoint_takes_the_name_and_the_earlier_one_makes_way() -> None
     assert content_of(store, aside) == b"first"
     assert execute(store, plan_cleanup(store.list())) == []
     assert list(store.list()) == ["step-5/"]
+
+
+def test_of_three_saves_of_one_name_the_slow_overwrite_leaves_nothing_behind() -> None:
+    """G16. Method: an attempt that was begun while the name was free is published in the moment in
+    which an overwrite has moved the checkpoint before it away."""
+    store = MemoryStore()
+    late = Catalog(store)
+    attempt = late.begin("ck", replace=True)
+    fill(store, str(attempt), b"late")
+    publish(Catalog(store), "ck", b"first")
+
+    def between(operation: str, key: str) -> None:
+        if operation == "rename" and key == str(slow_attempt):
+            # The last operation of the other save, which looked before the first one was there.
+            store.rename(str(attempt), "ck")
+
+    slow = Catalog(FailingStore(store, between))
+    slow_attempt = slow.begin("ck", replace=True)
+    fill(store, str(slow_attempt), b"slow")
+    error = refuses(ExistsError, lambda: slow.publish(slow_attempt))
+    assert "another save has just taken its place" in error.what
+    assert content_of(store, "ck") == b"late"
+    slow.discard(slow_attempt)
+    assert store.list() == ["ck/"]
 
 
 @pytest.mark.parametrize("leftover", ["00000000", "ffffffff"])

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import holdfast
-from holdfast import NotFoundError, UsageError
+from holdfast import ExistsError, NotFoundError, UsageError
+from holdfast.convert.target import open_target
+from holdfast.format.names import NAME_BYTES_MAX, Aside, held_file
 
 STATE = {"w": torch.arange(12.0).view(4, 3), "step": 7}
 
@@ -100,3 +102,119 @@ def test_a_name_is_text_and_of_the_right_kind(tmp_path: Path) -> None:
         there.read("step")
     with pytest.raises(NotFoundError, match=r'no value `w`\nhint: `read\("w"\)`'):
         there.value("w")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".attempt-best-00000001",
+        ".removing-best-00000002",
+        ".replaced-step-3-00000003",
+        ".pinned-step-5",
+        ".damaged-step-5",
+        ".held-best-00000000",
+        ".lock",
+        "manifest.json",
+    ],
+)
+def test_a_name_that_holdfast_uses_is_no_checkpoints(name: str, tmp_path: Path) -> None:
+    """G14: the next start of a run there would delete it. Method: a save and a conversion."""
+    with pytest.raises(UsageError, match="Holdfast itself uses names such as"):
+        holdfast.save(tmp_path / "new" / name, {"a": 1})
+    with pytest.raises(UsageError, match="Holdfast itself uses names such as"):
+        open_target(str(tmp_path / "new" / name), overwrite=True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_name_is_refused_if_what_is_set_aside_for_it_has_no_name(tmp_path: Path) -> None:
+    """G8, G14. Method: the longest name allowed, of two-byte characters, saved and replaced; every
+    name that Holdfast makes of it fits. One byte more is refused before anything is made."""
+    longest = "\u00f6" * (NAME_BYTES_MAX // 2)
+    for value in (1, 2):
+        holdfast.save(tmp_path / longest, {"a": value}, overwrite=True)
+    assert holdfast.open(tmp_path / longest).value("a") == 2
+    for role in ("attempt", "replaced", "removing"):
+        aside = str(Aside(role, longest, "0" * 8))
+        (tmp_path / aside).mkdir()
+        (tmp_path / held_file(aside)).touch()
+    for refuse in (
+        lambda path: holdfast.save(path, {"a": 1}),
+        lambda path: open_target(str(path), overwrite=False),
+    ):
+        with pytest.raises(UsageError, match=f"a checkpoint may have {NAME_BYTES_MAX}"):
+            refuse(tmp_path / "new" / f"{longest}x")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_home_that_nobody_has_spelled_out_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G8. Method: `~` in every path of the API; no folder of that name is made."""
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Linear(2, 2)
+    config = holdfast.CheckpointConfig(enable=True, initial_load_path="~/weights")
+    with holdfast.CheckpointManager("run", model=model, config=config) as manager:
+        for call in (
+            lambda: holdfast.save("~/run/best", STATE),
+            lambda: holdfast.load("~/run/best", dict(STATE)),
+            lambda: holdfast.open("~/run/best"),
+            lambda: holdfast.CheckpointManager("~/run", model=model),
+            manager.load,
+        ):
+            with pytest.raises(UsageError, match="starts with `~`"):
+                call()
+    assert not (tmp_path / "~").exists()
+    holdfast.save("./~/best", STATE)
+
+
+def test_a_current_folder_that_was_deleted_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G8. Method: relative paths, from a folder that is gone; an absolute one is saved, and an
+    error of the caller's object still has its words."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for call in (
+        lambda: holdfast.save("best", STATE),
+        lambda: holdfast.load("best", dict(STATE)),
+        lambda: holdfast.CheckpointManager("run", model=torch.nn.Linear(2, 2)),
+    ):
+        with pytest.raises(UsageError, match="has been deleted") as raised:
+            call()
+        assert raised.value.hint
+    holdfast.save(tmp_path / "best", STATE)
+
+    class Broken(torch.nn.Module):
+        def state_dict(self, *_: Any, **__: Any) -> Any:
+            raise ValueError("no state")
+
+    with pytest.raises(UsageError, match="no state"):
+        holdfast.save(tmp_path / "broken", {"model": Broken()})
+
+
+def test_a_link_that_leads_nowhere_is_called_one(tmp_path: Path) -> None:
+    """G8, G14. Method: told to replace it, by a save and by a conversion."""
+    link = tmp_path / "link"
+    link.symlink_to("nowhere")
+    for replace in (
+        lambda: holdfast.save(link, STATE, overwrite=True),
+        lambda: open_target(str(link), overwrite=True),
+        lambda: open_target(str(link), overwrite=True, file=True),
+    ):
+        with pytest.raises(ExistsError, match="it is a link that leads nowhere"):
+            replace()
+    assert link.is_symlink()
+
+
+def test_a_meta_tensor_is_told_how_to_get_memory(tmp_path: Path) -> None:
+    """G8. Method: a model on the meta device, saved and loaded into."""
+    holdfast.save(tmp_path / "best", torch.nn.Linear(2, 2))
+    model = torch.nn.Linear(2, 2, device="meta")
+    for call in (
+        lambda: holdfast.load(tmp_path / "best", model),
+        lambda: holdfast.save(tmp_path / "new", model),
+    ):
+        with pytest.raises(UsageError, match="is a meta tensor, which has no elements") as raised:
+            call()
+        assert "to_empty" in str(raised.value.hint)

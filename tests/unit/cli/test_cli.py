@@ -16,9 +16,11 @@ import pytest
 
 import holdfast
 from checkpoints import save_safetensors, save_step, save_stock, save_torch
+from holdfast.catalog.catalog import Catalog
 from holdfast.cli import terminal
 from holdfast.cli.main import COMMANDS, main
 from holdfast.spelling import spelled_age, spelled_bytes
+from holdfast.storage.local import LocalStore
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +209,14 @@ def test_list_and_resume_skip_checkpoints_that_verify_has_marked(
         (("list", "stock"), 4, "hint: it is a checkpoint itself: holdfast verify"),
         (("list", "hf"), 4, "hint: it is a checkpoint itself: holdfast verify"),
         (("list", "."), 4, "hint: no `step-N`, but checkpoints: hf, stock; holdfast verify"),
+        (("list", "model.pt"), 4, "a file, written by torch.save"),
+        (("doctor", "model.pt"), 4, "model.pt FOLDER` makes a checkpoint of it"),
+        (("prune", "model.pt"), 4, "a file, written by torch.save"),
+        (("report", "model.pt"), 4, "`holdfast show "),
+        (("serve", "model.pt"), 4, "a file, written by torch.save"),
+        (("list", "hf/model-00001-of-00002.safetensors"), 4, "a file, of safetensors"),
+        (("list", "notes.txt"), 4, "it is a text file"),
+        (("list", "stock/.metadata"), 2, "is the index for stock torch"),
         (("verify", "evil.pt"), 8, "names `posix.system`"),
         (("verify", "notes.txt"), 4, "is no checkpoint"),
         (("lst",), 2, "did you mean `holdfast list`?"),
@@ -391,11 +401,44 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_in_a_log(
     assert "━".encode() in said
 
 
-def test_a_reader_that_closes_the_pipe_early_causes_no_error(saved: Path) -> None:
-    """Method: pipe stdout to a program that ends at once."""
-    command = f"{sys.executable} -m holdfast.cli list {saved}/outputs/checkpoint --json | true"
-    ran = subprocess.run(command, shell=True, text=True, capture_output=True)
-    assert ran.stderr == ""
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        (("list",), "manifest"),
+        (("verify",), "manifest"),
+        (("list", "--verify"), "distcp"),
+        (("verify", "--mark"), "distcp"),
+        (("doctor", "--verify"), "distcp"),
+    ],
+)
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_not_damaged(
+    command: tuple[str, ...],
+    file: str,
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """G4, G16. Method: delete steps 1 and 2, as retention does, at the first read of a file of step
+    1, when both are listed already. The command leaves both out, and marks neither as damaged.
+    """
+    folder = home / "outputs/checkpoint"
+    catalog, read = Catalog(LocalStore(folder)), LocalStore.read
+    deleted: list[str] = []
+
+    def deleting(store: LocalStore, key: str, start: int, stop: int) -> bytes:
+        if not deleted and "step-1/" in key and file in key:
+            deleted.append(key)
+            for step in (1, 2):
+                catalog.remove(f"step-{step}")
+        return read(store, key, start, stop)
+
+    monkeypatch.setattr(LocalStore, "read", deleting)
+    status, said, err = run(capsys, command[0], folder, *command[1:])
+    assert deleted
+    assert status == 0, err
+    assert "damaged" not in said
+    assert ("deleted meanwhile" in err) == (command != ("list",))
+    assert sorted(path.name for path in folder.iterdir()) == ["step-3"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import checkpoints
 from holdfast.catalog.verify import VerifyTarget, verify
 from holdfast.convert.convert import Converted, convert
 from holdfast.convert.plan import ConvertOptions, plan
-from holdfast.errors import DamagedError, ExistsError, FormatError, NotFoundError
+from holdfast.errors import DamagedError, ExistsError, FormatError, NotFoundError, UsageError
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.loading.checkpoint import open_checkpoint
 from holdfast.loading.load import load
@@ -112,6 +112,24 @@ def test_the_model_alone_in_another_dtype(tmp_path: Path) -> None:
         assert_alike(wanted, open_checkpoint(tmp_path / "step-9").read(f"model.{name}"))
     manifest = open_checkpoint(tmp_path / "step-9").manifest
     assert (manifest.step, manifest.kind, manifest.values) == (9, "model", {})
+
+
+def test_a_full_checkpoint_does_not_become_another_step(tmp_path: Path) -> None:
+    """G4: a resume would take the state of step 7 for that of step 9. Method: to the folder of
+    another step, refused before anything is written; to its own, and to any other name, allowed."""
+    step = checkpoints.save_step(tmp_path / "folder")
+    with pytest.raises(UsageError) as raised:
+        converted(step, tmp_path / "new/step-9", ConvertOptions(to="dcp"))
+    assert "step 9" in raised.value.what
+    assert "step 7" in raised.value.what
+    assert f"`{tmp_path}/new/step-7`" in str(raised.value.hint)
+    assert "--model-only" in str(raised.value.hint)
+    assert not (tmp_path / "new").exists()
+    for target in ("new/step-7", "new/best"):
+        converted(step, tmp_path / target, ConvertOptions(to="dcp"))
+        assert open_checkpoint(tmp_path / target).manifest.step == checkpoints.STEP
+    converted(step, tmp_path / "new/step-0", ConvertOptions(to="dcp", model_only=True))
+    assert open_checkpoint(tmp_path / "new/step-0").manifest.step == 0
 
 
 def test_a_folder_of_the_hub_in_fewer_and_more_files(tmp_path: Path) -> None:

@@ -216,11 +216,22 @@ def test_steps_of_which_none_can_be_resumed_from_are_an_error(tmp_path: Path) ->
         Run(tmp_path).until(6)
 
 
-def test_step_zero_gives_the_model_alone(tmp_path: Path) -> None:
-    """A seed: whatever else it may hold is left alone, and training starts at step 0."""
+def test_a_full_step_zero_resumes_all_of_the_run(tmp_path: Path) -> None:
+    """G9. Method: a loop that counts from 0."""
+    first = Run(tmp_path)
+    first.data.seen = 77
+    first.manager.save(0, last_step=True)
+    first.manager.close()
+    run = Run(tmp_path)
+    assert run.manager.load() == 0
+    assert equal(run.parameters(), first.parameters())
+    assert run.data.seen == 77
+
+
+def test_a_seed_gives_the_model_alone(tmp_path: Path) -> None:
     seed = Run(tmp_path)
     seed.data.seen = 77
-    seed.manager.save(0, last_step=True)
+    seed.manager.save_seed()
     seed.manager.close()
     run = Run(tmp_path)
     assert run.manager.load() == 0

@@ -62,6 +62,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"optimizers": SCHEDULER}, "`optimizers` must be .*, found: a LambdaLR"),
     ({"optimizers": {"a": OPTIMIZER}}, "`optimizers` must be .*, found: a dict"),
     ({"lr_schedulers": lambda n: n}, "`lr_schedulers` must be .*, found: a function"),
+    ({"lr_schedulers": OPTIMIZER}, "`lr_schedulers` must be .*, found: a SGD\nhint: pass"),
+    ({"lr_schedulers": [OPTIMIZER]}, "`lr_schedulers` must be .*, found: a SGD\nhint: pass"),
     ({"dataloader": LOADER}, "`dataloader` must be .*, found: a DataLoader\nhint: .*Stateful"),
     ({"dataloader": Counter}, "`dataloader` must be .*, found: the class Counter"),
     ({"states": [Counter()]}, "`states` must be a dict of objects by name, found: a list"),

@@ -50,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A seed, a full step, and a last one that holds the model alone."""
     folder = tmp_path_factory.mktemp("run")
     with manager(folder, extras=True) as one:
-        one.save(0)
+        one.save_seed()
         one.save(1)
         one.save(2, last_step=True)
     return folder

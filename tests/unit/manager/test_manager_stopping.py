@@ -127,7 +127,7 @@ def test_a_deadline_too_near_for_a_save_leaves_the_newest_step(
         me(signal.SIGTERM)
         held.save(2)
     assert names(tmp_path) == ["step-1"]
-    assert "saving nothing: the newest step stands, then ending" in caplog.text
+    assert "saving nothing: the newest checkpoint remains, then ending" in caplog.text
 
 
 @given(left=st.floats(-10, 100), save=st.floats(0, 100), share=st.floats(0, 1))

@@ -136,6 +136,50 @@ def test_a_file_where_the_folder_should_be_is_said(tmp_path: Path) -> None:
     assert "a file stands where a folder should" in (error.hint or "")
 
 
+LIMITED = """
+import os, resource, sys, holdfast
+holdfast.save("warm", {"a": 1})
+if sys.argv[1] == "EMFILE":
+    held = []
+    try:
+        while True:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        # Enough to make the attempt and to hold it, and too few to write a file.
+        os.close(held.pop())
+else:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    holdfast.save("kept", {"a": "x" * 9999})
+except holdfast.StorageError as error:
+    found = str(error)
+for file in held if sys.argv[1] == "EMFILE" else ():
+    os.close(file)
+print(found, sorted(os.listdir(".")), sep="\\n")
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "said", "hint"),
+    [
+        ("EMFILE", "Too many open files", "`ulimit -n`"),
+        ("EFBIG", "File too large", "`ulimit -f`"),
+    ],
+)
+def test_a_limit_of_the_process_is_named_and_nothing_is_left(
+    limit: str, said: str, hint: str, tmp_path: Path
+) -> None:
+    """G8, G11. Method: a save in a process without a free file descriptor, and in one whose files
+    may have 4096 bytes."""
+    command = f"ulimit -n 128; exec {sys.executable} -c '{LIMITED}' {limit}"
+    ran = subprocess.run(["bash", "-c", command], cwd=tmp_path, text=True, capture_output=True)
+    assert ran.returncode == 0, ran.stderr
+    what, advice, left = ran.stdout.splitlines()
+    assert said in what
+    assert hint in advice
+    assert left == "['warm']"
+
+
 def test_a_folder_that_has_vanished_is_an_error_that_names_it(tmp_path: Path) -> None:
     """G11. Method: the root removed under the store."""
     store = LocalStore(tmp_path / "root")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from holdfast.hf.families.decoder import ATTENTION, ENDS, FEED_FORWARD, HEAD_NORMS, block
 from holdfast.hf.family import Family
@@ -15,7 +16,7 @@ NORMS = block("""
 """)
 
 ROWS = (*ENDS, *NORMS, *ATTENTION, *block(FEED_FORWARD))
-DEFAULTS = {"tie_word_embeddings": True, "head_dim": 256}
+DEFAULTS: dict[str, Any] = {"tie_word_embeddings": True, "head_dim": 256}
 
 GEMMA2 = Family(("gemma2",), lambda _: ROWS, defaults=DEFAULTS)
 GEMMA3 = Family(("gemma3_text",), lambda _: (*ROWS, *HEAD_NORMS), defaults=DEFAULTS)

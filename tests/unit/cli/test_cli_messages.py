@@ -1,0 +1,123 @@
+"""Error messages of commands: the path, the file, and the next step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import holdfast
+from holdfast.cli.main import main
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: two checkpoints of a run, a Hugging Face folder, a `.pt` file."""
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Linear(2, 2)
+    config = holdfast.CheckpointConfig(enable=True, interval=1)
+    with holdfast.CheckpointManager("run", model=model, config=config) as manager:
+        manager.save(1)
+        manager.save(2)
+    Path("hf").mkdir()
+    save_file({"a": torch.ones(2)}, "hf/model.safetensors")
+    torch.save(model.state_dict(), "w.pt")
+    return tmp_path
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Run a command; returns its exit status, stdout and stderr."""
+    status = main([*arguments])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+@pytest.mark.parametrize("command", ["list", "doctor", "prune"])
+def test_a_hint_has_the_full_path_of_a_checkpoint_or_of_the_folder_of_a_run(
+    command: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G8. Method: a checkpoint, and the folder above a run's, in place of a run's folder."""
+    status, _, err = run(capsys, command, "run/step-1")
+    assert status == 4
+    assert f"hint: it is a checkpoint itself: holdfast verify {home}/run/step-1\n" in err
+    status, _, err = run(capsys, command, ".")
+    assert status == 4
+    assert f"hint: there are some in {home}/run\n" in err
+
+
+def test_an_export_names_the_file_that_it_cannot_map(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run(capsys, "convert", "w.pt", "new", "--to", "hf")
+    assert status == 2
+    assert f"error: the tensors of `{home}/w.pt` have names of no model" in err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("diff", "run/step-1", "run/step-2"), ("show", "run/step-2", "weight", "--stats")],
+)
+def test_a_data_file_that_is_missing_is_damage(
+    command: tuple[str, ...], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G3, G8. Method: delete the only data file of a checkpoint. The exit status is 7, and the hint
+    names the command that lists the damage.
+    """
+    (home / "run/step-2/__0_0.distcp").unlink()
+    status, _, err = run(capsys, *command)
+    assert status == 7
+    assert f"`{home}/run/step-2/__0_0.distcp` is missing" in err
+    assert f"hint: `holdfast verify {home}/run/step-2` lists what is damaged" in err
+
+
+@pytest.mark.parametrize("quick", [(), ("--quick",)])
+@pytest.mark.parametrize("text", ["{not json", "[1]"])
+def test_verify_finds_a_configuration_that_no_command_can_read(
+    text: str, quick: tuple[str, ...], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G8. Method: a `config.json` that `show` refuses is a finding; a valid one is not."""
+    Path("hf/config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert run(capsys, "verify", "hf", *quick)[0] == 0
+    Path("hf/config.json").write_text(text)
+    assert run(capsys, "show", "hf")[0] == 8
+    status, said, _ = run(capsys, "verify", "hf", *quick)
+    assert status == 7
+    assert "config.json` is no configuration" in said
+
+
+def test_a_report_replaces_an_earlier_report_and_no_other_file(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G14. Method: write a report over a page of the user's, which stays; and over a report."""
+    mine = home / "mine.html"
+    mine.write_text("<!doctype html>mine")
+    status, _, err = run(capsys, "report", "run", "--out", "mine.html")
+    assert status == 5
+    assert "is not a page of `holdfast report`" in err
+    assert mine.read_text() == "<!doctype html>mine"
+    for _ in range(2):
+        assert run(capsys, "report", "run", "--out", "page.html")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("list", "~/run"),
+        ("verify", "~"),
+        ("convert", "~/run/step-1", "new"),
+        ("convert", "run/step-1", "~/new"),
+        ("report", "run", "--out", "~/page.html"),
+    ],
+)
+def test_a_path_that_starts_with_a_tilde_is_refused(
+    command: tuple[str, ...], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G8. Method: every command that takes a path. None creates a folder named `~`."""
+    status, _, err = run(capsys, *command)
+    assert status == 2
+    assert "starts with `~`" in err
+    assert "os.path.expanduser" in err
+    assert not (home / "~").exists()
