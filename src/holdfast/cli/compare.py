@@ -73,8 +73,8 @@ def compare(
     Raises:
         DamagedError: elements that do not match their checksum.
     """
-    a_held = a.tensors.held[a.name] if a else None
-    b_held = b.tensors.held[b.name] if b else None
+    a_held = a.tensors.infos[a.name] if a else None
+    b_held = b.tensors.infos[b.name] if b else None
     dtypes = (a_held.dtype if a_held else None, b_held.dtype if b_held else None)
     shapes = (a_held.shape if a_held else None, b_held.shape if b_held else None)
     if a is None or b is None:
@@ -111,7 +111,7 @@ def compare(
 
 def nbytes_to_read(a: ComparedTensor, b: ComparedTensor) -> int:
     """Returns the bytes that `compare` reads of each tensor, for a progress bar."""
-    a_held, b_held = a.tensors.held[a.name], b.tensors.held[b.name]
+    a_held, b_held = a.tensors.infos[a.name], b.tensors.infos[b.name]
     if a_held.shape != b_held.shape:
         return 0
     itemsize = max(dtype_of(a_held.dtype).itemsize, dtype_of(b_held.dtype).itemsize)

@@ -11,8 +11,8 @@ import tyro
 
 from holdfast.cli.terminal import JsonOptions, parsed, progress, say, say_error, say_json
 from holdfast.convert.convert import convert
-from holdfast.convert.form import Form, form_of
 from holdfast.convert.plan import ConvertOptions, Float, plan
+from holdfast.convert.target_format import TargetFormat, target_format
 from holdfast.errors import UsageError
 from holdfast.spelling import rate, spelled_bytes
 
@@ -35,7 +35,7 @@ class ConvertArguments(JsonOptions):
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """Folder or .pt file to write."""
 
-    to: Form | None = None
+    to: TargetFormat | None = None
     """Format of TARGET. dcp: a checkpoint as a save writes it; hf: a Hugging Face folder; torch: a
     .pt file. Default: torch if TARGET ends in .pt, else dcp."""
 
@@ -76,7 +76,7 @@ class ConvertArguments(JsonOptions):
             UsageError: TARGET does not fit the format.
         """
         return ConvertOptions(
-            to=form_of(self.source, self.target, self.to),
+            to=target_format(self.source, self.target, self.to),
             hf_assets=self.hf_assets,
             dtype=self.dtype,
             max_shard_bytes=nbytes_of(self.max_shard_size),
@@ -92,11 +92,10 @@ class ConvertArguments(JsonOptions):
 def run(arguments: Sequence[str]) -> int:
     """Convert, and print size and rate; returns the exit status."""
     options = parsed(ConvertArguments, "convert", arguments)
-    convert_options = options.convert_options()
-    planned = plan(options.source, convert_options)
+    planned = plan(options.source, options.convert_options())
     try:
         with progress(options.target, planned.nbytes) as advance:
-            result = convert(planned, options.target, convert_options, advance)
+            result = convert(planned, options.target, advance)
     except KeyboardInterrupt:
         say_error("interrupted: run the same command again to continue")
         raise

@@ -91,7 +91,7 @@ def comparable_tensors(
     for path, checkpoint, of_one, dialect in zip(
         (options.a, options.b), opened, names, dialects, strict=True
     ):
-        if dialect == "hub":
+        if dialect == "hf":
             sides.append(_converted(path, options.hf_assets))
         else:
             meta = renamed(of_one.values(), "meta")

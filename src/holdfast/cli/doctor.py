@@ -21,7 +21,6 @@ from holdfast.cli.verify import resumable, verified
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError, StorageError
 from holdfast.format.names import LOCK, MANIFEST, METADATA, aside_of, step_name, step_of
 from holdfast.spelling import counted, spelled_bytes
-from holdfast.storage.holder import holder_of
 from holdfast.storage.local import LocalStore
 from holdfast.storage.locks import read_note
 from holdfast.storage.store import ReadStore
@@ -231,7 +230,7 @@ def _rights(folder: ExaminedFolder) -> Iterator[Trouble]:
 def _left_over(folder: ExaminedFolder, store: LocalStore) -> Iterator[Trouble]:
     """Yields leftovers of killed saves; while a run holds the lock, only that it does."""
     lock = f"{folder.name}/{LOCK}"
-    holder = holder_of(store, lock) if LOCK in folder.names else None
+    holder = store.holder(lock) if LOCK in folder.names else None
     actions = plan_cleanup(folder.names)
     if holder is not None:
         by = f"by {holder or 'a run that gives no name'}"

@@ -73,7 +73,7 @@ def statistics(
         DamagedError: elements that do not match their checksum.
         UsageError: a dtype without arithmetic.
     """
-    held = tensors.held[name]
+    held = tensors.infos[name]
     itemsize = dtype_of(held.dtype).itemsize
     num_finite, num_zeros, num_nan, num_inf = 0, 0, 0, 0
     least, greatest, mean, squares = np.inf, -np.inf, 0.0, 0.0
@@ -115,7 +115,7 @@ def corner(tensors: Tensors, name: str) -> list[list[int | float | str]]:
 
     Complex elements are returned as text.
     """
-    held = tensors.held[name]
+    held = tensors.infos[name]
     sizes = [1] * max(len(held.shape) - 2, 0) + [CORNER] * min(len(held.shape), 2)
     stop = tuple(map(min, sizes, held.shape))
     elements = tensors.read(name, Region((0,) * len(stop), stop))

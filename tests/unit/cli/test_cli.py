@@ -217,7 +217,7 @@ def test_list_and_resume_skip_checkpoints_that_verify_has_marked(
         (("list", "hf/model-00001-of-00002.safetensors"), 4, "a file, of safetensors"),
         (("list", "notes.txt"), 4, "it is a text file"),
         (("list", "stock/.metadata"), 2, "is the index for stock torch"),
-        (("verify", "evil.pt"), 8, "names `posix.system`"),
+        (("verify", "evil.pt"), 8, "refers to `posix.system`"),
         (("verify", "notes.txt"), 4, "is no checkpoint"),
         (("lst",), 2, "did you mean `holdfast list`?"),
         ((), 2, f"commands: {', '.join(COMMANDS)}"),
