@@ -14,6 +14,7 @@ from holdfast.cli.compare import ComparedTensor, Difference, compare, nbytes_to_
 from holdfast.cli.terminal import JsonOptions, parsed, progress, say, say_json, spelled_shape
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import MismatchError
+from holdfast.format.components import MODEL
 from holdfast.format.manifest import Manifest
 from holdfast.hf.dialects import dialect_of, renamed
 from holdfast.spelling import counted
@@ -103,7 +104,7 @@ def _names(manifest: Manifest, *, model_only: bool) -> dict[str, str]:
     """Returns tensor name -> name to compare it by: its name in the model's own state dict."""
     names, components = {}, components_of(manifest)
     for name, entry in manifest.tensors.items():
-        if components[name] == "model":
+        if components[name] == MODEL:
             names[name] = name_in_model(entry.path)
         elif not model_only:
             names[name] = name

@@ -16,7 +16,7 @@ from holdfast.cli.picture import draw, letter
 from holdfast.cli.terminal import JsonOptions, parsed, progress, say, say_json, spelled_shape
 from holdfast.cli.tree import INDENT, count, lines, tree_of
 from holdfast.errors import NotFoundError, UsageError
-from holdfast.format.components import COMPONENTS
+from holdfast.format.components import COMPONENTS, MODEL
 from holdfast.format.manifest import Chunk, Manifest, TensorEntry
 from holdfast.spelling import counted, spelled_bytes, spelled_layout
 
@@ -77,7 +77,7 @@ def run(arguments: Sequence[str]) -> int:
         _say_checkpoint(checkpoint)
     # A stable sort: the model first, in stored order, then the other components.
     components = components_of(checkpoint.manifest)
-    ordered = sorted(tensors.items(), key=lambda member: components[member[0]] != "model")
+    ordered = sorted(tensors.items(), key=lambda member: components[member[0]] != MODEL)
     for line in lines(tree_of(dict(ordered)), each=options.each):
         say(line)
     _say_values(checkpoint, names)
@@ -169,8 +169,8 @@ def _say_checkpoint(checkpoint: OpenCheckpoint) -> None:
         facts.append(f"step {manifest.step}")
     files = counted(len(manifest.files), "file")
     components = summarized_components(manifest)
-    known = manifest.components is not None or {"model", *COMPONENTS} >= components.keys()
-    if "model" in components and known:
+    known = manifest.components is not None or {MODEL, *COMPONENTS} >= components.keys()
+    if MODEL in components and known:
         facts.append(kind_of(manifest))
     facts.append(f"{spelled_bytes(manifest.nbytes)} in {files}")
     say(f"{checkpoint.where}: {', '.join(facts)}")
@@ -181,7 +181,7 @@ def _say_checkpoint(checkpoint: OpenCheckpoint) -> None:
         versions = (f"{name} {version}" for name, version in manifest.versions.items())
         say(f"{INDENT}with {', '.join(versions)}")
     for component, sums in components.items():
-        noun = "parameters and buffers" if component == "model" else "elements"
+        noun = "parameters and buffers" if component == MODEL else "elements"
         size = f"{sums['elements']:,} {noun}, {spelled_bytes(sums['nbytes'])}"
         held = [size] if sums["tensors"] else []
         held += [counted(sums["values"], "value")] if sums["values"] else []
@@ -202,7 +202,7 @@ def summarized_components(manifest: Manifest) -> dict[str, dict[str, int]]:
     for name in manifest.values:
         num_values[component_of[name]] = num_values.get(component_of[name], 0) + 1
     summary = {}
-    for component in sorted({*tensors, *num_values}, key=lambda name: (name != "model", name)):
+    for component in sorted({*tensors, *num_values}, key=lambda name: (name != MODEL, name)):
         entries = tensors.get(component, [])
         elements, nbytes = count(entries)
         summary[component] = {

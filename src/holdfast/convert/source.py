@@ -138,7 +138,7 @@ def _names_in_model(checkpoint: OpenCheckpoint) -> tuple[dict[str, str], tuple[s
     if checkpoint.hf is not None:
         return {name: name for name in tensors}, ()
     components = components_of(checkpoint.manifest)
-    names = {n: name_in_model(e.path) for n, e in tensors.items() if components[n] == "model"}
+    names = {n: name_in_model(e.path) for n, e in tensors.items() if components[n] == MODEL}
     if len({*names.values()}) < len(names):
         raise FormatError(
             f"`{checkpoint.source.url}` has two models, one under `model` and one beside it"
