@@ -12,6 +12,7 @@ from holdfast.catalog.open_any import OpenCheckpoint, open_any
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.steady import fingerprint
 from holdfast.errors import FormatError, NotFoundError, StorageError, UsageError
+from holdfast.format.components import MODEL
 from holdfast.hf.dialects import Dialect, dialect_of
 from holdfast.storage.opening import is_url, local_path
 from holdfast.tensors.lazy import Renamed, Tensors
