@@ -75,7 +75,7 @@ def test_every_rank_gets_the_bits_that_it_would_read(chance: random.Random, nbyt
         chance.shuffle(wanted)
 
     def work(ranks: Ranks) -> int:
-        mine = replicas.ask(source, asked[ranks.rank], {})
+        mine = replicas.collect_requests(source, asked[ranks.rank], {})
         return replicas.read_shared(source, mine, ranks, threads=2)
 
     with pytest.MonkeyPatch.context() as patched:

@@ -119,4 +119,4 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         DamagedError: files are missing or of another size.
     """
     store, opened = open_at(path)
-    return Checkpoint(Source(store, opened.name, opened.manifest), opened.seen)
+    return Checkpoint(Source(store, opened.name, opened.manifest), opened.fingerprint)

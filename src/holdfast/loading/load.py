@@ -16,7 +16,7 @@ from holdfast.errors import HoldfastError, MismatchError
 from holdfast.loading.fit import fits, is_narrowed
 from holdfast.loading.opening import read_in
 from holdfast.loading.read import Wanted, read_tensors, threads_for
-from holdfast.loading.replicas import Place, ask, read_shared
+from holdfast.loading.replicas import Place, collect_requests, read_shared
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.state.layout import Layouts, local_of
 from holdfast.state.match import MadeValues, Match
@@ -272,7 +272,9 @@ def _read(reading: _Reading, ranks: Ranks, fill: Fill | None, replicas: Replicas
     passed_on = replicas == "broadcast" or (replicas == "auto" and far)
     if ranks.size == 1 or fill is not None or not passed_on:
         return nbytes + run_on_all(ranks, lambda: read(reading.unchecked))
-    asked = run_on_all(ranks, lambda: ask(source, reading.unchecked, reading.entries))
-    nbytes += run_on_all(ranks, lambda: read_shared(source, asked, ranks, threads))
-    reading.containers = asked.containers
+    requests = run_on_all(
+        ranks, lambda: collect_requests(source, reading.unchecked, reading.entries)
+    )
+    nbytes += run_on_all(ranks, lambda: read_shared(source, requests, ranks, threads))
+    reading.containers = requests.containers
     return nbytes

@@ -32,7 +32,7 @@ from holdfast.planning.file_layout import FileLayout, TensorItem
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.planning.index import Index
 from holdfast.release import installed_version
-from holdfast.saving.background import make_way
+from holdfast.saving.background import lower_priority
 from holdfast.saving.commit import commit
 from holdfast.saving.digests import Group, Replicas, groups_that_differ, names_that_differ
 from holdfast.saving.planner import LocalState, Planner
@@ -324,8 +324,8 @@ def finish_save(
             with spans("stage"):
                 staging.run()
             # Optimizers wait for a copy, but nobody for what follows it.
-            make_way()
-        if pending.index is not None and not pending.index.is_made:
+            lower_priority()
+        if pending.index is not None and not pending.index.is_encoded:
             _make_beside(pending.index)
         # A snapshot has them from the instant of its copy.
         live = pending.memory is None and not pending.replicas.is_empty

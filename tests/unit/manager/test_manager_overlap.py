@@ -17,7 +17,7 @@ from torch import nn
 import holdfast
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.comm import Ranks
-from holdfast.saving.background import NICENESS, Background, make_way
+from holdfast.saving.background import NICENESS, Background, lower_priority
 from holdfast.saving.stage import Staging
 from holdfast.testing.ranks import run_ranks
 
@@ -194,7 +194,7 @@ def test_what_is_done_in_the_background_makes_way_for_training() -> None:
     background = Background()
 
     def note() -> None:
-        make_way()
+        lower_priority()
         found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
 
     background.start(note)
