@@ -244,6 +244,8 @@ def gather_and_run(ranks: Ranks, mine: T | HoldfastError, work: Callable[[list[T
         else:
             outcome = capture(lambda: work(cast("list[T]", items)))
     told = ranks.broadcast(cast("U | HoldfastError", outcome))
+    if isinstance(mine, HoldfastError):
+        _raise_interrupt(mine)
     if isinstance(told, HoldfastError) and isinstance(mine, HoldfastError):
         # Of what this rank has met itself it knows the cause, which has not crossed.
         told.__cause__ = told.__cause__ or (
@@ -258,7 +260,10 @@ def run_on_rank_0(ranks: Ranks, work: Callable[[], T]) -> T:
     Collective: every rank calls this once; `work` runs on rank 0 alone.
     """
     outcome = capture(work) if ranks.rank == 0 else None
-    return _or_raise(ranks.broadcast(cast("T | HoldfastError", outcome)))
+    told = ranks.broadcast(cast("T | HoldfastError", outcome))
+    if isinstance(outcome, HoldfastError):
+        _raise_interrupt(outcome)
+    return _or_raise(told)
 
 
 def run_on_all(ranks: Ranks, work: Callable[[], T]) -> T:
@@ -307,6 +312,21 @@ def capture(work: Callable[[], T]) -> T | HoldfastError:
         return error
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for it
         return worded(error)
+    except BaseException as interrupt:  # noqa: BLE001 - raised once the other ranks know
+        told = RankError(
+            f"interrupted by {type(interrupt).__name__}",
+            hint="start the run again: it goes on from the newest good step",
+        )
+        told.__cause__ = interrupt
+        return told
+
+
+def _raise_interrupt(mine: HoldfastError) -> None:
+    """Raise the interrupt that ended the work of this rank, if one has: a process that is told to
+    end does not go on with an error that its code may catch."""
+    cause = mine.__cause__
+    if cause is not None and not isinstance(cause, Exception):
+        raise cause
 
 
 def _or_raise(outcome: T | HoldfastError) -> T:

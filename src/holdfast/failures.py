@@ -83,12 +83,14 @@ def _raiser(frames: Sequence[tuple[CodeType, int]]) -> tuple[CodeType, int] | No
     theirs = [one for one in frames if not _is_library(one[0]) and not _is_ours(one[0])]
     if theirs:
         return theirs[-1]
-    asked = [
-        after
-        for before, after in pairwise(frames)
-        if _is_ours(before[0]) and not _is_ours(after[0]) and after[0].co_name in _METHODS
-    ]
-    return asked[-1] if asked else None
+    found, is_called = None, False
+    for code, line in frames:
+        if _is_ours(code):
+            is_called = True
+        elif is_called and code.co_name in _METHODS:
+            # Not always the function that we call: torch wraps `state_dict` in another one.
+            found, is_called = (code, line), False
+    return found
 
 
 def _asks_for_state(frames: Sequence[tuple[CodeType, int]]) -> bool:

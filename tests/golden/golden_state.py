@@ -65,3 +65,19 @@ def golden_structure() -> dict[str, Any]:
         "tuple": (1, (numbers(2), [numbers(1)])),
         "told": {"w": numbers(2), "list": [numbers(1), {"x": numbers(1)}]},
     }
+
+
+def golden_trained() -> dict[str, Any]:
+    """A model and its optimizer, which has slots."""
+    model = torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        model.weight.copy_(numbers(2, 3))
+        model.bias.copy_(numbers(2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.tensor(3.0),
+            "exp_avg": numbers(*parameter.shape),
+            "exp_avg_sq": numbers(*parameter.shape).abs(),
+        }
+    return {"model": model, "optimizer": optimizer}

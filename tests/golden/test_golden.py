@@ -2,6 +2,7 @@
 
 `structure` holds state whose entries do not tell how it is put together.
 `solo`, `ranks` (two processes, some tensors sharded), `timed` (with metrics, timings and a model),
+`optimizers` (classes of optimizers),
 `blocks` (checksums of 256 KiB, those before it of 1 MiB), `components` (which names are not the
 model's) and `stock` (torch 2.13's own `save`) are
 as they were written by the versions that their manifests name. They are never written anew: a
@@ -20,12 +21,12 @@ import torch
 from torch.distributed.checkpoint.state_dict_loader import load as stock_load
 
 import holdfast
-from golden.golden_state import golden_state, golden_structure
+from golden.golden_state import golden_state, golden_structure, golden_trained
 from golden.independent_reader import read, read_manifest, read_state, read_stock
 from holdfast.errors import DamagedError
 from holdfast.format import manifest as manifests
 from holdfast.format.manifest import decode
-from holdfast.state.same import differences
+from holdfast.state.same import differences, same
 from holdfast.state.tree import flatten
 
 HERE = Path(__file__).parent
@@ -191,3 +192,28 @@ def test_the_structure_is_what_this_version_would_write() -> None:
     manifest = decode(data, where="structure")
     assert manifests.encode(manifest) == data
     assert manifest.structure == flatten(golden_structure()).structure
+
+
+def test_the_classes_of_optimizers_are_told_apart_from_the_structure(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """G10. Method: a model and an AdamW; read by the specification alone, loaded by an optimizer
+    of the class that wrote it, and by another, which is said."""
+    names = read(HERE / "optimizers")
+    assert read_manifest(HERE / "optimizers")["optimizers"] == [
+        [["optimizer"], ["torch.optim.adamw.AdamW"]]
+    ]
+    assert read_state(HERE / "optimizers")["optimizer"]
+    wanted = golden_trained()
+    assert same(names["optimizer.state.weight.exp_avg"], wanted["model"].weight.detach())
+    found = golden_trained()
+    with torch.no_grad():
+        found["model"].weight.zero_()
+    found["optimizer"].state.clear()
+    holdfast.load(HERE / "optimizers", found)
+    assert same(found["optimizer"].state_dict(), wanted["optimizer"].state_dict())
+    assert same(dict(found["model"].state_dict()), dict(wanted["model"].state_dict()))
+    assert not caplog.text
+    found["optimizer"] = torch.optim.Adam(found["model"].parameters())
+    holdfast.load(HERE / "optimizers", found)
+    assert "was saved by torch.optim.adamw.AdamW" in caplog.text

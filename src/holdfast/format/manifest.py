@@ -16,7 +16,7 @@ from holdfast.errors import DamagedError, FormatError
 from holdfast.format import checksum, facts, timings
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.region import Region
-from holdfast.format.structure import Node, check_node
+from holdfast.format.structure import Node, check_node, members_of, with_classes
 from holdfast.format.timings import Stage
 
 VERSION = 2
@@ -217,7 +217,7 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
         **({"metrics": facts.encode_metrics(manifest.metrics)} if manifest.metrics else {}),
         **({"model": dict(manifest.model)} if manifest.model else {}),
         **({"timings": timings.encode(manifest.timings)} if manifest.timings else {}),
-        **({} if manifest.structure is None else {"structure": [*manifest.structure.items()]}),
+        **members_of(manifest.structure),
         "checksums": _checksums(manifest.block_bytes),
         "metadata": manifest.metadata,
         "files": [
@@ -360,7 +360,7 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
         model=facts.told(body.get("model", {})),
         timings=timings.decode(body.get("timings", {})),
         metadata=_seal(body["metadata"]),
-        structure=_structure(body.get("structure")),
+        structure=_structure(body.get("structure"), body.get("optimizers", [])),
     )
     if manifest.kind not in ("full", "model", None):
         raise ValueError(f"kind: {manifest.kind}")
@@ -370,10 +370,11 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
     return manifest
 
 
-def _structure(stored: list[Any] | None) -> dict[Path, Node] | None:
+def _structure(stored: list[Any] | None, optimizers: list[Any]) -> dict[Path, Node] | None:
     if stored is None:
         return None
-    return {path_of(path): check_node(node) for path, node in stored}
+    nodes = {path_of(path): check_node(node) for path, node in stored}
+    return with_classes(nodes, {path_of(path): names for path, names in optimizers})
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,10 @@ NUMBERS = (
 EMPTY_BYTES = "empty bytes"
 """Type of `b""`, which pickle writes as a call of `bytes`: an empty text stands in its place."""
 
+OPTIMIZERS = "optimizers"
+"""Member of the node of an object: the classes of the optimizers that it stands for. A manifest
+has it apart from the nodes."""
+
 DEPTH_MAX = 100
 """Nodes inside one another."""
 
@@ -124,6 +128,56 @@ def mapping_node(kind: str, children: Sequence[tuple[Any, Node]], **more: object
     return {kind: [[key_text(key), child] for key, child in children], **more}
 
 
+def with_optimizers(node: Node, other: Mapping[str, Any]) -> Node:
+    """The node of an object with the optimizers of another rank added to its own.
+
+    >>> with_optimizers({"object": None, "optimizers": ["a"]}, {"optimizers": ["a", "b"]})
+    {'object': None, 'optimizers': ['a', 'b']}
+    """
+    if not isinstance(node, dict):
+        return node
+    return {
+        **node,
+        OPTIMIZERS: list(dict.fromkeys([*node.get(OPTIMIZERS, []), *other[OPTIMIZERS]])),
+    }
+
+
+def members_of(structure: Mapping[Any, Node] | None) -> dict[str, list[Any]]:
+    """Members of a manifest for nodes by path; the classes of optimizers stand apart, since no
+    reader needs them to put a state together.
+
+    >>> members_of({("o",): {"object": None, "optimizers": ["a"]}, ("t",): {"tuple": []}})
+    {'structure': [[('t',), {'tuple': []}]], 'optimizers': [[('o',), ['a']]]}
+    """
+    if structure is None:
+        return {}
+    nodes, optimizers = [], []
+    for path, node in structure.items():
+        rest = node
+        if isinstance(node, dict) and OPTIMIZERS in node:
+            optimizers.append([path, node[OPTIMIZERS]])
+            rest = {key: one for key, one in node.items() if key != OPTIMIZERS}
+        if rest is node or rest != {"object": None}:
+            nodes.append([path, rest])
+    return {"structure": nodes, **({"optimizers": optimizers} if optimizers else {})}
+
+
+def with_classes(nodes: dict[Any, Node], optimizers: Mapping[Any, Any]) -> dict[Any, Node]:
+    """Nodes by path with the classes of optimizers in them again.
+
+    Raises:
+        ValueError: these are no lists of texts.
+
+    >>> with_classes({}, {("o",): ["a"]})
+    {('o',): {'object': None, 'optimizers': ['a']}}
+    """
+    for path, names in optimizers.items():
+        node = nodes.get(path) or {"object": None}
+        if isinstance(node, dict):
+            nodes[path] = check_node({**node, OPTIMIZERS: names})
+    return nodes
+
+
 def check_node(node: object, depth: int = 0) -> Node:
     """A node as a stranger's file states it.
 
@@ -165,7 +219,10 @@ def _check_sequence(_: Mapping[str, Any], held: Any, depth: int) -> None:
         check_node(child, depth)
 
 
-def _check_object(_: Mapping[str, Any], held: Any, depth: int) -> None:
+def _check_object(node: Mapping[str, Any], held: Any, depth: int) -> None:
+    names = node.get(OPTIMIZERS, [])
+    if not isinstance(names, list) or not all(type(name) is str for name in names):
+        raise ValueError("optimizers whose classes are no texts")
     check_node(held, depth)
 
 

@@ -22,6 +22,7 @@ from holdfast.loading.read import Wanted, read_tensors
 from holdfast.planning.read_plan import read_items
 from holdfast.state.shard import Piece
 from holdfast.state.values import decode_value
+from holdfast.uncompiled import uncompiled
 
 T = TypeVar("T")
 
@@ -47,6 +48,7 @@ class Checkpoint:
         """Of all entries: tensors, then values."""
         return self._source.manifest.names()
 
+    @uncompiled
     def read(self, name: str, region: Region | tuple[slice, ...] | None = None) -> torch.Tensor:
         """A tensor, or a box of its elements, on the CPU. Reads only that, and checks it.
 
@@ -68,6 +70,7 @@ class Checkpoint:
                 read_tensors(self._source, [wanted])
         return target
 
+    @uncompiled
     def value(self, name: str) -> Any:
         """A value that is not a tensor."""
         entry = self._found("value", name, self._source.manifest.values)
@@ -110,6 +113,7 @@ class Checkpoint:
         raise NotFoundError(f"`{self._source.url}` holds no {kind} `{name}`", hint=hint)
 
 
+@uncompiled
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open the checkpoint at `path`, its structure checked.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from holdfast.catalog.arguments import check_to_load
 from holdfast.catalog.source import Source, read_value
 from holdfast.comm import Ranks, all_ranks, hosts_of, run_on_all
 from holdfast.errors import HoldfastError, MismatchError
+from holdfast.format.manifest import TensorEntry
 from holdfast.loading.fit import fits, is_narrowed
 from holdfast.loading.opening import read_in
 from holdfast.loading.read import Wanted, read_tensors, threads_for
@@ -23,8 +25,11 @@ from holdfast.state.match import MadeValues, Match
 from holdfast.state.objects import StateTree
 from holdfast.state.values import decode_value
 from holdfast.timing import Spans
+from holdfast.uncompiled import uncompiled
 
 _LISTED_MAX = 50
+
+logger = logging.getLogger("holdfast")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,10 @@ class Loaded:
     """What the checkpoint and the state do not have in common, where that was allowed: a line each,
     over all ranks."""
 
+    notes: tuple[str, ...] = ()
+    """What is loaded otherwise than it was saved, such as the state of another optimizer: a line
+    each, over all ranks."""
+
     num_matched: int = 0
     """Entries that this rank has loaded."""
 
@@ -51,6 +60,7 @@ class Loaded:
     """Tensors of this rank that a base may lack, and does: they stay as they are."""
 
 
+@uncompiled
 def load(path: str | os.PathLike[str], state: Any, *, strict: bool = True) -> Loaded:
     """Load the checkpoint at `path` into `state`, in place: tensors are written over, objects given
     what their `state_dict` said, everything else replaced by what was saved. Any layout loads what
@@ -78,12 +88,15 @@ def load(path: str | os.PathLike[str], state: Any, *, strict: bool = True) -> Lo
     try:
         store, name = run_on_all(ranks, lambda: check_to_load(path, state, strict=strict))
         tree = run_on_all(ranks, lambda: StateTree(state))
-        return read_in(
+        loaded = read_in(
             store,
             name,
             ranks,
             lambda source: load_tree(source, tree, ranks=ranks, strict=strict),
         )
+        for line in loaded.notes if ranks.rank == 0 else ():
+            logger.warning("%s", line)
+        return loaded
     finally:
         ranks.close()
 
@@ -120,7 +133,7 @@ def load_tree(
     with torch.inference_mode(mode=False):
         with spans("plan"), gc_paused():
             match = run_on_all(ranks, lambda: tree.match(source.manifest, strict=strict))
-            differences = _differences(match, ranks)
+            differences, notes = _differences(match, ranks)
             if differences and not partial:
                 raise _mismatch(source, differences)
             reading = run_on_all(ranks, lambda: _Reading(source, match))
@@ -136,6 +149,7 @@ def load_tree(
         converted=reading.converted(),
         spans=spans,
         differences=tuple(differences),
+        notes=tuple(notes),
         num_matched=len(reading.wanted) + len(match.values),
         lacking=tuple(match.lacking),
     )
@@ -151,19 +165,22 @@ def _hand_over(match: Match, values: MadeValues, ranks: Ranks) -> None:
         raise
 
 
-def _differences(match: Match, ranks: Ranks) -> list[str]:
-    """A line on each difference between the checkpoint and the state of all ranks. Collective.
+def _differences(match: Match, ranks: Ranks) -> tuple[list[str], list[str]]:
+    """A line on each difference between the checkpoint and the state of all ranks, and on all else
+    that must be said. Collective.
 
     An entry is unexpected where no rank has a place for it: a pipeline stage has its own layers.
     """
-    reports = ranks.gather((list(match.misfits.values()), list(match.extra)))
+    reports = ranks.gather((list(match.misfits.values()), list(match.extra), [*match.notes]))
     listed: list[str] = []
+    notes: list[str] = []
     if reports:
-        listed = list(dict.fromkeys(line for lines, _ in reports for line in lines))
-        common = set.intersection(*({*names} for _, names in reports))
+        listed = list(dict.fromkeys(line for lines, _, _ in reports for line in lines))
+        notes = list(dict.fromkeys(line for _, _, lines in reports for line in lines))
+        common = set.intersection(*({*names} for _, names, _ in reports))
         extra = [name for name in reports[0][1] if name in common]
         listed += [f"`{name}` is in the checkpoint, but not wanted" for name in extra]
-    return ranks.broadcast(listed)
+    return ranks.broadcast((listed, notes))
 
 
 def _mismatch(source: Source, listed: Sequence[str]) -> MismatchError:
@@ -177,6 +194,10 @@ def _mismatch(source: Source, listed: Sequence[str]) -> MismatchError:
     )
 
 
+_Aside = tuple[torch.Tensor, torch.Tensor]
+"""A tensor that was read aside, and the memory that it goes to."""
+
+
 class _Reading:
     """What one rank reads: tensors into their places, and values."""
 
@@ -185,64 +206,92 @@ class _Reading:
         self.source, self._match = source, match
         self._made = {name: make() for name, make in match.made.items()}
         tensors = source.manifest.tensors
-        self._checked: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._aside: dict[str, _Aside] = {}
+        self._narrowed: set[str] = set()
+        self._tied = _tied_apart(match.into, tensors)
+        apart = {name for pair in self._tied for name in pair}
+        early = {name for names, _ in match.checks for name in names}
+        self._early = {*early & self._made.keys()}
+        self._values: dict[Place, Any] = {}
         layouts = Layouts()
         self.wanted: dict[str, Wanted] = {}
         for name, tensor in {**match.into, **self._made}.items():
             local = local_of(tensor).detach()
             pieces = layouts.of(name, tensor, local_of(tensor)).pieces
             stored: torch.dtype = getattr(torch, tensors[name].dtype)
-            if is_narrowed(stored, local.dtype):
+            narrowed = is_narrowed(stored, local.dtype)
+            if narrowed or name in apart:
                 # Read aside first: a number that does not fit must not take the place of another.
-                aside = torch.empty(local.shape, dtype=stored, device=local.device)
-                self._checked[name] = (aside, local)
+                like = torch.empty_strided if name in apart else _empty_packed
+                aside = like(local.shape, local.stride(), dtype=stored, device=local.device)
+                self._aside[name] = (aside, local)
                 local = aside
+            if narrowed:
+                self._narrowed.add(name)
             self.wanted[name] = Wanted(name, pieces, local)
         self.entries = {name: source.manifest.values[name] for name in match.values}
         self.containers: Mapping[Place, bytes] = {}
 
     def check(self, read: Callable[[Collection[Wanted]], int]) -> int:
-        """Read aside what has to be checked. Returns the bytes read.
+        """Read what has to be checked before anything is changed. Returns the bytes read.
 
         Raises:
-            MismatchError: numbers that do not fit where they would go, each tensor named.
+            MismatchError: what does not fit where it would go, all of it listed.
         """
-        nbytes = read([self.wanted[name] for name in self._checked])
+        nbytes = read([self.wanted[name] for name in self._checked_first])
         wrong = [
             f"`{name}` holds numbers in the checkpoint that no {local.dtype} is"
-            for name, (aside, local) in self._checked.items()
-            if not fits(aside, local.dtype)
+            for name, (aside, local) in self._aside.items()
+            if name in self._narrowed and not fits(aside, local.dtype)
         ]
+        wrong += [
+            f"`{first}` and `{name}` are one tensor here, and two that differ in the checkpoint"
+            for first, name in self._tied
+            if not _same_memory(*(self._aside[one] for one in (first, name)))
+        ]
+        checks = self._match.checks
+        if checks:
+            names = dict.fromkeys(name for names, _ in checks for name in names)
+            values = self._made_values(name for name in names if name in self.entries)
+            wrong += [line for _, check in checks if (line := check(values)) is not None]
         if wrong:
             raise _mismatch(self.source, wrong)
         return nbytes
 
     def settle(self) -> None:
         """Put what was read aside in its place."""
-        for aside, local in self._checked.values():
+        for aside, local in self._aside.values():
             local.copy_(aside)
 
     @property
     def unchecked(self) -> list[Wanted]:
         """What goes straight to its place."""
-        return [want for name, want in self.wanted.items() if name not in self._checked]
+        first = self._checked_first
+        return [want for name, want in self.wanted.items() if name not in first]
+
+    @property
+    def _checked_first(self) -> Collection[str]:
+        return {**self._aside, **dict.fromkeys(self._early)}
 
     @property
     def has_checked(self) -> bool:
         """Whether anything is to be checked before it goes to its place."""
-        return bool(self._checked)
+        return bool(self._aside or self._match.checks)
 
     def values(self) -> MadeValues:
         """Everything that has been read. A container that no other rank has read is read here."""
-        decoded: dict[Place, Any] = {}
+        return self._made_values(self.entries)
+
+    def _made_values(self, names: Iterable[str]) -> MadeValues:
         held: dict[str, Any] = {}
-        for name, entry in self.entries.items():
+        for name in names:
+            entry = self.entries[name]
             at = (entry.file, entry.item.offset)
-            if at not in decoded:
+            if at not in self._values:
                 container = self.containers.get(at) or read_value(self.source, name, entry)
                 where = f"{self.source.url}/{entry.file}"
-                decoded[at] = decode_value(name, container, where=where)
-            held[name] = decoded[at]
+                self._values[at] = decode_value(name, container, where=where)
+            held[name] = self._values[at]
         return MadeValues(self._made, held)
 
     def converted(self) -> tuple[str, ...]:
@@ -253,6 +302,47 @@ class _Reading:
             for name, tensor in self._match.into.items()
             if str(tensor.dtype) != f"torch.{tensors[name].dtype}"
         )
+
+
+def _tied_apart(
+    into: Mapping[str, torch.Tensor], entries: Mapping[str, TensorEntry]
+) -> list[tuple[str, str]]:
+    """Pairs of entries that go into one memory, but are two tensors in the checkpoint: weights
+    that are tied here, and were not when they were saved, or whose copies were stored."""
+    places: dict[tuple[object, ...], str] = {}
+    pairs = []
+    for name, tensor in into.items():
+        local = local_of(tensor)
+        place = local.data_ptr(), local.numel(), local.dtype, local.device
+        if not place[0] or not place[1]:
+            continue
+        first = places.setdefault(place, name)
+        one, other = entries[first], entries[name]
+        if first != name and not (one.chunks and one.chunks == other.chunks):
+            pairs.append((first, name))
+    return pairs
+
+
+def _same_memory(one: _Aside, other: _Aside) -> bool:
+    """Whether two tensors that were read aside would leave the same bytes in the memory that they
+    both go to, each by its own strides."""
+    made = [aside.to(local.dtype) for aside, local in (one, other)]
+    if made[0].stride() != made[1].stride() or made[0].shape != made[1].shape:
+        if not all(map(_is_dense, made)):
+            return False
+        made = [numbers.as_strided((numbers.numel(),), (1,)) for numbers in made]
+    first, second = (numbers.contiguous().reshape(-1).view(torch.uint8) for numbers in made)
+    return torch.equal(first, second)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements lie side by side, in whatever order of the dims."""
+    dims = zip(tensor.shape, tensor.stride(), strict=True)
+    return sum((size - 1) * stride for size, stride in dims) + 1 == tensor.numel()
+
+
+def _empty_packed(shape: torch.Size, _: object, **kind: Any) -> torch.Tensor:
+    return torch.empty(shape, **kind)
 
 
 def _read(reading: _Reading, ranks: Ranks, fill: Fill | None, replicas: Replicas) -> int:

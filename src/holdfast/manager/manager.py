@@ -46,12 +46,14 @@ from holdfast.manager.policy import (
 from holdfast.manager.resume import newest_final
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
+from holdfast.manager.waiting import StepWaits
 from holdfast.state.model import ModelState, adapted
 from holdfast.state.objects import StateTree
 from holdfast.state.optim import OptimizerState
 from holdfast.state.schedulers import scheduler_component
 from holdfast.state.tree import Stateful
 from holdfast.storage.opening import folder_store
+from holdfast.uncompiled import uncompiled
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
@@ -64,6 +66,7 @@ def _one_at_a_time(
 ) -> Callable[Concatenate[CheckpointManager, P], T]:
     """Let a thread wait for the call of another one: one save begins where the one before ends."""
 
+    @uncompiled
     @wraps(method)
     def called(self: CheckpointManager, /, *args: P.args, **kwargs: P.kwargs) -> T:
         # A forked child may have a copy of the lock that nobody will release.
@@ -89,6 +92,7 @@ class CheckpointManager:
     in the same order; an error on one rank is raised on all.
     """
 
+    @uncompiled
     def __init__(
         self,
         folder: str | os.PathLike[str],
@@ -142,7 +146,12 @@ class CheckpointManager:
             **(states or {}),
             **beside(dataloader, self._ranks.rank),
         }
-        self._tree = StateTree(self._parts, flat=MODEL)
+        self._held = Holding()
+        overlaps = self.config.async_mode == "async_with_pinned_mem"
+        waits = StepWaits(self._held, self.wait_for_staging)
+        for optimizer in many(optimizers) if overlaps else ():
+            waits.add(optimizer)
+        self._tree = StateTree(self._parts, flat=MODEL, watch=waits.add if overlaps else None)
         self._sections = [name for name in self._parts if name != MODEL]
         self._hub = Hub(hub, self.config, self._catalog, self._ranks, self._sections)
         self._saver = Saver(
@@ -156,11 +165,6 @@ class CheckpointManager:
         self._calls = threading.RLock()
         self._owed = False
         self._knows_folder = False
-        self._held = Holding()
-        if self.config.async_mode == "async_with_pinned_mem":
-            for optimizer in many(optimizers):
-                hook = optimizer.register_step_pre_hook(lambda *_: self.wait_for_staging())
-                self._held.callback(hook.remove)
         self._stop_signals = StopSignals(())
         check_excluded(self.config.exclude_from_loading, self._parts)
         self._loader = Loader(
@@ -215,6 +219,7 @@ class CheckpointManager:
             arguments.agreed(Solo(), call, arguments.told_of(call))
             return False
         self._goodput.count_step()
+        self._kept.note_trained()
         with self._goodput.lost_to("saving"):
             # What any rank has measured or received decides, so that all decide alike.
             saver = self._saver
@@ -265,16 +270,19 @@ class CheckpointManager:
             )
         return False
 
+    @uncompiled
     def wait_for_staging(self) -> None:
         """Return once the state of the last `save` has been copied, so that it may be changed.
 
-        Optimizers given to this manager do this by themselves before each step; whoever changes
-        parameters or optimizer state in another way calls it first.
+        Optimizers in the state of this manager, given as `optimizers` or below `states`, do this by
+        themselves before each step; whoever changes parameters or optimizer state in another way
+        calls it first.
         """
         # In a forked child the thread that copies is not there to be waited for.
         if self._held.is_open:
             self._saver.wait_for_staging()
 
+    @uncompiled
     def timings(self) -> Timings:
         """How long saves and loads took, by stage and over all ranks: those that came to their end
         since the last call. Known to rank 0; elsewhere there are none."""
@@ -285,6 +293,7 @@ class CheckpointManager:
         """Seconds that saving has held up training so far."""
         return self._goodput.blocked_s
 
+    @uncompiled
     def goodput(self) -> str:
         """Where the time since this manager was made went: training, and what it lost by cause."""
         return self._goodput.report()
@@ -337,6 +346,7 @@ class CheckpointManager:
         with self._goodput.lost_to(RESUMING):
             return self._loader.load(wanted)
 
+    @uncompiled
     def final_step(self) -> int | None:
         """The newest good step, where it holds the model alone: there a run came to its end.
 
@@ -364,6 +374,7 @@ class CheckpointManager:
                 self._saver.collect()
                 self._saver.retainer.wait()
 
+    @uncompiled
     def __enter__(self) -> Self:
         self._held.check_open()
         if self._saves:
@@ -371,6 +382,7 @@ class CheckpointManager:
             self._held.callback(self._stop_signals.release)
         return self
 
+    @uncompiled
     def __exit__(
         self,
         kind: type[BaseException] | None,

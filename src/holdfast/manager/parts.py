@@ -118,6 +118,7 @@ def differences(loaded: Loaded) -> list[str]:
     if lines:
         matched, left = loaded.num_matched, len(lines)
         lines.append(f"{matched} entries matched, {left} differ and stay as they are")
+    lines += loaded.notes
     if loaded.lacking:
         lines.append(
             f"{len(loaded.lacking)} trained parameters are not in {loaded.where}, and stay as they "

@@ -23,7 +23,7 @@ from holdfast.errors import MismatchError
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Path
 from holdfast.format.region import Region, first_overlap
-from holdfast.format.structure import Node
+from holdfast.format.structure import OPTIMIZERS, Node, with_optimizers
 from holdfast.state.shard import Mesh, MeshPlacement, pieces_of
 
 Ints = NDArray[np.int64]
@@ -61,6 +61,9 @@ class LocalPlan:
 
     structure: dict[Path, Node] = field(default_factory=dict)
     """How the state is put together, by path, where names do not tell."""
+
+    unions: dict[Path, str] = field(default_factory=dict)
+    """Paths of components whose entries may be others on each rank, with their kind."""
 
     def names(self) -> set[str]:
         return {*self.tensors, *self.values, *self.aliases}
@@ -213,8 +216,14 @@ def plan(all_plans: AllPlans) -> GlobalPlan:
             values[name] = rank, path
     structure: dict[Path, Node] = {}
     for holders in everyone:
-        # As for values that differ: the first rank's is kept.
-        structure = {**holders.local_plan.structure, **structure}
+        # As for values that differ: the first rank's is kept. Optimizers are those of all ranks.
+        theirs = holders.local_plan.structure
+        both = {
+            path: with_optimizers(structure[path], node)
+            for path, node in theirs.items()
+            if isinstance(node, dict) and OPTIMIZERS in node and path in structure
+        }
+        structure = {**theirs, **structure, **both}
     return GlobalPlan(list(_placed(held)), values, aliases, structure)
 
 
@@ -250,16 +259,6 @@ def _same_place(placement: MeshPlacement, rank: int) -> tuple[int, ...]:
         for cut, where in zip(placement.shards, np.nonzero(grid == rank), strict=True)
     ]
     return tuple(sorted(np.atleast_1d(grid[tuple(at)]).flatten().tolist()))
-
-
-def differing(digests: Sequence[Mapping[str, int]]) -> list[str]:
-    """Names under which ranks hold different values; one digest a value."""
-    first: dict[str, int] = {}
-    for held in digests:
-        first = {**held, **first}
-    return [
-        n for n, digest in first.items() if any(held.get(n, digest) != digest for held in digests)
-    ]
 
 
 def _by_name(everyone: Iterable[SharedPlan]) -> dict[str, list[SharedPlan]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 from xxhash import xxh3_64, xxh3_64_intdigest
@@ -108,10 +109,74 @@ class Replicas:
         }
 
 
-def groups_that_differ(everyone: Sequence[Mapping[Group, int]]) -> list[Group]:
+_PRIME = (1 << 61) - 1
+
+
+class SharedNames(NamedTuple):
+    """Names of one value that the same ranks hold."""
+
+    group: int
+    """Digest of the ranks: it crosses in place of their numbers."""
+
+    names: Sequence[str]
+    total: int
+    """Sum of the digests of the names."""
+
+
+def shared_names(names: Iterable[str], group_of: Callable[[str], Group]) -> list[SharedNames]:
+    """The names of a value by the ranks that hold them; those of this rank alone are left out."""
+    found: dict[Group, list[str]] = {}
+    for name in names:
+        found.setdefault(group_of(name), []).append(name)
+    return [
+        SharedNames(
+            xxh3_64_intdigest(repr(group).encode()),
+            held,
+            sum(xxh3_64_intdigest(name.encode()) for name in held) % _PRIME,
+        )
+        for group, held in found.items()
+        if len(group) > 1
+    ]
+
+
+class ValueDigests:
+    """Digests of the values that a rank holds and others do too."""
+
+    def __init__(self, values: Iterable[tuple[Sequence[SharedNames], int]]) -> None:
+        """The names of each value, and its checksum."""
+        self._values = [*values]
+
+    def by_group(self) -> dict[int, int]:
+        """One digest for all values that the same ranks hold.
+
+        A sum, whatever the order: ranks may have their values in different orders, and thousands
+        of names of one value cost no more than one.
+        """
+        sums: dict[int, int] = {}
+        for shared, value in self._values:
+            for one in shared:
+                more = one.total * (value % _PRIME)
+                sums[one.group] = (sums.get(one.group, 0) + more) % _PRIME
+        return sums
+
+    def of(self, groups: Collection[int]) -> dict[str, tuple[int, int]]:
+        """The digest of each value that these groups hold."""
+        return {
+            name: (one.group, value)
+            for shared, value in self._values
+            for one in shared
+            if one.group in groups
+            for name in one.names
+        }
+
+
+G = TypeVar("G", bound=Hashable)
+
+
+def groups_that_differ(everyone: Sequence[Mapping[G, int]]) -> list[G]:
     """Groups of which some rank has another digest than the others."""
-    first: dict[Group, int] = {}
-    differ: dict[Group, None] = {}
+    first: dict[G, int] = {}
+    differ: dict[G, None] = {}
     for found in everyone:
         for group, digest in found.items():
             if first.setdefault(group, digest) != digest:
@@ -120,11 +185,11 @@ def groups_that_differ(everyone: Sequence[Mapping[Group, int]]) -> list[Group]:
 
 
 def names_that_differ(
-    everyone: Sequence[Mapping[str, tuple[Group, int]]],
+    everyone: Sequence[Mapping[str, tuple[Hashable, int]]],
 ) -> dict[str, tuple[int, int]]:
-    """Tensors that differ between ranks which hold the same elements of them; with two of these
-    ranks."""
-    first: dict[tuple[str, Group], tuple[int, int]] = {}
+    """Tensors that differ between ranks which hold the same elements of them, or values; with two
+    of these ranks."""
+    first: dict[tuple[str, Hashable], tuple[int, int]] = {}
     differ: dict[str, tuple[int, int]] = {}
     for rank, found in enumerate(everyone):
         for name, (group, digest) in found.items():

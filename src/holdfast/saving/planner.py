@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,27 +12,33 @@ from holdfast.comm import Ranks, gather_and_run, gather_deduplicated, run_on_all
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.format.checksum import checksum
 from holdfast.format.structure import Node
+from holdfast.planning.alike import check_alike
 from holdfast.planning.file_layout import FileLayout, TensorItem, lay_out, lay_out_file
 from holdfast.planning.index import Index, columns
 from holdfast.planning.write_plan import (
+    AllPlans,
     GlobalPlan,
     LocalPlan,
     LocalPlans,
     LocalTensor,
     NeighborPlans,
-    differing,
     groups_of,
     known_plans,
     merge_local_plans,
     neighbor_plans_of,
     plan,
 )
-from holdfast.saving.digests import Replica, Replicas
+from holdfast.saving.digests import (
+    Group,
+    Replica,
+    Replicas,
+    SharedNames,
+    ValueDigests,
+    shared_names,
+)
 from holdfast.state.layout import Layout, Layouts, dtype_name, local_of, same_memory
 from holdfast.state.tree import FlatState, Leaf, Path
 from holdfast.state.values import Containers
-
-logger = logging.getLogger("holdfast")
 
 
 class KnownTensor(NamedTuple):
@@ -77,13 +82,17 @@ class Planner:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._layouts = Layouts()
-        self._last = _Previous({}, [], {}, {}, {})
+        self._last = _Previous({}, [], {}, {}, {}, {})
         self._containers = Containers()
         self._offers: LocalPlans | None = None
         self._items: tuple[TensorItem, ...] = ()
         self._values: frozenset[str] = frozenset()
         self._by_first: frozenset[str] = frozenset()
         self._replicas: tuple[Replica, ...] = ()
+        self._near: AllPlans = {}
+        self._shared: dict[str, list[SharedNames]] = {}
+        self._shared_for: object = None
+        self._warned_of: frozenset[str] = frozenset()
         self.stepped: frozenset[str] = frozenset()
         """Names of the tensors that change in a step of an optimizer only, once there is a plan."""
 
@@ -123,11 +132,9 @@ class Planner:
                     others.append(name)
         names = [names for names, _ in values]
         same = (seen, names, aliases) == (known, before.names, before.aliases)
-        same = same and state.structure == before.structure
-        local_plans = (
-            before.local_plans if same else _offers_of(seen, aliases, names, state.structure)
-        )
-        self._last = _Previous(seen, names, aliases, state.structure, local_plans)
+        same = same and (state.structure, state.unions) == (before.structure, before.unions)
+        local_plans = before.local_plans if same else _offers_of(seen, aliases, names, state)
+        self._last = _Previous(seen, names, aliases, state.structure, state.unions, local_plans)
         return LocalState(tensors, seen, values, aliases, local_plans, state.stepped)
 
     def _see(
@@ -146,6 +153,49 @@ class Planner:
         rest."""
         mine = [one for one in self._replicas if (one.name in self.stepped) is stepped]
         return Replicas(mine, {one.name: held.tensors[one.name].detach() for one in mine})
+
+    def value_digests(self, held: LocalState) -> ValueDigests:
+        """Digests of the values that other ranks hold too, but for those whose difference is
+        known.
+
+        Raises:
+            UsageError: a value that cannot be kept.
+        """
+        if self._shared_for is not held.local_plans:
+            self._find_shared(held)
+        shared, container_of = self._shared, self._containers.of
+        if not shared:
+            return ValueDigests(())
+        return ValueDigests(
+            (shared[first], checksum(container_of(first, value)))
+            for first, value in ((next(iter(names)), value) for names, value in held.values)
+            if first in shared
+        )
+
+    def _find_shared(self, held: LocalState) -> None:
+        """Find out which ranks hold each value: once, for as long as nothing changes but values."""
+        groups: dict[str, Group] = {}
+        for everyone in self._near.values() if self._ranks.size > 1 else ():
+            known: dict[tuple[int, ...], Group] = {}
+            for name in {name for holders in everyone for name in holders.local_plan.values}:
+                holding = [one for one in everyone if name in one.local_plan.values]
+                key = tuple(map(id, holding))
+                if key not in known:
+                    known[key] = tuple(sorted(r for holders in holding for r in holders.ranks))
+                groups[name] = known[key]
+        self._shared = {}
+        for names, _ in held.values if groups else ():
+            compared = [name for name in names if name not in self._warned_of]
+            found = shared_names(compared, lambda name: groups[name])
+            if found:
+                self._shared[next(iter(names))] = found
+        self._shared_for = held.local_plans
+
+    def warned_of(self, names: Collection[str]) -> None:
+        """Compare these values no more: that they differ has been said. Every rank calls this
+        alike."""
+        self._warned_of |= frozenset(names)
+        self._shared_for = None
 
     def keep_first(self, names: Collection[str]) -> None:
         """From the next `hold` on, have each of these tensors written by the first rank that holds
@@ -192,6 +242,7 @@ class Planner:
 
         def consider() -> None:
             all_plans = merge_local_plans(local_plans)
+            check_alike(all_plans, ranks.size)
             whole.append(plan(all_plans))
             views.extend(neighbor_plans_of(all_plans, ranks.size))
 
@@ -200,6 +251,7 @@ class Planner:
         near = known_plans(view, held.local_plans, ranks.size)
         mine = run_on_all(ranks, lambda: whole[0] if whole else plan(near))
         groups = groups_of(near, held.local_plans, ranks.rank) if ranks.size > 1 else {}
+        self._near, self._shared_for = near, None
         self._replicas = tuple(
             Replica(name, group) for name, group in groups.items() if name not in self._by_first
         )
@@ -211,29 +263,9 @@ class Planner:
             for region in placed.regions_of(ranks.rank)
         ]
         self._items = run_on_all(ranks, lambda: lay_out(regions))
-        digests = self._digests(held, view)
-        told: dict[str, Any] = {"items": columns(self._items), "values": digests}
-        every = gather_deduplicated(ranks, told)
+        every = gather_deduplicated(ranks, {"items": columns(self._items)})
         if ranks.rank == 0:
             self.index = Index(whole[0], [theirs["items"] for theirs in every])
-            # What many ranks have alike is one object.
-            once = {id(theirs["values"]): theirs["values"] for theirs in every}
-            _warn_of_differences([*once.values()])
-
-    def _digests(self, held: LocalState, view: NeighborPlans) -> dict[str, int]:
-        """Of each value that other ranks have too."""
-        shared = {
-            name
-            for section, local_plan in held.local_plans.items()
-            for name in local_plan.values
-            if len(view.get(section, ())) != 1 or len(view[section][0][0]) > 1
-        }
-        return {
-            name: checksum(self._containers.of(name, value))
-            for names, value in held.values
-            for name in names
-            if name in shared
-        }
 
 
 class _Previous(NamedTuple):
@@ -243,6 +275,7 @@ class _Previous(NamedTuple):
     names: Sequence[Mapping[str, Path]]
     aliases: Mapping[str, tuple[str, Path]]
     structure: Mapping[Path, Node]
+    unions: Mapping[Path, str]
     local_plans: dict[str, LocalPlan]
 
 
@@ -250,7 +283,7 @@ def _offers_of(
     seen: Mapping[str, KnownTensor],
     aliases: Mapping[str, tuple[str, Path]],
     values: Iterable[Mapping[str, Path]],
-    structure: Mapping[Path, Node],
+    state: FlatState,
 ) -> dict[str, LocalPlan]:
     local_plans: dict[str, LocalPlan] = {}
 
@@ -266,8 +299,11 @@ def _offers_of(
             section(name).tensors[name] = one.local_plan
     for names in values:
         section(next(iter(names))).values.update(names)
-    for path, node in structure.items():
+    for path, node in state.structure.items():
         section(".".join(map(str, path))).structure[path] = node
+    for path, kind in state.unions.items():
+        # In the section of what lies below it.
+        section(f"{'.'.join(map(str, path))}.").unions[path] = kind
     return local_plans
 
 
@@ -280,13 +316,3 @@ def _check_text(name: str) -> None:
             f"the name {name!r} holds half of a character: {error.reason}",
             hint="such text comes from file names that are no UTF-8: rename the key",
         ) from error
-
-
-def _warn_of_differences(digests: Sequence[Mapping[str, int]]) -> None:
-    """Say which values are not the same on all ranks that have them."""
-    for name in differing(digests):
-        logger.warning(
-            "`%s` differs between ranks: the first rank's is kept. State of one rank alone "
-            "needs a key of its own, such as `rank_3`",
-            name,
-        )

@@ -34,7 +34,13 @@ from holdfast.planning.index import Index
 from holdfast.release import installed_version
 from holdfast.saving.background import lower_priority
 from holdfast.saving.commit import commit
-from holdfast.saving.digests import Group, Replicas, groups_that_differ, names_that_differ
+from holdfast.saving.digests import (
+    Group,
+    Replicas,
+    ValueDigests,
+    groups_that_differ,
+    names_that_differ,
+)
 from holdfast.saving.planner import LocalState, Planner
 from holdfast.saving.publish import Facts
 from holdfast.saving.stage import Snapshot, Staging, TensorOf, box_of, host_bytes, host_windows
@@ -44,6 +50,7 @@ from holdfast.state.objects import StateTree
 from holdfast.state.tree import FlatState
 from holdfast.storage.local import NO_SPACE
 from holdfast.timing import Spans
+from holdfast.uncompiled import uncompiled
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
@@ -57,7 +64,7 @@ class Saved:
     spans: Spans
 
 
-@gc_paused()
+@uncompiled
 def save(path: str | os.PathLike[str], state: Any, *, overwrite: bool = False) -> Saved:
     """Save `state` as one checkpoint at `path`, published whole or not at all.
 
@@ -81,13 +88,14 @@ def save(path: str | os.PathLike[str], state: Any, *, overwrite: bool = False) -
             and type. Nothing was written.
         StorageError: no space, no rights; nothing is left behind.
     """
-    ranks = all_ranks()
-    try:
-        check = partial(place_to_save, path, state, overwrite=overwrite)
-        catalog, name = run_on_all(ranks, check)
-        return save_in(catalog, name, state, ranks=ranks, overwrite=overwrite)
-    finally:
-        ranks.close()
+    with gc_paused():
+        ranks = all_ranks()
+        try:
+            check = partial(place_to_save, path, state, overwrite=overwrite)
+            catalog, name = run_on_all(ranks, check)
+            return save_in(catalog, name, state, ranks=ranks, overwrite=overwrite)
+        finally:
+            ranks.close()
 
 
 def save_in(
@@ -230,30 +238,54 @@ def _begin_alike(
     """Make the attempt for what the ranks hold, if they hold the same of what they hold alike:
     `begin(nbytes)` makes it.
 
-    Else the first rank's version is the one that is kept, from the next plan on: None. What
-    optimizers change is compared later, since that takes longer; there a difference is an error.
-    Collective.
+    Else the first rank's version is the one that is kept, from the next plan on, which is said:
+    None. What optimizers change is compared later, since that takes longer; there a difference is
+    an error. Collective.
     """
     replicas = planner.replicas(held, stepped=False)
 
-    def look() -> tuple[FileLayout, dict[Group, int]]:
+    def look() -> tuple[FileLayout, ValueDigests]:
         replicas.take()
-        return planner.file_layout(held), replicas.by_group()
+        return planner.file_layout(held), planner.value_digests(held)
 
     looked = capture(look)
-    mine = looked if isinstance(looked, HoldfastError) else (looked[0].nbytes, looked[1])
+    mine: HoldfastError | tuple[int, dict[Group, int], dict[int, int]]
+    if isinstance(looked, HoldfastError):
+        mine = looked
+    else:
+        mine = looked[0].nbytes, replicas.by_group(), looked[1].by_group()
 
-    def compare(everyone: list[tuple[int, dict[Group, int]]]) -> Aside | list[Group]:
-        differ = groups_that_differ([groups for _, groups in everyone])
-        return differ or begin(sum(nbytes for nbytes, _ in everyone))
+    def compare(
+        everyone: list[tuple[int, dict[Group, int], dict[int, int]]],
+    ) -> Aside | tuple[list[Group], list[int]]:
+        tensors = groups_that_differ([groups for _, groups, _ in everyone])
+        values = groups_that_differ([groups for _, _, groups in everyone])
+        if tensors or values:
+            return tensors, values
+        return begin(sum(nbytes for nbytes, _, _ in everyone))
 
     begun = gather_and_run(ranks, mine, compare)
     assert not isinstance(looked, HoldfastError)
     if isinstance(begun, Aside):
         return looked[0], begun
-    names = gather_and_run(ranks, replicas.of(begun), names_that_differ)
+    theirs = replicas.of(begun[0]), looked[1].of(begun[1])
+    names, values = gather_and_run(
+        ranks,
+        theirs,
+        lambda everyone: (
+            names_that_differ([tensors for tensors, _ in everyone]),
+            names_that_differ([values for _, values in everyone]),
+        ),
+    )
     planner.keep_first(names)
+    planner.warned_of(values)
     if ranks.rank == 0:
+        for one in values:
+            logger.warning(
+                "`%s` differs between ranks: the first rank's is kept. State of one rank alone "
+                "needs a key of its own, such as `rank_3`",
+                one,
+            )
         for one, (first, other) in names.items():
             logger.warning(
                 "`%s` differs between ranks %d and %d: the version of the first rank that holds it "

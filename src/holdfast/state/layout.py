@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
 
 from holdfast.errors import UsageError
+from holdfast.format.dtypes import BY_NAME
 from holdfast.state.shard import Mesh, MeshPlacement, Piece, ShardSpec, pieces_of
 
 
@@ -83,6 +84,11 @@ class Layouts:
 
     def _lie(self, name: str, shape: tuple[int, ...], key: _Key) -> Layout:
         dtype, mesh, placements = key
+        if dtype_name(dtype) not in BY_NAME:
+            raise UsageError(
+                f"`{name}` is a tensor of {dtype}, which no checkpoint can hold",
+                hint=f"view or cast it as one of these: {', '.join(BY_NAME)}",
+            )
         placement, pieces = None, pieces_of(shape, ())
         if mesh is not None:
             coordinate = mesh.get_coordinate()

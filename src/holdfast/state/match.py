@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from holdfast.errors import MismatchError
 from holdfast.format.manifest import TensorEntry
 from holdfast.format.structure import Node, kind_of_node
 from holdfast.state.layout import local_of
@@ -32,6 +31,10 @@ class Values(Protocol):
     def __call__(self, name: str) -> Any:
         """The tensor or the value of an entry; a value is the caller's own."""
         ...
+
+
+Check = Callable[[Values], str | None]
+"""Looks at entries that have been read; returns a line on what does not fit, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +63,17 @@ class Match:
     extra: dict[str, None] = field(default_factory=dict)
     """Names of what the structure alone tells of, and this rank has no place for."""
 
+    notes: dict[str, None] = field(default_factory=dict)
+    """Lines on what is loaded otherwise than it was saved, and must be said."""
+
     lacking: list[str] = field(default_factory=list)
     """Tensors that the checkpoint may lack, and does."""
 
     taken: set[str] = field(default_factory=set)
     """Entries that have a place on this rank."""
+
+    checks: list[tuple[tuple[str, ...], Check]] = field(default_factory=list)
+    """Entries that have to be read before anything is changed, each with what looks at them."""
 
     _takes: list[Callable[[Values], None]] = field(default_factory=list)
 
@@ -129,6 +138,10 @@ class Match:
             device = template.device
         return lambda: torch.empty(shape, dtype=dtype, device=device)
 
+    def check(self, names: Iterable[str], check: Check) -> None:
+        """Have a look at these entries, which are read, before anything is changed."""
+        self.checks.append((tuple(names), check))
+
     def then(self, take: Callable[[Values], None]) -> None:
         """Do this once every rank has read all that it wants, in the order of the calls."""
         self._takes.append(take)
@@ -177,20 +190,18 @@ class MadeValues:
         return copy.deepcopy(self._values[name])
 
 
-def as_number(name: str, value: Any, wanted: type) -> Any:
-    """A tensor of one element as a number of the type that stood in its place.
+def check_number(name: str, wanted: type) -> Check:
+    """A check that a tensor of one element is a number of the type that stands in its place."""
 
-    Raises:
-        MismatchError: that would be another number.
-    """
-    number = value.item()
-    made = wanted(number)
-    if made != number and not (math.isnan(made) and math.isnan(number)):
-        raise MismatchError(
-            f"`{name}` is {number!r} in the checkpoint, which is no {wanted.__name__}",
-            hint=f"put a tensor or a {type(number).__name__} in its place before the load",
-        )
-    return made
+    def check(values: Values) -> str | None:
+        number = values(name).item()
+        try:
+            fits = wanted(number) == number or math.isnan(number)
+        except (ValueError, OverflowError):
+            fits = False
+        return None if fits else f"`{name}` is {number!r} in the checkpoint, no {wanted.__name__}"
+
+    return check
 
 
 def is_one_number(stored: StoredState, name: str | None, live: Any) -> bool:

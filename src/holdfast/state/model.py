@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ from holdfast.state.plain import match_inside
 from holdfast.state.stateful import hand_over
 from holdfast.state.stored import object_node
 from holdfast.state.subclass import UNINITIALIZED, is_ours
-from holdfast.state.tree import Flattener, Path, spelled
+from holdfast.state.tree import Flattener, Path, spelled, type_name
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Path elements that `torch.compile` and activation checkpointing add, and no checkpoint has."""
@@ -75,6 +76,38 @@ class Names:
         return [one for one in dict.fromkeys(found) if one != self.of(raw)]
 
 
+def outline_of(parts: Sequence[nn.Module]) -> list[object]:
+    """All that decides what the parameters of these modules are called: the same as long as no
+    module and no parameter has another place. Every save asks for it, so it makes no names."""
+    outline: list[object] = []
+    seen: set[int] = set()
+    stack: list[nn.Module | None] = [*parts]
+    while stack:
+        one = stack.pop()
+        if one is None or id(one) in seen:
+            outline.append(None)
+            continue
+        seen.add(id(one))
+        outline.append(type(one))
+        outline += one._parameters.keys()
+        outline += map(id, one._parameters.values())
+        outline += one._modules.keys()
+        stack += one._modules.values()
+    return outline
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a run that stores its base once has trained, by names of parameters."""
+
+    names: set[str] = field(default_factory=set)
+    """Parameters that have required a gradient at a save or load, or came from a checkpoint of the
+    run: the base has other values of them."""
+
+    base: set[str] = field(default_factory=set)
+    """Parameters that the base has, once it has been loaded."""
+
+
 class ModelState:
     """One or several parts of a model (pipeline stages) as one component of the state."""
 
@@ -82,18 +115,23 @@ class ModelState:
         self,
         parts: Sequence[nn.Module],
         *,
-        without: Collection[str] = (),
-        may_lack: Collection[str] = (),
+        trained: Trained | None = None,
+        is_base: bool = False,
     ) -> None:
-        """`without`: names that are left out; `may_lack`: names that a checkpoint may not have.
+        """`trained`: leave out the parameters that are not in there, which the base of the run has;
+        with `is_base`, all is wanted, but the base may lack what is trained.
 
         Raises:
             UsageError: a part is wrapped by FSDP1, whose parameters are not those of the model.
         """
         self._parts = list(parts)
-        self._names = list(map(Names, parts))
-        self._without = frozenset(without)
-        self.may_lack = frozenset(may_lack)
+        self._names: list[Names] = []
+        self._named_for: list[object] = []
+        self._trained, self._is_base = trained, is_base
+        self._without: frozenset[str] = frozenset()
+        self._frozen: list[tuple[str, nn.Parameter]] = []
+        self.may_lack: frozenset[str] = frozenset()
+        """Names that a checkpoint may not have: these stay as they are."""
         for part in parts:
             refuse_fsdp1(part)
 
@@ -102,9 +140,47 @@ class ModelState:
         """The modules."""
         return self._parts
 
+    def _find_names(self) -> None:
+        """Find out what wraps the parts, where any module has another place than before."""
+        outline = outline_of(self._parts)
+        if not self._names or outline != self._named_for:
+            self._names = list(map(Names, self._parts))
+            self._named_for = outline
+
+    def _find_trained(self, stored: Collection[str | int] = ()) -> None:
+        """Decide what is left out, by what is trained now or ever was in this run; `stored` are
+        names that a checkpoint has: these are trained too."""
+        if self._trained is None:
+            return
+        every = {
+            names.of(name): parameter
+            for part, names in zip(self._parts, self._names, strict=True)
+            for name, parameter in part.named_parameters(remove_duplicate=False)
+        }
+        active = {name for name, one in every.items() if one.requires_grad}
+        self._trained.names.update(active)
+        if self._is_base:
+            self.may_lack = frozenset(active)
+            self._trained.base.update(every.keys() & {*stored})
+            return
+        self._trained.names.update(every.keys() & {*stored})
+        self._frozen = [(n, one) for n, one in every.items() if n not in self._trained.names]
+        self._without = frozenset(name for name, _ in self._frozen)
+        # Frozen when the checkpoint was made, and trained since: as the base has it.
+        self.may_lack = frozenset(self._trained.base)
+
+    def note_trained(self) -> None:
+        """Remember what is trained now: it may be frozen again before it is saved. Cheap enough for
+        every step."""
+        for name, one in self._frozen:
+            if one.requires_grad and self._trained is not None:
+                self._trained.names.add(name)
+
     def state_dict(self) -> dict[str, Any]:
         """What the parts' own `state_dict` say, by canonical name: parameters and buffers
         themselves, with their gradients."""
+        self._find_names()
+        self._find_trained()
         state: dict[str, Any] = {}
         for part, names in zip(self._parts, self._names, strict=True):
             for raw, value in own_state(part).items():
@@ -131,6 +207,8 @@ class ModelState:
     def match(self, match: Match, path: Path) -> None:
         """Have parameters and buffers filled where they are; give everything else to the modules'
         own `load_state_dict`."""
+        self._find_names()
+        self._find_trained([str(name) for name in match.stored.tops()])
         wanted: set[str] = set()
         parts = [
             PartMatch(match, path, part, names, model=self)
@@ -248,6 +326,18 @@ def own_state(module: nn.Module) -> dict[str, Any]:
             found: dict[str, Any] = module.state_dict(keep_vars=True)
         else:
             found = module.state_dict()
+    # Looked at at each save: one pass over the keys.
+    if not isinstance(found, Mapping) or not {*map(type, found)} <= {str}:
+        name = type(module).__qualname__
+        what = f"a {type_name(found)}"
+        if isinstance(found, Mapping):
+            key = next(key for key in found if type(key) is not str)
+            what = f"one with the key {key!r}, a {type_name(key)}"
+        raise UsageError(
+            f"`state_dict()` of the module {name} has to give a dict with text keys, gave {what}",
+            hint="a module with state of another form keeps it by `get_extra_state` and "
+            "`set_extra_state`",
+        )
     return found
 
 
@@ -322,16 +412,14 @@ def refuse_fsdp1(module: nn.Module) -> None:
 
 
 def adapted(parts: Sequence[nn.Module]) -> tuple[ModelState, ModelState]:
-    """A model that is trained in part: what its steps hold, all but frozen parameters; and all of
-    it, as its base has it, which may lack what is trained."""
-    named = [
-        (Names(part).of(name), parameter)
-        for part in parts
-        for name, parameter in part.named_parameters(remove_duplicate=False)
-    ]
-    frozen = [name for name, one in named if not one.requires_grad]
-    trained = [name for name, one in named if one.requires_grad]
-    return ModelState(parts, without=frozen), ModelState(parts, may_lack=trained)
+    """A model that is trained in part: what its checkpoints hold, all but parameters that are
+    frozen and always were; and all of it, as its base has it, which may lack what is trained.
+    Which these are is found out at each save and load."""
+    trained = Trained()
+    kept, whole = (ModelState(parts, trained=trained, is_base=is_base) for is_base in (False, True))
+    # What is trained from the start may be frozen when it is first saved.
+    kept.state_dict()
+    return kept, whole
 
 
 def named_parameters(parts: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:

@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 
 from holdfast.errors import MismatchError, UsageError
 from holdfast.format.manifest import Manifest
-from holdfast.format.structure import Node
+from holdfast.format.structure import OPTIMIZERS, Node
 from holdfast.state.dataloader import LoaderState
 from holdfast.state.match import Match
-from holdfast.state.model import ModelState, named_parameters, refuse_fsdp1
+from holdfast.state.model import ModelState, named_parameters, outline_of, refuse_fsdp1
 from holdfast.state.optim import OptimizerState
-from holdfast.state.plain import Component, PlainMatch, is_object
+from holdfast.state.plain import Component, PlainMatch
+from holdfast.state.schedulers import SchedulerState
 from holdfast.state.stateful import NoState, ObjectState, RankState
 from holdfast.state.stored import StoredState
 from holdfast.state.tree import (
@@ -26,6 +27,7 @@ from holdfast.state.tree import (
     Flattener,
     Path,
     check_depth,
+    is_object,
     named_twice,
     names_of,
     spelled,
@@ -39,11 +41,17 @@ class StateTree:
     `state` maps names to tensors, plain values, dicts, lists and objects with a `state_dict`; or it
     is a module alone. The entry at `flat`, if there is one, adds its own names to the top level
     instead of lying below its key: that is how TorchTitan keeps the model. `others` are top-level
-    names that are not its own.
+    names that are not its own. `watch` is told of every optimizer that the tree meets, at any
+    depth, before `flatten` returns.
     """
 
     def __init__(
-        self, state: Any, *, flat: str | None = None, others: Collection[str] = ()
+        self,
+        state: Any,
+        *,
+        flat: str | None = None,
+        others: Collection[str] = (),
+        watch: Callable[[Optimizer], None] | None = None,
     ) -> None:
         if isinstance(state, nn.Module):
             state, flat = {"": state}, ""
@@ -54,12 +62,15 @@ class StateTree:
                 hint='{"model": model, "optimizer": optimizer, "step": 7}, for instance',
             )
         self._keys = names_of((), state)
-        self._state, self._flat, self._others = state, flat, others
-        self._modules = list(_modules(state, ()))
+        self._state, self._flat, self._others, self._watch = state, flat, others, watch
+        found = list(_modules(state, ()))
+        self._modules = [module for _, module in found]
+        self._places = [spelled(path) for path, _ in found]
         for module in self._modules:
             refuse_fsdp1(module)
-        self._components: dict[Path, Component] = {}
+        self._components: dict[Path, tuple[Any, Component]] = {}
         self._placed: dict[Any, list[str]] | None = None
+        self._placed_for: list[object] = []
 
     def flatten(self) -> FlatState:
         """Every tensor and value by name, as they are now. Tensors share memory with the state.
@@ -67,6 +78,8 @@ class StateTree:
         Raises:
             UsageError: two entries have one name; or what could not come back as it is.
         """
+        if self._placed is not None and self._placed_for != outline_of(self._modules):
+            self._placed = None
         flattener = Flattener(enters=self._enter, placed_like=self._placed_like)
         for name, key in self._keys.items():
             if key != self._flat:
@@ -80,7 +93,7 @@ class StateTree:
         return replace(state, stepped=lambda: frozenset(self._stepped(state)))
 
     def _stepped(self, state: FlatState) -> Iterator[str]:
-        for path, component in self._components.items():
+        for path, (_, component) in self._components.items():
             if isinstance(component, OptimizerState):
                 parameters, slots = component.stepped(spelled(path))
                 for name, leaf in state.leaves.items():
@@ -109,19 +122,24 @@ class StateTree:
 
     def component_of(self, path: Path, value: Any) -> Component | None:
         """What knows how an object's state is stored; None for plain state."""
-        if path in self._components:
-            return self._components[path]
+        # An object that another gives as its whole state has the path of that one.
+        owner, component = self._components.get(path, (None, None))
+        if component is not None and owner is value:
+            return component
         component = self._made_component(value)
-        if component is not None and len(path) <= 1:
+        if self._watch is not None and isinstance(component, OptimizerState):
+            for optimizer in component.optimizers:
+                self._watch(optimizer)
+        if component is not None and len(path) <= 1 and owner is None:
             # Objects further down come and go, with the state that they are a part of.
-            self._components[path] = component
+            self._components[path] = value, component
         return component
 
     def _made_component(self, value: Any) -> Component | None:
         if isinstance(value, nn.Module):
             return ModelState([value])
         if isinstance(value, Optimizer):
-            return OptimizerState(self._modules, [value])
+            return OptimizerState(self._modules, [value], places=self._places)
         if _is_component(value):
             return value
         return ObjectState(value) if is_object(value) else None
@@ -131,14 +149,22 @@ class StateTree:
         if component is None:
             flattener.put(path, value)
             return
-        node = component.flatten(flattener, path)
-        if node is not None:
+        node = self._flatten_component(flattener, path, component)
+        if node is not None and path not in flattener.state.structure:
             flattener.state.structure[path] = {"object": node}
 
     def _enter(self, flattener: Flattener, path: Path, value: Any) -> Node:
         component = self.component_of(path, value)
         assert component is not None, "an object"
-        return component.flatten(flattener, path)
+        return self._flatten_component(flattener, path, component)
+
+    def _flatten_component(self, flattener: Flattener, path: Path, component: Component) -> Node:
+        _note_union(flattener, path, component)
+        node = component.flatten(flattener, path)
+        if isinstance(component, OptimizerState):
+            classes = component.class_names
+            flattener.state.structure[path] = {"object": node, OPTIMIZERS: classes}
+        return node
 
     def _setter(self, key: Any) -> Callable[[Any], None]:
         def put(value: Any) -> None:
@@ -179,7 +205,7 @@ class StateTree:
         """The name of a parameter that is spread over the ranks as a tensor is: of several the one
         whose name ends the path."""
         if self._placed is None:
-            self._placed = {}
+            self._placed, self._placed_for = {}, outline_of(self._modules)
             for name, parameter in named_parameters(self._modules):
                 if isinstance(parameter, DTensor):
                     self._placed.setdefault(_placement(parameter), []).append(name)
@@ -188,27 +214,38 @@ class StateTree:
         return next((name for name in found if name in where), found[0] if found else None)
 
 
+def _note_union(flattener: Flattener, path: Path, component: Component) -> None:
+    if isinstance(component, ModelState):
+        flattener.state.unions[path] = "model"
+    elif isinstance(component, OptimizerState):
+        flattener.state.unions[path] = "sharded" if component.is_sharded else "optimizer"
+
+
 def _placement(tensor: DTensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.placements, tensor.device_mesh
 
 
 def _is_component(value: Any) -> TypeGuard[Component]:
-    kinds = (ModelState, OptimizerState, ObjectState, RankState, LoaderState, NoState)
+    kinds = (
+        *(ModelState, OptimizerState, SchedulerState),
+        *(ObjectState, RankState, LoaderState, NoState),
+    )
     return isinstance(value, kinds)
 
 
-def _modules(state: Mapping[Any, Any], path: Path) -> Iterator[nn.Module]:
-    for key, value in state.items():
+def _modules(state: Any, path: Path) -> Iterator[tuple[Path, nn.Module]]:
+    """Modules in dicts, lists and tuples, at any depth, with their paths."""
+    check_depth(path)
+    if not isinstance(state, Mapping) and {int, float, str}.issuperset(map(type, state)):
+        return
+    for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
+        at = (*path, str(key))
         if isinstance(value, nn.Module):
-            yield value
+            yield at, value
         elif isinstance(value, ModelState):
-            yield from value.parts
-        elif isinstance(value, Mapping):
-            at = (*path, str(key))
-            check_depth(at)
+            yield from ((at, part) for part in value.parts)
+        elif isinstance(value, Mapping | list | tuple):
             yield from _modules(value, at)
-        elif isinstance(value, list | tuple):
-            yield from (one for one in value if isinstance(one, nn.Module))
 
 
 def _check_names(state: FlatState) -> None:

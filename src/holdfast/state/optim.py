@@ -7,6 +7,7 @@ optimizer says is what is saved; its own `load_state_dict` gets it back.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -19,7 +20,8 @@ from torch.optim import Optimizer
 from holdfast.errors import UsageError
 from holdfast.format.structure import Node
 from holdfast.state.match import Match
-from holdfast.state.model import named_parameters
+from holdfast.state.model import named_parameters, outline_of
+from holdfast.state.optim_class import ClassCheck
 from holdfast.state.stateful import ObjectState
 from holdfast.state.tree import (
     Flattener,
@@ -27,6 +29,7 @@ from holdfast.state.tree import (
     Stateful,
     holds_state,
     made_plain,
+    type_name,
 )
 
 STATE, GROUPS = "state", "param_groups"
@@ -45,41 +48,88 @@ class OptimizerState:
     optimizer with a `state_dict` of its own is kept as that gives it.
     """
 
-    def __init__(self, parts: Sequence[nn.Module], optimizers: Sequence[Stateful]) -> None:
+    def __init__(
+        self,
+        parts: Sequence[nn.Module],
+        optimizers: Sequence[Stateful],
+        *,
+        places: Sequence[str] = (),
+    ) -> None:
+        """`places`: where each part lies in the state; none where they are parts of one model."""
         self._named: list[Optimizer] = [one for one in optimizers if is_by_parameter(one)]
         self._own = [one for one in optimizers if not is_by_parameter(one)]
         self._single = len(self._own) == len(optimizers) == 1
-        self._parts = parts
+        self._parts, self._places = parts, places
         self._names: dict[int, str] = {}
-        self._named_for: list[int] = []
+        self._named_for: tuple[list[int], list[object]] | None = None
         self._known: dict[tuple[Path, int, str], tuple[list[str], dict[str, Path]]] = {}
         self._find_names()
 
     def _find_names(self) -> None:
-        """Find out what the parameters of the optimizers are called, where these have changed.
+        """Find out what the parameters of the optimizers are called, where these or the places of
+        parameters in the modules have changed.
 
         Names are known by `id`: an optimizer holds on to its parameters, so no other object comes
         to have the `id` of one of them.
         """
         held = [id(one) for optimizer in self._named for one in parameters_of(optimizer)]
-        if held == self._named_for:
+        named_for = held, outline_of(self._parts)
+        if named_for == self._named_for:
             return
-        self._names = {id(parameter): name for name, parameter in named_parameters(self._parts)}
+        self._names = self._names_of(held)
         used: set[str] = set()
-        for number, one in enumerate(held):
-            name = self._names.setdefault(one, str(number))
+        for one in held:
+            name = self._names[one]
             if name in used:
                 raise UsageError(
                     f"`{name}` is in two optimizers, or two parameters have this name",
                     hint="give each parameter to one optimizer, and every model part to the call",
                 )
             used.add(name)
-        self._named_for = held
+        self._named_for = named_for
+
+    def _names_of(self, held: Sequence[int]) -> dict[int, str]:
+        """Names of parameters by their `id`. One that no part holds has its number; of several
+        parts with one name for different parameters, each gets that of its place before it."""
+        names: dict[int, str] = {}
+        qualified: dict[int, str] = {}
+        for number, part in enumerate(self._parts):
+            place = self._places[number] if self._places else ""
+            for name, parameter in named_parameters([part]):
+                names.setdefault(id(parameter), name)
+                if place:
+                    qualified.setdefault(id(parameter), f"{place}.{name}")
+        counts = Counter(names[one] for one in dict.fromkeys(held) if one in names)
+        for one in held:
+            if one in qualified and counts[names[one]] > 1:
+                names[one] = qualified[one]
+        taken = {*names.values()}
+        for number, one in enumerate(held):
+            if one not in names:
+                name = str(number)
+                # A parameter of a model may have a number for its name.
+                names[one] = name if name not in taken else f"number.{name}"
+        return names
 
     @property
     def named(self) -> Sequence[Optimizer]:
         """Optimizers whose state is kept by the names of their parameters."""
         return self._named
+
+    @property
+    def optimizers(self) -> Iterator[Optimizer]:
+        """All that are torch's, in whatever form their state is kept."""
+        return (one for one in (*self._named, *self._own) if isinstance(one, Optimizer))
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a rank may hold the slots of a part of its parameters alone."""
+        return bool(self._own) or any(map(is_zero, self._named))
+
+    @property
+    def class_names(self) -> list[str]:
+        """Classes of all optimizers, by module and name."""
+        return [type_name(one) for one in (*self._named, *self._own)]
 
     def name_of(self, parameter: torch.Tensor) -> str:
         """The name of a parameter; its number, if no part of the model holds it."""
@@ -119,6 +169,7 @@ class OptimizerState:
         if self._named:
             OptimizerMatch(self, match, path).run()
         for at, own in self._own_paths(path):
+            ClassCheck(match, path).note(own)
             ObjectState(own).match(match, at)
 
     def _own_paths(self, path: Path) -> Iterator[tuple[Path, Stateful]]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
 
-from holdfast.errors import MismatchError
 from holdfast.format.manifest import TensorEntry
-from holdfast.format.structure import Node, kind_of_node
+from holdfast.format.structure import Node, children_of, kind_of_node
 from holdfast.state.match import Match, Values, put_together
+from holdfast.state.optim_class import ClassCheck
 from holdfast.state.same import same
 from holdfast.state.stateful import hand_over
 from holdfast.state.stored import Branch
@@ -136,17 +137,20 @@ class OptimizerMatch:
             made = self._match_state(optimizer, name, parameter, groups_of[index], found)
             if made is not None:
                 state[index] = made
+        classes = ClassCheck(self._match, self._path)
+        if not classes.is_same(optimizer):
+            slots = (found.slots[name] for name in names if name in found.slots)
+            classes.check(optimizer, self._stored_options(names, found), slots)
         groups = self._match_groups(optimizer, number, names, found)
+        self._note_empty(optimizer, number)
         others = self._match_others(number)
 
         def take(values: Values) -> None:
             said: dict[str, Any] = {STATE: {key: made(values) for key, made in state.items()}}
             said[GROUPS] = groups(values)
             said = others(values, said)
-            handed = {parameters[index]: said[STATE][index] for index in state}
-            hand_over(optimizer, said, self._name)
-            if type(optimizer).load_state_dict is Optimizer.load_state_dict:
-                self._make_exact(optimizer, handed, names)
+            with self._exactly(optimizer, names):
+                hand_over(optimizer, said, self._name)
 
         self._match.then(take)
 
@@ -242,6 +246,28 @@ class OptimizerMatch:
 
         return groups
 
+    def _stored_options(self, names: list[str], found: StoredOptimizer) -> set[str]:
+        """Names of the options that are stored for the groups of an optimizer."""
+        options = {str(option) for group in found.groups for option in group.children}
+        options.update(*(found.options[name] for name in names if name in found.options))
+        return options - {"params"}
+
+    def _note_empty(self, optimizer: Optimizer, number: int) -> None:
+        """Have it said which groups had no parameters when they were saved, and are not so here:
+        each parameter keeps the options that were saved for it, and theirs belong to none."""
+        path = (*self._path, f"empty_groups.{number}")
+        branch, node = self._match.stored.below(path), self._match.stored.node(path)
+        self._match.taken.update(branch.entries())
+        for key in [*branch.children, *(str(key) for key, _ in children_of(node) or ())]:
+            index, groups = int(key), optimizer.param_groups
+            if index >= len(groups) or groups[index]["params"]:
+                here = "has some here" if index < len(groups) else "is not here"
+                self._match.notes[
+                    f"`{self._name}`: group {index} had no parameters when it was saved, and "
+                    f"{here}: every parameter keeps its own options; a scheduler that sets them by "
+                    "the number of the group will not follow"
+                ] = None
+
     def _match_options(self, held: list[str], found: StoredOptimizer) -> dict[str, Made]:
         options: dict[str, Made] = {}
         values = self._match.stored.manifest.values
@@ -266,16 +292,16 @@ class OptimizerMatch:
         """Refuse options that differ between parameters which are in one group here."""
         makes = self._made_value(one), self._made_value(other)
 
-        def check(values: Values) -> None:
+        def check(values: Values) -> str | None:
             found = [make(values) for make in makes]
-            if not same(*found):
-                raise MismatchError(
-                    f"`{self._name}`: `{first}` and `{name}` are in one group here, and were saved "
-                    f"with `{option}` {found[0]!r} and {found[1]!r}",
-                    hint="make the groups as the run that saved them did, then load",
-                )
+            if same(*found):
+                return None
+            return (
+                f"`{self._name}`: `{first}` and `{name}` are in one group here, and were saved "
+                f"with `{option}` {found[0]!r} and {found[1]!r}"
+            )
 
-        self._match.then(check)
+        self._match.check([*one.entries(), *other.entries()], check)
 
     def _empty(self, number: int, index: int) -> dict[str, Made]:
         """The options of a group without parameters."""
@@ -327,15 +353,37 @@ class OptimizerMatch:
 
     # ---------------------------------------------------------------------------------- afterwards
 
-    def _make_exact(
-        self, optimizer: Optimizer, handed: Mapping[torch.Tensor, Any], names: list[str]
-    ) -> None:
-        """Put back what torch's own `load_state_dict` has changed: it casts every slot to the
-        dtype of its parameter, counters and 8-bit moments too, and spells texts anew."""
-        by_parameter = dict(zip(map(id, _parameters(optimizer)), names, strict=True))
-        for parameter, state in handed.items():
-            if not self._was_cast(by_parameter[id(parameter)], parameter):
-                optimizer.state[parameter] = _exact(state, optimizer.state.get(parameter))
+    @contextmanager
+    def _exactly(self, optimizer: Optimizer, names: list[str]) -> Iterator[None]:
+        """Undo what torch's own `load_state_dict` changes in what it is given: it casts every slot
+        to the dtype of its parameter, counters and 8-bit moments too, and spells texts anew.
+
+        This is done after torch's cast, and before the optimizer's `__setstate__` and hooks see
+        the state: what these make of it stands.
+        """
+        if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+            yield
+            return
+        given: dict[str, Any] = {}
+        # The last of the hooks before the load: what the others have changed is in what it gets.
+        hook = optimizer.register_load_state_dict_pre_hook(lambda _, said: given.update(said))
+        set_state = optimizer.__setstate__
+        name_of = dict(zip(map(id, _parameters(optimizer)), names, strict=True))
+
+        def set_exact_state(cast: dict[str, Any]) -> None:
+            parameters = [one for group in cast[GROUPS] for one in group["params"]]
+            numbers = [number for group in given[GROUPS] for number in group["params"]]
+            for number, parameter in zip(numbers, parameters, strict=True):
+                if number in given[STATE] and not self._was_cast(name_of[id(parameter)], parameter):
+                    cast[STATE][parameter] = _exact(given[STATE][number], cast[STATE][parameter])
+            set_state(cast)
+
+        optimizer.__dict__["__setstate__"] = set_exact_state
+        try:
+            yield
+        finally:
+            hook.remove()
+            optimizer.__dict__.pop("__setstate__", None)
 
     def _was_cast(self, name: str, parameter: torch.Tensor) -> bool:
         """Whether the parameter has another dtype than the checkpoint's, so that slots follow."""

@@ -7,13 +7,13 @@ from typing import Any, Protocol
 
 import torch
 
-from holdfast.errors import MismatchError, UsageError
-from holdfast.format.structure import MAPPINGS, Node, children_of, kind_of_node
-from holdfast.state.match import Like, Match, Values, as_number, is_one_number, put_together
+from holdfast.errors import UsageError
+from holdfast.format.structure import MAPPINGS, SEQUENCES, Node, children_of, kind_of_node
+from holdfast.state.match import Like, Match, Values, check_number, is_one_number, put_together
 from holdfast.state.same import same
 from holdfast.state.stored import Branch, object_node
 from holdfast.state.subclass import CONTEXT, is_ours, taken_apart
-from holdfast.state.tree import Flattener, Path, Stateful, spelled, type_name
+from holdfast.state.tree import Flattener, Path, check_depth, is_object, spelled, type_name
 
 
 class Component(Protocol):
@@ -30,6 +30,8 @@ class Component(Protocol):
 
 _NOT_TENSORS = (int, float, complex, bool, str, bytes)
 """Types of values in whose place no tensor is put: whoever reads them expects such a value."""
+
+_SCALARS = frozenset({*_NOT_TENSORS, type(None)})
 
 Put = Callable[[Any], None]
 """Puts a loaded value in its place."""
@@ -61,17 +63,21 @@ class PlainMatch:
             self._absent(live, path)
         elif isinstance(live, Mapping) and live and _is_mapping(branch, node):
             self._mapping(live, path, branch, node)
-        elif isinstance(live, list) and self._keeps_members(live, path, branch, node):
-            for number, member in enumerate(live):
-                self.member(member, (*path, number), _setter(live, number))
+        elif type(live) in (list, tuple) and self._keeps_members(live, path, branch, node):
+            self._members(live, path, put)
         elif is_one_number(stored, branch.name, live):
             assert branch.name is not None
             match.demand(branch, None)
             name, wanted = branch.name, type(live)
-            match.then(lambda values: put(as_number(name, values(name), wanted)))
+            match.check([name], check_number(name, wanted))
+            match.then(lambda values: put(wanted(values(name).item())))
         elif type(live) in _NOT_TENSORS and stored.tensor(branch.name or "") is not None:
             what = f"is a tensor in the checkpoint, a {type(live).__name__} is wanted"
             match.fits_not(spelled(path), what)
+            match.taken.update(branch.entries())
+        elif (held := _held_in(live, path)) is not None:
+            what = f"is {_described(branch, node)} in the checkpoint, a {type_name(live)} with a "
+            match.fits_not(spelled(path), f"{what}{type_name(held)} in it is wanted")
             match.taken.update(branch.entries())
         else:
             match.demand(branch, node, self._like)
@@ -102,16 +108,33 @@ class PlainMatch:
             if str(key) not in known and str(key) not in branch.children:
                 self._match.extra[spelled((*path, str(key)))] = None
 
-    def _keeps_members(self, live: list[Any], path: Path, branch: Branch, node: Node) -> bool:
-        """Whether a list is filled member by member: it has objects in it, or tensors of the
-        shapes that are stored."""
+    def _members(self, live: list[Any] | tuple[Any, ...], path: Path, put: Put) -> None:
+        held = live if isinstance(live, list) else [*live]
+        for number, member in enumerate(live):
+            self.member(member, (*path, number), _setter(held, number))
+
+        def renew(_: Values) -> None:
+            # A tuple takes no new members: another one takes its place.
+            if any(one is not other for one, other in zip(held, live, strict=True)):
+                put(tuple(held))
+
+        if held is not live:
+            self._match.then(renew)
+
+    def _keeps_members(
+        self, live: list[Any] | tuple[Any, ...], path: Path, branch: Branch, node: Node
+    ) -> bool:
+        """Whether a list or tuple is filled member by member: an object lies in it at any depth,
+        or it is a list of tensors that have the shapes that are stored."""
         count = _length(branch, node)
-        if any(self._component_of((*path, n), one) is not None for n, one in enumerate(live)):
+        if count is not None and _object_in(live, path) is not None:
             if count != len(live):
                 what = f"has {count} members in the checkpoint, {len(live)} here"
                 self._match.fits_not(spelled(path), what)
             return True
-        if count != len(live) or not all(isinstance(one, torch.Tensor) for one in live):
+        if type(live) is not list or count != len(live):
+            return False
+        if not all(isinstance(one, torch.Tensor) for one in live):
             return False
         entries = [self._match.stored.tensor(branch.child(n).name or "") for n in range(count)]
         return bool(live) and all(
@@ -143,16 +166,14 @@ def match_inside(match: Match, live: torch.Tensor, path: Path, branch: Branch, n
             match_inside(match, inner, child.path, child, described["inner"][name])
     said = branch.child(CONTEXT)
     match.demand(said, None)
-    match.then(lambda values: _check_context(spelled(path), apart.context, values, said))
 
+    def check(values: Values) -> str | None:
+        stored = put_together(said, None, values)
+        if same(stored, apart.context):
+            return None
+        return f"`{spelled(path)}` was saved with {stored!r}, and has {apart.context!r} here"
 
-def _check_context(name: str, here: Any, values: Values, said: Branch) -> None:
-    stored = put_together(said, None, values)
-    if not same(stored, here):
-        raise MismatchError(
-            f"`{name}` was saved with {stored!r}, and has {here!r} here",
-            hint="make the model as the run that saved it did, then load",
-        )
+    match.check(said.entries(), check)
 
 
 def _dtype(tensor: torch.Tensor) -> str:
@@ -166,12 +187,49 @@ def _is_mapping(branch: Branch, node: Node) -> bool:
     return bool(branch.children) and not any(type(key) is int for key in branch.children)
 
 
-def _length(branch: Branch, node: Node) -> int:
+def _length(branch: Branch, node: Node) -> int | None:
+    """Number of members of a stored list or tuple that is entered; None for anything else."""
     kind = kind_of_node(node)
-    if kind in ("list", "tuple"):
+    if kind in SEQUENCES:
         assert isinstance(node, dict)
         return len(node[kind])
-    return len(branch.children)
+    told = kind is None and branch.name is None
+    return len(branch.children) if told and {*map(type, branch.children)} == {int} else None
+
+
+def _described(branch: Branch, node: Node) -> str:
+    """What a checkpoint has at a path, in words."""
+    kind = kind_of_node(node)
+    if kind in (*MAPPINGS, *SEQUENCES, "tensor"):
+        return f"a {kind}"
+    if kind is None and branch.name is None:
+        return "a list" if _length(branch, node) is not None else "a dict"
+    return "a plain value"
+
+
+def _object_in(live: Any, path: Path) -> Any:
+    """The first object that lies in dicts, lists and tuples, at any depth; None if none does."""
+    check_depth(path)
+    members = live.values() if isinstance(live, Mapping) else live
+    if _SCALARS.issuperset(map(type, members)):
+        return None
+    for number, member in enumerate(members):
+        if is_object(member):
+            return member
+        if isinstance(member, Mapping) or type(member) in (list, tuple):
+            found = _object_in(member, (*path, number))
+            if found is not None:
+                return found
+    return None
+
+
+def _held_in(live: Any, path: Path) -> Any:
+    """What a load cannot replace by something else: an object inside of a container, or a tensor
+    inside of a dict, whose keys must stay."""
+    if isinstance(live, Mapping):
+        found = next((one for one in live.values() if isinstance(one, torch.Tensor)), None)
+        return _object_in(live, path) if found is None else found
+    return _object_in(live, path) if type(live) in (list, tuple) else None
 
 
 def _replace(live: Any, made: Any, put: Put) -> None:
@@ -195,12 +253,3 @@ def _setter(container: Any, key: Any) -> Put:
         container[key] = value
 
     return put
-
-
-def is_object(value: Any) -> bool:
-    """Whether it gives and takes its own state."""
-    return (
-        isinstance(value, Stateful)
-        and not isinstance(value, Mapping)
-        and not isinstance(value, type)
-    )

@@ -12,10 +12,10 @@ import torch
 from holdfast.errors import HoldfastError, MismatchError
 from holdfast.failures import worded
 from holdfast.format.manifest import TensorEntry
-from holdfast.format.structure import Node, children_of, kind_of_node
+from holdfast.format.structure import SEQUENCES, Node, children_of, kind_of_node
 from holdfast.state.match import Like, Match, Values, put_together
-from holdfast.state.stored import Branch, keys_like, object_node, rebuild
-from holdfast.state.tree import Flattener, Path, Stateful, spelled
+from holdfast.state.stored import Branch, keys_like, rebuild
+from holdfast.state.tree import Flattener, Path, Stateful, is_object, spelled, type_name
 
 RANK = "rank_"
 """Begins the key of one rank's own state."""
@@ -35,7 +35,11 @@ class ObjectState:
     def match(self, match: Match, path: Path) -> None:
         """Have everything below the path read and handed to the object."""
         stored = match.stored
-        branch, node = stored.below(path), object_node(stored.node(path))
+        branch, node = stored.below(path), stored.node(path)
+        if kind_of_node(node) == "object":
+            # One level: an object may have said another one.
+            assert isinstance(node, dict)
+            node = node["object"]
         if stored.states_structure and (node is not None or not branch.is_empty):
             self._match_stated(match, path, branch, node)
         elif stored.states_structure:
@@ -48,16 +52,11 @@ class ObjectState:
         since asking may have effects: a data loader starts its workers."""
         fresh: Any = self._owner.state_dict() if _needs_fresh(node) else None
         match.demand(branch, node, _like(match, path, fresh))
-        inner = dict(_objects_in(node, ()))
+        fill = _filler(match, path, node, fresh)
 
         def take(values: Values) -> None:
             state = put_together(branch, node, values)
-            for at in inner:
-                held, key = _at(state, at[:-1]), at[-1]
-                live = _at(fresh, at)
-                hand_over(live, held[key], spelled((*path, *at)))
-                held[key] = live
-            self._give(state, path)
+            self._give(fill(state) if fill is not None else state, path)
 
         match.then(take)
 
@@ -149,19 +148,47 @@ def _needs_fresh(node: Node) -> bool:
     return any(_needs_fresh(child) for _, child in children_of(node) or ())
 
 
-def _objects_in(node: Node, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Node]]:
-    """Objects inside of an object's state, by their keys there."""
-    if kind_of_node(node) == "object":
-        yield path, node
-        return
-    for key, child in children_of(node) or ():
-        yield from _objects_in(child, (*path, key))
+def _filler(match: Match, path: Path, node: Node, fresh: Any) -> Callable[[Any], Any] | None:
+    """A function that gives the objects inside of a state what belongs to them, and returns the
+    state with the objects themselves in it. None where the node states no object.
+
+    `fresh` is what the owner says before the load; an object that it lacks is a difference.
+    """
+    if isinstance(node, dict) and kind_of_node(node) == "object":
+        return _object_filler(match, path, node["object"], fresh)
+    fillers = {
+        key: filler
+        for key, child in children_of(node) or ()
+        if (filler := _filler(match, (*path, _path_key(key, node)), child, _child(fresh, key)))
+    }
+    if not fillers:
+        return None
+
+    def fill(state: Any) -> Any:
+        if isinstance(state, tuple):
+            return tuple(fillers[n](one) if n in fillers else one for n, one in enumerate(state))
+        for key, filler in fillers.items():
+            state[key] = filler(state[key])
+        return state
+
+    return fill
 
 
-def _at(state: Any, keys: tuple[Any, ...]) -> Any:
-    for key in keys:
-        state = state[key]
-    return state
+def _object_filler(match: Match, path: Path, node: Node, live: Any) -> Callable[[Any], Any]:
+    if not is_object(live):
+        match.fits_not(spelled(path), f"is an object in the checkpoint, a {type_name(live)} here")
+        return lambda state: state
+    inner = _filler(match, path, node, live.state_dict() if _needs_fresh(node) else None)
+
+    def fill(state: Any) -> Any:
+        hand_over(live, state if inner is None else inner(state), spelled(path))
+        return live
+
+    return fill
+
+
+def _path_key(key: Any, node: Node) -> str | int:
+    return key if kind_of_node(node) in SEQUENCES else str(key)
 
 
 def _like(match: Match, path: Path, fresh: Any) -> Like:

@@ -60,6 +60,10 @@ class FlatState:
     structure: dict[Path, Node] = field(default_factory=dict)
     """Nodes by the path of what they describe; none where the names tell all."""
 
+    unions: dict[Path, str] = field(default_factory=dict)
+    """Paths of models and optimizers, whose entries may be others on each rank, with their kind:
+    `model`, `optimizer`, or `sharded` for an optimizer whose slots are spread over ranks."""
+
     stepped: Callable[[], frozenset[str]] = frozenset
     """Names of the tensors that change in a step of an optimizer, and at no other time."""
 
@@ -144,7 +148,7 @@ class Flattener:
             return None
         if isinstance(value, torch.Tensor):
             return self._tensor(path, value, rebuilt=rebuilt)
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not is_object(value):
             return self._mapping(path, value, rebuilt=rebuilt)
         if type(value) is list and holds_state(value):
             return self._sequence(path, value, "list")
@@ -153,7 +157,7 @@ class Flattener:
         if type(value) is np.ndarray:
             self.add(path, _tensor_of(path, value))
             return ARRAY
-        if isinstance(value, Stateful) and not isinstance(value, type):
+        if is_object(value):
             if self._enters is None:
                 raise UsageError(f"`{spelled(path)}` is a {type_name(value)}, an object with state")
             return {"object": self._enters(self, path, value)}
@@ -194,7 +198,9 @@ class Flattener:
         for name, key in names_of(path, value).items():
             node = self.walk((*path, name), value[key], rebuilt=rebuilt)
             children.append((key, node))
-            told = told and node in (None, {"object": None}) and type(key) is str
+            # An object that another one holds is found by its node alone.
+            quiet = node is None or (node == {"object": None} and not rebuilt)
+            told = told and quiet and type(key) is str
         # Values of a dict lose their order among each other, and to its tensors.
         if told and (self._num_values == before or len(children) == 1):
             return None
@@ -237,7 +243,7 @@ def holds_state(members: Sequence[Any]) -> bool:
         isinstance(member, (Mapping, torch.Tensor, np.ndarray))
         or (type(member) is list and holds_state(member))
         or (type(member) is tuple and _holds_placed(member))
-        or _is_object(member)
+        or is_object(member)
         for member in members
     )
 
@@ -255,13 +261,16 @@ def _holds_placed(members: Sequence[Any]) -> bool:
         )
         or (type(member) in (tuple, list) and _holds_placed(member))
         or (isinstance(member, Mapping) and _holds_placed([*member.values()]))
-        or _is_object(member)
+        or is_object(member)
         for member in members
     )
 
 
-def _is_object(member: object) -> bool:
-    return isinstance(member, Stateful) and not isinstance(member, type)
+def is_object(value: object) -> bool:
+    """Whether it gives and takes its own state: also a dict of a class that does."""
+    if type(value) in _KIND_OF_MAPPING or type(value) in _SCALARS:
+        return False
+    return isinstance(value, Stateful) and not isinstance(value, type)
 
 
 def _kind_of(path: Path, value: Mapping[Any, Any]) -> tuple[str, dict[str, str]]:

@@ -16,9 +16,9 @@ import holdfast
 from holdfast.errors import UsageError
 from holdfast.state.model import memory_of, own_state
 from holdfast.state.optim import is_by_parameter, state_of
-from holdfast.state.plain import is_object
 from holdfast.state.same import differences
 from holdfast.state.subclass import is_ours
+from holdfast.state.tree import is_object
 
 MODES = ("save", "disabled", "async", "async_with_pinned_mem")
 """Ways to save: `holdfast.save`, and the three of `CheckpointManager`."""

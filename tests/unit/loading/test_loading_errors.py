@@ -303,7 +303,7 @@ def sparse_on_1(rank: int) -> State:
 
 
 def code_on_2(rank: int) -> State:
-    return {**replicated(rank), "mine": {f"r{rank}": print if rank == 2 else rank}}
+    return {**replicated(rank), "mine": {f"rank_{rank}": print if rank == 2 else rank}}
 
 
 def other_shape_on_2(rank: int) -> State:
@@ -312,7 +312,7 @@ def other_shape_on_2(rank: int) -> State:
 
 CASES: list[tuple[str, Callable[[], Store], Callable[[int], State], type[HoldfastError], str]] = [
     ("a tensor that is refused", MemoryStore, sparse_on_1, UsageError, "rank 1: `odd`"),
-    ("a value that is refused", MemoryStore, code_on_2, UsageError, r"rank 2: `mine\.r2`"),
+    ("a value that is refused", MemoryStore, code_on_2, UsageError, r"rank 2: `mine\.rank_2`"),
     ("ranks that disagree", MemoryStore, other_shape_on_2, MismatchError, r"31\] on rank 2"),
     (
         "a store that fails on one rank",

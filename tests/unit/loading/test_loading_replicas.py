@@ -156,7 +156,7 @@ def test_what_goes_wrong_on_one_reader_ends_the_load_on_all(
         store.fail = fail
     expected = {
         "damage": (holdfast.DamagedError, f"block {(9 << 20) // BLOCK_BYTES} of `large`"),
-        "gone": (holdfast.NotFoundError, data.name),
+        "gone": (holdfast.DamagedError, data.name),
         "store": (holdfast.StorageError, "the mount is gone"),
     }
     for end in load_on_all(store, "broadcast"):

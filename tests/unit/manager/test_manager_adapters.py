@@ -124,6 +124,60 @@ def test_a_base_is_fitted_strictly_but_for_what_is_trained(
     assert all(torch.equal(before[n], t) for n, t in run.model.state_dict().items())
 
 
+@pytest.mark.parametrize("mode", ["disabled", "async", "async_with_pinned_mem"])
+@pytest.mark.parametrize("then", ["unfrozen", "frozen", "unfrozen for two steps"])
+@pytest.mark.parametrize("resumed_as", [True, False])
+def test_what_a_run_trains_is_saved_whenever_it_was_unfrozen(
+    resumed_as: bool, then: str, mode: str, base: Path, tmp_path: Path
+) -> None:
+    """G15. Method: a layer of the base that is unfrozen after the manager was made, or frozen, or
+    unfrozen between two saves only; a run with the layer frozen or not resumes with the bits, and
+    saves it again."""
+    run = Run(1)
+    layer: Any = run.model["up"].weight
+    run.optimizer.add_param_group({"params": [layer]})
+    layer.requires_grad_(then == "frozen")
+    with run.manager(tmp_path / "run", base, async_mode=mode) as manager:
+        manager.load()
+        for step in range(1, 7):
+            if step in (3, 5):
+                active = then == "unfrozen" or (then != "frozen" and step == 3)
+                layer.requires_grad_(active)
+            run.step()
+            manager.save(step, last_step=step == 6)
+    fresh = Run(2)
+    other: Any = fresh.model["up"].weight
+    fresh.optimizer.add_param_group({"params": [other]})
+    other.requires_grad_(resumed_as)
+    with fresh.manager(tmp_path / "run", base, async_mode=mode) as manager:
+        assert manager.load() == 6
+        assert torch.equal(other, layer)
+        assert not torch.equal(other, Run(0).model.state_dict()["up.weight"])
+        manager.save(8)
+    manifest = open_manifest(LocalStore(tmp_path / "run"), "step-8")
+    assert "up.weight" in manifest.tensors
+    assert "up.bias" not in manifest.tensors, "the base has it"
+
+
+def test_a_layer_that_is_unfrozen_at_a_resume_comes_from_the_base(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G15. Method: checkpoints were made while a layer was frozen, the next process unfreezes it
+    before it loads; without a base it is refused."""
+    Run(1).train(tmp_path / "run", base, 2)
+    run = Run(2)
+    run.model.get_parameter("up.weight").requires_grad_(True)
+    with (
+        caplog.at_level(logging.WARNING, "holdfast"),
+        run.manager(tmp_path / "run", base) as manager,
+    ):
+        assert manager.load() == 2
+    assert torch.equal(run.model.state_dict()["up.weight"], Run(0).model.state_dict()["up.weight"])
+    assert "1 trained parameters are not in" in caplog.text
+    with run.manager(tmp_path / "run", None) as manager, pytest.raises(MismatchError):
+        manager.load(2)
+
+
 def test_a_base_does_not_stand_in_for_damaged_steps(base: Path, tmp_path: Path) -> None:
     """G5: adapters that were read in part are not taken for fresh ones. Method: every data file
     gets other bytes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,6 +130,76 @@ def test_optimizers_wait_by_themselves_and_are_left_alone_after_the_run(tmp_path
         manager.wait_for_staging()
         manager.wait_for_staging()
     assert not optimizer._optimizer_step_pre_hooks
+
+
+class Holder:
+    """An object whose state has others in it."""
+
+    def __init__(self, **held: Any) -> None:
+        self.held = held
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"deep": [self.held]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loaded = state
+
+
+@pytest.mark.parametrize("where", ["states", "inside of an object", "container"])
+def test_an_optimizer_waits_wherever_it_is_given(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G15. Method: a second model and its optimizer among `states`, in an object there, and in an
+    optimizer that holds others; it steps as soon as `save` has returned, before the copy in the
+    background begins."""
+    begin = Staging.run
+
+    def run_late(staging: Staging) -> None:
+        time.sleep(0.5)
+        begin(staging)
+
+    monkeypatch.setattr(Staging, "run", run_late)
+    first, second = Counted(), Counted()
+    optimizer = torch.optim.AdamW(first.parameters(), lr=1.0)
+    own = torch.optim.AdamW(second.parameters(), lr=1.0)
+    change(first, optimizer)
+    change(second, own)
+    states: dict[str, Any] = {"second": second, "own": own}
+    if where == "inside of an object":
+        states["own"] = Holder(own=own)
+    elif where == "container":
+        states["own"] = Container(own)
+    expected = [state_of(second, own)[name] for name in ("layer.weight", "layer.bias")]
+    slots = [slot.clone() for slot in own.state[second.layer.weight].values()]
+    config = CheckpointConfig(enable=True, interval=1, async_mode="async_with_pinned_mem")
+    with CheckpointManager(
+        tmp_path, model=first, optimizers=optimizer, states=states, config=config
+    ) as manager:
+        for step in (1, 2):
+            manager.save(step)
+            if step == 2:
+                change(second, own)
+    found = holdfast.open(tmp_path / "step-2")
+    for name, value in zip(("second.layer.weight", "second.layer.bias"), expected, strict=True):
+        assert torch.equal(found.read(name), value), name
+    names = [name for name in found.names() if name.startswith("own.")]
+    for slot, value in zip(own.state[second.layer.weight], slots, strict=True):
+        kept = [found.read(n) for n in names if n.endswith(f".{slot}") and n in found.tensors]
+        assert any(torch.equal(one, value) for one in kept), slot
+
+
+class Container(torch.optim.Optimizer):
+    """Says the state of another optimizer as its own."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+        super().__init__([p for group in inner.param_groups for p in group["params"]], {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.inner.step(closure)
+
+    def state_dict(self) -> Any:
+        return {"inner": self.inner.state_dict()}
 
 
 def slow(folder: Path, **settings: Any) -> Any:

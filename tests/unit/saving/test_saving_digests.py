@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import holdfast
-from holdfast.errors import MismatchError
+from holdfast.errors import MismatchError, RankError, UsageError
 from holdfast.planning.write_plan import LocalPlan, LocalTensor, SharedPlan, groups_of
 from holdfast.saving.digests import (
     Replica,
@@ -207,3 +207,111 @@ def test_one_digest_a_group_is_compared_and_then_the_names() -> None:
     differ = groups_that_differ([one.by_group() for one in ranks])
     assert differ == [(0, 1)]
     assert names_that_differ([one.of(differ) for one in ranks]) == {"c": (0, 1)}
+
+
+class Holder:
+    """Gives what it holds, or what a function makes."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def state_dict(self) -> Any:
+        return self.held() if callable(self.held) else self.held
+
+    def load_state_dict(self, state: Any) -> None:
+        self.held = state
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_values_that_come_to_differ_are_named_once(
+    mode: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G15. Method: a value and a learning rate, alike at the first save and not at later ones; one
+    that differs later still. The first rank's are kept."""
+
+    def work(ranks: Any) -> None:
+        net, held = model(), Holder({"n": 0, "later": 0, "alike": 0})
+        optimizer = torch.optim.SGD(net.parameters(), 0.5)
+        with holdfast.CheckpointManager(
+            tmp_path,
+            model=net,
+            optimizers=optimizer,
+            states={"held": held},
+            config=config(async_mode=mode),
+            ranks=ranks,
+        ) as manager:
+            manager.save(1)
+            held.held = {"n": 10 + ranks.rank, "later": 0, "alike": 5}
+            optimizer.param_groups[0]["lr"] = 1.0 + ranks.rank
+            manager.save(2)
+            held.held["later"] = ranks.rank
+            manager.save(3)
+            manager.save(4)
+
+    with caplog.at_level(logging.WARNING, logger="holdfast"):
+        run_ranks(3, work)
+    said = [one.message for one in caplog.records if "differs between ranks" in one.message]
+    names = sorted(line.split("`")[1] for line in said)
+    rates = [f"optimizer.param_groups.{name}.lr" for name in ("0.bias", "0.weight")]
+    rates += [f"optimizer.param_groups.{name}.lr" for name in ("1.bias", "1.weight")]
+    assert names == ["held.later", "held.n", *rates]
+    found = holdfast.open(tmp_path / "step-4")
+    assert [found.value(name) for name in ("held.n", rates[0])] == [10, 1.0]
+
+
+def no_value() -> None: ...
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_value_that_one_rank_cannot_keep_is_told_to_all(
+    mode: Any, late: bool, bad: int, tmp_path: Path
+) -> None:
+    """G15, G7. Method: a function among the values of one rank, at the first save or a later one;
+    every rank gets the error, with the name, and saves again once the value is a good one."""
+
+    def work(ranks: Any) -> None:
+        held = Holder({"a": 1})
+        with holdfast.CheckpointManager(
+            tmp_path,
+            model=model(),
+            states={"held": held},
+            config=config(async_mode=mode),
+            ranks=ranks,
+        ) as manager:
+            if late:
+                manager.save(1)
+            held.held = {"a": no_value if ranks.rank == bad else 1}
+            with pytest.raises(UsageError, match=rf"rank {bad}: `held\.a` is a function"):
+                manager.save(2)
+            held.held = {"a": 1}
+            manager.save(3)
+
+    run_ranks(2, work, timeout_s=10.0)
+    assert (tmp_path / "step-3").exists()
+
+
+@pytest.mark.parametrize("interrupted", [0, 1])
+@pytest.mark.parametrize("what", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_of_one_rank_ends_all(what: Any, interrupted: int, tmp_path: Path) -> None:
+    """G15, G7. Method: `state_dict()` of one rank is interrupted; that rank raises the interrupt,
+    and no other one waits for it."""
+
+    def stop() -> None:
+        raise what
+
+    def work(ranks: Any) -> None:
+        held = Holder(stop if ranks.rank == interrupted else {"a": 1})
+        manager = holdfast.CheckpointManager(
+            tmp_path, model=model(), states={"held": held}, config=config(), ranks=ranks
+        )
+        try:
+            with pytest.raises(what if ranks.rank == interrupted else RankError) as raised:
+                manager.save(1)
+        finally:
+            manager.close()
+        if ranks.rank != interrupted:
+            assert f"rank {interrupted}: interrupted by {what.__name__}" in str(raised.value)
+
+    run_ranks(2, work, timeout_s=10.0)

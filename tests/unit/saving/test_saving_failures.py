@@ -25,7 +25,7 @@ from holdfast import (
 )
 from holdfast.comm import Ranks, capture
 from holdfast.spelling import spelled_bytes
-from holdfast.state.schedulers import SchedulerState
+from holdfast.state.stateful import hand_over
 from holdfast.testing.ranks import try_ranks
 
 
@@ -181,9 +181,9 @@ def test_an_object_of_an_installed_package_is_named_too() -> None:
     """Method: a scheduler of torch's that is given a state without what it looks for."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (n + 1))
-    found = capture(partial(SchedulerState([scheduler]).load_state_dict, {}))
-    assert isinstance(found, UsageError)
-    assert found.what.startswith("`LambdaLR.load_state_dict` raised KeyError: 'lr_lambdas' (")
+    found = capture(partial(hand_over, scheduler, {}, "lr_scheduler"))
+    assert isinstance(found, MismatchError)
+    assert "`LambdaLR.load_state_dict` raised KeyError: 'lr_lambdas' (" in found.what
     assert "lr_scheduler.py, line " in found.what
 
 

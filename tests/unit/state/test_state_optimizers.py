@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim import Optimizer
 
 import holdfast
@@ -390,3 +391,62 @@ def test_an_optimizer_takes_every_form_that_stock_dcp_keeps(form: str, tmp_path:
     holdfast.load(tmp_path / "stock", {"model": fresh, "optimizer": again})
     assert [group["lr"] for group in again.param_groups] == [0.5, 0.25]
     assert same(again.state_dict()["state"], optimizer.state_dict()["state"])
+
+
+def swap(net: Any) -> None:
+    net[0], net[2] = net[2], net[0]
+
+
+def wrap(net: Any) -> None:
+    net[0] = checkpoint_wrapper(net[0])
+
+
+def rename(net: Any) -> None:
+    net.add_module("more", net[2])
+    del net[2]
+
+
+@pytest.mark.parametrize("change", [swap, rename, lambda net: net.insert(0, nn.Identity()), wrap])
+@pytest.mark.parametrize("mode", ["disabled", "async", "async_with_pinned_mem"])
+def test_moments_stay_with_their_layer_when_modules_move(
+    change: Callable[[Any], None], mode: Any, tmp_path: Path
+) -> None:
+    """G15. Method: layers that change places between two saves of one manager, get another name, or
+    a wrapper; the optimizer stays the same object. A fresh run built the new way gets each layer's
+    own moments."""
+
+    def start() -> tuple[Any, Any]:
+        net: Any = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+        return net, torch.optim.AdamW(net.parameters(), lr=0.1)
+
+    config = holdfast.CheckpointConfig(
+        enable=True, interval=1, last_save_model_only=False, async_mode=mode, stop_signals=()
+    )
+    net, optimizer = start()
+    net(torch.rand(2, 4)).sum().backward()
+    optimizer.step()
+    with holdfast.CheckpointManager(
+        tmp_path, model=net, optimizers=optimizer, config=config
+    ) as manager:
+        manager.save(1)
+        change(net)
+        manager.save(2)
+    fresh, fresh_optimizer = start()
+    change(fresh)
+    with holdfast.CheckpointManager(
+        tmp_path, model=fresh, optimizers=fresh_optimizer, config=config
+    ) as manager:
+        assert manager.load() == 2
+    for one, other in zip(net.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(one, other)
+        found = fresh_optimizer.state.get(other, {})
+        assert same(dict(optimizer.state.get(one, {})), dict(found))
+
+
+def test_a_scripted_module_has_names_too(tmp_path: Path) -> None:
+    """G15. Method: `torch.jit.script` keeps its modules in containers of its own."""
+    net = torch.jit.script(small())
+    optimizer = torch.optim.AdamW(net.parameters())
+    plainly(optimizer, lambda: net(torch.rand(2, 8)).sum().backward())
+    holdfast.save(tmp_path / "x", {"model": net, "optimizer": optimizer})
+    assert "optimizer.state.0.weight.exp_avg" in holdfast.open(tmp_path / "x").tensors

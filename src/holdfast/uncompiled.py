@@ -1,0 +1,33 @@
+"""Functions that `torch.compile` leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from types import CodeType
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def uncompiled(function: F) -> F:
+    """Have `function`, and all that it calls, run as it is where compiled code calls it.
+
+    As `torch.compiler.disable`, which imports the compiler: that takes seconds, and most processes
+    that save compile nothing.
+    """
+    made: Any = function
+    made._torchdynamo_disable = True
+    made._torchdynamo_disable_msg = "Holdfast reads and writes files"
+    _leave_alone(made.__code__)
+    return function
+
+
+def _leave_alone(code: CodeType) -> None:
+    """Keep the compiler from looking at frames of this code, and at those below them."""
+    # A torch without these names compiles around the call all the same, in more steps.
+    with suppress(ImportError, AttributeError):
+        from torch._C._dynamo import eval_frame
+
+        skip = eval_frame._FrameAction.SKIP
+        eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, skip))

@@ -1,0 +1,153 @@
+"""Objects with state in containers of the caller's, and in the state of other objects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import holdfast
+from holdfast.errors import MismatchError
+from holdfast.state.same import differences, same
+
+
+class Kept:
+    """An object of any state."""
+
+    def __init__(self, state: Any = None) -> None:
+        self.state = state
+
+    def state_dict(self) -> Any:
+        return self.state
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.state = state_dict
+
+
+def container_of(kind: str, model: Any, optimizer: Any) -> Any:
+    """A container with a module and an optimizer somewhere in it."""
+    return {
+        "dict": {"m": model, "o": optimizer},
+        "list": [model, optimizer],
+        "tuple": (model, optimizer, 7, torch.ones(1)),
+        "dict in list": [{"m": model, "o": optimizer}],
+        "list in list": [[model, optimizer], 1],
+        "dict in lists": [[{"m": model, "o": optimizer}]],
+        "tuple in dict": {"a": (model, optimizer), "n": 3},
+        "beside a tensor": [torch.ones(1), {"m": model}, ("x", {"o": [optimizer]})],
+    }[kind]
+
+
+NESTED = (
+    *("dict", "list", "tuple", "dict in list", "list in list", "dict in lists", "tuple in dict"),
+    "beside a tensor",
+)
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_objects_in_any_container_are_filled_where_they_are(kind: str, tmp_path: Path) -> None:
+    """G15. Method: a module and an optimizer with slots in dicts, lists and tuples, two and three
+    deep, values beside them; into containers of fresh ones, and of other values."""
+
+    def made(number: float) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = torch.nn.Linear(2, 2)
+        torch.nn.init.constant_(model.weight, number)
+        return model, torch.optim.SGD(model.parameters(), lr=number, momentum=0.5)
+
+    model, optimizer = made(5.0)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    holdfast.save(tmp_path / "one", {"s": container_of(kind, model, optimizer)})
+    names = holdfast.open(tmp_path / "one").manifest.tensors
+    assert any(name.endswith("state.weight.momentum_buffer") for name in names), (
+        "named by its model"
+    )
+    fresh, other = made(1.0)
+    state: dict[str, Any] = {"s": container_of(kind, fresh, other)}
+    if kind == "tuple":
+        state["s"] = (*state["s"][:2], 0, torch.zeros(1))
+    holdfast.load(tmp_path / "one", state)
+    assert same(dict(fresh.state_dict()), dict(model.state_dict()))
+    assert same(other.state_dict(), optimizer.state_dict())
+    if kind == "tuple":
+        assert same(state["s"][2:], (7, torch.ones(1)))
+    assert [*differences(container_of(kind, 0, 0), _without(state["s"], fresh, other))] == []
+
+
+def _without(value: Any, *objects: Any) -> Any:
+    """A state with 0 in place of its objects."""
+    if any(value is one for one in objects):
+        return 0
+    if isinstance(value, dict):
+        return {key: _without(one, *objects) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_without(one, *objects) for one in value)
+    return value
+
+
+@pytest.mark.parametrize("saved", [5, None, [1], "text", (1, 2), {"x": 1}, torch.ones(1)])
+def test_a_live_object_or_tensor_is_never_replaced_by_something_else(
+    saved: Any, tmp_path: Path
+) -> None:
+    """G15. Method: values of all kinds where a dict, a list or a tuple holds an object, at any
+    depth, or a dict a tensor: refused by name, nothing changes."""
+    model = torch.nn.Linear(1, 1)
+    holdfast.save(tmp_path / "one", {"a": saved, "z": torch.ones(1)})
+    for live in ({"m": model}, [model], (model, 1), [[{"m": (model,)}]], {"t": torch.zeros(1)}):
+        state: dict[str, Any] = {"a": live, "z": torch.zeros(1)}
+        with pytest.raises(MismatchError, match=r"nothing was changed:(.|\n)*`a[.`]"):
+            holdfast.load(tmp_path / "one", state)
+        assert state["a"] is live
+        assert not state["z"].any()
+
+
+@pytest.mark.parametrize(
+    "state", [{"a": 1}, {1: 2}, {"a": 1, "b": [2]}, {"a": torch.ones(2)}, 3, None, [1], (1, {2: 3})]
+)
+def test_an_object_in_the_state_of_another_is_given_back_itself(state: Any, tmp_path: Path) -> None:
+    """G15. Method: in a dict, a list, a tuple, as the whole state, and within one more; every form
+    of the inner state. The outer gets the live object, which has its own state by then; where it
+    holds none, the load is refused."""
+    forms: dict[str, Any] = {
+        "dict": lambda one: {"k": one},
+        "list": lambda one: [1, one],
+        "tuple": lambda one: (one, 2),
+        "whole": lambda one: one,
+        "deeper": lambda one: {"x": [Kept({"y": one, "n": 1})], "n": 2},
+    }
+    for name, form in forms.items():
+        holdfast.save(tmp_path / name, {"o": Kept(form(Kept(state)))})
+        inner = Kept()
+        outer = Kept(form(inner))
+        holdfast.load(tmp_path / name, {"o": outer})
+        assert same(inner.state, state)
+        found = outer.state["x"][0].state["y"] if name == "deeper" else outer.state
+        assert (found if name in ("whole", "deeper") else next(_kept_in(found))) is inner
+        with pytest.raises(MismatchError, match=r"`o[.\w]*` is an object in the checkpoint"):
+            holdfast.load(tmp_path / name, {"o": Kept({"k": 5})})
+
+
+def _kept_in(state: Any) -> Any:
+    members = state.values() if isinstance(state, dict) else state
+    return (one for one in members if isinstance(one, Kept))
+
+
+class Table(dict[str, int]):
+    """A dict that gives and takes its own state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"items": [*self.items()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.clear()
+        self.update(state_dict["items"])
+
+
+def test_a_dict_with_a_state_dict_of_its_own_is_an_object(tmp_path: Path) -> None:
+    """G15. Method: at the top, in a list, and in the state of an object."""
+    holdfast.save(tmp_path / "one", {"t": Table(a=1), "l": [Table(b=2)], "o": Kept([Table(c=3)])})
+    top, inside, deep = Table(x=0), Table(), Table()
+    holdfast.load(tmp_path / "one", {"t": top, "l": [inside], "o": Kept([deep])})
+    assert (top, inside, deep) == ({"a": 1}, {"b": 2}, {"c": 3})

@@ -1,0 +1,195 @@
+"""Optimizers at a load: what their own code makes of their state, other groups, other classes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import holdfast
+from holdfast.errors import MismatchError
+from holdfast.state.same import same
+
+
+class Upgrading(torch.optim.AdamW):
+    """An optimizer that changes older state in `__setstate__`, as torch's own do."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for slots in self.state.values():
+            slots.setdefault("ema", torch.ones(2))
+            slots.pop("exp_avg_sq", None)
+
+
+def hooked(optimizer: Optimizer) -> None:
+    def before(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        slots = {n: {**one, "count": 5} for n, one in state["state"].items()}
+        return {**state, "state": slots}
+
+    def after(one: Optimizer) -> None:
+        for slots in one.state.values():
+            slots["ema"] = torch.ones(2)
+            slots["exp_avg"] = slots["exp_avg"].to(torch.bfloat16)
+
+    optimizer.register_load_state_dict_pre_hook(before)
+    optimizer.register_load_state_dict_post_hook(after)
+
+
+@pytest.mark.parametrize("kind", ["hooks", "__setstate__"])
+def test_what_an_optimizer_makes_of_its_state_at_a_load_stands(kind: str, tmp_path: Path) -> None:
+    """G15. Method: hooks before and after a load and `__setstate__` add, remove and cast slots:
+    the same as after torch's own load; nothing of ours stays on the optimizer."""
+    model = nn.Linear(2, 2)
+    saved = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    saved.step()
+    holdfast.save(tmp_path / "one", {"m": model, "o": saved})
+
+    def made() -> Optimizer:
+        if kind == "__setstate__":
+            return Upgrading(model.parameters())
+        one = torch.optim.AdamW(model.parameters())
+        hooked(one)
+        return one
+
+    expected, found = made(), made()
+    expected.load_state_dict(copy.deepcopy(saved.state_dict()))
+    before = {*vars(found)}, len(vars(found)["_optimizer_load_state_dict_pre_hooks"])
+    holdfast.load(tmp_path / "one", {"m": model, "o": found})
+    assert same(found.state_dict(), expected.state_dict())
+    assert "ema" in found.state[model.weight]
+    assert before == ({*vars(found)}, len(vars(found)["_optimizer_load_state_dict_pre_hooks"]))
+
+
+def stepped(make: Any, **options: Any) -> tuple[Any, Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Linear(2, 2)
+    optimizer = make(model.parameters(), **options)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+REFUSED = {
+    "AdamW": ["SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "Rprop"],
+    "SGD": ["AdamW", "RMSprop", "Adagrad"],
+    "RMSprop": ["Adam", "SGD"],
+    "Adamax": ["Adam"],
+}
+
+
+@pytest.mark.parametrize(("one", "other"), [(a, b) for a, held in REFUSED.items() for b in held])
+def test_an_optimizer_of_another_class_is_refused_where_it_could_not_go_on(
+    one: str, other: str, tmp_path: Path
+) -> None:
+    """G15. Method: torch's own, with slots of other names or options of another kind; both classes
+    are named, nothing changes."""
+    saved = stepped(getattr(torch.optim, one), **({"momentum": 0.9} if one == "SGD" else {}))
+    holdfast.save(tmp_path / "one", dict(zip("mo", saved, strict=True)))
+    model = nn.Linear(2, 2)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = getattr(torch.optim, other)(model.parameters(), lr=9.0)
+    with pytest.raises(MismatchError, match=rf"`o` is the state of torch.*{one}, not of .*{other}"):
+        holdfast.load(tmp_path / "one", {"m": model, "o": optimizer})
+    assert same(before, model.state_dict())
+    assert not {*optimizer.state.get(model.weight, {})} & {"exp_avg", "exp_avg_sq"}
+    assert optimizer.param_groups[0]["lr"] == 9.0
+
+
+class Fused(torch.optim.AdamW):
+    """A twin of torch's."""
+
+
+class Newer(torch.optim.AdamW):
+    """The same class in a newer version: with one more option."""
+
+    def __init__(self, parameters: Any, **more: Any) -> None:
+        super().__init__(parameters, **more)
+        self.defaults["cautious"] = False
+        for group in self.param_groups:
+            group["cautious"] = False
+
+
+def test_an_optimizer_of_another_class_that_can_go_on_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G15. Method: a subclass, Adam after AdamW, RAdam after Adam: a warning names both, from
+    `holdfast.load` and from a manager; the same class warns of nothing, also with an option that a
+    scheduler added, and one more default."""
+    model, optimizer = stepped(torch.optim.AdamW)
+    optimizer.param_groups[0]["initial_lr"] = 0.5
+    holdfast.save(tmp_path / "one", {"m": model, "o": optimizer})
+    kinds: list[Any] = [Fused, torch.optim.Adam, torch.optim.RAdam, torch.optim.AdamW]
+    for make in kinds:
+        caplog.clear()
+        holdfast.load(tmp_path / "one", {"m": model, "o": make(model.parameters())})
+        said = "`o` was saved by torch.optim.adamw.AdamW, and is loaded by" in caplog.text
+        assert said == (make is not torch.optim.AdamW)
+    config = holdfast.CheckpointConfig(enable=True, interval=1, stop_signals=())
+    kinds = [Newer, Fused]
+    for number, make in enumerate(kinds):
+        caplog.clear()
+        with holdfast.CheckpointManager(
+            tmp_path / "run", model=model, optimizers=make(model.parameters()), config=config
+        ) as manager:
+            assert manager.load() == number
+            manager.save(number + 1)
+        assert ("was saved by" in caplog.text) == (number == 1)
+
+
+def test_a_state_of_unknown_class_is_refused_only_where_it_cannot_be_its_own(
+    tmp_path: Path,
+) -> None:
+    """G15. Method: an optimizer's state dict, as stock keeps it: slots and options are all that is
+    known. A slot that a hook added and an option of an older version are no reason."""
+    model, optimizer = stepped(torch.optim.AdamW)
+    optimizer.state[model.weight]["ema"] = torch.ones(1)
+    optimizer.param_groups[0]["old"] = 1
+    state = dict(optimizer.state_dict())
+    holdfast.save(tmp_path / "one", {"m": model, "o": state})
+    holdfast.load(tmp_path / "one", {"m": model, "o": Newer(model.parameters())})
+    holdfast.load(tmp_path / "one", {"m": model, "o": torch.optim.Adam(model.parameters())})
+    with pytest.raises(MismatchError, match=r"an optimizer of another class, not of .*RMSprop"):
+        holdfast.load(tmp_path / "one", {"m": model, "o": torch.optim.RMSprop(model.parameters())})
+
+
+def test_a_group_that_was_emptied_is_said_and_its_parameters_keep_their_options(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G15. Method: a run moves the parameters of one group into another; its checkpoint goes into
+    the groups that it started with, into one group, and into its own, which needs no word."""
+    caplog.set_level(logging.WARNING)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+    def made() -> Optimizer:
+        groups: list[Any] = [{"params": model[0].parameters()}]
+        return torch.optim.AdamW([*groups, {"params": model[1].parameters(), "lr": 0.3}])
+
+    def moved(one: Optimizer) -> Optimizer:
+        first, second = one.param_groups
+        second["params"] += first["params"]
+        first["params"] = []
+        return one
+
+    optimizer = moved(made())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 7.0
+    holdfast.save(tmp_path / "one", {"m": model, "o": optimizer})
+    same_groups = moved(made())
+    holdfast.load(tmp_path / "one", {"m": model, "o": same_groups})
+    assert same(same_groups.state_dict(), optimizer.state_dict())
+    assert not caplog.text
+    for fresh in (made(), torch.optim.AdamW(model.parameters())):
+        caplog.clear()
+        holdfast.load(tmp_path / "one", {"m": model, "o": fresh})
+        assert {group["lr"] for group in fresh.param_groups} == {0.3}
+        assert "`o`: group 0 had no parameters when it was saved" in caplog.text
+        for parameter in model.parameters():
+            assert same(dict(fresh.state[parameter]), dict(optimizer.state[parameter]))

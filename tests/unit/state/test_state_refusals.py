@@ -1,0 +1,99 @@
+"""What cannot be kept is refused in words that name it; names that clash are told apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import holdfast
+from holdfast.errors import UsageError
+from holdfast.state.same import same
+
+
+class Odd(nn.Linear):
+    """A module whose `state_dict()` gives anything."""
+
+    given: Any = None
+
+    def state_dict(self, *_: Any, **__: Any) -> Any:
+        return self.given
+
+
+@pytest.mark.parametrize(
+    "given", [None, (1,), [1], {5: torch.ones(1)}, {("a", 1): torch.ones(1)}, {"a": 1, None: 2}]
+)
+def test_a_module_that_gives_no_dict_of_texts_is_named(given: Any, tmp_path: Path) -> None:
+    """G15. Method: other types, other keys; at the save, and at the load."""
+    model = Odd(1, 1)
+    holdfast.save(tmp_path / "one", {"m": nn.Linear(1, 1)})
+    model.given = given
+    for call in (holdfast.save, holdfast.load):
+        where = tmp_path / ("two" if call is holdfast.save else "one")
+        with pytest.raises(UsageError, match=r"`state_dict\(\)` of the module Odd has to give"):
+            call(where, {"m": model})
+
+
+@pytest.mark.parametrize("dtype", [torch.bits8, torch.int4])  # type: ignore[attr-defined]
+@pytest.mark.parametrize("shape", [0, 2])
+def test_a_tensor_of_a_dtype_without_a_format_is_named(
+    dtype: torch.dtype, shape: int, tmp_path: Path
+) -> None:
+    """G15. Method: with elements and without."""
+    state = {"w": {"q": torch.empty(shape, dtype=dtype)}}
+    with pytest.raises(UsageError, match=rf"`w\.q` is a tensor of {dtype}"):
+        holdfast.save(tmp_path / "one", state)
+
+
+def test_a_state_dict_of_torchs_that_raises_is_told_as_such(tmp_path: Path) -> None:
+    """G15. Method: Adam after one of its groups was removed, which keeps the slots."""
+    model = nn.Linear(2, 2)
+    groups: list[Any] = [{"params": [model.weight]}, {"params": [model.bias]}]
+    optimizer = torch.optim.Adam(groups)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    del optimizer.param_groups[1]
+    with pytest.raises(UsageError, match=r"`Optimizer\.state_dict` raised KeyError"):
+        holdfast.save(tmp_path / "one", {"m": model, "o": optimizer})
+
+
+def stepped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    held = [one for group in optimizer.param_groups for one in group["params"]]
+    for number, one in enumerate(held):
+        one.grad = torch.full_like(one, number + 1.0)
+    optimizer.step()
+    return optimizer
+
+
+def test_one_optimizer_of_several_modules_is_kept_by_their_places(tmp_path: Path) -> None:
+    """G15. Method: a generator and a critic whose parameters have the same names, in a dict and in
+    a list; loaded with the parameters in another order. Optimizers of one module each keep the
+    names that they have by themselves."""
+    one, two, third = nn.Linear(2, 2), nn.Linear(3, 3), nn.Linear(2, 2)
+    both = stepped(torch.optim.Adam([*one.parameters(), *two.parameters(), *third.parameters()]))
+    single = stepped(torch.optim.Adam(one.parameters()))
+    state = {"g": one, "more": [{"d": two}, third], "both": both, "single": single}
+    holdfast.save(tmp_path / "one", state)
+    names = holdfast.open(tmp_path / "one").manifest.tensors
+    assert "both.state.g.weight.exp_avg" in names
+    assert "both.state.more.0.d.bias.exp_avg" in names
+    assert "single.state.weight.exp_avg" in names
+    other = torch.optim.Adam([*third.parameters(), *two.parameters(), *one.parameters()])
+    holdfast.load(tmp_path / "one", {**state, "both": other})
+    for model in (one, two, third):
+        for parameter in model.parameters():
+            assert same(dict(other.state[parameter]), dict(both.state[parameter]))
+
+
+def test_a_parameter_named_by_a_number_is_told_from_one_that_nobody_names(tmp_path: Path) -> None:
+    """G15. Method: a parameter `1` of a model, and a foreign one in the second place."""
+    model = nn.ParameterDict({"1": torch.ones(2), "0": torch.ones(4)})
+    foreign = nn.Parameter(torch.ones(3))
+    optimizer = stepped(torch.optim.Adam([model["1"], foreign, model["0"]]))
+    holdfast.save(tmp_path / "one", {"m": model, "o": optimizer})
+    fresh = torch.optim.Adam([model["1"], foreign, model["0"]])
+    holdfast.load(tmp_path / "one", {"m": model, "o": fresh})
+    assert same(fresh.state_dict(), optimizer.state_dict())
