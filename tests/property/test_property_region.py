@@ -1,4 +1,4 @@
-"""Regions against sets of indices: the slow way to say the same."""
+"""Regions against sets of indices."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ pairs = st.integers(0, 3).flatmap(lambda ndim: st.tuples(regions(ndim), regions(
 
 
 @given(pairs)
-def test_the_meet_of_two_regions_holds_the_elements_of_both(pair: tuple[Region, Region]) -> None:
-    """Method: the sets of their indices; the meet is the same either way around."""
+def test_an_intersection_holds_the_elements_of_both_regions(pair: tuple[Region, Region]) -> None:
+    """Method: the sets of their indices; the intersection is the same in both orders."""
     a, b = pair
     assert elements(a & b) == elements(a) & elements(b)
     assert elements(a & b) == elements(b & a)
@@ -44,7 +44,7 @@ def test_the_meet_of_two_regions_holds_the_elements_of_both(pair: tuple[Region, 
 
 @given(pairs)
 def test_num_elements_and_shape_count_the_indices(pair: tuple[Region, Region]) -> None:
-    """Method: counting them."""
+    """Method: counting the indices."""
     for region in pair:
         assert region.num_elements == len(elements(region))
         assert Region.whole(region.shape).num_elements == region.num_elements
@@ -62,7 +62,7 @@ def test_within_moves_every_element_by_the_start_of_the_outer(pair: tuple[Region
 
 
 @given(pairs)
-def test_a_region_fits_where_its_elements_are_those_of_the_whole(
+def test_a_region_fits_if_the_tensor_has_all_its_elements(
     pair: tuple[Region, Region],
 ) -> None:
     """Method: containment of sets; both regions have elements, so that none fits by being empty."""
@@ -73,10 +73,10 @@ def test_a_region_fits_where_its_elements_are_those_of_the_whole(
 
 
 @given(several(count_max=8))
-def test_first_overlap_finds_one_exactly_where_two_regions_share_an_element(
+def test_first_overlap_finds_a_pair_if_and_only_if_two_regions_overlap(
     drawn: list[Region],
 ) -> None:
-    """G6. Method: every pair by brute force; the pair that is found does overlap."""
+    """G6. Method: every pair by brute force; the pair that is found overlaps."""
     expected = any(elements(a) & elements(b) for i, a in enumerate(drawn) for b in drawn[i + 1 :])
     found = first_overlap(drawn)
     assert (found is not None) == expected
@@ -84,8 +84,8 @@ def test_first_overlap_finds_one_exactly_where_two_regions_share_an_element(
         assert elements(found[0]) & elements(found[1])
 
 
-def test_first_overlap_of_a_grid_finds_none_until_one_cell_is_there_twice() -> None:
-    """G6. Method: a 6 by 6 grid of cells, then with each of them given again."""
+def test_first_overlap_of_a_grid_finds_only_a_cell_that_is_given_twice() -> None:
+    """G6. Method: a 6 by 6 grid of cells, then with each cell given twice."""
     grid = [Region((i, j), (i + 1, j + 1)) for i in range(6) for j in range(6)]
     assert first_overlap(grid) is None
     for cell in grid:
@@ -95,7 +95,7 @@ def test_first_overlap_of_a_grid_finds_none_until_one_cell_is_there_twice() -> N
 @pytest.mark.parametrize(
     ("start", "stop"), [((-1,), (2,)), ((3,), (2,)), ((0, 0), (2,)), ((), (1,))]
 )
-def test_a_region_that_cannot_be_is_refused_at_birth(start: Index, stop: Index) -> None:
-    """Method: negative, backwards, and bounds of different lengths."""
+def test_an_invalid_region_is_refused(start: Index, stop: Index) -> None:
+    """Method: negative bounds, start after stop, and bounds of different lengths."""
     with pytest.raises(ValueError, match=r"need|start and stop"):
         Region(start, stop)

@@ -1,4 +1,4 @@
-"""Relations between tensors: any box, read in either direction, against one element at a time."""
+"""Relations between tensors: any box in either direction, against single elements."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Place = tuple[str, tuple[int, ...]]
 
 @st.composite
 def relations(draw: st.DrawFn) -> tuple[Relation, Axes]:
-    """Up to five axes, in dims and names of their own on each side, some dims in segments."""
+    """Up to five axes, in different dims and names on each side, some dims in segments."""
     names = "abcde"[: draw(st.integers(1, 5))]
     axes = {name: range(1, 1 + draw(st.integers(1, 4))) for name in names}
     axes["z"] = range(draw(st.integers(1, 3)))
@@ -48,7 +48,7 @@ def sides(draw: st.DrawFn, names: str, axes: Axes, prefix: str) -> Side:
 
 
 def place_of(side: Side, axes: Axes, at: dict[str, int]) -> Place:
-    """Where one element lies, by arithmetic on its indices alone."""
+    """Position of one element, computed from its indices alone."""
     position = []
     for dim in side.dims:
         flat = 0
@@ -73,9 +73,9 @@ def filled(mapping: TensorMapping, side: SideName, name: str, box: Region, by: T
 def test_a_relation_its_inverse_and_every_box_of_it_agree(
     related: tuple[Relation, Axes], data: st.DataObject
 ) -> None:
-    """G6: each element is numbered and put where arithmetic says on both sides; then boxes of each
-    side are filled from the other, and hold just those numbers. What another segment holds stays
-    untouched."""
+    """G6. Method: each element is numbered and placed by arithmetic on both sides; boxes of each
+    side, filled from the other, hold exactly these numbers. Elements of other segments are
+    unchanged."""
     relation, axes = related
     words = {axis: range(len(axes[axis])) for axis in relation.words}
     known = {**axes, **words}
@@ -104,11 +104,11 @@ def test_a_relation_its_inverse_and_every_box_of_it_agree(
 
 
 @given(relations(), st.data())
-def test_a_box_written_back_changes_nothing_and_reaches_its_elements_alone(
+def test_a_box_written_back_changes_exactly_its_elements(
     related: tuple[Relation, Axes], data: st.DataObject
 ) -> None:
-    """Method: an export sends a box of a native tensor to where it lies on the hub's side; doing so
-    with other numbers changes as many elements there as the box has."""
+    """Method: an export writes a box of a tensor of ours to its position in Hugging Face's; the
+    same numbers change nothing, and other numbers change as many elements as the box has."""
     relation, axes = related
     known = {**axes, **{axis: range(len(axes[axis])) for axis in relation.words}}
     mapping = TensorMapping([relation], known)

@@ -1,4 +1,4 @@
-"""Random lives of a checkpoint folder: a good step is always there, and every promised one is."""
+"""Random histories of a checkpoint folder: a good checkpoint and every promised one exist."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ courses = st.builds(
 
 @dataclass(slots=True)
 class Folder:
-    """What is there, and what the test knows of it."""
+    """The folder, and what the test knows of it."""
 
     tree: Tree = field(default_factory=dict)
     may_go: set[int] = field(default_factory=set)
@@ -80,7 +80,7 @@ def value_of(step: int) -> torch.Tensor:
 
 
 def intact(store: MemoryStore) -> set[int]:
-    """Steps that are there bit for bit; one that is whole by its checksums must be."""
+    """Steps whose checkpoints are as saved. One whose checksums match must be."""
     found = set()
     for step, folder in Catalog(store).folders().items():
         try:
@@ -93,7 +93,8 @@ def intact(store: MemoryStore) -> set[int]:
 
 
 def resume(store: MemoryStore, back: int) -> int | None:
-    """As the manager does: sweep, then the newest step that loads; damaged ones are marked."""
+    """Resume as the manager does: clean up, then take the newest checkpoint that loads; mark
+    damaged ones."""
     assert execute(store, plan_cleanup(store.list())) == []
     catalog, below = Catalog(store), None
     good = sorted(intact(store))
@@ -114,14 +115,14 @@ def resume(store: MemoryStore, back: int) -> int | None:
 def kept_by_the_rules(
     counted: set[int], pins: set[int], losses: dict[int, float], stands_on: int | None
 ) -> set[int]:
-    """The rules once more."""
+    """The retention rules, implemented a second time."""
     best = max(counted, key=lambda step: (losses[step], step))
     kept = {*sorted(counted)[-3:], best, *(step for step in counted if step % 5 == 0)}
     return kept | (counted & (pins | {stands_on or -1}))
 
 
 def train(folder: Folder, course: Course) -> None:
-    """Resume, save, and perhaps die; then look at what is there."""
+    """Resume, save, and perhaps crash; then check the folder."""
     begin = store_of(folder.tree)
     there = intact(begin)
     first = resume(begin, course.back)
@@ -181,7 +182,7 @@ def train(folder: Folder, course: Course) -> None:
 
 
 def losses_of_counted(store: MemoryStore) -> dict[int, float]:
-    """The loss of each step that retention counts: whole by its structure, and not marked."""
+    """Loss of each checkpoint that retention counts: complete by its structure, and not marked."""
     losses = {}
     for step, folder in Catalog(store).folders().items():
         if f".damaged-{step_name(step)}" in store.list():
@@ -194,7 +195,7 @@ def losses_of_counted(store: MemoryStore) -> dict[int, float]:
 
 
 def strike(folder: Folder, damage: tuple[str, int]) -> None:
-    """Damage a step, but never the last good one."""
+    """Damage a checkpoint, but never the last good one."""
     store = store_of(folder.tree)
     good = sorted(intact(store))
     if len(good) < 2:
@@ -229,11 +230,12 @@ def vars_of(config: CheckpointConfig) -> dict[str, Any]:
 
 @settings(max_examples=60)
 @given(st.lists(courses, min_size=2, max_size=6))
-def test_there_is_always_a_good_step_and_every_promised_one_is_there(lives: list[Course]) -> None:
-    """G2, G4, G5. Method: runs that resume at the newest or an earlier step, save in the foreground
-    or the background, die at any operation in any way, and have steps pinned or damaged between
-    them. After each, a resume finds a good step if one was left whole, and every step that some
-    rule keeps, the rules written here a second time, is there bit for bit."""
+def test_a_good_checkpoint_and_every_promised_one_exist(lives: list[Course]) -> None:
+    """G2, G4, G5. Method: runs resume from the newest or an earlier checkpoint, save in the
+    foreground or the background, and crash at any operation in any way. Checkpoints are pinned or
+    damaged between runs. After each run, a resume finds a good checkpoint if one was left intact,
+    and every checkpoint that a rule keeps (the rules are implemented twice) is there bit for
+    bit."""
     folder = Folder()
     for course in lives:
         train(folder, course)

@@ -1,4 +1,4 @@
-"""The sync of skills against a model of what its user may expect, through any course of events."""
+"""The sync of skills against a model of what its user expects, for any sequence of events."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Skills(RuleBasedStateMachine):
 
     @rule(release=releases, cut=st.integers(0, 60), exchanges=st.booleans())
     def sync(self, release: int, cut: int, exchanges: bool) -> None:
-        """In full, or until it is cut off."""
+        """Sync fully, or until an interruption."""
         before = {name: self.ours(name) for name in NAMES}
 
         def at_cut() -> None:
@@ -78,14 +78,14 @@ class Skills(RuleBasedStateMachine):
 
     @rule(name=names, file=st.sampled_from(["SKILL.md", "references/a.md"]))
     def change(self, name: str, file: str) -> None:
-        """A shipped file, by hand."""
+        """Change a shipped file by hand."""
         if self.ours(name) and (self.root / name / file).exists():
             (self.root / name / file).write_bytes(self.text())
             self.changed[name] = files_in(self.root / name)
 
     @rule(name=names, file=st.sampled_from(["mine.md", "own/mine.md", "references/mine.md"]))
     def add(self, name: str, file: str) -> None:
-        """A file of the user's own."""
+        """Add a file of the user."""
         if not self.ours(name):
             return
         path = self.root / name / file
@@ -97,21 +97,21 @@ class Skills(RuleBasedStateMachine):
 
     @rule(name=names)
     def delete(self, name: str) -> None:
-        """The whole copy, by hand."""
+        """Delete the whole copy by hand."""
         if self.ours(name):
             shutil.rmtree(self.root / name)
             self._gone(name)
 
     @rule(name=names, release=releases)
     def take_away(self, name: str, release: int) -> None:
-        """By the command."""
+        """Remove by the command."""
         if name not in self.foreign:
             remove(skill(name, str(release)), Copies(self.root), f"{release}.0")
             self._gone(name)
 
     @rule(name=names, release=releases)
     def put_back(self, name: str, release: int) -> None:
-        """By the command: the shipped files, and the user's own beside them."""
+        """Install by the command: the shipped files, and the user's own stay."""
         if name in self.foreign:
             return
         made = skill(name, str(release))
@@ -123,7 +123,7 @@ class Skills(RuleBasedStateMachine):
     @precondition(lambda self: len(self.foreign) < 2)
     @rule(name=names)
     def make(self, name: str) -> None:
-        """A skill of the user's own, where there is none."""
+        """Make a skill of the user, if there is none."""
         if not (self.root / name).exists():
             (self.root / name).mkdir(parents=True)
             (self.root / name / "SKILL.md").write_bytes(self.text())
@@ -131,7 +131,7 @@ class Skills(RuleBasedStateMachine):
 
     @rule(name=names)
     def unmake(self, name: str) -> None:
-        """The user's own skill goes."""
+        """Delete the user's own skill."""
         if self.foreign.pop(name, None) is not None:
             shutil.rmtree(self.root / name)
 

@@ -1,4 +1,4 @@
-"""What crosses between the ranks of a real process group."""
+"""Messages between the ranks of a real process group."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def exchange(rank: int, size: int) -> None:
 
 
 def test_messages_of_any_length_arrive() -> None:
-    """Around the length that a frame has room for, alike on all ranks or not."""
+    """Method: lengths around the size of a frame, equal on all ranks and different."""
     run_processes(SIZE, exchange)
