@@ -202,7 +202,7 @@ def ours(size: int, state: FlatState, own: set[str]) -> Figures:
             store.sizes["data"] = pending.file_layout.nbytes
             commit(
                 pending.attempt,
-                receipt_of(pending.file_layout),
+                result_of(pending.file_layout),
                 index=pending.index,
                 facts=pending.facts,
                 replicas=pending.replicas,
@@ -216,9 +216,9 @@ def ours(size: int, state: FlatState, own: set[str]) -> Figures:
     return Figures(planned[0], seconds[0], later_s, wire[0], wire[-1], *sizes)
 
 
-def receipt_of(image: FileLayout) -> RankResult:
-    values = {name: (span, 7) for names, span in image.values for name in names}
-    return RankResult(image.name, image.nbytes, Table(image.table_offset, 7), values)
+def result_of(layout: FileLayout) -> RankResult:
+    values = {name: (span, 7) for names, span in layout.values for name in names}
+    return RankResult(layout.name, layout.nbytes, Table(layout.table_offset, 7), values)
 
 
 def stock(size: int, state: dict[str, Any], folder: Path) -> Figures:

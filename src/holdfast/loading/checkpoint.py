@@ -12,12 +12,13 @@ import torch
 
 from holdfast.arguments import shown
 from holdfast.catalog.arguments import region_of
+from holdfast.catalog.paths import place_of
 from holdfast.catalog.source import Source, read_value
 from holdfast.catalog.steady import UNREADABLE, fingerprint
 from holdfast.errors import NotFoundError, UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.region import Region
-from holdfast.loading.opening import open_at
+from holdfast.loading.opening import open_in
 from holdfast.loading.read import Wanted, read_tensors
 from holdfast.planning.read_plan import read_items
 from holdfast.state.shard import Piece
@@ -36,7 +37,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         NotFoundError: there is no checkpoint at `path`.
         DamagedError: files are missing, or have another size than the manifest says.
     """
-    store, opened = open_at(path)
+    store, name = place_of(path)
+    opened = open_in(store, name)
     return Checkpoint(Source(store, opened.name, opened.manifest), opened.fingerprint)
 
 

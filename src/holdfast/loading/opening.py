@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +9,6 @@ from typing import TypeVar
 
 from holdfast.catalog.catalog import open_manifest, standing
 from holdfast.catalog.open_any import check_folder
-from holdfast.catalog.paths import place_of
 from holdfast.catalog.source import Source
 from holdfast.catalog.steady import LOOKS_MAX, UNREADABLE, fingerprint
 from holdfast.comm import Ranks, run_on_rank_0
@@ -49,12 +47,6 @@ def read_in(store: ReadStore, name: str, ranks: Ranks, read: Callable[[Source], 
             if not tries_left or not run_on_rank_0(ranks, partial(opened.is_gone, store)):
                 raise
     raise AssertionError("the last try returns or raises")
-
-
-def open_at(path: str | os.PathLike[str]) -> tuple[ReadStore, Opened]:
-    """Open the checkpoint at `path`, as `open_in` does. Returns its store too."""
-    store, name = place_of(path)
-    return store, open_in(store, name)
 
 
 def open_in(store: ReadStore, name: str) -> Opened:

@@ -25,7 +25,7 @@ from holdfast.format.manifest import Chunk, Span, TensorEntry
 from holdfast.format.region import Region
 from holdfast.format.torchzip import contiguous_strides, locate
 from holdfast.loading.fit import put
-from holdfast.planning.boxes import divide
+from holdfast.planning.divide import aligned, divide, grouped
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.planning.read_plan import ByteRange, byte_ranges, read_items
 from holdfast.state.layout import bytes_of
@@ -247,16 +247,9 @@ class _ChunkJob:
 def _chunk_jobs(
     name: str, dtype: torch.dtype, chunk: Chunk, region: Region, target: torch.Tensor
 ) -> Iterator[_ChunkJob]:
-    slices: list[_Slice] = []
-    nbytes = 0
-    for part in _slices(region.within(chunk.region), chunk.region.shape, dtype, target):
-        if slices and nbytes + part.stop - part.start > JOB_BYTES:
-            yield _ChunkJob(name, dtype, chunk, slices, target)
-            slices, nbytes = [], 0
-        slices.append(part)
-        nbytes += part.stop - part.start
-    if slices:
-        yield _ChunkJob(name, dtype, chunk, slices, target)
+    slices = _slices(region.within(chunk.region), chunk.region.shape, dtype, target)
+    for group in grouped(slices, lambda part: part.stop - part.start, JOB_BYTES):
+        yield _ChunkJob(name, dtype, chunk, group, target)
 
 
 def _slices(
@@ -266,11 +259,8 @@ def _slices(
     target, otherwise up to `WINDOW_BYTES`."""
     for whole in byte_ranges(box, shape, dtype.itemsize, WINDOW_BYTES):
         if _is_direct(whole, dtype, within(target, whole.box)):
-            start = whole.start
-            while start < whole.stop:
-                stop = min((start // JOB_BYTES + 1) * JOB_BYTES, whole.stop)
+            for start, stop in aligned(whole.start, whole.stop, JOB_BYTES):
                 yield _Slice(whole, start, stop)
-                start = stop
         elif whole.stop - whole.start <= WINDOW_BYTES:
             yield _Slice(whole, whole.start, whole.stop)
         else:

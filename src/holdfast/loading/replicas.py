@@ -19,7 +19,7 @@ from holdfast.format.manifest import Span, ValueEntry
 from holdfast.format.region import Region
 from holdfast.loading.fit import put
 from holdfast.loading.read import Wanted, read_tensors, within
-from holdfast.planning.boxes import boxes_of_run, divide
+from holdfast.planning.divide import aligned, boxes_of_run, divide, grouped
 from holdfast.planning.read_plan import ReadItem, byte_ranges, read_items
 from holdfast.state.shard import Piece
 
@@ -249,7 +249,8 @@ def _agree(requests: Requests, ranks: Ranks) -> tuple[list[_Bundle], list[Wanted
             alone.append(request.alone)
     turns: list[tuple[tuple[int, int, int], _Bundle]] = []
     for number, wanted in items.items():
-        bundles = [*_bundled(sorted(wanted, key=lambda item: item.sort_key))]
+        in_order = sorted(wanted, key=lambda item: item.sort_key)
+        bundles = [*grouped(in_order, _room_bytes, BUNDLE_BYTES)]
         members = groups[number]
         total, before = sum(sum(i.nbytes for i in bundle) for bundle in bundles), 0
         num_taken = [0] * len(members)
@@ -295,19 +296,6 @@ def _digests(data: bytes) -> Iterator[bytes]:
     return (data[at : at + _DIGEST_BYTES] for at in range(0, len(data), _DIGEST_BYTES))
 
 
-def _bundled(items: Sequence[_Item]) -> Iterator[list[_Item]]:
-    bundle: list[_Item] = []
-    nbytes = 0
-    for item in items:
-        if bundle and nbytes + _room_bytes(item) > BUNDLE_BYTES:
-            yield bundle
-            bundle, nbytes = [], 0
-        bundle.append(item)
-        nbytes += _room_bytes(item)
-    if bundle:
-        yield bundle
-
-
 # ------------------------------------------------------------------------------ items of a message
 
 
@@ -322,11 +310,8 @@ def _items(want: Wanted, dtype: torch.dtype, read: Sequence[ReadItem]) -> Iterat
         if item.region.num_elements * dtype.itemsize <= BUNDLE_BYTES:
             yield _Box(want.name, dtype, item, target)
         elif stored.contiguous and stored.box.shape == box.shape:
-            start = stored.start
-            while start < stored.stop:
-                stop = min((start // BUNDLE_BYTES + 1) * BUNDLE_BYTES, stored.stop)
+            for start, stop in aligned(stored.start, stored.stop, BUNDLE_BYTES):
                 yield _Run(want.name, dtype, item, target, stored.start, start, stop)
-                start = stop
         else:
             for region in divide(item.region, BUNDLE_BYTES // dtype.itemsize):
                 rows = within(target, region.within(item.region))

@@ -12,7 +12,7 @@ about the same number of bytes, and there are hardly more chunks than tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
@@ -135,14 +135,21 @@ def plan(all_plans: AllPlans) -> GlobalPlan:
     aliases = {n: alias for s in plans for n, alias in s.local_plan.aliases.items()}
     wrong = _conflicting_kinds(plans, aliases)
     held: list[tuple[str, LocalTensor, _HeldRegions]] = []
-    finder = _RegionFinder()
+    known: dict[tuple[object, ...], _HeldRegions] = {}
     for component in sorted(all_plans):
-        for name, holders in _holders_by_name(all_plans[component]).items():
+        for name, holders in _holders_by_name(
+            all_plans[component], lambda plan: plan.tensors
+        ).items():
             if name in aliases:
                 continue
             tensor = holders[0].local_plan.tensors[name]
             wrong += _conflicting_shapes(name, holders)
-            regions = finder(name, tensor.shape, holders)
+            placements = [shared.local_plan.tensors[name].placement for shared in holders]
+            # By identity: equal placements share one object, and comparing large meshes is slow.
+            key = (tensor.shape, *map(id, placements), *map(id, holders))
+            if key not in known:
+                known[key] = _held_regions(tensor.shape, placements, holders)
+            regions = known[key]
             held.append((name, tensor, regions))
             if regions.num_elements != prod(tensor.shape) or regions.overlap:
                 wrong.append(
@@ -233,25 +240,22 @@ def _compact(ranks: Sequence[int]) -> Sequence[int]:
 
 def groups_of(all_plans: AllPlans, own: LocalPlans, rank: int) -> dict[str, tuple[int, ...]]:
     """Ranks that hold the same elements, for each tensor of this rank that others hold too."""
-    known: dict[tuple[object, ...], tuple[int, ...]] = {}
+    by_placement: dict[int, tuple[int, ...]] = {}
     groups: dict[str, tuple[int, ...]] = {}
     for component, local_plan in own.items():
-        plans = all_plans.get(component, ())
+        holders = _ranks_by_name(all_plans.get(component, ()), lambda plan: plan.tensors)
         for name, tensor in local_plan.tensors.items():
             if not prod(tensor.shape):
                 continue
-            # By identity: tensors with equal placements share one object.
+            group = holders[name]
             if tensor.placement is not None:
-                key: tuple[object, ...] = (id(tensor.placement),)
-                if key not in known:
-                    known[key] = _replica_ranks(tensor.placement, rank)
-            else:
-                holders = [shared for shared in plans if name in shared.local_plan.tensors]
-                key = tuple(map(id, holders))
-                if key not in known:
-                    known[key] = _all_ranks(holders)
-            if len(known[key]) > 1:
-                groups[name] = known[key]
+                # By identity: tensors with equal placements share one object.
+                key = id(tensor.placement)
+                if key not in by_placement:
+                    by_placement[key] = _replica_ranks(tensor.placement, rank)
+                group = by_placement[key]
+            if len(group) > 1:
+                groups[name] = group
     return groups
 
 
@@ -259,18 +263,21 @@ def ranks_by_value(all_plans: AllPlans) -> dict[str, tuple[int, ...]]:
     """Ranks that hold each value."""
     groups: dict[str, tuple[int, ...]] = {}
     for plans in all_plans.values():
-        known: dict[tuple[int, ...], tuple[int, ...]] = {}
-        for name in {name for shared in plans for name in shared.local_plan.values}:
-            holders = [shared for shared in plans if name in shared.local_plan.values]
-            key = tuple(map(id, holders))
-            if key not in known:
-                known[key] = _all_ranks(holders)
-            groups[name] = known[key]
+        groups |= _ranks_by_name(plans, lambda plan: plan.values)
     return groups
 
 
-def _all_ranks(plans: Iterable[SharedPlan]) -> tuple[int, ...]:
-    return tuple(sorted(rank for shared in plans for rank in shared.ranks))
+def _ranks_by_name(
+    plans: Sequence[SharedPlan], names_of: Callable[[LocalPlan], Iterable[str]]
+) -> dict[str, tuple[int, ...]]:
+    known: dict[tuple[int, ...], tuple[int, ...]] = {}
+    groups: dict[str, tuple[int, ...]] = {}
+    for name, holders in _holders_by_name(plans, names_of).items():
+        key = tuple(map(id, holders))
+        if key not in known:
+            known[key] = tuple(sorted(rank for shared in holders for rank in shared.ranks))
+        groups[name] = known[key]
+    return groups
 
 
 def _replica_ranks(placement: MeshPlacement, rank: int) -> tuple[int, ...]:
@@ -283,10 +290,12 @@ def _replica_ranks(placement: MeshPlacement, rank: int) -> tuple[int, ...]:
     return tuple(sorted(np.atleast_1d(grid[tuple(index)]).flatten().tolist()))
 
 
-def _holders_by_name(plans: Iterable[SharedPlan]) -> dict[str, list[SharedPlan]]:
+def _holders_by_name(
+    plans: Iterable[SharedPlan], names_of: Callable[[LocalPlan], Iterable[str]]
+) -> dict[str, list[SharedPlan]]:
     holders: dict[str, list[SharedPlan]] = {}
     for shared in plans:
-        for name in shared.local_plan.tensors:
+        for name in names_of(shared.local_plan):
             holders.setdefault(name, []).append(shared)
     return holders
 
@@ -371,23 +380,6 @@ class _HeldRegions:
     overlap: bool
     key: bytes
     """Equal for tensors whose regions are held by the same ranks."""
-
-
-class _RegionFinder:
-    """Finds the regions of tensors, once per shape and placement."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[object, ...], _HeldRegions] = {}
-
-    def __call__(
-        self, name: str, shape: tuple[int, ...], holders: Sequence[SharedPlan]
-    ) -> _HeldRegions:
-        placements = [shared.local_plan.tensors[name].placement for shared in holders]
-        # By identity: equal placements share one object, and comparing large meshes is slow.
-        key = (shape, *map(id, placements), *map(id, holders))
-        if key not in self._known:
-            self._known[key] = _held_regions(shape, placements, holders)
-        return self._known[key]
 
 
 def _held_regions(

@@ -11,7 +11,7 @@ import torch
 from holdfast.errors import UsageError
 from holdfast.format.region import Region
 from holdfast.format.torchzip import PAGE_BYTES
-from holdfast.planning.boxes import boxes_of_run
+from holdfast.planning.divide import boxes_of_run
 from holdfast.planning.file_layout import TensorItem
 from holdfast.saving.write import WINDOW_BYTES
 from holdfast.spelling import spelled_bytes

@@ -1,11 +1,14 @@
-"""Divide boxes of elements into smaller ones."""
+"""Divide boxes, runs of elements and ranges of bytes into pieces of limited size."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
+from typing import TypeVar
 
 from holdfast.format.region import Region
+
+T = TypeVar("T")
 
 
 def divide(region: Region, num_elements_max: int) -> Iterator[Region]:
@@ -45,3 +48,28 @@ def boxes_of_run(shape: Sequence[int], start: int, count: int) -> Iterator[Regio
 
 def _in_row(row: int, boxes: Iterator[Region]) -> Iterator[Region]:
     return (Region((row, *box.start), (row + 1, *box.stop)) for box in boxes)
+
+
+def aligned(start: int, stop: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    """Divide a range of bytes at the multiples of `nbytes`."""
+    while start < stop:
+        end = min((start // nbytes + 1) * nbytes, stop)
+        yield start, end
+        start = end
+
+
+def grouped(
+    items: Iterable[T], nbytes_of: Callable[[T], int], nbytes_max: int
+) -> Iterator[list[T]]:
+    """Groups of consecutive items of at most `nbytes_max` together, or one larger item."""
+    group: list[T] = []
+    total = 0
+    for item in items:
+        nbytes = nbytes_of(item)
+        if group and total + nbytes > nbytes_max:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += nbytes
+    if group:
+        yield group
