@@ -46,7 +46,7 @@ def make_folder(folder: Path, flavor: str) -> None:
     size = LLAMA3[flavor]
     config = config_of("llama3", size, size.vocab_size or 128256)
     mapping = mapping_of(family_of(config, where=flavor), config)
-    infos = {n: ("bfloat16", mapping.shape("hub", n)) for n in mapping.names("hub")}
+    infos = {n: ("bfloat16", mapping.shape("hf", n)) for n in mapping.names("hf")}
     export = shard(infos)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))

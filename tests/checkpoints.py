@@ -25,6 +25,7 @@ from holdfast.saving.save import save_leaves
 from holdfast.state.tree import flatten
 from holdfast.storage.local import LocalStore
 from holdfast.testing.ranks import run_ranks
+from manifest_bytes import encode
 
 STEP = 7
 
@@ -91,7 +92,7 @@ def copy_step(path: Path, step: int) -> Path:
     copy = Path(shutil.copytree(path, path.with_name(f"step-{step}")))
     index = copy / MANIFEST
     found = manifests.decode(index.read_bytes(), where=str(index))
-    index.write_bytes(manifests.encode(replace(found, step=step)))
+    index.write_bytes(encode(replace(found, step=step)))
     return copy
 
 

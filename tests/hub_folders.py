@@ -1,4 +1,4 @@
-"""Small Hugging Face folders made from a family's table alone, and changed as a test asks."""
+"""Small Hugging Face folders, made from the table of a family."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ LLAMA: dict[str, Any] = {
 
 
 def hub_tensors(config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Random tensors of every name that the table has."""
+    """Return random tensors for all names in the family's table."""
     mapping = mapping_of(family_of(config, where="test"), config)
-    made = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(5)
     return {
-        name: torch.randn(mapping.shape("hub", name), generator=made)
-        for name in mapping.names("hub")
+        name: torch.randn(mapping.shape("hf", name), generator=generator)
+        for name in mapping.names("hf")
     }
 
 
 def save_folder(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], num_files: int = 1
 ) -> Path:
-    """A folder as on the hub: `config.json`, and tensors in one file or several with an index."""
+    """Write `config.json`, and the tensors to one file, or to several files with an index."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     if num_files == 1:
@@ -58,23 +58,23 @@ def save_folder(
 
 
 PEFT = "base_model.model."
-"""What PEFT puts before the names of a model that it wraps."""
+"""Prefix that PEFT puts before the names of the base model."""
 
 
 def low_rank(base: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str, Tensor]:
-    """Factors of weights of a base, by their names without `.weight`, named as PEFT does."""
-    made = {}
+    """Return random factors with PEFT's names. `ranks`: by name of the weight without `.weight`."""
+    factors = {}
     for name, rank in ranks.items():
         rows, columns = base[f"{name}.weight"].shape
-        made[f"{PEFT}{name}.lora_A.weight"] = torch.randn(rank, columns)
-        made[f"{PEFT}{name}.lora_B.weight"] = torch.randn(rows, rank)
-    return made
+        factors[f"{PEFT}{name}.lora_A.weight"] = torch.randn(rank, columns)
+        factors[f"{PEFT}{name}.lora_B.weight"] = torch.randn(rows, rank)
+    return factors
 
 
 def save_adapter(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
-    """A folder as PEFT saves it."""
+    """Write an adapter folder as PEFT does."""
     folder.mkdir(parents=True)
-    said = {"peft_type": "LORA", "base_model_name_or_path": "some/base", "r": 4, "lora_alpha": 8}
-    (folder / "adapter_config.json").write_text(json.dumps(said))
+    config = {"peft_type": "LORA", "base_model_name_or_path": "some/base", "r": 4, "lora_alpha": 8}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file({**tensors}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return folder

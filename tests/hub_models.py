@@ -1,4 +1,4 @@
-"""Tiny random models of every family, as transformers makes and saves them."""
+"""Small random transformers models of every family."""
 
 from __future__ import annotations
 
@@ -67,21 +67,13 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gemma-3": ("Gemma3TextConfig", WIDE),
     "gemma-3-untied": ("Gemma3TextConfig", {"tie_word_embeddings": False, **WIDE}),
     "phi-3": ("Phi3Config", {}),
-    "llama-4": (
-        "Llama4TextConfig",
-        {
-            "intermediate_size_mlp": 40,
-            "num_local_experts": 4,
-            "interleave_moe_layer_step": 2,
-            **WIDE,
-        },
-    ),
+    "llama-4": ("Llama4TextConfig", {"num_local_experts": 4, **SPARSE, **WIDE}),
 }
-"""Class of the configuration, and what it has beside `SIZES`."""
+"""Class of the configuration, and its values besides `SIZES`, by name of the model."""
 
 
 def make(name: str) -> Any:
-    """A model of transformers' with weights that are all different, biases and norms too."""
+    """Make a model with random weights, biases and norms."""
     kind, more = MODELS[name]
     with quiet():
         config = getattr(transformers, kind)(**{**SIZES, **more})
@@ -94,33 +86,33 @@ def make(name: str) -> Any:
 
 
 def save(model: Any, folder: Path, **options: Any) -> Path:
-    """What `save_pretrained` writes."""
+    """Save a model by `save_pretrained`. Returns the folder."""
     with quiet():
         model.save_pretrained(folder, **options)
     return folder
 
 
 def load(folder: Path, **options: Any) -> Any:
-    """What `from_pretrained` makes of a folder; a warning that something is missing is an error."""
+    """Load a folder by `from_pretrained`. Missing or unexpected keys are an error."""
     with quiet():
-        model, said = transformers.AutoModelForCausalLM.from_pretrained(
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, **options
         )
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        assert not said[key], f"{key}: {said[key]}"
+        assert not info[key], f"{key}: {info[key]}"
     return model.eval()
 
 
 def logits(model: Any) -> Tensor:
-    """Of a few tokens."""
+    """Return the logits of a few tokens."""
     with torch.no_grad(), quiet():
-        found: Tensor = model(torch.arange(3, 19).view(2, 8)).logits
-    return found
+        result: Tensor = model(torch.arange(3, 19).view(2, 8)).logits
+    return result
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers warns of what is of no interest here, and draws bars."""
+    """Silence the warnings and progress bars of transformers."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with warnings.catch_warnings():

@@ -1,13 +1,13 @@
-"""Checkpoints for PyTorch training that are never lost, never lying, never in the way.
+"""Crash-safe, verified checkpoints for PyTorch training.
 
-    holdfast.save(path, state)          one checkpoint, published whole or not at all
-    holdfast.load(path, state)          in place, from any layout to any other
-    holdfast.open(path)                 look into one, reading only what is asked for
-    holdfast.CheckpointManager          when to save, what to keep, where to resume from
-    holdfast.HoldfastError              and its classes, by what to do next (holdfast.errors)
-    holdfast.__version__                what is installed
+    holdfast.save(path, state)          save one checkpoint; it appears complete or not at all
+    holdfast.load(path, state)          load a checkpoint in place, under any parallelism
+    holdfast.open(path)                 inspect a checkpoint; reads only the entries you request
+    holdfast.CheckpointManager          save during training, delete old checkpoints, resume
+    holdfast.HoldfastError              base class of all errors (see holdfast.errors)
+    holdfast.__version__                installed version
 
-Nothing here imports torch before it is used.
+`import holdfast` does not import torch; the first use of a function does.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_HOMES = {
+_LAZY = {
     "CheckpointConfig": "holdfast.manager.config:CheckpointConfig",
     "CheckpointManager": "holdfast.manager.manager:CheckpointManager",
     "load": "holdfast.loading.load:load",
@@ -67,7 +67,7 @@ def __getattr__(name: str) -> Any:
         return import_module("holdfast.testing")
     if name == "__version__":
         return import_module("holdfast.release").installed_version()
-    if name not in _HOMES:
+    if name not in _LAZY:
         raise AttributeError(f"module `holdfast` has no attribute `{name}`")
-    module, _, member = _HOMES[name].partition(":")
+    module, _, member = _LAZY[name].partition(":")
     return getattr(import_module(module), member)

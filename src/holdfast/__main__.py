@@ -1,4 +1,4 @@
-"""`python -m holdfast`: as `holdfast`, where the command is not on the path."""
+"""Run the `holdfast` command as `python -m holdfast`, for when it is not on the PATH."""
 
 import sys
 

@@ -1,7 +1,6 @@
-"""What callers hand over, checked by its type before anything is done with it.
+"""Check the types of arguments and settings.
 
-numpy's and torch's single numbers count as numbers; a bool is never one. Neither package is
-imported for that.
+Scalars of numpy and torch count as numbers, a bool never does. Neither package is imported.
 """
 
 from __future__ import annotations
@@ -19,80 +18,79 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from holdfast.errors import UsageError
 
 C = TypeVar("C")
+T = TypeVar("T")
 
 SHOWN_MAX = 80
-"""Characters of a value that a message repeats."""
+"""Longest value that a message quotes, in characters."""
 
 MEMBERS_SHOWN_MAX = 8
-"""Members of a list that a message repeats."""
+"""Longest list that a message quotes."""
 
 _SHOWN = (bool, int, float, str, bytes, type(None))
-"""Types whose `repr` is quick and never fails."""
+"""Types with a fast `repr` that never fails."""
 
 
 # ------------------------------------------------------------------------------------ single values
 
 
 def whole_number(value: object) -> int | None:
-    """`value` as an int; None where it is no whole number: a bool, a float, text."""
+    """Convert an integer to int; None for anything else, such as a bool, a float or text."""
     if type(value) is int:
         return value
     if isinstance(value, bool) or not _is_single(value) or _dtype(value).endswith("bool"):
         return None
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except Exception:  # noqa: BLE001 - a tensor without data refuses by an error of its own
-        return None
+    return _converted(value, operator.index)
 
 
 def number(value: object) -> float | None:
-    """`value` as a float; None where it is no number: a bool, text, complex."""
+    """Convert a real number to float; None for anything else, such as a bool or text."""
     if type(value) is float:
         return value
     if isinstance(value, bool | str | bytes | bytearray) or not _is_single(value):
         return None
     if _dtype(value).endswith("bool") or "complex" in _dtype(value):
         return None
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except Exception:  # noqa: BLE001 - whatever `__float__` raises
-        return None
+    return _converted(value, float)
 
 
 def flag(value: object) -> bool | None:
-    """`value` as a bool; None where it is neither Python's own nor one of numpy or torch."""
+    """Convert a bool of Python, numpy or torch; None for anything else."""
     if type(value) is bool:
         return value
     if not _is_single(value) or not _dtype(value).endswith("bool"):
         return None
+    return _converted(value, bool)
+
+
+def _converted(value: Any, convert: Callable[[Any], T]) -> T | None:
     try:
-        return bool(value)
-    except Exception:  # noqa: BLE001 - a tensor without data refuses by an error of its own
+        return convert(value)
+    except Exception:  # noqa: BLE001 - a meta tensor raises torch's own error
         return None
 
 
 def _is_single(value: object) -> bool:
-    """Whether this is no array, or one without dims."""
+    """Whether `value` is a scalar, or an array without dims."""
     return len(getattr(value, "shape", ())) == 0
 
 
 def _dtype(value: object) -> str:
-    """numpy's or torch's name of an element's type; empty for other objects."""
+    """Name of a numpy or torch dtype; empty for other objects."""
     return str(getattr(value, "dtype", "")).removesuffix("_")
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: itself where that is short, else its type.
+    """Format a value for a message: itself if it is short, else its type.
 
     >>> shown("asynk"), shown(2.5), shown({"a": 1})
     ("'asynk'", '2.5', 'a dict')
     """
     if isinstance(value, int) and value.bit_length() > 4 * SHOWN_MAX:
         return f"a number of {value.bit_length()} bits"
-    parts: Sequence[object] = [value]
+    quoted: Sequence[object] = [value]
     if isinstance(value, list | tuple) and len(value) <= MEMBERS_SHOWN_MAX:
-        parts = value
-    if all(isinstance(one, _SHOWN) for one in parts):
+        quoted = value
+    if all(isinstance(member, _SHOWN) for member in quoted):
         spelled = repr(value)
         if len(spelled) <= SHOWN_MAX:
             return spelled
@@ -105,42 +103,42 @@ def shown(value: object) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """A hint that names what `name` was probably meant to be; None where nothing is near."""
+    """Suggest the known name closest to `name`; None where none is similar."""
     folded = {candidate.casefold(): candidate for candidate in known}
     close = get_close_matches(name.casefold(), folded, n=1)
     return f"did you mean `{folded[close[0]]}`?" if close else None
 
 
 def checked_flag(value: object, what: str) -> bool:
-    """The bool that was passed as `what`.
+    """Return the argument `what` as a bool.
 
     Raises:
-        UsageError: something else was.
+        UsageError: it is no bool.
     """
-    found = flag(value)
-    if found is None:
+    checked = flag(value)
+    if checked is None:
         raise UsageError(f"`{what}` must be True or False, found: {shown(value)}")
-    return found
+    return checked
 
 
 def checked_path(path: object, what: str) -> str:
-    """The path that was passed as `what`, as text.
+    """Return the path that was passed as argument `what`, as text.
 
     Raises:
-        UsageError: no path, or one that no file system takes.
+        UsageError: it is no path, or no file system can have it.
     """
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(text, str):
         raise UsageError(
             f"`{what}` must be a path, as text or `pathlib.Path`, found: {shown(path)}"
         )
-    if not text.strip() or "\0" in text or not is_encodable(text):
+    if not text.strip() or "\0" in text or not _is_encodable(text):
         raise UsageError(f"`{what}` must name a folder or a file, found: {shown(text)}")
     return text
 
 
-def is_encodable(text: str) -> bool:
-    """Whether a file can have this name: half of a surrogate pair is no character."""
+def _is_encodable(text: str) -> bool:
+    """Whether a file can have this name; a lone surrogate cannot be encoded."""
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
@@ -149,36 +147,36 @@ def is_encodable(text: str) -> bool:
 
 
 def not_installed(error: ImportError, what: str) -> UsageError:
-    """The error that says which package `what` needs and has not.
+    """Return the error that names the missing package that `what` needs.
 
     Raises:
-        ImportError: it is a module of this package, which is a fault of ours.
+        ImportError: a module of Holdfast is missing, which is a bug.
     """
     package = (error.name or "").partition(".")[0]
     if package == "holdfast":
         raise error
-    # Without a name a package is there, and something that it needs is not: its own words say it.
-    said = f"needs `{package}`, which is not installed" if package else f"cannot run: {error}"
-    return UsageError(f"{what} {said}", hint=f"pip install {package}" if package else None)
+    # An ImportError without a name comes from an installed package that lacks something itself.
+    reason = f"needs `{package}`, which is not installed" if package else f"cannot run: {error}"
+    return UsageError(f"{what} {reason}", hint=f"pip install {package}" if package else None)
 
 
 # ------------------------------------------------------------------------------------------ by type
 
 
 def is_list(hint: Any) -> bool:
-    """Whether values of this type are written as lists."""
+    """Whether a type hint is a tuple, which configurations write as a list."""
     return get_origin(hint) is tuple
 
 
 def members(hint: Any) -> tuple[Any, ...]:
-    """The types that an optional hint allows beside None; the hint itself where it is none."""
+    """Members of a union without None; the hint itself where it is no union."""
     if get_origin(hint) in (Union, types.UnionType):
         return tuple(member for member in get_args(hint) if member is not type(None))
     return (hint,)
 
 
 def described(hint: Any) -> str:
-    """The type of a setting in words."""
+    """Describe the type of a setting in words."""
     if len(several := members(hint)) > 1:
         return ", or ".join(map(described, several))
     (hint,) = several
@@ -193,43 +191,43 @@ def described(hint: Any) -> str:
 
 
 def fitted(where: str, value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`: lists become tuples, paths text, numpy's numbers Python's.
+    """Convert `value` to the type `hint`: lists to tuples, paths to text, scalars to Python's.
 
     Raises:
-        UsageError: the value is of another type; `where` names the setting.
+        UsageError: the value has another type; the message calls the setting `where`.
     """
     if value is None and type(None) in get_args(hint):
         return None
     if len(several := members(hint)) > 1:
-        return first_fit(where, several, hint, lambda one: fitted(where, value, one), value)
+        return first_fit(where, several, hint, lambda member: fitted(where, value, member), value)
     (hint,) = several
-    found: Any = None
+    converted: Any = None
     if is_list(hint):
         if not isinstance(value, list | tuple):
             raise misfit(where, value, hint)
         try:
-            found = [fitted(where, one, get_args(hint)[0]) for one in value]
+            converted = [fitted(where, member, get_args(hint)[0]) for member in value]
         except UsageError:
             raise misfit(where, value, hint) from None
-        return of_length(where, found, hint)
+        return of_length(where, converted, hint)
     if get_origin(hint) is Literal:
-        found = value if isinstance(value, str) and value in get_args(hint) else None
+        converted = value if isinstance(value, str) and value in get_args(hint) else None
     elif hint is str:
-        found = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+        converted = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     elif hint is float:
-        found = number(value)
-        found = None if found is None or not math.isfinite(found) else found
+        converted = number(value)
+        converted = None if converted is None or not math.isfinite(converted) else converted
     else:
-        found = {int: whole_number, bool: flag}[hint](value)
-    if found is None:
+        converted = {int: whole_number, bool: flag}[hint](value)
+    if converted is None:
         raise misfit(where, value, hint)
-    return found
+    return converted
 
 
 def first_fit(
     where: str, several: Sequence[Any], hint: Any, read: Callable[[Any], Any], value: object
 ) -> Any:
-    """The value as the first of a union's members that it fits."""
+    """Convert `value` by `read` to the first type of a union that fits."""
     for member in several:
         with suppress(UsageError):
             return read(member)
@@ -237,7 +235,7 @@ def first_fit(
 
 
 def of_length(where: str, values: Sequence[Any], hint: Any) -> tuple[Any, ...]:
-    """The values as a tuple of as many as the hint has."""
+    """Return `values` as a tuple; raise `UsageError` if the hint needs another number of them."""
     wanted = get_args(hint)
     if wanted[-1] is not Ellipsis and len(values) != len(wanted):
         raise misfit(where, values, hint)
@@ -245,7 +243,7 @@ def of_length(where: str, values: Sequence[Any], hint: Any) -> tuple[Any, ...]:
 
 
 def misfit(where: str, value: object, hint: Any) -> UsageError:
-    """The error about a value of another type."""
+    """Return the error about a value of the wrong type."""
     literals = [member for member in members(hint) if get_origin(member) is Literal]
     choices = [str(choice) for literal in literals for choice in get_args(literal)]
     advice = nearest(value, choices) if isinstance(value, str) else None
@@ -261,31 +259,33 @@ def misfit(where: str, value: object, hint: Any) -> UsageError:
 
 
 def settings(section: str) -> Callable[[type[C]], type[C]]:
-    """Decorate a dataclass so that what it is made with is checked by the annotations of its
-    fields. `section` stands before their names in errors.
+    """Make a dataclass convert and check its arguments by the annotations of its fields.
+
+    Messages call a field `section.name`.
 
     Raises, when the class is called:
-        UsageError: a name that is no field, or a value of another type.
+        UsageError: no field has that name, or a value has the wrong type.
     """
 
     def decorate(cls: type[C]) -> type[C]:
-        made = cls.__init__
+        original = cls.__init__
         hints: dict[str, Any] = {}
 
-        @wraps(made)
-        def __init__(self: C, *values: Any, **named: Any) -> None:  # noqa: N807 - it is one
+        @wraps(original)
+        def __init__(self: C, *values: Any, **named: Any) -> None:  # noqa: N807 - it replaces `__init__`
             if not hints:
-                # Not as the class is made: its module does not hold all names yet.
+                # Not while decorating: the module does not define all names yet.
                 hints.update(get_type_hints(cls))
             for name in named:
                 if name not in hints:
                     hint = nearest(name, hints) or f"its settings: {', '.join(hints)}"
                     raise UsageError(f"`{cls.__name__}` has no setting `{name}`", hint=hint)
-            # More values than fields, or one given twice: Python's own error says it.
+            # Too many values, or a field given twice: leave that to Python's own error.
             given: Mapping[str, Any] = dict(zip(hints, values, strict=False))
             if len(values) <= len(hints) and not given.keys() & named.keys():
                 named, values = {**given, **named}, ()
-            made(self, *values, **{n: _checked(section, n, v, hints[n]) for n, v in named.items()})
+            checked = {n: _checked(section, n, v, hints[n]) for n, v in named.items()}
+            original(self, *values, **checked)
 
         cls.__init__ = __init__  # type: ignore[method-assign, assignment]
         return cls

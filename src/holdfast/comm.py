@@ -1,5 +1,7 @@
-"""The ranks of a job, and how what one of them meets reaches all. Below `trainer` the only door to
-`torch.distributed`."""
+"""Collective operations on the ranks of a job, and errors that reach every rank.
+
+Below `trainer`, no other module uses `torch.distributed`.
+"""
 
 from __future__ import annotations
 
@@ -20,24 +22,21 @@ from holdfast.failures import worded
 T = TypeVar("T")
 U = TypeVar("U")
 
-_HEAD = struct.Struct("<qq")
-"""Bytes of this message, and of the longest that goes at the same time."""
+_LENGTH = struct.Struct("<q")
+"""Header of a message: bytes to receive, header included."""
 
-_FRAME_BYTES = 256
-"""Sent in any case, so that both sides know the length; most messages need no more. A message costs
-milliseconds where processes share cores, hardly anything by its bytes."""
-
-_FIRST_BYTES = _FRAME_BYTES - _HEAD.size
-"""Of a message, in its frame."""
+_FIRST_BYTES = 256
+"""Bytes of a message that are sent before the receiver knows its length. Most messages fit, and
+need one collective instead of two: each costs milliseconds where processes share cores."""
 
 Sending = Callable[[], object]
-"""Returns once what is being sent may change, or be let go."""
+"""Waits until the data has been sent; only then may its memory change."""
 
 
 class Ranks(Protocol):
     """The processes that save and load together.
 
-    Collective: every method is called by all of them, in the same order. Items cross by pickle.
+    Collective: all ranks call every method, in the same order. Items are pickled.
     """
 
     @property
@@ -47,41 +46,43 @@ class Ranks(Protocol):
     def size(self) -> int: ...
 
     def gather(self, item: T) -> list[T]:
-        """Every rank's item, in order, on rank 0; elsewhere an empty list."""
+        """Collect the items of all ranks on rank 0, in rank order; elsewhere return `[]`."""
         ...
 
     def scatter(self, items: list[T]) -> T:
-        """The item that rank 0 has at this rank's place; other ranks pass an empty list."""
+        """Return `items[rank]` of rank 0's list. Other ranks pass an empty list."""
         ...
 
     def broadcast(self, item: T) -> T:
-        """Rank 0's item, on all."""
+        """Return rank 0's item on every rank."""
         ...
 
     def duplicate(self) -> Ranks:
-        """The same ranks over a channel of their own, so that a thread can use it meanwhile."""
+        """Return the same ranks on a channel of their own, for use by another thread."""
         ...
 
     def close(self) -> None:
-        """Give the channel back; nothing is called after it."""
+        """Free the channel. No other method may be called afterwards."""
         ...
 
     def all_reduce_max(self, numbers: Sequence[float]) -> list[float]:
-        """For each place the largest number of any rank. Cheap enough for every step."""
+        """Return the elementwise maximum over all ranks. Cheap enough for every step."""
         ...
 
     def send(self, rank: int, data: torch.Tensor) -> Sending:
-        """Begin to send bytes in host memory to another rank; call what is returned before they
-        change. Not collective: between two ranks, what is sent first is received first."""
+        """Start to send host memory to `rank`, which must `receive` it. Not collective.
+
+        Call the returned function before `data` changes. Two ranks receive in the order of sending.
+        """
         ...
 
     def receive(self, rank: int, into: torch.Tensor) -> None:
-        """Wait for what another rank sends to this one: as many bytes."""
+        """Fill `into` with data of the same size from `rank`. Blocks. Not collective."""
         ...
 
 
 class Solo:
-    """One process alone."""
+    """`Ranks` of a single process."""
 
     rank = 0
     size = 1
@@ -112,7 +113,7 @@ class Solo:
 
 
 class GroupRanks:
-    """The ranks of a `torch.distributed` process group that can carry host memory (gloo)."""
+    """`Ranks` of a `torch.distributed` process group that can send host memory (gloo)."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
@@ -121,43 +122,42 @@ class GroupRanks:
         self._root = dist.get_global_rank(group, 0)
 
     def gather(self, item: T) -> list[T]:
-        data = pickle.dumps(item)
-        frames = [
-            torch.empty(_FRAME_BYTES, dtype=torch.uint8, device="cpu") for _ in range(self.size)
-        ]
-        self._reach(lambda: dist.all_gather(frames, _frame(data, len(data)), self._group))
-        longest = max(_lengths(frame)[0] for frame in frames)
-        rests = [_EMPTY] * self.size
+        message = _message(item)
+        firsts = [_empty(_FIRST_BYTES) for _ in range(self.size)]
+        first = _part(message, 0, _FIRST_BYTES)
+        self._checked(lambda: dist.all_gather(firsts, first, self._group))
+        longest = max(map(_length, firsts))
+        rests = [_empty(0)] * self.size
         if longest > _FIRST_BYTES:
-            mine = _rest(data, longest)
-            rests = [torch.empty_like(mine) for _ in rests] if self.rank == 0 else []
-            self._reach(lambda: dist.gather(mine, rests or None, self._root, self._group))
-        return list(map(_message, frames, rests)) if self.rank == 0 else []
+            rest = _part(message, _FIRST_BYTES, longest)
+            rests = [torch.empty_like(rest) for _ in rests] if self.rank == 0 else []
+            self._checked(lambda: dist.gather(rest, rests or None, self._root, self._group))
+        return list(map(_item, firsts, rests)) if self.rank == 0 else []
 
     def scatter(self, items: list[T]) -> T:
-        sent = [pickle.dumps(item) for item in items]
-        longest = max(map(len, sent), default=0)
-        mine = torch.empty(_FRAME_BYTES, dtype=torch.uint8, device="cpu")
-        frames = [_frame(data, longest) for data in sent] or None
-        self._reach(lambda: dist.scatter(mine, frames, self._root, self._group))
-        longest, rest = _lengths(mine)[1], _EMPTY
-        if longest > _FIRST_BYTES:
-            rest = torch.empty(longest - _FIRST_BYTES, dtype=torch.uint8, device="cpu")
-            rests = [_rest(data, longest) for data in sent] or None
-            self._reach(lambda: dist.scatter(rest, rests, self._root, self._group))
-        scattered: T = _message(mine, rest)
+        pickles = [pickle.dumps(item) for item in items]
+        # All have the length of the longest: a scatter sends the same number of bytes to each rank.
+        length = _LENGTH.size + max(map(len, pickles), default=0)
+        messages = [_LENGTH.pack(length) + data for data in pickles]
+        first, rest = _empty(_FIRST_BYTES), _empty(0)
+        firsts = [_part(message, 0, _FIRST_BYTES) for message in messages] or None
+        self._checked(lambda: dist.scatter(first, firsts, self._root, self._group))
+        if (length := _length(first)) > _FIRST_BYTES:
+            rest = _empty(length - _FIRST_BYTES)
+            rests = [_part(message, _FIRST_BYTES, length) for message in messages] or None
+            self._checked(lambda: dist.scatter(rest, rests, self._root, self._group))
+        scattered: T = _item(first, rest)
         return scattered
 
     def broadcast(self, item: T) -> T:
-        data = pickle.dumps(item) if self.rank == 0 else b""
-        frame = _frame(data, len(data))
-        self._reach(lambda: dist.broadcast(frame, self._root, self._group))
-        nbytes, rest = _lengths(frame)[0], _EMPTY
-        if nbytes > _FIRST_BYTES:
-            rest = _rest(data, nbytes)
-            self._reach(lambda: dist.broadcast(rest, self._root, self._group))
-        sent: T = item if self.rank == 0 else _message(frame, rest)
-        return sent
+        message = _message(item) if self.rank == 0 else b""
+        first, rest = _part(message, 0, _FIRST_BYTES), _empty(0)
+        self._checked(lambda: dist.broadcast(first, self._root, self._group))
+        if (length := _length(first)) > _FIRST_BYTES:
+            rest = _part(message, _FIRST_BYTES, length)
+            self._checked(lambda: dist.broadcast(rest, self._root, self._group))
+        received: T = item if self.rank == 0 else _item(first, rest)
+        return received
 
     def duplicate(self) -> Ranks:
         return GroupRanks(dist.new_group(dist.get_process_group_ranks(self._group), backend="gloo"))
@@ -167,59 +167,58 @@ class GroupRanks:
 
     def all_reduce_max(self, numbers: Sequence[float]) -> list[float]:
         tensor = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-        self._reach(lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX, self._group))
+        self._checked(lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX, self._group))
         return tensor.tolist()
 
     def send(self, rank: int, data: torch.Tensor) -> Sending:
-        work = self._reach(lambda: dist.isend(data, group=self._group, group_dst=rank))
+        work = self._checked(lambda: dist.isend(data, group=self._group, group_dst=rank))
         assert work is not None
-        return lambda: self._reach(work.wait)
+        return lambda: self._checked(work.wait)
 
     def receive(self, rank: int, into: torch.Tensor) -> None:
-        self._reach(lambda: dist.recv(into, group=self._group, group_src=rank))
+        self._checked(lambda: dist.recv(into, group=self._group, group_src=rank))
 
-    def _reach(self, exchange: Callable[[], T]) -> T:
+    def _checked(self, exchange: Callable[[], T]) -> T:
+        """Return the result of `exchange`; raise `RankError` where it fails."""
         try:
             return exchange()
         except RuntimeError as error:
             raise RankError(
                 f"rank {self.rank} of {self.size} lost another rank while checkpointing: {error}",
                 hint="look for the first error among the other ranks, then start the run again: "
-                "it goes on from the newest good step",
+                "it resumes from the newest good checkpoint",
             ) from error
 
 
-_EMPTY = torch.empty(0, dtype=torch.uint8, device="cpu")
+def _empty(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
-def _frame(data: bytes, longest: int) -> torch.Tensor:
-    """The start of a message, with its length."""
-    frame = bytearray(_FRAME_BYTES)
-    first = _HEAD.pack(len(data), longest) + data[:_FIRST_BYTES]
-    frame[: len(first)] = first
-    return torch.frombuffer(frame, dtype=torch.uint8)
+def _message(item: object) -> bytes:
+    data = pickle.dumps(item)
+    return _LENGTH.pack(_LENGTH.size + len(data)) + data
 
 
-def _rest(data: bytes, longest: int) -> torch.Tensor:
-    """What the frame has no room for, as long as that of the longest."""
-    rest = torch.empty(longest - _FIRST_BYTES, dtype=torch.uint8, device="cpu")
-    over = data[_FIRST_BYTES:]
-    rest.numpy()[: len(over)] = memoryview(over)
-    return rest
+def _part(message: bytes, start: int, stop: int) -> torch.Tensor:
+    """Copy bytes `start` to `stop` of a message, with zeros after its end."""
+    part = memoryview(message)[start:stop]
+    padded = torch.zeros(stop - start, dtype=torch.uint8, device="cpu")
+    padded.numpy()[: len(part)] = part
+    return padded
 
 
-def _lengths(frame: torch.Tensor) -> tuple[int, int]:
-    nbytes, longest = _HEAD.unpack_from(frame.numpy().data)
-    return nbytes, longest
+def _length(first: torch.Tensor) -> int:
+    length: int = _LENGTH.unpack_from(first.numpy().data)[0]
+    return length
 
 
-def _message(frame: torch.Tensor, rest: torch.Tensor) -> Any:
-    data = frame.numpy()[_HEAD.size :].tobytes() + rest.numpy().tobytes()
-    return pickle.loads(data[: _lengths(frame)[0]])
+def _item(first: torch.Tensor, rest: torch.Tensor) -> Any:
+    # `loads` stops where the pickle ends and ignores the padding.
+    return pickle.loads(first.numpy()[_LENGTH.size :].tobytes() + rest.numpy().tobytes())
 
 
 def all_ranks() -> Ranks:
-    """The ranks of this job: those of the default process group, or this process alone.
+    """Return the ranks of the default process group, or `Solo` where there is none.
 
     Collective: makes a gloo group of its own, so that nothing mixes with training's traffic.
     """
@@ -228,14 +227,14 @@ def all_ranks() -> Ranks:
     return GroupRanks(dist.new_group(backend="gloo"))
 
 
-def gather_and_run(ranks: Ranks, mine: T | HoldfastError, work: Callable[[list[T]], U]) -> U:
-    """What `work` makes on rank 0 of every rank's item, on every rank.
+def gather_and_run(ranks: Ranks, item: T | HoldfastError, work: Callable[[list[T]], U]) -> U:
+    """Run `work` on rank 0 with the items of all ranks, and return its result on every rank.
 
-    Collective: every rank calls this once; a rank that failed passes its error. Where any rank did,
-    or `work` fails, every rank raises: the first failing rank's error, under its class, with the
-    number of the rank. One message from each rank, and one back.
+    Collective: every rank calls this once; a rank that failed passes its error as `item`. If any
+    rank did, or if `work` fails, every rank raises the error of the lowest failing rank, with its
+    class and the number of the rank. Costs one `gather` and one `broadcast`.
     """
-    items = ranks.gather(mine)
+    items = ranks.gather(item)
     outcome: U | HoldfastError | None = None
     if ranks.rank == 0:
         failed = [(r, e) for r, e in enumerate(items) if isinstance(e, HoldfastError)]
@@ -243,61 +242,62 @@ def gather_and_run(ranks: Ranks, mine: T | HoldfastError, work: Callable[[list[T
             outcome = failed[0][1] if ranks.size == 1 else _of_rank(*failed[0])
         else:
             outcome = capture(lambda: work(cast("list[T]", items)))
-    told = ranks.broadcast(cast("U | HoldfastError", outcome))
-    if isinstance(mine, HoldfastError):
-        _raise_interrupt(mine)
-    if isinstance(told, HoldfastError) and isinstance(mine, HoldfastError):
-        # Of what this rank has met itself it knows the cause, which has not crossed.
-        told.__cause__ = told.__cause__ or (
-            mine.__cause__ if told.what.endswith(mine.what) else None
+    result = ranks.broadcast(cast("U | HoldfastError", outcome))
+    if isinstance(item, HoldfastError):
+        _raise_interrupt(item)
+    if isinstance(result, HoldfastError) and isinstance(item, HoldfastError):
+        # Causes do not cross ranks: if the error is this rank's own, give it its cause back.
+        result.__cause__ = result.__cause__ or (
+            item.__cause__ if result.what.endswith(item.what) else None
         )
-    return _or_raise(told)
+    return _or_raise(result)
 
 
 def run_on_rank_0(ranks: Ranks, work: Callable[[], T]) -> T:
-    """What `work` gives on rank 0, on every rank; or its error, on every rank.
+    """Run `work` on rank 0 alone, and return its result, or raise its error, on every rank.
 
-    Collective: every rank calls this once; `work` runs on rank 0 alone.
+    Collective: every rank calls this once.
     """
     outcome = capture(work) if ranks.rank == 0 else None
-    told = ranks.broadcast(cast("T | HoldfastError", outcome))
+    result = ranks.broadcast(cast("T | HoldfastError", outcome))
     if isinstance(outcome, HoldfastError):
         _raise_interrupt(outcome)
-    return _or_raise(told)
+    return _or_raise(result)
 
 
 def run_on_all(ranks: Ranks, work: Callable[[], T]) -> T:
-    """What `work` gives on this rank, once it went well on all; else as `gather_and_run`.
+    """Run `work` on every rank, and return this rank's result once all ranks have succeeded.
 
-    Collective: every rank calls this once. Errors travel only where there are any.
+    Collective: every rank calls this once. If any rank fails, every rank raises, as in
+    `gather_and_run`. Without errors it costs one `all_reduce_max`.
     """
-    mine = capture(work)
-    error = mine if isinstance(mine, HoldfastError) else None
+    outcome = capture(work)
+    error = outcome if isinstance(outcome, HoldfastError) else None
     if ranks.all_reduce_max([error is not None])[0]:
         gather_and_run(ranks, error, lambda _: None)
-    return _or_raise(mine)
+    return _or_raise(outcome)
 
 
-def gather_deduplicated(ranks: Ranks, parts: Mapping[str, T]) -> list[dict[str, T]]:
-    """Every rank's parts, in order, on rank 0; elsewhere an empty list.
+def gather_deduplicated(ranks: Ranks, items: Mapping[str, T]) -> list[dict[str, T]]:
+    """Collect the named items of all ranks on rank 0, in rank order. Others get an empty list.
 
-    What several ranks have alike crosses once, and is one object there: each rank sends a digest
-    of each part, then those that rank 0 asks it for. Collective.
+    Collective: equal items of several ranks are sent once and are one object on rank 0. Each rank
+    sends a digest of each item, then the items that rank 0 requests from it.
     """
     if ranks.size == 1:
-        return [dict(parts)]
-    packed = {name: pickle.dumps(part) for name, part in parts.items()}
-    digests = ranks.gather({name: xxh3_128_digest(data) for name, data in packed.items()})
+        return [dict(items)]
+    pickles = {name: pickle.dumps(item) for name, item in items.items()}
+    digests = ranks.gather({name: xxh3_128_digest(data) for name, data in pickles.items()})
     owners: dict[bytes, tuple[int, str]] = {}
-    for rank, theirs in enumerate(digests):
-        for name, digest in theirs.items():
+    for rank, digest_by_name in enumerate(digests):
+        for name, digest in digest_by_name.items():
             owners.setdefault(digest, (rank, name))
-    asked: list[list[str]] = [[] for _ in digests]
+    requests: list[list[str]] = [[] for _ in digests]
     for rank, name in owners.values():
-        asked[rank].append(name)
-    sent = ranks.gather({name: packed[name] for name in ranks.scatter(asked)})
-    held = {digest: pickle.loads(sent[r][name]) for digest, (r, name) in owners.items()}
-    return [{name: held[digest] for name, digest in theirs.items()} for theirs in digests]
+        requests[rank].append(name)
+    sent = ranks.gather({name: pickles[name] for name in ranks.scatter(requests)})
+    distinct = {digest: pickle.loads(sent[r][name]) for digest, (r, name) in owners.items()}
+    return [{n: distinct[digest] for n, digest in by_name.items()} for by_name in digests]
 
 
 def _of_rank(rank: int, error: HoldfastError) -> HoldfastError:
@@ -305,26 +305,28 @@ def _of_rank(rank: int, error: HoldfastError) -> HoldfastError:
 
 
 def capture(work: Callable[[], T]) -> T | HoldfastError:
-    """What `work` gives, or the error that it ends in, to be carried to where it can be raised."""
+    """Return the result of `work`, or its error as a value that can be sent to other ranks."""
     try:
         return work()
     except HoldfastError as error:
         return error
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for it
+    except Exception as error:  # noqa: BLE001 - the other ranks must not wait for this one
         return worded(error)
     except BaseException as interrupt:  # noqa: BLE001 - raised once the other ranks know
-        told = RankError(
+        interrupted = RankError(
             f"interrupted by {type(interrupt).__name__}",
-            hint="start the run again: it goes on from the newest good step",
+            hint="start the run again: it resumes from the newest good checkpoint",
         )
-        told.__cause__ = interrupt
-        return told
+        interrupted.__cause__ = interrupt
+        return interrupted
 
 
-def _raise_interrupt(mine: HoldfastError) -> None:
-    """Raise the interrupt that ended the work of this rank, if one has: a process that is told to
-    end does not go on with an error that its code may catch."""
-    cause = mine.__cause__
+def _raise_interrupt(error: HoldfastError) -> None:
+    """Raise the interrupt that caused `error`, if one did.
+
+    A process that is told to end must not continue because its code catches `error`.
+    """
+    cause = error.__cause__
     if cause is not None and not isinstance(cause, Exception):
         raise cause
 
@@ -341,15 +343,15 @@ def host_name() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Hosts:
-    """Where the ranks are."""
+    """Distribution of the ranks over hosts."""
 
     num_hosts: int
     num_local: int
-    """Ranks on the host of this one, itself among them."""
+    """Number of ranks on this rank's host, itself included."""
 
 
 def hosts_of(ranks: Ranks) -> Hosts:
-    """Where the ranks are. Collective: every rank calls this."""
-    mine = host_name()
-    names = ranks.broadcast(ranks.gather(mine))
-    return Hosts(len({*names}), names.count(mine))
+    """Return how the ranks are distributed over hosts. Collective: every rank calls this."""
+    name = host_name()
+    names = ranks.broadcast(ranks.gather(name))
+    return Hosts(len({*names}), names.count(name))

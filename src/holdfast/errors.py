@@ -1,16 +1,17 @@
-"""What can go wrong, grouped by what the caller does next.
+"""All errors that Holdfast raises, grouped by what the caller should do.
 
     HoldfastError
-    |-- UsageError        the call or the configuration is wrong: change it           (exit 2)
-    |-- NotFoundError     nothing is there under that name: look at what is           (exit 4)
-    |-- ExistsError       something is there already: choose another name             (exit 5)
-    |-- MismatchError     the checkpoint does not fit what is to be loaded            (exit 6)
-    |-- DamagedError      the bytes are not those that were written: an older step    (exit 7)
-    |-- FormatError       the file is not what it claims to be, or refused as unsafe  (exit 8)
-    |-- StorageError      the store failed: mend it (space, rights, mount), try again (exit 9)
-    `-- RankError         another rank failed or left: restart the job                (exit 10)
+    |-- UsageError        wrong call or configuration: change it                       (exit 2)
+    |-- NotFoundError     nothing has that name: list what exists                      (exit 4)
+    |-- ExistsError       the name is taken or in use: choose another                  (exit 5)
+    |-- MismatchError     the checkpoint does not fit the state: see the differences   (exit 6)
+    |-- DamagedError      the data changed after it was written: load an older one     (exit 7)
+    |-- FormatError       invalid, unsupported or unsafe file                          (exit 8)
+    |-- StorageError      the store failed: fix space, rights or mount, try again      (exit 9)
+    `-- RankError         another rank failed or left: restart the job                 (exit 10)
 
-Every message says what, which, expected and found; `hint` is the next thing to do.
+A message states what is wrong, where, what was expected and what was found. `hint` is the next
+step to take.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from typing import ClassVar
 
 
 class HoldfastError(Exception):
-    """Every error that this package raises on purpose."""
+    """Base class of the errors that this package raises on purpose."""
 
     exit_status: ClassVar[int] = 1
-    """Status with which a command that ends in this error exits."""
+    """Exit status of a command that ends in this error."""
 
     def __init__(self, what: str, *, hint: str | None = None) -> None:
         super().__init__(what, hint)
@@ -30,7 +31,7 @@ class HoldfastError(Exception):
         self.hint = hint
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Errors cross ranks by pickle, which would lose the keyword-only argument.
+        # Errors are pickled to reach other ranks; the default would lose the keyword-only argument.
         return (_rebuild, (type(self), self.what, self.hint))
 
     def __str__(self) -> str:
@@ -42,48 +43,48 @@ def _rebuild(cls: type[HoldfastError], what: str, hint: str | None) -> HoldfastE
 
 
 class UsageError(HoldfastError):
-    """The call or the configuration is wrong. Change it."""
+    """The call or the configuration is wrong."""
 
     exit_status = 2
 
 
 class NotFoundError(HoldfastError):
-    """Nothing is there under that name. Look at what is."""
+    """Nothing has that name."""
 
     exit_status = 4
 
 
 class ExistsError(HoldfastError):
-    """Something is there already, or somebody else is at work on it. Choose another name."""
+    """The name is taken, or another process is using it."""
 
     exit_status = 5
 
 
 class MismatchError(HoldfastError):
-    """The checkpoint does not fit what is to be loaded: every difference is listed."""
+    """The checkpoint does not fit the state to load into. The message lists every difference."""
 
     exit_status = 6
 
 
 class DamagedError(HoldfastError):
-    """The bytes are not those that were written. Retrying cannot help; an older step can."""
+    """The bytes changed after they were written. Load an older checkpoint; retrying cannot help."""
 
     exit_status = 7
 
 
 class FormatError(HoldfastError):
-    """The file is not what it claims to be, or holds what a checkpoint may not hold."""
+    """The file is invalid, in an unsupported format, or refers to code."""
 
     exit_status = 8
 
 
 class StorageError(HoldfastError):
-    """The store failed: no space, no rights, gone. Mend it, then try again."""
+    """The store failed, for example for lack of space or rights. Fix that, then try again."""
 
     exit_status = 9
 
 
 class RankError(HoldfastError):
-    """Another rank failed or left. Restart the job."""
+    """Another rank failed or left the job."""
 
     exit_status = 10

@@ -1,4 +1,4 @@
-"""Errors that nobody raised on purpose, in words: whose code raised what, and where."""
+"""Turn unexpected exceptions into errors that say whose code failed, and where."""
 
 from __future__ import annotations
 
@@ -17,88 +17,91 @@ from holdfast.errors import HoldfastError, StorageError, UsageError
 logger: logging.Logger = logging.getLogger("holdfast")
 
 TEXT_MAX = 2000
-"""Characters of an error's own message that are repeated: torch lists every missing key."""
+"""Longest message that is quoted, in characters: torch lists every missing key."""
 
 _OURS = __file__.removesuffix("failures.py")
-"""Folder of this package, as code objects have it."""
+"""Folder of this package, as it begins the file names of code objects."""
 
 _LIBRARIES = tuple(
     os.path.join(sysconfig.get_path(name), "")  # noqa: PTH118 - ends in a separator
     for name in ("stdlib", "platstdlib", "purelib", "platlib")
 )
 
-
 _METHODS = ("state_dict", "load_state_dict")
-"""What objects that hold state are asked for."""
+"""Methods of user objects that Holdfast calls."""
 
 _CALLERS = ("numbers_in",)
-"""Functions of ours that call a function of the user's."""
+"""Functions of Holdfast that call a user's function."""
 
 _MISCALLED = re.compile(r"([\w.<>]+)\(\) (?:missing|takes|got) ")
-"""How Python's message on a call with the wrong arguments begins."""
+"""Start of Python's message about a call with wrong arguments."""
 
 
 def worded(error: Exception) -> HoldfastError:
-    """What is told to people and to other ranks of an error from somebody else's code, or from a
-    fault of ours. Its `__cause__` is `error`; causes do not cross ranks, so that the log of this
-    rank has the whole stack too, at DEBUG level."""
-    found = _worded(error)
-    found.__cause__ = error
-    logger.debug("%s", found.what, exc_info=error)
-    return found
+    """Describe an unexpected exception, from user code or from a bug, as a `HoldfastError`.
+
+    Its `__cause__` is `error`. Causes do not reach other ranks, so this rank also logs the full
+    stack at DEBUG level.
+    """
+    described = _worded(error)
+    described.__cause__ = error
+    logger.debug("%s", described.what, exc_info=error)
+    return described
 
 
 def _worded(error: Exception) -> HoldfastError:
     frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     raiser = _raiser(frames)
-    # A store may be somebody else's code too, and what it raises is trouble with the store.
-    if raiser is not None and (not isinstance(error, OSError) or _asks_for_state(frames)):
+    # An OSError from other user code comes from a user's store: it is a storage error.
+    if raiser is not None and (not isinstance(error, OSError) or _calls_user_code(frames)):
         code, line = raiser
         return UsageError(
-            f"`{code.co_qualname}` raised {_spelled(error)} ({_place(code, line)})",
-            hint="Holdfast called this: the fault is in it, or in the state that it was given. The "
-            "stack is the `__cause__` of this error, and in the log at DEBUG level",
+            f"`{code.co_qualname}` raised {_spelled(error)} ({_location(code, line)})",
+            hint="Holdfast called this function: fix it, or the state that it was given. The stack "
+            "is the `__cause__` of this error, and in the log at DEBUG level",
         )
     miscalled = _MISCALLED.match(str(error)) if isinstance(error, TypeError) else None
     if miscalled and frames and _is_ours(frames[-1][0]):
         return UsageError(
-            f"`{miscalled[1]}` does not take the arguments that Holdfast calls it with: {error}",
-            hint="`state_dict()` and a function for `metrics` are called without arguments, "
+            f"`{miscalled[1]}` does not take the arguments that Holdfast passes: {error}",
+            hint="Holdfast calls `state_dict()` and a `metrics` function without arguments, "
             "`load_state_dict(state)` with one",
         )
     if isinstance(error, OSError):
         return StorageError(f"{error}")
     ours = [(code, line) for code, line in frames if _is_ours(code)]
-    where = f" ({_place(*ours[-1])}, in `{ours[-1][0].co_qualname}`)" if ours else ""
+    where = f" ({_location(*ours[-1])}, in `{ours[-1][0].co_qualname}`)" if ours else ""
     hint = "report it with the stack: the `__cause__` of this error, and in the log at DEBUG level"
     if isinstance(error, RecursionError):
-        hint = "does the state hold itself, or is it nested hundreds of levels deep?"
+        hint = "check that the state does not contain itself, or hundreds of nested levels"
     return HoldfastError(f"Holdfast failed with {_spelled(error)}{where}", hint=hint)
 
 
 def _raiser(frames: Sequence[tuple[CodeType, int]]) -> tuple[CodeType, int] | None:
-    """Where code that was handed to Holdfast raised: the innermost function that is neither ours
-    nor installed; else the method of an installed object that we asked for its state. None where
-    it was no such code."""
-    theirs = [one for one in frames if not _is_library(one[0]) and not _is_ours(one[0])]
-    if theirs:
-        return theirs[-1]
-    found, is_called = None, False
+    """Find the user code that raised, as code and line; None where Holdfast itself failed.
+
+    That is the innermost function that is neither part of Holdfast nor installed; else the method
+    in `_METHODS` of an installed object that Holdfast called.
+    """
+    users = [(code, line) for code, line in frames if not (_is_library(code) or _is_ours(code))]
+    if users:
+        return users[-1]
+    raiser, is_called = None, False
     for code, line in frames:
         if _is_ours(code):
             is_called = True
         elif is_called and code.co_name in _METHODS:
-            # Not always the function that we call: torch wraps `state_dict` in another one.
-            found, is_called = (code, line), False
-    return found
+            # Not always the function that Holdfast calls: torch wraps `state_dict` in another one.
+            raiser, is_called = (code, line), False
+    return raiser
 
 
-def _asks_for_state(frames: Sequence[tuple[CodeType, int]]) -> bool:
-    """Whether an object was asked for its state, or a function for what a step has measured."""
+def _calls_user_code(frames: Sequence[tuple[CodeType, int]]) -> bool:
+    """Whether Holdfast called a state method or a `metrics` function of the user."""
     return any(
-        after.co_name in _METHODS or before.co_name in _CALLERS
-        for (before, _), (after, _) in pairwise(frames)
-        if _is_ours(before) and not _is_ours(after)
+        callee.co_name in _METHODS or caller.co_name in _CALLERS
+        for (caller, _), (callee, _) in pairwise(frames)
+        if _is_ours(caller) and not _is_ours(callee)
     )
 
 
@@ -109,8 +112,8 @@ def _spelled(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _place(code: CodeType, line: int) -> str:
-    """File and line; the file as the user would name it from the current directory."""
+def _location(code: CodeType, line: int) -> str:
+    """Format file and line, with the file relative to the current directory."""
     file = code.co_filename
     with suppress(FileNotFoundError):  # The current directory may have been deleted.
         file = file.removeprefix(os.path.join(os.getcwd(), ""))  # noqa: PTH109, PTH118
@@ -122,7 +125,7 @@ def _is_ours(code: CodeType) -> bool:
 
 
 def _is_library(code: CodeType) -> bool:
-    """Whether this is code of Python or of an installed package."""
+    """Whether the code belongs to Python or to an installed package."""
     file = code.co_filename
     installed = "site-packages" in file or "dist-packages" in file
     return file.startswith(("<frozen ", *_LIBRARIES)) or installed

@@ -1,14 +1,14 @@
-"""The version of this package."""
+"""Version of this package."""
 
 from __future__ import annotations
 
 UNKNOWN = "unknown"
-"""Version of code that runs from a folder, without having been installed."""
+"""Version where the code runs from a folder without being installed."""
 
 
 def installed_version() -> str:
-    """Version of the installed package, or `unknown`."""
-    # Not at the top: it costs more than all else that `import holdfast` does.
+    """Return the version of the installed package, or `unknown`."""
+    # Imported here: it takes longer than the rest of `import holdfast`.
     from importlib.metadata import PackageNotFoundError, version
 
     try:

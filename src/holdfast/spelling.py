@@ -1,14 +1,14 @@
-"""Numbers as text for people: bytes, rates, counts, ages."""
+"""Human-readable text for bytes, rates, counts and ages."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 def spelled_bytes(nbytes: float) -> str:
-    """A number of bytes.
+    """Format a number of bytes.
 
     >>> spelled_bytes(999), spelled_bytes(1536), spelled_bytes(2.2e9)
     ('999 B', '1.5 kB', '2.2 GB')
@@ -21,8 +21,18 @@ def spelled_bytes(nbytes: float) -> str:
     return f"{size:.1f} PB"
 
 
+def listed(lines: Sequence[str], num_max: int) -> str:
+    """The first `num_max` lines, each on a line of its own and indented.
+
+    >>> listed(["a", "b", "c"], 2)
+    '\\n  a\\n  b\\n  ... and 1 more'
+    """
+    more = [f"... and {len(lines) - num_max} more"] if len(lines) > num_max else []
+    return "".join(f"\n  {line}" for line in [*lines[:num_max], *more])
+
+
 def counted(count: int, noun: str) -> str:
-    """How many, for people.
+    """Format a count with its noun, in the plural where needed.
 
     >>> counted(1, "file"), counted(1200, "file")
     ('1 file', '1,200 files')
@@ -31,19 +41,19 @@ def counted(count: int, noun: str) -> str:
 
 
 def spelled_layout(layout: Mapping[str, Any]) -> str:
-    """Which ranks wrote a checkpoint, for people; empty where it does not say.
+    """Describe the ranks and the parallelism that wrote a checkpoint; empty if unknown.
 
     >>> spelled_layout({"world_size": 8, "tensor_parallel": 2})
     '8 ranks, tensor_parallel 2'
     """
     ranks = layout.get("world_size")
-    said = [counted(ranks, "rank")] if type(ranks) is int else []
-    others = [f"{name} {value}" for name, value in layout.items() if name != "world_size"]
-    return ", ".join([*said, *others])
+    texts = [counted(ranks, "rank")] if type(ranks) is int else []
+    texts += [f"{name} {value}" for name, value in layout.items() if name != "world_size"]
+    return ", ".join(texts)
 
 
 def spelled_age(seconds: float) -> str:
-    """How long ago, for people.
+    """Format an age in its largest fitting unit.
 
     >>> spelled_age(7200)
     '2 h'
@@ -55,7 +65,7 @@ def spelled_age(seconds: float) -> str:
 
 
 def rate(nbytes: int, seconds: float) -> str:
-    """How much, how long, how fast.
+    """Format an amount, the time it took, and the rate.
 
     >>> rate(2_500_000, 0.5)
     '2.5 MB in 0.50 s (5.0 MB/s)'
@@ -65,7 +75,7 @@ def rate(nbytes: int, seconds: float) -> str:
 
 
 def finite(value: Any) -> Any:
-    """The same for JSON: what is no finite number is spelled."""
+    """Copy a value for JSON, with infinities and NaN as text."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Where time goes: the one seam for timing and counts."""
+"""Measure the time of each stage of a save or a load."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from holdfast.format.timings import DIGITS, Stage, over_ranks
 
 @dataclass(slots=True)
 class Spans:
-    """Seconds spent in each stage of one operation, in the order of the first entry."""
+    """Seconds spent in each stage of one operation, by stage: `with spans("write"): ...`."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -32,20 +32,20 @@ class Spans:
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """How long a save took, from its plan until it was durable; or a load."""
+    """Duration and size of a save, from its plan until it is durable, or of a load."""
 
     step: int
     nbytes: int
-    """Over all ranks."""
+    """Bytes over all ranks."""
 
     seconds: float
-    """Of the rank that took the longest."""
+    """Seconds of the slowest rank."""
 
     stages: Mapping[str, Stage]
 
 
 def times_of(step: int, nbytes: int, ranks: Sequence[Mapping[str, float]]) -> Times:
-    """How long a save or a load took, from the seconds of each stage that every rank has measured.
+    """Combine the seconds per stage of all ranks.
 
     >>> times_of(1, 8, [{"plan": 1.0, "write": 2.0}, {"plan": 1.0, "write": 5.0}]).seconds
     6.0

@@ -63,7 +63,7 @@ def test_a_folder_exported_by_one_layout_starts_a_run_of_another(
 
     options = ConvertOptions(to="hf", hf_assets=str(folder))
     step = tmp_path / "outputs/checkpoint/step-2"
-    convert(plan(str(step), options), str(tmp_path / "converted"), options, lambda _: None)
+    convert(plan(str(step), options), str(tmp_path / "converted"))
     assert_same(folder, tmp_path / "converted")
 
     starting = ("--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_path", str(folder))

@@ -60,7 +60,7 @@ def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "outputs/checkpoint").write_text("not a folder")
     said = refused(tmp_path, status=9)
     assert f"`{tmp_path}/outputs/checkpoint`" in said
-    assert "hint: a file stands where a folder should" in said
+    assert "hint: a file has the name of the folder" in said
 
 
 @pytest.mark.parametrize("key", ["job.dump_folder", "checkpoint.folder"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.cli.convert import run
-from holdfast.convert.convert import Converted, convert
+from holdfast.convert.convert import ConvertResult, convert
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import ExistsError, StorageError
 from holdfast.storage.local import LocalStore
@@ -28,14 +28,14 @@ FORMS: dict[str, ConvertOptions] = {
 KILLED = """
 import os, signal, sys
 from holdfast.convert.convert import convert
-from holdfast.convert.plan import Wishes, plan
-source, target, wishes, left = *sys.argv[1:3], eval(sys.argv[3]), int(sys.argv[4])
+from holdfast.convert.plan import ConvertOptions, plan
+source, target, options, left = *sys.argv[1:3], eval(sys.argv[3]), int(sys.argv[4])
 def advance(_):
     global left
     left -= 1
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-convert(plan(source, wishes), target, wishes, advance)
+convert(plan(source, options), target, advance)
 """
 """Dies when so many blocks have been handed over for writing."""
 
@@ -51,8 +51,8 @@ def killed(source: Path, target: Path, options: ConvertOptions, num_blocks: int)
     assert [path.name[:9] for path in target.parent.iterdir()] == [".attempt-"]
 
 
-def converted(source: Path, target: Path, options: ConvertOptions) -> Converted:
-    return convert(plan(str(source), options), str(target), options, lambda _: None)
+def converted(source: Path, target: Path, options: ConvertOptions) -> ConvertResult:
+    return convert(plan(str(source), options), str(target))
 
 
 def contents(target: Path) -> dict[str, object]:
@@ -159,7 +159,7 @@ def test_an_interrupted_conversion_is_gone_on_with_and_a_failed_one_leaves_nothi
                 raise kind
 
         with pytest.raises(type(kind)):
-            convert(plan(str(source), options), str(target), options, advance)
+            convert(plan(str(source), options), str(target), advance)
         left = [path.name[:9] for path in target.parent.iterdir()]
         assert left == ([".attempt-"] if isinstance(kind, KeyboardInterrupt) else [])
     assert run([str(source), str(target), "--to", "hf", "--max-shard-size", "20KB"]) == 0

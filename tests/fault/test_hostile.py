@@ -27,10 +27,10 @@ from holdfast.format import checksum
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry
 from holdfast.format.pickles import pickled_int
 from holdfast.format.region import Region
-from holdfast.format.tables import encode_metadata
 from holdfast.storage.local import LocalStore
 from holdfast.storage.remote import RemoteStore
 from holdfast.testing.failing import FailingStore
+from manifest_bytes import encode_metadata
 
 MEMORY_BYTES = 512 << 20
 """Of address space, interpreter included: the files below ask for up to 2^63."""

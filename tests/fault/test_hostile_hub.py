@@ -64,10 +64,10 @@ ABSURD: list[Any] = [
 class Empty:
     """No tensors at all."""
 
-    held: dict[str, TensorInfo]
+    infos: dict[str, TensorInfo]
 
     def __init__(self) -> None:
-        self.held = {}
+        self.infos = {}
 
     def read(self, *_: object) -> Any:
         raise AssertionError
@@ -197,7 +197,7 @@ def test_a_link_out_of_a_strangers_folder_is_never_followed(
     (folder / file).symlink_to(secret)
     options = ConvertOptions(to=to)
     with pytest.raises(FormatError, match="is a link to a place outside of its folder"):
-        convert(plan(str(folder), options), str(tmp_path / "out"), options, lambda _: None)
+        convert(plan(str(folder), options), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     report = None
     if file == "model.safetensors":
@@ -213,7 +213,7 @@ def test_a_folder_of_templates_that_is_a_link_is_not_copied(tmp_path: Path) -> N
     (folder / "additional_chat_templates").symlink_to(tmp_path / "ssh")
     options = ConvertOptions(to="hf")
     with pytest.raises(FormatError, match="outside of its folder"):
-        convert(plan(str(folder), options), str(tmp_path / "out"), options, lambda _: None)
+        convert(plan(str(folder), options), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -227,7 +227,7 @@ def test_a_folder_in_the_cache_of_the_hub_is_read_as_it_is(tmp_path: Path) -> No
         path.rename(cache / "blobs" / path.name)
         path.symlink_to(f"../../blobs/{path.name}")
     options = ConvertOptions(to="hf")
-    convert(plan(str(folder), options), str(tmp_path / "out"), options, lambda _: None)
+    convert(plan(str(folder), options), str(tmp_path / "out"))
     assert (tmp_path / "out" / "merges.txt").read_text() == "a b"
     assert not (tmp_path / "out" / "merges.txt").is_symlink()
     assert verify(VerifyTarget(LocalStore(folder.parent), folder.name)).good

@@ -330,8 +330,8 @@ def conversion(source: Path, options: ConvertOptions) -> Actor:
     def convert(store: AmendableStore) -> int:
         file = options.to == "torch"
         place = target_in(store, "step-0", overwrite=options.overwrite, file=file)
-        values = values_of(planned, options)
-        return convert_to(place, planned, values, options, lambda _: None).num_tensors
+        values = values_of(planned)
+        return convert_to(place, planned, values).num_tensors
 
     return convert
 

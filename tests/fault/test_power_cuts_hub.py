@@ -64,7 +64,7 @@ def manager(folder: Path, model: nn.Module, ranks: Ranks | None, **settings: Any
 def values_in(folder: Path) -> set[float]:
     """Of all weights in a Hugging Face folder, which must hold all of them."""
     tensors = {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
-    assert tensors.keys() == set(HUB.mapping.names("hub"))
+    assert tensors.keys() == set(HUB.mapping.names("hf"))
     assert (folder / "config.json").read_text().startswith("{")
     return {value for tensor in tensors.values() for value in torch.unique(tensor).tolist()}
 

@@ -32,9 +32,9 @@ from holdfast.format.checksum import BLOCK_BYTES
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry
 from holdfast.format.region import Region
-from holdfast.format.tables import encode_metadata
 from holdfast.manager.resume import newest_resumable
 from holdfast.storage.local import LocalStore
+from manifest_bytes import encode_metadata
 
 NUM_PLACES = 300
 
@@ -316,10 +316,10 @@ def test_memory_stays_bounded_whatever_the_size(tmp_path: Path) -> None:
     holdfast.save(tmp_path / "big", {"w": torch.ones(100 << 20)})
     script = (
         "import resource, sys\n"
-        "from holdfast.catalog.verify import Target, verify\n"
+        "from holdfast.catalog.verify import VerifyTarget, verify\n"
         "from holdfast.storage.local import LocalStore\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "assert verify(Target(LocalStore(sys.argv[1]), 'big')).good\n"
+        "assert verify(VerifyTarget(LocalStore(sys.argv[1]), 'big')).good\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     ran = subprocess.run(

@@ -2,9 +2,9 @@
 
     python tests/fuzz/fuzz_parsers.py dcp corpus -max_total_time=600
 
-`dcp` is one of `TARGETS`; `corpus` a folder, made and filled with real files where it is not there;
-what follows goes to libFuzzer. An input that ends in anything but a result, `FormatError` or
-`DamagedError`, or takes 10 s or a GiB, is written to `crash-*` and ends the run.
+`dcp` is one of `TARGETS`. `corpus` is a folder; if it does not exist, it is created with real
+files. Further arguments go to libFuzzer. An input that raises anything but `FormatError` or
+`DamagedError`, or takes more than 10 s or a GiB, is written to `crash-*` and ends the run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BOUNDS = ("-timeout=10", "-rss_limit_mb=1024", "-max_len=65536")
 
 
 def parse_dcp(data: bytes) -> object:
-    """`.metadata` of a stock checkpoint, and what is asked of it before any data is read."""
+    """Parse `.metadata` of a stock checkpoint, and check its coverage."""
     from holdfast.catalog.structure import check_coverage
     from holdfast.format.dcp import decode_metadata
 
@@ -27,7 +27,7 @@ def parse_dcp(data: bytes) -> object:
 
 
 def parse_manifest(data: bytes) -> object:
-    """`manifest.json` with the checksum that makes it be looked at."""
+    """Parse `manifest.json`, after correcting its checksum."""
     from holdfast.format.checksum import checksum, to_hex
     from holdfast.format.manifest import decode
 
@@ -36,7 +36,7 @@ def parse_manifest(data: bytes) -> object:
 
 
 def parse_torchzip(data: bytes) -> object:
-    """One item of a stock data file."""
+    """Parse an item of a stock data file."""
     from holdfast.format.manifest import Span
     from holdfast.format.torchzip import locate
 
@@ -44,21 +44,21 @@ def parse_torchzip(data: bytes) -> object:
 
 
 def parse_torchfile(data: bytes) -> object:
-    """A `.pt` file."""
+    """Parse a `.pt` file."""
     from holdfast.format.torchfile import read_file
 
     return read_file(lambda at, nbytes: data[at : at + nbytes], len(data), file="f", where="f")
 
 
 def parse_safetensors(data: bytes) -> object:
-    """A safetensors file."""
+    """Parse a safetensors file."""
     from holdfast.format.safetensors import read_file
 
     return read_file(lambda at, nbytes: data[at : at + nbytes], len(data), file="f", where="f")
 
 
 def parse_index(data: bytes) -> object:
-    """The index of a Hugging Face folder."""
+    """Parse the index of an HF folder."""
     from holdfast.format.safetensors import read_index
 
     return read_index(data, where="f")
@@ -75,7 +75,7 @@ TARGETS: dict[str, Callable[[bytes], object]] = {
 
 
 def attempt(target: str, data: bytes) -> str:
-    """What a parser comes to: `read` or `refused`; anything else it raises comes out."""
+    """Run a parser; return `read` or `refused`, and raise any unexpected error."""
     from holdfast.errors import DamagedError, FormatError
 
     try:
@@ -86,7 +86,7 @@ def attempt(target: str, data: bytes) -> str:
 
 
 def seeds(target: str) -> list[bytes]:
-    """Real inputs, each of which is read."""
+    """Return real inputs, all of which are readable."""
     if target == "dcp":
         # Ours alone is told to be ours, and refused, by the catalog; here it is one more layout.
         return [(GOLDEN / name / ".metadata").read_bytes() for name in ("stock", "solo", "ranks")]
@@ -140,7 +140,7 @@ def _torchfile() -> bytes:
 
 
 def main() -> None:
-    """Fuzz one parser until told to stop."""
+    """Fuzz one parser until stopped."""
     import atheris
 
     target, corpus = sys.argv[1], Path(sys.argv[2])

@@ -1,4 +1,5 @@
-"""What every golden checkpoint holds: the same bits on every machine, in every version of torch."""
+"""The content of golden checkpoints: the same bits on every machine and in every version of
+torch."""
 
 from __future__ import annotations
 
@@ -10,14 +11,14 @@ import torch
 
 
 def numbers(*shape: int) -> torch.Tensor:
-    """Sixteenths of small whole numbers: bfloat16 and float32 hold them exactly."""
+    """Return sixteenths of small integers, which bfloat16 and float32 represent exactly."""
     count = int(torch.Size(shape).numel())
     return ((torch.arange(count) * 7919 % 251) - 125).to(torch.float32).div(16).view(shape)
 
 
 def golden_state() -> dict[str, Any]:
-    """State of every kind. A large tensor of more than one block of checksums is among them, of few
-    different bytes, so that its file packs well."""
+    """Make a state of every kind. One tensor has more than one block of checksums, and few distinct
+    bytes, so that its file compresses well."""
     large = torch.zeros((1 << 20) + 4096, dtype=torch.uint8)
     large[:: 1 << 12] = 7
     tied = numbers(6, 4)
@@ -49,7 +50,7 @@ def golden_state() -> dict[str, Any]:
 
 
 def golden_structure() -> dict[str, Any]:
-    """State whose entries do not tell how it is put together."""
+    """Make a state whose containers and keys cannot be inferred from its entries."""
     return {
         "keys": {0: numbers(3), -5: {"x": 1}, "text": None, (1, "a"): 2.5, True: b"k"},
         "order": OrderedDict([("z", 1), ("a", numbers(2)), ("m", {})]),

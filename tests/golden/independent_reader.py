@@ -1,7 +1,7 @@
-"""A reader written from docs/format.md alone: nothing of Holdfast is imported, all is checked.
+"""A reader written from docs/format.md alone. It does not import Holdfast, and checks everything.
 
-`read(folder)` goes by `manifest.json`, `read_stock(folder)` by `.metadata`, as stock DCP does. Both
-give tensors and values by name.
+`read(folder)` uses `manifest.json`, `read_stock(folder)` uses `.metadata`, like stock DCP. Both
+return tensors and values by name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def digest(data: bytes) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The JSON object, its own checksum and all sizes checked."""
+    """Parse the JSON object; check its own checksum and all sizes."""
     data = (folder / "manifest.json").read_bytes()
     seal = b',"checksum":"' + b"?" * DIGITS + b'"}'
     text = data[: -len(seal)] + b"}"
@@ -56,7 +56,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Everything in a checkpoint that Holdfast wrote, every checksum checked."""
+    """Read all entries of a checkpoint of Holdfast, and check every checksum."""
     manifest = read_manifest(folder)
     files = [(folder / name).read_bytes() for name, *_ in manifest["files"]]
     tables = [data[at:] for data, (_, _, at, _) in zip(files, manifest["files"], strict=True)]
@@ -75,41 +75,43 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The state by its top-level names, put together as the structure says."""
+    """Rebuild the state from the structure, by top-level name."""
     manifest, entries = read_manifest(folder), read(folder)
     paths = {name: tensor.get("path") or [name] for name, tensor in manifest["tensors"].items()}
     for value in manifest["values"]:
         paths |= {name: path or [name] for name, path in value["entries"].items()}
-    held = {tuple(path): entries[name] for name, path in paths.items()}
+    leaves = {tuple(path): entries[name] for name, path in paths.items()}
     nodes = {tuple(path): node for path, node in manifest["structure"]}
-    tops = dict.fromkeys(path[0] for path in (*held, *nodes))
-    return {top: put_together((top,), nodes.get((top,)), held, nodes) for top in tops}
+    tops = dict.fromkeys(path[0] for path in (*leaves, *nodes))
+    return {top: put_together((top,), nodes.get((top,)), leaves, nodes) for top in tops}
 
 
-def put_together(path: Any, node: Any, held: dict[Any, Any], nodes: dict[Any, Any]) -> Any:
+def put_together(path: Any, node: Any, leaves: dict[Any, Any], nodes: dict[Any, Any]) -> Any:
     if node is None and path in nodes:
         node = nodes[path]
     if node is None:
-        if path in held:
-            return held[path]
-        keys = dict.fromkeys(p[len(path)] for p in (*held, *nodes) if p[: len(path)] == path)
-        below = {key: put_together((*path, key), None, held, nodes) for key in keys}
+        if path in leaves:
+            return leaves[path]
+        keys = dict.fromkeys(p[len(path)] for p in (*leaves, *nodes) if p[: len(path)] == path)
+        below = {key: put_together((*path, key), None, leaves, nodes) for key in keys}
         lists = all(type(key) is int for key in below)
         return [below[key] for key in sorted(below)] if lists else below
     if node == "array":
-        return held[path].numpy()
+        return leaves[path].numpy()
     kind, what = next(iter(node.items()))
     if kind == "object":
-        return put_together(path, what, held, nodes)
+        return put_together(path, what, leaves, nodes)
     if kind == "tensor":
-        return held[path]
+        return leaves[path]
     if kind == "types":
-        return with_types(held[path], [([literal(key) for key in keys], n) for keys, n in what])
+        return with_types(leaves[path], [([literal(key) for key in keys], n) for keys, n in what])
     if kind in ("list", "tuple"):
-        numbered = (put_together((*path, n), one, held, nodes) for n, one in enumerate(what))
+        numbered = (put_together((*path, n), child, leaves, nodes) for n, child in enumerate(what))
         return {"list": list, "tuple": tuple}[kind](numbered)
-    pairs = what.items() if isinstance(what, dict) else ((literal(key), one) for key, one in what)
-    members = {key: put_together((*path, str(key)), one, held, nodes) for key, one in pairs}
+    pairs = (
+        what.items() if isinstance(what, dict) else ((literal(key), child) for key, child in what)
+    )
+    members = {key: put_together((*path, str(key)), child, leaves, nodes) for key, child in pairs}
     if kind == "defaultdict":
         return defaultdict({"list": list, "None": None}[node["default"]], members)
     return {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}[kind](members)
@@ -137,7 +139,7 @@ def check_name(name: str, path: list[str | int] | None) -> None:
 def read_tensor(
     tensor: dict[str, Any], files: list[bytes], tables: list[bytes], block: int
 ) -> torch.Tensor:
-    """A tensor put together from its chunks; every element must be there once."""
+    """Join a tensor from its chunks; every element must be present once."""
     dtype = getattr(torch, tensor["dtype"])
     whole = torch.zeros(prod(tensor["shape"]) * dtype.itemsize, dtype=torch.uint8)
     target = whole.view(*tensor["shape"], dtype.itemsize)
@@ -163,7 +165,7 @@ def read_tensor(
 
 
 def check_container(container: bytes, raw: bytes, dtype: torch.dtype, shape: list[int]) -> None:
-    """The item by itself is what `torch.load` takes for the same elements."""
+    """Check that `torch.load` of the item gives the same elements."""
     with zipfile.ZipFile(io.BytesIO(container)) as archive:
         records = {i.filename: i for i in archive.infolist()}
     names = ("data.pkl", "byteorder", "version", "data/0")
@@ -176,7 +178,7 @@ def check_container(container: bytes, raw: bytes, dtype: torch.dtype, shape: lis
 
 
 def read_stock(folder: Path) -> dict[str, Any]:
-    """Everything in a checkpoint by its `.metadata`. For files of our own: this runs pickles."""
+    """Read all entries through `.metadata`. For our own files only: it runs pickles."""
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     found: dict[str, Any] = {}
     for index, info in metadata.storage_data.items():

@@ -1,12 +1,11 @@
-"""Checkpoints that were written once, and must be read for ever.
+"""Golden checkpoints: written once, and readable for ever.
 
-`structure` holds state whose entries do not tell how it is put together.
-`solo`, `ranks` (two processes, some tensors sharded), `timed` (with metrics, timings and a model),
-`optimizers` (classes of optimizers),
-`blocks` (checksums of 256 KiB, those before it of 1 MiB), `components` (which names are not the
-model's) and `stock` (torch 2.13's own `save`) are
-as they were written by the versions that their manifests name. They are never written anew: a
-format that changes gets further ones.
+They were written by the versions in their manifests, and are never written again; a new format gets
+new ones. Each has something that the others lack: `solo`; `ranks` (two processes, some tensors
+sharded); `timed` (metrics, timings and a model); `blocks` (blocks of 256 KiB; those of earlier ones
+have 1 MiB); `components` (names that are not the model's); `structure` (state whose containers and
+keys cannot be inferred from its entries); `optimizers` (their classes); `stock` (stock `save` of
+torch 2.13).
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ import holdfast
 from golden.golden_state import golden_state, golden_structure, golden_trained
 from golden.independent_reader import read, read_manifest, read_state, read_stock
 from holdfast.errors import DamagedError
-from holdfast.format import manifest as manifests
 from holdfast.format.manifest import decode
 from holdfast.state.same import differences, same
 from holdfast.state.tree import flatten
+from manifest_bytes import encode
 
 HERE = Path(__file__).parent
 OURS = ["solo", "ranks", "timed", "blocks", "components"]
@@ -46,7 +45,7 @@ def expected() -> dict[str, Any]:
 
 
 def blank(value: Any) -> Any:
-    """The state with nothing in it: to be loaded into."""
+    """Make a state of zeros to load into."""
     if isinstance(value, torch.Tensor):
         return torch.zeros_like(value)
     if isinstance(value, dict):
@@ -57,17 +56,17 @@ def blank(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_the_independent_reader_reads_it_bit_for_bit_and_finds_every_checksum_true(
+def test_the_independent_reader_reads_it_and_checks_every_checksum(
     name: str,
 ) -> None:
-    """G3, G10. Method: a reader written from docs/format.md, by the manifest; every checksum, size,
-    container and name checked on the way."""
+    """G3, G10. Method: a reader written from docs/format.md, through the manifest; it checks every
+    checksum, size, container and name."""
     assert {n: bits(value) for n, value in read(HERE / name).items()} == expected()
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_its_stock_index_says_the_same(name: str) -> None:
-    """G10. Method: the same reader, by `.metadata` alone, with pickle and torch's classes."""
+def test_its_stock_index_has_the_same_entries(name: str) -> None:
+    """G10. Method: the same reader, through `.metadata` alone, with pickle and torch's classes."""
     assert {n: bits(value) for n, value in read_stock(HERE / name).items()} == expected()
 
 
@@ -75,9 +74,9 @@ def test_its_stock_index_says_the_same(name: str) -> None:
 def test_it_is_opened_and_loaded_bit_for_bit(name: str) -> None:
     """G3, G10. Method: `holdfast.open`, entry by entry, and `holdfast.load` as a whole."""
     checkpoint = holdfast.open(HERE / name)
-    found: dict[str, Any] = {n: checkpoint.read(n) for n in checkpoint.tensors}
-    found |= {n: checkpoint.value(n) for n in checkpoint.manifest.values}
-    assert {n: bits(value) for n, value in found.items()} == expected()
+    loaded: dict[str, Any] = {n: checkpoint.read(n) for n in checkpoint.tensors}
+    loaded |= {n: checkpoint.value(n) for n in checkpoint.manifest.values}
+    assert {n: bits(value) for n, value in loaded.items()} == expected()
     state = blank(golden_state())
     holdfast.load(HERE / name, state)
     assert {n: bits(leaf.value) for n, leaf in flatten(state).leaves.items()} == expected()
@@ -94,14 +93,14 @@ def test_stock_loads_it_bit_for_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_its_manifest_is_what_this_version_would_write_for_it(name: str) -> None:
-    """G10. Method: decoded and encoded again, byte for byte. Where this fails the format on disk
-    has changed: it then needs a new version, not another golden file."""
+def test_this_version_would_write_the_same_manifest(name: str) -> None:
+    """G10. Method: decoded and encoded again, byte for byte. If this fails, the format has changed:
+    it needs a new version, not another golden file."""
     data = (HERE / name / "manifest.json").read_bytes()
-    assert manifests.encode(decode(data, where=name)) == data
+    assert encode(decode(data, where=name)) == data
 
 
-def test_the_goldens_show_what_they_are_there_for() -> None:
+def test_the_golden_checkpoints_cover_their_special_cases() -> None:
     """Method: two files, sharded tensors, several blocks, tied tensors, an empty one, paths."""
     solo, ranks, timed, blocks, components = (read_manifest(HERE / name) for name in OURS)
     sizes = [m["checksums"]["block_bytes"] >> 10 for m in (solo, ranks, timed, blocks, components)]
@@ -125,9 +124,9 @@ def test_the_goldens_show_what_they_are_there_for() -> None:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_a_bit_flipped_in_any_file_of_it_is_found(name: str, tmp_path: Path) -> None:
-    """G3. Method: single bits all over each file of a copy, a prime number of bytes apart; the load
-    fails, or the byte was one that no element comes from."""
+def test_a_flipped_bit_in_any_of_its_files_is_detected(name: str, tmp_path: Path) -> None:
+    """G3. Method: single bits throughout each file of a copy, a prime number of bytes apart; the
+    load fails, or no element depends on the byte."""
     import shutil
 
     copy = tmp_path / name
@@ -148,8 +147,8 @@ def test_a_bit_flipped_in_any_file_of_it_is_found(name: str, tmp_path: Path) -> 
         file.write_bytes(whole)
 
 
-def test_the_independent_reader_knows_nothing_of_holdfast() -> None:
-    """Method: the names that its source imports."""
+def test_the_independent_reader_does_not_import_holdfast() -> None:
+    """Method: the imports in its source."""
     tree = ast.parse((HERE / "independent_reader.py").read_text())
     imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     imported |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
@@ -158,7 +157,7 @@ def test_the_independent_reader_knows_nothing_of_holdfast() -> None:
 
 
 class Kept:
-    """An object of any state."""
+    """An object with any state."""
 
     state: Any = None
 
@@ -170,27 +169,27 @@ class Kept:
 
 
 def test_structure_is_read_as_it_was_written() -> None:
-    """G10, G15. Method: by the independent reader, by objects that are fresh, and by `load` into
-    nothing; types of containers, keys and numbers, order, every bit."""
+    """G10, G15. Method: by the independent reader, into fresh objects, and by `load` into nothing;
+    types of containers, keys and numbers, order, every bit."""
     wanted = golden_structure()
-    found = read_state(HERE / "structure")
-    assert {*found} == {*wanted}
+    loaded = read_state(HERE / "structure")
+    assert {*loaded} == {*wanted}
     objects: dict[str, Any] = {name: Kept() for name in wanted}
     plain: dict[str, Any] = dict.fromkeys(wanted)
     holdfast.load(HERE / "structure", objects)
     holdfast.load(HERE / "structure", plain)
     for name, value in wanted.items():
-        for one in (found[name], objects[name].state, plain[name]):
+        for one in (loaded[name], objects[name].state, plain[name]):
             assert [*differences(value, one, name)] == []
             if isinstance(value, dict):
                 assert [*one] == [*value], name
 
 
-def test_the_structure_is_what_this_version_would_write() -> None:
-    """G10. Method: decoded and encoded again, and flattened anew; node by node."""
+def test_this_version_would_write_the_same_structure() -> None:
+    """G10. Method: decoded and encoded again, and flattened again; node by node."""
     data = (HERE / "structure" / "manifest.json").read_bytes()
     manifest = decode(data, where="structure")
-    assert manifests.encode(manifest) == data
+    assert encode(manifest) == data
     assert manifest.structure == flatten(golden_structure()).structure
 
 

@@ -1,4 +1,5 @@
-"""What earlier versions of torch wrote, once, by `write_by_stock.py`, is read for ever."""
+"""Checkpoints of earlier versions of torch, written once by `write_by_stock.py`, remain
+readable."""
 
 from __future__ import annotations
 
@@ -18,32 +19,32 @@ HERE = Path(__file__).parent
 VERSIONS = sorted(path.name for path in HERE.glob("stock-*"))
 
 
-def test_the_first_version_and_later_ones_are_among_them() -> None:
-    """Method: the folders that are there; of 2.13 there is `stock`, with more in it."""
+def test_the_oldest_and_later_versions_are_included() -> None:
+    """Method: the folders; for torch 2.13 there is `stock`, which has more entries."""
     assert VERSIONS[0] == "stock-2.1.2"
     assert len(VERSIONS) >= 4
 
 
 @pytest.mark.parametrize("name", VERSIONS)
 def test_it_is_opened_and_verified_bit_for_bit(name: str) -> None:
-    """G8, G10. Method: every entry, compared with the state that was saved; torch 2.1 kept dicts
-    without tensors as one value, and had its classes elsewhere."""
+    """G8, G10. Method: every entry, compared with the saved state. torch 2.1 stored dicts without
+    tensors as one value, and had some classes in another module."""
     checkpoint = holdfast.open(HERE / name)
-    found: dict[str, Any] = {n: checkpoint.read(n) for n in checkpoint.tensors}
+    loaded: dict[str, Any] = {n: checkpoint.read(n) for n in checkpoint.tensors}
     for n in checkpoint.manifest.values:
         value = checkpoint.value(n)
         parts = (
             {f"{n}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {}
         )
-        found |= parts or {n: value}
+        loaded |= parts or {n: value}
     expected = {n: leaf.value for n, leaf in flatten(stock_state()).leaves.items()}
-    assert found.keys() == expected.keys()
+    assert loaded.keys() == expected.keys()
     for n, value in expected.items():
         if isinstance(value, torch.Tensor):
-            assert found[n].dtype == value.dtype
-            assert torch.equal(found[n], value), n
+            assert loaded[n].dtype == value.dtype
+            assert torch.equal(loaded[n], value), n
         else:
-            assert found[n] == value, n
+            assert loaded[n] == value, n
     assert verify(VerifyTarget(LocalStore(HERE), name)).good
 
 

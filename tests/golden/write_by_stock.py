@@ -1,6 +1,6 @@
-"""What another torch writes: `python tests/golden/write_by_stock.py FOLDER`, with that torch.
+"""Write a checkpoint with another version of torch: `python tests/golden/write_by_stock.py FOLDER`.
 
-Imports nothing of Holdfast, and uses what torch 2.1 had.
+Does not import Holdfast, and uses only what torch 2.1 had.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ dcp: Any = torch.distributed.checkpoint
 
 
 def stock_state() -> dict[str, Any]:
-    """State of the kinds that every version saves."""
+    """Make a state of the kinds that every version can save."""
     return {
         "model": {
             "float32": torch.arange(12.0).view(3, 4) / 16,

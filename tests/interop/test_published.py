@@ -1,4 +1,4 @@
-"""The sizes that models are published in, against transformers and against one another."""
+"""Flavors, compared with transformers and with `config.json`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ EVERY = [(name, flavor) for name in TYPES for flavor in flavors_of(name)]
 
 
 @pytest.mark.parametrize(("name", "flavor"), EVERY)
-def test_a_flavor_is_a_model_of_transformers_with_as_many_elements(name: str, flavor: str) -> None:
-    """Method: its configuration, made into a model without memory; elements are counted there and
-    in the family's table."""
+def test_a_flavor_has_as_many_elements_as_in_transformers(name: str, flavor: str) -> None:
+    """Method: a model on the meta device, made from the flavor's configuration; the number of its
+    elements, and of those in the family's table."""
     config = published(name, flavor, 300)
     mapping = mapping_of(family_of(config, where="test"), config)
-    ours = sum(prod(mapping.shape("hub", tensor)) for tensor in mapping.names("hub"))
+    ours = sum(prod(mapping.shape("hf", tensor)) for tensor in mapping.names("hf"))
     with hub_models.quiet(), torch.device("meta"):
         known = transformers.AutoConfig.for_model(**config)
         model = transformers.AutoModelForCausalLM.from_config(known)
@@ -37,11 +37,9 @@ def test_a_flavor_is_a_model_of_transformers_with_as_many_elements(name: str, fl
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_every_family_goes_by_a_name(name: str, tmp_path: Path) -> None:
-    """Method: `--model-name` beside a `config.json` of each of its types, and of another family; a
-    name or a flavor that is not known is answered with those that are."""
-    for model_type in TYPES[name]:
-        assert family_of({"model_type": model_type}, where="test")
+def test_a_model_name_is_checked_against_config_json(name: str, tmp_path: Path) -> None:
+    """Method: `--model-name` beside a `config.json` of another family; an unknown name or flavor is
+    refused with a list of the known ones."""
     other = "gemma2" if name != "gemma2" else "llama"
     folder = tmp_path / other
     folder.mkdir()
@@ -62,9 +60,8 @@ def test_every_family_goes_by_a_name(name: str, tmp_path: Path) -> None:
     ("name", "flavor"),
     [("qwen3", "0.6B"), ("deepseek_v3", "671B"), ("gpt_oss", "20b"), ("llama4", "17bx16e")],
 )
-def test_a_flavor_is_told_from_another_size(name: str, flavor: str, tmp_path: Path) -> None:
-    """Method: the `config.json` of a flavor, in a larger model where there is such a one, with a
-    size that has no meaning there and with one that has; nothing is read but it."""
+def test_a_flavor_of_another_size_is_refused(name: str, flavor: str, tmp_path: Path) -> None:
+    """Method: `config.json` of a flavor (nested for Llama 4), with one of several sizes changed."""
     config = published(name, flavor, 0)
     if name == "llama4":
         config = {"model_type": "llama4", "text_config": config}
@@ -76,16 +73,14 @@ def test_a_flavor_is_told_from_another_size(name: str, flavor: str, tmp_path: Pa
         plan(str(folder), options)
     for key in ("head_dim", "kv_lora_rank", "num_local_experts", "num_hidden_layers"):
         if key in inner and (name, key) != ("deepseek_v3", "head_dim"):
-            said = json.dumps({**config, "text_config": {**inner, key: 3}})
-            (folder / "config.json").write_text(
-                said if name == "llama4" else json.dumps({**config, key: 3})
-            )
+            changed = {"text_config": {**inner, key: 3}} if name == "llama4" else {key: 3}
+            (folder / "config.json").write_text(json.dumps({**config, **changed}))
             with pytest.raises(MismatchError, match="of different models"):
                 plan(str(folder), options)
 
 
-def test_a_flavor_of_another_family_stands_in_for_a_configuration(tmp_path: Path) -> None:
-    """Method: TorchTitan's small DeepSeek without its `config.json`: an export has one again."""
+def test_a_published_flavor_replaces_a_missing_config_json(tmp_path: Path) -> None:
+    """Method: an export of TorchTitan's small DeepSeek from weights without `config.json`."""
     config = published("deepseek_v3", "debugmodel", 0)
     source = save_folder(tmp_path / "hub", config, hub_tensors(config))
     (source / "config.json").unlink()

@@ -1,4 +1,4 @@
-"""Quantized folders, against transformers' own dequantization."""
+"""Dequantization, compared with that of transformers."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ GPT_OSS: dict[str, Any] = {
 
 def converted(source: Path, target: Path, options: ConvertOptions) -> tuple[str, ...]:
     planned = plan(str(source), options)
-    convert(planned, str(target), options, lambda _: None)
+    convert(planned, str(target))
     return planned.notes
 
 
 def fp8_folder(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A folder as DeepSeek publishes it, and what transformers makes of its quantized tensors."""
+    """Write an fp8 folder. Returns its path, and its tensors as transformers dequantizes them."""
     tensors, wanted = hub_tensors(DEEPSEEK), {}
     made = torch.Generator().manual_seed(1)
     for name, tensor in [*tensors.items()]:
@@ -67,7 +67,7 @@ def fp8_folder(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 
 
 def test_fp8_in_blocks_is_detected_and_dequantized(tmp_path: Path) -> None:
-    """Method: DeepSeek's layout, to the hub's names in bfloat16, and to a step and back."""
+    """Method: DeepSeek's layout, exported in bfloat16, and converted to a checkpoint and back."""
     source, wanted = fp8_folder(tmp_path / "hub")
     assert len(wanted) > 10
     notes = converted(source, tmp_path / "plain", ConvertOptions(to="hf"))
@@ -85,8 +85,8 @@ def test_fp8_in_blocks_is_detected_and_dequantized(tmp_path: Path) -> None:
         assert "quantization_config" not in (tmp_path / folder / "config.json").read_text()
 
 
-def test_fp8_blocks_at_the_edge_are_smaller(tmp_path: Path) -> None:
-    """Method: a matrix of 200 x 300, whose factors are 2 x 3, against a factor each."""
+def test_fp8_blocks_may_be_cut_by_the_edge_of_a_matrix(tmp_path: Path) -> None:
+    """Method: a matrix of 200 x 300 with 2 x 3 factors, compared with one factor per element."""
     config = {**DEEPSEEK, "hidden_size": 300, "intermediate_size": 200}
     tensors = {name: tensor.bfloat16() for name, tensor in hub_tensors(config).items()}
     name = "model.layers.0.mlp.up_proj.weight"
@@ -103,7 +103,7 @@ def test_fp8_blocks_at_the_edge_are_smaller(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_mxfp4_is_detected_and_dequantized(dtype: str, tmp_path: Path) -> None:
-    """Method: gpt-oss's blocks and scales of every byte, through a step in either dtype."""
+    """Method: gpt-oss's blocks and scales with random bytes, converted in either dtype."""
     tensors = {name: tensor.bfloat16() for name, tensor in hub_tensors(GPT_OSS).items()}
     wanted = {}
     made = torch.Generator().manual_seed(2)
@@ -127,8 +127,8 @@ def test_mxfp4_is_detected_and_dequantized(dtype: str, tmp_path: Path) -> None:
         assert torch.equal(found, wanted[f"model.layers.0.mlp.experts.{theirs}"].transpose(1, 2))
 
 
-def test_a_way_to_quantize_that_is_not_known_is_refused(tmp_path: Path) -> None:
-    """Method: factors of the wrong shape, and fp8 without any; both are named."""
+def test_an_unsupported_quantization_is_refused(tmp_path: Path) -> None:
+    """Method: factors of the wrong shape, and fp8 without factors; both are named."""
     source, wanted = fp8_folder(tmp_path / "hub")
     from safetensors.torch import load_file, save_file
 

@@ -1,4 +1,4 @@
-"""Stock tools and our steps; stock checkpoints and us."""
+"""Stock tools read our checkpoints, and Holdfast reads stock checkpoints."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ from runs import train
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The steps of a real run of 2 ranks: step 2 is full, step 3 holds the model alone."""
+    """Checkpoints of a real run of 2 ranks: step 2 is full, step 3 is model-only."""
     folder = tmp_path_factory.mktemp("run")
     done = train(
-        *("--training.steps", "3", "--checkpoint.interval", "2"),
-        *("--checkpoint.last_save_model_only", "--checkpoint.export_dtype", "bfloat16"),
+        "--training.steps",
+        "3",
+        "--checkpoint.interval",
+        "2",
+        "--checkpoint.last_save_model_only",
+        "--checkpoint.export_dtype",
+        "bfloat16",
         ranks=2,
         cwd=folder,
     )
@@ -33,7 +38,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def converted(step: Path, target: Path) -> dict[str, Any]:
-    """What stock `dcp_to_torch` makes of a step."""
+    """Convert a checkpoint by stock `dcp_to_torch`, and load the result."""
     module = "torch.distributed.checkpoint.format_utils"
     subprocess.run(
         [sys.executable, "-m", module, "dcp_to_torch", str(step), str(target)],
@@ -44,8 +49,8 @@ def converted(step: Path, target: Path) -> dict[str, Any]:
     return loaded
 
 
-def test_dcp_to_torch_converts_a_full_step(steps: Path, tmp_path: Path) -> None:
-    """G10: the command of torch's documentation; every tensor is there, bit for bit."""
+def test_dcp_to_torch_converts_a_full_checkpoint(steps: Path, tmp_path: Path) -> None:
+    """G10: every tensor has the same bits. Method: the command in torch's documentation."""
     loaded = converted(steps / "step-2", tmp_path / "checkpoint.pt")
     ours = holdfast.open(steps / "step-2")
     for name, entry in ours.tensors.items():
@@ -57,15 +62,15 @@ def test_dcp_to_torch_converts_a_full_step(steps: Path, tmp_path: Path) -> None:
     assert loaded["train_state"]["step"] == 2
 
 
-def test_weights_only_opens_a_converted_model_only_step(steps: Path, tmp_path: Path) -> None:
-    """G10: a flat dict of the model in Meta's names and the export dtype."""
+def test_weights_only_opens_a_converted_model_only_checkpoint(steps: Path, tmp_path: Path) -> None:
+    """G10: a flat dict with Meta's names and the export dtype."""
     loaded = converted(steps / "step-3", tmp_path / "model.pt")
     assert loaded["layers.0.attention.wq.weight"].dtype == torch.bfloat16
     assert set(loaded) == set(holdfast.open(steps / "step-3").names())
 
 
-def test_stock_load_reads_a_step_bit_for_bit(steps: Path) -> None:
-    """G10: `dcp.load` into tensors that hold something else."""
+def test_stock_load_reads_a_checkpoint_bit_for_bit(steps: Path) -> None:
+    """G10. Method: `dcp.load` into tensors with other elements."""
     ours = holdfast.open(steps / "step-2")
     state = {
         name: torch.full(entry.shape, 7, dtype=getattr(torch, entry.dtype))
@@ -81,8 +86,8 @@ def test_stock_load_reads_a_step_bit_for_bit(steps: Path) -> None:
 
 
 def test_the_manager_resumes_from_a_stock_checkpoint(tmp_path: Path) -> None:
-    """G10: a folder of stock DCP steps, flattened as TorchTitan does, is resumed from, saved into
-    and its broken newest step passed over."""
+    """G10: the manager skips a damaged newest checkpoint, resumes from the one before, and saves
+    into the folder. Method: stock DCP checkpoints, flattened as TorchTitan does."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     torch.manual_seed(0)
@@ -114,7 +119,7 @@ def test_the_manager_resumes_from_a_stock_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_flipped_bit_in_a_stock_checkpoint_is_found(tmp_path: Path) -> None:
-    """G3: the CRC-32 that stock writes and never reads."""
+    """G3. Method: the CRC-32 that stock DCP writes and never reads."""
     state = {"weight": torch.arange(1000.0)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

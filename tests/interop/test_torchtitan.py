@@ -1,4 +1,4 @@
-"""TorchTitan 0.3.0's own models, in an environment of their own."""
+"""Models of TorchTitan 0.3.0, in a separate environment."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from holdfast.hf.published import published
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / ".venv-torchtitan"
 WANTED = ("torchtitan==0.3.0", "spmd_types==0.2.3", "triton", "einops")
-"""What its models import; the rest of what TorchTitan asks for is for training."""
+"""Packages that its models import. Its other requirements are for training."""
 
 SMALL_LLAMA = {
     "hidden_size": 256,
@@ -72,21 +72,22 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "qwen3-moe": ("qwen3", "debugmodel_moe", published("qwen3", "debugmodel_moe", 0), {}),
     "deepseek-v2": ("deepseek_v3", "debugmodel", published("deepseek_v3", "debugmodel", 0), {}),
     "deepseek-v3": (
-        *("deepseek_v3", "debugmodel"),
+        "deepseek_v3",
+        "debugmodel",
         {**published("deepseek_v3", "671B", 0), **SMALL_V3},
         V3_SIZES,
     ),
     "gpt-oss": ("gpt_oss", "debugmodel", published("gpt_oss", "debugmodel", 0), {}),
 }
-"""TorchTitan's name and flavor, `config.json`, and what TorchTitan is told beside a flavor."""
+"""TorchTitan's name and flavor, `config.json`, and sizes in place of the flavor's."""
 
 SPARSE = {"qwen3-moe": (0, 1), "deepseek-v2": (1,), "deepseek-v3": (1,), "gpt-oss": (0, 1)}
-"""Blocks with experts."""
+"""Indices of the blocks with experts."""
 
 
 @pytest.fixture(scope="module")
 def torchtitan() -> Path:
-    """The Python of an environment with TorchTitan and the torch of this one; made once."""
+    """Python of an environment with TorchTitan and the torch of this one, created once."""
     python = ENVIRONMENT / "bin/python"
     if not (ENVIRONMENT / "made").exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", ENVIRONMENT], check=True)
@@ -102,7 +103,7 @@ def torchtitan() -> Path:
 
 
 def make(config: dict[str, Any]) -> Any:
-    """A model of transformers' of two blocks, as TorchTitan computes it: attention in full."""
+    """Make a transformers model of two blocks with eager attention."""
     config = {**config, "num_hidden_layers": 2}
     if "layer_types" in config:
         config["layer_types"] = config["layer_types"][:2]
@@ -119,19 +120,19 @@ def make(config: dict[str, Any]) -> Any:
 
 
 def converted(source: Path, target: Path, options: ConvertOptions) -> Path:
-    convert(plan(str(source), options), str(target), options, lambda _: None)
+    convert(plan(str(source), options), str(target))
     return target
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_models_of_torchtitan_give_the_logits_of_transformers(
+def test_torchtitan_models_give_the_same_logits_as_transformers(
     torchtitan: Path, tmp_path: Path
 ) -> None:
-    """G10: random models of transformers', as steps in TorchTitan 0.3's names, loaded by its models
-    through stock DCP, every key of theirs: logits equal to 1e-5 in float32, and the same experts
-    chosen for every token. Back from those steps come the bits that went in. Method:
-    `torchtitan_logits.py`, which says what of TorchTitan's is replaced on a CPU."""
+    """G10: logits are equal to 1e-5 in float32, and every token is routed to the same experts.
+    Converted back, the checkpoints have the same bits. Method: random transformers models,
+    converted with TorchTitan's names; TorchTitan's models load every key of theirs by stock DCP in
+    `torchtitan_logits.py`, which describes the parts of TorchTitan that are replaced on a CPU."""
     tokens = torch.randint(0, 2048, (2, 160), generator=torch.Generator().manual_seed(1))
     wanted, experts = dict[str, torch.Tensor](), dict[str, list[Any]]()
     for case, (name, flavor, config, sizes) in MODELS.items():

@@ -1,4 +1,4 @@
-"""torchtune 0.6.1, in an environment of its own: it needs another torchao than newer tools do."""
+"""torchtune 0.6.1, in a separate environment: it needs an older torchao than the other tools."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WANTED = ("torchtune==0.6.1", "torchao==0.15.0")
 
 @pytest.fixture(scope="module")
 def torchtune() -> Path:
-    """The Python of an environment with torchtune and the torch of this one; made once."""
+    """Python of an environment with torchtune and the torch of this one, created once."""
     python = ENVIRONMENT / "bin/python"
     if not (ENVIRONMENT / "made").exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", ENVIRONMENT], check=True)
@@ -39,11 +39,11 @@ def torchtune() -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_each_checkpointer_of_torchtune_loads_a_model_only_step(
+def test_each_torchtune_checkpointer_loads_a_model_only_checkpoint(
     torchtune: Path, tmp_path: Path
 ) -> None:
-    """G10: a small Llama saved as a step, and what `holdfast convert` makes of it: logits are those
-    of the model that was saved. Method: `torchtune_logits.py`."""
+    """G10: a small Llama has the same logits from a checkpoint, a `.pt` file and a Hugging Face
+    folder as before it was saved. Method: `torchtune_logits.py`."""
     flavor = MODELS["llama3"]["debugmodel"]
     torch.manual_seed(5)
     model = Transformer(flavor, vocab_size=300, seq_len=32)
@@ -57,7 +57,7 @@ def test_each_checkpointer_of_torchtune_loads_a_model_only_step(
         ("hf", ConvertOptions(to="hf", **named)),  # type: ignore[arg-type]
     ):
         planned = plan(str(tmp_path / "step"), options)
-        convert(planned, str(tmp_path / name), options, lambda _: None)
+        convert(planned, str(tmp_path / name))
     tokens = torch.randint(0, 300, (2, 32))
     sizes = {
         "vocab_size": 300,

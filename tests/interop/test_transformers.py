@@ -1,4 +1,4 @@
-"""Hugging Face: every family there and back, and exports that transformers opens as they are."""
+"""Every family, converted from transformers and back, and exports that transformers opens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from holdfast.loading.checkpoint import open_checkpoint
 
 
 def converted(source: Path, target: Path, options: ConvertOptions) -> Path:
-    convert(plan(str(source), options), str(target), options, lambda _: None)
+    convert(plan(str(source), options), str(target))
     return target
 
 
@@ -33,11 +33,9 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 
 @pytest.mark.parametrize("name", hub_models.MODELS)
-def test_there_and_back_is_the_same_bits_and_opens_with_the_same_logits(
-    name: str, tmp_path: Path
-) -> None:
-    """G10: what transformers saved, to a step, and from there to a folder of several files and to a
-    `.pt` and a single file; both hold what was saved, and give the same logits."""
+def test_every_family_round_trips_with_the_same_bits_and_logits(name: str, tmp_path: Path) -> None:
+    """G10. Method: a transformers model, converted to a checkpoint, then to a folder of several
+    files and, through a `.pt` file, to a folder of a single file."""
     model = hub_models.make(name)
     source = hub_models.save(model, tmp_path / "hub")
     step = converted(source, tmp_path / "seed/step-0", ConvertOptions(to="dcp"))
@@ -56,8 +54,8 @@ def test_there_and_back_is_the_same_bits_and_opens_with_the_same_logits(
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen3-moe", "deepseek-v3", "gpt-oss", "phi-3"])
-def test_names_of_torchtitan_and_back(name: str, tmp_path: Path) -> None:
-    """Method: hub to TorchTitan 0.3's names, to Meta's, to the hub."""
+def test_torchtitan_names_convert_back_without_change(name: str, tmp_path: Path) -> None:
+    """Method: from Hugging Face to TorchTitan 0.3's names, to Meta's, and back from either."""
     source = hub_models.save(hub_models.make(name), tmp_path / "hub")
     titan = converted(source, tmp_path / "titan", ConvertOptions(to="dcp", names="titan"))
     meta = converted(titan, tmp_path / "meta", ConvertOptions(to="dcp", names="meta"))
@@ -73,24 +71,22 @@ def test_names_of_torchtitan_and_back(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "deepseek-v3"])
-def test_experts_as_transformers_keeps_them_in_memory_are_read_too(
-    name: str, tmp_path: Path
-) -> None:
-    """Method: a folder with the tensors of the model's own state dict; exports have the hub's."""
+def test_fused_experts_are_read_and_exported_one_by_one(name: str, tmp_path: Path) -> None:
+    """Method: a folder with the names of the state dict in memory; exports have those published."""
     model = hub_models.make(name)
-    hub = hub_models.save(model, tmp_path / "hub")
+    published = hub_models.save(model, tmp_path / "hub")
     memory = hub_models.save(model, tmp_path / "memory", save_original_format=False)
-    assert tensors_in(hub).keys() != tensors_in(memory).keys()
+    assert tensors_in(published).keys() != tensors_in(memory).keys()
     step = converted(memory, tmp_path / "seed/step-0", ConvertOptions(to="dcp"))
-    back = converted(step, tmp_path / "back", ConvertOptions(to="hf", hf_assets=str(hub)))
-    assert_same(tensors_in(hub), tensors_in(back))
+    back = converted(step, tmp_path / "back", ConvertOptions(to="hf", hf_assets=str(published)))
+    assert_same(tensors_in(published), tensors_in(back))
     straight = converted(memory, tmp_path / "straight", ConvertOptions(to="hf"))
-    assert_same(tensors_in(hub), tensors_in(straight))
+    assert_same(tensors_in(published), tensors_in(straight))
 
 
-def test_an_export_is_complete_and_in_the_form_that_loaders_check(tmp_path: Path) -> None:
-    """Method: what vLLM and transformers look at: header, alignment, index, dtype, config,
-    tokenizer, no second name of a tied tensor; what does not belong is not copied."""
+def test_an_export_passes_the_checks_of_loaders(tmp_path: Path) -> None:
+    """Method: all that vLLM and transformers check: header, alignment, index, dtype, config,
+    tokenizer, no second name of a tied tensor. Weights in other formats are not copied."""
     model = hub_models.make("llama-tied")
     source = hub_models.save(model, tmp_path / "hub")
     config = json.loads((source / "config.json").read_text())
@@ -116,20 +112,19 @@ def test_an_export_is_complete_and_in_the_form_that_loaders_check(tmp_path: Path
         with safe_open(file, "pt") as opened:
             assert opened.metadata() == {"format": "pt"}
             assert all(index["weight_map"][name] == file.name for name in opened.keys())  # noqa: SIM118
-    said = json.loads((made / "config.json").read_text())
-    assert said.get("dtype", said.get("torch_dtype")) == "bfloat16"
-    assert "quantization_config" not in said
+    written = json.loads((made / "config.json").read_text())
+    assert written.get("dtype", written.get("torch_dtype")) == "bfloat16"
+    assert "quantization_config" not in written
     others = {file.name for file in made.iterdir() if "safetensors" not in file.name}
-    assert others == {
-        *("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja")
-    }
+    copied = {"generation_config.json", "tokenizer.json", "chat_template.jinja"}
+    assert others == {"config.json", *copied}
     wanted = {name: tensor.bfloat16() for name, tensor in tensors_in(source).items()}
     assert_same(wanted, found)
     assert hub_models.load(made, dtype="auto").dtype == torch.bfloat16
 
 
-def test_a_correction_bias_of_the_router_stays_in_float32(tmp_path: Path) -> None:
-    """Method: DeepSeek's, to a step and back in bfloat16."""
+def test_a_router_correction_bias_stays_in_float32(tmp_path: Path) -> None:
+    """Method: DeepSeek, converted to a checkpoint in bfloat16 and back."""
     source = hub_models.save(hub_models.make("deepseek-v3"), tmp_path / "hub")
     step = converted(source, tmp_path / "seed/step-0", ConvertOptions(to="dcp", dtype="bfloat16"))
     back = converted(step, tmp_path / "back", ConvertOptions(to="hf", hf_assets=str(source)))

@@ -1,10 +1,11 @@
-"""Run by the Python of an environment with TorchTitan 0.3.0: logits of its own models, each loaded
-from a step by stock `torch.distributed.checkpoint` as TorchTitan does. Argument: a folder with a
-folder for each model, in which are `given.pt` and `step-0`; what is found goes to `logits.pt`.
+"""Compute the logits of TorchTitan 0.3.0's models, each loaded from a checkpoint by stock DCP.
 
-On a CPU three things of TorchTitan's are replaced. `flex_attention` is compiled with options of
-GPUs: here it runs uncompiled. `torch._grouped_mm` is a loop over the experts, and they are computed
-in float32, as all else is: TorchTitan takes bfloat16 there whatever is asked for.
+Runs in an environment with TorchTitan. Argument: a folder with one folder per model, which has
+`given.pt` and `step-0`. Writes `logits.pt` into each.
+
+On a CPU three parts of TorchTitan are replaced. `flex_attention` runs uncompiled, since TorchTitan
+compiles it with options for GPUs. `torch._grouped_mm` becomes a loop over the experts. Experts are
+computed in float32, where TorchTitan always uses bfloat16.
 """
 
 import sys
@@ -26,7 +27,7 @@ chosen: list[Any] = []
 
 
 def expert_by_expert(rows: Tensor, weights: Tensor, *, offs: Tensor) -> Tensor:
-    """What `torch._grouped_mm` computes: rows up to each offset by the weights of one expert."""
+    """Compute `torch._grouped_mm`: rows up to each offset, times the weights of one expert."""
     made = rows.new_zeros(rows.shape[0], weights.shape[-1])
     start = 0
     for expert, stop in enumerate(offs.tolist()):
@@ -39,7 +40,7 @@ torch._grouped_mm = expert_by_expert  # type: ignore[assignment]
 
 
 def build(name: str, flavor: str, sizes: dict[str, Any]) -> torch.nn.Module:
-    """A model of two blocks. `sizes`: what a larger one is made smaller by."""
+    """Build a model of two blocks. `sizes`: smaller sizes in place of the flavor's."""
     models = import_module(f"torchtitan.models.{name}")
     sparse = name in ("deepseek_v3", "gpt_oss") or "moe" in flavor
     experts = {"moe_comm_backend": "standard"} if sparse else {}

@@ -1,6 +1,7 @@
-"""Run by the Python of an environment with torchtune 0.6.1: logits of a small Llama that each of
-its checkpointers has loaded. Argument: a folder with `step` (a model-only step in Meta's names),
-`model.pt` (made of it), `hf` (an export); what is found goes to `logits.pt` there."""
+"""Compute the logits of a small Llama, loaded by each checkpointer of torchtune 0.6.1.
+
+Runs in an environment with torchtune. Argument: a folder with `step` (a model-only checkpoint with
+Meta's names), `model.pt` (converted from it) and `hf` (an export). Writes `logits.pt` there."""
 
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ output = folder.with_name(f"{folder.name}-torchtune")
 
 
 def logits(state: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Of a fresh model with these weights."""
+    """Return the logits of a new model with these weights."""
     model = llama3(**sizes)
     model.load_state_dict(state)
     with torch.no_grad():

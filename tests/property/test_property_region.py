@@ -1,4 +1,4 @@
-"""Regions against sets of indices."""
+"""Regions, compared with sets of indices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Index = tuple[int, ...]
 
 
 def elements(region: Region) -> set[Index]:
-    """Every index in a region, one by one."""
+    """Yield every index in a region."""
     return set(product(*(range(s.start, s.stop) for s in region.slices())))
 
 
@@ -34,8 +34,8 @@ pairs = st.integers(0, 3).flatmap(lambda ndim: st.tuples(regions(ndim), regions(
 
 
 @given(pairs)
-def test_an_intersection_holds_the_elements_of_both_regions(pair: tuple[Region, Region]) -> None:
-    """Method: the sets of their indices; the intersection is the same in both orders."""
+def test_an_intersection_has_the_elements_of_both_regions(pair: tuple[Region, Region]) -> None:
+    """Method: sets of indices; the intersection does not depend on the order."""
     a, b = pair
     assert elements(a & b) == elements(a) & elements(b)
     assert elements(a & b) == elements(b & a)
@@ -51,8 +51,8 @@ def test_num_elements_and_shape_count_the_indices(pair: tuple[Region, Region]) -
 
 
 @given(pairs)
-def test_within_moves_every_element_by_the_start_of_the_outer(pair: tuple[Region, Region]) -> None:
-    """Method: adding the outer's start back to every index."""
+def test_within_is_relative_to_the_start_of_the_outer_region(pair: tuple[Region, Region]) -> None:
+    """Method: adding the outer region's start back to every index."""
     outer, other = pair
     inner = outer & other
     if inner.num_elements:
@@ -62,10 +62,10 @@ def test_within_moves_every_element_by_the_start_of_the_outer(pair: tuple[Region
 
 
 @given(pairs)
-def test_a_region_fits_if_the_tensor_has_all_its_elements(
+def test_a_region_fits_if_all_its_elements_are_in_the_tensor(
     pair: tuple[Region, Region],
 ) -> None:
-    """Method: containment of sets; both regions have elements, so that none fits by being empty."""
+    """Method: containment of sets; no region is empty, so that none fits trivially."""
     region, shape = pair[0], pair[1].stop
     if region.num_elements:
         assert region.fits(shape) == (elements(region) <= elements(Region.whole(shape)))
@@ -73,10 +73,10 @@ def test_a_region_fits_if_the_tensor_has_all_its_elements(
 
 
 @given(several(count_max=8))
-def test_first_overlap_finds_a_pair_if_and_only_if_two_regions_overlap(
+def test_first_overlap_finds_a_pair_exactly_if_two_regions_overlap(
     drawn: list[Region],
 ) -> None:
-    """G6. Method: every pair by brute force; the pair that is found overlaps."""
+    """G6. Method: every pair by brute force; the pair that is found does overlap."""
     expected = any(elements(a) & elements(b) for i, a in enumerate(drawn) for b in drawn[i + 1 :])
     found = first_overlap(drawn)
     assert (found is not None) == expected
@@ -84,8 +84,8 @@ def test_first_overlap_finds_a_pair_if_and_only_if_two_regions_overlap(
         assert elements(found[0]) & elements(found[1])
 
 
-def test_first_overlap_of_a_grid_finds_only_a_cell_that_is_given_twice() -> None:
-    """G6. Method: a 6 by 6 grid of cells, then with each cell given twice."""
+def test_first_overlap_of_a_grid_finds_only_a_duplicated_cell() -> None:
+    """G6. Method: a 6 by 6 grid of cells, then with each of them duplicated."""
     grid = [Region((i, j), (i + 1, j + 1)) for i in range(6) for j in range(6)]
     assert first_overlap(grid) is None
     for cell in grid:
@@ -95,7 +95,7 @@ def test_first_overlap_of_a_grid_finds_only_a_cell_that_is_given_twice() -> None
 @pytest.mark.parametrize(
     ("start", "stop"), [((-1,), (2,)), ((3,), (2,)), ((0, 0), (2,)), ((), (1,))]
 )
-def test_an_invalid_region_is_refused(start: Index, stop: Index) -> None:
-    """Method: negative bounds, start after stop, and bounds of different lengths."""
+def test_an_invalid_region_is_refused_by_the_constructor(start: Index, stop: Index) -> None:
+    """Method: negative, reversed, and bounds of different lengths."""
     with pytest.raises(ValueError, match=r"need|start and stop"):
         Region(start, stop)

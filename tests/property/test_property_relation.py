@@ -1,4 +1,4 @@
-"""Relations between tensors: any box in either direction, against single elements."""
+"""Relations map any box in both directions, compared with arithmetic on single elements."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from holdfast.format.region import Region
-from holdfast.tensors.mapping import SideName, TensorMapping
-from holdfast.tensors.relation import Axes, Dim, Relation, Side
+from holdfast.tensors.mapping import TensorMapping
+from holdfast.tensors.relation import Axes, Dim, Relation, Side, SideName
 
 Tensors = dict[str, NDArray[np.int64]]
 Place = tuple[str, tuple[int, ...]]
@@ -19,16 +19,16 @@ Place = tuple[str, tuple[int, ...]]
 
 @st.composite
 def relations(draw: st.DrawFn) -> tuple[Relation, Axes]:
-    """Up to five axes, in different dims and names on each side, some dims in segments."""
+    """Draw a relation of up to five axes; each side has its own dims, names and segments."""
     names = "abcde"[: draw(st.integers(1, 5))]
     axes = {name: range(1, 1 + draw(st.integers(1, 4))) for name in names}
     axes["z"] = range(draw(st.integers(1, 3)))
-    return Relation(draw(sides(names, axes, "native")), draw(sides(names, axes, "hub"))), axes
+    return Relation(draw(sides(names, axes, "native")), draw(sides(names, axes, "hf"))), axes
 
 
 @st.composite
 def sides(draw: st.DrawFn, names: str, axes: Axes, prefix: str) -> Side:
-    """The axes in any order: some in the name, the others merged into dims."""
+    """Draw a side: axes in any order, some in the name, the others merged into dims."""
     order = draw(st.permutations(list(names)))
     in_name = order[: draw(st.integers(0, len(order) - 1))]
     rest = order[len(in_name) :]
@@ -48,7 +48,7 @@ def sides(draw: st.DrawFn, names: str, axes: Axes, prefix: str) -> Side:
 
 
 def place_of(side: Side, axes: Axes, at: dict[str, int]) -> Place:
-    """Position of one element, computed from its indices alone."""
+    """Compute the tensor and the position of one element from its indices."""
     position = []
     for dim in side.dims:
         flat = 0
@@ -70,17 +70,16 @@ def filled(mapping: TensorMapping, side: SideName, name: str, box: Region, by: T
 
 
 @given(relations(), st.data())
-def test_a_relation_its_inverse_and_every_box_of_it_agree(
+def test_every_box_is_mapped_correctly_in_both_directions(
     related: tuple[Relation, Axes], data: st.DataObject
 ) -> None:
-    """G6. Method: each element is numbered and placed by arithmetic on both sides; boxes of each
-    side, filled from the other, hold exactly these numbers. Elements of other segments are
-    unchanged."""
+    """G6. Method: both sides hold the number of each element, at a position computed by arithmetic.
+    A box filled from the other side has the same numbers, and other segments stay untouched."""
     relation, axes = related
     words = {axis: range(len(axes[axis])) for axis in relation.words}
     known = {**axes, **words}
     mapping = TensorMapping([relation], known)
-    sides: dict[SideName, Side] = {"native": relation.native, "hub": relation.hub}
+    sides: dict[SideName, Side] = {"native": relation.native, "hf": relation.hf}
     held: dict[SideName, Tensors] = {
         side: {n: np.full(mapping.shape(side, n), -1, np.int64) for n in mapping.names(side)}
         for side in sides
@@ -90,7 +89,7 @@ def test_a_relation_its_inverse_and_every_box_of_it_agree(
         for side, one in sides.items():
             name, position = place_of(one, known, dict(zip(letters, at, strict=True)))
             held[side][name][position] = number
-    for side, other in (("native", "hub"), ("hub", "native")):
+    for side, other in (("native", "hf"), ("hf", "native")):
         name = data.draw(st.sampled_from(mapping.names(side)))
         whole = held[side][name]
         start = tuple(data.draw(st.integers(0, size - 1)) for size in whole.shape)
@@ -104,11 +103,11 @@ def test_a_relation_its_inverse_and_every_box_of_it_agree(
 
 
 @given(relations(), st.data())
-def test_a_box_written_back_changes_exactly_its_elements(
+def test_writing_back_a_box_changes_its_elements_only(
     related: tuple[Relation, Axes], data: st.DataObject
 ) -> None:
-    """Method: an export writes a box of a tensor of ours to its position in Hugging Face's; the
-    same numbers change nothing, and other numbers change as many elements as the box has."""
+    """Method: an export writes a box of a native tensor into Hugging Face tensors of zeros; their
+    nonzero elements are then those of the box."""
     relation, axes = related
     known = {**axes, **{axis: range(len(axes[axis])) for axis in relation.words}}
     mapping = TensorMapping([relation], known)
@@ -119,12 +118,12 @@ def test_a_box_written_back_changes_exactly_its_elements(
         data.draw(st.integers(first, size)) for first, size in zip(start, shape, strict=True)
     )
     box = Region(start, stop)
-    hub = {n: np.zeros(mapping.shape("hub", n), np.int64) for n in mapping.names("hub")}
+    hf = {n: np.zeros(mapping.shape("hf", n), np.int64) for n in mapping.names("hf")}
     marked = np.arange(1, Region.whole(shape).num_elements + 1).reshape(shape)
     for copy in mapping.copies("native", name, box):
-        there = hub[copy.source][copy.source_view.region.slices()]
+        there = hf[copy.source][copy.source_view.region.slices()]
         copy.run_back(there, marked[box.slices()][copy.target_view.region.slices()])
-    written = np.concatenate([tensor[tensor > 0] for tensor in hub.values()])
+    written = np.concatenate([tensor[tensor > 0] for tensor in hf.values()])
     own = np.zeros(shape, bool)
     own[tuple(slice(*dim.bounds(known)) for dim in relation.native.dims)] = True
     assert sorted(written.tolist()) == marked[box.slices()][own[box.slices()]].tolist()

@@ -1,4 +1,4 @@
-"""What callers hand over: taken as what it is, or refused with what was expected and found."""
+"""Arguments and settings are converted, or refused with what was expected and found."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ NO_STEPS: list[Any] = [
 
 
 @pytest.mark.parametrize("value", NO_STEPS, ids=lambda value: type(value).__name__)
-def test_what_is_no_step_number_is_refused(value: Any) -> None:
-    """Method: bools, floats, text, negative and huge numbers, of Python, numpy and torch."""
+def test_values_that_are_no_step_number_are_refused(value: Any) -> None:
+    """Method: bools, floats, texts, negative and huge numbers, of Python, numpy and torch."""
     with pytest.raises(UsageError, match=r"`step` must be a whole number from 0 to 9{18}, found: "):
         checked_step(value, "step")
 
@@ -50,20 +50,20 @@ def test_what_is_no_step_number_is_refused(value: Any) -> None:
 @pytest.mark.parametrize(
     "value", [7, np.int64(7), np.uint8(7), np.array(7), torch.tensor(7), torch.tensor(7).byte()]
 )
-def test_integers_of_any_kind_are_steps(value: Any) -> None:
+def test_integers_of_python_numpy_and_torch_are_steps(value: Any) -> None:
     assert checked_step(value, "step") == 7
     assert type(checked_step(value, "step")) is int
 
 
-def test_the_largest_step_is_one_that_readers_find() -> None:
-    """Method: the grammar of names finds the largest step again, and not the one after it."""
+def test_readers_find_the_largest_step() -> None:
+    """Method: the pattern of names matches the largest step, but not the next one."""
     assert step_of(step_name(STEP_MAX)) == STEP_MAX
     assert step_of(step_name(STEP_MAX + 1)) is None
     assert checked_step(STEP_MAX, "step") == STEP_MAX
     assert checked_step(-1, "step", least=-1) == -1
 
 
-def test_numbers_and_flags_of_numpy_and_torch_are_those_of_python() -> None:
+def test_numbers_and_bools_of_numpy_and_torch_are_converted() -> None:
     assert [whole_number(v) for v in (np.int8(3), torch.tensor(3), 3.0, True)] == [3, 3, None, None]
     floats = (np.float32(0.5), torch.tensor(0.5), 1, "1", True, 1j, torch.tensor(1j))
     assert [number(v) for v in floats] == [0.5, 0.5, 1.0, None, None, None, None]
@@ -71,7 +71,7 @@ def test_numbers_and_flags_of_numpy_and_torch_are_those_of_python() -> None:
     assert [flag(v) for v in flags] == [True, False, True, None, None, None]
 
 
-def test_a_flag_and_a_path_are_no_other_thing() -> None:
+def test_bools_and_paths_of_other_types_are_refused() -> None:
     values: list[Any] = [1, "no", None, [True]]
     for value in values:
         with pytest.raises(UsageError, match="`overwrite` must be True or False, found: "):
@@ -83,7 +83,7 @@ def test_a_flag_and_a_path_are_no_other_thing() -> None:
             checked_path(value, "path")
 
 
-def test_a_message_shows_a_short_value_and_only_names_another() -> None:
+def test_a_message_quotes_short_values_and_names_the_type_of_others() -> None:
     assert shown("x") == "'x'"
     assert shown((1, None)) == "(1, None)"
     assert shown([Opaque()]) == "a list"
@@ -99,7 +99,7 @@ WRONG: list[Any] = [
 
 
 def taken_as(section: Any, key: str, value: Any) -> Any:
-    """What a setting is once it was given this value, or the error that refuses it."""
+    """Return the value of a setting after it was given `value`, or the error that refuses it."""
     try:
         return getattr(section(**{key: value}), key)
     except UsageError as error:
@@ -108,18 +108,18 @@ def taken_as(section: Any, key: str, value: Any) -> Any:
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
 def test_every_setting_has_its_type_or_is_refused_by_name(section: Any) -> None:
-    """Method: every key of every section given every wrong value; what is taken has, afterwards,
-    the very type of the key."""
+    """Method: every key of every section with every wrong value; an accepted value has exactly the
+    type of the key afterwards."""
     for key, hint in get_type_hints(section).items():
         for value in WRONG:
-            taken = taken_as(section, key, value)
-            if isinstance(taken, UsageError):
-                assert key in taken.what, taken.what
+            result = taken_as(section, key, value)
+            if isinstance(result, UsageError):
+                assert key in result.what, result.what
                 continue
             kinds = [get_args(one) for one in members(hint) if get_args(one)]
             choices = {choice for kind in kinds for choice in kind}
-            fits = type(taken) in members(hint) or taken in choices
-            assert fits or (taken is None and type(None) in get_args(hint)), f"{key}: {taken!r}"
+            fits = type(result) in members(hint) or result in choices
+            assert fits or (result is None and type(None) in get_args(hint)), f"{key}: {result!r}"
 
 
 @pytest.mark.parametrize(
@@ -148,17 +148,17 @@ def test_every_setting_has_its_type_or_is_refused_by_name(section: Any) -> None:
         {"save_optimizer": True},
     ],
 )
-def test_a_setting_that_there_is_not_is_refused_as_the_settings_are_made(
+def test_invalid_settings_are_refused_by_the_constructor(
     given: dict[str, Any],
 ) -> None:
-    """Method: choices, types and names that are misspelt; the error names key and value."""
+    """Method: wrong choices, types and misspelt names; the error has key and value."""
     with pytest.raises(UsageError) as raised:
         CheckpointConfig(**given)
     assert next(iter(given)) in raised.value.what
 
 
-def test_settings_are_taken_as_what_they_are() -> None:
-    """Method: numpy's and torch's numbers, a list, a path; by position, and replaced."""
+def test_settings_are_converted_to_their_types() -> None:
+    """Method: scalars of numpy and torch, a list, a path; by position, and by `replace`."""
     config = CheckpointConfig(
         enable=np.bool_(True),  # type: ignore[arg-type]
         interval=np.int64(5),  # type: ignore[arg-type]
@@ -168,12 +168,12 @@ def test_settings_are_taken_as_what_they_are() -> None:
         folder=Path("a") / "b",  # type: ignore[arg-type]
     )
     expected = (True, 5, 3, 7.0, ("optimizer",), "a/b")
-    found = (
+    converted = (
         *(config.enable, config.interval, config.keep_latest_k, config.mtbf_hours),
         *(config.exclude_from_loading, config.folder),
     )
-    assert found == expected
-    assert [type(one) for one in found] == [type(one) for one in expected]
+    assert converted == expected
+    assert [type(one) for one in converted] == [type(one) for one in expected]
     assert CheckpointConfig(True, "a/b", 5) == CheckpointConfig(
         enable=True, folder="a/b", interval=5
     )
@@ -184,7 +184,7 @@ def test_settings_are_taken_as_what_they_are() -> None:
         CheckpointConfig(True, enable=True)  # type: ignore[misc]
 
 
-def test_a_misspelt_name_or_choice_is_answered_with_the_nearest() -> None:
+def test_a_misspelt_name_or_choice_gets_a_suggestion() -> None:
     for kind, given, named in (
         (CheckpointConfig, {"intervall": 5}, "interval"),
         (CheckpointConfig, {"async_mode": "asynk"}, "async"),
@@ -196,7 +196,7 @@ def test_a_misspelt_name_or_choice_is_answered_with_the_nearest() -> None:
         assert f"`{named}`" in (raised.value.hint or "")
 
 
-def test_the_sections_of_a_run_are_checked_where_python_makes_them_too() -> None:
+def test_the_sections_of_a_run_are_checked_by_their_constructors_too() -> None:
     for make in (
         lambda: TrainingConfig(steps="5"),  # type: ignore[arg-type]
         lambda: OptimizerConfig(betas=(0.9,)),  # type: ignore[arg-type]
@@ -208,8 +208,8 @@ def test_the_sections_of_a_run_are_checked_where_python_makes_them_too() -> None
     assert OptimizerConfig(betas=[0.9, 0.5]).betas == (0.9, 0.5)  # type: ignore[arg-type]
 
 
-def test_every_choice_of_every_setting_is_taken() -> None:
-    """Method: each member of each Literal, where no other setting forbids it."""
+def test_every_choice_of_every_setting_is_accepted() -> None:
+    """Method: each member of each Literal, unless another setting forbids it."""
     for key, hint in get_type_hints(CheckpointConfig).items():
         for member in members(hint):
             for choice in get_args(member) if getattr(member, "__origin__", 0) is Literal else ():

@@ -1,4 +1,4 @@
-"""The version of the package, and code that runs without having been installed."""
+"""The version of the package, also of code that is not installed."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def test_the_version_is_that_of_the_installed_package() -> None:
     assert holdfast.__version__ == installed_version() != UNKNOWN
 
 
-def test_code_that_was_not_installed_saves_too(tmp_path: Path) -> None:
-    """Method: all other packages of this environment, and the source by its folder alone."""
+def test_code_that_is_not_installed_can_save(tmp_path: Path) -> None:
+    """Method: all other packages of this environment, and the source folder on the path."""
     site = tmp_path / "site"
     site.mkdir()
     for package in Path(sysconfig.get_path("purelib")).iterdir():

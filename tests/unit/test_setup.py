@@ -1,4 +1,4 @@
-"""The set-up of a fresh machine shows that it is alive, and says what went wrong."""
+"""Setting up a new machine shows progress, and explains failures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SCRIPT = 'source scripts/setup.sh\nsetup ""\necho done\n'
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """What the set-up reads of the project, and an interpreter."""
+    """Copy the files that the set-up reads, and make an interpreter."""
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts/setup.sh", tmp_path / "scripts")
     for name in ("pyproject.toml", "constraints.txt"):
@@ -53,10 +53,10 @@ def set_up(project: Path, *, seconds: str, status: str = "0") -> subprocess.Comp
     )
 
 
-def test_a_line_every_five_seconds_says_what_pip_is_at_and_the_second_time_nothing(
+def test_the_set_up_shows_progress_of_pip_and_is_silent_the_second_time(
     project: Path,
 ) -> None:
-    """Method: a pip that takes six seconds, seen by a log."""
+    """Method: a pip that takes six seconds, with its output in a log; a line every five seconds."""
     first = set_up(project, seconds="6")
     assert (first.returncode, first.stdout) == (0, "done\n")
     lines = first.stderr.splitlines()
@@ -68,7 +68,7 @@ def test_a_line_every_five_seconds_says_what_pip_is_at_and_the_second_time_nothi
     assert (again.returncode, again.stdout, again.stderr) == (0, "done\n", "")
 
 
-def test_a_pip_that_fails_is_heard_and_the_next_set_up_tries_again(project: Path) -> None:
+def test_a_failure_of_pip_is_shown_and_the_next_set_up_tries_again(project: Path) -> None:
     ended = set_up(project, seconds="0", status="1")
     assert (ended.returncode, ended.stdout) == (3, "")
     assert "Collecting torch==2.13.0\nERROR: No matching distribution" in ended.stderr

@@ -72,7 +72,7 @@ def compare(
     Raises:
         DamagedError: elements that are not those that were written.
     """
-    held = [None if side is None else side.tensors.held[side.name] for side in (a, b)]
+    held = [None if side is None else side.tensors.infos[side.name] for side in (a, b)]
     dtypes = (held[0].dtype if held[0] else None, held[1].dtype if held[1] else None)
     shapes = (held[0].shape if held[0] else None, held[1].shape if held[1] else None)
     if a is None or b is None:
@@ -100,7 +100,7 @@ def compare(
 
 def nbytes_to_read(a: ComparedTensor, b: ComparedTensor) -> int:
     """Of each side, for a progress bar."""
-    held = a.tensors.held[a.name], b.tensors.held[b.name]
+    held = a.tensors.infos[a.name], b.tensors.infos[b.name]
     if held[0].shape != held[1].shape:
         return 0
     itemsize = max(dtype_of(one.dtype).itemsize for one in held)

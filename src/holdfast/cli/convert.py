@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 import tyro
 
 from holdfast.cli.terminal import parsed, progress, say, say_error, say_json
-from holdfast.convert.convert import Converted, convert
-from holdfast.convert.form import Form, form_of
+from holdfast.convert.convert import ConvertResult, convert
 from holdfast.convert.plan import ConvertOptions, Float, plan
+from holdfast.convert.target_format import TargetFormat, target_format
 from holdfast.errors import UsageError
 from holdfast.spelling import spelled_bytes
 
@@ -35,7 +35,7 @@ class ConvertArguments:
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """Folder, or .pt file, to write."""
 
-    to: Form | None = None
+    to: TargetFormat | None = None
     """dcp: a step, as a save writes it; hf: a Hugging Face folder; torch: a .pt file. By default
     torch where TARGET ends in .pt, else dcp."""
 
@@ -81,7 +81,7 @@ class ConvertArguments:
             UsageError: no target of its format.
         """
         return ConvertOptions(
-            to=form_of(self.source, self.target, self.to),
+            to=target_format(self.source, self.target, self.to),
             hf_assets=self.hf_assets,
             dtype=self.dtype,
             max_shard_bytes=nbytes_of(self.max_shard_size),
@@ -122,13 +122,12 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def converted(asked: ConvertArguments) -> tuple[Converted, Sequence[str]]:
+def converted(asked: ConvertArguments) -> tuple[ConvertResult, Sequence[str]]:
     """The conversion, done, with a bar on a terminal; and its notes."""
-    options = asked.options()
-    planned = plan(asked.source, options)
+    planned = plan(asked.source, asked.options())
     try:
         with progress(asked.target, planned.nbytes) as advance:
-            return convert(planned, asked.target, options, advance), planned.notes
+            return convert(planned, asked.target, advance), planned.notes
     except KeyboardInterrupt:
         say_error("interrupted: the same command goes on from here")
         raise

@@ -92,7 +92,7 @@ def sides(
         return _as_called(seen[0], called[0]), _as_called(seen[1], called[1])
     found = []
     for path, one, names, dialect in zip((asked.a, asked.b), seen, called, dialects, strict=True):
-        if dialect == "hub":
+        if dialect == "hf":
             found.append(_through_table(path, asked.hf_assets))
         else:
             meta = renamed(names.values(), "meta")

@@ -21,7 +21,6 @@ from holdfast.cli.verify import resumable, verified
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError, StorageError
 from holdfast.format.names import LOCK, MANIFEST, METADATA, aside_of, step_name, step_of
 from holdfast.spelling import counted, spelled_bytes
-from holdfast.storage.holder import holder_of
 from holdfast.storage.local import LocalStore
 from holdfast.storage.store import ReadStore
 
@@ -221,7 +220,7 @@ def _rights(folder: Folder) -> Iterator[Trouble]:
 def _left_over(folder: Folder, store: LocalStore) -> Iterator[Trouble]:
     """What saves that were killed left; while a run is at work, what it is at."""
     lock = f"{folder.name}/{LOCK}"
-    holder = holder_of(store, lock) if LOCK in folder.names else None
+    holder = store.holder(lock) if LOCK in folder.names else None
     asides = plan_cleanup(folder.names)
     if holder is not None:
         what = f"by {holder or 'a run that gives no name'}"

@@ -71,7 +71,7 @@ def statistics(
         DamagedError: elements that are not those that were written.
         UsageError: there is no arithmetic with its dtype.
     """
-    held = tensors.held[name]
+    held = tensors.infos[name]
     itemsize = dtype_of(held.dtype).itemsize
     total, zeros, nans, infs = 0, 0, 0, 0
     least, greatest, mean, spread = np.inf, -np.inf, 0.0, 0.0
@@ -102,7 +102,7 @@ def statistics(
 def corner(tensors: Tensors, name: str) -> list[list[int | float | str]]:
     """The first elements along the last two dims, at the first element of all others; complex ones
     as text."""
-    held = tensors.held[name]
+    held = tensors.infos[name]
     sizes = [1] * max(len(held.shape) - 2, 0) + [CORNER] * min(len(held.shape), 2)
     stop = tuple(map(min, sizes, held.shape))
     elements = tensors.read(name, Region((0,) * len(stop), stop))

@@ -1,1 +1,1 @@
-"""Any format to any other, tensor by tensor, in bounded memory. Builds no model, joins no group."""
+"""Conversion between all formats, tensor by tensor, in bounded memory, without model or ranks."""

@@ -1,157 +1,153 @@
-"""Any checkpoint to a step, a Hugging Face folder or a `.pt` file."""
+"""Conversion of any checkpoint to one of Holdfast, a Hugging Face folder or a `.pt` file."""
 
 from __future__ import annotations
 
+import platform
 import time
 from dataclasses import dataclass
 
-from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.steady import UNREADABLE
-from holdfast.convert.plan import ConvertOptions, Planned
+from holdfast.convert.plan import ConvertPlan
 from holdfast.convert.stream import Advance
 from holdfast.convert.target import (
     ConvertTarget,
-    HFFiles,
     Values,
     check_number,
-    facts_of,
     open_target,
+    write_checkpoint,
     write_hf,
-    write_step,
     write_torch_file,
 )
 from holdfast.errors import NotFoundError
 from holdfast.format.manifest import Kind, Path
+from holdfast.format.names import step_of
 from holdfast.format.structure import Node
+from holdfast.release import installed_version
+from holdfast.saving.publish import Facts
 
 
 @dataclass(frozen=True, slots=True)
-class Converted:
-    """A conversion that came to its end."""
+class ConvertResult:
+    """Result of a conversion."""
 
     where: str
+    """Path of the target."""
+
     nbytes: int
-    """Of the target's files."""
+    """Bytes of the target's files."""
 
     kept_bytes: int
-    """Of these, what an earlier conversion that was killed had written already."""
+    """Bytes among them that an earlier, killed conversion had already written."""
 
     seconds: float
     num_tensors: int
 
 
-def convert(planned: Planned, target: str, options: ConvertOptions, advance: Advance) -> Converted:
-    """As `convert_to`, to the place at the path `target`.
+def convert(planned: ConvertPlan, target: str, advance: Advance = lambda _: None) -> ConvertResult:
+    """Convert to the path `target`: see `convert_to`.
 
     Raises:
-        UsageError: the state of one step, to the folder of another; or no place to write to.
+        UsageError: a full checkpoint of one step to the folder of another.
     """
-    # First, so that no folder is made for values that cannot be converted.
-    values = values_of(planned, options)
-    if options.to == "dcp":
-        check_number(target, _kind(planned), planned.opened.manifest.step)
-    sources = [planned.opened.path, *([] if planned.assets is None else [planned.assets])]
-    place = open_target(
-        target, overwrite=options.overwrite, sources=sources, file=options.to == "torch"
-    )
-    return convert_to(place, planned, values, options, advance)
+    # First, so that no folder is created if the values cannot be converted.
+    values = values_of(planned)
+    if planned.options.to == "dcp":
+        check_number(target, _kind(planned), planned.opened.checkpoint.manifest.step)
+    paths = planned.opened.checkpoint.where, planned.assets
+    sources = [path for path in paths if path is not None]
+    overwrite, file = planned.options.overwrite, planned.options.to == "torch"
+    opened = open_target(target, overwrite=overwrite, sources=sources, file=file)
+    return convert_to(opened, planned, values, advance)
 
 
 def convert_to(
-    place: ConvertTarget,
-    planned: Planned,
-    values: Values,
-    options: ConvertOptions,
-    advance: Advance,
-) -> Converted:
-    """Write what was planned, and its values, to a target, which is absent until it is whole.
+    target: ConvertTarget, planned: ConvertPlan, values: Values, advance: Advance = lambda _: None
+) -> ConvertResult:
+    """Write a planned conversion and its values to a target, which appears only when complete.
 
-    Goes on where an earlier conversion to it was killed.
-
-    Holds a few blocks of 32 MB in memory, whatever the size of the model.
+    Continues an earlier conversion to the same target that was killed. Uses memory for a few blocks
+    of 32 MB, whatever the size of the model.
 
     Raises:
-        ExistsError: something is there, or came there meanwhile.
-        StorageError: no space, no rights; nothing is left behind.
-        DamagedError: bytes of the source are not those that were written.
-        NotFoundError: another process has replaced or removed the source meanwhile.
+        ExistsError: the target exists, or was created meanwhile.
+        StorageError: no space or no permission; nothing is left behind.
+        DamagedError: the stored bytes of the source are not the ones that were written.
+        NotFoundError: another process replaced or removed the source meanwhile.
     """
     started = time.perf_counter()
     try:
-        nbytes = _written(place, planned, values, options, advance)
+        nbytes = _write(target, planned, values, advance)
     except UNREADABLE as error:
         if not planned.opened.is_gone:
             raise
         raise NotFoundError(
-            f"`{planned.opened.path}` has been replaced or removed while it was converted",
+            f"`{planned.opened.checkpoint.where}` was replaced or removed during the conversion",
             hint="run the command again",
         ) from error
     seconds = time.perf_counter() - started
-    kept_bytes = place.files.kept_bytes
-    return Converted(place.where, nbytes, kept_bytes, seconds, len(planned.outputs))
+    kept_bytes = target.files.kept_bytes
+    return ConvertResult(target.where, nbytes, kept_bytes, seconds, len(planned.outputs))
 
 
-def _written(
-    place: ConvertTarget,
-    planned: Planned,
-    values: Values,
-    options: ConvertOptions,
-    advance: Advance,
-) -> int:
+def _write(target: ConvertTarget, planned: ConvertPlan, values: Values, advance: Advance) -> int:
     """Write the target. Returns its bytes."""
-    outputs, opened = planned.outputs, planned.opened
+    outputs, options = planned.outputs, planned.options
     if options.to == "hf":
+        assert planned.config is not None, "an export is mapped, and so has a configuration"
+        assets = planned.assets or (planned.opened.where if planned.opened.has_config else None)
         shard_bytes = options.max_shard_bytes
-        return write_hf(place, outputs, _beside(planned), shard_bytes, advance)
+        return write_hf(target, outputs, planned.config, assets, shard_bytes, advance)
     if options.to == "torch":
-        return write_torch_file(place, outputs, values, advance)
-    components = opened.manifest.components
-    facts = facts_of(
-        place,
+        return write_torch_file(target, outputs, values, advance)
+    facts, structure = _facts(target, planned), _structure(planned, values)
+    return write_checkpoint(target, outputs, values, facts, advance, structure=structure)
+
+
+def _facts(target: ConvertTarget, planned: ConvertPlan) -> Facts:
+    """Return the manifest's facts. A step number in the target's name overrides the source's."""
+    manifest = planned.opened.checkpoint.manifest
+    step = step_of(target.name)
+    components = manifest.components
+    return Facts(
+        step=manifest.step if step is None else step,
         kind=_kind(planned),
-        step=opened.manifest.step,
-        model=planned.config or opened.manifest.model,
-        components=() if components is not None and options.model_only else components,
+        layout={"world_size": 1},
+        versions={"holdfast": installed_version(), "python": platform.python_version()},
+        model=planned.config or manifest.model,
+        components=() if components is not None and planned.options.model_only else components,
     )
-    structure = _structure(planned, values)
-    return write_step(place, outputs, values, facts, advance, structure=structure)
 
 
-def _kind(planned: Planned) -> Kind:
-    """Kind of the checkpoint that is written."""
-    if not planned.whole:
+def _kind(planned: ConvertPlan) -> Kind:
+    """Return the kind of the target."""
+    if not planned.complete:
         return "model"
-    return planned.opened.manifest.kind or ("full" if planned.opened.others else "model")
+    opened = planned.opened
+    return opened.checkpoint.manifest.kind or ("full" if opened.others else "model")
 
 
-def _structure(planned: Planned, values: Values) -> dict[Path, Node] | None:
-    """The structure of the source, as far as all that it describes is in the target."""
-    manifest = planned.opened.manifest
+def _structure(planned: ConvertPlan, values: Values) -> dict[Path, Node] | None:
+    """Return the source's structure without the containers from which an entry is left out."""
+    manifest = planned.opened.checkpoint.manifest
     if manifest.structure is None:
         return None
-    kept = {output.path for output in planned.outputs.values()} | {at for at, _ in values.values()}
-    entries = [one.path for one in manifest.tensors.values()]
-    entries += [one.path for one in manifest.values.values()]
-    lost = [path for path in entries if path not in kept]
+    kept = {output.path for output in planned.outputs.values()}
+    kept |= {path for path, _ in values.values()}
+    entries = [entry.path for entry in manifest.tensors.values()]
+    entries += [entry.path for entry in manifest.values.values()]
+    left_out = [path for path in entries if path not in kept]
     return {
         path: node
         for path, node in manifest.structure.items()
-        if not any(one[: len(path)] == path for one in lost)
+        if not any(entry[: len(path)] == path for entry in left_out)
     }
 
 
-def values_of(planned: Planned, options: ConvertOptions) -> Values:
-    """What is not a tensor, as the target keeps it."""
-    if options.to == "hf" or options.model_only or not planned.opened.manifest.values:
+def values_of(planned: ConvertPlan) -> Values:
+    """Return the values of the source in the form that the target needs."""
+    opened, options = planned.opened, planned.options
+    if options.to == "hf" or options.model_only or not opened.checkpoint.manifest.values:
         return {}
-    from holdfast.convert.values import as_containers, as_pickles
+    from holdfast.convert.values import encoded_values
 
-    return as_pickles(planned.opened) if options.to == "torch" else as_containers(planned.opened)
-
-
-def _beside(planned: Planned) -> HFFiles:
-    assert planned.config is not None, "an export is mapped, and so has a configuration"
-    where = planned.assets
-    if where is None and planned.opened.has_config:
-        where = planned.opened.where
-    return HFFiles(planned.config, None if where is None else open_for_reading(where))
+    return encoded_values(opened.checkpoint, pickled=options.to == "torch")

@@ -1,4 +1,4 @@
-"""What a conversion is to write: every tensor of the target, checked, before a byte is read."""
+"""Planning of a conversion: every tensor of the target, checked before any data is read."""
 
 from __future__ import annotations
 
@@ -7,292 +7,292 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from holdfast.catalog.hf_folder import CONFIG, of_language_model
-from holdfast.convert.form import Form
 from holdfast.convert.sizes import config_of_model
 from holdfast.convert.source import ConvertSource, fetched, open_source
 from holdfast.convert.stream import Output, Outputs, dtype_for
+from holdfast.convert.target_format import TargetFormat
 from holdfast.errors import UsageError
 from holdfast.format.manifest import Path
 from holdfast.format.names import MANIFEST
 from holdfast.hf.adapter import adapter_mapping
-from holdfast.hf.check import check_fit, skipped
+from holdfast.hf.check import HINT, check_fit, skipped
 from holdfast.hf.dialects import balances, renamed
 from holdfast.hf.families import family_of
 from holdfast.hf.family import Config, fused_experts, mapping_of
 from holdfast.hf.shards import SHARD_BYTES
 from holdfast.tensors.lazy import Mapped, Renamed, Tensors, Zeros, only
 from holdfast.tensors.mapping import TensorMapping
+from holdfast.tensors.relation import SideName
 
 Float = Literal["float32", "bfloat16", "float16"]
+
+_FIT_HINT = f"{HINT}; `--skip 'PATTERN'` leaves out unwanted tensors"
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """How a checkpoint is to be converted."""
+    """Options of a conversion."""
 
-    to: Form
+    to: TargetFormat
 
     hf_assets: str | None = None
-    """Folder, or repository on the hub, whose configuration and tokenizer an export takes along."""
+    """Folder, or repository on the hub, from which an export copies configuration and tokenizer."""
 
     dtype: Float | None = None
-    """Of the model's floating-point tensors; None: as they are."""
+    """Dtype of the model's floating-point tensors; None: the stored dtype."""
 
     max_shard_bytes: int = SHARD_BYTES
-    """Of one file of an export."""
+    """Most bytes in one file of an export."""
 
     model_name: str | None = None
-    """Family, by the name of the reference run: held against `config.json`."""
+    """TorchTitan's name of the family, checked against `config.json`."""
 
     model_flavor: str | None = None
-    """Size, likewise; where there is no `config.json`, in its place."""
+    """TorchTitan's name of the size, checked against `config.json`, or used in its place."""
 
     model_only: bool = False
-    """Leave out what is not the model's."""
+    """Whether to leave out everything but the model."""
 
     names: Literal["meta", "titan"] | None = None
-    """What native tensors are to be called; None: as they are, and Meta's from the hub."""
+    """Dialect of native names; None: as in the source, and Meta's for a Hugging Face folder."""
 
     skip: tuple[str, ...] = ()
     """Patterns of tensors to leave out."""
 
     overwrite: bool = False
-    """Replace what is at the target."""
+    """Whether to replace an existing target."""
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """A conversion before anything is written."""
+class ConvertPlan:
+    """A conversion, before anything is written."""
 
     opened: ConvertSource
+    options: ConvertOptions
     outputs: Outputs
     config: Config | None
-    """Of the model, whole; None where nobody says, and it is not needed."""
+    """Complete configuration of the model; None: unknown, and not needed."""
 
-    whole: bool
-    """Whether all of the source is in it, not the model alone."""
+    complete: bool
+    """Whether the target gets the whole source, not only the model."""
 
     assets: str | None
-    """Path of the folder whose files an export takes along."""
+    """Path of the folder whose files an export copies."""
 
     notes: tuple[str, ...]
 
     @property
     def nbytes(self) -> int:
-        """Of all elements that will be written."""
+        """Bytes of all elements to write."""
         return sum(output.nbytes for output in self.outputs.values() if not output.same_as)
 
 
-def plan(source: str, options: ConvertOptions) -> Planned:
-    """Look at everything that can be looked at without reading data.
+def plan(source: str, options: ConvertOptions) -> ConvertPlan:
+    """Plan a conversion, with all checks that need no data.
 
     Raises:
-        NotFoundError: no checkpoint at `source`.
-        MismatchError: its tensors are not those of the model; all differences are listed.
-        UsageError: a wish that cannot be granted.
+        NotFoundError: there is no checkpoint at `source`.
+        MismatchError: its tensors do not match the configuration; all differences are listed.
+        UsageError: an option that cannot be used with this source.
     """
     opened = open_source(source)
     assets = None if options.hf_assets is None else fetched(options.hf_assets, assets_only=True)
     model: Tensors = opened.model
     notes = list(opened.notes)
     if options.skip:
-        left_out = skipped(model.held, options.skip)
-        model = only(model, [name for name in model.held if name not in left_out])
-        notes.append(f"{len(left_out)} tensors were left out, as asked")
-    config, said_by = config_of_model(
+        left_out = skipped(model.infos, options.skip)
+        model = only(model, [name for name in model.infos if name not in left_out])
+        notes.append(f"left out {len(left_out)} tensors that match `--skip`")
+    config, config_from = config_of_model(
         opened, model, assets, options.model_name, options.model_flavor
     )
-    if config is None and options.to == "hf" and opened.manifest.model:
-        config, said_by = dict(opened.manifest.model), f"`{opened.where}/{MANIFEST}`"
-    related = None
-    if opened.adapter is not None:
-        outputs, note = _adapter(opened, opened.adapter, model, config, options)
-        return Planned(opened, outputs, None, False, None, (*notes, note))
+    if config is None and options.to == "hf" and opened.checkpoint.manifest.model:
+        config, config_from = (
+            dict(opened.checkpoint.manifest.model),
+            f"`{opened.checkpoint.where}/{MANIFEST}`",
+        )
+    hf = opened.checkpoint.hf
+    if hf is not None and hf.adapter is not None:
+        outputs, note = _adapter(opened, hf.adapter, model, (config, config_from), options)
+        return ConvertPlan(opened, options, outputs, None, False, None, (*notes, note))
+    both = None
     if config is not None and opened.dialect is not None:
-        related = _relate(opened, model, of_language_model(config), said_by)
-        notes += related.notes
-    whole = False
-    if options.to == "hf":
-        outputs = _to_hf(opened, related, options)
-    elif opened.dialect == "hub" and (related or options.names or opened.format == "safetensors"):
-        outputs = _from_hf(opened, related, options)
+        both = _both_dialects(opened, model, of_language_model(config), config_from)
+        notes += both.notes
+    to_hf, complete = options.to == "hf", False
+    if both is not None and to_hf:
+        outputs = _outputs(both.hf, options)
+    elif both is not None and opened.dialect == "hf":
+        outputs = _from_hf(both, options)
+    elif to_hf or (
+        opened.dialect == "hf" and (options.names or opened.checkpoint.format == "safetensors")
+    ):
+        raise UsageError(
+            f"the tensors of `{opened.checkpoint.where}` have the names of no supported model"
+            if opened.dialect is None
+            else f"`{opened.checkpoint.where}` has no `{CONFIG}` with the sizes of its model",
+            hint=f"`--hf-assets FOLDER` with a `{CONFIG}`, or `--model-name` and `--model-flavor`",
+        )
     else:
-        outputs, whole = _as_it_is(opened, model, options), not options.model_only
+        outputs, complete = _native(opened, model, options), not options.model_only
     if options.model_only and not outputs:
         raise UsageError(
-            f"`{opened.path}` holds no model: {len(opened.others)} tensors of other parts",
-            hint="without `--model-only` they are converted; `holdfast show` says what they are",
+            f"`{opened.checkpoint.where}` has no model, only {len(opened.others)} other tensors",
+            hint="without `--model-only` they are converted; `holdfast show` lists them",
         )
-    return Planned(opened, outputs, config, whole, assets, tuple(notes))
+    return ConvertPlan(opened, options, outputs, config, complete, assets, tuple(notes))
 
 
 @dataclass(frozen=True, slots=True)
-class _Related:
-    """A model that fits the table of its family."""
+class _BothDialects:
+    """A model that matches the table of its family, by native and by Hugging Face names."""
 
     mapping: TensorMapping
     native: Tensors
-    """Under Meta's names."""
+    """Tensors by Meta's names."""
 
-    hub: Tensors
+    hf: Tensors
     notes: Sequence[str]
 
 
-def _relate(opened: ConvertSource, model: Tensors, config: Config, said_by: str) -> _Related:
-    """Raises MismatchError, with all that does not fit."""
-    family = family_of(config, where=said_by)
+def _both_dialects(
+    opened: ConvertSource, model: Tensors, config: Config, config_from: str
+) -> _BothDialects:
+    """Check the model against its family's table. All differences are listed in one error."""
+    family = family_of(config, where=config_from)
     mapping = mapping_of(family, config)
-    if opened.dialect != "hub":
-        native = Renamed(model, renamed(model.held, "meta"))
-        notes = check_fit(native, mapping, "native", where=opened.path, said_by=said_by)
-        native = only(native, mapping.names("native"))
-        return _Related(mapping, native, Mapped(native, mapping, "hub"), notes)
-    fused = fused_experts(family, config, model.held)
-    given = mapping_of(family, config, fused_experts=True) if fused else mapping
-    notes = check_fit(model, given, "hub", where=opened.path, said_by=said_by)
-    mapped = Mapped(model, given, "native")
-    hub = Mapped(mapped, mapping, "hub") if fused else _fixed(model, mapping)
-    return _Related(mapping, mapped, hub, notes)
+    fused = opened.dialect == "hf" and fused_experts(family, config, model.infos)
+    stored = mapping_of(family, config, fused_experts=True) if fused else mapping
+    side: SideName = "hf" if opened.dialect == "hf" else "native"
+    if side == "native":
+        model = Renamed(model, renamed(model.infos, "meta"))
+    notes = check_fit(
+        model, stored, side, where=opened.checkpoint.where, config_from=config_from, hint=_FIT_HINT
+    )
+    if side == "native":
+        native: Tensors = only(model, mapping.names("native"))
+        return _BothDialects(mapping, native, Mapped(native, mapping, "hf"), notes)
+    native = Mapped(model, stored, "native")
+    hf = Mapped(native, mapping, "hf") if fused else _with_fixed_dtypes(model, mapping)
+    return _BothDialects(mapping, native, hf, notes)
 
 
-def _fixed(model: Tensors, mapping: TensorMapping) -> Tensors:
-    """The hub's tensors as they are, those marked whose dtype is not to change."""
-    shown = only(model, mapping.names("hub"))
-    for name in shown.held:
-        dtype = mapping.dtype("hub", name)
+def _with_fixed_dtypes(model: Tensors, mapping: TensorMapping) -> Tensors:
+    """Return the Hugging Face tensors; those whose dtype the table fixes are marked so."""
+    tensors = only(model, mapping.names("hf"))
+    for name in tensors.infos:
+        dtype = mapping.dtype("hf", name)
         if dtype is not None:
-            shown.held[name] = replace(shown.held[name], kept=dtype, fixed=True)
-    return shown
+            tensors.infos[name] = replace(tensors.infos[name], preferred=dtype, fixed=True)
+    return tensors
 
 
-def _to_hf(opened: ConvertSource, related: _Related | None, options: ConvertOptions) -> Outputs:
-    if related is None:
-        raise UsageError(
-            f"the tensors of `{opened.path}` have names of no model that is known"
-            if opened.dialect is None
-            else f"`{opened.path}` does not say how large its model is",
-            hint="`--hf-assets FOLDER` with its `config.json`, or `--model-name` and "
-            "`--model-flavor`",
-        )
-    hub = related.hub
-    return {n: Output(hub, n, dtype_for(hub, n, options.dtype), (n,)) for n in hub.held}
+def _outputs(tensors: Tensors, options: ConvertOptions) -> dict[str, Output]:
+    """Return one output per tensor, without nesting."""
+    return {
+        name: Output(tensors, name, dtype_for(tensors, name, options.dtype), (name,))
+        for name in tensors.infos
+    }
 
 
-def _from_hf(opened: ConvertSource, related: _Related | None, options: ConvertOptions) -> Outputs:
-    """The model under native names."""
-    if related is None:
-        raise UsageError(
-            f"`{opened.where}` has no `{CONFIG}`, which says how large its model is",
-            hint="`--hf-assets FOLDER` with it, or `--model-name` and `--model-flavor`",
-        )
-    native, aliases = related.native, related.mapping.aliases["native"]
-    called = renamed([*native.held, *aliases], options.names or "meta")
+def _from_hf(both: _BothDialects, options: ConvertOptions) -> Outputs:
+    """Return the outputs of a Hugging Face model under native names."""
+    native, aliases = both.native, both.mapping.aliases["native"]
+    new_names = renamed([*native.infos, *aliases], options.names or "meta")
     outputs = {
-        called[n]: Output(native, n, dtype_for(native, n, options.dtype), (called[n],))
-        for n in native.held
+        new_names[name]: replace(output, path=(new_names[name],))
+        for name, output in _outputs(native, options).items()
     }
     for name, first in aliases.items():
-        path, same_as = (called[name],), called[first]
-        outputs[called[name]] = replace(outputs[same_as], path=path, same_as=same_as)
+        path, same_as = (new_names[name],), new_names[first]
+        outputs[new_names[name]] = replace(outputs[same_as], path=path, same_as=same_as)
     return {**outputs, **(_balances(native) if options.names == "titan" else {})}
 
 
 def _balances(model: Tensors, above: Path = ()) -> Outputs:
-    """What TorchTitan looks for beside every router, and nobody else has: zeros."""
-    zeros = Zeros(balances({name: held.shape for name, held in model.held.items()}))
-    found = {}
-    for name, called in renamed(zeros.held, "titan").items():
-        path = (*above, called)
-        found[_join(path)] = Output(zeros, name, "float32", path)
-    return found
+    """Return zeros for the balancing biases that TorchTitan expects. `above`: the model's path."""
+    zeros = Zeros(balances({name: info.shape for name, info in model.infos.items()}))
+    outputs = {}
+    for name, titan_name in renamed(zeros.infos, "titan").items():
+        path = (*above, titan_name)
+        outputs[_joined(path)] = Output(zeros, name, "float32", path)
+    return outputs
 
 
 def _adapter(
     opened: ConvertSource,
-    said: Mapping[str, Any],
+    adapter: Mapping[str, Any],
     model: Tensors,
-    config: Config | None,
+    base: tuple[Config | None, str],
     options: ConvertOptions,
 ) -> tuple[Outputs, str]:
-    """The factors of an adapter: under native names where its base is known. Returns a note too."""
-    base = f"--hf-assets {said.get('base_model_name_or_path') or 'FOLDER'}"
+    """Return the outputs of a PEFT adapter, by native names if its base is known, and a note."""
+    config, config_from = base
+    base_option = f"--hf-assets {adapter.get('base_model_name_or_path') or 'FOLDER'}"
     if options.to == "hf":
         raise UsageError(
-            f"`{opened.path}` is an adapter of PEFT's, and `--to hf` writes a whole model",
+            f"`{opened.checkpoint.where}` is a PEFT adapter, but `--to hf` writes a whole model",
             hint="`--to dcp` or `--to torch`",
         )
     if config is None and options.names is not None:
         raise UsageError(
-            f"`--names {options.names}`: the base of this adapter decides what is called how",
-            hint=base,
+            f"`--names {options.names}` needs the base of this adapter", hint=base_option
         )
-    rank, alpha = said.get("r"), said.get("lora_alpha")
-    note = f"r {rank}, lora_alpha {alpha}: the scale of an adapter is not among its tensors"
+    note = (
+        f"the scale of an adapter is not among its tensors: r is {adapter.get('r')}, lora_alpha "
+        f"{adapter.get('lora_alpha')}"
+    )
     if config is None:
-        return _as_it_is(opened, model, options), f"{note}; names stay PEFT's without `{base}`"
+        note += f"; without `{base_option}` tensors keep PEFT's names"
+        return _native(opened, model, options), note
     config = of_language_model(config)
-    table = mapping_of(family_of(config, where=opened.where), config)
+    table = mapping_of(family_of(config, where=config_from), config)
     names = options.names or "meta"
-    mapping = adapter_mapping(model.held, table, names=names, where=opened.path)
-    native = Mapped(model, mapping, "native")
-    return {
-        n: Output(native, n, dtype_for(native, n, options.dtype), (n,)) for n in native.held
-    }, note
+    mapping = adapter_mapping(model.infos, table, names=names, where=opened.checkpoint.where)
+    return _outputs(Mapped(model, mapping, "native"), options), note
 
 
-def _as_it_is(opened: ConvertSource, model: Tensors, options: ConvertOptions) -> Outputs:
-    """Native tensors, nested as they are, renamed if that is wanted; and all others."""
+def _native(opened: ConvertSource, model: Tensors, options: ConvertOptions) -> Outputs:
+    """Return outputs nested as in the source, renamed if requested, of all components."""
     if options.names is not None and opened.dialect is None:
         raise UsageError(
-            f"`--names {options.names}`: the tensors of `{opened.path}` have names of no model "
-            "that is known"
+            f"`--names {options.names}`: the tensors of `{opened.checkpoint.where}` have the names "
+            "of no supported model"
         )
+    entries = opened.checkpoint.manifest.tensors
+    tensors = [(model, name, opened.originals.get(name), options.dtype) for name in model.infos]
+    if not options.model_only:
+        tensors += [(opened.stored, name, name, None) for name in opened.others]
     outputs: dict[str, Output] = {}
-    entries, chunks = opened.manifest.tensors, dict[object, str]()
-    for name in model.held:
-        original = opened.originals.get(name)
+    first_names: dict[object, str] = {}
+    for source, name, original, dtype in tensors:
         path: Path = (name,) if original is None else entries[original].path
-        dtype = dtype_for(model, name, options.dtype)
-        _add(outputs, Output(model, name, dtype, path), chunks, opened, original)
-    for name in () if options.model_only else opened.others:
-        dtype = opened.stored.held[name].dtype
-        _add(outputs, Output(opened.stored, name, dtype, entries[name].path), chunks, opened, name)
+        output = Output(source, name, dtype_for(source, name, dtype), path)
+        full_name = _joined(path)
+        if original is not None and entries[original].chunks:
+            # Entries with the same chunks are names of one tensor.
+            chunks = (entries[original].chunks, output.shape, output.dtype)
+            first = first_names.setdefault(chunks, full_name)
+            output = replace(output, same_as=first if first != full_name else "")
+        outputs[full_name] = output
     if options.names is None:
         return outputs
     keys = {str(key) for output in outputs.values() for key in output.path}
-    called = renamed([*outputs, *keys], options.names)
+    new_names = renamed([*outputs, *keys], options.names)
     above = next((o.path[:-1] for o in outputs.values() if o.path[-1] == o.name), ())
-    more = _balances(model, above) if options.names == "titan" else {}
+    added = _balances(model, above) if options.names == "titan" else {}
     return {
-        **more,
+        **added,
         **{
-            called[name]: replace(
+            new_names[name]: replace(
                 output,
-                path=tuple(called[key] if isinstance(key, str) else key for key in output.path),
-                same_as=called[output.same_as] if output.same_as else "",
+                path=tuple(new_names[key] if isinstance(key, str) else key for key in output.path),
+                same_as=new_names[output.same_as] if output.same_as else "",
             )
             for name, output in outputs.items()
         },
     }
 
 
-def _add(
-    outputs: dict[str, Output],
-    output: Output,
-    chunks: dict[object, str],
-    opened: ConvertSource,
-    original: str | None,
-) -> None:
-    """Add an output, as the second name of an earlier one where both are the same chunks."""
-    full = _join(output.path)
-    if original is not None:
-        entry = opened.manifest.tensors[original]
-        key = (entry.chunks, entry.shape, output.dtype)
-        first = chunks.setdefault(key, full) if entry.chunks else full
-        if first != full:
-            output = replace(output, same_as=first)
-    outputs[full] = output
-
-
-def _join(path: Path) -> str:
+def _joined(path: Path) -> str:
     return ".".join(map(str, path))

@@ -1,4 +1,4 @@
-"""Whose sizes a model has: its `config.json`, a flavor's table, and whether they agree."""
+"""Configuration of a model: from `config.json` or a flavor, and whether they agree."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from holdfast.catalog.paths import open_for_reading
 from holdfast.convert.source import ConvertSource
 from holdfast.errors import MismatchError, UsageError
 from holdfast.hf.families import family_of
-from holdfast.hf.family import EMBEDDING, HUB_EMBEDDING, Config, Family, count, flag, rows_and_axes
+from holdfast.hf.family import EMBEDDING, HF_EMBEDDING, Config, Family, count, flag, rows_and_axes
 from holdfast.hf.published import TYPES, flavors_of, published
 from holdfast.tensors.lazy import Tensors
 
-_COMPARED = {
+_COMPARED_AXES = {
     "l": "num_hidden_layers",
     "v": "vocab_size",
     "d": "hidden_size",
@@ -25,35 +25,35 @@ _COMPARED = {
     "e": "the number of experts",
     "m": "moe_intermediate_size",
 }
-"""Axes that all decoders have, and what to call their sizes."""
+"""Names of the sizes that are compared, by axis in `decoder_axes`."""
 
-_COMPARED_TOO = (
-    *("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
-    *("n_shared_experts", "first_k_dense_replace"),
-    *("intermediate_size_mlp", "interleave_moe_layer_step"),
+_COMPARED_KEYS = (
+    "q_lora_rank kv_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim n_shared_experts "
+    "first_k_dense_replace intermediate_size_mlp interleave_moe_layer_step"
 )
-"""Sizes that only some families have."""
+"""Further sizes that are compared if both configurations have them."""
 
 
 def config_of_model(
     opened: ConvertSource, model: Tensors, assets: str | None, name: str | None, flavor: str | None
 ) -> tuple[Config | None, str]:
-    """The configuration of the model, whole, and who says so; None where nobody does.
+    """Return the complete configuration of the model and its origin, or None if it is unknown.
 
     Raises:
-        MismatchError: two that say different things.
-        UsageError: a name or a flavor that is not known.
+        MismatchError: two configurations differ.
+        UsageError: an unknown name or flavor.
     """
     found: list[tuple[Config, str]] = []
-    places = [opened.where] if opened.has_config else []
-    for place in (*places, *([] if assets is None else [assets])):
-        store, folder = open_for_reading(place)
+    for path in (opened.where if opened.has_config else None, assets):
+        if path is None:
+            continue
+        store, folder = open_for_reading(path)
         if CONFIG in store.list(folder):
-            found.append((read_config(store, folder), f"`{place}/{CONFIG}`"))
+            found.append((read_config(store, folder), f"`{path}/{CONFIG}`"))
     if name is not None:
-        known = _named(model, name, flavor, found)
-        if known is not None:
-            found.append((known, f"flavor {flavor} of {name}"))
+        config = _config_by_name(model, name, flavor, found)
+        if config is not None:
+            found.append((config, f"flavor {flavor} of {name}"))
     elif flavor is not None:
         raise UsageError(
             f"`--model-flavor {flavor}` needs `--model-name` too",
@@ -64,20 +64,21 @@ def config_of_model(
     return found[0] if found else (None, "")
 
 
-def _named(
+def _config_by_name(
     model: Tensors, name: str, flavor: str | None, found: Sequence[tuple[Config, str]]
 ) -> dict[str, Any] | None:
-    """The configuration that goes by this name and flavor; None where there is only a name, which
-    fits what was found."""
+    """Check name and flavor. Returns the configuration of the flavor, or None without one."""
+    hint = f"family and sizes are read from `{CONFIG}` if you leave out this option"
+    if name not in TYPES:
+        raise UsageError(
+            f"`--model-name` must be one of {', '.join(TYPES)}, found: {name}", hint=hint
+        )
     flavors = flavors_of(name)
-    for key, given, known in (("name", name, list(TYPES)), ("flavor", flavor, flavors)):
-        if given is not None and given not in known:
-            raise UsageError(
-                f"`--model-{key}` is one of {', '.join(known)}, found: {given}"
-                if known
-                else f"`--model-name {name}` has no flavors that are known, found: {given}",
-                hint=f"leave out `--model-{key}`: family and sizes are read from `{CONFIG}`",
-            )
+    if flavor is not None and flavor not in flavors:
+        expected = f"must be one of {', '.join(flavors)}" if flavors else "cannot be used"
+        raise UsageError(
+            f"`--model-flavor` {expected} with `--model-name {name}`, found: {flavor}", hint=hint
+        )
     for config, where in found:
         if config.get("model_type") not in TYPES[name]:
             raise MismatchError(
@@ -87,31 +88,31 @@ def _named(
             )
     if flavor is None:
         return None
-    embeddings = [model.held[n].shape[0] for n in (EMBEDDING, HUB_EMBEDDING) if n in model.held]
-    said = [count(config, "vocab_size") for config, _ in found if "vocab_size" in config]
-    return published(name, flavor, next(iter([*said, *embeddings]), 0))
+    sizes = [count(config, "vocab_size") for config, _ in found if "vocab_size" in config]
+    sizes += [model.infos[n].shape[0] for n in (EMBEDDING, HF_EMBEDDING) if n in model.infos]
+    return published(name, flavor, sizes[0] if sizes else 0)
 
 
 def check_alike(one: tuple[Config, str], other: tuple[Config, str]) -> None:
-    """Make sure that two configurations, each with who says so, are of models of the same shapes.
+    """Check that two configurations, each with its origin, are of models of the same shapes.
 
     Raises:
-        MismatchError: all that they say differently.
+        MismatchError: listing all differences.
     """
-    says = one[1], other[1]
+    origins = one[1], other[1]
     configs = of_language_model(one[0]), of_language_model(other[0])
-    families = [family_of(c, where=where) for c, where in zip(configs, says, strict=True)]
+    families = [family_of(c, where=where) for c, where in zip(configs, origins, strict=True)]
     wrong = []
     if families[0].rows != families[1].rows:
         wrong.append("model_type is {} and {}".format(*(c["model_type"] for c in configs)))
     else:
         full = [family.with_defaults(c) for family, c in zip(families, configs, strict=True)]
-        ours, theirs = (rows_and_axes(f, c)[1] for f, c in zip(families, full, strict=True))
-        used = {*_used(families[0], full[0]), *_used(families[1], full[1])}
-        for axis, key in _COMPARED.items():
-            if len(ours[axis]) != len(theirs[axis]) and (axis in used or axis == "l"):
-                wrong.append(f"{key} is {len(ours[axis])} and {len(theirs[axis])}")
-        for key in _COMPARED_TOO:
+        a, b = (rows_and_axes(f, c)[1] for f, c in zip(families, full, strict=True))
+        used = {"l", *_used_axes(families[0], full[0]), *_used_axes(families[1], full[1])}
+        for axis, size in _COMPARED_AXES.items():
+            if axis in used and len(a[axis]) != len(b[axis]):
+                wrong.append(f"{size} is {len(a[axis])} and {len(b[axis])}")
+        for key in _COMPARED_KEYS.split():
             sizes = [c.get(key) for c in full]
             if sizes[0] != sizes[1] and all(key in c for c in full):
                 wrong.append("{} is {} and {}".format(key, *sizes))
@@ -120,13 +121,13 @@ def check_alike(one: tuple[Config, str], other: tuple[Config, str]) -> None:
             wrong.append("tie_word_embeddings is {} and {}".format(*tied))
     if wrong:
         raise MismatchError(
-            f"{says[0]} and {says[1]} are of different models:\n  " + "\n  ".join(wrong),
+            f"{origins[0]} and {origins[1]} are of different models:\n  " + "\n  ".join(wrong),
             hint="leave out `--model-name` and `--model-flavor`, or give those of these weights",
         )
 
 
-def _used(family: Family, config: Config) -> Iterator[str]:
-    """Axes of tensors that there are: dense layers, say, have a size even where there are none."""
+def _used_axes(family: Family, config: Config) -> Iterator[str]:
+    """Yield the axes of existing tensors. Dense layers, say, have a size even if there are none."""
     rows, axes = rows_and_axes(family, config)
     for row in rows:
         if all(len(axes[axis]) for axis in row.native.name_axes if axis in axes):

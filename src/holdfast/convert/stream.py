@@ -1,12 +1,13 @@
-"""Tensors block by block, each read ahead, converted, and handed on in the order it is written."""
+"""Block-by-block streaming: read ahead, convert, and deliver in the order of writing."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -18,82 +19,79 @@ from holdfast.tensors.lazy import Tensors
 from holdfast.tensors.numbers import convert, is_floating
 
 BLOCK_BYTES = 32 << 20
-"""Of one block, in the wider of the two dtypes."""
+"""Bytes of one block, in the wider of the source's and the target's dtype."""
 
 AHEAD = 2
-"""Blocks that are read while one is written. With their copies on the way from one dtype to another
-all of them stay below 400 MB."""
+"""Blocks that are read while another is written. All blocks, with the copies that the change of
+dtype makes, stay below 400 MB."""
 
 Advance = Callable[[int], None]
-"""Told how many bytes more are written."""
+"""Function that is told the number of bytes written since its last call."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A tensor as the target is to hold it."""
+    """A tensor to write."""
 
     tensors: Tensors
-    """What it is read from."""
+    """Tensors from which it is read."""
 
     name: str
-    """There."""
+    """Name in `tensors`."""
 
     dtype: str
-    """That the target keeps it in."""
+    """Dtype in the target."""
 
     path: Path
-    """Keys from the root of the state to it, where the target nests."""
+    """Keys from the root of the state to the tensor, for targets that nest."""
 
     same_as: str = ""
-    """The output that it is a second name of."""
+    """Target's name of the output that this one is a second name of; empty: of none."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.tensors.held[self.name].shape
+        return self.tensors.infos[self.name].shape
 
     @property
     def nbytes(self) -> int:
-        return Region.whole(self.shape).num_elements * dtype_of(self.dtype).itemsize
+        return prod(self.shape) * dtype_of(self.dtype).itemsize
 
     def regions(self) -> Iterator[Region]:
-        """The blocks that it is read in."""
-        held = self.tensors.held[self.name].dtype
-        itemsize = max(dtype_of(held).itemsize, dtype_of(self.dtype).itemsize)
+        """Return the blocks in which the tensor is read and written."""
+        source_dtype = self.tensors.infos[self.name].dtype
+        itemsize = max(dtype_of(source_dtype).itemsize, dtype_of(self.dtype).itemsize)
         return blocks(self.shape, itemsize, BLOCK_BYTES)
 
     def read(self, region: Region) -> memoryview:
-        """The bytes of a block, row by row."""
-        found = self.tensors.read(self.name, region)
-        made = convert(found, self.tensors.held[self.name].dtype, self.dtype)
-        return np.ascontiguousarray(made).reshape(-1).view(np.uint8).data
+        """Read the row-major bytes of a block, in the target's dtype."""
+        elements = self.tensors.read(self.name, region)
+        elements = convert(elements, self.tensors.infos[self.name].dtype, self.dtype)
+        return np.ascontiguousarray(elements).reshape(-1).view(np.uint8).data
 
 
 Outputs = Mapping[str, Output]
-"""By the names that the target gives them, in the order in which they are written."""
+"""Outputs by their names in the target, in the order of writing."""
 
 
-def dtype_for(tensors: Tensors, name: str, wanted: str | None) -> str:
-    """What a tensor is to be stored in: `wanted`, if it is a number that may be."""
-    held = tensors.held[name]
-    if wanted is None or held.fixed or not is_floating(held.stored):
-        return held.stored
-    return wanted
+def dtype_for(tensors: Tensors, name: str, requested: str | None) -> str:
+    """Return the dtype to write a tensor in: `requested`, unless that must not change."""
+    info = tensors.infos[name]
+    if requested is None or info.fixed or not is_floating(info.write_dtype):
+        return info.write_dtype
+    return requested
 
 
 @contextmanager
-def read_ahead(
-    wanted: Sequence[tuple[Output, Region]], advance: Advance
-) -> Iterator[Callable[[], memoryview]]:
-    """Call what this gives once for each of `wanted`, in order: the bytes of the next block."""
+def read_ahead(outputs: Iterable[Output], advance: Advance) -> Iterator[Callable[[], memoryview]]:
+    """Yield a function that returns the bytes of the next block of `outputs` at each call."""
     pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="holdfast-convert")
     waiting: deque[Future[memoryview]] = deque()
-    coming = iter(wanted)
+    remaining = ((output, region) for output in outputs for region in output.regions())
 
     def start_next() -> None:
-        following = next(coming, None)
-        if following is not None:
-            output, region = following
+        for output, region in remaining:
             waiting.append(pool.submit(output.read, region))
+            return
 
     def take() -> memoryview:
         block = waiting.popleft().result()

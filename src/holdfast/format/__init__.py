@@ -1,1 +1,1 @@
-"""The vocabulary on disk: pure values and the bytes that they become. No torch, no I/O."""
+"""File formats: values, and the bytes that represent them. No torch, no I/O."""

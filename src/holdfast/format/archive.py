@@ -1,8 +1,8 @@
-"""The records of a ZIP archive as `torch.save` writes it: where each one lies, and its checksum.
+"""ZIP archives as `torch.save` writes them: find their records, and write the headers around them.
 
-After PKWARE's APPNOTE.TXT 6.3.10, sections 4.3.7, 4.3.12 and 4.3.14 to 4.3.16. Of all that a ZIP
-file may be, torch writes little: nothing compressed or encrypted, one folder, no comments. What is
-outside of that is refused, and so is a record that reaches outside of the archive or into another.
+After PKWARE's APPNOTE.TXT 6.3.10, sections 4.3.7, 4.3.12 and 4.3.14 to 4.3.16. torch uses a small
+part of the format: no compression, no encryption, no comments, one folder. The reader refuses
+anything else, and records that overlap or that reach outside of the archive.
 """
 
 from __future__ import annotations
@@ -15,23 +15,28 @@ from itertools import pairwise
 from holdfast.format.manifest import Span
 
 Fetch = Callable[[int, int], bytes]
-"""`fetch(offset, nbytes)`: bytes of the file that holds the archive, fewer only where it ends."""
+"""`fetch(offset, nbytes)`: bytes of the file that holds the archive; fewer only at its end."""
 
 DIRECTORY_BYTES_MAX = 64 << 20
-"""Of the directory: half a million records."""
+"""Largest directory: half a million records."""
 
-FULL = 0xFFFFFFFF
-"""Stands where 32 bits do not hold a number: the ZIP64 field has it."""
+_LOCAL = struct.Struct("<4s5H3I2H")
+_CENTRAL = struct.Struct("<4s6H3I5H2I")
+_END = struct.Struct("<4s4H2IH")
+_END64 = struct.Struct("<4sQ2H2I4Q")
+_LOCATOR64 = struct.Struct("<4sIQI")
 
-LOCAL = struct.Struct("<4s5H3I2H")
-CENTRAL = struct.Struct("<4s6H3I5H2I")
-END = struct.Struct("<4s4H2IH")
-END64 = struct.Struct("<4sQ2H2I4Q")
-LOCATOR64 = struct.Struct("<4sIQI")
+_FULL = 0xFFFFFFFF
+"""Value of a 32-bit field whose number is in the ZIP64 field."""
+
+_COUNT_MAX = 0xFFFF
+"""Most records that the end of a directory can count without ZIP64."""
+
+_UTF8 = 0x0800
+_ENCRYPTED = 0x2041
 
 _HEAD_BYTES = 4096
 _TAIL_BYTES = 2048
-_ENCRYPTED = 0x2041
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +44,19 @@ class Record:
     """One file of the archive."""
 
     header: int
-    """Where in the archive its header begins."""
+    """Offset of its header in the archive."""
 
     data: Span
-    """Its content, within the archive."""
+    """Position of its content in the archive."""
 
     crc32: int
-    """Of its content; 0 where the writer kept none."""
+    """CRC-32 of its content; 0 if the writer stored none."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Listed:
+class _Entry:
+    """A record as the directory lists it."""
+
     name: str
     header: int
     nbytes: int
@@ -57,45 +64,45 @@ class _Listed:
 
 
 def windowed(fetch: Fetch, item: Span) -> Fetch:
-    """The archive's own bytes, counted from its start; its head and tail are fetched once.
+    """Return a `Fetch` for the archive at `item` of a file. Fetches its head and tail once.
 
     Raises, when called:
-        ValueError: bytes outside of the archive.
+        ValueError: the bytes are outside of the archive.
     """
     head = fetch(item.offset, min(item.nbytes, _HEAD_BYTES))
-    tail_at = max(0, item.nbytes - _TAIL_BYTES)
-    tail = fetch(item.offset + tail_at, item.nbytes - tail_at)
+    tail_start = max(0, item.nbytes - _TAIL_BYTES)
+    tail = fetch(item.offset + tail_start, item.nbytes - tail_start)
 
     def fetch_within(offset: int, nbytes: int) -> bytes:
         if offset < 0 or nbytes < 0 or offset + nbytes > item.nbytes:
             raise ValueError(f"{nbytes} bytes at {offset} are outside of the archive")
         if offset + nbytes <= len(head):
             return head[offset : offset + nbytes]
-        if offset >= tail_at:
-            return tail[offset - tail_at : offset - tail_at + nbytes]
+        if offset >= tail_start:
+            return tail[offset - tail_start : offset - tail_start + nbytes]
         return fetch(item.offset + offset, nbytes)
 
     return fetch_within
 
 
 def read_records(fetch: Fetch, nbytes: int) -> dict[str, Record]:
-    """The records of an archive of `nbytes` that begins at 0, by their name below its one folder.
+    """Read the records of an archive of `nbytes` at offset 0, by their name within its one folder.
 
     Raises:
-        ValueError, struct.error: not such an archive.
+        ValueError, struct.error: it is no such archive.
     """
     start, stop, count = _directory_span(fetch, nbytes)
-    listed = list(_listed(fetch(start, stop - start)))
-    if len(listed) != count:
-        raise ValueError(f"the directory has {len(listed)} records, its end says {count}")
-    if len({one.name.partition("/")[0] for one in listed}) > 1:
+    entries = list(_entries(fetch(start, stop - start)))
+    if len(entries) != count:
+        raise ValueError(f"the directory has {len(entries)} records, its end says {count}")
+    if len({entry.name.partition("/")[0] for entry in entries}) > 1:
         raise ValueError("the records are in more than one folder")
     records: dict[str, Record] = {}
-    for one in listed:
-        name = one.name.partition("/")[2]
+    for entry in entries:
+        name = entry.name.partition("/")[2]
         if name in records:
             raise ValueError(f"record `{name[:200]}` twice")
-        records[name] = _record(fetch, one, start)
+        records[name] = _record(fetch, entry, start)
     spans = sorted((r.header, r.data.stop) for r in records.values())
     for (_, before), (after, _) in pairwise(spans):
         if after < before:
@@ -104,16 +111,16 @@ def read_records(fetch: Fetch, nbytes: int) -> dict[str, Record]:
 
 
 def _directory_span(fetch: Fetch, nbytes: int) -> tuple[int, int, int]:
-    """First byte of the directory, one past its last, and how many records it should have."""
-    end = nbytes - END.size
-    magic, _, _, _, count, length, offset, comment = END.unpack(fetch(end, END.size))
+    """Read the start and stop of the directory, and its number of records."""
+    end = nbytes - _END.size
+    magic, _, _, _, count, length, offset, comment = _END.unpack(fetch(end, _END.size))
     if magic != b"PK\5\6" or comment:
         raise ValueError("no end of a ZIP directory at its end")
     stop = end
-    # torch writes a ZIP64 end always, Holdfast where it is needed.
-    locator = fetch(max(end - LOCATOR64.size, 0), LOCATOR64.size)
+    # torch always writes a ZIP64 end, Holdfast only where it is needed.
+    locator = fetch(max(end - _LOCATOR64.size, 0), _LOCATOR64.size)
     if locator[:4] == b"PK\6\7":
-        stop, count, length, offset = _end64(fetch, end - LOCATOR64.size)
+        stop, count, length, offset = _end64(fetch, end - _LOCATOR64.size)
     if offset + length != stop:
         raise ValueError(f"the directory at {offset} does not end at {stop}")
     if length > DIRECTORY_BYTES_MAX:
@@ -122,54 +129,103 @@ def _directory_span(fetch: Fetch, nbytes: int) -> tuple[int, int, int]:
 
 
 def _end64(fetch: Fetch, locator: int) -> tuple[int, int, int, int]:
-    at = LOCATOR64.unpack(fetch(locator, LOCATOR64.size))[2]
-    fields = END64.unpack(fetch(at, END64.size))
-    if fields[0] != b"PK\6\6" or at + END64.size != locator:
+    start = _LOCATOR64.unpack(fetch(locator, _LOCATOR64.size))[2]
+    fields = _END64.unpack(fetch(start, _END64.size))
+    if fields[0] != b"PK\6\6" or start + _END64.size != locator:
         raise ValueError("no ZIP64 end of the directory before its locator")
-    return at, fields[7], fields[8], fields[9]
+    return start, fields[7], fields[8], fields[9]
 
 
-def _listed(directory: bytes) -> Iterable[_Listed]:
-    at = 0
-    while at < len(directory):
-        fields = CENTRAL.unpack_from(directory, at)
-        magic, flags, method, crc32, packed, nbytes = *fields[:1], *fields[3:5], *fields[7:10]
+def _entries(directory: bytes) -> Iterable[_Entry]:
+    position = 0
+    while position < len(directory):
+        fields = _CENTRAL.unpack_from(directory, position)
+        magic, _, _, flags, method, _, _, crc32, packed, nbytes = fields[:10]
         name_bytes, extra_bytes, comment_bytes = fields[10:13]
-        at += CENTRAL.size
-        name = directory[at : at + name_bytes].decode()
-        extra = directory[at + name_bytes : at + name_bytes + extra_bytes]
-        at += name_bytes + extra_bytes + comment_bytes
-        if magic != b"PK\1\2" or at > len(directory):
-            raise ValueError("the directory holds what is no record")
+        position += _CENTRAL.size
+        name = directory[position : position + name_bytes].decode()
+        position += name_bytes
+        extra = directory[position : position + extra_bytes]
+        position += extra_bytes + comment_bytes
+        if magic != b"PK\1\2" or position > len(directory):
+            raise ValueError("the directory has an invalid record")
         if method or flags & _ENCRYPTED or packed != nbytes:
             raise ValueError(f"record `{name[:200]}` is compressed or encrypted")
         nbytes, header = _sizes64(extra, nbytes, fields[16])
-        yield _Listed(name, header, nbytes, crc32)
+        yield _Entry(name, header, nbytes, crc32)
 
 
 def _sizes64(extra: bytes, nbytes: int, offset: int) -> tuple[int, int]:
-    """Size and offset, taken from the ZIP64 field where 32 bits did not hold them."""
-    at = 0
-    while at + 4 <= len(extra):
-        tag, length = struct.unpack_from("<2H", extra, at)
+    """Return size and offset, read from the ZIP64 field if they need more than 32 bits."""
+    position = 0
+    while position + 4 <= len(extra):
+        tag, length = struct.unpack_from("<2H", extra, position)
         if tag == 1:
-            values = list(struct.unpack_from(f"<{length // 8}Q", extra, at + 4))
-            if nbytes == FULL:
+            values = list(struct.unpack_from(f"<{length // 8}Q", extra, position + 4))
+            if nbytes == _FULL:
                 nbytes, packed = values.pop(0), values.pop(0)
                 if packed != nbytes:
                     raise ValueError("a record is compressed")
-            if offset == FULL:
+            if offset == _FULL:
                 offset = values.pop(0)
-        at += 4 + length
+        position += 4 + length
     return nbytes, offset
 
 
-def _record(fetch: Fetch, one: _Listed, directory: int) -> Record:
-    fields = LOCAL.unpack(fetch(one.header, LOCAL.size))
-    name = fetch(one.header + LOCAL.size, fields[9])
-    if fields[0] != b"PK\3\4" or fields[3] or name != one.name.encode():
-        raise ValueError(f"record `{one.name[:200]}` has no header of its own at {one.header}")
-    data = Span(one.header + LOCAL.size + fields[9] + fields[10], one.nbytes)
+def _record(fetch: Fetch, entry: _Entry, directory: int) -> Record:
+    fields = _LOCAL.unpack(fetch(entry.header, _LOCAL.size))
+    name = fetch(entry.header + _LOCAL.size, fields[9])
+    if fields[0] != b"PK\3\4" or fields[3] or name != entry.name.encode():
+        raise ValueError(f"record `{entry.name[:200]}` has no valid header at {entry.header}")
+    data = Span(entry.header + _LOCAL.size + fields[9] + fields[10], entry.nbytes)
     if data.stop > directory:
-        raise ValueError(f"record `{one.name[:200]}` reaches outside of the archive")
-    return Record(one.header, data, one.crc32)
+        raise ValueError(f"record `{entry.name[:200]}` reaches outside of the archive")
+    return Record(entry.header, data, entry.crc32)
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def local_header(
+    name: bytes, nbytes: int, *, position: int = 0, align: int = 0, crc32: int = 0
+) -> bytes:
+    """Return the header of a record of `nbytes`.
+
+    With `align` it is padded, so that the data start on a multiple of `align` if the header starts
+    at `position`.
+    """
+    extra = _field64(nbytes)
+    if align:
+        padding = -(position + _LOCAL.size + len(name) + len(extra) + 4) % align
+        extra += b"FB" + struct.pack("<H", padding) + b"Z" * padding
+    size, version = min(nbytes, _FULL), 45 if nbytes >= _FULL else 0
+    fields = (b"PK\3\4", version, _UTF8, 0, 0, 0, crc32, size, size, len(name), len(extra))
+    return _LOCAL.pack(*fields) + name + extra
+
+
+def directory_entry(name: bytes, nbytes: int, header: int, *, crc32: int = 0) -> bytes:
+    """Return the directory entry for a record of `nbytes` whose header starts at `header`."""
+    extra = _field64(nbytes, header)
+    size, version = min(nbytes, _FULL), 45 if extra else 0
+    sizes = (size, size, len(name), len(extra), 0, 0, 0, 0, min(header, _FULL))
+    fields = (b"PK\1\2", version, version, _UTF8, 0, 0, 0, crc32, *sizes)
+    return _CENTRAL.pack(*fields) + name + extra
+
+
+def _field64(nbytes: int, header: int = 0) -> bytes:
+    """ZIP64 field with the numbers that need more than 32 bits; empty if there are none."""
+    numbers = [nbytes, nbytes] if nbytes >= _FULL else []
+    numbers += [header] if header >= _FULL else []
+    data = struct.pack(f"<{len(numbers)}Q", *numbers)
+    return struct.pack("<2H", 1, len(data)) + data if data else b""
+
+
+def directory_end(count: int, directory_bytes: int, directory_offset: int) -> bytes:
+    """Return the end of an archive, after the directory of `count` records."""
+    end64 = b""
+    if directory_offset >= _FULL or count > _COUNT_MAX:
+        sizes = (count, count, directory_bytes, directory_offset)
+        end64 = _END64.pack(b"PK\6\6", 44, 45, 45, 0, 0, *sizes)
+        end64 += _LOCATOR64.pack(b"PK\6\7", 0, directory_offset + directory_bytes, 1)
+    count, offset = min(count, _COUNT_MAX), min(directory_offset, _FULL)
+    return end64 + _END.pack(b"PK\5\6", 0, 0, count, count, directory_bytes, offset, 0)

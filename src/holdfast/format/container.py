@@ -1,5 +1,4 @@
-"""Values that are not tensors, for people to look at: from the container that `torch.save` wrote,
-without torch, and whatever they name: nothing is imported or called."""
+"""Display values from containers of `torch.save`, without torch: nothing is imported or called."""
 
 from __future__ import annotations
 
@@ -15,25 +14,25 @@ from holdfast.format.pickles import DtypeName, Plain, loads
 from holdfast.format.torchzip import GLOBALS, Tensor, content, described
 
 PICKLE_BYTES_MAX = 256 << 20
-"""Of `data.pkl`, as for a whole `.pt` file."""
+"""Largest `data.pkl` that is read, as in a whole `.pt` file."""
 
 MEMBERS_SHOWN_MAX = 40
-"""Of a list or a dict."""
+"""Members of a list or dict that are shown."""
 
 DEPTH_SHOWN_MAX = 8
 
 TEXT_SHOWN_MAX = 2000
-"""Characters of one text, and of a value as a whole; and its members, counted at each place."""
+"""Characters shown of a text or a value; also the members visited, shared ones each time."""
 
 INT_BITS_MAX = 8000
-"""Of a number that is written in digits: Python refuses to write far larger ones."""
+"""Largest number shown in digits, in bits: Python refuses to format far larger ones."""
 
 
 def read_value(data: bytes, *, where: str) -> object:
-    """The value in a container of its own; `Plain` objects stand for what only torch could make.
+    """Read the value in a container. `Plain` objects stand for objects that need torch.
 
     Raises:
-        FormatError: no container of torch.save.
+        FormatError: it is no container of torch.save.
     """
 
     def fetch(offset: int, nbytes: int) -> bytes:
@@ -43,25 +42,25 @@ def read_value(data: bytes, *, where: str) -> object:
 
 
 def read_member(fetch: Fetch, nbytes: int, path: Path, *, where: str) -> object:
-    """The value at this path in a `.pt` file of `nbytes`.
+    """Read the value at `path` in a `.pt` file of `nbytes`.
 
     Raises:
-        FormatError: no file of torch.save, or nothing at that path.
+        FormatError: it is no file of torch.save, or has nothing at that path.
     """
     try:
         within = windowed(fetch, Span(0, nbytes))
         records = read_records(within, nbytes)
         pickled = content(within, records["data.pkl"], PICKLE_BYTES_MAX)
-        found = loads(pickled, _Any(GLOBALS), where=where)
+        value = loads(pickled, _AnyGlobal(GLOBALS), where=where)
         for key in path:
-            found = _member(found, key)
+            value = _member(value, key)
     except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise FormatError(f"`{where}` is no container of torch.save: {error}") from error
-    return found
+    return value
 
 
 def spelled(value: object) -> str:
-    """A value as Python writes it, long ones in part.
+    """Format a value like `repr`, with long ones cut short.
 
     >>> spelled({"step": 3, "betas": (0.9, 0.95)})
     "{'step': 3, 'betas': (0.9, 0.95)}"
@@ -71,53 +70,53 @@ def spelled(value: object) -> str:
 
 
 def as_json(value: object, num_max: int) -> Any:
-    """A value for JSON: what JSON has not is text.
+    """Convert a value for JSON. Objects without a JSON type become text.
 
     Raises:
-        FormatError: it has more than `num_max` members, counting what is shared at each place.
+        FormatError: it has more than `num_max` members, where shared members count each time.
     """
     count = 0
 
-    def convert(one: object, depth: int) -> Any:
+    def convert(node: object, depth: int) -> Any:
         nonlocal count
         count += 1
         if count > num_max or depth > 10 * DEPTH_SHOWN_MAX:
-            raise FormatError(f"a value of more than {num_max} members, or one that holds itself")
-        if isinstance(one, Mapping):
-            return {str(key): convert(member, depth + 1) for key, member in one.items()}
-        if isinstance(one, list | tuple):
-            return [convert(member, depth + 1) for member in one]
-        plain = one is None or type(one) in (bool, int, float, str)
-        large = isinstance(one, int) and one.bit_length() > INT_BITS_MAX
-        return one if plain and not large else spelled(one)
+            raise FormatError(f"a value has more than {num_max} members, or contains itself")
+        if isinstance(node, Mapping):
+            return {str(key): convert(member, depth + 1) for key, member in node.items()}
+        if isinstance(node, list | tuple):
+            return [convert(member, depth + 1) for member in node]
+        plain = node is None or type(node) in (bool, int, float, str)
+        large = isinstance(node, int) and node.bit_length() > INT_BITS_MAX
+        return node if plain and not large else spelled(node)
 
     return convert(value, 0)
 
 
 class _Named(Plain):
-    """Stands for what a global of the pickle would make."""
+    """Stands for the object that a global of the pickle would make."""
 
     title = ""
 
 
-class _Any(dict[tuple[str, str], Any]):
-    """Globals that are known, and a stand-in for every other."""
+class _AnyGlobal(dict[tuple[str, str], Any]):
+    """Known globals, and a `_Named` class for every other."""
 
     def __missing__(self, key: tuple[str, str]) -> type[_Named]:
         title = ".".join(key).replace("__builtin__.", "").removeprefix("builtins.")
-        made = self[key] = type("_Named", (_Named,), {"title": title})
-        return made
+        cls = self[key] = type("_Named", (_Named,), {"title": title})
+        return cls
 
 
-def _member(found: Any, key: str | int) -> Any:
-    if isinstance(found, Mapping) and key not in found:
-        # A path spells every key of a dict as text.
-        return {str(original): member for original, member in found.items()}[str(key)]
-    return found[key]
+def _member(value: Any, key: str | int) -> Any:
+    if isinstance(value, Mapping) and key not in value:
+        # A path has `str(key)` of every key of a dict.
+        return {str(original): member for original, member in value.items()}[str(key)]
+    return value[key]
 
 
 class _Speller:
-    """Spells one value; stops after so many members, however often they are shared."""
+    """Formats one value. Stops after `TEXT_SHOWN_MAX` members: a small file may share one often."""
 
     def __init__(self) -> None:
         self._left = TEXT_SHOWN_MAX
@@ -136,8 +135,8 @@ class _Speller:
             case set() | frozenset():
                 return "{" + self._members([*value], depth) + "}" if value else "set()"
             case str() | bytes() | bytearray():
-                whole = repr(value[:TEXT_SHOWN_MAX])
-                return whole if len(value) <= TEXT_SHOWN_MAX else f"{whole}..."
+                text = repr(value[:TEXT_SHOWN_MAX])
+                return text if len(value) <= TEXT_SHOWN_MAX else f"{text}..."
             case DtypeName():
                 return f"torch.{value.name}"
             case Tensor():
@@ -166,7 +165,7 @@ class _Speller:
         return _joined(spelled_pairs, len(value))
 
     def _members(self, values: Sequence[Any], depth: int) -> str:
-        return _joined((self.spell(one, depth + 1) for one in values), len(values))
+        return _joined((self.spell(member, depth + 1) for member in values), len(values))
 
 
 def _spelled_tensor(value: Tensor) -> str:
@@ -179,5 +178,6 @@ def _spelled_tensor(value: Tensor) -> str:
 
 def _joined(spelled_members: Iterator[str], count: int) -> str:
     shown = list(islice(spelled_members, MEMBERS_SHOWN_MAX))
-    more = count - len(shown)
-    return ", ".join([*shown, *([f"... {more} more"] if more else [])])
+    if len(shown) < count:
+        shown.append(f"... {count - len(shown)} more")
+    return ", ".join(shown)

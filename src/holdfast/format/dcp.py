@@ -1,7 +1,7 @@
-"""`.metadata`: reading the index of a `torch.distributed.checkpoint` folder, without torch.
+"""Read `.metadata`, the index of a `torch.distributed.checkpoint` folder, without torch.
 
-The classes are those of torch/distributed/checkpoint/metadata.py and filesystem.py, torch 2.1 to
-2.13, read by an allow-list. `tables` writes them.
+Allows only the classes of torch/distributed/checkpoint/metadata.py and filesystem.py, in torch 2.1
+to 2.13. `tables` writes the file.
 """
 
 from __future__ import annotations
@@ -28,44 +28,46 @@ from holdfast.format.region import Region
 
 _MODULE = "torch.distributed.checkpoint.metadata"
 _SHARDED = "torch.distributed._shard.sharded_tensor.metadata"
-"""Where torch 2.1 to 2.3 had two of them."""
+"""Module of two of the classes in torch 2.1 to 2.3."""
 
-_CLASSES = (
-    *("Metadata", "MetadataIndex", "StorageMeta"),
-    *("TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "BytesStorageMetadata"),
-)
-
-
-def _class(name: str) -> type[Plain]:
-    return type(name, (Plain,), {})
-
+_CLASSES = {
+    _MODULE: (
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "BytesStorageMetadata",
+    ),
+    _SHARDED: ("TensorProperties",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "pathlib": ("PosixPath", "PurePosixPath"),
+    "pathlib._local": ("PosixPath",),
+}
+"""Classes that `.metadata` may refer to, by module."""
 
 _CHUNK_BYTES_MIN = 16
-"""A chunk takes no fewer in any pickle; a list of chunks that many entries share would."""
+"""Fewest bytes of a chunk in a pickle, unless a crafted one shares a list between entries."""
 
 _ALLOWED: Mapping[tuple[str, str], Any] = {
-    **{(_MODULE, name): _class(name) for name in _CLASSES},
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _class("_StorageInfo"),
+    **{(m, name): type(name, (Plain,), {}) for m, names in _CLASSES.items() for name in names},
     (_MODULE, "_MEM_FORMAT_ENCODING"): int,
-    (_SHARDED, "TensorProperties"): _class("TensorProperties"),
     (_SHARDED, "MEM_FORMAT_ENCODING"): int,
     ("torch.serialization", "_get_layout"): str,
     ("torch", "Size"): tuple,
     ("collections", "OrderedDict"): OrderedDict,
-    ("pathlib", "PosixPath"): _class("PosixPath"),
-    ("pathlib", "PurePosixPath"): _class("PurePosixPath"),
-    ("pathlib._local", "PosixPath"): _class("PosixPath"),
 }
 
 
 def decode_metadata(data: bytes, *, where: str) -> Manifest:
-    """The manifest in the bytes of a `.metadata` file.
+    """Decode the bytes of a `.metadata` file.
 
-    The raw data's place inside each item, and checksums, are not in it: chunks come with
-    `data_offset` None.
+    The file has neither checksums nor the position of the raw data inside each item: `data_offset`
+    of all chunks is None.
 
     Raises:
-        FormatError: not such a file, or one that names code, or a path outside of its folder.
+        FormatError: it is no such file, or refers to code or to files outside of its folder.
     """
     metadata = loads(data, _ALLOWED, where=where)
     try:
@@ -83,7 +85,7 @@ def _manifest(metadata: Any, nbytes: int, where: str) -> Manifest:
         file, span = info.state["relative_path"], Span(info.state["offset"], info.state["length"])
         check_file_name(file, where)
         if info.state.get("transform_descriptors"):
-            raise FormatError(f"`{where}`: `{name}` is stored compressed or encrypted")
+            raise FormatError(f"`{where}`: `{name}` is compressed or encrypted")
         check_sizes((span.offset, span.nbytes))
         items[name, None if offset is None else check_sizes(offset)] = file, span
     paths = metadata.state.get("planner_data") or {}
@@ -97,7 +99,7 @@ def _manifest(metadata: Any, nbytes: int, where: str) -> Manifest:
         else:
             nbytes -= _CHUNK_BYTES_MIN * len(entry.state["chunks"])
             if nbytes < 0:
-                raise ValueError("more chunks are named than fit into the file")
+                raise ValueError("it lists more chunks than fit into the file")
             tensors[name] = _tensor(name, entry, items, path)
     return Manifest(tensors, values, versions=_versions(metadata.state))
 
@@ -106,7 +108,7 @@ def _tensor(
     name: str, entry: Any, items: Mapping[Any, tuple[str, Span]], path: Path
 ) -> TensorEntry:
     properties = entry.state["properties"].state
-    # A tuple in the order of the class's fields; a dict of them before __getstate__ was there.
+    # Old versions without __getstate__ store a dict of the fields, later ones a tuple.
     dtype: DtypeName = properties[0] if isinstance(properties, tuple) else properties["dtype"]
     shape, itemsize = check_sizes(entry.state["size"]), dtype_of(dtype.name).itemsize
     chunks: dict[tuple[int, ...], Chunk] = {}
@@ -117,9 +119,9 @@ def _tensor(
             raise ValueError(f"`{name}`: chunk {region} is outside of the shape {shape}")
         file, span = items[name, start]
         if region.num_elements * itemsize > span.nbytes:
-            # So that nobody makes room for more than the file can hold.
+            # Otherwise a small file could make a reader allocate any amount of memory.
             raise ValueError(f"`{name}`: an item of {span.nbytes} bytes cannot hold {region}")
-        # Of uneven shards several may be empty, all at the same place; one item stands for them.
+        # Uneven sharding may give several empty chunks at the same place: keep the first.
         if chunks.setdefault(start, Chunk(region, file, span)).region != region:
             raise ValueError(f"`{name}`: two chunks start at {start}")
     return TensorEntry(dtype.name, shape, tuple(chunks.values()), path)
@@ -132,14 +134,14 @@ def _versions(state: Mapping[str, Any]) -> dict[str, str]:
 
 def _text(name: object) -> str:
     if type(name) is not str:
-        raise ValueError(f"a name that is a {type(name).__name__}")
+        raise ValueError(f"a name is a {type(name).__name__}, not text")
     return name
 
 
 OURS = b"\x80\x04\x8c\x08holdfast0"
-"""How the `.metadata` of Holdfast begins: a word that every reader of pickles drops at once."""
+"""Start of the `.metadata` of Holdfast: a marker that the pickle pushes and drops."""
 
 
 def is_ours(data: bytes) -> bool:
-    """Whether Holdfast wrote these bytes of `.metadata`."""
+    """Whether Holdfast wrote this `.metadata`."""
     return data.startswith(OURS)

@@ -1,4 +1,4 @@
-"""Element types by torch's names: their size, and how torch's own files spell them."""
+"""Dtypes of torch: their size, and their names in torch's files."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from holdfast.errors import FormatError
 
 @dataclass(frozen=True, slots=True)
 class Dtype:
-    """One element type."""
+    """A dtype of torch."""
 
     name: str
-    """As in `torch.<name>`."""
+    """Name in `torch`, such as `bfloat16`."""
 
     itemsize: int
-    """Bytes an element."""
+    """Bytes per element."""
 
     storage: str | None
-    """Class in `torch` that a tensor pickle names as the storage's type; None for the dtypes that
-    torch pickles through `UntypedStorage`, with the dtype beside it."""
+    """Class in `torch` of its storage in pickles; None for dtypes that torch pickles as an
+    `UntypedStorage` with the dtype beside it."""
 
 
 BY_NAME = {
@@ -54,10 +54,10 @@ BY_STORAGE = {dtype.storage: dtype for dtype in BY_NAME.values() if dtype.storag
 
 
 def dtype_of(name: str) -> Dtype:
-    """The dtype of that name.
+    """Return the dtype of that name.
 
     Raises:
-        FormatError: no dtype of torch that holds plain elements has this name.
+        FormatError: torch has no such dtype, or its elements are not plain numbers.
     """
     try:
         return BY_NAME[name]

@@ -1,7 +1,7 @@
-"""What a manifest says of a checkpoint as a whole, beside its entries, as a stranger's file has it.
+"""Encode and decode the members of a manifest that describe the checkpoint as a whole.
 
-Raises, in each function that reads:
-    ValueError, TypeError, AttributeError: something else is there.
+Raises, in each function that decodes:
+    ValueError, TypeError, AttributeError: the value is invalid.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 
 def encode_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """Numbers by name; JSON has none that is not finite."""
+    """Replace infinities and NaN, which JSON lacks, by None."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def decode_metrics(stored: dict[str, Any]) -> dict[str, float]:
-    """The same again; not-a-number for what was not finite."""
+    """Decode metrics by name, with NaN for numbers that were not finite."""
     return {name: _metric(value) for name, value in stored.items()}
 
 
@@ -26,20 +26,20 @@ def _metric(stored: float | None) -> float:
     if stored is None:
         return math.nan
     if type(stored) not in (int, float):
-        raise ValueError(f"a metric that is a {type(stored).__name__}")
+        raise ValueError(f"a metric is a {type(stored).__name__}, not a number")
     return float(stored)
 
 
-def told(stored: dict[str, Any]) -> dict[str, Any]:
-    """What a writer adds, as it is. Python's JSON reads infinities, which JSON has not."""
+def checked_json(stored: dict[str, Any]) -> dict[str, Any]:
+    """Check an object of arbitrary JSON: Python's parser accepts infinities, JSON does not."""
     json.dumps(stored, allow_nan=False)
     return dict(stored.items())
 
 
 def components(stored: object) -> tuple[str, ...] | None:
-    """Top-level names that are not the model's; None where the writer did not say."""
+    """Decode the top-level names that are not part of the model; None if unknown."""
     if stored is None:
         return None
     if not isinstance(stored, list) or {type(name) for name in stored} - {str}:
-        raise ValueError("components that are no list of names")
+        raise ValueError("components are no list of names")
     return tuple(stored)

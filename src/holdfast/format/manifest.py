@@ -1,7 +1,7 @@
-"""The manifest: what a checkpoint holds, and where each byte of it lies.
+"""The manifest: which tensors and values a checkpoint has, and where their bytes are.
 
-Reading any format ends in a `Manifest`. Holdfast's own steps carry it as `manifest.json`; the
-layout of that file is specified in docs/format.md.
+The readers of all formats return a `Manifest`. Holdfast's checkpoints store it as `manifest.json`,
+which docs/format.md specifies.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from holdfast.format.timings import Stage
 VERSION = 2
 
 OPTIMIZER = "optimizer"
-"""First key of the path of what only a run that goes on needs."""
+"""First key of the paths that only a resumed run needs."""
 
 DIMS_MAX = 64
-"""torch has no tensors of more."""
+"""Most dims of a tensor in torch."""
 
 SIZE_MAX = (1 << 63) - 1
 
 KEYS_MAX = 64
-"""On the path to one entry."""
+"""Most keys in a path."""
 
 Kind = Literal["full", "model"]
 Path = tuple[str | int, ...]
@@ -38,7 +38,7 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A run of bytes in a file."""
+    """Contiguous bytes of a file."""
 
     offset: int
     nbytes: int
@@ -50,24 +50,24 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One region of a tensor, stored in one piece."""
+    """A region of a tensor, stored contiguously."""
 
     region: Region
     file: str
     item: Span
-    """The container around the data: what stock DCP hands to `torch.load`."""
+    """Archive around the data, which stock DCP passes to `torch.load`."""
 
     data_offset: int | None = None
-    """Where in the file the raw row-major elements begin; None: only the container knows."""
+    """Offset of the raw row-major elements in the file; None if it must be read from the item."""
 
     first_block: int | None = None
-    """Which of the file's checksums is that of the first block of the raw data; those of the other
-    blocks follow it. None where none were kept."""
+    """Index, in the file's table, of the checksum of the first block of the raw data; the next ones
+    follow. None if the format has no block checksums."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor: its global shape, and the chunks that make it up."""
+    """A tensor: its global shape, and the chunks that together hold its elements."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -82,7 +82,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class ValueEntry:
-    """One value that is not a tensor, as `torch.save` wrote it."""
+    """A value that is not a tensor, in a container of `torch.save`."""
 
     file: str
     item: Span
@@ -92,61 +92,61 @@ class ValueEntry:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Where a data file keeps the checksums of its blocks: from `offset` to its end."""
+    """Table of the block checksums of a data file, from `offset` to the end of the file."""
 
     offset: int
     checksum: int
-    """Of the table itself."""
+    """Checksum of the table itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a checkpoint holds."""
+    """Contents of a checkpoint."""
 
     tensors: Mapping[str, TensorEntry]
     values: Mapping[str, ValueEntry]
     files: Mapping[str, int] = field(default_factory=dict)
-    """Bytes of each data file; empty where the format does not say."""
+    """Size in bytes of each data file; empty if the format does not state it."""
 
     tables: Mapping[str, Table] = field(default_factory=dict)
-    """Checksums of the blocks in each data file; only Holdfast's own have them."""
+    """Table of block checksums of each data file; only Holdfast's own files have one."""
 
     block_bytes: int = checksum.BLOCK_BYTES
-    """Of raw data under one of these checksums."""
+    """Bytes of raw data under one checksum."""
 
     step: int | None = None
     kind: Kind | None = None
-    """`full` can be resumed from, `model` holds the model alone; None where nobody said, as in
-    formats of others."""
+    """`full` if a run can resume from it, `model` if it has the model only; None if unknown, as in
+    other formats."""
 
     components: tuple[str, ...] | None = None
-    """Top-level names that are not the model's: first keys of the paths of all else. None where the
-    writer did not say."""
+    """Top-level names that are not part of the model: first keys of all other paths. None if
+    unknown."""
 
     created: str = ""
-    """When the save was committed: ISO 8601, UTC."""
+    """Time of the commit: ISO 8601, UTC."""
 
     layout: Mapping[str, Any] = field(default_factory=dict)
-    """What wrote it: `world_size`, and whatever the writer adds, for people to read."""
+    """Layout of the run that wrote it, for display: `world_size`, and others that it adds."""
 
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Of the software that wrote it."""
+    """Versions of the software that wrote it, by name."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """What the training loop measured at this step; NaN where it was no finite number."""
+    """Metrics of the training loop at this step; NaN for numbers that were not finite."""
 
     model: Mapping[str, Any] = field(default_factory=dict)
-    """What the `config.json` of its model says on the Hugging Face hub, where the writer knew."""
+    """Contents of the model's `config.json` in HF format; empty if unknown."""
 
     timings: Mapping[str, Stage] = field(default_factory=dict)
-    """How long each stage of the save took over all ranks, up to the commit that it is part of."""
+    """Time of each stage of the save over all ranks, without the commit, which writes this."""
 
     metadata: tuple[int, int] | None = None
-    """Bytes and checksum of the `.metadata` beside it."""
+    """Size in bytes and checksum of the `.metadata` beside it."""
 
     structure: Mapping[Path, Node] | None = None
-    """How the state is put together, by path, where the entries do not tell; see `structure`. None
-    where nobody said, as in formats of others."""
+    """Containers and key types of the state, by path, where the entries alone do not determine
+    them (see `structure`). None if unknown, as in other formats."""
 
     @property
     def nbytes(self) -> int:
@@ -156,38 +156,15 @@ class Manifest:
         return [*self.tensors, *self.values]
 
 
-def encode(manifest: Manifest) -> bytes:
-    """The bytes of `manifest.json`: one JSON object whose last member is a checksum of the rest."""
-    number = {file: index for index, file in enumerate(manifest.files)}
-    tensors = (
-        encode_tensor(
-            *(name, e.dtype, e.shape, e.path),
-            [n for chunk in e.chunks for n in _row(chunk, number)],
-        )
-        for name, e in manifest.tensors.items()
-    )
-    return b"".join(encode_around(manifest, joined(tensors)))
-
-
-def joined(members: Iterable[bytes]) -> bytes:
-    """Members of a JSON object as one."""
-    return b"{" + b",".join(members) + b"}"
-
-
-def _row(chunk: Chunk, number: Mapping[str, int]) -> list[int]:
-    assert chunk.data_offset is not None, "only Holdfast's own chunks are in a manifest"
-    assert chunk.first_block is not None
-    item = [number[chunk.file], chunk.item.offset, chunk.item.nbytes]
-    return [*item, chunk.data_offset, chunk.first_block, *chunk.region.start, *chunk.region.stop]
-
-
 def encode_tensor(
     name: str, dtype: str, shape: tuple[int, ...], path: Path, numbers: Sequence[int]
 ) -> bytes:
-    """One member of `tensors`. The numbers of a chunk are: number of its file, offset and bytes of
-    its item, offset of its data, number of its first block, start and stop along each dim; those of
-    the next chunk follow."""
-    # One list a chunk would be a million objects of which the garbage collector keeps track.
+    """Encode one member of `tensors`.
+
+    `numbers` has, for each chunk: index of its file, offset and bytes of its item, offset of its
+    data, index of its first block, then start and stop along each dim.
+    """
+    # A list per chunk would be a million objects for the garbage collector to track.
     row = "[" + ",".join(["%d"] * (5 + 2 * len(shape))) + "]"
     rows = ",".join([row] * (len(numbers) // (5 + 2 * len(shape)))) % tuple(numbers)
     head = _head(dtype, shape)
@@ -198,14 +175,23 @@ def encode_tensor(
 
 @lru_cache(maxsize=1024)
 def _head(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """How a member of `tensors` begins; thousands are alike."""
+    """Start of a member of `tensors`, cached since thousands have the same."""
     return _json({"dtype": dtype, "shape": shape})[:-1]
 
 
 def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
-    """The bytes of `manifest.json` in parts; `tensors` is its member of that name, which is a
-    function of the layout alone: those of the manifest are not looked at."""
+    """Encode `manifest.json`, in parts.
+
+    `tensors` is its encoded member of that name, which a run encodes once for all saves;
+    `manifest.tensors` is ignored.
+    """
     number = {file: index for index, file in enumerate(manifest.files)}
+    optional = {
+        "components": manifest.components,
+        "metrics": facts.encode_metrics(manifest.metrics) or None,
+        "model": dict(manifest.model) or None,
+        "timings": timings.encode(manifest.timings) or None,
+    }
     head = {
         "holdfast": VERSION,
         "step": manifest.step,
@@ -213,10 +199,7 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
         "created": manifest.created,
         "versions": dict(manifest.versions),
         "layout": dict(manifest.layout),
-        **({} if manifest.components is None else {"components": manifest.components}),
-        **({"metrics": facts.encode_metrics(manifest.metrics)} if manifest.metrics else {}),
-        **({"model": dict(manifest.model)} if manifest.model else {}),
-        **({"timings": timings.encode(manifest.timings)} if manifest.timings else {}),
+        **{name: value for name, value in optional.items() if value is not None},
         **members_of(manifest.structure),
         "checksums": _checksums(manifest.block_bytes),
         "metadata": manifest.metadata,
@@ -227,10 +210,10 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
         "values": [
             {
                 "item": [number[file], item.offset, item.nbytes],
-                "checksum": _hex(found or 0),
-                "entries": {n: _path(n, manifest.values[n].path).get("path") for n in names},
+                "checksum": _hex(digest or 0),
+                "entries": {name: None if path == (name,) else path for name, path in paths},
             }
-            for (file, item, found), names in by_container(manifest.values).items()
+            for (file, item, digest), paths in _by_container(manifest.values).items()
         ],
     }
     parts = [_json(head)[:-1] + b',"tensors":', tensors, b"}"]
@@ -247,18 +230,15 @@ def _checksums(block_bytes: int) -> dict[str, object]:
     return {"algorithm": checksum.ALGORITHM, "block_bytes": block_bytes}
 
 
-def by_container(
+def _by_container(
     values: Mapping[str, ValueEntry],
-) -> dict[tuple[str, Span, int | None], list[str]]:
-    """Names of values by the container that holds them: equal values have one."""
-    found: dict[tuple[str, Span, int | None], list[str]] = {}
+) -> dict[tuple[str, Span, int | None], list[tuple[str, Path]]]:
+    """Group names and paths of values by the container, which equal values share."""
+    containers: dict[tuple[str, Span, int | None], list[tuple[str, Path]]] = {}
     for name, entry in values.items():
-        found.setdefault((entry.file, entry.item, entry.checksum), []).append(name)
-    return found
-
-
-def _path(name: str, path: Path) -> dict[str, Path]:
-    return {} if path == (name,) else {"path": path}
+        container = (entry.file, entry.item, entry.checksum)
+        containers.setdefault(container, []).append((name, entry.path))
+    return containers
 
 
 def _hex(value: int) -> str:
@@ -273,12 +253,14 @@ def _json(value: object) -> bytes:
 
 
 def decode(data: bytes, *, where: str, entries: bool = True) -> Manifest:
-    """The manifest in these bytes. `where` names the file in errors. Without `entries` it has no
-    tensors and no values, and always a kind: the checkpoint as a whole, in a tenth of the time.
+    """Decode the bytes of `manifest.json`. Errors call the file `where`.
+
+    Without `entries` the result has no tensors and no values, but always a kind, and decoding takes
+    a tenth of the time.
 
     Raises:
-        DamagedError: the bytes are not those that were written.
-        FormatError: they are, but are no manifest of a version known here.
+        DamagedError: the bytes do not match their checksum.
+        FormatError: they do, but are no manifest of a known version.
     """
     tail = len(b',"checksum":""}') + checksum.DIGITS
     body = data[:-tail] + b"}"
@@ -286,17 +268,17 @@ def decode(data: bytes, *, where: str, entries: bool = True) -> Manifest:
         b',"checksum":"' + checksum.to_hex([checksum.checksum(body)]).encode() + b'"}'
     ):
         raise DamagedError(
-            f"`{where}` does not have the checksum that its last member states",
+            f"`{where}` does not match its own checksum",
             hint=f"`holdfast verify {where.rpartition('/')[0]}` lists what is damaged",
         )
     try:
-        whole = (None if entries else _without_tensors(body)) or json.loads(body)
+        members = (None if entries else _without_tensors(body)) or json.loads(body)
         if not entries:
-            parts = (entry.get("path", [name])[0] for name, entry in whole["tensors"].items())
-            whole |= {"kind": whole["kind"] or kind_with(parts), "tensors": {}, "values": []}
-            whole.pop("structure", None)
-        return _decode_body(whole, where)
-    except _NO_MANIFEST as error:
+            keys = (entry.get("path", [name])[0] for name, entry in members["tensors"].items())
+            members |= {"kind": members["kind"] or kind_with(keys), "tensors": {}, "values": []}
+            members.pop("structure", None)
+        return _decode_body(members, where)
+    except _INVALID as error:
         raise FormatError(f"`{where}` is not a manifest: {type(error).__name__} {error}") from error
 
 
@@ -304,42 +286,42 @@ _NEEDED = {"holdfast", "step", "kind", "created", "layout", "checksums", "files"
 
 
 def _without_tensors(body: bytes) -> dict[str, Any] | None:
-    """A manifest without its tensors, which stand last and are most of it. None where they stand
-    elsewhere, or have to tell of what kind the checkpoint is."""
-    head, found, _ = body.partition(b',"tensors":{')
+    """Parse a manifest up to its tensors, which are its last and by far its largest member.
+
+    Returns None if they are elsewhere, or if they must be read to find the kind.
+    """
+    head, separator, _ = body.partition(b',"tensors":{')
     try:
-        whole = json.loads(head + b"}")
+        members = json.loads(head + b"}")
     except ValueError:
-        # Some other member has one of that name.
+        # The separator is inside another member, which has a `tensors` of its own.
         return None
-    known = found and isinstance(whole, dict) and whole.keys() >= _NEEDED and whole["kind"]
-    return {**whole, "tensors": {}} if known else None
+    is_complete = separator and isinstance(members, dict) and members.keys() >= _NEEDED
+    return {**members, "tensors": {}} if is_complete and members["kind"] else None
 
 
-_NO_MANIFEST = (
-    *(LookupError, TypeError, ValueError, AttributeError, RecursionError),
-    OverflowError,  # Of a number that no float holds.
-)
+# OverflowError comes from an int too large for a float.
+_INVALID = (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError)
 
 
 def _decode_body(body: dict[str, Any], where: str) -> Manifest:
     if body["holdfast"] != VERSION:
-        found = body["holdfast"]
-        older = isinstance(found, int) and found < VERSION
+        version = body["holdfast"]
+        older = isinstance(version, int) and version < VERSION
         raise FormatError(
-            f"`{where}` has format version {found}, this holdfast knows {VERSION}",
-            hint="that version was never released: save the step again, from the run that wrote it"
+            f"`{where}` has format version {version}, this holdfast reads {VERSION}",
+            hint="no release wrote that version: load it with the code that did, and save it again"
             if older
             else "pip install --upgrade holdfast",
         )
     block_bytes = body["checksums"].get("block_bytes")
-    known = type(block_bytes) is int and block_bytes in _BLOCK_BYTES
-    if not known or body["checksums"] != _checksums(block_bytes):
+    is_known = type(block_bytes) is int and block_bytes in _BLOCK_BYTES
+    if not is_known or body["checksums"] != _checksums(block_bytes):
         raise FormatError(f"`{where}` has unknown checksums: {body['checksums']}")
     files: list[_File] = []
-    for name, nbytes, offset, found in body["files"]:
+    for name, nbytes, offset, table_checksum in body["files"]:
         check_file_name(name, where)
-        files.append(_file(name, count_of(nbytes), count_of(offset), found))
+        files.append(_file(name, count_of(nbytes), count_of(offset), table_checksum))
     values = [entry for stored in body["values"] for entry in _values(stored, files)]
     manifest = Manifest(
         tensors={
@@ -354,19 +336,19 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
         kind=body["kind"],
         components=facts.components(body.get("components")),
         created=str(body["created"]),
-        layout=facts.told(body["layout"]),
+        layout=facts.checked_json(body["layout"]),
         versions={str(name): str(version) for name, version in body["versions"].items()},
         metrics=facts.decode_metrics(body.get("metrics", {})),
-        model=facts.told(body.get("model", {})),
+        model=facts.checked_json(body.get("model", {})),
         timings=timings.decode(body.get("timings", {})),
-        metadata=_seal(body["metadata"]),
+        metadata=_metadata(body["metadata"]),
         structure=_structure(body.get("structure"), body.get("optimizers", [])),
     )
     if manifest.kind not in ("full", "model", None):
         raise ValueError(f"kind: {manifest.kind}")
-    twice = len(manifest.files) != len(files) or len(manifest.values) != len(values)
-    if twice or manifest.tensors.keys() & manifest.values.keys():
-        raise ValueError("a file or an entry is there twice")
+    is_duplicate = len(manifest.files) != len(files) or len(manifest.values) != len(values)
+    if is_duplicate or manifest.tensors.keys() & manifest.values.keys():
+        raise ValueError("it has a file or an entry twice")
     return manifest
 
 
@@ -379,7 +361,7 @@ def _structure(stored: list[Any] | None, optimizers: list[Any]) -> dict[Path, No
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """A data file, as the manifest states it."""
+    """A data file, as the manifest lists it."""
 
     name: str
     nbytes: int
@@ -391,8 +373,8 @@ def _file(name: str, nbytes: int, offset: int, stored: str) -> _File:
     num_blocks, rest = divmod(nbytes - offset, checksum.NBYTES)
     if num_blocks < 0 or rest:
         raise ValueError(f"`{name}`: no table of checksums from {offset} to {nbytes}")
-    (found,) = checksum.from_hex(stored)
-    return _File(name, nbytes, Table(offset, found), num_blocks)
+    (table_checksum,) = checksum.from_hex(stored)
+    return _File(name, nbytes, Table(offset, table_checksum), num_blocks)
 
 
 def _tensor(name: str, entry: dict[str, Any], files: list[_File], block_bytes: int) -> TensorEntry:
@@ -419,9 +401,9 @@ def _tensor(name: str, entry: dict[str, Any], files: list[_File], block_bytes: i
 def _values(stored: dict[str, Any], files: list[_File]) -> Iterator[tuple[str, ValueEntry]]:
     number, offset, nbytes = map(count_of, stored["item"])
     file, item = _item(number, offset, nbytes, files)
-    (found,) = checksum.from_hex(stored["checksum"])
+    (container_checksum,) = checksum.from_hex(stored["checksum"])
     for name, path in stored["entries"].items():
-        yield name, ValueEntry(file.name, item, found, path_of(path or [name]))
+        yield name, ValueEntry(file.name, item, container_checksum, path_of(path or [name]))
 
 
 def _item(number: int, offset: int, nbytes: int, files: list[_File]) -> tuple[_File, Span]:
@@ -433,26 +415,26 @@ def _item(number: int, offset: int, nbytes: int, files: list[_File]) -> tuple[_F
     return file, item
 
 
-def _seal(stored: list[int] | None) -> tuple[int, int] | None:
+def _metadata(stored: list[int] | None) -> tuple[int, int] | None:
     if stored is None:
         return None
-    nbytes, found = map(count_of, stored)
-    return nbytes, found
+    nbytes, metadata_checksum = map(count_of, stored)
+    return nbytes, metadata_checksum
 
 
-def kind_with(parts: Iterable[str | int]) -> Kind:
-    """What a checkpoint with tensors below these top-level names holds."""
-    return "full" if OPTIMIZER in parts else "model"
+def kind_with(keys: Iterable[str | int]) -> Kind:
+    """Return the kind of a checkpoint whose tensors have these first keys."""
+    return "full" if OPTIMIZER in keys else "model"
 
 
 def count_of(value: object) -> int:
-    """A size or position, as a stranger's file has it.
+    """Check a size or position from an untrusted file.
 
     Raises:
-        ValueError: no whole number, or one below zero.
+        ValueError: it is no whole number, or negative.
     """
     if type(value) is not int:
-        # Not its text: it may be a list that holds itself a million times.
+        # Do not quote the value: its text may be huge.
         raise ValueError(f"need a count, got a {type(value).__name__}")
     if value < 0:
         raise ValueError(f"need a count, got {value}")
@@ -460,10 +442,10 @@ def count_of(value: object) -> int:
 
 
 def check_file_name(name: object, where: str) -> None:
-    """Refuse a file that lies anywhere but in the checkpoint's own folder.
+    """Check that a name is that of a file in the checkpoint's own folder.
 
     Raises:
-        FormatError: the name is a path, or hides one, or is none.
+        FormatError: it is no text, or a path.
     """
     if type(name) is not str:
         raise FormatError(f"`{where}` names a file by a {type(name).__name__}")
@@ -472,24 +454,24 @@ def check_file_name(name: object, where: str) -> None:
 
 
 def check_sizes(sizes: object) -> tuple[int, ...]:
-    """Sizes, offsets or strides as a stranger's file states them, a bounded number of bounded ints.
+    """Check sizes, offsets or strides from an untrusted file.
 
     Raises:
-        ValueError: they are something else.
+        ValueError: they are no list, more than `DIMS_MAX`, or not from 0 to `SIZE_MAX`.
     """
     if not isinstance(sizes, tuple | list) or len(sizes) > DIMS_MAX:
         raise ValueError(f"need up to {DIMS_MAX} sizes, got a {type(sizes).__name__}")
     for size in sizes:
         if type(size) is not int or not 0 <= size <= SIZE_MAX:
-            raise ValueError(f"a size that is {str(size)[:30] if type(size) is int else 'none'}")
+            raise ValueError(f"invalid size {str(size)[:30] if type(size) is int else type(size)}")
     return tuple(sizes)
 
 
 def path_of(path: object) -> Path:
-    """Keys from the root of a state to an entry, as a stranger's file states them.
+    """Check a path from an untrusted file.
 
     Raises:
-        ValueError: they are something else.
+        ValueError: it is no list of texts and numbers, empty, or longer than `KEYS_MAX`.
     """
     if not isinstance(path, tuple | list) or not 0 < len(path) <= KEYS_MAX:
         raise ValueError(f"a path needs 1 to {KEYS_MAX} keys")

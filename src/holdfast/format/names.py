@@ -1,13 +1,15 @@
-"""Names inside a checkpoint folder: an anchored grammar, so that a stranger's name is never taken.
+"""Names of files and folders beside and inside checkpoints.
 
-step-500                  a published step
-.attempt-NAME-1f2e3d4c    a save at work, or what a killed one left: no reader looks at it
-.replaced-NAME-1f2e3d4c   the earlier NAME while a new one takes its place
-.removing-NAME-1f2e3d4c   a checkpoint half deleted
-.pinned-step-500          a mark: retention never removes step 500
-.damaged-step-500         a mark: data of step 500 was found damaged
-.held-NAME-1f2e3d4c       locked in place of the folder NAME, where folders cannot be locked
-.lock                     who is saving here
+step-500                  a published checkpoint
+.attempt-NAME-1f2e3d4c    a save in progress, or left by a killed save; readers ignore it
+.replaced-NAME-1f2e3d4c   the earlier NAME, while a new checkpoint takes its place
+.removing-NAME-1f2e3d4c   a checkpoint that is being deleted
+.pinned-step-500          a mark: retention never deletes step-500
+.damaged-step-500         a mark: step-500 was found damaged
+.held-NAME-1f2e3d4c       file locked instead of folder NAME, where folders cannot be locked
+.lock                     note about the run that saves here
+
+Each name must match its whole pattern: similar names belong to the user, and are never touched.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 from zlib import crc32
 
 from holdfast.arguments import shown, whole_number
@@ -27,8 +29,8 @@ MANIFEST = "manifest.json"
 LOCK = ".lock"
 
 STEP_MAX = 10**18 - 1
-"""Largest step: the name of a larger one would be longer than the grammar allows, so that no
-reader would find it."""
+"""Largest step number. Readers would not find a larger one: the pattern allows 18 digits."""
+
 _HELD = ".held-"
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})", re.ASCII)
@@ -36,16 +38,20 @@ _ASIDE = re.compile(r"\.(attempt|replaced|removing)-([^/]+)-([0-9a-f]{8})", re.A
 _MARK = re.compile(r"\.(pinned|damaged)-(.+)", re.ASCII)
 
 
+AsideRole = Literal["attempt", "replaced", "removing"]
+MarkRole = Literal["pinned", "damaged"]
+
+
 @dataclass(frozen=True, slots=True)
 class Aside:
-    """A folder that is not a checkpoint yet, or no longer."""
+    """A folder that is not yet a checkpoint, or no longer one."""
 
-    role: Literal["attempt", "replaced", "removing"]
+    role: AsideRole
     name: str
-    """The checkpoint that it is to become, or was."""
+    """Name of the checkpoint that it will become, or was."""
 
     id: str
-    """Eight hexadecimal digits that tell two of them apart."""
+    """Eight random hexadecimal digits."""
 
     def __str__(self) -> str:
         return f".{self.role}-{self.name}-{self.id}"
@@ -53,9 +59,9 @@ class Aside:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What is known of a step and stands beside it: nothing is written into a published one."""
+    """A fact about a checkpoint, in a file beside it, since a published folder never changes."""
 
-    role: Literal["pinned", "damaged"]
+    role: MarkRole
     step: int
 
     def __str__(self) -> str:
@@ -63,23 +69,23 @@ class Mark:
 
 
 def checked_step(value: object, what: str, *, least: int = 0) -> int:
-    """The step number that was passed as `what`: any integer of Python, numpy or torch.
+    """Return the step number that was passed as argument `what`, from Python, numpy or torch.
 
     Raises:
-        UsageError: no whole number, below `least`, or above `STEP_MAX`.
+        UsageError: it is no whole number, below `least`, or above `STEP_MAX`.
     """
     step = whole_number(value)
     if step is None or not least <= step <= STEP_MAX:
-        found = shown(value if step is None else step)
+        text = shown(value if step is None else step)
         raise UsageError(
-            f"`{what}` must be a whole number from {least} to {STEP_MAX}, found: {found}",
-            hint="`int(...)` makes it one" if isinstance(value, float | str) else None,
+            f"`{what}` must be a whole number from {least} to {STEP_MAX}, found: {text}",
+            hint="convert it with `int(...)`" if isinstance(value, float | str) else None,
         )
     return step
 
 
 def step_name(step: int) -> str:
-    """Folder of a step.
+    """Return the folder name of a step.
 
     >>> step_name(500)
     'step-500'
@@ -88,7 +94,7 @@ def step_name(step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """The step that a folder of this name holds; None where the name is somebody else's.
+    """Return the step number in a folder name; None if it is no name of a checkpoint.
 
     >>> step_of("step-500"), step_of("best-step-20"), step_of("step-030"), step_of("step-30.bak")
     (500, None, None, None)
@@ -98,24 +104,25 @@ def step_of(name: str) -> int | None:
 
 
 def steps_among(names: Iterable[str]) -> dict[int, str]:
-    """The steps in a folder, oldest first, each with the folder that holds it, from the names that
-    are there (of folders ending in `/`). That is the folder of its name; or, where a save that was
-    to take its place has died between its two renames, the one that was set aside.
+    """Return the folder of each step, oldest first, given the names in the folder of a run.
+
+    Names of folders end in `/`. The folder of a step has its name, or begins with `.replaced-` if a
+    save that was to replace it died between its two renames.
 
     >>> steps_among(["step-20/", "step-9/", ".replaced-step-30-1f2e3d4c/", "step-4"])
     {9: 'step-9', 20: 'step-20', 30: '.replaced-step-30-1f2e3d4c'}
     """
-    found = {}
+    folders = {}
     for folder in (name.rstrip("/") for name in sorted(names) if name.endswith("/")):
         step = step_standing_in(folder)
         if step is not None:
-            # In the order of the alphabet, what was set aside stands before what has the name.
-            found[step] = folder
-    return dict(sorted(found.items()))
+            # `.replaced-step-N` sorts before `step-N`, which therefore wins.
+            folders[step] = folder
+    return dict(sorted(folders.items()))
 
 
 def step_standing_in(folder: str) -> int | None:
-    """The step that a folder stands for: by its name, or set aside while its successor was saved.
+    """Return the step in the name of a checkpoint, or of one that is being replaced; else None.
 
     >>> step_standing_in("step-30"), step_standing_in(".replaced-step-30-1f2e3d4c")
     (30, 30)
@@ -125,55 +132,53 @@ def step_standing_in(folder: str) -> int | None:
 
 
 def standing_among(names: Iterable[str], name: str) -> str | None:
-    """The folder that stands for checkpoint `name`, from the names that are there: its own; or the
-    one set aside by a save that has died between its two renames. None where there is neither.
+    """Return the folder of checkpoint `name`, given the names beside it; None if it has none.
+
+    The folder has that name, or begins with `.replaced-` if a save that was to replace it died
+    between its two renames.
 
     >>> standing_among([".replaced-best-1f2e3d4c/"], "best"), standing_among(["best/"], "best")
     ('.replaced-best-1f2e3d4c', 'best')
     """
-    found = None
-    for one in (other.rstrip("/") for other in names):
-        if one == name:
-            return name
-        aside = aside_of(one)
-        if found is None and aside is not None and (aside.role, aside.name) == ("replaced", name):
-            found = one
-    return found
+    folders = [other.rstrip("/") for other in names]
+    if name in folders:
+        return name
+    for folder in folders:
+        aside = aside_of(folder)
+        if aside is not None and (aside.role, aside.name) == ("replaced", name):
+            return folder
+    return None
 
 
 def aside_of(name: str) -> Aside | None:
-    """What a folder set aside under this name is; None where the name is somebody else's."""
+    """Parse the name of an `Aside`; None if it is no such name."""
     match = _ASIDE.fullmatch(name)
-    if not match:
-        return None
-    role: Literal["attempt", "replaced", "removing"] = match[1]  # type: ignore[assignment]
-    return Aside(role, match[2], match[3])
+    return Aside(cast("AsideRole", match[1]), match[2], match[3]) if match else None
 
 
 def mark_of(name: str) -> Mark | None:
-    """The mark that a file of this name is; None where the name is somebody else's."""
+    """Parse the name of a `Mark`; None if it is no such name."""
     match = _MARK.fullmatch(name)
     step = step_of(match[2]) if match else None
-    if match is None or step is None:
-        return None
-    role: Literal["pinned", "damaged"] = match[1]  # type: ignore[assignment]
-    return Mark(role, step)
+    return None if match is None or step is None else Mark(cast("MarkRole", match[1]), step)
 
 
 def held_file(name: str) -> str:
-    """File that is locked in place of a folder of this name, beside it. A checkpoint has one file
-    by whatever name it is set aside, since who holds it may rename it; an attempt has its own.
+    """Return the file beside a folder that is locked instead of it.
+
+    A checkpoint has the same file under its `.replaced` and `.removing` names, since its holder may
+    rename it. An attempt has a file of its own.
 
     >>> held_file("step-5"), held_file(".replaced-step-5-1f2e3d4c")
     ('.held-step-5-1eb6696e', '.held-step-5-1eb6696e')
     """
     aside = aside_of(name)
-    held = name if aside is None or aside.role == "attempt" else aside.name
-    return f"{_HELD}{held}-{crc32(os.fsencode(held)):08x}"
+    folder = name if aside is None or aside.role == "attempt" else aside.name
+    return f"{_HELD}{folder}-{crc32(os.fsencode(folder)):08x}"
 
 
 def held_of(name: str) -> str | None:
-    """Folder in whose place a file of this name is locked; None where it is no such file."""
+    """Return the folder of a `held_file`; None if `name` is no such file."""
     folder = name.removeprefix(_HELD)[:-9]
     return folder if name == held_file(folder) else None
 
@@ -210,5 +215,5 @@ def check_name(name: str, where: str) -> None:
 
 
 def data_file(rank: int) -> str:
-    """File of one rank's items, as stock DCP names it."""
+    """Return the name of a rank's data file, as in stock DCP."""
     return f"__{rank}_0.distcp"

@@ -1,9 +1,9 @@
-"""The opcodes of a pickle, one by one: what a checkpoint needs of them, in bounded time and memory.
+"""Interpret the opcodes of a pickle that checkpoints use, in bounded time and memory.
 
-After Python's `pickletools` and `pickle.py`. The standard library's C unpickler makes room for any
-memo index that a file states, hashes tuples however deep they are nested, and calls what it finds
-with arguments that share their memory: a kilobyte can take gigabytes, or the process. Here every
-opcode costs time and memory in proportion to its own bytes.
+After Python's `pickletools` and `pickle.py`. The standard library's C unpickler allocates for any
+memo index in a file, hashes tuples of any nesting, and makes calls whose results may grow without
+limit, so that a kilobyte can take gigabytes or crash the process. Here the time and memory of every
+opcode are proportional to its own bytes.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from holdfast.errors import FormatError
 from holdfast.format.dtypes import BY_NAME
 
 MARKS_MAX = 10_000
-"""Marks open at once: torch leaves a few for each level of nesting."""
+"""Most open marks; torch leaves a few for each level of nesting."""
 
 KEY_MEMBERS_MAX = 64
-"""Members of a tuple that is a key: hashing it costs them at each use, the file a byte or two."""
+"""Most members of a tuple that is a key: each use, of a byte or two, hashes all of them."""
 
 _KEY_INT_BITS = 60
 
 LARGE_KEYS_MAX = 1000
-"""Keys that are ints of more bits. All of them can be made to have one hash, which makes finding
-one in a dict as slow as in a list."""
+"""Most keys that are larger ints: a file can give all of them the same hash, which makes a dict as
+slow as a list."""
 
 _U16, _U32, _I32, _U64, _F64 = map(struct.Struct, ("<H", "<I", "<i", "<Q", ">d"))
 
 
 class Plain:
-    """Stands for an instance of a class that is not imported: its arguments and its state."""
+    """Stands for an instance of a class that is not imported, with its arguments and its state."""
 
     args: tuple[Any, ...]
     state: Any
 
     def __new__(cls, *args: Any) -> Plain:
-        made = super().__new__(cls)
-        made.args = args
-        made.state = {}
-        return made
+        instance = super().__new__(cls)
+        instance.args = args
+        instance.state = {}
+        return instance
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,11 @@ class DtypeName:
 
 
 class Machine:
-    """Reads one pickle. The stack is a list; a mark sets it aside and starts a new one."""
+    """Reads one pickle. A mark saves the stack and starts a new one."""
 
     def __init__(self, data: bytes, allowed: Mapping[tuple[str, str], Any], where: str) -> None:
         self.data = data
-        self.at = 0
+        self.position = 0
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -66,39 +66,39 @@ class Machine:
         self.num_large_keys = 0
 
     def run(self) -> Any:
-        """The object that the pickle ends with."""
+        """Execute the pickle and return its object."""
         data, table = self.data, _TABLE
-        while (opcode := data[self.at]) != _STOP:
-            self.at += 1
+        while (opcode := data[self.position]) != _STOP:
+            self.position += 1
             handle = table[opcode]
             if handle is None:
-                raise ValueError(f"opcode {opcode:#04x} at byte {self.at - 1} is not known here")
+                raise ValueError(f"unsupported opcode {opcode:#04x} at byte {self.position - 1}")
             handle(self)
         return self.stack.pop()
 
     # ------------------------------------------------------------------------ reading arguments
 
     def take(self, nbytes: int) -> bytes:
-        start, self.at = self.at, self.at + nbytes
-        if self.at > len(self.data):
-            raise ValueError(f"ends inside an argument of {nbytes} bytes at byte {start}")
-        return self.data[start : self.at]
+        start, self.position = self.position, self.position + nbytes
+        if self.position > len(self.data):
+            raise ValueError(f"it ends inside an argument of {nbytes} bytes at byte {start}")
+        return self.data[start : self.position]
 
     def number(self, kind: struct.Struct) -> Any:
-        (value,) = kind.unpack_from(self.data, self.at)
-        self.at += kind.size
+        (value,) = kind.unpack_from(self.data, self.position)
+        self.position += kind.size
         return value
 
     def line(self, encoding: str = "utf-8") -> str:
-        stop = self.data.index(b"\n", self.at)
-        start, self.at = self.at, stop + 1
+        stop = self.data.index(b"\n", self.position)
+        start, self.position = self.position, stop + 1
         return self.data[start:stop].decode(encoding)
 
     def text(self, nbytes: int) -> None:
         self.stack.append(self.take(nbytes).decode("utf-8", "surrogatepass"))
 
     def to_mark(self) -> list[Any]:
-        """What was pushed since the last mark; the stack is that of before it."""
+        """Return the objects pushed since the last mark, and restore the stack before it."""
         items, self.stack = self.stack, self.marked.pop()
         return items
 
@@ -106,7 +106,7 @@ class Machine:
 
     def push_global(self, module: object, name: object) -> None:
         if type(module) is not str or type(name) is not str:
-            raise ValueError("a global whose name is no text")
+            raise ValueError("the name of a global is no text")
         if module == "torch" and name in BY_NAME:
             self.stack.append(DtypeName(name))
             return
@@ -114,36 +114,37 @@ class Machine:
             self.stack.append(self.allowed[module, name])
         except KeyError:
             raise FormatError(
-                f"`{self.where}` names `{module[:200]}.{name[:200]}`, which no checkpoint needs: "
-                "refused",
-                hint="a pickle can run any code; do not open this file with torch.load either",
+                f"`{self.where}` refers to `{module[:200]}.{name[:200]}`, which Holdfast does not "
+                "allow in a checkpoint",
+                hint="loading a pickle can run code: use `torch.load(weights_only=False)` only if "
+                "you trust the writer of the file",
             ) from None
 
     def call(self, function: Any, args: object) -> Any:
-        """What stands for a call. Nothing is copied: arguments may be shared by a million calls."""
+        """Return the result of a call. Does not copy the arguments: many calls may share them."""
         if type(args) is not tuple:
             raise ValueError("a call without a tuple of arguments")
         if isinstance(function, type) and issubclass(function, Plain):
-            made = Plain.__new__(function)
-            made.args = args
-            return made
+            instance = Plain.__new__(function)
+            instance.args = args
+            return instance
         if function is OrderedDict and not args:
             return OrderedDict()
         if function in (tuple, int, str) and len(args) == 1 and type(args[0]) is function:
             return args[0]
-        raise ValueError(f"a call of {_spelled(function)} with {len(args)} arguments")
+        raise ValueError(f"a call of {_described(function)} with {len(args)} arguments")
 
     def build(self, state: object) -> None:
-        made = self.stack[-1]
-        if isinstance(made, Plain):
-            made.state = state
-        elif type(made) is not OrderedDict:
-            # An OrderedDict's attributes, such as the `_metadata` of a state dict, are left out.
-            raise ValueError(f"a state for {_spelled(made)}")
+        instance = self.stack[-1]
+        if isinstance(instance, Plain):
+            instance.state = state
+        elif type(instance) is not OrderedDict:
+            # Attributes of an OrderedDict, such as the `_metadata` of a state dict, are ignored.
+            raise ValueError(f"a state for {_described(instance)}")
 
     def put(self, index: int) -> None:
         if index > len(self.data):
-            raise ValueError(f"remembers more than it has, at {index}")
+            raise ValueError(f"memo index {index} exceeds the size of the pickle")
         self.memo[index] = self.stack[-1]
 
     def get(self, index: int) -> None:
@@ -152,7 +153,7 @@ class Machine:
     def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is not dict and type(target) is not OrderedDict:
-            raise ValueError(f"items for {_spelled(target)}")
+            raise ValueError(f"items for {_described(target)}")
         if len(items) % 2:
             raise ValueError("a key without a value")
         for key in items[::2]:
@@ -163,28 +164,28 @@ class Machine:
     def add_members(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is not set:
-            raise ValueError(f"members for {_spelled(target)}")
+            raise ValueError(f"members for {_described(target)}")
         for item in items:
             self.check_key(item)
         target.update(items)
 
     def check_key(self, key: object) -> None:
-        """Refuse a key that costs more to hash or to find than its own bytes."""
+        """Refuse a key that costs more time to hash or to find than its own bytes justify."""
         members = key if type(key) is tuple else (key,)
         if len(members) > KEY_MEMBERS_MAX:
             raise ValueError(f"a key of {len(members)} members")
         for member in members:
             if not isinstance(member, str | int | float | bytes | Plain | DtypeName | None):
-                raise ValueError(f"a key that is {_spelled(member)}")
+                raise ValueError(f"a key that is {_described(member)}")
             if type(member) is int and member.bit_length() > _KEY_INT_BITS:
                 self.num_large_keys += 1
                 if self.num_large_keys > LARGE_KEYS_MAX:
-                    raise ValueError(f"more than {LARGE_KEYS_MAX} keys that are large numbers")
+                    raise ValueError(f"more than {LARGE_KEYS_MAX} keys are large numbers")
 
     def extend(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is not list:
-            raise ValueError(f"members for {_spelled(target)}")
+            raise ValueError(f"members for {_described(target)}")
         target.extend(items)
 
     def make_tuple(self, count: int) -> None:
@@ -193,12 +194,8 @@ class Machine:
         self.stack[-count:] = [tuple(self.stack[-count:])]
 
 
-def _spelled(made: object) -> str:
-    return f"`{made.__name__}`" if isinstance(made, type) else f"a {type(made).__name__}"
-
-
-def _frame(m: Machine) -> None:
-    m.number(_U64)
+def _described(value: object) -> str:
+    return f"`{value.__name__}`" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 def _mark(m: Machine) -> None:
@@ -217,29 +214,17 @@ def _pop(m: Machine) -> None:
 
 def _int_line(m: Machine) -> None:
     text = m.line()
-    m.stack.append({"00": False, "01": True}.get(text) if text in ("00", "01") else int(text))
-
-
-def _long_line(m: Machine) -> None:
-    m.stack.append(int(m.line().removesuffix("L")))
+    m.stack.append(text == "01" if text in ("00", "01") else int(text))
 
 
 def _long(m: Machine, nbytes: int) -> None:
     m.stack.append(int.from_bytes(m.take(nbytes), "little", signed=True))
 
 
-def _unicode_line(m: Machine) -> None:
-    m.stack.append(m.line("raw-unicode-escape"))
-
-
 def _set_item(m: Machine) -> None:
     value = m.stack.pop()
     key = m.stack.pop()
     m.set_items([key, value])
-
-
-def _append(m: Machine) -> None:
-    m.extend([m.stack.pop()])
 
 
 def _dict(m: Machine) -> None:
@@ -270,7 +255,7 @@ def _reduce(m: Machine) -> None:
 
 def _new_with_keywords(m: Machine) -> None:
     if m.stack.pop():
-        raise ValueError("a class is made with keyword arguments")
+        raise ValueError("an instance with keyword arguments")
     _reduce(m)
 
 
@@ -280,28 +265,24 @@ def _stack_global(m: Machine) -> None:
 
 
 def _byte(m: Machine) -> int:
-    m.at += 1
-    return m.data[m.at - 1]
-
-
-def _push(value: Any) -> Callable[[Machine], None]:
-    return lambda m: m.stack.append(value)
+    m.position += 1
+    return m.data[m.position - 1]
 
 
 _STOP = ord(".")
 
 _OPCODES: dict[bytes, Callable[[Machine], Any]] = {
     b"\x80": _byte,
-    b"\x95": _frame,
+    b"\x95": lambda m: m.number(_U64),
     b"(": _mark,
     b"0": _pop,
     b"1": lambda m: m.to_mark(),
     b"2": lambda m: m.stack.append(m.stack[-1]),
-    b"N": _push(None),
-    b"\x88": _push(True),
-    b"\x89": _push(False),
+    b"N": lambda m: m.stack.append(None),
+    b"\x88": lambda m: m.stack.append(True),
+    b"\x89": lambda m: m.stack.append(False),
     b"I": _int_line,
-    b"L": _long_line,
+    b"L": lambda m: m.stack.append(int(m.line().removesuffix("L"))),
     b"F": lambda m: m.stack.append(float(m.line())),
     b"J": lambda m: m.stack.append(m.number(_I32)),
     b"K": lambda m: m.stack.append(_byte(m)),
@@ -309,7 +290,7 @@ _OPCODES: dict[bytes, Callable[[Machine], Any]] = {
     b"G": lambda m: m.stack.append(m.number(_F64)),
     b"\x8a": lambda m: _long(m, _byte(m)),
     b"\x8b": lambda m: _long(m, m.number(_U32)),
-    b"V": _unicode_line,
+    b"V": lambda m: m.stack.append(m.line("raw-unicode-escape")),
     b"X": lambda m: m.text(m.number(_U32)),
     b"\x8c": lambda m: m.text(_byte(m)),
     b"\x8d": lambda m: m.text(m.number(_U64)),
@@ -322,14 +303,14 @@ _OPCODES: dict[bytes, Callable[[Machine], Any]] = {
     b"\x8f": lambda m: m.stack.append(set()),
     b"\x90": lambda m: m.add_members(m.to_mark()),
     b"\x91": _frozen_set,
-    b")": _push(()),
+    b")": lambda m: m.stack.append(()),
     b"t": _collect(tuple),
     b"\x85": lambda m: m.make_tuple(1),
     b"\x86": lambda m: m.make_tuple(2),
     b"\x87": lambda m: m.make_tuple(3),
     b"]": lambda m: m.stack.append([]),
     b"l": _collect(list),
-    b"a": _append,
+    b"a": lambda m: m.extend([m.stack.pop()]),
     b"e": lambda m: m.extend(m.to_mark()),
     b"}": lambda m: m.stack.append({}),
     b"d": _dict,

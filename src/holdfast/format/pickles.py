@@ -1,7 +1,7 @@
-"""Pickles by allow-list: read without importing what they name, written without it either.
+"""Read and write pickles without importing what they refer to.
 
-Every global is looked up in the caller's table, and what is not there is refused by name. Nothing
-is called: `Plain` objects stand for what would be, with the arguments and the state that it has.
+The reader looks up every global in the caller's table, and refuses others by name. It calls
+nothing: a `Plain` object stands for each instance, with its arguments and its state.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ __all__ = ["Call", "DtypeName", "Dumper", "Global", "Instance", "Plain", "loads"
 
 
 def loads(data: bytes, allowed: Mapping[tuple[str, str], Any], *, where: str) -> Any:
-    """The object in a pickle, with `allowed[module, name]` in the place of each global.
+    """Return the object in a pickle, with `allowed[module, name]` in place of each global.
 
-    Calls are made of subclasses of `Plain`, of `OrderedDict` without arguments, and of `tuple`,
-    `int` and `str` with one of their own; any other value may be named, but not called.
+    The pickle may call subclasses of `Plain`, `OrderedDict` without arguments, and `tuple`, `int`
+    and `str` with an argument of the same type. It may refer to other allowed values, but not call
+    them.
 
-    `torch` dtypes are always allowed, and come as `DtypeName`; persistent ids come as they are.
-    Time and memory stay in proportion to the bytes. What comes back may be shared and cyclic.
+    Dtypes of `torch` are always allowed and become `DtypeName`. Persistent ids are returned
+    unchanged. Time and memory are proportional to the bytes. The result may share objects, and may
+    be cyclic.
 
     Raises:
-        FormatError: a global that is not allowed, by name; or not a pickle.
+        FormatError: it is no pickle, or refers to a global that is not allowed.
     """
     try:
         return Machine(data, allowed, where).run()
@@ -38,7 +40,7 @@ def loads(data: bytes, allowed: Mapping[tuple[str, str], Any], *, where: str) ->
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A module's member, by name."""
+    """A member of a module, by name."""
 
     module: str
     name: str
@@ -46,7 +48,7 @@ class Global:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The result of calling a global."""
+    """A call of a global."""
 
     function: Global
     args: tuple[Any, ...]
@@ -54,7 +56,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """An instance made without its `__init__`, then given its state."""
+    """An instance made without `__init__` from its state."""
 
     cls: Global
     state: Any
@@ -63,7 +65,7 @@ class Instance:
 class Dumper:
     """Writes a pickle (protocol 4) of plain values, `Global`, `Call` and `Instance`.
 
-    The same values always give the same bytes. Globals and strings are written once.
+    Equal values always give equal bytes. Each global and string is written once and memoized.
     """
 
     def __init__(self, start: bytes) -> None:
@@ -71,31 +73,30 @@ class Dumper:
         self._memo: dict[object, int] = {}
 
     def raw(self, opcodes: bytes) -> None:
-        """These bytes as they are; they leave the memo alone."""
+        """Append opcodes, which must not memoize anything."""
         self.parts.append(opcodes)
 
     @property
-    def num_known(self) -> int:
-        """Globals and strings in the memo."""
+    def num_memoized(self) -> int:
         return len(self._memo)
 
-    def at(self, value: object) -> int:
-        """The place in the memo of a global or a string that is known."""
+    def index(self, value: object) -> int:
+        """Return the index of a memoized global or string."""
         return self._memo[value]
 
     def get(self, value: object) -> bytes:
-        """What pushes a global or a string that is known."""
-        at = self._memo[value]
-        return b"h" + bytes([at]) if at < 256 else b"j" + _u32(at)
+        """Return the opcode that pushes a memoized global or string."""
+        index = self._memo[value]
+        return b"h" + bytes([index]) if index < 256 else b"j" + _u32(index)
 
     def take(self) -> bytes:
-        """What was put since the last time; the memo stays."""
+        """Remove and return the bytes written so far. Keeps the memo."""
         taken = b"".join(self.parts)
         self.parts = []
         return taken
 
-    def know(self, *values: object) -> None:
-        """Put globals and strings where nothing comes of them, so that `get` has them."""
+    def memoize(self, *values: object) -> None:
+        """Memoize globals and strings without adding them to the object."""
         for value in values:
             self.put(value)
             self.parts.append(b"0")
@@ -166,7 +167,7 @@ class Dumper:
 
 
 def pickled_int(value: int) -> bytes:
-    """The shortest opcode for this int."""
+    """Pickle an int with its shortest opcode."""
     if 0 <= value < 1 << 8:
         return b"K" + bytes([value])
     if 0 <= value < 1 << 16:
@@ -178,7 +179,7 @@ def pickled_int(value: int) -> bytes:
 
 
 def pickled_str(text: str) -> bytes:
-    """A string as protocol 2 has it."""
+    """Pickle a string as in protocol 2."""
     return b"X" + _u32(len(text.encode())) + text.encode()
 
 

@@ -37,11 +37,11 @@ class Region:
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Region:
-        """All elements of a tensor of this shape."""
+        """Return the region of all elements of a tensor of this shape."""
         return cls((0,) * len(shape), tuple(shape))
 
     def __and__(self, other: Region) -> Region:
-        """The elements in both: empty, never None, where the boxes do not meet."""
+        """Return the intersection, which is an empty region if the boxes do not overlap."""
         start = tuple(map(max, self.start, other.start))
         stop = tuple(map(max, start, map(min, self.stop, other.stop)))
         return Region(start, stop)
@@ -55,12 +55,12 @@ class Region:
         return prod(map(sub, self.stop, self.start))
 
     def within(self, outer: Region) -> Region:
-        """The same elements, counted from the first element of `outer`, which holds them all."""
+        """Return the region relative to `outer`, which contains it."""
         origin = outer.start
         return Region(tuple(map(sub, self.start, origin)), tuple(map(sub, self.stop, origin)))
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether every element lies inside a tensor of this shape."""
+        """Whether the region is inside a tensor of this shape."""
         return len(self.stop) == len(shape) and all(map(int.__le__, self.stop, shape))
 
     def slices(self) -> tuple[slice, ...]:
@@ -68,18 +68,18 @@ class Region:
 
 
 PAIRS_MAX = 500_000
-"""Regions compared with one another before giving up: seconds. Shards of any mesh need a few
-thousand; a stranger's file could ask for the square of what it holds."""
+"""Most pairs of regions that are compared, which takes seconds. Shards of any mesh need a few
+thousand; a crafted file could need the square of its number of chunks."""
 
 
 def first_overlap(regions: Iterable[Region]) -> tuple[Region, Region] | None:
-    """Two regions that share an element, or None.
+    """Return two regions that share an element, or None.
 
-    Sweeps along the dim that they are cut into most often, so that row or column shards cost a sort
-    and a grid of shards its width.
+    Sweeps along the dim with the most cuts: shards of rows or columns cost one sort, and each shard
+    of a grid is compared with as many others as the grid is wide.
 
     Raises:
-        FormatError: more than `PAIRS_MAX` pairs would have to be compared.
+        FormatError: it would have to compare more than `PAIRS_MAX` pairs.
     """
     filled = [region for region in regions if region.num_elements]
     if not filled or not filled[0].start:

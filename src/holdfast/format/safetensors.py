@@ -1,8 +1,9 @@
-"""safetensors: a file of named tensors, and a folder of such files with an index.
+"""Read and lay out safetensors files, and the index of a folder of them.
 
-After https://github.com/huggingface/safetensors, its README: eight bytes with the length of a JSON
-header, the header, the data. The header names dtype, shape and place of each tensor; together they
-fill the data without a gap. No checksum is kept: what can be checked is that it is whole.
+After the README of https://github.com/huggingface/safetensors: eight bytes with the length of a
+JSON header, the header, the data. The header has dtype, shape and position of each tensor; together
+they fill the data without a gap. The format has no checksums: a reader can detect a truncated file,
+but not changed data.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any
 
 from holdfast.errors import FormatError
+from holdfast.format.archive import Fetch
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import (
     Chunk,
@@ -32,11 +35,12 @@ INDEX = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
 
 HEADER_BYTES_MAX = 100_000_000
-"""The limit of the format's own readers."""
+"""Largest header, as in the reference implementation."""
 
 INDEX_BYTES_MAX = 100_000_000
 
 LISTED_MAX = 50
+"""Most problems that a message lists."""
 
 _DTYPES = {
     "F64": "float64",
@@ -62,15 +66,12 @@ _DTYPES = {
 
 _NAMES = {torch: ours for ours, torch in _DTYPES.items()}
 
-Fetch = Callable[[int, int], bytes]
-"""`fetch(offset, nbytes)`: bytes of the file, fewer only where it ends."""
-
 
 def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> Manifest:
-    """The manifest of one safetensors file of `nbytes`. Fetches its header alone.
+    """Read the manifest of a safetensors file of `nbytes`. Fetches only its header.
 
     Raises:
-        FormatError: it is no such file, or not a whole one.
+        FormatError: it is no safetensors file, or truncated.
     """
     try:
         prefix = fetch(0, 8)
@@ -97,15 +98,15 @@ def _tensors(
             _check_strings(entry)
             continue
         if entry.keys() != {"dtype", "shape", "data_offsets"}:
-            raise ValueError(f"`{name[:200]}` has other keys than dtype, shape and data_offsets")
+            raise ValueError(f"`{name[:200]}` must have the keys dtype, shape and data_offsets")
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
-            raise ValueError(f"`{name[:200]}` has dtype {str(entry['dtype'])[:40]!r}")
+            raise ValueError(f"`{name[:200]}` has unknown dtype {str(entry['dtype'])[:40]!r}")
         shape, (first, last) = check_sizes(entry["shape"]), check_sizes(entry["data_offsets"])
         whole = Region.whole(shape)
         if last - first != whole.num_elements * dtype_of(dtype).itemsize:
             raise ValueError(
-                f"`{name[:200]}`: {dtype} {list(shape)} does not take bytes {first} to {last}"
+                f"`{name[:200]}`: {dtype} {list(shape)} does not fill bytes {first} to {last}"
             )
         if start + last > nbytes:
             raise ValueError(
@@ -119,13 +120,13 @@ def _tensors(
 
 
 def _check_filled(tensors: Mapping[str, TensorEntry], start: int, nbytes: int) -> None:
-    """Refuse tensors that overlap, or leave bytes to nobody."""
+    """Refuse tensors that overlap or leave gaps."""
     spans = sorted((e.chunks[0].item.offset, e.chunks[0].item.stop, n) for n, e in tensors.items())
     spans = [(start, start, "the header"), *spans, (nbytes, nbytes, "the end of the file")]
-    for (_, before, one), (after, _, other) in pairwise(spans):
-        if before != after:
-            how = "overlap" if after < before else "leave a gap"
-            raise ValueError(f"`{one[:200]}` and `{other[:200]}` {how} at byte {before}")
+    for (_, stop, name), (start, _, next_name) in pairwise(spans):
+        if stop != start:
+            how = "overlap" if start < stop else "leave a gap"
+            raise ValueError(f"`{name[:200]}` and `{next_name[:200]}` {how} at byte {stop}")
 
 
 def _check_strings(entry: object) -> None:
@@ -134,10 +135,10 @@ def _check_strings(entry: object) -> None:
 
 
 def read_index(data: bytes, *, where: str) -> dict[str, str]:
-    """The file that holds each tensor, from the bytes of `model.safetensors.index.json`.
+    """Decode `model.safetensors.index.json`: the file of each tensor.
 
     Raises:
-        FormatError: it is no such index, or names a file outside of its folder.
+        FormatError: it is no such index, or has a file outside of its folder.
     """
     if len(data) > INDEX_BYTES_MAX:
         raise FormatError(f"`{where}` has more than {INDEX_BYTES_MAX} bytes")
@@ -158,23 +159,23 @@ _NUMBER_DIGITS_MAX = 9
 
 
 def missing_shards(files: Iterable[str]) -> list[str]:
-    """Names of the shards, up to `LISTED_MAX`, that are missing in sets of which some are there.
+    """Return the missing files, up to `LISTED_MAX`, of sets of shards that are incomplete.
 
     >>> missing_shards(["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"])
     ['model-00002-of-00003.safetensors']
     """
     sets: dict[tuple[str, str, str], dict[int, str]] = {}
     for file in files:
-        found = _SHARD.fullmatch(file)
-        if found and max(len(found[2]), len(found[3])) <= _NUMBER_DIGITS_MAX:
-            sets.setdefault((found[1], found[3], found[4]), {})[int(found[2])] = found[2]
+        match = _SHARD.fullmatch(file)
+        if match and max(len(match[2]), len(match[3])) <= _NUMBER_DIGITS_MAX:
+            sets.setdefault((match[1], match[3], match[4]), {})[int(match[2])] = match[2]
     missing: list[str] = []
-    for (before, total, after), there in sets.items():
-        digits = len(next(iter(there.values())))
-        # Most count from 1, a few from 0.
-        first = 0 if 0 in there else 1
-        lacking = (n for n in range(first, first + int(total)) if n not in there)
-        for number in islice(lacking, LISTED_MAX - len(missing)):
+    for (before, total, after), present in sets.items():
+        digits = len(next(iter(present.values())))
+        # Most sets count from 1, a few from 0.
+        first = 0 if 0 in present else 1
+        absent = (n for n in range(first, first + int(total)) if n not in present)
+        for number in islice(absent, LISTED_MAX - len(missing)):
             missing.append(f"{before}{number:0{digits}}-of-{total}{after}")
     return missing
 
@@ -182,33 +183,32 @@ def missing_shards(files: Iterable[str]) -> list[str]:
 def joined(
     parts: Mapping[str, Manifest], index: Mapping[str, str] | None, *, where: str
 ) -> Manifest:
-    """One manifest of a folder, from those of its files. With an index, it alone says which file
-    counts for which tensor.
+    """Join the manifests of the files of a folder.
 
     Raises:
-        FormatError: a tensor that is not where the index has it, or that two files hold.
+        FormatError: a tensor is in two files, or not in the file that the index names.
     """
     tensors: dict[str, TensorEntry] = {}
-    wrong = []
+    problems = []
     for file, part in parts.items():
         for name, entry in part.tensors.items():
             if index is not None and index.get(name) != file:
-                wrong.append(f"`{file}` holds `{name}`, the index does not say so")
+                problems.append(f"`{name}` is in `{file}`, which the index does not say")
             elif name in tensors:
-                wrong.append(f"`{name}` is in `{tensors[name].chunks[0].file}` and in `{file}`")
+                problems.append(f"`{name}` is in `{tensors[name].chunks[0].file}` and in `{file}`")
             tensors[name] = entry
     for name, file in (index or {}).items():
         if name not in tensors:
-            wrong.append(f"`{name}` is not in `{file}`, where the index has it")
-    if wrong:
-        more = len(wrong) - LISTED_MAX
+            problems.append(f"`{name}` is not in `{file}`, contrary to the index")
+    if problems:
+        more = len(problems) - LISTED_MAX
         raise FormatError(
-            f"`{where}`: {wrong[0]}"
-            if len(wrong) == 1
-            else f"`{where}`: {len(wrong)} tensors are not where they should be:\n  "
-            + "\n  ".join(wrong[:LISTED_MAX])
+            f"`{where}`: {problems[0]}"
+            if len(problems) == 1
+            else f"`{where}`: {len(problems)} tensors are in the wrong place:\n  "
+            + "\n  ".join(problems[:LISTED_MAX])
             + (f"\n  ... and {more} more" if more > 0 else ""),
-            hint=f"without `{INDEX}` every `*{SUFFIX}` counts: move away what does not belong here"
+            hint=f"without `{INDEX}` every `*{SUFFIX}` is read: move away files of other models"
             if index is None
             else "download the folder again",
         )
@@ -218,70 +218,72 @@ def joined(
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsLayout:
-    """A file before it is written: its header, and where the elements of each tensor go."""
+    """Layout of a safetensors file, decided before it is written."""
 
     nbytes: int
     header: bytes
+    """All bytes before the data."""
+
     tensors: Mapping[str, Span]
+    """Position of each tensor's elements in the file."""
 
 
 def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> SafetensorsLayout:
-    """Where everything lies in a file of these tensors, given their dtypes and shapes.
+    """Lay out a file, given the dtype and shape of each tensor.
 
-    Larger elements come first, so that all are aligned; the header says `{"format": "pt"}`, which
-    transformers asks for, and is padded to 8 bytes.
+    Tensors are sorted by decreasing itemsize, so that all are aligned. The header has
+    `{"format": "pt"}`, which transformers requires, and is padded to 8 bytes.
 
     Raises:
-        FormatError: a dtype that the format has no name for.
+        FormatError: the format does not have one of the dtypes.
     """
     sizes = {name: dtype_of(dtype).itemsize for name, (dtype, _) in tensors.items()}
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    position = 0
     for name in sorted(tensors, key=lambda name: -sizes[name]):
         dtype, shape = tensors[name]
         if dtype not in _NAMES:
             raise FormatError(f"`{name}`: safetensors has no {dtype}")
-        stop = at + Region.whole(shape).num_elements * sizes[name]
-        entries[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": (at, stop)}
-        at = stop
+        stop = position + Region.whole(shape).num_elements * sizes[name]
+        entries[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": (position, stop)}
+        position = stop
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    placed = {}
+    spans = {}
     for name in tensors:
         first, last = entries[name]["data_offsets"]
-        placed[name] = Span(start + first, last - first)
-    return SafetensorsLayout(start + at, struct.pack("<Q", len(text)) + text, placed)
+        spans[name] = Span(start + first, last - first)
+    return SafetensorsLayout(start + position, struct.pack("<Q", len(text)) + text, spans)
 
 
 def encode_index(files: Mapping[str, str], nbytes: int) -> bytes:
-    """The bytes of `model.safetensors.index.json`: the file of each tensor, and the bytes of all
+    """Encode `model.safetensors.index.json`, given the file of each tensor and the bytes of all
     elements."""
     index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(files.items()))}
     return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def parse_json(data: bytes) -> Any:
-    """The JSON in these bytes.
+    """Parse strict JSON.
 
     Raises:
-        ValueError: no JSON, or an object with a key twice.
-        RecursionError: nested too deep.
+        ValueError: it is no JSON, or an object has a key twice.
+        RecursionError: it is nested too deep.
     """
     return json.loads(data, object_pairs_hook=_object, parse_constant=_no_constant)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key `{twice[:200]}` is there twice")
-    return made
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key `{key[:200]}` is there twice")
+    return members
 
 
 def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON")
+    raise ValueError(f"{text} is not valid in JSON")
 
 
 def _reason(error: Exception) -> str:

@@ -1,8 +1,7 @@
-"""Structure of nested state: what the names of its entries cannot tell, as JSON.
+"""JSON that describes the containers and key types of a state, as far as its paths do not.
 
-A node says how the state below one path is put together again. `null` stands for what the entries
-tell by themselves: one entry, or dicts with text keys and lists around several. docs/format.md has
-the grammar.
+A node describes the state below one path. `null` is a node that adds nothing: one entry, or dicts
+with text keys and lists around several entries. docs/format.md has the grammar.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Node = str | dict[str, Any] | None
-"""JSON of one node. Only `check_node` may be trusted to have looked at what a file states."""
+"""JSON of one node. Nodes from a file are valid only after `check_node`."""
 
 MAPPINGS = ("dict", "OrderedDict", "Counter", "defaultdict")
-"""Kinds of containers whose children have keys."""
+"""Kinds of nodes whose children have keys."""
 
 SEQUENCES = ("list", "tuple")
-"""Kinds of containers whose children have numbers."""
+"""Kinds of nodes whose children have indices."""
 
 ARRAY = "array"
 """Node of a numpy array, which is stored as a tensor."""
@@ -27,48 +26,46 @@ ARRAY = "array"
 FACTORIES = ("list", "dict", "set", "int", "float", "str", "bool", "tuple", "None")
 """Default factories that a `defaultdict` may name."""
 
-NUMBERS = (
-    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-    *("float16", "float32", "float64", "complex64", "complex128", "str", "bytes"),
-)
-"""Types of numpy scalars that come back as they were, as numpy names their dtypes."""
+_INTEGERS = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+_FLOATS = ("float16", "float32", "float64", "complex64", "complex128")
+NUMBERS = (*_INTEGERS, *_FLOATS, "str", "bytes")
+"""Types of numpy scalars that keep their type, as numpy names their dtypes."""
 
 EMPTY_BYTES = "empty bytes"
-"""Type of `b""`, which pickle writes as a call of `bytes`: an empty text stands in its place."""
+"""Type of `b""`, which is stored as an empty text: pickle would write a call of `bytes`."""
 
 OPTIMIZERS = "optimizers"
-"""Member of the node of an object: the classes of the optimizers that it stands for. A manifest
-has it apart from the nodes."""
+"""Member of the node of an object: classes of its optimizers. A manifest stores them apart."""
 
 DEPTH_MAX = 100
-"""Nodes inside one another."""
+"""Most levels of nodes."""
 
 _KEY_CHARS_MAX = 4096
 _KEY_TYPES = (str, int, bool, float, bytes, type(None))
 
 
 def key_text(key: object) -> str | None:
-    """How a structure spells a key of a dict that is not text; None where it cannot.
+    """Format a key of a dict that is not text; None if the format has no such keys.
 
     >>> key_text(3), key_text((1, "a")), key_text(object())
     ('3', "(1, 'a')", None)
     """
-    if not _is_spelled(key):
+    if not _is_supported(key):
         return None
     text = repr(key)
     return text if len(text) <= _KEY_CHARS_MAX else None
 
 
-def _is_spelled(key: object) -> bool:
+def _is_supported(key: object) -> bool:
     if type(key) is tuple:
-        return all(map(_is_spelled, key))
+        return all(map(_is_supported, key))
     if type(key) is float:
         return math.isfinite(key)
     return type(key) in _KEY_TYPES
 
 
 def key_of(text: str) -> Any:
-    """The key that `key_text` has spelled.
+    """Parse the key in a text made by `key_text`.
 
     Raises:
         ValueError: the text is no such key.
@@ -82,13 +79,13 @@ def key_of(text: str) -> Any:
         key = ast.literal_eval(text)
     except (SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"no key: {text[:50]!r}") from error
-    if not _is_spelled(key):
+    if not _is_supported(key):
         raise ValueError(f"no key of a dict: {text[:50]!r}")
     return key
 
 
 def children_of(node: Node) -> list[tuple[Any, Node]] | None:
-    """Keys, or numbers, of what a container holds, each with its node; None for any other node.
+    """Return the children of a container, each with its key or index; None for other nodes.
 
     >>> children_of({"dict": {"a": None}}), children_of({"dict": [["3", None]]})
     ([('a', None)], [(3, None)])
@@ -98,10 +95,10 @@ def children_of(node: Node) -> list[tuple[Any, Node]] | None:
     kind = kind_of_node(node)
     if kind in MAPPINGS:
         assert isinstance(node, dict)
-        held = node[kind]
-        if isinstance(held, dict):
-            return list(held.items())
-        return [(key_of(text), child) for text, child in held]
+        children = node[kind]
+        if isinstance(children, dict):
+            return list(children.items())
+        return [(key_of(text), child) for text, child in children]
     if kind in SEQUENCES:
         assert isinstance(node, dict)
         return list(enumerate(node[kind]))
@@ -109,7 +106,7 @@ def children_of(node: Node) -> list[tuple[Any, Node]] | None:
 
 
 def kind_of_node(node: Node) -> str | None:
-    """The first member of a node, which says what it describes.
+    """Return the kind of a node: the key of its first member.
 
     >>> kind_of_node({"list": []}), kind_of_node("array"), kind_of_node(None)
     ('list', 'array', None)
@@ -118,7 +115,7 @@ def kind_of_node(node: Node) -> str | None:
 
 
 def mapping_node(kind: str, children: Sequence[tuple[Any, Node]], **more: object) -> Node:
-    """Node of a dict whose keys `key_text` can spell.
+    """Return the node of a dict, all of whose keys `key_text` supports.
 
     >>> mapping_node("dict", [("a", None)]), mapping_node("dict", [(1, None)])
     ({'dict': {'a': None}}, {'dict': [['1', None]]})
@@ -129,7 +126,7 @@ def mapping_node(kind: str, children: Sequence[tuple[Any, Node]], **more: object
 
 
 def with_optimizers(node: Node, other: Mapping[str, Any]) -> Node:
-    """The node of an object with the optimizers of another rank added to its own.
+    """Add the optimizers of another rank to the node of an object.
 
     >>> with_optimizers({"object": None, "optimizers": ["a"]}, {"optimizers": ["a", "b"]})
     {'object': None, 'optimizers': ['a', 'b']}
@@ -143,8 +140,9 @@ def with_optimizers(node: Node, other: Mapping[str, Any]) -> Node:
 
 
 def members_of(structure: Mapping[Any, Node] | None) -> dict[str, list[Any]]:
-    """Members of a manifest for nodes by path; the classes of optimizers stand apart, since no
-    reader needs them to put a state together.
+    """Return the members of a manifest for nodes by path.
+
+    The classes of optimizers are a member of their own: no reader needs them to rebuild a state.
 
     >>> members_of({("o",): {"object": None, "optimizers": ["a"]}, ("t",): {"tuple": []}})
     {'structure': [[('t',), {'tuple': []}]], 'optimizers': [[('o',), ['a']]]}
@@ -156,17 +154,17 @@ def members_of(structure: Mapping[Any, Node] | None) -> dict[str, list[Any]]:
         rest = node
         if isinstance(node, dict) and OPTIMIZERS in node:
             optimizers.append([path, node[OPTIMIZERS]])
-            rest = {key: one for key, one in node.items() if key != OPTIMIZERS}
+            rest = {key: value for key, value in node.items() if key != OPTIMIZERS}
         if rest is node or rest != {"object": None}:
             nodes.append([path, rest])
     return {"structure": nodes, **({"optimizers": optimizers} if optimizers else {})}
 
 
 def with_classes(nodes: dict[Any, Node], optimizers: Mapping[Any, Any]) -> dict[Any, Node]:
-    """Nodes by path with the classes of optimizers in them again.
+    """Add the classes of optimizers to the nodes of their paths.
 
     Raises:
-        ValueError: these are no lists of texts.
+        ValueError: the classes are no lists of texts.
 
     >>> with_classes({}, {("o",): ["a"]})
     {('o',): {'object': None, 'optimizers': ['a']}}
@@ -179,71 +177,71 @@ def with_classes(nodes: dict[Any, Node], optimizers: Mapping[Any, Any]) -> dict[
 
 
 def check_node(node: object, depth: int = 0) -> Node:
-    """A node as a stranger's file states it.
+    """Check a node from an untrusted file.
 
     Raises:
-        ValueError: it is none, or lies too deep.
+        ValueError: it is no valid node, or nested more than `DEPTH_MAX` levels.
     """
     if depth > DEPTH_MAX:
         raise ValueError(f"a structure of more than {DEPTH_MAX} levels")
     if node is None or node == ARRAY:
         return node
     if not isinstance(node, dict) or not node:
-        raise ValueError("a structure with a node of no known kind")
-    kind, held = next(iter(node.items()))
+        raise ValueError("a structure with a node without a kind")
+    kind, content = next(iter(node.items()))
     check = _CHECKS.get(kind)
     if check is None:
         raise ValueError(f"a structure with a node of unknown kind {kind[:50]!r}")
-    check(node, held, depth + 1)
+    check(node, content, depth + 1)
     return node
 
 
-def _check_mapping(node: Mapping[str, Any], held: Any, depth: int) -> None:
-    if isinstance(held, dict):
-        children = list(held.values())
+def _check_mapping(node: Mapping[str, Any], content: Any, depth: int) -> None:
+    if isinstance(content, dict):
+        children = list(content.values())
     else:
-        keys = [key_of(text) for text, _ in held if type(text) is str]
-        if len(keys) != len(held) or len({*keys}) != len(keys):
-            raise ValueError("a dict whose keys are no texts, or not distinct")
-        children = [child for _, child in held]
+        keys = [key_of(text) for text, _ in content if type(text) is str]
+        if len(keys) != len(content) or len({*keys}) != len(keys):
+            raise ValueError("a dict has keys that are no texts, or equal")
+        children = [child for _, child in content]
     if "defaultdict" in node and node.get("default") not in FACTORIES:
         raise ValueError("a defaultdict with an unknown default")
     for child in children:
         check_node(child, depth)
 
 
-def _check_sequence(_: Mapping[str, Any], held: Any, depth: int) -> None:
-    if not isinstance(held, list):
+def _check_sequence(_: Mapping[str, Any], content: Any, depth: int) -> None:
+    if not isinstance(content, list):
         raise ValueError("a sequence without a list of nodes")
-    for child in held:
+    for child in content:
         check_node(child, depth)
 
 
-def _check_object(node: Mapping[str, Any], held: Any, depth: int) -> None:
+def _check_object(node: Mapping[str, Any], content: Any, depth: int) -> None:
     names = node.get(OPTIMIZERS, [])
     if not isinstance(names, list) or not all(type(name) is str for name in names):
         raise ValueError("optimizers whose classes are no texts")
-    check_node(held, depth)
+    check_node(content, depth)
 
 
-def _check_types(_: Mapping[str, Any], held: Any, __: int) -> None:
-    for path, name in held:
+def _check_types(_: Mapping[str, Any], content: Any, __: int) -> None:
+    for path, name in content:
         if name not in (*NUMBERS, EMPTY_BYTES) or not all(type(key) is str for key in path):
-            raise ValueError("a value with a part of an unknown type")
+            raise ValueError("a value has a member of unknown type")
         for key in path:
             key_of(key)
 
 
-def _check_tensor(_: Mapping[str, Any], held: Any, __: int) -> None:
-    if not isinstance(held, dict) or not all(type(value) is str for value in held.values()):
-        raise ValueError("a tensor whose place is no text")
+def _check_tensor(_: Mapping[str, Any], content: Any, __: int) -> None:
+    if not isinstance(content, dict) or not all(type(value) is str for value in content.values()):
+        raise ValueError("a tensor has a member that is no text")
 
 
-def _check_subclass(_: Mapping[str, Any], held: Any, depth: int) -> None:
-    sizes = [*held["size"], *held["stride"]]
-    if type(held["class"]) is not str or not all(type(size) is int for size in sizes):
+def _check_subclass(_: Mapping[str, Any], content: Any, depth: int) -> None:
+    sizes = [*content["size"], *content["stride"]]
+    if type(content["class"]) is not str or not all(type(size) is int for size in sizes):
         raise ValueError("a tensor class without a name, or without sizes")
-    for child in held["inner"].values():
+    for child in content["inner"].values():
         check_node(child, depth)
 
 

@@ -1,5 +1,4 @@
-"""How long each stage of a save or a load took, over all ranks: in a manifest, and in what a run
-reports."""
+"""Statistics over ranks of the time that each stage of a save or a load took."""
 
 from __future__ import annotations
 
@@ -9,27 +8,27 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 DIGITS = 6
-"""Of a second, after the point."""
+"""Decimal places of a number of seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Seconds of one stage over all ranks."""
+    """Seconds that the ranks spent in one stage."""
 
     least: float
     median: float
     most: float
     slowest: int
-    """The rank that took the most."""
+    """Rank that took the most."""
 
 
 def over_ranks(ranks: Sequence[Mapping[str, float]]) -> dict[str, Stage]:
-    """Each stage, from the seconds that every rank has measured.
+    """Combine the seconds per stage of each rank.
 
     >>> over_ranks([{"write": 2.0}, {"write": 5.0}, {"write": 3.0}])["write"]
     Stage(least=2.0, median=3.0, most=5.0, slowest=1)
     """
-    from statistics import median  # Not at the top: who reads manifests need not wait for it.
+    from statistics import median  # Readers of manifests do not need this import.
 
     stages = {}
     for name in dict.fromkeys(name for seconds in ranks for name in seconds):
@@ -40,15 +39,15 @@ def over_ranks(ranks: Sequence[Mapping[str, float]]) -> dict[str, Stage]:
 
 
 def encode(stages: Mapping[str, Stage]) -> dict[str, dict[str, float]]:
-    """As members of JSON."""
+    """Encode stages as a JSON object."""
     return {name: asdict(stage) for name, stage in stages.items()}
 
 
 def decode(stored: Any) -> dict[str, Stage]:
-    """What `encode` made, as a stranger's file has it.
+    """Decode a JSON object made by `encode`.
 
     Raises:
-        ValueError, LookupError, TypeError, AttributeError, OverflowError: it is something else.
+        ValueError, LookupError, TypeError, AttributeError, OverflowError: it is invalid.
     """
     return {
         name: Stage(

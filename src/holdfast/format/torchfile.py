@@ -1,9 +1,8 @@
-"""A `.pt` file: what `torch.save` wrote of a whole state, seen as one manifest without torch.
+"""`.pt` files, in which `torch.save` stores a whole state: read and write them without torch.
 
-One ZIP archive: `data.pkl` describes the objects, `data/<key>` holds the elements of each storage.
-Entries are named by the keys that lead to them, joined by dots, as in a DCP checkpoint. Every
-record that is written here has its CRC-32: nothing else goes with the file that tells of a flipped
-bit.
+A file is one ZIP archive: `data.pkl` describes the objects, `data/<key>` holds the elements of each
+storage. Entries are named by their path, joined by dots, as in a DCP checkpoint. Every record that
+Holdfast writes has its CRC-32, since no manifest beside the file could reveal a flipped bit.
 """
 
 from __future__ import annotations
@@ -16,7 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from holdfast.errors import FormatError
-from holdfast.format.archive import FULL, LOCAL, Fetch, Record, read_records, windowed
+from holdfast.format.archive import (
+    Fetch,
+    Record,
+    directory_end,
+    directory_entry,
+    local_header,
+    read_records,
+    windowed,
+)
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import (
     KEYS_MAX,
@@ -32,49 +39,46 @@ from holdfast.format.region import Region
 from holdfast.format.torchzip import (
     GLOBALS,
     Tensor,
-    central_record,
     check_byte_order,
     content,
     contiguous_strides,
     described,
-    end_records,
-    local_record,
     pickled_tensor,
-    place,
+    stored_tensor,
 )
 
 PICKLE_BYTES_MAX = 256 << 20
-"""Of `data.pkl`: two million tensors."""
+"""Largest `data.pkl` that is read: two million tensors."""
 
 ALIGN = 64
-"""Of the elements of a tensor, so that they can be used where the file is mapped."""
+"""Alignment of the elements of a tensor, so that a mapped file can be used in place."""
 
 
 @dataclass(frozen=True, slots=True)
 class TorchFile:
-    """What a `.pt` file holds."""
+    """Contents of a `.pt` file."""
 
     manifest: Manifest
-    """Chunks of tensors that do not lie row by row have no `data_offset`."""
+    """Chunks of tensors that are not row-major have no `data_offset`."""
 
     strides: Mapping[str, tuple[int, ...]]
-    """Elements between neighbours, of those tensors; their elements start where their item does."""
+    """Strides, in elements, of tensors that are not row-major; they start at their item."""
 
     records: Mapping[str, Record]
-    """Everything in the archive, with its CRC-32."""
+    """All records of the archive."""
 
 
 def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> TorchFile:
-    """What the `.pt` file of `nbytes` holds. Fetches its directory and its pickle.
+    """Read the contents of a `.pt` file of `nbytes`. Fetches only its directory and its pickle.
 
     Raises:
-        FormatError: no such file, or one that names code.
+        FormatError: it is no `.pt` file, or its pickle refers to code.
     """
     start = fetch(0, 4)
     if start[:1] == b"\x80":
         raise FormatError(
-            f"`{where}` is a pickle, or in the format of torch before 1.6, which is not read here",
-            hint="load it where you trust it, with torch.load, and torch.save it again",
+            f"`{where}` is a pickle, or in the format of torch before 1.6, which is not supported",
+            hint="if you trust its writer, load it with torch.load and torch.save it again",
         )
     try:
         within = windowed(fetch, Span(0, nbytes))
@@ -83,45 +87,48 @@ def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> TorchFile:
             raise ValueError("a ZIP archive of another program, without `data.pkl`")
         check_byte_order(within, records)
         pickled = content(within, records["data.pkl"], PICKLE_BYTES_MAX)
-        made = loads(pickled, _ALLOWED, where=where)
-        return _state(made, len(pickled), records, file, nbytes)
+        value = loads(pickled, _ALLOWED, where=where)
+        return _state(value, len(pickled), records, file, nbytes)
     except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise FormatError(f"`{where}` is not a file of torch.save: {error}") from error
 
 
 def _state(
-    made: object, pickle_bytes: int, records: Mapping[str, Record], file: str, nbytes: int
+    value: object, pickle_bytes: int, records: Mapping[str, Record], file: str, nbytes: int
 ) -> TorchFile:
     tensors: dict[str, TensorEntry] = {}
     values: dict[str, ValueEntry] = {}
     strides: dict[str, tuple[int, ...]] = {}
-    for path, leaf in _leaves(made, pickle_bytes):
+    for path, leaf in _leaves(value, pickle_bytes):
         name = ".".join(map(str, path))
         if name in tensors or name in values:
             raise ValueError(f"two entries are named `{name[:200]}`")
         if not isinstance(leaf, Tensor):
             values[name] = ValueEntry(file, records["data.pkl"].data, None, path)
             continue
-        stored = place(described(leaf), records, 0)
-        whole = Region.whole(stored.shape)
-        taken = whole.num_elements * dtype_of(stored.dtype).itemsize
-        if taken > nbytes:
-            # As `expand` makes them: a few bytes could state a tensor of any size.
-            raise ValueError(f"`{name[:200]}` states {taken} bytes, the file has {nbytes}")
-        rows = stored.strides == contiguous_strides(stored.shape) or whole.num_elements < 2
-        if rows:
-            item = Span(stored.data.offset, taken)
+        stored = stored_tensor(described(leaf), records, 0)
+        region = Region.whole(stored.shape)
+        data_bytes = region.num_elements * dtype_of(stored.dtype).itemsize
+        if data_bytes > nbytes:
+            # As `expand` makes them: a few bytes could describe a tensor of any size.
+            raise ValueError(f"`{name[:200]}` has {data_bytes} bytes, the file only {nbytes}")
+        row_major = stored.strides == contiguous_strides(stored.shape) or region.num_elements < 2
+        if row_major:
+            item = Span(stored.data.offset, data_bytes)
         else:
             item, strides[name] = stored.data, stored.strides
-        chunk = Chunk(whole, file, item, item.offset if rows else None)
+        chunk = Chunk(region, file, item, item.offset if row_major else None)
         tensors[name] = TensorEntry(stored.dtype, stored.shape, (chunk,), path)
     return TorchFile(Manifest(tensors, values, files={file: nbytes}), strides, records)
 
 
-def _leaves(made: object, num_max: int) -> Iterator[tuple[Path, object]]:
-    """Tensors and values by their path, depth first. An object may be shared, or hold itself: there
-    are no more places in it than bytes in the pickle, or it was made to blow up."""
-    waiting: list[tuple[Path, object]] = [((), made)]
+def _leaves(value: object, num_max: int) -> Iterator[tuple[Path, object]]:
+    """Yield tensors and values by path, depth first.
+
+    An object may be shared, or contain itself. Raises `ValueError` after `num_max` objects, the
+    bytes of the pickle: only a crafted file has more.
+    """
+    waiting: list[tuple[Path, object]] = [((), value)]
     while waiting:
         path, node = waiting.pop()
         num_max -= 1
@@ -140,7 +147,7 @@ def _leaves(made: object, num_max: int) -> Iterator[tuple[Path, object]]:
 
 
 def _is_plain(members: list[tuple[Any, object]]) -> bool:
-    """Whether these hold nothing but numbers and text, as a shape or the betas of an optimizer."""
+    """Whether a list has only numbers and texts, like a shape or the betas of an optimizer."""
     return all(
         type(key) is int and not isinstance(member, dict | list | tuple | Plain)
         for key, member in members
@@ -156,7 +163,7 @@ def _key(key: object) -> str | int:
 
 
 class _Value(Plain):
-    """Stands for a value of no interest here."""
+    """Stands for a value that is not read."""
 
 
 _ALLOWED: Mapping[tuple[str, str], Any] = {
@@ -178,13 +185,13 @@ _ALLOWED: Mapping[tuple[str, str], Any] = {
 
 @dataclass(frozen=True, slots=True)
 class NewTensor:
-    """A tensor that a file is to hold."""
+    """A tensor to write."""
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
     same_as: str = ""
-    """The tensor whose elements it shares, where it has none of its own."""
+    """Name of the tensor whose elements it shares; empty if it has its own."""
 
     @property
     def nbytes(self) -> int:
@@ -193,66 +200,60 @@ class NewTensor:
 
 @dataclass(frozen=True, slots=True)
 class _NewRecord:
-    """A record before it is written."""
+    """A record to write."""
 
     name: str
     header: int
     nbytes: int
     content: bytes | None = None
     tensor: str = ""
-    """The tensor whose elements it holds, where it has no content yet."""
+    """Name of the tensor whose elements it holds, if it has no content."""
 
     @property
     def data(self) -> Span:
-        """Where its data lies in the file."""
-        return Span(self.header + len(self.frame(0)), self.nbytes)
+        """Position of its data in the file."""
+        return Span(self.header + len(self.local(0)), self.nbytes)
 
-    def frame(self, crc32: int) -> bytes:
-        """What stands before the record's data; data begins on a multiple of `ALIGN`."""
-        named = f"archive/{self.name}".encode()
-        size64 = struct.pack("<2Q", self.nbytes, self.nbytes) if self.nbytes >= FULL else b""
-        field = _field64(size64)
-        padding = -(self.header + LOCAL.size + len(named) + len(field) + 4) % ALIGN
-        extra = field + b"FB" + struct.pack("<H", padding) + b"Z" * padding
-        return local_record(named, self.nbytes, extra, crc32)
+    def local(self, crc32: int) -> bytes:
+        """Header before its data, which begin on a multiple of `ALIGN`."""
+        name = f"archive/{self.name}".encode()
+        return local_header(name, self.nbytes, position=self.header, align=ALIGN, crc32=crc32)
 
-    def listed(self, crc32: int) -> bytes:
-        """Its entry in the directory."""
-        size64 = struct.pack("<2Q", self.nbytes, self.nbytes) if self.nbytes >= FULL else b""
-        at64 = struct.pack("<Q", self.header) if self.header >= FULL else b""
-        named = f"archive/{self.name}".encode()
-        return central_record(named, self.nbytes, self.header, _field64(size64 + at64), crc32)
+    def entry(self, crc32: int) -> bytes:
+        """Entry in the directory."""
+        name = f"archive/{self.name}".encode()
+        return directory_entry(name, self.nbytes, self.header, crc32=crc32)
 
 
 @dataclass(frozen=True, slots=True)
 class TorchFileLayout:
-    """A file before it is written: where the tensors go, and what stands around them."""
+    """Layout of a `.pt` file, decided before it is written."""
 
     nbytes: int
     tensors: Mapping[str, Span]
-    """Where the raw elements go; those that share another's are left out."""
+    """Position of each tensor's elements, without tensors that share those of another."""
 
     records: tuple[_NewRecord, ...]
 
     def frames(self, crc32s: Mapping[str, int]) -> Iterator[tuple[int, bytes]]:
-        """Everything but the elements, by position. `crc32s` are those of the elements of each
-        tensor: no other checksum goes with a file of this kind."""
-        listed = []
+        """Yield all bytes except the elements, with their offset. `crc32s` are the CRC-32s of each
+        tensor's elements, by name."""
+        entries = []
         for record in self.records:
             content = record.content
             crc32 = crc32s[record.tensor] if content is None else zlib.crc32(content)
-            yield record.header, record.frame(crc32) + (content or b"")
-            listed.append(record.listed(crc32))
-        directory, stop = b"".join(listed), self.records[-1].data.stop
-        yield stop, directory + end_records(len(listed), len(directory), stop)
+            yield record.header, record.local(crc32) + (content or b"")
+            entries.append(record.entry(crc32))
+        directory, stop = b"".join(entries), self.records[-1].data.stop
+        yield stop, directory + directory_end(len(entries), len(directory), stop)
 
 
 def lay_out(
     tensors: Mapping[str, NewTensor], values: Mapping[str, tuple[Path, bytes]]
 ) -> TorchFileLayout:
-    """Where everything lies in a file that holds these, as `torch.save` would nest them.
+    """Lay out a file with these tensors and values, nested by their paths.
 
-    `values` are paths and pickles (protocol 2) of what is not a tensor.
+    `values` gives the path and the pickle (protocol 2) of each value.
     """
     stored = [name for name, tensor in tensors.items() if not tensor.same_as]
     keys = {name: str(number) for number, name in enumerate(stored)}
@@ -261,11 +262,11 @@ def lay_out(
         key = keys[tensor.same_as or name]
         leaves[tensor.path] = pickled_tensor(tensor.dtype, tensor.shape, key)
     for path, pickled in values.values():
-        leaves[path] = pickled[2:-1]  # without the two ends of a pickle of its own
+        leaves[path] = pickled[2:-1]  # Without the protocol and the stop opcode.
     pickle = b"\x80\x02" + _pickled(_tree(leaves)) + b"."
     small = {"data.pkl": pickle, "byteorder": b"little", "version": b"3\n"}
     records: list[_NewRecord] = []
-    placed: dict[str, Span] = {}
+    positions: dict[str, Span] = {}
     position = 0
     for name, data in small.items():
         records.append(_NewRecord(name, position, len(data), data))
@@ -273,15 +274,11 @@ def lay_out(
     for name in stored:
         nbytes = tensors[name].nbytes
         records.append(_NewRecord(f"data/{keys[name]}", position, nbytes, tensor=name))
-        placed[name] = records[-1].data
-        position = placed[name].stop
-    directory_bytes = sum(len(record.listed(0)) for record in records)
-    end = end_records(len(records), directory_bytes, position)
-    return TorchFileLayout(position + directory_bytes + len(end), placed, tuple(records))
-
-
-def _field64(sizes: bytes) -> bytes:
-    return struct.pack("<2H", 1, len(sizes)) + sizes if sizes else b""
+        positions[name] = records[-1].data
+        position = positions[name].stop
+    directory_bytes = sum(len(record.entry(0)) for record in records)
+    end = directory_end(len(records), directory_bytes, position)
+    return TorchFileLayout(position + directory_bytes + len(end), positions, tuple(records))
 
 
 def _tree(leaves: Mapping[Path, bytes]) -> dict[str | int, Any]:
@@ -295,7 +292,7 @@ def _tree(leaves: Mapping[Path, bytes]) -> dict[str | int, Any]:
 
 
 def _pickled(node: Any) -> bytes:
-    """A part of a pickle: dicts, lists where the keys are 0, 1, 2, ..., and leaves as they are."""
+    """Pickle nested dicts of pickled leaves. A dict with the keys 0, 1, 2, ... becomes a list."""
     if isinstance(node, bytes):
         return node
     if [*node] == [*range(len(node))] and node:

@@ -1,13 +1,12 @@
-"""The container around one tensor: a ZIP archive as `torch.save` writes it, stored uncompressed.
+"""The ZIP archive that `torch.save` writes around one tensor.
 
-Layout after PKWARE's APPNOTE.TXT 6.3.10 (sections 4.3.7, 4.3.12, 4.3.14 to 4.3.16) and torch's
-`serialization.py`: records `data.pkl`, `byteorder`, `version` and `data/0`, then the directory.
-Everything around the raw data is a function of dtype, shape and position, so that a file can be
-laid out, and its bytes written in one pass, before a single element is read.
+Layout after torch's `serialization.py`: records `data.pkl`, `byteorder`, `version` and `data/0`,
+then the directory. The bytes around the raw data depend only on dtype, shape and position, so that
+a file can be laid out before any element is read, and written in one pass.
 
-The CRC-32 fields in Holdfast's own steps are zero, as after `torch.serialization.
-set_crc32_options(False)`: no version of torch reads them, and the manifest holds a better checksum.
-A `.pt` file has no manifest beside it, and so has true ones (`torchfile`).
+CRC-32 fields are zero in Holdfast's checkpoints, as after `torch.serialization.
+set_crc32_options(False)`: no version of torch reads them, and the manifest has better checksums.
+`.pt` files have no manifest, and therefore real CRC-32s (`torchfile`).
 """
 
 from __future__ import annotations
@@ -25,14 +24,11 @@ from typing import Any
 
 from holdfast.errors import FormatError
 from holdfast.format.archive import (
-    CENTRAL,
-    END,
-    END64,
-    FULL,
-    LOCAL,
-    LOCATOR64,
     Fetch,
     Record,
+    directory_end,
+    directory_entry,
+    local_header,
     read_records,
     windowed,
 )
@@ -42,30 +38,25 @@ from holdfast.format.pickles import Plain, loads, pickled_int, pickled_str
 
 PAGE_BYTES = 4096
 LARGE_BYTES = 64 << 10
-"""From this size on data starts on a page, so that it can be read and written past the page cache;
-below it, where a page would be mostly padding, on 64 bytes."""
+"""Smallest data that starts on a page, so that it can be read and written with `O_DIRECT`. Smaller
+data starts on a multiple of 64 bytes, since pages would be mostly padding."""
 
 _PICKLE_BYTES_MAX = 1 << 20
 _PARAMETERS_MAX = 8
-"""A parameter around a parameter is no use, but there it may be; a cycle of them is refused."""
-
-_UTF8 = 0x0800
-
-SHORT = 0xFFFF
-"""Records that the end of a directory can count without its 64-bit form."""
+"""Most `Parameter`s nested around one tensor; without a limit a cycle would never end."""
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Elements between neighbours along each dim of a row-major tensor."""
+    """Return the strides of a row-major tensor, in elements."""
     sizes = [max(size, 1) for size in shape[:0:-1]]
     return tuple(accumulate(sizes, mul, initial=1))[::-1] if shape else ()
 
 
 def frame(dtype: str, shape: tuple[int, ...], position: int) -> tuple[bytes, bytes]:
-    """What stands before and after the raw data of a tensor whose item begins at `position`."""
+    """Return the bytes before and after the raw data of a tensor whose item is at `position`."""
     nbytes = prod(shape) * dtype_of(dtype).itemsize
     align = PAGE_BYTES if nbytes >= LARGE_BYTES else 64
-    # No more of the position counts: small tensors that are alike have few frames between them.
+    # Only the remainder matters, so that equal small tensors share few cached frames.
     return _frame(dtype, shape, align, position % align)
 
 
@@ -74,36 +65,30 @@ def _frame(dtype: str, shape: tuple[int, ...], align: int, position: int) -> tup
     nbytes = prod(shape) * dtype_of(dtype).itemsize
     head, directory = _records(dtype, shape)
     name = b"archive/data/0"
-    size64 = struct.pack("<2H2Q", 1, 16, nbytes, nbytes) if nbytes >= FULL else b""
-    padding = -(position + len(head) + LOCAL.size + len(name) + len(size64) + 4) % align
-    extra = size64 + b"FB" + struct.pack("<H", padding) + b"Z" * padding
-    prefix = head + local_record(name, nbytes, extra)
-    directory += central_record(name, nbytes, len(head), size64)
-    return prefix, directory + end_records(4, len(directory), len(prefix) + nbytes)
+    prefix = head + local_header(name, nbytes, position=position + len(head), align=align)
+    directory += directory_entry(name, nbytes, len(head))
+    return prefix, directory + directory_end(4, len(directory), len(prefix) + nbytes)
 
 
 @lru_cache(maxsize=4096)
 def _records(dtype: str, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
-    """The records before the data, and their part of the directory."""
+    """Records before the data, and their entries in the directory."""
     head = directory = b""
     for name, content in (
-        (b"archive/data.pkl", _tensor_pickle(dtype, shape)),
+        (b"archive/data.pkl", b"\x80\x02" + pickled_tensor(dtype, shape, "0") + b"."),
         (b"archive/byteorder", b"little"),
         (b"archive/version", b"3\n"),
     ):
-        directory += central_record(name, len(content), len(head), b"")
-        head += local_record(name, len(content), b"") + content
+        directory += directory_entry(name, len(content), len(head))
+        head += local_header(name, len(content)) + content
     return head, directory
 
 
-def _tensor_pickle(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """`data.pkl`: how torch is to rebuild a row-major tensor from storage "0"."""
-    return b"\x80\x02" + pickled_tensor(dtype, shape, "0") + b"."
-
-
 def pickled_tensor(dtype: str, shape: tuple[int, ...], key: str) -> bytes:
-    """A part of a pickle: how torch is to rebuild a row-major tensor that has storage `key` to
-    itself."""
+    """Return the part of a pickle (protocol 2) that makes torch rebuild a row-major tensor.
+
+    The tensor has all of storage `key`.
+    """
     storage = dtype_of(dtype).storage
     numel = prod(shape) if storage else prod(shape) * dtype_of(dtype).itemsize
     return b"".join(
@@ -122,99 +107,67 @@ def pickled_tensor(dtype: str, shape: tuple[int, ...], key: str) -> bytes:
     )
 
 
-def local_record(name: bytes, nbytes: int, extra: bytes, crc32: int = 0) -> bytes:
-    """What stands before a record of `nbytes`."""
-    size, version = min(nbytes, FULL), 45 if nbytes >= FULL else 0
-    fields = (b"PK\3\4", version, _UTF8, 0, 0, 0, crc32, size, size, len(name), len(extra))
-    return LOCAL.pack(*fields) + name + extra
-
-
-def central_record(name: bytes, nbytes: int, offset: int, extra: bytes, crc32: int = 0) -> bytes:
-    """A record's entry in the directory; `extra` holds what is too large for its own fields."""
-    size, version = min(nbytes, FULL), 45 if extra else 0
-    offset = min(offset, FULL)
-    sizes = (size, size, len(name), len(extra))
-    return (
-        CENTRAL.pack(b"PK\1\2", version, version, _UTF8, 0, 0, 0, crc32, *sizes, 0, 0, 0, 0, offset)
-        + name
-        + extra
-    )
-
-
-def end_records(count: int, directory_bytes: int, directory_offset: int) -> bytes:
-    """What stands after the directory of `count` records."""
-    end64 = b""
-    if directory_offset >= FULL or count > SHORT:
-        end64 = END64.pack(
-            b"PK\6\6", 44, 45, 45, 0, 0, count, count, directory_bytes, directory_offset
-        ) + LOCATOR64.pack(b"PK\6\7", 0, directory_offset + directory_bytes, 1)
-    return end64 + END.pack(
-        *(b"PK\5\6", 0, 0, min(count, SHORT), min(count, SHORT)),
-        *(directory_bytes, min(directory_offset, FULL), 0),
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a container keeps its elements, and how they lie there."""
+    """Position and layout of the elements of a tensor in a file."""
 
     data: Span
-    """Within the file."""
+    """Position in the file, from the first element to the end of the storage."""
 
     dtype: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    """Elements between neighbours along each dim."""
+    """Strides in elements."""
 
     crc32: int
-    """Of the storage as a whole; 0 where the writer kept none."""
+    """CRC-32 of `data`; 0 if the writer stored none, or if `data` starts inside the storage."""
 
 
 def locate(fetch: Fetch, item: Span, *, where: str) -> StoredTensor:
-    """Find the elements inside a container that anyone's `torch.save` wrote for one tensor.
+    """Find the elements of a tensor inside an untrusted archive of `torch.save`.
 
     Raises:
-        FormatError: not such a container, or one that reaches outside of itself.
+        FormatError: it is no archive of a tensor, or refers to bytes outside of it.
     """
     try:
         within = windowed(fetch, item)
         records = read_records(within, item.nbytes)
         check_byte_order(within, records)
-        made = loads(content(within, records["data.pkl"], _PICKLE_BYTES_MAX), GLOBALS, where=where)
-        return place(described(made), records, item.offset)
+        value = loads(content(within, records["data.pkl"], _PICKLE_BYTES_MAX), GLOBALS, where=where)
+        return stored_tensor(described(value), records, item.offset)
     except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise FormatError(f"`{where}` is not a tensor as torch.save writes it: {error}") from error
 
 
 def content(fetch: Fetch, record: Record, nbytes_max: int) -> bytes:
-    """The bytes of one small record, checked where the writer kept a checksum.
+    """Read a small record, and check its CRC-32 if it has one.
 
     Raises:
-        ValueError: they are too many, or not those that were written.
+        ValueError: it is larger than `nbytes_max`, or damaged.
     """
     if record.data.nbytes > nbytes_max:
         raise ValueError(f"a record of {record.data.nbytes} bytes, more than {nbytes_max}")
     data = fetch(record.data.offset, record.data.nbytes)
     if record.crc32 and zlib.crc32(data) != record.crc32:
-        raise ValueError(f"the record at {record.data.offset} does not have its CRC-32")
+        raise ValueError(f"the record at {record.data.offset} does not match its CRC-32")
     return data
 
 
 def check_byte_order(fetch: Fetch, records: Mapping[str, Record]) -> None:
-    """Refuse elements that are not little-endian.
+    """Refuse an archive with big-endian elements.
 
     Raises:
-        ValueError: the archive says so.
+        ValueError: its record `byteorder` is not `little`.
     """
     if "byteorder" in records and content(fetch, records["byteorder"], 16) != b"little":
         raise ValueError("byte order is not little-endian")
 
 
-def place(tensor: Described, records: Mapping[str, Record], position: int) -> StoredTensor:
-    """Where the elements of a tensor lie, in an archive that begins at `position` of its file.
+def stored_tensor(tensor: Described, records: Mapping[str, Record], position: int) -> StoredTensor:
+    """Find the elements of a tensor in an archive that begins at `position` of its file.
 
     Raises:
-        ValueError, KeyError: there is no such record, or it is too short.
+        ValueError, KeyError: the archive lacks the tensor's storage, or it is too short.
     """
     record, itemsize = records[f"data/{tensor.key}"], dtype_of(tensor.dtype).itemsize
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
@@ -232,52 +185,52 @@ def place(tensor: Described, records: Mapping[str, Record], position: int) -> St
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A tensor as a pickle describes it."""
+    """A tensor, as a pickle describes it."""
 
     key: str
-    """Of its storage: the record `data/<key>`."""
+    """Key of its storage, which is the record `data/<key>`."""
 
     dtype: str
     offset: int
-    """Elements of the storage before its first one."""
+    """Index of its first element in the storage."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 
 class Tensor(Plain):
-    """Stands for a tensor in what `loads` gives back."""
+    """Stands for a tensor in the result of `loads`."""
 
 
 class _RebuildV2(Tensor):
-    """Arguments: storage, offset, shape, strides, and what is of no interest here."""
+    """Arguments: storage, offset, shape, strides; the others are ignored."""
 
 
 class _RebuildV3(Tensor):
-    """As `_RebuildV2`, with the dtype as the seventh."""
+    """Arguments of `_RebuildV2`, and the dtype as the seventh."""
 
 
 class _RebuildParameter(Tensor):
-    """Arguments: the tensor, and what is of no interest here."""
+    """Arguments: the tensor; the others are ignored."""
 
 
-def described(made: object) -> Described:
-    """What a pickle says of a tensor.
+def described(value: object) -> Described:
+    """Check and return the description of a tensor in the result of `loads`.
 
     Raises:
-        ValueError, LookupError, TypeError, AttributeError: it says something else.
+        ValueError, LookupError, TypeError, AttributeError: it is no valid tensor.
     """
     for _ in range(_PARAMETERS_MAX):
-        if not isinstance(made, _RebuildParameter):
+        if not isinstance(value, _RebuildParameter):
             break
-        made = made.args[0]
-    if not isinstance(made, _RebuildV2 | _RebuildV3):
-        raise ValueError(f"holds {type(made).__name__}, not a tensor")
-    storage, offset, shape, strides = made.args[:4]
-    kind, named, key = storage[:3]
-    dtype = made.args[6].name if isinstance(made, _RebuildV3) else named
+        value = value.args[0]
+    if not isinstance(value, _RebuildV2 | _RebuildV3):
+        raise ValueError(f"holds {type(value).__name__}, not a tensor")
+    storage, offset, shape, strides = value.args[:4]
+    kind, storage_dtype, key = storage[:3]
+    dtype = value.args[6].name if isinstance(value, _RebuildV3) else storage_dtype
     if kind != "storage" or type(key) is not str or type(dtype) is not str:
-        raise ValueError("its storage is none of torch's")
+        raise ValueError("its storage is not one of torch's")
     (offset,) = check_sizes((offset,))
     return Described(key, dtype, offset, check_sizes(shape), check_sizes(strides))
 
@@ -291,4 +244,4 @@ GLOBALS: Mapping[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     **{("torch", storage): dtype.name for storage, dtype in BY_STORAGE.items()},
 }
-"""What the pickle of a tensor may name."""
+"""Globals that the pickle of a tensor may use."""

@@ -1,1 +1,1 @@
-"""Hugging Face: names and shapes of its checkpoints and ours, related by tables."""
+"""Hugging Face checkpoints: their names and shapes, related to ours by tables."""

@@ -1,65 +1,93 @@
-"""What lies beside the weights in a Hugging Face folder: configuration, tokenizer, templates."""
+"""Files beside the weights in a Hugging Face folder: configuration, tokenizer, templates, index."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 from holdfast.catalog.hf_folder import CONFIG, check_inside
-from holdfast.storage.store import ReadStore
+from holdfast.catalog.paths import open_for_reading
+from holdfast.format.safetensors import INDEX
+from holdfast.storage.store import Creating, ReadStore, Store
 
 _WEIGHTS = (
-    *("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx"),
-    *("*.h5", "*.msgpack", "*.npz", "*.distcp", "*.lock", "*.incomplete"),
+    "*.safetensors *.index.json *.bin *.pt *.pth *.ckpt *.gguf *.onnx *.h5 *.msgpack *.npz "
+    "*.distcp *.lock *.incomplete"
 )
-"""Of whatever format: an export has its own."""
+"""Patterns of files that an export does not copy: weights in any format."""
 
 _TEMPLATES = "additional_chat_templates/"
 
 COPIED_BYTES_MAX = 200_000_000
-"""Of one file: the largest tokenizers have a tenth of it."""
-
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+"""Largest file that an export copies. The largest tokenizers have a tenth of it."""
 
 
-def beside_weights(store: ReadStore, name: str) -> Iterator[tuple[str, bytes]]:
-    """Every file of a folder that an export takes along as it is, one at a time.
+def files_beside(
+    config: Mapping[str, Any], assets: str | None, dtype: str, index: bytes | None
+) -> Iterator[tuple[str, bytes]]:
+    """Yield name and contents of each file of an export besides the weights, which are in `dtype`.
+
+    `assets`: folder whose other files are copied. The index comes last: a folder is not complete
+    without it.
 
     Raises:
-        FormatError: one of them is a link out of the folder, or no plain file.
+        FormatError: an asset is a link out of its folder, or not a plain file.
     """
-    for file in store.list(name):
-        if file == _TEMPLATES:
-            for below in store.list(f"{name}/{_TEMPLATES.rstrip('/')}"):
-                yield from _file(store, name, _TEMPLATES + below)
-        elif file != CONFIG:
-            yield from _file(store, name, file)
+    yield CONFIG, config_bytes(config, dtype)
+    if assets is not None:
+        yield from _copied(*open_for_reading(assets))
+    if index is not None:
+        yield INDEX, index
+
+
+def write_small(
+    store: Store, files: Creating, folder: str, contents: Iterable[tuple[str, bytes]]
+) -> None:
+    """Write small files below `folder` of `store`, in which `files` creates them."""
+    for file, data in contents:
+        below = file.rpartition("/")[0]
+        if below and f"{below}/" not in store.list(folder):
+            store.make_folder(f"{folder}/{below}")
+        with files.create(f"{folder}/{file}", len(data)) as writer:
+            writer.write(0, [data])
+        if below:
+            store.sync(f"{folder}/{below}")
 
 
 def config_bytes(config: Mapping[str, Any], dtype: str) -> bytes:
-    """`config.json` for weights that are stored, unquantized, in `dtype`."""
-    return (json.dumps(_stored_as(config, dtype), indent=2, ensure_ascii=False) + "\n").encode()
+    """Return `config.json` for unquantized weights in `dtype`."""
+    return (json.dumps(_with_dtype(config, dtype), indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _stored_as(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    said = {key: value for key, value in config.items() if key != "quantization_config"}
-    # Two names of one key: transformers renamed it in version 5, and reads both.
-    spelled = [key for key in ("dtype", "torch_dtype") if key in said]
-    nested = isinstance(said.get("text_config"), dict)
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    changed = {key: value for key, value in config.items() if key != "quantization_config"}
+    # transformers 5 renamed the key, and reads both.
+    keys = [key for key in ("dtype", "torch_dtype") if key in changed]
+    nested = isinstance(changed.get("text_config"), dict)
     if nested:
-        said["text_config"] = _stored_as(said["text_config"], dtype)
-    for key in spelled or ([] if nested else ["torch_dtype"]):
-        said[key] = dtype
-    return said
+        changed["text_config"] = _with_dtype(changed["text_config"], dtype)
+    for key in keys or ([] if nested else ["torch_dtype"]):
+        changed[key] = dtype
+    return changed
 
 
-def _file(store: ReadStore, name: str, file: str) -> Iterator[tuple[str, bytes]]:
-    plain = not file.endswith("/") and not file.startswith(".")
-    if plain and not any(fnmatchcase(file, pattern) for pattern in _WEIGHTS):
-        key = f"{name}/{file}"
-        check_inside(store, name, file)
-        size = store.size(key)
-        if size <= COPIED_BYTES_MAX:
-            yield file, store.read(key, 0, size)
+def _copied(store: ReadStore, folder: str) -> Iterator[tuple[str, bytes]]:
+    """Yield name and contents of each file of a folder that an export copies."""
+    for file in store.list(folder):
+        if file == _TEMPLATES:
+            for template in store.list(f"{folder}/{_TEMPLATES.rstrip('/')}"):
+                yield from _copied_file(store, folder, _TEMPLATES + template)
+        elif file != CONFIG:
+            yield from _copied_file(store, folder, file)
+
+
+def _copied_file(store: ReadStore, folder: str, file: str) -> Iterator[tuple[str, bytes]]:
+    hidden_or_folder = file.startswith(".") or file.endswith("/")
+    if hidden_or_folder or any(fnmatchcase(file, pattern) for pattern in _WEIGHTS.split()):
+        return
+    check_inside(store, folder, file)
+    size = store.size(f"{folder}/{file}")
+    if size <= COPIED_BYTES_MAX:
+        yield file, store.read(f"{folder}/{file}", 0, size)

@@ -1,4 +1,4 @@
-"""Do these tensors fit that table? Every difference is listed."""
+"""Check that tensors match one side of a mapping, and list every difference."""
 
 from __future__ import annotations
 
@@ -13,30 +13,36 @@ from holdfast.format.region import Region
 from holdfast.hf.dialects import is_balance
 from holdfast.tensors.blocks import blocks
 from holdfast.tensors.lazy import TensorInfo, Tensors
-from holdfast.tensors.mapping import SideName, TensorMapping
+from holdfast.tensors.mapping import TensorMapping
+from holdfast.tensors.numbers import Array
+from holdfast.tensors.relation import SideName
 
 LISTED_MAX = 50
+"""Most lines in one error."""
 
 BLOCK_BYTES = 16 << 20
+"""Bytes of each tensor compared at a time."""
+
+HINT = "check that the configuration belongs to these weights"
 
 DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|freqs_cis|rope\.(freqs|cache))")
-"""Buffers that follow from the configuration, and that some writers keep all the same."""
+"""Names of buffers that are computed from the configuration. Some writers save them."""
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 
 
 def skipped(names: Collection[str], patterns: Sequence[str]) -> set[str]:
-    """The names that somebody asked to leave out.
+    """Return the names that match a `--skip` pattern.
 
     Raises:
-        UsageError: a pattern that none of them matches.
+        UsageError: a pattern matches no name.
     """
     found: set[str] = set()
     for pattern in patterns:
         matching = {name for name in names if fnmatchcase(name, pattern)}
         if not matching:
-            raise UsageError(f"`--skip {pattern}` matches no tensor", hint="it is as in `ls`: * ?")
+            raise UsageError(f"`--skip {pattern}` matches no tensor", hint="use * and ? as in `ls`")
         found |= matching
     return found
 
@@ -47,85 +53,90 @@ def check_fit(
     side: SideName,
     *,
     where: str,
-    said_by: str,
+    config_from: str,
+    hint: str = HINT,
 ) -> list[str]:
-    """Make sure that these are the tensors of one side, all and no others. Returns notes.
+    """Check that `tensors` are the tensors of one side, all and no others. Returns notes.
 
-    `said_by` names where the sizes come from.
+    `config_from` names the origin of the sizes.
 
     Raises:
-        MismatchError: listing all that are missing, unknown or of another shape, and second names
-            whose tensors differ.
+        MismatchError: listing all missing, unexpected and misshapen tensors, and second names with
+            other elements than the first.
     """
-    held, aliases = tensors.held, mapping.aliases[side]
-    derived = [name for name in held if DERIVED.fullmatch(name)]
-    balance = _biases_left_out(held, mapping, side)
-    used = sorted(name for name in balance if _bits(tensors.read(name, _whole(held[name]))).any())
-    wrong = [f"`{name}` is not zero, and the hub has no place for it" for name in used]
-    wrong += differences(held, mapping, side, said_by)
+    infos, aliases = tensors.infos, mapping.aliases[side]
+    derived = [name for name in infos if DERIVED.fullmatch(name)]
+    balance = _unmapped_balances(infos, mapping, side)
+    wrong = [
+        f"`{name}` is not zero, and Hugging Face has no tensor for it"
+        for name in sorted(balance)
+        if _bits(tensors.read(name, Region.whole(infos[name].shape))).any()
+    ]
+    wrong += differences(infos, mapping, side, config_from)
     if not wrong:
         wrong += [
-            f"`{name}` and `{first}` differ, and {said_by} ties them"
+            f"`{name}` and `{first}` differ, but {config_from} ties them"
             for name, first in aliases.items()
-            if name in held and not same(tensors, name, first)
+            if name in infos and not _same(tensors, name, first)
         ]
     if wrong:
         raise MismatchError(
-            f"`{where}` does not fit, {len(wrong)} differences:{listed(wrong)}",
-            hint="is the configuration the one of these weights? `--skip 'PATTERN'` leaves out "
-            "tensors that are known and not wanted",
+            f"`{where}` does not fit {config_from}, {len(wrong)} differences:{listed(wrong)}",
+            hint=hint,
         )
     notes = {
         "buffers that follow from the configuration": derived,
         "biases that balance experts, all zero": balance,
     }
-    return [f"left out {len(found)} {what}" for what, found in notes.items() if found]
+    return [f"left out {len(names)} {kind}" for kind, names in notes.items() if names]
 
 
 def differences(
-    held: Mapping[str, TensorInfo], mapping: TensorMapping, side: SideName, said_by: str
+    infos: Mapping[str, TensorInfo], mapping: TensorMapping, side: SideName, config_from: str
 ) -> list[str]:
-    """Tensors of one side that are missing, of another shape, or not known: a line each."""
+    """Return one line per tensor of a side that is missing, misshapen or unexpected."""
     names = mapping.names(side)
-    known = {*names, *mapping.aliases[side], *_biases_left_out(held, mapping, side)}
-    unknown = [name for name in held if name not in known and not DERIVED.fullmatch(name)]
-    return [
-        *_missing(held, names),
-        *_misshapen(held, mapping, side, said_by),
-        *_unknown(unknown, names, said_by),
-    ]
+    lines = [f"`{name}` is missing" for name in names if name not in infos]
+    for name in names:
+        if name in infos and infos[name].shape != mapping.shape(side, name):
+            found, expected = list(infos[name].shape), list(mapping.shape(side, name))
+            lines.append(f"`{name}` has shape {found}, expected {expected}")
+    known = {*names, *mapping.aliases[side], *_unmapped_balances(infos, mapping, side)}
+    unexpected = [name for name in infos if name not in known and not DERIVED.fullmatch(name)]
+    return [*lines, *_unexpected(unexpected, names, config_from)]
 
 
 def listed(lines: Sequence[str]) -> str:
-    """Many lines for an error, indented below it."""
-    shown = lines if len(lines) <= LISTED_MAX else list(_together(lines))
+    """Return lines indented for an error. Many lines are merged by layer and expert, then cut."""
+    shown = lines if len(lines) <= LISTED_MAX else list(_merged(lines))
     more = len(shown) - LISTED_MAX
     last = [f"... and {more} more"] if more > 0 else []
     return "".join(f"\n  {line}" for line in (*shown[:LISTED_MAX], *last))
 
 
-def _biases_left_out(held: Collection[str], mapping: TensorMapping, side: SideName) -> set[str]:
-    """The biases that balance experts, where the hub has no place for them."""
-    balance = {name for name in held if is_balance(name)} if side == "native" else set()
+def _unmapped_balances(names: Collection[str], mapping: TensorMapping, side: SideName) -> set[str]:
+    """Return the biases that balance experts and that the family has no Hugging Face name for."""
+    balance = {name for name in names if is_balance(name)} if side == "native" else set()
     return balance - {*mapping.names(side)}
 
 
-def _together(lines: Sequence[str]) -> Iterator[str]:
-    """What is said of one tensor after another that differ in the number of an expert, then of a
-    layer, said of all of them at once.
+def _merged(lines: Sequence[str]) -> Iterator[str]:
+    """Merge lines that differ only in the number of an expert, then only in that of a layer.
 
-    >>> [*_together([f"`layers.{n}.norm` is missing" for n in (2, 3, 4, 9)])]
+    >>> [*_merged([f"`layers.{n}.norm` is missing" for n in (2, 3, 4, 9)])]
     ['`layers.{2-4,9}.norm` is missing']
     """
-    for place in (_EXPERT, _LAYER):
-        found: dict[tuple[str, str], list[int]] = {}
+    for pattern in (_EXPERT, _LAYER):
+        numbers_by_line: dict[tuple[str, str], list[int]] = {}
         for line in lines:
-            number = place.search(line)
-            start, stop = number.span(1) if number else (len(line), len(line))
-            found.setdefault((line[:start], line[stop:]), []).extend(
-                [int(number[1])] if number else []
-            )
-        lines = [before + _runs(numbers) + after for (before, after), numbers in found.items()]
+            match = pattern.search(line)
+            start, stop = match.span(1) if match else (len(line), len(line))
+            numbers = numbers_by_line.setdefault((line[:start], line[stop:]), [])
+            if match:
+                numbers.append(int(match[1]))
+        lines = [
+            before + _runs(numbers) + after for (before, after), numbers in numbers_by_line.items()
+        ]
     yield from lines
 
 
@@ -142,9 +153,9 @@ def _runs(numbers: Sequence[int]) -> str:
     return "{" + ",".join(spelled) + "}"
 
 
-def same(tensors: Tensors, one: str, other: str) -> bool:
-    """Whether two tensors hold the same bits."""
-    first, second = tensors.held[one], tensors.held[other]
+def _same(tensors: Tensors, one: str, other: str) -> bool:
+    """Return whether two tensors have the same bits."""
+    first, second = tensors.infos[one], tensors.infos[other]
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     return all(
@@ -153,36 +164,17 @@ def same(tensors: Tensors, one: str, other: str) -> bool:
     )
 
 
-def _whole(held: TensorInfo) -> Region:
-    return Region.whole(held.shape)
-
-
-def _bits(array: np.ndarray) -> np.ndarray:
+def _bits(array: Array) -> Array:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def _missing(held: Mapping[str, TensorInfo], names: Sequence[str]) -> Iterator[str]:
-    for name in names:
-        if name not in held:
-            yield f"`{name}` is missing"
-
-
-def _misshapen(
-    held: Mapping[str, TensorInfo], mapping: TensorMapping, side: SideName, said_by: str
-) -> Iterator[str]:
-    for name in mapping.names(side):
-        if name in held and held[name].shape != mapping.shape(side, name):
-            wanted = list(mapping.shape(side, name))
-            yield f"`{name}` is {list(held[name].shape)}, {said_by} makes it {wanted}"
-
-
-def _unknown(unknown: Sequence[str], names: Sequence[str], said_by: str) -> Iterator[str]:
+def _unexpected(unexpected: Sequence[str], names: Sequence[str], config_from: str) -> Iterator[str]:
     layers = {int(match[1]) for name in names if (match := _LAYER.search(name))}
-    for name in unknown:
+    for name in unexpected:
         match = _LAYER.search(name)
         if match and int(match[1]) not in layers:
-            yield f"`{name}` is beyond the layers that {said_by} has: {len(layers)}"
+            yield f"`{name}` is beyond the {len(layers)} layers of {config_from}"
         elif name.endswith(("lm_head.weight", "output.weight")):
-            yield f"`{name}` is there, {said_by} ties the output to the embedding"
+            yield f"`{name}` is unexpected: {config_from} ties the output to the embedding"
         else:
-            yield f"`{name}` is not known"
+            yield f"`{name}` is unexpected"

@@ -1,5 +1,7 @@
-"""What native tensors are called: by Meta, and so by TorchTitan up to 0.2 and by torchtune; and by
-TorchTitan from 0.3 on, which renamed some."""
+"""Naming dialects: Meta's, TorchTitan's and Hugging Face's names for the tensors of a model.
+
+Meta's names are also those of torchtune, and of TorchTitan up to 0.2. TorchTitan 0.3 renamed some.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Literal
 
-Dialect = Literal["meta", "titan", "hub"]
-"""`hub` is no native one: the names that Hugging Face gives."""
+Dialect = Literal["meta", "titan", "hf"]
+"""`meta` and `titan` are native dialects, `hf` is not."""
 
 _RENAMED: Mapping[str, str] = {
     "output.weight": "lm_head.weight",
@@ -24,48 +26,51 @@ _RENAMED: Mapping[str, str] = {
     "moe.experts.mlp2_bias": "moe.routed_experts.inner_experts.mlp2_bias_ED",
     "moe.expert_bias": "moe.expert_bias_E",
 }
+"""TorchTitan 0.3's names, by Meta's."""
 
 GATE, BALANCE = "moe.router.gate.weight", "moe.expert_bias"
-"""TorchTitan balances the experts of every family by a buffer, zero at first, beside the router.
-Most families have no place for it on the hub."""
+"""Router weight, and the buffer beside it by which TorchTitan balances the experts of every family.
+The buffer starts as zeros. Most families have no Hugging Face tensor for it."""
 
 _LATENT = "attention.wkv_a"
-"""Where keys come from latent vectors, TorchTitan 0.3 kept the name of `wq`."""
+"""Weight of models with latent attention, where TorchTitan 0.3 did not rename `wq`."""
 
 
 def dialect_of(names: Collection[str]) -> Dialect | None:
-    """Whose names these are; None where they are nobody's that is known here."""
+    """Return the dialect of these names, or None if it is unknown."""
     if any("embed_tokens." in name or ".self_attn." in name for name in names):
-        return "hub"
-    told = re.compile("|".join(map(_pattern, _RENAMED.values())))
-    if any(told.search(name) for name in names):
+        return "hf"
+    titan = _any_of(_RENAMED.values())
+    if any(titan.search(name) for name in names):
         return "titan"
-    known = re.compile(r"(?:^|\.)(tok_embeddings\.weight|attention\.w[qk]\w*\.|feed_forward\.w1\.)")
-    return "meta" if any(known.search(name) for name in names) else None
+    meta = re.compile(r"(?:^|\.)(tok_embeddings\.weight|attention\.w[qk]\w*\.|feed_forward\.w1\.)")
+    return "meta" if any(meta.search(name) for name in names) else None
 
 
 def renamed(names: Collection[str], dialect: Literal["meta", "titan"]) -> dict[str, str]:
-    """For each native name what it is in a dialect. Parts of longer names, such as those of an
-    optimizer's state, are renamed as well."""
+    """Return the name in `dialect` of each native name.
+
+    Longer names that include a tensor name, as in an optimizer's state, are renamed as well.
+    """
     latent = any(_LATENT in name for name in names)
     pairs = {m: t for m, t in _RENAMED.items() if not (latent and m.startswith("attention."))}
     table = pairs if dialect == "titan" else {titan: meta for meta, titan in pairs.items()}
-    told = re.compile("|".join(map(_pattern, table)))
-    return {name: told.sub(lambda match: table[match[0]], name) for name in names}
+    pattern = _any_of(table)
+    return {name: pattern.sub(lambda match: table[match[0]], name) for name in names}
 
 
 def balances(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The buffers that are missing beside the routers among these tensors: name and shape."""
-    wanted = {n.removesuffix(GATE): s[:1] for n, s in shapes.items() if n.endswith(GATE)}
-    there = {n[: n.rindex(BALANCE)] for n in shapes if is_balance(n)}
-    return {at + BALANCE: shape for at, shape in wanted.items() if at not in there}
+    """Return name and shape of the balancing buffers that are missing beside routers."""
+    routers = {n.removesuffix(GATE): s[:1] for n, s in shapes.items() if n.endswith(GATE)}
+    balanced = {n[: n.rindex(BALANCE)] for n in shapes if is_balance(n)}
+    return {prefix + BALANCE: s for prefix, s in routers.items() if prefix not in balanced}
 
 
 def is_balance(name: str) -> bool:
-    """Whether this is such a buffer, in either dialect."""
+    """Return whether this is the name of a balancing buffer, in either native dialect."""
     return name.endswith((BALANCE, _RENAMED[BALANCE]))
 
 
-def _pattern(part: str) -> str:
-    # `lm_head.weight` and its like are whole only with a dot, or an end, on either side.
-    return rf"(?<![^.]){re.escape(part)}(?![^.])"
+def _any_of(names: Collection[str]) -> re.Pattern[str]:
+    """Return a pattern for any of these names, with a dot or an end on either side."""
+    return re.compile("|".join(rf"(?<![^.]){re.escape(name)}(?![^.])" for name in names))

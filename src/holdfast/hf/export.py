@@ -1,8 +1,8 @@
-"""A Hugging Face folder from a live model: one pass, each rank writes its elements into place.
+"""Export of a live model as a Hugging Face folder, in one pass over all ranks.
 
-Shapes fix every file's header and every tensor's offset beforehand. So rank 0 makes the files,
-every rank writes the elements that the plan of the save gives it to where they stay, each once, and
-rank 0 publishes: nothing is gathered, nothing is written twice.
+Shapes determine every header and every tensor's offset. So rank 0 creates the files, every rank
+writes the elements that the plan of the save assigns to it, once and in their final position, and
+rank 0 publishes. Nothing is gathered, and nothing is written twice.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,52 +19,50 @@ import numpy as np
 from holdfast.arguments import checked_path, shown
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.cleanup import execute, plan_cleanup
-from holdfast.catalog.hf_folder import CONFIG, of_language_model
-from holdfast.catalog.paths import open_for_reading
+from holdfast.catalog.hf_folder import of_language_model
 from holdfast.comm import Ranks, capture, gather_and_run, run_on_rank_0
 from holdfast.errors import HoldfastError, MismatchError, UsageError
 from holdfast.format.names import Aside
 from holdfast.format.region import Region
-from holdfast.format.safetensors import INDEX
-from holdfast.hf.assets import beside_weights, config_bytes
+from holdfast.hf.assets import files_beside, write_small
 from holdfast.hf.check import differences, listed
 from holdfast.hf.dialects import is_balance, renamed
 from holdfast.hf.families import family_of
 from holdfast.hf.family import mapping_of
-from holdfast.hf.shards import SHARD_BYTES, Export, shard
+from holdfast.hf.shards import ExportLayout, shard
 from holdfast.planning.file_layout import FileLayout, TensorItem
 from holdfast.planning.index import Index
 from holdfast.storage.local import LocalStore
 from holdfast.storage.opening import folder_store
 from holdfast.storage.store import Writer
-from holdfast.tensors.blocks import blocks, runs
+from holdfast.tensors.blocks import blocks, moved, runs
 from holdfast.tensors.lazy import TensorInfo
 from holdfast.tensors.mapping import TensorMapping
-from holdfast.tensors.numbers import box_of, convert, is_floating, raw_type
+from holdfast.tensors.numbers import Array, box_of, convert, is_floating, raw_type
 
 BLOCK_BYTES = 16 << 20
-"""Converted and written at a time."""
+"""Bytes that a rank converts and writes at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class HFModel:
-    """What a live model is called on the hub."""
+    """Description of a live model for Hugging Face."""
 
     config: Mapping[str, Any]
-    """What its `config.json` says."""
+    """Contents of `config.json`."""
 
     assets: str | None = None
-    """Folder whose other files an export takes along: tokenizer, templates."""
+    """Path of a folder whose other files an export copies: tokenizer, templates."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, Mapping):
             raise UsageError(
-                "`HFModel.config` must be a dict, as `config.json` has it, found: "
+                "`HFModel.config` must be a dict, the contents of `config.json`, found: "
                 f"{shown(self.config)}",
                 hint="`config.to_dict()` makes one of a configuration of transformers",
             )
         try:
-            # As the manifest of every step keeps it.
+            # The manifest of every checkpoint includes the configuration as JSON.
             json.dumps(dict(self.config), allow_nan=False, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(f"`HFModel.config` must be plain JSON: {error}") from error
@@ -72,38 +71,40 @@ class HFModel:
 
     @property
     def mapping(self) -> TensorMapping:
-        """Between the hub's tensors and those of the model, under Meta's names."""
+        """Mapping between the Hugging Face tensors and the model's, under Meta's names."""
         config = of_language_model(self.config)
         return mapping_of(family_of(config, where="the configuration of this run"), config)
 
 
 @dataclass(frozen=True, slots=True)
 class ExportSnapshot:
-    """What a rank is to write, and where it reads it: of a save that has begun."""
+    """This rank's part of a save that has begun."""
 
-    image: FileLayout
+    file_layout: FileLayout
+    """Tensors that this rank writes."""
+
     data_of: Callable[[TensorItem, Region], memoryview]
-    """The raw bytes of a box of an item, row-major, counted from the first of its elements."""
+    """Function that returns the row-major bytes of a box, relative to the item's first element."""
 
     index: Index | None
-    """Of all ranks, on rank 0."""
+    """Index of the save, on rank 0."""
 
     others: Collection[str]
-    """Top-level names that are not the model's."""
+    """Top-level names that do not belong to the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """A folder that is published."""
+    """Result of an export, or of one rank's part of it."""
 
     nbytes: int
     lost: tuple[str, ...]
-    """Biases that balance experts and are not zero, where the hub has no place for them."""
+    """Names of nonzero biases that balance experts and have no Hugging Face tensor."""
 
 
 def export(
-    held: ExportSnapshot,
-    hub: HFModel,
+    snapshot: ExportSnapshot,
+    model: HFModel,
     dtype: str,
     *,
     catalog: Catalog,
@@ -112,21 +113,22 @@ def export(
 ) -> Exported:
     """Write the model of a save as a Hugging Face folder, in `dtype`, and publish it.
 
-    Collective: every rank calls this with what it holds; an error on one is raised on all, and
-    nothing is left of the attempt.
+    Collective: every rank calls this with its part. An error on one rank aborts the attempt and is
+    raised on all.
     """
-    mapping = hub.mapping
-    infos = {
-        name: (mapping.dtype("hub", name) or dtype, mapping.shape("hub", name))
-        for name in mapping.names("hub")
-    }
-    made = shard(infos, SHARD_BYTES)
-    store = folder_store(catalog.store.url)
+    mapping = model.mapping
+    layout = shard(
+        {
+            name: (mapping.dtype("hf", name) or dtype, mapping.shape("hf", name))
+            for name in mapping.names("hf")
+        }
+    )
+    job = _Job(snapshot, mapping, layout, folder_store(catalog.store.url), attempt)
     try:
-        run_on_rank_0(ranks, lambda: _make_files(held, mapping, made, store, attempt))
-        mine = capture(lambda: _write(held, mapping, made, store, attempt))
+        run_on_rank_0(ranks, job.create_files)
+        result = capture(job.write)
         return gather_and_run(
-            ranks, mine, lambda parts: _finish(made, hub, catalog, attempt, parts)
+            ranks, result, lambda results: _publish(layout, model, catalog, attempt, results)
         )
     except HoldfastError:
         if ranks.rank == 0:
@@ -135,120 +137,110 @@ def export(
         raise
 
 
-def _make_files(
-    held: ExportSnapshot, mapping: TensorMapping, made: Export, store: LocalStore, attempt: Aside
-) -> None:
-    assert held.index is not None, "rank 0 has it"
-    whole = held.index.plan
-    called = renamed([*(placed.name for placed in whole.tensors), *whole.aliases], "meta")
-    native = {
-        called[placed.name]: TensorInfo(placed.tensor.dtype, placed.tensor.shape)
-        for placed in whole.tensors
-        if placed.tensor.path[0] not in held.others
-    }
-    wrong = differences(native, mapping, "native", "the configuration")
-    if wrong:
-        raise MismatchError(
-            f"the model cannot be exported:{listed(wrong)}",
-            hint="is `config.json` in `model.hf_assets_path` the one of this model?",
-        )
-    for file, image in made.files.items():
-        with store.create(f"{attempt}/{file}", image.nbytes) as writer:
-            writer.write(0, [image.header])
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One rank's part of an export."""
+
+    snapshot: ExportSnapshot
+    mapping: TensorMapping
+    layout: ExportLayout
+    store: LocalStore
+    attempt: Aside
+
+    def create_files(self) -> None:
+        """Check that the model fits the mapping, and create every file with its header."""
+        assert self.snapshot.index is not None, "rank 0 has it"
+        plan = self.snapshot.index.plan
+        native_names = renamed([*(placed.name for placed in plan.tensors), *plan.aliases], "meta")
+        infos = {
+            native_names[placed.name]: TensorInfo(placed.tensor.dtype, placed.tensor.shape)
+            for placed in plan.tensors
+            if placed.tensor.path[0] not in self.snapshot.others
+        }
+        wrong = differences(infos, self.mapping, "native", "the configuration")
+        if wrong:
+            raise MismatchError(
+                f"the model cannot be exported:{listed(wrong)}",
+                hint="check that the `config.json` of the export belongs to this model",
+            )
+        for file, layout in self.layout.files.items():
+            with self.store.create(f"{self.attempt}/{file}", layout.nbytes) as writer:
+                writer.write(0, [layout.header])
+
+    def write(self) -> Exported:
+        """Write this rank's elements."""
+        locations = {
+            name: (file, span.offset)
+            for file, layout in self.layout.files.items()
+            for name, span in layout.tensors.items()
+        }
+        exported, items = {*self.mapping.names("native")}, self.snapshot.file_layout.tensors
+        native_names = renamed({item.name for item in items}, "meta")
+        nbytes, lost = 0, []
+        with ExitStack() as stack:
+
+            @cache
+            def writer_of(file: str) -> Writer:
+                return stack.enter_context(self.store.amend(f"{self.attempt}/{file}"))
+
+            for item in items:
+                native = native_names[item.name]
+                if native not in exported:
+                    region = Region.whole(item.region.shape)
+                    if is_balance(item.name) and any(self.snapshot.data_of(item, region)):
+                        lost.append(item.name)
+                    continue
+                for block in blocks(item.region.shape, 8, BLOCK_BYTES):
+                    for name, box, elements in self._pieces(item, native, block):
+                        file, offset = locations[name]
+                        shape = self.mapping.shape("hf", name)
+                        nbytes += _write_box(writer_of(file), offset, shape, box, elements)
+        return Exported(nbytes, tuple(lost))
+
+    def _pieces(
+        self, item: TensorItem, native: str, block: Region
+    ) -> Iterator[tuple[str, Region, Array]]:
+        """Yield Hugging Face name, box and elements for each part of a block of an item."""
+        dtype, region = item.dtype, moved(block, item.region.start)
+        data = np.frombuffer(self.snapshot.data_of(item, block), raw_type(dtype))
+        data = data.reshape(block.shape)
+        for copy in self.mapping.copies("native", native, region, exact=True):
+            box = copy.source_view.region
+            elements = np.empty(box.shape, raw_type(dtype))
+            copy.run_back(elements, box_of(data, copy.target_view.region))
+            target_dtype = self.layout.dtypes[copy.source] if is_floating(dtype) else dtype
+            yield copy.source, box, convert(elements, dtype, target_dtype)
 
 
-def _write(
-    held: ExportSnapshot, mapping: TensorMapping, made: Export, store: LocalStore, attempt: Aside
-) -> Exported:
-    """Write this rank's elements."""
-    places = {n: (f, s.offset) for f, i in made.files.items() for n, s in i.tensors.items()}
-    wanted = {*mapping.names("native")}
-    names = {item.name for item in held.image.tensors}
-    called = renamed(names, "meta")
-    done, lost = 0, []
-    with ExitStack() as opened:
-        writers: dict[str, Writer] = {}
-
-        def writer_of(file: str) -> Writer:
-            if file not in writers:
-                writers[file] = opened.enter_context(store.amend(f"{attempt}/{file}"))
-            return writers[file]
-
-        for item in held.image.tensors:
-            if called[item.name] not in wanted:
-                whole = Region.whole(item.region.shape)
-                if is_balance(item.name) and any(held.data_of(item, whole)):
-                    lost.append(item.name)
-                continue
-            for block in blocks(item.region.shape, 8, BLOCK_BYTES):
-                at = Region(
-                    tuple(map(int.__add__, block.start, item.region.start)),
-                    tuple(map(int.__add__, block.stop, item.region.start)),
-                )
-                data = np.frombuffer(held.data_of(item, block), raw_type(item.dtype))
-                for name, box, elements in _pieces(
-                    mapping, called[item.name], at, data.reshape(block.shape), item.dtype, made
-                ):
-                    file, offset = places[name]
-                    done += _put(writer_of(file), offset, mapping.shape("hub", name), box, elements)
-    return Exported(done, tuple(lost))
-
-
-def _pieces(
-    mapping: TensorMapping,
-    name: str,
-    region: Region,
-    data: np.ndarray[Any, Any],
-    dtype: str,
-    made: Export,
-) -> Iterator[tuple[str, Region, np.ndarray[Any, Any]]]:
-    """Where the elements of a region go: tensor, box, and the elements in its shape."""
-    stored = made.dtypes
-    for copy in mapping.copies("native", name, region, exact=True):
-        box = copy.source_view.region
-        ours = box_of(data, copy.target_view.region)
-        wanted = stored[copy.source] if is_floating(dtype) else dtype
-        target = np.empty(box.shape, raw_type(dtype))
-        copy.run_back(target, ours)
-        yield copy.source, box, convert(target, dtype, wanted)
-
-
-def _put(
-    writer: Writer,
-    offset: int,
-    shape: tuple[int, ...],
-    box: Region,
-    elements: np.ndarray[Any, Any],
+def _write_box(
+    writer: Writer, offset: int, shape: tuple[int, ...], box: Region, elements: Array
 ) -> int:
+    """Write a box of the tensor at `offset`. Returns the number of bytes."""
     raw = np.ascontiguousarray(elements).reshape(-1).view(np.uint8).data
-    itemsize = elements.itemsize
-    at = 0
+    itemsize, written = elements.itemsize, 0
     for start, length in runs(box, shape):
         nbytes = length * itemsize
-        writer.write(offset + start * itemsize, [raw[at : at + nbytes]])
-        at += nbytes
-    return at
+        writer.write(offset + start * itemsize, [raw[written : written + nbytes]])
+        written += nbytes
+    return written
 
 
-def _finish(
-    made: Export, hub: HFModel, catalog: Catalog, attempt: Aside, parts: Sequence[Exported]
+def _publish(
+    layout: ExportLayout,
+    model: HFModel,
+    catalog: Catalog,
+    attempt: Aside,
+    results: Sequence[Exported],
 ) -> Exported:
+    """Write the files besides the weights, and publish the folder."""
     store = catalog.store
-    wanted = sum(span.nbytes for image in made.files.values() for span in image.tensors.values())
-    written = sum(part.nbytes for part in parts)
-    if written != wanted:
-        raise MismatchError(f"the ranks wrote {written} bytes of {wanted}")
-    small = {CONFIG: config_bytes(hub.config, made.dtype)}
-    if hub.assets is not None:
-        small |= dict(beside_weights(*open_for_reading(hub.assets)))
-    if made.index is not None:
-        small[INDEX] = made.index
-    for file, data in small.items():
-        folder = file.rpartition("/")[0]
-        if folder and f"{folder}/" not in store.list(str(attempt)):
-            store.make_folder(f"{attempt}/{folder}")
-        with store.create(f"{attempt}/{file}", len(data)) as writer:
-            writer.write(0, [data])
+    expected = sum(span.nbytes for file in layout.files.values() for span in file.tensors.values())
+    written = sum(result.nbytes for result in results)
+    if written != expected:
+        raise MismatchError(f"the ranks wrote {written} bytes, expected: {expected}")
+    contents = files_beside(model.config, model.assets, layout.dtype, layout.index)
+    write_small(store, store, str(attempt), contents)
     catalog.publish(attempt)
     execute(store, plan_cleanup(store.list(), only=attempt.name))
-    return Exported(made.nbytes, tuple(sorted({name for part in parts for name in part.lost})))
+    lost = {name for result in results for name in result.lost}
+    return Exported(layout.nbytes, tuple(sorted(lost)))

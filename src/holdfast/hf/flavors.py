@@ -1,4 +1,4 @@
-"""The sizes that models come in, and what `config.json` says of each."""
+"""Sizes of the models that can be trained here, and the `config.json` of each."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """How Llama 3.1 stretches its rotary frequencies from 8192 to 131072 positions."""
+    """Scaling of rotary frequencies in Llama 3.1, from 8192 to 131072 positions."""
 
     factor: float
-    """Wavelengths too long to be seen whole in training are stretched by this much."""
+    """Factor by which long wavelengths are stretched."""
 
     low_freq_factor: float = 1.0
-    """Longer wavelengths than `original_seq_len / low_freq_factor` are stretched in full."""
+    """Wavelengths above `original_seq_len / low_freq_factor` are stretched by the full `factor`."""
 
     high_freq_factor: float = 4.0
-    """Shorter wavelengths than `original_seq_len / high_freq_factor` stay as they are."""
+    """Wavelengths below `original_seq_len / high_freq_factor` are not stretched."""
 
     original_seq_len: int = 8192
-    """Positions that the model was first trained on."""
+    """Number of positions before the scaling."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertFlavor:
-    """The sizes of a feed-forward part that is many experts."""
+    """Sizes of a mixture of experts."""
 
     num_experts: int
-    """How many there are in each block."""
+    """Number of experts in each block."""
 
     num_active: int
-    """How many of them see a token."""
+    """Number of experts that each token is routed to."""
 
     hidden_dim: int
     """Width inside an expert."""
@@ -39,50 +39,50 @@ class ExpertFlavor:
 
 @dataclass(frozen=True, slots=True)
 class Flavor:
-    """One size of the model."""
+    """One size of a model."""
 
     dim: int
     """Width of the residual stream."""
 
     num_layers: int
-    """Transformer blocks."""
+    """Number of transformer blocks."""
 
     num_heads: int
-    """Query heads."""
+    """Number of query heads."""
 
     num_kv_heads: int
-    """Key and value heads, each shared by `num_heads // num_kv_heads` query heads."""
+    """Number of key and value heads, each shared by `num_heads // num_kv_heads` query heads."""
 
     hidden_dim: int
-    """Width inside the feed-forward part; not used where that is `experts`."""
+    """Width inside the feed-forward; unused where `experts` is set."""
 
     vocab_size: int | None = 128256
-    """Rows of the embedding; None: as many as the tokenizer has."""
+    """Rows of the embedding; None: the size of the tokenizer's vocabulary."""
 
     norm_eps: float = 1e-5
-    """Keeps the norm of a zero vector finite."""
+    """Epsilon of the norms."""
 
     rope_theta: float = 500000.0
     """Base of the rotary frequencies."""
 
     rope_scaling: RopeScaling | None = None
-    """Stretches the frequencies for longer sequences; None: as they are."""
+    """Scaling of the rotary frequencies for longer sequences, or None."""
 
     rope_halves: bool = False
-    """The first half of a head is turned with the second, as Qwen has it; else its neighbours with
-    one another, as Meta has it."""
+    """Whether rotation pairs element i of a head with i + head_dim/2, as in Qwen; false: adjacent
+    elements, as in Meta's models."""
 
     tied: bool = False
-    """`output.weight` is `tok_embeddings.weight`, as in the released 1B and 3B."""
+    """Whether `output.weight` is `tok_embeddings.weight`, as in the released 1B and 3B."""
 
     head_width: int | None = None
     """Width of one head; None: `dim // num_heads`."""
 
     head_norm: bool = False
-    """Queries and keys are normalised, head by head, before they are rotated."""
+    """Whether the queries and keys of each head are normalised before rotation."""
 
     experts: ExpertFlavor | None = None
-    """The feed-forward part of every block, where it is not a single one."""
+    """Mixture of experts in place of the feed-forward of every block, or None."""
 
     @property
     def head_dim(self) -> int:
@@ -91,8 +91,7 @@ class Flavor:
 
 
 def config_of(name: str, flavor: Flavor, vocab_size: int) -> dict[str, Any]:
-    """What the `config.json` of a model of this size says; `name` is a key of `MODELS`."""
-    scaling = flavor.rope_scaling
+    """Return the `config.json` of a flavor. `name` is a key of `MODELS`."""
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -111,14 +110,8 @@ def config_of(name: str, flavor: Flavor, vocab_size: int) -> dict[str, Any]:
         "tie_word_embeddings": flavor.tied,
         "attention_bias": False,
     }
-    if scaling is not None:
-        config["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_seq_len,
-        }
+    if flavor.rope_scaling is not None:
+        config["rope_scaling"] = rope_scaling_of(flavor.rope_scaling)
         config["max_position_embeddings"] = 131072
     if name == "qwen3_moe" and flavor.experts is not None:
         config |= {
@@ -135,6 +128,17 @@ def config_of(name: str, flavor: Flavor, vocab_size: int) -> dict[str, Any]:
     return config
 
 
+def rope_scaling_of(scaling: RopeScaling) -> dict[str, Any]:
+    """Return `rope_scaling` of `config.json`."""
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_seq_len,
+    }
+
+
 LLAMA3: dict[str, Flavor] = {
     "debugmodel": Flavor(256, 6, 8, 4, 704, vocab_size=None),
     "1B": Flavor(2048, 16, 32, 8, 8192, rope_scaling=RopeScaling(32), tied=True),
@@ -143,15 +147,19 @@ LLAMA3: dict[str, Flavor] = {
     "70B": Flavor(8192, 80, 64, 8, 28672, rope_scaling=RopeScaling(8)),
     "405B": Flavor(16384, 126, 128, 8, 53248, rope_scaling=RopeScaling(8)),
 }
-"""Llama 3.1 (8B, 70B, 405B) and 3.2 (1B, 3B) as published, and one that trains on two CPU cores."""
+"""Llama 3.1 (8B, 70B, 405B) and 3.2 (1B, 3B), and a small one that trains on two CPU cores."""
 
 
 def qwen3_moe(
     dim: int, num_layers: int, num_heads: int, num_kv_heads: int, experts: ExpertFlavor
 ) -> Flavor:
-    """Qwen3 with experts in every block, as it is published but for these sizes."""
+    """Return a Qwen3 with experts in every block; all but these sizes is as published."""
     return Flavor(
-        *(dim, num_layers, num_heads, num_kv_heads, experts.hidden_dim),
+        dim=dim,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        hidden_dim=experts.hidden_dim,
         vocab_size=151936,
         norm_eps=1e-6,
         rope_theta=1e6,
@@ -169,7 +177,7 @@ QWEN3_MOE: dict[str, Flavor] = {
     "30B-A3B": qwen3_moe(2048, 48, 32, 4, ExpertFlavor(128, 8, 768)),
     "235B-A22B": qwen3_moe(4096, 94, 64, 4, ExpertFlavor(128, 8, 1536)),
 }
-"""Qwen3's mixtures of experts as published, and one that trains on two CPU cores."""
+"""Qwen3's published mixtures of experts, and a small one that trains on two CPU cores."""
 
 MODELS: dict[str, dict[str, Flavor]] = {"llama3": LLAMA3, "qwen3_moe": QWEN3_MOE}
-"""`model.name`, then `model.flavor`."""
+"""Flavors by `model.name`, then by `model.flavor`."""

@@ -1,4 +1,4 @@
-"""A Hugging Face folder into a live model: each rank reads the ranges that it holds."""
+"""Loading of a Hugging Face folder into a live model: each rank reads its own elements."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ from holdfast.loading.load import Loaded, load_tree
 from holdfast.loading.read import THREADS_MAX, Wanted
 from holdfast.state.objects import StateTree
 from holdfast.storage.store import ReadStore
-from holdfast.tensors.blocks import blocks
+from holdfast.tensors.blocks import blocks, moved
 from holdfast.tensors.lazy import Joined, Mapped, Renamed, Tensors, Zeros
+from holdfast.tensors.mapping import TensorMapping
 from holdfast.tensors.quantized import Dequantized
 from holdfast.tensors.stored import StoredTensors
 
 BLOCK_BYTES = 8 << 20
-"""Held beside the model, a thread."""
+"""Bytes that each thread converts at a time: its memory besides the model."""
 
 
 def load_folder(
@@ -45,35 +46,38 @@ def load_folder(
 ) -> tuple[Loaded, tuple[str, ...]]:
     """Load the weights of a Hugging Face folder into the model in `tree`. Returns notes too.
 
-    `config` stands in where the folder has no `config.json`; `partial_load` is that of `load_tree`.
-    Quantized weights are dequantized;
-    names are Meta's or TorchTitan's, as the model's are.
+    `config` is used if the folder has no `config.json`. `partial_load`: see `load_tree`. Quantized
+    weights are dequantized. Meta's or TorchTitan's names are used, as the model has them.
 
-    Collective: every rank calls this; nothing is sent but headers, and an error on one is raised on
-    all.
+    Collective: every rank calls this. Ranks exchange only headers; an error on one rank is raised
+    on all.
 
     Raises:
-        MismatchError: the folder holds another model; nothing was changed. Or a number is too large
-            for a smaller float: the state is loaded in part.
+        MismatchError: the weights are of another model; nothing was changed. Or a number is too
+            large for a smaller float: the state is loaded in part.
     """
     store, name = open_for_reading(path)
     folder = run_on_rank_0(ranks, lambda: _opened(store, name))
     source = Source(store, name, folder.manifest)
     leaves = run_on_all(ranks, lambda: tree.flatten().leaves)
-    balanced = any(map(is_balance, leaves))
-    told = ranks.all_reduce_max([float(dialect_of([*leaves]) == "titan"), float(balanced)])
-    titan, balanced = told[0] > 0, told[1] > 0
-    notes = run_on_rank_0(ranks, lambda: _checked(source, folder, config))
-    tensors = run_on_all(
-        ranks, lambda: _native(source, folder, config, titan=titan, balanced=balanced)
+    has_balance = any(map(is_balance, leaves))
+    # Ranks may have different leaves, as in a pipeline, and must agree.
+    flags = [float(dialect_of([*leaves]) == "titan"), float(has_balance)]
+    titan, has_balance = (flag > 0 for flag in ranks.all_reduce_max(flags))
+    hf_tensors, mapping, config_from = run_on_all(ranks, lambda: _open(source, folder, config))
+    notes = run_on_rank_0(
+        ranks,
+        lambda: check_fit(hf_tensors, mapping, "hf", where=source.url, config_from=config_from),
     )
+    tensors = _native(hf_tensors, mapping, titan=titan, has_balance=has_balance)
     entries = {
-        n: TensorEntry(held.stored, held.shape, (), (n,)) for n, held in tensors.held.items()
+        name: TensorEntry(info.write_dtype, info.shape, (), (name,))
+        for name, info in tensors.infos.items()
     }
-    seen = Source(store, name, Manifest(entries, {}, kind="model"))
+    native = Source(store, name, Manifest(entries, {}, kind="model"))
     fill = partial(_fill, tensors)
-    loaded = load_tree(seen, tree, ranks=ranks, partial=partial_load, fill=fill)
-    return loaded, (*folder.notes, *notes)
+    loaded = load_tree(native, tree, ranks=ranks, partial=partial_load, fill=fill)
+    return loaded, (*folder.notes, *notes, *hf_tensors.notes)
 
 
 def _opened(store: ReadStore, name: str) -> HFFolder:
@@ -81,83 +85,68 @@ def _opened(store: ReadStore, name: str) -> HFFolder:
     return open_hf_folder(store, name)
 
 
-def _config(source: Source, folder: HFFolder, config: Config | None) -> tuple[Config, str]:
+def _open(
+    source: Source, folder: HFFolder, config: Config | None
+) -> tuple[Dequantized, TensorMapping, str]:
+    """Return the tensors of the folder, their mapping, and the origin of the configuration."""
     if folder.adapter is not None:
         raise UsageError(
-            f"`{source.url}` holds an adapter of PEFT's, a base model is expected here",
+            f"`{source.url}` is a PEFT adapter, expected: a base model",
             hint=f"its base is `{folder.adapter.get('base_model_name_or_path')}`",
         )
+    config_from = "the configuration of this run"
     if folder.config is not None:
-        return folder.config, f"`{source.url}/{CONFIG}`"
+        config, config_from = folder.config, f"`{source.url}/{CONFIG}`"
     if config is None:
         raise UsageError(
-            f"`{source.url}` has no `{CONFIG}`, which says how large its model is",
-            hint="put the one that belongs to these weights beside them",
+            f"`{source.url}` has no `{CONFIG}`, which has the sizes of the model",
+            hint=f"put the `{CONFIG}` of these weights into the folder",
         )
-    return config, "the configuration of this run"
-
-
-def _checked(source: Source, folder: HFFolder, config: Config | None) -> list[str]:
-    found, said_by = _config(source, folder, config)
-    held = Dequantized(StoredTensors(source, {}), folder.quantization)
-    family = family_of(found, where=said_by)
-    mapping = mapping_of(family, found, fused_experts=fused_experts(family, found, held.held))
-    notes = check_fit(held, mapping, "hub", where=source.url, said_by=said_by)
-    if held.num_quantized:
-        notes.append(f"{held.num_quantized} quantized tensors are dequantized")
-    return notes
+    tensors = Dequantized(StoredTensors(source, {}), folder.quantization)
+    family = family_of(config, where=config_from)
+    fused = fused_experts(family, config, tensors.infos)
+    return tensors, mapping_of(family, config, fused_experts=fused), config_from
 
 
 def _native(
-    source: Source, folder: HFFolder, config: Config | None, *, titan: bool, balanced: bool
+    hf_tensors: Tensors, mapping: TensorMapping, *, titan: bool, has_balance: bool
 ) -> Tensors:
-    """`balanced`: the model has a bias beside every router, which starts from zero."""
-    found, said_by = _config(source, folder, config)
-    held = Dequantized(StoredTensors(source, {}), folder.quantization)
-    family = family_of(found, where=said_by)
-    mapping = mapping_of(family, found, fused_experts=fused_experts(family, found, held.held))
-    seen: Tensors = Mapped(held, mapping, "native")
-    if balanced:
-        shapes = {name: held.shape for name, held in seen.held.items()}
-        seen = Joined(seen, Zeros(balances(shapes)))
-    names = [*seen.held]
-    called = renamed([*names, *mapping.aliases["native"]], "titan" if titan else "meta")
-    firsts = {called[n]: called[first] for n, first in mapping.aliases["native"].items()}
-    return Renamed(seen, {n: called[n] for n in names}, firsts)
+    """Return the tensors by native names.
+
+    `has_balance`: the model has a balancing bias beside every router, which starts from zero.
+    """
+    tensors: Tensors = Mapped(hf_tensors, mapping, "native")
+    if has_balance:
+        shapes = {name: info.shape for name, info in tensors.infos.items()}
+        tensors = Joined(tensors, Zeros(balances(shapes)))
+    aliases = mapping.aliases["native"]
+    new_names = renamed([*tensors.infos, *aliases], "titan" if titan else "meta")
+    new_aliases = {new_names[name]: new_names[first] for name, first in aliases.items()}
+    return Renamed(tensors, {name: new_names[name] for name in tensors.infos}, new_aliases)
 
 
 def _fill(tensors: Tensors, _: Source, wanted: Sequence[Wanted]) -> int:
-    """Fill every wanted tensor. Returns the bytes of what was read."""
+    """Fill every wanted tensor. Returns the number of bytes read."""
     jobs = [
-        partial(_fill_block, tensors, want, want_region, into)
+        partial(
+            _fill_block,
+            tensors,
+            want,
+            moved(block, piece.region.start),
+            moved(block, piece.local.start),
+        )
         for want in wanted
         for piece in want.pieces
-        for want_region, into in _blocks(tensors, want.name, piece.region, piece.local)
+        # 4 bytes an element: few folders have a wider dtype than float32.
+        for block in blocks(piece.region.shape, 4, BLOCK_BYTES)
     ]
     with ThreadPoolExecutor(min(THREADS_MAX, os.cpu_count() or 1)) as pool:
         return sum(pool.map(lambda job: job(), jobs))
 
 
-def _blocks(
-    tensors: Tensors, name: str, region: Region, local: Region
-) -> list[tuple[Region, Region]]:
-    """A piece in blocks: where each lies in the whole tensor, and in the rank's own."""
-    itemsize = 4 if tensors.held[name].kept else 8
-    return [
-        (_moved(block, region.start), _moved(block, local.start))
-        for block in blocks(region.shape, itemsize, BLOCK_BYTES)
-    ]
-
-
-def _moved(region: Region, by: tuple[int, ...]) -> Region:
-    return Region(
-        tuple(map(int.__add__, region.start, by)), tuple(map(int.__add__, region.stop, by))
-    )
-
-
-def _fill_block(tensors: Tensors, want: Wanted, region: Region, into: Region) -> int:
-    found = np.ascontiguousarray(tensors.read(want.name, region)).reshape(region.shape)
-    dtype: torch.dtype = getattr(torch, tensors.held[want.name].dtype)
-    target = want.local[into.slices()] if want.local.ndim else want.local
-    target.copy_(torch.from_numpy(found).view(dtype))
-    return found.nbytes
+def _fill_block(tensors: Tensors, want: Wanted, region: Region, local: Region) -> int:
+    elements = np.ascontiguousarray(tensors.read(want.name, region)).reshape(region.shape)
+    dtype: torch.dtype = getattr(torch, tensors.infos[want.name].dtype)
+    target = want.local[local.slices()] if want.local.ndim else want.local
+    target.copy_(torch.from_numpy(elements).view(dtype))
+    return elements.nbytes

@@ -1,7 +1,7 @@
-"""Families and sizes by the names that TorchTitan gives them, and what `config.json` says of each.
+"""Families and flavors by TorchTitan's names, and the `config.json` of each.
 
-Those that can be trained here are in `flavors`; the others are as their authors published them, and
-TorchTitan's small ones for trying out.
+`MODELS` in `flavors` has the models that can be trained here. This module adds the published sizes
+of other families, and TorchTitan's small debug models.
 """
 
 from __future__ import annotations
@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from holdfast.hf.family import Config
-from holdfast.hf.flavors import MODELS, ExpertFlavor, config_of, qwen3_moe
+from holdfast.hf.flavors import (
+    MODELS,
+    ExpertFlavor,
+    RopeScaling,
+    config_of,
+    qwen3_moe,
+    rope_scaling_of,
+)
 
 TYPES: Mapping[str, tuple[str, ...]] = {
     "llama2": ("llama",),
@@ -27,11 +34,11 @@ TYPES: Mapping[str, tuple[str, ...]] = {
     "gemma3": ("gemma3_text", "gemma3"),
     "phi3": ("phi3",),
 }
-"""For each name of a family the `model_type` that its configurations may have."""
+"""Values of `model_type` that a configuration may have, by TorchTitan's name of the family."""
 
 
 def _config(
-    architecture: str, model_type: str, heads: int, kv_heads: int, /, **more: Any
+    architecture: str, model_type: str, *, heads: int, kv_heads: int, **more: Any
 ) -> Config:
     return {
         "architectures": [f"{architecture}ForCausalLM"],
@@ -54,20 +61,20 @@ def _sizes(dim: int, num_layers: int, hidden_dim: int, vocab_size: int) -> dict[
     }
 
 
-def _yarn(factor: float, theta: float, original: int, **more: Any) -> dict[str, Any]:
-    """Rotary frequencies that are stretched as YaRN does it."""
+def _yarn(factor: float, theta: float, **more: Any) -> dict[str, Any]:
+    """Return rotary settings with YaRN scaling from 4096 positions."""
     scaling = {
         "rope_type": "yarn",
         "factor": factor,
         "beta_fast": 32.0,
         "beta_slow": 1.0,
-        "original_max_position_embeddings": original,
+        "original_max_position_embeddings": 4096,
         **more,
     }
     return {
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "max_position_embeddings": int(original * factor),
+        "max_position_embeddings": int(4096 * factor),
     }
 
 
@@ -75,25 +82,27 @@ def _qwen3(
     sizes: dict[str, Any], heads: int, kv_heads: int = 8, *, tied: bool = False, window: int = 40960
 ) -> Config:
     return _config(
-        *("Qwen3", "qwen3", heads, kv_heads),
-        **sizes,
+        "Qwen3",
+        "qwen3",
+        heads=heads,
+        kv_heads=kv_heads,
         head_dim=128,
         rms_norm_eps=1e-6,
         rope_theta=1e6,
         max_position_embeddings=window,
-        tie_word_embeddings=tied,
+        **sizes | {"tie_word_embeddings": tied},
     )
 
 
 def _deepseek(
-    version: int, sizes: dict[str, Any], heads: int, experts: ExpertFlavor, /, **more: Any
+    version: int, sizes: dict[str, Any], heads: int, experts: ExpertFlavor, **more: Any
 ) -> Config:
-    """Version 3 scores experts one by one and corrects for their load; 2 chooses by softmax."""
-    scale = more.pop("mscale", 1.0)
+    mscale = more.pop("mscale", 1.0)
     return _config(
-        *(f"DeepseekV{version}", f"deepseek_v{version}", heads, heads),
-        **sizes,
-        **_yarn(40.0, 10000.0, 4096, mscale=scale, mscale_all_dim=scale),
+        f"DeepseekV{version}",
+        f"deepseek_v{version}",
+        heads=heads,
+        kv_heads=heads,
         rms_norm_eps=1e-6,
         kv_lora_rank=512,
         qk_nope_head_dim=128,
@@ -102,36 +111,51 @@ def _deepseek(
         n_routed_experts=experts.num_experts,
         num_experts_per_tok=experts.num_active,
         moe_intermediate_size=experts.hidden_dim,
-        **(
-            {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
-            if version == 3
-            else {"scoring_func": "softmax", "norm_topk_prob": False}
-        ),
+        **sizes,
+        **_yarn(40.0, 10000.0, mscale=mscale, mscale_all_dim=mscale),
         **more,
     )
 
 
+_DEEPSEEK_V2: Mapping[str, Any] = {
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+}
+_DEEPSEEK_V2_LITE: Mapping[str, Any] = {
+    **_DEEPSEEK_V2,
+    "q_lora_rank": None,
+    "topk_method": "greedy",
+    "routed_scaling_factor": 1.0,
+}
+
+
 def _gpt_oss(dim: int, num_layers: int, vocab_size: int, num_experts: int) -> Config:
-    turns = ["sliding_attention", "full_attention"] * num_layers
+    alternating = ["sliding_attention", "full_attention"] * num_layers
     return _config(
-        *("GptOss", "gpt_oss", 64, 8),
-        **_sizes(dim, num_layers, 2880, vocab_size),
-        **_yarn(32.0, 150000.0, 4096, truncate=False),
+        "GptOss",
+        "gpt_oss",
+        heads=64,
+        kv_heads=8,
         head_dim=64,
         rms_norm_eps=1e-5,
-        attention_bias=True,
         num_local_experts=num_experts,
         num_experts_per_tok=4,
         sliding_window=128,
-        layer_types=turns[:num_layers],
+        layer_types=alternating[:num_layers],
         swiglu_limit=7.0,
+        **_sizes(dim, num_layers, 2880, vocab_size) | {"attention_bias": True},
+        **_yarn(32.0, 150000.0, truncate=False),
     )
 
 
 def _llama4(num_experts: int, step: int, *, qk_norm: bool, **more: Any) -> Config:
     return _config(
-        *("Llama4", "llama4_text", 40, 8),
-        **_sizes(5120, 48, 8192, 202048),
+        "Llama4",
+        "llama4_text",
+        heads=40,
+        kv_heads=8,
         head_dim=128,
         rms_norm_eps=1e-5,
         rope_theta=500000.0,
@@ -140,6 +164,7 @@ def _llama4(num_experts: int, step: int, *, qk_norm: bool, **more: Any) -> Confi
         num_experts_per_tok=1,
         interleave_moe_layer_step=step,
         use_qk_norm=qk_norm,
+        **_sizes(5120, 48, 8192, 202048),
         **more,
     )
 
@@ -161,44 +186,51 @@ QWEN3: Mapping[str, Config] = {
 
 DEEPSEEK_V3: Mapping[str, Config] = {
     "debugmodel": _deepseek(
-        *(2, _sizes(256, 6, 1024, 2048), 16, ExpertFlavor(8, 3, 256)),
+        2,
+        _sizes(256, 6, 1024, 2048),
+        16,
+        ExpertFlavor(8, 3, 256),
         mscale=0.7,
-        q_lora_rank=None,
-        n_shared_experts=2,
-        first_k_dense_replace=1,
-        topk_method="greedy",
-        routed_scaling_factor=1.0,
+        **_DEEPSEEK_V2_LITE,
     ),
     "16B": _deepseek(
-        *(2, _sizes(2048, 27, 10944, 102400), 16, ExpertFlavor(64, 6, 1408)),
+        2,
+        _sizes(2048, 27, 10944, 102400),
+        16,
+        ExpertFlavor(64, 6, 1408),
         mscale=0.707,
-        q_lora_rank=None,
-        n_shared_experts=2,
-        first_k_dense_replace=1,
-        topk_method="greedy",
-        routed_scaling_factor=1.0,
+        **_DEEPSEEK_V2_LITE,
     ),
     "236B": _deepseek(
-        *(2, _sizes(5120, 60, 12288, 102400), 128, ExpertFlavor(160, 6, 1536)),
+        2,
+        _sizes(5120, 60, 12288, 102400),
+        128,
+        ExpertFlavor(160, 6, 1536),
         q_lora_rank=1536,
-        n_shared_experts=2,
-        first_k_dense_replace=1,
         n_group=8,
         topk_group=3,
         topk_method="group_limited_greedy",
         routed_scaling_factor=16.0,
+        **_DEEPSEEK_V2,
     ),
+    # Version 3 scores experts by sigmoid, and corrects the scores for the experts' load.
     "671B": _deepseek(
-        *(3, _sizes(7168, 61, 18432, 129280), 128, ExpertFlavor(256, 8, 2048)),
+        3,
+        _sizes(7168, 61, 18432, 129280),
+        128,
+        ExpertFlavor(256, 8, 2048),
         q_lora_rank=1536,
         n_shared_experts=1,
         first_k_dense_replace=3,
         n_group=8,
         topk_group=4,
+        topk_method="noaux_tc",
         routed_scaling_factor=2.5,
+        scoring_func="sigmoid",
+        norm_topk_prob=True,
     ),
 }
-"""TorchTitan calls by this name what was published as DeepSeek V2 Lite (16B) and V2 (236B) too."""
+"""TorchTitan's `deepseek_v3` includes the published DeepSeek V2 Lite (16B) and V2 (236B)."""
 
 PUBLISHED: Mapping[str, Mapping[str, Config]] = {
     "qwen3": QWEN3,
@@ -210,32 +242,26 @@ PUBLISHED: Mapping[str, Mapping[str, Config]] = {
     },
     "llama4": {
         "17bx16e": _llama4(
-            *(16, 1),
+            16,
+            1,
             qk_norm=True,
             max_position_embeddings=10485760,
-            rope_scaling={
-                "rope_type": "llama3",
-                "factor": 16.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 1.0,
-                "original_max_position_embeddings": 8192,
-            },
+            rope_scaling=rope_scaling_of(RopeScaling(16.0, high_freq_factor=1.0)),
         ),
         "17bx128e": _llama4(128, 2, qk_norm=False, max_position_embeddings=1048576),
     },
 }
-"""`config.json` by name and flavor, beside those of `MODELS`."""
+"""`config.json` by name and flavor, besides the flavors in `MODELS`."""
 
 
 def flavors_of(name: str) -> list[str]:
-    """The sizes that a family is known in."""
+    """Return the flavors of a family."""
     return [*MODELS.get(name, ()), *PUBLISHED.get(name, ())]
 
 
 def published(name: str, flavor: str, vocab_size: int) -> dict[str, Any]:
-    """What the `config.json` of a model of this size says. `vocab_size` is that of a small one
-    which does not say."""
+    """Return the `config.json` of a flavor. `vocab_size`: for a flavor without one of its own."""
     if flavor in PUBLISHED.get(name, ()):
         return {**PUBLISHED[name][flavor]}
-    shape = MODELS[name][flavor]
-    return config_of(name, shape, shape.vocab_size or vocab_size)
+    sizes = MODELS[name][flavor]
+    return config_of(name, sizes, sizes.vocab_size or vocab_size)

@@ -1,63 +1,63 @@
-"""How the tensors of an export lie in its files: fixed by names, dtypes and shapes alone."""
+"""Layout of an export: which tensors go into which file, from names, dtypes and shapes alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 from holdfast.format.dtypes import dtype_of
-from holdfast.format.region import Region
 from holdfast.format.safetensors import SINGLE, SafetensorsLayout, encode_index, lay_out
 
 SHARD_BYTES = 5_000_000_000
-"""Of one file, as the hub has them, unless asked for otherwise."""
+"""Default size of a file: the hub's own."""
 
-TensorInfo = tuple[str, tuple[int, ...]]
-"""Dtype and shape."""
+DtypeAndShape = tuple[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Export:
-    """The files of an export before a byte of them is written."""
+class ExportLayout:
+    """The files of an export, before they are written."""
 
     files: Mapping[str, SafetensorsLayout]
-    """By name, each with the place of its tensors."""
+    """Layout of each file, by name."""
 
     index: bytes | None
-    """Of `model.safetensors.index.json`; None where there is one file."""
+    """Contents of `model.safetensors.index.json`; None for a single file."""
 
     dtype: str
-    """What most elements are stored in."""
+    """Dtype of most bytes."""
 
     dtypes: Mapping[str, str]
-    """Of each tensor."""
+    """Dtype of each tensor."""
 
     @property
     def nbytes(self) -> int:
-        return sum(image.nbytes for image in self.files.values())
+        return sum(layout.nbytes for layout in self.files.values())
 
 
-def shard(tensors: Mapping[str, TensorInfo], max_shard_bytes: int = SHARD_BYTES) -> Export:
-    """Fill one file after the other, in the order given; a tensor is never cut.
+def shard(tensors: Mapping[str, DtypeAndShape], max_shard_bytes: int = SHARD_BYTES) -> ExportLayout:
+    """Assign whole tensors to files, one file after the other, in the given order.
 
     Raises:
-        FormatError: a dtype that the format has no name for.
+        FormatError: the format has no name for a dtype.
     """
-    groups: list[dict[str, TensorInfo]] = [{}]
-    held, total, by_dtype = 0, 0, dict[str, int]()
+    groups: list[dict[str, DtypeAndShape]] = [{}]
+    group_nbytes, nbytes_by_dtype = 0, dict[str, int]()
     for name, (dtype, shape) in tensors.items():
-        nbytes = Region.whole(shape).num_elements * dtype_of(dtype).itemsize
-        if groups[-1] and held + nbytes > max_shard_bytes:
+        nbytes = prod(shape) * dtype_of(dtype).itemsize
+        if groups[-1] and group_nbytes + nbytes > max_shard_bytes:
             groups.append({})
-            held = 0
+            group_nbytes = 0
         groups[-1][name] = (dtype, shape)
-        held, total = held + nbytes, total + nbytes
-        by_dtype[dtype] = by_dtype.get(dtype, 0) + nbytes
-    main = max(by_dtype, key=lambda dtype: by_dtype[dtype], default="float32")
+        group_nbytes += nbytes
+        nbytes_by_dtype[dtype] = nbytes_by_dtype.get(dtype, 0) + nbytes
+    most = max(nbytes_by_dtype, key=lambda dtype: nbytes_by_dtype[dtype], default="float32")
     dtypes = {name: dtype for name, (dtype, _) in tensors.items()}
     if len(groups) == 1:
-        return Export({SINGLE: lay_out(groups[0])}, None, main, dtypes)
+        return ExportLayout({SINGLE: lay_out(groups[0])}, None, most, dtypes)
     names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
     files = {file: lay_out(group) for file, group in zip(names, groups, strict=True)}
-    index = {name: file for file, image in files.items() for name in image.tensors}
-    return Export(files, encode_index(index, total), main, dtypes)
+    index = {name: file for file, layout in files.items() for name in layout.tensors}
+    total = sum(nbytes_by_dtype.values())
+    return ExportLayout(files, encode_index(index, total), most, dtypes)

@@ -20,6 +20,7 @@ from holdfast.loading.opening import read_in
 from holdfast.loading.read import Wanted, read_tensors, threads_for
 from holdfast.loading.replicas import Place, collect_requests, read_shared
 from holdfast.planning.gc_pause import gc_paused
+from holdfast.spelling import listed
 from holdfast.state.layout import Layouts, local_of
 from holdfast.state.match import MadeValues, Match
 from holdfast.state.objects import StateTree
@@ -175,11 +176,9 @@ def _differences(match: Match, ranks: Ranks) -> tuple[list[str], list[str]]:
 
 
 def _mismatch(source: Source, lines: Sequence[str]) -> MismatchError:
-    more = len(lines) - _LISTED_MAX
     return MismatchError(
-        f"`{source.url}` does not fit, {len(lines)} differences, nothing was changed:\n  "
-        + "\n  ".join(lines[:_LISTED_MAX])
-        + (f"\n  ... and {more} more" if more > 0 else ""),
+        f"`{source.url}` does not fit, {len(lines)} differences, nothing was changed:"
+        + listed(lines, _LISTED_MAX),
         hint="is it a checkpoint of another model? `holdfast show` lists its entries. To load only "
         "the rest, leave the entries that differ out of the state",
     )

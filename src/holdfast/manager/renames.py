@@ -44,7 +44,7 @@ def in_words_of(manifest: Manifest, names: Collection[str]) -> Manifest:
     """The manifest in the words of a model that has tensors of these `names`: Meta's, or those that
     TorchTitan has from 0.3 on, optimizer state included. As it is where that is not known."""
     ours, theirs = dialect_of(names), dialect_of(manifest.tensors)
-    if ours == theirs or ours in ("hub", None) or theirs in ("hub", None):
+    if ours == theirs or ours in ("hf", None) or theirs in ("hf", None):
         return manifest
     assert ours in ("meta", "titan")
     keys = {str(key) for entry in manifest.tensors.values() for key in entry.path}

@@ -15,6 +15,7 @@ from holdfast.errors import MismatchError
 from holdfast.format.manifest import Path
 from holdfast.format.structure import MAPPINGS, Node, children_of, kind_of_node
 from holdfast.planning.write_plan import AllPlans, LocalPlan
+from holdfast.spelling import listed
 
 _RANK_KEY = re.compile(r"rank_\d+")
 _UNIONS = ("model", "optimizer")
@@ -51,10 +52,8 @@ def check_alike(all_plans: AllPlans, size: int) -> None:
         return
     lines = [*_differences(all_plans, differing), *_lone_slots(all_plans)]
     if lines:
-        more = len(lines) - _LISTED_MAX
-        listed = "\n  ".join(lines[:_LISTED_MAX]) + (f"\n  ... and {more} more" if more > 0 else "")
         raise MismatchError(
-            f"the state differs between ranks, nothing was saved:\n  {listed}",
+            "the state differs between ranks, nothing was saved:" + listed(lines, _LISTED_MAX),
             hint="state of one rank alone needs a key of its own, such as `rank_3`: in the dict "
             "that differs, or at the top: `states={'rank_3': ...}`",
         )

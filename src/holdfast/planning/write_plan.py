@@ -137,9 +137,8 @@ def plan(all_plans: AllPlans) -> GlobalPlan:
     held: list[tuple[str, LocalTensor, _HeldRegions]] = []
     known: dict[tuple[object, ...], _HeldRegions] = {}
     for component in sorted(all_plans):
-        for name, holders in _holders_by_name(
-            all_plans[component], lambda plan: plan.tensors
-        ).items():
+        by_name = _holders_by_name(all_plans[component], lambda plan: plan.tensors)
+        for name, holders in by_name.items():
             if name in aliases:
                 continue
             tensor = holders[0].local_plan.tensors[name]
@@ -243,7 +242,7 @@ def groups_of(all_plans: AllPlans, own: LocalPlans, rank: int) -> dict[str, tupl
     by_placement: dict[int, tuple[int, ...]] = {}
     groups: dict[str, tuple[int, ...]] = {}
     for component, local_plan in own.items():
-        holders = _ranks_by_name(all_plans.get(component, ()), lambda plan: plan.tensors)
+        holders = _ranks_by_name(all_plans[component], lambda plan: plan.tensors)
         for name, tensor in local_plan.tensors.items():
             if not prod(tensor.shape):
                 continue

@@ -14,6 +14,7 @@ from holdfast.planning.index import Index
 from holdfast.saving.digests import Group, Replicas, groups_that_differ, names_that_differ
 from holdfast.saving.publish import Facts, publish
 from holdfast.saving.write import WriteResult
+from holdfast.spelling import listed
 
 _LISTED_MAX = 20
 
@@ -70,10 +71,9 @@ def _refuse(everyone: Sequence[dict[str, tuple[Group, int]]]) -> None:
         f"`{name}` differs between ranks {first} and {other}"
         for name, (first, other) in names_that_differ(everyone).items()
     ]
-    more = len(lines) - _LISTED_MAX
-    listed = "\n  ".join(lines[:_LISTED_MAX]) + (f"\n  ... and {more} more" if more > 0 else "")
     raise MismatchError(
-        f"ranks that train one model hold different versions of it, nothing was saved:\n  {listed}",
+        "ranks that train one model hold different versions of it, nothing was saved:"
+        + listed(lines, _LISTED_MAX),
         hint="the ranks have diverged: compare their seeds, data and gradients. State that is "
         "meant to differ needs a name of its own on each rank, such as `states={'rank_3': ...}`",
     )

@@ -1,1 +1,1 @@
-"""Where bytes live: one `Store`, whatever is behind it. Knows no tensors and no checkpoints."""
+"""Stores of files: folders, memory, URLs. Knows neither tensors nor checkpoints."""

@@ -1,4 +1,4 @@
-"""Going on with files that an earlier process has begun: what is there already is not written."""
+"""Resume writing files that a killed process left unfinished."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ import numpy as np
 from holdfast.storage.store import AmendableStore, Buffer, Writer
 
 WINDOW_BYTES = 4 << 20
-"""Compared at a time."""
+"""Bytes compared at a time."""
 
 
 class Continuing:
-    """Creates files in a store that may hold them already, in part and with anything in them: every
-    byte to be written is compared with the one in its place, and written where they differ."""
+    """Creates files, or completes files that exist already, with any content.
+
+    Compares each window with the bytes in its place, and writes only windows that differ.
+    """
 
     def __init__(self, store: AmendableStore) -> None:
         self._store = store
         self.kept_bytes = 0
-        """Bytes that were there already."""
+        """Bytes that did not have to be written again."""
 
     @contextmanager
     def create(self, key: str, nbytes: int) -> Iterator[Writer]:
-        """As `Store.create`, but a file of this size may be there, with anything in it."""
+        """Like `Store.create`, but a file of this size may exist, with any content."""
         folder, _, name = key.rpartition("/")
         if name not in self._store.list(folder):
             with self._store.create(key, nbytes) as writer:
@@ -35,11 +37,11 @@ class Continuing:
 
 
 class _Differing:
-    """Writes what is not there yet."""
+    """Writes the windows that differ from the file."""
 
     def __init__(self, files: Continuing, store: AmendableStore, key: str, writer: Writer) -> None:
         self._files, self._store, self._key, self._writer = files, store, key, writer
-        self._found = memoryview(bytearray(WINDOW_BYTES))
+        self._buffer = memoryview(bytearray(WINDOW_BYTES))
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
         for part in parts:
@@ -48,10 +50,10 @@ class _Differing:
                 self._put(offset + start, view[start : start + WINDOW_BYTES])
             offset += len(view)
 
-    def _put(self, offset: int, wanted: memoryview) -> None:
-        found = self._found[: len(wanted)]
-        whole = self._store.read_into(self._key, offset, found) == len(wanted)
-        if whole and np.array_equal(np.frombuffer(found, "u1"), np.frombuffer(wanted, "u1")):
-            self._files.kept_bytes += len(wanted)
+    def _put(self, offset: int, window: memoryview) -> None:
+        stored = self._buffer[: len(window)]
+        complete = self._store.read_into(self._key, offset, stored) == len(window)
+        if complete and np.array_equal(np.frombuffer(stored, "u1"), np.frombuffer(window, "u1")):
+            self._files.kept_bytes += len(window)
         else:
-            self._writer.write(offset, [wanted])
+            self._writer.write(offset, [window])

@@ -1,5 +1,5 @@
-"""Writing a file past the page cache: at the disk's own speed, and nothing that training has cached
-makes way for a checkpoint."""
+"""Write files with `O_DIRECT`: at the speed of the disk, and without evicting training data from
+the page cache."""
 
 from __future__ import annotations
 
@@ -19,27 +19,26 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 PAGE_BYTES = 4096
-"""Offsets, lengths and addresses of direct writes are multiples of this, on every disk so far."""
+"""Alignment of the offset, length and address of a direct write. Every disk so far accepts it."""
 
 WINDOW_BYTES = 2 << 20
-"""Written at once: one huge page, which the disk takes as one piece, and few enough that all
-windows together stay in the processor's cache."""
+"""Bytes of one write: a huge page, which the disk takes in one request. All windows together fit
+into the processor's cache."""
 
 NUM_THREADS = 4
-"""Each has a window: some copy while others wait for the disk."""
+"""Writing threads, each with a window: some copy while others wait for the disk."""
 
 WINDOWS_AHEAD = 4
-"""What waits for a thread at most: parts that were handed over are about to be written."""
+"""Most windows that wait for a thread."""
 
 IN_PLACE_BYTES_MIN = 1 << 20
-"""A part that is as large, and lies on pages as its place in the file does, is written from where
-it is."""
+"""Smallest part that is written without a copy, if its address and offset are page-aligned."""
 
-_FEW = 8
-"""So many parts are copied one by one; more are joined first."""
+_COPIED_ONE_BY_ONE_MAX = 8
+"""Most parts that are copied one by one; more are joined first."""
 
 _BUFFERS_A_CALL = 512
-"""Linux takes at most 1024 buffers in one pwritev."""
+"""Buffers passed to one pwritev. Linux takes at most 1024."""
 
 
 class BufferedWriter:
@@ -59,15 +58,14 @@ class BufferedWriter:
                 views[0] = views[0][count:]
 
     def finish(self) -> None:
-        """All has been written."""
+        """Do nothing: `write` has written everything."""
 
 
 class DirectWriter:
-    """Writes whole pages past the page cache; what is left at the ends of ranges goes through it.
-    Fastest where each range begins where the last one ended.
+    """Writes whole pages past the page cache, and the ends of ranges through it.
 
-    Threads take one window of the file after the other, copy it to memory that the disk can read,
-    and write it. So the copies cost no time beside the disk's own.
+    Fastest if each range begins where the last one ended. Threads copy one window at a time to
+    aligned memory and write it, so that copying overlaps with the disk.
     """
 
     def __init__(self, direct: int, buffered: int) -> None:
@@ -81,7 +79,7 @@ class DirectWriter:
         self._writing: deque[Future[None]] = deque()
         self._parts: list[memoryview] = []
         self._start = self._stop = 0
-        """What of the file the parts are; `_start` is that of a page, where there are any."""
+        """Range of the file that `_parts` cover. `_start` is page-aligned if there are parts."""
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
         for part in parts:
@@ -91,39 +89,41 @@ class DirectWriter:
             offset += len(view)
 
     def finish(self) -> None:
-        """All has been handed over: wait until it is written."""
-        self._leave()
+        """Wait until everything has been written."""
+        self._end_range()
         while self._writing:
             self._writing.popleft().result()
 
     def close(self) -> None:
-        """Stop the threads; what none has begun yet is not written."""
+        """Stop the threads. Writes that none of them has begun are dropped."""
         self._threads.stop()
 
     def _put(self, offset: int, view: memoryview) -> None:
         if offset != self._stop or (not self._parts and offset % PAGE_BYTES):
-            self._leave()
+            self._end_range()
             edge = min(-offset % PAGE_BYTES, len(view))
             self._edges.write(offset, [view[:edge]])
             offset, view = offset + edge, view[edge:]
             self._start = self._stop = offset
         in_place = _fits_in_place(view, offset)
         if in_place:
-            # All before it is whole pages, since it begins on one.
+            # The parts before it are whole pages, since this one begins on a page.
             self._send(self._stop - self._start)
         while len(view):
-            taken = view[: WINDOW_BYTES - (self._stop - self._start)]
-            self._parts.append(taken)
-            self._stop += len(taken)
-            view = view[len(taken) :]
+            part = view[: WINDOW_BYTES - (self._stop - self._start)]
+            self._parts.append(part)
+            self._stop += len(part)
+            view = view[len(part) :]
             if self._stop - self._start == WINDOW_BYTES:
                 self._send(WINDOW_BYTES, in_place=in_place)
         if in_place:
             self._send((self._stop - self._start) // PAGE_BYTES * PAGE_BYTES, in_place=True)
 
     def _send(self, nbytes: int, *, in_place: bool = False) -> None:
-        """Let a thread write so many bytes, whole pages, of what is there. Raises the error of one
-        that failed."""
+        """Let a thread write the first `nbytes` of the parts, a whole number of pages.
+
+        Raises the error of an earlier write that failed.
+        """
         if not nbytes:
             return
         parts, rest = _split(self._parts, nbytes)
@@ -137,8 +137,8 @@ class DirectWriter:
         while len(self._writing) > NUM_THREADS + WINDOWS_AHEAD:
             self._writing.popleft().result()
 
-    def _leave(self) -> None:
-        """The next range begins elsewhere."""
+    def _end_range(self) -> None:
+        """Write the remaining parts; the next range begins elsewhere."""
         self._send((self._stop - self._start) // PAGE_BYTES * PAGE_BYTES)
         self._edges.write(self._start, self._parts)
         self._parts = []
@@ -157,11 +157,14 @@ class DirectWriter:
 
 
 class _Threads:
-    """As many threads as are asked for, or can be had: under a limit of memory there may be none,
-    and then the caller does the work. The standard library's pool raises there, half way."""
+    """Up to `count` threads, as many as the system allows.
+
+    Under a memory limit there may be none: then the caller does the work. `ThreadPoolExecutor`
+    would raise in the middle of it.
+    """
 
     def __init__(self, count: int) -> None:
-        from concurrent.futures import Future  # Whoever only looks at a store need not wait for it.
+        from concurrent.futures import Future  # Readers do not need this import.
 
         self._future: type[Future[None]] = Future
         self._jobs: SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = SimpleQueue()
@@ -199,22 +202,24 @@ class _Threads:
 def _carry_out(work: Callable[[], None], future: Future[None]) -> None:
     try:
         work()
-    except BaseException as error:  # noqa: BLE001 - raised by whoever asks for the result
+    except BaseException as error:  # noqa: BLE001 - `Future.result` raises it
         future.set_exception(error)
     else:
         future.set_result(None)
 
 
 def _windows() -> Iterator[memoryview]:
-    """One for each thread, side by side."""
+    """Yield a window for each thread, all in one piece of memory."""
     memory = memoryview(huge_memory(NUM_THREADS * WINDOW_BYTES))
     for number in range(NUM_THREADS):
         yield memory[number * WINDOW_BYTES : (number + 1) * WINDOW_BYTES]
 
 
 def huge_memory(nbytes: int) -> mmap.mmap:
-    """So many bytes of memory of its own, on huge pages where there are any, which the disk takes
-    in one piece. Begins on a page, and goes back to the system with its last reader."""
+    """Allocate page-aligned memory, on huge pages if available: the disk takes one in one request.
+
+    The system gets it back when the last reference to it ends.
+    """
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -222,7 +227,7 @@ def huge_memory(nbytes: int) -> mmap.mmap:
 
 
 def _split(parts: list[memoryview], nbytes: int) -> tuple[list[memoryview], list[memoryview]]:
-    """The first so many bytes, and what follows them."""
+    """Split parts after `nbytes`: return the parts before and after."""
     rest: list[memoryview] = []
     over = sum(map(len, parts)) - nbytes
     while over:
@@ -238,26 +243,26 @@ def _split(parts: list[memoryview], nbytes: int) -> tuple[list[memoryview], list
 def _fits_in_place(view: memoryview, offset: int) -> bool:
     if len(view) < IN_PLACE_BYTES_MIN or offset % PAGE_BYTES:
         return False
-    import numpy as np  # Not at the top: whoever only looks at a store need not wait for it.
+    import numpy as np  # Readers of a store do not need this import.
 
     return np.frombuffer(view, np.uint8).ctypes.data % PAGE_BYTES == 0
 
 
 def _gather(parts: Sequence[memoryview], window: memoryview) -> int:
-    """Copy the parts to the window, one after the other. Returns their bytes."""
+    """Copy the parts to the window, one after the other. Returns their total bytes."""
     import numpy as np
 
-    at = 0
-    for part in parts if len(parts) <= _FEW else [b"".join(parts)]:
-        target = window[at : at + len(part)]
-        # Lets other threads run meanwhile, which an assignment does not.
+    offset = 0
+    for part in parts if len(parts) <= _COPIED_ONE_BY_ONE_MAX else [b"".join(parts)]:
+        target = window[offset : offset + len(part)]
+        # Unlike an assignment, `copyto` releases the GIL.
         np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(part, np.uint8))
-        at += len(part)
-    return at
+        offset += len(part)
+    return offset
 
 
 def open_direct(path: str) -> int | None:
-    """The file, to be written past the page cache; None where its file system cannot."""
+    """Open a file with `O_DIRECT`; return None if its file system does not support that."""
     with suppress(OSError):
         return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
     return None

@@ -1,7 +1,7 @@
-"""Things that a forked child must give up: locks, pipes and signal handlers of its parent.
+"""Make forked children give up the locks, pipes and signal handlers of their parent.
 
-A child that `os.fork` or `multiprocessing` makes gets a copy of every open file. A lock or a pipe
-lives until its last copy is closed, so a data worker that outlives its parent would keep both.
+A child made by `os.fork` or `multiprocessing` has a copy of every open file. A lock or a pipe lives
+until its last copy is closed, so that a data worker that outlives its parent would keep both.
 """
 
 from __future__ import annotations
@@ -14,40 +14,40 @@ from typing import Protocol
 from weakref import WeakSet
 
 FORK_WAITS_S = 1.0
-"""Longest time for which a fork waits for another thread that opens a file: a network file system
-that hangs must not hang the forks of the process too."""
+"""Longest time that a fork waits for another thread to open a file. Without a limit, a network file
+system that hangs would also hang every fork of the process."""
 
 
 class Leaver(Protocol):
-    """An object of which a forked child gives up its copy."""
+    """An object whose copy a forked child must give up."""
 
     def leave(self) -> None:
-        """Close this process's copy and touch nothing that the parent still uses."""
+        """Close this process's copy, without effect on the parent."""
         ...
 
 
-# Module state, since `os.register_at_fork` cannot take a hook back: one hook serves all objects.
+# Module state, since `os.register_at_fork` has no opposite: one hook serves all objects.
 _mutex = threading.RLock()
 _waited = False
 _leavers: WeakSet[Leaver] = WeakSet()
-"""Weak, so that a lock which nobody refers to is still released."""
+"""Weak references, so that a lock without other references is still released."""
 
 
 @contextmanager
 def no_fork_between() -> Iterator[None]:
-    """Keep other threads from forking from before a file is opened until it is registered."""
+    """Keep other threads from forking while a file is opened and registered."""
     with _mutex:
         yield
 
 
 def leave_in_children(leaver: Leaver) -> None:
-    """Call `leaver.leave` in every process that this one forks from now on."""
+    """Call `leaver.leave` in every process forked from now on."""
     with _mutex:
         _leavers.add(leaver)
 
 
 def leavers() -> list[Leaver]:
-    """Every registered object that is still alive."""
+    """Return every registered object that is still alive."""
     with _mutex:
         return list(_leavers)
 
@@ -64,10 +64,10 @@ def _in_parent() -> None:
 
 def _in_child() -> None:
     global _mutex
-    # A thread that is not in the child may own the parent's.
+    # The parent's mutex may be held by a thread that does not exist in the child.
     _mutex = threading.RLock()
     for leaver in list(_leavers):
-        # A child may have closed all its files already, as daemons do.
+        # The child may have closed all its files already, as daemons do.
         with suppress(OSError, ValueError):
             leaver.leave()
     _leavers.clear()

@@ -1,18 +1,17 @@
-"""Whether a link leads out of the folder that it lies in."""
+"""Detect links that lead out of their folder."""
 
 from __future__ import annotations
 
 import os
 
 _SNAPSHOTS, _BLOBS = "snapshots", "blobs"
-"""Folders of the Hugging Face cache: a file of `snapshots/<revision>` is a link into `blobs`."""
+"""Folders of the Hugging Face cache: files of `snapshots/<revision>` are links into `blobs`."""
 
 
 def leads_out(folder: str, file: str) -> bool:
-    """Whether `file`, a path below `folder`, is reached by a link that leaves `folder`.
+    """Whether `file`, a path below `folder`, resolves to a place outside of `folder`.
 
-    The one exception is the layout of the Hugging Face cache, where the files of a snapshot are
-    links to the blobs of the same repository.
+    In the Hugging Face cache, links from a snapshot to blobs of the same repository are allowed.
     """
     path = os.path.join(folder, file)
     if "/" not in file and not os.path.islink(path):

@@ -1,4 +1,4 @@
-"""A folder of a POSIX file system as a `Store`."""
+"""A `Store` in a folder of a POSIX file system."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from holdfast.storage.plain import check_plain, open_plain
 from holdfast.storage.store import Check, Reader, Writer
 
 DIRECT_BYTES_MIN = 4 << 20
-"""Smaller files are not worth the threads."""
+"""Smallest file that is written with `O_DIRECT`; below it the threads cost more than they save."""
 
 NO_SPACE = "free some space (df -h), or use another disk"
-"""Hint where a disk is full."""
+"""Hint of the error for a full disk."""
 
 _HINTS = {
     errno.EACCES: "check the owner and the rights of the folder: ls -ld",
@@ -27,8 +27,8 @@ _HINTS = {
     errno.EROFS: "the file system is mounted read-only: mount -o remount,rw, or another folder",
     errno.ENOSPC: NO_SPACE,
     errno.EDQUOT: "the quota is used up: free some space, or use another folder",
-    errno.EEXIST: "a file stands where a folder should: move it away, or use another folder",
-    errno.ENOTDIR: "a file stands where a folder should: move it away, or use another folder",
+    errno.EEXIST: "a file has the name of the folder: move it away, or use another folder",
+    errno.ENOTDIR: "a file has the name of the folder: move it away, or use another folder",
     errno.EIO: "the disk reports an input/output error: look at dmesg, use another disk",
     errno.EFBIG: "no file may be that large here: `ulimit -f` shows the limit of this shell, and "
     "the file system has one too",
@@ -40,7 +40,7 @@ _HINTS = {
 
 
 class LocalStore:
-    """A folder of this machine, or of a network file system mounted on it."""
+    """A local folder, or one of a mounted network file system."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = os.path.abspath(root)
@@ -53,20 +53,20 @@ class LocalStore:
         return os.path.join(self._root, key).rstrip("/") or "/"
 
     def list(self, folder: str = "") -> Sequence[str]:
-        with self._said("list", folder), os.scandir(self._path(folder)) as entries:
+        with self._errors_of("list", folder), os.scandir(self._path(folder)) as entries:
             return sorted(e.name + "/" if _is_folder(e) else e.name for e in entries)
 
     def size(self, key: str) -> int:
-        with self._said("look at", key):
-            found = os.stat(self._path(key))
-            check_plain(self._path(key), found.st_mode)
-            return found.st_size
+        with self._errors_of("look at", key):
+            status = os.stat(self._path(key))
+            check_plain(self._path(key), status.st_mode)
+            return status.st_size
 
     def read(self, key: str, start: int, stop: int) -> bytes:
-        with self._said("read", key):
+        with self._errors_of("read", key):
             file = open_plain(self._path(key), os.O_RDONLY)
             try:
-                # Memory for what is there, whatever the caller would have taken.
+                # Allocate for the bytes that exist; `stop` may be far past the end.
                 return _pread(file, start, min(stop, os.fstat(file).st_size))
             finally:
                 os.close(file)
@@ -77,7 +77,7 @@ class LocalStore:
 
     @contextmanager
     def open(self, key: str) -> Iterator[Reader]:
-        with self._said("read", key):
+        with self._errors_of("read", key):
             file = open_plain(self._path(key), os.O_RDONLY)
             try:
                 yield _LocalReader(file)
@@ -85,17 +85,17 @@ class LocalStore:
                 os.close(file)
 
     def stamp(self, folder: str) -> object:
-        """Equal to an earlier one for as long as no file directly in a folder has changed."""
-        with self._said("list", folder), os.scandir(self._path(folder)) as entries:
-            found = ((entry.name, _looked_at(entry)) for entry in entries)
-            return sorted((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in found)
+        """Return a value that changes when any file directly in `folder` changes."""
+        with self._errors_of("list", folder), os.scandir(self._path(folder)) as entries:
+            files = ((entry.name, _status(entry)) for entry in entries)
+            return sorted((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in files)
 
     def leads_out(self, folder: str, file: str) -> bool:
         return links.leads_out(self._path(folder), file)
 
     @contextmanager
     def create(self, key: str, nbytes: int) -> Iterator[Writer]:
-        with self._said("write", key), ExitStack() as stack:
+        with self._errors_of("write", key), ExitStack() as stack:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             file = os.open(self._path(key), flags, 0o666)
             stack.callback(os.close, file)
@@ -113,25 +113,25 @@ class LocalStore:
 
     @contextmanager
     def amend(self, key: str) -> Iterator[Writer]:
-        with self._said("write", key), ExitStack() as stack:
+        with self._errors_of("write", key), ExitStack() as stack:
             file = open_plain(self._path(key), os.O_WRONLY | os.O_NOFOLLOW)
             stack.callback(os.close, file)
             yield BufferedWriter(file)
             os.fsync(file)
 
     def make_folder(self, key: str) -> None:
-        with self._said("make the folder", key):
+        with self._errors_of("make the folder", key):
             if key:
                 os.mkdir(self._path(key))
             else:
                 os.makedirs(self._root, exist_ok=True)
 
     def sync(self, folder: str) -> None:
-        with self._said("sync", folder):
+        with self._errors_of("sync", folder):
             _sync_folder(self._path(folder))
 
     def rename(self, source: str, target: str) -> None:
-        with self._said("publish", target):
+        with self._errors_of("publish", target):
             try:
                 renaming.rename_exclusive(self._path(source), self._path(target))
             except FileExistsError as error:
@@ -139,7 +139,7 @@ class LocalStore:
             self._sync_above(target, source)
 
     def replace_file(self, source: str, target: str) -> None:
-        with self._said("publish", target):
+        with self._errors_of("publish", target):
             os.replace(self._path(source), self._path(target))
             self._sync_above(target, source)
 
@@ -148,7 +148,7 @@ class LocalStore:
             _sync_folder(folder)
 
     def remove(self, key: str) -> None:
-        with self._said("remove", key):
+        with self._errors_of("remove", key):
             path = self._path(key)
             if os.path.isdir(path) and not os.path.islink(path):
                 _remove_folder(path)
@@ -156,9 +156,9 @@ class LocalStore:
                 os.unlink(path)
 
     def free_bytes(self) -> int | None:
-        with self._said("measure the free space of", ""):
-            found = os.statvfs(self._root)
-            return found.f_bavail * found.f_frsize
+        with self._errors_of("measure the free space of", ""):
+            status = os.statvfs(self._root)
+            return status.f_bavail * status.f_frsize
 
     @contextmanager
     def lock(self, key: str, note: str) -> Iterator[Check]:
@@ -167,9 +167,9 @@ class LocalStore:
 
         def check() -> None:
             nonlocal lock, lost
-            if lost or (lock.mine and not lock.is_at(path)):
-                # Somebody has moved the folder away, or removed the file: another process may have
-                # locked the file that is there now.
+            if lost or (lock.is_held and not lock.is_at(path)):
+                # The folder was moved, or the file removed: another process may have locked the
+                # file that has its path now.
                 lost = True
                 lock.release()
                 try:
@@ -192,10 +192,10 @@ class LocalStore:
 
     def _lock(self, key: str, note: str) -> locks.Lock:
         path = self._path(key)
-        with self._said("lock", key):
+        with self._errors_of("lock", key):
             lock = locks.lock_file(path)
             if lock is None:
-                # Its holder may be a manager that nobody refers to, and that is in a cycle.
+                # The holder may be an unreferenced manager in a reference cycle.
                 gc.collect()
                 lock = locks.lock_file(path)
             if lock is None:
@@ -207,20 +207,22 @@ class LocalStore:
         return locks.holder_of(self._path(key))
 
     def _in_use(self, key: str) -> ExistsError:
-        """The error for whoever finds a lock held: it names the holder."""
+        """Return the error for a lock that is taken, with its holder."""
         path = self._path(key)
         note = locks.read_note(path) or "unknown"
         if locks.is_held_here(path):
             return ExistsError(
                 f"`{self.url}` is held by this process already: {note}",
-                hint="close the CheckpointManager that holds it first: `manager.close()`, or the "
-                "end of its `with` block",
+                hint="close the CheckpointManager that holds it first, by `manager.close()` or by "
+                "leaving its `with` block",
             )
         if locks.has_ended(note):
-            left = ", ".join(map(str, locks.processes_with(path))) or "none that is seen from here"
+            children = (
+                ", ".join(map(str, locks.processes_with(path))) or "none that is visible here"
+            )
             return ExistsError(
                 f"`{self.url}` is locked: {note}, has ended, but processes that it forked keep "
-                f"the lock: {left}",
+                f"the lock: {children}",
                 hint="end these processes, then start again",
             )
         return ExistsError(
@@ -231,7 +233,7 @@ class LocalStore:
     @contextmanager
     def hold(self, key: str) -> Iterator[bool | None]:
         with ExitStack() as stack:
-            with self._said("hold", key):
+            with self._errors_of("hold", key):
                 held = self._hold(self._path(key), stack)
             yield held
 
@@ -243,7 +245,7 @@ class LocalStore:
         except FileNotFoundError as error:
             raise NotFoundError(f"nothing at `{path}`") from error
         except OSError:
-            # NFS locks files alone: there a file beside the folder is locked for it.
+            # NFS cannot lock folders: lock a file beside the folder instead.
             beside = os.path.join(os.path.dirname(path), held_file(os.path.basename(path)))
             try:
                 lock = locks.lock_file(beside)
@@ -252,13 +254,13 @@ class LocalStore:
             if lock is not None:
                 stack.callback(locks.remove_lock_file, beside, lock)
                 if not os.path.lexists(path):
-                    # Its last holder removed it, and the lock's file with it.
+                    # Its last holder removed the folder, and then the lock file.
                     raise NotFoundError(f"nothing at `{path}`") from None
         return lock is not None
 
     @contextmanager
-    def _said(self, doing: str, key: str) -> Iterator[None]:
-        """Turn what the system says into what the user needs to know."""
+    def _errors_of(self, doing: str, key: str) -> Iterator[None]:
+        """Raise errors of the system as errors of Holdfast."""
         try:
             yield
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -266,11 +268,13 @@ class LocalStore:
             if isinstance(error, NotADirectoryError) or doing not in ("list", "look at", "read"):
                 raise StorageError(
                     f"cannot {doing} `{path}`: {error.strerror}",
-                    hint=_HINTS.get(error.errno or 0, f"`{self._root}` must be there: mkdir -p"),
+                    hint=_HINTS.get(
+                        error.errno or 0, f"create the folder first: mkdir -p {self._root}"
+                    ),
                 ) from error
             raise NotFoundError(f"nothing at `{path}`") from error
         except MemoryError as error:
-            # A sparse file may state any size.
+            # A sparse file may claim any size.
             raise StorageError(
                 f"cannot {doing} `{self._path(key)}`: it does not fit into memory"
             ) from error
@@ -296,13 +300,13 @@ class _LocalReader:
 
 
 def _reserve(file: int, nbytes: int) -> None:
-    """Take the space now, so that a full disk is found before the first byte is written."""
+    """Reserve the space, so that a full disk fails before the first byte is written."""
     if not nbytes:
         return
     try:
         os.posix_fallocate(file, 0, nbytes)
     except OSError as error:
-        # Some file systems cannot reserve; there the write itself finds out.
+        # Some file systems cannot reserve space; on those the write itself fails.
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
 
@@ -310,7 +314,7 @@ def _reserve(file: int, nbytes: int) -> None:
 def _pread(file: int, start: int, stop: int) -> bytes:
     parts = []
     while start < stop:
-        # One call reads up to 2 GiB; most callers want less, and get it without a copy.
+        # One call reads up to 2 GiB, so most reads need no join.
         part = os.pread(file, stop - start, start)
         if not part:
             break
@@ -320,14 +324,14 @@ def _pread(file: int, start: int, stop: int) -> bytes:
 
 
 def _remove_folder(path: str) -> None:
-    import shutil  # Whoever only looks at a store need not wait for it.
+    import shutil  # Readers do not need this import.
 
     try:
         shutil.rmtree(path)
     except OSError as error:
         if error.errno not in (errno.EMFILE, errno.ENFILE):
             raise
-        # What a save leaves that has failed for want of open files: this opens one at most.
+        # Delete what a save left that ran out of open files: this opens one at most.
         with suppress(OSError):
             os.rmdir(path)
             return
@@ -340,14 +344,14 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:
-        return False  # A link that leads in a circle, or through a folder that may not be searched.
+        return False  # A circular link, or one through a folder without search permission.
 
 
-def _looked_at(entry: os.DirEntry[str]) -> os.stat_result:
+def _status(entry: os.DirEntry[str]) -> os.stat_result:
     try:
         return entry.stat()
     except OSError:
-        return entry.stat(follow_symlinks=False)  # A link that leads nowhere.
+        return entry.stat(follow_symlinks=False)  # A broken link.
 
 
 def _sync_folder(path: str) -> None:

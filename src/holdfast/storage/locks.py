@@ -1,7 +1,7 @@
-"""Locks of this process on files and folders of this machine.
+"""Lock files and folders with flock(2).
 
-A lock of flock(2) belongs to the open file. The system releases it with the last copy of that file,
-so it ends with the process however that ends, provided that forked children give their copies up.
+Such a lock belongs to the open file, and ends when its last copy is closed. So it ends with the
+process however the process ends, provided that forked children give up their copies.
 """
 
 from __future__ import annotations
@@ -23,51 +23,51 @@ from holdfast.storage.plain import kind_of
 NOTE_BYTES_MAX = 1024
 
 _TRIES = 100
-"""Whoever removes a lock file does so at most once a lock, so each try meets another process."""
+"""Most attempts to lock a file. Each fails only if another process removed the file meanwhile."""
 
 _LOCKS = Path("/proc/locks")
 
 _HOLDER = re.compile(r"host (\S+), pid (\d+)")
-"""Part of the note of a lock that tells whose it is."""
+"""Part of a note that names the holder of a lock."""
 
 
 class Lock:
-    """A file or folder that this process has locked, until `release` or until the process ends."""
+    """A lock of this process on a file or folder, until `release` or the end of the process."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._pid = os.getpid()
-        found = os.fstat(descriptor)
-        self.file = (found.st_dev, found.st_ino)
+        status = os.fstat(descriptor)
+        self.file = (status.st_dev, status.st_ino)
         """Device and inode."""
 
     @property
-    def mine(self) -> bool:
-        """Whether this process holds it: false once released, and in a forked child."""
+    def is_held(self) -> bool:
+        """Whether this process holds the lock: False once released, and in a forked child."""
         return self._descriptor >= 0 and self._pid == os.getpid()
 
     def is_at(self, path: str) -> bool:
-        """Whether `path` still leads to the file that is locked."""
+        """Whether the locked file still has this path."""
         return self.file == _file_at(path)
 
     def write_note(self, note: str) -> None:
-        """Make `note` the content of the file. Does nothing where the lock is not `mine`."""
-        if self.mine:
+        """Replace the content of the file by `note`. Does nothing if the lock is released."""
+        if self.is_held:
             data = note.encode(errors="replace")[:NOTE_BYTES_MAX]
             os.pwrite(self._descriptor, data, 0)
             os.ftruncate(self._descriptor, len(data))
 
     def release(self) -> None:
-        """Unlock. Further calls do nothing, and neither do those of a forked child."""
-        if self.mine:
+        """Unlock. Does nothing if released already, or in a forked child."""
+        if self.is_held:
             descriptor, self._descriptor = self._descriptor, -1
-            # Explicitly, since a child whose fork Python did not see may keep the file open.
+            # `close` is not enough: a child forked by native code may keep the file open.
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
     def leave(self) -> None:
-        """As `holdfast.storage.forks.Leaver`: close the copy, which leaves the parent's lock."""
+        """Close this process's copy of the file, which keeps the parent's lock (see `forks`)."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -80,7 +80,7 @@ class Lock:
 
 
 def lock_file(path: str) -> Lock | None:
-    """Lock a plain file, which is made where there is none. None where another lock is on it.
+    """Lock a plain file, after creating it if needed. Return None if it is locked already.
 
     Raises:
         StorageError: it is a link, a folder, a pipe or a device.
@@ -92,12 +92,11 @@ def lock_file(path: str) -> Lock | None:
             lock = _locked(descriptor)
         if lock is None:
             return None
-        found = os.fstat(descriptor)
         if not lock.is_at(path):
             # Its last holder removed the file after it was opened here.
             lock.release()
-        elif found.st_nlink > 1:
-            # Another name of it may be somebody's own file, which a note would overwrite.
+        elif os.fstat(descriptor).st_nlink > 1:
+            # A hard link: writing a note would overwrite the file's other name.
             os.unlink(path)
             lock.release()
         else:
@@ -106,10 +105,10 @@ def lock_file(path: str) -> Lock | None:
 
 
 def lock_folder(path: str) -> Lock | None:
-    """Lock a folder, or a file, whatever it is renamed to. None where another lock is on it.
+    """Lock a folder or a file; the lock survives renames. Return None if it is locked already.
 
     Raises:
-        FileNotFoundError: it is gone, or was renamed before it could be locked.
+        FileNotFoundError: it does not exist, or was renamed before it could be locked.
         OSError: the file system cannot lock it.
     """
     with no_fork_between():
@@ -122,8 +121,8 @@ def lock_folder(path: str) -> Lock | None:
 
 
 def remove_lock_file(path: str, lock: Lock) -> None:
-    """Delete the file of a lock, then release it."""
-    if lock.mine:
+    """Delete a lock file, then release its lock."""
+    if lock.is_held:
         with suppress(FileNotFoundError):
             os.unlink(path)
         lock.release()
@@ -132,20 +131,20 @@ def remove_lock_file(path: str, lock: Lock) -> None:
 def is_held_here(path: str) -> bool:
     """Whether this process holds the lock on the file at `path`."""
     file = _file_at(path)
-    return any(isinstance(one, Lock) and one.mine and one.file == file for one in leavers())
+    return any(isinstance(lock, Lock) and lock.is_held and lock.file == file for lock in leavers())
 
 
 def holder_of(path: str) -> str | None:
-    """Note of whoever on this machine holds the lock on the file at `path`; None where nobody does.
+    """Return the note of the process on this machine that has locked `path`; None if none has.
 
-    Does not lock, so that no run is refused because somebody has looked.
+    Reads `/proc/locks` instead of locking, so that a check never makes a run fail.
     """
     file = _file_at(path)
     if file is None:
         return None
     device = f"{os.major(file[0]):02x}:{os.minor(file[0]):02x}:{file[1]}"
     try:
-        # A line a lock: number, FLOCK, ADVISORY, WRITE, process, device and inode, range.
+        # One lock per line: number, FLOCK, ADVISORY, WRITE, process, device and inode, range.
         rows = [line.split() for line in _LOCKS.read_text().splitlines()]
     except OSError:
         return None
@@ -155,7 +154,7 @@ def holder_of(path: str) -> str | None:
 
 
 def read_note(path: str) -> str:
-    """Note in a lock file; empty where there is none, or where the file is not a plain one."""
+    """Return the note in a lock file; empty if it has none, or if it is no plain file."""
     with suppress(OSError):
         descriptor = _open_lock_file(path, os.O_RDONLY)
         try:
@@ -168,11 +167,11 @@ def read_note(path: str) -> str:
 
 def has_ended(note: str) -> bool:
     """Whether `note` names a process of this host that has ended."""
-    found = _HOLDER.search(note)
-    if found is None or found[1] != os.uname().nodename:
+    holder = _HOLDER.search(note)
+    if holder is None or holder[1] != os.uname().nodename:
         return False
     try:
-        os.kill(int(found[2]), 0)
+        os.kill(int(holder[2]), 0)
     except ProcessLookupError:
         return True
     except (OSError, OverflowError):
@@ -181,21 +180,21 @@ def has_ended(note: str) -> bool:
 
 
 def processes_with(path: str) -> list[int]:
-    """Processes that have the file at `path` open, as far as this user may look."""
+    """Return the processes that have `path` open, among those this user may inspect."""
     file = _file_at(path)
-    found = set()
+    processes = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             for descriptor in (process / "fd").iterdir():
                 with suppress(OSError):
                     opened = descriptor.stat()
                     if (opened.st_dev, opened.st_ino) == file:
-                        found.add(int(process.name))
-    return sorted(found)
+                        processes.add(int(process.name))
+    return sorted(processes)
 
 
 def _open_lock_file(path: str, flags: int = os.O_RDWR | os.O_CREAT) -> int:
-    """Open the file of a lock, never through a link, which could lead to anybody's file."""
+    """Open a lock file. Refuses links, since the note would overwrite their target."""
     more = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags | more, 0o666)
@@ -212,13 +211,13 @@ def _open_lock_file(path: str, flags: int = os.O_RDWR | os.O_CREAT) -> int:
 
 def _not_plain(path: str, mode: int) -> StorageError:
     return StorageError(
-        f"`{path}` is {kind_of(mode)}, and a lock is a plain file",
-        hint=f"look at what it is, then move it away: mv {path} {path}.old",
+        f"`{path}` is {kind_of(mode)}, but a lock must be a plain file",
+        hint=f"check what it is, then move it away: mv {path} {path}.old",
     )
 
 
 def _locked(descriptor: int) -> Lock | None:
-    """The lock on an open file; None where another is on it, and the file is closed."""
+    """Lock an open file. If it is locked already, close it and return None."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         lock = Lock(descriptor)
@@ -234,7 +233,7 @@ def _locked(descriptor: int) -> Lock | None:
 
 def _file_at(path: str) -> tuple[int, int] | None:
     try:
-        found = os.lstat(path)
+        status = os.lstat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino

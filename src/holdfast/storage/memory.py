@@ -1,72 +1,64 @@
-"""A `Store` in memory: for tests, and for trying things out."""
+"""A `Store` in memory, for tests and experiments."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 from holdfast.errors import ExistsError, NotFoundError, StorageError
-from holdfast.storage.store import Buffer, Check, PlainReader
+from holdfast.storage.store import Buffer, Check, PlainReader, Writer
 
-
-@dataclass(slots=True)
-class _File:
-    data: bytearray
-
-
-@dataclass(slots=True)
-class _Folder:
-    entries: dict[str, _File | _Folder] = field(default_factory=dict)
+_Folder = dict[str, "bytearray | _Folder"]
+_Node = bytearray | _Folder
 
 
 class MemoryStore:
     """A tree of files in memory."""
 
     def __init__(self, capacity: int | None = None) -> None:
-        self._root = _Folder()
+        self._root: _Folder = {}
         self._capacity = capacity
         self._locks: dict[str, str] = {}
-        self._held: list[_File | _Folder] = []
+        self._held: list[_Node] = []
         self._mutex = threading.RLock()
 
     @property
     def url(self) -> str:
         return "memory:"
 
-    def _find(self, key: str) -> _File | _Folder:
-        node: _File | _Folder = self._root
+    def _find(self, key: str) -> _Node:
+        node: _Node = self._root
         for part in filter(None, key.split("/")):
-            if not isinstance(node, _Folder) or part not in node.entries:
+            if not isinstance(node, dict) or part not in node:
                 raise NotFoundError(f"nothing at `{self.url}{key}`")
-            node = node.entries[part]
+            node = node[part]
         return node
 
     def _folder(self, key: str) -> _Folder:
         node = self._find(key)
-        if not isinstance(node, _Folder):
+        if not isinstance(node, dict):
             raise StorageError(f"`{self.url}{key}` is a file, not a folder")
         return node
 
-    def _file(self, key: str) -> _File:
+    def _file(self, key: str) -> bytearray:
         node = self._find(key)
-        if not isinstance(node, _File):
+        if not isinstance(node, bytearray):
             raise StorageError(f"`{self.url}{key}` is a folder, not a file")
         return node
 
     def list(self, folder: str = "") -> Sequence[str]:
         with self._mutex:
-            entries = self._folder(folder).entries.items()
-            return sorted(name + "/" * isinstance(node, _Folder) for name, node in entries)
+            entries = self._folder(folder).items()
+            return sorted(name + "/" * isinstance(node, dict) for name, node in entries)
 
     def size(self, key: str) -> int:
         with self._mutex:
-            return len(self._file(key).data)
+            return len(self._file(key))
 
     def read(self, key: str, start: int, stop: int) -> bytes:
         with self._mutex:
-            return bytes(self._file(key).data[start:stop])
+            return bytes(self._file(key)[start:stop])
 
     def read_into(self, key: str, start: int, target: memoryview) -> int:
         data = self.read(key, start, start + len(target))
@@ -80,26 +72,26 @@ class MemoryStore:
         return False
 
     @contextmanager
-    def create(self, key: str, nbytes: int) -> Iterator[_MemoryWriter]:
+    def create(self, key: str, nbytes: int) -> Iterator[Writer]:
         with self._mutex:
             free = self.free_bytes()
             if free is not None and nbytes > free:
                 raise StorageError(f"cannot write `{key}`: need {nbytes} bytes, {free} are free")
             folder, name = _split(key)
-            entries = self._folder(folder).entries
+            entries = self._folder(folder)
             if name in entries:
                 raise StorageError(f"`{self.url}{key}` exists already")
-            entries[name] = file = _File(bytearray(nbytes))
+            entries[name] = file = bytearray(nbytes)
         yield _MemoryWriter(file)
 
     def make_folder(self, key: str) -> None:
         with self._mutex:
             folder, name = _split(key)
             if name:
-                entries = self._folder(folder).entries
+                entries = self._folder(folder)
                 if name in entries:
                     raise StorageError(f"`{self.url}{key}` exists already")
-                entries[name] = _Folder()
+                entries[name] = {}
 
     def sync(self, folder: str) -> None:
         with self._mutex:
@@ -107,18 +99,19 @@ class MemoryStore:
 
     def rename(self, source: str, target: str) -> None:
         with self._mutex:
-            (source_folder, source_name), (target_folder, name) = _split(source), _split(target)
-            above, below = self._folder(source_folder), self._folder(target_folder)
-            if name in below.entries:
+            source_folder, source_name = _split(source)
+            target_folder, target_name = _split(target)
+            new_entries = self._folder(target_folder)
+            if target_name in new_entries:
                 raise ExistsError(f"`{self.url}{target}` exists already")
-            below.entries[name] = self._find(source)
-            del above.entries[source_name]
+            new_entries[target_name] = self._find(source)
+            del self._folder(source_folder)[source_name]
 
     def remove(self, key: str) -> None:
         with self._mutex:
             self._find(key)
             folder, name = _split(key)
-            del self._folder(folder).entries[name]
+            del self._folder(folder)[name]
 
     def free_bytes(self) -> int | None:
         if self._capacity is None:
@@ -146,18 +139,18 @@ class MemoryStore:
     def hold(self, key: str) -> Iterator[bool | None]:
         with self._mutex:
             node = self._find(key)
-            mine = not any(one is node for one in self._held)
-            if mine:
+            is_free = all(held is not node for held in self._held)
+            if is_free:
                 self._held.append(node)
         try:
-            yield mine
+            yield is_free
         finally:
-            if mine:
+            if is_free:
                 with self._mutex:
-                    self._held = [one for one in self._held if one is not node]
+                    self._held = [held for held in self._held if held is not node]
 
     @contextmanager
-    def amend(self, key: str) -> Iterator[_MemoryWriter]:
+    def amend(self, key: str) -> Iterator[Writer]:
         with self._mutex:
             file = self._file(key)
         yield _MemoryWriter(file)
@@ -167,18 +160,18 @@ class MemoryStore:
             file = self._file(source)
             for key in (source, target):
                 folder, name = _split(key)
-                self._folder(folder).entries.pop(name, None)
+                self._folder(folder).pop(name, None)
             folder, name = _split(target)
-            self._folder(folder).entries[name] = file
+            self._folder(folder)[name] = file
 
 
 class _MemoryWriter:
-    def __init__(self, file: _File) -> None:
+    def __init__(self, file: bytearray) -> None:
         self._file = file
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
         for part in parts:
-            self._file.data[offset : offset + len(part)] = part
+            self._file[offset : offset + len(part)] = part
             offset += len(part)
 
 
@@ -187,6 +180,5 @@ def _split(key: str) -> tuple[str, str]:
     return folder, name
 
 
-def _nbytes(folder: _Folder) -> int:
-    nodes = folder.entries.values()
-    return sum(_nbytes(n) if isinstance(n, _Folder) else len(n.data) for n in nodes)
+def _nbytes(node: _Node) -> int:
+    return sum(map(_nbytes, node.values())) if isinstance(node, dict) else len(node)

@@ -1,7 +1,7 @@
-"""From what a person calls a place, a folder or a URL, to a store: the only way to make either.
+"""Open the store that a path or URL names.
 
-Whatever builds its own `LocalStore` would take a URL for the name of a folder here, and save a run
-to a folder called `s3:`.
+Other modules must not make a `LocalStore` themselves: given a URL, they would save to a local
+folder called `s3:`.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from holdfast.storage.store import ReadStore
 _LOCAL = "file:///"
 
 _SHORTENED = re.compile(r"(?:^|/)[A-Za-z][A-Za-z0-9+.-]+:(?=/)")
-"""A URL that went through `pathlib`, which makes `s3:/` of `s3://`."""
+"""Start of a URL that went through `pathlib`, which turns `s3://` into `s3:/`."""
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` names a place behind a URL, and no folder or file of this machine."""
+    """Whether `path` is a URL rather than a local path."""
     return "://" in os.fsdecode(path)
 
 
 def local_path(path: str | os.PathLike[str]) -> str:
-    """The absolute path of a folder or file of this machine; links in it stay links.
+    """Return the absolute form of a local path, without resolving links.
 
     Raises:
-        UsageError: it is a URL, no path at all, or relative to something that is not there.
+        UsageError: it is a URL, no path, or relative to a deleted folder.
     """
     text = os.fsdecode(path)
     shortened = _SHORTENED.search(text)
     if is_url(text) or (shortened and not os.path.isdir(text[: shortened.end()])):  # noqa: PTH112
         raise UsageError(
-            f"`{text}` is a URL, and only folders of this machine can be written to",
-            hint="save to a folder, then copy it with the tool of that store",
+            f"`{text}` is a URL, and Holdfast writes to local folders only",
+            hint="save to a folder, then upload it with a tool of that store",
         )
     if not text or "\0" in text:
         raise UsageError(f"{text!r} is not the path of a folder", hint="`.` is the current folder")
@@ -55,16 +55,16 @@ def local_path(path: str | os.PathLike[str]) -> str:
 
 
 def folder_store(path: str | os.PathLike[str]) -> LocalStore:
-    """The store of a folder of this machine.
+    """Return the store of a local folder.
 
     Raises:
-        UsageError: `path` is a URL, or no path at all.
+        UsageError: `path` is a URL, or no path.
     """
     return LocalStore(local_path(path))
 
 
 def without_scheme(url: str | os.PathLike[str]) -> str:
-    """The path that a `file://` URL stands for; any other path or URL as it is.
+    """Return the path of a `file://` URL; return other paths and URLs unchanged.
 
     >>> without_scheme("file:///data/run"), without_scheme("s3://bucket/run")
     ('/data/run', 's3://bucket/run')
@@ -74,10 +74,10 @@ def without_scheme(url: str | os.PathLike[str]) -> str:
 
 
 def open_store(url: str | os.PathLike[str]) -> ReadStore:
-    """The store of a folder or of a URL, for reading.
+    """Return the store of a folder or a URL, for reading.
 
     Raises:
-        UsageError: nothing that can be opened.
+        UsageError: it is no path, or no installed client opens the URL.
     """
     text = without_scheme(url)
     if is_url(text):

@@ -1,4 +1,4 @@
-"""Opening files that a stranger may have put there: plain files only, and without waiting."""
+"""Open untrusted files safely: regular files only, never waiting for a pipe."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _KINDS = {
 
 
 def kind_of(mode: int) -> str:
-    """What a file of this mode is, for people."""
+    """Describe the kind of a file, given its mode."""
     return _KINDS.get(stat.S_IFMT(mode), "a plain file")
 
 
 def check_plain(path: str, mode: int) -> None:
-    """Make sure that what lies at `path` and has this mode is a plain file.
+    """Check that `path`, whose mode is given, is a plain file.
 
     Raises:
         NotFoundError: it is a folder.
@@ -35,12 +35,12 @@ def check_plain(path: str, mode: int) -> None:
     if not stat.S_ISREG(mode):
         raise FormatError(
             f"`{path}` is {kind_of(mode)}, not a plain file",
-            hint="only plain files are read; remove it if it does not belong there",
+            hint="Holdfast reads plain files only; remove it if it does not belong there",
         )
 
 
 def open_plain(path: str, flags: int) -> int:
-    """Open a plain file and return its descriptor. Never waits for the other end of a pipe.
+    """Open a plain file and return its descriptor. Does not wait for the other end of a pipe.
 
     Raises:
         NotFoundError: it is a folder.
@@ -49,7 +49,7 @@ def open_plain(path: str, flags: int) -> int:
     try:
         file = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
-        # Sockets, and pipes that nobody reads, cannot be opened at all.
+        # Opening a socket, or a pipe without a reader, fails.
         if error.errno == errno.ENXIO:
             check_plain(path, os.stat(path).st_mode)
         raise

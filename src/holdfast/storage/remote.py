@@ -1,6 +1,6 @@
-"""Object stores and other places behind a URL, for reading: `s3://`, `gs://`, `hf://`, `https://`.
+"""Read object stores and other URLs: `s3://`, `gs://`, `hf://`, `https://`.
 
-The only door to fsspec, which finds the client that a URL's scheme needs.
+No other module uses fsspec, which finds the client for the scheme of a URL.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ except ImportError:
 
 
 class RemoteStore:
-    """A tree of files behind a URL."""
+    """A tree of files at a URL, read through fsspec."""
 
     def __init__(self, url: str) -> None:
         if fsspec is None:
@@ -38,7 +38,7 @@ class RemoteStore:
         return self._url
 
     def list(self, folder: str = "") -> Sequence[str]:
-        with self._said(folder):
+        with self._errors_of(folder):
             entries = self._files.ls(self._path(folder), detail=True)
             names = [
                 (entry["name"].rstrip("/").rpartition("/")[2], entry["type"] == "directory")
@@ -47,11 +47,11 @@ class RemoteStore:
             return sorted(name + "/" * is_folder for name, is_folder in names)
 
     def size(self, key: str) -> int:
-        with self._said(key):
+        with self._errors_of(key):
             return int(self._files.size(self._path(key)))
 
     def read(self, key: str, start: int, stop: int) -> bytes:
-        with self._said(key):
+        with self._errors_of(key):
             data: bytes = self._files.cat_file(self._path(key), start=start, end=stop)
             return data
 
@@ -66,15 +66,15 @@ class RemoteStore:
     def leads_out(self, folder: str, file: str) -> bool:
         if not getattr(self._files, "local_file", False):
             return False
-        # `file://` is a folder of this machine, links and all.
+        # `file://` is a local folder, which may have links.
         return links.leads_out(self._path(folder), file)
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}" if key else self._root
 
     @contextmanager
-    def _said(self, key: str) -> Iterator[None]:
-        """Turn what the client says into what the user needs to know."""
+    def _errors_of(self, key: str) -> Iterator[None]:
+        """Raise errors of the client as errors of Holdfast."""
         try:
             yield
         except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Renames that never replace anything, decided by the system at one instant."""
+"""Atomic renames that never replace anything."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
-"""Answers of file systems without `RENAME_NOREPLACE`, such as NFS."""
+"""Errors of file systems without `RENAME_NOREPLACE`, such as NFS."""
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-"""Answers of file systems without hard links."""
+"""Errors of file systems without hard links."""
 
 
 def rename_exclusive(source: str, target: str) -> None:
-    """Rename a file or folder to a name that nothing has.
+    """Rename a file or folder to a free name.
 
     Raises:
-        FileExistsError: something has that name, also if it came a moment ago.
+        FileExistsError: the name is taken, even if another process took it just now.
     """
     renameat2 = _renameat2()
     if renameat2 is not None:
@@ -36,7 +36,7 @@ def rename_exclusive(source: str, target: str) -> None:
 
 
 def rename_without_flag(source: str, target: str) -> None:
-    """As `rename_exclusive`, by the means that every file system has."""
+    """Like `rename_exclusive`, for file systems without `RENAME_NOREPLACE`."""
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
     if not stat.S_ISDIR(os.lstat(source).st_mode):
@@ -49,7 +49,7 @@ def rename_without_flag(source: str, target: str) -> None:
             os.unlink(source)
             return
     try:
-        # A folder that holds something replaces at most an empty folder, in which nothing is lost.
+        # Renaming a folder can only replace an empty folder, so that no file is lost.
         os.rename(source, target)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR):
@@ -59,8 +59,8 @@ def rename_without_flag(source: str, target: str) -> None:
 
 @cache
 def _renameat2() -> Callable[[bytes, bytes], int] | None:
-    """A function that returns 0 or an error number; None where the C library lacks the call."""
-    import ctypes  # Readers never rename; they need not wait for this import.
+    """Return a function that returns 0 or an errno; None if the C library lacks renameat2."""
+    import ctypes  # Readers do not need this import.
 
     libc: Any = ctypes.CDLL(None, use_errno=True)
     call = getattr(libc, "renameat2", None)

@@ -1,4 +1,4 @@
-"""The `Store`: what Holdfast asks of a place that keeps checkpoints."""
+"""The interface of a store of checkpoints."""
 
 from __future__ import annotations
 
@@ -7,82 +7,84 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 Check = Callable[[], None]
-"""Raises an error where something no longer holds."""
+"""Function that raises an error if a condition no longer holds."""
 
 Buffer = bytes | bytearray | memoryview
 
 
 class Writer(Protocol):
-    """One new file, open for writing."""
+    """A file, open for writing."""
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
         """Write the parts one after the other from `offset` on. Ranges never overlap.
 
-        The parts must stay as they are until the file's context ends: they may be read until then.
+        The parts must not change until the file's context ends: they may be read until then.
         """
         ...
 
 
 class Reader(Protocol):
-    """One file, open for reading."""
+    """A file, open for reading."""
 
     def read_into(self, start: int, target: memoryview) -> int:
-        """As `ReadStore.read_into`, of this file."""
+        """Like `ReadStore.read_into`, for this file."""
         ...
 
 
 class ReadStore(Protocol):
-    """A tree of files to read from. Keys are paths relative to its root, `/` between their parts.
+    """A tree of files to read from. Keys are paths relative to its root, with `/` as separator.
 
-    Every method may raise `StorageError`; what is not there is `NotFoundError`.
+    Every method may raise `StorageError`, and `NotFoundError` if nothing has the key.
     """
 
     @property
     def url(self) -> str:
-        """Root of the tree, as a person would write it."""
+        """Path or URL of the root."""
         ...
 
     def list(self, folder: str = "") -> Sequence[str]:
-        """Names directly in a folder, sorted; the names of folders end in `/`."""
+        """List the names directly in a folder, sorted. Names of folders end in `/`."""
         ...
 
     def size(self, key: str) -> int:
-        """Bytes of a file."""
+        """Return the size of a file in bytes."""
         ...
 
     def read(self, key: str, start: int, stop: int) -> bytes:
-        """Bytes `start` to `stop` of a file, fewer only where the file ends."""
+        """Return bytes `start` to `stop` of a file; fewer only if the file ends before."""
         ...
 
     def read_into(self, key: str, start: int, target: memoryview) -> int:
-        """Fill `target` from `start` on. Returns the bytes read, fewer only where the file ends."""
+        """Fill `target` from `start` on. Return the bytes read; fewer only if the file ends."""
         ...
 
     def open(self, key: str) -> AbstractContextManager[Reader]:
-        """A file of which many ranges are to be read. One that is not there may be found out here,
-        or by the first of them."""
+        """Open a file to read many ranges. Raises `NotFoundError` here or at the first read."""
         ...
 
     def leads_out(self, folder: str, file: str) -> bool:
-        """Whether a file of a folder is a link to a place outside of that folder. False where there
-        are no links."""
+        """Whether a file of a folder is a link to a place outside of that folder. False if the
+        store has no links."""
         ...
 
 
 class Store(ReadStore, Protocol):
     """A tree of files to keep checkpoints in.
 
-    What a method has done is durable only where it says so: a crash may lose anything else, keep
-    it, or keep it in part.
+    The effect of a method is durable only where its docstring says so. After a crash, anything
+    else may be lost, kept, or kept in part.
     """
 
     def create(self, key: str, nbytes: int) -> AbstractContextManager[Writer]:
-        """A new file of `nbytes`, its space reserved. Durable when the context ends well, but for
-        its name: `sync` its folder. When the context ends in an error the file is incomplete."""
+        """Create a file of `nbytes`, with its space reserved.
+
+        When the context ends without error, the content is durable; `sync` the folder to make the
+        name durable too. When it ends in an error, the file is incomplete.
+        """
         ...
 
     def make_folder(self, key: str) -> None:
-        """A new, empty folder."""
+        """Create an empty folder."""
         ...
 
     def sync(self, folder: str) -> None:
@@ -90,76 +92,76 @@ class Store(ReadStore, Protocol):
         ...
 
     def rename(self, source: str, target: str) -> None:
-        """Move a file or folder under a name that is free, at one instant. Durable on return.
+        """Move a file or folder to a free name, atomically. Durable on return.
 
         Raises:
-            ExistsError: the name is taken, also if it was free a moment ago.
+            ExistsError: the name is taken, even if another process took it just now.
         """
         ...
 
     def remove(self, key: str) -> None:
-        """Delete a file, or a folder with all that is in it."""
+        """Delete a file, or a folder with everything in it."""
         ...
 
     def free_bytes(self) -> int | None:
-        """How much can be written still; None where there is no limit to know of."""
+        """Return the free space in bytes; None if no limit is known."""
         ...
 
     def lock(self, key: str, note: str) -> AbstractContextManager[Check]:
-        """Hold `key` until the context ends or the process dies; `note` tells others who holds it.
+        """Lock `key` until the context ends or the process dies. `note` describes the holder.
 
-        Gives a function that checks whether this process still holds the lock. It takes the lock
-        again where its file is gone and nobody else holds one in its place.
+        The context gives a function that checks whether this process still holds the lock. It
+        locks again if the file is gone and no other process has locked one in its place.
 
         Raises:
-            ExistsError: somebody else holds it, from `lock` or from the check; the message has
-                their note.
+            ExistsError: another process holds the lock, now or when the check is called; the
+                message quotes its note.
         """
         ...
 
     def holder(self, key: str) -> str | None:
-        """Note of whoever holds the lock `key`; None where nobody does, as far as is seen from
-        here. Does not take the lock."""
+        """Return the note of the holder of the lock `key`; None if no holder is visible from this
+        machine. Does not take the lock."""
         ...
 
     def hold(self, key: str) -> AbstractContextManager[bool | None]:
-        """Hold a file or folder, whatever it is renamed to, until the context ends or the process
-        dies.
+        """Hold a file or folder, across renames, until the context ends or the process dies.
 
-        Gives whether it is held: False where somebody else holds it, None where this store cannot
-        tell. What is held may still be read, renamed and removed; everybody who removes or replaces
-        holds it first, and leaves what others hold.
+        The context gives True if this caller holds it, False if another does, None if the store
+        cannot tell. A hold does not prevent anything by itself: whoever removes or replaces a
+        folder must hold it first, and must leave folders alone that others hold.
 
         Raises:
-            NotFoundError: nothing is there.
+            NotFoundError: nothing has the key.
         """
         ...
 
 
 class Creating(Protocol):
-    """A place that files are created in."""
+    """A place to create files in."""
 
     def create(self, key: str, nbytes: int) -> AbstractContextManager[Writer]:
-        """As `Store.create`."""
+        """Like `Store.create`."""
         ...
 
 
 class AmendableStore(Store, Protocol):
-    """A store whose files can be changed in place, so that a conversion continues a killed one."""
+    """A store whose files can be changed in place, so that a conversion can be resumed."""
 
     def amend(self, key: str) -> AbstractContextManager[Writer]:
-        """A file that is there, in its full length, for several processes to write their parts of.
-        What this one wrote is durable when the context ends well."""
+        """Open an existing file of full length; several processes may write parts of it.
+
+        The bytes that this process wrote are durable when the context ends without error.
+        """
         ...
 
     def replace_file(self, source: str, target: str) -> None:
-        """Move a file under a name that another file may have, which is gone then, at one instant.
-        Durable on return."""
+        """Move a file to a name that another file may have, atomically. Durable on return."""
         ...
 
 
 class PlainReader:
-    """A file of a store that has nothing to keep open."""
+    """A `Reader` of a store that has no open files: each read names the key again."""
 
     def __init__(self, store: ReadStore, key: str) -> None:
         self._store, self._key = store, key

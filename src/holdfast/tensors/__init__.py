@@ -1,1 +1,1 @@
-"""Lazy tensors: read any box, cast, rename, dequantize."""
+"""Tensors read lazily, by boxes: cast, renamed, mapped or dequantized on the way."""

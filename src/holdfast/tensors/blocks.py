@@ -1,4 +1,4 @@
-"""A tensor in boxes that fit into memory."""
+"""Boxes of bounded size that together cover a tensor."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ from holdfast.format.torchzip import contiguous_strides
 
 
 def blocks(shape: Sequence[int], itemsize: int, nbytes_max: int) -> Iterator[Region]:
-    """A tensor in boxes of at most so many bytes, each contiguous, in the order of its elements."""
-    whole = Region.whole(shape)
-    if whole.num_elements * itemsize <= nbytes_max or not whole.num_elements:
-        yield whole
+    """Yield boxes of at most `nbytes_max` bytes that cover a tensor.
+
+    Each box is contiguous in a row-major tensor. They come in the order of the elements.
+    """
+    region = Region.whole(shape)
+    if region.num_elements * itemsize <= nbytes_max or not region.num_elements:
+        yield region
         return
-    yield from _blocks(whole, 0, itemsize, nbytes_max)
+    yield from _split(region, 0, itemsize, nbytes_max)
 
 
 def runs(box: Region, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """The stretches of a row-major tensor of `shape` that a box is made of, in the order of its
-    elements: the first element of each, and how many."""
+    """Yield the contiguous runs that make up a box of a row-major tensor of `shape`.
+
+    Each run is the index of its first element in the flat tensor, and its number of elements. They
+    come in the order of the elements.
+    """
     if not box.num_elements:
         return
     strides = contiguous_strides(tuple(shape))
-    # Dims from here on are there in full, and so lie in one stretch with the one before.
+    # Trailing dims that the box covers in full extend the runs of the dim before them.
     inner = len(shape)
     while inner and (box.start[inner - 1], box.stop[inner - 1]) == (0, shape[inner - 1]):
         inner -= 1
@@ -36,17 +42,23 @@ def runs(box: Region, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield first + sum(i * s for i, s in zip(index, strides, strict=False)), length
 
 
-def _blocks(region: Region, dim: int, itemsize: int, nbytes_max: int) -> Iterator[Region]:
-    size = region.shape[dim]
-    row = region.num_elements // size * itemsize
-    # A power of two: then blocks begin where heads do.
-    rows = 1 << (max(1, nbytes_max // row).bit_length() - 1)
+def moved(region: Region, offset: Sequence[int]) -> Region:
+    """Return the region shifted by `offset[d]` along each dim `d`."""
+    start = tuple(map(int.__add__, region.start, offset))
+    return Region(start, tuple(map(int.__add__, region.stop, offset)))
+
+
+def _split(region: Region, dim: int, itemsize: int, nbytes_max: int) -> Iterator[Region]:
+    """Split a region along `dim`, and single rows that are still too large along the next dims."""
+    row_nbytes = region.num_elements // region.shape[dim] * itemsize
+    # A power of two, so that blocks begin where attention heads do.
+    rows = 1 << (max(1, nbytes_max // row_nbytes).bit_length() - 1)
     for first in range(region.start[dim], region.stop[dim], rows):
         last = min(first + rows, region.stop[dim])
         start = (*region.start[:dim], first, *region.start[dim + 1 :])
         stop = (*region.stop[:dim], last, *region.stop[dim + 1 :])
         piece = Region(start, stop)
         if piece.num_elements * itemsize > nbytes_max and dim + 1 < len(start):
-            yield from _blocks(piece, dim + 1, itemsize, nbytes_max)
+            yield from _split(piece, dim + 1, itemsize, nbytes_max)
         else:
             yield piece

@@ -1,4 +1,4 @@
-"""Tensors that are read by boxes, and one set of them seen as another: renamed, mapped."""
+"""Sets of named tensors that are read by boxes, and wrappers that rename or map them."""
 
 from __future__ import annotations
 
@@ -10,49 +10,51 @@ import numpy as np
 
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.region import Region
-from holdfast.tensors.mapping import SideName, TensorMapping
+from holdfast.tensors.mapping import TensorMapping
 from holdfast.tensors.numbers import Array, box_of, convert, raw_type
+from holdfast.tensors.relation import SideName
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What is known of a tensor before it is read."""
+    """Dtype and shape of a tensor that has not been read."""
 
     dtype: str
-    """Of the elements that `read` gives."""
+    """Dtype of the elements that `read` returns."""
 
     shape: tuple[int, ...]
 
-    kept: str = ""
-    """What to store it in where nothing else is asked for; empty: `dtype`."""
+    preferred: str = ""
+    """Dtype to write the tensor in unless the user requests another; empty: `dtype`."""
 
     fixed: bool = False
-    """Whether it is stored so whatever is asked for."""
+    """Whether the tensor is written in `write_dtype` even if the user requests another dtype."""
 
     @property
-    def stored(self) -> str:
-        return self.kept or self.dtype
+    def write_dtype(self) -> str:
+        """Dtype to write the tensor in unless the user requests another."""
+        return self.preferred or self.dtype
 
 
 class Tensors(Protocol):
     """Named tensors, of which any box can be read."""
 
     @property
-    def held(self) -> Mapping[str, TensorInfo]:
-        """Every tensor by name, in the order in which reading them is cheapest."""
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Dtype and shape of every tensor, in the order in which reading them is cheapest."""
         ...
 
     def read(self, name: str, region: Region) -> Array:
-        """The elements of a box, in its shape. They may be a view, of any strides.
+        """Read a box of a tensor. The result has the box's shape; it may be a strided view.
 
         Raises:
-            DamagedError: they are not those that were written.
+            DamagedError: the stored bytes are not the ones that were written.
         """
         ...
 
 
 class Renamed:
-    """Tensors under other names; those without one are left out."""
+    """Tensors under other names. Tensors without a new name are left out."""
 
     def __init__(
         self,
@@ -60,55 +62,59 @@ class Renamed:
         names: Mapping[str, str],
         aliases: Mapping[str, str] | None = None,
     ) -> None:
-        """`names`: of each tensor of the source, what it is called here; `aliases`: second names,
-        with the first."""
+        """`names`: new names by name in the source. `aliases`: first new names by second name."""
         self._source = source
-        self._original = {ours: theirs for theirs, ours in names.items()}
+        self._original = {new: old for old, new in names.items()}
         for name, first in (aliases or {}).items():
             if first in self._original:
                 self._original[name] = self._original[first]
-        self.held = {ours: source.held[theirs] for ours, theirs in self._original.items()}
+        self.infos = {new: source.infos[old] for new, old in self._original.items()}
 
     def read(self, name: str, region: Region) -> Array:
         return self._source.read(self._original[name], region)
 
 
 class Mapped:
-    """The tensors of one side of a mapping, read from those of the other."""
+    """Tensors of one side of a mapping, computed from the tensors of the other side."""
 
     def __init__(self, source: Tensors, mapping: TensorMapping, side: SideName) -> None:
-        """`side` is the one that is seen here."""
+        """`side`: the side whose tensors this object has."""
         self._source, self._mapping, self._side = source, mapping, side
-        self.held = {name: self._held(name) for name in mapping.names(side)}
+        self.infos = {name: self._info(name) for name in mapping.names(side)}
 
     def read(self, name: str, region: Region) -> Array:
-        wanted = self.held[name].dtype
+        dtype = self.infos[name].dtype
         copies = list(self._mapping.copies(self._side, name, region))
-        whole = len(copies) == 1 and copies[0].target_view.exact
-        target = np.empty(() if whole else region.shape, raw_type(wanted))
+        single = len(copies) == 1 and copies[0].target_view.exact
+        target = np.empty(() if single else region.shape, raw_type(dtype))
         for copy in copies:
-            found = self._source.read(copy.source, copy.source_view.region)
-            found = convert(found, self._source.held[copy.source].dtype, wanted)
-            if whole:
-                return copy.alone(found)
-            copy.run(found, box_of(target, copy.target_view.region))
+            elements = self._source.read(copy.source, copy.source_view.region)
+            elements = convert(elements, self._source.infos[copy.source].dtype, dtype)
+            if single:
+                return copy.as_target(elements)
+            copy.run(elements, box_of(target, copy.target_view.region))
         return target
 
-    def _held(self, name: str) -> TensorInfo:
-        """Where sources differ in dtype, the widest of them."""
-        sources = [self._source.held[s] for s in self._mapping.sources(self._side, name)]
-        widest = max(sources, key=lambda held: dtype_of(held.dtype).itemsize)
-        kept = max((held.stored for held in sources), key=lambda dtype: dtype_of(dtype).itemsize)
-        stays = self._mapping.dtype(self._side, name)
+    def _info(self, name: str) -> TensorInfo:
+        """Return dtypes and shape. Where the sources differ in dtype, the widest wins."""
         shape = self._mapping.shape(self._side, name)
-        return TensorInfo(widest.dtype, shape, stays or kept, stays is not None)
+        copies = self._mapping.copies(self._side, name, Region.whole(shape))
+        sources = [self._source.infos[source] for source in {copy.source: None for copy in copies}]
+        dtype = _widest([source.dtype for source in sources])
+        write_dtype = _widest([source.write_dtype for source in sources])
+        fixed = self._mapping.dtype(self._side, name)
+        return TensorInfo(dtype, shape, fixed or write_dtype, fixed is not None)
+
+
+def _widest(dtypes: Sequence[str]) -> str:
+    return max(dtypes, key=lambda dtype: dtype_of(dtype).itemsize)
 
 
 class Zeros:
-    """Tensors in float32 that are all zeros."""
+    """Float32 tensors that are all zeros."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.held = {
+        self.infos = {
             name: TensorInfo("float32", shape, fixed=True) for name, shape in shapes.items()
         }
 
@@ -117,16 +123,16 @@ class Zeros:
 
 
 class Joined:
-    """The tensors of two sets that have no name in common."""
+    """Tensors of two sets that have no name in common."""
 
     def __init__(self, first: Tensors, second: Tensors) -> None:
         self._first, self._second = first, second
-        self.held = {**first.held, **second.held}
+        self.infos = {**first.infos, **second.infos}
 
     def read(self, name: str, region: Region) -> Array:
-        return (self._first if name in self._first.held else self._second).read(name, region)
+        return (self._first if name in self._first.infos else self._second).read(name, region)
 
 
 def only(source: Tensors, names: Sequence[str]) -> Renamed:
-    """These tensors alone."""
+    """Return the tensors of `source` with these names."""
     return Renamed(source, {name: name for name in names})

@@ -1,4 +1,4 @@
-"""Which boxes of source tensors fill a box of a target tensor: relations with all sizes known."""
+"""Mappings: relations with known sizes, and the copies that fill a box of a target tensor."""
 
 from __future__ import annotations
 
@@ -6,194 +6,171 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.format.region import Region
-from holdfast.tensors.relation import Alias, Axes, Dim, Relation, Side, size_of
-
-SideName = Literal["native", "hub"]
+from holdfast.tensors.relation import Axes, Dim, Relation, Side, SideName, size_of
 
 READS_MAX = 64
-"""A box that is not one stretch of a merged dim is read in this many boxes, or with what lies
-between."""
+"""Most reads that a box with gaps is split into; beyond that, one read includes the gaps."""
 
 Box = dict[str, tuple[int, int]]
-"""Half-open run of indices along each axis."""
+"""Half-open range of indices along each axis."""
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A box of a tensor, seen along the axes that make up its dims."""
+    """A box of a tensor, seen along the axes that are merged into its dims."""
 
     region: Region
-    """Of the tensor: what is read or written."""
+    """Region of the tensor that is read or written: the smallest that includes the box."""
 
     axes: tuple[str, ...]
-    """One a dim of `factored`."""
+    """One axis per dim of `factored`."""
 
     factored: tuple[int, ...]
-    """Shape of `region` with every merged dim taken apart."""
+    """Shape of `region` with every merged dim split into its axes."""
 
     inside: tuple[slice, ...]
-    """The box within it: all of it, unless `region` covers more."""
+    """Slices of the box within `factored`; smaller than it where `region` includes gaps."""
 
     def of(self, region_data: NDArray[np.generic]) -> NDArray[np.generic]:
-        """The box, by axes; shares memory with `region_data`, which has the shape of `region`."""
-        seen = region_data.reshape(self.factored)
-        return seen[self.inside] if self.inside else seen
+        """Return the box, one dim per axis, as a view of `region_data` (the region's elements)."""
+        by_axes = region_data.reshape(self.factored)
+        return by_axes[self.inside] if self.inside else by_axes
 
     @property
     def exact(self) -> bool:
-        """Whether `region` holds the box and nothing else."""
+        """Whether `region` has no elements besides those of the box."""
         return tuple(s.stop - s.start for s in self.inside) == self.factored
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Elements of one source tensor, and where they go in the target."""
+    """Elements of one source tensor, and their position in the target tensor.
+
+    Arrays passed to the methods have the shapes of the two regions and the same dtype.
+    """
 
     source: str
     source_view: View
-    target: str
     target_view: View
 
     def run(self, source: NDArray[np.generic], target: NDArray[np.generic]) -> None:
-        """Move the elements. `source` and `target` have the shapes of the two regions, and the
-        same dtype."""
-        place = self.target_view.of(target)
-        place[...] = self._taken(source).reshape(place.shape)
+        """Copy the elements from the source region to the target region."""
+        box = self.target_view.of(target)
+        box[...] = self._in_target_order(source).reshape(box.shape)
 
     def run_back(self, source: NDArray[np.generic], target: NDArray[np.generic]) -> None:
-        """Move the elements from the target to the source."""
-        taken = self._taken(source)
-        taken[...] = self.target_view.of(target).reshape(taken.shape)
+        """Copy the elements from the target region to the source region."""
+        box = self._in_target_order(source)
+        box[...] = self.target_view.of(target).reshape(box.shape)
 
-    def alone(self, source: NDArray[np.generic]) -> NDArray[np.generic]:
-        """What `run` would fill the target region with, where it fills all of it: a view of
-        `source` if it can be one."""
-        return self._taken(source).reshape(self.target_view.region.shape)
+    def as_target(self, source: NDArray[np.generic]) -> NDArray[np.generic]:
+        """Return the elements in the shape of the target region, as a view where possible.
 
-    def _taken(self, source: NDArray[np.generic]) -> NDArray[np.generic]:
-        """The elements in the order of the target's axes."""
-        ours, theirs = self.source_view.axes, self.target_view.axes
-        # An axis on one side alone chooses between tensors on the other: one index of it is here.
-        gone = tuple(n for n, axis in enumerate(ours) if axis not in theirs)
-        left = [axis for axis in ours if axis in theirs]
-        order = [left.index(axis) for axis in theirs if axis in left]
-        return self.source_view.of(source).squeeze(gone).transpose(order)
+        Only for a copy that fills the whole target region (`target_view.exact`).
+        """
+        return self._in_target_order(source).reshape(self.target_view.region.shape)
+
+    def _in_target_order(self, source: NDArray[np.generic]) -> NDArray[np.generic]:
+        """Return a view of the box with its dims in the order of the target's axes."""
+        source_axes, target_axes = self.source_view.axes, self.target_view.axes
+        # An axis of one side only selects a tensor on the other side: the box has one index of it.
+        dropped = tuple(n for n, axis in enumerate(source_axes) if axis not in target_axes)
+        common = [axis for axis in source_axes if axis in target_axes]
+        order = [common.index(axis) for axis in target_axes if axis in common]
+        return self.source_view.of(source).squeeze(dropped).transpose(order)
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """A tensor in one relation, at its position along the axes of the name."""
+class _Member:
+    """Membership of one tensor in one relation."""
 
     relation: Relation
     axes: Axes
     indices: Mapping[str, int]
+    """Position of the tensor along the axes in the name of its side."""
 
 
 class TensorMapping:
-    """Relations whose sizes are known: names, shapes, and what fills what, in both directions."""
+    """Relations whose sizes are known: names, shapes and copies, in both directions."""
 
     def __init__(
-        self, relations: Sequence[Relation], axes: Axes, aliases: Sequence[Alias] = ()
+        self,
+        relations: Sequence[Relation],
+        axes: Axes,
+        aliases: Mapping[SideName, Mapping[str, str]] | None = None,
     ) -> None:
-        """`axes` has every axis that is not spelled by words."""
-        self.axes = axes
-        self._places: dict[SideName, dict[str, list[_Place]]] = {"native": {}, "hub": {}}
-        self.aliases: dict[SideName, dict[str, str]] = {
-            "native": {alias.native: alias.native_of for alias in aliases},
-            "hub": {alias.hub: alias.hub_of for alias in aliases},
-        }
-        """Second names of tensors, with the first."""
+        """`axes`: indices of every axis that is not spelled by words. `aliases`: first names of
+        tied tensors, by second name."""
+        self.axes, self.aliases = axes, aliases or {"native": {}, "hf": {}}
+        self._members: dict[SideName, dict[str, list[_Member]]] = {"native": {}, "hf": {}}
         for relation in relations:
             words = {axis: range(len(spelled)) for axis, spelled in relation.words.items()}
             known = {**axes, **words}
-            for name, side in _sides(relation):
-                for tensor, indices in side.names(known):
-                    place = _Place(relation, known, indices)
-                    self._places[name].setdefault(tensor, []).append(place)
+            for side, members in self._members.items():
+                for tensor, indices in relation.side(side).names(known):
+                    member = _Member(relation, known, indices)
+                    members.setdefault(tensor, []).append(member)
 
     def names(self, side: SideName) -> list[str]:
-        """Of all tensors on a side, in the order of the relations; second names are left out."""
-        return list(self._places[side])
+        """Return the first names of all tensors of a side, in the order of the relations."""
+        return list(self._members[side])
 
     def shape(self, side: SideName, name: str) -> tuple[int, ...]:
-        """Of one tensor."""
-        place = self._places[side][name][0]
-        return _side(place.relation, side).shape(place.axes)
+        member = self._members[side][name][0]
+        return member.relation.side(side).shape(member.axes)
 
     def dtype(self, side: SideName, name: str) -> str | None:
-        """What a tensor stays in, whatever the others are converted to; None: no such rule."""
-        return self._places[side][name][0].relation.dtype
+        """Return the dtype that a tensor keeps whatever the others are converted to, or None."""
+        return self._members[side][name][0].relation.dtype
 
-    def alone(self, side: SideName, name: str) -> Relation | None:
-        """The relation of a tensor that is one tensor on the other side too, whole, with the same
-        elements in each row, if perhaps in another order of rows. Both names are spelled out; None:
-        there is no such tensor, or it is not so."""
-        places = self._places[side].get(name, ())
-        if len(places) != 1:
+    def row_by_row(self, side: SideName, name: str) -> Relation | None:
+        """Return the relation of a tensor that differs from its counterpart in row order at most.
+
+        The counterpart is one whole tensor, with the same elements in each row. Both names in the
+        result are without fields. None: there is no such tensor, or no such counterpart.
+        """
+        members = self._members[side].get(name, ())
+        if len(members) != 1:
             return None
-        relation, axes, indices = places[0].relation, places[0].axes, places[0].indices
-        ours, theirs = relation.native, relation.hub
-        same_rows = [sorted(side.dims[0].axes) for side in relation.sides]
+        relation, axes, indices = members[0].relation, members[0].axes, members[0].indices
+        native, hf = relation.sides
         if (
-            {*ours.name_axes} != {*theirs.name_axes}
-            or any(len(dim.segments) > 1 for side in relation.sides for dim in side.dims)
-            or same_rows[0] != same_rows[1]
-            or ours.dims[1:] != theirs.dims[1:]
+            {*native.name_axes} != {*hf.name_axes}
+            or any(len(dim.segments) > 1 for one in relation.sides for dim in one.dims)
+            or sorted(native.dims[0].axes) != sorted(hf.dims[0].axes)
+            or native.dims[1:] != hf.dims[1:]
         ):
             return None
-        native, hub = (Side(s.spelled(indices, axes), s.dims) for s in relation.sides)
-        return Relation(native, hub, relation.dtype)
-
-    def sources(self, side: SideName, name: str) -> list[str]:
-        """Tensors of the other side that hold the elements of this one."""
-        whole = Region.whole(self.shape(side, name))
-        return list(dict.fromkeys(copy.source for copy in self.copies(side, name, whole)))
+        native, hf = (Side(one.spelled(indices, axes), one.dims) for one in relation.sides)
+        return Relation(native, hf, relation.dtype)
 
     def copies(
         self, side: SideName, name: str, wanted: Region, *, exact: bool = False
     ) -> Iterator[Copy]:
-        """What fills the box `wanted` of a tensor, every element once.
+        """Yield the copies that fill the box `wanted` of a tensor, each element once.
 
-        The target regions of the copies are counted from the first element of `wanted`. `exact`: no
-        source region has elements beside those that are copied, however many copies that takes.
+        Target regions are relative to the first element of `wanted`. With `exact`, no source region
+        includes elements that are not copied, however many copies that takes.
         """
-        for place in self._places[side][name]:
-            target, source = _side(place.relation, side), _side(place.relation, _other(side))
-            for box in _boxes_in(target, place.axes, wanted):
-                for full in _with_name_axes(source, {**box, **_single(place.indices)}):
-                    at = {axis: full[axis][0] for axis in source.name_axes}
-                    spelled = source.spelled(at, place.axes)
-                    for part in _stretches(source, target, place.axes, full, exact):
-                        view = _view(target, place.axes, part)
-                        within = View(_from(view.region, wanted), *_seen(view))
-                        yield Copy(spelled, _view(source, place.axes, part), name, within)
-
-
-def _seen(view: View) -> tuple[tuple[str, ...], tuple[int, ...], tuple[slice, ...]]:
-    return view.axes, view.factored, view.inside
-
-
-def _from(region: Region, origin: Region) -> Region:
-    """`region`, counted from the first element of `origin`."""
-    return region.within(Region(origin.start, tuple(map(max, origin.start, region.stop))))
-
-
-def _sides(relation: Relation) -> tuple[tuple[SideName, Side], tuple[SideName, Side]]:
-    return ("native", relation.native), ("hub", relation.hub)
-
-
-def _side(relation: Relation, side: SideName) -> Side:
-    return relation.native if side == "native" else relation.hub
-
-
-def _other(side: SideName) -> SideName:
-    return "hub" if side == "native" else "native"
+        other: SideName = "hf" if side == "native" else "native"
+        for member in self._members[side][name]:
+            axes = member.axes
+            target, source = member.relation.side(side), member.relation.side(other)
+            for target_box in _boxes_in(target, axes, wanted):
+                target_box |= _single(member.indices)
+                for box in _split(target_box, source.name_axes):
+                    indices = {axis: box[axis][0] for axis in source.name_axes}
+                    source_name = source.spelled(indices, axes)
+                    for part in _without_gaps(source, target, axes, box, exact):
+                        view = _view(target, axes, part)
+                        region = view.region.within(wanted)
+                        target_view = View(region, view.axes, view.factored, view.inside)
+                        yield Copy(source_name, _view(source, axes, part), target_view)
 
 
 def _single(indices: Mapping[str, int]) -> Box:
@@ -201,11 +178,11 @@ def _single(indices: Mapping[str, int]) -> Box:
 
 
 def _boxes_in(side: Side, axes: Axes, wanted: Region) -> Iterator[Box]:
-    """The elements of `wanted` that the relation is about, as boxes along its axes."""
-    for found in product(
+    """Yield the elements of `wanted` that the relation describes, as boxes along its axes."""
+    for boxes in product(
         *(_dim_boxes(*d, axes) for d in zip(side.dims, wanted.start, wanted.stop, strict=True))
     ):
-        yield {axis: run for box in found for axis, run in box.items()}
+        yield {axis: bounds for box in boxes for axis, bounds in box.items()}
 
 
 def _dim_boxes(dim: Dim, start: int, stop: int, axes: Axes) -> list[Box]:
@@ -215,7 +192,7 @@ def _dim_boxes(dim: Dim, start: int, stop: int, axes: Axes) -> list[Box]:
 
 
 def _boxes(lo: int, hi: int, merged: Sequence[str], axes: Axes) -> list[Box]:
-    """Elements `lo` to `hi` along merged axes, as boxes that each lie in one stretch."""
+    """Return elements `lo` to `hi` along merged axes as boxes, each of which is contiguous."""
     if not merged:
         return [{}]
     axis, *rest = merged
@@ -225,37 +202,38 @@ def _boxes(lo: int, hi: int, merged: Sequence[str], axes: Axes) -> list[Box]:
     (first, skipped), (last, over) = divmod(lo, inner), divmod(hi, inner)
     if first == last:
         return [{axis: (first, first + 1), **box} for box in _boxes(skipped, over, rest, axes)]
-    found: list[Box] = []
+    boxes: list[Box] = []
     if skipped:
-        found += [{axis: (first, first + 1), **b} for b in _boxes(skipped, inner, rest, axes)]
+        boxes += [{axis: (first, first + 1), **b} for b in _boxes(skipped, inner, rest, axes)]
         first += 1
     if first < last:
-        found.append({axis: (first, last), **{a: (0, len(axes[a])) for a in rest}})
+        boxes.append({axis: (first, last), **{a: (0, len(axes[a])) for a in rest}})
     if over:
-        found += [{axis: (last, last + 1), **b} for b in _boxes(0, over, rest, axes)]
-    return found
+        boxes += [{axis: (last, last + 1), **b} for b in _boxes(0, over, rest, axes)]
+    return boxes
 
 
-def _with_name_axes(source: Side, box: Box) -> Iterator[Box]:
-    """The box once for each source tensor that it reaches into."""
-    for at in product(*(range(*box[axis]) for axis in source.name_axes)):
-        yield {**box, **_single(dict(zip(source.name_axes, at, strict=True)))}
+def _split(box: Box, axes: Sequence[str]) -> Iterator[Box]:
+    """Split a box into boxes with a single index along each of `axes`."""
+    for indices in product(*(range(*box[axis]) for axis in axes)):
+        yield {**box, **_single(dict(zip(axes, indices, strict=True)))}
 
 
-def _stretches(source: Side, target: Side, axes: Axes, box: Box, exact: bool) -> Iterator[Box]:
-    """The box in pieces that are one stretch of each merged dim on both sides, as long as there are
-    not too many of them."""
+def _without_gaps(source: Side, target: Side, axes: Axes, box: Box, exact: bool) -> Iterator[Box]:
+    """Split a box into parts that are contiguous in each merged dim of both sides.
+
+    A box that would become more than `READS_MAX` parts is yielded as it is, unless `exact`.
+    """
     dims = (*source.dims, *target.dims)
-    loose = list(dict.fromkeys(axis for dim in dims for axis in _loose(dim, axes, box)))
-    if not exact and prod(box[axis][1] - box[axis][0] for axis in loose) > READS_MAX:
+    gapped = list(dict.fromkeys(axis for dim in dims for axis in _axes_with_gaps(dim, axes, box)))
+    if not exact and prod(box[axis][1] - box[axis][0] for axis in gapped) > READS_MAX:
         yield box
-        return
-    for at in product(*(range(*box[axis]) for axis in loose)):
-        yield {**box, **_single(dict(zip(loose, at, strict=True)))}
+    else:
+        yield from _split(box, gapped)
 
 
-def _loose(dim: Dim, axes: Axes, box: Box) -> Iterator[str]:
-    """Axes along which the box has gaps in the merged dim: an inner axis is not there in full."""
+def _axes_with_gaps(dim: Dim, axes: Axes, box: Box) -> Iterator[str]:
+    """Yield the axes along which the box has gaps: it covers a more inner axis only in part."""
     partial = False
     for axis in reversed(dim.axes):
         start, stop = box[axis]
@@ -265,18 +243,18 @@ def _loose(dim: Dim, axes: Axes, box: Box) -> Iterator[str]:
 
 
 def _view(side: Side, axes: Axes, box: Box) -> View:
-    """The smallest region of a tensor that holds the box, and how the box lies in it."""
+    """Return the smallest region of a tensor that includes the box, and the box within it."""
     start, stop = [], []
-    named: list[str] = []
+    view_axes: list[str] = []
     factored: list[int] = []
     inside: list[slice] = []
     for dim in side.dims:
         merged = list(dim.axes)
         base, _ = dim.bounds(axes)
-        # Outer axes of which one index is wanted only shift the region.
+        # Outer axes with a single index only shift the region.
         while len(merged) > 1 and box[merged[0]][1] - box[merged[0]][0] == 1:
             base += box[merged[0]][0] * size_of(merged[1:], axes)
-            named.append(merged.pop(0))
+            view_axes.append(merged.pop(0))
             factored.append(1)
             inside.append(slice(0, 1))
         if not merged:
@@ -288,7 +266,8 @@ def _view(side: Side, axes: Axes, box: Box) -> View:
         inner = size_of(rest, axes)
         start.append(base + lo * inner)
         stop.append(base + hi * inner)
-        named += merged
+        view_axes += merged
         factored += [hi - lo, *(len(axes[axis]) for axis in rest)]
         inside += [slice(0, hi - lo), *(slice(*box[axis]) for axis in rest)]
-    return View(Region(tuple(start), tuple(stop)), tuple(named), tuple(factored), tuple(inside))
+    region = Region(tuple(start), tuple(stop))
+    return View(region, tuple(view_axes), tuple(factored), tuple(inside))

@@ -1,7 +1,7 @@
-"""Elements as numpy holds them, the dtypes that it does not know among them, from one to another.
+"""Conversion of elements between dtypes, including those that numpy lacks.
 
-bfloat16 and the 8-bit floats are kept as their bits. Rounding is to the nearest, ties to even, as
-torch does it.
+bfloat16 and the 8-bit floats are stored as unsigned integers with the same bits. Rounding is to
+nearest, ties to even, as in torch.
 """
 
 from __future__ import annotations
@@ -19,16 +19,13 @@ from holdfast.format.region import Region
 Array = NDArray[np.generic]
 Floats = NDArray[np.float32]
 
-AT_ONCE = 1 << 18
-"""Elements converted at a time: what is between the two ends stays in cache."""
+ELEMENTS_AT_ONCE = 1 << 18
+"""Elements converted at a time, few enough that intermediate arrays stay in the CPU cache."""
 
-_KNOWN = {
-    *("float64", "float32", "float16", "int64", "int32", "int16", "int8"),
-    *("uint64", "uint32", "uint16", "uint8", "bool", "complex128", "complex64"),
-}
+_NOT_IN_NUMPY = ("bfloat16", "float8", "float4", "complex32")
 _BITS = {1: "u1", 2: "<u2", 4: "<u4"}
-_EIGHT = {
-    # Bits of exponent and mantissa, bias, and whether there are infinities and a negative zero.
+_FLOAT8 = {
+    # Bits of the exponent, bits of the mantissa, bias of the exponent.
     "float8_e4m3fn": (4, 3, 7),
     "float8_e4m3fnuz": (4, 3, 8),
     "float8_e5m2": (5, 2, 15),
@@ -37,45 +34,47 @@ _EIGHT = {
 
 
 def raw_type(dtype: str) -> np.dtype[np.generic]:
-    """How numpy is to hold elements of torch's `dtype`: as they are, or by their bits."""
-    return np.dtype(dtype if dtype in _KNOWN else _BITS[dtype_of(dtype).itemsize])
+    """Return the numpy dtype for elements of torch's `dtype`, if need be for their bits alone."""
+    itemsize = dtype_of(dtype).itemsize
+    return np.dtype(_BITS[itemsize] if dtype.startswith(_NOT_IN_NUMPY) else dtype)
 
 
 def box_of(array: Array, region: Region) -> Array:
-    """A view of a box, of a tensor without dims too."""
-    # Of an array without dims numpy would give a number, which is no view.
+    """Return a view of a box of an array, which may have no dims."""
+    # Indexing an array without dims would return a scalar, which is not a view.
     return np.asarray(array[region.slices()] if region.start else array)
 
 
 def is_floating(dtype: str) -> bool:
-    """Whether these are floating-point numbers, which may be kept with fewer or more bits."""
+    """Return whether the dtype is a floating-point dtype, which may be converted to another."""
     return dtype.startswith(("float", "bfloat"))
 
 
 def convert(elements: Array, source: str, target: str) -> Array:
-    """The same numbers in another floating-point dtype; the same array where that is no other.
+    """Return the elements in another floating-point dtype; the array itself if it is the same.
 
     Raises:
-        UsageError: there is no rule for these two.
+        UsageError: this conversion is not supported.
     """
     if source == target:
         return elements
-    step = _step(source, target)
+    convert_part = _converter(source, target)
     result = np.empty(elements.shape, raw_type(target))
     flat = np.ascontiguousarray(elements).reshape(-1)
     out = result.reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, flat.size, AT_ONCE):
-            out[start : start + AT_ONCE] = step(flat[start : start + AT_ONCE])
+        for start in range(0, flat.size, ELEMENTS_AT_ONCE):
+            stop = start + ELEMENTS_AT_ONCE
+            out[start:stop] = convert_part(flat[start:stop])
     return result
 
 
 def floats(elements: Array, dtype: str) -> Floats:
-    """The numbers as float32."""
+    """Return the elements as float32."""
     return convert(elements, dtype, "float32").view(np.float32)
 
 
-def _step(source: str, target: str) -> Callable[[Array], Array]:
+def _converter(source: str, target: str) -> Callable[[Array], Array]:
     plain = {"float64", "float32", "float16"}
     if source in plain and target in plain:
         return lambda part: part.astype(target)
@@ -83,13 +82,13 @@ def _step(source: str, target: str) -> Callable[[Array], Array]:
         return lambda part: _to_bfloat16(part.astype(np.float32, copy=False))
     if source == "bfloat16" and target in plain:
         return lambda part: _from_bfloat16(part).astype(target, copy=False)
-    if source in _EIGHT or source == "float8_e8m0fnu":
+    if source in _FLOAT8 or source == "float8_e8m0fnu":
         values = _values(source)
         if target in (*plain, "bfloat16"):
-            kept = convert(values, "float32", target)
-            return lambda part: kept[part]
+            value_of_byte = convert(values, "float32", target)
+            return lambda part: value_of_byte[part]
     raise UsageError(
-        f"cannot convert {source} to {target}", hint="float32, bfloat16 and float16 can be chosen"
+        f"cannot convert {source} to {target}", hint="choose float32, bfloat16 or float16"
     )
 
 
@@ -99,24 +98,24 @@ def _from_bfloat16(bits: Array) -> Floats:
 
 def _to_bfloat16(numbers: Floats) -> Array:
     bits = np.ascontiguousarray(numbers).view(np.uint32)
-    last_kept = (bits >> np.uint32(16)) & np.uint32(1)
-    rounded = ((bits + last_kept + np.uint32(0x7FFF)) >> np.uint32(16)).astype(np.uint16)
-    none = np.isnan(numbers)
-    if none.any():
-        rounded[none] = 0x7FC0
+    last_bit = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = ((bits + last_bit + np.uint32(0x7FFF)) >> np.uint32(16)).astype(np.uint16)
+    nan = np.isnan(numbers)
+    if nan.any():
+        rounded[nan] = 0x7FC0
     return rounded
 
 
 @cache
 def _values(dtype: str) -> Floats:
-    """The number that each of the 256 bytes stands for."""
-    return np.array([_eight_bits(byte, dtype) for byte in range(256)], np.float32)
+    """Return the value of each of the 256 bytes."""
+    return np.array([_value_of_byte(byte, dtype) for byte in range(256)], np.float32)
 
 
-def _eight_bits(byte: int, dtype: str) -> float:
+def _value_of_byte(byte: int, dtype: str) -> float:
     if dtype == "float8_e8m0fnu":
         return float("nan") if byte == 0xFF else 2.0 ** (byte - 127)
-    exponent_bits, mantissa_bits, bias = _EIGHT[dtype]
+    exponent_bits, mantissa_bits, bias = _FLOAT8[dtype]
     sign = -1.0 if byte & 0x80 else 1.0
     exponent = (byte >> mantissa_bits) & ((1 << exponent_bits) - 1)
     mantissa = byte & ((1 << mantissa_bits) - 1)

@@ -1,4 +1,4 @@
-"""The tensors of any checkpoint, by its manifest: read by boxes, every block checked."""
+"""Tensors of an open checkpoint, read by boxes, with every block checked."""
 
 from __future__ import annotations
 
@@ -22,50 +22,50 @@ from holdfast.tensors.numbers import Array, box_of, raw_type
 
 
 class StoredTensors:
-    """What a manifest lists, whatever format it is of."""
+    """Tensors that a manifest lists, whatever the format of the checkpoint."""
 
     def __init__(self, source: Source, strides: Mapping[str, tuple[int, ...]]) -> None:
-        """`strides`: of tensors that do not lie row by row, where the manifest cannot say."""
+        """`strides`: strides of tensors that are not row-major, if the manifest cannot say so."""
         self._source, self._strides = source, strides
         self._located: dict[tuple[str, int], StoredTensor] = {}
         tensors = source.manifest.tensors
-        self.held = {name: TensorInfo(entry.dtype, entry.shape) for name, entry in tensors.items()}
+        self.infos = {name: TensorInfo(entry.dtype, entry.shape) for name, entry in tensors.items()}
 
     def read(self, name: str, region: Region) -> Array:
         entry = self._source.manifest.tensors[name]
-        found = np.empty(region.shape, raw_type(entry.dtype))
-        for move in read_items(name, entry, region):
-            within = move.region.within(Region(region.start, move.region.stop))
+        elements = np.empty(region.shape, raw_type(entry.dtype))
+        for item in read_items(name, entry, region):
+            within = item.region.within(Region(region.start, item.region.stop))
             try:
-                self._fill(name, entry, move.chunk, move.region, box_of(found, within))
+                self._fill(name, entry, item.chunk, item.region, box_of(elements, within))
             except NotFoundError as error:
-                raise lacks(self._source, move.chunk.file) from error
-        return found
+                raise lacks(self._source, item.chunk.file) from error
+        return elements
 
     def _fill(
         self, name: str, entry: TensorEntry, chunk: Chunk, region: Region, target: Array
     ) -> None:
-        """Bring one region of one chunk into `target`, which has its shape."""
+        """Read one region of one chunk into `target`, which has its shape."""
         itemsize, shape = dtype_of(entry.dtype).itemsize, chunk.region.shape
-        placed = self._placed(name, entry, chunk)
+        stored = self._locate(name, entry, chunk)
         box = region.within(chunk.region)
-        rows = contiguous_strides(shape)
+        row_major = contiguous_strides(shape)
         checksums = self._source.checksums(chunk, chunk.region.num_elements * itemsize)
         reader = PlainReader(self._source.store, self._source.key(chunk.file))
         room = memoryview(bytearray(ROOM_BYTES))
-        data = ChunkData(self._source, name, (chunk.file, placed.data), checksums, reader, room)
-        if placed.strides != rows and prod(shape) > 1:
-            # As a transposed parameter is kept. Rare: read the chunk whole, then pick.
-            whole = np.empty(placed.data.nbytes // itemsize, target.dtype)
-            data.read(0, whole.nbytes, _memory(whole))
-            seen = as_strided(whole, shape, [stride * itemsize for stride in placed.strides])
-            target[...] = box_of(seen, box)
+        data = ChunkData(self._source, name, (chunk.file, stored.data), checksums, reader, room)
+        if stored.strides != row_major and prod(shape) > 1:
+            # A transposed parameter, say. Rare, so the whole chunk is read for any part of it.
+            elements = np.empty(stored.data.nbytes // itemsize, target.dtype)
+            data.read(0, elements.nbytes, _memory(elements))
+            strided = as_strided(elements, shape, [stride * itemsize for stride in stored.strides])
+            target[...] = box_of(strided, box)
             return
-        for part in byte_ranges(box, shape, itemsize, WINDOW_BYTES):
-            _read_part(data, part, rows, target)
+        for byte_range in byte_ranges(box, shape, itemsize, WINDOW_BYTES):
+            _read_range(data, byte_range, row_major, target)
 
-    def _placed(self, name: str, entry: TensorEntry, chunk: Chunk) -> StoredTensor:
-        """Where a chunk's elements are, and how they lie."""
+    def _locate(self, name: str, entry: TensorEntry, chunk: Chunk) -> StoredTensor:
+        """Return the bytes and the strides of a chunk's elements."""
         shape = chunk.region.shape
         nbytes = chunk.region.num_elements * dtype_of(entry.dtype).itemsize
         if chunk.data_offset is not None:
@@ -75,8 +75,9 @@ class StoredTensors:
             return StoredTensor(chunk.item, entry.dtype, shape, self._strides[name], 0)
         key = chunk.file, chunk.item.offset
         if key not in self._located:
-            fetch = partial(_fetch, self._source, chunk.file)
-            found = locate(fetch, chunk.item, where=f"{chunk.file}:{name}")
+            found = locate(
+                partial(self._fetch, chunk.file), chunk.item, where=f"{chunk.file}:{name}"
+            )
             if (found.dtype, found.shape) != (entry.dtype, shape):
                 raise DamagedError(
                     f"`{self._source.url}/{chunk.file}`: `{name}` is {found.dtype} "
@@ -85,22 +86,25 @@ class StoredTensors:
             self._located[key] = found
         return self._located[key]
 
+    def _fetch(self, file: str, offset: int, nbytes: int) -> bytes:
+        return self._source.store.read(self._source.key(file), offset, offset + nbytes)
 
-def _read_part(data: ChunkData, part: ByteRange, strides: tuple[int, ...], target: Array) -> None:
-    into = box_of(target, part.box)
-    if part.contiguous and into.flags.c_contiguous:
-        data.read(part.start, part.stop, _memory(into))
+
+def _read_range(
+    data: ChunkData, byte_range: ByteRange, strides: tuple[int, ...], target: Array
+) -> None:
+    box = box_of(target, byte_range.box)
+    if byte_range.contiguous and box.flags.c_contiguous:
+        data.read(byte_range.start, byte_range.stop, _memory(box))
         return
-    staged = np.empty((part.stop - part.start) // into.itemsize, into.dtype)
-    data.read(part.start, part.stop, _memory(staged))
-    shape, steps = part.box.shape, [stride * into.itemsize for stride in strides]
-    into[...] = staged.reshape(shape) if part.contiguous else as_strided(staged, shape, steps)
+    elements = np.empty((byte_range.stop - byte_range.start) // box.itemsize, box.dtype)
+    data.read(byte_range.start, byte_range.stop, _memory(elements))
+    if byte_range.contiguous:
+        box[...] = elements.reshape(box.shape)
+    else:
+        box[...] = as_strided(elements, box.shape, [stride * box.itemsize for stride in strides])
 
 
 def _memory(array: Array) -> memoryview:
-    """The bytes of a contiguous array, to write into."""
+    """Return the writable bytes of a contiguous array."""
     return array.reshape(-1).view(np.uint8).data
-
-
-def _fetch(source: Source, file: str, offset: int, nbytes: int) -> bytes:
-    return source.store.read(source.key(file), offset, offset + nbytes)

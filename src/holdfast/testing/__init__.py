@@ -1,4 +1,4 @@
-"""The test kit: shipped for those who write stores, and objects with state, of their own."""
+"""Test kit for authors of stores and of stateful objects."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""What is left on a disk when the power goes: operations of a file system, as values, and every
-state that they may leave behind.
+"""Model of a disk under power cuts: the states that file operations may leave behind.
 
-A file system promises only what was synced: a file's bytes once the file is, a name once the folder
-that holds it is. Of everything else any part may be there after a power cut, in any order, whatever
-came later; a single write may be there in some of its pages. A rename in one folder is there whole
-or not at all.
+A file system guarantees only what was synced: the bytes of a file once the file is synced, a name
+once its folder is. After a power cut, any subset of the other operations may have taken effect, in
+any order, and a write may have reached only some of its pages. A rename within one folder is
+atomic.
 """
 
 from __future__ import annotations
@@ -23,23 +22,22 @@ Verb = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One thing that was done to a tree of files."""
+    """A change of a tree of files."""
 
     verb: Verb
     path: str
-    """Relative to the root of the tree. Of `resize`, `write` and `sync_file`: where the file was
-    created or opened; `file` says which one is meant."""
+    """Path from the root of the tree. For `resize`, `write` and `sync_file` the path under which
+    the file was opened; `file` identifies it."""
 
     file: int = 0
-    """Number of the file: it stays what it is when it is renamed."""
+    """Number of the file, which a rename does not change."""
 
     offset: int = 0
-    """Where `write` writes; the new size for `resize`."""
+    """Offset of a `write`; new size for `resize`."""
 
     data: bytes = b""
     target: str = ""
-    """New path, for `rename`; what was there is replaced, unless it is a folder that holds
-    something."""
+    """New path, for `rename`. It replaces a file or an empty folder."""
 
     def __str__(self) -> str:
         more = f" to {self.target}" * bool(self.target)
@@ -48,24 +46,24 @@ class Operation:
 
 
 Tree = Mapping[str, bytes | None]
-"""Path to the bytes of a file, None for a folder; a folder stands before what is in it."""
+"""Bytes of each file by path, None for a folder. A folder comes before its contents."""
 
 Version = Literal["killed", "lost", "reordered", "torn"]
-"""`killed`: the process died, and all that it did is there. `lost`: nothing but what was synced.
-`reordered`: any part of the rest. `torn`: any part, writes in some of their pages."""
+"""`killed`: the process died, and all its operations took effect. `lost`: only synced ones did.
+`reordered`: a subset of the others did as well. `torn`: also parts of writes."""
 
 
 @dataclass(frozen=True, slots=True)
 class PowerCut:
-    """One way in which the power goes."""
+    """One possible power cut."""
 
     at: int
-    """How many operations were done."""
+    """Number of operations before the cut."""
 
     version: Version
     seed: int
     last: str = ""
-    """The last of them, for people."""
+    """Last operation before the cut, for display."""
 
     def __str__(self) -> str:
         return f"cut {self.at}, {self.version} ({self.seed}), after: {self.last}"
@@ -82,30 +80,29 @@ class _Folder:
     entries: dict[str, _File | _Folder] = field(default_factory=dict)
     durable: dict[str, _File | _Folder] = field(default_factory=dict)
     pending: list[tuple[str, str, _File | _Folder | None]] = field(default_factory=list)
-    """Names that came (with what they name) and names that went, in order: `(gone, new, node)`,
-    either name may be empty."""
+    """Changes of names, in order: `(removed, added, node)`. Either name may be empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Fate:
-    """What becomes of an operation that was not synced."""
+    """Effect of operations that were not synced."""
 
     name: Callable[[], bool]
-    """Whether the next change of a name is there."""
+    """Whether the next change of a name takes effect."""
 
     data: Callable[[Operation, bytearray], None]
-    """Does to a file's bytes what is there of the next change to them."""
+    """Function that applies the surviving part of an operation to the bytes of a file."""
 
 
 class SimulatedDisk:
-    """A tree of files as the operations make it, and what is durable of it."""
+    """A tree of files, and the part of it that is durable."""
 
     def __init__(self) -> None:
         self._root = _Folder()
         self._files: dict[int, _File] = {}
 
     def apply(self, operation: Operation) -> None:
-        """Do one more operation."""
+        """Apply an operation."""
         verb, path = operation.verb, operation.path
         if verb in ("resize", "write"):
             self._files[operation.file].pending.append(operation)
@@ -130,11 +127,11 @@ class SimulatedDisk:
                 folder.pending.append(("", name, node))
 
     def settle(self) -> None:
-        """Let everything that was done be durable."""
+        """Make everything durable."""
         self._settle(self._root)
 
     def survivors(self, version: Version, seed: int) -> Tree:
-        """What a power cut now leaves; `seed` chooses among the states that a version can leave."""
+        """Return a tree that a power cut now may leave, chosen by `seed`."""
         return dict(_tree(self._root, "", _fate(version, seed)))
 
     def _settle(self, folder: _Folder) -> None:
@@ -172,8 +169,11 @@ class SimulatedDisk:
 def cuts(
     operations: Sequence[Operation], *, durable: int = 0, seeds: Iterable[int] = range(4)
 ) -> Iterator[tuple[PowerCut, Tree]]:
-    """What is left when the power goes after each of the operations, in every version, the chosen
-    ones once for each seed. The first `durable` operations are what was there before."""
+    """Yield the trees that a power cut after each operation may leave.
+
+    Versions with a random choice come once per seed. The first `durable` operations make the
+    initial, durable state.
+    """
     disk, last = SimulatedDisk(), "nothing"
     seeds = tuple(seeds)
     for at in range(len(operations) + 1):
@@ -191,7 +191,7 @@ def cuts(
 
 
 def left_by(operations: Sequence[Operation], cut: PowerCut, *, durable: int = 0) -> Tree:
-    """What one cut leaves; the first `durable` operations are what was there before."""
+    """Return the tree that one cut leaves. The first `durable` operations are durable."""
     disk = SimulatedDisk()
     for done, operation in enumerate(operations[: durable + cut.at]):
         if done == durable:
@@ -203,8 +203,8 @@ def left_by(operations: Sequence[Operation], cut: PowerCut, *, durable: int = 0)
 
 
 def _fate(version: Version, seed: int) -> _Fate:
-    """Seeds 0 and 1 of the chosen versions are their extremes: every name and no data, as when a
-    rename overtakes what it names; then all data and no name."""
+    """Return the effect for a version. Seeds 0 and 1 of `reordered` are its extremes: all names and
+    no data, as when a rename is written before the file; then all data and no names."""
     if version == "killed":
         return _EVERYTHING
     if version == "lost":
@@ -226,7 +226,7 @@ def _fate(version: Version, seed: int) -> _Fate:
 
 
 def _change(operation: Operation, data: bytearray) -> None:
-    """Do to the bytes what a `resize` or a `write` does."""
+    """Apply a `resize` or a `write` to the bytes of a file."""
     if operation.verb == "resize":
         _resize(data, operation.offset)
         return
@@ -236,7 +236,7 @@ def _change(operation: Operation, data: bytearray) -> None:
 
 
 def _tear(operation: Operation, data: bytearray, choose: Random) -> None:
-    """A part of a write: what stands before some byte, or some of its pages."""
+    """Apply a part of a write: its first bytes, or some of its pages."""
     if operation.verb == "resize" or not operation.data:
         _change(operation, data)
         return
@@ -271,12 +271,12 @@ def _content(file: _File, fate: _Fate) -> bytes:
 
 def _tree(folder: _Folder, path: str, fate: _Fate) -> Iterator[tuple[str, bytes | None]]:
     entries = dict(folder.durable)
-    for gone, new, node in folder.pending:
-        # What is to be renamed may itself have come and not be there.
-        if fate.name() and (node is None or not gone or gone in entries):
-            entries.pop(gone, None)
+    for removed, added, node in folder.pending:
+        # A rename has no effect if the creation of its source had none.
+        if fate.name() and (node is None or not removed or removed in entries):
+            entries.pop(removed, None)
             if node is not None:
-                entries[new] = node
+                entries[added] = node
     for name, node in entries.items():
         where = f"{path}/{name}" if path else name
         if isinstance(node, _Folder):

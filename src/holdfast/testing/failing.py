@@ -1,4 +1,4 @@
-"""A store whose operations fail as a test wants them to."""
+"""A store whose operations fail on demand."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from contextlib import contextmanager
 from holdfast.storage.store import AmendableStore, Buffer, Check, PlainReader, Writer
 
 Fail = Callable[[str, str], None]
-"""`fail(verb, key)` raises what the operation is to end in, or lets it go on."""
+"""`fail(verb, key)` raises the error of an operation, or returns to let it happen."""
 
 
 class FailingStore:
-    """Another store, with `fail` asked before each operation: `list`, `size`, `read`,
-    `make_folder`, `create`, `amend`, `write`, `end` (of a file: its bytes are made durable),
-    `sync`, `rename`, `remove`, `free_bytes`, `lock`, `holder` and `hold`."""
+    """A wrapper of a store that calls `fail` before each operation.
+
+    The verbs are `list`, `size`, `read`, `make_folder`, `create`, `amend`, `write`, `end` (before
+    the content of a file becomes durable), `sync`, `rename`, `remove`, `free_bytes`, `lock`,
+    `holder` and `hold`.
+    """
 
     def __init__(self, beneath: AmendableStore, fail: Fail) -> None:
         self._beneath, self._fail = beneath, fail

@@ -1,4 +1,4 @@
-"""Every order of two actors' operations on one store, up to a bound: races found by no luck.
+"""Run two actors on one store in every order of their operations, up to a number of switches.
 
     def save(store: AmendableStore) -> Saved: ...
     def start(store: AmendableStore) -> None: ...
@@ -6,11 +6,10 @@
     for ran in interleavings(before, save, start, switches_max=2):
         assert ...ran.outcomes..., ran
 
-Each actor is a thread with a view of the store of its own. It stops before each operation until it
-is its turn, so that the store sees one operation after the other, in an order that is chosen. All
-orders are too many; those with few changes of turn are not, and they are where protocols break:
-M. Musuvathi, S. Qadeer, Iterative context bounding for systematic testing of multithreaded
-programs, PLDI 2007.
+Each actor is a thread that waits for its turn before each operation, so that operations happen one
+at a time in a chosen order. There are too many orders to try all, but few switches between the
+actors are enough to break most wrong protocols: M. Musuvathi, S. Qadeer, Iterative context bounding
+for systematic testing of multithreaded programs, PLDI 2007.
 """
 
 from __future__ import annotations
@@ -30,19 +29,21 @@ from holdfast.testing.disk import Tree
 from holdfast.testing.failing import FailingStore
 
 Actor = Callable[[AmendableStore], Any]
-"""A thing that is done to a store while another one is done to it."""
+"""Function that works on a store at the same time as another one."""
 
 STUCK_S = 60.0
-"""An actor that waits longer for its turn waits for the other one in another way as well."""
+"""Longest wait for a turn; an actor that waits longer is in a deadlock with the other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Which actor goes first, and after how many operations the turn changes, each time. After the
-    last change each goes on to its end."""
+    """An order of the operations of two actors."""
 
     first: int
+    """Actor that begins: 0 or 1."""
+
     lengths: tuple[int, ...] = ()
+    """Number of operations before each switch. After the last one each actor runs to its end."""
 
     def __str__(self) -> str:
         turns = [f"{(self.first + n) % 2}: {length}" for n, length in enumerate(self.lengths)]
@@ -51,15 +52,15 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What came of one order."""
+    """Result of one order."""
 
     order: Order
     store: MemoryStore
     outcomes: tuple[Any, Any]
-    """What each actor has returned, or the HoldfastError that it has ended in."""
+    """Result of each actor, or the HoldfastError that it raised."""
 
     trace: tuple[str, ...]
-    """The operations, each with its actor."""
+    """Operations in order, each with its actor."""
 
     def __str__(self) -> str:
         return f"{self.order}; {self.outcomes}:\n  " + "\n  ".join(self.trace)
@@ -68,11 +69,13 @@ class Ran:
 def interleavings(
     before: Callable[[AmendableStore], object], one: Actor, other: Actor, *, switches_max: int
 ) -> Iterator[Ran]:
-    """What comes of every order of the operations of two actors in which the turn changes at most
-    `switches_max` times before one of them has come to its end. `before` makes what is there."""
+    """Run two actors in every order with at most `switches_max` switches before one of them ends.
+
+    `before` makes the initial content of each store.
+    """
     first = MemoryStore()
     before(first)
-    tree = dict(_tree_of(first))
+    tree = tree_of(first)
     waiting = [Order(0), Order(1)]
     with ThreadPoolExecutor(2, thread_name_prefix="actor") as pool:
         while waiting:
@@ -105,36 +108,38 @@ def _act(actor: Actor, store: MemoryStore, turns: _Turns, number: int) -> Any:
 
 
 class _Turns:
-    """Lets one operation after the other begin, in an order that is given."""
+    """Lets the operations of two threads begin in a given order."""
 
     def __init__(self, order: Order) -> None:
         self.order = order
         self.trace: list[str] = []
         self.last_length = 0
-        """Operations of whoever had the turn after its last change, where the other one had some
-        left then: at each of them the turn can change once more."""
+        """Operations after the last switch, if the other actor had not ended: each of them is a
+        place for one more switch."""
 
         self._lengths = list(order.lengths)
         self._turn = order.first
         self._done = 0
-        """Operations since the turn changed."""
+        """Operations since the last switch."""
 
         self._ended = [False, False]
         self._changed = threading.Condition()
 
     def wait(self, number: int, verb: str, key: str) -> None:
-        """Return once the operation that actor `number` is about to do may begin. The one before
-        it has ended by then, and only then the turn changes."""
+        """Wait until actor `number` may begin its next operation.
+
+        Its previous operation has ended by then; only then may the turn switch.
+        """
         with self._changed:
             if self._turn == number and self._lengths and self._done == self._lengths[0]:
-                self._change()
+                self._switch()
             if not self._changed.wait_for(lambda: self._turn == number, STUCK_S):
-                raise AssertionError(f"actor {number} waits for its turn for ever")
+                raise AssertionError(f"actor {number} never gets its turn")
             self._done += 1
             self.trace.append(f"{number}: {verb} {key}")
 
     def end(self, number: int) -> None:
-        """The actor has come to its end."""
+        """Give the turn to the other actor for good."""
         with self._changed:
             self._ended[number] = True
             if self._turn == number:
@@ -144,7 +149,7 @@ class _Turns:
                 self._turn, self._done = 1 - number, 0
                 self._changed.notify_all()
 
-    def _change(self) -> None:
+    def _switch(self) -> None:
         self._lengths.pop(0)
         if not self._ended[1 - self._turn]:
             self._turn = 1 - self._turn
@@ -152,16 +157,13 @@ class _Turns:
         self._changed.notify_all()
 
 
-def _tree_of(store: MemoryStore, folder: str = "") -> Iterator[tuple[str, bytes | None]]:
+def tree_of(store: MemoryStore, folder: str = "") -> Tree:
+    """Return all files and folders below a folder of a store."""
+    tree: dict[str, bytes | None] = {}
     for name in store.list(folder):
         path = f"{folder}/{name}".strip("/")
         if name.endswith("/"):
-            yield path, None
-            yield from _tree_of(store, path)
+            tree |= {path: None, **tree_of(store, path)}
         else:
-            yield path, store.read(path, 0, store.size(path))
-
-
-def tree_of(store: MemoryStore) -> Tree:
-    """Everything in a store."""
-    return dict(_tree_of(store))
+            tree[path] = store.read(path, 0, store.size(path))
+    return tree

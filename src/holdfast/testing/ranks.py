@@ -1,4 +1,4 @@
-"""Ranks as threads: collectives of the engine without a process a rank."""
+"""Run ranks as threads of one process."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 
 class ThreadRanks:
-    """One of several ranks that are threads of this process.
+    """A rank that is a thread of this process.
 
-    Items cross by deep copy, as they would by pickle. A rank that dies takes the others' next
-    exchange with it, as a process group does.
+    Items are deep-copied, as pickling would do. If a rank dies, the next exchange of the others
+    fails, as in a process group.
     """
 
     def __init__(self, rank: int, board: _Board) -> None:
@@ -29,7 +29,7 @@ class ThreadRanks:
         self.size: int = board.size
         self._board = board
         self._num_exchanges = 0
-        self._num_twins = 0
+        self._num_duplicates = 0
 
     def gather(self, item: T) -> list[T]:
         items = self._exchange(item)
@@ -44,8 +44,8 @@ class ThreadRanks:
         return broadcast
 
     def duplicate(self) -> ThreadRanks:
-        self._num_twins += 1
-        return ThreadRanks(self.rank, self._board.duplicate(self._num_twins))
+        self._num_duplicates += 1
+        return ThreadRanks(self.rank, self._board.duplicate(self._num_duplicates))
 
     def close(self) -> None:
         pass
@@ -65,12 +65,12 @@ class ThreadRanks:
         return self._board.exchange(self._num_exchanges, self.rank, item)
 
     def leave(self) -> None:
-        """This rank takes part no more: exchanges that it has not come to yet fail."""
+        """End this rank. Exchanges that it has not reached fail on the other ranks."""
         self._board.leave(self.rank)
 
 
 class _Board:
-    """Where ranks lay down their items, exchange by exchange."""
+    """Items that the ranks exchange, by number of the exchange."""
 
     def __init__(self, size: int, timeout_s: float) -> None:
         self.size = size
@@ -78,10 +78,10 @@ class _Board:
         self._changed = threading.Condition()
         self._items: dict[int, dict[int, Any]] = {}
         self._sent: dict[tuple[int, int], deque[torch.Tensor]] = {}
-        """Messages from one rank to another that have not been received."""
+        """Messages that have not been received, by sender and receiver."""
 
         self._gone: set[int] = set()
-        self._twins: dict[int, _Board] = {}
+        self._duplicates: dict[int, _Board] = {}
 
     def exchange(self, number: int, rank: int, item: Any) -> list[Any]:
         with self._changed:
@@ -93,7 +93,7 @@ class _Board:
             )
             if len(items) < self.size:
                 raise RankError(f"rank {rank} lost another rank")
-            # Whoever is in the next exchange has been through the one before this.
+            # All ranks have entered this exchange, so none needs the one before the last.
             self._items.pop(number - 2, None)
             return copy.deepcopy([items[other] for other in range(self.size)])
 
@@ -114,17 +114,20 @@ class _Board:
         with self._changed:
             self._gone.add(rank)
             self._changed.notify_all()
-            for twin in self._twins.values():
-                twin.leave(rank)
+            for duplicate in self._duplicates.values():
+                duplicate.leave(rank)
 
     def duplicate(self, number: int) -> _Board:
         with self._changed:
-            return self._twins.setdefault(number, _Board(self.size, self._timeout_s))
+            return self._duplicates.setdefault(number, _Board(self.size, self._timeout_s))
 
 
 def run_ranks(size: int, work: Callable[[Ranks], T], *, timeout_s: float = 30.0) -> list[T]:
-    """What `work` gives on each of `size` ranks. Raises the error of the lowest rank that failed;
-    a rank that waits for others longer than `timeout_s` fails."""
+    """Run `work` on `size` ranks, and return the result of each.
+
+    Raises the first error in rank order, a `RankError` only if there is no other. A rank that
+    waits longer than `timeout_s` for the others fails.
+    """
     results = try_ranks(size, work, timeout_s=timeout_s)
     for result in results:
         if isinstance(result, BaseException) and not isinstance(result, RankError):
@@ -138,16 +141,16 @@ def run_ranks(size: int, work: Callable[[Ranks], T], *, timeout_s: float = 30.0)
 def try_ranks(
     size: int, work: Callable[[Ranks], T], *, timeout_s: float = 30.0
 ) -> list[T | BaseException]:
-    """As `run_ranks`, with the error of each rank that failed in its place."""
+    """Like `run_ranks`, but return the error of a failed rank in place of its result."""
     board = _Board(size, timeout_s)
 
-    def one(rank: int) -> T | BaseException:
-        mine = ThreadRanks(rank, board)
+    def run(rank: int) -> T | BaseException:
+        ranks = ThreadRanks(rank, board)
         try:
-            return work(mine)
-        except BaseException as error:  # noqa: BLE001 - handed to the caller
-            mine.leave()
+            return work(ranks)
+        except BaseException as error:  # noqa: BLE001 - returned to the caller
+            ranks.leave()
             return error
 
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(one, range(size)))
+        return list(pool.map(run, range(size)))

@@ -1,5 +1,4 @@
-"""What Python code does to a folder, as the operations that a power cut can end: for crash points
-of code that knows nothing of a `Store`, that of other libraries included."""
+"""Record the file operations of Python code without a `Store`, such as other libraries."""
 
 from __future__ import annotations
 
@@ -18,15 +17,15 @@ from holdfast.storage import renaming
 from holdfast.testing.disk import Operation, SimulatedDisk, Tree, Verb
 
 Timed = tuple[int, Operation]
-"""Nanoseconds of a clock that all processes of a machine share, and what was done then."""
+"""Time in nanoseconds, on a clock that all processes of the machine share, and operation."""
 
 
 @contextmanager
 def recorded_folder(folder: str | os.PathLike[str]) -> Iterator[list[Timed]]:
-    """Keep what this process does to files below `folder` through `open` and `os`, in its order.
+    """Record the operations of this process on files below `folder` through `open` and `os`.
 
-    What native code does to a path by itself is not seen: that there was nothing of the kind shows
-    where `tree_after` the operations is what `tree_at` the folder is.
+    Does not see operations of native code. To show that there were none, compare `tree_after` the
+    operations with `tree_at` the folder.
     """
     recorder = _Recorder(os.path.realpath(folder))
     hooks: list[tuple[Any, str, Any]] = [
@@ -40,20 +39,20 @@ def recorded_folder(folder: str | os.PathLike[str]) -> Iterator[list[Timed]]:
     try:
         for home, name, hook in hooks:
             setattr(home, name, hook)
-        yield recorder.done
+        yield recorder.operations
     finally:
         for home, name, function in real:
             setattr(home, name, function)
 
 
 def merged(records: Sequence[Sequence[Timed]]) -> list[Operation]:
-    """What several processes did to one folder, in the order in which they did it."""
+    """Merge the records of several processes in order of time."""
     timed = sorted((entry for record in records for entry in record), key=lambda entry: entry[0])
     return [operation for _, operation in timed]
 
 
 def tree_after(operations: Sequence[Operation]) -> Tree:
-    """What the operations make of an empty folder."""
+    """Return the tree that the operations make in an empty folder."""
     disk = SimulatedDisk()
     for operation in operations:
         disk.apply(operation)
@@ -61,7 +60,7 @@ def tree_after(operations: Sequence[Operation]) -> Tree:
 
 
 def tree_at(folder: str | os.PathLike[str]) -> Tree:
-    """The files and folders below a folder."""
+    """Read all files and folders below a folder."""
     root = Path(folder)
     return {
         str(path.relative_to(root)): None if path.is_dir() else path.read_bytes()
@@ -70,7 +69,7 @@ def tree_at(folder: str | os.PathLike[str]) -> Tree:
 
 
 def write_tree(tree: Tree, folder: str | os.PathLike[str]) -> None:
-    """Make a tree below a folder, which must be empty or not there."""
+    """Write a tree below a folder, which must be empty or absent."""
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     for path, data in tree.items():
@@ -80,40 +79,40 @@ def write_tree(tree: Tree, folder: str | os.PathLike[str]) -> None:
             (root / path).write_bytes(data)
 
 
-_HOOKED = (
-    *("open", "close", "write", "pwrite", "pwritev", "ftruncate", "posix_fallocate", "fsync"),
-    *("mkdir", "rmdir", "unlink", "rename", "sendfile"),
-)
+_OF_FILES = ("open", "close", "write", "pwrite", "pwritev", "ftruncate", "posix_fallocate", "fsync")
+_OF_NAMES = ("mkdir", "rmdir", "unlink", "rename", "sendfile")
+_HOOKED = (*_OF_FILES, *_OF_NAMES)
 _REAL: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in _HOOKED}
 _REAL_OPEN = io.open
 
 
 class _Recorder:
-    """Each method stands in for the function of `os` that it is named after."""
+    """Replacements for functions of `os`, each in the method of that name."""
 
     def __init__(self, root: str) -> None:
-        self.done: list[Timed] = []
+        self.operations: list[Timed] = []
         self._root = root
         self._files: dict[int, tuple[str, int]] = {}
-        """Open files below the root, by descriptor: path and number."""
+        """Path and inode of each open file below the root, by descriptor."""
+
         self._mutex = threading.RLock()
 
     def _keep(self, verb: Verb, path: str, **more: Any) -> None:
-        self.done.append((time.monotonic_ns(), Operation(verb, path, **more)))
+        self.operations.append((time.monotonic_ns(), Operation(verb, path, **more)))
 
     def _below(self, path: Any, dir_fd: int | None = None) -> str | None:
-        """The path relative to the root; None where it lies elsewhere."""
+        """Return the path relative to the root; None if it is outside."""
         if isinstance(path, int):
             return None
         name = os.fsdecode(path)
         if dir_fd is not None:
             name = f"{Path(f'/proc/self/fd/{dir_fd}').readlink()}/{name}"
-        # The last part may be a link, which is then what is meant.
+        # Do not resolve the last part: an operation on a link changes the link.
         above, last = os.path.split(os.path.abspath(name))  # noqa: PTH100
-        whole = f"{os.path.realpath(above)}/{last}"
-        if whole == self._root:
+        full = f"{os.path.realpath(above)}/{last}"
+        if full == self._root:
             return ""
-        return whole[len(self._root) + 1 :] if whole.startswith(f"{self._root}/") else None
+        return full[len(self._root) + 1 :] if full.startswith(f"{self._root}/") else None
 
     def _open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
         below = self._below(path, dir_fd)
@@ -178,7 +177,7 @@ class _Recorder:
             _REAL["fsync"](number)
             if number in self._files:
                 path, file = self._files[number]
-                if os.path.isdir(f"{self._root}/{path}"):  # noqa: PTH112 - the name alone
+                if os.path.isdir(f"{self._root}/{path}"):  # noqa: PTH112
                     self._keep("sync_folder", path)
                 else:
                     self._keep("sync_file", path, file=file)
@@ -194,7 +193,7 @@ class _Recorder:
 
     def _sendfile(self, target: int, source: int, offset: int, count: int) -> int:
         if target in self._files:
-            # Whoever copies by the kernel knows how to do without it.
+            # Makes callers fall back to `write`, which is recorded.
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         sent: int = _REAL["sendfile"](target, source, offset, count)
         return sent
@@ -209,22 +208,21 @@ class _Recorder:
                 self._keep(verb, below)
 
     def _rename(self, source: Any, target: Any, **folders: Any) -> None:
-        below, there = self._below(source), self._below(target)
+        old, new = self._below(source), self._below(target)
         with self._mutex:
             _REAL["rename"](source, target, **folders)
-            if below is not None and there is not None:
-                self._keep("rename", below, target=there)
+            if old is not None and new is not None:
+                self._keep("rename", old, target=new)
 
     def _rename_exclusive(self, source: str, target: str) -> None:
-        """Stands in for the one rename that Python has no function for."""
+        """Replace `renaming.rename_exclusive`, which calls the C library."""
         with self._mutex:
             if os.path.lexists(target):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
             self._rename(source, target)
 
     def open_file(self, file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        """Stands in for `open`: a file below the root that may change is opened as one that tells
-        of every write."""
+        """Replace `open`: a file below the root that is opened for writing records its writes."""
         if not set("wax+") & set(mode) or self._below(file) is None:
             return _REAL_OPEN(file, mode, *arguments, **options)
         raw = _RecordedFile(self, file, mode.replace("b", "").replace("t", ""))
@@ -236,7 +234,7 @@ class _Recorder:
 
 
 class _RecordedFile(io.FileIO):
-    """An open file whose writes are kept."""
+    """An open file whose writes are recorded."""
 
     def __init__(self, recorder: _Recorder, file: Any, mode: str) -> None:
         self._recorder = recorder

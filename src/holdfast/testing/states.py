@@ -1,4 +1,4 @@
-"""Does a state come back as it was? For states of this project's tests, and of anybody's."""
+"""Check that a state survives saving and loading, bit for bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from holdfast.state.subclass import is_ours
 from holdfast.state.tree import is_object
 
 MODES = ("save", "disabled", "async", "async_with_pinned_mem")
-"""Ways to save: `holdfast.save`, and the three of `CheckpointManager`."""
+"""Ways to save: `holdfast.save`, and the values of `async_mode`."""
 
 
 def round_trip(
@@ -32,32 +32,32 @@ def round_trip(
 ) -> None:
     """Save a state in every mode, load it into `fresh`, and compare every bit.
 
-    `state` is what `holdfast.save` takes: a dict of tensors, plain values, modules, optimizers and
-    other objects with `state_dict`. `fresh` is the same as a run makes it before it loads. Left
-    out, it is a deep copy: its parameters and buffers hold other bits, its optimizers have no
-    state, its values are None. An object of another kind is compared by what reaches its
-    `load_state_dict`; pass `fresh` to see what it makes of it. A state that has no deep copy, as
-    that of FSDP2, needs `fresh`.
-
         holdfast.testing.round_trip({"model": model, "optimizer": optimizer, "loader": loader})
 
-    Collective where `torch.distributed` is initialized.
+    `state` is an argument of `holdfast.save`: a dict of tensors, plain values, modules, optimizers
+    and other objects with `state_dict`. `fresh` is the same state as a run has it before it loads.
+    By default it is a deep copy in which tensors have other bits, optimizers have no state, and
+    values are None. Pass `fresh` if the state cannot be copied, as with FSDP2.
+
+    For objects other than modules and optimizers, the argument of their `load_state_dict` is
+    compared.
+
+    Collective if `torch.distributed` is initialized.
 
     Raises:
-        AssertionError: the first mode in which something differs, with a line on each difference.
-        UsageError: the state cannot be kept; the error names the entry and its type.
+        AssertionError: in some mode the state differs; the message lists all differences.
+        UsageError: the state cannot be saved; the message names the entry and its type.
     """
-    said = {key: _said(value) for key, value in state.items()}
+    expected = {key: _state_of(value) for key, value in state.items()}
     for mode in modes:
         with tempfile.TemporaryDirectory() as folder:
-            target = _disturbed(state) if fresh is None else dict(fresh)
+            target = _altered_copy(state) if fresh is None else dict(fresh)
             for key, value in target.items():
-                target[key] = _Witness(value) if _is_other(value) else value
+                target[key] = _LoadRecorder(value) if _is_other_object(value) else value
             _save_and_load(Path(folder), mode, state, target)
-            found = [
-                line for key in state for line in differences(said[key], _found(target[key]), key)
-            ]
-        assert not found, f"mode `{mode}`:\n  " + "\n  ".join(found)
+            loaded = {key: _loaded_state(target[key]) for key in state}
+            lines = [n for key in state for n in differences(expected[key], loaded[key], key)]
+        assert not lines, f"mode `{mode}`:\n  " + "\n  ".join(lines)
 
 
 def _save_and_load(
@@ -74,13 +74,13 @@ def _save_and_load(
         async_mode=mode,  # type: ignore[arg-type]
         stop_signals=(),
     )
-    for held, is_saved in ((state, True), (target, False)):
-        kept = {key: _Held(held, key) for key in held if not _is_component(held[key])}
+    for source, is_saved in ((state, True), (target, False)):
+        values = {key: _ValueState(source, key) for key in source if not _is_component(source[key])}
         with holdfast.CheckpointManager(
             folder / "run",
-            model=_models(held),
-            optimizers=[one for one in held.values() if isinstance(one, Optimizer)],
-            states={**{k: v for k, v in held.items() if _is_other(v)}, **kept},
+            model=_models(source),
+            optimizers=[value for value in source.values() if isinstance(value, Optimizer)],
+            states={**{k: v for k, v in source.items() if _is_other_object(v)}, **values},
             config=config,
         ) as manager:
             if is_saved:
@@ -90,13 +90,13 @@ def _save_and_load(
 
 
 def _models(state: Mapping[str, Any]) -> nn.Module:
-    """All modules of a state as one model."""
-    found = {key: one for key, one in state.items() if isinstance(one, nn.Module)}
-    return nn.ModuleDict(found)
+    """Join all modules of a state to one model."""
+    modules = {key: value for key, value in state.items() if isinstance(value, nn.Module)}
+    return nn.ModuleDict(modules)
 
 
-class _Held:
-    """A plain value of a state as an object with state."""
+class _ValueState:
+    """Gives a plain value of a state the methods of a stateful object."""
 
     def __init__(self, state: Any, key: str) -> None:
         self._state, self._key = state, key
@@ -108,8 +108,8 @@ class _Held:
         self._state[self._key] = state_dict["value"]
 
 
-class _Witness:
-    """Passes on what an object says and is given, and remembers what it was given."""
+class _LoadRecorder:
+    """Wraps an object, and keeps a copy of the argument of `load_state_dict`."""
 
     def __init__(self, owner: Any) -> None:
         self._owner = owner
@@ -127,13 +127,13 @@ def _is_component(value: Any) -> bool:
     return isinstance(value, nn.Module | Optimizer) or is_object(value)
 
 
-def _is_other(value: Any) -> bool:
-    """Whether it is an object with state, but neither a module nor an optimizer."""
+def _is_other_object(value: Any) -> bool:
+    """Whether `value` has a state, but is neither a module nor an optimizer."""
     return is_object(value) and not isinstance(value, nn.Module | Optimizer)
 
 
-def _said(value: Any) -> Any:
-    """What a state says of itself, as it is now."""
+def _state_of(value: Any) -> Any:
+    """Return a copy of the current state of a module, an optimizer, an object or a value."""
     if isinstance(value, nn.Module):
         return _copied(dict(own_state(value)))
     if isinstance(value, Optimizer) and is_by_parameter(value):
@@ -145,23 +145,23 @@ def _copied(state: Any) -> Any:
     try:
         return copy.deepcopy(state)
     except (RuntimeError, TypeError, AttributeError):
-        # Of a class that has no copies; a save refuses it, or shows that it did not change.
+        # Cannot be copied: a save refuses it, or it compares equal to itself.
         return state
 
 
-def _found(value: Any) -> Any:
-    """What has come of a state."""
-    return value.given if isinstance(value, _Witness) else _said(value)
+def _loaded_state(value: Any) -> Any:
+    """Return the state that was loaded."""
+    return value.given if isinstance(value, _LoadRecorder) else _state_of(value)
 
 
-def _disturbed(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy, with other values wherever that can be."""
+def _altered_copy(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy a state, and change every value that can be changed."""
     try:
         target = dict(copy.deepcopy(dict(state)))
     except Exception as error:
         raise UsageError(
             f"the state has no deep copy to load into: {type(error).__name__}: {error}",
-            hint="pass `fresh`, the same state as a run makes it before it loads",
+            hint="pass `fresh`, the same state as a run has it before it loads",
         ) from error
     for key, value in target.items():
         if isinstance(value, nn.Module):
@@ -180,7 +180,7 @@ def _disturbed(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flip(tensor: torch.Tensor) -> None:
-    """Turn every bit of a tensor over."""
+    """Flip a bit of every byte of a tensor."""
     if is_ours(tensor) and tensor.numel() and tensor.is_contiguous():
         with torch.no_grad():
             local = tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()

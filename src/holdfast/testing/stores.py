@@ -1,4 +1,4 @@
-"""What every store must do, as a suite."""
+"""A test suite for every implementation of a store."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def read_opened(store: Store, key: str) -> int:
 
 
 class StoreSuite:
-    """Tests that every `Store` passes: derive a class for pytest, and give it a new store each.
+    """Tests that every `Store` must pass: derive a class for pytest that makes stores.
 
     class TestMyStore(StoreSuite):
         def new_store(self) -> Store:
@@ -23,11 +23,11 @@ class StoreSuite:
     """
 
     def new_store(self) -> Store:
-        """An empty store; called once a test."""
+        """Return an empty store. Called once per test."""
         raise TypeError("derive a class that makes a store")
 
-    def test_what_is_written_is_read_back_at_every_range(self) -> None:
-        """Method: parts written out of order; all ranges over and past the file's end."""
+    def test_written_bytes_are_read_back_at_every_range(self) -> None:
+        """Method: parts written out of order; all ranges in and past the file."""
         store, data = self.new_store(), bytes(range(20))
         with store.create("file", len(data)) as writer:
             writer.write(12, [memoryview(data)[12:15], bytearray(data[15:20])])
@@ -45,8 +45,8 @@ class StoreSuite:
                     assert reader.read_into(start, memoryview(again)) == count
                     assert again == target
 
-    def test_a_write_of_very_many_parts_keeps_their_order(self) -> None:
-        """Method: more buffers than one system call takes, empty ones among them."""
+    def test_a_write_of_many_parts_keeps_their_order(self) -> None:
+        """Method: more buffers than one system call takes, some of them empty."""
         store = self.new_store()
         parts = [bytes([i % 251]) * (i % 4) for i in range(5000)]
         whole = b"".join(parts)
@@ -62,15 +62,15 @@ class StoreSuite:
         assert store.size("file") == 0
         assert store.read("file", 0, 10) == b""
 
-    def test_a_file_is_never_written_over(self) -> None:
-        """G1. Method: a second file of one name; the first is as it was."""
+    def test_a_file_is_never_overwritten(self) -> None:
+        """G1. Method: a second file of the same name; the first is unchanged."""
         store = self.new_store()
         put(store, "file", b"first")
         refuses(StorageError, lambda: put(store, "file", b"second"))
         assert store.read("file", 0, 9) == b"first"
 
-    def test_an_error_while_writing_goes_on_to_the_caller(self) -> None:
-        """G7. Method: an error of the caller's own inside the context."""
+    def test_an_error_while_writing_is_raised_to_the_caller(self) -> None:
+        """G7. Method: an error of the caller inside the context."""
         store = self.new_store()
 
         def fail() -> None:
@@ -79,8 +79,9 @@ class StoreSuite:
 
         refuses(KeyError, fail)
 
-    def test_folders_list_what_lies_directly_in_them(self) -> None:
-        """Method: files, folders and what is below; names sorted, folders end in a slash."""
+    def test_folders_list_their_direct_members(self) -> None:
+        """Method: files, folders and nested ones; names are sorted, those of folders end in a
+        slash."""
         store = self.new_store()
         assert list(store.list()) == []
         for folder in ("b", "b/inner", "a"):
@@ -91,23 +92,23 @@ class StoreSuite:
         assert list(store.list("b")) == ["inner/", "x"]
         assert list(store.list("a")) == []
 
-    def test_a_folder_that_is_there_is_not_made_anew(self) -> None:
-        """G1. Method: making it again; what lies in it is still there."""
+    def test_an_existing_folder_is_not_made_again(self) -> None:
+        """G1. Method: making it again; its files are still there."""
         store = self.new_store()
         store.make_folder("folder")
         put(store, "folder/file", b"kept")
         refuses(StorageError, lambda: store.make_folder("folder"))
         assert store.read("folder/file", 0, 9) == b"kept"
 
-    def test_the_root_may_be_made_again_and_again(self) -> None:
-        """Method: an empty key, with files there."""
+    def test_the_root_may_be_made_repeatedly(self) -> None:
+        """Method: an empty key, with files in the store."""
         store = self.new_store()
         put(store, "file", b"kept")
         store.make_folder("")
         assert list(store.list()) == ["file"]
 
-    def test_what_is_not_there_is_not_found(self) -> None:
-        """Method: every way to ask for it; the error names it."""
+    def test_a_missing_file_or_folder_is_not_found(self) -> None:
+        """Method: every reading method; the error names the key."""
         store = self.new_store()
         asks: list[Callable[[], object]] = [
             lambda: store.list("absent"),
@@ -120,8 +121,8 @@ class StoreSuite:
         for ask in asks:
             assert "absent" in refuses(NotFoundError, ask).what
 
-    def test_changing_what_is_not_there_is_an_error(self) -> None:
-        """G7. Method: every way to change it."""
+    def test_changing_a_missing_file_or_folder_is_an_error(self) -> None:
+        """G7. Method: every changing method."""
         store = self.new_store()
         changes: list[Callable[[], object]] = [
             lambda: put(store, "absent/file", b"1"),
@@ -133,8 +134,8 @@ class StoreSuite:
             refuses((NotFoundError, StorageError), change)
         assert list(store.list()) == []
 
-    def test_a_file_is_no_folder_and_a_folder_no_file(self) -> None:
-        """G11. Method: each where the other belongs."""
+    def test_a_file_is_not_used_as_a_folder_nor_a_folder_as_a_file(self) -> None:
+        """G11. Method: each in place of the other."""
         store = self.new_store()
         put(store, "file", b"1")
         store.make_folder("folder")
@@ -149,7 +150,7 @@ class StoreSuite:
             refuses((NotFoundError, StorageError), mistake)
         assert list(store.list()) == ["file", "folder/"]
 
-    def test_a_rename_moves_all_that_is_in_a_folder(self) -> None:
+    def test_a_rename_moves_everything_in_a_folder(self) -> None:
         """G1. Method: a folder with a folder in it."""
         store = self.new_store()
         for folder in ("old", "old/inner"):
@@ -159,8 +160,9 @@ class StoreSuite:
         assert list(store.list()) == ["new/"]
         assert store.read("new/inner/file", 0, 1) == b"1"
 
-    def test_a_rename_never_takes_a_name_that_is_taken(self) -> None:
-        """G1. Method: a folder with files, an empty one and a file in the place; both stay."""
+    def test_a_rename_never_replaces_anything(self) -> None:
+        """G1. Method: a full folder, an empty one and a file have the name; both sides are
+        unchanged."""
         store = self.new_store()
         for folder in ("source", "full", "empty"):
             store.make_folder(folder)
@@ -172,8 +174,8 @@ class StoreSuite:
         assert store.read("full/file", 0, 99) == b"full/file"
         assert store.read("source/file", 0, 99) == b"source/file"
 
-    def test_removing_takes_a_file_or_a_folder_with_all_that_is_in_it(self) -> None:
-        """Method: one of each; what stands beside them stays."""
+    def test_remove_deletes_a_file_or_a_folder_with_its_content(self) -> None:
+        """Method: one of each; everything beside them stays."""
         store = self.new_store()
         for folder in ("gone", "gone/inner", "kept"):
             store.make_folder(folder)
@@ -184,8 +186,9 @@ class StoreSuite:
         assert list(store.list()) == ["kept/"]
         assert list(store.list("kept")) == ["file"]
 
-    def test_a_lock_is_held_by_one_and_tells_the_others_by_whom(self) -> None:
-        """G11. Method: refused twice while held, with the holder's note each time; free after."""
+    def test_a_lock_has_one_holder_and_names_it_to_others(self) -> None:
+        """G11. Method: refused twice while locked, with the holder's note each time; free
+        afterwards."""
         store = self.new_store()
         with store.lock("lock", "run 7 on host a"):
             for _ in range(2):
@@ -196,8 +199,9 @@ class StoreSuite:
             raise KeyError("mine")
         enter(store, "run 11")
 
-    def test_whoever_looks_is_told_who_holds_a_lock(self) -> None:
-        """G16. Method: asking before, while and after it is held; asking takes nothing."""
+    def test_the_holder_of_a_lock_can_be_queried(self) -> None:
+        """G16. Method: queries before, while and after it is locked; a query does not take the
+        lock."""
         store = self.new_store()
         assert store.holder("lock") is None
         with store.lock("lock", "run 7 on host a"):
@@ -205,7 +209,7 @@ class StoreSuite:
         assert store.holder("lock") is None
         enter(store, "run 8")
 
-    def test_a_folder_is_held_by_one_whatever_it_is_renamed_to(self) -> None:
+    def test_a_held_folder_stays_held_when_it_is_renamed(self) -> None:
         """G16. Method: held twice, renamed, and another folder under its old name."""
         store = self.new_store()
         store.make_folder("one")
@@ -222,7 +226,7 @@ class StoreSuite:
             assert held
         refuses(NotFoundError, lambda: store.hold("absent").__enter__())
 
-    def test_what_is_held_may_be_read_and_removed(self) -> None:
+    def test_a_held_folder_may_be_read_and_removed(self) -> None:
         """G16. Method: by its holder; the name is free at once."""
         store = self.new_store()
         store.make_folder("one")
@@ -235,8 +239,8 @@ class StoreSuite:
             with store.hold("one") as other:
                 assert other
 
-    def test_a_file_is_renamed_only_to_a_name_that_is_free(self) -> None:
-        """G16. Method: a file onto a file, then onto a free name in another folder."""
+    def test_a_file_is_renamed_only_to_a_free_name(self) -> None:
+        """G16. Method: a file to the name of a file, then to a free name in another folder."""
         store = self.new_store()
         store.make_folder("folder")
         put(store, "source", b"source")
@@ -247,20 +251,20 @@ class StoreSuite:
         assert list(store.list()) == ["folder/", "taken"]
         assert store.read("folder/free", 0, 9) == b"source"
 
-    def test_free_space_is_a_number_or_not_known(self) -> None:
-        """G11. Method: asking."""
+    def test_free_space_is_a_positive_number_or_unknown(self) -> None:
+        """G11. Method: a new store."""
         free = self.new_store().free_bytes()
         assert free is None or free > 0
 
 
 def put(store: Store, key: str, data: bytes) -> None:
-    """A new file with these bytes."""
+    """Create a file with these bytes."""
     with store.create(key, len(data)) as writer:
         writer.write(0, [data])
 
 
 def enter(store: Store, note: str) -> None:
-    """Take the lock of the suite, and give it back."""
+    """Take the lock of the suite, and release it."""
     with store.lock("lock", note):
         pass
 
@@ -268,7 +272,7 @@ def enter(store: Store, note: str) -> None:
 def refuses(
     errors: type[Exception] | tuple[type[Exception], ...], act: Callable[[], object]
 ) -> HoldfastError:
-    """The error that `act` ends in; it must be one of these."""
+    """Return the error that `act` raises, which must be one of `errors`."""
     try:
         act()
     except errors as error:

@@ -12,7 +12,6 @@ from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.structure import check_structure
 from holdfast.errors import DamagedError, ExistsError, FormatError, NotFoundError, StorageError
-from holdfast.format import manifest as manifests
 from holdfast.format.checksum import checksum
 from holdfast.format.manifest import Manifest, Span, Table, ValueEntry
 from holdfast.format.names import MANIFEST, METADATA, Aside
@@ -21,6 +20,7 @@ from holdfast.storage.store import Store
 from holdfast.testing.crashes import cut_everywhere, recorded
 from holdfast.testing.failing import FailingStore
 from holdfast.testing.stores import put, refuses
+from manifest_bytes import encode
 
 FILE = "__0_0.distcp"
 
@@ -36,7 +36,7 @@ def fill(store: Store, folder: str, content: bytes) -> Manifest:
     )
     put(store, f"{folder}/{FILE}", content)
     put(store, f"{folder}/{METADATA}", b"meta")
-    put(store, f"{folder}/{MANIFEST}", manifests.encode(manifest))
+    put(store, f"{folder}/{MANIFEST}", encode(manifest))
     store.sync(folder)
     store.sync("")
     return manifest

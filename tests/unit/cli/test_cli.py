@@ -213,7 +213,7 @@ def test_what_verify_found_is_known_from_then_on_where_it_leaves_marks(
         (("list", "hf/model-00001-of-00002.safetensors"), 4, "a file, of safetensors"),
         (("list", "notes.txt"), 4, "it is a text file"),
         (("list", "stock/.metadata"), 2, "is the index for stock torch"),
-        (("verify", "evil.pt"), 8, "names `posix.system`"),
+        (("verify", "evil.pt"), 8, "refers to `posix.system`"),
         (("verify", "notes.txt"), 4, "is no checkpoint"),
         (("lst",), 2, "did you mean `holdfast list`?"),
         ((), 2, f"verbs: {', '.join(VERBS)}"),

@@ -78,7 +78,7 @@ def test_a_name_on_the_hub_is_taken_from_its_cache(tmp_path: Path) -> None:
     assert (ran.returncode, ran.stderr) == (0, "")
     ran = convert("org/another", "step-1")
     assert ran.returncode == 9
-    assert "could not be had from the hub" in ran.stderr
+    assert "cannot be downloaded from the hub" in ran.stderr
     (tmp_path / "org/name").mkdir(parents=True)
     assert "is no checkpoint" in convert("org/name", "step-1").stderr
     assert convert("not a name", "step-1").returncode == 4

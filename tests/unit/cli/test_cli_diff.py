@@ -127,7 +127,7 @@ def test_a_folder_of_the_hub_is_compared_through_the_table_of_its_family(
     tensors = hub_tensors(LLAMA)
     hub = save_folder(tmp_path / "hub", LLAMA, tensors, num_files=2)
     options = ConvertOptions(to="dcp")
-    convert(plan(str(hub), options), str(tmp_path / "step-0"), options, lambda _: None)
+    convert(plan(str(hub), options), str(tmp_path / "step-0"))
     if changed:
         tensors["model.layers.1.self_attn.q_proj.weight"][0, 0] += 1
         hub = save_folder(tmp_path / "changed", LLAMA, tensors)

@@ -20,7 +20,6 @@ from holdfast.cli import doctor
 from holdfast.cli.main import main
 from holdfast.errors import StorageError
 from holdfast.format.names import LOCK
-from holdfast.storage.holder import holder_of
 from holdfast.storage.local import LocalStore
 
 
@@ -157,8 +156,8 @@ def test_a_run_at_work_is_no_trouble_and_is_not_disturbed(
         found = troubles(capsys, steps)
         assert found.keys() == {LOCK}
         assert "by host here, pid 7, 1 folder on the way" in found[LOCK]["what"]
-        assert holder_of(LocalStore(steps), LOCK) == "host here, pid 7"
-    assert holder_of(LocalStore(steps), LOCK) is None
+        assert LocalStore(steps).holder(LOCK) == "host here, pid 7"
+    assert LocalStore(steps).holder(LOCK) is None
 
 
 def test_checkpoints_under_other_names_are_named_and_given_the_name_of_their_step(

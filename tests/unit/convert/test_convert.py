@@ -1,4 +1,4 @@
-"""Conversions between formats: what arrives is what was there, and a target is whole or absent."""
+"""Conversions keep every element, and a target is complete or absent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import checkpoints
 from holdfast.catalog.verify import VerifyTarget, verify
-from holdfast.convert.convert import Converted, convert
+from holdfast.convert.convert import ConvertResult, convert
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import DamagedError, ExistsError, FormatError, NotFoundError, UsageError
 from holdfast.hf.flavors import MODELS, config_of
@@ -33,8 +33,8 @@ from hub_folders import LLAMA, hub_tensors, save_folder
 Nested = dict[str, Any]
 
 
-def converted(source: Path, target: Path, options: ConvertOptions) -> Converted:
-    return convert(plan(str(source), options), str(target), options, lambda _: None)
+def converted(source: Path, target: Path, options: ConvertOptions) -> ConvertResult:
+    return convert(plan(str(source), options), str(target))
 
 
 def assert_good(folder: Path) -> None:
@@ -43,7 +43,7 @@ def assert_good(folder: Path) -> None:
 
 
 def assert_alike(one: Any, other: Any, where: str = "") -> None:
-    """Nested dicts and lists of tensors and values."""
+    """Compare nested dicts of tensors and values."""
     if isinstance(one, dict):
         assert isinstance(other, dict), where
         assert one.keys() == other.keys(), where
@@ -57,9 +57,9 @@ def assert_alike(one: Any, other: Any, where: str = "") -> None:
 
 
 @pytest.mark.parametrize("kind", ["holdfast", "stock"])
-def test_a_step_becomes_what_stock_dcp_to_torch_makes_of_it(kind: str, tmp_path: Path) -> None:
-    """G10: the same nesting, tensors and values, from a step of ours and a stock one; it opens with
-    weights_only and mapped, and names that share a tensor still do."""
+def test_a_converted_pt_file_equals_that_of_stock_dcp_to_torch(kind: str, tmp_path: Path) -> None:
+    """G10: the same nesting, tensors and values, from our checkpoint and a stock one. The file
+    loads with `weights_only` and `mmap`, and names that shared a tensor still do."""
     save = checkpoints.save_step if kind == "holdfast" else checkpoints.save_stock
     step = save(tmp_path / "folder")
     converted(step, tmp_path / "ours.pt", ConvertOptions(to="torch"))
@@ -75,8 +75,8 @@ def test_a_step_becomes_what_stock_dcp_to_torch_makes_of_it(kind: str, tmp_path:
     assert report.good
 
 
-def test_a_pt_file_becomes_a_step_that_loads_as_saved(tmp_path: Path) -> None:
-    """Method: one with a transposed tensor and values of several kinds, loaded into fresh state."""
+def test_a_checkpoint_converted_from_a_pt_file_loads_as_saved(tmp_path: Path) -> None:
+    """Method: a file with a transposed tensor and several types of values, into new state."""
     file = checkpoints.save_torch(tmp_path / "all.pt")
     done = converted(file, tmp_path / "run/step-7", ConvertOptions(to="dcp"))
     assert_good(tmp_path / "run/step-7")
@@ -96,9 +96,9 @@ def test_a_pt_file_becomes_a_step_that_loads_as_saved(tmp_path: Path) -> None:
     assert done.nbytes == manifest.nbytes
 
 
-def test_the_model_alone_in_another_dtype(tmp_path: Path) -> None:
-    """Method: a step with an optimizer; its model in bfloat16 as a step and as a file. Numbers that
-    are not floating-point stay as they are."""
+def test_a_model_only_conversion_casts_the_model_and_drops_the_rest(tmp_path: Path) -> None:
+    """Method: a checkpoint with an optimizer, converted to a checkpoint and to a file in bfloat16.
+    Tensors that are not floating-point keep their dtype."""
     step = checkpoints.save_step(tmp_path / "folder")
     options = {"model_only": True, "dtype": "bfloat16"}
     converted(step, tmp_path / "model.pt", ConvertOptions(to="torch", **options))  # type: ignore[arg-type]
@@ -132,8 +132,8 @@ def test_a_full_checkpoint_does_not_become_another_step(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "new/step-0").manifest.step == 0
 
 
-def test_a_folder_of_the_hub_in_fewer_and_more_files(tmp_path: Path) -> None:
-    """Method: three files to one, to many, in another dtype; nothing but the files changes."""
+def test_a_hugging_face_folder_is_split_into_fewer_or_more_files(tmp_path: Path) -> None:
+    """Method: three files to one; to many, in another dtype."""
     tensors = hub_tensors(LLAMA)
     source = save_folder(tmp_path / "hub", LLAMA, tensors, num_files=3)
     converted(source, tmp_path / "one", ConvertOptions(to="hf"))
@@ -147,9 +147,9 @@ def test_a_folder_of_the_hub_in_fewer_and_more_files(tmp_path: Path) -> None:
     assert_alike({name: tensor.half() for name, tensor in tensors.items()}, found)
 
 
-def test_a_flavor_stands_in_for_a_configuration(tmp_path: Path) -> None:
-    """Method: a step of a small Llama without any `config.json`; the export has one, and comes back
-    under the same name and flavor."""
+def test_a_flavor_replaces_a_missing_config_json(tmp_path: Path) -> None:
+    """Method: a checkpoint of a small Llama without `config.json`, exported by name and flavor, and
+    converted back."""
     config = config_of("llama3", MODELS["llama3"]["debugmodel"], 300)
     source = save_folder(tmp_path / "hub", config, hub_tensors(config))
     named = {"model_name": "llama3", "model_flavor": "debugmodel"}
@@ -160,9 +160,9 @@ def test_a_flavor_stands_in_for_a_configuration(tmp_path: Path) -> None:
         assert_alike(tensor, load_file(tmp_path / "out/model.safetensors")[name])
 
 
-def test_what_is_there_already_is_replaced_only_when_asked(tmp_path: Path) -> None:
-    """G16. Method: each kind of target twice; an empty folder is nobody's. What an export may have
-    beside its weights goes with an export; a file that no step has keeps a step in its place."""
+def test_an_existing_target_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
+    """G16. Method: each kind of target twice; an empty folder is replaced without `--overwrite`. A
+    further file in an export is replaced with it; in a checkpoint's folder it is an error."""
     source = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
     for to, name in (("dcp", "step-0"), ("hf", "export"), ("torch", "all.pt")):
         if to != "torch":
@@ -183,11 +183,11 @@ def test_what_is_there_already_is_replaced_only_when_asked(tmp_path: Path) -> No
     assert {path.name for path in tmp_path.iterdir()} == {"hub", "step-0", "export", "all.pt"}
 
 
-def test_a_flipped_bit_that_changes_what_loads_is_found_in_a_pt_file_of_ours(
+def test_verify_finds_flipped_bits_in_a_converted_pt_file(
     tmp_path: Path,
 ) -> None:
-    """G3. Method: 250 seeded bits of a file that `convert` wrote, then every bit around the small
-    records; what `torch.load` makes of it, against the report."""
+    """G3: every flipped bit that changes what `torch.load` returns is reported. Method: 250 seeded
+    bits, then bits around the small records."""
     half = torch.ones(7).half()
     state = {"w": torch.randn(300, 200), "deep": {"half": half}, "n": [1, 2.5, "x"]}
     save(tmp_path / "c", state)
@@ -214,7 +214,7 @@ def test_a_flipped_bit_that_changes_what_loads_is_found_in_a_pt_file_of_ours(
                 {"w": loaded["w"], "half": loaded["deep"]["half"]},
                 {"w": state["w"], "half": half},
             )
-        except Exception:  # noqa: BLE001 - torch says so itself
+        except Exception:  # noqa: BLE001 - torch refuses it
             continue
         if not same:
             changed += 1
@@ -225,18 +225,18 @@ def test_a_flipped_bit_that_changes_what_loads_is_found_in_a_pt_file_of_ours(
     assert changed > 150
 
 
-def test_a_source_that_is_replaced_meanwhile_is_not_called_damaged(tmp_path: Path) -> None:
-    """G14. Method: another save takes the place of the source between the plan and the reading."""
+def test_a_source_replaced_during_a_conversion_is_not_called_damaged(tmp_path: Path) -> None:
+    """G14. Method: another save replaces the source after planning and before reading."""
     save(tmp_path / "c", {"w": torch.zeros(300)})
     planned = plan(str(tmp_path / "c"), ConvertOptions(to="torch"))
     save(tmp_path / "c", {"w": torch.ones(300), "more": torch.ones(7)}, overwrite=True)
-    with pytest.raises(NotFoundError, match="replaced or removed while it was converted"):
-        convert(planned, str(tmp_path / "c.pt"), ConvertOptions(to="torch"), lambda _: None)
+    with pytest.raises(NotFoundError, match="replaced or removed during the conversion"):
+        convert(planned, str(tmp_path / "c.pt"))
     assert {path.name for path in tmp_path.iterdir()} == {"c"}
 
 
 def test_damage_in_the_source_leaves_no_target(tmp_path: Path) -> None:
-    """G3, G14: one bit of a step; the conversion ends with the tensor's name, and nothing stays."""
+    """G3, G14. Method: one flipped bit; the error names the tensor, and no target is left."""
     source = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
     converted(source, tmp_path / "step-0", ConvertOptions(to="dcp"))
     file = tmp_path / "step-0/__0_0.distcp"
@@ -251,11 +251,11 @@ def test_damage_in_the_source_leaves_no_target(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["dcp", "hf", "torch"])
-def test_a_conversion_that_is_killed_leaves_nothing_and_the_next_one_goes_through(
+def test_a_killed_conversion_leaves_no_target_and_the_next_one_completes(
     to: str, tmp_path: Path
 ) -> None:
-    """G14: SIGKILL while data is being written; then the same command again, which leaves nothing
-    but the target."""
+    """G14. Method: SIGKILL while data is being written; then the same command again, which leaves
+    nothing but the target."""
     large = {**LLAMA, "vocab_size": 400_000, "hidden_size": 64}
     source = save_folder(tmp_path / "hub", large, hub_tensors(large))
     target = tmp_path / "below/target"

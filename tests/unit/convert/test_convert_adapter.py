@@ -1,4 +1,4 @@
-"""Adapters of PEFT's: read by their base's table, or as they are."""
+"""PEFT adapters: converted by the table of their base, or unchanged."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ LAYER = "model.layers.1"
 
 
 def whole_numbers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sums of products of these have no rounding, in whatever order."""
+    """Round, so that sums of products are exact in any order."""
     return {name: (tensor * 4).round() for name, tensor in tensors.items()}
 
 
 BASE = whole_numbers(hub_tensors(LLAMA))
-
 
 RANKS = {
     f"{LAYER}.self_attn.q_proj": 4,
@@ -42,9 +41,9 @@ RANKS = {
 
 
 def loaded(source: Path, target: Path, **options: Any) -> dict[str, Tensor]:
-    """What a conversion to a step gives."""
-    asked = ConvertOptions("dcp", **options)
-    convert(plan(str(source), asked), str(target), asked, lambda _: None)
+    """Convert to a checkpoint, and load it."""
+    parsed = ConvertOptions("dcp", **options)
+    convert(plan(str(source), parsed), str(target))
     entries = open_checkpoint(target).manifest.tensors
     state = {n: torch.empty(e.shape, dtype=getattr(torch, e.dtype)) for n, e in entries.items()}
     load(target, state)
@@ -52,9 +51,9 @@ def loaded(source: Path, target: Path, **options: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("names", ["meta", "titan"])
-def test_an_adapter_adds_the_same_to_a_converted_base(names: str, tmp_path: Path) -> None:
-    """G10: rope's permutation, factors of several ranks, and a weight trained whole. Method: base
-    plus adapter, converted, is converted base plus converted adapter, exactly."""
+def test_a_converted_adapter_adds_the_same_to_a_converted_base(names: str, tmp_path: Path) -> None:
+    """G10: permuted rows, factors of several ranks, and a weight trained in full. Method: the sum
+    of base and adapter, converted, is exactly the sum of converted base and converted adapter."""
     tensors = whole_numbers(low_rank(BASE, RANKS))
     whole = f"{LAYER}.self_attn.v_proj.weight"
     merged = {**BASE, whole: BASE[whole] + 1}
@@ -77,7 +76,7 @@ def test_an_adapter_adds_the_same_to_a_converted_base(names: str, tmp_path: Path
 
 
 def test_an_adapter_without_its_base_keeps_its_names(tmp_path: Path) -> None:
-    """G10: the same tensors under the same names; the folder verifies, and so does the step."""
+    """G10: the same tensors under the same names; folder and checkpoint verify."""
     tensors = whole_numbers(low_rank(BASE, RANKS))
     folder = save_adapter(tmp_path / "peft", tensors)
     found = loaded(folder, tmp_path / "step-1")
@@ -87,8 +86,8 @@ def test_an_adapter_without_its_base_keeps_its_names(tmp_path: Path) -> None:
         assert verify(VerifyTarget(LocalStore(tmp_path), name)).good
 
 
-def test_what_fits_no_weight_of_the_base_is_listed(tmp_path: Path) -> None:
-    """G6: an unknown layer, a factor alone, one of another size, and one that is no factor."""
+def test_adapter_tensors_that_match_no_base_weight_are_listed(tmp_path: Path) -> None:
+    """G6: an unknown layer, a single factor, one of another size, a tensor that is no factor."""
     tensors = whole_numbers(low_rank(BASE, RANKS))
     del tensors[f"{PEFT}lm_head.lora_B.weight"]
     tensors[f"{PEFT}{LAYER}.mlp.down_proj.lora_B.weight"] = torch.ones(5, 4)
@@ -98,16 +97,21 @@ def test_what_fits_no_weight_of_the_base_is_listed(tmp_path: Path) -> None:
     base = save_folder(tmp_path / "base", LLAMA, BASE)
     with pytest.raises(MismatchError, match="4 differences") as raised:
         plan(str(folder), ConvertOptions("dcp", hf_assets=str(base)))
-    for part in ("layers.7", "lora_magnitude_vector", "without", "[5, 4], its base makes it [32"):
+    for part in (
+        "layers.7",
+        "lora_magnitude_vector",
+        "without",
+        "[5, 4], expected by its base: [32",
+    ):
         assert part in str(raised.value)
 
 
 def test_an_adapter_is_refused_where_a_base_is_expected(tmp_path: Path) -> None:
-    """G6: as an export, and as the weights that a run starts from."""
+    """G6: in an export, and as initial weights of a run."""
     folder = save_adapter(tmp_path / "peft", whole_numbers(low_rank(BASE, RANKS)))
     with pytest.raises(UsageError, match="`--to hf` writes a whole model"):
         plan(str(folder), ConvertOptions("hf"))
     ranks = all_ranks()
-    with pytest.raises(UsageError, match="a base model is expected"):
+    with pytest.raises(UsageError, match="expected: a base model"):
         load_folder(str(folder), StateTree({"w": torch.ones(2)}), ranks=ranks, config=LLAMA)
     ranks.close()

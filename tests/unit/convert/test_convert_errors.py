@@ -1,4 +1,4 @@
-"""What does not fit is named, all of it, before anything is written."""
+"""Refused conversions: all differences are listed before anything is written."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def refused(
     return str(raised.value)
 
 
-def test_all_that_is_missing_unknown_or_of_another_shape_is_listed(tmp_path: Path) -> None:
-    """G6: three of each, every one of them in the message."""
+def test_all_missing_unexpected_and_misshapen_tensors_are_listed(tmp_path: Path) -> None:
+    """G6: three tensors of each kind, all of them in the message."""
     tensors = hub_tensors(LLAMA)
     gone = [f"model.layers.{n}.mlp.up_proj.weight" for n in (0, 1)] + ["model.norm.weight"]
     for name in gone:
@@ -44,55 +44,57 @@ def test_all_that_is_missing_unknown_or_of_another_shape_is_listed(tmp_path: Pat
         tensors[name] = tensors[name][:8].contiguous()
     strange = ["visual.patch.weight", "model.layers.0.extra", "bias"]
     tensors |= {name: torch.ones(2) for name in strange}
-    said = refused(save_folder(tmp_path / "hub", LLAMA, tensors))
-    assert "9 differences" in said
-    assert all(f"`{name}`" in said for name in (*gone, *cut, *strange))
-    assert "is [8, 32]" in said
-    assert "makes it [32, 32]" in said
+    message = refused(save_folder(tmp_path / "hub", LLAMA, tensors))
+    assert "9 differences" in message
+    assert all(f"`{name}`" in message for name in (*gone, *cut, *strange))
+    assert "has shape [8, 32], expected [32, 32]" in message
 
 
-def test_many_differences_are_said_of_all_layers_and_experts_at_once(tmp_path: Path) -> None:
-    """Method: a model of eight layers with experts under the configuration of two, and with more
-    experts; and two layers where there should be forty."""
+def test_many_differences_are_merged_by_layer_and_expert(tmp_path: Path) -> None:
+    """Method: weights of eight layers where the configuration has two, with too many experts; and
+    weights of two layers where it has forty."""
     config = published("qwen3_moe", "debugmodel", 64)
     more = {**config, "num_hidden_layers": 8, "num_experts": 10}
     source = save_folder(tmp_path / "hub", config | {"num_hidden_layers": 2}, hub_tensors(more))
-    said = refused(source)
-    assert "`model.layers.{2-7}.mlp.experts.{0-9}.up_proj.weight` is beyond the layers" in said
-    assert "`model.layers.{0-1}.mlp.experts.{8-9}.up_proj.weight` is not known" in said
+    message = refused(source)
+    assert "`model.layers.{2-7}.mlp.experts.{0-9}.up_proj.weight` is beyond the 2 layers" in message
+    assert "`model.layers.{0-1}.mlp.experts.{8-9}.up_proj.weight` is unexpected" in message
     source = save_folder(tmp_path / "short", LLAMA | {"num_hidden_layers": 40}, hub_tensors(LLAMA))
-    said = refused(source)
-    assert "342 differences" in said
-    assert "`model.layers.{2-39}.mlp.up_proj.weight` is missing" in said
-    assert "more" not in said
+    message = refused(source)
+    assert "342 differences" in message
+    assert "`model.layers.{2-39}.mlp.up_proj.weight` is missing" in message
+    assert "more" not in message
 
 
-def test_layers_beyond_the_configuration_are_told_from_other_strangers(tmp_path: Path) -> None:
+def test_layers_beyond_the_configuration_are_named_as_such(tmp_path: Path) -> None:
     """Method: weights of three layers, a configuration of two."""
     tensors = hub_tensors({**LLAMA, "num_hidden_layers": 3})
-    said = refused(save_folder(tmp_path / "hub", LLAMA, tensors))
-    assert said.count("`model.layers.2.") == said.count("is beyond the layers that") == 9
-    assert "config.json` has: 2" in said
+    message = refused(save_folder(tmp_path / "hub", LLAMA, tensors))
+    assert message.count("`model.layers.2.") == message.count("is beyond the 2 layers of") == 9
 
 
-def test_a_flavor_is_held_against_the_configuration(tmp_path: Path) -> None:
-    """Method: a small model called 8B, and one called by the name of another family."""
+def test_a_flavor_that_contradicts_config_json_is_refused(tmp_path: Path) -> None:
+    """Method: a small model with flavor 8B, and with the name of another family."""
     folder = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
-    said = refused(folder, ConvertOptions(to="dcp", model_name="llama3", model_flavor="8B"))
-    assert "num_hidden_layers is 2 and 32" in said
-    assert "hidden_size is 32 and 4096" in said
-    said = refused(folder, ConvertOptions(to="dcp", model_name="qwen3_moe", model_flavor="30B-A3B"))
-    assert "model_type is llama and qwen3_moe" in said
-    said = refused(folder, ConvertOptions(to="dcp", model_name="llama4"))
-    assert "model_type is llama and llama4_text or llama4" in said
-    said = refused(folder, ConvertOptions(to="dcp", model_flavor="8B"), UsageError)
-    assert "needs `--model-name`" in said
+    message = refused(folder, ConvertOptions(to="dcp", model_name="llama3", model_flavor="8B"))
+    assert "num_hidden_layers is 2 and 32" in message
+    assert "hidden_size is 32 and 4096" in message
+    message = refused(
+        folder, ConvertOptions(to="dcp", model_name="qwen3_moe", model_flavor="30B-A3B")
+    )
+    assert "model_type is llama and qwen3_moe" in message
+    message = refused(folder, ConvertOptions(to="dcp", model_name="llama4"))
+    assert "model_type is llama and llama4_text or llama4" in message
+    message = refused(folder, ConvertOptions(to="dcp", model_flavor="8B"), UsageError)
+    assert "needs `--model-name`" in message
 
 
 @pytest.mark.parametrize("alike", [True, False])
-def test_an_untied_head_does_not_go_into_a_tied_model(tmp_path: Path, alike: bool) -> None:
-    """Method: a tied configuration beside weights with a head: one that is the embedding again is
-    taken for it, another is refused."""
+def test_a_tied_model_refuses_a_head_that_differs_from_the_embedding(
+    tmp_path: Path, alike: bool
+) -> None:
+    """Method: a tied configuration beside weights with a head: one that equals the embedding is
+    accepted as its second name, another is refused."""
     tensors = hub_tensors(LLAMA)
     if alike:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -104,23 +106,23 @@ def test_an_untied_head_does_not_go_into_a_tied_model(tmp_path: Path, alike: boo
         assert "`lm_head.weight` and `model.embed_tokens.weight` differ" in refused(folder)
 
 
-def test_a_tensor_in_two_files_is_named_whether_or_not_there_is_an_index(tmp_path: Path) -> None:
-    """Method: two tensors in both of two files; with an index they are where it does not say."""
+def test_a_tensor_in_two_files_is_refused_with_or_without_an_index(tmp_path: Path) -> None:
+    """Method: two tensors in both of two files; then an index that has one file for each."""
     tensors = hub_tensors(LLAMA)
     twice = ["model.norm.weight", "lm_head.weight"]
     folder = save_folder(tmp_path / "hub", LLAMA, tensors)
     save_file({name: tensors[name] for name in twice}, folder / "more.safetensors")
-    said = refused(folder, kind=FormatError)
-    assert all(f"`{name}` is in" in said for name in twice)
+    message = refused(folder, kind=FormatError)
+    assert all(f"`{name}` is in" in message for name in twice)
     index = dict.fromkeys(tensors, "model.safetensors") | {"model.norm.weight": "more.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    said = refused(folder, kind=FormatError)
-    assert "`more.safetensors` holds `lm_head.weight`" in said
-    assert "`model.safetensors` holds `model.norm.weight`" in said
+    message = refused(folder, kind=FormatError)
+    assert "`more.safetensors` holds `lm_head.weight`" in message
+    assert "`model.safetensors` holds `model.norm.weight`" in message
 
 
-def test_a_stray_file_beside_an_index_does_not_count_and_is_mentioned(tmp_path: Path) -> None:
-    """Method: a file with other values under the same names, which sorts first."""
+def test_a_file_outside_the_index_is_ignored_with_a_note(tmp_path: Path) -> None:
+    """Method: a file with other values under the same names, whose name sorts first."""
     tensors = hub_tensors(LLAMA)
     folder = save_folder(tmp_path / "hub", LLAMA, tensors, num_files=2)
     save_file({name: t + 1 for name, t in tensors.items()}, folder / "a.safetensors")
@@ -130,8 +132,8 @@ def test_a_stray_file_beside_an_index_does_not_count_and_is_mentioned(tmp_path: 
     assert "model-00002-of-00002.safetensors" in refused(folder, kind=DamagedError)
 
 
-def test_what_is_left_out_is_asked_for_by_name_and_said(tmp_path: Path) -> None:
-    """Method: towers of a larger model, a buffer that follows from the configuration, a pattern
+def test_skipped_tensors_are_left_out_with_a_note(tmp_path: Path) -> None:
+    """Method: tensors of a larger model, a buffer that follows from the configuration, a pattern
     that matches nothing."""
     tensors = hub_tensors(LLAMA)
     tensors |= {"vision.a": torch.ones(2), "vision.b": torch.ones(2)}
@@ -139,18 +141,18 @@ def test_what_is_left_out_is_asked_for_by_name_and_said(tmp_path: Path) -> None:
     folder = save_folder(tmp_path / "hub", LLAMA, tensors)
     assert "`vision.a`" in refused(folder)
     planned = plan(str(folder), ConvertOptions(to="dcp", skip=("vision.*",)))
-    assert "2 tensors were left out, as asked" in planned.notes
+    assert "left out 2 tensors that match `--skip`" in planned.notes
     assert any("buffers" in note for note in planned.notes)
     assert not any("vision" in name or "inv_freq" in name for name in planned.outputs)
-    said = refused(folder, ConvertOptions(to="dcp", skip=("audio.*",)), UsageError)
-    assert "`--skip audio.*` matches no tensor" in said
+    message = refused(folder, ConvertOptions(to="dcp", skip=("audio.*",)), UsageError)
+    assert "`--skip audio.*` matches no tensor" in message
 
 
-def test_what_lacks_a_configuration_or_is_of_no_known_model_says_what_to_give(
+def test_a_missing_or_unsupported_configuration_is_refused_with_a_hint(
     tmp_path: Path,
 ) -> None:
-    """Method: weights without `config.json`; with one of an unknown type; with one that lacks a
-    size; nothing there at all."""
+    """Method: weights without `config.json`, with an unsupported model type, without a size, with a
+    list in place of an object; a path without anything; tensors with unknown names."""
     folder = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
     (folder / "config.json").unlink()
     assert "--hf-assets" in refused(folder, kind=UsageError)
@@ -163,5 +165,5 @@ def test_what_lacks_a_configuration_or_is_of_no_known_model_says_what_to_give(
     assert "nothing at" in refused(tmp_path / "nowhere", kind=NotFoundError)
     strangers: dict[str, Tensor] = {"weight": torch.ones(2, 2)}
     torch.save(strangers, tmp_path / "strange.pt")
-    said = refused(tmp_path / "strange.pt", ConvertOptions(to="hf"), UsageError)
-    assert "names of no model that is known" in said
+    message = refused(tmp_path / "strange.pt", ConvertOptions(to="hf"), UsageError)
+    assert "names of no supported model" in message

@@ -1,4 +1,4 @@
-"""G13: a conversion holds a few blocks, whatever the size of the model."""
+"""G13: a conversion uses memory for a few blocks, whatever the size of the model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MODEL = {
     "vocab_size": 106496,
     "tie_word_embeddings": True,
 }
-"""540 MB in bfloat16, of which one tensor has 436 MB."""
+"""540 MB in bfloat16; one tensor has 436 MB of them."""
 
 LIMIT_BYTES = 300 << 20
 
@@ -44,14 +44,14 @@ sys.exit(convert.run(sys.argv[1:]))
 
 
 def sparse_folder(folder: Path) -> Path:
-    """A folder whose tensors are all zeros, which take no room on disk."""
+    """Write a folder of sparse files: all tensors are zeros, and take no space on disk."""
     mapping = mapping_of(family_of(MODEL, where="test"), MODEL)
     header, at = {}, 0
-    for name in mapping.names("hub"):
+    for name in mapping.names("hf"):
         nbytes = 2
-        for size in mapping.shape("hub", name):
+        for size in mapping.shape("hf", name):
             nbytes *= size
-        shape = mapping.shape("hub", name)
+        shape = mapping.shape("hf", name)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + nbytes]}
         at += nbytes
     text = json.dumps(header).encode()
@@ -65,9 +65,9 @@ def sparse_folder(folder: Path) -> Path:
 
 @pytest.mark.parametrize("to", ["dcp", "hf", "torch"])
 def test_peak_memory_is_bounded(to: str, tmp_path: Path) -> None:
-    """G13: the address space may grow by 300 MiB, threads included: the largest tensor takes more.
-    Method: RLIMIT_AS, set once everything is imported; one arena of malloc, since what glibc
-    reserves for each thread (64 MiB) is no memory."""
+    """G13: the address space may grow by 300 MiB, less than the largest tensor takes. Method:
+    RLIMIT_AS, set after all imports; a single malloc arena, since glibc reserves 64 MiB of address
+    space for each thread's."""
     source, target = sparse_folder(tmp_path / "hub"), tmp_path / "target"
     arguments = [
         str(source),

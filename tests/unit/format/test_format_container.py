@@ -1,4 +1,4 @@
-"""Values of a checkpoint without torch: what people see of them, and nothing is run."""
+"""Values of a checkpoint displayed without torch, and without running code."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ plain = st.recursive(
 
 
 @given(plain)
-def test_plain_values_are_spelled_as_python_writes_them(value: Any) -> None:
-    """Method: numbers, text, bytes and what nests them, against `repr`."""
-    found = read(value)
+def test_plain_values_are_displayed_like_repr(value: Any) -> None:
+    """Method: numbers, texts, bytes and containers of them, compared with `repr`."""
+    result = read(value)
     # An empty bytes is a call in the pickles of torch.save.
     if "b''" not in repr(value) and len(repr(value)) < 500:
-        assert spelled(found) == repr(value)
-    json.dumps(as_json(found, 10_000))
+        assert spelled(result) == repr(value)
+    json.dumps(as_json(result, 10_000))
 
 
 @pytest.mark.parametrize(
@@ -67,16 +67,16 @@ def test_plain_values_are_spelled_as_python_writes_them(value: Any) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_only_torch_could_make_is_named(value: Any, said: str) -> None:
-    """Method: the other kinds of values that checkpoints hold."""
-    found = read(value)
-    assert spelled(found) == said
-    json.dumps(as_json(found, 100))
+def test_objects_that_need_torch_are_named(value: Any, said: str) -> None:
+    """Method: the other kinds of values in checkpoints."""
+    result = read(value)
+    assert spelled(result) == said
+    json.dumps(as_json(result, 100))
 
 
-def test_long_and_shared_and_cyclic_values_take_no_time() -> None:
-    """G8. Method: the state of Python's generator, lists that double at each level, that are forty
-    wide at ten levels, and that hold themselves."""
+def test_long_shared_and_cyclic_values_are_displayed_quickly() -> None:
+    """G8. Method: the state of Python's random generator, lists that double at each level, lists
+    forty wide and ten levels deep, and lists that contain themselves."""
     cyclic: list[Any] = []
     cyclic.append(cyclic)
     doubled: list[Any] = [1]
@@ -88,13 +88,13 @@ def test_long_and_shared_and_cyclic_values_take_no_time() -> None:
     for value in (random.getstate(), cyclic, doubled, wide, "x" * 10**6):
         assert len(spelled(read(value))) < 2100
     for value in (cyclic, doubled, wide):
-        with pytest.raises(FormatError, match="or one that holds itself"):
+        with pytest.raises(FormatError, match="or contains itself"):
             as_json(read(value), 1000)
     assert time.monotonic() - started < 5
     assert "585 more" in spelled(read(random.getstate()))
 
 
-def test_nothing_that_a_value_names_is_run(tmp_path: Any) -> None:
+def test_displaying_a_value_runs_no_code(tmp_path: Any) -> None:
     """G8. Method: a pickle that would run a command."""
 
     class Attack:
@@ -107,8 +107,8 @@ def test_nothing_that_a_value_names_is_run(tmp_path: Any) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_members_of_a_file_are_found_by_their_path() -> None:
-    """Method: keys of other types than text, which a path spells; none of that name."""
+def test_members_of_a_file_are_found_by_path() -> None:
+    """Method: keys that are not texts, which a path has as text; a path that does not exist."""
     data = container({"epoch": 3, "args": {1: "one", None: [4, 5]}, "nan": math.nan})
 
     def fetch(offset: int, nbytes: int) -> bytes:

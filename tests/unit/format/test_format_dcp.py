@@ -1,4 +1,4 @@
-"""`.metadata`: stock pickles and unpickles it, we read and write the same."""
+"""`.metadata`: torch unpickles what Holdfast writes, and Holdfast reads what torch pickles."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from holdfast.format.dtypes import BY_NAME
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry, ValueEntry
 from holdfast.format.pickles import Call, Dumper, Global, Instance
 from holdfast.format.region import Region
-from holdfast.format.tables import encode_metadata
+from manifest_bytes import encode_metadata
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -39,7 +39,7 @@ NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
 
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
-    """Manifests whose tensors are cut into chunks along their first dim."""
+    """Generate manifests whose tensors are cut into chunks along their first dim."""
     names = draw(st.lists(NAMES, unique=True, max_size=6))
     half, at = len(names) // 2, 0
     tensors, values = {}, {}
@@ -66,7 +66,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
 
 
 def as_stock(manifest: Manifest) -> Metadata:
-    """The objects that stock DCP would hold for this manifest."""
+    """Make the objects that stock DCP would have for this manifest."""
     entries: dict[str, Any] = {}
     storage = {}
     for name, tensor in manifest.tensors.items():
@@ -92,19 +92,19 @@ def as_stock(manifest: Manifest) -> Metadata:
 
 
 @given(manifests())
-def test_python_unpickles_what_is_written_into_the_stock_classes(manifest: Manifest) -> None:
-    """G10. Method: `pickle.loads` with real torch classes, compared with objects that stock makes;
-    the same bytes again for the same manifest, and ours read back."""
+def test_pickle_loads_metadata_of_holdfast_as_stock_classes(manifest: Manifest) -> None:
+    """G10. Method: `pickle.loads` with the classes of torch, compared with objects made by torch;
+    encoding again gives the same bytes, and decoding the same manifest."""
     data = encode_metadata(manifest)
-    found = pickle.loads(data)
+    decoded = pickle.loads(data)
     expected = as_stock(manifest)
-    assert type(found) is Metadata
-    assert found == expected
-    for index, info in found.storage_data.items():
+    assert type(decoded) is Metadata
+    assert decoded == expected
+    for index, info in decoded.storage_data.items():
         assert type(index) is MetadataIndex
         assert index.offset is None or type(index.offset) is torch.Size
         assert type(info) is _StorageInfo
-    for entry in found.state_dict_metadata.values():
+    for entry in decoded.state_dict_metadata.values():
         if isinstance(entry, TensorStorageMetadata):
             assert type(entry.size) is torch.Size
             assert entry.properties == TensorProperties(dtype=entry.properties.dtype)
@@ -113,16 +113,16 @@ def test_python_unpickles_what_is_written_into_the_stock_classes(manifest: Manif
 
 
 @given(manifests())
-def test_what_stock_pickles_is_read_as_the_same_manifest(manifest: Manifest) -> None:
-    """G10. Method: real stock objects, pickled by Python, in every protocol that has been used."""
+def test_metadata_pickled_by_stock_is_read_as_the_same_manifest(manifest: Manifest) -> None:
+    """G10. Method: objects of torch, pickled by Python, in every protocol that has been used."""
     stock = as_stock(manifest)
     for protocol in (2, 4, 5):
         assert decode_metadata(pickle.dumps(stock, protocol), where="m") == manifest
 
 
 def test_the_metadata_of_a_real_stock_checkpoint_is_read(tmp_path: Path) -> None:
-    """G10. Method: stock `save` of nested state, its `.metadata` against stock's own reader; it
-    holds a `PosixPath`, which is of no use and must do no harm."""
+    """G10. Method: stock `save` of a nested state; its `.metadata` compared with the result of the
+    stock reader. It has a `PosixPath`, which must be ignored."""
     state = {
         "model": {"w": torch.randn(3, 4), "half": torch.ones(5, dtype=torch.bfloat16)},
         "list": [torch.zeros(2), {"n": 1}],
@@ -132,9 +132,9 @@ def test_the_metadata_of_a_real_stock_checkpoint_is_read(tmp_path: Path) -> None
     stock_save(state, checkpoint_id=tmp_path / "step-1", no_dist=True)
     data = (tmp_path / "step-1" / ".metadata").read_bytes()
     stock = FileSystemReader(tmp_path / "step-1").read_metadata()
-    found = decode_metadata(data, where="m")
-    assert {*found.tensors, *found.values} == {*stock.state_dict_metadata}
-    for name, tensor in found.tensors.items():
+    decoded = decode_metadata(data, where="m")
+    assert {*decoded.tensors, *decoded.values} == {*stock.state_dict_metadata}
+    for name, tensor in decoded.tensors.items():
         expected = stock.state_dict_metadata[name]
         assert isinstance(expected, TensorStorageMetadata)
         assert f"torch.{tensor.dtype}" == str(expected.properties.dtype)
@@ -142,8 +142,8 @@ def test_the_metadata_of_a_real_stock_checkpoint_is_read(tmp_path: Path) -> None
         (chunk,) = tensor.chunks
         info = stock.storage_data[MetadataIndex(name, torch.Size(chunk.region.start), 0)]
         assert (chunk.file, chunk.item) == (info.relative_path, Span(info.offset, info.length))
-    paths = {name: entry.path for name, entry in found.tensors.items()}
-    paths |= {name: entry.path for name, entry in found.values.items()}
+    paths = {name: entry.path for name, entry in decoded.tensors.items()}
+    paths |= {name: entry.path for name, entry in decoded.values.items()}
     assert paths == stock.planner_data
 
 
@@ -159,7 +159,7 @@ SMALL = Manifest(
 
 
 class Attack:
-    """Pickles as a call of `os.system`."""
+    """An object whose pickle calls `os.system`."""
 
     def __reduce__(self) -> Any:
         import os
@@ -168,7 +168,7 @@ class Attack:
 
 
 def changed(**fields: Any) -> Metadata:
-    """Stock metadata with some of its fields replaced."""
+    """Return stock metadata with some of its fields replaced."""
     stock = as_stock(SMALL)
     for name, value in fields.items():
         setattr(stock, name, value)
@@ -176,16 +176,17 @@ def changed(**fields: Any) -> Metadata:
 
 
 @pytest.mark.parametrize("field", ["planner_data", "storage_meta", "version"])
-def test_code_in_any_field_is_refused_by_its_name(field: str) -> None:
-    """G8. Method: stock metadata with an `os.system` in a field that nobody needs; stock's reader
-    would run it."""
+def test_code_in_any_field_is_refused_by_name(field: str) -> None:
+    """G8. Method: stock metadata with an `os.system` in a field that Holdfast does not need; the
+    stock reader would run it."""
     with pytest.raises(FormatError, match=r"`posix\.system`"):
         decode_metadata(pickle.dumps(changed(**{field: Attack()})), where="m")
 
 
 @pytest.mark.parametrize("name", ["../step-400/__0_0.distcp", "/etc/passwd", "a/b", "..", ""])
-def test_a_path_out_of_the_folder_is_refused_by_name(name: str) -> None:
-    """G8. Method: stock metadata that points elsewhere, which stock's reader follows."""
+def test_a_file_outside_of_the_folder_is_refused_by_name(name: str) -> None:
+    """G8. Method: stock metadata with paths that leave the folder, which the stock reader
+    follows."""
     stock = as_stock(SMALL)
     stock.storage_data[MetadataIndex("v")] = _StorageInfo(name, 0, 50)
     with pytest.raises(FormatError, match="outside of its folder") as refused:
@@ -193,32 +194,32 @@ def test_a_path_out_of_the_folder_is_refused_by_name(name: str) -> None:
     assert repr(name) in refused.value.what
 
 
-def test_a_path_that_is_no_text_is_refused() -> None:
-    """G8. Method: a `PosixPath` where a name belongs."""
+def test_a_file_name_that_is_no_text_is_refused() -> None:
+    """G8. Method: a `PosixPath` as the name of a file."""
     stock = as_stock(SMALL)
     stock.storage_data[MetadataIndex("v")] = _StorageInfo(PosixPath("/etc"), 0, 50)  # type: ignore[arg-type]
     with pytest.raises(FormatError):
         decode_metadata(pickle.dumps(stock), where="m")
 
 
-def test_an_item_that_was_compressed_is_refused_by_its_name() -> None:
-    """Method: the field in which stock's extensions say what they did to the bytes."""
+def test_a_compressed_item_is_refused_by_name() -> None:
+    """Method: the field that lists the transformations of an item by extensions of stock DCP."""
     stock = as_stock(SMALL)
     stock.storage_data[MetadataIndex("v")] = _StorageInfo("__0_0.distcp", 700, 50, ["zstd"])
-    with pytest.raises(FormatError, match="`v` is stored compressed"):
+    with pytest.raises(FormatError, match="`v` is compressed"):
         decode_metadata(pickle.dumps(stock), where="m")
 
 
-def test_fields_that_stock_may_leave_out_are_not_needed() -> None:
+def test_optional_fields_of_stock_metadata_may_be_missing() -> None:
     """G10. Method: no paths, no storage meta, no version."""
     stock = changed(planner_data=None, storage_meta=StorageMeta(), version=None)
-    found = decode_metadata(pickle.dumps(stock), where="m")
-    assert found.tensors == SMALL.tensors
-    assert found.values == SMALL.values
+    decoded = decode_metadata(pickle.dumps(stock), where="m")
+    assert decoded.tensors == SMALL.tensors
+    assert decoded.values == SMALL.values
 
 
 class Items(dict[Any, Any]):
-    """A dict for the pickle, whose keys need not be hashable here."""
+    """A dict for the pickle whose keys need not be hashable here."""
 
     def __init__(self, *pairs: tuple[Any, Any]) -> None:
         self._pairs = pairs
@@ -228,7 +229,7 @@ class Items(dict[Any, Any]):
 
 
 def stock_pickle(**replaced: Any) -> bytes:
-    """`.metadata` of one tensor of four float32, with one of its parts replaced by anything."""
+    """Return the `.metadata` of one tensor of four float32, with one part replaced."""
     module = "torch.distributed.checkpoint.metadata"
     parts = {
         "dtype": Global("torch", "float32"),
@@ -276,8 +277,8 @@ def stock_pickle(**replaced: Any) -> bytes:
     return out.take()
 
 
-def test_the_hand_made_metadata_is_read_when_nothing_is_replaced() -> None:
-    """Method: the ground that the next tests stand on."""
+def test_hand_made_metadata_without_replaced_parts_is_read() -> None:
+    """Method: the basis of the next tests."""
     assert decode_metadata(stock_pickle(), where="m").tensors == SMALL.tensors
 
 
@@ -300,18 +301,16 @@ WRONG = [(part, value) for part, values in REPLACED.items() for value in values]
 
 
 @pytest.mark.parametrize(("part", "value"), WRONG, ids=str)
-def test_metadata_with_a_part_of_the_wrong_kind_is_refused(part: str, value: Any) -> None:
-    """G8. Method: one part replaced; only `FormatError` comes out, and nothing is taken for what it
-    is not. A size beyond what the item can hold is among them: nobody is to make room for it."""
+def test_metadata_with_an_invalid_part_is_refused(part: str, value: Any) -> None:
+    """G8. Method: one part replaced; only `FormatError` may be raised. Among the parts are sizes
+    larger than the item, for which a reader must not allocate."""
     with pytest.raises(FormatError):
         decode_metadata(stock_pickle(**{part: value}), where="m")
 
 
 @given(st.sampled_from(sorted({part for part, _ in WRONG})), st.data())
-def test_metadata_with_anything_anywhere_is_read_or_refused_and_nothing_else(
-    part: str, data: st.DataObject
-) -> None:
-    """G8. Method: any plain value in the place of any part."""
+def test_metadata_with_any_part_replaced_is_read_or_refused(part: str, data: st.DataObject) -> None:
+    """G8. Method: any plain value in place of any part; only `FormatError` may be raised."""
     anything = st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=3),
         lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple),
@@ -325,16 +324,16 @@ def test_metadata_with_anything_anywhere_is_read_or_refused_and_nothing_else(
 
 @pytest.mark.parametrize("data", [b"", b"\x80\x04", b"not a pickle", b"\x80\x04N.", b"\x80\x04}."])
 def test_bytes_that_are_no_metadata_are_refused(data: bytes) -> None:
-    """G8. Method: nothing, half a pickle, and pickles of other things."""
+    """G8. Method: no bytes, half a pickle, and pickles of other objects."""
     with pytest.raises(FormatError):
         decode_metadata(data, where="m")
 
 
 @given(manifests())
-def test_rows_written_one_by_one_and_all_at_once_are_the_same_bytes(manifest: Manifest) -> None:
-    """G10. Method: the way for few chunks against the way for many, on the same manifest."""
+def test_rows_encoded_one_by_one_and_by_numpy_have_the_same_bytes(manifest: Manifest) -> None:
+    """G10. Method: the encoding of few chunks and that of many chunks, on the same manifest."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "_FEW", 0)
+        patch.setattr(tables, "_ONE_BY_ONE_MAX", 0)
         many = encode_metadata(manifest)
-        patch.setattr(tables, "_FEW", 1000)
+        patch.setattr(tables, "_ONE_BY_ONE_MAX", 1000)
         assert encode_metadata(manifest) == many

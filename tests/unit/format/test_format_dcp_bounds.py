@@ -1,4 +1,4 @@
-"""`.metadata`: what stock torch writes is read, and every way to be broken is refused."""
+"""`.metadata` of stock torch is read; a damaged one is refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from holdfast.errors import FormatError
 from holdfast.format.dcp import decode_metadata, is_ours
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry, ValueEntry
 from holdfast.format.region import Region
-from holdfast.format.tables import encode_metadata
+from manifest_bytes import encode_metadata
 
 OURS = Manifest(
     {
@@ -36,7 +36,7 @@ OURS = Manifest(
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What stock torch writes."""
+    """Return `.metadata` as stock torch writes it."""
     folder: Path = tmp_path_factory.mktemp("stock")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -44,24 +44,22 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (folder / ".metadata").read_bytes()
 
 
-def test_what_is_written_is_read_as_it_was_and_known_as_ours(stock: bytes) -> None:
-    """G10. Method: there and back; stock's own is not taken for ours."""
+def test_metadata_of_holdfast_is_recognized(stock: bytes) -> None:
+    """G10. Method: a round trip; the file of stock torch is not taken for one of Holdfast."""
     data = encode_metadata(OURS)
     assert decode_metadata(data, where="m") == OURS
     assert is_ours(data)
-    found = decode_metadata(stock, where="m")
-    assert found.tensors["w"].shape == (2, 3)
-    assert found.values["n.step"].path == ("n", "step")
+    decoded = decode_metadata(stock, where="m")
+    assert decoded.tensors["w"].shape == (2, 3)
+    assert decoded.values["n.step"].path == ("n", "step")
     assert not is_ours(stock)
 
 
 @settings(max_examples=400)
 @given(st.data())
-def test_a_garbled_index_is_read_or_refused_and_nothing_else(
-    stock: bytes, data: st.DataObject
-) -> None:
-    """G8. Method: a true index, stock's or ours, cut short or with bytes replaced; what is read
-    names no file outside of the folder, and no region outside of its tensor."""
+def test_a_corrupted_index_is_read_or_refused(stock: bytes, data: st.DataObject) -> None:
+    """G8. Method: `.metadata` of stock torch or of Holdfast, truncated or with bytes replaced. If
+    it is read, all files are inside the folder, and all regions inside their tensor."""
     broken = bytearray(data.draw(st.sampled_from([stock, encode_metadata(OURS)])))
     for _ in range(data.draw(st.integers(0, 4))):
         broken[data.draw(st.integers(0, len(broken) - 1))] = data.draw(st.integers(0, 255))
@@ -76,9 +74,9 @@ def test_a_garbled_index_is_read_or_refused_and_nothing_else(
             assert "/" not in chunk.file
 
 
-def test_empty_shards_at_one_place_count_once() -> None:
-    """G10: more ranks than rows leave several shards empty, all where the tensor ends. Method: an
-    index in which three chunks start there."""
+def test_empty_shards_at_the_same_place_count_once() -> None:
+    """G10: with more ranks than rows several shards are empty, and all start at the end of the
+    tensor. Method: an index with three such chunks."""
     empty = Chunk(Region((2,), (2,)), "f", Span(10, 5))
     chunks = (Chunk(Region((0,), (2,)), "f", Span(0, 10)), empty, empty, empty)
     data = encode_metadata(Manifest({"w": TensorEntry("int8", (2,), chunks, ("w",))}, {}))

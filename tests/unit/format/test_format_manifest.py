@@ -1,4 +1,4 @@
-"""`manifest.json`: there and back, and every way to be broken."""
+"""`manifest.json`: a round trip, and every way to corrupt it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from holdfast.format.manifest import (
     TensorEntry,
     ValueEntry,
     decode,
-    encode,
 )
 from holdfast.format.region import Region
 from holdfast.format.timings import Stage
+from manifest_bytes import encode
 
 FILES = {"__0_0.distcp": 1 << 41, "__1_0.distcp": 1 << 41}
 TABLES = {file: Table(1 << 40, 7) for file in FILES}
@@ -63,8 +63,8 @@ def tensor_entries(draw: st.DrawFn, name: str) -> TensorEntry:
 @st.composite
 def value_entries(draw: st.DrawFn, name: str) -> ValueEntry:
     item = Span(draw(st.integers(0, 99)), draw(st.integers(0, 99)))
-    found = draw(st.integers(0, 2**64 - 1))
-    return ValueEntry(draw(st.sampled_from([*FILES])), item, found, draw(paths(name)))
+    digest = draw(st.integers(0, 2**64 - 1))
+    return ValueEntry(draw(st.sampled_from([*FILES])), item, digest, draw(paths(name)))
 
 
 seconds = st.floats(0, 1e9)
@@ -118,30 +118,30 @@ SMALL = Manifest(
 
 
 def sealed(body: object) -> bytes:
-    """A manifest with a true checksum, whatever its body says: what an attacker would write."""
+    """Add a correct checksum to any body, as an attacker would."""
     text = json.dumps(body).encode()
     seal = checksum.to_hex([checksum.checksum(text)]).encode()
     return text[:-1] + b',"checksum":"' + seal + b'"}'
 
 
 def body_of(manifest: Manifest) -> dict[str, Any]:
-    """The JSON object of a manifest, without its checksum."""
+    """Return the JSON object of a manifest, without its checksum."""
     body: dict[str, Any] = json.loads(encode(manifest))
     del body["checksum"]
     return body
 
 
 @given(manifests())
-def test_without_its_entries_a_manifest_says_the_same_of_the_whole(manifest: Manifest) -> None:
-    """Method: the short way against the long one, for any manifest."""
+def test_decoding_without_entries_gives_the_same_facts(manifest: Manifest) -> None:
+    """Method: the fast and the full decoder, for any manifest."""
     head = decode(encode(manifest), where="here", entries=False)
-    whole = decode(encode(manifest), where="here")
-    assert head == replace(whole, tensors={}, values={}, kind=kind_of(whole))
+    full = decode(encode(manifest), where="here")
+    assert head == replace(full, tensors={}, values={}, kind=kind_of(full))
 
 
 @pytest.mark.parametrize("kind", ["full", None])
-def test_so_it_does_whatever_its_members_are_called_and_in_whatever_order(kind: Kind) -> None:
-    """Method: a model with a member `tensors`, as long as the true one; then that one first."""
+def test_decoding_without_entries_does_not_depend_on_names_or_order(kind: Kind) -> None:
+    """Method: a model with a member `tensors`, as long as the real one; then the real one first."""
     model = {"a": 1, "tensors": {"tensors": {"dtype": 2}}, "z": 3}
     manifest = replace(SMALL, kind=kind, model=model)
     expected = replace(manifest, tensors={}, values={}, kind=kind_of(manifest))
@@ -152,16 +152,16 @@ def test_so_it_does_whatever_its_members_are_called_and_in_whatever_order(kind: 
 
 
 @given(manifests())
-def test_a_manifest_survives_its_encoding(manifest: Manifest) -> None:
-    """Method: there and back, every field; encoding is a function of the manifest alone."""
+def test_a_manifest_survives_a_round_trip(manifest: Manifest) -> None:
+    """Method: every field; encoding the result gives the same bytes."""
     data = encode(manifest)
     assert decode(data, where="m") == manifest
     assert encode(decode(data, where="m")) == data
     json.loads(data)
 
 
-def test_every_flipped_bit_of_a_manifest_is_seen() -> None:
-    """G3. Method: each bit of a whole manifest, one after the other."""
+def test_every_flipped_bit_of_a_manifest_is_detected() -> None:
+    """G3. Method: each bit of a manifest, one after the other."""
     data = bytearray(encode(SMALL))
     for position in range(len(data)):
         for bit in range(8):
@@ -172,8 +172,8 @@ def test_every_flipped_bit_of_a_manifest_is_seen() -> None:
     assert decode(bytes(data), where="m") == SMALL
 
 
-def test_a_manifest_cut_short_at_any_byte_or_longer_by_one_is_seen() -> None:
-    """G3. Method: every prefix; one more byte at either end; nothing but zeros."""
+def test_a_truncated_or_extended_manifest_is_detected() -> None:
+    """G3. Method: every prefix; one more byte at either end; only zeros."""
     data = encode(SMALL)
     broken = [data[:stop] for stop in range(len(data))]
     for wrong in [*broken, data + b" ", data + b"\n", b" " + data, data + data, bytes(len(data))]:
@@ -182,15 +182,15 @@ def test_a_manifest_cut_short_at_any_byte_or_longer_by_one_is_seen() -> None:
 
 
 @pytest.mark.parametrize("version", [0, 1, 3, 2.5, "1", None, [1]])
-def test_a_version_that_is_not_known_is_refused_as_such(version: object) -> None:
-    """G8. Method: a true checksum around another version."""
+def test_an_unknown_version_is_refused(version: object) -> None:
+    """G8. Method: another version with a correct checksum."""
     with pytest.raises(FormatError, match="version"):
         decode(sealed({**body_of(SMALL), "holdfast": version}), where="m")
 
 
-@pytest.mark.parametrize(("version", "hint"), [(1, "save the step again"), (3, "pip install")])
-def test_a_version_that_is_not_known_says_which_way_round(version: int, hint: str) -> None:
-    """G8: to upgrade helps where the step is newer, not where it is older."""
+@pytest.mark.parametrize(("version", "hint"), [(1, "no release wrote"), (3, "pip install")])
+def test_an_unknown_version_has_a_hint_that_fits_its_age(version: int, hint: str) -> None:
+    """G8: an upgrade helps if the checkpoint is newer than Holdfast, not if it is older."""
     with pytest.raises(FormatError) as raised:
         decode(sealed({**body_of(SMALL), "holdfast": version}), where="m")
     assert hint in (raised.value.hint or "")
@@ -199,8 +199,8 @@ def test_a_version_that_is_not_known_says_which_way_round(version: int, hint: st
 @pytest.mark.parametrize(
     "name", ["../step-1/__0_0.distcp", "/etc/passwd", "a/b", "..", ".", "", "a\\b", "a\0b"]
 )
-def test_a_data_file_elsewhere_is_refused_by_name(name: str) -> None:
-    """G8. Method: paths that leave the folder, under a true checksum."""
+def test_a_data_file_outside_of_the_folder_is_refused_by_name(name: str) -> None:
+    """G8. Method: paths that leave the folder, with a correct checksum."""
     body = body_of(SMALL)
     body["files"][0][0] = name
     with pytest.raises(FormatError, match="outside of its folder") as refused:
@@ -278,7 +278,7 @@ def test_a_data_file_elsewhere_is_refused_by_name(name: str) -> None:
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(path: tuple[Any, ...], value: Any) -> None:
-    """G8. Method: one field replaced, under a true checksum."""
+    """G8. Method: one field replaced, with a correct checksum."""
     body = body_of(SMALL)
     place = body
     for key in path[:-1]:
@@ -296,7 +296,7 @@ ANY_JSON = st.recursive(
 
 
 @given(st.data())
-def test_any_json_under_a_true_checksum_is_read_or_refused_and_nothing_else(
+def test_any_json_with_a_correct_checksum_is_read_or_refused(
     data: st.DataObject,
 ) -> None:
     """G8. Method: any value in any place of a manifest, or instead of one."""
@@ -318,7 +318,7 @@ def test_any_json_under_a_true_checksum_is_read_or_refused_and_nothing_else(
 
 @pytest.mark.parametrize("text", [b"[1]", b'"text"', b"7", b"null", b"{}", b'{"a":', b"\xff}"])
 def test_json_that_is_no_object_is_refused(text: bytes) -> None:
-    """G8. Method: other JSON, and none, sealed as if it were a manifest."""
+    """G8. Method: other JSON, and no JSON, with a correct checksum."""
     body = text[:-1] + b"}"
     seal = checksum.to_hex([checksum.checksum(body)]).encode()
     with pytest.raises(FormatError):

@@ -1,4 +1,4 @@
-"""Names in a checkpoint folder: what is ours, and all that only looks like it."""
+"""Names of checkpoints and of the files beside them."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ FOREIGN_STEPS = [
 
 
 @pytest.mark.parametrize("name", FOREIGN_STEPS)
-def test_a_name_that_only_looks_like_a_step_is_somebody_elses(name: str) -> None:
-    """G5. Method: names that a loose pattern, or `int`, would take for a step."""
+def test_a_name_similar_to_a_checkpoint_is_ignored(name: str) -> None:
+    """G5. Method: names that a loose pattern, or `int`, would accept as a step."""
     assert step_of(name) is None
 
 
 @given(st.integers(0, 10**18 - 1))
-def test_every_step_is_found_again_by_its_name(step: int) -> None:
-    """G1. Method: there and back."""
+def test_every_step_survives_a_round_trip_through_its_name(step: int) -> None:
+    """G1. Method: steps up to the largest."""
     assert step_of(step_name(step)) == step
 
 
 @given(st.text(max_size=30))
-def test_a_name_is_a_step_only_if_it_is_the_name_of_that_step(name: str) -> None:
-    """G5. Method: any text; what is taken for a step has exactly one spelling."""
+def test_a_step_has_exactly_one_name(name: str) -> None:
+    """G5. Method: any text; if it parses as a step, it is the name of that step."""
     step = step_of(name)
     assert step is None or step_name(step) == name
 
@@ -49,8 +49,8 @@ asides = st.builds(
 
 
 @given(asides)
-def test_a_folder_set_aside_tells_its_role_and_name_and_is_never_a_step(aside: Aside) -> None:
-    """G1. Method: there and back, for any checkpoint name that is one folder."""
+def test_a_folder_set_aside_has_a_role_and_a_name_and_is_never_a_step(aside: Aside) -> None:
+    """G1. Method: a round trip for any name of a checkpoint that is a single folder."""
     assert aside_of(str(aside)) == aside
     assert step_of(str(aside)) is None
 
@@ -64,12 +64,12 @@ def test_a_folder_set_aside_tells_its_role_and_name_and_is_never_a_step(aside: A
         *("step-1", ".metadata", ".lock", "x.attempt-step-1-0a1b2c3d"),
     ],
 )
-def test_a_hidden_folder_of_others_is_not_taken_for_one_of_ours(name: str) -> None:
-    """G5. Method: names one character away from ours: a sweep would delete them."""
+def test_a_hidden_folder_of_the_user_is_ignored(name: str) -> None:
+    """G5. Method: names one character away from ours; a cleanup would delete them."""
     assert aside_of(name) is None
 
 
-def test_data_files_are_named_as_stock_dcp_names_them() -> None:
+def test_data_files_have_the_names_of_stock_dcp() -> None:
     """G10. Method: stock's own prefix and suffix (torch/distributed/checkpoint/filesystem.py)."""
     from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 
@@ -78,7 +78,7 @@ def test_data_files_are_named_as_stock_dcp_names_them() -> None:
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/etc/passwd", "../a", "a/b", "a\\b", "a\0b"])
 def test_a_data_file_outside_of_the_folder_is_refused(name: str) -> None:
-    """G8. Method: every way to leave a folder by a name."""
+    """G8. Method: every kind of name that leaves a folder."""
     from holdfast.format.manifest import check_file_name
 
     with pytest.raises(FormatError, match="outside of its folder"):

@@ -1,4 +1,4 @@
-"""safetensors seen as manifests: what its library writes, and every way to be broken."""
+"""safetensors files: those of its library are read, corrupted ones are refused."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 
 @pytest.mark.parametrize("dtype", sorted(BY_NAME.keys() - UNKNOWN_THERE - {"float4_e2m1fn_x2"}))
-def test_what_the_library_writes_is_found_where_it_lies(dtype: str) -> None:
-    """G10. Method: real files of every dtype; name, dtype, shape, and the bytes at the place."""
+def test_tensors_written_by_the_library_are_found(dtype: str) -> None:
+    """G10. Method: files of every dtype; name, dtype, shape, and the bytes at the position."""
     kind = getattr(torch, dtype)
     tensors = {
         "whole": torch.randint(0, 2, (3, 5)).to(kind),
@@ -65,9 +65,9 @@ VALID = save(
 
 @settings(max_examples=300)
 @given(st.data())
-def test_a_garbled_file_is_read_or_refused_and_nothing_else(data: st.DataObject) -> None:
-    """G8. Method: a true file with bytes replaced, and cut at either end; what is read lies within
-    the file."""
+def test_a_corrupted_file_is_read_or_refused(data: st.DataObject) -> None:
+    """G8. Method: a valid file with bytes replaced, or truncated at either end. If it is read, all
+    positions are inside the file."""
     broken = bytearray(VALID)
     for _ in range(data.draw(st.integers(0, 4))):
         broken[data.draw(st.integers(0, len(broken) - 1))] = data.draw(st.integers(0, 255))
@@ -98,8 +98,8 @@ def test_a_garbled_file_is_read_or_refused_and_nothing_else(data: st.DataObject)
         max_size=3,
     )
 )
-def test_any_json_as_a_header_is_read_or_refused_and_nothing_else(header: Any) -> None:
-    """G8. Method: any JSON object in the place of a header."""
+def test_any_json_as_a_header_is_read_or_refused(header: Any) -> None:
+    """G8. Method: any JSON object as the header."""
     text = json.dumps(header).encode()
     for data in (b"", bytes(16)):
         with suppress(FormatError):
@@ -110,8 +110,8 @@ def part_of(*names: str) -> Manifest:
     return read(save({name: torch.ones(2) for name in names}))
 
 
-def test_the_index_alone_says_which_file_counts() -> None:
-    """Method: two files, and indexes that name them rightly, leave out a tensor or name another."""
+def test_only_the_index_decides_the_file_of_a_tensor() -> None:
+    """Method: two files; indexes that are correct, lack a tensor, or name the wrong file."""
     parts = {"f1": part_of("a", "b"), "f2": part_of("c")}
     right = {"a": "f1", "b": "f1", "c": "f2"}
     whole = joined(parts, right, where="d")
@@ -126,6 +126,6 @@ def test_the_index_alone_says_which_file_counts() -> None:
 
 
 def test_an_index_of_the_library_is_read() -> None:
-    """Method: its form, with the fields that are of no interest."""
+    """Method: an index with all fields, some of which are ignored."""
     data = json.dumps({"metadata": {"total_size": 8}, "weight_map": {"a": "f1"}}).encode()
     assert read_index(data, where="i") == {"a": "f1"}

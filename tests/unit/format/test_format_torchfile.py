@@ -1,4 +1,4 @@
-"""A `.pt` file seen as a manifest: what torch.save writes, and every way to be broken."""
+"""`.pt` files: those of torch.save are read, corrupted ones are refused."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def read(data: bytes) -> TorchFile:
     return read_file(fetch, len(data), file="f.pt", where="f")
 
 
-def tensor_of(data: bytes, found: TorchFile, name: str) -> torch.Tensor:
-    """The tensor that a reader makes of what was found."""
-    entry = found.manifest.tensors[name]
+def tensor_of(data: bytes, contents: TorchFile, name: str) -> torch.Tensor:
+    """Make a tensor from the bytes at the position that was found."""
+    entry = contents.manifest.tensors[name]
     item = entry.chunks[0].item
     flat = torch.frombuffer(bytearray(data[item.offset : item.stop]), dtype=torch.uint8)
     typed = flat.view(getattr(torch, entry.dtype))
-    if name in found.strides:
-        return typed.as_strided(entry.shape, found.strides[name])
+    if name in contents.strides:
+        return typed.as_strided(entry.shape, contents.strides[name])
     assert entry.chunks[0].data_offset == item.offset
     return typed.view(entry.shape)
 
 
-def test_a_whole_training_state_is_found_tensor_by_tensor() -> None:
-    """G10. Method: a real module and optimizer, after a step; every tensor bit for bit, views and
-    transposed ones too; values by their names."""
+def test_every_tensor_of_a_training_state_is_found() -> None:
+    """G10. Method: a module and an optimizer after a step; every tensor bit for bit, including
+    views and transposed ones; values by name."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(5, 4)).sum().backward()
@@ -67,32 +67,34 @@ def test_a_whole_training_state_is_found_tensor_by_tensor() -> None:
         "none": None,
     }
     data = saved(state)
-    found = read(data)
+    contents = read(data)
     expected = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     expected |= {f"views.{i}": view for i, view in enumerate([base[1:3], base.T, base[:, 2]])}
     expected |= {"parameter": base, "half": state["half"], "fp8": state["fp8"]}
     for number, moments in optimizer.state_dict()["state"].items():
         expected |= {f"optimizer.state.{number}.{key}": value for key, value in moments.items()}
-    assert found.manifest.tensors.keys() == expected.keys()
+    assert contents.manifest.tensors.keys() == expected.keys()
     for name, tensor in expected.items():
-        whole = tensor_of(data, found, name)
-        assert whole.dtype == tensor.dtype
-        assert torch.equal(whole.view(torch.uint8) if name == "fp8" else whole,
+        loaded = tensor_of(data, contents, name)
+        assert loaded.dtype == tensor.dtype
+        assert torch.equal(loaded.view(torch.uint8) if name == "fp8" else loaded,
                            tensor.view(torch.uint8) if name == "fp8" else tensor)  # fmt: skip
-    assert found.strides.keys() == {"views.1", "views.2"}
-    assert {"step", "betas", "device", "dtype", "bytes", "set", "none"} <= {*found.manifest.values}
-    assert found.manifest.tensors["model.0.weight"].path == ("model", "0.weight")
+    assert contents.strides.keys() == {"views.1", "views.2"}
+    assert {"step", "betas", "device", "dtype", "bytes", "set", "none"} <= {
+        *contents.manifest.values
+    }
+    assert contents.manifest.tensors["model.0.weight"].path == ("model", "0.weight")
 
 
 @pytest.mark.parametrize("value", [3, None, [], {}, torch.ones(2), [torch.ones(1)], "text"])
 def test_a_file_of_one_value_is_read(value: object) -> None:
-    """Method: real files that hold no dict."""
+    """Method: files that contain no dict."""
     manifest = read(saved(value)).manifest
     assert len(manifest.names()) == 1
 
 
-def test_what_names_code_is_refused_by_its_name() -> None:
-    """G8. Method: a real file of a partial, and of a whole module."""
+def test_a_file_that_refers_to_code_is_refused_by_name() -> None:
+    """G8. Method: a file with a partial, and one with a whole module."""
     with pytest.raises(FormatError, match=r"functools\.partial"):
         read(saved({"a": partial(print)}))
     with pytest.raises(FormatError, match=r"torch\.nn\.modules\.linear\.Linear"):
@@ -100,7 +102,7 @@ def test_what_names_code_is_refused_by_its_name() -> None:
 
 
 def test_a_file_of_torch_before_1_6_is_refused_as_such() -> None:
-    """Method: the legacy stream, as torch still writes it when told to."""
+    """Method: the legacy format, which torch still writes on request."""
     with pytest.raises(FormatError, match=r"before 1\.6") as refused:
         read(saved({"a": torch.ones(2)}, _use_new_zipfile_serialization=False))
     assert refused.value.hint
@@ -117,9 +119,9 @@ VALID = saved(OrderedDict(a=torch.arange(6.0).view(2, 3), b=torch.ones(5, 2).T, 
 
 @settings(max_examples=300)
 @given(st.data())
-def test_a_garbled_file_is_read_or_refused_and_nothing_else(data: st.DataObject) -> None:
-    """G8. Method: a true file with bytes replaced, and cut at either end; what is read lies within
-    the file."""
+def test_a_corrupted_file_is_read_or_refused(data: st.DataObject) -> None:
+    """G8. Method: a valid file with bytes replaced, or truncated at either end. If it is read, all
+    positions are inside the file."""
     broken = bytearray(VALID)
     for _ in range(data.draw(st.integers(0, 4))):
         broken[data.draw(st.integers(0, len(broken) - 1))] = data.draw(st.integers(0, 255))
@@ -127,8 +129,8 @@ def test_a_garbled_file_is_read_or_refused_and_nothing_else(data: st.DataObject)
     last = data.draw(st.just(len(broken)) | st.integers(first, len(broken)))
     part = bytes(broken[first:last])
     try:
-        found = read(part)
+        contents = read(part)
     except FormatError:
         return
-    for entry in found.manifest.tensors.values():
+    for entry in contents.manifest.tensors.values():
         assert 0 <= entry.chunks[0].item.offset <= entry.chunks[0].item.stop <= len(part)

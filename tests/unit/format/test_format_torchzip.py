@@ -1,4 +1,4 @@
-"""The container around one tensor: torch reads ours, and we read torch's."""
+"""The archive of one tensor: torch reads those of Holdfast, Holdfast reads those of torch."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def random_bytes(nbytes: int) -> bytes:
 
 
 def raw(tensor: torch.Tensor) -> bytes:
-    """Row-major bytes of a tensor, whatever its dtype."""
+    """Return the row-major bytes of a tensor of any dtype."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def from_bytes(data: bytes) -> Any:
-    """A fetch that gives what a file with these bytes would give: less at its end."""
+    """Return a fetch for a file with these bytes, which returns fewer at its end."""
 
     def fetch(offset: int, nbytes: int) -> bytes:
         assert offset >= 0, "a store is never asked for bytes before its file"
@@ -59,22 +59,22 @@ def saved(value: object) -> bytes:
     return buffer.getvalue()
 
 
-def elements(data: bytes, found: StoredTensor) -> torch.Tensor:
-    """The tensor that a reader makes of what `locate` found."""
-    dtype = getattr(torch, found.dtype)
-    itemsize = dtype_of(found.dtype).itemsize
-    count = found.data.nbytes // itemsize
+def elements(data: bytes, located: StoredTensor) -> torch.Tensor:
+    """Make a tensor from the result of `locate`."""
+    dtype = getattr(torch, located.dtype)
+    itemsize = dtype_of(located.dtype).itemsize
+    count = located.data.nbytes // itemsize
     if not count:
-        return torch.empty(found.shape, dtype=dtype)
-    flat = torch.frombuffer(bytearray(data), dtype=torch.uint8)[found.data.offset :]
+        return torch.empty(located.shape, dtype=dtype)
+    flat = torch.frombuffer(bytearray(data), dtype=torch.uint8)[located.data.offset :]
     flat = flat[: count * itemsize].clone().view(dtype)
-    return flat.as_strided(found.shape, found.strides)
+    return flat.as_strided(located.shape, located.strides)
 
 
 @pytest.mark.parametrize("dtype", sorted(BY_NAME))
-def test_torch_load_reads_a_container_of_every_dtype_and_shape(dtype: str) -> None:
-    """G10. Method: `torch.load(weights_only=True)` of hand-made containers at odd positions; dtype,
-    shape, strides and every byte; and `locate` finds the same bytes again."""
+def test_torch_load_reads_an_archive_of_every_dtype_and_shape(dtype: str) -> None:
+    """G10. Method: `torch.load(weights_only=True)` of archives made by `frame` at odd positions;
+    dtype, shape, strides and every byte. `locate` finds the same bytes."""
     for number, shape in enumerate(SHAPES):
         position = 37 * number
         data = random_bytes(prod(shape) * BY_NAME[dtype].itemsize)
@@ -87,14 +87,14 @@ def test_torch_load_reads_a_container_of_every_dtype_and_shape(dtype: str) -> No
         assert loaded.stride() == contiguous_strides(shape)
         assert raw(loaded) == data
         item = Span(position, len(prefix) + len(data) + len(suffix))
-        found = locate(from_bytes(bytes(position) + prefix + data + suffix), item, where="f")
+        located = locate(from_bytes(bytes(position) + prefix + data + suffix), item, where="f")
         at = position + len(prefix)
-        assert found == StoredTensor(Span(at, len(data)), dtype, shape, loaded.stride(), 0)
+        assert located == StoredTensor(Span(at, len(data)), dtype, shape, loaded.stride(), 0)
 
 
 @pytest.mark.parametrize("dtype", sorted(BY_NAME))
-def test_a_dtype_here_is_the_one_that_torch_has(dtype: str) -> None:
-    """Method: size, and the storage class that a real `torch.save` names."""
+def test_the_table_of_dtypes_agrees_with_torch(dtype: str) -> None:
+    """Method: itemsize, and the storage class in a file of `torch.save`."""
     assert getattr(torch, dtype).itemsize == BY_NAME[dtype].itemsize
     with zipfile.ZipFile(io.BytesIO(saved(zeros(dtype)))) as archive:
         pickled = archive.read("archive/data.pkl")
@@ -102,13 +102,13 @@ def test_a_dtype_here_is_the_one_that_torch_has(dtype: str) -> None:
     assert f"{storage}\n".encode() in pickled
 
 
-def test_every_storage_class_stands_for_one_dtype() -> None:
-    """Method: the table turned around, and back."""
+def test_every_storage_class_belongs_to_one_dtype() -> None:
+    """Method: the table inverted, twice."""
     assert {d.name for d in BY_STORAGE.values()} == {d.name for d in BY_NAME.values() if d.storage}
 
 
-def test_the_archive_is_one_that_any_zip_reader_lists() -> None:
-    """G10. Method: Python's zipfile: names, order, sizes, none compressed."""
+def test_other_zip_readers_list_the_archive() -> None:
+    """G10. Method: Python's zipfile: names, order, sizes, no compression."""
     prefix, suffix = frame("int32", (2, 2), 5)
     data = random_bytes(16)
     with zipfile.ZipFile(io.BytesIO(prefix + data + suffix)) as archive:
@@ -124,10 +124,10 @@ def test_the_archive_is_one_that_any_zip_reader_lists() -> None:
     st.lists(st.integers(0, 600), max_size=4).map(tuple),
     st.integers(0, 2**45),
 )
-def test_data_starts_aligned_wherever_the_item_stands(
+def test_data_is_aligned_at_any_position_of_the_item(
     dtype: str, shape: tuple[int, ...], position: int
 ) -> None:
-    """Method: any position; on 64 bytes, and large data on a page; less padding than one unit."""
+    """Method: any position; on 64 bytes, large data on a page, with less padding than one unit."""
     prefix, _ = frame(dtype, shape, position)
     large = prod(shape) * BY_NAME[dtype].itemsize >= LARGE_BYTES
     align = PAGE_BYTES if large else 64
@@ -137,21 +137,21 @@ def test_data_starts_aligned_wherever_the_item_stands(
 
 @given(st.lists(st.integers(0, 9), max_size=6))
 def test_strides_are_those_of_torch(shape: list[int]) -> None:
-    """Method: a real tensor's strides."""
+    """Method: the strides of a tensor."""
     assert contiguous_strides(shape) == torch.empty(shape).stride()
 
 
 @pytest.mark.parametrize("nbytes", [2**32 - 2, 2**32 - 1, 2**32, 2**32 + 7, 5 * 2**40])
-def test_data_past_4_gib_is_found_without_being_there(nbytes: int) -> None:
-    """G10. Method: a container around virtual zeros: `locate`, and Python's zipfile over a file
-    object that makes them up, both find the data's place and size."""
+def test_an_archive_of_more_than_4_gib_is_read(nbytes: int) -> None:
+    """G10. Method: an archive around virtual zeros: `locate`, and Python's zipfile on a file
+    object that generates them, find the position and size of the data."""
     position = 3 * 2**33 + 5
     prefix, suffix = frame("uint8", (nbytes,), position)
     file = Virtual(prefix, nbytes, suffix)
     item = Span(position, file.size)
-    found = locate(lambda at, n: file.at(at - position, n), item, where="f")
-    assert found.data == Span(position + len(prefix), nbytes)
-    assert found.shape == (nbytes,)
+    located = locate(lambda at, n: file.at(at - position, n), item, where="f")
+    assert located.data == Span(position + len(prefix), nbytes)
+    assert located.shape == (nbytes,)
     with zipfile.ZipFile(file) as archive:
         info = archive.getinfo("archive/data/0")
         assert (info.file_size, info.compress_size) == (nbytes, nbytes)
@@ -161,7 +161,7 @@ def test_data_past_4_gib_is_found_without_being_there(nbytes: int) -> None:
 
 
 class Virtual(io.RawIOBase):
-    """A file of a head, zeros that take no memory, and a tail."""
+    """A file of a head, zeros without memory, and a tail."""
 
     def __init__(self, head: bytes, zeros: int, tail: bytes) -> None:
         self._head, self._zeros, self._tail = head, zeros, tail
@@ -196,7 +196,8 @@ class Virtual(io.RawIOBase):
 
 
 def zeros(dtype: str) -> torch.Tensor:
-    """Six of them. Torch warns where it makes complex32, not where it is seen in other bytes."""
+    """Return six zeros. torch warns when it makes complex32, but not when it views other bytes
+    so."""
     plain = torch.zeros(6 * BY_NAME[dtype].itemsize, dtype=torch.uint8)
     return plain.view(getattr(torch, dtype)).view(3, 2)
 
@@ -222,47 +223,47 @@ STORED: list[tuple[str, torch.Tensor]] = [
 
 @pytest.mark.parametrize("tensor", [t for _, t in STORED], ids=[name for name, _ in STORED])
 @pytest.mark.parametrize("position", [0, 12345])
-def test_a_tensor_that_torch_saved_is_found(tensor: torch.Tensor, position: int) -> None:
-    """G10. Method: real `torch.save`, at the start of a file and within one; what lies where
-    `locate` says, with the strides that it says, is the tensor bit for bit."""
-    container = saved(tensor)
-    data = bytes(position) + container + b"next item"
-    found = locate(from_bytes(data), Span(position, len(container)), where="f")
-    assert found.shape == tuple(tensor.shape)
-    assert f"torch.{found.dtype}" == str(tensor.dtype)
-    assert raw(elements(data, found)) == raw(tensor)
+def test_a_tensor_saved_by_torch_is_found(tensor: torch.Tensor, position: int) -> None:
+    """G10. Method: `torch.save`, at the start of a file and inside one; the bytes and strides that
+    `locate` returns give the tensor bit for bit."""
+    archive = saved(tensor)
+    data = bytes(position) + archive + b"next item"
+    located = locate(from_bytes(data), Span(position, len(archive)), where="f")
+    assert located.shape == tuple(tensor.shape)
+    assert f"torch.{located.dtype}" == str(tensor.dtype)
+    assert raw(elements(data, located)) == raw(tensor)
 
 
-def test_the_crc_of_torch_is_found_where_it_is_that_of_the_bytes_given() -> None:
-    """G3. Method: zlib's CRC-32 over what was found; a view that starts later has none."""
+def test_the_crc_of_torch_is_found_if_it_covers_the_data() -> None:
+    """G3. Method: zlib's CRC-32 over the data; a view that starts inside the storage has none."""
     import zlib
 
     for tensor, expected in ((BASE, True), (BASE[1:], False)):
         data = saved(tensor)
-        found = locate(from_bytes(data), Span(0, len(data)), where="f")
-        crc = zlib.crc32(data[found.data.offset : found.data.stop])
-        assert found.crc32 == (crc if expected else 0)
+        located = locate(from_bytes(data), Span(0, len(data)), where="f")
+        crc = zlib.crc32(data[located.data.offset : located.data.stop])
+        assert located.crc32 == (crc if expected else 0)
 
 
 @pytest.mark.parametrize(
     "value", [{"a": BASE}, [BASE], 3, "text", None, (BASE,), torch.Size([3]), torch.float32]
 )
-def test_a_container_of_anything_else_than_one_tensor_is_refused(value: object) -> None:
-    """G8. Method: real `torch.save` of other values."""
+def test_an_archive_of_something_else_than_a_tensor_is_refused(value: object) -> None:
+    """G8. Method: `torch.save` of other values."""
     data = saved(value)
     with pytest.raises(FormatError):
         locate(from_bytes(data), Span(0, len(data)), where="f")
 
 
-def test_a_container_that_names_code_is_refused_by_its_name() -> None:
-    """G8. Method: real `torch.save` of an object whose class would be imported."""
+def test_an_archive_that_refers_to_code_is_refused_by_name() -> None:
+    """G8. Method: `torch.save` of an object whose class would be imported."""
     data = saved(partial(print, "hello"))
     with pytest.raises(FormatError, match=r"functools\.partial"):
         locate(from_bytes(data), Span(0, len(data)), where="f")
 
 
 def rewritten(entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    """An archive with these records, by Python's zipfile."""
+    """Make an archive of these records with Python's zipfile."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as archive:
         for name, content in entries.items():
@@ -270,21 +271,21 @@ def rewritten(entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) 
     return buffer.getvalue()
 
 
-def records_of(container: bytes) -> dict[str, bytes]:
-    with zipfile.ZipFile(io.BytesIO(container)) as archive:
+def records_of(saved_bytes: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(saved_bytes)) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
 def test_a_compressed_archive_is_refused(compression: int) -> None:
-    """Method: the records of a real container, packed anew."""
+    """Method: the records of a real archive, compressed."""
     data = rewritten(records_of(saved(BASE)), compression)
     with pytest.raises(FormatError, match="compressed"):
         locate(from_bytes(data), Span(0, len(data)), where="f")
 
 
-def test_a_tensor_of_the_other_byte_order_is_refused() -> None:
-    """Method: the record that says so, replaced."""
+def test_a_big_endian_tensor_is_refused() -> None:
+    """Method: the record `byteorder`, replaced."""
     records = records_of(saved(BASE))
     data = rewritten({**records, "archive/byteorder": b"big"})
     with pytest.raises(FormatError, match="little-endian"):
@@ -301,7 +302,8 @@ def test_a_tensor_of_the_other_byte_order_is_refused() -> None:
     ],
 )
 def test_a_tensor_larger_than_its_data_is_refused(old: bytes, new: bytes) -> None:
-    """G8. Method: sizes in the pickle of a real container, replaced: no byte outside is given."""
+    """G8. Method: sizes in the pickle of a real archive, replaced; no byte outside of it is
+    returned."""
     records = records_of(saved(BASE))
     pickled = records["archive/data.pkl"]
     changed = pickled.replace(old, new)
@@ -311,7 +313,7 @@ def test_a_tensor_larger_than_its_data_is_refused(old: bytes, new: bytes) -> Non
         locate(from_bytes(data), Span(0, len(data)), where="f")
 
 
-CONTAINERS = [
+ARCHIVES = [
     saved(BASE),
     saved(torch.nn.Parameter(torch.randn(3).to(torch.float8_e5m2))),
     b"".join((*frame("float32", (3, 4), 0)[:1], bytes(48), *frame("float32", (3, 4), 0)[1:])),
@@ -319,50 +321,47 @@ CONTAINERS = [
 
 
 @settings(max_examples=300)
-@given(st.sampled_from(CONTAINERS), st.data())
-def test_a_garbled_container_is_read_or_refused_and_nothing_else(
-    container: bytes, data: st.DataObject
-) -> None:
-    """G8. Method: a true container, cut at either end, or with bytes replaced near its ends, where
-    everything but data lies; only `FormatError` may come out, and no byte outside be given."""
-    broken = bytearray(container)
+@given(st.sampled_from(ARCHIVES), st.data())
+def test_a_corrupted_archive_is_read_or_refused(archive: bytes, data: st.DataObject) -> None:
+    """G8. Method: a valid archive, truncated at either end, or with bytes replaced outside of the
+    data. Only `FormatError` may be raised, and no byte outside be returned."""
+    broken = bytearray(archive)
     for _ in range(data.draw(st.integers(0, 4))):
-        near = data.draw(st.integers(-700, 700)) % len(broken)
+        position_near_end = data.draw(st.integers(-700, 700)) % len(broken)
         byte = data.draw(st.integers(0, 255))
-        broken[near] = byte
+        broken[position_near_end] = byte
     first = data.draw(st.just(0) | st.integers(0, len(broken)))
     last = data.draw(st.just(len(broken)) | st.integers(first, len(broken)))
     stored = bytes(broken[first:last])
     claimed = Span(0, data.draw(st.just(len(stored)) | st.integers(0, 2 * len(stored) + 1)))
     try:
-        found = locate(from_bytes(stored), claimed, where="f")
+        located = locate(from_bytes(stored), claimed, where="f")
     except FormatError:
         return
-    assert 0 <= found.data.offset <= found.data.stop <= claimed.nbytes
-    assert len(found.shape) == len(found.strides)
-    if prod(found.shape):
-        reach = sum((n - 1) * s for n, s in zip(found.shape, found.strides, strict=True)) + 1
-        assert reach * dtype_of(found.dtype).itemsize <= found.data.nbytes
+    assert 0 <= located.data.offset <= located.data.stop <= claimed.nbytes
+    assert len(located.shape) == len(located.strides)
+    if prod(located.shape):
+        reach = sum((n - 1) * s for n, s in zip(located.shape, located.strides, strict=True)) + 1
+        assert reach * dtype_of(located.dtype).itemsize <= located.data.nbytes
 
 
 @settings(max_examples=300)
 @given(st.binary(max_size=400))
-def test_any_bytes_are_no_container(stored: bytes) -> None:
-    """G8. Method: any bytes, and any with the marks of an archive at their end."""
+def test_random_bytes_are_refused(stored: bytes) -> None:
+    """G8. Method: any bytes, also with the signatures of an archive at their end."""
     for data in (stored, stored + b"PK\5\6" + stored[:18].ljust(18, b"\0")):
         with pytest.raises(FormatError):
             locate(from_bytes(data), Span(0, len(data)), where="f")
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
-def test_a_container_cut_short_at_any_byte_is_refused(container: bytes) -> None:
-    """G3. Method: every prefix, as a file that was truncated: both where the index knows the new
-    size and where it still says the old one."""
-    for stop in range(len(container)):
+@pytest.mark.parametrize("archive", ARCHIVES)
+def test_a_truncated_archive_is_refused(archive: bytes) -> None:
+    """G3. Method: every prefix, once with the new size in the index and once with the old one."""
+    for stop in range(len(archive)):
         with pytest.raises(FormatError):
-            locate(from_bytes(container[:stop]), Span(0, stop), where="f")
+            locate(from_bytes(archive[:stop]), Span(0, stop), where="f")
         with pytest.raises(FormatError):
-            locate(from_bytes(container[:stop]), Span(0, len(container)), where="f")
+            locate(from_bytes(archive[:stop]), Span(0, len(archive)), where="f")
 
 
 V3 = b"ctorch._utils\n_rebuild_tensor_v3\n"
@@ -384,15 +383,15 @@ STORAGE = b"((X\x07\x00\x00\x00storagectorch.storage\nUntypedStorage\nX\x01\x00\
     ],
 )
 def test_a_pickle_of_allowed_names_in_a_wrong_order_is_refused(pickled: bytes) -> None:
-    """G8. Method: hand-made pickles in the place of a real one."""
+    """G8. Method: hand-made pickles in place of the real one."""
     data = rewritten({**records_of(saved(BASE)), "archive/data.pkl": pickled})
     with pytest.raises(FormatError):
         locate(from_bytes(data), Span(0, len(data)), where="f")
 
 
-def test_data_that_would_end_after_its_item_is_refused() -> None:
-    """G8. Method: a container for 4800 bytes of which 48 are there, its directory found: only the
-    size is wrong. The bytes after the item are another's."""
+def test_data_that_ends_after_its_item_is_refused() -> None:
+    """G8. Method: an archive for 4800 bytes that has 48; its directory is found, only the size is
+    wrong. The bytes after the item belong to another one."""
     prefix, suffix = frame("float32", (300, 4), 0)
     directory_at = (len(prefix) + 48).to_bytes(4, "little")
     data = prefix + bytes(48) + suffix[:-6] + directory_at + suffix[-2:]

@@ -1,4 +1,4 @@
-"""The biases by which TorchTitan balances experts, which most families have no place for."""
+"""TorchTitan's biases that balance experts. Most families have no Hugging Face tensor for them."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ BIASES = [f"layers.{n}.moe.expert_bias_E" for n in (0, 1)]
 
 
 def converted(source: Path, target: Path, **options: Any) -> tuple[str, ...]:
-    asked = ConvertOptions(**options)
-    planned = plan(str(source), asked)
-    convert(planned, str(target), asked, lambda _: None)
+    parsed = ConvertOptions(**options)
+    planned = plan(str(source), parsed)
+    convert(planned, str(target))
     return planned.notes
 
 
@@ -39,9 +39,11 @@ def state_of(step: Path) -> dict[str, torch.Tensor]:
     return {name: opened.read(name) for name in opened.tensors}
 
 
-def test_torchtitan_finds_its_biases_and_the_hub_does_not(tmp_path: Path) -> None:
-    """G10: from the hub, and from Meta's names, to TorchTitan's: zeros beside every router. On the
-    way to the hub they are left out, with a word; those that are not zero are not."""
+def test_zero_biases_are_added_for_torchtitan_and_dropped_for_hugging_face(
+    tmp_path: Path,
+) -> None:
+    """G10: conversion to TorchTitan's names adds zeros beside every router. Conversion to Hugging
+    Face drops zeros with a note, and refuses others. Method: from Hugging Face and Meta's names."""
     source = save_folder(tmp_path / "hub", CONFIG, hub_tensors(CONFIG))
     converted(source, tmp_path / "meta", to="dcp")
     assert not any("expert_bias" in name for name in state_of(tmp_path / "meta"))
@@ -63,7 +65,7 @@ def test_torchtitan_finds_its_biases_and_the_hub_does_not(tmp_path: Path) -> Non
 
 
 def module_of(state: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """One with this state dict."""
+    """Return a module with this state dict."""
     root = torch.nn.Module()
     for name, tensor in state.items():
         *above, last = name.split(".")
@@ -76,11 +78,11 @@ def module_of(state: dict[str, torch.Tensor]) -> torch.nn.Module:
     return root
 
 
-def test_a_live_model_says_what_of_it_is_not_in_its_folder(
+def test_an_export_drops_zero_biases_and_logs_nonzero_ones(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G10: biases of zero are left out; of others the log tells, and the run goes on; what the
-    configuration does not know is an error."""
+    """G10: an export drops biases that are zero. It logs others, and the run continues. A tensor
+    that is not in the configuration is an error."""
     source = save_folder(tmp_path / "hub", CONFIG, hub_tensors(CONFIG))
     converted(source, tmp_path / "titan", to="dcp", names="titan")
     model = module_of(state_of(tmp_path / "titan"))
@@ -97,13 +99,13 @@ def test_a_live_model_says_what_of_it_is_not_in_its_folder(
         exported = [load_file(tmp_path / f"run/hf/step-{n}/model.safetensors") for n in (1, 2)]
         assert exported[0].keys() == exported[1].keys() == hub_tensors(CONFIG).keys()
         model.get_submodule("layers.1").register_buffer("adapter", torch.ones(2))
-        with pytest.raises(MismatchError, match=r"`layers\.1\.adapter` is not known"):
+        with pytest.raises(MismatchError, match=r"`layers\.1\.adapter` is unexpected"):
             manager.save(3)
     assert {path.name for path in (tmp_path / "run/hf").iterdir()} == {"step-1", "step-2"}
 
 
-def test_a_live_model_with_such_biases_starts_them_from_zero(tmp_path: Path) -> None:
-    """G10: a folder of the hub into the state of a model of TorchTitan's."""
+def test_loading_a_hugging_face_folder_sets_balancing_biases_to_zero(tmp_path: Path) -> None:
+    """G10: the folder has no such biases, the state has TorchTitan's names."""
     source = save_folder(tmp_path / "hub", CONFIG, hub_tensors(CONFIG))
     converted(source, tmp_path / "titan", to="dcp", names="titan")
     wanted = state_of(tmp_path / "titan")

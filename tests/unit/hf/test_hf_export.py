@@ -1,4 +1,4 @@
-"""A folder from a live model, without the model twice."""
+"""Export of a live model in bounded memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from holdfast.catalog.catalog import Catalog
 from holdfast.saving.planner import Planner
 from holdfast.comm import Solo
 from holdfast.saving.save import begin_save
-from holdfast.hf.export import HFModel, Snapshot, export
+from holdfast.hf.export import ExportSnapshot, HFModel, export
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.state.objects import StateTree
 from holdfast.storage.local import LocalStore
@@ -24,15 +24,15 @@ def model(vocab_size):
     flavor = replace(MODELS["llama3"]["debugmodel"], dim=64, num_layers=1, hidden_dim=96)
     hub = HFModel(config_of("llama3", flavor, vocab_size))
     shapes = {name: hub.mapping.shape("native", name) for name in hub.mapping.names("native")}
-    # None of the matrices is its own memory as it is to be written.
+    # Transposed, so that no matrix is in memory as it is written.
     return hub, {name: torch.ones(shape[::-1]).T for name, shape in shapes.items()}
 
 def write(name, hub, state):
     catalog, ranks = Catalog(LocalStore(sys.argv[1])), Solo()
     leaves = StateTree(state).flatten()
     begun = begin_save(catalog, name, leaves, ranks=ranks, planner=Planner(ranks))
-    held = Snapshot(begun.image, begun.data_of, begun.index, ())
-    export(held, hub, "bfloat16", catalog=catalog, attempt=begun.attempt, ranks=ranks)
+    snapshot = ExportSnapshot(begun.file_layout, begun.data_of, begun.index, ())
+    export(snapshot, hub, "bfloat16", catalog=catalog, attempt=begun.attempt, ranks=ranks)
 
 write("step-1", *model(1000))
 large = model(1_000_000)
@@ -44,6 +44,6 @@ write("step-2", *large)
 
 
 def test_an_export_makes_no_copy_of_a_whole_tensor(tmp_path: Path) -> None:
-    """G13: matrices of 244 MiB, transposed and cast on the way, take no more than 64 MiB beside.
-    Method: peak of resident memory of a process of its own."""
+    """G13: the export of matrices of 244 MiB, transposed and cast, uses at most 64 MiB of memory.
+    Method: peak resident memory of a separate process."""
     assert extra_mib(PREPARED, MEASURED, tmp_path) < LIMIT_MIB

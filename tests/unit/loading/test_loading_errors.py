@@ -39,6 +39,7 @@ from holdfast.state.tree import flatten
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Store, Writer
 from holdfast.testing.ranks import try_ranks
+from manifest_bytes import encode
 
 State = dict[str, Any]
 
@@ -81,7 +82,7 @@ def test_a_flipped_bit_in_any_byte_of_data_is_found_and_named() -> None:
     in turn; the error names the tensor and block, and the load fails."""
     store = MemoryStore()
     source = save_in_memory(store, "step-1", small_state())
-    data = store._file("step-1/__0_0.distcp").data
+    data = store._file("step-1/__0_0.distcp")
     places = [
         (f"block 0 of `{name}`", position)
         for name, entry in source.manifest.tensors.items()
@@ -116,7 +117,7 @@ def test_damage_is_found_only_by_reads_that_touch_its_block(
     start = checkpoint.tensors["w"].chunks[0].data_offset
     assert start is not None
     position = data.draw(st.integers(0, len(LARGE) - 1))
-    store._file("step-1/__0_0.distcp").data[start + position] ^= data.draw(st.integers(1, 255))
+    store._file("step-1/__0_0.distcp")[start + position] ^= data.draw(st.integers(1, 255))
     lo, hi = sorted(data.draw(st.tuples(*[st.integers(0, len(LARGE))] * 2)))
     block = position // BLOCK_BYTES
     touched = lo < hi and lo // BLOCK_BYTES <= block <= (hi - 1) // BLOCK_BYTES
@@ -133,7 +134,7 @@ def test_a_file_truncated_after_it_was_opened_is_damaged() -> None:
     store = MemoryStore()
     source = save_in_memory(store, "step-1", small_state())
     Checkpoint(source).read("model.w")
-    data = store._file("step-1/__0_0.distcp").data
+    data = store._file("step-1/__0_0.distcp")
     del data[-3:]
     with pytest.raises(DamagedError, match="its table of checksums, from byte"):
         Checkpoint(replace(source, tables={})).read("model.w")
@@ -379,7 +380,7 @@ def test_an_error_of_one_loading_rank_is_raised_on_all_and_no_object_changes() -
     damaged = True
     offset = source.manifest.tensors["b"].chunks[0].data_offset
     assert offset is not None
-    store._file("step-1/__0_0.distcp").data[offset] ^= 1
+    store._file("step-1/__0_0.distcp")[offset] ^= 1
     for error, number in try_ranks(2, work):  # type: ignore[misc]
         assert isinstance(error, DamagedError)
         assert "rank 1: " in error.what
@@ -465,7 +466,7 @@ def test_a_checkpoint_may_be_moved_and_copied(tmp_path: Path) -> None:
 def test_a_manifest_equals_itself_after_encoding_and_decoding() -> None:
     """Method: the manifest of a save."""
     source = save_in_memory(MemoryStore(), "step-1", small_state())
-    data = manifests.encode(source.manifest)
+    data = encode(source.manifest)
     assert manifests.decode(data, where="m") == source.manifest
 
 

@@ -184,7 +184,7 @@ def test_a_flipped_bit_of_a_stock_tensor_that_is_read_whole_is_found(
     expected = bits(Checkpoint(source).read(name))
     assert expected == bits(STOCK[name])
     assert isinstance(source.store, MemoryStore)
-    data = source.store._file("step-1/__0_0.distcp").data
+    data = source.store._file("step-1/__0_0.distcp")
     item = source.manifest.tensors[name].chunks[0].item
     found = 0
     for position in range(item.offset, item.stop):

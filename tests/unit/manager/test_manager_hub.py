@@ -69,9 +69,7 @@ def test_folders_at_their_own_interval_and_at_the_end(
         assert torch.equal(found["model.norm.weight"], wanted[step])
         assert ("lm_head.weight" in found) != tied
     options = ConvertOptions(to="hf", model_only=True)
-    convert(
-        plan(str(tmp_path / "step-4"), options), str(tmp_path / "told"), options, lambda _: None
-    )
+    convert(plan(str(tmp_path / "step-4"), options), str(tmp_path / "told"))
     told = json.loads((tmp_path / "told/config.json").read_bytes())
     assert told == json.loads((tmp_path / "hf/step-3/config.json").read_bytes())
     found = load_file(tmp_path / "told/model.safetensors")
@@ -151,7 +149,7 @@ def test_what_cannot_be_loaded_or_exported_says_why_and_changes_nothing(tmp_path
         MismatchError, larger
     )
     (larger / "config.json").write_text(json.dumps(CONFIG))
-    assert "is beyond the layers" in refused(MismatchError, larger)
+    assert "is beyond the 2 layers" in refused(MismatchError, larger)
 
     for layers, told in ((3, r"2\.attention\.wq\.weight` is missing"), (1, r"1\..*` is beyond")):
         hub = HFModel({**CONFIG, "num_hidden_layers": layers})

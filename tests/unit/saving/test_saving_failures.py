@@ -192,7 +192,7 @@ def test_a_function_with_another_signature_is_named(tmp_path: Path) -> None:
     """Method: a metrics function that requires the step; a `state_dict` that requires an epoch."""
     wants: Any = lambda step: {"loss": step}  # noqa: E731 - as users write it
     error = failed(lambda: manager(tmp_path / "a", Broken()).save(1, metrics=wants))
-    assert "does not take the arguments that Holdfast calls it with" in error.what
+    assert "does not take the arguments that Holdfast passes" in error.what
     assert "missing 1 required positional argument: 'step'" in error.what
 
     class Epochs(Broken):

@@ -1,4 +1,4 @@
-"""Writing past the page cache gives the same file as writing through it."""
+"""Files written with `O_DIRECT` equal those written through the page cache."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ SIZES = st.sampled_from([0, 1, 100, PAGE_BYTES - 1, PAGE_BYTES, PAGE_BYTES + 1])
 def direct_or_skip(tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.mktemp("direct") / "file"
     file.touch()
-    found = open_direct(str(file))
-    if found is None:
+    descriptor = open_direct(str(file))
+    if descriptor is None:
         pytest.skip("this file system knows no O_DIRECT")
-    os.close(found)
+    os.close(descriptor)
 
 
 @settings(max_examples=40, deadline=None)
@@ -53,11 +53,11 @@ def direct_or_skip(tmp_path_factory: pytest.TempPathFactory) -> None:
         max_size=3,
     )
 )
-def test_any_parts_in_any_ranges_make_the_file_that_buffered_writes_make(
+def test_direct_writes_give_the_same_file_as_buffered_ones(
     ranges: list[tuple[int, list[tuple[int, int]]]],
 ) -> None:
-    """G1. Method: ranges with gaps between them, parts of all sizes around those of a page and of a
-    window, in memory that lies on a page or not; byte for byte against plain writes."""
+    """G1. Method: ranges with gaps between them, parts of sizes around that of a page and of a
+    window, in aligned and unaligned memory; compared byte for byte with plain writes."""
     with TemporaryDirectory() as folder:
         paths = [Path(folder) / name for name in ("direct", "plain")]
         files = [os.open(path, os.O_RDWR | os.O_CREAT) for path in paths]
@@ -77,9 +77,9 @@ def test_any_parts_in_any_ranges_make_the_file_that_buffered_writes_make(
             os.close(file)
 
 
-def test_a_write_that_fails_in_a_thread_is_raised_to_the_writer(tmp_path: Path) -> None:
-    """G7. Method: a file that is not open for writing; and one error ends a write of many windows,
-    not only its end."""
+def test_an_error_in_a_writing_thread_is_raised_to_the_caller(tmp_path: Path) -> None:
+    """G7. Method: a file that is not open for writing; a write of many windows ends at the first
+    error."""
     path = tmp_path / "file"
     path.touch()
     file = os.open(path, os.O_RDONLY)
@@ -91,8 +91,8 @@ def test_a_write_that_fails_in_a_thread_is_raised_to_the_writer(tmp_path: Path) 
     os.close(file)
 
 
-def test_a_large_file_of_the_store_is_whole_and_no_longer_than_it_should_be(tmp_path: Path) -> None:
-    """G1. Method: an odd number of bytes, past the size from which files are written directly."""
+def test_a_large_file_of_the_store_has_its_exact_size_and_content(tmp_path: Path) -> None:
+    """G1. Method: an odd number of bytes, large enough for direct writes."""
     store, nbytes = LocalStore(tmp_path), DIRECT_BYTES_MIN + 4321
     with store.create("file", nbytes) as writer:
         writer.write(0, [BYTES[:1000], BYTES[1000:nbytes]])
@@ -101,8 +101,8 @@ def test_a_large_file_of_the_store_is_whole_and_no_longer_than_it_should_be(tmp_
 
 
 @pytest.mark.parametrize("room_mib", [4, 20])
-def test_where_memory_is_short_fewer_threads_write_the_same(tmp_path: Path, room_mib: int) -> None:
-    """G13. Method: a limit of the address space, with room for the stacks of no threads, or few."""
+def test_fewer_threads_write_the_same_if_memory_is_short(tmp_path: Path, room_mib: int) -> None:
+    """G13. Method: a limit of the address space with room for the stacks of few or no threads."""
     script = """
 import os, re, resource, sys
 from pathlib import Path
@@ -129,7 +129,7 @@ print(num_threads)
     assert file.read_bytes() == bytes(range(256)) * (64 << 10)
 
 
-def test_an_error_while_a_large_file_is_written_goes_on_and_ends_the_threads(
+def test_an_error_of_the_caller_ends_the_writing_threads(
     tmp_path: Path,
 ) -> None:
     """G7. Method: the caller's own error after some windows."""

@@ -1,4 +1,4 @@
-"""Reading from a URL, through the file system in memory that fsspec brings along."""
+"""Reading from a URL, through the in-memory file system of fsspec."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DATA = bytes(range(50))
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    """A folder of its own behind `memory://`, with a file and a folder in it."""
+    """Return a new folder at `memory://` with a file and a folder in it."""
     root = f"/holdfast-{uuid.uuid4().hex}"
     files = fsspec.filesystem("memory")
     files.makedirs(f"{root}/folder/inner")
@@ -28,7 +28,7 @@ def url() -> Iterator[str]:
 
 
 def test_every_range_of_a_file_is_read(url: str) -> None:
-    """Method: all ranges over and past the file's end, by value and into memory."""
+    """Method: all ranges in and past the file, by `read` and by `read_into`."""
     store = RemoteStore(url)
     assert store.size("folder/file") == len(DATA)
     for start in (0, 1, 49, 50):
@@ -45,8 +45,8 @@ def test_names_are_listed_with_folders_marked(url: str) -> None:
     assert list(RemoteStore(url).list()) == ["folder/"]
 
 
-def test_what_is_not_there_is_not_found(url: str) -> None:
-    """Method: every way to ask for it."""
+def test_a_missing_file_is_not_found(url: str) -> None:
+    """Method: every reading method."""
     store = RemoteStore(url)
     for ask in (
         lambda: store.list("absent"),
@@ -57,22 +57,22 @@ def test_what_is_not_there_is_not_found(url: str) -> None:
             ask()
 
 
-def test_what_the_client_cannot_do_is_a_storage_error_that_names_the_place(url: str) -> None:
+def test_an_error_of_the_client_becomes_a_storage_error_with_the_url(url: str) -> None:
     """G11. Method: reading a folder as a file."""
     with pytest.raises((StorageError, NotFoundError), match="folder"):
         RemoteStore(url).read("folder", 0, 1)
 
 
-def test_a_scheme_that_nobody_knows_is_refused() -> None:
-    """Method: a made-up one."""
+def test_an_unknown_scheme_is_refused() -> None:
+    """Method: an invented scheme."""
     with pytest.raises(UsageError, match="cannot be opened"):
         RemoteStore("madeup://bucket")
 
 
-def test_a_checkpoint_behind_a_url_is_loaded_and_checked(
+def test_a_checkpoint_at_a_url_is_loaded_and_checked(
     url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """G3, G10. Method: saved to a folder, copied there, loaded; then with one byte flipped."""
+    """G3, G10. Method: saved to a folder, copied to the URL, loaded; then with one bit flipped."""
     folder = tmp_path_factory.mktemp("saved")
     state = {"w": torch.randn(300, 7), "n": 3}
     holdfast.save(folder / "step-1", state)

@@ -1,4 +1,4 @@
-"""What a stranger, or another process, may have put where a store looks: no wait, no harm."""
+"""Untrusted files, other processes and forked children beside a store."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def make_pipe(path: Path) -> None:
 
 
 def make_socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as one:
-        one.bind(str(path))
+    with socket.socket(socket.AF_UNIX) as endpoint:
+        endpoint.bind(str(path))
 
 
 def make_device(path: Path) -> None:
@@ -45,9 +45,9 @@ STRANGE: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", STRANGE)
-def test_what_is_no_plain_file_is_refused_at_once(kind: str, tmp_path: Path) -> None:
-    """G8. Method: a pipe, a socket and a device, read and asked for in every way; a folder with
-    one of them is listed."""
+def test_a_file_that_is_not_plain_is_refused_without_waiting(kind: str, tmp_path: Path) -> None:
+    """G8. Method: a pipe, a socket and a device, opened by every method; a folder that contains one
+    of them is listed."""
     STRANGE[kind](tmp_path / "strange")
     store = LocalStore(tmp_path)
     for ask in (
@@ -62,13 +62,13 @@ def test_what_is_no_plain_file_is_refused_at_once(kind: str, tmp_path: Path) -> 
     assert list(store.list()) == ["strange"]
 
 
-def test_a_read_takes_memory_for_what_is_there(tmp_path: Path) -> None:
-    """G8. Method: a tebibyte asked for, of a file that has nine bytes."""
+def test_a_read_allocates_only_for_existing_bytes(tmp_path: Path) -> None:
+    """G8. Method: a read of a tebibyte from a file of nine bytes."""
     (tmp_path / "file").write_bytes(b"nine byte")
     assert LocalStore(tmp_path).read("file", 0, 1 << 40) == b"nine byte"
 
 
-def test_a_link_that_leads_in_a_circle_does_not_end_a_walk(tmp_path: Path) -> None:
+def test_circular_links_do_not_break_a_listing(tmp_path: Path) -> None:
     """G8. Method: two links to each other beside a file and a folder."""
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
@@ -79,8 +79,8 @@ def test_a_link_that_leads_in_a_circle_does_not_end_a_walk(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", ["a link", "a folder", *STRANGE])
-def test_a_lock_that_is_no_plain_file_is_refused_and_left(kind: str, tmp_path: Path) -> None:
-    """G16: nothing is emptied through a link. Method: each in the place of `.lock`."""
+def test_a_lock_that_is_no_plain_file_is_refused_and_kept(kind: str, tmp_path: Path) -> None:
+    """G16: a lock never empties a file through a link. Method: each kind of file as `.lock`."""
     (tmp_path / "precious").write_text("years")
     lock = tmp_path / ".lock"
     if kind == "a link":
@@ -96,8 +96,8 @@ def test_a_lock_that_is_no_plain_file_is_refused_and_left(kind: str, tmp_path: P
     assert store.holder(".lock") is None
 
 
-def test_a_lock_with_a_second_name_keeps_what_the_other_name_holds(tmp_path: Path) -> None:
-    """G16. Method: `.lock` is a hard link to somebody's file."""
+def test_a_lock_with_a_hard_link_keeps_the_content_of_the_other_name(tmp_path: Path) -> None:
+    """G16. Method: `.lock` is a hard link to a user's file."""
     (tmp_path / "precious").write_text("years")
     (tmp_path / ".lock").hardlink_to(tmp_path / "precious")
     store = LocalStore(tmp_path)
@@ -107,9 +107,10 @@ def test_a_lock_with_a_second_name_keeps_what_the_other_name_holds(tmp_path: Pat
     assert (tmp_path / "precious").read_text() == "years"
 
 
-def test_links_lead_out_of_a_folder_except_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+def test_links_out_of_a_folder_are_found_except_in_the_hugging_face_cache(tmp_path: Path) -> None:
     """G8. Method: links to a file beside, inside and outside of a folder, through a folder that is
-    a link, and as the Hugging Face cache has them, well and ill meant; by path and by `file://`."""
+    a link, and in the layout of the Hugging Face cache, valid and malicious; by path and by
+    `file://`."""
     cache = tmp_path / "models--org--name"
     snapshot = cache / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
@@ -140,10 +141,11 @@ def test_links_lead_out_of_a_folder_except_in_the_cache_of_the_hub(tmp_path: Pat
 
 
 @pytest.mark.parametrize("path", ["s3://bucket/run", "s3:/bucket/run", "gs://a", "file:///a", ""])
-def test_a_place_to_write_to_is_a_folder_of_this_machine(
+def test_only_local_folders_can_be_written_to(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G16. Method: URLs, one as `pathlib` makes it, and nothing; no folder is made."""
+    """G16. Method: URLs, also as `pathlib` shortens them, and an empty path; no folder is
+    created."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError):
         folder_store(path).make_folder("")
@@ -153,18 +155,19 @@ def test_a_place_to_write_to_is_a_folder_of_this_machine(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_is_opened_by_its_path_and_by_its_url(tmp_path: Path) -> None:
-    """Method: both ways; the store reads plain files alone either way."""
+def test_a_folder_is_opened_by_path_and_by_url(tmp_path: Path) -> None:
+    """Method: both; either store reads plain files only."""
     for url in (tmp_path, str(tmp_path), f"file://{tmp_path}"):
         store = open_store(url)
         assert isinstance(store, LocalStore)
         assert store.url == str(tmp_path)
 
 
-def test_where_the_system_has_no_exclusive_rename_nothing_is_replaced_either(
+def test_nothing_is_replaced_on_systems_without_exclusive_rename(
     tmp_path: Path,
 ) -> None:
-    """G16. Method: what NFS gets: a folder and a file, onto each kind of name that is taken."""
+    """G16. Method: the fallback for NFS: a folder and a file, to each kind of name that is
+    taken."""
     store = LocalStore(tmp_path)
     for folder in ("source", "full"):
         store.make_folder(folder)
@@ -182,9 +185,9 @@ def test_where_the_system_has_no_exclusive_rename_nothing_is_replaced_either(
     assert list(store.list()) == ["full/", "link", "other", "plain-2", "source-2/"]
 
 
-def test_of_many_threads_that_rename_to_one_name_one_does(tmp_path: Path) -> None:
-    """G16. Method: eight threads at once, many times over, by the system's own rename and by what
-    stands in for it."""
+def test_only_one_of_many_threads_renames_to_a_name(tmp_path: Path) -> None:
+    """G16. Method: eight threads at once, many times, with the rename of the system and with the
+    fallback."""
     for rename in (renaming.rename_exclusive, renaming.rename_without_flag):
         for number in range(20):
             base = tmp_path / f"{rename.__name__}-{number}"
@@ -217,7 +220,7 @@ def test_of_many_threads_that_rename_to_one_name_one_does(tmp_path: Path) -> Non
 
 
 def fork(work: Callable[[], None]) -> int:
-    """A process forked off that does `work` and then lives on; its id."""
+    """Fork a process that runs `work` and then stays alive; return its id."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -238,9 +241,10 @@ def end(pid: int) -> None:
     os.waitpid(pid, 0)
 
 
-def test_a_forked_child_neither_keeps_nor_ends_what_its_parent_holds(tmp_path: Path) -> None:
-    """G17. Method: a lock and a held folder inherited by a child, which leaves both contexts; the
-    parent still holds them, then a grandchild of nobody: both are free while a child lives on."""
+def test_a_forked_child_neither_keeps_nor_releases_locks_of_its_parent(tmp_path: Path) -> None:
+    """G17. Method: a lock and a held folder, inherited by a child that leaves both contexts: the
+    parent still holds them. After the parent releases them both are free, while a child still
+    lives."""
     store = LocalStore(tmp_path)
     store.make_folder("folder")
     lock, hold = store.lock(".lock", "parent"), store.hold("folder")
@@ -265,28 +269,28 @@ def test_a_forked_child_neither_keeps_nor_ends_what_its_parent_holds(tmp_path: P
         end(child)
 
 
-def test_a_second_holder_in_one_process_is_told_that_it_is_this_one(tmp_path: Path) -> None:
-    """G16. Method: twice from here, once from a process forked off."""
+def test_a_second_lock_in_one_process_says_that_this_process_holds_it(tmp_path: Path) -> None:
+    """G16. Method: twice from this process, once from a forked one."""
     store = LocalStore(tmp_path)
     with store.lock(".lock", f"host {os.uname().nodename}, pid {os.getpid()}"):
         error = refuses(ExistsError, lambda: store.lock(".lock", "again").__enter__())
         assert "held by this process already" in error.what
-        told = tmp_path / "told"
+        message = tmp_path / "told"
 
         def ask() -> None:
             try:
                 store.lock(".lock", "child").__enter__()
             except HoldfastError as refused:
-                told.write_text(refused.what)
+                message.write_text(refused.what)
 
         end(fork(ask))
-        assert "in use by another run" in told.read_text()
-        assert f"pid {os.getpid()}" in told.read_text()
+        assert "in use by another run" in message.read_text()
+        assert f"pid {os.getpid()}" in message.read_text()
 
 
-def test_a_lock_without_a_process_names_those_that_keep_it(tmp_path: Path) -> None:
-    """G17. Method: a note of a process that has ended, and its lock kept by one that knows of no
-    fork of ours, as native code makes them."""
+def test_a_lock_of_a_dead_process_names_the_children_that_keep_it(tmp_path: Path) -> None:
+    """G17. Method: a note of a process that has ended, and its lock kept by a child whose fork
+    Python did not see, like those of native code."""
     gone = os.fork()
     if gone == 0:
         os._exit(0)
@@ -311,10 +315,10 @@ def test_a_lock_without_a_process_names_those_that_keep_it(tmp_path: Path) -> No
         pass
 
 
-def test_where_folders_cannot_be_locked_a_file_beside_them_is(
+def test_a_file_beside_a_folder_is_locked_if_folders_cannot_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G16. Method: what NFS says when a folder is locked; two stores, a rename, the end."""
+    """G16. Method: the error of NFS on locking a folder; two stores, a rename, the release."""
     from holdfast.storage import locks
 
     def refused(path: str) -> None:

@@ -1,4 +1,4 @@
-"""Every store passes the shipped suite; what each of them does beyond it."""
+"""Every store passes the shipped suite; further tests of single stores."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from holdfast.testing.stores import StoreSuite, put, refuses
 
 
 class TestMemoryStore(StoreSuite):
-    """In memory."""
+    """A store in memory."""
 
     def new_store(self) -> Store:
         return MemoryStore()
 
 
 class TestMemoryStoreOfLimitedSize(StoreSuite):
-    """In memory, with room for a mebibyte."""
+    """A store in memory, with room for a mebibyte."""
 
     def new_store(self) -> Store:
         return MemoryStore(1 << 20)
 
 
 class TestRecordingStore(StoreSuite):
-    """The store that keeps what is done to it."""
+    """A store that records its operations."""
 
     def new_store(self) -> Store:
         return RecordingStore()
 
 
 class TestFailingStore(StoreSuite):
-    """The store whose operations fail, when none does."""
+    """A store whose operations may fail, while none does."""
 
     def new_store(self) -> Store:
         return FailingStore(MemoryStore(), lambda *_: None)
 
 
 class TestLocalStore(StoreSuite):
-    """In a folder of this machine."""
+    """A local folder."""
 
     folder: Path
 
@@ -62,7 +62,7 @@ class TestLocalStore(StoreSuite):
 
 
 class TestLocalStoreReachedByALink(TestLocalStore):
-    """In a folder that is reached by a symbolic link."""
+    """A folder that is reached through a symbolic link."""
 
     def new_store(self) -> Store:
         (self.folder / "real").mkdir()
@@ -72,7 +72,7 @@ class TestLocalStoreReachedByALink(TestLocalStore):
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one mebibyte, where this process may mount one."""
+    """Mount a file system of one mebibyte, if this process may."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
@@ -82,9 +82,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_found_before_the_first_byte_is_written(small_disk: Path) -> None:
-    """G11. Method: a real tmpfs of 1 MiB and a file of 2; the caller's code never runs, the error
-    says what to do, and what was there is as it was."""
+def test_a_full_disk_is_detected_before_the_first_byte_is_written(small_disk: Path) -> None:
+    """G11. Method: a tmpfs of 1 MiB and a file of 2 MiB; the body of `create` never runs, the error
+    has a hint, and existing files are unchanged."""
     store = LocalStore(small_disk)
     put(store, "kept", b"kept")
     ran = []
@@ -100,17 +100,16 @@ def test_a_full_disk_is_found_before_the_first_byte_is_written(small_disk: Path)
     assert store.read("kept", 0, 9) == b"kept"
 
 
-def test_free_space_is_what_the_file_system_says(small_disk: Path) -> None:
-    """G11. Method: a real tmpfs of 1 MiB, empty and then with half of it in use."""
+def test_free_space_is_that_of_the_file_system(small_disk: Path) -> None:
+    """G11. Method: a tmpfs of 1 MiB, empty and then half full."""
     store = LocalStore(small_disk)
     assert store.free_bytes() == 1 << 20
     put(store, "half", bytes(1 << 19))
     assert store.free_bytes() == 1 << 19
 
 
-def test_a_read_only_disk_is_an_error_that_says_so(small_disk: Path) -> None:
-    """G11. Method: a real tmpfs, mounted anew as read-only; every change is refused, reading goes
-    on."""
+def test_a_read_only_disk_is_named_in_the_error(small_disk: Path) -> None:
+    """G11. Method: a tmpfs, remounted read-only; every change is refused, reading works."""
     store = LocalStore(small_disk)
     store.make_folder("step-1")
     put(store, "step-1/file", b"kept")
@@ -127,13 +126,13 @@ def test_a_read_only_disk_is_an_error_that_says_so(small_disk: Path) -> None:
     assert store.read("step-1/file", 0, 9) == b"kept"
 
 
-def test_a_file_where_the_folder_should_be_is_said(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_named_in_the_hint(tmp_path: Path) -> None:
     """G11. Method: a store whose root is a file."""
     (tmp_path / "file").write_bytes(b"")
     store = LocalStore(tmp_path / "file")
     error = refuses(StorageError, lambda: store.make_folder("step-1"))
     assert "Not a directory" in error.what
-    assert "a file stands where a folder should" in (error.hint or "")
+    assert "a file has the name of the folder" in (error.hint or "")
 
 
 LIMITED = """
@@ -180,8 +179,8 @@ def test_a_limit_of_the_process_is_named_and_nothing_is_left(
     assert left == "['warm']"
 
 
-def test_a_folder_that_has_vanished_is_an_error_that_names_it(tmp_path: Path) -> None:
-    """G11. Method: the root removed under the store."""
+def test_a_deleted_folder_is_named_in_the_error(tmp_path: Path) -> None:
+    """G11. Method: the root deleted under the store."""
     store = LocalStore(tmp_path / "root")
     store.make_folder("")
     (tmp_path / "root").rmdir()
@@ -192,7 +191,7 @@ def test_a_folder_that_has_vanished_is_an_error_that_names_it(tmp_path: Path) ->
     refuses(NotFoundError, store.list)
 
 
-def test_a_link_is_removed_and_what_it_points_to_is_not(tmp_path: Path) -> None:
+def test_removing_a_link_keeps_its_target(tmp_path: Path) -> None:
     """G5. Method: a symbolic link to a folder outside, as people make for `best`."""
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "file").write_bytes(b"kept")
@@ -204,8 +203,8 @@ def test_a_link_is_removed_and_what_it_points_to_is_not(tmp_path: Path) -> None:
     assert list(store.list()) == []
 
 
-def test_a_dangling_link_takes_a_name_too(tmp_path: Path) -> None:
-    """G1. Method: publishing onto a symbolic link to nowhere, which `exists` does not see."""
+def test_a_broken_link_takes_a_name_too(tmp_path: Path) -> None:
+    """G1. Method: publishing to a broken symbolic link, which `exists` does not see."""
     store = LocalStore(tmp_path)
     store.make_folder("attempt")
     (tmp_path / "step-1").symlink_to("nowhere")
@@ -221,11 +220,11 @@ with LocalStore(sys.argv[1]).lock(".lock", "run 7, process of the test"):
 """
 
 
-def test_a_lock_is_refused_with_the_holders_note_and_taken_over_once_it_is_killed(
+def test_a_lock_names_its_holder_and_is_free_once_it_is_killed(
     tmp_path: Path,
 ) -> None:
-    """G11. Method: a real process that holds the lock; refused twice, so that the first refusal
-    has not wiped the note; then SIGKILL, after which the lock is free at once."""
+    """G11. Method: a process that holds the lock. It is refused twice, so that the first refusal
+    has not emptied the note. After SIGKILL the lock is free at once."""
     store = LocalStore(tmp_path)
     arguments = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE) as holder:
@@ -243,7 +242,7 @@ def test_a_lock_is_refused_with_the_holders_note_and_taken_over_once_it_is_kille
     assert (tmp_path / ".lock").read_text() == ""
 
 
-def test_a_full_store_in_memory_refuses_and_stays_as_it_was() -> None:
+def test_a_full_store_in_memory_refuses_files_and_is_unchanged() -> None:
     """G11. Method: room for ten bytes."""
     store = MemoryStore(10)
     put(store, "kept", b"12345678")

@@ -1,4 +1,4 @@
-"""Numbers from one dtype to another, against torch."""
+"""Conversion between dtypes, compared with torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EDGES = [
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """As raw integers, with one kind of NaN."""
+    """Return the elements as integers, with one kind of NaN."""
     quiet = torch.where(tensor.isnan(), torch.full_like(tensor, float("nan")), tensor)
     return quiet.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
@@ -40,8 +40,8 @@ def as_numpy(tensor: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("source", ["float64", "float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("target", ["float64", "float32", "float16", "bfloat16"])
 @given(st.lists(st.floats(width=32), min_size=1, max_size=40))
-def test_rounding_is_that_of_torch(source: str, target: str, drawn: list[float]) -> None:
-    """Method: bit for bit, on drawn numbers and the edges of each dtype."""
+def test_conversion_rounds_as_torch_does(source: str, target: str, drawn: list[float]) -> None:
+    """Method: bit by bit, on drawn numbers and the edges of each dtype."""
     numbers = torch.tensor([*drawn, *EDGES], dtype=torch.float64).to(getattr(torch, source))
     wanted = numbers.to(getattr(torch, target))
     found = torch.from_numpy(convert(as_numpy(numbers), source, target).copy())
@@ -52,13 +52,13 @@ def test_rounding_is_that_of_torch(source: str, target: str, drawn: list[float])
     "dtype",
     ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"],
 )
-def test_every_byte_of_every_8_bit_float(dtype: str) -> None:
-    """Method: all 256 of them."""
+def test_every_byte_of_an_8_bit_float_has_the_value_of_torch(dtype: str) -> None:
+    """Method: all 256 bytes."""
     every = torch.arange(256, dtype=torch.uint8)
     wanted = every.view(getattr(torch, dtype)).float().numpy()
     np.testing.assert_array_equal(floats(every.numpy(), dtype), wanted)
 
 
-def test_what_has_no_rule_is_refused() -> None:
+def test_an_unsupported_conversion_is_refused() -> None:
     with pytest.raises(UsageError, match="int64 to bfloat16"):
         convert(np.arange(3), "int64", "bfloat16")

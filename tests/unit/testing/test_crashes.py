@@ -1,5 +1,4 @@
-"""The enumeration of crash points itself: what it takes a disk to be, and that it finds the
-mistakes that protocols make."""
+"""The simulation of power cuts: its model of a disk, and the mistakes that it finds."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ def write(disk: SimulatedDisk, path: str, file: int, data: bytes) -> None:
     disk.apply(Operation("write", path, file, 0, data))
 
 
-def test_only_what_was_synced_is_left_where_all_else_is_lost() -> None:
+def test_only_synced_changes_survive_if_all_others_are_lost() -> None:
     """G2. Method: each rule of the model, broken one at a time."""
     disk = SimulatedDisk()
     disk.apply(Operation("make_folder", "named"))
@@ -55,7 +54,7 @@ def test_only_what_was_synced_is_left_where_all_else_is_lost() -> None:
 
 
 def test_the_extremes_of_reordering_are_names_without_data_and_data_without_names() -> None:
-    """G2. Method: a new file and a change to an old one, nothing synced."""
+    """G2. Method: a new file and a change of an old one, nothing synced."""
     disk = SimulatedDisk()
     write(disk, "old", 1, b"before")
     disk.settle()
@@ -68,9 +67,9 @@ def test_the_extremes_of_reordering_are_names_without_data_and_data_without_name
 
 
 @given(st.integers(0, 1000), st.integers(1, 5 * 4096))
-def test_a_torn_write_is_there_up_to_a_byte_or_in_some_of_its_pages(seed: int, size: int) -> None:
-    """G2. Method: a synced file written over; every byte is an old or a new one, and inside of a
-    page both occur only in their order."""
+def test_a_torn_write_keeps_a_prefix_or_some_of_its_pages(seed: int, size: int) -> None:
+    """G2. Method: a synced file overwritten; every byte is an old or a new one, and within a page
+    the new ones come first."""
     disk = SimulatedDisk()
     write(disk, "file", 1, b"o" * size)
     disk.settle()
@@ -83,21 +82,21 @@ def test_a_torn_write_is_there_up_to_a_byte_or_in_some_of_its_pages(seed: int, s
 
 
 def in_place(store: Store) -> None:
-    """Takes the old file away before the new one is there."""
+    """Deletes the old file before the new one exists."""
     store.remove("folder/file")
     put(store, "folder/file", NEW)
     store.sync("folder")
 
 
 def names_not_synced(store: Store) -> None:
-    """Never makes the new file's name durable."""
+    """Does not make the name of the new file durable."""
     store.make_folder("new")
     put(store, "new/file", NEW)
     swap(store)
 
 
 def data_not_synced(store: Store) -> None:
-    """Publishes before the file's own bytes are durable."""
+    """Publishes before the content of the file is durable."""
     store.make_folder("new")
     with store.create("new/file", len(NEW)) as writer:
         writer.write(0, [NEW])
@@ -106,7 +105,7 @@ def data_not_synced(store: Store) -> None:
 
 
 def removed_in_place(store: Store) -> None:
-    """Deletes the files of the old one under the name that readers know."""
+    """Deletes the files of the old folder under a name that readers use."""
     careful(store)
     store.remove("old")
     store.rename("folder", "old")
@@ -119,7 +118,7 @@ def swap(store: Store) -> None:
 
 
 def careful(store: Store) -> None:
-    """Nothing of this is a mistake."""
+    """Makes no mistake."""
     store.make_folder("new")
     put(store, "new/file", NEW)
     store.sync("new")
@@ -128,7 +127,7 @@ def careful(store: Store) -> None:
 
 
 def look(store: MemoryStore) -> str:
-    """What a reader makes of it, who takes `old` where `folder` is not there."""
+    """Read the file like a reader that uses `old` if `folder` does not exist."""
     folder = "folder" if "folder/" in store.list() else "old"
     try:
         data = store.read(f"{folder}/file", 0, 1 << 20)
@@ -152,15 +151,13 @@ def before(store: Store) -> None:
         (careful, set()),
     ],
 )
-def test_a_protocol_that_makes_a_mistake_is_found_out(
-    mistake: Callable[[Store], None], seen: set[str]
-) -> None:
-    """G2. Method: four protocols with one mistake each, and one with none."""
-    found = Counter(outcome for _, outcome in cut_everywhere(mistake, look, before=before))
-    assert set(found) - {"old", "new"} == seen, found
+def test_mistakes_in_protocols_are_found(mistake: Callable[[Store], None], seen: set[str]) -> None:
+    """G2. Method: four protocols with one mistake each, and one without."""
+    outcomes = Counter(outcome for _, outcome in cut_everywhere(mistake, look, before=before))
+    assert set(outcomes) - {"old", "new"} == seen, outcomes
 
 
-def test_an_error_of_the_one_who_looks_comes_out_with_its_cut() -> None:
+def test_an_error_of_load_has_a_note_with_the_cut() -> None:
     def refuse(store: MemoryStore) -> None:
         assert store.list() != ["folder/", "new/"], "mine"
 
@@ -169,7 +166,7 @@ def test_an_error_of_the_one_who_looks_comes_out_with_its_cut() -> None:
     assert caught.value.__notes__[0].startswith("cut 1, killed (0), after: make_folder new")
 
 
-def test_what_is_done_to_a_store_is_what_the_disk_has_at_the_end() -> None:
+def test_the_recorded_operations_give_the_content_of_the_store() -> None:
     """Method: every kind of operation; the process dies after the last."""
 
     def work(store: Store) -> None:

@@ -1,4 +1,4 @@
-"""What is recorded of code that works on a folder is what it did."""
+"""The record of code that works on a folder is complete."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from holdfast.testing.disk import Operation
 from holdfast.testing.recording import merged, recorded_folder, tree_after, tree_at, write_tree
 
 
-def test_every_way_to_change_a_folder_is_seen(tmp_path: Path) -> None:
-    """Method: `open` in its modes, `os`, `pathlib` and `shutil`, from two threads, and by a link;
-    what the record makes of an empty folder is what is there."""
+def test_every_way_to_change_a_folder_is_recorded(tmp_path: Path) -> None:
+    """Method: `open` in its modes, `os`, `pathlib` and `shutil`, from two threads, and through a
+    link; replaying the record gives the same folder."""
     root = tmp_path / "root"
     root.mkdir()
     (tmp_path / "link").symlink_to(root)
@@ -72,7 +72,7 @@ def test_every_way_to_change_a_folder_is_seen(tmp_path: Path) -> None:
     assert tree_at(tmp_path / "copy") == after
 
 
-def test_nothing_of_a_save_by_stock_dcp_or_by_the_manager_escapes(tmp_path: Path) -> None:
+def test_saves_by_stock_dcp_and_by_the_manager_are_recorded_completely(tmp_path: Path) -> None:
     """Method: saves, saves in place and retention on real folders."""
     module = torch.nn.Linear(100, 100)
     with recorded_folder(tmp_path / "stock") as done, warnings.catch_warnings():
@@ -90,9 +90,9 @@ def test_nothing_of_a_save_by_stock_dcp_or_by_the_manager_escapes(tmp_path: Path
     assert tree_after(merged([done])) == tree_at(tmp_path / "ours")
 
 
-def test_a_store_in_memory_records_what_a_local_one_does(tmp_path: Path) -> None:
-    """G2. Method: the same saves, a removal and a sweep on both: the same operations in the same
-    order, so that crash points found in memory are those of a disk."""
+def test_a_store_in_memory_records_the_operations_of_a_local_one(tmp_path: Path) -> None:
+    """G2. Method: the same saves, a deletion and a cleanup on both give the same operations in the
+    same order. So crash points found in memory exist on a disk."""
 
     def work(store: Store) -> None:
         store.make_folder("")
@@ -108,14 +108,15 @@ def test_a_store_in_memory_records_what_a_local_one_does(tmp_path: Path) -> None
     on_disk = merged([done])
 
     def shape(operations: list[Operation]) -> list[tuple[str, str, int, int]]:
-        """A manifest says how long its save took, in as many digits as that takes."""
-        found = []
-        for one in operations:
-            name = one.path.rpartition("/")[2]
-            told = name == MANIFEST and one.verb in ("resize", "write")
-            size = (0, 0) if told else (one.offset, len(one.data))
-            found.append((one.verb, name if name == MANIFEST else "", *size))
-        return [one for one in found if one[0] != "unlink"]
+        """Return the operation without the digits of a manifest that depend on the duration of its
+        save."""
+        shapes = []
+        for operation in operations:
+            name = operation.path.rpartition("/")[2]
+            is_content = name == MANIFEST and operation.verb in ("resize", "write")
+            size = (0, 0) if is_content else (operation.offset, len(operation.data))
+            shapes.append((operation.verb, name if name == MANIFEST else "", *size))
+        return [operation for operation in shapes if operation[0] != "unlink"]
 
     assert shape(on_disk) == shape(in_memory)
     gone = sorted(o.path.rpartition("/")[2] for o in on_disk if o.verb == "unlink")

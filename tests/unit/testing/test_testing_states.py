@@ -1,4 +1,4 @@
-"""`holdfast.testing.round_trip` on states that hold, and on states that cannot."""
+"""`holdfast.testing.round_trip` on states that pass and on states that fail."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Uncopied(torch.nn.Linear):
         raise AssertionError("no copies of this")
 
 
-def test_a_state_that_comes_back_passes() -> None:
+def test_a_state_that_survives_passes() -> None:
     round_trip({"model": torch.nn.Linear(2, 2), "notes": {1: [0.5, None], "epoch": 3}})
 
 
-def test_what_differs_is_named_with_its_mode() -> None:
-    """Method: a buffer that the module's own `load_state_dict` changes on the way."""
+def test_differences_are_listed_with_the_mode() -> None:
+    """Method: a buffer that the module's own `load_state_dict` changes."""
 
     class Shifts(torch.nn.Linear):
         def load_state_dict(
@@ -35,7 +35,7 @@ def test_what_differs_is_named_with_its_mode() -> None:
         round_trip({"model": Shifts(2, 2)})
 
 
-def test_a_state_that_has_no_copy_needs_another_to_load_into() -> None:
+def test_a_state_that_cannot_be_copied_needs_fresh() -> None:
     with pytest.raises(UsageError, match="no deep copy to load into: AssertionError: no copies"):
         round_trip({"model": Uncopied(2, 2)})
     round_trip({"model": Uncopied(2, 2)}, fresh={"model": Uncopied(2, 2)})

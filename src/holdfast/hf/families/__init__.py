@@ -1,20 +1,11 @@
-"""The families: one table each."""
+"""All families, one table each."""
 
 from __future__ import annotations
 
 from reprlib import repr as shortened
 
 from holdfast.errors import FormatError
-from holdfast.hf.families import (
-    deepseek_v3,
-    gemma,
-    gpt_oss,
-    llama,
-    llama4,
-    mixtral,
-    phi3,
-    qwen,
-)
+from holdfast.hf.families import deepseek_v3, gemma, gpt_oss, llama, llama4, mixtral, phi3, qwen
 from holdfast.hf.family import Config, Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -38,16 +29,15 @@ _BY_TYPE = {model_type: family for family in FAMILIES for model_type in family.m
 
 
 def family_of(config: Config, *, where: str) -> Family:
-    """The family that a `config.json` is of.
+    """Return the family of a configuration. `where` names its file in errors, with backticks.
 
     Raises:
-        FormatError: none that is known.
+        FormatError: its `model_type` is not supported.
     """
-    found = _BY_TYPE.get(str(config.get("model_type")))
-    if found is None:
-        named = shortened(config.get("model_type"))
+    family = _BY_TYPE.get(str(config.get("model_type")))
+    if family is None:
         raise FormatError(
-            f"`{where}` has model_type {named}, whose tensors are not known",
-            hint=f"known: {', '.join(sorted(_BY_TYPE))}; docs/families.md shows how to add one",
+            f"{where} has an unsupported model_type: {shortened(config.get('model_type'))}",
+            hint=f"supported: {', '.join(sorted(_BY_TYPE))}; docs/families.md shows how to add one",
         )
-    return found
+    return family

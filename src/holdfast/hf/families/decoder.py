@@ -1,4 +1,4 @@
-"""Rows that many families share: see `holdfast.hf.family.decoder_axes` for their letters."""
+"""Rows shared by many families. `holdfast.hf.family.decoder_axes` explains the letters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from holdfast.tensors.relation import Relation, table
 
 
 def block(rows: str, layers: str = "l") -> tuple[Relation, ...]:
-    """The rows for each of some layers: those that the axis `layers` has."""
+    """Return the rows of every layer in the axis `layers`."""
     return table(rows, f"layers.{{{layers}}}.", f"model.layers.{{{layers}}}.")
 
 
@@ -60,13 +60,13 @@ EXPERTS_FUSED = """
     moe.experts.{g:w1,w3}   | e m d | mlp.experts.gate_up_proj | e (g m) d
     moe.experts.w2          | e d m | mlp.experts.down_proj
 """
-"""As transformers keeps them in memory from version 5 on; some save them so."""
+"""Experts as transformers has them in memory from version 5 on. Some tools save them so."""
 
 
 def experts(config: Config, layers: str) -> tuple[Relation, ...]:
-    """The experts of some layers, in whichever of the two ways they are kept."""
+    """Return the expert rows of every layer in the axis `layers`, fused if the checkpoint's are."""
     return block(EXPERTS_FUSED if config.get(FUSED_EXPERTS) else EXPERTS, layers)
 
 
 DENSE = (*ENDS, *NORMS, *block(FEED_FORWARD))
-"""All of a dense model but its attention."""
+"""Rows of a dense model, without its attention."""

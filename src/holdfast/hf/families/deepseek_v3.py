@@ -1,7 +1,8 @@
-"""DeepSeek V2, V3 and R1: attention by way of small latent vectors, and experts after a few layers.
+"""DeepSeek V2, V3 and R1: attention through low-rank latents, and experts after a few dense layers.
 
-Letters beside those of every decoder: a rank of the queries, c of keys and values, p latent and
-rotated part together; y one query head, z one head of keys and values, w one of values.
+Letters besides `decoder_axes`: a rank of the query latent, c rank of the key-value latent, p that
+latent and the rotary part of the keys; y one query head, z one head of keys and values, w one head
+of values; n shared experts.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from holdfast.hf.families.decoder import ENDS, FEED_FORWARD, NORMS, block, experts
-from holdfast.hf.family import LAYERS, LAYERS_MAX, Config, Family, count
+from holdfast.hf.family import Config, Family, count, layers
 from holdfast.tensors.relation import Relation
 
 LATENT = block("""
@@ -38,8 +39,8 @@ SHARED = """
 
 def _rows(config: Config) -> tuple[Relation, ...]:
     queries = LATENT_QUERIES if count(config, "q_lora_rank", default=0) else QUERIES
-    wide = (*block(FEED_FORWARD, "dense"), *experts(config, "sparse"), *block(SHARED, "sparse"))
-    return (*ENDS, *NORMS, *LATENT, *queries, *wide)
+    sparse = (*experts(config, "sparse"), *block(SHARED, "sparse"))
+    return (*ENDS, *NORMS, *LATENT, *queries, *block(FEED_FORWARD, "dense"), *sparse)
 
 
 def _axes(config: Config) -> dict[str, Sequence[int]]:
@@ -54,10 +55,9 @@ def _axes(config: Config) -> dict[str, Sequence[int]]:
         "w": value,
         "n": count(config, "n_shared_experts"),
     }
-    every = range(count(config, LAYERS, most=LAYERS_MAX))
-    dense = count(config, "first_k_dense_replace")
-    layers = {"dense": every[:dense], "sparse": every[dense:]}
-    return {**{axis: range(size) for axis, size in sizes.items()}, **layers}
+    num_dense, every = count(config, "first_k_dense_replace"), layers(config)
+    ranges = {axis: range(size) for axis, size in sizes.items()}
+    return {**ranges, "dense": every[:num_dense], "sparse": every[num_dense:]}
 
 
 DEEPSEEK_V2 = Family(("deepseek_v2",), _rows, _axes)

@@ -1,4 +1,7 @@
-"""Gemma 2 and 3: a norm before and after each part. Scales are kept less one, as on the hub."""
+"""Gemma 2 and 3: norms before and after attention and feed-forward.
+
+Norm weights are stored minus one, as Hugging Face has them.
+"""
 
 from __future__ import annotations
 

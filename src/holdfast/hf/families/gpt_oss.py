@@ -1,11 +1,9 @@
-"""gpt-oss: biases everywhere, sinks, and experts whose gates and values take turns (`g`)."""
+"""gpt-oss: biases, attention sinks, and experts whose gate and up rows alternate (axis `g`)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from holdfast.hf.families.decoder import ATTENTION, ENDS, NORMS, QKV_BIASES, WO_BIAS, block
-from holdfast.hf.family import Config, Family
+from holdfast.hf.family import Family
 
 EXPERTS = block("""
     attention.sinks         | h         | self_attn.sinks
@@ -18,13 +16,9 @@ EXPERTS = block("""
 """)
 
 
-def _axes(_: Config) -> dict[str, Sequence[int]]:
-    return {"g": range(2)}
-
-
 GPT_OSS = Family(
     ("gpt_oss",),
     lambda _: (*ENDS, *NORMS, *ATTENTION, *QKV_BIASES, *WO_BIAS, *EXPERTS),
-    _axes,
+    lambda _: {"g": range(2)},
     {"head_dim": 64},
 )

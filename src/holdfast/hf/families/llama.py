@@ -1,7 +1,7 @@
 """Llama 2, 3, 3.1, 3.2 and 3.3, and Mistral.
 
-Meta's weights pair neighbouring rows of a head to be rotated, the hub's the first half with the
-second: rows of `wq` and `wk` change places, head by head.
+Rotary embeddings rotate pairs of rows in each head. Meta pairs adjacent rows, Hugging Face row i
+with row i + x/2, so the rows of `wq` and `wk` are permuted within each head.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ FEED_FORWARD_BIASES = block("""
 
 def _rows(config: Config) -> tuple[Relation, ...]:
     biases = (*QKV_BIASES, *WO_BIAS) if flag(config, "attention_bias") else ()
-    wide_biases = FEED_FORWARD_BIASES if flag(config, "mlp_bias") else ()
-    return (*DENSE, *ATTENTION, *biases, *wide_biases)
+    mlp_biases = FEED_FORWARD_BIASES if flag(config, "mlp_bias") else ()
+    return (*DENSE, *ATTENTION, *biases, *mlp_biases)
 
 
 LLAMA = Family(("llama", "mistral"), _rows)

@@ -1,4 +1,4 @@
-"""Llama 4's language model: experts in some layers, beside one that sees every token."""
+"""Llama 4's language model: routed experts and a shared one in some layers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from holdfast.hf.families.decoder import ATTENTION, ENDS, NORMS, block
-from holdfast.hf.family import LAYERS, LAYERS_MAX, Config, Family, count, numbers
+from holdfast.hf.family import Config, Family, count, layers, numbers
 from holdfast.tensors.relation import Relation
 
 FEED_FORWARD = """
@@ -26,12 +26,12 @@ EXPERTS = """
 
 
 def _rows(_: Config) -> tuple[Relation, ...]:
-    wide = (*block(FEED_FORWARD, "dense"), *block(EXPERTS, "sparse"))
-    return (*ENDS, *NORMS, *ATTENTION, *wide)
+    feed_forward = (*block(FEED_FORWARD, "dense"), *block(EXPERTS, "sparse"))
+    return (*ENDS, *NORMS, *ATTENTION, *feed_forward)
 
 
 def _axes(config: Config) -> dict[str, Sequence[int]]:
-    every = range(count(config, LAYERS, most=LAYERS_MAX))
+    every = layers(config)
     step = count(config, "interleave_moe_layer_step", least=1)
     listed = numbers(config, "moe_layers")
     sparse = [n for n in every if (n in listed if listed is not None else (n + 1) % step == 0)]

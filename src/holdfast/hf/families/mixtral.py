@@ -16,8 +16,8 @@ EXPERTS = block("""
 
 
 def _rows(config: Config) -> tuple[Relation, ...]:
-    wide = experts(config, "l") if config.get(FUSED_EXPERTS) else EXPERTS
-    return (*ENDS, *NORMS, *ATTENTION, *wide)
+    sparse = experts(config, "l") if config.get(FUSED_EXPERTS) else EXPERTS
+    return (*ENDS, *NORMS, *ATTENTION, *sparse)
 
 
 MIXTRAL = Family(("mixtral",), _rows)

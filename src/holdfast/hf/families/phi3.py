@@ -1,4 +1,4 @@
-"""Phi 3 and 4: queries, keys and values in one tensor, and so the two ways up."""
+"""Phi 3 and 4: one tensor for queries, keys and values, and one for gate and up projections."""
 
 from __future__ import annotations
 

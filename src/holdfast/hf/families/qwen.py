@@ -16,7 +16,7 @@ from holdfast.hf.families.decoder import (
     block,
     experts,
 )
-from holdfast.hf.family import LAYERS, LAYERS_MAX, Config, Family, count, flag, numbers
+from holdfast.hf.family import Config, Family, count, flag, layers, numbers
 from holdfast.tensors.relation import Relation
 
 
@@ -26,12 +26,12 @@ def _attention(config: Config) -> tuple[Relation, ...]:
 
 
 def _with_experts(config: Config) -> tuple[Relation, ...]:
-    wide = (*experts(config, "sparse"), *block(FEED_FORWARD, "dense"))
-    return (*ENDS, *NORMS, *_attention(config), *wide)
+    feed_forward = (*experts(config, "sparse"), *block(FEED_FORWARD, "dense"))
+    return (*ENDS, *NORMS, *_attention(config), *feed_forward)
 
 
 def _layers(config: Config) -> dict[str, Sequence[int]]:
-    every = range(count(config, LAYERS, most=LAYERS_MAX))
+    every = layers(config)
     step = count(config, "decoder_sparse_step", default=1) or 1
     dense = numbers(config, "mlp_only_layers") or frozenset()
     sparse = [layer for layer in every if layer not in dense and (layer + 1) % step == 0]

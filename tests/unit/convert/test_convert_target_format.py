@@ -1,4 +1,4 @@
-"""What a target is called decides what is written, or that nothing is."""
+"""The name of a target selects the format, or is refused."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 import holdfast
 from holdfast.cli.main import main
-from holdfast.convert.form import Form, form_of
+from holdfast.convert.target_format import TargetFormat, target_format
 from holdfast.errors import UsageError
 
 
 @pytest.mark.parametrize(
-    ("target", "to", "form"),
+    ("target", "to", "expected"),
     [
         ("step-1", None, "dcp"),
         ("Llama-3.1-8B", None, "dcp"),
@@ -28,38 +28,38 @@ from holdfast.errors import UsageError
         ("weights", "torch", "torch"),
     ],
 )
-def test_a_folder_and_a_file_of_torch_are_told_by_their_names(
-    target: str, to: Form | None, form: Form
+def test_the_suffix_selects_a_checkpoint_or_a_torch_file(
+    target: str, to: TargetFormat | None, expected: TargetFormat
 ) -> None:
-    assert form_of("x", target, to) == form
+    assert target_format("x", target, to) == expected
 
 
 @pytest.mark.parametrize(
-    ("target", "to", "said"),
+    ("target", "to", "message"),
     [
-        ("out.gguf", None, "a file of GGUF, which is not written here"),
-        ("out.GGUF", "hf", "a file of GGUF"),
-        ("out.gguf", "torch", "a file of GGUF"),
-        ("out.gguf/", "dcp", "a file of GGUF"),
-        ("model.onnx", None, "a file of ONNX"),
-        ("a.npz", None, "a file of numpy"),
-        ("a.json", "hf", "a file of JSON"),
+        ("out.gguf", None, "`holdfast convert` cannot write .gguf files"),
+        ("out.GGUF", "hf", "cannot write .gguf files"),
+        ("out.gguf", "torch", "cannot write .gguf files"),
+        ("out.gguf/", "dcp", "cannot write .gguf files"),
+        ("model.onnx", None, "cannot write .onnx files"),
+        ("a.npz", None, "cannot write .npz files"),
+        ("a.json", "hf", "cannot write .json files"),
         ("a.safetensors", None, "safetensors are written as a folder"),
-        ("pytorch_model.bin", None, "may name a file of torch"),
-        ("last.ckpt", "dcp", "may name a file of torch"),
+        ("pytorch_model.bin", None, "may be meant as a file of torch"),
+        ("last.ckpt", "dcp", "may be meant as a file of torch"),
         ("a.pt", "hf", "is the name of a file, but `--to hf` writes a folder"),
     ],
 )
-def test_a_name_of_another_format_is_refused_with_what_would_do(
-    target: str, to: Form | None, said: str
+def test_a_suffix_of_another_format_is_refused_with_a_command_that_works(
+    target: str, to: TargetFormat | None, message: str
 ) -> None:
     with pytest.raises(UsageError, match="`") as raised:
-        form_of("x", target, to)
-    assert said in raised.value.what
+        target_format("x", target, to)
+    assert message in raised.value.what
     assert "holdfast convert x " in (raised.value.hint or "")
 
 
-def test_nothing_is_written_where_a_target_is_refused(
+def test_a_refused_target_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     holdfast.save(tmp_path / "x", {"w": torch.ones(2)})
@@ -75,32 +75,35 @@ WITHOUT = (
 
 
 def without(package: str, *arguments: str, cwd: Path) -> tuple[int, str]:
-    """Exit status and stderr of a command where a package cannot be imported."""
+    """Run a command where a package cannot be imported. Returns its exit status and stderr."""
     command = [sys.executable, "-c", WITHOUT, package, *arguments]
     ran = subprocess.run(command, text=True, capture_output=True, cwd=cwd)
     assert "Traceback" not in ran.stderr, ran.stderr
     return ran.returncode, ran.stderr
 
 
-def test_what_needs_torch_says_so_where_there_is_none(tmp_path: Path) -> None:
-    """Method: an interpreter that cannot import torch. Values go from step to step as they are, and
-    tensors anywhere; to and from a `.pt` file values need torch, and nothing is left behind."""
+def test_only_values_in_pt_files_need_torch(tmp_path: Path) -> None:
+    """Method: an interpreter that cannot import torch. Tensors, and values from checkpoint to
+    checkpoint, are converted; values from or to a `.pt` file are refused, and nothing is left."""
     holdfast.save(tmp_path / "x", {"model": {"w": torch.ones(2)}, "step": 5})
     torch.save({"model": {"w": torch.ones(2)}, "epoch": 3}, tmp_path / "x.pt")
     assert without("torch", "convert", "x", "copy", cwd=tmp_path) == (0, "")
     assert holdfast.open(tmp_path / "copy").value("step") == 5
     assert without("torch", "convert", "x", "m.pt", "--model-only", cwd=tmp_path) == (0, "")
     for source, target in (("x", "below/all.pt"), ("x.pt", "below/step-1")):
-        status, said = without("torch", "convert", source, target, cwd=tmp_path)
+        status, stderr = without("torch", "convert", source, target, cwd=tmp_path)
         assert status == 2
-        assert f"error: `{tmp_path}/{source}` holds values that are not tensors, which only" in said
-        assert "hint: pip install torch; or `--model-only`" in said
+        assert (
+            f"error: `{tmp_path}/{source}` has values that are not tensors, which need torch"
+            in stderr
+        )
+        assert "hint: pip install torch; or `--model-only`" in stderr
     assert not (tmp_path / "below").exists()
 
 
-def test_any_other_package_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_a_missing_package_is_named(tmp_path: Path) -> None:
     holdfast.save(tmp_path / "x", {"w": torch.ones(2)})
     for package in ("numpy", "tyro"):
-        status, said = without(package, "convert", "x", "y", cwd=tmp_path)
+        status, stderr = without(package, "convert", "x", "y", cwd=tmp_path)
         expected = f"error: `holdfast convert` needs `{package}`, which is not installed\n"
-        assert (status, said) == (2, f"{expected}hint: pip install {package}\n")
+        assert (status, stderr) == (2, f"{expected}hint: pip install {package}\n")
