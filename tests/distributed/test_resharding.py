@@ -30,7 +30,7 @@ from holdfast.state.tree import flatten
 from processes import run_processes
 
 WIDTH = 10
-"""Divisible by neither 4 nor 3: shards are uneven, and some are empty."""
+"""Not divisible by 4 or 3, so that shards are uneven and some are empty."""
 
 
 class Block(nn.Module):

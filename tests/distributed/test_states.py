@@ -105,7 +105,7 @@ def train(
         folder, model=net, optimizers=optimizer, config=config
     ) as manager:
         for step in range(manager.load() + 1, until + 1):
-            # The same samples whatever the number of ranks: those of a rank are its share.
+            # Any number of ranks sees the same samples: each takes its share of them.
             batch = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
             share = batch.chunk(size)[rank]
             optimizer.zero_grad()

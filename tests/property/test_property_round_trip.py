@@ -73,7 +73,7 @@ def check_round_trip(data: st.DataObject, store: Store) -> None:
         for region in [Region.whole(whole.shape)]
     ]
     with pytest.MonkeyPatch.context() as patched:
-        # Small chunks are read together; here each by itself too.
+        # Small chunks are read together, or each alone if the limit is negative.
         patched.setattr(read, "SMALL_BYTES", data.draw(st.sampled_from([-1, read.SMALL_BYTES])))
         read.read_tensors(checkpoint._source, all_of_it)
     assert all(bits(want.local) == bits(held[want.name][0]) for want in all_of_it)

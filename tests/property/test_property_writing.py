@@ -17,7 +17,7 @@ from holdfast.storage.local import LocalStore
 from holdfast.storage.memory import MemoryStore
 
 NUM_ELEMENTS = [0, 1, 1000, WINDOW_BYTES // 4 - 1, WINDOW_BYTES // 4, WINDOW_BYTES // 2 + 7]
-"""Of a tensor: none, few, and about one window and two."""
+"""Sizes of tensors: empty, small, about one window, and about two."""
 
 
 @given(

@@ -148,7 +148,7 @@ def test_a_file_truncated_after_it_was_opened_is_damaged() -> None:
         Checkpoint(source).read("model.w")
 
 
-# G6: what fits
+# G6: matching
 
 
 def without_chunk(folder: Path, name: str, number: int) -> None:

@@ -74,7 +74,7 @@ def failed(call: Callable[[], object]) -> HoldfastError:
     error = raised.value
     assert "unexpected" not in str(error)
     assert "Traceback" not in str(error)
-    # Ranks hand it to each other by pickle.
+    # Errors are pickled to be sent to other ranks.
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     return error
 

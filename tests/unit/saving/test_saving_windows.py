@@ -20,7 +20,7 @@ CASTS = [
     *(("float32", "float32"), ("float32", "bfloat16"), ("float64", "float16")),
     *(("complex64", "complex64"), ("int64", "int64"), ("bool", "bool")),
 ]
-"""From what, to what."""
+"""Dtype of the tensor, and dtype that is stored."""
 
 PREPARED = """
 import torch
