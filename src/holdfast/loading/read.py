@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from holdfast.catalog.source import (
     ends_inside,
 )
 from holdfast.errors import DamagedError
-from holdfast.format.manifest import Chunk, Span, TensorEntry
+from holdfast.format.manifest import Chunk, Span
 from holdfast.format.region import Region
 from holdfast.format.torchzip import contiguous_strides, locate
 from holdfast.loading.fit import put
@@ -81,25 +81,45 @@ def threads_for(num_local: int) -> int:
 def _jobs(source: Source, wanted: Sequence[Wanted]) -> list[_Job]:
     """All jobs of a read, in the order of their bytes."""
     jobs: list[_Job] = []
-    small: list[_SmallRead] = []
+    small: list[_Read] = []
     for want in wanted:
         entry = source.manifest.tensors[want.name]
         dtype: torch.dtype = getattr(torch, entry.dtype)
         for piece in want.pieces:
             for item in read_items(want.name, entry, piece.region):
                 target = within(want.local, piece.local_of(item.region))
-                chunk, region = item.chunk, item.region
-                nbytes = chunk.region.num_elements * dtype.itemsize
-                if chunk.data_offset is None:
-                    jobs.append(_ContainerJob(want.name, entry, chunk, region, target))
-                elif nbytes <= SMALL_BYTES and chunk.first_block is not None:
-                    start = chunk.data_offset
-                    small.append(_SmallRead(start, nbytes, want.name, dtype, chunk, region, target))
+                nbytes = item.chunk.region.num_elements * dtype.itemsize
+                read = _Read(want.name, dtype, item.chunk, item.region, target, nbytes)
+                if item.chunk.data_offset is None:
+                    jobs.append(_ContainerJob(read))
+                elif nbytes <= SMALL_BYTES and item.chunk.first_block is not None:
+                    small.append(read)
                 else:
-                    jobs += _chunk_jobs(want.name, dtype, chunk, region, target)
+                    for group in grouped(_slices(read), _Slice.nbytes, JOB_BYTES):
+                        jobs.append(_ChunkJob(read, group))
     jobs += _batch_jobs(small)
     jobs.sort(key=lambda job: (job.chunk.file, job.start))
     return jobs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Read:
+    """Wanted region of one chunk, and the memory that it goes to."""
+
+    name: str
+    dtype: torch.dtype
+    chunk: Chunk
+    region: Region
+    """Position of the wanted elements in the whole tensor."""
+
+    target: torch.Tensor
+    nbytes: int
+    """Bytes of the whole chunk's data."""
+
+    @property
+    def box(self) -> Region:
+        """Position of the wanted elements in the chunk."""
+        return self.region.within(self.chunk.region)
 
 
 def within(tensor: torch.Tensor, box: Region) -> torch.Tensor:
@@ -201,11 +221,11 @@ class _Worker:
             self._file = file
         return self._reader
 
-    def data(
-        self, name: str, chunk: Chunk, span: Span, checksums: Sequence[int] | None
-    ) -> ChunkData:
-        place = chunk.file, span
-        return ChunkData(self.source, name, place, checksums, self.reader(chunk.file), self.room)
+    def data(self, read: _Read, start: int, checksums: Sequence[int] | None) -> ChunkData:
+        """Data of a chunk, which begins at `start` in its file."""
+        place = read.chunk.file, Span(start, read.nbytes)
+        reader = self.reader(read.chunk.file)
+        return ChunkData(self.source, read.name, place, checksums, reader, self.room)
 
 
 # ------------------------------------------------------------------------------------- large chunks
@@ -219,16 +239,20 @@ class _Slice:
     start: int
     stop: int
 
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _ChunkJob:
     """Consecutive slices of one chunk."""
 
-    name: str
-    dtype: torch.dtype
-    chunk: Chunk
+    read: _Read
     slices: Sequence[_Slice]
-    target: torch.Tensor
+
+    @property
+    def chunk(self) -> Chunk:
+        return self.read.chunk
 
     @property
     def start(self) -> int:
@@ -236,38 +260,28 @@ class _ChunkJob:
 
     def run(self, worker: _Worker) -> int:
         assert self.chunk.data_offset is not None
-        span = Span(self.chunk.data_offset, self.chunk.region.num_elements * self.dtype.itemsize)
-        checksums = worker.source.checksums(self.chunk, span.nbytes)
-        data = worker.data(self.name, self.chunk, span, checksums)
+        checksums = worker.source.checksums(self.chunk, self.read.nbytes)
+        data = worker.data(self.read, self.chunk.data_offset, checksums)
         for part in self.slices:
-            _read_slice(data, part, self.dtype, self.chunk.region.shape, self.target)
+            _read_slice(data, part, self.read)
         return data.num_read
 
 
-def _chunk_jobs(
-    name: str, dtype: torch.dtype, chunk: Chunk, region: Region, target: torch.Tensor
-) -> Iterator[_ChunkJob]:
-    slices = _slices(region.within(chunk.region), chunk.region.shape, dtype, target)
-    for group in grouped(slices, lambda part: part.stop - part.start, JOB_BYTES):
-        yield _ChunkJob(name, dtype, chunk, group, target)
-
-
-def _slices(
-    box: Region, shape: tuple[int, ...], dtype: torch.dtype, target: torch.Tensor
-) -> Iterator[_Slice]:
-    """Slices of a chunk that hold `box`: up to `JOB_BYTES` if they are read straight into the
-    target, otherwise up to `WINDOW_BYTES`."""
-    for whole in byte_ranges(box, shape, dtype.itemsize, WINDOW_BYTES):
-        if _is_direct(whole, dtype, within(target, whole.box)):
+def _slices(read: _Read) -> Iterator[_Slice]:
+    """Slices of a chunk that hold the wanted elements: up to `JOB_BYTES` if they are read straight
+    into the target, otherwise up to `WINDOW_BYTES`."""
+    itemsize = read.dtype.itemsize
+    for whole in byte_ranges(read.box, read.chunk.region.shape, itemsize, WINDOW_BYTES):
+        if _is_direct(whole, read.dtype, within(read.target, whole.box)):
             for start, stop in aligned(whole.start, whole.stop, JOB_BYTES):
                 yield _Slice(whole, start, stop)
         elif whole.stop - whole.start <= WINDOW_BYTES:
             yield _Slice(whole, whole.start, whole.stop)
         else:
-            # Longer than a window only if contiguous.
+            # Only a contiguous range is longer than a window.
             start = whole.start
-            for rows in divide(whole.box, WINDOW_BYTES // dtype.itemsize):
-                stop = start + rows.num_elements * dtype.itemsize
+            for rows in divide(whole.box, WINDOW_BYTES // itemsize):
+                stop = start + rows.num_elements * itemsize
                 yield _Slice(ByteRange(start, stop, rows, contiguous=True), start, stop)
                 start = stop
 
@@ -278,46 +292,27 @@ def _is_direct(stored: ByteRange, dtype: torch.dtype, target: torch.Tensor) -> b
     return stored.contiguous and plain and target.dtype == dtype
 
 
-def _read_slice(
-    data: ChunkData,
-    part: _Slice,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    target: torch.Tensor,
-) -> None:
-    """Read one slice into its place in `target`."""
+def _read_slice(data: ChunkData, part: _Slice, read: _Read) -> None:
+    """Read one slice into its place in the target."""
     stored = part.range
-    box = within(target, stored.box)
-    if _is_direct(stored, dtype, box):
-        memory = bytes_of(box)[part.start - stored.start : part.stop - stored.start]
+    target = within(read.target, stored.box)
+    if _is_direct(stored, read.dtype, target):
+        memory = bytes_of(target)[part.start - stored.start : part.stop - stored.start]
         data.read(part.start, part.stop, memory)
         return
-    elements = torch.frombuffer(data.window(stored.start, stored.stop), dtype=dtype)
-    strides = contiguous_strides(stored.box.shape if stored.contiguous else shape)
-    put(box, elements.as_strided(stored.box.shape, strides), data.name)
+    elements = torch.frombuffer(data.window(stored.start, stored.stop), dtype=read.dtype)
+    strides = contiguous_strides(stored.box.shape if stored.contiguous else read.chunk.region.shape)
+    put(target, elements.as_strided(stored.box.shape, strides), read.name)
 
 
 # ------------------------------------------------------------------------------------- small chunks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _SmallRead:
-    """A chunk of one block, and the wanted region of it."""
-
-    start: int
-    nbytes: int
-    name: str
-    dtype: torch.dtype
-    chunk: Chunk
-    region: Region
-    target: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class _BatchJob:
     """Small chunks that lie close to each other in one file, in file order."""
 
-    reads: Sequence[_SmallRead]
+    reads: Sequence[_Read]
 
     @property
     def chunk(self) -> Chunk:
@@ -325,14 +320,14 @@ class _BatchJob:
 
     @property
     def start(self) -> int:
-        return self.reads[0].start
+        return _data_start(self.reads[0])
 
     def run(self, worker: _Worker) -> int:
-        start, stop = self.start, max(read.start + read.nbytes for read in self.reads)
+        start, stop = self.start, max(_data_start(read) + read.nbytes for read in self.reads)
         file, source = self.chunk.file, worker.source
         num_read = worker.reader(file).read_into(start, worker.room[: stop - start])
         for read in self.reads:
-            offset = read.start - start
+            offset = _data_start(read) - start
             if offset + read.nbytes > num_read:
                 raise ends_inside(source, file, read.name, start + num_read)
             checksums = source.checksums(read.chunk, read.nbytes)
@@ -341,25 +336,32 @@ class _BatchJob:
                 check(source, file, read.name, 0, data, checksums)
             count = read.nbytes // read.dtype.itemsize
             elements = torch.frombuffer(worker.room, dtype=read.dtype, count=count, offset=offset)
-            box = read.region.within(read.chunk.region)
-            put(read.target, within(elements.view(read.chunk.region.shape), box), read.name)
+            put(read.target, within(elements.view(read.chunk.region.shape), read.box), read.name)
         return num_read
 
 
-def _batch_jobs(small: list[_SmallRead]) -> Iterator[_BatchJob]:
-    small.sort(key=lambda read: (read.chunk.file, read.start))
-    batch: list[_SmallRead] = []
-    stop = 0
+def _data_start(read: _Read) -> int:
+    assert read.chunk.data_offset is not None, "only chunks with a known offset are batched"
+    return read.chunk.data_offset
+
+
+def _batch_jobs(small: list[_Read]) -> Iterator[_BatchJob]:
+    small.sort(key=lambda read: (read.chunk.file, _data_start(read)))
+    batch: list[_Read] = []
+    first = stop = 0
     for read in small:
+        start = _data_start(read)
         if batch and (
             read.chunk.file != batch[0].chunk.file
-            or read.start > stop + GAP_BYTES_MAX
-            or read.start + read.nbytes > batch[0].start + WINDOW_BYTES
+            or start > stop + GAP_BYTES_MAX
+            or start + read.nbytes > first + WINDOW_BYTES
         ):
             yield _BatchJob(batch)
             batch, stop = [], 0
+        if not batch:
+            first = start
         batch.append(read)
-        stop = max(stop, read.start + read.nbytes)
+        stop = max(stop, start + read.nbytes)
     if batch:
         yield _BatchJob(batch)
 
@@ -369,48 +371,46 @@ def _batch_jobs(small: list[_SmallRead]) -> Iterator[_BatchJob]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _ContainerJob:
-    """A region of a chunk, of a file of another program, whose data offset and strides only its
-    container tells."""
+    """A region of a chunk that another program wrote, whose data offset and strides are known only
+    from its container."""
 
-    name: str
-    entry: TensorEntry
-    chunk: Chunk
-    region: Region
-    target: torch.Tensor
+    read: _Read
+
+    @property
+    def chunk(self) -> Chunk:
+        return self.read.chunk
 
     @property
     def start(self) -> int:
         return self.chunk.item.offset
 
     def run(self, worker: _Worker) -> int:
-        chunk, entry, source = self.chunk, self.entry, worker.source
-        where = f"{chunk.file}:{self.name}"
+        read, chunk, source = self.read, self.chunk, worker.source
+        dtype, shape = source.manifest.tensors[read.name].dtype, chunk.region.shape
+        where = f"{chunk.file}:{read.name}"
         stored = locate(partial(_fetch, source, chunk.file), chunk.item, where=where)
-        shape, strides = chunk.region.shape, contiguous_strides(chunk.region.shape)
-        if (stored.dtype, stored.shape) != (entry.dtype, shape):
+        if (stored.dtype, stored.shape) != (dtype, shape):
             raise DamagedError(
-                f"`{source.url}/{chunk.file}`: `{self.name}` is {stored.dtype} "
-                f"{list(stored.shape)} in its file, {entry.dtype} {list(shape)} in the index",
+                f"`{source.url}/{chunk.file}`: `{read.name}` is {stored.dtype} "
+                f"{list(stored.shape)} in its file, {dtype} {list(shape)} in the index",
                 hint=source.hint,
             )
-        dtype: torch.dtype = getattr(torch, entry.dtype)
-        box = self.region.within(chunk.region)
-        nbytes = chunk.region.num_elements * dtype.itemsize
-        if stored.strides != strides and nbytes > dtype.itemsize:
+        transposed = stored.strides != contiguous_strides(shape)
+        if transposed and read.nbytes > read.dtype.itemsize:
             # Such as a transposed parameter. This is rare, so the whole chunk is read.
-            count = stored.data.nbytes // dtype.itemsize
-            whole = torch.empty(count, dtype=dtype, device="cpu")
-            data = worker.data(self.name, chunk, Span(stored.data.offset, whole.nbytes), None)
+            count = stored.data.nbytes // read.dtype.itemsize
+            whole = torch.empty(count, dtype=read.dtype, device="cpu")
+            data = worker.data(replace(read, nbytes=whole.nbytes), stored.data.offset, None)
             if stored.crc32:
                 data = data.with_crc32(stored.crc32)
             data.read(0, whole.nbytes, bytes_of(whole))
-            put(self.target, whole.as_strided(shape, stored.strides)[box.slices()], self.name)
+            put(read.target, whole.as_strided(shape, stored.strides)[read.box.slices()], read.name)
         else:
-            data = worker.data(self.name, chunk, Span(stored.data.offset, nbytes), None)
-            if stored.crc32 and box == Region.whole(shape):
+            data = worker.data(read, stored.data.offset, None)
+            if stored.crc32 and read.box == Region.whole(shape):
                 data = data.with_crc32(stored.crc32)
-            for part in _slices(box, shape, dtype, self.target):
-                _read_slice(data, part, dtype, shape, self.target)
+            for part in _slices(read):
+                _read_slice(data, part, read)
         data.finish()
         return data.num_read
 
