@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Sets up on first use, then trains; run again, it goes on from the newest checkpoint.
+# Installs on first use, then trains. A second run resumes from the newest checkpoint.
 #
-#   ./run_train.sh                                 the debug model, on all GPUs
-#   NGPU=4 ./run_train.sh --training.steps 200     settings as `--section.key value`
-#   ./run_train.sh --help                          every setting, its meaning and its default
+#   ./run_train.sh                                 train the debug model on all GPUs
+#   NGPU=4 ./run_train.sh --training.steps 200     set any setting as `--section.key value`
+#   ./run_train.sh --help                          list every setting, its meaning and its default
 #
-#   NGPU          number of workers (default: as many as GPUs; 2 on the CPU where there is none)
+#   NGPU          number of workers (default: number of GPUs, else 2 on the CPU)
 #   CONFIG_FILE   TOML file (default: train_configs/debug_model.toml)
 #   LOG_RANK      ranks that log, comma-separated (default: 0)
 #
@@ -17,7 +17,7 @@ setup ""
 
 export LOG_RANK=${LOG_RANK:-0}
 config_file=${CONFIG_FILE:-train_configs/debug_model.toml}
-# Relative to where the caller stands, else to the project.
+# A relative path starts at the current directory, else at the project.
 if [ ! -e "$config_file" ] && [ -e "$root/$config_file" ]; then
     config_file=$root/$config_file
 fi

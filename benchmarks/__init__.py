@@ -1,1 +1,1 @@
-"""What Holdfast costs, beside what its peers cost, measured in one run."""
+"""Measurements of Holdfast beside its peers, taken in the same run."""

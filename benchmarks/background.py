@@ -1,10 +1,10 @@
-"""Ways to save while training goes on, each with its documented best: `systems` gives them by name.
+"""Systems that save in the background, each with the fast settings that its documentation gives.
 
-`dcp`: `async_save` in a thread, with buffers that are kept; the same, copied in a thread, which the
-optimizer waits for; in a process, with shared memory. Pinned memory needs CUDA: on a CPU it is not
-to be had. `torch_checkpointing` copies in a thread and writes in a process; the optimizer steps
-under its lock. `plain traffic` saves nothing: a thread copies as many bytes in memory, then writes
-them as `raw` does.
+`dcp`: `async_save` in a thread with buffers that are kept; the same with staging in a thread, for
+which the optimizer waits; in a process with shared memory. Pinned memory needs CUDA and is not
+available on a CPU. `torch_checkpointing` stages in a thread and writes in a process; the optimizer
+steps under its lock. `plain traffic` saves nothing: a thread copies as many bytes in memory, then
+writes them as `raw` does.
 """
 
 from __future__ import annotations
@@ -32,51 +32,52 @@ from torch.distributed.checkpoint.state_dict_saver import (
 from torch.optim import Optimizer
 
 from benchmarks.disk import WINDOW_BYTES, random_window, raw_write, sync
-from benchmarks.peers import meta_config
+from benchmarks.peers import without_direct_io
 from holdfast import CheckpointConfig, CheckpointManager
 
 
 class Background(Protocol):
-    """One way, for one run of training."""
+    """System under test, for one run of training."""
 
     def start(self) -> None:
-        """Start a save; the one before is done."""
+        """Start a save; the previous save must be finished."""
         ...
 
     def finish(self) -> None:
-        """Wait, in a thread of its own, until the save is durable."""
+        """Wait until the save is durable; called in a thread of its own."""
         ...
 
     def optimizing(self) -> AbstractContextManager[object]:
-        """What the optimizer steps in."""
+        """Return the context in which the optimizer must step."""
         ...
 
     def close(self) -> None:
-        """Give back what was held."""
+        """Free all resources."""
         ...
 
 
 Make = Callable[[nn.Module, Optimizer, Path], Background]
+"""Constructor from a model, its optimizer and an empty folder."""
 
 
 def systems() -> dict[str, Make]:
-    """Those that can be had here, by name: each takes a model, its optimizer, an empty folder."""
+    """Return the installed systems by name."""
     process = AsyncCheckpointerType.PROCESS
-    found: dict[str, Make] = {
+    installed: dict[str, Make] = {
         "plain traffic": PlainTraffic,
-        "holdfast, async": partial(Ours, mode="async"),
-        "holdfast, async_with_pinned_mem": partial(Ours, mode="async_with_pinned_mem"),
-        "dcp, thread": Stock,
-        "dcp, thread, staged in a thread": partial(Stock, staged=True),
-        "dcp, process, shared memory": partial(Stock, shared=True, kind=process),
+        "holdfast, async": partial(HoldfastAsync, mode="async"),
+        "holdfast, async_with_pinned_mem": partial(HoldfastAsync, mode="async_with_pinned_mem"),
+        "dcp, thread": DCPAsync,
+        "dcp, thread, staged in a thread": partial(DCPAsync, staged=True),
+        "dcp, process, shared memory": partial(DCPAsync, shared=True, kind=process),
     }
     if importlib.util.find_spec("torch_checkpointing") is not None:
-        found["torch_checkpointing"] = Meta
-    return found
+        installed["torch_checkpointing"] = TorchCheckpointingAsync
+    return installed
 
 
-class Ours:
-    """A manager that saves whenever it is asked."""
+class HoldfastAsync:
+    """Holdfast's manager, saving at every step that it is given."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, folder: Path, mode: Any) -> None:
         config = CheckpointConfig(enable=True, interval=1, async_mode=mode, keep_latest_k=2)
@@ -88,20 +89,20 @@ class Ours:
         self._manager.save(self._step)
 
     def finish(self) -> None:
-        # A step is durable from the instant it has its name.
+        # A checkpoint gets its name once it is durable.
         while not (self._folder / f"step-{self._step}").exists():
             time.sleep(0.01)
 
     def optimizing(self) -> AbstractContextManager[object]:
-        # The manager's own hook waits, where there is something to wait for.
+        # The manager's optimizer hook waits by itself.
         return nullcontext()
 
     def close(self) -> None:
         self._manager.close()
 
 
-class Stock:
-    """`dcp.async_save`."""
+class DCPAsync:
+    """`async_save` of `torch.distributed.checkpoint`."""
 
     def __init__(
         self,
@@ -150,14 +151,14 @@ class Stock:
         self._stager.close()
 
 
-class Meta:
-    """The manager of `torch_checkpointing`."""
+class TorchCheckpointingAsync:
+    """Manager of `torch_checkpointing`."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
         from torch_checkpointing import CheckpointManager as MetaManager
 
         self._model, self._optimizer, self._folder = model, optimizer, folder
-        self._manager = meta_config(MetaManager.Config.with_async_save()).build()
+        self._manager = without_direct_io(MetaManager.Config.with_async_save()).build()
         self._response: Any = None
 
     def start(self) -> None:
@@ -179,7 +180,7 @@ class Meta:
 
 
 class PlainTraffic:
-    """As many bytes, copied and written by a plain thread."""
+    """Thread that copies and writes as many bytes as a save, without saving."""
 
     def __init__(self, model: nn.Module, _optimizer: Optimizer, folder: Path) -> None:
         self._path, nbytes = folder / "raw", 12 * sum(p.numel() for p in model.parameters())
@@ -187,11 +188,11 @@ class PlainTraffic:
         self._window, self._pool = random_window(), ThreadPoolExecutor(1)
 
     def start(self) -> None:
-        self._done = self._pool.submit(self._move)
+        self._done = self._pool.submit(self._copy_and_write)
 
-    def _move(self) -> None:
-        for at in range(0, len(self._target), WINDOW_BYTES):
-            window = slice(at, at + WINDOW_BYTES)
+    def _copy_and_write(self) -> None:
+        for start in range(0, len(self._target), WINDOW_BYTES):
+            window = slice(start, start + WINDOW_BYTES)
             self._target[window] = self._source[window]
         raw_write(self._path, len(self._target), self._window)
 

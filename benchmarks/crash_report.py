@@ -1,11 +1,12 @@
-"""Cut the power at every operation of real saves by two processes, and say what the next start
-finds: Holdfast, stock torch.distributed.checkpoint, and TorchTitan's retention where that is there.
+"""Simulate a power cut at every operation of saves by two processes, and load what is left.
+
+Compares Holdfast, stock torch.distributed.checkpoint and, if installed, TorchTitan's retention.
 
     python -m benchmarks.crash_report                 the table of docs/crash-report.md
-    python -m benchmarks.crash_report --seeds 2       fewer states a cut
+    python -m benchmarks.crash_report --seeds 2       fewer states per cut
 
-Each rank's file operations are recorded as it does them (holdfast.testing.recording), then every
-state that a power cut can leave after each of them is made on disk and loaded.
+Each rank's file operations are recorded (holdfast.testing.recording). Then every state that a power
+cut after each of them can leave is written to disk and loaded.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,36 +42,30 @@ from holdfast.testing.recording import (
 
 SIZE = 2
 ROWS = 64
-OUTCOMES = {
-    "old": "old",
-    "new": "new",
-    "mixed": "mixed",
-    "unloadable": "start fails",
-    "lost": "lost",
-}
-"""With their names in the table, which docs/crash-report.md explains."""
+OUTCOMES = ("old", "new", "mixed", "start fails", "lost")
+"""Outcomes of a start, which docs/crash-report.md explains."""
 
 VERSIONS = ("killed", "lost", "reordered", "torn")
 
 Save = Callable[[Path, Any, int], None]
-"""`save(folder, state, number)`: save the state, whose every element is `number`."""
+"""`save(folder, state, number)`: save a state whose elements all equal `number`."""
 
 Start = Callable[[Path], float | None]
-"""`start(folder)`: the number of what a new process loads; NaN for a mix, None where it takes the
-folder for one without a checkpoint. What it raises, the next start would die of."""
+"""`start(folder)`: load in a new process, and return the number; NaN for a mix of several, None if
+there is no checkpoint. An exception would end the next start."""
 
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """What is done to a folder, and how the next start looks at it."""
+    """Saves by one system, and how the next start loads."""
 
     system: str
     what: str
     before: tuple[int, ...]
-    """Saves that are there, and durable."""
+    """Numbers of the durable saves before the power cut."""
 
     saves: tuple[int, ...]
-    """Those in which the power goes."""
+    """Numbers of the saves in which the power is cut."""
 
     save: Save
     start: Start
@@ -82,60 +78,60 @@ def main() -> None:
     seeds = parser.parse_args().seeds
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    head = ("what", "by", "power cut", "states", *OUTCOMES.values())
-    say(f"| {' | '.join(head)} |\n|{'---|' * len(head)}\n")
+    head = ("what", "by", "power cut", "states", *OUTCOMES)
+    print_line(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for protocol in protocols():
         started = time.perf_counter()
-        num_operations, found = survey(protocol, seeds)
+        num_operations, counter = survey(protocol, seeds)
         for version in VERSIONS:
-            counts = [found[version, outcome] for outcome in OUTCOMES]
+            counts = [counter[version, outcome] for outcome in OUTCOMES]
             row = (protocol.what, protocol.system, version, sum(counts), *counts)
-            say(f"| {' | '.join(map(str, row))} |\n")
+            print_line(f"| {' | '.join(map(str, row))} |")
         sys.stderr.write(
             f"{protocol.what}, {protocol.system}: {num_operations} operations, "
             f"{time.perf_counter() - started:.0f} s\n"
         )
 
 
-def say(text: str) -> None:
-    sys.stdout.write(text)
+def print_line(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 def survey(protocol: Protocol, seeds: int) -> tuple[int, Counter[tuple[str, str]]]:
-    """Operations of the saves, and outcomes by version and kind."""
-    with tempfile.TemporaryDirectory() as place:
-        root = Path(place) / "root"
+    """Count the operations of the saves, and the outcomes by version and kind."""
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary) / "root"
         root.mkdir()
-        records, finished = run(protocol, root)
+        records, returned_at = run(protocol, root)
         operations = merged(records)
-        assert tree_after(operations) == tree_at(root), "something was written that was not seen"
+        assert tree_after(operations) == tree_at(root), "a write was not recorded"
         times = sorted(at for record in records for at, _ in record)
-        durable = sum(at <= finished[len(protocol.before)] for at in times)
+        durable = sum(at <= returned_at[len(protocol.before)] for at in times)
         numbers = (0, *protocol.before, *protocol.saves)
-        seen: dict[tuple[int, int], str] = {}
-        found: Counter[tuple[str, str]] = Counter()
+        outcomes: dict[tuple[int, int], str] = {}
+        counter: Counter[tuple[str, str]] = Counter()
         for cut, tree in cuts(operations, durable=durable, seeds=range(seeds)):
             done = durable + cut.at
-            # A save has returned at the latest before the first operation after it.
-            now = times[done] if done < len(times) else finished[-1]
-            promised = max(n for n, at in zip(numbers, finished, strict=True) if at <= now)
+            # A save has returned if it did so before the first operation after the cut.
+            now = times[done] if done < len(times) else returned_at[-1]
+            promised = max(n for n, at in zip(numbers, returned_at, strict=True) if at <= now)
             key = (fingerprint(tree), promised)
-            if key not in seen:
-                folder = Path(place) / "cut"
+            if key not in outcomes:
+                folder = Path(temporary) / "cut"
                 write_tree(tree, folder)
-                seen[key] = outcome(protocol, folder, promised)
+                outcomes[key] = outcome_of(protocol, folder, promised)
                 shutil.rmtree(folder)
-            found[cut.version, seen[key]] += 1
-        return len(operations) - durable, found
+            counter[cut.version, outcomes[key]] += 1
+        return len(operations) - durable, counter
 
 
-def outcome(protocol: Protocol, folder: Path, promised: int) -> str:
-    """What the next start comes to, where the save of `promised` had returned."""
+def outcome_of(protocol: Protocol, folder: Path, promised: int) -> str:
+    """Start from `folder`, and compare with `promised`, the newest save that had returned."""
     try:
         number = protocol.start(folder)
-    except BaseException:  # noqa: BLE001 - stock raises a BaseException
-        return "unloadable"
+    except BaseException:  # noqa: BLE001 - stock DCP raises a BaseException
+        return "start fails"
     if number is None:
         return "lost" if promised else "old"
     if number != number or number < 1:
@@ -149,40 +145,45 @@ def outcome(protocol: Protocol, folder: Path, promised: int) -> str:
 
 
 def run(protocol: Protocol, root: Path) -> tuple[list[list[Timed]], list[int]]:
-    """What each rank did, and when each save had returned on all; first of all 0, for none."""
+    """Run the saves on two ranks.
+
+    Returns each rank's operations, and the times at which each save had returned on all ranks; the
+    first is 0, for no save.
+    """
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     arguments = (protocol, root, free_port(), queue)
-    ranks = [context.Process(target=work, args=(rank, *arguments)) for rank in range(SIZE)]
+    ranks = [context.Process(target=run_rank, args=(rank, *arguments)) for rank in range(SIZE)]
     for process in ranks:
         process.start()
     results = [queue.get(timeout=300) for _ in ranks]
     for process in ranks:
         process.join()
-    finished = [max(times) for times in zip(*(finished for _, finished in results), strict=True)]
-    return [record for record, _ in results], finished
+    returned_at = [max(times) for times in zip(*(times for _, times in results), strict=True)]
+    return [record for record, _ in results], returned_at
 
 
-def work(rank: int, protocol: Protocol, root: Path, port: int, queue: Any) -> None:
-    """One rank: save after save, every file operation kept."""
+def run_rank(rank: int, protocol: Protocol, root: Path, port: int, queue: Any) -> None:
+    """Run the saves as one rank, and record its file operations."""
     import torch.distributed as dist
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     dist.init_process_group("gloo", rank=rank, world_size=SIZE)
-    finished = [0]
-    with recorded_folder(root) as done:
+    returned_at = [0]
+    with recorded_folder(root) as operations:
         state = sharded()
         for number in (*protocol.before, *protocol.saves):
             for tensor in state.values():
                 tensor.fill_(number)
             protocol.save(root, state, number)
             dist.barrier()
-            finished.append(time.monotonic_ns())
+            returned_at.append(time.monotonic_ns())
             dist.barrier()
-        close()
-    queue.put((done, finished))
+        while _managers:
+            _managers.pop().close()
+    queue.put((operations, returned_at))
     queue.close()
     queue.join_thread()
     dist.barrier()
@@ -190,7 +191,7 @@ def work(rank: int, protocol: Protocol, root: Path, port: int, queue: Any) -> No
 
 
 def sharded() -> dict[str, Any]:
-    """Two tensors, sharded by rows."""
+    """Make two tensors, sharded by rows."""
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -199,15 +200,15 @@ def sharded() -> dict[str, Any]:
     return {n: distribute_tensor(torch.zeros(ROWS, 96), mesh, [Shard(0)]) for n in ("a", "b")}
 
 
-def whole() -> dict[str, Any]:
-    """The same, on one process."""
+def unsharded() -> dict[str, Any]:
+    """Make the two tensors of `sharded` in one process."""
     import torch
 
     return {name: torch.zeros(ROWS, 96) for name in ("a", "b")}
 
 
 def number_of(state: dict[str, Any]) -> float:
-    """What every element is; NaN where they differ."""
+    """Return the value of all elements; NaN if they differ."""
     import torch
 
     values = {v for tensor in state.values() for v in torch.unique(tensor).tolist()}
@@ -218,51 +219,49 @@ def number_of(state: dict[str, Any]) -> float:
 
 
 def protocols() -> list[Protocol]:
-    """Those of what is installed."""
-    stock = (save_stock, start_stock)
-    ours = (save_ours, start_ours)
-    found = []
+    """Return the protocols of the installed systems."""
+    result = []
     for what, before, saves in (("first save", (), (1,)), ("save in place", (1,), (2,))):
-        found.append(Protocol("torch DCP", what, before, saves, *stock))
-        found.append(Protocol("Holdfast", what, before, saves, *ours))
-    keeping = ("saves that keep two", (1, 2), (3, 4))
+        result.append(Protocol("torch DCP", what, before, saves, save_dcp, start_dcp))
+        result.append(Protocol("Holdfast", what, before, saves, save_holdfast, start_holdfast))
+    keeps_two = partial(Protocol, what="saves that keep two", before=(1, 2), saves=(3, 4))
     if importlib.util.find_spec("torchtitan") is not None:
-        found.append(Protocol("TorchTitan", *keeping, save_titan, start_titan))
-    found.append(Protocol("Holdfast", *keeping, save_managed, start_managed))
-    found.append(Protocol("Holdfast, async", *keeping, save_managed_in_background, start_managed))
-    return found
+        result.append(keeps_two("TorchTitan", save=save_titan, start=start_titan))
+    result.append(keeps_two("Holdfast", save=save_managed, start=start_managed))
+    result.append(keeps_two("Holdfast, async", save=save_managed_async, start=start_managed))
+    return result
 
 
-def save_stock(folder: Path, state: Any, _number: int) -> None:
-    """`dcp.save` into one folder."""
+def save_dcp(folder: Path, state: Any, _number: int) -> None:
+    """Save with `dcp.save` into one folder."""
     from torch.distributed.checkpoint.state_dict_saver import save
 
     save(state, checkpoint_id=folder / "checkpoint")
 
 
-def start_stock(folder: Path) -> float | None:
-    """`dcp.load`, where there is an index, as whoever uses it looks for one."""
+def start_dcp(folder: Path) -> float | None:
+    """Load with `dcp.load` if there is an index."""
     from torch.distributed.checkpoint.state_dict_loader import load
 
     if not (folder / "checkpoint/.metadata").exists():
         return None
-    state = whole()
+    state = unsharded()
     load(state, checkpoint_id=folder / "checkpoint", no_dist=True)
     return number_of(state)
 
 
-def save_ours(folder: Path, state: Any, _number: int) -> None:
-    """`holdfast.save` to one path."""
+def save_holdfast(folder: Path, state: Any, _number: int) -> None:
+    """Save with `holdfast.save` to one path."""
     import holdfast
 
     holdfast.save(folder / "checkpoint", state, overwrite=True)
 
 
-def start_ours(folder: Path) -> float | None:
-    """`holdfast.load`."""
+def start_holdfast(folder: Path) -> float | None:
+    """Load with `holdfast.load`."""
     import holdfast
 
-    state = whole()
+    state = unsharded()
     try:
         holdfast.load(folder / "checkpoint", state)
     except holdfast.NotFoundError:
@@ -270,103 +269,101 @@ def start_ours(folder: Path) -> float | None:
     return number_of(state)
 
 
-_open: list[Any] = []
-"""What a rank keeps between two saves, and closes at the end."""
-
-
-def close() -> None:
-    """Close it."""
-    while _open:
-        _open.pop().close()
+_managers: list[Any] = []
+"""The manager that a rank keeps open between saves, if any."""
 
 
 def save_managed(folder: Path, state: Any, number: int, async_mode: Any = "disabled") -> None:
-    """`CheckpointManager.save`, keeping two."""
-    if not _open:
-        _open.append(manager(folder, state, async_mode))
-    _open[0].save(number)
-    _open[0].wait()
+    """Save with Holdfast's `CheckpointManager`, which keeps two, and wait for it."""
+    if not _managers:
+        _managers.append(holdfast_manager(folder, state, async_mode))
+    _managers[0].save(number)
+    _managers[0].wait()
 
 
-def save_managed_in_background(folder: Path, state: Any, number: int) -> None:
-    """The same, with `async_mode = "async"`; a save has returned once it is waited for."""
+def save_managed_async(folder: Path, state: Any, number: int) -> None:
+    """Save with `async_mode = "async"`, and wait for it."""
     save_managed(folder, state, number, "async")
 
 
 def start_managed(folder: Path) -> float | None:
-    """A new manager in the folder, and its `load`."""
-    state = whole()
-    with manager(folder, state, "disabled") as held:
-        step = held.load()
+    """Load with a new manager."""
+    state = unsharded()
+    with holdfast_manager(folder, state, "disabled") as manager:
+        step = manager.load()
     return number_of(state) if step else None
 
 
-def manager(folder: Path, state: Any, async_mode: Any) -> Any:
-    """A manager of a module whose buffers are the state."""
+def module_of(state: Any) -> Any:
+    """Make a module whose buffers are the state."""
     import torch
-
-    from holdfast import CheckpointConfig, CheckpointManager
 
     module = torch.nn.Module()
     for name, tensor in state.items():
         module.register_buffer(name, tensor)
+    return module
+
+
+def holdfast_manager(folder: Path, state: Any, async_mode: Any) -> Any:
+    """Make Holdfast's manager of the state."""
+    from holdfast import CheckpointConfig, CheckpointManager
+
     config = CheckpointConfig(enable=True, interval=1, keep_latest_k=2, async_mode=async_mode)
-    return CheckpointManager(folder / "steps", model=module, config=config)
+    return CheckpointManager(folder / "steps", model=module_of(state), config=config)
 
 
 def save_titan(folder: Path, state: Any, number: int) -> None:
-    """TorchTitan's own `CheckpointManager.save`, keeping two; its thread has deleted when it
-    returns, as it has in a run whose next save is minutes away."""
-    if not _open:
-        _open.append(titan(folder, state))
-    _open[0].save(number)
-    while _open[0].purge_thread is not None and _open[0].purge_queue.qsize():
+    """Save with TorchTitan's `CheckpointManager`, which keeps two.
+
+    Waits until its thread has deleted old checkpoints, as in a run that saves every few minutes.
+    """
+    if not _managers:
+        _managers.append(titan_manager(folder, state))
+    manager = _managers[0]
+    manager.save(number)
+    while manager.purge_thread is not None and manager.purge_queue.qsize():
         time.sleep(0.01)
 
 
 def start_titan(folder: Path) -> float | None:
-    """TorchTitan's own `CheckpointManager.load` of the newest step."""
-    state = whole()
-    held = titan(folder, state)
-    found = held.load()
-    held.close()
-    return number_of(state) if found else None
+    """Load the newest checkpoint with TorchTitan's `CheckpointManager`."""
+    state = unsharded()
+    manager = titan_manager(folder, state)
+    loaded = manager.load()
+    manager.close()
+    return number_of(state) if loaded else None
 
 
-def titan(folder: Path, state: Any) -> Any:
-    """TorchTitan's manager of a module whose buffers are the state, and of nothing else."""
-    import torch
+def titan_manager(folder: Path, state: Any) -> Any:
+    """Make TorchTitan's manager of the state, with empty optimizers, schedulers and data loader."""
     import torch.distributed as dist
     from torchtitan.components.checkpointer.dcp import CheckpointManager
 
     if not dist.is_initialized():
         address = f"tcp://127.0.0.1:{free_port()}"
         dist.init_process_group("gloo", rank=0, world_size=1, init_method=address)
-    module = torch.nn.Module()
-    for name, tensor in state.items():
-        module.register_buffer(name, tensor)
     config = CheckpointManager.Config(enable=True, interval=1, keep_latest_k=2, folder="steps")
     return CheckpointManager(
         config,
-        dataloader=Nothing(),
-        model_parts=[module],
-        optimizers=Nothing(),
-        lr_schedulers=Nothing(),
+        dataloader=Stateless(),
+        model_parts=[module_of(state)],
+        optimizers=Stateless(),
+        lr_schedulers=Stateless(),
         states={},
         sd_adapter=None,
         base_folder=str(folder),
     )
 
 
-class Nothing:
-    """State of which there is none."""
+class Stateless:
+    """Object with an empty state."""
 
     def state_dict(self) -> dict[str, Any]:
-        """None."""
+        """Return an empty state."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes it."""
+        """Do nothing."""
 
 
 if __name__ == "__main__":

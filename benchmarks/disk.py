@@ -1,4 +1,4 @@
-"""Files: what the disk itself gives, what is synced, and what the page cache holds."""
+"""Raw reads and writes, syncs, and the page cache."""
 
 from __future__ import annotations
 
@@ -14,55 +14,55 @@ import numpy as np
 WINDOW_BYTES = 8 << 20
 
 
-def raw_write(path: Path, nbytes: int, source: mmap.mmap, threads: int = 2) -> None:
-    """Write so many bytes past the page cache, the same window over and over, and sync them."""
+def raw_write(path: Path, nbytes: int, window: mmap.mmap, threads: int = 2) -> None:
+    """Write `nbytes` past the page cache, repeating `window`, and sync the file."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT)
     nbytes = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
     os.posix_fallocate(file, 0, nbytes)
 
-    def put(at: int) -> None:
-        os.pwrite(file, memoryview(source)[: min(WINDOW_BYTES, nbytes - at)], at)
+    def write(offset: int) -> None:
+        os.pwrite(file, memoryview(window)[: min(WINDOW_BYTES, nbytes - offset)], offset)
 
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(put, range(0, nbytes, WINDOW_BYTES)))
+        list(pool.map(write, range(0, nbytes, WINDOW_BYTES)))
     os.fsync(file)
     os.close(file)
 
 
 def raw_read(path: Path, targets: Sequence[memoryview], threads: int = 2) -> None:
-    """Read a file into these, one after the other."""
-    file, at, jobs = os.open(path, os.O_RDONLY), 0, []
+    """Read consecutive ranges of a file into `targets`."""
+    file, offset, jobs = os.open(path, os.O_RDONLY), 0, []
     with ThreadPoolExecutor(threads) as pool:
         for target in targets:
-            jobs.append(pool.submit(os.preadv, file, [target], at))
-            at += len(target)
-    assert sum(job.result() for job in jobs) == at
+            jobs.append(pool.submit(os.preadv, file, [target], offset))
+            offset += len(target)
+    assert sum(job.result() for job in jobs) == offset
     os.close(file)
 
 
 def raw_read_direct(path: Path, nbytes: int, threads: int = 2) -> None:
-    """Read so many bytes past the page cache, and drop them: all that the disk gives."""
+    """Read `nbytes` past the page cache and drop them: the speed of the disk alone."""
     file = os.open(path, os.O_RDONLY | os.O_DIRECT)
     windows = [mmap.mmap(-1, WINDOW_BYTES) for _ in range(threads)]
 
-    def get(first: int) -> None:
-        for at in range(first * WINDOW_BYTES, nbytes, threads * WINDOW_BYTES):
-            os.preadv(file, [windows[first]], at)
+    def read(thread: int) -> None:
+        for offset in range(thread * WINDOW_BYTES, nbytes, threads * WINDOW_BYTES):
+            os.preadv(file, [windows[thread]], offset)
 
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(get, range(threads)))
+        list(pool.map(read, range(threads)))
     os.close(file)
 
 
 def random_window() -> mmap.mmap:
-    """Page-aligned memory of random bytes."""
+    """Return `WINDOW_BYTES` of page-aligned random bytes."""
     window = mmap.mmap(-1, WINDOW_BYTES)
     window.write(os.urandom(WINDOW_BYTES))
     return window
 
 
 def sync(folder: Path) -> None:
-    """Make everything below it durable, several files at a time."""
+    """Make everything below `folder` durable, four files at a time."""
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(_sync, (*files_in(folder), folder)))
 
@@ -73,8 +73,8 @@ def _sync(path: Path) -> None:
     os.close(file)
 
 
-def recall(folder: Path) -> None:
-    """Bring all files below it into the page cache, and make sure that they are there."""
+def warm_cache(folder: Path) -> None:
+    """Load all files below `folder` into the page cache, and check that they are there."""
     buffer = bytearray(WINDOW_BYTES)
     for _ in range(3):
         if (share := resident_share(folder)) == 1:
@@ -86,24 +86,24 @@ def recall(folder: Path) -> None:
     assert share > 0.99, f"{share:.1%} of {folder} is in the page cache"
 
 
-def forget(folder: Path) -> None:
-    """Sync all files below it, take them out of the page cache, and make sure that they are."""
+def cool_cache(folder: Path) -> None:
+    """Sync all files below `folder`, evict them from the page cache, and check that."""
     sync(folder)
-    let_go(folder)
+    drop_cache(folder)
     share = resident_share(folder)
     assert share < 0.001, f"{share:.1%} of {folder} is still in the page cache"
 
 
-def let_go(folder: Path) -> None:
-    """Leave the room in the page cache that synced files below it take to others."""
+def drop_cache(folder: Path) -> None:
+    """Evict the synced files below `folder` from the page cache."""
     for path in files_in(folder):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def resident_share(folder: Path) -> float:
-    """Which part of the pages of all files below it the page cache holds, by `mincore`."""
-    held = total = 0
+    """Return the share of the pages of all files below `folder` in the page cache (`mincore`)."""
+    resident = total = 0
     for path in files_in(folder):
         nbytes = path.stat().st_size
         if not nbytes:
@@ -121,11 +121,11 @@ def resident_share(folder: Path) -> float:
             )
             del first
             assert not failed, os.strerror(ctypes.get_errno())
-        held += int((pages & 1).sum())
+        resident += int((pages & 1).sum())
         total += len(pages)
-    return held / total if total else 1.0
+    return resident / total if total else 1.0
 
 
 def files_in(folder: Path) -> list[Path]:
-    """All of them, however deep."""
+    """List all files below `folder`."""
     return sorted(path for path in folder.rglob("*") if path.is_file())

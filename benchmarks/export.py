@@ -1,9 +1,9 @@
-"""A Hugging Face folder from 4 ranks:
+"""Export of a Hugging Face folder by 4 ranks:
 `torchrun --nproc-per-node 4 -m benchmarks.export --where DIR`.
 
 A sharded model of 1.9 GB with the shapes of a Llama is exported by Holdfast, synced and published,
-and by torch's `HuggingFaceStorageWriter` with its consolidation, which syncs nothing and leaves
-names and order of rows as they are. Each three times, in turns; times are those of rank 0, between
+and by torch's `HuggingFaceStorageWriter` with consolidation. The latter syncs nothing, and does not
+convert names and row order. Three rounds each, in turn; times are those of rank 0, between
 barriers.
 """
 
@@ -41,34 +41,34 @@ VOCAB = 64128
 
 
 def sharded_model() -> dict[str, torch.Tensor]:
-    """Random bfloat16 weights under Meta's names, cut by rows over all ranks."""
+    """Make random bfloat16 weights under Meta's names, sharded by rows over all ranks."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    shapes = HFModel(config_of("llama3", FLAVOR, VOCAB)).mapping
+    mapping = HFModel(config_of("llama3", FLAVOR, VOCAB)).mapping
     state: dict[str, torch.Tensor] = {}
-    for name in shapes.names("native"):
-        rows, *rest = shapes.shape("native", name)
+    for name in mapping.names("native"):
+        rows, *rest = mapping.shape("native", name)
         local = torch.randn(rows // dist.get_world_size(), *rest, dtype=torch.bfloat16)
         state[name] = DTensor.from_local(local, mesh, [Shard(0)])
     return state
 
 
-def ours(state: dict[str, torch.Tensor], folder: Path) -> Callable[[int], None]:
-    """Export by Holdfast."""
-    ranks, hub = all_ranks(), HFModel(config_of("llama3", FLAVOR, VOCAB))
+def export_holdfast(state: dict[str, torch.Tensor], folder: Path) -> Callable[[int], None]:
+    """Return a function that exports with Holdfast."""
+    ranks, model = all_ranks(), HFModel(config_of("llama3", FLAVOR, VOCAB))
     catalog, planner = Catalog(LocalStore(folder)), Planner(ranks)
 
     def run(number: int) -> None:
         pending = begin_save(
             catalog, f"step-{number}", flatten(state), ranks=ranks, planner=planner
         )
-        held = ExportSnapshot(pending.file_layout, pending.data_of, pending.index, ())
-        export(held, hub, "bfloat16", catalog=catalog, attempt=pending.attempt, ranks=ranks)
+        snapshot = ExportSnapshot(pending.file_layout, pending.data_of, pending.index, ())
+        export(snapshot, model, "bfloat16", catalog=catalog, attempt=pending.attempt, ranks=ranks)
 
     return run
 
 
-def stock(state: dict[str, torch.Tensor], folder: Path) -> Callable[[int], None]:
-    """Export by torch."""
+def export_torch(state: dict[str, torch.Tensor], folder: Path) -> Callable[[int], None]:
+    """Return a function that exports with torch."""
 
     def run(number: int) -> None:
         writer = HuggingFaceStorageWriter(
@@ -83,33 +83,33 @@ def stock(state: dict[str, torch.Tensor], folder: Path) -> Callable[[int], None]
 
 
 def main() -> None:
-    """Measure, and print a line each."""
+    """Measure, and print a table row for each system."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--where", type=Path, required=True, help="a folder with room for 3 models")
     where = parser.parse_args().where
     dist.init_process_group("gloo")
     state = sharded_model()
-    ways = {}
-    for name, make in (("Holdfast", ours), ("torch", stock)):
+    exports = {}
+    for name, make in (("Holdfast", export_holdfast), ("torch", export_torch)):
         (where / name).mkdir(parents=True, exist_ok=True)
-        ways[name] = make(state, where / name)
-    taken: dict[str, list[float]] = {name: [] for name in ways}
+        exports[name] = make(state, where / name)
+    seconds: dict[str, list[float]] = {name: [] for name in exports}
     for number in range(ROUNDS):
-        for name, way in ways.items():
+        for name, run in exports.items():
             dist.barrier()
             if dist.get_rank() == 0:
                 os.sync()
             dist.barrier()
             started = time.perf_counter()
-            way(number)
+            run(number)
             dist.barrier()
-            taken[name].append(time.perf_counter() - started)
+            seconds[name].append(time.perf_counter() - started)
             if dist.get_rank() == 0:
                 shutil.rmtree(where / name / f"step-{number}")
     if dist.get_rank() == 0:
-        for name, seconds in taken.items():
-            each = ", ".join(f"{s:.2f}" for s in seconds)
-            sys.stdout.write(f"| {name} | {statistics.median(seconds):.2f} s | {each} |\n")
+        for name, values in seconds.items():
+            rounds = ", ".join(f"{value:.2f}" for value in values)
+            sys.stdout.write(f"| {name} | {statistics.median(values):.2f} s | {rounds} |\n")
     dist.destroy_process_group()
 
 

@@ -1,7 +1,7 @@
-"""`holdfast list` on 50 steps of 1 GB, a process of its own: `python -m benchmarks.listing`.
+"""Time of `holdfast list` on 50 checkpoints of 1 GB: `python -m benchmarks.listing`.
 
-One step is saved; the others are links to its data with indexes of their own, since data is not
-read. Times are those of the whole process, the start of Python included.
+One checkpoint is saved. The others have copies of its index and hard links to its data, which
+`list` does not read. Times are those of a whole process, the start of Python included.
 """
 
 from __future__ import annotations
@@ -12,29 +12,28 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.asked import Asked, asked, quiet
-from benchmarks.meter import Figure, in_turns, measure_command
-from benchmarks.results import Section, store
-from benchmarks.states import held_bytes, llama_like
+import holdfast
+from benchmarks.meter import Figure, measure_command, run_rounds
+from benchmarks.options import BenchmarkOptions
+from benchmarks.results import Section, measure_parts
+from benchmarks.states import llama_like, local_bytes
 
-NUM_STEPS = 50
-STEP_BYTES = 10**9
+NUM_CHECKPOINTS = 50
+CHECKPOINT_BYTES = 10**9
 SCRIPT = "import sys; from holdfast.cli.main import main; sys.exit(main())"
 
 
-def listing(given: Asked, folder: Path) -> Section:
-    """Beside a Python that does nothing."""
-    import holdfast
-
-    state = llama_like(min(given.nbytes, STEP_BYTES))
+def listing(options: BenchmarkOptions, folder: Path) -> Section:
+    """Measure `holdfast list`, and a Python process that does nothing."""
+    state = llama_like(min(options.nbytes, CHECKPOINT_BYTES))
     holdfast.save(folder / "step-1", state)
-    for number in range(2, NUM_STEPS + 1):
-        shutil.copytree(folder / "step-1", folder / f"step-{number}", copy_function=_copied)
+    for number in range(2, NUM_CHECKPOINTS + 1):
+        shutil.copytree(folder / "step-1", folder / f"step-{number}", copy_function=_copy_or_link)
     command = [sys.executable, "-c", SCRIPT, "list", str(folder)]
-    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert listed.count(" good") == NUM_STEPS, listed
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert output.count(" good") == NUM_CHECKPOINTS, output
 
-    # As an installed package does, the first one leaves its bytecode for the others.
+    # Bytecode is cached by the first round, as for an installed package.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 
     def run(*command: str) -> Figure:
@@ -42,29 +41,22 @@ def listing(given: Asked, folder: Path) -> Section:
             lambda: subprocess.run(command, check=True, capture_output=True, env=environment)
         )
 
-    ways = {
+    systems = {
         "python -c pass": lambda: run(sys.executable, "-c", "pass"),
         "holdfast list": lambda: run(*command),
     }
-    method = f"{NUM_STEPS} steps of {held_bytes(state) / 1e9:.2f} GB, {len(state)} tensors each."
-    found = in_turns(ways, given.rounds)
-    return Section("listing", "Listing steps", method, found, {"nbytes": held_bytes(state)})
+    nbytes = local_bytes(state)
+    method = f"{NUM_CHECKPOINTS} steps of {nbytes / 1e9:.2f} GB, {len(state)} tensors each."
+    figures = run_rounds(systems, options.rounds)
+    return Section("listing", "Listing steps", method, figures, {"nbytes": nbytes})
 
 
-def _copied(source: str, target: str) -> None:
+def _copy_or_link(source: str, target: str) -> None:
     if source.endswith(".distcp"):
         os.link(source, target)
     else:
         shutil.copyfile(source, target)
 
 
-def main() -> None:
-    """Measure, and keep what was found."""
-    given = asked(__doc__, ("listing",))
-    quiet()
-    with given.place() as folder:
-        store(listing(given, folder), given.out, add=given.add)
-
-
 if __name__ == "__main__":
-    main()
+    measure_parts(__doc__, {"listing": listing})

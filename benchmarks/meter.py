@@ -1,4 +1,4 @@
-"""Measuring a piece of work: its seconds, processor time, memory, and what it read."""
+"""Measure time, processor time, memory and bytes read."""
 
 from __future__ import annotations
 
@@ -9,42 +9,45 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 Figure = dict[str, float]
-"""What one run took, by column; units come last: `seconds`, `cpu_s`, `extra_mib`, `read_mb`."""
+"""Measurements of one run by column: `seconds`, `cpu_s`, `extra_mib`, `read_mb`."""
 
 
 def measure(work: Callable[[], object]) -> Figure:
-    """Run `work` once. `extra_mib` is resident memory at the peak, beside what there was before;
-    `read_mb` is what was asked of files, whether or not it came from the page cache."""
+    """Run `work` once and measure it.
+
+    `extra_mib` is the peak of resident memory less that before the run. `read_mb` counts what was
+    read from files, whether from the disk or from the page cache.
+    """
     Path("/proc/self/clear_refs").write_text("5")
-    held, read = _memory_mib("VmRSS"), _read_mb()
+    memory, read = _memory_mib("VmRSS"), _read_mb()
     cpu, started = time.process_time(), time.perf_counter()
     work()
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    extra = max(0.0, _memory_mib("VmHWM") - held)
+    extra = max(0.0, _memory_mib("VmHWM") - memory)
     return {"seconds": seconds, "cpu_s": cpu, "extra_mib": extra, "read_mb": _read_mb() - read}
 
 
-def measure_together(work: Callable[[], object]) -> Figure:
-    """Run `work` on all ranks, until the last one is done: processor time and bytes of all of them,
-    memory of the one that took the most.
+def measure_ranks(work: Callable[[], object]) -> Figure:
+    """Run `work` on all ranks and measure until the last is done.
 
-    Collective: every rank calls this.
+    Processor time and bytes are summed over the ranks; memory is that of the rank that used most.
+    Collective.
     """
     import torch.distributed as dist
 
-    def together() -> None:
+    def work_then_barrier() -> None:
         work()
         dist.barrier()
 
     dist.barrier()
     figures: list[Figure] = [{}] * dist.get_world_size()
-    dist.all_gather_object(figures, measure(together))
-    put_together = {"seconds": max, "extra_mib": max, "cpu_s": sum, "read_mb": sum}
-    return {key: how(f[key] for f in figures) for key, how in put_together.items()}  # type: ignore[operator]
+    dist.all_gather_object(figures, measure(work_then_barrier))
+    reductions = {"seconds": max, "extra_mib": max, "cpu_s": sum, "read_mb": sum}
+    return {key: reduce(f[key] for f in figures) for key, reduce in reductions.items()}  # type: ignore[operator]
 
 
 def measure_command(run: Callable[[], object]) -> Figure:
-    """What a process took that `run` starts and waits for, its own start included."""
+    """Measure the child process that `run` starts and waits for, its start-up included."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     run()
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -52,22 +55,21 @@ def measure_command(run: Callable[[], object]) -> Figure:
     return {"seconds": seconds, "cpu_s": cpu}
 
 
-def in_turns(ways: Mapping[str, Callable[[], Figure]], rounds: int) -> dict[str, list[Figure]]:
-    """Every way once a round, each round beginning with another, every second one backwards, so
-    that none always comes after the same one. A first round is not counted."""
-    found: dict[str, list[Figure]] = {name: [] for name in ways}
+def run_rounds(systems: Mapping[str, Callable[[], Figure]], rounds: int) -> dict[str, list[Figure]]:
+    """Run every system once a round, in changing order, after a round that is not counted."""
+    figures: dict[str, list[Figure]] = {name: [] for name in systems}
     for number in range(rounds + 1):
-        for name in turns(list(ways), number):
-            figure = ways[name]()
+        for name in round_order(list(systems), number):
+            figure = systems[name]()
             if number:
-                found[name].append(figure)
-    return found
+                figures[name].append(figure)
+    return figures
 
 
-def turns(names: list[str], number: int) -> list[str]:
-    """The order of a round.
+def round_order(names: list[str], number: int) -> list[str]:
+    """Return the order of round `number`, so that no name always follows the same other.
 
-    >>> turns(["a", "b", "c"], 0), turns(["a", "b", "c"], 1)
+    >>> round_order(["a", "b", "c"], 0), round_order(["a", "b", "c"], 1)
     (['a', 'b', 'c'], ['a', 'c', 'b'])
     """
     start = number % len(names)
@@ -77,8 +79,8 @@ def turns(names: list[str], number: int) -> list[str]:
 
 def _memory_mib(field: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
-    found = next(line for line in lines if line.startswith(f"{field}:"))
-    return int(found.split()[1]) / 1024
+    line = next(line for line in lines if line.startswith(f"{field}:"))
+    return int(line.split()[1]) / 1024
 
 
 def _read_mb() -> float:
@@ -86,7 +88,7 @@ def _read_mb() -> float:
 
 
 def machine() -> str:
-    """What this was measured on, in a line."""
+    """Describe this machine in one line."""
     import torch
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

@@ -1,6 +1,6 @@
-"""Holdfast and what else saves and loads a state, each with the settings that its documents call
-the fast ones, and all synced. Holdfast checks what it writes and reads; of the others none does.
+"""Systems that save and load a state, each with the fast settings that its documentation gives.
 
+Every save is synced. Holdfast verifies checksums as it writes and reads; the other systems do not.
 `torch_checkpointing` writes with its direct mode off: ext4 refuses that mode's unaligned writes.
 """
 
@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load as stock_load
-from torch.distributed.checkpoint.state_dict_saver import save as stock_save
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 import holdfast
 from benchmarks.disk import random_window, raw_read, raw_read_direct, raw_write, sync
-from benchmarks.states import State, held_bytes, local, rank
+from benchmarks.states import State, local, local_bytes, rank
 from holdfast.catalog.source import Source
 from holdfast.format import checksum
 
@@ -36,42 +36,42 @@ class System:
 
     name: str
     save: Callable[[Path, State], object]
-    """Into an empty folder; `saved` syncs it."""
+    """Save into an empty folder; `save_and_sync` syncs it."""
 
     load: Callable[[Path, State], object] | None
-    """Into the memory of a state, from what `save` has left in the folder; None: as another's."""
+    """Load from that folder into the tensors of a state; None: not measured."""
 
     sharded: bool = True
-    """Whether many ranks can do it together."""
+    """Whether several ranks can save and load together."""
 
-    folder: str = ""
-    """Whose save it loads, where that is not its own."""
+    saved_by: str = ""
+    """Name of the system whose save this one loads; empty: its own."""
 
     @property
-    def where(self) -> str:
-        """Name of its folder."""
-        return self.folder or self.name
+    def folder_name(self) -> str:
+        """Name of the folder to load from."""
+        return self.saved_by or self.name
 
 
 def systems() -> dict[str, System]:
-    """Those that can be had here, by name; `raw` is what the disk and the memory give."""
-    found = [
+    """Return the installed systems by name; `raw` is the limit of disk and memory."""
+    installed = [
         System("raw", _raw_save, _raw_load),
-        System("raw, direct", _raw_save, _raw_load_direct, folder="raw"),
-        System("holdfast", _ours_save, _ours_load),
-        System("holdfast, unchecked", _unchecked(_ours_save), _unchecked(_ours_load)),
-        System("dcp", _stock_save(1), _stock_load),
-        System("dcp, 2 threads", _stock_save(2), None),
+        System("raw, direct", _raw_save, _raw_load_direct, saved_by="raw"),
+        System("holdfast", _holdfast_save, _holdfast_load),
+        System("holdfast, unchecked", _unchecked(_holdfast_save), _unchecked(_holdfast_load)),
+        System("dcp", _dcp_save(1), _dcp_load),
+        System("dcp, 2 threads", _dcp_save(2), None),
         System("torch", _torch_save, _torch_load, sharded=False),
         System("safetensors", _safetensors_save, _safetensors_load, sharded=False),
     ]
     if importlib.util.find_spec("torch_checkpointing") is not None:
-        found.append(System("torch_checkpointing", _meta_save, _meta_load))
-    return {system.name: system for system in found}
+        installed.append(System("torch_checkpointing", _meta_save, _meta_load))
+    return {system.name: system for system in installed}
 
 
-def saved(system: System, folder: Path, state: State) -> None:
-    """Save by it, until every byte is on the disk. Collective: every rank calls this."""
+def save_and_sync(system: System, folder: Path, state: State) -> None:
+    """Save, and return once every byte is on the disk. Collective."""
     system.save(folder, state)
     if dist.is_initialized():
         dist.barrier()
@@ -79,29 +79,31 @@ def saved(system: System, folder: Path, state: State) -> None:
         sync(folder)
 
 
+def _raw_threads() -> int:
+    return 1 if dist.is_initialized() else 2
+
+
 def _raw_save(folder: Path, state: State) -> None:
-    threads = 1 if dist.is_initialized() else 2
-    raw_write(folder / f"raw-{rank()}", held_bytes(state), _window(), threads)
+    raw_write(folder / f"raw-{rank()}", local_bytes(state), _window(), _raw_threads())
 
 
 def _raw_load(folder: Path, state: State) -> None:
     views = [local(t).view(-1).view(torch.uint8).numpy().data for t in state.values()]
-    raw_read(folder / f"raw-{rank()}", views, 1 if dist.is_initialized() else 2)
+    raw_read(folder / f"raw-{rank()}", views, _raw_threads())
 
 
 def _raw_load_direct(folder: Path, state: State) -> None:
-    threads = 1 if dist.is_initialized() else 2
-    raw_read_direct(folder / f"raw-{rank()}", held_bytes(state), threads)
+    raw_read_direct(folder / f"raw-{rank()}", local_bytes(state), _raw_threads())
 
 
 _window = cache(random_window)
 
 
-def _ours_save(folder: Path, state: State) -> None:
+def _holdfast_save(folder: Path, state: State) -> None:
     holdfast.save(folder / "step", state)
 
 
-def _ours_load(folder: Path, state: State) -> None:
+def _holdfast_load(folder: Path, state: State) -> None:
     holdfast.load(folder / "step", state)
 
 
@@ -115,37 +117,36 @@ def _unchecked(work: Callable[[Path, State], None]) -> Callable[[Path, State], N
 
 @contextmanager
 def unchecked() -> Iterator[None]:
-    """Holdfast without a checksum of any block of a tensor: a save takes none, and a load reads as
-    it does what has none."""
-    real = checksum.block_checksums, Source.checksums
+    """Context in which Holdfast computes and verifies no checksums of tensor blocks."""
+    originals = checksum.block_checksums, Source.checksums
 
-    def none_taken(data: memoryview, block_bytes: int = checksum.BLOCK_BYTES) -> list[int]:
+    def zeros(data: memoryview, block_bytes: int = checksum.BLOCK_BYTES) -> list[int]:
         return [0] * checksum.num_blocks(len(data), block_bytes)
 
     try:
-        checksum.block_checksums = none_taken
+        checksum.block_checksums = zeros
         Source.checksums = lambda *_: None  # type: ignore[method-assign]
         yield
     finally:
-        checksum.block_checksums, Source.checksums = real  # type: ignore[method-assign]
+        checksum.block_checksums, Source.checksums = originals  # type: ignore[method-assign]
 
 
-def _stock_save(threads: int) -> Callable[[Path, State], None]:
+def _dcp_save(threads: int) -> Callable[[Path, State], None]:
     def save(folder: Path, state: State) -> None:
         writer = FileSystemWriter(folder, sync_files=True, thread_count=threads)
-        stock_save(dict(state), storage_writer=writer)
+        dcp_save(dict(state), storage_writer=writer)
 
     return save
 
 
-def stock_save_again(folder: Path, state: State) -> None:
-    """`dcp.save` with the plan of the save before it, where there was one."""
+def save_dcp_cached_plan(folder: Path, state: State) -> None:
+    """Save with DCP, which caches the plan of its first save and reuses it."""
     planner = DefaultSavePlanner(enable_plan_caching=True)
-    stock_save(dict(state), storage_writer=FileSystemWriter(folder), planner=planner)
+    dcp_save(dict(state), storage_writer=FileSystemWriter(folder), planner=planner)
 
 
-def _stock_load(folder: Path, state: State) -> None:
-    stock_load(dict(state), checkpoint_id=folder)
+def _dcp_load(folder: Path, state: State) -> None:
+    dcp_load(dict(state), checkpoint_id=folder)
 
 
 def _torch_save(folder: Path, state: State) -> None:
@@ -153,7 +154,7 @@ def _torch_save(folder: Path, state: State) -> None:
 
 
 def _torch_load(folder: Path, state: State) -> None:
-    _take(state, torch.load(folder / "state.pt", weights_only=True, mmap=True))
+    _copy_into(state, torch.load(folder / "state.pt", weights_only=True, mmap=True))
 
 
 def _safetensors_save(folder: Path, state: State) -> None:
@@ -161,10 +162,10 @@ def _safetensors_save(folder: Path, state: State) -> None:
 
 
 def _safetensors_load(folder: Path, state: State) -> None:
-    _take(state, safetensors.torch.load_file(folder / "state.safetensors"))
+    _copy_into(state, safetensors.torch.load_file(folder / "state.safetensors"))
 
 
-def _take(state: State, loaded: State) -> None:
+def _copy_into(state: State, loaded: State) -> None:
     for name, tensor in loaded.items():
         state[name].copy_(tensor)
 
@@ -177,8 +178,8 @@ def _meta_load(folder: Path, state: State) -> None:
     _meta_manager().load(os.fspath(folder / "step"), into={"state": dict(state)})
 
 
-def meta_config(config: Any) -> Any:
-    """Of `torch_checkpointing`, for this disk."""
+def without_direct_io(config: Any) -> Any:
+    """Turn off direct I/O in a configuration of `torch_checkpointing`."""
     from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
 
     config.storage_config = LocalFileSystemStorageConfig(use_direct_io=False)
@@ -189,4 +190,4 @@ def meta_config(config: Any) -> Any:
 def _meta_manager() -> Any:
     from torch_checkpointing import CheckpointManager
 
-    return meta_config(CheckpointManager.Config.with_sync_save()).build()
+    return without_direct_io(CheckpointManager.Config.with_sync_save()).build()

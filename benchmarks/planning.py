@@ -1,12 +1,12 @@
 """Planning a save for many ranks, in one process: `python -m benchmarks.planning`.
 
-This process is rank 0 of a job of any size; the other ranks are imagined. What they would send is
-made while the clock stands still, then pickled, counted and read as it would be. The state is 2,000
-float32 tensors, each sharded evenly over all ranks (FSDP), a value that all ranks share, and one of
-each rank's own. Times are those of rank 0, its own share of the work included; no disk is written.
+This process is rank 0 of a job of any size; the other ranks are simulated. Their messages are made
+while the clock is paused, then pickled, counted and unpickled like real ones. The state is 2,000
+float32 tensors, each sharded evenly over all ranks (FSDP), a value that all ranks share, and a
+value of each rank. Times are those of rank 0, including its own local work; nothing is written.
 
-Beside it stock `torch.distributed.checkpoint` plans the same tensors, with its cache of plans. Its
-times leave out what it pickles, ours do not.
+For comparison stock `torch.distributed.checkpoint` plans the same tensors, with its cache of plans.
+Its times exclude pickling, Holdfast's include it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pickle
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,55 +58,57 @@ LATER_SAVES = 3
 
 
 @dataclass(slots=True)
-class Clock:
+class Stopwatch:
     """Seconds that rank 0 works."""
 
     seconds: float = 0.0
 
     @contextmanager
-    def runs(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
         started = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - started
 
     @contextmanager
-    def stands(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         started = time.perf_counter()
         yield
         self.seconds -= time.perf_counter() - started
 
 
-class Chorus:
-    """The ranks of a job, of which only rank 0 is real: the others say what it says, but for the
-    parts that each has of its own."""
+class SimulatedRanks:
+    """Communicator of rank 0 in which the other ranks are simulated.
+
+    They send what rank 0 sends, except for the names in `distinct`, which differ on each rank.
+    """
 
     rank = 0
 
-    def __init__(self, size: int, clock: Clock, own: set[str]) -> None:
+    def __init__(self, size: int, clock: Stopwatch, distinct: set[str]) -> None:
         self.size = size
         self.wire_bytes = 0
         self._clock = clock
-        self._own = own
-        self._asked: list[list[str]] | None = None
+        self._distinct = distinct
+        self._requested: list[list[str]] | None = None
 
     def gather(self, item: Any) -> list[Any]:
-        with self._clock.stands():
-            said = [pickle.dumps(self._said(rank, item)) for rank in range(1, self.size)]
-            self.wire_bytes += sum(map(len, said))
-            self._asked = None
-        return [item, *map(pickle.loads, said)]
+        with self._clock.paused():
+            messages = [pickle.dumps(self._message(rank, item)) for rank in range(1, self.size)]
+            self.wire_bytes += sum(map(len, messages))
+            self._requested = None
+        return [item, *map(pickle.loads, messages)]
 
     def scatter(self, items: list[Any]) -> Any:
         self.wire_bytes += sum(len(pickle.dumps(item)) for item in items[1:])
         if isinstance(items[0], list):
-            self._asked = items
+            self._requested = items
         return items[0]
 
     def broadcast(self, item: Any) -> Any:
         self.wire_bytes += len(pickle.dumps(item)) * (self.size - 1)
         return item
 
-    def duplicate(self) -> Chorus:
+    def duplicate(self) -> SimulatedRanks:
         return self
 
     def close(self) -> None:
@@ -121,28 +123,30 @@ class Chorus:
     def receive(self, rank: int, into: torch.Tensor) -> None:
         raise AssertionError(f"a save receives nothing from rank {rank}: {into.numel()} bytes")
 
-    def _said(self, rank: int, item: Any) -> Any:
+    def _message(self, rank: int, item: Any) -> Any:
+        """Return what `rank` sends where rank 0 sends `item`."""
         if isinstance(item, RankResult):
             return dataclasses.replace(item, file=data_file(rank))
-        if self._asked is not None:
-            return {name: self._part(rank, name) for name in self._asked[rank]}
+        if self._requested is not None:
+            return {name: self._plan(rank, name) for name in self._requested[rank]}
         if isinstance(item, dict):
-            own = self._own & item.keys()
-            return {**item, **{name: xxh3_128_digest(self._part(rank, name)) for name in own}}
+            names = self._distinct & item.keys()
+            return {**item, **{name: xxh3_128_digest(self._plan(rank, name)) for name in names}}
         return item
 
-    def _part(self, rank: int, name: str) -> bytes:
+    def _plan(self, rank: int, name: str) -> bytes:
+        """Return a rank's pickled local plan of a component, or offsets of its items."""
         if name == "rng":
             return pickle.dumps(LocalPlan(values={f"rng.rank_{rank}": ("rng", f"rank_{rank}")}))
-        # Places of items: numbers as large as any, with nothing in common.
-        places = np.random.default_rng(rank).integers(1 << 30, 1 << 40, (NUM_TENSORS, 4))
-        return pickle.dumps(places.astype(np.int64))
+        # Large offsets that no two ranks share, so that they neither compress nor deduplicate.
+        offsets = np.random.default_rng(rank).integers(1 << 30, 1 << 40, (NUM_TENSORS, 4))
+        return pickle.dumps(offsets.astype(np.int64))
 
 
-class Nowhere:
-    """A `Store` that keeps sizes only."""
+class SizeStore:
+    """`Store` that keeps only the sizes of its files."""
 
-    url = "nowhere:"
+    url = "sizes:"
 
     def __init__(self) -> None:
         self.sizes: dict[str, int] = {}
@@ -151,16 +155,19 @@ class Nowhere:
         return []
 
     def size(self, key: str) -> int:
-        # Every data file is as long as that of rank 0.
+        # Every rank's data file is as long as that of rank 0.
         return self.sizes[key] if key in self.sizes else self.sizes["data"]
 
     @contextmanager
-    def create(self, key: str, nbytes: int) -> Iterator[Nowhere]:
+    def create(self, key: str, nbytes: int) -> Iterator[SizeStore]:
         self.sizes[key.rpartition("/")[2]] = nbytes
         yield self
 
     def write(self, offset: int, parts: Sequence[bytes]) -> None:
         pass
+
+    def hold(self, _: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def free_bytes(self) -> None:
         return None
@@ -170,39 +177,48 @@ class Nowhere:
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
-    """Of one system at one size."""
+class PlanningCosts:
+    """Costs of one system at one number of ranks."""
 
     planned_s: float
-    """Of a first save, up to the first byte: what training waits for in any case."""
+    """Seconds of a first save before its first byte, for which training waits in any mode."""
 
     first_s: float
-    """All of it."""
+    """Seconds of a whole first save."""
 
     later_s: float
+    """Seconds of a later save, which reuses the plan."""
+
     first_wire: int
+    """Bytes that the ranks exchange in a first save."""
+
     later_wire: int
+    """Bytes that the ranks exchange in a later save."""
+
     metadata: int
+    """Bytes of `.metadata`."""
+
     manifest: int = 0
+    """Bytes of `manifest.json`."""
 
 
-def ours(size: int, state: FlatState, own: set[str]) -> Figures:
-    """The engine's own code from `begin_save` to `commit`, less the writing."""
-    clock, store = Clock(), Nowhere()
-    ranks = Chorus(size, clock, own)
+def measure_holdfast(size: int, state: FlatState, distinct: set[str]) -> PlanningCosts:
+    """Run Holdfast's code from `begin_save` to `commit`, without writing data."""
+    clock, store = Stopwatch(), SizeStore()
+    ranks = SimulatedRanks(size, clock, distinct)
     planner = Planner(ranks)
     catalog: Any = Catalog(store)  # type: ignore[arg-type]
     planned, seconds, wire = [], [], []
     for _ in range(1 + LATER_SAVES):
         clock.seconds, ranks.wire_bytes = 0.0, 0
-        with clock.runs():
+        with clock.running():
             pending = begin_save(catalog, "step-1", state, ranks=ranks, planner=planner, step=1)
         planned.append(clock.seconds)
-        with clock.runs():
+        with clock.running():
             store.sizes["data"] = pending.file_layout.nbytes
             commit(
                 pending.attempt,
-                result_of(pending.file_layout),
+                write_result(pending.file_layout),
                 index=pending.index,
                 facts=pending.facts,
                 replicas=pending.replicas,
@@ -211,26 +227,32 @@ def ours(size: int, state: FlatState, own: set[str]) -> Figures:
             )
         seconds.append(clock.seconds)
         wire.append(ranks.wire_bytes)
-    sizes = store.sizes[METADATA], store.sizes["manifest.json"]
-    later_s = statistics.median(seconds[1:])
-    return Figures(planned[0], seconds[0], later_s, wire[0], wire[-1], *sizes)
+    return PlanningCosts(
+        planned_s=planned[0],
+        first_s=seconds[0],
+        later_s=statistics.median(seconds[1:]),
+        first_wire=wire[0],
+        later_wire=wire[-1],
+        metadata=store.sizes[METADATA],
+        manifest=store.sizes["manifest.json"],
+    )
 
 
-def result_of(layout: FileLayout) -> RankResult:
+def write_result(layout: FileLayout) -> RankResult:
     values = {name: (span, 7) for names, span in layout.values for name in names}
     return RankResult(layout.name, layout.nbytes, Table(layout.table_offset, 7), values)
 
 
-def stock(size: int, state: dict[str, Any], folder: Path) -> Figures:
-    """`create_global_plan`, and what `FileSystemWriter.finish` does with the results."""
+def measure_dcp(size: int, state: dict[str, Any], folder: Path) -> PlanningCosts:
+    """Run stock DCP's `create_global_plan` and `FileSystemWriter.finish`."""
     planner = DefaultSavePlanner(enable_plan_caching=True)
-    # Plans are kept for the whole process, under the name of the planner's class.
+    # DCP caches plans for the whole process, by default under the planner's class name.
     planner._cached_plans_key = f"{size} ranks"
     planner.set_up_planner(state, is_coordinator=True)
     local = planner.create_local_plan()
-    plans = [local, *(plan_of(rank, local, size) for rank in range(1, size))]
-    clock = Clock()
-    with clock.runs():
+    plans = [local, *(local_plan_of(rank, local, size) for rank in range(1, size))]
+    clock = Stopwatch()
+    with clock.running():
         _, metadata = planner.create_global_plan(plans)
     plan_s = clock.seconds
     results = [
@@ -243,40 +265,46 @@ def stock(size: int, state: dict[str, Any], folder: Path) -> Figures:
     writer = FileSystemWriter(folder)
     writer.set_up_storage_writer(is_coordinator=True)
     clock.seconds = 0.0
-    with clock.runs():
+    with clock.running():
         planner.create_global_plan([SavePlan([], usable=False)] * size)
         writer.finish(metadata, results)
     nbytes = (folder / METADATA).stat().st_size
-    up = sum(len(pickle.dumps(plan)) for plan in plans[1:])
-    reports = sum(len(pickle.dumps(result)) for result in results[1:])
-    later = reports + nbytes * (size - 1)
-    # Plans go up, and come back with their numbers; then as in every save.
-    first_s = plan_s + clock.seconds
-    return Figures(plan_s, first_s, clock.seconds, 2 * up + later, later, nbytes)
+    plan_bytes = sum(len(pickle.dumps(plan)) for plan in plans[1:])
+    result_bytes = sum(len(pickle.dumps(result)) for result in results[1:])
+    later_wire = result_bytes + nbytes * (size - 1)
+    return PlanningCosts(
+        planned_s=plan_s,
+        first_s=plan_s + clock.seconds,
+        later_s=clock.seconds,
+        # A first save also gathers the local plans, and scatters the global ones.
+        first_wire=2 * plan_bytes + later_wire,
+        later_wire=later_wire,
+        metadata=nbytes,
+    )
 
 
-def plan_of(rank: int, local: SavePlan, size: int) -> SavePlan:
-    """What rank 0 has planned, as another rank would have."""
+def local_plan_of(rank: int, local: SavePlan, size: int) -> SavePlan:
+    """Return the local plan of `rank`, derived from that of rank 0."""
     rows = SHAPE[0] // size
     start, sizes = torch.Size((rows * rank, 0)), torch.Size((rows, SHAPE[1]))
 
-    def moved(item: WriteItem) -> WriteItem:
+    def shifted(item: WriteItem) -> WriteItem:
         assert item.tensor_data is not None
         data = dataclasses.replace(item.tensor_data, chunk=ChunkStorageMetadata(start, sizes))
         index = MetadataIndex(item.index.fqn, start)
         return dataclasses.replace(item, index=index, tensor_data=data)
 
-    items = [moved(item) for item in local.items if item.tensor_data is not None]
+    items = [shifted(item) for item in local.items if item.tensor_data is not None]
     return dataclasses.replace(local, items=items)
 
 
 def state_of(size: int) -> dict[str, Any]:
-    """What rank 0 of so many holds; the process group is a fake one."""
+    """Return the state of rank 0 of `size` ranks, in a fake process group."""
     dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
     mesh = init_device_mesh("cpu", (size,))
-    part = torch.zeros(SHAPE[0] // size, SHAPE[1])
+    rows = torch.zeros(SHAPE[0] // size, SHAPE[1])
     layers = {
-        str(number): {"weight": DTensor.from_local(part.clone(), mesh, [Shard(0)], run_check=False)}
+        str(number): {"weight": DTensor.from_local(rows.clone(), mesh, [Shard(0)], run_check=False)}
         for number in range(NUM_TENSORS)
     }
     return {"layers": layers, "train_state": {"step": 7}, "rng": {"rank_0": b"seven"}}
@@ -296,12 +324,13 @@ def main() -> None:
     ]
     for size in options.sizes:
         state = state_of(size)
-        lines.append(row(size, "holdfast", ours(size, flatten(state), {"rng"})))
-        worst = ours(size, flatten(state), {"rng", "items"})
+        best = measure_holdfast(size, flatten(state), {"rng"})
+        lines.append(row(size, "holdfast", best))
+        worst = measure_holdfast(size, flatten(state), {"rng", "items"})
         lines.append(row(size, "holdfast, no two files laid out alike", worst))
         if size <= options.stock_size_max:
             with TemporaryDirectory() as folder:
-                lines.append(row(size, "stock DCP", stock(size, state, Path(folder))))
+                lines.append(row(size, "stock DCP", measure_dcp(size, state, Path(folder))))
         dist.destroy_process_group()
         console.print(f"{size} ranks: done", highlight=False)
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
@@ -310,9 +339,9 @@ def main() -> None:
         options.out.write_text(head + "\n".join(lines) + "\n")
 
 
-def row(size: int, name: str, figures: Figures) -> str:
-    sizes = [f"{n / 2**20:,.2f} MiB" for n in dataclasses.astuple(figures)[3:]]
-    times = f"{figures.first_s:.3f} | {figures.planned_s:.3f} | {figures.later_s:.4f}"
+def row(size: int, name: str, costs: PlanningCosts) -> str:
+    sizes = [f"{n / 2**20:,.2f} MiB" for n in dataclasses.astuple(costs)[3:]]
+    times = f"{costs.first_s:.3f} | {costs.planned_s:.3f} | {costs.later_s:.4f}"
     return f"| {size:,} | {name} | {times} | {' | '.join(sizes)} |"
 
 

@@ -1,6 +1,6 @@
-"""Bars as an SVG of its own, for light pages and dark ones: numbers in, text out.
+"""Bar charts as standalone SVG files with a light and a dark style.
 
-`holdfast.dashboard.chart` draws inside a page and takes its style; this file brings its own.
+`holdfast.dashboard.chart` cannot be used: its charts take their style from the page around them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ text { fill: #e6edf3 } .bar { fill: #6e7681 } .ours { fill: #4493f8 } .first { f
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One value, with the least and the greatest that it is the middle of."""
+    """Median of a system, with the range of its rounds."""
 
     label: str
     value: float
@@ -32,19 +32,19 @@ class Bar:
 
     @property
     def style(self) -> str:
-        """By whose it is: ours, what the machine gives, another's."""
+        """CSS class: Holdfast, the machine's limit, or another system."""
         if self.label.startswith("holdfast"):
             return "bar ours"
         return "bar first" if self.label.startswith(("raw", "plain", "python")) else "bar"
 
 
-def bars(title: str, drawn: Sequence[Bar]) -> str:
-    """One below the other, from zero; a thin line spans each one's range."""
-    most = max([bar.high for bar in drawn if bar.high > 0], default=1.0)
+def bar_chart(title: str, bars: Sequence[Bar]) -> str:
+    """Draw horizontal bars from zero, with a thin line across each one's range."""
+    most = max([bar.high for bar in bars if bar.high > 0], default=1.0)
     scale = (WIDTH - LEFT - RIGHT) / most
-    height = TOP + ROW * len(drawn) + 6
+    height = TOP + ROW * len(bars) + 6
     parts = [f'<text class="title" x="12" y="20">{escape(title)}</text>']
-    for number, bar in enumerate(drawn):
+    for number, bar in enumerate(bars):
         top = TOP + number * ROW
         middle = top + ROW // 2
         width, low, high = (max(0.0, value * scale) for value in (bar.value, bar.low, bar.high))

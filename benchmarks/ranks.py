@@ -1,4 +1,4 @@
-"""Real processes on gloo, as the ranks of one job."""
+"""Run a function on several processes that form a gloo group."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 
-def on_ranks(size: int, work: Callable[..., Any], *args: Any) -> Any:
-    """What `work(*args)` gives on rank 0 of so many processes; `work` is a function of a module."""
+def run_on_ranks(size: int, work: Callable[..., Any], *args: Any) -> Any:
+    """Run `work(*args)` on `size` ranks, and return rank 0's result.
+
+    `work` must be a function of a module, since it is pickled.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.peers"])
     results = context.SimpleQueue()
@@ -30,7 +33,7 @@ def on_ranks(size: int, work: Callable[..., Any], *args: Any) -> Any:
 
 
 def free_port() -> int:
-    """One of the loopback address that nobody listens on."""
+    """Find a free port of the loopback address."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
@@ -41,10 +44,10 @@ def _rank(rank: int, size: int, port: int, results: Any, work: Any, args: Any) -
     import torch
     import torch.distributed as dist
 
-    from benchmarks.asked import quiet
+    from benchmarks.options import silence_warnings
 
     torch.set_num_threads(1)
-    quiet()
+    silence_warnings()
     address = f"tcp://127.0.0.1:{port}"
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", rank=rank, world_size=size, init_method=address)

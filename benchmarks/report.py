@@ -1,4 +1,4 @@
-"""The page of results, made of what the benchmarks kept: summary, tables and plots."""
+"""Page of results, made from the stored figures: summary, tables and plots."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.plots import Bar, bars
-from benchmarks.results import Section, stored
-from benchmarks.targets import ROWS, verdict
+from benchmarks.plots import Bar, bar_chart
+from benchmarks.results import Section, load_sections
+from benchmarks.targets import TARGETS, verdict
 
 HEADS = {
     "seconds": "seconds",
@@ -23,25 +23,36 @@ HEADS = {
     "step_s": "plain step, s",
 }
 PLOTTED = {"small": ("cpu_s",), "overlap": ("lost_s", "durable_s"), "listing": ()}
+"""Columns to plot by section, where they are not `seconds`."""
+
 ORDER = (
-    *("saving", "loading", "cold", "small", "overlap"),
-    *("sharded_saving", "sharded_loading", "sharded_cold", "resharding", "listing"),
+    "saving",
+    "loading",
+    "cold",
+    "small",
+    "overlap",
+    "sharded_saving",
+    "sharded_loading",
+    "sharded_cold",
+    "resharding",
+    "listing",
 )
 HEAD = """# Results
 
-`python -m benchmarks.run` measures all of this and makes this page; `--quick` is small and short.
-Systems take turns within each round, in another order each time, after a round that is not counted;
-figures are medians, ratios are medians of the rounds' ratios with the least and the greatest. All
-saves are synced. `raw` is the same bytes written with O_DIRECT by two threads and synced, or read
-into the same memory. What each part does is said at the top of its module. Between machines, and on
-a busy one, figures mean nothing. Also here: [conversions](convert.md), [planning](planning.md).
+`python -m benchmarks.run` measures everything on this page and writes it; `--quick` is small and
+short. Systems run in turn within each round, in changing order, after a round that is not counted.
+Figures are medians; ratios are medians of the rounds' ratios, with minimum and maximum. All saves
+are synced. `raw` is the same bytes written with O_DIRECT by two threads and synced, or read into
+the same memory. Each part's module describes its method. Compare figures only within one table:
+they depend on the machine and its load. See also [conversions](convert.md) and
+[planning](planning.md).
 """
 
 
 def write_report(folder: Path) -> None:
-    """Write the page and its plots beside the data in a folder."""
-    found = stored(folder)
-    sections = {name: found[name] for name in ORDER if name in found}
+    """Write the page and its plots to the folder of the stored figures."""
+    stored = load_sections(folder)
+    sections = {name: stored[name] for name in ORDER if name in stored}
     lines = [HEAD, *_machines(list(sections.values())), "", *_summary(sections)]
     for section in sections.values():
         lines += ["", f"## {section.title}", "", f"{section.method} {_rounds(section)}", ""]
@@ -49,7 +60,7 @@ def write_report(folder: Path) -> None:
         for column in PLOTTED.get(section.name, ("seconds",)):
             plot = folder / f"{section.name}-{column}.svg"
             title = f"{section.title}: {HEADS[column]}"
-            plot.write_text(bars(title, list(_bars(section, column))))
+            plot.write_text(bar_chart(title, list(_bars(section, column))))
             lines += ["", f"![{title}]({plot.name})"]
     (folder / "README.md").write_text("\n".join(lines) + "\n")
 
@@ -64,34 +75,37 @@ def _rounds(section: Section) -> str:
 
 def _summary(sections: dict[str, Section]) -> list[str]:
     lines = ["| figure | target | measured | |", "|---|---|---|---|"]
-    for row in ROWS:
-        found = verdict(row, sections)
-        how = {True: "met", False: "**missed**", None: "-"}[found.met]
-        lines.append(f"| {row.figure} | {row.target} | {found.said} | {how} |")
+    for target in TARGETS:
+        result = verdict(target, sections)
+        outcome = {True: "met", False: "**missed**", None: "-"}[result.met]
+        lines.append(f"| {target.figure} | {target.target} | {result.measured} | {outcome} |")
     return lines
 
 
 def _table(section: Section) -> list[str]:
-    every = [figure for figures in section.figures.values() for figure in figures]
-    # Bytes read are nothing where a system writes, or maps its files.
-    columns = [c for c in HEADS if any(c in f for f in every) and max(f[c] for f in every) >= 1e-3]
-    if max(figure.get("read_mb", 0.0) for figure in every) < 1:
-        columns = [column for column in columns if column != "read_mb"]
-    beside = [name for name in ("raw", "holdfast") if name in section.figures]
-    head = ["system", *(HEADS[column] for column in columns), *(f"x {name}" for name in beside)]
+    figures = [figure for rounds in section.figures.values() for figure in rounds]
+    # Columns without a value in any round are left out: saves read nothing.
+    least = {"read_mb": 1.0}
+    columns = [
+        column
+        for column in HEADS
+        if max(figure.get(column, 0.0) for figure in figures) >= least.get(column, 1e-3)
+    ]
+    compared = [name for name in ("raw", "holdfast") if name in section.figures]
+    head = ["system", *(HEADS[column] for column in columns), *(f"x {name}" for name in compared)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in section.figures:
-        cells = [_spelled(section.median(name, column)) for column in columns]
-        for other in beside:
+        cells = [_format(section.median(name, column)) for column in columns]
+        for other in compared:
             cells.append(f"{statistics.median(section.ratios(name, other)):.2f}")
         lines.append(f"| {' | '.join((name, *cells))} |")
     return lines
 
 
-def _spelled(value: float) -> str:
-    """Three digits that count.
+def _format(value: float) -> str:
+    """Format with about three significant digits.
 
-    >>> _spelled(0.01234), _spelled(1.5), _spelled(2312.7)
+    >>> _format(0.01234), _format(1.5), _format(2312.7)
     ('0.012', '1.50', '2,313')
     """
     return f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}" if value < 100 else f"{value:,.0f}"

@@ -1,69 +1,79 @@
-"""What a benchmark found, kept as a file: tables, plots and the summary are made of these."""
+"""Stored results of the benchmarks, from which tables, plots and the summary are made."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from benchmarks.meter import Figure, machine
+from benchmarks.options import BenchmarkOptions, parse_options, silence_warnings
 
 DATA = "data"
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One benchmark: figures of each system, round by round."""
+    """Results of one benchmark."""
 
     name: str
     title: str
     method: str
-    """A sentence or two: what was done, how often, and what each figure is."""
+    """Method in a sentence or two: work, size of the state, meaning of the columns."""
 
     figures: Mapping[str, Sequence[Figure]]
+    """Measurements of each round, by system."""
+
     facts: Mapping[str, float] = field(default_factory=dict)
-    """Numbers of the state: `nbytes`, ..."""
+    """Numbers that describe the state, such as `nbytes`."""
 
     machine: str = field(default_factory=machine)
 
     def median(self, system: str, column: str) -> float:
-        """Of one system's figures in a column."""
+        """Return the median over a system's rounds."""
         return statistics.median(figure[column] for figure in self.figures[system])
 
     def best(self, systems: Sequence[str], column: str) -> str:
-        """The system among those that are there with the least."""
-        there = [system for system in systems if system in self.figures]
-        return min(there, key=lambda system: self.median(system, column))
+        """Return the measured system with the least median."""
+        measured = [system for system in systems if system in self.figures]
+        return min(measured, key=lambda system: self.median(system, column))
 
     def ratios(self, system: str, other: str, column: str = "seconds") -> list[float]:
-        """Of their figures, round by round."""
+        """Return each round's ratio of two systems."""
         pairs = zip(self.figures[system], self.figures[other], strict=True)
-        return [one[column] / two[column] for one, two in pairs]
+        return [a[column] / b[column] for a, b in pairs]
 
     def most(self, system: str, column: str) -> float:
-        """The greatest of its figures."""
+        """Return the maximum over a system's rounds."""
         return max(figure[column] for figure in self.figures[system])
 
 
-def store(section: Section, folder: Path, *, add: bool) -> None:
-    """Keep what was found; `add` puts it beside the rounds of the same benchmark that are there."""
+def measure_parts(
+    description: str | None, parts: Mapping[str, Callable[[BenchmarkOptions, Path], Section]]
+) -> None:
+    """Measure the parts that the command line names, and store their figures."""
+    options = parse_options(description, tuple(parts))
+    silence_warnings()
+    for part in options.parts:
+        with options.temporary_folder() as folder:
+            save_section(parts[part](options, folder), options.out, add=options.add)
+
+
+def save_section(section: Section, folder: Path, *, add: bool) -> None:
+    """Store a section; `add` appends its rounds to those stored for the same machine and state."""
     path = folder / DATA / f"{section.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = asdict(section)
+    stored = asdict(section)
     if add and path.exists():
-        there = json.loads(path.read_text())
-        assert (there["machine"], there["facts"]) == (section.machine, dict(section.facts)), path
-        kept["figures"] = {n: [*there["figures"][n], *f] for n, f in section.figures.items()}
-    path.write_text(json.dumps(kept, indent=1) + "\n")
+        old = json.loads(path.read_text())
+        assert (old["machine"], old["facts"]) == (section.machine, dict(section.facts)), path
+        stored["figures"] = {n: [*old["figures"][n], *f] for n, f in section.figures.items()}
+    path.write_text(json.dumps(stored, indent=1) + "\n")
 
 
-def stored(folder: Path) -> dict[str, Section]:
-    """All that was kept, by name."""
-    found: dict[str, Section] = {}
-    for path in sorted((folder / DATA).glob("*.json")):
-        read: Any = json.loads(path.read_text())
-        found[path.stem] = Section(**read)
-    return found
+def load_sections(folder: Path) -> dict[str, Section]:
+    """Load all stored sections, by name."""
+    paths = sorted((folder / DATA).glob("*.json"))
+    return {path.stem: Section(**json.loads(path.read_text())) for path in paths}

@@ -1,9 +1,9 @@
-"""The benchmarks of saving, loading and planning: `python -m benchmarks.run [--quick] [PART ...]`.
+"""Benchmarks of saving, loading and planning: `python -m benchmarks.run [--quick] [PART ...]`.
 
-Each part runs in a process of its own and keeps its figures in `results/data`; tables, plots and
-the summary in `results/README.md` are made of all that is kept. `torch_checkpointing` takes part
-where it is installed (`pip install holdfast[benchmarks]`). Figures are for comparing systems within
-one table: between machines, and on a busy one, they mean nothing.
+Each part runs in its own process and stores its figures in `results/data`. Tables, plots and the
+summary in `results/README.md` are made from all stored figures. `torch_checkpointing` is measured
+if it is installed (`pip install holdfast[benchmarks]`). Compare figures only within one table: they
+depend on the machine and its load.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 from benchmarks import saving, sharded
-from benchmarks.asked import Asked, asked
+from benchmarks.options import BenchmarkOptions, parse_options
 from benchmarks.report import write_report
 
 MODULES = {
@@ -24,23 +24,23 @@ MODULES = {
 }
 
 
-def command(part: str, given: Asked) -> list[str]:
-    """What measures one part."""
+def command(part: str, options: BenchmarkOptions) -> list[str]:
+    """Return the command that measures one part."""
     start = [sys.executable, "-m", MODULES[part]]
     if part == "planning":
-        sizes = ["8", "64"] if given.quick else ["8", "64", "512", "2048"]
-        return [*start, "--sizes", *sizes, "--out", str(given.out / "planning.md")]
-    return [*start, part, *given.arguments()]
+        sizes = ["8", "64"] if options.quick else ["8", "64", "512", "2048"]
+        return [*start, "--sizes", *sizes, "--out", str(options.out / "planning.md")]
+    return [*start, part, *options.arguments()]
 
 
 def main() -> None:
-    """Run one after the other; the first that fails ends it."""
-    given = asked(__doc__, tuple(MODULES))
-    given.out.mkdir(parents=True, exist_ok=True)
-    for part in given.parts:
+    """Run the parts in turn, up to the first that fails, and write the report."""
+    options = parse_options(__doc__, tuple(MODULES))
+    options.out.mkdir(parents=True, exist_ok=True)
+    for part in options.parts:
         sys.stderr.write(f"{part}\n")
-        subprocess.run(command(part, given), check=True)
-    write_report(given.out)
+        subprocess.run(command(part, options), check=True)
+    write_report(options.out)
 
 
 if __name__ == "__main__":

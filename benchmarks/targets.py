@@ -1,4 +1,4 @@
-"""What Holdfast is to reach, figure by figure, and whether what was measured does."""
+"""Performance targets, and whether the measured figures meet them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.results import Section
 Sections = Mapping[str, Section]
 
 PINNED = "holdfast, async_with_pinned_mem"
-BACKGROUND = (
+BACKGROUND_PEERS = (
     "dcp, thread",
     "dcp, thread, staged in a thread",
     "dcp, process, shared memory",
@@ -21,26 +21,26 @@ BACKGROUND = (
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was measured for one figure."""
+    """Result for one target."""
 
-    said: str
+    measured: str
     met: bool | None
-    """None: it could not be measured."""
+    """Whether the target is met; None: not measured."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One figure."""
+class Target:
+    """Value that a figure must reach."""
 
     figure: str
     target: str
-    measured: Callable[[Sections], Verdict]
+    measure: Callable[[Sections], Verdict]
 
 
-def verdict(row: Row, sections: Sections) -> Verdict:
-    """Of one figure; what was not run, or is not installed, is said so."""
+def verdict(target: Target, sections: Sections) -> Verdict:
+    """Compare the figures with a target; a missing section or system is reported as such."""
     try:
-        return row.measured(sections)
+        return target.measure(sections)
     except KeyError as missing:
         return Verdict(f"not measured: no {missing.args[0]}", None)
 
@@ -50,195 +50,185 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def times(
-    section: str, ours: str, theirs: str | Sequence[str], most: float, column: str = "seconds"
-) -> Callable[[Sections], Verdict]:
-    """At most so many times theirs, or the best one's of several, round by round."""
+    figure: str, most: str, section: str, system: str, *peers: str, column: str = "seconds"
+) -> Target:
+    """Target: at most `most` times the figure of a peer, or of the best of several, by round."""
 
-    def measured(sections: Sections) -> Verdict:
-        found, other, of = _against(sections, section, theirs, column)
-        ratios = found.ratios(ours, other, column)
-        return Verdict(f"{_spread(ratios)} times{of}", statistics.median(ratios) <= most)
+    def measure(sections: Sections) -> Verdict:
+        peer, note = _best(sections[section], peers, column)
+        ratios = sections[section].ratios(system, peer, column)
+        return Verdict(f"{_spread(ratios)} times{note}", statistics.median(ratios) <= float(most))
 
-    return measured
-
-
-def faster(
-    section: str, ours: str, theirs: str | Sequence[str], least: float
-) -> Callable[[Sections], Verdict]:
-    """At least so many times as fast as theirs, or as the fastest of several, round by round."""
-
-    def measured(sections: Sections) -> Verdict:
-        found, other, of = _against(sections, section, theirs, "seconds")
-        ratios = found.ratios(other, ours)
-        return Verdict(f"{_spread(ratios)} times{of}", statistics.median(ratios) >= least)
-
-    return measured
+    return Target(figure, f"at most {most}", measure)
 
 
-def _against(
-    sections: Sections, section: str, theirs: str | Sequence[str], column: str
-) -> tuple[Section, str, str]:
-    found = sections[section]
-    if isinstance(theirs, str):
-        return found, theirs, ""
-    other = found.best(theirs, column)
-    return found, other, f" ({other})"
+def faster(figure: str, least: str, section: str, system: str, peer: str) -> Target:
+    """Target: at least `least` times as fast as a peer, by round."""
+
+    def measure(sections: Sections) -> Verdict:
+        ratios = sections[section].ratios(peer, system)
+        return Verdict(f"{_spread(ratios)} times", statistics.median(ratios) >= float(least))
+
+    return Target(figure, f"at least {least}", measure)
 
 
-def share(column: str, most: float) -> Callable[[Sections], Verdict]:
-    """Of the best one's that saves in the background, by medians: a loss may be below zero."""
+def _best(section: Section, peers: Sequence[str], column: str) -> tuple[str, str]:
+    """Return the only peer, or the best of several with a note of its name."""
+    if len(peers) == 1:
+        return peers[0], ""
+    best = section.best(peers, column)
+    return best, f" ({best})"
 
-    def measured(sections: Sections) -> Verdict:
-        found = sections["overlap"]
-        other = found.best(BACKGROUND, column)
-        ours, theirs = found.median(PINNED, column), found.median(other, column)
-        return Verdict(f"{ours:.2f} s, {theirs:.2f} s ({other})", ours <= max(most * theirs, 0.0))
 
-    return measured
+def share_of_best(figure: str, divisor: int, column: str) -> Target:
+    """Target: at most 1/`divisor` of the best background peer's median; a loss may be negative."""
+
+    def measure(sections: Sections) -> Verdict:
+        section = sections["overlap"]
+        peer = section.best(BACKGROUND_PEERS, column)
+        found, best = section.median(PINNED, column), section.median(peer, column)
+        met = found <= max(best / divisor, 0.0)
+        return Verdict(f"{found:.2f} s, {best:.2f} s ({peer})", met)
+
+    return Target(figure, f"at most 1/{divisor}", measure)
 
 
 def blocked(sections: Sections) -> Verdict:
-    """In milliseconds, beside what the size of the state allows."""
-    found = sections["overlap"]
-    most = 10 + found.facts["nbytes"] / 1e9
-    ours = 1000 * found.median(PINNED, "blocked_s")
-    return Verdict(f"{ours:.1f} ms of {most:.1f} ms", ours <= most)
+    """Compare the time that `save()` blocks with 10 ms, and 1 ms more per GB."""
+    section = sections["overlap"]
+    most_ms = 10 + section.facts["nbytes"] / 1e9
+    blocked_ms = 1000 * section.median(PINNED, "blocked_s")
+    return Verdict(f"{blocked_ms:.1f} ms of {most_ms:.1f} ms", blocked_ms <= most_ms)
 
 
 def slowed(sections: Sections) -> Verdict:
-    """In points of a percentage, round by round."""
-    found = sections["overlap"]
-    pairs = zip(found.figures[PINNED], found.figures["plain traffic"], strict=True)
-    beyond = [ours["slowed_pct"] - plain["slowed_pct"] for ours, plain in pairs]
-    return Verdict(f"{_spread(beyond)} points", statistics.median(beyond) <= 2)
+    """Compare how much steps are slowed with plain traffic, by round: 2 percentage points more."""
+    section = sections["overlap"]
+    pairs = zip(section.figures[PINNED], section.figures["plain traffic"], strict=True)
+    points = [figure["slowed_pct"] - plain["slowed_pct"] for figure, plain in pairs]
+    return Verdict(f"{_spread(points)} points", statistics.median(points) <= 2)
 
 
-def cold(section: str) -> Callable[[Sections], Verdict]:
-    """Against the faster way to read the bytes."""
-    return times(section, "holdfast", ("raw", "raw, direct"), 1.15)
+def needed(case: str) -> Target:
+    """Target: read only the needed bytes, and 1 % for the indices."""
+
+    def measure(sections: Sections) -> Verdict:
+        section, system = sections["resharding"], f"holdfast, {case}"
+        read, needed_mb = section.median(system, "read_mb"), section.median(system, "needed_mb")
+        return Verdict(f"{read / needed_mb:.2f} times ({read:,.0f} MB)", read <= 1.01 * needed_mb)
+
+    return Target(f"load, {case}: bytes read, of those needed", "1", measure)
 
 
-def needed(case: str) -> Callable[[Sections], Verdict]:
-    """What was read of what was needed; indexes are let pass."""
+def extra_memory(work: str, section: str) -> Target:
+    """Target: at most 64 MiB of extra memory, in every round."""
 
-    def measured(sections: Sections) -> Verdict:
-        found = sections["resharding"]
-        name = f"holdfast, {case}"
-        read, wanted = (found.median(name, column) for column in ("read_mb", "needed_mb"))
-        return Verdict(f"{read / wanted:.2f} times ({read:,.0f} MB)", read <= 1.01 * wanted)
+    def measure(sections: Sections) -> Verdict:
+        most = sections[section].most(OURS, "extra_mib")
+        return Verdict(f"{most:.3g} MiB", most <= 64)
 
-    return measured
+    return Target(f"{work}: extra memory of a process", "at most 64 MiB", measure)
 
 
-def at_most(
-    section: str, system: str, column: str, most: float, unit: str
-) -> Callable[[Sections], Verdict]:
-    """Even the greatest of its figures."""
-
-    def measured(sections: Sections) -> Verdict:
-        found = sections[section].most(system, column)
-        return Verdict(f"{found:.3g} {unit}", found <= most)
-
-    return measured
+def list_cpu(sections: Sections) -> Verdict:
+    """Compare the processor time of `holdfast list`, in every round, with 150 ms."""
+    most = sections["listing"].most("holdfast list", "cpu_s")
+    return Verdict(f"{most:.3g} s", most <= 0.15)
 
 
 OURS, META, UNCHECKED = "holdfast", "torch_checkpointing", "holdfast, unchecked"
-SHARDED = "sharded_saving", "sharded_loading", "sharded_cold"
 SAVE, LOAD = "save, 1 process", "load, warm, 1 process"
 SMALL, MANY = "8,000 tensors of 4 KiB", "4 ranks, FSDP shards"
 WHILE = "save while training"
-STOCK = ("", "dcp"), (", 2 threads", "dcp, 2 threads")
-CASES = {"4 to 2": 1.8, "4 to 1": 1.8, "4, rows to columns": 2.5, "an eighth": 6.0}
+DCP_SAVES = {"": "dcp", ", 2 threads": "dcp, 2 threads"}
+CASES = {"4 to 2": "1.8", "4 to 1": "1.8", "4, rows to columns": "2.5", "an eighth": "6.0"}
 
-ROWS = (
-    Row(f"{SAVE}: against a raw write", "at most 1.10", times("saving", OURS, "raw", 1.10)),
+TARGETS = (
+    times(f"{SAVE}: against a raw write", "1.10", "saving", OURS, "raw"),
     *(
-        Row(
-            f"{SAVE}: faster than `dcp.save`{how}",
-            "at least 2.8",
-            faster("saving", OURS, name, 2.8),
-        )
-        for how, name in STOCK
+        faster(f"{SAVE}: faster than `dcp.save`{threads}", "2.8", "saving", OURS, peer)
+        for threads, peer in DCP_SAVES.items()
     ),
-    Row(f"{SAVE}: faster than {META}", "at least 3.5", faster("saving", OURS, META, 3.5)),
-    Row(f"{SAVE}: faster than `torch.save`", "at least 2.8", faster("saving", OURS, "torch", 2.8)),
-    Row(
-        f"{SAVE}: faster than safetensors + fsync",
-        "at least 2.0",
-        faster("saving", OURS, "safetensors", 2.0),
-    ),
-    Row(
+    faster(f"{SAVE}: faster than {META}", "3.5", "saving", OURS, META),
+    faster(f"{SAVE}: faster than `torch.save`", "2.8", "saving", OURS, "torch"),
+    faster(f"{SAVE}: faster than safetensors + fsync", "2.0", "saving", OURS, "safetensors"),
+    times(
         f"{SMALL}: CPU of a first save, against `dcp.save`",
-        "at most 0.10",
-        times("small", OURS, "dcp", 0.1, "cpu_s"),
+        "0.10",
+        "small",
+        OURS,
+        "dcp",
+        column="cpu_s",
     ),
-    Row(
+    times(
         f"{SMALL}: CPU of later saves, against `dcp.save`",
-        "at most 0.10",
-        times("small", f"{OURS}, later", "dcp, later", 0.1, "cpu_s"),
+        "0.10",
+        "small",
+        f"{OURS}, later",
+        "dcp, later",
+        column="cpu_s",
     ),
     *(
-        Row(
-            f"save, {MANY}: faster than `dcp.save`{how}",
-            "at least 2.0",
-            faster(SHARDED[0], OURS, name, 2.0),
+        faster(
+            f"save, {MANY}: faster than `dcp.save`{threads}", "2.0", "sharded_saving", OURS, peer
         )
-        for how, name in STOCK
+        for threads, peer in DCP_SAVES.items()
     ),
-    Row(f"save, {MANY}: against a raw write", "at most 1.15", times(SHARDED[0], OURS, "raw", 1.15)),
-    Row(f"{WHILE}: time lost, against the best", "at most 1/5", share("lost_s", 1 / 5)),
-    Row(f"{WHILE}: blocked in `save()`", "at most 10 ms + 1 ms a GB", blocked),
-    Row(f"{WHILE}: time until durable, against the best", "at most 1/2", share("durable_s", 1 / 2)),
-    Row(f"{WHILE}: steps slowed beyond plain traffic", "at most 2 points", slowed),
-    Row(f"{LOAD}: against a raw read", "at most 1.3", times("loading", OURS, "raw", 1.3)),
-    Row(f"{LOAD}: faster than `dcp.load`", "at least 3", faster("loading", OURS, "dcp", 3)),
-    Row(f"{LOAD}: faster than {META}", "at least 3", faster("loading", OURS, META, 3)),
-    Row(
-        f"load, warm, {MANY}: faster than `dcp.load`",
-        "at least 1.9",
-        faster(SHARDED[1], OURS, "dcp", 1.9),
-    ),
-    Row(
+    times(f"save, {MANY}: against a raw write", "1.15", "sharded_saving", OURS, "raw"),
+    share_of_best(f"{WHILE}: time lost, against the best", 5, "lost_s"),
+    Target(f"{WHILE}: blocked in `save()`", "at most 10 ms + 1 ms a GB", blocked),
+    share_of_best(f"{WHILE}: time until durable, against the best", 2, "durable_s"),
+    Target(f"{WHILE}: steps slowed beyond plain traffic", "at most 2 points", slowed),
+    times(f"{LOAD}: against a raw read", "1.3", "loading", OURS, "raw"),
+    faster(f"{LOAD}: faster than `dcp.load`", "3", "loading", OURS, "dcp"),
+    faster(f"{LOAD}: faster than {META}", "3", "loading", OURS, META),
+    faster(f"load, warm, {MANY}: faster than `dcp.load`", "1.9", "sharded_loading", OURS, "dcp"),
+    times(
         f"load, warm, {MANY}: CPU against `dcp.load`",
-        "at most 0.5",
-        times(SHARDED[1], OURS, "dcp", 0.5, "cpu_s"),
+        "0.5",
+        "sharded_loading",
+        OURS,
+        "dcp",
+        column="cpu_s",
     ),
     *(
-        Row(f"load, cold, {who}: {against}", target, measured)
-        for who, part in (("1 process", "cold"), (MANY, SHARDED[2]))
-        for against, target, measured in (
-            ("against a raw read", "at most 1.15", cold(part)),
-            ("faster than `dcp.load`", "at least 1", faster(part, OURS, "dcp", 1)),
+        target
+        for who, section in (("1 process", "cold"), (MANY, "sharded_cold"))
+        for target in (
+            times(
+                f"load, cold, {who}: against a raw read",
+                "1.15",
+                section,
+                OURS,
+                "raw",
+                "raw, direct",
+            ),
+            faster(f"load, cold, {who}: faster than `dcp.load`", "1", section, OURS, "dcp"),
         )
     ),
     *(
-        Row(
+        faster(
             f"load, warm, {case}: faster than `dcp.load`",
-            f"at least {least}",
-            faster("resharding", f"{OURS}, {case}", f"dcp, {case}", least),
+            least,
+            "resharding",
+            f"{OURS}, {case}",
+            f"dcp, {case}",
         )
         for case, least in CASES.items()
     ),
-    *(Row(f"load, {case}: bytes read, of those needed", "1", needed(case)) for case in CASES),
+    *map(needed, CASES),
+    extra_memory(SAVE, "saving"),
+    extra_memory(f"save, {MANY}", "sharded_saving"),
+    extra_memory(LOAD, "loading"),
+    extra_memory(f"load, {MANY}", "sharded_loading"),
     *(
-        Row(f"{what}: extra memory of a process", "at most 64 MiB", at_most(*where, 64, "MiB"))
-        for what, where in (
-            (SAVE, ("saving", OURS, "extra_mib")),
-            (f"save, {MANY}", (SHARDED[0], OURS, "extra_mib")),
-            (LOAD, ("loading", OURS, "extra_mib")),
-            (f"load, {MANY}", (SHARDED[1], OURS, "extra_mib")),
+        times(f"{work}: checked, against unchecked", "1.10", section, OURS, UNCHECKED)
+        for work, section in (
+            (SAVE, "saving"),
+            (LOAD, "loading"),
+            ("load, cold, 1 process", "cold"),
         )
     ),
-    *(
-        Row(
-            f"{what}: checked, against unchecked", "at most 1.10", times(part, OURS, UNCHECKED, 1.1)
-        )
-        for what, part in ((SAVE, "saving"), (LOAD, "loading"), ("load, cold, 1 process", "cold"))
-    ),
-    Row(
-        "`holdfast list` on 50 steps of 1 GB: CPU",
-        "under 150 ms",
-        at_most("listing", "holdfast list", "cpu_s", 0.15, "s"),
-    ),
+    Target("`holdfast list` on 50 steps of 1 GB: CPU", "under 150 ms", list_cpu),
 )
-"""All of them."""
+"""Targets in the order of the page."""

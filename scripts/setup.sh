@@ -1,27 +1,27 @@
-# Sourced by run_train.sh and run_tests.sh: makes .venv on first use, costs milliseconds later.
+# Sourced by run_train.sh and run_tests.sh: creates .venv on first use, costs milliseconds later.
 #
-#   setup EXTRAS     installs holdfast[EXTRAS] into .venv unless that stands already;
-#                    `setup ""` is content with any extras that stand
+#   setup EXTRAS     installs holdfast[EXTRAS] into .venv unless it is installed already;
+#                    `setup ""` accepts any installed extras
 #
-# PYTHON names the interpreter to start from (default: python3). A torch that it can import, such as
-# a CUDA build, is used as it is; otherwise torch comes from the package index.
+# PYTHON is the interpreter to start from (default: python3). If it can import torch, such as a CUDA
+# build, .venv uses that torch; otherwise torch comes from the package index.
 
 HOLDFAST_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 setup() {
     local extras=$1 venv="$HOLDFAST_ROOT/.venv" python=${PYTHON:-python3} wanted
     wanted="$HOLDFAST_ROOT $(cat "$HOLDFAST_ROOT"/{pyproject.toml,constraints.txt} | cksum)"
-    stands && return
+    is_installed && return
     (
-        # Two runs that set up at once would write into one another's .venv.
+        # Locked: two runs that install at once would corrupt .venv.
         flock 9
-        stands && exit
+        is_installed && exit
         make_venv
     ) 9>"$HOLDFAST_ROOT/.setup.lock"
 }
 
-# Whether an earlier set-up brought what is wanted: a file for each set of extras says of what.
-stands() {
+# Succeeds if an earlier set-up installed $wanted, which it wrote to a stamp file of its extras.
+is_installed() {
     local stamp
     for stamp in "$venv"/holdfast-setup-${extras:-*}; do
         [ -f "$stamp" ] && [ "$(<"$stamp")" = "$wanted" ] && return
@@ -35,28 +35,28 @@ make_venv() {
         echo "hint: PYTHON=/path/to/python3.11 $0" >&2
         exit 3
     fi
-    echo "setting up $venv (once; minutes: torch alone is some hundred MB)" >&2
+    echo "setting up $venv (once; takes minutes: torch alone is some hundred MB)" >&2
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || exit 3
-    local constraints=(-c "$HOLDFAST_ROOT/constraints.txt") torch_at
-    torch_at=$("$python" -c 'import importlib.util as u; s = u.find_spec("torch"); print(s.submodule_search_locations[0] + "/..") if s else None' 2>/dev/null)
-    if [ -n "$torch_at" ] && [ "$torch_at" != None ]; then
-        echo "using the torch in $(cd "$torch_at" && pwd)" >&2
-        (cd "$torch_at" && pwd) >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/holdfast-torch.pth"
+    local constraints=(-c "$HOLDFAST_ROOT/constraints.txt") torch_parent
+    torch_parent=$("$python" -c 'import importlib.util as u; s = u.find_spec("torch"); print(s.submodule_search_locations[0] + "/..") if s else None' 2>/dev/null)
+    if [ -n "$torch_parent" ] && [ "$torch_parent" != None ]; then
+        echo "using the torch in $(cd "$torch_parent" && pwd)" >&2
+        (cd "$torch_parent" && pwd) >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/holdfast-torch.pth"
         constraints=()
     fi
     install "${constraints[@]}" -e "$HOLDFAST_ROOT${extras:+[$extras]}" || {
-        echo "setting up failed: the lines above are pip's" >&2
-        echo "hint: run the same command again; \`rm -r .venv\` starts from nothing" >&2
+        echo "the set-up failed; see pip's output above" >&2
+        echo "hint: run the same command again; \`rm -r .venv\` starts from scratch" >&2
         exit 3
     }
     printf '%s' "$wanted" >"$venv/holdfast-setup-${extras:-plain}"
 }
 
-# pip install, with word every few seconds of what it is at; all that it says where it fails.
+# Runs pip install and shows its progress; prints its whole output if it fails.
 install() {
     local log=$venv/holdfast-setup.log started=$SECONDS status=0 progress
     : >"$log"
-    say_progress "$log" 9>&- &
+    show_progress "$log" 9>&- &
     progress=$!
     "$venv/bin/python" -m pip install --disable-pip-version-check "$@" >"$log" 2>&1 || status=$?
     kill "$progress" 2>/dev/null || true
@@ -67,14 +67,14 @@ install() {
     return "$status"
 }
 
-# On a terminal one line, renewed every second; in a log a line every five.
-say_progress() {
+# Rewrites one line every second on a terminal; otherwise prints a line every five seconds.
+show_progress() {
     local log=$1 started=$SECONDS spent last
-    # Ends with the script that it speaks for, should that be interrupted. `sleep` holds no output
-    # open that somebody reads to its end.
+    # Ends with the script if that is interrupted. `sleep` gets no output, since a reader of the
+    # script's output would wait for it too.
     while sleep 1 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
         spent=$((SECONDS - started))
-        # What it has removed or found is no word of what it does for the next minute.
+        # Only lines about longer work: pip prints others, such as on removed files, in between.
         last=$(grep -oE '(Collecting|Downloading|Building|Installing) .*' "$log" | tail -n 1 | cut -c 1-70) || true
         if [ -t 2 ]; then
             printf '\r\033[K%4d s  %s' "$spent" "$last" >&2

@@ -1,4 +1,4 @@
-"""Tiny models trained by every layout of the ranks at hand, and what one process comes to."""
+"""Tiny models, and the results of training them in any layout."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ from holdfast.trainer.arguments import read_config
 from holdfast.trainer.config import Config
 from holdfast.trainer.gradients import Gradients
 from holdfast.trainer.optim import build_optimizers, clip_gradients
-from holdfast.trainer.parallel import Place, build_model, lay_out, sum_over_data, whole
+from holdfast.trainer.parallel import (
+    ParallelContext,
+    build_meshes,
+    build_model,
+    full_tensor,
+    sum_over_data,
+)
 
 VOCAB_SIZE = 262
-"""Not divided by 4: rows of the embedding are shared unevenly."""
+"""Rows of the embedding; not a multiple of 4, so that they are sharded unevenly."""
 
 SMALL = Flavor(64, 4, 8, 4, 96, vocab_size=VOCAB_SIZE)
 EXPERTS = replace(SMALL, head_width=16, head_norm=True, experts=ExpertFlavor(8, 2, 32))
@@ -36,12 +42,12 @@ KEYS = {
     "cp": "context_parallel_degree",
     "ep": "expert_parallel_degree",
 }
-"""Short names of degrees, as `Layout.text` has them."""
+"""Keys in `[parallelism]`, by their short names in `Layout.text`."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees, such as `shard2 tp2`, and which model lies over them."""
+    """Degrees, such as `shard2 tp2`, and the kind of the model."""
 
     text: str
     kind: str = "small"
@@ -52,14 +58,14 @@ class Layout:
         return f"{self.text or 'alone'}{schedule} {self.kind}"
 
     def config(self, *more: str) -> Config:
-        """A tiny run with plain SGD: AdamW would hide a gradient of the wrong scale.
+        """Return the settings of a tiny run, with further command-line arguments `more`.
 
-        `more` are further arguments of the command line. A step accumulates over two turns, or as
-        many as a pipeline has stages, however few ranks share its sequences.
+        Uses SGD, since AdamW would hide a gradient of the wrong scale. A step accumulates over two
+        forward passes, or over four microbatches in a pipeline.
         """
         axes = self._axes()
-        share = SEQUENCES // (axes.get("replicate", 1) * axes.get("shard", 1))
-        local = max(1, share // (4 if "pp" in axes else 2))
+        batch_per_rank = SEQUENCES // (axes.get("replicate", 1) * axes.get("shard", 1))
+        local = max(1, batch_per_rank // (4 if "pp" in axes else 2))
         arguments = (
             f"--model.name {'qwen3_moe' if 'experts' in self.kind else 'llama3'} "
             f"--model.flavor {'tied' if self.kind == 'tied' else 'small'} --optimizer.name SGD "
@@ -73,7 +79,7 @@ class Layout:
         return read_config([*arguments, *self.degrees(), *more])
 
     def degrees(self) -> list[str]:
-        """The degrees as arguments of the command line."""
+        """Return the degrees as command-line arguments."""
         return [
             word
             for axis, degree in self._axes().items()
@@ -81,94 +87,94 @@ class Layout:
         ]
 
     def _axes(self) -> dict[str, int]:
-        """Degrees by their short names."""
+        """Return the degrees by their short names."""
         return {axis: int(degree) for axis, degree in re.findall(r"([a-z]+)(\d+)", self.text)}
 
 
 def add_flavors() -> None:
-    """Make the tiny models known by name, in this process."""
+    """Register the tiny models as flavors, in this process."""
     MODELS["llama3"]["small"] = SMALL
     MODELS["qwen3_moe"]["small"] = EXPERTS
     MODELS["llama3"]["tied"] = replace(SMALL, tied=True)
 
 
-def place_of(config: Config) -> Place:
-    """This process's place; the process group is there already. Collective."""
+def parallel_context(config: Config) -> ParallelContext:
+    """Build the meshes in the existing process group. Collective."""
     device = torch.device("cpu")
     if not dist.is_initialized():
-        return Place(0, 1, device)
+        return ParallelContext(0, 1, device)
     size = dist.get_world_size()
     config.check(size)
     ep = config.parallelism.expert_parallel_degree
-    meshes = lay_out(config.parallelism.degrees(size), device, ep)
-    return Place(dist.get_rank(), size, device, meshes)
+    meshes = build_meshes(config.parallelism.degrees(size), device, ep)
+    return ParallelContext(dist.get_rank(), size, device, meshes)
 
 
 def trained(layout: Layout) -> dict[str, Any]:
-    """Weights before, first gradients, losses and norms of some steps, and weights after.
+    """Train some steps; return weights before and after, first gradients, losses and norms.
 
     Collective.
     """
     config = layout.config()
-    place = place_of(config)
-    parts = build_model(config, place, VOCAB_SIZE)
-    gradients = Gradients(config, place, parts)
-    optimizers = build_optimizers(parts, config.optimizer)
-    before, first, reports = weights(parts), {}, []
+    parallel = parallel_context(config)
+    stages = build_model(config, parallel, VOCAB_SIZE)
+    gradients = Gradients(config, parallel, stages)
+    optimizers = build_optimizers(stages, config.optimizer)
+    before, first, reports = weights(stages), {}, []
     for step in range(STEPS):
-        inputs, labels = samples(config, place, step)
+        inputs, labels = samples(config, parallel, step)
         loss = gradients.accumulate(inputs, labels)
         if step == 0:
-            first = merged(
-                {n: whole(p.grad).clone() for n, p in named(parts) if p.grad is not None}
+            first = gathered(
+                {n: full_tensor(p.grad).clone() for n, p in named(stages) if p.grad is not None}
             )
-        norm = clip_gradients(parts, config.training.max_norm, place)
+        norm = clip_gradients(stages, config.training.max_norm, parallel)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        reports.append((sum_over_data(loss, place), norm.item()))
-    return {"before": before, "gradients": first, "reports": reports, "after": weights(parts)}
+        reports.append((sum_over_data(loss, parallel), norm.item()))
+    return {"before": before, "gradients": first, "reports": reports, "after": weights(stages)}
 
 
-def samples(config: Config, place: Place, step: int) -> tuple[Tensor, Tensor]:
-    """This rank's share of a step."""
-    share = config.training.batch_per_rank(place.dp_size)
+def samples(config: Config, parallel: ParallelContext, step: int) -> tuple[Tensor, Tensor]:
+    """Return this rank's inputs and labels of a step."""
+    count = config.training.batch_per_rank(parallel.dp_size)
     generator = torch.Generator().manual_seed(step)
     batch = torch.randint(VOCAB_SIZE, (SEQUENCES, SEQ_LEN + 1), generator=generator)
-    mine = batch[place.dp_rank * share : (place.dp_rank + 1) * share]
-    return mine[:, :-1], mine[:, 1:]
+    local = batch[parallel.dp_rank * count : (parallel.dp_rank + 1) * count]
+    return local[:, :-1], local[:, 1:]
 
 
-def named(parts: list[nn.Module]) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of all parts that this rank holds."""
-    return [pair for part in parts for pair in part.named_parameters()]
+def named(stages: list[nn.Module]) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters of all stages on this rank, with their names."""
+    return [pair for stage in stages for pair in stage.named_parameters()]
 
 
-def weights(parts: list[nn.Module]) -> dict[str, Tensor]:
-    """All weights of the whole model, gathered to rank 0. Collective."""
-    return merged({name: whole(value.detach()).clone() for name, value in named(parts)})
+def weights(stages: list[nn.Module]) -> dict[str, Tensor]:
+    """Gather all weights of the model on rank 0. Collective."""
+    return gathered({name: full_tensor(value.detach()).clone() for name, value in named(stages)})
 
 
-def merged(mine: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What all ranks hold together, on rank 0. Collective."""
+def gathered(local: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Merge the dictionaries of all ranks on rank 0. Collective."""
     if not dist.is_initialized():
-        return mine
-    everyones: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(mine, everyones)
-    return {name: value for held in everyones or [] for name, value in held.items()}
+        return local
+    by_rank: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(local, by_rank)
+    return {name: value for tensors in by_rank or [] for name, value in tensors.items()}
 
 
 def train_all(rank: int, size: int, layouts: list[Layout]) -> list[dict[str, Any]]:
-    """What comes of each layout, one after the other on the same ranks; on rank 0."""
+    """Train in each layout in turn on the same ranks; return the results on rank 0."""
     add_flavors()
-    # Gathering a weight for the comparison may take several steps, of which torch warns.
+    # torch warns when it gathers a weight, which the comparison does, in several steps.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    found = []
+    results = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for layout in layouts:
             try:
-                found.append(trained(layout))
+                results.append(trained(layout))
             except Exception as error:
                 raise RuntimeError(f"{layout}: {error}") from error
-    return found if rank == 0 else []
+    return results if rank == 0 else []

@@ -1,4 +1,4 @@
-"""Skills for the tests, and disks that are cut off between two operations."""
+"""Skills for the tests, and disks on which the process or the power fails."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ V1, V2 = "1.0.0", "2.0.0"
 
 
 def skill(name: str, text: str = "one", **more: str) -> Skill:
-    """A skill with an entry page and a reference."""
+    """Returns a skill with an entry page and a reference."""
     entry = f"---\nname: {name}\ndescription: For tests.\n---\n{text}\n"
     files = {"SKILL.md": entry, "references/a.md": f"reference {text}\n", **more}
     return Skill(name, {file: content.encode() for file, content in files.items()})
 
 
 def bundle(**texts: str) -> dict[str, Skill]:
-    """Skills by name, each with its text."""
+    """Returns skills by name, each with its text."""
     return {name: skill(name, text) for name, text in texts.items()}
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder but those that the sync keeps for itself."""
+    """Returns every file below a folder, without the records of the sync."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -37,11 +37,11 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 class CutError(BaseException):
-    """The process, or the power, is gone."""
+    """The process was killed, or the power failed."""
 
 
 class CutDisk(Disk):
-    """A disk that calls `at_cut` in place of its n-th operation. A removal is cut halfway."""
+    """A disk that calls `at_cut` before its n-th operation. A write or removal is half done."""
 
     def __init__(self, cut: int, at_cut: Callable[[], None], *, exchanges: bool = True) -> None:
         self.operations = 0
@@ -75,11 +75,11 @@ class CutDisk(Disk):
         self._step()
         super().rename(source, target)
 
-    def exchange(self, one: Path, other: Path) -> bool:
+    def exchange(self, a: Path, b: Path) -> bool:
         if not self._exchanges:
             return False
         self._step()
-        return super().exchange(one, other)
+        return super().exchange(a, b)
 
     def remove(self, path: Path) -> None:
         if self.operations + 1 == self._cut:
@@ -90,8 +90,8 @@ class CutDisk(Disk):
 
 
 class ForgetfulDisk(CutDisk):
-    """A disk that loses its power: of the names that no `sync_folder` has made durable, any may be
-    there afterwards, or not."""
+    """A disk whose power fails before its n-th operation. Afterwards each operation that no
+    `sync_folder` has made durable may be lost."""
 
     def __init__(self, cut: int, root: Path, *, exchanges: bool = True) -> None:
         super().__init__(cut, self._go_out, exchanges=exchanges)
@@ -103,7 +103,7 @@ class ForgetfulDisk(CutDisk):
         raise CutError
 
     def survivor(self, random: Random) -> None:
-        """Put in place of the folder what is found when the power is back."""
+        """Replace the folder by one that may be found when the power is back."""
         shutil.rmtree(self._root)
         self._before.rename(self._root)
         for operation, waits_for in self._done:
@@ -116,13 +116,13 @@ class ForgetfulDisk(CutDisk):
 
     def make_folder(self, path: Path) -> None:
         super().make_folder(path)
-        at = path.relative_to(self._root)
-        self._note(lambda disk, root: disk.make_folder(root / at), path.parent)
+        below = path.relative_to(self._root)
+        self._note(lambda disk, root: disk.make_folder(root / below), path.parent)
 
     def write(self, path: Path, data: bytes) -> None:
         super().write(path, data)
-        at = path.relative_to(self._root)
-        self._note(lambda disk, root: disk.write(root / at, data), path.parent)
+        below = path.relative_to(self._root)
+        self._note(lambda disk, root: disk.write(root / below, data), path.parent)
 
     def copy(self, source: Path, target: Path) -> None:
         self.write(target, source.read_bytes())
@@ -134,30 +134,30 @@ class ForgetfulDisk(CutDisk):
 
     def rename(self, source: Path, target: Path) -> None:
         super().rename(source, target)
-        one, other = source.relative_to(self._root), target.relative_to(self._root)
-        # One transaction: whoever has made the new name durable has let go of the old one.
-        self._note(lambda disk, root: disk.rename(root / one, root / other), target.parent)
+        a, b = source.relative_to(self._root), target.relative_to(self._root)
+        # A rename is one transaction: once the new name is durable, the old one is gone.
+        self._note(lambda disk, root: disk.rename(root / a, root / b), target.parent)
 
-    def exchange(self, one: Path, other: Path) -> bool:
-        if not super().exchange(one, other):
+    def exchange(self, a: Path, b: Path) -> bool:
+        if not super().exchange(a, b):
             return False
-        a, b = one.relative_to(self._root), other.relative_to(self._root)
+        below = a.relative_to(self._root), b.relative_to(self._root)
 
         def again(disk: Disk, root: Path) -> None:
-            disk.exchange(root / a, root / b)
+            disk.exchange(root / below[0], root / below[1])
 
-        self._note(again, one.parent, other.parent)
+        self._note(again, a.parent, b.parent)
         return True
 
     def remove(self, path: Path) -> None:
         super().remove(path)
-        at = path.relative_to(self._root)
-        self._note(lambda disk, root: disk.remove(root / at), path.parent)
+        below = path.relative_to(self._root)
+        self._note(lambda disk, root: disk.remove(root / below), path.parent)
 
 
 @contextmanager
 def _lost() -> Iterator[None]:
-    """What an operation works on may have been lost before it."""
+    """Ignore an operation on a file or folder that was lost."""
     try:
         yield
     except OSError:

@@ -1,4 +1,4 @@
-"""Run the `holdfast` command as `python -m holdfast`, for when it is not on the PATH."""
+"""`python -m holdfast`: the `holdfast` command where it is not on the PATH."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Every layout trains the model that one process trains."""
+"""Training in every layout gives the model of one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from holdfast.hf.flavors import MODELS
 from layouts import Layout, add_flavors, train_all, trained
 from processes import run_processes
 
-pytestmark = pytest.mark.timeout(400)  # the first test of a group waits for all of it
+pytestmark = pytest.mark.timeout(400)  # the first test of a group runs the whole group
 
 ON_4 = [
     Layout("shard4", "recompute"),
@@ -35,7 +35,7 @@ ON_4 = [
     Layout("tp2 cp2"),
     Layout("pp2 cp2"),
 ]
-"""Every axis alone, and with every other one."""
+"""Layouts with every axis alone, and combined with every other axis."""
 
 ON_8 = [Layout("shard2 tp2 pp2"), Layout("shard2 tp2 pp2 ep4", "experts")]
 
@@ -77,30 +77,30 @@ Results = Callable[[str], list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def results() -> Results:
-    """What the layouts of a group come to."""
+    """Return the function that trains in all layouts of a group."""
 
     @cache
-    def found(group: str) -> list[dict[str, Any]]:
+    def train_group(group: str) -> list[dict[str, Any]]:
         size, layouts = GROUPS[group]
-        # Afresh after a few: a gloo group that nobody uses any more still takes a core's time, and
-        # each layout makes many.
+        # New processes after three layouts: each layout creates many gloo groups, and an unused
+        # group still costs processor time.
         batches = (layouts[start : start + 3] for start in range(0, len(layouts), 3))
-        return [result for few in batches for result in run_processes(size, train_all, few)[0]]
+        return [result for batch in batches for result in run_processes(size, train_all, batch)[0]]
 
-    return found
+    return train_group
 
 
 @pytest.fixture(scope="module")
 def alone() -> Iterator[dict[str, Any]]:
-    """What one process comes to, by kind of model."""
-    known = {name: dict(flavors) for name, flavors in MODELS.items()}
+    """Train each kind of model in one process."""
+    original = {name: dict(flavors) for name, flavors in MODELS.items()}
     add_flavors()
     num_threads = torch.get_num_threads()
-    # Threads that wait for one another take long where the cores are busy with other things.
+    # One thread: several would wait for each other on busy cores.
     torch.set_num_threads(1)
     yield {kind: trained(Layout("", kind)) for kind in ("small", "tied", "experts")}
     torch.set_num_threads(num_threads)
-    for name, flavors in known.items():
+    for name, flavors in original.items():
         MODELS[name].clear()
         MODELS[name].update(flavors)
 
@@ -113,13 +113,13 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("group", "number"), list(cases()))
-def test_a_layout_trains_as_one_process_does(
+def test_every_layout_trains_the_model_of_one_process(
     group: str, number: int, results: Results, alone: dict[str, Any]
 ) -> None:
-    """Method: SGD, since AdamW would hide a gradient of the wrong scale. Weights are equal bit by
-    bit before, then gradients, losses, norms and the weights after some steps to 1e-5."""
+    """Method: SGD, since AdamW would hide a gradient of the wrong scale. Initial weights are equal
+    bit for bit; gradients, losses, norms and the weights after some steps agree to 1e-5."""
     layout, found = GROUPS[group][1][number], results(group)[number]
-    # Computed without recomputing: what is computed twice is the same both times.
+    # Recomputation changes no result, so one process trains without it.
     expected = alone[layout.kind.removesuffix("recompute").strip() or "small"]
     assert found["before"].keys() == expected["before"].keys()
     for name, weight in expected["before"].items():
@@ -131,8 +131,8 @@ def test_a_layout_trains_as_one_process_does(
     }
     print(f"{layout}: gradients differ by {max(differences.values()):.1e} at most")  # noqa: T201
     assert max(differences.values()) < 1e-5, differences
-    for one, other in zip(found["reports"], expected["reports"], strict=True):
-        assert one == pytest.approx(other, rel=2e-6)
+    for report, expected_report in zip(found["reports"], expected["reports"], strict=True):
+        assert report == pytest.approx(expected_report, rel=2e-6)
     for name, weight in expected["after"].items():
         torch.testing.assert_close(found["after"][name], weight, atol=1e-5, rtol=0)
         assert not torch.equal(weight, expected["before"][name]), name

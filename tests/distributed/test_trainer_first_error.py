@@ -1,4 +1,4 @@
-"""The first command on a fresh machine: how many workers there are, and who says what is wrong."""
+"""Start of a run: the number of workers, and which process reports an error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.trainer import launch
-from holdfast.trainer.arguments import get_ready, read_config
+from holdfast.trainer.arguments import prepare_start, read_config
 
 ONE_GPU = (
     "import sys, torch\n"
@@ -18,13 +18,13 @@ ONE_GPU = (
     "torch.cuda.device_count = lambda: 1\n"
     "torch.cuda.set_device = lambda device: None\n"
 )
-"""torch as on a machine with one GPU; what comes after the device is chosen fails here."""
+"""Script that makes torch report one GPU; it fails once it uses the GPU."""
 
 LAUNCH = "from holdfast.trainer.launch import main\nsys.exit(main(sys.argv[1:]))"
 
 
 def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A script of its own, in a process group of its own, both outputs as a terminal has them."""
+    """Run a script in a process; stderr goes to stdout, as in a terminal."""
     return subprocess.run(
         [sys.executable, "-c", script, *arguments],
         env={**os.environ, **environment},
@@ -35,26 +35,31 @@ def run(script: str, *arguments: str, **environment: str) -> subprocess.Complete
     )
 
 
-def test_an_error_of_a_worker_before_there_is_a_group_is_printed(tmp_path: Path) -> None:
-    """Method: two workers, one GPU. The second has none, long before the first could hear of it."""
+def test_an_error_before_the_process_group_exists_is_printed_once(tmp_path: Path) -> None:
+    """Method: two workers and one GPU; the second fails before it connects to the first."""
     ended = run(ONE_GPU + LAUNCH, "--job.dump_folder", str(tmp_path), NGPU="2")
     assert ended.returncode != 0
     first, second, *_ = ended.stdout.splitlines()
     assert first == "error: worker 1 of this machine has no GPU: there are 1"
-    assert second.startswith("hint: NGPU=1 starts as many workers as there are GPUs")
+    assert second.startswith("hint: NGPU=1 starts one worker per GPU")
     assert ended.stdout.count("error: ") == 1
 
 
-def test_so_it_is_where_torchrun_has_started_the_workers(tmp_path: Path) -> None:
+def test_an_error_before_the_process_group_exists_is_printed_under_torchrun(
+    tmp_path: Path,
+) -> None:
     """Method: two processes with torchrun's environment; the second finds no GPU."""
     script = ONE_GPU + "from holdfast.trainer.__main__ import main\nsys.exit(main(sys.argv[1:]))"
-    holder = (
+    serve_store = (
         "import sys, torch.distributed as dist\n"
         "store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)\n"
         "print(store.port, flush=True)\nsys.stdin.read()"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", serve_store],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as agent:
         assert agent.stdout is not None
         shared = {
@@ -73,69 +78,68 @@ def test_so_it_is_where_torchrun_has_started_the_workers(tmp_path: Path) -> None
             )
             for rank in ("0", "1")
         ]
-        said = workers[1].communicate(timeout=120)[1]
+        stderr = workers[1].communicate(timeout=120)[1]
         workers[0].kill()
         workers[0].communicate()
         agent.communicate("")
     assert workers[1].returncode == 2
-    assert said.startswith("error: worker 1 of this machine has no GPU: there are 1\n")
+    assert stderr.startswith("error: worker 1 of this machine has no GPU: there are 1\n")
 
 
-def test_a_worker_that_says_nothing_is_spoken_for(tmp_path: Path) -> None:
-    """Method: one that leaves by `os._exit` while it looks for its device."""
-    gone = (
+def test_the_launcher_reports_a_worker_that_exits_without_a_message(tmp_path: Path) -> None:
+    """Method: a worker that calls `os._exit` while it chooses its device."""
+    exits = (
         "import os, sys, torch\n"
-        "def gone():\n    if os.environ['RANK'] == '1':\n        os._exit(3)\n    return False\n"
-        "torch.cuda.is_available = gone\n"
+        "def exits():\n    if os.environ['RANK'] == '1':\n        os._exit(3)\n    return False\n"
+        "torch.cuda.is_available = exits\n"
     )
-    ended = run(gone + LAUNCH, "--job.dump_folder", str(tmp_path), NGPU="2")
+    ended = run(exits + LAUNCH, "--job.dump_folder", str(tmp_path), NGPU="2")
     assert ended.returncode == 3
-    assert ended.stdout == "error: rank 1 of 2 ended with status 3, and did not say why\n"
+    assert ended.stdout == "error: rank 1 of 2 ended with status 3 without a message\n"
 
 
-def test_a_worker_that_fails_in_any_other_way_says_so(tmp_path: Path) -> None:
-    """Method: an error that is no Exception, before anything could catch it."""
-    odd = (
+def test_a_worker_reports_an_unexpected_error_with_its_traceback(tmp_path: Path) -> None:
+    """Method: an error that is not an `Exception`, raised while a worker chooses its device."""
+    raises = (
         "import os, sys, torch\n"
-        "def odd():\n    if os.environ['RANK'] == '1':\n        raise GeneratorExit('odd')\n"
+        "def raises():\n    if os.environ['RANK'] == '1':\n        raise GeneratorExit('odd')\n"
         "    return False\n"
-        "torch.cuda.is_available = odd\n"
+        "torch.cuda.is_available = raises\n"
     )
-    ended = run(odd + LAUNCH, "--job.dump_folder", str(tmp_path), NGPU="2")
+    ended = run(raises + LAUNCH, "--job.dump_folder", str(tmp_path), NGPU="2")
     assert ended.returncode == 1
     assert ended.stdout.startswith("rank 1 failed:\n")
     assert "GeneratorExit: odd" in ended.stdout
 
 
-def test_a_folder_that_cannot_be_made_is_a_message(tmp_path: Path) -> None:
-    """Method: a place for all that a run writes where nobody can make a folder; its traceback where
-    that is asked for."""
+def test_a_folder_that_cannot_be_created_is_reported_without_a_traceback(tmp_path: Path) -> None:
+    """Method: a dump folder below a file; `--job.debug` adds the traceback."""
     (tmp_path / "file").write_text("no folder")
     arguments = ("--job.dump_folder", str(tmp_path / "file/below"))
     ended = run("import sys\n" + LAUNCH, *arguments, NGPU="2")
     assert ended.returncode == 9
-    assert ended.stdout.startswith("error: the run cannot go on: [Errno 20] Not a directory: ")
+    assert ended.stdout.startswith("error: the run cannot continue: [Errno 20] Not a directory: ")
     assert ended.stdout.count("error: ") == 1
     assert "Traceback" not in ended.stdout
     assert "Traceback" in run("import sys\n" + LAUNCH, *arguments, "--job.debug", NGPU="2").stdout
 
 
-@pytest.mark.parametrize(("local_rank", "speaks"), [("0", True), ("1", False)])
-def test_a_wrong_setting_is_said_once_on_each_machine(local_rank: str, speaks: bool) -> None:
-    """Method: workers 8 and 9 of a run, the first two of the second machine."""
+@pytest.mark.parametrize(("local_rank", "prints"), [("0", True), ("1", False)])
+def test_a_wrong_setting_is_reported_once_on_each_machine(local_rank: str, prints: bool) -> None:
+    """Method: workers 8 and 9 of a run, the first two of its second machine."""
     script = "import sys\nfrom holdfast.trainer.__main__ import main\nsys.exit(main(sys.argv[1:]))"
     ranks = {"RANK": f"{8 + int(local_rank)}", "LOCAL_RANK": local_rank, "WORLD_SIZE": "16"}
     ended = run(script, "--training.step", "2", **ranks)
     assert ended.returncode == 2
-    assert ended.stdout.startswith("error: `--training.step`") == speaks
-    assert bool(ended.stdout) == speaks
+    assert ended.stdout.startswith("error: `--training.step`") == prints
+    assert bool(ended.stdout) == prints
 
 
 GPUS = (
     "import os, sys, torch\n"
     "torch.cuda.device_count = lambda: int(sys.argv[1])\n"
     "from holdfast.trainer import launch\nfrom holdfast.trainer.arguments import read_config\n"
-    "launch.GPUS = ('/dev/null',)\n"
+    "launch.GPU_DEVICES = ('/dev/null',)\n"
     "config = read_config(sys.argv[2:])\n"
     "print(launch._num_workers(config))"
 )
@@ -151,34 +155,34 @@ GPUS = (
         ("3", ("--parallelism.tensor_parallel_degree", "2"), 2),
     ],
 )
-def test_there_are_as_many_workers_as_gpus_or_as_the_settings_allow(
+def test_the_default_number_of_workers_is_that_of_the_gpus_that_the_settings_can_use(
     gpus: str, arguments: tuple[str, ...], workers: int
 ) -> None:
-    """Method: torch says how many there are. What is left out is said."""
+    """Method: torch reports `gpus`. A line is printed if some of them are not used."""
     ended = run(GPUS, gpus, *arguments, NGPU="")
     lines = ended.stdout.splitlines()
     assert lines[-1] == str(workers), ended.stdout
     fewer = 0 < workers < int(gpus)
-    assert [line for line in lines[:-1] if line.startswith(f"{workers} of {gpus} GPUs")] == (
-        lines[:-1] if fewer else []
-    )
-    assert (len(lines) == 2) == fewer
+    assert len(lines) == (2 if fewer else 1)
+    assert lines[0].startswith(f"using {workers} of {gpus} GPUs: ") == fewer
 
 
-def test_the_environment_says_how_many_where_somebody_wants_that() -> None:
+def test_ngpu_sets_the_number_of_workers() -> None:
+    """Method: a valid number, and three values that are refused."""
     for text, status in (("3", 0), ("0", 1), ("many", 1), ("-1", 1)):
         ended = run(GPUS, "1", NGPU=text)
         assert ended.returncode == status
         assert ("NGPU" in ended.stdout) == bool(status)
 
 
-def test_without_a_gpu_nobody_waits_for_torch() -> None:
+def test_without_a_gpu_driver_the_gpus_are_counted_without_torch() -> None:
+    """Method: a process in which no device file exists."""
     script = (
-        "import sys\nfrom holdfast.trainer import launch\nlaunch.GPUS = ('/nowhere',)\n"
+        "import sys\nfrom holdfast.trainer import launch\nlaunch.GPU_DEVICES = ('/nowhere',)\n"
         "assert launch.count_gpus() == 0\nassert 'torch' not in sys.modules"
     )
     assert run(script).returncode == 0
-    assert launch.NUM_WORKERS == 2
+    assert launch.NUM_CPU_WORKERS == 2
 
 
 @pytest.mark.parametrize(
@@ -193,20 +197,24 @@ def test_without_a_gpu_nobody_waits_for_torch() -> None:
         ((), ""),
     ],
 )
-def test_keys_of_checkpoints_are_pointed_out_where_enable_was_forgotten(
+def test_keys_of_checkpoint_without_effect_are_listed_if_enable_was_forgotten(
     arguments: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    get_ready(read_config(arguments), arguments)
-    said = capsys.readouterr().err
-    assert f"without effect are checkpoint.{named}\nhint: --checkpoint.enable" in said or not named
-    assert bool(named) == ("checkpoint.enable` is off" in said)
+    """Method: keys on the command line, with and without `enable`."""
+    prepare_start(read_config(arguments), arguments)
+    printed = capsys.readouterr().err
+    expected = f"settings without effect: checkpoint.{named}\nhint: --checkpoint.enable"
+    assert expected in printed or not named
+    assert bool(named) == ("checkpoint.enable` is off" in printed)
 
 
-def test_so_they_are_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Method: a section without the key, then with it turned off."""
+def test_keys_of_checkpoint_in_a_file_are_listed_if_enable_was_forgotten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Method: a section without `enable`, then with `enable` turned off."""
     file = tmp_path / "run.toml"
-    for text, said in (("interval = 5", True), ("interval = 5\nenable = false", False)):
+    for text, listed in (("interval = 5", True), ("interval = 5\nenable = false", False)):
         file.write_text(f"[checkpoint]\n{text}\n")
         arguments = ["--job.config_file", str(file)]
-        get_ready(read_config(arguments), arguments)
-        assert ("checkpoint.interval" in capsys.readouterr().err) == said
+        prepare_start(read_config(arguments), arguments)
+        assert ("checkpoint.interval" in capsys.readouterr().err) == listed

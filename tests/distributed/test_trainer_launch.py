@@ -1,4 +1,4 @@
-"""The launcher: however a run ends, it ends whole, and says why in a line."""
+"""The launcher: a run ends with all its workers and one line about the cause."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A run of two workers that has taken its first step and would go on for long."""
+    """Start a long run of two workers, and wait for its first step."""
     text = tmp_path / "text.txt"
     text.write_text(Path(__file__).read_text())
     command = (
@@ -40,21 +40,21 @@ def run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def workers(run: subprocess.Popen[str]) -> list[int]:
-    """The pids of the launcher's workers."""
+    """Return the pids of the launcher's workers."""
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text()
     return [int(pid) for pid in children.split()]
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and is not waited for does not."""
+    """Tell whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
 
-def test_an_interrupt_ends_all_workers_with_a_line(run: subprocess.Popen[str]) -> None:
-    """Method: SIGINT to the launcher, as from a terminal; status 130 and no traceback."""
+def test_an_interrupt_ends_all_workers_with_one_line(run: subprocess.Popen[str]) -> None:
+    """Method: SIGINT to the launcher, as from a terminal; exit status 130 and no traceback."""
     pids = workers(run)
     assert len(pids) == 2
     run.send_signal(signal.SIGINT)
@@ -65,23 +65,23 @@ def test_an_interrupt_ends_all_workers_with_a_line(run: subprocess.Popen[str]) -
     assert not any(map(alive, pids))
 
 
-def test_a_worker_that_is_killed_ends_the_run_with_its_name(run: subprocess.Popen[str]) -> None:
-    """Method: SIGKILL to one worker; the other would wait for it in a collective forever."""
+def test_a_killed_worker_ends_the_run_with_a_message(run: subprocess.Popen[str]) -> None:
+    """Method: SIGKILL to one worker, for which the other waits in a collective."""
     pids = workers(run)
     os.kill(pids[1], signal.SIGKILL)
     _, err = run.communicate(timeout=60)
     assert run.returncode == 128 + signal.SIGKILL
-    assert err.startswith("error: rank 1 of 2 was ended by SIGKILL\n")
+    assert err.startswith("error: rank 1 of 2 was killed by SIGKILL\n")
     assert "Traceback" not in err
     assert not any(map(alive, pids))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end workers with their parent")
-def test_no_worker_outlives_a_launcher_that_is_killed(run: subprocess.Popen[str]) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="uses Linux' parent-death signal")
+def test_no_worker_outlives_a_killed_launcher(run: subprocess.Popen[str]) -> None:
     """Method: SIGKILL to the launcher, which cannot pass it on."""
     pids = workers(run)
     run.kill()
-    # Returns once no process holds the pipes; a process that ends closes them a moment before.
+    # Returns once all processes have closed their pipes, which they do just before they end.
     run.communicate(timeout=60)
     deadline = time.monotonic() + 30
     while any(map(alive, pids)) and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""A real run on other layouts, and what is refused."""
+"""Resumes of a real run in another layout, and refused settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runs import losses
 
 
 def launched(folder: Path, *arguments: str, workers: int = 2) -> subprocess.CompletedProcess[str]:
-    """A real run of a few short steps, as `run_train.sh` starts it."""
+    """Run a few short steps, as `run_train.sh` does."""
     text = folder.parent / "text.txt"
     text.write_text(Path(__file__).read_text())
     command = (
@@ -33,9 +33,9 @@ def launched(folder: Path, *arguments: str, workers: int = 2) -> subprocess.Comp
     )
 
 
-def test_a_run_goes_on_in_another_layout_and_with_the_same_data_only(tmp_path: Path) -> None:
-    """Method: five steps at once, a save after three; from there two more with tensor parallel.
-    Then nothing is left to do, and other data are refused."""
+def test_a_run_resumes_in_another_layout_but_not_with_other_data(tmp_path: Path) -> None:
+    """Method: five steps with a save after three; from there two more with tensor parallelism.
+    A run without steps left ends at once, and other data are refused."""
     folder, other = tmp_path / "whole", tmp_path / "other"
     done = launched(folder, "--training.steps", "5")
     assert done.returncode == 0, done.stderr
@@ -60,7 +60,7 @@ def test_a_run_goes_on_in_another_layout_and_with_the_same_data_only(tmp_path: P
 
 
 def test_a_wrong_setting_is_reported_once_before_workers_start(tmp_path: Path) -> None:
-    """Method: a misspelt key; the status is that of the error."""
+    """Method: output and exit status for a misspelt key."""
     done = launched(tmp_path, "--training.step", "6")
     assert done.returncode == 2
     assert done.stderr.startswith("error: `--training.step`: key `training.step` is not known\n")

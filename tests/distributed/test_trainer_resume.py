@@ -1,4 +1,4 @@
-"""Runs of every layout: exact resumes, one start for all, and checkpoints from any to any."""
+"""Exact resumes in every layout, from a common seed checkpoint, and in another layout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from checkpoints import contents, differing
 from holdfast.trainer.train import train
-from layouts import Layout, add_flavors, place_of
+from layouts import Layout, add_flavors, parallel_context
 from processes import run_processes
 from runs import losses
 
@@ -22,40 +22,33 @@ LAYOUTS = [
     Layout("shard2 cp2 ep2", "experts"),
     Layout("pp2 shard2 ep2", "experts"),
 ]
-pytestmark = pytest.mark.timeout(400)  # what all tests look at takes many runs
+pytestmark = pytest.mark.timeout(400)  # the fixture takes many runs
 
 MOVES = [
     (Layout("replicate2 shard2"), Layout("pp2 tp2", schedule="Interleaved1F1B")),
     (Layout("pp2 shard2 ep2", "experts"), Layout("shard2 cp2 ep2", "experts")),
 ]
-"""Where the first half of a run took place, and where the second does."""
+"""Layouts of the first and of the second half of a run."""
 
 ALONE = [Layout("", "small"), Layout("", "experts")]
 STEPS = 4
 
 
 def run(layout: Layout, folder: Path, *, steps: int) -> None:
-    """The reference run as one rank of it, with AdamW. Collective."""
-    config = layout.config(
-        *("--job.dump_folder", str(folder), "--training.dataset_path", str(folder / "text.txt")),
-        *("--training.steps", str(steps), "--lr_scheduler.total_steps", str(STEPS)),
-        *(
-            "--optimizer.name",
-            "AdamW",
-            "--optimizer.lr",
-            "0.01",
-            "--lr_scheduler.warmup_steps",
-            "1",
-        ),
-        *("--checkpoint.enable", "--checkpoint.no-last_save_model_only"),
-        *("--metrics.log_freq", "1"),
-        *("--training.global_batch_size", "4", "--training.local_batch_size", "1"),
+    """Train with AdamW as one rank of the reference run. Collective."""
+    arguments = (
+        "--optimizer.name AdamW --optimizer.lr 0.01 --lr_scheduler.warmup_steps 1 "
+        f"--lr_scheduler.total_steps {STEPS} --training.steps {steps} --metrics.log_freq 1 "
+        "--training.global_batch_size 4 --training.local_batch_size 1 "
+        "--checkpoint.enable --checkpoint.no-last_save_model_only"
     )
-    train(config, place_of(config))
+    paths = ["--job.dump_folder", str(folder), "--training.dataset_path", str(folder / "text.txt")]
+    config = layout.config(*arguments.split(), *paths)
+    train(config, parallel_context(config))
 
 
 def run_both(rank: int, size: int, layout: Layout, folder: Path) -> None:
-    """A layout's run at once, and in two halves."""
+    """Run a layout without interruption, and in two halves."""
     add_flavors()
     for name in ("whole", "halves"):
         out = folder / str(layout) / name
@@ -69,7 +62,7 @@ def run_both(rank: int, size: int, layout: Layout, folder: Path) -> None:
 
 
 def move(rank: int, size: int, before: Layout, after: Layout, folder: Path) -> None:
-    """A layout's run up to the half, then as another one's."""
+    """Run the second half of one layout's run in another layout."""
     add_flavors()
     out = folder / f"{before} then {after}"
     if rank == 0:
@@ -81,28 +74,25 @@ def move(rank: int, size: int, before: Layout, after: Layout, folder: Path) -> N
 
 def seed(rank: int, size: int, layout: Layout, folder: Path) -> None:
     add_flavors()
-    config = layout.config(
-        *("--job.dump_folder", str(folder), "--training.seed", "99"),
-        *("--checkpoint.enable", "--checkpoint.create_seed_checkpoint"),
-    )
-    train(config, place_of(config))
+    arguments = "--training.seed 99 --checkpoint.enable --checkpoint.create_seed_checkpoint"
+    config = layout.config(*arguments.split(), "--job.dump_folder", str(folder))
+    train(config, parallel_context(config))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every layout's runs, each from the same seed checkpoint, made with another `training.seed`
-    than theirs."""
-    made = tmp_path_factory.mktemp("runs")
+    """Run every layout from a common seed checkpoint, of another `training.seed` than the runs."""
+    folder = tmp_path_factory.mktemp("runs")
     for layout in ALONE:
-        begun = made / f"{layout.kind} seed"
-        run_processes(1, seed, layout, begun)
-        (begun / "text.txt").write_text(Path(__file__).read_text())
-        run_processes(1, run_both, layout, made)
+        seed_folder = folder / f"{layout.kind} seed"
+        run_processes(1, seed, layout, seed_folder)
+        (seed_folder / "text.txt").write_text(Path(__file__).read_text())
+        run_processes(1, run_both, layout, folder)
     for layout in LAYOUTS:
-        run_processes(4, run_both, layout, made)
+        run_processes(4, run_both, layout, folder)
     for before, after in MOVES:
-        run_processes(4, move, before, after, made)
-    return made
+        run_processes(4, move, before, after, folder)
+    return folder
 
 
 def last_of(folder: Path) -> dict[str, Any]:
@@ -110,10 +100,11 @@ def last_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("layout", [*ALONE, *LAYOUTS], ids=str)
-def test_a_run_in_two_halves_ends_with_the_bits_of_one_at_once(
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
     layout: Layout, folder: Path
 ) -> None:
-    """G9: losses, weights, AdamW, schedule, data position and random numbers, bit by bit."""
+    """G9: losses, weights, AdamW, schedule, data position and random numbers are equal bit for
+    bit."""
     whole, halves = folder / str(layout) / "whole", folder / str(layout) / "halves"
     assert losses(whole) == losses(halves)
     expected = last_of(whole)
@@ -122,20 +113,22 @@ def test_a_run_in_two_halves_ends_with_the_bits_of_one_at_once(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_every_layout_starts_from_a_seed_with_the_same_loss(layout: Layout, folder: Path) -> None:
-    """Method: the first loss against that of one process, from one seed; the same data follow."""
-    alone = losses(folder / str(Layout("", layout.kind)) / "whole")
+def test_every_layout_has_the_same_losses_from_a_seed_checkpoint(
+    layout: Layout, folder: Path
+) -> None:
+    """Method: comparison with one process that starts from the same seed checkpoint."""
+    expected = losses(folder / str(Layout("", layout.kind)) / "whole")
     found = losses(folder / str(layout) / "whole")
-    assert found[1] == pytest.approx(alone[1], abs=1e-5)
-    assert found == pytest.approx(alone, abs=1e-3)
+    assert found[1] == pytest.approx(expected[1], abs=1e-5)
+    assert found == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize(("before", "after"), MOVES, ids=str)
-def test_a_run_goes_on_as_another_layout_with_the_next_samples(
+def test_a_run_resumes_in_another_layout_with_the_next_samples(
     before: Layout, after: Layout, folder: Path
 ) -> None:
-    """G9: the second half of a run on other axes. Method: losses against those of one process, the
-    position in the data against the run that stayed."""
+    """G9: the second half of a run in another layout. Method: losses compared with one process,
+    the position in the data with the run that kept its layout."""
     moved = folder / f"{before} then {after}"
     found, alone = losses(moved), losses(folder / str(Layout("", before.kind)) / "whole")
     assert sorted(found) == [STEPS // 2 + 1, STEPS]

@@ -248,11 +248,11 @@ def test_a_run_that_saves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "outputs/checkpoint").exists()
 
 
-def test_the_page_of_the_terminal_has_every_verb() -> None:
-    from holdfast.cli.main import VERBS
+def test_the_page_of_the_terminal_has_every_command() -> None:
+    from holdfast.cli.main import COMMANDS
 
     page = (ROOT / "docs/cli.md").read_text()
-    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == set(VERBS)
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == set(COMMANDS)
 
 
 def test_the_configuration_page_is_what_the_classes_say() -> None:

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from checkpoints import save_step, save_stock
-from holdfast.cli.main import VERBS
+from holdfast.cli.main import COMMANDS
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.skills.bundle import (
     DESCRIPTION_LENGTH_MAX,
@@ -80,9 +80,9 @@ def test_a_skill_has_the_form_that_agents_expect(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "page"), PAGES)
-def test_settings_and_verbs_in_a_skill_are_known(name: str, page: str, tmp_path: Path) -> None:
-    """Method: each TOML block is read as a run reads it; each verb, key and setting that the text
-    names exists."""
+def test_settings_and_commands_in_a_skill_exist(name: str, page: str, tmp_path: Path) -> None:
+    """Method: read each TOML block as a run does; look up each command, key and setting in the
+    text."""
     keys = {
         f"{section}.{field.name}"
         for section, kind in get_type_hints(Config).items()
@@ -95,8 +95,8 @@ def test_settings_and_verbs_in_a_skill_are_known(name: str, page: str, tmp_path:
             read_config(["--job.config_file", str(tmp_path / "given.toml")])
             assert tomllib.loads(text)["checkpoint"]["enable"], "as it stands it does nothing"
     text = text_of(name, page)
-    for verb in re.findall(r"`holdfast (\w+)", text):
-        assert verb in VERBS
+    for command in re.findall(r"`holdfast (\w+)", text):
+        assert command in COMMANDS
     for key in re.findall(r"--(\w+\.\w+)", text):
         assert key in keys
 

@@ -1,4 +1,4 @@
-"""The sync of skills, killed and cut from its power before each of its operations on the disk."""
+"""The sync of skills, with a kill or a power cut before each of its operations on the disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from skills import V1, V2, CutDisk, CutError, ForgetfulDisk, bundle, files_in, s
 OLD, NEW = bundle(alpha="old", beta="old"), bundle(alpha="new", beta="new", gamma="new")
 MINE = "own/mine.md"
 SURVIVORS = 3
-"""States of the disk that are looked at for each power cut."""
+"""States of the disk that are tried for each power cut."""
 
 
 def install(root: Path, disk: Disk) -> None:
@@ -43,7 +43,7 @@ WORKS = (install, update, put_back, take_away)
 
 
 def prepared(root: Path, work: Work) -> None:
-    """What is there before: nothing but the user's own, or an older install with changes."""
+    """Make a folder with the user's own files, and an older install with changes."""
     root.mkdir(parents=True)
     (root / "other").mkdir()
     (root / "other/SKILL.md").write_text("the user's own")
@@ -64,8 +64,7 @@ def num_operations(folder: Path, work: Work, *, exchanges: bool) -> int:
 
 
 def check(root: Path, work: Work) -> None:
-    """Every copy is the old or the new one, nothing of the user's is gone, and one more sync ends
-    as an undisturbed one would."""
+    """Assert that copies are old or new, the user's files are there, and another sync completes."""
     name, mine = "alpha", {MINE: b"the user's own"}
     if work is take_away:
         assert not (root / name).exists() or files_in(root / name) == {**OLD[name].files, **mine}
@@ -107,9 +106,9 @@ def _archived(root: Path, data: bytes) -> bool:
 def test_a_sync_killed_before_any_operation_leaves_whole_copies(
     tmp_path: Path, work: Work, exchanges: bool
 ) -> None:
-    """G14. Method: a process that kills itself before its n-th operation on the disk, for each n;
-    an update where two folders cannot trade places, too. Where they can, every copy is the old or
-    the new one at the instant of the kill already."""
+    """G14. Method: a process kills itself before its n-th operation on the disk, for each n, also
+    on file systems that cannot exchange two names. Where they can, every copy is the old or the new
+    one even before the next sync."""
     count = num_operations(tmp_path / "counted", work, exchanges=exchanges)
     assert count > 5
     for cut in range(1, count + 1):
@@ -134,8 +133,8 @@ def test_a_sync_killed_before_any_operation_leaves_whole_copies(
 def test_a_power_cut_before_any_operation_loses_no_copy(
     tmp_path: Path, work: Work, exchanges: bool
 ) -> None:
-    """G14. Method: before the n-th operation, for each n, the disk forgets any of the names that
-    are not durable yet: several choices of which."""
+    """G14. Method: before the n-th operation, for each n, the disk loses some of the names that are
+    not durable yet, chosen in several ways."""
     count = num_operations(tmp_path / "counted", work, exchanges=exchanges)
     for cut in range(1, count + 1):
         for chosen in range(SURVIVORS):
@@ -149,11 +148,11 @@ def test_a_power_cut_before_any_operation_loses_no_copy(
             shutil.rmtree(tmp_path / "cut")
 
 
-def test_what_a_killed_sync_left_is_archived_where_it_is_known_from_nowhere_else(
+def test_a_copy_that_a_killed_sync_left_behind_is_archived(
     tmp_path: Path,
 ) -> None:
-    """G14. Method: an older copy set aside by an update, changed by its user in the same
-    instant."""
+    """G14. Method: an old copy in the stage of an update, which its user has changed at the last
+    moment."""
     root = tmp_path / "skills"
     sync({"alpha": skill("alpha", "1")}, Copies(root), V1)
     left = root / STATE / "stage-alpha-00000000"

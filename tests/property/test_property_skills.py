@@ -1,4 +1,4 @@
-"""The sync of skills against a model of what its user expects, for any sequence of events."""
+"""The sync of skills compared with a model, through any sequence of events."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ releases = st.integers(1, 4)
 
 
 class Skills(RuleBasedStateMachine):
-    """A user, several versions of holdfast, and what each name must look like on the disk.
+    """A user, several versions of holdfast, and the expected files of each skill.
 
-    Release `n` ships every name but one with the text `n`, so that names come and go.
+    Release `n` ships every skill but one with the text `n`, so that skills come and go.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Skills(RuleBasedStateMachine):
 
     @rule(release=releases, cut=st.integers(0, 60), exchanges=st.booleans())
     def sync(self, release: int, cut: int, exchanges: bool) -> None:
-        """Sync fully, or until an interruption."""
+        """Sync, or begin a sync that is cut off, and sync again."""
         before = {name: self.ours(name) for name in NAMES}
 
         def at_cut() -> None:
@@ -85,7 +85,7 @@ class Skills(RuleBasedStateMachine):
 
     @rule(name=names, file=st.sampled_from(["mine.md", "own/mine.md", "references/mine.md"]))
     def add(self, name: str, file: str) -> None:
-        """Add a file of the user."""
+        """Add a file of the user's own."""
         if not self.ours(name):
             return
         path = self.root / name / file
@@ -104,14 +104,14 @@ class Skills(RuleBasedStateMachine):
 
     @rule(name=names, release=releases)
     def take_away(self, name: str, release: int) -> None:
-        """Remove by the command."""
+        """Remove a skill by the command."""
         if name not in self.foreign:
             remove(skill(name, str(release)), Copies(self.root), f"{release}.0")
             self._gone(name)
 
     @rule(name=names, release=releases)
     def put_back(self, name: str, release: int) -> None:
-        """Install by the command: the shipped files, and the user's own stay."""
+        """Reset a skill by the command. The user's own files stay."""
         if name in self.foreign:
             return
         made = skill(name, str(release))
@@ -123,7 +123,7 @@ class Skills(RuleBasedStateMachine):
     @precondition(lambda self: len(self.foreign) < 2)
     @rule(name=names)
     def make(self, name: str) -> None:
-        """Make a skill of the user, if there is none."""
+        """Make a skill of the user's own."""
         if not (self.root / name).exists():
             (self.root / name).mkdir(parents=True)
             (self.root / name / "SKILL.md").write_bytes(self.text())
@@ -141,14 +141,14 @@ class Skills(RuleBasedStateMachine):
         self.own.pop(name, None)
 
     @invariant()
-    def nothing_of_the_users_is_touched(self) -> None:
+    def files_of_the_user_are_not_touched(self) -> None:
         for name, files in {**self.foreign, **self.changed}.items():
             assert files_in(self.root / name) == files
         for name, files in self.own.items():
             assert files.items() <= files_in(self.root / name).items()
 
     @invariant()
-    def what_was_deleted_stays_away(self) -> None:
+    def deleted_skills_stay_away(self) -> None:
         for name in self.deleted - self.foreign.keys():
             assert not (self.root / name).exists()
 

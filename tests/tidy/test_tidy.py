@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.cli.main import COMMANDS
+
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "holdfast"
 FILE_LINES_MAX = 500
@@ -127,6 +129,16 @@ def test_a_store_is_made_by_the_functions_that_tell_a_folder_from_a_url(path: Pa
         if isinstance(node, ast.Call):
             called = getattr(node.func, "id", getattr(node.func, "attr", ""))
             assert called not in ("LocalStore", "RemoteStore"), f"line {node.lineno}"
+
+
+def test_every_command_has_a_module_and_every_module_with_a_command_is_listed() -> None:
+    """Method: the modules of `holdfast.cli` that define `run`, beside the table of commands."""
+    modules = {
+        path.stem
+        for path in (SOURCE / "cli").glob("*.py")
+        if "run" in {getattr(node, "name", "") for node in ast.parse(path.read_text()).body}
+    }
+    assert modules == COMMANDS.keys()
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_the_set_up_shows_progress_of_pip_and_is_silent_the_second_time(
     first = set_up(project, seconds="6")
     assert (first.returncode, first.stdout) == (0, "done\n")
     lines = first.stderr.splitlines()
-    assert lines[0].startswith(f"setting up {project}/.venv (once; minutes")
+    assert lines[0].startswith(f"setting up {project}/.venv (once; takes minutes")
     assert lines[1] == "5 s: Collecting torch==2.13.0"
     assert lines[2].startswith("set up in ")
     assert len(lines) == 3

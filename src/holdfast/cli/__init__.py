@@ -1,1 +1,1 @@
-"""The terminal's door: `holdfast VERB`, one module a verb."""
+"""The `holdfast` command line: one module per command."""

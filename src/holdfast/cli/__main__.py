@@ -1,4 +1,4 @@
-"""`python -m holdfast.cli`: as `holdfast`, where the command is not on the path."""
+"""`python -m holdfast.cli`: the `holdfast` command where it is not on the PATH."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Two sets of tensors, element by element: what differs, and by how much."""
+"""Element-wise comparison of two tensors: how many elements differ, and by how much."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ State = Literal["equal", "differs", "dtype", "shape", "only in a", "only in b"]
 
 @dataclass(frozen=True, slots=True)
 class ComparedTensor:
-    """One of two tensors that are compared."""
+    """One of the two tensors of a comparison."""
 
     tensors: Tensors
     name: str
-    """In `tensors`."""
+    """Name in `tensors`."""
 
     source: Source | None = None
     entry: TensorEntry | None = None
-    """Where it lies as it is, if it lies so in one place."""
+    """Chunks in `source`, where the tensor is stored there unconverted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What is known of one name."""
+    """Result of comparing the tensors of one name."""
 
     name: str
     state: State
     dtypes: tuple[str | None, str | None]
-    """In a, and in b."""
+    """Dtype in a, and in b."""
 
     shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
     num_elements: int = 0
     num_differing: int = 0
     max_abs: float = 0.0
-    """Largest difference; infinite where one of two is no number."""
+    """Largest difference; infinite where one of the two elements is NaN."""
 
     max_rel: float = 0.0
-    """Largest difference as a share of the larger of the two."""
+    """Largest difference, relative to the larger of the two elements."""
 
     by_checksum: bool = False
-    """Whether all of it was compared by checksums, and none was read."""
+    """Whether equal checksums decided, and no element was read."""
 
     @property
     def same(self) -> bool:
-        """Whether dtype, shape and every number are."""
+        """Whether dtype, shape and all elements are equal."""
         return self.state == "equal"
 
 
@@ -65,89 +65,102 @@ def compare(
     b: ComparedTensor | None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Difference:
-    """What differs between two tensors: `dtype` where the numbers are equal and kept otherwise.
+    """Compare two tensors. The state `dtype` means equal numbers in different dtypes.
 
-    Reads only chunks whose checksums differ, if both sides have them and are cut alike.
+    Where both sides have checksums and the same chunks, only chunks whose checksums differ are
+    read.
 
     Raises:
-        DamagedError: elements that are not those that were written.
+        DamagedError: elements that do not match their checksum.
     """
-    held = [None if side is None else side.tensors.infos[side.name] for side in (a, b)]
-    dtypes = (held[0].dtype if held[0] else None, held[1].dtype if held[1] else None)
-    shapes = (held[0].shape if held[0] else None, held[1].shape if held[1] else None)
+    a_held = a.tensors.infos[a.name] if a else None
+    b_held = b.tensors.infos[b.name] if b else None
+    dtypes = (a_held.dtype if a_held else None, b_held.dtype if b_held else None)
+    shapes = (a_held.shape if a_held else None, b_held.shape if b_held else None)
     if a is None or b is None:
         return Difference(name, "only in a" if b is None else "only in b", dtypes, shapes)
     if shapes[0] != shapes[1]:
         return Difference(name, "shape", dtypes, shapes)
-    shape = shapes[0] or ()
-    whole = Region.whole(shape)
-    regions = list(_differing_chunks(a, b, whole))
-    count, largest, share = 0, 0.0, 0.0
+    whole = Region.whole(shapes[0] or ())
+    regions = list(_regions_to_read(a, b, whole))
+    num_differing, max_abs, max_rel = 0, 0.0, 0.0
     itemsize = max(dtype_of(dtype).itemsize for dtype in dtypes if dtype)
     for region in regions:
         for box in boxes(region, itemsize):
-            pair = [side.tensors.read(side.name, box) for side in (a, b)]
-            found = _differences(pair[0], pair[1], dtypes)
-            count += found[0]
-            largest, share = max(largest, found[1]), max(share, found[2])
+            elements = a.tensors.read(a.name, box), b.tensors.read(b.name, box)
+            box_differing, box_abs, box_rel = _differences(elements[0], elements[1], dtypes)
+            num_differing += box_differing
+            max_abs, max_rel = max(max_abs, box_abs), max(max_rel, box_rel)
             advance(box.num_elements * itemsize)
-    state: State = "equal" if dtypes[0] == dtypes[1] else "dtype"
+    if num_differing:
+        state: State = "differs"
+    else:
+        state = "equal" if dtypes[0] == dtypes[1] else "dtype"
     return Difference(
-        *(name, "differs" if count else state, dtypes, shapes, whole.num_elements),
-        *(count, largest, share, not regions and whole.num_elements > 0),
+        name=name,
+        state=state,
+        dtypes=dtypes,
+        shapes=shapes,
+        num_elements=whole.num_elements,
+        num_differing=num_differing,
+        max_abs=max_abs,
+        max_rel=max_rel,
+        by_checksum=not regions and whole.num_elements > 0,
     )
 
 
 def nbytes_to_read(a: ComparedTensor, b: ComparedTensor) -> int:
-    """Of each side, for a progress bar."""
-    held = a.tensors.infos[a.name], b.tensors.infos[b.name]
-    if held[0].shape != held[1].shape:
+    """Returns the bytes that `compare` reads of each tensor, for a progress bar."""
+    a_held, b_held = a.tensors.infos[a.name], b.tensors.infos[b.name]
+    if a_held.shape != b_held.shape:
         return 0
-    itemsize = max(dtype_of(one.dtype).itemsize for one in held)
-    regions = _differing_chunks(a, b, Region.whole(held[0].shape))
+    itemsize = max(dtype_of(a_held.dtype).itemsize, dtype_of(b_held.dtype).itemsize)
+    regions = _regions_to_read(a, b, Region.whole(a_held.shape))
     return sum(region.num_elements * itemsize for region in regions)
 
 
-def _differing_chunks(a: ComparedTensor, b: ComparedTensor, whole: Region) -> Iterator[Region]:
-    """The regions that have to be read: those of chunks without checksums, or with other ones."""
+def _regions_to_read(a: ComparedTensor, b: ComparedTensor, whole: Region) -> Iterator[Region]:
+    """Yields all regions but those of chunks whose checksums are known and equal."""
     if a.entry is None or b.entry is None or a.entry.dtype != b.entry.dtype:
         yield whole
         return
-    chunks = [{(c.region.start, c.region.stop): c for c in e.chunks} for e in (a.entry, b.entry)]
-    if chunks[0].keys() != chunks[1].keys():
+    a_chunks, b_chunks = (
+        {(chunk.region.start, chunk.region.stop): chunk for chunk in entry.chunks}
+        for entry in (a.entry, b.entry)
+    )
+    if a_chunks.keys() != b_chunks.keys():
         yield whole
         return
     itemsize = dtype_of(a.entry.dtype).itemsize
-    for at, chunk in chunks[0].items():
+    for bounds, chunk in a_chunks.items():
         nbytes = chunk.region.num_elements * itemsize
-        sums = [
-            side.source.checksums(one, nbytes) if side.source else None
-            for side, one in ((a, chunk), (b, chunks[1][at]))
-        ]
-        if (sums[0] is None or sums[0] != sums[1]) and nbytes:
+        a_sums = a.source.checksums(chunk, nbytes) if a.source else None
+        b_sums = b.source.checksums(b_chunks[bounds], nbytes) if b.source else None
+        if nbytes and (a_sums is None or a_sums != b_sums):
             yield chunk.region
 
 
 def _differences(
     a: Array, b: Array, dtypes: tuple[str | None, str | None]
 ) -> tuple[int, float, float]:
-    """How many elements differ, by how much at most, and as what share of the larger."""
+    """Returns how many elements differ, and the largest absolute and relative difference."""
     if dtypes[0] == dtypes[1]:
         if np.array_equal(_bits(a), _bits(b)):
             return 0, 0.0, 0.0
         if dtypes[0] in WITHOUT_NUMBERS:
             return int((a != b).sum()), np.inf, np.inf
-    first, second = numbers(a, dtypes[0] or ""), numbers(b, dtypes[1] or "")
+    a_numbers, b_numbers = numbers(a, dtypes[0] or ""), numbers(b, dtypes[1] or "")
     with np.errstate(all="ignore"):
-        differs = (first != second) & ~(np.isnan(first) & np.isnan(second))
+        differs = (a_numbers != b_numbers) & ~(np.isnan(a_numbers) & np.isnan(b_numbers))
         if dtypes[0] == dtypes[1] and is_integer(dtypes[0]):
-            differs = a != b  # As floats, two large ones could be one.
-        apart = np.abs(first - second)[differs]
-        apart = np.where(np.isnan(apart), np.inf, apart)
-        larger = np.maximum(np.abs(first), np.abs(second))[differs]
-        shares = np.where(np.isfinite(apart), apart / larger, np.inf)
-    count = int(differs.sum())
-    return (count, float(apart.max()), float(shares.max())) if count else (0, 0.0, 0.0)
+            differs = a != b  # Different large integers can be the same float64.
+        deltas = np.abs(a_numbers - b_numbers)[differs]
+        deltas = np.where(np.isnan(deltas), np.inf, deltas)
+        larger = np.maximum(np.abs(a_numbers), np.abs(b_numbers))[differs]
+        relative = np.where(np.isfinite(deltas), deltas / larger, np.inf)
+    if not deltas.size:
+        return 0, 0.0, 0.0
+    return int(deltas.size), float(deltas.max()), float(relative.max())
 
 
 def _bits(array: Array) -> Array:

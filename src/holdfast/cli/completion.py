@@ -1,4 +1,4 @@
-"""`holdfast completion`: what a shell needs to complete verbs and their options."""
+"""`holdfast completion`: the script with which a shell completes commands and options."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from holdfast.cli.terminal import named, parsed
+from holdfast.cli.terminal import Options, parsed, with_tyro
 
 
 @dataclass(frozen=True, slots=True)
-class CompletionArguments:
-    """Print the script that lets a shell complete verbs and their options.
+class CompletionArguments(Options):
+    """Print the script with which a shell completes commands and their options.
 
     Example: holdfast completion bash > ~/.local/share/bash-completion/completions/holdfast
     """
@@ -22,37 +22,42 @@ class CompletionArguments:
     shell: Annotated[Literal["bash", "zsh"], tyro.conf.Positional, tyro.conf.arg(metavar="SHELL")]
     """bash or zsh."""
 
-    debug: bool = False
-    """On an error, print where it came from."""
-
 
 def run(arguments: Sequence[str]) -> int:
     """Print the script; ends the process."""
-    from holdfast.cli.main import VERBS
+    from holdfast.cli import main, skills
 
-    asked = parsed(CompletionArguments, "completion", arguments)
+    options = parsed(CompletionArguments, "completion", arguments)
+    kinds: dict[str, Any] = options_of_commands()
+    # `train` takes hundreds of settings: only its name is completed.
+    kinds["train"] = make_dataclass("train", [])
+    summaries = {name: summary for name, (summary, _, _) in skills.COMMANDS.items()}
+    kinds["skills"] = _one_of({name: kinds[f"skills {name}"] for name in summaries}, summaries)
     tyro.cli(
-        _one_of("holdfast.cli", VERBS),
+        _one_of(kinds, main.COMMANDS),
         prog="holdfast",
-        args=["--tyro-print-completion", asked.shell],
+        args=["--tyro-print-completion", options.shell],
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     return 0
 
 
-def _one_of(package: str, verbs: Mapping[str, str]) -> Any:
-    """The type of a command line that begins with one of these verbs."""
-    kinds = []
-    for verb, does in verbs.items():
-        module = import_module(f"{package}.{verb}") if package == "holdfast.cli" else None
-        below = getattr(module, "VERBS", None)
-        if below:
-            kind = _one_of(f"{package}.{verb}", below)
-        else:
-            home = module or import_module(package)
-            group = package.rpartition(".")[2].capitalize()
-            called = f"{verb.capitalize()}Arguments" if module else f"{group}{verb.capitalize()}"
-            found = getattr(home, called, None)
-            kind = named(found) if found else make_dataclass(verb, [])
-        kinds.append(Annotated[kind, tyro.conf.subcommand(verb, description=does)])
-    return Union[tuple(kinds)]  # noqa: UP007 - made from a list
+def options_of_commands() -> dict[str, type[Any]]:
+    """Returns the dataclass of every command with options; of `skills`, of each command below."""
+    from holdfast.cli import main, skills
+
+    kinds = {}
+    for name in main.COMMANDS:
+        if name not in ("skills", "train"):
+            module = import_module(f"holdfast.cli.{name}")
+            kinds[name] = with_tyro(getattr(module, f"{name.capitalize()}Arguments"))
+    return kinds | {f"skills {name}": kind for name, (_, kind, _) in skills.COMMANDS.items()}
+
+
+def _one_of(kinds: Mapping[str, Any], summaries: Mapping[str, str]) -> Any:
+    """Returns the type of a command line that begins with one of these commands."""
+    members = [
+        Annotated[kinds[name], tyro.conf.subcommand(name, description=summary)]
+        for name, summary in summaries.items()
+    ]
+    return Union[tuple(members)]  # noqa: UP007 - made from a list

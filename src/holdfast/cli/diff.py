@@ -1,4 +1,4 @@
-"""`holdfast diff`: what differs between two checkpoints, whatever formats they are in."""
+"""`holdfast diff`: compare two checkpoints, in any formats."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from holdfast.catalog.open_any import OpenCheckpoint, open_any
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.source import read_value
 from holdfast.cli.compare import ComparedTensor, Difference, compare, nbytes_to_read
-from holdfast.cli.terminal import parsed, progress, say, say_json
+from holdfast.cli.terminal import JsonOptions, parsed, progress, say, say_json, spelled_shape
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import MismatchError
 from holdfast.format.manifest import Manifest
@@ -22,146 +22,147 @@ from holdfast.tensors.stored import StoredTensors
 if TYPE_CHECKING:
     import tyro
 
-LISTED_MAX = 200
+LINES_MAX = 200
 
 
 @dataclass(frozen=True, slots=True)
-class DiffArguments:
-    """What differs between two checkpoints: names, shapes, dtypes, and the elements, by how much.
-    Either may be a step, a folder of stock torch.distributed.checkpoint or of Hugging Face, or a
-    .pt file; where one has Hugging Face's names, it is compared through the table of its family.
-    What has the same checksums on both sides is not read. Exits with 6 where anything differs.
+class DiffArguments(JsonOptions):
+    """Compare two checkpoints: names, shapes, dtypes and elements, and by how much they differ.
+    Either may be a checkpoint of Holdfast or of stock torch.distributed.checkpoint, a Hugging Face
+    folder or a .pt file. Where only one has Hugging Face's tensor names, both are compared under
+    Meta's names. Data with equal checksums on both sides is not read. Exits with 6 where anything
+    differs.
 
     Example: holdfast diff outputs/checkpoint/step-500 outputs/checkpoint/step-1000
     """
 
     a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
-    """Checkpoint, or its URL."""
+    """Path or URL of a checkpoint."""
 
     b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
-    """Checkpoint, or its URL."""
+    """Path or URL of another checkpoint."""
 
     model_only: bool = False
-    """Leave out what is not the model's: optimizer, schedule, values."""
+    """Leave out everything but the model: optimizer, schedule, values."""
 
     hf_assets: str | None = None
-    """Folder with the config.json of the Hugging Face side, where it has none itself."""
-
-    json: bool = False
-    """Print JSON, with what is equal, too."""
-
-    debug: bool = False
-    """On an error, print where it came from."""
+    """Folder with the config.json of the Hugging Face model, where its own folder has none."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Compare, print what differs; the exit status."""
-    asked = parsed(DiffArguments, "diff", arguments)
-    seen = open_any(*open_for_reading(asked.a)), open_any(*open_for_reading(asked.b))
-    a, b = sides(seen, asked)
-    pairs = [(name, a.get(name), b.get(name)) for name in [*a, *(n for n in b if n not in a)]]
-    nbytes = sum(nbytes_to_read(one, other) for _, one, other in pairs if one and other)
+    """Compare, and print the differences; returns the exit status."""
+    options = parsed(DiffArguments, "diff", arguments)
+    opened = open_any(*open_for_reading(options.a)), open_any(*open_for_reading(options.b))
+    a, b = comparable_tensors(opened, options)
+    pairs = [(name, a.get(name), b.get(name)) for name in {**a, **b}]
+    nbytes = sum(nbytes_to_read(in_a, in_b) for _, in_a, in_b in pairs if in_a and in_b)
     with progress("comparing", nbytes) as advance:
-        found = [compare(name, one, other, advance) for name, one, other in pairs]
-    values = {} if asked.model_only else _values(seen)
-    if asked.json:
-        listed = [asdict(one) for one in found]
-        say_json({"a": asked.a, "b": asked.b, "tensors": listed, "values": values})
+        differences = [compare(name, in_a, in_b, advance) for name, in_a, in_b in pairs]
+    values = {} if options.model_only else _compared_values(opened)
+    if options.json:
+        tensors = [asdict(difference) for difference in differences]
+        say_json({"a": options.a, "b": options.b, "tensors": tensors, "values": values})
     else:
-        _say(found, values)
-    differing = sum(not one.same for one in found)
-    differing += sum(state != "equal" for state in values.values())
-    if differing:
-        raise MismatchError(f"`{asked.a}` and `{asked.b}` differ in {counted(differing, 'place')}")
+        _say(differences, values)
+    num_differing = sum(not difference.same for difference in differences)
+    num_differing += sum(state != "equal" for state in values.values())
+    if num_differing:
+        where = f"`{options.a}` and `{options.b}`"
+        raise MismatchError(f"{where} differ in {counted(num_differing, 'place')}")
     return 0
 
 
-def sides(
-    seen: tuple[OpenCheckpoint, OpenCheckpoint], asked: DiffArguments
+def comparable_tensors(
+    opened: tuple[OpenCheckpoint, OpenCheckpoint], options: DiffArguments
 ) -> tuple[dict[str, ComparedTensor], dict[str, ComparedTensor]]:
-    """The tensors of both under the names that they are compared by: as they are, and where the
-    two use different ones, as Meta's.
+    """Returns the tensors of both checkpoints under names that can be compared.
+
+    The names are the stored ones, or Meta's where the two checkpoints use different dialects.
 
     Raises:
-        MismatchError: one has Hugging Face's names, and is not of the family that it says.
-        UsageError: it does not say of which.
+        MismatchError: the tensors of a Hugging Face folder are not those of its model family.
+        UsageError: a Hugging Face folder does not say which family it is.
     """
-    called = [_names(one.manifest, model_only=asked.model_only) for one in seen]
-    dialects = [dialect_of(names.values()) for names in called]
+    names = [_names(checkpoint.manifest, model_only=options.model_only) for checkpoint in opened]
+    dialects = [dialect_of(of_one.values()) for of_one in names]
     if dialects[0] == dialects[1] or None in dialects:
-        return _as_called(seen[0], called[0]), _as_called(seen[1], called[1])
-    found = []
-    for path, one, names, dialect in zip((asked.a, asked.b), seen, called, dialects, strict=True):
+        return _under(names[0], opened[0]), _under(names[1], opened[1])
+    sides = []
+    for path, checkpoint, of_one, dialect in zip(
+        (options.a, options.b), opened, names, dialects, strict=True
+    ):
         if dialect == "hf":
-            found.append(_through_table(path, asked.hf_assets))
+            sides.append(_converted(path, options.hf_assets))
         else:
-            meta = renamed(names.values(), "meta")
-            found.append(_as_called(one, {name: meta[ours] for name, ours in names.items()}))
-    return found[0], found[1]
+            meta = renamed(of_one.values(), "meta")
+            sides.append(_under({name: meta[own] for name, own in of_one.items()}, checkpoint))
+    return sides[0], sides[1]
 
 
 def _names(manifest: Manifest, *, model_only: bool) -> dict[str, str]:
-    """For each tensor its name; of the model's, as its own state dict has them."""
-    called, parts = {}, parts_of(manifest)
+    """Returns tensor name -> name to compare it by: its name in the model's own state dict."""
+    names, components = {}, parts_of(manifest)
     for name, entry in manifest.tensors.items():
-        if parts[name] == "model":
-            called[name] = name_in_model(entry.path)
+        if components[name] == "model":
+            names[name] = name_in_model(entry.path)
         elif not model_only:
-            called[name] = name
-    return called
+            names[name] = name
+    return names
 
 
-def _as_called(seen: OpenCheckpoint, called: Mapping[str, str]) -> dict[str, ComparedTensor]:
-    stored, entries = StoredTensors(seen.source, seen.strides), seen.manifest.tensors
+def _under(names: Mapping[str, str], checkpoint: OpenCheckpoint) -> dict[str, ComparedTensor]:
+    stored = StoredTensors(checkpoint.source, checkpoint.strides)
+    entries = checkpoint.manifest.tensors
     return {
-        ours: ComparedTensor(stored, name, seen.source, entries[name])
-        for name, ours in called.items()
+        shown: ComparedTensor(stored, name, checkpoint.source, entries[name])
+        for name, shown in names.items()
     }
 
 
-def _through_table(path: str, assets: str | None) -> dict[str, ComparedTensor]:
-    """The tensors of a Hugging Face folder as a conversion would write them."""
+def _converted(path: str, assets: str | None) -> dict[str, ComparedTensor]:
+    """Returns the tensors of a Hugging Face folder as a conversion to Meta's names writes them."""
     outputs = plan(path, ConvertOptions(to="dcp", names="meta", hf_assets=assets)).outputs
     return {name: ComparedTensor(output.tensors, output.name) for name, output in outputs.items()}
 
 
-def _values(seen: tuple[OpenCheckpoint, OpenCheckpoint]) -> dict[str, str]:
-    """What is not a tensor, by its bytes; between formats that keep it in different ways, not."""
-    a, b = (one.manifest.values for one in seen)
-    if "torch" in (seen[0].format, seen[1].format) or not a or not b:
+def _compared_values(opened: tuple[OpenCheckpoint, OpenCheckpoint]) -> dict[str, str]:
+    """Returns value name -> state, by its bytes; empty if the formats store values differently."""
+    a, b = (checkpoint.manifest.values for checkpoint in opened)
+    if "torch" in (opened[0].format, opened[1].format) or not a or not b:
         return {}
-    found = {}
-    for name in [*a, *(name for name in b if name not in a)]:
+    states = {}
+    for name in {**a, **b}:
         if name not in a or name not in b:
-            found[name] = "only in b" if name not in a else "only in a"
+            states[name] = "only in b" if name not in a else "only in a"
         elif a[name].checksum is not None and a[name].checksum == b[name].checksum:
-            found[name] = "equal"
+            states[name] = "equal"
         else:
-            held = [read_value(one.source, name, one.manifest.values[name]) for one in seen]
-            found[name] = "equal" if held[0] == held[1] else "differs"
-    return found
+            stored = [read_value(one.source, name, one.manifest.values[name]) for one in opened]
+            states[name] = "equal" if stored[0] == stored[1] else "differs"
+    return states
 
 
-def _say(found: Sequence[Difference], values: Mapping[str, str]) -> None:
-    lines = [f"{one.state}: {one.name}  {_spelled(one)}" for one in found if not one.same]
+def _say(differences: Sequence[Difference], values: Mapping[str, str]) -> None:
+    lines = [f"{one.state}: {one.name}  {_spelled(one)}" for one in differences if not one.same]
     lines += [f"{state}: {name}  value" for name, state in values.items() if state != "equal"]
-    for line in lines[:LISTED_MAX]:
+    for line in lines[:LINES_MAX]:
         say(line)
-    if len(lines) > LISTED_MAX:
-        say(f"and {len(lines) - LISTED_MAX} more: --json lists all")
-    same = [one for one in found if one.same]
-    unread = sum(one.by_checksum for one in same)
-    said = f"equal: {counted(len(same), 'tensor')}"
-    said += f", {unread} of them by checksums" if unread else ""
-    equal = sum(state == "equal" for state in values.values())
-    say(said + (f", {counted(equal, 'value')}" if values else ""))
+    if len(lines) > LINES_MAX:
+        say(f"and {len(lines) - LINES_MAX} more: --json lists all")
+    equal = [difference for difference in differences if difference.same]
+    num_by_checksum = sum(difference.by_checksum for difference in equal)
+    summary = f"equal: {counted(len(equal), 'tensor')}"
+    summary += f", {num_by_checksum} of them by checksums" if num_by_checksum else ""
+    equal_values = sum(state == "equal" for state in values.values())
+    say(summary + (f", {counted(equal_values, 'value')}" if values else ""))
 
 
-def _spelled(one: Difference) -> str:
-    dtypes = [dtype for dtype in dict.fromkeys(one.dtypes) if dtype]
-    shapes = ["x".join(map(str, s)) or "scalar" for s in dict.fromkeys(one.shapes) if s is not None]
-    said = [" -> ".join(dtypes), " -> ".join(shapes)]
-    if one.num_differing:
-        said.append(f" {one.num_differing:,} of {one.num_elements:,} elements")
-        said.append(f"differ by up to {one.max_abs:.3g}, {one.max_rel:.3g} of their size")
-    return " ".join(said)
+def _spelled(difference: Difference) -> str:
+    dtypes = [dtype for dtype in dict.fromkeys(difference.dtypes) if dtype]
+    shapes = [spelled_shape(s) for s in dict.fromkeys(difference.shapes) if s is not None]
+    words = [" -> ".join(dtypes), " -> ".join(shapes)]
+    if difference.num_differing:
+        words.append(f" {difference.num_differing:,} of {difference.num_elements:,} elements")
+        words.append(f"differ by up to {difference.max_abs:.3g},")
+        words.append(f"{difference.max_rel:.3g} of their size")
+    return " ".join(words)

@@ -1,4 +1,4 @@
-"""`holdfast doctor`: what is wrong with a folder of steps, and the command that mends it."""
+"""`holdfast doctor`: problems in a folder of checkpoints, and the command that fixes each."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from holdfast.catalog.listing import hint_without_steps
 from holdfast.catalog.marks import damaged_steps
 from holdfast.catalog.open_any import check_folder
 from holdfast.catalog.paths import open_for_reading
-from holdfast.cli.terminal import parsed, say, say_json
+from holdfast.cli.terminal import JsonOptions, parsed, say, say_json, spelled_resume
 from holdfast.cli.verify import resumable, verified
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError, StorageError
 from holdfast.format.names import LOCK, MANIFEST, METADATA, aside_of, step_name, step_of
 from holdfast.spelling import counted, spelled_bytes
 from holdfast.storage.local import LocalStore
+from holdfast.storage.locks import read_note
 from holdfast.storage.store import ReadStore
 
 if TYPE_CHECKING:
@@ -31,121 +32,126 @@ Concern = Literal["damaged", "marked", "space", "rights", "left over", "in use",
 
 
 @dataclass(frozen=True, slots=True)
-class DoctorArguments:
-    """What is wrong with a run's checkpoint folder, and the command that mends each: damaged steps,
-    what killed saves left, locks, space, rights, checkpoints under names that no resume finds.
-    Exits with 7 where a step is damaged, with 9 where a save would fail.
+class DoctorArguments(JsonOptions):
+    """Find problems in a run's checkpoint folder, and the command that fixes each: damaged
+    checkpoints, leftovers of killed saves, locks, space, permissions, checkpoints under names that
+    no resume finds. Exits with 7 where a checkpoint is damaged, with 9 where a save would fail.
 
     Example: holdfast doctor outputs/checkpoint
     """
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Folder of steps, or its URL."""
+    """Path or URL of a folder of checkpoints."""
 
     verify: bool = False
-    """Read all data. Otherwise indexes and sizes alone are looked at, and damaged data is not
-    seen."""
-
-    json: bool = False
-    """Print JSON."""
-
-    debug: bool = False
-    """On an error, print where it came from."""
+    """Read all data. Without it only indexes and file sizes are checked, which do not show damaged
+    data."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """One thing that is wrong, or that a person should know."""
+    """One problem, or a fact that its owner should know."""
 
     concern: Concern
     where: str
     what: str
     mend: str | None = None
-    """A command; None where there is nothing to do."""
+    """Command that fixes it; None where no command does, or nothing needs to be done."""
 
 
 @dataclass(frozen=True, slots=True)
-class Folder:
-    """A folder of steps that is looked at."""
+class ExaminedFolder:
+    """A folder of checkpoints, with the results of verifying each."""
 
     store: ReadStore
     name: str
     names: Sequence[str]
-    """What lies in it; names of folders end in `/`."""
+    """Names of its files and folders; those of folders end in `/`."""
 
     reports: Sequence[VerifyReport]
-    """On each step."""
+    """Report on each checkpoint."""
 
     marked: Mapping[int, str]
-    """Steps that a run has found damaged, with what it found."""
+    """Steps marked as damaged, with what the run found."""
 
     read: bool = False
     """Whether all data was read."""
 
     @property
     def resume(self) -> int | None:
-        """The step that a resume takes."""
+        """Step that a resume takes."""
         return resumable(self.reports, self.marked)
 
     @property
     def where(self) -> str:
         return place(self.store, self.name)
 
-    def command(self, verb: str, below: str = "") -> str:
-        """A command about this folder, or what is in it."""
-        return f"holdfast {verb} {shlex.quote(self.where + below)}"
+    def command(self, command: str, below: str = "") -> str:
+        """Returns the command line that runs `holdfast command` on this folder, or a path below."""
+        return f"holdfast {command} {shlex.quote(self.where + below)}"
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Look, say what is wrong; the exit status."""
-    asked = parsed(DoctorArguments, "doctor", arguments)
-    folder = _looked_at(asked.folder, quick=not asked.verify)
-    troubles = [*examine(folder)]
-    resume = folder.resume
-    if asked.json:
-        listed = [asdict(trouble) for trouble in troubles]
-        said = {"folder": folder.where, "resume": resume, "read": folder.read}
-        say_json({**said, "troubles": listed})
+    """Examine the folder, and print what is wrong; returns the exit status."""
+    options = parsed(DoctorArguments, "doctor", arguments)
+    folder = _examined(options.folder, quick=not options.verify)
+    troubles, resume = [*examine(folder)], folder.resume
+    if options.json:
+        say_json(
+            {
+                "folder": folder.where,
+                "resume": resume,
+                "read": folder.read,
+                "troubles": [asdict(trouble) for trouble in troubles],
+            }
+        )
     else:
-        taken = f"a resume takes step {resume}" if resume is not None else "no step to resume from"
-        say(f"{folder.where}: {counted(len(folder.reports), 'step')}, {taken}")
+        checkpoints = counted(len(folder.reports), "checkpoint")
+        say(f"{folder.where}: {checkpoints}, {spelled_resume(resume)}")
         for trouble in troubles:
             say(f"  {trouble.concern}: {trouble.where}: {trouble.what}")
-            say(f"    {trouble.mend or _without_command(trouble)}")
+            say(f"    {trouble.mend or _advice_without_command(trouble)}")
         if not troubles:
-            say("  nothing is wrong" + ("" if folder.read else " with indexes and sizes"))
+            say("  no problems" + ("" if folder.read else " in indexes and file sizes"))
         if not folder.read:
             say(f"  no data was read: {folder.command('doctor')} --verify reads all of it")
     concerns = {trouble.concern for trouble in troubles}
     if "damaged" in concerns:
-        raise DamagedError(f"`{folder.where}` holds damaged steps")
+        raise DamagedError(f"`{folder.where}` holds damaged checkpoints")
     if concerns & {"space", "rights"}:
         raise StorageError(f"a save into `{folder.where}` would fail")
     return 0
 
 
-def _without_command(trouble: Trouble) -> str:
+def _advice_without_command(trouble: Trouble) -> str:
     if trouble.concern == "damaged":
-        return "no command mends it: put a copy in its place, or start from other weights"
+        return "no command repairs it: restore it from a copy, or start from other weights"
     return "nothing to do"
 
 
-def _looked_at(path: str, *, quick: bool) -> Folder:
+def _examined(path: str, *, quick: bool) -> ExaminedFolder:
     store, name = open_for_reading(path)
     check_folder(store, name)
-    names, steps = store.list(name), steps_in(store, name)
-    asides = [one for one in names if aside_of(one.rstrip("/")) is not None]
-    if not steps and not asides and LOCK not in names:
+    names, checkpoints = store.list(name), steps_in(store, name)
+    leftovers = [listed for listed in names if aside_of(listed.rstrip("/")) is not None]
+    if not checkpoints and not leftovers and LOCK not in names:
         raise NotFoundError(
-            f"`{place(store, name)}` is no folder of steps",
+            f"`{place(store, name)}` is not a folder of checkpoints",
             hint=hint_without_steps(store, name, names),
         )
-    reports = [*verified(store, steps, quick).values()]
-    return Folder(store, name, names, reports, damaged_steps(store, name), not quick)
+    reports = [*verified(store, checkpoints, quick).values()]
+    return ExaminedFolder(
+        store=store,
+        name=name,
+        names=names,
+        reports=reports,
+        marked=damaged_steps(store, name),
+        read=not quick,
+    )
 
 
-def examine(folder: Folder) -> Iterator[Trouble]:
-    """Everything that is wrong with a folder, what matters most first."""
+def examine(folder: ExaminedFolder) -> Iterator[Trouble]:
+    """Yields everything that is wrong with a folder, the most important first."""
     yield from _damaged(folder)
     if isinstance(folder.store, LocalStore):
         yield from _space(folder, folder.store)
@@ -154,7 +160,7 @@ def examine(folder: Folder) -> Iterator[Trouble]:
     yield from _unknown(folder)
 
 
-def _damaged(folder: Folder) -> Iterator[Trouble]:
+def _damaged(folder: ExaminedFolder) -> Iterator[Trouble]:
     resume = folder.resume
     for report in folder.reports:
         name = report.where.rpartition("/")[2]
@@ -166,15 +172,19 @@ def _damaged(folder: Folder) -> Iterator[Trouble]:
         if report.usable not in ("nothing", "everything"):
             what += f"; usable: {report.usable}"
         if resume is not None:
-            what += f"; a resume passes it over, and takes step {resume}"
+            what += f"; a resume skips it, and takes step {resume}"
         yield Trouble("damaged", name, what, _mend(folder, report, name))
 
 
-def _mend(folder: Folder, report: VerifyReport, name: str) -> str | None:
-    """What takes a damaged step away where there is one to resume from, or gets out of it what is
-    whole; None where nothing is."""
+def _mend(folder: ExaminedFolder, report: VerifyReport, name: str) -> str | None:
+    """Returns the command for a damaged checkpoint; None where nothing of it can be used.
+
+    It removes the checkpoint if another one can be resumed from; else it saves the usable
+    components.
+    """
     if report.loads:
-        # The bytes around its data are not right, which only stock torch needs: a copy has them.
+        # Only bytes around the data are damaged, which stock torch needs: a converted copy has
+        # them.
         copy = shlex.quote(f"{folder.where}-rescued/{name}")
         return f"{folder.command('convert', f'/{name}')} {copy}"
     refused = any(finding.concern in ("index", "file") for finding in report.findings)
@@ -186,22 +196,22 @@ def _mend(folder: Folder, report: VerifyReport, name: str) -> str | None:
     prune = f"{folder.command('prune')} --damaged"
     if refused or report.step in folder.marked:
         return prune
-    # Of what only reading shows, `prune` knows by a mark. `verify` ends with the status of damage.
+    # `prune` reads no data: it learns of damaged data by a mark. `;`, since `verify` exits with 7.
     return f"{folder.command('verify', f'/{name}')} --mark; {prune}"
 
 
-def _marked(folder: Folder, name: str, step: int) -> Trouble:
-    """A step that a run has found damaged, and that looks whole."""
-    # Reads all of it, and takes the mark away where it is whole.
+def _marked(folder: ExaminedFolder, name: str, step: int) -> Trouble:
+    """Returns the trouble of a checkpoint that is marked as damaged, and has no findings."""
+    # Reads all data, and deletes the mark if nothing is damaged.
     mend = f"{folder.command('verify', f'/{name}')} --mark"
     if not folder.read:
         return Trouble("damaged", name, folder.marked[step], mend)
-    what = f"{folder.marked[step]}, but every byte of it is as it was written"
+    what = f"{folder.marked[step]}, but now every byte matches its checksum"
     return Trouble("marked", name, what, mend)
 
 
-def _space(folder: Folder, store: LocalStore) -> Iterator[Trouble]:
-    """Whether the next save has room: it needs what the largest one so far has taken."""
+def _space(folder: ExaminedFolder, store: LocalStore) -> Iterator[Trouble]:
+    """Yields a trouble if less space is free than the largest checkpoint takes."""
     free = store.free_bytes()
     needed = max((report.nbytes for report in folder.reports), default=0)
     if free is not None and free < needed:
@@ -210,75 +220,65 @@ def _space(folder: Folder, store: LocalStore) -> Iterator[Trouble]:
         yield Trouble("space", folder.where, what, mend)
 
 
-def _rights(folder: Folder) -> Iterator[Trouble]:
+def _rights(folder: ExaminedFolder) -> Iterator[Trouble]:
     path = Path(folder.where)
     if not os.access(path, os.W_OK | os.X_OK):
         mend = f"sudo chown -R {os.geteuid()} {shlex.quote(folder.where)}"
         yield Trouble("rights", folder.where, f"owned by user {path.stat().st_uid}", mend)
 
 
-def _left_over(folder: Folder, store: LocalStore) -> Iterator[Trouble]:
-    """What saves that were killed left; while a run is at work, what it is at."""
+def _left_over(folder: ExaminedFolder, store: LocalStore) -> Iterator[Trouble]:
+    """Yields leftovers of killed saves; while a run holds the lock, only that it does."""
     lock = f"{folder.name}/{LOCK}"
     holder = store.holder(lock) if LOCK in folder.names else None
-    asides = plan_cleanup(folder.names)
+    actions = plan_cleanup(folder.names)
     if holder is not None:
-        what = f"by {holder or 'a run that gives no name'}"
-        yield Trouble("in use", LOCK, f"{what}, {counted(len(asides), 'folder')} on the way")
+        by = f"by {holder or 'a run that gives no name'}"
+        yield Trouble("in use", LOCK, f"{by}, {counted(len(actions), 'folder')} in progress")
         return
-    for action in asides:
+    for action in actions:
         if is_at_work(store, f"{folder.name}/{action.folder}"):
             yield Trouble("in use", action.folder, "another process is at work on it")
         else:
             yield Trouble("left over", action.folder, action.why, folder.command("prune"))
-    note = _note(store, lock) if LOCK in folder.names else ""
+    note = read_note(f"{folder.where}/{LOCK}")
     if note and not note.startswith(f"host {os.uname().nodename},"):
-        what = f"held, or left, by {note}: another machine, so nobody can tell from here"
+        what = f"held or left by {note}: another machine, whose processes cannot be seen from here"
         yield Trouble("in use", LOCK, what)
     elif note:
-        yield Trouble("left over", LOCK, f"by {note}, which has died; the next run takes it over")
+        what = f"by {note}, which has ended; the next run takes it over"
+        yield Trouble("left over", LOCK, what)
 
 
-def _note(store: LocalStore, lock: str) -> str:
-    """What the last holder of a lock has left in it."""
-    folder, _, name = lock.rpartition("/")
-    try:
-        if store.leads_out(folder, name):
-            return ""
-        return store.read(lock, 0, 1024).decode(errors="replace").strip()
-    except HoldfastError:
-        return ""
-
-
-def _unknown(folder: Folder) -> Iterator[Trouble]:
-    """Folders whose names are no steps': neither read, nor counted, nor removed."""
+def _unknown(folder: ExaminedFolder) -> Iterator[Trouble]:
+    """Yields folders that are not named as checkpoints, and so are neither read nor removed."""
     for name in folder.names:
         if not name.endswith("/") or step_of(name[:-1]) is not None or aside_of(name[:-1]):
             continue
         try:
-            held = folder.store.list(f"{folder.name}/{name[:-1]}")
+            below = folder.store.list(f"{folder.name}/{name[:-1]}")
         except HoldfastError as error:
-            yield Trouble("unknown", name, f"no step; {error.what}")
+            yield Trouble("unknown", name, f"not a checkpoint; {error.what}")
             continue
-        if any(step_of(one.rstrip("/")) is not None for one in held):
-            continue  # Steps of another kind, as `hf/`.
-        if not _is_checkpoint(held):
-            yield Trouble("unknown", name, "no step; Holdfast leaves it alone")
+        if any(step_of(listed.rstrip("/")) is not None for listed in below):
+            continue  # Another folder of checkpoints, such as `hf/`.
+        if not _is_checkpoint(below):
+            yield Trouble("unknown", name, "not a checkpoint; Holdfast leaves it alone")
             continue
         what = "a checkpoint under a name that no resume finds and no retention counts"
-        yield Trouble("unknown", name, what, _naming(folder, name[:-1]))
+        yield Trouble("unknown", name, what, _renaming(folder, name[:-1]))
 
 
-def _naming(folder: Folder, name: str) -> str | None:
-    """The command that gives a checkpoint the name of its step, if it says which and it is free."""
+def _renaming(folder: ExaminedFolder, name: str) -> str | None:
+    """Returns the command that renames a checkpoint to `step-N`; None if N is unknown or taken."""
     try:
         step = read_manifest(folder.store, f"{folder.name}/{name}").step
     except HoldfastError:
         return None
     if step is None or f"{step_name(step)}/" in folder.names:
         return None
-    named = shlex.quote(f"{folder.where}/{step_name(step)}")
-    return f"mv {shlex.quote(f'{folder.where}/{name}')} {named}"
+    target = shlex.quote(f"{folder.where}/{step_name(step)}")
+    return f"mv {shlex.quote(f'{folder.where}/{name}')} {target}"
 
 
 def _is_checkpoint(names: Sequence[str]) -> bool:

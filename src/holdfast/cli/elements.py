@@ -1,4 +1,4 @@
-"""The elements of a tensor as numbers: to compute with, to sum up, to look at. Without torch."""
+"""Elements of a stored tensor as numpy numbers: statistics and first elements, without torch."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from holdfast.tensors.lazy import Tensors
 from holdfast.tensors.numbers import Array, convert, is_floating
 
 WINDOW_BYTES = 8 << 20
-"""Of one tensor, held at a time."""
+"""Bytes of one tensor in memory at a time."""
 
 CORNER = 6
-"""Rows and columns that are looked at."""
+"""Largest number of rows and of columns in `corner`."""
 
 WITHOUT_NUMBERS = ("complex32", "float4_e2m1fn_x2")
-"""Dtypes whose elements are compared by their bits alone."""
+"""Dtypes that numpy cannot compute with: their elements are compared by their bits."""
 
 
 def is_integer(dtype: str | None) -> bool:
-    """Whether these are whole numbers."""
+    """Whether elements of this dtype are integers or bools."""
     return dtype is not None and dtype.startswith(("int", "uint", "bool"))
 
 
 def numbers(elements: Array, dtype: str) -> NDArray[np.float64 | np.complex128]:
-    """The elements as float64 or complex128, to compute with.
+    """Convert elements to float64 or complex128.
 
     Raises:
-        UsageError: elements of this dtype are known by their bits alone.
+        UsageError: `dtype` is one of `WITHOUT_NUMBERS`.
     """
     if dtype in WITHOUT_NUMBERS:
-        raise UsageError(f"there is no arithmetic with {dtype} here")
+        raise UsageError(f"statistics and values of `{dtype}` tensors are not supported")
     if dtype.startswith("complex"):
         return elements.astype(np.complex128)
     if is_floating(dtype):
@@ -49,76 +49,89 @@ def numbers(elements: Array, dtype: str) -> NDArray[np.float64 | np.complex128]:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What the elements of a tensor are like; of complex ones, their absolute values."""
+    """Statistics of a tensor's elements; of complex elements, their absolute values."""
 
     num_elements: int
     num_zeros: int
     num_nan: int
     num_inf: int
     least: float
+    """Minimum of the finite elements, as `greatest`, `mean` and `std` are over them; NaN where no
+    element is finite."""
+
     greatest: float
     mean: float
     std: float
-    """These four over what is finite; not a number where nothing is."""
 
 
 def statistics(
     tensors: Tensors, name: str, advance: Callable[[int], None] = lambda _: None
 ) -> Statistics:
-    """Of one tensor, read in boxes.
+    """Compute the statistics of one tensor, reading at most `WINDOW_BYTES` at a time.
 
     Raises:
-        DamagedError: elements that are not those that were written.
-        UsageError: there is no arithmetic with its dtype.
+        DamagedError: elements that do not match their checksum.
+        UsageError: a dtype without arithmetic.
     """
     held = tensors.infos[name]
     itemsize = dtype_of(held.dtype).itemsize
-    total, zeros, nans, infs = 0, 0, 0, 0
-    least, greatest, mean, spread = np.inf, -np.inf, 0.0, 0.0
+    num_finite, num_zeros, num_nan, num_inf = 0, 0, 0, 0
+    least, greatest, mean, squares = np.inf, -np.inf, 0.0, 0.0
     for box in boxes(Region.whole(held.shape), itemsize):
-        found = numbers(tensors.read(name, box), held.dtype)
-        found = np.abs(found) if np.iscomplexobj(found) else found
+        elements = numbers(tensors.read(name, box), held.dtype)
+        elements = np.abs(elements) if np.iscomplexobj(elements) else elements
         advance(box.num_elements * itemsize)
-        zeros, nans = zeros + int((found == 0).sum()), nans + int(np.isnan(found).sum())
-        infs += int(np.isinf(found).sum())
-        found = found[np.isfinite(found)]
-        if not found.size:
+        num_zeros += int((elements == 0).sum())
+        num_nan += int(np.isnan(elements).sum())
+        num_inf += int(np.isinf(elements).sum())
+        finite = elements[np.isfinite(elements)]
+        if not finite.size:
             continue
-        least = min(least, float(found.min()))
-        greatest = max(greatest, float(found.max()))
-        # Chan, Golub, LeVeque 1979: means and squared deviations of two sets as those of one.
-        apart, count = float(found.mean()) - mean, total + found.size
-        spread += float(found.var()) * found.size + apart**2 * total * found.size / count
-        mean += apart * found.size / count
-        total = count
-    if not total:
-        least = greatest = mean = std = float("nan")
+        least = min(least, float(finite.min()))
+        greatest = max(greatest, float(finite.max()))
+        # Chan, Golub, LeVeque 1979: combine means and squared deviations of two sets.
+        delta, count = float(finite.mean()) - mean, num_finite + finite.size
+        squares += float(finite.var()) * finite.size + delta**2 * num_finite * finite.size / count
+        mean += delta * finite.size / count
+        num_finite = count
+    if num_finite:
+        std = sqrt(squares / num_finite)
     else:
-        std = sqrt(spread / total)
-    whole = Region.whole(held.shape).num_elements
-    return Statistics(whole, zeros, nans, infs, float(least), float(greatest), mean, std)
+        least = greatest = mean = std = float("nan")
+    return Statistics(
+        num_elements=Region.whole(held.shape).num_elements,
+        num_zeros=num_zeros,
+        num_nan=num_nan,
+        num_inf=num_inf,
+        least=float(least),
+        greatest=float(greatest),
+        mean=mean,
+        std=std,
+    )
 
 
 def corner(tensors: Tensors, name: str) -> list[list[int | float | str]]:
-    """The first elements along the last two dims, at the first element of all others; complex ones
-    as text."""
+    """Read the first elements along the last two dims, at index 0 of all other dims.
+
+    Complex elements are returned as text.
+    """
     held = tensors.infos[name]
     sizes = [1] * max(len(held.shape) - 2, 0) + [CORNER] * min(len(held.shape), 2)
     stop = tuple(map(min, sizes, held.shape))
     elements = tensors.read(name, Region((0,) * len(stop), stop))
     width = stop[-1] if stop and stop[-1] else 1
     if is_integer(held.dtype):
-        # Not as floats, which hold no more than 53 bits of them.
-        whole: list[list[int | float | str]] = elements.reshape(-1, width).tolist()
-        return whole
+        # Not as float64, which holds only 53 bits of an integer.
+        integers: list[list[int | float | str]] = elements.reshape(-1, width).tolist()
+        return integers
     rows: list[list[Any]] = numbers(elements, held.dtype).reshape(-1, width).tolist()
     if held.dtype.startswith("complex"):
-        rows = [[f"{one.real:.5g}{one.imag:+.5g}j" for one in row] for row in rows]
+        rows = [[f"{number.real:.5g}{number.imag:+.5g}j" for number in row] for row in rows]
     return rows
 
 
 def boxes(region: Region, itemsize: int) -> Iterator[Region]:
-    """A region in boxes that fit into memory."""
+    """Yields boxes of at most `WINDOW_BYTES` that cover a region."""
     for box in blocks(region.shape, itemsize, WINDOW_BYTES):
         start, stop = (
             tuple(map(int.__add__, region.start, bound)) for bound in (box.start, box.stop)

@@ -1,4 +1,4 @@
-"""`holdfast list`: the steps in a folder, and which one a resume takes."""
+"""`holdfast list`: the checkpoints in a folder, and the one that a resume takes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from holdfast.catalog.findings import VerifyReport, said_of
 from holdfast.catalog.listing import CheckpointRow, resumable, survey
 from holdfast.catalog.open_any import check_folder
 from holdfast.catalog.paths import open_for_reading
-from holdfast.cli.terminal import parsed, say, say_json, say_table
+from holdfast.cli.terminal import JsonOptions, parsed, say, say_json, say_table
+from holdfast.dashboard.history import commit_time
 from holdfast.errors import DamagedError
 from holdfast.spelling import spelled_age, spelled_bytes, spelled_layout
-from holdfast.storage.store import ReadStore
 
 if TYPE_CHECKING:
     import tyro
@@ -24,73 +24,59 @@ HEAD = ("step", "size", "age", "kind", "layout", "state", "")
 
 
 @dataclass(frozen=True, slots=True)
-class ListArguments:
-    """The steps in a checkpoint folder: size, age, kind, the layout that wrote it, whether each is
-    whole, and which one a resume takes. Looks at indexes and sizes; with --verify at every byte,
+class ListArguments(JsonOptions):
+    """List the checkpoints in a folder: size, age, kind, the ranks that wrote each, whether it is
+    complete, and which one a resume takes. Checks indexes and file sizes; with --verify every byte,
     and exits with 7 where one is damaged, as verify does.
 
     Example: holdfast list outputs/checkpoint
     """
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Folder of steps, or its URL."""
+    """Path or URL of a folder of checkpoints."""
 
     verify: bool = False
-    """Read all data, too."""
-
-    json: bool = False
-    """Print JSON."""
-
-    debug: bool = False
-    """On an error, print where it came from."""
+    """Also read all data."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print the list; the exit status."""
-    asked = parsed(ListArguments, "list", arguments)
-    store, name = open_for_reading(asked.folder)
+    """Print the list; returns the exit status."""
+    options = parsed(ListArguments, "list", arguments)
+    store, name = open_for_reading(options.folder)
     check_folder(store, name)
     rows = survey(store, name)
-    damaged = 0
-    if asked.verify:
-        reports = _reports(store, name, rows)
-        damaged = sum(not report.good for report in reports.values())
+    num_damaged = 0
+    if options.verify:
+        # Not at the top: a list that reads no data need not load the verifier.
+        from holdfast.cli.verify import verified
+
+        paths = [f"{name}/{row.name}" for row in rows if row.state != "attempt"]
+        reports = verified(store, paths, quick=False)
+        num_damaged = sum(not report.good for report in reports.values())
         rows = [
-            _verified(row, reports.get(row.name))
+            _verified(row, reports.get(f"{name}/{row.name}"))
             for row in rows
-            if row.state == "attempt" or row.name in reports
+            if row.state == "attempt" or f"{name}/{row.name}" in reports
         ]
     resume = resumable(rows)
-    if asked.json:
-        said = {"folder": place(store, name), "resume": resume}
-        say_json({**said, "checkpoints": [asdict(row) for row in rows]})
+    if options.json:
+        checkpoints = [asdict(row) for row in rows]
+        say_json({"folder": place(store, name), "resume": resume, "checkpoints": checkpoints})
     else:
         say_table(HEAD, [_cells(row, resume) for row in rows])
         for row in rows:
             if row.problem:
                 say(f"{row.name}: {row.problem}")
-    if damaged:
+    if num_damaged:
         raise DamagedError(
-            f"{damaged} of {len(reports)} checkpoints are damaged",
+            f"{num_damaged} of {len(reports)} checkpoints are damaged",
             hint=f"holdfast doctor {place(store, name)} --verify",
         )
     return 0
 
 
-def _reports(
-    store: ReadStore, folder: str, rows: Sequence[CheckpointRow]
-) -> dict[str, VerifyReport]:
-    """What reading all data of each step has shown, by its name; of those still there."""
-    # Not at the top: a list that reads no data does not wait for the verifier.
-    from holdfast.cli.verify import verified
-
-    steps = [f"{folder}/{row.name}" for row in rows if row.state != "attempt"]
-    found = verified(store, steps, quick=False)
-    return {step.rpartition("/")[2]: report for step, report in found.items()}
-
-
 def _verified(row: CheckpointRow, report: VerifyReport | None) -> CheckpointRow:
-    """The row with what its report says."""
+    """Returns the row with the problem that its report found."""
     if row.state != "good" or report is None or report.good:
         return row
     problem = said_of(report.findings)
@@ -100,22 +86,13 @@ def _verified(row: CheckpointRow, report: VerifyReport | None) -> CheckpointRow:
 
 
 def _cells(row: CheckpointRow, resume: int | None) -> tuple[str, ...]:
+    time = commit_time(row)
     return (
         str(row.step) if row.step is not None else row.name,
         "-" if row.nbytes is None else spelled_bytes(row.nbytes),
-        _age(row.created),
+        "-" if time is None else spelled_age(datetime.now(UTC).timestamp() - time),
         row.kind or "-",
         spelled_layout(row.layout) or "-",
         row.state,
         "resume" if row.step is not None and row.step == resume else "pinned" * row.pinned,
     )
-
-
-def _age(created: str | None) -> str:
-    try:
-        then = datetime.fromisoformat(created or "")
-    except ValueError:
-        return "-"
-    if then.tzinfo is None:
-        return "-"
-    return spelled_age((datetime.now(UTC) - then).total_seconds())

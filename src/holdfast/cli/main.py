@@ -1,7 +1,7 @@
-"""`holdfast VERB ...`: finds the verb, and says what went wrong.
+"""`holdfast COMMAND ...`: finds the command, and prints errors.
 
-stdout holds what was asked for, stderr all else; the exit status is that of the error
-(holdfast.errors).
+Results go to stdout, everything else to stderr. The exit status of an error is that of its class in
+`holdfast.errors`.
 """
 
 from __future__ import annotations
@@ -12,63 +12,64 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from holdfast.arguments import not_installed
-from holdfast.cli.terminal import prepare_streams, say_error, unwritten, verb_in
+from holdfast.cli.terminal import command_in, prepare_streams, say_error, unwritten
 from holdfast.errors import HoldfastError
 
-VERBS = {
-    "completion": "what a shell needs to complete verbs and options",
-    "convert": "a checkpoint into another format: dcp, hf, torch",
-    "diff": "what differs between two checkpoints, whatever formats they are in",
-    "doctor": "what is wrong with a checkpoint folder, and the command that mends it",
-    "list": "the steps in a checkpoint folder, and which one a resume takes",
-    "prune": "remove steps that no rule keeps, and what killed saves left",
-    "report": "a run and its checkpoints on one page of HTML",
-    "serve": "runs as live web pages, metrics for Prometheus, a health check",
-    "show": "what a checkpoint holds, and where each tensor lies",
-    "verify": "check every byte of a checkpoint, or of every step in a folder",
-    "skills": "guides for coding agents: install them, keep them up to date",
-    "train": "the reference training run, on workers of this machine",
-    "version": "what is installed",
+COMMANDS = {
+    "completion": "print the script with which a shell completes commands and options",
+    "convert": "convert a checkpoint into another format: dcp, hf, torch",
+    "diff": "compare two checkpoints, in any formats",
+    "doctor": "find problems in a folder of checkpoints, and the command that fixes each",
+    "list": "list the checkpoints in a folder, and the one that a resume takes",
+    "prune": "remove checkpoints that no rule keeps, and leftovers of killed saves",
+    "report": "write a page of HTML about a run and its checkpoints",
+    "serve": "serve live web pages, metrics for Prometheus and a health check",
+    "show": "show the tensors and values in a checkpoint, and where each is stored",
+    "verify": "check every byte of a checkpoint, or of each one in a folder",
+    "skills": "install guides for coding agents, and keep them up to date",
+    "train": "run the reference training on workers of this machine",
+    "version": "print the installed versions",
 }
+"""Summary of each command. Written out, since `--help` need not wait for imports."""
 
 INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says; the exit status."""
+    """Run a command line, by default that of this process; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:
         prepare_streams()
         if hasattr(signal, "SIGPIPE"):
-            # A reader that has seen enough, such as `head`, is no error.
+            # A reader that closes the pipe early, such as `head`, is no error.
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         try:
             status = _status(given)
         finally:
-            # Python would do this as it ends, and print a traceback where it fails.
+            # Python flushes as it exits, and prints a traceback where that fails.
             sys.stdout.flush()
     except OSError as error:
-        return _ended(given, unwritten(error))
+        return _failed(given, unwritten(error))
     return status
 
 
 def _status(given: list[str]) -> int:
-    """Exit status of a command, whose error has been printed."""
+    """Run a command, and print its error; returns the exit status."""
     try:
         return _run(given)
     except HoldfastError as error:
-        return _ended(given, error)
+        return _failed(given, error)
     except ImportError as error:
-        return _ended(given, not_installed(error, f"`holdfast {given[0]}`"))
+        return _failed(given, not_installed(error, f"`holdfast {given[0]}`"))
     except KeyboardInterrupt:
         return INTERRUPTED
 
 
-def _ended(given: Sequence[str], error: HoldfastError) -> int:
-    """Say what went wrong; the exit status."""
+def _failed(given: Sequence[str], error: HoldfastError) -> int:
+    """Print an error; returns the exit status."""
     if "--debug" in given:
-        import traceback  # Not at the top: a verb that goes well need not wait for it.
+        import traceback  # Not at the top: a command that succeeds never needs it.
 
         say_error(traceback.format_exc().rstrip())
     say_error(f"error: {error}")
@@ -78,10 +79,10 @@ def _ended(given: Sequence[str], error: HoldfastError) -> int:
 def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["--version"]:
         arguments = ["version", *arguments[1:]]
-    what, example = "Checkpoints of PyTorch training runs.", "holdfast list outputs/checkpoint"
-    verb = verb_in("holdfast", VERBS, arguments, what, example)
-    if verb is None:
+    about, example = "Checkpoints of PyTorch training runs.", "holdfast list outputs/checkpoint"
+    command = command_in("holdfast", COMMANDS, arguments, about, example)
+    if command is None:
         return 0
-    # Each verb is imported when it is asked for: `list` must not wait for what others need.
-    status: int = import_module(f"holdfast.cli.{verb}").run(arguments[1:])
+    # Only the module of this command is imported: `list` must not load what others need.
+    status: int = import_module(f"holdfast.cli.{command}").run(arguments[1:])
     return status

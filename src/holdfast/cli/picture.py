@@ -1,4 +1,4 @@
-"""Where the chunks of a tensor lie, drawn with letters."""
+"""Pictures of a tensor's chunks, drawn with letters."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ WIDTH_MAX, HEIGHT_MAX = 48, 12
 LETTERS = ascii_uppercase + ascii_lowercase
 
 OTHERS = "#"
-"""Stands for every chunk past the last letter."""
+"""Letter of every chunk past the last of `LETTERS`."""
 
 
 def letter(index: int) -> str:
-    """What a chunk is drawn with."""
+    """Returns the letter that a chunk is drawn with."""
     return LETTERS[index] if index < len(LETTERS) else OTHERS
 
 
 def draw(shape: Sequence[int], regions: Sequence[Region]) -> list[str]:
-    """The tensor as a box of letters, one for each region, along the two dims that are cut most;
-    what lies along the others is drawn at their first element.
+    """Draw a tensor as lines of letters, one letter per region.
+
+    The picture shows the two dims with the most chunks, at index 0 of all other dims.
 
     >>> draw((4, 4), [Region((0, 0), (2, 4)), Region((2, 0), (4, 2)), Region((2, 2), (4, 4))])
     ['AAAA', 'AAAA', 'BBCC', 'BBCC']
@@ -30,24 +31,18 @@ def draw(shape: Sequence[int], regions: Sequence[Region]) -> list[str]:
     if 0 in shape:
         return []
     down, across = _dims(shape, regions)
-    height = 1 if down is None else min(shape[down], HEIGHT_MAX)
-    width = 1 if across is None else min(shape[across], WIDTH_MAX)
     rows = []
-    for row in range(height):
+    for row in _middles(shape, down, HEIGHT_MAX):
         line = ""
-        for column in range(width):
-            at = [0] * len(shape)
-            if down is not None:
-                at[down] = _middle(row, height, shape[down])
-            if across is not None:
-                at[across] = _middle(column, width, shape[across])
-            line += _letter_at(at, regions)
+        for column in _middles(shape, across, WIDTH_MAX):
+            shown = {down: row, across: column}
+            line += _letter_at([shown.get(dim, 0) for dim in range(len(shape))], regions)
         rows.append(line)
     return rows
 
 
 def _dims(shape: Sequence[int], regions: Sequence[Region]) -> tuple[int | None, int | None]:
-    """The dims to draw down and across."""
+    """Returns the dims to draw down and across."""
     if len(shape) < 2:
         return None, 0 if shape else None
     cuts = [len({region.start[dim] for region in regions}) for dim in range(len(shape))]
@@ -55,12 +50,16 @@ def _dims(shape: Sequence[int], regions: Sequence[Region]) -> tuple[int | None, 
     return first, second
 
 
-def _middle(cell: int, cells: int, size: int) -> int:
-    return (2 * cell + 1) * size // (2 * cells)
+def _middles(shape: Sequence[int], dim: int | None, cells_max: int) -> list[int]:
+    """Returns the index in the middle of each cell along a dim."""
+    size = 1 if dim is None else shape[dim]
+    cells = min(size, cells_max)
+    return [(2 * cell + 1) * size // (2 * cells) for cell in range(cells)]
 
 
-def _letter_at(at: Sequence[int], regions: Sequence[Region]) -> str:
-    for index, region in enumerate(regions):
-        if all(a <= i < b for a, i, b in zip(region.start, at, region.stop, strict=True)):
-            return letter(index)
+def _letter_at(index: Sequence[int], regions: Sequence[Region]) -> str:
+    for number, region in enumerate(regions):
+        bounds = zip(region.start, index, region.stop, strict=True)
+        if all(start <= i < stop for start, i, stop in bounds):
+            return letter(number)
     return "."

@@ -1,4 +1,4 @@
-"""`holdfast prune`: let go of steps that no rule keeps, and of what killed saves left."""
+"""`holdfast prune`: remove checkpoints that no rule keeps, and leftovers of killed saves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from holdfast.catalog.open_any import check_folder, format_of
 from holdfast.catalog.paths import place_of
 from holdfast.catalog.replaceable import why_not_removable
 from holdfast.catalog.resumable import misnumbered
-from holdfast.cli.terminal import parsed, say, say_json, say_table
+from holdfast.cli.terminal import JsonOptions, parsed, say, say_json, say_table
+from holdfast.cli.verify import stored_bytes
 from holdfast.errors import HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format.names import LOCK, aside_of
 from holdfast.manager.policy import STEPS_MIN, Retention, reasons_to_keep
@@ -29,54 +30,51 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class PruneArguments:
-    """Remove steps that no rule keeps, and what killed saves left. A step stays if any rule keeps
-    it; without a rule every step stays. Pinned steps and the newest two to resume from always stay.
-    Damaged steps neither count nor go, unless asked for. Refused while a run saves in the folder.
+class PruneArguments(JsonOptions):
+    """Remove checkpoints that no rule keeps, and leftovers of killed saves. A checkpoint that any
+    rule keeps stays; without a rule all stay. Pinned checkpoints and the newest two to resume from
+    always stay. Damaged ones do not count for the rules, and stay unless --damaged is given.
+    Refused while a run saves in the folder.
 
     Example: holdfast prune outputs/checkpoint --keep-latest-k 3 --dry-run
     """
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Folder of steps."""
+    """Folder of checkpoints."""
 
     keep_latest_k: int | None = None
-    """Keep this many of the newest good steps."""
+    """Keep this many of the newest good checkpoints."""
 
     keep_every_n_steps: int = 0
-    """Keep each step whose number this divides."""
+    """Keep every checkpoint whose step is a multiple of this."""
 
     keep_best_k: int = 0
-    """Keep this many steps with the best metric."""
+    """Keep this many checkpoints with the best metric."""
 
     keep_best_metric: str = "loss"
-    """The metric, by the name under which the run saved it."""
+    """Name under which the run saved the metric."""
 
     keep_best_mode: Literal["min", "max"] = "min"
-    """Whether the least or the greatest is the best."""
+    """Whether the smallest or the largest metric is the best."""
 
     damaged: bool = False
-    """Remove damaged steps, too, if there are good ones to resume from."""
+    """Also remove damaged checkpoints, provided that a good one remains to resume from."""
 
     dry_run: bool = False
-    """Say what would go."""
-
-    json: bool = False
-    """Print JSON."""
-
-    debug: bool = False
-    """On an error, print where it came from."""
+    """Only print the plan."""
 
     @property
     def retention(self) -> Retention | None:
-        """The rules; None where there are none."""
+        """Rules of the command line; None where it gives none."""
         counts = (self.keep_latest_k or 0, self.keep_every_n_steps, self.keep_best_k)
         if min(counts) < 0 or self.keep_latest_k == 0:
-            raise UsageError("a rule keeps at least one step", hint="without a rule all stay")
+            raise UsageError(
+                "a rule must keep at least one checkpoint", hint="without a rule all stay"
+            )
         if not any(counts):
             return None
         return Retention(
-            # What the floor keeps anyway, where only other rules are given.
+            # As many as always stay, where only other rules are given.
             latest_k=self.keep_latest_k or STEPS_MIN,
             every_n_steps=self.keep_every_n_steps,
             best_k=self.keep_best_k,
@@ -87,7 +85,7 @@ class PruneArguments:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One folder, and whether it stays."""
+    """Whether one folder stays, and why."""
 
     name: str
     nbytes: int
@@ -96,131 +94,127 @@ class Decision:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Say what goes, and let it go; the exit status."""
-    asked = parsed(PruneArguments, "prune", arguments)
-    if is_url(asked.folder):
-        raise UsageError(f"`{asked.folder}` is a URL: use the tool of that store")
-    store, name = place_of(asked.folder)
+    """Print the plan, and carry it out; returns the exit status."""
+    options = parsed(PruneArguments, "prune", arguments)
+    if is_url(options.folder):
+        raise UsageError(f"`{options.folder}` is a URL: use the tool of that store")
+    store, name = place_of(options.folder)
     check_folder(store, name)
-    catalog = Catalog(folder_store(asked.folder))
-    names = [name.rstrip("/") for name in catalog.store.list()]
-    if not catalog.folders() and not any(map(aside_of, names)):
-        hint = hint_without_steps(store, name, catalog.store.list())
-        raise NotFoundError(f"`{catalog.store.url}` holds no step", hint=hint)
-    if asked.dry_run:
-        _say(decide(catalog, asked), asked)
+    catalog = Catalog(folder_store(options.folder))
+    listed = catalog.store.list()
+    if not catalog.folders() and not any(aside_of(entry.rstrip("/")) for entry in listed):
+        raise NotFoundError(
+            f"`{catalog.store.url}` holds no checkpoint of a run",
+            hint=hint_without_steps(store, name, listed),
+        )
+    if options.dry_run:
+        _say(decide(catalog, options), options)
         return 0
     note = f"holdfast prune, pid {os.getpid()}, since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
     with catalog.store.lock(LOCK, note):
-        decisions = decide(catalog, asked)
-        _say(decisions, asked)
+        decisions = decide(catalog, options)
+        _say(decisions, options)
         _execute(catalog, decisions)
     return 0
 
 
-def decide(catalog: Catalog, asked: PruneArguments) -> list[Decision]:
-    """What goes and what stays: steps, oldest first, then what killed saves left.
+def decide(catalog: Catalog, options: PruneArguments) -> list[Decision]:
+    """Decide what stays: checkpoints, oldest first, then leftovers of killed saves.
 
     Raises:
-        UsageError: damaged steps are to go, and there is no good one to resume from.
+        UsageError: damaged checkpoints are to be removed, and there is no good one to resume from.
     """
-    store, folders, retention = catalog.store, catalog.folders(), asked.retention
+    store, folders, retention = catalog.store, catalog.folders(), options.retention
     good = {candidate.step: candidate for candidate in good_steps(catalog, folders)}
     reasons = {step: ["no rule given"] for step in good}
     if retention is not None:
         reasons = reasons_to_keep(good.values(), retention)
-    if asked.damaged and not any(candidate.resumable for candidate in good.values()):
+    if options.damaged and not any(candidate.resumable for candidate in good.values()):
         raise UsageError(
-            f"`{store.url}` has no good step to resume from: the damaged ones are all there is",
-            hint="`holdfast verify` says what of them is usable",
+            f"`{store.url}` has no good checkpoint to resume from: the damaged ones are all there "
+            "is",
+            hint="`holdfast verify` lists which of their components are usable",
         )
     decisions = []
     for step, folder in folders.items():
-        stays, why = not asked.damaged, "damaged"
-        if (kept := _why_kept(catalog, step, folder)) is not None:
-            stays, why = True, kept
-        elif _is_hf(catalog, folder):
-            stays, why = True, "a Hugging Face folder"
+        stays, why = not options.damaged, "damaged"
+        if (reason := _why_not_decided_by_rules(catalog, step, folder)) is not None:
+            stays, why = True, reason
         elif step in good:
             stays, why = bool(reasons[step]), ", ".join(reasons[step]) or "no rule keeps it"
-        decisions.append(Decision(folder, _nbytes(catalog, folder), stays, why))
+        decisions.append(Decision(folder, stored_bytes(store, folder), stays, why))
     for action in plan_cleanup(store.list()):
         stays, why = action.verb == "restore", action.why
         if is_at_work(store, action.folder):
             stays, why = True, "another process is at work on it"
         if action.folder not in folders.values():
-            decisions.append(Decision(action.folder, _nbytes(catalog, action.folder), stays, why))
+            decisions.append(
+                Decision(action.folder, stored_bytes(store, action.folder), stays, why)
+            )
     return decisions
 
 
-def _why_kept(catalog: Catalog, step: int, folder: str) -> str | None:
-    """Why a folder stays whatever the rules say: more lies in it than one checkpoint, or another
-    one than its name says, or it cannot be read now. None where the rules decide."""
+def _why_not_decided_by_rules(catalog: Catalog, step: int, folder: str) -> str | None:
+    """Returns why a folder stays whatever the rules are; None where the rules decide.
+
+    It stays if it holds more than one checkpoint, or a checkpoint of another step, or a Hugging
+    Face folder, or if the disk cannot read it now.
+    """
+    store = catalog.store
     try:
-        if why := why_not_removable(catalog.store, folder):
+        if why := why_not_removable(store, folder):
             return why
-        manifest = read_manifest(catalog.store, folder, entries=False)
+        manifest = read_manifest(store, folder, entries=False)
         for file in manifest.files:
             with suppress(NotFoundError):
-                catalog.store.size(f"{folder}/{file}")
+                store.size(f"{folder}/{file}")
     except StorageError as error:
-        return error.what  # A disk or a mount that is ill says nothing of the step.
+        return error.what  # A failing disk or mount does not mean that the checkpoint is bad.
     except HoldfastError:
+        # `last_save_in_hf` leaves a folder of safetensors without a manifest.
+        with suppress(HoldfastError):
+            if format_of(store, folder) == "safetensors":
+                return "a Hugging Face folder"
         return None
     return misnumbered(step, manifest)
 
 
-def _is_hf(catalog: Catalog, folder: str) -> bool:
-    """Whether a step is what `last_save_in_hf` makes of it. No rule counts it or lets it go."""
-    try:
-        return format_of(catalog.store, folder) == "safetensors"
-    except HoldfastError:
-        return False
-
-
-def _nbytes(catalog: Catalog, folder: str) -> int:
-    store = catalog.store
-    if f"{folder}/" not in store.list():
-        return 0
-    nbytes = 0
-    try:
-        for file in store.list(folder):
-            with suppress(HoldfastError):
-                nbytes += 0 if file.endswith("/") else store.size(f"{folder}/{file}")
-    except HoldfastError:
-        return 0
-    return nbytes
-
-
-def _say(decisions: Sequence[Decision], asked: PruneArguments) -> None:
+def _say(decisions: Sequence[Decision], options: PruneArguments) -> None:
+    if options.json:
+        listed = [asdict(decision) for decision in decisions]
+        say_json({"folder": options.folder, "done": not options.dry_run, "decisions": listed})
+        return
+    rows = [
+        (
+            decision.name,
+            spelled_bytes(decision.nbytes),
+            "keep" if decision.stays else "remove",
+            decision.why,
+        )
+        for decision in decisions
+    ]
+    say_table(("folder", "size", "", "why"), rows)
     going = [decision for decision in decisions if not decision.stays]
     freed = sum(decision.nbytes for decision in going)
-    if asked.json:
-        listed = [asdict(decision) for decision in decisions]
-        say_json({"folder": asked.folder, "done": not asked.dry_run, "decisions": listed})
-        return
-    rows = []
-    for one in decisions:
-        rows.append(
-            (one.name, spelled_bytes(one.nbytes), "keep" if one.stays else "remove", one.why)
-        )
-    say_table(("folder", "size", "", "why"), rows)
-    would = "would remove" if asked.dry_run else "removing"
+    would = "would remove" if options.dry_run else "removing"
     say(f"{would} {counted(len(going), 'folder')}, {spelled_bytes(freed)}")
 
 
 def _execute(catalog: Catalog, decisions: Sequence[Decision]) -> None:
-    """Names first, all of them; then the files."""
-    steps = {*catalog.folders().values()}
+    """Take the names of all checkpoints away first, then delete their files.
+
+    A kill in between leaves no checkpoint with half of its files.
+    """
+    checkpoints = {*catalog.folders().values()}
     failed = []
     for decision in decisions:
-        if decision.name in steps and not decision.stays:
+        if decision.name in checkpoints and not decision.stays:
             try:
                 catalog.let_go(decision.name)
             except HoldfastError as error:
                 failed.append(error.what)
     store = catalog.store
-    # Also deletes what has just lost its name.
+    # Also deletes the folders that have just lost their names.
     failed += execute(store, plan_cleanup(store.list()))
     if failed:
-        raise StorageError("not all could be removed:\n  " + "\n  ".join(failed))
+        raise StorageError("not everything could be removed:\n  " + "\n  ".join(failed))

@@ -1,4 +1,4 @@
-"""`holdfast report`: a run and its checkpoints on one page of HTML."""
+"""`holdfast report`: a page of HTML about a run and its checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from holdfast.catalog.open_any import check_folder
 from holdfast.catalog.paths import open_for_reading
-from holdfast.cli.terminal import parsed, say
+from holdfast.cli.terminal import Options, parsed, say
 from holdfast.dashboard.history import history_of
 from holdfast.dashboard.page import GENERATOR, page
 from holdfast.errors import ExistsError, StorageError
@@ -21,54 +21,51 @@ if TYPE_CHECKING:
 
 
 HEAD_BYTES = 4096
-"""Of a file, where its generator is named."""
+"""Bytes at the start of a file in which a report names its generator."""
 
 
 @dataclass(frozen=True, slots=True)
-class ReportArguments:
-    """Write one page of HTML on a run: its steps over time, how long each save held it up,
-    throughput, loss, sizes, what each rank wrote, and every checkpoint with what is wrong with it.
+class ReportArguments(Options):
+    """Write a page of HTML about a run: its steps over time, how long each save delayed training,
+    throughput, loss, sizes, bytes written by each rank, and every checkpoint with its problems.
     The page needs no network. Reads indexes, and the metrics.jsonl beside the folder.
 
     Example: holdfast report outputs/checkpoint
     """
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Folder of steps, or its URL."""
+    """Path or URL of a folder of checkpoints."""
 
     out: str = "report.html"
-    """File to write; an earlier report is replaced, no other file."""
-
-    debug: bool = False
-    """On an error, print where it came from."""
+    """File to write. An earlier report is replaced; any other file is refused."""
 
 
-def check_own(target: Path) -> None:
-    """Refuse to replace a file that is no page of an earlier report.
+def check_replaceable(target: Path) -> None:
+    """Check that the file to write does not exist, or is an earlier report.
 
     Raises:
-        ExistsError: it is somebody's.
+        ExistsError: another file has the name.
     """
     try:
         with target.open("rb") as file:
-            own = GENERATOR.encode() in file.read(HEAD_BYTES)
+            is_report = GENERATOR.encode() in file.read(HEAD_BYTES)
     except OSError:
-        return  # Nothing is there; or what is there cannot be replaced, which the write says.
-    if not own:
+        return  # No file has the name; or it cannot be replaced, and the write raises.
+    if not is_report:
         raise ExistsError(
-            f"`{target}` is there, and is no page of `holdfast report`",
+            f"`{target}` exists, and is not a page of `holdfast report`",
             hint="choose another file for `--out`, or move it away",
         )
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Write the page, say where it is; the exit status."""
-    asked = parsed(ReportArguments, "report", arguments)
-    local_path(asked.out)
-    target = Path(asked.out)
-    check_own(target)
-    check_folder(*open_for_reading(asked.folder))
-    text = page(history_of(asked.folder), datetime.now(UTC))
+    """Write the page, and print its path; returns the exit status."""
+    options = parsed(ReportArguments, "report", arguments)
+    local_path(options.out)
+    target = Path(options.out)
+    check_replaceable(target)
+    check_folder(*open_for_reading(options.folder))
+    text = page(history_of(options.folder), datetime.now(UTC))
     part = target.with_name(f".{target.name}.part")
     try:
         part.write_bytes(text.encode(errors="replace"))

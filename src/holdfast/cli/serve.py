@@ -1,4 +1,4 @@
-"""`holdfast serve`: runs and their checkpoints as live pages, metrics and a health check."""
+"""`holdfast serve`: runs and their checkpoints as live web pages, metrics and a health check."""
 
 from __future__ import annotations
 
@@ -15,46 +15,44 @@ import tyro
 
 from holdfast.catalog.open_any import check_folder
 from holdfast.catalog.paths import place_of
-from holdfast.cli.terminal import parsed, say, say_error
+from holdfast.cli.terminal import Options, parsed, say, say_error
 from holdfast.errors import ExistsError, StorageError, UsageError
 from holdfast.skills.startup import refresh
 from holdfast.spelling import counted
 
 PACKAGES = ("prometheus_client", "starlette", "uvicorn")
-"""Of the extra `serve`."""
+"""Packages of the extra `serve`."""
 
 
 @dataclass(frozen=True, slots=True)
-class ServeArguments:
-    """Serve runs as live web pages, /metrics for Prometheus, /healthz and JSON. It only reads, and
-    listens on this machine alone unless told otherwise. Needs: pip install 'holdfast[serve]'.
+class ServeArguments(Options):
+    """Serve runs as live web pages, /metrics for Prometheus, /healthz and JSON. The server only
+    reads, and only this machine can reach it unless --host says otherwise. Needs: pip install
+    'holdfast[serve]'.
 
     Example: holdfast serve outputs/checkpoint --max-age 3600
     """
 
     folders: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Folders of steps; one that is not there yet is shown once it is."""
+    """Folders of checkpoints. One that does not exist yet is shown once it does."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. There is no login: whoever reaches it can read."""
+    """Address to listen on. There is no login: whoever can reach it can read."""
 
     port: int = 8420
-    """Port to listen on; 0 takes any that is free."""
+    """Port to listen on; 0 for any free port."""
 
     max_age: float | None = None
-    """Seconds; where the newest good step is older, /healthz answers 503."""
+    """Age in seconds of the newest good checkpoint above which /healthz answers 503."""
 
     allow_host: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A further name that browsers may call this server by."""
-
-    debug: bool = False
-    """On an error, print where it came from."""
+    """Another name by which browsers may address this server. May be repeated."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Serve until SIGINT or SIGTERM; the exit status."""
-    asked = parsed(ServeArguments, "serve", arguments)
-    check(asked)
+    """Serve until SIGINT or SIGTERM; returns the exit status."""
+    options = parsed(ServeArguments, "serve", arguments)
+    check(options)
     try:
         from holdfast.dashboard.web import server_of
     except ModuleNotFoundError as error:
@@ -66,52 +64,54 @@ def run(arguments: Sequence[str]) -> int:
         ) from error
     for line in refresh(os.environ):
         say_error(line)
-    listener = listen(asked.host, asked.port)
-    names = ["localhost", asked.host, socket.gethostname(), *asked.allow_host]
-    server = server_of(asked.folders, names, asked.max_age)
-    came: list[signal.Signals] = []
+    listener = listen(options.host, options.port)
+    names = ["localhost", options.host, socket.gethostname(), *options.allow_host]
+    server = server_of(options.folders, names, options.max_age)
+    received: list[signal.Signals] = []
 
     def stop(number: int, _: FrameType | None) -> None:
-        came.append(signal.Signals(number))
+        received.append(signal.Signals(number))
         server.should_exit = True
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        # While it runs the server has handlers of its own, which pass on what has ended it.
+        # The running server has its own handlers, which raise the signal again at the end.
         signal.signal(number, stop)
     host, port = listener.getsockname()[:2]
-    say(f"serving {counted(len(asked.folders), 'folder')} at http://{_in_url(host)}:{port}")
+    say(f"serving {counted(len(options.folders), 'folder')} at http://{_in_url(host)}:{port}")
     sys.stdout.flush()
     server.run(sockets=[listener])
-    by = came[0].name if came else "itself"
+    by = received[0].name if received else "itself"
     say(f"stopped by {by}: {counted(server.server_state.total_requests, 'request')} answered")
     return 0
 
 
-def check(asked: ServeArguments) -> None:
-    """Raises:
-    UsageError: what is asked for cannot be served.
-    """
-    if not asked.folders:
-        raise UsageError("which folder?", hint="holdfast serve outputs/checkpoint")
-    for folder in asked.folders:
+def check(options: ServeArguments) -> None:
+    """Raise a UsageError where the options leave nothing to serve."""
+    if not options.folders:
+        raise UsageError(
+            "`holdfast serve` needs a folder", hint="holdfast serve outputs/checkpoint"
+        )
+    for folder in options.folders:
         if "://" in folder:
             raise UsageError(
-                f"`{folder}` is a URL: a server watches folders of this machine",
+                f"`{folder}` is a URL: `holdfast serve` watches folders of this machine",
                 hint=f"holdfast report {folder}",
             )
         check_folder(*place_of(folder))
-    if not 0 <= asked.port < 1 << 16:
-        raise UsageError(f"`--port` is 0 to 65535, found: {asked.port}")
-    if asked.max_age is not None and not asked.max_age > 0:
-        raise UsageError(f"`--max-age` is a number of seconds, found: {asked.max_age}")
+    if not 0 <= options.port < 1 << 16:
+        raise UsageError(f"`--port` must be 0 to 65535, found: {options.port}")
+    if options.max_age is not None and not options.max_age > 0:
+        raise UsageError(
+            f"`--max-age` must be a positive number of seconds, found: {options.max_age}"
+        )
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there, before anything is said of it.
+    """Returns a socket that listens on an address.
 
     Raises:
-        ExistsError: somebody listens there already.
-        StorageError: it cannot be listened on.
+        ExistsError: another process listens there.
+        StorageError: the address cannot be listened on.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -119,7 +119,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         what = f"cannot listen on {_in_url(host)}:{port}: {error.strerror or error}"
         if port and "in use" in what:
-            raise ExistsError(what, hint="--port 0 takes a port that is free") from error
+            raise ExistsError(what, hint="--port 0 takes any free port") from error
         raise StorageError(what, hint="--host 127.0.0.1, or an address of this machine") from error
 
 

@@ -1,4 +1,4 @@
-"""`holdfast show`: what a checkpoint holds, and where each tensor of it lies."""
+"""`holdfast show`: the tensors and values in a checkpoint, and where each is stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from holdfast.catalog.open_any import OpenCheckpoint, open_any
 from holdfast.catalog.paths import open_for_reading
 from holdfast.cli import values
 from holdfast.cli.picture import draw, letter
-from holdfast.cli.terminal import parsed, progress, say, say_json
+from holdfast.cli.terminal import JsonOptions, parsed, progress, say, say_json, spelled_shape
 from holdfast.cli.tree import INDENT, count, lines, tree_of
 from holdfast.errors import NotFoundError, UsageError
 from holdfast.format.manifest import Chunk, Manifest, TensorEntry
@@ -22,124 +22,127 @@ from holdfast.spelling import counted, spelled_bytes, spelled_layout
 if TYPE_CHECKING:
     import tyro
 
-CHUNKS_SAID_MAX = 52
+CHUNKS_MAX = 52
+"""Chunks of a tensor that are printed."""
 
-VALUES_SAID_MAX = 100
-"""Values of which a line is printed; names of optimizers' options are thousands."""
+VALUES_MAX = 100
+"""Values that are printed: an optimizer has thousands of options."""
 
 
 @dataclass(frozen=True, slots=True)
-class ShowArguments:
-    """What a checkpoint holds: its tensors as a tree, how many parameters, who wrote it. With NAME,
-    one tensor and where each chunk of it lies, one value as it is, or all below that name. Takes
-    steps of Holdfast and of stock torch.distributed.checkpoint, folders and files of safetensors,
-    .pt files.
+class ShowArguments(JsonOptions):
+    """Show what a checkpoint holds: its tensors as a tree, the number of parameters, who wrote it.
+    With NAME: one tensor and where each chunk of it is stored, one value, or everything below that
+    name. Takes checkpoints of Holdfast and of stock torch.distributed.checkpoint, folders and files
+    of safetensors, .pt files.
 
     Example: holdfast show outputs/checkpoint/step-500
     """
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-    """Checkpoint, or its URL."""
+    """Path or URL of a checkpoint."""
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ""
-    """Tensor or value, or beginning of the names of some."""
+    """Name of a tensor or value, or the beginning of several names."""
 
     each: bool = False
-    """List blocks that are alike one by one."""
+    """List every block, also those that are equal."""
 
     stats: bool = False
-    """With NAME: read the tensor; least and greatest, mean and deviation, zeros, NaN, infinite."""
+    """With NAME: read the tensor, and print minimum, maximum, mean, standard deviation, and the
+    numbers of zeros, NaN and infinities."""
 
     values: bool = False
-    """With NAME: its first elements."""
-
-    json: bool = False
-    """Print JSON, with every chunk."""
-
-    debug: bool = False
-    """On an error, print where it came from."""
+    """With NAME: print its first elements."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print what is there; the exit status."""
-    asked = parsed(ShowArguments, "show", arguments)
-    seen = open_any(*open_for_reading(asked.path))
-    tensors, names = chosen(seen, asked.name), values.below(seen, asked.name)
-    entry = tensors.get(asked.name)
-    data = _data(asked, seen, entry)
-    if asked.json:
-        held = {"contents": values.as_json(seen, names)} if names else {}
-        say_json({**_as_json(seen, tensors), **data, **held})
+    """Print what the checkpoint holds; returns the exit status."""
+    options = parsed(ShowArguments, "show", arguments)
+    checkpoint = open_any(*open_for_reading(options.path))
+    tensors = chosen(checkpoint, options.name)
+    names = values.below(checkpoint, options.name)
+    entry = tensors.get(options.name)
+    data = _data(options, checkpoint, entry)
+    if options.json:
+        contents = {"contents": values.as_json(checkpoint, names)} if names else {}
+        say_json({**_as_json(checkpoint, tensors), **data, **contents})
         return 0
     if entry is not None:
-        _say_tensor(asked.name, entry)
+        _say_tensor(options.name, entry)
         _say_data(data)
         return 0
-    if not asked.name:
-        _say_checkpoint(seen)
-    # A stable sort: the model first, as it lies there, then what a resume needs beside it.
-    of = parts_of(seen.manifest)
-    ordered = sorted(tensors.items(), key=lambda member: of[member[0]] != "model")
-    for line in lines(tree_of(dict(ordered)), each=asked.each):
+    if not options.name:
+        _say_checkpoint(checkpoint)
+    # A stable sort: the model first, in stored order, then the other components.
+    components = parts_of(checkpoint.manifest)
+    ordered = sorted(tensors.items(), key=lambda member: components[member[0]] != "model")
+    for line in lines(tree_of(dict(ordered)), each=options.each):
         say(line)
-    _say_values(seen, names)
+    _say_values(checkpoint, names)
     return 0
 
 
-def chosen(seen: OpenCheckpoint, name: str) -> Mapping[str, TensorEntry]:
-    """The tensors that a name, or the beginning of names, stands for.
+def chosen(checkpoint: OpenCheckpoint, name: str) -> Mapping[str, TensorEntry]:
+    """Returns the tensor called `name`, or all below that name; all tensors where it is empty.
 
     Raises:
-        NotFoundError: there is nothing of that name.
+        NotFoundError: neither a tensor nor a value has that name, or is below it.
     """
-    tensors = seen.manifest.tensors
+    tensors = checkpoint.manifest.tensors
     if not name:
         return tensors
     if name in tensors:
         return {name: tensors[name]}
-    below = {one: entry for one, entry in tensors.items() if one.startswith(f"{name}.")}
-    if not below and not values.below(seen, name):
-        near = difflib.get_close_matches(name, seen.manifest.names(), n=3)
+    below = {other: entry for other, entry in tensors.items() if other.startswith(f"{name}.")}
+    if not below and not values.below(checkpoint, name):
+        near = difflib.get_close_matches(name, checkpoint.manifest.names(), n=3)
         raise NotFoundError(
-            f"`{seen.where}` holds no `{name}`",
-            hint=f"near it: {', '.join(near)}" if near else f"holdfast show {seen.where}",
+            f"`{checkpoint.where}` holds no `{name}`",
+            hint=f"similar names: {', '.join(near)}"
+            if near
+            else f"holdfast show {checkpoint.where}",
         )
     return below
 
 
-def _data(asked: ShowArguments, seen: OpenCheckpoint, entry: TensorEntry | None) -> dict[str, Any]:
-    """What is known of the tensor's elements, where that is asked for, or there is only one: the
-    steps that a loop counts are often a tensor."""
+def _data(
+    options: ShowArguments, checkpoint: OpenCheckpoint, entry: TensorEntry | None
+) -> dict[str, Any]:
+    """Returns the statistics and first elements of a tensor, where options ask for them.
+
+    The element of a one-element tensor is always returned: training loops count steps in one.
+    """
     single = entry is not None and prod(entry.shape) == 1
-    if not asked.stats and not asked.values and not single:
+    if not options.stats and not options.values and not single:
         return {}
-    if asked.name in seen.manifest.values and not asked.stats:
-        return {}  # A value is shown whether or not it is asked for.
+    if options.name in checkpoint.manifest.values and not options.stats:
+        return {}  # A value is shown with or without `--values`.
     if entry is None:
         raise UsageError(
             "`--stats` and `--values` read one tensor",
-            hint=f"its name after the path: holdfast show {asked.path} NAME --stats",
+            hint=f"its name after the path: holdfast show {options.path} NAME --stats",
         )
-    # Not at the top: they need numpy, for which the tree does not wait.
+    # Not at the top: they load numpy, which the tree does not need.
     from holdfast.cli.elements import WITHOUT_NUMBERS, corner, statistics
     from holdfast.tensors.stored import StoredTensors
 
-    stored = StoredTensors(seen.source, seen.strides)
-    found: dict[str, Any] = {}
-    if asked.stats:
-        with progress(asked.name, entry.nbytes) as advance:
-            found["statistics"] = asdict(statistics(stored, asked.name, advance))
-    if asked.values or (single and entry.dtype not in WITHOUT_NUMBERS):
-        found["first"] = corner(stored, asked.name)
-    return found
+    stored = StoredTensors(checkpoint.source, checkpoint.strides)
+    data: dict[str, Any] = {}
+    if options.stats:
+        with progress(options.name, entry.nbytes) as advance:
+            data["statistics"] = asdict(statistics(stored, options.name, advance))
+    if options.values or (single and entry.dtype not in WITHOUT_NUMBERS):
+        data["first"] = corner(stored, options.name)
+    return data
 
 
-def _say_values(seen: OpenCheckpoint, names: Sequence[str]) -> None:
-    """Each value with its name, its container and the file that holds it."""
-    shown = names[:VALUES_SAID_MAX]
-    for name, value in zip(shown, values.spelled(seen, shown), strict=True):
-        entry = seen.manifest.values[name]
-        nbytes = "" if seen.format == "torch" else f"{spelled_bytes(entry.item.nbytes)}  "
+def _say_values(checkpoint: OpenCheckpoint, names: Sequence[str]) -> None:
+    """Print each value with its name, the bytes of its container and its file."""
+    shown = names[:VALUES_MAX]
+    for name, value in zip(shown, values.spelled(checkpoint, shown), strict=True):
+        entry = checkpoint.manifest.values[name]
+        nbytes = "" if checkpoint.format == "torch" else f"{spelled_bytes(entry.item.nbytes)}  "
         say(f"{name}  {value}  {nbytes}{entry.file}")
     if len(names) > len(shown):
         say(f"and {len(names) - len(shown)} more values: --json lists all")
@@ -158,84 +161,84 @@ def _say_data(data: Mapping[str, Any]) -> None:
         say(INDENT + " ".join(cells))
 
 
-def _say_checkpoint(seen: OpenCheckpoint) -> None:
-    manifest = seen.manifest
-    facts = [FORMATS[seen.format]]
+def _say_checkpoint(checkpoint: OpenCheckpoint) -> None:
+    manifest = checkpoint.manifest
+    facts = [FORMATS[checkpoint.format]]
     if manifest.step is not None:
         facts.append(f"step {manifest.step}")
     files = counted(len(manifest.files), "file")
-    held = parts(manifest)
-    known = manifest.components is not None or {"model", *PARTS} >= held.keys()
-    if "model" in held and known:
+    components = summarized_components(manifest)
+    known = manifest.components is not None or {"model", *PARTS} >= components.keys()
+    if "model" in components and known:
         facts.append(kind_of(manifest))
     facts.append(f"{spelled_bytes(manifest.nbytes)} in {files}")
-    say(f"{seen.where}: {', '.join(facts)}")
+    say(f"{checkpoint.where}: {', '.join(facts)}")
     if manifest.created:
         by = spelled_layout(manifest.layout) or "unknown ranks"
         say(f"{INDENT}written {manifest.created} by {by}")
     if manifest.versions:
         versions = (f"{name} {version}" for name, version in manifest.versions.items())
         say(f"{INDENT}with {', '.join(versions)}")
-    for part, facts_of in held.items():
-        elements, nbytes = facts_of["elements"], facts_of["nbytes"]
-        what = "parameters and buffers" if part == "model" else "elements"
-        has = [f"{elements:,} {what}, {spelled_bytes(nbytes)}"] if facts_of["tensors"] else []
-        has += [counted(facts_of["values"], "value")] if facts_of["values"] else []
-        say(f"{INDENT}{part}: {', '.join(has)}")
+    for component, sums in components.items():
+        noun = "parameters and buffers" if component == "model" else "elements"
+        size = f"{sums['elements']:,} {noun}, {spelled_bytes(sums['nbytes'])}"
+        held = [size] if sums["tensors"] else []
+        held += [counted(sums["values"], "value")] if sums["values"] else []
+        say(f"{INDENT}{component}: {', '.join(held)}")
     say()
 
 
-def parts(manifest: Manifest) -> dict[str, dict[str, int]]:
-    """What each part of a checkpoint holds; what two names share counts once."""
+def summarized_components(manifest: Manifest) -> dict[str, dict[str, int]]:
+    """Returns component -> its numbers of tensors, elements, bytes and values.
+
+    Elements and bytes of tied tensors count once.
+    """
     tensors: dict[str, list[TensorEntry]] = {}
     num_values: dict[str, int] = {}
-    of = parts_of(manifest)
+    component_of = parts_of(manifest)
     for name, entry in manifest.tensors.items():
-        tensors.setdefault(of[name], []).append(entry)
+        tensors.setdefault(component_of[name], []).append(entry)
     for name in manifest.values:
-        num_values[of[name]] = num_values.get(of[name], 0) + 1
-    found = {}
-    for part in sorted({*tensors, *num_values}, key=lambda part: (part != "model", part)):
-        entries = tensors.get(part, [])
+        num_values[component_of[name]] = num_values.get(component_of[name], 0) + 1
+    summary = {}
+    for component in sorted({*tensors, *num_values}, key=lambda name: (name != "model", name)):
+        entries = tensors.get(component, [])
         elements, nbytes = count(entries)
-        found[part] = {
+        summary[component] = {
             "tensors": len(entries),
             "elements": elements,
             "nbytes": nbytes,
-            "values": num_values.get(part, 0),
+            "values": num_values.get(component, 0),
         }
-    return found
+    return summary
 
 
 def _say_tensor(name: str, entry: TensorEntry) -> None:
     chunks = sorted(entry.chunks, key=lambda chunk: chunk.region.start)
-    shape = "x".join(map(str, entry.shape)) or "scalar"
     files = counted(len({chunk.file for chunk in chunks}), "file")
-    cut = f"{counted(len(chunks), 'chunk')} in {files}"
-    say(f"{name}  {entry.dtype} {shape}  {spelled_bytes(entry.nbytes)}  {cut}")
+    stored = f"{counted(len(chunks), 'chunk')} in {files}"
+    shape = spelled_shape(entry.shape)
+    say(f"{name}  {entry.dtype} {shape}  {spelled_bytes(entry.nbytes)}  {stored}")
     for line in draw(entry.shape, [chunk.region for chunk in chunks]):
         say(f"{INDENT}{line}")
-    for index, chunk in enumerate(chunks[:CHUNKS_SAID_MAX]):
-        say(f"{INDENT}{letter(index)}  {_spelled_region(chunk)}  {_spelled_place(chunk)}")
-    if len(chunks) > CHUNKS_SAID_MAX:
-        say(f"{INDENT}and {len(chunks) - CHUNKS_SAID_MAX} more: --json lists all")
+    for index, chunk in enumerate(chunks[:CHUNKS_MAX]):
+        say(f"{INDENT}{letter(index)}  {_spelled_chunk(chunk)}")
+    if len(chunks) > CHUNKS_MAX:
+        say(f"{INDENT}and {len(chunks) - CHUNKS_MAX} more: --json lists all")
 
 
-def _spelled_region(chunk: Chunk) -> str:
+def _spelled_chunk(chunk: Chunk) -> str:
     bounds = zip(chunk.region.start, chunk.region.stop, strict=True)
-    return f"[{', '.join(f'{start}:{stop}' for start, stop in bounds)}]"
+    region = f"[{', '.join(f'{start}:{stop}' for start, stop in bounds)}]"
+    offset = chunk.item.offset if chunk.data_offset is None else chunk.data_offset
+    return f"{region}  {chunk.file} from byte {offset}"
 
 
-def _spelled_place(chunk: Chunk) -> str:
-    start = chunk.item.offset if chunk.data_offset is None else chunk.data_offset
-    return f"{chunk.file} from byte {start}"
-
-
-def _as_json(seen: OpenCheckpoint, tensors: Mapping[str, TensorEntry]) -> dict[str, Any]:
-    manifest = seen.manifest
+def _as_json(checkpoint: OpenCheckpoint, tensors: Mapping[str, TensorEntry]) -> dict[str, Any]:
+    manifest = checkpoint.manifest
     return {
-        "path": seen.where,
-        "format": seen.format,
+        "path": checkpoint.where,
+        "format": checkpoint.format,
         "step": manifest.step,
         "kind": kind_of(manifest),
         "nbytes": manifest.nbytes,
@@ -243,7 +246,7 @@ def _as_json(seen: OpenCheckpoint, tensors: Mapping[str, TensorEntry]) -> dict[s
         "layout": dict(manifest.layout),
         "versions": dict(manifest.versions),
         "files": dict(manifest.files),
-        "parts": parts(manifest),
+        "parts": summarized_components(manifest),
         "tensors": {
             name: {
                 "dtype": entry.dtype,

@@ -1,4 +1,4 @@
-"""What the verbs say: data on stdout, for programs as JSON, for people as lines and tables."""
+"""Reading command lines, and printing lines, tables, JSON and progress."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, TextIO, TypeVar
 
 from holdfast.errors import StorageError, UsageError
@@ -20,141 +20,168 @@ from holdfast.spelling import finite, spelled_age, spelled_bytes
 T = TypeVar("T")
 
 LINE_S = 30.0
-"""Between two lines that tell of progress in a log."""
+"""Seconds between two progress lines in a log."""
 
 _STYLES = {"good": "green", "damaged": "bold red", "attempt": "yellow", "resume": "bold"}
-"""Of cells that say just that."""
+"""Colour of a table cell, by its text."""
 
 
-def parsed(kind: type[T], verb: str, arguments: Sequence[str]) -> T:
-    """The arguments of a verb; ends the process where help is asked for, or they are wrong.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Options of every command."""
 
-    Verbs import tyro for type checkers alone: it costs more than all else that `list` does.
+    debug: bool = False
+    """On an error, print the traceback."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JsonOptions(Options):
+    """Options of a command that can print JSON."""
+
+    json: bool = False
+    """Print JSON, with all details."""
+
+
+def parsed(kind: type[T], command: str, arguments: Sequence[str]) -> T:
+    """Parse the arguments of a command into its dataclass `kind`. Ends the process after help or an
+    error. Commands import tyro for type checkers only: loading it takes longer than all else that
+    `list` does.
     """
-    plain = plainly(kind, arguments)
-    if plain is not None:
-        return plain
+    simple = parsed_without_tyro(kind, arguments)
+    if simple is not None:
+        return simple
     import tyro
 
     return tyro.cli(
-        named(kind),
-        prog=f"holdfast {verb}",
+        with_tyro(kind),
+        prog=f"holdfast {command}",
         args=arguments,
         description=inspect.cleandoc(kind.__doc__ or ""),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
 
 
-def named(kind: type) -> type:
-    """A verb's class, with tyro where its annotations look for it: until here they are text."""
+def with_tyro(kind: type) -> type:
+    """Returns `kind` after adding `tyro` to its module, where its annotations look it up."""
     import tyro
 
     vars(sys.modules[kind.__module__])["tyro"] = tyro
     return kind
 
 
-def plainly(kind: type[T], arguments: Sequence[str]) -> T | None:
-    """What tyro makes of arguments that are places and switches alone, without it; None where there
-    is anything else, or anything is wrong."""
+def parsed_without_tyro(kind: type[T], arguments: Sequence[str]) -> T | None:
+    """Parse valid command lines of positional text and switches only; None for all others.
+
+    Gives what tyro would give: a test compares the two for every command.
+    """
     assert is_dataclass(kind)
-    of = {one.name: str(one.type) for one in fields(kind)}
-    places = [name for name, spelled in of.items() if "tyro.conf.Positional" in spelled]
-    switches = {f"--{n.replace('_', '-')}": n for n, spelled in of.items() if spelled == "bool"}
-    given = [argument for argument in arguments if not argument.startswith("-")]
-    turned = [argument for argument in arguments if argument.startswith("-")]
-    needed = [one.name for one in fields(kind) if one.default is MISSING]
+    annotations = {field.name: str(field.type) for field in fields(kind)}
+    positional = [name for name, text in annotations.items() if "tyro.conf.Positional" in text]
+    switches = {
+        f"--{name.replace('_', '-')}": name for name, text in annotations.items() if text == "bool"
+    }
+    texts = [argument for argument in arguments if not argument.startswith("-")]
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    required = [field.name for field in fields(kind) if field.default is MISSING]
     if (
-        not all(of[name].startswith("Annotated[str,") for name in places)
-        or not {*turned} <= switches.keys()
-        or len({*turned}) < len(turned)
-        or needed != places[: len(needed)]
-        or not len(needed) <= len(given) <= len(places)
+        not all(annotations[name].startswith("Annotated[str,") for name in positional)
+        or not set(flags) <= switches.keys()
+        or len(set(flags)) < len(flags)
+        or required != positional[: len(required)]
+        or not len(required) <= len(texts) <= len(positional)
     ):
         return None
-    values = dict(zip(places, given, strict=False))
-    made: T = kind(**values, **{switches[argument]: True for argument in turned})
+    values = dict(zip(positional, texts, strict=False))
+    made: T = kind(**values, **{switches[flag]: True for flag in flags})
     return made
 
 
-def verb_in(
-    group: str, verbs: Mapping[str, str], arguments: Sequence[str], what: str, example: str
+def command_in(
+    program: str, commands: Mapping[str, str], arguments: Sequence[str], about: str, example: str
 ) -> str | None:
-    """The verb that the arguments begin with; None where help was asked for, and is printed.
+    """Returns the command that the arguments begin with; None after printing help.
+
+    `commands` maps each command to its summary.
 
     Raises:
-        UsageError: there is none, or it is not known.
+        UsageError: no command, or an unknown one.
     """
-    verb = arguments[0] if arguments else ""
-    if verb in ("-h", "--help"):
-        width = max(map(len, verbs))
-        lines = [f"usage: {group} VERB ...", "", what, ""]
-        lines += [f"  {verb:<{width}}  {does}" for verb, does in verbs.items()]
-        lines += ["", f"Example: {example}", f"`{group} VERB --help` says more of each.", ""]
+    command = arguments[0] if arguments else ""
+    if command in ("-h", "--help"):
+        width = max(map(len, commands))
+        lines = [f"usage: {program} COMMAND ...", "", about, ""]
+        lines += [f"  {name:<{width}}  {summary}" for name, summary in commands.items()]
+        lines += ["", f"Example: {example}", f"Options of a command: {program} COMMAND --help", ""]
         sys.stdout.write("\n".join(lines))
         return None
-    if verb not in verbs:
-        near = difflib.get_close_matches(verb, verbs, n=1)
+    if command not in commands:
+        near = difflib.get_close_matches(command, commands, n=1)
+        listed = f"commands: {', '.join(commands)}"
         raise UsageError(
-            f"`{verb}` is no verb of {group}" if verb else "which verb?",
-            hint=f"did you mean `{group} {near[0]}`?" if near else f"verbs: {', '.join(verbs)}",
+            f"`{program}` has no command `{command}`"
+            if command
+            else f"`{program}` needs a command",
+            hint=f"did you mean `{program} {near[0]}`?" if near else listed,
         )
-    return verb
+    return command
 
 
 def prepare_streams() -> None:
-    """Make both streams of this process take any text: a character that their encoding lacks is
-    written as an escape, and a stream that the shell has closed takes everything."""
+    """Make stdout and stderr accept any text. A character that the encoding lacks is written as an
+    escape; a stream that the shell has closed is replaced by the null device.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            # Takes the closed number too: the next file that is opened must not become stdout.
+            # Also takes the free descriptor: the next file to be opened must not become stdout.
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
             setattr(sys, name, stream)
         stream.reconfigure(errors="backslashreplace")
 
 
 def unwritten(error: OSError) -> StorageError:
-    """The error on output that could not be written. What is left of the output goes nowhere, so
-    that Python does not fail on it again as it ends."""
+    """Returns the error for output that could not be written. Discards the rest of the output:
+    Python would fail on it again as it exits.
+    """
     if error.filename is not None or isinstance(error, FileNotFoundError):
         return StorageError(f"{error}")
-    _drop(sys.stdout)
+    _discard(sys.stdout)
     return StorageError(
         f"cannot write the output: {error.strerror or error}",
         hint="send it to a disk with free space (df -h), or to a terminal",
     )
 
 
-def _drop(stream: TextIO) -> None:
-    """Have everything that a stream still writes go nowhere."""
+def _discard(stream: TextIO) -> None:
+    """Send everything that a stream still writes to the null device."""
     with suppress(OSError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def say_error(line: str) -> None:
-    """A line on stderr. Where nobody can read it, the exit status has to do."""
+    """Print a line to stderr. Where stderr cannot be written, the exit status must suffice."""
     try:
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
     except OSError:
-        _drop(sys.stderr)
+        _discard(sys.stderr)
 
 
 def say(line: str = "") -> None:
-    """A line of what was asked for."""
+    """Print a line to stdout."""
     sys.stdout.write(f"{line}\n")
 
 
 def say_json(value: Any) -> None:
-    """What was asked for, as JSON."""
+    """Print a value to stdout as JSON."""
     json.dump(finite(value), sys.stdout, indent=2, allow_nan=False)
     sys.stdout.write("\n")
 
 
 def say_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table: with lines and colour on a terminal, plain columns elsewhere."""
+    """Print a table: with lines and colour on a terminal, as plain columns elsewhere."""
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
@@ -171,49 +198,59 @@ def say_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         say("  ".join(cells).rstrip())
 
 
+def spelled_resume(step: int | None) -> str:
+    """Returns which step a resume takes, for people."""
+    return f"a resume takes step {step}" if step is not None else "no step to resume from"
+
+
+def spelled_shape(shape: Sequence[int]) -> str:
+    """Returns a tensor's shape, for people.
+
+    >>> spelled_shape((2, 3)), spelled_shape(())
+    ('2x3', 'scalar')
+    """
+    return "x".join(map(str, shape)) or "scalar"
+
+
 @contextmanager
-def progress(what: str, nbytes: int) -> Iterator[Callable[[int], None]]:
-    """Tell it how many bytes more are done: on a terminal stderr has a bar with rate and time left,
-    elsewhere a line every half minute, so that a log shows that something goes on."""
+def progress(label: str, nbytes: int) -> Iterator[Callable[[int], None]]:
+    """Show progress on stderr; yields a function to call with each number of bytes done.
+
+    A terminal gets a bar with rate and time left. A log gets a line every `LINE_S` seconds, so that
+    readers see that the command is still working.
+    """
     if not nbytes:
         yield lambda _: None
         return
     if not sys.stderr.isatty():
-        yield _Lines(what, nbytes).advance
+        yield _Lines(label, nbytes).advance
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
 
-    rate = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    columns = (TextColumn(what), BarColumn(), *rate)
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=nbytes)
+    size = (rich.DownloadColumn(), rich.TransferSpeedColumn(), rich.TimeRemainingColumn())
+    columns = (rich.TextColumn(label), rich.BarColumn(), *size)
+    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=nbytes)
         yield lambda done: bar.advance(task, done)
 
 
 class _Lines:
-    """Progress as lines of a log. Told from any thread."""
+    """Progress as lines of a log. `advance` may be called from any thread."""
 
-    def __init__(self, what: str, nbytes: int) -> None:
-        self._what, self._nbytes, self._done = what, nbytes, 0
-        self._started = self._said = time.monotonic()
+    def __init__(self, label: str, nbytes: int) -> None:
+        self._label, self._nbytes, self._done = label, nbytes, 0
+        self._started = self._printed = time.monotonic()
         self._mutex = threading.Lock()
 
     def advance(self, nbytes: int) -> None:
         with self._mutex:
             self._done += nbytes
             now = time.monotonic()
-            if now - self._said < LINE_S:
+            if now - self._printed < LINE_S:
                 return
-            self._said, spent = now, now - self._started
-        left = spent * (self._nbytes - self._done) / max(self._done, 1)
+            self._printed, elapsed = now, now - self._started
+        left = elapsed * (self._nbytes - self._done) / max(self._done, 1)
         done = f"{spelled_bytes(self._done)} of {spelled_bytes(self._nbytes)}"
-        rate = f"{spelled_bytes(int(self._done / spent))}/s"
-        say_error(f"{self._what}: {done}, {rate}, {spelled_age(left)} left")
+        rate = f"{spelled_bytes(int(self._done / elapsed))}/s"
+        say_error(f"{self._label}: {done}, {rate}, {spelled_age(left)} left")

@@ -1,7 +1,4 @@
-"""The tensors of a checkpoint as a tree, for people.
-
-Names nest by their dots; blocks that are alike stand there once.
-"""
+"""The tensors of a checkpoint as a tree of their dotted names; equal blocks are one line."""
 
 from __future__ import annotations
 
@@ -11,74 +8,76 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from math import prod
 
+from holdfast.cli.terminal import spelled_shape
 from holdfast.format.manifest import TensorEntry
 from holdfast.spelling import counted, spelled_bytes
 
 INDENT = "  "
 
-FILES_SAID_MAX = 3
+FILES_MAX = 3
+"""Files that a line names."""
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
-    """One part of a name, and all that is below it."""
+class TreeNode:
+    """One part of a dotted name, and everything below it."""
 
-    children: dict[str, Node] = field(default_factory=dict)
+    children: dict[str, TreeNode] = field(default_factory=dict)
     entries: list[TensorEntry] = field(default_factory=list)
-    """Every tensor at or below it."""
+    """All tensors at or below this node."""
 
     leaves: list[TensorEntry] = field(default_factory=list)
-    """The tensor whose name ends here, if one does."""
+    """Tensor whose name ends here, if there is one."""
 
 
-def tree_of(tensors: Mapping[str, TensorEntry]) -> Node:
-    """All tensors by their names."""
-    root = Node()
+def tree_of(tensors: Mapping[str, TensorEntry]) -> TreeNode:
+    """Build the tree of all tensors, by name; returns its root."""
+    root = TreeNode()
     for name, entry in tensors.items():
         node = root
         node.entries.append(entry)
         for part in name.split("."):
-            node = node.children.setdefault(part, Node())
+            node = node.children.setdefault(part, TreeNode())
             node.entries.append(entry)
         node.leaves.append(entry)
     return root
 
 
-def lines(node: Node, *, each: bool = False, depth: int = 0) -> Iterator[str]:
-    """The tree, a line a node. `each`: blocks that are alike, too, one by one."""
+def lines(node: TreeNode, *, each: bool = False, depth: int = 0) -> Iterator[str]:
+    """Yields the tree, one line per node. `each`: also one line for each of equal blocks."""
     for names, child in _grouped(node, each):
         name, below = _joined(names, child)
-        yield f"{INDENT * depth}{name}{_said(names, below)}"
+        yield f"{INDENT * depth}{name}{_spelled(names, below)}"
         yield from lines(below, each=each, depth=depth + 1)
 
 
 def count(entries: list[TensorEntry]) -> tuple[int, int]:
-    """Elements and bytes; what two names share counts once."""
+    """Returns elements and bytes of tensors; tied tensors count once."""
     distinct = {tuple((c.file, c.item) for c in entry.chunks): entry for entry in entries}
     elements = sum(prod(entry.shape) for entry in distinct.values())
     return elements, sum(entry.nbytes for entry in distinct.values())
 
 
-def _grouped(node: Node, each: bool) -> Iterator[tuple[list[str], Node]]:
-    """Children in their order; neighbours that are numbered and alike together."""
+def _grouped(node: TreeNode, each: bool) -> Iterator[tuple[list[str], TreeNode]]:
+    """Yields the children in order, with equal numbered neighbours as one: names, first node."""
     members = list(node.children.items())
     if all(name.isdecimal() for name in node.children):
         members.sort(key=lambda member: int(member[0]))
-    for _, alike in groupby(
+    for _, equal in groupby(
         members, key=lambda m: _signature(m[1]) if m[0].isdecimal() and not each else m[0]
     ):
-        group = list(alike)
+        group = list(equal)
         yield [name for name, _ in group], group[0][1]
 
 
-def _signature(node: Node) -> tuple[object, ...]:
-    """Equal for blocks that hold the same names, dtypes and shapes."""
+def _signature(node: TreeNode) -> tuple[object, ...]:
+    """Returns a value that is equal for blocks with the same names, dtypes and shapes."""
     leaves = tuple((entry.dtype, entry.shape) for entry in node.leaves)
     return leaves, tuple((name, _signature(child)) for name, child in node.children.items())
 
 
-def _joined(names: list[str], node: Node) -> tuple[str, Node]:
-    """A chain of nodes with one child each, as one."""
+def _joined(names: list[str], node: TreeNode) -> tuple[str, TreeNode]:
+    """Join a chain of nodes with one child each; returns its name and its last node."""
     name = names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
     while len(node.children) == 1 and not node.leaves:
         ((below, node),) = node.children.items()
@@ -86,15 +85,15 @@ def _joined(names: list[str], node: Node) -> tuple[str, Node]:
     return name, node
 
 
-def _said(names: list[str], node: Node) -> str:
+def _spelled(names: list[str], node: TreeNode) -> str:
     times = f"  {len(names)} times" if len(names) > 1 else ""
     if node.leaves and not node.children:
         (entry,) = node.leaves
-        held = Counter(chunk.file for chunk in entry.chunks)
-        files = ", ".join(file + f" ({n} chunks)" * (n > 1) for file, n in held.items())
-        if len(held) > FILES_SAID_MAX:
-            files = counted(len(entry.chunks), "chunk") + f" in {len(held)} files"
-        shape = "x".join(map(str, entry.shape)) or "scalar"
-        return f"  {entry.dtype} {shape}  {spelled_bytes(entry.nbytes)}  {files}{times}"
-    elements, nbytes = count(node.entries)
-    return f"  {elements:,} elements, {spelled_bytes(nbytes)}{' each' if times else ''}{times}"
+        chunks = Counter(chunk.file for chunk in entry.chunks)
+        files = ", ".join(file + f" ({n} chunks)" * (n > 1) for file, n in chunks.items())
+        if len(chunks) > FILES_MAX:
+            files = counted(len(entry.chunks), "chunk") + f" in {len(chunks)} files"
+        shape, nbytes = spelled_shape(entry.shape), spelled_bytes(entry.nbytes)
+        return f"  {entry.dtype} {shape}  {nbytes}  {files}{times}"
+    elements, total = count(node.entries)
+    return f"  {elements:,} elements, {spelled_bytes(total)}{' each' if times else ''}{times}"

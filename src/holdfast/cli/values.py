@@ -1,9 +1,8 @@
-"""The values of a checkpoint, which are not tensors: read, checked, and spelled for people."""
+"""The values (entries that are not tensors) of a checkpoint: read, checked, as text or JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 from holdfast.catalog.open_any import OpenCheckpoint
@@ -13,34 +12,34 @@ from holdfast.format import container
 from holdfast.format.manifest import Span, ValueEntry
 
 MEMBERS_MAX = 100_000
-"""Of one value that is printed as JSON."""
+"""Members of one value that are printed as JSON."""
 
 
-def below(seen: OpenCheckpoint, name: str) -> list[str]:
-    """The values of that name, or whose names begin with it; none where no name is given."""
-    values = seen.manifest.values
+def below(checkpoint: OpenCheckpoint, name: str) -> list[str]:
+    """Returns the values called `name`, or below that name; none where `name` is empty."""
+    values = checkpoint.manifest.values
     if not name:
         return []
-    return [name] if name in values else [one for one in values if one.startswith(f"{name}.")]
+    return [name] if name in values else [value for value in values if value.startswith(f"{name}.")]
 
 
-def spelled(seen: OpenCheckpoint, names: Sequence[str]) -> Iterator[str]:
-    """Each value as Python writes it, or why it cannot be shown.
+def spelled(checkpoint: OpenCheckpoint, names: Sequence[str]) -> Iterator[str]:
+    """Yields each value as Python writes it, or why it cannot be shown.
 
     Raises:
-        DamagedError: bytes that are not those that were written.
+        DamagedError: bytes that do not match their checksum.
     """
-    for value in _read(seen, names):
+    for value in _read(checkpoint, names):
         yield str(value) if isinstance(value, FormatError) else container.spelled(value)
 
 
-def as_json(seen: OpenCheckpoint, names: Sequence[str]) -> dict[str, Any]:
-    """Each value by its name; what JSON has not is text.
+def as_json(checkpoint: OpenCheckpoint, names: Sequence[str]) -> dict[str, Any]:
+    """Returns the values by name, as types of JSON; text where JSON has no such type.
 
     Raises:
-        DamagedError: bytes that are not those that were written.
+        DamagedError: bytes that do not match their checksum.
     """
-    return dict(zip(names, map(_converted, _read(seen, names)), strict=True))
+    return dict(zip(names, map(_converted, _read(checkpoint, names)), strict=True))
 
 
 def _converted(value: object) -> Any:
@@ -52,31 +51,29 @@ def _converted(value: object) -> Any:
         return error.what
 
 
-def _read(seen: OpenCheckpoint, names: Sequence[str]) -> Iterator[object]:
-    """The values; in the place of one that is no value of torch's, the error that says so."""
-    known: dict[tuple[str, Span], object] = {}
+def _read(checkpoint: OpenCheckpoint, names: Sequence[str]) -> Iterator[object]:
+    """Yields each value, or the error that says why it cannot be decoded."""
+    decoded: dict[tuple[str, Span], object] = {}
     for name in names:
-        entry = seen.manifest.values[name]
-        place = entry.file, entry.item
-        # Equal values of a step share a container; those of a `.pt` file are parts of one.
-        if place not in known or seen.format == "torch":
-            known[place] = _read_one(seen, name, entry)
-        yield known[place]
+        entry = checkpoint.manifest.values[name]
+        key = entry.file, entry.item
+        # Equal values share a container, except in a `.pt` file: there one container holds all.
+        if key not in decoded or checkpoint.format == "torch":
+            decoded[key] = _read_one(checkpoint, name, entry)
+        yield decoded[key]
 
 
-def _read_one(seen: OpenCheckpoint, name: str, entry: ValueEntry) -> object:
-    source = seen.source
+def _read_one(checkpoint: OpenCheckpoint, name: str, entry: ValueEntry) -> object:
+    source = checkpoint.source
     where = f"{source.url}/{entry.file}"
     try:
-        if seen.format == "torch":
-            key = source.key(entry.file)
-            fetch = partial(_fetch, seen, key)
-            nbytes = source.store.size(key)
-            return container.read_member(fetch, nbytes, entry.path, where=where)
+        if checkpoint.format == "torch":
+            key, store = source.key(entry.file), source.store
+
+            def fetch(offset: int, nbytes: int) -> bytes:
+                return store.read(key, offset, offset + nbytes)
+
+            return container.read_member(fetch, store.size(key), entry.path, where=where)
         return container.read_value(read_value(source, name, entry), where=where)
     except FormatError as error:
         return error
-
-
-def _fetch(seen: OpenCheckpoint, key: str, offset: int, nbytes: int) -> bytes:
-    return seen.source.store.read(key, offset, offset + nbytes)

@@ -1,4 +1,4 @@
-"""`holdfast version`: what is installed."""
+"""`holdfast version`: the installed versions."""
 
 from __future__ import annotations
 
@@ -7,36 +7,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from holdfast.cli.terminal import parsed, say, say_json
+from holdfast.cli.terminal import JsonOptions, parsed, say, say_json
+
+PACKAGES = ("torch", "numpy", "xxhash", "safetensors")
 
 
 @dataclass(frozen=True, slots=True)
-class VersionArguments:
-    """What is installed: holdfast, Python, torch and what else reads and writes checkpoints.
+class VersionArguments(JsonOptions):
+    """Print the versions of holdfast, Python, torch and other packages that handle checkpoints.
 
     Example: holdfast version
     """
 
-    json: bool = False
-    """Print JSON."""
-
-    debug: bool = False
-    """On an error, print where it came from."""
-
 
 def run(arguments: Sequence[str]) -> int:
-    """Print versions; the exit status."""
-    asked = parsed(VersionArguments, "version", arguments)
-    found = {"python": platform.python_version()}
-    for package in ("holdfast", "torch", "numpy", "xxhash", "safetensors"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    found = {"holdfast": found.pop("holdfast"), **found}
-    if asked.json:
-        say_json(found)
+    """Print the versions; returns the exit status."""
+    options = parsed(VersionArguments, "version", arguments)
+    versions = {"holdfast": _installed("holdfast"), "python": platform.python_version()}
+    versions |= {package: _installed(package) for package in PACKAGES}
+    if options.json:
+        say_json(versions)
         return 0
-    for package, number in found.items():
+    for package, number in versions.items():
         say(f"{package} {number}")
     return 0
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,1 +1,1 @@
-"""The report and the live page of a run."""
+"""Pages, charts, metrics and the web server about runs and their checkpoints."""

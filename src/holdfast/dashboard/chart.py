@@ -1,4 +1,4 @@
-"""Charts as SVG, drawn with the colours of the page around them. Pure: numbers in, text out."""
+"""Charts as SVG in the colours of the page around them. Pure functions: numbers in, text out."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ from html import escape
 
 WIDTH, HEIGHT = 440, 180
 LEFT, RIGHT, TOP, BOTTOM = 58, 10, 10, 24
-"""Around the drawing, for the labels."""
+"""Margins for the labels."""
 
 POINTS_MAX = 400
-"""Drawn of one line; more are put together."""
+"""Points drawn of one line; more are averaged."""
 
 BAR_WIDTH_MAX = 36
 
 TICKS = 4
-"""Lines across a drawing, more or less: they stand at round numbers."""
+"""Approximate number of grid lines, which are at round numbers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One value, and what to say of it when it is pointed at."""
+    """One value, and its tooltip."""
 
     x: float
     y: float
     label: str
     style: str = ""
-    """Class of the page's style sheet, where it is not that of the chart."""
+    """CSS class; empty for that of the chart."""
 
 
 Spell = Callable[[float], str]
 
 
 def line(points: Sequence[Point], *, spell: Spell, spell_x: Spell) -> str:
-    """A line through the points, in the order of `x`; broken where `x` goes back."""
+    """Draw a line through the points in their order. It is broken where `x` decreases."""
     shown = thinned(_finite(points))
     if not shown:
         return ""
     frame = _frame(shown, zero=False)
-    parts: list[list[str]] = [[]]
+    pieces: list[list[str]] = [[]]
     for before, point in zip([None, *shown], shown, strict=False):
         if before is not None and point.x < before.x:
-            parts.append([])
-        parts[-1].append(f"{frame.x(point.x):.1f},{frame.y(point.y):.1f}")
-    lines = [f'<polyline class="line" points="{" ".join(part)}"/>' for part in parts]
-    # Wide and unseen, so that a finger finds them.
-    marks = [_dot(frame, point, 7, "touch") for point in shown]
-    return frame.around([*lines, *marks], spell, spell_x)
+            pieces.append([])
+        pieces[-1].append(frame.spelled(point))
+    lines = [f'<polyline class="line" points="{" ".join(piece)}"/>' for piece in pieces]
+    # Wide and invisible, so that a finger hits them.
+    touched = [_dot(frame, point, 7, "touch") for point in shown]
+    return frame.around([*lines, *touched], spell, spell_x)
 
 
 def bars(points: Sequence[Point], *, spell: Spell, spell_x: Spell) -> str:
-    """A bar for each point, from zero, side by side in their order; `x` is its label."""
+    """Draw one bar per point, from zero, side by side in their order. `x` is its label."""
     shown = _finite(points)
     if not shown:
         return ""
@@ -75,39 +75,43 @@ def bars(points: Sequence[Point], *, spell: Spell, spell_x: Spell) -> str:
 
 
 def dots(points: Sequence[Point], *, behind: Sequence[Point], spell: Spell, spell_x: Spell) -> str:
-    """A dot for each point, over a line of others."""
+    """Draw one dot per point, over a line through the points of `behind`."""
     shown, under = _finite(points), thinned(_finite(behind))
     if not shown and not under:
         return ""
     frame = _frame([*shown, *under], zero=False)
-    path = " ".join(f"{frame.x(point.x):.1f},{frame.y(point.y):.1f}" for point in under)
+    path = " ".join(map(frame.spelled, under))
     drawn = [f'<polyline class="line quiet" points="{path}"/>'] if under else []
     drawn += [_dot(frame, point, 4.5, point.style or "good") for point in shown]
     return frame.around(drawn, spell, spell_x)
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """At most `POINTS_MAX` points: of neighbours, the one in their middle with their mean."""
+    """Returns at most `POINTS_MAX` points: the middle one of each group, with the group's mean."""
     if len(points) <= POINTS_MAX:
         return list(points)
     size = -(-len(points) // POINTS_MAX)
-    found = []
+    means = []
     for start in range(0, len(points), size):
         group = points[start : start + size]
         middle = group[len(group) // 2]
         mean = sum(point.y for point in group) / len(group)
-        found.append(Point(middle.x, mean, middle.label, middle.style))
-    return found
+        means.append(Point(middle.x, mean, middle.label, middle.style))
+    return means
 
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """From values to places in the drawing."""
+    """Scales from values to coordinates of the drawing."""
 
     low: tuple[float, float]
+    """Least x and y."""
+
     high: tuple[float, float]
+    """Greatest x and y."""
+
     step: float
-    """Between two lines across; they begin at `low` and end at `high`."""
+    """Distance between two grid lines; the first is at `low`, the last at `high`."""
 
     def x(self, value: float) -> float:
         share = (value - self.low[0]) / (self.high[0] - self.low[0])
@@ -117,7 +121,11 @@ class _Frame:
         share = (value - self.low[1]) / (self.high[1] - self.low[1])
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
+    def spelled(self, point: Point) -> str:
+        return f"{self.x(point.x):.1f},{self.y(point.y):.1f}"
+
     def rows(self, spell: Spell) -> list[str]:
+        """Grid lines and their labels."""
         drawn = []
         for tick in range(round((self.high[1] - self.low[1]) / self.step) + 1):
             value = self.low[1] + self.step * tick
@@ -130,18 +138,19 @@ class _Frame:
         return drawn
 
     def around(self, drawn: Sequence[str], spell: Spell, spell_x: Spell) -> str:
+        """The whole chart: grid, drawing, and labels at both ends of x."""
         ends = ((self.low[0], "start"), (self.high[0], "end"))
         labels = [_label(self.x(value), anchor, spell_x(value)) for value, anchor in ends]
         return _svg([*self.rows(spell), *drawn, *labels])
 
 
 def _label(x: float, anchor: str, text: str) -> str:
-    place = f'x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}"'
-    return f'<text class="tick" {place}>{escape(text)}</text>'
+    attributes = f'x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}"'
+    return f'<text class="tick" {attributes}>{escape(text)}</text>'
 
 
 def _round_step(extent: float) -> float:
-    """A round number that goes about `TICKS` times into an extent.
+    """Returns a round number of which about `TICKS` make an extent.
 
     >>> _round_step(60.0), _round_step(0.45), _round_step(1300.0)
     (20.0, 0.1, 500.0)
@@ -152,15 +161,15 @@ def _round_step(extent: float) -> float:
 
 
 def _frame(points: Sequence[Point], *, zero: bool) -> _Frame:
-    left, right = _apart([point.x for point in points])
-    low, high = _apart([*(point.y for point in points), *([0.0] if zero else [])])
+    left, right = _range([point.x for point in points])
+    low, high = _range([*(point.y for point in points), *([0.0] if zero else [])])
     step = _round_step(high - low)
     low, high = math.floor(low / step) * step, math.ceil(high / step - 1e-9) * step
     return _Frame((left, low), (right, high), step)
 
 
-def _apart(values: Sequence[float]) -> tuple[float, float]:
-    """The least and the greatest, with room between them."""
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """Returns minimum and maximum; the maximum is raised where the two are equal."""
     low, high = min(values), max(values)
     room = max(abs(low), abs(high)) * 1e-6 or 1.0
     return (low, high) if high - low >= room else (low, low + room)

@@ -1,4 +1,4 @@
-"""What is served for programs: JSON, health, and metrics in Prometheus' format."""
+"""Data that the server gives to programs: JSON, health, and metrics in Prometheus' format."""
 
 from __future__ import annotations
 
@@ -12,54 +12,56 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from holdfast.dashboard.history import History
-from holdfast.dashboard.page import blocked, committed
-from holdfast.dashboard.watched import Watched
+from holdfast.dashboard.history import History, commit_time
+from holdfast.dashboard.page import blocked
+from holdfast.dashboard.watched import WatchedFolder
 from holdfast.spelling import finite
 
 STATES = ("good", "damaged", "attempt")
 
 
 def age_s(history: History, now: datetime) -> float | None:
-    """Seconds since the step that a resume takes was committed; None where there is none, or it
-    does not say when."""
-    newest = history.newest
-    then = None if newest is None else committed(newest)
-    return None if then is None else max(now.timestamp() - then, 0.0)
+    """Returns the age in seconds of the checkpoint that a resume takes; None where unknown."""
+    time = None if history.newest is None else commit_time(history.newest)
+    return None if time is None else max(now.timestamp() - time, 0.0)
 
 
-def digest(run: Watched, now: datetime, *, whole: bool) -> dict[str, Any]:
-    """A run for programs; the `whole` of it, or what it comes to."""
-    seen = run.seen
-    said: dict[str, Any] = {"folder": run.folder, "problem": seen.problem, "looked_at": seen.time}
-    if seen.history is None:
-        return said
-    history = seen.history
-    said |= {"resume": history.resume, "age_s": age_s(history, now)}
-    said |= {state: sum(row.state == state for row in history.rows) for state in STATES}
+def digest(run: WatchedFolder, now: datetime, *, full: bool) -> dict[str, Any]:
+    """Returns a run as JSON: a summary, or the `full` history."""
+    latest = run.latest
+    result: dict[str, Any] = {
+        "folder": run.folder,
+        "problem": latest.problem,
+        "looked_at": latest.time,
+    }
+    if latest.history is None:
+        return result
+    history = latest.history
+    result |= {"resume": history.resume, "age_s": age_s(history, now)}
+    result |= {state: _count(history, state) for state in STATES}
     last = history.current[-1:]
-    said["report"] = asdict(last[0]) if last else None
-    if whole:
-        said["checkpoints"] = [asdict(row) for row in history.rows]
-        said["saves"] = [asdict(times) for times in history.saves]
-        said["loads"] = [asdict(times) for times in history.loads]
-        said["removed"] = [step for step, _ in history.gone]
-    spelled: dict[str, Any] = finite(said)
+    result["report"] = asdict(last[0]) if last else None
+    if full:
+        result["checkpoints"] = [asdict(row) for row in history.rows]
+        result["saves"] = [asdict(times) for times in history.saves]
+        result["loads"] = [asdict(times) for times in history.loads]
+        result["removed"] = [step for step, _ in history.gone]
+    spelled: dict[str, Any] = finite(result)
     return spelled
 
 
 def health(
-    runs: Sequence[Watched], now: datetime, max_age_s: float | None
+    runs: Sequence[WatchedFolder], now: datetime, max_age_s: float | None
 ) -> tuple[bool, dict[str, Any]]:
-    """Whether every run has a good step that is young enough, and a line on each that has not."""
-    wrong = {run.folder: why for run in runs if (why := _unhealthy(run, now, max_age_s))}
-    return not wrong, {"healthy": not wrong, "problems": wrong}
+    """Returns whether every run has a recent good checkpoint, and the JSON that says so."""
+    problems = {run.folder: why for run in runs if (why := _unhealthy(run, now, max_age_s))}
+    return not problems, {"healthy": not problems, "problems": problems}
 
 
-def _unhealthy(run: Watched, now: datetime, max_age_s: float | None) -> str | None:
-    history = run.seen.history
+def _unhealthy(run: WatchedFolder, now: datetime, max_age_s: float | None) -> str | None:
+    history = run.latest.history
     if history is None:
-        return run.seen.problem
+        return run.latest.problem
     if history.newest is None:
         return "no step to resume from"
     age = age_s(history, now)
@@ -70,79 +72,83 @@ def _unhealthy(run: Watched, now: datetime, max_age_s: float | None) -> str | No
     return f"step {history.resume} is {age:.0f} s old, the limit is {max_age_s:.0f} s"
 
 
-def exposition(runs: Sequence[Watched], now: datetime) -> tuple[bytes, str]:
-    """The metrics of all runs, and their content type."""
+def exposition(runs: Sequence[WatchedFolder], now: datetime) -> tuple[bytes, str]:
+    """Returns the metrics of all runs, and their content type."""
     registry = CollectorRegistry()
     registry.register(_Metrics(runs, now))
     return generate_latest(registry), CONTENT_TYPE_LATEST
 
 
 class _Metrics(Collector):
-    def __init__(self, runs: Sequence[Watched], now: datetime) -> None:
+    def __init__(self, runs: Sequence[WatchedFolder], now: datetime) -> None:
         self._runs, self._now = {run.folder: run for run in runs}, now
 
     def collect(self) -> Iterable[Metric]:
-        """Every metric, with a sample for each run that knows it."""
+        """Returns every metric, with a sample for each run that has it."""
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
         for folder, run in self._runs.items():
-            for kind, name, what, value, labels in _samples(run, self._now):
+            for kind, name, help_text, value, labels in _samples(run, self._now):
                 if name not in families:
-                    families[name] = kind(f"holdfast_{name}", what, labels=["folder", *labels])
-                named = folder.encode(errors="replace").decode()
-                families[name].add_metric([named, *labels.values()], value)
-        yield from families.values()
+                    families[name] = kind(f"holdfast_{name}", help_text, labels=["folder", *labels])
+                label = folder.encode(errors="replace").decode()
+                families[name].add_metric([label, *labels.values()], value)
+        return families.values()
 
 
 Kind = type[GaugeMetricFamily] | type[CounterMetricFamily]
 Sample = tuple[Kind, str, str, float, dict[str, str]]
-"""Kind, name, what it is, value, labels."""
+"""Kind, name, help text, value, labels."""
 
 
-def _samples(run: Watched, now: datetime) -> Iterator[Sample]:
-    gauge, seen = GaugeMetricFamily, run.seen
-    history = seen.history
+def _samples(run: WatchedFolder, now: datetime) -> Iterator[Sample]:
+    gauge, history = GaugeMetricFamily, run.latest.history
     up = float(history is not None)
-    yield gauge, "up", "Whether the folder could be looked at, and holds steps.", up, {}
-    looked = "When the folder was last looked at."
-    yield gauge, "last_look_timestamp_seconds", looked, seen.time, {}
+    yield gauge, "up", "Whether the folder can be read and holds checkpoints.", up, {}
+    read_at = "When the folder was last read."
+    yield gauge, "last_look_timestamp_seconds", read_at, run.latest.time, {}
     if history is None:
         return
     newest = history.newest
     if newest is not None and newest.step is not None:
-        yield gauge, "newest_good_step", "The step that a resume takes.", newest.step, {}
-        then, age = committed(newest), age_s(history, now)
-        if then is not None and age is not None:
-            committed_at = "When that step was committed."
-            yield gauge, "newest_good_timestamp_seconds", committed_at, then, {}
-            yield gauge, "newest_good_age_seconds", "Since that step was committed.", age, {}
+        yield gauge, "newest_good_step", "Step that a resume takes.", newest.step, {}
+        committed, age = commit_time(newest), age_s(history, now)
+        if committed is not None and age is not None:
+            when = "When that step was committed."
+            yield gauge, "newest_good_timestamp_seconds", when, committed, {}
+            yield gauge, "newest_good_age_seconds", "Time since that commit.", age, {}
     for state in STATES:
-        count = sum(row.state == state for row in history.rows)
+        count = _count(history, state)
         yield gauge, "checkpoints", "Folders, by state.", count, {"state": state}
     nbytes = sum(row.nbytes or 0 for row in history.rows)
-    yield gauge, "checkpoint_bytes", "Of all that is kept.", nbytes, {}
+    yield gauge, "checkpoint_bytes", "Bytes of all checkpoints.", nbytes, {}
     if history.reports:
         yield from _reported(history)
 
 
 def _reported(history: History) -> Iterator[Sample]:
-    """What the run itself has counted, over all its lives."""
-    lived, loads, counter = history.lived, history.loads, CounterMetricFamily
-    saves = [save for report in lived for save in report.saves]
-    yield GaugeMetricFamily, "step", "Reached by the run.", history.reports[-1].step, {}
-    for name, what, value in (
+    """Yields what the run itself reported, summed over all of its processes."""
+    records, loads, counter = history.distinct, history.loads, CounterMetricFamily
+    saves = [save for record in records for save in record.saves]
+    step = history.reports[-1].step
+    yield GaugeMetricFamily, "step", "Step that the run has reached.", step, {}
+    for name, help_text, value in (
         ("saves", "Saves that became durable.", len(saves)),
-        ("saved_bytes", "Written by them.", sum(save.nbytes for save in saves)),
-        ("save_seconds", "From plan to durable.", sum(save.seconds for save in saves)),
-        ("save_blocked_seconds", "Training waited for saves.", blocked(history)[0]),
-        ("failed_saves", "Saves that came to nothing.", sum(r.failed_saves for r in lived)),
+        ("saved_bytes", "Bytes written by saves.", sum(save.nbytes for save in saves)),
+        ("save_seconds", "Time from plan to durable.", sum(save.seconds for save in saves)),
+        ("save_blocked_seconds", "Time that training waited for saves.", blocked(history)[0]),
+        ("failed_saves", "Saves that failed.", sum(record.failed_saves for record in records)),
         ("loads", "Resumes.", len(loads)),
-        ("load_seconds", "Taken by them.", sum(load.seconds for load in loads)),
+        ("load_seconds", "Time of resumes.", sum(load.seconds for load in loads)),
     ):
-        yield counter, name, what, value, {}
+        yield counter, name, help_text, value, {}
     stages = dict.fromkeys((name for save in saves for name in save.stages), 0.0)
     for save in saves:
         for name, stage in save.stages.items():
             stages[name] += stage.most
-    for name, spent in stages.items():
-        what = "By stage, of its slowest rank."
-        yield counter, "save_stage_seconds", what, spent, {"stage": name}
+    for name, seconds in stages.items():
+        help_text = "Time of each stage, of its slowest rank."
+        yield counter, "save_stage_seconds", help_text, seconds, {"stage": name}
+
+
+def _count(history: History, state: str) -> int:
+    return sum(row.state == state for row in history.rows)

@@ -1,4 +1,4 @@
-"""What is known of a run: its steps, and what it has reported while it went on."""
+"""The history of a run: its checkpoints, and the metrics that it wrote while it trained."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from holdfast.catalog.catalog import place
@@ -21,7 +22,7 @@ METRICS = "metrics.jsonl"
 METRICS_BYTES_MAX = 256 << 20
 
 HEAD_BYTES = 256
-"""Enough of a file's beginning to tell it from another one of the same name."""
+"""Bytes at the beginning of a metrics file by which another file of that name is noticed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +36,10 @@ class MetricsRecord:
     loss: float
     tokens_per_s: float
     save_blocked_s: float
-    """How long saving held up training since the line before."""
+    """Seconds that training waited for saves since the line before."""
 
     saves: tuple[Times, ...] = ()
-    """Those that have become durable since the line before."""
+    """Saves that became durable since the line before."""
 
     loads: tuple[Times, ...] = ()
     failed_saves: int = 0
@@ -46,14 +47,14 @@ class MetricsRecord:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """Everything that a report tells of."""
+    """Everything that is known of a run."""
 
     where: str
     rows: Sequence[CheckpointRow]
-    """Steps, oldest first, then what is none."""
+    """Checkpoints, oldest first, then attempts."""
 
     reports: Sequence[MetricsRecord]
-    """In the order in which they were written: steps that were done again are there again."""
+    """Lines of `metrics.jsonl` in file order. After a resume, steps occur again."""
 
     @property
     def resume(self) -> int | None:
@@ -61,50 +62,62 @@ class History:
 
     @property
     def newest(self) -> CheckpointRow | None:
-        """The step that a resume takes."""
-        taken = self.resume
-        steps = (row for row in self.rows if row.step is not None and row.step == taken)
-        return next(steps, None)
+        """Checkpoint that a resume takes."""
+        resume = self.resume
+        return next((row for row in self.rows if row.step is not None and row.step == resume), None)
 
     @property
     def written(self) -> Sequence[tuple[str, int]]:
-        """Files of the newest good step with their bytes: what each rank has written."""
+        """Files of the newest good checkpoint, one per rank, with their bytes."""
         good = [row for row in self.rows if row.state == "good" and row.step is not None]
         return [*good[-1].files.items()] if good else []
 
     @property
     def current(self) -> list[MetricsRecord]:
-        """Of several reports of a step the last one: what the run stands on."""
+        """Last record of each step, by step."""
         last = {report.step: report for report in self.reports}
         return [last[step] for step in sorted(last)]
 
     @property
-    def lived(self) -> list[MetricsRecord]:
-        """As they were written. The last row of a life may stand twice, the second time with more:
-        then that one."""
+    def distinct(self) -> list[MetricsRecord]:
+        """All records in file order, without the repetition of a process's last record.
+
+        A process may write its last record twice, the second time with more saves: that one counts.
+        """
         last = {(report.step, report.time): report for report in self.reports}
         return [*last.values()]
 
     @property
     def saves(self) -> list[Times]:
-        """By step; of several of a step the last one. Where the run has reported nothing of it,
-        what the step itself knows, which ends before the commit."""
-        found = {times.step: times for times in map(_times_of, self.rows) if times is not None}
-        found |= {save.step: save for report in self.reports for save in report.saves}
-        return [found[step] for step in sorted(found)]
+        """Last save of each step, by step.
+
+        Saves that the run did not report have the timings of their manifest, which ends before the
+        commit.
+        """
+        last = {times.step: times for times in map(_times_of, self.rows) if times is not None}
+        last |= {save.step: save for report in self.reports for save in report.saves}
+        return [last[step] for step in sorted(last)]
 
     @property
     def loads(self) -> list[Times]:
-        """In the order of the run's lives."""
-        return [load for report in self.lived for load in report.loads]
+        """Resumes, in file order."""
+        return [load for report in self.distinct for load in report.loads]
 
     @property
     def gone(self) -> list[tuple[int, float]]:
-        """Steps that were saved and are not there any more, each with the time when its save was
-        reported."""
-        there = {row.step for row in self.rows}
+        """Steps that were saved and have no checkpoint any more, with the time of the report."""
+        present = {row.step for row in self.rows}
         saved = {save.step: report for report in self.reports for save in report.saves}
-        return [(step, saved[step].time) for step in sorted(saved) if step not in there]
+        return [(step, saved[step].time) for step in sorted(saved) if step not in present]
+
+
+def commit_time(row: CheckpointRow) -> float | None:
+    """Returns when a checkpoint was committed, in seconds since 1970; None where unknown."""
+    try:
+        created = datetime.fromisoformat(row.created or "")
+    except ValueError:
+        return None
+    return created.timestamp() if created.tzinfo is not None else None
 
 
 def _times_of(row: CheckpointRow) -> Times | None:
@@ -115,101 +128,110 @@ def _times_of(row: CheckpointRow) -> Times | None:
 
 
 def slowest(times: Times) -> int:
-    """The rank that the others waited for: the slowest over the longest stage. In the commit all
-    wait, the fastest for longest."""
-    waited_for = {name: stage for name, stage in times.stages.items() if name != "commit"}
-    return max((waited_for or times.stages).values(), key=lambda stage: stage.most).slowest
+    """Returns the rank that the others waited for: the slowest in the longest stage.
+
+    The commit does not count: all ranks wait in it, the fastest for longest.
+    """
+    stages = {name: stage for name, stage in times.stages.items() if name != "commit"}
+    return max((stages or times.stages).values(), key=lambda stage: stage.most).slowest
 
 
 def history_of(path: str) -> History:
-    """What is known of the run that saves in the folder at `path`. Reads no data of any step.
+    """Read the history of the run that saves into the folder at `path`. Reads no data.
 
     Raises:
-        NotFoundError: no such folder, or none with a step.
+        NotFoundError: no such folder, or no checkpoint in it.
     """
-    return Watch(path).look()
+    return HistoryReader(path).read()
 
 
-class Watch:
-    """A folder of steps that is looked at again and again: steps whose files are as they were, and
-    reports that were read, are not read again. Of URLs only the reports are known to be the same.
+class HistoryReader:
+    """Reads a run's history again and again.
+
+    A checkpoint whose files have not changed, and metrics that were read before, are not read
+    again. Checkpoints at URLs always are, since changes cannot be noticed there.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._rows: dict[str, tuple[object, CheckpointRow]] = {}
-        self._reports = _MetricsRecords()
+        self._metrics = _MetricsReader()
 
-    def look(self) -> History:
-        """As `history_of`, now."""
+    def read(self) -> History:
+        """Returns the history as of now; raises as `history_of`."""
         store, name = open_for_reading(self._path)
         before, self._rows = self._rows, {}
 
-        def look_at(store: ReadStore, key: str) -> CheckpointRow:
+        def cached_row(store: ReadStore, key: str) -> CheckpointRow:
             stamp = _stamp(store, key)
-            seen, row = before.get(key, (None, None))
-            if row is None or seen != stamp:
+            old_stamp, row = before.get(key, (None, None))
+            if row is None or old_stamp != stamp:
                 row = row_of(store, key)
             self._rows[key] = stamp, row
             return row
 
-        rows = survey(store, name, look_at)
-        return History(place(store, name), rows, self._reports.read(store, name))
+        rows = survey(store, name, cached_row)
+        return History(place(store, name), rows, self._metrics.read(store, name))
 
 
 def _stamp(store: ReadStore, key: str) -> object:
-    """Equal to an earlier one for as long as no file of a step has changed; unlike any other where
-    that cannot be known."""
+    """Returns a value that equals earlier ones while no file of a checkpoint changes.
+
+    It equals no other value where changes cannot be noticed.
+    """
     if isinstance(store, LocalStore):
         with suppress(HoldfastError):
             return store.stamp(key)
     return object()
 
 
-class _MetricsRecords:
-    """The lines of the file beside a folder, or in it; none where there is no such file."""
+class _MetricsReader:
+    """Reads the metrics file beside a folder, or in it, again and again."""
 
     def __init__(self) -> None:
-        self._found: list[MetricsRecord] = []
+        self._records: list[MetricsRecord] = []
         self._key, self._head, self._offset = "", b"", 0
 
     def read(self, store: ReadStore, name: str) -> list[MetricsRecord]:
-        """All of them, those that are new from the file."""
+        """Returns all records; reads only new lines. Empty where there is no such file."""
         above = name.rpartition("/")[0]
         for key in (f"{above}/{METRICS}" if above else METRICS, f"{name}/{METRICS}"):
-            try:
-                return self._from(store, key)
-            except HoldfastError:
-                continue
+            with suppress(HoldfastError):
+                return self._read(store, key)
         return []
 
-    def _from(self, store: ReadStore, key: str) -> list[MetricsRecord]:
+    def _read(self, store: ReadStore, key: str) -> list[MetricsRecord]:
         nbytes = min(store.size(key), METRICS_BYTES_MAX)
         head = store.read(key, 0, HEAD_BYTES)
         if (key, head[: len(self._head)]) != (self._key, self._head) or nbytes < self._offset:
-            self._found, self._key, self._offset = [], key, 0
+            self._records, self._key, self._offset = [], key, 0
         self._head = head
         data = store.read(key, self._offset, nbytes)
-        lines = data.split(b"\n")
-        # What follows the last end of a line may be half of one that is being written.
-        self._offset += len(data) - len(lines[-1])
-        self._found += [report for report in map(_report, lines[:-1]) if report is not None]
-        last = _report(lines[-1])
-        return [*self._found, last] if last is not None else [*self._found]
+        *lines, rest = data.split(b"\n")
+        # The rest may be half of a line that is being written, so it is read again next time.
+        self._offset += len(data) - len(rest)
+        self._records += [record for record in map(_record, lines) if record is not None]
+        last = _record(rest)
+        return [*self._records, last] if last is not None else [*self._records]
 
 
-def _report(line: bytes) -> MetricsRecord | None:
-    """The report on one line; None where it is cut off, or something else."""
+def _record(line: bytes) -> MetricsRecord | None:
+    """Decode one line; None where it is cut off, or no record."""
     try:
         row: Any = json.loads(line)
         numbers = [row[key] for key in ("time", "loss", "tokens_per_s", "save_blocked_s")]
         if type(row["step"]) is not int:
             return None
-        saves, loads = (tuple(map(_times, row.get(key, ()))) for key in ("saves", "loads"))
         time, loss, tokens_per_s, save_blocked_s = map(float, numbers)
-        failed = int(row.get("failed_saves", 0))
         return MetricsRecord(
-            row["step"], time, loss, tokens_per_s, save_blocked_s, saves, loads, failed
+            step=row["step"],
+            time=time,
+            loss=loss,
+            tokens_per_s=tokens_per_s,
+            save_blocked_s=save_blocked_s,
+            saves=tuple(map(_times, row.get("saves", ()))),
+            loads=tuple(map(_times, row.get("loads", ()))),
+            failed_saves=int(row.get("failed_saves", 0)),
         )
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
         return None

@@ -1,21 +1,21 @@
-"""The report on a run as one page of HTML, that needs nothing but itself."""
+"""The page about a run: one self-contained document of HTML."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from html import escape
 from statistics import median
 
 from holdfast.catalog.listing import CheckpointRow
 from holdfast.dashboard.chart import Point, bars, dots, line
-from holdfast.dashboard.history import History, slowest
+from holdfast.dashboard.history import History, MetricsRecord, commit_time, slowest
 from holdfast.spelling import counted, spelled_age, spelled_bytes, spelled_layout
 from holdfast.timing import Times
 
 GENERATOR = '<meta name="generator" content="holdfast report">'
-"""Tells a page of ours from any other file."""
+"""Tag of every page. `holdfast report` replaces no file without it."""
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b1f24; --soft: #5d6773;
@@ -64,23 +64,21 @@ td.note { white-space: normal; min-width: 14rem }
 .state-attempt { color: var(--amber) }
 """
 
-
-STALL_SAID_S = 0.01
-"""A shorter wait is that of a step without a save."""
+STALL_MIN_S = 0.01
+"""Shortest wait that the page shows: steps without a save take a little time too."""
 
 
 def page(history: History, now: datetime) -> str:
-    """The page."""
-    title = escape(history.where)
-    return framed(title, body(history, now))
+    """Returns the whole page."""
+    return framed(escape(history.where), body(history, now))
 
 
 def body(history: History, now: datetime) -> str:
-    """What stands on the page, but for the frame around it."""
+    """Returns the content of the page, without the frame around it."""
     return "".join(
         (
             f"<h1>{escape(history.where)}</h1>",
-            f"<p>{escape(summary(history))}; looked at {now:%Y-%m-%d %H:%M} UTC</p>",
+            f"<p>{escape(summary(history))}; as of {now:%Y-%m-%d %H:%M} UTC</p>",
             f'<div class="cards">{"".join(_cards(history, now))}</div>',
             f'<div class="charts">{"".join(_charts(history))}</div>',
             _table(history, now),
@@ -89,8 +87,11 @@ def body(history: History, now: datetime) -> str:
 
 
 def framed(title: str, body: str, *, script: str = "") -> str:
-    """A page around what stands on it, both as HTML. `script` is the place of the one script that
-    may run on it; of the page itself nothing is fetched from anywhere, or run."""
+    """Returns a page with this title and body, both of HTML.
+
+    `script` is the URL of the one script that the page may run. Apart from it the page loads
+    nothing.
+    """
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     if script:
         policy += "; script-src 'self'; connect-src 'self'"
@@ -106,15 +107,15 @@ def framed(title: str, body: str, *, script: str = "") -> str:
 
 
 def summary(history: History) -> str:
-    """A run's checkpoints in half a sentence."""
-    steps = [row for row in history.rows if row.step is not None]
-    said = [counted(len(steps), "step")]
-    damaged = [row for row in steps if row.state == "damaged"]
-    if damaged:
-        said.append(f"{len(damaged)} damaged")
+    """Returns half a sentence about a run's checkpoints."""
+    checkpoints = [row for row in history.rows if row.step is not None]
+    words = [counted(len(checkpoints), "checkpoint")]
+    num_damaged = sum(row.state == "damaged" for row in checkpoints)
+    if num_damaged:
+        words.append(f"{num_damaged} damaged")
     resume = history.resume
-    said.append(f"a resume takes step {resume}" if resume is not None else "none to resume from")
-    return ", ".join(said)
+    words.append(f"a resume takes step {resume}" if resume is not None else "none to resume from")
+    return ", ".join(words)
 
 
 def _cards(history: History, now: datetime) -> list[str]:
@@ -122,27 +123,27 @@ def _cards(history: History, now: datetime) -> list[str]:
     nbytes = sum(row.nbytes or 0 for row in history.rows)
     cards = [
         ("newest good step", "none" if newest is None else f"{newest.step:,}", _ago(newest, now)),
-        ("kept", spelled_bytes(nbytes), counted(len(history.rows), "folder")),
+        ("on disk", spelled_bytes(nbytes), counted(len(history.rows), "folder")),
     ]
-    reports = history.current
-    if reports:
-        last = reports[-1]
+    records = history.current
+    if records:
+        last = records[-1]
         cards.append(("step reached", f"{last.step:,}", _since(last.time, now)))
         cards.append(("loss", f"{last.loss:.4g}", f"at step {last.step:,}"))
-        speed = median(report.tokens_per_s for report in reports)
+        speed = median(record.tokens_per_s for record in records)
         cards.append(("throughput", f"{speed:,.0f}", "tokens/s, median"))
-        held_s, share = blocked(history)
-        cards.append(("held up by saving", f"{share:.1%}", f"{held_s:,.1f} s of training"))
-        saved, gone = len({save.step for r in reports for save in r.saves}), len(history.gone)
-        cards.append(("steps saved", f"{saved:,}", f"{gone:,} removed since"))
+        blocked_s, share = blocked(history)
+        cards.append(("blocked by saves", f"{share:.1%}", f"{blocked_s:,.1f} s of training"))
+        num_saved = len({save.step for record in records for save in record.saves})
+        cards.append(("steps saved", f"{num_saved:,}", f"{len(history.gone):,} removed since"))
     if history.loads:
         last_load = history.loads[-1]
         took = f"{counted(len(history.loads), 'time')}, last in {last_load.seconds:.2g} s"
         cards.append(("resumed", f"from {last_load.step:,}", took))
     shown = [_card(*card) for card in cards]
-    failed = sum(report.failed_saves for report in history.lived)
-    if failed:
-        shown.append(_card("saves failed", f"{failed:,}", "the log says why", alarm=True))
+    num_failed = sum(record.failed_saves for record in history.distinct)
+    if num_failed:
+        shown.append(_card("saves failed", f"{num_failed:,}", "the log says why", alarm=True))
     return shown
 
 
@@ -154,33 +155,30 @@ def _card(name: str, value: str, note: str, *, alarm: bool = False) -> str:
 
 
 def blocked(history: History) -> tuple[float, float]:
-    """Seconds that saving has held up training, and their share of the time between reports; where
-    a run began anew, the time until then is nobody's."""
-    held, spent = 0.0, 0.0
-    for before, report in zip(history.reports, history.reports[1:], strict=False):
-        if report.step > before.step:
-            held += report.save_blocked_s
-            spent += max(report.time - before.time, 0.0)
-    return held, held / spent if spent else 0.0
+    """Returns the seconds that training waited for saves, and their share of the running time.
+
+    Time between a process's last record and its successor's first does not count.
+    """
+    blocked_s, running_s = 0.0, 0.0
+    for before, record in zip(history.reports, history.reports[1:], strict=False):
+        if record.step > before.step:
+            blocked_s += record.save_blocked_s
+            running_s += max(record.time - before.time, 0.0)
+    return blocked_s, blocked_s / running_s if running_s else 0.0
 
 
 def _charts(history: History) -> list[str]:
     current, written = history.current, history.written
-    stalls = [
-        Point(r.step, r.save_blocked_s, f"step {r.step}: {r.save_blocked_s:.2f} s")
-        for r in current
-        if r.save_blocked_s > STALL_SAID_S
-    ]
-    speeds = [
-        Point(r.step, r.tokens_per_s, f"step {r.step}: {r.tokens_per_s:,.0f}") for r in current
-    ]
-    losses = [Point(r.step, r.loss, f"step {r.step}: {r.loss:.4f}") for r in current]
+    stalled = [record for record in current if record.save_blocked_s > STALL_MIN_S]
+    stalls = _points(stalled, lambda record: record.save_blocked_s, ".2f", " s")
+    speeds = _points(current, lambda record: record.tokens_per_s, ",.0f")
+    losses = _points(current, lambda record: record.loss, ".4f")
     sizes = [
         Point(row.step or 0, row.nbytes, f"step {row.step}: {spelled_bytes(row.nbytes)}")
         for row in history.rows
         if row.step is not None and row.nbytes
     ]
-    ranks = [
+    files = [
         Point(index, nbytes, f"{file}: {spelled_bytes(nbytes)}")
         for index, (file, nbytes) in enumerate(written)
     ]
@@ -191,26 +189,23 @@ def _charts(history: History) -> list[str]:
     def seconds(value: float) -> str:
         return f"{value:.2g} s"
 
+    def file_of(index: float) -> str:
+        return written[int(index)][0]
+
+    saves = bars(_durations(history.saves), spell=seconds, spell_x=_number)
+    loads = bars(_durations(history.loads), spell=seconds, spell_x=_number)
     charts = (
-        ("Steps over time", _legend(history), _course(history)),
-        ("Held up by each save", "training waited", bars(stalls, spell=seconds, spell_x=_number)),
-        (
-            "How long each save took",
-            _slow(history),
-            bars(_took(history.saves), spell=seconds, spell_x=_number),
-        ),
-        (
-            "How long each resume took",
-            "plan, read, apply",
-            bars(_took(history.loads), spell=seconds, spell_x=_number),
-        ),
+        ("Steps over time", _legend(history), _steps_over_time(history)),
+        ("Blocked by each save", "training waited", bars(stalls, spell=seconds, spell_x=_number)),
+        ("Duration of each save", _note_on_slowest(history), saves),
+        ("Duration of each resume", "plan, read, apply", loads),
         ("Throughput", "tokens/s over all ranks", line(speeds, spell=_short, spell_x=_number)),
         ("Loss", "", line(losses, spell=_short, spell_x=_number)),
-        ("Size of each step", "", bars(sizes, spell=size, spell_x=_number)),
+        ("Size of each checkpoint", "", bars(sizes, spell=size, spell_x=_number)),
         (
-            "What each rank wrote",
-            "files of the newest good step",
-            bars(ranks, spell=size, spell_x=lambda index: written[int(index)][0]),
+            "Bytes written by each rank",
+            "files of the newest good checkpoint",
+            bars(files, spell=size, spell_x=file_of),
         ),
     )
     return [
@@ -220,20 +215,31 @@ def _charts(history: History) -> list[str]:
     ]
 
 
-def _took(operations: Sequence[Times]) -> list[Point]:
-    """Until each save was durable, or each load done, with its stages."""
-    found = []
+def _points(
+    records: Sequence[MetricsRecord],
+    value_of: Callable[[MetricsRecord], float],
+    form: str,
+    unit: str = "",
+) -> list[Point]:
+    """Returns one value of each record, by step; `form` is the format in its tooltip."""
+    values = [(record.step, value_of(record)) for record in records]
+    return [Point(step, value, f"step {step}: {value:{form}}{unit}") for step, value in values]
+
+
+def _durations(operations: Sequence[Times]) -> list[Point]:
+    """Returns how long each save or load took, with its stages as the tooltip."""
+    points = []
     for times in operations:
         stages = (
             f"{name} {stage.most:.2f} s (rank {stage.slowest})"
             for name, stage in times.stages.items()
         )
-        found.append(Point(times.step, times.seconds, f"step {times.step}: {', '.join(stages)}"))
-    return found
+        points.append(Point(times.step, times.seconds, f"step {times.step}: {', '.join(stages)}"))
+    return points
 
 
-def _slow(history: History) -> str:
-    """Which rank the others waited for, mostly."""
+def _note_on_slowest(history: History) -> str:
+    """Returns which rank was the slowest most often; empty without saves."""
     saves = history.saves
     ranks = Counter(map(slowest, saves)).most_common(1)
     if not ranks:
@@ -244,11 +250,11 @@ def _slow(history: History) -> str:
 
 DOTS = {
     "good": "to resume from",
-    "model": "the model alone",
+    "model": "model only",
     "damaged": "damaged",
     "gone": "saved, and removed since",
 }
-"""What a checkpoint's dot says, by its style."""
+"""Legend of the dots, by CSS class."""
 
 
 def _legend(history: History) -> str:
@@ -256,42 +262,46 @@ def _legend(history: History) -> str:
     drawn |= {"gone"} if history.gone else set()
     return "".join(
         f'<span class="legend"><svg viewBox="0 0 12 12"><circle class="{style}" cx="6" cy="6" '
-        f'r="4.5"/></svg>{said}</span>'
-        for style, said in DOTS.items()
+        f'r="4.5"/></svg>{text}</span>'
+        for style, text in DOTS.items()
         if style in drawn
     )
 
 
-def _course(history: History) -> str:
-    """Steps over time, with the checkpoints as dots."""
-    # A step whose index cannot be read was committed when it was reached, more or less.
-    reached = {report.step: report.time for report in history.current}
-    saves = [
-        (row, committed(row) or reached.get(row.step))
+def _steps_over_time(history: History) -> str:
+    """Draw steps over time, with the checkpoints as dots."""
+    # Where the index cannot be read, the commit was about when the run reported the step.
+    reported = {record.step: record.time for record in history.current}
+    times = [
+        (row, commit_time(row) or reported.get(row.step))
         for row in history.rows
         if row.step is not None
     ]
-    times = [report.time for report in history.reports]
-    begun = min([*times, *(at for _, at in saves if at is not None)], default=0.0)
+    committed = [(row, time) for row, time in times if time is not None]
+    start = min(
+        [*(record.time for record in history.reports), *(time for _, time in committed)],
+        default=0.0,
+    )
     behind = [
-        Point(report.time - begun, report.step, f"step {report.step}")
-        for report in sorted(history.reports, key=lambda report: report.time)
+        Point(record.time - start, record.step, f"step {record.step}")
+        for record in sorted(history.reports, key=lambda record: record.time)
     ]
-    points = [Point(at - begun, step, f"step {step}: removed", "gone") for step, at in history.gone]
+    points = [
+        Point(time - start, step, f"step {step}: removed", "gone") for step, time in history.gone
+    ]
     points += [
-        Point(at - begun, row.step or 0, f"step {row.step}: {row.kind or row.state}", _style(row))
-        for row, at in saves
-        if at is not None
+        Point(time - start, row.step or 0, f"step {row.step}: {row.kind or row.state}", _style(row))
+        for row, time in committed
     ]
     return dots(points, behind=behind, spell=_short, spell_x=spelled_age)
 
 
 def _table(history: History, now: datetime) -> str:
     head = ("step", "state", "kind", "size", "age", "layout", "note")
-    rows = []
+    rows, resume = [], history.resume
     for row in reversed(history.rows):
         notes = [row.problem or "", "pinned" * row.pinned]
-        if row.step is not None and row.step == history.resume:
+        if row.step is not None and row.step == resume:
             notes.append("a resume takes this one")
         cells = (
             row.name if row.step is None else f"{row.step:,}",
@@ -321,22 +331,13 @@ def _style(row: CheckpointRow) -> str:
     return "damaged" if row.state == "damaged" else {"full": "good"}.get(row.kind or "", "model")
 
 
-def committed(row: CheckpointRow) -> float | None:
-    """When a step was committed, in seconds since 1970."""
-    try:
-        then = datetime.fromisoformat(row.created or "")
-    except ValueError:
-        return None
-    return then.timestamp() if then.tzinfo is not None else None
-
-
 def _ago(row: CheckpointRow | None, now: datetime) -> str:
-    seconds = None if row is None else committed(row)
-    return "" if seconds is None else _since(seconds, now)
+    time = None if row is None else commit_time(row)
+    return "" if time is None else _since(time, now)
 
 
-def _since(seconds: float, now: datetime) -> str:
-    return f"{spelled_age(now.timestamp() - seconds)} ago"
+def _since(time: float, now: datetime) -> str:
+    return f"{spelled_age(now.timestamp() - time)} ago"
 
 
 def _number(value: float) -> str:
@@ -344,7 +345,7 @@ def _number(value: float) -> str:
 
 
 def _short(value: float) -> str:
-    """A number in few characters.
+    """Returns a number in few characters.
 
     >>> _short(1234567.0), _short(950.0)
     ('1.23M', '950')

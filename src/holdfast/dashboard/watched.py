@@ -1,4 +1,4 @@
-"""Folders of steps under the eyes of threads, one each: what they saw last is there at once."""
+"""Folders of checkpoints, each read again and again by a thread of its own."""
 
 from __future__ import annotations
 
@@ -6,55 +6,57 @@ import threading
 import time
 from dataclasses import dataclass
 
-from holdfast.dashboard.history import History, Watch
+from holdfast.dashboard.history import History, HistoryReader
 from holdfast.errors import HoldfastError
 
-LOOK_S = 2.0
-"""Between two looks, at least."""
+READ_S = 2.0
+"""Least seconds between two reads."""
 
-LOOK_SHARE = 0.05
-"""Of a thread's time for looking, at most: where a look takes long, there are fewer."""
+READ_SHARE = 0.05
+"""Largest share of a thread's time for reading: slow folders are read more rarely."""
 
-FIRST_LOOK_S = 1.0
-"""How long the first look is waited for."""
+FIRST_READ_S = 1.0
+"""Seconds to wait for the first read."""
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What a look has found."""
+class ReadResult:
+    """Result of reading a folder once."""
 
     history: History | None
     problem: str | None = None
-    """Why there is none."""
+    """Reason why there is no history."""
 
     time: float = 0.0
-    """Of the look, in seconds since 1970."""
+    """Time of the read, in seconds since 1970."""
 
 
-class Watched:
-    """A folder that is looked at for as long as the process lives. Whatever becomes of the folder,
-    one that hangs too, others are not held up."""
+class WatchedFolder:
+    """A folder that is read for as long as the process lives.
+
+    A folder that hangs or fails delays no other.
+    """
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self.seen = Seen(None, "not looked at yet")
-        """What the last look has found."""
-        self._watch = Watch(folder)
+        self.latest = ReadResult(None, "not read yet")
+        """Result of the latest read."""
+        self._reader = HistoryReader(folder)
         first = threading.Event()
         threading.Thread(target=self._run, args=(first,), name="holdfast-look", daemon=True).start()
-        first.wait(FIRST_LOOK_S)
+        first.wait(FIRST_READ_S)
 
     def _run(self, first: threading.Event) -> None:
         while True:
             started = time.monotonic()
-            self.seen = self._look()
+            self.latest = self._read()
             first.set()
-            time.sleep(max(LOOK_S, (time.monotonic() - started) / LOOK_SHARE))
+            time.sleep(max(READ_S, (time.monotonic() - started) / READ_SHARE))
 
-    def _look(self) -> Seen:
+    def _read(self) -> ReadResult:
         try:
-            return Seen(self._watch.look(), time=time.time())
+            return ReadResult(self._reader.read(), time=time.time())
         except HoldfastError as error:
-            return Seen(None, error.what, time.time())
-        except Exception as error:  # noqa: BLE001 - the next look may find the folder mended
-            return Seen(None, f"{type(error).__name__}: {error}", time.time())
+            return ReadResult(None, error.what, time.time())
+        except Exception as error:  # noqa: BLE001 - the next read may succeed
+            return ReadResult(None, f"{type(error).__name__}: {error}", time.time())

@@ -1,7 +1,7 @@
-"""The server behind `holdfast serve`. Reads, and answers nothing but GET and HEAD.
+"""The server of `holdfast serve`, which only reads, and answers only GET and HEAD.
 
-Requests name runs by number, so no request can name a path; what is answered was found by threads
-that look at the folders (`watched`), so no request waits for a disk.
+Requests name runs by number, so no request can name a path. Answers come from what the threads of
+`watched` read last, so no request waits for a disk.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from holdfast.dashboard.digest import digest, exposition, health
 from holdfast.dashboard.page import body, framed, summary
-from holdfast.dashboard.watched import Watched
+from holdfast.dashboard.watched import WatchedFolder
 
 HEADER_BYTES_MAX = 16 << 10
 
 CONNECTIONS_MAX = 200
-"""Beyond these, the one that has waited the longest makes way."""
+"""Open connections. Each one more drops the connection that has been idle longest."""
 
-PATIENCE_S = 30.0
-"""Within which a request must have come, and its answer be taken."""
+IDLE_S = 30.0
+"""Seconds for a request to arrive and its answer to be taken, after which the connection is
+dropped."""
 
-GRACE_S = 3
-"""For what is being answered when the server is to end."""
+SHUTDOWN_S = 3
+"""Seconds for answers in progress when the server ends."""
 
 SCRIPT = """\
 "use strict";
@@ -62,7 +63,7 @@ async function refresh() {
 }
 setTimeout(refresh, 2000);
 """
-"""Asks for the page again and again, and shows the new one where it has changed."""
+"""Script of the pages: requests the page every two seconds, and shows the new one if it changed."""
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'self'; "
@@ -79,11 +80,14 @@ HEADERS = {
 def server_of(
     folders: Sequence[str], names: Collection[str], max_age_s: float | None
 ) -> uvicorn.Server:
-    """A server of these folders, for requests that call it by one of these names."""
-    runs = [Watched(folder) for folder in folders]
+    """Returns a server of these folders.
+
+    `names` are the host names that requests may address it by.
+    """
+    runs = [WatchedFolder(folder) for folder in folders]
     config = uvicorn.Config(
         app_of(runs, names, max_age_s),
-        http=Patient,
+        http=TimedProtocol,
         ws="none",
         lifespan="off",
         log_level="error",
@@ -91,44 +95,47 @@ def server_of(
         server_header=False,
         proxy_headers=False,
         h11_max_incomplete_event_size=HEADER_BYTES_MAX,
-        timeout_graceful_shutdown=GRACE_S,
+        timeout_graceful_shutdown=SHUTDOWN_S,
     )
     return uvicorn.Server(config)
 
 
-def app_of(runs: Sequence[Watched], names: Collection[str], max_age_s: float | None) -> ASGIApp:
-    """The server as an ASGI application, for requests that call it by one of these names."""
-
+def app_of(
+    runs: Sequence[WatchedFolder], names: Collection[str], max_age_s: float | None
+) -> ASGIApp:
+    """Returns the ASGI application of `server_of`."""
     numbered = {str(number): run for number, run in enumerate(runs)}
 
-    def of_run(answer: Callable[[Watched, datetime], Response]) -> Callable[[Request], Response]:
-        def found(request: Request) -> Response:
+    def of_run(
+        answer: Callable[[WatchedFolder, datetime], Response],
+    ) -> Callable[[Request], Response]:
+        def endpoint(request: Request) -> Response:
             run = numbered.get(request.path_params.get("number", "0"))
             if run is None:
                 return PlainTextResponse("no such run\n", status_code=404)
-            return _unless_known(request, answer(run, datetime.now(UTC)))
+            return _unless_cached(request, answer(run, datetime.now(UTC)))
 
-        return found
+        return endpoint
 
     def index(request: Request) -> Response:
         if len(runs) == 1:
             return of_run(_page)(request)
-        return _unless_known(request, _index(runs))
+        return _unless_cached(request, _index(runs))
 
     def metrics(_: Request) -> Response:
         text, kind = exposition(runs, datetime.now(UTC))
         return Response(text, headers={"Content-Type": kind})
 
     def healthz(_: Request) -> Response:
-        healthy, said = health(runs, datetime.now(UTC), max_age_s)
-        return _json(said, status_code=200 if healthy else 503)
+        healthy, problems = health(runs, datetime.now(UTC), max_age_s)
+        return _json(problems, status_code=200 if healthy else 503)
 
     def api(_: Request) -> Response:
         now = datetime.now(UTC)
-        return _json({"runs": [digest(run, now, whole=False) for run in runs]})
+        return _json({"runs": [digest(run, now, full=False) for run in runs]})
 
-    def api_of_run(run: Watched, now: datetime) -> Response:
-        return _json(digest(run, now, whole=True))
+    def api_of_run(run: WatchedFolder, now: datetime) -> Response:
+        return _json(digest(run, now, full=True))
 
     routes = [
         Route("/", index),
@@ -142,28 +149,28 @@ def app_of(runs: Sequence[Watched], names: Collection[str], max_age_s: float | N
     return Guard(Starlette(routes=routes), {name.lower() for name in names})
 
 
-def _page(run: Watched, now: datetime) -> Response:
-    seen = run.seen
-    if seen.history is not None:
-        return _html(seen.history.where, body(seen.history, now))
-    said = f"<h1>{escape(run.folder)}</h1><p>{escape(seen.problem or '')}</p>"
-    return _html(run.folder, said)
+def _page(run: WatchedFolder, now: datetime) -> Response:
+    history = run.latest.history
+    if history is not None:
+        return _html(history.where, body(history, now))
+    problem = escape(run.latest.problem or "")
+    return _html(run.folder, f"<h1>{escape(run.folder)}</h1><p>{problem}</p>")
 
 
-def _index(runs: Sequence[Watched]) -> Response:
+def _index(runs: Sequence[WatchedFolder]) -> Response:
     cards = []
     for number, run in enumerate(runs):
-        seen = run.seen
-        said = seen.problem if seen.history is None else summary(seen.history)
+        latest = run.latest
+        text = latest.problem if latest.history is None else summary(latest.history)
         cards.append(
             f'<section class="card"><h2><a href="/runs/{number}">{escape(run.folder)}</a></h2>'
-            f"<p>{escape(said or '')}</p></section>"
+            f"<p>{escape(text or '')}</p></section>"
         )
     return _html("Holdfast", f'<h1>Runs</h1><div class="charts">{"".join(cards)}</div>')
 
 
 def _json(value: Any, status_code: int = 200) -> Response:
-    # In ASCII: names of files may be no text in any encoding.
+    # ASCII, as `json.dumps` writes: a file name may be no valid UTF-8.
     return Response(json.dumps(value) + "\n", status_code, media_type="application/json")
 
 
@@ -173,8 +180,8 @@ def _html(title: str, text: str) -> Response:
     return Response(page, media_type="text/html", headers={"ETag": f'"{tag}"'})
 
 
-def _unless_known(request: Request, answer: Response) -> Response:
-    """The answer, or that the client has it."""
+def _unless_cached(request: Request, answer: Response) -> Response:
+    """Returns the answer; status 304 where the client has it already."""
     tag = answer.headers.get("ETag")
     if tag is not None and request.headers.get("If-None-Match") == tag:
         return Response(status_code=304, headers={"ETag": tag})
@@ -182,9 +189,11 @@ def _unless_known(request: Request, answer: Response) -> Response:
 
 
 class Guard:
-    """Refuses what is no reading request, or calls the server by a name that is not its own: a page
-    elsewhere could have had its own name resolve to this machine. Adds the headers that keep
-    browsers from more than is meant."""
+    """Middleware that refuses requests for other host names and methods, and adds `HEADERS`.
+
+    A web page elsewhere could let its own host name resolve to this machine, and so read what is
+    served here (DNS rebinding).
+    """
 
     def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
         self._app, self._names = app, names
@@ -198,17 +207,18 @@ class Guard:
         host = Headers(scope=scope).get("host", "")
         app = self._app
         if not is_own(host, self._names):
-            said = f"not a name of this server: {host[:200]}\n--allow-host NAME admits one\n"
-            app = PlainTextResponse(said, status_code=421)
+            text = f"not a name of this server: {host[:200]}\n--allow-host NAME admits one\n"
+            app = PlainTextResponse(text, status_code=421)
         elif scope["method"] not in ("GET", "HEAD"):
             allowed = {"Allow": "GET, HEAD"}
-            app = PlainTextResponse("this server is only read\n", status_code=405, headers=allowed)
+            app = PlainTextResponse("this server only reads\n", status_code=405, headers=allowed)
         await app(scope, receive, guarded)
 
 
 def is_own(host: str, names: Collection[str]) -> bool:
-    """Whether a request is meant for this server: by an address, which nobody can have resolve to
-    another, or one of these names.
+    """Whether the `Host` of a request is one of these names, or an address.
+
+    An address is safe, since no web page can let it resolve to another machine.
 
     >>> [is_own(host, {"localhost"}) for host in ("127.0.0.1:8420", "[::1]", "evil.example")]
     [True, True, False]
@@ -224,21 +234,23 @@ def is_own(host: str, names: Collection[str]) -> bool:
     return True
 
 
-class Patient(H11Protocol):
-    """A connection that is dropped where nothing is answered for long: because the request does not
-    come to its end, or the client does not take the answer."""
+class TimedProtocol(H11Protocol):
+    """An HTTP connection that is dropped after `IDLE_S` without a completed answer.
+
+    So a client that sends half a request, or takes no answer, does not hold a connection for long.
+    """
 
     since = 0.0
-    """When it was opened, or last answered."""
+    """Time of the latest answer, or of the connection, by the clock of the event loop."""
 
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._wait()
+        self._restart_timer()
         if len(self.connections) > CONNECTIONS_MAX:
-            others = (one for one in self.connections if isinstance(one, Patient))
-            min(others, key=lambda one: one.since).drop()
+            timed = (one for one in self.connections if isinstance(one, TimedProtocol))
+            min(timed, key=lambda connection: connection.since).drop()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
@@ -247,14 +259,14 @@ class Patient(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._wait()
+        self._restart_timer()
 
     def drop(self) -> None:
-        """Close it at once."""
+        """Close the connection at once."""
         self.transport.abort()
 
-    def _wait(self) -> None:
+    def _restart_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self.since = self.loop.time()
-        self._timer = self.loop.call_later(PATIENCE_S, self.drop)
+        self._timer = self.loop.call_later(IDLE_S, self.drop)

@@ -11,7 +11,7 @@ from holdfast.errors import FormatError
 from holdfast.skills.content import Digests, digest
 
 ENTRY = "SKILL.md"
-"""What an agent reads first."""
+"""File that an agent reads first."""
 
 NAME_LENGTH_MAX = 64
 DESCRIPTION_LENGTH_MAX = 1024
@@ -29,8 +29,8 @@ class Skill:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name) or len(self.name) > NAME_LENGTH_MAX:
             raise FormatError(
-                f"a skill's name is up to {NAME_LENGTH_MAX} lower-case letters, digits and single "
-                f"hyphens: {self.name!r}"
+                f"a skill's name must be up to {NAME_LENGTH_MAX} lower-case letters, digits and "
+                f"single hyphens, found: {self.name!r}"
             )
         for file in self.files:
             if file.startswith("/") or {"", ".", ".."} & {*file.split("/")}:
@@ -42,31 +42,29 @@ class Skill:
 
     @property
     def description(self) -> str:
-        """What it is for, and when an agent should read it."""
+        """Purpose of the skill, and when an agent should read it."""
         return frontmatter(self.files[ENTRY].decode())["description"]
 
 
 def shipped() -> dict[str, Skill]:
-    """The skills of this version, by name."""
-    folder = Path(__file__).parent.parent / ".agents" / "skills"
-    return {path.name: read_skill(path) for path in sorted(folder.iterdir()) if path.is_dir()}
-
-
-def read_skill(folder: Path) -> Skill:
-    """The skill in a folder."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-    return Skill(folder.name, files)
+    """Read the skills of this version; returns them by name."""
+    skills = {}
+    for folder in sorted((Path(__file__).parent.parent / ".agents" / "skills").iterdir()):
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+        if files:
+            skills[folder.name] = Skill(folder.name, files)
+    return skills
 
 
 def frontmatter(text: str) -> dict[str, str]:
-    """The fields at the top of a `SKILL.md`, each on one line.
+    """Read the fields at the top of a `SKILL.md`, one per line.
 
     >>> frontmatter("---\\nname: a\\ndescription: b\\n---\\nText.")
     {'name': 'a', 'description': 'b'}
 
     Raises:
-        FormatError: there are none.
+        FormatError: no such fields.
     """
     match = re.match(r"---\n(.*?)\n---\n", text, re.S)
     if not match:

@@ -1,4 +1,4 @@
-"""What a folder holds, as a value that can be compared: a digest of each of its files."""
+"""Digests of the files in a folder, by which two folders are compared."""
 
 from __future__ import annotations
 
@@ -11,51 +11,51 @@ from pathlib import Path
 from holdfast.errors import StorageError
 
 RECEIPT = ".holdfast-skill.json"
-"""Beside the files of an installed skill; not one of them."""
+"""File in each installed copy that records what was installed."""
 
-_JUNK = {"__pycache__", ".DS_Store", "Thumbs.db", "desktop.ini", RECEIPT}
-"""What editors, interpreters and file browsers leave behind: nobody's change."""
+_IGNORED = {"__pycache__", ".DS_Store", "Thumbs.db", "desktop.ini", RECEIPT}
+"""Files that programs create by themselves, so they are no changes by the user."""
 
 Digests = Mapping[str, str]
-"""Path below the folder, with `/`, to what is known of the file there."""
+"""Path below the folder, with `/` -> SHA-256 of the file, or target of the link."""
 
 
 def digest(data: bytes) -> str:
-    """SHA-256 of a file. Text counts with LF ends of lines: a checkout with CRLF is no change."""
+    """Returns the SHA-256 of a file. CRLF in text counts as LF, so checkouts on Windows match."""
     if b"\0" not in data:
         data = data.replace(b"\r\n", b"\n")
     return hashlib.sha256(data).hexdigest()
 
 
 def digests_in(folder: Path) -> Digests:
-    """Of every file below a folder. A link is known by where it leads, and never followed.
+    """Returns the digests of all files below a folder. Links are not followed.
 
     Raises:
-        StorageError: a file that cannot be read, or is something else than a file.
+        StorageError: a file that cannot be read, or a pipe, socket or device.
     """
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     waiting = [folder]
     try:
         while waiting:
             with os.scandir(waiting.pop()) as entries:
                 for entry in entries:
                     path = Path(entry.path)
-                    if entry.name in _JUNK or entry.name.endswith(".pyc"):
+                    if entry.name in _IGNORED or entry.name.endswith(".pyc"):
                         continue
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(path)
                         continue
-                    found[path.relative_to(folder).as_posix()] = _known_by(path)
+                    digests[path.relative_to(folder).as_posix()] = _digest_of(path)
     except OSError as error:
         raise StorageError(f"cannot read `{folder}`: {error.strerror or error}") from error
-    return found
+    return digests
 
 
-def _known_by(path: Path) -> str:
+def _digest_of(path: Path) -> str:
     mode = path.lstat().st_mode
     if stat.S_ISLNK(mode):
         return f"link to {path.readlink()}"
     if not stat.S_ISREG(mode):
-        # A pipe would be waited for without end.
-        raise StorageError(f"`{path}` is no file", hint="move it out of the skill's folder")
+        # Reading a pipe could wait forever.
+        raise StorageError(f"`{path}` is no plain file", hint="move it out of the skill's folder")
     return digest(path.read_bytes())

@@ -1,20 +1,21 @@
-"""A user's folder of skills: the copies in it, and what is written down about them.
+"""A user's folder of skills: the copies in it, and the records of them.
 
     NAME/                        a copy, with its receipt
-    .holdfast-skills/ledger.json names that were offered, names that were removed
-    .holdfast-skills/synced      version of the newest full sync: one read tells that all is done
-    .holdfast-skills/lock        who is at work
-    .holdfast-skills/kept-*      archives of what gave way
-    .holdfast-skills/stage-*     a copy on its way, or what a killed process left
-    .holdfast-skills/write-*     a file on its way, likewise
+    .holdfast-skills/ledger.json names of skills that were installed or removed
+    .holdfast-skills/synced      version of the newest full sync: a start needs to read only this
+    .holdfast-skills/lock        locked by the process at work
+    .holdfast-skills/kept-*      archives of copies that were replaced or removed
+    .holdfast-skills/stage-*     a copy being made, or what a killed process left of one
+    .holdfast-skills/write-*     a file being written, likewise
 
-Order of writes: a copy is durable under `stage-*` before it trades places with the one it replaces;
-that trade is durable before what was replaced goes.
+Order of writes: a new copy is durable below `stage-*` before it exchanges names with the old copy;
+the exchange is durable before the old copy is deleted.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import secrets
 import tarfile
 from collections.abc import Iterator
@@ -26,67 +27,77 @@ from holdfast.skills.bundle import ENTRY, Skill
 from holdfast.skills.content import RECEIPT, Digests, digests_in
 from holdfast.skills.disk import Disk
 from holdfast.skills.records import Ledger, SyncRecord, decode_ledger, decode_receipt, order_of
+from holdfast.storage.locks import lock_file
 
 STATE = ".holdfast-skills"
 
 
 class Copies:
-    """The copies below one folder."""
+    """The copies in one folder."""
 
     def __init__(self, root: Path, *, categories: bool = False, disk: Disk | None = None) -> None:
-        """`categories`: a copy may also lie one folder deeper, where its user has moved it."""
+        """`categories`: the user may have moved a copy one folder deeper."""
         self.root, self.state = root, root / STATE
         self._categories, self._disk = categories, disk or Disk()
 
     @contextmanager
     def locked(self) -> Iterator[bool]:
-        """Whether this process may write, until the context ends. Makes the folders, and puts in
-        order what a killed process left."""
-        with _said(self.root):
+        """Lock the folder until the context ends; yields False where another process has locked it.
+
+        Makes the folder if there is none, and cleans up after a killed process.
+        """
+        with _explained(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):
                 self._disk.make_folder(self.state)
                 self._disk.sync_folder(self.root)
-            with self._disk.lock(self.state / "lock") as mine:
-                if mine:
-                    self.ledger()  # Unreadable, it stops everything before a byte is written.
-                    self._recover()
-                yield mine
+            lock = lock_file(os.fspath(self.state / "lock"))
+            if lock is None:
+                yield False
+                return
+            try:
+                self.ledger()  # Raises where it is damaged, before a byte is written.
+                self._recover()
+                yield True
+            finally:
+                lock.release()
 
-    # ---------------------------------------------------------------------------------- to read
+    # ----------------------------------------------------------------------------------- reading
 
-    def place(self, name: str) -> Path:
-        """Where the copy of a skill is, or would be."""
-        place = self.root / name
-        if self._categories and not _is_there(place):
+    def folder(self, name: str) -> Path:
+        """Returns the folder of a skill's copy, whether or not there is one."""
+        folder = self.root / name
+        if self._categories and not os.path.lexists(folder):
             with suppress(OSError):
-                inside = sorted(self.root.glob(f"[!.]*/{name}/{ENTRY}"))
-                return inside[0].parent if inside else place
-        return place
+                for entry in sorted(self.root.glob(f"[!.]*/{name}/{ENTRY}")):
+                    return entry.parent
+        return folder
 
     def receipt(self, name: str) -> SyncRecord | None:
-        """Of the copy of a skill; None where there is none that can be read."""
-        place = self.place(name)
+        """Returns the receipt in a skill's copy; None where there is none, or a damaged one."""
+        folder = self.folder(name)
         try:
-            return None if place.is_symlink() else decode_receipt((place / RECEIPT).read_bytes())
+            return None if folder.is_symlink() else decode_receipt((folder / RECEIPT).read_bytes())
         except OSError:
             return None
 
-    def held(self, name: str) -> Digests | None:
-        """What the copy of a skill holds; None where nothing is there, empty where a file or a link
-        is in its place."""
-        place = self.place(name)
-        if not _is_there(place):
+    def digests(self, name: str) -> Digests | None:
+        """Returns the digests of a skill's copy; None where there is none.
+
+        Empty where a file or a link has the name of the copy.
+        """
+        folder = self.folder(name)
+        if not os.path.lexists(folder):
             return None
-        if place.is_symlink() or not place.is_dir():
+        if folder.is_symlink() or not folder.is_dir():
             return {}
-        return digests_in(place)
+        return digests_in(folder)
 
     def ledger(self) -> Ledger:
-        """Which names were offered.
+        """Read the ledger. Only a missing file counts as an empty one.
 
         Raises:
-            StorageError, FormatError: it is there and cannot be read. It is never taken for empty.
+            StorageError, FormatError: the file cannot be read, or is damaged.
         """
         path = self.state / "ledger.json"
         try:
@@ -98,89 +109,87 @@ class Copies:
         return decode_ledger(data, where=str(path))
 
     def synced(self) -> str:
-        """The version of the newest full sync; empty before the first."""
+        """Returns the version of the newest full sync; empty before the first."""
         try:
             return (self.state / "synced").read_text()
         except (OSError, UnicodeDecodeError):
             return ""
 
-    # --------------------------------------------------------------------------------- to write
+    # ----------------------------------------------------------------------------------- writing
 
     def write_ledger(self, ledger: Ledger) -> None:
-        """Keep which names were offered, if that has changed."""
+        """Write the ledger if it has changed."""
         if ledger != self.ledger():
             self._replace(self.state / "ledger.json", ledger.encode())
 
     def write_synced(self, version: str) -> None:
-        """Note that all is done as this version would, if a later one has not noted that."""
+        """Record a full sync by this version, unless a later version has recorded one."""
         if order_of(version) > order_of(self.synced()):
             self._replace(self.state / "synced", version.encode())
 
     def write_receipt(self, name: str, receipt: SyncRecord) -> None:
-        """Give a copy that is as it should be the receipt that says so."""
-        self._replace(self.place(name) / RECEIPT, receipt.encode())
+        """Write the receipt of a copy that lacks the right one."""
+        self._replace(self.folder(name) / RECEIPT, receipt.encode())
 
-    def put(self, skill: Skill, version: str) -> None:
-        """Put a whole copy of a skill into its place, at one instant. Files there that were never
-        shipped go along.
+    def install(self, skill: Skill, version: str) -> None:
+        """Replace a skill's copy by the shipped files, atomically. The user's own files stay.
 
         Raises:
-            ExistsError: the copy there was changed in the meantime; it stays.
-            StorageError: the disk failed; what was there stays.
+            ExistsError: the user changed the copy in the meantime; it stays.
+            StorageError: the disk failed; the old copy stays.
         """
-        place = self.place(skill.name)
-        with _said(place):
-            before = self.held(skill.name)
+        folder = self.folder(skill.name)
+        with _explained(folder):
+            before = self.digests(skill.name)
             receipt = self.receipt(skill.name)
-            mine = skill.files.keys() | (receipt.files.keys() if receipt else set())
-            theirs = [file for file in before or () if file not in mine]
-            stage = self._stage(skill, version, place, theirs)
+            shipped = skill.files.keys() | (receipt.files.keys() if receipt else set())
+            users_files = [file for file in before or () if file not in shipped]
+            stage = self._staged(skill, version, folder, users_files)
             new = stage / "new"
             if before is None:
-                self._disk.rename(new, place)
+                self._disk.rename(new, folder)
             else:
-                old = self._trade(new, place, stage)
+                old = self._swap_in(new, folder, stage)
                 if digests_in(old) != before:
-                    self._trade(place, old, stage)
-                    self._remove_stage(stage, place)
-                    raise ExistsError(f"`{place}` was changed during the sync", hint="sync again")
-            self._remove_stage(stage, place)
+                    self._swap_in(old, folder, stage)
+                    self._remove_stage(stage, folder)
+                    raise ExistsError(f"`{folder}` was changed during the sync", hint="sync again")
+            self._remove_stage(stage, folder)
 
     def remove(self, name: str) -> None:
-        """Take a copy away, at one instant."""
-        place = self.place(name)
-        with _said(place):
-            stage = self._new_stage(place)
-            self._disk.rename(place, stage / "gone")
-            self._remove_stage(stage, place)
+        """Delete a skill's copy, atomically."""
+        folder = self.folder(name)
+        with _explained(folder):
+            stage = self._new_stage(name)
+            self._disk.rename(folder, stage / "gone")
+            self._remove_stage(stage, folder)
 
-    def keep(self, folder: Path, name: str) -> Path:
-        """Archive a folder, so that nothing in it is lost. Returns where."""
+    def archive(self, folder: Path, name: str) -> Path:
+        """Archive a folder with everything in it; returns the path of the archive."""
         buffer = io.BytesIO()
-        with _said(folder), tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        with _explained(folder), tarfile.open(fileobj=buffer, mode="w:gz") as archive:
             archive.add(folder, name)
-        kept = self.state / f"kept-{name}-{secrets.token_hex(4)}.tar.gz"
-        self._replace(kept, buffer.getvalue())
-        return kept
+        path = self.state / f"kept-{name}-{secrets.token_hex(4)}.tar.gz"
+        self._replace(path, buffer.getvalue())
+        return path
 
-    def _stage(self, skill: Skill, version: str, place: Path, theirs: list[str]) -> Path:
-        """A whole copy, durable, aside."""
-        stage = self._new_stage(place)
+    def _staged(self, skill: Skill, version: str, folder: Path, users_files: list[str]) -> Path:
+        """Write a durable new copy to `new` in a new stage, which is returned."""
+        stage = self._new_stage(skill.name)
         new = stage / "new"
-        files = [*skill.files, *theirs]
-        # Sorted, a folder comes before those in it.
+        files = [*skill.files, *users_files]
+        # Sorted, so that each folder comes before those in it.
         folders = sorted({new / above for file in files for above in PurePosixPath(file).parents})
         try:
-            for folder in folders:
-                self._disk.make_folder(folder)
-            for file in files:
-                if file in skill.files:
-                    self._disk.write(new / file, skill.files[file])
-                else:
-                    self._disk.copy(place / file, new / file)
+            for made in folders:
+                self._disk.make_folder(made)
+            for file, data in skill.files.items():
+                self._disk.write(new / file, data)
+            for file in users_files:
+                self._disk.copy(folder / file, new / file)
             self._disk.write(new / RECEIPT, SyncRecord(version, skill.digests).encode())
-            for folder in (*folders, stage, self.state):
-                self._disk.sync_folder(folder)
+            for made in (*folders, stage, self.state):
+                self._disk.sync_folder(made)
             staged = digests_in(new)
             if {file: staged.get(file) for file in skill.files} != skill.digests:
                 raise StorageError(f"`{new}` does not hold what was written to it")
@@ -190,83 +199,58 @@ class Copies:
             raise
         return stage
 
-    def _new_stage(self, place: Path) -> Path:
-        stage = self.state / f"stage-{place.name}-{secrets.token_hex(4)}"
+    def _new_stage(self, name: str) -> Path:
+        stage = self.state / f"stage-{name}-{secrets.token_hex(4)}"
         self._disk.make_folder(stage)
-        self._disk.write(stage / "for", str(place.relative_to(self.root)).encode())
         return stage
 
-    def _trade(self, one: Path, place: Path, stage: Path) -> Path:
-        """`one` takes its place. Returns where what was there is now."""
-        if self._disk.exchange(one, place):
-            return one
-        # Two steps, and an instant without a copy: should the process die in it, `_recover` puts
-        # the old one back.
-        old = stage / "old"
-        self._disk.rename(place, old)
-        self._disk.rename(one, place)
-        return old
+    def _swap_in(self, copy: Path, folder: Path, stage: Path) -> Path:
+        """Give `copy` the name `folder`; returns where the copy that had it is now."""
+        if self._disk.exchange(copy, folder):
+            return copy
+        # Two renames. If the process dies in between, `_recover` renames the old copy back.
+        aside = stage / ("old" if copy.name == "new" else "new")
+        self._disk.rename(folder, aside)
+        self._disk.rename(copy, folder)
+        return aside
 
-    def _remove_stage(self, stage: Path, place: Path) -> None:
-        for folder in (place.parent, stage):
-            self._disk.sync_folder(folder)
+    def _remove_stage(self, stage: Path, folder: Path) -> None:
+        for changed in (folder.parent, stage):
+            self._disk.sync_folder(changed)
         self._disk.remove(stage)
 
     def _recover(self) -> None:
-        """Finish what a killed process had begun: every copy is the old or the new one already, or
-        the old one is put back; nothing that is not known from elsewhere is deleted."""
+        """Clean up after a killed process.
+
+        An old copy whose new one is not in place gets its name back. Other copies are archived:
+        their user may have changed them at the last moment. A copy without a receipt was never
+        complete, and its files are elsewhere.
+        """
         for unfinished in self.state.glob("write-*"):
             unfinished.unlink()
         for stage in sorted(self.state.glob("stage-*")):
             name = stage.name.removeprefix("stage-").rpartition("-")[0]
-            old, place = stage / "old", self.root / _read(stage / "for", name)
-            if old.is_dir() and not _is_there(place):
-                self._disk.rename(old, place)
-                self._disk.sync_folder(place.parent)
+            old, folder = stage / "old", self.folder(name)
+            if old.is_dir() and not os.path.lexists(folder):
+                self._disk.rename(old, folder)
+                self._disk.sync_folder(folder.parent)
             for left in (stage / "new", old, stage / "gone"):
-                if left.is_dir() and not _accounted_for(left, place):
-                    self.keep(left, name)
+                if (left / RECEIPT).is_file():
+                    self.archive(left, name)
             self._disk.remove(stage)
 
     def _replace(self, path: Path, data: bytes) -> None:
-        """A small file in place of the one there, at one instant; durable on return."""
-        write = self.state / f"write-{secrets.token_hex(4)}"
-        with _said(path):
-            self._disk.write(write, data)
-            self._disk.rename(write, path)
+        """Write a small file, atomically and durably."""
+        part = self.state / f"write-{secrets.token_hex(4)}"
+        with _explained(path):
+            self._disk.write(part, data)
+            self._disk.rename(part, path)
             self._disk.sync_folder(path.parent)
 
 
-def _is_there(path: Path) -> bool:
-    return path.is_symlink() or path.exists()
-
-
-def _read(path: Path, default: str) -> str:
-    try:
-        return path.read_text() or default
-    except (OSError, UnicodeDecodeError):
-        return default
-
-
-def _accounted_for(left: Path, place: Path) -> bool:
-    """Whether every file here was shipped, or is in the copy in place. Without a receipt it is a
-    copy that was never whole, of files that are elsewhere."""
-    try:
-        receipt = decode_receipt((left / RECEIPT).read_bytes())
-    except OSError:
-        return True
-    try:
-        held = digests_in(left)
-        there = digests_in(place) if place.is_dir() else {}
-    except HoldfastError:
-        return False
-    shipped = receipt.files if receipt else {}
-    return all(known in (shipped.get(file), there.get(file)) for file, known in held.items())
-
-
 @contextmanager
-def _said(path: Path) -> Iterator[None]:
-    """Turn what the system says into what the user needs to know."""
+def _explained(path: Path) -> Iterator[None]:
+    """Raise a StorageError about `path` in place of an OSError."""
     try:
         yield
     except OSError as error:

@@ -1,72 +1,71 @@
-"""What is written down about a user's copies: a receipt in each of them, and one ledger."""
+"""Records of a user's copies: a receipt in each copy, and one ledger."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from holdfast.errors import FormatError
+from holdfast.skills.content import Digests
 
 
 @dataclass(frozen=True, slots=True)
 class SyncRecord:
-    """What was installed. It lies inside the copy, so that the two move together."""
+    """Receipt: what was installed. It lies inside the copy, so that the two move together."""
 
     version: str
-    """Of holdfast."""
+    """Version of holdfast that installed the copy."""
 
-    files: Mapping[str, str]
-    """Digest of every file that was shipped."""
+    files: Digests
+    """Digest of every shipped file."""
 
     def encode(self) -> bytes:
-        """The bytes of the receipt's file."""
+        """Returns the content of the receipt's file."""
         body = {"holdfast": self.version, "files": dict(sorted(self.files.items()))}
         return json.dumps(body, indent=1).encode() + b"\n"
 
 
 def decode_receipt(data: bytes) -> SyncRecord | None:
-    """The receipt in these bytes; None where they are none, so that the copy counts as the
-    user's."""
+    """Decode a receipt; None where it is damaged, so that the copy counts as the user's own."""
     try:
         body: Any = json.loads(data)
         version, files = body["holdfast"], dict(body["files"].items())
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    if type(version) is not str or {type(known) for known in files.values()} - {str}:
+    if type(version) is not str or {type(digest) for digest in files.values()} - {str}:
         return None
     return SyncRecord(version, files)
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """Names, so that what a user deleted is not mistaken for what never was there."""
+    """Names of skills, by which a deleted copy is told from one that was never installed."""
 
     offered: frozenset[str] = field(default=frozenset())
-    """Installed once, and shipped when last looked."""
+    """Skills that were installed once, and were shipped at the last sync."""
 
     removed: frozenset[str] = field(default=frozenset())
-    """Removed by the user, or no longer shipped: where there is no copy, none is to be installed,
-    whatever is shipped in between."""
+    """Skills that the user removed, or that are no longer shipped: without a copy they are never
+    installed again."""
 
     def encode(self) -> bytes:
-        """The bytes of the ledger's file."""
+        """Returns the content of the ledger's file."""
         body = {"offered": sorted(self.offered), "removed": sorted(self.removed)}
         return json.dumps(body, indent=1).encode() + b"\n"
 
 
 def decode_ledger(data: bytes, *, where: str) -> Ledger:
-    """The ledger in these bytes.
+    """Decode a ledger.
 
     Raises:
-        FormatError: they are none. An empty one would bring back what the user deleted.
+        FormatError: it is damaged. An empty ledger instead would bring back deleted skills.
     """
     try:
         body: Any = json.loads(data)
         names = [body["offered"], body["removed"]]
-        if any(type(name) is not str for one in names for name in one):
+        if any(type(name) is not str for listed in names for name in listed):
             raise ValueError("a name that is no text")
         return Ledger(*map(frozenset, names))
     except (ValueError, LookupError, TypeError, RecursionError) as error:
@@ -77,7 +76,7 @@ def decode_ledger(data: bytes, *, where: str) -> Ledger:
 
 
 def order_of(version: str) -> tuple[int, ...]:
-    """What versions are compared by: the numbers that they begin with.
+    """Returns the numbers that a version begins with, by which versions are compared.
 
     >>> order_of("0.10.1.dev3") > order_of("0.9")
     True

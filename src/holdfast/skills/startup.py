@@ -1,4 +1,4 @@
-"""The quiet sync at the start of a command, where its user has agreed by a first one by hand."""
+"""The quiet sync at the start of a command, in folders that the user has synced before."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from holdfast.skills.targets import all_targets
 
 
 def refresh(environment: Mapping[str, str]) -> list[str]:
-    """Bring the copies up to date in every folder that was synced before, and is this user's.
-    Returns what there is to say: a line for each folder that changed, or could not be.
+    """Sync every folder of this user that was synced before by an older version.
 
-    Never raises, waits for nobody, and reads one file a folder while nothing is to be done. Does
-    nothing in CI, and on ranks other than 0.
+    Returns a line for each folder that changed, and for each failure. Never raises, never waits for
+    a lock, and reads one file per folder while nothing is to be done. Does nothing in CI, and on
+    ranks other than 0.
     """
     if environment.get("CI") or any(
         environment.get(rank, "0") != "0" for rank in ("RANK", "LOCAL_RANK", "SLURM_PROCID")
     ):
         return []
-    said: list[str] = []
+    lines: list[str] = []
     try:
         for target in all_targets(environment, Path.cwd()):
-            said += _refreshed(Copies(target.root, categories=target.categories))
-    except Exception as error:  # noqa: BLE001 - whatever it is, the command goes on
-        said.append(f"skills were not brought up to date: {error}")
-    return said
+            lines += _refreshed(Copies(target.root, categories=target.categories))
+    except Exception as error:  # noqa: BLE001 - the command must go on
+        lines.append(f"skills were not brought up to date: {error}")
+    return lines
 
 
 def _refreshed(copies: Copies) -> Iterator[str]:
@@ -40,12 +40,12 @@ def _refreshed(copies: Copies) -> Iterator[str]:
     if not synced or order_of(synced) >= order_of(version):
         return
     if copies.root.stat().st_uid != os.geteuid():
-        return  # As under sudo: files of root do not belong into a user's home.
+        return  # Under sudo: root must not write files into a user's home.
     try:
-        done = sync(shipped(), copies, version)
+        result = sync(shipped(), copies, version)
     except HoldfastError as error:
         yield f"skills in {copies.root} were not brought up to date: {error.what}"
         return
-    if done.changes:
-        yield f"skills in {copies.root}: {done}"
-    yield from (f"skills in {copies.root}: {problem}" for problem in done.problems)
+    if result.changes:
+        yield f"skills in {copies.root}: {result}"
+    yield from (f"skills in {copies.root}: {problem}" for problem in result.problems)

@@ -1,4 +1,4 @@
-"""Where agents look for skills: for a user, and for the repository at hand."""
+"""Folders in which agents look for skills: a user's, and those of the current repository."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HOMES = {
     "codex": (".codex", "CODEX_HOME"),
     "hermes": (".hermes", "HERMES_HOME"),
 }
-"""Folder in the home directory that has a folder `skills`, and the variable that moves it."""
+"""Name for `--to` -> folder in the home directory, and the variable that replaces it."""
 
 OF_PROJECTS = ("agents", "claude", "codex")
 
@@ -29,11 +29,11 @@ class SkillTarget:
 
 
 def target_of(to: str, *, project: bool, environment: Mapping[str, str], here: Path) -> SkillTarget:
-    """The folder that `--to` means: a name in `HOMES`, or a path.
+    """Returns the folder that `--to` names: one of `HOMES`, or a path.
 
     Raises:
-        UsageError: an agent that has no folder in a project, or a path and a project.
-        NotFoundError: `here` is in no repository.
+        UsageError: `project` with a path, or with an agent that has no folder in projects.
+        NotFoundError: `project`, and `here` is in no repository.
     """
     if not project:
         if to not in HOMES:
@@ -51,18 +51,19 @@ def target_of(to: str, *, project: bool, environment: Mapping[str, str], here: P
 
 
 def all_targets(environment: Mapping[str, str], here: Path) -> Iterator[SkillTarget]:
-    """Every folder that goes by a name, there or not."""
+    """Yields every folder that has a name for `--to`, whether or not it exists."""
     for name in HOMES:
         yield target_of(name, project=False, environment=environment, here=here)
-    repository = _repository(here)
-    for name in OF_PROJECTS if repository else ():
-        yield target_of(name, project=True, environment=environment, here=here)
+    if _repository(here) is not None:
+        for name in OF_PROJECTS:
+            yield target_of(name, project=True, environment=environment, here=here)
 
 
 def _home(name: str, environment: Mapping[str, str]) -> Path:
     folder, variable = HOMES[name]
-    moved = environment.get(variable) if variable else None
-    return (Path(moved) if moved else Path(environment.get("HOME") or "~", folder)) / "skills"
+    replaced = environment.get(variable) if variable else None
+    home = Path(environment.get("HOME") or "~", folder)
+    return (Path(replaced) if replaced else home) / "skills"
 
 
 def _repository(here: Path) -> Path | None:

@@ -7,30 +7,32 @@ import sys
 
 from holdfast.arguments import not_installed
 from holdfast.errors import HoldfastError
-from holdfast.trainer.arguments import get_ready, print_help, read_config, wants_help
+from holdfast.trainer.arguments import prepare_start, print_help, read_config, wants_help
 
 
 def main(arguments: list[str]) -> int:
-    """Train as `arguments` say; the exit status."""
+    """Train with the settings in `arguments`, and return the exit status."""
     if wants_help(arguments):
         print_help("python -m holdfast.trainer")
     try:
         config = read_config(arguments)
         config.check(int(os.environ.get("WORLD_SIZE", "1")))
     except HoldfastError as error:
-        return _ended(error)
-    get_ready(config, arguments)
+        return _report(error)
+    prepare_start(config, arguments)
     try:
-        # Imports torch, for which neither `--help` nor a wrong setting has to wait.
+        # Imports torch, which takes seconds: after `--help` and the check of the settings.
         from holdfast.trainer.worker import work
     except ImportError as error:
-        return _ended(not_installed(error, "training"))
+        return _report(not_installed(error, "training"))
     return work(config)
 
 
-def _ended(error: HoldfastError) -> int:
-    """Say what is wrong; the exit status. All workers of a machine find the same mistake, and one
-    of them says so; on another machine its files may differ."""
+def _report(error: HoldfastError) -> int:
+    """Print the error on the first worker of each machine, and return its exit status.
+
+    All workers of a machine find the same mistake. Another machine may have other files.
+    """
     if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
         sys.stderr.write(f"error: {error}\n")
     return error.exit_status
@@ -40,6 +42,6 @@ if __name__ == "__main__":
     status: int = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    # After a failure other ranks may be gone: shutting down in order could wait for them forever.
+    # After a failure other ranks may be gone: an orderly shutdown could wait for them forever.
     if status:
         os._exit(status)

@@ -1,7 +1,7 @@
-"""From a TOML file and the command line to a `Config`.
+"""Read a `Config` from a TOML file and the command line.
 
-The command line wins over the file, the file over the defaults. Both are read into the same
-dictionary of sections, so that a value is checked in one place wherever it was written.
+The command line overrides the file, the file overrides the defaults. Both are read into the same
+nested dictionary, so one function checks a value from either source.
 """
 
 from __future__ import annotations
@@ -31,42 +31,42 @@ from holdfast.trainer import titan
 from holdfast.trainer.config import Config
 
 Values = dict[str, dict[str, Any]]
-"""Section to key to value."""
+"""Values of settings, by section and key."""
 
 
 def read_config(arguments: Sequence[str]) -> Config:
-    """The settings that `arguments` and the file behind `--job.config_file` stand for.
+    """Read the settings from the command line and the file named by `--job.config_file`.
 
     Raises:
-        UsageError: a section or key that is not known, or a value of the wrong type.
-        NotFoundError: there is no such file.
+        UsageError: a section or key is unknown, or a value has the wrong type.
+        NotFoundError: the file does not exist.
     """
-    values = _given(arguments)
+    values = _explicit_values(arguments)
     sections = {name: cls(**values.get(name, {})) for name, cls in _sections().items()}
     return Config(**sections)
 
 
-def _given(arguments: Sequence[str]) -> Values:
-    """What the command line and the file say, without the defaults."""
-    given = _from_command_line(arguments)
-    file = given.get("job", {}).get("config_file")
+def _explicit_values(arguments: Sequence[str]) -> Values:
+    """Read the values given on the command line or in the file, without the defaults."""
+    overrides = _from_command_line(arguments)
+    file = overrides.get("job", {}).get("config_file")
     values = _from_file(Path(file)) if file is not None else {}
-    for section, keys in given.items():
+    for section, keys in overrides.items():
         values.setdefault(section, {}).update(keys)
     return values
 
 
 def wants_help(arguments: Iterable[str]) -> bool:
-    """Whether the reference of all settings is asked for."""
+    """Tell whether the arguments request the list of all settings."""
     return any(argument in ("-h", "--help") for argument in arguments)
 
 
 def print_help(program: str) -> None:
-    """Print every setting with its meaning and its default; ends in `SystemExit`."""
+    """Print every setting with its meaning and default, then raise `SystemExit`."""
     import tyro
 
     if hasattr(signal, "SIGPIPE"):
-        # A reader that has seen enough, such as `head`, is no error.
+        # A reader such as `head` may close the pipe early: exit without a traceback.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     tyro.cli(
         Config,
@@ -77,25 +77,29 @@ def print_help(program: str) -> None:
     )
 
 
-def get_ready(config: Config, arguments: Sequence[str] = ()) -> None:
-    """Say which settings have no effect: TorchTitan's of what is not here, and those of checkpoints
-    where `enable` was forgotten. Bring the user's guides for coding agents up to date, where that
-    was agreed to by a first `holdfast skills sync`, and say what has changed. On rank 0 alone."""
+def prepare_start(config: Config, arguments: Sequence[str] = ()) -> None:
+    """Print which settings have no effect, and refresh the installed skills; on rank 0 only.
+
+    Without effect are TorchTitan's settings for features that do not exist here, and the keys of
+    `[checkpoint]` if `enable` was forgotten. Skills are refreshed only where the user agreed to
+    that by a first `holdfast skills sync`.
+    """
     if os.environ.get("RANK", "0") != "0":
         return
     file = config.job.config_file
-    idle = titan.ours(tomllib.loads(Path(file).read_text(encoding="utf-8")))[1] if file else []
-    if idle:
-        sys.stderr.write(
-            f"of TorchTitan's settings, these have no effect here: {', '.join(idle)}\n"
-        )
-    keys = _given(arguments).get("checkpoint", {})
+    if file:
+        unused = titan.translate(tomllib.loads(Path(file).read_text(encoding="utf-8")))[1]
+        if unused:
+            sys.stderr.write(
+                f"these settings of TorchTitan have no effect here: {', '.join(unused)}\n"
+            )
+    keys = _explicit_values(arguments).get("checkpoint", {})
     if keys and "enable" not in keys:
         sys.stderr.write(
-            f"nothing is saved or resumed, since `checkpoint.enable` is off: without effect are "
-            f"{', '.join(f'checkpoint.{key}' for key in keys)}\n"
-            "hint: --checkpoint.enable, or `enable = true` below `[checkpoint]`; "
-            "--checkpoint.no-enable where that is wanted\n"
+            "nothing is saved or resumed, since `checkpoint.enable` is off; settings without "
+            f"effect: {', '.join(f'checkpoint.{key}' for key in keys)}\n"
+            "hint: --checkpoint.enable, or `enable = true` below `[checkpoint]`, turns it on; "
+            "--checkpoint.no-enable turns it off without this message\n"
         )
     for line in refresh(os.environ):
         sys.stderr.write(f"{line}\n")
@@ -113,27 +117,13 @@ def _keys(section: str) -> dict[str, Any]:
 
 
 def _from_file(path: Path) -> Values:
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        beside = sorted(file.name for file in path.parent.glob("*.toml"))
-        raise NotFoundError(
-            f"`job.config_file`: there is no file `{path}`",
-            hint=nearest(path.name, beside) or "a relative path starts at the current directory",
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"`job.config_file`: `{path}` cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(
-            f"`{path}` is not TOML: {error}", hint="text is quoted, true and false are lower-case"
-        ) from None
     values: Values = {}
-    for section, table in titan.ours(tables)[0].items():
+    for section, table in titan.translate(_read_toml(path))[0].items():
         if section not in _sections():
             raise _unknown(f"`{path}`: section `[{section}]`", section, _sections())
         if not isinstance(table, dict):
             raise UsageError(
-                f"`{path}`: `{section}` is a section, found a value: {table!r}",
+                f"`{path}`: `{section}` must be a section, found a value: {table!r}",
                 hint=f"write `[{section}]` on a line of its own, its keys below",
             )
         values[section] = {}
@@ -143,6 +133,23 @@ def _from_file(path: Path) -> Values:
                 raise _unknown(f"`{path}`: key `{section}.{key}`", key, hints, section)
             values[section][key] = _from_toml(f"`{path}`: `{section}.{key}`", value, hints[key])
     return values
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        siblings = sorted(file.name for file in path.parent.glob("*.toml"))
+        raise NotFoundError(
+            f"`job.config_file`: there is no file `{path}`",
+            hint=nearest(path.name, siblings) or "a relative path starts at the current directory",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"`job.config_file`: `{path}` cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(
+            f"`{path}` is not TOML: {error}", hint="quote text; write true and false in lower case"
+        ) from None
 
 
 # --------------------------------------------------------------------------------- command line
@@ -156,10 +163,10 @@ def _from_command_line(arguments: Sequence[str]) -> Values:
         if not flag.startswith("--"):
             raise UsageError(
                 f"`{flag}` on the command line belongs to no setting",
-                hint="settings are written `--section.key value`; `--help` lists them",
+                hint="write a setting as `--section.key value`; `--help` lists all of them",
             )
         name, equals, text = flag[2:].partition("=")
-        section, key, negated = _known(name, flag)
+        section, key, negated = _parse_flag(name, flag)
         hint = _keys(section)[key]
         name = f"--{section}.{key}"
         if hint is bool:
@@ -170,7 +177,7 @@ def _from_command_line(arguments: Sequence[str]) -> Values:
                 )
             values.setdefault(section, {})[key] = not negated
             continue
-        words = [text] if equals else _words(rest, many=is_list(hint))
+        words = [text] if equals else _take_words(rest, many=is_list(hint))
         if not words:
             raise UsageError(f"`{name}` needs a value: {described(hint)}")
         value = _parsed(f"`{name}`", words, hint)
@@ -181,23 +188,23 @@ def _from_command_line(arguments: Sequence[str]) -> Values:
     return values
 
 
-def _words(rest: list[str], *, many: bool) -> list[str]:
-    """Take the value, or the values, that follow a flag off the front of `rest`."""
+def _take_words(rest: list[str], *, many: bool) -> list[str]:
+    """Remove the value after a flag, or all values if `many`, from the front of `rest`."""
     words: list[str] = []
     while rest and not rest[0].startswith("--") and (many or not words):
         words.append(rest.pop(0))
     return words
 
 
-def _known(name: str, flag: str) -> tuple[str, str, bool]:
-    """Section and key that a flag names, and whether it is the `no-` form."""
+def _parse_flag(name: str, flag: str) -> tuple[str, str, bool]:
+    """Return the section and key that a flag names, and whether it has the `no-` prefix."""
     section, _, key = name.replace("-", "_").partition(".")
     if section not in _sections():
         flags = [f"{s}.{k}" for s in _sections() for k in _keys(s)]
-        alike = nearest(f"{section}.{key}", flags) if key else None
-        if alike is None:
+        suggestion = nearest(f"{section}.{key}", flags) if key else None
+        if suggestion is None:
             raise _unknown(f"`{flag}`: section `{section}`", section, _sections())
-        raise UsageError(f"`{flag}`: section `{section}` is not known", hint=alike)
+        raise UsageError(f"`{flag}`: section `{section}` is not known", hint=suggestion)
     hints = _keys(section)
     if key not in hints and key.startswith("no_") and hints.get(key[3:]) is bool:
         return section, key[3:], True
@@ -210,8 +217,8 @@ def _unknown(what: str, name: str, known: Iterable[str], section: str = "") -> U
     known = list(known)
     hint = nearest(name, known)
     if section and hint is None:
-        elsewhere = [s for s in _sections() if name in _keys(s)]
-        hint = f"did you mean `{elsewhere[0]}.{name}`?" if elsewhere else None
+        others = [s for s in _sections() if name in _keys(s)]
+        hint = f"did you mean `{others[0]}.{name}`?" if others else None
     elif section and hint is not None:
         hint = hint.replace("`", f"`{section}.", 1)
     return UsageError(f"{what} is not known", hint=hint or f"known are {', '.join(known)}")
@@ -221,21 +228,25 @@ def _unknown(what: str, name: str, known: Iterable[str], section: str = "") -> U
 
 
 def _from_toml(where: str, value: Any, hint: Any) -> Any:
-    """A value of a file as `hint` has it. A list may be text, as on the command line."""
+    """Convert a value of a file to type `hint`; a list may be text, as on the command line."""
     if isinstance(value, str) and is_list(members(hint)[0]):
         return _parsed(where, [value], hint)
     return fitted(where, value, hint)
 
 
 def _parsed(where: str, words: list[str], hint: Any) -> Any:
-    """The value that `words` of the command line spell; raises where they spell none."""
-    if hint is not (several := members(hint))[0]:
+    """Parse words of the command line as a value of type `hint`.
+
+    Raises:
+        UsageError: the words spell no such value.
+    """
+    if hint is not (types := members(hint))[0]:
         if words[0].lower() == "none" and type(None) in get_args(hint):
             return None
-        if len(several) > 1:
+        if len(types) > 1:
             parse = partial(_parsed, where, words)
-            return first_fit(where, several, hint, parse, " ".join(words))
-        (hint,) = several
+            return first_fit(where, types, hint, parse, " ".join(words))
+        (hint,) = types
     if is_list(hint):
         items = [item.strip() for word in words for item in word.split(",") if item.strip()]
         parsed = [_parsed(where, [item], get_args(hint)[0]) for item in items]

@@ -1,7 +1,7 @@
-"""Every setting of a training run: TorchTitan's sections and keys, checked at birth.
+"""The settings of a training run, under TorchTitan's sections and keys.
 
-Free of torch: `--help` and a wrong setting answer at once. `arguments` fills these classes from a
-TOML file and the command line.
+Each class checks its values on construction. Nothing here imports torch, so that `--help` and
+wrong settings are answered at once.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from holdfast.manager.config import CheckpointConfig
 @settings("job")
 @dataclass(frozen=True, slots=True)
 class JobConfig:
-    """Name of the run, and where it writes."""
+    """Name of the run and folder for its files."""
 
     dump_folder: str = "./outputs"
-    """Folder for everything that the run writes; relative to the current directory."""
+    """Folder for everything that the run writes, relative to the current directory."""
 
     description: str = "training run"
     """Text for the first line of the log."""
 
     config_file: str | None = None
-    """TOML file with any of these keys. The command line overrides it."""
+    """TOML file with any of these settings; the command line overrides it."""
 
     debug: bool = False
-    """Show the traceback of an error, not only its message."""
+    """Show an error's traceback as well as its message."""
 
 
 @settings("model")
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The model."""
+    """Model to train."""
 
     name: Literal["llama3", "qwen3_moe"] = "llama3"
     """Model family. `qwen3_moe` has experts."""
@@ -48,41 +48,40 @@ class ModelConfig:
     30B-A3B or 235B-A22B."""
 
     hf_assets_path: str | None = None
-    """Folder with a `tokenizer.json`, whose files an export copies too. Without it, each byte of
-    the text is a token."""
+    """Folder with a `tokenizer.json`; without that file each byte of text is a token."""
 
     def __post_init__(self) -> None:
         known = MODELS[self.name]
         if self.flavor not in known:
             raise UsageError(
-                f"`model.flavor` is one of {', '.join(known)}, found: {self.flavor}",
+                f"`model.flavor` must be one of {', '.join(known)}, found: {self.flavor}",
                 hint=nearest(self.flavor, known),
             )
 
     @property
     def shape(self) -> Flavor:
-        """The sizes that `name` and `flavor` stand for."""
+        """Sizes of the model named by `name` and `flavor`."""
         return MODELS[self.name][self.flavor]
 
 
 @settings("training")
 @dataclass(frozen=True, slots=True)
 class TrainingConfig:
-    """Data, batch sizes and number of steps."""
+    """Data and length of the training."""
 
     dataset: str = "stdlib"
-    """`stdlib`, which is the sources of Python's standard library, or a data set on the Hugging
-    Face hub (`owner/name` or `owner/name:config`), whose `text` column is used."""
+    """`stdlib`: the source files of Python's standard library.
+    Otherwise a data set on the Hugging Face hub: `owner/name` or `owner/name:config`."""
 
     dataset_path: str | None = None
-    """A .txt, .jsonl or .parquet file, or a folder of such files. Overrides `dataset`."""
+    """A .txt, .jsonl or .parquet file, or a folder of such files; overrides `dataset`."""
 
     local_batch_size: int = 8
-    """Sequences that one data-parallel rank passes through the model at a time."""
+    """Sequences in each forward pass of a data-parallel rank."""
 
     global_batch_size: int = -1
-    """Sequences per step over all ranks; gradients are accumulated to reach it. -1 means
-    `local_batch_size` times the number of data-parallel ranks."""
+    """Sequences per step over all ranks, reached by accumulating gradients.
+    -1: `local_batch_size` times the number of data-parallel ranks."""
 
     seq_len: int = 2048
     """Tokens in a sequence."""
@@ -91,14 +90,13 @@ class TrainingConfig:
     """Number of optimizer steps."""
 
     seed: int = 0
-    """Seed of the initial weights and of the data order, which do not depend on the number of
-    workers."""
+    """Seed of the initial weights and the data order; the number of workers changes neither."""
 
     deterministic: bool = False
-    """Use only algorithms that give the same bits in every run. Slower on a GPU."""
+    """Use only algorithms that give the same bits in every run; slower on a GPU."""
 
     max_norm: float = 1.0
-    """Largest gradient norm; larger gradients are scaled down. 0 turns this off."""
+    """Norm to which larger gradients are clipped; 0: no clipping."""
 
     def __post_init__(self) -> None:
         for key in ("local_batch_size", "seq_len", "steps"):
@@ -109,17 +107,17 @@ class TrainingConfig:
         _not_negative("training.max_norm", self.max_norm)
 
     def batch_per_rank(self, dp_size: int) -> int:
-        """Sequences per step that one of `dp_size` data-parallel ranks trains on."""
+        """Return the sequences per step of each of `dp_size` data-parallel ranks."""
         if self.global_batch_size == -1:
             return self.local_batch_size
-        together = self.local_batch_size * dp_size
-        if self.global_batch_size % together:
-            fitting = max(1, round(self.global_batch_size / together)) * together
+        unit = self.local_batch_size * dp_size
+        if self.global_batch_size % unit:
+            fitting = max(1, round(self.global_batch_size / unit)) * unit
             raise UsageError(
-                f"`training.global_batch_size` is a multiple of `training.local_batch_size` "
-                f"{self.local_batch_size} x {dp_size} data-parallel ranks = {together}: "
+                f"`training.global_batch_size` must be a multiple of `training.local_batch_size` "
+                f"{self.local_batch_size} x {dp_size} data-parallel ranks = {unit}, found: "
                 f"{self.global_batch_size}",
-                hint=f"the nearest that fits: --training.global_batch_size {fitting}",
+                hint=f"the nearest multiple: --training.global_batch_size {fitting}",
             )
         return self.global_batch_size // dp_size
 
@@ -127,7 +125,7 @@ class TrainingConfig:
 @settings("optimizer")
 @dataclass(frozen=True, slots=True)
 class OptimizerConfig:
-    """The optimizer."""
+    """Optimizer and its hyperparameters."""
 
     name: Literal["AdamW", "Adam", "SGD"] = "AdamW"
     """Class in `torch.optim`."""
@@ -139,28 +137,29 @@ class OptimizerConfig:
     """Decay rates of Adam's two running means."""
 
     beta1: float | None = None
-    """First of `betas`. Overrides it."""
+    """First of `betas`; overrides it."""
 
     beta2: float | None = None
-    """Second of `betas`. Overrides it."""
+    """Second of `betas`; overrides it."""
 
     eps: float = 1e-8
-    """Constant in Adam's denominator."""
+    """Term in Adam's denominator that prevents a division by zero."""
 
     weight_decay: float = 0.1
-    """Weight decay coefficient."""
+    """Decay of the weights towards zero, times the learning rate."""
 
     def __post_init__(self) -> None:
         for key in ("lr", "eps", "weight_decay"):
             _not_negative(f"optimizer.{key}", getattr(self, key))
-        decays = [("beta1", self.beta1), ("beta2", self.beta2)]
-        for key, beta in (*decays, *(("betas", beta) for beta in self.betas)):
+        beta1, beta2 = self.betas
+        checked = ("beta1", self.beta1), ("beta2", self.beta2), ("betas", beta1), ("betas", beta2)
+        for key, beta in checked:
             if beta is not None and not 0 <= beta < 1:
-                raise UsageError(f"`optimizer.{key}` must be from 0 to below 1, found: {beta}")
+                raise UsageError(f"`optimizer.{key}` must be at least 0 and below 1, found: {beta}")
 
     @property
     def adam_betas(self) -> tuple[float, float]:
-        """`betas`, with `beta1` and `beta2` put in where given."""
+        """Values of `betas`, overridden by `beta1` and `beta2`."""
         return (
             self.betas[0] if self.beta1 is None else self.beta1,
             self.betas[1] if self.beta2 is None else self.beta2,
@@ -170,23 +169,23 @@ class OptimizerConfig:
 @settings("lr_scheduler")
 @dataclass(frozen=True, slots=True)
 class LRSchedulerConfig:
-    """The learning rate over the steps: warm-up, constant, decay."""
+    """Learning-rate schedule: linear warm-up, constant phase, decay."""
 
     warmup_steps: int = 200
     """Steps of the linear warm-up."""
 
     total_steps: int | None = None
-    """Steps of the whole schedule; `training.steps` by default."""
+    """Length of the schedule in steps; by default `training.steps`."""
 
     decay_ratio: float | None = None
-    """Share of the steps, at the end, during which the rate decays. 0: it stays constant after the
-    warm-up. By default it decays from the end of the warm-up."""
+    """Share of the steps that the decay takes, at the end. 0: no decay.
+    By default the decay starts at the end of the warm-up."""
 
     decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
     """Shape of the decay."""
 
     min_lr_factor: float = 0.0
-    """Final learning rate, as a share of `optimizer.lr`."""
+    """Learning rate at the end of the decay, as a share of `optimizer.lr`."""
 
     def __post_init__(self) -> None:
         _not_negative("lr_scheduler.warmup_steps", self.warmup_steps)
@@ -195,79 +194,83 @@ class LRSchedulerConfig:
         for key in ("decay_ratio", "min_lr_factor"):
             share = getattr(self, key)
             if share is not None and not 0 <= share <= 1:
-                raise UsageError(f"`lr_scheduler.{key}` is a share from 0 to 1: {share}")
+                raise UsageError(f"`lr_scheduler.{key}` must be from 0 to 1, found: {share}")
 
 
 @settings("parallelism")
 @dataclass(frozen=True, slots=True)
 class ParallelismConfig:
-    """How the workers share model and data. The degrees multiply to the number of workers."""
+    """Degrees of parallelism. Their product is the number of workers, without the expert degree."""
 
     data_parallel_replicate_degree: int = 1
-    """Copies of weights and optimizer state, each on its own ranks: DDP if a copy is on one rank,
-    else HSDP."""
+    """Replicas of weights and optimizer state (HSDP; DDP if each replica is on one rank)."""
 
     data_parallel_shard_degree: int = -1
-    """Ranks that shard one copy of weights and optimizer state by FSDP2. -1 takes all ranks that
-    are left."""
+    """Ranks over which each replica is sharded (FSDP2). -1: all that the other degrees leave."""
 
     tensor_parallel_degree: int = 1
-    """Ranks that shard each matrix."""
+    """Ranks over which each matrix is sharded."""
 
     pipeline_parallel_degree: int = 1
-    """Ranks that share the blocks of the model."""
+    """Ranks over which the layers are divided."""
 
     context_parallel_degree: int = 1
-    """Ranks that shard each sequence."""
+    """Ranks over which each sequence is divided."""
 
     expert_parallel_degree: int = 1
-    """Ranks that share the experts of a block, among those of the shard, context and tensor
-    degrees: it divides their product, and is no further factor."""
+    """Ranks over which the experts of a layer are divided.
+    It must divide the product of the shard, context and tensor degrees, whose ranks it reuses."""
 
     pipeline_parallel_schedule: str = "1F1B"
-    """Pipeline schedule: 1F1B, GPipe or Interleaved1F1B (two stages per rank). A microbatch has
-    `training.local_batch_size` sequences."""
+    """Pipeline schedule: 1F1B, GPipe or Interleaved1F1B (two stages on each rank).
+    A microbatch is `training.local_batch_size` sequences."""
 
     def __post_init__(self) -> None:
         if self.pipeline_parallel_schedule not in STAGES_PER_RANK:
             raise _unknown_schedule(self.pipeline_parallel_schedule)
         for key in (*AXES.values(), "expert_parallel_degree"):
             degree = getattr(self, key)
-            if key == FILLING and degree == -1:
-                continue
-            _at_least_one(f"parallelism.{key}", degree)
+            if key != "data_parallel_shard_degree" or degree != -1:
+                _at_least_one(f"parallelism.{key}", degree)
 
     @property
     def stages_per_rank(self) -> int:
-        """Parts of the model that each rank of a pipeline holds."""
+        """Stages on each rank of a pipeline."""
         return STAGES_PER_RANK[self.pipeline_parallel_schedule]
 
     def degrees(self, world_size: int) -> dict[str, int]:
-        """Axis of the mesh, outermost first, to its degree; -1 is replaced by what is left."""
-        given = {axis: int(getattr(self, key)) for axis, key in AXES.items()}
-        rest = math.prod(degree for degree in given.values() if degree != -1)
-        degrees = {axis: world_size // rest if d == -1 else d for axis, d in given.items()}
+        """Return the degree of each mesh axis, outermost first, with -1 replaced.
+
+        Raises:
+            UsageError: the product is not `world_size`.
+        """
+        requested = {axis: int(getattr(self, key)) for axis, key in AXES.items()}
+        fixed = math.prod(degree for degree in requested.values() if degree != -1)
+        degrees = {axis: world_size // fixed if d == -1 else d for axis, d in requested.items()}
         if math.prod(degrees.values()) == world_size:
             return degrees
-        fitting = min(
-            _factorizations(world_size, len(given)),
-            # By ratio: from 4, both 2 and 8 are one doubling away. -1 is content with any.
-            key=lambda f: sum(
-                abs(math.log2(a / b)) for a, b in zip(f, given.values(), strict=True) if b != -1
+        nearest_degrees = min(
+            _factorizations(world_size, len(requested)),
+            # Distance by ratio: 2 and 8 are equally far from 4. Any degree suits -1.
+            key=lambda candidate: sum(
+                abs(math.log2(degree / wanted))
+                for degree, wanted in zip(candidate, requested.values(), strict=True)
+                if wanted != -1
             ),
         )
-        named = [axis for axis, d in given.items() if d != 1]
-        product = " x ".join(f"`{AXES[axis]}` {given[axis]}" for axis in named)
+        named = [axis for axis, degree in requested.items() if degree != 1]
+        product = " x ".join(f"`{AXES[axis]}` {requested[axis]}" for axis in named)
         flags = (
             f"--parallelism.{AXES[axis]} {degree}"
-            for axis, degree in zip(given, fitting, strict=True)
+            for axis, degree in zip(requested, nearest_degrees, strict=True)
             if axis in named or degree != 1
         )
         raise UsageError(
             f"`[parallelism]` does not fit {world_size} "
             f"{'worker' if world_size == 1 else 'workers'}: {product or 'every degree is 1'}"
-            + (f" = {rest}" if named and -1 not in given.values() else ""),
-            hint=f"the nearest that fits: {' '.join(flags)}; NGPU sets the number of workers",
+            + (f" = {fixed}" if named and -1 not in requested.values() else ""),
+            hint=f"the nearest degrees that fit: {' '.join(flags)}; "
+            "NGPU sets the number of workers",
         )
 
 
@@ -278,25 +281,22 @@ AXES = {
     "cp": "context_parallel_degree",
     "tp": "tensor_parallel_degree",
 }
-"""Axis of the mesh, outermost first, to its key in `[parallelism]`."""
+"""Keys in `[parallelism]` by mesh axis, outermost first."""
 
 STAGES_PER_RANK = {"1F1B": 1, "GPipe": 1, "Interleaved1F1B": 2}
-"""Schedule of a pipeline to the number of its stages on each rank."""
-
-FILLING = "data_parallel_shard_degree"
-"""The one degree that may be -1."""
+"""Number of stages on each rank, by pipeline schedule."""
 
 
 @settings("metrics")
 @dataclass(frozen=True, slots=True)
 class MetricsConfig:
-    """What a run reports."""
+    """Logged metrics."""
 
     log_freq: int = 10
     """Steps between lines of the log and of `metrics.jsonl`."""
 
     enable_tensorboard: bool = False
-    """Also write TensorBoard events, in `tensorboard` below `job.dump_folder`."""
+    """Also write TensorBoard events, to `tensorboard` below `job.dump_folder`."""
 
     def __post_init__(self) -> None:
         _at_least_one("metrics.log_freq", self.log_freq)
@@ -305,99 +305,87 @@ class MetricsConfig:
 @settings("activation_checkpoint")
 @dataclass(frozen=True, slots=True)
 class ActivationCheckpointConfig:
-    """Trades memory for time in the backward pass."""
+    """Recomputation of activations in the backward pass, which saves memory and costs time."""
 
     mode: Literal["none", "selective", "full"] = "none"
-    """`full`: keep only the input of each block, and recompute the rest. `selective`: recompute
-    less, see `selective_ac_option`."""
+    """full: recompute every layer from its input. selective: recompute part of that."""
 
     selective_ac_option: str = "2"
-    """What `selective` recomputes. A number n: every n-th block. `op`: everything in each block but
-    matrix products and attention."""
+    """Recomputation of mode selective. A number n: the whole of every n-th layer.
+    `op`: every layer, except matrix products and attention."""
 
     def __post_init__(self) -> None:
         option = self.selective_ac_option
         if option != "op" and not (option.isdecimal() and int(option)):
             raise UsageError(
-                f"`activation_checkpoint.selective_ac_option` is a number from 1 on, or `op`: "
-                f"{option}"
+                "`activation_checkpoint.selective_ac_option` must be a number of at least 1, or "
+                f"`op`, found: {option}"
             )
 
 
 @settings("config")
 @dataclass(frozen=True, slots=True)
 class Config:
-    """All sections of the configuration of a run."""
+    """All settings of a run, by section."""
 
     job: JobConfig = field(default_factory=JobConfig)
-    """Name of the run, and where it writes."""
-
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The model."""
-
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    """Data, batch sizes and number of steps."""
-
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """The optimizer."""
-
     lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
-    """The learning rate over the steps."""
-
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
-    """How the workers share model and data."""
-
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When to save, what to keep, and what to start from."""
-
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    """What a run reports."""
-
     activation_checkpoint: ActivationCheckpointConfig = field(
         default_factory=ActivationCheckpointConfig
     )
-    """Memory against time in the backward pass."""
 
     def check(self, world_size: int) -> None:
-        """Refuse what cannot run on `world_size` workers; every reason is listed."""
+        """Check that these settings can run on `world_size` workers.
+
+        Raises:
+            UsageError: they cannot, for the reason given.
+        """
         if self.checkpoint.create_seed_checkpoint and world_size != 1:
             keys = (*AXES.values(), "expert_parallel_degree")
             ones = " ".join(f"--parallelism.{key} 1" for key in keys)
             raise UsageError(
-                "`checkpoint.create_seed_checkpoint` builds the whole model on one worker, there "
-                f"are {world_size}",
+                "`checkpoint.create_seed_checkpoint` builds the whole model on one worker, found: "
+                f"{world_size} workers",
                 hint=f"NGPU=1, and {ones}",
             )
         degrees = self.parallelism.degrees(world_size)
         dp_size = degrees["dp_replicate"] * degrees["dp_shard"]
         batch = self.training.batch_per_rank(dp_size)
-        self._check_slices(degrees)
+        self._check_sequences_and_heads(degrees)
         self._check_experts(degrees)
         if degrees["pp"] > 1:
             self._check_pipeline(degrees["pp"], batch // self.training.local_batch_size)
 
-    def _check_slices(self, degrees: Mapping[str, int]) -> None:
+    def _check_sequences_and_heads(self, degrees: Mapping[str, int]) -> None:
         tp, cp, shape = degrees["tp"], degrees["cp"], self.model.shape
         seq_len = self.training.seq_len
         if seq_len % cp:
             raise UsageError(
-                f"`parallelism.context_parallel_degree` divides `training.seq_len` {seq_len}: {cp}",
+                "`parallelism.context_parallel_degree` must divide `training.seq_len` "
+                f"{seq_len}, found: {cp}",
                 hint=f"--training.seq_len {math.ceil(seq_len / (cp * tp)) * cp * tp}",
             )
-        stretch = f"`training.seq_len` {seq_len}"
+        length = f"`training.seq_len` {seq_len}"
         if cp > 1:
-            stretch += f" / `parallelism.context_parallel_degree` {cp}"
-        shared = {
+            length += f" / `parallelism.context_parallel_degree` {cp}"
+        counts = {
             f"the {shape.num_heads} heads of `model.flavor` {self.model.flavor}": shape.num_heads,
             f"its {shape.num_kv_heads} key and value heads": shape.num_kv_heads,
-            stretch: seq_len // cp,
+            length: seq_len // cp,
         }
-        uneven = [what for what, count in shared.items() if count % tp]
+        uneven = [name for name, count in counts.items() if count % tp]
         if uneven:
             raise UsageError(
-                f"`parallelism.tensor_parallel_degree` divides {', '.join(uneven)}: {tp}",
+                f"`parallelism.tensor_parallel_degree` must divide {', '.join(uneven)}, found: "
+                f"{tp}",
                 hint="--parallelism.tensor_parallel_degree "
-                f"{math.gcd(tp, *shared.values())} divides them all",
+                f"{math.gcd(tp, *counts.values())} divides them all",
             )
 
     def _check_experts(self, degrees: Mapping[str, int]) -> None:
@@ -410,14 +398,14 @@ class Config:
                 "experts",
                 hint="--parallelism.expert_parallel_degree 1, or --model.name qwen3_moe",
             )
-        sharing = degrees["dp_shard"] * degrees["cp"] * degrees["tp"]
-        if sharing % ep or experts.num_experts % ep:
+        num_ranks = degrees["dp_shard"] * degrees["cp"] * degrees["tp"]
+        if num_ranks % ep or experts.num_experts % ep:
             raise UsageError(
-                "`parallelism.expert_parallel_degree` divides the product of the shard, context "
-                f"and tensor degrees {sharing}, and the {experts.num_experts} experts of a block: "
-                f"{ep}",
+                "`parallelism.expert_parallel_degree` must divide the product of the shard, "
+                f"context and tensor degrees {num_ranks}, and the {experts.num_experts} experts of "
+                f"a layer, found: {ep}",
                 hint="--parallelism.expert_parallel_degree "
-                f"{math.gcd(ep, sharing, experts.num_experts)} divides both",
+                f"{math.gcd(ep, num_ranks, experts.num_experts)} divides both",
             )
 
     def _check_pipeline(self, pp: int, num_microbatches: int) -> None:
@@ -425,26 +413,26 @@ class Config:
         num_stages = pp * self.parallelism.stages_per_rank
         if shape.tied:
             raise UsageError(
-                f"`model.flavor` {self.model.flavor} has one weight for its first and its last "
-                "layer, which a pipeline would keep on two ranks that never add up its gradients",
+                f"`model.flavor` {self.model.flavor} ties its embedding and output weights; a "
+                "pipeline holds them on two ranks and would not sum their gradients",
                 hint="--parallelism.pipeline_parallel_degree 1, or a flavor whose weights are "
                 "not tied",
             )
         if num_stages > shape.num_layers:
             raise UsageError(
-                f"a pipeline of {num_stages} stages ({schedule} on {pp} ranks) has no more than "
-                f"the {shape.num_layers} layers of `model.flavor` {self.model.flavor}",
-                hint="a lower `parallelism.pipeline_parallel_degree`",
+                f"a pipeline of {num_stages} stages ({schedule} on {pp} ranks) needs at least "
+                f"as many layers, found: {shape.num_layers} in `model.flavor` {self.model.flavor}",
+                hint="lower `parallelism.pipeline_parallel_degree`",
             )
         # torch's schedules refuse fewer; Interleaved1F1B goes in rounds of `pp` microbatches.
         in_rounds = num_microbatches % pp == 0 or schedule != "Interleaved1F1B"
         if num_microbatches < pp or not in_rounds:
             raise UsageError(
-                f"`parallelism.pipeline_parallel_schedule` {schedule} takes "
+                f"`parallelism.pipeline_parallel_schedule` {schedule} needs "
                 f"{'at least' if in_rounds else 'a multiple of'} {pp} microbatches a step, one for "
                 f"each rank of the pipeline, found: {num_microbatches}",
-                hint="sequences per step on a data-parallel rank / `training.local_batch_size` is "
-                "the number of microbatches: raise `training.global_batch_size`",
+                hint="raise `training.global_batch_size`: the number of microbatches is sequences "
+                "per step on a data-parallel rank / `training.local_batch_size`",
             )
 
 
@@ -452,27 +440,28 @@ def _unknown_schedule(name: str) -> UsageError:
     known = ", ".join(STAGES_PER_RANK)
     if name in ("ZBVZeroBubble", "InterleavedZeroBubble", "DualPipeV"):
         return UsageError(
-            f"`parallelism.pipeline_parallel_schedule` {name} takes the gradients of weights after "
-            "those of inputs, by when FSDP2 has let go of the weights: wrong without a word",
+            f"`parallelism.pipeline_parallel_schedule` {name} computes weight gradients after "
+            "input gradients, when FSDP2 has freed the weights: they would be silently wrong",
             hint=f"one of {known}",
         )
     return UsageError(
-        f"`parallelism.pipeline_parallel_schedule` is one of {known}, found: {name!r}",
+        f"`parallelism.pipeline_parallel_schedule` must be one of {known}, found: {name!r}",
         hint=nearest(name, STAGES_PER_RANK),
     )
 
 
 def _at_least_one(key: str, value: int) -> None:
     if value < 1:
-        raise UsageError(f"`{key}` is at least 1: {value}")
+        raise UsageError(f"`{key}` must be at least 1, found: {value}")
 
 
 def _not_negative(key: str, value: float) -> None:
     if not 0 <= value < math.inf:
-        raise UsageError(f"`{key}` is a number, at least 0: {value}")
+        raise UsageError(f"`{key}` must be a finite number of at least 0, found: {value}")
 
 
 def _factorizations(product: int, length: int) -> Iterator[tuple[int, ...]]:
+    """Yield every tuple of `length` positive integers with this product."""
     if length == 1:
         yield (product,)
         return

@@ -1,8 +1,8 @@
-"""Context parallelism: each rank has a stretch of every sequence, attention goes across them.
+"""Context parallelism: each rank holds one slice of every sequence, attention spans all slices.
 
 Keys and values are gathered, queries stay. torch's `context_parallel`, which passes keys and values
-round a ring, knows the attention kernels of GPUs alone; what is here runs on any device. It costs
-the memory of one layer's keys and values at a time.
+around a ring, supports only the attention kernels of GPUs; this module runs on any device. It needs
+memory for the gathered keys and values of one layer at a time.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.nn.attention.bias import causal_lower_right
 from holdfast.trainer.model import Attend
 
 
-def stretch_of(seq_len: int, index: int, degree: int) -> range:
-    """Positions of the tokens that rank `index` of `degree` has."""
+def sequence_slice(seq_len: int, index: int, degree: int) -> range:
+    """Return the token positions that rank `index` of `degree` ranks holds."""
     length = seq_len // degree
     return range(index * length, (index + 1) * length)
 
 
-def attend_across(mesh: DeviceMesh) -> Attend:
-    """Causal attention of this rank's queries to the keys of its own stretch and all before.
+def context_parallel_attention(mesh: DeviceMesh) -> Attend:
+    """Return causal attention from this rank's queries to the keys of its own and earlier slices.
 
     Collective over `mesh`, forward and backward.
     """
@@ -34,38 +34,36 @@ def attend_across(mesh: DeviceMesh) -> Attend:
 
     def attend(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
         length = q_BHTE.shape[2]
-        seen = (index + 1) * length
-        # Later stretches are gathered too, and cut off: a rank has to give its own to the others.
-        k_BKSE, v_BKSE = _gathered(torch.stack((k_BKTE, v_BKTE)), group)[..., :seen, :]
+        num_keys = (index + 1) * length
+        # The gather includes later slices, since every rank must contribute; they are cut off here.
+        gathered = _AllGather.apply(torch.stack((k_BKTE, v_BKTE)), group)  # type: ignore[no-untyped-call]
+        k_BKSE, v_BKSE = gathered[..., :num_keys, :]
         return F.scaled_dot_product_attention(
-            *(q_BHTE, k_BKSE, v_BKSE),
-            attn_mask=causal_lower_right(length, seen),
+            q_BHTE,
+            k_BKSE,
+            v_BKSE,
+            attn_mask=causal_lower_right(length, num_keys),
             enable_gqa=True,
         )
 
     return attend
 
 
-def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    out: Tensor = _Gather.apply(x, group)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _Gather(torch.autograd.Function):
-    """All ranks' tensors, joined along the last dim but one."""
+class _AllGather(torch.autograd.Function):
+    """Concatenation of all ranks' tensors along the last dim but one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         x = x.contiguous()
-        every = [torch.empty_like(x) for _ in range(group.size())]
-        dist.all_gather(every, x, group=group)
-        return torch.cat(every, dim=-2)
+        gathered = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(gathered, x, group=group)
+        return torch.cat(gathered, dim=-2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        # Each rank's keys were seen by several, whose gradients add up.
-        stretches = [part.contiguous() for part in grads[0].chunk(ctx.group.size(), dim=-2)]
-        mine = torch.empty_like(stretches[0])
-        dist.reduce_scatter(mine, stretches, group=ctx.group)
-        return mine, None
+        # Several ranks used each rank's keys: their gradients are summed.
+        slices = [part.contiguous() for part in grads[0].chunk(ctx.group.size(), dim=-2)]
+        summed = torch.empty_like(slices[0])
+        dist.reduce_scatter(summed, slices, group=ctx.group)
+        return summed, None

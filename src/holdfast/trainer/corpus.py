@@ -1,12 +1,13 @@
-"""Text to a file of tokens, written once and shared by all ranks and by later runs."""
+"""Turn text into a token file, which all ranks and later runs share."""
 
 from __future__ import annotations
 
 import json
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,43 +19,48 @@ from holdfast.errors import FormatError, NotFoundError, UsageError
 from holdfast.trainer.config import Config
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-"""Kinds of files that `training.dataset_path` may name or hold."""
+"""Suffixes of data files at or below `training.dataset_path`."""
 
 EXTRA_HINT = "pip install 'holdfast[hf]'"
-"""What brings the packages for tokenizers, parquet files and the Hugging Face hub."""
+"""Hint that installs support for tokenizers, parquet files and the Hugging Face hub."""
 
 
 class Tokenizer(Protocol):
-    """Text to token ids."""
+    """Encoder of text as token ids."""
 
     vocab_size: int
-    """One more than the highest id."""
+    """Highest id plus one."""
 
     name: str
-    """Differs between tokenizers that give different ids."""
+    """Name, different for tokenizers that give different ids."""
 
     def encode(self, text: str) -> npt.NDArray[np.integer[Any]]:
-        """The ids of one document, its beginning and end marked."""
+        """Return the ids of one document, with its begin and end tokens."""
         ...
 
 
 class ByteTokenizer:
-    """One token per byte of UTF-8, and one each for the beginning and the end of a document."""
+    """Tokenizer with one token per byte of UTF-8, a begin token and an end token."""
 
     vocab_size = 258
     name = "bytes"
 
     def encode(self, text: str) -> npt.NDArray[np.integer[Any]]:
-        """The bytes, between 256 and 257."""
+        """Return the document's bytes between the tokens 256 and 257."""
         ids = np.frombuffer(text.encode("utf-8", "surrogateescape"), dtype=np.uint8)
         return np.concatenate(([256], ids, [257])).astype(np.uint16)
 
 
 class FileTokenizer:
-    """The tokenizer in a `tokenizer.json`, as Hugging Face folders hold one."""
+    """Tokenizer from a Hugging Face `tokenizer.json`."""
 
     def __init__(self, path: Path) -> None:
-        """Raises UsageError without the extra `hf`, FormatError where the file is no tokenizer."""
+        """Load the file.
+
+        Raises:
+            UsageError: the package `tokenizers` is not installed.
+            FormatError: the file is not a tokenizer.
+        """
         try:
             from tokenizers import Tokenizer as Loaded
         except ImportError:
@@ -69,15 +75,15 @@ class FileTokenizer:
         self.name: str = xxhash.xxh3_128_hexdigest(path.read_bytes())
 
     def encode(self, text: str) -> npt.NDArray[np.integer[Any]]:
-        """The ids, with the special tokens that the file asks for."""
+        """Return the ids, with the special tokens that the file specifies."""
         return np.asarray(self._loaded.encode(text).ids, dtype=np.uint32)
 
 
 def open_tokenizer(hf_assets_path: str | None) -> Tokenizer:
-    """The tokenizer of `model.hf_assets_path`, or bytes where there is none.
+    """Return the tokenizer in `model.hf_assets_path`, else the `ByteTokenizer`.
 
     Raises:
-        NotFoundError: the folder is not there.
+        NotFoundError: the folder does not exist.
     """
     if hf_assets_path is None:
         return ByteTokenizer()
@@ -90,59 +96,65 @@ def open_tokenizer(hf_assets_path: str | None) -> Tokenizer:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A whole data set as one sequence of tokens."""
+    """Data set as one sequence of tokens."""
 
     ids: npt.NDArray[np.integer[Any]]
-    """The tokens, mapped from the file: only what is looked at is read."""
+    """Token ids, memory-mapped from the token file."""
 
     fingerprint: str
-    """Hash of all tokens: the same text and tokenizer have the same one on any machine."""
+    """Hash of all token ids, the same on every machine for the same text and tokenizer."""
 
 
 def open_tokens(config: Config, tokenizer: Tokenizer) -> Tokens:
-    """The tokens of the configured data set; made on first use, which can take a while.
+    """Open the token file of the configured data set; write it first if there is none.
 
-    They lie below the dump folder, keyed by names, sizes and times of the files and by the
-    tokenizer. Several processes may come at once: each writes aside and the last rename wins.
+    Token files are in `tokens` below the dump folder, keyed by the names, sizes and modification
+    times of the data files and by the tokenizer. Several processes may write at once: each writes
+    a temporary file, and the last rename wins.
+
+    Raises:
+        NotFoundError: there is no such data set.
+        FormatError: the data set has no text, or its files are not text.
+        UsageError: a package that its files need is not installed.
     """
-    text = _source(config)
+    text = _open_text(config)
     key = xxhash.xxh3_128_hexdigest(f"{text.identity}\n{tokenizer.name}".encode())
     folder = Path(config.job.dump_folder) / "tokens"
-    ids_file, facts_file = folder / f"{key}.bin", folder / f"{key}.json"
-    if (tokens := _cached(ids_file, facts_file)) is not None:
+    ids_file, info_file = folder / f"{key}.bin", folder / f"{key}.json"
+    if (tokens := _open_cached(ids_file, info_file)) is not None:
         return tokens
     folder.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     digest, count = xxhash.xxh3_128(), 0
-    aside = ids_file.with_suffix(f".bin.{os.getpid()}")
+    temporary = ids_file.with_suffix(f".bin.{os.getpid()}")
     try:
-        with aside.open("wb") as file:
+        with temporary.open("wb") as file:
             for document in text.documents():
                 ids = tokenizer.encode(document)
-                # Hashed in one width: a tokenizer's size does not change what the data are.
+                # Always hashed as 32 bits, so that the file's dtype does not change the hash.
                 digest.update(ids.astype("<u4").tobytes())
                 file.write(ids.astype(dtype).tobytes())
                 count += len(ids)
-        aside.replace(ids_file)
+        temporary.replace(ids_file)
     finally:
-        aside.unlink(missing_ok=True)
-    facts = {"count": count, "dtype": dtype.name, "fingerprint": digest.hexdigest()}
-    facts_aside = facts_file.with_suffix(f".json.{os.getpid()}")
-    facts_aside.write_text(json.dumps(facts))
-    # Last: where it stands, the tokens stand.
-    facts_aside.replace(facts_file)
-    if (tokens := _cached(ids_file, facts_file)) is None:
+        temporary.unlink(missing_ok=True)
+    info = {"count": count, "dtype": dtype.name, "fingerprint": digest.hexdigest()}
+    temporary = info_file.with_suffix(f".json.{os.getpid()}")
+    temporary.write_text(json.dumps(info))
+    # Last: the info file marks the token file as complete.
+    temporary.replace(info_file)
+    if (tokens := _open_cached(ids_file, info_file)) is None:
         raise FormatError(f"`{text.name}` holds no text: 0 tokens")
     return tokens
 
 
-def _cached(ids_file: Path, facts_file: Path) -> Tokens | None:
+def _open_cached(ids_file: Path, info_file: Path) -> Tokens | None:
     try:
-        facts = json.loads(facts_file.read_text())
-        dtype = np.dtype(facts["dtype"])
-        if facts["count"] == 0 or ids_file.stat().st_size != facts["count"] * dtype.itemsize:
+        info = json.loads(info_file.read_text())
+        dtype = np.dtype(info["dtype"])
+        if info["count"] == 0 or ids_file.stat().st_size != info["count"] * dtype.itemsize:
             return None
-        return Tokens(np.memmap(ids_file, dtype=dtype, mode="r"), facts["fingerprint"])
+        return Tokens(np.memmap(ids_file, dtype=dtype, mode="r"), info["fingerprint"])
     except (FileNotFoundError, ValueError, KeyError):
         return None
 
@@ -150,93 +162,61 @@ def _cached(ids_file: Path, facts_file: Path) -> Tokens | None:
 # ---------------------------------------------------------------------------------------- text
 
 
-class Text(Protocol):
-    """A data set before it is cut into tokens."""
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Data set as text."""
 
     name: str
-    """How messages call it."""
+    """Name for messages."""
 
     identity: str
-    """Differs where the text does, as far as can be told without reading it."""
+    """Key that changes with the text, as far as file names, sizes and times tell."""
 
-    def documents(self) -> Iterator[str]:
-        """The texts, in an order that never changes."""
-        ...
-
-
-class Files:
-    """The files of a folder, by path, or one file."""
-
-    def __init__(self, name: str, root: Path, paths: Iterable[Path]) -> None:
-        self.name = name
-        self._paths = sorted(paths, key=lambda path: path.relative_to(root).as_posix())
-        facts = [(path, path.stat()) for path in self._paths]
-        self.identity: str = "\n".join(
-            f"{path.relative_to(root).as_posix()} {stat.st_size} {stat.st_mtime_ns}"
-            for path, stat in facts
-        )
-
-    def documents(self) -> Iterator[str]:
-        """A document per .py or .txt file, line of a .jsonl or row of a .parquet."""
-        for path in self._paths:
-            if path.suffix == ".jsonl":
-                yield from _json_lines(path)
-            elif path.suffix == ".parquet":
-                yield from _parquet_rows(path)
-            else:
-                yield path.read_text(encoding="utf-8", errors="surrogateescape")
+    documents: Callable[[], Iterator[str]]
+    """Function that yields the documents, always in the same order."""
 
 
-class HFDataset:
-    """The `text` column of a data set on the Hugging Face hub, by `owner/name[:config]`."""
-
-    def __init__(self, name: str) -> None:
-        self.identity: str = name
-        self.name: str = name
-
-    def documents(self) -> Iterator[str]:
-        """The rows of the split `train`, as they are downloaded."""
-        try:
-            from datasets import load_dataset
-        except ImportError:
-            raise UsageError(
-                f"`training.dataset` {self.name} needs the package `datasets`, which is not "
-                "installed; without it there is `stdlib`",
-                hint=EXTRA_HINT,
-            ) from None
-        path, _, subset = self.name.partition(":")
-        try:
-            rows = load_dataset(path, subset or None, split="train", streaming=True)
-        except Exception as error:  # noqa: BLE001 - many kinds: no such name, no network, no split
-            raise NotFoundError(
-                f"`training.dataset`: {self.name} cannot be had from the Hugging Face hub: {error}",
-                hint="local files: --training.dataset_path PATH; built in: stdlib",
-            ) from None
-        for row in rows:
-            yield _text_of(row, f"`{self.name}`")
-
-
-def _source(config: Config) -> Text:
-    given = config.training.dataset_path
-    if given is not None:
-        root = Path(given)
+def _open_text(config: Config) -> Text:
+    dataset, dataset_path = config.training.dataset, config.training.dataset_path
+    if dataset_path is not None:
+        root = Path(dataset_path)
         if root.is_file() and root.suffix in SUFFIXES:
-            return Files(given, root.parent, [root])
-        found = [path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file()]
-        if not found:
+            return _text_of_files(dataset_path, root.parent, [root])
+        paths = [path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file()]
+        if not paths:
             raise NotFoundError(
-                f"`training.dataset_path`: there is no file of kind {', '.join(SUFFIXES)} "
+                f"`training.dataset_path`: there is no file with suffix {', '.join(SUFFIXES)} "
                 f"at or below `{root}`"
             )
-        return Files(given, root, found)
-    if config.training.dataset == "stdlib":
+        return _text_of_files(dataset_path, root, paths)
+    if dataset == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
-        found = [
+        paths = [
             path for path in root.rglob("*.py") if skipped.isdisjoint(path.relative_to(root).parts)
         ]
-        return Files("stdlib", root, found)
-    return HFDataset(config.training.dataset)
+        return _text_of_files("stdlib", root, paths)
+    return Text(dataset, identity=dataset, documents=partial(_hub_documents, dataset))
+
+
+def _text_of_files(name: str, root: Path, paths: list[Path]) -> Text:
+    """Return the text of data files at or below `root`, ordered by path."""
+    paths.sort(key=lambda path: path.relative_to(root).as_posix())
+    stats = [(path.relative_to(root).as_posix(), path.stat()) for path in paths]
+    identity = "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
+    return Text(name, identity, documents=partial(_file_documents, paths))
+
+
+def _file_documents(paths: Iterable[Path]) -> Iterator[str]:
+    """Yield one document per .py or .txt file, line of a .jsonl and row of a .parquet."""
+    for path in paths:
+        if path.suffix == ".jsonl":
+            yield from _json_lines(path)
+        elif path.suffix == ".parquet":
+            rows = _import_datasets(f"`{path}`").Dataset.from_parquet(str(path), streaming=True)
+            yield from (_text_of(row, f"`{path}`") for row in rows)
+        else:
+            yield path.read_text(encoding="utf-8", errors="surrogateescape")
 
 
 def _json_lines(path: Path) -> Iterator[str]:
@@ -251,20 +231,34 @@ def _json_lines(path: Path) -> Iterator[str]:
             yield _text_of(row, f"`{path}`: line {number}")
 
 
-def _parquet_rows(path: Path) -> Iterator[str]:
+def _hub_documents(dataset: str) -> Iterator[str]:
+    """Yield the rows of the split `train` of `owner/name[:config]` while they are downloaded."""
+    datasets = _import_datasets(f"`training.dataset` {dataset}")
+    path, _, subset = dataset.partition(":")
     try:
-        from datasets import Dataset
+        rows = datasets.load_dataset(path, subset or None, split="train", streaming=True)
+    except Exception as error:  # noqa: BLE001 - many kinds: no such name, no network, no split
+        raise NotFoundError(
+            f"`training.dataset`: cannot load {dataset} from the Hugging Face hub: {error}",
+            hint="--training.dataset_path PATH for local files, or --training.dataset stdlib",
+        ) from None
+    yield from (_text_of(row, f"`{dataset}`") for row in rows)
+
+
+def _import_datasets(user: str) -> Any:
+    try:
+        import datasets
     except ImportError:
         raise UsageError(
-            f"`{path}` needs the package `datasets`, which is not installed", hint=EXTRA_HINT
+            f"{user} needs the package `datasets`, which is not installed",
+            hint=f"{EXTRA_HINT}; `--training.dataset stdlib` needs no package",
         ) from None
-    for row in Dataset.from_parquet(str(path), streaming=True):
-        yield _text_of(row, f"`{path}`")
+    return datasets
 
 
 def _text_of(row: Any, where: str) -> str:
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-        raise FormatError(f"{where} has no text under `text`, found: {found}")
+        raise FormatError(f"{where} must have text under the key `text`, found: {found}")
     return text

@@ -1,9 +1,8 @@
-"""Tokens to batches, in an order that belongs to the run and not to its ranks.
+"""Batches of tokens, in an order that depends on the run and not on its number of ranks.
 
-The tokens are cut into samples of `seq_len + 1`; each epoch goes through them in an order of its
-own, drawn from the seed. Numbered on through the epochs, that is one endless row of samples, and
-all that a loader has to remember is how many were taken: resuming, also on another number of
-ranks, goes on with the very next one.
+The tokens are cut into samples of `seq_len + 1`. Each epoch visits all samples in an order drawn
+from the seed. Samples are numbered on across epochs, so a loader's only state is how many samples
+the run has taken: a resume, also on another number of ranks, continues with the next sample.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from holdfast.trainer.corpus import Tokens
 
 
 class DataLoader:
-    """One data-parallel rank's share of every step's samples."""
+    """Iterator over one data-parallel rank's share of each step's samples."""
 
-    state_is_global: ClassVar[bool] = True
-    """Every rank has the same state, and any number of ranks can take it."""
+    state_is_global: ClassVar = True
+    """Whether every rank has the same state, so that any number of ranks can load it."""
 
     def __init__(
         self,
@@ -36,7 +35,11 @@ class DataLoader:
         dp_rank: int = 0,
         dp_size: int = 1,
     ) -> None:
-        """Raises UsageError where the data are shorter than one sample."""
+        """Start at the first sample.
+
+        Raises:
+            UsageError: there are fewer tokens than one sample needs.
+        """
         self._tokens = tokens
         self._seq_len = seq_len
         self._seed = seed
@@ -56,41 +59,41 @@ class DataLoader:
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        """Input tokens and the ones that follow them, each `(batch_per_rank, seq_len)`.
+        """Return input tokens and their labels, each `(batch_per_rank, seq_len)`.
 
-        Never ends: after the last sample the next epoch begins, in another order.
+        Never ends: the next epoch, in another order, follows the last sample.
         """
         first = self._position + self._dp_rank * self._batch_per_rank
         self._position += self._batch_per_rank * self._dp_size
         rows = np.stack([self._sample(first + i) for i in range(self._batch_per_rank)])
-        together = torch.from_numpy(rows)
-        return together[:, :-1], together[:, 1:]
+        samples = torch.from_numpy(rows)
+        return samples[:, :-1], samples[:, 1:]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, the same on every rank."""
+        """Return the position, and the properties of the data that it counts in."""
         return {"position": self._position, **self._identity()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on after the samples that were taken when `state_dict` was.
+        """Continue after the samples that `state_dict` counts.
 
         Raises:
             MismatchError: it counts samples of other data, or in another order.
         """
-        unlike = [
+        differences = [
             f"`{key}` is {state_dict.get(key)} in the checkpoint and {value} here"
             for key, value in self._identity().items()
             if state_dict.get(key) != value
         ]
-        if unlike:
+        if differences:
             raise MismatchError(
-                "the position in the data does not fit the data: " + "; ".join(unlike),
+                "the checkpoint's position in the data is of other data: " + "; ".join(differences),
                 hint="--checkpoint.exclude_from_loading dataloader starts these data from the "
                 "beginning and resumes everything else",
             )
         self._position = int(state_dict["position"])
 
     def _identity(self) -> dict[str, Any]:
-        """All that decides what the sample of a number is."""
+        """Return the properties that decide which tokens a sample number stands for."""
         return {
             "fingerprint": self._tokens.fingerprint,
             "seq_len": self._seq_len,
@@ -100,7 +103,7 @@ class DataLoader:
     def _sample(self, number: int) -> npt.NDArray[np.int64]:
         epoch, index = divmod(number, self._num_samples)
         if self._order is None or self._order[0] != epoch:
-            drawn = np.random.default_rng([self._seed, epoch]).permutation(self._num_samples)
-            self._order = (epoch, drawn)
+            order = np.random.default_rng([self._seed, epoch]).permutation(self._num_samples)
+            self._order = (epoch, order)
         start = int(self._order[1][index]) * self._seq_len
         return self._tokens.ids[start : start + self._seq_len + 1].astype(np.int64)

@@ -1,4 +1,4 @@
-"""The gradients of a step: its samples taken through the model, forward and backward."""
+"""Forward and backward passes of one step."""
 
 from __future__ import annotations
 
@@ -11,60 +11,68 @@ from torch import Tensor, nn
 from torch.distributed.tensor.parallel import loss_parallel
 
 from holdfast.trainer.config import Config
-from holdfast.trainer.context import stretch_of
-from holdfast.trainer.parallel import Place, settle_gradients, whole
+from holdfast.trainer.context import sequence_slice
+from holdfast.trainer.parallel import ParallelContext, full_tensor, redistribute_gradients
 from holdfast.trainer.pipeline import Pipeline
 
 
 class Gradients:
-    """Takes each step's samples through the parts of the model that this process holds."""
+    """Forward and backward passes through this process's stages of the model."""
 
-    def __init__(self, config: Config, place: Place, model_parts: Sequence[nn.Module]) -> None:
-        self._place = place
-        self._parts = list(model_parts)
+    def __init__(
+        self, config: Config, parallel: ParallelContext, stages: Sequence[nn.Module]
+    ) -> None:
+        self._parallel = parallel
+        self._stages = list(stages)
         self._local_batch_size = config.training.local_batch_size
-        num_microbatches = config.training.batch_per_rank(place.dp_size) // self._local_batch_size
-        # Of how many equal means the loss of a step is the mean.
-        self._num_losses = num_microbatches * place.dp_size * place.degree("cp")
-        self._stretch = stretch_of(config.training.seq_len, place.index("cp"), place.degree("cp"))
+        batch_per_rank = config.training.batch_per_rank(parallel.dp_size)
+        num_microbatches = batch_per_rank // self._local_batch_size
+        cp_index, cp_degree = parallel.index("cp"), parallel.degree("cp")
+        # The loss of a step is the mean of this many means, each over equally many tokens.
+        self._num_losses = num_microbatches * parallel.dp_size * cp_degree
+        self._positions = sequence_slice(config.training.seq_len, cp_index, cp_degree)
         self._pipeline: Pipeline | None = None
-        if (mesh := place.along("pp")) is not None:
+        if (mesh := parallel.mesh("pp")) is not None:
             self._pipeline = Pipeline(
-                *(self._parts, config.parallelism, mesh, place.device),
+                self._stages,
+                config.parallelism,
+                mesh,
+                parallel.device,
                 num_microbatches=num_microbatches,
                 loss=self._loss,
             )
 
     def accumulate(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """This rank's part of the step's mean loss; leaves its gradients in the model.
+        """Return this rank's share of the step's mean loss; leave its gradients in the model.
 
-        `inputs` and `labels` are this rank's share of the step, of whose sequences it takes its
-        stretch; they go through the model `training.local_batch_size` at a time. The parts of all
-        ranks add up to the mean over every token, and so do their gradients. Collective.
+        `inputs` and `labels` are this data-parallel rank's whole sequences, of which a
+        context-parallel rank uses its slice. They go through the model
+        `training.local_batch_size` at a time. The shares of all ranks sum to the mean over every
+        token, and so do their gradients. Collective.
         """
         inputs, labels = (
-            tokens[:, self._stretch.start : self._stretch.stop].to(self._place.device)
+            tokens[:, self._positions.start : self._positions.stop].to(self._parallel.device)
             for tokens in (inputs, labels)
         )
-        with loss_scope(self._place):
+        with loss_context(self._parallel):
             if self._pipeline is None:
-                total = self._one_by_one(inputs, labels)
+                total = self._accumulate_alone(inputs, labels)
             else:
                 losses = self._pipeline.run(inputs, labels)
-                total = sum(map(whole, losses), torch.zeros((), device=self._place.device))
-        settle_gradients(self._parts)
+                total = sum(map(full_tensor, losses), torch.zeros((), device=self._parallel.device))
+        redistribute_gradients(self._stages)
         return total
 
-    def _one_by_one(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        (model,) = self._parts
-        total = torch.zeros((), device=self._place.device)
+    def _accumulate_alone(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Run the batches one by one through a model that is not split into pipeline stages."""
+        (model,) = self._stages
+        total = torch.zeros((), device=self._parallel.device)
         size = self._local_batch_size
-        for tokens, following in zip(
-            torch.split(inputs, size), torch.split(labels, size), strict=True
-        ):
-            loss = self._loss(model(tokens), following)
+        batches = zip(torch.split(inputs, size), torch.split(labels, size), strict=True)
+        for batch_inputs, batch_labels in batches:
+            loss = self._loss(model(batch_inputs), batch_labels)
             loss.backward()  # type: ignore[no-untyped-call]
-            total += whole(loss.detach())
+            total += full_tensor(loss.detach())
         return total
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -73,13 +81,13 @@ class Gradients:
 
 
 @contextmanager
-def loss_scope(place: Place) -> Iterator[None]:
-    """Forward, loss and backward go inside.
+def loss_context(parallel: ParallelContext) -> Iterator[None]:
+    """Context for forward, loss and backward.
 
-    Takes the loss from logits cut by vocabulary without gathering them, and gives a GPU that
-    shares no weights the precision that FSDP gives the others.
+    With tensor parallelism the loss is computed from logits sharded by vocabulary, without
+    gathering them. A GPU without FSDP gets by autocast the bfloat16 that FSDP's policy gives.
     """
-    alone_on_gpu = place.device.type == "cuda" and place.along("dp_replicate", "fsdp") is None
-    autocast = torch.autocast("cuda", torch.bfloat16) if alone_on_gpu else nullcontext()
-    with autocast, loss_parallel() if place.along("tp") is not None else nullcontext():
+    unsharded = parallel.device.type == "cuda" and parallel.mesh("dp_replicate", "fsdp") is None
+    autocast = torch.autocast("cuda", torch.bfloat16) if unsharded else nullcontext()
+    with autocast, loss_parallel() if parallel.mesh("tp") is not None else nullcontext():
         yield

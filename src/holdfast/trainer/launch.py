@@ -1,12 +1,12 @@
-"""`python -m holdfast.trainer.launch`: several workers on this machine.
+"""`python -m holdfast.trainer.launch`: run several workers on this machine.
 
-What `torchrun --nproc_per_node NGPU -m holdfast.trainer` does on one machine, in less time and with
-fewer words: torch is imported once and the workers are forked from there, a worker that fails ends
-the run with its own message and exit status, and no worker outlives the launcher. On several
-machines `torchrun` starts the same `holdfast.trainer`.
+Does on one machine what `torchrun --nproc_per_node NGPU -m holdfast.trainer` does, but starts
+faster: it imports torch once and forks the workers. A worker that fails ends the run with its own
+message and exit status, and no worker outlives the launcher. A run on several machines starts
+`holdfast.trainer` by `torchrun`.
 
-The environment has `NGPU`, the number of workers. By default there are as many as GPUs, and two
-where there is none.
+The environment variable `NGPU` is the number of workers. By default it is the number of GPUs, or
+two on a machine without GPUs.
 """
 
 from __future__ import annotations
@@ -19,142 +19,147 @@ import sys
 import traceback
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING
 
 from holdfast.arguments import not_installed
 from holdfast.errors import HoldfastError, UsageError
-from holdfast.trainer.arguments import get_ready, print_help, read_config, wants_help
+from holdfast.trainer.arguments import prepare_start, print_help, read_config, wants_help
 from holdfast.trainer.config import Config
 
-if TYPE_CHECKING:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+NUM_CPU_WORKERS = 2
+"""Number of workers on a machine without GPUs."""
 
-NUM_WORKERS = 2
-"""Where there is no GPU."""
-
-GPUS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/nvhost-ctrl-gpu")
-"""What the kernel shows where there may be GPUs: of NVIDIA, of those in WSL, of AMD, of Jetsons."""
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/nvhost-ctrl-gpu")
+"""Device files of GPU drivers: NVIDIA, WSL, AMD, Jetson."""
 
 GRACE_S = 10
-"""How long workers may take to end, beyond `checkpoint.stop_deadline_s`, before they are killed."""
+"""Seconds that workers get to end, beyond `checkpoint.stop_deadline_s`, before they are killed."""
 
 PR_SET_PDEATHSIG = 1
-"""From Linux' `sys/prctl.h`: which signal the parent's death sends."""
+"""Option of Linux' `prctl` (`sys/prctl.h`): signal to receive when the parent dies."""
 
 
 def main(arguments: list[str]) -> int:
-    """Start the workers and wait for them; the exit status."""
+    """Start the workers, wait for them, and return the exit status."""
     if wants_help(arguments):
         print_help("./run_train.sh")
     try:
         config = read_config(arguments)
         num_workers = _num_workers(config)
-        get_ready(config, arguments)
+        prepare_start(config, arguments)
         return Workers(config, num_workers).wait()
     except ImportError as error:
-        return _ended(not_installed(error, "training"))
+        return _report(not_installed(error, "training"))
     except HoldfastError as error:
-        return _ended(error)
+        return _report(error)
     except KeyboardInterrupt:
         return 130
 
 
-def _ended(error: HoldfastError) -> int:
+def _report(error: HoldfastError) -> int:
     sys.stderr.write(f"error: {error}\n")
     return error.exit_status
 
 
 class Workers:
-    """Forked workers, and the signals that go to them."""
+    """Forked workers, to which the launcher passes on its signals."""
 
     def __init__(self, config: Config, num_workers: int) -> None:
-        """Start them: they run once this returns."""
-        # Before torch reads it, and so that the workers together have a thread per core.
+        """Fork the workers, which start at once."""
+        # Set before torch is imported, which reads it: one thread per core, over all workers.
         threads = max(1, len(os.sched_getaffinity(0)) // num_workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-        # All workers are on this machine, whatever its name resolves to.
+        # All workers are on this machine, whatever its hostname resolves to.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        import holdfast.trainer.worker  # noqa: F401 - imported here, it costs each worker nothing
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        import holdfast.trainer.worker  # noqa: F401 - imported once, for all forked workers
 
         self._num_workers = num_workers
-        self._asked_to_stop = False
-        self._patience_s = int(config.checkpoint.stop_deadline_s) + GRACE_S
-        self._running: dict[int, int] = {}
+        self._stop_requested = False
+        self._kill_after_s = int(config.checkpoint.stop_deadline_s) + GRACE_S
+        self._ranks_by_pid: dict[int, int] = {}
         self._status: int | None = None
-        # Holds one byte, which the first worker that has an error to report takes.
-        self._reports, token = os.pipe()
-        os.write(token, b"1")
-        os.close(token)
-        # Bound before the workers know its number: nobody else can take the port.
+        # Holds one byte: the worker that reads it is the first with an error, and reports it.
+        self._report_token, write_end = os.pipe()
+        os.write(write_end, b"1")
+        os.close(write_end)
+        # Bound before the workers learn the port, so that no other process can take it.
         listener = socket.create_server(("127.0.0.1", 0), backlog=2 * num_workers)
+        port = listener.getsockname()[1]
         for rank in range(num_workers):
             pid = os.fork()
             if pid == 0:
-                _run_worker(config, rank, num_workers, listener, self._is_first)
-            self._running[pid] = rank
-        self._store = _serve_store(listener, num_workers)
-        passed_on = {"SIGINT", "SIGTERM", "SIGHUP", *config.checkpoint.stop_signals}
-        for name in sorted(passed_on):
+                _run_forked(config, rank, num_workers, listener, self._is_first_error)
+            self._ranks_by_pid[pid] = rank
+        self._store = TCPStore(
+            "127.0.0.1",
+            port,
+            num_workers,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+        for name in sorted({"SIGINT", "SIGTERM", "SIGHUP", *config.checkpoint.stop_signals}):
             signal.signal(signal.Signals[name], self._pass_on)
         signal.signal(signal.SIGALRM, self._kill)
 
     def wait(self) -> int:
-        """Wait until all have ended; the status of the first that failed, else 0."""
-        while self._running:
-            pid, ended = os.wait()
-            rank = self._running.pop(pid, None)
-            status = os.waitstatus_to_exitcode(ended)
+        """Wait for all workers, and return the exit status of the first that failed, else 0."""
+        while self._ranks_by_pid:
+            pid, wait_status = os.wait()
+            rank = self._ranks_by_pid.pop(pid, None)
+            status = os.waitstatus_to_exitcode(wait_status)
             if rank is None or status == 0 or self._status is not None:
                 continue
             self._status = status if status > 0 else 128 - status
-            if 0 < status < 128 and self._is_first():
-                said = f"error: rank {rank} of {self._num_workers} ended with status {status}"
-                sys.stderr.write(f"{said}, and did not say why\n")
-            if self._asked_to_stop:
-                continue  # The others are about to end too, each in its own time.
+            worker = f"rank {rank} of {self._num_workers}"
+            if 0 < status < 128 and self._is_first_error():
+                sys.stderr.write(f"error: {worker} ended with status {status} without a message\n")
+            if self._stop_requested:
+                continue  # All workers have the signal, and each needs its own time to save.
             if status < 0:
                 name = signal.Signals(-status).name
                 sys.stderr.write(
-                    f"error: rank {rank} of {self._num_workers} was ended by {name}\n"
-                    "hint: ./run_train.sh goes on from the newest checkpoint"
-                    + ("; out of memory?\n" if name == "SIGKILL" else "\n")
+                    f"error: {worker} was killed by {name}\n"
+                    "hint: ./run_train.sh resumes from the newest checkpoint"
+                    + ("; was the machine out of memory?\n" if name == "SIGKILL" else "\n")
                 )
             self._send(signal.SIGTERM)
             signal.alarm(GRACE_S)
         signal.alarm(0)
         return self._status or 0
 
-    def _is_first(self) -> bool:
-        """Whether nobody has reported an error yet: true once, in all of these processes."""
-        return os.read(self._reports, 1) == b"1"
+    def _is_first_error(self) -> bool:
+        """Return True once over all processes of the run, then False."""
+        return os.read(self._report_token, 1) == b"1"
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        self._asked_to_stop = True
+        self._stop_requested = True
         self._send(signal.Signals(number))
-        signal.alarm(self._patience_s)
+        signal.alarm(self._kill_after_s)
 
     def _kill(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self._send(signal.SIGKILL)
 
     def _send(self, number: signal.Signals) -> None:
-        # Pids in here have not been waited for, so none can belong to somebody else.
-        for pid in self._running:
+        # These pids have not been waited for, so the system has not given them to other processes.
+        for pid in self._ranks_by_pid:
             os.kill(pid, number)
 
 
-def _run_worker(
+def _run_forked(
     config: Config,
     rank: int,
     num_workers: int,
     listener: socket.socket,
-    is_first: Callable[[], bool],
+    is_first_error: Callable[[], bool],
 ) -> None:
-    """Be worker `rank`; never returns. `is_first` is as in `worker.work`."""
+    """Run worker `rank` in this forked process, then exit; never returns."""
     status = 1
     try:
-        # Away from the terminal's ^C, which the launcher passes on: once, to all.
+        # Out of the terminal's process group: the launcher passes ^C on, once, to all workers.
         os.setpgid(0, 0)
-        # In the background a shell has ^C ignored, which Python takes over.
+        # A shell starts background jobs with SIGINT ignored, and Python keeps that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -172,46 +177,33 @@ def _run_worker(
         }
         from holdfast.trainer.worker import work
 
-        status = work(config, is_first)
+        status = work(config, is_first_error)
     except KeyboardInterrupt:
         status = 130
-    except BaseException:  # noqa: BLE001 - nothing above would hear of it
-        if is_first():
+    except BaseException:  # noqa: BLE001 - this process ends here: no caller could report it
+        if is_first_error():
             sys.stderr.write(f"rank {rank} failed:\n{traceback.format_exc()}")
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        # Not `sys.exit`: what the launcher has to clean up is not this process's.
+        # Not `sys.exit`, which would run the launcher's clean-up in the worker.
         os._exit(status)
 
 
-def _serve_store(listener: socket.socket, num_workers: int) -> TCPStore:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    port = listener.getsockname()[1]
-    return TCPStore(
-        "127.0.0.1",
-        port,
-        num_workers,
-        is_master=True,
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )
-
-
 def _num_workers(config: Config) -> int:
-    """As many workers as `NGPU` says; else as there are GPUs, or as many of these as the settings
-    can be shared among, which is said.
+    """Return `NGPU`, else the number of GPUs that the settings can use, else `NUM_CPU_WORKERS`.
+
+    Prints a line if the settings leave GPUs unused.
 
     Raises:
-        UsageError: no number, or settings that do not fit it.
+        UsageError: `NGPU` is not a number, or the settings do not fit the number of workers.
     """
     text = os.environ.get("NGPU", "").strip()
     if text:
         if not text.isdecimal() or int(text) < 1:
             raise UsageError(
                 f"`NGPU` in the environment must be a number of workers, found: {text!r}",
-                hint="NGPU=2; without it there are as many as GPUs",
+                hint="NGPU=2; unset, it is the number of GPUs",
             )
         config.check(int(text))
         return int(text)
@@ -219,11 +211,11 @@ def _num_workers(config: Config) -> int:
     fitting = [count for count in range(1, num_gpus + 1) if _fits(config, count)]
     if fitting and fitting[-1] < num_gpus:
         sys.stderr.write(
-            f"{fitting[-1]} of {num_gpus} GPUs are used: the settings cannot be shared among all. "
-            f"NGPU={num_gpus} says why\n"
+            f"using {fitting[-1]} of {num_gpus} GPUs: the settings do not fit all of them; "
+            f"NGPU={num_gpus} shows why\n"
         )
         return fitting[-1]
-    count = num_gpus or NUM_WORKERS
+    count = num_gpus or NUM_CPU_WORKERS
     config.check(count)
     return count
 
@@ -237,12 +229,12 @@ def _fits(config: Config, num_workers: int) -> bool:
 
 
 def count_gpus() -> int:
-    """GPUs that torch can use on this machine.
+    """Count the GPUs that torch can use on this machine.
 
-    Asked in a process of its own: where CUDA was started, workers forked from there cannot use it.
+    A child process counts them: after CUDA is initialized, forked workers could not use it.
     """
-    if not any(map(os.path.exists, GPUS)):
-        return 0  # The kernel knows of none: there is no need to wait for torch.
+    if not any(map(os.path.exists, GPU_DEVICES)):
+        return 0  # No driver, so no GPU: this saves the import of torch.
     import torch
 
     pid = os.fork()
@@ -251,8 +243,8 @@ def count_gpus() -> int:
             os._exit(min(torch.cuda.device_count(), 255))
         finally:
             os._exit(0)
-    _, ended = os.waitpid(pid, 0)
-    return max(os.waitstatus_to_exitcode(ended), 0)
+    _, wait_status = os.waitpid(pid, 0)
+    return max(os.waitstatus_to_exitcode(wait_status), 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run says while it runs: a line of log, a row of `metrics.jsonl`, TensorBoard events."""
+"""Metrics of a run: log lines, rows of `metrics.jsonl`, TensorBoard events."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ logger: logging.Logger = logging.getLogger("holdfast.trainer")
 
 @dataclass(frozen=True, slots=True)
 class MetricsRow:
-    """What is known about one step: a line of `metrics.jsonl`."""
+    """Metrics of one step: a line of `metrics.jsonl`."""
 
     step: int
-    """Optimizer steps done."""
+    """Number of optimizer steps done."""
 
     loss: float
-    """Mean over every token of the step, on all ranks."""
+    """Mean loss over every token of the step, on all ranks."""
 
     grad_norm: float
     """Norm of all gradients, before clipping."""
@@ -43,50 +43,50 @@ class MetricsRow:
     """Learning rate of the step."""
 
     tokens_per_s: float
-    """Over all ranks, since the row before."""
+    """Tokens per second over all ranks, since the previous row."""
 
     save_blocked_s: float
-    """How long saving held up training since the row before."""
+    """Seconds that training waited for saves since the previous row."""
 
     time: float
-    """Seconds since 1970."""
+    """Unix time in seconds."""
 
     saves: tuple[Times, ...] = ()
-    """Saves that have become durable since the row before, with the seconds of each stage."""
+    """Saves that became durable since the previous row, with the seconds of each stage."""
 
     loads: tuple[Times, ...] = ()
-    """In the first row of a run that began with one."""
+    """Loads since the previous row: one in the first row of a resumed run."""
 
     failed_saves: int = 0
-    """Saves that came to nothing since the row before."""
+    """Number of saves that failed since the previous row."""
 
-    def with_more(self, more: Timings) -> MetricsRow:
-        """The same step, and what has come to its end since."""
+    def with_timings(self, timings: Timings) -> MetricsRow:
+        """Return a copy with further saves and loads added."""
         return replace(
             self,
-            saves=(*self.saves, *more.saves),
-            loads=(*self.loads, *more.loads),
-            failed_saves=self.failed_saves + more.failed_saves,
+            saves=(*self.saves, *timings.saves),
+            loads=(*self.loads, *timings.loads),
+            failed_saves=self.failed_saves + timings.failed_saves,
         )
 
 
 class Metrics:
-    """Reports rows; on every rank but the first it does nothing."""
+    """Writer of metrics; only the first rank writes files."""
 
     def __init__(self, config: MetricsConfig, folder: Path, *, first_rank: bool, step: int) -> None:
-        """`step` is where the run goes on from.
+        """Open the files in `folder` for a run that starts at `step`.
 
-        `metrics.jsonl` is only ever added to. A run that was killed may have reported steps that
-        are done again after the resume: of several rows of a step the last one counts.
+        Rows are appended to `metrics.jsonl`. A killed run may have written steps that its resume
+        repeats: the last row of a step counts.
 
         Raises:
-            UsageError: TensorBoard is asked for and not installed.
+            UsageError: TensorBoard is enabled and not installed.
         """
         self._file = None
         self._last: MetricsRow | None = None
         self._board: SummaryWriter | None = None
         if config.enable_tensorboard and importlib.util.find_spec("tensorboard") is None:
-            # Asked on every rank, so that all of them stop.
+            # Checked on every rank, so that all of them stop.
             raise UsageError(
                 "`metrics.enable_tensorboard` needs the package `tensorboard`, which is not "
                 "installed",
@@ -97,13 +97,13 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / "metrics.jsonl").open("ab")
         if self._file.tell() and not _ends_line(folder / "metrics.jsonl"):
-            # A killed run can leave half a row; the next one starts on a line of its own.
+            # A killed run can leave half a row: the next row must not continue that line.
             self._file.write(b"\n")
         if config.enable_tensorboard:
-            self._board = _board(folder / "tensorboard", step)
+            self._board = _open_board(folder / "tensorboard", step)
 
     def report(self, row: MetricsRow, device: torch.device) -> None:
-        """Log `row` and append it to the file."""
+        """Log `row`, and write it to the files."""
         logger.info(
             "step %d  loss %.4f  grad_norm %.3f  lr %.3g  %s tokens/s  memory %.2f GiB",
             row.step,
@@ -119,11 +119,10 @@ class Metrics:
             for name in ("loss", "grad_norm", "lr", "tokens_per_s", "save_blocked_s"):
                 self._board.add_scalar(name, getattr(row, name), row.step)
 
-    def close(self, more: Timings | None = None) -> None:
-        """Finish the files. Where there is more than the last row had, it is there again, with
-        that."""
-        if self._last is not None and more is not None and more != Timings():
-            self._write(self._last.with_more(more))
+    def close(self, timings: Timings) -> None:
+        """Close the files; first write the last row again if there are `timings` to add to it."""
+        if self._last is not None and timings != Timings():
+            self._write(self._last.with_timings(timings))
         if self._file is not None:
             self._file.close()
         if self._board is not None:
@@ -136,7 +135,7 @@ class Metrics:
 
 
 class Clock:
-    """Seconds and counts since the row before."""
+    """Time, tokens and waits for saves since the previous row."""
 
     def __init__(self) -> None:
         self._since = time.perf_counter()
@@ -144,7 +143,10 @@ class Clock:
         self.tokens: int = 0
 
     def lap(self, blocked_s: float) -> tuple[float, float]:
-        """Tokens per second and seconds blocked since the last call; `blocked_s` is a total."""
+        """Return tokens per second and seconds blocked since the last call.
+
+        `blocked_s` is the total of the run.
+        """
         now = time.perf_counter()
         result = self.tokens / max(now - self._since, 1e-9), blocked_s - self._blocked_s
         self._since, self._blocked_s, self.tokens = now, blocked_s, 0
@@ -152,7 +154,7 @@ class Clock:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """The most that this process has taken so far, on its device."""
+    """Return this process's peak memory on its device."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -165,8 +167,8 @@ def _ends_line(path: Path) -> bool:
         return file.read(1) == b"\n"
 
 
-def _board(folder: Path, step: int) -> SummaryWriter:
+def _open_board(folder: Path, step: int) -> SummaryWriter:
     from torch.utils.tensorboard import SummaryWriter
 
-    # Events past the step of a resume are hidden: the run that wrote them did not live on.
+    # Hides events of later steps, which a run before this resume wrote.
     return SummaryWriter(str(folder), purge_step=step + 1)

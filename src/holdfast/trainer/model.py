@@ -1,22 +1,21 @@
-"""A decoder shaped as Llama 3's or Qwen3's, its weights under Meta's names.
+"""Decoder in the shape of Llama 3 or Qwen3, with Meta's names for its weights.
 
-Shapes are part of a tensor's name, one letter per dim:
+A tensor's name ends in its shape, one letter per dim:
 
-    B  sequences of a batch          V  vocabulary
-    T  tokens of a sequence          F  width inside the feed-forward part
+    B  sequences in a batch          V  vocabulary size
+    T  tokens in a sequence          F  hidden width of the feed-forward layer
     D  width of the residual stream  E  width of one head
     H  query heads                   K  key and value heads
     P  rotary pairs of a head, E / 2
 
-Under tensor parallelism H, K and F are this rank's share, and between the blocks so is T: nothing
-here takes a count of heads or of tokens from anywhere but the tensor at hand.
+With tensor parallelism H, K and F, and T between the layers, are this rank's share. The code
+therefore takes all these counts from its tensors, never from the configuration.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -26,60 +25,32 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
-    noop_context_fn,
 )
 
 from holdfast.hf.flavors import Flavor, RopeScaling
+from holdfast.trainer.config import ActivationCheckpointConfig
 from holdfast.trainer.moe import MixtureOfExperts
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries, keys and values to what the queries find."""
+"""Attention of queries (BHTE) to keys and values (BKTE); the output is BHTE."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModelPart:
-    """A run of neighbouring blocks, with what stands before the first and after the last of all."""
-
-    layers: range
-    """Indices of the blocks in the whole model."""
-
-    num_layers: int
-    """Blocks of the whole model."""
-
-    @property
-    def first(self) -> bool:
-        """Whether it begins with the embedding."""
-        return self.layers.start == 0
-
-    @property
-    def last(self) -> bool:
-        """Whether it ends with the logits."""
-        return self.layers.stop == self.num_layers
-
-
-@dataclass(frozen=True, slots=True)
-class Recompute:
-    """What blocks compute again in the backward pass, and keep their input for alone."""
-
-    every: int = 0
-    """The last of so many blocks; 0: none."""
-
-    keep_products: bool = False
-    """Keep, besides, what products of matrices and attention give: the dear part of a block."""
-
-    def of(self, layer: int) -> Callable[..., Tensor] | None:
-        """How a block calls what it computes; None where it keeps everything."""
-        if not self.every or (layer + 1) % self.every:
-            return None
-        kept = partial(create_selective_checkpoint_contexts, _keeps_products)
-        contexts = kept if self.keep_products else noop_context_fn
+def checkpoint_function(
+    config: ActivationCheckpointConfig, layer: int
+) -> Callable[..., Tensor] | None:
+    """Return the function through which a layer runs its forward pass; None: run it directly."""
+    selective = config.mode == "selective"
+    if selective and config.selective_ac_option == "op":
+        # Matrix products and attention, the costly part of a layer, are not recomputed.
+        contexts = partial(create_selective_checkpoint_contexts, _product_policy)
         return partial(checkpoint, use_reentrant=False, context_fn=contexts)
+    interval = int(config.selective_ac_option) if selective else 1
+    if config.mode == "none" or (layer + 1) % interval:
+        return None
+    return partial(checkpoint, use_reentrant=False)
 
 
-NOTHING = Recompute()
-
-
-def _keeps_products(_context: object, op: object, *_: object, **__: object) -> CheckpointPolicy:
+def _product_policy(_context: object, op: object, *_: object, **__: object) -> CheckpointPolicy:
     product = str(op).removeprefix("aten.").partition(".")[0]
     if product in ("mm", "bmm", "addmm", "_grouped_mm") or "dot_product" in product:
         return CheckpointPolicy.MUST_SAVE
@@ -87,13 +58,13 @@ def _keeps_products(_context: object, op: object, *_: object, **__: object) -> C
 
 
 class Transformer(nn.Module):
-    """Tokens to the logits of the tokens that follow them; or a part of the way.
+    """Decoder, or one pipeline stage of it.
 
-    A part that is not the first takes what the part before it gives, of shape BTD.
+    Later stages take the hidden states (BTD) of the stage before them in place of tokens (BT).
     """
 
     rope: Tensor
-    """Of shape TP2."""
+    """Rotary table, of shape TP2."""
 
     def __init__(
         self,
@@ -101,35 +72,43 @@ class Transformer(nn.Module):
         *,
         vocab_size: int,
         seq_len: int,
-        recompute: Recompute = NOTHING,
-        part: ModelPart | None = None,
+        recompute: ActivationCheckpointConfig | None = None,
+        layers: range | None = None,
         positions: range | None = None,
     ) -> None:
-        """`part`: these blocks only; `positions`: of the tokens that it is given, if not all."""
+        """Build the stage of `layers` (default: all) for tokens at `positions` (default: all).
+
+        The stage with the first layer has the embedding, that with the last layer the output.
+        """
         super().__init__()
         self.flavor = flavor
         self.seq_len = seq_len
-        self.part: ModelPart = part or ModelPart(range(flavor.num_layers), flavor.num_layers)
-        self.positions: range = positions or range(seq_len)
+        layers = layers or range(flavor.num_layers)
+        self.first, self.last = layers.start == 0, layers.stop == flavor.num_layers
+        self.positions = positions or range(seq_len)
+        recompute = recompute or ActivationCheckpointConfig()
         self.tok_embeddings: nn.Module = nn.Identity()
-        if self.part.first:
+        if self.first:
             self.tok_embeddings = nn.Embedding(vocab_size, flavor.dim)
-        # Keyed by the index in the whole model, so that a pipeline stage, which holds a few of the
-        # blocks, names its weights as the whole model does.
-        self.layers: nn.ModuleDict = nn.ModuleDict(
-            {str(i): TransformerBlock(flavor, recompute.of(i)) for i in self.part.layers}
+        # Keyed by the index in the whole model, so that a pipeline stage names its weights as the
+        # whole model does.
+        self.layers = nn.ModuleDict(
+            {
+                str(index): TransformerBlock(flavor, checkpoint_function(recompute, index))
+                for index in layers
+            }
         )
         self.norm: nn.Module = nn.Identity()
         self.output: nn.Module = nn.Identity()
-        if self.part.last:
+        if self.last:
             self.norm = RMSNorm(flavor.dim, flavor.norm_eps)
             self.output = nn.Linear(flavor.dim, vocab_size, bias=False)
-        # Follows from the configuration: no checkpoint needs it.
+        # Not in checkpoints: it follows from the configuration.
         self.register_buffer("rope", self.rope_table(), persistent=False)
         self.tie()
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Logits, of shape BTV; of a part that is not the last, what goes on to the next one."""
+        """Return the logits (BTV), or the hidden states (BTD) of a stage before the last."""
         x_BTD = self.tok_embeddings(tokens_BT)
         for layer in self.layers.values():
             x_BTD = layer(x_BTD, self.rope)
@@ -137,16 +116,16 @@ class Transformer(nn.Module):
         return logits_BTV
 
     def tie(self) -> None:
-        """Make `output` and `tok_embeddings` one parameter again, where the flavor has it so.
+        """Make `output` and `tok_embeddings` share one parameter if the flavor ties them.
 
-        Whatever gives modules new parameters one by one (sharding, leaving the meta device) parts
-        the two.
+        Call again after sharding or leaving the meta device: both replace the parameter of each
+        module separately.
         """
         if self.flavor.tied:
             self.output.weight = self.tok_embeddings.weight
 
     def rope_table(self) -> Tensor:
-        """Cosine and sine of each position's angle, by rotary pair, on the current device."""
+        """Compute the rotary table for `positions`, of shape TP2, on the current device."""
         table_TP2 = rotary_table(
             self.seq_len, self.flavor.head_dim, self.flavor.rope_theta, self.flavor.rope_scaling
         )
@@ -154,37 +133,37 @@ class Transformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then feed-forward, each added to what came in."""
+    """Attention, then feed-forward, each with a residual connection."""
 
-    def __init__(self, flavor: Flavor, recompute: Callable[..., Tensor] | None) -> None:
+    def __init__(self, flavor: Flavor, checkpointed: Callable[..., Tensor] | None) -> None:
         super().__init__()
-        self.recompute = recompute
-        self.attention_norm: RMSNorm = RMSNorm(flavor.dim, flavor.norm_eps)
-        self.attention: Attention = Attention(flavor)
-        self.ffn_norm: RMSNorm = RMSNorm(flavor.dim, flavor.norm_eps)
+        self.checkpointed = checkpointed
+        self.attention_norm = RMSNorm(flavor.dim, flavor.norm_eps)
+        self.attention = Attention(flavor)
+        self.ffn_norm = RMSNorm(flavor.dim, flavor.norm_eps)
         if flavor.experts is None:
             self.feed_forward: FeedForward = FeedForward(flavor)
         else:
             self.moe: MixtureOfExperts = MixtureOfExperts(flavor.dim, flavor.experts)
 
     def forward(self, x_BTD: Tensor, rope_TP2: Tensor) -> Tensor:
-        # Inside the block, so that names and FSDP's hooks, which go around it, stay as they are.
-        if self.recompute is not None and self.training:
-            return self.recompute(self.compute, x_BTD, rope_TP2)
+        # No wrapper module, which would change the names of weights and wrap FSDP's hooks.
+        if self.checkpointed is not None and self.training:
+            return self.checkpointed(self.compute, x_BTD, rope_TP2)
         return self.compute(x_BTD, rope_TP2)
 
     def compute(self, x_BTD: Tensor, rope_TP2: Tensor) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_TP2)
-        widened = self.feed_forward if hasattr(self, "feed_forward") else self.moe
-        out_BTD: Tensor = x_BTD + widened(self.ffn_norm(x_BTD))
+        feed_forward = self.feed_forward if hasattr(self, "feed_forward") else self.moe
+        out_BTD: Tensor = x_BTD + feed_forward(self.ffn_norm(x_BTD))
         return out_BTD
 
 
 class Attention(nn.Module):
-    """Causal attention, several query heads to each key and value head."""
+    """Causal attention with grouped queries."""
 
     attend: Attend
-    """Context parallelism puts its own in the place of `attend`."""
+    """Attention kernel; context parallelism replaces it."""
 
     def __init__(self, flavor: Flavor) -> None:
         super().__init__()
@@ -219,12 +198,12 @@ class Attention(nn.Module):
 
 
 def attend(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
-    """Causal attention, of shape BHTE."""
+    """Compute causal attention, of shape BHTE."""
     return F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=True)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: a gated layer up to F and a layer back."""
+    """SwiGLU: a gated projection from D to F and a projection back."""
 
     def __init__(self, flavor: Flavor) -> None:
         super().__init__()
@@ -239,7 +218,7 @@ class FeedForward(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Each vector divided by its root mean square, then scaled by learned weights."""
+    """Division of each vector by its root mean square, then a learned scale."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -247,23 +226,23 @@ class RMSNorm(nn.Module):
         self.weight: nn.Parameter = nn.Parameter(torch.ones(dim))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        # In float32: squares of bfloat16 lose all but two digits.
+        # In float32: squares in bfloat16 keep only two digits.
         full_BTD = x_BTD.float()
         scale_BT1 = torch.rsqrt(full_BTD.pow(2).mean(-1, keepdim=True) + self.eps)
         return (full_BTD * scale_BT1).type_as(x_BTD) * self.weight
 
 
 def rotary_table(seq_len: int, head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Cosine and sine of `position * frequency`, by position and rotary pair."""
+    """Compute cosine and sine of `position * frequency`, of shape TP2."""
     frequency_P = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if scaling is not None:
-        frequency_P = _stretched(frequency_P, scaling)
+        frequency_P = _scale_frequencies(frequency_P, scaling)
     angle_TP = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequency_P)
     return torch.stack((angle_TP.cos(), angle_TP.sin()), dim=-1)
 
 
-def _stretched(frequency_P: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1's frequencies: low ones divided by `factor`, high ones kept, a ramp between."""
+def _scale_frequencies(frequency_P: Tensor, scaling: RopeScaling) -> Tensor:
+    """Scale as Llama 3.1 does: divide low frequencies by `factor`, keep high ones, interpolate."""
     turns_P = frequency_P * scaling.original_seq_len / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept_P = ((turns_P - low) / (high - low)).clamp(0, 1)
@@ -271,26 +250,23 @@ def _stretched(frequency_P: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rotate(x_BTHE: Tensor, rope_TP2: Tensor) -> Tensor:
-    """Each head's pairs of neighbours turned by the angle of their position.
+    """Rotate each head's pairs of neighbouring elements by the angle of their position.
 
-    Neighbours (0, 1), (2, 3), ...: the order in which Meta's weights come. Hugging Face's copies
-    pair the first half with the second and have their rows of `wq` and `wk` permuted to match.
+    The pairs are (0, 1), (2, 3), ..., as in Meta's weights. Hugging Face's copies of these weights
+    pair the first half with the second, and permute the rows of `wq` and `wk` to match.
     """
     even_BTHP, odd_BTHP = x_BTHE.float().reshape(*x_BTHE.shape[:-1], -1, 2).unbind(-1)
-    turned = _turned(even_BTHP, odd_BTHP, rope_TP2)
-    return torch.stack(turned, dim=-1).flatten(-2).type_as(x_BTHE)
+    rotated = _rotate_pairs(even_BTHP, odd_BTHP, rope_TP2)
+    return torch.stack(rotated, dim=-1).flatten(-2).type_as(x_BTHE)
 
 
 def rotate_halves(x_BTHE: Tensor, rope_TP2: Tensor) -> Tensor:
-    """Each head's first half turned with its second by the angle of their position."""
+    """Rotate each head's first half with its second by the angle of their position."""
     first_BTHP, second_BTHP = x_BTHE.float().chunk(2, dim=-1)
-    return torch.cat(_turned(first_BTHP, second_BTHP, rope_TP2), dim=-1).type_as(x_BTHE)
+    rotated = _rotate_pairs(first_BTHP, second_BTHP, rope_TP2)
+    return torch.cat(rotated, dim=-1).type_as(x_BTHE)
 
 
-def _turned(one_BTHP: Tensor, other_BTHP: Tensor, rope_TP2: Tensor) -> tuple[Tensor, Tensor]:
-    rope_T1P2 = rope_TP2[: one_BTHP.shape[1]].unsqueeze(1)
-    cos_T1P, sin_T1P = rope_T1P2.unbind(-1)
-    return (
-        one_BTHP * cos_T1P - other_BTHP * sin_T1P,
-        one_BTHP * sin_T1P + other_BTHP * cos_T1P,
-    )
+def _rotate_pairs(x_BTHP: Tensor, y_BTHP: Tensor, rope_TP2: Tensor) -> tuple[Tensor, Tensor]:
+    cos_T1P, sin_T1P = rope_TP2[: x_BTHP.shape[1]].unsqueeze(1).unbind(-1)
+    return x_BTHP * cos_T1P - y_BTHP * sin_T1P, x_BTHP * sin_T1P + y_BTHP * cos_T1P

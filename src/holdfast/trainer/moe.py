@@ -1,11 +1,11 @@
-"""A feed-forward part of many experts, a few of which see each token: Qwen3's.
+"""Mixture of experts as in Qwen3: a router sends each token to a few experts.
 
-Shapes are part of a tensor's name, as in `model`; beside its letters:
+A tensor's name ends in its shape, with the letters of `model` and:
 
-    N  tokens, of all sequences       X  experts
-    C  experts that see a token       R  rows to compute: N x C, or what other ranks have sent
+    N  tokens of all sequences        X  experts
+    C  experts of each token          R  rows to compute: N x C, or those received from other ranks
 
-There is no loss that balances the experts: it would depend on which tokens share a batch.
+There is no load-balancing loss: it would depend on which tokens share a batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from holdfast.hf.flavors import ExpertFlavor
 
 
 class MixtureOfExperts(nn.Module):
-    """Each token's experts, weighted by how strongly the router chose them."""
+    """Sum of each token's expert outputs, weighted by the router."""
 
     def __init__(self, dim: int, flavor: ExpertFlavor) -> None:
         super().__init__()
@@ -33,18 +33,18 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.flatten(0, 1)
         weight_NC, expert_NC = self.router(x_ND)
-        # Rows in the order of their experts; among those of one expert, of the tokens.
+        # Rows sorted by expert, then by token.
         order_R = expert_NC.flatten().argsort(stable=True)
         count_X = torch.bincount(expert_NC.flatten(), minlength=self.experts.num_experts)
         out_RD = self.experts(x_ND[order_R // expert_NC.shape[1]], count_X)
-        # Back to the order of the tokens by reading, not by adding to: no order is left to chance.
+        # Back to token order by indexing: adding into the output would sum in a random order.
         out_NCD = out_RD[order_R.argsort()].unflatten(0, expert_NC.shape)
         out_ND: Tensor = (out_NCD * weight_NC.unsqueeze(-1).type_as(out_NCD)).sum(1)
         return out_ND.view_as(x_BTD)
 
 
 class Router(nn.Module):
-    """Which experts see a token, and with what weight; the weights of a token add up to 1."""
+    """Choice of each token's experts, with weights that sum to 1."""
 
     def __init__(self, dim: int, flavor: ExpertFlavor) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """All experts: each a SwiGLU of its own, its matrices a slice of `w1`, `w2` and `w3`."""
+    """Experts, each a SwiGLU whose matrices are slices of `w1`, `w2` and `w3`."""
 
     def __init__(self, dim: int, flavor: ExpertFlavor) -> None:
         super().__init__()
@@ -71,35 +71,40 @@ class Experts(nn.Module):
 
     @property
     def num_local(self) -> int:
-        """How many of the experts this rank has, or shares with others."""
+        """Number of experts on this rank, or on the ranks that shard their weights."""
         return self.num_experts // (1 if self.group is None else self.group.size())
 
-    def share(self, mesh: DeviceMesh) -> None:
-        """Expert parallel: each rank of `mesh` keeps as many experts, and tokens travel to them."""
+    def apply_expert_parallel(self, mesh: DeviceMesh) -> None:
+        """Divide the experts evenly over the ranks of `mesh`, to which tokens are then sent."""
         self.group = mesh.get_group()
         for name, weight in list(self.named_parameters()):
-            shared = distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)
-            setattr(self, name, nn.Parameter(shared))
+            sharded = distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)
+            setattr(self, name, nn.Parameter(sharded))
 
     def forward(self, x_RD: Tensor, count_X: Tensor) -> Tensor:
-        """What each row's expert makes of it. `x_RD` holds the rows of expert 0 first, `count_X`
-        of them, and so on. Collective over the ranks that share the experts, forward and back."""
+        """Return each row's output of its expert.
+
+        `x_RD` is sorted by expert, `count_X` is the number of rows of each. Collective over the
+        ranks that divide the experts, forward and backward.
+        """
         if self.group is None:
             return self._compute(x_RD, count_X.tolist())
         num_ranks = self.group.size()
-        sent_PX = count_X.view(num_ranks, -1)
-        received_PX = torch.empty_like(sent_PX)
-        dist.all_to_all_single(received_PX, sent_PX.contiguous(), group=self.group)
-        sent, received = sent_PX.sum(1).tolist(), received_PX.sum(1).tolist()
-        # Rank by rank as they come, expert by expert as they are computed.
-        arrived_RD = _exchanged(x_RD, sent, received, self.group)
-        blocks = torch.split(arrived_RD, received_PX.flatten().tolist())
-        num_local = received_PX.shape[1]
-        sorted_RD = torch.cat([b for e in range(num_local) for b in blocks[e::num_local]])
-        out_RD = self._compute(sorted_RD, received_PX.sum(0).tolist())
-        parts = torch.split(out_RD, received_PX.t().flatten().tolist())
-        returned_RD = torch.cat([p for rank in range(num_ranks) for p in parts[rank::num_ranks]])
-        return _exchanged(returned_RD, received, sent, self.group)
+        # One row per rank, one column per expert of that rank.
+        sent_counts = count_X.view(num_ranks, -1)
+        received_counts = torch.empty_like(sent_counts)
+        dist.all_to_all_single(received_counts, sent_counts.contiguous(), group=self.group)
+        sent, received = sent_counts.sum(1).tolist(), received_counts.sum(1).tolist()
+        # Rows arrive sorted by rank, and are computed sorted by expert.
+        arrived_RD = _Exchange.apply(x_RD, sent, received, self.group)  # type: ignore[no-untyped-call]
+        by_rank = torch.split(arrived_RD, received_counts.flatten().tolist())
+        num_local = received_counts.shape[1]
+        sorted_RD = torch.cat([x for e in range(num_local) for x in by_rank[e::num_local]])
+        out_RD = self._compute(sorted_RD, received_counts.sum(0).tolist())
+        by_expert = torch.split(out_RD, received_counts.t().flatten().tolist())
+        returned_RD = torch.cat([x for r in range(num_ranks) for x in by_expert[r::num_ranks]])
+        result_RD: Tensor = _Exchange.apply(returned_RD, received, sent, self.group)  # type: ignore[no-untyped-call]
+        return result_RD
 
     def _compute(self, x_RD: Tensor, counts: list[int]) -> Tensor:
         w1, w2, w3 = (_local(weight) for weight in (self.w1, self.w2, self.w3))
@@ -115,15 +120,8 @@ def _local(weight: Tensor) -> Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
-def _exchanged(
-    x_RD: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
-) -> Tensor:
-    out_RD: Tensor = _Exchange.apply(x_RD, sent, received, group)  # type: ignore[no-untyped-call]
-    return out_RD
-
-
 class _Exchange(torch.autograd.Function):
-    """Rows to other ranks, rows from other ranks; gradients go the way back."""
+    """All-to-all exchange of rows between ranks; gradients travel back the same way."""
 
     @staticmethod
     def forward(
@@ -140,7 +138,8 @@ class _Exchange(torch.autograd.Function):
 def _all_to_all(
     x_RD: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
 ) -> Tensor:
-    # Both contiguous: gradients need not be, and `all_to_all_single` is wrong without a word then.
+    # `all_to_all_single` silently gives wrong results on tensors that are not contiguous, as
+    # gradients may be.
     out_RD = x_RD.new_empty(sum(received), x_RD.shape[1])
     dist.all_to_all_single(out_RD, x_RD.contiguous(), received, sent, group=group)
     return out_RD

@@ -1,7 +1,6 @@
-"""What TorchTitan's TOML files hold beyond our own settings: keys that have other names here, and
-keys of features that this run does not have.
+"""TorchTitan's settings that Holdfast names differently or does not have.
 
-From `JobConfig` of TorchTitan 0.1.0 to 0.2.2; 0.3 has no TOML files.
+Source: `JobConfig` of TorchTitan 0.1.0 to 0.2.2; 0.3 has no TOML files.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ RENAMED = {
     ("debug", "deterministic"): ("training", "deterministic"),
     ("lr_scheduler", "lr_min"): ("lr_scheduler", "min_lr_factor"),
 }
-"""Section and key there to section and key here."""
+"""Holdfast's section and key, by TorchTitan's."""
 
 WITHOUT_EFFECT = {
     **dict.fromkeys(("comm", "compile", "experimental", "fault_tolerance", "float8"), "*"),
@@ -41,27 +40,30 @@ WITHOUT_EFFECT = {
     "per_op_sac_force_recompute_mm_shapes_by_fqns preserve_rng_state "
     "visualize_memory_budget_pareto",
 }
-"""Section to its keys that nothing here answers to; `*`: all."""
+"""TorchTitan's keys for features that do not exist here, by section; `*`: the whole section."""
 
 
-def ours(tables: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The tables of a TOML file in our words, and what of TorchTitan's has no effect here:
-    `[section]` or `section.key`. Everything that is unknown to both stays as it is."""
-    found: dict[str, Any] = {}
+def translate(tables: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Rename TorchTitan's keys to Holdfast's, and take out the keys that have no effect.
+
+    Returns the tables, and the removed names as `[section]` or `section.key`. Names that neither
+    program knows stay in the tables.
+    """
+    translated: dict[str, Any] = {}
     without_effect = []
     for section, table in tables.items():
         if WITHOUT_EFFECT.get(section) == "*":
             without_effect.append(f"[{section}]")
             continue
         if not isinstance(table, dict):
-            found[section] = table
+            translated[section] = table
             continue
-        idle = WITHOUT_EFFECT.get(section, "").split()
-        without_effect += [f"{section}.{key}" for key in table if key in idle]
+        unused = WITHOUT_EFFECT.get(section, "").split()
+        without_effect += [f"{section}.{key}" for key in table if key in unused]
         for key, value in table.items():
-            if key not in idle:
-                to_section, to_key = RENAMED.get((section, key), (section, key))
-                found.setdefault(to_section, {})[to_key] = value
+            if key not in unused:
+                new_section, new_key = RENAMED.get((section, key), (section, key))
+                translated.setdefault(new_section, {})[new_key] = value
         if not table:
-            found.setdefault(section, {})
-    return found, without_effect
+            translated.setdefault(section, {})
+    return translated, without_effect

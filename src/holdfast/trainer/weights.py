@@ -1,8 +1,8 @@
-"""Initial weights that depend on the seed and on nothing else.
+"""Initial weights that depend only on the seed, not on the parallelism.
 
-A weight is drawn in blocks of rows, each from a generator of its own, seeded by the run's seed,
-the weight's name and the block's number. So a rank draws only the blocks that it holds a part of,
-and any layout (one process, FSDP, tensor parallel, both) starts from the same model.
+A weight is drawn in bands of rows. Each band has its own generator, seeded by the run's seed, the
+weight's name and the band's number. A rank draws only the bands that overlap its shard, and every
+layout starts from the same model.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from holdfast.trainer.model import Transformer
 STD = 0.02
 """Standard deviation of a matrix's initial weights."""
 
-BLOCK_ELEMENTS = 1 << 20
-"""About how many elements are drawn at a time; changing it changes every model's start."""
+BAND_ELEMENTS = 1 << 20
+"""Approximate number of elements in a band; another number gives other initial weights."""
 
 
 @torch.no_grad()
 def init_weights(model: Transformer, seed: int) -> None:
-    """Fill `model`, which has left the meta device, with its initial weights, in place."""
+    """Fill `model`, which must have left the meta device, with its initial weights."""
     model.tie()
     model.rope.copy_(model.rope_table())
     for name, parameter in model.named_parameters():
@@ -34,31 +34,31 @@ def init_weights(model: Transformer, seed: int) -> None:
             # The scale of a norm.
             parameter.fill_(1.0)
             continue
-        # What adds to the residual stream starts smaller, or the stream would grow with depth.
-        adds = name.endswith(("attention.wo.weight", "feed_forward.w2.weight", "experts.w2"))
-        std = STD / math.sqrt(2 * model.flavor.num_layers) if adds else STD
+        # Outputs added to the residual stream start smaller, or it would grow with depth.
+        residual = name.endswith(("attention.wo.weight", "feed_forward.w2.weight", "experts.w2"))
+        std = STD / math.sqrt(2 * model.flavor.num_layers) if residual else STD
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        held = [_held(parameter, dim) for dim in range(parameter.dim())]
+        indices = [_local_indices(parameter, dim) for dim in range(parameter.dim())]
         if parameter.dim() == 2:
-            _draw(local, held, parameter.shape, f"{seed}/{name}", std)
+            _draw(local, indices, parameter.shape, f"{seed}/{name}", std)
             continue
-        # A stack of matrices, each drawn as if it were a weight of its own.
-        for matrix, index in zip(local, held[0].tolist(), strict=True):
-            _draw(matrix, held[1:], parameter.shape[1:], f"{seed}/{name}/{index}", std)
+        # The matrices of all experts, each drawn like a separate weight.
+        for matrix, expert in zip(local, indices[0].tolist(), strict=True):
+            _draw(matrix, indices[1:], parameter.shape[1:], f"{seed}/{name}/{expert}", std)
 
 
 def _draw(
-    local: Tensor, held: Sequence[Tensor], shape: Sequence[int], key: str, std: float
+    local: Tensor, indices: Sequence[Tensor], shape: Sequence[int], key: str, std: float
 ) -> None:
-    """Fill `local`, which holds these rows and columns of a matrix of `shape`."""
-    (rows, columns), (num_rows, num_columns) = held, shape
-    block_rows = max(1, BLOCK_ELEMENTS // num_columns)
-    for block in sorted(set((rows // block_rows).tolist())):
-        start = block * block_rows
-        drawn = torch.empty(min(block_rows, num_rows - start), num_columns)
-        drawn.normal_(0.0, std, generator=_generator(f"{key}/{block}"))
-        wanted = torch.nonzero(rows // block_rows == block).flatten()
-        local[wanted] = drawn[rows[wanted] - start][:, columns].to(local)
+    """Fill `local`, the rows and columns `indices` of a matrix of `shape`."""
+    (rows, columns), (num_rows, num_columns) = indices, shape
+    band_rows = max(1, BAND_ELEMENTS // num_columns)
+    for band in sorted(set((rows // band_rows).tolist())):
+        start = band * band_rows
+        drawn = torch.empty(min(band_rows, num_rows - start), num_columns)
+        drawn.normal_(0.0, std, generator=_generator(f"{key}/{band}"))
+        targets = torch.nonzero(rows // band_rows == band).flatten()
+        local[targets] = drawn[rows[targets] - start][:, columns].to(local)
 
 
 def _generator(key: str) -> torch.Generator:
@@ -66,19 +66,19 @@ def _generator(key: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def _held(parameter: Tensor, dim: int) -> Tensor:
-    """Indices along `dim` of the elements that this rank holds."""
+def _local_indices(parameter: Tensor, dim: int) -> Tensor:
+    """Return the indices along `dim` of the elements on this rank."""
     shape = [1] * parameter.dim()
     shape[dim] = -1
-    every = torch.arange(parameter.shape[dim])
+    indices = torch.arange(parameter.shape[dim])
     if not isinstance(parameter, DTensor):
-        return every
-    # Cutting the indices as the weight was cut needs no knowledge of how that is done.
+        return indices
+    # Sharding the indices like the weight gives the local ones, also where shards are uneven.
     placements = [
         placement if getattr(placement, "dim", None) == dim else Replicate()
         for placement in parameter.placements
     ]
-    cut = distribute_tensor(
-        every.view(shape), parameter.device_mesh, placements, src_data_rank=None
+    sharded = distribute_tensor(
+        indices.view(shape), parameter.device_mesh, placements, src_data_rank=None
     )
-    return cut.to_local().flatten().cpu()
+    return sharded.to_local().flatten().cpu()

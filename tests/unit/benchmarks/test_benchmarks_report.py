@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.disk import forget, recall, resident_share
-from benchmarks.meter import Figure, in_turns
+from benchmarks.disk import cool_cache, resident_share, warm_cache
+from benchmarks.meter import Figure, run_rounds
 from benchmarks.peers import unchecked
 from benchmarks.report import write_report
-from benchmarks.results import Section, store
-from benchmarks.targets import ROWS
+from benchmarks.results import Section, save_section
+from benchmarks.targets import TARGETS
 
 import holdfast
 
@@ -38,7 +38,7 @@ def rows(page: Path) -> dict[str, list[str]]:
 def test_a_target_is_met_by_the_median_of_the_ratios_round_by_round(tmp_path: Path) -> None:
     """Method: in one of three rounds all is slow; the ratios of that round are as of the others."""
     found = section("saving", raw=[1.0, 3.0, 1.0], holdfast=[1.05, 3.3, 1.05], dcp=[2.0, 6.0, 2.0])
-    store(found, tmp_path, add=False)
+    save_section(found, tmp_path, add=False)
     write_report(tmp_path)
     summary = rows(tmp_path)
     met = {figure: cells[2] for figure, cells in summary.items()}
@@ -46,13 +46,13 @@ def test_a_target_is_met_by_the_median_of_the_ratios_round_by_round(tmp_path: Pa
     assert met["save, 1 process: faster than `dcp.save`"] == "**missed**"
     assert "1.05 (1.05 to 1.10)" in summary["save, 1 process: against a raw write"][1]
     assert met["save, 1 process: faster than torch_checkpointing"] == "-"
-    assert len(summary) == len(ROWS) + 1, "every figure, and the head"
+    assert len(summary) == len(TARGETS) + 1, "every figure, and the head"
 
 
 def test_the_best_of_several_is_what_counts(tmp_path: Path) -> None:
     """Method: a raw read past the page cache that is faster than one through it."""
     found = section("cold", **{"holdfast": [1.0], "raw": [2.0], "raw, direct": [0.5]})
-    store(found, tmp_path, add=False)
+    save_section(found, tmp_path, add=False)
     write_report(tmp_path)
     assert rows(tmp_path)["load, cold, 1 process: against a raw read"][1:] == [
         "2.00 (2.00 to 2.00) times (raw, direct)",
@@ -62,18 +62,18 @@ def test_the_best_of_several_is_what_counts(tmp_path: Path) -> None:
 
 def test_rounds_are_added_to_those_of_the_same_machine_alone(tmp_path: Path) -> None:
     """Method: the same section twice, then one of another machine."""
-    store(section("listing", raw=[1.0]), tmp_path, add=False)
-    store(section("listing", raw=[2.0, 3.0]), tmp_path, add=True)
+    save_section(section("listing", raw=[1.0]), tmp_path, add=False)
+    save_section(section("listing", raw=[2.0, 3.0]), tmp_path, add=True)
     write_report(tmp_path)
     assert "Rounds: 3." in (tmp_path / "README.md").read_text()
     other = Section("listing", "listing", "", {"raw": []}, {"nbytes": 1.0}, "another")
     with pytest.raises(AssertionError):
-        store(other, tmp_path, add=True)
+        save_section(other, tmp_path, add=True)
 
 
 def test_plots_are_xml_and_as_long_as_their_values(tmp_path: Path) -> None:
     """Method: widths of the bars of a drawn section."""
-    store(section("cold", raw=[1.0], holdfast=[2.0]), tmp_path, add=False)
+    save_section(section("cold", raw=[1.0], holdfast=[2.0]), tmp_path, add=False)
     write_report(tmp_path)
     drawn = (
         ET.parse(tmp_path / "cold-seconds.svg").getroot().iter("{http://www.w3.org/2000/svg}rect")
@@ -90,7 +90,7 @@ def test_no_way_always_comes_after_the_same_one() -> None:
         order.append(name)
         return {}
 
-    counted = in_turns({n: lambda n=n: way(n) for n in "abc"}, 10)  # type: ignore[misc]
+    counted = run_rounds({n: lambda n=n: way(n) for n in "abc"}, 10)  # type: ignore[misc]
     assert [len(figures) for figures in counted.values()] == [10] * 3
     before = set(pairwise(order))
     assert {(a, b) for a in "abc" for b in "abc" if a != b} <= before
@@ -99,12 +99,12 @@ def test_no_way_always_comes_after_the_same_one() -> None:
 def test_the_page_cache_is_what_a_cold_and_a_warm_load_say(tmp_path: Path) -> None:
     """Method: `mincore` on files of a disk; what lies in memory alone cannot be cold."""
     (tmp_path / "file").write_bytes(bytes(3 << 20))
-    recall(tmp_path)
+    warm_cache(tmp_path)
     assert resident_share(tmp_path) == 1
     if "tmpfs" not in subprocess.check_output(["stat", "-f", "-c", "%T", tmp_path], text=True):
-        forget(tmp_path)
+        cool_cache(tmp_path)
         assert resident_share(tmp_path) == 0
-        recall(tmp_path)
+        warm_cache(tmp_path)
         assert resident_share(tmp_path) == 1
 
 

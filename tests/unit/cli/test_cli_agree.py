@@ -1,4 +1,4 @@
-"""Every command, retention and the resume itself say the same of which step a run goes on from."""
+"""Every command, retention and the resume itself agree on the checkpoint that a resume takes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from holdfast.manager.resume import good_steps, newest_resumable
 from holdfast.storage.local import LocalStore
 
 KINDS: dict[str, Callable[[Path], None]] = {}
-"""Ways to make the newest step, `step-90`, out of a whole one that is not to be resumed from."""
+"""Ways to change the newest checkpoint, `step-90`, so that no resume may take it."""
 
 WHOLE: dict[str, Callable[[Path], None]] = {}
-"""Ways to make it something else that may be resumed from."""
+"""Ways to change it so that a resume may still take it."""
 
 
 def kind(make: Callable[[Path], None]) -> Callable[[Path], None]:
@@ -234,7 +234,7 @@ def a_link_to_a_step_elsewhere(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three whole steps."""
+    """Three good checkpoints."""
     home = tmp_path_factory.mktemp("saved")
     step = save_step(home / "run", 10)
     for number in (20, 90):
@@ -259,17 +259,17 @@ def taken_by_retention(run: Path) -> int | None:
 
 
 def taken_by_command(
-    verb: str, run: Path, capsys: pytest.CaptureFixture[str], *more: str
+    command: str, run: Path, capsys: pytest.CaptureFixture[str], *more: str
 ) -> int | None:
     capsys.readouterr()
-    main([verb, str(run), "--json", *more])
+    main([command, str(run), "--json", *more])
     said: dict[str, Any] = json.loads(capsys.readouterr().out)
     found: int | None = said["resume"]
     return found
 
 
 def protected_by_prune(run: Path, capsys: pytest.CaptureFixture[str]) -> int | None:
-    """The newest step that pruning keeps since a run may go on from it."""
+    """Returns the newest step that prune keeps because a resume could take it."""
     capsys.readouterr()
     assert main(["prune", str(run), "--keep-latest-k", "1", "--dry-run", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -291,33 +291,35 @@ def everybody(run: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[tuple[s
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", KINDS)
-def test_all_pass_over_the_same_step(
+def test_every_command_skips_the_same_checkpoint(
     name: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """G4, G16: one bad step ends no walk, and all take the one before it. Method: the newest step
-    made bad in every way; what each command says."""
+    """G4, G16: one bad checkpoint stops no command, and all take the one before it. Method: change
+    the newest checkpoint in every way of `KINDS`; compare the commands."""
     KINDS[name](run / "step-90")
     assert dict(everybody(run, capsys)) == dict.fromkeys(dict(everybody(run, capsys)), 20)
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_all_take_the_same_step(name: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """G4. Method: the newest step in every form that can be resumed from."""
+def test_every_command_takes_the_same_checkpoint(
+    name: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G4. Method: change the newest checkpoint in every way of `WHOLE`; compare the commands."""
     WHOLE[name](run / "step-90")
     assert dict(everybody(run, capsys)) == dict.fromkeys(dict(everybody(run, capsys)), 90)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
 @pytest.mark.parametrize("what", ["step-90", "step-90/manifest.json", "step-90/__0_0.distcp"])
-def test_all_pass_over_a_step_that_cannot_be_read(
+def test_every_command_skips_a_checkpoint_that_cannot_be_read(
     what: str,
     number: int,
     run: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """G4. Method: every call of the system's that names a folder or file of the newest step fails;
-    the commands that read data say so, and so does the resume once it reads."""
+    """G4. Method: every system call on a folder or file of the newest checkpoint fails; compare the
+    commands that read data, and the resume."""
     refused = str(run / what)
 
     def failing(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -333,13 +335,15 @@ def test_all_pass_over_a_step_that_cannot_be_read(
     assert dict(everybody(run, capsys)) == dict.fromkeys(dict(everybody(run, capsys)), 20)
 
 
-def test_a_copy_is_named_by_every_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """G4. Method: what each says to people; `load_step` of its number is refused; retention neither
-    counts nor removes it."""
+def test_every_command_reports_a_copy_under_another_step(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G4. Method: the text of each command; `load_step` with its number is refused; retention
+    neither counts nor removes it."""
     a_copy_under_another_number(run / "step-90")
-    for verb in ("list", "verify"):
+    for command in ("list", "verify"):
         capsys.readouterr()
-        main([verb, str(run)])
+        main([command, str(run)])
         assert "it holds step 10: it is a copy of that step" in capsys.readouterr().out
     assert main(["prune", str(run), "--keep-latest-k", "1", "--damaged"]) == 0
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:-1]}

@@ -1,4 +1,4 @@
-"""`holdfast convert`, as a person types it."""
+"""`holdfast convert` on the command line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hub_folders import LLAMA, hub_tensors, save_folder
 
 
 def test_a_conversion_of_tensors_alone_imports_no_torch(tmp_path: Path) -> None:
-    """Method: a fresh interpreter, to each format; then a look at the modules it has loaded."""
+    """Method: convert to each format in a fresh interpreter, then look at `sys.modules`."""
     source = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
     script = (
         "import sys\nfrom holdfast.cli.main import main\n"
@@ -32,10 +32,10 @@ def test_a_conversion_of_tensors_alone_imports_no_torch(tmp_path: Path) -> None:
         assert (ran.returncode, ran.stderr) == (0, ""), to
 
 
-def test_what_was_done_is_said_in_a_line_or_as_json(
+def test_the_result_is_printed_as_a_line_or_as_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: bytes and rate for people; the same for programs, with what was left aside."""
+    """Method: text and JSON output of a conversion with a note."""
     source = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA), num_files=2)
     (source / "old.safetensors").write_bytes(b"")
     assert main(["convert", str(source), str(tmp_path / "step-1")]) == 0
@@ -53,9 +53,9 @@ def test_what_was_done_is_said_in_a_line_or_as_json(
     assert not (tmp_path / "one.safetensors").exists()
 
 
-def test_a_name_on_the_hub_is_taken_from_its_cache(tmp_path: Path) -> None:
-    """Method: a cache as `huggingface_hub` keeps it, its files links, and no network: `org/name`
-    converts; another name says what to check; a path of that name wins."""
+def test_a_name_on_the_hub_is_read_from_its_cache(tmp_path: Path) -> None:
+    """Method: a cache as `huggingface_hub` keeps it, with links as files, and no network:
+    `org/name` converts; another name prints what to check; a folder of that name comes first."""
     cached = tmp_path / "home/hub/models--org--name"
     snapshot = cached / "snapshots/0123456789012345678901234567890123456789"
     blobs = save_folder(cached / "blobs", LLAMA, hub_tensors(LLAMA))
@@ -85,13 +85,15 @@ def test_a_name_on_the_hub_is_taken_from_its_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GB", "five", "-5GB", "0GB", "5 PB", "1e3"])
-def test_sizes_that_are_none_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is a size such as"):
+def test_invalid_sizes_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="must be a size such as"):
         nbytes_of(text)
 
 
-def test_a_step_of_a_hub_model_becomes_a_file_without_its_configuration(tmp_path: Path) -> None:
-    """G10. Method: a step with transformers' own names, as a run of such a model saves it."""
+def test_a_checkpoint_of_a_hugging_face_model_converts_to_a_file_without_its_configuration(
+    tmp_path: Path,
+) -> None:
+    """G10. Method: a checkpoint with the tensor names of transformers."""
     tensors = hub_tensors(LLAMA)
     holdfast.save(tmp_path / "step-1", tensors)
     assert main(["convert", str(tmp_path / "step-1"), str(tmp_path / "all.pt")]) == 0

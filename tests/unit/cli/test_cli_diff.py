@@ -1,4 +1,4 @@
-"""`holdfast diff`, and the elements that `holdfast show` reads: against what torch says."""
+"""`holdfast diff`, and the statistics of `holdfast show`, compared with torch's results."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int
 
 
 def found(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, dict[str, Any]]:
-    """The tensors of a diff by their names."""
+    """Returns the tensors of a diff by name."""
     said = json.loads(run(capsys, "diff", *arguments, "--json")[1])
     return {one["name"]: one for one in said["tensors"]}
 
 
-def test_equal_steps_are_compared_without_reading_their_data(
+def test_equal_checkpoints_are_compared_without_reading_their_data(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: two saves of one state; then one whose data is overwritten, and its checksums are
-    not: nobody notices, since nothing was read."""
+    """Method: two saves of one state; then the data of one is overwritten, but not its checksums.
+    The two still compare equal, since no data is read."""
     status, said, err = run(capsys, "diff", saved / "steps/step-1", saved / "steps/step-2")
     assert (status, err) == (0, "")
     assert said == "equal: 7 tensors, 6 of them by checksums, 3 values\n"
@@ -74,20 +74,20 @@ def test_equal_steps_are_compared_without_reading_their_data(
 
 
 @pytest.mark.parametrize(("a", "b"), [("steps/step-1", "stock"), ("stock", "model.pt")])
-def test_one_state_is_equal_in_every_format(
+def test_one_state_compares_equal_in_every_format(
     saved: Path, a: str, b: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: a step, a folder of stock DCP, a `.pt` file that holds one tensor more."""
+    """Method: checkpoints of Holdfast and of stock DCP, a `.pt` file with one more tensor."""
     tensors = found(capsys, saved / a, saved / b)
     unequal = {name: one["state"] for name, one in tensors.items() if one["state"] != "equal"}
     assert unequal == ({"transposed": "only in b"} if b == "model.pt" else {})
     assert not any(one["by_checksum"] for one in tensors.values() if one["num_elements"])
 
 
-def test_what_differs_is_named_with_how_much(
+def test_differences_are_listed_with_their_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: values, dtype, shape, names; what is equal in another dtype; the exit status."""
+    """Method: other elements, dtype, shape, names; equal elements in another dtype; exit status."""
     ours = {
         "same": torch.ones(3),
         "apart": torch.tensor([1.0, 2.0, 4.0]),
@@ -120,10 +120,10 @@ def test_what_differs_is_named_with_how_much(
 
 
 @pytest.mark.parametrize("changed", [False, True])
-def test_a_folder_of_the_hub_is_compared_through_the_table_of_its_family(
+def test_a_hugging_face_folder_is_compared_with_a_native_checkpoint(
     tmp_path: Path, changed: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: a small Llama converted to a step, either way round; then one element changed."""
+    """Method: a small Llama, converted, on either side; then one element is changed."""
     tensors = hub_tensors(LLAMA)
     hub = save_folder(tmp_path / "hub", LLAMA, tensors, num_files=2)
     options = ConvertOptions(to="dcp")
@@ -139,8 +139,8 @@ def test_a_folder_of_the_hub_is_compared_through_the_table_of_its_family(
     assert run(capsys, "diff", hub, tmp_path / "step-0", "--model-only")[0] == 6 * changed
 
 
-def test_no_torch_is_loaded(saved: Path) -> None:
-    """Method: the modules of a process that has compared, and one that has summed up."""
+def test_neither_diff_nor_statistics_import_torch(saved: Path) -> None:
+    """Method: run both in fresh interpreters, then look at `sys.modules`."""
     script = (
         "import sys\nfrom holdfast.cli.main import main\n"
         "assert main() == 0\nassert 'torch' not in sys.modules"
@@ -154,10 +154,10 @@ def test_no_torch_is_loaded(saved: Path) -> None:
         assert ran.returncode == 0, ran.stderr
 
 
-def test_statistics_and_values_need_a_tensor(
+def test_statistics_and_values_are_printed_of_one_tensor_only(
     saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: text; JSON, in which what is no number is spelled; a branch."""
+    """Method: text; JSON, where NaN is text; a branch, which is refused."""
     step = saved / "steps/step-1"
     said = run(capsys, "show", step, "model.scalar", "--stats", "--values")[1]
     assert "mean               1.5" in said
@@ -187,10 +187,10 @@ def wide(one: torch.Tensor) -> torch.Tensor:
     st.integers(0, 1000),
     st.integers(0, 3),
 )
-def test_differences_are_those_that_torch_finds(
+def test_differences_equal_those_that_torch_computes(
     tmp_path_factory: pytest.TempPathFactory, dtype: str, shape: list[int], seed: int, edits: int
 ) -> None:
-    """Method: any dtype and shape, a few elements replaced; NaN is equal to NaN alone."""
+    """Method: any dtype and shape, a few elements replaced. NaN equals only NaN."""
     a, b = tensor(seed, dtype, shape), tensor(seed, dtype, shape)
     flat, other = b.view(-1), tensor(seed + 1, dtype, shape).view(-1)
     for edit in range(min(edits, flat.numel())):
@@ -221,10 +221,10 @@ def test_differences_are_those_that_torch_finds(
     st.integers(0, 1000),
     st.sampled_from([1 << 5, 8 << 20]),
 )
-def test_statistics_are_those_that_torch_computes(
+def test_statistics_equal_those_that_torch_computes(
     tmp_path_factory: pytest.TempPathFactory, dtype: str, shape: list[int], seed: int, window: int
 ) -> None:
-    """Method: any dtype and shape, whole or in boxes of 32 bytes, some elements no numbers."""
+    """Method: any dtype and shape, in one box or in boxes of 32 bytes, some elements NaN."""
     one = tensor(seed, dtype, shape)
     if dtype in ("float32", "bfloat16") and one.numel() > 2:
         one.view(-1)[:2] = torch.tensor([math.nan, -math.inf])

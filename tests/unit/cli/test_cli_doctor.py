@@ -1,4 +1,4 @@
-"""`holdfast doctor`: each thing that can be wrong with a folder, and the command that mends it."""
+"""`holdfast doctor`: each problem of a folder, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -43,28 +43,28 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int
 
 
 def troubles(capsys: pytest.CaptureFixture[str], folder: Path) -> dict[str, dict[str, Any]]:
-    """By what they are about."""
+    """Returns the troubles by `where`."""
     found = json.loads(run(capsys, folder, "--json")[1])
     return {trouble["where"]: trouble for trouble in found["troubles"]}
 
 
-def test_nothing_is_wrong_with_a_folder_that_a_run_has_left(
+def test_doctor_finds_no_problem_in_the_folder_of_a_finished_run(
     steps: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, said, err = run(capsys, steps, "--verify")
     assert (status, err) == (0, "")
-    assert said == f"{steps}: 3 steps, a resume takes step 3\n  nothing is wrong\n"
+    assert said == f"{steps}: 3 checkpoints, a resume takes step 3\n  no problems\n"
 
 
-def test_damaged_steps_are_named_with_what_a_resume_does(
+def test_doctor_lists_damaged_checkpoints_and_its_command_removes_them(
     steps: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """G4. Method: a file missing; then one bit in another step, which only `--verify` sees, and the
-    first look says that it has read no data. The command that is offered mends it."""
+    """G4. Method: a missing file; then a flipped bit in another checkpoint, which only `--verify`
+    finds; without it `doctor` says that no data was read."""
     (steps / "step-3/__1_0.distcp").unlink()
     status, said, _ = run(capsys, steps)
     assert status == 7
-    assert "a resume passes it over, and takes step 2" in said
+    assert "a resume skips it, and takes step 2" in said
     found = troubles(capsys, steps)
     assert found.keys() == {"step-3"}
     assert found["step-3"]["mend"] == f"holdfast prune {steps} --damaged"
@@ -81,20 +81,20 @@ def test_damaged_steps_are_named_with_what_a_resume_does(
     (trouble,) = json.loads(said)["troubles"]
     assert trouble["where"] == "step-2"
     mend(trouble)
-    assert run(capsys, steps, "--verify")[1].endswith("takes step 1\n  nothing is wrong\n")
+    assert run(capsys, steps, "--verify")[1].endswith("takes step 1\n  no problems\n")
 
 
 def mend(trouble: dict[str, Any]) -> None:
-    """Run the command of a trouble as a shell does."""
+    """Run the command of a trouble in a shell."""
     script = f'holdfast() {{ {sys.executable} -m holdfast.cli "$@"; }}\n{trouble["mend"]}'
     subprocess.run(["bash", "-c", script], check=True, capture_output=True)
 
 
-def test_where_no_step_is_left_what_is_whole_can_be_taken_out(
+def test_without_a_good_checkpoint_the_command_saves_the_model(
     steps: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """G4. Method: the optimizer of every step damaged: its model becomes a seed elsewhere; then an
-    index that is gone, which nothing mends."""
+    """G4. Method: the optimizer of the only checkpoint is damaged: the model becomes a seed
+    elsewhere; then its index is deleted, which no command repairs."""
     for step in (1, 2):
         shutil.rmtree(steps / f"step-{step}")
     entry = holdfast.open(steps / "step-3").manifest.tensors["optimizer.moment"]
@@ -110,35 +110,35 @@ def test_where_no_step_is_left_what_is_whole_can_be_taken_out(
     assert all(name.startswith("model.") for name in seed.names())
     (steps / "step-3/manifest.json").unlink()
     status, said, _ = run(capsys, steps)
-    assert (status, "no command mends it: put a copy in its place" in said) == (7, True)
+    assert (status, "no command repairs it: restore it from a copy" in said) == (7, True)
     assert troubles(capsys, steps)["step-3"]["mend"] is None
 
 
-def test_a_step_that_a_run_has_marked_is_read_again_and_its_mark_taken_away(
+def test_the_command_for_a_marked_checkpoint_deletes_the_mark_if_it_is_undamaged(
     steps: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """G4. Method: a mark at a step that is whole; the command of the second look is run."""
+    """G4. Method: mark an undamaged checkpoint; run the command that `doctor --verify` prints."""
     mark_damaged(LocalStore(steps), 3, "a block")
     status, said, _ = run(capsys, steps)
     assert (status, "a resume takes step 2" in said) == (7, True)
     assert troubles(capsys, steps)["step-3"]["mend"] == f"holdfast verify {steps}/step-3 --mark"
     found = json.loads(run(capsys, steps, "--verify", "--json")[1])
     (trouble,) = found["troubles"]
-    assert "every byte of it is as it was written" in trouble["what"]
+    assert "every byte matches its checksum" in trouble["what"]
     assert main(shlex.split(trouble["mend"])[1:]) == 0
     capsys.readouterr()
-    assert "a resume takes step 3\n  nothing is wrong" in run(capsys, steps)[1]
+    assert "a resume takes step 3\n  no problems" in run(capsys, steps)[1]
 
 
-def test_what_killed_saves_left_goes_by_the_command_that_is_offered(
+def test_the_command_for_leftovers_of_killed_saves_deletes_them(
     steps: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: an attempt, and the note of a run that has died."""
+    """Method: an attempt, and the lock of a run that has ended."""
     (steps / ".attempt-step-4-0123abcd").mkdir()
     (steps / LOCK).write_text(f"host {os.uname().nodename}, pid 1, since then")
     found = troubles(capsys, steps)
     assert found[LOCK]["mend"] is None
-    assert "which has died; the next run takes it over" in found[LOCK]["what"]
+    assert "which has ended; the next run takes it over" in found[LOCK]["what"]
     command = shlex.split(found[".attempt-step-4-0123abcd"]["mend"])
     assert main(command[1:]) == 0
     capsys.readouterr()
@@ -147,23 +147,23 @@ def test_what_killed_saves_left_goes_by_the_command_that_is_offered(
     assert "another machine" in troubles(capsys, steps)[LOCK]["what"]
 
 
-def test_a_run_at_work_is_no_trouble_and_is_not_disturbed(
+def test_a_running_save_is_reported_as_in_use_and_not_disturbed(
     steps: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: the lock held as by a run, with an attempt on the way; it is still held after."""
+    """Method: hold the lock as a run does, with an attempt; it is still held afterwards."""
     (steps / ".attempt-step-4-0123abcd").mkdir()
     with LocalStore(steps).lock(LOCK, "host here, pid 7"):
         found = troubles(capsys, steps)
         assert found.keys() == {LOCK}
-        assert "by host here, pid 7, 1 folder on the way" in found[LOCK]["what"]
+        assert "by host here, pid 7, 1 folder in progress" in found[LOCK]["what"]
         assert LocalStore(steps).holder(LOCK) == "host here, pid 7"
     assert LocalStore(steps).holder(LOCK) is None
 
 
-def test_checkpoints_under_other_names_are_named_and_given_the_name_of_their_step(
+def test_the_command_for_a_checkpoint_under_another_name_renames_it(
     steps: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: a copy, a step renamed, a folder that is none; the command is run."""
+    """Method: a renamed checkpoint, a copy, a folder of notes; run the command."""
     (steps / "notes").mkdir()
     (steps / "step-3").rename(steps / "my best")
     shutil.copytree(steps / "step-2", steps / "step-2.bak")
@@ -175,18 +175,18 @@ def test_checkpoints_under_other_names_are_named_and_given_the_name_of_their_ste
     assert "a resume takes step 3" in run(capsys, steps)[1]
 
 
-def test_a_save_that_would_fail_is_an_error(
+def test_a_full_disk_and_missing_permissions_are_errors(
     steps: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G11. Method: a store that says it is full; a folder of somebody else's, where the test can
-    make one."""
+    """G11. Method: a store without free space; a folder of another user, where the test can make
+    one."""
 
     class Full(LocalStore):
         def free_bytes(self) -> int:
             return 1000
 
     name = steps.name
-    folder = doctor.Folder(
+    folder = doctor.ExaminedFolder(
         Full(steps.parent), name, LocalStore(steps.parent).list(name), _reports(steps), {}
     )
     (found,) = doctor.examine(folder)
@@ -209,7 +209,7 @@ def _reports(steps: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize("path", ["missing", "steps/step-1", "."])
-def test_what_is_no_folder_of_steps_is_not_found(
+def test_a_folder_without_checkpoints_is_an_error(
     steps: Path, path: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(capsys, steps.parent / path)[0] == 4

@@ -1,4 +1,4 @@
-"""What a command says of a mistake: which path, which file, and the next step."""
+"""Error messages of commands: the path, the file, and the next step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from holdfast.cli.main import main
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder: two steps of a run, a Hugging Face folder, a `.pt` file."""
+    """The current folder: two checkpoints of a run, a Hugging Face folder, a `.pt` file."""
     monkeypatch.chdir(tmp_path)
     model = torch.nn.Linear(2, 2)
     config = holdfast.CheckpointConfig(enable=True, interval=1)
@@ -29,21 +29,21 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of a command."""
+    """Run a command; returns its exit status, stdout and stderr."""
     status = main([*arguments])
     said = capsys.readouterr()
     return status, said.out, said.err
 
 
-@pytest.mark.parametrize("verb", ["list", "doctor", "prune"])
-def test_a_checkpoint_where_a_run_is_wanted_is_named_in_full(
-    verb: str, home: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", ["list", "doctor", "prune"])
+def test_a_hint_has_the_full_path_of_a_checkpoint_or_of_the_folder_of_a_run(
+    command: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """G8. Method: a step, and a folder above a run."""
-    status, _, err = run(capsys, verb, "run/step-1")
+    """G8. Method: a checkpoint, and the folder above a run's, in place of a run's folder."""
+    status, _, err = run(capsys, command, "run/step-1")
     assert status == 4
     assert f"hint: it is a checkpoint itself: holdfast verify {home}/run/step-1\n" in err
-    status, _, err = run(capsys, verb, ".")
+    status, _, err = run(capsys, command, ".")
     assert status == 4
     assert f"hint: there are some in {home}/run\n" in err
 
@@ -63,7 +63,9 @@ def test_an_export_names_the_file_that_it_cannot_map(
 def test_a_data_file_that_is_missing_is_damage(
     command: tuple[str, ...], home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """G3, G8. Method: the only data file of a step deleted; status 7, and how to know more."""
+    """G3, G8. Method: delete the only data file of a checkpoint. The exit status is 7, and the hint
+    names the command that lists the damage.
+    """
     (home / "run/step-2/__0_0.distcp").unlink()
     status, _, err = run(capsys, *command)
     assert status == 7
@@ -76,7 +78,7 @@ def test_a_data_file_that_is_missing_is_damage(
 def test_verify_finds_a_configuration_that_no_command_can_read(
     text: str, quick: tuple[str, ...], home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """G8. Method: a `config.json` that `show` refuses; a good one beside it is no finding."""
+    """G8. Method: a `config.json` that `show` refuses is a finding; a valid one is not."""
     Path("hf/config.json").write_text(json.dumps({"model_type": "llama"}))
     assert run(capsys, "verify", "hf", *quick)[0] == 0
     Path("hf/config.json").write_text(text)
@@ -89,12 +91,12 @@ def test_verify_finds_a_configuration_that_no_command_can_read(
 def test_a_report_replaces_an_earlier_report_and_no_other_file(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """G14. Method: somebody's page, kept; a report written twice."""
+    """G14. Method: write a report over a page of the user's, which stays; and over a report."""
     mine = home / "mine.html"
     mine.write_text("<!doctype html>mine")
     status, _, err = run(capsys, "report", "run", "--out", "mine.html")
     assert status == 5
-    assert "is no page of `holdfast report`" in err
+    assert "is not a page of `holdfast report`" in err
     assert mine.read_text() == "<!doctype html>mine"
     for _ in range(2):
         assert run(capsys, "report", "run", "--out", "page.html")[0] == 0
@@ -110,10 +112,10 @@ def test_a_report_replaces_an_earlier_report_and_no_other_file(
         ("report", "run", "--out", "~/page.html"),
     ],
 )
-def test_a_home_that_no_shell_has_spelled_out_is_refused(
+def test_a_path_that_starts_with_a_tilde_is_refused(
     command: tuple[str, ...], home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """G8. Method: each command; none makes a folder called `~`."""
+    """G8. Method: every command that takes a path. None creates a folder named `~`."""
     status, _, err = run(capsys, *command)
     assert status == 2
     assert "starts with `~`" in err

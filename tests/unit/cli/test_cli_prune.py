@@ -1,4 +1,4 @@
-"""`holdfast prune`: what it plans, what it removes, and what it never removes."""
+"""`holdfast prune`: its plan, what it removes, and what it never removes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from holdfast.storage.local import LocalStore
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six good steps."""
+    """Six good checkpoints."""
     home = tmp_path_factory.mktemp("saved")
     save_step(home / "steps", 10)
     for step in (20, 30, 40, 50, 60):
@@ -44,9 +44,11 @@ def there(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name != LOCK)
 
 
-def test_a_step_stays_if_any_rule_keeps_it(steps: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """G5. Method: the newest three, and those that 20 divides; the plan first, which changes
-    nothing, then its execution."""
+def test_a_checkpoint_stays_if_any_rule_keeps_it(
+    steps: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G5. Method: keep the newest three, and every multiple of 20 steps; first `--dry-run`, which
+    changes nothing."""
     before = there(steps)
     rules = ("--keep-latest-k", "3", "--keep-every-n-steps", "20")
     status, said, err = run(capsys, steps, *rules, "--dry-run")
@@ -63,10 +65,10 @@ def test_a_step_stays_if_any_rule_keeps_it(steps: Path, capsys: pytest.CaptureFi
     assert run(capsys, steps, *rules)[0] == 0
 
 
-def test_without_a_rule_only_what_killed_saves_left_goes(
+def test_without_a_rule_only_leftovers_of_killed_saves_are_removed(
     steps: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """G5. Method: an attempt and a removal cut off; a stranger's folder."""
+    """G5. Method: an attempt, an interrupted removal, and somebody else's folder."""
     before = there(steps)
     (steps / ".attempt-step-70-0123abcd").mkdir()
     (steps / ".attempt-step-70-0123abcd/__0_0.distcp").write_bytes(bytes(100))
@@ -78,10 +80,10 @@ def test_without_a_rule_only_what_killed_saves_left_goes(
     assert there(steps) == sorted([*before, "old-step-7-keep"])
 
 
-def test_pinned_and_damaged_steps_and_the_newest_two_stay(
+def test_pinned_and_damaged_checkpoints_and_the_newest_two_stay(
     steps: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """G5. Method: one pinned, one cut short, one marked; then damaged ones are asked for."""
+    """G5. Method: one pinned, one truncated, one marked; then `--damaged`."""
     pin(LocalStore(steps), 10)
     (steps / "step-20/__0_0.distcp").write_bytes(b"")
     mark_damaged(LocalStore(steps), 60, "a block")
@@ -94,23 +96,23 @@ def test_pinned_and_damaged_steps_and_the_newest_two_stay(
     assert there(steps) == [".pinned-step-10", "step-10", "step-40", "step-50"]
 
 
-def test_a_step_that_is_a_folder_of_hugging_face_is_never_taken_for_damaged(
+def test_a_hugging_face_folder_never_counts_as_damaged(
     steps: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """G5. Method: what `last_save_in_hf` leaves, and a folder of exports beside the steps."""
+    """G5. Method: a folder as `last_save_in_hf` writes it, and a folder of exports."""
     save_safetensors(steps / "step-70")
     save_safetensors(steps / "hf/step-70")
     said = run(capsys, steps, "--keep-latest-k", "2", "--damaged")[1]
     assert "a Hugging Face folder" in said
     assert there(steps) == ["hf", "step-50", "step-60", "step-70"]
     assert main(["doctor", str(steps)]) == 0
-    assert "nothing is wrong" in capsys.readouterr().out
+    assert "no problems" in capsys.readouterr().out
 
 
-def test_damaged_steps_stay_where_they_are_all_there_is(
+def test_damaged_checkpoints_stay_if_there_is_no_good_one(
     steps: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """G5. Method: every step cut short."""
+    """G5. Method: truncate every checkpoint."""
     for step in steps.iterdir():
         (step / "__0_0.distcp").write_bytes(b"")
     before = there(steps)
@@ -120,8 +122,10 @@ def test_damaged_steps_stay_where_they_are_all_there_is(
     assert there(steps) == before
 
 
-def test_a_folder_in_use_is_left_alone(steps: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """G5. Method: the lock is held, as a run holds it; a rehearsal is no harm."""
+def test_prune_changes_nothing_while_a_run_holds_the_lock(
+    steps: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G5. Method: hold the lock as a run does; `--dry-run` still works."""
     before = there(steps)
     with LocalStore(steps).lock(LOCK, "host here, pid 1"):
         status, _, err = run(capsys, steps, "--keep-latest-k", "2")
@@ -154,11 +158,11 @@ def test_a_mistake_removes_nothing(
 
 
 @pytest.mark.parametrize("what", ["step-60", "step-60/__0_0.distcp"])
-def test_a_step_that_cannot_be_read_now_is_not_removed_as_damaged(
+def test_a_checkpoint_on_a_failing_disk_is_not_removed_as_damaged(
     what: str, steps: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G16. Method: the system says that the disk is ill, of a folder or of a file; `--damaged`
-    leaves the step, which is whole once the disk is well."""
+    """G16. Method: system calls on a folder or a file fail with an I/O error; `--damaged` leaves
+    the checkpoint, which is undamaged once the disk works again."""
     refused, real = str(steps / what), {name: getattr(os, name) for name in ("open", "stat")}
 
     def failing(name: str, path: Any, *more: Any, **named: Any) -> Any:
@@ -174,10 +178,10 @@ def test_a_step_that_cannot_be_read_now_is_not_removed_as_damaged(
     assert there(steps) == before
 
 
-def test_what_another_process_is_at_work_on_stays(
+def test_an_attempt_that_another_process_holds_stays(
     steps: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """G16. Method: two attempts, one of them held, as a conversion holds its own."""
+    """G16. Method: two attempts, one of them held as a conversion holds its own."""
     store = LocalStore(steps)
     for number in (1, 2):
         store.make_folder(f".attempt-step-0-0000000{number}")

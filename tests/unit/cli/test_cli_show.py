@@ -1,4 +1,4 @@
-"""`holdfast show`: the tree of any checkpoint, and where a tensor lies."""
+"""`holdfast show`: the tree of any checkpoint, single tensors and values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from holdfast.format.region import Region
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One checkpoint of each kind."""
+    """One checkpoint of each format."""
     home = tmp_path_factory.mktemp("saved")
     save_step(home / "outputs", 7)
     save_stock(home / "stock")
@@ -39,7 +39,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int
 
 
 def entry(dtype: str, shape: tuple[int, ...], *files: str) -> TensorEntry:
-    """A tensor, its rows cut evenly over files."""
+    """Returns a tensor whose rows are split evenly over files."""
     chunks = []
     for index, file in enumerate(files):
         start, stop = (shape[0] * at // len(files) for at in (index, index + 1))
@@ -58,10 +58,10 @@ def entry(dtype: str, shape: tuple[int, ...], *files: str) -> TensorEntry:
         ("model.pt", "file of torch.save, 2.4 MB", "transposed  float32 4x3  48 B  model.pt"),
     ],
 )
-def test_every_kind_of_checkpoint_is_shown_as_a_tree(
+def test_a_checkpoint_of_any_format_is_shown_as_a_tree(
     saved: Path, path: str, form: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: text for people; JSON that has every tensor with its chunks."""
+    """Method: text, and JSON with every tensor and its chunks."""
     status, said, err = run(capsys, saved / path)
     assert (status, err) == (0, "")
     assert said.startswith(f"{saved / path}: {form}")
@@ -72,10 +72,10 @@ def test_every_kind_of_checkpoint_is_shown_as_a_tree(
         assert all(chunk["file"] in found["files"] for chunk in tensor["chunks"])
 
 
-def test_parameters_are_counted_by_part_and_shared_ones_once(
+def test_parameters_are_counted_by_component_and_tied_ones_once(
     saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: a state with two names for one tensor, by its sizes."""
+    """Method: a state with two names for one tensor; compare with its sizes."""
     found = json.loads(run(capsys, saved / "outputs/step-7", "--json")[1])
     assert found["parts"]["model"]["elements"] == 2_300_000 + 70 * 40 + 9 * 4 + 1
     assert found["parts"]["optimizer"] == {
@@ -91,10 +91,10 @@ def test_parameters_are_counted_by_part_and_shared_ones_once(
     assert "train_state: 2 values" in said
 
 
-def test_a_model_in_a_table_of_its_own_is_told_from_what_stands_beside_it(
+def test_a_model_nested_under_its_own_key_is_told_from_other_components(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: as Lightning nests it, and an optimizer's own state; then the model alone."""
+    """Method: nested as by Lightning, with an optimizer's state; then only the model."""
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(3)).sum().backward()
@@ -116,10 +116,10 @@ def test_a_model_in_a_table_of_its_own_is_told_from_what_stands_beside_it(
     assert "holds no model" in capsys.readouterr().err
 
 
-def test_a_tensor_is_shown_with_its_place_and_a_beginning_with_all_below(
+def test_a_name_shows_one_tensor_and_a_prefix_shows_all_below(
     saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: a tensor, a branch, a value, and names that are none."""
+    """Method: a tensor, a branch, a value, and unknown names."""
     step = saved / "outputs/step-7"
     said = run(capsys, step, "model.half")[1].splitlines()
     assert said[0] == "model.half  bfloat16 70x40  5.6 kB  1 chunk in 1 file"
@@ -130,23 +130,21 @@ def test_a_tensor_is_shown_with_its_place_and_a_beginning_with_all_below(
     assert "tied_too" in below
     assert "optimizer" not in below
     status, _, err = run(capsys, step, "model.larg")
-    assert (status, "near it: model.large" in err) == (4, True)
+    assert (status, "similar names: model.large" in err) == (4, True)
 
 
-def test_what_is_no_checkpoint_is_an_error_that_leads_on(
+def test_a_path_without_a_checkpoint_is_an_error_with_a_hint(
     saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: a folder of steps; a folder of folders; nothing."""
+    """Method: a folder of checkpoints; a folder of folders; a path that does not exist."""
     status, _, err = run(capsys, saved / "outputs")
     assert (status, f"its newest step: {saved}/outputs/step-7" in err) == (4, True)
     assert "holdfast list" in run(capsys, saved)[2]
     assert run(capsys, saved / "missing")[0] == 4
 
 
-def test_a_value_is_shown_as_it_is_in_every_format(
-    saved: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Method: one value, and all below a name, as text and as JSON."""
+def test_a_value_is_shown_in_every_format(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Method: one value, and all below a name; text and JSON."""
     for path, step in ((saved / "outputs/step-7", "7  "), (saved / "stock", "7  ")):
         status, said, err = run(capsys, path, "train_state.step")
         assert (status, err) == (0, "")
@@ -165,10 +163,10 @@ def test_a_value_is_shown_as_it_is_in_every_format(
     assert run(capsys, saved / "outputs/step-7", "train_state.step", "--stats")[0] == 2
 
 
-def test_the_element_of_a_tensor_that_has_one_is_shown_with_its_place(
+def test_a_tensor_of_one_element_is_shown_with_its_element(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: numbers that neither float64 nor five digits hold; flags, complex ones, none."""
+    """Method: an integer beyond float64, a bool, a complex number; an empty tensor."""
     state = {"n": torch.tensor(2**60 + 1), "f": torch.tensor([[0.5]]), "b": torch.tensor(True)}
     state |= {"c": torch.tensor(1 - 2j), "many": torch.arange(3), "none": torch.ones(0)}
     holdfast.save(tmp_path / "x", state)
@@ -180,10 +178,9 @@ def test_the_element_of_a_tensor_that_has_one_is_shown_with_its_place(
     assert said[-1].split() == ["0", "1", "2"]
 
 
-def test_a_damaged_value_is_said_to_be_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """G3. Method: a byte of its container; and a value that no container of torch's holds."""
+def test_a_damaged_value_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """G3. Method: change a byte of its container; then a value that is no `torch.save`
+    container."""
     holdfast.save(tmp_path / "x", {"step": 7})
     file = tmp_path / "x/__0_0.distcp"
     data = bytearray(file.read_bytes())
@@ -193,8 +190,8 @@ def test_a_damaged_value_is_said_to_be_one(
     assert (status, "value `step` has checksum" in err) == (7, True)
 
 
-def test_blocks_that_are_alike_stand_in_the_tree_once() -> None:
-    """Method: three blocks alike, one that is not, one alike again; then one by one."""
+def test_equal_blocks_are_one_line_of_the_tree() -> None:
+    """Method: three equal blocks, a different one, an equal one; then with `--each`."""
     tensors = {}
     for index in range(5):
         size = 8 if index == 3 else 4
@@ -209,13 +206,13 @@ def test_blocks_that_are_alike_stand_in_the_tree_once() -> None:
     assert sum("up.weight" in line for line in every) == 5
 
 
-def test_a_tensor_in_many_files_names_their_number() -> None:
+def test_a_tensor_in_many_files_is_shown_with_the_number_of_files() -> None:
     tensors = {"weight": entry("float32", (8, 2), *map(str, range(8)))}
     assert list(lines(tree_of(tensors))) == ["weight  float32 8x2  64 B  8 chunks in 8 files"]
 
 
 def test_a_picture_has_a_letter_for_each_chunk() -> None:
-    """Method: rows, columns, a grid, cuts along the inner dims of four, one element, none."""
+    """Method: split by rows, by columns, by both, along inner dims; a scalar; an empty tensor."""
     rows = [Region((0, 0), (3, 5)), Region((3, 0), (6, 5))]
     assert draw((6, 5), rows) == ["AAAAA"] * 3 + ["BBBBB"] * 3
     columns = [Region((0, 0), (2, 1)), Region((0, 1), (2, 4))]
@@ -228,9 +225,11 @@ def test_a_picture_has_a_letter_for_each_chunk() -> None:
 
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=3), st.integers(1, 5), st.integers(0, 2))
-def test_a_picture_is_as_the_regions_are(shape: list[int], pieces: int, dim: int) -> None:
-    """Method: any shape cut along any dim; every cell's letter is that of the chunk that holds the
-    element in its middle, and the letters stand in their order."""
+def test_each_letter_of_a_picture_is_that_of_the_chunk_there(
+    shape: list[int], pieces: int, dim: int
+) -> None:
+    """Method: any shape split along any dim. The letter of each cell belongs to the chunk with the
+    element in the cell's middle, and letters are in order."""
     dim %= len(shape)
     cuts = [shape[dim] * at // pieces for at in range(pieces + 1)]
     regions = []

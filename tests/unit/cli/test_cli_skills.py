@@ -1,4 +1,4 @@
-"""`holdfast skills`: what its verbs print, and how they end."""
+"""`holdfast skills`: output and exit status of its commands."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from holdfast.cli.main import main
-from holdfast.cli.skills import VERBS
+from holdfast.cli.skills import COMMANDS
 from holdfast.skills.bundle import shipped
 from skills import files_in
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where `--to agents` leads."""
+    """Folder that `--to agents` means."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return tmp_path / ".agents/skills"
@@ -28,10 +28,10 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return status, said.out, said.err
 
 
-def test_sync_and_update_print_counts_and_what_was_left_alone(
+def test_sync_and_update_print_counts_and_the_skipped_skills(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: fresh; again; one changed and one deleted; as JSON."""
+    """Method: a first sync; another one after one copy was changed and one deleted; as JSON."""
     count = len(shipped())
     assert run(capsys, "sync")[1] == (
         f"{root}: {count} new, 0 updated, 0 cleaned, 0 current, 0 skipped\n"
@@ -48,10 +48,10 @@ def test_sync_and_update_print_counts_and_what_was_left_alone(
     assert {one["name"]: one["state"] for one in found["skills"]}["holdfast"] == "modified"
 
 
-def test_a_rehearsal_writes_nothing_and_a_check_ends_with_6(
+def test_a_dry_run_writes_nothing_and_a_check_exits_with_6(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: before a first sync, and after it."""
+    """Method: before the first sync, and after it."""
     status, said, _ = run(capsys, "sync", "--dry-run")
     assert status == 0
     assert " new, " in said
@@ -64,8 +64,10 @@ def test_a_rehearsal_writes_nothing_and_a_check_ends_with_6(
     assert run(capsys, "sync", "--check")[0] == 0
 
 
-def test_list_and_show_say_what_is_shipped(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Method: text and JSON; a reference; names that are none."""
+def test_list_and_show_print_the_shipped_skills(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Method: text and JSON; a reference; unknown names."""
     status, said, _ = run(capsys, "list")
     assert status == 0
     assert all(name in said for name in shipped())
@@ -81,8 +83,10 @@ def test_list_and_show_say_what_is_shipped(root: Path, capsys: pytest.CaptureFix
     assert run(capsys, "show", "holdfats")[0] == 4
 
 
-def test_diff_reset_and_remove(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Method: a changed copy, through all of them; then a sync, and a reset of what was removed."""
+def test_diff_shows_a_changed_copy_and_reset_and_remove_archive_it(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Method: run all three on a changed copy; then sync, and reset the removed skill."""
     run(capsys, "sync")
     path = root / "holdfast/SKILL.md"
     path.write_text(path.read_text() + "a line of mine\n")
@@ -99,10 +103,10 @@ def test_diff_reset_and_remove(root: Path, capsys: pytest.CaptureFixture[str]) -
     assert files_in(root / "holdfast") == shipped()["holdfast"].files
 
 
-def test_a_path_and_a_project_are_targets_too(
+def test_sync_takes_a_path_and_a_project_as_targets(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: a path; a project that is none, then one."""
+    """Method: a path; a project outside of a repository, then in one."""
     assert run(capsys, "sync", "--to", "some/where")[0] == 0
     assert (root.parents[1] / "some/where/holdfast/SKILL.md").exists()
     assert run(capsys, "sync", "--project")[0] == 4
@@ -112,18 +116,22 @@ def test_a_path_and_a_project_are_targets_too(
     assert not root.exists()
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_of_each_verb_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_each_command_has_an_example(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["skills", verb, "--help"])
+        main(["skills", command, "--help"])
     assert ended.value.code == 0
-    assert f"Example: holdfast skills {verb}" in capsys.readouterr().out
+    assert f"Example: holdfast skills {command}" in capsys.readouterr().out
 
 
-def test_help_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_commands_and_a_misspelled_one_gets_a_hint(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     status, said, _ = run(capsys, "--help")
     assert status == 0
-    assert all(f"  {verb}" in said for verb in VERBS)
+    assert all(f"  {command}" in said for command in COMMANDS)
     status, _, err = run(capsys, "snyc")
     assert (status, "did you mean `holdfast skills sync`?" in err) == (2, True)
     assert run(capsys)[0] == 2

@@ -1,4 +1,4 @@
-"""`holdfast verify`: what it says of a file, and how it says many findings."""
+"""`holdfast verify`: single files, and the output of many findings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from holdfast.cli.main import main
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A step that two ranks wrote, and one checkpoint of every other kind."""
+    """A checkpoint that two ranks wrote, and one of every other format."""
     home = tmp_path_factory.mktemp("saved")
     save_step(home / "outputs/checkpoint", 3)
     save_stock(home / "stock")
@@ -28,19 +28,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def home(saved: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be broken."""
+    """A copy of `saved` that the test may damage."""
     return Path(shutil.copytree(saved, tmp_path / "home"))
 
 
 def damage(path: Path) -> None:
-    """One bit in the middle of a file."""
+    """Flip one bit in the middle of a file."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of a command."""
+    """Run a command; returns its exit status, stdout and stderr."""
     status = main([str(argument) for argument in arguments])
     said = capsys.readouterr()
     return status, said.out, said.err
@@ -56,24 +56,24 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int
         ("hf/model.safetensors.index.json", "is the index of the weights of", "hf"),
     ],
 )
-def test_a_piece_of_a_checkpoint_says_of_which(
+def test_a_single_file_of_a_checkpoint_is_refused_with_the_command_for_the_checkpoint(
     saved: Path, path: str, said: str, hint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: files of each kind of checkpoint, given to each verb that takes a checkpoint."""
-    verbs: tuple[tuple[str, ...], ...] = (("verify",), ("show",), ("convert",), ("diff",))
-    for (verb,) in verbs:
-        more = ["x"] if verb == "convert" else [saved / "model.pt"] if verb == "diff" else []
-        status, out, err = run(capsys, verb, saved / path, *more)
+    """Method: files of checkpoints of each format, given to each command that takes a
+    checkpoint."""
+    for command in ("verify", "show", "convert", "diff"):
+        second: dict[str, list[str | Path]] = {"convert": ["x"], "diff": [saved / "model.pt"]}
+        status, out, err = run(capsys, command, saved / path, *second.get(command, []))
         assert (status, out) == (2, "")
         assert said in err
         assert err.splitlines()[1].endswith(hint)
         assert err.splitlines()[1].startswith("hint: holdfast verify ")
 
 
-def test_a_file_says_what_it_is(
+def test_verify_names_the_format_of_a_file(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: files that are checkpoints, whole and damaged; one of two; those of others."""
+    """Method: undamaged and damaged files, one file of two, and files of other programs."""
     assert "good, file of torch.save, 11 entries" in run(capsys, "verify", home / "model.pt")[1]
     shard = "hf/model-00001-of-00002.safetensors"
     said = run(capsys, "verify", home / shard)[1]
@@ -92,8 +92,8 @@ def test_a_file_says_what_it_is(
     }
     for name, (data, expected) in others.items():
         (tmp_path / name).write_bytes(data)
-        for verb in ("verify", "show"):
-            status, out, err = run(capsys, verb, tmp_path / name)
+        for command in ("verify", "show"):
+            status, out, err = run(capsys, command, tmp_path / name)
             assert (status in (2, 4), out) == (True, "")
             assert expected in err
     (tmp_path / "a.npz").write_bytes(_zip())
@@ -106,11 +106,11 @@ def _zip() -> bytes:
     return buffer.getvalue()
 
 
-def test_findings_of_one_cause_are_one_line_with_their_number(
+def test_findings_with_one_cause_are_one_line_with_their_number(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """G3. Method: zeros over many blocks; a file cut short; a file of a stock checkpoint gone. All
-    findings are in the JSON."""
+    """G3. Method: overwrite many blocks with zeros; truncate a file; delete a file of a stock
+    checkpoint. JSON lists every finding."""
     step = home / "outputs/checkpoint/step-3"
     whole = (step / "__0_0.distcp").read_bytes()
     manifest = holdfast.open(step).manifest

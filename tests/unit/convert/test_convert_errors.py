@@ -117,8 +117,8 @@ def test_a_tensor_in_two_files_is_refused_with_or_without_an_index(tmp_path: Pat
     index = dict.fromkeys(tensors, "model.safetensors") | {"model.norm.weight": "more.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     message = refused(folder, kind=FormatError)
-    assert "`more.safetensors` holds `lm_head.weight`" in message
-    assert "`model.safetensors` holds `model.norm.weight`" in message
+    assert "`lm_head.weight` is in `more.safetensors`, which the index does not say" in message
+    assert "`model.norm.weight` is in `model.safetensors`" in message
 
 
 def test_a_file_outside_the_index_is_ignored_with_a_note(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`holdfast report`: one page that needs nothing but itself, whatever a folder holds."""
+"""`holdfast report`: a self-contained page, whatever the folder holds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from checkpoints import copy_step, save_step
 from holdfast.catalog.listing import CheckpointRow
 from holdfast.cli.main import main
 from holdfast.dashboard.chart import POINTS_MAX, Point, bars, dots, line
-from holdfast.dashboard.history import Watch, history_of
+from holdfast.dashboard.history import HistoryReader, history_of
 from holdfast.dashboard.page import page
 from holdfast.timing import times_of
 
@@ -33,7 +33,7 @@ NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 40 steps that was killed once; of its five checkpoints one is damaged."""
+    """A run of 40 steps that was killed once, with four checkpoints, one of them damaged."""
     home = tmp_path_factory.mktemp("run")
     folder = home / "outputs/checkpoint"
     save_step(folder, 10)
@@ -53,7 +53,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def row(step: int, time: float) -> dict[str, Any]:
-    """A line as a run reports it, which saves after each tenth step; rank 3 is the slowest."""
+    """Returns a line of a run that saves after each tenth step, with rank 3 the slowest."""
     seconds = [{"plan": 0.1, "write": 1.0 + (rank == 3)} for rank in range(4)]
     saves = [times_of(step - 1, 1000, seconds)] if step % 10 == 1 and step > 1 else []
     return {
@@ -69,7 +69,7 @@ def row(step: int, time: float) -> dict[str, Any]:
 
 
 class Checked(HTMLParser):
-    """Fails on tags that are not closed in their order; gathers text and attributes."""
+    """Fails on tags that are not closed in order; collects text, attributes and tags."""
 
     VOID = ("meta",)
 
@@ -98,38 +98,38 @@ class Checked(HTMLParser):
         self.text += data
 
 
-def test_a_run_is_told_on_one_page(
+def test_the_page_shows_the_run_and_loads_nothing(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: the file that the command writes: the numbers of the run, each of its steps, and
-    nothing that is fetched or run."""
+    """Method: parse the file that the command writes: numbers of the run, every checkpoint, and no
+    tag or attribute that loads or runs anything."""
     out = tmp_path / "page.html"
     assert main(["report", str(saved / "outputs/checkpoint"), "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}\n"
     text = out.read_text()
     found = Checked(text)
-    for said in ("4 steps, 1 damaged, a resume takes step 40", "Throughput", "step reached"):
+    for said in ("4 checkpoints, 1 damaged, a resume takes step 40", "Throughput", "step reached"):
         assert said in found.text
     assert "`__1_0.distcp` is missing" in found.text
-    assert "rank 3 was the slowest in 3 of 5" in found.text, "of 40 its manifest alone knows"
+    assert "rank 3 was the slowest in 3 of 5" in found.text, "of 40 only its manifest has timings"
     assert "step 20: plan 0.10 s (rank 0), read 0.60 s (rank 0)" in found.text, "the resume"
     assert "step 3: removed" in found.text
     assert "1 removed since" in found.text
     assert "resumedfrom 201 time, last in 0.7 s" in found.text
-    assert "saves failed2" in found.text, "told twice of one step, counted once"
+    assert "saves failed2" in found.text, "two records of one step count once"
     assert "step 20: plan 0.10 s (rank 0), write 2.00 s (rank 3)" in found.text
     assert "pinned" in found.text
     assert ".attempt-step-50-0123abcd" in found.text
-    assert "step 30: damaged" in found.text, "its dot on the course of the run"
+    assert "step 30: damaged" in found.text, "its dot in the chart of steps over time"
     assert found.tags.isdisjoint({"script", "link", "img", "iframe", "object"})
     assert not re.search(r"(?:src|href)=|url\(|@import", text)
     for svg in re.findall(r"<svg.*?</svg>", text):
         ElementTree.fromstring(svg)
 
 
-def test_the_share_that_saving_took_is_of_the_time_that_the_run_was_alive(saved: Path) -> None:
-    """Method: 43 seconds between reports of two lives, 1.5 of them held up; the time between the
-    two is nobody's. Steps that were done twice count once for what the run stands on."""
+def test_the_share_of_time_blocked_by_saves_counts_only_running_time(saved: Path) -> None:
+    """Method: two processes of one run, with 43 seconds between their records, 1.5 of them blocked.
+    The time between the two processes does not count; steps that were done twice count once."""
     history = history_of(str(saved / "outputs/checkpoint"))
     assert len(history.reports) == 46
     assert [report.step for report in history.current] == list(range(1, 41))
@@ -138,30 +138,30 @@ def test_the_share_that_saving_took_is_of_the_time_that_the_run_was_alive(saved:
     assert "1.5 s of training" in page(history, NOW)
 
 
-def test_what_has_not_changed_is_not_read_again(saved: Path, tmp_path: Path) -> None:
-    """Method: a folder looked at again: rows of untouched steps are the same objects; a step that
-    loses a file is damaged at once, a mark is seen, new lines are read, half a line is not."""
+def test_unchanged_checkpoints_and_metrics_are_not_read_again(saved: Path, tmp_path: Path) -> None:
+    """Method: read a folder twice. Rows of unchanged checkpoints are the same objects; a deleted
+    file, a new mark and new lines are noticed, and half a line is not read."""
     home = shutil.copytree(saved, tmp_path / "run")
     folder, log = home / "outputs/checkpoint", home / "outputs/metrics.jsonl"
-    watch = Watch(str(folder))
-    before = watch.look()
+    reader = HistoryReader(str(folder))
+    before = reader.read()
     (folder / "step-20/__1_0.distcp").unlink()
     (folder / ".damaged-step-40").write_text("a block")
     with log.open("a") as file:
         file.write("\n" + json.dumps(row(42, 2042.0)) + "\n" + json.dumps(row(43, 2043.0))[:40])
-    after = watch.look()
+    after = reader.read()
     assert [r.state for r in after.rows[:4]] == ["good", "damaged", "damaged", "damaged"]
     assert after.rows[0].files is before.rows[0].files
     assert [report.step for report in after.reports[-2:]] == [40, 42]
     assert after.reports[0] is before.reports[0]
     log.write_text(json.dumps(row(1, 5.0)))
-    assert [report.time for report in watch.look().reports] == [5.0], "another run's"
+    assert [report.time for report in reader.read().reports] == [5.0], "another run's"
 
 
-def test_a_folder_without_reports_has_a_page_too(
+def test_a_folder_without_metrics_has_a_page(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: the steps alone; then a folder that is none; a place that cannot be written."""
+    """Method: no metrics file; then a missing folder; then a target that cannot be written."""
     folder = shutil.copytree(saved / "outputs/checkpoint", tmp_path / "steps")
     assert "Throughput" not in page(history_of(str(folder)), NOW)
     assert main(["report", str(tmp_path / "missing")]) == 4
@@ -170,15 +170,15 @@ def test_a_folder_without_reports_has_a_page_too(
 
 
 NO_SAVES: list[Any] = [[{}], [1], [{"step": 1, "seconds": 1, "stages": {}}], [{"stages": []}]]
-NO_REPORTS = (
+INVALID_LINES = (
     *(json.dumps({**row(3, 1003.0), "saves": saves}) for saves in NO_SAVES),
     *("", "{", "[]", "{}", '{"step": "1"}', '{"step": 1e999}', "\x00", "[" * 100_000),
 )
 
 
-@pytest.mark.parametrize("line", NO_REPORTS)
-def test_lines_that_are_no_reports_are_left_out(saved: Path, tmp_path: Path, line: str) -> None:
-    """Method: alone, and between good ones; numbers that are none are not drawn."""
+@pytest.mark.parametrize("line", INVALID_LINES)
+def test_invalid_lines_of_metrics_are_skipped(saved: Path, tmp_path: Path, line: str) -> None:
+    """Method: an invalid line between valid ones; losses of NaN are not drawn."""
     folder = shutil.copytree(saved / "outputs/checkpoint", tmp_path / "outputs/checkpoint")
     good = [json.dumps({**row(step, 1000.0 + step), "loss": math.nan}) for step in (1, 2)]
     (tmp_path / "outputs/metrics.jsonl").write_text("\n".join([good[0], line, good[1]]))
@@ -188,8 +188,8 @@ def test_lines_that_are_no_reports_are_left_out(saved: Path, tmp_path: Path, lin
     assert "<h2>Throughput</h2>" in page(history, NOW)
 
 
-def test_names_made_to_harm_are_text(saved: Path) -> None:
-    """G8. Method: markup in the place, a problem, a layout and the names of files."""
+def test_markup_in_names_is_escaped(saved: Path) -> None:
+    """G8. Method: markup in the path, a problem, a layout and the names of files."""
     evil = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
     history = history_of(str(saved / "outputs/checkpoint"))
     rows = [
@@ -207,11 +207,11 @@ numbers = st.floats(allow_nan=True, allow_infinity=True, width=32)
 
 
 @given(st.lists(st.tuples(numbers, numbers), max_size=30), st.integers(1, 40))
-def test_any_numbers_make_a_drawing_within_its_bounds(
+def test_any_numbers_make_a_chart_within_its_bounds(
     values: list[tuple[float, float]], times: int
 ) -> None:
-    """Method: any points, many of them too; every chart is well-formed, and draws no number that is
-    none."""
+    """Method: any points, also very many. Every chart is well-formed XML within its bounds, and
+    draws neither NaN nor infinity."""
     points = [Point(x, y, f"<{x}>") for x, y in values] * times
     for text in (
         line(points, spell=str, spell_x=str),
@@ -234,11 +234,11 @@ def test_any_numbers_make_a_drawing_within_its_bounds(
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (390, False)])
-def test_a_browser_shows_it_in_light_and_dark_and_on_a_phone(
+def test_a_browser_shows_the_page_in_light_and_dark_and_on_a_phone(
     saved: Path, tmp_path: Path, width: int, dark: bool
 ) -> None:
-    """Method: a picture by headless Chromium: its ground is light or dark, there is much on it in
-    the colours of the charts, and nothing reaches over the margins."""
+    """Method: a screenshot by headless Chromium: the background is light or dark, the colours of
+    the charts occur, and the margins are empty."""
     out = tmp_path / "page.html"
     main(["report", str(saved / "outputs/checkpoint"), "--out", str(out)])
     scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []

@@ -1,4 +1,4 @@
-"""`holdfast serve`: what is served, to whom, and that nothing a client or a folder does ends it."""
+"""`holdfast serve`: answers, refusals, and survival of bad clients and bad folders."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ class Server:
         raise TimeoutError(f"{path} does not answer {status}: {found}")
 
     def raw(self, request: bytes) -> bytes:
-        """What comes back until the server closes; the last header asks it to."""
+        """Send a request with `Connection: close`; returns the answer."""
         request = request.removesuffix(b"\r\n") + b"Connection: close\r\n\r\n"
         with socket.create_connection(("127.0.0.1", self.port), timeout=10) as client:
             try:
                 client.sendall(request)
                 return b"".join(iter(lambda: client.recv(1 << 16), b""))
             except ConnectionError:
-                return b""  # Closed while we were still talking.
+                return b""  # The server closed before all was sent.
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def serving(*arguments: str | Path, setting: str = "") -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of three steps, of which one is damaged, beside a secret."""
+    """A folder of three checkpoints, one of them damaged, beside a secret."""
     home = tmp_path_factory.mktemp("home")
     folder = save_step(home / "outputs/checkpoint", 10).parent
     for step in (20, 30):
@@ -106,11 +106,11 @@ def served(steps: Path) -> Iterator[Server]:
         yield server
 
 
-def test_a_run_is_served_as_page_json_health_and_metrics(served: Server, steps: Path) -> None:
-    """Method: each place of the server; two folders, of which one is not there."""
+def test_the_server_answers_with_page_json_and_health(served: Server, steps: Path) -> None:
+    """Method: every path of the server; two folders, one of them missing."""
     status, page, headers = served.get("/runs/0")
     assert status == 200
-    assert b"3 steps, 1 damaged, a resume takes step 20" in page
+    assert b"3 checkpoints, 1 damaged, a resume takes step 20" in page
     assert served.get("/runs/0", **{"If-None-Match": headers["ETag"]})[:2] == (304, b"")
     assert b"a resume takes step 20" in served.get("/")[1]
     first, second = served.json("/api/runs")["runs"]
@@ -123,9 +123,9 @@ def test_a_run_is_served_as_page_json_health_and_metrics(served: Server, steps: 
     assert (status, [*json.loads(health)["problems"]]) == (503, [str(steps.parent / "none")])
 
 
-def test_metrics_have_the_names_and_numbers_that_prometheus_expects(tmp_path: Path) -> None:
-    """Method: a run of three steps, one save of them failed, read by the client library's own
-    parser: units and `_total` at the end of names, a help text for each."""
+def test_metrics_follow_the_conventions_of_prometheus(tmp_path: Path) -> None:
+    """Method: a run of three steps with one failed save, read by the parser of the client library:
+    units and `_total` at the end of names, help texts, values."""
     folder = save_step(tmp_path / "outputs/checkpoint", 2).parent
     stage = {"least": 0.5, "median": 1.0, "most": 2.0, "slowest": 1}
     save = {"step": 2, "nbytes": 100, "seconds": 2.5, "stages": {"write": stage}}
@@ -153,8 +153,8 @@ def test_metrics_have_the_names_and_numbers_that_prometheus_expects(tmp_path: Pa
     assert found["checkpoint_bytes"] > 2e6
 
 
-def test_a_step_that_is_too_old_is_not_healthy(steps: Path) -> None:
-    """Method: an age that no step can have; then none is asked for."""
+def test_a_run_is_unhealthy_if_its_newest_checkpoint_is_too_old(steps: Path) -> None:
+    """Method: with `--max-age` of a millisecond, and without."""
     with serving(steps, "--max-age", "0.001") as server:
         status, said, _ = server.get("/healthz")
         assert status == 503
@@ -173,7 +173,7 @@ PATHS = (
 
 @pytest.mark.parametrize("path", PATHS)
 def test_no_request_names_a_path(served: Server, path: str) -> None:
-    """G8. Method: traversal in every spelling, as it stands on the wire."""
+    """G8. Method: path traversal in every spelling, sent unchanged."""
     said = served.raw(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     assert said.split(b" ")[1] in (b"404", b"400", b"421")
     assert b"hidden" not in said
@@ -197,17 +197,19 @@ REQUESTS = (
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=range(len(REQUESTS)))
-def test_what_is_no_reading_request_of_ours_is_refused(served: Server, request_: str) -> None:
-    """G8. Method: other methods, other hosts, headers without end, and no HTTP at all; the server
-    answers the next one, and writes no traceback."""
+def test_other_methods_hosts_and_malformed_requests_are_refused(
+    served: Server, request_: str
+) -> None:
+    """G8. Method: other methods, other hosts, endless headers, and no HTTP at all. The server
+    writes no traceback, and answers the next request."""
     said = served.raw(request_.encode("latin-1"))
     assert not said or said.split(b" ")[1] in (b"400", b"404", b"405", b"421")
     assert b"Traceback" not in said
     assert served.get("/api/runs")[0] == 200
 
 
-def test_browsers_are_told_to_load_nothing_from_elsewhere(served: Server) -> None:
-    """Method: the headers of a page, a refusal and a metric."""
+def test_headers_forbid_browsers_to_load_anything_from_elsewhere(served: Server) -> None:
+    """Method: the headers of a page, an error and the metrics."""
     for path in ("/", "/none", "/metrics"):
         headers = served.get(path)[2]
         assert "default-src 'none'" in headers["Content-Security-Policy"]
@@ -217,10 +219,10 @@ def test_browsers_are_told_to_load_nothing_from_elsewhere(served: Server) -> Non
         assert headers["Server"] is None
 
 
-def test_slow_clients_make_way(steps: Path) -> None:
-    """Method: many clients that send half a request; others are answered at once, the oldest of the
-    slow ones lose their connection, and in time all do."""
-    setting = "import holdfast.dashboard.web as web\nweb.PATIENCE_S, web.CONNECTIONS_MAX = 3.0, 20"
+def test_slow_clients_are_dropped(steps: Path) -> None:
+    """Method: many clients send half a request. Others are answered at once; the oldest slow
+    clients lose their connections, and in time all do."""
+    setting = "import holdfast.dashboard.web as web\nweb.IDLE_S, web.CONNECTIONS_MAX = 3.0, 20"
     with serving(steps, setting=setting) as server, ExitStack() as stack:
         clients = []
         for _ in range(40):
@@ -237,9 +239,11 @@ def test_slow_clients_make_way(steps: Path) -> None:
         assert server.get("/healthz")[0] == 200
 
 
-def test_what_lies_in_a_folder_is_text_and_leads_nowhere(steps: Path, tmp_path: Path) -> None:
-    """G8. Method: markup in the name of a folder and of an attempt, names that are no text, links
-    to a secret in place of a mark, of metrics, of a step and of a data file."""
+def test_names_in_a_folder_are_escaped_and_its_links_are_not_followed(
+    steps: Path, tmp_path: Path
+) -> None:
+    """G8. Method: markup in the names of a folder and an attempt, names that are no valid UTF-8,
+    and links to a secret in place of a mark, metrics, a checkpoint and a data file."""
     secret = steps.parent.parent / "secret"
     folder = shutil.copytree(steps, tmp_path / "<script>alert(1)</script>/checkpoint")
     (folder / ".attempt-<img src=x onerror=alert(1)>-0123abcd").mkdir()
@@ -262,11 +266,11 @@ def test_what_lies_in_a_folder_is_text_and_leads_nowhere(steps: Path, tmp_path: 
     assert main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 0
 
 
-def test_a_folder_that_breaks_and_mends_takes_nothing_down(steps: Path, tmp_path: Path) -> None:
-    """Method: the folder is moved away under the server, replaced by a file, and comes back; the
-    other one is served all the while."""
+def test_a_folder_that_fails_and_recovers_stops_no_other(steps: Path, tmp_path: Path) -> None:
+    """Method: the folder is moved away, replaced by a file, and moved back; the other folder is
+    served all the time."""
     folder = shutil.copytree(steps, tmp_path / "checkpoint")
-    setting = "import holdfast.dashboard.watched as watched\nwatched.LOOK_S = 0.05"
+    setting = "import holdfast.dashboard.watched as watched\nwatched.READ_S = 0.05"
     with serving(folder, steps, setting=setting) as server:
         assert server.get("/healthz")[0] == 200
         folder.rename(tmp_path / "away")
@@ -280,8 +284,8 @@ def test_a_folder_that_breaks_and_mends_takes_nothing_down(steps: Path, tmp_path
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_ends_with_a_last_line(steps: Path, number: signal.Signals) -> None:
-    """Method: a signal while a client holds a connection open."""
+def test_the_server_ends_with_a_last_line(steps: Path, number: signal.Signals) -> None:
+    """Method: send a signal while a client holds a connection open."""
     with serving(steps) as server, socket.create_connection(("127.0.0.1", server.port)):
         server.get("/")
         server.process.send_signal(number)
@@ -290,11 +294,11 @@ def test_it_ends_with_a_last_line(steps: Path, number: signal.Signals) -> None:
     assert said == f"stopped by {number.name}: 1 request answered\n"
 
 
-def test_what_cannot_be_served_is_said(
+def test_wrong_arguments_and_missing_packages_are_errors(
     steps: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Method: no folder, a URL, a port that is taken or none, an age that is none, and the packages
-    of the extra missing."""
+    """Method: no folder, a URL, an invalid port and one in use, an invalid age, a missing
+    package."""
     folder = str(steps)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -311,14 +315,14 @@ def test_what_cannot_be_served_is_said(
     monkeypatch.delitem(sys.modules, "holdfast.dashboard.web", raising=False)
     assert main(["serve", folder]) == 2
     said = capsys.readouterr().err
-    for line in ("which folder?", "is a URL", "pip install 'holdfast[serve]'", "--port 0 takes"):
+    for line in ("needs a folder", "is a URL", "pip install 'holdfast[serve]'", "--port 0 takes"):
         assert line in said
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_a_browser_sees_a_run_save_and_a_step_break(tmp_path: Path) -> None:
-    """Method: a page opened before the first step; a real run of two ranks saves, the page shows it
-    without being loaded again; then a file of a step goes, and that is shown too."""
+def test_an_open_page_shows_new_saves_and_new_damage(tmp_path: Path) -> None:
+    """Method: open a page before the first checkpoint; a real run of two ranks saves, then a file
+    is deleted. The page shows both without being loaded again."""
     folder = tmp_path / "outputs/checkpoint"
     with serving(folder) as server, Browser(tmp_path / "profile", width=390, dark=True) as browser:
         browser.open(f"http://127.0.0.1:{server.port}/")
@@ -330,7 +334,7 @@ def test_a_browser_sees_a_run_save_and_a_step_break(tmp_path: Path) -> None:
             shown = browser.wait_for("a resume takes step 20")
         finally:
             kill_all(run)
-        assert "Held up by each save" in shown
+        assert "Blocked by each save" in shown
         (folder / "step-20/__1_0.distcp").unlink()
         assert "a resume takes step 10" in browser.wait_for("`__1_0.distcp` is missing")
         assert browser.run("window.opened") == "once"

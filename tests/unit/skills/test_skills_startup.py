@@ -1,4 +1,4 @@
-"""Where skills go, and the quiet sync at the start of a command."""
+"""Folders for skills, and the quiet sync at the start of a command."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OLDER = "0.0.1"
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home, and a repository in it to stand in."""
+    """A home with a repository, in which the test runs."""
     (tmp_path / "repository/.git").mkdir(parents=True)
     (tmp_path / "repository/deep").mkdir()
     monkeypatch.chdir(tmp_path / "repository/deep")
@@ -31,14 +31,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def outdated(root: Path) -> None:
-    """An install of an older version, one skill less than is shipped now, one with another text."""
+    """Sync as an older version, with one skill missing and one with another text."""
     _, *rest = shipped().values()
     rest[0] = Skill(rest[0].name, {**rest[0].files, "SKILL.md": b"older"})
     sync({one.name: one for one in rest}, Copies(root), OLDER)
 
 
 def test_targets_are_the_folders_of_the_agents(home: Path) -> None:
-    """Method: each name, moved by its variable, in a project, and a path."""
+    """Method: each name, with its variable set, in a project, and a path."""
     here = Path.cwd()
 
     def root(to: str, *, project: bool = False, **environment: str) -> Path:
@@ -63,8 +63,8 @@ def test_targets_are_the_folders_of_the_agents(home: Path) -> None:
         target_of("agents", project=True, environment={}, here=home)
 
 
-def test_nothing_is_done_before_a_first_sync_by_hand(home: Path) -> None:
-    """Method: homes of every agent, with skills of the user's own."""
+def test_a_start_does_nothing_before_the_first_sync_by_hand(home: Path) -> None:
+    """Method: homes of every agent, with the user's own skills."""
     for folder, _ in HOMES.values():
         (home / folder / "skills/mine").mkdir(parents=True)
     before = sorted(home.rglob("*"))
@@ -72,9 +72,9 @@ def test_nothing_is_done_before_a_first_sync_by_hand(home: Path) -> None:
     assert sorted(home.rglob("*")) == before
 
 
-def test_once_agreed_to_copies_are_brought_up_to_date_wherever_they_are(home: Path) -> None:
-    """Method: a home and a project that an older version has synced; a second start has nothing to
-    say."""
+def test_a_start_updates_every_folder_that_was_synced_before(home: Path) -> None:
+    """Method: a home and a project that an older version has synced; a second start changes
+    nothing."""
     roots = (home / ".claude/skills", home / "repository/.agents/skills")
     for root in roots:
         outdated(root)
@@ -91,7 +91,9 @@ def test_once_agreed_to_copies_are_brought_up_to_date_wherever_they_are(home: Pa
 @pytest.mark.parametrize(
     "environment", [{"CI": "1"}, {"RANK": "3"}, {"LOCAL_RANK": "1"}, {"SLURM_PROCID": "2"}]
 )
-def test_in_ci_and_on_other_ranks_nothing_is_done(home: Path, environment: dict[str, str]) -> None:
+def test_a_start_does_nothing_in_ci_and_on_other_ranks(
+    home: Path, environment: dict[str, str]
+) -> None:
     root = home / ".agents/skills"
     outdated(root)
     assert refresh({"HOME": str(home), **environment}) == []
@@ -99,8 +101,8 @@ def test_in_ci_and_on_other_ranks_nothing_is_done(home: Path, environment: dict[
     assert refresh({"HOME": str(home), **dict.fromkeys(environment, "0"), "CI": ""})
 
 
-def test_a_failing_sync_is_a_line_and_never_an_error(home: Path) -> None:
-    """Method: a ledger that cannot be read in one folder; the other one is synced."""
+def test_a_failing_sync_is_reported_as_a_line_and_never_raises(home: Path) -> None:
+    """Method: a damaged ledger in one folder; the other folder is synced."""
     broken, whole = home / ".agents/skills", home / ".claude/skills"
     for root in (broken, whole):
         outdated(root)
@@ -114,8 +116,8 @@ def test_a_failing_sync_is_a_line_and_never_an_error(home: Path) -> None:
     assert refresh({"HOME": str(home)}) == []
 
 
-def test_a_start_with_nothing_to_do_reads_one_file_a_folder(home: Path) -> None:
-    """Method: what a start opens below the folder, as Python's audit events tell."""
+def test_a_start_with_nothing_to_do_reads_one_file_per_folder(home: Path) -> None:
+    """Method: record the files that a start opens by Python's audit events."""
     sync(shipped(), Copies(home / ".agents/skills"), installed_version())
     script = (
         "import sys\n"
@@ -134,8 +136,8 @@ def test_a_start_with_nothing_to_do_reads_one_file_a_folder(home: Path) -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_the_training_command_starts_with_it(home: Path) -> None:
-    """Method: the launcher, ended by a run of no steps on one worker."""
+def test_training_starts_with_a_sync(home: Path) -> None:
+    """Method: a run of one step on one worker."""
     from runs import train
 
     root = home / ".agents/skills"

@@ -1,4 +1,4 @@
-"""The sync of skills: every state, and that what is the user's stays as it is."""
+"""The sync of skills: every state, and that the user's own files stay."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def root(tmp_path: Path) -> Path:
 def states(
     root: Path, skills: Mapping[str, Skill], version: str = V1, disk: Disk | None = None
 ) -> dict[str, str]:
-    """Sync; the state that each skill was found in."""
+    """Sync; returns the state of each skill before it."""
     done = sync(skills, Copies(root, disk=disk), version)
     assert not done.problems
     return {one.name: one.state for one in done.skills}
 
 
 def everything(root: Path) -> dict[str, tuple[int, int, bytes]]:
-    """Every file with its content and the identity that a rewrite would change."""
+    """Returns every file with its time, inode and content."""
     found = (path for path in root.rglob("*") if path.is_file() and path.name != "lock")
     return {
         path.relative_to(root).as_posix(): (
@@ -50,8 +50,8 @@ def everything(root: Path) -> dict[str, tuple[int, int, bytes]]:
 # ------------------------------------------------------------------- what is written down, hashes
 
 
-def test_a_receipt_reads_as_it_was_written_and_anything_else_as_none() -> None:
-    """Method: there and back; then text, other JSON, other types."""
+def test_a_receipt_decodes_to_what_was_encoded_and_anything_else_to_none() -> None:
+    """Method: encode and decode; then text, other JSON, other types."""
     receipt = SyncRecord(V1, {"SKILL.md": digest(b"text")})
     assert decode_receipt(receipt.encode()) == receipt
     for other in (b"{", b"[]", b'{"holdfast": 1, "files": {}}', b'{"holdfast": "1", "files": [1]}'):
@@ -59,7 +59,7 @@ def test_a_receipt_reads_as_it_was_written_and_anything_else_as_none() -> None:
 
 
 def test_a_ledger_reads_as_it_was_written_and_anything_else_is_an_error() -> None:
-    """Method: there and back; then nothing, text, other JSON, other types."""
+    """Method: encode and decode; then nothing, text, other JSON, other types."""
     ledger = Ledger(frozenset({"a", "b"}), frozenset({"c"}))
     assert decode_ledger(ledger.encode(), where="here") == ledger
     for other in (b"", b"{", b"[]", b'{"offered": []}', b'{"offered": [1], "removed": []}'):
@@ -68,7 +68,7 @@ def test_a_ledger_reads_as_it_was_written_and_anything_else_is_an_error() -> Non
 
 
 def test_a_digest_tells_files_apart_by_path_content_and_link(tmp_path: Path) -> None:
-    """Method: folders whose paths and contents read the same one after the other; a link in place
+    """Method: two folders whose paths and contents are the same text when joined; a link in place
     of a file with the same text."""
     for folder, file, text in (("a", "x", "yz"), ("b", "xy", "z"), ("c", "x", "yz")):
         (tmp_path / folder).mkdir()
@@ -89,7 +89,7 @@ def test_ends_of_lines_count_in_binary_files_alone() -> None:
 
 
 def test_a_fresh_install_copies_everything_with_a_receipt(root: Path) -> None:
-    """Method: two skills into a folder that is not there yet."""
+    """Method: sync two skills into a folder that does not exist."""
     shipped = bundle(alpha="a", beta="b")
     assert states(root, shipped) == {"alpha": "new", "beta": "new"}
     for name, one in shipped.items():
@@ -99,7 +99,7 @@ def test_a_fresh_install_copies_everything_with_a_receipt(root: Path) -> None:
 
 
 def test_a_second_sync_writes_nothing(root: Path) -> None:
-    """Method: contents, times and inodes of all files."""
+    """Method: compare contents, times and inodes of all files."""
     states(root, bundle(alpha="a"))
     before = everything(root)
     assert states(root, bundle(alpha="a")) == {"alpha": "current"}
@@ -107,14 +107,14 @@ def test_a_second_sync_writes_nothing(root: Path) -> None:
 
 
 def test_a_copy_as_it_was_installed_is_updated(root: Path) -> None:
-    """Method: another text, and one file less."""
+    """Method: a version with another text and one file less."""
     states(root, {"alpha": skill("alpha", "old", **{"gone.md": "x"})})
     assert states(root, bundle(alpha="new"), V2) == {"alpha": "outdated"}
     assert files_in(root / "alpha") == skill("alpha", "new").files
 
 
 def test_a_copy_that_the_user_changed_is_left_alone(root: Path) -> None:
-    """Method: a shipped file changed, another deleted; then newer versions."""
+    """Method: change a shipped file, delete another; then sync a newer version."""
     states(root, bundle(alpha="a", beta="b"))
     (root / "alpha/SKILL.md").write_text("mine")
     (root / "beta/references/a.md").unlink()
@@ -126,8 +126,8 @@ def test_a_copy_that_the_user_changed_is_left_alone(root: Path) -> None:
     assert not (root / "beta/references/a.md").exists()
 
 
-def test_what_the_user_deleted_never_comes_back(root: Path) -> None:
-    """Method: deleted by hand; newer versions; no longer shipped; shipped again."""
+def test_a_deleted_copy_never_comes_back(root: Path) -> None:
+    """Method: delete a copy; sync a newer version, one without the skill, one with it again."""
     states(root, bundle(alpha="a"))
     shutil.rmtree(root / "alpha")
     assert states(root, bundle(alpha="2"), V2) == {"alpha": "deleted"}
@@ -137,7 +137,7 @@ def test_what_the_user_deleted_never_comes_back(root: Path) -> None:
     assert not (root / "alpha").exists()
 
 
-def test_a_folder_of_the_users_own_is_never_touched(root: Path) -> None:
+def test_a_foreign_folder_is_never_touched(root: Path) -> None:
     """Method: a folder, a file and two links of the same names, before the first sync and after."""
     (root / "alpha").mkdir(parents=True)
     (root / "alpha/SKILL.md").write_text("mine")
@@ -154,8 +154,8 @@ def test_a_folder_of_the_users_own_is_never_touched(root: Path) -> None:
     assert Copies(root).ledger() == Ledger()
 
 
-def test_a_link_to_a_copy_is_foreign_too(root: Path) -> None:
-    """Method: the installed folder moved away, and linked to."""
+def test_a_link_to_a_copy_is_foreign(root: Path) -> None:
+    """Method: move the copy away, and put a link to it in its place."""
     states(root, bundle(alpha="a"))
     (root / "alpha").rename(root / "elsewhere")
     (root / "alpha").symlink_to(root / "elsewhere")
@@ -163,8 +163,8 @@ def test_a_link_to_a_copy_is_foreign_too(root: Path) -> None:
     assert files_in(root / "elsewhere") == skill("alpha", "a").files
 
 
-def test_what_is_no_longer_shipped_leaves_the_record_and_stays_on_disk(root: Path) -> None:
-    """Method: two skills, then one; then both again, with another text."""
+def test_a_skill_that_is_no_longer_shipped_leaves_the_ledger_and_stays_on_disk(root: Path) -> None:
+    """Method: ship two skills, then one, then both with another text."""
     states(root, bundle(alpha="a", gone="g"))
     done = sync(bundle(alpha="a"), Copies(root), V1)
     assert done.cleaned == ("gone",)
@@ -174,8 +174,8 @@ def test_what_is_no_longer_shipped_leaves_the_record_and_stays_on_disk(root: Pat
     assert Copies(root).ledger() == Ledger(frozenset({"alpha", "gone"}))
 
 
-def test_what_was_deleted_while_it_was_not_shipped_stays_away(root: Path) -> None:
-    """Method: no longer shipped, deleted by hand, shipped again; and so after a reset."""
+def test_a_copy_deleted_while_it_was_not_shipped_stays_away(root: Path) -> None:
+    """Method: stop shipping a skill, delete its copy, ship it again; then reset it."""
     states(root, bundle(alpha="a"))
     sync({}, Copies(root), V1)
     shutil.rmtree(root / "alpha")
@@ -185,7 +185,7 @@ def test_what_was_deleted_while_it_was_not_shipped_stays_away(root: Path) -> Non
 
 
 def test_an_older_version_changes_nothing_that_a_newer_one_installed(root: Path) -> None:
-    """Method: two environments with two versions, one after the other."""
+    """Method: sync by a newer version, an older one, and the newer one again."""
     states(root, bundle(alpha="new"), "0.10.0")
     assert states(root, bundle(alpha="old"), "0.9.1") == {"alpha": "newer"}
     assert Copies(root).synced() == "0.10.0"
@@ -193,8 +193,8 @@ def test_an_older_version_changes_nothing_that_a_newer_one_installed(root: Path)
 
 
 def test_a_copy_restored_by_hand_gets_its_record_back(root: Path) -> None:
-    """Method: the newer files laid over the older copy; then a copy without a receipt. Either is
-    updated by the next version."""
+    """Method: overwrite an older copy with the newer files; the same without a receipt. The next
+    version updates both."""
     states(root, bundle(alpha="1", beta="1"))
     newer = bundle(alpha="2", beta="2")
     for name, one in newer.items():
@@ -208,8 +208,8 @@ def test_a_copy_restored_by_hand_gets_its_record_back(root: Path) -> None:
 # ------------------------------------------------------------------------- files of the user's own
 
 
-def test_files_of_the_users_own_neither_block_an_update_nor_are_lost(root: Path) -> None:
-    """Method: a file, one in a folder of its own, a program and a link."""
+def test_the_users_own_files_neither_block_an_update_nor_are_lost(root: Path) -> None:
+    """Method: a file, a file in a new folder, an executable and a link."""
     states(root, bundle(alpha="1"))
     mine = {"mine.md": b"1", "own/deep/mine.md": b"2", "references/mine.sh": b"3"}
     for file, data in mine.items():
@@ -225,7 +225,7 @@ def test_files_of_the_users_own_neither_block_an_update_nor_are_lost(root: Path)
 
 @pytest.mark.parametrize(("mine", "new"), [("a.md", "a.md"), ("a", "a/b.md"), ("a/b/c", "a/b")])
 def test_a_file_in_the_way_of_a_new_one_stays(root: Path, mine: str, new: str) -> None:
-    """Method: the same path, a file for a folder, a folder for a file."""
+    """Method: the same path; a file where a folder is needed; a folder where a file is needed."""
     states(root, bundle(alpha="1"))
     (root / "alpha" / mine).parent.mkdir(parents=True, exist_ok=True)
     (root / "alpha" / mine).write_text("mine")
@@ -234,8 +234,8 @@ def test_a_file_in_the_way_of_a_new_one_stays(root: Path, mine: str, new: str) -
     assert (root / "alpha" / mine).read_text() == "mine"
 
 
-def test_what_programs_leave_behind_is_no_change(root: Path) -> None:
-    """Method: caches of interpreters and of file browsers; a checkout with CRLF."""
+def test_files_that_programs_create_are_no_change(root: Path) -> None:
+    """Method: files of Python and of file browsers; a checkout with CRLF."""
     states(root, bundle(alpha="1"))
     (root / "alpha/__pycache__").mkdir()
     (root / "alpha/__pycache__/x.pyc").write_bytes(b"1")
@@ -245,13 +245,16 @@ def test_what_programs_leave_behind_is_no_change(root: Path) -> None:
     assert states(root, bundle(alpha="2"), V2) == {"alpha": "outdated"}
 
 
-def test_a_change_during_an_update_wins(root: Path) -> None:
-    """Method: the user saves a file at each instant before the new copy is in place."""
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_change_by_the_user_during_an_update_is_kept(root: Path, exchanges: bool) -> None:
+    """Method: the user saves a file right before the new copy is renamed; also on a file system
+    that cannot exchange two names."""
 
     class Meddling(Disk):
-        def exchange(self, one: Path, other: Path) -> bool:
-            (root / "alpha/SKILL.md").write_text("mine")
-            return super().exchange(one, other)
+        def exchange(self, a: Path, b: Path) -> bool:
+            if a.name == "new":
+                (root / "alpha/SKILL.md").write_text("mine")
+            return exchanges and super().exchange(a, b)
 
     states(root, bundle(alpha="1"))
     done = sync(bundle(alpha="2"), Copies(root, disk=Meddling()), V2)
@@ -263,9 +266,9 @@ def test_a_change_during_an_update_wins(root: Path) -> None:
 # ---------------------------------------------------------------------------- errors and contention
 
 
-def test_a_copy_that_fails_leaves_nothing_and_the_next_sync_goes_on(root: Path) -> None:
-    """Method: a disk that is full for one of two skills, new and outdated, and one that writes less
-    than it was given."""
+def test_a_failing_disk_leaves_no_half_copy_and_the_next_sync_continues(root: Path) -> None:
+    """Method: a disk that is full for one of two skills, and one that writes less than it was
+    given; a first sync and an update."""
 
     class Full(Disk):
         def write(self, path: Path, data: bytes) -> None:
@@ -293,7 +296,7 @@ def test_a_copy_that_fails_leaves_nothing_and_the_next_sync_goes_on(root: Path) 
 def test_an_unreadable_ledger_is_an_error_and_never_empty(
     root: Path, content: bytes | None
 ) -> None:
-    """Method: emptied, overwritten, a folder in its place; the deletion is not forgotten."""
+    """Method: an empty file, text, a folder in its place. The deleted skill is not installed."""
     states(root, bundle(alpha="1"))
     shutil.rmtree(root / "alpha")
     ledger = root / STATE / "ledger.json"
@@ -304,8 +307,8 @@ def test_an_unreadable_ledger_is_an_error_and_never_empty(
     assert not (root / "alpha").exists()
 
 
-def test_a_damaged_receipt_makes_a_copy_the_users(root: Path) -> None:
-    """Method: half of a receipt; a reset is refused until the folder is moved away."""
+def test_a_copy_with_a_damaged_receipt_is_foreign(root: Path) -> None:
+    """Method: truncate a receipt. A reset is refused until the folder is moved away."""
     states(root, bundle(alpha="1"))
     (root / "alpha" / RECEIPT).write_text("{")
     assert states(root, bundle(alpha="2"), V2) == {"alpha": "foreign"}
@@ -316,8 +319,8 @@ def test_a_damaged_receipt_makes_a_copy_the_users(root: Path) -> None:
     assert files_in(root / "alpha") == skill("alpha", "2").files
 
 
-def test_a_file_that_cannot_be_read_stops_that_skill_alone(root: Path) -> None:
-    """Method: a pipe, that would be waited for without end."""
+def test_a_file_that_cannot_be_read_stops_only_its_skill(root: Path) -> None:
+    """Method: a named pipe, which a reader would wait for."""
     import os
 
     states(root, bundle(alpha="1", beta="1"))
@@ -327,8 +330,8 @@ def test_a_file_that_cannot_be_read_stops_that_skill_alone(root: Path) -> None:
     assert files_in(root / "beta") == skill("beta", "2").files
 
 
-def test_a_held_lock_means_that_nothing_is_done_at_once(root: Path) -> None:
-    """Method: the lock is held by another open file."""
+def test_a_sync_does_nothing_while_another_holds_the_lock(root: Path) -> None:
+    """Method: lock the file by another descriptor."""
     states(root, bundle(alpha="1"))
     with (root / STATE / "lock").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -339,19 +342,19 @@ def test_a_held_lock_means_that_nothing_is_done_at_once(root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", ".x", "A", "a--b", "-a", "a-", "", "a" * 65])
-def test_a_name_that_is_none_is_refused(name: str) -> None:
-    with pytest.raises(FormatError, match="a skill's name is"):
+def test_an_invalid_name_of_a_skill_is_refused(name: str) -> None:
+    with pytest.raises(FormatError, match="a skill's name must be"):
         Skill(name, {})
 
 
 @pytest.mark.parametrize("file", ["../x", "/x", "a//b", "a/./b", ""])
-def test_a_file_outside_of_the_skill_is_refused(file: str) -> None:
+def test_a_file_outside_of_its_skill_is_refused(file: str) -> None:
     with pytest.raises(FormatError, match="outside of its folder"):
         Skill("alpha", {file: b""})
 
 
 def test_a_survey_writes_nothing(root: Path) -> None:
-    """Method: into a folder that is not there, and into one that is out of date."""
+    """Method: a folder that does not exist, and one that is out of date."""
     assert survey(bundle(alpha="1"), Copies(root), V1).changes
     assert not root.exists()
     states(root, bundle(alpha="1"))
@@ -369,8 +372,8 @@ def test_deleting_the_whole_folder_is_a_fresh_start(root: Path) -> None:
 # --------------------------------------------------------------------------------- reset and remove
 
 
-def test_a_reset_puts_the_shipped_skill_in_place_and_keeps_what_was_changed(root: Path) -> None:
-    """Method: changed; as installed; deleted; installed by a later version."""
+def test_a_reset_installs_the_shipped_skill_and_archives_a_changed_copy(root: Path) -> None:
+    """Method: reset a changed copy, an unchanged one, a deleted one; all by an older version."""
     states(root, bundle(alpha="1"), V2)
     (root / "alpha/SKILL.md").write_text("mine")
     (root / "alpha/own.md").write_text("my own")
@@ -388,8 +391,8 @@ def test_a_reset_puts_the_shipped_skill_in_place_and_keeps_what_was_changed(root
     assert states(root, bundle(alpha="2"), V2) == {"alpha": "outdated"}
 
 
-def test_what_is_removed_stays_away_for_ever(root: Path) -> None:
-    """Method: newer versions; no longer shipped, shipped again; then a reset."""
+def test_a_removed_skill_never_comes_back(root: Path) -> None:
+    """Method: remove; sync a version without the skill, a newer one with it; then reset it."""
     states(root, bundle(alpha="1", beta="1"))
     (root / "beta/SKILL.md").write_text("mine")
     assert remove(skill("alpha", "1"), Copies(root), V1) is None
@@ -403,7 +406,7 @@ def test_what_is_removed_stays_away_for_ever(root: Path) -> None:
 
 
 def test_a_skill_moved_into_a_category_is_kept_up_to_date_there(root: Path) -> None:
-    """Method: moved by hand where folders of categories are allowed."""
+    """Method: move the copy one folder deeper where that is allowed, and sync."""
     shipped = Copies(root, categories=True)
     sync(bundle(alpha="1"), shipped, V1)
     (root / "training").mkdir()

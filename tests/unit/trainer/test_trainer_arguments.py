@@ -1,4 +1,4 @@
-"""Settings: which source wins, and what a mistake is answered with."""
+"""Settings: precedence of their sources, and messages for mistakes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 
 from holdfast.errors import HoldfastError, NotFoundError, UsageError
 from holdfast.trainer import titan
-from holdfast.trainer.arguments import get_ready, read_config
+from holdfast.trainer.arguments import prepare_start, read_config
 from holdfast.trainer.config import Config
 
 
 def refused(arguments: list[str]) -> HoldfastError:
-    """The error that `arguments` are answered with."""
+    """Return the error for `arguments`."""
     with pytest.raises(HoldfastError) as raised:
         read_config(arguments)
     return raised.value
@@ -24,7 +24,7 @@ def refused(arguments: list[str]) -> HoldfastError:
 
 @pytest.fixture
 def toml(tmp_path: Path) -> Path:
-    """A file that sets a value of each kind."""
+    """Write a file with a value of each kind."""
     file = tmp_path / "run.toml"
     file.write_text(
         '[training]\nsteps = 7\n[optimizer]\nlr = 1\nbetas = [0.8, 0.9]\n[model]\nflavor = "8B"\n'
@@ -33,7 +33,7 @@ def toml(tmp_path: Path) -> Path:
     return file
 
 
-def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(toml: Path) -> None:
+def test_the_command_line_overrides_the_file_and_the_file_the_defaults(toml: Path) -> None:
     """Method: one key from each of the three sources."""
     config = read_config(["--job.config_file", str(toml), "--training.steps", "9"])
     assert config.training.steps == 9
@@ -41,8 +41,8 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(toml
     assert config.training.seq_len == 2048
 
 
-def test_values_from_a_file_get_the_type_of_their_key(toml: Path) -> None:
-    """Method: a whole number for a float, lists for tuples."""
+def test_values_from_a_file_are_converted_to_the_type_of_their_key(toml: Path) -> None:
+    """Method: an integer to a float, lists to tuples."""
     config = read_config([f"--job.config_file={toml}"])
     assert (config.optimizer.lr, type(config.optimizer.lr)) == (1.0, float)
     assert config.optimizer.betas == (0.8, 0.9)
@@ -50,7 +50,7 @@ def test_values_from_a_file_get_the_type_of_their_key(toml: Path) -> None:
 
 
 def test_flags_turn_on_and_off(toml: Path) -> None:
-    """Method: both forms, both spellings of `no`."""
+    """Method: both forms, and both spellings of `no`."""
     file = ["--job.config_file", str(toml)]
     assert read_config(file).checkpoint.enable
     assert not read_config([*file, "--checkpoint.no-enable"]).checkpoint.enable
@@ -65,26 +65,28 @@ def test_flags_turn_on_and_off(toml: Path) -> None:
         ["--checkpoint.exclude-from-loading=dataloader,lr_scheduler"],
         ["--checkpoint.exclude_from_loading", "dataloader", "lr_scheduler"],
         [
-            *("--checkpoint.exclude_from_loading", "dataloader"),
-            *("--checkpoint.exclude_from_loading", "lr_scheduler"),
+            "--checkpoint.exclude_from_loading",
+            "dataloader",
+            "--checkpoint.exclude_from_loading",
+            "lr_scheduler",
         ],
     ],
 )
-def test_a_list_is_comma_separated_or_repeated(words: list[str]) -> None:
-    """Method: four ways to write the same two values."""
+def test_a_list_can_be_comma_separated_or_repeated(words: list[str]) -> None:
+    """Method: four spellings of the same two values."""
     excluded = read_config(words).checkpoint.exclude_from_loading
     assert excluded == ("dataloader", "lr_scheduler")
 
 
-def test_negative_numbers_and_none_are_values() -> None:
-    """Method: a key that may be -1 and one that may be absent."""
+def test_negative_numbers_and_none_are_accepted_as_values() -> None:
+    """Method: a key that may be -1, and an optional one."""
     config = read_config(["--checkpoint.load_step", "-1", "--lr_scheduler.decay_ratio", "none"])
     assert config.checkpoint.load_step == -1
     assert config.lr_scheduler.decay_ratio is None
 
 
-def test_betas_have_torchtitans_spelling_too() -> None:
-    """Method: one of the two given on its own."""
+def test_betas_can_be_set_separately_as_in_torchtitan() -> None:
+    """Method: the second alone."""
     assert read_config(["--optimizer.beta2", "0.99"]).optimizer.adam_betas == (0.9, 0.99)
 
 
@@ -98,7 +100,7 @@ def test_betas_have_torchtitans_spelling_too() -> None:
         (["--lr_scheduler.decay_type", "cosin"], "cosine"),
     ],
 )
-def test_a_name_that_is_not_known_is_answered_with_the_nearest(
+def test_the_hint_for_an_unknown_name_is_the_nearest_known_one(
     arguments: list[str], named: str
 ) -> None:
     """Method: misspelt sections, keys and choices."""
@@ -120,7 +122,7 @@ def test_a_name_that_is_not_known_is_answered_with_the_nearest(
         (["--training.steps", "0"], ["training.steps", "at least 1", "0"]),
     ],
 )
-def test_a_value_of_the_wrong_kind_names_key_expected_and_found(
+def test_the_message_for_a_wrong_value_names_key_expected_and_found(
     arguments: list[str], parts: list[str]
 ) -> None:
     """Method: each kind of mistake on the command line."""
@@ -129,11 +131,11 @@ def test_a_value_of_the_wrong_kind_names_key_expected_and_found(
     assert all(part in error.what for part in parts), error.what
 
 
-def test_a_file_of_torchtitans_is_taken_and_what_has_no_effect_is_said(
+def test_a_file_of_torchtitan_is_accepted_and_settings_without_effect_are_listed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: keys as TorchTitan 0.1 and 0.2 have them: as here, under older names, of features
-    that are not here. No key of ours is among the last."""
+    """Method: keys of TorchTitan 0.1 and 0.2: the same as here, renamed, and without effect. No
+    key of Holdfast is among the last."""
     file = tmp_path / "debug_model.toml"
     file.write_text(
         '[job]\ndescription = "debug"\nprint_config = false\n[profiling]\nprofile_freq = 10\n'
@@ -146,9 +148,10 @@ def test_a_file_of_torchtitans_is_taken_and_what_has_no_effect_is_said(
     assert (config.training.seed, config.lr_scheduler.min_lr_factor) == (7, 0.1)
     assert (config.checkpoint.enable, config.checkpoint.last_save_model_only) == (True, False)
     assert config.activation_checkpoint.selective_ac_option == "op"
-    get_ready(config)
-    said = capsys.readouterr().err
-    assert "have no effect here: job.print_config, [profiling], model.converters, [compile]" in said
+    prepare_start(config)
+    printed = capsys.readouterr().err
+    unused = "job.print_config, [profiling], model.converters, [compile]"
+    assert f"have no effect here: {unused}" in printed
     sections = get_type_hints(Config)
     for section, keys in sections.items():
         assert not {*titan.WITHOUT_EFFECT.get(section, "").split()} & get_type_hints(keys).keys()
@@ -162,7 +165,7 @@ def test_a_file_of_torchtitans_is_taken_and_what_has_no_effect_is_said(
         ("[training]\nsteps = = 3\n", ["is not TOML", "line 2"]),
         ("[training]\nstep = 3\n", ["training.step", "not known"]),
         ("[trainin]\nsteps = 3\n", ["[trainin]", "not known"]),
-        ("training = 3\n", ["training", "is a section"]),
+        ("training = 3\n", ["training", "must be a section"]),
         ("[training]\nsteps = '3'\n", ["training.steps", "a whole number", "'3'"]),
         ("[training]\nsteps = true\n", ["training.steps", "a whole number", "True"]),
         ("[checkpoint]\nenable = 1\n", ["checkpoint.enable", "true or false", "1"]),
@@ -170,7 +173,7 @@ def test_a_file_of_torchtitans_is_taken_and_what_has_no_effect_is_said(
         ("[optimizer]\nbetas = [0.9]\n", ["optimizer.betas", "2 values"]),
     ],
 )
-def test_a_mistake_in_a_file_names_the_file_too(
+def test_the_message_for_a_mistake_in_a_file_names_the_file(
     tmp_path: Path, text: str, parts: list[str]
 ) -> None:
     """Method: each kind of mistake in a TOML file."""
@@ -181,15 +184,15 @@ def test_a_mistake_in_a_file_names_the_file_too(
     assert all(part in error.what for part in [*parts, str(file)]), error.what
 
 
-def test_a_missing_file_is_answered_with_one_that_is_there(toml: Path) -> None:
-    """Method: the name of a file with a letter too many."""
+def test_the_hint_for_a_missing_file_is_one_with_a_similar_name(toml: Path) -> None:
+    """Method: a file name with one letter too many."""
     error = refused(["--job.config_file", str(toml.with_name("runs.toml"))])
     assert isinstance(error, NotFoundError)
     assert "`run.toml`" in (error.hint or "")
 
 
-def test_degrees_that_do_not_fit_are_answered_with_the_nearest_that_do() -> None:
-    """Method: 6 workers; 4 does not divide them, 3 is nearer to it than 6."""
+def test_the_hint_for_degrees_that_do_not_fit_has_the_nearest_that_do() -> None:
+    """Method: degree 4 on 6 workers, of whose divisors 3 is the nearest to 4."""
     config = read_config(["--parallelism.tensor_parallel_degree", "4"])
     with pytest.raises(UsageError, match="does not fit 6 workers") as raised:
         config.check(6)
@@ -199,8 +202,8 @@ def test_degrees_that_do_not_fit_are_answered_with_the_nearest_that_do() -> None
     assert {axis: d for axis, d in degrees.items() if d > 1} == {"dp_shard": 2, "tp": 4}
 
 
-def test_batch_sizes_and_heads_that_do_not_divide_are_refused() -> None:
-    """Method: a global batch of 12 on 5, and 3 ranks to 8 heads."""
+def test_uneven_batch_sizes_and_heads_are_refused() -> None:
+    """Method: a global batch of 12 with a local one of 5, and 8 heads on 3 ranks."""
     batch = ["--training.global_batch_size", "12", "--training.local_batch_size", "5"]
     with pytest.raises(UsageError, match="global_batch_size"):
         read_config(batch).check(1)
@@ -211,7 +214,7 @@ def test_batch_sizes_and_heads_that_do_not_divide_are_refused() -> None:
 @pytest.mark.parametrize(
     ("workers", "arguments", "reason"),
     [
-        (2, "--pipeline_parallel_schedule ZBVZeroBubble", "wrong without a word"),
+        (2, "--pipeline_parallel_schedule ZBVZeroBubble", "silently wrong"),
         (2, "--pipeline_parallel_schedule GPip", "did you mean `GPipe`"),
         (2, "--pipeline_parallel_degree 2", "at least 2 microbatches a step"),
         (
@@ -219,14 +222,14 @@ def test_batch_sizes_and_heads_that_do_not_divide_are_refused() -> None:
             "--pipeline_parallel_degree 4 --pipeline_parallel_schedule Interleaved1F1B",
             "8 stages",
         ),
-        (2, "--pipeline_parallel_degree 2 --model.flavor 1B", "one weight for its first and"),
-        (3, "--context_parallel_degree 3", "divides `training.seq_len` 2048: 3"),
+        (2, "--pipeline_parallel_degree 2 --model.flavor 1B", "ties its embedding and output"),
+        (3, "--context_parallel_degree 3", "must divide `training.seq_len` 2048, found: 3"),
     ],
 )
-def test_what_no_layout_can_run_is_refused_with_the_reason(
+def test_layouts_that_cannot_train_are_refused_with_the_reason(
     workers: int, arguments: str, reason: str
 ) -> None:
-    """Method: settings that torch refuses late, or runs wrong."""
+    """Method: settings that torch refuses late, or trains wrongly."""
     words = [
         f"--parallelism.{word[2:]}" if "parallel" in word else word for word in arguments.split()
     ]
@@ -236,7 +239,7 @@ def test_what_no_layout_can_run_is_refused_with_the_reason(
 
 
 def test_help_lists_every_key_without_importing_torch() -> None:
-    """Method: a real process that looks, when it ends, at what it has imported."""
+    """Method: a process that prints at exit whether it has imported torch."""
     code = (
         "import atexit, sys\n"
         "atexit.register(lambda: print('torch' in sys.modules))\n"
@@ -254,8 +257,8 @@ def test_help_lists_every_key_without_importing_torch() -> None:
 @pytest.mark.parametrize(
     ("given", "expected"), [("auto", "auto"), ("7", 7), ("often", None), ("1.5", None)]
 )
-def test_a_number_or_a_word_may_be_either(given: str, expected: object) -> None:
-    """Method: `interval`, on the command line; what is neither is refused with both."""
+def test_a_setting_can_accept_a_number_or_a_word(given: str, expected: object) -> None:
+    """Method: `interval` on the command line; the message for other values names both."""
     if expected is not None:
         assert read_config(["--checkpoint.interval", given]).checkpoint.interval == expected
         return
@@ -263,7 +266,8 @@ def test_a_number_or_a_word_may_be_either(given: str, expected: object) -> None:
         read_config(["--checkpoint.interval", given])
 
 
-def test_a_file_may_hold_either_too(tmp_path: Path) -> None:
+def test_a_setting_in_a_file_can_be_a_number_or_a_word(tmp_path: Path) -> None:
+    """Method: `interval` in a TOML file."""
     file = tmp_path / "run.toml"
     for text, expected in (('"auto"', "auto"), ("7", 7)):
         file.write_text(f"[checkpoint]\ninterval = {text}\n")

@@ -1,4 +1,4 @@
-"""Data: one order for the whole run, and a position that any number of ranks goes on from."""
+"""Data: an order and a position that do not depend on the number of ranks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from holdfast.trainer.corpus import ByteTokenizer, Tokens, open_tokenizer, open_
 from holdfast.trainer.data import DataLoader
 
 TOKENS = Tokens(np.arange(101, dtype=np.uint16), "fingerprint")
-"""20 samples of 5 tokens each."""
+"""Tokens of 20 samples with a length of 5."""
 
 
 def loader(dp_rank: int = 0, dp_size: int = 1, *, seed: int = 0, batch: int = 4) -> DataLoader:
-    """One rank's loader of a global batch of `batch`."""
+    """Make one rank's loader for a global batch of `batch`."""
     return DataLoader(
         TOKENS,
         seq_len=5,
@@ -31,18 +31,18 @@ def loader(dp_rank: int = 0, dp_size: int = 1, *, seed: int = 0, batch: int = 4)
 
 
 def global_batches(loaders: list[DataLoader], count: int) -> torch.Tensor:
-    """The inputs of `count` steps, those of all ranks one after the other."""
-    return torch.cat([next(one)[0] for _ in range(count) for one in loaders])
+    """Return the inputs of `count` steps, ordered by rank within each step."""
+    return torch.cat([next(loader)[0] for _ in range(count) for loader in loaders])
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
 def test_the_order_of_samples_does_not_depend_on_the_number_of_ranks(dp_size: int) -> None:
-    """Method: two epochs and a half, against one rank."""
+    """Method: two and a half epochs, compared with one rank."""
     ranks = [loader(rank, dp_size) for rank in range(dp_size)]
     assert torch.equal(global_batches(ranks, 12), global_batches([loader()], 12))
 
 
-def test_an_epoch_has_every_sample_once_and_the_next_another_order() -> None:
+def test_each_epoch_has_every_sample_once_in_an_order_of_its_own() -> None:
     """Method: the first tokens of all samples of two epochs."""
     firsts = global_batches([loader()], 10)[:, 0]
     assert sorted(firsts[:20].tolist()) == list(range(0, 100, 5))
@@ -50,27 +50,27 @@ def test_an_epoch_has_every_sample_once_and_the_next_another_order() -> None:
     assert firsts[:20].tolist() != firsts[20:].tolist()
 
 
-def test_labels_are_the_tokens_that_follow() -> None:
-    """Method: tokens that count up."""
+def test_labels_are_the_next_tokens() -> None:
+    """Method: consecutive numbers as tokens."""
     inputs, labels = next(loader())
     assert torch.equal(labels, inputs + 1)
 
 
 @pytest.mark.parametrize("dp_size", [1, 2])
-def test_a_loader_goes_on_where_another_number_of_ranks_left_off(dp_size: int) -> None:
-    """Method: seven steps on 4 ranks, their state through JSON, five more on fewer."""
-    before = [loader(rank, 4) for rank in range(4)]
-    global_batches(before, 7)
-    states = [one.state_dict() for one in before]
+def test_a_loader_continues_after_the_samples_of_another_number_of_ranks(dp_size: int) -> None:
+    """Method: seven steps on 4 ranks, their state through JSON, five more steps on fewer ranks."""
+    saved = [loader(rank, 4) for rank in range(4)]
+    global_batches(saved, 7)
+    states = [rank_loader.state_dict() for rank_loader in saved]
     assert all(state == states[0] for state in states)
-    after = [loader(rank, dp_size) for rank in range(dp_size)]
-    for one in after:
-        one.load_state_dict(json.loads(json.dumps(states[0])))
-    assert torch.equal(global_batches(after, 5), global_batches([loader()], 12)[28:])
+    resumed = [loader(rank, dp_size) for rank in range(dp_size)]
+    for rank_loader in resumed:
+        rank_loader.load_state_dict(json.loads(json.dumps(states[0])))
+    assert torch.equal(global_batches(resumed, 5), global_batches([loader()], 12)[28:])
 
 
-def test_the_position_in_other_data_is_refused_with_both_and_the_way_out() -> None:
-    """Method: a state of another seed and other tokens; every difference is listed."""
+def test_a_position_in_other_data_is_refused_with_every_difference_and_a_hint() -> None:
+    """Method: a state of another seed and other tokens."""
     state = loader(seed=1).state_dict() | {"fingerprint": "other"}
     with pytest.raises(MismatchError) as raised:
         loader().load_state_dict(state)
@@ -79,25 +79,25 @@ def test_the_position_in_other_data_is_refused_with_both_and_the_way_out() -> No
     assert "--checkpoint.exclude_from_loading dataloader" in (raised.value.hint or "")
 
 
-def test_data_shorter_than_one_sequence_are_refused() -> None:
+def test_data_shorter_than_one_sample_are_refused() -> None:
     """Method: 101 tokens for sequences of 101, which need 102."""
     with pytest.raises(UsageError, match="101 tokens, too few"):
         DataLoader(TOKENS, seq_len=101, seed=0, batch_per_rank=1)
 
 
 def tokens_of(tmp_path: Path, path: Path | str) -> Tokens:
-    """The tokens of a path, cached below `tmp_path`."""
+    """Open the tokens of a path, cached below `tmp_path`."""
     arguments = ["--job.dump_folder", str(tmp_path / "out"), "--training.dataset_path", str(path)]
     return open_tokens(read_config(arguments), ByteTokenizer())
 
 
-def test_bytes_stand_between_a_beginning_and_an_end() -> None:
-    """Method: a letter of two bytes."""
+def test_the_byte_tokenizer_adds_a_begin_and_an_end_token() -> None:
+    """Method: a text with a letter of two bytes."""
     assert ByteTokenizer().encode("aé").tolist() == [256, 97, 0xC3, 0xA9, 257]
 
 
-def test_the_same_text_is_the_same_tokens_from_any_kind_of_file(tmp_path: Path) -> None:
-    """Method: two documents as .txt files, as .jsonl and as .parquet; one fingerprint."""
+def test_the_same_text_gives_the_same_tokens_from_any_kind_of_file(tmp_path: Path) -> None:
+    """Method: fingerprints of two documents as .txt files, as .jsonl and as .parquet."""
     datasets = pytest.importorskip("datasets")
     texts = ["first", "second\nline"]
     folder = tmp_path / "texts"
@@ -109,21 +109,21 @@ def test_the_same_text_is_the_same_tokens_from_any_kind_of_file(tmp_path: Path) 
     table = tmp_path / "texts.parquet"
     datasets.Dataset.from_dict({"text": texts}).to_parquet(str(table))
     opened = [tokens_of(tmp_path, path) for path in (folder, lines, table)]
-    assert len({one.fingerprint for one in opened}) == 1
+    assert len({tokens.fingerprint for tokens in opened}) == 1
     assert bytes(opened[0].ids[1:6].tolist()) == b"first"
     assert len(opened[0].ids) == 5 + 11 + 4
 
 
-def test_tokens_are_made_once_and_anew_when_the_text_or_the_cache_changes(tmp_path: Path) -> None:
-    """Method: the cache file's time after a second opening, a cut cache, and another text."""
+def test_the_token_file_is_rewritten_only_if_it_or_the_text_has_changed(tmp_path: Path) -> None:
+    """Method: its modification time after a second opening, a truncated file, another text."""
     text = tmp_path / "a.txt"
     text.write_text("one")
     first = tokens_of(tmp_path, text)
     ids = first.ids.tolist()
     (cache,) = (tmp_path / "out" / "tokens").glob("*.bin")
-    made = cache.stat().st_mtime_ns
+    written_at = cache.stat().st_mtime_ns
     assert tokens_of(tmp_path, text).fingerprint == first.fingerprint
-    assert cache.stat().st_mtime_ns == made
+    assert cache.stat().st_mtime_ns == written_at
     cache.write_bytes(cache.read_bytes()[:-2])
     assert tokens_of(tmp_path, text).ids.tolist() == ids
     text.write_text("other")
@@ -136,13 +136,13 @@ def test_tokens_are_made_once_and_anew_when_the_text_or_the_cache_changes(tmp_pa
         ("none.txt", None, NotFoundError, "there is no file"),
         ("empty.jsonl", "", FormatError, "holds no text"),
         ("bad.jsonl", '{"text": "a"}\n{"text": \n', FormatError, "line 2 is not JSON"),
-        ("other.jsonl", '{"body": "a"}\n', FormatError, "no text under `text`, found: body"),
+        ("other.jsonl", '{"body": "a"}\n', FormatError, "text under the key `text`, found: body"),
     ],
 )
-def test_files_that_are_no_text_are_named(
+def test_the_message_for_a_file_without_text_names_the_reason(
     tmp_path: Path, name: str, content: str | None, kind: type[HoldfastError], part: str
 ) -> None:
-    """Method: each kind of bad file; nothing is left in the cache."""
+    """Method: each kind of file; no temporary file is left in the cache."""
     path = tmp_path / name
     if content is not None:
         path.write_text(content)
@@ -151,8 +151,8 @@ def test_files_that_are_no_text_are_named(
     assert not list((tmp_path / "out").rglob("*.bin.*"))
 
 
-def test_a_tokenizer_file_is_taken_where_there_is_one(tmp_path: Path) -> None:
-    """Method: a word-level tokenizer of three words."""
+def test_a_tokenizer_file_is_used_if_there_is_one(tmp_path: Path) -> None:
+    """Method: a word-level tokenizer of three words, a file that is none, a missing folder."""
     tokenizers = pytest.importorskip("tokenizers")
     words = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({"[UNK]": 0, "hold": 1, "fast": 2}, unk_token="[UNK]")

@@ -1,4 +1,4 @@
-"""What a run writes down of its saves and loads, beside its steps and in their manifests."""
+"""Timings of saves and loads in `metrics.jsonl` and in manifests."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from holdfast.trainer.metrics import Metrics, MetricsRow
 from runs import rows, train
 
 
-def test_every_save_and_load_of_a_run_is_in_its_metrics_with_the_time_of_each_stage(
+def test_metrics_have_every_save_and_load_of_a_run_with_the_time_of_each_stage(
     tmp_path: Path,
 ) -> None:
-    """Method: a run of two ranks, which saves in the background, and goes on; the last save comes
-    with the last row, written again, the load with the first."""
+    """Method: a run of two ranks that saves in the background, and its resume. The last row is
+    written again with the last save; the first row has the load."""
     arguments = ("--checkpoint.interval", "2", "--checkpoint.async_mode", "async")
     for steps in ("5", "6"):
-        ran = train("--training.steps", steps, *arguments, ranks=2, cwd=tmp_path)
-        assert ran.returncode == 0, ran.stdout
-    found = rows(tmp_path / "outputs")
-    assert [row["step"] for row in found][:5] == [1, 2, 3, 4, 5]
-    last = {row["step"]: row for row in found}
+        run = train("--training.steps", steps, *arguments, ranks=2, cwd=tmp_path)
+        assert run.returncode == 0, run.stdout
+    written = rows(tmp_path / "outputs")
+    assert [row["step"] for row in written][:5] == [1, 2, 3, 4, 5]
+    last = {row["step"]: row for row in written}
     saves = [save for step in sorted(last) for save in last[step]["saves"]]
     loads = [load for step in sorted(last) for load in last[step]["loads"]]
     assert [save["step"] for save in saves] == [2, 4, 5, 6]
@@ -41,12 +41,12 @@ def test_every_save_and_load_of_a_run_is_in_its_metrics_with_the_time_of_each_st
     assert {"plan", "read", "apply"} == loads[0]["stages"].keys()
     manifest = json.loads((tmp_path / "outputs/checkpoint/step-4/manifest.json").read_text())
     stages = {**saves[1]["stages"]}
-    del stages["commit"]  # The manifest is a part of it.
+    del stages["commit"]  # Not over when the manifest is written.
     assert manifest["timings"] == stages
 
 
-def test_the_first_rank_alone_knows_them_and_once(tmp_path: Path) -> None:
-    """Method: a manager on three ranks that are threads; one that loads what it has saved, too."""
+def test_only_the_first_rank_returns_timings_and_only_once(tmp_path: Path) -> None:
+    """Method: a manager on three thread ranks that saves and loads; two calls of `timings`."""
 
     def work(ranks: Ranks) -> list[Timings]:
         config = holdfast.CheckpointConfig(enable=True, interval=1)
@@ -66,10 +66,10 @@ def test_the_first_rank_alone_knows_them_and_once(tmp_path: Path) -> None:
     assert [again, *(timings for both in others for timings in both)] == [Timings()] * 5
 
 
-def test_a_save_that_failed_is_counted(tmp_path: Path) -> None:
-    """Method: the row with which a run ends, and the same row with what came after it."""
+def test_failed_saves_are_counted(tmp_path: Path) -> None:
+    """Method: the last row of a run, and the same row with a failure after it."""
     row = MetricsRow(1, 2.0, 1.0, 0.1, 10.0, 0.0, 1000.0, failed_saves=1)
     metrics = Metrics(MetricsConfig(), tmp_path, first_rank=True, step=0)
     metrics.report(row, torch.device("cpu"))
     metrics.close(Timings(failed_saves=2))
-    assert [found["failed_saves"] for found in rows(tmp_path)] == [1, 3]
+    assert [written["failed_saves"] for written in rows(tmp_path)] == [1, 3]

@@ -1,34 +1,43 @@
-"""The model: names and sizes as published, and no look ahead."""
+"""The model: published names and sizes, causal attention, recomputation."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 
 from holdfast.hf.flavors import LLAMA3, Flavor
-from holdfast.trainer.model import NOTHING, Recompute, Transformer, rotary_table, rotate
+from holdfast.trainer.config import ActivationCheckpointConfig
+from holdfast.trainer.model import Transformer, rotary_table, rotate
 from holdfast.trainer.weights import init_weights
 
 SMALL = Flavor(32, 2, 4, 2, 48, vocab_size=50)
 
 
-def built(flavor: Flavor = SMALL, *, seed: int = 0, recompute: Recompute = NOTHING) -> Transformer:
-    """A model on the CPU with its initial weights."""
-    model = Transformer(flavor, vocab_size=50, seq_len=16, recompute=recompute)
+def build(seed: int = 0, recompute: ActivationCheckpointConfig | None = None) -> Transformer:
+    """Build a model on the CPU with its initial weights."""
+    model = Transformer(SMALL, vocab_size=50, seq_len=16, recompute=recompute)
     init_weights(model, seed)
     return model
 
 
 def test_weights_have_metas_names() -> None:
-    """Method: all names of a two-block model, spelt out."""
-    block = [
-        *(f"attention.{w}.weight" for w in ("wq", "wk", "wv", "wo")),
-        *(f"feed_forward.{w}.weight" for w in ("w1", "w2", "w3")),
-        *("attention_norm.weight", "ffn_norm.weight"),
+    """Method: all names of a model with two layers."""
+    layer = [
+        "attention.wq.weight",
+        "attention.wk.weight",
+        "attention.wv.weight",
+        "attention.wo.weight",
+        "feed_forward.w1.weight",
+        "feed_forward.w2.weight",
+        "feed_forward.w3.weight",
+        "attention_norm.weight",
+        "ffn_norm.weight",
     ]
     expected = {"tok_embeddings.weight", "norm.weight", "output.weight"}
-    expected |= {f"layers.{i}.{name}" for i in range(2) for name in block}
-    assert set(built().state_dict()) == expected
+    expected |= {f"layers.{i}.{name}" for i in range(2) for name in layer}
+    assert set(build().state_dict()) == expected
 
 
 @pytest.mark.parametrize(
@@ -42,26 +51,26 @@ def test_weights_have_metas_names() -> None:
     ],
 )
 def test_flavors_have_the_published_number_of_parameters(name: str, count: int) -> None:
-    """Method: built without memory; a tied weight counts once."""
+    """Method: models on the meta device; a tied weight counts once."""
     with torch.device("meta"):
         model = Transformer(LLAMA3[name], vocab_size=128256, seq_len=8)
     assert sum(p.numel() for p in model.parameters()) == count
     assert (model.output.weight is model.tok_embeddings.weight) == LLAMA3[name].tied
 
 
-def test_a_token_changes_nothing_before_it() -> None:
+def test_a_token_affects_only_its_own_and_later_logits() -> None:
     """Method: two inputs that differ in one token."""
-    model = built()
-    one = torch.arange(16).remainder(50).unsqueeze(0)
-    other = one.clone()
-    other[0, 9] = 49
-    differs = (model(one) != model(other)).any(-1)[0]
+    model = build()
+    tokens = torch.arange(16).remainder(50).unsqueeze(0)
+    changed = tokens.clone()
+    changed[0, 9] = 49
+    differs = (model(tokens) != model(changed)).any(-1)[0]
     assert not differs[:9].any()
     assert differs[9:].all()
 
 
-def test_attention_sees_how_far_apart_tokens_are_and_not_where() -> None:
-    """Method: the product of two rotated vectors, both moved on by the same distance."""
+def test_rotary_attention_depends_only_on_the_distance_between_tokens() -> None:
+    """Method: products of two rotated vectors at all pairs of positions of the same distance."""
     table = rotary_table(32, 8, 500000.0, None)
     generator = torch.Generator().manual_seed(1)
     query, key = torch.randn(2, 8, generator=generator)
@@ -69,12 +78,12 @@ def test_attention_sees_how_far_apart_tokens_are_and_not_where() -> None:
     keys = rotate(key.expand(1, 32, 1, 8), table)[0, :, 0]
     products = queries @ keys.T
     for distance in (0, 3, 7):
-        along = products.diagonal(distance)
-        assert torch.allclose(along, along[0].expand_as(along), atol=1e-5)
+        diagonal = products.diagonal(distance)
+        assert torch.allclose(diagonal, diagonal[0].expand_as(diagonal), atol=1e-5)
 
 
-def test_rotation_turns_neighbours_as_pairs() -> None:
-    """Method: against complex multiplication, the definition."""
+def test_rotation_equals_complex_multiplication_of_neighbouring_pairs() -> None:
+    """Method: a random tensor against the definition."""
     x = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(1))
     frequency = 10000.0 ** (-torch.arange(0, 8, 2) / 8)
     turn = torch.polar(torch.ones(5, 4), torch.outer(torch.arange(5.0), frequency))
@@ -83,8 +92,8 @@ def test_rotation_turns_neighbours_as_pairs() -> None:
     assert torch.allclose(found, torch.view_as_real(expected).flatten(-2), atol=1e-6)
 
 
-def test_frequencies_are_stretched_at_the_low_end_only() -> None:
-    """Method: the 8B flavor's angle at position 1, with and without stretching."""
+def test_rope_scaling_changes_only_low_frequencies() -> None:
+    """Method: the 8B flavor's angles at position 1, with and without scaling."""
     flavor = LLAMA3["8B"]
     plain = rotary_table(2, flavor.head_dim, flavor.rope_theta, None)[1, :, 1].asin()
     scaled = rotary_table(2, flavor.head_dim, flavor.rope_theta, flavor.rope_scaling)
@@ -95,20 +104,21 @@ def test_frequencies_are_stretched_at_the_low_end_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recompute", "times"),
+    ("mode", "option", "times"),
     [
-        (NOTHING, [1, 1]),
-        (Recompute(every=1), [2, 2]),
-        (Recompute(every=2), [1, 2]),
-        (Recompute(every=1, keep_products=True), [2, 2]),
+        ("none", "2", [1, 1]),
+        ("full", "2", [2, 2]),
+        ("selective", "2", [1, 2]),
+        ("selective", "op", [2, 2]),
     ],
 )
 def test_recomputing_activations_gives_the_same_gradients(
-    recompute: Recompute, times: list[int]
+    mode: Any, option: str, times: list[int]
 ) -> None:
-    """Method: the same model with and without; how often each block is computed."""
+    """Method: the same model with and without; each layer counts its forward passes."""
+    recompute = ActivationCheckpointConfig(mode, option)
     tokens, gradients = torch.arange(32).remainder(50).view(2, 16), []
-    for model in (built(), built(recompute=recompute)):
+    for model in (build(), build(recompute=recompute)):
         computed = [0] * len(model.layers)
         for number, layer in enumerate(model.layers.values()):
 
@@ -119,15 +129,15 @@ def test_recomputing_activations_gives_the_same_gradients(
         model.train()(tokens).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert computed == times
-    for one, other in zip(*gradients, strict=True):
-        assert one is not None
-        assert other is not None
-        assert torch.equal(one, other)
+    for expected, recomputed in zip(gradients[0], gradients[1], strict=True):
+        assert expected is not None
+        assert recomputed is not None
+        assert torch.equal(expected, recomputed)
 
 
-def test_initial_weights_follow_the_seed() -> None:
-    """Method: two seeds, one of them twice."""
-    one, same, other = (built(seed=seed).state_dict() for seed in (1, 1, 2))
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    assert not torch.equal(one["output.weight"], other["output.weight"])
-    assert 0.01 < float(one["layers.0.attention.wq.weight"].std()) < 0.03
+def test_initial_weights_depend_on_the_seed_alone() -> None:
+    """Method: two seeds, the first used twice."""
+    first, again, other = (build(seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["output.weight"], other["output.weight"])
+    assert 0.01 < float(first["layers.0.attention.wq.weight"].std()) < 0.03

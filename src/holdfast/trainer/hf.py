@@ -1,4 +1,4 @@
-"""What the model of a run is called on the Hugging Face hub."""
+"""The Hugging Face description of the model that a run trains."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ logger: logging.Logger = logging.getLogger("holdfast.trainer")
 
 
 def hf_model(config: Config, vocab_size: int) -> HFModel:
-    """With the `config.json` in `model.hf_assets_path` if that is of this model; else with one that
-    follows from name and flavor."""
+    """Return the Hugging Face description of the configured model.
+
+    Its `config.json` is the one in `model.hf_assets_path` if that describes this model, else one
+    derived from `model.name` and `model.flavor`.
+    """
     assets = config.model.hf_assets_path
-    own = config_of(config.model.name, config.model.shape, vocab_size)
+    derived = config_of(config.model.name, config.model.shape, vocab_size)
     if assets is None or not (Path(assets) / CONFIG).exists():
-        return HFModel(own, assets)
+        return HFModel(derived, assets)
     try:
-        theirs = read_config(*open_for_reading(assets))
-        check_alike((own, f"flavor {config.model.flavor}"), (theirs, f"`{assets}/{CONFIG}`"))
+        given = read_config(*open_for_reading(assets))
+        check_alike((derived, f"flavor {config.model.flavor}"), (given, f"`{assets}/{CONFIG}`"))
     except HoldfastError as error:
-        checkpoint = config.checkpoint
-        if checkpoint.last_save_in_hf or checkpoint.hf_export_interval:
+        if config.checkpoint.last_save_in_hf or config.checkpoint.hf_export_interval:
             logger.warning("exports get a `%s` of their own: %s", CONFIG, error.what)
-        return HFModel(own, assets)
-    return HFModel(theirs, assets)
+        return HFModel(derived, assets)
+    return HFModel(given, assets)
