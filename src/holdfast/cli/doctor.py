@@ -196,7 +196,7 @@ def _mend(folder: ExaminedFolder, report: VerifyReport, name: str) -> str | None
     prune = f"{folder.command('prune')} --damaged"
     if refused or report.step in folder.marked:
         return prune
-    # `prune` reads no data: it learns of damaged data by a mark. `;`, since `verify` exits with 7.
+    # `prune` reads no data and needs the mark. `;` and not `&&`, since `verify` exits with 7.
     return f"{folder.command('verify', f'/{name}')} --mark; {prune}"
 
 

@@ -74,7 +74,7 @@ class PruneArguments(JsonOptions):
         if not any(counts):
             return None
         return Retention(
-            # As many as always stay, where only other rules are given.
+            # Without `--keep-latest-k`, the number of checkpoints that is always kept.
             latest_k=self.keep_latest_k or STEPS_MIN,
             every_n_steps=self.keep_every_n_steps,
             best_k=self.keep_best_k,
@@ -214,7 +214,7 @@ def _execute(catalog: Catalog, decisions: Sequence[Decision]) -> None:
             except HoldfastError as error:
                 failed.append(error.what)
     store = catalog.store
-    # Also deletes the folders that have just lost their names.
+    # Also deletes the folders that were renamed above.
     failed += execute(store, plan_cleanup(store.list()))
     if failed:
         raise StorageError("not everything could be removed:\n  " + "\n  ".join(failed))

@@ -31,7 +31,7 @@ from holdfast.dashboard.watched import WatchedFolder
 HEADER_BYTES_MAX = 16 << 10
 
 CONNECTIONS_MAX = 200
-"""Open connections. Each one more drops the connection that has been idle longest."""
+"""Maximum number of open connections. A further one closes the connection that was idle longest."""
 
 IDLE_S = 30.0
 """Seconds for a request to arrive and its answer to be taken, after which the connection is

@@ -110,7 +110,7 @@ class _AnyGlobal(dict[tuple[str, str], Any]):
 
 def _member(value: Any, key: str | int) -> Any:
     if isinstance(value, Mapping) and key not in value:
-        # A path has `str(key)` of every key of a dict.
+        # Paths store the keys of dicts as text, so compare them as text.
         return {str(original): member for original, member in value.items()}[str(key)]
     return value[key]
 

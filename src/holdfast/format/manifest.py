@@ -175,7 +175,7 @@ def encode_tensor(
 
 @lru_cache(maxsize=1024)
 def _head(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """Start of a member of `tensors`, cached since thousands have the same."""
+    """First bytes of an entry of `tensors`. Cached, since thousands of entries start alike."""
     return _json({"dtype": dtype, "shape": shape})[:-1]
 
 

@@ -29,7 +29,7 @@ FACTORIES = ("list", "dict", "set", "int", "float", "str", "bool", "tuple", "Non
 _INTEGERS = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _FLOATS = ("float16", "float32", "float64", "complex64", "complex128")
 NUMBERS = (*_INTEGERS, *_FLOATS, "str", "bytes")
-"""Types of numpy scalars that keep their type, as numpy names their dtypes."""
+"""Dtype names of the numpy scalars that are loaded as numpy scalars, not as Python numbers."""
 
 EMPTY_BYTES = "empty bytes"
 """Type of `b""`, which is stored as an empty text: pickle would write a call of `bytes`."""

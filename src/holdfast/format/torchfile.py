@@ -110,7 +110,7 @@ def _state(
         region = Region.whole(stored.shape)
         data_bytes = region.num_elements * dtype_of(stored.dtype).itemsize
         if data_bytes > nbytes:
-            # As `expand` makes them: a few bytes could describe a tensor of any size.
+            # An expanded tensor (stride 0) could claim any size and store only a few bytes.
             raise ValueError(f"`{name[:200]}` has {data_bytes} bytes, the file only {nbytes}")
         row_major = stored.strides == contiguous_strides(stored.shape) or region.num_elements < 2
         if row_major:

@@ -100,7 +100,7 @@ def train(config: Config, parallel: ParallelContext) -> None:
     Raises:
         HoldfastError: on every rank, if the settings, the data or a checkpoint are unusable.
     """
-    # Before the data create a folder, in case the folder's name is a URL.
+    # First, since the data set creates a folder, and the configured folder may be a URL.
     dump_folder, checkpoint_folder = _folders(config)
     if config.checkpoint.create_seed_checkpoint:
         create_seed(config, parallel)
