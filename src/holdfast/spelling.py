@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -19,6 +19,16 @@ def spelled_bytes(nbytes: float) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} PB"
+
+
+def listed(lines: Sequence[str], num_max: int) -> str:
+    """The first `num_max` lines, each on a line of its own and indented.
+
+    >>> listed(["a", "b", "c"], 2)
+    '\\n  a\\n  b\\n  ... and 1 more'
+    """
+    more = [f"... and {len(lines) - num_max} more"] if len(lines) > num_max else []
+    return "".join(f"\n  {line}" for line in [*lines[:num_max], *more])
 
 
 def counted(count: int, noun: str) -> str:

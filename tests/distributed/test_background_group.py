@@ -1,4 +1,4 @@
-"""What is saved in the background and what training sends, on real groups side by side."""
+"""A background save and training communicate over separate process groups."""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ from processes import run_processes
 
 
 def train_beside(rank: int, size: int, folder: Path, mode: Any) -> tuple[int, int]:
-    """What training sent over its group while a step was written, and what the group has counted.
-
-    The write is slow enough for some of training to fall into it.
-    """
+    """Number of operations that training ran on its group during a save, and the number that the
+    group counted. The write is slow enough to overlap with training."""
     model = nn.Linear(512, 1024)
     fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
     config = CheckpointConfig(
@@ -42,9 +40,9 @@ def train_beside(rank: int, size: int, folder: Path, mode: Any) -> tuple[int, in
     return sent, counted
 
 
-def test_a_save_in_the_background_sends_nothing_over_the_group_of_training(tmp_path: Path) -> None:
-    """G7. Method: the group numbers what is sent over it; while two ranks write and publish a step
-    that is all that training sends."""
+def test_a_background_save_does_not_use_the_process_group_of_training(tmp_path: Path) -> None:
+    """G7. Method: the group counts its operations while two ranks write and publish a checkpoint;
+    there are no others than those of training."""
     for mode in ("async", "async_with_pinned_mem"):
         for sent, counted in run_processes(2, train_beside, tmp_path / mode, mode):
             assert sent > 10, "nothing was sent while the step was written"

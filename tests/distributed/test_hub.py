@@ -1,4 +1,4 @@
-"""Hugging Face folders from sharded runs and into them, on every axis."""
+"""Runs start from Hugging Face folders and export them, sharded on every axis."""
 
 from __future__ import annotations
 
@@ -46,12 +46,13 @@ def assert_same(one: Path, other: Path) -> None:
         (EXPERTS, {"expert": 2}, {"tensor": 2, "context": 2}),
     ],
 )
-def test_a_folder_from_one_layout_starts_a_run_on_another(
+def test_a_folder_exported_by_one_layout_starts_a_run_of_another(
     model: tuple[str, ...], first: dict[str, int], then: dict[str, int], tmp_path: Path
 ) -> None:
-    """Method: four ranks train two steps in `async` mode, and save a step and a folder of the same
-    snapshot: the folder is what a conversion of the step gives. Four ranks of another layout start
-    from the folder and end with one, unchanged; nothing is left beside either."""
+    """Method: four ranks train two steps in `async` mode, and save a checkpoint and a folder from
+    the same snapshot: the folder equals a conversion of the checkpoint. Four ranks of another
+    layout start from the folder and export it again, unchanged. Nothing else is left in either
+    folder."""
     saving = ("--training.steps", "2", "--checkpoint.interval", "2")
     exporting = ("--checkpoint.hf_export_interval", "2", "--checkpoint.async_mode", "async")
     ran = train(*model, *degrees(**first), *saving, *exporting, ranks=4, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""A mistake on one rank of a real process group: the same message on all of them."""
+"""A mistake on one rank of a real process group raises the same message on all ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Broken:
 
 
 def message(call: Any) -> tuple[str, str | None]:
-    """What a call ends in, and the type of its cause."""
+    """Message of the error that a call raises, and the type of its cause."""
     with pytest.raises(UsageError) as raised:
         call()
     cause = raised.value.__cause__
@@ -43,8 +43,8 @@ def mistakes(rank: int, size: int, folder: Path) -> list[tuple[str, str | None]]
     return found
 
 
-def test_a_mistake_on_one_rank_is_told_to_all_and_the_next_save_goes_well(tmp_path: Path) -> None:
-    """G7. Method: two processes on gloo; wrong arguments of one, an object of one that raises."""
+def test_a_mistake_of_one_rank_is_raised_on_all_and_the_next_save_works(tmp_path: Path) -> None:
+    """G7. Method: two processes on gloo; one passes wrong arguments, or an object that raises."""
     first, second = run_processes(2, mistakes, tmp_path)
     assert [what for what, _ in first] == [what for what, _ in second]
     said = [what for what, _ in first]

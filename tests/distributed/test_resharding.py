@@ -1,4 +1,5 @@
-"""Checkpoints across layouts, with real processes: FSDP2, tensor parallelism, both, and neither."""
+"""Checkpoints load across layouts, with real processes: FSDP2, tensor parallelism, both,
+neither."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from holdfast.state.tree import flatten
 from processes import run_processes
 
 WIDTH = 10
-"""Divisible by neither 4 nor 3: shards are uneven, and some are empty."""
+"""Not divisible by 4 or 3, so that shards are uneven and some are empty."""
 
 
 class Block(nn.Module):
@@ -42,7 +43,7 @@ class Block(nn.Module):
 
 
 def build(dp: int, tp: int, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A model laid over `dp` times `tp` ranks, and an AdamW that has no state yet."""
+    """A model sharded over `dp` times `tp` ranks, and an AdamW without state."""
     torch.manual_seed(seed)
     model = Block()
     if dp * tp > 1:
@@ -71,7 +72,8 @@ def contents(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
 
 
 def train_a_little(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Two steps along made-up gradients: torch cannot multiply unevenly sharded matrices."""
+    """Train two steps with made-up gradients, since torch cannot multiply unevenly sharded
+    matrices."""
     for _ in range(2):
         for parameter in model.parameters():
             parameter.grad = parameter.detach().sin()
@@ -86,7 +88,7 @@ def save_on(rank: int, size: int, dp: int, tp: int, path: Path) -> dict[str, tor
 
 
 def load_on(rank: int, size: int, layouts: list[tuple[int, int, Path]]) -> list[Any]:
-    """Load each checkpoint on its layout of these ranks."""
+    """Load each checkpoint with its layout of these ranks."""
     loaded = []
     for dp, tp, path in layouts:
         model, optimizer = build(dp, tp, seed=2)
@@ -104,7 +106,7 @@ def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Any]:
-    """One checkpoint by each layout, with what it holds."""
+    """One checkpoint per layout, with its contents."""
     folder = tmp_path_factory.mktemp("saved")
     made = {}
     for dp, tp in ((1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (3, 1)):
@@ -116,8 +118,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Any
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_any_layout_loads_on_any_other(saved: dict[tuple[int, int], Any], size: int) -> None:
-    """G6, G9: model and AdamW state saved by every layout of 1 to 4 ranks, FSDP x TP and uneven
-    shards among them, come back bit for bit on every layout of `size` ranks."""
+    """G6, G9. Method: model and AdamW state are saved with every layout of 1 to 4 ranks, FSDP x TP
+    and uneven shards included, and loaded bit for bit with every layout of `size` ranks."""
     layouts = [(dp, size // dp) for dp in (1, 2, 3, 4) if size % dp == 0 and size // dp != 3]
     wanted = [(*layout, source) for layout in layouts for source in saved]
     work = [(dp, tp, saved[source][0]) for dp, tp, *rest in wanted for source in rest]
@@ -137,10 +139,11 @@ def stock_load_on(rank: int, size: int, dp: int, tp: int, path: Path) -> Any:
     return state["step"], {name: whole(t) for name, t in model.named_parameters()}
 
 
-def test_stock_dcp_loads_what_we_save_on_another_layout(
+def test_stock_dcp_loads_our_checkpoint_with_another_layout(
     saved: dict[tuple[int, int], Any],
 ) -> None:
-    """G10: `torch.distributed.checkpoint.load` on 2 ranks reads what FSDP x TP on 4 has saved."""
+    """G10. Method: `torch.distributed.checkpoint.load` on 2 ranks reads a checkpoint of FSDP x TP
+    on 4."""
     path, expected = saved[2, 2]
     for step, found in run_processes(2, stock_load_on, 2, 1, path):
         assert step == 7
@@ -163,8 +166,9 @@ def stock_save_on(rank: int, size: int, path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_we_load_what_stock_dcp_saved(size: int, tmp_path: Path) -> None:
-    """G10: stock checkpoints of 1, 2 and 4 ranks load bit for bit on one rank and on two."""
+def test_a_stock_dcp_checkpoint_loads_on_any_number_of_ranks(size: int, tmp_path: Path) -> None:
+    """G10. Method: stock checkpoints of 1, 2 and 4 ranks load bit for bit on one rank and on
+    two."""
     path = tmp_path / "stock"
     expected = run_processes(size, stock_save_on, path)[0]
     for ranks, layouts in ((1, [(1, 1, path)]), (2, [(2, 1, path), (1, 2, path)])):
@@ -184,8 +188,10 @@ def misfit_on(rank: int, size: int, path: Path) -> str:
     return str(caught.value)
 
 
-def test_a_misfit_is_the_same_error_on_every_rank(saved: dict[tuple[int, int], Any]) -> None:
-    """G6, G7: a parameter that the checkpoint lacks is named on all ranks, and nothing changes."""
+def test_a_missing_parameter_is_the_same_error_on_every_rank(
+    saved: dict[tuple[int, int], Any],
+) -> None:
+    """G6, G7. Method: the checkpoint lacks a parameter; all ranks name it, and nothing changes."""
     messages = run_processes(2, misfit_on, saved[4, 1][0])
     assert messages[0] == messages[1]
     assert "`model.extra` is not in the checkpoint" in messages[0]
@@ -201,8 +207,8 @@ def fail_on_one_rank(rank: int, size: int, path: Path) -> str:
 
 
 def test_an_error_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
-    """G7: a tensor that only rank 1 has, and that cannot be kept, ends the save on every rank; no
-    attempt stays behind."""
+    """G7. Method: a tensor that only rank 1 has cannot be saved; the save fails on every rank, and
+    no attempt is left."""
     for message in run_processes(3, fail_on_one_rank, tmp_path / "step-1"):
         assert "rank 1" in message
         assert "`mine`" in message
@@ -245,8 +251,8 @@ def relaid_on(rank: int, size: int) -> int:
     return len(changes)
 
 
-def test_what_lies_otherwise_than_in_the_save_before_is_noticed() -> None:
-    """G6. Method: a planner that has seen a tensor offers what a new one does after a change of its
-    dtype, shape, placement, path or kind, by another object and in place: torch swaps two tensors
-    only where nothing has been left on them."""
+def test_a_reused_planner_notices_every_change_of_layout() -> None:
+    """G6. Method: after a change of a tensor's dtype, shape, placement, path or kind, by another
+    object or in place, a reused planner makes the local plan that a new one makes. The planner
+    keeps no attribute on tensors, since torch swaps in place only tensors without any."""
     assert run_processes(2, relaid_on) == [7, 7]

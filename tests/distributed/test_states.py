@@ -1,4 +1,4 @@
-"""States that lie over ranks: optimizers of every kind, models in every wrapper, loaders."""
+"""State sharded over ranks: optimizers of every kind, models in every wrapper, data loaders."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def model() -> nn.Sequential:
 
 
 class Joined(Optimizer):
-    """Keeps others inside, and gives their state by the numbers of their parameters."""
+    """Optimizer that wraps others and names their state by parameter numbers."""
 
     def __init__(self, *inner: Optimizer) -> None:
         self.inner = inner
@@ -50,7 +50,7 @@ class Joined(Optimizer):
 
 
 class Container(Optimizer):
-    """As TorchTitan has it: torch's flattened state dict, by the names of the parameters."""
+    """TorchTitan's container: torch's flattened state dict, named by parameters."""
 
     def __init__(self, part: nn.Module) -> None:
         self.part = part
@@ -81,7 +81,7 @@ OPTIMIZERS: dict[str, Any] = {
 
 
 def zero(part: nn.Module) -> Any:
-    """Torch's optimizer that shares out its state."""
+    """Torch's ZeroRedundancyOptimizer."""
     cls = import_module("torch.distributed.optim").ZeroRedundancyOptimizer
     return cls(part.parameters(), optimizer_class=torch.optim.AdamW, lr=0.01)
 
@@ -89,7 +89,8 @@ def zero(part: nn.Module) -> Any:
 def train(
     rank: int, size: int, folder: str, until: int, kind: str, wrapper: str, mode: str
 ) -> dict[str, Any]:
-    """Train by so many ranks up to a step, from what is in the folder; the weights, whole."""
+    """Train on `size` ranks up to a step, from the checkpoint in the folder. Returns the full
+    weights."""
     net: Any = model()
     net = fully_shard(net) if wrapper == "fsdp2" else DistributedDataParallel(net)
     optimizer = OPTIMIZERS[kind](net)
@@ -104,7 +105,7 @@ def train(
         folder, model=net, optimizers=optimizer, config=config
     ) as manager:
         for step in range(manager.load() + 1, until + 1):
-            # The same samples whatever the number of ranks: those of a rank are its share.
+            # Any number of ranks sees the same samples: each takes its share of them.
             batch = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
             share = batch.chunk(size)[rank]
             optimizer.zero_grad()
@@ -126,10 +127,11 @@ def train(
     ],
 )
 @pytest.mark.parametrize("mode", ["disabled", "async_with_pinned_mem"])
-def test_optimizers_over_ranks_go_on_bit_for_bit(
+def test_sharded_optimizers_resume_bit_for_bit(
     kind: str, wrapper: str, mode: str, tmp_path: Path
 ) -> None:
-    """G9, G15. Method: two ranks, two steps, started anew, two more: the bits of four at once."""
+    """G9, G15. Method: two ranks train two steps, restart and train two more; the bits equal those
+    of four steps without a restart."""
     whole = run_processes(2, train, str(tmp_path / "whole"), 4, kind, wrapper, mode)
     run_processes(2, train, str(tmp_path / "halves"), 2, kind, wrapper, mode)
     halves = run_processes(2, train, str(tmp_path / "halves"), 4, kind, wrapper, mode)
@@ -139,7 +141,7 @@ def test_optimizers_over_ranks_go_on_bit_for_bit(
 
 
 def moments(rank: int, size: int, folder: str, kind: str, wrapper: str) -> list[torch.Tensor]:
-    """Load by so many ranks; every moment, whole."""
+    """Load on `size` ranks. Returns every moment in full."""
     net: Any = model()
     net = fully_shard(net) if wrapper == "fsdp2" else DistributedDataParallel(net)
     optimizer = OPTIMIZERS[kind](net)
@@ -160,8 +162,8 @@ def moments(rank: int, size: int, folder: str, kind: str, wrapper: str) -> list[
 
 
 @pytest.mark.parametrize(("kind", "wrapper"), [("joined", "fsdp2"), ("zero", "ddp")])
-def test_optimizers_of_two_ranks_are_loaded_by_one(kind: str, wrapper: str, tmp_path: Path) -> None:
-    """G9, G15. Method: moments that lie over two ranks, or that two ranks share out, on one."""
+def test_optimizers_of_two_ranks_load_on_one(kind: str, wrapper: str, tmp_path: Path) -> None:
+    """G9, G15. Method: moments sharded over two ranks, or divided between them, load on one."""
     run_processes(2, train, str(tmp_path), 2, kind, wrapper, "disabled")
     by_two = run_processes(2, moments, str(tmp_path), kind, wrapper)
     (by_one,) = run_processes(1, moments, str(tmp_path), kind, wrapper)
@@ -191,8 +193,8 @@ def refused_fsdp1(rank: int, size: int, folder: str) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_fsdp1_is_refused_at_once_with_the_way_on(tmp_path: Path) -> None:
-    """G15. Method: flat and original parameters, inside of another module; manager, save, load."""
+def test_fsdp1_is_refused_with_a_hint(tmp_path: Path) -> None:
+    """G15. Method: flat and original parameters, inside another module; manager, save and load."""
     for said in run_processes(2, refused_fsdp1, str(tmp_path)):
         assert len(said) == 6
         for line in said:
@@ -215,7 +217,7 @@ class Rows:
 
 
 class Stream(torch.utils.data.IterableDataset[torch.Tensor]):
-    """An iterable one that says where it is, with a buffer that it draws from."""
+    """Stateful iterable dataset with a shuffle buffer."""
 
     def __init__(self) -> None:
         self.at, self.buffer = 24, list[torch.Tensor]()
@@ -247,7 +249,8 @@ def loader_of(kind: str, workers: int, rank: int, size: int) -> Any:
 def train_on_loader(
     rank: int, size: int, folder: str, until: int, wrapper: str, kind: str, workers: int
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Train with dropout over several epochs of a loader; the weights, and the samples seen."""
+    """Train with dropout over several epochs of a loader. Returns the weights and the samples
+    seen."""
     torch.manual_seed(7 + rank)
     net: Any = nn.Sequential(nn.Linear(8, 12), nn.Dropout(0.5), nn.Linear(12, 8))
     if wrapper == "fsdp2":
@@ -285,11 +288,11 @@ def train_on_loader(
 @pytest.mark.parametrize("kind", ["map", "iterable"])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("wrapper", ["none", "ddp", "fsdp2"])
-def test_dropout_and_a_stateful_loader_go_on_bit_for_bit(
+def test_dropout_and_a_stateful_loader_resume_bit_for_bit(
     wrapper: str, workers: int, kind: str, tmp_path: Path
 ) -> None:
-    """G9, G15. Method: stopped in the middle of an epoch, and at its end; started anew. The
-    samples, and the bits, are those of a run that was not stopped."""
+    """G9, G15. Method: stopped in the middle of an epoch and at its end, then restarted; samples
+    and bits equal those of a run that was not stopped."""
     pytest.importorskip("torchdata")
     size, more = (1 if wrapper == "none" else 2), (wrapper, kind, workers)
     whole = run_processes(size, train_on_loader, str(tmp_path / "whole"), 17, *more)

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout, loaded on any other: planned, saved, resharded and read."""
+"""A checkpoint of any layout loads with any other: planned, saved, resharded and read."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimen
 
 
 @st.composite
-def spreads(draw: st.DrawFn, num_dims: int, ranks_max: int = 12) -> MeshPlacement:
-    """Any way to lie over any mesh: repeated, cut, cut in strides as FSDP over tensor parallelism
-    does; dims smaller than their axis among them."""
+def placements(draw: st.DrawFn, num_dims: int, ranks_max: int = 12) -> MeshPlacement:
+    """Any placement on any mesh: replicated, sharded, sharded in strides as FSDP over tensor
+    parallelism does; also dims smaller than their axis."""
     sizes = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
     shape = draw(sizes.filter(lambda shape: prod(shape) <= ranks_max))
     cuts: list[ShardSpec | None] = []
@@ -40,7 +40,7 @@ def spreads(draw: st.DrawFn, num_dims: int, ranks_max: int = 12) -> MeshPlacemen
 
 
 def saved(whole: torch.Tensor, placement: MeshPlacement) -> Source:
-    """A checkpoint of one tensor, by the ranks of a mesh."""
+    """A checkpoint of one tensor, saved by the ranks of a mesh."""
     dtype = str(whole.dtype).removeprefix("torch.")
     local_plan = LocalPlan({"w": LocalTensor(dtype, tuple(whole.shape), ("w",), placement)})
     size = len(placement.mesh.ranks)
@@ -54,7 +54,7 @@ def saved(whole: torch.Tensor, placement: MeshPlacement) -> Source:
 def loaded(
     source: Source, whole: torch.Tensor, coordinate: Sequence[int], placement: MeshPlacement
 ) -> tuple[Sequence[Piece], torch.Tensor, int]:
-    """What the rank at a place of another mesh gets, and the bytes that it read."""
+    """Local tensor of one rank of another mesh, and the bytes that it read."""
     pieces = pieces_of(tuple(whole.shape), placement.splits_at(coordinate))
     sizes = [max((p.local.stop[d] for p in pieces), default=0) for d in range(whole.ndim)]
     nbytes = prod(sizes) * whole.itemsize
@@ -63,8 +63,8 @@ def loaded(
 
 
 def check(whole: torch.Tensor, before: MeshPlacement, after: MeshPlacement) -> int:
-    """Save by one layout, load by another; every rank has what slicing gives. Returns bytes read by
-    all ranks together."""
+    """Save with one layout and load with another; every rank must get the result of slicing.
+    Returns the bytes read by all ranks."""
     source, read = saved(whole, before), 0
     for coordinate in product(*map(range, after.mesh.shape)):
         pieces, local, nbytes = loaded(source, whole, coordinate, after)
@@ -79,28 +79,28 @@ def check(whole: torch.Tensor, before: MeshPlacement, after: MeshPlacement) -> i
 def check_any(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(0, 9), max_size=3)))
     whole = random_tensor(data.draw(st.sampled_from(sorted(BY_NAME))), shape, seed=len(shape))
-    check(whole, data.draw(spreads(len(shape))), data.draw(spreads(len(shape))))
+    check(whole, data.draw(placements(len(shape))), data.draw(placements(len(shape))))
 
 
 @settings(max_examples=60)
 @given(st.data())
 def test_any_layout_loads_on_any_other(data: st.DataObject) -> None:
-    """G6, G9. Method: random meshes of up to 12 ranks and placements, every dtype (fp8 and complex
-    among them), random bits, 0-d and empty tensors; every rank of the second mesh against plain
-    slicing."""
+    """G6, G9. Method: random placements on random meshes of up to 12 ranks, every dtype (fp8 and
+    complex included), random bits, 0-d and empty tensors; every rank of the second mesh against
+    plain slicing."""
     check_any(data)
 
 
 @pytest.mark.slow
 @settings(max_examples=2000)
 @given(st.data())
-def test_so_it_is_for_very_many_pairs_of_them(data: st.DataObject) -> None:
-    """G6, G9. Method: the same, thirty times as often."""
+def test_very_many_pairs_of_layouts_load(data: st.DataObject) -> None:
+    """G6, G9. Method: the test above, thirty times as often."""
     check_any(data)
 
 
 def wanted_bytes(whole: torch.Tensor, placement: MeshPlacement) -> int:
-    """Of all ranks together: replicas count each."""
+    """Bytes that all ranks want; replicas count once each."""
     everyone = product(*map(range, placement.mesh.shape))
     regions = [
         piece.region for at in everyone for piece in pieces_of(whole.shape, placement.splits_at(at))
@@ -116,20 +116,20 @@ def rows_only(placement: MeshPlacement) -> MeshPlacement:
 
 @settings(max_examples=20, deadline=None)
 @given(st.data())
-def test_rows_are_read_once_and_nothing_beside_them(data: st.DataObject) -> None:
-    """G13. Method: rows of two blocks of checksums each, cut by rows over any two meshes: the bytes
-    read are those wanted, no more."""
+def test_row_shards_read_only_their_bytes(data: st.DataObject) -> None:
+    """G13. Method: rows of two blocks each, sharded by rows over any two meshes; the bytes read are
+    exactly those wanted."""
     whole = torch.arange(7 * 2 * BLOCK_BYTES).to(torch.uint8).view(7, 2 * BLOCK_BYTES)
-    before, after = (rows_only(data.draw(spreads(2, ranks_max=6))) for _ in range(2))
+    before, after = (rows_only(data.draw(placements(2, ranks_max=6))) for _ in range(2))
     assert check(whole, before, after) == wanted_bytes(whole, after)
 
 
 @pytest.mark.parametrize("num_columns", [2, 4, 8])
-def test_columns_are_read_once_while_a_block_wide_and_else_with_their_rows(
+def test_column_shards_read_only_their_bytes_if_a_block_wide(
     num_columns: int,
 ) -> None:
-    """G13. Method: rows of four blocks, saved by rows, loaded by columns. A run of a block or more
-    is read by itself; of shorter ones at most `row / slice` of the bytes wanted are read."""
+    """G13. Method: rows of four blocks, saved by rows, loaded by columns. Runs of a block or more
+    are read alone. With shorter runs, at most `row / slice` times the wanted bytes are read."""
     whole = torch.arange(6 * 4 * BLOCK_BYTES).to(torch.uint8).view(6, 4 * BLOCK_BYTES)
     before = MeshPlacement(Mesh((3,), (0, 1, 2)), (ShardSpec(0),))
     after = MeshPlacement(Mesh((num_columns,), tuple(range(num_columns))), (ShardSpec(1),))

@@ -1,4 +1,4 @@
-"""What ranks want alike reaches each of them as if it had read it itself."""
+"""Data that several ranks want reaches each of them as if it had read it itself."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def a_box(chance: random.Random, shape: tuple[int, ...]) -> Region:
 
 
 def a_target(chance: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Elements in any order in memory."""
+    """A tensor with its dims in any order in memory."""
     order = chance.sample(range(len(shape)), len(shape))
     sizes = [shape[dim] for dim in order]
     # Not `zeros` of the dtype: torch cannot fill all of them on the CPU.
@@ -42,9 +42,9 @@ def a_target(chance: random.Random, shape: tuple[int, ...], dtype: torch.dtype) 
 
 @given(st.randoms(use_true_random=False), st.sampled_from([16, 48, 256, 4 << 20]))
 def test_every_rank_gets_the_bits_that_it_would_read(chance: random.Random, nbytes: int) -> None:
-    """G6. Method: every dtype, random bits, saved by up to three ranks; up to four ranks want boxes
-    of which each is wanted by any of them, in any order, in targets of any strides, in messages of
-    any size. The elements are those of slicing."""
+    """G6. Method: every dtype, random bits, saved by up to three ranks; up to four ranks want
+    boxes, shared with any of the others, in any order, into targets with any strides, in messages
+    of any size. The elements are compared with slicing."""
     store = MemoryStore()
     wholes, boxes = {}, {}
     for number in range(chance.randint(1, 4)):
@@ -75,7 +75,7 @@ def test_every_rank_gets_the_bits_that_it_would_read(chance: random.Random, nbyt
         chance.shuffle(wanted)
 
     def work(ranks: Ranks) -> int:
-        mine = replicas.ask(source, asked[ranks.rank], {})
+        mine = replicas.collect_requests(source, asked[ranks.rank], {})
         return replicas.read_shared(source, mine, ranks, threads=2)
 
     with pytest.MonkeyPatch.context() as patched:

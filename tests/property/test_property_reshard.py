@@ -1,4 +1,4 @@
-"""From what is wanted to what is read: the fast way against plain slicing."""
+"""Read plans against plain slicing."""
 
 from __future__ import annotations
 
@@ -29,67 +29,68 @@ ITEMSIZES = st.sampled_from([1, 2, 8, RUN_BYTES_MIN // 4, RUN_BYTES_MIN])
 of that size is ever there."""
 
 
-def taken(part: ByteRange, chunk: np.ndarray, itemsize: int) -> np.ndarray:
-    """What a reader takes out of the bytes of a part: only those, in the strides of the chunk."""
-    assert part.start % itemsize == 0
-    stretch = chunk.reshape(-1)[part.start // itemsize : part.stop // itemsize]
-    assert len(stretch) * itemsize == part.stop - part.start, "inside of the chunk"
+def taken(stored: ByteRange, chunk: np.ndarray, itemsize: int) -> np.ndarray:
+    """Elements that a reader takes from the bytes of a range, by the strides of the chunk."""
+    assert stored.start % itemsize == 0
+    elements = chunk.reshape(-1)[stored.start // itemsize : stored.stop // itemsize]
+    assert len(elements) * itemsize == stored.stop - stored.start, "inside of the chunk"
     strides = contiguous_strides(chunk.shape)
-    reach = sum((n - 1) * s for n, s in zip(part.box.shape, strides, strict=True)) + 1
-    assert reach == len(stretch), "from the first element of the box to its last, no further"
+    reach = sum((n - 1) * s for n, s in zip(stored.box.shape, strides, strict=True)) + 1
+    assert reach == len(elements), "from the first element of the box to its last, no further"
     return np.lib.stride_tricks.as_strided(
-        stretch, part.box.shape, tuple(s * stretch.itemsize for s in strides)
+        elements, stored.box.shape, tuple(s * elements.itemsize for s in strides)
     )
 
 
 @settings(max_examples=200)
 @given(st.data())
-def test_the_parts_put_together_are_the_slice(data: st.DataObject) -> None:
-    """G6. Method: a numbered chunk, any box of it, any window; each element of the box comes in one
-    part and is the one that slicing gives. A part with gaps fits the window, or is one run."""
+def test_byte_ranges_join_to_the_slice(data: st.DataObject) -> None:
+    """G6. Method: a numbered chunk, any box of it, any window; each element of the box is in
+    exactly one range and equals that of slicing. A range with gaps fits the window, or is one
+    run."""
     shape, itemsize = data.draw(SHAPES), data.draw(ITEMSIZES)
     box, window = data.draw(boxes(shape)), data.draw(st.integers(1, 400)) * itemsize
     chunk = np.arange(prod(shape)).reshape(shape)
     wanted = chunk[box.slices()]
     found = np.full(box.shape, -1)
-    for part in byte_ranges(box, shape, itemsize, window):
-        assert (found[part.box.slices()] == -1).all(), "no element comes twice"
-        found[part.box.slices()] = taken(part, chunk, itemsize)
-        inside = part.box.num_elements * itemsize
-        assert part.contiguous == (part.stop - part.start == inside)
-        assert part.contiguous or part.stop - part.start <= window
+    for stored in byte_ranges(box, shape, itemsize, window):
+        assert (found[stored.box.slices()] == -1).all(), "no element comes twice"
+        found[stored.box.slices()] = taken(stored, chunk, itemsize)
+        inside = stored.box.num_elements * itemsize
+        assert stored.contiguous == (stored.stop - stored.start == inside)
+        assert stored.contiguous or stored.stop - stored.start <= window
     assert np.array_equal(found, wanted)
 
 
 @given(st.data())
-def test_rows_are_read_as_one_part_and_nothing_beside_them(data: st.DataObject) -> None:
-    """G13. Method: whole rows of any tensor, as row shards are: exactly the wanted bytes, in one
-    stretch, however small the window."""
+def test_whole_rows_are_one_range_without_other_bytes(data: st.DataObject) -> None:
+    """G13. Method: whole rows of any tensor, as in row shards: exactly the wanted bytes in one
+    range, with any window."""
     shape = data.draw(SHAPES.filter(bool))
     lo, hi = sorted((data.draw(st.integers(0, shape[0])), data.draw(st.integers(0, shape[0]))))
     box = Region((lo, *[0] * (len(shape) - 1)), (hi, *shape[1:]))
     found = list(byte_ranges(box, shape, 8, 1))
-    assert sum(part.stop - part.start for part in found) == box.num_elements * 8
+    assert sum(stored.stop - stored.start for stored in found) == box.num_elements * 8
     assert len(found) == (1 if box.num_elements else 0)
 
 
 @given(st.data())
 def test_long_runs_are_read_without_the_gaps_between_them(data: st.DataObject) -> None:
-    """G13. Method: columns of a matrix whose slices are at least as long as the shortest run that
-    is read alone: exactly the wanted bytes."""
+    """G13. Method: columns of a matrix whose runs are at least `RUN_BYTES_MIN` long: exactly the
+    wanted bytes."""
     height, width = data.draw(st.integers(1, 5)), data.draw(st.integers(2, 6))
     lo, hi = sorted((data.draw(st.integers(0, width)), data.draw(st.integers(0, width))))
     box = Region((0, lo), (height, hi))
     found = list(byte_ranges(box, (height, width), RUN_BYTES_MIN, 8 * RUN_BYTES_MIN))
-    assert sum(part.stop - part.start for part in found) == box.num_elements * RUN_BYTES_MIN
+    assert sum(stored.stop - stored.start for stored in found) == box.num_elements * RUN_BYTES_MIN
 
 
 @given(st.data())
-def test_short_runs_cost_no_more_than_the_rows_that_they_lie_in(data: st.DataObject) -> None:
+def test_short_runs_cost_at_most_the_rows_around_them(data: st.DataObject) -> None:
     """G13. Method: any box; the bytes read are at most those from its first element to its last."""
     shape = data.draw(SHAPES)
     box = data.draw(boxes(shape))
-    read = sum(part.stop - part.start for part in byte_ranges(box, shape, 4, 64))
+    read = sum(stored.stop - stored.start for stored in byte_ranges(box, shape, 4, 64))
     if box.num_elements:
         strides = contiguous_strides(shape)
         last = sum((n - 1) * s for n, s in zip(box.shape, strides, strict=True)) + 1
@@ -105,7 +106,7 @@ def entry_of(shape: tuple[int, ...], regions: list[Region]) -> TensorEntry:
 
 @st.composite
 def grids(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Region]:
-    """A tensor cut into a grid, its cells in any order."""
+    """A tensor divided into a grid, its cells in any order."""
     cells = [Region((), ())]
     for size in shape:
         cuts = sorted({0, size, *draw(st.sets(st.integers(0, size), max_size=2))})
@@ -119,25 +120,25 @@ def grids(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Region]:
 
 @given(st.data())
 def test_every_wanted_element_comes_from_the_one_chunk_that_holds_it(data: st.DataObject) -> None:
-    """G6. Method: any grid of chunks, any wanted box; the moves cover the box once, each inside of
-    its chunk."""
+    """G6. Method: any grid of chunks, any wanted box; the read items cover the box once, each
+    within its chunk."""
     shape = data.draw(SHAPES)
     entry, wanted = entry_of(shape, data.draw(grids(shape))), data.draw(boxes(shape))
     counted = np.zeros(shape, int)
-    for move in read_items("w", entry, wanted):
-        assert move.region & move.chunk.region == move.region
-        counted[move.region.slices()] += 1
+    for item in read_items("w", entry, wanted):
+        assert item.region & item.chunk.region == item.region
+        counted[item.region.slices()] += 1
     expected = np.zeros(shape, int)
     expected[wanted.slices()] = 1
     assert np.array_equal(counted, expected)
 
 
 @given(st.data())
-def test_a_chunk_that_is_missing_or_there_twice_is_damage_where_it_is_wanted(
+def test_a_missing_or_doubled_chunk_is_damage_if_it_is_wanted(
     data: st.DataObject,
 ) -> None:
-    """G6. Method: any grid, one of its cells left out or doubled; an error that names the tensor if
-    and only if the cell is wanted."""
+    """G6. Method: any grid with one cell left out or doubled; an error that names the tensor if and
+    only if the cell is wanted."""
     shape = data.draw(SHAPES)
     cells, wanted = data.draw(grids(shape)), data.draw(boxes(shape))
     victim = data.draw(st.integers(0, len(cells) - 1))

@@ -1,4 +1,4 @@
-"""Random lives of a checkpoint folder: a good step is always there, and every promised one is."""
+"""Random histories of a checkpoint folder: a good checkpoint and every promised one exist."""
 
 from __future__ import annotations
 
@@ -33,29 +33,30 @@ CONFIG = CheckpointConfig(
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
+class Run:
     """One run of a training job on the folder."""
 
     losses: list[float]
-    """Of each step that it saves."""
+    """Loss of each checkpoint that it saves."""
 
     back: int
-    """Where it resumes: that many steps before the newest, by `load_step`; 0: the newest good."""
+    """Number of checkpoints before the newest from which it resumes, by `load_step`. 0: the newest
+    good one."""
 
     cut: float | None
-    """Where in its operations the power goes; None: it comes to its end."""
+    """Share of its operations after which the power is cut; None: it ends normally."""
 
     version: Any
     seed: int
     damage: tuple[str, int] | None
-    """What becomes of a step after it: kind, and which one."""
+    """Damage after the run: its kind, and the checkpoint."""
 
     pinned: int | None
     async_mode: Any
 
 
-courses = st.builds(
-    Course,
+runs = st.builds(
+    Run,
     losses=st.lists(st.sampled_from([1.0, 2.0, 3.0]), min_size=1, max_size=4),
     back=st.sampled_from([0, 0, 0, 1, 2]),
     cut=st.none() | st.floats(0, 1),
@@ -69,11 +70,11 @@ courses = st.builds(
 
 @dataclass(slots=True)
 class Folder:
-    """What is there, and what the test knows of it."""
+    """The folder, and what the test knows of it."""
 
     tree: Tree = field(default_factory=dict)
     may_go: set[int] = field(default_factory=set)
-    """What retention had no reason to keep in the last course."""
+    """What retention had no reason to keep in the last run."""
 
 
 def value_of(step: int) -> torch.Tensor:
@@ -81,7 +82,7 @@ def value_of(step: int) -> torch.Tensor:
 
 
 def intact(store: MemoryStore) -> set[int]:
-    """Steps that are there bit for bit; one that is whole by its checksums must be."""
+    """Steps whose checkpoints are as saved. One whose checksums match must be."""
     found = set()
     for step, folder in Catalog(store).folders().items():
         try:
@@ -94,7 +95,8 @@ def intact(store: MemoryStore) -> set[int]:
 
 
 def resume(store: MemoryStore, back: int) -> int | None:
-    """As the manager does: sweep, then the newest step that loads; damaged ones are marked."""
+    """Resume as the manager does: clean up, then take the newest checkpoint that loads; mark
+    damaged ones."""
     assert execute(store, plan_cleanup(store.list())) == []
     catalog, below = Catalog(store), None
     good = sorted(intact(store))
@@ -115,26 +117,26 @@ def resume(store: MemoryStore, back: int) -> int | None:
 def kept_by_the_rules(
     counted: set[int], pins: set[int], losses: dict[int, float], stands_on: int | None
 ) -> set[int]:
-    """The rules once more."""
+    """The retention rules, implemented a second time."""
     best = max(counted, key=lambda step: (losses[step], step))
     kept = {*sorted(counted)[-3:], best, *(step for step in counted if step % 5 == 0)}
     return kept | (counted & (pins | {stands_on or -1}))
 
 
-def train(folder: Folder, course: Course) -> None:
-    """Resume, save, and perhaps die; then look at what is there."""
+def train(folder: Folder, run: Run) -> None:
+    """Resume, save, and perhaps crash; then check the folder."""
     begin = store_of(folder.tree)
     there = intact(begin)
-    first = resume(begin, course.back)
+    first = resume(begin, run.back)
     assert (first is not None) == bool(there), "there is a good step, and a resume finds one"
     assert first is None or first in there
-    assert course.back or first == max(there, default=None), "no newer good step is passed over"
+    assert run.back or first == max(there, default=None), "no newer good step is passed over"
     catalog = Catalog(begin)
-    if there and course.pinned is not None:
-        pin(begin, sorted(there)[course.pinned % len(there)])
+    if there and run.pinned is not None:
+        pin(begin, sorted(there)[run.pinned % len(there)])
     left_behind = [step for step in catalog.steps() if first is not None and step > first]
-    steps = range((first or 0) + 1, (first or 0) + 1 + len(course.losses))
-    new = dict(zip(steps, course.losses, strict=True))
+    steps = range((first or 0) + 1, (first or 0) + 1 + len(run.losses))
+    new = dict(zip(steps, run.losses, strict=True))
 
     def copy(store: Store) -> None:
         for path, data in tree_of(begin).items():
@@ -145,7 +147,7 @@ def train(folder: Folder, course: Course) -> None:
                     writer.write(0, [data])
 
     def save(store: Store) -> None:
-        config = CheckpointConfig(**{**vars_of(CONFIG), "async_mode": course.async_mode})
+        config = CheckpointConfig(**{**vars_of(CONFIG), "async_mode": run.async_mode})
         saver = Saver(RunContext(Catalog(store), config, Solo()))
         saver.retainer.resumed(first if first is not None else -1, left_behind)
         for step, loss in new.items():
@@ -155,11 +157,11 @@ def train(folder: Folder, course: Course) -> None:
         saver.retainer.wait()
 
     before, done = recorded(copy, save)
-    at = len(done) if course.cut is None else int(course.cut * len(done))
-    cut = PowerCut(at, "killed" if course.cut is None else course.version, course.seed)
+    at = len(done) if run.cut is None else int(run.cut * len(done))
+    cut = PowerCut(at, "killed" if run.cut is None else run.version, run.seed)
     folder.tree = left_by([*before, *done], cut, durable=len(before))
 
-    # What is still there is counted, also where a course that was cut had no reason to keep it.
+    # Checkpoints that remain count, even if an interrupted run had no reason to keep them.
     folder.may_go = set()
     losses = losses_of_counted(begin)
     counted = set(losses) - set(left_behind)
@@ -176,13 +178,13 @@ def train(folder: Folder, course: Course) -> None:
     left = intact(found)
     assert left >= (there - folder.may_go) - set(new), (there, folder.may_go, left)
     assert left or not there, "the last good step went"
-    if course.cut is None:
+    if run.cut is None:
         assert left >= set(new) - folder.may_go
     folder.tree = tree_of(found)
 
 
 def losses_of_counted(store: MemoryStore) -> dict[int, float]:
-    """The loss of each step that retention counts: whole by its structure, and not marked."""
+    """Loss of each checkpoint that retention counts: complete by its structure, and not marked."""
     losses = {}
     for step, folder in Catalog(store).folders().items():
         if f".damaged-{step_name(step)}" in store.list():
@@ -195,7 +197,7 @@ def losses_of_counted(store: MemoryStore) -> dict[int, float]:
 
 
 def strike(folder: Folder, damage: tuple[str, int]) -> None:
-    """Damage a step, but never the last good one."""
+    """Damage a checkpoint, but never the last good one."""
     store = store_of(folder.tree)
     good = sorted(intact(store))
     if len(good) < 2:
@@ -229,14 +231,15 @@ def vars_of(config: CheckpointConfig) -> dict[str, Any]:
 
 
 @settings(max_examples=60)
-@given(st.lists(courses, min_size=2, max_size=6))
-def test_there_is_always_a_good_step_and_every_promised_one_is_there(lives: list[Course]) -> None:
-    """G2, G4, G5. Method: runs that resume at the newest or an earlier step, save in the foreground
-    or the background, die at any operation in any way, and have steps pinned or damaged between
-    them. After each, a resume finds a good step if one was left whole, and every step that some
-    rule keeps, the rules written here a second time, is there bit for bit."""
+@given(st.lists(runs, min_size=2, max_size=6))
+def test_a_good_checkpoint_and_every_promised_one_exist(lives: list[Run]) -> None:
+    """G2, G4, G5. Method: runs resume from the newest or an earlier checkpoint, save in the
+    foreground or the background, and crash at any operation in any way. Checkpoints are pinned or
+    damaged between runs. After each run, a resume finds a good checkpoint if one was left intact,
+    and every checkpoint that a rule keeps (the rules are implemented twice) is there bit for
+    bit."""
     folder = Folder()
-    for course in lives:
-        train(folder, course)
-        if course.damage is not None:
-            strike(folder, course.damage)
+    for run in lives:
+        train(folder, run)
+        if run.damage is not None:
+            strike(folder, run.damage)

@@ -1,4 +1,4 @@
-"""What several ranks have saved is read back by any region, against plain slicing."""
+"""Any region of tensors that several ranks saved, against plain slicing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimen
 
 @st.composite
 def grids(draw: st.DrawFn, shape: tuple[int, ...], size: int) -> list[list[Region]]:
-    """A tensor cut into a grid, each cell given to one or several of `size` ranks."""
+    """A tensor divided into a grid, each cell held by one or several of `size` ranks."""
     axes = []
     for length in shape:
         cuts = sorted({0, length, *draw(st.sets(st.integers(0, length), max_size=2))})
@@ -57,7 +57,7 @@ SHAPES = st.lists(st.integers(0, 9), max_size=4).map(tuple)
 
 
 def check_round_trip(data: st.DataObject, store: Store) -> None:
-    """Save any tensors by any grid over any ranks, then read any regions of them."""
+    """Save any tensors in any grid by any ranks, then read any regions of them."""
     size = data.draw(st.integers(1, 4))
     held: dict[str, tuple[torch.Tensor, list[list[Region]]]] = {}
     for number in range(data.draw(st.integers(1, 3))):
@@ -73,7 +73,7 @@ def check_round_trip(data: st.DataObject, store: Store) -> None:
         for region in [Region.whole(whole.shape)]
     ]
     with pytest.MonkeyPatch.context() as patched:
-        # Small chunks are read together; here each by itself too.
+        # Small chunks are read together, or each alone if the limit is negative.
         patched.setattr(read, "SMALL_BYTES", data.draw(st.sampled_from([-1, read.SMALL_BYTES])))
         read.read_tensors(checkpoint._source, all_of_it)
     assert all(bits(want.local) == bits(held[want.name][0]) for want in all_of_it)
@@ -87,16 +87,16 @@ def check_round_trip(data: st.DataObject, store: Store) -> None:
 
 
 @given(st.data())
-def test_any_region_of_what_any_ranks_saved_is_what_slicing_gives(data: st.DataObject) -> None:
-    """G6. Method: every dtype, random bits, random shapes, cut into a random grid over up to four
-    ranks with and without replicas, read back whole and in a random box; in memory."""
+def test_any_region_that_any_ranks_saved_equals_slicing(data: st.DataObject) -> None:
+    """G6. Method: every dtype, random bits, random shapes, in a random grid over up to four ranks
+    with and without replicas, read whole and in a random box; in memory."""
     check_round_trip(data, MemoryStore())
 
 
 @settings(max_examples=25)
 @given(st.data())
-def test_so_it_is_on_disk(data: st.DataObject) -> None:
-    """G6. Method: the same, in a real folder."""
+def test_any_region_on_disk_equals_slicing(data: st.DataObject) -> None:
+    """G6. Method: the test above in a real folder."""
     with TemporaryDirectory() as folder:
         check_round_trip(data, LocalStore(folder))
 
@@ -104,16 +104,16 @@ def test_so_it_is_on_disk(data: st.DataObject) -> None:
 @pytest.mark.slow
 @settings(max_examples=3000)
 @given(st.data())
-def test_so_it_is_for_very_many_of_them(data: st.DataObject) -> None:
-    """G6. Method: the same in memory, thirty times as often."""
+def test_very_many_regions_equal_slicing(data: st.DataObject) -> None:
+    """G6. Method: the test in memory, thirty times as often."""
     check_round_trip(data, MemoryStore())
 
 
 @given(st.data())
-def test_a_load_fills_tensors_of_any_strides_and_nothing_beside_them(data: st.DataObject) -> None:
-    """G6. Method: a target that is a view of a larger tensor: transposed, strided, with a margin.
-    The elements of the view are those that were saved, all around it is as it was. Saved again from
-    there they are the same."""
+def test_a_load_fills_tensors_of_any_strides_and_no_other_memory(data: st.DataObject) -> None:
+    """G6. Method: the target is a view of a larger tensor: transposed, strided, with a margin. The
+    view gets the saved elements, and the memory around it is unchanged. A second save from the view
+    gives the same."""
     shape = tuple(data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
     whole = torch.arange(1, prod(shape) + 1, dtype=torch.float64).reshape(shape)
     store = MemoryStore()
@@ -135,8 +135,8 @@ def test_a_load_fills_tensors_of_any_strides_and_nothing_beside_them(data: st.Da
     assert torch.equal(again.read("w"), whole)
 
 
-def test_a_load_into_a_conjugate_or_negative_view_gives_it_the_values_saved() -> None:
-    """G6. Method: targets that stand for other values than those in memory."""
+def test_a_conjugate_or_negative_view_gets_the_saved_values() -> None:
+    """G6. Method: targets whose values differ from those in their memory."""
     store, whole = MemoryStore(), torch.randn(5, dtype=torch.complex64)
     save_regions(store, "step-1", {"w": (whole, [[Region.whole((5,))]])}, 1)
     save_regions(store, "step-2", {"w": (whole.imag, [[Region.whole((5,))]])}, 1)
@@ -154,8 +154,8 @@ def test_a_load_into_a_conjugate_or_negative_view_gives_it_the_values_saved() ->
 @given(st.integers(0, 3 * BLOCK_BYTES), st.integers(0, 3 * BLOCK_BYTES))
 @settings(max_examples=30)
 def test_rows_cost_their_bytes_rounded_up_to_blocks(first: int, second: int) -> None:
-    """G3, G13. Method: a large tensor of bytes, any rows of it; the bytes read are those of the
-    blocks that the rows touch, and the elements are those of slicing."""
+    """G3, G13. Method: any rows of a large tensor of bytes; the bytes read are those of the blocks
+    that the rows touch, and the elements equal those of slicing."""
     start, stop = sorted((first, second))
     source = _large()
     target = torch.empty(stop - start, dtype=torch.uint8)
@@ -182,8 +182,8 @@ def _large() -> Source:
 
 
 def test_each_block_between_two_windows_is_read_once() -> None:
-    """G3, G13. Method: a column of a tensor of many blocks, read in windows that end inside of them
-    by one thread; the bytes read are those of the tensor."""
+    """G3, G13. Method: one thread reads a column of a tensor of many blocks, in windows that end
+    inside of blocks; the bytes read are those of the tensor."""
     store = MemoryStore()
     whole = torch.randn(3000, 1000)
     save_regions(store, "step-1", {"w": (whole, [[Region.whole(whole.shape)]])}, 1)
@@ -195,10 +195,10 @@ def test_each_block_between_two_windows_is_read_once() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_tensor_larger_than_every_window_is_read_in_any_way(
+def test_a_tensor_larger_than_a_window_is_read_in_every_way(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """G6, G13. Method: 20 MiB, which no window holds: whole, by rows, by columns, by a box, into
+    """G6, G13. Method: 20 MiB, more than any window: whole, by rows, by columns, by a box, into
     another dtype and into a transposed target, each against slicing."""
     whole = torch.randn(2560, 2048).to(dtype)
     store = LocalStore(tmp_path)

@@ -1,4 +1,4 @@
-"""Which elements a rank holds, against torch's own way of dealing them out."""
+"""Elements that a rank holds, against torch's own sharding."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def numbered(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def rebuilt(shape: tuple[int, ...], pieces: tuple[Piece, ...], local: torch.Size) -> torch.Tensor:
-    """The rank's own tensor, filled from the whole one by what the pieces say."""
+    """The rank's local tensor, filled from the whole one by its pieces."""
     mine = torch.full(local, -1)
     for piece in pieces:
         mine[piece.local.slices()] = numbered(shape)[piece.region.slices()]
@@ -40,8 +40,9 @@ def plain_splits(draw: st.DrawFn, shape: tuple[int, ...]) -> list[tuple[int, int
 
 @given(st.data())
 def test_pieces_are_those_of_torch_chunk_applied_in_turn(data: st.DataObject) -> None:
-    """G6. Method: `torch.chunk` on the numbered tensor, an axis after the other, every rank of the
-    mesh; parts that torch has not are empty. The pieces of all ranks are the whole tensor."""
+    """G6. Method: `torch.chunk` on the numbered tensor, one axis after the other, for every rank of
+    the mesh; chunks that torch does not return are empty. The pieces of all ranks are the whole
+    tensor."""
     shape = data.draw(SHAPES)
     axes = data.draw(plain_splits(shape))
     regions = []
@@ -67,7 +68,7 @@ def test_pieces_are_those_of_torch_chunk_applied_in_turn(data: st.DataObject) ->
 def placements_of(
     draw: st.DrawFn, shape: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[Placement, ...]]:
-    """A mesh, and placements on it: replicated, sharded, and sharded in strides."""
+    """A mesh, and placements on it: replicated, sharded, sharded in strides."""
     mesh = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
     kinds: list[Placement] = []
     for _ in mesh:
@@ -86,9 +87,9 @@ def split_of(placement: Placement, parts: int, index: int) -> Split | None:
 
 
 @given(st.data())
-def test_pieces_are_where_dtensor_says_that_a_rank_begins(data: st.DataObject) -> None:
-    """G6, G10. Method: torch's own `_compute_local_shape_and_global_offset` for any mesh and any
-    placements, uneven sizes and empty ranks among them: the local shape, and the first element."""
+def test_pieces_begin_at_the_offsets_of_dtensor(data: st.DataObject) -> None:
+    """G6, G10. Method: torch's `_compute_local_shape_and_global_offset` for any mesh and
+    placements, uneven sizes and empty ranks included: local shape and first element."""
     shape = data.draw(SHAPES.filter(all))
     mesh, placements = data.draw(placements_of(shape))
     for coordinate in product(*map(range, mesh)):
@@ -110,12 +111,12 @@ def test_pieces_are_where_dtensor_says_that_a_rank_begins(data: st.DataObject) -
 
 
 @given(SHAPES.filter(all), st.integers(1, 4), st.integers(1, 4))
-def test_fsdp_over_tensor_parallelism_deals_out_every_element_once(
+def test_fsdp_over_tensor_parallelism_shards_every_element_once(
     shape: tuple[int, ...], dp: int, tp: int
 ) -> None:
-    """G6. Method: the strided shard that FSDP2 makes over tensor parallelism, against its meaning:
-    first torch.chunk over tp, then over dp. Where tp does not divide the dim evenly torch cuts the
-    stretches otherwise, but still each element has one owner."""
+    """G6. Method: FSDP2's strided shard over tensor parallelism against its definition: torch.chunk
+    over tp, then over dp. If tp does not divide the dim evenly, torch cuts differently, but each
+    element still has one owner."""
     owned = []
     for i, j in product(range(dp), range(tp)):
         pieces = pieces_of(shape, [Split(0, dp, i, tp), Split(0, tp, j)])
@@ -129,13 +130,13 @@ def test_fsdp_over_tensor_parallelism_deals_out_every_element_once(
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 0, 2)])
 def test_a_tensor_without_elements_has_one_empty_piece_on_every_rank(shape: tuple[int]) -> None:
-    """G6. Method: split, and not split."""
+    """G6. Method: sharded and not sharded."""
     for splits in ([], [Split(0, 4, 3)]):
         (piece,) = pieces_of(shape, splits)
         assert piece.region.shape == shape
 
 
-def test_a_number_is_one_piece() -> None:
+def test_a_0_d_tensor_is_one_piece() -> None:
     """G6. Method: a 0-d tensor."""
     (piece,) = pieces_of((), ())
     assert piece.region.num_elements == 1

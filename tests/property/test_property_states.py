@@ -1,4 +1,4 @@
-"""Any state comes back as it was, or is refused by name: generated states, optimizers and edits."""
+"""Any state loads as it was saved, or is refused by name: states, optimizers and edits."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ STATES = st.recursive(TENSORS | VIEWS | ARRAYS | SCALARS, containers, max_leaves
 
 
 class Kept:
-    """An object of any state."""
+    """Object with any state."""
 
     def __init__(self, state: Any = None) -> None:
         self.state = state
@@ -85,8 +85,8 @@ class Kept:
 
 
 def refusable(state: Any) -> bool:
-    """Whether there is a reason to refuse it: two keys that a checkpoint spells alike, or a dot in
-    a key by which two entries come to have one name."""
+    """Whether the state may be refused: two keys have the same text, or a dot in a key gives two
+    entries one name."""
     names: list[str] = []
 
     def walk(value: Any, name: str) -> None:
@@ -104,7 +104,7 @@ def refusable(state: Any) -> bool:
 
 @contextmanager
 def may_be_refused(state: Any) -> Iterator[None]:
-    """Where there is a reason for it."""
+    """Allows a refusal if there is a reason for it."""
     try:
         yield
     except UsageError:
@@ -114,24 +114,24 @@ def may_be_refused(state: Any) -> Iterator[None]:
 
 @given(STATES)
 @settings(max_examples=150)
-def test_any_state_of_an_object_comes_back(state: Any) -> None:
-    """G15. Method: containers, keys, dtypes and numbers of every kind, inside one another."""
+def test_any_state_of_an_object_loads_as_saved(state: Any) -> None:
+    """G15. Method: containers, keys, dtypes and numbers of every kind, nested."""
     with may_be_refused(state):
         round_trip({"a": Kept(state)}, fresh={"a": Kept()}, modes=("save",))
 
 
 @given(st.dictionaries(st.sampled_from(["a", "b", "c"]), STATES, min_size=1))
 @settings(max_examples=40)
-def test_any_plain_state_replaces_what_was_there(state: Any) -> None:
-    """G15. Method: the same without objects, loaded where nothing is."""
+def test_any_plain_state_replaces_the_current_one(state: Any) -> None:
+    """G15. Method: without objects, loaded into an empty state."""
     with may_be_refused(state):
         round_trip(state, fresh=dict.fromkeys(state), modes=("save",))
 
 
 @given(STATES, st.sampled_from(["disabled", "async", "async_with_pinned_mem"]))
 @settings(max_examples=20)
-def test_extra_state_of_a_module_comes_back_in_every_mode(state: Any, mode: str) -> None:
-    """G15. Method: what `get_extra_state` gives is any state; beside a parameter."""
+def test_extra_state_of_a_module_loads_as_saved_in_every_mode(state: Any, mode: str) -> None:
+    """G15. Method: `get_extra_state` returns any state; the module also has a parameter."""
 
     class Extra(nn.Module):
         def __init__(self, extra: Any) -> None:
@@ -167,7 +167,7 @@ EDITS = st.lists(
 
 
 def edited(optimizer: Any, edits: list[tuple[str, int]]) -> None:
-    """What training loops and optimizers do to groups and slots on the way."""
+    """Edits groups and slots as training loops and optimizers do."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for kind, at in edits:
         group = optimizer.param_groups[at % len(optimizer.param_groups)]
@@ -199,7 +199,7 @@ def edited(optimizer: Any, edits: list[tuple[str, int]]) -> None:
     st.sampled_from(["save", "disabled", "async_with_pinned_mem"]),
 )
 @settings(max_examples=60)
-def test_any_optimizer_after_any_steps_and_edits_comes_back(
+def test_any_optimizer_after_any_steps_and_edits_loads_as_saved(
     make: Any, steps: int, cut: int, edits: list[tuple[str, int]], mode: str
 ) -> None:
     """G15. Method: random groups, some without parameters; random steps, then random edits of

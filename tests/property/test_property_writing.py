@@ -1,4 +1,4 @@
-"""One file, written part by part and from a snapshot."""
+"""A file written part by part equals one written from a snapshot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from holdfast.storage.local import LocalStore
 from holdfast.storage.memory import MemoryStore
 
 NUM_ELEMENTS = [0, 1, 1000, WINDOW_BYTES // 4 - 1, WINDOW_BYTES // 4, WINDOW_BYTES // 2 + 7]
-"""Of a tensor: none, few, and about one window and two."""
+"""Sizes of tensors: empty, small, about one window, and about two."""
 
 
 @given(
@@ -25,10 +25,10 @@ NUM_ELEMENTS = [0, 1, 1000, WINDOW_BYTES // 4 - 1, WINDOW_BYTES // 4, WINDOW_BYT
     st.lists(st.binary(max_size=5000), max_size=3),
     st.booleans(),
 )
-def test_a_file_is_the_same_from_a_snapshot_as_part_by_part(
+def test_a_file_from_a_snapshot_equals_one_written_part_by_part(
     sizes: list[int], containers: list[bytes], local: bool
 ) -> None:
-    """G1, G6. Method: bytes and receipts; the snapshot's memory had another file before."""
+    """G1, G6. Method: bytes and write results; the snapshot's memory held another file before."""
     tensors = {f"w{n}": torch.rand(size) for n, size in enumerate(sizes)}
     items = lay_out([(n, "float32", Region.whole(t.shape)) for n, t in tensors.items()])
     layout = lay_out_file(0, items, [([f"v{n}"], value) for n, value in enumerate(containers)])

@@ -1,1 +1,1 @@
-"""Load: match, plan, read, hand over."""
+"""Load: match, plan, read, apply."""

@@ -1,4 +1,4 @@
-"""A checkpoint opened for looking into it: nothing is read before it is asked for."""
+"""Open a checkpoint to read single tensors and values."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch
 
 from holdfast.arguments import shown
 from holdfast.catalog.arguments import region_of
+from holdfast.catalog.paths import open_parent
 from holdfast.catalog.source import Source, read_value
 from holdfast.catalog.steady import UNREADABLE, fingerprint
 from holdfast.errors import NotFoundError, UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.region import Region
-from holdfast.loading.opening import open_at
+from holdfast.loading.opening import open_in
 from holdfast.loading.read import Wanted, read_tensors
 from holdfast.planning.read_plan import read_items
 from holdfast.state.shard import Piece
@@ -27,16 +28,30 @@ from holdfast.uncompiled import uncompiled
 T = TypeVar("T")
 
 
+@uncompiled
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open the checkpoint at `path` and check its structure. No data is read yet.
+
+    Raises:
+        UsageError: `path` is not a path.
+        NotFoundError: there is no checkpoint at `path`.
+        DamagedError: files are missing, or have another size than the manifest says.
+    """
+    store, name = open_parent(path)
+    opened = open_in(store, name)
+    return Checkpoint(Source(store, opened.name, opened.manifest), opened.fingerprint)
+
+
 class Checkpoint:
     """A checkpoint of Holdfast, or of stock `torch.distributed.checkpoint`."""
 
-    def __init__(self, source: Source, seen: object = None) -> None:
-        """`seen` is the fingerprint of the checkpoint when it was opened; None: it is not known."""
-        self._source, self._seen = source, seen
+    def __init__(self, source: Source, fingerprint: object = None) -> None:
+        """`fingerprint`: that of the checkpoint when it was opened; None if unknown."""
+        self._source, self._fingerprint = source, fingerprint
 
     @property
     def manifest(self) -> Manifest:
-        """Everything that is known without reading data."""
+        """Index of the checkpoint."""
         return self._source.manifest
 
     @property
@@ -45,23 +60,24 @@ class Checkpoint:
         return self._source.manifest.tensors
 
     def names(self) -> list[str]:
-        """Of all entries: tensors, then values."""
+        """Names of all tensors, then of all values."""
         return self._source.manifest.names()
 
     @uncompiled
     def read(self, name: str, region: Region | tuple[slice, ...] | None = None) -> torch.Tensor:
-        """A tensor, or a box of its elements, on the CPU. Reads only that, and checks it.
+        """Read a tensor, or a box of its elements, into a new tensor on the CPU. Only those blocks
+        are read, and they are checked.
 
-        `region` is a `Region`, or a slice for each dim as in indexing (no steps).
+        `region`: a `Region`, or one slice per dim as in indexing (without steps).
 
         Raises:
-            UsageError: a region that this tensor does not have.
-            NotFoundError: no tensor of that name.
-            DamagedError: the bytes are not those that were written.
+            UsageError: the region does not lie in the tensor.
+            NotFoundError: there is no tensor of that name.
+            DamagedError: bytes differ from those that were saved.
         """
-        entry = self._found("tensor", name, self.tensors)
+        entry = self._entry("tensor", name, self.tensors)
         box = region_of(name, entry.shape, region)
-        # First, so that a shape without chunks behind it takes no memory.
+        # Before the allocation: the shape of a damaged index may be huge, without chunks for it.
         read_items(name, entry, box)
         target = torch.empty(box.shape, dtype=getattr(torch, entry.dtype), device="cpu")
         if box.num_elements:
@@ -72,55 +88,46 @@ class Checkpoint:
 
     @uncompiled
     def value(self, name: str) -> Any:
-        """A value that is not a tensor."""
-        entry = self._found("value", name, self._source.manifest.values)
+        """Read a value.
+
+        Raises:
+            NotFoundError: there is no value of that name.
+            DamagedError: bytes differ from those that were saved.
+        """
+        entry = self._entry("value", name, self._source.manifest.values)
         with self._unless_replaced():
             container = read_value(self._source, name, entry)
         return decode_value(name, container, where=f"{self._source.url}/{entry.file}")
 
     @contextmanager
     def _unless_replaced(self) -> Iterator[None]:
-        """Tell a checkpoint that another save has replaced from one that is damaged."""
+        """Raise NotFoundError in place of DamagedError if another save replaced the checkpoint."""
         try:
             yield
         except UNREADABLE as error:
-            source = self._source
-            if self._seen is None or fingerprint(source.store, source.folder) == self._seen:
+            source, known = self._source, self._fingerprint
+            if known is None or fingerprint(source.store, source.folder) == known:
                 raise
             raise NotFoundError(
-                f"`{source.url}` has been replaced or removed since it was opened",
+                f"`{source.url}` has been replaced or deleted since it was opened",
                 hint="open it again",
             ) from error
 
-    def _found(self, kind: str, name: object, there: Mapping[str, T]) -> T:
+    def _entry(self, kind: str, name: object, entries: Mapping[str, T]) -> T:
         """The entry of that name.
 
-
         Raises:
-            UsageError: the name is no text.
-            NotFoundError: there is none.
+            UsageError: the name is not text.
+            NotFoundError: there is no such entry.
         """
         if not isinstance(name, str):
             raise UsageError(f"`name` must be text, found: {shown(name)}")
-        if name in there:
-            return there[name]
-        near = difflib.get_close_matches(name, there, n=3)
-        # A tensor that was asked for as a value, or the other way round, has no other name.
-        other = {"value": self.tensors, "tensor": self._source.manifest.values}[kind]
+        if name in entries:
+            return entries[name]
+        near = difflib.get_close_matches(name, entries, n=3)
         hint = f"near it: {', '.join(near)}" if near else "`names()` lists what is there"
+        # A tensor read as a value, or a value read as a tensor, needs the other method.
+        other = {"value": self.tensors, "tensor": self._source.manifest.values}[kind]
         if name in other:
             hint = f'`read("{name}")`' if kind == "value" else f'`value("{name}")`'
         raise NotFoundError(f"`{self._source.url}` holds no {kind} `{name}`", hint=hint)
-
-
-@uncompiled
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open the checkpoint at `path`, its structure checked.
-
-    Raises:
-        UsageError: no path.
-        NotFoundError: no checkpoint there.
-        DamagedError: files are missing or of another size.
-    """
-    store, opened = open_at(path)
-    return Checkpoint(Source(store, opened.name, opened.manifest), opened.seen)

@@ -1,4 +1,4 @@
-"""Numbers that are loaded as another dtype: whether each of them has a place there."""
+"""Load numbers as another dtype: check that it can represent each of them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 from holdfast.errors import MismatchError
 
 
-def is_narrowed(stored: torch.dtype, wanted: torch.dtype) -> bool:
-    """Whether a whole number of `stored` may be none of `wanted`, or a number of `stored` no whole
-    one. Such tensors are few and small: they are read aside, and checked before anything changes.
+def needs_check(stored: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether numbers of dtype `stored` must pass `fits` before any state is changed: because one
+    of the two is an integer dtype, and `wanted` cannot represent all numbers of `stored`. Such
+    tensors are few and small.
 
-    >>> is_narrowed(torch.int64, torch.int32), is_narrowed(torch.int64, torch.float32)
+    >>> needs_check(torch.int64, torch.int32), needs_check(torch.int64, torch.float32)
     (True, True)
-    >>> is_narrowed(torch.int32, torch.int64), is_narrowed(torch.float32, torch.float16)
+    >>> needs_check(torch.int32, torch.int64), needs_check(torch.float32, torch.float16)
     (False, False)
     """
     if stored == wanted:
@@ -25,71 +26,64 @@ def is_narrowed(stored: torch.dtype, wanted: torch.dtype) -> bool:
         return True
     if stored == torch.bool:
         return False
-    if not _is_whole(stored):
-        return _is_whole(wanted)
+    if not _is_integer(stored):
+        return _is_integer(wanted)
     low, high = torch.iinfo(stored).min, torch.iinfo(stored).max
-    if _is_whole(wanted):
+    if _is_integer(wanted):
         return low < torch.iinfo(wanted).min or high > torch.iinfo(wanted).max
-    # All whole numbers up to 2 / eps are floats.
+    # A float represents all integers up to 2 / eps.
     return high > 2 / torch.finfo(wanted).eps
 
 
 def fits(numbers: torch.Tensor, wanted: torch.dtype) -> bool:
-    """Whether each of these numbers is one of `wanted`."""
-    made = _comparable(numbers.to(wanted))
-    made = made.real if wanted.is_complex else made
+    """Whether `wanted` represents each of these numbers exactly."""
+    converted = _comparable(numbers.to(wanted))
+    converted = converted.real if wanted.is_complex else converted
     numbers = _comparable(numbers)
-    back = made.to(numbers.dtype)
+    back = converted.to(numbers.dtype)
     same = (back == numbers) | ((back != back) & (numbers != numbers))
     if _is_scale(wanted):
-        # The smallest scale, which stands in for 0 and is none, is 0 again in a small dtype.
-        same &= (made != torch.finfo(wanted).tiny) | (numbers != 0)
-    if _is_whole(wanted) and _is_whole(numbers.dtype):
-        # What is too large for a signed dtype becomes negative there, and itself on its way back.
-        same &= _is_negative(made) == _is_negative(numbers)
+        # 0 becomes the smallest scale, which a small stored dtype turns into 0 again.
+        same &= (converted != torch.finfo(wanted).tiny) | (numbers != 0)
+    if _is_integer(wanted) and _is_integer(numbers.dtype):
+        # A number too large for a signed dtype becomes negative, and itself again on the way back.
+        same &= _is_negative(converted) == _is_negative(numbers)
     return bool(same.all())
 
 
-def _is_negative(numbers: torch.Tensor) -> torch.Tensor:
-    # Torch compares no wide unsigned integers.
-    if numbers.dtype == torch.bool or torch.iinfo(numbers.dtype).min == 0:
-        return torch.zeros_like(numbers, dtype=torch.bool)
-    return numbers < 0
-
-
 def put(target: torch.Tensor, numbers: torch.Tensor, name: str) -> None:
-    """Copy numbers to their place, as its dtype.
+    """Copy numbers to `target`, converted to its dtype.
 
     Raises:
-        MismatchError: one of them is beyond the range of that dtype.
+        MismatchError: a number is too large for that dtype.
     """
     target.copy_(numbers)
-    if target.dtype != numbers.dtype and _is_beyond(target, numbers):
+    if target.dtype != numbers.dtype and _overflows(target, numbers):
         raise MismatchError(
             f"`{name}` is {numbers.dtype} in the checkpoint, and holds numbers beyond the range of "
             f"the {target.dtype} that is wanted; the state is loaded in part",
-            hint="load it as another dtype",
+            hint=f"load it into a tensor of {numbers.dtype}",
         )
 
 
-def _is_beyond(target: torch.Tensor, numbers: torch.Tensor) -> bool:
-    """Whether a number is larger than any of the target's dtype."""
+def _overflows(target: torch.Tensor, numbers: torch.Tensor) -> bool:
+    """Whether a number is too large for the dtype of `target`, which holds the converted ones."""
     wanted = target.dtype
-    if _is_whole(wanted) or _is_whole(numbers.dtype):
+    if _is_integer(wanted) or _is_integer(numbers.dtype):
         return False
     if wanted.itemsize == 1:
-        # Casts to these saturate or give NaN, so the result tells nothing.
+        # Casts to one byte saturate or give NaN, so the converted numbers do not tell.
         numbers = _comparable(numbers)
-        beyond = numbers.abs() >= _limit(wanted)
-        return bool((beyond & numbers.isfinite() if _has_infinity(wanted) else beyond).any())
+        too_large = numbers.abs() >= _overflow_limit(wanted)
+        return bool((too_large & numbers.isfinite() if _has_infinity(wanted) else too_large).any())
     if torch.finfo(wanted).max >= torch.finfo(numbers.dtype).max:
         return False
     return bool((target.isinf() & _comparable(numbers).isfinite().to(target.device)).any())
 
 
 @cache
-def _limit(dtype: torch.dtype) -> float:
-    """Smallest number that rounds to one above the largest of `dtype`: half a step above that."""
+def _overflow_limit(dtype: torch.dtype) -> float:
+    """Smallest number that rounds to more than the largest of `dtype`: half a step above it."""
     largest = torch.finfo(dtype).max
     return largest + math.ldexp(torch.finfo(dtype).eps, math.frexp(largest)[1] - 2)
 
@@ -100,15 +94,22 @@ def _has_infinity(dtype: torch.dtype) -> bool:
 
 
 def _comparable(numbers: torch.Tensor) -> torch.Tensor:
-    """Numbers as a dtype that has all operators: floats of one byte have hardly any."""
+    """One-byte floats as float32, since torch has hardly any operators for them."""
     small = numbers.is_floating_point() and numbers.dtype.itemsize == 1
     return numbers.float() if small else numbers
 
 
+def _is_negative(numbers: torch.Tensor) -> torch.Tensor:
+    # Torch has no comparison for wide unsigned integers.
+    if numbers.dtype == torch.bool or torch.iinfo(numbers.dtype).min == 0:
+        return torch.zeros_like(numbers, dtype=torch.bool)
+    return numbers < 0
+
+
 def _is_scale(dtype: torch.dtype) -> bool:
-    """Whether a dtype holds powers of two alone, neither 0 nor a sign: scales of others."""
+    """Whether the dtype has only positive powers of two: it stores the scales of quantization."""
     return dtype == torch.float8_e8m0fnu
 
 
-def _is_whole(dtype: torch.dtype) -> bool:
+def _is_integer(dtype: torch.dtype) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex)

@@ -1,10 +1,10 @@
-"""Load: fit, reshard, read, cover."""
+"""Load: match the state with the manifest, plan, read, apply."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,11 +15,12 @@ from holdfast.catalog.source import Source, read_value
 from holdfast.comm import Ranks, all_ranks, hosts_of, run_on_all
 from holdfast.errors import HoldfastError, MismatchError
 from holdfast.format.manifest import TensorEntry
-from holdfast.loading.fit import fits, is_narrowed
+from holdfast.loading.fit import fits, needs_check
 from holdfast.loading.opening import read_in
 from holdfast.loading.read import Wanted, read_tensors, threads_for
-from holdfast.loading.replicas import Place, ask, read_shared
+from holdfast.loading.replicas import Place, collect_requests, read_shared
 from holdfast.planning.gc_pause import gc_paused
+from holdfast.spelling import listed
 from holdfast.state.layout import Layouts, local_of
 from holdfast.state.match import MadeValues, Match
 from holdfast.state.objects import StateTree
@@ -32,57 +33,29 @@ _LISTED_MAX = 50
 logger = logging.getLogger("holdfast")
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """What a load did."""
-
-    where: str
-    nbytes: int
-    """Read by this rank."""
-
-    converted: tuple[str, ...]
-    """Tensors whose stored dtype is another than the one that they were loaded into."""
-
-    spans: Spans
-
-    differences: tuple[str, ...] = ()
-    """What the checkpoint and the state do not have in common, where that was allowed: a line each,
-    over all ranks."""
-
-    notes: tuple[str, ...] = ()
-    """What is loaded otherwise than it was saved, such as the state of another optimizer: a line
-    each, over all ranks."""
-
-    num_matched: int = 0
-    """Entries that this rank has loaded."""
-
-    lacking: tuple[str, ...] = ()
-    """Tensors of this rank that a base may lack, and does: they stay as they are."""
-
-
 @uncompiled
 def load(path: str | os.PathLike[str], state: Any, *, strict: bool = True) -> Loaded:
-    """Load the checkpoint at `path` into `state`, in place: tensors are written over, objects given
-    what their `state_dict` said, everything else replaced by what was saved. Any layout loads what
-    any other has saved.
+    """Load the checkpoint at `path` into `state`, in place: tensors are overwritten, objects get
+    their state by `load_state_dict`, everything else is replaced. The layout may differ from that
+    of the save.
 
-    `state` is a dict of what is wanted, or a module alone; other top-level names of the checkpoint
-    are left alone. Below the names given, dicts and modules must have the same entries as the
-    checkpoint, unless `strict` is false: then what it has beyond them is left alone too. What is
-    wanted must always be there. Lists, and the state of objects, come back as they were saved,
-    whatever stood in their place.
+    `state`: a dict of the components to load, or one module. Other top-level names of the
+    checkpoint are ignored. Below the names given, dicts and modules must have the same entries as
+    the checkpoint. With `strict=False` the checkpoint may have more entries, which are ignored, but
+    every entry of `state` must be in it. Lists and the states of objects are replaced as a whole.
 
-    Collective where `torch.distributed` is initialized: every rank calls this with its part of the
-    state; an error on one is raised on all.
+    Collective if `torch.distributed` is initialized: every rank calls this with its part of the
+    state. An error of one rank is raised on all.
 
     Raises:
-        UsageError: an argument of another type.
-        NotFoundError: no checkpoint at `path`.
-        MismatchError: entries that are missing, unexpected, of another shape, or whole numbers that
-            do not fit, all of them listed; nothing was changed. Or an object refuses its state, or
-            a number is too large for a smaller float: the state is loaded in part.
-        DamagedError: bytes are not those that were saved; the state may be loaded in part.
-        FormatError: the checkpoint holds what could be read only by running its code.
+        UsageError: an argument has the wrong type.
+        NotFoundError: there is no checkpoint at `path`.
+        MismatchError: entries are missing, unexpected or of another shape, or whole numbers do not
+            fit their dtype. All of them are listed, and nothing was changed. Or: an object rejects
+            its state, or a number is too large for a smaller float dtype. Then the state is loaded
+            in part.
+        DamagedError: bytes differ from those that were saved. The state may be loaded in part.
+        FormatError: the checkpoint holds a value that only running its code could read.
     """
     ranks = all_ranks()
     try:
@@ -101,14 +74,41 @@ def load(path: str | os.PathLike[str], state: Any, *, strict: bool = True) -> Lo
         ranks.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Result of a load."""
+
+    where: str
+    nbytes: int
+    """Bytes read by this rank."""
+
+    converted: tuple[str, ...]
+    """Names of tensors that have another dtype in the checkpoint than in the state."""
+
+    spans: Spans
+
+    differences: tuple[str, ...] = ()
+    """One line per difference between checkpoint and state, over all ranks, of a partial load."""
+
+    notes: tuple[str, ...] = ()
+    """One line per component that was not loaded exactly as saved, over all ranks, such as the
+    state of another optimizer."""
+
+    num_matched: int = 0
+    """Number of entries that this rank has loaded."""
+
+    lacking: tuple[str, ...] = ()
+    """Names of this rank's tensors that a base model may lack, and does. They are unchanged."""
+
+
 Fill = Callable[[Source, Sequence[Wanted]], int]
-"""Brings the wanted tensors of a source into memory, and tells how many bytes it read."""
+"""`fill(source, wanted)`: reads the wanted tensors into memory. Returns the bytes read."""
 
 Replicas = Literal["auto", "read", "broadcast"]
-"""How what several ranks want alike comes to them. `read`: each reads it for itself. `broadcast`:
-one reads and checks it, and passes it on, so that no byte is read twice. `auto`: `broadcast` where
-the checkpoint is behind a URL or the ranks are on several hosts, since each would fetch it over the
-network; the ranks of one host are served by one page cache, and would wait for each other."""
+"""How several ranks get the same data. `read`: each rank reads it. `broadcast`: one rank reads and
+checks it and passes it on, so no byte is read twice. `auto`: `broadcast` if the checkpoint is
+behind a URL or the ranks are on several hosts, since each would fetch the data over the network.
+Ranks of one host share its page cache, so reading is faster there than waiting for each other."""
 
 
 def load_tree(
@@ -121,15 +121,16 @@ def load_tree(
     fill: Fill | None = None,
     replicas: Replicas = "read",
 ) -> Loaded:
-    """Load an open checkpoint into a tree of state. `partial`: what is missing there or does not
-    fit stays as it is, and every difference is reported. `fill` stands in for `read_tensors`, and
-    nothing is passed on then.
+    """Load an open checkpoint into a tree of state.
 
-    Collective: every rank calls this; an error on one is raised on all. Objects are given their
-    state only once every rank has read all that it wants.
+    `partial`: entries that are missing or do not fit stay as they are, and are reported.
+    `fill`: replaces `read_tensors`; then every rank reads for itself.
+
+    Collective: every rank calls this. An error of one rank is raised on all. Objects get their
+    state only after every rank has read everything.
     """
     spans = Spans()
-    # A load inside of `torch.inference_mode` would make tensors that no training can change.
+    # Tensors made inside of `torch.inference_mode` could not be trained.
     with torch.inference_mode(mode=False):
         with spans("plan"), gc_paused():
             match = run_on_all(ranks, lambda: tree.match(source.manifest, strict=strict))
@@ -141,8 +142,8 @@ def load_tree(
             nbytes = _read(reading, ranks, fill, replicas)
             values = run_on_all(ranks, reading.values)
         with spans("apply"):
-            reading.settle()
-            _hand_over(match, values, ranks)
+            reading.copy_staged()
+            _apply(match, values, ranks)
     return Loaded(
         source.url,
         nbytes,
@@ -155,99 +156,127 @@ def load_tree(
     )
 
 
-def _hand_over(match: Match, values: MadeValues, ranks: Ranks) -> None:
+def _differences(match: Match, ranks: Ranks) -> tuple[list[str], list[str]]:
+    """Lines on the differences between the checkpoint and the state of all ranks, and the notes.
+
+    An entry is unexpected only if no rank wants it: each pipeline stage has other layers.
+
+    Collective.
+    """
+    reports = ranks.gather((list(match.misfits.values()), list(match.extra), [*match.notes]))
+    lines: list[str] = []
+    notes: list[str] = []
+    if reports:
+        lines = list(dict.fromkeys(line for misfits, _, _ in reports for line in misfits))
+        notes = list(dict.fromkeys(line for _, _, lines in reports for line in lines))
+        common = set.intersection(*({*names} for _, names, _ in reports))
+        extra = [name for name in reports[0][1] if name in common]
+        lines += [f"`{name}` is in the checkpoint, but not wanted" for name in extra]
+    return ranks.broadcast((lines, notes))
+
+
+def _mismatch(source: Source, lines: Sequence[str]) -> MismatchError:
+    return MismatchError(
+        f"`{source.url}` does not fit, {len(lines)} differences, nothing was changed:"
+        + listed(lines, _LISTED_MAX),
+        hint="is it a checkpoint of another model? `holdfast show` lists its entries. To load only "
+        "the rest, leave the entries that differ out of the state",
+    )
+
+
+def _read(reading: _Reading, ranks: Ranks, fill: Fill | None, replicas: Replicas) -> int:
+    """Fill the tensors. Returns the bytes read. Collective."""
+    source, hosts = reading.source, hosts_of(ranks)
+    threads = threads_for(hosts.num_local)
+
+    def read(wanted: Sequence[Wanted]) -> int:
+        return read_tensors(source, wanted, threads) if fill is None else fill(source, wanted)
+
+    nbytes = 0
+    if ranks.all_reduce_max([reading.has_checks])[0]:
+        nbytes = run_on_all(ranks, lambda: reading.check(read))
+    over_network = hosts.num_hosts > 1 or "://" in source.store.url
+    broadcast = replicas == "broadcast" or (replicas == "auto" and over_network)
+    if ranks.size == 1 or fill is not None or not broadcast:
+        return nbytes + run_on_all(ranks, lambda: read(reading.unchecked))
+    requests = run_on_all(
+        ranks, lambda: collect_requests(source, reading.unchecked, reading.entries)
+    )
+    nbytes += run_on_all(ranks, lambda: read_shared(source, requests, ranks, threads))
+    reading.containers = requests.containers
+    return nbytes
+
+
+def _apply(match: Match, values: MadeValues, ranks: Ranks) -> None:
     """Give objects and containers what was read. Collective."""
     try:
         run_on_all(ranks, lambda: match.take(values))
     except HoldfastError as error:
-        # Tensors have been read into their places, and other objects may have their state.
+        # The tensors have been overwritten, and other objects may have their state.
         error.what += "; the state is loaded in part"
         raise
 
 
-def _differences(match: Match, ranks: Ranks) -> tuple[list[str], list[str]]:
-    """A line on each difference between the checkpoint and the state of all ranks, and on all else
-    that must be said. Collective.
-
-    An entry is unexpected where no rank has a place for it: a pipeline stage has its own layers.
-    """
-    reports = ranks.gather((list(match.misfits.values()), list(match.extra), [*match.notes]))
-    listed: list[str] = []
-    notes: list[str] = []
-    if reports:
-        listed = list(dict.fromkeys(line for lines, _, _ in reports for line in lines))
-        notes = list(dict.fromkeys(line for _, _, lines in reports for line in lines))
-        common = set.intersection(*({*names} for _, names, _ in reports))
-        extra = [name for name in reports[0][1] if name in common]
-        listed += [f"`{name}` is in the checkpoint, but not wanted" for name in extra]
-    return ranks.broadcast((listed, notes))
-
-
-def _mismatch(source: Source, listed: Sequence[str]) -> MismatchError:
-    more = len(listed) - _LISTED_MAX
-    return MismatchError(
-        f"`{source.url}` does not fit, {len(listed)} differences, nothing was changed:\n  "
-        + "\n  ".join(listed[:_LISTED_MAX])
-        + (f"\n  ... and {more} more" if more > 0 else ""),
-        hint="is it a checkpoint of another model? A state without what does not fit loads the "
-        "rest: `holdfast show` lists what is there",
-    )
-
-
-_Aside = tuple[torch.Tensor, torch.Tensor]
-"""A tensor that was read aside, and the memory that it goes to."""
+_Staged = tuple[torch.Tensor, torch.Tensor]
+"""A tensor read into memory of its own to be checked, and the memory that it is copied to."""
 
 
 class _Reading:
-    """What one rank reads: tensors into their places, and values."""
+    """Tensors and values that one rank reads."""
 
     @torch.no_grad()
     def __init__(self, source: Source, match: Match) -> None:
         self.source, self._match = source, match
         self._made = {name: make() for name, make in match.made.items()}
         tensors = source.manifest.tensors
-        self._aside: dict[str, _Aside] = {}
+        self._staged: dict[str, _Staged] = {}
         self._narrowed: set[str] = set()
-        self._tied = _tied_apart(match.into, tensors)
-        apart = {name for pair in self._tied for name in pair}
-        early = {name for names, _ in match.checks for name in names}
-        self._early = {*early & self._made.keys()}
-        self._values: dict[Place, Any] = {}
+        self._tied = _tied_here_only(match.into, tensors)
+        tied = {name for pair in self._tied for name in pair}
+        self._decoded: dict[Place, Any] = {}
         layouts = Layouts()
         self.wanted: dict[str, Wanted] = {}
         for name, tensor in {**match.into, **self._made}.items():
             local = local_of(tensor).detach()
             pieces = layouts.of(name, tensor, local_of(tensor)).pieces
             stored: torch.dtype = getattr(torch, tensors[name].dtype)
-            narrowed = is_narrowed(stored, local.dtype)
-            if narrowed or name in apart:
-                # Read aside first: a number that does not fit must not take the place of another.
-                like = torch.empty_strided if name in apart else _empty_packed
-                aside = like(local.shape, local.stride(), dtype=stored, device=local.device)
-                self._aside[name] = (aside, local)
-                local = aside
+            narrowed = needs_check(stored, local.dtype)
+            if narrowed or name in tied:
+                # Nothing is overwritten before all checks have passed.
+                empty = torch.empty_strided if name in tied else _empty_contiguous
+                staged = empty(local.shape, local.stride(), dtype=stored, device=local.device)
+                self._staged[name] = (staged, local)
+                local = staged
             if narrowed:
                 self._narrowed.add(name)
             self.wanted[name] = Wanted(name, pieces, local)
+        used = {name for names, _ in match.checks for name in names}
+        self._read_first = {*self._staged, *(used & self._made.keys())}
         self.entries = {name: source.manifest.values[name] for name in match.values}
         self.containers: Mapping[Place, bytes] = {}
 
-    def check(self, read: Callable[[Collection[Wanted]], int]) -> int:
-        """Read what has to be checked before anything is changed. Returns the bytes read.
+    @property
+    def has_checks(self) -> bool:
+        """Whether `check` must run before the state is changed."""
+        return bool(self._staged or self._match.checks)
+
+    def check(self, read: Callable[[Sequence[Wanted]], int]) -> int:
+        """Read the entries that must be checked before the state is changed. Returns the bytes
+        read.
 
         Raises:
-            MismatchError: what does not fit where it would go, all of it listed.
+            MismatchError: entries do not fit; all of them are listed.
         """
-        nbytes = read([self.wanted[name] for name in self._checked_first])
+        nbytes = read([want for name, want in self.wanted.items() if name in self._read_first])
         wrong = [
-            f"`{name}` holds numbers in the checkpoint that no {local.dtype} is"
-            for name, (aside, local) in self._aside.items()
-            if name in self._narrowed and not fits(aside, local.dtype)
+            f"`{name}` holds numbers in the checkpoint that {local.dtype} cannot represent"
+            for name, (staged, local) in self._staged.items()
+            if name in self._narrowed and not fits(staged, local.dtype)
         ]
         wrong += [
             f"`{first}` and `{name}` are one tensor here, and two that differ in the checkpoint"
             for first, name in self._tied
-            if not _same_memory(*(self._aside[one] for one in (first, name)))
+            if not _same_bytes(self._staged[first], self._staged[name])
         ]
         checks = self._match.checks
         if checks:
@@ -258,44 +287,34 @@ class _Reading:
             raise _mismatch(self.source, wrong)
         return nbytes
 
-    def settle(self) -> None:
-        """Put what was read aside in its place."""
-        for aside, local in self._aside.values():
-            local.copy_(aside)
-
     @property
     def unchecked(self) -> list[Wanted]:
-        """What goes straight to its place."""
-        first = self._checked_first
-        return [want for name, want in self.wanted.items() if name not in first]
-
-    @property
-    def _checked_first(self) -> Collection[str]:
-        return {**self._aside, **dict.fromkeys(self._early)}
-
-    @property
-    def has_checked(self) -> bool:
-        """Whether anything is to be checked before it goes to its place."""
-        return bool(self._aside or self._match.checks)
+        """Tensors that `check` does not read."""
+        return [want for name, want in self.wanted.items() if name not in self._read_first]
 
     def values(self) -> MadeValues:
-        """Everything that has been read. A container that no other rank has read is read here."""
+        """All values. Reads the containers that no other rank has passed on."""
         return self._made_values(self.entries)
 
     def _made_values(self, names: Iterable[str]) -> MadeValues:
-        held: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for name in names:
             entry = self.entries[name]
-            at = (entry.file, entry.item.offset)
-            if at not in self._values:
-                container = self.containers.get(at) or read_value(self.source, name, entry)
+            place = (entry.file, entry.item.offset)
+            if place not in self._decoded:
+                container = self.containers.get(place) or read_value(self.source, name, entry)
                 where = f"{self.source.url}/{entry.file}"
-                self._values[at] = decode_value(name, container, where=where)
-            held[name] = self._values[at]
-        return MadeValues(self._made, held)
+                self._decoded[place] = decode_value(name, container, where=where)
+            values[name] = self._decoded[place]
+        return MadeValues(self._made, values)
+
+    def copy_staged(self) -> None:
+        """Copy the checked tensors to their memory."""
+        for staged, local in self._staged.values():
+            local.copy_(staged)
 
     def converted(self) -> tuple[str, ...]:
-        """Tensors whose dtype is another in the state than in the checkpoint."""
+        """Names of tensors that have another dtype in the checkpoint than in the state."""
         tensors = self.source.manifest.tensors
         return tuple(
             name
@@ -304,65 +323,43 @@ class _Reading:
         )
 
 
-def _tied_apart(
+def _tied_here_only(
     into: Mapping[str, torch.Tensor], entries: Mapping[str, TensorEntry]
 ) -> list[tuple[str, str]]:
-    """Pairs of entries that go into one memory, but are two tensors in the checkpoint: weights
-    that are tied here, and were not when they were saved, or whose copies were stored."""
-    places: dict[tuple[object, ...], str] = {}
+    """Pairs of entries that go to the same memory, but are two tensors in the checkpoint: weights
+    that were not tied when saved, or whose copies were stored."""
+    first_at: dict[tuple[object, ...], str] = {}
     pairs = []
     for name, tensor in into.items():
         local = local_of(tensor)
-        place = local.data_ptr(), local.numel(), local.dtype, local.device
-        if not place[0] or not place[1]:
+        memory = local.data_ptr(), local.numel(), local.dtype, local.device
+        if not memory[0] or not memory[1]:
             continue
-        first = places.setdefault(place, name)
-        one, other = entries[first], entries[name]
-        if first != name and not (one.chunks and one.chunks == other.chunks):
+        first = first_at.setdefault(memory, name)
+        chunks = entries[first].chunks
+        if first != name and not (chunks and chunks == entries[name].chunks):
             pairs.append((first, name))
     return pairs
 
 
-def _same_memory(one: _Aside, other: _Aside) -> bool:
-    """Whether two tensors that were read aside would leave the same bytes in the memory that they
-    both go to, each by its own strides."""
-    made = [aside.to(local.dtype) for aside, local in (one, other)]
-    if made[0].stride() != made[1].stride() or made[0].shape != made[1].shape:
-        if not all(map(_is_dense, made)):
+def _same_bytes(one: _Staged, other: _Staged) -> bool:
+    """Whether two staged tensors, each with its own strides, leave the same bytes in the memory
+    that both are copied to."""
+    converted = [staged.to(local.dtype) for staged, local in (one, other)]
+    first, second = converted
+    if first.stride() != second.stride() or first.shape != second.shape:
+        if not (_is_dense(first) and _is_dense(second)):
             return False
-        made = [numbers.as_strided((numbers.numel(),), (1,)) for numbers in made]
-    first, second = (numbers.contiguous().reshape(-1).view(torch.uint8) for numbers in made)
+        converted = [numbers.as_strided((numbers.numel(),), (1,)) for numbers in converted]
+    first, second = (n.contiguous().reshape(-1).view(torch.uint8) for n in converted)
     return torch.equal(first, second)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether its elements lie side by side, in whatever order of the dims."""
+    """Whether the elements are contiguous in memory, in any order of the dims."""
     dims = zip(tensor.shape, tensor.stride(), strict=True)
     return sum((size - 1) * stride for size, stride in dims) + 1 == tensor.numel()
 
 
-def _empty_packed(shape: torch.Size, _: object, **kind: Any) -> torch.Tensor:
+def _empty_contiguous(shape: torch.Size, _: object, **kind: Any) -> torch.Tensor:
     return torch.empty(shape, **kind)
-
-
-def _read(reading: _Reading, ranks: Ranks, fill: Fill | None, replicas: Replicas) -> int:
-    """Fill the tensors. Returns the bytes read. Collective."""
-    source, hosts = reading.source, hosts_of(ranks)
-    threads = threads_for(hosts.num_local)
-
-    def read(wanted: Collection[Wanted]) -> int:
-        if fill is not None:
-            return fill(source, [*wanted])
-        return read_tensors(source, [*wanted], threads)
-
-    nbytes = 0
-    if ranks.all_reduce_max([reading.has_checked])[0]:
-        nbytes = run_on_all(ranks, lambda: reading.check(read))
-    far = hosts.num_hosts > 1 or "://" in source.store.url
-    passed_on = replicas == "broadcast" or (replicas == "auto" and far)
-    if ranks.size == 1 or fill is not None or not passed_on:
-        return nbytes + run_on_all(ranks, lambda: read(reading.unchecked))
-    asked = run_on_all(ranks, lambda: ask(source, reading.unchecked, reading.entries))
-    nbytes += run_on_all(ranks, lambda: read_shared(source, asked, ranks, threads))
-    reading.containers = asked.containers
-    return nbytes

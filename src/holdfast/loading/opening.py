@@ -1,8 +1,7 @@
-"""Opening the checkpoint at a path while others may replace it."""
+"""Open a checkpoint that another process may replace meanwhile."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +9,6 @@ from typing import TypeVar
 
 from holdfast.catalog.catalog import folder_of, open_manifest
 from holdfast.catalog.open_any import check_folder
-from holdfast.catalog.paths import open_parent
 from holdfast.catalog.source import Source
 from holdfast.catalog.steady import LOOKS_MAX, UNREADABLE, fingerprint
 from holdfast.comm import Ranks, run_on_rank_0
@@ -23,62 +21,50 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A checkpoint as it was when it was opened."""
+    """Manifest of a checkpoint, and the fingerprint that the checkpoint had then."""
 
     name: str
     manifest: Manifest
-    seen: object
-    """Fingerprint of the checkpoint."""
+    fingerprint: object
 
     def is_gone(self, store: ReadStore) -> bool:
-        """Whether the checkpoint has been replaced or removed since."""
-        return fingerprint(store, self.name) != self.seen
-
-
-def open_at(path: str | os.PathLike[str]) -> tuple[ReadStore, Opened]:
-    """The checkpoint at `path`, with its store: see `open_in`."""
-    store, name = open_parent(path)
-    return store, open_in(store, name)
-
-
-def open_in(store: ReadStore, name: str) -> Opened:
-    """The checkpoint `name` of a store, its structure checked. Looks again where another process
-    replaces it meanwhile.
-
-    Raises:
-        NotFoundError: no checkpoint there.
-        DamagedError: files are missing or of another size.
-    """
-    for left in reversed(range(LOOKS_MAX)):
-        folder = folder_of(store, name)
-        seen = fingerprint(store, folder)
-        try:
-            return Opened(folder, open_manifest(store, folder), seen)
-        except UNREADABLE:
-            moved = folder_of(store, name) != folder
-            if not left or not (moved or fingerprint(store, folder) != seen):
-                check_folder(store, folder)
-                raise
-    raise AssertionError("the last look returns or raises")
-
-
-def read_at(path: str | os.PathLike[str], ranks: Ranks, read: Callable[[Source], T]) -> T:
-    """What `read` makes of the checkpoint at `path`: see `read_in`."""
-    return read_in(*open_parent(path), ranks, read)
+        """Whether the checkpoint has been replaced or deleted since."""
+        return fingerprint(store, self.name) != self.fingerprint
 
 
 def read_in(store: ReadStore, name: str, ranks: Ranks, read: Callable[[Source], T]) -> T:
-    """What `read` makes of the checkpoint `name`. Called again on the new one where it fails since
-    another process has replaced the checkpoint meanwhile.
+    """Returns `read(source)` for the checkpoint `name`. If it fails because another process has
+    replaced the checkpoint, `read` is called again with the new one.
 
-    Collective: every rank calls this; `read` raises on every rank alike.
+    Collective: every rank calls this. `read` must fail either on all ranks or on none.
     """
-    for left in reversed(range(LOOKS_MAX)):
+    for tries_left in reversed(range(LOOKS_MAX)):
         with gc_paused():
             opened = run_on_rank_0(ranks, partial(open_in, store, name))
         try:
             return read(Source(store, opened.name, opened.manifest))
         except UNREADABLE:
-            if not left or not run_on_rank_0(ranks, partial(opened.is_gone, store)):
+            if not tries_left or not run_on_rank_0(ranks, partial(opened.is_gone, store)):
                 raise
-    raise AssertionError("the last look returns or raises")
+    raise AssertionError("the last try returns or raises")
+
+
+def open_in(store: ReadStore, name: str) -> Opened:
+    """Open the checkpoint `name` of a store and check its structure. Tries again if another process
+    replaces the checkpoint meanwhile.
+
+    Raises:
+        NotFoundError: there is no such checkpoint.
+        DamagedError: files are missing, or have another size than the manifest says.
+    """
+    for tries_left in reversed(range(LOOKS_MAX)):
+        folder = folder_of(store, name)
+        before = fingerprint(store, folder)
+        try:
+            return Opened(folder, open_manifest(store, folder), before)
+        except UNREADABLE:
+            moved = folder_of(store, name) != folder
+            if not tries_left or not (moved or fingerprint(store, folder) != before):
+                check_folder(store, folder)
+                raise
+    raise AssertionError("the last try returns or raises")

@@ -1,1 +1,1 @@
-"""Who writes and who reads what: pure functions of layouts."""
+"""Plan saves and loads: which rank writes and reads what, and where."""

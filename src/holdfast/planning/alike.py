@@ -1,8 +1,8 @@
-"""What ranks hold under one name must be one thing: a mixture of several is none that any rank had.
+"""Check that containers are equal on all ranks that have them.
 
-Entries of models and optimizers have names of their own on every rank that has them, so what ranks
-hold of these is put together. A container of plain state is one thing: its keys, lengths and kinds
-are the same on all ranks that have it, but for keys such as `rank_3` in it.
+Entries of models and optimizers have names of their own, so those of different ranks are merged. A
+container of plain state is one thing: its keys, length and kinds must be the same on all ranks that
+have it. A merged one would be a state that no rank had. Keys such as `rank_3` are the exception.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from holdfast.errors import MismatchError
 from holdfast.format.manifest import Path
 from holdfast.format.structure import MAPPINGS, Node, children_of, kind_of_node
 from holdfast.planning.write_plan import AllPlans, LocalPlan
+from holdfast.spelling import listed
 
 _RANK_KEY = re.compile(r"rank_\d+")
 _UNIONS = ("model", "optimizer")
-"""Top-level names whose dicts hold entries by the names of parameters, as stock DCP has them."""
+"""Top-level names whose dicts hold entries named by parameters, as in stock DCP."""
 
 _TENSOR, _VALUE = "a tensor", "a value"
 _LEAVES = {_TENSOR, _VALUE}
@@ -26,106 +27,105 @@ _LEAVES = {_TENSOR, _VALUE}
 _LISTED_MAX = 20
 
 
-class _Holding(NamedTuple):
-    """What some ranks hold below one top-level key."""
+class _Branch(NamedTuple):
+    """Entries below one top-level key, equal on some ranks."""
 
     rank: int
     """First of these ranks."""
 
-    items: Mapping[Path, str]
+    kinds: Mapping[Path, str]
     """Kind of each path."""
 
 
 def check_alike(all_plans: AllPlans, size: int) -> None:
-    """Make sure that containers of one path are the same on all ranks that have it.
+    """Check that each container is equal on all ranks that have it.
 
     Raises:
-        MismatchError: some are not; each difference is listed.
+        MismatchError: some containers differ; each difference is listed.
     """
     differing = {
-        section
-        for section, everyone in all_plans.items()
-        if len(everyone) > 1 or len(everyone[0].ranks) < size
+        component
+        for component, plans in all_plans.items()
+        if len(plans) > 1 or len(plans[0].ranks) < size
     }
     if not differing:
         return
     lines = [*_differences(all_plans, differing), *_lone_slots(all_plans)]
     if lines:
-        more = len(lines) - _LISTED_MAX
-        listed = "\n  ".join(lines[:_LISTED_MAX]) + (f"\n  ... and {more} more" if more > 0 else "")
         raise MismatchError(
-            f"the state differs between ranks, nothing was saved:\n  {listed}",
+            "the state differs between ranks, nothing was saved:" + listed(lines, _LISTED_MAX),
             hint="state of one rank alone needs a key of its own, such as `rank_3`: in the dict "
             "that differs, or at the top: `states={'rank_3': ...}`",
         )
 
 
 def _differences(all_plans: AllPlans, differing: Collection[str]) -> Iterator[str]:
-    """A line on each path that is not the same on all ranks that have its top-level key.
-
-    A key's own entry and what lies below it are in different sections.
-    """
-    top = [(holders.ranks, _items_of(holders.local_plan)) for holders in all_plans.get("", ())]
-    heads = {str(key).partition(".")[0] for _, found in top for key in found}
-    sections = [*({*differing} - {""}), *(heads & all_plans.keys() - differing)]
+    """One line per path that is not equal on all ranks that have its top-level key."""
+    # The entry of a top-level key and the entries below it are in different local plans.
+    top = [(shared.ranks, _kinds_by_key(shared.local_plan)) for shared in all_plans.get("", ())]
+    top_keys = {str(key).partition(".")[0] for _, branches in top for key in branches}
+    components = [*({*differing} - {""}), *(top_keys & all_plans.keys() - differing)]
     below = [
-        (holders.ranks, _items_of(holders.local_plan))
-        for section in sorted(sections)
-        for holders in all_plans[section]
+        (shared.ranks, _kinds_by_key(shared.local_plan))
+        for component in sorted(components)
+        for shared in all_plans[component]
     ]
-    parts = [*top, *below]
+    plans = [*top, *below]
     containers = {
         key: None
-        for _, found in parts
-        for key, items in found.items()
-        # A tensor or value under a name of its own is compared by what it is elsewhere.
-        if not _is_ranks(key)
+        for _, branches in plans
+        for key, kinds in branches.items()
+        # `plan` compares a tensor or value that has a top-level name of its own.
+        if not _is_rank_key(key)
         and key not in _UNIONS
-        and {*items.values()} - _LEAVES | {*items} - {(key,)}
+        and {*kinds.values()} - _LEAVES | {*kinds} - {(key,)}
     }
     for key in containers:
-        held: dict[int, tuple[int, ...]] = {}
-        for number, (ranks, found) in enumerate(parts):
-            for rank in ranks if key in found else ():
-                held[rank] = (*held.get(rank, ()), number)
+        plans_of: dict[int, tuple[int, ...]] = {}
+        for number, (ranks, branches) in enumerate(plans):
+            for rank in ranks if key in branches else ():
+                plans_of[rank] = (*plans_of.get(rank, ()), number)
         variants: dict[tuple[int, ...], int] = {}
-        for rank in sorted(held):
-            variants.setdefault(held[rank], rank)
+        for rank in sorted(plans_of):
+            variants.setdefault(plans_of[rank], rank)
         first, *others = [
-            _Holding(rank, _merged([parts[number][1][key] for number in numbers]))
+            _Branch(rank, _merged([plans[number][1][key] for number in numbers]))
             for numbers, rank in variants.items()
         ]
         for other in others:
             yield from _compared(first, other)
 
 
-def _merged(parts: Sequence[Mapping[Path, str]]) -> dict[Path, str]:
-    """All of these; where a leaf and what the structure says of it have one path, the latter."""
-    every = [(path, kind) for items in parts for path, kind in items.items()]
-    return dict(sorted(every, key=lambda one: one[1] not in _LEAVES))
+def _merged(branches: Sequence[Mapping[Path, str]]) -> dict[Path, str]:
+    """All paths. If a leaf and a container have one path, the container's kind counts."""
+    every = [(path, kind) for kinds in branches for path, kind in kinds.items()]
+    return dict(sorted(every, key=lambda item: item[1] not in _LEAVES))
 
 
-def _compared(first: _Holding, other: _Holding) -> Iterator[str]:
-    for path in dict.fromkeys([*first.items, *other.items]):
-        one, two = first.items.get(path), other.items.get(path)
-        if one == two:
+def _compared(first: _Branch, other: _Branch) -> Iterator[str]:
+    for path in dict.fromkeys([*first.kinds, *other.kinds]):
+        kind, other_kind = first.kinds.get(path), other.kinds.get(path)
+        if kind == other_kind:
             continue
         name = ".".join(map(str, path))
-        if one is None or two is None:
-            here, away = (first, other) if two is None else (other, first)
-            yield f"`{name}` is {one or two} on rank {here.rank}, and no such on rank {away.rank}"
+        if kind is None or other_kind is None:
+            here, away = (first, other) if other_kind is None else (other, first)
+            yield (
+                f"`{name}` is {kind or other_kind} on rank {here.rank}, and missing on rank "
+                f"{away.rank}"
+            )
         else:
-            yield f"`{name}` is {one} on rank {first.rank}, {two} on rank {other.rank}"
+            yield f"`{name}` is {kind} on rank {first.rank}, {other_kind} on rank {other.rank}"
 
 
-def _items_of(local_plan: LocalPlan) -> dict[str | int, dict[Path, str]]:
-    """What a plan holds by top-level key, without what may differ."""
-    found: dict[str | int, dict[Path, str]] = {}
+def _kinds_by_key(local_plan: LocalPlan) -> dict[str | int, dict[Path, str]]:
+    """Kind of each path below each top-level key, without the entries that may differ."""
+    branches: dict[str | int, dict[Path, str]] = {}
     unions = local_plan.unions
 
     def add(path: Path, kind: str) -> None:
-        if not (len(path) > 1 and _is_ranks(path[1])) and not _is_within(path, unions):
-            found.setdefault(path[0], {})[path] = kind
+        if not (len(path) > 1 and _is_rank_key(path[1])) and not _is_within(path, unions):
+            branches.setdefault(path[0], {})[path] = kind
 
     for tensor in local_plan.tensors.values():
         add(tensor.path, _TENSOR)
@@ -134,14 +134,13 @@ def _items_of(local_plan: LocalPlan) -> dict[str | int, dict[Path, str]]:
     for path in local_plan.values.values():
         add(path, _VALUE)
     for path, node in local_plan.structure.items():
-        for at, kind in _kinds_of(path, node, unions):
-            add(at, kind)
-    return found
+        for node_path, kind in _kinds_of(path, node, unions):
+            add(node_path, kind)
+    return branches
 
 
 def _kinds_of(path: Path, node: Node, unions: Collection[Path]) -> Iterator[tuple[Path, str]]:
-    """Kinds of the containers that a node describes, where the names of their members do not
-    tell."""
+    """Path and kind of each container of a node, except those that the names of entries tell."""
     while isinstance(node, dict) and "object" in node:
         node = node["object"]
     kind = kind_of_node(node)
@@ -154,13 +153,13 @@ def _kinds_of(path: Path, node: Node, unions: Collection[Path]) -> Iterator[tupl
     assert kind is not None
     kept = []
     for key, child in children:
-        at = (*path, key if kind not in MAPPINGS else str(key))
-        if (len(at) == 2 and _is_ranks(at[1])) or _is_within(at, unions):
+        child_path = (*path, key if kind not in MAPPINGS else str(key))
+        if (len(child_path) == 2 and _is_rank_key(child_path[1])) or _is_within(child_path, unions):
             continue
         kept.append(key)
-        yield from _kinds_of(at, child, unions)
+        yield from _kinds_of(child_path, child, unions)
     if kept and kind == "dict" and all(type(key) is str for key in kept):
-        # As one whose names tell it: whether they do depends on what is left out here.
+        # A dict of text keys has a node on some ranks only, depending on the keys skipped here.
         return
     if kept or not children:
         keys = ", ".join(sorted(map(repr, kept))) if kind in MAPPINGS else f"{len(kept)} members"
@@ -169,24 +168,23 @@ def _kinds_of(path: Path, node: Node, unions: Collection[Path]) -> Iterator[tupl
 
 
 def _lone_slots(all_plans: AllPlans) -> Iterator[str]:
-    """Slots that only some of the ranks have whose optimizers hold the parameter."""
-    for everyone in all_plans.values():
-        if len(everyone) < 2:
+    """One line per slot that is missing on a rank whose optimizer holds the slot's parameter."""
+    for plans in all_plans.values():
+        if len(plans) < 2:
             continue
         roots = {
             root
-            for plans in (everyone, all_plans.get("", ()))
-            for holders in plans
-            for root, kind in holders.local_plan.unions.items()
+            for shared in (*plans, *all_plans.get("", ()))
+            for root, kind in shared.local_plan.unions.items()
             if kind == "optimizer"
         }
         for root in roots:
             first: dict[str, tuple[int, set[str]]] = {}
-            for holders in everyone:
-                for parameter, slots in _slots_of(holders.local_plan, root).items():
-                    rank, known = first.setdefault(parameter, (holders.ranks[0], slots))
+            for shared in plans:
+                for parameter, slots in _slots_of(shared.local_plan, root).items():
+                    rank, known = first.setdefault(parameter, (shared.ranks[0], slots))
                     for slot in sorted(known ^ slots):
-                        here, away = rank, holders.ranks[0]
+                        here, away = rank, shared.ranks[0]
                         if slot in slots:
                             here, away = away, here
                         name = ".".join(map(str, (*root, slot)))
@@ -197,8 +195,8 @@ def _lone_slots(all_plans: AllPlans) -> Iterator[str]:
 
 
 def _slots_of(local_plan: LocalPlan, root: Path) -> dict[str, set[str]]:
-    """Names of the slots of each parameter that an optimizer holds."""
-    at = len(root)
+    """Names of the slots of each parameter, in the optimizer at `root`."""
+    depth = len(root)
     paths = [
         path
         for path in (
@@ -206,22 +204,22 @@ def _slots_of(local_plan: LocalPlan, root: Path) -> dict[str, set[str]]:
             *(tensor.path for tensor in local_plan.tensors.values()),
             *(path for _, path in local_plan.aliases.values()),
         )
-        if path[:at] == root and len(path) > at
+        if path[:depth] == root and len(path) > depth
     ]
-    found: dict[str, set[str]] = {}
+    slots: dict[str, set[str]] = {}
     for path in paths:
-        group, _, rest = str(path[at]).partition(".")
+        group, _, rest = str(path[depth]).partition(".")
         if group == "param_groups":
-            found.setdefault(rest.rpartition(".")[0], set())
+            slots.setdefault(rest.rpartition(".")[0], set())
     for path in paths:
-        group, _, rest = str(path[at]).partition(".")
+        group, _, rest = str(path[depth]).partition(".")
         parameter = rest.rpartition(".")[0]
-        if group == "state" and parameter in found:
-            found[parameter].add(str(path[at]))
-    return found
+        if group == "state" and parameter in slots:
+            slots[parameter].add(str(path[depth]))
+    return slots
 
 
-def _is_ranks(key: str | int) -> bool:
+def _is_rank_key(key: str | int) -> bool:
     return type(key) is str and _RANK_KEY.fullmatch(key) is not None
 
 

@@ -1,4 +1,4 @@
-"""Layout of one rank's file: where everything in it lies, before a byte is written."""
+"""Fix the offsets of everything in one rank's file before a byte is written."""
 
 from __future__ import annotations
 
@@ -15,40 +15,43 @@ from holdfast.format.region import Region
 
 @dataclass(frozen=True, slots=True)
 class TensorItem:
-    """A region of a tensor in its place in the file."""
+    """Region of a tensor, and its place in the file."""
 
     name: str
     region: Region
     dtype: str
     item: Span
+    """Place of the region as `torch.save` writes it: prefix, data, suffix."""
+
     data: Span
-    """The raw elements, within the item."""
+    """Place of the elements, within `item`."""
 
     prefix: bytes
     suffix: bytes
     first_block: int
-    """How many blocks the file has before its own."""
+    """Number of the first block of the data, counted from the start of the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileLayout:
-    """A file before it is written: where everything in it lies."""
+    """Offsets of everything in one file."""
 
     name: str
     nbytes: int
     tensors: tuple[TensorItem, ...]
     containers: tuple[tuple[int, bytes], ...]
-    """Values as `torch.save` writes them, by position; each stands once however often it occurs."""
+    """Offset and bytes of each distinct value, as `torch.save` writes it. Equal ones are stored
+    once."""
 
     values: tuple[tuple[Collection[str], Span], ...]
-    """Where the container of each value stands, with the names of the value."""
+    """Names of each value, and the place of its container."""
 
     table_offset: int
-    """Where the checksums of all blocks stand, in the order of the items; they end the file."""
+    """Offset of the checksums of all blocks, in the order of the items, up to the file's end."""
 
 
 def lay_out(regions: Sequence[tuple[str, str, Region]]) -> tuple[TensorItem, ...]:
-    """Where tensors lie in a file, one after the other. `regions` are name, dtype and region."""
+    """Place tensors one after the other. `regions`: name, dtype and region of each."""
     items, position, block = [], 0, 0
     for name, dtype, region in regions:
         shape = region.shape
@@ -67,8 +70,8 @@ def lay_out_file(
     items: tuple[TensorItem, ...],
     values: Iterable[tuple[Collection[str], bytes]],
 ) -> FileLayout:
-    """The file of `rank`: tensors as they were laid out, the containers of values behind them, then
-    the checksums. `values` are names and container."""
+    """Lay out the file of `rank`: its tensors, then the containers of its values, then the
+    checksums. `values`: names and container of each."""
     position = items[-1].item.stop if items else 0
     placed: dict[bytes, Span] = {}
     spans = []
@@ -77,7 +80,12 @@ def lay_out_file(
             placed[container] = Span(position, len(container))
             position += len(container)
         spans.append((names, placed[container]))
-    at = tuple((span.offset, container) for container, span in placed.items())
     num_blocks = items[-1].first_block + checksum.num_blocks(items[-1].data.nbytes) if items else 0
-    nbytes = position + num_blocks * checksum.NBYTES
-    return FileLayout(data_file(rank), nbytes, items, at, tuple(spans), position)
+    return FileLayout(
+        name=data_file(rank),
+        nbytes=position + num_blocks * checksum.NBYTES,
+        tensors=items,
+        containers=tuple((span.offset, container) for container, span in placed.items()),
+        values=tuple(spans),
+        table_offset=position,
+    )

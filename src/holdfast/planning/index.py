@@ -1,4 +1,5 @@
-"""Both indices of a checkpoint, as far as the layout decides them: all but checksums and values."""
+"""The part of a checkpoint's two indices that follows from the plan: everything but checksums and
+the places of values."""
 
 from __future__ import annotations
 
@@ -16,106 +17,112 @@ from holdfast.planning.file_layout import TensorItem
 from holdfast.planning.write_plan import GlobalPlan, Ints, TensorChunks
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Encoded:
-    """What does not change from save to save in the bytes of both indices."""
-
-    tensors: bytes
-    """The member of that name of `manifest.json`."""
-
-    stock: StockIndex
-
-    nbytes: Mapping[str | int, int]
-    """Over all ranks, of the tensors below each top-level name."""
-
-
 class Index:
-    """What a layout decides of both indices of a checkpoint; rank 0 has it.
+    """Plan of a checkpoint on rank 0, and the encoded part of both indices that follows from it.
 
-    Their bytes are made when they are first asked for, and kept. At thousands of ranks that takes
-    minutes: nothing for training to wait for.
+    The part is encoded on first use and reused by later saves. That takes minutes at thousands of
+    ranks, so training does not wait for it.
     """
 
     def __init__(self, plan: GlobalPlan, layouts: Sequence[Ints]) -> None:
-        """`layouts`: what `columns` gives of each rank's items."""
+        """`layouts`: the `columns` of each rank's items."""
         self.plan = plan
         self._layouts = layouts
         self._encoded: Encoded | None = None
-        self._making = threading.Lock()
+        self._mutex = threading.Lock()
 
     @property
-    def is_made(self) -> bool:
+    def is_encoded(self) -> bool:
         return self._encoded is not None
 
     def encoded(self) -> Encoded:
-        """The bytes; any thread may ask."""
-        with self._making:
+        """Returns the encoded part. Any thread may call this."""
+        with self._mutex:
             if self._encoded is None:
-                self._encoded = _encoded(self.plan, self._layouts)
+                self._encoded = _encode(self.plan, self._layouts)
                 self._layouts = ()
             return self._encoded
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """Part of both indices that stays the same from save to save."""
+
+    tensors: bytes
+    """Member `tensors` of `manifest.json`."""
+
+    stock: StockIndex
+    """Part of `.metadata`."""
+
+    nbytes: Mapping[str | int, int]
+    """Bytes of all tensors below each top-level name, over all ranks."""
+
+
 def columns(items: Sequence[TensorItem]) -> Ints:
-    """A row an item: offset, bytes, offset of its data, number of its first block."""
+    """One row per item: its offset, its bytes, the offset of its data, its first block."""
     rows = [(i.item.offset, i.item.nbytes, i.data.offset, i.first_block) for i in items]
     return np.array(rows, np.int64).reshape(len(rows), 4)
 
 
-def _encoded(whole: GlobalPlan, layouts: Sequence[Ints]) -> Encoded:
-    writing = {r for r, layout in enumerate(layouts) if len(layout)}
-    writing |= {rank for rank, _ in whole.values.values()}
+def _encode(plan: GlobalPlan, layouts: Sequence[Ints]) -> Encoded:
+    writing = {rank for rank, layout in enumerate(layouts) if len(layout)}
+    writing |= {rank for rank, _ in plan.values.values()}
     files = {rank: number for number, rank in enumerate(sorted(writing))}
-    values = {name: path for name, (_, path) in whole.values.items()}
-    tables = list(_tables(whole, layouts, files))
+    values = {name: path for name, (_, path) in plan.values.items()}
+    tables = list(_tables(plan, layouts, files))
     stock = StockIndex(tables, values, [data_file(rank) for rank in files])
     nbytes: Counter[str | int] = Counter()
-    for placed in whole.tensors:
-        nbytes[placed.tensor.path[0]] += placed.tensor.nbytes
-    # Tied ones are stored under their first name, but here they are too.
-    nbytes.update({path[0]: 0 for _, path in whole.aliases.values()})
+    for chunks in plan.tensors:
+        nbytes[chunks.tensor.path[0]] += chunks.tensor.nbytes
+    # A tied tensor is stored under its first name. Its other names add no bytes, but are listed.
+    nbytes.update({path[0]: 0 for _, path in plan.aliases.values()})
     return Encoded(encode_tensors(tables), stock, nbytes)
 
 
 def _tables(
-    whole: GlobalPlan, layouts: Sequence[Ints], files: Mapping[int, int]
+    plan: GlobalPlan, layouts: Sequence[Ints], files: Mapping[int, int]
 ) -> Iterator[TensorTable]:
-    """Every tensor with the places of its chunks."""
-    places = _places(whole.tensors, layouts, files)
+    """Every tensor, under each of its names, with the places of its chunks."""
+    places = _places(plan.tensors, layouts, files)
     aliases: dict[str, list[tuple[str, Path]]] = {}
-    for alias, (first, path) in whole.aliases.items():
+    for alias, (first, path) in plan.aliases.items():
         aliases.setdefault(first, []).append((alias, path))
-    at = 0
-    for placed in whole.tensors:
-        tensor, stop = placed.tensor, at + len(placed.rank)
+    first_row = 0
+    for chunks in plan.tensors:
+        tensor, stop_row = chunks.tensor, first_row + len(chunks.rank)
         table = TensorTable(
-            *(placed.name, tensor.dtype, tensor.shape, tensor.path),
-            *(placed.start, placed.stop, places[at:stop]),
+            name=chunks.name,
+            dtype=tensor.dtype,
+            shape=tensor.shape,
+            path=tensor.path,
+            start=chunks.start,
+            stop=chunks.stop,
+            places=places[first_row:stop_row],
         )
-        at = stop
+        first_row = stop_row
         yield table
-        for alias, path in aliases.get(placed.name, ()):
+        for alias, path in aliases.get(chunks.name, ()):
             yield replace(table, name=alias, path=path)
 
 
 def _places(
     tensors: Sequence[TensorChunks], layouts: Sequence[Ints], files: Mapping[int, int]
 ) -> Ints:
-    """Of every chunk, in the order of the plan, the number of its file, and what `columns` gives of
-    its item. A rank's items lie in the order of the plan."""
+    """One row per chunk, in the order of the plan: the number of its file, and its row of
+    `columns`. Each rank's items are in the order of the plan."""
     distinct = {id(layout): layout for layout in layouts}
     lengths = [len(layout) for layout in distinct.values()]
     starts = dict(zip(distinct, np.cumsum([0, *lengths]).tolist(), strict=False))
-    first = np.array([starts[id(layout)] for layout in layouts], np.int64)
-    number = np.zeros(len(layouts), np.int64)
-    number[list(files)] = list(files.values())
-    ranks = np.concatenate([np.zeros(0, np.int64), *(placed.rank for placed in tensors)])
-    rows = np.concatenate([*distinct.values()])[first[ranks] + _times_before(ranks)]
-    return np.column_stack([number[ranks], rows])
+    first_rows = np.array([starts[id(layout)] for layout in layouts], np.int64)
+    file_numbers = np.zeros(len(layouts), np.int64)
+    file_numbers[list(files)] = list(files.values())
+    ranks = np.concatenate([np.zeros(0, np.int64), *(chunks.rank for chunks in tensors)])
+    rows = np.concatenate([*distinct.values()])[first_rows[ranks] + _times_before(ranks)]
+    return np.column_stack([file_numbers[ranks], rows])
 
 
 def _times_before(numbers: Ints) -> Ints:
-    """For each number how often it has come before."""
+    """How often each number occurs before its position."""
     order = np.argsort(numbers, kind="stable")
     first = np.flatnonzero(np.diff(numbers[order], prepend=-1))
     counts = np.diff(first, append=len(numbers))

@@ -1,17 +1,18 @@
-"""Who writes what: pure values in, pure values out.
+"""Plan a write: merge what all ranks hold, and decide which rank writes each element and value.
 
-Each rank offers what it holds, tensors by how they lie over the ranks. From that any rank works out
-its own part by itself, and rank 0 the part of all, by the same functions: no plan is sent.
+Each rank describes what it holds in local plans, one per component. Rank 0 makes the global plan
+from all of them. Every other rank makes the part for its own names from the local plans of its
+neighbors, by the same functions, so no plan is sent.
 
-What several ranks hold is shared out between them by bytes. All that the same ranks hold alike is
-thought of as laid on one line, and the line cut into as many equal stretches as there are ranks; a
-tensor that lies across a cut is cut there, at the next row. So every element is written once, the
-ranks write about the same, and there are about as few chunks as there are tensors.
+Elements that several ranks hold are divided between them by bytes: all tensors that the same ranks
+hold are put in a row, which is cut into as many equal stretches as there are ranks. A tensor that
+a cut goes through is divided at the next row. So each element is written once, all ranks write
+about the same number of bytes, and there are hardly more chunks than tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
@@ -29,21 +30,21 @@ from holdfast.state.shard import Mesh, MeshPlacement, pieces_of
 Ints = NDArray[np.int64]
 
 STRETCH_BYTES_MIN = 1 << 20
-"""What several ranks hold is not shared out in less."""
+"""Smallest stretch. Fewer bytes that several ranks hold are not divided further."""
 
 
 class LocalTensor(NamedTuple):
-    """What a rank holds of one tensor."""
+    """A tensor that a rank holds."""
 
     dtype: str
     shape: tuple[int, ...]
     path: Path
     placement: MeshPlacement | None = None
-    """How the tensor lies over ranks; None: this rank has all of it."""
+    """Mesh placement; None if this rank holds the whole tensor."""
 
-    shared_out: bool = True
-    """Whether ranks that hold the same elements write a part each; else the first of them writes
-    all: a checkpoint must not mix two ranks' versions."""
+    is_shared: bool = True
+    """Whether ranks that hold the same elements each write a part of them. If their versions
+    differ, the first rank writes all, so that the checkpoint does not mix them."""
 
     @property
     def nbytes(self) -> int:
@@ -52,111 +53,55 @@ class LocalTensor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LocalPlan:
-    """What a rank holds of one section of the state: of all names that begin alike, up to a dot."""
+    """What one rank holds of one component: of all names with the same first key."""
 
     tensors: dict[str, LocalTensor] = field(default_factory=dict)
     values: dict[str, Path] = field(default_factory=dict)
     aliases: dict[str, tuple[str, Path]] = field(default_factory=dict)
-    """Second names of tensors (tied weights), with the first: stored once, found under both."""
+    """Further names of tied tensors, with the first name, under which the tensor is stored."""
 
     structure: dict[Path, Node] = field(default_factory=dict)
-    """How the state is put together, by path, where names do not tell."""
+    """Description of containers, by path, where the names of entries do not tell."""
 
     unions: dict[Path, str] = field(default_factory=dict)
-    """Paths of components whose entries may be others on each rank, with their kind."""
+    """Kind of each object whose entries may differ between ranks, by path."""
 
     def names(self) -> set[str]:
         return {*self.tensors, *self.values, *self.aliases}
 
 
 LocalPlans = Mapping[str, LocalPlan]
-"""Of one rank, by section."""
+"""Local plans of one rank, by component."""
 
 
 @dataclass(frozen=True, slots=True)
 class SharedPlan:
-    """Ranks that make the same offer."""
+    """A local plan, and the ranks that have it in common."""
 
     ranks: Sequence[int]
     local_plan: LocalPlan
 
 
 AllPlans = Mapping[str, Sequence[SharedPlan]]
-"""Who offers what, by section."""
-
-
-def merge_local_plans(local_plans: Sequence[LocalPlans]) -> dict[str, list[SharedPlan]]:
-    """The offers of all ranks; alike are those that are one object."""
-    all_plans: dict[str, list[SharedPlan]] = {}
-    alike: dict[tuple[str, int], list[int]] = {}
-    for rank, sections in enumerate(local_plans):
-        for section, local_plan in sections.items():
-            ranks = alike.setdefault((section, id(local_plan)), [])
-            if not ranks:
-                all_plans.setdefault(section, []).append(SharedPlan(ranks, local_plan))
-            ranks.append(rank)
-    return all_plans
-
-
-NeighborPlans = Mapping[str, Sequence[tuple[Sequence[int], LocalPlan | None]]]
-"""What a rank has to know of the others: for some of its sections the ranks that offer the same
-names, and what they offer, None standing for what it offers itself."""
-
-
-def neighbor_plans_of(all_plans: AllPlans, size: int) -> list[NeighborPlans]:
-    """The view of each rank. A section that all ranks offer alike is in none."""
-    views: list[dict[str, list[tuple[Sequence[int], LocalPlan | None]]]] = [{} for _ in range(size)]
-    for section, everyone in all_plans.items():
-        if len(everyone) == 1 and len(everyone[0].ranks) == size:
-            continue
-        sharing: dict[str, list[int]] = {}
-        for number, holders in enumerate(everyone):
-            for name in holders.local_plan.names():
-                sharing.setdefault(name, []).append(number)
-        for mine in everyone:
-            near = sorted({n for name in mine.local_plan.names() for n in sharing[name]})
-            known = [
-                (
-                    _compact(everyone[n].ranks),
-                    None if everyone[n] is mine else everyone[n].local_plan,
-                )
-                for n in near
-            ]
-            for rank in mine.ranks:
-                views[rank][section] = known
-    return list(views)
-
-
-def known_plans(view: NeighborPlans, mine: LocalPlans, size: int) -> AllPlans:
-    """What a rank knows, from its own offers and its view."""
-    alike: Sequence[tuple[Sequence[int], LocalPlan | None]] = [(range(size), None)]
-    return {
-        section: [
-            SharedPlan(ranks, other or local_plan) for ranks, other in view.get(section, alike)
-        ]
-        for section, local_plan in mine.items()
-    }
-
-
-def _compact(ranks: Sequence[int]) -> Sequence[int]:
-    apart = max(1, (ranks[-1] - ranks[0]) // max(1, len(ranks) - 1))
-    evenly = range(ranks[0], ranks[-1] + 1, apart)
-    return evenly if list(evenly) == list(ranks) else ranks
+"""Distinct local plans of several ranks, by component."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorChunks:
-    """The chunks that a tensor is written in: rows by dims, and the rank that writes each."""
+    """Chunks in which a tensor is written."""
 
     name: str
     tensor: LocalTensor
     start: Ints
+    """First element of each chunk: one row per chunk, one column per dim."""
+
     stop: Ints
     rank: Ints
+    """Rank that writes each chunk."""
 
     def regions_of(self, rank: int) -> Iterator[Region]:
-        """Those that this rank writes."""
-        # Thousands of small tensors have one chunk each: numpy is for many at once.
+        """Chunks that this rank writes."""
+        # Most tensors have one chunk, for which numpy is slower.
         if len(self.rank) == 1:
             rows = [0] if self.rank.item() == rank else []
         else:
@@ -167,41 +112,47 @@ class TensorChunks:
 
 @dataclass(frozen=True, slots=True)
 class GlobalPlan:
-    """Who writes what."""
+    """Chunks and values that each rank writes."""
 
     tensors: Sequence[TensorChunks]
     values: Mapping[str, tuple[int, Path]]
-    """Rank that writes each value."""
+    """Rank that writes each value, and the value's path."""
 
     aliases: Mapping[str, tuple[str, Path]]
     structure: Mapping[Path, Node] | None = None
-    """How the state is put together where names do not tell; None where nobody knows."""
+    """Description of containers, where the names of entries do not tell; None if unknown."""
 
 
 def plan(all_plans: AllPlans) -> GlobalPlan:
-    """Who writes what, so that every element and every value is written once.
+    """Decide which rank writes what, so that each element and each value is written once.
 
-    The same for a rank's own names whether the census is whole, or what the rank knows.
+    For the names of one rank, the result from its `known_plans` equals that from all plans.
 
     Raises:
-        MismatchError: the ranks do not hold one whole state between them; lists every tensor.
+        MismatchError: elements are missing or held twice, or ranks disagree; lists every tensor.
     """
-    everyone = [holders for section in sorted(all_plans) for holders in all_plans[section]]
-    aliases = {n: alias for h in everyone for n, alias in h.local_plan.aliases.items()}
-    wrong = _disagreements(everyone, aliases)
+    plans = [shared for component in sorted(all_plans) for shared in all_plans[component]]
+    aliases = {n: alias for s in plans for n, alias in s.local_plan.aliases.items()}
+    wrong = _conflicting_kinds(plans, aliases)
     held: list[tuple[str, LocalTensor, _HeldRegions]] = []
-    cells = _RegionFinder()
-    for section in sorted(all_plans):
-        for name, sharing in _by_name(all_plans[section]).items():
+    known: dict[tuple[object, ...], _HeldRegions] = {}
+    for component in sorted(all_plans):
+        by_name = _holders_by_name(all_plans[component], lambda plan: plan.tensors)
+        for name, holders in by_name.items():
             if name in aliases:
                 continue
-            tensor = sharing[0].local_plan.tensors[name]
-            wrong += _differing(name, sharing)
-            found = cells(name, tensor.shape, sharing)
-            held.append((name, tensor, found))
-            if found.num_elements != prod(tensor.shape) or found.overlap:
+            tensor = holders[0].local_plan.tensors[name]
+            wrong += _conflicting_shapes(name, holders)
+            placements = [shared.local_plan.tensors[name].placement for shared in holders]
+            # By identity: equal placements share one object, and comparing large meshes is slow.
+            key = (tensor.shape, *map(id, placements), *map(id, holders))
+            if key not in known:
+                known[key] = _held_regions(tensor.shape, placements, holders)
+            regions = known[key]
+            held.append((name, tensor, regions))
+            if regions.num_elements != prod(tensor.shape) or regions.overlap:
                 wrong.append(
-                    f"`{name}`: the ranks hold {found.num_elements} of {prod(tensor.shape)} "
+                    f"`{name}`: the ranks hold {regions.num_elements} of {prod(tensor.shape)} "
                     "elements, or some twice"
                 )
     if wrong:
@@ -210,89 +161,173 @@ def plan(all_plans: AllPlans) -> GlobalPlan:
             hint="give rank-specific state a key of its own, such as `rank_3`; shard by DTensor",
         )
     values: dict[str, tuple[int, Path]] = {}
-    for holders in everyone:
-        for name, path in holders.local_plan.values.items():
-            rank = min(holders.ranks[0], values.get(name, (holders.ranks[0],))[0])
-            values[name] = rank, path
     structure: dict[Path, Node] = {}
-    for holders in everyone:
-        # As for values that differ: the first rank's is kept. Optimizers are those of all ranks.
-        theirs = holders.local_plan.structure
-        both = {
+    for shared in plans:
+        first = shared.ranks[0]
+        for name, path in shared.local_plan.values.items():
+            values[name] = min(first, values.get(name, (first,))[0]), path
+        # If nodes differ, the first rank's is stored, with the optimizers of all ranks.
+        nodes = shared.local_plan.structure
+        merged = {
             path: with_optimizers(structure[path], node)
-            for path, node in theirs.items()
+            for path, node in nodes.items()
             if isinstance(node, dict) and OPTIMIZERS in node and path in structure
         }
-        structure = {**theirs, **structure, **both}
-    return GlobalPlan(list(_placed(held)), values, aliases, structure)
+        structure = {**nodes, **structure, **merged}
+    return GlobalPlan(list(_chunks(held)), values, aliases, structure)
 
 
-def groups_of(all_plans: AllPlans, mine: LocalPlans, rank: int) -> dict[str, tuple[int, ...]]:
-    """For each tensor of this rank that others hold too: the ranks that hold the same elements."""
-    known: dict[tuple[object, ...], tuple[int, ...]] = {}
-    found: dict[str, tuple[int, ...]] = {}
-    for section, local_plan in mine.items():
-        everyone = all_plans.get(section, ())
+def merge_local_plans(local_plans: Sequence[LocalPlans]) -> dict[str, list[SharedPlan]]:
+    """Merge the local plans of all ranks. Plans count as equal if they are one object."""
+    all_plans: dict[str, list[SharedPlan]] = {}
+    ranks_of: dict[tuple[str, int], list[int]] = {}
+    for rank, components in enumerate(local_plans):
+        for component, local_plan in components.items():
+            ranks = ranks_of.setdefault((component, id(local_plan)), [])
+            if not ranks:
+                all_plans.setdefault(component, []).append(SharedPlan(ranks, local_plan))
+            ranks.append(rank)
+    return all_plans
+
+
+NeighborPlans = Mapping[str, Sequence[tuple[Sequence[int], LocalPlan | None]]]
+"""Local plans that one rank needs to plan its own names, with the ranks that have each, by
+component. None stands for the rank's own plan. A component that is equal on all ranks is left
+out."""
+
+
+def neighbor_plans_of(all_plans: AllPlans, size: int) -> list[NeighborPlans]:
+    """Neighbor plans of each rank: the plans that have a name in common with the rank's own."""
+    neighbors: list[dict[str, list[tuple[Sequence[int], LocalPlan | None]]]]
+    neighbors = [{} for _ in range(size)]
+    for component, plans in all_plans.items():
+        if len(plans) == 1 and len(plans[0].ranks) == size:
+            continue
+        plans_with: dict[str, list[int]] = {}
+        for number, shared in enumerate(plans):
+            for name in shared.local_plan.names():
+                plans_with.setdefault(name, []).append(number)
+        for own in plans:
+            numbers = sorted({n for name in own.local_plan.names() for n in plans_with[name]})
+            needed = [
+                (_compact(plans[n].ranks), None if plans[n] is own else plans[n].local_plan)
+                for n in numbers
+            ]
+            for rank in own.ranks:
+                neighbors[rank][component] = needed
+    return list(neighbors)
+
+
+def known_plans(neighbors: NeighborPlans, own: LocalPlans, size: int) -> AllPlans:
+    """Plans of all components of a rank, from its neighbor plans and its own plans."""
+    equal: Sequence[tuple[Sequence[int], LocalPlan | None]] = [(range(size), None)]
+    return {
+        component: [
+            SharedPlan(ranks, other or local_plan)
+            for ranks, other in neighbors.get(component, equal)
+        ]
+        for component, local_plan in own.items()
+    }
+
+
+def _compact(ranks: Sequence[int]) -> Sequence[int]:
+    """The ranks as a range, if they are evenly spaced: that takes fewer bytes to send."""
+    spacing = max(1, (ranks[-1] - ranks[0]) // max(1, len(ranks) - 1))
+    even = range(ranks[0], ranks[-1] + 1, spacing)
+    return even if list(even) == list(ranks) else ranks
+
+
+def groups_of(all_plans: AllPlans, own: LocalPlans, rank: int) -> dict[str, tuple[int, ...]]:
+    """Ranks that hold the same elements, for each tensor of this rank that others hold too."""
+    by_placement: dict[int, tuple[int, ...]] = {}
+    groups: dict[str, tuple[int, ...]] = {}
+    for component, local_plan in own.items():
+        holders = _ranks_by_name(all_plans[component], lambda plan: plan.tensors)
         for name, tensor in local_plan.tensors.items():
             if not prod(tensor.shape):
                 continue
-            # By identity: tensors that lie alike have one object.
+            group = holders[name]
             if tensor.placement is not None:
-                key: tuple[object, ...] = (id(tensor.placement),)
-                if key not in known:
-                    known[key] = _same_place(tensor.placement, rank)
-            else:
-                holding = [holders for holders in everyone if name in holders.local_plan.tensors]
-                key = tuple(map(id, holding))
-                if key not in known:
-                    known[key] = tuple(sorted(r for holders in holding for r in holders.ranks))
-            if len(known[key]) > 1:
-                found[name] = known[key]
-    return found
+                # By identity: tensors with equal placements share one object.
+                key = id(tensor.placement)
+                if key not in by_placement:
+                    by_placement[key] = _replica_ranks(tensor.placement, rank)
+                group = by_placement[key]
+            if len(group) > 1:
+                groups[name] = group
+    return groups
 
 
-def _same_place(placement: MeshPlacement, rank: int) -> tuple[int, ...]:
-    """The ranks of a mesh that hold the elements of this one."""
+def ranks_by_value(all_plans: AllPlans) -> dict[str, tuple[int, ...]]:
+    """Ranks that hold each value."""
+    groups: dict[str, tuple[int, ...]] = {}
+    for plans in all_plans.values():
+        groups |= _ranks_by_name(plans, lambda plan: plan.values)
+    return groups
+
+
+def _ranks_by_name(
+    plans: Sequence[SharedPlan], names_of: Callable[[LocalPlan], Iterable[str]]
+) -> dict[str, tuple[int, ...]]:
+    known: dict[tuple[int, ...], tuple[int, ...]] = {}
+    groups: dict[str, tuple[int, ...]] = {}
+    for name, holders in _holders_by_name(plans, names_of).items():
+        key = tuple(map(id, holders))
+        if key not in known:
+            known[key] = tuple(sorted(rank for shared in holders for rank in shared.ranks))
+        groups[name] = known[key]
+    return groups
+
+
+def _replica_ranks(placement: MeshPlacement, rank: int) -> tuple[int, ...]:
+    """Ranks of the mesh that hold the same elements as `rank`."""
     grid = np.array(placement.mesh.ranks).reshape(placement.mesh.shape)
-    at = [
-        slice(None) if cut is None else int(where[0])
-        for cut, where in zip(placement.shards, np.nonzero(grid == rank), strict=True)
+    index = [
+        slice(None) if shard is None else int(coordinates[0])
+        for shard, coordinates in zip(placement.shards, np.nonzero(grid == rank), strict=True)
     ]
-    return tuple(sorted(np.atleast_1d(grid[tuple(at)]).flatten().tolist()))
+    return tuple(sorted(np.atleast_1d(grid[tuple(index)]).flatten().tolist()))
 
 
-def _by_name(everyone: Iterable[SharedPlan]) -> dict[str, list[SharedPlan]]:
-    found: dict[str, list[SharedPlan]] = {}
-    for holders in everyone:
-        for name in holders.local_plan.tensors:
-            found.setdefault(name, []).append(holders)
-    return found
+def _holders_by_name(
+    plans: Iterable[SharedPlan], names_of: Callable[[LocalPlan], Iterable[str]]
+) -> dict[str, list[SharedPlan]]:
+    holders: dict[str, list[SharedPlan]] = {}
+    for shared in plans:
+        for name in names_of(shared.local_plan):
+            holders.setdefault(name, []).append(shared)
+    return holders
 
 
-def _placed(held: Sequence[tuple[str, LocalTensor, _HeldRegions]]) -> Iterator[TensorChunks]:
-    """Each tensor with the stretches of its line cut."""
+# ----------------------------------------------------------------------- which rank writes a chunk
+
+
+def _chunks(held: Sequence[tuple[str, LocalTensor, _HeldRegions]]) -> Iterator[TensorChunks]:
+    """Chunks of each tensor: its regions, divided where stretches end."""
     sizes = [tensor.nbytes for _, tensor, _ in held]
     total: dict[bytes, int] = {}
-    for (_, tensor, cells), nbytes in zip(held, sizes, strict=True):
-        total[cells.key] = total.get(cells.key, 0) + nbytes * tensor.shared_out
+    for (_, tensor, regions), nbytes in zip(held, sizes, strict=True):
+        total[regions.key] = total.get(regions.key, 0) + nbytes * tensor.is_shared
     before = dict.fromkeys(total, 0)
-    for (name, tensor, cells), nbytes in zip(held, sizes, strict=True):
-        if not tensor.shared_out:
-            yield TensorChunks(name, tensor, cells.start, cells.stop, cells.ranks[:, 0])
+    for (name, tensor, regions), nbytes in zip(held, sizes, strict=True):
+        if not tensor.is_shared:
+            ranks = regions.ranks[:, 0]
+            yield TensorChunks(name, tensor, regions.start, regions.stop, ranks)
             continue
-        at = before[cells.key]
-        before[cells.key] += nbytes
-        num_ranks = cells.ranks.shape[1]
-        num = max(1, min(num_ranks, total[cells.key] // STRETCH_BYTES_MIN))
-        cuts = _cuts(at, nbytes, total[cells.key], num)
-        if len(cuts) == 1:
-            yield TensorChunks(name, tensor, cells.start, cells.stop, cells.ranks[:, cuts[0][2]])
+        offset, row_bytes = before[regions.key], total[regions.key]
+        before[regions.key] += nbytes
+        num_stretches = max(1, min(regions.ranks.shape[1], row_bytes // STRETCH_BYTES_MIN))
+        stretches = _stretches(offset, nbytes, row_bytes, num_stretches)
+        if len(stretches) == 1:
+            ranks = regions.ranks[:, stretches[0][2]]
+            yield TensorChunks(name, tensor, regions.start, regions.stop, ranks)
         else:
-            yield _cut(name, tensor, cells, cuts)
+            yield _divided(name, tensor, regions, stretches)
 
 
-def _cuts(before: int, nbytes: int, total: int, num: int) -> list[tuple[int, int, int]]:
-    """Bytes of a tensor, from and to, in each stretch of its line, with the stretch's number."""
+def _stretches(before: int, nbytes: int, total: int, num: int) -> list[tuple[int, int, int]]:
+    """Stretches that a tensor lies in: its first byte and its end in each, and the stretch's
+    number. `before`: bytes of the tensors before it, of `total` in `num` stretches."""
     if not nbytes:
         return [(0, 0, 0)]
     first, last = before * num // total, (before + nbytes - 1) * num // total
@@ -300,77 +335,69 @@ def _cuts(before: int, nbytes: int, total: int, num: int) -> list[tuple[int, int
     return [(bounds[i], bounds[i + 1], first + i) for i in range(len(bounds) - 1)]
 
 
-def _cut(
-    name: str, tensor: LocalTensor, cells: _HeldRegions, cuts: Sequence[tuple[int, int, int]]
+def _divided(
+    name: str,
+    tensor: LocalTensor,
+    regions: _HeldRegions,
+    stretches: Sequence[tuple[int, int, int]],
 ) -> TensorChunks:
+    """Chunks of a tensor that lies in several stretches, divided at the rows next to their ends."""
     rows: list[tuple[list[int], list[int], int]] = []
     for start, stop, ranks in zip(
-        cells.start.tolist(), cells.stop.tolist(), cells.ranks.tolist(), strict=True
+        regions.start.tolist(), regions.stop.tolist(), regions.ranks.tolist(), strict=True
     ):
         dim = next((d for d, (a, b) in enumerate(zip(start, stop, strict=True)) if b - a > 1), None)
         if dim is None:
-            rows.append((start, stop, ranks[cuts[0][2]]))
+            rows.append((start, stop, ranks[stretches[0][2]]))
             continue
         length = stop[dim] - start[dim]
-        for lo, hi, number in cuts:
-            first, last = lo * length // tensor.nbytes, hi * length // tensor.nbytes
+        for first_byte, end_byte, number in stretches:
+            first = first_byte * length // tensor.nbytes
+            last = end_byte * length // tensor.nbytes
             if first < last:
-                from_, to = [*start], [*stop]
-                from_[dim], to[dim] = start[dim] + first, start[dim] + last
-                rows.append((from_, to, ranks[number]))
+                chunk_start, chunk_stop = [*start], [*stop]
+                chunk_start[dim], chunk_stop[dim] = start[dim] + first, start[dim] + last
+                rows.append((chunk_start, chunk_stop, ranks[number]))
     columns = (np.array(column, np.int64) for column in zip(*rows, strict=True))
     return TensorChunks(name, tensor, *columns)
 
 
+# ------------------------------------------------------------------- which ranks hold which region
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _HeldRegions:
-    """The regions that ranks hold of a tensor, a row each; one object for all that lie alike."""
+    """Regions of a tensor that ranks hold, one row each. Tensors with the same shape and placement
+    share one object."""
 
     start: Ints
     stop: Ints
     ranks: Ints
-    """Of each region those that hold it; rows repeat themselves to be of one length."""
+    """Ranks that hold each region. Short rows repeat their ranks, so that all have one length."""
 
     num_elements: int
     overlap: bool
     key: bytes
-    """The same for tensors whose regions are held by the same ranks."""
+    """Equal for tensors whose regions are held by the same ranks."""
 
 
-class _RegionFinder:
-    """Finds the cells of tensors, each way to lie over the ranks once."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[object, ...], _HeldRegions] = {}
-
-    def __call__(
-        self, name: str, shape: tuple[int, ...], sharing: Sequence[SharedPlan]
-    ) -> _HeldRegions:
-        placements = [holders.local_plan.tensors[name].placement for holders in sharing]
-        # By identity: those that lie alike have one object, and a mesh may have many ranks.
-        key = (shape, *map(id, placements), *map(id, sharing))
-        if key not in self._known:
-            self._known[key] = _cells(shape, placements, sharing)
-        return self._known[key]
-
-
-def _cells(
+def _held_regions(
     shape: tuple[int, ...],
     placements: Sequence[MeshPlacement | None],
-    sharing: Sequence[SharedPlan],
+    holders: Sequence[SharedPlan],
 ) -> _HeldRegions:
-    held: dict[Region, list[int]] = {}
-    by_spread: dict[int, tuple[MeshPlacement, set[int]]] = {}
-    for placement, holders in zip(placements, sharing, strict=True):
-        ranks = tuple(holders.ranks)
-        whole = placement or MeshPlacement(Mesh((len(ranks),), ranks), (None,))
-        by_spread.setdefault(id(whole), (whole, set()))[1].update(ranks)
+    by_identity: dict[int, tuple[MeshPlacement, set[int]]] = {}
+    for placement, shared in zip(placements, holders, strict=True):
+        ranks = tuple(shared.ranks)
+        known = placement or MeshPlacement(Mesh((len(ranks),), ranks), (None,))
+        by_identity.setdefault(id(known), (known, set()))[1].update(ranks)
     merged: dict[MeshPlacement, set[int]] = {}
-    for placement_, ranks_ in by_spread.values():
-        merged.setdefault(placement_, set()).update(ranks_)
-    for placement_, ranks_ in merged.items():
-        for region, holding in _regions(shape, placement_):
-            held.setdefault(region, []).extend(r for r in holding if r in ranks_)
+    for known, rank_set in by_identity.values():
+        merged.setdefault(known, set()).update(rank_set)
+    held: dict[Region, list[int]] = {}
+    for known, rank_set in merged.items():
+        for region, mesh_ranks in _mesh_regions(shape, known):
+            held.setdefault(region, []).extend(r for r in mesh_ranks if r in rank_set)
     regions = sorted((r for r, ranks in held.items() if ranks), key=lambda r: (r.start, r.stop))
     num_ranks = max((len(held[region]) for region in regions), default=1)
     dims = (len(regions), len(shape))
@@ -378,63 +405,66 @@ def _cells(
         [np.resize(held[region], num_ranks) for region in regions], np.int64
     ).reshape(len(regions), num_ranks)
     return _HeldRegions(
-        np.array([r.start for r in regions], np.int64).reshape(dims),
-        np.array([r.stop for r in regions], np.int64).reshape(dims),
-        ranks_of,
-        sum(region.num_elements for region in regions),
-        # The regions of one spread are parts of one whole.
-        len(merged) > 1 and first_overlap(regions) is not None,
-        repr(dims[0]).encode() + ranks_of.tobytes(),
+        start=np.array([r.start for r in regions], np.int64).reshape(dims),
+        stop=np.array([r.stop for r in regions], np.int64).reshape(dims),
+        ranks=ranks_of,
+        num_elements=sum(region.num_elements for region in regions),
+        # Regions of one placement never overlap.
+        overlap=len(merged) > 1 and first_overlap(regions) is not None,
+        key=repr(dims[0]).encode() + ranks_of.tobytes(),
     )
 
 
-def _regions(
+def _mesh_regions(
     shape: tuple[int, ...], placement: MeshPlacement
 ) -> Iterator[tuple[Region, list[int]]]:
-    """Every region that the mesh holds, with its ranks."""
+    """Every region that the ranks of the mesh hold, with its ranks."""
     mesh = placement.mesh
     whole = Region.whole(shape)
     if not whole.num_elements:
         yield whole, list(mesh.ranks)
         return
-    split = [axis for axis, cut in enumerate(placement.shards) if cut is not None]
-    grid = np.moveaxis(np.array(mesh.ranks).reshape(mesh.shape), split, range(len(split)))
-    coordinate = [0] * len(mesh.shape)
-    for index in np.ndindex(*grid.shape[: len(split)]):
-        for axis, at in zip(split, index, strict=True):
-            coordinate[axis] = at
+    sharded = [axis for axis, shard in enumerate(placement.shards) if shard is not None]
+    grid = np.moveaxis(np.array(mesh.ranks).reshape(mesh.shape), sharded, range(len(sharded)))
+    coordinates = [0] * len(mesh.shape)
+    for index in np.ndindex(*grid.shape[: len(sharded)]):
+        for axis, coordinate in zip(sharded, index, strict=True):
+            coordinates[axis] = coordinate
         ranks = grid[index].flatten().tolist()
-        for piece in pieces_of(shape, placement.splits_at(coordinate)):
+        for piece in pieces_of(shape, placement.splits_at(coordinates)):
             yield piece.region, ranks
 
 
-def _differing(name: str, sharing: Sequence[SharedPlan]) -> Iterator[str]:
-    """Where a tensor has another dtype or shape than on the first rank that offers it."""
-    first = sharing[0].local_plan.tensors[name]
-    for holders in sharing[1:]:
-        tensor = holders.local_plan.tensors[name]
+# ------------------------------------------------------------------------------- conflicts of ranks
+
+
+def _conflicting_shapes(name: str, holders: Sequence[SharedPlan]) -> Iterator[str]:
+    """One line per rank on which the tensor has another dtype or shape than on the first."""
+    first = holders[0].local_plan.tensors[name]
+    for shared in holders[1:]:
+        tensor = shared.local_plan.tensors[name]
         if (first.dtype, first.shape) != (tensor.dtype, tensor.shape):
             yield (
-                f"`{name}` is {tensor.dtype} {list(tensor.shape)} on rank {holders.ranks[0]}, "
-                f"{first.dtype} {list(first.shape)} on an earlier one"
+                f"`{name}` is {tensor.dtype} {list(tensor.shape)} on rank {shared.ranks[0]}, "
+                f"{first.dtype} {list(first.shape)} on rank {holders[0].ranks[0]}"
             )
 
 
-def _disagreements(
-    everyone: Sequence[SharedPlan], aliases: Mapping[str, tuple[str, Path]]
+def _conflicting_kinds(
+    plans: Sequence[SharedPlan], aliases: Mapping[str, tuple[str, Path]]
 ) -> list[str]:
-    """Names that stand for different kinds of things on different ranks."""
-    tensors = {name for h in everyone for name in (*h.local_plan.tensors, *h.local_plan.aliases)}
-    tied = {n: h.ranks[0] for h in everyone for n in h.local_plan.aliases}
+    """One line per name that is a tensor on one rank and a value, or a tied tensor, on another."""
+    tensors = {name for s in plans for name in (*s.local_plan.tensors, *s.local_plan.aliases)}
+    tied = {name: s.ranks[0] for s in plans for name in s.local_plan.aliases}
     wrong = []
-    for holders in everyone:
-        rank = holders.ranks[0]
-        for name in holders.local_plan.values:
+    for shared in plans:
+        rank = shared.ranks[0]
+        for name in shared.local_plan.values:
             if name in tensors:
                 wrong.append(f"`{name}` is a tensor on one rank, a value on rank {rank}")
-        for name in tied.keys() & holders.local_plan.tensors.keys():
-            # A rank without elements has no memory to see by that two tensors are one.
-            if _holds_any(holders.local_plan.tensors[name], rank):
+        for name in tied.keys() & shared.local_plan.tensors.keys():
+            # A rank without elements has no memory that shows that two tensors are tied.
+            if _holds_elements(shared.local_plan.tensors[name], rank):
                 wrong.append(
                     f"`{name}` is tied to `{aliases[name][0]}` on rank {tied[name]}, "
                     f"a tensor of its own on rank {rank}"
@@ -442,7 +472,7 @@ def _disagreements(
     return wrong
 
 
-def _holds_any(tensor: LocalTensor, rank: int) -> bool:
+def _holds_elements(tensor: LocalTensor, rank: int) -> bool:
     if tensor.placement is None:
         return bool(prod(tensor.shape))
-    return any(rank in ranks for _, ranks in _regions(tensor.shape, tensor.placement))
+    return any(rank in ranks for _, ranks in _mesh_regions(tensor.shape, tensor.placement))

@@ -1,4 +1,4 @@
-"""The thread that finishes a save while training goes on."""
+"""The thread that finishes a save while training continues."""
 
 from __future__ import annotations
 
@@ -12,20 +12,10 @@ from holdfast.comm import capture
 from holdfast.errors import HoldfastError
 
 NICENESS = 5
-"""Of a thread that writes, and of those that it starts, beside training's: that comes first."""
+"""Niceness added to a thread that writes, so that training threads run first."""
 
-
-def make_way() -> None:
-    """Let this thread, and those that it starts, run behind all others of the process."""
-    # Linux knows a niceness for each thread; where there is none, nothing is lost.
-    with suppress(OSError, AttributeError):
-        thread = threading.get_native_id()
-        now = os.getpriority(os.PRIO_PROCESS, thread)
-        os.setpriority(os.PRIO_PROCESS, thread, now + NICENESS)
-
-
-_START_S = 1.0
-"""Seconds within which a thread that was started runs."""
+_START_S_MAX = 1.0
+"""Seconds to wait for a thread that was started to run."""
 
 
 class Background:
@@ -37,16 +27,16 @@ class Background:
 
     @property
     def busy(self) -> bool:
-        """Whether a save is under way."""
+        """Whether a save is in progress."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
     def failed(self) -> bool:
-        """Whether an error waits to be raised."""
+        """Whether a save has failed, and `wait` has not raised its error yet."""
         return self._error is not None
 
     def start(self, work: Callable[[], object]) -> None:
-        """Do `work`, after whatever was started before."""
+        """Run `work` in a thread, once the work before it is done."""
         self._join()
 
         def run() -> None:
@@ -58,17 +48,17 @@ class Background:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return once the work that was started is done; raise its error, once."""
+        """Wait until the work is done. Raise its error, once."""
         self._join()
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def is_started(self) -> bool:
-        """Whether the thread runs, or has run. An interrupt may come before its start, or during
-        it."""
+        """Whether the thread runs or has run. It does not if an interrupt came before its start."""
         thread, waited_s = self._thread, 0.0
-        while thread is not None and thread.ident is None and waited_s < _START_S:
+        # The interrupt may also have come while it was starting: then it runs within milliseconds.
+        while thread is not None and thread.ident is None and waited_s < _START_S_MAX:
             time.sleep(0.01)
             waited_s += 0.01
         return thread is not None and thread.ident is not None
@@ -78,3 +68,12 @@ class Background:
             if self.is_started():
                 self._thread.join()
             self._thread = None
+
+
+def lower_priority() -> None:
+    """Make this thread, and the threads that it starts, run behind the others of the process."""
+    # Only Linux has a niceness per thread. Elsewhere the save runs at normal priority.
+    with suppress(OSError, AttributeError):
+        thread = threading.get_native_id()
+        niceness = os.getpriority(os.PRIO_PROCESS, thread)
+        os.setpriority(os.PRIO_PROCESS, thread, niceness + NICENESS)

@@ -1,4 +1,4 @@
-"""From receipts to a published checkpoint."""
+"""Commit: collect the write results of all ranks, and publish the checkpoint."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from holdfast.planning.index import Index
 from holdfast.saving.digests import Group, Replicas, groups_that_differ, names_that_differ
 from holdfast.saving.publish import Facts, publish
 from holdfast.saving.write import WriteResult
+from holdfast.spelling import listed
 
 _LISTED_MAX = 20
 
@@ -28,56 +29,51 @@ def commit(
     catalog: Catalog,
     ranks: Ranks,
 ) -> int:
-    """Publish what every rank has written. Returns the checkpoint's bytes.
+    """Publish the files that all ranks have written. Returns the checkpoint's bytes.
 
-    Collective: every rank calls this once, also one that failed to write: it passes its error in
-    place of its receipt. No rank returns before the checkpoint exists; if it cannot, every rank
-    raises, and nothing is left of the attempt. One in which ranks differ in what they should hold
-    alike is not published.
+    `index`: on rank 0 the index of the plan, elsewhere None.
 
-    `index` is what the plan decides, on rank 0.
+    Collective: every rank calls this once. A rank that failed to write passes its error in place of
+    its result. No rank returns before the checkpoint is published. If a rank failed or replicas
+    differ, nothing is published, the attempt is deleted, and every rank raises.
     """
 
-    def finish(everyone: Sequence[tuple[WriteResult, dict[Group, int]]]) -> int | list[Group]:
+    def publish_if_alike(
+        everyone: Sequence[tuple[WriteResult, dict[Group, int]]],
+    ) -> int | list[Group]:
         differ = groups_that_differ([groups for _, groups in everyone])
         if differ:
             return differ
-        results = [result for result, _ in everyone]
         assert index is not None
-        # That may have to wait for it, beside training: not with the collector at rest.
+        # Encoding the index may take minutes, while training runs: not with the collector paused.
         index.encoded()
         with gc_paused():
-            return publish(attempt, results, index, facts, catalog)
+            return publish(attempt, [result for result, _ in everyone], index, facts, catalog)
 
-    mine = written if isinstance(written, HoldfastError) else (written, replicas.by_group())
+    outcome = written if isinstance(written, HoldfastError) else (written, replicas.by_group())
     try:
-        done = gather_and_run(ranks, mine, finish)
-        if isinstance(done, list):
-            gather_and_run(ranks, replicas.of(done), _refuse)
-        assert isinstance(done, int), "refused on every rank"
-        return done
+        published = gather_and_run(ranks, outcome, publish_if_alike)
+        if isinstance(published, list):
+            gather_and_run(ranks, replicas.of(published), _refuse)
+        assert isinstance(published, int), "`_refuse` raises on every rank"
+        return published
     except HoldfastError:
         if ranks.rank == 0:
-            _abort(catalog, attempt)
+            # Whatever made the save fail may also prevent this. Then the next start cleans up.
+            with suppress(HoldfastError):
+                catalog.abort(attempt)
         raise
 
 
 def _refuse(everyone: Sequence[dict[str, tuple[Group, int]]]) -> None:
-    """Raises MismatchError with every tensor of which ranks have different versions."""
+    """Raises MismatchError with every tensor that differs between ranks."""
     lines = [
-        f"`{name}` differs between ranks {one} and {other}"
-        for name, (one, other) in names_that_differ(everyone).items()
+        f"`{name}` differs between ranks {first} and {other}"
+        for name, (first, other) in names_that_differ(everyone).items()
     ]
-    more = len(lines) - _LISTED_MAX
-    listed = "\n  ".join(lines[:_LISTED_MAX]) + (f"\n  ... and {more} more" if more > 0 else "")
     raise MismatchError(
-        f"ranks that train one model hold different versions of it, nothing was saved:\n  {listed}",
-        hint="the ranks have diverged: compare their seeds, data and gradients; what is meant to "
-        "differ needs a name of its own on each rank, such as `states={'rank_3': ...}`",
+        "ranks that train one model hold different versions of it, nothing was saved:"
+        + listed(lines, _LISTED_MAX),
+        hint="the ranks have diverged: compare their seeds, data and gradients. State that is "
+        "meant to differ needs a name of its own on each rank, such as `states={'rank_3': ...}`",
     )
-
-
-def _abort(catalog: Catalog, attempt: HiddenFolder) -> None:
-    # What made the save fail may forbid this too; then the next start sweeps it.
-    with suppress(HoldfastError):
-        catalog.abort(attempt)

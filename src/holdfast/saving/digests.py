@@ -1,4 +1,4 @@
-"""Digests of what several ranks hold alike, to notice where they do not."""
+"""Digests of tensors and values that several ranks hold, to notice replicas that differ."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from holdfast.saving.stage import host_windows
 from holdfast.state.layout import dtype_name
 
 ROW_WORDS = 2048
-"""Words that are summed up at once on an accelerator, along rows and along columns."""
+"""Words per row of the square that an accelerator sums along rows and along columns."""
 
 Group = tuple[int, ...]
 """Ranks that hold the same elements."""
@@ -22,40 +22,39 @@ Group = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """A tensor that other ranks hold too."""
+    """A tensor of which other ranks hold the same elements."""
 
     name: str
     group: Group
-    """All ranks that hold the elements of this one."""
 
 
 def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """A digest of each of these tensors: of its bytes, wherever they lie. Two tensors with the same
-    digest are the same, but for one chance in 2**64; on accelerators, where sums stand in for a
-    hash, unless somebody has built them to collide."""
-    found: dict[str, int] = {}
+    """Digest of each tensor's bytes. Two different tensors have one digest with probability 2**-64.
+
+    On an accelerator the digest is a hash of two sums. Tensors made to collide could deceive it.
+    """
+    digests: dict[str, int] = {}
     sums: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         if tensor.is_cpu:
             running = xxh3_64()
             for window in host_windows(tensor, dtype_name(tensor.dtype)):
                 running.update(window)
-            found[name] = running.intdigest()
+            digests[name] = running.intdigest()
         else:
             sums[name] = _sums(tensor)
     if sums:
-        # One copy for all: each would wait for the device.
+        # One copy for all tensors, since each copy waits for the device.
         values = torch.stack(list(sums.values())).cpu().tolist()
-        for name, two in zip(sums, values, strict=True):
-            found[name] = xxh3_64_intdigest(struct.pack("<qq", *two))
-    return {name: found[name] for name in tensors}
+        for name, pair in zip(sums, values, strict=True):
+            digests[name] = xxh3_64_intdigest(struct.pack("<qq", *pair))
+    return {name: digests[name] for name in tensors}
 
 
 def _sums(tensor: torch.Tensor) -> torch.Tensor:
-    """Two sums of the words of a tensor, on its device: one tells its columns apart, one its
-    rows."""
+    """Two sums of the tensor's words, on its device: one weighted by column, one by row."""
     plain = tensor.resolve_conj().resolve_neg().contiguous()
-    # Not `reshape(-1)`: a single element counts as contiguous whatever its stride.
+    # Not `reshape(-1)`: a single element counts as contiguous with any stride.
     data = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
     whole = data.numel() // 8 * 8
     if data.storage_offset() % 8:
@@ -75,7 +74,7 @@ def _weighted(words: torch.Tensor) -> torch.Tensor:
 
 
 class Replicas:
-    """What a rank holds and others do too, and its digests once they have been taken."""
+    """Tensors of this rank that other ranks hold too, and later their digests."""
 
     def __init__(self, replicas: Sequence[Replica], tensors: Mapping[str, torch.Tensor]) -> None:
         self._replicas, self._tensors = replicas, dict(tensors)
@@ -83,29 +82,29 @@ class Replicas:
 
     @property
     def is_empty(self) -> bool:
-        """Whether this rank holds nothing that others hold too."""
+        """Whether no other rank holds any of this rank's tensors."""
         return not self._replicas
 
     def take(self) -> None:
-        """Take the digests, of the tensors as they are now; let go of the tensors."""
+        """Compute the digests of the tensors as they are now, and release the tensors."""
         with torch.no_grad():
             self._digests = digests_of(self._tensors)
         self._tensors = {}
 
     def by_group(self) -> dict[Group, int]:
-        """One digest for all tensors that the same ranks hold: it crosses instead of thousands."""
+        """One digest for all tensors that the same ranks hold, to send instead of thousands."""
         running: dict[Group, xxh3_64] = {}
-        for replica in sorted(self._replicas, key=lambda one: one.name):
-            one = running.setdefault(replica.group, xxh3_64())
-            one.update(replica.name.encode() + struct.pack("<Q", self._digests[replica.name]))
-        return {group: one.intdigest() for group, one in running.items()}
+        for replica in sorted(self._replicas, key=lambda replica: replica.name):
+            group = running.setdefault(replica.group, xxh3_64())
+            group.update(replica.name.encode() + struct.pack("<Q", self._digests[replica.name]))
+        return {group: digest.intdigest() for group, digest in running.items()}
 
     def of(self, groups: Collection[Group]) -> dict[str, tuple[Group, int]]:
-        """The digest of each tensor that these groups hold."""
+        """Group and digest of each tensor that these groups hold."""
         return {
-            one.name: (one.group, self._digests[one.name])
-            for one in self._replicas
-            if one.group in groups
+            replica.name: (replica.group, self._digests[replica.name])
+            for replica in self._replicas
+            if replica.group in groups
         }
 
 
@@ -113,60 +112,60 @@ _PRIME = (1 << 61) - 1
 
 
 class SharedNames(NamedTuple):
-    """Names of one value that the same ranks hold."""
+    """Names under which the same ranks hold one value."""
 
     group: int
-    """Digest of the ranks: it crosses in place of their numbers."""
+    """Digest of the ranks' numbers, to send instead of the numbers."""
 
     names: Sequence[str]
-    total: int
-    """Sum of the digests of the names."""
+    name_sum: int
+    """Sum of the digests of the names, modulo `_PRIME`."""
 
 
 def shared_names(names: Iterable[str], group_of: Callable[[str], Group]) -> list[SharedNames]:
-    """The names of a value by the ranks that hold them; those of this rank alone are left out."""
-    found: dict[Group, list[str]] = {}
+    """The names of one value, by the ranks that hold them. Names of one rank alone are left out."""
+    by_group: dict[Group, list[str]] = {}
     for name in names:
-        found.setdefault(group_of(name), []).append(name)
+        by_group.setdefault(group_of(name), []).append(name)
     return [
         SharedNames(
-            xxh3_64_intdigest(repr(group).encode()),
-            held,
-            sum(xxh3_64_intdigest(name.encode()) for name in held) % _PRIME,
+            group=xxh3_64_intdigest(repr(group).encode()),
+            names=shared,
+            name_sum=sum(xxh3_64_intdigest(name.encode()) for name in shared) % _PRIME,
         )
-        for group, held in found.items()
+        for group, shared in by_group.items()
         if len(group) > 1
     ]
 
 
 class ValueDigests:
-    """Digests of the values that a rank holds and others do too."""
+    """Digests of the values of this rank that other ranks hold too."""
 
     def __init__(self, values: Iterable[tuple[Sequence[SharedNames], int]]) -> None:
-        """The names of each value, and its checksum."""
+        """`values`: shared names and checksum of each value."""
         self._values = [*values]
 
     def by_group(self) -> dict[int, int]:
         """One digest for all values that the same ranks hold.
 
-        A sum, whatever the order: ranks may have their values in different orders, and thousands
-        of names of one value cost no more than one.
+        It is a sum, because ranks may have their values in different orders, and because thousands
+        of names of one value then cost no more than one name.
         """
         sums: dict[int, int] = {}
-        for shared, value in self._values:
-            for one in shared:
-                more = one.total * (value % _PRIME)
-                sums[one.group] = (sums.get(one.group, 0) + more) % _PRIME
+        for shared_names, checksum in self._values:
+            for shared in shared_names:
+                product = shared.name_sum * (checksum % _PRIME)
+                sums[shared.group] = (sums.get(shared.group, 0) + product) % _PRIME
         return sums
 
     def of(self, groups: Collection[int]) -> dict[str, tuple[int, int]]:
-        """The digest of each value that these groups hold."""
+        """Group and checksum of each value that these groups hold, by name."""
         return {
-            name: (one.group, value)
-            for shared, value in self._values
-            for one in shared
-            if one.group in groups
-            for name in one.names
+            name: (shared.group, checksum)
+            for shared_names, checksum in self._values
+            for shared in shared_names
+            if shared.group in groups
+            for name in shared.names
         }
 
 
@@ -174,11 +173,11 @@ G = TypeVar("G", bound=Hashable)
 
 
 def groups_that_differ(everyone: Sequence[Mapping[G, int]]) -> list[G]:
-    """Groups of which some rank has another digest than the others."""
+    """Groups whose digest is not the same on all ranks."""
     first: dict[G, int] = {}
     differ: dict[G, None] = {}
-    for found in everyone:
-        for group, digest in found.items():
+    for digests in everyone:
+        for group, digest in digests.items():
             if first.setdefault(group, digest) != digest:
                 differ[group] = None
     return list(differ)
@@ -187,13 +186,12 @@ def groups_that_differ(everyone: Sequence[Mapping[G, int]]) -> list[G]:
 def names_that_differ(
     everyone: Sequence[Mapping[str, tuple[Hashable, int]]],
 ) -> dict[str, tuple[int, int]]:
-    """Tensors that differ between ranks which hold the same elements of them, or values; with two
-    of these ranks."""
+    """Names of tensors or values whose replicas differ, with two ranks whose versions differ."""
     first: dict[tuple[str, Hashable], tuple[int, int]] = {}
     differ: dict[str, tuple[int, int]] = {}
-    for rank, found in enumerate(everyone):
-        for name, (group, digest) in found.items():
-            one, theirs = first.setdefault((name, group), (rank, digest))
-            if digest != theirs:
-                differ.setdefault(name, (one, rank))
+    for rank, digests in enumerate(everyone):
+        for name, (group, digest) in digests.items():
+            first_rank, first_digest = first.setdefault((name, group), (rank, digest))
+            if digest != first_digest:
+                differ.setdefault(name, (first_rank, rank))
     return differ

@@ -1,4 +1,4 @@
-"""From what was written to a published checkpoint: its two indices, and its name."""
+"""Publish an attempt: write both indices, and rename the folder to the checkpoint's name."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ logger: logging.Logger = logging.getLogger("holdfast")
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the manifest says of the checkpoint as a whole."""
+    """Fields of the manifest that describe the checkpoint as a whole."""
 
     step: int | None
     kind: Kind | None
-    """None: what the names of the tensors tell."""
+    """Full or model only; None to derive it from the tensors' names."""
 
     layout: dict[str, Any]
     versions: dict[str, str]
     metrics: Mapping[str, float] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     components: Collection[str] | None = None
-    """Top-level names that are not the model's; None where nobody knows."""
+    """Top-level names that do not belong to the model; None if unknown."""
 
 
 def publish(
@@ -47,24 +47,28 @@ def publish(
     facts: Facts,
     catalog: Catalog,
 ) -> int:
-    """Publish what the receipts tell of, one of each rank. Returns the checkpoint's bytes.
+    """Publish the files of all ranks. Returns the checkpoint's bytes.
+
+    `results`: one per rank.
 
     Raises:
-        StorageError: a file is not where all ranks can see it, or cannot be written.
+        StorageError: rank 0 does not see another rank's file, or an index cannot be written.
     """
     folder, store = str(attempt), catalog.store
-    made = index.encoded()
-    kind = facts.kind or kind_with(made.nbytes)
+    encoded = index.encoded()
+    kind = facts.kind or kind_with(encoded.nbytes)
     manifest = _manifest(results, index.plan, replace(facts, kind=kind))
     for file, nbytes in manifest.files.items():
         _check_shared(store, folder, file, nbytes)
-    metadata = made.stock.encode({n: (e.file, e.item) for n, e in manifest.values.items()})
+    metadata = encoded.stock.encode({n: (e.file, e.item) for n, e in manifest.values.items()})
     running = Running()
     for part in metadata:
         running.add(part)
     manifest = replace(manifest, metadata=(sum(map(len, metadata)), running.value))
-    encoded = manifests.encode_around(manifest, made.tensors)
-    for name, parts in ((METADATA, metadata), (MANIFEST, encoded)):
+    for name, parts in (
+        (METADATA, metadata),
+        (MANIFEST, manifests.encode_around(manifest, encoded.tensors)),
+    ):
         with store.create(f"{folder}/{name}", sum(map(len, parts))) as writer:
             writer.write(0, parts)
     catalog.publish(attempt)
@@ -75,28 +79,28 @@ def publish(
 
 def _check_shared(store: Store, folder: str, file: str, nbytes: int) -> None:
     try:
-        found = store.size(f"{folder}/{file}")
+        visible = store.size(f"{folder}/{file}")
     except HoldfastError as error:
         raise StorageError(
             f"`{file}` was written by its rank, but rank 0 does not see it in `{store.url}`",
-            hint="the folder must be one that all hosts share: a network file system or a store",
+            hint="save to a folder that all hosts share: a network file system or an object store",
         ) from error
-    if found != nbytes:
-        raise StorageError(f"`{file}`: {nbytes} bytes were written, rank 0 sees {found}")
+    if visible != nbytes:
+        raise StorageError(f"`{file}`: {nbytes} bytes were written, rank 0 sees {visible}")
 
 
 def _manifest(results: Sequence[WriteResult], plan: GlobalPlan, facts: Facts) -> Manifest:
-    """All but the tensors, which the index has as bytes."""
-    paths, files = plan.values, [result for result in results if result.file]
+    """The manifest without its tensors, which `Encoded` has."""
+    writing = [result for result in results if result.file]
     return Manifest(
         tensors={},
         values={
-            name: ValueEntry(result.file, item, found, paths[name][1])
-            for result in files
-            for name, (item, found) in result.values.items()
+            name: ValueEntry(result.file, item, checksum, plan.values[name][1])
+            for result in writing
+            for name, (item, checksum) in result.values.items()
         },
-        files={result.file: result.nbytes for result in files},
-        tables={result.file: result.table for result in files},
+        files={result.file: result.nbytes for result in writing},
+        tables={result.file: result.table for result in writing},
         step=facts.step,
         kind=facts.kind,
         components=None if facts.components is None else tuple(sorted(facts.components)),

@@ -32,7 +32,7 @@ from holdfast.planning.file_layout import FileLayout, TensorItem
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.planning.index import Index
 from holdfast.release import installed_version
-from holdfast.saving.background import make_way
+from holdfast.saving.background import lower_priority
 from holdfast.saving.commit import commit
 from holdfast.saving.digests import (
     Group,
@@ -55,38 +55,28 @@ from holdfast.uncompiled import uncompiled
 logger: logging.Logger = logging.getLogger("holdfast")
 
 
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """A checkpoint that is published and durable."""
-
-    where: str
-    nbytes: int
-    spans: Spans
-
-
 @uncompiled
 def save(path: str | os.PathLike[str], state: Any, *, overwrite: bool = False) -> Saved:
-    """Save `state` as one checkpoint at `path`, published whole or not at all.
+    """Save `state` as the checkpoint `path`. It is published as a whole or not at all.
 
-    `overwrite` replaces one checkpoint that is there, and nothing else: no folder of checkpoints,
-    no run, no folder with other files. Of several threads and processes that save to one path at
-    once, one does, and the others raise ExistsError.
+    `state`: a dict of tensors, DTensors, plain values, objects with `state_dict` and
+    `load_state_dict` (modules, optimizers, schedulers), and dicts and lists of these. Or one
+    module. An object is saved as its `state_dict`; the entries of an optimizer are named by the
+    parameters of the modules in `state`. Stock `torch.distributed.checkpoint` finds the same names.
 
-    `state` is a dict of tensors, DTensors, plain values, further dicts and lists of these, and of
-    objects with `state_dict` and `load_state_dict`: modules, optimizers (whose entries are named by
-    the parameters of the modules beside them), schedulers. Or it is a module alone. What
-    `state_dict` of an object says is what is saved. Stock `torch.distributed.checkpoint` finds the
-    same names.
+    `overwrite`: replace the checkpoint at `path`. A folder of checkpoints, a run, or a folder with
+    other files is never replaced. If several threads or processes save to one path at once, one of
+    them succeeds and the others raise ExistsError.
 
-    Collective where `torch.distributed` is initialized: every rank calls this with its part of the
-    state; an error on one is raised on all.
+    Collective if `torch.distributed` is initialized: every rank calls this with its part of the
+    state. An error of one rank is raised on all.
 
     Raises:
-        ExistsError: there is something at `path`, and `overwrite` is false, or it is not one
-            checkpoint; or it came there, or is being replaced, meanwhile.
-        UsageError: an argument of another type; or what would not come back as it is, with its name
-            and type. Nothing was written.
-        StorageError: no space, no rights; nothing is left behind.
+        ExistsError: something exists at `path`, and `overwrite` is false or it is not a checkpoint;
+            or another save has created or is replacing it.
+        UsageError: an argument has the wrong type, or an entry could not be loaded as it is. Its
+            name and type are in the message. Nothing was written.
+        StorageError: space or permissions are missing. Nothing is left behind.
     """
     with gc_paused():
         ranks = all_ranks()
@@ -98,10 +88,19 @@ def save(path: str | os.PathLike[str], state: Any, *, overwrite: bool = False) -
             ranks.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint that is published and durable."""
+
+    where: str
+    nbytes: int
+    spans: Spans
+
+
 def save_in(
     catalog: Catalog, name: str, state: Mapping[str, Any], *, ranks: Ranks, overwrite: bool
 ) -> Saved:
-    """As `save`, to the checkpoint `name` of `catalog`, by these ranks."""
+    """Save `state` as the checkpoint `name` of `catalog`. Collective."""
     run_on_rank_0(ranks, lambda: _check_free(catalog, name, overwrite))
     flat = run_on_all(ranks, lambda: StateTree(state).flatten())
     try:
@@ -109,48 +108,15 @@ def save_in(
             catalog, name, flat, ranks=ranks, planner=Planner(ranks), overwrite=overwrite
         )
     finally:
-        # An interrupt ends no process where a notebook runs, and its traceback keeps the catalog.
+        # In a notebook the process survives an interrupt, and the traceback keeps the catalog.
         catalog.release_all()
 
 
 def _check_free(catalog: Catalog, name: str, overwrite: bool) -> None:
-    """Make sure that the folder is there and the name may be taken."""
+    """Make the folder of the catalog, and check that the name may be taken."""
     catalog.store.make_folder("")
     hint = "choose another path, or pass `overwrite=True` to replace it"
     catalog.check_free(name, replace=overwrite, hint=hint)
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """A save that all ranks have agreed on; its attempt folder is there, and empty."""
-
-    catalog: Catalog
-    attempt: HiddenFolder
-    file_layout: FileLayout
-    tensor_of: TensorOf
-    """What is written: the training state, until a snapshot takes its place."""
-
-    index: Index | None
-    """What the layout decides of both indices, on rank 0."""
-
-    facts: Facts
-    spans: Spans
-    replicas: Replicas
-    """What optimizers change and other ranks hold too; compared before the save is published."""
-
-    stepped: frozenset[str]
-    """Names of all that only optimizers change."""
-
-    memory: memoryview | None = None
-    """Of a snapshot: laid out as the file that this rank writes."""
-
-    def windows_of(self, item: TensorItem) -> Iterable[memoryview]:
-        """Its bytes, as `write` takes them."""
-        return host_windows(self.tensor_of(item), item.dtype)
-
-    def data_of(self, item: TensorItem, box: Region) -> memoryview:
-        """The bytes of a box of it, row-major; `box` is counted from the first of its elements."""
-        return host_bytes(box_of(self.tensor_of(item), box), item.dtype)
 
 
 def save_leaves(
@@ -165,13 +131,13 @@ def save_leaves(
     dtype: torch.dtype | None = None,
     overwrite: bool = True,
 ) -> Saved:
-    """Save flat state as checkpoint `name` of `catalog`. `overwrite`: in place of one that has the
-    name now.
+    """Save flat state as the checkpoint `name` of `catalog`.
 
-    Floating-point tensors are converted to `dtype` where one is given.
+    `dtype`: what floating-point tensors are stored as; None for their own dtype.
+    `overwrite`: replace the checkpoint that has the name now.
 
-    Collective: every rank calls this; an error on one is raised on all, and the catalog is as it
-    was before.
+    Collective: every rank calls this. An error of one rank is raised on all, and the catalog is
+    unchanged then.
     """
     pending = begin_save(
         catalog,
@@ -185,6 +151,39 @@ def save_leaves(
         overwrite=overwrite,
     )
     return finish_save(pending, ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A save that all ranks have planned, with an empty attempt folder."""
+
+    catalog: Catalog
+    attempt: HiddenFolder
+    file_layout: FileLayout
+    tensor_of: TensorOf
+    """Source of the tensors: the training state, or a snapshot of it."""
+
+    index: Index | None
+    """Index of the plan, on rank 0."""
+
+    facts: Facts
+    spans: Spans
+    replicas: Replicas
+    """Tensors that only optimizers change and other ranks hold too. `commit` compares them."""
+
+    stepped: frozenset[str]
+    """Names of all tensors that only optimizers change."""
+
+    memory: memoryview | None = None
+    """Memory of the snapshot, laid out as the file that this rank writes."""
+
+    def windows_of(self, item: TensorItem) -> Iterable[memoryview]:
+        """Bytes of an item, as `write` takes them."""
+        return host_windows(self.tensor_of(item), item.dtype)
+
+    def data_of(self, item: TensorItem, box: Region) -> memoryview:
+        """Bytes of a box of an item, row-major. `box` is relative to the item's region."""
+        return host_bytes(box_of(self.tensor_of(item), box), item.dtype)
 
 
 def begin_save(
@@ -201,10 +200,12 @@ def begin_save(
     model: Mapping[str, Any] | None = None,
     overwrite: bool = True,
 ) -> Pending:
-    """Agree on a save: everything of `save_leaves` up to the first byte. Collective.
+    """Plan a save and make its attempt folder. The arguments are those of `save_leaves`.
 
-    `metrics` are kept in the manifest, and `model`, its configuration on the hub: those of rank 0.
-    `overwrite`: a checkpoint that has the name now may be replaced.
+    `metrics`: measurements to store in the manifest; rank 0's are stored.
+    `model`: Hugging Face configuration of the model, to store in the manifest; rank 0's is stored.
+
+    Collective.
     """
     spans = Spans()
     with spans("plan"):
@@ -212,90 +213,135 @@ def begin_save(
             held = capture(lambda: planner.hold(state, dtype))
             planner.agree(held)
             assert isinstance(held, LocalState)
-            begin = partial(_begin, catalog, name, overwrite=overwrite)
-            begun = _begin_alike(held, begin, planner=planner, ranks=ranks)
+            begin = partial(_begin_attempt, catalog, name, overwrite=overwrite)
+            begun = _begin_if_alike(held, begin, planner=planner, ranks=ranks)
             if begun is not None:
                 break
     file_layout, attempt = begun
-    layout = {"world_size": ranks.size}
-    facts = Facts(step, kind, layout, _versions(), metrics or {}, model or {})
     return Pending(
         catalog,
         attempt,
         file_layout,
-        tensor_of=partial(_live, held),
+        tensor_of=partial(_training_tensor, held),
         index=planner.index,
-        facts=facts,
+        facts=Facts(
+            step=step,
+            kind=kind,
+            layout={"world_size": ranks.size},
+            versions=_versions(),
+            metrics=metrics or {},
+            model=model or {},
+        ),
         spans=spans,
         replicas=planner.replicas(held, stepped=True),
         stepped=planner.stepped,
     )
 
 
-def _begin_alike(
+def _begin_if_alike(
     held: LocalState, begin: Callable[[int], HiddenFolder], *, planner: Planner, ranks: Ranks
 ) -> tuple[FileLayout, HiddenFolder] | None:
-    """Make the attempt for what the ranks hold, if they hold the same of what they hold alike:
-    `begin(nbytes)` makes it.
+    """Make the attempt by `begin(nbytes)`, if replicas and shared values are equal on all ranks.
 
-    Else the first rank's version is the one that is kept, from the next plan on, which is said:
-    None. What optimizers change is compared later, since that takes longer; there a difference is
-    an error. Collective.
+    If some differ, log their names, let the next plan store the first rank's version, and return
+    None. Tensors that only optimizers change are not compared here, because that takes longer:
+    `commit` compares them, and a difference is an error there.
+
+    Collective.
     """
     replicas = planner.replicas(held, stepped=False)
 
-    def look() -> tuple[FileLayout, ValueDigests]:
+    def lay_out() -> tuple[FileLayout, ValueDigests]:
         replicas.take()
         return planner.file_layout(held), planner.value_digests(held)
 
-    looked = capture(look)
-    mine: HoldfastError | tuple[int, dict[Group, int], dict[int, int]]
-    if isinstance(looked, HoldfastError):
-        mine = looked
+    local = capture(lay_out)
+    outcome: HoldfastError | _Digests
+    if isinstance(local, HoldfastError):
+        outcome = local
     else:
-        mine = looked[0].nbytes, replicas.by_group(), looked[1].by_group()
+        outcome = local[0].nbytes, replicas.by_group(), local[1].by_group()
 
-    def compare(
-        everyone: list[tuple[int, dict[Group, int], dict[int, int]]],
-    ) -> HiddenFolder | tuple[list[Group], list[int]]:
+    def compare(everyone: list[_Digests]) -> HiddenFolder | tuple[list[Group], list[int]]:
         tensors = groups_that_differ([groups for _, groups, _ in everyone])
         values = groups_that_differ([groups for _, _, groups in everyone])
         if tensors or values:
             return tensors, values
         return begin(sum(nbytes for nbytes, _, _ in everyone))
 
-    begun = gather_and_run(ranks, mine, compare)
-    assert not isinstance(looked, HoldfastError)
+    begun = gather_and_run(ranks, outcome, compare)
+    assert not isinstance(local, HoldfastError)
+    file_layout, value_digests = local
     if isinstance(begun, HiddenFolder):
-        return looked[0], begun
-    theirs = replicas.of(begun[0]), looked[1].of(begun[1])
-    names, values = gather_and_run(
+        return file_layout, begun
+    digests = replicas.of(begun[0]), value_digests.of(begun[1])
+    tensors, values = gather_and_run(
         ranks,
-        theirs,
+        digests,
         lambda everyone: (
             names_that_differ([tensors for tensors, _ in everyone]),
             names_that_differ([values for _, values in everyone]),
         ),
     )
-    planner.keep_first(names)
-    planner.warned_of(values)
+    planner.keep_first(tensors)
+    planner.mark_reported(values)
     if ranks.rank == 0:
-        for one in values:
-            logger.warning(
-                "`%s` differs between ranks: the first rank's is kept. State of one rank alone "
-                "needs a key of its own, such as `rank_3`",
-                one,
-            )
-        for one, (first, other) in names.items():
-            logger.warning(
-                "`%s` differs between ranks %d and %d: the version of the first rank that holds it "
-                "is kept. State of one rank alone needs a key of its own, such as `rank_%d`",
-                one,
-                first,
-                other,
-                other,
-            )
+        _warn_of_differences(tensors, values)
     return None
+
+
+_Digests = tuple[int, dict[Group, int], dict[int, int]]
+"""Bytes that a rank writes, digests of its replicas by group, digests of its values by group."""
+
+
+def _warn_of_differences(
+    tensors: Mapping[str, tuple[int, int]], values: Mapping[str, tuple[int, int]]
+) -> None:
+    for name in values:
+        logger.warning(
+            "`%s` differs between ranks: the first rank's is kept. State of one rank alone needs "
+            "a key of its own, such as `rank_3`",
+            name,
+        )
+    for name, (first, other) in tensors.items():
+        logger.warning(
+            "`%s` differs between ranks %d and %d: the version of the first rank that holds it is "
+            "kept. State of one rank alone needs a key of its own, such as `rank_%d`",
+            name,
+            first,
+            other,
+            other,
+        )
+
+
+def _begin_attempt(catalog: Catalog, name: str, nbytes: int, overwrite: bool) -> HiddenFolder:
+    free = catalog.store.free_bytes()
+    if free is not None and nbytes > free:
+        raise StorageError(
+            f"`{catalog.where(name)}` needs {spelled_bytes(nbytes)}, "
+            f"{spelled_bytes(free)} are free",
+            hint=NO_SPACE,
+        )
+    return catalog.begin(name, replace=overwrite)
+
+
+def _training_tensor(held: LocalState, item: TensorItem) -> torch.Tensor:
+    """The item's region of the training tensor."""
+    pieces, region = held.known[item.name].layout.pieces, item.region
+    piece = pieces[0]
+    # Most tensors are written as a whole by the rank that holds them.
+    if piece.region != region:
+        piece = next(p for p in pieces if p.region & region == region)
+    return box_of(held.tensors[item.name].detach(), piece.local_of(region))
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {
+        "holdfast": installed_version(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def take_snapshot(
@@ -306,9 +352,13 @@ def take_snapshot(
     now: Sequence[TensorItem],
     later: Sequence[TensorItem],
 ) -> tuple[Pending, Staging]:
-    """The same save from a host copy, which the snapshot has room for, and the copy of what is
-    left: when this returns, training may change all but what is to be copied `later`, and that once
-    it has waited for the copy. `now` and `later` are all items of the image. Collective.
+    """Copy the items of `now`. Returns the save from the snapshot, and the copy of `later`, which
+    is still to be run.
+
+    After this returns, training may change the tensors of `now`. It may change those of `later`
+    after `Staging.wait`. Together they are all items of the file. The snapshot must have room.
+
+    Collective.
     """
     with pending.spans("stage"):
         try:
@@ -324,15 +374,14 @@ def take_snapshot(
 def _copy(
     pending: Pending, snapshot: Snapshot, items: Sequence[TensorItem], *, is_last: bool
 ) -> None:
-    """Copy these items; with the last of them take the digests, before training changes
-    anything."""
     snapshot.copy(items, pending.tensor_of)
     if is_last:
+        # The digests must be of the same tensors as the copy: training may change them after it.
         pending.replicas.take()
 
 
 def abort(pending: Pending, ranks: Ranks) -> None:
-    """Give up a save that has begun."""
+    """Abort a save that has begun."""
     if ranks.rank == 0:
         pending.catalog.abort(pending.attempt)
 
@@ -344,10 +393,12 @@ def finish_save(
     staging: Staging | None = None,
     bytes_per_s: float | None = None,
 ) -> Saved:
-    """Finish the copy, write and publish. Collective, over ranks that nothing else uses in the
-    meantime. With a copy to finish it is called in a thread of its own.
+    """Finish the copy, write the file and publish the checkpoint.
 
-    `bytes_per_s` is how fast this rank may write.
+    `staging`: the copy to finish; this must be called in a thread of its own then.
+    `bytes_per_s`: limit on the bytes that this rank writes per second.
+
+    Collective: nothing else may use `ranks` meanwhile.
     """
     catalog, attempt, spans = pending.catalog, pending.attempt, pending.spans
 
@@ -355,16 +406,17 @@ def finish_save(
         if staging is not None:
             with spans("stage"):
                 staging.run()
-            # Optimizers wait for a copy, but nobody for what follows it.
-            make_way()
-        if pending.index is not None and not pending.index.is_made:
-            _make_beside(pending.index)
-        # A snapshot has them from the instant of its copy.
-        live = pending.memory is None and not pending.replicas.is_empty
-        pace = Pace(bytes_per_s)
+            # Optimizers wait for the copy, so only what follows it may run behind training.
+            lower_priority()
+        if pending.index is not None and not pending.index.is_encoded:
+            _start_encoding(pending.index)
+        # The digests of a snapshot were taken with its copy.
+        needs_digests = pending.memory is None and not pending.replicas.is_empty
         data = pending.windows_of if pending.memory is None else pending.memory
-        with _beside(pending.replicas.take) if live else nullcontext():
-            result = write(catalog.store, str(attempt), pending.file_layout, data, pace, spans)
+        with _in_parallel(pending.replicas.take) if needs_digests else nullcontext():
+            result = write(
+                catalog.store, str(attempt), pending.file_layout, data, Pace(bytes_per_s), spans
+            )
         return replace(result, seconds=dict(spans.seconds))
 
     written = capture(stage_and_write)
@@ -382,8 +434,8 @@ def finish_save(
 
 
 @contextmanager
-def _beside(work: Callable[[], None]) -> Iterator[None]:
-    """Do work in a thread of its own while a file is written: the disk is what a write waits for.
+def _in_parallel(work: Callable[[], None]) -> Iterator[None]:
+    """Run `work` in a thread while a file is written, since writing mostly waits for the disk.
     Raises its error at the end."""
     outcome: list[HoldfastError | None] = []
     thread = threading.Thread(target=lambda: outcome.append(capture(work)), name="holdfast-hash")
@@ -396,39 +448,8 @@ def _beside(work: Callable[[], None]) -> Iterator[None]:
         raise outcome[0]
 
 
-def _make_beside(index: Index) -> None:
-    """Begin to make the bytes of both indices, which `commit` asks for: the disk is what a write
-    waits for."""
-    # What goes wrong there goes wrong again, and is told, where they are asked for.
-    making = partial(capture, index.encoded)
-    threading.Thread(target=making, name="holdfast-index", daemon=True).start()
-
-
-def _begin(catalog: Catalog, name: str, nbytes: int, overwrite: bool) -> HiddenFolder:
-    free = catalog.store.free_bytes()
-    if free is not None and nbytes > free:
-        raise StorageError(
-            f"`{catalog.where(name)}` needs {spelled_bytes(nbytes)}, "
-            f"{spelled_bytes(free)} are free",
-            hint=NO_SPACE,
-        )
-    return catalog.begin(name, replace=overwrite)
-
-
-def _live(held: LocalState, item: TensorItem) -> torch.Tensor:
-    """A region of the tensor that training goes on with."""
-    pieces, region = held.seen[item.name].layout.pieces, item.region
-    piece = pieces[0]
-    # Most are written whole, by the rank that has them: then there is nothing to work out.
-    if piece.region != region:
-        piece = next(p for p in pieces if p.region & region == region)
-    return box_of(held.tensors[item.name].detach(), piece.local_of(region))
-
-
-@cache
-def _versions() -> dict[str, str]:
-    return {
-        "holdfast": installed_version(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+def _start_encoding(index: Index) -> None:
+    """Start to encode the index in a thread: `commit` needs it when the file is written."""
+    # An error is ignored here, because `commit` encodes again and raises it.
+    encode = partial(capture, index.encoded)
+    threading.Thread(target=encode, name="holdfast-index", daemon=True).start()

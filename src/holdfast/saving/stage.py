@@ -1,4 +1,4 @@
-"""The host copy of what is to be written: of one piece of a tensor, or of all as a snapshot."""
+"""Copy tensors to host memory: window by window, or all into a snapshot."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from holdfast.errors import UsageError
 from holdfast.format.region import Region
 from holdfast.format.torchzip import PAGE_BYTES
+from holdfast.planning.divide import boxes_of_run
 from holdfast.planning.file_layout import TensorItem
 from holdfast.saving.write import WINDOW_BYTES
 from holdfast.spelling import spelled_bytes
@@ -18,38 +19,42 @@ from holdfast.state.layout import bytes_of
 from holdfast.storage.direct import huge_memory
 
 TensorOf = Callable[[TensorItem], torch.Tensor]
-"""`tensor_of(item)`: the region of its tensor. As training has it: on its own device, in its own
-dtype, its elements wherever they lie."""
+"""`tensor_of(item)`: the item's region of the training tensor, on its device and in its dtype, with
+any strides."""
 
 
 def box_of(tensor: torch.Tensor, local: Region) -> torch.Tensor:
-    """A box of `tensor`, which has no gradient, in its memory."""
+    """View of a box of `tensor`, which must not require gradients."""
     whole = local.stop == tensor.shape and not any(local.start)
     return tensor if whole else tensor[local.slices()]
 
 
 def host_bytes(box: torch.Tensor, dtype: str) -> memoryview:
-    """Its elements in host memory, row-major, as `dtype`; its own memory where that can be."""
-    piece = box.resolve_conj().resolve_neg().to(_dtype(dtype)).contiguous()
-    return bytes_of(piece.cpu())
+    """The elements in host memory, row-major, as `dtype`; a view of the tensor's memory if that is
+    possible."""
+    return bytes_of(box.resolve_conj().resolve_neg().to(_dtype(dtype)).contiguous().cpu())
 
 
 def host_windows(box: torch.Tensor, dtype: str) -> Iterable[memoryview]:
-    """The same in windows of `WINDOW_BYTES`, so that what cannot be its own memory is never a copy
-    of all of it."""
-    made = _dtype(dtype)
+    """The bytes of `host_bytes` as one view of the tensor's memory, or else copied in windows of
+    `WINDOW_BYTES`, so that no copy of a whole tensor is made."""
+    wanted = _dtype(dtype)
     plain = not (box.is_conj() or box.is_neg())
-    if box.is_cpu and box.dtype == made and box.is_contiguous() and plain:
+    if box.is_cpu and box.dtype == wanted and box.is_contiguous() and plain:
         return (bytes_of(box),)
-    return _copied(box, made)
+    return _copied_windows(box, wanted)
 
 
-def _copied(box: torch.Tensor, made: torch.dtype) -> Iterator[memoryview]:
-    num_elements = WINDOW_BYTES // made.itemsize
-    for start in range(0, box.numel(), num_elements):
-        count = min(num_elements, box.numel() - start)
-        window = torch.frombuffer(huge_memory(count * made.itemsize), dtype=made, count=count)
-        _fill(window, box, start)
+def _copied_windows(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
+    num_elements = WINDOW_BYTES // dtype.itemsize
+    for first in range(0, tensor.numel(), num_elements):
+        count = min(num_elements, tensor.numel() - first)
+        window = torch.frombuffer(huge_memory(count * dtype.itemsize), dtype=dtype, count=count)
+        start = 0
+        for box in boxes_of_run(tensor.shape, first, count):
+            stop = start + box.num_elements
+            window[start:stop].view(box.shape).copy_(tensor[box.slices()])
+            start = stop
         yield bytes_of(window)
 
 
@@ -58,30 +63,10 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _fill(window: torch.Tensor, box: torch.Tensor, start: int) -> None:
-    """Copy as many elements as the window has, from `start` on in row-major order: whole rows at
-    once, and what there is of the rows before and after them."""
-    if box.ndim <= 1:
-        window.copy_(box.reshape(-1)[start : start + len(window)])
-        return
-    row = box[0].numel()
-    first, skipped = divmod(start, row)
-    if skipped or len(window) < row:
-        head = min(row - skipped, len(window))
-        _fill(window[:head], box[first], skipped)
-        window, first = window[head:], first + 1
-    rows = len(window) // row
-    if rows:
-        whole = box[first : first + rows]
-        window[: rows * row].view(whole.shape).copy_(whole)
-    if len(window) > rows * row:
-        _fill(window[rows * row :], box[first + rows], 0)
-
-
 class Snapshot:
-    """Host memory for one copy of what a rank writes, laid out as the file that it becomes.
+    """Host copy of a rank's tensors, laid out as the file that is written from it.
 
-    Allocated when it is first needed and reused; page-locked where there is a GPU to copy from.
+    The memory is allocated on first use and reused. It is page-locked if there is a GPU.
     """
 
     def __init__(self) -> None:
@@ -89,14 +74,14 @@ class Snapshot:
 
     @property
     def nbytes(self) -> int:
-        """Of host memory held."""
+        """Bytes of host memory allocated."""
         return self._memory.nbytes
 
     def reserve(self, nbytes: int) -> None:
-        """Make room for a file of so many bytes.
+        """Make room for a file of `nbytes`.
 
         Raises:
-            UsageError: there is not enough memory, with what is needed and free.
+            UsageError: not enough host memory is free.
         """
         if nbytes <= self._memory.nbytes:
             return
@@ -113,11 +98,11 @@ class Snapshot:
             )
         else:
             memory = torch.frombuffer(huge_memory(nbytes + PAGE_BYTES), dtype=torch.uint8)
-        # Data that lies on pages in the file does so here, and is written from where it is.
+        # Data that is page-aligned in the file is so here too: it can be written without a copy.
         self._memory = memory[-memory.data_ptr() % PAGE_BYTES :][:nbytes]
 
     def copy(self, items: Sequence[TensorItem], tensor_of: TensorOf) -> None:
-        """Copy these items of an image that there is room for. Blocks until they are here."""
+        """Copy the regions of these items, and wait for the copies. `reserve` must come before."""
         gpu = None
         for item in items:
             if item.data.nbytes:
@@ -128,39 +113,39 @@ class Snapshot:
             torch.cuda.current_stream(gpu).synchronize()
 
     def tensor_of(self, item: TensorItem) -> torch.Tensor:
-        """Where its copy is, or will be: contiguous, in the dtype that is written."""
+        """Place of the item's copy: contiguous, in the stored dtype."""
         elements = self._memory[item.data.offset : item.data.stop].view(_dtype(item.dtype))
         return elements.view(item.region.shape)
 
     def memory(self, nbytes: int) -> memoryview:
-        """That of a file of so many bytes, which there is room for."""
+        """Memory of the whole file, of `nbytes`."""
         return bytes_of(self._memory[:nbytes])
 
 
 class Staging:
-    """A copy that is made while training goes on. One thread runs it, any may wait for it."""
+    """A copy that is made while training continues. One thread runs it, any thread may wait."""
 
     def __init__(self, copy: Callable[[], None]) -> None:
-        """To be called where training is: what it has done on a GPU so far is what is copied."""
+        """Must be called by the training thread: the copy waits for the GPU work queued so far."""
         self._copy = copy
-        self._over = threading.Event()
-        self._done_before = torch.cuda.current_stream().record_event() if _has_gpu() else None
+        self._ended = threading.Event()
+        self._queued = torch.cuda.current_stream().record_event() if _has_gpu() else None
 
     def run(self) -> None:
-        """Make the copy; on a GPU beside what training does there."""
+        """Make the copy, on a GPU in a stream of its own."""
         try:
-            if self._done_before is None:
+            if self._queued is None:
                 self._copy()
             else:
                 with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-                    self._done_before.wait()
+                    self._queued.wait()
                     self._copy()
         finally:
-            self._over.set()
+            self._ended.set()
 
     def wait(self) -> None:
-        """Return once nothing is copied any more, whatever came of it."""
-        self._over.wait()
+        """Return once the copy has ended, even if it failed."""
+        self._ended.wait()
 
 
 def _has_gpu() -> bool:
@@ -169,7 +154,8 @@ def _has_gpu() -> bool:
 
 
 def free_memory() -> int | None:
-    """Bytes of host memory that can be had without swapping; None where the system does not say."""
+    """Bytes of host memory that are available without swapping; None if the system has no
+    `/proc/meminfo`."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

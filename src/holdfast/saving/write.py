@@ -1,4 +1,4 @@
-"""Writes one rank's file in one pass, with checksums taken on the way."""
+"""Write one rank's file in one pass, and compute its checksums on the way."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from holdfast.storage.store import Buffer, Creating, Writer
 from holdfast.timing import Spans
 
 WINDOW_BYTES = 4 << 20
-"""Bytes handed to the store at once: whole blocks, few enough to be in cache from the checksum."""
+"""Size of one write to the store: whole blocks, few enough to stay in the CPU cache after their
+checksum."""
 
 JOINED_BYTES_MAX = 64 << 10
-"""Parts below it are joined to one before they are handed on: each costs more to keep apart, from
-here to the disk, than to copy."""
+"""Size below which consecutive parts are joined before they are written: a copy costs less than a
+buffer of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class WriteResult:
-    """What one rank has written, durably."""
+    """What one rank has written durably: its file, bytes and checksums."""
 
     file: str = ""
     nbytes: int = 0
     table: Table = field(default_factory=lambda: Table(0, 0))
     values: Mapping[str, tuple[Span, int]] = field(default_factory=dict)
-    """Place and checksum of each value's container."""
+    """Place and checksum of the container of each value, by name."""
 
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """What each stage has taken so far."""
+    """Seconds that each stage of the save has taken so far."""
 
 
 WindowsOf = Callable[[TensorItem], Iterable[memoryview]]
-"""`windows_of(item)`: the raw bytes of a region of a tensor, row-major, at once or in order: each
-but the last of `WINDOW_BYTES`, made as it is asked for."""
+"""`windows_of(item)`: the bytes of a region of a tensor, row-major: as one view, or as views of
+`WINDOW_BYTES` (the last may be shorter), each made when the iterator reaches it."""
 
 
 def write(
@@ -48,11 +49,10 @@ def write(
     pace: Pace | None = None,
     spans: Spans | None = None,
 ) -> WriteResult:
-    """Write a file, and make its bytes durable: in `spans` the stages `write` and `sync`, which
-    also waits for what is still on its way.
+    """Write one file and sync it. `spans` gets the stages `write` and `sync`.
 
-    `data` may be memory that is laid out as the file and has the data of all tensors in its place:
-    then all else is put there too, and the file written from where it is.
+    `data` as a memoryview is memory of the file's size that holds the data of all tensors at their
+    offsets. The rest of the file is filled in there, and the file is written from there.
     """
     if not layout.nbytes:
         return WriteResult()
@@ -73,12 +73,12 @@ def write(
 
 
 def _write_parts(writer: Writer, layout: FileLayout, windows_of: WindowsOf, pace: Pace) -> bytes:
-    """Hand on one part of the file after the other. Returns its table of checksums."""
+    """Write the file part by part. Returns its table of checksums."""
     checksums: list[int] = []
     stream = _Stream(writer, pace)
     for item in layout.tensors:
         stream.put(item.prefix)
-        checksums += _put_checked(stream, windows_of(item), item)
+        checksums += _put_windows(stream, windows_of(item), item)
         stream.put(item.suffix)
     for _, container in layout.containers:
         stream.put(container)
@@ -89,8 +89,11 @@ def _write_parts(writer: Writer, layout: FileLayout, windows_of: WindowsOf, pace
 
 
 def _write_memory(writer: Writer, layout: FileLayout, memory: memoryview, pace: Pace) -> bytes:
-    """The same from memory that has the data: the parts between are many and small, and each would
-    be handed on for itself."""
+    """Write the file from memory that holds the data. Returns its table of checksums.
+
+    Everything else is copied into the memory first: it is many small parts, and each would cost a
+    buffer of its own.
+    """
     checksums: list[int] = []
     written = 0
 
@@ -100,7 +103,7 @@ def _write_memory(writer: Writer, layout: FileLayout, memory: memoryview, pace: 
     def write_to(stop: int) -> None:
         nonlocal written
         writer.write(written, [memory[written:stop]])
-        pace.keep(stop - written)
+        pace.wait(stop - written)
         written = stop
 
     for item in layout.tensors:
@@ -120,7 +123,8 @@ def _write_memory(writer: Writer, layout: FileLayout, memory: memoryview, pace: 
     return packed
 
 
-def _put_checked(stream: _Stream, windows: Iterable[memoryview], item: TensorItem) -> list[int]:
+def _put_windows(stream: _Stream, windows: Iterable[memoryview], item: TensorItem) -> list[int]:
+    """Write the data of one tensor. Returns the checksums of its blocks."""
     checksums: list[int] = []
     nbytes = 0
     for data in windows:
@@ -134,31 +138,30 @@ def _put_checked(stream: _Stream, windows: Iterable[memoryview], item: TensorIte
 
 
 class Pace:
-    """No more than so many bytes a second; None: as many as there are."""
+    """Limit on the bytes written per second; None: no limit."""
 
     def __init__(self, bytes_per_s: float | None = None) -> None:
         self._bytes_per_s = bytes_per_s
         self._started = time.monotonic()
-        self._done = 0
+        self._nbytes = 0
 
-    def keep(self, nbytes: int) -> None:
-        """After so many bytes more, wait until they are due."""
-        self._done += nbytes
+    def wait(self, nbytes: int) -> None:
+        """Count `nbytes` as written, and wait until the limit allows that many."""
+        self._nbytes += nbytes
         if self._bytes_per_s:
-            due = self._started + self._done / self._bytes_per_s
+            due = self._started + self._nbytes / self._bytes_per_s
             time.sleep(max(0.0, due - time.monotonic()))
 
 
 class _Stream:
-    """Parts of a file one after the other, handed on in windows: small items cost no write each,
-    and small parts that follow one another are handed on as one."""
+    """Writes the parts of a file in order, a window at a time, small parts joined."""
 
     def __init__(self, writer: Writer, pace: Pace) -> None:
         self._writer = writer
         self._pace = pace
         self._parts: list[Buffer] = []
         self._small: list[Buffer] = []
-        """Those behind the parts, not joined yet."""
+        """Small parts that follow `_parts`, not joined yet."""
 
         self._offset = 0
         self._pending = 0
@@ -174,14 +177,14 @@ class _Stream:
         if self._pending >= WINDOW_BYTES:
             self.flush()
 
-    def _join(self) -> None:
-        if self._small:
-            self._parts.append(b"".join(self._small))
-            self._small = []
-
     def flush(self) -> None:
         self._join()
         self._writer.write(self._offset, self._parts)
         self._offset += self._pending
-        self._pace.keep(self._pending)
+        self._pace.wait(self._pending)
         self._parts, self._pending = [], 0
+
+    def _join(self) -> None:
+        if self._small:
+            self._parts.append(b"".join(self._small))
+            self._small = []

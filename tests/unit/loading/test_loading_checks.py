@@ -1,4 +1,4 @@
-"""What a load looks at before it changes anything."""
+"""Checks of a load before it changes anything."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ def groups_of(model: nn.Linear, *rates: float) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("kind", ["fraction", "infinity", "groups", "whole"])
-def test_what_does_not_fit_is_found_before_anything_changes(kind: str, tmp_path: Path) -> None:
-    """G15. Method: a fraction and infinity where an int stands, options that differ within one
-    group, a large number; beside a module, a tensor and a list, all of which stay as they are."""
+def test_values_that_do_not_fit_are_found_before_anything_changes(
+    kind: str, tmp_path: Path
+) -> None:
+    """G15. Method: a fraction or infinity for an int, options that differ within one group, a
+    number that is too large; a module, a tensor and a list beside them stay unchanged."""
     saved, live = model_of(5.0), model_of(1.0)
     one, other = {
         "fraction": (torch.tensor(1.5), 3),
@@ -49,7 +51,7 @@ def test_what_does_not_fit_is_found_before_anything_changes(kind: str, tmp_path:
         assert other.param_groups[0]["lr"] == 9.0
 
 
-def test_a_whole_number_goes_where_a_number_stands(tmp_path: Path) -> None:
+def test_a_tensor_of_one_whole_number_loads_into_a_number(tmp_path: Path) -> None:
     """G15. Method: tensors of one element; NaN into a float."""
     saved = {"a": torch.tensor(3.0), "b": torch.tensor([4]), "c": torch.tensor(float("nan"))}
     holdfast.save(tmp_path / "one", saved)
@@ -61,7 +63,7 @@ def test_a_whole_number_goes_where_a_number_stands(tmp_path: Path) -> None:
 
 
 class Pair(nn.Module):
-    """Two weights: apart, one parameter, one memory, or one memory with dims swapped."""
+    """Two weights: separate, one parameter, one memory, or one memory with dims swapped."""
 
     def __init__(self, kind: str, one: float, two: float) -> None:
         super().__init__()
@@ -76,11 +78,11 @@ class Pair(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["tied", "view", "swapped"])
-def test_two_tensors_go_into_a_tied_one_only_where_their_bytes_are_the_same(
+def test_two_tensors_load_into_a_tied_one_only_if_their_bytes_are_equal(
     kind: str, tmp_path: Path
 ) -> None:
     """G15. Method: parameters that are one object, share memory, or share it with dims swapped;
-    copies that are equal are taken, others refused, and nothing changes."""
+    equal copies load, others are refused and nothing changes."""
     shapes = "swapped" if kind == "swapped" else "apart"
 
     def stored(name: str, one: float, two: float) -> Path:

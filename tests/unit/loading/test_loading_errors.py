@@ -1,4 +1,4 @@
-"""What cannot be kept or loaded: told in full, on every rank, and nothing left behind."""
+"""State that cannot be saved or loaded: reported in full, on every rank, and nothing left."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def read_all(source: Source) -> None:
 
 
 def test_a_flipped_bit_in_any_byte_of_data_is_found_and_named() -> None:
-    """G3. Method: every byte of every tensor and value of a small checkpoint, one bit of it flipped
-    in turn; the error has the tensor and its block, the load fails."""
+    """G3. Method: one bit in each byte of every tensor and value of a small checkpoint is flipped
+    in turn; the error names the tensor and block, and the load fails."""
     store = MemoryStore()
     source = save_in_memory(store, "step-1", small_state())
     data = store._file("step-1/__0_0.distcp")
@@ -107,11 +107,11 @@ LARGE = torch.arange(2 * BLOCK_BYTES + 5000).to(torch.uint8)
 
 @settings(max_examples=40)
 @given(st.data())
-def test_damage_is_found_by_the_reads_that_touch_its_block_and_by_no_other(
+def test_damage_is_found_only_by_reads_that_touch_its_block(
     data: st.DataObject,
 ) -> None:
-    """G3. Method: one byte of a tensor of three blocks changed; any range of it is read. The error
-    names the block; a range that lies in other blocks is read as it was."""
+    """G3. Method: one byte of a tensor of three blocks is changed, and any range is read. The error
+    names the block; ranges in other blocks are read as saved."""
     store = MemoryStore()
     checkpoint = Checkpoint(save_in_memory(store, "step-1", {"w": LARGE}))
     start = checkpoint.tensors["w"].chunks[0].data_offset
@@ -128,9 +128,9 @@ def test_damage_is_found_by_the_reads_that_touch_its_block_and_by_no_other(
         assert torch.equal(checkpoint.read("w", (slice(lo, hi),)), LARGE[lo:hi])
 
 
-def test_a_file_that_ends_early_after_it_was_opened_is_damage() -> None:
-    """G3. Method: cut short behind the reader's back, inside the table of checksums, a value and a
-    tensor; the table has been read before the last of them."""
+def test_a_file_truncated_after_it_was_opened_is_damaged() -> None:
+    """G3. Method: the file is truncated inside its table of checksums, a value and a tensor; the
+    table was read before the last of these."""
     store = MemoryStore()
     source = save_in_memory(store, "step-1", small_state())
     Checkpoint(source).read("model.w")
@@ -148,11 +148,11 @@ def test_a_file_that_ends_early_after_it_was_opened_is_damage() -> None:
         Checkpoint(source).read("model.w")
 
 
-# G6: what fits
+# G6: matching
 
 
 def without_chunk(folder: Path, name: str, number: int) -> None:
-    """Take a chunk out of a manifest, and seal it anew."""
+    """Remove a chunk from a manifest, and update its checksum."""
     file = folder / "manifest.json"
     body = json.loads(file.read_bytes())
     del body["checksum"], body["tensors"][name]["chunks"][number]
@@ -163,9 +163,9 @@ def without_chunk(folder: Path, name: str, number: int) -> None:
     file.write_bytes(text[:-1] + b',"checksum":"' + seal + b'"}')
 
 
-def test_a_chunk_that_the_manifest_lacks_is_damage_and_no_tensor_is_touched(tmp_path: Path) -> None:
-    """G6. Method: a sealed manifest without the chunk of one of three tensors; stock leaves the
-    destination as it was, and says nothing."""
+def test_a_manifest_without_a_chunk_is_damaged_and_changes_no_tensor(tmp_path: Path) -> None:
+    """G6. Method: a valid manifest without the chunk of one of three tensors. Stock leaves the
+    tensor unchanged and reports nothing."""
     state = small_state()
     holdfast.save(tmp_path / "step-1", state)
     without_chunk(tmp_path / "step-1", "model.b", 0)
@@ -179,8 +179,8 @@ def test_a_chunk_that_the_manifest_lacks_is_damage_and_no_tensor_is_touched(tmp_
 
 
 def test_every_difference_is_listed_and_nothing_is_changed(tmp_path: Path) -> None:
-    """G6. Method: a missing, an extra and a mis-shaped tensor, a tensor where a value is and the
-    other way around, a dtype that cannot be had; all in one message."""
+    """G6. Method: a missing, an unexpected and a mis-shaped tensor, a tensor for a value and a
+    value for a tensor, a dtype that does not convert; one message lists all."""
     state = {
         "fits": torch.ones(2),
         "extra": {"x": torch.ones(1), "y": 1},
@@ -220,10 +220,10 @@ def test_every_difference_is_listed_and_nothing_is_changed(tmp_path: Path) -> No
     assert missing["gone"] == 2
 
 
-def test_what_a_checkpoint_has_beyond_the_state_may_be_left_alone_if_told_so(
+def test_further_entries_of_a_checkpoint_are_ignored_without_strict(
     tmp_path: Path,
 ) -> None:
-    """G6. Method: not strict; what is wanted must be there still."""
+    """G6. Method: `strict=False`; entries of the state must still be there."""
     holdfast.save(tmp_path / "step-1", {"a": {"x": torch.ones(1), "y": 2}})
     target = {"a": {"x": torch.zeros(1)}}
     holdfast.load(tmp_path / "step-1", target, strict=False)
@@ -232,8 +232,8 @@ def test_what_a_checkpoint_has_beyond_the_state_may_be_left_alone_if_told_so(
         holdfast.load(tmp_path / "step-1", {"a": {"z": torch.zeros(1)}}, strict=False)
 
 
-def test_an_unknown_name_is_told_with_those_near_to_it(tmp_path: Path) -> None:
-    """Method: one letter off, a tensor and a value; a region outside of the tensor."""
+def test_an_unknown_name_is_reported_with_similar_names(tmp_path: Path) -> None:
+    """Method: a tensor and a value, one letter off; a region outside of the tensor."""
     holdfast.save(tmp_path / "step-1", small_state())
     checkpoint = holdfast.open(tmp_path / "step-1")
     with pytest.raises(NotFoundError, match=r"near it: model\.w"):
@@ -248,7 +248,7 @@ def test_an_unknown_name_is_told_with_those_near_to_it(tmp_path: Path) -> None:
 
 
 class FailingStore(MemoryStore):
-    """Fails to write the file of one rank."""
+    """Fails to create the file of one rank."""
 
     def __init__(self, victim: str) -> None:
         super().__init__()
@@ -261,7 +261,7 @@ class FailingStore(MemoryStore):
 
 
 class FailingLate(MemoryStore):
-    """Fails while the bytes of one file are written, with an error of the system."""
+    """Fails with an error of the system while the bytes of one file are written."""
 
     def create(self, key: str, nbytes: int) -> Any:
         made = super().create(key, nbytes)
@@ -286,7 +286,7 @@ class _Failing:
 
 
 def save_by(size: int, store: Store, state_of: Callable[[int], State]) -> list[Any]:
-    """Each rank's error, or None; ranks hold the tensor `w` together, and `mine` each."""
+    """Error of each rank, or None. The ranks share most entries, and each has one of its own."""
 
     def work(ranks: Ranks) -> None:
         leaves = flatten(state_of(ranks.rank))
@@ -346,8 +346,8 @@ def test_an_error_of_one_rank_is_raised_on_all_and_leaves_nothing(
     error: type[HoldfastError],
     said: str,
 ) -> None:
-    """G7, G11. Method: three ranks, of which one fails in every stage of a save; each of them gets
-    the error of that one, under its class. No attempt is left, the earlier step is as it was."""
+    """G7, G11. Method: one of three ranks fails in each stage of a save; all ranks get its error,
+    of the same class. No attempt is left, and the earlier checkpoint is intact."""
     store = store_of()
     errors = save_by(3, store, state_of)
     for found in errors:
@@ -357,8 +357,8 @@ def test_an_error_of_one_rank_is_raised_on_all_and_leaves_nothing(
     assert list(store.list()) == []
 
 
-def test_an_error_of_one_rank_that_loads_is_raised_on_all_and_no_object_changes() -> None:
-    """G7. Method: rank 1 wants what is not there; then a damaged tensor that rank 1 alone reads."""
+def test_an_error_of_one_loading_rank_is_raised_on_all_and_no_object_changes() -> None:
+    """G7. Method: rank 1 wants an entry that is missing; then it alone reads a damaged tensor."""
     store = MemoryStore()
     source = save_in_memory(store, "step-1", {"a": torch.ones(3), "b": torch.ones(3), "n": 5})
 
@@ -391,28 +391,27 @@ def test_an_error_of_one_rank_that_loads_is_raised_on_all_and_no_object_changes(
 
 
 class Custom:
-    """A class of the user's own."""
+    """A class of the user."""
 
 
 @pytest.mark.parametrize(
     "value",
     [Custom(), print, lambda: 1, torch.nn.Linear(1, 1).forward, {"deep": [Custom()]}, Path()],
 )
-def test_a_value_that_only_code_can_read_is_refused_when_it_is_saved(
-    tmp_path: Path, value: object
-) -> None:
-    """G8. Method: objects, functions, one that is deep in a list; by name, and nothing is left."""
+def test_a_value_that_only_its_code_can_read_is_not_saved(tmp_path: Path, value: object) -> None:
+    """G8. Method: objects and functions, one deep in a list; the error names them, and nothing is
+    left."""
     with pytest.raises(UsageError, match=r"`run\.(odd|odd\.deep)"):
         holdfast.save(tmp_path / "step-1", {"w": torch.ones(1), "run": {"odd": value}})
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_value_of_a_stock_checkpoint_that_needs_code_is_refused_when_it_is_loaded(
+def test_a_value_of_a_stock_checkpoint_that_needs_code_is_not_loaded(
     tmp_path: Path,
 ) -> None:
-    """G8. Method: stock saves the object and runs its pickle when it loads it; here the rest is
-    read, and the value refused with its name and that of its class."""
+    """G8. Method: stock saves the object, and runs its pickle on load. Holdfast loads the rest, and
+    refuses the value with its name and class."""
     from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 
     stock_save(
@@ -428,9 +427,9 @@ def test_a_value_of_a_stock_checkpoint_that_needs_code_is_refused_when_it_is_loa
 # Places
 
 
-def test_a_save_onto_anything_that_exists_is_refused_unless_told_so(tmp_path: Path) -> None:
+def test_a_save_replaces_only_a_checkpoint_and_only_with_overwrite(tmp_path: Path) -> None:
     """G1. Method: onto a checkpoint, a folder and a file; with `overwrite` the checkpoint is
-    replaced, and nothing stays aside."""
+    replaced, and the old one does not stay."""
     path = tmp_path / "step-1"
     holdfast.save(path, {"n": 1})
     (tmp_path / "folder").mkdir()
@@ -445,8 +444,10 @@ def test_a_save_onto_anything_that_exists_is_refused_unless_told_so(tmp_path: Pa
     assert (tmp_path / "file").read_bytes() == b"kept"
 
 
-def test_what_a_dead_save_left_is_swept_by_the_next_save_of_that_name_only(tmp_path: Path) -> None:
-    """G1. Method: attempts of two names left behind; a user's folder beside them."""
+def test_an_interrupted_attempt_is_cleaned_up_by_the_next_save_of_its_name_only(
+    tmp_path: Path,
+) -> None:
+    """G1. Method: attempts of two names are left, and a folder of the user is beside them."""
     for name in (".attempt-step-1-00000001", ".attempt-step-2-00000002", "notes"):
         (tmp_path / name).mkdir()
     holdfast.save(tmp_path / "step-1", {"n": 1})
@@ -456,14 +457,14 @@ def test_what_a_dead_save_left_is_swept_by_the_next_save_of_that_name_only(tmp_p
 
 
 def test_a_checkpoint_may_be_moved_and_copied(tmp_path: Path) -> None:
-    """G1. Method: a copy elsewhere, under another name, is as good."""
+    """G1. Method: a copy in another folder under another name opens."""
     holdfast.save(tmp_path / "step-1", {"n": 1, "w": torch.ones(3)})
     shutil.copytree(tmp_path / "step-1", tmp_path / "else" / "best")
     assert holdfast.open(tmp_path / "else" / "best").read("w").tolist() == [1, 1, 1]
 
 
-def test_a_manifest_of_the_engine_survives_its_own_encoding() -> None:
-    """Method: a real one, there and back."""
+def test_a_manifest_equals_itself_after_encoding_and_decoding() -> None:
+    """Method: the manifest of a save."""
     source = save_in_memory(MemoryStore(), "step-1", small_state())
     data = encode(source.manifest)
     assert manifests.decode(data, where="m") == source.manifest
@@ -477,9 +478,9 @@ def test_a_manifest_of_the_engine_survives_its_own_encoding() -> None:
         ({"optimizer.w": torch.zeros(1)}, "model"),
     ],
 )
-def test_a_save_that_names_no_kind_states_what_its_names_tell(
+def test_a_save_without_a_kind_derives_it_from_the_names(
     state: dict[str, Any], kind: str, tmp_path: Path
 ) -> None:
-    """So that nobody has to read the tensors to find out."""
+    """Method: states with and without optimizer entries."""
     holdfast.save(tmp_path / "step", state)
     assert json.loads((tmp_path / "step" / "manifest.json").read_bytes())["kind"] == kind

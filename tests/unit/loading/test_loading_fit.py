@@ -1,4 +1,4 @@
-"""Numbers that are loaded as another dtype: each has a place there, or the load says so."""
+"""Numbers loaded as another dtype are represented exactly, or the load fails."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def of_any(tensor: torch.Tensor) -> float:
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
 @pytest.mark.parametrize("stored", [name for name in BY_NAME if "x2" not in name])
-def test_a_number_fits_or_is_refused_whatever_the_dtypes(stored: str, tmp_path: Path) -> None:
+def test_a_number_of_any_dtype_fits_any_other_or_is_refused(stored: str, tmp_path: Path) -> None:
     """G15. Method: numbers at and beyond the range of every dtype, loaded into every other dtype
-    that torch can cast to: what comes back is the number but for rounding, or the load is
+    that torch can cast to. The target has the number, rounded, or the load is
     refused."""
     state = holds(getattr(torch, stored))
     holdfast.save(tmp_path / "x", state)
@@ -69,7 +69,7 @@ def test_a_number_fits_or_is_refused_whatever_the_dtypes(stored: str, tmp_path: 
 @pytest.mark.parametrize("number", [500.0, 1e30, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz])
 def test_a_cast_that_saturates_is_refused(number: float, dtype: Any, tmp_path: Path) -> None:
-    """G15. Method: dtypes whose casts give their largest number, or NaN, for all that is larger;
+    """G15. Method: dtypes whose casts turn larger numbers into the largest one or NaN;
     the largest itself fits."""
     largest = torch.finfo(dtype).max
     holdfast.save(tmp_path / "x", {"fits": torch.tensor([largest]), "not": torch.tensor([number])})

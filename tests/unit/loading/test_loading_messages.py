@@ -1,4 +1,4 @@
-"""Errors of a load: what a checkpoint is, how much has changed, and the next step."""
+"""Errors of a load say what is wrong, what has changed, and what to do next."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.manager import CheckpointManager
 
 
-def test_a_file_where_a_folder_is_wanted_is_named(tmp_path: Path) -> None:
+def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
     """G8. Method: a file of torch.save, for every function that loads or opens."""
     file, model = tmp_path / "w.pt", torch.nn.Linear(2, 2)
     torch.save(model.state_dict(), file)
@@ -32,7 +32,7 @@ def test_a_file_where_a_folder_is_wanted_is_named(tmp_path: Path) -> None:
 
 
 class Refusing:
-    """Gives a state that it does not take back."""
+    """Object that rejects the state it gave."""
 
     def state_dict(self) -> dict[str, int]:
         return {"version": 1}
@@ -42,8 +42,8 @@ class Refusing:
 
 
 def test_an_error_after_tensors_have_changed_says_so(tmp_path: Path) -> None:
-    """G6, G15. Method: an object that refuses its state, for a load and for a manager, and a number
-    too large for a smaller float. Something has changed by then, and the error says so."""
+    """G6, G15. Method: an object rejects its state, in a load and in a manager, or a number is too
+    large for a smaller float. Tensors have changed by then, and the error says so."""
     model, said = torch.nn.Linear(2, 2), r"; the state is loaded in part$"
     holdfast.save(tmp_path / "a", {"model": model, "object": Refusing()})
     holdfast.save(tmp_path / "b", {"model": model, "number": torch.tensor([1e30])})
@@ -62,9 +62,9 @@ def test_an_error_after_tensors_have_changed_says_so(tmp_path: Path) -> None:
     assert re.search(said, raised.value.what)
 
 
-def test_a_load_without_a_configuration_names_no_key_of_one(tmp_path: Path) -> None:
-    """G8. Method: a load of a damaged checkpoint points to `verify`; a manager that is told to take
-    it says how to take another one, too."""
+def test_a_load_without_a_configuration_names_no_key(tmp_path: Path) -> None:
+    """G8. Method: a load of a damaged checkpoint points to `verify`; a manager told to load it also
+    says how to choose another."""
     model = torch.nn.Linear(2, 2)
     config = CheckpointConfig(enable=True, interval=1)
     with CheckpointManager(tmp_path, model=model, config=config) as manager:

@@ -1,4 +1,4 @@
-"""Loads in which one rank reads for others: what is read, and what happens where that fails."""
+"""Loads in which one rank reads for others: the bytes read, and failures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIZE = 3
 
 
 class CountingStore(LocalStore):
-    """A folder that remembers how often each byte has been read; `fail` is asked before."""
+    """A folder that counts how often each byte is read. It calls `fail` first."""
 
     def __init__(self, root: Path, fail: Callable[[str], None] = lambda _: None) -> None:
         super().__init__(root)
@@ -65,7 +65,7 @@ class CountingStore(LocalStore):
 
 
 class CountingReader:
-    """One file of it."""
+    """Reader of one of its files."""
 
     def __init__(self, store: CountingStore, key: str, beneath: Reader) -> None:
         self._store, self._key, self._beneath = store, key, beneath
@@ -77,7 +77,8 @@ class CountingReader:
 
 
 def state(fill: Callable[..., torch.Tensor] = torch.randn) -> dict[str, Any]:
-    """A tensor of several bundles, whose blocks no row ends with, many small ones, and values."""
+    """A tensor of several bundles whose rows do not end at blocks, many small tensors, and
+    values."""
     return {
         "large": fill(2703, 1003),
         "flat": fill(3 << 20),
@@ -96,7 +97,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 def load_on_all(
     store: LocalStore, replicas: Replicas, size: int = SIZE
 ) -> list[tuple[int, dict[str, Any]] | BaseException]:
-    """What each rank has read, and its state after the load; or its error."""
+    """Bytes that each rank has read and its state after the load, or its error."""
     source = Source(store, "step-1", open_manifest(store, "step-1"))
 
     def work(ranks: Ranks) -> tuple[int, dict[str, Any]]:
@@ -111,8 +112,8 @@ def load_on_all(
 def test_each_byte_is_read_by_one_rank_for_all(
     saved: tuple[Path, dict[str, Any]], replicas: Replicas, times: int
 ) -> None:
-    """G6. Method: three ranks that want the same; how often the store was asked for each byte of
-    tensors and values. Shared, each reads about a third."""
+    """G6. Method: three ranks want the same; the store counts how often each byte of tensors and
+    values is read. With `broadcast` each rank reads about a third."""
     store = CountingStore(saved[0])
     ends = load_on_all(store, replicas)
     assert store.times("step-1", open_manifest(store, "step-1")) == {times}
@@ -129,11 +130,11 @@ def test_each_byte_is_read_by_one_rank_for_all(
 
 
 @pytest.mark.parametrize("kind", ["damage", "gone", "store"])
-def test_what_goes_wrong_on_one_reader_ends_the_load_on_all(
+def test_an_error_of_the_reading_rank_ends_the_load_on_all(
     saved: tuple[Path, dict[str, Any]], tmp_path: Path, kind: str
 ) -> None:
-    """G3, G8. Method: a flipped bit, a file that is not there, a store that fails, each met by the
-    one rank that reads there: every rank raises that, soon."""
+    """G3, G8. Method: a flipped bit, a missing file, a failing store, each met only by the rank
+    that reads there; every rank raises that error."""
     folder = tmp_path / "step-1"
     folder.mkdir()
     for file in (saved[0] / "step-1").iterdir():
@@ -164,10 +165,10 @@ def test_what_goes_wrong_on_one_reader_ends_the_load_on_all(
         assert expected[kind][1] in str(end)
 
 
-def test_a_rank_that_fails_before_anything_is_passed_on_says_so_to_all(
+def test_an_error_of_one_rank_before_the_read_is_raised_on_all(
     saved: tuple[Path, dict[str, Any]],
 ) -> None:
-    """G8. Method: one of the ranks wants a tensor of a kind that has no plain elements."""
+    """G8. Method: one rank wants a tensor without plain elements."""
     source = Source(LocalStore(saved[0]), "step-1", open_manifest(LocalStore(saved[0]), "step-1"))
 
     def work(ranks: Ranks) -> None:
@@ -181,10 +182,10 @@ def test_a_rank_that_fails_before_anything_is_passed_on_says_so_to_all(
         assert "rank 1" in str(end) or "`flat` is a meta tensor" in str(end)
 
 
-def test_ranks_of_one_host_read_its_files_themselves_those_of_several_share(
+def test_auto_broadcasts_only_over_a_network(
     saved: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`auto`. Method: two ranks on one host, then with a name of its own each; and behind a URL."""
+    """Method: two ranks on one host, on two hosts, and behind a URL."""
     for far in ("", "host", "url"):
         store = CountingStore(saved[0])
         with monkeypatch.context() as patched:
@@ -198,7 +199,7 @@ def test_ranks_of_one_host_read_its_files_themselves_those_of_several_share(
 
 
 def test_ranks_of_one_host_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Method: hosts of 2, 8 and 64 cores; threads of each of so many ranks."""
+    """Method: hosts of 2, 8 and 64 cores; threads per rank for several numbers of ranks."""
     for cores, num_local, threads in ((2, 1, 2), (2, 4, 1), (8, 4, 2), (64, 8, 4), (1, 1, 2)):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: {*range(n)})
         assert threads_for(num_local) == threads

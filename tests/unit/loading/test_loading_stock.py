@@ -1,4 +1,4 @@
-"""Stock `torch.distributed.checkpoint` reads what is written, and what it wrote is read."""
+"""Stock `torch.distributed.checkpoint` reads our checkpoints, and we read its."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def bits(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], bytes]:
 
 
 def tensor_of(dtype: str, *shape: int) -> torch.Tensor:
-    """Bits that are different in every element; booleans are true or false."""
+    """A tensor with different bits in every element; booleans are true or false."""
     nbytes = int(torch.Size(shape).numel()) * BY_NAME[dtype].itemsize
     plain = (torch.arange(nbytes) * 37).to(torch.uint8)
     if dtype == "bool":
@@ -50,11 +50,9 @@ def blank(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", sorted(BY_NAME))
-def test_stock_loads_every_dtype_bit_for_bit_and_its_own_files_are_loaded(
-    dtype: str, tmp_path: Path
-) -> None:
+def test_every_dtype_loads_bit_for_bit_from_and_to_stock(dtype: str, tmp_path: Path) -> None:
     """G10. Method: 0-d, empty and other shapes; ours read by stock `load`, stock's read by us, both
-    by `dcp_to_torch_save`. Compared are dtype, shape and every bit."""
+    by `dcp_to_torch_save`. Dtype, shape and every bit are compared."""
     state: dict[str, Any] = {
         "matrix": tensor_of(dtype, 5, 3),
         "number": tensor_of(dtype),
@@ -80,7 +78,7 @@ def test_stock_loads_every_dtype_bit_for_bit_and_its_own_files_are_loaded(
         assert {n: bits(converted[n]) for n in expected} == expected
 
 
-def test_values_lists_and_models_pass_both_ways(tmp_path: Path) -> None:
+def test_values_lists_and_models_load_from_and_to_stock(tmp_path: Path) -> None:
     """G10. Method: a module, an optimizer after a step, nested lists and plain values, saved by one
     and loaded by the other, in both directions."""
 
@@ -149,7 +147,8 @@ def stock_source(path: Path) -> Source:
 @settings(max_examples=60)
 @given(st.data())
 def test_any_region_of_a_stock_tensor_of_any_strides_is_read(data: st.DataObject) -> None:
-    """G6, G10. Method: stock keeps some strides; any box of each against slicing."""
+    """G6, G10. Method: stock stores some tensors with their strides; any box of each is compared
+    with slicing."""
     source = _kept_source()
     name = data.draw(st.sampled_from(sorted(STOCK)))
     tensor = STOCK[name].detach()
@@ -177,9 +176,9 @@ def _kept_source() -> Source:
 def test_a_flipped_bit_of_a_stock_tensor_that_is_read_whole_is_found(
     name: str, tmp_path: Path
 ) -> None:
-    """G3. Method: a bit of each byte of the item in which stock keeps the tensor, one at a time.
-    The load fails, or gives what was saved where the byte is of no importance; never another value.
-    Stock gives it. The bytes around the data are covered by the same check."""
+    """G3. Method: one bit in each byte of the tensor's item is flipped in turn. The load fails, or
+    gives the saved elements if the byte does not matter; never other elements, as stock does. The
+    bytes around the data are covered by the same check."""
     stock_save({name: STOCK[name]}, checkpoint_id=tmp_path / "step-1", no_dist=True)
     source = stock_source(tmp_path / "step-1")
     expected = bits(Checkpoint(source).read(name))

@@ -18,7 +18,7 @@ from torch import nn
 import holdfast
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.comm import Ranks
-from holdfast.saving.background import NICENESS, Background, make_way
+from holdfast.saving.background import NICENESS, Background, lower_priority
 from holdfast.saving.stage import Staging
 from holdfast.testing.ranks import run_ranks
 
@@ -266,7 +266,7 @@ def test_background_threads_have_a_lower_priority_than_training() -> None:
     background = Background()
 
     def note() -> None:
-        make_way()
+        lower_priority()
         found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
 
     background.start(note)

@@ -149,7 +149,7 @@ def test_a_load_of_a_checkpoint_that_is_replaced_gives_the_new_one(
     assert seen
     assert state["n"] == 2
     assert torch.equal(state["w"], torch.full((300,), 2.0))
-    with pytest.raises(holdfast.NotFoundError, match="replaced or removed since it was opened"):
+    with pytest.raises(holdfast.NotFoundError, match="replaced or deleted since it was opened"):
         opened.read("w")
     assert torch.equal(holdfast.open(path).read("w"), torch.full((300,), 2.0))
 

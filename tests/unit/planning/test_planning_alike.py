@@ -1,4 +1,4 @@
-"""What ranks hold under one name is one thing, or the save is refused."""
+"""Containers that differ between ranks make the save fail."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_containers_that_differ_between_ranks_are_refused(
     wraps: Any, case: str, tmp_path: Path
 ) -> None:
     """G15. Method: pairs of containers that differ in keys, lengths, kinds or types, as plain state
-    and as that of an object, either way round; nothing is published."""
+    and in the state of an object, in both orders; nothing is published."""
     for one, other in (DIFFERENT[case], DIFFERENT[case][::-1]):
         with pytest.raises(
             MismatchError, match=r"differs between ranks|do not hold one"
@@ -94,7 +94,7 @@ ALIKE: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", ALIKE)
-def test_what_each_rank_has_for_itself_is_put_together(case: str, tmp_path: Path) -> None:
+def test_entries_of_single_ranks_are_merged(case: str, tmp_path: Path) -> None:
     """G15. Method: keys of one rank each, components of some ranks, stages of a model."""
     save(tmp_path, ALIKE[case])
     assert holdfast.open(tmp_path / "x").names()
@@ -116,8 +116,8 @@ def optimized(*, steps: bool, lone: bool = False) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_a_slot_of_one_rank_alone_is_refused(mode: Any, tmp_path: Path) -> None:
-    """G15. Method: the same parameters on two ranks; one has a slot more, or has not stepped; at
-    the first save and at a later one."""
+    """G15. Method: two ranks have the same parameters, but one has one slot more or has not
+    stepped; at the first save and at a later one."""
 
     def work(ranks: Any) -> None:
         model, optimizer = optimized(steps=True)
@@ -142,8 +142,8 @@ def test_a_slot_of_one_rank_alone_is_refused(mode: Any, tmp_path: Path) -> None:
         save(tmp_path / "other", states)
 
 
-def test_stages_have_slots_of_their_own(tmp_path: Path) -> None:
-    """G15. Method: optimizers of two stages, whose parameters and slots are others."""
+def test_pipeline_stages_may_have_different_slots(tmp_path: Path) -> None:
+    """G15. Method: optimizers of two stages with different parameters and slots."""
     states = []
     for rank in range(2):
         model, optimizer = optimized(steps=True, lone=rank == 1)

@@ -1,4 +1,4 @@
-"""Python's garbage collector rests while a save is planned, and goes on afterwards."""
+"""Garbage collection is paused while a save is planned, and resumes afterwards."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from holdfast.planning.gc_pause import gc_paused
 
 @pytest.fixture(autouse=True)
 def enabled() -> Iterator[None]:
-    """On before each test, and as it was afterwards."""
+    """Collection is enabled before each test, and restored after it."""
     before = gc.isenabled()
     gc.enable()
     yield
     (gc.enable if before else gc.disable)()
 
 
-def test_it_rests_inside_also_of_another_and_goes_on_after_an_error() -> None:
+def test_collection_is_paused_in_nested_blocks_and_resumes_after_an_error() -> None:
     """G13."""
     with pytest.raises(ZeroDivisionError), gc_paused():
         with gc_paused():
@@ -30,16 +30,16 @@ def test_it_rests_inside_also_of_another_and_goes_on_after_an_error() -> None:
     assert gc.isenabled()
 
 
-def test_where_a_program_has_turned_it_off_it_stays_off() -> None:
-    """Method: as trainers do that collect at steps of their own choice."""
+def test_collection_that_a_program_has_disabled_stays_disabled() -> None:
+    """Method: as trainers do that collect at chosen steps."""
     gc.disable()
     with gc_paused():
         assert not gc.isenabled()
     assert not gc.isenabled()
 
 
-def test_it_goes_on_with_the_last_thread_that_leaves() -> None:
-    """Method: two threads whose stays overlap, the first in leaves first."""
+def test_collection_resumes_when_the_last_thread_leaves() -> None:
+    """Method: the blocks of two threads overlap; the first to enter leaves first."""
     inside, leave = threading.Event(), threading.Event()
 
     def stay() -> None:

@@ -1,4 +1,4 @@
-"""What several ranks hold alike: differences are noticed, named, and never mixed."""
+"""Replicas that differ between ranks are noticed, named, and never mixed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BASE = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
 
 
 def model() -> Any:
-    """A model with buffers, the same on all ranks."""
+    """A model with buffers, equal on all ranks."""
     return copy.deepcopy(BASE)
 
 
@@ -46,11 +46,11 @@ MODES = ["disabled", "async", "async_with_pinned_mem"]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_buffers_that_differ_are_the_first_ranks_and_named(
+def test_of_buffers_that_differ_the_first_ranks_are_saved_and_named(
     mode: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G15. Method: statistics of a BatchNorm and a rank's own average, large enough to be shared
-    out between the ranks; never a mixture, whichever rank has written what."""
+    """G15. Method: statistics of a BatchNorm, and an average per rank that is large enough to be
+    divided between ranks; the saved tensor is never a mixture."""
 
     def work(ranks: Any) -> None:
         net = model()
@@ -85,11 +85,11 @@ def test_buffers_that_differ_are_the_first_ranks_and_named(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("what", ["parameter", "moment"])
-def test_what_is_trained_and_differs_is_never_published(
+def test_trained_tensors_that_differ_are_never_published(
     what: str, mode: Any, tmp_path: Path
 ) -> None:
-    """G15, G7. Method: one rank has diverged; the tensor and the ranks are named on every rank,
-    and nothing is left; the step before stands."""
+    """G15, G7. Method: one rank has diverged; every rank names the tensor and the ranks. Nothing is
+    left of the save, and the checkpoint before is intact."""
 
     def work(ranks: Any) -> None:
         net = model()
@@ -119,8 +119,8 @@ def test_what_is_trained_and_differs_is_never_published(
     assert names == {"step-1"}
 
 
-def test_a_save_without_a_manager_notices_too(tmp_path: Path) -> None:
-    """G15. Method: a plain tensor in a dict; tensors that are alike are still shared out."""
+def test_a_save_without_a_manager_notices_tensors_that_differ(tmp_path: Path) -> None:
+    """G15. Method: a plain tensor in a dict; equal tensors are still divided between ranks."""
 
     def work(ranks: Any) -> Any:
         from holdfast.catalog.catalog import Catalog
@@ -144,8 +144,9 @@ def test_a_save_without_a_manager_notices_too(tmp_path: Path) -> None:
     st.sampled_from([torch.float32, torch.uint8, torch.bfloat16, torch.int64, torch.bool]),
     st.integers(0, 2**31),
 )
-def test_a_digest_tells_any_changed_element(count: int, dtype: Any, seed: int) -> None:
-    """Method: one bit, or two elements that change places; the way of accelerators on a CPU."""
+def test_a_digest_changes_with_any_element(count: int, dtype: Any, seed: int) -> None:
+    """Method: one bit changes, or two elements swap places; also the digest of accelerators,
+    computed on the CPU."""
     from holdfast.saving.digests import _sums
 
     generator = torch.Generator().manual_seed(seed)
@@ -164,7 +165,7 @@ def test_a_digest_tells_any_changed_element(count: int, dtype: Any, seed: int) -
 
 
 def test_strided_and_conjugated_tensors_have_the_digest_of_their_elements() -> None:
-    """Method: transposed, a slice, a conjugate, one without elements."""
+    """Method: transposed, sliced, conjugated, and without elements."""
     base = torch.arange(12.0).reshape(3, 4)
     pairs = [
         (base.t(), base.t().clone()),
@@ -177,7 +178,7 @@ def test_strided_and_conjugated_tensors_have_the_digest_of_their_elements() -> N
 
 
 def test_groups_are_the_ranks_that_hold_the_same_elements() -> None:
-    """Method: whole on some ranks; over a mesh that repeats along one axis."""
+    """Method: a tensor whole on some ranks; a mesh with a replicated axis."""
     mesh = Mesh((2, 2), (0, 1, 2, 3))
     hsdp = MeshPlacement(mesh, (None, ShardSpec(0)))
     local_plan = LocalPlan({"w": LocalTensor("float32", (4, 4), ("w",), hsdp)})
@@ -189,7 +190,7 @@ def test_groups_are_the_ranks_that_hold_the_same_elements() -> None:
     assert groups_of(all_plans, {"w": local_plan}, 2) == {"w": (0, 2)}
 
 
-def test_one_digest_a_group_is_compared_and_then_the_names() -> None:
+def test_groups_are_compared_first_and_then_the_names_of_those_that_differ() -> None:
     """Method: three ranks, two groups; one tensor of one group differs."""
 
     def of(values: dict[str, float], groups: dict[str, tuple[int, ...]]) -> Replicas:
@@ -210,7 +211,7 @@ def test_one_digest_a_group_is_compared_and_then_the_names() -> None:
 
 
 class Holder:
-    """Gives what it holds, or what a function makes."""
+    """Object whose state is what it holds, or the result of a function."""
 
     def __init__(self, held: Any) -> None:
         self.held = held
@@ -223,11 +224,11 @@ class Holder:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_values_that_come_to_differ_are_named_once(
+def test_values_that_begin_to_differ_are_named_once(
     mode: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G15. Method: a value and a learning rate, alike at the first save and not at later ones; one
-    that differs later still. The first rank's are kept."""
+    """G15. Method: a value and a learning rate are equal at the first save and differ at later
+    ones; another differs later still. The first rank's are saved."""
 
     def work(ranks: Any) -> None:
         net, held = model(), Holder({"n": 0, "later": 0, "alike": 0})
@@ -265,11 +266,11 @@ def no_value() -> None: ...
 @pytest.mark.parametrize("bad", [0, 1])
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_value_that_one_rank_cannot_keep_is_told_to_all(
+def test_a_value_that_one_rank_cannot_save_is_an_error_on_all(
     mode: Any, late: bool, bad: int, tmp_path: Path
 ) -> None:
     """G15, G7. Method: a function among the values of one rank, at the first save or a later one;
-    every rank gets the error, with the name, and saves again once the value is a good one."""
+    every rank gets the error with the name, and can save once the value is replaced."""
 
     def work(ranks: Any) -> None:
         held = Holder({"a": 1})
@@ -294,9 +295,11 @@ def test_a_value_that_one_rank_cannot_keep_is_told_to_all(
 
 @pytest.mark.parametrize("interrupted", [0, 1])
 @pytest.mark.parametrize("what", [KeyboardInterrupt, SystemExit])
-def test_an_interrupt_of_one_rank_ends_all(what: Any, interrupted: int, tmp_path: Path) -> None:
+def test_an_interrupt_of_one_rank_ends_the_save_on_all(
+    what: Any, interrupted: int, tmp_path: Path
+) -> None:
     """G15, G7. Method: `state_dict()` of one rank is interrupted; that rank raises the interrupt,
-    and no other one waits for it."""
+    and no other rank waits for it."""
 
     def stop() -> None:
         raise what

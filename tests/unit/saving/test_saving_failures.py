@@ -1,4 +1,4 @@
-"""Errors of the objects that people hand over: whose, which and where, on every rank."""
+"""Errors of the user's objects name the object, its class and the line, on every rank."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from holdfast.testing.ranks import try_ranks
 
 
 class Broken:
-    """A `Stateful` of a user's that raises where it is told to."""
+    """`Stateful` of a user that raises in the chosen method."""
 
     def __init__(self, where: str = "", error: Exception | None = None) -> None:
         self.where, self.error = where, error or ValueError("no shadow\nfor `w`")
@@ -46,7 +46,7 @@ class Broken:
 
 
 class BrokenModule(nn.Linear):
-    """Torch calls the user's method, which Holdfast calls by way of it."""
+    """Module whose hook torch calls when Holdfast asks for the state dict."""
 
     def get_extra_state(self) -> Any:
         raise KeyError("scale")
@@ -68,13 +68,13 @@ def manager(folder: Path, state: Broken, **settings: Any) -> CheckpointManager:
 
 
 def failed(call: Callable[[], object]) -> HoldfastError:
-    """The error that a call ends in, which is one for people."""
+    """The HoldfastError that a call raises."""
     with pytest.raises(HoldfastError) as raised:
         call()
     error = raised.value
     assert "unexpected" not in str(error)
     assert "Traceback" not in str(error)
-    # Ranks hand it to each other by pickle.
+    # Errors are pickled to be sent to other ranks.
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     return error
 
@@ -128,11 +128,11 @@ def load(folder: Path) -> None:
         ),
     ],
 )
-def test_an_error_of_a_users_object_says_whose_and_which_and_where(
+def test_an_error_of_a_users_object_names_object_method_and_line(
     tmp_path: Path, call: Callable[[Path], object], said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G7. Method: methods and functions of a user's that raise, called in each way; the error they
-    raised is the cause, and the stack is in the log."""
+    """G7. Method: methods and functions of a user raise, called in every way; their error is the
+    cause, and the stack is logged."""
     with caplog.at_level(logging.DEBUG, "holdfast"):
         error = failed(lambda: call(tmp_path))
     assert isinstance(error, UsageError | MismatchError)
@@ -145,10 +145,11 @@ def test_an_error_of_a_users_object_says_whose_and_which_and_where(
     assert "Traceback" in caplog.text
 
 
-def test_an_error_of_one_ranks_object_is_told_to_all_and_its_cause_kept_where_it_is_known(
+def test_an_error_of_one_ranks_object_is_raised_on_all_ranks(
     tmp_path: Path,
 ) -> None:
-    """G7. Method: two ranks as threads, the second's object raises."""
+    """G7. Method: two ranks as threads; the object of the second raises. That rank keeps the
+    cause."""
 
     def work(ranks: Ranks) -> None:
         state = Broken("state_dict" if ranks.rank else "")
@@ -167,8 +168,8 @@ def test_an_error_of_one_ranks_object_is_told_to_all_and_its_cause_kept_where_it
     assert not [*tmp_path.glob("step-*")]
 
 
-def test_a_fault_of_ours_says_where_and_what_to_report() -> None:
-    """Method: a function of ours called as nobody should."""
+def test_a_bug_in_holdfast_names_the_line_and_asks_for_a_report() -> None:
+    """Method: a function of Holdfast called with wrong arguments."""
     found = capture(partial(spelled_bytes, "many"))  # type: ignore[arg-type]
     assert type(found) is HoldfastError
     assert found.what.startswith("Holdfast failed with TypeError: ")
@@ -177,8 +178,8 @@ def test_a_fault_of_ours_says_where_and_what_to_report() -> None:
     assert "report it with the stack" in str(found.hint)
 
 
-def test_an_object_of_an_installed_package_is_named_too() -> None:
-    """Method: a scheduler of torch's that is given a state without what it looks for."""
+def test_an_error_of_an_installed_package_names_the_object() -> None:
+    """Method: a scheduler of torch gets a state without the keys it needs."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (n + 1))
     found = capture(partial(hand_over, scheduler, {}, "lr_scheduler"))
@@ -187,8 +188,8 @@ def test_an_object_of_an_installed_package_is_named_too() -> None:
     assert "lr_scheduler.py, line " in found.what
 
 
-def test_a_function_that_takes_other_arguments_is_named(tmp_path: Path) -> None:
-    """Method: a function of metrics that wants the step; a `state_dict` that wants an epoch."""
+def test_a_function_with_another_signature_is_named(tmp_path: Path) -> None:
+    """Method: a metrics function that requires the step; a `state_dict` that requires an epoch."""
     wants: Any = lambda step: {"loss": step}  # noqa: E731 - as users write it
     error = failed(lambda: manager(tmp_path / "a", Broken()).save(1, metrics=wants))
     assert "does not take the arguments that Holdfast passes" in error.what
@@ -203,7 +204,7 @@ def test_a_function_that_takes_other_arguments_is_named(tmp_path: Path) -> None:
     assert isinstance(error, UsageError)
 
 
-def test_an_object_that_raises_when_it_is_pickled_cannot_be_kept(tmp_path: Path) -> None:
+def test_an_object_that_raises_when_it_is_pickled_cannot_be_saved(tmp_path: Path) -> None:
     class Stubborn:
         def __reduce__(self) -> Any:
             raise RuntimeError("not me")
@@ -213,7 +214,7 @@ def test_an_object_that_raises_when_it_is_pickled_cannot_be_kept(tmp_path: Path)
     assert "Stubborn, which a load could rebuild only by running code" in error.what
 
 
-def test_a_state_that_holds_itself_is_said_to_be_one(tmp_path: Path) -> None:
+def test_a_state_that_contains_itself_is_refused(tmp_path: Path) -> None:
     state: dict[str, Any] = {"w": torch.ones(1)}
     state["self"] = state
     error = failed(lambda: holdfast.save(tmp_path / "x", state))
@@ -221,8 +222,8 @@ def test_a_state_that_holds_itself_is_said_to_be_one(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_a_store_that_fails_is_still_a_store_that_fails() -> None:
-    """Method: an OSError that comes from no code of a user's."""
+def test_an_error_of_the_store_is_not_taken_for_one_of_the_user() -> None:
+    """Method: an OSError raised outside the user's code."""
     found = capture(partial(os.listdir, "/no such folder"))
     assert isinstance(found, StorageError)
     assert isinstance(found.__cause__, FileNotFoundError)

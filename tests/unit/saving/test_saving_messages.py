@@ -1,4 +1,4 @@
-"""What crosses between the ranks of a real process group."""
+"""Messages between the ranks of a real process group."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from processes import run_processes
 
 SIZE = 3
 FITS = _FIRST_BYTES - len(pickle.dumps(b""))
-"""Bytes about as long as a frame has room for."""
+"""Longest bytes that fit into a frame."""
 
 
 def exchange(rank: int, size: int) -> None:
     ranks = GroupRanks(dist.new_group(backend="gloo"))
     for num in (0, *range(FITS - 4, FITS + 5), 100_000):
-        # Of different lengths, and only some of them longer than a frame.
+        # Different lengths; only some are longer than a frame.
         items = [bytes([r]) * (num * (r + 1) // size) for r in range(size)]
         assert ranks.gather(items[rank]) == (items if rank == 0 else [])
         assert ranks.scatter(items if rank == 0 else []) == items[rank]
@@ -27,5 +27,5 @@ def exchange(rank: int, size: int) -> None:
 
 
 def test_messages_of_any_length_arrive() -> None:
-    """Around the length that a frame has room for, alike on all ranks or not."""
+    """Method: lengths around the size of a frame, equal on all ranks and different."""
     run_processes(SIZE, exchange)

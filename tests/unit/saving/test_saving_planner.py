@@ -1,4 +1,4 @@
-"""What is worked out once and kept while the layout stands."""
+"""A planner reuses the encoded index while the layout stays the same."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def stock_parts(planner: Planner, offset: int) -> list[bytes]:
     return planner.index.encoded().stock.encode({"step": ("__0_0.distcp", Span(offset, 100))})
 
 
-def test_the_bytes_of_both_indices_are_made_once_while_the_layout_stands() -> None:
-    """Method: the very objects, for the same shapes in other memory and a value that has moved;
-    others once a shape has changed."""
+def test_both_indices_are_encoded_once_per_layout() -> None:
+    """Method: the same objects for equal shapes in other memory and for a value that has moved;
+    others after a change of a shape."""
     planner = Planner(Solo())
     planner.agree(held(planner, (3, 4), (5,)))
     first, parts = planner.index, stock_parts(planner, 1000)

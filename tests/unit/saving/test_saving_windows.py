@@ -1,4 +1,4 @@
-"""What is no memory of its own as it is to be written: cast, strided, conjugated."""
+"""Host windows of tensors that cannot be written as a view: cast, strided, conjugated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CASTS = [
     *(("float32", "float32"), ("float32", "bfloat16"), ("float64", "float16")),
     *(("complex64", "complex64"), ("int64", "int64"), ("bool", "bool")),
 ]
-"""From what, to what."""
+"""Dtype of the tensor, and dtype that is stored."""
 
 PREPARED = """
 import torch
@@ -47,8 +47,8 @@ save("step-2", weight if dtype == torch.bfloat16 else weight.t())
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_save_makes_no_copy_of_a_whole_tensor(dtype: str, tmp_path: Path) -> None:
-    """G13: 214 MiB, cast on the way or transposed, take no more than 64 MiB beside. Method: peak of
-    resident memory of a process of its own."""
+    """G13. Method: a save of 214 MiB, cast or transposed, takes at most 64 MiB more: peak resident
+    memory of a separate process."""
     assert extra_mib(PREPARED, MEASURED, tmp_path, dtype) < LIMIT_MIB
 
 
@@ -58,10 +58,10 @@ def test_a_save_makes_no_copy_of_a_whole_tensor(dtype: str, tmp_path: Path) -> N
     dtypes=st.sampled_from(CASTS),
     data=st.data(),
 )
-def test_windows_are_the_bytes_of_the_whole(
+def test_windows_join_to_the_bytes_of_the_whole_tensor(
     shape: list[int], window_bytes: int, dtypes: tuple[str, str], data: st.DataObject
 ) -> None:
-    """Against one copy of all: any box of any strides; each window but the last is full."""
+    """Method: any box with any strides against one copy of it; each window but the last is full."""
     order = data.draw(st.permutations(range(len(shape))))
     has, wanted = getattr(torch, dtypes[0]), dtypes[1]
     tensor = torch.randn(shape, dtype=torch.complex64).conj()
