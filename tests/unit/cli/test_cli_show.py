@@ -113,7 +113,7 @@ def test_a_model_nested_under_its_own_key_is_told_from_other_components(
     assert found.keys() == {"state_dict"}
     assert torch.equal(found["state_dict"]["weight"], model.weight)
     assert main(["convert", str(tmp_path / "optimizer.pt"), file, "--model-only"]) == 2
-    assert "holds no model" in capsys.readouterr().err
+    assert "has no model" in capsys.readouterr().err
 
 
 def test_a_name_shows_one_tensor_and_a_prefix_shows_all_below(
