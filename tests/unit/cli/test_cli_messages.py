@@ -53,7 +53,7 @@ def test_an_export_names_the_file_that_it_cannot_map(
 ) -> None:
     status, _, err = run(capsys, "convert", "w.pt", "new", "--to", "hf")
     assert status == 2
-    assert f"error: the tensors of `{home}/w.pt` have names of no model" in err
+    assert f"error: the tensors of `{home}/w.pt` have the names of no supported model" in err
 
 
 @pytest.mark.parametrize(
