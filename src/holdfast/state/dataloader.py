@@ -20,7 +20,7 @@ class LoaderState:
         is_global = bool(getattr(loader, "state_is_global", False))
         # torchdata's loader makes its iterator when it is asked for its state, and keeps it. The
         # iterator draws a seed: it must do so before the generators are put where they were.
-        state = ObjectState(loader, is_asked_after=True)
+        state = ObjectState(loader, is_read_back=True)
         self._state = state if is_global else RankState(state, rank)
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:

@@ -309,7 +309,7 @@ class ModuleMatch:
             return
         fresh = self._state.get(raw)
         template = fresh if isinstance(fresh, torch.Tensor) and is_ours(fresh) else None
-        match.demand(branch, node, lambda entry, _: template if entry.path == path else None)
+        match.request(branch, node, lambda entry, _: template if entry.path == path else None)
         self._replaced[raw] = lambda values: put_together(branch, object_node(node), values)
 
     def _take(self, values: Values) -> None:

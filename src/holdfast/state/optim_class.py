@@ -81,7 +81,7 @@ class ClassCheck:
         reason = wrong or f"has the options {_listed(beyond)} there, and lacks {_listed(lacks)}"
         by = ", ".join(dict.fromkeys(self._stored or ["an optimizer of another class"]))
         here = type_name(optimizer)
-        self._match.fits_not(self._name, f"is the state of {by}, not of {here}: it {reason}")
+        self._match.mismatch(self._name, f"is the state of {by}, not of {here}: it {reason}")
 
 
 def _wrong_slots(optimizer: Any, slots: Iterable[Collection[str]]) -> str:

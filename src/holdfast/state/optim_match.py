@@ -207,7 +207,7 @@ class OptimizerMatch:
                 return parameter
             return parameter.device if entry.shape or on_device else None
 
-        match.demand(branch, node, like)
+        match.request(branch, node, like)
         return lambda values: put_together(branch, node, values)
 
     # ------------------------------------------------------------------------------------- groups
@@ -303,17 +303,17 @@ class OptimizerMatch:
         branch, node = stored.below(path), stored.node(path)
         if branch.is_empty and node is None:
             return {}
-        self._match.demand(branch, node)
+        self._match.request(branch, node)
         below = branch.child(str(index))
         return {str(option): self._make_value(below.child(option)) for option in below.children}
 
     def _nested_group(self, branch: Branch) -> Make:
-        self._match.demand(branch, None)
+        self._match.request(branch, None)
         return lambda values: put_together(branch, None, values)
 
     def _make_value(self, branch: Branch) -> Make:
         node = self._match.stored.node(branch.path)
-        self._match.demand(branch, node)
+        self._match.request(branch, node)
         return lambda values: put_together(branch, node, values)
 
     def _match_others(self, number: int) -> Callable[[Values, dict[str, Any]], None]:
@@ -325,7 +325,7 @@ class OptimizerMatch:
             path = (*self._path, f"{key}.{number}")
             branch, node = stored.below(path), stored.node(path)
             if not (branch.is_empty and node is None):
-                self._match.demand(branch, node, self._like_parameter)
+                self._match.request(branch, node, self._like_parameter)
                 parts.append((key, branch, node))
 
         def add(values: Values, loaded: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ class SchedulerState:
                 ObjectState(scheduler).match(match, path)
         elif count != len(self._schedulers):
             what = f"is the state of {count} schedulers that differ in the checkpoint"
-            match.fits_not(spelled(path), f"{what}, {len(self._schedulers)} here")
+            match.mismatch(spelled(path), f"{what}, {len(self._schedulers)} here")
             match.taken.update(match.stored.below(path).entries())
         else:
             for number, scheduler in enumerate(self._schedulers):

@@ -97,7 +97,10 @@ def load(folder: Path) -> None:
             lambda f: save(f, Broken("state_dict")),
             "`Broken.state_dict` raised ValueError: no shadow",
         ),
-        (load, "`ema` was not taken: `Broken.load_state_dict` raised ValueError: no shadow\nfor"),
+        (
+            load,
+            "`ema` could not be loaded: `Broken.load_state_dict` raised ValueError: no shadow\nfor",
+        ),
         (
             lambda f: save(f, Broken("state_dict"), async_mode="async"),
             "`Broken.state_dict` raised ValueError: no shadow",
