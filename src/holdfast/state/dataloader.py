@@ -1,4 +1,4 @@
-"""A data loader's place in the data."""
+"""Data loaders as components of the state."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from holdfast.state.tree import Flattener, Path, Stateful
 
 
 class LoaderState:
-    """A data loader as a component, whatever its state means on other ranks.
+    """A data loader as a component of the state.
 
-    A loader that says `state_is_global = True` has one state for all ranks: a position in a global
-    order of samples, say. It is kept once, and any number of ranks can take it. Of any other loader
-    each rank's state is its own, and fits the same number of ranks only.
+    If the loader has `state_is_global = True`, its state is valid on all ranks, for instance as a
+    position in a global order of samples. It is saved once, and any number of ranks can load it.
+    Otherwise each rank saves its own state, and a load needs the same number of ranks.
     """
 
     def __init__(self, loader: Stateful, rank: int) -> None:
         is_global = bool(getattr(loader, "state_is_global", False))
-        # torchdata's loader makes its iterator when it is asked for its state, and keeps it. The
-        # iterator draws a seed: it must do so before the generators are put where they were.
+        # torchdata's loader creates its iterator in `state_dict`, and keeps it. The iterator draws
+        # a seed, so the load must create it before it restores the generators.
         state = ObjectState(loader, is_read_back=True)
         self._state = state if is_global else RankState(state, rank)
 
@@ -28,5 +28,5 @@ class LoaderState:
         return self._state.flatten(flattener, path)
 
     def match(self, match: Match, path: Path) -> None:
-        """Have the loader's state read and handed to it."""
+        """Plan to load the loader's state."""
         self._state.match(match, path)

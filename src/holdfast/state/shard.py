@@ -1,4 +1,4 @@
-"""Which elements of a tensor a rank holds, from how each mesh axis splits each dim."""
+"""Pieces of a tensor on one rank, computed from how each mesh axis splits each dim."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from itertools import product
 from holdfast.format.region import Region
 
 Interval = tuple[int, int]
-"""Half-open run of indices along one dim."""
+"""Half-open range of indices along one dim."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One box of elements that lies in one piece on a rank."""
+    """A box of elements that is one box in the whole tensor and in the rank's own tensor."""
 
     region: Region
-    """Where it lies in the tensor as a whole."""
+    """Position in the whole tensor."""
 
     local: Region
-    """Where it lies in the rank's own tensor."""
+    """Position in the rank's own tensor."""
 
     def local_of(self, region: Region) -> Region:
-        """Where a part of it lies in the rank's own tensor."""
+        """Return the position in the rank's own tensor of `region`, a part of this piece."""
         if region == self.region:
             return self.local
         inner = region.within(self.region)
@@ -35,30 +35,30 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How one mesh axis splits one dim, as seen by one of its ranks."""
+    """How one mesh axis splits one dim, for one rank."""
 
     dim: int
     num_parts: int
     index: int
-    """The part that this rank holds."""
+    """Index of this rank's part."""
 
     num_strides: int = 1
-    """The dim is cut into so many stretches first, and each of them into the parts: torch's
-    `_StridedShard`, which FSDP over tensor parallelism gives. 1 for a plain shard."""
+    """Sections into which the dim is split first, each of which is then split into the parts:
+    torch's `_StridedShard`, for FSDP over tensor parallelism. 1 for a plain shard."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Ranks as a grid."""
+    """A grid of ranks."""
 
     shape: tuple[int, ...]
     ranks: tuple[int, ...]
-    """Row-major."""
+    """Ranks in row-major order."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardSpec:
-    """How one mesh axis splits one dim: a `Split`, as all ranks of the axis see it."""
+    """How one mesh axis splits one dim, for all ranks."""
 
     dim: int
     num_strides: int = 1
@@ -66,14 +66,14 @@ class ShardSpec:
 
 @dataclass(frozen=True, slots=True)
 class MeshPlacement:
-    """How a tensor lies over ranks: what each axis of a mesh does to it."""
+    """The mesh of a tensor, and how each axis splits the tensor."""
 
     mesh: Mesh
     shards: tuple[ShardSpec | None, ...]
-    """Of each axis; None where it repeats the tensor. They apply in this order."""
+    """One `ShardSpec` per axis, applied in this order; None for an axis of replicas."""
 
     def splits_at(self, coordinate: Sequence[int]) -> list[Split]:
-        """The splits as the rank at `coordinate` of the mesh sees them."""
+        """Return the splits for the rank at `coordinate` of the mesh."""
         return [
             Split(shard.dim, num_parts, index, shard.num_strides)
             for shard, num_parts, index in zip(
@@ -84,10 +84,10 @@ class MeshPlacement:
 
 
 def pieces_of(shape: Sequence[int], splits: Sequence[Split]) -> tuple[Piece, ...]:
-    """What a rank holds after these splits, applied in this order; empty pieces are left out.
+    """Return a rank's pieces after these splits, applied in order, without empty pieces.
 
-    Parts are those of `torch.chunk`: of equal size but for the last ones, which may be smaller or
-    empty. A tensor without elements has one empty piece, so that it is not forgotten.
+    The parts have the sizes of `torch.chunk`: equal, except that the last ones may be smaller or
+    empty. A tensor without elements has one empty piece, so that checkpoints contain it.
     """
     held: list[list[Interval]] = [[(0, size)] for size in shape]
     for split in splits:
@@ -117,12 +117,12 @@ def _part(held: list[Interval], split: Split) -> list[Interval]:
 
 
 def _part_size(length: int, num_parts: int) -> int:
-    """Of all parts but the last ones."""
+    """Return the size of all parts except the last ones."""
     return max(1, -(-length // num_parts))
 
 
 def _cut(held: list[Interval], start: int, stop: int) -> list[Interval]:
-    """Elements `start` to `stop` of the intervals laid end to end."""
+    """Return the elements from `start` to `stop` of the concatenated intervals."""
     taken, before = [], 0
     for first, last in held:
         lo, hi = max(start - before, 0), min(stop - before, last - first)
@@ -143,7 +143,7 @@ def _joined(intervals: list[Interval]) -> list[Interval]:
 
 
 def _located(intervals: list[Interval]) -> list[tuple[Interval, Interval]]:
-    """Each interval beside its place in the rank's own tensor."""
+    """Return each interval with its position in the rank's own tensor."""
     located, at = [], 0
     for start, stop in intervals:
         located.append(((start, stop), (at, at + stop - start)))

@@ -71,7 +71,7 @@ def test_schedulers_that_differ_are_loaded_by_as_many_and_refused_by_others(tmp_
     assert [one.state_dict() for one in again] == [one.state_dict() for one in two]
     for count in (1, 3):
         others = made(count)
-        with pytest.raises(MismatchError, match=rf"2 schedulers that differ.*, {count} here"):
+        with pytest.raises(MismatchError, match=rf"2 different schedulers.*, {count} here"):
             loaded(tmp_path / "two", *others)
         assert [one.last_epoch for one in others] == [0] * count
 
