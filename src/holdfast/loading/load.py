@@ -171,7 +171,7 @@ def _differences(match: Match, ranks: Ranks) -> tuple[list[str], list[str]]:
 
     An entry is unexpected where no rank has a place for it: a pipeline stage has its own layers.
     """
-    reports = ranks.gather((list(match.misfits.values()), list(match.extra), [*match.notes]))
+    reports = ranks.gather((list(match.mismatches.values()), list(match.extra), [*match.notes]))
     listed: list[str] = []
     notes: list[str] = []
     if reports:

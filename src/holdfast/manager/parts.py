@@ -12,7 +12,7 @@ from holdfast.errors import HoldfastError, MismatchError, UsageError
 from holdfast.format.manifest import Manifest
 from holdfast.loading.load import Loaded
 from holdfast.manager.config import DATALOADER_KEYS
-from holdfast.state.dataloader import LoaderState
+from holdfast.state.dataloader import loader_component
 from holdfast.state.rng import RngState
 from holdfast.state.stateful import RANK, ObjectState, RankState
 from holdfast.state.tree import Stateful
@@ -34,7 +34,7 @@ def many(given: T | Sequence[T]) -> list[T]:
 def beside(dataloader: Stateful | None, rank: int) -> dict[str, Any]:
     """What each rank has for itself: its place in the data, and its random numbers. These come
     last: whatever makes an iterator or a worker draws from them."""
-    loader = {} if dataloader is None else {DATALOADER: LoaderState(dataloader, rank)}
+    loader = {} if dataloader is None else {DATALOADER: loader_component(dataloader, rank)}
     return {**loader, RNG: RankState(ObjectState(RngState()), rank, may_lack=True)}
 
 

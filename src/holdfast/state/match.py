@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -25,13 +25,8 @@ def nowhere(_: TensorEntry, __: str) -> None:
     """A `Like` for entries that no tensor or device places."""
 
 
-class Values(Protocol):
-    """Looks up entries that have been read."""
-
-    def __call__(self, name: str) -> Any:
-        """Return the tensor of an entry, or a copy of its value."""
-        ...
-
+Values = Callable[[str], Any]
+"""`values(name)` returns the tensor of an entry that has been read, or a copy of its value."""
 
 Check = Callable[[Values], str | None]
 """Checks entries that have been read. Returns a line about a mismatch, or None."""
@@ -57,7 +52,7 @@ class Match:
     values: dict[str, None] = field(default_factory=dict)
     """Names of the values to read, in order."""
 
-    misfits: dict[str, str] = field(default_factory=dict)
+    mismatches: dict[str, str] = field(default_factory=dict)
     """Lines about missing entries and mismatches, by the name of the entry or path."""
 
     extra: dict[str, None] = field(default_factory=dict)
@@ -100,14 +95,15 @@ class Match:
 
     def missing(self, name: str) -> None:
         """Note an entry that the checkpoint lacks."""
-        self.misfits[name] = f"`{name}` is not in the checkpoint"
+        self.mismatches[name] = f"`{name}` is not in the checkpoint"
 
     def mismatch(self, name: str, what: str) -> None:
         """Note a mismatch. `what` goes on after the name of the entry or path."""
-        self.misfits[name] = f"`{name}` {what}"
+        self.mismatches[name] = f"`{name}` {what}"
 
-    def request(self, branch: Branch, node: Node, like: Like = nowhere) -> None:
-        """Plan to read everything at and below a path, for `put_together`."""
+    def request(self, branch: Branch, node: Node, like: Like = nowhere) -> Callable[[Values], Any]:
+        """Plan to read everything at and below a path. Return a function that rebuilds the saved
+        state from the entries that were read."""
         manifest = self.stored.manifest
         for name, leaf_node in leaves_of(branch, node):
             self.taken.add(name)
@@ -117,6 +113,7 @@ class Match:
                 continue
             dtype: torch.dtype = getattr(torch, entry.dtype)
             self.made[name] = self._maker(name, entry, dtype, leaf_node, like)
+        return lambda values: rebuild(branch, node, lambda n, leaf: as_saved(values(n), leaf))
 
     def _maker(
         self, name: str, entry: TensorEntry, dtype: torch.dtype, node: Node, like: Like
@@ -150,11 +147,6 @@ class Match:
         """Pass the entries that were read to their targets."""
         for take in self._takes:
             take(values)
-
-
-def put_together(branch: Branch, node: Node, values: Values) -> Any:
-    """Rebuild the saved state at and below a path from entries that were read."""
-    return rebuild(branch, node, lambda name, leaf: as_saved(values(name), leaf))
 
 
 def is_expanded(tensor: torch.Tensor) -> bool:

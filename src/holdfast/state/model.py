@@ -14,12 +14,11 @@ from torch.optim.swa_utils import AveragedModel
 from holdfast.errors import UsageError
 from holdfast.format.structure import Node
 from holdfast.state.layout import same_memory
-from holdfast.state.match import Match, Values, put_together
+from holdfast.state.match import Match, Values
 from holdfast.state.plain import match_inside
 from holdfast.state.stateful import hand_over
-from holdfast.state.stored import object_node
-from holdfast.state.subclass import UNINITIALIZED, is_ours
-from holdfast.state.tree import Flattener, Path, spelled, type_name
+from holdfast.state.subclass import UNINITIALIZED, is_plain_tensor
+from holdfast.state.tree import Flattener, Path, dotted, type_name
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Path elements that `torch.compile` and activation checkpointing add to parameter names."""
@@ -200,7 +199,7 @@ class ModelState:
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:
         """Add every parameter, buffer and piece of extra state."""
-        above = f"{spelled(path)}." if path else ""
+        above = f"{dotted(path)}." if path else ""
         for name, value in self.state_dict().items():
             if type(value) in (torch.Tensor, nn.Parameter):
                 flattener.add((*path, name), value, above + name)
@@ -237,7 +236,7 @@ class ModuleMatch:
     ) -> None:
         self._match, self._path, self._module, self._names = match, path, module, names
         self._model = model
-        self._prefix = f"{spelled(path)}." if path else ""
+        self._prefix = f"{dotted(path)}." if path else ""
         self._state = own_state(module)
         self._replaced: dict[str, Callable[[Values], Any]] = {}
 
@@ -290,7 +289,7 @@ class ModuleMatch:
 
     def _fill(self, name: str, own: torch.Tensor) -> None:
         match, path = self._match, (*self._path, name)
-        if not is_ours(own):
+        if not is_plain_tensor(own):
             match_inside(match, own, path, match.stored.below(path), match.stored.node(path))
         elif name in self._model.may_lack and match.stored.tensor(self._prefix + name) is None:
             match.lacking.append(self._prefix + name)
@@ -308,16 +307,17 @@ class ModuleMatch:
                 match.missing(self._prefix + name)
             return
         fresh = self._state.get(raw)
-        template = fresh if isinstance(fresh, torch.Tensor) and is_ours(fresh) else None
-        match.request(branch, node, lambda entry, _: template if entry.path == path else None)
-        self._replaced[raw] = lambda values: put_together(branch, object_node(node), values)
+        template = fresh if isinstance(fresh, torch.Tensor) and is_plain_tensor(fresh) else None
+        self._replaced[raw] = match.request(
+            branch, node, lambda entry, _: template if entry.path == path else None
+        )
 
     def _take(self, values: Values) -> None:
         """Pass the module its state, in which its own tensors have been filled already."""
         state = own_state(self._module)
         for raw, make in self._replaced.items():
             state[raw] = make(values)
-        hand_over(self._module, state, spelled(self._path) or "model")
+        hand_over(self._module, state, dotted(self._path) or "model")
 
 
 def own_state(module: nn.Module) -> dict[str, Any]:
@@ -356,7 +356,7 @@ def _is_memory(value: Any, own: torch.Tensor) -> bool:
     """Return whether `value` of a state dict is the tensor `own`, or shares its memory."""
     if value is own:
         return not isinstance(own, UNINITIALIZED)
-    if not isinstance(value, torch.Tensor) or not (is_ours(value) and is_ours(own)):
+    if not isinstance(value, torch.Tensor) or not (is_plain_tensor(value) and is_plain_tensor(own)):
         return False
     alike = value.dtype == own.dtype and value.shape == own.shape
     return alike and same_memory(value, own)

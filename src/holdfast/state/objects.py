@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from holdfast.errors import MismatchError, UsageError
 from holdfast.format.manifest import Manifest
 from holdfast.format.structure import OPTIMIZERS, Node
-from holdfast.state.dataloader import LoaderState
 from holdfast.state.match import Match
 from holdfast.state.model import ModelState, named_parameters, outline_of, refuse_fsdp1
 from holdfast.state.optim import OptimizerState
@@ -27,10 +26,10 @@ from holdfast.state.tree import (
     Flattener,
     Path,
     check_depth,
+    dotted,
     is_object,
     named_twice,
     names_of,
-    spelled,
     type_name,
 )
 
@@ -64,7 +63,7 @@ class StateTree:
         self._state, self._flat, self._others, self._watch = state, flat, others, watch
         modules = list(_modules(state, ()))
         self._modules = [module for _, module in modules]
-        self._module_paths = [spelled(path) for path, _ in modules]
+        self._module_paths = [dotted(path) for path, _ in modules]
         for module in self._modules:
             refuse_fsdp1(module)
         self._components: dict[Path, tuple[Any, Component]] = {}
@@ -83,10 +82,8 @@ class StateTree:
         for name, key in self._keys.items():
             if key != self._flat:
                 self._flatten_one(flattener, (name,), self._state[key])
-        if self._flat is not None and self._flat in self._state:
-            component = self.component_of((), self._state[self._flat])
-            assert component is not None, "a model"
-            component.flatten(flattener, ())
+        if self._flat_component is not None:
+            self._flat_component.flatten(flattener, ())
         state = flattener.state
         _check_names(state)
         return replace(state, stepped=lambda: frozenset(self._stepped(state)))
@@ -94,7 +91,7 @@ class StateTree:
     def _stepped(self, state: FlatState) -> Iterator[str]:
         for path, (_, component) in self._components.items():
             if isinstance(component, OptimizerState):
-                parameters, slots = component.stepped(spelled(path))
+                parameters, slots = component.stepped(dotted(path))
                 for name, leaf in state.leaves.items():
                     if id(leaf.value) in parameters or (slots and name.startswith(slots)):
                         yield name
@@ -106,10 +103,8 @@ class StateTree:
         components = frozenset({*self._others, *self._keys} - {self._flat})
         match = Match(stored, parameter=self._parameter, others=components)
         plain = PlainMatch(match, self.component_of, lambda _, name: self._parameter(name))
-        if self._flat is not None and self._flat in self._state:
-            component = self.component_of((), self._state[self._flat])
-            assert component is not None, "a model"
-            component.match(match, ())
+        if self._flat_component is not None:
+            self._flat_component.match(match, ())
         for name, key in self._keys.items():
             if key != self._flat:
                 plain.member(self._state[key], (name,), self._setter(key))
@@ -118,6 +113,11 @@ class StateTree:
         else:
             match.extra.clear()
         return match
+
+    @property
+    def _flat_component(self) -> Component | None:
+        has_flat = self._flat is not None and self._flat in self._state
+        return self.component_of((), self._state[self._flat]) if has_flat else None
 
     def component_of(self, path: Path, value: Any) -> Component | None:
         """Return the component that saves and loads an object; None for plain state."""
@@ -158,9 +158,11 @@ class StateTree:
         return self._flatten_component(flattener, path, component)
 
     def _flatten_component(self, flattener: Flattener, path: Path, component: Component) -> Node:
-        _note_union(flattener, path, component)
         node = component.flatten(flattener, path)
-        if isinstance(component, OptimizerState):
+        if isinstance(component, ModelState):
+            flattener.state.unions[path] = "model"
+        elif isinstance(component, OptimizerState):
+            flattener.state.unions[path] = "sharded" if component.is_sharded else "optimizer"
             classes = component.class_names
             flattener.state.structure[path] = {"object": node, OPTIMIZERS: classes}
         return node
@@ -169,8 +171,8 @@ class StateTree:
         def put(value: Any) -> None:
             if self._flat:
                 # A value stored next to the model of a run would never be read.
-                found, wanted = type_name(value), type_name(self._state[key])
-                raise MismatchError(f"`{key}` is a {found} in the checkpoint, a {wanted} here")
+                found, here = type_name(value), type_name(self._state[key])
+                raise MismatchError(f"`{key}` is a {found} in the checkpoint, a {here} here")
             try:
                 self._state[key] = value  # type: ignore[index]
             except TypeError as error:
@@ -183,7 +185,7 @@ class StateTree:
 
     def _note_extra(self, match: Match) -> None:
         """Note unused entries below the names of this state."""
-        flat = self._flat is not None and self._flat in self._state
+        flat = self._flat_component is not None
         for top, entries in match.stored.tops().items():
             given = top in self._keys and top != self._flat
             if given or (flat and top not in match.others):
@@ -194,11 +196,7 @@ class StateTree:
     # -------------------------------------------------------------------- parameters by placement
 
     def _parameter(self, name: str) -> torch.Tensor | None:
-        for model in self._modules:
-            for one, parameter in named_parameters([model]):
-                if one == name:
-                    return parameter
-        return None
+        return next((p for key, p in named_parameters(self._modules) if key == name), None)
 
     def _placed_like(self, path: Path, tensor: DTensor) -> str | None:
         """Return the name of a parameter with the same placement as a tensor, if possible one
@@ -208,16 +206,8 @@ class StateTree:
             for name, parameter in named_parameters(self._modules):
                 if isinstance(parameter, DTensor):
                     self._placed.setdefault(_placement(parameter), []).append(name)
-        found = self._placed.get(_placement(tensor), [])
-        where = spelled(path)
-        return next((name for name in found if name in where), found[0] if found else None)
-
-
-def _note_union(flattener: Flattener, path: Path, component: Component) -> None:
-    if isinstance(component, ModelState):
-        flattener.state.unions[path] = "model"
-    elif isinstance(component, OptimizerState):
-        flattener.state.unions[path] = "sharded" if component.is_sharded else "optimizer"
+        names = self._placed.get(_placement(tensor), [])
+        return next((name for name in names if name in dotted(path)), names[0] if names else None)
 
 
 def _placement(tensor: DTensor) -> tuple[Any, ...]:
@@ -225,15 +215,7 @@ def _placement(tensor: DTensor) -> tuple[Any, ...]:
 
 
 def _is_component(value: Any) -> TypeGuard[Component]:
-    kinds = (
-        ModelState,
-        OptimizerState,
-        SchedulerState,
-        ObjectState,
-        RankState,
-        LoaderState,
-        NoState,
-    )
+    kinds = ModelState | OptimizerState | SchedulerState | ObjectState | RankState | NoState
     return isinstance(value, kinds)
 
 
@@ -263,7 +245,7 @@ def _check_names(state: FlatState) -> None:
         return
     paths: dict[str, Path] = {}
     for name, leaf in state.leaves.items():
-        for one, path in (leaf.names or {name: leaf.path}).items():
-            if one in paths:
-                raise named_twice(one, paths[one], path)
-            paths[one] = path
+        for entry, path in (leaf.names or {name: leaf.path}).items():
+            if entry in paths:
+                raise named_twice(entry, paths[entry], path)
+            paths[entry] = path

@@ -28,9 +28,9 @@ from holdfast.state.tree import (
     Flattener,
     Path,
     Stateful,
+    dotted,
     holds_state,
     made_plain,
-    spelled,
     type_name,
 )
 
@@ -58,8 +58,8 @@ class OptimizerState:
         paths: Sequence[str] = (),
     ) -> None:
         """`paths` are those of `parts` in the state; none if these are the parts of one model."""
-        self._named: list[Optimizer] = [one for one in optimizers if is_by_parameter(one)]
-        self._own = [one for one in optimizers if not is_by_parameter(one)]
+        self._named: list[Optimizer] = [opt for opt in optimizers if is_by_parameter(opt)]
+        self._own = [opt for opt in optimizers if not is_by_parameter(opt)]
         self._single = len(self._own) == len(optimizers) == 1
         self._parts, self._paths = parts, paths
         self._names: dict[int, str] = {}
@@ -119,7 +119,7 @@ class OptimizerState:
     @property
     def optimizers(self) -> Iterator[Optimizer]:
         """All subclasses of torch's `Optimizer`."""
-        return (one for one in (*self._named, *self._own) if isinstance(one, Optimizer))
+        return (opt for opt in (*self._named, *self._own) if isinstance(opt, Optimizer))
 
     @property
     def is_sharded(self) -> bool:
@@ -129,7 +129,7 @@ class OptimizerState:
     @property
     def class_names(self) -> list[str]:
         """Module and class name of each optimizer."""
-        return [type_name(one) for one in (*self._named, *self._own)]
+        return [type_name(optimizer) for optimizer in (*self._named, *self._own)]
 
     def name_of(self, parameter: torch.Tensor) -> str:
         """Return the name of a parameter, or its number if no module contains it."""
@@ -138,7 +138,7 @@ class OptimizerState:
     def stepped(self, above: str) -> tuple[set[int], str]:
         """Return what only a step of these optimizers changes: the `id` of each parameter, and
         the prefix of the names of slots. `above` is the name of this component."""
-        parameters = {id(one) for optimizer in self._named for one in parameters_of(optimizer)}
+        parameters = {id(p) for optimizer in self._named for p in parameters_of(optimizer)}
         return parameters, f"{above}.{STATE}." if self._named else ""
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:
@@ -152,11 +152,11 @@ class OptimizerState:
             for key, rest in ((OTHERS, others), (MORE, more)):
                 if rest:
                     flattener.put((*path, f"{key}.{number}"), rest, rebuilt=True)
-        for at, own in self._own_paths(path):
-            node = ObjectState(own).flatten(flattener, at)
+        for own_path, own in self._own_paths(path):
+            node = ObjectState(own).flatten(flattener, own_path)
             if self._single:
                 return node
-            flattener.state.structure[at] = {"object": node}
+            flattener.state.structure[own_path] = {"object": node}
         return None
 
     def match(self, match: Match, path: Path) -> None:
@@ -166,9 +166,9 @@ class OptimizerState:
         self._find_names()
         if self._named:
             OptimizerMatch(self, match, path).run()
-        for at, own in self._own_paths(path):
+        for own_path, own in self._own_paths(path):
             ClassCheck(match, path).note(own)
-            ObjectState(own).match(match, at)
+            ObjectState(own).match(match, own_path)
 
     def _own_paths(self, path: Path) -> Iterator[tuple[Path, Stateful]]:
         for number, own in enumerate(self._own):
@@ -192,7 +192,7 @@ class OptimizerState:
                 continue
             for slot, value in slots.items():
                 entry = f"{name}.{slot}"
-                if lies_like(value, parameter):
+                if is_placed_like(value, parameter):
                     flattener.add((*path, entry), value, above + entry)
                 elif type(value) is torch.Tensor and value.shape == parameter.shape:
                     # The shape alone would let a load shard it like its parameter.
@@ -256,7 +256,7 @@ class OptimizerState:
         known = self._known.get(key)
         if known is None or known[0] != names:
             paths = [(*path, f"{GROUPS}.{name}.{option}") for name in names]
-            known = names, {spelled(named): named for named in paths}
+            known = names, {dotted(named): named for named in paths}
             self._known[key] = known
         return known[1]
 
@@ -324,7 +324,7 @@ def parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def lies_like(value: Any, parameter: torch.Tensor) -> bool:
+def is_placed_like(value: Any, parameter: torch.Tensor) -> bool:
     """Return whether a load can derive a slot's placement from its parameter and its shape."""
     if type(value) is torch.Tensor:
         # A slot of a different shape than its parameter is whole on each rank.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from holdfast.format.structure import OPTIMIZERS
 from holdfast.state.match import Match
-from holdfast.state.tree import Path, spelled, type_name
+from holdfast.state.tree import Path, dotted, type_name
 
 _OF_SCHEDULERS = frozenset(
     {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "param_names"}
@@ -47,14 +47,14 @@ class ClassCheck:
     """Compares optimizers with the classes that saved the state at a path."""
 
     def __init__(self, match: Match, path: Path) -> None:
-        self._match, self._name = match, spelled(path)
+        self._match, self._name = match, dotted(path)
         node = match.stored.structure.get(path)
         self._stored: list[str] | None = node.get(OPTIMIZERS) if isinstance(node, dict) else None
 
     def is_same(self, optimizer: Any) -> bool:
         """Return whether the state was saved by an optimizer of this class."""
         here = type_name(optimizer)
-        return any(_is_same(here, one) for one in self._stored or ())
+        return any(_is_same(here, saved) for saved in self._stored or ())
 
     def note(self, optimizer: Any) -> None:
         """Note for the log that an optimizer of another class loads the state."""
@@ -105,5 +105,6 @@ def _listed(names: Sequence[str]) -> str:
 
 def _is_same(one: str, other: str) -> bool:
     """Return whether two names mean one class: that of a running script is in `__main__`."""
-    (module, _, name), (theirs, _, their_name) = one.rpartition("."), other.rpartition(".")
-    return one == other or (name == their_name and "__main__" in (module, theirs))
+    module, _, name = one.rpartition(".")
+    other_module, _, other_name = other.rpartition(".")
+    return one == other or (name == other_name and "__main__" in (module, other_module))

@@ -5,25 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from holdfast.format.manifest import TensorEntry, ValueEntry
-from holdfast.format.structure import Node, children_of, kind_of_node
-from holdfast.state.match import Match, Values, put_together
+from holdfast.format.structure import children_of, kind_of_node
+from holdfast.state.match import Match, Values
+from holdfast.state.optim import (
+    EMPTY,
+    GROUPS,
+    MORE,
+    OTHERS,
+    STATE,
+    OptimizerState,
+    parameters_of,
+)
 from holdfast.state.optim_class import ClassCheck
 from holdfast.state.same import same
 from holdfast.state.stateful import hand_over
 from holdfast.state.stored import Branch
-from holdfast.state.subclass import is_ours
-from holdfast.state.tree import Path, spelled
-
-if TYPE_CHECKING:
-    from holdfast.state.optim import OptimizerState
-
-STATE, GROUPS = "state", "param_groups"
+from holdfast.state.subclass import is_plain_tensor
+from holdfast.state.tree import Path, dotted
 
 Make = Callable[[Values], Any]
 """Builds one part of the state from the entries that were read."""
@@ -47,9 +51,9 @@ class OptimizerMatch:
 
     def __init__(self, owner: OptimizerState, match: Match, path: Path) -> None:
         self._owner, self._match, self._path = owner, match, path
-        self._name = spelled(path)
+        self._name = dotted(path)
         self._names = [
-            [owner.name_of(parameter) for parameter in _parameters(optimizer)]
+            [owner.name_of(parameter) for parameter in parameters_of(optimizer)]
             for optimizer in owner.named
         ]
         self._known = {name for names in self._names for name in names}
@@ -120,7 +124,7 @@ class OptimizerMatch:
         return None, rest
 
     def _match_optimizer(self, optimizer: Optimizer, number: int, stored: StoredOptimizer) -> None:
-        names, parameters = self._names[number], _parameters(optimizer)
+        names, parameters = self._names[number], parameters_of(optimizer)
         state: dict[Any, Make] = {}
         groups_of = [group for group in optimizer.param_groups for _ in group["params"]]
         for index, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
@@ -182,7 +186,7 @@ class OptimizerMatch:
             entry is not None
             and isinstance(live, torch.Tensor)
             and (node is None or kind_of_node(node) == "tensor")
-            and is_ours(live)
+            and is_plain_tensor(live)
             and entry.shape == tuple(live.shape)
             and f"torch.{entry.dtype}" == str(live.dtype)
         )
@@ -196,7 +200,6 @@ class OptimizerMatch:
         """Return the maker of a new slot. A slot of its parameter's shape is placed like the
         parameter. Other slots are whole on every rank, single numbers in host memory."""
         match = self._match
-        node = match.stored.node(branch.path)
 
         def like(entry: TensorEntry, name: str) -> torch.Tensor | torch.device | None:
             if name:
@@ -207,8 +210,7 @@ class OptimizerMatch:
                 return parameter
             return parameter.device if entry.shape or on_device else None
 
-        match.request(branch, node, like)
-        return lambda values: put_together(branch, node, values)
+        return match.request(branch, match.stored.node(branch.path), like)
 
     # ------------------------------------------------------------------------------------- groups
 
@@ -226,7 +228,7 @@ class OptimizerMatch:
             makers = self._match_options(members, stored) if members else self._empty(number, index)
             own = {option: value for option, value in group.items() if option != "params"}
             planned.append((own, numbers, makers))
-        nested = [self._nested_group(branch) for branch in stored.groups]
+        nested = [self._match.request(branch, None) for branch in stored.groups]
 
         def make_groups(values: Values) -> list[dict[str, Any]]:
             stored_groups = [make(values) for make in nested]
@@ -251,7 +253,7 @@ class OptimizerMatch:
     def _note_empty(self, optimizer: Optimizer, number: int) -> None:
         """Note each group that was saved without parameters and has some here, or is not here.
         Its parameters keep the options that were saved for them; the group's options are unused."""
-        path = (*self._path, f"empty_groups.{number}")
+        path = (*self._path, f"{EMPTY}.{number}")
         branch, node = self._match.stored.below(path), self._match.stored.node(path)
         self._match.taken.update(branch.entries())
         for key in [*branch.children, *(str(key) for key, _ in children_of(node) or ())]:
@@ -298,7 +300,7 @@ class OptimizerMatch:
 
     def _empty(self, number: int, index: int) -> dict[str, Make]:
         """Return the makers of the options of a group without parameters."""
-        path = (*self._path, f"empty_groups.{number}")
+        path = (*self._path, f"{EMPTY}.{number}")
         stored = self._match.stored
         branch, node = stored.below(path), stored.node(path)
         if branch.is_empty and node is None:
@@ -307,31 +309,24 @@ class OptimizerMatch:
         below = branch.child(str(index))
         return {str(option): self._make_value(below.child(option)) for option in below.children}
 
-    def _nested_group(self, branch: Branch) -> Make:
-        self._match.request(branch, None)
-        return lambda values: put_together(branch, None, values)
-
     def _make_value(self, branch: Branch) -> Make:
-        node = self._match.stored.node(branch.path)
-        self._match.request(branch, node)
-        return lambda values: put_together(branch, node, values)
+        return self._match.request(branch, self._match.stored.node(branch.path))
 
     def _match_others(self, number: int) -> Callable[[Values, dict[str, Any]], None]:
         """Return a function that adds the rest of the optimizer's state, which belongs to no
         parameter and no group."""
         stored = self._match.stored
-        parts: list[tuple[str, Branch, Node]] = []
-        for key in ("others", "more"):
+        makers: list[tuple[str, Make]] = []
+        for key in (OTHERS, MORE):
             path = (*self._path, f"{key}.{number}")
             branch, node = stored.below(path), stored.node(path)
             if not (branch.is_empty and node is None):
-                self._match.request(branch, node, self._like_parameter)
-                parts.append((key, branch, node))
+                make = self._match.request(branch, node, self._like_parameter)
+                makers.append((key, make))
 
         def add(values: Values, loaded: dict[str, Any]) -> None:
-            for key, branch, node in parts:
-                state = loaded[STATE] if key == "others" else loaded
-                state.update(put_together(branch, node, values))
+            for key, make in makers:
+                (loaded[STATE] if key == OTHERS else loaded).update(make(values))
 
         return add
 
@@ -355,10 +350,10 @@ class OptimizerMatch:
         # Registered last, so that it sees the changes of all other hooks.
         hook = optimizer.register_load_state_dict_pre_hook(lambda _, state: given.update(state))
         set_state = optimizer.__setstate__
-        name_of = dict(zip(map(id, _parameters(optimizer)), names, strict=True))
+        name_of = dict(zip(map(id, parameters_of(optimizer)), names, strict=True))
 
         def set_exact_state(cast: dict[str, Any]) -> None:
-            parameters = [one for group in cast[GROUPS] for one in group["params"]]
+            parameters = [p for group in cast[GROUPS] for p in group["params"]]
             numbers = [number for group in given[GROUPS] for number in group["params"]]
             for number, parameter in zip(numbers, parameters, strict=True):
                 if number in given[STATE] and not self._was_cast(name_of[id(parameter)], parameter):
@@ -399,10 +394,6 @@ def _exact(given: Any, cast: Any) -> Any:
         others = cast if same_length else [None] * len(given)
         return type(given)(_exact(*pair) for pair in zip(given, others, strict=True))
     return given
-
-
-def _parameters(optimizer: Optimizer) -> list[torch.Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _is_stepped_here(optimizer: Any, parameter: torch.Tensor) -> bool:

@@ -10,11 +10,11 @@ import torch
 from holdfast.errors import UsageError
 from holdfast.format.structure import MAPPINGS, SEQUENCES, Node, children_of, kind_of_node
 from holdfast.state.layout import dtype_name
-from holdfast.state.match import Like, Match, Values, check_number, is_one_number, put_together
+from holdfast.state.match import Like, Match, Values, check_number, is_one_number
 from holdfast.state.same import same
 from holdfast.state.stored import Branch, object_node
-from holdfast.state.subclass import CONTEXT, is_ours, taken_apart
-from holdfast.state.tree import Flattener, Path, check_depth, is_object, spelled, type_name
+from holdfast.state.subclass import CONTEXT, is_plain_tensor, take_apart
+from holdfast.state.tree import Flattener, Path, check_depth, dotted, is_object, type_name
 
 
 class Component(Protocol):
@@ -59,7 +59,10 @@ class PlainMatch:
             return
         branch, node = stored.below(path), object_node(stored.node(path))
         if isinstance(live, torch.Tensor):
-            self._tensor(live, path, branch, node)
+            if is_plain_tensor(live):
+                match.fill(branch.name or dotted(path), live)
+            else:
+                match_inside(match, live, path, branch, node)
         elif branch.is_empty and stored.node(path) is None:
             self._absent(live, path)
         elif isinstance(live, Mapping) and live and _is_mapping(branch, node):
@@ -74,27 +77,21 @@ class PlainMatch:
             match.then(lambda values: put(wanted(values(name).item())))
         elif type(live) in _NOT_TENSORS and stored.tensor(branch.name or "") is not None:
             expected = type(live).__name__
-            match.mismatch(spelled(path), f"is a tensor in the checkpoint, expected a {expected}")
+            match.mismatch(dotted(path), f"is a tensor in the checkpoint, expected a {expected}")
             match.taken.update(branch.entries())
         elif (kept := _irreplaceable(live, path)) is not None:
             found = _described(branch, node)
             expected = f"a {type_name(live)} that contains a {type_name(kept)}"
-            match.mismatch(spelled(path), f"is {found} in the checkpoint, expected {expected}")
+            match.mismatch(dotted(path), f"is {found} in the checkpoint, expected {expected}")
             match.taken.update(branch.entries())
         else:
-            match.request(branch, node, self._like)
-            match.then(lambda values: _replace(live, put_together(branch, node, values), put))
-
-    def _tensor(self, live: torch.Tensor, path: Path, branch: Branch, node: Node) -> None:
-        if is_ours(live):
-            self._match.fill(branch.name or spelled(path), live)
-        else:
-            match_inside(self._match, live, path, branch, node)
+            make = match.request(branch, node, self._like)
+            match.then(lambda values: _replace(live, make(values), put))
 
     def _absent(self, live: Any, path: Path) -> None:
         """Note that the checkpoint lacks a value."""
         if self._match.stored.states_structure:
-            self._match.missing(spelled(path))
+            self._match.missing(dotted(path))
             return
         # Stock DCP stores nothing for an empty dict, so only leaves can be missing.
         flattener = Flattener()
@@ -108,7 +105,7 @@ class PlainMatch:
             self.member(member, (*path, str(key)), _setter(live, key))
         for key, _ in children_of(node) or ():
             if str(key) not in known and str(key) not in branch.children:
-                self._match.extra[spelled((*path, str(key)))] = None
+                self._match.extra[dotted((*path, str(key)))] = None
 
     def _members(self, live: list[Any] | tuple[Any, ...], path: Path, put: Put) -> None:
         members = live if isinstance(live, list) else [*live]
@@ -132,7 +129,7 @@ class PlainMatch:
         if count is not None and _object_in(live, path) is not None:
             if count != len(live):
                 line = f"has {count} members in the checkpoint, {len(live)} here"
-                self._match.mismatch(spelled(path), line)
+                self._match.mismatch(dotted(path), line)
             return True
         if type(live) is not list or count != len(live):
             return False
@@ -149,33 +146,33 @@ class PlainMatch:
 
 def match_inside(match: Match, live: torch.Tensor, path: Path, branch: Branch, node: Node) -> None:
     """Match the inner tensors of a wrapper subclass with the stored ones."""
-    apart = taken_apart(spelled(path), live, must_be_known=False)
+    parts = take_apart(dotted(path), live, must_be_known=False)
     described = node.get("subclass") if isinstance(node, dict) else None
     if described is None:
         found = "a plain tensor" if branch.name is not None else "missing"
-        match.mismatch(spelled(path), f"is {found} in the checkpoint, a {apart.class_name} here")
+        match.mismatch(dotted(path), f"is {found} in the checkpoint, a {parts.class_name} here")
         match.taken.update(branch.entries())
         return
-    if described["class"] != apart.class_name or {*described["inner"]} != {*apart.inner}:
+    if described["class"] != parts.class_name or {*described["inner"]} != {*parts.inner}:
         match.mismatch(
-            spelled(path), f"is a {described['class']} in the checkpoint, a {apart.class_name} here"
+            dotted(path), f"is a {described['class']} in the checkpoint, a {parts.class_name} here"
         )
         match.taken.update(branch.entries())
         return
-    for name, inner in apart.inner.items():
+    for name, inner in parts.inner.items():
         child = branch.child(name)
-        if is_ours(inner):
-            match.fill(child.name or spelled(child.path), inner)
+        if is_plain_tensor(inner):
+            match.fill(child.name or dotted(child.path), inner)
         else:
             match_inside(match, inner, child.path, child, described["inner"][name])
     context = branch.child(CONTEXT)
-    match.request(context, None)
+    make_context = match.request(context, None)
 
     def check(values: Values) -> str | None:
-        stored = put_together(context, None, values)
-        if same(stored, apart.context):
+        stored = make_context(values)
+        if same(stored, parts.context):
             return None
-        return f"`{spelled(path)}` was saved with {stored!r}, and has {apart.context!r} here"
+        return f"`{dotted(path)}` was saved with {stored!r}, and has {parts.context!r} here"
 
     match.check(context.entries(), check)
 

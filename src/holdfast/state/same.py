@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from holdfast.state.layout import bytes_of
-from holdfast.state.subclass import is_ours
+from holdfast.state.subclass import is_plain_tensor
 
 
 def same(one: Any, other: Any) -> bool:
@@ -71,7 +71,7 @@ def _kind(value: Any) -> type:
 def _tensor_differences(one: torch.Tensor, other: torch.Tensor, where: str) -> Iterator[str]:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         yield f"{where}: {one.dtype} {[*one.shape]} and {other.dtype} {[*other.shape]}"
-    elif not is_ours(one):
+    elif not is_plain_tensor(one):
         names, context = one.__tensor_flatten__()  # type: ignore[attr-defined]
         other_names, other_context = other.__tensor_flatten__()  # type: ignore[attr-defined]
         yield from differences([*names], [*other_names], f"{where}.names")

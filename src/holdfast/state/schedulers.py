@@ -10,7 +10,7 @@ from holdfast.state.match import Match
 from holdfast.state.same import same
 from holdfast.state.stateful import NoState, ObjectState
 from holdfast.state.stored import object_node
-from holdfast.state.tree import Flattener, Path, Stateful, spelled
+from holdfast.state.tree import Flattener, Path, Stateful, dotted
 
 
 class SchedulerState:
@@ -31,7 +31,7 @@ class SchedulerState:
             node = flattener.walk(path, states[0], rebuilt=True)
             if _count(node) is not None:
                 raise UsageError(
-                    f"the state of the scheduler `{spelled(path)}` has objects under the keys 0, 1 "
+                    f"the state of the scheduler `{dotted(path)}` has objects under the keys 0, 1 "
                     "and so on, which a load would take for several schedulers",
                     hint="use other keys, or save each object under its own name",
                 )
@@ -52,7 +52,7 @@ class SchedulerState:
                 ObjectState(scheduler).match(match, path)
         elif count != len(self._schedulers):
             what = f"has the states of {count} different schedulers in the checkpoint"
-            match.mismatch(spelled(path), f"{what}, {len(self._schedulers)} here")
+            match.mismatch(dotted(path), f"{what}, {len(self._schedulers)} here")
             match.taken.update(match.stored.below(path).entries())
         else:
             for number, scheduler in enumerate(self._schedulers):

@@ -89,30 +89,30 @@ def pieces_of(shape: Sequence[int], splits: Sequence[Split]) -> tuple[Piece, ...
     The parts have the sizes of `torch.chunk`: equal, except that the last ones may be smaller or
     empty. A tensor without elements has one empty piece, so that checkpoints contain it.
     """
-    held: list[list[Interval]] = [[(0, size)] for size in shape]
+    dims: list[list[Interval]] = [[(0, size)] for size in shape]
     for split in splits:
-        held[split.dim] = _part(held[split.dim], split)
+        dims[split.dim] = _part(dims[split.dim], split)
     if not all(shape):
         return (Piece(Region.whole(shape), Region.whole(shape)),)
-    located = [_located(intervals) for intervals in held]
+    located = [_located(intervals) for intervals in dims]
     return tuple(
         Piece(
-            Region(tuple(g[0] for g, _ in box), tuple(g[1] for g, _ in box)),
-            Region(tuple(at[0] for _, at in box), tuple(at[1] for _, at in box)),
+            Region(tuple(whole[0] for whole, _ in box), tuple(whole[1] for whole, _ in box)),
+            Region(tuple(own[0] for _, own in box), tuple(own[1] for _, own in box)),
         )
         for box in product(*located)
     )
 
 
-def _part(held: list[Interval], split: Split) -> list[Interval]:
+def _part(intervals: list[Interval], split: Split) -> list[Interval]:
     taken: list[Interval] = []
-    length = _length(held)
+    length = sum(stop - start for start, stop in intervals)
     size = _part_size(length, split.num_strides)
     for start in range(0, length, size):
         stop = min(start + size, length)
         part_size = _part_size(stop - start, split.num_parts)
         part = start + part_size * split.index
-        taken += _cut(held, part, min(part + part_size, stop))
+        taken += _slice(intervals, part, min(part + part_size, stop))
     return _joined(taken)
 
 
@@ -121,10 +121,10 @@ def _part_size(length: int, num_parts: int) -> int:
     return max(1, -(-length // num_parts))
 
 
-def _cut(held: list[Interval], start: int, stop: int) -> list[Interval]:
+def _slice(intervals: list[Interval], start: int, stop: int) -> list[Interval]:
     """Return the elements from `start` to `stop` of the concatenated intervals."""
     taken, before = [], 0
-    for first, last in held:
+    for first, last in intervals:
         lo, hi = max(start - before, 0), min(stop - before, last - first)
         if lo < hi:
             taken.append((first + lo, first + hi))
@@ -144,12 +144,9 @@ def _joined(intervals: list[Interval]) -> list[Interval]:
 
 def _located(intervals: list[Interval]) -> list[tuple[Interval, Interval]]:
     """Return each interval with its position in the rank's own tensor."""
-    located, at = [], 0
+    located, own_start = [], 0
     for start, stop in intervals:
-        located.append(((start, stop), (at, at + stop - start)))
-        at += stop - start
+        own_stop = own_start + stop - start
+        located.append(((start, stop), (own_start, own_stop)))
+        own_start = own_stop
     return located
-
-
-def _length(intervals: list[Interval]) -> int:
-    return sum(stop - start for start, stop in intervals)

@@ -13,9 +13,9 @@ from holdfast.errors import HoldfastError, MismatchError
 from holdfast.failures import worded
 from holdfast.format.manifest import TensorEntry
 from holdfast.format.structure import SEQUENCES, Node, children_of, kind_of_node
-from holdfast.state.match import Like, Match, Values, put_together
+from holdfast.state.match import Like, Match, Values
 from holdfast.state.stored import Branch, Take, keys_like, rebuild
-from holdfast.state.tree import Flattener, Path, Stateful, is_object, spelled, type_name
+from holdfast.state.tree import Flattener, Path, Stateful, dotted, is_object, type_name
 
 RANK = "rank_"
 """Prefix of the keys of states that belong to one rank."""
@@ -43,7 +43,7 @@ class ObjectState:
         if stored.states_structure and (node is not None or not branch.is_empty):
             self._match_stated(match, path, branch, node)
         elif stored.states_structure:
-            match.missing(spelled(path))
+            match.missing(dotted(path))
         else:
             self._match_guessed(match, path, branch)
 
@@ -51,11 +51,11 @@ class ObjectState:
         """Match a state whose structure is stored. `state_dict` of the fresh object is called only
         if needed, because it may have effects: it starts the workers of a data loader."""
         fresh: Any = self._owner.state_dict() if _needs_fresh(node) else None
-        match.request(branch, node, _like(match, path, fresh))
+        make = match.request(branch, node, _like(match, path, fresh))
         fill = _filler(match, path, node, fresh)
 
         def take(values: Values) -> None:
-            state = put_together(branch, node, values)
+            state = make(values)
             self._give(fill(state) if fill is not None else state, path)
 
         match.then(take)
@@ -70,13 +70,12 @@ class ObjectState:
             match.request(branch, None, _like(match, path, fresh))
 
         def take(values: Values) -> None:
-            state = _merged(fresh, branch, lambda name, _: values(name))
-            self._give(state, path)
+            self._give(_merged(fresh, branch, lambda name, _: values(name)), path)
 
         match.then(take)
 
     def _give(self, state: Any, path: Path) -> None:
-        hand_over(self._owner, state, spelled(path))
+        hand_over(self._owner, state, dotted(path))
         if self._is_read_back:
             self._owner.state_dict()
 
@@ -100,9 +99,8 @@ class RankState:
         """Plan to read this rank's state. The states of other ranks count as used."""
         below = (*path, self._key)
         match.taken.update(match.stored.below(path).entries())
-        if self._may_lack and match.stored.below(below).is_empty:
-            return
-        self._state.match(match, below)
+        if not (self._may_lack and match.stored.below(below).is_empty):
+            self._state.match(match, below)
 
 
 class NoState:
@@ -175,12 +173,12 @@ def _filler(match: Match, path: Path, node: Node, fresh: Any) -> Callable[[Any],
 
 def _object_filler(match: Match, path: Path, node: Node, live: Any) -> Callable[[Any], Any]:
     if not is_object(live):
-        match.mismatch(spelled(path), f"is an object in the checkpoint, a {type_name(live)} here")
+        match.mismatch(dotted(path), f"is an object in the checkpoint, a {type_name(live)} here")
         return lambda state: state
     inner = _filler(match, path, node, live.state_dict() if _needs_fresh(node) else None)
 
     def fill(state: Any) -> Any:
-        hand_over(live, state if inner is None else inner(state), spelled(path))
+        hand_over(live, state if inner is None else inner(state), dotted(path))
         return live
 
     return fill

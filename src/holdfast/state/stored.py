@@ -23,8 +23,8 @@ from holdfast.format.structure import (
     key_text,
     kind_of_node,
 )
-from holdfast.state.subclass import CONTEXT, put_together
-from holdfast.state.tree import Path, spelled
+from holdfast.state.subclass import CONTEXT, unflatten
+from holdfast.state.tree import Path, dotted
 
 
 class Branch:
@@ -207,7 +207,7 @@ def leaves_of(branch: Branch, node: Node) -> Iterator[tuple[str, Node]]:
 
 def _lacks(branch: Branch) -> FormatError:
     return FormatError(
-        f"the structure of the checkpoint names `{spelled(branch.path)}`, but it has no such entry"
+        f"the structure of the checkpoint names `{dotted(branch.path)}`, but it has no such entry"
     )
 
 
@@ -233,8 +233,7 @@ def _rebuild_subclass(branch: Branch, described: Mapping[str, Any], take: Take) 
         name: rebuild(branch.child(name), node, take) for name, node in described["inner"].items()
     }
     context = rebuild(branch.child(CONTEXT), None, take)
-    where = spelled(branch.path)
-    return put_together(where, described["class"], inner, context, described)
+    return unflatten(dotted(branch.path), inner, context, described)
 
 
 _FACTORIES: dict[str, Any] = {
@@ -244,13 +243,9 @@ _FACTORIES: dict[str, Any] = {
 
 
 def _mapping_of(kind: str, members: dict[Any, Any], node: Mapping[str, Any]) -> Any:
-    if kind == "OrderedDict":
-        return OrderedDict(members)
-    if kind == "Counter":
-        return Counter(members)
     if kind == "defaultdict":
         return defaultdict(_FACTORIES[node["default"]], members)
-    return members
+    return {"OrderedDict": OrderedDict, "Counter": Counter}.get(kind, dict)(members)
 
 
 def as_saved(value: Any, node: Node) -> Any:

@@ -22,7 +22,7 @@ _OURS = (torch.Tensor, torch.nn.Parameter, DTensor)
 
 
 @dataclass(frozen=True, slots=True)
-class Apart:
+class InnerTensors:
     """The inner tensors of a traceable wrapper subclass."""
 
     class_name: str
@@ -36,7 +36,7 @@ class Apart:
     stride: tuple[int, ...]
 
 
-def is_ours(tensor: torch.Tensor) -> bool:
+def is_plain_tensor(tensor: torch.Tensor) -> bool:
     """Return whether a tensor's own memory contains its elements: a plain tensor, a parameter, or
     a DTensor with a plain local tensor."""
     kind = type(tensor)
@@ -45,7 +45,7 @@ def is_ours(tensor: torch.Tensor) -> bool:
     return kind in _OURS
 
 
-def taken_apart(name: str, tensor: torch.Tensor, *, must_be_known: bool) -> Apart:
+def take_apart(name: str, tensor: torch.Tensor, *, must_be_known: bool) -> InnerTensors:
     """Return the inner tensors of a wrapper subclass. `must_be_known`: a load will have no tensor
     of this class in place, so it must find the class by name.
 
@@ -59,9 +59,9 @@ def taken_apart(name: str, tensor: torch.Tensor, *, must_be_known: bool) -> Apar
             hint="run the model on one batch, then save it",
         )
     if cls is DTensor:
-        inner = type(tensor._local_tensor).__qualname__  # type: ignore[attr-defined]
+        local = type(tensor._local_tensor).__qualname__  # type: ignore[attr-defined]
         raise UsageError(
-            f"`{name}` is a DTensor whose local tensor is a {inner}",
+            f"`{name}` is a DTensor whose local tensor is a {local}",
             hint="convert it to a plain dtype before saving, or leave it out of `state_dict`",
         )
     flat = getattr(tensor, "__tensor_flatten__", None)
@@ -83,11 +83,12 @@ def taken_apart(name: str, tensor: torch.Tensor, *, must_be_known: bool) -> Apar
             f"`{name}` is a {class_name(cls)} with a symbolic size, which only torch knows",
             hint="save its parts instead: `values()` and `offsets()` of a nested tensor",
         )
-    return Apart(class_name(cls), {n: getattr(tensor, n) for n in names}, context, size, stride)
+    inner = {n: getattr(tensor, n) for n in names}
+    return InnerTensors(class_name(cls), inner, context, size, stride)
 
 
-def put_together(
-    name: str, class_named: str, inner: dict[str, Any], context: Any, described: Mapping[str, Any]
+def unflatten(
+    name: str, inner: dict[str, Any], context: Any, described: Mapping[str, Any]
 ) -> torch.Tensor:
     """Rebuild a wrapper subclass from its inner tensors.
 
@@ -97,11 +98,11 @@ def put_together(
     Raises:
         MismatchError: the class has not been declared safe.
     """
-    cls = _safe_classes().get(class_named)
+    cls = _safe_classes().get(described["class"])
     if cls is None:
         raise MismatchError(
-            f"`{name}` was saved as a {class_named}, a class that this process has not declared "
-            "to be safe",
+            f"`{name}` was saved as a {described['class']}, a class that this process has not "
+            "declared to be safe",
             hint="import the class and pass it to torch.serialization.add_safe_globals([...])",
         )
     size, stride = torch.Size(described["size"]), tuple(described["stride"])

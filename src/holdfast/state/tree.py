@@ -27,7 +27,7 @@ from holdfast.format.structure import (
     key_text,
     mapping_node,
 )
-from holdfast.state.subclass import CONTEXT, is_ours, taken_apart
+from holdfast.state.subclass import CONTEXT, is_plain_tensor, take_apart
 
 Path = tuple[str | int, ...]
 
@@ -158,14 +158,14 @@ class Flattener:
             return ARRAY
         if is_object(value):
             if self._enters is None:
-                raise UsageError(f"`{spelled(path)}` is a {type_name(value)}, an object with state")
+                raise UsageError(f"`{dotted(path)}` is a {type_name(value)}, an object with state")
             return {"object": self._enters(self, path, value)}
         plain, types = made_plain(path, value)
         self.add(path, plain)
         return {"types": types} if types else None
 
     def _tensor(self, path: Path, tensor: torch.Tensor, *, rebuilt: bool) -> Node:
-        if not is_ours(tensor):
+        if not is_plain_tensor(tensor):
             return self._subclass(path, tensor, rebuilt=rebuilt)
         self.add(path, tensor)
         if not rebuilt:
@@ -179,14 +179,14 @@ class Flattener:
         return {"tensor": where} if where else None
 
     def _subclass(self, path: Path, tensor: torch.Tensor, *, rebuilt: bool) -> Node:
-        apart = taken_apart(spelled(path), tensor, must_be_known=rebuilt)
+        parts = take_apart(dotted(path), tensor, must_be_known=rebuilt)
         inner = {
             name: self.walk((*path, name), part, rebuilt=rebuilt)
-            for name, part in apart.inner.items()
+            for name, part in parts.inner.items()
         }
-        self.add((*path, CONTEXT), apart.context)
-        described = {"class": apart.class_name, "inner": inner}
-        return {"subclass": {**described, "size": [*apart.size], "stride": [*apart.stride]}}
+        self.add((*path, CONTEXT), parts.context)
+        described = {"class": parts.class_name, "inner": inner}
+        return {"subclass": {**described, "size": [*parts.size], "stride": [*parts.stride]}}
 
     def _mapping(self, path: Path, value: Mapping[Any, Any], *, rebuilt: bool) -> Node:
         kind, fields = _kind_of(path, value)
@@ -216,7 +216,7 @@ class Flattener:
         return {kind: nodes}
 
 
-def spelled(path: Path) -> str:
+def dotted(path: Path) -> str:
     """Return the keys of a path joined by dots."""
     return ".".join(map(str, path))
 
@@ -257,7 +257,7 @@ def _holds_placed(members: Sequence[Any]) -> bool:
         isinstance(member, np.ndarray | defaultdict)
         or (
             isinstance(member, torch.Tensor)
-            and not (is_ours(member) and member.is_cpu and not isinstance(member, DTensor))
+            and not (is_plain_tensor(member) and member.is_cpu and not isinstance(member, DTensor))
         )
         or (type(member) in (tuple, list) and _holds_placed(member))
         or (isinstance(member, Mapping) and _holds_placed([*member.values()]))
@@ -279,7 +279,7 @@ def _kind_of(path: Path, value: Mapping[Any, Any]) -> tuple[str, dict[str, str]]
     kind = _KIND_OF_MAPPING.get(type(value))
     if kind is None:
         raise UsageError(
-            f"`{spelled(path)}` is a {type_name(value)}, which a load could not restore",
+            f"`{dotted(path)}` is a {type_name(value)}, which a load could not restore",
             hint=f"use one of {', '.join(MAPPINGS)}, and convert it in `load_state_dict`",
         )
     if kind != "defaultdict":
@@ -289,7 +289,7 @@ def _kind_of(path: Path, value: Mapping[Any, Any]) -> tuple[str, dict[str, str]]
     name = "None" if factory is None else getattr(factory, "__name__", "")
     if name not in FACTORIES or (factory is not None and factory.__module__ != "builtins"):
         raise UsageError(
-            f"`{spelled(path)}` is a defaultdict of {name or repr(factory)}, which is code",
+            f"`{dotted(path)}` is a defaultdict of {name or repr(factory)}, which is code",
             hint=f"use a defaultdict of one of these: {', '.join(FACTORIES)}",
         )
     return kind, {"default": name}
@@ -301,7 +301,7 @@ def names_of(path: Path, value: Mapping[Any, Any]) -> dict[str, Any]:
     Raises:
         UsageError: a key has no text form, or two keys have the same one.
     """
-    where = f"`{spelled(path)}`" if path else "the state"
+    where = f"`{dotted(path)}`" if path else "the state"
     names: dict[str, Any] = {}
     for key in value:
         if type(key) is not str and key_text(key) is None:
@@ -323,7 +323,7 @@ def check_depth(path: Path) -> None:
     """Raise UsageError if containers are nested too deep, or contain themselves."""
     if len(path) > DEPTH_MAX:
         raise UsageError(
-            f"`{spelled(path)}` is {len(path)} levels deep, at most {DEPTH_MAX} are supported",
+            f"`{dotted(path)}` is {len(path)} levels deep, at most {DEPTH_MAX} are supported",
             hint="check whether a container contains itself, or flatten some of the nesting",
         )
 
@@ -336,14 +336,14 @@ def _tensor_of(path: Path, array: np.ndarray[Any, Any]) -> torch.Tensor:
     dtype = array.dtype
     if dtype.kind not in _ARRAY_KINDS or not dtype.isnative or dtype.itemsize > 16:
         raise UsageError(
-            f"`{spelled(path)}` is a numpy array of {dtype}, which no tensor can have",
+            f"`{dotted(path)}` is a numpy array of {dtype}, which no tensor can have",
             hint="convert it to an array of numbers or to a list",
         )
     try:
         plain = array.flags.writeable and array.flags.c_contiguous
         return torch.from_numpy(array if plain else array.copy())
     except TypeError as error:
-        raise UsageError(f"`{spelled(path)}` is a numpy array of {dtype}: {error}") from error
+        raise UsageError(f"`{dotted(path)}` is a numpy array of {dtype}: {error}") from error
 
 
 def made_plain(path: Path, value: Any) -> tuple[Any, list[list[Any]]]:
@@ -361,7 +361,7 @@ def _made_plain(path: Path, value: Any, inside: tuple[str, ...], types: list[lis
         name = {"U": "str", "S": "bytes"}.get(value.dtype.kind, value.dtype.name)
         if name not in NUMBERS:
             raise UsageError(
-                f"`{spelled(path)}{_inside(inside)}` is a {type_name(value)}",
+                f"`{dotted(path)}{_inside(inside)}` is a {type_name(value)}",
                 hint="convert it to a number or text of Python",
             )
         types.append([[*inside], name])
@@ -373,7 +373,7 @@ def _made_plain(path: Path, value: Any, inside: tuple[str, ...], types: list[lis
     if kind in (list, tuple) and not (_SCALARS.issuperset(map(type, value)) and b"" not in value):
         if len(inside) > DEPTH_MAX:
             raise UsageError(
-                f"`{spelled(path)}` is nested too deep",
+                f"`{dotted(path)}` is nested too deep",
                 hint="check whether a container contains itself",
             )
         return kind(

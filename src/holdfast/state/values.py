@@ -111,15 +111,13 @@ def _is_plain(value: Any) -> bool:
     if type(value) is not tuple:
         return type(value) in _SCALARS
     return len(value) <= _MEMBERS_MAX and all(
-        type(member) in _SCALARS or _is_plain_inside(member) for member in value
-    )
-
-
-def _is_plain_inside(member: Any) -> bool:
-    return (
-        type(member) in (list, tuple)
-        and len(member) <= _INNER_MAX
-        and _SCALARS.issuperset(map(type, member))
+        type(member) in _SCALARS
+        or (
+            type(member) in (list, tuple)
+            and len(member) <= _INNER_MAX
+            and _SCALARS.issuperset(map(type, member))
+        )
+        for member in value
     )
 
 

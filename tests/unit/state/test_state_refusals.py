@@ -33,7 +33,7 @@ def test_a_module_without_a_dict_of_text_keys_is_named(given: Any, tmp_path: Pat
     model.given = given
     for call in (holdfast.save, holdfast.load):
         where = tmp_path / ("two" if call is holdfast.save else "one")
-        with pytest.raises(UsageError, match=r"`state_dict\(\)` of the module Odd has to give"):
+        with pytest.raises(UsageError, match=r"`state_dict\(\)` of the module Odd must return"):
             call(where, {"m": model})
 
 
