@@ -190,8 +190,8 @@ class ModelState:
                 name = names.of(raw)
                 if name in state:
                     raise UsageError(
-                        f"two parts of the model have an entry `{name}`, or a wrapper hides one",
-                        hint="pass each part of the model once",
+                        f"two entries of the model have the name `{name}`",
+                        hint="pass each part once; names must differ in more than wrappers",
                     )
                 if name not in self._left_out:
                     state[name] = value

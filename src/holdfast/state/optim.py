@@ -25,6 +25,7 @@ from holdfast.state.model import named_parameters, outline_of
 from holdfast.state.optim_class import ClassCheck
 from holdfast.state.stateful import ObjectState
 from holdfast.state.tree import (
+    SCALARS,
     Flattener,
     Path,
     Stateful,
@@ -338,11 +339,6 @@ def is_placed_like(value: Any, parameter: torch.Tensor) -> bool:
     )
 
 
-_LEAVES = (int, float, complex, bool, str, bytes, type(None))
-
-
 def _is_one_leaf(value: Any) -> bool:
     """Return whether a value is always stored as one entry."""
-    if type(value) in _LEAVES:
-        return True
-    return type(value) in (tuple, list) and not holds_state(value)
+    return type(value) in SCALARS or (type(value) in (tuple, list) and not holds_state(value))

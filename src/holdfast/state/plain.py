@@ -14,7 +14,7 @@ from holdfast.state.match import Like, Match, Values, check_number, is_one_numbe
 from holdfast.state.same import same
 from holdfast.state.stored import Branch, object_node
 from holdfast.state.subclass import CONTEXT, is_plain_tensor, take_apart
-from holdfast.state.tree import Flattener, Path, check_depth, dotted, is_object, type_name
+from holdfast.state.tree import SCALARS, Flattener, Path, check_depth, dotted, is_object, type_name
 
 
 class Component(Protocol):
@@ -29,10 +29,8 @@ class Component(Protocol):
         ...
 
 
-_NOT_TENSORS = (int, float, complex, bool, str, bytes)
+_NOT_TENSORS = SCALARS - {type(None)}
 """Types of values that no tensor may replace, because their users expect exactly these types."""
-
-_SCALARS = frozenset({*_NOT_TENSORS, type(None)})
 
 Put = Callable[[Any], None]
 """Stores a loaded value in its container."""
@@ -208,7 +206,7 @@ def _object_in(live: Any, path: Path) -> Any:
     """Return the first object in nested dicts, lists and tuples; None if there is none."""
     check_depth(path)
     members = live.values() if isinstance(live, Mapping) else live
-    if _SCALARS.issuperset(map(type, members)):
+    if SCALARS.issuperset(map(type, members)):
         return None
     for number, member in enumerate(members):
         if is_object(member):

@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,8 +30,6 @@ from holdfast.format.structure import (
 from holdfast.state.subclass import CONTEXT, is_plain_tensor, take_apart
 
 Path = tuple[str | int, ...]
-
-T = TypeVar("T")
 
 
 @runtime_checkable
@@ -68,10 +66,8 @@ class FlatState:
     """Returns the names of tensors that only a step of an optimizer changes."""
 
 
-PLAIN = (int, float, str, bytes, tuple, type(None))
-"""Types of values that contain no state of their own."""
-
-_SCALARS = frozenset({int, float, complex, bool, str, bytes, type(None)})
+SCALARS = frozenset({int, float, complex, bool, str, bytes, type(None)})
+"""Types of values that contain no other values."""
 
 _MAPPING_TYPES = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
 _KIND_OF_MAPPING: dict[type, str] = {cls: kind for kind, cls in _MAPPING_TYPES.items()}
@@ -142,7 +138,7 @@ class Flattener:
 
     def walk(self, path: Path, value: Any, *, rebuilt: bool) -> Node:
         """Add everything below one path. Returns its node."""
-        if type(value) in _SCALARS and value != b"":
+        if type(value) in SCALARS and value != b"":
             self.add(path, value)
             return None
         if isinstance(value, torch.Tensor):
@@ -236,7 +232,7 @@ def named_twice(name: str, one: Path, other: Path) -> UsageError:
 
 def holds_state(members: Sequence[Any]) -> bool:
     """Return whether a list contains a tensor, dict, array or object, at any depth."""
-    if _SCALARS.issuperset(map(type, members)):
+    if SCALARS.issuperset(map(type, members)):
         return False
     return any(
         isinstance(member, (Mapping, torch.Tensor, np.ndarray))
@@ -251,7 +247,7 @@ def _holds_placed(members: Sequence[Any]) -> bool:
     """Return whether a tuple must be split into entries. A tuple of plain values and tensors in
     host memory is one value, as in stock DCP. Sharded tensors, tensors on devices, objects and
     arrays cannot be part of a value."""
-    if _SCALARS.issuperset(map(type, members)):
+    if SCALARS.issuperset(map(type, members)):
         return False
     return any(
         isinstance(member, np.ndarray | defaultdict)
@@ -269,7 +265,7 @@ def _holds_placed(members: Sequence[Any]) -> bool:
 def is_object(value: object) -> bool:
     """Return whether a value is an object with state of its own, such as a dict subclass with
     `state_dict` and `load_state_dict`."""
-    if type(value) in _KIND_OF_MAPPING or type(value) in _SCALARS:
+    if type(value) in _KIND_OF_MAPPING or type(value) in SCALARS:
         return False
     return isinstance(value, Stateful) and not isinstance(value, type)
 
@@ -349,7 +345,7 @@ def _tensor_of(path: Path, array: np.ndarray[Any, Any]) -> torch.Tensor:
 def made_plain(path: Path, value: Any) -> tuple[Any, list[list[Any]]]:
     """Replace numpy's numbers and empty bytes, which pickle could write only as code, by values
     of Python. Returns the value, and the original types with their positions in it."""
-    if type(value) in _SCALARS and value != b"":
+    if type(value) in SCALARS and value != b"":
         return value, []
     types: list[list[Any]] = []
     plain = _made_plain(path, value, (), types)
@@ -370,7 +366,7 @@ def _made_plain(path: Path, value: Any, inside: tuple[str, ...], types: list[lis
         types.append([[*inside], EMPTY_BYTES])
         return ""
     kind = type(value)
-    if kind in (list, tuple) and not (_SCALARS.issuperset(map(type, value)) and b"" not in value):
+    if kind in (list, tuple) and not (SCALARS.issuperset(map(type, value)) and b"" not in value):
         if len(inside) > DEPTH_MAX:
             raise UsageError(
                 f"`{dotted(path)}` is nested too deep",
