@@ -186,7 +186,8 @@ def check_number(name: str, expected: type) -> Check:
             fits = expected(number) == number or math.isnan(number)
         except (ValueError, OverflowError):
             fits = False
-        return None if fits else f"`{name}` is {number!r} in the checkpoint, no {expected.__name__}"
+        line = f"`{name}` is {number!r} in the checkpoint, expected type {expected.__name__}"
+        return None if fits else line
 
     return check
 
