@@ -220,7 +220,7 @@ def test_a_state_that_holds_itself_is_said_to_be_one(tmp_path: Path) -> None:
     state: dict[str, Any] = {"w": torch.ones(1)}
     state["self"] = state
     error = failed(lambda: holdfast.save(tmp_path / "x", state))
-    assert "hold itself" in str(error.hint)
+    assert "contains itself" in str(error.hint)
     assert not (tmp_path / "x").exists()
 
 
