@@ -97,9 +97,12 @@ class Match:
         """Note an entry that the checkpoint lacks."""
         self.mismatches[name] = f"`{name}` is not in the checkpoint"
 
-    def mismatch(self, name: str, what: str) -> None:
-        """Note a mismatch. `what` goes on after the name of the entry or path."""
+    def mismatch(self, name: str, what: str, branch: Branch | None = None) -> None:
+        """Note a mismatch, and that the entries of `branch` are not unexpected ones. `what` goes
+        on after the name of the entry or path."""
         self.mismatches[name] = f"`{name}` {what}"
+        if branch is not None:
+            self.taken.update(branch.entries())
 
     def request(self, branch: Branch, node: Node, like: Like = nowhere) -> Callable[[Values], Any]:
         """Plan to read everything at and below a path. Return a function that rebuilds the saved

@@ -75,13 +75,13 @@ class PlainMatch:
             match.then(lambda values: put(wanted(values(name).item())))
         elif type(live) in _NOT_TENSORS and stored.tensor(branch.name or "") is not None:
             expected = type(live).__name__
-            match.mismatch(dotted(path), f"is a tensor in the checkpoint, expected a {expected}")
-            match.taken.update(branch.entries())
+            what = f"is a tensor in the checkpoint, expected a {expected}"
+            match.mismatch(dotted(path), what, branch)
         elif (kept := _irreplaceable(live, path)) is not None:
             found = _described(branch, node)
             expected = f"a {type_name(live)} that contains a {type_name(kept)}"
-            match.mismatch(dotted(path), f"is {found} in the checkpoint, expected {expected}")
-            match.taken.update(branch.entries())
+            what = f"is {found} in the checkpoint, expected {expected}"
+            match.mismatch(dotted(path), what, branch)
         else:
             make = match.request(branch, node, self._like)
             match.then(lambda values: _replace(live, make(values), put))
@@ -146,16 +146,14 @@ def match_inside(match: Match, live: torch.Tensor, path: Path, branch: Branch, n
     """Match the inner tensors of a wrapper subclass with the stored ones."""
     parts = take_apart(dotted(path), live, must_be_known=False)
     described = node.get("subclass") if isinstance(node, dict) else None
+    found = None
     if described is None:
         found = "a plain tensor" if branch.name is not None else "missing"
-        match.mismatch(dotted(path), f"is {found} in the checkpoint, a {parts.class_name} here")
-        match.taken.update(branch.entries())
-        return
-    if described["class"] != parts.class_name or {*described["inner"]} != {*parts.inner}:
-        match.mismatch(
-            dotted(path), f"is a {described['class']} in the checkpoint, a {parts.class_name} here"
-        )
-        match.taken.update(branch.entries())
+    elif described["class"] != parts.class_name or {*described["inner"]} != {*parts.inner}:
+        found = f"a {described['class']}"
+    if described is None or found is not None:
+        what = f"is {found} in the checkpoint, expected a {parts.class_name}"
+        match.mismatch(dotted(path), what, branch)
         return
     for name, inner in parts.inner.items():
         child = branch.child(name)

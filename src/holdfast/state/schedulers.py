@@ -52,8 +52,8 @@ class SchedulerState:
                 ObjectState(scheduler).match(match, path)
         elif count != len(self._schedulers):
             what = f"has the states of {count} different schedulers in the checkpoint"
-            match.mismatch(dotted(path), f"{what}, {len(self._schedulers)} here")
-            match.taken.update(match.stored.below(path).entries())
+            what = f"{what}, {len(self._schedulers)} here"
+            match.mismatch(dotted(path), what, match.stored.below(path))
         else:
             for number, scheduler in enumerate(self._schedulers):
                 ObjectState(scheduler).match(match, (*path, str(number)))
