@@ -163,11 +163,11 @@ def _differences(match: Match, ranks: Ranks) -> tuple[list[str], list[str]]:
 
     Collective.
     """
-    reports = ranks.gather((list(match.misfits.values()), list(match.extra), [*match.notes]))
+    reports = ranks.gather((list(match.mismatches.values()), list(match.extra), [*match.notes]))
     lines: list[str] = []
     notes: list[str] = []
     if reports:
-        lines = list(dict.fromkeys(line for misfits, _, _ in reports for line in misfits))
+        lines = list(dict.fromkeys(line for mismatches, _, _ in reports for line in mismatches))
         notes = list(dict.fromkeys(line for _, _, lines in reports for line in lines))
         common = set.intersection(*({*names} for _, names, _ in reports))
         extra = [name for name in reports[0][1] if name in common]

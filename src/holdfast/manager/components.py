@@ -11,7 +11,7 @@ from holdfast.errors import HoldfastError, MismatchError, UsageError
 from holdfast.format.components import COMPONENTS, DATALOADER, DATALOADER_KEYS, MODEL, RNG
 from holdfast.format.manifest import Manifest
 from holdfast.loading.load import Loaded
-from holdfast.state.dataloader import LoaderState
+from holdfast.state.dataloader import loader_component
 from holdfast.state.rng import RngState
 from holdfast.state.stateful import RANK, ObjectState, RankState
 from holdfast.state.tree import Stateful
@@ -29,7 +29,7 @@ def components_per_rank(dataloader: Stateful | None, rank: int) -> dict[str, Any
 
     The generators come last, since making an iterator or a worker draws random numbers.
     """
-    loader = {} if dataloader is None else {DATALOADER: LoaderState(dataloader, rank)}
+    loader = {} if dataloader is None else {DATALOADER: loader_component(dataloader, rank)}
     return {**loader, RNG: RankState(ObjectState(RngState()), rank, may_lack=True)}
 
 

@@ -1,1 +1,1 @@
-"""Training state as named tensors and values. Knows no storage."""
+"""Training state as named tensors and values. Independent of storage."""

@@ -1,32 +1,19 @@
-"""A data loader's place in the data."""
+"""Data loaders as components of the state."""
 
 from __future__ import annotations
 
-from holdfast.format.structure import Node
-from holdfast.state.match import Match
 from holdfast.state.stateful import ObjectState, RankState
-from holdfast.state.tree import Flattener, Path, Stateful
+from holdfast.state.tree import Stateful
 
 
-class LoaderState:
-    """A data loader as a component, whatever its state means on other ranks.
+def loader_component(loader: Stateful, rank: int) -> ObjectState | RankState:
+    """Return the component of a data loader.
 
-    A loader that says `state_is_global = True` has one state for all ranks: a position in a global
-    order of samples, say. It is kept once, and any number of ranks can take it. Of any other loader
-    each rank's state is its own, and fits the same number of ranks only.
+    If the loader has `state_is_global = True`, its state is valid on all ranks, for instance as a
+    position in a global order of samples. It is saved once, and any number of ranks can load it.
+    Otherwise each rank saves its own state, and a load needs the same number of ranks.
     """
-
-    def __init__(self, loader: Stateful, rank: int) -> None:
-        is_global = bool(getattr(loader, "state_is_global", False))
-        # torchdata's loader makes its iterator when it is asked for its state, and keeps it. The
-        # iterator draws a seed: it must do so before the generators are put where they were.
-        state = ObjectState(loader, is_asked_after=True)
-        self._state = state if is_global else RankState(state, rank)
-
-    def flatten(self, flattener: Flattener, path: Path) -> Node:
-        """Add the loader's state."""
-        return self._state.flatten(flattener, path)
-
-    def match(self, match: Match, path: Path) -> None:
-        """Have the loader's state read and handed to it."""
-        self._state.match(match, path)
+    # torchdata's loader creates its iterator in `state_dict`, and keeps it. The iterator draws a
+    # seed, so the load must create it before it restores the generators.
+    state = ObjectState(loader, is_read_back=True)
+    return state if getattr(loader, "state_is_global", False) else RankState(state, rank)

@@ -1,4 +1,4 @@
-"""How a tensor lies over the ranks. The only reader of DTensor."""
+"""How tensors are placed on ranks. The only module that reads placements of DTensors."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from holdfast.state.shard import Mesh, MeshPlacement, Piece, ShardSpec, pieces_o
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """What this rank holds of a tensor. One object for all tensors that lie alike."""
+    """This rank's share of a tensor. Tensors with the same layout share one object."""
 
     dtype: str
     shape: tuple[int, ...]
-    """Of the tensor as a whole."""
+    """Shape of the whole tensor."""
 
     pieces: tuple[Piece, ...]
     num_elements: int
-    """Of all pieces."""
+    """Elements in all pieces."""
 
     placement: MeshPlacement | None
-    """How it lies over all ranks; None for a tensor that is whole on this one, whoever has it."""
+    """Placement on the mesh; None for a tensor that is whole on this rank."""
 
     key: _Key
 
     def is_of(self, tensor: torch.Tensor, local: torch.Tensor) -> bool:
-        """Whether `tensor` lies like this; `local` are the rank's own elements."""
+        """Return whether `tensor` has this layout. `local` contains the rank's own elements."""
         dtype, mesh, placements = self.key
         if tensor.dtype is not dtype or tensor.shape != self.shape:
             return False
@@ -43,88 +43,89 @@ class Layout:
 
 
 _Key = tuple[torch.dtype, DeviceMesh | None, tuple[Placement, ...]]
-"""What decides, beside the shape."""
+"""Dtype, mesh and placements, which determine the layout together with the shape."""
 
 
 class Layouts:
-    """Finds out how tensors lie on this rank; what lies alike, once."""
+    """Computes layouts on this rank, each once for all tensors that share it."""
 
     def __init__(self) -> None:
-        self._alike: dict[tuple[torch.Size, _Key], Layout] = {}
-        self._spreads: dict[tuple[DeviceMesh, tuple[Placement, ...]], MeshPlacement] = {}
+        self._layouts: dict[tuple[torch.Size, _Key], Layout] = {}
+        self._placements: dict[tuple[DeviceMesh, tuple[Placement, ...]], MeshPlacement] = {}
 
     def of(self, name: str, tensor: torch.Tensor, local: torch.Tensor) -> Layout:
-        """How `tensor` lies: a DTensor by its mesh, any other as a whole. `local` are the rank's
-        own elements.
+        """Return the layout of a DTensor on its mesh, or of any other tensor as a whole. `local`
+        contains the rank's own elements.
 
         Raises:
-            UsageError: a kind of tensor whose elements are not plainly there.
+            UsageError: the tensor has no plain elements, or a dtype or placement that is unknown.
         """
         mesh, placements = _mesh_of(tensor)
         if tensor.is_meta:
             raise UsageError(
                 f"`{name}` is a meta tensor, which has no elements",
-                hint='give its module memory first: `module.to_empty(device="cpu")`, or "cuda"',
+                hint='allocate its module first: `module.to_empty(device="cpu")`, or "cuda"',
             )
         if mesh is None and not _is_plain(tensor):
             raise UsageError(
-                f"`{name}` is a {_kind_of(tensor)} tensor, which has no plain elements to keep",
-                hint="store its dense parts under names of their own",
+                f"`{name}` is a {_kind_of(tensor)} tensor, which has no plain elements to save",
+                hint="save its dense parts under names of their own",
             )
         key = tensor.dtype, mesh, placements
-        layout = self._alike.get((tensor.shape, key))
+        layout = self._layouts.get((tensor.shape, key))
         if layout is None:
-            layout = self._alike[tensor.shape, key] = self._lie(name, tuple(tensor.shape), key)
+            layout = self._layouts[tensor.shape, key] = self._make(name, tuple(tensor.shape), key)
         if layout.num_elements != local.numel():
             raise UsageError(
-                f"`{name}`: placements {placements} give this rank {layout.num_elements} "
-                f"elements, its local tensor has {local.numel()}",
+                f"`{name}`: this rank's local tensor has {local.numel()} elements, expected "
+                f"{layout.num_elements} for the placements {placements}",
+                hint="pass `shape` and `stride` of the whole tensor to `DTensor.from_local`",
             )
         return layout
 
-    def _lie(self, name: str, shape: tuple[int, ...], key: _Key) -> Layout:
+    def _make(self, name: str, shape: tuple[int, ...], key: _Key) -> Layout:
         dtype, mesh, placements = key
         if dtype_name(dtype) not in BY_NAME:
             raise UsageError(
-                f"`{name}` is a tensor of {dtype}, which no checkpoint can hold",
-                hint=f"view or cast it as one of these: {', '.join(BY_NAME)}",
+                f"`{name}` is a tensor of {dtype}, which checkpoints do not support",
+                hint=f"view it as or cast it to one of these: {', '.join(BY_NAME)}",
             )
         placement, pieces = None, pieces_of(shape, ())
         if mesh is not None:
             coordinate = mesh.get_coordinate()
             if coordinate is None:
                 raise UsageError(f"`{name}`: this rank is not part of the tensor's mesh {mesh}")
-            placement = self._spread(name, mesh, placements)
+            placement = self._mesh_placement(name, mesh, placements)
             pieces = pieces_of(shape, placement.splits_at(coordinate))
         num_elements = sum(piece.region.num_elements for piece in pieces)
         return Layout(dtype_name(dtype), shape, pieces, num_elements, placement, key)
 
-    def _spread(
+    def _mesh_placement(
         self, name: str, mesh: DeviceMesh, placements: tuple[Placement, ...]
     ) -> MeshPlacement:
         key = mesh, placements
-        if key not in self._spreads:
-            # One object for all that lie alike: it is compared, and sent, once.
-            self._spreads[key] = MeshPlacement(
+        if key not in self._placements:
+            # Ranks compare and send each object once, so equal placements must share one.
+            self._placements[key] = MeshPlacement(
                 Mesh(tuple(mesh.mesh.shape), tuple(mesh.mesh.flatten().tolist())),
-                tuple(_cut(name, placement) for placement in placements),
+                tuple(_shard_spec(name, placement) for placement in placements),
             )
-        return self._spreads[key]
+        return self._placements[key]
 
 
 def _mesh_of(tensor: torch.Tensor) -> tuple[DeviceMesh | None, tuple[Placement, ...]]:
-    """What a DTensor lies on, and how."""
+    """Return the mesh and the placements of a DTensor; of other tensors, None and ()."""
     return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else (None, ())
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether its elements are in its memory, as they are."""
+    """Return whether a tensor's memory contains its elements as they are."""
     odd = tensor.is_meta or tensor.is_quantized or tensor.is_nested
     return tensor.layout is torch.strided and not odd
 
 
 def _kind_of(tensor: torch.Tensor) -> str:
-    """What makes a tensor none whose elements are plainly there."""
+    """Return the property of a tensor that makes `_is_plain` false, for a message."""
     for kind in ("meta", "quantized", "nested"):
         if getattr(tensor, f"is_{kind}"):
             return kind
@@ -132,38 +133,37 @@ def _kind_of(tensor: torch.Tensor) -> str:
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The rank's own elements, in the memory of the tensor; any but a DTensor is its own.
+    """Return the rank's own elements, which share the tensor's memory.
 
-    Of a DTensor it takes ten times as long where gradients are recorded.
+    For a DTensor, this takes ten times as long while gradients are recorded.
     """
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @cache
 def dtype_name(dtype: torch.dtype) -> str:
-    """As formats spell it."""
+    """Return the name of a dtype in the formats, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are one: tied weights. Views of one storage are not, unless they are the
-    same view; nor are tensors without elements."""
+    """Return whether two tensors are tied: the same view of the same memory, with elements."""
     elements = _elements(one)
     return bool(elements) and elements == _elements(other)
 
 
 def _elements(tensor: torch.Tensor) -> tuple[object, ...]:
-    """All that says which elements a tensor stands for; nothing where it has none."""
+    """Return a key that only tied tensors share; an empty one for a tensor without elements."""
     local = local_of(tensor)
     placements = str(tensor.placements) if isinstance(tensor, DTensor) else ""
     if not local.numel():
         return ()
     place = (local.device, local.data_ptr(), local.dtype, local.stride())
-    # Bits by which a view stands for other values than those in memory.
+    # With these bits set, the values of a view differ from those in memory.
     return (place, tensor.shape, placements, local.is_conj(), local.is_neg())
 
 
-def _cut(name: str, placement: Placement) -> ShardSpec | None:
+def _shard_spec(name: str, placement: Placement) -> ShardSpec | None:
     if isinstance(placement, Replicate):
         return None
     if isinstance(placement, Partial):
@@ -171,7 +171,7 @@ def _cut(name: str, placement: Placement) -> ShardSpec | None:
             f"`{name}` is {placement}: no rank holds its values yet",
             hint="redistribute it to Replicate or Shard before saving",
         )
-    # `_StridedShard` is a class of its own beside `Shard`, both with `dim`.
+    # `_StridedShard` need not derive from `Shard`, but has a `dim` as well.
     if isinstance(placement, Shard) or type(placement).__name__ == "_StridedShard":
         num_strides = getattr(placement, "split_factor", 1)
         return ShardSpec(placement.dim, num_strides)  # type: ignore[attr-defined]
@@ -179,13 +179,13 @@ def _cut(name: str, placement: Placement) -> ShardSpec | None:
 
 
 _SPELLED_BY_NUMPY = {torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8}
-"""Dtypes whose numpy arrays are buffers of a plain C type."""
+"""Dtypes with a numpy dtype that `memoryview.cast` accepts."""
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, which has no gradient: to read, or to write."""
+    """Return the bytes of a contiguous CPU tensor without gradient, readable and writable."""
     if tensor.dtype in _SPELLED_BY_NUMPY and tensor.numel():
-        # Of thousands of small tensors: a third of the time that the other way takes.
+        # Takes a third of the time of the general way, which counts for many small tensors.
         return tensor.numpy().data.cast("B")
-    # Not `reshape(-1)`: a single element counts as contiguous whatever its stride.
+    # `reshape(-1)` could keep an odd stride, since one element counts as contiguous with any.
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data

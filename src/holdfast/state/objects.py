@@ -1,4 +1,4 @@
-"""Training state as people hold it, modules and optimizers among it, as one tree."""
+"""The training state as one tree: dicts and lists with modules, optimizers and other objects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from holdfast.errors import MismatchError, UsageError
 from holdfast.format.manifest import Manifest
 from holdfast.format.structure import OPTIMIZERS, Node
-from holdfast.state.dataloader import LoaderState
 from holdfast.state.match import Match
 from holdfast.state.model import ModelState, named_parameters, outline_of, refuse_fsdp1
 from holdfast.state.optim import OptimizerState
@@ -27,22 +26,21 @@ from holdfast.state.tree import (
     Flattener,
     Path,
     check_depth,
+    dotted,
     is_object,
     named_twice,
     names_of,
-    spelled,
     type_name,
 )
 
 
 class StateTree:
-    """A dict of state whose objects are asked for theirs.
+    """A nested state, with the state of all objects in it.
 
     `state` maps names to tensors, plain values, dicts, lists and objects with a `state_dict`; or it
-    is a module alone. The entry at `flat`, if there is one, adds its own names to the top level
-    instead of lying below its key: that is how TorchTitan keeps the model. `others` are top-level
-    names that are not its own. `watch` is told of every optimizer that the tree meets, at any
-    depth, before `flatten` returns.
+    is one module. The entries of `state[flat]` get names at the top level, without its key, as
+    TorchTitan names those of the model. `others` are top-level names of other components. `watch`
+    is called with every optimizer in the tree, at any depth, before `flatten` returns.
     """
 
     def __init__(
@@ -63,9 +61,9 @@ class StateTree:
             )
         self._keys = names_of((), state)
         self._state, self._flat, self._others, self._watch = state, flat, others, watch
-        found = list(_modules(state, ()))
-        self._modules = [module for _, module in found]
-        self._places = [spelled(path) for path, _ in found]
+        modules = list(_modules(state, ()))
+        self._modules = [module for _, module in modules]
+        self._module_paths = [dotted(path) for path, _ in modules]
         for module in self._modules:
             refuse_fsdp1(module)
         self._components: dict[Path, tuple[Any, Component]] = {}
@@ -73,10 +71,10 @@ class StateTree:
         self._placed_for: list[object] = []
 
     def flatten(self) -> FlatState:
-        """Every tensor and value by name, as they are now. Tensors share memory with the state.
+        """Return every tensor and value by name. Tensors share memory with the state.
 
         Raises:
-            UsageError: two entries have one name; or what could not come back as it is.
+            UsageError: two entries have one name, or a value or object cannot be restored.
         """
         if self._placed is not None and self._placed_for != outline_of(self._modules):
             self._placed = None
@@ -84,10 +82,8 @@ class StateTree:
         for name, key in self._keys.items():
             if key != self._flat:
                 self._flatten_one(flattener, (name,), self._state[key])
-        if self._flat is not None and self._flat in self._state:
-            component = self.component_of((), self._state[self._flat])
-            assert component is not None, "a model"
-            component.flatten(flattener, ())
+        if self._flat_component is not None:
+            self._flat_component.flatten(flattener, ())
         state = flattener.state
         _check_names(state)
         return replace(state, stepped=lambda: frozenset(self._stepped(state)))
@@ -95,22 +91,20 @@ class StateTree:
     def _stepped(self, state: FlatState) -> Iterator[str]:
         for path, (_, component) in self._components.items():
             if isinstance(component, OptimizerState):
-                parameters, slots = component.stepped(spelled(path))
+                parameters, slots = component.stepped(dotted(path))
                 for name, leaf in state.leaves.items():
                     if id(leaf.value) in parameters or (slots and name.startswith(slots)):
                         yield name
 
     def match(self, manifest: Manifest, *, strict: bool = True) -> Match:
-        """Which entry of a checkpoint goes where. `strict`: what it has beyond the state, below
-        the names given, is noted as `extra`."""
+        """Decide the target of each entry of a checkpoint. With `strict`, the match lists unused
+        entries below the names of this state as `extra`."""
         stored = StoredState(manifest)
-        sections = frozenset({*self._others, *self._keys} - {self._flat})
-        match = Match(stored, parameter=self._parameter, others=sections)
+        components = frozenset({*self._others, *self._keys} - {self._flat})
+        match = Match(stored, parameter=self._parameter, others=components)
         plain = PlainMatch(match, self.component_of, lambda _, name: self._parameter(name))
-        if self._flat is not None and self._flat in self._state:
-            component = self.component_of((), self._state[self._flat])
-            assert component is not None, "a model"
-            component.match(match, ())
+        if self._flat_component is not None:
+            self._flat_component.match(match, ())
         for name, key in self._keys.items():
             if key != self._flat:
                 plain.member(self._state[key], (name,), self._setter(key))
@@ -120,9 +114,14 @@ class StateTree:
             match.extra.clear()
         return match
 
+    @property
+    def _flat_component(self) -> Component | None:
+        has_flat = self._flat is not None and self._flat in self._state
+        return self.component_of((), self._state[self._flat]) if has_flat else None
+
     def component_of(self, path: Path, value: Any) -> Component | None:
-        """What knows how an object's state is stored; None for plain state."""
-        # An object that another gives as its whole state has the path of that one.
+        """Return the component that saves and loads an object; None for plain state."""
+        # An object may return another object as its whole state. Both have the same path.
         owner, component = self._components.get(path, (None, None))
         if component is not None and owner is value:
             return component
@@ -131,7 +130,7 @@ class StateTree:
             for optimizer in component.optimizers:
                 self._watch(optimizer)
         if component is not None and len(path) <= 1 and owner is None:
-            # Objects further down come and go, with the state that they are a part of.
+            # Deeper objects may be replaced along with the state that contains them.
             self._components[path] = value, component
         return component
 
@@ -139,7 +138,7 @@ class StateTree:
         if isinstance(value, nn.Module):
             return ModelState([value])
         if isinstance(value, Optimizer):
-            return OptimizerState(self._modules, [value], places=self._places)
+            return OptimizerState(self._modules, [value], paths=self._module_paths)
         if _is_component(value):
             return value
         return ObjectState(value) if is_object(value) else None
@@ -159,9 +158,11 @@ class StateTree:
         return self._flatten_component(flattener, path, component)
 
     def _flatten_component(self, flattener: Flattener, path: Path, component: Component) -> Node:
-        _note_union(flattener, path, component)
         node = component.flatten(flattener, path)
-        if isinstance(component, OptimizerState):
+        if isinstance(component, ModelState):
+            flattener.state.unions[path] = "model"
+        elif isinstance(component, OptimizerState):
+            flattener.state.unions[path] = "sharded" if component.is_sharded else "optimizer"
             classes = component.class_names
             flattener.state.structure[path] = {"object": node, OPTIMIZERS: classes}
         return node
@@ -169,22 +170,22 @@ class StateTree:
     def _setter(self, key: Any) -> Callable[[Any], None]:
         def put(value: Any) -> None:
             if self._flat:
-                # Nobody would see a value that is put beside the model of a run.
-                found, wanted = type_name(value), type_name(self._state[key])
-                raise MismatchError(f"`{key}` is a {found} in the checkpoint, a {wanted} here")
+                # A value stored next to the model of a run would never be read.
+                found, here = type_name(value), type_name(self._state[key])
+                raise MismatchError(f"`{key}` is a {found} in the checkpoint, a {here} here")
             try:
                 self._state[key] = value  # type: ignore[index]
             except TypeError as error:
                 raise UsageError(
-                    f"`{key}` cannot be put into a {type_name(self._state)}",
+                    f"`{key}` cannot be replaced in a {type_name(self._state)}",
                     hint="pass a dict, whose values a load can replace",
                 ) from error
 
         return put
 
     def _note_extra(self, match: Match) -> None:
-        """Note entries below the names given that this rank has no place for."""
-        flat = self._flat is not None and self._flat in self._state
+        """Note unused entries below the names of this state."""
+        flat = self._flat_component is not None
         for top, entries in match.stored.tops().items():
             given = top in self._keys and top != self._flat
             if given or (flat and top not in match.others):
@@ -192,33 +193,21 @@ class StateTree:
                     if name not in match.taken:
                         match.extra[name] = None
 
-    # ---------------------------------------------------------------- parameters that others follow
+    # -------------------------------------------------------------------- parameters by placement
 
     def _parameter(self, name: str) -> torch.Tensor | None:
-        for model in self._modules:
-            for one, parameter in named_parameters([model]):
-                if one == name:
-                    return parameter
-        return None
+        return next((p for key, p in named_parameters(self._modules) if key == name), None)
 
     def _placed_like(self, path: Path, tensor: DTensor) -> str | None:
-        """The name of a parameter that is spread over the ranks as a tensor is: of several the one
-        whose name ends the path."""
+        """Return the name of a parameter with the same placement as a tensor, if possible one
+        whose name is part of the path."""
         if self._placed is None:
             self._placed, self._placed_for = {}, outline_of(self._modules)
             for name, parameter in named_parameters(self._modules):
                 if isinstance(parameter, DTensor):
                     self._placed.setdefault(_placement(parameter), []).append(name)
-        found = self._placed.get(_placement(tensor), [])
-        where = spelled(path)
-        return next((name for name in found if name in where), found[0] if found else None)
-
-
-def _note_union(flattener: Flattener, path: Path, component: Component) -> None:
-    if isinstance(component, ModelState):
-        flattener.state.unions[path] = "model"
-    elif isinstance(component, OptimizerState):
-        flattener.state.unions[path] = "sharded" if component.is_sharded else "optimizer"
+        names = self._placed.get(_placement(tensor), [])
+        return next((name for name in names if name in dotted(path)), names[0] if names else None)
 
 
 def _placement(tensor: DTensor) -> tuple[Any, ...]:
@@ -226,32 +215,29 @@ def _placement(tensor: DTensor) -> tuple[Any, ...]:
 
 
 def _is_component(value: Any) -> TypeGuard[Component]:
-    kinds = (
-        *(ModelState, OptimizerState, SchedulerState),
-        *(ObjectState, RankState, LoaderState, NoState),
-    )
+    kinds = ModelState | OptimizerState | SchedulerState | ObjectState | RankState | NoState
     return isinstance(value, kinds)
 
 
 def _modules(state: Any, path: Path) -> Iterator[tuple[Path, nn.Module]]:
-    """Modules in dicts, lists and tuples, at any depth, with their paths."""
+    """Yield the modules in dicts, lists and tuples, at any depth, with their paths."""
     check_depth(path)
     if not isinstance(state, Mapping) and {int, float, str}.issuperset(map(type, state)):
         return
     for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
-        at = (*path, str(key))
+        below = (*path, str(key))
         if isinstance(value, nn.Module):
-            yield at, value
+            yield below, value
         elif isinstance(value, ModelState):
-            yield from ((at, part) for part in value.parts)
+            yield from ((below, part) for part in value.parts)
         elif isinstance(value, Mapping | list | tuple):
-            yield from _modules(value, at)
+            yield from _modules(value, below)
 
 
 def _check_names(state: FlatState) -> None:
-    """Raises UsageError where an entry has a name that another one has too."""
+    """Raise UsageError if two entries have the same name."""
     several = [leaf.names for leaf in state.leaves.values() if leaf.names]
-    # That no name is there twice is seen by counting them: they are not looked at one by one.
+    # Counting the names is much cheaper than comparing thousands one by one.
     names: dict[str, object] = {**state.leaves}
     for more in several:
         names.update(more)
@@ -259,7 +245,7 @@ def _check_names(state: FlatState) -> None:
         return
     paths: dict[str, Path] = {}
     for name, leaf in state.leaves.items():
-        for one, path in (leaf.names or {name: leaf.path}).items():
-            if one in paths:
-                raise named_twice(one, paths[one], path)
-            paths[one] = path
+        for entry, path in (leaf.names or {name: leaf.path}).items():
+            if entry in paths:
+                raise named_twice(entry, paths[entry], path)
+            paths[entry] = path

@@ -1,4 +1,4 @@
-"""Classes of optimizers: which one wrote a state, and whether another one can go on from it."""
+"""Whether an optimizer can continue from the state of an optimizer of another class."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any, NamedTuple
 
 from holdfast.format.structure import OPTIMIZERS
 from holdfast.state.match import Match
-from holdfast.state.tree import Path, spelled, type_name
+from holdfast.state.tree import Path, dotted, type_name
 
 _OF_SCHEDULERS = frozenset(
     {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "param_names"}
 )
-"""Options that schedulers and callers add to a group, whatever its optimizer is."""
+"""Options that schedulers or callers add to a group of any optimizer."""
 
 
 class _Slots(NamedTuple):
     needed: frozenset[str]
-    """Slots of every parameter that has been stepped."""
+    """Slots that every parameter has after a step."""
 
     more: frozenset[str] = frozenset()
-    """Slots that some options add."""
+    """Slots that depend on options."""
 
 
 def _slots(needed: str, more: str = "") -> _Slots:
@@ -40,24 +40,24 @@ _SLOTS = {
     "torch.optim.rprop.Rprop": _slots("step prev step_size"),
     "torch.optim.sgd.SGD": _slots("", "momentum_buffer"),
 }
-"""Slots of torch's own optimizers, by class."""
+"""Slots of torch's own optimizers, by class name."""
 
 
 class ClassCheck:
-    """Compares live optimizers with those that wrote what is stored at a path."""
+    """Compares optimizers with the classes that saved the state at a path."""
 
     def __init__(self, match: Match, path: Path) -> None:
-        self._match, self._name = match, spelled(path)
+        self._match, self._name = match, dotted(path)
         node = match.stored.structure.get(path)
         self._stored: list[str] | None = node.get(OPTIMIZERS) if isinstance(node, dict) else None
 
     def is_same(self, optimizer: Any) -> bool:
-        """Whether an optimizer of this class is known to have written the state."""
+        """Return whether the state was saved by an optimizer of this class."""
         here = type_name(optimizer)
-        return any(_is_same(here, one) for one in self._stored or ())
+        return any(_is_same(here, saved) for saved in self._stored or ())
 
     def note(self, optimizer: Any) -> None:
-        """Have it said that an optimizer of another class takes the state."""
+        """Note for the log that an optimizer of another class loads the state."""
         if self._stored and not self.is_same(optimizer):
             by, here = ", ".join(dict.fromkeys(self._stored)), type_name(optimizer)
             self._match.notes[f"`{self._name}` was saved by {by}, and is loaded by {here}"] = None
@@ -65,39 +65,37 @@ class ClassCheck:
     def check(
         self, optimizer: Any, options: Collection[str], slots: Iterable[Collection[str]]
     ) -> None:
-        """Refuse what an optimizer of another class, or of one that nobody knows, cannot go on
-        from; else have it said. `options` are those that are stored for its groups, `slots` those
-        of each parameter."""
+        """Refuse a state from which the optimizer cannot continue; note another class for the log.
+
+        `options` are the stored options of its groups, `slots` the stored slots of each parameter.
+        """
         groups = optimizer.param_groups
         known = {*optimizer.defaults, *(option for group in groups for option in group)}
         beyond = sorted({*options} - known - _OF_SCHEDULERS)
         lacks = sorted({*optimizer.defaults} - {*options}) if options else []
         wrong = _wrong_slots(optimizer, slots)
-        # Where nobody knows the class, a version of torch may have had other options.
+        # If the stored class is unknown, options alone prove nothing: they change with torch.
         unlike = bool(beyond and lacks)
         if not ((unlike or wrong) if self._stored else (unlike and wrong)):
             self.note(optimizer)
             return
-        reason = wrong or f"has the options {_listed(beyond)} there, and lacks {_listed(lacks)}"
+        reason = wrong or f"has the options {_listed(beyond)}, and lacks {_listed(lacks)}"
         by = ", ".join(dict.fromkeys(self._stored or ["an optimizer of another class"]))
         here = type_name(optimizer)
-        self._match.fits_not(self._name, f"is the state of {by}, not of {here}: it {reason}")
+        self._match.mismatch(self._name, f"is the state of {by}, not of {here}: it {reason}")
 
 
 def _wrong_slots(optimizer: Any, slots: Iterable[Collection[str]]) -> str:
-    """What an optimizer of torch's own cannot take of the slots that are stored."""
+    """Describe stored slots that an optimizer of torch cannot use; "" if it can use all."""
     table = _SLOTS.get(type_name(optimizer))
     if table is None:
         return ""
-    for held in map(frozenset, slots):
-        beyond = held - table.needed - table.more
-        lacks = table.needed - held
-        if held and beyond and lacks:
-            return (
-                f"has the slots {_listed(sorted(beyond))} there, and lacks {_listed(sorted(lacks))}"
-            )
-        if held and lacks:
-            return f"lacks the slots {_listed(sorted(lacks))}"
+    for stored in map(frozenset, slots):
+        beyond = stored - table.needed - table.more
+        lacks = table.needed - stored
+        if stored and lacks:
+            has = f"has the slots {_listed(sorted(beyond))}, and " if beyond else ""
+            return f"{has}lacks the slots {_listed(sorted(lacks))}"
     return ""
 
 
@@ -106,6 +104,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _is_same(one: str, other: str) -> bool:
-    """Whether two names are of one class; a script's own is in `__main__` where it is run."""
-    (module, _, name), (theirs, _, their_name) = one.rpartition("."), other.rpartition(".")
-    return one == other or (name == their_name and "__main__" in (module, theirs))
+    """Return whether two names mean one class: that of a running script is in `__main__`."""
+    module, _, name = one.rpartition(".")
+    other_module, _, other_name = other.rpartition(".")
+    return one == other or (name == other_name and "__main__" in (module, other_module))

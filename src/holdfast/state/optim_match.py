@@ -1,73 +1,77 @@
-"""Optimizers at a load: what is stored for each parameter, and what `load_state_dict` gets."""
+"""Loads of optimizers: stored entries by parameter, and the dict for `load_state_dict`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from holdfast.format.manifest import TensorEntry
-from holdfast.format.structure import Node, children_of, kind_of_node
-from holdfast.state.match import Match, Values, put_together
+from holdfast.format.manifest import TensorEntry, ValueEntry
+from holdfast.format.structure import children_of, kind_of_node
+from holdfast.state.match import Match, Values
+from holdfast.state.optim import (
+    EMPTY,
+    GROUPS,
+    MORE,
+    OTHERS,
+    STATE,
+    OptimizerState,
+    parameters_of,
+)
 from holdfast.state.optim_class import ClassCheck
 from holdfast.state.same import same
 from holdfast.state.stateful import hand_over
 from holdfast.state.stored import Branch
-from holdfast.state.subclass import is_ours
-from holdfast.state.tree import Path, spelled
+from holdfast.state.subclass import is_plain_tensor
+from holdfast.state.tree import Path, dotted
 
-if TYPE_CHECKING:
-    from holdfast.state.optim import OptimizerState
-
-STATE, GROUPS = "state", "param_groups"
-
-Made = Callable[[Values], Any]
-"""Makes a part of the state from what was read."""
+Make = Callable[[Values], Any]
+"""Builds one part of the state from the entries that were read."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredOptimizer:
-    """What a checkpoint holds for optimizers, by parameter."""
+    """Entries of a checkpoint for optimizers, by parameter name."""
 
     slots: dict[str, dict[str, Branch]] = field(default_factory=dict)
     whole: dict[str, Branch] = field(default_factory=dict)
-    """State of a parameter that is no dict of slots with text keys."""
+    """State of parameters that is not a dict of slots with text keys."""
 
     options: dict[str, dict[str, Branch]] = field(default_factory=dict)
     groups: list[Branch] = field(default_factory=list)
-    """Groups as they are, each with its parameters: torch's form before it is flattened."""
+    """Groups in torch's form, each with a list of its parameters."""
 
 
 class OptimizerMatch:
-    """Matches optimizers with what is stored for their parameters."""
+    """Matches optimizers with the stored entries of their parameters."""
 
     def __init__(self, owner: OptimizerState, match: Match, path: Path) -> None:
         self._owner, self._match, self._path = owner, match, path
-        self._name = spelled(path)
+        self._name = dotted(path)
         self._names = [
-            [owner.name_of(parameter) for parameter in _parameters(optimizer)]
+            [owner.name_of(parameter) for parameter in parameters_of(optimizer)]
             for optimizer in owner.named
         ]
         self._known = {name for names in self._names for name in names}
 
     def run(self) -> None:
-        """Say which entry goes where."""
+        """Decide the target of every entry."""
         branch = self._match.stored.below(self._path)
         keys = [*branch.children, *self._stated_keys(branch)]
         if not keys:
             if any(self._known):
                 self._match.missing(self._name)
             return
-        found = self._sorted(branch, keys)
+        stored = self._sorted(branch, keys)
         for number, optimizer in enumerate(self._owner.named):
-            self._match_optimizer(optimizer, number, found)
+            self._match_optimizer(optimizer, number, stored)
 
     def _stated_keys(self, branch: Branch) -> Iterator[str | int]:
-        """Keys below the path of which only the structure tells."""
+        """Yield keys below the path that only the structure contains."""
         length = len(self._path)
         for path in self._match.stored.structure:
             below = len(path) == length + 1 and path[:length] == self._path
@@ -75,86 +79,81 @@ class OptimizerMatch:
                 yield path[-1]
 
     def _sorted(self, branch: Branch, keys: list[str | int]) -> StoredOptimizer:
-        """Everything below the path, by parameter; what belongs to none here is left over."""
-        found = StoredOptimizer()
+        """Sort all entries below the path by parameter. Entries of unknown parameters are extra."""
+        stored = StoredOptimizer()
         for key in keys:
             text, child = str(key), branch.child(key)
             kind, dot, rest = text.partition(".")
             if kind == STATE and dot:
-                self._sort_slot(found, rest, child)
+                self._sort_slot(stored, rest, child)
             elif kind == GROUPS and dot:
-                self._sort_option(found, rest, child)
+                name, option = self._split(rest)
+                if name is not None:
+                    stored.options.setdefault(name, {})[option] = child
             elif text == STATE:
-                self._sort_nested(found, child)
+                self._sort_nested(stored, child)
             elif text == GROUPS:
-                found.groups.extend(child.child(n) for n in sorted(child.children, key=int))
-        return found
+                stored.groups.extend(child.child(n) for n in sorted(child.children, key=int))
+        return stored
 
-    def _sort_slot(self, found: StoredOptimizer, rest: str, child: Branch) -> None:
+    def _sort_slot(self, stored: StoredOptimizer, rest: str, child: Branch) -> None:
         name, slot = self._split(rest)
         if name is None and rest in self._known:
-            found.whole[rest] = child
+            stored.whole[rest] = child
         elif name is not None:
-            found.slots.setdefault(name, {})[slot] = child
+            stored.slots.setdefault(name, {})[slot] = child
 
-    def _sort_option(self, found: StoredOptimizer, rest: str, child: Branch) -> None:
-        name, option = self._split(rest)
-        if name is not None:
-            found.options.setdefault(name, {})[option] = child
-
-    def _sort_nested(self, found: StoredOptimizer, state: Branch) -> None:
-        """Torch's form before it is flattened: by name, or by the number of the parameter."""
+    def _sort_nested(self, stored: StoredOptimizer, state: Branch) -> None:
+        """Sort state in torch's nested form, by parameter name or by parameter number."""
         numbered = [name for names in self._names for name in names]
         for key, slots in state.children.items():
-            text = str(key)
-            if text not in self._known and text.isdecimal() and int(text) < len(numbered):
-                text = numbered[int(text)]
-            if text in self._known:
-                found.slots[text] = {str(slot): one for slot, one in slots.children.items()}
+            name = str(key)
+            if name not in self._known and name.isdecimal() and int(name) < len(numbered):
+                name = numbered[int(name)]
+            if name in self._known:
+                stored.slots[name] = {str(slot): child for slot, child in slots.children.items()}
 
     def _split(self, rest: str) -> tuple[str | None, str]:
-        """A parameter's name and what follows it; None where no parameter here has that name."""
-        name, dot, last = rest.rpartition(".")
-        if name in self._known:
-            return name, last
-        while dot:
-            name, dot, more = name.rpartition(".")
-            last = f"{more}.{last}"
+        """Split a key into a known parameter's name, the longest that fits, and the rest. The name
+        is None if no parameter here fits."""
+        name = rest
+        while "." in name:
+            name = name.rpartition(".")[0]
             if name in self._known:
-                return name, last
+                return name, rest[len(name) + 1 :]
         return None, rest
 
-    def _match_optimizer(self, optimizer: Optimizer, number: int, found: StoredOptimizer) -> None:
-        names, parameters = self._names[number], _parameters(optimizer)
-        state: dict[Any, Made] = {}
+    def _match_optimizer(self, optimizer: Optimizer, number: int, stored: StoredOptimizer) -> None:
+        names, parameters = self._names[number], parameters_of(optimizer)
+        state: dict[Any, Make] = {}
         groups_of = [group for group in optimizer.param_groups for _ in group["params"]]
         for index, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
             if not _is_stepped_here(optimizer, parameter):
                 continue
-            known = name in found.slots or name in found.whole or name in found.options
-            if not known and not found.groups and parameter.requires_grad:
+            known = name in stored.slots or name in stored.whole or name in stored.options
+            if not known and not stored.groups and parameter.requires_grad:
                 self._match.missing(f"{self._name}.{STATE}.{name}")
-            made = self._match_state(optimizer, name, parameter, groups_of[index], found)
-            if made is not None:
-                state[index] = made
+            make = self._match_state(optimizer, name, parameter, groups_of[index], stored)
+            if make is not None:
+                state[index] = make
         classes = ClassCheck(self._match, self._path)
         if not classes.is_same(optimizer):
-            slots = (found.slots[name] for name in names if name in found.slots)
-            classes.check(optimizer, self._stored_options(names, found), slots)
-        groups = self._match_groups(optimizer, number, names, found)
+            slots = (stored.slots[name] for name in names if name in stored.slots)
+            classes.check(optimizer, self._stored_options(names, stored), slots)
+        make_groups = self._match_groups(optimizer, number, names, stored)
         self._note_empty(optimizer, number)
-        others = self._match_others(number)
+        add_others = self._match_others(number)
 
         def take(values: Values) -> None:
-            said: dict[str, Any] = {STATE: {key: made(values) for key, made in state.items()}}
-            said[GROUPS] = groups(values)
-            said = others(values, said)
+            loaded: dict[str, Any] = {STATE: {key: make(values) for key, make in state.items()}}
+            loaded[GROUPS] = make_groups(values)
+            add_others(values, loaded)
             with self._exactly(optimizer, names):
-                hand_over(optimizer, said, self._name)
+                hand_over(optimizer, loaded, self._name)
 
         self._match.then(take)
 
-    # ---------------------------------------------------------------------------------- the slots
+    # -------------------------------------------------------------------------------------- slots
 
     def _match_state(
         self,
@@ -162,100 +161,99 @@ class OptimizerMatch:
         name: str,
         parameter: torch.Tensor,
         group: Mapping[str, Any],
-        found: StoredOptimizer,
-    ) -> Made | None:
-        """What makes the state of one parameter; None where it has none."""
-        if name in found.whole:
-            return self._made(found.whole[name], parameter)
-        if name not in found.slots:
+        stored: StoredOptimizer,
+    ) -> Make | None:
+        """Return the maker of one parameter's state; None if the checkpoint has none."""
+        if name in stored.whole:
+            return self._make(stored.whole[name], parameter)
+        if name not in stored.slots:
             return None
         live = optimizer.state.get(parameter, {})
         # Optimizers with these options keep their step count on the parameter's device.
         on_device = bool(group.get("fused") or group.get("capturable"))
-        made = {
+        makers = {
             slot: self._match_slot(branch, parameter, live.get(slot), on_device=on_device)
-            for slot, branch in found.slots[name].items()
+            for slot, branch in stored.slots[name].items()
         }
-        return lambda values: {slot: one(values) for slot, one in made.items()}
+        return lambda values: {slot: make(values) for slot, make in makers.items()}
 
     def _match_slot(
         self, branch: Branch, parameter: torch.Tensor, live: Any, *, on_device: bool
-    ) -> Made:
+    ) -> Make:
         entry = self._match.stored.tensor(branch.name or "")
         node = self._match.stored.node(branch.path)
         fits = (
             entry is not None
             and isinstance(live, torch.Tensor)
             and (node is None or kind_of_node(node) == "tensor")
-            and is_ours(live)
+            and is_plain_tensor(live)
             and entry.shape == tuple(live.shape)
             and f"torch.{entry.dtype}" == str(live.dtype)
         )
         if fits and branch.name is not None:
-            # Its own memory is filled: what is there may be half of a GPU's.
+            # A second copy of all slots might not fit: they may fill half of a GPU's memory.
             self._match.fill(branch.name, live)
             return lambda _: live
-        return self._made(branch, parameter, on_device=on_device)
+        return self._make(branch, parameter, on_device=on_device)
 
-    def _made(self, branch: Branch, parameter: torch.Tensor, *, on_device: bool = False) -> Made:
-        """What makes a slot anew. One of its parameter's shape lies as the parameter does; any
-        other is whole on every rank, a single number on the host."""
+    def _make(self, branch: Branch, parameter: torch.Tensor, *, on_device: bool = False) -> Make:
+        """Return the maker of a new slot. A slot of its parameter's shape is placed like the
+        parameter. Other slots are whole on every rank, single numbers in host memory."""
         match = self._match
-        node = match.stored.node(branch.path)
 
         def like(entry: TensorEntry, name: str) -> torch.Tensor | torch.device | None:
             if name:
                 return match.parameter(name)
-            at = match.stored.node(entry.path)
-            whole = isinstance(at, dict) and "place" in at.get("tensor", {})
+            node = match.stored.node(entry.path)
+            whole = isinstance(node, dict) and "place" in node.get("tensor", {})
             if entry.shape == tuple(parameter.shape) and not whole:
                 return parameter
             return parameter.device if entry.shape or on_device else None
 
-        match.demand(branch, node, like)
-        return lambda values: put_together(branch, node, values)
+        return match.request(branch, match.stored.node(branch.path), like)
 
-    # --------------------------------------------------------------------------------- the groups
+    # ------------------------------------------------------------------------------------- groups
 
     def _match_groups(
-        self, optimizer: Optimizer, number: int, names: list[str], found: StoredOptimizer
+        self, optimizer: Optimizer, number: int, names: list[str], stored: StoredOptimizer
     ) -> Callable[[Values], list[dict[str, Any]]]:
-        """What makes the groups: the options that were saved, and this run's where it has more."""
-        made: list[tuple[dict[str, Any], list[int], dict[str, Made]]] = []
+        """Return the maker of the groups. Stored options replace those of this run; options that
+        are not stored stay."""
+        planned: list[tuple[dict[str, Any], list[int], dict[str, Make]]] = []
         start = 0
         for index, group in enumerate(optimizer.param_groups):
             numbers = list(range(start, start + len(group["params"])))
             start += len(numbers)
-            held = [names[n] for n in numbers]
-            options = self._match_options(held, found) if held else self._empty(number, index)
+            members = [names[n] for n in numbers]
+            makers = self._match_options(members, stored) if members else self._empty(number, index)
             own = {option: value for option, value in group.items() if option != "params"}
-            made.append((own, numbers, options))
-        nested = [self._nested_group(branch) for branch in found.groups]
+            planned.append((own, numbers, makers))
+        nested = [self._match.request(branch, None) for branch in stored.groups]
 
-        def groups(values: Values) -> list[dict[str, Any]]:
-            stated = [one(values) for one in nested]
-            by_name = {str(n): group for group in stated for n in group.get("params", ())}
-            said = []
-            for own, numbers, options in made:
-                group = {**own, **{option: one(values) for option, one in options.items()}}
+        def make_groups(values: Values) -> list[dict[str, Any]]:
+            stored_groups = [make(values) for make in nested]
+            by_name = {str(n): group for group in stored_groups for n in group.get("params", ())}
+            groups = []
+            for own, numbers, makers in planned:
+                group = {**own, **{option: make(values) for option, make in makers.items()}}
                 for n in numbers[:1]:
-                    theirs = by_name.get(names[n], by_name.get(str(n), {}))
-                    group |= {k: v for k, v in theirs.items() if k != "params"}
-                said.append({**group, "params": numbers})
-            return said
+                    options = by_name.get(names[n], by_name.get(str(n), {}))
+                    group |= {k: v for k, v in options.items() if k != "params"}
+                groups.append({**group, "params": numbers})
+            return groups
 
-        return groups
+        return make_groups
 
-    def _stored_options(self, names: list[str], found: StoredOptimizer) -> set[str]:
-        """Names of the options that are stored for the groups of an optimizer."""
-        options = {str(option) for group in found.groups for option in group.children}
-        options.update(*(found.options[name] for name in names if name in found.options))
+    def _stored_options(self, names: list[str], stored: StoredOptimizer) -> set[str]:
+        """Return the names of the options that are stored for an optimizer's groups."""
+        options = {str(option) for group in stored.groups for option in group.children}
+        options.update(*(stored.options[name] for name in names if name in stored.options))
         return options - {"params"}
 
     def _note_empty(self, optimizer: Optimizer, number: int) -> None:
-        """Have it said which groups had no parameters when they were saved, and are not so here:
-        each parameter keeps the options that were saved for it, and theirs belong to none."""
-        path = (*self._path, f"empty_groups.{number}")
+        """Note each group that was saved without parameters and has some here, or is not here.
+        Its parameters keep the options that were saved for them; the group's options are unused."""
+        path = (*self._path, f"{EMPTY}.{number}")
         branch, node = self._match.stored.below(path), self._match.stored.node(path)
         self._match.taken.update(branch.entries())
         for key in [*branch.children, *(str(key) for key, _ in children_of(node) or ())]:
@@ -268,110 +266,94 @@ class OptimizerMatch:
                     "the number of the group will not follow"
                 ] = None
 
-    def _match_options(self, held: list[str], found: StoredOptimizer) -> dict[str, Made]:
-        options: dict[str, Made] = {}
+    def _match_options(self, names: list[str], stored: StoredOptimizer) -> dict[str, Make]:
+        makers: dict[str, Make] = {}
+        firsts: dict[str, Branch] = {}
         values = self._match.stored.manifest.values
-        for name in held:
-            for option, branch in found.options.get(name, {}).items():
-                first = next(
-                    found.options[one][option]
-                    for one in held
-                    if option in found.options.get(one, {})
-                )
-                mine, firsts = values.get(branch.name or ""), values.get(first.name or "")
+        for name in names:
+            for option, branch in stored.options.get(name, {}).items():
+                first = firsts.setdefault(option, branch)
+                value, first_value = values.get(branch.name or ""), values.get(first.name or "")
                 if first is branch:
-                    options[option] = self._made_value(branch)
-                elif mine is not None and firsts is not None and _is_one(mine, firsts):
-                    # Stored once for all of a group.
+                    makers[option] = self._make_value(branch)
+                elif value and first_value and _is_same_item(value, first_value):
+                    # The checkpoint stores an option once for all parameters of a group.
                     self._match.taken.update(branch.entries())
                 else:
-                    self._compare(option, first, branch, held[0], name)
-        return options
+                    self._compare(option, first, branch, names[0], name)
+        return makers
 
     def _compare(self, option: str, one: Branch, other: Branch, first: str, name: str) -> None:
-        """Refuse options that differ between parameters which are in one group here."""
-        makes = self._made_value(one), self._made_value(other)
+        """Refuse an option that differs between two parameters of one group."""
+        makers = self._make_value(one), self._make_value(other)
 
         def check(values: Values) -> str | None:
-            found = [make(values) for make in makes]
-            if same(*found):
+            saved = [make(values) for make in makers]
+            if same(*saved):
                 return None
             return (
-                f"`{self._name}`: `{first}` and `{name}` are in one group here, and were saved "
-                f"with `{option}` {found[0]!r} and {found[1]!r}"
+                f"`{self._name}`: `{first}` and `{name}` are in one group here, but were saved "
+                f"with `{option}` {saved[0]!r} and {saved[1]!r}"
             )
 
         self._match.check([*one.entries(), *other.entries()], check)
 
-    def _empty(self, number: int, index: int) -> dict[str, Made]:
-        """The options of a group without parameters."""
-        path = (*self._path, f"empty_groups.{number}")
+    def _empty(self, number: int, index: int) -> dict[str, Make]:
+        """Return the makers of the options of a group without parameters."""
+        path = (*self._path, f"{EMPTY}.{number}")
         stored = self._match.stored
         branch, node = stored.below(path), stored.node(path)
         if branch.is_empty and node is None:
             return {}
-        self._match.demand(branch, node)
-        options: dict[str, Made] = {}
+        self._match.request(branch, node)
         below = branch.child(str(index))
-        for option in below.children:
-            options[str(option)] = self._made_value(below.child(option))
-        return options
+        return {str(option): self._make_value(below.child(option)) for option in below.children}
 
-    def _nested_group(self, branch: Branch) -> Made:
-        self._match.demand(branch, None)
-        return lambda values: put_together(branch, None, values)
+    def _make_value(self, branch: Branch) -> Make:
+        return self._match.request(branch, self._match.stored.node(branch.path))
 
-    def _made_value(self, branch: Branch) -> Made:
-        node = self._match.stored.node(branch.path)
-        self._match.demand(branch, node)
-        return lambda values: put_together(branch, node, values)
-
-    def _match_others(self, number: int) -> Callable[[Values, dict[str, Any]], dict[str, Any]]:
-        """What adds state that belongs to no parameter, and what else the optimizer said."""
+    def _match_others(self, number: int) -> Callable[[Values, dict[str, Any]], None]:
+        """Return a function that adds the rest of the optimizer's state, which belongs to no
+        parameter and no group."""
         stored = self._match.stored
-        parts: list[tuple[str, Branch, Node]] = []
-        for key in ("others", "more"):
+        makers: list[tuple[str, Make]] = []
+        for key in (OTHERS, MORE):
             path = (*self._path, f"{key}.{number}")
             branch, node = stored.below(path), stored.node(path)
             if not (branch.is_empty and node is None):
-                self._match.demand(branch, node, self._like_parameter)
-                parts.append((key, branch, node))
+                make = self._match.request(branch, node, self._like_parameter)
+                makers.append((key, make))
 
-        def add(values: Values, said: dict[str, Any]) -> dict[str, Any]:
-            for key, branch, node in parts:
-                held = put_together(branch, node, values)
-                if key == "others":
-                    said[STATE].update(held)
-                else:
-                    said.update(held)
-            return said
+        def add(values: Values, loaded: dict[str, Any]) -> None:
+            for key, make in makers:
+                (loaded[STATE] if key == OTHERS else loaded).update(make(values))
 
         return add
 
     def _like_parameter(self, _: TensorEntry, name: str) -> torch.Tensor | None:
         return self._match.parameter(name) if name else None
 
-    # ---------------------------------------------------------------------------------- afterwards
+    # ------------------------------------------------------------------------------- exact values
 
     @contextmanager
     def _exactly(self, optimizer: Optimizer, names: list[str]) -> Iterator[None]:
-        """Undo what torch's own `load_state_dict` changes in what it is given: it casts every slot
-        to the dtype of its parameter, counters and 8-bit moments too, and spells texts anew.
+        """Undo the conversions of torch's own `load_state_dict`: it casts every slot to the dtype
+        of its parameter, even counters and 8-bit moments, and copies texts.
 
-        This is done after torch's cast, and before the optimizer's `__setstate__` and hooks see
-        the state: what these make of it stands.
+        The values are restored after torch's cast and before the optimizer's `__setstate__` and
+        hooks see the state. Changes that these make are kept.
         """
         if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
             yield
             return
         given: dict[str, Any] = {}
-        # The last of the hooks before the load: what the others have changed is in what it gets.
-        hook = optimizer.register_load_state_dict_pre_hook(lambda _, said: given.update(said))
+        # Registered last, so that it sees the changes of all other hooks.
+        hook = optimizer.register_load_state_dict_pre_hook(lambda _, state: given.update(state))
         set_state = optimizer.__setstate__
-        name_of = dict(zip(map(id, _parameters(optimizer)), names, strict=True))
+        name_of = dict(zip(map(id, parameters_of(optimizer)), names, strict=True))
 
         def set_exact_state(cast: dict[str, Any]) -> None:
-            parameters = [one for group in cast[GROUPS] for one in group["params"]]
+            parameters = [p for group in cast[GROUPS] for p in group["params"]]
             numbers = [number for group in given[GROUPS] for number in group["params"]]
             for number, parameter in zip(numbers, parameters, strict=True):
                 if number in given[STATE] and not self._was_cast(name_of[id(parameter)], parameter):
@@ -386,38 +368,36 @@ class OptimizerMatch:
             optimizer.__dict__.pop("__setstate__", None)
 
     def _was_cast(self, name: str, parameter: torch.Tensor) -> bool:
-        """Whether the parameter has another dtype than the checkpoint's, so that slots follow."""
+        """Return whether the parameter's dtype differs from the checkpoint's; its slots follow."""
         tensors = self._match.stored.manifest.tensors
         entry = tensors.get(name) or tensors.get(f"model.{name}")
         return entry is not None and f"torch.{entry.dtype}" != str(parameter.dtype)
 
 
-def _is_one(one: Any, other: Any) -> bool:
+def _is_same_item(one: ValueEntry, other: ValueEntry) -> bool:
     return (one.file, one.item) == (other.file, other.item)
 
 
-def _exact(handed: Any, live: Any) -> Any:
-    if isinstance(handed, torch.Tensor) and isinstance(live, torch.Tensor):
-        if (handed.dtype, handed.shape) == (live.dtype, live.shape):
-            return live
-        return handed.to(live.device)
-    if isinstance(live, torch.Tensor):
-        return live
-    if type(handed) is dict:
-        kept = live if isinstance(live, dict) else {}
-        return {key: _exact(value, kept.get(key)) for key, value in handed.items()}
-    if type(handed) in (list, tuple):
-        same_length = isinstance(live, (list, tuple)) and len(live) == len(handed)
-        others = live if same_length else [None] * len(handed)
-        return type(handed)(_exact(one, other) for one, other in zip(handed, others, strict=True))
-    return handed
-
-
-def _parameters(optimizer: Optimizer) -> list[torch.Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _exact(given: Any, cast: Any) -> Any:
+    """Return `given` with its own dtypes, using tensors of `cast` where nothing was changed."""
+    if isinstance(given, torch.Tensor) and isinstance(cast, torch.Tensor):
+        if (given.dtype, given.shape) == (cast.dtype, cast.shape):
+            return cast
+        return given.to(cast.device)
+    if isinstance(cast, torch.Tensor):
+        return cast
+    if type(given) is dict:
+        kept = cast if isinstance(cast, dict) else {}
+        return {key: _exact(value, kept.get(key)) for key, value in given.items()}
+    if type(given) in (list, tuple):
+        same_length = isinstance(cast, (list, tuple)) and len(cast) == len(given)
+        others = cast if same_length else [None] * len(given)
+        return type(given)(_exact(*pair) for pair in zip(given, others, strict=True))
+    return given
 
 
 def _is_stepped_here(optimizer: Any, parameter: torch.Tensor) -> bool:
-    """Whether this rank keeps the parameter's state: `ZeroRedundancyOptimizer` shares them out."""
+    """Return whether this rank keeps the parameter's state. `ZeroRedundancyOptimizer` divides the
+    parameters among the ranks."""
     owners = getattr(optimizer, "_param_to_rank", None)
     return owners is None or owners[parameter] == optimizer.rank

@@ -1,4 +1,4 @@
-"""The random number generators of a process: torch, its GPUs, numpy and Python."""
+"""The state of a process's random number generators: torch, CUDA, numpy and Python."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 class RngState:
-    """The generators of this process as one `Stateful`: each rank draws its own numbers."""
+    """A `Stateful` for the generators of this process. Each rank has its own."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every generator that there is."""
+        """Return the state of every generator. Numpy's is included if numpy was imported."""
         state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state()
@@ -24,7 +24,7 @@ class RngState:
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put every generator that is here, and was there, where it was."""
+        """Restore every saved generator that exists in this process."""
         torch.set_rng_state(state_dict["torch"])
         random.setstate(state_dict["python"])
         if "cuda" in state_dict and torch.cuda.is_available():
@@ -37,6 +37,6 @@ class RngState:
 
 
 def _plain(value: Any) -> int | float:
-    """Of what numpy gives: an int or a float of Python's own."""
+    """Convert a number of numpy to one of Python."""
     plain: int | float = value.item() if hasattr(value, "item") else value
     return plain

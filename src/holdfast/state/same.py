@@ -1,4 +1,4 @@
-"""Whether two states are one: types, keys, numbers and every bit of every tensor."""
+"""Comparison of two states: types, keys, numbers and every bit of every tensor."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from holdfast.state.subclass import is_ours
+from holdfast.state.layout import bytes_of
+from holdfast.state.subclass import is_plain_tensor
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two states are alike in every bit.
+    """Return whether two states are equal in every bit.
 
     >>> same({"a": [1, 2.0]}, {"a": [1, 2.0]}), same([1], (1,)), same(1, 1.0)
     (True, False, False)
@@ -23,7 +24,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
-    """Where two states differ, and in what: a line each."""
+    """Yield one line for each difference between two states."""
     where = path or "the state"
     if _kind(one) is not _kind(other):
         yield f"{where}: {type(one).__qualname__} and {type(other).__qualname__}"
@@ -46,7 +47,7 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
         for number, (a, b) in enumerate(zip(one, other, strict=True)):
             yield from differences(a, b, f"{path}[{number}]")
     elif isinstance(one, float | complex | np.generic):
-        # By their text: 0.0 and -0.0 are equal, and NaN is not equal to itself.
+        # Compare the text, because 0.0 == -0.0, and NaN != NaN.
         if repr(one) != repr(other):
             yield f"{where}: {one!r} and {other!r}"
     elif one != other:
@@ -54,8 +55,8 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
 
 
 def _same_keys(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
-    """Whether two mappings have keys of the same types and values; in one order, where that
-    counts."""
+    """Return whether two mappings have keys of the same types and values, for an `OrderedDict`
+    also in the same order."""
     types = {key: type(key) for key in one}
     if types != {key: type(key) for key in other}:
         return False
@@ -63,18 +64,18 @@ def _same_keys(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
 
 
 def _kind(value: Any) -> type:
-    # What `keep_vars` or a cast makes of a tensor is no difference of the state.
+    # `keep_vars` or a cast may turn a parameter into a tensor; the state is the same.
     return torch.Tensor if type(value) is torch.nn.Parameter else type(value)
 
 
 def _tensor_differences(one: torch.Tensor, other: torch.Tensor, where: str) -> Iterator[str]:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         yield f"{where}: {one.dtype} {[*one.shape]} and {other.dtype} {[*other.shape]}"
-    elif not is_ours(one):
+    elif not is_plain_tensor(one):
         names, context = one.__tensor_flatten__()  # type: ignore[attr-defined]
-        theirs, said = other.__tensor_flatten__()  # type: ignore[attr-defined]
-        yield from differences([*names], [*theirs], f"{where}.names")
-        yield from differences(context, said, f"{where}.context")
+        other_names, other_context = other.__tensor_flatten__()  # type: ignore[attr-defined]
+        yield from differences([*names], [*other_names], f"{where}.names")
+        yield from differences(context, other_context, f"{where}.context")
         for name in names:
             yield from differences(getattr(one, name), getattr(other, name), f"{where}.{name}")
     elif isinstance(one, DTensor) and isinstance(other, DTensor):
@@ -87,8 +88,4 @@ def _tensor_differences(one: torch.Tensor, other: torch.Tensor, where: str) -> I
 
 
 def _bits(tensor: torch.Tensor) -> bytes:
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    if not plain.numel():
-        return b""
-    # Not `reshape(-1)`: a single element counts as contiguous whatever its stride.
-    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().tobytes()
+    return bytes(bytes_of(tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()))

@@ -1,4 +1,4 @@
-"""Which elements of a tensor a rank holds, from how each mesh axis splits each dim."""
+"""Pieces of a tensor on one rank, computed from how each mesh axis splits each dim."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from itertools import product
 from holdfast.format.region import Region
 
 Interval = tuple[int, int]
-"""Half-open run of indices along one dim."""
+"""Half-open range of indices along one dim."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One box of elements that lies in one piece on a rank."""
+    """A box of elements that is one box in the whole tensor and in the rank's own tensor."""
 
     region: Region
-    """Where it lies in the tensor as a whole."""
+    """Position in the whole tensor."""
 
     local: Region
-    """Where it lies in the rank's own tensor."""
+    """Position in the rank's own tensor."""
 
     def local_of(self, region: Region) -> Region:
-        """Where a part of it lies in the rank's own tensor."""
+        """Return the position in the rank's own tensor of `region`, a part of this piece."""
         if region == self.region:
             return self.local
         inner = region.within(self.region)
@@ -35,30 +35,30 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How one mesh axis splits one dim, as seen by one of its ranks."""
+    """How one mesh axis splits one dim, for one rank."""
 
     dim: int
     num_parts: int
     index: int
-    """The part that this rank holds."""
+    """Index of this rank's part."""
 
     num_strides: int = 1
-    """The dim is cut into so many stretches first, and each of them into the parts: torch's
-    `_StridedShard`, which FSDP over tensor parallelism gives. 1 for a plain shard."""
+    """Sections into which the dim is split first, each of which is then split into the parts:
+    torch's `_StridedShard`, for FSDP over tensor parallelism. 1 for a plain shard."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Ranks as a grid."""
+    """A grid of ranks."""
 
     shape: tuple[int, ...]
     ranks: tuple[int, ...]
-    """Row-major."""
+    """Ranks in row-major order."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardSpec:
-    """How one mesh axis splits one dim: a `Split`, as all ranks of the axis see it."""
+    """How one mesh axis splits one dim, for all ranks."""
 
     dim: int
     num_strides: int = 1
@@ -66,14 +66,14 @@ class ShardSpec:
 
 @dataclass(frozen=True, slots=True)
 class MeshPlacement:
-    """How a tensor lies over ranks: what each axis of a mesh does to it."""
+    """The mesh of a tensor, and how each axis splits the tensor."""
 
     mesh: Mesh
     shards: tuple[ShardSpec | None, ...]
-    """Of each axis; None where it repeats the tensor. They apply in this order."""
+    """One `ShardSpec` per axis, applied in this order; None for an axis of replicas."""
 
     def splits_at(self, coordinate: Sequence[int]) -> list[Split]:
-        """The splits as the rank at `coordinate` of the mesh sees them."""
+        """Return the splits for the rank at `coordinate` of the mesh."""
         return [
             Split(shard.dim, num_parts, index, shard.num_strides)
             for shard, num_parts, index in zip(
@@ -84,47 +84,47 @@ class MeshPlacement:
 
 
 def pieces_of(shape: Sequence[int], splits: Sequence[Split]) -> tuple[Piece, ...]:
-    """What a rank holds after these splits, applied in this order; empty pieces are left out.
+    """Return a rank's pieces after these splits, applied in order, without empty pieces.
 
-    Parts are those of `torch.chunk`: of equal size but for the last ones, which may be smaller or
-    empty. A tensor without elements has one empty piece, so that it is not forgotten.
+    The parts have the sizes of `torch.chunk`: equal, except that the last ones may be smaller or
+    empty. A tensor without elements has one empty piece, so that checkpoints contain it.
     """
-    held: list[list[Interval]] = [[(0, size)] for size in shape]
+    dims: list[list[Interval]] = [[(0, size)] for size in shape]
     for split in splits:
-        held[split.dim] = _part(held[split.dim], split)
+        dims[split.dim] = _part(dims[split.dim], split)
     if not all(shape):
         return (Piece(Region.whole(shape), Region.whole(shape)),)
-    located = [_located(intervals) for intervals in held]
+    located = [_located(intervals) for intervals in dims]
     return tuple(
         Piece(
-            Region(tuple(g[0] for g, _ in box), tuple(g[1] for g, _ in box)),
-            Region(tuple(at[0] for _, at in box), tuple(at[1] for _, at in box)),
+            Region(tuple(whole[0] for whole, _ in box), tuple(whole[1] for whole, _ in box)),
+            Region(tuple(own[0] for _, own in box), tuple(own[1] for _, own in box)),
         )
         for box in product(*located)
     )
 
 
-def _part(held: list[Interval], split: Split) -> list[Interval]:
+def _part(intervals: list[Interval], split: Split) -> list[Interval]:
     taken: list[Interval] = []
-    length = _length(held)
+    length = sum(stop - start for start, stop in intervals)
     size = _part_size(length, split.num_strides)
     for start in range(0, length, size):
         stop = min(start + size, length)
         part_size = _part_size(stop - start, split.num_parts)
         part = start + part_size * split.index
-        taken += _cut(held, part, min(part + part_size, stop))
+        taken += _slice(intervals, part, min(part + part_size, stop))
     return _joined(taken)
 
 
 def _part_size(length: int, num_parts: int) -> int:
-    """Of all parts but the last ones."""
+    """Return the size of all parts except the last ones."""
     return max(1, -(-length // num_parts))
 
 
-def _cut(held: list[Interval], start: int, stop: int) -> list[Interval]:
-    """Elements `start` to `stop` of the intervals laid end to end."""
+def _slice(intervals: list[Interval], start: int, stop: int) -> list[Interval]:
+    """Return the elements from `start` to `stop` of the concatenated intervals."""
     taken, before = [], 0
-    for first, last in held:
+    for first, last in intervals:
         lo, hi = max(start - before, 0), min(stop - before, last - first)
         if lo < hi:
             taken.append((first + lo, first + hi))
@@ -143,13 +143,10 @@ def _joined(intervals: list[Interval]) -> list[Interval]:
 
 
 def _located(intervals: list[Interval]) -> list[tuple[Interval, Interval]]:
-    """Each interval beside its place in the rank's own tensor."""
-    located, at = [], 0
+    """Return each interval with its position in the rank's own tensor."""
+    located, own_start = [], 0
     for start, stop in intervals:
-        located.append(((start, stop), (at, at + stop - start)))
-        at += stop - start
+        own_stop = own_start + stop - start
+        located.append(((start, stop), (own_start, own_stop)))
+        own_start = own_stop
     return located
-
-
-def _length(intervals: list[Interval]) -> int:
-    return sum(stop - start for start, stop in intervals)

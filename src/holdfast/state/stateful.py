@@ -1,5 +1,5 @@
-"""Objects that give their state and take it back: saved as they say it, put together again as it
-was saved, and handed to their own `load_state_dict`."""
+"""Objects with `state_dict` and `load_state_dict`: their state is saved as they return it, rebuilt
+as it was saved, and passed to their own `load_state_dict`."""
 
 from __future__ import annotations
 
@@ -13,101 +13,98 @@ from holdfast.errors import HoldfastError, MismatchError
 from holdfast.failures import worded
 from holdfast.format.manifest import TensorEntry
 from holdfast.format.structure import SEQUENCES, Node, children_of, kind_of_node
-from holdfast.state.match import Like, Match, Values, put_together
-from holdfast.state.stored import Branch, keys_like, rebuild
-from holdfast.state.tree import Flattener, Path, Stateful, is_object, spelled, type_name
+from holdfast.state.match import Like, Match, Values
+from holdfast.state.stored import Branch, Take, keys_like, rebuild
+from holdfast.state.tree import Flattener, Path, Stateful, dotted, is_object, type_name
 
 RANK = "rank_"
-"""Begins the key of one rank's own state."""
+"""Prefix of the keys of states that belong to one rank."""
 
 
 class ObjectState:
     """Any object with `state_dict` and `load_state_dict` as a component of the state."""
 
-    def __init__(self, owner: Stateful, *, is_asked_after: bool = False) -> None:
-        """`is_asked_after`: the object is asked for its state once it has been given one."""
-        self._owner, self._is_asked_after = owner, is_asked_after
+    def __init__(self, owner: Stateful, *, is_read_back: bool = False) -> None:
+        """`is_read_back`: a load calls `state_dict` of the object after `load_state_dict`."""
+        self._owner, self._is_read_back = owner, is_read_back
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:
-        """Add what the object says. A load makes every tensor of it anew."""
+        """Add the object's state. A load creates all of its tensors."""
         return flattener.walk(path, self._owner.state_dict(), rebuilt=True)
 
     def match(self, match: Match, path: Path) -> None:
-        """Have everything below the path read and handed to the object."""
+        """Plan to read everything below the path and pass it to the object."""
         stored = match.stored
         branch, node = stored.below(path), stored.node(path)
         if kind_of_node(node) == "object":
-            # One level: an object may have said another one.
+            # Only one level: the state of an object may be another object.
             assert isinstance(node, dict)
             node = node["object"]
         if stored.states_structure and (node is not None or not branch.is_empty):
             self._match_stated(match, path, branch, node)
         elif stored.states_structure:
-            match.missing(spelled(path))
+            match.missing(dotted(path))
         else:
             self._match_guessed(match, path, branch)
 
     def _match_stated(self, match: Match, path: Path, branch: Branch, node: Node) -> None:
-        """The checkpoint says what the structure is; what a fresh object says is not asked for,
-        since asking may have effects: a data loader starts its workers."""
+        """Match a state whose structure is stored. `state_dict` of the fresh object is called only
+        if needed, because it may have effects: it starts the workers of a data loader."""
         fresh: Any = self._owner.state_dict() if _needs_fresh(node) else None
-        match.demand(branch, node, _like(match, path, fresh))
+        make = match.request(branch, node, _like(match, path, fresh))
         fill = _filler(match, path, node, fresh)
 
         def take(values: Values) -> None:
-            state = put_together(branch, node, values)
+            state = make(values)
             self._give(fill(state) if fill is not None else state, path)
 
         match.then(take)
 
     def _match_guessed(self, match: Match, path: Path, branch: Branch) -> None:
-        """Stock DCP and earlier versions wrote names alone: a fresh object's own state tells the
-        types of keys and containers, and what has no entries of its own."""
+        """Match a state of stock DCP or of old versions, which stored only names. The fresh
+        object's state gives the types of keys and containers, and parts without entries."""
         fresh: Any = self._owner.state_dict()
         for name in _missing(fresh, branch, path):
             match.missing(name)
         if not branch.is_empty:
-            match.demand(branch, None, _like(match, path, fresh))
+            match.request(branch, None, _like(match, path, fresh))
 
         def take(values: Values) -> None:
-            state = _merged(fresh, branch, lambda name, _: values(name))
-            self._give(state, path)
+            self._give(_merged(fresh, branch, lambda name, _: values(name)), path)
 
         match.then(take)
 
     def _give(self, state: Any, path: Path) -> None:
-        hand_over(self._owner, state, spelled(path))
-        if self._is_asked_after:
+        hand_over(self._owner, state, dotted(path))
+        if self._is_read_back:
             self._owner.state_dict()
 
 
 class RankState:
-    """The state of one rank's own object, below a key of its rank."""
+    """The state of an object that belongs to one rank, stored below the key of that rank."""
 
     def __init__(self, state: ObjectState, rank: int, *, may_lack: bool = False) -> None:
-        """`may_lack`: a checkpoint of fewer ranks is no reason to refuse it; the object stays as
-        it is then."""
+        """`may_lack`: a checkpoint without a state for this rank leaves the object unchanged."""
         self._state, self._key, self._may_lack = state, f"{RANK}{rank}", may_lack
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:
         """Add the object's state below this rank's key."""
-        at = (*path, self._key)
-        node = self._state.flatten(flattener, at)
+        below = (*path, self._key)
+        node = self._state.flatten(flattener, below)
         if node is not None:
-            flattener.state.structure[at] = {"object": node}
+            flattener.state.structure[below] = {"object": node}
         return None
 
     def match(self, match: Match, path: Path) -> None:
-        """Have this rank's state read; that of other ranks is theirs."""
-        at = (*path, self._key)
+        """Plan to read this rank's state. The states of other ranks count as used."""
+        below = (*path, self._key)
         match.taken.update(match.stored.below(path).entries())
-        if self._may_lack and match.stored.below(at).is_empty:
-            return
-        self._state.match(match, at)
+        if not (self._may_lack and match.stored.below(below).is_empty):
+            self._state.match(match, below)
 
 
 class NoState:
-    """The component of what this run does not have: all that is stored for it is left over."""
+    """A component that this run lacks. A load lists its stored entries as unexpected."""
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:  # noqa: ARG002 - nothing to add
         """Add nothing."""
@@ -118,10 +115,10 @@ class NoState:
 
 
 def hand_over(owner: Any, state: Any, name: str) -> None:
-    """Call an object's own `load_state_dict`.
+    """Pass a loaded state to an object's own `load_state_dict`.
 
     Raises:
-        MismatchError: the object refuses the state.
+        MismatchError: `load_state_dict` raised an error.
     """
     try:
         with torch.no_grad():
@@ -130,14 +127,14 @@ def hand_over(owner: Any, state: Any, name: str) -> None:
         raise
     except Exception as error:
         raise MismatchError(
-            f"`{name}` was not taken: {worded(error).what}",
-            hint="make the object as the run that saved it did; or leave it out of this load, and "
-            "it stays as it is",
+            f"`{name}` could not be loaded: {worded(error).what}",
+            hint="create the object as in the run that saved it, or leave it out of this load to "
+            "keep its state",
         ) from error
 
 
 def _needs_fresh(node: Node) -> bool:
-    """Whether only the object itself can say where a part of its state belongs."""
+    """Return whether a load needs the object's own state, to place a tensor or find an object."""
     kind = kind_of_node(node)
     if kind == "object":
         return True
@@ -149,10 +146,10 @@ def _needs_fresh(node: Node) -> bool:
 
 
 def _filler(match: Match, path: Path, node: Node, fresh: Any) -> Callable[[Any], Any] | None:
-    """A function that gives the objects inside of a state what belongs to them, and returns the
-    state with the objects themselves in it. None where the node states no object.
+    """Return a function that passes inner objects their states, and returns the state with these
+    objects in it. Return None if the node contains no object.
 
-    `fresh` is what the owner says before the load; an object that it lacks is a difference.
+    `fresh` is the owner's state before the load. Objects that it lacks are listed as mismatches.
     """
     if isinstance(node, dict) and kind_of_node(node) == "object":
         return _object_filler(match, path, node["object"], fresh)
@@ -166,7 +163,7 @@ def _filler(match: Match, path: Path, node: Node, fresh: Any) -> Callable[[Any],
 
     def fill(state: Any) -> Any:
         if isinstance(state, tuple):
-            return tuple(fillers[n](one) if n in fillers else one for n, one in enumerate(state))
+            return tuple(fillers[n](v) if n in fillers else v for n, v in enumerate(state))
         for key, filler in fillers.items():
             state[key] = filler(state[key])
         return state
@@ -176,12 +173,12 @@ def _filler(match: Match, path: Path, node: Node, fresh: Any) -> Callable[[Any],
 
 def _object_filler(match: Match, path: Path, node: Node, live: Any) -> Callable[[Any], Any]:
     if not is_object(live):
-        match.fits_not(spelled(path), f"is an object in the checkpoint, a {type_name(live)} here")
+        match.mismatch(dotted(path), f"is an object in the checkpoint, a {type_name(live)} here")
         return lambda state: state
     inner = _filler(match, path, node, live.state_dict() if _needs_fresh(node) else None)
 
     def fill(state: Any) -> Any:
-        hand_over(live, state if inner is None else inner(state), spelled(path))
+        hand_over(live, state if inner is None else inner(state), dotted(path))
         return live
 
     return fill
@@ -192,14 +189,14 @@ def _path_key(key: Any, node: Node) -> str | int:
 
 
 def _like(match: Match, path: Path, fresh: Any) -> Like:
-    """Where a tensor lies: as that of a fresh object does, or as a parameter."""
+    """Return a `Like` that places a tensor like the one of a fresh object, or like a parameter."""
 
     def like(entry: TensorEntry, name: str) -> torch.Tensor | None:
-        found = fresh
+        fresh_tensor = fresh
         for key in entry.path[len(path) :]:
-            found = _child(found, key)
-        if isinstance(found, torch.Tensor):
-            return found
+            fresh_tensor = _child(fresh_tensor, key)
+        if isinstance(fresh_tensor, torch.Tensor):
+            return fresh_tensor
         return match.parameter(name) if name else None
 
     return like
@@ -213,13 +210,13 @@ def _child(value: Any, key: str | int) -> Any:
     return None
 
 
-# ------------------------------------------------- checkpoints that do not state their structure
+# ----------------------------------------------------------------- checkpoints without structure
 
 
 def _missing(fresh: Any, branch: Branch, path: Path) -> Iterator[str]:
-    """Names of entries that a fresh object has, and the checkpoint has nothing of."""
+    """Yield names of entries that a fresh object has and the checkpoint lacks."""
     if branch.is_empty:
-        flattener = Flattener(enters=lambda f, at, one: f.walk(at, one.state_dict(), rebuilt=True))
+        flattener = Flattener(enters=lambda f, p, obj: f.walk(p, obj.state_dict(), rebuilt=True))
         flattener.put(path, fresh)
         yield from flattener.state.leaves
     elif branch.name is None and isinstance(fresh, Mapping):
@@ -228,24 +225,22 @@ def _missing(fresh: Any, branch: Branch, path: Path) -> Iterator[str]:
 
 
 def _below(branch: Branch, key: Any) -> Branch:
-    """The branch of a key of a dict, also where the checkpoint states no paths."""
+    """Return the branch of a dict's key, also if the checkpoint has no paths."""
     name = str(key)
     for known in (key, name):
         if known in branch.children:
             return branch.children[known]
-    held = {
-        one.removeprefix(f"{name}."): child
-        for one, child in branch.children.items()
-        if type(one) is str and one.startswith(f"{name}.")
+    prefix = f"{name}."
+    children = {
+        child_key.removeprefix(prefix): child
+        for child_key, child in branch.children.items()
+        if type(child_key) is str and child_key.startswith(prefix)
     }
-    return Branch((*branch.path, name), None, held)  # type: ignore[arg-type]
-
-
-Take = Callable[[str, Node], Any]
+    return Branch((*branch.path, name), None, children)  # type: ignore[arg-type]
 
 
 def _merged(fresh: Any, branch: Branch, take: Take) -> Any:
-    """What was saved, with the types of a fresh object's keys and containers."""
+    """Return the saved state, with key types and containers of a fresh object's state."""
     if branch.name is not None:
         return take(branch.name, None)
     if branch.is_empty:
@@ -261,7 +256,7 @@ def _merged(fresh: Any, branch: Branch, take: Take) -> Any:
 
 
 def _numbers(branch: Branch) -> list[int]:
-    """The numbers of a list's members below a branch; none where it is no list's."""
+    """Return the list indices below a branch; an empty list if there are other keys."""
     heads = {str(key).partition(".")[0] for key in branch.children}
     return sorted(map(int, heads)) if all(head.isdecimal() for head in heads) else []
 

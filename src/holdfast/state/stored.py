@@ -1,10 +1,11 @@
-"""What a checkpoint holds below a path, and state put together again from it."""
+"""Entries of a checkpoint by path, and state rebuilt from them."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ from holdfast.format.structure import (
     key_text,
     kind_of_node,
 )
-from holdfast.state.subclass import CONTEXT, put_together
-from holdfast.state.tree import Path, spelled
+from holdfast.state.subclass import CONTEXT, unflatten
+from holdfast.state.tree import Path, dotted
 
 
 class Branch:
@@ -37,20 +38,20 @@ class Branch:
         name: str | None = None,
         children: dict[str | int, Branch] | None = None,
     ) -> None:
-        """`name` is that of the entry at this path itself."""
+        """`name` is the entry at this path itself, if there is one."""
         self.path: Path = path
         self.name: str | None = name
         self.children: dict[str | int, Branch] = {} if children is None else children
 
     def entries(self) -> Iterator[str]:
-        """Names of all entries at and below the path."""
+        """Yield the names of all entries at and below the path."""
         if self.name is not None:
             yield self.name
         for child in self.children.values():
             yield from child.entries()
 
     def child(self, key: str | int) -> Branch:
-        """The branch below one key; an empty one where nothing is there."""
+        """Return the branch below one key; an empty branch if there are no entries."""
         return self.children.get(key) or Branch((*self.path, key))
 
     @property
@@ -59,26 +60,26 @@ class Branch:
 
 
 class StoredState:
-    """Entries of a checkpoint by path, and the structure that it states."""
+    """Entries of a checkpoint by path, and the structure that its manifest states."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self.structure: Mapping[Path, Node] = manifest.structure or {}
         self.states_structure: bool = manifest.structure is not None
-        """False for what stock DCP or an older Holdfast wrote: only names tell its structure."""
+        """False for stock DCP and old versions of Holdfast, which stored only names."""
         self._tops: dict[str | int, list[tuple[str, Path]]] | None = None
         self._branches: dict[str | int, Branch] = {}
         self._pathless: list[str] | None = None
 
     def names(self) -> Iterator[tuple[str, Path]]:
-        """Name and path of every entry."""
+        """Yield name and path of every entry."""
         for name, tensor in self.manifest.tensors.items():
             yield name, tensor.path
         for name, value in self.manifest.values.items():
             yield name, value.path
 
     def tops(self) -> Mapping[str | int, Sequence[tuple[str, Path]]]:
-        """Entries by the first key of their paths."""
+        """Return entries by the first key of their paths."""
         if self._tops is None:
             self._tops = {}
             for name, path in self.names():
@@ -86,7 +87,7 @@ class StoredState:
         return self._tops
 
     def below(self, path: Path) -> Branch:
-        """The entries at and below a path."""
+        """Return the entries at and below a path."""
         top = path[0]
         if top not in self._branches:
             self._branches[top] = self._grown(top)
@@ -96,21 +97,20 @@ class StoredState:
         return branch
 
     def holds(self, name: str, path: Path) -> bool:
-        """Whether anything is known of a name and its path: the entry itself, one below the path,
-        or the structure of the path."""
+        """Return whether the checkpoint has a tensor `name`, or any entry or node at `path`."""
         return (
             name in self.manifest.tensors or path in self.structure or not self.below(path).is_empty
         )
 
     def node(self, path: Path) -> Node:
-        """The node of a path: its own, or as a part of one above it."""
+        """Return the node at a path, also from inside the node of a shorter path."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.structure:
                 return _node_below(self.structure[path[:length]], path[length:])
         return None
 
     def tensor(self, name: str) -> TensorEntry | None:
-        """The tensor of this name."""
+        """Return the tensor `name`; None if the checkpoint has none."""
         return self.manifest.tensors.get(name)
 
     def _grown(self, top: str | int) -> Branch:
@@ -125,7 +125,7 @@ class StoredState:
         return root
 
     def _grow_by_names(self, root: Branch, top: str) -> None:
-        """Stand in for paths that the checkpoint does not state: a name is one key below `top`."""
+        """Derive paths from names, if the checkpoint has none: each name is one key below `top`."""
         if self._pathless is None:
             self._pathless = sorted(name for name, path in self.names() if path == (name,))
         prefix = f"{top}."
@@ -139,37 +139,37 @@ class StoredState:
 def _node_below(node: Node, keys: Path) -> Node:
     for key in keys:
         node = object_node(node)
-        held = children_of(node) or ()
-        node = next((child for name, child in held if name == key or str(name) == key), None)
+        children = children_of(node) or ()
+        node = next((child for name, child in children if name == key or str(name) == key), None)
     return node
 
 
 def object_node(node: Node) -> Node:
-    """The node of an object's state, where the node says that there was an object."""
+    """Return the node of an object's state, if `node` marks an object; else `node` itself."""
     while isinstance(node, dict) and "object" in node:
         node = node["object"]
     return node
 
 
 Take = Callable[[str, Node], Any]
-"""`take(name, node)`: what an entry holds, as its node says: a tensor or a value."""
+"""`take(name, node)` returns the tensor or value of an entry, with the types of its node."""
 
 
 def rebuild(branch: Branch, node: Node, take: Take) -> Any:
-    """The state below a path, put together as it was saved.
+    """Rebuild the saved state at and below a path.
 
     Raises:
-        FormatError: the structure names an entry that is not there.
+        FormatError: the structure names an entry that the checkpoint lacks.
     """
     node = object_node(node)
     kind = kind_of_node(node)
     if kind == "subclass":
         assert isinstance(node, dict)
         return _rebuild_subclass(branch, node["subclass"], take)
-    held = children_of(node)
-    if held is None:
-        return _rebuild_told(branch, node, take)
-    members = [(key, rebuild(_member(branch, key, kind), child, take)) for key, child in held]
+    children = children_of(node)
+    if children is None:
+        return _rebuild_entries(branch, node, take)
+    members = [(key, rebuild(_member(branch, key, kind), child, take)) for key, child in children]
     if kind in MAPPINGS:
         assert isinstance(node, dict)
         assert kind is not None
@@ -179,10 +179,10 @@ def rebuild(branch: Branch, node: Node, take: Take) -> Any:
 
 
 def leaves_of(branch: Branch, node: Node) -> Iterator[tuple[str, Node]]:
-    """Every entry that `rebuild` takes, with its node.
+    """Yield every entry that `rebuild` takes, with its node.
 
     Raises:
-        FormatError: the structure names an entry that is not there.
+        FormatError: the structure names an entry that the checkpoint lacks.
     """
     node = object_node(node)
     kind = kind_of_node(node)
@@ -192,9 +192,9 @@ def leaves_of(branch: Branch, node: Node) -> Iterator[tuple[str, Node]]:
             yield from leaves_of(branch.child(name), inner)
         yield from leaves_of(branch.child(CONTEXT), None)
         return
-    held = children_of(node)
-    if held is not None:
-        for key, child in held:
+    children = children_of(node)
+    if children is not None:
+        for key, child in children:
             yield from leaves_of(_member(branch, key, kind), child)
     elif branch.name is not None:
         yield branch.name, node
@@ -202,19 +202,26 @@ def leaves_of(branch: Branch, node: Node) -> Iterator[tuple[str, Node]]:
         for below in branch.children.values():
             yield from leaves_of(below, None)
     else:
-        raise FormatError(f"the checkpoint states `{spelled(branch.path)}`, and does not hold it")
+        raise _lacks(branch)
+
+
+def _lacks(branch: Branch) -> FormatError:
+    return FormatError(
+        f"the structure of the checkpoint names `{dotted(branch.path)}`, but it has no such entry"
+    )
 
 
 def _member(branch: Branch, key: Any, kind: str | None) -> Branch:
     return branch.child(str(key) if kind in MAPPINGS else key)
 
 
-def _rebuild_told(branch: Branch, node: Node, take: Take) -> Any:
-    """What the entries tell by themselves: one of them, or dicts and lists around several."""
+def _rebuild_entries(branch: Branch, node: Node, take: Take) -> Any:
+    """Rebuild state without a node of containers: one entry, or dicts and lists of entries."""
     if branch.name is not None:
         return take(branch.name, node)
     if not branch.children:
-        raise FormatError(f"the checkpoint states `{spelled(branch.path)}`, and does not hold it")
+        raise _lacks(branch)
+        raise _lacks(branch)
     members = {key: rebuild(child, None, take) for key, child in branch.children.items()}
     if all(type(key) is int for key in members):
         return [members[key] for key in sorted(members, key=int)]
@@ -226,8 +233,7 @@ def _rebuild_subclass(branch: Branch, described: Mapping[str, Any], take: Take) 
         name: rebuild(branch.child(name), node, take) for name, node in described["inner"].items()
     }
     context = rebuild(branch.child(CONTEXT), None, take)
-    where = spelled(branch.path)
-    return put_together(where, described["class"], inner, context, described)
+    return unflatten(dotted(branch.path), inner, context, described)
 
 
 _FACTORIES: dict[str, Any] = {
@@ -237,17 +243,13 @@ _FACTORIES: dict[str, Any] = {
 
 
 def _mapping_of(kind: str, members: dict[Any, Any], node: Mapping[str, Any]) -> Any:
-    if kind == "OrderedDict":
-        return OrderedDict(members)
-    if kind == "Counter":
-        return Counter(members)
     if kind == "defaultdict":
         return defaultdict(_FACTORIES[node["default"]], members)
-    return members
+    return {"OrderedDict": OrderedDict, "Counter": Counter}.get(kind, dict)(members)
 
 
 def as_saved(value: Any, node: Node) -> Any:
-    """A tensor or a value with the types that its node states: numpy's, where they were."""
+    """Restore the numpy types that a node states for a tensor or value."""
     if node == ARRAY:
         assert isinstance(value, torch.Tensor)
         return value.numpy()
@@ -256,29 +258,28 @@ def as_saved(value: Any, node: Node) -> Any:
     return value
 
 
-def _typed(value: Any, types: Mapping[tuple[str, ...], str], at: tuple[str, ...]) -> Any:
-    if at in types:
-        return b"" if types[at] == EMPTY_BYTES else np.dtype(types[at]).type(value)
-    if not any(path[: len(at)] == at for path in types):
+def _typed(value: Any, types: Mapping[tuple[str, ...], str], keys: tuple[str, ...]) -> Any:
+    if keys in types:
+        return b"" if types[keys] == EMPTY_BYTES else np.dtype(types[keys]).type(value)
+    if not any(path[: len(keys)] == keys for path in types):
         return value
     if type(value) in (list, tuple):
-        members = (_typed(one, types, (*at, str(n))) for n, one in enumerate(value))
+        members = (_typed(member, types, (*keys, str(n))) for n, member in enumerate(value))
         return type(value)(members)
     if isinstance(value, dict):
         return type(value)(
-            (key, _typed(one, types, (*at, key_text(key) or ""))) for key, one in value.items()
+            (key, _typed(member, types, (*keys, key_text(key) or "")))
+            for key, member in value.items()
         )
     return value
 
 
 def keys_like(keys: Sequence[Any], name: str) -> Any:
-    """A key of the kind that a dict's others are, from its spelling."""
+    """Convert the text of a key to the type of a dict's other keys."""
     by_name = {str(key): key for key in keys}
     if name in by_name:
         return by_name[name]
     if keys and not any(type(key) is str for key in keys):
-        try:
+        with suppress(ValueError):
             return key_of(name)
-        except ValueError:
-            return name
     return name

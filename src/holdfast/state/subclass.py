@@ -1,8 +1,7 @@
-"""Tensors by their class: those that Holdfast stores as they are, and those that it takes apart."""
+"""Tensor subclasses: stored unchanged if they are torch's own, else as their inner tensors."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,97 +13,97 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from holdfast.errors import MismatchError, UsageError
 
 CONTEXT = "__context__"
-"""Last key of the path of what a class says beside its inner tensors."""
+"""Last key in the path of a wrapper subclass's metadata."""
 
 UNINITIALIZED = (UninitializedParameter, UninitializedBuffer)
-"""Parameters of lazy modules that have seen no data yet."""
+"""Parameters and buffers of lazy modules before their first batch."""
 
 _OURS = (torch.Tensor, torch.nn.Parameter, DTensor)
 
 
 @dataclass(frozen=True, slots=True)
-class Apart:
-    """A traceable wrapper subclass by its inner tensors."""
+class InnerTensors:
+    """The inner tensors of a traceable wrapper subclass."""
 
     class_name: str
-    """Module and qualified name."""
+    """Module and qualified name of the class."""
 
     inner: Mapping[str, torch.Tensor]
     context: Any
-    """Metadata of `__tensor_flatten__`."""
+    """Metadata returned by `__tensor_flatten__`."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
 
 
-def is_ours(tensor: torch.Tensor) -> bool:
-    """Whether its elements are those in its own memory: a plain tensor, a parameter, a DTensor
-    whose local tensor is plain."""
+def is_plain_tensor(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor's own memory contains its elements: a plain tensor, a parameter, or
+    a DTensor with a plain local tensor."""
     kind = type(tensor)
     if kind is DTensor:
         return type(tensor._local_tensor) in _OURS  # type: ignore[attr-defined]
     return kind in _OURS
 
 
-def taken_apart(name: str, tensor: torch.Tensor, *, must_be_known: bool) -> Apart:
-    """The inner tensors of a wrapper subclass. `must_be_known`: a load has no such tensor beside
-    it to take the class from.
+def take_apart(name: str, tensor: torch.Tensor, *, must_be_known: bool) -> InnerTensors:
+    """Return the inner tensors of a wrapper subclass. `must_be_known`: a load will have no tensor
+    of this class in place, so it must find the class by name.
 
     Raises:
-        UsageError: the class does not say what its elements are, or could not be found at a load.
+        UsageError: the class does not expose its elements, or a load could not find it.
     """
     cls = type(tensor)
     if isinstance(tensor, UNINITIALIZED):
         raise UsageError(
-            f"`{name}` is not initialized: its module has not seen data yet",
-            hint="run the model once on a batch, then save it",
+            f"`{name}` is not initialized: its module has not seen a batch yet",
+            hint="run the model on one batch, then save it",
         )
     if cls is DTensor:
-        inner = type(tensor._local_tensor).__qualname__  # type: ignore[attr-defined]
+        local = type(tensor._local_tensor).__qualname__  # type: ignore[attr-defined]
         raise UsageError(
-            f"`{name}` is a DTensor whose local tensor is a {inner}",
+            f"`{name}` is a DTensor whose local tensor is a {local}",
             hint="convert it to a plain dtype before saving, or leave it out of `state_dict`",
         )
     flat = getattr(tensor, "__tensor_flatten__", None)
     if flat is None or not hasattr(cls, "__tensor_unflatten__"):
         raise UsageError(
-            f"`{name}` is a {class_name(cls)}: this class of tensors does not say what its "
-            "elements are",
-            hint="keep plain tensors in its place; a class with `__tensor_flatten__` and "
-            "`__tensor_unflatten__` is taken apart and put together again",
+            f"`{name}` is a {class_name(cls)}: this tensor class does not expose its elements",
+            hint="use plain tensors, or a class with `__tensor_flatten__` and "
+            "`__tensor_unflatten__`",
         )
     if must_be_known and cls not in _safe_classes().values():
         raise UsageError(
-            f"`{name}` is a {class_name(cls)}, and a load would not know this class",
-            hint=f"torch.serialization.add_safe_globals([{cls.__qualname__}]) where you import it",
+            f"`{name}` is a {class_name(cls)}, a class that a load would not know",
+            hint=f"call torch.serialization.add_safe_globals([{cls.__qualname__}]) first",
         )
     names, context = flat()
     size, stride = tuple(tensor.size()), tuple(tensor.stride())
     if {*map(type, (*size, *stride))} - {int}:
         raise UsageError(
-            f"`{name}` is a {class_name(cls)} of a size that is known to torch alone",
-            hint="keep its parts: `values()` and `offsets()` of a nested tensor",
+            f"`{name}` is a {class_name(cls)} with a symbolic size, which only torch knows",
+            hint="save its parts instead: `values()` and `offsets()` of a nested tensor",
         )
-    return Apart(class_name(cls), {n: getattr(tensor, n) for n in names}, context, size, stride)
+    inner = {n: getattr(tensor, n) for n in names}
+    return InnerTensors(class_name(cls), inner, context, size, stride)
 
 
-def put_together(
-    name: str, class_named: str, inner: dict[str, Any], context: Any, described: Mapping[str, Any]
+def unflatten(
+    name: str, inner: dict[str, Any], context: Any, described: Mapping[str, Any]
 ) -> torch.Tensor:
-    """A wrapper subclass from its inner tensors.
+    """Rebuild a wrapper subclass from its inner tensors.
 
-    Only a class that this process has told torch to be safe is taken: a checkpoint must not choose
-    the code that is run.
+    Only classes that this process has declared safe are used, because a checkpoint must not choose
+    which code runs.
 
     Raises:
-        MismatchError: the class is not known.
+        MismatchError: the class has not been declared safe.
     """
-    cls = _safe_classes().get(class_named)
+    cls = _safe_classes().get(described["class"])
     if cls is None:
         raise MismatchError(
-            f"`{name}` was saved as a {class_named}, a class that this process has not declared "
-            "to be safe",
-            hint="import it, then torch.serialization.add_safe_globals([...]) with it",
+            f"`{name}` was saved as a {described['class']}, a class that this process has not "
+            "declared to be safe",
+            hint="import the class and pass it to torch.serialization.add_safe_globals([...])",
         )
     size, stride = torch.Size(described["size"]), tuple(described["stride"])
     made: torch.Tensor = cls.__tensor_unflatten__(inner, context, size, stride)
@@ -112,16 +111,15 @@ def put_together(
 
 
 def class_name(cls: type) -> str:
-    """Module and qualified name of a class."""
+    """Return module and qualified name of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _safe_classes() -> dict[str, Any]:
-    """Classes of tensors that were given to `torch.serialization.add_safe_globals`, by name."""
-    assert "torch.serialization" in sys.modules
-    found: dict[str, Any] = {}
-    for one in torch.serialization.get_safe_globals():
-        cls = one[0] if isinstance(one, tuple) else one
+    """Return the tensor classes passed to `torch.serialization.add_safe_globals`, by name."""
+    classes: dict[str, Any] = {}
+    for entry in torch.serialization.get_safe_globals():
+        cls = entry[0] if isinstance(entry, tuple) else entry
         if isinstance(cls, type) and issubclass(cls, torch.Tensor):
-            found[class_name(cls)] = cls
-    return found
+            classes[class_name(cls)] = cls
+    return classes

@@ -1,7 +1,7 @@
-"""Nested training state as flat entries, and what their names cannot tell of its structure.
+"""Nested training state as flat entries, and the structure that their names cannot express.
 
-Names are those that `torch.distributed.checkpoint` gives from torch 2.4 on, so that stock tools
-find the same entries: the keys on the way to a leaf, joined by dots.
+Names are the keys on the way to a leaf, joined by dots, as `torch.distributed.checkpoint` spells
+them from torch 2.4 on. So stock tools find the same entries.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,16 +27,14 @@ from holdfast.format.structure import (
     key_text,
     mapping_node,
 )
-from holdfast.state.subclass import CONTEXT, is_ours, taken_apart
+from holdfast.state.subclass import CONTEXT, is_plain_tensor, take_apart
 
 Path = tuple[str | int, ...]
-
-T = TypeVar("T")
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Anything that gives its state and takes it back: a module, a scheduler, a data loader."""
+    """Any object that returns its state and can restore it: a module, scheduler or data loader."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -44,55 +42,52 @@ class Stateful(Protocol):
 
 
 class Leaf(NamedTuple):
-    """A tensor or a plain value in a tree of state."""
+    """A tensor or a plain value of the state."""
 
     path: Path
     value: Any
     names: Mapping[str, Path] = MappingProxyType({})
-    """All names of a value that has several, with their paths; the leaf's own comes first."""
+    """All names of a value that has several, each with its path. The leaf's own name is first."""
 
 
 @dataclass(frozen=True, slots=True)
 class FlatState:
-    """State as entries by name, and the structure that the names cannot tell."""
+    """State as entries by name, and the structure that the names cannot express."""
 
     leaves: dict[str, Leaf] = field(default_factory=dict)
     structure: dict[Path, Node] = field(default_factory=dict)
-    """Nodes by the path of what they describe; none where the names tell all."""
+    """Nodes by path. Paths whose names express everything have none."""
 
     unions: dict[Path, str] = field(default_factory=dict)
-    """Paths of models and optimizers, whose entries may be others on each rank, with their kind:
-    `model`, `optimizer`, or `sharded` for an optimizer whose slots are spread over ranks."""
+    """Kinds of the components whose entries may differ between ranks, by path: `model`,
+    `optimizer`, or `sharded` for an optimizer whose slots are divided among ranks."""
 
     stepped: Callable[[], frozenset[str]] = frozenset
-    """Names of the tensors that change in a step of an optimizer, and at no other time."""
+    """Returns the names of tensors that only a step of an optimizer changes."""
 
 
-PLAIN = (int, float, str, bytes, tuple, type(None))
-"""Types of values that are never entered: they hold no state of their own."""
-
-_SCALARS = frozenset({int, float, complex, bool, str, bytes, type(None)})
+SCALARS = frozenset({int, float, complex, bool, str, bytes, type(None)})
+"""Types of values that contain no other values."""
 
 _MAPPING_TYPES = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
 _KIND_OF_MAPPING: dict[type, str] = {cls: kind for kind, cls in _MAPPING_TYPES.items()}
 _KIND_OF_MAPPING[defaultdict] = "defaultdict"
 
 DEPTH_MAX = 60
-"""Containers inside one another: a checkpoint's paths have at most 64 keys."""
+"""Most containers inside one another. A checkpoint's paths have at most 64 keys."""
 
 EntersObject = Callable[["Flattener", Path, Any], Node]
 """Adds the state of an object below a path. Returns the node of that state."""
 
 PlacedLike = Callable[[Path, DTensor], str | None]
-"""Name of a parameter that is spread over the ranks as this tensor is; None where there is none."""
+"""Returns the name of a parameter with the same placement as a tensor; None if there is none."""
 
 
 def flatten(state: Mapping[str, Any]) -> FlatState:
-    """Tensors, values, dicts and lists as flat entries. Objects with a `state_dict` are refused:
-    `StateTree` opens these.
+    """Flatten tensors, values, dicts and lists. `StateTree` does so for objects as well.
 
     Raises:
-        UsageError: two entries have one name, or what could not come back as it is.
+        UsageError: two entries have one name, or a value or object cannot be restored.
     """
     flattener = Flattener()
     for name, key in names_of((), state).items():
@@ -103,15 +98,15 @@ def flatten(state: Mapping[str, Any]) -> FlatState:
 class Flattener:
     """Collects state as flat entries.
 
-    Dicts are always entered; lists only where a tensor, a dict or an object with state lies in
-    them, so that a list of numbers is one value.
+    Each member of a dict is an entry. A list is split only if it contains a tensor, a dict or an
+    object, so that a list of numbers is one value.
     """
 
     def __init__(
         self, *, enters: EntersObject | None = None, placed_like: PlacedLike | None = None
     ) -> None:
-        """`enters` opens objects that hold state; `placed_like` finds a parameter that is spread
-        as a tensor is."""
+        """`enters` adds the state of objects. `placed_like` finds a parameter with the same
+        placement as a tensor."""
         self.state: FlatState = FlatState()
         self._enters, self._placed_like = enters, placed_like
         self._num_values = 0
@@ -126,7 +121,7 @@ class Flattener:
         self._num_values += not isinstance(value, torch.Tensor)
 
     def add_named(self, names: Mapping[str, Path], value: Any) -> None:
-        """Add one value under several names."""
+        """Add one value under several names. The first one names the leaf."""
         first, path = next(iter(names.items()))
         leaves = self.state.leaves
         if first in leaves:
@@ -135,15 +130,15 @@ class Flattener:
         self._num_values += 1
 
     def put(self, path: Path, value: Any, *, rebuilt: bool = False) -> None:
-        """Add everything below one path. `rebuilt`: a load makes its tensors anew, so the structure
-        says where they belong."""
+        """Add everything below one path. `rebuilt`: a load creates the tensors, so the structure
+        stores their devices and placements."""
         node = self.walk(path, value, rebuilt=rebuilt)
         if node is not None and node != {"object": None}:
             self.state.structure[path] = node
 
     def walk(self, path: Path, value: Any, *, rebuilt: bool) -> Node:
         """Add everything below one path. Returns its node."""
-        if type(value) in _SCALARS and value != b"":
+        if type(value) in SCALARS and value != b"":
             self.add(path, value)
             return None
         if isinstance(value, torch.Tensor):
@@ -159,56 +154,56 @@ class Flattener:
             return ARRAY
         if is_object(value):
             if self._enters is None:
-                raise UsageError(f"`{spelled(path)}` is a {type_name(value)}, an object with state")
+                raise UsageError(f"`{dotted(path)}` is a {type_name(value)}, an object with state")
             return {"object": self._enters(self, path, value)}
         plain, types = made_plain(path, value)
         self.add(path, plain)
         return {"types": types} if types else None
 
     def _tensor(self, path: Path, tensor: torch.Tensor, *, rebuilt: bool) -> Node:
-        if not is_ours(tensor):
+        if not is_plain_tensor(tensor):
             return self._subclass(path, tensor, rebuilt=rebuilt)
         self.add(path, tensor)
         if not rebuilt:
             return None
-        place = {}
+        where = {}
         if isinstance(tensor, DTensor):
             like = self._placed_like(path, tensor) if self._placed_like else None
-            place = {"like": like} if like is not None else {"like": ""}
+            where = {"like": like if like is not None else ""}
         elif not tensor.is_cpu:
-            place = {"device": tensor.device.type}
-        return {"tensor": place} if place else None
+            where = {"device": tensor.device.type}
+        return {"tensor": where} if where else None
 
     def _subclass(self, path: Path, tensor: torch.Tensor, *, rebuilt: bool) -> Node:
-        apart = taken_apart(spelled(path), tensor, must_be_known=rebuilt)
+        parts = take_apart(dotted(path), tensor, must_be_known=rebuilt)
         inner = {
             name: self.walk((*path, name), part, rebuilt=rebuilt)
-            for name, part in apart.inner.items()
+            for name, part in parts.inner.items()
         }
-        self.add((*path, CONTEXT), apart.context)
-        described = {"class": apart.class_name, "inner": inner}
-        return {"subclass": {**described, "size": [*apart.size], "stride": [*apart.stride]}}
+        self.add((*path, CONTEXT), parts.context)
+        described = {"class": parts.class_name, "inner": inner}
+        return {"subclass": {**described, "size": [*parts.size], "stride": [*parts.stride]}}
 
     def _mapping(self, path: Path, value: Mapping[Any, Any], *, rebuilt: bool) -> Node:
-        kind, more = _kind_of(path, value)
+        kind, fields = _kind_of(path, value)
         check_depth(path)
         children: list[tuple[Any, Node]] = []
-        told = kind == "dict" and bool(value)
-        before = self._num_values
+        # Entries express a dict of text keys and tensors. They do not keep the order of values.
+        is_plain = kind == "dict" and bool(value)
+        num_values_before = self._num_values
         for name, key in names_of(path, value).items():
             node = self.walk((*path, name), value[key], rebuilt=rebuilt)
             children.append((key, node))
-            # An object that another one holds is found by its node alone.
-            quiet = node is None or (node == {"object": None} and not rebuilt)
-            told = told and quiet and type(key) is str
-        # Values of a dict lose their order among each other, and to its tensors.
-        if told and (self._num_values == before or len(children) == 1):
+            # Inside the state of another object, only its node marks an object.
+            is_marked = node is not None and (node != {"object": None} or rebuilt)
+            is_plain = is_plain and not is_marked and type(key) is str
+        if is_plain and (self._num_values == num_values_before or len(children) == 1):
             return None
-        return mapping_node(kind, children, **more)
+        return mapping_node(kind, children, **fields)
 
     def _sequence(self, path: Path, value: Sequence[Any], kind: str) -> Node:
         check_depth(path)
-        # A list that grows is not there when a run starts: its tensors are always made anew.
+        # A fresh run may have a shorter list. So a load always creates the tensors of lists.
         nodes = [
             self.walk((*path, number), member, rebuilt=True) for number, member in enumerate(value)
         ]
@@ -217,18 +212,18 @@ class Flattener:
         return {kind: nodes}
 
 
-def spelled(path: Path) -> str:
-    """A path as errors and names spell it."""
+def dotted(path: Path) -> str:
+    """Return the keys of a path joined by dots."""
     return ".".join(map(str, path))
 
 
 def type_name(value: object) -> str:
-    """Module and name of the type of `value`."""
+    """Return module and name of the type of `value`."""
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 def named_twice(name: str, one: Path, other: Path) -> UsageError:
-    """The error for two entries that a checkpoint could not tell apart."""
+    """Return the error for two entries with the same name."""
     return UsageError(
         f"two entries have the name `{name}`: {one} and {other}",
         hint="rename one of the keys; dots in keys join them to their parents",
@@ -236,8 +231,8 @@ def named_twice(name: str, one: Path, other: Path) -> UsageError:
 
 
 def holds_state(members: Sequence[Any]) -> bool:
-    """Whether a list is entered: a tensor, a dict, an array or an object with state is in it."""
-    if _SCALARS.issuperset(map(type, members)):
+    """Return whether a list contains a tensor, dict, array or object, at any depth."""
+    if SCALARS.issuperset(map(type, members)):
         return False
     return any(
         isinstance(member, (Mapping, torch.Tensor, np.ndarray))
@@ -249,15 +244,16 @@ def holds_state(members: Sequence[Any]) -> bool:
 
 
 def _holds_placed(members: Sequence[Any]) -> bool:
-    """Whether a tuple is entered. One of plain values and tensors in host memory is one value, as
-    stock DCP has it; what lies over ranks or on a device cannot be a part of a value."""
-    if _SCALARS.issuperset(map(type, members)):
+    """Return whether a tuple must be split into entries. A tuple of plain values and tensors in
+    host memory is one value, as in stock DCP. Sharded tensors, tensors on devices, objects and
+    arrays cannot be part of a value."""
+    if SCALARS.issuperset(map(type, members)):
         return False
     return any(
         isinstance(member, np.ndarray | defaultdict)
         or (
             isinstance(member, torch.Tensor)
-            and not (is_ours(member) and member.is_cpu and not isinstance(member, DTensor))
+            and not (is_plain_tensor(member) and member.is_cpu and not isinstance(member, DTensor))
         )
         or (type(member) in (tuple, list) and _holds_placed(member))
         or (isinstance(member, Mapping) and _holds_placed([*member.values()]))
@@ -267,19 +263,20 @@ def _holds_placed(members: Sequence[Any]) -> bool:
 
 
 def is_object(value: object) -> bool:
-    """Whether it gives and takes its own state: also a dict of a class that does."""
-    if type(value) in _KIND_OF_MAPPING or type(value) in _SCALARS:
+    """Return whether a value is an object with state of its own, such as a dict subclass with
+    `state_dict` and `load_state_dict`."""
+    if type(value) in _KIND_OF_MAPPING or type(value) in SCALARS:
         return False
     return isinstance(value, Stateful) and not isinstance(value, type)
 
 
 def _kind_of(path: Path, value: Mapping[Any, Any]) -> tuple[str, dict[str, str]]:
-    """Kind of a mapping, and what its node says beside its children."""
+    """Return the kind of a mapping, and further fields of its node."""
     kind = _KIND_OF_MAPPING.get(type(value))
     if kind is None:
         raise UsageError(
-            f"`{spelled(path)}` is a {type_name(value)}, which would not come back as one",
-            hint=f"use one of {', '.join(MAPPINGS)}, and make yours of it in `load_state_dict`",
+            f"`{dotted(path)}` is a {type_name(value)}, which a load could not restore",
+            hint=f"use one of {', '.join(MAPPINGS)}, and convert it in `load_state_dict`",
         )
     if kind != "defaultdict":
         return kind, {}
@@ -288,42 +285,42 @@ def _kind_of(path: Path, value: Mapping[Any, Any]) -> tuple[str, dict[str, str]]
     name = "None" if factory is None else getattr(factory, "__name__", "")
     if name not in FACTORIES or (factory is not None and factory.__module__ != "builtins"):
         raise UsageError(
-            f"`{spelled(path)}` is a defaultdict of {name or repr(factory)}, which is code",
-            hint=f"a defaultdict of one of these comes back: {', '.join(FACTORIES)}",
+            f"`{dotted(path)}` is a defaultdict of {name or repr(factory)}, which is code",
+            hint=f"use a defaultdict of one of these: {', '.join(FACTORIES)}",
         )
     return kind, {"default": name}
 
 
 def names_of(path: Path, value: Mapping[Any, Any]) -> dict[str, Any]:
-    """The keys of a dict by their spelling.
+    """Return the keys of a dict by their text.
 
     Raises:
-        UsageError: a key that has none, or two that are spelled alike.
+        UsageError: a key has no text form, or two keys have the same one.
     """
-    where = f"`{spelled(path)}`" if path else "the state"
+    where = f"`{dotted(path)}`" if path else "the state"
     names: dict[str, Any] = {}
     for key in value:
         if type(key) is not str and key_text(key) is None:
             raise UsageError(
                 f"{where} has the key {key!r}, a {type_name(key)}",
-                hint="keys are text, numbers, bytes, None, or tuples of these",
+                hint="use text, numbers, bytes, None, or tuples of these as keys",
             )
         name = str(key)
         if name in names:
             raise UsageError(
-                f"two keys of {where} are spelled alike: {names[name]!r} and {key!r}",
-                hint="rename one of them: a checkpoint spells every key as text",
+                f"two keys of {where} have the same text: {names[name]!r} and {key!r}",
+                hint="rename one of them: a checkpoint stores keys as text",
             )
         names[name] = key
     return names
 
 
 def check_depth(path: Path) -> None:
-    """Raises UsageError where containers lie in one another without an end."""
+    """Raise UsageError if containers are nested too deep, or contain themselves."""
     if len(path) > DEPTH_MAX:
         raise UsageError(
-            f"`{spelled(path)}` lies {len(path)} levels deep, {DEPTH_MAX} are the most",
-            hint="does it hold itself?",
+            f"`{dotted(path)}` is {len(path)} levels deep, at most {DEPTH_MAX} are supported",
+            hint="check whether a container contains itself, or flatten some of the nesting",
         )
 
 
@@ -331,24 +328,24 @@ _ARRAY_KINDS = "biufc"
 
 
 def _tensor_of(path: Path, array: np.ndarray[Any, Any]) -> torch.Tensor:
-    """An array as a tensor, in its own memory where that can be."""
+    """Return an array as a tensor, which shares its memory if possible."""
     dtype = array.dtype
     if dtype.kind not in _ARRAY_KINDS or not dtype.isnative or dtype.itemsize > 16:
         raise UsageError(
-            f"`{spelled(path)}` is a numpy array of {dtype}, which is no dtype of a tensor",
-            hint="keep it as a list, or as an array of numbers",
+            f"`{dotted(path)}` is a numpy array of {dtype}, which no tensor can have",
+            hint="convert it to an array of numbers or to a list",
         )
     try:
         plain = array.flags.writeable and array.flags.c_contiguous
         return torch.from_numpy(array if plain else array.copy())
     except TypeError as error:
-        raise UsageError(f"`{spelled(path)}` is a numpy array of {dtype}: {error}") from error
+        raise UsageError(f"`{dotted(path)}` is a numpy array of {dtype}: {error}") from error
 
 
 def made_plain(path: Path, value: Any) -> tuple[Any, list[list[Any]]]:
-    """A value with Python's own in place of what pickle could write only as code: numpy's numbers,
-    empty bytes. Beside it where each of these was, and its type."""
-    if type(value) in _SCALARS and value != b"":
+    """Replace numpy's numbers and empty bytes, which pickle could write only as code, by values
+    of Python. Returns the value, and the original types with their positions in it."""
+    if type(value) in SCALARS and value != b"":
         return value, []
     types: list[list[Any]] = []
     plain = _made_plain(path, value, (), types)
@@ -360,8 +357,8 @@ def _made_plain(path: Path, value: Any, inside: tuple[str, ...], types: list[lis
         name = {"U": "str", "S": "bytes"}.get(value.dtype.kind, value.dtype.name)
         if name not in NUMBERS:
             raise UsageError(
-                f"`{spelled(path)}{_inside(inside)}` is a {type_name(value)}",
-                hint="keep a number or a text of Python's own in its place",
+                f"`{dotted(path)}{_inside(inside)}` is a {type_name(value)}",
+                hint="convert it to a number or text of Python",
             )
         types.append([[*inside], name])
         return value.item()
@@ -369,15 +366,18 @@ def _made_plain(path: Path, value: Any, inside: tuple[str, ...], types: list[lis
         types.append([[*inside], EMPTY_BYTES])
         return ""
     kind = type(value)
-    if kind in (list, tuple) and not (_SCALARS.issuperset(map(type, value)) and b"" not in value):
+    if kind in (list, tuple) and not (SCALARS.issuperset(map(type, value)) and b"" not in value):
         if len(inside) > DEPTH_MAX:
-            raise UsageError(f"`{spelled(path)}` is nested too deep", hint="does it hold itself?")
+            raise UsageError(
+                f"`{dotted(path)}` is nested too deep",
+                hint="check whether a container contains itself",
+            )
         return kind(
             _made_plain(path, member, (*inside, str(number)), types)
             for number, member in enumerate(value)
         )
     if kind in (dict, OrderedDict):
-        # A key that has no text is refused where the value is encoded, if it must be.
+        # Encoding the value refuses keys without a text form, if there are any.
         return kind(
             (key, _made_plain(path, member, (*inside, key_text(key) or ""), types))
             for key, member in value.items()

@@ -1,4 +1,4 @@
-"""Values that are not tensors: as `torch.save` writes them, read back without running code."""
+"""Values that are not tensors, in the format of `torch.save`, read without running code."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _INNER_MAX = 1000
 _SCALARS = frozenset({bool, int, float, str, type(None)})
 _DEPTH_MAX = 16
 _INT_MAX = 1 << 64
-"""Far larger ones have an opcode of their own, which not every torch reads."""
+"""Integers beyond it use another pickle opcode, which some versions of torch cannot read."""
 
 
 def encode_value(name: str, value: Any) -> bytes:
-    """The container of a value, as stock DCP keeps it.
+    """Return the container of a value, in the format of stock DCP.
 
     Raises:
-        UsageError: a part of the value could be read back only by running code that the checkpoint
-            names; the error names that part.
+        UsageError: a part of the value could be restored only by running code that the checkpoint
+            names. The error names that part.
     """
     container = _container(value)
     if container is None:
@@ -33,15 +33,15 @@ def encode_value(name: str, value: Any) -> bytes:
         raise UsageError(
             f"`{name}{inside}` is a {type_name(part)}, which a load could rebuild only by running "
             "code that the checkpoint names",
-            hint="keep tensors and plain values (numbers, texts, bytes, lists, dicts, tuples) in "
-            "its place, and make the object of them in `load_state_dict`; or trust the class in "
+            hint="replace it by tensors and plain values (numbers, texts, bytes, lists, dicts, "
+            "tuples), and create the object from them in `load_state_dict`; or trust the class in "
             f"every process that loads: torch.serialization.add_safe_globals([{cls}])",
         )
     return container
 
 
 def _container(value: Any) -> bytes | None:
-    """The bytes of a value; None where they could not be read back safely."""
+    """Return the bytes of a value; None if they could not be read safely."""
     buffer = io.BytesIO()
     try:
         torch.save(value, buffer)
@@ -55,7 +55,7 @@ def _container(value: Any) -> bytes | None:
 
 
 def _culprit(value: Any, depth: int = 0) -> tuple[str, Any]:
-    """The innermost part of a value that cannot be kept, and how to get to it."""
+    """Return the position and the innermost part of a value that cannot be stored."""
     members: list[tuple[str, Any]] = []
     if type(value) in (list, tuple):
         members = [(f"[{number}]", member) for number, member in enumerate(value)]
@@ -72,8 +72,8 @@ def _culprit(value: Any, depth: int = 0) -> tuple[str, Any]:
 
 
 def reads_back(value: Any, depth: int = 0) -> bool:
-    """Whether it is made of plain values alone, so that there is no need to try: the state of
-    Python's random numbers has 625 of them, and is another in each save."""
+    """Return whether a value consists of plain values only, so that reading it back need not be
+    tried. This saves time for Python's random state, 625 numbers that change with each save."""
     if type(value) is int:
         return -_INT_MAX < value < _INT_MAX
     if type(value) in (list, tuple):
@@ -86,17 +86,17 @@ def reads_back(value: Any, depth: int = 0) -> bool:
 
 
 class Containers:
-    """The containers of values; those of numbers, texts and tuples of them are made once: hundreds
-    in a state are equal, and many stay as they are from save to save."""
+    """Encodes values, and caches the containers of small ones: hundreds in a state are equal, and
+    many stay the same from save to save."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[type, str], bytes] = {}
 
     def of(self, name: str, value: Any) -> bytes:
-        """The container of a value: see `encode_value`."""
+        """Return the container of a value, as `encode_value` does."""
         if not _is_plain(value):
             return encode_value(name, value)
-        # By its text: 0.0 and -0.0 are equal, but not the same.
+        # The key is the text, because 0.0 == -0.0, and they need different containers.
         key = type(value), repr(value)
         if key not in self._known:
             if len(self._known) >= _KNOWN_MAX:
@@ -106,28 +106,26 @@ class Containers:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether two values of this type and text are the same, and the text is short: the state of
-    random numbers is a tuple of 625 numbers in another."""
+    """Return whether a value can be cached by its type and text: whether these determine it, and
+    the text is short. The 625 numbers of Python's random state are a tuple in a tuple."""
     if type(value) is not tuple:
         return type(value) in _SCALARS
     return len(value) <= _MEMBERS_MAX and all(
-        type(member) in _SCALARS or _is_plain_inside(member) for member in value
-    )
-
-
-def _is_plain_inside(member: Any) -> bool:
-    return (
-        type(member) in (list, tuple)
-        and len(member) <= _INNER_MAX
-        and _SCALARS.issuperset(map(type, member))
+        type(member) in _SCALARS
+        or (
+            type(member) in (list, tuple)
+            and len(member) <= _INNER_MAX
+            and _SCALARS.issuperset(map(type, member))
+        )
+        for member in value
     )
 
 
 def decode_value(name: str, container: bytes, *, where: str) -> Any:
-    """The value in a container.
+    """Return the value in a container.
 
     Raises:
-        FormatError: the container is broken, or names code to be run.
+        FormatError: the container is invalid, or reading it would run code.
     """
     try:
         return torch.load(io.BytesIO(container), map_location="cpu", weights_only=True)

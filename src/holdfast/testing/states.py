@@ -17,7 +17,7 @@ from holdfast.errors import UsageError
 from holdfast.state.model import memory_of, own_state
 from holdfast.state.optim import is_by_parameter, state_of
 from holdfast.state.same import differences
-from holdfast.state.subclass import is_ours
+from holdfast.state.subclass import is_plain_tensor
 from holdfast.state.tree import is_object
 
 MODES = ("save", "disabled", "async", "async_with_pinned_mem")
@@ -181,7 +181,7 @@ def _altered_copy(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _flip(tensor: torch.Tensor) -> None:
     """Flip a bit of every byte of a tensor."""
-    if is_ours(tensor) and tensor.numel() and tensor.is_contiguous():
+    if is_plain_tensor(tensor) and tensor.numel() and tensor.is_contiguous():
         with torch.no_grad():
             local = tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
             bits = local.reshape(-1).view(torch.uint8)

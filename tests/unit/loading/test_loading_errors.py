@@ -206,10 +206,10 @@ def test_every_difference_is_listed_and_nothing_is_changed(tmp_path: Path) -> No
         "`extra.gone` is not in the checkpoint",
         "`extra.x` is in the checkpoint, but not wanted",
         "`extra.y` is in the checkpoint, but not wanted",
-        "`shape` is [2, 3] in the checkpoint, [3, 2] is wanted",
-        "`tensor` is a tensor in the checkpoint, a str is wanted",
-        "`value` is a plain value in the checkpoint, a tensor is wanted",
-        "`complex` is complex64 in the checkpoint, torch.float32 is wanted",
+        "`shape` has shape [2, 3] in the checkpoint, expected [3, 2]",
+        "`tensor` is a tensor in the checkpoint, expected a str",
+        "`value` is a plain value in the checkpoint, expected a tensor",
+        "`complex` is complex64 in the checkpoint, expected torch.float32",
     ):
         assert line in said
     assert "8 differences" in said

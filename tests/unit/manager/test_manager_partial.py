@@ -54,7 +54,7 @@ def test_a_partial_start_loads_matching_tensors_and_logs_the_others(
     assert torch.equal(found["head.weight"], before["head.weight"])
     for line in (
         "`body.bias` is not in the checkpoint",
-        "`head.weight` is [9, 4] in the checkpoint, [3, 4] is wanted",
+        "`head.weight` has shape [9, 4] in the checkpoint, expected [3, 4]",
         "`old` is in the checkpoint, but not wanted",
         "1 entries matched, 3 differ and stay as they are",
     ):

@@ -97,7 +97,10 @@ def load(folder: Path) -> None:
             lambda f: save(f, Broken("state_dict")),
             "`Broken.state_dict` raised ValueError: no shadow",
         ),
-        (load, "`ema` was not taken: `Broken.load_state_dict` raised ValueError: no shadow\nfor"),
+        (
+            load,
+            "`ema` could not be loaded: `Broken.load_state_dict` raised ValueError: no shadow\nfor",
+        ),
         (
             lambda f: save(f, Broken("state_dict"), async_mode="async"),
             "`Broken.state_dict` raised ValueError: no shadow",
@@ -218,7 +221,7 @@ def test_a_state_that_contains_itself_is_refused(tmp_path: Path) -> None:
     state: dict[str, Any] = {"w": torch.ones(1)}
     state["self"] = state
     error = failed(lambda: holdfast.save(tmp_path / "x", state))
-    assert "hold itself" in str(error.hint)
+    assert "contains itself" in str(error.hint)
     assert not (tmp_path / "x").exists()
 
 

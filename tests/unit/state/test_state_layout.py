@@ -1,4 +1,4 @@
-"""Which tensors are one, and which are refused."""
+"""Tied tensors, and tensors that cannot be saved."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from holdfast.errors import UsageError
 from holdfast.state.layout import Layouts, local_of, same_memory
 
 
-def test_views_of_one_memory_are_one_only_where_their_elements_are(tmp_path: Path) -> None:
-    """G6. Method: every kind of view of one tensor, saved together and read back: each must be what
-    it was, whichever of them were stored once."""
+def test_views_are_tied_only_if_they_have_the_same_elements(tmp_path: Path) -> None:
+    """G6. Method: every kind of view of one tensor, saved together and read back: each equals the
+    original, whether or not it was stored once with others."""
     base = torch.randn(4, 4, dtype=torch.complex64)
     state = {
         "base": base,
@@ -37,8 +37,8 @@ def test_views_of_one_memory_are_one_only_where_their_elements_are(tmp_path: Pat
         assert torch.equal(checkpoint.read(name), tensor.resolve_conj().resolve_neg()), name
 
 
-def test_tied_tensors_are_stored_once_and_found_under_both_names(tmp_path: Path) -> None:
-    """G6. Method: the same tensor twice; the file has it once, a load fills both names."""
+def test_tied_tensors_are_stored_once_and_load_under_both_names(tmp_path: Path) -> None:
+    """G6. Method: the same tensor under two names; the file contains it once, a load fills both."""
     tensor = torch.randn(1000)
     saved = holdfast.save(tmp_path / "step-1", {"a": tensor, "b": {"c": tensor}})
     assert tensor.nbytes < saved.nbytes < 2 * tensor.nbytes
@@ -48,9 +48,9 @@ def test_tied_tensors_are_stored_once_and_found_under_both_names(tmp_path: Path)
     assert torch.equal(target["b"]["c"], tensor)
 
 
-def test_tensors_without_elements_are_never_one() -> None:
-    """G6. Method: they have no memory to tell by; one with elements is itself, and no other view of
-    its memory."""
+def test_tensors_without_elements_are_never_tied() -> None:
+    """G6. Method: two empty tensors; one with elements, compared with itself and with another view
+    of its memory."""
     tensor = torch.randn(4, 4)
     assert not same_memory(torch.empty(0), torch.empty(0))
     assert same_memory(tensor, tensor.detach())
@@ -62,7 +62,7 @@ def test_tensors_without_elements_are_never_one() -> None:
 @pytest.mark.filterwarnings("ignore:.*quantiz")
 @pytest.mark.filterwarnings("ignore:.*deprecated")
 def test_tensors_without_plain_elements_are_refused_by_name() -> None:
-    """G7. Method: sparse of two kinds, quantized, meta."""
+    """G7. Method: two sparse layouts, a quantized and a meta tensor."""
     dense = torch.eye(3)
     for tensor in (
         dense.to_sparse(),

@@ -1,4 +1,4 @@
-"""Checkpoints that do not state their structure: those of stock DCP, and of Holdfast before."""
+"""Checkpoints without structure: those of stock DCP and of old versions of Holdfast."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ dcp: Any = import_module("torch.distributed.checkpoint")
 
 
 class Kept:
-    """An object of any state."""
+    """An object with any state."""
 
     def __init__(self, state: Any = None) -> None:
         self.state = state
@@ -39,7 +39,7 @@ class Kept:
 
 
 def stored(kind: str, folder: Path, state: dict[str, Any]) -> Source:
-    """The state as stock DCP keeps it, with and without paths, or as Holdfast did before."""
+    """Save as stock DCP does, with and without paths, or as old versions of Holdfast did."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if kind == "before":
@@ -60,9 +60,9 @@ KINDS = ["stock", "pathless", "before"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fresh_object_tells_types_and_what_is_empty(kind: str, tmp_path: Path) -> None:
-    """G10, G15. Method: keys that are numbers, ordered dicts, dicts in lists that hold nothing,
-    which stock leaves out; nothing in them is lost."""
+def test_types_and_empty_containers_come_from_a_fresh_object(kind: str, tmp_path: Path) -> None:
+    """G10, G15. Method: numbers as keys, ordered dicts, and dicts without values in lists, which
+    stock DCP leaves out; nothing in them is lost."""
     saved = {
         "milestones": Counter({30: 1, 80: 2}),
         "order": OrderedDict([("b", 1), ("a", torch.ones(2))]),
@@ -86,8 +86,8 @@ def test_a_fresh_object_tells_types_and_what_is_empty(kind: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["stock", "before"])
-def test_what_has_grown_comes_back_where_paths_are_stated(kind: str, tmp_path: Path) -> None:
-    """G15. Method: lists and dicts that are empty when fresh, None that has become a dict."""
+def test_containers_that_grew_are_restored_if_paths_are_stored(kind: str, tmp_path: Path) -> None:
+    """G15. Method: lists and dicts that are empty in a fresh object, None that became a dict."""
     saved = {"rows": [{"i": 1}, {"i": 2}], "last": {"epoch": 4}, "none": None, "by": {3: 1, 4: 2}}
     source = stored(kind, tmp_path, {"a": saved})
     one = Kept({"rows": [], "last": None, "none": {"was": 1}, "by": {3: 0}})
@@ -96,8 +96,8 @@ def test_what_has_grown_comes_back_where_paths_are_stated(kind: str, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_missing_is_listed_and_nothing_changes(kind: str, tmp_path: Path) -> None:
-    """G6. Method: entries that a fresh object has and the checkpoint has not; no entry at all."""
+def test_missing_entries_are_listed_and_nothing_changes(kind: str, tmp_path: Path) -> None:
+    """G6. Method: entries of a fresh object that the checkpoint lacks; no entries at all."""
     source = stored(kind, tmp_path, {"a": {"x": 1, "d": {"y": torch.ones(1)}}})
     one = Kept({"x": 0, "d": {"y": torch.zeros(1), "z": 3}, "w": None})
     with pytest.raises(MismatchError) as refused:
@@ -128,10 +128,10 @@ def test_what_is_missing_is_listed_and_nothing_changes(kind: str, tmp_path: Path
 )
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning")
-def test_schedulers_take_what_stock_dcp_kept_of_them(
+def test_schedulers_load_their_state_from_stock_dcp(
     scheduler: Any, kind: str, tmp_path: Path
 ) -> None:
-    """G10. Method: torch's own; functions and objects as lambdas, of which stock keeps nothing."""
+    """G10. Method: torch's own; functions and objects as lambdas, of which stock stores nothing."""
     layer = nn.Linear(1, 1)
 
     def made() -> Any:
@@ -147,15 +147,15 @@ def test_schedulers_take_what_stock_dcp_kept_of_them(
 
 
 class Warm:
-    """A factor with state of its own."""
+    """A factor with state."""
 
     def __call__(self, _: int) -> float:
         return 1.0
 
 
-def test_a_checkpoint_of_torchtitan_has_no_lambdas_and_is_taken(tmp_path: Path) -> None:
-    """G10. Method: names as TorchTitan 0.3 writes them: the model at the top, the optimizer by
-    names, a scheduler whose `lr_lambdas` stock has left out; resumed by a manager."""
+def test_a_checkpoint_of_torchtitan_without_lambdas_loads(tmp_path: Path) -> None:
+    """G10. Method: names as TorchTitan 0.3 writes them: the model at the top level, the optimizer
+    by parameter name, a scheduler without its `lr_lambdas`; a manager resumes from it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     torch.manual_seed(0)

@@ -1,5 +1,5 @@
-"""Modules of every kind: what their `state_dict` says is saved, and comes back by their own
-`load_state_dict`."""
+"""Modules of every kind: their `state_dict` is saved, and their own `load_state_dict` restores
+it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from holdfast.testing import round_trip
 
 
 class Halves(nn.Linear):
-    """Gives copies, in half precision."""
+    """Its `state_dict` returns copies in half precision."""
 
     def state_dict(self, *args: Any, **more: Any) -> Any:
         state = super().state_dict(*args, **more)
@@ -29,7 +29,7 @@ class Halves(nn.Linear):
 
 
 class Extra(nn.Module):
-    """Has a parameter, and state of any kind beside."""
+    """Has a parameter and extra state of any kind."""
 
     def __init__(self, extra: Any = None) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Extra(nn.Module):
 
 
 class Packed(nn.Module):
-    """Keeps its numbers in an attribute, and saves them by a method of `nn.Module`."""
+    """Keeps numbers in an attribute, and saves them in an overridden method of `nn.Module`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Packed(nn.Module):
 
 
 class Growing(nn.Module):
-    """Has an entry only once it has seen data."""
+    """Has an entry only after its first batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,8 +80,8 @@ class Growing(nn.Module):
         module.seen = state.pop(f"{prefix}seen", {})
 
 
-def test_a_module_that_gives_copies_gets_them_back(tmp_path: Path) -> None:
-    """G15. Method: half precision copies; at the top, and inside of another module."""
+def test_a_module_whose_state_dict_returns_copies_is_restored(tmp_path: Path) -> None:
+    """G15. Method: copies in half precision; at the top level, and inside another module."""
     for wrap in (lambda one: one, lambda one: nn.Sequential(nn.Linear(2, 2), one)):
         one, two = wrap(Halves(2, 2)), wrap(Halves(2, 2))
         holdfast.save(tmp_path / "one", {"model": one}, overwrite=True)
@@ -106,13 +106,13 @@ def test_a_module_that_gives_copies_gets_them_back(tmp_path: Path) -> None:
     ],
     ids=lambda extra: type(extra).__name__,
 )
-def test_extra_state_of_any_kind_comes_back(extra: Any) -> None:
-    """G15. Method: a fresh module has none; in every mode, alone and inside of another module."""
+def test_extra_state_of_any_kind_is_restored(extra: Any) -> None:
+    """G15. Method: a fresh module has none; in every mode, alone and inside another module."""
     for wrap in (lambda one: one, lambda one: nn.ModuleDict({"a": nn.Linear(1, 1), "b": one})):
         round_trip({"model": wrap(Extra(extra))}, fresh={"model": wrap(Extra("fresh"))})
 
 
-def test_what_a_module_keeps_in_its_own_way_comes_back() -> None:
+def test_state_from_overridden_methods_of_a_module_is_restored() -> None:
     """G15. Method: an overridden `_save_to_state_dict`; an entry that a fresh module lacks."""
     one: Any = nn.ModuleDict({"packed": Packed(), "growing": Growing(), "plain": nn.Linear(2, 2)})
     one["packed"].packed += 7
@@ -124,7 +124,7 @@ def test_what_a_module_keeps_in_its_own_way_comes_back() -> None:
 
 
 def test_a_state_dict_hook_that_renames_and_transposes_is_undone_by_its_counterpart() -> None:
-    """G15. Method: stored under other names than the parameters have, in another layout."""
+    """G15. Method: the hook stores transposed tensors under other names."""
 
     def turned() -> Any:
         layer: Any = nn.Linear(2, 3)
@@ -145,8 +145,8 @@ def test_a_state_dict_hook_that_renames_and_transposes_is_undone_by_its_counterp
     assert torch.equal(one.bias, two.bias)
 
 
-def test_metrics_come_back_with_lists_that_have_grown() -> None:
-    """G15. Method: torchmetrics; a sum, and a list of tensors that is empty when fresh."""
+def test_metrics_are_restored_with_lists_that_grew() -> None:
+    """G15. Method: torchmetrics; a sum, and a list of tensors that is empty in a fresh object."""
     torchmetrics = pytest.importorskip("torchmetrics")
 
     def made() -> Any:
@@ -168,8 +168,8 @@ def test_metrics_come_back_with_lists_that_have_grown() -> None:
         assert same(dict(one[name].metric_state), dict(two[name].metric_state)), name
 
 
-def test_a_lazy_module_is_refused_by_name_until_it_has_seen_data(tmp_path: Path) -> None:
-    """G15. Method: saved before, and after; a fresh one is made whole by the load."""
+def test_a_lazy_module_is_refused_by_name_before_its_first_batch(tmp_path: Path) -> None:
+    """G15. Method: saved before and after a batch; a load completes a fresh module."""
     lazy = nn.Sequential(nn.LazyLinear(3), nn.ReLU())
     with pytest.raises(UsageError, match=r"`model\.0\.weight` is not initialized"):
         holdfast.save(tmp_path / "one", {"model": lazy})
@@ -186,7 +186,7 @@ def compiled(module: nn.Module) -> Any:
 
 
 def data_parallel(module: nn.Module) -> nn.Module:
-    """On the CPU, where there are GPUs too."""
+    """Run on the CPU, even if there are GPUs."""
     return nn.DataParallel(module, device_ids=[])
 
 
@@ -203,8 +203,8 @@ WRAPPED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
-def test_a_wrapper_adds_nothing_to_a_name(wrap: Any, tmp_path: Path) -> None:
-    """G10, G15. Method: saved wrapped, loaded bare, and the other way round; the optimizer too."""
+def test_wrappers_do_not_change_names(wrap: Any, tmp_path: Path) -> None:
+    """G10, G15. Method: saved wrapped, loaded unwrapped, and vice versa; the optimizer too."""
 
     def made() -> nn.Sequential:
         return nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
@@ -235,10 +235,10 @@ def test_a_wrapper_adds_nothing_to_a_name(wrap: Any, tmp_path: Path) -> None:
             assert torch.equal(value, wrapped.state_dict()[name]), name
 
 
-def test_names_that_earlier_versions_and_stock_gave_wrapped_modules_are_found(
+def test_names_of_old_versions_and_stock_for_wrapped_modules_are_found(
     tmp_path: Path,
 ) -> None:
-    """G10. Method: entries with `module.` in their names, as they were saved before."""
+    """G10. Method: entries with `module.` in their names, as old versions saved them."""
     averaged = AveragedModel(nn.Linear(2, 2))
     raw = {name: torch.rand(value.shape) for name, value in averaged.state_dict().items()}
     raw["n_averaged"] = torch.tensor(4)
@@ -248,20 +248,20 @@ def test_names_that_earlier_versions_and_stock_gave_wrapped_modules_are_found(
         assert torch.equal(value, raw[name]), name
 
 
-def test_a_module_alone_is_saved_and_loaded_as_its_state_dict(tmp_path: Path) -> None:
-    """G15. Method: names at the top, as `model.state_dict()` has them; a nested one; one that does
-    not fit."""
+def test_a_single_module_is_saved_and_loaded_as_its_state_dict(tmp_path: Path) -> None:
+    """G15. Method: top-level names as in `model.state_dict()`; a nested module; one that does not
+    fit."""
     one, two = (cast("Any", nn.Sequential(nn.Linear(2, 2), Extra(n))) for n in (1, 2))
     holdfast.save(tmp_path / "one", one)
     assert sorted(holdfast.open(tmp_path / "one").names()) == sorted(one.state_dict())
     holdfast.load(tmp_path / "one", two)
     assert torch.equal(one[0].weight, two[0].weight)
     assert two[1].extra == 1
-    with pytest.raises(MismatchError, match=r"`0\.weight` is \[2, 2\]"):
+    with pytest.raises(MismatchError, match=r"`0\.weight` has shape \[2, 2\]"):
         holdfast.load(tmp_path / "one", nn.Sequential(nn.Linear(3, 3), Extra()))
 
 
-def test_what_is_no_dict_and_no_module_is_told_what_to_pass(tmp_path: Path) -> None:
+def test_the_error_for_a_state_of_another_type_says_what_to_pass(tmp_path: Path) -> None:
     """G15. Method: a tensor, a list, an optimizer, None; for save and load."""
     layer = nn.Linear(1, 1)
     states: list[Any] = [torch.ones(1), [layer], torch.optim.SGD(layer.parameters()), None, 3]
@@ -272,7 +272,7 @@ def test_what_is_no_dict_and_no_module_is_told_what_to_pass(tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
-def test_a_module_that_refuses_its_state_says_so_by_itself(tmp_path: Path) -> None:
+def test_an_error_of_a_modules_own_load_is_shown(tmp_path: Path) -> None:
     """G15. Method: `set_extra_state` raises."""
 
     class Picky(Extra):
@@ -285,7 +285,7 @@ def test_a_module_that_refuses_its_state_says_so_by_itself(tmp_path: Path) -> No
 
 
 def test_tied_weights_and_shared_modules_stay_tied() -> None:
-    """G15. Method: one parameter under two names, one module at two places."""
+    """G15. Method: one parameter under two names, one module in two places."""
     shared = nn.Linear(2, 2)
     one: Any = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(2, 2)})
     one["c"].weight = shared.weight

@@ -1,4 +1,4 @@
-"""Objects with state in containers of the caller's, and in the state of other objects."""
+"""Objects in the caller's containers, and in the state of other objects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from holdfast.state.same import differences, same
 
 
 class Kept:
-    """An object of any state."""
+    """An object with any state."""
 
     def __init__(self, state: Any = None) -> None:
         self.state = state
@@ -27,7 +27,7 @@ class Kept:
 
 
 def container_of(kind: str, model: Any, optimizer: Any) -> Any:
-    """A container with a module and an optimizer somewhere in it."""
+    """Return a container with a module and an optimizer in it."""
     return {
         "dict": {"m": model, "o": optimizer},
         "list": [model, optimizer],
@@ -47,9 +47,9 @@ NESTED = (
 
 
 @pytest.mark.parametrize("kind", NESTED)
-def test_objects_in_any_container_are_filled_where_they_are(kind: str, tmp_path: Path) -> None:
-    """G15. Method: a module and an optimizer with slots in dicts, lists and tuples, two and three
-    deep, values beside them; into containers of fresh ones, and of other values."""
+def test_objects_in_any_container_are_filled_in_place(kind: str, tmp_path: Path) -> None:
+    """G15. Method: a module and an optimizer with slots, beside values in dicts, lists and tuples,
+    two and three levels deep; loaded into containers with fresh objects and other values."""
 
     def made(number: float) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         model = torch.nn.Linear(2, 2)
@@ -77,7 +77,7 @@ def test_objects_in_any_container_are_filled_where_they_are(kind: str, tmp_path:
 
 
 def _without(value: Any, *objects: Any) -> Any:
-    """A state with 0 in place of its objects."""
+    """Replace the objects of a state by 0."""
     if any(value is one for one in objects):
         return 0
     if isinstance(value, dict):
@@ -91,8 +91,8 @@ def _without(value: Any, *objects: Any) -> Any:
 def test_a_live_object_or_tensor_is_never_replaced_by_something_else(
     saved: Any, tmp_path: Path
 ) -> None:
-    """G15. Method: values of all kinds where a dict, a list or a tuple holds an object, at any
-    depth, or a dict a tensor: refused by name, nothing changes."""
+    """G15. Method: values of all kinds, stored in the place of a container with an object at any
+    depth, or of a dict with a tensor: refused by name, nothing changes."""
     model = torch.nn.Linear(1, 1)
     holdfast.save(tmp_path / "one", {"a": saved, "z": torch.ones(1)})
     for live in ({"m": model}, [model], (model, 1), [[{"m": (model,)}]], {"t": torch.zeros(1)}):
@@ -106,10 +106,10 @@ def test_a_live_object_or_tensor_is_never_replaced_by_something_else(
 @pytest.mark.parametrize(
     "state", [{"a": 1}, {1: 2}, {"a": 1, "b": [2]}, {"a": torch.ones(2)}, 3, None, [1], (1, {2: 3})]
 )
-def test_an_object_in_the_state_of_another_is_given_back_itself(state: Any, tmp_path: Path) -> None:
-    """G15. Method: in a dict, a list, a tuple, as the whole state, and within one more; every form
-    of the inner state. The outer gets the live object, which has its own state by then; where it
-    holds none, the load is refused."""
+def test_an_object_in_the_state_of_another_is_restored_in_place(state: Any, tmp_path: Path) -> None:
+    """G15. Method: in a dict, a list, a tuple, as the whole state, and one level deeper; every form
+    of the inner state. The outer object gets the inner one itself, already loaded; if it contains
+    no such object, the load is refused."""
     forms: dict[str, Any] = {
         "dict": lambda one: {"k": one},
         "list": lambda one: [1, one],
@@ -135,7 +135,7 @@ def _kept_in(state: Any) -> Any:
 
 
 class Table(dict[str, int]):
-    """A dict that gives and takes its own state."""
+    """A dict with `state_dict` and `load_state_dict`."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"items": [*self.items()]}
@@ -145,8 +145,8 @@ class Table(dict[str, int]):
         self.update(state_dict["items"])
 
 
-def test_a_dict_with_a_state_dict_of_its_own_is_an_object(tmp_path: Path) -> None:
-    """G15. Method: at the top, in a list, and in the state of an object."""
+def test_a_dict_class_with_a_state_dict_is_an_object(tmp_path: Path) -> None:
+    """G15. Method: at the top level, in a list, and in the state of an object."""
     holdfast.save(tmp_path / "one", {"t": Table(a=1), "l": [Table(b=2)], "o": Kept([Table(c=3)])})
     top, inside, deep = Table(x=0), Table(), Table()
     holdfast.load(tmp_path / "one", {"t": top, "l": [inside], "o": Kept([deep])})

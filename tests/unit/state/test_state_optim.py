@@ -1,4 +1,4 @@
-"""Optimizer state by parameter name, and modules, schedulers and generators as state."""
+"""Optimizer state by parameter name; modules, schedulers and random number generators as state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from processes import run_processes
 
 
 class Net(nn.Module):
-    """Two layers, the first of which is frozen, and a parameter that no loss reaches."""
+    """Return two layers, the first one frozen, and a parameter without a gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Net(nn.Module):
 
 
 def groups(net: Net) -> list[dict[str, Any]]:
-    """The head's weight with a rate of its own, all else in a second group, frozen ones too."""
+    """Put the head's weight in a group with its own rate, all others in a second group."""
     rest = [p for p in net.parameters() if p is not net.head.weight]
     return [{"params": [net.head.weight], "lr": 0.5}, {"params": rest, "lr": 0.25}]
 
@@ -67,7 +67,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def flat(net: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, Any]:
-    """Entries of optimizers by name, each name of an option for itself."""
+    """Return the entries of optimizers by name, with each name of an option."""
     flattener = Flattener()
     OptimizerState([net], optimizers).flatten(flattener, ())
     leaves = flattener.state.leaves
@@ -75,8 +75,8 @@ def flat(net: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def test_the_names_are_those_of_torchs_flattened_optimizer_state() -> None:
-    """G10. Method: torch's own `get_optimizer_state_dict` with `flatten_optimizer_state_dict`,
-    which is what TorchTitan writes. Torch names frozen parameters not at all: we keep theirs."""
+    """G10. Method: compared with torch's `get_optimizer_state_dict` with
+    `flatten_optimizer_state_dict`, which TorchTitan writes. Only we name frozen parameters."""
     net, optimizer = trained(0)
     found = flat(net, optimizer)
     options = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -88,8 +88,8 @@ def test_the_names_are_those_of_torchs_flattened_optimizer_state() -> None:
 
 
 def test_an_option_is_saved_once_under_the_names_of_all_its_parameters() -> None:
-    """Method: numbers, texts, lists of them, each one leaf for a group; a tensor, and a list with a
-    tensor in it, by parameter; again after an option has come and a parameter has gone."""
+    """Method: numbers, texts and lists of them are one leaf for a group; a tensor, and a list with
+    a tensor, one leaf for a parameter; repeated with a new option and without one parameter."""
     net, optimizer = trained(0)
     first, last = optimizer.param_groups[0], optimizer.param_groups[-1]
     first |= {"lr": torch.tensor(0.5), "mine": [torch.ones(2), {"x": 1}], "names": ["a", "b"]}
@@ -108,7 +108,7 @@ def test_an_option_is_saved_once_under_the_names_of_all_its_parameters() -> None
                 if option in ("betas", "names", "eps"):
                     leaf = state.leaves[spelled[0]]
                     assert [*leaf.names] == spelled
-        # Between two saves: another option, and another number of parameters.
+        # Between two saves: one option more, one parameter less.
         last["more"] = last["params"].pop(0) is None
 
 
@@ -120,8 +120,8 @@ def test_an_option_is_saved_once_under_the_names_of_all_its_parameters() -> None
         None,
     ],
 )
-def test_an_option_whose_name_another_entry_has_is_refused(beside: dict[str, Any] | None) -> None:
-    """Method: a value, a tensor, another optimizer of the same parameters."""
+def test_an_option_with_the_name_of_another_entry_is_refused(beside: dict[str, Any] | None) -> None:
+    """Method: the name is that of a value, a tensor, or in another optimizer's options."""
     net, optimizer = trained(0)
     beside = beside or {"a.b": torch.optim.SGD(net.parameters())}
     tree = StateTree({"net": net, "a": {"b": optimizer}, **beside})
@@ -130,7 +130,7 @@ def test_an_option_whose_name_another_entry_has_is_refused(beside: dict[str, Any
 
 
 def test_a_parameter_without_state_has_no_state_and_keeps_its_options() -> None:
-    """G9. Method: frozen, and never reached by a gradient."""
+    """G9. Method: a frozen parameter, and one that never had a gradient."""
     net, optimizer = trained(0)
     found = flat(net, optimizer)
     assert not [name for name in found if name.startswith(("state.frozen", "state.unused"))]
@@ -139,7 +139,7 @@ def test_a_parameter_without_state_has_no_state_and_keeps_its_options() -> None:
 
 
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
-def test_training_goes_on_bit_for_bit_after_save_and_load(make: Any, tmp_path: Any) -> None:
+def test_training_continues_bit_for_bit_after_save_and_load(make: Any, tmp_path: Any) -> None:
     """G9. Method: three steps, saved, loaded into a fresh model and optimizer with other rates and
     another order of groups; two more steps on each are equal in every bit."""
     torch.manual_seed(1)
@@ -162,8 +162,8 @@ def test_training_goes_on_bit_for_bit_after_save_and_load(make: Any, tmp_path: A
         assert torch.equal(a, b), name
 
 
-def test_an_optimizer_whose_parameters_nobody_names_numbers_them(tmp_path: Any) -> None:
-    """G9. Method: saved and loaded without the module beside it."""
+def test_an_optimizer_without_its_module_numbers_its_parameters(tmp_path: Any) -> None:
+    """G9. Method: saved and loaded without the module."""
     net, optimizer = trained(0)
     holdfast.save(tmp_path / "step-1", {"optimizer": optimizer})
     other = Net()
@@ -176,7 +176,7 @@ def test_an_optimizer_whose_parameters_nobody_names_numbers_them(tmp_path: Any) 
 
 
 def test_two_optimizers_of_one_parameter_are_refused() -> None:
-    """G6. Method: the same parameters given twice."""
+    """G6. Method: the same parameters passed twice."""
     net = Net()
     twice = [torch.optim.SGD(net.parameters(), lr=1.0) for _ in range(2)]
     with pytest.raises(UsageError, match="in two optimizers"):
@@ -184,7 +184,7 @@ def test_two_optimizers_of_one_parameter_are_refused() -> None:
 
 
 def test_two_optimizers_of_different_parameters_are_one_state() -> None:
-    """G9. Method: the union of what each has."""
+    """G9. Method: compared with the union of both states."""
     net, _ = trained(0)
     both = [
         torch.optim.SGD(net.head.parameters(), lr=1.0),
@@ -208,9 +208,9 @@ def names_under_ddp(rank: int, size: int) -> list[list[str]]:
     ]
 
 
-def test_ddp_adds_nothing_to_a_name() -> None:
-    """G9. Method: a wrapped model in a real group, beside one that is not; so what many ranks have
-    saved loads on one."""
+def test_ddp_does_not_change_names() -> None:
+    """G9. Method: a wrapped model in a real process group, compared with one that is not wrapped;
+    so a checkpoint of many ranks loads on one."""
     ((state, whole, kept, optimized),) = run_processes(1, names_under_ddp)
     assert state == whole == [*Net().state_dict()]
     assert {*optimized} == {f"param_groups.{name}.lr" for name, _ in Net().named_parameters()}
@@ -218,7 +218,7 @@ def test_ddp_adds_nothing_to_a_name() -> None:
 
 
 class Counter:
-    """A `Stateful` of one number, that may hold others."""
+    """A `Stateful` with one number, and possibly other objects."""
 
     def __init__(self, count: int = 0, inner: dict[str, Any] | None = None) -> None:
         self.count, self.inner = count, inner or {}
@@ -230,8 +230,8 @@ class Counter:
         self.count, self.inner = state_dict["count"], state_dict["inner"]
 
 
-def test_objects_at_any_depth_are_asked_and_given_their_state(tmp_path: Any) -> None:
-    """G6, G9. Method: one at the top, one in a dict, one within another's state, values beside."""
+def test_objects_at_any_depth_are_saved_and_loaded(tmp_path: Any) -> None:
+    """G6, G9. Method: one at the top level, one in a dict, one in another's state, and values."""
     state = {"a": Counter(1, {"n": [1, 2]}), "deep": {"b": Counter(2)}, "plain": {"x": 3}}
     holdfast.save(tmp_path / "step-1", state)
     a, b = Counter(inner={"n": []}), Counter()
@@ -243,16 +243,16 @@ def test_objects_at_any_depth_are_asked_and_given_their_state(tmp_path: Any) -> 
     assert target["a"] is a
 
 
-def test_a_flat_entry_adds_its_names_to_the_top() -> None:
-    """G10. Method: as TorchTitan keeps the model: no `model.` before its names."""
+def test_a_flat_entry_has_its_names_at_the_top_level() -> None:
+    """G10. Method: a model as in TorchTitan, without `model.` before its names."""
     state = {"model": nn.Linear(2, 2), "step": 7}
     tree = StateTree(state, flat="model", others=["dataloader"])
     assert {*tree.flatten().leaves} == {"weight", "bias", "step"}
 
 
-def test_a_flat_model_takes_what_no_other_part_has_for_its_own(tmp_path: Any) -> None:
-    """G6. Method: an entry that may be a parameter that the model lacks is an error; one that is
-    known to be another's is not."""
+def test_unknown_entries_count_as_the_flat_models(tmp_path: Any) -> None:
+    """G6. Method: an entry that might be a parameter which the model lacks is an error; an entry of
+    another known component is not."""
     saved = {"weight": torch.ones(2, 2), "bias": torch.ones(2), "dataloader": {"x": 1}}
     holdfast.save(tmp_path / "one", saved)
     manifest = holdfast.open(tmp_path / "one").manifest
@@ -272,9 +272,9 @@ def draws() -> tuple[Any, ...]:
     )
 
 
-def test_the_generators_go_on_bit_for_bit(tmp_path: Any) -> None:
-    """G9. Method: torch, Python and numpy, mid-stream and with a Gaussian kept in hand by each;
-    saved, other numbers drawn, loaded: the next draws are those that came after saving."""
+def test_the_generators_continue_bit_for_bit(tmp_path: Any) -> None:
+    """G9. Method: torch, Python and numpy, mid-stream, each with a cached Gaussian; after a save,
+    other draws and a load, the next draws equal those after the save."""
     torch.manual_seed(1)
     random.seed(2)
     np.random.seed(3)
@@ -291,8 +291,8 @@ def test_the_generators_go_on_bit_for_bit(tmp_path: Any) -> None:
     assert draws() == expected
 
 
-def test_a_rank_that_was_not_there_keeps_its_own_generators(tmp_path: Any) -> None:
-    """G9. Method: rank 3 loads what rank 0 alone has saved; nothing is drawn twice."""
+def test_a_rank_without_saved_generators_keeps_its_own(tmp_path: Any) -> None:
+    """G9. Method: rank 3 loads a checkpoint of rank 0 alone; it draws numbers of its own."""
     holdfast.save(
         tmp_path / "step-1", {"rng": RankState(ObjectState(RngState()), 0, may_lack=True)}
     )

@@ -1,4 +1,4 @@
-"""Optimizers at a load: what their own code makes of their state, other groups, other classes."""
+"""Loads of optimizers: their own hooks, other parameter groups, other classes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from holdfast.state.same import same
 
 
 class Upgrading(torch.optim.AdamW):
-    """An optimizer that changes older state in `__setstate__`, as torch's own do."""
+    """An optimizer that converts old state in `__setstate__`, as torch's own do."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -42,9 +42,9 @@ def hooked(optimizer: Optimizer) -> None:
 
 
 @pytest.mark.parametrize("kind", ["hooks", "__setstate__"])
-def test_what_an_optimizer_makes_of_its_state_at_a_load_stands(kind: str, tmp_path: Path) -> None:
-    """G15. Method: hooks before and after a load and `__setstate__` add, remove and cast slots:
-    the same as after torch's own load; nothing of ours stays on the optimizer."""
+def test_changes_by_load_hooks_of_an_optimizer_are_kept(kind: str, tmp_path: Path) -> None:
+    """G15. Method: hooks before and after a load and `__setstate__` add, remove and cast slots,
+    as in torch's own load; no attribute of ours stays on the optimizer."""
     model = nn.Linear(2, 2)
     saved = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 2)).sum().backward()
@@ -85,11 +85,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("one", "other"), [(a, b) for a, held in REFUSED.items() for b in held])
-def test_an_optimizer_of_another_class_is_refused_where_it_could_not_go_on(
+def test_an_optimizer_of_another_class_is_refused_if_it_could_not_continue(
     one: str, other: str, tmp_path: Path
 ) -> None:
-    """G15. Method: torch's own, with slots of other names or options of another kind; both classes
-    are named, nothing changes."""
+    """G15. Method: torch's own, with slots of other names or options of another kind; the message
+    names both classes, nothing changes."""
     saved = stepped(getattr(torch.optim, one), **({"momentum": 0.9} if one == "SGD" else {}))
     holdfast.save(tmp_path / "one", dict(zip("mo", saved, strict=True)))
     model = nn.Linear(2, 2)
@@ -103,11 +103,11 @@ def test_an_optimizer_of_another_class_is_refused_where_it_could_not_go_on(
 
 
 class Fused(torch.optim.AdamW):
-    """A twin of torch's."""
+    """A copy of torch's class."""
 
 
 class Newer(torch.optim.AdamW):
-    """The same class in a newer version: with one more option."""
+    """A newer version of the class, with one more option."""
 
     def __init__(self, parameters: Any, **more: Any) -> None:
         super().__init__(parameters, **more)
@@ -116,11 +116,11 @@ class Newer(torch.optim.AdamW):
             group["cautious"] = False
 
 
-def test_an_optimizer_of_another_class_that_can_go_on_is_said(
+def test_an_optimizer_of_another_class_that_can_continue_warns(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """G15. Method: a subclass, Adam after AdamW, RAdam after Adam: a warning names both, from
-    `holdfast.load` and from a manager; the same class warns of nothing, also with an option that a
+    `holdfast.load` and from a manager; no warning for the same class, even with an option that a
     scheduler added, and one more default."""
     model, optimizer = stepped(torch.optim.AdamW)
     optimizer.param_groups[0]["initial_lr"] = 0.5
@@ -143,11 +143,11 @@ def test_an_optimizer_of_another_class_that_can_go_on_is_said(
         assert ("was saved by" in caplog.text) == (number == 1)
 
 
-def test_a_state_of_unknown_class_is_refused_only_where_it_cannot_be_its_own(
+def test_a_state_of_unknown_class_is_refused_only_if_it_cannot_fit(
     tmp_path: Path,
 ) -> None:
-    """G15. Method: an optimizer's state dict, as stock keeps it: slots and options are all that is
-    known. A slot that a hook added and an option of an older version are no reason."""
+    """G15. Method: an optimizer's state dict, as stock DCP stores it, tells only slots and options.
+    A slot from a hook or an option of an older version is no reason to refuse it."""
     model, optimizer = stepped(torch.optim.AdamW)
     optimizer.state[model.weight]["ema"] = torch.ones(1)
     optimizer.param_groups[0]["old"] = 1
@@ -159,11 +159,11 @@ def test_a_state_of_unknown_class_is_refused_only_where_it_cannot_be_its_own(
         holdfast.load(tmp_path / "one", {"m": model, "o": torch.optim.RMSprop(model.parameters())})
 
 
-def test_a_group_that_was_emptied_is_said_and_its_parameters_keep_their_options(
+def test_a_group_that_was_saved_empty_is_noted_and_parameters_keep_their_options(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G15. Method: a run moves the parameters of one group into another; its checkpoint goes into
-    the groups that it started with, into one group, and into its own, which needs no word."""
+    """G15. Method: a run moves the parameters of one group into another; its checkpoint loads into
+    the original groups, into one group, and into its own, which needs no note."""
     caplog.set_level(logging.WARNING)
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
 

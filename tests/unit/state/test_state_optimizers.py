@@ -1,4 +1,4 @@
-"""Optimizers of all kinds: a run that was stopped ends with the bits of one that was not."""
+"""Optimizers of all kinds: a resumed run ends with the same bits as one without interruption."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Make = Callable[[nn.Module], Any]
 Step = Callable[[Any, Callable[[], torch.Tensor]], object]
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-"""Packages of others warn of what is none of ours."""
+"""Ignore warnings from other packages."""
 
 
 def small() -> nn.Module:
@@ -31,7 +31,7 @@ def small() -> nn.Module:
 
 
 def large() -> nn.Module:
-    """Of so many elements that 8-bit optimizers take them in blocks."""
+    """Large enough that 8-bit optimizers quantize its weights in blocks."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 512), nn.Linear(512, 8))
 
@@ -46,7 +46,7 @@ def plainly(optimizer: Any, closure: Callable[[], torch.Tensor]) -> None:
 def trained(
     make: Make, folder: Path, until: int, *, net: Callable[[], nn.Module], step: Step, mode: Any
 ) -> dict[str, torch.Tensor]:
-    """The weights after so many steps, each saved; goes on from what is in the folder."""
+    """Return the weights after some steps, each of them saved; resume if the folder has any."""
     model = net()
     optimizer = make(model)
     config = holdfast.CheckpointConfig(
@@ -77,7 +77,7 @@ def assert_exact(
     step: Step = plainly,
     mode: str = "disabled",
 ) -> None:
-    """Three steps, a new process' worth of objects, three more: the bits of six at once."""
+    """Compare three steps, fresh objects and three more steps with six steps, in every bit."""
     more = {"net": net, "step": step, "mode": mode}
     whole = trained(make, folder / "whole", 6, **more)  # type: ignore[arg-type]
     trained(make, folder / "halves", 3, **more)  # type: ignore[arg-type]
@@ -95,7 +95,7 @@ def others(model: nn.Module) -> list[nn.Parameter]:
 
 
 class Joined(Optimizer):
-    """Keeps others inside, with a `state_dict` of its own."""
+    """Joins several optimizers, with its own `state_dict`."""
 
     def __init__(self, *inner: Optimizer) -> None:
         self.inner = inner
@@ -134,18 +134,18 @@ TORCH: dict[str, Make] = {
 
 @pytest.mark.parametrize("make", TORCH.values(), ids=TORCH)
 @pytest.mark.parametrize("mode", ["disabled", "async_with_pinned_mem"])
-def test_every_optimizer_of_torch_goes_on_bit_for_bit(
+def test_every_optimizer_of_torch_continues_bit_for_bit(
     make: Make, mode: str, tmp_path: Path
 ) -> None:
-    """G9, G15. Method: torch's own, with options that change what they keep; several, joined."""
+    """G9, G15. Method: torch's own, with options that change their slots; several, joined."""
     assert_exact(make, tmp_path, mode=mode)
 
 
 @pytest.mark.parametrize("search", [None, "strong_wolfe"])
-def test_an_optimizer_that_keeps_lists_on_one_parameter_goes_on_bit_for_bit(
+def test_an_optimizer_with_lists_on_one_parameter_continues_bit_for_bit(
     search: Any, tmp_path: Path
 ) -> None:
-    """G9, G15. Method: LBFGS, whose state is empty when fresh, and then numbers and lists."""
+    """G9, G15. Method: LBFGS, whose state is empty at first, and then numbers and lists."""
     assert_exact(
         lambda m: torch.optim.LBFGS(m.parameters(), lr=0.1, line_search_fn=search),
         tmp_path,
@@ -153,8 +153,8 @@ def test_an_optimizer_that_keeps_lists_on_one_parameter_goes_on_bit_for_bit(
     )
 
 
-def test_an_optimizer_of_sparse_gradients_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """G9, G15. Method: SparseAdam, which counts steps by plain numbers."""
+def test_an_optimizer_of_sparse_gradients_continues_bit_for_bit(tmp_path: Path) -> None:
+    """G9, G15. Method: SparseAdam, which counts steps in plain numbers."""
 
     class Table(nn.Module):
         def __init__(self) -> None:
@@ -194,14 +194,14 @@ def pytorch_optimizer(name: str) -> Make:
         *("Lion", "Ranger", "DAdaptAdam", "AdEMAMix", "CAME", "APOLLO", "Lookahead", "SM3"),
     ],
 )
-def test_optimizers_of_a_package_go_on_bit_for_bit(name: str, tmp_path: Path) -> None:
-    """G9, G15. Method: `pytorch_optimizer`: numbers, None and options that change on the way."""
+def test_optimizers_of_a_package_continue_bit_for_bit(name: str, tmp_path: Path) -> None:
+    """G9, G15. Method: `pytorch_optimizer`: numbers, None, and options that change in training."""
     assert_exact(pytorch_optimizer(name), tmp_path)
 
 
 def test_an_optimizer_with_an_object_in_a_slot_is_refused_or_trusted(tmp_path: Path) -> None:
-    """G8, G15. Method: GaLore keeps a projector of its own class: refused by name, with the way to
-    trust it; then it goes on bit for bit."""
+    """G8, G15. Method: GaLore's projector has its own class: the refusal names it and how to trust
+    it; once trusted, training continues bit for bit."""
     package = pytest.importorskip("pytorch_optimizer")
     from pytorch_optimizer.optimizer.utils.galore import GaLoreProjector
 
@@ -216,16 +216,16 @@ def test_an_optimizer_with_an_object_in_a_slot_is_refused_or_trusted(tmp_path: P
         assert_exact(make, tmp_path / "trusted")
 
 
-def test_the_adafactor_of_transformers_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """G9, G15. Method: slots of other shapes than the parameter has, a rate of its own."""
+def test_the_adafactor_of_transformers_continues_bit_for_bit(tmp_path: Path) -> None:
+    """G9, G15. Method: slots of other shapes than the parameter, and a rate of its own."""
     from transformers.optimization import Adafactor
 
     assert_exact(lambda m: Adafactor(m.parameters(), warmup_init=True), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit", "AdamW32bit"])
-def test_optimizers_of_bitsandbytes_go_on_bit_for_bit(name: str, tmp_path: Path) -> None:
-    """G9, G15. Method: moments of 8 bits with tables beside them, by the package's own step."""
+def test_optimizers_of_bitsandbytes_continue_bit_for_bit(name: str, tmp_path: Path) -> None:
+    """G9, G15. Method: 8-bit moments with their tables, from the package's own step."""
     package = pytest.importorskip("bitsandbytes")
     more = {"min_8bit_size": 16} if "8bit" in name else {}
     assert_exact(
@@ -233,9 +233,9 @@ def test_optimizers_of_bitsandbytes_go_on_bit_for_bit(name: str, tmp_path: Path)
     )
 
 
-def test_an_8_bit_optimizer_made_of_tensor_classes_comes_back() -> None:
-    """G15. Method: torchao, whose slots are tensors of a class of its own that a fresh optimizer
-    does not have yet. Its step is compiled: the slots are made as it makes them."""
+def test_an_8_bit_optimizer_with_tensor_subclasses_is_restored() -> None:
+    """G15. Method: torchao, whose slots are tensors of its own class, which a fresh optimizer does
+    not have yet. Since its step is compiled, the slots are created by its own functions instead."""
     torchao = pytest.importorskip("torchao.optim")
     model = large()
     optimizer = torchao.AdamW8bit(model.parameters())
@@ -251,9 +251,9 @@ def test_an_8_bit_optimizer_made_of_tensor_classes_comes_back() -> None:
     round_trip({"model": model, "optimizer": optimizer}, fresh={"model": fresh, "optimizer": again})
 
 
-def test_what_a_group_got_on_the_way_and_what_belongs_to_no_parameter_comes_back() -> None:
-    """G15. Method: options of all kinds, state beside the parameters', numbers, None, texts and
-    lists in slots, slots under numbers, an empty slot, a group without parameters."""
+def test_added_options_and_state_of_no_parameter_are_restored() -> None:
+    """G15. Method: options of all kinds; state that belongs to no parameter; numbers, None, texts
+    and lists in slots; slots under numbers; an empty slot; a group without parameters."""
     model = nn.Linear(2, 2)
     groups: list[dict[str, Any]] = [
         {"params": [model.weight]},
@@ -274,8 +274,8 @@ def test_what_a_group_got_on_the_way_and_what_belongs_to_no_parameter_comes_back
     assert again.state[fresh.weight]["name"] == "text"
 
 
-def test_slots_keep_their_dtypes_although_torch_casts_them_at_a_load() -> None:
-    """G15. Method: moments of float32 beside parameters of bfloat16, counters, 8-bit numbers."""
+def test_slots_keep_their_dtypes_although_torch_casts_them() -> None:
+    """G15. Method: float32 moments of bfloat16 parameters, counters, 8-bit numbers."""
     model = nn.Linear(2, 2).to(torch.bfloat16)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for parameter in model.parameters():
@@ -287,8 +287,8 @@ def test_slots_keep_their_dtypes_although_torch_casts_them_at_a_load() -> None:
     round_trip({"model": model, "optimizer": optimizer})
 
 
-def test_an_optimizer_without_a_step_and_one_without_state_come_back(tmp_path: Path) -> None:
-    """G15. Method: what was taken after the save is gone after the load."""
+def test_optimizers_without_a_step_or_without_state_are_restored(tmp_path: Path) -> None:
+    """G15. Method: slots created after the save are gone after the load."""
     model = nn.Linear(2, 2)
     for make in (torch.optim.AdamW, torch.optim.SGD):
         optimizer = make(model.parameters(), lr=0.25)
@@ -301,11 +301,11 @@ def test_an_optimizer_without_a_step_and_one_without_state_come_back(tmp_path: P
         assert optimizer.param_groups[0]["lr"] == 0.25
 
 
-def test_groups_that_have_moved_are_followed_by_the_names_of_their_parameters(
+def test_groups_in_another_order_are_matched_by_the_names_of_their_parameters(
     tmp_path: Path,
 ) -> None:
     """G15. Method: another order of groups and parameters; parameters that were saved with
-    different options and are in one group here are refused, and named."""
+    different options but are in one group here are refused by name."""
     model = nn.Linear(2, 2)
     rates: list[dict[str, Any]] = [
         {"params": [model.weight], "lr": 1.0},
@@ -325,8 +325,8 @@ def test_groups_that_have_moved_are_followed_by_the_names_of_their_parameters(
         holdfast.load(tmp_path / "one", {"model": model, "opt": joined})
 
 
-def test_parameters_that_only_one_side_has_are_differences(tmp_path: Path) -> None:
-    """G6. Method: one that was added, one that is gone, no optimizer at all; nothing changes."""
+def test_parameters_on_one_side_only_are_mismatches(tmp_path: Path) -> None:
+    """G6. Method: one more parameter, one fewer, no optimizer at all; nothing changes."""
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     part = torch.optim.AdamW(model["a"].parameters(), lr=0.5)
     holdfast.save(tmp_path / "part", {"model": model, "opt": part})
@@ -345,7 +345,7 @@ def test_parameters_that_only_one_side_has_are_differences(tmp_path: Path) -> No
 def test_hooks_of_an_optimizer_are_called_and_one_that_changes_the_form_is_refused(
     tmp_path: Path,
 ) -> None:
-    """G15. Method: a pair of hooks that add something and take it; one that renames parameters."""
+    """G15. Method: a pair of hooks that add and remove an entry; one that renames parameters."""
     model = nn.Linear(2, 2)
 
     def made() -> tuple[Optimizer, list[Any]]:
@@ -366,9 +366,9 @@ def test_hooks_of_an_optimizer_are_called_and_one_that_changes_the_form_is_refus
 
 
 @pytest.mark.parametrize("form", ["numbers", "names", "flattened"])
-def test_an_optimizer_takes_every_form_that_stock_dcp_keeps(form: str, tmp_path: Path) -> None:
-    """G10. Method: `optimizer.state_dict()` as it is, and both forms of `get_optimizer_state_dict`,
-    saved by stock DCP; loaded into a fresh optimizer."""
+def test_an_optimizer_loads_every_form_of_its_state_in_stock_dcp(form: str, tmp_path: Path) -> None:
+    """G10. Method: `optimizer.state_dict()`, and both forms of `get_optimizer_state_dict`, saved by
+    stock DCP; loaded into a fresh optimizer."""
     dcp: Any = import_module("torch.distributed.checkpoint")
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
@@ -408,12 +408,12 @@ def rename(net: Any) -> None:
 
 @pytest.mark.parametrize("change", [swap, rename, lambda net: net.insert(0, nn.Identity()), wrap])
 @pytest.mark.parametrize("mode", ["disabled", "async", "async_with_pinned_mem"])
-def test_moments_stay_with_their_layer_when_modules_move(
+def test_moments_follow_their_layer_when_modules_move(
     change: Callable[[Any], None], mode: Any, tmp_path: Path
 ) -> None:
-    """G15. Method: layers that change places between two saves of one manager, get another name, or
-    a wrapper; the optimizer stays the same object. A fresh run built the new way gets each layer's
-    own moments."""
+    """G15. Method: between two saves of one manager, layers change places, get another name or a
+    wrapper, with the same optimizer object. A fresh run with the new modules loads each layer's own
+    moments."""
 
     def start() -> tuple[Any, Any]:
         net: Any = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
@@ -443,7 +443,7 @@ def test_moments_stay_with_their_layer_when_modules_move(
         assert same(dict(optimizer.state.get(one, {})), dict(found))
 
 
-def test_a_scripted_module_has_names_too(tmp_path: Path) -> None:
+def test_a_scripted_modules_parameters_are_named(tmp_path: Path) -> None:
     """G15. Method: `torch.jit.script` keeps its modules in containers of its own."""
     net = torch.jit.script(small())
     optimizer = torch.optim.AdamW(net.parameters())

@@ -1,4 +1,4 @@
-"""What cannot be kept is refused in words that name it; names that clash are told apart."""
+"""State that cannot be saved is refused by name; equal names get distinct prefixes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from holdfast.state.same import same
 
 
 class Odd(nn.Linear):
-    """A module whose `state_dict()` gives anything."""
+    """A module whose `state_dict()` returns anything."""
 
     given: Any = None
 
@@ -26,20 +26,20 @@ class Odd(nn.Linear):
 @pytest.mark.parametrize(
     "given", [None, (1,), [1], {5: torch.ones(1)}, {("a", 1): torch.ones(1)}, {"a": 1, None: 2}]
 )
-def test_a_module_that_gives_no_dict_of_texts_is_named(given: Any, tmp_path: Path) -> None:
-    """G15. Method: other types, other keys; at the save, and at the load."""
+def test_a_module_without_a_dict_of_text_keys_is_named(given: Any, tmp_path: Path) -> None:
+    """G15. Method: other types, other keys; at the save and at the load."""
     model = Odd(1, 1)
     holdfast.save(tmp_path / "one", {"m": nn.Linear(1, 1)})
     model.given = given
     for call in (holdfast.save, holdfast.load):
         where = tmp_path / ("two" if call is holdfast.save else "one")
-        with pytest.raises(UsageError, match=r"`state_dict\(\)` of the module Odd has to give"):
+        with pytest.raises(UsageError, match=r"`state_dict\(\)` of the module Odd must return"):
             call(where, {"m": model})
 
 
 @pytest.mark.parametrize("dtype", [torch.bits8, torch.int4])  # type: ignore[attr-defined]
 @pytest.mark.parametrize("shape", [0, 2])
-def test_a_tensor_of_a_dtype_without_a_format_is_named(
+def test_a_tensor_of_an_unsupported_dtype_is_named(
     dtype: torch.dtype, shape: int, tmp_path: Path
 ) -> None:
     """G15. Method: with elements and without."""
@@ -48,8 +48,8 @@ def test_a_tensor_of_a_dtype_without_a_format_is_named(
         holdfast.save(tmp_path / "one", state)
 
 
-def test_a_state_dict_of_torchs_that_raises_is_told_as_such(tmp_path: Path) -> None:
-    """G15. Method: Adam after one of its groups was removed, which keeps the slots."""
+def test_an_error_of_torchs_own_state_dict_is_shown(tmp_path: Path) -> None:
+    """G15. Method: Adam after the removal of a group, whose slots it keeps."""
     model = nn.Linear(2, 2)
     groups: list[Any] = [{"params": [model.weight]}, {"params": [model.bias]}]
     optimizer = torch.optim.Adam(groups)
@@ -68,10 +68,10 @@ def stepped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def test_one_optimizer_of_several_modules_is_kept_by_their_places(tmp_path: Path) -> None:
+def test_one_optimizer_of_several_modules_has_their_paths_in_its_names(tmp_path: Path) -> None:
     """G15. Method: a generator and a critic whose parameters have the same names, in a dict and in
-    a list; loaded with the parameters in another order. Optimizers of one module each keep the
-    names that they have by themselves."""
+    a list; loaded with the parameters in another order. Optimizers of one module each use names
+    without a prefix."""
     one, two, third = nn.Linear(2, 2), nn.Linear(3, 3), nn.Linear(2, 2)
     both = stepped(torch.optim.Adam([*one.parameters(), *two.parameters(), *third.parameters()]))
     single = stepped(torch.optim.Adam(one.parameters()))
@@ -88,8 +88,8 @@ def test_one_optimizer_of_several_modules_is_kept_by_their_places(tmp_path: Path
             assert same(dict(other.state[parameter]), dict(both.state[parameter]))
 
 
-def test_a_parameter_named_by_a_number_is_told_from_one_that_nobody_names(tmp_path: Path) -> None:
-    """G15. Method: a parameter `1` of a model, and a foreign one in the second place."""
+def test_a_parameter_called_by_a_number_differs_from_one_of_no_module(tmp_path: Path) -> None:
+    """G15. Method: a parameter `1` of a model, and as the second one a parameter of no module."""
     model = nn.ParameterDict({"1": torch.ones(2), "0": torch.ones(4)})
     foreign = nn.Parameter(torch.ones(3))
     optimizer = stepped(torch.optim.Adam([model["1"], foreign, model["0"]]))

@@ -1,4 +1,4 @@
-"""Schedulers as one component: one, several in step, several that differ."""
+"""Schedulers as one component: one, several with equal states, several with different states."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LR = torch.optim.lr_scheduler
 
 
 class Phases:
-    """A scheduler whose state is whatever it was given."""
+    """A scheduler with any state."""
 
     def __init__(self, state: Any) -> None:
         self.state = state
@@ -43,7 +43,7 @@ def loaded(where: Path, *schedulers: Any) -> None:
     "state", [{"0": {"lr": 0.1}, "1": {"lr": 0.2}}, {0: {"a": 1}, 1: {"a": 2}}, {"0": 1}, {}]
 )
 def test_a_scheduler_with_numbers_for_keys_gets_its_whole_state(state: Any, tmp_path: Path) -> None:
-    """G15. Method: one, and two in step with each other; into as many, and into others."""
+    """G15. Method: one, and two with equal states; loaded by the same number, and by others."""
     for number in (1, 2):
         saved(tmp_path / f"{number}", *(Phases(state) for _ in range(number)))
         for count in (1, 2, 3):
@@ -58,9 +58,9 @@ def made(count: int) -> list[Any]:
 
 
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning")
-def test_schedulers_that_differ_are_loaded_by_as_many_and_refused_by_others(tmp_path: Path) -> None:
-    """G15. Method: two of torch's; one and three are a difference that is listed, nothing changes;
-    names stay those that stock DCP reads."""
+def test_different_schedulers_load_only_into_the_same_number(tmp_path: Path) -> None:
+    """G15. Method: two of torch's; one and three are listed as a mismatch, nothing changes; stock
+    DCP reads the same names."""
     two = made(2)
     two[0].step()
     saved(tmp_path / "two", *two)
@@ -71,13 +71,13 @@ def test_schedulers_that_differ_are_loaded_by_as_many_and_refused_by_others(tmp_
     assert [one.state_dict() for one in again] == [one.state_dict() for one in two]
     for count in (1, 3):
         others = made(count)
-        with pytest.raises(MismatchError, match=rf"2 schedulers that differ.*, {count} here"):
+        with pytest.raises(MismatchError, match=rf"2 different schedulers.*, {count} here"):
             loaded(tmp_path / "two", *others)
         assert [one.last_epoch for one in others] == [0] * count
 
 
 def test_objects_under_numbers_in_one_scheduler_are_refused_at_the_save() -> None:
-    """G15. Method: what a load would take for several schedulers."""
+    """G15. Method: a state that a load would take for those of several schedulers."""
     state = {"0": Phases(1), "1": Phases(2)}
     tree = StateTree({"lr_scheduler": scheduler_component([Phases(state)])})
     with pytest.raises(UsageError, match="which a load would take for several"):

@@ -1,4 +1,4 @@
-"""Nested state as flat names, those of stock DCP, and the structure that they do not tell."""
+"""Nested state as flat entries with stock DCP's names, and the structure they do not express."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ STATES = st.dictionaries(
 
 
 def spelled_alike(value: Any) -> bool:
-    """Whether two keys of one dict, at a place that is entered, have the same text."""
+    """Return whether two keys of a dict that is split into entries have the same text."""
     if isinstance(value, dict):
         alike = len({*map(str, value)}) < len(value)
         return alike or any(map(spelled_alike, value.values()))
@@ -48,12 +48,12 @@ def spelled_alike(value: Any) -> bool:
 
 
 @given(STATES)
-def test_names_paths_and_leaves_are_those_of_stock_dcp(state: dict[Any, Any]) -> None:
+def test_names_paths_and_leaves_equal_those_of_stock_dcp(state: dict[Any, Any]) -> None:
     """G10. Method: stock's own `flatten_state_dict` on generated state: lists, tuples, dicts with
-    dotted and numeric keys, empty ones. Where stock refuses two entries of one name, so do we;
-    and where `0` stands beside `"0"`, which stock takes for one on the way back."""
+    dotted and numeric keys, empty ones. If stock refuses two entries of one name, so do we; and we
+    refuse `0` beside `"0"`, which stock cannot tell apart in a load."""
     if spelled_alike(state):
-        with pytest.raises(UsageError, match=r"spelled alike|two entries"):
+        with pytest.raises(UsageError, match=r"same text|two entries"):
             flatten(state)
         return
     try:
@@ -77,16 +77,16 @@ def test_two_entries_of_one_name_are_refused_with_both_paths() -> None:
     assert "('a', 'b')" in refused.value.what
 
 
-def test_a_leaf_keeps_the_very_object() -> None:
-    """Method: identity; a tensor is not copied."""
+def test_a_leaf_is_the_same_object() -> None:
+    """Method: identity; no tensor is copied."""
     tensor = torch.zeros(3)
     leaf = flatten({"w": tensor}).leaves["w"]
     assert isinstance(leaf, Leaf)
     assert leaf.value is tensor
 
 
-def test_structure_is_kept_where_names_do_not_tell_and_nowhere_else() -> None:
-    """Method: dicts of tensors, as models have them, need none; types, order, what is empty do."""
+def test_structure_is_stored_only_if_names_do_not_express_it() -> None:
+    """Method: dicts of tensors, as in models, need none; types, order and empty containers do."""
     told = {"model": {"w": torch.ones(1), "b": [torch.ones(1), {"x": torch.ones(1)}]}, "step": 3}
     assert flatten(told).structure == {}
     found = flatten({"o": OrderedDict(b=1, a=2), "k": {1: torch.ones(1)}, "e": {"x": {}}})
@@ -98,7 +98,7 @@ def test_structure_is_kept_where_names_do_not_tell_and_nowhere_else() -> None:
 
 
 class Kept:
-    """An object of any state."""
+    """An object with any state."""
 
     def __init__(self, state: Any = None) -> None:
         self.state = state
@@ -146,9 +146,9 @@ WHOLE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("state", WHOLE.values(), ids=WHOLE)
-def test_the_state_of_an_object_comes_back_as_it_was(state: Any, tmp_path: Path) -> None:
-    """G15. Method: types of containers, keys and numbers, order, every bit; handed to an object
-    that is fresh; by itself, and as a part of another state; saved in the background too."""
+def test_the_state_of_an_object_is_restored_exactly(state: Any, tmp_path: Path) -> None:
+    """G15. Method: types of containers, keys and numbers, order, every bit; loaded into a fresh
+    object; alone, and inside another state; saved in the background too."""
     holdfast.save(tmp_path / "one", {"a": Kept(state), "b": Kept({"deep": [state]})})
     one, two = Kept(), Kept()
     holdfast.load(tmp_path / "one", {"a": one, "b": two})
@@ -160,17 +160,17 @@ def test_the_state_of_an_object_comes_back_as_it_was(state: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("state", WHOLE.values(), ids=WHOLE)
-def test_plain_state_comes_back_as_it_was(state: Any, tmp_path: Path) -> None:
-    """G15. Method: no object around it; into a state of the same keys, and into one without."""
+def test_plain_state_is_restored_exactly(state: Any, tmp_path: Path) -> None:
+    """G15. Method: without an object; loaded into a state with the same keys, and an empty one."""
     holdfast.save(tmp_path / "one", {"a": state})
     for target in ({"a": copy.deepcopy(state)}, {"a": None}):
         holdfast.load(tmp_path / "one", target)
         assert [*differences(state, target["a"])] == []
 
 
-def test_plain_state_is_replaced_by_what_was_saved(tmp_path: Path) -> None:
-    """G15. Method: lists that have grown and shrunk, None that has become a dict, an empty dict
-    that has filled, numbers, texts; dicts of tensors are filled where they are."""
+def test_plain_state_is_replaced_by_the_saved_state(tmp_path: Path) -> None:
+    """G15. Method: lists that grew and shrank, None that became a dict, a dict that was empty,
+    numbers, texts; dicts of tensors are filled in place."""
     saved = {
         "rows": [{"i": 1, "x": torch.ones(2)}, {"i": 2, "x": torch.ones(3)}],
         "fewer": [1],
@@ -197,17 +197,17 @@ def test_plain_state_is_replaced_by_what_was_saved(tmp_path: Path) -> None:
 
 
 class Colour(enum.Enum):
-    """No value of Python's own."""
+    """A value of no Python type."""
 
     RED = 1
 
 
 class MyDict(dict[str, int]):
-    """A dict of a class of one's own."""
+    """A custom dict class."""
 
 
 class MyTensor(torch.Tensor):
-    """A tensor of a class of one's own that does not say what its elements are."""
+    """A custom tensor class that does not expose its elements."""
 
 
 Point = namedtuple("Point", "x y")
@@ -228,7 +228,7 @@ REFUSED: dict[str, Any] = {
     "function": ({"f": len}, r"`state\.f` is a builtin_function"),
     "a key of its own": ({Colour.RED: 1}, r"has the key <Colour\.RED"),
     "a default of its own": ({"d": defaultdict(Kept)}, r"defaultdict of Kept"),
-    "alike": ({1: 2, "1": 3}, r"two keys of `state` are spelled alike"),
+    "alike": ({1: 2, "1": 3}, r"two keys of `state` have the same text"),
     "numpy text": ({"a": np.array(["x"])}, r"`state\.a` is a numpy array of <U1"),
     "numpy time": ({"a": [np.datetime64("2020-01-01")]}, r"`state\.a\[0\]` is a numpy\.datetime64"),
     "tensor class": ({"t": torch.ones(1).as_subclass(MyTensor)}, r"`state\.t` is a .*MyTensor"),
@@ -242,10 +242,10 @@ REFUSED: dict[str, Any] = {
 
 @pytest.mark.parametrize(("state", "said"), REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("mode", ["save", "disabled", "async", "async_with_pinned_mem"])
-def test_what_would_not_come_back_is_refused_by_name(
+def test_state_that_could_not_be_restored_is_refused_by_name(
     state: Any, said: str, mode: str, tmp_path: Path
 ) -> None:
-    """G15. Method: in every mode alike, before a byte is written."""
+    """G15. Method: in every mode, before a byte is written."""
     with pytest.raises(UsageError, match=said) as refused:
         holdfast.testing.round_trip(
             {"model": torch.nn.Linear(1, 1), "state": Kept(state)},
@@ -259,35 +259,35 @@ def test_what_would_not_come_back_is_refused_by_name(
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
-def test_a_state_that_holds_itself_is_refused(tmp_path: Path) -> None:
+def test_a_state_that_contains_itself_is_refused(tmp_path: Path) -> None:
     """G15. Method: a dict and a list; the error comes at a bounded depth."""
     endless: dict[str, Any] = {"x": torch.ones(1)}
     endless["me"] = endless
     members: list[Any] = [torch.ones(1)]
     members.append(members)
     for state in (endless, members):
-        with pytest.raises(UsageError, match=r"holds itself|levels deep"):
+        with pytest.raises(UsageError, match=r"contains itself|levels deep"):
             holdfast.save(tmp_path / "one", {"a": state})
 
 
-def test_an_object_that_cannot_take_its_state_says_so(tmp_path: Path) -> None:
-    """G15. Method: an error of its own; the name and its words are in the message."""
+def test_an_error_of_an_objects_own_load_is_shown(tmp_path: Path) -> None:
+    """G15. Method: its own error; the message contains the name and the text of that error."""
 
     class Picky(Kept):
         def load_state_dict(self, state_dict: Any) -> None:
             raise KeyError(f"no {state_dict}")
 
     holdfast.save(tmp_path / "one", {"a": Kept({"x": 1})})
-    with pytest.raises(HoldfastError, match=r"`a` was not taken: .*KeyError") as refused:
+    with pytest.raises(HoldfastError, match=r"`a` could not be loaded: .*KeyError") as refused:
         holdfast.load(tmp_path / "one", {"a": Picky()})
     assert "Picky" in str(refused.value)
 
 
-def test_tensors_of_a_class_of_their_own_need_to_be_known_where_none_is_there(
+def test_new_tensors_of_a_custom_class_need_a_class_declared_safe(
     tmp_path: Path,
 ) -> None:
-    """G8, G15. Method: a checkpoint must not choose the code that is run: the class is one that
-    the process has declared, or that of the tensor in whose place it is read."""
+    """G8, G15. Method: a checkpoint must not choose which code runs: the class must be one that the
+    process has declared safe, or that of the tensor to be filled."""
     with pytest.raises(UsageError, match=r"add_safe_globals\(\[Scaled\]\)"):
         holdfast.save(tmp_path / "no", {"a": Kept({"t": scaled(1.0)})})
     holdfast.save(tmp_path / "in place", {"t": scaled(3.0)})
@@ -305,7 +305,7 @@ def test_tensors_of_a_class_of_their_own_need_to_be_known_where_none_is_there(
 
 
 class Scaled(torch.Tensor):
-    """Holds its elements as whole numbers and a factor."""
+    """Stores its elements as integers and a factor."""
 
     data8: torch.Tensor
     scale: torch.Tensor
@@ -339,8 +339,8 @@ def scaled(factor: float) -> Scaled:
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async", "async_with_pinned_mem"])
-def test_a_buffer_of_a_tensor_class_comes_back_in_every_mode(mode: Any, tmp_path: Path) -> None:
-    """G15. Method: changed after the save has returned; the class, and what it holds."""
+def test_a_buffer_of_a_tensor_class_is_restored_in_every_mode(mode: Any, tmp_path: Path) -> None:
+    """G15. Method: changed after the save returned; compared by class and elements."""
 
     def made(factor: float) -> torch.nn.Module:
         model = torch.nn.Linear(2, 2)
@@ -361,8 +361,8 @@ def test_a_buffer_of_a_tensor_class_comes_back_in_every_mode(mode: Any, tmp_path
 
 
 @pytest.mark.parametrize("context", ["meta", "default dtype", "inference", "no_grad"])
-def test_settings_of_the_caller_change_nothing(context: str, tmp_path: Path) -> None:
-    """G15. Method: saved and loaded inside of each; the state can be trained afterwards."""
+def test_contexts_of_the_caller_change_nothing(context: str, tmp_path: Path) -> None:
+    """G15. Method: saved and loaded inside each context; the state can be trained afterwards."""
     contexts: dict[str, Any] = {
         "meta": lambda: torch.device("meta"),
         "inference": torch.inference_mode,
@@ -415,13 +415,13 @@ def test_settings_of_the_caller_change_nothing(context: str, tmp_path: Path) -> 
         {"dict": [["(" * 300, None]]},
     ],
 )
-def test_a_structure_that_is_none_is_refused(node: Any) -> None:
-    """G8. Method: what a stranger's manifest may state; nothing of it is run."""
+def test_an_invalid_structure_is_refused(node: Any) -> None:
+    """G8. Method: structures that a stranger's manifest may contain; none of it is run."""
     with pytest.raises((ValueError, LookupError, TypeError)):
         check_node(node)
 
 
-def test_a_structure_of_too_many_levels_is_refused() -> None:
+def test_a_structure_with_too_many_levels_is_refused() -> None:
     """G8. Method: lists inside lists."""
     node: Any = None
     for _ in range(500):
@@ -431,7 +431,7 @@ def test_a_structure_of_too_many_levels_is_refused() -> None:
 
 
 def test_a_structure_without_its_entries_is_refused(tmp_path: Path) -> None:
-    """G8. Method: a manifest whose structure names what is not there."""
+    """G8. Method: a manifest whose structure names an entry that it lacks."""
     from dataclasses import replace
 
     from holdfast.state.objects import StateTree
@@ -439,14 +439,14 @@ def test_a_structure_without_its_entries_is_refused(tmp_path: Path) -> None:
     holdfast.save(tmp_path / "one", {"a": Kept([{"x": torch.ones(1)}])})
     manifest = holdfast.open(tmp_path / "one").manifest
     wrong = replace(manifest, structure={("a",): {"list": [None, None]}})
-    with pytest.raises(FormatError, match="does not hold it"):
+    with pytest.raises(FormatError, match="no such entry"):
         StateTree({"a": Kept()}).match(wrong)
 
 
-def test_an_expanded_tensor_is_no_place_to_load_into(tmp_path: Path) -> None:
-    """G6. Method: whose elements are one in memory; of one element it is."""
+def test_loading_into_an_expanded_tensor_is_refused(tmp_path: Path) -> None:
+    """G6. Method: a tensor whose elements share memory is refused; one with one element is not."""
     holdfast.save(tmp_path / "one", {"x": torch.arange(3.0), "y": torch.ones(1, 2)})
-    with pytest.raises(MismatchError, match="`x` is expanded here"):
+    with pytest.raises(MismatchError, match="`x` is an expanded tensor"):
         holdfast.load(tmp_path / "one", {"x": torch.zeros(1).expand(3), "y": torch.zeros(1, 2)})
     state = {"x": torch.zeros(3), "y": torch.zeros(1, 2).as_strided((1, 2), (0, 1))}
     holdfast.load(tmp_path / "one", state)

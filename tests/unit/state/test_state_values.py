@@ -1,4 +1,4 @@
-"""Which values are read back before they are written, and which need not be."""
+"""Values that must be read back before they are written, and values that need not be."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ PLAIN = st.recursive(
 
 
 @given(PLAIN)
-def test_what_need_not_be_tried_reads_back_equal(value: Any) -> None:
-    """G12. Method: any plain value, as torch reads it without running code."""
+def test_values_that_need_not_be_tried_read_back_equal(value: Any) -> None:
+    """G12. Method: any plain value, read by torch without running code."""
     if reads_back(value):
         container = encode_value("value", value)
         assert torch.load(io.BytesIO(container), weights_only=True) == value
@@ -40,15 +40,15 @@ NEARLY_EQUAL = NEAR | st.lists(NEAR | MEMBERS | MEMBERS.map(tuple), max_size=3).
 
 
 @given(st.lists(NEARLY_EQUAL, max_size=8))
-def test_a_container_that_is_kept_is_that_of_the_very_value(values: list[Any]) -> None:
-    """G6. Method: values that are equal, or nearly, one after the other."""
+def test_a_cached_container_is_that_of_the_same_value(values: list[Any]) -> None:
+    """G6. Method: equal and nearly equal values, one after the other."""
     containers = Containers()
     for value in values:
         assert containers.of("value", value) == encode_value("value", value)
 
 
-def test_the_state_of_random_numbers_need_not_be_tried_and_objects_must() -> None:
-    """G12. Method: also an object inside of plain values, and a list that holds itself."""
+def test_random_state_need_not_be_tried_and_objects_must() -> None:
+    """G12. Method: also an object inside plain values, and a list that contains itself."""
     assert reads_back(random.getstate())
     endless: list[Any] = []
     endless.append(endless)
