@@ -28,7 +28,7 @@ class Action:
     """Name of the folder or file."""
 
     why: str
-    """Reason, for people."""
+    """Reason, for messages."""
 
     target: str = ""
     """Name that `restore` gives back to the folder."""

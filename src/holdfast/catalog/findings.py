@@ -22,7 +22,7 @@ FORMATS: Mapping[Format, str] = {
     "safetensors": "safetensors",
     "torch": "file of torch.save",
 }
-"""Names of the formats, for people."""
+"""Names of the formats, for messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class VerifyReport:
     """Bytes of all data files."""
 
     usable: str = field(default="everything")
-    """Parts that can still be used, for people."""
+    """Parts that can still be used, for messages."""
 
     why_not: str | None = None
     """Reason why no run can resume from it, apart from its findings and marks; None if one can."""
@@ -141,7 +141,7 @@ def _named(entries: Sequence[str]) -> str:
 
 
 def usable(manifest: Manifest, findings: Sequence[Finding]) -> str:
-    """What can still be used of a checkpoint with these findings, for people."""
+    """What can still be used of a checkpoint with these findings, for messages."""
     if not findings:
         return "everything"
     if all(finding.concern == "frame" for finding in findings):

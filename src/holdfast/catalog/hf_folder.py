@@ -33,7 +33,7 @@ class HFFolder:
     """Quantization of the weights; empty if there is none."""
 
     notes: tuple[str, ...]
-    """Files that are ignored, for people."""
+    """Files that are ignored, for messages."""
 
     adapter: Mapping[str, Any] | None = None
     """Configuration of PEFT, if the folder holds an adapter and no model."""

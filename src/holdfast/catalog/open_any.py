@@ -18,7 +18,7 @@ from holdfast.format.names import MANIFEST, METADATA
 from holdfast.storage.store import ReadStore
 
 _FILES = {"torch": "written by torch.save", "safetensors": "of safetensors"}
-"""Description of a file in each format, for people."""
+"""Description of a file in each format, for messages."""
 
 
 @dataclass(frozen=True, slots=True)

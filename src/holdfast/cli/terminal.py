@@ -199,12 +199,12 @@ def say_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def spelled_resume(step: int | None) -> str:
-    """Returns which step a resume takes, for people."""
+    """Returns which step a resume takes, for messages."""
     return f"a resume takes step {step}" if step is not None else "no step to resume from"
 
 
 def spelled_shape(shape: Sequence[int]) -> str:
-    """Returns a tensor's shape, for people.
+    """Returns a tensor's shape, for messages.
 
     >>> spelled_shape((2, 3)), spelled_shape(())
     ('2x3', 'scalar')

@@ -388,7 +388,7 @@ def _has_own_code(module: nn.Module) -> bool:
     if _overrides(cls):
         return True
     hooks = (hook for kind in _HOOKS for hook in (getattr(module, kind, None) or {}).values())
-    # Torch's own hooks rename and gather. Tensors filled in place need neither.
+    # Torch's own hooks rename keys and gather shards, which tensors filled in place do not need.
     return any(not _is_torchs(getattr(hook, "hook", hook)) for hook in hooks)
 
 
