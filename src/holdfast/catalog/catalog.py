@@ -229,7 +229,7 @@ class Catalog:
             with suppress(HoldfastError):
                 self.store.rename(str(replaced), attempt.name)
             raise
-        # Renamed while it is held, so that no cleanup gives it its name back during the next save.
+        # Renamed while it is held: otherwise a cleanup could restore its name during the next save.
         with suppress(HoldfastError):
             self.store.rename(str(replaced), str(dataclasses.replace(replaced, role="removing")))
 
@@ -407,8 +407,9 @@ def read_index(store: ReadStore, key: str) -> bytes:
     """Read all bytes of an index.
 
     Raises:
-        FormatError: it is too large for an index. A sparse file may have any size.
-        DamagedError: it is large, and does not begin as an index.
+        FormatError: the file is larger than any index. A sparse file can claim any size, so the
+            size is checked before the file is read.
+        DamagedError: the file is large, and its first bytes are not those of an index.
     """
     nbytes = store.size(key)
     if nbytes > INDEX_BYTES_MAX:

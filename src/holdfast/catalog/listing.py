@@ -92,7 +92,7 @@ def _marked(
 
 
 def hint_without_steps(store: ReadStore, name: str, names: Sequence[str]) -> str:
-    """Hint for a folder without checkpoints of a run, in which these names are listed."""
+    """Hint for a folder that holds no checkpoints of a run. `names` are the entries in it."""
     if is_checkpoint(store, name):
         return f"it is a checkpoint itself: holdfast verify {location(store, name)}"
     folders = [folder.rstrip("/") for folder in names if folder.endswith("/")]

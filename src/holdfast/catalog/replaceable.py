@@ -82,7 +82,7 @@ def _is_file(store: ReadStore, name: str) -> bool:
 
 
 def _special_file(store: ReadStore, name: str) -> str | None:
-    """What a file is that cannot be read: a broken link, a device, ...; None for a plain file."""
+    """Kind of a file that cannot be read: a broken link, a device, ...; None for a plain file."""
     try:
         store.size(name)
     except NotFoundError:

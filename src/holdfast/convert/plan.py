@@ -226,7 +226,8 @@ def _adapter(
     base: tuple[Config | None, str],
     options: ConvertOptions,
 ) -> tuple[Outputs, str]:
-    """Return the outputs of a PEFT adapter, by native names if its base is known, and a note."""
+    """Return the tensors to write for a PEFT adapter, and a note. The tensors have native names if
+    the base model is known."""
     config, config_from = base
     base_option = f"--hf-assets {adapter.get('base_model_name_or_path') or 'FOLDER'}"
     if options.to == "hf":

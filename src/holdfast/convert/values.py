@@ -79,7 +79,7 @@ def _load_torch_file(path: str) -> Any:
 def _member(root: Any, path: tuple[str | int, ...]) -> Any:
     for key in path:
         if isinstance(root, dict) and key not in root:
-            # A key that the manifest has as text, such as a float.
+            # The original key is not a string, and the manifest has it as one.
             key = next(original for original in root if str(original) == key)
         root = root[key]
     return root

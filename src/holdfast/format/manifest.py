@@ -443,7 +443,7 @@ def check_file_name(name: object, where: str) -> None:
     """Check that a name is that of a file in the checkpoint's own folder.
 
     Raises:
-        FormatError: it is no text, or a path.
+        FormatError: the name is not a string, or it is a path and not a plain file name.
     """
     if type(name) is not str:
         raise FormatError(f"`{where}` names a file by a {type(name).__name__}")

@@ -1,9 +1,9 @@
-"""Interpret the opcodes of a pickle that checkpoints use, in bounded time and memory.
+"""Interpret the pickle opcodes that checkpoints use, in bounded time and memory.
 
-After Python's `pickletools` and `pickle.py`. The standard library's C unpickler allocates for any
-memo index in a file, hashes tuples of any nesting, and makes calls whose results may grow without
-limit, so that a kilobyte can take gigabytes or crash the process. Here the time and memory of every
-opcode are proportional to its own bytes.
+Modeled on Python's `pickletools` and `pickle.py`. The standard library's C unpickler allocates for
+any memo index in a file, hashes tuples of any nesting, and makes calls whose results may grow
+without limit, so that a kilobyte can take gigabytes or crash the process. Here the time and memory
+of every opcode are proportional to its own bytes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from holdfast.errors import FormatError
 from holdfast.format.dtypes import BY_NAME
 
 MARKS_MAX = 10_000
-"""Most open marks; torch leaves a few for each level of nesting."""
+"""Maximum number of open marks. torch opens a few for each level of nesting."""
 
 KEY_MEMBERS_MAX = 64
-"""Most members of a tuple that is a key: each use, of a byte or two, hashes all of them."""
+"""Maximum length of a tuple that is a key. Each use takes a byte or two, and hashes all members."""
 
 _KEY_INT_BITS = 60
 

@@ -238,7 +238,7 @@ class StockIndex:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _MemoIndices:
-    """Index in the memo of one object per row."""
+    """For each row, the memo index of one object."""
 
     indices: Ints
 

@@ -56,7 +56,7 @@ def frame(dtype: str, shape: tuple[int, ...], position: int) -> tuple[bytes, byt
     """Return the bytes before and after the raw data of a tensor whose item is at `position`."""
     nbytes = prod(shape) * dtype_of(dtype).itemsize
     align = PAGE_BYTES if nbytes >= LARGE_BYTES else 64
-    # Only the remainder matters, so that equal small tensors share few cached frames.
+    # The frame depends on the remainder alone: small tensors of one shape share few cached frames.
     return _frame(dtype, shape, align, position % align)
 
 

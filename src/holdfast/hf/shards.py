@@ -26,7 +26,7 @@ class ExportLayout:
     """Contents of `model.safetensors.index.json`; None for a single file."""
 
     dtype: str
-    """Dtype of most bytes."""
+    """Dtype that accounts for most of the bytes."""
 
     dtypes: Mapping[str, str]
     """Dtype of each tensor."""

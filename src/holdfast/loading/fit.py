@@ -43,10 +43,10 @@ def fits(numbers: torch.Tensor, wanted: torch.dtype) -> bool:
     back = converted.to(numbers.dtype)
     same = (back == numbers) | ((back != back) & (numbers != numbers))
     if _is_scale(wanted):
-        # 0 becomes the smallest scale, which a small stored dtype turns into 0 again.
+        # 0 becomes the smallest scale. Back in a small dtype that is 0 again, which looks exact.
         same &= (converted != torch.finfo(wanted).tiny) | (numbers != 0)
     if _is_integer(wanted) and _is_integer(numbers.dtype):
-        # A number too large for a signed dtype becomes negative, and itself again on the way back.
+        # A number too large for a signed dtype wraps to a negative one, and back: looks exact too.
         same &= _is_negative(converted) == _is_negative(numbers)
     return bool(same.all())
 

@@ -80,8 +80,9 @@ def check_seed(steps: Sequence[int], where: str) -> None:
 def kind_in_time(left_s: float, full_save_s: float, model_share: float) -> Kind | None:
     """The most complete save that fits into `left_s` seconds; None if no save fits.
 
-    `full_save_s` is the longest full save so far. Where it is 0, none has been measured, and a full
-    save is tried while any time is left. `model_share` is the model's share of its bytes.
+    `full_save_s` is the duration of the slowest full save so far. Before the first one it is 0, and
+    a full save is tried while any time is left. `model_share` is the fraction of a full save's
+    bytes that belong to the model.
     """
     if full_save_s < left_s:
         return "full"

@@ -83,7 +83,7 @@ class Retainer:
         if isinstance(found, HoldfastError):
             logger.warning("could not look for files to delete: %s", found.what)
         elif found:
-            # The next start deletes what is left when the process ends.
+            # If the process ends before the thread is done, the next start deletes the rest.
             self._thread = threading.Thread(
                 target=self._execute, args=(found,), name="holdfast-remove", daemon=True
             )

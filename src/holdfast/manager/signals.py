@@ -16,7 +16,7 @@ from holdfast.storage.forks import leave_in_children, no_fork_between
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise a UsageError if one of these names no signal, or one that no process can catch."""
+    """Raise a UsageError if an entry is not the name of a signal that a process can catch."""
     for name in names:
         number = getattr(signal, name, None)
         if not isinstance(number, signal.Signals) or name in ("SIGKILL", "SIGSTOP"):

@@ -184,7 +184,7 @@ class StepSaver:
         return StateTree({MODEL: self._model}, flat=MODEL, others=self._run.others)
 
     def _warn_of_newer_steps(self, step: int) -> None:
-        """Warn once if this run, which has not loaded, saves beside newer checkpoints."""
+        """Warn once if this run loaded nothing, and the folder has checkpoints of later steps."""
         if self.knows_folder or self._ranks.rank:
             return
         self.knows_folder = True

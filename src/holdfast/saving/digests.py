@@ -29,9 +29,10 @@ class Replica:
 
 
 def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Digest of each tensor's bytes. Two different tensors have one digest with probability 2**-64.
+    """Digest of each tensor's bytes. Different tensors have
+    the same digest with probability 2**-64.
 
-    On an accelerator the digest is a hash of two sums. Tensors made to collide could deceive it.
+    On an accelerator the digest is a hash of two sums, so tensors can be crafted to collide.
     """
     digests: dict[str, int] = {}
     sums: dict[str, torch.Tensor] = {}

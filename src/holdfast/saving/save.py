@@ -376,7 +376,7 @@ def _copy(
 ) -> None:
     snapshot.copy(items, pending.tensor_of)
     if is_last:
-        # The digests must be of the same tensors as the copy: training may change them after it.
+        # Now, so that digests and copy are of the same values: afterwards training may change them.
         pending.replicas.take()
 
 

@@ -97,7 +97,7 @@ def state_of(
 
 
 def _in_the_way(users_file: str, wanted: Digests) -> bool:
-    """Whether a user's file has the path of a shipped file, or of one of its folders."""
+    """Whether a user's file is where a shipped file, or a folder above one, has to go."""
     return any(
         users_file == file or file.startswith(f"{users_file}/") or users_file.startswith(f"{file}/")
         for file in wanted

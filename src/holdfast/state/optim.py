@@ -91,8 +91,11 @@ class OptimizerState:
         self._named_for = named_for
 
     def _names_of(self, ids: Sequence[int]) -> dict[int, str]:
-        """Return names of parameters by `id`. A parameter of no module gets its number. Different
-        parameters with one name get the path of their module as a prefix."""
+        """Return the name of each parameter, by `id`.
+
+        A parameter that belongs to no module is named by its number. If different parameters have
+        the same name, the path of its module is put in front of each.
+        """
         names: dict[int, str] = {}
         qualified: dict[int, str] = {}
         for number, part in enumerate(self._parts):

@@ -104,7 +104,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _is_same(one: str, other: str) -> bool:
-    """Return whether two names mean one class: that of a running script is in `__main__`."""
+    """Whether two names mean the same class. A class of the running script is in `__main__`."""
     module, _, name = one.rpartition(".")
     other_module, _, other_name = other.rpartition(".")
     return one == other or (name == other_name and "__main__" in (module, other_module))

@@ -114,8 +114,10 @@ class OptimizerMatch:
                 stored.slots[name] = {str(slot): child for slot, child in slots.children.items()}
 
     def _split(self, rest: str) -> tuple[str | None, str]:
-        """Split a key into a known parameter's name, the longest that fits, and the rest. The name
-        is None if no parameter here fits."""
+        """Split a key into a parameter's name and the remainder.
+
+        The name is the longest known one that is a prefix of the key; None if there is none.
+        """
         name = rest
         while "." in name:
             name = name.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""Loads of plain state: dicts, lists, tensors and values, with objects among them."""
+"""Loading of plain state: dicts, lists, tensors and values, which may contain objects."""
 
 from __future__ import annotations
 

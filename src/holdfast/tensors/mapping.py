@@ -78,7 +78,7 @@ class Copy:
     def _in_target_order(self, source: NDArray[np.generic]) -> NDArray[np.generic]:
         """Return a view of the box with its dims in the order of the target's axes."""
         source_axes, target_axes = self.source_view.axes, self.target_view.axes
-        # An axis of one side only selects a tensor on the other side: the box has one index of it.
+        # An axis that only one side has selects a tensor of the other. Its length in the box is 1.
         dropped = tuple(n for n, axis in enumerate(source_axes) if axis not in target_axes)
         common = [axis for axis in source_axes if axis in target_axes]
         order = [common.index(axis) for axis in target_axes if axis in common]

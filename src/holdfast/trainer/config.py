@@ -424,7 +424,7 @@ class Config:
                 f"as many layers, found: {shape.num_layers} in `model.flavor` {self.model.flavor}",
                 hint="lower `parallelism.pipeline_parallel_degree`",
             )
-        # torch's schedules refuse fewer; Interleaved1F1B goes in rounds of `pp` microbatches.
+        # torch's schedules need at least `pp` microbatches, Interleaved1F1B a multiple of `pp`.
         in_rounds = num_microbatches % pp == 0 or schedule != "Interleaved1F1B"
         if num_microbatches < pp or not in_rounds:
             raise UsageError(

@@ -271,8 +271,8 @@ def apply_fsdp(model: Transformer, parallel: ParallelContext) -> None:
     With replicas (HSDP) each replica is sharded, and gradients are summed over all replicas.
     """
     settings: dict[str, Any] = {
-        # A pipeline runs its layers once per microbatch: gathering the weights each time would
-        # cost more time than keeping them costs memory.
+        # A pipeline runs its layers once per microbatch. Gathering the weights each time would be
+        # slow, so they stay gathered and take more memory.
         "reshard_after_forward": parallel.mesh("pp") is None,
         "mp_policy": MixedPrecisionPolicy(),
     }
