@@ -50,7 +50,11 @@ class HFFormat:
     @cached_property
     def catalog(self) -> Catalog:
         """Catalog of the exports at an interval."""
-        return Catalog(folder_store(f"{self._run.catalog.store.url}/{FOLDER}"))
+        above = self._run.catalog
+        catalog = Catalog(folder_store(f"{above.store.url}/{FOLDER}"))
+        # Not `above.check_lock` itself, which is set when the run locks its folder.
+        catalog.check_lock = lambda: above.check_lock()
+        return catalog
 
     @property
     def config(self) -> Mapping[str, Any]:

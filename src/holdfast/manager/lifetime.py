@@ -64,13 +64,11 @@ class Lifetime:
         store.make_folder("")
         since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         note = f"host {host_name()}, pid {os.getpid()}, since {since}"
-        check_lock = self._held.enter_context(store.lock(LOCK, note))
-        catalog.check_lock = check_lock
+        catalog.check_lock = self._held.enter_context(store.lock(LOCK, note))
         put_in_order(store)
         if f"{FOLDER}/" in store.list():
             # Other programs, which read exports, cannot restore a `.replaced` one.
             put_in_order(hf.catalog.store)
-        hf.catalog.check_lock = check_lock
 
     def callback(self, release: Callable[[], object]) -> None:
         """Call `release` when the manager is closed."""
