@@ -162,7 +162,7 @@ def test_what_a_page_tells_to_run_runs(
             if "CheckpointManager" in text:
                 shutil.rmtree(tmp_path / "outputs", ignore_errors=True)
             command = [sys.executable, "-c", text]
-            subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+            subprocess.run(command, cwd=tmp_path, check=True)
         elif language == "sh":
             for line in lines:
                 if "holdfast train" in line and page != "references/resume.md":
