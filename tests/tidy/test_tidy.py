@@ -157,3 +157,12 @@ def test_what_knows_only_bytes_imports_no_torch(statement: str) -> None:
     """Method: a fresh interpreter, then a look at the modules it has loaded."""
     script = f"import sys; {statement}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_a_class_name_means_one_class() -> None:
+    modules: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                modules.setdefault(node.name, []).append(_id(path))
+    assert {name: where for name, where in modules.items() if len(where) > 1} == {}
