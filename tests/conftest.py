@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,3 +29,24 @@ class Together(LoadFileScheduling):  # type: ignore[misc]
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
     return Together(config, log)
+
+
+FAST = ("unit", "tidy", "golden")
+"""Folders of `./run_tests.sh --fast`."""
+
+PROCESSES = re.compile(r"subprocess|processes|multiprocessing|browser|import runs\b|layouts\b")
+"""Words of test files that start other processes, each of which imports torch for seconds."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="only tests that start no process")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `--fast`, leave out the files of other folders, and those that start processes."""
+    if not config.getoption("--fast") or collection_path.suffix != ".py":
+        return None
+    folder = collection_path.relative_to(Path(__file__).parent).parts[0]
+    if folder == "tidy":
+        return None
+    return folder not in FAST or PROCESSES.search(collection_path.read_text()) is not None
