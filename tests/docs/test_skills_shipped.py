@@ -28,7 +28,7 @@ from holdfast.skills.bundle import (
 from holdfast.trainer.arguments import read_config
 from holdfast.trainer.config import Config
 from hub_folders import hub_tensors, save_folder
-from neighbours import prepare
+from neighbours import prepare, ran_unless_torch_aborts
 
 FIELDS = {"name", "description", "license", "compatibility", "metadata", "allowed-tools"}
 BODY_LINES_MAX = 500
@@ -127,9 +127,7 @@ def follow(folder: Path, command: str, *, steps: int) -> str:
             (bin_folder / program).chmod(0o755)
     environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
     environment |= {"HOME": str(folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    ran = subprocess.run(
-        command, shell=True, cwd=folder, env=environment, text=True, capture_output=True
-    )
+    ran = ran_unless_torch_aborts(command, shell=True, cwd=folder, env=environment)
     assert ran.returncode == 0, f"{command}\n{ran.stdout}\n{ran.stderr}"
     return ran.stdout
 
