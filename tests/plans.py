@@ -18,8 +18,9 @@ from holdfast.planning.write_plan import GlobalPlan, LocalTensor, TensorChunks
 from holdfast.saving.commit import commit
 from holdfast.saving.digests import Replicas
 from holdfast.saving.publish import Facts
-from holdfast.saving.stage import box_of, host_windows
+from holdfast.saving.stage import host_windows
 from holdfast.saving.write import write
+from holdfast.state.layout import box_of
 from holdfast.storage.store import Store
 from holdfast.testing.ranks import run_ranks
 

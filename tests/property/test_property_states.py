@@ -15,6 +15,7 @@ from torch import nn
 
 from holdfast.errors import UsageError
 from holdfast.testing import round_trip
+from kept import Kept
 
 DTYPES = [
     *(torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32),
@@ -69,19 +70,6 @@ def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 STATES = st.recursive(TENSORS | VIEWS | ARRAYS | SCALARS, containers, max_leaves=14)
-
-
-class Kept:
-    """Object with any state."""
-
-    def __init__(self, state: Any = None) -> None:
-        self.state = state
-
-    def state_dict(self) -> Any:
-        return self.state
-
-    def load_state_dict(self, state_dict: Any) -> None:
-        self.state = state_dict
 
 
 def refusable(state: Any) -> bool:

@@ -34,7 +34,7 @@ class Finding:
     """Name of the file in the checkpoint's folder."""
 
     what: str
-    """What is wrong: a predicate whose subject is the entry or the file."""
+    """Description of the problem: a predicate whose subject is the entry or the file."""
 
     entry: str = ""
     """Tensor or value; empty if the finding is about the file."""
@@ -141,7 +141,7 @@ def _named(entries: Sequence[str]) -> str:
 
 
 def usable(manifest: Manifest, findings: Sequence[Finding]) -> str:
-    """What can still be used of a checkpoint with these findings, for messages."""
+    """Description of the part of a checkpoint that can still be used despite these findings."""
     if not findings:
         return "everything"
     if all(finding.concern == "frame" for finding in findings):

@@ -40,7 +40,7 @@ class CheckpointRow:
     """Whether it is marked `pinned`."""
 
     problem: str | None = None
-    """What is wrong with it; None if nothing is."""
+    """Description of the problem; None if there is none."""
 
     why_not: str | None = None
     """Reason why no run can resume from it; None if one can."""

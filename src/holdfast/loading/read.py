@@ -28,7 +28,7 @@ from holdfast.loading.fit import put
 from holdfast.planning.divide import aligned, divide, grouped
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.planning.read_plan import ByteRange, byte_ranges, read_items
-from holdfast.state.layout import bytes_of
+from holdfast.state.layout import box_of, bytes_of
 from holdfast.state.shard import Piece
 from holdfast.storage.store import Reader
 
@@ -87,7 +87,7 @@ def _jobs(source: Source, wanted: Sequence[Wanted]) -> list[_Job]:
         dtype: torch.dtype = getattr(torch, entry.dtype)
         for piece in want.pieces:
             for item in read_items(want.name, entry, piece.region):
-                target = within(want.local, piece.local_of(item.region))
+                target = box_of(want.local, piece.local_of(item.region))
                 nbytes = item.chunk.region.num_elements * dtype.itemsize
                 read = _Read(want.name, dtype, item.chunk, item.region, target, nbytes)
                 if item.chunk.data_offset is None:
@@ -120,13 +120,6 @@ class _Read:
     def box(self) -> Region:
         """Position of the wanted elements in the chunk."""
         return self.region.within(self.chunk.region)
-
-
-def within(tensor: torch.Tensor, box: Region) -> torch.Tensor:
-    """View of a box of `tensor`."""
-    if not tensor.ndim or (not any(box.start) and box.stop == tuple(tensor.shape)):
-        return tensor
-    return tensor[box.slices()]
 
 
 # ------------------------------------------------------------------------------------------ threads
@@ -272,7 +265,7 @@ def _slices(read: _Read) -> Iterator[_Slice]:
     into the target, otherwise up to `WINDOW_BYTES`."""
     itemsize = read.dtype.itemsize
     for whole in byte_ranges(read.box, read.chunk.region.shape, itemsize, WINDOW_BYTES):
-        if _is_direct(whole, read.dtype, within(read.target, whole.box)):
+        if _is_direct(whole, read.dtype, box_of(read.target, whole.box)):
             for start, stop in aligned(whole.start, whole.stop, JOB_BYTES):
                 yield _Slice(whole, start, stop)
         elif whole.stop - whole.start <= WINDOW_BYTES:
@@ -295,7 +288,7 @@ def _is_direct(stored: ByteRange, dtype: torch.dtype, target: torch.Tensor) -> b
 def _read_slice(data: ChunkData, part: _Slice, read: _Read) -> None:
     """Read one slice into its place in the target."""
     stored = part.range
-    target = within(read.target, stored.box)
+    target = box_of(read.target, stored.box)
     if _is_direct(stored, read.dtype, target):
         memory = bytes_of(target)[part.start - stored.start : part.stop - stored.start]
         data.read(part.start, part.stop, memory)
@@ -336,7 +329,7 @@ class _BatchJob:
                 check(source, file, read.name, 0, data, checksums)
             count = read.nbytes // read.dtype.itemsize
             elements = torch.frombuffer(worker.room, dtype=read.dtype, count=count, offset=offset)
-            put(read.target, within(elements.view(read.chunk.region.shape), read.box), read.name)
+            put(read.target, box_of(elements.view(read.chunk.region.shape), read.box), read.name)
         return num_read
 
 

@@ -18,9 +18,10 @@ from holdfast.errors import HoldfastError
 from holdfast.format.manifest import Span, ValueEntry
 from holdfast.format.region import Region
 from holdfast.loading.fit import put
-from holdfast.loading.read import Wanted, read_tensors, within
+from holdfast.loading.read import Wanted, read_tensors
 from holdfast.planning.divide import aligned, boxes_of_run, divide, grouped
 from holdfast.planning.read_plan import ReadItem, byte_ranges, read_items
+from holdfast.state.layout import box_of
 from holdfast.state.shard import Piece
 
 BUNDLE_BYTES = 4 << 20
@@ -304,7 +305,7 @@ def _items(want: Wanted, dtype: torch.dtype, read: Sequence[ReadItem]) -> Iterat
     and the piece, so all ranks that want the piece make equal ones."""
     (piece,) = want.pieces
     for item in read:
-        target = within(want.local, piece.local_of(item.region))
+        target = box_of(want.local, piece.local_of(item.region))
         box, shape = item.region.within(item.chunk.region), item.chunk.region.shape
         stored = next(byte_ranges(box, shape, dtype.itemsize, WINDOW_BYTES))
         if item.region.num_elements * dtype.itemsize <= BUNDLE_BYTES:
@@ -314,7 +315,7 @@ def _items(want: Wanted, dtype: torch.dtype, read: Sequence[ReadItem]) -> Iterat
                 yield _Run(want.name, dtype, item, target, stored.start, start, stop)
         else:
             for region in divide(item.region, BUNDLE_BYTES // dtype.itemsize):
-                rows = within(target, region.within(item.region))
+                rows = box_of(target, region.within(item.region))
                 yield _Box(want.name, dtype, ReadItem(item.chunk, region), rows)
 
 

@@ -43,9 +43,10 @@ from holdfast.saving.digests import (
 )
 from holdfast.saving.planner import LocalState, Planner
 from holdfast.saving.publish import Facts
-from holdfast.saving.stage import Snapshot, Staging, TensorOf, box_of, host_bytes, host_windows
+from holdfast.saving.stage import Snapshot, Staging, TensorOf, host_bytes, host_windows
 from holdfast.saving.write import Pace, WriteResult, write
 from holdfast.spelling import spelled_bytes
+from holdfast.state.layout import box_of
 from holdfast.state.objects import StateTree
 from holdfast.state.tree import FlatState
 from holdfast.storage.local import NO_SPACE

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from holdfast.errors import UsageError
-from holdfast.format.region import Region
 from holdfast.format.torchzip import PAGE_BYTES
 from holdfast.planning.divide import boxes_of_run
 from holdfast.planning.file_layout import TensorItem
@@ -21,12 +20,6 @@ from holdfast.storage.direct import huge_memory
 TensorOf = Callable[[TensorItem], torch.Tensor]
 """`tensor_of(item)`: the item's region of the training tensor, on its device and in its dtype, with
 any strides."""
-
-
-def box_of(tensor: torch.Tensor, local: Region) -> torch.Tensor:
-    """View of a box of `tensor`, which must not require gradients."""
-    whole = local.stop == tensor.shape and not any(local.start)
-    return tensor if whole else tensor[local.slices()]
 
 
 def host_bytes(box: torch.Tensor, dtype: str) -> memoryview:

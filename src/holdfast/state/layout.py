@@ -12,6 +12,7 @@ from torch.distributed.tensor.placement_types import Partial, Placement, Replica
 
 from holdfast.errors import UsageError
 from holdfast.format.dtypes import BY_NAME
+from holdfast.format.region import Region
 from holdfast.state.shard import Mesh, MeshPlacement, Piece, ShardSpec, pieces_of
 
 
@@ -189,3 +190,9 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
         return tensor.numpy().data.cast("B")
     # `reshape(-1)` could keep an odd stride, since one element counts as contiguous with any.
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
+
+
+def box_of(tensor: torch.Tensor, local: Region) -> torch.Tensor:
+    """View of a box of `tensor`, which must not require gradients."""
+    whole = local.stop == tensor.shape and not any(local.start)
+    return tensor if whole else tensor[local.slices()]

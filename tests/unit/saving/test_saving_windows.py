@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from holdfast.format.region import Region
 from holdfast.saving import stage
-from holdfast.saving.stage import box_of, host_bytes, host_windows
+from holdfast.saving.stage import host_bytes, host_windows
+from holdfast.state.layout import box_of
 from memory import extra_mib
 
 LIMIT_MIB = 64

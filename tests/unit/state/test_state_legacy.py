@@ -21,21 +21,9 @@ from holdfast.loading.load import load_tree
 from holdfast.state.objects import StateTree
 from holdfast.state.same import differences
 from holdfast.storage.local import LocalStore
+from kept import Kept
 
 dcp: Any = import_module("torch.distributed.checkpoint")
-
-
-class Kept:
-    """An object with any state."""
-
-    def __init__(self, state: Any = None) -> None:
-        self.state = state
-
-    def state_dict(self) -> Any:
-        return self.state
-
-    def load_state_dict(self, state_dict: Any) -> None:
-        self.state = state_dict
 
 
 def stored(kind: str, folder: Path, state: dict[str, Any]) -> Source:

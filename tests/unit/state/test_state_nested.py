@@ -11,19 +11,7 @@ import torch
 import holdfast
 from holdfast.errors import MismatchError
 from holdfast.state.same import differences, same
-
-
-class Kept:
-    """An object with any state."""
-
-    def __init__(self, state: Any = None) -> None:
-        self.state = state
-
-    def state_dict(self) -> Any:
-        return self.state
-
-    def load_state_dict(self, state_dict: Any) -> None:
-        self.state = state_dict
+from kept import Kept
 
 
 def container_of(kind: str, model: Any, optimizer: Any) -> Any:

@@ -21,6 +21,7 @@ from holdfast.errors import FormatError, HoldfastError, MismatchError, UsageErro
 from holdfast.format.structure import check_node
 from holdfast.state.same import differences, same
 from holdfast.state.tree import Leaf, flatten
+from kept import Kept
 
 KEYS = st.sampled_from(["a", "b", "a.b", "0", "", "weight", "exp_avg"]) | st.integers(0, 2)
 LEAVES = st.builds(lambda: torch.zeros(1)) | st.none() | st.integers() | st.text(max_size=3)
@@ -95,19 +96,6 @@ def test_structure_is_stored_only_if_names_do_not_express_it() -> None:
         ("k",): {"dict": [["1", None]]},
         ("e",): {"dict": {"x": {"dict": {}}}},
     }
-
-
-class Kept:
-    """An object with any state."""
-
-    def __init__(self, state: Any = None) -> None:
-        self.state = state
-
-    def state_dict(self) -> Any:
-        return self.state
-
-    def load_state_dict(self, state_dict: Any) -> None:
-        self.state = state_dict
 
 
 WHOLE: dict[str, Any] = {

@@ -1,0 +1,18 @@
+"""An object whose state can be anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Kept:
+    """Object with any state."""
+
+    def __init__(self, state: Any = None) -> None:
+        self.state = state
+
+    def state_dict(self) -> Any:
+        return self.state
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.state = state_dict
