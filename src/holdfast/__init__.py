@@ -3,6 +3,7 @@
     holdfast.save(path, state)          save one checkpoint; it appears complete or not at all
     holdfast.load(path, state)          load a checkpoint in place, under any parallelism
     holdfast.open(path)                 inspect a checkpoint; reads only the entries you request
+    holdfast.dcp                        storage of `torch.distributed.checkpoint`: Writer, Reader
     holdfast.CheckpointManager          save during training, delete old checkpoints, resume
     holdfast.HoldfastError              base class of all errors (see holdfast.errors)
     holdfast.__version__                installed version
@@ -63,8 +64,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "testing":
-        return import_module("holdfast.testing")
+    if name in ("dcp", "testing"):
+        return import_module(f"holdfast.{name}")
     if name == "__version__":
         return import_module("holdfast.release").installed_version()
     if name not in _LAZY:

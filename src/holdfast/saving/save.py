@@ -229,7 +229,7 @@ def begin_save(
             step=step,
             kind=kind,
             layout={"world_size": ranks.size},
-            versions=_versions(),
+            versions=software_versions(),
             metrics=metrics or {},
             model=model or {},
         ),
@@ -316,6 +316,12 @@ def _warn_of_differences(
 
 
 def _begin_attempt(catalog: Catalog, name: str, nbytes: int, overwrite: bool) -> HiddenFolder:
+    check_space(catalog, name, nbytes)
+    return catalog.begin(name, replace=overwrite)
+
+
+def check_space(catalog: Catalog, name: str, nbytes: int) -> None:
+    """Raises StorageError if checkpoint `name` needs more bytes than are free."""
     free = catalog.store.free_bytes()
     if free is not None and nbytes > free:
         raise StorageError(
@@ -323,7 +329,6 @@ def _begin_attempt(catalog: Catalog, name: str, nbytes: int, overwrite: bool) ->
             f"{spelled_bytes(free)} are free",
             hint=NO_SPACE,
         )
-    return catalog.begin(name, replace=overwrite)
 
 
 def _training_tensor(held: LocalState, item: TensorItem) -> torch.Tensor:
@@ -337,7 +342,8 @@ def _training_tensor(held: LocalState, item: TensorItem) -> torch.Tensor:
 
 
 @cache
-def _versions() -> dict[str, str]:
+def software_versions() -> dict[str, str]:
+    """Versions of the software that saves, for the manifest."""
     return {
         "holdfast": installed_version(),
         "torch": torch.__version__,

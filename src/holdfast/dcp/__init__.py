@@ -1,0 +1,20 @@
+"""Holdfast as the storage of `torch.distributed.checkpoint` (DCP).
+
+    dcp.save(state, storage_writer=holdfast.dcp.Writer(path))
+    dcp.load(state, storage_reader=holdfast.dcp.Reader(path))
+
+    Writer      saves into a hidden folder, and publishes it complete, with checksums
+    Reader      checks every block that it reads, and runs no code of the checkpoint
+    install     makes `FileSystemWriter` and `FileSystemReader` do the same, in this process
+    uninstall   takes `install` back
+
+DCP plans, stages and calls; Holdfast lays out, writes, publishes and reads. `dcp.async_save` works
+too, with threads and with a process. Stock DCP reads what `Writer` saved, and `Reader` reads what
+stock DCP saved.
+"""
+
+from holdfast.dcp.install import install, uninstall
+from holdfast.dcp.reader import Reader
+from holdfast.dcp.writer import Writer
+
+__all__ = ["Reader", "Writer", "install", "uninstall"]

@@ -1,0 +1,147 @@
+"""Let `FileSystemWriter` and `FileSystemReader` save and load as Holdfast does, in this process."""
+
+from __future__ import annotations
+
+import copyreg
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemReader,
+    FileSystemWriter,
+    SerializationFormat,
+)
+from torch.distributed.checkpoint.metadata import Metadata
+
+from holdfast.dcp.reader import Reader
+from holdfast.dcp.writer import Writer
+
+logger: logging.Logger = logging.getLogger("holdfast")
+
+_OURS = "_holdfast"
+"""Attribute of a stock object: the object that works in its place, or None."""
+
+_WRITER_METHODS = ("reset", "prepare_local_plan", "prepare_global_plan", "write_data", "finish")
+_READER_METHODS = ("reset", "prepare_local_plan", "prepare_global_plan", "read_data")
+
+
+def install() -> None:
+    """Let every `FileSystemWriter` and `FileSystemReader` of this process use Holdfast, for callers
+    that make these objects themselves, and for `dcp.save(state, checkpoint_id=path)`.
+
+    Not affected, and saved or loaded by stock DCP as before:
+
+    * subclasses of the two classes;
+    * writers with `_extensions` or a `serialization_format`, and saves without collectives. A
+      warning says so;
+    * other processes. `async_save` with a process saves by Holdfast if it was given a
+      `FileSystemWriter`, not if it was given a `checkpoint_id` alone.
+
+    Calling it again changes nothing.
+    """
+    if _OURS in FileSystemWriter.__dict__:
+        return
+    setattr(FileSystemWriter, _OURS, None)
+    setattr(FileSystemReader, _OURS, None)
+    for name in _WRITER_METHODS:
+        _patch(FileSystemWriter, name, _forwarded(FileSystemWriter, name))
+    for name in _READER_METHODS:
+        _patch(FileSystemReader, name, _forwarded(FileSystemReader, name))
+    _patch(FileSystemWriter, "set_up_storage_writer", _set_up_storage_writer)
+    _patch(FileSystemWriter, "__reduce__", _reduce)
+    _patch(FileSystemReader, "read_metadata", _read_metadata)
+    _patch(FileSystemReader, "set_up_storage_reader", _set_up_storage_reader)
+
+
+def uninstall() -> None:
+    """Take `install` back. Does nothing if it was not called."""
+    for cls in (FileSystemWriter, FileSystemReader):
+        if _OURS in cls.__dict__:
+            delattr(cls, _OURS)
+    for (patched, name), original in _originals.items():
+        if original is None:
+            delattr(patched, name)
+        else:
+            setattr(patched, name, original)
+    _originals.clear()
+
+
+_originals: dict[tuple[type, str], Any] = {}
+"""Patched methods; None for those that the class inherited."""
+
+
+def _patch(cls: type, name: str, method: Callable[..., Any]) -> None:
+    _originals[cls, name] = cls.__dict__.get(name)
+    setattr(cls, name, method)
+
+
+def _stock(cls: type, name: str) -> Callable[..., Any]:
+    """The method of a stock class, whether patched or not."""
+    original = _originals.get((cls, name))
+    method: Callable[..., Any] = original or getattr(cls.__mro__[1], name)
+    return method
+
+
+def _forwarded(cls: type, name: str) -> Callable[..., Any]:
+    """A method that calls the same one of Holdfast's object, where there is one."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        ours = getattr(self, _OURS)
+        if ours is None or name == "reset":
+            # `reset` comes first, and tells the stock object its path.
+            setattr(self, _OURS, None)
+            return _stock(cls, name)(self, *args, **kwargs)
+        return getattr(ours, name)(*args, **kwargs)
+
+    return method
+
+
+def _set_up_storage_writer(self: Any, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+    why = _why_stock(self, use_collectives=kwargs.get("use_collectives", True))
+    if why is None:
+        ours = Writer(self.path, overwrite=self.overwrite)
+        setattr(self, _OURS, ours)
+        ours.set_up_storage_writer(is_coordinator, *args, **kwargs)
+        return
+    setattr(self, _OURS, None)
+    if type(self) is FileSystemWriter:
+        logger.warning("`%s` is saved by stock DCP: it is saved %s", self.path, why)
+    _stock(FileSystemWriter, "set_up_storage_writer")(self, is_coordinator, *args, **kwargs)
+
+
+def _why_stock(writer: Any, *, use_collectives: bool) -> str | None:
+    """Reason why stock DCP must save; None if Holdfast can."""
+    if type(writer) is not FileSystemWriter:
+        return "by a subclass of FileSystemWriter"
+    if writer.serialization_format != SerializationFormat.TORCH_SAVE:
+        return f"as {writer.serialization_format.name}"
+    if writer.transforms.extensions:
+        return "with extensions, which change the bytes"
+    return None if use_collectives else "without collectives"
+
+
+def _reduce(self: Any) -> Any:
+    # In another process nothing is installed, so Holdfast's own writer goes there.
+    if _why_stock(self, use_collectives=True) is None:
+        return Writer, (self.path,), {"_path": str(self.path), "_overwrite": self.overwrite}
+    return copyreg.__newobj__, (type(self),), self.__dict__  # type: ignore[attr-defined]
+
+
+def _read_metadata(self: Any, *args: Any, **kwargs: Any) -> Metadata:
+    # An index per rank comes from a save without collectives, which stock DCP alone reads.
+    if type(self) is not FileSystemReader or kwargs.get("rank") is not None:
+        setattr(self, _OURS, None)
+        metadata: Metadata = _stock(FileSystemReader, "read_metadata")(self, *args, **kwargs)
+        return metadata
+    ours = Reader(self.path)
+    setattr(self, _OURS, ours)
+    return ours.read_metadata()
+
+
+def _set_up_storage_reader(
+    self: Any, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+) -> None:
+    if getattr(self, _OURS) is None:
+        stock = _stock(FileSystemReader, "set_up_storage_reader")
+        stock(self, metadata, is_coordinator, *args, **kwargs)

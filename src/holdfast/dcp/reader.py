@@ -1,0 +1,238 @@
+"""Load by the plan of `torch.distributed.checkpoint`: ranges of bytes, each block checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from holdfast.arguments import checked_path
+from holdfast.catalog.paths import open_parent
+from holdfast.catalog.source import Source, read_value
+from holdfast.catalog.steady import UNREADABLE
+from holdfast.dcp.values import for_planner
+from holdfast.errors import MismatchError, NotFoundError, UsageError
+from holdfast.format.manifest import Manifest, TensorEntry
+from holdfast.format.region import Region
+from holdfast.loading.opening import Opened, open_in
+from holdfast.loading.read import Wanted, read_tensors, threads_for
+from holdfast.planning.gc_pause import gc_paused
+from holdfast.state.shard import Piece
+from holdfast.storage.opening import is_url
+from holdfast.storage.store import ReadStore
+
+BATCH_BYTES = 1 << 30
+"""Bytes of tensors that are read before the planner takes them over. It bounds the memory of
+planners that give temporary tensors."""
+
+
+class Reader(StorageReader):
+    """Storage of DCP loads, from a checkpoint of Holdfast or of stock DCP.
+
+    Reads the byte ranges that the plan needs, in parallel, and compares every block with its
+    checksum. Neither the index nor a value can run code.
+
+    Every rank makes its own `Reader`, with the same path.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None) -> None:
+        """`threads`: number of reading threads; None to divide the host's cores between the ranks
+        that torchrun has started on it.
+
+        Raises:
+            UsageError: `path` is no path.
+        """
+        self._path = checked_path(path, "path")
+        self._threads = threads
+        self._opened: tuple[ReadStore, Opened] | None = None
+
+    @property
+    def checkpoint_id(self) -> str:
+        """Path of the checkpoint."""
+        return self._path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether this is the path of a local folder, not a URL."""
+        return isinstance(checkpoint_id, str | os.PathLike) and not is_url(checkpoint_id)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Prepare for the next load, from the path `checkpoint_id` if there is one."""
+        self._opened = None
+        if checkpoint_id is not None:
+            self._path = checked_path(checkpoint_id, "checkpoint_id")
+
+    def read_metadata(self) -> Metadata:
+        """Read the index, on every rank, without unpickling anything.
+
+        Raises:
+            NotFoundError: there is no checkpoint at the path.
+            DamagedError: files are missing, or have another size than the manifest says.
+            FormatError: the index cannot be read.
+        """
+        with gc_paused():
+            store, name = open_parent(self._path)
+            self._opened = store, open_in(store, name)
+            return _metadata(self._opened[1].manifest, self._path)
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Nothing to prepare: `read_metadata` has opened the checkpoint."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Add the fingerprint of the checkpoint that this rank has opened."""
+        assert self._opened is not None, "DCP calls `read_metadata` before"
+        return replace(plan, storage_data=self._opened[1].fingerprint)
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Check that all ranks have opened the same checkpoint.
+
+        Raises:
+            MismatchError: they have not.
+        """
+        for rank, plan in enumerate(plans):
+            if plan.storage_data != plans[0].storage_data:
+                raise MismatchError(
+                    f"ranks 0 and {rank} see different checkpoints at `{self._path}`",
+                    hint="another save was replacing it: load again. If this repeats, the ranks' "
+                    "hosts do not share the folder",
+                )
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read everything that the plan lists.
+
+        Raises:
+            DamagedError: bytes are missing, or are not the bytes that were written. The message
+                names file, tensor and block.
+            FormatError: reading a value would run code that the checkpoint names.
+            NotFoundError: another save has replaced the checkpoint meanwhile.
+        """
+        assert self._opened is not None, "DCP calls `read_metadata` before"
+        store, opened = self._opened
+        source = Source(store, opened.name, opened.manifest)
+        try:
+            _read_values(source, plan, planner)
+            for batch in _batches(source.manifest, plan):
+                _read_batch(source, batch, planner, self._threads or _num_threads())
+        except UNREADABLE as error:
+            if opened.is_gone(store):
+                raise NotFoundError(
+                    f"`{source.url}` was replaced or deleted while it was read",
+                    hint="load again; tensors may hold a mixture of both checkpoints until then",
+                ) from error
+            raise
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+
+def _metadata(manifest: Manifest, path: str) -> Metadata:
+    """DCP's view of a manifest."""
+    entries: dict[str, Any] = {n: _tensor_metadata(e) for n, e in manifest.tensors.items()}
+    entries |= dict.fromkeys(manifest.values, BytesStorageMetadata())
+    paths = {name: entry.path for name, entry in manifest.tensors.items()}
+    paths |= {name: entry.path for name, entry in manifest.values.items()}
+    return Metadata(
+        state_dict_metadata=entries,
+        planner_data=paths,
+        storage_data={},
+        storage_meta=StorageMeta(checkpoint_id=path),
+    )
+
+
+def _tensor_metadata(entry: TensorEntry) -> TensorStorageMetadata:
+    regions = [chunk.region for chunk in entry.chunks]
+    return TensorStorageMetadata(
+        properties=TensorProperties(dtype=getattr(torch, entry.dtype)),
+        size=torch.Size(entry.shape),
+        chunks=[
+            ChunkStorageMetadata(torch.Size(region.start), torch.Size(region.shape))
+            for region in regions
+        ],
+    )
+
+
+def _read_values(source: Source, plan: LoadPlan, planner: LoadPlanner) -> None:
+    for item in plan.items:
+        if item.type == LoadItemType.BYTE_IO:
+            name = item.storage_index.fqn
+            entry = source.manifest.values.get(name)
+            if entry is None:
+                raise MismatchError(
+                    f"`{name}` is a tensor in the checkpoint, and a value in the state",
+                    hint=f"`holdfast show {source.url}` lists what it holds",
+                )
+            container = read_value(source, name, entry)
+            where = f"{source.url}/{entry.file}"
+            planner.load_bytes(item, for_planner(name, container, where=where))
+
+
+def _batches(manifest: Manifest, plan: LoadPlan) -> Iterator[list[ReadItem]]:
+    """Tensor items of the plan, in lists of about `BATCH_BYTES`."""
+    batch: list[ReadItem] = []
+    nbytes = 0
+    for item in plan.items:
+        if item.type == LoadItemType.BYTE_IO:
+            continue
+        batch.append(item)
+        nbytes += item.lengths.numel() * _dtype(manifest, item).itemsize
+        if nbytes >= BATCH_BYTES:
+            yield batch
+            batch, nbytes = [], 0
+    yield batch
+
+
+def _read_batch(
+    source: Source, batch: Sequence[ReadItem], planner: LoadPlanner, threads: int
+) -> None:
+    wanted: list[Wanted] = []
+    targets: list[torch.Tensor] = []
+    for item in batch:
+        target = planner.resolve_tensor(item).detach()
+        name, region = item.storage_index.fqn, _region_of(item)
+        if tuple(target.shape) != region.shape:
+            raise UsageError(
+                f"`{name}`: the plan reads {list(region.shape)}, the planner gave a tensor of "
+                f"shape {list(target.shape)}"
+            )
+        targets.append(target)
+        if region.num_elements:
+            wanted.append(Wanted(name, [Piece(region, Region.whole(region.shape))], target))
+    with torch.no_grad():
+        read_tensors(source, wanted, threads)
+    for item, target in zip(batch, targets, strict=True):
+        planner.commit_tensor(item, target)
+
+
+def _region_of(item: ReadItem) -> Region:
+    """Position of the wanted elements in the whole tensor."""
+    chunk_start = item.storage_index.offset or (0,) * len(item.lengths)
+    start = tuple(map(int.__add__, chunk_start, item.storage_offsets))
+    return Region(start, tuple(map(int.__add__, start, item.lengths)))
+
+
+def _dtype(manifest: Manifest, item: ReadItem) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, manifest.tensors[item.storage_index.fqn].dtype)
+    return dtype
+
+
+def _num_threads() -> int:
+    """Reading threads of this rank, by the number of ranks that torchrun has started here."""
+    num_local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return threads_for(int(num_local) if num_local.isdecimal() else 1)

@@ -1,0 +1,325 @@
+"""Save by the plan of `torch.distributed.checkpoint`: attempt, write, publish."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from holdfast.arguments import checked_flag, checked_path
+from holdfast.catalog.catalog import Catalog
+from holdfast.catalog.cleanup import execute, is_at_work, plan_cleanup
+from holdfast.catalog.paths import open_for_saving
+from holdfast.dcp.plans import Written, chunk_of, global_plan, is_value, layouts_of
+from holdfast.dcp.values import container_of
+from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError, UsageError
+from holdfast.format.checksum import checksum
+from holdfast.format.names import HiddenFolder
+from holdfast.planning.file_layout import FileLayout, TensorItem, lay_out, lay_out_file
+from holdfast.planning.gc_pause import gc_paused
+from holdfast.planning.index import Index, columns
+from holdfast.saving.publish import Facts, publish
+from holdfast.saving.save import check_space, software_versions
+from holdfast.saving.stage import host_windows
+from holdfast.saving.write import write
+from holdfast.state.layout import dtype_name
+from holdfast.state.subclass import is_plain_tensor
+from holdfast.storage.opening import is_url
+from holdfast.timing import Spans
+
+_STARTED_NS = time.time_ns()
+"""Time at which this process has imported the module."""
+
+
+class Writer(StorageWriter):
+    """Storage of one DCP save, or of several, one after the other.
+
+    The checkpoint is written into a hidden folder beside `path`, with a checksum per block. It gets
+    its name when all ranks have written and synced their files, by one rename. A save that fails on
+    any rank leaves the checkpoint that `path` had, and deletes its own files.
+
+    Every rank makes its own `Writer`, with the same path.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
+        """`overwrite`: replace the checkpoint at `path`. A folder with other files in it is never
+        replaced.
+
+        Raises:
+            UsageError: an argument has the wrong type.
+        """
+        self._path = checked_path(path, "path")
+        self._overwrite = checked_flag(overwrite, "overwrite")
+        self._rank = 0
+        self._is_coordinator = False
+        self._open: _Attempt | None = None
+        """Attempt of the save in progress, on the coordinator."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # `async_save` sends the writer to another process, which begins its own attempt.
+        return {"_path": self._path, "_overwrite": self._overwrite}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["_path"], overwrite=state["_overwrite"])  # type: ignore[misc]
+
+    @property
+    def checkpoint_id(self) -> str:
+        """Path of the checkpoint."""
+        return self._path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether this is the path of a local folder, not a URL."""
+        return isinstance(checkpoint_id, str | os.PathLike) and not is_url(checkpoint_id)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Prepare for the next save, at the path `checkpoint_id` if there is one."""
+        self._close()
+        if checkpoint_id is not None:
+            self._path = checked_path(checkpoint_id, "checkpoint_id")
+
+    def storage_meta(self) -> StorageMeta | None:
+        return StorageMeta(checkpoint_id=self._path)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **kwargs: Any) -> None:
+        """Begin a save. DCP calls this on every rank.
+
+        Raises:
+            UsageError: the ranks are to save without collectives.
+        """
+        self._close()
+        if not kwargs.get("use_collectives", True):
+            raise UsageError(
+                "`use_collectives=False` makes each rank save an index of its own, and no rank "
+                "could publish the checkpoint as a whole",
+                hint="leave `use_collectives` out",
+            )
+        self._is_coordinator = is_coordinator
+        self._rank = kwargs.get("rank", _default_rank())
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Check the path on every rank, before anything is written."""
+        open_for_saving(self._path)
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Make the folder that all ranks write into. DCP calls this on the coordinator.
+
+        Raises:
+            ExistsError: the checkpoint at `path` may not be replaced, or another save is writing.
+            StorageError: the free space is less than the tensors need.
+        """
+        nbytes = sum(items[-1].item.stop for items in layouts_of(plans) if items)
+        self._open = _Attempt.begin(self._path, nbytes=nbytes, overwrite=self._overwrite)
+        # Deletes the attempt too if another rank has failed: DCP does not tell this object then.
+        weakref.finalize(self, self._open.close)
+        # A planner with cached plans may pass an older plan to `write_data` than this one. The mark
+        # must therefore be the same in all plans that this coordinator makes.
+        mark = _coordinator_mark()
+        return [replace(plan, storage_data=mark) for plan in plans]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write and sync this rank's file. An error deletes the attempt, for all ranks."""
+        catalog, name = open_for_saving(self._path)
+        attempt = _attempt_folder(name, plan.storage_data)
+        try:
+            written = _write(catalog, attempt, plan, planner, self._rank)
+        except BaseException:
+            _set_aside(catalog, attempt)
+            self._close()
+            raise
+        future: Future[list[WriteResult]] = Future()
+        future.set_result([WriteResult(MetadataIndex(""), written.result.nbytes, written)])
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write both indices, and publish. DCP calls this on the coordinator, once all ranks have
+        written.
+
+        Raises:
+            UsageError: the plan does not cover a tensor.
+            StorageError: a rank's file is not visible here, or an index cannot be written.
+        """
+        assert self._open is not None, "DCP calls `prepare_global_plan` before"
+        written: list[Written] = [result.storage_data for rank in results for result in rank]
+        try:
+            with gc_paused():
+                plan, layouts = global_plan(metadata, written)
+                facts = Facts(
+                    step=None,
+                    kind=None,
+                    layout={"world_size": len(results)},
+                    versions=software_versions(),
+                )
+                publish(
+                    self._open.folder,
+                    [one.result for one in written],
+                    Index(plan, layouts),
+                    facts,
+                    self._open.catalog,
+                )
+        except BaseException:
+            _set_aside(self._open.catalog, self._open.folder)
+            raise
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+
+_OPEN: weakref.WeakSet[_Attempt] = weakref.WeakSet()
+"""Attempts of this process that are neither published nor closed."""
+
+
+@dataclass(eq=False)
+class _Attempt:
+    """An attempt that the coordinator holds."""
+
+    catalog: Catalog
+    folder: HiddenFolder
+    is_open: bool = True
+
+    @classmethod
+    def begin(cls, path: str, *, nbytes: int, overwrite: bool) -> Self:
+        """Clean up after killed saves, check the name and the space, and make the folder."""
+        catalog, name = open_for_saving(path)
+        store = catalog.store
+        store.make_folder("")
+        names = store.list()
+        for other in [*_OPEN]:
+            if other.catalog.store.url == store.url and f"{other.folder}/" not in names:
+                # A rank that failed has deleted it, and DCP has not told the writer that holds it.
+                other.close()
+        execute(store, plan_cleanup(names))
+        attempt = _attempt_folder(name, _coordinator_mark())
+        if f"{attempt}/" in names:
+            if is_at_work(store, str(attempt)):
+                raise ExistsError(
+                    f"another save to `{catalog.where(name)}` is in progress in this process",
+                    hint="wait for its future first",
+                )
+            _set_aside(catalog, attempt)
+        is_empty = f"{name}/" in names and not store.list(name)
+        replaces = overwrite or is_empty
+        hint = "choose another path, or pass `overwrite=True` to replace it"
+        catalog.check_free(name, replace=replaces, hint=hint)
+        check_space(catalog, name, nbytes)
+        begun = cls(catalog, catalog.begin(name, replace=replaces, id=attempt.id))
+        _OPEN.add(begun)
+        return begun
+
+    def close(self) -> None:
+        """Delete the attempt, unless it was published. May be called twice."""
+        if self.is_open:
+            self.is_open = False
+            _OPEN.discard(self)
+            self.catalog.release(self.folder)
+            # By a cleanup, which leaves a folder alone that somebody holds: a later save of this
+            # process may have a folder of this name by now.
+            execute(self.catalog.store, plan_cleanup([f"{self.folder}/"]))
+
+
+def _write(
+    catalog: Catalog, attempt: HiddenFolder, plan: SavePlan, planner: SavePlanner, rank: int
+) -> Written:
+    """Write the file of one rank, and sync it."""
+    spans = Spans()
+    with spans("plan"), gc_paused():
+        values = [item for item in plan.items if is_value(item)]
+        chunks = {chunk_of(item): item for item in plan.items if not is_value(item)}
+        items = lay_out(list(chunks))
+        # Each value is encoded before a byte is written, so a value that is refused costs nothing.
+        containers = [([item.index.fqn], container_of(item, planner)) for item in values]
+        layout = lay_out_file(rank, items, containers)
+    check_space(catalog, attempt.name, layout.nbytes)
+
+    def windows_of(item: TensorItem) -> Iterable[memoryview]:
+        write_item = chunks[item.name, item.dtype, item.region]
+        return host_windows(_resolved(write_item, item, planner), item.dtype)
+
+    result = _write_file(catalog, attempt, layout, windows_of, spans)
+    result = replace(result, seconds=dict(spans.seconds))
+    return Written(rank, result, [(item.name, item.region) for item in items], columns(items))
+
+
+def _write_file(
+    catalog: Catalog, attempt: HiddenFolder, layout: FileLayout, windows_of: Any, spans: Spans
+) -> Any:
+    store = catalog.store
+    if f"{attempt}/" not in store.list():
+        raise _deleted(catalog, attempt)
+    try:
+        with torch.no_grad():
+            return write(store, str(attempt), layout, windows_of, spans=spans)
+    except NotFoundError as error:
+        raise _deleted(catalog, attempt) from error
+
+
+def _deleted(catalog: Catalog, attempt: HiddenFolder) -> StorageError:
+    return StorageError(
+        f"`{catalog.where(attempt.name)}`: this rank does not see the folder of the save",
+        hint="another rank has failed, and its error says why; or this host does not share "
+        f"`{catalog.store.url}` with the coordinator, or has another path",
+    )
+
+
+def _resolved(write_item: WriteItem, item: TensorItem, planner: SavePlanner) -> torch.Tensor:
+    """The tensor that the planner gives for an item, with the dtype and shape of the plan."""
+    tensor = planner.resolve_data(write_item)
+    if not isinstance(tensor, torch.Tensor):
+        raise UsageError(f"`{item.name}`: the planner gave a {type(tensor).__name__}, no tensor")
+    tensor = tensor.detach()
+    if not is_plain_tensor(tensor) or tensor.layout != torch.strided:
+        raise UsageError(
+            f"`{item.name}` is a {type(tensor).__module__}.{type(tensor).__qualname__} of layout "
+            f"{tensor.layout}, which has no one array of elements",
+            hint="save the plain tensors it consists of",
+        )
+    found = dtype_name(tensor.dtype), tuple(tensor.shape)
+    if found != (item.dtype, item.region.shape):
+        raise UsageError(
+            f"`{item.name}`: the plan says {item.dtype} {list(item.region.shape)}, the planner "
+            f"gave {found[0]} {list(found[1])}"
+        )
+    return tensor
+
+
+def _attempt_folder(name: str, mark: object) -> HiddenFolder:
+    """Folder in which a coordinator saves checkpoint `name`: every rank can tell it."""
+    return HiddenFolder("attempt", name, f"{checksum(f'{mark}/{name}'.encode()):016x}"[:8])
+
+
+def _coordinator_mark() -> str:
+    """Text that differs between processes, and is constant in each."""
+    return f"{os.uname().nodename}-{os.getpid()}-{_STARTED_NS}"
+
+
+def _set_aside(catalog: Catalog, attempt: HiddenFolder) -> None:
+    """Delete the attempt of a failed save, from any rank. First it is renamed: then no rank that
+    still writes can add a file to it."""
+    removing = str(replace(attempt, role="removing"))
+    with suppress(HoldfastError):
+        catalog.store.rename(str(attempt), removing)
+        catalog.store.remove(removing)
+
+
+def _default_rank() -> int:
+    dist = torch.distributed
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
