@@ -5,6 +5,9 @@
     holdfast.open(path)                 inspect a checkpoint; reads only the entries you request
     holdfast.dcp                        storage of `torch.distributed.checkpoint`: Writer, Reader
     holdfast.CheckpointManager          save during training, delete old checkpoints, resume
+    holdfast.sealed(path)               publish files of another program, all or none
+    holdfast.check(path)                list what is damaged in any checkpoint
+    holdfast.newest_good(folder)        the newest checkpoint that is not damaged
     holdfast.HoldfastError              base class of all errors (see holdfast.errors)
     holdfast.__version__                installed version
 
@@ -29,6 +32,8 @@ from holdfast.errors import (
 )
 
 if TYPE_CHECKING:
+    from holdfast.catalog.newest import check, newest_good
+    from holdfast.catalog.seal import sealed
     from holdfast.loading.checkpoint import open_checkpoint as open  # noqa: A004
     from holdfast.loading.load import load
     from holdfast.manager.config import CheckpointConfig
@@ -42,7 +47,10 @@ _LAZY = {
     "CheckpointManager": "holdfast.manager.manager:CheckpointManager",
     "load": "holdfast.loading.load:load",
     "open": "holdfast.loading.checkpoint:open_checkpoint",
+    "check": "holdfast.catalog.newest:check",
+    "newest_good": "holdfast.catalog.newest:newest_good",
     "save": "holdfast.saving.save:save",
+    "sealed": "holdfast.catalog.seal:sealed",
 }
 
 __all__ = [
@@ -57,9 +65,12 @@ __all__ = [
     "RankError",
     "StorageError",
     "UsageError",
+    "check",
     "load",
+    "newest_good",
     "open",
     "save",
+    "sealed",
 ]
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from holdfast.errors import HoldfastError, NotFoundError
 from holdfast.format.names import LOCK, MANIFEST, METADATA, hidden_folder_of, step_of
 from holdfast.format.safetensors import INDEX, SUFFIX
+from holdfast.format.seal import SEAL, decode
 from holdfast.storage.store import ReadStore
 
 _DATA = re.compile(r"__[0-9]+_[0-9]+\.distcp", re.ASCII)
@@ -45,6 +46,9 @@ def why_not_replaceable(store: ReadStore, name: str, *, file: bool = False) -> s
     if why := why_not_removable(store, name):
         return why
     names = store.list(name)
+    if SEAL in names:
+        others = list(not_sealed(store, name))
+        return f"it holds files that its seal does not list: {_listed(others)}" if others else None
     folders = [entry for entry in names if entry.endswith("/") and entry != _TEMPLATES]
     if folders:
         return f"it holds folders: {_listed(folders)}"
@@ -67,13 +71,39 @@ def why_not_removable(store: ReadStore, name: str) -> str | None:
     steps = [entry for entry in names if _is_step(entry)]
     if steps:
         return f"it is a folder of checkpoints: {_listed(steps)}"
-    nested = [f for f in names if f.endswith("/") and _is_occupied(store, f"{name}/{f}")]
+    if SEAL in names:
+        folders = [entry for entry in not_sealed(store, name) if entry.endswith("/")]
+    else:
+        folders = [entry for entry in names if entry.endswith("/")]
+    nested = [f for f in folders if _is_occupied(store, f"{name}/{f}")]
     if nested:
         return f"another checkpoint, or a run, is in it: {_listed(nested)}"
     files = [entry for entry in names if not entry.endswith("/")]
-    if not names or _holds_native(store, name, files) or _holds_export(files):
+    if not names or SEAL in names or _holds_native(store, name, files) or _holds_export(files):
         return None
     return f"it is no checkpoint: it holds {_listed(names)}"
+
+
+def not_sealed(store: ReadStore, name: str) -> Iterator[str]:
+    """Files of a sealed folder that its seal does not list, and folders without a listed file.
+
+    Nothing if the seal cannot be read: then the folder is a damaged checkpoint.
+    """
+    try:
+        key = f"{name}/{SEAL}"
+        sealed = {*decode(store.read(key, 0, store.size(key)), where=key).files, SEAL}
+    except HoldfastError:
+        return
+    folders = {"/".join(file.split("/")[:n]) for file in sealed for n in range(file.count("/") + 1)}
+    waiting = [""]
+    while waiting:
+        parent = waiting.pop()
+        for entry in store.list(f"{name}/{parent}".rstrip("/")):
+            path = f"{parent}{entry}"
+            if entry.endswith("/") and path.rstrip("/") in folders:
+                waiting.append(path)
+            elif path not in sealed:
+                yield path
 
 
 def _is_file(store: ReadStore, name: str) -> bool:

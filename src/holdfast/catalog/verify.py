@@ -28,7 +28,9 @@ from holdfast.catalog.hf_folder import (
 )
 from holdfast.catalog.open_any import format_of, is_folder
 from holdfast.catalog.pieces import INDEX_SUFFIX, no_checkpoint
+from holdfast.catalog.replaceable import not_sealed
 from holdfast.catalog.resumable import misnumbered, why_not_resumable
+from holdfast.catalog.seal import check_seal, is_sealed, read_seal
 from holdfast.catalog.steady import LOOKS_MAX, UNREADABLE, fingerprint
 from holdfast.catalog.structure import check_coverage, check_structure
 from holdfast.errors import DamagedError, FormatError, HoldfastError, NotFoundError
@@ -36,6 +38,7 @@ from holdfast.format import safetensors, torchfile
 from holdfast.format.archive import read_records, windowed
 from holdfast.format.manifest import Manifest, Span
 from holdfast.format.names import LOCK, MANIFEST, METADATA, step_of_folder
+from holdfast.format.seal import SEAL
 from holdfast.storage.store import ReadStore
 
 
@@ -72,6 +75,8 @@ def verify(target: VerifyTarget) -> VerifyReport:
         StorageError: the store failed before anything could be reported.
     """
     form = format_of(target.store, target.name)
+    if is_folder(target.store, target.name) and is_sealed(target.store, target.name):
+        return replace(_verify_steadily(target, _verify_sealed), format="sealed")
     if form is None:
         raise no_checkpoint(
             target.store,
@@ -123,6 +128,31 @@ def failed(target: VerifyTarget, error: HoldfastError) -> VerifyReport:
     step = step_of_folder(target.name.rpartition("/")[2])
     return VerifyReport(
         target.where, None, (finding,), usable="nothing", step=step, why_not=error.what
+    )
+
+
+# --------------------------------------------------------------------------------- sealed folders
+
+
+def _verify_sealed(target: VerifyTarget) -> VerifyReport:
+    store, name = target.store, target.name
+    try:
+        seal = read_seal(store, name)
+    except DamagedError as error:
+        finding = Finding("index", SEAL, error.what)
+        return VerifyReport(
+            target.where, "sealed", (finding,), usable="nothing that can be checked"
+        )
+    findings = check_seal(store, name, seal, quick=target.quick, advance=target.advance)
+    damaged = {finding.file for finding in findings}
+    return VerifyReport(
+        where=target.where,
+        format="sealed",
+        findings=tuple(findings),
+        notes=tuple(f"`{path}` was added after the seal" for path in not_sealed(store, name)),
+        num_entries=len(seal.files),
+        nbytes=seal.nbytes,
+        usable=f"{len(seal.files) - len(damaged)} of {len(seal.files)} files are whole",
     )
 
 

@@ -1,0 +1,102 @@
+"""Check one checkpoint, or find the newest good one, of any program."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from holdfast.arguments import checked_path
+from holdfast.catalog.catalog import location
+from holdfast.catalog.findings import Finding, VerifyReport, summary_of
+from holdfast.catalog.open_any import format_of
+from holdfast.catalog.paths import open_for_reading
+from holdfast.catalog.seal import is_sealed, matching
+from holdfast.catalog.verify import VerifyTarget, failed, verify
+from holdfast.errors import HoldfastError, NotFoundError, UsageError
+from holdfast.storage.opening import open_store
+from holdfast.storage.store import ReadStore
+
+logger: logging.Logger = logging.getLogger("holdfast")
+
+CHECKPOINTS = "checkpoint-*"
+"""Names of the folders in which transformers' Trainer saves."""
+
+
+def check(path: str | os.PathLike[str], *, quick: bool = False) -> list[Finding]:
+    """Compare every byte of a checkpoint with its checksums. An empty list means that it is good.
+
+    `path`: a sealed folder, a checkpoint of Holdfast or of stock DCP, a Hugging Face folder, or a
+    file. Formats without checksums are checked as far as their structure tells.
+
+    `quick`: compare sizes and indices only.
+
+    Raises:
+        NotFoundError: there is no checkpoint at `path`.
+        FormatError: it is malformed, or refers to code.
+    """
+    store, name = open_for_reading(checked_path(path, "path"))
+    return [*verify(VerifyTarget(store, name, quick)).findings]
+
+
+def newest_good(
+    root: str | os.PathLike[str], pattern: str = CHECKPOINTS, *, quick: bool = False
+) -> Path | None:
+    """Return the newest good checkpoint among the folders in `root`; None if there is none.
+
+    The newest is the one with the highest last number in its name. Its files are compared with its
+    checksums; a damaged or incomplete one is passed over, with a warning, and the next one tried.
+
+    Folders that are neither sealed nor checkpoints of Holdfast cannot be checked. They are passed
+    over too, unless `root` has no others: then the newest is returned whose structure is complete.
+
+    `pattern`: names of the folders, as in a shell. `quick`: compare sizes and indices only.
+
+    Raises:
+        UsageError: `root` is no path of a folder on this machine.
+        NotFoundError: `root` does not exist.
+    """
+    if not isinstance(pattern, str):
+        raise UsageError(f"`pattern` must be text such as `{CHECKPOINTS}`, found: {pattern!r}")
+    store = open_store(checked_path(root, "root"))
+    unchecked: list[str] = []
+    num_checked = 0
+    for folder in matching(store, pattern):
+        if not _has_checksums(store, folder):
+            unchecked.append(folder)
+            continue
+        num_checked += 1
+        why = _why_not_good(store, folder, quick=quick)
+        if why is None:
+            return Path(location(store, folder))
+        logger.warning("passed over `%s`: %s", location(store, folder), why)
+    for folder in unchecked:
+        where = location(store, folder)
+        if num_checked:
+            logger.warning("passed over `%s`: it has no seal, so it cannot be checked", where)
+        elif (why := _why_not_good(store, folder, quick=quick)) is not None:
+            logger.warning("passed over `%s`: %s", where, why)
+        else:
+            logger.warning("`%s` has no seal: its structure is whole, its bytes are unknown", where)
+            return Path(where)
+    return None
+
+
+def _has_checksums(store: ReadStore, name: str) -> bool:
+    if is_sealed(store, name):
+        return True
+    try:
+        return format_of(store, name) == "holdfast"
+    except HoldfastError:
+        return False
+
+
+def _why_not_good(store: ReadStore, name: str, *, quick: bool) -> str | None:
+    target = VerifyTarget(store, name, quick)
+    try:
+        report: VerifyReport = verify(target)
+    except NotFoundError as error:
+        return error.what
+    except HoldfastError as error:
+        report = failed(target, error)
+    return None if report.good else summary_of(report.findings)
