@@ -124,11 +124,11 @@ class Catalog:
         if why is not None:
             raise self._kept(name, why)
 
-    def begin(self, name: str, *, replace: bool = False, id: str = "") -> HiddenFolder:
+    def begin(self, name: str, *, replace: bool = False, chosen_id: str = "") -> HiddenFolder:
         """Create an empty folder to write checkpoint `name` into.
 
         It is held until it is published, aborted or released. `replace`: the checkpoint that has
-        the name now may be replaced, but none that takes the name later. `id`: eight hexadecimal
+        the name now may be replaced, but none that takes the name later. `chosen_id`: eight hexadecimal
         digits for the name of the folder, which must be new; random ones by default.
 
         Raises:
@@ -137,7 +137,7 @@ class Catalog:
         """
         self.check_lock()
         for _ in range(_TRIES):
-            attempt = HiddenFolder("attempt", name, id or os.urandom(4).hex())
+            attempt = HiddenFolder("attempt", name, chosen_id or os.urandom(4).hex())
             self.store.make_folder(str(attempt))
             try:
                 if self.hold(attempt, replace=replace) is not False:

@@ -68,10 +68,10 @@ class Unsealed:
             self.catalog.abort(self.attempt)
 
 
-def begin(path: str | os.PathLike[str], *, overwrite: bool, id: str = "") -> Unsealed:
+def begin(path: str | os.PathLike[str], *, overwrite: bool, chosen_id: str = "") -> Unsealed:
     """Make the folder to fill, beside `path`, and clean up after killed processes.
 
-    `id`: eight hexadecimal digits for the folder's name; random ones by default.
+    `chosen_id`: eight hexadecimal digits for the folder's name; random ones by default.
 
     Raises:
         ExistsError: something exists at `path`, and `overwrite` is false or it is no checkpoint.
@@ -82,7 +82,7 @@ def begin(path: str | os.PathLike[str], *, overwrite: bool, id: str = "") -> Uns
     execute(store, plan_cleanup(store.list()))
     hint = "choose another path, or pass `overwrite=True` to replace it"
     catalog.check_free(name, replace=overwrite, hint=hint)
-    return Unsealed(catalog, catalog.begin(name, replace=overwrite, id=id))
+    return Unsealed(catalog, catalog.begin(name, replace=overwrite, chosen_id=chosen_id))
 
 
 @contextmanager

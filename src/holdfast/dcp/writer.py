@@ -221,7 +221,7 @@ class _Attempt:
         hint = "choose another path, or pass `overwrite=True` to replace it"
         catalog.check_free(name, replace=replaces, hint=hint)
         check_space(catalog, name, nbytes)
-        begun = cls(catalog, catalog.begin(name, replace=replaces, id=attempt.id))
+        begun = cls(catalog, catalog.begin(name, replace=replaces, chosen_id=attempt.id))
         _OPEN.add(begun)
         return begun
 
