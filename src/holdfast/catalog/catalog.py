@@ -128,8 +128,8 @@ class Catalog:
         """Create an empty folder to write checkpoint `name` into.
 
         It is held until it is published, aborted or released. `replace`: the checkpoint that has
-        the name now may be replaced, but none that takes the name later. `chosen_id`: eight hexadecimal
-        digits for the name of the folder, which must be new; random ones by default.
+        the name now may be replaced, but none that takes the name later. `chosen_id`: eight
+        hexadecimal digits for the name of the folder, which must be new; random by default.
 
         Raises:
             ExistsError: the checkpoint may not be replaced, or another process is replacing or

@@ -39,8 +39,8 @@ def sealed_by_all(path: str, *, ranks: Ranks, publishes: bool) -> Iterator[Path]
         return begin(path, overwrite=True, chosen_id=chosen_id)
 
     unsealed = run_on_all(ranks, begin_here)
-    parent, _, name = os.path.abspath(path).rpartition("/")
-    folder = Path(parent, str(HiddenFolder("attempt", name, chosen_id)))
+    catalog, name = open_for_saving(path)
+    folder = Path(catalog.store.url, str(HiddenFolder("attempt", name, chosen_id)))
     try:
         error: BaseException | None = None
         try:

@@ -35,7 +35,7 @@ _SENTINEL = "checkpoint-is-incomplete.txt"
 """File that the Trainer writes into the folder before it saves on SIGTERM."""
 
 
-class HoldfastMixin(_Trainer):
+class HoldfastMixin(_Trainer):  # type: ignore[misc]
     """Trainer whose checkpoints appear complete or not at all, with checksums.
 
     Put it before the trainer: `class SafeTrainer(HoldfastMixin, SFTTrainer): ...`. The files of a
@@ -155,7 +155,7 @@ class HoldfastMixin(_Trainer):
         checkpoints = _checkpoints(folder)
         good = [path for path in checkpoints if _is_whole(path)]
         best = self.state.best_model_checkpoint
-        kept = {path for path in good[:1]}
+        kept = set(good[:1])
         kept |= {path for path in checkpoints if best and path.resolve() == Path(best).resolve()}
         for path in good:
             if len(kept) < limit:
