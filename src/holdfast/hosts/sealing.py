@@ -20,13 +20,16 @@ logger: logging.Logger = logging.getLogger("holdfast")
 
 
 @contextmanager
-def sealed_by_all(path: str, *, ranks: Ranks, publishes: bool) -> Iterator[Path]:
+def sealed_by_all(
+    path: str, *, ranks: Ranks, publishes: bool, moves_aside: bool = False
+) -> Iterator[Path]:
     """Publish what all ranks write in the `with` block, all or none, as the folder `path`.
 
     The context gives the same folder on every rank. `publishes`: whether this rank makes, seals and
     renames it: one rank, or one per host where hosts do not share the folder.
 
-    A folder at `path` that is no checkpoint is not replaced: it is moved aside, with a warning.
+    A checkpoint at `path` is replaced. Any other folder there is an error, or is renamed, with a
+    warning, if `moves_aside`.
 
     Collective. An error of one rank is raised on all, and nothing is published.
     """
@@ -35,7 +38,8 @@ def sealed_by_all(path: str, *, ranks: Ranks, publishes: bool) -> Iterator[Path]
     def begin_here() -> Unsealed | None:
         if not publishes:
             return None
-        _move_aside(path)
+        if moves_aside:
+            _move_aside(path)
         return begin(path, overwrite=True, chosen_id=chosen_id)
 
     unsealed = run_on_all(ranks, begin_here)

@@ -73,7 +73,9 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         publishes = bool(self.args.should_save)
         if publishes:
             _remove_sentinel(Path(path))
-        with sealed_by_all(path, ranks=self._ranks(), publishes=publishes) as folder:
+        with sealed_by_all(
+            path, ranks=self._ranks(), publishes=publishes, moves_aside=True
+        ) as folder:
             # The Trainer writes to `checkpoint-N` in its output folder: that is the folder itself.
             link = folder / name
             if publishes:

@@ -1,0 +1,183 @@
+"""Holdfast in Accelerate: `save_state` seals, `load_state` takes the newest good checkpoint.
+
+    accelerator = holdfast.hosts.accelerate.prepare(Accelerator(...))
+
+Written for Accelerate 1.15.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from holdfast.catalog.findings import summary_of
+from holdfast.catalog.newest import check, newest_good
+from holdfast.catalog.seal import number_of
+from holdfast.comm import Ranks, all_ranks, run_on_rank_0
+from holdfast.errors import DamagedError, ExistsError, NotFoundError, UsageError
+from holdfast.format.seal import SEAL
+from holdfast.hosts.sealing import delete, sealed_by_all
+
+logger: logging.Logger = logging.getLogger("holdfast")
+
+_NAMED = "checkpoint_*"
+"""Folders of Accelerate's automatic names."""
+
+
+def prepare(accelerator: Any, *, folder: str | os.PathLike[str] | None = None) -> Any:
+    """Let `save_state` and `load_state` of an `Accelerator` save and load as Holdfast does.
+
+    `save_state` writes the files that it always writes, into a hidden folder, and publishes them
+    with `holdfast.seal`, all or none. `load_state` checks the checkpoint before anything is loaded.
+    Without a path it takes the newest good one: of Accelerate's automatic names, or in `folder`.
+    The path may also be a folder of checkpoints.
+
+    Returns the same `Accelerator`.
+
+    Raises:
+        UsageError: this is no `Accelerator`.
+    """
+    if not hasattr(accelerator, "save_state") or not hasattr(accelerator, "project_configuration"):
+        raise UsageError(
+            f"`accelerator` must be an accelerate.Accelerator, found: {type(accelerator).__name__}"
+        )
+    host = _Host(accelerator, None if folder is None else os.fspath(folder))
+    accelerator.save_state = host.save_state
+    accelerator.load_state = host.load_state
+    return accelerator
+
+
+class _Host:
+    """Both methods, in place of the accelerator's own."""
+
+    def __init__(self, accelerator: Any, folder: str | None) -> None:
+        self._accelerator = accelerator
+        self._folder = folder
+        self._save = accelerator.save_state
+        self._load = accelerator.load_state
+        self._ranks: Ranks | None = None
+        self._resumed = False
+        """Whether checkpoints after the one that was loaded may be replaced."""
+
+    def save_state(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """`Accelerator.save_state`: publishes the folder, complete, or leaves what was there.
+
+        Collective.
+        """
+        accelerator, settings = self._accelerator, self._accelerator.project_configuration
+        is_named = settings.automatic_checkpoint_naming
+        if is_named:
+            output_dir = str(self._named_folder() / f"checkpoint_{accelerator.save_iteration}")
+        if output_dir is None:
+            raise UsageError(
+                "`save_state` needs a path",
+                hint="pass one, or `ProjectConfiguration(automatic_checkpoint_naming=True)`",
+            )
+        path = os.path.abspath(output_dir)  # noqa: PTH100 - links stay links
+        if is_named and not self._resumed and Path(path).exists():
+            raise ExistsError(
+                f"`{path}` exists already",
+                hint="set `accelerator.save_iteration` to the number after the last checkpoint's",
+            )
+        publishes = accelerator.is_main_process or (
+            settings.save_on_each_node and accelerator.is_local_main_process
+        )
+        with sealed_by_all(
+            path, ranks=self._all(), publishes=publishes, moves_aside=is_named
+        ) as folder:
+            # The folder is chosen already. The host's own rotation would delete before it saves.
+            settings.automatic_checkpoint_naming = False
+            try:
+                self._save(str(folder), *args, **kwargs)
+            finally:
+                settings.automatic_checkpoint_naming = is_named
+        if is_named and publishes:
+            self._rotate(settings.total_limit)
+        return path
+
+    def load_state(self, input_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """`Accelerator.load_state`, from a checkpoint that has been checked.
+
+        Collective.
+
+        Raises:
+            DamagedError: the checkpoint is damaged, or all are.
+            NotFoundError: there is none.
+        """
+        path = run_on_rank_0(self._all(), partial(self._good, input_dir))
+        loaded = self._load(path, *args, **kwargs)
+        settings = self._accelerator.project_configuration
+        if settings.automatic_checkpoint_naming:
+            # Otherwise the next save would begin at 0 again, which has a checkpoint.
+            settings.iteration = (number_of(Path(path).name) or 0) + 1
+            self._resumed = True
+        return loaded
+
+    def _good(self, input_dir: str | None) -> str:
+        pattern = "*"
+        if (
+            input_dir is None
+            and self._accelerator.project_configuration.automatic_checkpoint_naming
+        ):
+            root, pattern = self._named_folder(), _NAMED
+        elif input_dir is None and self._folder is None:
+            raise UsageError(
+                "`load_state` needs a path",
+                hint="pass a checkpoint or a folder of checkpoints, or `prepare(..., folder=...)`",
+            )
+        else:
+            root = Path(os.path.expanduser(input_dir or self._folder or ""))  # noqa: PTH111
+            if not _holds_sealed(root):
+                return _checked(root)
+        newest = newest_good(root, pattern) if root.is_dir() else None
+        if newest is None:
+            if root.is_dir() and any(root.iterdir()):
+                raise DamagedError(
+                    f"no checkpoint in `{root}` is good",
+                    hint=f"`holdfast doctor {root}` says what is wrong with each",
+                )
+            raise NotFoundError(f"`{root}` has no checkpoint", hint="start without `load_state`")
+        logger.info("loading `%s`", newest)
+        return str(newest)
+
+    def _named_folder(self) -> Path:
+        return Path(self._accelerator.project_dir, "checkpoints")
+
+    def _all(self) -> Ranks:
+        if self._ranks is None:
+            self._ranks = all_ranks()
+        return self._ranks
+
+    def _rotate(self, limit: int | None) -> None:
+        """Keep the newest `limit` sealed checkpoints. Called after a save, so that a failed one
+        costs none of them."""
+        if limit is None:
+            return
+        folders = [path for path in self._named_folder().glob(_NAMED) if (path / SEAL).exists()]
+        folders.sort(key=lambda path: number_of(path.name) or 0, reverse=True)
+        for path in folders[max(1, limit) :]:
+            delete(path)
+
+
+def _holds_sealed(folder: Path) -> bool:
+    """Whether a folder is no checkpoint, and has sealed folders in it."""
+    if not folder.is_dir() or (folder / SEAL).exists():
+        return False
+    return any((path / SEAL).exists() for path in folder.iterdir() if path.is_dir())
+
+
+def _checked(path: Path) -> str:
+    if not path.is_dir():
+        raise NotFoundError(f"`{path}` does not exist")
+    if (path / SEAL).exists():
+        if findings := check(path):
+            raise DamagedError(
+                f"`{path}` is damaged: {summary_of(findings)}",
+                hint=f"`load_state({str(path.parent)!r})` takes the newest good one there",
+            )
+    else:
+        logger.warning("`%s` has no seal, so its bytes cannot be checked", path)
+    return str(path)

@@ -1,0 +1,214 @@
+"""Holdfast in Lightning and Fabric: single files by `HoldfastIO`, sharded folders by a strategy.
+
+    L.Trainer(plugins=[holdfast.hosts.lightning.HoldfastIO()])
+    L.Trainer(strategy=holdfast.hosts.lightning.ModelParallel(...))
+    L.Fabric(strategy=holdfast.hosts.lightning.FabricModelParallel(...))
+
+The classes derive from those of `lightning`, if the process has imported it, else from those of
+`pytorch_lightning` and `lightning_fabric`. Written for Lightning 2.6.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from holdfast.catalog.findings import summary_of
+from holdfast.catalog.newest import check
+from holdfast.comm import all_ranks, run_on_rank_0
+from holdfast.errors import DamagedError, HoldfastError
+from holdfast.hosts.sealing import delete, sealed_by_all
+
+logger: logging.Logger = logging.getLogger("holdfast")
+
+_PART = ".part-"
+"""Start of the name of a file that is being written."""
+
+_LAST = "last"
+"""Start of the names that `save_last` and `ckpt_path="last"` use."""
+
+__all__ = ["FabricModelParallel", "HoldfastIO", "ModelParallel"]  # noqa: F822 - made on use
+
+
+def __getattr__(name: str) -> Any:
+    if name == "HoldfastIO":
+        return _io_class()
+    if name == "ModelParallel":
+        return _strategy_class("pytorch")
+    if name == "FabricModelParallel":
+        return _strategy_class("fabric")
+    raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
+
+
+def _module(kind: str, name: str) -> Any:
+    """Module `name` of Lightning's part `kind`, in the package that the process uses."""
+    own = {"pytorch": "pytorch_lightning", "fabric": "lightning_fabric"}[kind]
+    package = f"lightning.{kind}" if "lightning" in sys.modules else own
+    return import_module(f"{package}.{name}")
+
+
+@cache
+def _io_class() -> type:
+    base: Any = _module("fabric", "plugins").TorchCheckpointIO
+
+    class HoldfastIO(base):  # type: ignore[misc]
+        """Plugin that makes every checkpoint file durable before it has its name, and checks it
+        before it is loaded.
+
+        The file stays Lightning's: `torch.save` has a CRC-32 per tensor in it, which is checked
+        here. If `ckpt_path="last"` leads to a damaged file, the newest good one beside it is
+        loaded, with a warning. Any other damaged file is an error.
+        """
+
+        def save_checkpoint(
+            self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+        ) -> None:
+            with _published(Path(path)) as part:
+                super().save_checkpoint(checkpoint, part, storage_options)
+
+        def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            loaded: dict[str, Any] = super().load_checkpoint(_good(Path(path)), *args, **kwargs)
+            return loaded
+
+        def remove_checkpoint(self, path: Any) -> None:
+            if Path(path).is_dir():
+                delete(Path(path))
+            else:
+                super().remove_checkpoint(path)
+
+    return HoldfastIO
+
+
+@cache
+def _strategy_class(kind: str) -> type:
+    base: Any = _module(kind, "strategies").ModelParallelStrategy
+
+    class ModelParallel(base):  # type: ignore[misc]
+        """`ModelParallelStrategy` whose checkpoints appear complete or not at all: the shards and
+        `meta.pt` together, with `holdfast.seal`.
+
+        A checkpoint is checked before it is loaded, on rank 0. If `ckpt_path="last"` leads to a
+        damaged one, the newest good one beside it is loaded, with a warning.
+        """
+
+        def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            # The trainer passes (checkpoint, path), Fabric (path, state).
+            name, place = ("filepath", 1) if kind == "pytorch" else ("path", 0)
+            path = kwargs.pop(name) if name in kwargs else args[place]
+            args = tuple(arg for number, arg in enumerate(args) if number != place)
+            path = str(self.broadcast(path))
+            if not self._save_distributed_checkpoint:
+                super().save_checkpoint(*args, **kwargs, **{name: path})
+                return
+            _remove_file(path, self.is_global_zero)
+            ranks = all_ranks()
+            try:
+                with sealed_by_all(path, ranks=ranks, publishes=self.is_global_zero) as folder:
+                    super().save_checkpoint(*args, **kwargs, **{name: folder})
+            finally:
+                ranks.close()
+
+        def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            name = "checkpoint_path" if kind == "pytorch" else "path"
+            path = kwargs.pop(name) if name in kwargs else args[0]
+            path = Path(str(self.broadcast(path)))
+            ranks = all_ranks()
+            try:
+                good = run_on_rank_0(ranks, lambda: _good(path))
+            finally:
+                ranks.close()
+            rest = args[1:] if args and name not in kwargs else args
+            loaded: dict[str, Any] = super().load_checkpoint(good, *rest, **kwargs)
+            return loaded
+
+        def remove_checkpoint(self, filepath: Any) -> None:
+            if self.is_global_zero and Path(filepath).is_dir():
+                delete(Path(filepath))
+            elif self.is_global_zero:
+                Path(filepath).unlink(missing_ok=True)
+
+    ModelParallel.__name__ = "ModelParallel" if kind == "pytorch" else "FabricModelParallel"
+    return ModelParallel
+
+
+def _remove_file(path: str, is_first: bool) -> None:
+    """Remove a single file that has the name of a sharded checkpoint, as the strategy does."""
+    if is_first and Path(path).is_file():
+        Path(path).unlink()
+
+
+@contextmanager
+def _published(path: Path) -> Iterator[Path]:
+    """Give a name to write a file to. At the end it is durable, and gets the name `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_parts(path.parent)
+    part = path.parent / f"{_PART}{path.name}"
+    lock = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _remove_parts(folder: Path) -> None:
+    """Remove files that killed saves have left: those that no process holds."""
+    for part in folder.glob(f"{_PART}*"):
+        with suppress(OSError):
+            opened = os.open(part, os.O_RDWR)
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                part.unlink()
+            finally:
+                os.close(opened)
+
+
+def _good(path: Path) -> Path:
+    """The checkpoint at `path`; if it is a damaged `last`, the newest good one beside it."""
+    why = _why_not_good(path)
+    if why is None:
+        return path
+    if not path.name.startswith(_LAST):
+        raise DamagedError(
+            f"`{path}` is damaged: {why}",
+            hint='`ckpt_path="last"` takes the newest good one, with `save_last=True`',
+        )
+    logger.warning("passed over `%s`: %s", path, why)
+    beside = [p for p in path.parent.glob(f"*{path.suffix}") if p != path]
+    for other in sorted(beside, key=lambda p: p.stat().st_mtime_ns, reverse=True):
+        why = _why_not_good(other)
+        if why is None:
+            logger.warning("loading `%s` instead", other)
+            return other
+        logger.warning("passed over `%s`: %s", other, why)
+    raise DamagedError(f"no checkpoint in `{path.parent}` is good")
+
+
+def _why_not_good(path: Path) -> str | None:
+    if not path.exists():
+        # The framework's own error says more.
+        return None
+    try:
+        findings = check(path)
+    except HoldfastError as error:
+        return error.what
+    return summary_of(findings) if findings else None
