@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -188,13 +188,13 @@ _OPEN: weakref.WeakSet[_Attempt] = weakref.WeakSet()
 """Attempts of this process that are neither published nor closed."""
 
 
-@dataclass(eq=False)
 class _Attempt:
     """An attempt that the coordinator holds."""
 
-    catalog: Catalog
-    folder: HiddenFolder
-    is_open: bool = True
+    def __init__(self, catalog: Catalog, folder: HiddenFolder) -> None:
+        self.catalog = catalog
+        self.folder = folder
+        self.is_open = True
 
     @classmethod
     def begin(cls, path: str, *, nbytes: int, overwrite: bool) -> Self:
