@@ -1,0 +1,313 @@
+"""Holdfast in TorchTitan: a checkpoint manager with TorchTitan's own configuration.
+
+    config.checkpoint = holdfast.hosts.torchtitan.CheckpointManager.Config(enable=True, ...)
+
+Written for TorchTitan 0.3.0.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+from holdfast.catalog.catalog import Catalog
+from holdfast.catalog.cleanup import execute, plan_cleanup
+from holdfast.catalog.open_any import is_checkpoint
+from holdfast.catalog.steady import UNREADABLE
+from holdfast.comm import Ranks, all_ranks, run_on_rank_0
+from holdfast.dcp import Reader, Writer
+from holdfast.errors import HoldfastError, NotFoundError
+from holdfast.format.components import MODEL
+from holdfast.format.names import steps_among
+from holdfast.hosts.sealing import sealed_by_all
+from holdfast.manager.policy import Retention
+from holdfast.manager.resume import mark_unless_store_failed, newest_resumable
+from holdfast.manager.retention import Retainer
+from holdfast.storage.opening import folder_store, is_url
+
+if TYPE_CHECKING:
+    from torchtitan.components.checkpointer import CheckpointManager as _Manager
+else:
+    _Manager = object
+
+logger: logging.Logger = logging.getLogger("holdfast")
+
+__all__ = ["CheckpointManager"]  # noqa: F822 - made on use
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CheckpointManager":
+        return _manager_class()
+    raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
+
+
+@cache
+def _manager_class() -> type:
+    base: Any = import_module("torchtitan.components.checkpointer").CheckpointManager
+
+    class CheckpointManager(_HoldfastManager, base):  # type: ignore[misc]
+        """`CheckpointManager` of TorchTitan that saves and loads by Holdfast.
+
+        A checkpoint appears complete or not at all, with a checksum per block. `load_step = -1`
+        takes the newest checkpoint that a run can resume from, and passes over damaged ones.
+        `keep_latest_k` counts good checkpoints only. Stock TorchTitan loads what it saves.
+        """
+
+        @dataclass(kw_only=True, slots=True)
+        class Config(base.Config):  # type: ignore[misc]
+            """Configuration with the keys and the defaults of TorchTitan."""
+
+    # Both are found by these names when a configuration is pickled or printed.
+    CheckpointManager.__qualname__ = "CheckpointManager"
+    CheckpointManager.Config.__qualname__ = "CheckpointManager.Config"
+    return CheckpointManager
+
+
+class _HoldfastManager(_Manager):  # type: ignore[misc]
+    """What `CheckpointManager` changes in TorchTitan's manager.
+
+    A folder at a URL is left to TorchTitan.
+    """
+
+    _catalog: Catalog | None = None
+    """Catalog of the checkpoint folder; None for a URL, and while checkpoints are disabled."""
+
+    _retainer: Retainer | None = None
+
+    _ranks_here: Ranks | None = None
+
+    _step = 0
+    """Step of the last save."""
+
+    def __init__(self, config: Any, **components: Any) -> None:
+        super().__init__(config, **components)
+        if not getattr(self, "enable", True):
+            return
+        if is_url(self.folder):
+            logger.warning(
+                "`%s` is a URL: TorchTitan saves and loads there itself, without Holdfast",
+                self.folder,
+            )
+            return
+        self._catalog = Catalog(folder_store(self.folder))
+        self._retainer = Retainer(self._catalog, Retention(latest_k=self.keep_latest_k))
+
+    # ------------------------------------------------------------------------------------- saving
+
+    def _save(self, curr_step: int, last_step: bool = False) -> bool:
+        self._step = curr_step
+        saved: bool = super()._save(curr_step, last_step)
+        return saved
+
+    @torch.no_grad()
+    def dcp_save(
+        self,
+        state_dict: dict[str, Any],
+        checkpoint_id: str,
+        async_mode: Any,
+        enable_garbage_collection: bool = False,
+        to_hf: bool = False,
+    ) -> Any:
+        """Save a checkpoint, which gets its name once it is complete.
+
+        Collective. Returns the futures that TorchTitan expects of an asynchronous save.
+
+        Raises:
+            HoldfastError: a rank failed. Nothing is published, and the older checkpoints stay.
+        """
+        rest = (async_mode, enable_garbage_collection, to_hf)
+        if is_url(checkpoint_id):
+            return super().dcp_save(state_dict, checkpoint_id, *rest)
+        if to_hf:
+            ranks = self._ranks()
+            publishes = ranks.rank == 0
+            with sealed_by_all(
+                checkpoint_id, ranks=ranks, publishes=publishes, moves_aside=True
+            ) as folder:
+                return super().dcp_save(state_dict, str(folder), *rest)
+        storage = {"storage_writer": Writer(checkpoint_id), "checkpoint_id": checkpoint_id}
+        saved: Any = None
+        if async_mode == "disabled":
+            with _own_errors():
+                dcp.save(state_dict, **storage)
+        elif async_mode == "async":
+            saved = dcp.async_save(state_dict, **storage, process_group=self.pg)
+        else:
+            saved = dcp.async_save(
+                state_dict,
+                **storage,
+                process_group=self.pg,
+                async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+                async_stager=self.stager,
+            )
+        if enable_garbage_collection:
+            collection = import_module("torchtitan.tools.utils").GarbageCollection
+            collection.collect("GC collection invoked by checkpointer.")
+        return saved
+
+    def _purge_stale_checkpoints(self, *args: Any, **kwargs: Any) -> None:
+        if self._retainer is None:
+            super()._purge_stale_checkpoints(*args, **kwargs)
+        elif self._should_purge():
+            self._retainer.saved(self._step)
+
+    def _close(self) -> None:
+        super()._close()
+        if self._retainer is not None:
+            self._retainer.wait()
+
+    # ------------------------------------------------------------------------------------ loading
+
+    def load(self, step: int = -1) -> bool:
+        """Load checkpoint `step`; -1 takes the newest good one.
+
+        Collective. Warns about each newer checkpoint that is passed over, and why. Returns False if
+        there is nothing to load.
+
+        Raises:
+            NotFoundError: there are checkpoints, and a run can resume from none of them.
+            DamagedError: the checkpoint `step` is damaged.
+        """
+        catalog = self._catalog
+        if catalog is None or not run_on_rank_0(self._ranks(), self._prepare):
+            loaded: bool = super().load(step)
+            return loaded
+        if step != -1:
+            return self._load_requested(step)
+        passed_over: list[str] = []
+        below: int | None = None
+        while True:
+            newest, refused = run_on_rank_0(self._ranks(), lambda: self._newest(below))  # noqa: B023
+            for line in refused:
+                self._pass_over(line, passed_over)
+            if newest is None:
+                return self._load_initial(passed_over)
+            try:
+                loaded = super().load(newest)
+            except UNREADABLE as error:
+                # Raised on every rank, so all ranks try the same step next.
+                self._pass_over(f"step {newest}: {error.what}", passed_over)
+                if self._ranks().rank == 0 and not self.load_only:
+                    mark_unless_store_failed(catalog, newest, error)
+                below = newest
+            else:
+                self._protect(newest)
+                return loaded
+
+    def _prepare(self) -> bool:
+        """Clean up after killed saves. Returns whether the folder exists."""
+        assert self._catalog is not None, "a URL has no catalog"
+        store = self._catalog.store
+        try:
+            names = store.list()
+        except NotFoundError:
+            return False
+        if not self.load_only:
+            for problem in execute(store, plan_cleanup(names)):
+                logger.warning("%s; the next start tries again", problem)
+        return True
+
+    def _newest(self, below: int | None) -> tuple[int | None, list[str]]:
+        """Newest step to resume from, and a line on each newer one that was refused."""
+        assert self._catalog is not None, "a URL has no catalog"
+        found, refused = newest_resumable(self._catalog, below)
+        return (None if found is None else found.step), refused
+
+    def _pass_over(self, line: str, passed_over: list[str]) -> None:
+        if line not in passed_over:
+            passed_over.append(line)
+            if self._ranks().rank == 0:
+                logger.warning("passed over %s", line)
+
+    def _load_requested(self, step: int) -> bool:
+        try:
+            loaded: bool = super().load(step)
+        except UNREADABLE as error:
+            newest = "`checkpoint.load_step = -1` takes the newest good checkpoint"
+            error.hint = f"{error.hint}; {newest}" if error.hint else newest
+            raise
+        self._protect(step)
+        return loaded
+
+    def _load_initial(self, passed_over: list[str]) -> bool:
+        """Load `initial_load_path`, or nothing, where no checkpoint was passed over."""
+        assert self._catalog is not None, "a URL has no catalog"
+        store = self._catalog.store
+
+        def num_checkpoints() -> int:
+            return sum(is_checkpoint(store, folder) for folder in steps_among(store.list()).values())
+
+        # TorchTitan's own killed saves leave folders without an index, which are no checkpoints.
+        if passed_over and run_on_rank_0(self._ranks(), num_checkpoints):
+            listed = "\n  ".join(passed_over)
+            raise NotFoundError(
+                f"no step in `{self.folder}` can be resumed from:\n  {listed}",
+                hint="use another `checkpoint.folder`; its `checkpoint.initial_load_path` may be a "
+                "model-only step of this one",
+            )
+        loaded: bool = super().load(-1)
+        return loaded
+
+    def _protect(self, step: int) -> None:
+        """Keep the step that the run resumed from, and newer ones, from retention."""
+        if self._catalog is not None and self._retainer is not None and self._ranks().rank == 0:
+            self._retainer.resumed(step, [s for s in self._catalog.steps() if s > step])
+
+    def _find_load_step(self, folder: str = "", **limits: Any) -> int:
+        if self._catalog is None or folder:
+            found: int = super()._find_load_step(folder, **limits)
+            return found
+        try:
+            newest, _ = self._newest(None)
+        except NotFoundError:
+            return -1
+        return -1 if newest is None else newest
+
+    def dcp_load(
+        self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool
+    ) -> None:
+        """Load a checkpoint of Holdfast or stock DCP, block by block checked.
+
+        Collective. TorchTitan itself loads Hugging Face folders and URLs.
+
+        Raises:
+            DamagedError: bytes are missing, or are not the bytes that were written.
+            FormatError: the checkpoint refers to code, or cannot be read.
+        """
+        if from_hf or is_url(checkpoint_id):
+            super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+            return
+        with _own_errors():
+            dcp.load(
+                state_dict, storage_reader=Reader(checkpoint_id), checkpoint_id=checkpoint_id
+            )
+        if MODEL in self.states:
+            self.states[MODEL].load_state_dict(state_dict)
+
+    def _ranks(self) -> Ranks:
+        if self._ranks_here is None:
+            self._ranks_here = all_ranks()
+        return self._ranks_here
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Raise Holdfast's error itself, on every rank, where DCP wraps it with those of all ranks."""
+    try:
+        yield
+    except CheckpointException as wrapped:
+        failures = {rank: error for rank, (error, _) in sorted(wrapped.failures.items())}
+        errors = [error for error in failures.values() if isinstance(error, HoldfastError)]
+        if len(errors) < len(failures):
+            raise
+        raise errors[0] from wrapped

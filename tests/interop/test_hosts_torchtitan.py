@@ -1,0 +1,469 @@
+"""`holdfast.hosts.torchtitan` with the components of TorchTitan 0.3.0, on CPU processes.
+
+The loop below stands for TorchTitan's Trainer, which needs a GPU: it calls the manager as that one
+does. Optimizers, schedulers, dataloader and manager are TorchTitan's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import resource
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import IterableDataset
+
+import holdfast
+from holdfast.errors import DamagedError, NotFoundError, StorageError
+from processes import Job, run_processes
+
+if find_spec("torchtitan") is None:
+    pytest.skip("TorchTitan is not installed", allow_module_level=True)
+
+WIDTH = 40
+"""Uneven over two ranks once it is multiplied by 3, and enough for several blocks."""
+
+
+class Data(IterableDataset[torch.Tensor]):
+    """Numbered random batches, with a position that is saved."""
+
+    def __init__(self) -> None:
+        self.position = 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        while True:
+            self.position += 1
+            generator = torch.Generator().manual_seed(self.position)
+            yield torch.randn(WIDTH, generator=generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+class TrainState:
+    """The state that TorchTitan's Trainer has of its own."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "ntokens_seen": 100 * self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state["ntokens_seen"] == 100 * state["step"]
+        self.step = state["step"]
+
+
+class Names:
+    """Stands for TorchTitan's adapter to the names of a Hugging Face model."""
+
+    fqn_to_index_mapping: dict[str, int] | None = None
+    hf_assets_path: str | None = None
+
+    def to_hf(self, state: dict[str, Any]) -> dict[str, Any]:
+        return {f"hf.{name}": value for name, value in state.items()}
+
+    def from_hf(self, state: dict[str, Any]) -> dict[str, Any]:
+        return {name.removeprefix("hf."): value for name, value in state.items()}
+
+    def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> Any:
+        from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+        return HuggingFaceStorageReader(path)
+
+
+class Trainer:
+    """A small FSDP2 model in a loop as TorchTitan's."""
+
+    def __init__(self, folder: str, *, stock: bool = False, **keys: Any) -> None:
+        from torchtitan.components import checkpointer
+        from torchtitan.components.dataloader import ParallelAwareDataloader
+        from torchtitan.components.optimizer import (
+            LRSchedulersContainer,
+            OptimizersContainer,
+            ParamGroupConfig,
+        )
+
+        import holdfast.hosts.torchtitan
+
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        torch.manual_seed(keys.pop("seed", 5))
+        self.model = nn.Sequential(nn.Linear(WIDTH, 3 * WIDTH), nn.Tanh(), nn.Linear(3 * WIDTH, 1))
+        fully_shard(self.model, mesh=init_device_mesh("cpu", (size,)))
+        group = ParamGroupConfig(
+            pattern=".*", optimizer_name="AdamW", optimizer_kwargs={"lr": 0.01, "betas": (0.9, 0.95)}
+        )
+        config = OptimizersContainer.Config(param_groups=[group], implementation="for-loop")
+        self.optimizers = config.build(model_parts=[self.model])
+        schedule = LRSchedulersContainer.Config(warmup_steps=2)
+        self.schedulers = schedule.build(optimizers=self.optimizers, training_steps=10)
+        self.loader = ParallelAwareDataloader(
+            Data(), dp_rank=rank, dp_world_size=size, batch_size=2
+        )
+        self.state = TrainState()
+        module = checkpointer if stock else holdfast.hosts.torchtitan
+        keys = {"enable": True, "interval": 1, "folder": "saved", "keep_latest_k": 0} | keys
+        load_step = keys.pop("load_step", -1)
+        self.manager = module.CheckpointManager.Config(**keys).build(
+            dataloader=self.loader,
+            model_parts=[self.model],
+            optimizers=self.optimizers,
+            lr_schedulers=self.schedulers,
+            states={"train_state": self.state},
+            sd_adapter=Names(),
+            base_folder=folder,
+        )
+        self.loaded = self.manager.load(step=load_step)
+
+    def train(self, steps: int, before: Callable[[int], None] = lambda step: None) -> None:
+        """Train to step `steps`, which is not the last one. `before` is called before each save."""
+        batches = iter(self.loader)
+        while self.state.step < steps:
+            self.state.step += 1
+            self.model(next(batches)).square().mean().backward()
+            self.optimizers.step()
+            self.schedulers.step()
+            self.optimizers.zero_grad()
+            before(self.state.step)
+            self.manager.save(self.state.step)
+            self.manager.maybe_wait_for_staging()
+
+    def close(self) -> dict[str, Any]:
+        """Everything that a checkpoint holds, as whole tensors and plain values."""
+        self.manager.maybe_wait_for_saving()
+        self.manager.close()
+        state = self.model.state_dict() | {
+            f"optimizer.{name}": value for name, value in self.optimizers.state_dict().items()
+        }
+        state |= {"lr": [s.get_last_lr() for s in self.schedulers.schedulers]}
+        state |= self.state.state_dict() | {"data": self.loader.state_dict()["world_size"]}
+        return {name: whole(value) for name, value in state.items()}
+
+
+def whole(value: Any) -> Any:
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return value.clone().numpy().tobytes() if isinstance(value, torch.Tensor) else value
+
+
+class Lines(logging.Handler):
+    """The warnings of Holdfast in this process."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+        logging.getLogger("holdfast").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def run(
+    rank: int, size: int, folder: str, steps: int, keys: dict[str, Any]
+) -> tuple[int, dict[str, Any], list[str]]:
+    """Resume, train to `steps`. Returns the step resumed from, the state, and the warnings."""
+    warnings.simplefilter("ignore")
+    lines = Lines()
+    trainer = Trainer(folder, **keys)
+    resumed_from = trainer.state.step
+    trainer.train(steps)
+    return resumed_from, trainer.close(), lines.lines
+
+
+def steps_in(folder: Path) -> list[str]:
+    """Everything in the folder of checkpoints, files to lock left out."""
+    return sorted(n for n in os.listdir(folder / "saved") if not n.startswith(".held-"))  # noqa: PTH208
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    """State of a run that was never interrupted, after step 5."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        state: dict[str, Any] = run_processes(2, run, folder, 5, {"stock": True})[0][1]
+    return state
+
+
+# -------------------------------------------------------------------------------------- saves
+
+
+@pytest.mark.parametrize("mode", ["async", "async_with_pinned_mem"])
+def test_each_mode_saves_what_stock_loads_and_the_other_way_round(
+    tmp_path: Path, expected: dict[str, Any], mode: str
+) -> None:
+    """Two steps by us, two by stock, one by us: the state of the run that stock did alone."""
+    run_processes(2, run, str(tmp_path), 2, {"async_mode": mode})
+    assert steps_in(tmp_path) == ["step-1", "step-2"]
+    assert not holdfast.check(tmp_path / "saved/step-2")
+    assert (tmp_path / "saved/step-2/manifest.json").exists()
+    resumed = run_processes(2, run, str(tmp_path), 4, {"stock": True})
+    assert [step for step, _, _ in resumed] == [2, 2]
+    resumed = run_processes(2, run, str(tmp_path), 5, {"async_mode": mode})
+    assert [step for step, _, _ in resumed] == [4, 4]
+    assert resumed[0][1] == expected
+
+
+def die_while_saving(rank: int, size: int, folder: str, mode: str) -> None:
+    """Rank 1 is killed when it has written its file of step 3, and is about to sync it."""
+    warnings.simplefilter("ignore")
+
+    def arm(step: int) -> None:
+        if step == 3 and rank == 1:
+            os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+
+    Trainer(folder, async_mode=mode).train(4, arm)
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_run_killed_while_it_saves_resumes_from_the_save_before(
+    tmp_path: Path, expected: dict[str, Any], mode: str
+) -> None:
+    with Job(2, die_while_saving, str(tmp_path), mode) as job:
+        deadline = time.monotonic() + 100
+        while job.statuses()[1] is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert job.statuses()[1] == -signal.SIGKILL
+        job.kill([0])
+    step_1, step_2, *rest = sorted(steps_in(tmp_path), key=lambda name: (name[0] == ".", name))
+    assert (step_1, step_2) == ("step-1", "step-2")
+    assert all(name.startswith((".attempt-step-3-", ".removing-step-3-")) for name in rest)
+    resumed = run_processes(2, run, str(tmp_path), 5, {})
+    assert [step for step, _, _ in resumed] == [2, 2]
+    assert resumed[0][1] == expected
+    assert steps_in(tmp_path) == [f"step-{step}" for step in range(1, 6)]
+
+
+def fill_the_disk(rank: int, size: int, folder: str) -> str:
+    """Rank 1 cannot write its file of step 3. The next save succeeds."""
+    warnings.simplefilter("ignore")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(step: int) -> None:
+        if step == 3 and rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+
+    trainer = Trainer(folder)
+    with pytest.raises(StorageError) as raised:
+        trainer.train(4, limit)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    torch.distributed.barrier()
+    assert steps_in(Path(folder)) == ["step-1", "step-2"]
+    trainer.manager.save(3)
+    trainer.close()
+    return str(raised.value)
+
+
+def test_a_full_disk_is_an_error_on_all_ranks_and_costs_one_save(
+    tmp_path: Path, expected: dict[str, Any]
+) -> None:
+    messages = run_processes(2, fill_the_disk, str(tmp_path))
+    assert all("File too large" in message for message in messages)
+    resumed = run_processes(2, run, str(tmp_path), 5, {})
+    assert [step for step, _, _ in resumed] == [3, 3]
+    assert resumed[0][1] == expected
+
+
+# -------------------------------------------------------------------------------------- damage
+
+
+def tear(path: Path) -> None:
+    """End a data file early."""
+    file = max(path.glob("*.distcp"))
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    """Flip one bit in the first tensor of a data file."""
+    file = min(path.glob("*.distcp"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 1
+    file.write_bytes(data)
+
+
+def test_damaged_checkpoints_are_passed_over_and_count_for_nothing(
+    tmp_path: Path, expected: dict[str, Any]
+) -> None:
+    """Steps 3 and 4 torn, 2 flipped, and 5 an empty folder: 1 is loaded, and survives two more
+    saves with `keep_latest_k = 2`, in which torn folders would push it out."""
+    run_processes(2, run, str(tmp_path), 4, {})
+    saved = tmp_path / "saved"
+    tear(saved / "step-4")
+    tear(saved / "step-3")
+    flip(saved / "step-2")
+    (saved / "step-5").mkdir()
+    resumed = run_processes(2, run, str(tmp_path), 2, {"keep_latest_k": 2})
+    assert [step for step, _, _ in resumed] == [1, 1]
+    first, other = (lines for _, _, lines in resumed)
+    assert [line.split(":")[0] for line in first] == [
+        f"passed over step {step}" for step in (5, 4, 3, 2)
+    ]
+    assert "holds no checkpoint" in first[0]
+    assert "bytes" in first[1]
+    assert "has checksum" in first[3]
+    assert not other
+    # Step 2 was saved anew, so its mark is gone. Steps 3 and 4 are still torn.
+    assert steps_in(tmp_path) == [f"step-{step}" for step in range(1, 6)]
+    resumed = run_processes(2, run, str(tmp_path), 5, {"keep_latest_k": 2})
+    assert [step for step, _, _ in resumed] == [2, 2]
+    assert resumed[0][1] == expected
+    assert steps_in(tmp_path) == ["step-4", "step-5"] or steps_in(tmp_path) == [
+        "step-3",
+        "step-4",
+        "step-5",
+    ]
+    assert not holdfast.check(saved / "step-5")
+
+
+def test_stock_is_pushed_out_by_torn_folders(tmp_path: Path) -> None:
+    """The counterpart of the test above, so that its claim about TorchTitan stays true."""
+    run_processes(2, run, str(tmp_path), 2, {"stock": True})
+    flip(tmp_path / "saved/step-2")
+    resumed = run_processes(2, run, str(tmp_path), 3, {"stock": True})
+    assert [step for step, _, _ in resumed] == [2, 2]
+
+
+def refusals(rank: int, size: int, folder: str) -> list[str]:
+    """Errors of loads that name a damaged checkpoint, or find none that is good."""
+    warnings.simplefilter("ignore")
+    errors = []
+    path = f"{folder}/saved/step-2"
+    other = {"folder": "other", "initial_load_path": path}
+    loads: list[tuple[type[Exception], dict[str, Any]]] = [
+        (DamagedError, {"load_step": 2}),
+        (DamagedError, other),
+        (DamagedError, other | {"initial_load_model_only": False}),
+        (FileNotFoundError, {"load_step": 7}),
+        (NotFoundError, {}),
+    ]
+    for kind, keys in loads:
+        with pytest.raises(kind) as raised:
+            Trainer(folder, **keys)
+        errors.append(str(raised.value))
+    return errors
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(tmp_path: Path) -> None:
+    run_processes(2, run, str(tmp_path), 2, {})
+    flip(tmp_path / "saved/step-2")
+    tear(tmp_path / "saved/step-1")
+    for explicit, model, full, missing, none in run_processes(2, refusals, str(tmp_path)):
+        assert "`checkpoint.load_step = -1` takes the newest good checkpoint" in explicit
+        assert "has checksum" in model
+        assert "has checksum" in full
+        assert "step-7" in missing
+        assert "no step in" in none
+        assert "step 2" in none
+        assert "step 1" in none
+
+
+# ----------------------------------------------------------------------------- other sources
+
+
+def initial(rank: int, size: int, folder: str) -> None:
+    """Starts from `initial_load_path`, of ours and of Hugging Face's format."""
+    warnings.simplefilter("ignore")
+    first = Trainer(folder, last_save_in_hf=True)
+    first.train(2)
+    first.manager.save(3, last_step=True)
+    weights = whole(first.model[0].weight)
+    for keys in (
+        {"initial_load_path": f"{folder}/saved/step-2"},
+        {"initial_load_path": f"{folder}/saved/step-3", "initial_load_in_hf": True},
+    ):
+        trainer = Trainer(folder, seed=9, folder="other", **keys)
+        assert trainer.loaded
+        assert trainer.state.step == 0
+        assert whole(trainer.model[0].weight) == weights
+        trainer.close()
+    # The export is no checkpoint to resume from.
+    trainer = Trainer(folder, seed=9)
+    assert trainer.state.step == 2
+    trainer.close()
+    first.close()
+
+
+def test_initial_loads_and_exports(tmp_path: Path) -> None:
+    """An export is a sealed folder, and a resume passes over it."""
+    run_processes(2, initial, str(tmp_path))
+    export = tmp_path / "saved/step-3"
+    assert (export / "holdfast.seal").exists()
+    assert not holdfast.check(export)
+    assert steps_in(tmp_path) == ["step-1", "step-2", "step-3"]
+
+
+def model_only(rank: int, size: int, folder: str) -> int:
+    """A run that has ended with a model-only save in another dtype, then goes on."""
+    warnings.simplefilter("ignore")
+    first = Trainer(folder, export_dtype="bfloat16")
+    first.train(2)
+    first.manager.save(3, last_step=True)
+    first.close()
+    trainer = Trainer(folder)
+    trainer.close()
+    return trainer.state.step
+
+
+def test_a_model_only_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    assert run_processes(2, model_only, str(tmp_path)) == [2, 2]
+
+
+def remote(rank: int, size: int, folder: str) -> list[str]:
+    warnings.simplefilter("ignore")
+    lines = Lines()
+    for steps in (2, 3):
+        trainer = Trainer(folder, folder=f"file://{folder}/saved")
+        assert trainer.state.step == (0 if steps == 2 else 2)
+        trainer.train(steps)
+        trainer.close()
+    return lines.lines
+
+
+def test_urls_stay_with_torchtitan(tmp_path: Path) -> None:
+    (lines,) = run_processes(1, remote, str(tmp_path))
+    assert "TorchTitan saves and loads there itself" in lines[0]
+    assert steps_in(tmp_path) == ["step-1", "step-2", "step-3"]
+    assert not (tmp_path / "saved/step-3/manifest.json").exists()
+
+
+# ------------------------------------------------------------------------------ configuration
+
+
+def configured(rank: int, size: int, folder: str) -> None:
+    warnings.simplefilter("ignore")
+    from torchtitan.components.checkpointer import CheckpointManager as Stock
+
+    from holdfast.hosts.torchtitan import CheckpointManager
+
+    config = CheckpointManager.Config(enable=True, interval=3)
+    assert config.to_dict() == Stock.Config(enable=True, interval=3).to_dict()
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert isinstance(config, Stock.Config)
+    disabled = Trainer(folder, enable=False)
+    disabled.train(2)
+    assert not disabled.loaded
+    assert not os.listdir(folder)  # noqa: PTH208
+    load_only = Trainer(folder, load_only=True)
+    load_only.train(2)
+    load_only.close()
+    assert not os.listdir(folder)  # noqa: PTH208
+
+
+def test_the_configuration_is_torchtitans(tmp_path: Path) -> None:
+    run_processes(1, configured, str(tmp_path))
