@@ -16,12 +16,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.cleanup import execute, plan_cleanup
+from holdfast.catalog.marks import pin
 from holdfast.catalog.open_any import is_checkpoint
 from holdfast.catalog.steady import UNREADABLE
 from holdfast.comm import Ranks, all_ranks, run_on_rank_0
@@ -41,6 +42,9 @@ else:
     _Manager = object
 
 logger: logging.Logger = logging.getLogger("holdfast")
+
+dcp: Any = torch.distributed.checkpoint
+"""Untyped, since torch does not export its functions to type checkers."""
 
 __all__ = ["CheckpointManager"]  # noqa: F822 - made on use
 
@@ -159,7 +163,15 @@ class _HoldfastManager(_Manager):  # type: ignore[misc]
         if self._retainer is None:
             super()._purge_stale_checkpoints(*args, **kwargs)
         elif self._should_purge():
+            self._pin_exempt()
             self._retainer.saved(self._step)
+
+    def _pin_exempt(self) -> None:
+        """Pin the steps of `purge_exempt`, a key of versions of TorchTitan after 0.3."""
+        exempt = getattr(self, "purge_exempt", None)
+        if exempt is not None and self._catalog is not None:
+            for step in filter(exempt, self._catalog.steps()):
+                pin(self._catalog.store, step)
 
     def _close(self) -> None:
         super()._close()
@@ -244,11 +256,13 @@ class _HoldfastManager(_Manager):  # type: ignore[misc]
         assert self._catalog is not None, "a URL has no catalog"
         store = self._catalog.store
 
-        def num_checkpoints() -> int:
-            return sum(is_checkpoint(store, folder) for folder in steps_among(store.list()).values())
+        def holds_checkpoint() -> bool:
+            folders = steps_among(store.list()).values()
+            return any(is_checkpoint(store, folder) for folder in folders)
 
         # TorchTitan's own killed saves leave folders without an index, which are no checkpoints.
-        if passed_over and run_on_rank_0(self._ranks(), num_checkpoints):
+        is_damaged: bool = bool(passed_over) and run_on_rank_0(self._ranks(), holds_checkpoint)
+        if is_damaged:
             listed = "\n  ".join(passed_over)
             raise NotFoundError(
                 f"no step in `{self.folder}` can be resumed from:\n  {listed}",
@@ -276,7 +290,7 @@ class _HoldfastManager(_Manager):  # type: ignore[misc]
     def dcp_load(
         self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool
     ) -> None:
-        """Load a checkpoint of Holdfast or stock DCP, block by block checked.
+        """Load a checkpoint of Holdfast or stock DCP, and check each block that is read.
 
         Collective. TorchTitan itself loads Hugging Face folders and URLs.
 
@@ -286,18 +300,32 @@ class _HoldfastManager(_Manager):  # type: ignore[misc]
         """
         if from_hf or is_url(checkpoint_id):
             super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
-            return
-        with _own_errors():
-            dcp.load(
-                state_dict, storage_reader=Reader(checkpoint_id), checkpoint_id=checkpoint_id
+        else:
+            _read(state_dict, checkpoint_id, self.states)
+
+    def _load_checkpoint(
+        self, states: dict[str, Any], checkpoint_id: str, *, from_hf: bool, from_quantized: bool
+    ) -> None:
+        """Stands for `dcp_load` in versions of TorchTitan after 0.3."""
+        if from_hf or is_url(checkpoint_id):
+            super()._load_checkpoint(
+                states, checkpoint_id, from_hf=from_hf, from_quantized=from_quantized
             )
-        if MODEL in self.states:
-            self.states[MODEL].load_state_dict(state_dict)
+        else:
+            _read(self._flattened_model_states_sd(states), checkpoint_id, states)
 
     def _ranks(self) -> Ranks:
         if self._ranks_here is None:
             self._ranks_here = all_ranks()
         return self._ranks_here
+
+
+def _read(state_dict: dict[str, Any], checkpoint_id: str, states: dict[str, Any]) -> None:
+    with _own_errors():
+        dcp.load(state_dict, storage_reader=Reader(checkpoint_id), checkpoint_id=checkpoint_id)
+    # TorchTitan saves the model without a key of its own, so DCP does not see its wrapper.
+    if MODEL in states:
+        states[MODEL].load_state_dict(state_dict)
 
 
 @contextmanager
