@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -132,6 +133,12 @@ class Trainer:
             sd_adapter=Names(),
             base_folder=base_folder,
         )
+        if keys.get("async_mode") == "async_with_pinned_mem" and not stock:
+            # TorchTitan's own stager pins memory, for which torch needs a GPU.
+            options = StagingOptions(
+                use_pinned_memory=False, use_async_staging=True, use_non_blocking_copy=False
+            )
+            self.manager.stager = DefaultStager(options)
         self.loaded = self.manager.load(step=load_step)
 
     def train(self, steps: int, before: Callable[[int], None] | None = None) -> None:
@@ -333,11 +340,8 @@ def test_damaged_checkpoints_are_passed_over_and_count_for_nothing(
     resumed = run_processes(2, run, str(tmp_path), 5, {"keep_latest_k": 2})
     assert [step for step, _, _ in resumed] == [2, 2]
     assert resumed[0][1] == expected
-    assert steps_in(tmp_path) == ["step-4", "step-5"] or steps_in(tmp_path) == [
-        "step-3",
-        "step-4",
-        "step-5",
-    ]
+    # The step that the run resumed from stays too.
+    assert steps_in(tmp_path) == ["step-2", "step-4", "step-5"]
     assert not holdfast.check(saved / "step-5")
 
 

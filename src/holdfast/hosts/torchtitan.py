@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -56,29 +56,24 @@ def __getattr__(name: str) -> Any:
 
 
 @cache
-def _manager_class() -> type:
+def _manager_class() -> Any:
     base: Any = import_module("torchtitan.components.checkpointer").CheckpointManager
-
-    class CheckpointManager(_HoldfastManager, base):  # type: ignore[misc]
-        """`CheckpointManager` of TorchTitan that saves and loads by Holdfast.
-
-        A checkpoint appears complete or not at all, with a checksum per block. `load_step = -1`
-        takes the newest checkpoint that a run can resume from, and passes over damaged ones.
-        `keep_latest_k` counts good checkpoints only. Stock TorchTitan loads what it saves.
-        """
-
-        @dataclass(kw_only=True, slots=True)
-        class Config(base.Config):  # type: ignore[misc]
-            """Configuration with the keys and the defaults of TorchTitan."""
-
-    # Both are found by these names when a configuration is pickled or printed.
-    CheckpointManager.__qualname__ = "CheckpointManager"
-    CheckpointManager.Config.__qualname__ = "CheckpointManager.Config"
-    return CheckpointManager
+    # Made by `type`, since the base is known at run time only. By these names pickle finds both.
+    names = {"__module__": __name__, "__qualname__": "CheckpointManager.Config"}
+    config = make_dataclass(
+        "Config", [], bases=(base.Config,), namespace=names, kw_only=True, slots=True
+    )
+    config.__doc__ = "Configuration with the keys and the defaults of TorchTitan."
+    members = {"__module__": __name__, "__doc__": TitanManager.__doc__, "Config": config}
+    return type("CheckpointManager", (TitanManager, base), members)
 
 
-class _HoldfastManager(_Manager):  # type: ignore[misc]
-    """What `CheckpointManager` changes in TorchTitan's manager.
+class TitanManager(_Manager):  # type: ignore[misc]
+    """`CheckpointManager` of TorchTitan that saves and loads by Holdfast.
+
+    A checkpoint appears complete or not at all, with a checksum per block. `load_step = -1` takes
+    the newest checkpoint that a run can resume from, and passes over damaged ones. `keep_latest_k`
+    counts good checkpoints only. Stock TorchTitan loads what it saves.
 
     A folder at a URL is left to TorchTitan.
     """
