@@ -345,10 +345,14 @@ def test_damaged_checkpoints_are_passed_over_and_count_for_nothing(
     assert not holdfast.check(saved / "step-5")
 
 
-def test_stock_resumes_from_a_flipped_bit(tmp_path: Path, expected: dict[str, Any]) -> None:
-    """The counterpart of the test above, so that the documents stay true."""
+def test_a_flipped_bit_in_a_checkpoint_of_stock(tmp_path: Path, expected: dict[str, Any]) -> None:
+    """We pass over it; stock resumes from it, and trains on with other bits."""
     run_processes(2, run, str(tmp_path), 2, {"stock": True})
     flip(tmp_path / "saved/step-2")
+    resumed = run_processes(2, run, str(tmp_path), 1, {"load_only": True})
+    assert [step for step, _, _ in resumed] == [1, 1]
+    assert "has CRC-32" in resumed[0][2][0]
+    assert steps_in(tmp_path) == ["step-1", "step-2"]
     resumed = run_processes(2, run, str(tmp_path), 5, {"stock": True})
     assert [step for step, _, _ in resumed] == [2, 2]
     assert resumed[0][1] != expected
