@@ -1,7 +1,7 @@
 """`holdfast.hosts.torchtitan` with the components of TorchTitan 0.3.0, on CPU processes.
 
-The loop below stands for TorchTitan's Trainer, which trains on GPUs only: it calls the manager as that one
-does. Optimizers, schedulers, dataloader and manager are TorchTitan's.
+The loop below stands for TorchTitan's Trainer, which trains on GPUs only: it calls the manager as
+that one does. Optimizers, schedulers, dataloader and manager are TorchTitan's.
 """
 
 from __future__ import annotations
