@@ -301,7 +301,7 @@ def gather_deduplicated(ranks: Ranks, items: Mapping[str, T]) -> list[dict[str, 
 
 
 def _of_rank(rank: int, error: HoldfastError) -> HoldfastError:
-    return type(error)(f"rank {rank}: {error.what}", hint=error.hint)
+    return error.reworded(f"rank {rank}: {error.what}")
 
 
 def capture(work: Callable[[], T]) -> T | HoldfastError:

@@ -66,7 +66,8 @@ def missing_file_error(source: Source, file: str) -> HoldfastError:
     """The error about a missing file: damage, unless the whole checkpoint was deleted."""
     if is_deleted(source.store, source.folder):
         return NotFoundError(f"`{source.url}` was deleted meanwhile")
-    return DamagedError(f"`{source.url}/{file}` is missing", hint=source.hint)
+    where = f"{source.url}/{file}"
+    return DamagedError(f"`{where}` is missing", hint=source.hint, file=where)
 
 
 def read_value(source: Source, name: str, entry: ValueEntry) -> bytes:
@@ -77,13 +78,18 @@ def read_value(source: Source, name: str, entry: ValueEntry) -> bytes:
         raise missing_file_error(source, entry.file) from error
     if len(data) != entry.item.nbytes:
         raise DamagedError(
-            f"`{source.url}/{entry.file}` ends inside value `{name}`", hint=source.hint
+            f"`{source.url}/{entry.file}` ends inside value `{name}`",
+            hint=source.hint,
+            file=f"{source.url}/{entry.file}",
+            entry=name,
         )
     if entry.checksum is not None and checksum(data) != entry.checksum:
         raise DamagedError(
             f"`{source.url}/{entry.file}`: value `{name}` has checksum {checksum(data):016x}, "
             f"the manifest says {entry.checksum:016x}",
             hint=source.hint,
+            file=f"{source.url}/{entry.file}",
+            entry=name,
         )
     return data
 
@@ -162,6 +168,8 @@ class ChunkData:
                 f"`{self._source.url}/{self._file}`: `{self.name}` has CRC-32 "
                 f"{self._crc32[0]:08x}, its container says {self._crc32[1]:08x}",
                 hint=self._source.hint,
+                file=f"{self._source.url}/{self._file}",
+                entry=self.name,
             )
 
     def _fill(self, start: int, target: memoryview) -> None:
@@ -197,11 +205,17 @@ def check(
         f"`{source.url}/{file}`: block {first + n} of `{name}` has checksum {found[n]:016x}, "
         f"the manifest says {expected[n]:016x}",
         hint=source.hint,
+        file=f"{source.url}/{file}",
+        entry=name,
+        block=first + n,
     )
 
 
 def ends_inside(source: Source, file: str, name: str, position: int) -> DamagedError:
     """The error about a file that ends inside a tensor."""
     return DamagedError(
-        f"`{source.url}/{file}` ends inside `{name}`, at byte {position}", hint=source.hint
+        f"`{source.url}/{file}` ends inside `{name}`, at byte {position}",
+        hint=source.hint,
+        file=f"{source.url}/{file}",
+        entry=name,
     )

@@ -6,6 +6,8 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from html import escape
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -18,14 +20,20 @@ from holdfast.catalog.steady import UNREADABLE, fingerprint
 from holdfast.errors import NotFoundError, UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.region import Region
+from holdfast.format.structure import Node
 from holdfast.loading.opening import open_in
 from holdfast.loading.read import Wanted, read_tensors
 from holdfast.planning.read_plan import read_items
+from holdfast.spelling import counted, spelled_bytes
 from holdfast.state.shard import Piece
+from holdfast.state.stored import StoredState, as_saved, rebuild
 from holdfast.state.values import decode_value
 from holdfast.uncompiled import uncompiled
 
 T = TypeVar("T")
+
+_ROWS_MAX = 20
+"""Most tensors that a notebook shows."""
 
 
 @uncompiled
@@ -62,6 +70,64 @@ class Checkpoint:
     def names(self) -> list[str]:
         """Names of all tensors, then of all values."""
         return self._source.manifest.names()
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor or value of that name."""
+        return name in self.manifest.tensors or name in self.manifest.values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __len__(self) -> int:
+        return len(self.manifest.tensors) + len(self.manifest.values)
+
+    def __repr__(self) -> str:
+        return f"<checkpoint `{self._source.url}`: {self._summary()}>"
+
+    def _repr_html_(self) -> str:
+        """Table of the first tensors, for notebooks."""
+        rows = "".join(
+            f"<tr><td>{escape(name)}</td><td>{entry.dtype}</td><td>{list(entry.shape)}</td></tr>"
+            for name, entry in islice(self.tensors.items(), _ROWS_MAX)
+        )
+        num_more = len(self.tensors) - _ROWS_MAX
+        more = f"<p>and {num_more:,} more</p>" if num_more > 0 else ""
+        head = "<tr><th>tensor</th><th>dtype</th><th>shape</th></tr>"
+        return (
+            f"<p><code>{escape(self._source.url)}</code>: {escape(self._summary())}</p>"
+            f"<table>{head}{rows}</table>{more}"
+        )
+
+    def _summary(self) -> str:
+        manifest = self.manifest
+        step = [] if manifest.step is None else [f"step {manifest.step}"]
+        tensors = counted(len(manifest.tensors), "tensor")
+        values = counted(len(manifest.values), "value")
+        return ", ".join([*step, tensors, values, spelled_bytes(manifest.nbytes)])
+
+    @uncompiled
+    def state(self) -> dict[Any, Any]:
+        """Read everything, nested as it was saved, with the types of its containers and keys.
+
+        Tensors are new and on the CPU. An object is read as the state that was saved for it; an
+        optimizer's entries have the names of its parameters. Stock DCP does not store types: there,
+        keys are texts, and consecutive numbers make a list.
+
+        Raises:
+            DamagedError: bytes differ from those that were saved.
+            FormatError: reading a value would run code that the checkpoint names.
+        """
+        stored = StoredState(self.manifest)
+
+        def take(name: str, node: Node) -> Any:
+            read = self.read if name in self.tensors else self.value
+            return as_saved(read(name), node)
+
+        tops = [*stored.tops(), *(path[0] for path in stored.structure if len(path) == 1)]
+        return {
+            top: rebuild(stored.below((top,)), stored.node((top,)), take)
+            for top in dict.fromkeys(tops)
+        }
 
     @uncompiled
     def read(self, name: str, region: Region | tuple[slice, ...] | None = None) -> torch.Tensor:

@@ -387,6 +387,8 @@ class _ContainerJob:
                 f"`{source.url}/{chunk.file}`: `{read.name}` is {stored.dtype} "
                 f"{list(stored.shape)} in its file, {dtype} {list(shape)} in the index",
                 hint=source.hint,
+                file=f"{source.url}/{chunk.file}",
+                entry=read.name,
             )
         transposed = stored.strides != contiguous_strides(shape)
         if transposed and read.nbytes > read.dtype.itemsize:
