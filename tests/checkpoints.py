@@ -22,7 +22,7 @@ from holdfast.format import manifest as manifests
 from holdfast.format.names import MANIFEST
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import save_leaves
-from holdfast.state.tree import flatten
+from holdfast.state.objects import StateTree
 from holdfast.storage.local import LocalStore
 from holdfast.testing.ranks import run_ranks
 from manifest_bytes import encode
@@ -76,7 +76,7 @@ def save_step(folder: Path, step: int = STEP) -> Path:
         save_leaves(
             catalog,
             f"step-{step}",
-            flatten(state()),
+            StateTree(state()).flatten(),
             ranks=ranks,
             planner=Planner(ranks),
             step=step,

@@ -39,7 +39,6 @@ from holdfast.manager.retention import Retainer
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import Saved, save_in, save_leaves
 from holdfast.state.objects import StateTree
-from holdfast.state.tree import flatten
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import AmendableStore
 from holdfast.testing.interleavings import Actor, Ran, interleavings
@@ -75,7 +74,7 @@ def save_step(step: int, store: AmendableStore, *, value: int | None = None) -> 
     return save_leaves(
         Catalog(store),
         step_name(step),
-        flatten(state_of(step if value is None else value)),
+        StateTree(state_of(step if value is None else value)).flatten(),
         ranks=Solo(),
         planner=Planner(Solo()),
         step=step,

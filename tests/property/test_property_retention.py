@@ -21,7 +21,7 @@ from holdfast.loading.checkpoint import Checkpoint
 from holdfast.manager.context import RunContext
 from holdfast.manager.resume import newest_resumable
 from holdfast.manager.saver import Saver
-from holdfast.state.tree import flatten
+from holdfast.state.objects import StateTree
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Store
 from holdfast.testing.crashes import recorded, store_of
@@ -151,7 +151,7 @@ def train(folder: Folder, run: Run) -> None:
         saver = Saver(RunContext(Catalog(store), config, Solo()))
         saver.retainer.resumed(first if first is not None else -1, left_behind)
         for step, loss in new.items():
-            leaves = flatten({"w": value_of(step), "loss": loss})
+            leaves = StateTree({"w": value_of(step), "loss": loss}).flatten()
             saver.save(step, "full", lambda leaves=leaves: leaves, metrics={"loss": loss})  # type: ignore[misc]
         saver.collect()
         saver.retainer.wait()

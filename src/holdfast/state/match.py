@@ -14,19 +14,20 @@ from torch.distributed.tensor import DTensor
 from holdfast.format.manifest import TensorEntry
 from holdfast.format.structure import Node, kind_of_node
 from holdfast.state.layout import local_of
-from holdfast.state.stored import Branch, StoredState, as_saved, leaves_of, rebuild
+from holdfast.state.stored import Branch, Enter, Make, StoredState, Values, rebuilder
+from holdfast.state.tree import Path
 
-Like = Callable[[TensorEntry, str], torch.Tensor | torch.device | None]
-"""`like(entry, name)` places a new tensor: like the returned tensor, such as the parameter `name`,
-or on the returned device. None means that the device of the saved tensor is used."""
+Like = Callable[[TensorEntry, str | None], torch.Tensor | torch.device | None]
+"""`like(entry, name)` places a new tensor: like the returned tensor, or on the returned device.
+None: on a device of the saved tensor's kind.
+
+A sharded tensor has a `name`: the parameter with the same placement, or "" if there was none.
+"""
 
 
-def nowhere(_: TensorEntry, __: str) -> None:
+def nowhere(_: TensorEntry, __: str | None) -> None:
     """A `Like` for entries that no tensor or device places."""
 
-
-Values = Callable[[str], Any]
-"""`values(name)` returns the tensor of an entry that has been read, or a copy of its value."""
 
 Check = Callable[[Values], str | None]
 """Checks entries that have been read. Returns a line about a mismatch, or None."""
@@ -104,26 +105,39 @@ class Match:
         if branch is not None:
             self.taken.update(branch.entries())
 
-    def request(self, branch: Branch, node: Node, like: Like = nowhere) -> Callable[[Values], Any]:
+    def request(
+        self, branch: Branch, node: Node, like: Like = nowhere, enter: Enter | None = None
+    ) -> Make:
         """Plan to read everything at and below a path. Return a function that rebuilds the saved
         state from the entries that were read."""
-        manifest = self.stored.manifest
-        for name, leaf_node in leaves_of(branch, node):
+
+        def note(name: str, leaf_node: Node) -> None:
             self.taken.add(name)
-            entry = manifest.tensors.get(name)
+            entry = self.stored.tensor(name)
             if entry is None:
                 self.values[name] = None
-                continue
-            dtype: torch.dtype = getattr(torch, entry.dtype)
-            self.made[name] = self._maker(name, entry, dtype, leaf_node, like)
-        return lambda values: rebuild(branch, node, lambda n, leaf: as_saved(values(n), leaf))
+            else:
+                self.made[name] = self._allocator(name, entry, leaf_node, like)
 
-    def _maker(
-        self, name: str, entry: TensorEntry, dtype: torch.dtype, node: Node, like: Like
+        return rebuilder(branch, node, note, enter)
+
+    def request_at(self, path: Path, like: Like = nowhere) -> Make | None:
+        """Plan to read everything at and below a path, with the structure that is stored for it.
+        None: the checkpoint has nothing there."""
+        branch, node = self.stored.below(path), self.stored.node(path)
+        return None if branch.is_empty and node is None else self.request(branch, node, like)
+
+    def like_parameter(self, _: TensorEntry, name: str | None) -> torch.Tensor | None:
+        """Place a tensor like the parameter `name`: a `Like`."""
+        return self.parameter(name) if name else None
+
+    def _allocator(
+        self, name: str, entry: TensorEntry, node: Node, like: Like
     ) -> Callable[[], torch.Tensor]:
+        dtype: torch.dtype = getattr(torch, entry.dtype)
         saved = node["tensor"] if isinstance(node, dict) and kind_of_node(node) == "tensor" else {}
         shape = entry.shape
-        template = like(entry, saved.get("like", ""))
+        template = like(entry, saved.get("like"))
         if isinstance(template, DTensor) and tuple(template.shape) == shape:
             placed = template.detach()
             return lambda: torch.empty_like(placed, dtype=dtype)

@@ -14,9 +14,10 @@ from torch.optim.swa_utils import AveragedModel
 from holdfast.errors import UsageError
 from holdfast.format.structure import Node
 from holdfast.state.layout import same_memory
-from holdfast.state.match import Match, Values
+from holdfast.state.match import Match
 from holdfast.state.plain import match_inside
 from holdfast.state.stateful import hand_over
+from holdfast.state.stored import Values
 from holdfast.state.subclass import UNINITIALIZED, is_plain_tensor
 from holdfast.state.tree import Flattener, Path, dotted, type_name
 
@@ -200,6 +201,8 @@ class ModelState:
     def flatten(self, flattener: Flattener, path: Path) -> Node:
         """Add every parameter, buffer and piece of extra state."""
         above = f"{dotted(path)}." if path else ""
+        if path:
+            flattener.state.unions[path] = "model"
         for name, value in self.state_dict().items():
             if type(value) in (torch.Tensor, nn.Parameter):
                 flattener.add((*path, name), value, above + name)

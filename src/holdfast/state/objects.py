@@ -13,15 +13,15 @@ from torch.optim import Optimizer
 
 from holdfast.errors import MismatchError, UsageError
 from holdfast.format.manifest import Manifest
-from holdfast.format.structure import OPTIMIZERS, Node
 from holdfast.state.match import Match
 from holdfast.state.model import ModelState, named_parameters, outline_of, refuse_fsdp1
 from holdfast.state.optim import OptimizerState
-from holdfast.state.plain import Component, PlainMatch
+from holdfast.state.plain import PlainMatch, Put, setter
 from holdfast.state.schedulers import SchedulerState
 from holdfast.state.stateful import NoState, ObjectState, RankState
 from holdfast.state.stored import StoredState
 from holdfast.state.tree import (
+    Component,
     FlatState,
     Flattener,
     Path,
@@ -78,10 +78,10 @@ class StateTree:
         """
         if self._placed is not None and self._placed_for != outline_of(self._modules):
             self._placed = None
-        flattener = Flattener(enters=self._enter, placed_like=self._placed_like)
+        flattener = Flattener(self.component_of, self._placed_like)
         for name, key in self._keys.items():
             if key != self._flat:
-                self._flatten_one(flattener, (name,), self._state[key])
+                flattener.put((name,), self._state[key])
         if self._flat_component is not None:
             self._flat_component.flatten(flattener, ())
         state = flattener.state
@@ -102,12 +102,14 @@ class StateTree:
         stored = StoredState(manifest)
         components = frozenset({*self._others, *self._keys} - {self._flat})
         match = Match(stored, parameter=self._parameter, others=components)
-        plain = PlainMatch(match, self.component_of, lambda _, name: self._parameter(name))
+        plain = PlainMatch(match, self.component_of)
         if self._flat_component is not None:
             self._flat_component.match(match, ())
         for name, key in self._keys.items():
             if key != self._flat:
-                plain.member(self._state[key], (name,), self._setter(key))
+                # A value stored next to the model of a run would never be read.
+                put = _refusal(key, self._state[key]) if self._flat else setter(self._state, key)
+                plain.member(self._state[key], (name,), put)
         if strict:
             self._note_extra(match)
         else:
@@ -143,46 +145,6 @@ class StateTree:
             return value
         return ObjectState(value) if is_object(value) else None
 
-    def _flatten_one(self, flattener: Flattener, path: Path, value: Any) -> None:
-        component = self.component_of(path, value)
-        if component is None:
-            flattener.put(path, value)
-            return
-        node = self._flatten_component(flattener, path, component)
-        if node is not None and path not in flattener.state.structure:
-            flattener.state.structure[path] = {"object": node}
-
-    def _enter(self, flattener: Flattener, path: Path, value: Any) -> Node:
-        component = self.component_of(path, value)
-        assert component is not None, "an object"
-        return self._flatten_component(flattener, path, component)
-
-    def _flatten_component(self, flattener: Flattener, path: Path, component: Component) -> Node:
-        node = component.flatten(flattener, path)
-        if isinstance(component, ModelState):
-            flattener.state.unions[path] = "model"
-        elif isinstance(component, OptimizerState):
-            flattener.state.unions[path] = "sharded" if component.is_sharded else "optimizer"
-            classes = component.class_names
-            flattener.state.structure[path] = {"object": node, OPTIMIZERS: classes}
-        return node
-
-    def _setter(self, key: Any) -> Callable[[Any], None]:
-        def put(value: Any) -> None:
-            if self._flat:
-                # A value stored next to the model of a run would never be read.
-                found, here = type_name(value), type_name(self._state[key])
-                raise MismatchError(f"`{key}` is a {found} in the checkpoint, a {here} here")
-            try:
-                self._state[key] = value  # type: ignore[index]
-            except TypeError as error:
-                raise UsageError(
-                    f"`{key}` cannot be replaced in a {type_name(self._state)}",
-                    hint="pass a dict, whose values a load can replace",
-                ) from error
-
-        return put
-
     def _note_extra(self, match: Match) -> None:
         """Note unused entries below the names of this state."""
         flat = self._flat_component is not None
@@ -208,6 +170,14 @@ class StateTree:
                     self._placed.setdefault(_placement(parameter), []).append(name)
         names = self._placed.get(_placement(tensor), [])
         return next((name for name in names if name in dotted(path)), names[0] if names else None)
+
+
+def _refusal(key: Any, live: Any) -> Put:
+    def refuse(value: Any) -> None:
+        found, here = type_name(value), type_name(live)
+        raise MismatchError(f"`{key}` is a {found} in the checkpoint, a {here} here")
+
+    return refuse
 
 
 def _placement(tensor: DTensor) -> tuple[Any, ...]:

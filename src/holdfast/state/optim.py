@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from holdfast.errors import UsageError
-from holdfast.format.structure import Node
+from holdfast.format.structure import OPTIMIZERS, Node
 from holdfast.state.match import Match
 from holdfast.state.model import named_parameters, outline_of
 from holdfast.state.optim_class import ClassCheck
@@ -125,16 +125,6 @@ class OptimizerState:
         """All subclasses of torch's `Optimizer`."""
         return (opt for opt in (*self._named, *self._own) if isinstance(opt, Optimizer))
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether ranks may hold the slots of different parameters."""
-        return bool(self._own) or any(map(is_zero, self._named))
-
-    @property
-    def class_names(self) -> list[str]:
-        """Module and class name of each optimizer."""
-        return [type_name(optimizer) for optimizer in (*self._named, *self._own)]
-
     def name_of(self, parameter: torch.Tensor) -> str:
         """Return the name of a parameter, or its number if no module contains it."""
         return self._names[id(parameter)]
@@ -148,6 +138,8 @@ class OptimizerState:
     def flatten(self, flattener: Flattener, path: Path) -> Node:
         """Add the slots of every parameter, the options of every group, and other entries."""
         self._find_names()
+        is_sharded = bool(self._own) or any(map(is_zero, self._named))
+        flattener.state.unions[path] = "sharded" if is_sharded else "optimizer"
         for number, optimizer in enumerate(self._named):
             state = state_of(optimizer)
             others = self._flatten_slots(flattener, path, optimizer, state[STATE])
@@ -156,12 +148,15 @@ class OptimizerState:
             for key, rest in ((OTHERS, others), (MORE, more)):
                 if rest:
                     flattener.put((*path, f"{key}.{number}"), rest, rebuilt=True)
+        node: Node = None
         for own_path, own in self._own_paths(path):
             node = ObjectState(own).flatten(flattener, own_path)
-            if self._single:
-                return node
-            flattener.state.structure[own_path] = {"object": node}
-        return None
+            if not self._single:
+                flattener.state.structure[own_path] = {"object": node}
+        node = node if self._single else None
+        classes = [type_name(optimizer) for optimizer in (*self._named, *self._own)]
+        flattener.state.structure[path] = {"object": node, OPTIMIZERS: classes}
+        return node
 
     def match(self, match: Match, path: Path) -> None:
         """Plan the load of every optimizer, by the names of its parameters."""
@@ -247,7 +242,7 @@ class OptimizerState:
                 flattener.put((*path, f"{GROUPS}.{name}.{option}"), value, rebuilt=True)
             return
         plain, types = made_plain(next(iter(named_paths.values())), value)
-        flattener.add_named(named_paths, plain)
+        flattener.add(next(iter(named_paths.values())), plain, names=named_paths)
         if types:
             structure = flattener.state.structure
             structure.update((named, {"types": types}) for named in named_paths.values())

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from holdfast.format.manifest import TensorEntry, ValueEntry
 from holdfast.format.structure import children_of, kind_of_node
-from holdfast.state.match import Match, Values
+from holdfast.state.match import Match
 from holdfast.state.optim import (
     EMPTY,
     GROUPS,
@@ -25,12 +25,9 @@ from holdfast.state.optim import (
 from holdfast.state.optim_class import ClassCheck
 from holdfast.state.same import same
 from holdfast.state.stateful import hand_over
-from holdfast.state.stored import Branch
+from holdfast.state.stored import Branch, Make, Values
 from holdfast.state.subclass import is_plain_tensor
 from holdfast.state.tree import Path, dotted
-
-Make = Callable[[Values], Any]
-"""Builds one part of the state from the entries that were read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +58,8 @@ class OptimizerMatch:
     def run(self) -> None:
         """Decide the target of every entry."""
         branch = self._match.stored.below(self._path)
-        keys = [*branch.children, *self._stated_keys(branch)]
+        stated = (path[-1] for path in self._match.stored.structure if path[:-1] == self._path)
+        keys = list(dict.fromkeys([*branch.children, *stated]))
         if not keys:
             if any(self._known):
                 self._match.missing(self._name)
@@ -70,14 +68,6 @@ class OptimizerMatch:
         for number, optimizer in enumerate(self._owner.named):
             self._match_optimizer(optimizer, number, stored)
 
-    def _stated_keys(self, branch: Branch) -> Iterator[str | int]:
-        """Yield keys below the path that only the structure contains."""
-        length = len(self._path)
-        for path in self._match.stored.structure:
-            below = len(path) == length + 1 and path[:length] == self._path
-            if below and path[-1] not in branch.children:
-                yield path[-1]
-
     def _sorted(self, branch: Branch, keys: list[str | int]) -> StoredOptimizer:
         """Sort all entries below the path by parameter. Entries of unknown parameters are extra."""
         stored = StoredOptimizer()
@@ -85,7 +75,11 @@ class OptimizerMatch:
             text, child = str(key), branch.child(key)
             kind, dot, rest = text.partition(".")
             if kind == STATE and dot:
-                self._sort_slot(stored, rest, child)
+                name, slot = self._split(rest)
+                if name is not None:
+                    stored.slots.setdefault(name, {})[slot] = child
+                elif rest in self._known:
+                    stored.whole[rest] = child
             elif kind == GROUPS and dot:
                 name, option = self._split(rest)
                 if name is not None:
@@ -95,13 +89,6 @@ class OptimizerMatch:
             elif text == GROUPS:
                 stored.groups.extend(child.child(n) for n in sorted(child.children, key=int))
         return stored
-
-    def _sort_slot(self, stored: StoredOptimizer, rest: str, child: Branch) -> None:
-        name, slot = self._split(rest)
-        if name is None and rest in self._known:
-            stored.whole[rest] = child
-        elif name is not None:
-            stored.slots.setdefault(name, {})[slot] = child
 
     def _sort_nested(self, stored: StoredOptimizer, state: Branch) -> None:
         """Sort state in torch's nested form, by parameter name or by parameter number."""
@@ -203,9 +190,9 @@ class OptimizerMatch:
         parameter. Other slots are whole on every rank, single numbers in host memory."""
         match = self._match
 
-        def like(entry: TensorEntry, name: str) -> torch.Tensor | torch.device | None:
+        def like(entry: TensorEntry, name: str | None) -> torch.Tensor | torch.device | None:
             if name:
-                return match.parameter(name)
+                return match.like_parameter(entry, name)
             node = match.stored.node(entry.path)
             whole = isinstance(node, dict) and "place" in node.get("tensor", {})
             if entry.shape == tuple(parameter.shape) and not whole:
@@ -323,7 +310,7 @@ class OptimizerMatch:
             path = (*self._path, f"{key}.{number}")
             branch, node = stored.below(path), stored.node(path)
             if not (branch.is_empty and node is None):
-                make = self._match.request(branch, node, self._like_parameter)
+                make = self._match.request(branch, node, self._match.like_parameter)
                 makers.append((key, make))
 
         def add(values: Values, loaded: dict[str, Any]) -> None:
@@ -331,9 +318,6 @@ class OptimizerMatch:
                 (loaded[STATE] if key == OTHERS else loaded).update(make(values))
 
         return add
-
-    def _like_parameter(self, _: TensorEntry, name: str) -> torch.Tensor | None:
-        return self._match.parameter(name) if name else None
 
     # ------------------------------------------------------------------------------- exact values
 

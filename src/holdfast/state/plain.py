@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
 from holdfast.errors import UsageError
 from holdfast.format.structure import MAPPINGS, SEQUENCES, Node, children_of, kind_of_node
 from holdfast.state.layout import dtype_name
-from holdfast.state.match import Like, Match, Values, check_number, is_one_number
+from holdfast.state.match import Match, check_number, is_one_number
 from holdfast.state.same import same
-from holdfast.state.stored import Branch, object_node
+from holdfast.state.stored import Branch, Values, object_node
 from holdfast.state.subclass import CONTEXT, is_plain_tensor, take_apart
-from holdfast.state.tree import SCALARS, Flattener, Path, check_depth, dotted, is_object, type_name
-
-
-class Component(Protocol):
-    """A part of the state that has its own code to save and load."""
-
-    def flatten(self, flattener: Flattener, path: Path) -> Node:
-        """Add its state below a path. Returns the node of that state."""
-        ...
-
-    def match(self, match: Match, path: Path) -> None:
-        """Decide the target of each entry below a path."""
-        ...
-
+from holdfast.state.tree import (
+    SCALARS,
+    ComponentOf,
+    Flattener,
+    Path,
+    check_depth,
+    dotted,
+    is_object,
+    type_name,
+)
 
 _NOT_TENSORS = SCALARS - {type(None)}
 """Types of values that no tensor may replace, because their users expect exactly these types."""
@@ -43,10 +39,8 @@ class PlainMatch:
     filled in place. All other values are replaced by the saved ones, of whatever type.
     """
 
-    def __init__(
-        self, match: Match, component_of: Callable[[Path, Any], Component | None], like: Like
-    ) -> None:
-        self._match, self._component_of, self._like = match, component_of, like
+    def __init__(self, match: Match, component_of: ComponentOf) -> None:
+        self._match, self._component_of = match, component_of
 
     def member(self, live: Any, path: Path, put: Put) -> None:
         """Match the object or value at a path. `put` replaces it."""
@@ -83,7 +77,7 @@ class PlainMatch:
             what = f"is {found} in the checkpoint, expected {expected}"
             match.mismatch(dotted(path), what, branch)
         else:
-            make = match.request(branch, node, self._like)
+            make = match.request(branch, node, match.like_parameter)
             match.then(lambda values: _replace(live, make(values), put))
 
     def _absent(self, live: Any, path: Path) -> None:
@@ -92,7 +86,7 @@ class PlainMatch:
             self._match.missing(dotted(path))
             return
         # Stock DCP stores nothing for an empty dict, so only leaves can be missing.
-        flattener = Flattener()
+        flattener = Flattener(self._component_of)
         flattener.put(path, live)
         for name in flattener.state.leaves:
             self._match.missing(name)
@@ -100,7 +94,7 @@ class PlainMatch:
     def _mapping(self, live: Mapping[Any, Any], path: Path, branch: Branch, node: Node) -> None:
         known = {str(key) for key in live}
         for key, member in live.items():
-            self.member(member, (*path, str(key)), _setter(live, key))
+            self.member(member, (*path, str(key)), setter(live, key))
         for key, _ in children_of(node) or ():
             if str(key) not in known and str(key) not in branch.children:
                 self._match.extra[dotted((*path, str(key)))] = None
@@ -108,7 +102,7 @@ class PlainMatch:
     def _members(self, live: list[Any] | tuple[Any, ...], path: Path, put: Put) -> None:
         members = live if isinstance(live, list) else [*live]
         for number, member in enumerate(live):
-            self.member(member, (*path, number), _setter(members, number))
+            self.member(member, (*path, number), setter(members, number))
 
         def renew(_: Values) -> None:
             # The members of a tuple cannot be replaced, so a new tuple replaces it.
@@ -236,13 +230,16 @@ def _replace(live: Any, made: Any, put: Put) -> None:
         put(made)
 
 
-def _setter(container: Any, key: Any) -> Put:
+def setter(container: Any, key: Any) -> Put:
+    """Return a function that replaces a value in its container."""
+
     def put(value: Any) -> None:
-        if not isinstance(container, MutableMapping | list):
+        try:
+            container[key] = value
+        except TypeError as error:
             raise UsageError(
-                f"values in a {type_name(container)} cannot be replaced",
+                f"`{key}` cannot be replaced in a {type_name(container)}",
                 hint="use a dict, whose values a load can replace",
-            )
-        container[key] = value
+            ) from error
 
     return put

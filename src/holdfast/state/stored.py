@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter, OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,24 +25,18 @@ from holdfast.format.structure import (
     kind_of_node,
 )
 from holdfast.state.subclass import CONTEXT, unflatten
-from holdfast.state.tree import Path, dotted
+from holdfast.state.tree import MAPPING_TYPES, Path, dotted
 
 
+@dataclass(slots=True)
 class Branch:
     """Entries of a checkpoint at and below one path."""
 
-    __slots__ = ("children", "name", "path")
+    path: Path
+    name: str | None = None
+    """Name of the entry at the path itself, if there is one."""
 
-    def __init__(
-        self,
-        path: Path,
-        name: str | None = None,
-        children: dict[str | int, Branch] | None = None,
-    ) -> None:
-        """`name` is the entry at this path itself, if there is one."""
-        self.path: Path = path
-        self.name: str | None = name
-        self.children: dict[str | int, Branch] = {} if children is None else children
+    children: dict[str | int, Branch] = field(default_factory=dict)
 
     def entries(self) -> Iterator[str]:
         """Yield the names of all entries at and below the path."""
@@ -151,89 +146,70 @@ def object_node(node: Node) -> Node:
     return node
 
 
-Take = Callable[[str, Node], Any]
-"""`take(name, node)` returns the tensor or value of an entry, with the types of its node."""
+Values = Callable[[str], Any]
+"""`values(name)` returns the tensor of an entry that has been read, or a copy of its value."""
+
+Make = Callable[[Values], Any]
+"""Builds one part of the state from the entries that were read."""
 
 
-def rebuild(branch: Branch, node: Node, take: Take) -> Any:
-    """Rebuild the saved state at and below a path.
+Note = Callable[[str, Node], None]
+"""`note(name, node)` is told every entry that a rebuild will need."""
 
-    Raises:
-        FormatError: the structure names an entry that the checkpoint lacks.
-    """
-    node = object_node(node)
-    kind = kind_of_node(node)
-    if kind == "subclass":
-        assert isinstance(node, dict)
-        return _rebuild_subclass(branch, node["subclass"], take)
-    children = children_of(node)
-    if children is None:
-        return _rebuild_entries(branch, node, take)
-    members = [(key, rebuild(_member(branch, key, kind), child, take)) for key, child in children]
-    if kind in MAPPINGS:
-        assert isinstance(node, dict)
-        assert kind is not None
-        return _mapping_of(kind, dict(members), node)
-    values = [value for _, value in members]
-    return tuple(values) if kind == "tuple" else values
+Enter = Callable[[Branch, Node], Make]
+"""`enter(branch, node)` returns the maker of an object whose state has this node."""
 
 
-def leaves_of(branch: Branch, node: Node) -> Iterator[tuple[str, Node]]:
-    """Yield every entry that `rebuild` takes, with its node.
+def rebuilder(branch: Branch, node: Node, note: Note, enter: Enter | None = None) -> Make:
+    """Return a function that rebuilds the saved state at and below a path.
+
+    Calls `note` for every entry. Without `enter`, the state of an object takes its place.
 
     Raises:
         FormatError: the structure names an entry that the checkpoint lacks.
     """
-    node = object_node(node)
     kind = kind_of_node(node)
-    if kind == "subclass":
-        assert isinstance(node, dict)
-        for name, inner in node["subclass"]["inner"].items():
-            yield from leaves_of(branch.child(name), inner)
-        yield from leaves_of(branch.child(CONTEXT), None)
-        return
+    if isinstance(node, dict) and kind == "object":
+        inner = node["object"]
+        return enter(branch, inner) if enter else rebuilder(branch, inner, note)
+    if isinstance(node, dict) and kind == "subclass":
+        return _subclass_rebuilder(branch, node["subclass"], note)
     children = children_of(node)
     if children is not None:
-        for key, child in children:
-            yield from leaves_of(_member(branch, key, kind), child)
-    elif branch.name is not None:
-        yield branch.name, node
-    elif branch.children:
-        for below in branch.children.values():
-            yield from leaves_of(below, None)
-    else:
-        raise _lacks(branch)
-
-
-def _lacks(branch: Branch) -> FormatError:
-    return FormatError(
-        f"the structure of the checkpoint names `{dotted(branch.path)}`, but it has no such entry"
-    )
-
-
-def _member(branch: Branch, key: Any, kind: str | None) -> Branch:
-    return branch.child(str(key) if kind in MAPPINGS else key)
-
-
-def _rebuild_entries(branch: Branch, node: Node, take: Take) -> Any:
-    """Rebuild state without a node of containers: one entry, or dicts and lists of entries."""
+        assert isinstance(node, dict)
+        assert kind is not None
+        named = kind in MAPPINGS
+        members = [
+            (key, rebuilder(branch.child(str(key) if named else key), child, note, enter))
+            for key, child in children
+        ]
+        return lambda values: _container_of(kind, node, [(k, make(values)) for k, make in members])
     if branch.name is not None:
-        return take(branch.name, node)
+        name = branch.name
+        note(name, node)
+        return lambda values: as_saved(values(name), node)
     if not branch.children:
-        raise _lacks(branch)
-        raise _lacks(branch)
-    members = {key: rebuild(child, None, take) for key, child in branch.children.items()}
-    if all(type(key) is int for key in members):
-        return [members[key] for key in sorted(members, key=int)]
-    return {str(key): value for key, value in members.items()}
+        raise FormatError(
+            f"the structure of the checkpoint names `{dotted(branch.path)}`, but it has no such "
+            "entry"
+        )
+    below = {key: rebuilder(child, None, note) for key, child in branch.children.items()}
+    if all(type(key) is int for key in below):
+        return lambda values: [below[key](values) for key in sorted(below, key=int)]
+    return lambda values: {str(key): make(values) for key, make in below.items()}
 
 
-def _rebuild_subclass(branch: Branch, described: Mapping[str, Any], take: Take) -> torch.Tensor:
+def _subclass_rebuilder(branch: Branch, described: Mapping[str, Any], note: Note) -> Make:
     inner = {
-        name: rebuild(branch.child(name), node, take) for name, node in described["inner"].items()
+        name: rebuilder(branch.child(name), node, note) for name, node in described["inner"].items()
     }
-    context = rebuild(branch.child(CONTEXT), None, take)
-    return unflatten(dotted(branch.path), inner, context, described)
+    context = rebuilder(branch.child(CONTEXT), None, note)
+
+    def make(values: Values) -> torch.Tensor:
+        tensors = {name: make_inner(values) for name, make_inner in inner.items()}
+        return unflatten(dotted(branch.path), tensors, context(values), described)
+
+    return make
 
 
 _FACTORIES: dict[str, Any] = {
@@ -242,10 +218,13 @@ _FACTORIES: dict[str, Any] = {
 }
 
 
-def _mapping_of(kind: str, members: dict[Any, Any], node: Mapping[str, Any]) -> Any:
-    if kind == "defaultdict":
-        return defaultdict(_FACTORIES[node["default"]], members)
-    return {"OrderedDict": OrderedDict, "Counter": Counter}.get(kind, dict)(members)
+def _container_of(kind: str, node: Mapping[str, Any], members: Sequence[tuple[Any, Any]]) -> Any:
+    if kind in MAPPINGS:
+        if kind == "defaultdict":
+            return defaultdict(_FACTORIES[node["default"]], members)
+        return MAPPING_TYPES[kind](dict(members))
+    values = [value for _, value in members]
+    return tuple(values) if kind == "tuple" else values
 
 
 def as_saved(value: Any, node: Node) -> Any:

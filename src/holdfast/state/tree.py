@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from holdfast.format.structure import (
     mapping_node,
 )
 from holdfast.state.subclass import CONTEXT, is_plain_tensor, take_apart
+
+if TYPE_CHECKING:
+    from holdfast.state.match import Match
 
 Path = tuple[str | int, ...]
 
@@ -69,30 +72,31 @@ class FlatState:
 SCALARS = frozenset({int, float, complex, bool, str, bytes, type(None)})
 """Types of values that contain no other values."""
 
-_MAPPING_TYPES = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
-_KIND_OF_MAPPING: dict[type, str] = {cls: kind for kind, cls in _MAPPING_TYPES.items()}
+MAPPING_TYPES = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
+_KIND_OF_MAPPING: dict[type, str] = {cls: kind for kind, cls in MAPPING_TYPES.items()}
 _KIND_OF_MAPPING[defaultdict] = "defaultdict"
 
 DEPTH_MAX = 60
 """Most containers inside one another. A checkpoint's paths have at most 64 keys."""
 
-EntersObject = Callable[["Flattener", Path, Any], Node]
-"""Adds the state of an object below a path. Returns the node of that state."""
+
+class Component(Protocol):
+    """A part of the state that has its own code to save and load."""
+
+    def flatten(self, flattener: Flattener, path: Path) -> Node:
+        """Add its state below a path. Returns the node of that state."""
+        ...
+
+    def match(self, match: Match, path: Path) -> None:
+        """Decide the target of each entry below a path."""
+        ...
+
+
+ComponentOf = Callable[[Path, Any], Component | None]
+"""Returns the component that saves and loads an object; None for plain state."""
 
 PlacedLike = Callable[[Path, DTensor], str | None]
 """Returns the name of a parameter with the same placement as a tensor; None if there is none."""
-
-
-def flatten(state: Mapping[str, Any]) -> FlatState:
-    """Flatten tensors, values, dicts and lists. `StateTree` does so for objects as well.
-
-    Raises:
-        UsageError: two entries have one name, or a value or object cannot be restored.
-    """
-    flattener = Flattener()
-    for name, key in names_of((), state).items():
-        flattener.put((name,), state[key])
-    return flattener.state
 
 
 class Flattener:
@@ -103,38 +107,33 @@ class Flattener:
     """
 
     def __init__(
-        self, *, enters: EntersObject | None = None, placed_like: PlacedLike | None = None
+        self, component_of: ComponentOf, placed_like: PlacedLike = lambda *_: None
     ) -> None:
-        """`enters` adds the state of objects. `placed_like` finds a parameter with the same
-        placement as a tensor."""
         self.state: FlatState = FlatState()
-        self._enters, self._placed_like = enters, placed_like
+        self._component_of, self._placed_like = component_of, placed_like
         self._num_values = 0
 
-    def add(self, path: Path, value: Any, name: str | None = None) -> None:
-        """Add one entry."""
-        name = ".".join(map(str, path)) if name is None else name
+    def add(
+        self,
+        path: Path,
+        value: Any,
+        name: str | None = None,
+        names: Mapping[str, Path] = MappingProxyType({}),
+    ) -> None:
+        """Add one entry. `names`: all names of a value that has several, this one first."""
+        name = dotted(path) if name is None else name
         leaves = self.state.leaves
         if name in leaves:
             raise named_twice(name, leaves[name].path, path)
-        leaves[name] = Leaf(path, value)
+        leaves[name] = Leaf(path, value, names)
         self._num_values += not isinstance(value, torch.Tensor)
-
-    def add_named(self, names: Mapping[str, Path], value: Any) -> None:
-        """Add one value under several names. The first one names the leaf."""
-        first, path = next(iter(names.items()))
-        leaves = self.state.leaves
-        if first in leaves:
-            raise named_twice(first, leaves[first].path, path)
-        leaves[first] = Leaf(path, value, names)
-        self._num_values += 1
 
     def put(self, path: Path, value: Any, *, rebuilt: bool = False) -> None:
         """Add everything below one path. `rebuilt`: a load creates the tensors, so the structure
         stores their devices and placements."""
         node = self.walk(path, value, rebuilt=rebuilt)
         if node is not None and node != {"object": None}:
-            self.state.structure[path] = node
+            self.state.structure.setdefault(path, node)
 
     def walk(self, path: Path, value: Any, *, rebuilt: bool) -> Node:
         """Add everything below one path. Returns its node."""
@@ -143,7 +142,10 @@ class Flattener:
             return None
         if isinstance(value, torch.Tensor):
             return self._tensor(path, value, rebuilt=rebuilt)
-        if isinstance(value, Mapping) and not is_object(value):
+        component = self._component_of(path, value)
+        if component is not None:
+            return {"object": component.flatten(self, path)}
+        if isinstance(value, Mapping):
             return self._mapping(path, value, rebuilt=rebuilt)
         if type(value) is list and holds_state(value):
             return self._sequence(path, value, "list")
@@ -152,10 +154,6 @@ class Flattener:
         if type(value) is np.ndarray:
             self.add(path, _tensor_of(path, value))
             return ARRAY
-        if is_object(value):
-            if self._enters is None:
-                raise UsageError(f"`{dotted(path)}` is a {type_name(value)}, an object with state")
-            return {"object": self._enters(self, path, value)}
         plain, types = made_plain(path, value)
         self.add(path, plain)
         return {"types": types} if types else None
@@ -168,7 +166,7 @@ class Flattener:
             return None
         where = {}
         if isinstance(tensor, DTensor):
-            like = self._placed_like(path, tensor) if self._placed_like else None
+            like = self._placed_like(path, tensor)
             where = {"like": like if like is not None else ""}
         elif not tensor.is_cpu:
             where = {"device": tensor.device.type}

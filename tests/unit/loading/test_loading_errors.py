@@ -35,7 +35,6 @@ from holdfast.loading.load import load_tree
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import save_leaves
 from holdfast.state.objects import StateTree
-from holdfast.state.tree import flatten
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Store, Writer
 from holdfast.testing.ranks import try_ranks
@@ -62,7 +61,9 @@ def zeros_like(state: State) -> State:
 
 def save_in_memory(store: Store, name: str, state: State) -> Source:
     ranks = Solo()
-    save_leaves(Catalog(store), name, flatten(state), ranks=ranks, planner=Planner(ranks))
+    save_leaves(
+        Catalog(store), name, StateTree(state).flatten(), ranks=ranks, planner=Planner(ranks)
+    )
     return Source(store, name, open_manifest(store, name))
 
 
@@ -289,7 +290,7 @@ def save_by(size: int, store: Store, state_of: Callable[[int], State]) -> list[A
     """Error of each rank, or None. The ranks share most entries, and each has one of its own."""
 
     def work(ranks: Ranks) -> None:
-        leaves = flatten(state_of(ranks.rank))
+        leaves = StateTree(state_of(ranks.rank)).flatten()
         save_leaves(Catalog(store), "step-2", leaves, ranks=ranks, planner=Planner(ranks))
 
     return try_ranks(size, work)

@@ -26,7 +26,7 @@ from holdfast.manager.resume import CachedIndex, good_steps
 from holdfast.manager.retention import Retainer
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import save_leaves
-from holdfast.state.tree import flatten
+from holdfast.state.objects import StateTree
 from holdfast.storage.local import LocalStore
 from holdfast.storage.memory import MemoryStore
 from holdfast.testing.failing import FailingStore
@@ -186,7 +186,7 @@ def test_a_failed_deletion_is_tried_again(
 
 def save(catalog: Catalog, step: int) -> None:
     """A checkpoint of one tensor."""
-    leaves = flatten({"w": torch.full((3,), float(step))})
+    leaves = StateTree({"w": torch.full((3,), float(step))}).flatten()
     save_leaves(
         catalog, step_name(step), leaves, ranks=Solo(), planner=Planner(Solo()), kind="full"
     )

@@ -126,12 +126,12 @@ def test_a_save_without_a_manager_notices_tensors_that_differ(tmp_path: Path) ->
         from holdfast.catalog.catalog import Catalog
         from holdfast.saving.planner import Planner
         from holdfast.saving.save import save_leaves
-        from holdfast.state.tree import flatten
+        from holdfast.state.objects import StateTree
 
         state = {"mine": torch.full((5,), float(ranks.rank)), "ours": torch.ones(900, 900)}
         planner = Planner(ranks)
         catalog = Catalog(store)
-        save_leaves(catalog, "one", flatten(state), ranks=ranks, planner=planner)
+        save_leaves(catalog, "one", StateTree(state).flatten(), ranks=ranks, planner=planner)
 
     store = MemoryStore()
     run_ranks(2, work)

@@ -17,7 +17,7 @@ from holdfast.comm import Solo
 from holdfast.format.names import MANIFEST
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import save_leaves
-from holdfast.state.tree import flatten
+from holdfast.state.objects import StateTree
 from holdfast.storage.local import LocalStore
 from holdfast.storage.store import Store
 from holdfast.testing.crashes import recorded
@@ -98,7 +98,7 @@ def test_a_store_in_memory_records_the_operations_of_a_local_one(tmp_path: Path)
         store.make_folder("")
         catalog = Catalog(store)
         for name in ("step-1", "step-2", "step-1"):
-            leaves = flatten({"w": torch.arange(30_000), "n": 1})
+            leaves = StateTree({"w": torch.arange(30_000), "n": 1}).flatten()
             save_leaves(catalog, name, leaves, ranks=Solo(), planner=Planner(Solo()))
         catalog.delete("step-2")
 
