@@ -11,7 +11,6 @@ from holdfast.errors import HoldfastError, MismatchError, UsageError
 from holdfast.format.components import COMPONENTS, DATALOADER, DATALOADER_KEYS, MODEL, RNG
 from holdfast.format.manifest import Manifest
 from holdfast.loading.load import Loaded
-from holdfast.state.dataloader import loader_component
 from holdfast.state.rng import RngState
 from holdfast.state.stateful import RANK, ObjectState, RankState
 from holdfast.state.tree import Stateful
@@ -29,7 +28,7 @@ def components_per_rank(dataloader: Stateful | None, rank: int) -> dict[str, Any
 
     The generators come last, since making an iterator or a worker draws random numbers.
     """
-    loader = {} if dataloader is None else {DATALOADER: loader_component(dataloader, rank)}
+    loader = {} if dataloader is None else {DATALOADER: _loader_component(dataloader, rank)}
     return {**loader, RNG: RankState(ObjectState(RngState()), rank, may_lack=True)}
 
 
@@ -69,6 +68,19 @@ def check_excluded(excluded: Sequence[str], components: Collection[str]) -> None
                 "training state",
                 hint=f"did you mean `{similar[0]}`?" if similar else listed,
             )
+
+
+def _loader_component(loader: Stateful, rank: int) -> ObjectState | RankState:
+    """Return the component of a data loader.
+
+    A loader with `state_is_global = True` has a state that is valid on all ranks, such as a
+    position in a global order of samples. It is saved once, and any number of ranks can load it.
+    Otherwise each rank saves its own state, and a load needs the same number of ranks.
+    """
+    # torchdata's loader creates its iterator in `state_dict`, and keeps it. The iterator draws a
+    # seed, so the load must create it before it restores the generators.
+    state = ObjectState(loader, is_read_back=True)
+    return state if getattr(loader, "state_is_global", False) else RankState(state, rank)
 
 
 def check_dataloader(manifest: Manifest, num_ranks: int) -> None:

@@ -39,7 +39,7 @@ class Layout:
         if tensor.dtype is not dtype or tensor.shape != self.shape:
             return False
         if mesh is None:
-            return local is tensor and _is_plain(tensor)
+            return local is tensor and not _odd_kind(tensor)
         return local.numel() == self.num_elements and _mesh_of(tensor) == (mesh, placements)
 
 
@@ -67,9 +67,9 @@ class Layouts:
                 f"`{name}` is a meta tensor, which has no elements",
                 hint='allocate its module first: `module.to_empty(device="cpu")`, or "cuda"',
             )
-        if mesh is None and not _is_plain(tensor):
+        if mesh is None and _odd_kind(tensor):
             raise UsageError(
-                f"`{name}` is a {_kind_of(tensor)} tensor, which has no plain elements to save",
+                f"`{name}` is a {_odd_kind(tensor)} tensor, which has no plain elements to save",
                 hint="save its dense parts under names of their own",
             )
         key = tensor.dtype, mesh, placements
@@ -119,18 +119,13 @@ def _mesh_of(tensor: torch.Tensor) -> tuple[DeviceMesh | None, tuple[Placement, 
     return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else (None, ())
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor's memory contains its elements as they are."""
-    odd = tensor.is_meta or tensor.is_quantized or tensor.is_nested
-    return tensor.layout is torch.strided and not odd
-
-
-def _kind_of(tensor: torch.Tensor) -> str:
-    """Return the property of a tensor that makes `_is_plain` false, for a message."""
+def _odd_kind(tensor: torch.Tensor) -> str:
+    """Return the property of a tensor whose memory does not contain its elements as they are; ""
+    for any other tensor."""
     for kind in ("meta", "quantized", "nested"):
         if getattr(tensor, f"is_{kind}"):
             return kind
-    return str(tensor.layout)
+    return "" if tensor.layout is torch.strided else str(tensor.layout)
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:

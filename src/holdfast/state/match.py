@@ -13,8 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from holdfast.format.manifest import TensorEntry
 from holdfast.format.structure import Node, kind_of_node
-from holdfast.state.layout import local_of
+from holdfast.state.layout import dtype_name, local_of
 from holdfast.state.stored import Branch, Enter, Make, StoredState, Values, rebuilder
+from holdfast.state.subclass import is_plain_tensor
 from holdfast.state.tree import Path
 
 Like = Callable[[TensorEntry, str | None], torch.Tensor | torch.device | None]
@@ -93,6 +94,16 @@ class Match:
             self.into[name] = tensor
             return True
         return False
+
+    def is_alike(self, name: str | None, live: Any) -> bool:
+        """Return whether the entry `name` has the shape and dtype of the plain tensor `live`."""
+        entry = self.stored.tensor(name)
+        return (
+            entry is not None
+            and isinstance(live, torch.Tensor)
+            and is_plain_tensor(live)
+            and (entry.dtype, entry.shape) == (dtype_name(live.dtype), tuple(live.shape))
+        )
 
     def missing(self, name: str) -> None:
         """Note an entry that the checkpoint lacks."""
@@ -211,7 +222,7 @@ def check_number(name: str, expected: type) -> Check:
 
 def is_one_number(stored: StoredState, name: str | None, live: Any) -> bool:
     """Return whether the checkpoint has a tensor of one element for the number `live`."""
-    entry = stored.tensor(name) if name is not None else None
+    entry = stored.tensor(name)
     return (
         entry is not None
         and type(live) in (int, float)

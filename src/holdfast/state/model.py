@@ -223,8 +223,7 @@ class ModelState:
         for part in parts:
             wanted |= part.match()
         for part in parts:
-            wanted |= part.match_more(wanted)
-            part.finish()
+            part.finish(wanted)
 
     def skips(self, name: str) -> bool:
         """Return whether this model's checkpoints leave out `name`."""
@@ -258,28 +257,26 @@ class ModuleMatch:
                 self._request(raw, name)
         return wanted
 
-    def match_more(self, wanted: Collection[str]) -> set[str]:
-        """Read stored entries that a fresh module lacks, if its own load code may create them.
-        Returns their names."""
-        if not is_custom(self._module):
-            return set()
+    def finish(self, wanted: set[str]) -> None:
+        """Plan a call of the module's own `load_state_dict`, if it needs one. `wanted`: names of
+        all entries that are read, to which this adds."""
+        if is_custom(self._module):
+            self._match_more(wanted)
+        if self._replaced or is_custom(self._module):
+            self._match.then(self._take)
+
+    def _match_more(self, wanted: set[str]) -> None:
+        """Read stored entries that a fresh module lacks: its own load code may create them."""
         stored = self._match.stored
         below = stored.below(self._path).children if self._path else stored.tops()
         customs = [n for n, m in self._module.named_modules() if is_custom(m, deep=False)]
-        more = set()
         for key in below:
             name = str(key)
             is_of_component = not self._path and name in self._match.others
             is_custom_entry = any(not n or name.startswith(f"{n}.") for n in customs)
             if is_custom_entry and name not in wanted and not is_of_component:
-                more.add(name)
+                wanted.add(name)
                 self._request(name, name)
-        return more
-
-    def finish(self) -> None:
-        """Plan a call of the module's own `load_state_dict`, if it needs one."""
-        if self._replaced or is_custom(self._module):
-            self._match.then(self._take)
 
     def _stored_as(self, raw: str) -> str:
         """Return the name below the path that the checkpoint has for the module's entry `raw`."""
@@ -301,19 +298,17 @@ class ModuleMatch:
 
     def _request(self, raw: str, name: str) -> None:
         """Read an entry that is not the module's own memory, to pass it to `load_state_dict`."""
-        match, path = self._match, (*self._path, name)
-        branch, node = match.stored.below(path), match.stored.node(path)
-        if branch.is_empty and node is None:
-            if name in self._model.may_lack:
-                match.lacking.append(self._prefix + name)
-            else:
-                match.missing(self._prefix + name)
-            return
-        fresh = self._state.get(raw)
+        path, fresh = (*self._path, name), self._state.get(raw)
         template = fresh if isinstance(fresh, torch.Tensor) and is_plain_tensor(fresh) else None
-        self._replaced[raw] = match.request(
-            branch, node, lambda entry, _: template if entry.path == path else None
+        make = self._match.request_at(
+            path, lambda entry, _: template if entry.path == path else None
         )
+        if make is not None:
+            self._replaced[raw] = make
+        elif name in self._model.may_lack:
+            self._match.lacking.append(self._prefix + name)
+        else:
+            self._match.missing(self._prefix + name)
 
     def _take(self, values: Values) -> None:
         """Pass the module its state, in which its own tensors have been filled already."""

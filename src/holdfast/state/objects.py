@@ -18,7 +18,7 @@ from holdfast.state.model import ModelState, named_parameters, outline_of, refus
 from holdfast.state.optim import OptimizerState
 from holdfast.state.plain import PlainMatch, Put, setter
 from holdfast.state.schedulers import SchedulerState
-from holdfast.state.stateful import NoState, ObjectState, RankState
+from holdfast.state.stateful import ObjectState, RankState
 from holdfast.state.stored import StoredState
 from holdfast.state.tree import (
     Component,
@@ -185,7 +185,7 @@ def _placement(tensor: DTensor) -> tuple[Any, ...]:
 
 
 def _is_component(value: Any) -> TypeGuard[Component]:
-    kinds = ModelState | OptimizerState | SchedulerState | ObjectState | RankState | NoState
+    kinds = ModelState | OptimizerState | SchedulerState | ObjectState | RankState
     return isinstance(value, kinds)
 
 

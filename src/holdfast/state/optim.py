@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
@@ -260,21 +259,6 @@ class OptimizerState:
         return known[1]
 
 
-@dataclass(frozen=True, slots=True)
-class _ZeroState:
-    """The state of a `ZeroRedundancyOptimizer` on this rank."""
-
-    optimizer: Any
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of this rank's parameters, and the options of all groups."""
-        optimizer = self.optimizer
-        groups = Optimizer.state_dict(optimizer)[GROUPS]
-        numbers = {id(p): number for number, p in enumerate(parameters_of(optimizer))}
-        state = {numbers[id(p)]: slots for p, slots in optimizer.optim.state.items()}
-        return {STATE: state, GROUPS: groups}
-
-
 def is_by_parameter(optimizer: object) -> TypeGuard[Optimizer]:
     """Return whether an optimizer's state has torch's form, by the numbers of its parameters."""
     if not isinstance(optimizer, Optimizer):
@@ -300,7 +284,7 @@ def state_of(optimizer: Optimizer) -> dict[str, Any]:
     Raises:
         UsageError: a hook has changed the form of the state.
     """
-    state: Any = (_ZeroState(optimizer) if is_zero(optimizer) else optimizer).state_dict()
+    state: Any = _zero_state(optimizer) if is_zero(optimizer) else optimizer.state_dict()
     numbers = iter(range(len(parameters_of(optimizer))))
     try:
         fits = isinstance(state[STATE], Mapping) and [g["params"] for g in state[GROUPS]] == [
@@ -316,6 +300,13 @@ def state_of(optimizer: Optimizer) -> dict[str, Any]:
             "a subclass, whose state is stored unchanged",
         )
     return dict(state)
+
+
+def _zero_state(optimizer: Any) -> dict[str, Any]:
+    """Return a `ZeroRedundancyOptimizer`'s state of this rank's parameters, and all groups."""
+    numbers = {id(p): number for number, p in enumerate(parameters_of(optimizer))}
+    state = {numbers[id(p)]: slots for p, slots in optimizer.optim.state.items()}
+    return {STATE: state, GROUPS: Optimizer.state_dict(optimizer)[GROUPS]}
 
 
 def parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:

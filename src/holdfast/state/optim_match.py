@@ -26,7 +26,6 @@ from holdfast.state.optim_class import ClassCheck
 from holdfast.state.same import same
 from holdfast.state.stateful import hand_over
 from holdfast.state.stored import Branch, Make, Values
-from holdfast.state.subclass import is_plain_tensor
 from holdfast.state.tree import Path, dotted
 
 
@@ -169,17 +168,9 @@ class OptimizerMatch:
     def _match_slot(
         self, branch: Branch, parameter: torch.Tensor, live: Any, *, on_device: bool
     ) -> Make:
-        entry = self._match.stored.tensor(branch.name or "")
         node = self._match.stored.node(branch.path)
-        fits = (
-            entry is not None
-            and isinstance(live, torch.Tensor)
-            and (node is None or kind_of_node(node) == "tensor")
-            and is_plain_tensor(live)
-            and entry.shape == tuple(live.shape)
-            and f"torch.{entry.dtype}" == str(live.dtype)
-        )
-        if fits and branch.name is not None:
+        is_tensor = node is None or kind_of_node(node) == "tensor"
+        if is_tensor and branch.name is not None and self._match.is_alike(branch.name, live):
             # A second copy of all slots might not fit: they may fill half of a GPU's memory.
             self._match.fill(branch.name, live)
             return lambda _: live
@@ -208,23 +199,24 @@ class OptimizerMatch:
     ) -> Callable[[Values], list[dict[str, Any]]]:
         """Return the maker of the groups. Stored options replace those of this run; options that
         are not stored stay."""
-        planned: list[tuple[dict[str, Any], list[int], dict[str, Make]]] = []
-        start = 0
+        planned: list[tuple[dict[str, Any], list[int], Make | None]] = []
+        remaining = iter(range(len(names)))
         for index, group in enumerate(optimizer.param_groups):
-            numbers = list(range(start, start + len(group["params"])))
-            start += len(numbers)
-            members = [names[n] for n in numbers]
-            makers = self._match_options(members, stored) if members else self._empty(number, index)
+            numbers = [next(remaining) for _ in group["params"]]
             own = {option: value for option, value in group.items() if option != "params"}
-            planned.append((own, numbers, makers))
+            if numbers:
+                make: Make | None = self._match_options([names[n] for n in numbers], stored)
+            else:
+                make = self._match.request_at((*self._path, f"{EMPTY}.{number}", str(index)))
+            planned.append((own, numbers, make))
         nested = [self._match.request(branch, None) for branch in stored.groups]
 
         def make_groups(values: Values) -> list[dict[str, Any]]:
             stored_groups = [make(values) for make in nested]
             by_name = {str(n): group for group in stored_groups for n in group.get("params", ())}
             groups = []
-            for own, numbers, makers in planned:
-                group = {**own, **{option: make(values) for option, make in makers.items()}}
+            for own, numbers, make in planned:
+                group = {**own, **(make(values) if make is not None else {})}
                 for n in numbers[:1]:
                     options = by_name.get(names[n], by_name.get(str(n), {}))
                     group |= {k: v for k, v in options.items() if k != "params"}
@@ -255,7 +247,8 @@ class OptimizerMatch:
                     "the number of the group will not follow"
                 ] = None
 
-    def _match_options(self, names: list[str], stored: StoredOptimizer) -> dict[str, Make]:
+    def _match_options(self, names: list[str], stored: StoredOptimizer) -> Make:
+        """Return the maker of the options of a group, which its parameters must agree on."""
         makers: dict[str, Make] = {}
         firsts: dict[str, Branch] = {}
         values = self._match.stored.manifest.values
@@ -270,7 +263,7 @@ class OptimizerMatch:
                     self._match.taken.update(branch.entries())
                 else:
                     self._compare(option, first, branch, names[0], name)
-        return makers
+        return lambda values: {option: make(values) for option, make in makers.items()}
 
     def _compare(self, option: str, one: Branch, other: Branch, first: str, name: str) -> None:
         """Refuse an option that differs between two parameters of one group."""
@@ -287,30 +280,17 @@ class OptimizerMatch:
 
         self._match.check([*one.entries(), *other.entries()], check)
 
-    def _empty(self, number: int, index: int) -> dict[str, Make]:
-        """Return the makers of the options of a group without parameters."""
-        path = (*self._path, f"{EMPTY}.{number}")
-        stored = self._match.stored
-        branch, node = stored.below(path), stored.node(path)
-        if branch.is_empty and node is None:
-            return {}
-        self._match.request(branch, node)
-        below = branch.child(str(index))
-        return {str(option): self._make_value(below.child(option)) for option in below.children}
-
     def _make_value(self, branch: Branch) -> Make:
         return self._match.request(branch, self._match.stored.node(branch.path))
 
     def _match_others(self, number: int) -> Callable[[Values, dict[str, Any]], None]:
         """Return a function that adds the rest of the optimizer's state, which belongs to no
         parameter and no group."""
-        stored = self._match.stored
         makers: list[tuple[str, Make]] = []
         for key in (OTHERS, MORE):
             path = (*self._path, f"{key}.{number}")
-            branch, node = stored.below(path), stored.node(path)
-            if not (branch.is_empty and node is None):
-                make = self._match.request(branch, node, self._match.like_parameter)
+            make = self._match.request_at(path, self._match.like_parameter)
+            if make is not None:
                 makers.append((key, make))
 
         def add(values: Values, loaded: dict[str, Any]) -> None:

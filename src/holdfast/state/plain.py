@@ -9,7 +9,6 @@ import torch
 
 from holdfast.errors import UsageError
 from holdfast.format.structure import MAPPINGS, SEQUENCES, Node, children_of, kind_of_node
-from holdfast.state.layout import dtype_name
 from holdfast.state.match import Match, check_number, is_one_number
 from holdfast.state.same import same
 from holdfast.state.stored import Branch, Values, object_node
@@ -67,7 +66,7 @@ class PlainMatch:
             name, wanted = branch.name, type(live)
             match.check([name], check_number(name, wanted))
             match.then(lambda values: put(wanted(values(name).item())))
-        elif type(live) in _NOT_TENSORS and stored.tensor(branch.name or "") is not None:
+        elif type(live) in _NOT_TENSORS and stored.tensor(branch.name) is not None:
             expected = type(live).__name__
             what = f"is a tensor in the checkpoint, expected a {expected}"
             match.mismatch(dotted(path), what, branch)
@@ -123,16 +122,10 @@ class PlainMatch:
                 line = f"has {count} members in the checkpoint, {len(live)} here"
                 self._match.mismatch(dotted(path), line)
             return True
-        if type(live) is not list or count != len(live):
-            return False
-        if not live or not all(isinstance(member, torch.Tensor) for member in live):
-            return False
-        entries = [self._match.stored.tensor(branch.child(n).name or "") for n in range(count)]
-        return all(
-            entry is not None
-            and entry.shape == tuple(tensor.shape)
-            and entry.dtype == dtype_name(tensor.dtype)
-            for entry, tensor in zip(entries, live, strict=True)
+        return (
+            type(live) is list
+            and count == len(live) > 0
+            and all(self._match.is_alike(branch.child(n).name, live[n]) for n in range(count))
         )
 
 

@@ -91,17 +91,6 @@ class RankState:
             self._state.match(match, below)
 
 
-class NoState:
-    """A component that this run lacks. A load lists its stored entries as unexpected."""
-
-    def flatten(self, flattener: Flattener, path: Path) -> Node:  # noqa: ARG002 - nothing to add
-        """Add nothing."""
-        return None
-
-    def match(self, match: Match, path: Path) -> None:
-        """Take nothing."""
-
-
 def hand_over(owner: Any, state: Any, name: str) -> None:
     """Pass a loaded state to an object's own `load_state_dict`.
 

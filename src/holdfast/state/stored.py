@@ -104,9 +104,9 @@ class StoredState:
                 return _node_below(self.structure[path[:length]], path[length:])
         return None
 
-    def tensor(self, name: str) -> TensorEntry | None:
+    def tensor(self, name: str | None) -> TensorEntry | None:
         """Return the tensor `name`; None if the checkpoint has none."""
-        return self.manifest.tensors.get(name)
+        return None if name is None else self.manifest.tensors.get(name)
 
     def _grown(self, top: str | int) -> Branch:
         root = Branch((top,))
