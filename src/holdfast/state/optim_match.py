@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from holdfast.format.manifest import TensorEntry, ValueEntry
+from holdfast.format.manifest import TensorEntry
 from holdfast.format.structure import children_of, kind_of_node
 from holdfast.state.match import Match
 from holdfast.state.optim import (
@@ -258,7 +258,11 @@ class OptimizerMatch:
                 value, first_value = values.get(branch.name or ""), values.get(first.name or "")
                 if first is branch:
                     makers[option] = self._make_value(branch)
-                elif value and first_value and _is_same_item(value, first_value):
+                elif (
+                    value
+                    and first_value
+                    and (value.file, value.item) == (first_value.file, first_value.item)
+                ):
                     # The checkpoint stores an option once for all parameters of a group.
                     self._match.taken.update(branch.entries())
                 else:
@@ -338,10 +342,6 @@ class OptimizerMatch:
         tensors = self._match.stored.manifest.tensors
         entry = tensors.get(name) or tensors.get(f"model.{name}")
         return entry is not None and f"torch.{entry.dtype}" != str(parameter.dtype)
-
-
-def _is_same_item(one: ValueEntry, other: ValueEntry) -> bool:
-    return (one.file, one.item) == (other.file, other.item)
 
 
 def _exact(given: Any, cast: Any) -> Any:

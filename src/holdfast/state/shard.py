@@ -26,11 +26,7 @@ class Piece:
         """Return the position in the rank's own tensor of `region`, a part of this piece."""
         if region == self.region:
             return self.local
-        inner = region.within(self.region)
-        return Region(
-            tuple(map(int.__add__, self.local.start, inner.start)),
-            tuple(map(int.__add__, self.local.start, inner.stop)),
-        )
+        return region.within(self.region).moved(self.local.start)
 
 
 @dataclass(frozen=True, slots=True)

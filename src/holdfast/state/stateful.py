@@ -41,16 +41,13 @@ class ObjectState:
             # Only one level: the state of an object may be another object.
             assert isinstance(node, dict)
             node = node["object"]
-        if stored.states_structure and (node is not None or not branch.is_empty):
-            self._match_stated(match, path, branch, node)
-        elif stored.states_structure:
+        if not stored.states_structure:
+            self._match_guessed(match, path, branch)
+        elif node is None and branch.is_empty:
             match.missing(dotted(path))
         else:
-            self._match_guessed(match, path, branch)
-
-    def _match_stated(self, match: Match, path: Path, branch: Branch, node: Node) -> None:
-        make = _request(match, self._owner, branch, node)
-        match.then(lambda values: self._give(make(values), path))
+            make = _request(match, self._owner, branch, node)
+            match.then(lambda values: self._give(make(values), path))
 
     def _match_guessed(self, match: Match, path: Path, branch: Branch) -> None:
         """Match a state of stock DCP or of old versions, which stored only names. The fresh

@@ -17,6 +17,7 @@ from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.structure import (
     ARRAY,
     EMPTY_BYTES,
+    FACTORIES,
     MAPPINGS,
     Node,
     children_of,
@@ -212,16 +213,10 @@ def _subclass_rebuilder(branch: Branch, described: Mapping[str, Any], note: Note
     return make
 
 
-_FACTORIES: dict[str, Any] = {
-    **{cls.__name__: cls for cls in (list, dict, set, int, float, str, bool, tuple)},
-    "None": None,
-}
-
-
 def _container_of(kind: str, node: Mapping[str, Any], members: Sequence[tuple[Any, Any]]) -> Any:
     if kind in MAPPINGS:
         if kind == "defaultdict":
-            return defaultdict(_FACTORIES[node["default"]], members)
+            return defaultdict(FACTORIES[node["default"]], members)
         return MAPPING_TYPES[kind](dict(members))
     values = [value for _, value in members]
     return tuple(values) if kind == "tuple" else values

@@ -7,7 +7,7 @@ them from torch 2.4 on. So stock tools find the same entries.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
@@ -276,14 +276,14 @@ def _kind_of(path: Path, value: Mapping[Any, Any]) -> tuple[str, dict[str, str]]
             f"`{dotted(path)}` is a {type_name(value)}, which a load could not restore",
             hint=f"use one of {', '.join(MAPPINGS)}, and convert it in `load_state_dict`",
         )
-    if kind != "defaultdict":
+    if not isinstance(value, defaultdict):
         return kind, {}
-    assert isinstance(value, defaultdict)
-    factory: Any = value.default_factory
-    name = "None" if factory is None else getattr(factory, "__name__", "")
-    if name not in FACTORIES or (factory is not None and factory.__module__ != "builtins"):
+    factory = value.default_factory
+    name = next((name for name, known in FACTORIES.items() if known is factory), None)
+    if name is None:
         raise UsageError(
-            f"`{dotted(path)}` is a defaultdict of {name or repr(factory)}, which is code",
+            f"`{dotted(path)}` is a defaultdict of {getattr(factory, '__name__', repr(factory))}, "
+            "which is code",
             hint=f"use a defaultdict of one of these: {', '.join(FACTORIES)}",
         )
     return kind, {"default": name}
@@ -354,8 +354,9 @@ def _made_plain(path: Path, value: Any, inside: tuple[str, ...], types: list[lis
     if isinstance(value, np.generic):
         name = {"U": "str", "S": "bytes"}.get(value.dtype.kind, value.dtype.name)
         if name not in NUMBERS:
+            where = "".join(f"[{key}]" for key in inside)
             raise UsageError(
-                f"`{dotted(path)}{_inside(inside)}` is a {type_name(value)}",
+                f"`{dotted(path)}{where}` is a {type_name(value)}",
                 hint="convert it to a number or text of Python",
             )
         types.append([[*inside], name])
@@ -381,7 +382,3 @@ def _made_plain(path: Path, value: Any, inside: tuple[str, ...], types: list[lis
             for key, member in value.items()
         )
     return value
-
-
-def _inside(keys: Iterable[str]) -> str:
-    return "".join(f"[{key}]" for key in keys)

@@ -196,8 +196,6 @@ def _boxes(lo: int, hi: int, merged: Sequence[str], axes: Axes) -> list[Box]:
     if not merged:
         return [{}]
     axis, *rest = merged
-    if not rest:
-        return [{axis: (lo, hi)}]
     inner = size_of(rest, axes)
     (first, skipped), (last, over) = divmod(lo, inner), divmod(hi, inner)
     if first == last:
