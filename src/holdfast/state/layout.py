@@ -1,4 +1,4 @@
-"""How tensors are placed on ranks. The only module that reads placements of DTensors."""
+"""Placement of tensors on ranks. The only module that reads placements of DTensors."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Layouts:
     ) -> MeshPlacement:
         key = mesh, placements
         if key not in self._placements:
-            # Ranks compare and send each object once, so equal placements must share one.
+            # Equal placements share one object: ranks compare and send each object only once.
             self._placements[key] = MeshPlacement(
                 Mesh(tuple(mesh.mesh.shape), tuple(mesh.mesh.flatten().tolist())),
                 tuple(_shard_spec(name, placement) for placement in placements),
@@ -149,13 +149,13 @@ def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _elements(tensor: torch.Tensor) -> tuple[object, ...]:
-    """Return a key that only tied tensors share; an empty one for a tensor without elements."""
+    """Return a key that is equal for tied tensors only; empty for a tensor without elements."""
     local = local_of(tensor)
     placements = str(tensor.placements) if isinstance(tensor, DTensor) else ""
     if not local.numel():
         return ()
     place = (local.device, local.data_ptr(), local.dtype, local.stride())
-    # With these bits set, the values of a view differ from those in memory.
+    # A view with one of these bits set has other values than the memory.
     return (place, tensor.shape, placements, local.is_conj(), local.is_neg())
 
 
@@ -181,13 +181,13 @@ _SPELLED_BY_NUMPY = {torch.float32, torch.float64, torch.int64, torch.int32, tor
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor without gradient, readable and writable."""
     if tensor.dtype in _SPELLED_BY_NUMPY and tensor.numel():
-        # Takes a third of the time of the general way, which counts for many small tensors.
+        # A third of the time that the line below takes, which matters for many small tensors.
         return tensor.numpy().data.cast("B")
-    # `reshape(-1)` could keep an odd stride, since one element counts as contiguous with any.
+    # Not `reshape(-1)`: one element counts as contiguous with any stride, and would keep its own.
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def box_of(tensor: torch.Tensor, local: Region) -> torch.Tensor:
-    """View of a box of `tensor`, which must not require gradients."""
+    """Return a view of a box of `tensor`, which must not require gradients."""
     whole = local.stop == tensor.shape and not any(local.start)
     return tensor if whole else tensor[local.slices()]

@@ -58,13 +58,13 @@ class Match:
     """Lines about missing entries and mismatches, by the name of the entry or path."""
 
     extra: dict[str, None] = field(default_factory=dict)
-    """Names of unexpected entries, for which this rank has no target."""
+    """Names of unexpected entries: stored, but without a target on this rank."""
 
     notes: dict[str, None] = field(default_factory=dict)
-    """Lines for the log, about parts that are loaded differently than they were saved."""
+    """Lines for the log about state that is loaded differently than it was saved."""
 
     lacking: list[str] = field(default_factory=list)
-    """Tensors that the checkpoint lacks, and is allowed to."""
+    """Tensors that the checkpoint is allowed to lack, and lacks."""
 
     taken: set[str] = field(default_factory=set)
     """Entries with a target on this rank."""
@@ -110,8 +110,8 @@ class Match:
         self.mismatches[name] = f"`{name}` is not in the checkpoint"
 
     def mismatch(self, name: str, what: str, branch: Branch | None = None) -> None:
-        """Note a mismatch, and that the entries of `branch` are not unexpected ones. `what` goes
-        on after the name of the entry or path."""
+        """Note a mismatch. `what` follows the name of the entry or path in its line. Entries of
+        `branch` are not reported as unexpected as well."""
         self.mismatches[name] = f"`{name}` {what}"
         if branch is not None:
             self.taken.update(branch.entries())
@@ -168,11 +168,11 @@ class Match:
         self.checks.append((tuple(names), check))
 
     def then(self, take: Callable[[Values], None]) -> None:
-        """Call `take` once every rank has read all its entries. Calls keep their order."""
+        """Register a function that `take` calls, in the order of registration."""
         self._takes.append(take)
 
     def take(self, values: Values) -> None:
-        """Pass the entries that were read to their targets."""
+        """Pass the entries to their targets, once every rank has read all its entries."""
         for take in self._takes:
             take(values)
 

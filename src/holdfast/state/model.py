@@ -25,7 +25,7 @@ _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Path elements that `torch.compile` and activation checkpointing add to parameter names."""
 
 _TRANSPARENT = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
-"""Wrappers that hold the model as `module`. Checkpoints leave that path element out."""
+"""Wrappers with the model as `module`, a path element that checkpoints leave out."""
 
 
 @cache
@@ -68,7 +68,7 @@ class Names:
         return ".".join(kept)
 
     def earlier(self, raw: str) -> list[str]:
-        """Return other names that a checkpoint may have for `raw`: stock DCP's, and those of old
+        """Return other names that a checkpoint may have for `raw`: from stock DCP, or from old
         versions of Holdfast, which kept the path elements of nested wrappers."""
         name = canonical(raw)
         others = [name, raw]
@@ -78,9 +78,9 @@ class Names:
 
 
 def outline_of(parts: Sequence[nn.Module]) -> list[object]:
-    """Return a list that changes if any module or parameter is added, removed or replaced.
+    """Return a list that differs once any module or parameter is added, removed or replaced.
 
-    Every save compares it to decide whether the names must be computed again.
+    Comparing it at every save takes less time than computing all names again.
     """
     outline: list[object] = []
     visited: set[int] = set()
@@ -101,14 +101,14 @@ def outline_of(parts: Sequence[nn.Module]) -> list[object]:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """Names of the parameters that a run has trained, if it stores its base model once."""
+    """Parameter names of a run whose checkpoints lack the parameters that only its base needs."""
 
     names: set[str] = field(default_factory=set)
-    """Parameters that required a gradient at a save or load, or that a checkpoint of the run
-    contains. Their values may differ from those of the base."""
+    """Parameters whose values may differ from the base model's: those that required a gradient at
+    a save or load, or that a checkpoint of the run contains."""
 
     base: set[str] = field(default_factory=set)
-    """Parameters in the base model, known once it has been loaded."""
+    """Parameters in the base model; empty until it has been loaded."""
 
 
 class ModelState:
@@ -121,44 +121,37 @@ class ModelState:
         trained: Trained | None = None,
         is_base: bool = False,
     ) -> None:
-        """With `trained`, checkpoints contain only the parameters named there; the base of the run
-        has the others. With `is_base`, all parameters are loaded, but the base may lack trained
-        ones.
+        """With `trained`, checkpoints contain only these parameters, since the base model has the
+        others. With `is_base`, this is the base model, which may lack trained parameters.
 
         Raises:
             UsageError: a part is wrapped by FSDP1, which changes the parameters of the model.
         """
-        self._parts = list(parts)
+        self.parts: Sequence[nn.Module] = list(parts)
         self._names: list[Names] = []
         self._named_for: list[object] = []
         self._trained, self._is_base = trained, is_base
-        self._left_out: frozenset[str] = frozenset()
-        self._frozen: list[tuple[str, nn.Parameter]] = []
+        self._left_out: dict[str, nn.Parameter] = {}
         self.may_lack: frozenset[str] = frozenset()
         """Names that a checkpoint may lack. Their tensors then keep their values."""
         for part in parts:
             refuse_fsdp1(part)
 
-    @property
-    def parts(self) -> Sequence[nn.Module]:
-        """Modules of the model."""
-        return self._parts
-
     def _find_names(self) -> None:
         """Compute the names again if a module or parameter was added, removed or replaced."""
-        outline = outline_of(self._parts)
+        outline = outline_of(self.parts)
         if not self._names or outline != self._named_for:
-            self._names = list(map(Names, self._parts))
+            self._names = list(map(Names, self.parts))
             self._named_for = outline
 
     def _find_trained(self, stored: Collection[str | int] = ()) -> None:
-        """Decide which parameters checkpoints leave out: those that were never trained in this
-        run. Names in `stored`, which a checkpoint contains, count as trained."""
+        """Decide which parameters checkpoints leave out: those that this run never trained. Names
+        in a checkpoint of the run, `stored`, count as trained."""
         if self._trained is None:
             return
         parameters = {
             names.of(name): parameter
-            for part, names in zip(self._parts, self._names, strict=True)
+            for part, names in zip(self.parts, self._names, strict=True)
             for name, parameter in part.named_parameters(remove_duplicate=False)
         }
         active = {name for name, parameter in parameters.items() if parameter.requires_grad}
@@ -168,15 +161,15 @@ class ModelState:
             self._trained.base.update(parameters.keys() & {*stored})
             return
         self._trained.names.update(parameters.keys() & {*stored})
-        self._frozen = [(n, p) for n, p in parameters.items() if n not in self._trained.names]
-        self._left_out = frozenset(name for name, _ in self._frozen)
-        # A parameter that was frozen at the save and is trained now keeps its value of the base.
+        self._left_out = {n: p for n, p in parameters.items() if n not in self._trained.names}
+        # A parameter frozen at the save and trained now is not in the checkpoint: it keeps the
+        # base model's value.
         self.may_lack = frozenset(self._trained.base)
 
     def note_trained(self) -> None:
-        """Record which parameters are trained now, because they may be frozen again before the
-        next save. Cheap enough for every step."""
-        for name, parameter in self._frozen:
+        """Record which parameters are trained now. Every step calls this, because a parameter may
+        be frozen again before the next save."""
+        for name, parameter in self._left_out.items():
             if parameter.requires_grad and self._trained is not None:
                 self._trained.names.add(name)
 
@@ -186,7 +179,7 @@ class ModelState:
         self._find_names()
         self._find_trained()
         state: dict[str, Any] = {}
-        for part, names in zip(self._parts, self._names, strict=True):
+        for part, names in zip(self.parts, self._names, strict=True):
             for raw, value in own_state(part).items():
                 name = names.of(raw)
                 if name in state:
@@ -218,7 +211,7 @@ class ModelState:
         wanted: set[str] = set()
         parts = [
             ModuleMatch(match, path, part, names, model=self)
-            for part, names in zip(self._parts, self._names, strict=True)
+            for part, names in zip(self.parts, self._names, strict=True)
         ]
         for part in parts:
             wanted |= part.match()
@@ -243,7 +236,8 @@ class ModuleMatch:
         self._replaced: dict[str, Callable[[Values], Any]] = {}
 
     def match(self) -> set[str]:
-        """Decide the target of each entry of the module. Returns their names below the path."""
+        """Decide the target of each entry of the module. Returns the entries' stored names below
+        the path."""
         memory, wanted = memory_of(self._module), set()
         for raw, value in self._state.items():
             if self._model.skips(self._names.of(raw)):
@@ -258,8 +252,8 @@ class ModuleMatch:
         return wanted
 
     def finish(self, wanted: set[str]) -> None:
-        """Plan a call of the module's own `load_state_dict`, if it needs one. `wanted`: names of
-        all entries that are read, to which this adds."""
+        """Plan a call of the module's own `load_state_dict`, if it needs one. Adds the names of
+        further entries to read to `wanted`."""
         if is_custom(self._module):
             self._match_more(wanted)
         if self._replaced or is_custom(self._module):
@@ -269,7 +263,7 @@ class ModuleMatch:
         """Read stored entries that a fresh module lacks: its own load code may create them."""
         stored = self._match.stored
         below = stored.below(self._path).children if self._path else stored.tops()
-        customs = [n for n, m in self._module.named_modules() if is_custom(m, deep=False)]
+        customs = [n for n, m in self._module.named_modules() if _has_own_code(m)]
         for key in below:
             name = str(key)
             is_of_component = not self._path and name in self._match.others
@@ -326,7 +320,8 @@ def own_state(module: nn.Module) -> dict[str, Any]:
     """
     with torch.no_grad():
         if type(module).state_dict is nn.Module.state_dict:
-            # Detaching a DTensor is slow. Readers and writers detach its local tensor instead.
+            # Without `keep_vars` torch detaches every DTensor, which is slow. Readers and writers
+            # detach the local tensors instead.
             state: dict[str, Any] = module.state_dict(keep_vars=True)
         else:
             state = module.state_dict()
@@ -376,9 +371,9 @@ _METHODS = (
 )
 
 
-def is_custom(module: nn.Module, *, deep: bool = True) -> bool:
-    """Return whether a module (or, if `deep`, a module in it) has its own code to save or load."""
-    return any(map(_has_own_code, module.modules() if deep else [module]))
+def is_custom(module: nn.Module) -> bool:
+    """Return whether a module, or one inside it, has its own code to save or load."""
+    return any(map(_has_own_code, module.modules()))
 
 
 def _has_own_code(module: nn.Module) -> bool:
@@ -386,7 +381,7 @@ def _has_own_code(module: nn.Module) -> bool:
     if _overrides(cls):
         return True
     hooks = (hook for kind in _HOOKS for hook in (getattr(module, kind, None) or {}).values())
-    # Torch's own hooks rename keys and gather shards, which tensors filled in place do not need.
+    # Torch's own hooks only rename keys and gather shards, which an in-place load does not need.
     return any(not _is_torchs(getattr(hook, "hook", hook)) for hook in hooks)
 
 
@@ -418,15 +413,14 @@ def refuse_fsdp1(module: nn.Module) -> None:
 
 
 def adapted(parts: Sequence[nn.Module]) -> tuple[ModelState, ModelState]:
-    """Return the components of a model that is trained in part: the one that checkpoints contain,
-    without parameters that were never trained; and the complete one, which the base contains,
-    possibly without trained parameters.
+    """Return two components of a model that is trained in part: one for checkpoints, without the
+    parameters that were never trained; and one for the base model, which may lack trained ones.
 
-    Each save and load decides anew which parameters are trained.
+    Each save and load decides again which parameters are trained.
     """
     trained = Trained()
     kept, whole = (ModelState(parts, trained=trained, is_base=is_base) for is_base in (False, True))
-    # Parameters that are trained now may be frozen at the first save.
+    # Record parameters that are trained now, since they may be frozen at the first save.
     kept.state_dict()
     return kept, whole
 

@@ -37,10 +37,10 @@ from holdfast.state.tree import (
 class StateTree:
     """A nested state, with the state of all objects in it.
 
-    `state` maps names to tensors, plain values, dicts, lists and objects with a `state_dict`; or it
-    is one module. The entries of `state[flat]` get names at the top level, without its key, as
-    TorchTitan names those of the model. `others` are top-level names of other components. `watch`
-    is called with every optimizer in the tree, at any depth, before `flatten` returns.
+    `state` is one module, or maps names to tensors, plain values, dicts, lists and objects with a
+    `state_dict`. The entries of `state[flat]` are named without that key, as TorchTitan names those
+    of the model. `others` are further top-level names that do not belong to the model. `watch` is
+    called with every optimizer in the tree, at any depth, before `flatten` returns.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class StateTree:
 
     def component_of(self, path: Path, value: Any) -> Component | None:
         """Return the component that saves and loads an object; None for plain state."""
-        # An object may return another object as its whole state. Both have the same path.
+        # Compare the owner too: an object's whole state may be another object, at the same path.
         owner, component = self._components.get(path, (None, None))
         if component is not None and owner is value:
             return component
@@ -132,7 +132,7 @@ class StateTree:
             for optimizer in component.optimizers:
                 self._watch(optimizer)
         if component is not None and len(path) <= 1 and owner is None:
-            # Deeper objects may be replaced along with the state that contains them.
+            # Not for deeper objects: a load may replace them with the state that contains them.
             self._components[path] = value, component
         return component
 
@@ -205,7 +205,7 @@ def _modules(state: Any, path: Path) -> Iterator[tuple[Path, nn.Module]]:
 
 
 def _check_names(state: FlatState) -> None:
-    """Raise UsageError if two entries have the same name."""
+    """Raise UsageError if two entries have one name."""
     several = [leaf.names for leaf in state.leaves.values() if leaf.names]
     # Counting the names is much cheaper than comparing thousands one by one.
     names: dict[str, object] = {**state.leaves}

@@ -1,9 +1,9 @@
-"""Optimizers as components whose state is stored by parameter name, so that it can be loaded by
-any number of ranks and with parameters in any order.
+"""Optimizers as components whose state is stored by parameter name, so that any number of ranks
+can load it, with parameters in any order.
 
-Names are those of torch's flattened optimizer state dict (`state.<parameter>.<slot>` and
-`param_groups.<parameter>.<option>`), which TorchTitan writes too. The saved state is the
-optimizer's `state_dict()`; its own `load_state_dict` restores it.
+Names are those of torch's flattened optimizer state dict, as in TorchTitan:
+`state.<parameter>.<slot>` and `param_groups.<parameter>.<option>`. The optimizer's own `state_dict`
+and `load_state_dict` are called.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ STATE, GROUPS = "state", "param_groups"
 """Keys of an optimizer's state dict."""
 
 OTHERS, EMPTY, MORE, OWN = "others", "empty_groups", "more", "own"
-"""Keys that end in a dot and the number of the optimizer: state that belongs to no parameter;
-options of groups without parameters, by the number of the group; other entries of the state dict;
-and the whole state of an optimizer with its own `state_dict`."""
+"""Keys that are followed by a dot and the optimizer's number: state of no parameter; options of
+groups without parameters, by group number; further entries of the state dict; the whole state of an
+optimizer with its own `state_dict`."""
 
 
 class OptimizerState:
@@ -57,8 +57,8 @@ class OptimizerState:
         *,
         paths: Sequence[str] = (),
     ) -> None:
-        """`paths` are those of `parts` in the state; none if these are the parts of one model."""
-        self._named: list[Optimizer] = [opt for opt in optimizers if is_by_parameter(opt)]
+        """`paths`: path of each module in the state; empty if `parts` are parts of one model."""
+        self.named: list[Optimizer] = [opt for opt in optimizers if is_by_parameter(opt)]
         self._own = [opt for opt in optimizers if not is_by_parameter(opt)]
         self._single = len(self._own) == len(optimizers) == 1
         self._parts, self._paths = parts, paths
@@ -70,10 +70,9 @@ class OptimizerState:
     def _find_names(self) -> None:
         """Compute the names of the parameters, if parameters or modules have changed.
 
-        Names are kept by `id`. The optimizers keep their parameters alive, so no other object can
-        get the `id` of one.
+        Names are kept by `id`, which stays unique: the optimizers keep their parameters alive.
         """
-        ids = [id(p) for optimizer in self._named for p in parameters_of(optimizer)]
+        ids = [id(p) for optimizer in self.named for p in parameters_of(optimizer)]
         named_for = ids, outline_of(self._parts)
         if named_for == self._named_for:
             return
@@ -110,36 +109,31 @@ class OptimizerState:
         taken = {*names.values()}
         for number, key in enumerate(ids):
             if key not in names:
-                # A parameter of a model may itself be called by a number.
+                # A module may have given this number as a name.
                 names[key] = f"number.{number}" if str(number) in taken else str(number)
         return names
 
     @property
-    def named(self) -> Sequence[Optimizer]:
-        """Optimizers whose state is stored by parameter name."""
-        return self._named
-
-    @property
     def optimizers(self) -> Iterator[Optimizer]:
         """All subclasses of torch's `Optimizer`."""
-        return (opt for opt in (*self._named, *self._own) if isinstance(opt, Optimizer))
+        return (opt for opt in (*self.named, *self._own) if isinstance(opt, Optimizer))
 
     def name_of(self, parameter: torch.Tensor) -> str:
         """Return the name of a parameter, or its number if no module contains it."""
         return self._names[id(parameter)]
 
     def stepped(self, above: str) -> tuple[set[int], str]:
-        """Return what only a step of these optimizers changes: the `id` of each parameter, and
-        the prefix of the names of slots. `above` is the name of this component."""
-        parameters = {id(p) for optimizer in self._named for p in parameters_of(optimizer)}
-        return parameters, f"{above}.{STATE}." if self._named else ""
+        """Return the tensors that change only when these optimizers step: the `id` of each
+        parameter, and the prefix of all slots' names. `above` is the name of this component."""
+        parameters = {id(p) for optimizer in self.named for p in parameters_of(optimizer)}
+        return parameters, f"{above}.{STATE}." if self.named else ""
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:
         """Add the slots of every parameter, the options of every group, and other entries."""
         self._find_names()
-        is_sharded = bool(self._own) or any(map(is_zero, self._named))
+        is_sharded = bool(self._own) or any(map(is_zero, self.named))
         flattener.state.unions[path] = "sharded" if is_sharded else "optimizer"
-        for number, optimizer in enumerate(self._named):
+        for number, optimizer in enumerate(self.named):
             state = state_of(optimizer)
             others = self._flatten_slots(flattener, path, optimizer, state[STATE])
             self._flatten_groups(flattener, path, number, optimizer, state[GROUPS])
@@ -153,7 +147,7 @@ class OptimizerState:
             if not self._single:
                 flattener.state.structure[own_path] = {"object": node}
         node = node if self._single else None
-        classes = [type_name(optimizer) for optimizer in (*self._named, *self._own)]
+        classes = [type_name(optimizer) for optimizer in (*self.named, *self._own)]
         flattener.state.structure[path] = {"object": node, OPTIMIZERS: classes}
         return node
 
@@ -162,7 +156,7 @@ class OptimizerState:
         from holdfast.state.optim_match import OptimizerMatch
 
         self._find_names()
-        if self._named:
+        if self.named:
             OptimizerMatch(self, match, path).run()
         for own_path, own in self._own_paths(path):
             ClassCheck(match, path).note(own)
@@ -193,7 +187,7 @@ class OptimizerState:
                 if is_placed_like(value, parameter):
                     flattener.add((*path, entry), value, above + entry)
                 elif type(value) is torch.Tensor and value.shape == parameter.shape:
-                    # The shape alone would let a load shard it like its parameter.
+                    # Mark it as whole: by its shape, a load would shard it like its parameter.
                     flattener.add((*path, entry), value, above + entry)
                     flattener.state.structure[*path, entry] = {"tensor": {"place": "whole"}}
                 else:
@@ -233,8 +227,8 @@ class OptimizerState:
         value: Any,
         names: list[str],
     ) -> None:
-        """Add an option of a group as one leaf with a name for each parameter. A leaf for each of
-        thousands of parameters would take too long while training waits."""
+        """Add an option of a group as one leaf with a name for each parameter. One leaf for each of
+        thousands of parameters would take too long, while training waits."""
         named_paths = self._named_paths(path, group, option, names)
         if not _is_one_leaf(value):
             for name in names:
@@ -249,7 +243,7 @@ class OptimizerState:
     def _named_paths(
         self, path: Path, group: tuple[int, int], option: str, names: list[str]
     ) -> dict[str, Path]:
-        """Return the paths of an option by name. They are cached, because every save needs them."""
+        """Return the paths of an option by name, cached from save to save."""
         key = (path, *group, option)
         known = self._known.get(key)
         if known is None or known[0] != names:

@@ -1,4 +1,4 @@
-"""Whether an optimizer can continue from the state of an optimizer of another class."""
+"""Check that an optimizer can continue from the state of an optimizer of another class."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class ClassCheck:
         beyond = sorted({*options} - known - _OF_SCHEDULERS)
         lacks = sorted({*optimizer.defaults} - {*options}) if options else []
         wrong = _wrong_slots(optimizer, slots)
-        # If the stored class is unknown, options alone prove nothing: they change with torch.
+        # Without a stored class, options alone prove nothing, since versions of torch differ too.
         unlike = bool(beyond and lacks)
         if not ((unlike or wrong) if self._stored else (unlike and wrong)):
             self.note(optimizer)
@@ -92,7 +92,8 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _is_same(one: str, other: str) -> bool:
-    """Whether two names mean the same class. A class of the running script is in `__main__`."""
+    """Return whether two names mean the same class. A class of the script that runs has the module
+    `__main__`, so its module is not compared."""
     module, _, name = one.rpartition(".")
     other_module, _, other_name = other.rpartition(".")
     return one == other or (name == other_name and "__main__" in (module, other_module))

@@ -1,4 +1,4 @@
-"""Loads of optimizers: stored entries by parameter, and the dict for `load_state_dict`."""
+"""Loading of optimizers: entries are sorted by parameter, then passed to `load_state_dict`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class StoredOptimizer:
 
     slots: dict[str, dict[str, Branch]] = field(default_factory=dict)
     whole: dict[str, Branch] = field(default_factory=dict)
-    """State of parameters that is not a dict of slots with text keys."""
+    """State of each parameter whose state is not a dict of slots with text keys."""
 
     options: dict[str, dict[str, Branch]] = field(default_factory=dict)
     groups: list[Branch] = field(default_factory=list)
@@ -68,7 +68,7 @@ class OptimizerMatch:
             self._match_optimizer(optimizer, number, stored)
 
     def _sorted(self, branch: Branch, keys: list[str | int]) -> StoredOptimizer:
-        """Sort all entries below the path by parameter. Entries of unknown parameters are extra."""
+        """Sort all entries below the path by parameter. Without those of unknown parameters."""
         stored = StoredOptimizer()
         for key in keys:
             text, child = str(key), branch.child(key)
@@ -171,7 +171,7 @@ class OptimizerMatch:
         node = self._match.stored.node(branch.path)
         is_tensor = node is None or kind_of_node(node) == "tensor"
         if is_tensor and branch.name is not None and self._match.is_alike(branch.name, live):
-            # A second copy of all slots might not fit: they may fill half of a GPU's memory.
+            # Fill it in place: slots may take half of a GPU's memory, so a copy might not fit.
             self._match.fill(branch.name, live)
             return lambda _: live
         return self._make(branch, parameter, on_device=on_device)
@@ -232,8 +232,8 @@ class OptimizerMatch:
         return options - {"params"}
 
     def _note_empty(self, optimizer: Optimizer, number: int) -> None:
-        """Note each group that was saved without parameters and has some here, or is not here.
-        Its parameters keep the options that were saved for them; the group's options are unused."""
+        """Note for the log each group that was saved without parameters, and has some here or does
+        not exist here. The saved options of such a group are not used."""
         path = (*self._path, f"{EMPTY}.{number}")
         branch, node = self._match.stored.below(path), self._match.stored.node(path)
         self._match.taken.update(branch.entries())
@@ -307,17 +307,17 @@ class OptimizerMatch:
 
     @contextmanager
     def _exactly(self, optimizer: Optimizer, names: list[str]) -> Iterator[None]:
-        """Undo the conversions of torch's own `load_state_dict`: it casts every slot to the dtype
-        of its parameter, even counters and 8-bit moments, and copies texts.
+        """Undo the conversions of torch's own `load_state_dict`: it casts every slot to its
+        parameter's dtype, even counters and 8-bit moments, and breaks texts.
 
-        The values are restored after torch's cast and before the optimizer's `__setstate__` and
-        hooks see the state. Changes that these make are kept.
+        The exact values are put back between torch's cast and the optimizer's `__setstate__`, so
+        that changes by `__setstate__` and by hooks are kept.
         """
         if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
             yield
             return
         given: dict[str, Any] = {}
-        # Registered last, so that it sees the changes of all other hooks.
+        # Register it last, so that it sees the changes by all other hooks.
         hook = optimizer.register_load_state_dict_pre_hook(lambda _, state: given.update(state))
         set_state = optimizer.__setstate__
         name_of = dict(zip(map(id, parameters_of(optimizer)), names, strict=True))
@@ -338,14 +338,15 @@ class OptimizerMatch:
             optimizer.__dict__.pop("__setstate__", None)
 
     def _was_cast(self, name: str, parameter: torch.Tensor) -> bool:
-        """Return whether the parameter's dtype differs from the checkpoint's; its slots follow."""
+        """Return whether the parameter has another dtype than in the checkpoint. If so, its slots
+        are cast as well."""
         tensors = self._match.stored.manifest.tensors
         entry = tensors.get(name) or tensors.get(f"model.{name}")
         return entry is not None and f"torch.{entry.dtype}" != str(parameter.dtype)
 
 
 def _exact(given: Any, cast: Any) -> Any:
-    """Return `given` with its own dtypes, using tensors of `cast` where nothing was changed."""
+    """Return `given` with its own dtypes. Tensors that torch did not cast are taken from `cast`."""
     if isinstance(given, torch.Tensor) and isinstance(cast, torch.Tensor):
         if (given.dtype, given.shape) == (cast.dtype, cast.shape):
             return cast

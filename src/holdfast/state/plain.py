@@ -25,7 +25,7 @@ from holdfast.state.tree import (
 )
 
 _NOT_TENSORS = SCALARS - {type(None)}
-"""Types of values that no tensor may replace, because their users expect exactly these types."""
+"""Types of values that a tensor must not replace."""
 
 Put = Callable[[Any], None]
 """Stores a loaded value in its container."""
@@ -34,8 +34,8 @@ Put = Callable[[Any], None]
 class PlainMatch:
     """Matches the caller's dicts and lists with their entries in the checkpoint.
 
-    Dicts keep their keys: a missing or unexpected one is a mismatch. Tensors and objects are
-    filled in place. All other values are replaced by the saved ones, of whatever type.
+    A dict whose keys differ from the stored ones is a mismatch. Tensors and objects are filled in
+    place. Saved values replace all others, whatever their types.
     """
 
     def __init__(self, match: Match, component_of: ComponentOf) -> None:
@@ -84,7 +84,7 @@ class PlainMatch:
         if self._match.stored.states_structure:
             self._match.missing(dotted(path))
             return
-        # Stock DCP stores nothing for an empty dict, so only leaves can be missing.
+        # Stock DCP stores nothing for an empty dict, so report the leaves alone.
         flattener = Flattener(self._component_of)
         flattener.put(path, live)
         for name in flattener.state.leaves:
@@ -104,7 +104,7 @@ class PlainMatch:
             self.member(member, (*path, number), setter(members, number))
 
         def renew(_: Values) -> None:
-            # The members of a tuple cannot be replaced, so a new tuple replaces it.
+            # A tuple's members cannot be replaced, so replace the tuple.
             if any(new is not old for new, old in zip(members, live, strict=True)):
                 put(tuple(members))
 
@@ -131,18 +131,18 @@ class PlainMatch:
 
 def match_inside(match: Match, live: torch.Tensor, path: Path, branch: Branch, node: Node) -> None:
     """Match the inner tensors of a wrapper subclass with the stored ones."""
-    parts = take_apart(dotted(path), live, must_be_known=False)
+    parts, live_context = take_apart(dotted(path), live, must_be_known=False)
     described = node.get("subclass") if isinstance(node, dict) else None
     found = None
     if described is None:
         found = "a plain tensor" if branch.name is not None else "missing"
-    elif described["class"] != parts.class_name or {*described["inner"]} != {*parts.inner}:
+    elif described["class"] != type_name(live) or {*described["inner"]} != {*parts}:
         found = f"a {described['class']}"
     if described is None or found is not None:
-        what = f"is {found} in the checkpoint, expected a {parts.class_name}"
+        what = f"is {found} in the checkpoint, expected a {type_name(live)}"
         match.mismatch(dotted(path), what, branch)
         return
-    for name, inner in parts.inner.items():
+    for name, inner in parts.items():
         child = branch.child(name)
         if is_plain_tensor(inner):
             match.fill(child.name or dotted(child.path), inner)
@@ -153,9 +153,9 @@ def match_inside(match: Match, live: torch.Tensor, path: Path, branch: Branch, n
 
     def check(values: Values) -> str | None:
         stored = make_context(values)
-        if same(stored, parts.context):
+        if same(stored, live_context):
             return None
-        return f"`{dotted(path)}` was saved with {stored!r}, and has {parts.context!r} here"
+        return f"`{dotted(path)}` was saved with {stored!r}, and has {live_context!r} here"
 
     match.check(context.entries(), check)
 
@@ -204,8 +204,8 @@ def _object_in(live: Any, path: Path) -> Any:
 
 
 def _irreplaceable(live: Any, path: Path) -> Any:
-    """Return an object in a container, or a tensor in a dict, that a plain value must not replace;
-    None if there is none."""
+    """Return an object in a container, or a tensor in a dict, which a load must not replace by a
+    plain value; None if there is none."""
     if isinstance(live, Mapping):
         tensor = next((v for v in live.values() if isinstance(v, torch.Tensor)), None)
         return _object_in(live, path) if tensor is None else tensor
@@ -213,7 +213,7 @@ def _irreplaceable(live: Any, path: Path) -> Any:
 
 
 def _replace(live: Any, made: Any, put: Put) -> None:
-    """Replace a value. A dict or list keeps its identity and gets the new members."""
+    """Replace a value. A dict or list stays the same object, with new members."""
     if type(live) is dict and type(made) is dict:
         live.clear()
         live.update(made)

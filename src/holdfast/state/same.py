@@ -61,7 +61,7 @@ def _comparable(value: Any) -> Any:
 
 
 def _kind(value: Any) -> type:
-    # `keep_vars` or a cast may turn a parameter into a tensor; the state is the same.
+    # A parameter equals a tensor: `keep_vars` or a cast may turn one into the other.
     return torch.Tensor if type(value) is torch.nn.Parameter else type(value)
 
 

@@ -16,9 +16,9 @@ from holdfast.state.tree import Flattener, Path, Stateful, dotted
 class SchedulerState:
     """One or several schedulers as one component of the state.
 
-    Schedulers with equal states, such as those of a pipeline's stages, are saved once, so that any
-    number of them can load the state. Otherwise each state is saved below its number, and marked
-    as an object, to tell this from one scheduler whose state has numbers for keys.
+    If all states are equal, as in the stages of a pipeline, one is saved, so that any number of
+    schedulers can load it. Otherwise each state is saved below its number. It is marked as an
+    object, because one scheduler's state may have numbers for keys too.
     """
 
     def __init__(self, schedulers: Sequence[Stateful]) -> None:

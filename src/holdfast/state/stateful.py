@@ -1,5 +1,5 @@
-"""Objects with `state_dict` and `load_state_dict`: their state is saved as they return it, rebuilt
-as it was saved, and passed to their own `load_state_dict`."""
+"""Objects with `state_dict` and `load_state_dict`: a load rebuilds the state that `state_dict`
+returned, and passes it to `load_state_dict`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ObjectState:
         stored = match.stored
         branch, node = stored.below(path), stored.node(path)
         if kind_of_node(node) == "object":
-            # Only one level: the state of an object may be another object.
+            # Unwrap one level only: the state of an object may be another object.
             assert isinstance(node, dict)
             node = node["object"]
         if not stored.states_structure:
@@ -50,8 +50,8 @@ class ObjectState:
             match.then(lambda values: self._give(make(values), path))
 
     def _match_guessed(self, match: Match, path: Path, branch: Branch) -> None:
-        """Match a state of stock DCP or of old versions, which stored only names. The fresh
-        object's state gives the types of keys and containers, and parts without entries."""
+        """Match a state of stock DCP or of old versions, which stored only names. Types of keys
+        and containers, and what has no entries, come from the fresh object's state."""
         fresh: Any = self._owner.state_dict()
         for name in _missing(fresh, branch, path):
             match.missing(name)
@@ -69,7 +69,7 @@ class RankState:
     """The state of an object that belongs to one rank, stored below the key of that rank."""
 
     def __init__(self, state: ObjectState, rank: int, *, may_lack: bool = False) -> None:
-        """`may_lack`: a checkpoint without a state for this rank leaves the object unchanged."""
+        """`may_lack`: if a checkpoint has no state for this rank, the object stays unchanged."""
         self._state, self._key, self._may_lack = state, f"{RANK}{rank}", may_lack
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:
@@ -81,7 +81,7 @@ class RankState:
         return None
 
     def match(self, match: Match, path: Path) -> None:
-        """Plan to read this rank's state. The states of other ranks count as used."""
+        """Plan to read this rank's state. Other ranks' states are not reported as unexpected."""
         below = (*path, self._key)
         match.taken.update(match.stored.below(path).entries())
         if not (self._may_lack and match.stored.below(below).is_empty):
@@ -173,7 +173,7 @@ def _missing(fresh: Any, branch: Branch, path: Path) -> Iterator[str]:
 
 
 def _below(branch: Branch, key: Any) -> Branch:
-    """Return the branch of a dict's key, also if the checkpoint has no paths."""
+    """Return the branch of a dict's key, even if the checkpoint stores names without paths."""
     name = str(key)
     for known in (key, name):
         if known in branch.children:

@@ -1,4 +1,4 @@
-"""Entries of a checkpoint by path, and state rebuilt from them."""
+"""Entries of a checkpoint by path, and functions that rebuild state from them."""
 
 from __future__ import annotations
 
@@ -121,7 +121,8 @@ class StoredState:
         return root
 
     def _grow_by_names(self, root: Branch, top: str) -> None:
-        """Derive paths from names, if the checkpoint has none: each name is one key below `top`."""
+        """Add the names that begin with `top.`, each as one key below it: for checkpoints without
+        paths."""
         if self._pathless is None:
             self._pathless = sorted(name for name, path in self.names() if path == (name,))
         prefix = f"{top}."
@@ -249,7 +250,7 @@ def _typed(value: Any, types: Mapping[tuple[str, ...], str], keys: tuple[str, ..
 
 
 def keys_like(keys: Sequence[Any], name: str) -> Any:
-    """Convert the text of a key to the type of a dict's other keys."""
+    """Return the key with the text `name`, in the type that a dict's other `keys` have."""
     by_name = {str(key): key for key in keys}
     if name in by_name:
         return by_name[name]

@@ -1,7 +1,7 @@
 """Nested training state as flat entries, and the structure that their names cannot express.
 
-Names are the keys on the way to a leaf, joined by dots, as `torch.distributed.checkpoint` spells
-them from torch 2.4 on. So stock tools find the same entries.
+A name is the keys of a path joined by dots, as in `torch.distributed.checkpoint` from torch 2.4 on,
+so that stock tools find the same entries.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Leaf(NamedTuple):
     path: Path
     value: Any
     names: Mapping[str, Path] = MappingProxyType({})
-    """All names of a value that has several, each with its path. The leaf's own name is first."""
+    """Names and paths of a value stored under several names, the leaf's own first; else empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +59,14 @@ class FlatState:
 
     leaves: dict[str, Leaf] = field(default_factory=dict)
     structure: dict[Path, Node] = field(default_factory=dict)
-    """Nodes by path. Paths whose names express everything have none."""
+    """Nodes by path, only where the names do not express the structure."""
 
     unions: dict[Path, str] = field(default_factory=dict)
-    """Kinds of the components whose entries may differ between ranks, by path: `model`,
-    `optimizer`, or `sharded` for an optimizer whose slots are divided among ranks."""
+    """Kinds of components that may have different entries on each rank, by path: `model`,
+    `optimizer`, or `sharded` for an optimizer that divides its slots among the ranks."""
 
     stepped: Callable[[], frozenset[str]] = frozenset
-    """Returns the names of tensors that only a step of an optimizer changes."""
+    """Function that returns the names of tensors that change only when an optimizer steps."""
 
 
 SCALARS = frozenset({int, float, complex, bool, str, bytes, type(None)})
@@ -77,7 +77,7 @@ _KIND_OF_MAPPING: dict[type, str] = {cls: kind for kind, cls in MAPPING_TYPES.it
 _KIND_OF_MAPPING[defaultdict] = "defaultdict"
 
 DEPTH_MAX = 60
-"""Most containers inside one another. A checkpoint's paths have at most 64 keys."""
+"""Most levels of nested containers. A checkpoint's paths have at most 64 keys."""
 
 
 class Component(Protocol):
@@ -93,10 +93,12 @@ class Component(Protocol):
 
 
 ComponentOf = Callable[[Path, Any], Component | None]
-"""Returns the component that saves and loads an object; None for plain state."""
+"""`component_of(path, value)` returns the component that saves and loads an object; None for plain
+state."""
 
 PlacedLike = Callable[[Path, DTensor], str | None]
-"""Returns the name of a parameter with the same placement as a tensor; None if there is none."""
+"""`placed_like(path, tensor)` returns the name of a parameter with the placement of `tensor`, or
+None."""
 
 
 class Flattener:
@@ -173,26 +175,24 @@ class Flattener:
         return {"tensor": where} if where else None
 
     def _subclass(self, path: Path, tensor: torch.Tensor, *, rebuilt: bool) -> Node:
-        parts = take_apart(dotted(path), tensor, must_be_known=rebuilt)
-        inner = {
-            name: self.walk((*path, name), part, rebuilt=rebuilt)
-            for name, part in parts.inner.items()
-        }
-        self.add((*path, CONTEXT), parts.context)
-        described = {"class": parts.class_name, "inner": inner}
-        return {"subclass": {**described, "size": [*parts.size], "stride": [*parts.stride]}}
+        parts, context = take_apart(dotted(path), tensor, must_be_known=rebuilt)
+        inner = {n: self.walk((*path, n), part, rebuilt=rebuilt) for n, part in parts.items()}
+        self.add((*path, CONTEXT), context)
+        described = {"class": type_name(tensor), "inner": inner}
+        return {"subclass": {**described, "size": [*tensor.size()], "stride": [*tensor.stride()]}}
 
     def _mapping(self, path: Path, value: Mapping[Any, Any], *, rebuilt: bool) -> Node:
         kind, fields = _kind_of(path, value)
         check_depth(path)
         children: list[tuple[Any, Node]] = []
-        # Entries express a dict of text keys and tensors. They do not keep the order of values.
+        # A dict with text keys needs no node, unless it has several values, whose order is lost.
         is_plain = kind == "dict" and bool(value)
         num_values_before = self._num_values
         for name, key in names_of(path, value).items():
             node = self.walk((*path, name), value[key], rebuilt=rebuilt)
             children.append((key, node))
-            # Inside the state of another object, only its node marks an object.
+            # A model or optimizer of the caller is found at its path, but a load that rebuilds an
+            # object's state finds inner objects only by their nodes.
             is_marked = node is not None and (node != {"object": None} or rebuilt)
             is_plain = is_plain and not is_marked and type(key) is str
         if is_plain and (self._num_values == num_values_before or len(children) == 1):
@@ -201,7 +201,7 @@ class Flattener:
 
     def _sequence(self, path: Path, value: Sequence[Any], kind: str) -> Node:
         check_depth(path)
-        # A fresh run may have a shorter list. So a load always creates the tensors of lists.
+        # A fresh run may have a shorter list, so a load must be able to create the members.
         nodes = [
             self.walk((*path, number), member, rebuilt=True) for number, member in enumerate(value)
         ]
@@ -242,9 +242,8 @@ def holds_state(members: Sequence[Any]) -> bool:
 
 
 def _holds_placed(members: Sequence[Any]) -> bool:
-    """Return whether a tuple must be split into entries. A tuple of plain values and tensors in
-    host memory is one value, as in stock DCP. Sharded tensors, tensors on devices, objects and
-    arrays cannot be part of a value."""
+    """Return whether a tuple must be split into entries, because it contains a sharded tensor, a
+    tensor on a device, an object or an array. Any other tuple is one value, as in stock DCP."""
     if SCALARS.issuperset(map(type, members)):
         return False
     return any(
@@ -322,27 +321,21 @@ def check_depth(path: Path) -> None:
         )
 
 
-_ARRAY_KINDS = "biufc"
-
-
 def _tensor_of(path: Path, array: np.ndarray[Any, Any]) -> torch.Tensor:
     """Return an array as a tensor, which shares its memory if possible."""
-    dtype = array.dtype
-    if dtype.kind not in _ARRAY_KINDS or not dtype.isnative or dtype.itemsize > 16:
-        raise UsageError(
-            f"`{dotted(path)}` is a numpy array of {dtype}, which no tensor can have",
-            hint="convert it to an array of numbers or to a list",
-        )
+    plain = array.flags.writeable and array.flags.c_contiguous
     try:
-        plain = array.flags.writeable and array.flags.c_contiguous
         return torch.from_numpy(array if plain else array.copy())
-    except TypeError as error:
-        raise UsageError(f"`{dotted(path)}` is a numpy array of {dtype}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"`{dotted(path)}` is a numpy array of {array.dtype}, which no tensor can have",
+            hint="convert it to an array of numbers or to a list",
+        ) from error
 
 
 def made_plain(path: Path, value: Any) -> tuple[Any, list[list[Any]]]:
-    """Replace numpy's numbers and empty bytes, which pickle could write only as code, by values
-    of Python. Returns the value, and the original types with their positions in it."""
+    """Replace numpy's numbers and empty bytes by Python's numbers and texts, because pickle writes
+    them as calls. Returns the value, and the replaced types with their positions in it."""
     if type(value) in SCALARS and value != b"":
         return value, []
     types: list[list[Any]] = []
@@ -376,7 +369,7 @@ def _made_plain(path: Path, value: Any, inside: tuple[str, ...], types: list[lis
             for number, member in enumerate(value)
         )
     if kind in (dict, OrderedDict):
-        # Encoding the value refuses keys without a text form, if there are any.
+        # A key without a text form is refused later, when the value is encoded.
         return kind(
             (key, _made_plain(path, member, (*inside, key_text(key) or ""), types))
             for key, member in value.items()

@@ -99,10 +99,7 @@ def _read_range(
         return
     elements = np.empty((byte_range.stop - byte_range.start) // box.itemsize, box.dtype)
     data.read(byte_range.start, byte_range.stop, _memory(elements))
-    if byte_range.contiguous:
-        box[...] = elements.reshape(box.shape)
-    else:
-        box[...] = as_strided(elements, box.shape, [stride * box.itemsize for stride in strides])
+    box[...] = as_strided(elements, box.shape, [stride * box.itemsize for stride in strides])
 
 
 def _memory(array: Array) -> memoryview:
