@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hub_folders import LLAMA, hub_tensors, save_folder
+from hf_folders import LLAMA, hf_tensors, save_folder
 from processes import run_processes
 
 SHARDED = """
@@ -74,7 +74,7 @@ def prepare(name: str, folder: Path) -> None:
         work = ["--nproc_per_node", "2", "sharded.py", str(outputs / "sharded.ckpt")]
         ran_unless_torch_aborts([*launch, *work], cwd=folder).check_returncode()
     else:
-        save_folder(folder / "path/to/hf", LLAMA, hub_tensors(LLAMA))
+        save_folder(folder / "path/to/hf", LLAMA, hf_tensors(LLAMA))
         save_tokenizer(folder / "path/to/hf")
 
 

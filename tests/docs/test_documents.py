@@ -20,9 +20,9 @@ import yaml
 from safetensors.torch import load_file
 
 from checkpoints import save_step
+from hf_folders import hf_tensors, low_rank, save_adapter, save_folder
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.trainer.arguments import read_config
-from hub_folders import hub_tensors, low_rank, save_adapter, save_folder
 from pages import GUIDE
 from runs import ROOT
 
@@ -213,7 +213,7 @@ CONVERTING = (
 def test_the_commands_that_convert(tmp_path: Path) -> None:
     """Method: one after the other, on a small Llama; each round trip gives the same tensors."""
     config = config_of("llama3", MODELS["llama3"]["debugmodel"], 300)
-    tensors = hub_tensors(config)
+    tensors = hf_tensors(config)
     save_folder(tmp_path / "path/to/hf", config, tensors, num_files=2)
     save_adapter(
         tmp_path / "path/to/adapter", low_rank(tensors, {"model.layers.0.self_attn.q_proj": 4})

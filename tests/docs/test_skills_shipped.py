@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from checkpoints import save_step, save_stock
+from hf_folders import hf_tensors, save_folder
 from holdfast.cli.main import COMMANDS
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.skills.bundle import (
@@ -27,7 +28,6 @@ from holdfast.skills.bundle import (
 )
 from holdfast.trainer.arguments import read_config
 from holdfast.trainer.config import Config
-from hub_folders import hub_tensors, save_folder
 from neighbours import prepare, ran_unless_torch_aborts
 
 FIELDS = {"name", "description", "license", "compatibility", "metadata", "allowed-tools"}
@@ -148,7 +148,7 @@ def test_what_a_page_tells_to_run_runs(
     if page == "references/hugging-face.md":
         shutil.rmtree(tmp_path / "outputs")
         config = config_of("llama3", MODELS["llama3"]["debugmodel"], 300)
-        save_folder(tmp_path / "path/to/hf", config, hub_tensors(config))
+        save_folder(tmp_path / "path/to/hf", config, hf_tensors(config))
     if name == "torchtitan":
         shutil.rmtree(tmp_path / "outputs/checkpoint/step-10")
         save_stock(tmp_path / "outputs/checkpoint/step-10")

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from hf_folders import LLAMA, hf_tensors, save_folder
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.source import Source
@@ -42,7 +43,6 @@ from holdfast.state.objects import StateTree
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import AmendableStore
 from holdfast.testing.interleavings import Actor, Ran, interleavings
-from hub_folders import LLAMA, hub_tensors, save_folder
 
 NAME = "c"
 
@@ -323,7 +323,7 @@ WISHES = {
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = {**LLAMA, "num_hidden_layers": 1}
-    return save_folder(tmp_path_factory.mktemp("hub") / "hub", small, hub_tensors(small))
+    return save_folder(tmp_path_factory.mktemp("hf") / "hf", small, hf_tensors(small))
 
 
 def conversion(source: Path, options: ConvertOptions) -> Actor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-import hub_models
+import hf_models
 from holdfast.hf.families import FAMILIES
 from holdfast.hf.flavors import MODELS
 from holdfast.hf.published import PUBLISHED, TYPES, flavors_of, published
@@ -42,7 +42,7 @@ def test_every_flavor_is_of_the_family_that_its_name_stands_for(name: str) -> No
 def test_every_model_type_has_a_model_in_the_tests() -> None:
     """Method: the models that are converted to a checkpoint and back. A language model within a
     larger model has the same tensors as by itself, but for the prefix."""
-    tested = {getattr(transformers, kind).model_type for kind, _ in hub_models.MODELS.values()}
+    tested = {getattr(transformers, kind).model_type for kind, _ in hf_models.MODELS.values()}
     assert tested == OF_WHOLE_MODELS
 
 

@@ -44,9 +44,7 @@ def config_of_model(
         UsageError: an unknown name or flavor.
     """
     found: list[tuple[Config, str]] = []
-    for path in (opened.where if opened.has_config else None, assets):
-        if path is None:
-            continue
+    for path in filter(None, (opened.where if opened.has_config else None, assets)):
         store, folder = open_for_reading(path)
         if CONFIG in store.list(folder):
             found.append((read_config(store, folder), f"`{path}/{CONFIG}`"))

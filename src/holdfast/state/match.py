@@ -26,10 +26,6 @@ A sharded tensor has a `name`: the parameter with the same placement, or "" if t
 """
 
 
-def nowhere(_: TensorEntry, __: str | None) -> None:
-    """A `Like` for entries that no tensor or device places."""
-
-
 Check = Callable[[Values], str | None]
 """Checks entries that have been read. Returns a line about a mismatch, or None."""
 
@@ -117,7 +113,7 @@ class Match:
             self.taken.update(branch.entries())
 
     def request(
-        self, branch: Branch, node: Node, like: Like = nowhere, enter: Enter | None = None
+        self, branch: Branch, node: Node, like: Like = lambda *_: None, enter: Enter | None = None
     ) -> Make:
         """Plan to read everything at and below a path. Return a function that rebuilds the saved
         state from the entries that were read."""
@@ -132,7 +128,7 @@ class Match:
 
         return rebuilder(branch, node, note, enter)
 
-    def request_at(self, path: Path, like: Like = nowhere) -> Make | None:
+    def request_at(self, path: Path, like: Like = lambda *_: None) -> Make | None:
         """Plan to read everything at and below a path, with the structure that is stored for it.
         None: the checkpoint has nothing there."""
         branch, node = self.stored.below(path), self.stored.node(path)

@@ -207,7 +207,7 @@ class ModelState:
         """Plan to fill parameters and buffers in place, and to pass everything else to the
         modules' own `load_state_dict`."""
         self._find_names()
-        self._find_trained([str(name) for name in match.stored.tops()])
+        self._find_trained([str(name) for name in match.stored.root.children])
         wanted: set[str] = set()
         parts = [
             ModuleMatch(match, path, part, names, model=self)
@@ -262,7 +262,7 @@ class ModuleMatch:
     def _match_more(self, wanted: set[str]) -> None:
         """Read stored entries that a fresh module lacks: its own load code may create them."""
         stored = self._match.stored
-        below = stored.below(self._path).children if self._path else stored.tops()
+        below = stored.below(self._path).children
         customs = [n for n, m in self._module.named_modules() if _has_own_code(m)]
         for key in below:
             name = str(key)

@@ -148,14 +148,10 @@ class StateTree:
     def _note_extra(self, match: Match) -> None:
         """Note unused entries below the names of this state."""
         flat = self._flat_component is not None
-        for top, entries in match.stored.tops().items():
+        for top, branch in match.stored.root.children.items():
             given = top in self._keys and top != self._flat
             if given or (flat and top not in match.others):
-                for name, _ in entries:
-                    if name not in match.taken:
-                        match.extra[name] = None
-
-    # -------------------------------------------------------------------- parameters by placement
+                match.extra.update((n, None) for n in branch.entries() if n not in match.taken)
 
     def _parameter(self, name: str) -> torch.Tensor | None:
         return next((p for key, p in named_parameters(self._modules) if key == name), None)

@@ -141,8 +141,6 @@ class OptimizerMatch:
 
         self._match.then(take)
 
-    # -------------------------------------------------------------------------------------- slots
-
     def _match_state(
         self,
         optimizer: Optimizer,
@@ -191,8 +189,6 @@ class OptimizerMatch:
             return parameter.device if entry.shape or on_device else None
 
         return match.request(branch, match.stored.node(branch.path), like)
-
-    # ------------------------------------------------------------------------------------- groups
 
     def _match_groups(
         self, optimizer: Optimizer, number: int, names: list[str], stored: StoredOptimizer
@@ -302,8 +298,6 @@ class OptimizerMatch:
                 (loaded[STATE] if key == OTHERS else loaded).update(make(values))
 
         return add
-
-    # ------------------------------------------------------------------------------- exact values
 
     @contextmanager
     def _exactly(self, optimizer: Optimizer, names: list[str]) -> Iterator[None]:

@@ -7,13 +7,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
 from holdfast.errors import FormatError
-from holdfast.format.manifest import Manifest, TensorEntry
+from holdfast.format.manifest import Manifest, TensorEntry, ValueEntry
 from holdfast.format.structure import (
     ARRAY,
     EMPTY_BYTES,
@@ -63,33 +64,25 @@ class StoredState:
         self.structure: Mapping[Path, Node] = manifest.structure or {}
         self.states_structure: bool = manifest.structure is not None
         """False for stock DCP and old versions of Holdfast, which stored only names."""
-        self._tops: dict[str | int, list[tuple[str, Path]]] | None = None
-        self._branches: dict[str | int, Branch] = {}
-        self._pathless: list[str] | None = None
-
-    def names(self) -> Iterator[tuple[str, Path]]:
-        """Yield name and path of every entry."""
-        for name, tensor in self.manifest.tensors.items():
-            yield name, tensor.path
-        for name, value in self.manifest.values.items():
-            yield name, value.path
-
-    def tops(self) -> Mapping[str | int, Sequence[tuple[str, Path]]]:
-        """Return entries by the first key of their paths."""
-        if self._tops is None:
-            self._tops = {}
-            for name, path in self.names():
-                self._tops.setdefault(path[0], []).append((name, path))
-        return self._tops
+        self.root = Branch(())
+        self._branches_by_name: dict[str, Branch] = {}
+        entries: dict[str, TensorEntry | ValueEntry] = {**manifest.tensors, **manifest.values}
+        for name, entry in entries.items():
+            branch = self.root
+            for key in entry.path:
+                if key not in branch.children:
+                    branch.children[key] = Branch((*branch.path, key))
+                branch = branch.children[key]
+            branch.name = name
 
     def below(self, path: Path) -> Branch:
         """Return the entries at and below a path."""
-        top = path[0]
-        if top not in self._branches:
-            self._branches[top] = self._grown(top)
-        branch = self._branches[top]
-        for key in path[1:]:
-            branch = branch.child(key)
+        branch = self.root
+        for key in path:
+            if branch is self.root and key not in branch.children and type(key) is str:
+                branch = self._below_name(key)
+            else:
+                branch = branch.child(key)
         return branch
 
     def holds(self, name: str, path: Path) -> bool:
@@ -109,28 +102,23 @@ class StoredState:
         """Return the tensor `name`; None if the checkpoint has none."""
         return None if name is None else self.manifest.tensors.get(name)
 
-    def _grown(self, top: str | int) -> Branch:
-        root = Branch((top,))
-        for name, path in self.tops().get(top, ()):
-            branch = root
-            for key in path[1:]:
-                branch = branch.children.setdefault(key, Branch((*branch.path, key)))
-            branch.name = name
-        if root.is_empty and type(top) is str:
-            self._grow_by_names(root, top)
-        return root
+    def _below_name(self, top: str) -> Branch:
+        """Return a branch of the names that begin with `top.`, each as one key: for checkpoints
+        without paths."""
+        if top not in self._branches_by_name:
+            branch = self._branches_by_name[top] = Branch((top,))
+            prefix = f"{top}."
+            for name in self._pathless[bisect_left(self._pathless, prefix) :]:
+                if not name.startswith(prefix):
+                    break
+                key = name.removeprefix(prefix)
+                branch.children[key] = Branch((top, key), name)
+        return self._branches_by_name[top]
 
-    def _grow_by_names(self, root: Branch, top: str) -> None:
-        """Add the names that begin with `top.`, each as one key below it: for checkpoints without
-        paths."""
-        if self._pathless is None:
-            self._pathless = sorted(name for name, path in self.names() if path == (name,))
-        prefix = f"{top}."
-        for name in self._pathless[bisect_left(self._pathless, prefix) :]:
-            if not name.startswith(prefix):
-                break
-            key = name.removeprefix(prefix)
-            root.children[key] = Branch((top, key), name)
+    @cached_property
+    def _pathless(self) -> list[str]:
+        """Sorted names of the entries whose path is their name."""
+        return sorted(name for name, branch in self.root.children.items() if branch.name == name)
 
 
 def _node_below(node: Node, keys: Path) -> Node:
