@@ -88,13 +88,7 @@ class ConvertPlan:
 
 
 def plan(source: str, options: ConvertOptions) -> ConvertPlan:
-    """Plan a conversion, with all checks that need no data.
-
-    Raises:
-        NotFoundError: there is no checkpoint at `source`.
-        MismatchError: its tensors do not match the configuration; all differences are listed.
-        UsageError: an option that cannot be used with this source.
-    """
+    """Plan a conversion, with all checks that need no data."""
     opened = open_source(source)
     assets = None if options.hf_assets is None else fetched(options.hf_assets, assets_only=True)
     model: Tensors = opened.model
@@ -208,8 +202,13 @@ def _in_dialect(outputs: Outputs, dialect: Literal["meta", "titan"], model: Tens
     TorchTitan expects."""
     keys = {str(key) for output in outputs.values() for key in output.path}
     new_names = renamed([*outputs, *keys], dialect)
-    above = next((o.path[:-1] for o in outputs.values() if o.path[-1] == o.name), ())
-    added = _balances(model, above) if dialect == "titan" else {}
+    added: dict[str, Output] = {}
+    if dialect == "titan":
+        above = next((o.path[:-1] for o in outputs.values() if o.path[-1] == o.name), ())
+        zeros = Zeros(balances({name: info.shape for name, info in model.infos.items()}))
+        for name, titan_name in renamed(zeros.infos, "titan").items():
+            path = (*above, titan_name)
+            added[_joined(path)] = Output(zeros, name, "float32", path)
     return {
         **added,
         **{
@@ -221,16 +220,6 @@ def _in_dialect(outputs: Outputs, dialect: Literal["meta", "titan"], model: Tens
             for name, output in outputs.items()
         },
     }
-
-
-def _balances(model: Tensors, above: Path) -> Outputs:
-    """Return zeros for the balancing biases that TorchTitan expects. `above`: the model's path."""
-    zeros = Zeros(balances({name: info.shape for name, info in model.infos.items()}))
-    outputs = {}
-    for name, titan_name in renamed(zeros.infos, "titan").items():
-        path = (*above, titan_name)
-        outputs[_joined(path)] = Output(zeros, name, "float32", path)
-    return outputs
 
 
 def _adapter(

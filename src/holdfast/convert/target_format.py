@@ -24,11 +24,7 @@ OTHER = (
 
 
 def target_format(source: str, target: str, to: TargetFormat | None) -> TargetFormat:
-    """Return the format to write: `to` if given, else torch for its suffixes, else dcp.
-
-    Raises:
-        UsageError: the target has the name of a file of another format.
-    """
+    """Return the format to write: `to` if given, else torch for its suffixes, else dcp."""
     suffix = PurePath(target).suffix.lower()
     if suffix == ".safetensors":
         raise UsageError(

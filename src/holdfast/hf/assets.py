@@ -31,9 +31,6 @@ def files_beside(
 
     `assets`: folder whose other files are copied. The index comes last: a folder is not complete
     without it.
-
-    Raises:
-        FormatError: an asset is a link out of its folder, or not a plain file.
     """
     yield CONFIG, config_bytes(config, dtype)
     if assets is not None:

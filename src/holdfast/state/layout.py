@@ -56,11 +56,7 @@ class Layouts:
 
     def of(self, name: str, tensor: torch.Tensor, local: torch.Tensor) -> Layout:
         """Return the layout of a DTensor on its mesh, or of any other tensor as a whole. `local`
-        contains the rank's own elements.
-
-        Raises:
-            UsageError: the tensor has no plain elements, or a dtype or placement that is unknown.
-        """
+        contains the rank's own elements."""
         mesh, placements = _mesh_of(tensor)
         if tensor.is_meta:
             raise UsageError(

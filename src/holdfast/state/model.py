@@ -122,11 +122,7 @@ class ModelState:
         is_base: bool = False,
     ) -> None:
         """With `trained`, checkpoints contain only these parameters, since the base model has the
-        others. With `is_base`, this is the base model, which may lack trained parameters.
-
-        Raises:
-            UsageError: a part is wrapped by FSDP1, which changes the parameters of the model.
-        """
+        others. With `is_base`, this is the base model, which may lack trained parameters."""
         self.parts: Sequence[nn.Module] = list(parts)
         self._names: list[Names] = []
         self._named_for: list[object] = []
@@ -313,11 +309,7 @@ class ModuleMatch:
 
 
 def own_state(module: nn.Module) -> dict[str, Any]:
-    """Return a module's `state_dict`; with gradients, unless the module overrides the method.
-
-    Raises:
-        UsageError: the result is no dict with text keys.
-    """
+    """Return a module's `state_dict`; with gradients, unless the module overrides the method."""
     with torch.no_grad():
         if type(module).state_dict is nn.Module.state_dict:
             # Without `keep_vars` torch detaches every DTensor, which is slow. Readers and writers

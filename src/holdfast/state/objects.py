@@ -71,11 +71,7 @@ class StateTree:
         self._placed_for: list[object] = []
 
     def flatten(self) -> FlatState:
-        """Return every tensor and value by name. Tensors share memory with the state.
-
-        Raises:
-            UsageError: two entries have one name, or a value or object cannot be restored.
-        """
+        """Return every tensor and value by name. Tensors share memory with the state."""
         if self._placed is not None and self._placed_for != outline_of(self._modules):
             self._placed = None
         flattener = Flattener(self.component_of, self._placed_like)
@@ -91,10 +87,7 @@ class StateTree:
     def _stepped(self, state: FlatState) -> Iterator[str]:
         for path, (_, component) in self._components.items():
             if isinstance(component, OptimizerState):
-                parameters, slots = component.stepped(dotted(path))
-                for name, leaf in state.leaves.items():
-                    if id(leaf.value) in parameters or (slots and name.startswith(slots)):
-                        yield name
+                yield from component.stepped(path, state.leaves)
 
     def match(self, manifest: Manifest, *, strict: bool = True) -> Match:
         """Decide the target of each entry of a checkpoint. With `strict`, the match lists unused

@@ -26,6 +26,7 @@ from holdfast.state.stateful import ObjectState
 from holdfast.state.tree import (
     SCALARS,
     Flattener,
+    Leaf,
     Path,
     Stateful,
     dotted,
@@ -122,11 +123,13 @@ class OptimizerState:
         """Return the name of a parameter, or its number if no module contains it."""
         return self._names[id(parameter)]
 
-    def stepped(self, above: str) -> tuple[set[int], str]:
-        """Return the tensors that change only when these optimizers step: the `id` of each
-        parameter, and the prefix of all slots' names. `above` is the name of this component."""
+    def stepped(self, path: Path, leaves: Mapping[str, Leaf]) -> Iterator[str]:
+        """Yield the names of tensors that change only when these optimizers step."""
         parameters = {id(p) for optimizer in self.named for p in parameters_of(optimizer)}
-        return parameters, f"{above}.{STATE}." if self.named else ""
+        slots = f"{dotted(path)}.{STATE}."
+        for name, leaf in leaves.items() if self.named else ():
+            if id(leaf.value) in parameters or name.startswith(slots):
+                yield name
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:
         """Add the slots of every parameter, the options of every group, and other entries."""
@@ -230,7 +233,8 @@ class OptimizerState:
         """Add an option of a group as one leaf with a name for each parameter. One leaf for each of
         thousands of parameters would take too long, while training waits."""
         named_paths = self._named_paths(path, group, option, names)
-        if not _is_one_leaf(value):
+        is_leaf = type(value) in (tuple, list) and not holds_state(value)
+        if not is_leaf and type(value) not in SCALARS:
             for name in names:
                 flattener.put((*path, f"{GROUPS}.{name}.{option}"), value, rebuilt=True)
             return
@@ -273,11 +277,7 @@ def is_zero(optimizer: object) -> bool:
 
 
 def state_of(optimizer: Optimizer) -> dict[str, Any]:
-    """Return an optimizer's `state_dict`.
-
-    Raises:
-        UsageError: a hook has changed the form of the state.
-    """
+    """Return an optimizer's `state_dict`."""
     state: Any = _zero_state(optimizer) if is_zero(optimizer) else optimizer.state_dict()
     numbers = iter(range(len(parameters_of(optimizer))))
     try:
@@ -320,8 +320,3 @@ def is_placed_like(value: Any, parameter: torch.Tensor) -> bool:
         and value.placements == parameter.placements
         and value.device_mesh == parameter.device_mesh
     )
-
-
-def _is_one_leaf(value: Any) -> bool:
-    """Return whether a value is always stored as one entry."""
-    return type(value) in SCALARS or (type(value) in (tuple, list) and not holds_state(value))

@@ -89,11 +89,7 @@ class RankState:
 
 
 def hand_over(owner: Any, state: Any, name: str) -> None:
-    """Pass a loaded state to an object's own `load_state_dict`.
-
-    Raises:
-        MismatchError: `load_state_dict` raised an error.
-    """
+    """Pass a loaded state to an object's own `load_state_dict`."""
     try:
         with torch.no_grad():
             owner.load_state_dict(state)
@@ -158,9 +154,6 @@ def _child(value: Any, key: str | int) -> Any:
     return None
 
 
-# ----------------------------------------------------------------- checkpoints without structure
-
-
 def _missing(fresh: Any, branch: Branch, path: Path) -> Iterator[str]:
     """Yield names of entries that a fresh object has and the checkpoint lacks."""
     if branch.is_empty:
@@ -201,7 +194,7 @@ def _merged(fresh: Any, branch: Branch, values: Values) -> Any:
             _merged(fresh[n] if n < len(fresh) else None, _below(branch, n), values)
             for n in numbers
         ]
-    return _rebuilt(branch, values)
+    return rebuilder(branch, None)(values)
 
 
 def _numbers(branch: Branch) -> list[int]:
@@ -219,9 +212,5 @@ def _merged_mapping(fresh: Mapping[Any, Any], branch: Branch, values: Values) ->
         merged[key] = _merged(member, below, values)
     for name, child in branch.children.items():
         if not done.issuperset(child.entries()):
-            merged[keys_like([*fresh], str(name))] = _rebuilt(child, values)
+            merged[keys_like([*fresh], str(name))] = rebuilder(child, None)(values)
     return merged
-
-
-def _rebuilt(branch: Branch, values: Values) -> Any:
-    return rebuilder(branch, None, lambda *_: None)(values)

@@ -150,13 +150,12 @@ Enter = Callable[[Branch, Node], Make]
 """`enter(branch, node)` returns the maker of an object whose state has this node."""
 
 
-def rebuilder(branch: Branch, node: Node, note: Note, enter: Enter | None = None) -> Make:
+def rebuilder(
+    branch: Branch, node: Node, note: Note = lambda *_: None, enter: Enter | None = None
+) -> Make:
     """Return a function that rebuilds the saved state at and below a path.
 
     Calls `note` for every entry. Without `enter`, the state of an object takes its place.
-
-    Raises:
-        FormatError: the structure names an entry that the checkpoint lacks.
     """
     kind = kind_of_node(node)
     if isinstance(node, dict) and kind == "object":

@@ -35,9 +35,6 @@ def take_apart(
     """Return the inner tensors of a wrapper subclass by attribute, and its metadata.
 
     `must_be_known`: check that a load, which creates the tensor, can find its class by name.
-
-    Raises:
-        UsageError: the class does not expose its elements, or a load could not find it.
     """
     cls = type(tensor)
     if isinstance(tensor, UNINITIALIZED):
@@ -79,9 +76,6 @@ def unflatten(
 
     Uses only classes that this process has declared safe: a checkpoint must not choose the code
     that runs.
-
-    Raises:
-        MismatchError: the class has not been declared safe.
     """
     cls = _safe_classes().get(described["class"])
     if cls is None:

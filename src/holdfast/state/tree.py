@@ -289,11 +289,7 @@ def _kind_of(path: Path, value: Mapping[Any, Any]) -> tuple[str, dict[str, str]]
 
 
 def names_of(path: Path, value: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the keys of a dict by their text.
-
-    Raises:
-        UsageError: a key has no text form, or two keys have the same one.
-    """
+    """Return the keys of a dict by their text."""
     where = f"`{dotted(path)}`" if path else "the state"
     names: dict[str, Any] = {}
     for key in value:

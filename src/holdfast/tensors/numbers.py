@@ -51,11 +51,7 @@ def is_floating(dtype: str) -> bool:
 
 
 def convert(elements: Array, source: str, target: str) -> Array:
-    """Return the elements in another floating-point dtype; the array itself if it is the same.
-
-    Raises:
-        UsageError: this conversion is not supported.
-    """
+    """Return the elements in another floating-point dtype; the array itself if it is the same."""
     if source == target:
         return elements
     convert_part = _converter(source, target)
