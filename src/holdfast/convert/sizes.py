@@ -116,7 +116,7 @@ def check_alike(one: tuple[Config, str], other: tuple[Config, str]) -> None:
 
 
 def _used_axes(family: Family, config: Config) -> Iterator[str]:
-    """Yield the axes of existing tensors. Dense layers, say, have a size even if there are none."""
+    """Yield the axes of tensors that exist: a configuration has sizes of missing layers too."""
     rows, axes = rows_and_axes(family, config)
     for row in rows:
         if all(len(axes[axis]) for axis in row.native.name_axes if axis in axes):

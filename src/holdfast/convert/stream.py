@@ -46,7 +46,7 @@ class Output:
     """Keys from the root of the state to the tensor, for targets that nest."""
 
     same_as: str = ""
-    """For a second name of a tensor: the name in the target of its first output; else empty."""
+    """Name of the output with the same tensor, if this is a second name of it; else empty."""
 
     @property
     def shape(self) -> tuple[int, ...]:

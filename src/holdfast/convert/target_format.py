@@ -20,7 +20,7 @@ OTHER = (
     ".mlmodel .mlpackage .engine .nemo .pte .pt2 .pkl .pickle .zip .gz .tgz .zst .json .toml .yaml "
     ".txt .csv .parquet .distcp"
 )
-"""Suffixes of formats that no conversion writes. Nothing gets such a name: it would mislead."""
+"""Suffixes of formats that no conversion writes. A target with such a name is refused."""
 
 
 def target_format(source: str, target: str, to: TargetFormat | None) -> TargetFormat:

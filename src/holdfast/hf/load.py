@@ -49,7 +49,7 @@ def load_folder(
     """Load the weights of a Hugging Face folder into the model in `tree`. Returns notes too.
 
     `config` is used if the folder has no `config.json`. `partial_load`: see `load_tree`. Quantized
-    weights are dequantized. Meta's or TorchTitan's names are used, as the model has them.
+    weights are dequantized. The model may have Meta's or TorchTitan's names.
 
     Collective: every rank calls this. Ranks exchange only headers; an error on one rank is raised
     on all.
@@ -138,7 +138,7 @@ def _fill(tensors: Tensors, _: Source, wanted: Sequence[Wanted]) -> int:
         target.copy_(torch.from_numpy(elements).view(dtype))
         return elements.nbytes
 
-    # 4 bytes an element: few folders have a wider dtype than float32.
+    # Count 4 bytes per element: few folders have a wider dtype than float32.
     jobs = [
         (want, piece, block)
         for want in wanted

@@ -179,7 +179,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     if tensor.dtype in _SPELLED_BY_NUMPY and tensor.numel():
         # A third of the time that the line below takes, which matters for many small tensors.
         return tensor.numpy().data.cast("B")
-    # Not `reshape(-1)`: one element counts as contiguous with any stride, and would keep its own.
+    # Not `reshape(-1)`, which keeps the stride of a single element: `view` needs stride 1.
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 

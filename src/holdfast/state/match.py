@@ -27,7 +27,7 @@ A sharded tensor has a `name`: the parameter with the same placement, or "" if t
 
 
 Check = Callable[[Values], str | None]
-"""Checks entries that have been read. Returns a line about a mismatch, or None."""
+"""`check(values)` returns a line about a mismatch in entries that have been read, or None."""
 
 
 @dataclass(frozen=True, slots=True)

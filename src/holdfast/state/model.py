@@ -101,7 +101,7 @@ def outline_of(parts: Sequence[nn.Module]) -> list[object]:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """Parameter names of a run whose checkpoints lack the parameters that only its base needs."""
+    """Parameter names of a run whose checkpoints leave out parameters that it never trained."""
 
     names: set[str] = field(default_factory=set)
     """Parameters whose values may differ from the base model's: those that required a gradient at

@@ -277,7 +277,7 @@ def is_zero(optimizer: object) -> bool:
 
 
 def state_of(optimizer: Optimizer) -> dict[str, Any]:
-    """Return an optimizer's `state_dict`."""
+    """Return an optimizer's `state_dict`, checked to have torch's form."""
     state: Any = _zero_state(optimizer) if is_zero(optimizer) else optimizer.state_dict()
     numbers = iter(range(len(parameters_of(optimizer))))
     try:

@@ -302,7 +302,7 @@ class OptimizerMatch:
     @contextmanager
     def _exactly(self, optimizer: Optimizer, names: list[str]) -> Iterator[None]:
         """Undo the conversions of torch's own `load_state_dict`: it casts every slot to its
-        parameter's dtype, even counters and 8-bit moments, and breaks texts.
+        parameter's dtype, even counters and 8-bit moments, and does not keep texts.
 
         The exact values are put back between torch's cast and the optimizer's `__setstate__`, so
         that changes by `__setstate__` and by hooks are kept.

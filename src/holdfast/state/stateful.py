@@ -89,7 +89,7 @@ class RankState:
 
 
 def hand_over(owner: Any, state: Any, name: str) -> None:
-    """Pass a loaded state to an object's own `load_state_dict`."""
+    """Pass a loaded state to an object's `load_state_dict`, whose errors become MismatchErrors."""
     try:
         with torch.no_grad():
             owner.load_state_dict(state)

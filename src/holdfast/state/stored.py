@@ -140,11 +140,11 @@ Values = Callable[[str], Any]
 """`values(name)` returns the tensor of an entry that has been read, or a copy of its value."""
 
 Make = Callable[[Values], Any]
-"""Builds one part of the state from the entries that were read."""
+"""`make(values)` builds one part of the state from the entries that were read."""
 
 
 Note = Callable[[str, Node], None]
-"""`note(name, node)` is told every entry that a rebuild will need."""
+"""`note(name, node)` is called for every entry that a rebuild needs."""
 
 Enter = Callable[[Branch, Node], Make]
 """`enter(branch, node)` returns the maker of an object whose state has this node."""
@@ -155,7 +155,7 @@ def rebuilder(
 ) -> Make:
     """Return a function that rebuilds the saved state at and below a path.
 
-    Calls `note` for every entry. Without `enter`, the state of an object takes its place.
+    Calls `note` for every entry. Without `enter`, inner objects are replaced by their states.
     """
     kind = kind_of_node(node)
     if isinstance(node, dict) and kind == "object":

@@ -185,7 +185,7 @@ class Flattener:
         kind, fields = _kind_of(path, value)
         check_depth(path)
         children: list[tuple[Any, Node]] = []
-        # A dict with text keys needs no node, unless it has several values, whose order is lost.
+        # Names alone express a dict with text keys, except for the order of several values.
         is_plain = kind == "dict" and bool(value)
         num_values_before = self._num_values
         for name, key in names_of(path, value).items():

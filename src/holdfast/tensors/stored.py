@@ -25,7 +25,7 @@ class StoredTensors:
     """Tensors that a manifest lists, whatever the format of the checkpoint."""
 
     def __init__(self, source: Source, strides: Mapping[str, tuple[int, ...]]) -> None:
-        """`strides`: strides of tensors that are not row-major, if the manifest cannot say so."""
+        """`strides`: of tensors that are not row-major, if the manifest does not contain them."""
         self._source, self._strides = source, strides
         self._located: dict[tuple[str, int], tuple[Span, tuple[int, ...]]] = {}
         tensors = source.manifest.tensors
@@ -55,7 +55,8 @@ class StoredTensors:
         room = memoryview(bytearray(ROOM_BYTES))
         data = ChunkData(self._source, name, (chunk.file, span), checksums, reader, room)
         if strides != row_major and prod(shape) > 1:
-            # A transposed parameter, say. Rare, so the whole chunk is read for any part of it.
+            # Tensors that are not row-major, such as transposed parameters, are rare: to get any
+            # part, read the whole chunk.
             elements = np.empty(span.nbytes // itemsize, target.dtype)
             data.read(0, elements.nbytes, _memory(elements))
             strided = as_strided(elements, shape, [stride * itemsize for stride in strides])

@@ -23,8 +23,9 @@ from holdfast.storage.local import LocalStore
 def model(vocab_size):
     flavor = replace(MODELS["llama3"]["debugmodel"], dim=64, num_layers=1, hidden_dim=96)
     hf_model = HFModel(config_of("llama3", flavor, vocab_size))
-    shapes = {name: hf_model.mapping.shape("native", name) for name in hf_model.mapping.names("native")}
-    # Transposed, so that no matrix is in memory as it is written.
+    mapping = hf_model.mapping
+    shapes = {name: mapping.shape("native", name) for name in mapping.names("native")}
+    # Transposed, so that no matrix is contiguous in memory, as the export needs it.
     return hf_model, {name: torch.ones(shape[::-1]).T for name, shape in shapes.items()}
 
 def write(name, hf_model, state):
