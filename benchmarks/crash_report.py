@@ -78,7 +78,7 @@ def main() -> None:
     seeds = parser.parse_args().seeds
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    head = ("what", "by", "power cut", "states", *OUTCOMES)
+    head = ("operation", "library", "power cut", "states", *OUTCOMES)
     print_line(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for protocol in protocols():
         started = time.perf_counter()
