@@ -51,9 +51,9 @@ def test_the_documents_list_all_families_and_flavors() -> None:
     text = re.sub(r"\s+", " ", (DOCS / "hugging-face.md").read_text())
     names = re.findall(r"`(\w+)`", text.split("Names are ")[1].split(". ")[0])
     assert names == [*TYPES]
-    rows = rows_of("hugging-face.md", "| name | flavors |")
+    rows = rows_of("hugging-face.md", "| model name | flavors |")
     documented = {name.strip("`"): row.replace(" (ours)", "").split(", ") for name, row in rows}
     assert documented == {name: flavors_of(name) for name in TYPES if flavors_of(name)}
-    header = "| `model_type` | native model | its logits against transformers |"
+    header = "| `model_type` | native model | logits |"
     listed = ", ".join(row[0] for row in rows_of("families.md", header))
     assert {*listed.split(", ")} == OF_WHOLE_MODELS
