@@ -5,8 +5,8 @@ while the clock is paused, then pickled, counted and unpickled like real ones. T
 float32 tensors, each sharded evenly over all ranks (FSDP), a value that all ranks share, and a
 value of each rank. Times are those of rank 0, including its own local work; nothing is written.
 
-For comparison stock `torch.distributed.checkpoint` plans the same tensors, with its cache of plans.
-Its times exclude pickling, Holdfast's include it.
+For comparison, stock `torch.distributed.checkpoint` plans the same tensors, with its cache of
+plans. The times of Holdfast include pickling, those of stock DCP exclude it.
 """
 
 from __future__ import annotations
