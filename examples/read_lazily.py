@@ -1,6 +1,6 @@
 """Read single tensors of a checkpoint. Reads only the blocks that are needed, and checks each one.
 
-    python read_lazily.py outputs/plain/step-60
+python read_lazily.py outputs/plain/step-60
 """
 
 import sys

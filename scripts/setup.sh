@@ -1,4 +1,5 @@
-# Sourced by run_train.sh and run_tests.sh. Creates .venv on first use; later calls take no time.
+# Sourced by run_train.sh and run_tests.sh. Creates .venv on first use, which takes minutes; later
+# calls take milliseconds.
 #
 #   setup EXTRAS     installs holdfast[EXTRAS] into .venv, unless it is installed already;
 #                    `setup ""` accepts any installed extras

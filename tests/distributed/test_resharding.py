@@ -1,5 +1,4 @@
-"""Checkpoints load in other layouts, with real processes: FSDP2, tensor parallelism, both, neither.
-"""
+"""Checkpoints load in other layouts, with real processes: FSDP2, tensor parallelism, both, neither."""
 
 from __future__ import annotations
 
@@ -208,7 +207,7 @@ def fail_on_one_rank(rank: int, size: int, path: Path) -> str:
 
 
 def test_an_error_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
-    """G7. Method: save a tensor of rank 1 that cannot be saved. The save fails on every rank, and
+    """G7. Method: rank 1 alone has a tensor that cannot be saved. The save fails on every rank, and
     leaves no attempt."""
     for message in run_processes(3, fail_on_one_rank, tmp_path / "step-1"):
         assert "rank 1" in message
