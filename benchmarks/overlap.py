@@ -136,10 +136,11 @@ def overlap(options: BenchmarkOptions, folder: Path) -> Section:
             system.close()
     method = (
         f"One process trains on the CPU, {training.nbytes / 1e9:.2f} GB of parameters and moments. "
-        "Lost: time of the steps until the save was durable, less that of as many without a save."
+        "`lost`: time of the steps until the save was durable, less the time of as many steps "
+        "without a save."
     )
     facts = {"nbytes": training.nbytes}
-    return Section("overlap", "Saving while training goes on", method, figures, facts)
+    return Section("overlap", "Saving while training continues", method, figures, facts)
 
 
 if __name__ == "__main__":

@@ -327,7 +327,7 @@ def main() -> None:
         best = measure_holdfast(size, flatten(state), {"rng"})
         lines.append(row(size, "holdfast", best))
         worst = measure_holdfast(size, flatten(state), {"rng", "items"})
-        lines.append(row(size, "holdfast, no two files laid out alike", worst))
+        lines.append(row(size, "holdfast, all file layouts differ", worst))
         if size <= options.stock_size_max:
             with TemporaryDirectory() as folder:
                 lines.append(row(size, "stock DCP", measure_dcp(size, state, Path(folder))))

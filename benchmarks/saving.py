@@ -129,7 +129,7 @@ def small(options: BenchmarkOptions, folder: Path) -> Section:
         figures = run_rounds(saves, options.rounds)
     method = (
         f"One process, {len(state):,} tensors of 4 KiB. `later`: a save that reuses the plan of "
-        "the save before, with DCP by its own cache of plans."
+        "the previous save (DCP: by its cache of plans)."
     )
     nbytes = local_bytes(state)
     return Section("small", "Saving small tensors", method, figures, {"nbytes": nbytes})
