@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.recording import tree_at
 from torch import nn
 
 import holdfast
@@ -20,7 +21,6 @@ from holdfast.catalog.catalog import Catalog
 from holdfast.cli.main import main
 from holdfast.format.names import LOCK
 from holdfast.storage.local import LocalStore
-from holdfast.testing.recording import tree_at
 from hub_folders import LLAMA, hub_tensors, save_folder
 
 REFUSED: dict[str, Callable[[Path], None]] = {}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from crashes import cut_everywhere
 from holdfast import CheckpointConfig
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.cleanup import execute, plan_cleanup
@@ -23,7 +24,6 @@ from holdfast.saving.save import save_leaves
 from holdfast.state.tree import flatten
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Store
-from holdfast.testing.crashes import cut_everywhere
 from holdfast.testing.ranks import run_ranks
 
 State = dict[str, Any]

@@ -8,22 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import nn
-
-from holdfast import CheckpointConfig, CheckpointManager
-from holdfast.comm import Ranks
-from holdfast.hf.export import HFModel
-from holdfast.testing.crashes import fingerprint
-from holdfast.testing.disk import cuts
-from holdfast.testing.ranks import run_ranks
-from holdfast.testing.recording import (
+from benchmarks.power_cuts import cuts, fingerprint
+from benchmarks.recording import (
     merged,
     recorded_folder,
     tree_after,
     tree_at,
     write_tree,
 )
+from safetensors.torch import load_file
+from torch import nn
+
+from holdfast import CheckpointConfig, CheckpointManager
+from holdfast.comm import Ranks
+from holdfast.hf.export import HFModel
+from holdfast.testing.ranks import run_ranks
 
 HUB = HFModel(
     {
