@@ -9,10 +9,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import Any
 
 from holdfast.errors import FormatError
-from holdfast.format.opcodes import DtypeName, Machine, Plain
+from holdfast.format.opcodes import DtypeName, Plain, Unpickler
 
 __all__ = ["Call", "DtypeName", "Dumper", "Global", "Instance", "Plain", "loads"]
 
@@ -32,10 +33,16 @@ def loads(data: bytes, allowed: Mapping[tuple[str, str], Any], *, where: str) ->
         FormatError: it is no pickle, or refers to a global that is not allowed.
     """
     try:
-        return Machine(data, allowed, where).run()
-    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-        reason = "it ends early" if isinstance(error, IndexError) else error
+        return Unpickler(data, allowed, where).load()
+    except _INVALID as error:
+        reason = "it ends early" if isinstance(error, EOFError | IndexError) else error
         raise FormatError(f"`{where}` is not a whole pickle: {reason}") from error
+
+
+_INVALID = (
+    *(ValueError, LookupError, TypeError, AttributeError),
+    *(EOFError, struct.error, UnpicklingError),
+)
 
 
 @dataclass(frozen=True, slots=True)
