@@ -26,7 +26,6 @@ from holdfast.format.archive import (
 )
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import (
-    KEYS_MAX,
     Chunk,
     Manifest,
     Path,
@@ -46,6 +45,7 @@ from holdfast.format.torchzip import (
     pickled_tensor,
     stored_tensor,
 )
+from holdfast.format.untrusted import KEYS_MAX
 
 PICKLE_BYTES_MAX = 256 << 20
 """Largest `data.pkl` that is read: two million tensors."""

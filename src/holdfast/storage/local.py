@@ -71,10 +71,6 @@ class LocalStore:
             finally:
                 os.close(file)
 
-    def read_into(self, key: str, start: int, target: memoryview) -> int:
-        with self.open(key) as reader:
-            return reader.read_into(start, target)
-
     @contextmanager
     def open(self, key: str) -> Iterator[Reader]:
         with self._errors_of("read", key):

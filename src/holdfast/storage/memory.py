@@ -60,11 +60,6 @@ class MemoryStore:
         with self._mutex:
             return bytes(self._file(key)[start:stop])
 
-    def read_into(self, key: str, start: int, target: memoryview) -> int:
-        data = self.read(key, start, start + len(target))
-        target[: len(data)] = data
-        return len(data)
-
     def open(self, key: str) -> PlainReader:
         return PlainReader(self, key)
 

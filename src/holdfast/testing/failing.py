@@ -38,10 +38,6 @@ class FailingStore:
         self._fail("read", key)
         return self._beneath.read(key, start, stop)
 
-    def read_into(self, key: str, start: int, target: memoryview) -> int:
-        self._fail("read", key)
-        return self._beneath.read_into(key, start, target)
-
     def open(self, key: str) -> PlainReader:
         return PlainReader(self, key)
 
