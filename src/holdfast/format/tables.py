@@ -88,7 +88,8 @@ class StockIndex:
         file_memo = np.array([out.index(file) for file in files], np.int64)
         self._index = out.get(_INDEX) + b")\x81}(" + out.get("fqn")
         self._length = out.get("length")
-        self._open(_METADATA)
+        out.put(_METADATA)
+        out.raw(b")\x81}(")
         out.put("state_dict_metadata")
         out.raw(b"}(")
         paths: dict[str, Path] = {}
@@ -129,11 +130,6 @@ class StockIndex:
             out.put(constant)
         out.raw(b"ub.")
         return [*self._fixed, out.take()]
-
-    def _open(self, cls: Global) -> None:
-        """Start an instance, up to the first item of its state."""
-        self._out.put(cls)
-        self._out.raw(b")\x81}(")
 
     def _put_tensor(self, table: TensorTable) -> None:
         """Write the metadata of a tensor. Tensors with equal chunks share the bytes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from holdfast.storage.store import AmendableStore, Buffer, Check, PlainReader, Writer
 
@@ -83,21 +83,17 @@ class FailingStore:
         self._fail("free_bytes", "")
         return self._beneath.free_bytes()
 
-    @contextmanager
-    def lock(self, key: str, note: str) -> Iterator[Check]:
+    def lock(self, key: str, note: str) -> AbstractContextManager[Check]:
         self._fail("lock", key)
-        with self._beneath.lock(key, note) as check:
-            yield check
+        return self._beneath.lock(key, note)
 
     def holder(self, key: str) -> str | None:
         self._fail("holder", key)
         return self._beneath.holder(key)
 
-    @contextmanager
-    def hold(self, key: str) -> Iterator[bool | None]:
+    def hold(self, key: str) -> AbstractContextManager[bool | None]:
         self._fail("hold", key)
-        with self._beneath.hold(key) as held:
-            yield held
+        return self._beneath.hold(key)
 
 
 class _FailingWriter:

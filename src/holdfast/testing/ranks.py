@@ -129,12 +129,9 @@ def run_ranks(size: int, work: Callable[[Ranks], T], *, timeout_s: float = 30.0)
     waits longer than `timeout_s` for the others fails.
     """
     results = try_ranks(size, work, timeout_s=timeout_s)
-    for result in results:
-        if isinstance(result, BaseException) and not isinstance(result, RankError):
-            raise result
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
+    errors = [result for result in results if isinstance(result, BaseException)]
+    for error in sorted(errors, key=lambda error: isinstance(error, RankError)):
+        raise error
     return [result for result in results if not isinstance(result, BaseException)]
 
 
