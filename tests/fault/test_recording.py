@@ -108,8 +108,8 @@ def test_a_store_in_memory_records_the_operations_of_a_local_one(tmp_path: Path)
     on_disk = merged([done])
 
     def shape(operations: list[Operation]) -> list[tuple[str, str, int, int]]:
-        """Return the operation without the digits of a manifest that depend on the duration of its
-        save."""
+        """Return each operation, without the digits of a manifest that depend on the duration of
+        its save."""
         shapes = []
         for operation in operations:
             name = operation.path.rpartition("/")[2]
