@@ -45,17 +45,17 @@ class FailingStore:
         self._fail("read", f"{folder}/{file}")
         return self._beneath.leads_out(folder, file)
 
-    @contextmanager
-    def create(self, key: str, nbytes: int) -> Iterator[Writer]:
+    def create(self, key: str, nbytes: int) -> AbstractContextManager[Writer]:
         self._fail("create", key)
-        with self._beneath.create(key, nbytes) as writer:
-            yield _FailingWriter(writer, key, self._fail)
-            self._fail("end", key)
+        return self._failing(key, self._beneath.create(key, nbytes))
+
+    def amend(self, key: str) -> AbstractContextManager[Writer]:
+        self._fail("amend", key)
+        return self._failing(key, self._beneath.amend(key))
 
     @contextmanager
-    def amend(self, key: str) -> Iterator[Writer]:
-        self._fail("amend", key)
-        with self._beneath.amend(key) as writer:
+    def _failing(self, key: str, opened: AbstractContextManager[Writer]) -> Iterator[Writer]:
+        with opened as writer:
             yield _FailingWriter(writer, key, self._fail)
             self._fail("end", key)
 
