@@ -39,7 +39,6 @@ from holdfast.format.names import (
     step_of,
     steps_among,
 )
-from holdfast.storage.opening import is_url
 from holdfast.storage.store import Check, ReadStore, Store
 
 _LARGE_BYTES = 1 << 20
@@ -86,17 +85,6 @@ class Catalog:
     def where(self, name: str) -> str:
         """Path of a checkpoint, for messages."""
         return location(self.store, name)
-
-    def open_step(self, step: int) -> Manifest:
-        """Read the manifest of a step. The error for a missing step lists the existing ones."""
-        folders = self.folders()
-        if step not in folders:
-            steps = ", ".join(map(str, folders)) or "none"
-            raise NotFoundError(
-                f"`{self.where(step_name(step))}` does not exist",
-                hint=f"steps there: {steps}",
-            )
-        return open_manifest(self.store, folders[step])
 
     def check_free(self, name: str, *, replace: bool, hint: str, file: bool = False) -> None:
         """Check that a checkpoint may be saved as `name`.
@@ -381,21 +369,6 @@ def verify_hint(where: str) -> str:
 def steps_in(store: ReadStore, name: str) -> list[str]:
     """The published checkpoints directly below a folder, oldest first, as paths."""
     return [f"{name}/{folder}" for folder in steps_among(store.list(name)).values()]
-
-
-def folder_of(store: ReadStore, name: str) -> str:
-    """The folder that holds checkpoint `name`: see `folder_among`.
-
-    Returns `name` for a URL, where nobody saves, and listing may be slow or forbidden.
-    """
-    if is_url(store.url):
-        return name
-    parent, _, last = name.rpartition("/")
-    try:
-        folder = folder_among(store.list(parent), last)
-    except HoldfastError:
-        return name
-    return name if folder is None or folder == last else f"{parent}/{folder}".lstrip("/")
 
 
 def location(store: ReadStore, name: str) -> str:

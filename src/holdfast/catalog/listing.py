@@ -119,7 +119,7 @@ def row_of(store: ReadStore, key: str) -> CheckpointRow:
     step = step_of_folder(name)
     try:
         opened = read_steadily(
-            store, key, lambda: open_any(store, key, check_files=True, entries=False)
+            store, key, lambda key, _: open_any(store, key, check_files=True, entries=False)
         )
     except HoldfastError as error:
         return CheckpointRow(name, step, "damaged", problem=error.what, why_not=error.what)

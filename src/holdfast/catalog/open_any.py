@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from holdfast.catalog.catalog import location, open_manifest, read_manifest, steps_in
@@ -11,10 +11,11 @@ from holdfast.catalog.hf_folder import HFFolder, fetcher, open_hf_folder
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.pieces import INDEX_SUFFIX, check_whole_checkpoint, no_checkpoint
 from holdfast.catalog.source import Source
+from holdfast.catalog.steady import UNREADABLE, fingerprint, read_steadily
 from holdfast.errors import HoldfastError, NotFoundError, StorageError
 from holdfast.format import safetensors, torchfile
 from holdfast.format.manifest import Manifest
-from holdfast.format.names import MANIFEST, METADATA
+from holdfast.format.names import MANIFEST, METADATA, step_of_folder
 from holdfast.storage.store import ReadStore
 
 _FILES = {"torch": "written by torch.save", "safetensors": "of safetensors"}
@@ -44,6 +45,50 @@ class OpenCheckpoint:
     @property
     def manifest(self) -> Manifest:
         return self.source.manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Manifest of a checkpoint that another process may replace."""
+
+    name: str
+    """Folder of the checkpoint below the root of the store."""
+
+    manifest: Manifest
+    fingerprint: object
+    """Result of `fingerprint` when the checkpoint was opened."""
+
+    @property
+    def step(self) -> int | None:
+        """Step in the name of the folder."""
+        return step_of_folder(self.name.rpartition("/")[2])
+
+    def source(self, store: ReadStore) -> Source:
+        """The checkpoint, to read its data. `store` is the one that it was opened in."""
+        return Source(store, self.name, self.manifest)
+
+    def was_replaced(self, store: ReadStore) -> bool:
+        """Whether the checkpoint has been replaced or deleted since it was opened."""
+        return fingerprint(store, self.name) != self.fingerprint
+
+
+def open_in(
+    store: ReadStore, name: str, read: Callable[[ReadStore, str], Manifest] = open_manifest
+) -> Opened:
+    """Open the checkpoint `name` of a store by `read`. Tries again if another process replaces the
+    checkpoint meanwhile.
+
+    Raises:
+        NotFoundError: there is no such checkpoint.
+        DamagedError: files are missing, or have another size than the manifest says.
+    """
+    try:
+        return read_steadily(
+            store, name, lambda folder, found: Opened(folder, read(store, folder), found)
+        )
+    except UNREADABLE:
+        check_folder(store, name)
+        raise
 
 
 def open_any(

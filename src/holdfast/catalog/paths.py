@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 from holdfast.arguments import checked_path
-from holdfast.catalog.catalog import Catalog, folder_of
+from holdfast.catalog.catalog import Catalog
+from holdfast.catalog.steady import folder_of
 from holdfast.errors import UsageError
 from holdfast.format.names import check_name
 from holdfast.storage.opening import folder_store, is_url, local_path, open_store, without_scheme

@@ -29,7 +29,7 @@ from holdfast.catalog.hf_folder import (
 from holdfast.catalog.open_any import format_of, is_folder
 from holdfast.catalog.pieces import INDEX_SUFFIX, no_checkpoint
 from holdfast.catalog.resumable import misnumbered, why_not_resumable
-from holdfast.catalog.steady import LOOKS_MAX, UNREADABLE, fingerprint
+from holdfast.catalog.steady import read_steadily
 from holdfast.catalog.structure import check_coverage, check_structure
 from holdfast.errors import DamagedError, FormatError, HoldfastError, NotFoundError
 from holdfast.format import safetensors, torchfile
@@ -84,7 +84,13 @@ def verify(target: VerifyTarget) -> VerifyReport:
         "safetensors": _verify_safetensors,
         "torch": _verify_torch_file,
     }
-    report = replace(_verify_steadily(target, verifiers[form]), format=form)
+    report = read_steadily(
+        target.store,
+        target.name,
+        lambda folder, _: verifiers[form](replace(target, name=folder)),
+        is_good=lambda report: report.good,
+    )
+    report = replace(report, format=form)
     step = step_of_folder(target.name.rpartition("/")[2])
     if step is None:
         return report
@@ -97,23 +103,6 @@ def verify(target: VerifyTarget) -> VerifyReport:
         notes=(*report.notes, *notes),
         why_not=why_not_resumable(step, manifest),
     )
-
-
-def _verify_steadily(
-    target: VerifyTarget, verifier: Callable[[VerifyTarget], VerifyReport]
-) -> VerifyReport:
-    """Verify a checkpoint, again if it was replaced meanwhile."""
-    for _ in range(LOOKS_MAX - 1):
-        before = fingerprint(target.store, target.name)
-        try:
-            report = verifier(target)
-        except UNREADABLE:
-            if fingerprint(target.store, target.name) == before:
-                raise
-            continue
-        if report.good or fingerprint(target.store, target.name) == before:
-            return report
-    return verifier(target)
 
 
 def failed(target: VerifyTarget, error: HoldfastError) -> VerifyReport:

@@ -12,7 +12,7 @@ from holdfast.comm import capture
 from holdfast.errors import HoldfastError
 from holdfast.format.names import step_name
 from holdfast.manager.policy import Retention, removable
-from holdfast.manager.resume import CachedIndex, good_steps
+from holdfast.manager.resume import Cache, good_steps
 from holdfast.storage.store import Store
 
 logger: logging.Logger = logging.getLogger("holdfast")
@@ -37,7 +37,7 @@ class Retainer:
         self._catalog, self._retention = catalog, retention
         self._resumed_from: int | None = None
         self._left_behind: set[int] = set()
-        self._cache: dict[str, CachedIndex] = {}
+        self._cache: Cache = {}
         self._thread: threading.Thread | None = None
 
     def resumed(self, step: int, left_behind: Collection[int]) -> None:

@@ -272,18 +272,6 @@ def test_a_cleanup_reports_failed_actions_and_does_the_others() -> None:
     assert execute(store, plan_cleanup(store.list())) == []
 
 
-def test_the_error_about_a_missing_step_lists_the_existing_ones() -> None:
-    """G4. Method: three steps, another requested; and no step at all."""
-    store = MemoryStore()
-    catalog = Catalog(store)
-    assert "steps there: none" in (refuses(NotFoundError, lambda: catalog.open_step(7)).hint or "")
-    for step in (3, 12, 5):
-        write_checkpoint(store, f"step-{step}", b"1")
-    error = refuses(NotFoundError, lambda: catalog.open_step(7))
-    assert "steps there: 3, 5, 12" in (error.hint or "")
-    assert catalog.open_step(5).values.keys() == {"v"}
-
-
 def test_the_error_about_a_folder_without_a_checkpoint_lists_its_files() -> None:
     """G4. Method: an empty folder, one with other files, none."""
     store = MemoryStore()

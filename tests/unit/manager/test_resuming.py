@@ -88,6 +88,16 @@ def test_a_run_does_not_start_over_if_no_step_can_be_read(
     assert "step 2:" in raised.value.what
 
 
+def test_the_error_about_a_missing_step_lists_the_existing_ones(run: Path) -> None:
+    """G4. Method: two steps, another requested; and no step at all."""
+    with manager(run) as held, pytest.raises(holdfast.NotFoundError) as raised:
+        held.load(7)
+    assert "steps there: 1, 2" in (raised.value.hint or "")
+    with manager(run / "empty") as held, pytest.raises(holdfast.NotFoundError) as raised:
+        held.load(7)
+    assert "steps there: none" in (raised.value.hint or "")
+
+
 def test_a_copy_of_a_checkpoint_is_not_loaded_under_its_new_number(run: Path) -> None:
     """G4, G16. Method: `load_step` of a copy, then of the step itself. Retention keeps two and the
     step that the run resumed from, and ignores the copy."""

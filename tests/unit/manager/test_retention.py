@@ -20,9 +20,10 @@ from holdfast.catalog.listing import survey
 from holdfast.catalog.marks import damaged_steps, mark_damaged, pin
 from holdfast.comm import Solo
 from holdfast.errors import StorageError
+from holdfast.format.manifest import Manifest
 from holdfast.format.names import step_name
 from holdfast.manager.policy import Retention
-from holdfast.manager.resume import CachedIndex, good_steps
+from holdfast.manager.resume import good_steps
 from holdfast.manager.retention import Retainer
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import save_leaves
@@ -117,12 +118,10 @@ def test_a_checkpoint_that_proves_damaged_is_marked(
         held.load(2)
 
 
-def test_the_cache_of_retention_never_hides_a_change(
-    tmp_path: Path,
-) -> None:
+def test_the_cache_of_retention_never_hides_a_change(tmp_path: Path) -> None:
     """G5. Method: after each change by others (a mark, a truncated file, a damaged index, a step
     saved again, a deleted folder) the result with a cache equals the result without."""
-    catalog, looked = Catalog(LocalStore(tmp_path)), dict[str, CachedIndex]()
+    catalog, looked = Catalog(LocalStore(tmp_path)), dict[str, tuple[int, Manifest]]()
 
     def agree() -> list[int]:
         found = [list(good_steps(catalog, catalog.folders(), m)) for m in (looked, None)]
