@@ -105,6 +105,7 @@ class CheckpointManager:
         ranks = all_ranks() if ranks is None else arguments.checked_ranks(ranks)
         arguments.check(
             ranks,
+            self.config,
             folder=folder,
             model=model,
             optimizers=optimizers,
@@ -112,7 +113,6 @@ class CheckpointManager:
             dataloader=dataloader,
             states=states,
             hub=hub,
-            config=self.config,
         )
         models = as_list(model)
         saved_model = whole_model = ModelState(models)

@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from holdfast.errors import ExistsError
 from holdfast.format.manifest import Kind
 from holdfast.manager.config import CheckpointConfig
 
@@ -57,24 +56,6 @@ def best_interval(config: CheckpointConfig, progress: Progress) -> int:
         return config.min_interval
     seconds = math.sqrt(2 * progress.save_s * config.mtbf_hours * 3600)
     return min(max(round(seconds / progress.step_s), config.min_interval), config.max_interval)
-
-
-def kind_of_save(*, last_step: bool, config: CheckpointConfig) -> Kind:
-    """Whether a step is saved in full, or as the model alone."""
-    return "model" if last_step and config.last_save_model_only else "full"
-
-
-def check_seed(steps: Sequence[int], where: str) -> None:
-    """Check that a seed can be saved.
-
-    Raises:
-        ExistsError: the folder already holds a checkpoint.
-    """
-    if steps:
-        raise ExistsError(
-            f"`{where}` holds step {steps[-1]}, and a seed must be the first checkpoint",
-            hint="set another `checkpoint.folder`, or delete this one",
-        )
 
 
 def kind_in_time(left_s: float, full_save_s: float, model_share: float) -> Kind | None:

@@ -17,7 +17,6 @@ from holdfast.manager.policy import (
     Retention,
     best_interval,
     is_due,
-    kind_of_save,
     reasons_to_keep,
     removable,
 )
@@ -72,12 +71,6 @@ def test_invalid_intervals_are_refused_by_name(settings: dict[str, Any]) -> None
 def test_no_save_is_due_if_saving_is_off() -> None:
     for config in (CheckpointConfig(interval=1), CheckpointConfig(enable=True, load_only=True)):
         assert not is_due(1, last_step=True, config=config)
-
-
-def test_only_the_last_step_is_model_only() -> None:
-    config = CheckpointConfig(enable=True)
-    assert kind_of_save(last_step=True, config=config) == "model"
-    assert kind_of_save(last_step=False, config=config) == "full"
 
 
 candidates = st.lists(
