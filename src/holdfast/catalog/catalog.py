@@ -11,7 +11,6 @@ import dataclasses
 import os
 from collections.abc import Collection
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 
 from holdfast.catalog.replaceable import why_not_removable, why_not_replaceable
 from holdfast.catalog.steady import LOOKS_MAX
@@ -52,24 +51,13 @@ _TRIES = 100
 """Attempts to create an attempt folder that cleanups of other processes delete at once."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """An attempt that this process has begun."""
-
-    held: ExitStack
-    """Holds on the attempt, and on the checkpoint that it will replace."""
-
-    replaces: bool
-    """Whether it will replace a checkpoint."""
-
-
 class Catalog:
     """The checkpoints directly below the root of a store."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._begun: dict[str, _Begun] = {}
-        """Unfinished attempts of this catalog, by name of their folder."""
+        self._begun: dict[str, tuple[ExitStack, bool]] = {}
+        """Holds on each unfinished attempt, by its folder; and whether it replaces a checkpoint."""
 
         self.check_lock: Check = lambda: None
         """Called before every change. Raises an error if the run has lost its lock."""
@@ -144,7 +132,7 @@ class Catalog:
             replaced = folder_among(names, attempt.name)
             if replaced is not None:
                 self._hold_replaced(attempt, replaced, stack)
-            self._begun[str(attempt)] = _Begun(stack.pop_all(), replaced is not None)
+            self._begun[str(attempt)] = (stack.pop_all(), replaced is not None)
         return held
 
     def _hold_replaced(self, attempt: HiddenFolder, replaced: str, stack: ExitStack) -> None:
@@ -174,9 +162,9 @@ class Catalog:
         self.check_lock()
         self.store.sync(str(attempt))
         names = self.store.list()
-        begun = self._begun.get(str(attempt))
+        _, replaces = self._begun.get(str(attempt), (None, False))
         existing = folder_among(names, attempt.name)
-        if begun is not None and begun.replaces and existing == attempt.name:
+        if replaces and existing == attempt.name:
             self._publish_in_place(attempt, names)
         elif existing not in (None, attempt.name):
             raise self._kept(attempt.name, "another process is replacing it")
@@ -238,15 +226,15 @@ class Catalog:
 
     def release(self, attempt: HiddenFolder) -> None:
         """Stop holding an attempt, which the next save or start may then clean up."""
-        begun = self._begun.pop(str(attempt), None)
-        if begun is not None:
-            begun.held.close()
+        if str(attempt) in self._begun:
+            held, _ = self._begun.pop(str(attempt))
+            held.close()
 
     def release_all(self) -> None:
         """Stop holding all attempts, after saves were interrupted."""
-        for begun in [*self._begun.values()]:
-            begun.held.close()
-        self._begun.clear()
+        while self._begun:
+            _, (held, _) = self._begun.popitem()
+            held.close()
 
     def abort(self, attempt: HiddenFolder) -> None:
         """Delete an attempt that is not published."""
@@ -256,9 +244,7 @@ class Catalog:
             self.release(attempt)
 
     def set_aside_for_deletion(self, name: str) -> HiddenFolder:
-        """Take a checkpoint's name away, by one rename. Its files are still there.
-
-        `plan_deletions`, or a cleanup, finds it for `execute` to delete.
+        """Take a checkpoint's name away, by one rename. A cleanup deletes its files.
 
         Raises:
             ExistsError: another process is replacing or deleting it, or it is not one checkpoint.

@@ -51,8 +51,8 @@ class OpenCheckpoint:
 class Opened:
     """Manifest of a checkpoint that another process may replace."""
 
-    name: str
-    """Folder of the checkpoint below the root of the store."""
+    folder: str
+    """Folder of the checkpoint, below the root of the store."""
 
     manifest: Manifest
     fingerprint: object
@@ -61,15 +61,15 @@ class Opened:
     @property
     def step(self) -> int | None:
         """Step in the name of the folder."""
-        return step_of_folder(self.name.rpartition("/")[2])
+        return step_of_folder(self.folder.rpartition("/")[2])
 
     def source(self, store: ReadStore) -> Source:
         """The checkpoint, to read its data. `store` is the one that it was opened in."""
-        return Source(store, self.name, self.manifest)
+        return Source(store, self.folder, self.manifest)
 
     def was_replaced(self, store: ReadStore) -> bool:
         """Whether the checkpoint has been replaced or deleted since it was opened."""
-        return fingerprint(store, self.name) != self.fingerprint
+        return fingerprint(store, self.folder) != self.fingerprint
 
 
 def open_in(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
+from holdfast.arguments import nearest
 from holdfast.errors import HoldfastError, MismatchError, UsageError
 from holdfast.format.components import COMPONENTS, DATALOADER, DATALOADER_KEYS, MODEL, RNG
 from holdfast.format.manifest import Manifest
@@ -33,50 +33,37 @@ def components_per_rank(dataloader: Stateful | None, rank: int) -> dict[str, Any
     return {**loader, RNG: RankState(ObjectState(RngState()), rank, may_lack=True)}
 
 
-def not_excluded(components: Collection[str], excluded: Collection[str]) -> list[str]:
-    """The components that a resume loads."""
-    return [name for name in components if name not in _canonical(excluded)]
-
-
 def ignored_names(
     manifest: Manifest, loaded: Sequence[str], excluded: Collection[str] = ()
 ) -> set[str]:
     """First keys of a checkpoint that a load of the components `loaded` ignores: those excluded by
     the user, and, if only the model is loaded, all that do not belong to the model."""
-    names = _canonical(excluded)
+    names = canonical(excluded)
     if [*loaded] == [MODEL]:
         names |= {*(COMPONENTS if manifest.components is None else manifest.components)}
     return names
 
 
-def _canonical(names: Collection[str]) -> set[str]:
+def canonical(names: Collection[str]) -> set[str]:
+    """Names of components, each in one spelling."""
     return {DATALOADER if name in DATALOADER_KEYS else name for name in names}
 
 
 def check_excluded(excluded: Sequence[str], components: Collection[str]) -> None:
-    """Check that only components are excluded from loading.
-
-    Raises:
-        UsageError: a name is no component. The hint has the most similar one.
-    """
+    """Check that only components are excluded from loading; raises a UsageError otherwise."""
     known = {*components, *DATALOADER_KEYS} - {MODEL}
     for name in excluded:
         if name not in known:
-            similar = difflib.get_close_matches(name, known, n=1)
-            listed = f"components: {', '.join(sorted(known))}"
             raise UsageError(
                 f"`checkpoint.exclude_from_loading` has `{name}`, which is no component of the "
                 "training state",
-                hint=f"did you mean `{similar[0]}`?" if similar else listed,
+                hint=nearest(name, known) or f"components: {', '.join(sorted(known))}",
             )
 
 
 def check_dataloader(manifest: Manifest, num_ranks: int) -> None:
-    """Check that a data loader's state for each rank was saved by as many ranks as load it.
-
-    Raises:
-        MismatchError: another number of ranks has saved it.
-    """
+    """Check that as many ranks as load the state of a data loader have saved it, one state for
+    each; raises a MismatchError otherwise."""
     paths = [tensor.path for tensor in manifest.tensors.values()]
     paths += [value.path for value in manifest.values.values()]
     keys = {str(path[1]) for path in paths if path[0] == DATALOADER and len(path) > 1}

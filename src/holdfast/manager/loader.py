@@ -19,17 +19,17 @@ from holdfast.format.names import step_of
 from holdfast.loading.load import load_tree
 from holdfast.loading.opening import read_on_all
 from holdfast.manager.components import (
+    canonical,
     check_dataloader,
     conversions,
     differences,
     hint_for_mismatch,
     ignored_names,
-    not_excluded,
     why_no_generators,
 )
 from holdfast.manager.context import RunContext
 from holdfast.manager.hf import HFFormat
-from holdfast.manager.renames import with_names_of
+from holdfast.manager.renames import in_dialect_of, rename
 from holdfast.manager.resume import mark_unless_store_failed, newest_resumable, open_requested
 from holdfast.manager.retention import Retainer
 from holdfast.spelling import rate
@@ -56,7 +56,8 @@ class Loader:
         self._run, self._catalog, self._ranks = run, run.catalog, run.ranks
         self._config, self._goodput = run.config, run.goodput
         self._components, self._whole_model = components, whole_model
-        self._resumed_names = not_excluded(components, run.config.exclude_from_loading)
+        excluded = canonical(run.config.exclude_from_loading)
+        self._resumed_names = [name for name in components if name not in excluded]
         self._hf, self._retainer = hf, retainer
 
     def load(self, requested: int) -> int:
@@ -159,8 +160,8 @@ class Loader:
             return None
         store, name = open_for_reading(path)
         opened = run_on_rank_0(self._ranks, lambda: open_in(store, name))
-        rules = self._config.initial_load_renames
-        manifest = with_names_of(opened.manifest, self._whole_model, rules)
+        manifest = in_dialect_of(opened.manifest, self._whole_model.state_dict())
+        manifest = rename(manifest, self._config.initial_load_renames)
         source = replace(opened.source(store), manifest=manifest)
         if self._config.initial_load_model_only:
             tree = self._model(ignored_names(manifest, [MODEL]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
 
 from holdfast.errors import UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
@@ -29,15 +28,6 @@ def parse(rule: str) -> tuple[re.Pattern[str], str]:
         )
     pattern = r"([^.]+)".join(map(re.escape, theirs.split("{}")))
     return re.compile(rf"{pattern}(?=\.|$)"), ours
-
-
-class _Model(Protocol):
-    def state_dict(self) -> dict[str, Any]: ...
-
-
-def with_names_of(manifest: Manifest, model: _Model, rules: Sequence[str]) -> Manifest:
-    """The manifest with the names of `model`: its dialect first, then `rules` (see `rename`)."""
-    return rename(in_dialect_of(manifest, model.state_dict()), rules)
 
 
 def in_dialect_of(manifest: Manifest, names: Collection[str]) -> Manifest:

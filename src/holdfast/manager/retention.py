@@ -7,7 +7,7 @@ import threading
 from collections.abc import Collection
 
 from holdfast.catalog.catalog import Catalog
-from holdfast.catalog.cleanup import Action, execute, plan_cleanup, plan_deletions
+from holdfast.catalog.cleanup import Action, execute, plan_cleanup
 from holdfast.comm import capture
 from holdfast.errors import HoldfastError
 from holdfast.format.names import step_name
@@ -79,13 +79,14 @@ class Retainer:
     def _delete(self) -> None:
         """Start to delete the files, also those that an earlier try could not delete."""
         self.wait()
-        found = capture(lambda: plan_deletions(self._catalog.store.list()))
+        found = capture(lambda: plan_cleanup(self._catalog.store.list()))
         if isinstance(found, HoldfastError):
             logger.warning("could not look for files to delete: %s", found.what)
-        elif found:
+        # The other actions may be executed only while no process saves to this folder.
+        elif deletions := [action for action in found if action.role == "removing"]:
             # If the process ends before the thread is done, the next start deletes the rest.
             self._thread = threading.Thread(
-                target=self._execute, args=(found,), name="holdfast-remove", daemon=True
+                target=self._execute, args=(deletions,), name="holdfast-remove", daemon=True
             )
             self._thread.start()
 

@@ -16,7 +16,7 @@ from holdfast.format.manifest import Kind
 from holdfast.format.names import step_name
 from holdfast.manager.context import RunContext
 from holdfast.manager.hf import Export, HFFormat
-from holdfast.manager.policy import retention_of
+from holdfast.manager.policy import Retention
 from holdfast.manager.retention import Retainer
 from holdfast.planning.file_layout import TensorItem
 from holdfast.planning.gc_pause import gc_paused
@@ -55,24 +55,21 @@ class Saver:
         self._items: Items | None = None
         self._items_now: Items = ()
         self._items_later: Items = ()
-        self._background, self._snapshot = Background(), Snapshot()
+        self.background, self._snapshot = Background(), Snapshot()
         self._staging: Staging | None = None
-        self.retainer: Retainer = Retainer(run.catalog, retention_of(run.config))
+        retention = Retention(
+            latest_k=run.config.keep_latest_k,
+            every_n_steps=run.config.keep_every_n_steps,
+            best_k=run.config.keep_best_k,
+            best_metric=run.config.keep_best_metric,
+            best_mode=run.config.keep_best_mode,
+        )
+        self.retainer: Retainer = Retainer(run.catalog, retention)
         """Applies the retention rules; only rank 0 uses it."""
         self.full_save_s: float = 0.0
-        """Longest duration of a full save until it was durable, in seconds; 0 before the first."""
+        """See `Progress`."""
         self.model_share: float = 0.0
-        """Share of the model in the bytes of a full checkpoint; known to rank 0 only."""
-
-    @property
-    def busy(self) -> bool:
-        """Whether a save is being written in the background."""
-        return self._background.busy
-
-    @property
-    def failed(self) -> bool:
-        """Whether a background save has failed on this rank. `collect` raises its error."""
-        return self._background.failed
+        """See `Progress`; known to rank 0 only."""
 
     def save(
         self,
@@ -121,7 +118,7 @@ class Saver:
             return False
         except BaseException:
             # After an interrupt in a notebook the process continues, and may save again.
-            if not self._background.is_started():
+            if not self.background.is_started():
                 self._staging = None
                 if pending is not None:
                     capture(partial(abort, pending, self._ranks))
@@ -144,7 +141,7 @@ class Saver:
         started = time.perf_counter()
         try:
             with self._goodput.lost_to("waiting for the save before"):
-                self._background.wait()
+                self.background.wait()
         except HoldfastError as error:
             self._raise_or_log(error)
         waited_s = time.perf_counter() - started
@@ -187,7 +184,7 @@ class Saver:
                     logger.error("step %d was not saved: %s", step, outcome)
                 raise outcome
 
-        self._background.start(finish)
+        self.background.start(finish)
         if not later:
             staging.wait()
 

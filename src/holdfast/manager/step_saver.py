@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
@@ -15,35 +14,11 @@ from holdfast.manager import arguments
 from holdfast.manager.arguments import Metrics
 from holdfast.manager.context import RunContext
 from holdfast.manager.hf import HFFormat
-from holdfast.manager.policy import is_due, kind_in_time, stopping_line
+from holdfast.manager.policy import Progress, is_due, kind_in_time, stopping_line
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
 from holdfast.state.model import ModelState
 from holdfast.state.objects import StateTree
-
-
-class Measurements(NamedTuple):
-    """Measurements of one rank, or the largest of each over all ranks."""
-
-    signal: float
-    """Number of a stop signal that was received; 0 if there is none."""
-
-    since_s: float
-    """Seconds since that signal."""
-
-    full_save_s: float
-    model_share: float
-    failed: float
-    """1 if the background save has failed, else 0."""
-
-    busy: float
-    """1 while the save before is being written, else 0."""
-
-    unsaved_s: float
-    """Seconds since the last save."""
-
-    step_s: float
-    save_s: float
 
 
 class StepSaver:
@@ -74,15 +49,16 @@ class StepSaver:
         self._model.note_trained()
         with self._goodput.lost_to("saving"):
             step, last_step, largest = arguments.agree(
-                self._ranks, step, last_step, metrics, self._measured()
+                self._ranks, step, last_step, metrics, self._progress()
             )
-            found = Measurements._make(largest)
-            if found.failed:
+            # The same on all ranks, so that all decide alike.
+            progress = Progress._make(largest)
+            if progress.failed:
                 self._saver.collect()
-            stopping = bool(found.signal) and not last_step
+            stopping = bool(progress.signal) and not last_step
             if stopping:
-                kind = self._kind_before_stop(step, found)
-            elif self._is_time(step, last_step, found):
+                kind = self._kind_before_stop(step, progress)
+            elif self._is_time(step, last_step, progress):
                 kind = "model" if last_step and self._config.last_save_model_only else "full"
             else:
                 self._export(step)
@@ -92,10 +68,10 @@ class StepSaver:
             )
             if last_step or stopping:
                 self._saver.collect()
-        if found.signal:
+        if progress.signal:
             self.stop_signals.forget()
         if stopping:
-            raise SystemExit(128 + int(found.signal))
+            raise SystemExit(128 + int(progress.signal))
         return saved
 
     def save_seed(self) -> None:
@@ -110,39 +86,35 @@ class StepSaver:
         self._save_as("model", 0, last_step=False)
         self._saver.collect()
 
-    def _measured(self) -> Measurements:
+    def _progress(self) -> Progress:
+        """Progress of this rank."""
         saver = self._saver
-        signal, since_s = self.stop_signals.received()
-        unsaved_s, step_s, save_s = self._goodput.measured()
-        return Measurements(
-            signal=signal,
-            since_s=since_s,
+        signal, signal_age_s = self.stop_signals.received()
+        return self._goodput.progress()._replace(
             full_save_s=saver.full_save_s,
             model_share=saver.model_share,
-            failed=saver.failed,
-            busy=saver.busy,
-            unsaved_s=unsaved_s,
-            step_s=step_s,
-            save_s=save_s,
+            failed=saver.background.failed,
+            busy=saver.background.busy,
+            signal=signal,
+            signal_age_s=signal_age_s,
         )
 
-    def _kind_before_stop(self, step: int, found: Measurements) -> Kind | None:
+    def _kind_before_stop(self, step: int, progress: Progress) -> Kind | None:
         """What to save in the time that a stop signal leaves; None if no save fits."""
-        left_s = self._config.stop_deadline_s - found.since_s
-        kind = kind_in_time(left_s, found.full_save_s, found.model_share)
-        line = stopping_line(int(found.signal), step, left_s, found.full_save_s, kind)
+        left_s = self._config.stop_deadline_s - progress.signal_age_s
+        kind = kind_in_time(left_s, progress.full_save_s, progress.model_share)
+        line = stopping_line(int(progress.signal), step, left_s, progress.full_save_s, kind)
         (self._run.info if kind == "full" else self._run.warn)(line)
         return kind
 
-    def _is_time(self, step: int, last_step: bool, found: Measurements) -> bool:
+    def _is_time(self, step: int, last_step: bool, progress: Progress) -> bool:
         """Whether to save now: a save is due or queued, and the save before is not in its way."""
-        progress = self._goodput.progress(found.unsaved_s, found.step_s, found.save_s)
         due = self._queued or is_due(
             step, last_step=last_step, config=self._config, progress=progress
         )
         self._queued = False
         overlap = self._config.on_save_overlap
-        if not due or last_step or not found.busy or overlap == "wait":
+        if not due or last_step or not progress.busy or overlap == "wait":
             return due
         self._queued = overlap == "queue"
         if not self._queued:

@@ -17,7 +17,7 @@ import holdfast
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.listing import survey
-from holdfast.catalog.marks import damaged_steps, mark_damaged, pin
+from holdfast.catalog.marks import damaged_steps, mark_damaged
 from holdfast.comm import Solo
 from holdfast.errors import StorageError
 from holdfast.format.manifest import Manifest
@@ -61,7 +61,7 @@ def test_a_checkpoint_stays_while_any_rule_keeps_it(tmp_path: Path) -> None:
         for step, loss in losses.items():
             held.save(step, metrics={"loss": loss})
             if step == 4:
-                pin(LocalStore(tmp_path), 4)
+                put(LocalStore(tmp_path), ".pinned-step-4", b"")
     assert steps(tmp_path) == [2, 3, 4, 5, 6, 9, 10]
     assert holdfast.open(tmp_path / "step-5").manifest.metrics == {"loss": 2.0}
     assert str(holdfast.open(tmp_path / "step-4").manifest.metrics) == "{'loss': nan}"
