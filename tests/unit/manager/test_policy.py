@@ -29,7 +29,7 @@ def test_saves_are_due_at_the_interval_at_the_last_step_and_optionally_the_first
     ]
     assert due == [10, 20, 25]
     first = CheckpointConfig(enable=True, interval=10, enable_first_step_checkpoint=True)
-    assert is_due(1, last_step=False, config=first, progress=Progress())
+    assert is_due(1, last_step=False, config=first, progress=now)
 
 
 def test_a_save_is_also_due_after_interval_minutes() -> None:
