@@ -9,13 +9,13 @@ from holdfast.catalog.catalog import location, open_manifest, read_manifest, ste
 from holdfast.catalog.findings import Format
 from holdfast.catalog.hf_folder import HFFolder, fetcher, open_hf_folder
 from holdfast.catalog.paths import open_for_reading
-from holdfast.catalog.pieces import INDEX_SUFFIX, check_whole_checkpoint, no_checkpoint
+from holdfast.catalog.pieces import check_whole_checkpoint, format_among, no_checkpoint
 from holdfast.catalog.source import Source
 from holdfast.catalog.steady import UNREADABLE, fingerprint, read_steadily
 from holdfast.errors import HoldfastError, NotFoundError, StorageError
 from holdfast.format import safetensors, torchfile
 from holdfast.format.manifest import Manifest
-from holdfast.format.names import MANIFEST, METADATA, step_of_folder
+from holdfast.format.names import step_of_folder
 from holdfast.storage.store import ReadStore
 
 _FILES = {"torch": "written by torch.save", "safetensors": "of safetensors"}
@@ -148,13 +148,7 @@ def format_of(store: ReadStore, name: str) -> Format | None:
         return "safetensors" if name.endswith(safetensors.SUFFIX) or start[8:] == b"{" else None
     if f"{last}/" not in names:
         raise NotFoundError(f"nothing at `{location(store, name)}`")
-    files = store.list(name)
-    if MANIFEST in files:
-        return "holdfast"
-    if METADATA in files:
-        return "dcp"
-    suffixes = (safetensors.SUFFIX, INDEX_SUFFIX)
-    return "safetensors" if any(file.endswith(suffixes) for file in files) else None
+    return format_among(store.list(name))
 
 
 def check_folder(store: ReadStore, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,7 +18,7 @@ from holdfast.catalog.contents import (
     has_checksums,
     run,
 )
-from holdfast.catalog.findings import Finding, Format, VerifyReport, kind_of, usable
+from holdfast.catalog.findings import Finding, VerifyReport, kind_of, usable
 from holdfast.catalog.hf_folder import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -78,16 +78,12 @@ def verify(target: VerifyTarget) -> VerifyReport:
             target.name,
             hint="`holdfast list FOLDER` shows the steps of a run's checkpoint folder",
         )
-    verifiers: dict[Format, Callable[[VerifyTarget], VerifyReport]] = {
-        "holdfast": _verify_step,
-        "dcp": _verify_step,
-        "safetensors": _verify_safetensors,
-        "torch": _verify_torch_file,
-    }
+    verifiers = {"safetensors": _verify_safetensors, "torch": _verify_torch_file}
+    verifier = verifiers.get(form, _verify_step)
     report = read_steadily(
         target.store,
         target.name,
-        lambda folder, _: verifiers[form](replace(target, name=folder)),
+        lambda folder, _: verifier(replace(target, name=folder)),
         is_good=lambda report: report.good,
     )
     report = replace(report, format=form)
@@ -137,7 +133,7 @@ def _verify_step(target: VerifyTarget) -> VerifyReport:
         findings += run(check_files(manifest, files, checksums, target.reader))
     elif not target.quick:
         refused = {finding.file for finding in findings if finding.concern == "file"}
-        findings += run(check_containers(_without(manifest, refused), target.reader))
+        findings += run(check_containers(manifest, refused, target.reader))
     known = {MANIFEST, METADATA, LOCK, *manifest.files}
     notes = [f"`{name}` is not part of the checkpoint" for name in names if name not in known]
     return _report(target, manifest, findings, notes)
@@ -147,16 +143,6 @@ def _is_readable(findings: Sequence[Finding], file: str) -> bool:
     """Whether to read a file. One of another size is read, to find its undamaged entries."""
     unreadable = ("is missing", "is a link", "cannot be read")
     return not any(f.file == file and f.what.startswith(unreadable) for f in findings)
-
-
-def _without(manifest: Manifest, files: set[str]) -> Manifest:
-    """The manifest without the chunks and values in these files."""
-    tensors = {
-        name: replace(entry, chunks=tuple(c for c in entry.chunks if c.file not in files))
-        for name, entry in manifest.tensors.items()
-    }
-    values = {name: entry for name, entry in manifest.values.items() if entry.file not in files}
-    return replace(manifest, tensors=tensors, values=values)
 
 
 def _report(
@@ -198,7 +184,11 @@ def _verify_safetensors(target: VerifyTarget) -> VerifyReport:
             if file and target.store.leads_out(target.name, file):
                 findings.append(Finding("file", file, "is a link to a place outside of its folder"))
                 continue
-            manifests[file] = _safetensors_file(target, file)
+            reader = target.reader(file)
+            where = f"{target.where}/{file}" if file else target.where
+            manifests[file] = safetensors.read_file(
+                reader.fetch, target.store.size(reader.key), file=reader.file, where=where
+            )
         except NotFoundError:
             findings.append(Finding("file", file, "is missing"))
         except HoldfastError as error:
@@ -221,13 +211,6 @@ def _verify_safetensors(target: VerifyTarget) -> VerifyReport:
             "safetensors keeps no checksums: headers and sizes were checked, data cannot be"
         )
     return _report(target, manifest, findings, notes)
-
-
-def _safetensors_file(target: VerifyTarget, file: str) -> Manifest:
-    reader = target.reader(file)
-    nbytes = target.store.size(reader.key)
-    where = f"{target.where}/{file}" if file else target.where
-    return safetensors.read_file(reader.fetch, nbytes, file=reader.file, where=where)
 
 
 # -------------------------------------------------------------------------------------- .pt files

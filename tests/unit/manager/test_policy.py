@@ -23,10 +23,8 @@ from holdfast.manager.policy import (
 
 
 def test_saves_are_due_at_the_interval_at_the_last_step_and_optionally_the_first() -> None:
-    config = CheckpointConfig(enable=True, interval=10)
-    due = [
-        s for s in range(1, 26) if is_due(s, last_step=s == 25, config=config, progress=Progress())
-    ]
+    config, now = CheckpointConfig(enable=True, interval=10), Progress()
+    due = [s for s in range(1, 26) if is_due(s, last_step=s == 25, config=config, progress=now)]
     assert due == [10, 20, 25]
     first = CheckpointConfig(enable=True, interval=10, enable_first_step_checkpoint=True)
     assert is_due(1, last_step=False, config=first, progress=now)
