@@ -12,6 +12,7 @@ import os
 from collections.abc import Collection
 from contextlib import ExitStack, suppress
 
+from holdfast.catalog.cleanup import delete_hidden
 from holdfast.catalog.replaceable import why_not_removable, why_not_replaceable
 from holdfast.catalog.steady import LOOKS_MAX
 from holdfast.catalog.structure import INDEX_BYTES_MAX, check_structure
@@ -48,7 +49,7 @@ _STARTS = (b"{", b"\x80")
 """First bytes of a manifest, and of a stock index."""
 
 _TRIES = 100
-"""Attempts to create an attempt folder that cleanups of other processes delete at once."""
+"""Most attempt folders that `begin` creates while cleanups of other processes delete them."""
 
 
 class Catalog:
@@ -75,12 +76,9 @@ class Catalog:
         return location(self.store, name)
 
     def check_free(self, name: str, *, replace: bool, hint: str, file: bool = False) -> None:
-        """Check that a checkpoint may be saved as `name`.
+        """Check that a checkpoint may be saved as `name`. Raises an ExistsError if not.
 
         `replace`: an existing checkpoint may be replaced. `file`: the new one will be a file.
-
-        Raises:
-            ExistsError: the name is taken, and may not be replaced.
         """
         for left in reversed(range(LOOKS_MAX)):
             folder = folder_among(self.store.list(), name)
@@ -123,7 +121,7 @@ class Catalog:
         raise StorageError(f"every attempt to save `{self.where(name)}` was deleted at once")
 
     def hold(self, attempt: HiddenFolder, *, replace: bool) -> bool | None:
-        """Hold an existing attempt. Returns as `Store.hold`; `replace` as in `begin`."""
+        """Hold an existing attempt. Returns the result of `Store.hold`. `replace`: see `begin`."""
         with ExitStack() as stack:
             held = stack.enter_context(self.store.hold(str(attempt)))
             if held is False:
@@ -141,7 +139,7 @@ class Catalog:
             if stack.enter_context(self.store.hold(replaced)) is False:
                 raise self._kept(attempt.name, "another process is replacing or deleting it")
             if replaced != attempt.name:
-                # A killed save had renamed it. As a cleanup would, give it its name back.
+                # A killed save has renamed it: give it its name back, as a cleanup would.
                 self.store.rename(replaced, attempt.name)
             if why := why_not_removable(self.store, attempt.name):
                 raise self._kept(attempt.name, why)
@@ -181,7 +179,7 @@ class Catalog:
             if stale and (stale.role, stale.name) == ("replaced", attempt.name):
                 # A cleanup may have renamed it already.
                 with suppress(NotFoundError):
-                    self._delete_replaced(stale)
+                    delete_hidden(self.store, stale)
         self._delete_damage_mark(attempt.name, names)
         # The attempt's own name must be durable before the old checkpoint gives up its name.
         self.store.sync("")
@@ -198,7 +196,7 @@ class Catalog:
         except ExistsError as error:
             # Another save was faster, so the checkpoint that both were to replace can go.
             with suppress(HoldfastError):
-                self._delete_replaced(replaced)
+                delete_hidden(self.store, replaced)
             raise self._kept(attempt.name, "another save has just taken its place") from error
         except HoldfastError:
             # If this fails too, readers use the `.replaced` folder, and a cleanup renames it.
@@ -208,13 +206,6 @@ class Catalog:
         # Renamed while it is held: otherwise a cleanup could restore its name during the next save.
         with suppress(HoldfastError):
             self.store.rename(str(replaced), str(dataclasses.replace(replaced, role="removing")))
-
-    def _delete_replaced(self, replaced: HiddenFolder) -> None:
-        """Delete a `.replaced` folder. It is renamed first, since a cleanup must not give its name
-        back to a checkpoint that has lost files."""
-        removing = dataclasses.replace(replaced, role="removing")
-        self.store.rename(str(replaced), str(removing))
-        self.store.remove(str(removing))
 
     def _delete_damage_mark(self, name: str, names: Collection[str]) -> None:
         """Delete the mark `damaged` of the old checkpoint. Done before the new one is published, so
@@ -244,11 +235,8 @@ class Catalog:
             self.release(attempt)
 
     def set_aside_for_deletion(self, name: str) -> HiddenFolder:
-        """Take a checkpoint's name away, by one rename. A cleanup deletes its files.
-
-        Raises:
-            ExistsError: another process is replacing or deleting it, or it is not one checkpoint.
-        """
+        """Take a checkpoint's name away, by one rename. A cleanup deletes its files. Raises an
+        ExistsError if another process uses it, or if it is not one checkpoint."""
         self.check_lock()
         removing = HiddenFolder("removing", name, os.urandom(4).hex())
         with self.store.hold(name) as held:
@@ -258,10 +246,6 @@ class Catalog:
                 raise self._kept(name, why, "deleted")
             self.store.rename(name, str(removing))
         return removing
-
-    def delete(self, name: str) -> None:
-        """Delete a checkpoint."""
-        self.store.remove(str(self.set_aside_for_deletion(name)))
 
     def _kept(self, name: str, why: str, verb: str = "replaced") -> ExistsError:
         return ExistsError(
@@ -274,7 +258,7 @@ class Catalog:
 def open_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manifest:
     """Read the manifest of checkpoint `name`, and check that all of its files are complete.
 
-    Without `entries`, tensors and values are not read, if the checkpoint is Holdfast's own.
+    Without `entries`, Holdfast's own manifests are read without tensors and values.
 
     Raises:
         NotFoundError: there is no such checkpoint.
@@ -287,11 +271,8 @@ def open_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
 
 
 def check_whole(store: ReadStore, name: str, manifest: Manifest) -> None:
-    """Check that all files of a checkpoint are complete: see `check_structure`.
-
-    Raises:
-        DamagedError: they are not.
-    """
+    """Check that all files of a checkpoint are complete: see `check_structure`. Raises a
+    DamagedError if not."""
     problems = check_structure(store, name, manifest)
     if problems:
         raise DamagedError(
@@ -330,11 +311,8 @@ def read_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
 
 
 def read_checksums(store: ReadStore, name: str, manifest: Manifest, file: str) -> tuple[int, ...]:
-    """Read the checksums of all blocks of a data file.
-
-    Raises:
-        DamagedError: the table is not as it was written.
-    """
+    """Read the checksums of all blocks of a data file. Raises a DamagedError if the table differs
+    from its own checksum."""
     table, where = manifest.tables[file], location(store, name)
     packed = store.read(f"{name}/{file}", table.offset, manifest.files[file])
     found = checksum(packed)
@@ -363,13 +341,8 @@ def location(store: ReadStore, name: str) -> str:
 
 
 def read_index(store: ReadStore, key: str) -> bytes:
-    """Read all bytes of an index.
-
-    Raises:
-        FormatError: the file is larger than any index. A sparse file can claim any size, so the
-            size is checked before the file is read.
-        DamagedError: the file is large, and its first bytes are not those of an index.
-    """
+    """Read all bytes of an index."""
+    # A sparse file can claim any size, so size and first byte are checked before all of it is read.
     nbytes = store.size(key)
     if nbytes > INDEX_BYTES_MAX:
         raise FormatError(

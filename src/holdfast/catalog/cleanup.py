@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError
-from holdfast.format.names import HiddenRole, held_of, hidden_folder_of, mark_of, step_name
+from holdfast.format.names import (
+    HiddenFolder,
+    HiddenRole,
+    held_of,
+    hidden_folder_of,
+    mark_of,
+    step_name,
+)
 from holdfast.storage.store import Store
 
 _WHY: dict[HiddenRole, str] = {
@@ -104,9 +111,13 @@ def _execute(store: Store, action: Action) -> None:
             if action.verb == "restore":
                 store.rename(name, hidden.name)
                 return
-            # Nobody may restore a `.replaced` folder, or continue an `.attempt`, of which some
-            # files are deleted.
-            removing = str(replace(hidden, role="removing"))
-            if name != removing:
-                store.rename(name, removing)
-            store.remove(removing)
+            delete_hidden(store, hidden)
+
+
+def delete_hidden(store: Store, folder: HiddenFolder) -> None:
+    """Delete a folder. It is renamed first: nobody may restore a `.replaced` checkpoint, or
+    continue an `.attempt`, that has lost files."""
+    removing = replace(folder, role="removing")
+    if folder != removing:
+        store.rename(str(folder), str(removing))
+    store.remove(str(removing))

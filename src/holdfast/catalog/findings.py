@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from holdfast.format.components import COMPONENTS, MODEL, MODEL_KEYS, OPTIMIZER
@@ -68,7 +68,7 @@ class VerifyReport:
     nbytes: int = 0
     """Bytes of all data files."""
 
-    usable: str = field(default="everything")
+    usable: str = "everything"
     """Parts that can still be used, for messages."""
 
     why_not: str | None = None
@@ -125,7 +125,7 @@ def _line(group: Sequence[Finding]) -> str:
     if first.concern == "file" and first.entry and others:
         # A missing file: the line names its entries instead of repeating itself for each.
         entries = list(dict.fromkeys(finding.entry for finding in group))
-        return f"`{first.file}` {first.what}: in it lie {_named(entries)}"
+        return f"`{first.file}` {first.what}: it holds {_named(entries)}"
     entries = list(dict.fromkeys(f.entry for f in others if f.entry and f.entry != first.entry))
     if not others:
         return str(first)
@@ -141,7 +141,7 @@ def _named(entries: Sequence[str]) -> str:
 
 
 def usable(manifest: Manifest, findings: Sequence[Finding]) -> str:
-    """Description of the part of a checkpoint that can still be used despite these findings."""
+    """The parts of a checkpoint that can still be used despite these findings, for messages."""
     if not findings:
         return "everything"
     if all(finding.concern == "frame" for finding in findings):

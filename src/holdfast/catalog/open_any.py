@@ -19,12 +19,12 @@ from holdfast.format.names import step_of_folder
 from holdfast.storage.store import ReadStore
 
 _FILES = {"torch": "written by torch.save", "safetensors": "of safetensors"}
-"""Description of a file in each format, for messages."""
+"""Kinds of files, for messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenCheckpoint:
-    """A checkpoint of any format, open for reading."""
+    """A checkpoint of any format."""
 
     format: Format
     source: Source
@@ -49,14 +49,14 @@ class OpenCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Manifest of a checkpoint that another process may replace."""
+    """Manifest of a checkpoint, and a fingerprint that shows whether it was replaced."""
 
     folder: str
     """Folder of the checkpoint, below the root of the store."""
 
     manifest: Manifest
     fingerprint: object
-    """Result of `fingerprint` when the checkpoint was opened."""
+    """Result of `steady.fingerprint` when the checkpoint was opened."""
 
     @property
     def step(self) -> int | None:
@@ -76,12 +76,7 @@ def open_in(
     store: ReadStore, name: str, read: Callable[[ReadStore, str], Manifest] = open_manifest
 ) -> Opened:
     """Open the checkpoint `name` of a store by `read`. Tries again if another process replaces the
-    checkpoint meanwhile.
-
-    Raises:
-        NotFoundError: there is no such checkpoint.
-        DamagedError: files are missing, or have another size than the manifest says.
-    """
+    checkpoint meanwhile."""
     try:
         return read_steadily(
             store, name, lambda folder, found: Opened(folder, read(store, folder), found)
@@ -132,12 +127,8 @@ def _open_file(store: ReadStore, name: str, form: Format) -> OpenCheckpoint:
 
 
 def format_of(store: ReadStore, name: str) -> Format | None:
-    """The format of a folder or file; None if it is no checkpoint.
-
-    Raises:
-        NotFoundError: there is no such file or folder.
-        UsageError: a file that is a part of a checkpoint.
-    """
+    """The format of a folder or file; None if it is no checkpoint. Raises a NotFoundError if it
+    does not exist, and a UsageError if it is a file that is a part of a checkpoint."""
     parent, _, last = name.rpartition("/")
     names = store.list(parent)
     if last in names:
@@ -152,12 +143,8 @@ def format_of(store: ReadStore, name: str) -> Format | None:
 
 
 def check_folder(store: ReadStore, name: str) -> None:
-    """Refuse a file that was passed as a folder. Does nothing if `name` does not exist.
-
-    Raises:
-        NotFoundError: the message says what the file is, and the hint what to do with it.
-        UsageError: the file is a part of a checkpoint.
-    """
+    """Raise an error if a file was passed as a folder: its hint is the command for such a file.
+    Does nothing if `name` does not exist."""
     parent, _, last = name.rpartition("/")
     try:
         if last not in store.list(parent):

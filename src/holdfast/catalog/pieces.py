@@ -52,11 +52,7 @@ def format_among(names: Collection[str]) -> Format | None:
 
 
 def check_whole_checkpoint(store: ReadStore, name: str) -> None:
-    """Refuse a file that is a part of a checkpoint.
-
-    Raises:
-        UsageError: the file is such a part. The message says of which checkpoint.
-    """
+    """Raise a UsageError if a file is a part of a checkpoint. The message names the checkpoint."""
     folder, _, last = name.rpartition("/")
     in_checkpoint = format_among(store.list(folder)) is not None
     part = _part(last, in_checkpoint=in_checkpoint)
@@ -73,7 +69,7 @@ def check_whole_checkpoint(store: ReadStore, name: str) -> None:
 
 
 def note_on(store: ReadStore, name: str) -> str | None:
-    """A note on a file that can be read alone, but is one of several; None for other files."""
+    """A note on a shard of a Hugging Face model, which can be read alone; None for other files."""
     folder, _, last = name.rpartition("/")
     shard = _SHARD.fullmatch(last)
     if shard is None:
@@ -107,7 +103,7 @@ def _folder(store: ReadStore, folder: str) -> str:
 
 
 def _part(last: str, *, in_checkpoint: bool) -> str | None:
-    """Which part of a checkpoint a file of this name is; None if it is none."""
+    """The part of a checkpoint that has this file name, for messages; None if no part has it."""
     data = _DATA.fullmatch(last)
     if data is not None:
         return f"the data that rank {data[1]} wrote"

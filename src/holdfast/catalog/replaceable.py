@@ -1,4 +1,4 @@
-"""Decides what may be replaced or deleted: a folder that is one checkpoint or one export."""
+"""Decides which folders may be replaced or deleted: those that are one checkpoint or one export."""
 
 from __future__ import annotations
 

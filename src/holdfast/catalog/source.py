@@ -184,11 +184,8 @@ class ChunkData:
 def check(
     source: Source, file: str, name: str, first: int, data: memoryview, expected: Sequence[int]
 ) -> None:
-    """Check consecutive blocks of a tensor, beginning with block `first`.
-
-    Raises:
-        DamagedError: the checksum of a block differs.
-    """
+    """Check consecutive blocks of a tensor, beginning with block `first`. Raises a DamagedError if
+    the checksum of a block differs."""
     found = block_checksums(data, source.manifest.block_bytes)
     if found == [*expected]:
         return

@@ -186,11 +186,8 @@ def agree(
 
 
 def numbers_in(metrics: Metrics | None) -> dict[str, float]:
-    """The metrics of a step as plain numbers.
-
-    Raises:
-        UsageError: a name is no text, or a value is no number.
-    """
+    """The metrics of a step as plain numbers. Raises a UsageError if a name is no text, or a value
+    is no number."""
     given: object = {} if metrics is None else metrics
     if not isinstance(given, Mapping) and callable(given):
         given = given()

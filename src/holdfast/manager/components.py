@@ -77,8 +77,8 @@ def check_dataloader(manifest: Manifest, num_ranks: int) -> None:
 
 
 def hint_for_mismatch(error: HoldfastError, components: Collection[str]) -> str | None:
-    """The setting that excludes the mismatched components, if any of `components` are mismatched.
-    These are all components but the model."""
+    """Hint with the setting that excludes the mismatched components; None if only the model is
+    mismatched. `components` are all but the model."""
     named = {name.partition(".")[0] for name in re.findall(r"`([^`/]+)`", error.what)}
     mismatched = sorted(named & {*components})
     if not mismatched:

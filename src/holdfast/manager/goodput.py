@@ -90,7 +90,7 @@ class Goodput:
         self._steps_at_save, self._saved_at = self._num_steps, time.perf_counter()
 
     def progress(self) -> Progress:
-        """Progress of this rank since the last save, without the members of other objects."""
+        """Steps and durations of this rank. `StepSaver` adds the other fields."""
         now = time.perf_counter()
         trained = now - self._began - self.lost_s
         # Before the first save, time was lost only to asking whether one is due.

@@ -14,11 +14,8 @@ KEY = "checkpoint.initial_load_renames"
 
 
 def parse(rule: str) -> tuple[re.Pattern[str], str]:
-    """Parse a rule `theirs=ours` into a pattern and its replacement.
-
-    Raises:
-        UsageError: it is no such rule.
-    """
+    """Parse a rule `theirs=ours` into a pattern and its replacement. Raises a UsageError if `rule`
+    is no such rule."""
     theirs, equals, ours = rule.partition("=")
     if not equals or not theirs or theirs.count("{}") != ours.count("{}"):
         raise UsageError(
@@ -49,9 +46,8 @@ def in_dialect_of(manifest: Manifest, names: Collection[str]) -> Manifest:
 
 
 def rename(manifest: Manifest, rules: Sequence[str]) -> Manifest:
-    """Rename every tensor by the first rule that matches the beginning of its name.
-
-    `{}` matches one part of a name, without dots.
+    """Rename every tensor by the first rule that matches the beginning of its name. `{}` matches
+    one part of a name, without dots.
 
     Raises:
         UsageError: a rule matches no tensor, or two tensors get the same name.
