@@ -32,6 +32,7 @@ Advance = Callable[[int], None]
 """Callback with the number of bytes just read. Called from any thread."""
 
 Check = Callable[[], list[Finding]]
+"""Function that checks a part of a checkpoint, and returns its findings."""
 
 
 def run(checks: Iterable[Check]) -> Iterator[Finding]:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from holdfast.catalog.catalog import location, steps_in
-from holdfast.catalog.findings import kind_of
+from holdfast.catalog.findings import kind_of, misnumbered, why_not_resumable
 from holdfast.catalog.marks import damaged_steps, pinned_steps
 from holdfast.catalog.open_any import is_checkpoint, open_any
-from holdfast.catalog.resumable import misnumbered, why_not_resumable
 from holdfast.catalog.steady import is_deleted, read_steadily
 from holdfast.errors import HoldfastError, NotFoundError
 from holdfast.format.names import hidden_folder_of, step_of_folder

@@ -100,9 +100,7 @@ def open_any(
         UsageError: a file that is a part of a checkpoint.
         DamagedError, FormatError: its index cannot be read.
     """
-    form = format_of(store, name)
-    if form is None:
-        raise no_checkpoint(store, name, hint=_hint(store, name))
+    form = checked_format(store, name)
     if form in ("holdfast", "dcp"):
         read = open_manifest if check_files else read_manifest
         return OpenCheckpoint(form, Source(store, name, read(store, name, entries=entries)))
@@ -124,6 +122,19 @@ def _open_file(store: ReadStore, name: str, form: Format) -> OpenCheckpoint:
         return OpenCheckpoint(form, source, content.strides, file)
     manifest = safetensors.read_file(fetch, nbytes, file=file, where=where)
     return OpenCheckpoint(form, Source(parent, name_in_parent, manifest), file=file)
+
+
+def checked_format(store: ReadStore, name: str) -> Format:
+    """The format of a checkpoint. Raises a NotFoundError if `name` is no checkpoint: its hint names
+    the newest checkpoint of a run's folder."""
+    form = format_of(store, name)
+    if form is None:
+        steps = steps_in(store, name) if is_folder(store, name) else []
+        hint = "`holdfast list FOLDER` shows the steps of a run's checkpoint folder"
+        if steps:
+            hint = f"its newest step: {location(store, steps[-1])}"
+        raise no_checkpoint(store, name, hint=hint)
+    return form
 
 
 def format_of(store: ReadStore, name: str) -> Format | None:
@@ -174,10 +185,3 @@ def is_folder(store: ReadStore, name: str) -> bool:
     """Whether `name` is a folder."""
     parent, _, last = name.rpartition("/")
     return f"{last}/" in store.list(parent)
-
-
-def _hint(store: ReadStore, name: str) -> str:
-    steps = steps_in(store, name) if is_folder(store, name) else []
-    if steps:
-        return f"its newest step: {location(store, steps[-1])}"
-    return "`holdfast list FOLDER` shows the steps of a run's checkpoint folder"

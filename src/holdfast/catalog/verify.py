@@ -18,7 +18,15 @@ from holdfast.catalog.contents import (
     has_checksums,
     run,
 )
-from holdfast.catalog.findings import Finding, VerifyReport, kind_of, usable
+from holdfast.catalog.findings import (
+    Finding,
+    VerifyReport,
+    is_size,
+    kind_of,
+    misnumbered,
+    usable,
+    why_not_resumable,
+)
 from holdfast.catalog.hf_folder import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -26,9 +34,8 @@ from holdfast.catalog.hf_folder import (
     read_config,
     read_weights_index,
 )
-from holdfast.catalog.open_any import format_of, is_folder
-from holdfast.catalog.pieces import INDEX_SUFFIX, no_checkpoint
-from holdfast.catalog.resumable import misnumbered, why_not_resumable
+from holdfast.catalog.open_any import checked_format, is_folder
+from holdfast.catalog.pieces import INDEX_SUFFIX
 from holdfast.catalog.steady import read_steadily
 from holdfast.catalog.structure import check_coverage, check_structure
 from holdfast.errors import DamagedError, FormatError, HoldfastError, NotFoundError
@@ -71,13 +78,7 @@ def verify(target: VerifyTarget) -> VerifyReport:
         FormatError: it is malformed, or refers to code.
         StorageError: the store failed before anything could be reported.
     """
-    form = format_of(target.store, target.name)
-    if form is None:
-        raise no_checkpoint(
-            target.store,
-            target.name,
-            hint="`holdfast list FOLDER` shows the steps of a run's checkpoint folder",
-        )
+    form = checked_format(target.store, target.name)
     verifiers = {"safetensors": _verify_safetensors, "torch": _verify_torch_file}
     verifier = verifiers.get(form, _verify_step)
     report = read_steadily(
@@ -124,7 +125,10 @@ def _verify_step(target: VerifyTarget) -> VerifyReport:
     findings += check_coverage(manifest)
     if not target.quick and MANIFEST in names:
         checksums = {}
-        files = [file for file in manifest.files if _is_readable(findings, file)]
+        unreadable = {
+            f.file for f in findings if f.concern == "file" and not f.entry and not is_size(f)
+        }
+        files = [file for file in manifest.files if file not in unreadable]
         for file in files:
             try:
                 checksums[file] = read_checksums(target.store, target.name, manifest, file)
@@ -137,12 +141,6 @@ def _verify_step(target: VerifyTarget) -> VerifyReport:
     known = {MANIFEST, METADATA, LOCK, *manifest.files}
     notes = [f"`{name}` is not part of the checkpoint" for name in names if name not in known]
     return _report(target, manifest, findings, notes)
-
-
-def _is_readable(findings: Sequence[Finding], file: str) -> bool:
-    """Whether to read a file. One of another size is read, to find its undamaged entries."""
-    unreadable = ("is missing", "is a link", "cannot be read")
-    return not any(f.file == file and f.what.startswith(unreadable) for f in findings)
 
 
 def _report(

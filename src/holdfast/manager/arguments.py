@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -26,6 +26,8 @@ from holdfast.format.names import checked_step
 from holdfast.hf.export import HFModel
 from holdfast.manager.config import CheckpointConfig
 from holdfast.state.model import Names, memory_of
+
+T = TypeVar("T")
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
@@ -207,12 +209,18 @@ def numbers_in(metrics: Metrics | None) -> dict[str, float]:
     return numbers
 
 
+def as_list(given: T | Sequence[T]) -> list[T]:
+    """One object or several, as a list."""
+    if isinstance(given, Sequence) and not isinstance(given, str | bytes):
+        return list(given)
+    return [given]
+
+
 def _several(
     what: str, given: object, expected: str, is_one: Callable[[object], bool]
 ) -> list[Any]:
     """One object or several, as a list. Raises a UsageError if `is_one` rejects any."""
-    is_list = isinstance(given, Sequence) and not isinstance(given, str | bytes)
-    items = list(given) if is_list and isinstance(given, Sequence) else [given]
+    items: list[Any] = as_list(given)
     for item in items:
         if not is_one(item):
             raise _wrong(what, f"{expected}, or a list of them", item, _hint_for(what, item))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from holdfast.arguments import nearest
 from holdfast.errors import HoldfastError, MismatchError, UsageError
@@ -15,13 +15,6 @@ from holdfast.state.dataloader import loader_component
 from holdfast.state.rng import RngState
 from holdfast.state.stateful import RANK, ObjectState, RankState
 from holdfast.state.tree import Stateful
-
-T = TypeVar("T")
-
-
-def as_list(given: T | Sequence[T]) -> list[T]:
-    """One object or several, as a list."""
-    return list(given) if isinstance(given, Sequence) else [given]
 
 
 def components_per_rank(dataloader: Stateful | None, rank: int) -> dict[str, Any]:

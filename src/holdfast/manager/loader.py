@@ -131,7 +131,7 @@ class Loader:
         step, manifest = opened.step, opened.manifest
         assert step is not None, "only checkpoints of this folder are resumed from"
         source = opened.source(self._catalog.store)
-        # Step 0 may be a seed, or TorchTitan's first step, of which only the model is loaded.
+        # Step 0 may be a seed, or TorchTitan's first step: only its model is loaded.
         is_full = step > 0 or manifest.kind == "full"
         self._load_components(source, self._resumed_names if is_full else [MODEL], step)
         speed = rate(manifest.nbytes, time.perf_counter() - started)

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import suppress
 
 from holdfast.catalog.catalog import Catalog, check_whole, read_index
+from holdfast.catalog.findings import misnumbered, why_not_resumable
 from holdfast.catalog.marks import damaged_steps, mark_damaged, pinned_steps
 from holdfast.catalog.open_any import Opened, open_any, open_in
-from holdfast.catalog.resumable import misnumbered, why_not_resumable
 from holdfast.errors import HoldfastError, MismatchError, NotFoundError, StorageError
 from holdfast.format.checksum import checksum
 from holdfast.format.manifest import Manifest
@@ -52,18 +52,17 @@ def newest_resumable(catalog: Catalog, below: int | None) -> tuple[Opened | None
     for step in reversed(catalog.folders()):
         if below is not None and step >= below:
             continue
-        opened: Opened | HoldfastError | None = None
-        if step not in damaged:
+        why = damaged.get(step)
+        if why is None:
             try:
                 opened = open_in(catalog.store, step_name(step), _read_any)
+                why = why_not_resumable(step, opened.manifest)
+                if why is None:
+                    return opened, refused
             except HoldfastError as error:
                 if step not in catalog.folders():
                     continue  # The retention of another run deleted it after the listing.
-                opened = error
-        manifest = opened.manifest if isinstance(opened, Opened) else opened
-        why = why_not_resumable(step, manifest, damaged.get(step))
-        if why is None and isinstance(opened, Opened):
-            return opened, refused
+                why = error.what
         refused.append(f"step {step}: {why}")
     return None, refused
 

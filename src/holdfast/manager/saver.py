@@ -18,7 +18,6 @@ from holdfast.manager.context import RunContext
 from holdfast.manager.hf import Export, HFFormat
 from holdfast.manager.policy import Retention
 from holdfast.manager.retention import Retainer
-from holdfast.planning.file_layout import TensorItem
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.saving.background import Background
 from holdfast.saving.planner import Planner
@@ -33,8 +32,6 @@ logger: logging.Logger = logging.getLogger("holdfast")
 
 LOGGED_WAIT_S = 0.1
 """Shortest wait for the background save that is logged."""
-
-Items = tuple[TensorItem, ...]
 
 
 class Saver:
@@ -52,9 +49,6 @@ class Saver:
         # The background thread's collectives must not mix with those of training and of new saves.
         self._finishing_ranks = run.ranks.duplicate() if self._in_background else run.ranks
         self._overlapping = run.config.async_mode == "async_with_pinned_mem"
-        self._items: Items | None = None
-        self._items_now: Items = ()
-        self._items_later: Items = ()
         self.background, self._snapshot = Background(), Snapshot()
         self._staging: Staging | None = None
         retention = Retention(
@@ -172,7 +166,10 @@ class Saver:
 
     def _finish_in_background(self, pending: Pending, step: int, export: Export | None) -> None:
         """Take a snapshot, and finish the save from it in the background."""
-        now, later = self._split(pending.file_layout.tensors, pending.stepped)
+        # Training waits for all tensors but those that optimizers change: optimizers wait for them.
+        items, stepped = pending.file_layout.tensors, pending.stepped
+        later = [item for item in items if self._overlapping and item.name in stepped]
+        now = [item for item in items if not self._overlapping or item.name not in stepped]
         staged, staging = take_snapshot(pending, self._snapshot, self._ranks, now=now, later=later)
         self._staging = staging
 
@@ -187,18 +184,6 @@ class Saver:
         self.background.start(finish)
         if not later:
             staging.wait()
-
-    def _split(self, items: Items, stepped: frozenset[str]) -> tuple[Items, Items]:
-        """Split items into those to copy at once, and those to copy while training continues.
-
-        `stepped` are the tensors that optimizers change. Cached while the plan is the same.
-        """
-        if items is not self._items:
-            names = stepped if self._overlapping else frozenset[str]()
-            self._items_now = tuple(item for item in items if item.name not in names)
-            self._items_later = tuple(item for item in items if item.name in names)
-            self._items = items
-        return self._items_now, self._items_later
 
     def _finish(
         self, pending: Pending, step: int, export: Export | None, staging: Staging | None = None

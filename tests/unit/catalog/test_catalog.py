@@ -122,7 +122,7 @@ def test_three_saves_of_one_name_leave_nothing_behind() -> None:
 
     def between(operation: str, key: str) -> None:
         if operation == "rename" and key == str(slow_attempt):
-            # The last operation of the other save, which looked before the first one was there.
+            # The last step of the late save, which found the name free.
             store.rename(str(attempt), "ck")
 
     slow = Catalog(FailingStore(store, between))

@@ -41,7 +41,7 @@ def marks(folder: Path) -> list[str]:
 
 
 def failing(real: Callable[..., Any], path: Path, number: int) -> Callable[..., Any]:
-    """A read function of the system that fails on one file."""
+    """A wrapper of `real`, a system call that reads: it fails on one file."""
 
     def call(file: int, *more: Any) -> Any:
         if Path(f"/proc/self/fd/{file}").readlink() == path:
