@@ -36,8 +36,8 @@ def retry_if_replaced(
     was_replaced: Callable[[T], bool],
     is_good: Callable[[U], bool] = lambda _: True,
 ) -> U:
-    """Return `read(find())`. If it fails, or `is_good` rejects its result, call both again, unless
-    `was_replaced` says that the checkpoint is still the one that `find` returned."""
+    """Return `read(find())`. Call both again if `read` fails, or `is_good` rejects its result, and
+    `was_replaced` says that another process has replaced the checkpoint that `find` found."""
     for _ in range(LOOKS_MAX - 1):
         found = find()
         try:
