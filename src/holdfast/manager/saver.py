@@ -61,9 +61,9 @@ class Saver:
         self.retainer: Retainer = Retainer(run.catalog, retention)
         """Applies the retention rules; only rank 0 uses it."""
         self.full_save_s: float = 0.0
-        """See `Progress`."""
+        """Longest duration of a full save: see `Progress`."""
         self.model_share: float = 0.0
-        """See `Progress`; known to rank 0 only."""
+        """Share of the model in a checkpoint: see `Progress`. Known to rank 0 only."""
 
     def save(
         self,
