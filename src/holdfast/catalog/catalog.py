@@ -15,7 +15,7 @@ from contextlib import ExitStack, suppress
 from holdfast.catalog.cleanup import delete_hidden
 from holdfast.catalog.replaceable import why_not_removable, why_not_replaceable
 from holdfast.catalog.steady import LOOKS_MAX
-from holdfast.catalog.structure import INDEX_BYTES_MAX, check_structure
+from holdfast.catalog.structure import INDEX_BYTES_MAX, check_structure, items_of
 from holdfast.errors import (
     DamagedError,
     ExistsError,
@@ -357,6 +357,5 @@ def _file_sizes(
     store: ReadStore, name: str, manifest: Manifest, existing: Collection[str]
 ) -> dict[str, int]:
     """Sizes of the data files of a stock checkpoint, whose index does not state them."""
-    files = {chunk.file for entry in manifest.tensors.values() for chunk in entry.chunks}
-    files |= {entry.file for entry in manifest.values.values()}
+    files = {file for _, file, _ in items_of(manifest)}
     return {file: store.size(f"{name}/{file}") for file in sorted(files) if file in existing}

@@ -76,7 +76,10 @@ def hint_for_mismatch(error: HoldfastError, components: Collection[str]) -> str 
     mismatched = sorted(named & {*components})
     if not mismatched:
         return None
-    if _is_all(error.what, components):
+    # Below its first line, an error lists the differences, each with the name of an entry first.
+    lines = [line.strip() for line in error.what.splitlines()[1:]]
+    first_names = {line.split("`")[1].partition(".")[0] for line in lines if line[:1] == "`"}
+    if first_names <= {*components}:
         return (
             "the model fits; the rest was saved by another program, or with other settings: "
             f"`--checkpoint.exclude_from_loading {','.join(mismatched)}` starts it afresh"
@@ -85,12 +88,6 @@ def hint_for_mismatch(error: HoldfastError, components: Collection[str]) -> str 
         "is it a checkpoint of another model? `--checkpoint.exclude_from_loading` leaves out "
         f"whole components, such as {', '.join(mismatched)}"
     )
-
-
-def _is_all(what: str, components: Collection[str]) -> bool:
-    """Whether every line in a list of differences is about one of `components`."""
-    lines = [line.strip() for line in what.splitlines()[1:] if line.strip().startswith("`")]
-    return all(line[1:].partition("`")[0].partition(".")[0] in components for line in lines)
 
 
 def differences(loaded: Loaded) -> list[str]:
