@@ -4,8 +4,8 @@
     python -m benchmarks.crash_report --seeds 2    fewer states per cut
 
 Compares Holdfast, stock torch.distributed.checkpoint and, if installed, TorchTitan's retention.
-Each rank's file operations are recorded (holdfast.testing.recording). For a power cut after each
-operation, every state that it can leave is written to disk and loaded.
+Each rank's file operations are recorded (`recording.py`). For a power cut after each operation, every
+state that it can leave is written to disk and loaded.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.power_cuts import cuts, fingerprint
 from benchmarks.ranks import free_port
-from holdfast.testing.crashes import fingerprint
-from holdfast.testing.disk import cuts
-from holdfast.testing.recording import (
+from benchmarks.recording import (
     Timed,
     merged,
     recorded_folder,

@@ -318,8 +318,8 @@ def main() -> None:
     options = parser.parse_args()
     console = Console()
     lines = [
-        "| ranks | system | first save, s | before its first byte, s | later saves, s "
-        "| wire, first | wire, later | `.metadata` | manifest |",
+        "| ranks | system | first save, s | first save until its first byte, s | later save, s "
+        "| sent in first save | sent in later save | size of `.metadata` | size of manifest |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for size in options.sizes:
@@ -335,7 +335,10 @@ def main() -> None:
         console.print(f"{size} ranks: done", highlight=False)
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
     if options.out:
-        head = f"`python -m benchmarks.planning`: {NUM_TENSORS:,} tensors; {machine()}.\n\n"
+        head = (
+            f"`python -m benchmarks.planning` plans saves of {NUM_TENSORS:,} tensors. Machine: "
+            f"{machine()}.\n\n"
+        )
         options.out.write_text(head + "\n".join(lines) + "\n")
 
 

@@ -99,7 +99,11 @@ def _table(section: Section) -> list[str]:
         if max(figure.get(column, 0.0) for figure in figures) >= least.get(column, 1e-3)
     ]
     compared = [name for name in ("raw", "holdfast") if name in section.figures]
-    head = ["system", *(HEADS[column] for column in columns), *(f"x {name}" for name in compared)]
+    head = [
+        "system",
+        *(HEADS[column] for column in columns),
+        *(f"times {name}" for name in compared),
+    ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in section.figures:
         cells = [_format(section.median(name, column)) for column in columns]

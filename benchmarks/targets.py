@@ -88,7 +88,7 @@ def share_of_best(figure: str, divisor: int, column: str) -> Target:
         peer = section.best(BACKGROUND_PEERS, column)
         found, best = section.median(PINNED, column), section.median(peer, column)
         met = found <= max(best / divisor, 0.0)
-        return Verdict(f"{found:.2f} s, {best:.2f} s ({peer})", met)
+        return Verdict(f"{found:.2f} s, the best {best:.2f} s ({peer})", met)
 
     return Target(figure, f"at most 1/{divisor}", measure)
 

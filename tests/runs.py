@@ -59,7 +59,7 @@ def start(*arguments: str, ranks: int, cwd: Path) -> subprocess.Popen[str]:
 
 
 def kill_all(run: subprocess.Popen[str]) -> None:
-    """Send SIGKILL to the launcher and all its descendants, whichever process groups they are in."""
+    """Send SIGKILL to the launcher and all its descendants, whatever process groups they are in."""
     for pid in [run.pid, *_descendants(run.pid)]:
         try:
             os.kill(pid, signal.SIGKILL)

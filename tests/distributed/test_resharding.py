@@ -1,4 +1,4 @@
-"""Checkpoints load in other layouts, with real processes: FSDP2, tensor parallelism, both, neither."""
+"""Checkpoints load in other layouts, with real processes: FSDP2, tensor parallelism, both, none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The models of the reference training run, compared with transformers models of the same weights."""
+"""Models of the reference training run, compared with transformers models of the same weights."""
 
 from __future__ import annotations
 

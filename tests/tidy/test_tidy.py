@@ -135,7 +135,7 @@ def test_a_store_is_made_by_the_functions_that_tell_a_folder_from_a_url(path: Pa
 
 
 def test_every_command_has_a_module_and_every_module_with_a_command_is_listed() -> None:
-    """Method: compare the modules of `holdfast.cli` that define `run` with the table of commands."""
+    """Method: compare the table of commands with the modules of `holdfast.cli` that define `run`."""
     modules = {
         path.stem
         for path in (SOURCE / "cli").glob("*.py")
@@ -157,7 +157,7 @@ def test_every_command_has_a_module_and_every_module_with_a_command_is_listed() 
     ],
 )
 def test_what_knows_only_bytes_imports_no_torch(statement: str) -> None:
-    """Method: import the module in a new interpreter, and check that this has not imported torch."""
+    """Method: import the module in a new interpreter; this must not import torch."""
     script = f"import sys; {statement}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
