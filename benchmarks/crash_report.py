@@ -4,8 +4,8 @@
     python -m benchmarks.crash_report --seeds 2    fewer states per cut
 
 Compares Holdfast, stock torch.distributed.checkpoint and, if installed, TorchTitan's retention.
-Each rank's file operations are recorded (`recording.py`). For a power cut after each operation, every
-state that it can leave is written to disk and loaded.
+Each rank's file operations are recorded (`recording.py`). For a power cut after each operation,
+every state that it can leave is written to disk and loaded.
 """
 
 from __future__ import annotations

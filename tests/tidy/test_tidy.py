@@ -135,7 +135,7 @@ def test_a_store_is_made_by_the_functions_that_tell_a_folder_from_a_url(path: Pa
 
 
 def test_every_command_has_a_module_and_every_module_with_a_command_is_listed() -> None:
-    """Method: compare the table of commands with the modules of `holdfast.cli` that define `run`."""
+    """Method: compare the table of commands with the modules of `holdfast.cli` with a `run`."""
     modules = {
         path.stem
         for path in (SOURCE / "cli").glob("*.py")
