@@ -212,7 +212,7 @@ def measure_holdfast(size: int, state: FlatState, distinct: set[str]) -> Plannin
     for _ in range(1 + LATER_SAVES):
         clock.seconds, ranks.wire_bytes = 0.0, 0
         with clock.running():
-            pending = begin_save(catalog, "step-1", state, ranks=ranks, planner=planner, step=1)
+            pending = begin_save(catalog, "step-1", state, planner=planner)
         planned.append(clock.seconds)
         with clock.running():
             store.sizes["data"] = pending.file_layout.nbytes
@@ -221,7 +221,7 @@ def measure_holdfast(size: int, state: FlatState, distinct: set[str]) -> Plannin
                 write_result(pending.file_layout),
                 index=pending.index,
                 facts=pending.facts,
-                replicas=pending.replicas,
+                digests=pending.replicas.digests,
                 catalog=catalog,
                 ranks=ranks,
             )

@@ -210,8 +210,7 @@ def neighbor_plans_of(all_plans: AllPlans, size: int) -> list[NeighborPlans]:
         for own in plans:
             numbers = sorted({n for name in own.local_plan.names() for n in plans_with[name]})
             needed = [
-                (_compact(plans[n].ranks), None if plans[n] is own else plans[n].local_plan)
-                for n in numbers
+                (plans[n].ranks, None if plans[n] is own else plans[n].local_plan) for n in numbers
             ]
             for rank in own.ranks:
                 neighbors[rank][component] = needed
@@ -230,52 +229,28 @@ def known_plans(neighbors: NeighborPlans, own: LocalPlans, size: int) -> AllPlan
     }
 
 
-def _compact(ranks: Sequence[int]) -> Sequence[int]:
-    """The ranks as a range, if they are evenly spaced: that takes fewer bytes to send."""
-    spacing = max(1, (ranks[-1] - ranks[0]) // max(1, len(ranks) - 1))
-    even = range(ranks[0], ranks[-1] + 1, spacing)
-    return even if list(even) == list(ranks) else ranks
-
-
 def groups_of(all_plans: AllPlans, own: LocalPlans, rank: int) -> dict[str, tuple[int, ...]]:
-    """Ranks that hold the same elements, for each tensor of this rank that others hold too."""
-    by_placement: dict[int, tuple[int, ...]] = {}
+    """Ranks that hold the same elements, for each tensor of this rank that others hold too; and the
+    ranks that hold a value, for each such value. Names with equal groups share one object."""
+    known: dict[object, tuple[int, ...]] = {}
     groups: dict[str, tuple[int, ...]] = {}
     for component, local_plan in own.items():
-        holders = _ranks_by_name(all_plans[component], lambda plan: plan.tensors)
-        for name, tensor in local_plan.tensors.items():
-            if not prod(tensor.shape):
+        by_name = _holders_by_name(all_plans[component], lambda plan: (*plan.tensors, *plan.values))
+        for name in (*local_plan.tensors, *local_plan.values):
+            tensor = local_plan.tensors.get(name)
+            if tensor is not None and not prod(tensor.shape):
                 continue
-            group = holders[name]
-            if tensor.placement is not None:
-                # By identity: tensors with equal placements share one object.
-                key = id(tensor.placement)
-                if key not in by_placement:
-                    by_placement[key] = _replica_ranks(tensor.placement, rank)
-                group = by_placement[key]
-            if len(group) > 1:
-                groups[name] = group
-    return groups
-
-
-def ranks_by_value(all_plans: AllPlans) -> dict[str, tuple[int, ...]]:
-    """Ranks that hold each value."""
-    groups: dict[str, tuple[int, ...]] = {}
-    for plans in all_plans.values():
-        groups |= _ranks_by_name(plans, lambda plan: plan.values)
-    return groups
-
-
-def _ranks_by_name(
-    plans: Sequence[SharedPlan], names_of: Callable[[LocalPlan], Iterable[str]]
-) -> dict[str, tuple[int, ...]]:
-    known: dict[tuple[int, ...], tuple[int, ...]] = {}
-    groups: dict[str, tuple[int, ...]] = {}
-    for name, holders in _holders_by_name(plans, names_of).items():
-        key = tuple(map(id, holders))
-        if key not in known:
-            known[key] = tuple(sorted(rank for shared in holders for rank in shared.ranks))
-        groups[name] = known[key]
+            placement = None if tensor is None else tensor.placement
+            # By identity: equal placements share one object, and so do equal local plans.
+            key: object = id(placement) if placement else tuple(map(id, by_name[name]))
+            if key not in known:
+                known[key] = (
+                    _replica_ranks(placement, rank)
+                    if placement
+                    else tuple(sorted(r for shared in by_name[name] for r in shared.ranks))
+                )
+            if len(known[key]) > 1:
+                groups[name] = known[key]
     return groups
 
 

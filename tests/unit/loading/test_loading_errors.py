@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import holdfast
+from checkpoints import save_leaves
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.source import Source
 from holdfast.comm import Ranks, Solo
@@ -32,8 +33,6 @@ from holdfast.format import manifest as manifests
 from holdfast.format.checksum import BLOCK_BYTES
 from holdfast.loading.checkpoint import Checkpoint
 from holdfast.loading.load import load_tree
-from holdfast.saving.planner import Planner
-from holdfast.saving.save import save_leaves
 from holdfast.state.objects import StateTree
 from holdfast.state.tree import flatten
 from holdfast.storage.memory import MemoryStore
@@ -61,8 +60,7 @@ def zeros_like(state: State) -> State:
 
 
 def save_in_memory(store: Store, name: str, state: State) -> Source:
-    ranks = Solo()
-    save_leaves(Catalog(store), name, flatten(state), ranks=ranks, planner=Planner(ranks))
+    save_leaves(Catalog(store), name, flatten(state), Solo())
     return Source(store, name, open_manifest(store, name))
 
 
@@ -289,8 +287,7 @@ def save_by(size: int, store: Store, state_of: Callable[[int], State]) -> list[A
     """Error of each rank, or None. The ranks share most entries, and each has one of its own."""
 
     def work(ranks: Ranks) -> None:
-        leaves = flatten(state_of(ranks.rank))
-        save_leaves(Catalog(store), "step-2", leaves, ranks=ranks, planner=Planner(ranks))
+        save_leaves(Catalog(store), "step-2", flatten(state_of(ranks.rank)), ranks)
 
     return try_ranks(size, work)
 

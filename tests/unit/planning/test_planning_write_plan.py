@@ -151,7 +151,7 @@ def test_plans_that_all_ranks_or_only_one_rank_have_are_not_sent() -> None:
     ]
     for rank, neighbors in enumerate(neighbor_plans_of(merge_local_plans(job), 64)):
         assert {component: [*map(tuple, known)] for component, known in neighbors.items()} == {
-            "rng": [(range(rank, rank + 1), None)]
+            "rng": [([rank], None)]
         }
 
 
