@@ -11,10 +11,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def uncompiled(function: F) -> F:
-    """Have `function`, and all that it calls, run as it is where compiled code calls it.
+    """Keep `torch.compile` from compiling `function` and everything that it calls.
 
-    As `torch.compiler.disable`, which imports the compiler: that takes seconds, and most processes
-    that save compile nothing.
+    Does the same as `torch.compiler.disable`, but does not import the compiler: that takes seconds,
+    and most processes that save compile nothing.
     """
     made: Any = function
     made._torchdynamo_disable = True

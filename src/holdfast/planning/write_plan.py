@@ -61,7 +61,7 @@ class LocalPlan:
     """Further names of tied tensors, with the first name, under which the tensor is stored."""
 
     structure: dict[Path, Node] = field(default_factory=dict)
-    """Description of containers, by path, where the names of entries do not tell."""
+    """Nodes of the containers that do not follow from the paths of their entries, by path."""
 
     unions: dict[Path, str] = field(default_factory=dict)
     """Kind of each object whose entries may differ between ranks, by path."""
@@ -120,7 +120,8 @@ class GlobalPlan:
 
     aliases: Mapping[str, tuple[str, Path]]
     structure: Mapping[Path, Node] | None = None
-    """Description of containers, where the names of entries do not tell; None if unknown."""
+    """Nodes of the containers that do not follow from the paths of their entries; None if
+    unknown."""
 
 
 def plan(all_plans: AllPlans) -> GlobalPlan:
@@ -278,7 +279,7 @@ def _holders_by_name(
 
 
 def _chunks(held: Sequence[tuple[str, LocalTensor, _HeldRegions]]) -> Iterator[TensorChunks]:
-    """Chunks of each tensor: its regions, divided where stretches end."""
+    """Chunks of each tensor: its regions, cut where stretches end."""
     sizes = [tensor.nbytes for _, tensor, _ in held]
     total: dict[bytes, int] = {}
     for (_, tensor, regions), nbytes in zip(held, sizes, strict=True):
@@ -301,8 +302,9 @@ def _chunks(held: Sequence[tuple[str, LocalTensor, _HeldRegions]]) -> Iterator[T
 
 
 def _stretches(before: int, nbytes: int, total: int, num: int) -> list[tuple[int, int, int]]:
-    """Stretches that a tensor lies in: its first byte and its end in each, and the stretch's
-    number. `before`: bytes of the tensors before it, of `total` in `num` stretches."""
+    """Parts of a tensor that fall into different stretches: first byte and end of each part in the
+    tensor, and the stretch's number. `before`: bytes of the tensors in front of this one. All
+    tensors of the row have `total` bytes and are cut into `num` stretches."""
     if not nbytes:
         return [(0, 0, 0)]
     first, last = before * num // total, (before + nbytes - 1) * num // total
@@ -316,7 +318,7 @@ def _divided(
     regions: _HeldRegions,
     stretches: Sequence[tuple[int, int, int]],
 ) -> TensorChunks:
-    """Chunks of a tensor that lies in several stretches, divided at the rows next to their ends."""
+    """Chunks of a tensor in several `stretches`, cut at the rows next to their ends."""
     rows: list[tuple[list[int], list[int], int]] = []
     for start, stop, ranks in zip(
         regions.start.tolist(), regions.stop.tolist(), regions.ranks.tolist(), strict=True

@@ -48,7 +48,7 @@ def commit(
         if differ:
             return differ
         assert index is not None
-        # Encoding the index may take minutes, while training runs: not with the collector paused.
+        # Before the pause, because encoding may take minutes, and training runs meanwhile.
         index.encoded()
         with gc_paused():
             return publish(attempt, [result for result, _ in everyone], index, facts, catalog)
@@ -62,7 +62,7 @@ def commit(
         return published
     except HoldfastError:
         if ranks.rank == 0:
-            # Whatever made the save fail may also prevent this. Then the next start cleans up.
+            # This may fail for the same reason as the save. Then the next start cleans up.
             with suppress(HoldfastError):
                 catalog.abort(attempt)
         raise

@@ -13,7 +13,7 @@ from holdfast.saving.stage import host_windows
 from holdfast.state.layout import dtype_name
 
 ROW_WORDS = 2048
-"""Words per row of the square that an accelerator sums along rows and along columns."""
+"""Row length of the matrix whose row and column sums an accelerator computes, in 8-byte words."""
 
 
 @torch.no_grad()
@@ -42,9 +42,10 @@ def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 
 def _sums(tensor: torch.Tensor) -> torch.Tensor:
-    """Two sums of the tensor's words, on its device: one weighted by column, one by row."""
+    """Two sums of the tensor's bytes, as a matrix of 8-byte words: one weighted by column, one
+    weighted by row. Computed on the tensor's device."""
     plain = tensor.resolve_conj().resolve_neg().contiguous()
-    # Not `reshape(-1)`: a single element counts as contiguous with any stride.
+    # `reshape(-1)` keeps the stride of a single element, and then `view` fails.
     data = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
     whole = data.numel() // 8 * 8
     if data.storage_offset() % 8:

@@ -105,7 +105,8 @@ class Planner:
 
     @torch.no_grad()
     def hold(self, state: FlatState, dtype: torch.dtype | None) -> LocalState:
-        """Describe what this rank holds. `dtype`: what floating-point tensors are stored as."""
+        """Describe the state that this rank holds. `dtype`: dtype in which floating-point tensors
+        are stored; None for their own."""
         previous, leaves = self._previous, state.leaves
         tensors: dict[str, torch.Tensor] = {}
         known: dict[str, KnownTensor] = {}

@@ -160,7 +160,7 @@ def begin_save(
     """Plan to save flat state as the checkpoint `name` of `catalog`, and make the attempt folder.
 
     `facts`: manifest without entries and files. Layout and versions are added. Rank 0's is stored.
-    `dtype`: what floating-point tensors are stored as; None for their own dtype.
+    `dtype`: dtype in which floating-point tensors are stored; None for their own.
     `overwrite`: replace the checkpoint that has the name now.
 
     Collective: every rank calls this, and then `finish_save` or `abort`. An error of one rank is
@@ -288,7 +288,7 @@ def _copy(
 ) -> None:
     snapshot.copy(items, pending.tensor_of)
     if is_last:
-        # Now, so that digests and copy are of the same values: afterwards training may change them.
+        # After this, training may change the tensors, and digests would not match the copy.
         pending.replicas.take()
 
 
