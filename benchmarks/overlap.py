@@ -43,7 +43,7 @@ Optimizing = Callable[[], AbstractContextManager[object]]
 def keep_freed_memory() -> None:
     """Make the C library keep freed memory for the next step, as a GPU's allocator does.
 
-    Returned to the system and faulted in again, it took a varying third of each step.
+    Otherwise it is returned to the system and faulted in again, which took about a third of a step.
     """
     mmap_threshold, trim_threshold = -3, -1  # From glibc's malloc.h; its maximum is 32 MiB.
     libc = ctypes.CDLL(None)

@@ -28,8 +28,8 @@ from holdfast.testing.ranks import run_ranks
 def save_by_plan(
     store: Store, name: str, plan: GlobalPlan, tensors: Mapping[str, torch.Tensor], size: int
 ) -> None:
-    """Save by `size` ranks; every one of them could read all of the tensors, and writes its part of
-    the plan. All from the plan on is the engine's own."""
+    """Save by `size` ranks, each of which has all tensors and writes its part of the plan. The code
+    after the plan is Holdfast's own."""
     catalog = Catalog(store)
 
     def work(ranks: Ranks) -> None:
@@ -88,7 +88,7 @@ def placed(key: str, whole: torch.Tensor, held: list[list[Region]]) -> TensorChu
 
 
 def random_tensor(dtype: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Random bits, of which some are no number at all."""
+    """Random bits; some elements are NaN."""
     generator = torch.Generator().manual_seed(seed)
     top = 2 if dtype == "bool" else 256
     nbytes = prod(shape) * BY_NAME[dtype].itemsize

@@ -32,8 +32,8 @@ class Model(nn.Module):
 
 
 def save_and_load(rank: int, size: int, path: Path) -> list[int]:
-    """Bytes that this rank reads, by each way of loading. Checks that the state is that which was
-    saved."""
+    """Bytes that this rank reads, by each way of loading. Checks that the loaded state equals
+    the saved one."""
     torch.manual_seed(1)
     model = Model()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))

@@ -25,8 +25,8 @@ def boxes(draw: st.DrawFn, shape: tuple[int, ...]) -> Region:
 
 SHAPES = st.lists(st.integers(1, 7), max_size=4).map(tuple)
 ITEMSIZES = st.sampled_from([1, 2, 8, RUN_BYTES_MIN // 4, RUN_BYTES_MIN])
-"""The large ones make rows of few elements longer than the shortest run that is read alone; nothing
-of that size is ever there."""
+"""The large ones make rows of a few elements longer than the shortest run that is read alone. No
+tensor of that size is allocated."""
 
 
 def taken(stored: ByteRange, chunk: np.ndarray, itemsize: int) -> np.ndarray:

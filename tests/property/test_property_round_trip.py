@@ -136,7 +136,7 @@ def test_a_load_fills_tensors_of_any_strides_and_no_other_memory(data: st.DataOb
 
 
 def test_a_conjugate_or_negative_view_gets_the_saved_values() -> None:
-    """G6. Method: targets whose values differ from those in their memory."""
+    """G6. Method: conjugate and negative targets, whose values differ from their memory."""
     store, whole = MemoryStore(), torch.randn(5, dtype=torch.complex64)
     save_regions(store, "step-1", {"w": (whole, [[Region.whole((5,))]])}, 1)
     save_regions(store, "step-2", {"w": (whole.imag, [[Region.whole((5,))]])}, 1)

@@ -49,11 +49,11 @@ MODES = ["disabled", "async", "async_with_pinned_mem"]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_of_buffers_that_differ_the_first_ranks_are_saved_and_named(
+def test_buffers_that_differ_are_named_and_the_first_ranks_are_saved(
     mode: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G15. Method: statistics of a BatchNorm, and an average per rank that is large enough to be
-    divided between ranks; the saved tensor is never a mixture."""
+    """G15. Method: statistics of a BatchNorm, and an average per rank that is so large that several
+    ranks would each write a part of it; the saved tensor is never a mixture."""
 
     def work(ranks: Any) -> None:
         net = model()
@@ -141,8 +141,7 @@ def test_a_save_without_a_manager_notices_tensors_that_differ(tmp_path: Path) ->
     st.integers(0, 2**31),
 )
 def test_a_digest_changes_with_any_element(count: int, dtype: Any, seed: int) -> None:
-    """Method: one bit changes, or two elements swap places; also the digest of accelerators,
-    computed on the CPU."""
+    """Method: two elements swap places. The sums of accelerators are tested on the CPU."""
     from holdfast.saving.digests import _sums
 
     generator = torch.Generator().manual_seed(seed)
@@ -204,7 +203,7 @@ def test_groups_are_compared_first_and_then_the_names_of_those_that_differ() -> 
 
 
 class Holder:
-    """Object whose state is what it holds, or the result of a function."""
+    """Object whose state is a given object, or the result of a given function."""
 
     def __init__(self, held: Any) -> None:
         self.held = held
