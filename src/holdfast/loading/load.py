@@ -345,17 +345,11 @@ def _tied_here_only(
 def _same_bytes(one: _Staged, other: _Staged) -> bool:
     """Whether two staged tensors, each with its own strides, leave the same bytes in the memory
     that both are copied to."""
-    converted = [staged.to(local.dtype) for staged, local in (one, other)]
-    first, second = converted
-    if first.stride() != second.stride() or first.shape != second.shape:
-        if not (_is_dense(first) and _is_dense(second)):
-            return False
-        converted = [numbers.as_strided((numbers.numel(),), (1,)) for numbers in converted]
-    first, second = (n.contiguous().reshape(-1).view(torch.uint8) for n in converted)
-    return torch.equal(first, second)
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements are contiguous in memory, in any order of the dims."""
-    dims = zip(tensor.shape, tensor.stride(), strict=True)
-    return sum((size - 1) * stride for size, stride in dims) + 1 == tensor.numel()
+    left = []
+    for staged, local in (one, other):
+        dims = zip(local.shape, local.stride(), strict=True)
+        num_elements = sum((size - 1) * stride for size, stride in dims) + 1
+        memory = torch.zeros(num_elements * local.itemsize, dtype=torch.uint8, device=local.device)
+        memory.view(local.dtype).as_strided(local.shape, local.stride()).copy_(staged)
+        left.append(memory)
+    return torch.equal(*left)

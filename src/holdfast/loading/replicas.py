@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -69,7 +69,8 @@ def read_shared(
             passing.run(bundles, pool)
         if passing.error is not None:
             raise passing.error
-        return passing.num_read + (read_tensors(source, alone, threads) if passing.good else 0)
+        num_alone = read_tensors(source, alone, threads) if passing.good else 0
+        return sum(passing.num_read) + num_alone
 
     return run_on_all(ranks, read), containers
 
@@ -127,7 +128,9 @@ class _Passing:
 
     def __init__(self, source: Source, ranks: Ranks) -> None:
         self._source, self._ranks = source, ranks
-        self.num_read = 0
+        self.num_read: list[int] = []
+        """Bytes of each read."""
+
         self.good = True
         """False once this rank has failed, or has received a bad bundle."""
 
@@ -147,7 +150,7 @@ class _Passing:
         for bundle in bundles:
             position = bundle.members.index(rank)
             if position == 0:
-                memory = self._finish_read(reading.popleft())
+                memory = reading.popleft().result()
                 reading.extend(pool.submit(self._read, after) for after in islice(to_read, 1))
             else:
                 memory = torch.empty(bundle.nbytes, dtype=torch.uint8, device="cpu")
@@ -160,30 +163,26 @@ class _Passing:
         for wait in sending:
             wait()
 
-    def _read(self, bundle: _Bundle) -> tuple[torch.Tensor, int | HoldfastError]:
+    def _read(self, bundle: _Bundle) -> torch.Tensor:
+        """Read a bundle, in a thread of the pool. Returns the message."""
         memory = torch.empty(bundle.nbytes, dtype=torch.uint8, device="cpu")
-        outcome = capture(partial(self._fill, bundle, memory)) if self.good else 0
-        memory[-1] = self.good and not isinstance(outcome, HoldfastError)
-        return memory, outcome
+        if self.good:
+            self._note(capture(partial(self._fill, bundle, memory)))
+        memory[-1] = self.good
+        return memory
 
-    def _fill(self, bundle: _Bundle, memory: torch.Tensor) -> int:
+    def _fill(self, bundle: _Bundle, memory: torch.Tensor) -> None:
         boxes: list[Wanted] = []
-        num_read = 0
         for item, room in bundle.rooms(memory):
             read = item.read(self._source, room)
             if isinstance(read, int):
-                num_read += read
+                self.num_read.append(read)
             else:
                 boxes.append(read)
-        return num_read + read_tensors(self._source, boxes, threads=1)
-
-    def _finish_read(self, read: Future[tuple[torch.Tensor, int | HoldfastError]]) -> torch.Tensor:
-        memory, outcome = read.result()
-        self._note(outcome)
-        self.num_read += 0 if isinstance(outcome, HoldfastError) else outcome
-        return memory
+        self.num_read.append(read_tensors(self._source, boxes, threads=1))
 
     def _take(self, bundle: _Bundle, memory: torch.Tensor) -> None:
+        """Copy the items of a good message to their targets."""
         self.good = self.good and bool(memory[-1])
         if self.good:
             for item, room in bundle.rooms(memory):

@@ -231,9 +231,9 @@ def known_plans(neighbors: NeighborPlans, own: LocalPlans, size: int) -> AllPlan
 
 
 def groups_of(all_plans: AllPlans, own: LocalPlans, rank: int) -> dict[str, tuple[int, ...]]:
-    """Ranks that hold the same elements, for each tensor of this rank that others hold too; and the
-    ranks that hold a value, for each such value. Names with equal groups share one object."""
-    known: dict[object, tuple[int, ...]] = {}
+    """Ranks that hold each value, or the same elements of each tensor, that this rank and others
+    hold."""
+    known: dict[tuple[int, ...], tuple[int, ...]] = {}
     groups: dict[str, tuple[int, ...]] = {}
     for component, local_plan in own.items():
         by_name = _holders_by_name(all_plans[component], lambda plan: (*plan.tensors, *plan.values))
@@ -243,20 +243,20 @@ def groups_of(all_plans: AllPlans, own: LocalPlans, rank: int) -> dict[str, tupl
                 continue
             placement = None if tensor is None else tensor.placement
             # By identity: equal placements share one object, and so do equal local plans.
-            key: object = id(placement) if placement else tuple(map(id, by_name[name]))
+            key = (id(placement), *map(id, by_name[name]))
             if key not in known:
-                known[key] = (
-                    _replica_ranks(placement, rank)
-                    if placement
-                    else tuple(sorted(r for shared in by_name[name] for r in shared.ranks))
-                )
+                known[key] = _ranks_with(placement, by_name[name], rank)
             if len(known[key]) > 1:
                 groups[name] = known[key]
     return groups
 
 
-def _replica_ranks(placement: MeshPlacement, rank: int) -> tuple[int, ...]:
-    """Ranks of the mesh that hold the same elements as `rank`."""
+def _ranks_with(
+    placement: MeshPlacement | None, holders: Sequence[SharedPlan], rank: int
+) -> tuple[int, ...]:
+    """Ranks that hold the same elements as `rank`."""
+    if placement is None:
+        return tuple(sorted(holder for shared in holders for holder in shared.ranks))
     grid = np.array(placement.mesh.ranks).reshape(placement.mesh.shape)
     index = [
         slice(None) if shard is None else int(coordinates[0])

@@ -38,7 +38,7 @@ def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
         values = torch.stack(list(sums.values())).cpu().tolist()
         for name, pair in zip(sums, values, strict=True):
             digests[name] = xxh3_64_intdigest(struct.pack("<qq", *pair))
-    return {name: digests[name] for name in tensors}
+    return digests
 
 
 def _sums(tensor: torch.Tensor) -> torch.Tensor:

@@ -320,8 +320,10 @@ def finish_save(
                 staging.run()
             # Optimizers wait for the copy, so only what follows it may run behind training.
             lower_priority()
-        if pending.index is not None and not pending.index.is_encoded:
-            _start_encoding(pending.index)
+        if pending.index is not None:
+            # While the file is written. `commit` waits for it, and raises the error if it failed.
+            encode = partial(capture, pending.index.encoded)
+            threading.Thread(target=encode, name="holdfast-index", daemon=True).start()
         # Empty if the digests were taken with the copy of a snapshot.
         needs_digests = bool(pending.replicas.tensors)
         data = pending.windows_of if pending.memory is None else pending.memory
@@ -358,10 +360,3 @@ def _in_parallel(work: Callable[[], None]) -> Iterator[None]:
         thread.join()
     if outcome[0] is not None:
         raise outcome[0]
-
-
-def _start_encoding(index: Index) -> None:
-    """Start to encode the index in a thread: `commit` needs it when the file is written."""
-    # An error is ignored here, because `commit` encodes again and raises it.
-    encode = partial(capture, index.encoded)
-    threading.Thread(target=encode, name="holdfast-index", daemon=True).start()
