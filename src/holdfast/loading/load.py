@@ -158,7 +158,7 @@ def load_tree(
 
 
 def _differences(match: Match, ranks: Ranks) -> tuple[list[str], list[str]]:
-    """Lines on the differences between the checkpoint and the state of all ranks, and the notes.
+    """One line per difference between the checkpoint and the state of all ranks, and all notes.
 
     An entry is unexpected only if no rank wants it: each pipeline stage has other layers.
 
@@ -293,7 +293,7 @@ class _Reading:
         return [want for name, want in self.wanted.items() if name not in self._read_first]
 
     def values(self) -> MadeValues:
-        """All values. Reads the containers that no other rank has passed on."""
+        """All values. Their containers are read, unless another rank has passed them on."""
         return self._made_values(self.entries)
 
     def _made_values(self, names: Iterable[str]) -> MadeValues:

@@ -28,7 +28,7 @@ BUNDLE_BYTES = 4 << 20
 """Largest message: whole blocks."""
 
 AHEAD = 4
-"""Number of bundles that a rank reads before their turn."""
+"""Number of bundles that a rank reads in advance."""
 
 SENDING = 2
 """Number of bundles that may still be on their way while the next one is handled."""
@@ -255,7 +255,7 @@ def _agree(requests: Sequence[_Request], ranks: Ranks) -> tuple[list[_Bundle], l
         for bundled in grouped(in_order, _room_bytes, BUNDLE_BYTES):
             share = before * len(members) // max(1, total)
             before += sum(item.nbytes for item in bundled)
-            # The number of the group shifts it, so that small groups begin with different ranks.
+            # Without the group's number, low ranks would read the first share of every group.
             first = (share + number) % len(members)
             in_turn = (*members[first:], *members[:first])
             bundles.append(_Bundle((num_taken[share], number, share), in_turn, bundled))
@@ -268,7 +268,8 @@ _Groups = dict[int, tuple[int, ...]]
 
 
 def _grouped(sent: Sequence[bytes]) -> list[tuple[_Groups, list[int]]]:
-    """For each rank its groups, and the group of each digest that it sent."""
+    """For each rank: the groups that it is in, and the number of the group of each digest that it
+    sent."""
     senders: dict[bytes, list[int]] = {}
     for rank, data in enumerate(sent):
         senders.setdefault(data, []).append(rank)
@@ -306,8 +307,9 @@ class _Item:
 
     nbytes: int
     read: Callable[[Source, torch.Tensor], Wanted | int]
-    """`read(source, room)`: reads the item into its bytes of the message, checks it, and returns
-    the bytes read. Or returns what to read into them: boxes close to each other are one read."""
+    """`read(source, room)`: reads the item into `room`, its bytes of the message, checks it, and
+    returns the bytes read. Or returns `room` as a tensor to fill, so that boxes close to each other
+    are read together."""
 
     take: Callable[[torch.Tensor], None]
     """`take(room)`: copies the item from the message to its target."""

@@ -18,7 +18,8 @@ from holdfast.spelling import listed
 
 _RANK_KEY = re.compile(r"rank_\d+")
 _UNIONS = ("model", "optimizer")
-"""Top-level names whose dicts hold entries named by parameters, as in stock DCP."""
+"""Top-level names whose entries are named by parameters, as in stock DCP. Ranks may have different
+parameters."""
 
 _TENSOR, _VALUE = "a tensor", "a value"
 _LEAVES = {_TENSOR, _VALUE}
@@ -54,7 +55,7 @@ def _differences(all_plans: AllPlans) -> Iterator[str]:
         key: None
         for _, branches in plans
         for key, kinds in branches.items()
-        # `plan` compares a tensor or value that has a top-level name of its own.
+        # Without tensors and values at the top level, which `plan` compares.
         if {*kinds.values()} - _LEAVES | {*kinds} - {(key,)}
     }
     for key in containers:
@@ -139,7 +140,7 @@ def _kinds_of(path: Path, node: Node, unions: Collection[Path]) -> Iterator[tupl
         kept.append(key)
         yield from _kinds_of(child_path, child, unions)
     if kept and kind == "dict" and all(type(key) is str for key in kept):
-        # It follows from its entries. Whether it has a node depends on the keys skipped here too.
+        # Its entries are compared instead, since it may have a node only because of skipped keys.
         return
     if kept or not children:
         keys = ", ".join(sorted(map(repr, kept))) if kind in MAPPINGS else f"{len(kept)} members"

@@ -38,7 +38,7 @@ def divide_rows(region: Region, dim: int, num_rows: int) -> Iterator[Region]:
 
 
 def boxes_of_run(shape: Sequence[int], start: int, count: int) -> Iterator[Region]:
-    """Boxes that make up the `count` elements of a tensor from number `start` on, in row-major
+    """Boxes that make up `count` consecutive elements of a tensor, from number `start` in row-major
     order: all whole rows as one box, and the parts of rows before and after them."""
     if not shape:
         yield Region((), ())

@@ -52,7 +52,7 @@ def read_items(name: str, entry: TensorEntry, wanted: Region) -> list[ReadItem]:
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """Range of a chunk's data, and the box of wanted elements that lies in it."""
+    """Range of a chunk's data, and the box of wanted elements that it contains."""
 
     start: int
     """Offset of the box's first element in the chunk's data."""

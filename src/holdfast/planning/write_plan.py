@@ -127,7 +127,7 @@ class GlobalPlan:
 def plan(all_plans: AllPlans) -> GlobalPlan:
     """Decide which rank writes what, so that each element and each value is written once.
 
-    For the names of one rank, the result from its `known_plans` equals that from all plans.
+    From one rank's `known_plans`, the result for that rank's names is the same as from all plans.
 
     Raises:
         MismatchError: elements are missing or held twice, or ranks disagree; lists every tensor.

@@ -15,7 +15,7 @@ NICENESS = 5
 """Niceness added to a thread that writes, so that training threads run first."""
 
 _START_S_MAX = 1.0
-"""Seconds to wait for a thread that was started to run."""
+"""Longest wait for a started thread to begin, in seconds."""
 
 
 class Background:

@@ -86,7 +86,7 @@ def shared_names(
     `entries`: all names of each tensor and value.
     `groups`: ranks that hold each name; without the names that only this rank holds.
     """
-    # By identity: names with equal groups share one object, and a group may be thousands of ranks.
+    # By identity: thousands of names share one object, which may list thousands of ranks.
     distinct = {id(group): group for group in groups.values()}
     digests = {key: xxh3_64_intdigest(repr(group).encode()) for key, group in distinct.items()}
     shared: dict[str, list[SharedNames]] = {}

@@ -321,7 +321,7 @@ def finish_save(
             # Optimizers wait for the copy, so only what follows it may run behind training.
             lower_priority()
         if pending.index is not None:
-            # While the file is written. `commit` waits for it, and raises the error if it failed.
+            # In parallel with the write. If it fails, `commit` encodes again and raises the error.
             encode = partial(capture, pending.index.encoded)
             threading.Thread(target=encode, name="holdfast-index", daemon=True).start()
         # Empty if the digests were taken with the copy of a snapshot.
