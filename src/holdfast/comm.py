@@ -71,7 +71,7 @@ class Ranks(Protocol):
     def send(self, rank: int, data: torch.Tensor) -> Sending:
         """Start to send host memory to `rank`, which must `receive` it. Not collective.
 
-        Call the returned function before `data` changes. Messages between two ranks arrive in order.
+        Call the returned function before `data` changes. Messages arrive in the order of sending.
         """
         ...
 
