@@ -20,6 +20,7 @@ import torch
 from checkpoints import save_leaves
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.cleanup import execute, plan_cleanup
+from holdfast.catalog.open_any import Opened, open_in
 from holdfast.catalog.source import Source
 from holdfast.comm import Solo
 from holdfast.convert.convert import convert_to, values_of
@@ -29,7 +30,7 @@ from holdfast.errors import ExistsError
 from holdfast.format.names import LOCK, hidden_folder_of, step_name
 from holdfast.loading.checkpoint import Checkpoint
 from holdfast.loading.load import load_tree
-from holdfast.loading.opening import read_in
+from holdfast.loading.opening import read_on_all
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.context import RunContext
 from holdfast.manager.hf import HFFormat
@@ -229,13 +230,13 @@ def load(store: AmendableStore) -> int:
     """Load as `holdfast.load` does."""
     state = state_of(0)
 
-    def read(source: Source) -> int:
-        load_tree(source, StateTree(state), ranks=Solo())
+    def read(opened: Opened) -> int:
+        load_tree(opened.source(store), StateTree(state), ranks=Solo())
         value: int = state["value"]
         assert torch.equal(state["model"]["w"], torch.full((50,), float(value))), "a mix"
         return value
 
-    return read_in(store, NAME, Solo(), read)
+    return read_on_all(Solo(), store, lambda: open_in(store, NAME), read)
 
 
 @SWITCHES
