@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from benchmarks.power_cuts import PowerCut, Tree, left_by
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crashes import recorded, store_of, tree_of
 from holdfast import CheckpointConfig
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.cleanup import execute, plan_cleanup
@@ -24,8 +26,6 @@ from holdfast.manager.saver import Saver
 from holdfast.state.tree import flatten
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Store
-from holdfast.testing.crashes import recorded, store_of
-from holdfast.testing.disk import PowerCut, Tree, left_by
 from holdfast.testing.stores import put
 
 CONFIG = CheckpointConfig(
@@ -217,18 +217,6 @@ def strike(folder: Folder, damage: tuple[str, int]) -> None:
         at = open_manifest(store, name).tensors["w"].chunks[0].data_offset if kind == "data" else 9
         data[at or 0] ^= 1
     folder.tree = {**folder.tree, key: bytes(data)}
-
-
-def tree_of(store: MemoryStore, folder: str = "") -> dict[str, bytes | None]:
-    tree: dict[str, bytes | None] = {}
-    for name in store.list(folder):
-        path = f"{folder}/{name}" if folder else name
-        if name.endswith("/"):
-            tree[path[:-1]] = None
-            tree |= tree_of(store, path[:-1])
-        else:
-            tree[path] = store.read(path, 0, store.size(path))
-    return tree
 
 
 def vars_of(config: CheckpointConfig) -> dict[str, Any]:
