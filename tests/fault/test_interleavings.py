@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoints import save_leaves
 from hf_folders import LLAMA, hf_tensors, save_folder
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.cleanup import execute, plan_cleanup
@@ -39,8 +40,7 @@ from holdfast.manager.lifetime import Lifetime
 from holdfast.manager.policy import Retention
 from holdfast.manager.resume import newest_resumable
 from holdfast.manager.retention import Retainer
-from holdfast.saving.planner import Planner
-from holdfast.saving.save import Saved, save_in, save_leaves
+from holdfast.saving.save import Saved, save_in
 from holdfast.state.objects import StateTree
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import AmendableStore
@@ -73,15 +73,8 @@ def save(value: int, store: AmendableStore, *, overwrite: bool = False, name: st
 
 def save_step(step: int, store: AmendableStore, *, value: int | None = None) -> Saved:
     """Save a step as a manager does."""
-    return save_leaves(
-        Catalog(store),
-        step_name(step),
-        StateTree(state_of(step if value is None else value)).flatten(),
-        ranks=Solo(),
-        planner=Planner(Solo()),
-        step=step,
-        kind="full",
-    )
+    leaves = StateTree(state_of(step if value is None else value)).flatten()
+    return save_leaves(Catalog(store), step_name(step), leaves, Solo(), step=step, kind="full")
 
 
 def held_in(store: MemoryStore, name: str = NAME) -> int:
