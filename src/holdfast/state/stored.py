@@ -6,7 +6,6 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -30,15 +29,17 @@ from holdfast.state.subclass import CONTEXT, unflatten
 from holdfast.state.tree import MAPPING_TYPES, Path, dotted
 
 
-@dataclass(slots=True)
 class Branch:
     """Entries of a checkpoint at and below one path."""
 
-    path: Path
-    name: str | None = None
-    """Name of the entry at the path itself, if there is one."""
+    __slots__ = ("children", "name", "path")
 
-    children: dict[str | int, Branch] = field(default_factory=dict)
+    def __init__(
+        self, path: Path, name: str | None = None, children: dict[str | int, Branch] | None = None
+    ) -> None:
+        """`name`: entry at the path itself, if there is one."""
+        self.path, self.name = path, name
+        self.children: dict[str | int, Branch] = {} if children is None else children
 
     def entries(self) -> Iterator[str]:
         """Yield the names of all entries at and below the path."""
