@@ -17,7 +17,7 @@ from holdfast.cli.terminal import JsonOptions, Options, command_in, parsed, say,
 from holdfast.errors import ExistsError, MismatchError, NotFoundError, StorageError
 from holdfast.release import installed_version
 from holdfast.skills import sync
-from holdfast.skills.bundle import ENTRY, Skill, shipped
+from holdfast.skills.bundle import ENTRY, Skill, shipped, shipped_skill
 from holdfast.skills.copies import Copies
 from holdfast.skills.targets import all_targets, target_of
 from holdfast.storage.opening import local_path
@@ -38,9 +38,8 @@ class CopiesOptions(Options):
     @property
     def copies(self) -> Copies:
         """Copies in the chosen folder."""
-        here, environment = Path(local_path(".")), os.environ
-        target = target_of(self.to, project=self.project, environment=environment, here=here)
-        return Copies(target.root, categories=target.categories)
+        here = Path(local_path("."))
+        return target_of(self.to, project=self.project, environment=os.environ, here=here)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +154,7 @@ def _list(options: SkillsList) -> None:
 
 
 def _show(options: SkillsShow) -> None:
-    skill = sync.shipped_skill(options.name)
+    skill = shipped_skill(options.name)
     if options.file not in skill.files:
         raise NotFoundError(
             f"skill `{skill.name}` has no file `{options.file}`",
@@ -179,8 +178,7 @@ def _sync(options: SkillsSync) -> None:
 
 def _update(options: SkillsUpdate) -> None:
     targets = all_targets(os.environ, Path(local_path(".")))
-    folders = [Copies(target.root, categories=target.categories) for target in targets]
-    synced_before = [copies for copies in folders if copies.state.is_dir()]
+    synced_before = [copies for copies in targets if copies.state.is_dir()]
     if not synced_before:
         raise NotFoundError("no folder of skills was synced yet", hint="holdfast skills sync")
     version = installed_version()
@@ -202,7 +200,7 @@ def _say_synced(results: Sequence[sync.Synced], *, json: bool) -> None:
 
 
 def _diff(options: SkillsDiff) -> None:
-    skill = sync.shipped_skill(options.name)
+    skill = shipped_skill(options.name)
     differences = _differences(skill, options.copies)
     if options.json:
         say_json({"name": skill.name, "files": differences})
@@ -231,13 +229,13 @@ def _differences(skill: Skill, copies: Copies) -> dict[str, str]:
 
 
 def _reset(options: SkillsReset) -> None:
-    skill, copies = sync.shipped_skill(options.name), options.copies
+    skill, copies = shipped_skill(options.name), options.copies
     archive = sync.reset(skill, copies, installed_version())
     say(f"{copies.folder(skill.name)} is as shipped" + (f"; yours: {archive}" if archive else ""))
 
 
 def _remove(options: SkillsRemove) -> None:
-    skill, copies = sync.shipped_skill(options.name), options.copies
+    skill, copies = shipped_skill(options.name), options.copies
     archive = sync.remove(skill, copies, installed_version())
     say(
         f"{copies.folder(skill.name)} is gone for good" + (f"; yours: {archive}" if archive else "")
