@@ -17,6 +17,7 @@ from holdfast.tensors.lazy import Tensors
 from holdfast.tensors.numbers import Array
 
 State = Literal["equal", "differs", "dtype", "shape", "only in a", "only in b"]
+"""Result of a comparison. dtype: equal numbers in different dtypes. shape: different shapes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class ComparedTensor:
 
     source: Source | None = None
     entry: TensorEntry | None = None
-    """Chunks in `source`, where the tensor is stored there unconverted."""
+    """Chunks in `source`; None for a tensor that is converted as it is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +46,13 @@ class Difference:
     num_elements: int = 0
     num_differing: int = 0
     max_abs: float = 0.0
-    """Largest difference; infinite where one of the two elements is NaN."""
+    """Largest difference of two elements; infinite where only one of them is NaN."""
 
     max_rel: float = 0.0
-    """Largest difference, relative to the larger of the two elements."""
+    """Largest difference of two elements, relative to the larger of them."""
 
     by_checksum: bool = False
-    """Whether equal checksums decided, and no element was read."""
+    """Whether all checksums are equal, so that no element was read."""
 
     @property
     def same(self) -> bool:
@@ -65,13 +66,9 @@ def compare(
     b: ComparedTensor | None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Difference:
-    """Compare two tensors. The state `dtype` means equal numbers in different dtypes.
+    """Compare two tensors; one of them may be None.
 
-    Where both sides have checksums and the same chunks, only chunks whose checksums differ are
-    read.
-
-    Raises:
-        DamagedError: elements that do not match their checksum.
+    Where both have checksums and the same chunks, only chunks whose checksums differ are read.
     """
     a_held = a.tensors.infos[a.name] if a else None
     b_held = b.tensors.infos[b.name] if b else None
@@ -120,7 +117,7 @@ def nbytes_to_read(a: ComparedTensor, b: ComparedTensor) -> int:
 
 
 def _regions_to_read(a: ComparedTensor, b: ComparedTensor, whole: Region) -> Iterator[Region]:
-    """Yields all regions but those of chunks whose checksums are known and equal."""
+    """Yields the regions of all chunks except those whose checksums are known and equal."""
     if a.entry is None or b.entry is None or a.entry.dtype != b.entry.dtype:
         yield whole
         return
@@ -153,7 +150,7 @@ def _differences(
     with np.errstate(all="ignore"):
         differs = (a_numbers != b_numbers) & ~(np.isnan(a_numbers) & np.isnan(b_numbers))
         if dtypes[0] == dtypes[1] and is_integer(dtypes[0]):
-            differs = a != b  # Different large integers can be the same float64.
+            differs = a != b  # Large integers that differ can be equal as float64.
         deltas = np.abs(a_numbers - b_numbers)[differs]
         deltas = np.where(np.isnan(deltas), np.inf, deltas)
         larger = np.maximum(np.abs(a_numbers), np.abs(b_numbers))[differs]

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import tyro
 
-from holdfast.cli.terminal import JsonOptions, parsed, progress, say, say_error, say_json
+from holdfast.cli.terminal import (
+    POSITIONAL,
+    JsonOptions,
+    parsed,
+    progress,
+    say,
+    say_error,
+    say_json,
+)
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import ConvertOptions, Float, plan
 from holdfast.convert.target_format import TargetFormat, target_format
@@ -29,10 +37,10 @@ class ConvertArguments(JsonOptions):
     Example: holdfast convert meta-llama/Llama-3.1-8B outputs/checkpoint/step-0
     """
 
-    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    source: str = field(metadata=POSITIONAL)
     """Checkpoint: a path, a URL, or the name of a repository on the Hugging Face hub."""
 
-    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
+    target: str = field(metadata=POSITIONAL)
     """Folder or .pt file to write."""
 
     to: TargetFormat | None = None
@@ -70,11 +78,7 @@ class ConvertArguments(JsonOptions):
     """Replace an existing TARGET."""
 
     def convert_options(self) -> ConvertOptions:
-        """Returns the options of the conversion.
-
-        Raises:
-            UsageError: TARGET does not fit the format.
-        """
+        """Returns the options of the conversion."""
         return ConvertOptions(
             to=target_format(self.source, self.target, self.to),
             hf_assets=self.hf_assets,

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict, dataclass, field
 
 from holdfast.catalog.findings import components_of, name_in_model
 from holdfast.catalog.open_any import OpenCheckpoint, open_any
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.source import read_value
 from holdfast.cli.compare import ComparedTensor, Difference, compare, nbytes_to_read
-from holdfast.cli.terminal import JsonOptions, parsed, progress, say, say_json, spelled_shape
+from holdfast.cli.terminal import (
+    POSITIONAL,
+    JsonOptions,
+    parsed,
+    progress,
+    say,
+    say_json,
+    spelled_shape,
+)
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import MismatchError
 from holdfast.format.components import MODEL
@@ -19,9 +26,6 @@ from holdfast.format.manifest import Manifest
 from holdfast.hf.dialects import dialect_of, renamed
 from holdfast.spelling import counted
 from holdfast.tensors.stored import StoredTensors
-
-if TYPE_CHECKING:
-    import tyro
 
 LINES_MAX = 200
 
@@ -37,10 +41,10 @@ class DiffArguments(JsonOptions):
     Example: holdfast diff outputs/checkpoint/step-500 outputs/checkpoint/step-1000
     """
 
-    a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
+    a: str = field(metadata=POSITIONAL)
     """Path or URL of a checkpoint."""
 
-    b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
+    b: str = field(metadata=POSITIONAL)
     """Path or URL of another checkpoint."""
 
     model_only: bool = False
@@ -76,14 +80,7 @@ def run(arguments: Sequence[str]) -> int:
 def comparable_tensors(
     opened: tuple[OpenCheckpoint, OpenCheckpoint], options: DiffArguments
 ) -> tuple[dict[str, ComparedTensor], dict[str, ComparedTensor]]:
-    """Returns the tensors of both checkpoints under names that can be compared.
-
-    The names are the stored ones, or Meta's where the two checkpoints use different dialects.
-
-    Raises:
-        MismatchError: the tensors of a Hugging Face folder are not those of its model family.
-        UsageError: a Hugging Face folder does not say which family it is.
-    """
+    """Returns the tensors of both checkpoints, by stored name; by Meta's where dialects differ."""
     names = [_names(checkpoint.manifest, model_only=options.model_only) for checkpoint in opened]
     dialects = [dialect_of(of_one.values()) for of_one in names]
     if dialects[0] == dialects[1] or None in dialects:
@@ -101,7 +98,7 @@ def comparable_tensors(
 
 
 def _names(manifest: Manifest, *, model_only: bool) -> dict[str, str]:
-    """Returns tensor name -> name to compare it by: its name in the model's own state dict."""
+    """Returns stored name -> name to compare by. For the model: name in its own state dict."""
     names, components = {}, components_of(manifest)
     for name, entry in manifest.tensors.items():
         if components[name] == MODEL:
@@ -121,13 +118,13 @@ def _under(names: Mapping[str, str], checkpoint: OpenCheckpoint) -> dict[str, Co
 
 
 def _converted(path: str, assets: str | None) -> dict[str, ComparedTensor]:
-    """Returns the tensors of a Hugging Face folder as a conversion to Meta's names writes them."""
+    """Returns a Hugging Face model's tensors under Meta's names, converted as they are read."""
     outputs = plan(path, ConvertOptions(to="dcp", names="meta", hf_assets=assets)).outputs
     return {name: ComparedTensor(output.tensors, output.name) for name, output in outputs.items()}
 
 
 def _compared_values(opened: tuple[OpenCheckpoint, OpenCheckpoint]) -> dict[str, str]:
-    """Returns value name -> state, by its bytes; empty if the formats store values differently."""
+    """Returns value name -> state, by comparing bytes; empty where a `.pt` file is involved."""
     a, b = (checkpoint.manifest.values for checkpoint in opened)
     if "torch" in (opened[0].format, opened[1].format) or not a or not b:
         return {}

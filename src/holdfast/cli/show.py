@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 from holdfast.catalog.findings import FORMATS, components_of, kind_of
 from holdfast.catalog.open_any import OpenCheckpoint, open_any
 from holdfast.catalog.paths import open_for_reading
 from holdfast.cli import values
 from holdfast.cli.picture import draw, letter
-from holdfast.cli.terminal import JsonOptions, parsed, progress, say, say_json, spelled_shape
+from holdfast.cli.terminal import (
+    POSITIONAL,
+    JsonOptions,
+    parsed,
+    progress,
+    say,
+    say_json,
+    spelled_shape,
+)
 from holdfast.cli.tree import INDENT, count, lines, tree_of
 from holdfast.errors import NotFoundError, UsageError
 from holdfast.format.components import COMPONENTS, MODEL
 from holdfast.format.manifest import Chunk, Manifest, TensorEntry
 from holdfast.spelling import counted, spelled_bytes, spelled_layout
-
-if TYPE_CHECKING:
-    import tyro
 
 CHUNKS_MAX = 52
 """Chunks of a tensor that are printed."""
@@ -40,10 +45,10 @@ class ShowArguments(JsonOptions):
     Example: holdfast show outputs/checkpoint/step-500
     """
 
-    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+    path: str = field(metadata=POSITIONAL)
     """Path or URL of a checkpoint."""
 
-    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ""
+    name: str = field(default="", metadata=POSITIONAL)
     """Name of a tensor or value, or the beginning of several names."""
 
     each: bool = False
@@ -85,11 +90,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def chosen(checkpoint: OpenCheckpoint, name: str) -> Mapping[str, TensorEntry]:
-    """Returns the tensor called `name`, or all below that name; all tensors where it is empty.
-
-    Raises:
-        NotFoundError: neither a tensor nor a value has that name, or is below it.
-    """
+    """Returns the tensor called `name`, or all below that name; all tensors if `name` is empty."""
     tensors = checkpoint.manifest.tensors
     if not name:
         return tensors
@@ -110,21 +111,21 @@ def chosen(checkpoint: OpenCheckpoint, name: str) -> Mapping[str, TensorEntry]:
 def _data(
     options: ShowArguments, checkpoint: OpenCheckpoint, entry: TensorEntry | None
 ) -> dict[str, Any]:
-    """Returns the statistics and first elements of a tensor, where options ask for them.
+    """Returns the statistics and first elements of a tensor, as the options request.
 
-    The element of a one-element tensor is always returned: training loops count steps in one.
+    The element of a one-element tensor is always returned, since such tensors count steps.
     """
     single = entry is not None and prod(entry.shape) == 1
     if not options.stats and not options.values and not single:
         return {}
     if options.name in checkpoint.manifest.values and not options.stats:
-        return {}  # A value is shown with or without `--values`.
+        return {}  # The caller prints values with or without `--values`.
     if entry is None:
         raise UsageError(
             "`--stats` and `--values` read one tensor",
             hint=f"its name after the path: holdfast show {options.path} NAME --stats",
         )
-    # Not at the top: they load numpy, which the tree does not need.
+    # Not at the top: they import numpy, which the tree does not need.
     from holdfast.cli.elements import WITHOUT_NUMBERS, corner, statistics
     from holdfast.tensors.stored import StoredTensors
 

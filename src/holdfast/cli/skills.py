@@ -6,14 +6,21 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from holdfast.arguments import nearest
-from holdfast.cli.terminal import JsonOptions, Options, command_in, parsed, say, say_json, say_table
+from holdfast.cli.terminal import (
+    POSITIONAL,
+    JsonOptions,
+    Options,
+    command_in,
+    parsed,
+    say,
+    say_json,
+    say_table,
+)
 from holdfast.errors import ExistsError, MismatchError, NotFoundError, StorageError
 from holdfast.release import installed_version
 from holdfast.skills import sync
@@ -21,8 +28,6 @@ from holdfast.skills.bundle import ENTRY, Skill, shipped, shipped_skill
 from holdfast.skills.copies import Copies
 from holdfast.skills.targets import all_targets, target_of
 from holdfast.storage.opening import local_path
-
-Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +51,7 @@ class CopiesOptions(Options):
 class CopyOptions(CopiesOptions):
     """Options of a command on one copy."""
 
-    name: Name
+    name: str = field(metadata=POSITIONAL)
     """Name of the skill."""
 
 
@@ -68,10 +73,10 @@ class SkillsShow(JsonOptions):
     Example: holdfast skills show holdfast references/resume.md
     """
 
-    name: Name
+    name: str = field(metadata=POSITIONAL)
     """Name of the skill."""
 
-    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = ENTRY
+    file: str = field(default=ENTRY, metadata=POSITIONAL)
     """Path below the skill's folder."""
 
 

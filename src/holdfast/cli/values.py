@@ -1,4 +1,4 @@
-"""The values (entries that are not tensors) of a checkpoint: read, checked, as text or JSON."""
+"""The values in a checkpoint, verified, as text or JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from holdfast.format import container
 from holdfast.format.manifest import Span, ValueEntry
 
 MEMBERS_MAX = 100_000
-"""Members of one value that are printed as JSON."""
+"""Most members of one value that are printed as JSON."""
 
 
 def below(checkpoint: OpenCheckpoint, name: str) -> list[str]:
@@ -34,11 +34,7 @@ def spelled(checkpoint: OpenCheckpoint, names: Sequence[str]) -> Iterator[str]:
 
 
 def as_json(checkpoint: OpenCheckpoint, names: Sequence[str]) -> dict[str, Any]:
-    """Returns the values by name, as types of JSON; text where JSON has no such type.
-
-    Raises:
-        DamagedError: bytes that do not match their checksum.
-    """
+    """Returns the values by name, as types of JSON; text where JSON has no such type."""
     return dict(zip(names, map(_converted, _read(checkpoint, names)), strict=True))
 
 
@@ -57,7 +53,7 @@ def _read(checkpoint: OpenCheckpoint, names: Sequence[str]) -> Iterator[object]:
     for name in names:
         entry = checkpoint.manifest.values[name]
         key = entry.file, entry.item
-        # Equal values share a container, except in a `.pt` file: there one container holds all.
+        # Equal values share a container. In a `.pt` file one container holds all values.
         if key not in decoded or checkpoint.format == "torch":
             decoded[key] = _read_one(checkpoint, name, entry)
         yield decoded[key]

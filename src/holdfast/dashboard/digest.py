@@ -1,4 +1,4 @@
-"""Data that the server gives to programs: JSON, health, and metrics in Prometheus' format."""
+"""Answers for programs: JSON, health, and metrics in Prometheus' format."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def digest(run: WatchedFolder, now: datetime, *, full: bool) -> dict[str, Any]:
 def health(
     runs: Sequence[WatchedFolder], now: datetime, max_age_s: float | None
 ) -> tuple[bool, dict[str, Any]]:
-    """Returns whether every run has a recent good checkpoint, and the JSON that says so."""
+    """Returns whether every run has a recent good checkpoint, and the answer as JSON."""
     problems = {run.folder: why for run in runs if (why := _unhealthy(run, now, max_age_s))}
     return not problems, {"healthy": not problems, "problems": problems}
 
@@ -126,7 +126,7 @@ def _samples(run: WatchedFolder, now: datetime) -> Iterator[Sample]:
 
 
 def _reported(history: History) -> Iterator[Sample]:
-    """Yields what the run itself reported, summed over all of its processes."""
+    """Yields samples of the metrics that the run wrote, summed over its starts and resumes."""
     records, loads, counter = history.distinct, history.loads, CounterMetricFamily
     saves = [save for record in records for save in record.saves]
     step = history.reports[-1].step

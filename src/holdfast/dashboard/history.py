@@ -22,7 +22,7 @@ METRICS = "metrics.jsonl"
 METRICS_BYTES_MAX = 256 << 20
 
 HEAD_BYTES = 256
-"""Bytes at the beginning of a metrics file by which another file of that name is noticed."""
+"""Bytes at the beginning of a metrics file. If they change, the file was replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class MetricsRecord:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """Everything that is known of a run."""
+    """Checkpoints and metrics of a run."""
 
     where: str
     rows: Sequence[CheckpointRow]
@@ -58,6 +58,7 @@ class History:
 
     @property
     def resume(self) -> int | None:
+        """Step that a resume takes."""
         return resumable(self.rows)
 
     @property
@@ -80,9 +81,9 @@ class History:
 
     @property
     def distinct(self) -> list[MetricsRecord]:
-        """All records in file order, without the repetition of a process's last record.
+        """Records in file order, without repetitions.
 
-        A process may write its last record twice, the second time with more saves: that one counts.
+        A run may write its last record twice, the second time with more saves: that one counts.
         """
         last = {(report.step, report.time): report for report in self.reports}
         return [*last.values()]
@@ -91,10 +92,13 @@ class History:
     def saves(self) -> list[Times]:
         """Last save of each step, by step.
 
-        Saves that the run did not report have the timings of their manifest, which ends before the
-        commit.
+        Saves that the run did not report have the timings in their manifest, which lack the commit.
         """
-        last = {times.step: times for times in map(_times_of, self.rows) if times is not None}
+        last = {}
+        for row in self.rows:
+            if row.step is not None and row.timings:
+                seconds = sum(stage.most for stage in row.timings.values())
+                last[row.step] = Times(row.step, row.nbytes or 0, seconds, row.timings)
         last |= {save.step: save for report in self.reports for save in report.saves}
         return [last[step] for step in sorted(last)]
 
@@ -105,7 +109,7 @@ class History:
 
     @property
     def gone(self) -> list[tuple[int, float]]:
-        """Steps that were saved and have no checkpoint any more, with the time of the report."""
+        """Steps whose checkpoint was deleted, with the time at which the run reported the save."""
         present = {row.step for row in self.rows}
         saved = {save.step: report for report in self.reports for save in report.saves}
         return [(step, saved[step].time) for step in sorted(saved) if step not in present]
@@ -120,45 +124,34 @@ def commit_time(row: CheckpointRow) -> float | None:
     return created.timestamp() if created.tzinfo is not None else None
 
 
-def _times_of(row: CheckpointRow) -> Times | None:
-    if row.step is None or not row.timings:
-        return None
-    seconds = sum(stage.most for stage in row.timings.values())
-    return Times(row.step, row.nbytes or 0, seconds, row.timings)
-
-
 def slowest(times: Times) -> int:
     """Returns the rank that the others waited for: the slowest in the longest stage.
 
-    The commit does not count: all ranks wait in it, the fastest for longest.
+    Ignores the commit, in which the fastest rank waits longest.
     """
     stages = {name: stage for name, stage in times.stages.items() if name != "commit"}
     return max((stages or times.stages).values(), key=lambda stage: stage.most).slowest
 
 
-def history_of(path: str) -> History:
-    """Read the history of the run that saves into the folder at `path`. Reads no data.
-
-    Raises:
-        NotFoundError: no such folder, or no checkpoint in it.
-    """
-    return HistoryReader(path).read()
-
-
 class HistoryReader:
     """Reads a run's history again and again.
 
-    A checkpoint whose files have not changed, and metrics that were read before, are not read
-    again. Checkpoints at URLs always are, since changes cannot be noticed there.
+    Skips checkpoints whose files have not changed, and lines of metrics that it has read. Reads
+    checkpoints at URLs each time, since changes cannot be noticed there.
     """
 
     def __init__(self, path: str) -> None:
+        """`path`: folder into which the run saves."""
         self._path = path
         self._rows: dict[str, tuple[object, CheckpointRow]] = {}
         self._metrics = _MetricsReader()
 
     def read(self) -> History:
-        """Returns the history as of now; raises as `history_of`."""
+        """Returns the history as of now. Reads no tensors.
+
+        Raises:
+            NotFoundError: no such folder, or no checkpoint in it.
+        """
         store, name = open_for_reading(self._path)
         before, self._rows = self._rows, {}
 
@@ -175,9 +168,9 @@ class HistoryReader:
 
 
 def _stamp(store: ReadStore, key: str) -> object:
-    """Returns a value that equals earlier ones while no file of a checkpoint changes.
+    """Returns a value that stays equal while no file of a checkpoint changes.
 
-    It equals no other value where changes cannot be noticed.
+    Where changes cannot be noticed, each value is unequal to all others.
     """
     if isinstance(store, LocalStore):
         with suppress(HoldfastError):

@@ -65,7 +65,7 @@ td.note { white-space: normal; min-width: 14rem }
 """
 
 STALL_MIN_S = 0.01
-"""Shortest wait that the page shows: steps without a save take a little time too."""
+"""Shortest wait that the page shows. Steps without a save have shorter ones."""
 
 
 def page(history: History, now: datetime) -> str:
@@ -75,22 +75,18 @@ def page(history: History, now: datetime) -> str:
 
 def body(history: History, now: datetime) -> str:
     """Returns the content of the page, without the frame around it."""
-    return "".join(
-        (
-            f"<h1>{escape(history.where)}</h1>",
-            f"<p>{escape(summary(history))}; as of {now:%Y-%m-%d %H:%M} UTC</p>",
-            f'<div class="cards">{"".join(_cards(history, now))}</div>',
-            f'<div class="charts">{"".join(_charts(history))}</div>',
-            _table(history, now),
-        )
+    return (
+        f"<h1>{escape(history.where)}</h1>"
+        f"<p>{escape(summary(history))}; as of {now:%Y-%m-%d %H:%M} UTC</p>"
+        f'<div class="cards">{"".join(_cards(history, now))}</div>'
+        f'<div class="charts">{"".join(_charts(history))}</div>' + _table(history, now)
     )
 
 
 def framed(title: str, body: str, *, script: str = "") -> str:
-    """Returns a page with this title and body, both of HTML.
+    """Returns a page with this title and body, which must be HTML.
 
-    `script` is the URL of the one script that the page may run. Apart from it the page loads
-    nothing.
+    `script`: URL of a script for the page. The browser loads and runs nothing else.
     """
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     if script:
@@ -107,7 +103,7 @@ def framed(title: str, body: str, *, script: str = "") -> str:
 
 
 def summary(history: History) -> str:
-    """Returns half a sentence about a run's checkpoints."""
+    """Returns the number of a run's checkpoints, and the step that a resume takes, as text."""
     checkpoints = [row for row in history.rows if row.step is not None]
     words = [counted(len(checkpoints), "checkpoint")]
     num_damaged = sum(row.state == "damaged" for row in checkpoints)
@@ -157,7 +153,7 @@ def _card(name: str, value: str, note: str, *, alarm: bool = False) -> str:
 def blocked(history: History) -> tuple[float, float]:
     """Returns the seconds that training waited for saves, and their share of the running time.
 
-    Time between a process's last record and its successor's first does not count.
+    The time between a process's last record and the first record of its resume does not count.
     """
     blocked_s, running_s = 0.0, 0.0
     for before, record in zip(history.reports, history.reports[1:], strict=False):
@@ -221,7 +217,7 @@ def _points(
     form: str,
     unit: str = "",
 ) -> list[Point]:
-    """Returns one value of each record, by step; `form` is the format in its tooltip."""
+    """Returns one value of each record, by step. `form`: format of the value in its tooltip."""
     values = [(record.step, value_of(record)) for record in records]
     return [Point(step, value, f"step {step}: {value:{form}}{unit}") for step, value in values]
 
@@ -270,7 +266,7 @@ def _legend(history: History) -> str:
 
 def _steps_over_time(history: History) -> str:
     """Draw steps over time, with the checkpoints as dots."""
-    # Where the index cannot be read, the commit was about when the run reported the step.
+    # For a checkpoint with an unreadable index: the time at which the run reported its step.
     reported = {record.step: record.time for record in history.current}
     times = [
         (row, commit_time(row) or reported.get(row.step))
@@ -312,15 +308,11 @@ def _table(history: History, now: datetime) -> str:
             spelled_layout(row.layout),
             "; ".join(filter(None, notes)),
         )
-        styles = ["", f"state-{row.state}", "", "", "", "", "note"]
-        rows.append(
-            "".join(
-                f'<td class="{style}">{escape(cell)}</td>'
-                for style, cell in zip(styles, cells, strict=True)
-            )
-        )
-    header = "".join(f"<th>{name}</th>" for name in head)
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
+        styles = {"state": f"state-{row.state}", "note": "note"}
+        named = zip(head, cells, strict=True)
+        drawn = (f'<td class="{styles.get(name, "")}">{escape(cell)}</td>' for name, cell in named)
+        rows.append(f"<tr>{''.join(drawn)}</tr>")
+    header, body = "".join(f"<th>{name}</th>" for name in head), "".join(rows)
     return (
         '<section class="card scroll"><h2>Checkpoints</h2>'
         f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></section>"

@@ -1,4 +1,4 @@
-"""Folders of checkpoints, each read again and again by a thread of its own."""
+"""Folders of checkpoints, each read again and again in its own thread."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ READ_S = 2.0
 """Least seconds between two reads."""
 
 READ_SHARE = 0.05
-"""Largest share of a thread's time for reading: slow folders are read more rarely."""
+"""Largest share of a thread's time for reading, so slow folders are read more rarely."""
 
 FIRST_READ_S = 1.0
 """Seconds to wait for the first read."""
@@ -32,10 +32,7 @@ class ReadResult:
 
 
 class WatchedFolder:
-    """A folder that is read for as long as the process lives.
-
-    A folder that hangs or fails delays no other.
-    """
+    """A folder that is read until the process ends. One that hangs or fails delays no other."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder

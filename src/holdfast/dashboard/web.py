@@ -1,7 +1,7 @@
 """The server of `holdfast serve`, which only reads, and answers only GET and HEAD.
 
-Requests name runs by number, so no request can name a path. Answers come from what the threads of
-`watched` read last, so no request waits for a disk.
+Requests name runs by number, so no request can name a path. Answers come from the latest results
+of `WatchedFolder`, so no request waits for a disk.
 """
 
 from __future__ import annotations
@@ -31,14 +31,13 @@ from holdfast.dashboard.watched import WatchedFolder
 HEADER_BYTES_MAX = 16 << 10
 
 CONNECTIONS_MAX = 200
-"""Maximum number of open connections. A further one closes the connection that was idle longest."""
+"""Maximum number of open connections. A further one closes the connection idle for longest."""
 
 IDLE_S = 30.0
-"""Seconds for a request to arrive and its answer to be taken, after which the connection is
-dropped."""
+"""Seconds in which a client must send a request and receive its answer, or is dropped."""
 
 SHUTDOWN_S = 3
-"""Seconds for answers in progress when the server ends."""
+"""Seconds for finishing answers when the server stops."""
 
 SCRIPT = """\
 "use strict";
@@ -80,10 +79,7 @@ HEADERS = {
 def server_of(
     folders: Sequence[str], names: Collection[str], max_age_s: float | None
 ) -> uvicorn.Server:
-    """Returns a server of these folders.
-
-    `names` are the host names that requests may address it by.
-    """
+    """Returns a server of these folders. `names`: host names by which requests may address it."""
     runs = [WatchedFolder(folder) for folder in folders]
     config = uvicorn.Config(
         app_of(runs, names, max_age_s),
@@ -170,7 +166,7 @@ def _index(runs: Sequence[WatchedFolder]) -> Response:
 
 
 def _json(value: Any, status_code: int = 200) -> Response:
-    # ASCII, as `json.dumps` writes: a file name may be no valid UTF-8.
+    # `json.dumps` writes ASCII, since file names may be no valid UTF-8.
     return Response(json.dumps(value) + "\n", status_code, media_type="application/json")
 
 
@@ -237,7 +233,7 @@ def is_own(host: str, names: Collection[str]) -> bool:
 class TimedProtocol(H11Protocol):
     """An HTTP connection that is dropped after `IDLE_S` without a completed answer.
 
-    So a client that sends half a request, or takes no answer, does not hold a connection for long.
+    Without the limit, clients that send half a request or receive no answer use up all connections.
     """
 
     since = 0.0

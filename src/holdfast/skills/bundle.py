@@ -45,11 +45,7 @@ def shipped() -> dict[str, Skill]:
 
 
 def shipped_skill(name: str) -> Skill:
-    """Read one shipped skill.
-
-    Raises:
-        NotFoundError: no shipped skill has that name.
-    """
+    """Read one shipped skill."""
     skills = shipped()
     if name not in skills:
         raise NotFoundError(f"no skill is named `{name}`", hint=f"shipped: {', '.join(skills)}")
@@ -61,9 +57,6 @@ def frontmatter(text: str) -> dict[str, str]:
 
     >>> frontmatter("---\\nname: a\\ndescription: b\\n---\\nText.")
     {'name': 'a', 'description': 'b'}
-
-    Raises:
-        FormatError: the text does not begin with fields.
     """
     match = re.match(r"---\n(.*?)\n---\n", text, re.S)
     if not match:

@@ -47,7 +47,7 @@ def read_config(arguments: Sequence[str]) -> Config:
 
 
 def _explicit_values(arguments: Sequence[str]) -> Values:
-    """Read the values given on the command line or in the file, without the defaults."""
+    """Read the values on the command line and in the file, without the defaults."""
     overrides = _from_command_line(arguments)
     file = overrides.get("job", {}).get("config_file")
     values = _from_file(Path(file)) if file is not None else {}
@@ -56,13 +56,10 @@ def _explicit_values(arguments: Sequence[str]) -> Values:
     return values
 
 
-def wants_help(arguments: Iterable[str]) -> bool:
-    """Tell whether the arguments request the list of all settings."""
-    return any(argument in ("-h", "--help") for argument in arguments)
-
-
-def print_help(program: str) -> None:
-    """Print every setting with its meaning and default, then raise `SystemExit`."""
+def print_requested_help(arguments: Iterable[str], program: str) -> None:
+    """Print all settings with their defaults and raise `SystemExit`, if the arguments say so."""
+    if not {"-h", "--help"} & {*arguments}:
+        return
     import tyro
 
     if hasattr(signal, "SIGPIPE"):
@@ -80,9 +77,8 @@ def print_help(program: str) -> None:
 def prepare_start(config: Config, arguments: Sequence[str] = ()) -> None:
     """Print which settings have no effect, and refresh the installed skills; on rank 0 only.
 
-    Without effect are TorchTitan's settings for features that do not exist here, and the keys of
-    `[checkpoint]` if `enable` was forgotten. Skills are refreshed only where the user agreed to
-    that by a first `holdfast skills sync`.
+    TorchTitan's settings for features that do not exist here have no effect, nor do the keys of
+    `[checkpoint]` if `enable` was forgotten.
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -197,7 +193,7 @@ def _take_words(rest: list[str], *, many: bool) -> list[str]:
 
 
 def _parse_flag(name: str, flag: str) -> tuple[str, str, bool]:
-    """Return the section and key that a flag names, and whether it has the `no-` prefix."""
+    """Return the section and key in a flag, and whether the key has the prefix `no-`."""
     section, _, key = name.replace("-", "_").partition(".")
     if section not in _sections():
         flags = [f"{s}.{k}" for s in _sections() for k in _keys(s)]
@@ -228,18 +224,14 @@ def _unknown(what: str, name: str, known: Iterable[str], section: str = "") -> U
 
 
 def _from_toml(where: str, value: Any, hint: Any) -> Any:
-    """Convert a value of a file to type `hint`; a list may be text, as on the command line."""
+    """Convert a value in a file to type `hint`. A list may be text, as on the command line."""
     if isinstance(value, str) and is_list(members(hint)[0]):
         return _parsed(where, [value], hint)
     return fitted(where, value, hint)
 
 
 def _parsed(where: str, words: list[str], hint: Any) -> Any:
-    """Parse words of the command line as a value of type `hint`.
-
-    Raises:
-        UsageError: the words spell no such value.
-    """
+    """Parse words of the command line as a value of type `hint`."""
     if hint is not (types := members(hint))[0]:
         if words[0].lower() == "none" and type(None) in get_args(hint):
             return None

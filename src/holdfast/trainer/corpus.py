@@ -55,12 +55,7 @@ class FileTokenizer:
     """Tokenizer from a Hugging Face `tokenizer.json`."""
 
     def __init__(self, path: Path) -> None:
-        """Load the file.
-
-        Raises:
-            UsageError: the package `tokenizers` is not installed.
-            FormatError: the file is not a tokenizer.
-        """
+        """Load the file."""
         try:
             from tokenizers import Tokenizer as Loaded
         except ImportError:
@@ -80,11 +75,7 @@ class FileTokenizer:
 
 
 def open_tokenizer(hf_assets_path: str | None) -> Tokenizer:
-    """Return the tokenizer in `model.hf_assets_path`, else the `ByteTokenizer`.
-
-    Raises:
-        NotFoundError: the folder does not exist.
-    """
+    """Return the tokenizer in `model.hf_assets_path`, else the `ByteTokenizer`."""
     if hf_assets_path is None:
         return ByteTokenizer()
     folder = Path(hf_assets_path)
@@ -108,9 +99,9 @@ class Tokens:
 def open_tokens(config: Config, tokenizer: Tokenizer) -> Tokens:
     """Open the token file of the configured data set; write it first if there is none.
 
-    Token files are in `tokens` below the dump folder, keyed by the names, sizes and modification
-    times of the data files and by the tokenizer. Several processes may write at once: each writes
-    a temporary file, and the last rename wins.
+    Token files are in `tokens` below the dump folder. Their names are hashes of the tokenizer and
+    of the data files' names, sizes and modification times. Several processes may write one at once:
+    each writes a temporary file, and the last rename wins.
 
     Raises:
         NotFoundError: there is no such data set.
@@ -170,10 +161,10 @@ class Text:
     """Name for messages."""
 
     identity: str
-    """Key that changes with the text, as far as file names, sizes and times tell."""
+    """Key that changes with the names, sizes and times of the data files."""
 
     documents: Callable[[], Iterator[str]]
-    """Function that yields the documents, always in the same order."""
+    """Function that yields the documents in a fixed order."""
 
 
 def _open_text(config: Config) -> Text:

@@ -1,8 +1,8 @@
-"""Batches of tokens, in an order that depends on the run and not on its number of ranks.
+"""Batches of tokens, in an order that does not depend on the number of ranks.
 
-The tokens are cut into samples of `seq_len + 1`. Each epoch visits all samples in an order drawn
-from the seed. Samples are numbered on across epochs, so a loader's only state is how many samples
-the run has taken: a resume, also on another number of ranks, continues with the next sample.
+The tokens are cut into samples of `seq_len + 1`. Each epoch visits all samples in a random order.
+A loader's only state is the number of samples that the run has taken, over all epochs, so a resume
+on any number of ranks continues with the next sample.
 """
 
 from __future__ import annotations
@@ -35,11 +35,7 @@ class DataLoader:
         dp_rank: int = 0,
         dp_size: int = 1,
     ) -> None:
-        """Start at the first sample.
-
-        Raises:
-            UsageError: there are fewer tokens than one sample needs.
-        """
+        """Start at the first sample."""
         self._tokens = tokens
         self._seq_len = seq_len
         self._seed = seed
@@ -70,14 +66,14 @@ class DataLoader:
         return samples[:, :-1], samples[:, 1:]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, and the properties of the data that it counts in."""
+        """Return the number of samples taken, and the properties of the data."""
         return {"position": self._position, **self._identity()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue after the samples that `state_dict` counts.
 
         Raises:
-            MismatchError: it counts samples of other data, or in another order.
+            MismatchError: these are samples of other data, or in another order.
         """
         differences = [
             f"`{key}` is {state_dict.get(key)} in the checkpoint and {value} here"
@@ -93,7 +89,7 @@ class DataLoader:
         self._position = int(state_dict["position"])
 
     def _identity(self) -> dict[str, Any]:
-        """Return the properties that decide which tokens a sample number stands for."""
+        """Return the properties that decide which tokens each sample has."""
         return {
             "fingerprint": self._tokens.fingerprint,
             "seq_len": self._seq_len,

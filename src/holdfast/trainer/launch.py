@@ -1,9 +1,8 @@
 """`python -m holdfast.trainer.launch`: run several workers on this machine.
 
-Does on one machine what `torchrun --nproc_per_node NGPU -m holdfast.trainer` does, but starts
-faster: it imports torch once and forks the workers. A worker that fails ends the run with its own
-message and exit status, and no worker outlives the launcher. A run on several machines starts
-`holdfast.trainer` by `torchrun`.
+Replaces `torchrun --nproc_per_node NGPU -m holdfast.trainer` and starts faster: it imports torch
+once and forks the workers. A worker that fails ends the run with its own message and exit status,
+and no worker outlives the launcher. Runs on several machines need `torchrun`.
 
 The environment variable `NGPU` is the number of workers. By default it is the number of GPUs, or
 two on a machine without GPUs.
@@ -22,7 +21,7 @@ from types import FrameType
 
 from holdfast.arguments import not_installed
 from holdfast.errors import HoldfastError, UsageError
-from holdfast.trainer.arguments import prepare_start, print_help, read_config, wants_help
+from holdfast.trainer.arguments import prepare_start, print_requested_help, read_config
 from holdfast.trainer.config import Config
 
 NUM_CPU_WORKERS = 2
@@ -40,8 +39,7 @@ PR_SET_PDEATHSIG = 1
 
 def main(arguments: list[str]) -> int:
     """Start the workers, wait for them, and return the exit status."""
-    if wants_help(arguments):
-        print_help("./run_train.sh")
+    print_requested_help(arguments, "./run_train.sh")
     try:
         config = read_config(arguments)
         num_workers = _num_workers(config)
@@ -79,7 +77,7 @@ class Workers:
         self._kill_after_s = int(config.checkpoint.stop_deadline_s) + GRACE_S
         self._ranks_by_pid: dict[int, int] = {}
         self._status: int | None = None
-        # Holds one byte: the worker that reads it is the first with an error, and reports it.
+        # A pipe with one byte. The first worker with an error reads it, so only that one reports.
         self._report_token, write_end = os.pipe()
         os.write(write_end, b"1")
         os.close(write_end)
@@ -116,7 +114,7 @@ class Workers:
             if 0 < status < 128 and self._is_first_error():
                 sys.stderr.write(f"error: {worker} ended with status {status} without a message\n")
             if self._stop_requested:
-                continue  # All workers have the signal, and each needs its own time to save.
+                continue  # All workers have received the signal, and some are still saving.
             if status < 0:
                 name = signal.Signals(-status).name
                 sys.stderr.write(
@@ -191,12 +189,9 @@ def _run_forked(
 
 
 def _num_workers(config: Config) -> int:
-    """Return `NGPU`, else the number of GPUs that the settings can use, else `NUM_CPU_WORKERS`.
+    """Return `NGPU`; if unset, the number of usable GPUs; without GPUs, `NUM_CPU_WORKERS`.
 
     Prints a line if the settings leave GPUs unused.
-
-    Raises:
-        UsageError: `NGPU` is not a number, or the settings do not fit the number of workers.
     """
     text = os.environ.get("NGPU", "").strip()
     if text:

@@ -8,7 +8,6 @@ import logging
 import os
 import resource
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,8 +30,6 @@ class MetricsRow:
     """Metrics of one step: a line of `metrics.jsonl`."""
 
     step: int
-    """Number of optimizer steps done."""
-
     loss: float
     """Mean loss over every token of the step, on all ranks."""
 
@@ -40,8 +37,6 @@ class MetricsRow:
     """Norm of all gradients, before clipping."""
 
     lr: float
-    """Learning rate of the step."""
-
     tokens_per_s: float
     """Tokens per second over all ranks, since the previous row."""
 
@@ -55,7 +50,7 @@ class MetricsRow:
     """Saves that became durable since the previous row, with the seconds of each stage."""
 
     loads: tuple[Times, ...] = ()
-    """Loads since the previous row: one in the first row of a resumed run."""
+    """Loads since the previous row. The first row of a resumed run has one."""
 
     failed_saves: int = 0
     """Number of saves that failed since the previous row."""
@@ -76,17 +71,14 @@ class Metrics:
     def __init__(self, config: MetricsConfig, folder: Path, *, first_rank: bool, step: int) -> None:
         """Open the files in `folder` for a run that starts at `step`.
 
-        Rows are appended to `metrics.jsonl`. A killed run may have written steps that its resume
-        repeats: the last row of a step counts.
-
-        Raises:
-            UsageError: TensorBoard is enabled and not installed.
+        Rows are appended to `metrics.jsonl`. A resume may write rows for the same steps again: the
+        last row of a step counts.
         """
         self._file = None
         self._last: MetricsRow | None = None
         self._board: SummaryWriter | None = None
         if config.enable_tensorboard and importlib.util.find_spec("tensorboard") is None:
-            # Checked on every rank, so that all of them stop.
+            # Every rank checks this, so that all of them stop.
             raise UsageError(
                 "`metrics.enable_tensorboard` needs the package `tensorboard`, which is not "
                 "installed",
@@ -120,7 +112,7 @@ class Metrics:
                 self._board.add_scalar(name, getattr(row, name), row.step)
 
     def close(self, timings: Timings) -> None:
-        """Close the files; first write the last row again if there are `timings` to add to it."""
+        """Close the files. If there are `timings`, first write the last row again with them."""
         if self._last is not None and timings != Timings():
             self._write(self._last.with_timings(timings))
         if self._file is not None:
@@ -132,25 +124,6 @@ class Metrics:
         if self._file is not None:
             self._file.write(json.dumps(asdict(row)).encode() + b"\n")
             self._file.flush()
-
-
-class Clock:
-    """Time, tokens and waits for saves since the previous row."""
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-        self._blocked_s = 0.0
-        self.tokens: int = 0
-
-    def lap(self, blocked_s: float) -> tuple[float, float]:
-        """Return tokens per second and seconds blocked since the last call.
-
-        `blocked_s` is the total of the run.
-        """
-        now = time.perf_counter()
-        result = self.tokens / max(now - self._since, 1e-9), blocked_s - self._blocked_s
-        self._since, self._blocked_s, self.tokens = now, blocked_s, 0
-        return result
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -170,5 +143,5 @@ def _ends_line(path: Path) -> bool:
 def _open_board(folder: Path, step: int) -> SummaryWriter:
     from torch.utils.tensorboard import SummaryWriter
 
-    # Hides events of later steps, which a run before this resume wrote.
+    # `purge_step` hides events of later steps, which the run wrote before this resume.
     return SummaryWriter(str(folder), purge_step=step + 1)

@@ -71,7 +71,7 @@ class Experts(nn.Module):
 
     @property
     def num_local(self) -> int:
-        """Number of experts on this rank, or on the ranks that shard their weights."""
+        """Number of experts on each expert-parallel rank."""
         return self.num_experts // (1 if self.group is None else self.group.size())
 
     def apply_expert_parallel(self, mesh: DeviceMesh) -> None:
@@ -138,8 +138,8 @@ class _Exchange(torch.autograd.Function):
 def _all_to_all(
     x_RD: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
 ) -> Tensor:
-    # `all_to_all_single` silently gives wrong results on tensors that are not contiguous, as
-    # gradients may be.
+    # `all_to_all_single` silently gives wrong results for tensors that are not contiguous, such as
+    # some gradients.
     out_RD = x_RD.new_empty(sum(received), x_RD.shape[1])
     dist.all_to_all_single(out_RD, x_RD.contiguous(), received, sent, group=group)
     return out_RD

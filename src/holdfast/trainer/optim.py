@@ -46,8 +46,8 @@ def build_schedulers(
 def apply_schedules(schedulers: Sequence[LambdaLR]) -> None:
     """Set the optimizers' learning rates to those of the schedules' current step.
 
-    A loaded checkpoint contains the next step's rate under its own schedule. If the schedule has
-    changed since, by more steps for example, that rate would be wrong for one step.
+    A loaded checkpoint contains the next step's rate. If the schedule has changed since, for
+    example to more steps, that rate would be wrong for one step.
     """
     for scheduler in schedulers:
         for group, base_lr, factor in zip(
@@ -109,12 +109,12 @@ def clip_gradients(
 def gradient_norm(gradients: Sequence[Tensor], parallel: ParallelContext) -> Tensor:
     """Return the norm of all gradients as a plain scalar tensor. Collective.
 
-    Uses one sum over all ranks. `torch.nn.utils` takes one per mesh axis, and warns about it.
+    Needs one all-reduce. `torch.nn.utils` needs one per mesh axis.
     """
     total = torch.zeros((), device=parallel.device)
     for gradient in gradients:
         local, num_replicas = local_shard(gradient)
-        # Divided, since each rank with a replica of this shard adds it to the sum.
+        # Each rank with a replica of this shard adds it to the sum.
         total += local.float().square().sum() / num_replicas
     if parallel.world_size > 1:
         dist.all_reduce(total)
@@ -124,7 +124,7 @@ def gradient_norm(gradients: Sequence[Tensor], parallel: ParallelContext) -> Ten
 def overridden_settings(
     optimizers: Sequence[torch.optim.Optimizer], config: OptimizerConfig
 ) -> list[str]:
-    """Return a message for each setting of `[optimizer]` that a loaded checkpoint overrides."""
+    """Return a message for each setting in `[optimizer]` that a loaded checkpoint overrides."""
     configured: dict[str, Any] = {"initial_lr": config.lr, "weight_decay": config.weight_decay}
     if config.name != "SGD":
         configured |= {"betas": config.adam_betas, "eps": config.eps}

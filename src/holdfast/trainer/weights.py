@@ -1,8 +1,8 @@
 """Initial weights that depend only on the seed, not on the parallelism.
 
-A weight is drawn in bands of rows. Each band has its own generator, seeded by the run's seed, the
-weight's name and the band's number. A rank draws only the bands that overlap its shard, and every
-layout starts from the same model.
+A weight is drawn in bands of rows, each by its own generator. The seed of a band is made from the
+run's seed, the weight's name and the band's number. A rank draws only the bands that overlap its
+shard, and every layout starts from the same model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STD = 0.02
 """Standard deviation of a matrix's initial weights."""
 
 BAND_ELEMENTS = 1 << 20
-"""Approximate number of elements in a band; another number gives other initial weights."""
+"""Approximate number of elements in a band. Changing it changes the initial weights."""
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def init_weights(model: Transformer, seed: int) -> None:
         if parameter.dim() == 2:
             _draw(local, indices, parameter.shape, f"{seed}/{name}", std)
             continue
-        # The matrices of all experts, each drawn like a separate weight.
+        # The matrix of each expert is drawn like a separate weight.
         for matrix, expert in zip(local, indices[0].tolist(), strict=True):
             _draw(matrix, indices[1:], parameter.shape[1:], f"{seed}/{name}/{expert}", std)
 
