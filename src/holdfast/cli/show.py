@@ -71,8 +71,10 @@ def run(arguments: Sequence[str]) -> int:
     entry = tensors.get(options.name)
     data = _data(options, checkpoint, entry)
     if options.json:
-        contents = {"contents": values.as_json(checkpoint, names)} if names else {}
-        say_json({**_as_json(checkpoint, tensors), **data, **contents})
+        if names:
+            read = values.read(checkpoint, names)
+            data["contents"] = {name: values.as_json(value) for name, value in read}
+        say_json({**_as_json(checkpoint, tensors), **data})
         return 0
     if entry is not None:
         _say_tensor(options.name, entry)
@@ -141,13 +143,12 @@ def _data(
 
 def _say_values(checkpoint: OpenCheckpoint, names: Sequence[str]) -> None:
     """Print each value with its name, the bytes of its container and its file."""
-    shown = names[:VALUES_MAX]
-    for name, value in zip(shown, values.spelled(checkpoint, shown), strict=True):
+    for name, value in values.read(checkpoint, names[:VALUES_MAX]):
         entry = checkpoint.manifest.values[name]
         nbytes = "" if checkpoint.format == "torch" else f"{spelled_bytes(entry.item.nbytes)}  "
-        say(f"{name}  {value}  {nbytes}{entry.file}")
-    if len(names) > len(shown):
-        say(f"and {len(names) - len(shown)} more values: --json lists all")
+        say(f"{name}  {values.spelled(value)}  {nbytes}{entry.file}")
+    if len(names) > VALUES_MAX:
+        say(f"and {len(names) - VALUES_MAX} more values: --json lists all")
 
 
 def _say_data(data: Mapping[str, Any]) -> None:
@@ -195,23 +196,16 @@ def summarized_components(manifest: Manifest) -> dict[str, dict[str, int]]:
 
     Elements and bytes of tied tensors count once.
     """
-    tensors: dict[str, list[TensorEntry]] = {}
-    num_values: dict[str, int] = {}
-    component_of = components_of(manifest)
-    for name, entry in manifest.tensors.items():
-        tensors.setdefault(component_of[name], []).append(entry)
-    for name in manifest.values:
-        num_values[component_of[name]] = num_values.get(component_of[name], 0) + 1
+    names: dict[str, list[str]] = {}
+    for name, component in components_of(manifest).items():
+        names.setdefault(component, []).append(name)
     summary = {}
-    for component in sorted({*tensors, *num_values}, key=lambda name: (name != MODEL, name)):
-        entries = tensors.get(component, [])
-        elements, nbytes = count(entries)
-        summary[component] = {
-            "tensors": len(entries),
-            "elements": elements,
-            "nbytes": nbytes,
-            "values": num_values.get(component, 0),
-        }
+    for component in sorted(names, key=lambda name: (name != MODEL, name)):
+        tensors = [manifest.tensors[n] for n in names[component] if n in manifest.tensors]
+        elements, nbytes = count(tensors)
+        num_values = len(names[component]) - len(tensors)
+        sums = {"tensors": len(tensors), "elements": elements, "nbytes": nbytes}
+        summary[component] = {**sums, "values": num_values}
     return summary
 
 

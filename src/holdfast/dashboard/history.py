@@ -26,23 +26,34 @@ HEAD_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
-class MetricsRecord:
-    """One line of `metrics.jsonl`."""
+class MetricsRow:
+    """Metrics of one step: a line of `metrics.jsonl`."""
 
     step: int
-    time: float
-    """Seconds since 1970."""
-
     loss: float
+    """Mean loss over every token of the step, on all ranks."""
+
+    grad_norm: float
+    """Norm of all gradients, before clipping."""
+
+    lr: float
     tokens_per_s: float
+    """Tokens per second over all ranks, since the previous row."""
+
     save_blocked_s: float
-    """Seconds that training waited for saves since the line before."""
+    """Seconds that training waited for saves since the previous row."""
+
+    time: float
+    """Unix time in seconds."""
 
     saves: tuple[Times, ...] = ()
-    """Saves that became durable since the line before."""
+    """Saves that became durable since the previous row."""
 
     loads: tuple[Times, ...] = ()
+    """Loads since the previous row. The first row of a resumed run has one."""
+
     failed_saves: int = 0
+    """Number of saves that failed since the previous row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +64,7 @@ class History:
     rows: Sequence[CheckpointRow]
     """Checkpoints, oldest first, then attempts."""
 
-    reports: Sequence[MetricsRecord]
+    reports: Sequence[MetricsRow]
     """Lines of `metrics.jsonl` in file order. After a resume, steps occur again."""
 
     @property
@@ -74,13 +85,13 @@ class History:
         return [*good[-1].files.items()] if good else []
 
     @property
-    def current(self) -> list[MetricsRecord]:
+    def current(self) -> list[MetricsRow]:
         """Last record of each step, by step."""
         last = {report.step: report for report in self.reports}
         return [last[step] for step in sorted(last)]
 
     @property
-    def distinct(self) -> list[MetricsRecord]:
+    def distinct(self) -> list[MetricsRow]:
         """Records in file order, without repetitions.
 
         A run may write its last record twice, the second time with more saves: that one counts.
@@ -182,10 +193,10 @@ class _MetricsReader:
     """Reads the metrics file beside a folder, or in it, again and again."""
 
     def __init__(self) -> None:
-        self._records: list[MetricsRecord] = []
+        self._records: list[MetricsRow] = []
         self._key, self._head, self._offset = "", b"", 0
 
-    def read(self, store: ReadStore, name: str) -> list[MetricsRecord]:
+    def read(self, store: ReadStore, name: str) -> list[MetricsRow]:
         """Returns all records; reads only new lines. Empty where there is no such file."""
         above = name.rpartition("/")[0]
         for key in (f"{above}/{METRICS}" if above else METRICS, f"{name}/{METRICS}"):
@@ -193,7 +204,7 @@ class _MetricsReader:
                 return self._read(store, key)
         return []
 
-    def _read(self, store: ReadStore, key: str) -> list[MetricsRecord]:
+    def _read(self, store: ReadStore, key: str) -> list[MetricsRow]:
         nbytes = min(store.size(key), METRICS_BYTES_MAX)
         head = store.read(key, 0, HEAD_BYTES)
         if (key, head[: len(self._head)]) != (self._key, self._head) or nbytes < self._offset:
@@ -208,20 +219,20 @@ class _MetricsReader:
         return [*self._records, last] if last is not None else [*self._records]
 
 
-def _record(line: bytes) -> MetricsRecord | None:
+def _record(line: bytes) -> MetricsRow | None:
     """Decode one line; None where it is cut off, or no record."""
     try:
         row: Any = json.loads(line)
-        numbers = [row[key] for key in ("time", "loss", "tokens_per_s", "save_blocked_s")]
         if type(row["step"]) is not int:
             return None
-        time, loss, tokens_per_s, save_blocked_s = map(float, numbers)
-        return MetricsRecord(
+        return MetricsRow(
             step=row["step"],
-            time=time,
-            loss=loss,
-            tokens_per_s=tokens_per_s,
-            save_blocked_s=save_blocked_s,
+            loss=float(row["loss"]),
+            grad_norm=float(row.get("grad_norm", "nan")),
+            lr=float(row.get("lr", "nan")),
+            tokens_per_s=float(row["tokens_per_s"]),
+            save_blocked_s=float(row["save_blocked_s"]),
+            time=float(row["time"]),
             saves=tuple(map(_times, row.get("saves", ()))),
             loads=tuple(map(_times, row.get("loads", ()))),
             failed_saves=int(row.get("failed_saves", 0)),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from html import escape
 from statistics import median
 
 from holdfast.catalog.listing import CheckpointRow
 from holdfast.dashboard.chart import Point, bars, dots, line
-from holdfast.dashboard.history import History, MetricsRecord, commit_time, slowest
+from holdfast.dashboard.history import History, MetricsRow, commit_time, slowest
 from holdfast.spelling import counted, spelled_age, spelled_bytes, spelled_layout
 from holdfast.timing import Times
 
@@ -166,9 +166,9 @@ def blocked(history: History) -> tuple[float, float]:
 def _charts(history: History) -> list[str]:
     current, written = history.current, history.written
     stalled = [record for record in current if record.save_blocked_s > STALL_MIN_S]
-    stalls = _points(stalled, lambda record: record.save_blocked_s, ".2f", " s")
-    speeds = _points(current, lambda record: record.tokens_per_s, ",.0f")
-    losses = _points(current, lambda record: record.loss, ".4f")
+    stalls = _points(stalled, "save_blocked_s", ".2f", " s")
+    speeds = _points(current, "tokens_per_s", ",.0f")
+    losses = _points(current, "loss", ".4f")
     sizes = [
         Point(row.step or 0, row.nbytes, f"step {row.step}: {spelled_bytes(row.nbytes)}")
         for row in history.rows
@@ -211,14 +211,9 @@ def _charts(history: History) -> list[str]:
     ]
 
 
-def _points(
-    records: Sequence[MetricsRecord],
-    value_of: Callable[[MetricsRecord], float],
-    form: str,
-    unit: str = "",
-) -> list[Point]:
-    """Returns one value of each record, by step. `form`: format of the value in its tooltip."""
-    values = [(record.step, value_of(record)) for record in records]
+def _points(rows: Sequence[MetricsRow], name: str, form: str, unit: str = "") -> list[Point]:
+    """Returns the field `name` of each row, by step. `form`: format of the value in its tooltip."""
+    values = [(row.step, getattr(row, name)) for row in rows]
     return [Point(step, value, f"step {step}: {value:{form}}{unit}") for step, value in values]
 
 

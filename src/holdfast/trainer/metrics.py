@@ -8,61 +8,21 @@ import logging
 import os
 import resource
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from holdfast.dashboard.history import METRICS, MetricsRow
 from holdfast.errors import UsageError
 from holdfast.manager.goodput import Timings
-from holdfast.timing import Times
 from holdfast.trainer.config import MetricsConfig
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 logger: logging.Logger = logging.getLogger("holdfast.trainer")
-
-
-@dataclass(frozen=True, slots=True)
-class MetricsRow:
-    """Metrics of one step: a line of `metrics.jsonl`."""
-
-    step: int
-    loss: float
-    """Mean loss over every token of the step, on all ranks."""
-
-    grad_norm: float
-    """Norm of all gradients, before clipping."""
-
-    lr: float
-    tokens_per_s: float
-    """Tokens per second over all ranks, since the previous row."""
-
-    save_blocked_s: float
-    """Seconds that training waited for saves since the previous row."""
-
-    time: float
-    """Unix time in seconds."""
-
-    saves: tuple[Times, ...] = ()
-    """Saves that became durable since the previous row, with the seconds of each stage."""
-
-    loads: tuple[Times, ...] = ()
-    """Loads since the previous row. The first row of a resumed run has one."""
-
-    failed_saves: int = 0
-    """Number of saves that failed since the previous row."""
-
-    def with_timings(self, timings: Timings) -> MetricsRow:
-        """Return a copy with further saves and loads added."""
-        return replace(
-            self,
-            saves=(*self.saves, *timings.saves),
-            loads=(*self.loads, *timings.loads),
-            failed_saves=self.failed_saves + timings.failed_saves,
-        )
 
 
 class Metrics:
@@ -87,8 +47,8 @@ class Metrics:
         if not first_rank:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "metrics.jsonl").open("ab")
-        if self._file.tell() and not _ends_line(folder / "metrics.jsonl"):
+        self._file = (folder / METRICS).open("ab")
+        if self._file.tell() and not _ends_line(folder / METRICS):
             # A killed run can leave half a row: the next row must not continue that line.
             self._file.write(b"\n")
         if config.enable_tensorboard:
@@ -114,7 +74,7 @@ class Metrics:
     def close(self, timings: Timings) -> None:
         """Close the files. If there are `timings`, first write the last row again with them."""
         if self._last is not None and timings != Timings():
-            self._write(self._last.with_timings(timings))
+            self._write(with_timings(self._last, timings))
         if self._file is not None:
             self._file.close()
         if self._board is not None:
@@ -124,6 +84,16 @@ class Metrics:
         if self._file is not None:
             self._file.write(json.dumps(asdict(row)).encode() + b"\n")
             self._file.flush()
+
+
+def with_timings(row: MetricsRow, timings: Timings) -> MetricsRow:
+    """Return the row with further saves and loads added."""
+    return replace(
+        row,
+        saves=(*row.saves, *timings.saves),
+        loads=(*row.loads, *timings.loads),
+        failed_saves=row.failed_saves + timings.failed_saves,
+    )
 
 
 def memory_bytes(device: torch.device) -> int:

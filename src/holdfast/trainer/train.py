@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from holdfast.dashboard.history import MetricsRow
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.manager import CheckpointManager
@@ -25,7 +26,7 @@ from holdfast.trainer.corpus import Tokenizer, Tokens, open_tokenizer, open_toke
 from holdfast.trainer.data import DataLoader
 from holdfast.trainer.gradients import Gradients
 from holdfast.trainer.hf import hf_model
-from holdfast.trainer.metrics import Metrics, MetricsRow
+from holdfast.trainer.metrics import Metrics, with_timings
 from holdfast.trainer.optim import (
     apply_schedules,
     build_optimizers,
@@ -78,7 +79,7 @@ class Run:
             self.optimizers, config.lr_scheduler, config.training.steps
         )
         self.loader = DataLoader(
-            tokens,
+            tokens=tokens,
             seq_len=config.training.seq_len,
             seed=config.training.seed,
             batch_per_rank=config.training.batch_per_rank(parallel.dp_size),
@@ -188,7 +189,7 @@ def take_steps(run: Run, manager: CheckpointManager, metrics: Metrics, *, first:
                     time=time.time(),
                 )
                 started, tokens, blocked_s = now, 0, total_blocked_s
-                metrics.report(row.with_timings(manager.timings()), parallel.device)
+                metrics.report(with_timings(row, manager.timings()), parallel.device)
             saved_metrics = partial(_saved_metrics, loss, parallel)
             manager.save(step, last_step=last_step, metrics=saved_metrics)
     except KeyboardInterrupt:
