@@ -17,7 +17,8 @@ from holdfast.tensors.lazy import Tensors
 from holdfast.tensors.numbers import Array
 
 State = Literal["equal", "differs", "dtype", "shape", "only in a", "only in b"]
-"""Result of a comparison. dtype: equal numbers in different dtypes. shape: different shapes."""
+"""Result of a comparison. equal: dtype, shape and elements are equal. dtype: equal numbers in
+different dtypes. shape: different shapes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +54,6 @@ class Difference:
 
     by_checksum: bool = False
     """Whether all checksums are equal, so that no element was read."""
-
-    @property
-    def same(self) -> bool:
-        """Whether dtype, shape and all elements are equal."""
-        return self.state == "equal"
 
 
 def compare(
@@ -117,7 +113,7 @@ def nbytes_to_read(a: ComparedTensor, b: ComparedTensor) -> int:
 
 
 def _regions_to_read(a: ComparedTensor, b: ComparedTensor, whole: Region) -> Iterator[Region]:
-    """Yields the regions of all chunks except those whose checksums are known and equal."""
+    """Yields the region of each chunk, unless both of its checksums are known and equal."""
     if a.entry is None or b.entry is None or a.entry.dtype != b.entry.dtype:
         yield whole
         return

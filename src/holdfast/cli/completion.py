@@ -51,7 +51,8 @@ def options_of_commands() -> dict[str, type[Any]]:
         if name not in ("skills", "train"):
             module = import_module(f"holdfast.cli.{name}")
             kinds[name] = with_tyro(getattr(module, f"{name.capitalize()}Arguments"))
-    return kinds | {f"skills {name}": kind for name, (_, kind, _) in skills.COMMANDS.items()}
+    below = {f"skills {name}": with_tyro(kind) for name, (_, kind, _) in skills.COMMANDS.items()}
+    return kinds | below
 
 
 def _one_of(kinds: Mapping[str, Any], summaries: Mapping[str, str]) -> Any:

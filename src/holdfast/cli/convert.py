@@ -68,7 +68,7 @@ class ConvertArguments(JsonOptions):
 
     names: Literal["meta", "titan"] | None = None
     """Tensor names of a dcp or torch target: meta for Meta's, which TorchTitan used up to 0.2;
-    titan for those of TorchTitan from 0.3 on. Default: as in SOURCE; Meta's for Hugging Face
+    titan for the names of TorchTitan from 0.3 on. Default: as in SOURCE; Meta's for Hugging Face
     models."""
 
     skip: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -126,7 +126,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def nbytes_of(text: str) -> int:
-    """Returns the number of bytes that a size such as `5GB` stands for.
+    """Converts a size such as `5GB` to bytes.
 
     >>> nbytes_of("5GB"), nbytes_of("1.5 MiB")
     (5000000000, 1572864)

@@ -69,7 +69,7 @@ def run(arguments: Sequence[str]) -> int:
         say_json({"a": options.a, "b": options.b, "tensors": tensors, "values": values})
     else:
         _say(differences, values)
-    num_differing = sum(not difference.same for difference in differences)
+    num_differing = sum(difference.state != "equal" for difference in differences)
     num_differing += sum(state != "equal" for state in values.values())
     if num_differing:
         where = f"`{options.a}` and `{options.b}`"
@@ -141,13 +141,15 @@ def _compared_values(opened: tuple[OpenCheckpoint, OpenCheckpoint]) -> dict[str,
 
 
 def _say(differences: Sequence[Difference], values: Mapping[str, str]) -> None:
-    lines = [f"{one.state}: {one.name}  {_spelled(one)}" for one in differences if not one.same]
+    lines = [
+        f"{one.state}: {one.name}  {_spelled(one)}" for one in differences if one.state != "equal"
+    ]
     lines += [f"{state}: {name}  value" for name, state in values.items() if state != "equal"]
     for line in lines[:LINES_MAX]:
         say(line)
     if len(lines) > LINES_MAX:
         say(f"and {len(lines) - LINES_MAX} more: --json lists all")
-    equal = [difference for difference in differences if difference.same]
+    equal = [difference for difference in differences if difference.state == "equal"]
     num_by_checksum = sum(difference.by_checksum for difference in equal)
     summary = f"equal: {counted(len(equal), 'tensor')}"
     summary += f", {num_by_checksum} of them by checksums" if num_by_checksum else ""

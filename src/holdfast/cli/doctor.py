@@ -65,12 +65,12 @@ class Trouble:
 
 @dataclass(frozen=True, slots=True)
 class ExaminedFolder:
-    """A folder of checkpoints, and what was found in it."""
+    """A folder of checkpoints, and the findings in it."""
 
     store: ReadStore
     name: str
     names: Sequence[str]
-    """Names of its files and folders; those of folders end in `/`."""
+    """Names of its files and folders. Names of folders end in `/`."""
 
     reports: Sequence[VerifyReport]
     """Result of verifying each checkpoint."""
@@ -78,7 +78,7 @@ class ExaminedFolder:
     marked: Mapping[int, str]
     """Steps that a run marked as damaged, with its finding."""
 
-    read: bool
+    read: bool = False
     """Whether all data was read."""
 
     @property
@@ -96,7 +96,7 @@ class ExaminedFolder:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Examine the folder, and print what is wrong; returns the exit status."""
+    """Examine the folder, and print its problems; returns the exit status."""
     options = parsed(DoctorArguments, "doctor", arguments)
     folder = _examined(options.folder, quick=not options.verify)
     troubles, resume = [*examine(folder)], folder.resume

@@ -116,7 +116,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def decide(catalog: Catalog, options: PruneArguments) -> list[Decision]:
-    """Decide what stays: checkpoints, oldest first, then leftovers of killed saves."""
+    """Decide which folders stay: checkpoints, oldest first, then leftovers of killed saves."""
     store, folders, retention = catalog.store, catalog.folders(), options.retention
     good = {candidate.step: candidate for candidate in good_steps(catalog, folders)}
     reasons = {step: ["no rule given"] for step in good}

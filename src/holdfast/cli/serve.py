@@ -36,7 +36,7 @@ class ServeArguments(Options):
     """Folders of checkpoints. One that does not exist yet is shown once it does."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. There is no login: whoever can reach it can read."""
+    """Address to listen on. There is no login: everyone who can reach it can read."""
 
     port: int = 8420
     """Port to listen on; 0 for any free port."""

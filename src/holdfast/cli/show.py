@@ -52,7 +52,7 @@ class ShowArguments(JsonOptions):
     """Name of a tensor or value, or the beginning of several names."""
 
     each: bool = False
-    """List every block, also those that are equal."""
+    """List every block, even if several are equal."""
 
     stats: bool = False
     """With NAME: read the tensor, and print minimum, maximum, mean, standard deviation, and the
@@ -63,7 +63,7 @@ class ShowArguments(JsonOptions):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print what the checkpoint holds; returns the exit status."""
+    """Print the contents of the checkpoint; returns the exit status."""
     options = parsed(ShowArguments, "show", arguments)
     checkpoint = open_any(*open_for_reading(options.path))
     tensors = chosen(checkpoint, options.name)

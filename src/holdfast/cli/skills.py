@@ -90,7 +90,7 @@ class SkillsSync(CopiesOptions):
     """
 
     dry_run: bool = False
-    """Only print what would be done."""
+    """Only print the changes that a sync would make."""
 
     check: bool = False
     """As --dry-run, and exit with 6 where anything would be done."""
@@ -110,7 +110,7 @@ class SkillsUpdate(JsonOptions):
 
 @dataclass(frozen=True, slots=True)
 class SkillsDiff(CopyOptions):
-    """Compare your copy with the shipped skill: what a reset would change.
+    """Compare your copy with the shipped skill: the changes that a reset would make.
 
     Example: holdfast skills diff holdfast
     """

@@ -187,8 +187,8 @@ def _unless_cached(request: Request, answer: Response) -> Response:
 class Guard:
     """Middleware that refuses requests for other host names and methods, and adds `HEADERS`.
 
-    A web page elsewhere could let its own host name resolve to this machine, and so read what is
-    served here (DNS rebinding).
+    Against DNS rebinding: a web page elsewhere could let its own host name resolve to this machine,
+    and then read these answers.
     """
 
     def __init__(self, app: ASGIApp, names: Collection[str]) -> None:

@@ -70,8 +70,6 @@ class Copies:
             finally:
                 lock.release()
 
-    # ----------------------------------------------------------------------------------- reading
-
     def folder(self, name: str) -> Path:
         """Returns the path of a skill's copy, even if there is none."""
         folder = self.root / name
@@ -120,8 +118,6 @@ class Copies:
             return (self.state / "synced").read_text()
         except (OSError, UnicodeDecodeError):
             return ""
-
-    # ----------------------------------------------------------------------------------- writing
 
     def write_ledger(self, ledger: Ledger) -> None:
         """Write the ledger if it has changed."""
@@ -184,7 +180,7 @@ class Copies:
         """Write a durable new copy to `new` in a new stage; returns the stage."""
         stage = self._new_stage(skill.name)
         new = stage / "new"
-        # Sorted, so that each folder comes before those in it.
+        # Sorted, so that each folder is made before its subfolders.
         paths = map(PurePosixPath, (*skill.files, *users_files))
         folders = sorted({new / above for path in paths for above in path.parents})
         try:

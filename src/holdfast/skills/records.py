@@ -1,4 +1,4 @@
-"""What the sync compares and remembers: digests of files, a receipt in each copy, one ledger."""
+"""Data that the sync compares and stores: digests of files, receipts of copies, one ledger."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def digest(data: bytes) -> str:
 
 
 def digests_in(folder: Path) -> Digests:
-    """Returns the digests of all files in a folder and in those below. Links are not followed.
+    """Returns the digests of all files below a folder. Links are not followed.
 
     Raises:
         StorageError: a file cannot be read, or is a pipe, socket or device.
@@ -62,7 +62,7 @@ def _digest_of(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SyncRecord:
-    """Content of a receipt: what was installed. It is inside the copy, so both move together."""
+    """Content of a receipt: the installed version. It is inside the copy, so both move together."""
 
     version: str
     """Version of Holdfast that installed the copy."""

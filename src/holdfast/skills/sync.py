@@ -104,7 +104,7 @@ def _in_the_way(users_file: str, wanted: Digests) -> bool:
 
 
 def survey(skills: Mapping[str, Skill], copies: Copies, version: str) -> Synced:
-    """Returns what a sync would do. Writes nothing."""
+    """Returns the result that a sync would have. Writes nothing."""
     ledger = copies.ledger()
     states = tuple(_examined(skill, copies, ledger, version) for _, skill in sorted(skills.items()))
     return Synced(str(copies.root), states, tuple(sorted(ledger.offered - skills.keys())))
@@ -168,7 +168,7 @@ def remove(skill: Skill, copies: Copies, version: str) -> str | None:
 
 @contextmanager
 def _archived(skill: Skill, copies: Copies, version: str) -> Iterator[str | None]:
-    """Lock the copies, and archive one that differs from what was installed; yields the path."""
+    """Lock the copies, and archive one if the user changed it; yields the path of the archive."""
     with copies.locked() as locked:
         if not locked:
             raise ExistsError(f"another sync is at work in `{copies.root}`", hint="wait for it")

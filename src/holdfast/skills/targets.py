@@ -1,4 +1,4 @@
-"""Folders in which agents look for skills: a user's, and those of the current repository."""
+"""Folders in which agents find skills: in the home directory, and in the current repository."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import sys
 
 from holdfast.arguments import not_installed
 from holdfast.errors import HoldfastError
-from holdfast.trainer.arguments import prepare_start, print_requested_help, read_config
+from holdfast.trainer.arguments import prepare_start, print_requested_help, read_config, report
 
 
 def main(arguments: list[str]) -> int:
@@ -17,25 +17,15 @@ def main(arguments: list[str]) -> int:
         config = read_config(arguments)
         config.check(int(os.environ.get("WORLD_SIZE", "1")))
     except HoldfastError as error:
-        return _report(error)
+        return report(error)
     prepare_start(config, arguments)
     try:
         # Here and not at the top, since importing torch takes seconds: `--help` and wrong settings
         # are answered before.
         from holdfast.trainer.worker import work
     except ImportError as error:
-        return _report(not_installed(error, "training"))
+        return report(not_installed(error, "training"))
     return work(config)
-
-
-def _report(error: HoldfastError) -> int:
-    """Print the error on the first worker of each machine, and return its exit status.
-
-    All workers of a machine find the same error. Another machine may have other files.
-    """
-    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
-        sys.stderr.write(f"error: {error}\n")
-    return error.exit_status
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from holdfast.arguments import (
     nearest,
     of_length,
 )
-from holdfast.errors import NotFoundError, UsageError
+from holdfast.errors import HoldfastError, NotFoundError, UsageError
 from holdfast.skills.startup import refresh
 from holdfast.trainer import titan
 from holdfast.trainer.config import Config
@@ -74,6 +74,16 @@ def print_requested_help(arguments: Iterable[str], program: str) -> None:
     )
 
 
+def report(error: HoldfastError) -> int:
+    """Print an error in the settings on the first worker of each machine; return its exit status.
+
+    All workers of a machine find the same error. Another machine may have other files.
+    """
+    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+        sys.stderr.write(f"error: {error}\n")
+    return error.exit_status
+
+
 def prepare_start(config: Config, arguments: Sequence[str] = ()) -> None:
     """Print which settings have no effect, and refresh the installed skills; on rank 0 only.
 
@@ -107,9 +117,6 @@ def _sections() -> dict[str, Any]:
 
 def _keys(section: str) -> dict[str, Any]:
     return get_type_hints(_sections()[section])
-
-
-# ------------------------------------------------------------------------------------ TOML file
 
 
 def _from_file(path: Path) -> Values:
@@ -146,9 +153,6 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"`{path}` is not TOML: {error}", hint="quote text; write true and false in lower case"
         ) from None
-
-
-# --------------------------------------------------------------------------------- command line
 
 
 def _from_command_line(arguments: Sequence[str]) -> Values:
@@ -218,9 +222,6 @@ def _unknown(what: str, name: str, known: Iterable[str], section: str = "") -> U
     elif section and hint is not None:
         hint = hint.replace("`", f"`{section}.", 1)
     return UsageError(f"{what} is not known", hint=hint or f"known are {', '.join(known)}")
-
-
-# --------------------------------------------------------------------------------------- values
 
 
 def _from_toml(where: str, value: Any, hint: Any) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,25 +25,14 @@ EXTRA_HINT = "pip install 'holdfast[hf]'"
 """Hint that installs support for tokenizers, parquet files and the Hugging Face hub."""
 
 
-class Tokenizer(Protocol):
-    """Encoder of text as token ids."""
-
-    vocab_size: int
-    """Highest id plus one."""
-
-    name: str
-    """Name, different for tokenizers that give different ids."""
-
-    def encode(self, text: str) -> npt.NDArray[np.integer[Any]]:
-        """Return the ids of one document, with its begin and end tokens."""
-        ...
-
-
 class ByteTokenizer:
     """Tokenizer with one token per byte of UTF-8, a begin token and an end token."""
 
     vocab_size = 258
+    """Highest id plus one."""
+
     name = "bytes"
+    """Name that no tokenizer with other ids has."""
 
     def encode(self, text: str) -> npt.NDArray[np.integer[Any]]:
         """Return the document's bytes between the tokens 256 and 257."""
@@ -72,6 +61,9 @@ class FileTokenizer:
     def encode(self, text: str) -> npt.NDArray[np.integer[Any]]:
         """Return the ids, with the special tokens that the file specifies."""
         return np.asarray(self._loaded.encode(text).ids, dtype=np.uint32)
+
+
+Tokenizer = ByteTokenizer | FileTokenizer
 
 
 def open_tokenizer(hf_assets_path: str | None) -> Tokenizer:
@@ -148,9 +140,6 @@ def _open_cached(ids_file: Path, info_file: Path) -> Tokens | None:
         return Tokens(np.memmap(ids_file, dtype=dtype, mode="r"), info["fingerprint"])
     except (FileNotFoundError, ValueError, KeyError):
         return None
-
-
-# ---------------------------------------------------------------------------------------- text
 
 
 @dataclass(frozen=True, slots=True)

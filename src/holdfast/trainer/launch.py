@@ -17,11 +17,12 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 from holdfast.arguments import not_installed
 from holdfast.errors import HoldfastError, UsageError
-from holdfast.trainer.arguments import prepare_start, print_requested_help, read_config
+from holdfast.trainer.arguments import prepare_start, print_requested_help, read_config, report
 from holdfast.trainer.config import Config
 
 NUM_CPU_WORKERS = 2
@@ -46,16 +47,11 @@ def main(arguments: list[str]) -> int:
         prepare_start(config, arguments)
         return Workers(config, num_workers).wait()
     except ImportError as error:
-        return _report(not_installed(error, "training"))
+        return report(not_installed(error, "training"))
     except HoldfastError as error:
-        return _report(error)
+        return report(error)
     except KeyboardInterrupt:
         return 130
-
-
-def _report(error: HoldfastError) -> int:
-    sys.stderr.write(f"error: {error}\n")
-    return error.exit_status
 
 
 class Workers:
@@ -66,7 +62,7 @@ class Workers:
         # Set before torch is imported, which reads it: one thread per core, over all workers.
         threads = max(1, len(os.sched_getaffinity(0)) // num_workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-        # All workers are on this machine, whatever its hostname resolves to.
+        # All workers are on this machine, whose hostname may resolve to another address.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -203,24 +199,18 @@ def _num_workers(config: Config) -> int:
         config.check(int(text))
         return int(text)
     num_gpus = count_gpus()
-    fitting = [count for count in range(1, num_gpus + 1) if _fits(config, count)]
-    if fitting and fitting[-1] < num_gpus:
-        sys.stderr.write(
-            f"using {fitting[-1]} of {num_gpus} GPUs: the settings do not fit all of them; "
-            f"NGPU={num_gpus} shows why\n"
-        )
-        return fitting[-1]
+    for count in range(num_gpus, 0, -1):
+        with suppress(UsageError):
+            config.check(count)
+            if count < num_gpus:
+                sys.stderr.write(
+                    f"using {count} of {num_gpus} GPUs: the settings do not fit all of them; "
+                    f"NGPU={num_gpus} shows why\n"
+                )
+            return count
     count = num_gpus or NUM_CPU_WORKERS
-    config.check(count)
+    config.check(count)  # Raises where the settings fit no number of GPUs.
     return count
-
-
-def _fits(config: Config, num_workers: int) -> bool:
-    try:
-        config.check(num_workers)
-    except UsageError:
-        return False
-    return True
 
 
 def count_gpus() -> int:

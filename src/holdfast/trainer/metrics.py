@@ -52,7 +52,10 @@ class Metrics:
             # A killed run can leave half a row: the next row must not continue that line.
             self._file.write(b"\n")
         if config.enable_tensorboard:
-            self._board = _open_board(folder / "tensorboard", step)
+            from torch.utils.tensorboard import SummaryWriter
+
+            # `purge_step` hides events of later steps, which the run wrote before this resume.
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def report(self, row: MetricsRow, device: torch.device) -> None:
         """Log `row`, and write it to the files."""
@@ -108,10 +111,3 @@ def _ends_line(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read(1) == b"\n"
-
-
-def _open_board(folder: Path, step: int) -> SummaryWriter:
-    from torch.utils.tensorboard import SummaryWriter
-
-    # `purge_step` hides events of later steps, which the run wrote before this resume.
-    return SummaryWriter(str(folder), purge_step=step + 1)

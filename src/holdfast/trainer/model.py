@@ -38,7 +38,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 def checkpoint_function(
     config: ActivationCheckpointConfig, layer: int
 ) -> Callable[..., Tensor] | None:
-    """Return the activation checkpointing of a layer; None if the layer has none."""
+    """Return the function that runs a layer with recomputation; None for a layer without."""
     selective = config.mode == "selective"
     if selective and config.selective_ac_option == "op":
         # Matrix products and attention, the costly part of a layer, are not recomputed.
@@ -118,8 +118,8 @@ class Transformer(nn.Module):
     def tie(self) -> None:
         """Make `output` and `tok_embeddings` share one parameter if the flavor ties them.
 
-        Call again after sharding or leaving the meta device: both replace the parameter of each
-        module separately.
+        Call again after sharding and after leaving the meta device: both replace the shared
+        parameter by two.
         """
         if self.flavor.tied:
             self.output.weight = self.tok_embeddings.weight

@@ -44,7 +44,7 @@ def build_schedulers(
 
 
 def apply_schedules(schedulers: Sequence[LambdaLR]) -> None:
-    """Set the optimizers' learning rates to those of the schedules' current step.
+    """Set the optimizers' learning rates to the rates of the schedules' current step.
 
     A loaded checkpoint contains the next step's rate. If the schedule has changed since, for
     example to more steps, that rate would be wrong for one step.

@@ -295,7 +295,7 @@ def apply_fsdp(model: Transformer, parallel: ParallelContext) -> None:
 
 
 def _expert_placement(experts: Experts, degree: int) -> Callable[[nn.Parameter], Shard]:
-    """Return how to shard a weight: by expert; by rows, if only those divide evenly."""
+    """Return how to shard a weight: by expert, or by rows if only rows divide evenly."""
     num_local = experts.num_local
 
     def placement(weight: nn.Parameter) -> Shard:

@@ -43,7 +43,7 @@ def work(config: Config, is_first_error: Callable[[], bool] | None = None) -> in
     except KeyboardInterrupt:
         return 130
     except SystemExit as stop:
-        # After a signal: the manager has saved what the deadline allowed.
+        # After a signal: the manager has saved a checkpoint if the deadline allowed it.
         return int(stop.code or 0)
     except (HoldfastError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         message = _as_holdfast_error(error)

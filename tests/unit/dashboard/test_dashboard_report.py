@@ -1,4 +1,4 @@
-"""`holdfast report`: a self-contained page, whatever the folder holds."""
+"""`holdfast report`: a self-contained page, for folders of any content."""
 
 from __future__ import annotations
 
