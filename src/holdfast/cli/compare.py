@@ -11,7 +11,6 @@ import numpy as np
 from holdfast.catalog.source import Source
 from holdfast.cli.elements import WITHOUT_NUMBERS, boxes, is_integer, numbers
 from holdfast.format.dtypes import dtype_of
-from holdfast.format.manifest import TensorEntry
 from holdfast.format.region import Region
 from holdfast.tensors.lazy import Tensors
 from holdfast.tensors.numbers import Array
@@ -30,8 +29,7 @@ class ComparedTensor:
     """Name in `tensors`."""
 
     source: Source | None = None
-    entry: TensorEntry | None = None
-    """Chunks in `source`; None for a tensor that is converted as it is read."""
+    """Checkpoint with the checksums; None for a tensor that is converted as it is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,23 +112,20 @@ def nbytes_to_read(a: ComparedTensor, b: ComparedTensor) -> int:
 
 def _regions_to_read(a: ComparedTensor, b: ComparedTensor, whole: Region) -> Iterator[Region]:
     """Yields the region of each chunk, unless both of its checksums are known and equal."""
-    if a.entry is None or b.entry is None or a.entry.dtype != b.entry.dtype:
+    if a.source is None or b.source is None:
         yield whole
         return
-    a_chunks, b_chunks = (
-        {(chunk.region.start, chunk.region.stop): chunk for chunk in entry.chunks}
-        for entry in (a.entry, b.entry)
-    )
-    if a_chunks.keys() != b_chunks.keys():
+    entries = a.source.manifest.tensors[a.name], b.source.manifest.tensors[b.name]
+    a_chunks, b_chunks = ({chunk.region: chunk for chunk in entry.chunks} for entry in entries)
+    if entries[0].dtype != entries[1].dtype or a_chunks.keys() != b_chunks.keys():
         yield whole
         return
-    itemsize = dtype_of(a.entry.dtype).itemsize
-    for bounds, chunk in a_chunks.items():
-        nbytes = chunk.region.num_elements * itemsize
-        a_sums = a.source.checksums(chunk, nbytes) if a.source else None
-        b_sums = b.source.checksums(b_chunks[bounds], nbytes) if b.source else None
-        if nbytes and (a_sums is None or a_sums != b_sums):
-            yield chunk.region
+    itemsize = dtype_of(entries[0].dtype).itemsize
+    for region, chunk in a_chunks.items():
+        nbytes = region.num_elements * itemsize
+        a_sums = a.source.checksums(chunk, nbytes)
+        if nbytes and (a_sums is None or a_sums != b.source.checksums(b_chunks[region], nbytes)):
+            yield region
 
 
 def _differences(

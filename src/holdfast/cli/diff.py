@@ -28,6 +28,7 @@ from holdfast.spelling import counted
 from holdfast.tensors.stored import StoredTensors
 
 LINES_MAX = 200
+"""Differences that are printed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +110,8 @@ def _names(manifest: Manifest, *, model_only: bool) -> dict[str, str]:
 
 
 def _under(names: Mapping[str, str], checkpoint: OpenCheckpoint) -> dict[str, ComparedTensor]:
-    stored = StoredTensors(checkpoint.source, checkpoint.strides)
-    entries = checkpoint.manifest.tensors
-    return {
-        shown: ComparedTensor(stored, name, checkpoint.source, entries[name])
-        for name, shown in names.items()
-    }
+    stored, source = StoredTensors(checkpoint.source, checkpoint.strides), checkpoint.source
+    return {shown: ComparedTensor(stored, name, source) for name, shown in names.items()}
 
 
 def _converted(path: str, assets: str | None) -> dict[str, ComparedTensor]:

@@ -101,14 +101,8 @@ def run(arguments: Sequence[str]) -> int:
     folder = _examined(options.folder, quick=not options.verify)
     troubles, resume = [*examine(folder)], folder.resume
     if options.json:
-        say_json(
-            {
-                "folder": folder.where,
-                "resume": resume,
-                "read": folder.read,
-                "troubles": [asdict(trouble) for trouble in troubles],
-            }
-        )
+        facts = {"folder": folder.where, "resume": resume, "read": folder.read}
+        say_json(facts | {"troubles": [asdict(trouble) for trouble in troubles]})
     else:
         checkpoints = counted(len(folder.reports), "checkpoint")
         say(f"{folder.where}: {checkpoints}, {spelled_resume(resume)}")
@@ -138,14 +132,7 @@ def _examined(path: str, *, quick: bool) -> ExaminedFolder:
             hint=hint_without_steps(store, name, names),
         )
     reports = [*verified(store, checkpoints, quick).values()]
-    return ExaminedFolder(
-        store=store,
-        name=name,
-        names=names,
-        reports=reports,
-        marked=damaged_steps(store, name),
-        read=not quick,
-    )
+    return ExaminedFolder(store, name, names, reports, damaged_steps(store, name), read=not quick)
 
 
 def examine(folder: ExaminedFolder) -> Iterator[Trouble]:

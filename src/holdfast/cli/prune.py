@@ -141,9 +141,8 @@ def decide(catalog: Catalog, options: PruneArguments) -> list[Decision]:
         if is_at_work(store, action.folder):
             stays, why = True, "another process is at work on it"
         if action.folder not in folders.values():
-            decisions.append(
-                Decision(action.folder, stored_bytes(store, action.folder), stays, why)
-            )
+            nbytes = stored_bytes(store, action.folder)
+            decisions.append(Decision(action.folder, nbytes, stays, why))
     return decisions
 
 
@@ -178,13 +177,8 @@ def _say(decisions: Sequence[Decision], options: PruneArguments) -> None:
         say_json({"folder": options.folder, "done": not options.dry_run, "decisions": listed})
         return
     rows = [
-        (
-            decision.name,
-            spelled_bytes(decision.nbytes),
-            "keep" if decision.stays else "remove",
-            decision.why,
-        )
-        for decision in decisions
+        (one.name, spelled_bytes(one.nbytes), "keep" if one.stays else "remove", one.why)
+        for one in decisions
     ]
     say_table(("folder", "size", "", "why"), rows)
     going = [decision for decision in decisions if not decision.stays]

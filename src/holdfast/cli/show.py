@@ -100,13 +100,9 @@ def chosen(checkpoint: OpenCheckpoint, name: str) -> Mapping[str, TensorEntry]:
         return {name: tensors[name]}
     below = {other: entry for other, entry in tensors.items() if other.startswith(f"{name}.")}
     if not below and not values.below(checkpoint, name):
-        near = difflib.get_close_matches(name, checkpoint.manifest.names(), n=3)
-        raise NotFoundError(
-            f"`{checkpoint.where}` holds no `{name}`",
-            hint=f"similar names: {', '.join(near)}"
-            if near
-            else f"holdfast show {checkpoint.where}",
-        )
+        near = ", ".join(difflib.get_close_matches(name, checkpoint.manifest.names(), n=3))
+        hint = f"similar names: {near}" if near else f"holdfast show {checkpoint.where}"
+        raise NotFoundError(f"`{checkpoint.where}` holds no `{name}`", hint=hint)
     return below
 
 

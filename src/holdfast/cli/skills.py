@@ -210,8 +210,7 @@ def _diff(options: SkillsDiff) -> None:
     if options.json:
         say_json({"name": skill.name, "files": differences})
         return
-    for lines in differences.values():
-        sys.stdout.write(lines)
+    sys.stdout.write("".join(differences.values()))
 
 
 def _differences(skill: Skill, copies: Copies) -> dict[str, str]:
@@ -242,9 +241,8 @@ def _reset(options: SkillsReset) -> None:
 def _remove(options: SkillsRemove) -> None:
     skill, copies = shipped_skill(options.name), options.copies
     archive = sync.remove(skill, copies, installed_version())
-    say(
-        f"{copies.folder(skill.name)} is gone for good" + (f"; yours: {archive}" if archive else "")
-    )
+    kept = f"; yours: {archive}" if archive else ""
+    say(f"{copies.folder(skill.name)} is gone for good{kept}")
 
 
 COMMANDS: dict[str, tuple[str, type[Any], Callable[[Any], None]]] = {

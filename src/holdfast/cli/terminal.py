@@ -122,13 +122,10 @@ def command_in(
         return None
     if command not in commands:
         near = difflib.get_close_matches(command, commands, n=1)
+        problem = f"has no command `{command}`" if command else "needs a command"
         listed = f"commands: {', '.join(commands)}"
-        raise UsageError(
-            f"`{program}` has no command `{command}`"
-            if command
-            else f"`{program}` needs a command",
-            hint=f"did you mean `{program} {near[0]}`?" if near else listed,
-        )
+        hint = f"did you mean `{program} {near[0]}`?" if near else listed
+        raise UsageError(f"`{program}` {problem}", hint=hint)
     return command
 
 
@@ -232,7 +229,7 @@ def progress(label: str, nbytes: int) -> Iterator[Callable[[int], None]]:
         yield lambda _: None
         return
     if not sys.stderr.isatty():
-        yield _Lines(label, nbytes).advance
+        yield _line_printer(label, nbytes)
         return
     from rich import progress as rich
     from rich.console import Console
@@ -244,22 +241,22 @@ def progress(label: str, nbytes: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: bar.advance(task, done)
 
 
-class _Lines:
-    """Progress as lines of a log. `advance` may be called from any thread."""
+def _line_printer(label: str, nbytes: int) -> Callable[[int], None]:
+    """Returns a function that prints progress to a log. Any thread may call it."""
+    done, started = 0, time.monotonic()
+    printed, mutex = started, threading.Lock()
 
-    def __init__(self, label: str, nbytes: int) -> None:
-        self._label, self._nbytes, self._done = label, nbytes, 0
-        self._started = self._printed = time.monotonic()
-        self._mutex = threading.Lock()
-
-    def advance(self, nbytes: int) -> None:
-        with self._mutex:
-            self._done += nbytes
+    def advance(count: int) -> None:
+        nonlocal done, printed
+        with mutex:
+            done += count
             now = time.monotonic()
-            if now - self._printed < LINE_S:
+            if now - printed < LINE_S:
                 return
-            self._printed, elapsed = now, now - self._started
-        left = elapsed * (self._nbytes - self._done) / max(self._done, 1)
-        done = f"{spelled_bytes(self._done)} of {spelled_bytes(self._nbytes)}"
-        rate = f"{spelled_bytes(int(self._done / elapsed))}/s"
-        say_error(f"{self._label}: {done}, {rate}, {spelled_age(left)} left")
+            printed = now
+        left_s = (now - started) * (nbytes - done) / max(done, 1)
+        rate = f"{spelled_bytes(int(done / (now - started)))}/s"
+        amount = f"{spelled_bytes(done)} of {spelled_bytes(nbytes)}"
+        say_error(f"{label}: {amount}, {rate}, {spelled_age(left_s)} left")
+
+    return advance

@@ -32,6 +32,7 @@ from holdfast.storage.opening import folder_store, is_url
 from holdfast.storage.store import ReadStore
 
 CAUSES_MAX = 50
+"""Causes of damage that are printed."""
 
 
 @dataclass(frozen=True, slots=True)

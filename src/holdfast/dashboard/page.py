@@ -190,6 +190,7 @@ def _charts(history: History) -> list[str]:
 
     saves = bars(_durations(history.saves), spell=seconds, spell_x=_number)
     loads = bars(_durations(history.loads), spell=seconds, spell_x=_number)
+    shares = bars(files, spell=size, spell_x=file_of)
     charts = (
         ("Steps over time", _legend(history), _steps_over_time(history)),
         ("Blocked by each save", "training waited", bars(stalls, spell=seconds, spell_x=_number)),
@@ -198,11 +199,7 @@ def _charts(history: History) -> list[str]:
         ("Throughput", "tokens/s over all ranks", line(speeds, spell=_short, spell_x=_number)),
         ("Loss", "", line(losses, spell=_short, spell_x=_number)),
         ("Size of each checkpoint", "", bars(sizes, spell=size, spell_x=_number)),
-        (
-            "Bytes written by each rank",
-            "files of the newest good checkpoint",
-            bars(files, spell=size, spell_x=file_of),
-        ),
+        ("Bytes written by each rank", "files of the newest good checkpoint", shares),
     )
     return [
         f'<section class="card"><h2>{name}</h2>{chart}<p>{note}</p></section>'
@@ -221,10 +218,7 @@ def _durations(operations: Sequence[Times]) -> list[Point]:
     """Returns how long each save or load took, with its stages as the tooltip."""
     points = []
     for times in operations:
-        stages = (
-            f"{name} {stage.most:.2f} s (rank {stage.slowest})"
-            for name, stage in times.stages.items()
-        )
+        stages = [f"{n} {s.most:.2f} s (rank {s.slowest})" for n, s in times.stages.items()]
         points.append(Point(times.step, times.seconds, f"step {times.step}: {', '.join(stages)}"))
     return points
 

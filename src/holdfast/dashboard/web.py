@@ -24,9 +24,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from holdfast.dashboard.digest import digest, exposition, health
+from holdfast.dashboard.digest import digest, exposition, unhealthy
+from holdfast.dashboard.history import WatchedFolder
 from holdfast.dashboard.page import body, framed, summary
-from holdfast.dashboard.watched import WatchedFolder
 
 HEADER_BYTES_MAX = 16 << 10
 
@@ -114,8 +114,6 @@ def app_of(
         return endpoint
 
     def index(request: Request) -> Response:
-        if len(runs) == 1:
-            return of_run(_page)(request)
         return _unless_cached(request, _index(runs))
 
     def metrics(_: Request) -> Response:
@@ -123,8 +121,9 @@ def app_of(
         return Response(text, headers={"Content-Type": kind})
 
     def healthz(_: Request) -> Response:
-        healthy, problems = health(runs, datetime.now(UTC), max_age_s)
-        return _json(problems, status_code=200 if healthy else 503)
+        problems = unhealthy(runs, datetime.now(UTC), max_age_s)
+        answer = {"healthy": not problems, "problems": problems}
+        return _json(answer, status_code=503 if problems else 200)
 
     def api(_: Request) -> Response:
         now = datetime.now(UTC)
@@ -134,7 +133,7 @@ def app_of(
         return _json(digest(run, now, full=True))
 
     routes = [
-        Route("/", index),
+        Route("/", of_run(_page) if len(runs) == 1 else index),
         Route("/runs/{number}", of_run(_page)),
         Route("/live.js", lambda _: Response(SCRIPT, media_type="text/javascript")),
         Route("/api/runs", api),

@@ -16,8 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from holdfast.catalog.hf_folder import CONFIG, read_config
+from holdfast.catalog.paths import open_for_reading
+from holdfast.convert.sizes import check_alike
 from holdfast.dashboard.history import MetricsRow
 from holdfast.errors import HoldfastError, UsageError
+from holdfast.hf.export import HFModel
+from holdfast.hf.flavors import config_of
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.manager import CheckpointManager
 from holdfast.storage.opening import local_path
@@ -25,7 +30,6 @@ from holdfast.trainer.config import Config
 from holdfast.trainer.corpus import Tokenizer, Tokens, open_tokenizer, open_tokens
 from holdfast.trainer.data import DataLoader
 from holdfast.trainer.gradients import Gradients
-from holdfast.trainer.hf import hf_model
 from holdfast.trainer.metrics import Metrics, with_timings
 from holdfast.trainer.optim import (
     apply_schedules,
@@ -143,6 +147,26 @@ def _folders(config: Config) -> tuple[Path, str]:
     dump_folder = local_path(config.job.dump_folder)
     local_path(config.checkpoint.folder or ".")  # Refuses a URL, which joining would hide.
     return Path(dump_folder), local_path(os.path.join(dump_folder, config.checkpoint.folder))  # noqa: PTH118 - keeps `//`
+
+
+def hf_model(config: Config, vocab_size: int) -> HFModel:
+    """Return the Hugging Face description of the configured model.
+
+    Its `config.json` is the one in `model.hf_assets_path` if that describes this model, else one
+    derived from `model.name` and `model.flavor`.
+    """
+    assets = config.model.hf_assets_path
+    derived = config_of(config.model.name, config.model.shape, vocab_size)
+    if assets is None or not (Path(assets) / CONFIG).exists():
+        return HFModel(derived, assets)
+    try:
+        given = read_config(*open_for_reading(assets))
+        check_alike((derived, f"flavor {config.model.flavor}"), (given, f"`{assets}/{CONFIG}`"))
+    except HoldfastError as error:
+        if config.checkpoint.last_save_in_hf or config.checkpoint.hf_export_interval:
+            logger.warning("exports get a `%s` of their own: %s", CONFIG, error.what)
+        return HFModel(derived, assets)
+    return HFModel(given, assets)
 
 
 def create_seed(config: Config, parallel: ParallelContext) -> None:
