@@ -36,7 +36,11 @@ Spell = Callable[[float], str]
 """Function that formats a value for a label."""
 
 
-def line(points: Sequence[Point], *, spell: Spell, spell_x: Spell) -> str:
+def _whole(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def line(points: Sequence[Point], *, spell: Spell) -> str:
     """Draw a line through the points in their order. It is broken where `x` decreases."""
     shown = thinned(_finite(points))
     if not shown:
@@ -50,10 +54,10 @@ def line(points: Sequence[Point], *, spell: Spell, spell_x: Spell) -> str:
     lines = [f'<polyline class="line" points="{" ".join(piece)}"/>' for piece in pieces]
     # Invisible, and wide enough for a finger: they show the tooltips.
     touched = [_dot(frame, point, 7, "touch") for point in shown]
-    return frame.around([*lines, *touched], spell, spell_x)
+    return frame.around([*lines, *touched], spell, _whole)
 
 
-def bars(points: Sequence[Point], *, spell: Spell, spell_x: Spell) -> str:
+def bars(points: Sequence[Point], *, spell: Spell, spell_x: Spell = _whole) -> str:
     """Draw one bar per point, from zero, side by side in their order. `x` is its label."""
     shown = _finite(points)
     if not shown:

@@ -179,26 +179,20 @@ def _charts(history: History) -> list[str]:
         for index, (file, nbytes) in enumerate(written)
     ]
 
-    def size(value: float) -> str:
-        return spelled_bytes(int(value))
-
     def seconds(value: float) -> str:
         return f"{value:.2g} s"
 
-    def file_of(index: float) -> str:
-        return written[int(index)][0]
-
-    saves = bars(_durations(history.saves), spell=seconds, spell_x=_number)
-    loads = bars(_durations(history.loads), spell=seconds, spell_x=_number)
-    shares = bars(files, spell=size, spell_x=file_of)
+    saves = bars(_durations(history.saves), spell=seconds)
+    loads = bars(_durations(history.loads), spell=seconds)
+    shares = bars(files, spell=spelled_bytes, spell_x=lambda index: written[int(index)][0])
     charts = (
         ("Steps over time", _legend(history), _steps_over_time(history)),
-        ("Blocked by each save", "training waited", bars(stalls, spell=seconds, spell_x=_number)),
+        ("Blocked by each save", "training waited", bars(stalls, spell=seconds)),
         ("Duration of each save", _note_on_slowest(history), saves),
         ("Duration of each resume", "plan, read, apply", loads),
-        ("Throughput", "tokens/s over all ranks", line(speeds, spell=_short, spell_x=_number)),
-        ("Loss", "", line(losses, spell=_short, spell_x=_number)),
-        ("Size of each checkpoint", "", bars(sizes, spell=size, spell_x=_number)),
+        ("Throughput", "tokens/s over all ranks", line(speeds, spell=_short)),
+        ("Loss", "", line(losses, spell=_short)),
+        ("Size of each checkpoint", "", bars(sizes, spell=spelled_bytes)),
         ("Bytes written by each rank", "files of the newest good checkpoint", shares),
     )
     return [
@@ -257,16 +251,13 @@ def _steps_over_time(history: History) -> str:
     """Draw steps over time, with the checkpoints as dots."""
     # For a checkpoint with an unreadable index: the time at which the run reported its step.
     reported = {record.step: record.time for record in history.current}
-    times = [
-        (row, commit_time(row) or reported.get(row.step))
+    committed = [
+        (row, time)
         for row in history.rows
-        if row.step is not None
+        if row.step is not None and (time := commit_time(row) or reported.get(row.step))
     ]
-    committed = [(row, time) for row, time in times if time is not None]
-    start = min(
-        [*(record.time for record in history.reports), *(time for _, time in committed)],
-        default=0.0,
-    )
+    times = [*(row.time for row in history.reports), *(time for _, time in committed)]
+    start = min(times, default=0.0)
     behind = [
         Point(record.time - start, record.step, f"step {record.step}")
         for record in sorted(history.reports, key=lambda record: record.time)
@@ -319,10 +310,6 @@ def _ago(row: CheckpointRow | None, now: datetime) -> str:
 
 def _since(time: float, now: datetime) -> str:
     return f"{spelled_age(now.timestamp() - time)} ago"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}"
 
 
 def _short(value: float) -> str:

@@ -62,8 +62,8 @@ def apply_schedules(schedulers: Sequence[LambdaLR]) -> None:
 def lr_curve(config: LRSchedulerConfig, steps: int) -> Callable[[int], float]:
     """Return the function from a step, counted from 0, to its factor of the learning rate.
 
-    Linear warm-up, constant phase, decay. Neither the first nor the last step has factor 0, at
-    which it would learn nothing.
+    Linear warm-up, constant phase, decay. The factor of the first and of the last step is not 0, or
+    they would learn nothing.
     """
     total = config.total_steps or steps
     warmup = min(config.warmup_steps, total)
@@ -91,18 +91,15 @@ def lr_curve(config: LRSchedulerConfig, steps: int) -> Callable[[int], float]:
 def clip_gradients(
     stages: Sequence[nn.Module], max_norm: float, parallel: ParallelContext
 ) -> Tensor:
-    """Clip all gradients to `max_norm` (0: no clipping), and return their norm before.
-
-    Collective.
-    """
+    """Clip all gradients to `max_norm` (0: no clipping); return their earlier norm. Collective."""
     parameters = [p for stage in stages for p in stage.parameters()]
-    norm = gradient_norm([p.grad for p in parameters if p.grad is not None], parallel)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = gradient_norm(gradients, parallel)
     if max_norm:
         # On local shards: torch's function needs all gradients on one mesh.
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for parameter in parameters:
-            if parameter.grad is not None:
-                local_shard(parameter.grad)[0].mul_(scale)
+        for gradient in gradients:
+            local_shard(gradient)[0].mul_(scale)
     return norm
 
 
@@ -114,7 +111,7 @@ def gradient_norm(gradients: Sequence[Tensor], parallel: ParallelContext) -> Ten
     total = torch.zeros((), device=parallel.device)
     for gradient in gradients:
         local, num_replicas = local_shard(gradient)
-        # Each rank with a replica of this shard adds it to the sum.
+        # Divided, since each rank with a replica of this shard adds it to the sum.
         total += local.float().square().sum() / num_replicas
     if parallel.world_size > 1:
         dist.all_reduce(total)

@@ -214,7 +214,7 @@ def test_any_numbers_make_a_chart_within_its_bounds(
     draws neither NaN nor infinity."""
     points = [Point(x, y, f"<{x}>") for x, y in values] * times
     for text in (
-        line(points, spell=str, spell_x=str),
+        line(points, spell=str),
         bars(points, spell=str, spell_x=str),
         dots(points[:5], behind=points, spell=str, spell_x=str),
     ):
