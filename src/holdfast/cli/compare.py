@@ -39,8 +39,6 @@ class Difference:
     name: str
     state: State
     dtypes: tuple[str | None, str | None]
-    """Dtype in a, and in b."""
-
     shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
     num_elements: int = 0
     num_differing: int = 0

@@ -73,8 +73,6 @@ class ExaminedFolder:
     """Names of its files and folders. Names of folders end in `/`."""
 
     reports: Sequence[VerifyReport]
-    """Result of verifying each checkpoint."""
-
     marked: Mapping[int, str]
     """Steps that a run marked as damaged, with its finding."""
 

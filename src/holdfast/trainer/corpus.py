@@ -147,8 +147,6 @@ class Text:
     """Data set as text."""
 
     name: str
-    """Name for messages."""
-
     identity: str
     """Key that changes with the names, sizes and times of the data files."""
 

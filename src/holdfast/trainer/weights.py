@@ -56,14 +56,11 @@ def _draw(
     for band in sorted(set((rows // band_rows).tolist())):
         start = band * band_rows
         drawn = torch.empty(min(band_rows, num_rows - start), num_columns)
-        drawn.normal_(0.0, std, generator=_generator(f"{key}/{band}"))
+        digest = hashlib.blake2b(f"{key}/{band}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        drawn.normal_(0.0, std, generator=generator)
         targets = torch.nonzero(rows // band_rows == band).flatten()
         local[targets] = drawn[rows[targets] - start][:, columns].to(local)
-
-
-def _generator(key: str) -> torch.Generator:
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _local_indices(parameter: Tensor, dim: int) -> Tensor:
