@@ -11,7 +11,7 @@ from typing import Literal
 from holdfast.errors import ExistsError, HoldfastError
 from holdfast.skills.bundle import Skill
 from holdfast.skills.copies import Copies
-from holdfast.skills.records import Digests, Ledger, SyncRecord, order_of
+from holdfast.skills.records import Digests, Ledger, order_of
 
 State = Literal["new", "outdated", "current", "modified", "deleted", "foreign", "newer"]
 """State of a copy. new: never installed. outdated: unchanged, and the shipped skill is newer.
@@ -67,21 +67,11 @@ class Synced:
         return words + (f" ({'; '.join(why)})" if why else "")
 
 
-def state_of(
-    wanted: Digests,
-    copied: Digests | None,
-    receipt: SyncRecord | None,
-    *,
-    offered: bool,
-    version: str,
-) -> State:
-    """Returns the state of a copy.
-
-    `wanted`: digests of the shipped skill. `copied`: digests of the copy, None where there is none.
-    `offered`: whether the ledger has the skill's name. `version`: version of Holdfast that syncs.
-    """
+def _state_of(skill: Skill, copies: Copies, ledger: Ledger, version: str) -> State:
+    wanted, copied = skill.digests, copies.digests(skill.name)
+    receipt = copies.receipt(skill.name)
     if copied is None:
-        return "deleted" if offered else "new"
+        return "deleted" if skill.name in ledger.offered | ledger.removed else "new"
     if receipt is None:
         return "current" if copied == wanted else "foreign"
     if not receipt.files.items() <= copied.items():
@@ -123,20 +113,15 @@ def sync(skills: Mapping[str, Skill], copies: Copies, version: str) -> Synced:
         if not locked:
             return Synced(str(copies.root), busy=True)
         before = survey(skills, copies, version)
-        synced = replace(
-            before,
-            skills=tuple(_updated(skills[one.name], one, copies, version) for one in before.skills),
-        )
+        updated = [_updated(skills[one.name], one, copies, version) for one in before.skills]
+        synced = replace(before, skills=tuple(updated))
         present = set(synced.names("new", "outdated", "current", "modified", "newer"))
         cleaned, ledger = {*synced.cleaned}, copies.ledger()
         # Cleaned names count as removed: if the user deletes the files that stay, a version that
         # ships the skill again must not bring them back.
-        copies.write_ledger(
-            Ledger(
-                offered=(ledger.offered | present) - cleaned,
-                removed=(ledger.removed - present) | cleaned,
-            )
-        )
+        offered = (ledger.offered | present) - cleaned
+        removed = (ledger.removed - present) | cleaned
+        copies.write_ledger(Ledger(offered=offered, removed=removed))
         if not synced.problems:
             copies.write_synced(version)
         return synced
@@ -188,12 +173,9 @@ def _archived(skill: Skill, copies: Copies, version: str) -> Iterator[str | None
 
 def _examined(skill: Skill, copies: Copies, ledger: Ledger, version: str) -> SyncedSkill:
     try:
-        copied, receipt = copies.digests(skill.name), copies.receipt(skill.name)
+        return SyncedSkill(skill.name, _state_of(skill, copies, ledger, version))
     except HoldfastError as error:
         return SyncedSkill(skill.name, "modified", error.what)
-    offered = skill.name in ledger.offered | ledger.removed
-    state = state_of(skill.digests, copied, receipt, offered=offered, version=version)
-    return SyncedSkill(skill.name, state)
 
 
 def _updated(skill: Skill, before: SyncedSkill, copies: Copies, version: str) -> SyncedSkill:

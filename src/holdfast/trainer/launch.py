@@ -16,7 +16,6 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
@@ -83,7 +82,7 @@ class Workers:
         for rank in range(num_workers):
             pid = os.fork()
             if pid == 0:
-                _run_forked(config, rank, num_workers, listener, self._is_first_error)
+                self._run_worker(config, rank, listener)
             self._ranks_by_pid[pid] = rank
         self._store = TCPStore(
             "127.0.0.1",
@@ -123,6 +122,42 @@ class Workers:
         signal.alarm(0)
         return self._status or 0
 
+    def _run_worker(self, config: Config, rank: int, listener: socket.socket) -> None:
+        """Run worker `rank` in this forked process, then exit; never returns."""
+        status = 1
+        try:
+            # Out of the terminal's process group: the launcher passes ^C on, once, to all workers.
+            os.setpgid(0, 0)
+            # A shell starts background jobs with SIGINT ignored, and Python keeps that.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if sys.platform == "linux":
+                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            port = listener.getsockname()[1]
+            listener.close()
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(self._num_workers),
+                "LOCAL_WORLD_SIZE": str(self._num_workers),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                # The launcher serves the store, so that it outlives rank 0.
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+            }
+            from holdfast.trainer.worker import work
+
+            status = work(config, self._is_first_error)
+        except KeyboardInterrupt:
+            status = 130
+        except BaseException:  # noqa: BLE001 - this process ends here: no caller could report it
+            if self._is_first_error():
+                sys.stderr.write(f"rank {rank} failed:\n{traceback.format_exc()}")
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # Not `sys.exit`, which would run the launcher's clean-up in the worker.
+            os._exit(status)
+
     def _is_first_error(self) -> bool:
         """Return True once over all processes of the run, then False."""
         return os.read(self._report_token, 1) == b"1"
@@ -139,49 +174,6 @@ class Workers:
         # These pids have not been waited for, so the system has not given them to other processes.
         for pid in self._ranks_by_pid:
             os.kill(pid, number)
-
-
-def _run_forked(
-    config: Config,
-    rank: int,
-    num_workers: int,
-    listener: socket.socket,
-    is_first_error: Callable[[], bool],
-) -> None:
-    """Run worker `rank` in this forked process, then exit; never returns."""
-    status = 1
-    try:
-        # Out of the terminal's process group: the launcher passes ^C on, once, to all workers.
-        os.setpgid(0, 0)
-        # A shell starts background jobs with SIGINT ignored, and Python keeps that.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        port = listener.getsockname()[1]
-        listener.close()
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(num_workers),
-            "LOCAL_WORLD_SIZE": str(num_workers),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            # The launcher serves the store, so that it outlives rank 0.
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }
-        from holdfast.trainer.worker import work
-
-        status = work(config, is_first_error)
-    except KeyboardInterrupt:
-        status = 130
-    except BaseException:  # noqa: BLE001 - this process ends here: no caller could report it
-        if is_first_error():
-            sys.stderr.write(f"rank {rank} failed:\n{traceback.format_exc()}")
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Not `sys.exit`, which would run the launcher's clean-up in the worker.
-        os._exit(status)
 
 
 def _num_workers(config: Config) -> int:

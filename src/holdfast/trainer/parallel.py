@@ -167,13 +167,9 @@ def build_model(config: Config, parallel: ParallelContext, vocab_size: int) -> l
     """
     stages: list[nn.Module] = []
     cp_mesh, tp_mesh, ep_mesh = parallel.mesh("cp"), parallel.mesh("tp"), parallel.mesh("ep")
-    seq_len = config.training.seq_len
-    for layers in stages_of_rank(
-        config.model.shape.num_layers,
-        config.parallelism,
-        parallel.index("pp"),
-        parallel.degree("pp"),
-    ):
+    seq_len, num_layers = config.training.seq_len, config.model.shape.num_layers
+    pp_index, pp_degree = parallel.index("pp"), parallel.degree("pp")
+    for layers in stages_of_rank(num_layers, config.parallelism, pp_index, pp_degree):
         with torch.device("meta"):
             model = Transformer(
                 config.model.shape,
