@@ -104,16 +104,9 @@ def run(arguments: Sequence[str]) -> int:
         say_error("interrupted: run the same command again to continue")
         raise
     if options.json:
-        say_json(
-            {
-                "target": result.where,
-                "nbytes": result.nbytes,
-                "kept_bytes": result.kept_bytes,
-                "seconds": round(result.seconds, 3),
-                "tensors": result.num_tensors,
-                "notes": planned.notes,
-            }
-        )
+        sizes = {"nbytes": result.nbytes, "kept_bytes": result.kept_bytes}
+        facts = {"seconds": round(result.seconds, 3), "tensors": result.num_tensors}
+        say_json({"target": result.where, **sizes, **facts, "notes": planned.notes})
         return 0
     for note in planned.notes:
         say(f"note: {note}")

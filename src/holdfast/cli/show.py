@@ -244,18 +244,14 @@ def _as_json(checkpoint: OpenCheckpoint, tensors: Mapping[str, TensorEntry]) -> 
                 "dtype": entry.dtype,
                 "shape": entry.shape,
                 "nbytes": entry.nbytes,
-                "chunks": [
-                    {
-                        "start": chunk.region.start,
-                        "stop": chunk.region.stop,
-                        "file": chunk.file,
-                        "item": [chunk.item.offset, chunk.item.nbytes],
-                        "data": chunk.data_offset,
-                    }
-                    for chunk in entry.chunks
-                ],
+                "chunks": [_chunk_as_json(chunk) for chunk in entry.chunks],
             }
             for name, entry in tensors.items()
         },
         "values": sorted(manifest.values),
     }
+
+
+def _chunk_as_json(chunk: Chunk) -> dict[str, Any]:
+    bounds, item = asdict(chunk.region), [chunk.item.offset, chunk.item.nbytes]
+    return {**bounds, "file": chunk.file, "item": item, "data": chunk.data_offset}
