@@ -200,7 +200,7 @@ class LRSchedulerConfig:
 @settings("parallelism")
 @dataclass(frozen=True, slots=True)
 class ParallelismConfig:
-    """Degrees of parallelism. The product of all except the expert degree is the number of workers."""
+    """Degrees of parallelism. The product of all but the expert degree is the number of workers."""
 
     data_parallel_replicate_degree: int = 1
     """Replicas of weights and optimizer state (HSDP; DDP if each replica is on one rank)."""
