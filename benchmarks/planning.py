@@ -5,8 +5,8 @@ while the clock is paused, then pickled, counted and unpickled like real ones. T
 float32 tensors, each sharded evenly over all ranks (FSDP), a value that all ranks share, and a
 value of each rank. Times are those of rank 0, including its own local work; nothing is written.
 
-For comparison stock `torch.distributed.checkpoint` plans the same tensors, with its cache of plans.
-Its times exclude pickling, Holdfast's include it.
+For comparison, stock `torch.distributed.checkpoint` plans the same tensors, with its cache of
+plans. The times of Holdfast include pickling, those of stock DCP exclude it.
 """
 
 from __future__ import annotations
@@ -318,8 +318,8 @@ def main() -> None:
     options = parser.parse_args()
     console = Console()
     lines = [
-        "| ranks | system | first save, s | before its first byte, s | later saves, s "
-        "| wire, first | wire, later | `.metadata` | manifest |",
+        "| ranks | system | first save, s | first save until its first byte, s | later save, s "
+        "| sent in first save | sent in later save | size of `.metadata` | size of manifest |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for size in options.sizes:
@@ -327,7 +327,7 @@ def main() -> None:
         best = measure_holdfast(size, flatten(state), {"rng"})
         lines.append(row(size, "holdfast", best))
         worst = measure_holdfast(size, flatten(state), {"rng", "items"})
-        lines.append(row(size, "holdfast, no two files laid out alike", worst))
+        lines.append(row(size, "holdfast, all file layouts differ", worst))
         if size <= options.stock_size_max:
             with TemporaryDirectory() as folder:
                 lines.append(row(size, "stock DCP", measure_dcp(size, state, Path(folder))))
@@ -335,7 +335,10 @@ def main() -> None:
         console.print(f"{size} ranks: done", highlight=False)
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
     if options.out:
-        head = f"`python -m benchmarks.planning`: {NUM_TENSORS:,} tensors; {machine()}.\n\n"
+        head = (
+            f"`python -m benchmarks.planning` plans saves of {NUM_TENSORS:,} tensors. Machine: "
+            f"{machine()}.\n\n"
+        )
         options.out.write_text(head + "\n".join(lines) + "\n")
 
 

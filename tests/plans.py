@@ -1,4 +1,4 @@
-"""Saving by any plan, without DTensors, and tensors of random bits to save."""
+"""Save tensors by a given global plan, without DTensors; tensors of random bits."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ from holdfast.testing.ranks import run_ranks
 def save_by_plan(
     store: Store, name: str, plan: GlobalPlan, tensors: Mapping[str, torch.Tensor], size: int
 ) -> None:
-    """Save by `size` ranks; every one of them could read all of the tensors, and writes its part of
-    the plan. All from the plan on is the engine's own."""
+    """Save by `size` ranks, each of which writes its part of `plan`.
+
+    Every rank has all tensors. Layout, write and commit are Holdfast's own.
+    """
     catalog = Catalog(store)
 
     def work(ranks: Ranks) -> None:
@@ -63,18 +65,18 @@ def save_by_plan(
 
 
 Held = Mapping[str, tuple[torch.Tensor, list[list[Region]]]]
-"""Each tensor as a whole, and the regions of it that each rank holds."""
+"""Each whole tensor by name, with the regions that each rank holds."""
 
 
 def save_regions(store: Store, name: str, held: Held, size: int) -> None:
-    """Save by `size` ranks, each holding its own regions: each is written by the last rank that
-    holds it."""
+    """Save by `size` ranks, each holding its own regions. The last rank that holds a region writes
+    it."""
     plan = GlobalPlan([placed(key, *tensor) for key, tensor in held.items()], {}, {})
     save_by_plan(store, name, plan, {key: whole for key, (whole, _) in held.items()}, size)
 
 
 def placed(key: str, whole: torch.Tensor, held: list[list[Region]]) -> TensorChunks:
-    """The regions that ranks hold of a tensor, each with one rank that writes it."""
+    """Return the regions of a tensor that the ranks hold, each with the rank that writes it."""
     writers = {region: rank for rank, regions in enumerate(held) for region in regions}
     dims = (len(writers), whole.ndim)
     dtype = str(whole.dtype).removeprefix("torch.")
@@ -88,7 +90,7 @@ def placed(key: str, whole: torch.Tensor, held: list[list[Region]]) -> TensorChu
 
 
 def random_tensor(dtype: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Random bits, of which some are no number at all."""
+    """Return a tensor of random bits. Some of its floats are NaN or infinite."""
     generator = torch.Generator().manual_seed(seed)
     top = 2 if dtype == "bool" else 256
     nbytes = prod(shape) * BY_NAME[dtype].itemsize

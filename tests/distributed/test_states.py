@@ -163,7 +163,8 @@ def moments(rank: int, size: int, folder: str, kind: str, wrapper: str) -> list[
 
 @pytest.mark.parametrize(("kind", "wrapper"), [("joined", "fsdp2"), ("zero", "ddp")])
 def test_optimizers_of_two_ranks_load_on_one(kind: str, wrapper: str, tmp_path: Path) -> None:
-    """G9, G15. Method: moments sharded over two ranks, or divided between them, load on one."""
+    """G9, G15. Method: save moments that are sharded over two ranks, or divided between them, and
+    load them on one rank."""
     run_processes(2, train, str(tmp_path), 2, kind, wrapper, "disabled")
     by_two = run_processes(2, moments, str(tmp_path), kind, wrapper)
     (by_one,) = run_processes(1, moments, str(tmp_path), kind, wrapper)
@@ -194,7 +195,8 @@ def refused_fsdp1(rank: int, size: int, folder: str) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_fsdp1_is_refused_with_a_hint(tmp_path: Path) -> None:
-    """G15. Method: flat and original parameters, inside another module; manager, save and load."""
+    """G15. Method: pass FSDP1 with flat and with original parameters, inside another module, to
+    manager, save and load."""
     for said in run_processes(2, refused_fsdp1, str(tmp_path)):
         assert len(said) == 6
         for line in said:
@@ -291,8 +293,8 @@ def train_on_loader(
 def test_dropout_and_a_stateful_loader_resume_bit_for_bit(
     wrapper: str, workers: int, kind: str, tmp_path: Path
 ) -> None:
-    """G9, G15. Method: stopped in the middle of an epoch and at its end, then restarted; samples
-    and bits equal those of a run that was not stopped."""
+    """G9, G15. Method: stop in the middle of an epoch and at its end, and restart. Samples and bits
+    equal those of a run that never stopped."""
     pytest.importorskip("torchdata")
     size, more = (1 if wrapper == "none" else 2), (wrapper, kind, workers)
     whole = run_processes(size, train_on_loader, str(tmp_path / "whole"), 17, *more)

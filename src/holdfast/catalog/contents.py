@@ -16,7 +16,7 @@ from itertools import zip_longest
 from holdfast.catalog.findings import Finding
 from holdfast.errors import HoldfastError
 from holdfast.format.archive import Record, read_records, windowed
-from holdfast.format.checksum import Running, block_checksums, checksum, num_blocks
+from holdfast.format.checksum import block_checksums, checksum, checksum_of_parts, num_blocks
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry, ValueEntry
 from holdfast.format.torchzip import frame, locate
@@ -70,11 +70,12 @@ class RecordReader:
         """Read a span in windows; fewer bytes at the end of the file. The next window overwrites
         the one before."""
         buffer = memoryview(bytearray(min(span.nbytes, WINDOW_BYTES)))
-        for start in range(span.offset, span.stop, WINDOW_BYTES):
-            window = buffer[: min(WINDOW_BYTES, span.stop - start)]
-            nbytes = self.store.read_into(self.key, start, window)
-            self.advance(nbytes)
-            yield window[:nbytes]
+        with self.store.open(self.key) as reader:
+            for start in range(span.offset, span.stop, WINDOW_BYTES):
+                window = buffer[: min(WINDOW_BYTES, span.stop - start)]
+                nbytes = reader.read_into(start, window)
+                self.advance(nbytes)
+                yield window[:nbytes]
 
 
 # ------------------------------------------------------------------------------- Holdfast's files
@@ -188,10 +189,8 @@ def _check_group(reader: RecordReader, sections: Sequence[_Section]) -> list[Fin
     try:
         if stop - start > WINDOW_BYTES:
             (section,) = sections
-            running = Running()
-            for window in reader.windows(section.span):
-                running.add(window)
-            return _compare(reader.file, section, [running.value])
+            digest = checksum_of_parts(reader.windows(section.span))
+            return _compare(reader.file, section, [digest])
         data = next(reader.windows(Span(start, stop - start)), memoryview(b""))
     except HoldfastError as error:
         return [Finding("file", reader.file, error.what, sections[0].entry)]

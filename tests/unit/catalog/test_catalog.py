@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from crashes import cut_everywhere, recorded
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.structure import check_structure
@@ -17,7 +18,6 @@ from holdfast.format.manifest import Manifest, Span, Table, ValueEntry
 from holdfast.format.names import MANIFEST, METADATA, HiddenFolder, hidden_folder_of
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Store
-from holdfast.testing.crashes import cut_everywhere, recorded
 from holdfast.testing.failing import FailingStore
 from holdfast.testing.stores import put, refuses
 from manifest_bytes import encode
