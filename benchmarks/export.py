@@ -59,9 +59,7 @@ def export_holdfast(state: dict[str, torch.Tensor], folder: Path) -> Callable[[i
     catalog, planner = Catalog(LocalStore(folder)), Planner(ranks)
 
     def run(number: int) -> None:
-        pending = begin_save(
-            catalog, f"step-{number}", flatten(state), ranks=ranks, planner=planner
-        )
+        pending = begin_save(catalog, f"step-{number}", flatten(state), planner=planner)
         snapshot = ExportSnapshot(pending.file_layout, pending.data_of, pending.index, ())
         export(snapshot, model, "bfloat16", catalog=catalog, attempt=pending.attempt, ranks=ranks)
 

@@ -39,7 +39,7 @@ from xxhash import xxh3_128_digest
 
 from benchmarks.meter import machine
 from holdfast.catalog.catalog import Catalog
-from holdfast.comm import Sending
+from holdfast.comm import Solo
 from holdfast.format.manifest import Table
 from holdfast.format.names import METADATA, data_file
 from holdfast.planning.file_layout import FileLayout
@@ -76,13 +76,11 @@ class Stopwatch:
         self.seconds -= time.perf_counter() - started
 
 
-class SimulatedRanks:
+class SimulatedRanks(Solo):
     """Communicator of rank 0 in which the other ranks are simulated.
 
     They send what rank 0 sends, except for the names in `distinct`, which differ on each rank.
     """
-
-    rank = 0
 
     def __init__(self, size: int, clock: Stopwatch, distinct: set[str]) -> None:
         self.size = size
@@ -107,21 +105,6 @@ class SimulatedRanks:
     def broadcast(self, item: Any) -> Any:
         self.wire_bytes += len(pickle.dumps(item)) * (self.size - 1)
         return item
-
-    def duplicate(self) -> SimulatedRanks:
-        return self
-
-    def close(self) -> None:
-        pass
-
-    def all_reduce_max(self, numbers: Sequence[float]) -> list[float]:
-        return list(numbers)
-
-    def send(self, rank: int, data: torch.Tensor) -> Sending:
-        raise AssertionError(f"a save sends nothing to rank {rank}: {data.numel()} bytes")
-
-    def receive(self, rank: int, into: torch.Tensor) -> None:
-        raise AssertionError(f"a save receives nothing from rank {rank}: {into.numel()} bytes")
 
     def _message(self, rank: int, item: Any) -> Any:
         """Return what `rank` sends where rank 0 sends `item`."""
@@ -212,7 +195,7 @@ def measure_holdfast(size: int, state: FlatState, distinct: set[str]) -> Plannin
     for _ in range(1 + LATER_SAVES):
         clock.seconds, ranks.wire_bytes = 0.0, 0
         with clock.running():
-            pending = begin_save(catalog, "step-1", state, ranks=ranks, planner=planner, step=1)
+            pending = begin_save(catalog, "step-1", state, planner=planner)
         planned.append(clock.seconds)
         with clock.running():
             store.sizes["data"] = pending.file_layout.nbytes
@@ -221,7 +204,7 @@ def measure_holdfast(size: int, state: FlatState, distinct: set[str]) -> Plannin
                 write_result(pending.file_layout),
                 index=pending.index,
                 facts=pending.facts,
-                replicas=pending.replicas,
+                digests=pending.replicas.digests,
                 catalog=catalog,
                 ranks=ranks,
             )

@@ -19,10 +19,11 @@ import holdfast
 from holdfast.catalog.catalog import Catalog
 from holdfast.comm import Ranks
 from holdfast.format import manifest as manifests
+from holdfast.format.manifest import Manifest
 from holdfast.format.names import MANIFEST
 from holdfast.saving.planner import Planner
-from holdfast.saving.save import save_leaves
-from holdfast.state.tree import flatten
+from holdfast.saving.save import Saved, begin_save, finish_save
+from holdfast.state.tree import FlatState, flatten
 from holdfast.storage.local import LocalStore
 from holdfast.testing.ranks import run_ranks
 from manifest_bytes import encode
@@ -70,21 +71,22 @@ def state() -> dict[str, object]:
     }
 
 
+def save_leaves(
+    catalog: Catalog, name: str, leaves: FlatState, ranks: Ranks, **facts: Any
+) -> Saved:
+    """Save flat state as a manager does. `facts`: fields of the manifest."""
+    manifest = Manifest({}, {}, **facts)
+    pending = begin_save(catalog, name, leaves, planner=Planner(ranks), facts=manifest)
+    return finish_save(pending, ranks)
+
+
 def save_step(folder: Path, step: int = STEP) -> Path:
     """Save `state()` as a checkpoint of two ranks. Returns its folder."""
     catalog = Catalog(LocalStore(folder))
     catalog.store.make_folder("")
 
     def work(ranks: Ranks) -> None:
-        save_leaves(
-            catalog,
-            f"step-{step}",
-            flatten(state()),
-            ranks=ranks,
-            planner=Planner(ranks),
-            step=step,
-            kind="full",
-        )
+        save_leaves(catalog, f"step-{step}", flatten(state()), ranks, step=step, kind="full")
 
     run_ranks(2, work)
     return folder / f"step-{step}"

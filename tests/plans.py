@@ -11,13 +11,13 @@ import torch
 from holdfast.catalog.catalog import Catalog
 from holdfast.comm import Ranks, run_on_rank_0
 from holdfast.format.dtypes import BY_NAME
+from holdfast.format.manifest import Manifest
 from holdfast.format.region import Region
 from holdfast.planning.file_layout import lay_out, lay_out_file
 from holdfast.planning.index import Index, columns
 from holdfast.planning.write_plan import GlobalPlan, LocalTensor, TensorChunks
 from holdfast.saving.commit import commit
-from holdfast.saving.digests import Replicas
-from holdfast.saving.publish import Facts
+from holdfast.saving.digests import Digests
 from holdfast.saving.stage import host_windows
 from holdfast.saving.write import write
 from holdfast.state.layout import box_of
@@ -50,13 +50,13 @@ def save_by_plan(
             *(store, str(attempt), layout),
             lambda item: host_windows(box_of(tensors[item.name], item.region), item.dtype),
         )
-        facts = Facts(1, "full", {}, {})
+        facts = Manifest({}, {}, step=1, kind="full")
         commit(
             attempt,
             result,
             index=index,
             facts=facts,
-            replicas=Replicas([], {}),
+            digests=Digests(),
             catalog=catalog,
             ranks=ranks,
         )

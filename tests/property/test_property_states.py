@@ -159,7 +159,7 @@ def edited(optimizer: Any, edits: list[tuple[str, int]]) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for kind, at in edits:
         group = optimizer.param_groups[at % len(optimizer.param_groups)]
-        # Torch's own refuse slots without those of theirs: these come by a step.
+        # Torch's optimizers fail on new slots of a parameter that has not had a step yet.
         slots = optimizer.state.get(parameters[at % len(parameters)], {})
         if kind == "option":
             group["step"] = group.get("step", 0) + 1
