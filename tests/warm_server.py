@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import types
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +41,15 @@ class Command:
 
     def can_be_forked(self) -> bool:
         """Return True if a fresh interpreter would start with the settings of this one."""
-        words = [word for word in self.arguments if word != "-u"]
+        words = self._words()
         known = bool(words) and (words[0] in ("-c", "-m") or not words[0].startswith("-"))
         return known and _settings(self.environment) == _settings(dict(os.environ))
+
+    def _words(self) -> list[str]:
+        """Return the arguments without options that a forked process can obey."""
+        if self.arguments[:2] == ["-W", "error"]:
+            return self.arguments[2:]
+        return self.arguments[1:] if self.arguments[:1] == ["-u"] else self.arguments
 
     def run(self, client: str) -> None:
         """Run to the end in this process."""
@@ -51,8 +58,12 @@ class Command:
         os.environ.update(self.environment)
         # torchrun and accelerate start their workers with it.
         sys.executable = client
-        words = [word for word in self.arguments[:1] if word != "-u"] + self.arguments[1:]
-        _open_streams(unbuffered=words != self.arguments)
+        if self.arguments[:2] != ["-W", "error"]:
+            # The server was started with `-W error`, so that a warning of an import is one.
+            warnings.filters.remove(("error", None, Warning, None, 0))  # type: ignore[attr-defined]
+            sys.warnoptions.clear()
+        words = self._words()
+        _open_streams(unbuffered=self.arguments[0] == "-u")
         status = 0
         try:
             _run(words)

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import get_type_hints
@@ -29,6 +28,7 @@ from holdfast.trainer.arguments import read_config
 from holdfast.trainer.config import Config
 from hub_folders import hub_tensors, save_folder
 from neighbours import prepare, ran_unless_torch_aborts
+from warm import python
 
 FIELDS = {"name", "description", "license", "compatibility", "metadata", "allowed-tools"}
 BODY_LINES_MAX = 500
@@ -122,7 +122,7 @@ def follow(folder: Path, command: str, *, steps: int) -> str:
             ("accelerate", 'set -- -m accelerate.commands.accelerate_cli "$@"'),
             ("python", ""),
         ):
-            text = f'#!/bin/sh\n{script}\nexec "{sys.executable}" "$@"\n'
+            text = f'#!/bin/sh\n{script}\nexec "{python()}" "$@"\n'
             (bin_folder / program).write_text(text)
             (bin_folder / program).chmod(0o755)
     environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
@@ -159,7 +159,7 @@ def test_what_a_page_tells_to_run_runs(
         elif language == "python":
             if "CheckpointManager" in text:
                 shutil.rmtree(tmp_path / "outputs", ignore_errors=True)
-            command = [sys.executable, "-c", text]
+            command = [python(), "-c", text]
             subprocess.run(command, cwd=tmp_path, check=True)
         elif language == "sh":
             for line in lines:
