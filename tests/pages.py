@@ -25,6 +25,10 @@ STEPS = 12
 """Steps of a training run whose command on the page has no `--training.steps`."""
 
 
+INTERPRETER = "HOLDFAST_TESTS_INTERPRETER"
+"""Environment variable that sets the interpreter of `./run_train.sh` in a furnished folder."""
+
+
 def blocks(text: str) -> list[tuple[str, str]]:
     """Language and text of every code block."""
     return re.findall(r"^```(\w+)\n(.*?)^```", text, re.M | re.S)
@@ -43,7 +47,7 @@ def furnish(folder: Path, *, steps: int = STEPS, workers: int = 1) -> None:
         (ROOT / "run_train.sh")
         .read_text()
         .replace('$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)', str(ROOT))
-        .replace('"$root/.venv/bin/python"', python())
+        .replace('"$root/.venv/bin/python"', f'"${{{INTERPRETER}:-{python()}}}"')
         .replace(' "$@"', f' {short} "$@"')
     )
     assert python() in training
