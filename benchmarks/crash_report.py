@@ -5,7 +5,7 @@ Compares Holdfast, stock torch.distributed.checkpoint and, if installed, TorchTi
     python -m benchmarks.crash_report                 the table of docs/crash-report.md
     python -m benchmarks.crash_report --seeds 2       fewer states per cut
 
-Each rank's file operations are recorded (holdfast.testing.recording). Then every state that a power
+Each rank's file operations are recorded (`recording.py`). Then every state that a power
 cut after each of them can leave is written to disk and loaded.
 """
 
@@ -28,10 +28,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.power_cuts import cuts, fingerprint
 from benchmarks.ranks import free_port
-from holdfast.testing.crashes import fingerprint
-from holdfast.testing.disk import cuts
-from holdfast.testing.recording import (
+from benchmarks.recording import (
     Timed,
     merged,
     recorded_folder,

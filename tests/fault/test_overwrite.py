@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.recording import tree_at
 from torch import nn
 
 import holdfast
@@ -20,7 +21,6 @@ from holdfast.catalog.catalog import Catalog
 from holdfast.cli.main import main
 from holdfast.format.names import LOCK
 from holdfast.storage.local import LocalStore
-from holdfast.testing.recording import tree_at
 from hub_folders import LLAMA, hub_tensors, save_folder
 
 REFUSED: dict[str, Callable[[Path], None]] = {}
@@ -332,8 +332,8 @@ def test_a_file_replaces_only_a_file_and_atomically(
 def test_retention_keeps_a_step_whose_folder_contains_a_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G16. Method: a run trains in the folder of a step. Retention logs that the step stays, and
-    deletes the others; `prune` says the same."""
+    """G16. Method: a run trains in the folder of a step. Retention logs that it keeps the step, and
+    deletes the others; `prune` reports the same."""
     config = CheckpointConfig(enable=True, interval=1, keep_latest_k=2)
     with CheckpointManager(tmp_path, model=nn.Linear(2, 2), config=config) as held:
         held.save(1)

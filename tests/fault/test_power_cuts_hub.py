@@ -8,22 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import nn
-
-from holdfast import CheckpointConfig, CheckpointManager
-from holdfast.comm import Ranks
-from holdfast.hf.export import HFModel
-from holdfast.testing.crashes import fingerprint
-from holdfast.testing.disk import cuts
-from holdfast.testing.ranks import run_ranks
-from holdfast.testing.recording import (
+from benchmarks.power_cuts import cuts, fingerprint
+from benchmarks.recording import (
     merged,
     recorded_folder,
     tree_after,
     tree_at,
     write_tree,
 )
+from safetensors.torch import load_file
+from torch import nn
+
+from holdfast import CheckpointConfig, CheckpointManager
+from holdfast.comm import Ranks
+from holdfast.hf.export import HFModel
+from holdfast.testing.ranks import run_ranks
 
 HUB = HFModel(
     {
@@ -40,7 +39,7 @@ HUB = HFModel(
 
 
 def model_of(value: float) -> nn.Module:
-    """The model of `HUB` with every weight equal to `value`."""
+    """Make the model of `HUB` with every weight equal to `value`."""
     root = nn.Module()
     for name in HUB.mapping.names("native"):
         *above, last = name.split(".")
@@ -62,7 +61,8 @@ def manager(folder: Path, model: nn.Module, ranks: Ranks | None, **settings: Any
 
 
 def values_in(folder: Path) -> set[float]:
-    """The distinct values of all weights in a Hugging Face folder, which must be complete."""
+    """Return the distinct values of all weights in a Hugging Face folder, which must be
+    complete."""
     tensors = {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
     assert tensors.keys() == set(HUB.mapping.names("hf"))
     assert (folder / "config.json").read_text().startswith("{")
@@ -70,7 +70,7 @@ def values_in(folder: Path) -> set[float]:
 
 
 def look(folder: Path) -> tuple[tuple[str, float], ...]:
-    """Every checkpoint after the next start, with the one value it holds."""
+    """Start again, and return every checkpoint with the one value of its weights."""
     model = model_of(0.0)
     with manager(folder, model, None) as held:
         step = held.load()

@@ -169,8 +169,8 @@ class Kept:
 
 
 def test_structure_is_read_as_it_was_written() -> None:
-    """G10, G15. Method: by the independent reader, into fresh objects, and by `load` into nothing;
-    types of containers, keys and numbers, order, every bit."""
+    """G10, G15. Method: by the independent reader, by `load` into fresh objects, and by `load` into
+    an empty state: types of containers, keys and numbers, order, every bit."""
     wanted = golden_structure()
     loaded = read_state(HERE / "structure")
     assert {*loaded} == {*wanted}
@@ -196,8 +196,8 @@ def test_this_version_would_write_the_same_structure() -> None:
 def test_the_classes_of_optimizers_are_told_apart_from_the_structure(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """G10. Method: a model and an AdamW; read by the specification alone, loaded by an optimizer
-    of the class that wrote it, and by another, which is said."""
+    """G10. Method: a model and an AdamW, read by the specification alone; loaded by an optimizer of
+    the same class, and by one of another class, with a warning."""
     names = read(HERE / "optimizers")
     assert read_manifest(HERE / "optimizers")["optimizers"] == [
         [["optimizer"], ["torch.optim.adamw.AdamW"]]

@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from benchmarks.power_cuts import PowerCut, Tree, left_by
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crashes import recorded, store_of, tree_of
 from holdfast import CheckpointConfig
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.cleanup import execute, plan_cleanup
-from holdfast.catalog.marks import mark_damaged, pin
+from holdfast.catalog.marks import mark_damaged
 from holdfast.catalog.source import Source
 from holdfast.comm import Solo
 from holdfast.errors import DamagedError, HoldfastError
@@ -24,8 +26,7 @@ from holdfast.manager.saver import Saver
 from holdfast.state.tree import flatten
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Store
-from holdfast.testing.crashes import recorded, store_of
-from holdfast.testing.disk import PowerCut, Tree, left_by
+from holdfast.testing.stores import put
 
 CONFIG = CheckpointConfig(
     enable=True, keep_latest_k=3, keep_every_n_steps=5, keep_best_k=1, keep_best_mode="max"
@@ -110,8 +111,9 @@ def resume(store: MemoryStore, back: int) -> int | None:
             Checkpoint(Source(store, found.folder, found.manifest)).read("w")
             return found.step
         except DamagedError as error:
-            mark_damaged(store, found.step, error.what)
             below = found.step
+            assert below is not None
+            mark_damaged(store, below, error.what)
 
 
 def kept_by_the_rules(
@@ -133,7 +135,10 @@ def train(folder: Folder, run: Run) -> None:
     assert run.back or first == max(there, default=None), "no newer good step is passed over"
     catalog = Catalog(begin)
     if there and run.pinned is not None:
-        pin(begin, sorted(there)[run.pinned % len(there)])
+        mark = f".pinned-step-{sorted(there)[run.pinned % len(there)]}"
+        if mark not in begin.list():
+            put(begin, mark, b"")
+            begin.sync("")
     left_behind = [step for step in catalog.steps() if first is not None and step > first]
     steps = range((first or 0) + 1, (first or 0) + 1 + len(run.losses))
     new = dict(zip(steps, run.losses, strict=True))
@@ -212,18 +217,6 @@ def strike(folder: Folder, damage: tuple[str, int]) -> None:
         at = open_manifest(store, name).tensors["w"].chunks[0].data_offset if kind == "data" else 9
         data[at or 0] ^= 1
     folder.tree = {**folder.tree, key: bytes(data)}
-
-
-def tree_of(store: MemoryStore, folder: str = "") -> dict[str, bytes | None]:
-    tree: dict[str, bytes | None] = {}
-    for name in store.list(folder):
-        path = f"{folder}/{name}" if folder else name
-        if name.endswith("/"):
-            tree[path[:-1]] = None
-            tree |= tree_of(store, path[:-1])
-        else:
-            tree[path] = store.read(path, 0, store.size(path))
-    return tree
 
 
 def vars_of(config: CheckpointConfig) -> dict[str, Any]:

@@ -1,36 +1,19 @@
-"""Splits the path of a checkpoint into a store, or a catalog, and a name in it."""
+"""Splits the path of a checkpoint into a store and a name in it."""
 
 from __future__ import annotations
 
 import os
 
 from holdfast.arguments import checked_path
-from holdfast.catalog.catalog import Catalog, folder_of
+from holdfast.catalog.steady import folder_of
 from holdfast.errors import UsageError
-from holdfast.format.names import check_name
-from holdfast.storage.opening import folder_store, is_url, local_path, open_store, without_scheme
+from holdfast.storage.opening import is_url, local_path, open_store, without_scheme
 from holdfast.storage.store import ReadStore
-
-
-def open_for_saving(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
-    """Return the catalog in which to save the checkpoint at `path`, and its name there.
-
-    Raises:
-        UsageError: `path` is a URL, has no name, or has a name that no checkpoint may have.
-    """
-    full = local_path(checked_path(path, "path"))
-    folder, name = _split(full)
-    check_name(name, full)
-    return Catalog(folder_store(folder)), name
 
 
 def open_for_reading(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
     """Return the store that holds the checkpoint at `path`, a folder, file or URL, and the name of
-    its folder there: see `folder_of`.
-
-    Raises:
-        UsageError: `path` is no path.
-    """
+    its folder there: see `folder_of`."""
     store, name = open_parent(path)
     return store, folder_of(store, name)
 
@@ -38,11 +21,12 @@ def open_for_reading(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
 def open_parent(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
     """Return the store of the folder or URL above `path`, and the last part of `path`."""
     text = without_scheme(checked_path(path, "path"))
-    folder, name = _split(text.rstrip("/") if is_url(text) else local_path(text))
+    folder, name = split(text.rstrip("/") if is_url(text) else local_path(text))
     return open_store(folder), name
 
 
-def _split(path: str) -> tuple[str, str]:
+def split(path: str) -> tuple[str, str]:
+    """The folder above a path, and the last part of the path. Raises a UsageError without one."""
     folder, _, name = path.rpartition("/")
     if not name:
         raise UsageError(f"`{path}` has no name after its last slash, so it names no checkpoint")

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from holdfast.catalog.catalog import Catalog, read_manifest
 from holdfast.catalog.cleanup import execute, is_at_work, plan_cleanup
+from holdfast.catalog.findings import misnumbered
 from holdfast.catalog.listing import hint_without_steps
 from holdfast.catalog.open_any import check_folder, format_of
 from holdfast.catalog.paths import open_parent
 from holdfast.catalog.replaceable import why_not_removable
-from holdfast.catalog.resumable import misnumbered
 from holdfast.cli.terminal import JsonOptions, parsed, say, say_json, say_table
 from holdfast.cli.verify import stored_bytes
 from holdfast.errors import HoldfastError, NotFoundError, StorageError, UsageError

@@ -19,12 +19,10 @@ from holdfast.format.manifest import (
     Span,
     TensorEntry,
     ValueEntry,
-    check_file_name,
-    check_sizes,
-    path_of,
 )
 from holdfast.format.pickles import DtypeName, Plain, loads
 from holdfast.format.region import Region
+from holdfast.format.untrusted import check_file_name, check_sizes, path_of
 
 _MODULE = "torch.distributed.checkpoint.metadata"
 _SHARDED = "torch.distributed._shard.sharded_tensor.metadata"

@@ -12,13 +12,13 @@ import torch
 
 from holdfast.arguments import shown
 from holdfast.catalog.arguments import region_of
+from holdfast.catalog.open_any import Opened, open_in
 from holdfast.catalog.paths import open_parent
 from holdfast.catalog.source import Source, read_value
-from holdfast.catalog.steady import UNREADABLE, fingerprint
+from holdfast.catalog.steady import UNREADABLE
 from holdfast.errors import NotFoundError, UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.region import Region
-from holdfast.loading.opening import open_in
 from holdfast.loading.read import Wanted, read_tensors
 from holdfast.planning.read_plan import read_items
 from holdfast.state.shard import Piece
@@ -39,15 +39,15 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     store, name = open_parent(path)
     opened = open_in(store, name)
-    return Checkpoint(Source(store, opened.name, opened.manifest), opened.fingerprint)
+    return Checkpoint(opened.source(store), opened)
 
 
 class Checkpoint:
     """A checkpoint of Holdfast, or of stock `torch.distributed.checkpoint`."""
 
-    def __init__(self, source: Source, fingerprint: object = None) -> None:
-        """`fingerprint`: that of the checkpoint when it was opened; None if unknown."""
-        self._source, self._fingerprint = source, fingerprint
+    def __init__(self, source: Source, opened: Opened | None = None) -> None:
+        """`opened` recognizes a replacement of the checkpoint."""
+        self._source, self._opened = source, opened
 
     @property
     def manifest(self) -> Manifest:
@@ -105,11 +105,10 @@ class Checkpoint:
         try:
             yield
         except UNREADABLE as error:
-            source, known = self._source, self._fingerprint
-            if known is None or fingerprint(source.store, source.folder) == known:
+            if self._opened is None or not self._opened.was_replaced(self._source.store):
                 raise
             raise NotFoundError(
-                f"`{source.url}` has been replaced or deleted since it was opened",
+                f"`{self._source.url}` has been replaced or deleted since it was opened",
                 hint="open it again",
             ) from error
 

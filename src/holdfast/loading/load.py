@@ -11,12 +11,13 @@ from typing import Any, Literal
 import torch
 
 from holdfast.catalog.arguments import check_to_load
+from holdfast.catalog.open_any import open_in
 from holdfast.catalog.source import Source, read_value
 from holdfast.comm import Ranks, all_ranks, hosts_of, run_on_all
 from holdfast.errors import HoldfastError, MismatchError
 from holdfast.format.manifest import TensorEntry
 from holdfast.loading.fit import fits, needs_check
-from holdfast.loading.opening import read_in
+from holdfast.loading.opening import read_on_all
 from holdfast.loading.read import Wanted, read_tensors, threads_for
 from holdfast.loading.replicas import Place, collect_requests, read_shared
 from holdfast.planning.gc_pause import gc_paused
@@ -61,11 +62,11 @@ def load(path: str | os.PathLike[str], state: Any, *, strict: bool = True) -> Lo
     try:
         store, name = run_on_all(ranks, lambda: check_to_load(path, state, strict=strict))
         tree = run_on_all(ranks, lambda: StateTree(state))
-        loaded = read_in(
-            store,
-            name,
+        loaded = read_on_all(
             ranks,
-            lambda source: load_tree(source, tree, ranks=ranks, strict=strict),
+            store,
+            lambda: open_in(store, name),
+            lambda opened: load_tree(opened.source(store), tree, ranks=ranks, strict=strict),
         )
         for line in loaded.notes if ranks.rank == 0 else ():
             logger.warning("%s", line)

@@ -12,7 +12,7 @@ from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.errors import HoldfastError, StorageError
 from holdfast.format import manifest as manifests
-from holdfast.format.checksum import Running
+from holdfast.format.checksum import checksum_of_parts
 from holdfast.format.manifest import Kind, Manifest, ValueEntry, kind_with
 from holdfast.format.names import MANIFEST, METADATA, HiddenFolder
 from holdfast.format.timings import over_ranks
@@ -61,10 +61,8 @@ def publish(
     for file, nbytes in manifest.files.items():
         _check_shared(store, folder, file, nbytes)
     metadata = encoded.stock.encode({n: (e.file, e.item) for n, e in manifest.values.items()})
-    running = Running()
-    for part in metadata:
-        running.add(part)
-    manifest = replace(manifest, metadata=(sum(map(len, metadata)), running.value))
+    size_and_checksum = (sum(map(len, metadata)), checksum_of_parts(metadata))
+    manifest = replace(manifest, metadata=size_and_checksum)
     for name, parts in (
         (METADATA, metadata),
         (MANIFEST, manifests.encode_around(manifest, encoded.tensors)),

@@ -36,8 +36,8 @@ def started(folder: Path, model: nn.Module, hub: HFModel | None = None, **settin
 def test_a_partial_start_loads_matching_tensors_and_logs_the_others(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G6: a head of another size, an extra tensor, a missing tensor. Strict, nothing is changed;
-    otherwise the head keeps its values, and the log lists every difference."""
+    """G6: a head of another size, an extra tensor, a missing tensor. A strict load
+    changes nothing. A partial one leaves the head as it is, and the log lists every difference."""
     saved = {"body.weight": torch.randn(4, 4), "head.weight": torch.randn(9, 4)}
     save(tmp_path / "weights", {**saved, "old": torch.ones(2)})
     model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 3, bias=False)})
