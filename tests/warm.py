@@ -22,8 +22,8 @@ COLD = "HOLDFAST_TESTS_COLD"
 def python() -> str:
     """Path of a program that runs a command as `python` does.
 
-    Its processes find torch and Holdfast imported. Options of the interpreter other than `-c`, `-m`,
-    `-u` and `-W error`, and other values of `PYTHON...` variables, make it start the real interpreter.
+    Its processes find torch and Holdfast imported. It starts the real interpreter for options other
+    than `-c`, `-m`, `-u` and `-W error`, and for other values of variables `PYTHON...`.
     """
     if os.environ.get(COLD):
         return sys.executable
@@ -38,7 +38,14 @@ def python() -> str:
     listener.bind(str(folder / "socket"))
     listener.listen(64)
     server = subprocess.Popen(
-        [sys.executable, "-W", "error", str(HERE / "warm_server.py"), str(listener.fileno()), str(client)],
+        [
+            sys.executable,
+            "-W",
+            "error",
+            str(HERE / "warm_server.py"),
+            str(listener.fileno()),
+            str(client),
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -4,6 +4,9 @@
 working directory and environment are those of a process that starts afresh.
 """
 
+# pathlib would take longer to import than all else here.
+# ruff: noqa: PTH
+
 import json
 import os
 import signal
@@ -26,7 +29,7 @@ def main() -> None:
             if pid == 0:  # A command that a forked process would run differently.
                 os.execv(REAL, [REAL, *arguments])
             for number in FORWARDED:
-                signal.signal(number, lambda number, frame: os.kill(pid, number))
+                signal.signal(number, lambda number, _: os.kill(pid, number))
             status = os.waitstatus_to_exitcode(int(replies.readline()))
     if status < 0:
         if -status != signal.SIGKILL:

@@ -106,10 +106,9 @@ def _settings(environment: dict[str, str]) -> dict[str, str]:
 def _open_streams(*, unbuffered: bool) -> None:
     """Open the standard streams anew: the server's are of other files."""
     lines = 1 if unbuffered or os.isatty(1) else -1
-    sys.stdin = open(0, closefd=False)  # noqa: PTH123, SIM115
-    sys.stdout = open(1, "w", lines, closefd=False)  # noqa: PTH123, SIM115
-    sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: PTH123, SIM115
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", lines, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
 
 
 def _run(words: list[str]) -> None:
@@ -164,7 +163,7 @@ def _accept(connection: socket.socket) -> Command:
     with suppress(OSError):
         connection.sendall(f"{pid}\n".encode())
         ended = os.pidfd_open(pid)
-        ready, _, _ = select.select([connection, ended], [], [])
+        ready, _, _ = select.select([connection.fileno(), ended], [], [])
         if ended not in ready:  # The client was killed, which is to kill the command.
             os.kill(pid, signal.SIGKILL)
         connection.sendall(f"{os.waitpid(pid, 0)[1]}\n".encode())

@@ -224,9 +224,7 @@ def test_the_commands_that_convert(tmp_path: Path) -> None:
         if words[0] == "holdfast":
             words[:1] = ["python", "-m", "holdfast.cli"]
         words = [str(ROOT / word) if word.startswith("./scripts") else word for word in words]
-        ran = subprocess.run(
-            [python(), *words[1:]], cwd=tmp_path, text=True, capture_output=True
-        )
+        ran = subprocess.run([python(), *words[1:]], cwd=tmp_path, text=True, capture_output=True)
         assert ran.returncode == 0, f"{command}\n{ran.stderr}"
     for folder in ("exported_again", "exported_again_2"):
         found = load_file(tmp_path / folder / "model.safetensors")

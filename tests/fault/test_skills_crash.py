@@ -26,7 +26,7 @@ SURVIVORS = 3
 def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the waits for the real disk: files outlive a killed process without them, and
     `ForgetfulDisk` records itself what a power cut spares."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def install(root: Path, disk: Disk) -> None:
