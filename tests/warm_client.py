@@ -5,7 +5,7 @@ working directory and environment are those of a process that starts afresh.
 """
 
 # pathlib would take longer to import than all else here.
-# ruff: noqa: PTH
+# ruff: noqa: PTH100, PTH109, PTH118, PTH120
 
 import json
 import os
