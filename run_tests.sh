@@ -16,7 +16,7 @@ if [ "${1:-}" = --all ]; then
     export HOLDFAST_TESTS_COLD=1
     shift
 fi
-# On all cores, divided by tests/conftest.py; on one core if the caller chooses the tests.
+# Use all cores; tests/conftest.py divides the tests. Use one core if the caller chooses the tests.
 workers=(--numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
 for argument in "$@"; do
     [ "${argument:0:1}" = - ] || workers=()

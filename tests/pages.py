@@ -30,7 +30,7 @@ INTERPRETER = "HOLDFAST_TESTS_INTERPRETER"
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
-    """Language and text of every code block."""
+    """Return language and text of every code block."""
     return re.findall(r"^```(\w+)\n(.*?)^```", text, re.M | re.S)
 
 
@@ -73,8 +73,10 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def run_line(folder: Path, line: str) -> str:
-    """Run a line of shell. Returns its output. A comment `# status N` says which exit status is
-    expected; 0 by default."""
+    """Run a line of shell. Returns its output.
+
+    A comment `# status N` in the line gives the expected exit status; the default is 0.
+    """
     ran = subprocess.run(
         ["bash", "-c", line],
         cwd=folder,
@@ -90,9 +92,11 @@ def run_line(folder: Path, line: str) -> str:
 
 
 def follow(folder: Path, page: str) -> list[tuple[str, str]]:
-    """Run every block of a page in order. A block whose first line is `# NAME.py` or `# NAME.toml`
-    is written to that file, other Python blocks and each line of shell are run. Returns the lines
-    of shell with their outputs."""
+    """Run every block of a page in order. Returns the lines of shell with their outputs.
+
+    A block whose first line is `# NAME.py` or `# NAME.toml` is written to that file. Other Python
+    blocks and each line of shell are run.
+    """
     said = []
     for language, text in blocks(page):
         name = re.match(r"# (\w+\.(?:py|toml))\n", text)

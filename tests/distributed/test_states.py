@@ -26,6 +26,9 @@ from holdfast.errors import UsageError
 from processes import run_processes
 
 
+pytestmark = pytest.mark.timeout(400)  # the first test of a fixture waits for all its cases
+
+
 def model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
@@ -103,7 +106,7 @@ def each(
 
 def run_each(size: int, work: Callable[..., Any], cases: list[Any], *args: Any) -> dict[Any, Any]:
     """Run all cases in one job of `size` processes. Returns by case what each rank returns."""
-    by_rank = run_processes(size, each, work, cases, *args)
+    by_rank = run_processes(size, each, work, cases, *args, timeout_s=240)
     return {case: [results[case] for results in by_rank] for case in cases}
 
 
@@ -207,7 +210,8 @@ def moments(rank: int, size: int, folder: str, kind: str, wrapper: str) -> list[
 
 @pytest.mark.parametrize(("kind", "wrapper"), [("joined", "fsdp2"), ("zero", "ddp")])
 def test_optimizers_of_two_ranks_load_on_one(kind: str, wrapper: str, tmp_path: Path) -> None:
-    """G9, G15. Method: moments sharded over two ranks, or divided between them, load on one."""
+    """G9, G15. Method: save moments that are sharded over two ranks, or divided between them, and
+    load them on one rank."""
     run_processes(2, train, str(tmp_path), 2, kind, wrapper, "disabled")
     by_two = run_processes(2, moments, str(tmp_path), kind, wrapper)
     (by_one,) = run_processes(1, moments, str(tmp_path), kind, wrapper)
@@ -238,7 +242,8 @@ def refused_fsdp1(rank: int, size: int, folder: str) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_fsdp1_is_refused_with_a_hint(tmp_path: Path) -> None:
-    """G15. Method: flat and original parameters, inside another module; manager, save and load."""
+    """G15. Method: pass FSDP1 with flat and with original parameters, inside another module, to
+    manager, save and load."""
     for said in run_processes(2, refused_fsdp1, str(tmp_path)):
         assert len(said) == 6
         for line in said:
@@ -363,8 +368,8 @@ def loader_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Any]
 def test_dropout_and_a_stateful_loader_resume_bit_for_bit(
     case: tuple[str, str, int], loader_runs: dict[Any, list[Any]]
 ) -> None:
-    """G9, G15. Method: stopped in the middle of an epoch and at its end, then restarted; samples
-    and bits equal those of a run that was not stopped."""
+    """G9, G15. Method: stop in the middle of an epoch and at its end, and restart. Samples and bits
+    equal those of a run that never stopped."""
     whole, *parts = (of(found) for found in loader_runs[case])
     for rank, (weights, samples) in enumerate(whole):
         assert [sample for part in parts for sample in part[rank][1]] == samples

@@ -1,4 +1,4 @@
-"""The skills that are shipped: their form, and that all they tell an agent to run does run."""
+"""The shipped skills: their form, and every command and code block in them runs."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ RESUMED = {
     "pytorch-lightning": ("python train.py", "outputs/checkpoint", (48,)),
     "trl-fine-tuning": ("python finetune.py", "outputs/checkpoint", (8, 6)),
 }
-"""Of a skill for a neighbour: the command that trains, where to, and the last steps, which it must
-make again with the same bits once they are lost."""
+"""Command that trains, folder of its checkpoints, and its last steps, by skill for another library.
+
+The test deletes these last checkpoints. The command must make them again with the same bits.
+"""
 
 SHORT = (
     *("--training.seq_len", "16", "--training.global_batch_size", "4"),
@@ -53,13 +55,14 @@ def text_of(name: str, page: str) -> str:
 
 
 def blocks(name: str, page: str) -> list[tuple[str, str]]:
-    """Language and text of every code block."""
+    """Return language and text of every code block."""
     return re.findall(r"^```(\w*)\n(.*?)^```", text_of(name, page), re.M | re.S)
 
 
 @pytest.mark.parametrize("name", shipped())
 def test_a_skill_has_the_form_that_agents_expect(name: str) -> None:
-    """Method: the fields by a reader of YAML and by our own, lengths, links and depth."""
+    """Method: parse the fields by PyYAML and by our own reader; check lengths, links and the depth
+    of folders."""
     skill = shipped()[name]
     text = text_of(name, ENTRY)
     fields = frontmatter(text)
@@ -74,26 +77,25 @@ def test_a_skill_has_the_form_that_agents_expect(name: str) -> None:
         link for page in skill.files for link in re.findall(r"\]\(([^)]+)\)", text_of(name, page))
     }
     linked = set(re.findall(r"\]\(([^)]+)\)", text))
-    assert linked >= skill.files.keys() - {ENTRY}, "a page that no agent would find"
+    assert linked >= skill.files.keys() - {ENTRY}, "a page without a link to it"
     assert all(link in skill.files or link.startswith("https://") for link in links)
     assert all(file.count("/") <= 1 for file in skill.files)
 
 
 @pytest.mark.parametrize(("name", "page"), PAGES)
 def test_settings_and_commands_in_a_skill_exist(name: str, page: str, tmp_path: Path) -> None:
-    """Method: read each TOML block as a run does; look up each command, key and setting in the
-    text."""
+    """Method: read each TOML block as a run does. Every command and key in the text exists."""
     keys = {
         f"{section}.{field.name}"
         for section, kind in get_type_hints(Config).items()
         for field in dataclasses.fields(kind)
     }
     for language, text in blocks(name, page):
-        assert language in ("sh", "toml", "python"), "a block that nothing checks"
+        assert language in ("sh", "toml", "python"), "no test checks blocks of this language"
         if language == "toml":
             (tmp_path / "given.toml").write_text(text)
             read_config(["--job.config_file", str(tmp_path / "given.toml")])
-            assert tomllib.loads(text)["checkpoint"]["enable"], "as it stands it does nothing"
+            assert tomllib.loads(text)["checkpoint"]["enable"], "a block without effect"
     text = text_of(name, page)
     for command in re.findall(r"`holdfast (\w+)", text):
         assert command in COMMANDS
@@ -103,14 +105,14 @@ def test_settings_and_commands_in_a_skill_exist(name: str, page: str, tmp_path: 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a short run has left."""
+    """Train nine steps. Returns the folder with the outputs."""
     folder = tmp_path_factory.mktemp("trained")
     follow(folder, "NGPU=2 holdfast train --checkpoint.interval 4", steps=9)
     return folder
 
 
 def follow(folder: Path, command: str, *, steps: int) -> str:
-    """Run a line of shell as an agent would; what it said. Training is kept short."""
+    """Run a line of shell as an agent would, with shorter training. Returns its output."""
     bin_folder = folder / ".bin"
     if not bin_folder.exists():
         bin_folder.mkdir()
@@ -136,8 +138,8 @@ def follow(folder: Path, command: str, *, steps: int) -> str:
 def test_what_a_page_tells_to_run_runs(
     name: str, page: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Method: every line of shell and every block of Python, in their order, where two steps are
-    (of a real run, where the page goes on from one)."""
+    """Method: run every line of shell and every Python block of the page in order, in a folder with
+    the checkpoints that the page expects: two small ones, or those of a real run."""
     if name in RESUMED:
         prepare(name, tmp_path)
     elif page == "references/resume.md":
@@ -176,8 +178,9 @@ def test_what_a_page_tells_to_run_runs(
 
 
 def check_that_it_goes_on(folder: Path, command: str, steps: str, lost: tuple[int, ...]) -> None:
-    """G9. Method: the last steps are taken away; what the command makes in their place is equal.
-    Lightning puts the data elsewhere: there it is where the run goes on from that counts."""
+    """G9. Method: delete the last checkpoints and run the command again. The new ones have the same
+    bits. Exception: Lightning resumes with other data, so only the step of the resume is compared.
+    """
     last = folder / steps / f"step-{lost[0]}"
     shutil.move(last, folder / "before")
     for step in lost[1:]:

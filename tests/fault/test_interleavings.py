@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoints import save_leaves
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.open_any import Opened, open_in
@@ -38,8 +39,7 @@ from holdfast.manager.lifetime import Lifetime
 from holdfast.manager.policy import Retention
 from holdfast.manager.resume import newest_resumable
 from holdfast.manager.retention import Retainer
-from holdfast.saving.planner import Planner
-from holdfast.saving.save import Saved, save_in, save_leaves
+from holdfast.saving.save import Saved, save_in
 from holdfast.state.objects import StateTree
 from holdfast.state.tree import flatten
 from holdfast.storage.memory import MemoryStore
@@ -74,15 +74,8 @@ def save(value: int, store: AmendableStore, *, overwrite: bool = False, name: st
 
 def save_step(step: int, store: AmendableStore, *, value: int | None = None) -> Saved:
     """Save a step as a manager does."""
-    return save_leaves(
-        Catalog(store),
-        step_name(step),
-        flatten(state_of(step if value is None else value)),
-        ranks=Solo(),
-        planner=Planner(Solo()),
-        step=step,
-        kind="full",
-    )
+    leaves = flatten(state_of(step if value is None else value))
+    return save_leaves(Catalog(store), step_name(step), leaves, Solo(), step=step, kind="full")
 
 
 def held_in(store: MemoryStore, name: str = NAME) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoints import save_leaves
 from crashes import cut_everywhere
 from holdfast import CheckpointConfig
 from holdfast.catalog.catalog import Catalog, open_manifest
@@ -19,8 +20,6 @@ from holdfast.loading.checkpoint import Checkpoint
 from holdfast.manager.context import RunContext
 from holdfast.manager.resume import newest_resumable
 from holdfast.manager.saver import Saver
-from holdfast.saving.planner import Planner
-from holdfast.saving.save import save_leaves
 from holdfast.state.tree import flatten
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Store
@@ -86,15 +85,8 @@ def save(store: Store, step: int, seed: int, size: int = 1) -> None:
     """Save on `size` ranks, each of which holds the whole state."""
 
     def work(ranks: Ranks) -> None:
-        save_leaves(
-            Catalog(store),
-            step_name(step),
-            flatten(STATES[seed]),
-            ranks=ranks,
-            planner=Planner(ranks),
-            step=step,
-            kind="full",
-        )
+        leaves = flatten(STATES[seed])
+        save_leaves(Catalog(store), step_name(step), leaves, ranks, step=step, kind="full")
 
     on_ranks(size, work)
 

@@ -13,13 +13,12 @@ from benchmarks.power_cuts import Operation
 from benchmarks.recording import merged, recorded_folder, tree_after, tree_at, write_tree
 from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 
+from checkpoints import save_leaves
 from crashes import recorded
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.catalog.catalog import Catalog
 from holdfast.comm import Solo
 from holdfast.format.names import MANIFEST
-from holdfast.saving.planner import Planner
-from holdfast.saving.save import save_leaves
 from holdfast.state.tree import flatten
 from holdfast.storage.local import LocalStore
 from holdfast.storage.store import Store
@@ -99,7 +98,7 @@ def test_a_store_in_memory_records_the_operations_of_a_local_one(tmp_path: Path)
         catalog = Catalog(store)
         for name in ("step-1", "step-2", "step-1"):
             leaves = flatten({"w": torch.arange(30_000), "n": 1})
-            save_leaves(catalog, name, leaves, ranks=Solo(), planner=Planner(Solo()))
+            save_leaves(catalog, name, leaves, Solo())
         catalog.store.remove(str(catalog.set_aside_for_deletion("step-2")))
 
     with recorded_folder(tmp_path) as done:

@@ -1,4 +1,4 @@
-"""Models that can be trained here, compared with transformers models of the same weights."""
+"""Models of the reference training run, compared with transformers models of the same weights."""
 
 from __future__ import annotations
 
@@ -27,9 +27,12 @@ STRETCHED = RopeScaling(8, original_seq_len=16)
 def test_our_models_give_the_same_logits_as_transformers(
     name: str, tied: bool, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """G10: logits are equal to 1e-5 in float32, and close in bfloat16 (small KL divergence).
-    Converted back, the weights have the same bits. Method: a random model, saved, exported with the
-    `config.json` of its flavor, and run by transformers on 64 tokens."""
+    """G10: logits agree within 1e-5 in float32, and approximately in bfloat16 (small KL
+    divergence). Converted back, the weights have the same bits.
+
+    Method: save a random model, export it with the `config.json` of its flavor, and run the export
+    by transformers on 64 tokens.
+    """
     scaling = STRETCHED if name == "llama3" else None
     flavor = replace(MODELS[name]["debugmodel"], num_layers=2, tied=tied, rope_scaling=scaling)
     torch.manual_seed(3)
@@ -55,7 +58,7 @@ def test_our_models_give_the_same_logits_as_transformers(
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
     else:
         odds, wanted_odds = (one.flatten(0, 1).log_softmax(-1) for one in (found, wanted))
-        # A token whose experts nearly tie may be routed to another expert in fewer bits.
+        # In bfloat16, a token with nearly equal scores may be routed to another expert.
         bound = 0.01 if name == "llama3" else 0.1
         assert kl_div(wanted_odds, odds, log_target=True, reduction="batchmean") < bound
 

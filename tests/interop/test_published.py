@@ -23,8 +23,8 @@ EVERY = [(name, flavor) for name in TYPES for flavor in flavors_of(name)]
 
 @pytest.mark.parametrize(("name", "flavor"), EVERY)
 def test_a_flavor_has_as_many_elements_as_in_transformers(name: str, flavor: str) -> None:
-    """Method: a model on the meta device, made from the flavor's configuration; the number of its
-    elements, and of those in the family's table."""
+    """Method: make a model on the meta device from the flavor's configuration, and compare its
+    number of elements with that of the family's table."""
     config = published(name, flavor, 300)
     mapping = mapping_of(family_of(config, where="test"), config)
     ours = sum(prod(mapping.shape("hf", tensor)) for tensor in mapping.names("hf"))
@@ -38,8 +38,8 @@ def test_a_flavor_has_as_many_elements_as_in_transformers(name: str, flavor: str
 
 @pytest.mark.parametrize("name", TYPES)
 def test_a_model_name_is_checked_against_config_json(name: str, tmp_path: Path) -> None:
-    """Method: `--model-name` beside a `config.json` of another family; an unknown name or flavor is
-    refused with a list of the known ones."""
+    """Method: pass `--model-name` with a `config.json` of another family. An unknown name or flavor
+    is refused with a list of the known ones."""
     other = "gemma2" if name != "gemma2" else "llama"
     folder = tmp_path / other
     folder.mkdir()
@@ -61,7 +61,7 @@ def test_a_model_name_is_checked_against_config_json(name: str, tmp_path: Path) 
     [("qwen3", "0.6B"), ("deepseek_v3", "671B"), ("gpt_oss", "20b"), ("llama4", "17bx16e")],
 )
 def test_a_flavor_of_another_size_is_refused(name: str, flavor: str, tmp_path: Path) -> None:
-    """Method: `config.json` of a flavor (nested for Llama 4), with one of several sizes changed."""
+    """Method: change one of several sizes in the `config.json` of a flavor (nested for Llama 4)."""
     config = published(name, flavor, 0)
     if name == "llama4":
         config = {"model_type": "llama4", "text_config": config}
@@ -80,7 +80,7 @@ def test_a_flavor_of_another_size_is_refused(name: str, flavor: str, tmp_path: P
 
 
 def test_a_published_flavor_replaces_a_missing_config_json(tmp_path: Path) -> None:
-    """Method: an export of TorchTitan's small DeepSeek from weights without `config.json`."""
+    """Method: export TorchTitan's small DeepSeek from weights without `config.json`."""
     config = published("deepseek_v3", "debugmodel", 0)
     source = save_folder(tmp_path / "hub", config, hub_tensors(config))
     (source / "config.json").unlink()

@@ -1,4 +1,4 @@
-"""Dequantization, compared with that of transformers."""
+"""Dequantization by Holdfast, compared with that of transformers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def fp8_folder(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 
 
 def test_fp8_in_blocks_is_detected_and_dequantized(tmp_path: Path) -> None:
-    """Method: DeepSeek's layout, exported in bfloat16, and converted to a checkpoint and back."""
+    """Method: export a folder in DeepSeek's format in bfloat16, and convert it to a checkpoint and
+    back."""
     source, wanted = fp8_folder(tmp_path / "hub")
     assert len(wanted) > 10
     notes = converted(source, tmp_path / "plain", ConvertOptions(to="hf"))
@@ -86,7 +87,8 @@ def test_fp8_in_blocks_is_detected_and_dequantized(tmp_path: Path) -> None:
 
 
 def test_fp8_blocks_may_be_cut_by_the_edge_of_a_matrix(tmp_path: Path) -> None:
-    """Method: a matrix of 200 x 300 with 2 x 3 factors, compared with one factor per element."""
+    """Method: dequantize a matrix of 200 x 300 with 2 x 3 factors, and compare with one factor per
+    element."""
     config = {**DEEPSEEK, "hidden_size": 300, "intermediate_size": 200}
     tensors = {name: tensor.bfloat16() for name, tensor in hub_tensors(config).items()}
     name = "model.layers.0.mlp.up_proj.weight"
@@ -103,7 +105,7 @@ def test_fp8_blocks_may_be_cut_by_the_edge_of_a_matrix(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_mxfp4_is_detected_and_dequantized(dtype: str, tmp_path: Path) -> None:
-    """Method: gpt-oss's blocks and scales with random bytes, converted in either dtype."""
+    """Method: convert random bytes as gpt-oss's blocks and scales, into either dtype."""
     tensors = {name: tensor.bfloat16() for name, tensor in hub_tensors(GPT_OSS).items()}
     wanted = {}
     made = torch.Generator().manual_seed(2)
@@ -128,7 +130,8 @@ def test_mxfp4_is_detected_and_dequantized(dtype: str, tmp_path: Path) -> None:
 
 
 def test_an_unsupported_quantization_is_refused(tmp_path: Path) -> None:
-    """Method: factors of the wrong shape, and fp8 without factors; both are named."""
+    """Method: convert factors of the wrong shape, and fp8 without factors. Each error names the
+    tensor."""
     source, wanted = fp8_folder(tmp_path / "hub")
     from safetensors.torch import load_file, save_file
 

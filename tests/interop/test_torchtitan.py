@@ -21,7 +21,7 @@ from holdfast.hf.published import published
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / ".venv-torchtitan"
 WANTED = ("torchtitan==0.3.0", "spmd_types==0.2.3", "triton", "einops")
-"""Packages that its models import. Its other requirements are for training."""
+"""Packages that TorchTitan's models import. Its other requirements are for training."""
 
 SMALL_LLAMA = {
     "hidden_size": 256,
@@ -129,10 +129,13 @@ def converted(source: Path, target: Path, options: ConvertOptions) -> Path:
 def test_torchtitan_models_give_the_same_logits_as_transformers(
     torchtitan: Path, tmp_path: Path
 ) -> None:
-    """G10: logits are equal to 1e-5 in float32, and every token is routed to the same experts.
-    Converted back, the checkpoints have the same bits. Method: random transformers models,
-    converted with TorchTitan's names; TorchTitan's models load every key of theirs by stock DCP in
-    `torchtitan_logits.py`, which describes the parts of TorchTitan that are replaced on a CPU."""
+    """G10: logits agree within 1e-5 in float32, and every token is routed to the same experts.
+    Converted back, the checkpoints have the same bits.
+
+    Method: convert random transformers models with TorchTitan's names. TorchTitan's models load
+    every one of their keys by stock DCP in `torchtitan_logits.py`. That script replaces parts of
+    TorchTitan that do not run on a CPU.
+    """
     tokens = torch.randint(0, 2048, (2, 160), generator=torch.Generator().manual_seed(1))
     wanted, experts = dict[str, torch.Tensor](), dict[str, list[Any]]()
     for case, (name, flavor, config, sizes) in MODELS.items():

@@ -1,4 +1,4 @@
-"""Every family, converted from transformers and back, and exports that transformers opens."""
+"""Every family is converted from transformers and back, and transformers opens the exports."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 @pytest.mark.parametrize("name", hub_models.MODELS)
 def test_every_family_round_trips_with_the_same_bits_and_logits(name: str, tmp_path: Path) -> None:
-    """G10. Method: a transformers model, converted to a checkpoint, then to a folder of several
-    files and, through a `.pt` file, to a folder of a single file."""
+    """G10. Method: convert a transformers model to a checkpoint. Export that to a folder of several
+    files and, through a `.pt` file, to a folder with a single file."""
     model = hub_models.make(name)
     source = hub_models.save(model, tmp_path / "hub")
     step = converted(source, tmp_path / "seed/step-0", ConvertOptions(to="dcp"))
@@ -55,7 +55,8 @@ def test_every_family_round_trips_with_the_same_bits_and_logits(name: str, tmp_p
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen3-moe", "deepseek-v3", "gpt-oss", "phi-3"])
 def test_torchtitan_names_convert_back_without_change(name: str, tmp_path: Path) -> None:
-    """Method: from Hugging Face to TorchTitan 0.3's names, to Meta's, and back from either."""
+    """Method: convert from Hugging Face to the names of TorchTitan 0.3, to Meta's names, and back
+    from either."""
     source = hub_models.save(hub_models.make(name), tmp_path / "hub")
     titan = converted(source, tmp_path / "titan", ConvertOptions(to="dcp", names="titan"))
     meta = converted(titan, tmp_path / "meta", ConvertOptions(to="dcp", names="meta"))
@@ -72,7 +73,8 @@ def test_torchtitan_names_convert_back_without_change(name: str, tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "deepseek-v3"])
 def test_fused_experts_are_read_and_exported_one_by_one(name: str, tmp_path: Path) -> None:
-    """Method: a folder with the names of the state dict in memory; exports have those published."""
+    """Method: convert a folder with the tensor names that the model has in memory. Exports have the
+    published names."""
     model = hub_models.make(name)
     published = hub_models.save(model, tmp_path / "hub")
     memory = hub_models.save(model, tmp_path / "memory", save_original_format=False)
@@ -85,8 +87,8 @@ def test_fused_experts_are_read_and_exported_one_by_one(name: str, tmp_path: Pat
 
 
 def test_an_export_passes_the_checks_of_loaders(tmp_path: Path) -> None:
-    """Method: all that vLLM and transformers check: header, alignment, index, dtype, config,
-    tokenizer, no second name of a tied tensor. Weights in other formats are not copied."""
+    """Method: repeat the checks of vLLM and transformers: header, alignment, index, dtype, config,
+    tokenizer, one name per tied tensor. Weights in other formats are not copied."""
     model = hub_models.make("llama-tied")
     source = hub_models.save(model, tmp_path / "hub")
     config = json.loads((source / "config.json").read_text())
@@ -124,7 +126,7 @@ def test_an_export_passes_the_checks_of_loaders(tmp_path: Path) -> None:
 
 
 def test_a_router_correction_bias_stays_in_float32(tmp_path: Path) -> None:
-    """Method: DeepSeek, converted to a checkpoint in bfloat16 and back."""
+    """Method: convert a DeepSeek model to a checkpoint in bfloat16 and back."""
     source = hub_models.save(hub_models.make("deepseek-v3"), tmp_path / "hub")
     step = converted(source, tmp_path / "seed/step-0", ConvertOptions(to="dcp", dtype="bfloat16"))
     back = converted(step, tmp_path / "back", ConvertOptions(to="hf", hf_assets=str(source)))

@@ -29,8 +29,8 @@ CHANGES = st.dictionaries(NAMES, ALIKE | ANY | st.none(), max_size=2)
 def test_local_plans_do_not_depend_on_earlier_saves(
     state: dict[str, Any], saves: list[tuple[dict[str, Any], torch.dtype | None]]
 ) -> None:
-    """G6. Method: between saves, entries are added and removed, change their kind and share memory,
-    and the requested dtype changes."""
+    """G6. Method: between saves, add and remove entries, change their kind, make them share memory,
+    and change the requested dtype."""
     planner = Planner(Solo())
     for changes, dtype in saves:
         state = {n: value for n, value in {**state, **changes}.items() if value is not None}

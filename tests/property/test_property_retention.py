@@ -45,12 +45,12 @@ class Run:
     good one."""
 
     cut: float | None
-    """Share of its operations after which the power is cut; None: it ends normally."""
+    """Share of the run's operations before a power cut; None if the run ends normally."""
 
     version: Any
     seed: int
     damage: tuple[str, int] | None
-    """Damage after the run: its kind, and the checkpoint."""
+    """Kind of damage after the run, and the checkpoint that is damaged; None if there is none."""
 
     pinned: int | None
     async_mode: Any
@@ -71,11 +71,11 @@ runs = st.builds(
 
 @dataclass(slots=True)
 class Folder:
-    """The folder, and what the test knows of it."""
+    """Checkpoint folder of the test, and the test's own records of it."""
 
     tree: Tree = field(default_factory=dict)
     may_go: set[int] = field(default_factory=set)
-    """What retention had no reason to keep in the last run."""
+    """Checkpoints that no rule kept in the last run, so that retention may have deleted them."""
 
 
 def value_of(step: int) -> torch.Tensor:
@@ -83,7 +83,8 @@ def value_of(step: int) -> torch.Tensor:
 
 
 def intact(store: MemoryStore) -> set[int]:
-    """Steps whose checkpoints are as saved. One whose checksums match must be."""
+    """Return the steps whose checkpoints have the saved bytes. Checks that every checkpoint with
+    valid checksums is among them."""
     found = set()
     for step, folder in Catalog(store).folders().items():
         try:
@@ -119,7 +120,7 @@ def resume(store: MemoryStore, back: int) -> int | None:
 def kept_by_the_rules(
     counted: set[int], pins: set[int], losses: dict[int, float], stands_on: int | None
 ) -> set[int]:
-    """The retention rules, implemented a second time."""
+    """Return the checkpoints that the rules keep, by a second implementation of the rules."""
     best = max(counted, key=lambda step: (losses[step], step))
     kept = {*sorted(counted)[-3:], best, *(step for step in counted if step % 5 == 0)}
     return kept | (counted & (pins | {stands_on or -1}))
@@ -189,7 +190,8 @@ def train(folder: Folder, run: Run) -> None:
 
 
 def losses_of_counted(store: MemoryStore) -> dict[int, float]:
-    """Loss of each checkpoint that retention counts: complete by its structure, and not marked."""
+    """Return the loss of each checkpoint that retention counts: those that are complete by
+    structure, and not marked."""
     losses = {}
     for step, folder in Catalog(store).folders().items():
         if f".damaged-{step_name(step)}" in store.list():
@@ -227,10 +229,12 @@ def vars_of(config: CheckpointConfig) -> dict[str, Any]:
 @given(st.lists(runs, min_size=2, max_size=6))
 def test_a_good_checkpoint_and_every_promised_one_exist(lives: list[Run]) -> None:
     """G2, G4, G5. Method: runs resume from the newest or an earlier checkpoint, save in the
-    foreground or the background, and crash at any operation in any way. Checkpoints are pinned or
-    damaged between runs. After each run, a resume finds a good checkpoint if one was left intact,
-    and every checkpoint that a rule keeps (the rules are implemented twice) is there bit for
-    bit."""
+    foreground or the background, and crash at any operation in any way. Between runs, checkpoints
+    are pinned or damaged.
+
+    After each run, a resume finds a good checkpoint if one was left intact. Every checkpoint that a
+    rule keeps is there bit for bit; the test implements the rules a second time.
+    """
     folder = Folder()
     for run in lives:
         train(folder, run)

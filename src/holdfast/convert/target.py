@@ -15,7 +15,7 @@ from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.convert.stream import Advance, Output, Outputs, read_ahead
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format import torchfile
-from holdfast.format.manifest import Kind, Path
+from holdfast.format.manifest import Kind, Manifest, Path
 from holdfast.format.names import HiddenFolder, check_name, hidden_folder_of, step_name, step_of
 from holdfast.format.structure import Node
 from holdfast.hf.assets import files_beside, write_small
@@ -24,7 +24,7 @@ from holdfast.hf.shards import shard
 from holdfast.planning.file_layout import lay_out, lay_out_file
 from holdfast.planning.index import Index, columns
 from holdfast.planning.write_plan import GlobalPlan, LocalTensor, TensorChunks
-from holdfast.saving.publish import Facts, publish
+from holdfast.saving.publish import publish
 from holdfast.saving.write import write
 from holdfast.spelling import spelled_bytes
 from holdfast.storage.continuing import Continuing
@@ -267,7 +267,7 @@ def write_checkpoint(
     target: ConvertTarget,
     outputs: Outputs,
     values: Values,
-    facts: Facts,
+    facts: Manifest,
     advance: Advance,
     *,
     structure: Mapping[Path, Node] | None,

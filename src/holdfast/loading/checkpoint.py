@@ -71,13 +71,13 @@ class Checkpoint:
         `region`: a `Region`, or one slice per dim as in indexing (without steps).
 
         Raises:
-            UsageError: the region does not lie in the tensor.
+            UsageError: the region is not inside the tensor.
             NotFoundError: there is no tensor of that name.
             DamagedError: bytes differ from those that were saved.
         """
         entry = self._entry("tensor", name, self.tensors)
         box = region_of(name, entry.shape, region)
-        # Before the allocation: the shape of a damaged index may be huge, without chunks for it.
+        # Before the allocation: a damaged index may state a huge shape that no chunks fill.
         read_items(name, entry, box)
         target = torch.empty(box.shape, dtype=getattr(torch, entry.dtype), device="cpu")
         if box.num_elements:

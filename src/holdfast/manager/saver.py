@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 
 import torch
 
 from holdfast.comm import capture, gather_and_run, run_on_all
 from holdfast.errors import HoldfastError, RankError, UsageError
-from holdfast.format.manifest import Kind
+from holdfast.format.manifest import Kind, Manifest
 from holdfast.format.names import step_name
 from holdfast.manager.context import RunContext
 from holdfast.manager.hf import Export, HFFormat
@@ -86,22 +85,25 @@ class Saver:
         try:
             if export in ("beside", "alone"):
                 self._hf.prepare()
+            facts = Manifest(
+                tensors={},
+                values={},
+                step=step,
+                kind=kind,
+                # A model alone has no other components, even if its tensors have such names.
+                components=tuple(sorted(self._run.others)) if kind == "full" else (),
+                metrics=metrics or {},
+                model=self._hf.config or {},
+            )
             with gc_paused():
                 pending = begin_save(
                     self._hf.catalog if export == "alone" else self._catalog,
                     step_name(step),
                     run_on_all(self._ranks, flatten),
-                    ranks=self._ranks,
                     planner=self._hf.planner if export == "alone" else self._planner,
-                    step=step,
-                    kind=kind,
+                    facts=facts,
                     dtype=dtype,
-                    metrics=metrics,
-                    model=self._hf.config,
                 )
-            # A model alone has no other components, even if its tensors have such names.
-            components = self._run.others if kind == "full" else ()
-            pending = replace(pending, facts=replace(pending.facts, components=components))
             if self._in_background and self._has_room(pending):
                 self._finish_in_background(pending, step, export)
             else:

@@ -30,7 +30,7 @@ def model(vocab_size):
 def write(name, hub, state):
     catalog, ranks = Catalog(LocalStore(sys.argv[1])), Solo()
     leaves = StateTree(state).flatten()
-    begun = begin_save(catalog, name, leaves, ranks=ranks, planner=Planner(ranks))
+    begun = begin_save(catalog, name, leaves, planner=Planner(ranks))
     snapshot = ExportSnapshot(begun.file_layout, begun.data_of, begun.index, ())
     export(snapshot, hub, "bfloat16", catalog=catalog, attempt=begun.attempt, ranks=ranks)
 

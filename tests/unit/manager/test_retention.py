@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import holdfast
+from checkpoints import save_leaves
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.listing import survey
@@ -25,8 +26,6 @@ from holdfast.format.names import step_name
 from holdfast.manager.policy import Retention
 from holdfast.manager.resume import good_steps
 from holdfast.manager.retention import Retainer
-from holdfast.saving.planner import Planner
-from holdfast.saving.save import save_leaves
 from holdfast.state.tree import flatten
 from holdfast.storage.local import LocalStore
 from holdfast.storage.memory import MemoryStore
@@ -186,9 +185,7 @@ def test_a_failed_deletion_is_tried_again(
 def save(catalog: Catalog, step: int) -> None:
     """A checkpoint of one tensor."""
     leaves = flatten({"w": torch.full((3,), float(step))})
-    save_leaves(
-        catalog, step_name(step), leaves, ranks=Solo(), planner=Planner(Solo()), kind="full"
-    )
+    save_leaves(catalog, step_name(step), leaves, Solo(), kind="full")
 
 
 def test_files_that_only_look_like_marks_are_ignored(tmp_path: Path) -> None:
