@@ -25,7 +25,6 @@ import holdfast
 from holdfast.errors import UsageError
 from processes import run_processes
 
-
 pytestmark = pytest.mark.timeout(400)  # the first test of a fixture waits for all its cases
 
 
