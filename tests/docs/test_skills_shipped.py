@@ -17,13 +17,7 @@ import yaml
 from checkpoints import save_step, save_stock
 from holdfast.cli.main import COMMANDS
 from holdfast.hf.flavors import MODELS, config_of
-from holdfast.skills.bundle import (
-    DESCRIPTION_LENGTH_MAX,
-    ENTRY,
-    NAME_LENGTH_MAX,
-    frontmatter,
-    shipped,
-)
+from holdfast.skills.bundle import ENTRY, frontmatter, shipped
 from holdfast.trainer.arguments import read_config
 from holdfast.trainer.config import Config
 from hub_folders import hub_tensors, save_folder
@@ -31,7 +25,9 @@ from neighbours import prepare, ran_unless_torch_aborts
 from warm import python
 
 FIELDS = {"name", "description", "license", "compatibility", "metadata", "allowed-tools"}
-BODY_LINES_MAX = 500
+NAME_LENGTH_MAX, DESCRIPTION_LENGTH_MAX, BODY_LINES_MAX = 64, 1024, 500
+"""Limits of the Agent Skills format."""
+
 PAGES = [(name, page) for name, skill in shipped().items() for page in skill.files]
 RESUMED = {
     "accelerate": ("accelerate launch --num_processes 2 train.py", "outputs/checkpoint", (20, 15)),
@@ -69,7 +65,7 @@ def test_a_skill_has_the_form_that_agents_expect(name: str) -> None:
     assert yaml.safe_load(text.split("---\n")[1]) == fields
     assert {"name", "description"} <= fields.keys() <= FIELDS
     assert fields["name"] == name
-    assert re.fullmatch(r"[a-z0-9-]+", name)
+    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name)
     assert len(name) <= NAME_LENGTH_MAX
     assert 0 < len(fields["description"]) <= DESCRIPTION_LENGTH_MAX
     assert len(text.split("---\n", 2)[2].splitlines()) <= BODY_LINES_MAX

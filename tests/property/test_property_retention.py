@@ -167,7 +167,7 @@ def train(folder: Folder, run: Run) -> None:
     cut = PowerCut(at, "killed" if run.cut is None else run.version, run.seed)
     folder.tree = left_by([*before, *done], cut, durable=len(before))
 
-    # Checkpoints that remain count, even if an interrupted run had no reason to keep them.
+    # An interrupted run may leave checkpoints that no rule keeps. They count for the rules too.
     folder.may_go = set()
     losses = losses_of_counted(begin)
     counted = set(losses) - set(left_behind)

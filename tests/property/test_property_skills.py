@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from holdfast.skills.bundle import Skill
-from holdfast.skills.content import RECEIPT
 from holdfast.skills.copies import Copies
+from holdfast.skills.records import RECEIPT
 from holdfast.skills.sync import remove, reset, sync
 from skills import CutDisk, CutError, files_in, skill
 

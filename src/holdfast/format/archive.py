@@ -27,7 +27,7 @@ _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR64 = struct.Struct("<4sIQI")
 
 _FULL = 0xFFFFFFFF
-"""Value of a 32-bit field whose number is in the ZIP64 field."""
+"""Value of a 32-bit field if the number is in the ZIP64 field instead."""
 
 _COUNT_MAX = 0xFFFF
 """Most records that the end of a directory can count without ZIP64."""
@@ -54,7 +54,9 @@ class Record:
 
 
 def windowed(fetch: Fetch, item: Span) -> Fetch:
-    """Return a `Fetch` for the archive at `item` of a file. Fetches its head and tail once.
+    """Return a `Fetch` whose offsets count from the start of the archive at `item` of a file.
+
+    Fetches the head and the tail of the archive once: all small records are there.
 
     Raises, when called:
         ValueError: the bytes are outside of the archive.
@@ -76,10 +78,10 @@ def windowed(fetch: Fetch, item: Span) -> Fetch:
 
 
 def read_records(fetch: Fetch, nbytes: int) -> dict[str, Record]:
-    """Read the records of an archive of `nbytes` at offset 0, by their name within its one folder.
+    """Return the records of an archive of `nbytes` at offset 0, by name without their folder.
 
     Raises:
-        ValueError, struct.error: it is no such archive.
+        ValueError, struct.error: it is no archive as `torch.save` writes it.
     """
     start, stop, count = _directory_span(fetch, nbytes)
     entries = list(_entries(fetch(start, stop - start)))

@@ -19,10 +19,11 @@ MEMBERS_SHOWN_MAX = 40
 DEPTH_SHOWN_MAX = 8
 
 TEXT_SHOWN_MAX = 2000
-"""Characters shown of a text or a value; also the members visited, shared ones each time."""
+"""Characters shown of a text or a value, and members visited for it: a shared member counts each
+time."""
 
 INT_BITS_MAX = 8000
-"""Largest number shown in digits, in bits: Python refuses to format far larger ones."""
+"""Bits of the largest number shown in digits: Python refuses to format far larger ones."""
 
 
 def read_value(data: bytes, *, where: str) -> object:

@@ -46,7 +46,8 @@ _CLASSES = {
 """Classes that `.metadata` may refer to, by module."""
 
 _CHUNK_BYTES_MIN = 16
-"""Fewest bytes of a chunk in a pickle, unless a crafted one shares a list between entries."""
+"""Fewest bytes of one chunk in a pickle. A crafted pickle can have fewer, by sharing one list of
+chunks between entries."""
 
 _ALLOWED: Mapping[tuple[str, str], Any] = {
     **{(m, name): type(name, (Plain,), {}) for m, names in _CLASSES.items() for name in names},

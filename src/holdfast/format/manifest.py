@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -57,7 +57,7 @@ class Chunk:
     """Archive around the data, which stock DCP passes to `torch.load`."""
 
     data_offset: int | None = None
-    """Offset of the raw row-major elements in the file; None if it must be read from the item."""
+    """Offset of the raw row-major elements in the file; None if only the archive itself tells."""
 
     first_block: int | None = None
     """Index, in the file's table, of the checksum of the first block of the raw data; the next ones
@@ -119,8 +119,7 @@ class Manifest:
     other formats."""
 
     components: tuple[str, ...] | None = None
-    """Top-level names that are not part of the model: first keys of all other paths. None if
-    unknown."""
+    """First keys of all paths that are not part of the model. None if unknown."""
 
     created: str = ""
     """Time of the commit: ISO 8601, UTC."""
@@ -190,7 +189,7 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
         "components": manifest.components,
         "metrics": metrics or None,
         "model": dict(manifest.model) or None,
-        "timings": timings.encode(manifest.timings) or None,
+        "timings": {n: asdict(stage) for n, stage in manifest.timings.items()} or None,
     }
     head = {
         "holdfast": VERSION,

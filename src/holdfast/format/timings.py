@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from holdfast.format.untrusted import count_of, seconds_of
@@ -39,13 +39,8 @@ def over_ranks(ranks: Sequence[Mapping[str, float]]) -> dict[str, Stage]:
     return stages
 
 
-def encode(stages: Mapping[str, Stage]) -> dict[str, dict[str, float]]:
-    """Encode stages as a JSON object."""
-    return {name: asdict(stage) for name, stage in stages.items()}
-
-
 def decode(stored: Any) -> dict[str, Stage]:
-    """Decode a JSON object made by `encode`.
+    """Decode the stages in a manifest.
 
     Raises:
         ValueError, LookupError, TypeError, AttributeError, OverflowError: it is invalid.

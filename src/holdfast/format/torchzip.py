@@ -179,7 +179,7 @@ def stored_tensor(tensor: Described, records: Mapping[str, Record], position: in
     """Find the elements of a tensor in an archive that begins at `position` of its file.
 
     Raises:
-        ValueError, KeyError: the archive lacks the tensor's storage, or it is too short.
+        ValueError, KeyError: the archive lacks the storage of the tensor, or has too few bytes.
     """
     record, itemsize = records[f"data/{tensor.key}"], dtype_of(tensor.dtype).itemsize
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))

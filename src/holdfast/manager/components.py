@@ -55,8 +55,8 @@ def check_excluded(excluded: Sequence[str], components: Collection[str]) -> None
 
 
 def check_dataloader(manifest: Manifest, num_ranks: int) -> None:
-    """Check that as many ranks as load the state of a data loader have saved it, one state for
-    each; raises a MismatchError otherwise."""
+    """Check that a data loader with a state for each rank was saved by `num_ranks` ranks; raises a
+    MismatchError otherwise."""
     paths = [tensor.path for tensor in manifest.tensors.values()]
     paths += [value.path for value in manifest.values.values()]
     keys = {str(path[1]) for path in paths if path[0] == DATALOADER and len(path) > 1}

@@ -14,7 +14,7 @@ from threading import Thread
 from holdfast.storage.store import Buffer
 
 PAGE_BYTES = 4096
-"""Alignment of the offset, length and address of a direct write. Every disk so far accepts it."""
+"""Alignment of the offset, length and address of a direct write. Every disk accepts it."""
 
 WINDOW_BYTES = 2 << 20
 """Bytes of one write: a huge page, which the disk takes in one request. All windows together fit

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 Check = Callable[[], None]
-"""Function that raises an error if a condition no longer holds."""
+"""Function that raises an error if this process has lost the lock."""
 
 Buffer = bytes | bytearray | memoryview
 

@@ -19,7 +19,7 @@ from hub_folders import LLAMA, hub_tensors, save_folder
 
 
 def test_a_conversion_of_tensors_alone_imports_no_torch(tmp_path: Path) -> None:
-    """Method: convert to each format in a fresh interpreter, then look at `sys.modules`."""
+    """Method: convert to each format in a fresh interpreter, then check `sys.modules`."""
     source = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
     script = (
         "import sys\nfrom holdfast.cli.main import main\n"

@@ -140,7 +140,7 @@ def test_a_hugging_face_folder_is_compared_with_a_native_checkpoint(
 
 
 def test_neither_diff_nor_statistics_import_torch(saved: Path) -> None:
-    """Method: run both in fresh interpreters, then look at `sys.modules`."""
+    """Method: run both in fresh interpreters, then check `sys.modules`."""
     script = (
         "import sys\nfrom holdfast.cli.main import main\n"
         "assert main() == 0\nassert 'torch' not in sys.modules"

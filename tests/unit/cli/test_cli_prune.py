@@ -1,4 +1,4 @@
-"""`holdfast prune`: its plan, what it removes, and what it never removes."""
+"""`holdfast prune`: its plan, the folders that it removes, and folders that always stay."""
 
 from __future__ import annotations
 
