@@ -4,12 +4,12 @@ themselves write small ones."""
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from hf_folders import LLAMA, hf_tensors, save_folder
 from processes import run_processes
+from warm import python
 
 SHARDED = """
 import sys, torch, pytorch_lightning as pl
@@ -70,7 +70,7 @@ def prepare(name: str, folder: Path) -> None:
     if name == "accelerate":
         run_processes(2, save_by_accelerate, str(outputs))
     elif name == "pytorch-lightning":
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launch = [python(), "-m", "torch.distributed.run", "--standalone"]
         (folder / "sharded.py").write_text(SHARDED)
         work = ["--nproc_per_node", "2", "sharded.py", str(outputs / "sharded.ckpt")]
         ran_unless_torch_aborts([*launch, *work], cwd=folder).check_returncode()
