@@ -1,7 +1,8 @@
-"""Systems that save and load a state, each with the fast settings that its documentation gives.
+"""Systems that save and load a state, each with the fast settings in its documentation.
 
-Every save is synced. Holdfast verifies checksums as it writes and reads; the other systems do not.
-`torch_checkpointing` writes with its direct mode off: ext4 refuses that mode's unaligned writes.
+Every save is synced. Holdfast computes checksums when it writes and verifies them when it reads;
+the other systems do not. The direct mode of `torch_checkpointing` is off, since its writes are not
+aligned, and ext4 refuses those.
 """
 
 from __future__ import annotations

@@ -178,7 +178,6 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.WARNING)
 
-
     commands = json.loads(sys.argv[1])
     results = [_run(function, arguments) for function, arguments in commands]
     print(json.dumps(results))  # noqa: T201

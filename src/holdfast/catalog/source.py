@@ -14,8 +14,8 @@ from holdfast.format.manifest import Chunk, Manifest, Span, ValueEntry
 from holdfast.storage.store import Reader, ReadStore
 
 WINDOW_BYTES = 2 << 20
-"""Most bytes that `ChunkData.window` returns. Few enough to stay in the CPU cache between their
-checksum and the copy to the target."""
+"""Most bytes that `ChunkData.window` returns. They stay in the CPU cache between
+their checksum and the copy to the target."""
 
 ROOM_BYTES = WINDOW_BYTES + 2 * BLOCK_BYTES_MAX
 """Bytes of the buffer of each thread: a window, and the rest of the blocks at its ends."""
@@ -173,8 +173,8 @@ class ChunkData:
             )
 
     def _fill(self, start: int, target: memoryview) -> None:
-        """Read from `start` on into `target`, and check the data. It must be whole blocks if there
-        are checksums."""
+        """Read from byte `start` until `target` is full, and check the data. With checksums, these
+        must be whole blocks."""
         offset = self._span.offset + start
         nbytes = self._reader.read_into(offset, target)
         if nbytes != len(target):
@@ -192,11 +192,8 @@ class ChunkData:
 def check(
     source: Source, file: str, name: str, first: int, data: memoryview, expected: Sequence[int]
 ) -> None:
-    """Check consecutive blocks of a tensor, beginning with block `first`.
-
-    Raises:
-        DamagedError: the checksum of a block differs.
-    """
+    """Check consecutive blocks of a tensor, beginning with block `first`. Raises a DamagedError if
+    the checksum of a block differs."""
     found = block_checksums(data, source.manifest.block_bytes)
     if found == [*expected]:
         return

@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Literal
 
 from holdfast.catalog.catalog import Catalog, read_manifest
 from holdfast.catalog.cleanup import execute, is_at_work, plan_cleanup
+from holdfast.catalog.findings import misnumbered
 from holdfast.catalog.listing import hint_without_steps
 from holdfast.catalog.open_any import check_folder, format_of
 from holdfast.catalog.paths import open_parent
 from holdfast.catalog.replaceable import why_not_removable
-from holdfast.catalog.resumable import misnumbered
-from holdfast.cli.terminal import JsonOptions, parsed, say, say_json, say_table
+from holdfast.cli.terminal import POSITIONAL, JsonOptions, parsed, say, say_json, say_table
 from holdfast.cli.verify import stored_bytes
 from holdfast.errors import HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format.names import LOCK, hidden_folder_of
@@ -24,9 +24,6 @@ from holdfast.manager.policy import STEPS_MIN, Retention, reasons_to_keep
 from holdfast.manager.resume import good_steps
 from holdfast.spelling import counted, spelled_bytes
 from holdfast.storage.opening import folder_store, is_url
-
-if TYPE_CHECKING:
-    import tyro
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +36,7 @@ class PruneArguments(JsonOptions):
     Example: holdfast prune outputs/checkpoint --keep-latest-k 3 --dry-run
     """
 
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    folder: str = field(metadata=POSITIONAL)
     """Folder of checkpoints."""
 
     keep_latest_k: int | None = None
@@ -74,7 +71,7 @@ class PruneArguments(JsonOptions):
         if not any(counts):
             return None
         return Retention(
-            # Without `--keep-latest-k`, the number of checkpoints that is always kept.
+            # `Retention` needs a number. This many checkpoints are always kept.
             latest_k=self.keep_latest_k or STEPS_MIN,
             every_n_steps=self.keep_every_n_steps,
             best_k=self.keep_best_k,
@@ -119,11 +116,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def decide(catalog: Catalog, options: PruneArguments) -> list[Decision]:
-    """Decide what stays: checkpoints, oldest first, then leftovers of killed saves.
-
-    Raises:
-        UsageError: damaged checkpoints are to be removed, and there is no good one to resume from.
-    """
+    """Decide which folders stay: checkpoints, oldest first, then leftovers of killed saves."""
     store, folders, retention = catalog.store, catalog.folders(), options.retention
     good = {candidate.step: candidate for candidate in good_steps(catalog, folders)}
     reasons = {step: ["no rule given"] for step in good}
@@ -148,17 +141,16 @@ def decide(catalog: Catalog, options: PruneArguments) -> list[Decision]:
         if is_at_work(store, action.folder):
             stays, why = True, "another process is at work on it"
         if action.folder not in folders.values():
-            decisions.append(
-                Decision(action.folder, stored_bytes(store, action.folder), stays, why)
-            )
+            nbytes = stored_bytes(store, action.folder)
+            decisions.append(Decision(action.folder, nbytes, stays, why))
     return decisions
 
 
 def _why_not_decided_by_rules(catalog: Catalog, step: int, folder: str) -> str | None:
     """Returns why a folder stays whatever the rules are; None where the rules decide.
 
-    It stays if it holds more than one checkpoint, or a checkpoint of another step, or a Hugging
-    Face folder, or if the disk cannot read it now.
+    It stays if it holds several checkpoints, a checkpoint of another step, or a Hugging Face
+    model, and if the disk cannot read it now.
     """
     store = catalog.store
     try:
@@ -171,7 +163,7 @@ def _why_not_decided_by_rules(catalog: Catalog, step: int, folder: str) -> str |
     except StorageError as error:
         return error.what  # A failing disk or mount does not mean that the checkpoint is bad.
     except HoldfastError:
-        # `last_save_in_hf` leaves a folder of safetensors without a manifest.
+        # A run whose last save is an export leaves a folder of safetensors without a manifest.
         with suppress(HoldfastError):
             if format_of(store, folder) == "safetensors":
                 return "a Hugging Face folder"
@@ -185,13 +177,8 @@ def _say(decisions: Sequence[Decision], options: PruneArguments) -> None:
         say_json({"folder": options.folder, "done": not options.dry_run, "decisions": listed})
         return
     rows = [
-        (
-            decision.name,
-            spelled_bytes(decision.nbytes),
-            "keep" if decision.stays else "remove",
-            decision.why,
-        )
-        for decision in decisions
+        (one.name, spelled_bytes(one.nbytes), "keep" if one.stays else "remove", one.why)
+        for one in decisions
     ]
     say_table(("folder", "size", "", "why"), rows)
     going = [decision for decision in decisions if not decision.stays]
@@ -201,7 +188,7 @@ def _say(decisions: Sequence[Decision], options: PruneArguments) -> None:
 
 
 def _execute(catalog: Catalog, decisions: Sequence[Decision]) -> None:
-    """Take the names of all checkpoints away first, then delete their files.
+    """Rename all checkpoints first, then delete their files.
 
     A kill in between leaves no checkpoint with half of its files.
     """

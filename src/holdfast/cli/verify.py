@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from holdfast.catalog.catalog import steps_in
 from holdfast.catalog.findings import FORMATS, VerifyReport, by_cause
@@ -16,6 +16,7 @@ from holdfast.catalog.pieces import note_on
 from holdfast.catalog.steady import is_deleted
 from holdfast.catalog.verify import VerifyTarget, failed, verify
 from holdfast.cli.terminal import (
+    POSITIONAL,
     JsonOptions,
     parsed,
     progress,
@@ -30,10 +31,8 @@ from holdfast.spelling import counted, spelled_bytes
 from holdfast.storage.opening import folder_store, is_url
 from holdfast.storage.store import ReadStore
 
-if TYPE_CHECKING:
-    import tyro
-
 CAUSES_MAX = 50
+"""Causes of damage that are printed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ class VerifyArguments(JsonOptions):
     Example: holdfast verify outputs/checkpoint/step-500
     """
 
-    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+    path: str = field(metadata=POSITIONAL)
     """Path or URL of a checkpoint, or of a folder of checkpoints."""
 
     quick: bool = False
@@ -139,7 +138,7 @@ def _mark(reports: Sequence[VerifyReport]) -> None:
 
 
 def stored_bytes(store: ReadStore, name: str) -> int:
-    """Returns the bytes of a checkpoint's files, without those whose size cannot be read."""
+    """Returns the bytes of a checkpoint's files. Skips files whose size cannot be read."""
     try:
         files = [f"{name}/{file}" for file in store.list(name) if not file.endswith("/")]
     except HoldfastError:
@@ -162,7 +161,7 @@ def resumable(reports: Sequence[VerifyReport], marked: Collection[int]) -> int |
 
 
 def _say(report: VerifyReport, quick: bool, *, is_file: bool) -> None:
-    # The name of a folder shows its format, mostly; a file could have any.
+    # A file's name does not say which format it has; a folder's mostly does.
     form = f", {FORMATS[report.format]}" if is_file and report.format else ""
     if report.good:
         verdict = "its structure is good" if quick else "good"

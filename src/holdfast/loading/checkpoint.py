@@ -14,19 +14,18 @@ import torch
 
 from holdfast.arguments import shown
 from holdfast.catalog.arguments import region_of
+from holdfast.catalog.open_any import Opened, open_in
 from holdfast.catalog.paths import open_parent
 from holdfast.catalog.source import Source, read_value
-from holdfast.catalog.steady import UNREADABLE, fingerprint
+from holdfast.catalog.steady import UNREADABLE
 from holdfast.errors import NotFoundError, UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.region import Region
-from holdfast.format.structure import Node
-from holdfast.loading.opening import open_in
 from holdfast.loading.read import Wanted, read_tensors
 from holdfast.planning.read_plan import read_items
 from holdfast.spelling import counted, spelled_bytes
 from holdfast.state.shard import Piece
-from holdfast.state.stored import StoredState, as_saved, rebuild
+from holdfast.state.stored import StoredState, rebuilder
 from holdfast.state.values import decode_value
 from holdfast.uncompiled import uncompiled
 
@@ -47,15 +46,15 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     store, name = open_parent(path)
     opened = open_in(store, name)
-    return Checkpoint(Source(store, opened.name, opened.manifest), opened.fingerprint)
+    return Checkpoint(opened.source(store), opened)
 
 
 class Checkpoint:
     """A checkpoint of Holdfast, or of stock `torch.distributed.checkpoint`."""
 
-    def __init__(self, source: Source, fingerprint: object = None) -> None:
-        """`fingerprint`: that of the checkpoint when it was opened; None if unknown."""
-        self._source, self._fingerprint = source, fingerprint
+    def __init__(self, source: Source, opened: Opened | None = None) -> None:
+        """`opened` recognizes a replacement of the checkpoint."""
+        self._source, self._opened = source, opened
 
     @property
     def manifest(self) -> Manifest:
@@ -119,13 +118,12 @@ class Checkpoint:
         """
         stored = StoredState(self.manifest)
 
-        def take(name: str, node: Node) -> Any:
-            read = self.read if name in self.tensors else self.value
-            return as_saved(read(name), node)
+        def values(name: str) -> Any:
+            return self.read(name) if name in self.tensors else self.value(name)
 
-        tops = [*stored.tops(), *(path[0] for path in stored.structure if len(path) == 1)]
+        tops = [*stored.root.children, *(path[0] for path in stored.structure if len(path) == 1)]
         return {
-            top: rebuild(stored.below((top,)), stored.node((top,)), take)
+            top: rebuilder(stored.below((top,)), stored.node((top,)))(values)
             for top in dict.fromkeys(tops)
         }
 
@@ -137,13 +135,13 @@ class Checkpoint:
         `region`: a `Region`, or one slice per dim as in indexing (without steps).
 
         Raises:
-            UsageError: the region does not lie in the tensor.
+            UsageError: the region is not inside the tensor.
             NotFoundError: there is no tensor of that name.
             DamagedError: bytes differ from those that were saved.
         """
         entry = self._entry("tensor", name, self.tensors)
         box = region_of(name, entry.shape, region)
-        # Before the allocation: the shape of a damaged index may be huge, without chunks for it.
+        # Before the allocation: a damaged index may state a huge shape that no chunks fill.
         read_items(name, entry, box)
         target = torch.empty(box.shape, dtype=getattr(torch, entry.dtype), device="cpu")
         if box.num_elements:
@@ -171,11 +169,10 @@ class Checkpoint:
         try:
             yield
         except UNREADABLE as error:
-            source, known = self._source, self._fingerprint
-            if known is None or fingerprint(source.store, source.folder) == known:
+            if self._opened is None or not self._opened.was_replaced(self._source.store):
                 raise
             raise NotFoundError(
-                f"`{source.url}` has been replaced or deleted since it was opened",
+                f"`{self._source.url}` has been replaced or deleted since it was opened",
                 hint="open it again",
             ) from error
 

@@ -19,8 +19,8 @@ from holdfast.format.components import MODEL, OPTIMIZER, SCHEDULER
 from holdfast.format.names import checked_step
 from holdfast.hf.export import HFModel
 from holdfast.manager import arguments
-from holdfast.manager.arguments import Metrics
-from holdfast.manager.components import as_list, check_excluded, components_per_rank
+from holdfast.manager.arguments import Metrics, as_list
+from holdfast.manager.components import check_excluded, components_per_rank
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.context import RunContext
 from holdfast.manager.goodput import RESUMING, Timings
@@ -34,7 +34,7 @@ from holdfast.manager.step_saver import StepSaver
 from holdfast.state.model import ModelState, adapted
 from holdfast.state.objects import StateTree
 from holdfast.state.optim import OptimizerState
-from holdfast.state.schedulers import scheduler_component
+from holdfast.state.schedulers import SchedulerState
 from holdfast.state.tree import Stateful
 from holdfast.storage.opening import folder_store
 from holdfast.uncompiled import uncompiled
@@ -105,6 +105,7 @@ class CheckpointManager:
         ranks = all_ranks() if ranks is None else arguments.checked_ranks(ranks)
         arguments.check(
             ranks,
+            self.config,
             folder=folder,
             model=model,
             optimizers=optimizers,
@@ -112,7 +113,6 @@ class CheckpointManager:
             dataloader=dataloader,
             states=states,
             hub=hub,
-            config=self.config,
         )
         models = as_list(model)
         saved_model = whole_model = ModelState(models)
@@ -121,7 +121,7 @@ class CheckpointManager:
         components = {
             MODEL: saved_model,
             OPTIMIZER: OptimizerState(models, as_list(optimizers)),
-            SCHEDULER: scheduler_component(as_list(lr_schedulers)),
+            SCHEDULER: SchedulerState(as_list(lr_schedulers)),
             **(states or {}),
             **components_per_rank(dataloader, ranks.rank),
         }

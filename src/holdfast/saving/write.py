@@ -18,8 +18,8 @@ WINDOW_BYTES = 4 << 20
 checksum."""
 
 JOINED_BYTES_MAX = 64 << 10
-"""Size below which consecutive parts are joined before they are written: a copy costs less than a
-buffer of its own."""
+"""Size below which consecutive parts are joined before they are written: copying them costs less
+than passing one more buffer to the store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +91,8 @@ def _write_parts(writer: Writer, layout: FileLayout, windows_of: WindowsOf, pace
 def _write_memory(writer: Writer, layout: FileLayout, memory: memoryview, pace: Pace) -> bytes:
     """Write the file from memory that holds the data. Returns its table of checksums.
 
-    Everything else is copied into the memory first: it is many small parts, and each would cost a
-    buffer of its own.
+    The rest of the file is copied into the memory first, since it is many small parts, each of
+    which would be one more buffer to pass to the store.
     """
     checksums: list[int] = []
     written = 0

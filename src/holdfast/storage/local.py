@@ -71,10 +71,6 @@ class LocalStore:
             finally:
                 os.close(file)
 
-    def read_into(self, key: str, start: int, target: memoryview) -> int:
-        with self.open(key) as reader:
-            return reader.read_into(start, target)
-
     @contextmanager
     def open(self, key: str) -> Iterator[Reader]:
         with self._errors_of("read", key):
@@ -252,7 +248,7 @@ class LocalStore:
             except (OSError, StorageError):
                 return None
             if lock is not None:
-                stack.callback(locks.remove_lock_file, beside, lock)
+                stack.callback(lock.release_and_remove, beside)
                 if not os.path.lexists(path):
                     # Its last holder removed the folder, and then the lock file.
                     raise NotFoundError(f"nothing at `{path}`") from None

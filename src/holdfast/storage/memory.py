@@ -60,11 +60,6 @@ class MemoryStore:
         with self._mutex:
             return bytes(self._file(key)[start:stop])
 
-    def read_into(self, key: str, start: int, target: memoryview) -> int:
-        data = self.read(key, start, start + len(target))
-        target[: len(data)] = data
-        return len(data)
-
     def open(self, key: str) -> PlainReader:
         return PlainReader(self, key)
 
@@ -157,12 +152,9 @@ class MemoryStore:
 
     def replace_file(self, source: str, target: str) -> None:
         with self._mutex:
-            file = self._file(source)
-            for key in (source, target):
-                folder, name = _split(key)
-                self._folder(folder).pop(name, None)
             folder, name = _split(target)
-            self._folder(folder)[name] = file
+            self._folder(folder)[name] = self._file(source)
+            self.remove(source)
 
 
 class _MemoryWriter:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 Check = Callable[[], None]
-"""Function that raises an error if a condition no longer holds."""
+"""Function that raises an error if this process has lost the lock."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -27,7 +27,7 @@ class Reader(Protocol):
     """A file, open for reading."""
 
     def read_into(self, start: int, target: memoryview) -> int:
-        """Like `ReadStore.read_into`, for this file."""
+        """Fill `target` from `start` on. Return the bytes read; fewer only if the file ends."""
         ...
 
 
@@ -52,10 +52,6 @@ class ReadStore(Protocol):
 
     def read(self, key: str, start: int, stop: int) -> bytes:
         """Return bytes `start` to `stop` of a file; fewer only if the file ends before."""
-        ...
-
-    def read_into(self, key: str, start: int, target: memoryview) -> int:
-        """Fill `target` from `start` on. Return the bytes read; fewer only if the file ends."""
         ...
 
     def open(self, key: str) -> AbstractContextManager[Reader]:
@@ -161,13 +157,15 @@ class AmendableStore(Store, Protocol):
 
 
 class PlainReader:
-    """A `Reader` of a store that has no open files: each read names the key again."""
+    """A `Reader` for stores without open files. Each read names the key again."""
 
     def __init__(self, store: ReadStore, key: str) -> None:
         self._store, self._key = store, key
 
     def read_into(self, start: int, target: memoryview) -> int:
-        return self._store.read_into(self._key, start, target)
+        data = self._store.read(self._key, start, start + len(target))
+        target[: len(data)] = data
+        return len(data)
 
     def __enter__(self) -> PlainReader:
         return self

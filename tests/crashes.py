@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
+from benchmarks.power_cuts import Operation, PowerCut, Tree, cuts, fingerprint
+
 from holdfast.errors import HoldfastError
-from holdfast.format.checksum import checksum
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Buffer, Store, Writer
-from holdfast.testing.disk import Operation, PowerCut, Tree, cuts
 
 T = TypeVar("T")
 
@@ -131,10 +131,13 @@ def store_of(tree: Tree) -> MemoryStore:
     return store
 
 
-def fingerprint(tree: Tree) -> int:
-    """Hash the names and contents of a tree."""
-    lines = (
-        f"{path}\0{'folder' if data is None else f'{len(data)} {checksum(data):x}'}"
-        for path, data in sorted(tree.items())
-    )
-    return checksum("\n".join(lines).encode(errors="surrogateescape"))
+def tree_of(store: MemoryStore, folder: str = "") -> Tree:
+    """Return all files and folders below a folder of a store."""
+    tree: dict[str, bytes | None] = {}
+    for name in store.list(folder):
+        path = f"{folder}/{name}".strip("/")
+        if name.endswith("/"):
+            tree |= {path: None, **tree_of(store, path)}
+        else:
+            tree[path] = store.read(path, 0, store.size(path))
+    return tree
