@@ -33,7 +33,7 @@ from holdfast.hf.export import ExportSnapshot, HFModel, export
 from holdfast.hf.flavors import LLAMA3, config_of
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import begin_save
-from holdfast.state.tree import flatten
+from holdfast.state.objects import StateTree
 from holdfast.storage.local import LocalStore
 
 ROUNDS = 3
@@ -59,7 +59,7 @@ def export_holdfast(state: dict[str, torch.Tensor], folder: Path) -> Callable[[i
     catalog, planner = Catalog(LocalStore(folder)), Planner(ranks)
 
     def run(number: int) -> None:
-        pending = begin_save(catalog, f"step-{number}", flatten(state), planner=planner)
+        pending = begin_save(catalog, f"step-{number}", StateTree(state).flatten(), planner=planner)
         snapshot = ExportSnapshot(pending.file_layout, pending.data_of, pending.index, ())
         export(snapshot, model, "bfloat16", catalog=catalog, attempt=pending.attempt, ranks=ranks)
 

@@ -72,7 +72,7 @@ class Training:
     """Model with `nbytes` of training state, and its optimizer."""
 
     def __init__(self, nbytes: int) -> None:
-        # Per element: the weight and two moments, 4 bytes each.
+        # An element takes 12 bytes: the weight and two moments, 4 bytes each.
         width = max(64, round((nbytes / (12 * NUM_LAYERS)) ** 0.5 / 64) * 64)
         self.model = nn.Sequential(*(Layer(width, width, bias=False) for _ in range(NUM_LAYERS)))
         self.optimizer = torch.optim.AdamW(self.model.parameters())

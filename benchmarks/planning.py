@@ -48,7 +48,8 @@ from holdfast.saving.commit import commit
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import begin_save
 from holdfast.saving.write import WriteResult as RankResult
-from holdfast.state.tree import FlatState, flatten
+from holdfast.state.objects import StateTree
+from holdfast.state.tree import FlatState
 
 NUM_TENSORS = 2000
 SHAPE = (16384, 4)
@@ -307,9 +308,9 @@ def main() -> None:
     ]
     for size in options.sizes:
         state = state_of(size)
-        best = measure_holdfast(size, flatten(state), {"rng"})
+        best = measure_holdfast(size, StateTree(state).flatten(), {"rng"})
         lines.append(row(size, "holdfast", best))
-        worst = measure_holdfast(size, flatten(state), {"rng", "items"})
+        worst = measure_holdfast(size, StateTree(state).flatten(), {"rng", "items"})
         lines.append(row(size, "holdfast, all file layouts differ", worst))
         if size <= options.stock_size_max:
             with TemporaryDirectory() as folder:

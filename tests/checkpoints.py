@@ -23,7 +23,8 @@ from holdfast.format.manifest import Manifest
 from holdfast.format.names import MANIFEST
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import Saved, begin_save, finish_save
-from holdfast.state.tree import FlatState, flatten
+from holdfast.state.objects import StateTree
+from holdfast.state.tree import FlatState
 from holdfast.storage.local import LocalStore
 from holdfast.testing.ranks import run_ranks
 from manifest_bytes import encode
@@ -86,7 +87,9 @@ def save_step(folder: Path, step: int = STEP) -> Path:
     catalog.store.make_folder("")
 
     def work(ranks: Ranks) -> None:
-        save_leaves(catalog, f"step-{step}", flatten(state()), ranks, step=step, kind="full")
+        save_leaves(
+            catalog, f"step-{step}", StateTree(state()).flatten(), ranks, step=step, kind="full"
+        )
 
     run_ranks(2, work)
     return folder / f"step-{step}"

@@ -4,12 +4,12 @@ themselves write small ones."""
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from hub_folders import LLAMA, hub_tensors, save_folder
+from hf_folders import LLAMA, hf_tensors, save_folder
 from processes import run_processes
+from warm import python
 
 SHARDED = """
 import sys, torch, pytorch_lightning as pl
@@ -70,12 +70,12 @@ def prepare(name: str, folder: Path) -> None:
     if name == "accelerate":
         run_processes(2, save_by_accelerate, str(outputs))
     elif name == "pytorch-lightning":
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launch = [python(), "-m", "torch.distributed.run", "--standalone"]
         (folder / "sharded.py").write_text(SHARDED)
         work = ["--nproc_per_node", "2", "sharded.py", str(outputs / "sharded.ckpt")]
         ran_unless_torch_aborts([*launch, *work], cwd=folder).check_returncode()
     else:
-        save_folder(folder / "path/to/hf", LLAMA, hub_tensors(LLAMA))
+        save_folder(folder / "path/to/hf", LLAMA, hf_tensors(LLAMA))
         save_tokenizer(folder / "path/to/hf")
 
 

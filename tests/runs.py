@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import warm
+
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "train_configs" / "debug_model.toml"
 SMALL = (
@@ -20,12 +22,12 @@ SMALL = (
 )
 
 
-def command(*arguments: str, ranks: int, cwd: Path) -> list[str]:
+def command(*arguments: str, ranks: int, cwd: Path, python: str) -> list[str]:
     """Return the command of a run with `ranks` workers; a single one is started without the
     launcher."""
     shutil.copy(ROOT / "LICENSE", cwd / "corpus.txt")
     module = "holdfast.trainer.launch" if ranks > 1 else "holdfast.trainer"
-    return [sys.executable, "-m", module, "--job.config_file", str(CONFIG), *SMALL, *arguments]
+    return [python, "-m", module, "--job.config_file", str(CONFIG), *SMALL, *arguments]
 
 
 def environment(ranks: int) -> dict[str, str]:
@@ -36,7 +38,7 @@ def train(
     *arguments: str, ranks: int = 1, cwd: Path, timeout_s: float = 200
 ) -> subprocess.CompletedProcess[str]:
     """Run until the end. The result has stdout and stderr in one text, as on a terminal."""
-    run = start(*arguments, ranks=ranks, cwd=cwd)
+    run = start(*arguments, ranks=ranks, cwd=cwd, python=warm.python())
     try:
         said, _ = run.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -45,10 +47,12 @@ def train(
     return subprocess.CompletedProcess(run.args, run.returncode, said)
 
 
-def start(*arguments: str, ranks: int, cwd: Path) -> subprocess.Popen[str]:
+def start(
+    *arguments: str, ranks: int, cwd: Path, python: str = sys.executable
+) -> subprocess.Popen[str]:
     """Start a run in a process group of its own."""
     return subprocess.Popen(
-        command(*arguments, ranks=ranks, cwd=cwd),
+        command(*arguments, ranks=ranks, cwd=cwd, python=python),
         cwd=cwd,
         env=environment(ranks),
         text=True,

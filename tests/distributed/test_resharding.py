@@ -25,7 +25,7 @@ from torch.utils import swap_tensors
 import holdfast
 from holdfast.comm import all_ranks, capture
 from holdfast.saving.planner import LocalState, Planner
-from holdfast.state.tree import flatten
+from holdfast.state.objects import StateTree
 from processes import run_processes
 
 WIDTH = 10
@@ -224,7 +224,7 @@ def relaid_on(rank: int, size: int) -> int:
         return tensor if placement is None else distribute_tensor(tensor, mesh, [placement])
 
     def local_plans(planner: Planner, state: dict[str, Any]) -> Any:
-        held = capture(lambda: planner.hold(flatten(state), None))
+        held = capture(lambda: planner.hold(StateTree(state).flatten(), None))
         return held.local_plans if isinstance(held, LocalState) else held.what
 
     # In all cases but one, the first rank has elements of the same shape before and after.
@@ -244,7 +244,7 @@ def relaid_on(rank: int, size: int) -> int:
         assert local_plans(planner, {"a.b": after}) == wanted != was
         assert local_plans(planner, {"a": {"b": before}}) != was, "another path"
         if type(before) is type(after):
-            planner.hold(flatten({"a.b": before}), None)
+            planner.hold(StateTree({"a.b": before}).flatten(), None)
             swap_tensors(before, after)  # type: ignore[no-untyped-call]
             assert local_plans(planner, {"a.b": before}) == wanted
     ranks.close()

@@ -11,6 +11,7 @@ import pytest
 
 from holdfast.trainer import launch
 from holdfast.trainer.arguments import prepare_start, read_config
+from warm import python
 
 ONE_GPU = (
     "import sys, torch\n"
@@ -26,7 +27,7 @@ LAUNCH = "from holdfast.trainer.launch import main\nsys.exit(main(sys.argv[1:]))
 def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a script in a process; stderr goes to stdout, as in a terminal."""
     return subprocess.run(
-        [sys.executable, "-c", script, *arguments],
+        [python(), "-c", script, *arguments],
         env={**os.environ, **environment},
         text=True,
         stdout=subprocess.PIPE,
@@ -56,7 +57,7 @@ def test_an_error_before_the_process_group_exists_is_printed_under_torchrun(
         "print(store.port, flush=True)\nsys.stdin.read()"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", serve_store],
+        [python(), "-c", serve_store],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -71,7 +72,7 @@ def test_an_error_before_the_process_group_exists_is_printed_under_torchrun(
         }
         workers = [
             subprocess.Popen(
-                [sys.executable, "-c", script, "--job.dump_folder", str(tmp_path)],
+                [python(), "-c", script, "--job.dump_folder", str(tmp_path)],
                 env={**shared, "RANK": rank, "LOCAL_RANK": rank},
                 text=True,
                 stderr=subprocess.PIPE,
@@ -181,7 +182,7 @@ def test_without_a_gpu_driver_the_gpus_are_counted_without_torch() -> None:
         "import sys\nfrom holdfast.trainer import launch\nlaunch.GPU_DEVICES = ('/nowhere',)\n"
         "assert launch.count_gpus() == 0\nassert 'torch' not in sys.modules"
     )
-    assert run(script).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
     assert launch.NUM_CPU_WORKERS == 2
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from runs import losses
+from warm import python
 
 
 def launched(folder: Path, *arguments: str, workers: int = 2) -> subprocess.CompletedProcess[str]:
@@ -17,7 +17,7 @@ def launched(folder: Path, *arguments: str, workers: int = 2) -> subprocess.Comp
     text = folder.parent / "text.txt"
     text.write_text(Path(__file__).read_text())
     command = (
-        f"{sys.executable} -W error -m holdfast.trainer.launch --job.dump_folder {folder} "
+        f"{python()} -W error -m holdfast.trainer.launch --job.dump_folder {folder} "
         f"--training.dataset_path {text} --training.seq_len 32 "
         "--training.local_batch_size 1 --training.global_batch_size 4 --metrics.log_freq 1 "
         "--checkpoint.enable --checkpoint.interval 3 --lr_scheduler.total_steps 6 "

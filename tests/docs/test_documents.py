@@ -20,11 +20,12 @@ import yaml
 from safetensors.torch import load_file
 
 from checkpoints import save_step
+from hf_folders import hf_tensors, low_rank, save_adapter, save_folder
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.trainer.arguments import read_config
-from hub_folders import hub_tensors, low_rank, save_adapter, save_folder
 from pages import GUIDE
 from runs import ROOT
+from warm import python
 
 EXAMPLES = ROOT / "examples" / "README.md"
 DOCUMENTS = sorted(
@@ -56,7 +57,7 @@ def test_python_blocks_run(name: str, text: str, tmp_path: Path) -> None:
     """Method: run each block as a script in an empty folder. A block with a manager runs twice, so
     that the second run resumes."""
     for _ in range(1 + ("CheckpointManager" in text)):
-        subprocess.run([sys.executable, "-W", "error", "-c", text], cwd=tmp_path, check=True)
+        subprocess.run([python(), "-W", "error", "-c", text], cwd=tmp_path, check=True)
 
 
 @pytest.mark.parametrize(("name", "text"), blocks("toml"))
@@ -218,7 +219,7 @@ def test_the_commands_that_convert(tmp_path: Path) -> None:
     """Method: run the commands one after the other on a small Llama. Each round trip gives the same
     tensors."""
     config = config_of("llama3", MODELS["llama3"]["debugmodel"], 300)
-    tensors = hub_tensors(config)
+    tensors = hf_tensors(config)
     save_folder(tmp_path / "path/to/hf", config, tensors, num_files=2)
     save_adapter(
         tmp_path / "path/to/adapter", low_rank(tensors, {"model.layers.0.self_attn.q_proj": 4})
@@ -228,9 +229,7 @@ def test_the_commands_that_convert(tmp_path: Path) -> None:
         if words[0] == "holdfast":
             words[:1] = ["python", "-m", "holdfast.cli"]
         words = [str(ROOT / word) if word.startswith("./scripts") else word for word in words]
-        ran = subprocess.run(
-            [sys.executable, *words[1:]], cwd=tmp_path, text=True, capture_output=True
-        )
+        ran = subprocess.run([python(), *words[1:]], cwd=tmp_path, text=True, capture_output=True)
         assert ran.returncode == 0, f"{command}\n{ran.stderr}"
     for folder in ("exported_again", "exported_again_2"):
         found = load_file(tmp_path / folder / "model.safetensors")

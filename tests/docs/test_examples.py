@@ -6,8 +6,9 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
+
+from warm import python
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -15,7 +16,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def run(folder: Path, script: str, *arguments: str, ranks: int = 0) -> str:
     """Run an example in a folder. Returns its output."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [sys.executable, *(launcher if ranks else []), str(EXAMPLES / script), *arguments]
+    command = [python(), *(launcher if ranks else []), str(EXAMPLES / script), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     ran = subprocess.run(
         command, cwd=folder, env=environment, text=True, capture_output=True, timeout=200

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 
-from pages import GUIDE, blocks, environment, follow, furnish, run_line
+from pages import GUIDE, INTERPRETER, blocks, environment, follow, furnish, run_line
 from runs import ROOT, kill_all, wait_for_step
 
 AFTER_A_RUN = {*("keeping", "practices", "resuming", "single-file", "structure", "torchtune")}
@@ -65,14 +65,14 @@ def as_torchtitan_saves(step: Path, folder: Path) -> None:
 
 
 def test_the_readme_can_be_followed(tmp_path: Path) -> None:
-    """Method: kill the first run after step 25. Then run every command as written, except on one
-    worker instead of two."""
+    """Method: kill the first run, whose interpreter starts afresh, after step 25. Then run every
+    command as written, except on one worker instead of two."""
     furnish(tmp_path, steps=100)
     text = (ROOT / "README.md").read_text()
     first = subprocess.Popen(
         ["./run_train.sh"],
         cwd=tmp_path,
-        env=environment(tmp_path),
+        env={**environment(tmp_path), INTERPRETER: sys.executable},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import get_type_hints
@@ -16,13 +15,14 @@ import pytest
 import yaml
 
 from checkpoints import save_step, save_stock
+from hf_folders import hf_tensors, save_folder
 from holdfast.cli.main import COMMANDS
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.skills.bundle import ENTRY, frontmatter, shipped
 from holdfast.trainer.arguments import read_config
 from holdfast.trainer.config import Config
-from hub_folders import hub_tensors, save_folder
 from neighbours import prepare, ran_unless_torch_aborts
+from warm import python
 
 FIELDS = {"name", "description", "license", "compatibility", "metadata", "allowed-tools"}
 NAME_LENGTH_MAX, DESCRIPTION_LENGTH_MAX, BODY_LINES_MAX = 64, 1024, 500
@@ -120,7 +120,7 @@ def follow(folder: Path, command: str, *, steps: int) -> str:
             ("accelerate", 'set -- -m accelerate.commands.accelerate_cli "$@"'),
             ("python", ""),
         ):
-            text = f'#!/bin/sh\n{script}\nexec "{sys.executable}" "$@"\n'
+            text = f'#!/bin/sh\n{script}\nexec "{python()}" "$@"\n'
             (bin_folder / program).write_text(text)
             (bin_folder / program).chmod(0o755)
     environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
@@ -146,7 +146,7 @@ def test_what_a_page_tells_to_run_runs(
     if page == "references/hugging-face.md":
         shutil.rmtree(tmp_path / "outputs")
         config = config_of("llama3", MODELS["llama3"]["debugmodel"], 300)
-        save_folder(tmp_path / "path/to/hf", config, hub_tensors(config))
+        save_folder(tmp_path / "path/to/hf", config, hf_tensors(config))
     if name == "torchtitan":
         shutil.rmtree(tmp_path / "outputs/checkpoint/step-10")
         save_stock(tmp_path / "outputs/checkpoint/step-10")
@@ -157,7 +157,7 @@ def test_what_a_page_tells_to_run_runs(
         elif language == "python":
             if "CheckpointManager" in text:
                 shutil.rmtree(tmp_path / "outputs", ignore_errors=True)
-            command = [sys.executable, "-c", text]
+            command = [python(), "-c", text]
             subprocess.run(command, cwd=tmp_path, check=True)
         elif language == "sh":
             for line in lines:

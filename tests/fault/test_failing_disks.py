@@ -24,7 +24,7 @@ from holdfast.format.names import step_name
 from holdfast.loading.checkpoint import Checkpoint
 from holdfast.manager.context import RunContext
 from holdfast.manager.saver import Saver
-from holdfast.state.tree import flatten
+from holdfast.state.objects import StateTree
 from holdfast.storage import renaming
 from holdfast.storage.local import LocalStore
 from holdfast.testing.failing import FailingStore
@@ -83,7 +83,7 @@ def whole_steps(folder: Path) -> list[int]:
 
 def save(saver: Saver, step: int, ranks: Ranks) -> HoldfastError | None:
     """Save and wait. Returns the error that this rank raises."""
-    leaves = flatten(state_of(step, ranks.rank))
+    leaves = StateTree(state_of(step, ranks.rank)).flatten()
     try:
         saver.save(step, "full", lambda: leaves)
         saver.collect()

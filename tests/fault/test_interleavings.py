@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from checkpoints import save_leaves
+from hf_folders import LLAMA, hf_tensors, save_folder
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.open_any import Opened, open_in
@@ -41,10 +42,8 @@ from holdfast.manager.resume import newest_resumable
 from holdfast.manager.retention import Retainer
 from holdfast.saving.save import Saved, save_in
 from holdfast.state.objects import StateTree
-from holdfast.state.tree import flatten
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import AmendableStore
-from hub_folders import LLAMA, hub_tensors, save_folder
 from interleavings import Actor, Ran, interleavings
 
 NAME = "c"
@@ -74,7 +73,7 @@ def save(value: int, store: AmendableStore, *, overwrite: bool = False, name: st
 
 def save_step(step: int, store: AmendableStore, *, value: int | None = None) -> Saved:
     """Save a step as a manager does."""
-    leaves = flatten(state_of(step if value is None else value))
+    leaves = StateTree(state_of(step if value is None else value)).flatten()
     return save_leaves(Catalog(store), step_name(step), leaves, Solo(), step=step, kind="full")
 
 
@@ -319,7 +318,7 @@ WISHES = {
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = {**LLAMA, "num_hidden_layers": 1}
-    return save_folder(tmp_path_factory.mktemp("hub") / "hub", small, hub_tensors(small))
+    return save_folder(tmp_path_factory.mktemp("hf") / "hf", small, hf_tensors(small))
 
 
 def conversion(source: Path, options: ConvertOptions) -> Actor:

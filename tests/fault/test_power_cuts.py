@@ -20,7 +20,7 @@ from holdfast.loading.checkpoint import Checkpoint
 from holdfast.manager.context import RunContext
 from holdfast.manager.resume import newest_resumable
 from holdfast.manager.saver import Saver
-from holdfast.state.tree import flatten
+from holdfast.state.objects import StateTree
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Store
 from holdfast.testing.ranks import run_ranks
@@ -49,7 +49,7 @@ def bits(value: Any) -> Any:
 
 STATES = {seed: state_of(seed) for seed in range(1, 6)}
 EXPECTED = {
-    seed: {n: bits(leaf.value) for n, leaf in flatten(state).leaves.items()}
+    seed: {n: bits(leaf.value) for n, leaf in StateTree(state).flatten().leaves.items()}
     for seed, state in STATES.items()
 }
 
@@ -85,7 +85,7 @@ def save(store: Store, step: int, seed: int, size: int = 1) -> None:
     """Save on `size` ranks, each of which holds the whole state."""
 
     def work(ranks: Ranks) -> None:
-        leaves = flatten(STATES[seed])
+        leaves = StateTree(STATES[seed]).flatten()
         save_leaves(Catalog(store), step_name(step), leaves, ranks, step=step, kind="full")
 
     on_ranks(size, work)
@@ -153,7 +153,7 @@ def train(
     def work(ranks: Ranks) -> None:
         saver = Saver(RunContext(Catalog(store), config, ranks))
         for step, seed in steps.items():
-            state = flatten({**STATES[seed], "large": STATES[seed]["large"].clone()})
+            state = StateTree({**STATES[seed], "large": STATES[seed]["large"].clone()}).flatten()
             assert saver.save(step, "full", lambda state=state: state)  # type: ignore[misc]
             if async_mode == "async":
                 state.leaves["large"].value.fill_(0)

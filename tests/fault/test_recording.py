@@ -19,7 +19,7 @@ from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.catalog.catalog import Catalog
 from holdfast.comm import Solo
 from holdfast.format.names import MANIFEST
-from holdfast.state.tree import flatten
+from holdfast.state.objects import StateTree
 from holdfast.storage.local import LocalStore
 from holdfast.storage.store import Store
 
@@ -97,7 +97,7 @@ def test_a_store_in_memory_records_the_operations_of_a_local_one(tmp_path: Path)
         store.make_folder("")
         catalog = Catalog(store)
         for name in ("step-1", "step-2", "step-1"):
-            leaves = flatten({"w": torch.arange(30_000), "n": 1})
+            leaves = StateTree({"w": torch.arange(30_000), "n": 1}).flatten()
             save_leaves(catalog, name, leaves, Solo())
         catalog.store.remove(str(catalog.set_aside_for_deletion("step-2")))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
-import hub_models
+import hf_models
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.hf.flavors import MODELS, RopeScaling, config_of
@@ -49,10 +49,10 @@ def test_our_models_give_the_same_logits_as_transformers(
         config["rope_scaling"]["original_max_position_embeddings"] = 16
     (assets / "config.json").write_text(json.dumps(config))
     options = ConvertOptions(to="hf", hf_assets=str(assets), dtype=str(dtype)[6:])  # type: ignore[arg-type]
-    convert(plan(str(step), options), str(tmp_path / "hub"))
-    theirs = hub_models.load(tmp_path / "hub", dtype=dtype)
+    convert(plan(str(step), options), str(tmp_path / "hf"))
+    theirs = hf_models.load(tmp_path / "hf", dtype=dtype)
     tokens = torch.randint(0, 300, (2, 64))
-    with torch.no_grad(), hub_models.quiet():
+    with torch.no_grad(), hf_models.quiet():
         found, wanted = ours(tokens), theirs(tokens).logits.float()
     if dtype == torch.float32:
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
@@ -63,7 +63,7 @@ def test_our_models_give_the_same_logits_as_transformers(
         assert kl_div(wanted_odds, odds, log_target=True, reduction="batchmean") < bound
 
     back = ConvertOptions(to="dcp")
-    convert(plan(str(tmp_path / "hub"), back), str(tmp_path / "step-1"))
+    convert(plan(str(tmp_path / "hf"), back), str(tmp_path / "step-1"))
     again = Transformer(flavor, vocab_size=300, seq_len=64)
     load(tmp_path / "step-1", again.state_dict())
     for key, tensor in ours.state_dict().items():

@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-import hub_models
+import hf_models
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.hf.published import published
@@ -107,7 +107,7 @@ def make(config: dict[str, Any]) -> Any:
     config = {**config, "num_hidden_layers": 2}
     if "layer_types" in config:
         config["layer_types"] = config["layer_types"][:2]
-    with hub_models.quiet():
+    with hf_models.quiet():
         known = transformers.AutoConfig.for_model(**config)
         known._attn_implementation = "eager"
         model = transformers.AutoModelForCausalLM.from_config(known)
@@ -140,12 +140,12 @@ def test_torchtitan_models_give_the_same_logits_as_transformers(
     wanted, experts = dict[str, torch.Tensor](), dict[str, list[Any]]()
     for case, (name, flavor, config, sizes) in MODELS.items():
         folder, model = tmp_path / "models" / case, make(config)
-        hub = hub_models.save(model, tmp_path / "hub" / case)
-        step = converted(hub, folder / "step-0", ConvertOptions(to="dcp", names="titan"))
+        source = hf_models.save(model, tmp_path / "hf" / case)
+        step = converted(source, folder / "step-0", ConvertOptions(to="dcp", names="titan"))
         back = converted(
-            step, tmp_path / "back" / case, ConvertOptions(to="hf", hf_assets=str(hub))
+            step, tmp_path / "back" / case, ConvertOptions(to="hf", hf_assets=str(source))
         )
-        saved, found = (load_file(at / "model.safetensors") for at in (hub, back))
+        saved, found = (load_file(at / "model.safetensors") for at in (source, back))
         assert saved.keys() == found.keys()
         assert all(torch.equal(found[key], tensor) for key, tensor in saved.items()), case
         eps = config["rms_norm_eps"]
@@ -155,7 +155,7 @@ def test_torchtitan_models_give_the_same_logits_as_transformers(
         for module in model.modules():
             if type(module).__name__.endswith("Router"):
                 module.register_forward_hook(lambda *call, chosen=chosen: chosen.append(call[-1]))
-        with torch.no_grad(), hub_models.quiet():
+        with torch.no_grad(), hf_models.quiet():
             wanted[case] = model(tokens).logits
         experts[case] = chosen
     script = Path(__file__).with_name("torchtitan_logits.py")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from holdfast.comm import Solo
 from holdfast.saving.planner import Planner
-from holdfast.state.tree import flatten
+from holdfast.state.objects import StateTree
 
 ONE, OTHER = torch.zeros(4), torch.zeros(4)
 ALIKE = st.sampled_from([ONE, ONE.detach(), OTHER])
@@ -34,6 +34,6 @@ def test_local_plans_do_not_depend_on_earlier_saves(
     planner = Planner(Solo())
     for changes, dtype in saves:
         state = {n: value for n, value in {**state, **changes}.items() if value is not None}
-        leaves = flatten(state)
+        leaves = StateTree(state).flatten()
         held, anew = planner.hold(leaves, dtype), Planner(Solo()).hold(leaves, dtype)
         assert held.local_plans == anew.local_plans

@@ -23,7 +23,7 @@ from holdfast.loading.checkpoint import Checkpoint
 from holdfast.manager.context import RunContext
 from holdfast.manager.resume import newest_resumable
 from holdfast.manager.saver import Saver
-from holdfast.state.tree import flatten
+from holdfast.state.objects import StateTree
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Store
 from holdfast.testing.stores import put
@@ -157,7 +157,7 @@ def train(folder: Folder, run: Run) -> None:
         saver = Saver(RunContext(Catalog(store), config, Solo()))
         saver.retainer.resumed(first if first is not None else -1, left_behind)
         for step, loss in new.items():
-            leaves = flatten({"w": value_of(step), "loss": loss})
+            leaves = StateTree({"w": value_of(step), "loss": loss}).flatten()
             saver.save(step, "full", lambda leaves=leaves: leaves, metrics={"loss": loss})  # type: ignore[misc]
         saver.collect()
         saver.retainer.wait()
@@ -167,7 +167,7 @@ def train(folder: Folder, run: Run) -> None:
     cut = PowerCut(at, "killed" if run.cut is None else run.version, run.seed)
     folder.tree = left_by([*before, *done], cut, durable=len(before))
 
-    # Checkpoints that remain count, even if an interrupted run had no reason to keep them.
+    # An interrupted run may leave checkpoints that no rule keeps. They count for the rules too.
     folder.may_go = set()
     losses = losses_of_counted(begin)
     counted = set(losses) - set(left_behind)

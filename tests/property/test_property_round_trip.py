@@ -1,4 +1,4 @@
-"""Any region of tensors that several ranks saved, against plain slicing."""
+"""Any region that is read from tensors of several ranks has the elements of plain slicing."""
 
 from __future__ import annotations
 

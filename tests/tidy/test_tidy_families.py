@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-import hub_models
+import hf_models
 from holdfast.hf.families import FAMILIES
 from holdfast.hf.flavors import MODELS
 from holdfast.hf.published import PUBLISHED, TYPES, flavors_of, published
@@ -45,7 +45,7 @@ def test_every_model_type_has_a_model_in_the_tests() -> None:
     A language model inside a larger model needs no model of its own: its tensors have the same
     names, except for a prefix.
     """
-    tested = {getattr(transformers, kind).model_type for kind, _ in hub_models.MODELS.values()}
+    tested = {getattr(transformers, kind).model_type for kind, _ in hf_models.MODELS.values()}
     assert tested == OF_WHOLE_MODELS
 
 

@@ -59,8 +59,8 @@ def _checked(path: object, state: object, function: str) -> str:
 
 
 def region_of(name: object, shape: tuple[int, ...], region: object) -> Region:
-    """Return a region that was passed as None for the whole tensor, as a `Region`, or as slices.
-    Raises a UsageError for another type, or a region outside of the tensor."""
+    """Return the region of an argument: None for the whole tensor, a `Region`, or slices. Raises a
+    UsageError for another type, or a region outside of the tensor."""
     if region is None:
         return Region.whole(shape)
     if not isinstance(region, Region):

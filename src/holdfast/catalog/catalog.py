@@ -311,8 +311,8 @@ def read_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
 
 
 def read_checksums(store: ReadStore, name: str, manifest: Manifest, file: str) -> tuple[int, ...]:
-    """Read the checksums of all blocks of a data file. Raises a DamagedError if the table differs
-    from its own checksum."""
+    """Read the checksums of all blocks of a data file. Raises a DamagedError if they do not match
+    the checksum of their table."""
     table, where = manifest.tables[file], location(store, name)
     packed = store.read(f"{name}/{file}", table.offset, manifest.files[file])
     found = checksum(packed)

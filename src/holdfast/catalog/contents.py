@@ -99,7 +99,7 @@ class _Section:
 
 
 _Item = tuple[Span, str, str, Chunk | ValueEntry]
-"""Span, name and dtype of a chunk, or of a value, whose dtype is empty."""
+"""Span, name and dtype of a chunk or value, then the chunk or value. A value has no dtype."""
 
 
 def check_files(
@@ -296,7 +296,7 @@ def check_record(
 
 
 def entries_by_record(manifest: Manifest, records: Mapping[str, Record]) -> dict[str, str]:
-    """The names of the tensors in each record of a `.pt` file, as one text per record."""
+    """The names of the tensors in each record of a `.pt` file, separated by commas."""
     by_offset = sorted((record.data.offset, name) for name, record in records.items())
     offsets = [offset for offset, _ in by_offset]
     names: dict[str, list[str]] = {}

@@ -105,7 +105,7 @@ def by_cause(findings: Sequence[Finding]) -> list[str]:
     Findings in one file that differ only in numbers have one cause. A file of another size is the
     cause of all findings in it.
     """
-    cut = {f.file for f in findings if f.concern == "file" and not f.entry and is_size(f)}
+    cut = {f.file for f in findings if f.concern == "file" and not f.entry and has_wrong_size(f)}
     groups: dict[tuple[str, ...], list[Finding]] = {}
     for finding in findings:
         if finding.file in cut:
@@ -116,7 +116,7 @@ def by_cause(findings: Sequence[Finding]) -> list[str]:
     return [_line(group) for group in groups.values()]
 
 
-def is_size(finding: Finding) -> bool:
+def has_wrong_size(finding: Finding) -> bool:
     """Whether a file has another size than was written. Its undamaged entries can be read."""
     return finding.what.startswith("has ") and finding.what.endswith(" were written")
 
@@ -203,7 +203,9 @@ def components_of(manifest: Manifest) -> dict[str, str]:
     has a first key of its own, other first keys are other components; entries below `state` and
     `param_groups` alone are an optimizer's state dict, as in `optimizer.pt`.
     """
-    paths, components = _paths(manifest), manifest.components
+    paths: dict[str, Sequence[str | int]] = {n: e.path for n, e in manifest.tensors.items()}
+    paths |= {name: entry.path for name, entry in manifest.values.items()}
+    components = manifest.components
     if components is not None:
         return {n: str(path[0]) if path[0] in components else MODEL for n, path in paths.items()}
     first_keys = {path[0] for path in paths.values() if len(path) > 1}
@@ -224,11 +226,6 @@ def name_in_model(path: Sequence[str | int]) -> str:
     """The name of a tensor of the model, at this path, in the model's own state dict."""
     nested = len(path) > 1 and path[0] in MODEL_KEYS
     return ".".join(map(str, path[1:] if nested else path))
-
-
-def _paths(manifest: Manifest) -> dict[str, Sequence[str | int]]:
-    paths: dict[str, Sequence[str | int]] = {n: e.path for n, e in manifest.tensors.items()}
-    return paths | {name: entry.path for name, entry in manifest.values.items()}
 
 
 def _damaged_files(manifest: Manifest, findings: Sequence[Finding]) -> dict[str, set[str]]:

@@ -109,7 +109,7 @@ def of_language_model(config: Config) -> Config:
     if not isinstance(text, dict):
         return config
     outer = {key: value for key, value in config.items() if not isinstance(value, dict)}
-    # On tied embeddings and the type, the outer configuration decides.
+    # The outer configuration decides on tied embeddings and on the type.
     tied = {key: outer[key] for key in ("tie_word_embeddings",) if key in outer}
     return {**outer, **text, **tied, "model_type": config.get("model_type")}
 

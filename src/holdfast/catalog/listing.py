@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -120,20 +121,14 @@ def hint_without_steps(store: ReadStore, name: str, names: Sequence[str]) -> str
         return f"it is a checkpoint itself: holdfast verify {location(store, name)}"
     folders = [folder.rstrip("/") for folder in names if folder.endswith("/")]
     for folder in folders:
-        if _holds_steps(store, f"{name}/{folder}"):
-            return f"there are some in {location(store, name)}/{folder}"
+        with suppress(HoldfastError):
+            if steps_in(store, f"{name}/{folder}"):
+                return f"there are some in {location(store, name)}/{folder}"
     others = [folder for folder in folders if is_checkpoint(store, f"{name}/{folder}")]
     if others:
         command = f"holdfast verify {location(store, name)}/{others[-1]}"
         return f"no `step-N`, but checkpoints: {', '.join(others[:10])}; {command}"
     return f"found: {', '.join(names[:10]) or 'nothing'}"
-
-
-def _holds_steps(store: ReadStore, name: str) -> bool:
-    try:
-        return bool(steps_in(store, name))
-    except HoldfastError:
-        return False
 
 
 def resumable(rows: Sequence[CheckpointRow]) -> int | None:

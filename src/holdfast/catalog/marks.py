@@ -36,7 +36,7 @@ def damaged_steps(store: ReadStore, folder: str = "") -> dict[int, str]:
 def _note(store: ReadStore, folder: str, mark: Mark) -> str:
     """The note in a mark, or the reason why it cannot be read."""
     try:
-        # A link could show its reader files that the writer of this folder may not read.
+        # The writer of this folder could link to a file that only its reader may read.
         if store.leads_out(folder, str(mark)):
             return "a link to elsewhere"
         key = f"{folder}/{mark}" if folder else str(mark)

@@ -125,8 +125,8 @@ def _open_file(store: ReadStore, name: str, form: Format) -> OpenCheckpoint:
 
 
 def checked_format(store: ReadStore, name: str) -> Format:
-    """The format of a checkpoint. Raises a NotFoundError if `name` is no checkpoint: its hint names
-    the newest checkpoint of a run's folder."""
+    """The format of a checkpoint. Raises a NotFoundError if `name` is no checkpoint. Its hint names
+    the newest checkpoint below `name`, if there is one."""
     form = format_of(store, name)
     if form is None:
         steps = steps_in(store, name) if is_folder(store, name) else []

@@ -26,7 +26,8 @@ def open_parent(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
 
 
 def split(path: str) -> tuple[str, str]:
-    """The folder above a path, and the last part of the path. Raises a UsageError without one."""
+    """The folder above a path, and the last part of the path. Raises a UsageError if the path ends
+    in a slash."""
     folder, _, name = path.rpartition("/")
     if not name:
         raise UsageError(f"`{path}` has no name after its last slash, so it names no checkpoint")

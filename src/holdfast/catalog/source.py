@@ -165,8 +165,8 @@ class ChunkData:
             )
 
     def _fill(self, start: int, target: memoryview) -> None:
-        """Read from `start` on into `target`, and check the data. It must be whole blocks if there
-        are checksums."""
+        """Read from byte `start` until `target` is full, and check the data. With checksums, these
+        must be whole blocks."""
         offset = self._span.offset + start
         nbytes = self._reader.read_into(offset, target)
         if nbytes != len(target):

@@ -21,7 +21,7 @@ from holdfast.catalog.contents import (
 from holdfast.catalog.findings import (
     Finding,
     VerifyReport,
-    is_size,
+    has_wrong_size,
     kind_of,
     misnumbered,
     usable,
@@ -125,9 +125,8 @@ def _verify_step(target: VerifyTarget) -> VerifyReport:
     findings += check_coverage(manifest)
     if not target.quick and MANIFEST in names:
         checksums = {}
-        unreadable = {
-            f.file for f in findings if f.concern == "file" and not f.entry and not is_size(f)
-        }
+        on_files = [f for f in findings if f.concern == "file" and not f.entry]
+        unreadable = {finding.file for finding in on_files if not has_wrong_size(finding)}
         files = [file for file in manifest.files if file not in unreadable]
         for file in files:
             try:

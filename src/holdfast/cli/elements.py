@@ -129,7 +129,4 @@ def corner(tensors: Tensors, name: str) -> list[list[int | float | str]]:
 def boxes(region: Region, itemsize: int) -> Iterator[Region]:
     """Yields boxes of at most `WINDOW_BYTES` that cover a region."""
     for box in blocks(region.shape, itemsize, WINDOW_BYTES):
-        start, stop = (
-            tuple(map(int.__add__, region.start, bound)) for bound in (box.start, box.stop)
-        )
-        yield Region(start, stop)
+        yield box.moved(region.start)

@@ -43,12 +43,8 @@ class ConvertResult:
 
 
 def convert(planned: ConvertPlan, target: str, advance: Advance = lambda _: None) -> ConvertResult:
-    """Convert to the path `target`: see `convert_to`.
-
-    Raises:
-        UsageError: a full checkpoint of one step to the folder of another.
-    """
-    # First, so that no folder is created if the values cannot be converted.
+    """Convert to the path `target`: see `convert_to`."""
+    # Encode values first: if one cannot be converted, no folder has been created.
     values = values_of(planned)
     if planned.options.to == "dcp":
         check_number(target, _kind(planned), planned.opened.checkpoint.manifest.step)

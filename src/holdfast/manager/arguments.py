@@ -104,8 +104,8 @@ def check(
 
 
 def _check_names(models: Sequence[nn.Module], states: object, taken: Mapping[str, str]) -> None:
-    """Check that no two components, and no component and tensor of the model, have one name: a
-    checkpoint could not tell them apart."""
+    """Check that all components and all tensors of the model have different names: a checkpoint
+    could not tell them apart."""
     tensors = {name for module in models for name in map(Names(module).of, memory_of(module))}
     if both := tensors & {OPTIMIZER, SCHEDULER, RNG, *taken}:
         raise UsageError(
@@ -170,8 +170,8 @@ def agree(
         return checked_step(step, "step"), checked_flag(last_step, "last_step")
 
     call = capture(check_call)
-    # Whether this rank's call is invalid. Then the arguments and their negatives: the maximum of
-    # the negatives gives the minimum.
+    # First, whether this call is invalid. Then the arguments and their negatives, since the maximum
+    # of the negatives gives the minimum.
     numbers = [1.0, *[-math.inf] * 4]
     if not isinstance(call, HoldfastError):
         numbers = [0.0, call[0], -call[0], call[1], -call[1]]

@@ -11,7 +11,6 @@ from holdfast.errors import HoldfastError, MismatchError, UsageError
 from holdfast.format.components import COMPONENTS, DATALOADER, DATALOADER_KEYS, MODEL, RNG
 from holdfast.format.manifest import Manifest
 from holdfast.loading.load import Loaded
-from holdfast.state.dataloader import loader_component
 from holdfast.state.rng import RngState
 from holdfast.state.stateful import RANK, ObjectState, RankState
 from holdfast.state.tree import Stateful
@@ -22,7 +21,7 @@ def components_per_rank(dataloader: Stateful | None, rank: int) -> dict[str, Any
 
     The generators come last, since making an iterator or a worker draws random numbers.
     """
-    loader = {} if dataloader is None else {DATALOADER: loader_component(dataloader, rank)}
+    loader = {} if dataloader is None else {DATALOADER: _loader_component(dataloader, rank)}
     return {**loader, RNG: RankState(ObjectState(RngState()), rank, may_lack=True)}
 
 
@@ -54,9 +53,22 @@ def check_excluded(excluded: Sequence[str], components: Collection[str]) -> None
             )
 
 
+def _loader_component(loader: Stateful, rank: int) -> ObjectState | RankState:
+    """Return the component of a data loader.
+
+    A loader with `state_is_global = True` has a state that is valid on all ranks, such as a
+    position in a global order of samples. It is saved once, and any number of ranks can load it.
+    Otherwise each rank saves its own state, and a load needs the same number of ranks.
+    """
+    # torchdata's loader creates its iterator in `state_dict`, and keeps it. The iterator draws a
+    # seed, so the load must create it before it restores the generators.
+    state = ObjectState(loader, is_read_back=True)
+    return state if getattr(loader, "state_is_global", False) else RankState(state, rank)
+
+
 def check_dataloader(manifest: Manifest, num_ranks: int) -> None:
-    """Check that as many ranks as load the state of a data loader have saved it, one state for
-    each; raises a MismatchError otherwise."""
+    """Check that a data loader with a state for each rank was saved by `num_ranks` ranks; raises a
+    MismatchError otherwise."""
     paths = [tensor.path for tensor in manifest.tensors.values()]
     paths += [value.path for value in manifest.values.values()]
     keys = {str(path[1]) for path in paths if path[0] == DATALOADER and len(path) > 1}

@@ -34,7 +34,7 @@ from holdfast.manager.step_saver import StepSaver
 from holdfast.state.model import ModelState, adapted
 from holdfast.state.objects import StateTree
 from holdfast.state.optim import OptimizerState
-from holdfast.state.schedulers import scheduler_component
+from holdfast.state.schedulers import SchedulerState
 from holdfast.state.tree import Stateful
 from holdfast.storage.opening import folder_store
 from holdfast.uncompiled import uncompiled
@@ -121,7 +121,7 @@ class CheckpointManager:
         components = {
             MODEL: saved_model,
             OPTIMIZER: OptimizerState(models, as_list(optimizers)),
-            SCHEDULER: scheduler_component(as_list(lr_schedulers)),
+            SCHEDULER: SchedulerState(as_list(lr_schedulers)),
             **(states or {}),
             **components_per_rank(dataloader, ranks.rank),
         }

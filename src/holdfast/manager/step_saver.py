@@ -100,7 +100,7 @@ class StepSaver:
         )
 
     def _kind_before_stop(self, step: int, progress: Progress) -> Kind | None:
-        """What to save in the time that a stop signal leaves; None if no save fits."""
+        """The kind of save that fits into the time after a stop signal; None if no save fits."""
         left_s = self._config.stop_deadline_s - progress.signal_age_s
         kind = kind_in_time(left_s, progress.full_save_s, progress.model_share)
         line = stopping_line(int(progress.signal), step, left_s, progress.full_save_s, kind)

@@ -34,7 +34,6 @@ from holdfast.format.checksum import BLOCK_BYTES
 from holdfast.loading.checkpoint import Checkpoint
 from holdfast.loading.load import load_tree
 from holdfast.state.objects import StateTree
-from holdfast.state.tree import flatten
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Store, Writer
 from holdfast.testing.ranks import try_ranks
@@ -60,7 +59,7 @@ def zeros_like(state: State) -> State:
 
 
 def save_in_memory(store: Store, name: str, state: State) -> Source:
-    save_leaves(Catalog(store), name, flatten(state), Solo())
+    save_leaves(Catalog(store), name, StateTree(state).flatten(), Solo())
     return Source(store, name, open_manifest(store, name))
 
 
@@ -287,7 +286,7 @@ def save_by(size: int, store: Store, state_of: Callable[[int], State]) -> list[A
     """Error of each rank, or None. The ranks share most entries, and each has one of its own."""
 
     def work(ranks: Ranks) -> None:
-        save_leaves(Catalog(store), "step-2", flatten(state_of(ranks.rank)), ranks)
+        save_leaves(Catalog(store), "step-2", StateTree(state_of(ranks.rank)).flatten(), ranks)
 
     return try_ranks(size, work)
 

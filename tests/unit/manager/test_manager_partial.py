@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from hf_folders import hf_tensors, save_folder
 from holdfast.errors import MismatchError, UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.hf.dialects import renamed
@@ -21,7 +22,6 @@ from holdfast.manager.manager import CheckpointManager
 from holdfast.manager.renames import rename
 from holdfast.saving.save import save
 from holdfast.trainer.model import Transformer
-from hub_folders import hub_tensors, save_folder
 
 FLAVOR = replace(MODELS["llama3"]["debugmodel"], dim=32, num_layers=2, hidden_dim=48)
 CONFIG = config_of("llama3", FLAVOR, 64)
@@ -64,13 +64,13 @@ def test_a_partial_start_loads_matching_tensors_and_logs_the_others(
 def test_a_partial_start_from_a_hugging_face_folder(tmp_path: Path) -> None:
     """Method: a folder of three layers into a model of two."""
     larger = {**CONFIG, "num_hidden_layers": 3}
-    folder = save_folder(tmp_path / "hub", larger, hub_tensors(larger))
+    folder = save_folder(tmp_path / "hf", larger, hf_tensors(larger))
     settings = {"initial_load_in_hf": True, "initial_load_path": str(folder)}
     model = Transformer(FLAVOR, vocab_size=64, seq_len=8)
     with pytest.raises(MismatchError):
         started(tmp_path / "run", model, HFModel(CONFIG), **settings)
     started(tmp_path / "run", model, HFModel(CONFIG), **settings, initial_load_strict=False)
-    wanted = hub_tensors(larger)["model.layers.1.mlp.up_proj.weight"]
+    wanted = hf_tensors(larger)["model.layers.1.mlp.up_proj.weight"]
     assert torch.equal(model.state_dict()["layers.1.feed_forward.w3.weight"], wanted)
 
 

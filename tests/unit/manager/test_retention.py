@@ -26,7 +26,7 @@ from holdfast.format.names import step_name
 from holdfast.manager.policy import Retention
 from holdfast.manager.resume import good_steps
 from holdfast.manager.retention import Retainer
-from holdfast.state.tree import flatten
+from holdfast.state.objects import StateTree
 from holdfast.storage.local import LocalStore
 from holdfast.storage.memory import MemoryStore
 from holdfast.testing.failing import FailingStore
@@ -184,7 +184,7 @@ def test_a_failed_deletion_is_tried_again(
 
 def save(catalog: Catalog, step: int) -> None:
     """A checkpoint of one tensor."""
-    leaves = flatten({"w": torch.full((3,), float(step))})
+    leaves = StateTree({"w": torch.full((3,), float(step))}).flatten()
     save_leaves(catalog, step_name(step), leaves, Solo(), kind="full")
 
 

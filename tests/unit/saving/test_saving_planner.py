@@ -7,12 +7,12 @@ import torch
 from holdfast.comm import Solo
 from holdfast.format.manifest import Span
 from holdfast.saving.planner import LocalState, Planner
-from holdfast.state.tree import flatten
+from holdfast.state.objects import StateTree
 
 
 def held(planner: Planner, *shapes: tuple[int, ...]) -> LocalState:
     state = {"step": 1, **{f"w{n}": torch.zeros(shape) for n, shape in enumerate(shapes)}}
-    return planner.hold(flatten(state), None)
+    return planner.hold(StateTree(state).flatten(), None)
 
 
 def stock_parts(planner: Planner, offset: int) -> list[bytes]:

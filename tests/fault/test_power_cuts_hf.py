@@ -24,7 +24,7 @@ from holdfast.comm import Ranks
 from holdfast.hf.export import HFModel
 from holdfast.testing.ranks import run_ranks
 
-HUB = HFModel(
+HF_MODEL = HFModel(
     {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -39,16 +39,16 @@ HUB = HFModel(
 
 
 def model_of(value: float) -> nn.Module:
-    """Make the model of `HUB` with every weight equal to `value`."""
+    """Make the model of `HF_MODEL` with every weight equal to `value`."""
     root = nn.Module()
-    for name in HUB.mapping.names("native"):
+    for name in HF_MODEL.mapping.names("native"):
         *above, last = name.split(".")
         module = root
         for part in above:
             if not hasattr(module, part):
                 module.add_module(part, nn.Module())
             module = getattr(module, part)
-        weight = torch.full(HUB.mapping.shape("native", name), value)
+        weight = torch.full(HF_MODEL.mapping.shape("native", name), value)
         module.register_parameter(last, nn.Parameter(weight))
     return root
 
@@ -57,14 +57,14 @@ def manager(folder: Path, model: nn.Module, ranks: Ranks | None, **settings: Any
     config = CheckpointConfig(
         enable=True, interval=1, hf_export_interval=1, last_save_in_hf=True, **settings
     )
-    return CheckpointManager(folder, model=model, hub=HUB, config=config, ranks=ranks)
+    return CheckpointManager(folder, model=model, hub=HF_MODEL, config=config, ranks=ranks)
 
 
 def values_in(folder: Path) -> set[float]:
     """Return the distinct values of all weights in a Hugging Face folder, which must be
     complete."""
     tensors = {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
-    assert tensors.keys() == set(HUB.mapping.names("hf"))
+    assert tensors.keys() == set(HF_MODEL.mapping.names("hf"))
     assert (folder / "config.json").read_text().startswith("{")
     return {value for tensor in tensors.values() for value in torch.unique(tensor).tolist()}
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from hf_folders import LLAMA, hf_tensors, save_folder
 from holdfast.catalog.hf_folder import of_language_model, open_hf_folder
 from holdfast.catalog.verify import VerifyTarget, verify
 from holdfast.cli.main import main
@@ -29,7 +30,6 @@ from holdfast.hf.family import mapping_of
 from holdfast.storage.local import LocalStore
 from holdfast.tensors.lazy import TensorInfo
 from holdfast.tensors.quantized import Dequantized
-from hub_folders import LLAMA, hub_tensors, save_folder
 
 ALL: dict[str, Any] = {
     **LLAMA,
@@ -110,7 +110,7 @@ def test_a_float_is_no_size_and_a_text_neither(tmp_path: Path) -> None:
     for number, (key, value) in enumerate(
         [("num_hidden_layers", "32"), ("head_dim", 64.0), ("num_hidden_layers", 10**10)]
     ):
-        folder = save_folder(tmp_path / str(number), LLAMA, hub_tensors(LLAMA))
+        folder = save_folder(tmp_path / str(number), LLAMA, hf_tensors(LLAMA))
         (folder / "config.json").write_text(json.dumps({**LLAMA, key: value}))
         started = time.monotonic()
         with pytest.raises(FormatError, match=f"`{key}` must be a whole number") as raised:
@@ -127,7 +127,7 @@ from holdfast.errors import FormatError
 from holdfast.hf.families import family_of
 from holdfast.hf.family import mapping_of
 sys.path.insert(0, "tests")
-from hub_folders import LLAMA
+from hf_folders import LLAMA
 started = time.monotonic()
 for layers in (27_000, 99_999):
     config = {**LLAMA, "num_hidden_layers": layers}
@@ -151,7 +151,7 @@ def test_the_largest_configuration_that_is_not_refused_takes_bounded_memory() ->
 
 def test_a_configuration_that_is_no_table_or_too_large_is_refused(tmp_path: Path) -> None:
     """G8. Method: other JSON, no JSON, a gibibyte of zeros, a pipe."""
-    folder = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    folder = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA))
     path = folder / "config.json"
     for text in (
         "[]",
@@ -186,7 +186,7 @@ def test_a_link_out_of_a_strangers_folder_is_never_followed(
     result, if any, does not contain the secret."""
     if (file, to) in (("merges.txt", "dcp"), ("additional_chat_templates/x.jinja", "dcp")):
         pytest.skip("a step takes no assets along")
-    folder = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    folder = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA))
     secret = tmp_path / "id_rsa"
     if (folder / file).exists():
         shutil.copy(folder / file, secret)
@@ -201,13 +201,13 @@ def test_a_link_out_of_a_strangers_folder_is_never_followed(
     assert not (tmp_path / "out").exists()
     report = None
     if file == "model.safetensors":
-        report = verify(VerifyTarget(LocalStore(tmp_path), "hub"))
+        report = verify(VerifyTarget(LocalStore(tmp_path), "hf"))
         assert not report.good
 
 
 def test_a_folder_of_templates_that_is_a_link_is_not_copied(tmp_path: Path) -> None:
     """G8. Method: the folder itself is a link to another one."""
-    folder = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    folder = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA))
     (tmp_path / "ssh").mkdir()
     (tmp_path / "ssh" / "id_rsa").write_text("secret")
     (folder / "additional_chat_templates").symlink_to(tmp_path / "ssh")
@@ -220,7 +220,7 @@ def test_a_folder_of_templates_that_is_a_link_is_not_copied(tmp_path: Path) -> N
 def test_a_folder_in_the_cache_of_the_hub_is_read_as_it_is(tmp_path: Path) -> None:
     """Method: a snapshot whose files are links to blobs, exported with its assets, and verified."""
     cache = tmp_path / "models--org--name"
-    folder = save_folder(cache / "snapshots" / "0123abcd", LLAMA, hub_tensors(LLAMA))
+    folder = save_folder(cache / "snapshots" / "0123abcd", LLAMA, hf_tensors(LLAMA))
     (folder / "merges.txt").write_text("a b")
     (cache / "blobs").mkdir()
     for path in [*folder.iterdir()]:
@@ -237,15 +237,15 @@ def test_a_folder_in_the_cache_of_the_hub_is_read_as_it_is(tmp_path: Path) -> No
 def test_a_set_of_shards_in_part_is_not_good(missing: int, tmp_path: Path) -> None:
     """G3. Method: one of three shards missing, with the index and without; every command that opens
     the folder names it."""
-    folder = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA), num_files=3)
-    assert verify(VerifyTarget(LocalStore(tmp_path), "hub")).good
+    folder = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA), num_files=3)
+    assert verify(VerifyTarget(LocalStore(tmp_path), "hf")).good
     gone = f"model-0000{missing}-of-00003.safetensors"
     (folder / gone).unlink()
     for _ in range(2):
-        report = verify(VerifyTarget(LocalStore(tmp_path), "hub"))
+        report = verify(VerifyTarget(LocalStore(tmp_path), "hf"))
         assert [f.file for f in report.findings if f.what == "is missing"] == [gone]
         with pytest.raises(DamagedError, match=gone):
-            open_hf_folder(LocalStore(tmp_path), "hub")
+            open_hf_folder(LocalStore(tmp_path), "hf")
         assert main(["verify", str(folder)]) == 7
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)
 
