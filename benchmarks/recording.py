@@ -219,6 +219,13 @@ class _Recorder:
             self._rename("rename", source, target)
 
     def _open_file(self, file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        """Replace `open` by its version in Python, which writes through the functions of `os`."""
-        is_recorded = set("wax+") & set(mode) and self._below(file) is not None
-        return (_pyio.open if is_recorded else _REAL_OPEN)(file, mode, *arguments, **options)
+        """Replace `open`. A file below the root that is opened for writing is a `FileIO` in Python,
+        which writes through the functions of `os`, under the usual buffer."""
+        if not set("wax+") & set(mode) or self._below(file) is None:
+            return _REAL_OPEN(file, mode, *arguments, **options)
+        raw = _pyio.FileIO(file, mode.replace("b", "").replace("t", ""))
+        buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
+        if "b" in mode:
+            return buffered
+        encoding, newline = options.get("encoding"), options.get("newline")
+        return io.TextIOWrapper(buffered, encoding or "utf-8", newline=newline)
