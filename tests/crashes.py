@@ -17,7 +17,7 @@ from benchmarks.power_cuts import Operation, PowerCut, Tree, cuts, fingerprint
 
 from holdfast.errors import HoldfastError
 from holdfast.storage.memory import MemoryStore
-from holdfast.storage.store import Buffer, Store, Writer
+from holdfast.storage.store import Buffer, FileWriter, Store
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ class RecordingStore(MemoryStore):
         self._num_files = 0
 
     @contextmanager
-    def create(self, key: str, nbytes: int) -> Iterator[Writer]:
+    def create(self, key: str, nbytes: int) -> Iterator[FileWriter]:
         with super().create(key, nbytes) as writer:
             with self._mutex:
                 file = self._num_files = self._num_files + 1
@@ -71,7 +71,7 @@ class RecordingStore(MemoryStore):
 
 
 class _RecordingWriter:
-    def __init__(self, store: RecordingStore, beneath: Writer, key: str, file: int) -> None:
+    def __init__(self, store: RecordingStore, beneath: FileWriter, key: str, file: int) -> None:
         self._store, self._beneath, self._key, self._file = store, beneath, key, file
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:

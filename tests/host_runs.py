@@ -127,13 +127,14 @@ def train_by_trainer(
 def _by_trl(kind: str, tokens: Any) -> tuple[Any, Any, dict[str, Any]]:
     """Trainer, settings and arguments for a run of TRL with an adapter of PEFT."""
     import peft
-    import trl
+    import trl as trl_module
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
     from transformers import PreTrainedTokenizerFast
 
+    trl: Any = trl_module
     words = {f"w{number}": number for number in range(126)} | {"<unk>": 126, "<pad>": 127}
     words_only = Tokenizer(WordLevel(words, unk_token="<unk>"))
     words_only.pre_tokenizer = Whitespace()

@@ -11,7 +11,7 @@ from holdfast.catalog.steady import is_deleted
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError
 from holdfast.format.checksum import BLOCK_BYTES_MAX, block_checksums, checksum, num_blocks
 from holdfast.format.manifest import Chunk, Manifest, Span, ValueEntry
-from holdfast.storage.store import Reader, ReadStore
+from holdfast.storage.store import FileReader, ReadStore
 
 WINDOW_BYTES = 2 << 20
 """Most bytes that `ChunkData.window` returns. They stay in the CPU cache between
@@ -106,7 +106,7 @@ class ChunkData:
         name: str,
         location: tuple[str, Span],
         checksums: Sequence[int] | None,
-        reader: Reader,
+        reader: FileReader,
         room: memoryview,
     ) -> None:
         """`location` is the file of the chunk, which `reader` reads, and the span of the raw data

@@ -29,7 +29,7 @@ from holdfast.saving.write import write
 from holdfast.spelling import spelled_bytes
 from holdfast.storage.continuing import Continuing
 from holdfast.storage.opening import folder_store, is_url, local_path
-from holdfast.storage.store import AmendableStore, Buffer, Store, Writer
+from holdfast.storage.store import AmendableStore, Buffer, FileWriter, Store
 
 Values = Mapping[str, tuple[Path, bytes]]
 """Path and bytes of each value, by name, in the form that the target needs."""
@@ -209,7 +209,9 @@ def write_hf(
     return export.nbytes
 
 
-def _write_tensor(writer: Writer, offset: int, output: Output, take: Callable[[], Buffer]) -> int:
+def _write_tensor(
+    writer: FileWriter, offset: int, output: Output, take: Callable[[], Buffer]
+) -> int:
     """Write a tensor, block by block. Returns its CRC-32."""
     crc32 = 0
     for _ in output.regions():

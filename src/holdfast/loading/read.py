@@ -30,7 +30,7 @@ from holdfast.planning.gc_pause import gc_paused
 from holdfast.planning.read_plan import ByteRange, byte_ranges, read_items
 from holdfast.state.layout import box_of, bytes_of
 from holdfast.state.shard import Piece
-from holdfast.storage.store import Reader
+from holdfast.storage.store import FileReader
 
 THREADS_MAX = 4
 
@@ -200,8 +200,8 @@ class _Worker:
                     return num_read
                 num_read += job.run(self)
 
-    def reader(self, file: str) -> Reader:
-        """Reader of a file. The file that was open before is closed."""
+    def reader(self, file: str) -> FileReader:
+        """FileReader of a file. The file that was open before is closed."""
         if file != self._file:
             self._open.close()
             self._reader = self._open.enter_context(self.source.store.open(self.source.key(file)))

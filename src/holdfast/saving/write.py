@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from holdfast.format import checksum
 from holdfast.format.manifest import Span, Table
 from holdfast.planning.file_layout import FileLayout, TensorItem
-from holdfast.storage.store import Buffer, Creating, Writer
+from holdfast.storage.store import Buffer, Creating, FileWriter
 from holdfast.timing import Spans
 
 WINDOW_BYTES = 4 << 20
@@ -72,7 +72,9 @@ def write(
     return WriteResult(layout.name, layout.nbytes, table, values)
 
 
-def _write_parts(writer: Writer, layout: FileLayout, windows_of: WindowsOf, pace: Pace) -> bytes:
+def _write_parts(
+    writer: FileWriter, layout: FileLayout, windows_of: WindowsOf, pace: Pace
+) -> bytes:
     """Write the file part by part. Returns its table of checksums."""
     checksums: list[int] = []
     stream = _Stream(writer, pace)
@@ -88,7 +90,7 @@ def _write_parts(writer: Writer, layout: FileLayout, windows_of: WindowsOf, pace
     return packed
 
 
-def _write_memory(writer: Writer, layout: FileLayout, memory: memoryview, pace: Pace) -> bytes:
+def _write_memory(writer: FileWriter, layout: FileLayout, memory: memoryview, pace: Pace) -> bytes:
     """Write the file from memory that holds the data. Returns its table of checksums.
 
     The rest of the file is copied into the memory first, since it is many small parts, each of
@@ -156,7 +158,7 @@ class Pace:
 class _Stream:
     """Writes the parts of a file in order, a window at a time, small parts joined."""
 
-    def __init__(self, writer: Writer, pace: Pace) -> None:
+    def __init__(self, writer: FileWriter, pace: Pace) -> None:
         self._writer = writer
         self._pace = pace
         self._parts: list[Buffer] = []

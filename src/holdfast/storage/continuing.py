@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from holdfast.storage.store import AmendableStore, Buffer, Reader, Writer
+from holdfast.storage.store import AmendableStore, Buffer, FileReader, FileWriter
 
 WINDOW_BYTES = 4 << 20
 """Bytes compared at a time."""
@@ -25,7 +25,7 @@ class Continuing:
         """Bytes that did not have to be written again."""
 
     @contextmanager
-    def create(self, key: str, nbytes: int) -> Iterator[Writer]:
+    def create(self, key: str, nbytes: int) -> Iterator[FileWriter]:
         """Like `Store.create`, but a file of this size may exist, with any content."""
         folder, _, name = key.rpartition("/")
         if name not in self._store.list(folder):
@@ -39,7 +39,7 @@ class Continuing:
 class _Differing:
     """Writes the windows that differ from the file."""
 
-    def __init__(self, files: Continuing, reader: Reader, writer: Writer) -> None:
+    def __init__(self, files: Continuing, reader: FileReader, writer: FileWriter) -> None:
         self._files, self._reader, self._writer = files, reader, writer
         self._buffer = memoryview(bytearray(WINDOW_BYTES))
 

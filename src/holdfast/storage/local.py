@@ -13,7 +13,7 @@ from holdfast.format.names import held_file
 from holdfast.storage import links, locks, renaming
 from holdfast.storage.direct import BufferedWriter, DirectWriter, open_direct
 from holdfast.storage.plain import check_plain, open_plain
-from holdfast.storage.store import Check, Reader, Writer
+from holdfast.storage.store import Check, FileReader, FileWriter
 
 DIRECT_BYTES_MIN = 4 << 20
 """Smallest file that is written with `O_DIRECT`; below it the threads cost more than they save."""
@@ -72,7 +72,7 @@ class LocalStore:
                 os.close(file)
 
     @contextmanager
-    def open(self, key: str) -> Iterator[Reader]:
+    def open(self, key: str) -> Iterator[FileReader]:
         with self._errors_of("read", key):
             file = open_plain(self._path(key), os.O_RDONLY)
             try:
@@ -90,7 +90,7 @@ class LocalStore:
         return links.leads_out(self._path(folder), file)
 
     @contextmanager
-    def create(self, key: str, nbytes: int) -> Iterator[Writer]:
+    def create(self, key: str, nbytes: int) -> Iterator[FileWriter]:
         with self._errors_of("write", key), ExitStack() as stack:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             file = os.open(self._path(key), flags, 0o666)
@@ -108,7 +108,7 @@ class LocalStore:
             os.fsync(file)
 
     @contextmanager
-    def amend(self, key: str) -> Iterator[Writer]:
+    def amend(self, key: str) -> Iterator[FileWriter]:
         with self._errors_of("write", key), ExitStack() as stack:
             file = open_plain(self._path(key), os.O_WRONLY | os.O_NOFOLLOW)
             stack.callback(os.close, file)

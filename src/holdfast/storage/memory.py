@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from holdfast.errors import ExistsError, NotFoundError, StorageError
-from holdfast.storage.store import Buffer, Check, PlainReader, Writer
+from holdfast.storage.store import Buffer, Check, FileWriter, PlainReader
 
 _Folder = dict[str, "bytearray | _Folder"]
 _Node = bytearray | _Folder
@@ -67,7 +67,7 @@ class MemoryStore:
         return False
 
     @contextmanager
-    def create(self, key: str, nbytes: int) -> Iterator[Writer]:
+    def create(self, key: str, nbytes: int) -> Iterator[FileWriter]:
         with self._mutex:
             free = self.free_bytes()
             if free is not None and nbytes > free:
@@ -145,7 +145,7 @@ class MemoryStore:
                     self._held = [held for held in self._held if held is not node]
 
     @contextmanager
-    def amend(self, key: str) -> Iterator[Writer]:
+    def amend(self, key: str) -> Iterator[FileWriter]:
         with self._mutex:
             file = self._file(key)
         yield _MemoryWriter(file)

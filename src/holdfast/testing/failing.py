@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
-from holdfast.storage.store import AmendableStore, Buffer, Check, PlainReader, Writer
+from holdfast.storage.store import AmendableStore, Buffer, Check, FileWriter, PlainReader
 
 Fail = Callable[[str, str], None]
 """`fail(verb, key)` raises the error of an operation, or returns to let it happen."""
@@ -45,16 +45,18 @@ class FailingStore:
         self._fail("read", f"{folder}/{file}")
         return self._beneath.leads_out(folder, file)
 
-    def create(self, key: str, nbytes: int) -> AbstractContextManager[Writer]:
+    def create(self, key: str, nbytes: int) -> AbstractContextManager[FileWriter]:
         self._fail("create", key)
         return self._failing(key, self._beneath.create(key, nbytes))
 
-    def amend(self, key: str) -> AbstractContextManager[Writer]:
+    def amend(self, key: str) -> AbstractContextManager[FileWriter]:
         self._fail("amend", key)
         return self._failing(key, self._beneath.amend(key))
 
     @contextmanager
-    def _failing(self, key: str, opened: AbstractContextManager[Writer]) -> Iterator[Writer]:
+    def _failing(
+        self, key: str, opened: AbstractContextManager[FileWriter]
+    ) -> Iterator[FileWriter]:
         with opened as writer:
             yield _FailingWriter(writer, key, self._fail)
             self._fail("end", key)
@@ -97,7 +99,7 @@ class FailingStore:
 
 
 class _FailingWriter:
-    def __init__(self, beneath: Writer, key: str, fail: Fail) -> None:
+    def __init__(self, beneath: FileWriter, key: str, fail: Fail) -> None:
         self._beneath, self._key, self._fail = beneath, key, fail
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:

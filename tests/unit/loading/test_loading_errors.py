@@ -35,7 +35,7 @@ from holdfast.loading.checkpoint import Checkpoint
 from holdfast.loading.load import load_tree
 from holdfast.state.objects import StateTree
 from holdfast.storage.memory import MemoryStore
-from holdfast.storage.store import Store, Writer
+from holdfast.storage.store import FileWriter, Store
 from holdfast.testing.ranks import try_ranks
 from manifest_bytes import encode
 
@@ -271,7 +271,7 @@ class _Failing:
     def __init__(self, made: Any) -> None:
         self._made = made
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> FileWriter:
         self._made.__enter__()
         return self
 
