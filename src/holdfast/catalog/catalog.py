@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack, suppress
 
 from holdfast.catalog.cleanup import delete_hidden
@@ -35,10 +35,12 @@ from holdfast.format.names import (
     folder_among,
     hidden_folder_of,
     mark_of,
+    number_of,
     step_name,
     step_of,
     steps_among,
 )
+from holdfast.format.seal import SEAL
 from holdfast.storage.store import Check, ReadStore, Store
 
 _LARGE_BYTES = 1 << 20
@@ -332,8 +334,23 @@ def verify_hint(where: str) -> str:
 
 
 def steps_in(store: ReadStore, name: str) -> list[str]:
-    """The published checkpoints directly below a folder, oldest first, as paths."""
-    return [f"{name}/{folder}" for folder in steps_among(store.list(name)).values()]
+    """The published checkpoints directly below a folder, oldest first, as paths: those of a run,
+    or, if there are none, sealed folders."""
+    names = store.list(name)
+    folders = list(steps_among(names).values()) or sealed_among(store, name, names)
+    return [f"{name}/{folder}" for folder in folders]
+
+
+def sealed_among(store: ReadStore, name: str, names: Iterable[str]) -> list[str]:
+    """The sealed folders among `names`, the entries of folder `name`: oldest first, by the last
+    number in their name."""
+    sealed = []
+    for folder in (entry.rstrip("/") for entry in names if entry.endswith("/")):
+        with suppress(HoldfastError):
+            files = store.list(f"{name}/{folder}".lstrip("/"))
+            if SEAL in files and hidden_folder_of(folder) is None:
+                sealed.append(folder)
+    return sorted(sealed, key=lambda folder: (number_of(folder) or -1, folder))
 
 
 def location(store: ReadStore, name: str) -> str:

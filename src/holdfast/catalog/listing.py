@@ -11,9 +11,11 @@ from holdfast.catalog.catalog import location, steps_in
 from holdfast.catalog.findings import kind_of, misnumbered, why_not_resumable
 from holdfast.catalog.marks import damaged_steps, pinned_steps
 from holdfast.catalog.open_any import is_checkpoint, open_any
+from holdfast.catalog.seal import is_sealed, open_sealed
 from holdfast.catalog.steady import is_deleted, read_steadily
 from holdfast.errors import HoldfastError, NotFoundError
-from holdfast.format.names import hidden_folder_of, step_of_folder
+from holdfast.format.manifest import Manifest
+from holdfast.format.names import hidden_folder_of, number_of, step_of_folder
 from holdfast.format.timings import Stage
 from holdfast.storage.store import ReadStore
 
@@ -55,19 +57,24 @@ class CheckpointRow:
 def row_of(store: ReadStore, key: str) -> CheckpointRow:
     """Describe one checkpoint, without its marks."""
     name = key.rpartition("/")[2]
-    step = step_of_folder(name)
+    sealed = is_sealed(store, key)
+    step = number_of(name) if sealed else step_of_folder(name)
+
+    def read(key: str, _: object) -> tuple[Manifest, bool]:
+        if sealed:
+            return open_sealed(store, key), False
+        opened = open_any(store, key, check_files=True, entries=False)
+        return opened.manifest, opened.hf is not None
+
     try:
-        opened = read_steadily(
-            store, key, lambda key, _: open_any(store, key, check_files=True, entries=False)
-        )
+        manifest, is_hf = read_steadily(store, key, read)
     except HoldfastError as error:
         return CheckpointRow(name, step, "damaged", problem=error.what, why_not=error.what)
-    manifest = opened.manifest
     return CheckpointRow(
         name=name,
         step=step,
         state="good",
-        kind="hf" if opened.hf is not None else kind_of(manifest),
+        kind="hf" if is_hf else kind_of(manifest),
         nbytes=manifest.nbytes,
         created=manifest.created or None,
         layout=manifest.layout,

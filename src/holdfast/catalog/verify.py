@@ -45,7 +45,7 @@ from holdfast.errors import DamagedError, FormatError, HoldfastError, NotFoundEr
 from holdfast.format import safetensors, torchfile
 from holdfast.format.archive import read_records, windowed
 from holdfast.format.manifest import Manifest, Span
-from holdfast.format.names import LOCK, MANIFEST, METADATA, step_of_folder
+from holdfast.format.names import LOCK, MANIFEST, METADATA, number_of, step_of_folder
 from holdfast.format.seal import SEAL
 from holdfast.storage.store import ReadStore
 
@@ -98,7 +98,7 @@ def verify(target: VerifyTarget) -> VerifyReport:
     )
     report = replace(report, format=form)
     step = step_of_folder(target.name.rpartition("/")[2])
-    if step is None:
+    if step is None or form == "sealed":
         return report
     manifest = Manifest({}, {}, step=report.step, kind=report.kind)
     wrong = misnumbered(step, manifest)
@@ -140,6 +140,8 @@ def _verify_sealed(target: VerifyTarget) -> VerifyReport:
         format="sealed",
         findings=tuple(findings),
         notes=tuple(f"`{path}` was added after the seal" for path in not_sealed(store, name)),
+        step=number_of(name.rpartition("/")[2]),
+        kind="full",
         num_entries=len(seal.files),
         nbytes=seal.nbytes,
         usable=f"{len(seal.files) - len(damaged)} of {len(seal.files)} files are whole",

@@ -20,6 +20,7 @@ from holdfast.cli.terminal import POSITIONAL, JsonOptions, parsed, say, say_json
 from holdfast.cli.verify import resumable, verified
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError, StorageError
 from holdfast.format.names import LOCK, MANIFEST, METADATA, hidden_folder_of, step_name, step_of
+from holdfast.format.seal import SEAL
 from holdfast.spelling import counted, spelled_bytes
 from holdfast.storage.local import LocalStore
 from holdfast.storage.locks import read_note
@@ -170,6 +171,9 @@ def _mend(folder: ExaminedFolder, report: VerifyReport, name: str) -> str | None
         # them again.
         copy = shlex.quote(f"{folder.where}-rescued/{name}")
         return f"{folder.command('convert', f'/{name}')} {copy}"
+    if report.format == "sealed":
+        # Nothing reads a part of a sealed folder, and `prune` reads no data.
+        return None if folder.resume is None else f"rm -r {shlex.quote(report.where)}"
     refused = any(finding.concern in ("index", "file") for finding in report.findings)
     if folder.resume is None:
         if refused or not report.usable.startswith(MODEL_IS_WHOLE):
@@ -245,6 +249,11 @@ def _unknown(folder: ExaminedFolder) -> Iterator[Trouble]:
             continue
         if any(step_of(listed.rstrip("/")) is not None for listed in below):
             continue  # Another folder of checkpoints, such as `hf/`.
+        if SEAL in below:
+            continue
+        if any(report.format == "sealed" for report in folder.reports):
+            yield Trouble("unknown", name, "has no seal, so that nothing can check it")
+            continue
         if not {MANIFEST, METADATA} & {*below}:
             yield Trouble("unknown", name, "not a checkpoint; Holdfast leaves it alone")
             continue

@@ -15,6 +15,7 @@ from holdfast.catalog.paths import open_for_reading
 from holdfast.cli.terminal import POSITIONAL, JsonOptions, parsed, say, say_json, say_table
 from holdfast.dashboard.history import commit_time
 from holdfast.errors import DamagedError
+from holdfast.format.names import step_of_folder
 from holdfast.spelling import spelled_age, spelled_bytes, spelled_layout
 
 HEAD = ("step", "size", "age", "kind", "layout", "state", "")
@@ -85,7 +86,7 @@ def _verified(row: CheckpointRow, report: VerifyReport | None) -> CheckpointRow:
 def _cells(row: CheckpointRow, resume: int | None) -> tuple[str, ...]:
     time = commit_time(row)
     return (
-        str(row.step) if row.step is not None else row.name,
+        row.name if step_of_folder(row.name) is None else str(row.step),
         "-" if row.nbytes is None else spelled_bytes(row.nbytes),
         "-" if time is None else spelled_age(datetime.now(UTC).timestamp() - time),
         row.kind or "-",

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
 
-from holdfast.catalog.catalog import Catalog, read_manifest
+from holdfast.catalog.catalog import Catalog, read_manifest, sealed_among
 from holdfast.catalog.cleanup import execute, is_at_work, plan_cleanup
 from holdfast.catalog.findings import misnumbered
 from holdfast.catalog.listing import hint_without_steps
 from holdfast.catalog.open_any import check_folder, format_of
 from holdfast.catalog.paths import open_parent
 from holdfast.catalog.replaceable import why_not_removable
+from holdfast.catalog.seal import is_sealed
 from holdfast.cli.terminal import POSITIONAL, JsonOptions, parsed, say, say_json, say_table
 from holdfast.cli.verify import stored_bytes
 from holdfast.errors import HoldfastError, NotFoundError, StorageError, UsageError
-from holdfast.format.names import LOCK, hidden_folder_of
+from holdfast.format.names import LOCK, hidden_folder_of, number_of
 from holdfast.manager.policy import STEPS_MIN, Retention, reasons_to_keep
 from holdfast.manager.resume import good_steps
 from holdfast.spelling import counted, spelled_bytes
@@ -99,7 +101,7 @@ def run(arguments: Sequence[str]) -> int:
     check_folder(store, name)
     catalog = Catalog(folder_store(options.folder))
     listed = catalog.store.list()
-    if not catalog.folders() and not any(hidden_folder_of(entry.rstrip("/")) for entry in listed):
+    if not _folders(catalog) and not any(hidden_folder_of(entry.rstrip("/")) for entry in listed):
         raise NotFoundError(
             f"`{catalog.store.url}` holds no checkpoint of a run",
             hint=hint_without_steps(store, name, listed),
@@ -115,9 +117,20 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _folders(catalog: Catalog) -> dict[int, str]:
+    """The folder of each step of a run; or, if there is none, of each sealed folder with a number
+    that no other has."""
+    folders = catalog.folders()
+    if folders:
+        return folders
+    sealed = sealed_among(catalog.store, "", catalog.store.list())
+    counts = Counter(map(number_of, sealed))
+    return {n: name for name in sealed if (n := number_of(name)) is not None and counts[n] == 1}
+
+
 def decide(catalog: Catalog, options: PruneArguments) -> list[Decision]:
     """Decide which folders stay: checkpoints, oldest first, then leftovers of killed saves."""
-    store, folders, retention = catalog.store, catalog.folders(), options.retention
+    store, folders, retention = catalog.store, _folders(catalog), options.retention
     good = {candidate.step: candidate for candidate in good_steps(catalog, folders)}
     reasons = {step: ["no rule given"] for step in good}
     if retention is not None:
@@ -156,6 +169,8 @@ def _why_not_decided_by_rules(catalog: Catalog, step: int, folder: str) -> str |
     try:
         if why := why_not_removable(store, folder):
             return why
+        if is_sealed(store, folder):
+            return None
         manifest = read_manifest(store, folder, entries=False)
         for file in manifest.files:
             with suppress(NotFoundError):
@@ -192,7 +207,7 @@ def _execute(catalog: Catalog, decisions: Sequence[Decision]) -> None:
 
     A kill in between leaves no checkpoint with half of its files.
     """
-    checkpoints = {*catalog.folders().values()}
+    checkpoints = {*_folders(catalog).values()}
     failed = []
     for decision in decisions:
         if decision.name in checkpoints and not decision.stays:

@@ -13,6 +13,7 @@ from holdfast.catalog.marks import clear_damaged, damaged_steps, mark_damaged
 from holdfast.catalog.open_any import format_of, is_folder
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.pieces import note_on
+from holdfast.catalog.seal import is_sealed, read_seal
 from holdfast.catalog.steady import is_deleted
 from holdfast.catalog.verify import VerifyTarget, failed, verify
 from holdfast.cli.terminal import (
@@ -140,7 +141,8 @@ def _mark(reports: Sequence[VerifyReport]) -> None:
 def stored_bytes(store: ReadStore, name: str) -> int:
     """Returns the bytes of a checkpoint's files. Skips files whose size cannot be read."""
     try:
-        files = [f"{name}/{file}" for file in store.list(name) if not file.endswith("/")]
+        listed = read_seal(store, name).files if is_sealed(store, name) else store.list(name)
+        files = [f"{name}/{file}" for file in listed if not file.endswith("/")]
     except HoldfastError:
         files = [name]
     nbytes = 0
@@ -153,7 +155,9 @@ def stored_bytes(store: ReadStore, name: str) -> int:
 def resumable(reports: Sequence[VerifyReport], marked: Collection[int]) -> int | None:
     """Returns the newest step that loads, can be resumed from, and is not marked as damaged."""
     steps = [
-        step_of_folder(report.where.rpartition("/")[2])
+        report.step
+        if report.format == "sealed"
+        else step_of_folder(report.where.rpartition("/")[2])
         for report in reports
         if report.loads and report.why_not is None
     ]
@@ -165,7 +169,8 @@ def _say(report: VerifyReport, quick: bool, *, is_file: bool) -> None:
     form = f", {FORMATS[report.format]}" if is_file and report.format else ""
     if report.good:
         verdict = "its structure is good" if quick else "good"
-        entries = "1 entry" if report.num_entries == 1 else f"{report.num_entries:,} entries"
+        one, several = ("file", "files") if report.format == "sealed" else ("entry", "entries")
+        entries = f"1 {one}" if report.num_entries == 1 else f"{report.num_entries:,} {several}"
         say(f"{report.where}: {verdict}{form}, {entries}, {spelled_bytes(report.nbytes)}")
     else:
         places = counted(len(report.findings), "place")

@@ -35,6 +35,7 @@ _HELD = ".held-"
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})", re.ASCII)
 _HIDDEN = re.compile(r"\.(attempt|replaced|removing)-([^/]+)-([0-9a-f]{8})", re.ASCII)
+_NUMBER = re.compile(r"[0-9]+(?!.*[0-9])", re.ASCII)
 _MARK = re.compile(r"\.(pinned|damaged)-(.+)", re.ASCII)
 
 
@@ -116,6 +117,16 @@ def steps_among(names: Iterable[str]) -> dict[int, str]:
     # `.replaced-step-N` sorts before `step-N`, which therefore wins.
     found = {step: f for f in folders if (step := step_of_folder(f)) is not None}
     return dict(sorted(found.items()))
+
+
+def number_of(name: str) -> int | None:
+    """Return the last number in the name of a sealed folder: the step of `checkpoint-500`.
+
+    >>> number_of("checkpoint-500"), number_of("epoch=3-step=1200"), number_of("best")
+    (500, 1200, None)
+    """
+    found = _NUMBER.search(name)
+    return None if found is None else int(found[0])
 
 
 def step_of_folder(folder: str) -> int | None:

@@ -10,6 +10,7 @@ from holdfast.catalog.catalog import Catalog, check_whole, read_index
 from holdfast.catalog.findings import misnumbered, why_not_resumable
 from holdfast.catalog.marks import damaged_steps, mark_damaged, pinned_steps
 from holdfast.catalog.open_any import Opened, open_any, open_in
+from holdfast.catalog.seal import is_sealed, open_sealed
 from holdfast.errors import HoldfastError, MismatchError, NotFoundError, StorageError
 from holdfast.format.checksum import checksum
 from holdfast.format.manifest import Manifest
@@ -128,4 +129,6 @@ def _cached(store: ReadStore, folder: str, cache: Cache) -> Manifest:
 
 def _read_any(store: ReadStore, folder: str, *, entries: bool = True) -> Manifest:
     """Open a checkpoint. The last one of a run may be a Hugging Face folder."""
+    if not entries and is_sealed(store, folder):
+        return open_sealed(store, folder)
     return open_any(store, folder, check_files=True, entries=entries).manifest
