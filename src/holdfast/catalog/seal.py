@@ -161,21 +161,22 @@ def _sync_and_hash(path: Path) -> SealedFile:
     checksums: list[int] = []
     nbytes = 0
     buffer = memoryview(bytearray(seals.BLOCK_BYTES))
-    with _storage_errors(path), path.open("rb", buffering=0) as file:
-        while count := _fill(file, buffer):
-            checksums += block_checksums(buffer[:count], seals.BLOCK_BYTES)
-            nbytes += count
-        os.fsync(file.fileno())
+    with _storage_errors(path):
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while count := _fill(file, buffer):
+                checksums += block_checksums(buffer[:count], seals.BLOCK_BYTES)
+                nbytes += count
+            os.fsync(file)
+        finally:
+            os.close(file)
     return SealedFile(nbytes, tuple(checksums))
 
 
-def _fill(file: object, buffer: memoryview) -> int:
+def _fill(file: int, buffer: memoryview) -> int:
     """Read until the buffer is full or the file ends. Returns the bytes read."""
     done = 0
-    while done < len(buffer):
-        count = file.readinto(buffer[done:])  # type: ignore[attr-defined]
-        if not count:
-            break
+    while done < len(buffer) and (count := os.readv(file, [buffer[done:]])):
         done += count
     return done
 
