@@ -95,8 +95,8 @@ class _Turns:
         switch; after the last one, each actor runs to its end."""
         self.trace: list[str] = []
         self.last_length = 0
-        """Operations after the last switch, if the other actor had not ended: each of them is a
-        place for one more switch."""
+        """Number of operations after the last switch, each of which is a place for one more switch.
+        0 if the other actor had ended by then, since no switch is possible."""
 
         self._turn = begins
         self._lengths = list(lengths)

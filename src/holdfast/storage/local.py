@@ -327,7 +327,8 @@ def _remove_folder(path: str) -> None:
     except OSError as error:
         if error.errno not in (errno.EMFILE, errno.ENFILE):
             raise
-        # Delete what a save left that ran out of open files: this opens one at most.
+        # The process has no file descriptors left, as after a save that failed for that reason.
+        # Delete its folder in a way that opens one file at most.
         with suppress(OSError):
             os.rmdir(path)
             return

@@ -62,8 +62,8 @@ class Renamed:
         names: Mapping[str, str],
         aliases: Mapping[str, str] | None = None,
     ) -> None:
-        """`names`: new name of each tensor of the source. `aliases`: second names of tensors, each
-        with the first one. Both are new names."""
+        """`names`: the new name of each tensor of the source. `aliases`: further names of tensors,
+        each with the tensor's first name; key and value are new names."""
         self._source = source
         self._original = {new: old for old, new in names.items()}
         for name, first in (aliases or {}).items():

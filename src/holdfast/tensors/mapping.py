@@ -78,7 +78,8 @@ class Copy:
     def _in_target_order(self, source: NDArray[np.generic]) -> NDArray[np.generic]:
         """Return a view of the box with its dims in the order of the target's axes."""
         source_axes, target_axes = self.source_view.axes, self.target_view.axes
-        # An axis of one side alone is in the names of the other side, so its length here is 1.
+        # If only one side has an axis as a dim, the other has it in its tensor names, such as the
+        # number of a layer. The box covers one index of it, so its length here is 1.
         dropped = tuple(n for n, axis in enumerate(source_axes) if axis not in target_axes)
         common = [axis for axis in source_axes if axis in target_axes]
         order = [common.index(axis) for axis in target_axes if axis in common]

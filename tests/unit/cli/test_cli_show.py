@@ -191,7 +191,8 @@ def test_a_damaged_value_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_equal_blocks_are_one_line_of_the_tree() -> None:
-    """Method: three equal blocks, a different one, an equal one; then with `--each`."""
+    """Method: three equal layers, a different one, and one more that equals the first three; then
+    with `--each`."""
     tensors = {}
     for index in range(5):
         size = 8 if index == 3 else 4
