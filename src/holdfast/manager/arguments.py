@@ -46,6 +46,9 @@ def check(
     dataloader: object,
     states: object,
     hub: object,
+    store: object,
+    on_stop: object,
+    on_saved: object,
 ) -> None:
     """Check that `CheckpointManager` can save and load these arguments. Logs a warning if settings
     have no effect.
@@ -57,11 +60,17 @@ def check(
     """
 
     def check_on_this_rank() -> None:
-        checked_path(folder, "folder")
+        _check_place(folder, store)
+        if on_stop not in ("raise", "return"):
+            raise _wrong("on_stop", '"raise" or "return"', on_stop)
+        if on_saved is not None and not callable(on_saved):
+            raise _wrong("on_saved", "a function of step, path and metrics", on_saved)
         models = _several("model", model, "a torch.nn.Module", lambda m: isinstance(m, nn.Module))
         if not models:
             raise UsageError("`model` must have at least one module, found an empty list")
-        given = _several("optimizers", optimizers, "a torch.optim.Optimizer", _is_optimizer)
+        given: list[Any] = [optimizers]
+        if not is_container(optimizers):
+            given = _several("optimizers", optimizers, "a torch.optim.Optimizer", _is_optimizer)
         schedulers = _several(
             "lr_schedulers",
             lr_schedulers,
@@ -101,6 +110,27 @@ def check(
             "effect are %s",
             ", ".join(changed),
         )
+
+
+def _check_place(folder: object, store: object) -> None:
+    """Check that either a folder or a store is given."""
+    if store is None:
+        checked_path(folder, "folder")
+    elif folder is not None:
+        raise UsageError(
+            "`folder` and `store` are both given, and a run saves to one of them",
+            hint="CheckpointManager(None, store=store, ...)",
+        )
+    elif not _has(store, "list", "read", "create", "rename", "remove", "lock", "hold"):
+        raise _wrong("store", "a `holdfast.storage.store.Store`", store)
+
+
+def is_container(optimizers: object) -> bool:
+    """Whether this is one object that holds optimizers, such as TorchTitan's
+    `OptimizersContainer`: its own `state_dict` is saved."""
+    if isinstance(optimizers, Sequence) or _is_optimizer(optimizers):
+        return False
+    return _is_stateful(optimizers)
 
 
 def _check_names(models: Sequence[nn.Module], states: object, taken: Mapping[str, str]) -> None:
@@ -153,9 +183,13 @@ def checked_ranks(ranks: Ranks) -> Ranks:
 
 
 def agree(
-    ranks: Ranks, step: object, last_step: object, metrics: object, measured: Sequence[float] = ()
-) -> tuple[int, bool, Sequence[float]]:
-    """Check the arguments of `save` on all ranks. Returns `step`, `last_step`, and the maximum of
+    ranks: Ranks,
+    step: object,
+    metrics: object,
+    measured: Sequence[float] = (),
+    **flags: object,
+) -> tuple[int, Sequence[bool], Sequence[float]]:
+    """Check the arguments of `save` on all ranks. Returns `step`, the flags, and the maximum of
     each measurement over all ranks.
 
     Collective: every rank calls this after every step, so it costs one `all_reduce_max`.
@@ -164,27 +198,28 @@ def agree(
         UsageError: an argument of another type on any rank, or arguments that differ between ranks.
     """
 
-    def check_call() -> tuple[int, bool]:
+    def check_call() -> list[int]:
         if metrics is not None and not isinstance(metrics, Mapping) and not callable(metrics):
             raise _wrong("metrics", "a dict of numbers, or a function that returns one", metrics)
-        return checked_step(step, "step"), checked_flag(last_step, "last_step")
+        checked = [checked_flag(flag, name) for name, flag in flags.items()]
+        return [checked_step(step, "step"), *checked]
 
     call = capture(check_call)
     # First, whether this call is invalid. Then the arguments and their negatives, since the maximum
     # of the negatives gives the minimum.
-    numbers = [1.0, *[-math.inf] * 4]
+    num = 1 + len(flags)
+    numbers = [1.0, *[-math.inf] * 2 * num]
     if not isinstance(call, HoldfastError):
-        numbers = [0.0, call[0], -call[0], call[1], -call[1]]
+        numbers = [0.0, *call, *(-number for number in call)]
     numbers = ranks.all_reduce_max([*numbers, *measured])
-    invalid, step_max, step_min_negated, last_max, last_min_negated, *largest = numbers
-    if invalid or isinstance(call, HoldfastError):
+    if numbers[0] or isinstance(call, HoldfastError):
         call = gather_and_run(ranks, call, lambda calls: calls[0])
-    if step_max != -step_min_negated:
-        found = f"{-step_min_negated:.0f} to {step_max:.0f}"
-        raise UsageError(f"`step` must be the same on every rank, found: {found}")
-    if last_max != -last_min_negated:
-        raise UsageError("`last_step` must be the same on every rank, found: both True and False")
-    return *call, largest
+    largest, smallest = numbers[1 : 1 + num], [-n for n in numbers[1 + num : 1 + 2 * num]]
+    for name, low, high in zip(("step", *flags), smallest, largest, strict=True):
+        if low != high:
+            found = f"{low:.0f} to {high:.0f}" if name == "step" else "both True and False"
+            raise UsageError(f"`{name}` must be the same on every rank, found: {found}")
+    return call[0], [bool(flag) for flag in call[1:]], numbers[1 + 2 * num :]
 
 
 def numbers_in(metrics: Metrics | None) -> dict[str, float]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Self
 
-from holdfast.arguments import checked_path, settings
+from holdfast.arguments import checked_path, nearest, settings, shown
 from holdfast.errors import UsageError
 from holdfast.format.names import STEP_MAX
 from holdfast.manager.renames import parse
@@ -158,6 +159,27 @@ class CheckpointConfig:
     stop_deadline_s: float = 30.0
     """Seconds from a stop signal until the process is killed. If a full save takes longer than the
     time left, the model only is saved, or nothing."""
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:
+        """Make the settings from a mapping, such as the `[checkpoint]` section of a TOML file.
+
+        Raises:
+            UsageError: this is no mapping, a key is unknown, or a value has the wrong type. The
+                message names the key.
+        """
+        if not isinstance(mapping, Mapping):
+            raise UsageError(
+                f"the settings must be a mapping of keys to values, found: {shown(mapping)}"
+            )
+        unknown = [key for key in mapping if key not in cls.__dataclass_fields__]
+        if unknown:
+            raise UsageError(
+                f"`{unknown[0]}` is no key of the section `[checkpoint]`",
+                hint=nearest(str(unknown[0]), cls.__dataclass_fields__)
+                or "docs/configuration.md lists all keys",
+            )
+        return cls(**mapping)
 
     def __post_init__(self) -> None:
         self._check_numbers()

@@ -31,6 +31,7 @@ from holdfast.manager.context import RunContext
 from holdfast.manager.hf import HFFormat
 from holdfast.manager.renames import in_dialect_of, rename
 from holdfast.manager.resume import mark_unless_store_failed, newest_resumable, open_requested
+from holdfast.manager.resumed import Resumed
 from holdfast.manager.retention import Retainer
 from holdfast.spelling import rate
 from holdfast.state.model import ModelState
@@ -60,8 +61,8 @@ class Loader:
         self._resumed_names = [name for name in components if name not in excluded]
         self._hf, self._retainer = hf, retainer
 
-    def load(self, requested: int) -> int:
-        """Resume from step `requested`; -1 takes the newest. Returns the step to continue from."""
+    def load(self, requested: int) -> Resumed:
+        """Resume from step `requested`; -1 takes the newest."""
         start = None if self._config.save_frozen else self._load_initial()
         if requested >= 0:
             try:
@@ -75,9 +76,9 @@ class Loader:
                 newest = "`load_step = -1` takes the newest good checkpoint"
                 error.hint = f"{error.hint}; {newest}" if error.hint else newest
                 raise
-        step, passed_over = self._from_newest()
-        if step is not None:
-            return step
+        resumed, passed_over = self._from_newest()
+        if resumed is not None:
+            return resumed
         if self._config.save_frozen:
             start = self._load_initial()
         elif passed_over:
@@ -92,12 +93,12 @@ class Loader:
                 "starts from the weights of a model-only step",
             )
         self._run.info(f"nothing to resume from in {self._catalog.store.url}: starting at step 0")
-        return 0
+        return Resumed(0)
 
-    def _from_newest(self) -> tuple[int | None, list[str]]:
+    def _from_newest(self) -> tuple[Resumed | None, list[str]]:
         """Resume from the newest checkpoint that loads.
 
-        Returns its step, or None if there is none; and a line on each checkpoint that was passed
+        Returns None if there is none; and a line on each checkpoint that was passed
         over.
         """
         passed_over: list[str] = []
@@ -125,7 +126,7 @@ class Loader:
                 if below is not None and self._ranks.rank == 0 and self._run.saves:
                     mark_unless_store_failed(self._catalog, below, error)
 
-    def _resume(self, opened: Opened, *, explicit: bool) -> int:
+    def _resume(self, opened: Opened, *, explicit: bool) -> Resumed:
         """Load a checkpoint of this folder, and protect it and newer ones from retention."""
         started = time.perf_counter()
         step, manifest = opened.step, opened.manifest
@@ -144,18 +145,17 @@ class Loader:
                 f"steps {newer} are newer than step {step}: they stay, each until this run saves "
                 "the same step, and `load_step = -1` takes the newest"
             )
-        return step
+        return Resumed(step, "checkpoint" if is_full else "seed", source.url)
 
-    def _load_initial(self) -> int | None:
-        """Load weights from elsewhere if the settings ask for it. Returns the step to continue
-        from, or None."""
+    def _load_initial(self) -> Resumed | None:
+        """Load weights from elsewhere if the settings ask for it. Returns None if they do not."""
         path = self._config.initial_load_path
         then = ": starting at step 0" if self._config.save_frozen else ", to train in part"
         if self._config.initial_load_in_hf:
             loaded = self._hf.load(path, self._model())
             self._goodput.note_load(loaded, 0, self._ranks)
             self._run.info(f"loaded the model of {loaded.where}{then}")
-            return 0
+            return Resumed(0, "initial", loaded.where)
         if path is None:
             return None
         store, name = open_for_reading(path)
@@ -167,11 +167,11 @@ class Loader:
             tree = self._model(ignored_names(manifest, [MODEL]))
             self._load_tree(source, tree, 0, partial_load=not self._config.initial_load_strict)
             self._run.info(f"loaded the model of {source.url}{then}")
-            return 0
+            return Resumed(0, "initial", source.url)
         step = manifest.step if manifest.step is not None else step_of(name) or 0
         self._load_components(source, self._resumed_names, step)
         self._run.info(f"loaded {source.url}: going on from step {step}")
-        return step
+        return Resumed(step, "initial", source.url)
 
     def _load_components(self, source: Source, names: Sequence[str], step: int) -> None:
         manifest, wanted = source.manifest, list(names)

@@ -208,6 +208,7 @@ class Saver:
         self._run.info(f"saved step {step}: {speed}, {saved.where}")
         if ranks.rank == 0:
             self.retainer.saved(step)
+        self._run.note_saved(step, saved.where, pending.facts.metrics)
         if export == "beside":
             self._hf.export(pending, ranks, step, export)
 
@@ -228,6 +229,8 @@ class Saver:
             self._record_times(step, nbytes, pending.spans)
             if ranks.rank == 0:
                 self.retainer.saved(step)
+            where = self._catalog.where(step_name(step))
+            self._run.note_saved(step, where, pending.facts.metrics)
 
     def _record_times(self, step: int, nbytes: int, spans: Spans) -> None:
         """Record the duration of a save. Collective."""

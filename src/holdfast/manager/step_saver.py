@@ -28,28 +28,39 @@ class StepSaver:
     """
 
     def __init__(
-        self, run: RunContext, saver: Saver, hf: HFFormat, *, model: ModelState, tree: StateTree
+        self,
+        run: RunContext,
+        saver: Saver,
+        hf: HFFormat,
+        *,
+        model: ModelState,
+        tree: StateTree,
+        raises_on_stop: bool = True,
     ) -> None:
-        """`tree` is the whole state, `model` the model in it."""
+        """`tree` is the whole state, `model` the model in it. `raises_on_stop`: the save after a
+        stop signal raises SystemExit."""
         self._run, self._catalog, self._ranks = run, run.catalog, run.ranks
         self._config, self._goodput = run.config, run.goodput
         self._saver, self._hf, self._model, self._tree = saver, hf, model, tree
         self._queued = False
+        self._raises_on_stop = raises_on_stop
+        self.stop_requested: bool = False
+        """Whether a stop signal has come to any rank."""
         self.stop_signals: StopSignals = StopSignals(())
         """Signals after which the run saves and ends."""
         self.knows_folder: bool = False
         """Whether the run has loaded, or was warned of the newer checkpoints in its folder."""
 
-    def save(self, step: int, last_step: bool, metrics: Metrics | None) -> bool:
+    def save(self, step: int, *, last_step: bool, force: bool, metrics: Metrics | None) -> bool:
         """Save the state after `step` if it is due: see `CheckpointManager.save`."""
         if not self._run.saves:
-            arguments.agree(Solo(), step, last_step, metrics)
+            arguments.agree(Solo(), step, metrics, last_step=last_step, force=force)
             return False
         self._goodput.count_step()
         self._model.note_trained()
         with self._goodput.lost_to("saving"):
-            step, last_step, largest = arguments.agree(
-                self._ranks, step, last_step, metrics, self._progress()
+            step, (last_step, force), largest = arguments.agree(
+                self._ranks, step, metrics, self._progress(), last_step=last_step, force=force
             )
             # The same on all ranks, so that all decide alike.
             progress = Progress._make(largest)
@@ -58,7 +69,7 @@ class StepSaver:
             stopping = bool(progress.signal) and not last_step
             if stopping:
                 kind = self._kind_before_stop(step, progress)
-            elif self._is_time(step, last_step, progress):
+            elif self._is_time(step, last_step or force, progress):
                 kind = "model" if last_step and self._config.last_save_model_only else "full"
             else:
                 self._export(step)
@@ -70,7 +81,8 @@ class StepSaver:
                 self._saver.collect()
         if progress.signal:
             self.stop_signals.forget()
-        if stopping:
+            self.stop_requested = True
+        if stopping and self._raises_on_stop:
             raise SystemExit(128 + int(progress.signal))
         return saved
 
@@ -107,14 +119,13 @@ class StepSaver:
         (self._run.info if kind == "full" else self._run.warn)(line)
         return kind
 
-    def _is_time(self, step: int, last_step: bool, progress: Progress) -> bool:
-        """Whether to save now: a save is due or queued, and the save before is not in its way."""
-        due = self._queued or is_due(
-            step, last_step=last_step, config=self._config, progress=progress
-        )
+    def _is_time(self, step: int, forced: bool, progress: Progress) -> bool:
+        """Whether to save now: a save is forced; or it is due or queued, and the save before is not
+        in its way."""
+        due = self._queued or is_due(step, last_step=forced, config=self._config, progress=progress)
         self._queued = False
         overlap = self._config.on_save_overlap
-        if not due or last_step or not progress.busy or overlap == "wait":
+        if not due or forced or not progress.busy or overlap == "wait":
             return due
         self._queued = overlap == "queue"
         if not self._queued:

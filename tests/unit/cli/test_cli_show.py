@@ -190,7 +190,7 @@ def test_a_damaged_value_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (status, "value `step` has checksum" in err) == (7, True)
 
 
-def test_equal_blocks_are_one_line_of_the_tree() -> None:
+def test_equal_layers_are_one_line_of_the_tree() -> None:
     """Method: three equal layers, a different one, and one more that equals the first three; then
     with `--each`."""
     tensors = {}
