@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Installs on first use, then checks style, types and layers, and runs the tests.
 #
-#   ./run_tests.sh             all tests except slow ones, under 15 minutes on 2 cores
+#   ./run_tests.sh             all tests except slow ones, under 10 minutes on 2 cores
 #   ./run_tests.sh --fast      checks, and the tests that start no process: about 90 seconds
-#   ./run_tests.sh --all       slow tests too, with new random examples
+#   ./run_tests.sh --all       slow tests too, with new random examples; every command starts afresh
 #   ./run_tests.sh tests/unit  other arguments are passed on to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -13,9 +13,10 @@ setup dev
 selection=(-m "not slow")
 if [ "${1:-}" = --all ]; then
     selection=(--hypothesis-profile explore)
+    export HOLDFAST_TESTS_COLD=1
     shift
 fi
-# On all cores, divided by tests/conftest.py; on one core if the caller chooses the tests.
+# Use all cores; tests/conftest.py divides the tests. Use one core if the caller chooses the tests.
 workers=(--numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
 for argument in "$@"; do
     [ "${argument:0:1}" = - ] || workers=()

@@ -17,7 +17,7 @@ setup ""
 
 export LOG_RANK=${LOG_RANK:-0}
 config_file=${CONFIG_FILE:-train_configs/debug_model.toml}
-# A relative path starts at the current directory, else at the project.
+# Find a relative path below the current directory first, then below the project.
 if [ ! -e "$config_file" ] && [ -e "$root/$config_file" ]; then
     config_file=$root/$config_file
 fi

@@ -1,1 +1,1 @@
-"""Measurements of Holdfast beside its peers, taken in the same run."""
+"""Benchmarks of Holdfast and other libraries, measured in the same run."""

@@ -1,11 +1,13 @@
-"""Conversions by Holdfast and by its peers: `python -m benchmarks.convert --where DIR`.
+"""Conversions by Holdfast and other libraries: `python -m benchmarks.convert --where DIR`.
 
 The source is a Hugging Face folder of random bfloat16 numbers in the shapes of a Llama, written
-once. Each conversion runs in its own process: wall time, and the peak of resident memory less that
-after all imports. The peers are torch's `dcp_to_torch` and, with `--titan PYTHON`, the method of
-TorchTitan's scripts: build the model on the CPU, and load or save it through its adapter and
-torch's Hugging Face storage. `--only ours` measures Holdfast alone, as for a model larger than
-memory.
+once. Each conversion runs in its own process. Figures: wall time, and the peak of resident memory
+less the memory after all imports.
+
+The others are torch's `dcp_to_torch` and, with `--titan PYTHON`, the method of TorchTitan's
+scripts: build the model on the CPU, and load or save it through its adapter and torch's Hugging
+Face storage. With `--only ours`, only Holdfast is measured, for example with a model that is larger
+than memory.
 """
 
 from __future__ import annotations

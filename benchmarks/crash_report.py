@@ -1,12 +1,11 @@
-"""Simulate a power cut at every operation of saves by two processes, and load what is left.
+"""Simulate a power cut at every operation of saves by two processes, and load the results.
+
+    python -m benchmarks.crash_report              the table of docs/crash-report.md
+    python -m benchmarks.crash_report --seeds 2    fewer states per cut
 
 Compares Holdfast, stock torch.distributed.checkpoint and, if installed, TorchTitan's retention.
-
-    python -m benchmarks.crash_report                 the table of docs/crash-report.md
-    python -m benchmarks.crash_report --seeds 2       fewer states per cut
-
-Each rank's file operations are recorded (holdfast.testing.recording). Then every state that a power
-cut after each of them can leave is written to disk and loaded.
+Each rank's file operations are recorded (`recording.py`). For a power cut after each operation,
+every state that it can leave is written to disk and loaded.
 """
 
 from __future__ import annotations
@@ -28,10 +27,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.power_cuts import cuts, fingerprint
 from benchmarks.ranks import free_port
-from holdfast.testing.crashes import fingerprint
-from holdfast.testing.disk import cuts
-from holdfast.testing.recording import (
+from benchmarks.recording import (
     Timed,
     merged,
     recorded_folder,
@@ -78,7 +76,7 @@ def main() -> None:
     seeds = parser.parse_args().seeds
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    head = ("what", "by", "power cut", "states", *OUTCOMES)
+    head = ("operation", "library", "power cut", "states", *OUTCOMES)
     print_line(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for protocol in protocols():
         started = time.perf_counter()

@@ -1,10 +1,11 @@
-"""Export of a Hugging Face folder by 4 ranks:
-`torchrun --nproc-per-node 4 -m benchmarks.export --where DIR`.
+"""Export of a Hugging Face folder by 4 ranks.
 
-A sharded model of 1.9 GB with the shapes of a Llama is exported by Holdfast, synced and published,
-and by torch's `HuggingFaceStorageWriter` with consolidation. The latter syncs nothing, and does not
-convert names and row order. Three rounds each, in turn; times are those of rank 0, between
-barriers.
+    torchrun --nproc-per-node 4 -m benchmarks.export --where DIR
+
+Each system exports a sharded model of 1.9 GB with the shapes of a Llama. Holdfast syncs and
+publishes the folder. torch's `HuggingFaceStorageWriter`, with consolidation, syncs nothing, and
+converts neither names nor row order. There are three rounds of each in turn. Times are those of
+rank 0, between barriers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from holdfast.hf.export import ExportSnapshot, HFModel, export
 from holdfast.hf.flavors import LLAMA3, config_of
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import begin_save
-from holdfast.state.tree import flatten
+from holdfast.state.objects import StateTree
 from holdfast.storage.local import LocalStore
 
 ROUNDS = 3
@@ -58,9 +59,7 @@ def export_holdfast(state: dict[str, torch.Tensor], folder: Path) -> Callable[[i
     catalog, planner = Catalog(LocalStore(folder)), Planner(ranks)
 
     def run(number: int) -> None:
-        pending = begin_save(
-            catalog, f"step-{number}", flatten(state), ranks=ranks, planner=planner
-        )
+        pending = begin_save(catalog, f"step-{number}", StateTree(state).flatten(), planner=planner)
         snapshot = ExportSnapshot(pending.file_layout, pending.data_of, pending.index, ())
         export(snapshot, model, "bfloat16", catalog=catalog, attempt=pending.attempt, ranks=ranks)
 

@@ -46,9 +46,9 @@ def listing(options: BenchmarkOptions, folder: Path) -> Section:
         "holdfast list": lambda: run(*command),
     }
     nbytes = local_bytes(state)
-    method = f"{NUM_CHECKPOINTS} steps of {nbytes / 1e9:.2f} GB, {len(state)} tensors each."
+    method = f"{NUM_CHECKPOINTS} checkpoints of {nbytes / 1e9:.2f} GB, {len(state)} tensors each."
     figures = run_rounds(systems, options.rounds)
-    return Section("listing", "Listing steps", method, figures, {"nbytes": nbytes})
+    return Section("listing", "Listing checkpoints", method, figures, {"nbytes": nbytes})
 
 
 def _copy_or_link(source: str, target: str) -> None:

@@ -15,8 +15,8 @@ Figure = dict[str, float]
 def measure(work: Callable[[], object]) -> Figure:
     """Run `work` once and measure it.
 
-    `extra_mib` is the peak of resident memory less that before the run. `read_mb` counts what was
-    read from files, whether from the disk or from the page cache.
+    `extra_mib` is the peak of resident memory less the memory before the run. `read_mb` has the
+    bytes read from files, from the disk or from the page cache.
     """
     Path("/proc/self/clear_refs").write_text("5")
     memory, read = _memory_mib("VmRSS"), _read_mb()
@@ -28,10 +28,9 @@ def measure(work: Callable[[], object]) -> Figure:
 
 
 def measure_ranks(work: Callable[[], object]) -> Figure:
-    """Run `work` on all ranks and measure until the last is done.
+    """Run `work` on all ranks and measure until the last rank is done. Collective.
 
-    Processor time and bytes are summed over the ranks; memory is that of the rank that used most.
-    Collective.
+    Processor time and bytes are summed over the ranks. Memory is the largest of any rank.
     """
     import torch.distributed as dist
 

@@ -1,10 +1,12 @@
 """Cost of a background save for training: `python -m benchmarks.overlap`.
 
 One process trains with AdamW on the CPU. Each system in turn saves once, to create its buffers and
-processes. Then training takes steps without a save, steps with one until it is durable, and again
-steps without. `lost_s` is the time of the steps with the save, less that of as many at the mean of
-those without. `slowed_pct` is the same as a percentage of the latter. `blocked_s` is the time until
-the save call returned, `durable_s` from the call until all data was on the disk.
+processes. Then training takes three groups of steps: without a save, with a save until it is
+durable, and again without.
+
+Columns: `lost_s` is the time of the steps with the save, less the time that as many steps take
+without one. `slowed_pct` is `lost_s` in percent of the latter. `blocked_s` is the time until the
+save call returned. `durable_s` is the time from the call until all data was on the disk.
 """
 
 from __future__ import annotations
@@ -29,10 +31,12 @@ from benchmarks.results import Section, measure_parts
 from benchmarks.saving import renew
 
 NUM_LAYERS, BATCH = 288, 32
-"""As many matrices as a Llama of 8B, since training waits for a save's work per tensor."""
+"""As many matrices as in a Llama of 8B, since the time that a save costs training grows with the
+number of tensors."""
 
 PLAIN_STEPS = 3
-"""Steps without a save, before and again after: the speed of a shared machine drifts."""
+"""Steps without a save, measured before and after the save, since the speed of a shared machine
+changes slowly."""
 
 STEPS_MIN = 2
 """Least number of steps with a save; more if it is not durable by then."""
@@ -43,7 +47,8 @@ Optimizing = Callable[[], AbstractContextManager[object]]
 def keep_freed_memory() -> None:
     """Make the C library keep freed memory for the next step, as a GPU's allocator does.
 
-    Returned to the system and faulted in again, it took a varying third of each step.
+    Otherwise it returns the memory to the system, and faulting it in again takes a varying third of
+    each step.
     """
     mmap_threshold, trim_threshold = -3, -1  # From glibc's malloc.h; its maximum is 32 MiB.
     libc = ctypes.CDLL(None)
@@ -53,9 +58,10 @@ def keep_freed_memory() -> None:
 
 
 class Layer(nn.Linear):
-    """Linear layer with norm and residual, which keep activations and gradients from vanishing.
+    """Linear layer with norm and residual connection, which keep activations and gradients from
+    vanishing.
 
-    They would become denormal numbers, which slow a processor down more with each step.
+    Vanishing numbers become denormal, and denormal numbers slow a processor down.
     """
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -66,7 +72,7 @@ class Training:
     """Model with `nbytes` of training state, and its optimizer."""
 
     def __init__(self, nbytes: int) -> None:
-        # Per element: the weight and two moments, 4 bytes each.
+        # An element takes 12 bytes: the weight and two moments, 4 bytes each.
         width = max(64, round((nbytes / (12 * NUM_LAYERS)) ** 0.5 / 64) * 64)
         self.model = nn.Sequential(*(Layer(width, width, bias=False) for _ in range(NUM_LAYERS)))
         self.optimizer = torch.optim.AdamW(self.model.parameters())
@@ -130,10 +136,11 @@ def overlap(options: BenchmarkOptions, folder: Path) -> Section:
             system.close()
     method = (
         f"One process trains on the CPU, {training.nbytes / 1e9:.2f} GB of parameters and moments. "
-        "Lost: time of the steps until the save was durable, less that of as many without a save."
+        "`lost`: time of the steps until the save was durable, less the time of as many steps "
+        "without a save."
     )
     facts = {"nbytes": training.nbytes}
-    return Section("overlap", "Saving while training goes on", method, figures, facts)
+    return Section("overlap", "Saving while training continues", method, figures, facts)
 
 
 if __name__ == "__main__":

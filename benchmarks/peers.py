@@ -1,7 +1,8 @@
-"""Systems that save and load a state, each with the fast settings that its documentation gives.
+"""Systems that save and load a state, each with the fast settings in its documentation.
 
-Every save is synced. Holdfast verifies checksums as it writes and reads; the other systems do not.
-`torch_checkpointing` writes with its direct mode off: ext4 refuses that mode's unaligned writes.
+Every save is synced. Holdfast computes checksums when it writes and verifies them when it reads;
+the other systems do not. The direct mode of `torch_checkpointing` is off, since its writes are not
+aligned, and ext4 refuses those.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 import holdfast
+import holdfast.dcp
 from benchmarks.disk import random_window, raw_read, raw_read_direct, raw_write, sync
 from benchmarks.states import State, local, local_bytes, rank
 from holdfast.catalog.source import Source
@@ -62,6 +64,7 @@ def systems() -> dict[str, System]:
         System("holdfast, unchecked", _unchecked(_holdfast_save), _unchecked(_holdfast_load)),
         System("dcp", _dcp_save(1), _dcp_load),
         System("dcp, 2 threads", _dcp_save(2), None),
+        System("dcp, holdfast", _dcp_save_holdfast, _dcp_load_holdfast),
         System("torch", _torch_save, _torch_load, sharded=False),
         System("safetensors", _safetensors_save, _safetensors_load, sharded=False),
     ]
@@ -147,6 +150,14 @@ def save_dcp_cached_plan(folder: Path, state: State) -> None:
 
 def _dcp_load(folder: Path, state: State) -> None:
     dcp_load(dict(state), checkpoint_id=folder)
+
+
+def _dcp_save_holdfast(folder: Path, state: State) -> object:
+    return dcp_save(state, storage_writer=holdfast.dcp.Writer(folder))
+
+
+def _dcp_load_holdfast(folder: Path, state: State) -> object:
+    return dcp_load(state, storage_reader=holdfast.dcp.Reader(folder))
 
 
 def _torch_save(folder: Path, state: State) -> None:

@@ -5,8 +5,8 @@ while the clock is paused, then pickled, counted and unpickled like real ones. T
 float32 tensors, each sharded evenly over all ranks (FSDP), a value that all ranks share, and a
 value of each rank. Times are those of rank 0, including its own local work; nothing is written.
 
-For comparison stock `torch.distributed.checkpoint` plans the same tensors, with its cache of plans.
-Its times exclude pickling, Holdfast's include it.
+For comparison, stock `torch.distributed.checkpoint` plans the same tensors, with its cache of
+plans. The times of Holdfast include pickling, those of stock DCP exclude it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from xxhash import xxh3_128_digest
 
 from benchmarks.meter import machine
 from holdfast.catalog.catalog import Catalog
-from holdfast.comm import Sending
+from holdfast.comm import Solo
 from holdfast.format.manifest import Table
 from holdfast.format.names import METADATA, data_file
 from holdfast.planning.file_layout import FileLayout
@@ -48,7 +48,8 @@ from holdfast.saving.commit import commit
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import begin_save
 from holdfast.saving.write import WriteResult as RankResult
-from holdfast.state.tree import FlatState, flatten
+from holdfast.state.objects import StateTree
+from holdfast.state.tree import FlatState
 
 NUM_TENSORS = 2000
 SHAPE = (16384, 4)
@@ -76,13 +77,11 @@ class Stopwatch:
         self.seconds -= time.perf_counter() - started
 
 
-class SimulatedRanks:
+class SimulatedRanks(Solo):
     """Communicator of rank 0 in which the other ranks are simulated.
 
     They send what rank 0 sends, except for the names in `distinct`, which differ on each rank.
     """
-
-    rank = 0
 
     def __init__(self, size: int, clock: Stopwatch, distinct: set[str]) -> None:
         self.size = size
@@ -107,21 +106,6 @@ class SimulatedRanks:
     def broadcast(self, item: Any) -> Any:
         self.wire_bytes += len(pickle.dumps(item)) * (self.size - 1)
         return item
-
-    def duplicate(self) -> SimulatedRanks:
-        return self
-
-    def close(self) -> None:
-        pass
-
-    def all_reduce_max(self, numbers: Sequence[float]) -> list[float]:
-        return list(numbers)
-
-    def send(self, rank: int, data: torch.Tensor) -> Sending:
-        raise AssertionError(f"a save sends nothing to rank {rank}: {data.numel()} bytes")
-
-    def receive(self, rank: int, into: torch.Tensor) -> None:
-        raise AssertionError(f"a save receives nothing from rank {rank}: {into.numel()} bytes")
 
     def _message(self, rank: int, item: Any) -> Any:
         """Return what `rank` sends where rank 0 sends `item`."""
@@ -212,7 +196,7 @@ def measure_holdfast(size: int, state: FlatState, distinct: set[str]) -> Plannin
     for _ in range(1 + LATER_SAVES):
         clock.seconds, ranks.wire_bytes = 0.0, 0
         with clock.running():
-            pending = begin_save(catalog, "step-1", state, ranks=ranks, planner=planner, step=1)
+            pending = begin_save(catalog, "step-1", state, planner=planner)
         planned.append(clock.seconds)
         with clock.running():
             store.sizes["data"] = pending.file_layout.nbytes
@@ -221,7 +205,7 @@ def measure_holdfast(size: int, state: FlatState, distinct: set[str]) -> Plannin
                 write_result(pending.file_layout),
                 index=pending.index,
                 facts=pending.facts,
-                replicas=pending.replicas,
+                digests=pending.replicas.digests,
                 catalog=catalog,
                 ranks=ranks,
             )
@@ -318,16 +302,16 @@ def main() -> None:
     options = parser.parse_args()
     console = Console()
     lines = [
-        "| ranks | system | first save, s | before its first byte, s | later saves, s "
-        "| wire, first | wire, later | `.metadata` | manifest |",
+        "| ranks | system | first save, s | first save until its first byte, s | later save, s "
+        "| sent in first save | sent in later save | size of `.metadata` | size of manifest |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for size in options.sizes:
         state = state_of(size)
-        best = measure_holdfast(size, flatten(state), {"rng"})
+        best = measure_holdfast(size, StateTree(state).flatten(), {"rng"})
         lines.append(row(size, "holdfast", best))
-        worst = measure_holdfast(size, flatten(state), {"rng", "items"})
-        lines.append(row(size, "holdfast, no two files laid out alike", worst))
+        worst = measure_holdfast(size, StateTree(state).flatten(), {"rng", "items"})
+        lines.append(row(size, "holdfast, all file layouts differ", worst))
         if size <= options.stock_size_max:
             with TemporaryDirectory() as folder:
                 lines.append(row(size, "stock DCP", measure_dcp(size, state, Path(folder))))
@@ -335,7 +319,10 @@ def main() -> None:
         console.print(f"{size} ranks: done", highlight=False)
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
     if options.out:
-        head = f"`python -m benchmarks.planning`: {NUM_TENSORS:,} tensors; {machine()}.\n\n"
+        head = (
+            f"`python -m benchmarks.planning` plans saves of {NUM_TENSORS:,} tensors. Machine: "
+            f"{machine()}.\n\n"
+        )
         options.out.write_text(head + "\n".join(lines) + "\n")
 
 

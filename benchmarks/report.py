@@ -16,7 +16,7 @@ HEADS = {
     "extra_mib": "extra memory, MiB",
     "read_mb": "read, MB",
     "needed_mb": "needed, MB",
-    "lost_s": "lost a save, s",
+    "lost_s": "lost per save, s",
     "blocked_s": "blocked, s",
     "durable_s": "durable after, s",
     "slowed_pct": "steps slowed, %",
@@ -39,13 +39,20 @@ ORDER = (
 )
 HEAD = """# Results
 
-`python -m benchmarks.run` measures everything on this page and writes it; `--quick` is small and
-short. Systems run in turn within each round, in changing order, after a round that is not counted.
-Figures are medians; ratios are medians of the rounds' ratios, with minimum and maximum. All saves
-are synced. `raw` is the same bytes written with O_DIRECT by two threads and synced, or read into
-the same memory. Each part's module describes its method. Compare figures only within one table:
-they depend on the machine and its load. See also [conversions](convert.md) and
-[planning](planning.md).
+Run `python -m benchmarks.run` to measure all figures on this page and to write it again. With
+`--quick` it measures a small state in a short time. Compare figures only within one table: they
+depend on the machine and its load.
+
+* **Rounds.** In each round all systems run one after the other, in changing order. A first round is
+  not counted.
+* **Figures** are medians of the rounds. Ratios are medians of the rounds' ratios, with minimum and
+  maximum.
+* **Saves** are synced.
+* **`raw`** is the limit of the machine: two threads write the same bytes with O_DIRECT and sync
+  them, or read them into the same memory.
+* **Method.** The module of each part in `benchmarks/` describes its method.
+
+[Conversions](convert.md) and [planning](planning.md) have pages of their own.
 """
 
 
@@ -74,7 +81,7 @@ def _rounds(section: Section) -> str:
 
 
 def _summary(sections: dict[str, Section]) -> list[str]:
-    lines = ["| figure | target | measured | |", "|---|---|---|---|"]
+    lines = ["| figure | target | measured | result |", "|---|---|---|---|"]
     for target in TARGETS:
         result = verdict(target, sections)
         outcome = {True: "met", False: "**missed**", None: "-"}[result.met]
@@ -92,7 +99,11 @@ def _table(section: Section) -> list[str]:
         if max(figure.get(column, 0.0) for figure in figures) >= least.get(column, 1e-3)
     ]
     compared = [name for name in ("raw", "holdfast") if name in section.figures]
-    head = ["system", *(HEADS[column] for column in columns), *(f"x {name}" for name in compared)]
+    head = [
+        "system",
+        *(HEADS[column] for column in columns),
+        *(f"times {name}" for name in compared),
+    ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in section.figures:
         cells = [_format(section.median(name, column)) for column in columns]

@@ -1,8 +1,8 @@
 """One process saves and loads a state with each system: `python -m benchmarks.saving PART`.
 
-A save ends when every file and folder is synced. Before each save the disk's queue is empty. Before
-a warm load the page cache holds all files, before a cold load none; both are checked. `raw` is the
-limit of the disk: the same bytes written past the page cache by two threads, or read into the same
+A save ends when every file and folder is synced. Before each save, the disk is idle. Before a warm
+load, the page cache has all files; before a cold load, it has none. Both are checked. `raw` is the
+limit of the disk: two threads write the same bytes past the page cache, or read them into the same
 memory without further work. `raw, direct` reads past the page cache and drops the bytes.
 """
 
@@ -129,7 +129,7 @@ def small(options: BenchmarkOptions, folder: Path) -> Section:
         figures = run_rounds(saves, options.rounds)
     method = (
         f"One process, {len(state):,} tensors of 4 KiB. `later`: a save that reuses the plan of "
-        "the save before, with DCP by its own cache of plans."
+        "the previous save (DCP: by its cache of plans)."
     )
     nbytes = local_bytes(state)
     return Section("small", "Saving small tensors", method, figures, {"nbytes": nbytes})

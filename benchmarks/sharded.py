@@ -1,12 +1,12 @@
 """Four ranks save and load their shards with each system: `python -m benchmarks.sharded PART`.
 
 The ranks are processes on gloo with one thread each. Tensors are sharded by rows, as FSDP does.
-Times run from a barrier before to a barrier after, and include the sync of all files. `raw`: every
-rank writes or reads its bytes in its own file, as one process does in `benchmarks.saving`.
+Times run from one barrier to the next, and include the sync of all files. `raw`: every rank writes
+or reads its bytes in its own file, as one process does in `benchmarks.saving`.
 
 Resharding: a checkpoint of four ranks, sharded by rows, is loaded by two ranks, by one, and by four
-that shard by columns. Of a checkpoint of one process, one of eight ranks loads its eighth of each
-tensor.
+that shard by columns. A checkpoint of one process is loaded by one rank of eight, which reads an
+eighth of each tensor.
 """
 
 from __future__ import annotations

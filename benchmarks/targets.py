@@ -88,7 +88,7 @@ def share_of_best(figure: str, divisor: int, column: str) -> Target:
         peer = section.best(BACKGROUND_PEERS, column)
         found, best = section.median(PINNED, column), section.median(peer, column)
         met = found <= max(best / divisor, 0.0)
-        return Verdict(f"{found:.2f} s, {best:.2f} s ({peer})", met)
+        return Verdict(f"{found:.2f} s, the best {best:.2f} s ({peer})", met)
 
     return Target(figure, f"at most 1/{divisor}", measure)
 
@@ -117,7 +117,7 @@ def needed(case: str) -> Target:
         read, needed_mb = section.median(system, "read_mb"), section.median(system, "needed_mb")
         return Verdict(f"{read / needed_mb:.2f} times ({read:,.0f} MB)", read <= 1.01 * needed_mb)
 
-    return Target(f"load, {case}: bytes read, of those needed", "1", measure)
+    return Target(f"load, {case}: bytes read, against bytes needed", "1", measure)
 
 
 def extra_memory(work: str, section: str) -> Target:
@@ -176,7 +176,7 @@ TARGETS = (
     ),
     times(f"save, {MANY}: against a raw write", "1.15", "sharded_saving", OURS, "raw"),
     share_of_best(f"{WHILE}: time lost, against the best", 5, "lost_s"),
-    Target(f"{WHILE}: blocked in `save()`", "at most 10 ms + 1 ms a GB", blocked),
+    Target(f"{WHILE}: blocked in `save()`", "at most 10 ms + 1 ms per GB", blocked),
     share_of_best(f"{WHILE}: time until durable, against the best", 2, "durable_s"),
     Target(f"{WHILE}: steps slowed beyond plain traffic", "at most 2 points", slowed),
     times(f"{LOAD}: against a raw read", "1.3", "loading", OURS, "raw"),
@@ -222,13 +222,13 @@ TARGETS = (
     extra_memory(LOAD, "loading"),
     extra_memory(f"load, {MANY}", "sharded_loading"),
     *(
-        times(f"{work}: checked, against unchecked", "1.10", section, OURS, UNCHECKED)
+        times(f"{work}: with checksums, against without", "1.10", section, OURS, UNCHECKED)
         for work, section in (
             (SAVE, "saving"),
             (LOAD, "loading"),
             ("load, cold, 1 process", "cold"),
         )
     ),
-    Target("`holdfast list` on 50 steps of 1 GB: CPU", "under 150 ms", list_cpu),
+    Target("`holdfast list` on 50 checkpoints of 1 GB: CPU", "under 150 ms", list_cpu),
 )
 """Targets in the order of the page."""

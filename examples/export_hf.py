@@ -23,7 +23,7 @@ def main() -> None:
         num_key_value_heads=2,
     )
     model = LlamaForCausalLM(config)
-    config.save_pretrained("outputs/assets")  # config.json, and in real life a tokenizer
+    config.save_pretrained("outputs/assets")  # config.json; a real folder also has a tokenizer
     holdfast.save("outputs/trained", {"model": model}, overwrite=True)
 
     # The same as: holdfast convert outputs/trained outputs/exported --to hf --hf-assets ...

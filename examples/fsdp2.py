@@ -1,6 +1,8 @@
-"""FSDP2 with background saves. Run it again with another number of processes: it resumes.
+"""FSDP2 with background saves.
 
-torchrun --standalone --nproc_per_node 2 fsdp2.py
+Run the command again with another number of processes: the run resumes.
+
+    torchrun --standalone --nproc_per_node 2 fsdp2.py
 """
 
 import sys

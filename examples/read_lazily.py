@@ -1,4 +1,4 @@
-"""Read parts of a checkpoint. Only the bytes that are needed are read, and they are checked.
+"""Read single tensors of a checkpoint. Reads only the blocks that are needed, and checks each one.
 
 python read_lazily.py outputs/plain/step-60
 """

@@ -45,14 +45,14 @@ def main() -> int:
 
 
 def tables() -> str:
-    """One heading and table per section."""
+    """Return a heading and a table for each section."""
     sections = get_type_hints(Config)
     names = sorted(sections, key=lambda name: name != FIRST)
     return "\n".join(table(name, sections[name]) for name in names)
 
 
 def table(section: str, kind: type[Any]) -> str:
-    """The keys of one section."""
+    """Return the heading and the table of one section."""
     notes, hints, defaults = docstrings(kind), get_type_hints(kind), kind()
     rows = []
     for field in dataclasses.fields(kind):
@@ -66,7 +66,7 @@ def table(section: str, kind: type[Any]) -> str:
 
 
 def docstrings(kind: type[Any]) -> dict[str, str]:
-    """The docstring under each field of a class, by the name of the field."""
+    """Return the docstring under each field of a class, by the name of the field."""
     body = ast.parse(inspect.getsource(kind)).body[0]
     assert isinstance(body, ast.ClassDef)
     notes = {}
@@ -79,14 +79,14 @@ def docstrings(kind: type[Any]) -> dict[str, str]:
 
 
 def choices_of(hint: Any) -> list[str]:
-    """The texts that a key can be; none if it can be any."""
+    """Return the values that a `Literal` allows; empty for other types."""
     if get_origin(hint) is Literal:
         return [*get_args(hint)]
     return []
 
 
 def default_text(value: Any, hint: Any) -> str:
-    """A default as in TOML. For a key that is not set, its type."""
+    """Return a default as in TOML; for a key that is not set, its type."""
     if value is None:
         (kind,) = (kind for kind in get_args(hint) if kind is not NoneType)
         return f"none ({NAMES[kind]})"
@@ -96,7 +96,7 @@ def default_text(value: Any, hint: Any) -> str:
 
 
 def cell(text: str) -> str:
-    """Prose on one line of a table."""
+    """Return the text as one cell of a table: without line breaks, and with `|` escaped."""
     return re.sub(r"\s+", " ", text).strip().replace("|", r"\|")
 
 

@@ -1,4 +1,4 @@
-"""As scripts/checkpoint_conversion/convert_from_hf.py, by its short path."""
+"""Runs scripts/checkpoint_conversion/convert_from_hf.py, by a shorter path."""
 
 from pathlib import Path
 from runpy import run_path

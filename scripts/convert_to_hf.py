@@ -1,4 +1,4 @@
-"""As scripts/checkpoint_conversion/convert_to_hf.py, by its short path."""
+"""Runs scripts/checkpoint_conversion/convert_to_hf.py, by a shorter path."""
 
 from pathlib import Path
 from runpy import run_path

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Makes a release: checks, builds the wheel, tries it in a bare environment, then commits and tags.
+# Makes a release: checks the changelog, builds the wheel, tests it in a new environment, commits
+# and tags.
 #
-#   scripts/release.sh 0.2.0            set the version, date the changelog, build, try, commit, tag
-#   scripts/release.sh --dry-run        the same without changing anything, for the present version
-#   scripts/release.sh 0.2.0 --dry-run  the same for a version
+#   scripts/release.sh 0.2.0            set the version, date the changelog, build, test, commit, tag
+#   scripts/release.sh --dry-run        check, build and test the current version; change nothing
+#   scripts/release.sh 0.2.0 --dry-run  check, build and test another version; change nothing
 #
-#   PYTHON   interpreter of the bare environment (default: python3)
+#   PYTHON   interpreter of the new environment (default: python3)
 #
-# Nothing is published: the last lines say which commands do that. The wheel goes to dist/.
+# The script publishes nothing: it prints the commands that do. It writes the wheel to dist/.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -30,7 +31,6 @@ present=$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)
 version=${version:-$present}
 [[ $version =~ ^[0-9]+\.[0-9]+\.[0-9]+((a|b|rc)[0-9]+)?$ ]] || fail "\`$version\` is not a version such as 0.2.0 or 0.2.0rc1"
 
-# Checks.
 if git rev-parse -q --verify "refs/tags/v$version" >/dev/null; then
     fail "tag \`v$version\` exists" "choose another version; the present one is $present"
 fi
@@ -43,14 +43,14 @@ entries=$(awk '/^## \[Unreleased\]/ { on = 1; next } /^(## |<!--)/ { on = 0 } on
 [ "$entries" != 0 ] || fail "CHANGELOG.md has no entry under \`## [Unreleased]\`" "say what users will notice"
 echo "version $version: $entries changelog entries"
 
-# The release, in a copy.
+# Make the release in a copy, so that a failure changes nothing here.
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -T - -cf - | tar -C "$work" -xf -
 sed -i "s/^version = \".*\"$/version = \"$version\"/" "$work/pyproject.toml"
 sed -i "s/^## \[Unreleased\]$/## [Unreleased]\n\n## [$version] - $(date -u +%F)/" "$work/CHANGELOG.md"
 
-# The wheel, and a bare environment that tries it.
+# Build the wheel, and test it in a new environment.
 mkdir -p dist
 python=${PYTHON:-python3}
 "$python" -m venv "$work/bare"
@@ -63,7 +63,7 @@ bare=$work/bare/bin
 wheel=$(ls "$work"/dist/*.whl)
 "$bare/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$wheel"
 (
-    cd "$work/dist" # so that nothing is imported from the sources
+    cd "$work/dist" # Python imports from the current folder: not from the sources.
     "$bare/holdfast" version
     [ "$("$bare/python" -c 'import holdfast; print(holdfast.__version__)')" = "$version" ] || fail "the wheel has another version"
     "$bare/python" "$work/examples/plain_loop.py"

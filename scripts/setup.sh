@@ -1,10 +1,11 @@
-# Sourced by run_train.sh and run_tests.sh: creates .venv on first use, costs milliseconds later.
+# Sourced by run_train.sh and run_tests.sh. Creates .venv on first use, which takes minutes; later
+# calls take milliseconds.
 #
-#   setup EXTRAS     installs holdfast[EXTRAS] into .venv unless it is installed already;
+#   setup EXTRAS     installs holdfast[EXTRAS] into .venv, unless it is installed already;
 #                    `setup ""` accepts any installed extras
 #
-# PYTHON is the interpreter to start from (default: python3). If it can import torch, such as a CUDA
-# build, .venv uses that torch; otherwise torch comes from the package index.
+# PYTHON is the interpreter for .venv (default: python3). If it can import torch, such as a CUDA
+# build, .venv uses that torch. Otherwise setup installs torch from the package index.
 
 HOLDFAST_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -20,7 +21,7 @@ setup() {
     ) 9>"$HOLDFAST_ROOT/.setup.lock"
 }
 
-# Succeeds if an earlier set-up installed $wanted, which it wrote to a stamp file of its extras.
+# Succeeds if an earlier setup installed $wanted. A stamp file per set of extras records it.
 is_installed() {
     local stamp
     for stamp in "$venv"/holdfast-setup-${extras:-*}; do
@@ -67,7 +68,7 @@ install() {
     return "$status"
 }
 
-# Rewrites one line every second on a terminal; otherwise prints a line every five seconds.
+# Shows progress: on a terminal one line that changes every second, otherwise a line every 5 s.
 show_progress() {
     local log=$1 started=$SECONDS spent last
     # Ends with the script if that is interrupted. `sleep` gets no output, since a reader of the

@@ -1,4 +1,4 @@
-"""A real browser for the tests: headless Chromium, told what to do over a pipe."""
+"""Headless Chromium for the tests, controlled over a pipe."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from typing import Any
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-"""Where it is; tests that need it are skipped where there is none."""
+"""Path of the browser; None if there is none, and then the tests that need it are skipped."""
 
 QUIET = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
-"""Without a screen, and without a word to anybody."""
+"""Options for a browser that shows no window and makes no connections of its own."""
 
 
 class Browser:
-    """One page. Messages are those of the DevTools protocol: JSON, each ended by a zero byte."""
+    """One page of a browser, controlled by the DevTools protocol: JSON messages, each ended by a
+    zero byte."""
 
     def __init__(self, profile: Path, *, width: int = 1200, dark: bool = False) -> None:
         to_read, self._out = os.pipe()
         self._in, to_write = os.pipe()
 
         def connect() -> None:
-            # Chromium reads from 3 and writes to 4, whichever numbers the pipes have here.
+            # Chromium reads from descriptor 3 and writes to 4, so the pipes must get these numbers.
             ours = os.dup(to_read), os.dup(to_write)
             os.dup2(ours[0], 3)
             os.dup2(ours[1], 4)
@@ -64,16 +65,16 @@ class Browser:
         os.close(self._out)
 
     def open(self, url: str) -> None:
-        """Go there."""
+        """Go to a URL. Does not wait until the page is loaded."""
         self._ask("Page.navigate", url=url)
 
     def run(self, script: str) -> Any:
-        """What an expression of JavaScript comes to."""
+        """Return the value of a JavaScript expression."""
         answer = self._ask("Runtime.evaluate", expression=script, returnByValue=True)
         return answer["result"].get("value")
 
     def wait_for(self, text: str, *, timeout_s: float = 60) -> str:
-        """All that is to be read on the page, once this is among it."""
+        """Wait until the page shows `text`. Returns all visible text."""
         deadline, shown = time.monotonic() + timeout_s, ""
         while time.monotonic() < deadline:
             shown = self.run("document.body ? document.body.innerText : ''") or ""
@@ -83,7 +84,7 @@ class Browser:
         raise TimeoutError(f"{text!r} is not shown: {shown}")
 
     def picture(self, path: Path) -> None:
-        """What is seen of it, as PNG, to its end."""
+        """Write a screenshot of the whole page as PNG."""
         taken = self._ask("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(taken["data"]))
 

@@ -1,4 +1,4 @@
-"""Real checkpoints of every kind for the tests, small, and the ways to damage a file."""
+"""Small checkpoints in every format for the tests, and functions that damage a file."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ import holdfast
 from holdfast.catalog.catalog import Catalog
 from holdfast.comm import Ranks
 from holdfast.format import manifest as manifests
+from holdfast.format.manifest import Manifest
 from holdfast.format.names import MANIFEST
 from holdfast.saving.planner import Planner
-from holdfast.saving.save import save_leaves
-from holdfast.state.tree import flatten
+from holdfast.saving.save import Saved, begin_save, finish_save
+from holdfast.state.objects import StateTree
+from holdfast.state.tree import FlatState
 from holdfast.storage.local import LocalStore
 from holdfast.testing.ranks import run_ranks
 from manifest_bytes import encode
@@ -31,14 +33,14 @@ STEP = 7
 
 
 def contents(path: Path) -> dict[str, Any]:
-    """Every tensor and value of a checkpoint."""
+    """Return every tensor and value of a checkpoint by name."""
     checkpoint = holdfast.open(path)
     found: dict[str, Any] = {name: checkpoint.read(name) for name in checkpoint.tensors}
     return found | {name: checkpoint.value(name) for name in checkpoint.manifest.values}
 
 
 def differing(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Names that only one of the two has, or that are not the same in both, bit for bit."""
+    """Return the names that only one of the two has, or whose bits or values differ."""
 
     def same(one: Any, other: Any) -> bool:
         return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
@@ -49,8 +51,11 @@ def differing(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str
 
 
 def state() -> dict[str, object]:
-    """Tensors of several sizes and dtypes, one of three blocks, some empty or shared, and values;
-    no byte of a tensor is like its neighbours."""
+    """Return a state with values, and with tensors of several sizes and dtypes.
+
+    One tensor has several blocks, some are empty or tied. Their bytes are random, so that a test
+    notices every change of a byte.
+    """
     made = torch.Generator().manual_seed(3)
     shared = torch.randn(9, 4, generator=made)
     return {
@@ -67,20 +72,23 @@ def state() -> dict[str, object]:
     }
 
 
+def save_leaves(
+    catalog: Catalog, name: str, leaves: FlatState, ranks: Ranks, **facts: Any
+) -> Saved:
+    """Save flat state as a manager does. `facts`: fields of the manifest."""
+    manifest = Manifest({}, {}, **facts)
+    pending = begin_save(catalog, name, leaves, planner=Planner(ranks), facts=manifest)
+    return finish_save(pending, ranks)
+
+
 def save_step(folder: Path, step: int = STEP) -> Path:
-    """A step that two ranks have written, each a part."""
+    """Save `state()` as a checkpoint of two ranks. Returns its folder."""
     catalog = Catalog(LocalStore(folder))
     catalog.store.make_folder("")
 
     def work(ranks: Ranks) -> None:
         save_leaves(
-            catalog,
-            f"step-{step}",
-            flatten(state()),
-            ranks=ranks,
-            planner=Planner(ranks),
-            step=step,
-            kind="full",
+            catalog, f"step-{step}", StateTree(state()).flatten(), ranks, step=step, kind="full"
         )
 
     run_ranks(2, work)
@@ -88,7 +96,8 @@ def save_step(folder: Path, step: int = STEP) -> Path:
 
 
 def copy_step(path: Path, step: int) -> Path:
-    """A copy of a step beside it, as if it had been saved under another number."""
+    """Copy a checkpoint to the name of another step, with that step in its manifest. Returns the
+    copy."""
     copy = Path(shutil.copytree(path, path.with_name(f"step-{step}")))
     index = copy / MANIFEST
     found = manifests.decode(index.read_bytes(), where=str(index))
@@ -97,7 +106,7 @@ def copy_step(path: Path, step: int) -> Path:
 
 
 def save_stock(folder: Path) -> Path:
-    """What stock `torch.distributed.checkpoint` writes of the same state."""
+    """Save `state()` by stock `torch.distributed.checkpoint`. Returns the folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         stock_save(state(), checkpoint_id=folder)
@@ -105,7 +114,7 @@ def save_stock(folder: Path) -> Path:
 
 
 def save_safetensors(folder: Path) -> Path:
-    """A Hugging Face folder of two files and their index."""
+    """Write a Hugging Face folder with two files and an index. Returns it."""
     folder.mkdir(parents=True)
     halves = {
         "model-00001-of-00002.safetensors": {"a": torch.arange(64.0).view(8, 8)},
@@ -124,7 +133,7 @@ def save_safetensors(folder: Path) -> Path:
 
 
 def save_torch(path: Path) -> Path:
-    """What `torch.save` writes of the same state, one tensor transposed."""
+    """Save `state()` and a transposed tensor by `torch.save`. Returns the path."""
     torch.save({**state(), "transposed": torch.arange(12.0).view(3, 4).T}, path)
     return path
 
@@ -134,7 +143,7 @@ def flip(data: bytearray, at: int, random: Random) -> None:
 
 
 def zero(data: bytearray, at: int, random: Random) -> None:
-    """A few bytes to zero; where they were zero before, to one."""
+    """Overwrite a few bytes by zeros, or by ones if they are zeros already."""
     stop = min(at + random.randint(1, 16), len(data))
     data[at:stop] = bytes(stop - at) if any(data[at:stop]) else b"\1" * (stop - at)
 
@@ -148,7 +157,7 @@ def append(data: bytearray, at: int, random: Random) -> None:
 
 
 def delete(data: bytearray, at: int, random: Random) -> None:
-    """Some bytes from the middle; what follows moves up."""
+    """Delete a few bytes in the middle, so that the bytes after them move."""
     del data[at : at + random.randint(1, 20)]
 
 

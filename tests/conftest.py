@@ -1,4 +1,4 @@
-"""Settings of all tests."""
+"""Settings of pytest and hypothesis for all tests."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadFileScheduling
 
-# No deadlines: how fast an example runs is up to the machine, and no test is about time.
-# The same examples each time, so that a change fails by what it changes; `--all` tries others.
+# No deadlines, since the time of an example depends on the machine.
+# `derandomize` runs the same examples each time, so that a failure comes from a change of the code.
+# `--all` tries other examples.
 quiet = [HealthCheck.too_slow]
 settings.register_profile("explore", deadline=None, suppress_health_check=quiet)
 settings.register_profile("holdfast", settings.get_profile("explore"), derandomize=True)
@@ -19,8 +20,11 @@ settings.load_profile("holdfast")
 
 
 class Together(LoadFileScheduling):  # type: ignore[misc]
-    """Hands out the tests of a file to one core, and to one all that start many ranks. These take
-    turns on every core as it is; two such tests at once take four times as long as one."""
+    """Gives all tests of a file to one core, and all tests that start many ranks to the same core.
+
+    Tests with many ranks use every core. Two of them at once take four times as long as one after
+    the other.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file: str = super()._split_scope(nodeid)
@@ -35,7 +39,8 @@ FAST = ("unit", "tidy", "golden")
 """Folders of `./run_tests.sh --fast`."""
 
 PROCESSES = re.compile(r"subprocess|processes|multiprocessing|browser|import runs\b|layouts\b")
-"""Words of test files that start other processes, each of which imports torch for seconds."""
+"""Words in test files that start other processes. Each process imports torch, which takes seconds.
+"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,7 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `--fast`, leave out the files of other folders, and those that start processes."""
+    """With `--fast`, ignore files in other folders than `FAST`, and files that start processes."""
     if not config.getoption("--fast") or collection_path.suffix != ".py":
         return None
     folder = collection_path.relative_to(Path(__file__).parent).parts[0]

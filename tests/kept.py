@@ -1,4 +1,4 @@
-"""An object whose state can be anything."""
+"""An object that keeps any state, for tests of `state_dict` and `load_state_dict`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Kept:
-    """Object with any state."""
+    """Object whose `state_dict` returns `state`."""
 
     def __init__(self, state: Any = None) -> None:
         self.state = state

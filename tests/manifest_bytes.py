@@ -1,4 +1,4 @@
-"""Write a whole `Manifest` value, as a save of Holdfast writes its columns."""
+"""Encode a whole `Manifest`, which a save writes part by part from columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a piece of a program takes of memory beside what it held before."""
+"""Memory that a piece of a program takes."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ print(memory_mib("VmHWM") - held)
 
 
 def extra_mib(prepared: str, measured: str, folder: Path, *arguments: str) -> float:
-    """The peak of resident memory of a process of its own while `measured` runs, beyond what it had
-    once `prepared` had run. `sys.argv` has the folder and the arguments."""
+    """Return the memory in MiB that the code `measured` takes, after the code `prepared` has run.
+
+    Both run in a new process, whose `sys.argv` has the folder and the arguments. The result is the
+    peak of resident memory during `measured`, less the resident memory before it.
+    """
     program = "".join((_BEFORE, prepared, _BETWEEN, measured, _AFTER))
     ran = subprocess.run(
         [sys.executable, "-c", program, str(folder), *arguments],

@@ -1,15 +1,15 @@
-"""What the neighbours' programs leave, as far as their skills speak of it; small, and made on the
-spot by their own code."""
+"""Checkpoints of other libraries, as the skills for these libraries describe them. The libraries
+themselves write small ones."""
 
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from hub_folders import LLAMA, hub_tensors, save_folder
+from hf_folders import LLAMA, hf_tensors, save_folder
 from processes import run_processes
+from warm import python
 
 SHARDED = """
 import sys, torch, pytorch_lightning as pl
@@ -40,8 +40,9 @@ trainer.save_checkpoint(sys.argv[1])
 
 
 def save_by_accelerate(rank: int, size: int, folder: str) -> None:
-    """A whole model by `save_state`; a sharded one by what `save_state` calls under FSDP2, which
-    Accelerate itself turns on where there are GPUs."""
+    """Save a whole model by `save_state`, and a sharded one by the functions that `save_state`
+    calls under FSDP2. Accelerate turns on FSDP2 only on GPUs, so the test shards the model itself.
+    """
     import torch
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.utils import save_fsdp_model, save_fsdp_optimizer
@@ -64,22 +65,22 @@ def save_by_accelerate(rank: int, size: int, folder: str) -> None:
 
 
 def prepare(name: str, folder: Path) -> None:
-    """What a neighbour's skill takes as given, below a folder."""
+    """Make the files below a folder that the skill `name` expects."""
     outputs = folder / "outputs"
     if name == "accelerate":
         run_processes(2, save_by_accelerate, str(outputs))
     elif name == "pytorch-lightning":
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launch = [python(), "-m", "torch.distributed.run", "--standalone"]
         (folder / "sharded.py").write_text(SHARDED)
         work = ["--nproc_per_node", "2", "sharded.py", str(outputs / "sharded.ckpt")]
         ran_unless_torch_aborts([*launch, *work], cwd=folder).check_returncode()
     else:
-        save_folder(folder / "path/to/hf", LLAMA, hub_tensors(LLAMA))
+        save_folder(folder / "path/to/hf", LLAMA, hf_tensors(LLAMA))
         save_tokenizer(folder / "path/to/hf")
 
 
 def save_tokenizer(folder: Path) -> None:
-    """A tokenizer of a few words."""
+    """Save a tokenizer of a few words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -93,10 +94,10 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def ran_unless_torch_aborts(command: Any, **settings: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command, once more if a worker of torchrun was aborted by torch itself.
+    """Run a command, and once more if torch aborted a worker of torchrun.
 
-    On a loaded machine one of some ten jobs over gloo ends in this abort, scripts that use torch
-    alone among them.
+    On a loaded machine about one of ten jobs over gloo ends in this abort, even if the script uses
+    only torch.
     """
     for _ in range(2):
         ran = subprocess.run(command, text=True, capture_output=True, **settings)

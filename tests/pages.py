@@ -6,10 +6,10 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from runs import ROOT
+from warm import python
 
 FIRST = ("index", "install", "quickstart")
 GUIDE = {
@@ -25,8 +25,12 @@ STEPS = 12
 """Steps of a training run whose command on the page has no `--training.steps`."""
 
 
+INTERPRETER = "HOLDFAST_TESTS_INTERPRETER"
+"""Environment variable that sets the interpreter of `./run_train.sh` in a furnished folder."""
+
+
 def blocks(text: str) -> list[tuple[str, str]]:
-    """Language and text of every code block."""
+    """Return language and text of every code block."""
     return re.findall(r"^```(\w+)\n(.*?)^```", text, re.M | re.S)
 
 
@@ -39,15 +43,24 @@ def furnish(folder: Path, *, steps: int = STEPS, workers: int = 1) -> None:
         f"--training.steps {steps} --training.seq_len 16 --training.global_batch_size 4 "
         f"--training.local_batch_size 2 --training.dataset_path {folder}/train.txt"
     )
+    training = (
+        (ROOT / "run_train.sh")
+        .read_text()
+        .replace('$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)', str(ROOT))
+        .replace('"$root/.venv/bin/python"', f'"${{{INTERPRETER}:-{python()}}}"')
+        .replace(' "$@"', f' {short} "$@"')
+    )
+    assert python() in training
+    assert short in training
     scripts = {
-        folder / "run_train.sh": f"NGPU=${{NGPU:-{workers}}} exec {ROOT}/run_train.sh {short}",
-        programs / "holdfast": f"exec {sys.executable} -m holdfast.cli",
-        programs / "torchrun": f"exec {sys.executable} -m torch.distributed.run",
-        programs / "python": f"exec {sys.executable}",
-        programs / "pip": "exit 0 #",
+        folder / "run_train.sh": f"export NGPU=${{NGPU:-{workers}}}\n{training}",
+        programs / "holdfast": f'exec {python()} -m holdfast.cli "$@"',
+        programs / "torchrun": f'exec {python()} -m torch.distributed.run "$@"',
+        programs / "python": f'exec {python()} "$@"',
+        programs / "pip": "exit 0",
     }
     for path, script in scripts.items():
-        path.write_text(f'#!/bin/sh\n{script} "$@"\n')
+        path.write_text(f"#!/usr/bin/env bash\n{script}\n")
         path.chmod(0o755)
     (programs / "activate").touch()
     (folder / "scripts").symlink_to(ROOT / "scripts")
@@ -60,8 +73,10 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def run_line(folder: Path, line: str) -> str:
-    """Run a line of shell. Returns its output. A comment `# status N` says which exit status is
-    expected; 0 by default."""
+    """Run a line of shell. Returns its output.
+
+    A comment `# status N` in the line gives the expected exit status; the default is 0.
+    """
     ran = subprocess.run(
         ["bash", "-c", line],
         cwd=folder,
@@ -77,17 +92,19 @@ def run_line(folder: Path, line: str) -> str:
 
 
 def follow(folder: Path, page: str) -> list[tuple[str, str]]:
-    """Run every block of a page in order. A block whose first line is `# NAME.py` or `# NAME.toml`
-    is written to that file, other Python blocks and each line of shell are run. Returns the lines
-    of shell with their outputs."""
+    """Run every block of a page in order. Returns the lines of shell with their outputs.
+
+    A block whose first line is `# NAME.py` or `# NAME.toml` is written to that file. Other Python
+    blocks and each line of shell are run.
+    """
     said = []
     for language, text in blocks(page):
         name = re.match(r"# (\w+\.(?:py|toml))\n", text)
         if name is not None:
             (folder / name[1]).write_text(text)
         elif language == "python":
-            python = [sys.executable, "-c", text]
-            subprocess.run(python, cwd=folder, env=environment(folder), check=True, timeout=200)
+            command = [python(), "-c", text]
+            subprocess.run(command, cwd=folder, env=environment(folder), check=True, timeout=200)
         elif language == "sh":
             lines = [line for line in text.splitlines() if not line.startswith("./run_tests.sh")]
             said += [(line, run_line(folder, line)) for line in lines]

@@ -1,4 +1,4 @@
-"""Saving by any plan, without DTensors, and tensors of random bits to save."""
+"""Save tensors by a given global plan, without DTensors; tensors of random bits."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from holdfast.catalog.catalog import Catalog
 from holdfast.comm import Ranks, run_on_rank_0
 from holdfast.format.dtypes import BY_NAME
+from holdfast.format.manifest import Manifest
 from holdfast.format.region import Region
 from holdfast.planning.file_layout import lay_out, lay_out_file
 from holdfast.planning.index import Index, columns
 from holdfast.planning.write_plan import GlobalPlan, LocalTensor, TensorChunks
 from holdfast.saving.commit import commit
-from holdfast.saving.digests import Replicas
-from holdfast.saving.publish import Facts
+from holdfast.saving.digests import Digests
 from holdfast.saving.stage import host_windows
 from holdfast.saving.write import write
 from holdfast.state.layout import box_of
@@ -28,8 +28,10 @@ from holdfast.testing.ranks import run_ranks
 def save_by_plan(
     store: Store, name: str, plan: GlobalPlan, tensors: Mapping[str, torch.Tensor], size: int
 ) -> None:
-    """Save by `size` ranks; every one of them could read all of the tensors, and writes its part of
-    the plan. All from the plan on is the engine's own."""
+    """Save by `size` ranks, each of which writes its part of `plan`.
+
+    Every rank has all tensors. Layout, write and commit are Holdfast's own.
+    """
     catalog = Catalog(store)
 
     def work(ranks: Ranks) -> None:
@@ -48,13 +50,13 @@ def save_by_plan(
             *(store, str(attempt), layout),
             lambda item: host_windows(box_of(tensors[item.name], item.region), item.dtype),
         )
-        facts = Facts(1, "full", {}, {})
+        facts = Manifest({}, {}, step=1, kind="full")
         commit(
             attempt,
             result,
             index=index,
             facts=facts,
-            replicas=Replicas([], {}),
+            digests=Digests(),
             catalog=catalog,
             ranks=ranks,
         )
@@ -63,18 +65,18 @@ def save_by_plan(
 
 
 Held = Mapping[str, tuple[torch.Tensor, list[list[Region]]]]
-"""Each tensor as a whole, and the regions of it that each rank holds."""
+"""Each whole tensor by name, with the regions that each rank holds."""
 
 
 def save_regions(store: Store, name: str, held: Held, size: int) -> None:
-    """Save by `size` ranks, each holding its own regions: each is written by the last rank that
-    holds it."""
+    """Save by `size` ranks, each holding its own regions. The last rank that holds a region writes
+    it."""
     plan = GlobalPlan([placed(key, *tensor) for key, tensor in held.items()], {}, {})
     save_by_plan(store, name, plan, {key: whole for key, (whole, _) in held.items()}, size)
 
 
 def placed(key: str, whole: torch.Tensor, held: list[list[Region]]) -> TensorChunks:
-    """The regions that ranks hold of a tensor, each with one rank that writes it."""
+    """Return the regions of a tensor that the ranks hold, each with the rank that writes it."""
     writers = {region: rank for rank, regions in enumerate(held) for region in regions}
     dims = (len(writers), whole.ndim)
     dtype = str(whole.dtype).removeprefix("torch.")
@@ -88,7 +90,7 @@ def placed(key: str, whole: torch.Tensor, held: list[list[Region]]) -> TensorChu
 
 
 def random_tensor(dtype: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Random bits, of which some are no number at all."""
+    """Return a tensor of random bits. Some of its floats are NaN or infinite."""
     generator = torch.Generator().manual_seed(seed)
     top = 2 if dtype == "bool" else 256
     nbytes = prod(shape) * BY_NAME[dtype].itemsize

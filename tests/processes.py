@@ -1,4 +1,4 @@
-"""Real processes on gloo for the tests: torch is imported once, every rank is forked from there."""
+"""Ranks for the tests: processes of a gloo group, forked from a server that has imported torch."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ _FORKED.set_forkserver_preload(
 def run_processes(
     size: int, work: Callable[..., Any], *args: Any, timeout_s: float = 120
 ) -> list[Any]:
-    """What `work(rank, size, *args)` gives in each of `size` processes of one gloo group.
+    """Run `work(rank, size, *args)` in each of `size` processes of one gloo group. Returns the
+    results by rank.
 
-    `work` is a function of a module. The first error of a rank is raised here, with its traceback;
-    ranks that hang are killed.
+    `work` must be a function of a module. The first error of a rank is raised here, with its
+    traceback. Ranks that hang are killed.
     """
     with Job(size, work, *args) as job:
         return job.results(timeout_s)
 
 
 class Job:
-    """Ranks at work. Whoever is left when the context ends is killed."""
+    """Context with running ranks. At its end, it kills those that are still running."""
 
     def __init__(self, size: int, work: Callable[..., Any], *args: Any) -> None:
-        # Here, where no other job can take its port before the ranks have come to it.
+        # Made here and not by rank 0, so that no other job takes the port before the ranks connect.
         self._store = dist.TCPStore(  # type: ignore[attr-defined]
             "127.0.0.1", 0, is_master=True, wait_for_workers=False
         )
@@ -61,7 +62,7 @@ class Job:
             pipe.close()
 
     def kill(self, ranks: Iterable[int]) -> None:
-        """SIGKILL to these ranks."""
+        """Send SIGKILL to these ranks."""
         for rank in ranks:
             self._ranks[rank].kill()
 
@@ -71,18 +72,18 @@ class Job:
             os.kill(self._ranks[rank].pid or 0, number)
 
     def statuses(self) -> list[int | None]:
-        """Exit status of each rank that has ended."""
+        """Return the exit status of each rank, None while it runs."""
         return [process.exitcode for process in self._ranks]
 
     def wait(self, timeout_s: float) -> None:
-        """Return once every rank has come to its end."""
+        """Wait until every rank has ended."""
         for rank, process in enumerate(self._ranks):
             process.join(timeout_s)
             if process.is_alive():
                 raise TimeoutError(f"rank {rank} is still there after {timeout_s} s")
 
     def results(self, timeout_s: float) -> list[Any]:
-        """What each rank gives; the first error is raised."""
+        """Wait for the results of all ranks, and raise the first error."""
         results: list[Any] = []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(timeout_s):
@@ -105,20 +106,20 @@ def _rank(
 ) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True")  # rank 0 does not serve it
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True")  # The parent serves the store.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     result: Any
     try:
         dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=60))
         result = work(rank, size, *args)
-        # No rank leaves while another still waits for it.
+        # No rank may end while another still waits for it in a collective.
         dist.barrier()
     except SystemExit:
         raise
     except BaseException as error:  # noqa: BLE001 - handed to the test
         result = AssertionError(f"rank {rank}: {''.join(traceback.format_exception(error))}")
-    # Not `send`, which would hand over a tensor's memory, gone when this process ends.
+    # `send` would pass a tensor by shared memory, which this process frees when it ends.
     out.send_bytes(pickle.dumps(result))
     out.close()
-    # Taking dozens of process groups apart in some order is not what is tested.
+    # Skips the destruction of dozens of process groups, which is not under test.
     os._exit(0)

@@ -1,4 +1,4 @@
-"""The reference training run as a user starts it, small enough for a test."""
+"""The reference training run, started like a user does, with a small model and data."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import warm
+
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "train_configs" / "debug_model.toml"
 SMALL = (
@@ -20,11 +22,12 @@ SMALL = (
 )
 
 
-def command(*arguments: str, ranks: int, cwd: Path) -> list[str]:
-    """Start `ranks` workers; one rank is a plain process without torchrun."""
+def command(*arguments: str, ranks: int, cwd: Path, python: str) -> list[str]:
+    """Return the command of a run with `ranks` workers; a single one is started without the
+    launcher."""
     shutil.copy(ROOT / "LICENSE", cwd / "corpus.txt")
     module = "holdfast.trainer.launch" if ranks > 1 else "holdfast.trainer"
-    return [sys.executable, "-m", module, "--job.config_file", str(CONFIG), *SMALL, *arguments]
+    return [python, "-m", module, "--job.config_file", str(CONFIG), *SMALL, *arguments]
 
 
 def environment(ranks: int) -> dict[str, str]:
@@ -34,8 +37,8 @@ def environment(ranks: int) -> dict[str, str]:
 def train(
     *arguments: str, ranks: int = 1, cwd: Path, timeout_s: float = 200
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end. stderr and stdout come together, as a terminal shows them."""
-    run = start(*arguments, ranks=ranks, cwd=cwd)
+    """Run until the end. The result has stdout and stderr in one text, as on a terminal."""
+    run = start(*arguments, ranks=ranks, cwd=cwd, python=warm.python())
     try:
         said, _ = run.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -44,10 +47,12 @@ def train(
     return subprocess.CompletedProcess(run.args, run.returncode, said)
 
 
-def start(*arguments: str, ranks: int, cwd: Path) -> subprocess.Popen[str]:
+def start(
+    *arguments: str, ranks: int, cwd: Path, python: str = sys.executable
+) -> subprocess.Popen[str]:
     """Start a run in a process group of its own."""
     return subprocess.Popen(
-        command(*arguments, ranks=ranks, cwd=cwd),
+        command(*arguments, ranks=ranks, cwd=cwd, python=python),
         cwd=cwd,
         env=environment(ranks),
         text=True,
@@ -58,7 +63,7 @@ def start(*arguments: str, ranks: int, cwd: Path) -> subprocess.Popen[str]:
 
 
 def kill_all(run: subprocess.Popen[str]) -> None:
-    """SIGKILL to the launcher and all workers at once, whatever group torchrun put them into."""
+    """Send SIGKILL to the launcher and all its descendants, whatever process groups they are in."""
     for pid in [run.pid, *_descendants(run.pid)]:
         try:
             os.kill(pid, signal.SIGKILL)
@@ -70,7 +75,7 @@ def kill_all(run: subprocess.Popen[str]) -> None:
 
 
 def workers_of(run: subprocess.Popen[str]) -> list[int]:
-    """Process ids of the workers, in the order of their ranks."""
+    """Return the process ids of the workers in the order of their ranks."""
     return sorted(_descendants(run.pid))
 
 
@@ -84,7 +89,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 def wait_for_step(folder: Path, step: int, *, timeout_s: float = 120) -> None:
-    """Return once the run that writes `metrics.jsonl` in `folder` has done `step`."""
+    """Wait until the run that writes `metrics.jsonl` in `folder` has reached `step`."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if any(row["step"] >= step for row in rows(folder)):
@@ -94,7 +99,7 @@ def wait_for_step(folder: Path, step: int, *, timeout_s: float = 120) -> None:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """What a run has logged; a line that is being written is left out."""
+    """Return the rows of a run's `metrics.jsonl`, without a line that is being written."""
     file = folder / "metrics.jsonl"
     found = []
     for line in file.read_text().splitlines() if file.exists() else []:
@@ -106,5 +111,5 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """The loss of each step; the last row of a step counts."""
+    """Return the loss of each step: that of its last row, if a step was repeated."""
     return {row["step"]: row["loss"] for row in rows(folder)}

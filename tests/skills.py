@@ -90,8 +90,10 @@ class CutDisk(Disk):
 
 
 class ForgetfulDisk(CutDisk):
-    """A disk whose power fails before its n-th operation. Afterwards each operation that no
-    `sync_folder` has made durable may be lost."""
+    """A disk whose power fails before its n-th operation.
+
+    Afterwards, each operation that no `sync_folder` has made durable may be lost.
+    """
 
     def __init__(self, cut: int, root: Path, *, exchanges: bool = True) -> None:
         super().__init__(cut, self._go_out, exchanges=exchanges)
@@ -103,7 +105,7 @@ class ForgetfulDisk(CutDisk):
         raise CutError
 
     def survivor(self, random: Random) -> None:
-        """Replace the folder by one that may be found when the power is back."""
+        """Replace the folder by one of the states that the power failure can leave."""
         shutil.rmtree(self._root)
         self._before.rename(self._root)
         for operation, waits_for in self._done:

@@ -1,4 +1,4 @@
-"""A Hugging Face folder, or the name of one on the hub, to a step: `holdfast convert --to dcp`.
+"""Converts a Hugging Face folder, or a repository on the hub, by `holdfast convert --to dcp`.
 
 python ./scripts/checkpoint_conversion/convert_from_hf.py INPUT OUTPUT --model_name llama3 \
     --model_flavor 8B

@@ -1,4 +1,4 @@
-"""A step to a Hugging Face folder: `holdfast convert --to hf`.
+"""Converts a checkpoint to a Hugging Face folder, by `holdfast convert --to hf`.
 
 python ./scripts/checkpoint_conversion/convert_to_hf.py INPUT OUTPUT \
     --hf_assets_path ./assets/hf/Llama3.1-8B --model_name llama3 --model_flavor 8B

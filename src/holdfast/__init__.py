@@ -4,6 +4,7 @@
     holdfast.load(path, state)          load a checkpoint in place, under any parallelism
     holdfast.open(path)                 inspect a checkpoint; reads only the entries you request
     holdfast.dcp                        storage of `torch.distributed.checkpoint`: Writer, Reader
+    holdfast.hosts                      Holdfast inside Trainer, Accelerate, Lightning, TorchTitan
     holdfast.CheckpointManager          save during training, delete old checkpoints, resume
     holdfast.sealed(path)               publish files of another program, all or none
     holdfast.check(path)                list what is damaged in any checkpoint
@@ -75,7 +76,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("dcp", "testing"):
+    if name in ("dcp", "hosts", "testing"):
         return import_module(f"holdfast.{name}")
     if name == "__version__":
         return import_module("holdfast.release").installed_version()

@@ -9,7 +9,6 @@ import os
 import pickle
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -72,7 +71,7 @@ class Ranks(Protocol):
     def send(self, rank: int, data: torch.Tensor) -> Sending:
         """Start to send host memory to `rank`, which must `receive` it. Not collective.
 
-        Call the returned function before `data` changes. Two ranks receive in the order of sending.
+        Call the returned function before `data` changes. Messages arrive in the order of sending.
         """
         ...
 
@@ -301,7 +300,7 @@ def gather_deduplicated(ranks: Ranks, items: Mapping[str, T]) -> list[dict[str, 
 
 
 def _of_rank(rank: int, error: HoldfastError) -> HoldfastError:
-    return type(error)(f"rank {rank}: {error.what}", hint=error.hint)
+    return error.reworded(f"rank {rank}: {error.what}")
 
 
 def capture(work: Callable[[], T]) -> T | HoldfastError:
@@ -341,17 +340,6 @@ def host_name() -> str:
     return os.uname().nodename
 
 
-@dataclass(frozen=True, slots=True)
-class Hosts:
-    """Distribution of the ranks over hosts."""
-
-    num_hosts: int
-    num_local: int
-    """Number of ranks on this rank's host, itself included."""
-
-
-def hosts_of(ranks: Ranks) -> Hosts:
-    """Return how the ranks are distributed over hosts. Collective: every rank calls this."""
-    name = host_name()
-    names = ranks.broadcast(ranks.gather(name))
-    return Hosts(len({*names}), names.count(name))
+def hosts_of(ranks: Ranks) -> list[str]:
+    """Return the name of each rank's host. Collective: every rank calls this."""
+    return ranks.broadcast(ranks.gather(host_name()))

@@ -16,7 +16,7 @@ step to take.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 
 class HoldfastError(Exception):
@@ -25,21 +25,42 @@ class HoldfastError(Exception):
     exit_status: ClassVar[int] = 1
     """Exit status of a command that ends in this error."""
 
-    def __init__(self, what: str, *, hint: str | None = None) -> None:
+    def __init__(
+        self,
+        what: str,
+        *,
+        hint: str | None = None,
+        file: str | None = None,
+        entry: str | None = None,
+        block: int | None = None,
+    ) -> None:
         super().__init__(what, hint)
         self.what = what
         self.hint = hint
+        self.file = file
+        """Path or URL of the file that the error is about; None if it is about no single file."""
+
+        self.entry = entry
+        """Name of the tensor or value that the error is about."""
+
+        self.block = block
+        """Index of the damaged block of the tensor."""
+
+    def reworded(self, what: str) -> Self:
+        """Return the same error with another message."""
+        return type(self)(what, hint=self.hint, file=self.file, entry=self.entry, block=self.block)
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Errors are pickled to reach other ranks; the default would lose the keyword-only argument.
-        return (_rebuild, (type(self), self.what, self.hint))
+        # Errors are pickled to reach other ranks; the default would lose keyword-only arguments.
+        details = {"hint": self.hint, "file": self.file, "entry": self.entry, "block": self.block}
+        return (_rebuild, (type(self), self.what, details))
 
     def __str__(self) -> str:
         return self.what if self.hint is None else f"{self.what}\nhint: {self.hint}"
 
 
-def _rebuild(cls: type[HoldfastError], what: str, hint: str | None) -> HoldfastError:
-    return cls(what, hint=hint)
+def _rebuild(cls: type[HoldfastError], what: str, details: dict[str, Any]) -> HoldfastError:
+    return cls(what, **details)
 
 
 class UsageError(HoldfastError):

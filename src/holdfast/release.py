@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 UNKNOWN = "unknown"
-"""Version where the code runs from a folder without being installed."""
+"""Version of code that runs from a folder without being installed."""
 
 
 def installed_version() -> str:

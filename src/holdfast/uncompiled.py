@@ -11,10 +11,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def uncompiled(function: F) -> F:
-    """Have `function`, and all that it calls, run as it is where compiled code calls it.
+    """Keep `torch.compile` from compiling `function` and everything that it calls.
 
-    As `torch.compiler.disable`, which imports the compiler: that takes seconds, and most processes
-    that save compile nothing.
+    Does the same as `torch.compiler.disable`, but does not import the compiler: that takes seconds,
+    and most processes that save compile nothing.
     """
     made: Any = function
     made._torchdynamo_disable = True
@@ -24,8 +24,8 @@ def uncompiled(function: F) -> F:
 
 
 def _leave_alone(code: CodeType) -> None:
-    """Keep the compiler from looking at frames of this code, and at those below them."""
-    # A torch without these names compiles around the call all the same, in more steps.
+    """Let the compiler skip frames of this code, and all frames below them."""
+    # The attributes above are enough, so this is skipped if torch has renamed its internals.
     with suppress(ImportError, AttributeError):
         from torch._C._dynamo import eval_frame
 

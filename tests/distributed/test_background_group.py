@@ -18,8 +18,8 @@ from processes import run_processes
 
 
 def train_beside(rank: int, size: int, folder: Path, mode: Any) -> tuple[int, int]:
-    """Number of operations that training ran on its group during a save, and the number that the
-    group counted. The write is slow enough to overlap with training."""
+    """Train during a slow save. Returns the number of operations that training ran on its process
+    group, and the number that the group counted."""
     model = nn.Linear(512, 1024)
     fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
     config = CheckpointConfig(
@@ -41,8 +41,8 @@ def train_beside(rank: int, size: int, folder: Path, mode: Any) -> tuple[int, in
 
 
 def test_a_background_save_does_not_use_the_process_group_of_training(tmp_path: Path) -> None:
-    """G7. Method: the group counts its operations while two ranks write and publish a checkpoint;
-    there are no others than those of training."""
+    """G7. Method: the group of training counts its operations while two ranks write and publish a
+    checkpoint. All of them are training's."""
     for mode in ("async", "async_with_pinned_mem"):
         for sent, counted in run_processes(2, train_beside, tmp_path / mode, mode):
             assert sent > 10, "nothing was sent while the step was written"

@@ -22,7 +22,7 @@ class Broken:
 
 
 def message(call: Any) -> tuple[str, str | None]:
-    """Message of the error that a call raises, and the type of its cause."""
+    """Return the message of the error that a call raises, and the type of its cause."""
     with pytest.raises(UsageError) as raised:
         call()
     cause = raised.value.__cause__
@@ -44,7 +44,7 @@ def mistakes(rank: int, size: int, folder: Path) -> list[tuple[str, str | None]]
 
 
 def test_a_mistake_of_one_rank_is_raised_on_all_and_the_next_save_works(tmp_path: Path) -> None:
-    """G7. Method: two processes on gloo; one passes wrong arguments, or an object that raises."""
+    """G7. Method: one of two processes on gloo passes wrong arguments, or an object that raises."""
     first, second = run_processes(2, mistakes, tmp_path)
     assert [what for what, _ in first] == [what for what, _ in second]
     said = [what for what, _ in first]

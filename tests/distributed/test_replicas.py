@@ -1,4 +1,4 @@
-"""Real processes that pass replicas on to each other: HSDP, and tensors whole on every rank."""
+"""Ranks read replicas once and send them to each other: HSDP, and tensors whole on every rank."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from processes import run_processes
 
 
 class Model(nn.Module):
-    """Sharded over two ranks and replicated over two, except for a table of several messages and a
-    norm."""
+    """Model that is sharded over two ranks and replicated over two, except for a table of several
+    messages and a norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,8 +32,8 @@ class Model(nn.Module):
 
 
 def save_and_load(rank: int, size: int, path: Path) -> list[int]:
-    """Bytes that this rank reads, by each way of loading. Checks that the state is that which was
-    saved."""
+    """Save and load in each mode of `load_replicas`, and check the state. Returns the bytes that
+    this rank reads in each mode."""
     torch.manual_seed(1)
     model = Model()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
@@ -63,10 +63,12 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def test_replicas_on_ranks_of_one_group_are_read_once(tmp_path: Path) -> None:
-    """G6, G9. Method: two replicas of a sharded layer, and an embedding and a norm on all four
-    ranks, are saved, zeroed and loaded both ways. Every rank gets the saved bits. With `broadcast`
-    the bytes read are those of the model, plus at most the block in which two shards meet, and each
-    rank reads a fair share."""
+    """G6, G9. Method: save two replicas of a sharded layer, and an embedding and a norm on all four
+    ranks. Zero them and load them in both modes. Every rank gets the saved bits.
+
+    With `broadcast`, the ranks read the bytes of the model, plus at most the block that two shards
+    share. Each rank reads a fair share.
+    """
     nbytes = sum(parameter.nbytes for parameter in Model().parameters())
     by_itself, for_each_other = zip(
         *run_processes(4, save_and_load, tmp_path / "step-1"), strict=True

@@ -1,5 +1,4 @@
-"""Checkpoints load across layouts, with real processes: FSDP2, tensor parallelism, both,
-neither."""
+"""Checkpoints load in other layouts, with real processes: FSDP2, tensor parallelism, both, none."""
 
 from __future__ import annotations
 
@@ -26,11 +25,11 @@ from torch.utils import swap_tensors
 import holdfast
 from holdfast.comm import all_ranks, capture
 from holdfast.saving.planner import LocalState, Planner
-from holdfast.state.tree import flatten
+from holdfast.state.objects import StateTree
 from processes import run_processes
 
 WIDTH = 10
-"""Not divisible by 4 or 3, so that shards are uneven and some are empty."""
+"""Width of the model. Not divisible by 4 or 3, so that shards are uneven and some are empty."""
 
 
 class Block(nn.Module):
@@ -62,7 +61,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def contents(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Every tensor of model and optimizer, gathered."""
+    """Gather every tensor of model and optimizer."""
     found = {}
     for name, parameter in model.named_parameters():
         found[name] = whole(parameter)
@@ -106,7 +105,7 @@ def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Any]:
-    """One checkpoint per layout, with its contents."""
+    """Save one checkpoint per layout. Returns each with its contents."""
     folder = tmp_path_factory.mktemp("saved")
     made = {}
     for dp, tp in ((1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (3, 1)):
@@ -191,7 +190,8 @@ def misfit_on(rank: int, size: int, path: Path) -> str:
 def test_a_missing_parameter_is_the_same_error_on_every_rank(
     saved: dict[tuple[int, int], Any],
 ) -> None:
-    """G6, G7. Method: the checkpoint lacks a parameter; all ranks name it, and nothing changes."""
+    """G6, G7. Method: load a checkpoint that lacks a parameter. All ranks name it, and nothing
+    changes."""
     messages = run_processes(2, misfit_on, saved[4, 1][0])
     assert messages[0] == messages[1]
     assert "`model.extra` is not in the checkpoint" in messages[0]
@@ -207,8 +207,8 @@ def fail_on_one_rank(rank: int, size: int, path: Path) -> str:
 
 
 def test_an_error_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
-    """G7. Method: a tensor that only rank 1 has cannot be saved; the save fails on every rank, and
-    no attempt is left."""
+    """G7. Method: rank 1 alone has a tensor that cannot be saved. The save fails on every rank, and
+    leaves no attempt."""
     for message in run_processes(3, fail_on_one_rank, tmp_path / "step-1"):
         assert "rank 1" in message
         assert "`mine`" in message
@@ -224,10 +224,10 @@ def relaid_on(rank: int, size: int) -> int:
         return tensor if placement is None else distribute_tensor(tensor, mesh, [placement])
 
     def local_plans(planner: Planner, state: dict[str, Any]) -> Any:
-        held = capture(lambda: planner.hold(flatten(state), None))
+        held = capture(lambda: planner.hold(StateTree(state).flatten(), None))
         return held.local_plans if isinstance(held, LocalState) else held.what
 
-    # The first rank has elements of the same shape before and after, but for one.
+    # In all cases but one, the first rank has elements of the same shape before and after.
     changes = [
         (laid(4, 4), laid(4, 4).bfloat16()),
         (laid(4, 4), laid(2, 8)),
@@ -244,7 +244,7 @@ def relaid_on(rank: int, size: int) -> int:
         assert local_plans(planner, {"a.b": after}) == wanted != was
         assert local_plans(planner, {"a": {"b": before}}) != was, "another path"
         if type(before) is type(after):
-            planner.hold(flatten({"a.b": before}), None)
+            planner.hold(StateTree({"a.b": before}).flatten(), None)
             swap_tensors(before, after)  # type: ignore[no-untyped-call]
             assert local_plans(planner, {"a.b": before}) == wanted
     ranks.close()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -23,6 +24,8 @@ from torch.optim import Optimizer
 import holdfast
 from holdfast.errors import UsageError
 from processes import run_processes
+
+pytestmark = pytest.mark.timeout(400)  # the first test of a fixture waits for all its cases
 
 
 def model() -> nn.Sequential:
@@ -86,6 +89,34 @@ def zero(part: nn.Module) -> Any:
     return cls(part.parameters(), optimizer_class=torch.optim.AdamW, lr=0.01)
 
 
+def each(
+    rank: int, size: int, work: Callable[..., Any], cases: list[Any], *args: Any
+) -> dict[Any, Any]:
+    """Return what `work(rank, size, *args, *case)` returns, or raises, for each of several cases in
+    turn."""
+    results: dict[Any, Any] = {}
+    for case in cases:
+        try:
+            results[case] = work(rank, size, *args, *case)
+        except Exception:  # noqa: BLE001 - reported by the test of this case
+            results[case] = AssertionError(f"rank {rank}: {traceback.format_exc()}")
+    return results
+
+
+def run_each(size: int, work: Callable[..., Any], cases: list[Any], *args: Any) -> dict[Any, Any]:
+    """Run all cases in one job of `size` processes. Returns by case what each rank returns."""
+    by_rank = run_processes(size, each, work, cases, *args, timeout_s=240)
+    return {case: [results[case] for results in by_rank] for case in cases}
+
+
+def of(results: list[Any]) -> list[Any]:
+    """Results of the ranks; raises the first error."""
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
 def train(
     rank: int, size: int, folder: str, until: int, kind: str, wrapper: str, mode: str
 ) -> dict[str, Any]:
@@ -119,22 +150,37 @@ def train(
     return {name: value.detach().clone() for name, value in whole.items()}
 
 
-@pytest.mark.parametrize(
-    ("kind", "wrapper"),
-    [
+CASES = [
+    (kind, wrapper, mode)
+    for kind, wrapper in (
         *(("adamw", "fsdp2"), ("joined", "fsdp2"), ("container", "fsdp2")),
         *(("joined", "ddp"), ("container", "ddp"), ("zero", "ddp")),
-    ],
-)
-@pytest.mark.parametrize("mode", ["disabled", "async_with_pinned_mem"])
+    )
+    for mode in ("disabled", "async_with_pinned_mem")
+]
+
+
+def train_case(rank: int, size: int, folder: Path, name: str, until: int, *case: str) -> Any:
+    """Run `train` in a folder of this case."""
+    return train(rank, size, str(folder / "-".join(case) / name), until, *case)
+
+
+@pytest.fixture(scope="module")
+def optimizer_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """Train every case at once, and in two halves, each half in new processes."""
+    folder = tmp_path_factory.mktemp("optimizers")
+    whole = run_each(2, train_case, CASES, folder, "whole", 4)
+    run_each(2, train_case, CASES, folder, "halves", 2)
+    return whole, run_each(2, train_case, CASES, folder, "halves", 4)
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_sharded_optimizers_resume_bit_for_bit(
-    kind: str, wrapper: str, mode: str, tmp_path: Path
+    case: tuple[str, str, str], optimizer_runs: tuple[Any, Any]
 ) -> None:
     """G9, G15. Method: two ranks train two steps, restart and train two more; the bits equal those
     of four steps without a restart."""
-    whole = run_processes(2, train, str(tmp_path / "whole"), 4, kind, wrapper, mode)
-    run_processes(2, train, str(tmp_path / "halves"), 2, kind, wrapper, mode)
-    halves = run_processes(2, train, str(tmp_path / "halves"), 4, kind, wrapper, mode)
+    whole, halves = (of(results[case]) for results in optimizer_runs)
     for name, value in whole[0].items():
         assert torch.equal(value, halves[0][name]), name
         assert torch.equal(value, halves[1][name]), name
@@ -163,7 +209,8 @@ def moments(rank: int, size: int, folder: str, kind: str, wrapper: str) -> list[
 
 @pytest.mark.parametrize(("kind", "wrapper"), [("joined", "fsdp2"), ("zero", "ddp")])
 def test_optimizers_of_two_ranks_load_on_one(kind: str, wrapper: str, tmp_path: Path) -> None:
-    """G9, G15. Method: moments sharded over two ranks, or divided between them, load on one."""
+    """G9, G15. Method: save moments that are sharded over two ranks, or divided between them, and
+    load them on one rank."""
     run_processes(2, train, str(tmp_path), 2, kind, wrapper, "disabled")
     by_two = run_processes(2, moments, str(tmp_path), kind, wrapper)
     (by_one,) = run_processes(1, moments, str(tmp_path), kind, wrapper)
@@ -194,7 +241,8 @@ def refused_fsdp1(rank: int, size: int, folder: str) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_fsdp1_is_refused_with_a_hint(tmp_path: Path) -> None:
-    """G15. Method: flat and original parameters, inside another module; manager, save and load."""
+    """G15. Method: pass FSDP1 with flat and with original parameters, inside another module, to
+    manager, save and load."""
     for said in run_processes(2, refused_fsdp1, str(tmp_path)):
         assert len(said) == 6
         for line in said:
@@ -284,25 +332,45 @@ def train_on_loader(
     return weights, seen
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["map", "iterable"])
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("wrapper", ["none", "ddp", "fsdp2"])
-def test_dropout_and_a_stateful_loader_resume_bit_for_bit(
-    wrapper: str, workers: int, kind: str, tmp_path: Path
-) -> None:
-    """G9, G15. Method: stopped in the middle of an epoch and at its end, then restarted; samples
-    and bits equal those of a run that was not stopped."""
+LOADERS = [
+    (wrapper, kind, workers)
+    for wrapper in ("none", "ddp", "fsdp2")
+    for workers in (0, 2)
+    for kind in ("map", "iterable")
+]
+
+
+def loader_case(
+    rank: int, size: int, folder: Path, name: str, until: int, wrapper: str, kind: str, workers: int
+) -> Any:
+    """Run `train_on_loader` in a folder of this case."""
+    out = folder / f"{wrapper}-{kind}-{workers}" / name
+    return train_on_loader(rank, size, str(out), until, wrapper, kind, workers)
+
+
+@pytest.fixture(scope="module")
+def loader_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Any]]:
+    """Results of every case: at once, then in three parts, each part in new processes."""
     pytest.importorskip("torchdata")
-    size, more = (1 if wrapper == "none" else 2), (wrapper, kind, workers)
-    whole = run_processes(size, train_on_loader, str(tmp_path / "whole"), 17, *more)
-    seen: list[list[float]] = [[] for _ in range(size)]
-    for until in (5, 12, 17):
-        parts = run_processes(size, train_on_loader, str(tmp_path / "parts"), until, *more)
-        for rank, (_, samples) in enumerate(parts):
-            seen[rank] += samples
-    for rank in range(size):
-        assert seen[rank] == whole[rank][1]
-        for name, value in whole[rank][0].items():
-            assert torch.equal(value, parts[rank][0][name]), name
-    assert dist.is_available()
+    folder = tmp_path_factory.mktemp("loaders")
+    results: dict[Any, list[Any]] = {case: [] for case in LOADERS}
+    for name, until in (("whole", 17), ("parts", 5), ("parts", 12), ("parts", 17)):
+        for size in (1, 2):
+            cases = [case for case in LOADERS if (case[0] == "none") == (size == 1)]
+            for case, found in run_each(size, loader_case, cases, folder, name, until).items():
+                results[case].append(found)
+    return results
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", LOADERS, ids=lambda case: "-".join(map(str, case)))
+def test_dropout_and_a_stateful_loader_resume_bit_for_bit(
+    case: tuple[str, str, int], loader_runs: dict[Any, list[Any]]
+) -> None:
+    """G9, G15. Method: stop in the middle of an epoch and at its end, and restart. Samples and bits
+    equal those of a run that never stopped."""
+    whole, *parts = (of(found) for found in loader_runs[case])
+    for rank, (weights, samples) in enumerate(whole):
+        assert [sample for part in parts for sample in part[rank][1]] == samples
+        for name, value in weights.items():
+            assert torch.equal(value, parts[-1][rank][0][name]), name

@@ -35,7 +35,7 @@ ON_4 = [
     Layout("tp2 cp2"),
     Layout("pp2 cp2"),
 ]
-"""Layouts with every axis alone, and combined with every other axis."""
+"""Layouts in which every axis is alone, or combined with one other axis."""
 
 ON_8 = [Layout("shard2 tp2 pp2"), Layout("shard2 tp2 pp2 ep4", "experts")]
 
@@ -116,8 +116,9 @@ def cases() -> Iterator[Any]:
 def test_every_layout_trains_the_model_of_one_process(
     group: str, number: int, results: Results, alone: dict[str, Any]
 ) -> None:
-    """Method: SGD, since AdamW would hide a gradient of the wrong scale. Initial weights are equal
-    bit for bit; gradients, losses, norms and the weights after some steps agree to 1e-5."""
+    """Method: train with SGD, since AdamW would hide a gradient of the wrong scale. Initial weights
+    have the same bits. Gradients, losses, norms and the weights after some steps agree within 1e-5.
+    """
     layout, found = GROUPS[group][1][number], results(group)[number]
     # Recomputation changes no result, so one process trains without it.
     expected = alone[layout.kind.removesuffix("recompute").strip() or "small"]

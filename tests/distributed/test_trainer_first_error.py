@@ -11,6 +11,7 @@ import pytest
 
 from holdfast.trainer import launch
 from holdfast.trainer.arguments import prepare_start, read_config
+from warm import python
 
 ONE_GPU = (
     "import sys, torch\n"
@@ -26,7 +27,7 @@ LAUNCH = "from holdfast.trainer.launch import main\nsys.exit(main(sys.argv[1:]))
 def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a script in a process; stderr goes to stdout, as in a terminal."""
     return subprocess.run(
-        [sys.executable, "-c", script, *arguments],
+        [python(), "-c", script, *arguments],
         env={**os.environ, **environment},
         text=True,
         stdout=subprocess.PIPE,
@@ -36,7 +37,7 @@ def run(script: str, *arguments: str, **environment: str) -> subprocess.Complete
 
 
 def test_an_error_before_the_process_group_exists_is_printed_once(tmp_path: Path) -> None:
-    """Method: two workers and one GPU; the second fails before it connects to the first."""
+    """Method: start two workers with one GPU. The second fails before it connects to the first."""
     ended = run(ONE_GPU + LAUNCH, "--job.dump_folder", str(tmp_path), NGPU="2")
     assert ended.returncode != 0
     first, second, *_ = ended.stdout.splitlines()
@@ -48,7 +49,7 @@ def test_an_error_before_the_process_group_exists_is_printed_once(tmp_path: Path
 def test_an_error_before_the_process_group_exists_is_printed_under_torchrun(
     tmp_path: Path,
 ) -> None:
-    """Method: two processes with torchrun's environment; the second finds no GPU."""
+    """Method: start two processes with torchrun's environment. The second finds no GPU."""
     script = ONE_GPU + "from holdfast.trainer.__main__ import main\nsys.exit(main(sys.argv[1:]))"
     serve_store = (
         "import sys, torch.distributed as dist\n"
@@ -56,7 +57,7 @@ def test_an_error_before_the_process_group_exists_is_printed_under_torchrun(
         "print(store.port, flush=True)\nsys.stdin.read()"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", serve_store],
+        [python(), "-c", serve_store],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -71,7 +72,7 @@ def test_an_error_before_the_process_group_exists_is_printed_under_torchrun(
         }
         workers = [
             subprocess.Popen(
-                [sys.executable, "-c", script, "--job.dump_folder", str(tmp_path)],
+                [python(), "-c", script, "--job.dump_folder", str(tmp_path)],
                 env={**shared, "RANK": rank, "LOCAL_RANK": rank},
                 text=True,
                 stderr=subprocess.PIPE,
@@ -87,7 +88,7 @@ def test_an_error_before_the_process_group_exists_is_printed_under_torchrun(
 
 
 def test_the_launcher_reports_a_worker_that_exits_without_a_message(tmp_path: Path) -> None:
-    """Method: a worker that calls `os._exit` while it chooses its device."""
+    """Method: a worker calls `os._exit` while it chooses its device."""
     exits = (
         "import os, sys, torch\n"
         "def exits():\n    if os.environ['RANK'] == '1':\n        os._exit(3)\n    return False\n"
@@ -99,7 +100,7 @@ def test_the_launcher_reports_a_worker_that_exits_without_a_message(tmp_path: Pa
 
 
 def test_a_worker_reports_an_unexpected_error_with_its_traceback(tmp_path: Path) -> None:
-    """Method: an error that is not an `Exception`, raised while a worker chooses its device."""
+    """Method: a worker raises an error that is not an `Exception` while it chooses its device."""
     raises = (
         "import os, sys, torch\n"
         "def raises():\n    if os.environ['RANK'] == '1':\n        raise GeneratorExit('odd')\n"
@@ -113,7 +114,7 @@ def test_a_worker_reports_an_unexpected_error_with_its_traceback(tmp_path: Path)
 
 
 def test_a_folder_that_cannot_be_created_is_reported_without_a_traceback(tmp_path: Path) -> None:
-    """Method: a dump folder below a file; `--job.debug` adds the traceback."""
+    """Method: set a dump folder below a file. `--job.debug` adds the traceback."""
     (tmp_path / "file").write_text("no folder")
     arguments = ("--job.dump_folder", str(tmp_path / "file/below"))
     ended = run("import sys\n" + LAUNCH, *arguments, NGPU="2")
@@ -126,7 +127,7 @@ def test_a_folder_that_cannot_be_created_is_reported_without_a_traceback(tmp_pat
 
 @pytest.mark.parametrize(("local_rank", "prints"), [("0", True), ("1", False)])
 def test_a_wrong_setting_is_reported_once_on_each_machine(local_rank: str, prints: bool) -> None:
-    """Method: workers 8 and 9 of a run, the first two of its second machine."""
+    """Method: start workers 8 and 9 of a run, the first two of its second machine."""
     script = "import sys\nfrom holdfast.trainer.__main__ import main\nsys.exit(main(sys.argv[1:]))"
     ranks = {"RANK": f"{8 + int(local_rank)}", "LOCAL_RANK": local_rank, "WORLD_SIZE": "16"}
     ended = run(script, "--training.step", "2", **ranks)
@@ -168,7 +169,7 @@ def test_the_default_number_of_workers_is_that_of_the_gpus_that_the_settings_can
 
 
 def test_ngpu_sets_the_number_of_workers() -> None:
-    """Method: a valid number, and three values that are refused."""
+    """Method: set `NGPU` to a valid number, and to three values that are refused."""
     for text, status in (("3", 0), ("0", 1), ("many", 1), ("-1", 1)):
         ended = run(GPUS, "1", NGPU=text)
         assert ended.returncode == status
@@ -176,12 +177,12 @@ def test_ngpu_sets_the_number_of_workers() -> None:
 
 
 def test_without_a_gpu_driver_the_gpus_are_counted_without_torch() -> None:
-    """Method: a process in which no device file exists."""
+    """Method: count in a process in which no device file exists."""
     script = (
         "import sys\nfrom holdfast.trainer import launch\nlaunch.GPU_DEVICES = ('/nowhere',)\n"
         "assert launch.count_gpus() == 0\nassert 'torch' not in sys.modules"
     )
-    assert run(script).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
     assert launch.NUM_CPU_WORKERS == 2
 
 
@@ -200,7 +201,7 @@ def test_without_a_gpu_driver_the_gpus_are_counted_without_torch() -> None:
 def test_keys_of_checkpoint_without_effect_are_listed_if_enable_was_forgotten(
     arguments: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: keys on the command line, with and without `enable`."""
+    """Method: pass keys on the command line, with and without `enable`."""
     prepare_start(read_config(arguments), arguments)
     printed = capsys.readouterr().err
     expected = f"settings without effect: checkpoint.{named}\nhint: --checkpoint.enable"
@@ -211,7 +212,7 @@ def test_keys_of_checkpoint_without_effect_are_listed_if_enable_was_forgotten(
 def test_keys_of_checkpoint_in_a_file_are_listed_if_enable_was_forgotten(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: a section without `enable`, then with `enable` turned off."""
+    """Method: write a section without `enable` to a file, then one with `enable = false`."""
     file = tmp_path / "run.toml"
     for text, listed in (("interval = 5", True), ("interval = 5\nenable = false", False)):
         file.write_text(f"[checkpoint]\n{text}\n")

@@ -1,4 +1,4 @@
-"""The launcher: a run ends with all its workers and one line about the cause."""
+"""The launcher ends all its workers, and prints one line about the cause."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def alive(pid: int) -> bool:
 
 
 def test_an_interrupt_ends_all_workers_with_one_line(run: subprocess.Popen[str]) -> None:
-    """Method: SIGINT to the launcher, as from a terminal; exit status 130 and no traceback."""
+    """Method: send SIGINT to the launcher, as a terminal does. It ends with status 130 and without
+    a traceback."""
     pids = workers(run)
     assert len(pids) == 2
     run.send_signal(signal.SIGINT)
@@ -66,7 +67,7 @@ def test_an_interrupt_ends_all_workers_with_one_line(run: subprocess.Popen[str])
 
 
 def test_a_killed_worker_ends_the_run_with_a_message(run: subprocess.Popen[str]) -> None:
-    """Method: SIGKILL to one worker, for which the other waits in a collective."""
+    """Method: send SIGKILL to one worker while the other waits for it in a collective."""
     pids = workers(run)
     os.kill(pids[1], signal.SIGKILL)
     _, err = run.communicate(timeout=60)
@@ -78,7 +79,7 @@ def test_a_killed_worker_ends_the_run_with_a_message(run: subprocess.Popen[str])
 
 @pytest.mark.skipif(sys.platform != "linux", reason="uses Linux' parent-death signal")
 def test_no_worker_outlives_a_killed_launcher(run: subprocess.Popen[str]) -> None:
-    """Method: SIGKILL to the launcher, which cannot pass it on."""
+    """Method: send SIGKILL to the launcher, which cannot forward it."""
     pids = workers(run)
     run.kill()
     # Returns once all processes have closed their pipes, which they do just before they end.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from runs import losses
+from warm import python
 
 
 def launched(folder: Path, *arguments: str, workers: int = 2) -> subprocess.CompletedProcess[str]:
@@ -17,7 +17,7 @@ def launched(folder: Path, *arguments: str, workers: int = 2) -> subprocess.Comp
     text = folder.parent / "text.txt"
     text.write_text(Path(__file__).read_text())
     command = (
-        f"{sys.executable} -W error -m holdfast.trainer.launch --job.dump_folder {folder} "
+        f"{python()} -W error -m holdfast.trainer.launch --job.dump_folder {folder} "
         f"--training.dataset_path {text} --training.seq_len 32 "
         "--training.local_batch_size 1 --training.global_batch_size 4 --metrics.log_freq 1 "
         "--checkpoint.enable --checkpoint.interval 3 --lr_scheduler.total_steps 6 "
@@ -34,8 +34,8 @@ def launched(folder: Path, *arguments: str, workers: int = 2) -> subprocess.Comp
 
 
 def test_a_run_resumes_in_another_layout_but_not_with_other_data(tmp_path: Path) -> None:
-    """Method: five steps with a save after three; from there two more with tensor parallelism.
-    A run without steps left ends at once, and other data are refused."""
+    """Method: train five steps with a save after three. Resume from there with tensor parallelism
+    for two steps. A run without steps left ends at once, and other data are refused."""
     folder, other = tmp_path / "whole", tmp_path / "other"
     done = launched(folder, "--training.steps", "5")
     assert done.returncode == 0, done.stderr
@@ -60,7 +60,7 @@ def test_a_run_resumes_in_another_layout_but_not_with_other_data(tmp_path: Path)
 
 
 def test_a_wrong_setting_is_reported_once_before_workers_start(tmp_path: Path) -> None:
-    """Method: output and exit status for a misspelt key."""
+    """Method: misspell a key, and check output and exit status."""
     done = launched(tmp_path, "--training.step", "6")
     assert done.returncode == 2
     assert done.stderr.startswith("error: `--training.step`: key `training.step` is not known\n")

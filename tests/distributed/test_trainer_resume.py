@@ -116,7 +116,7 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
 def test_every_layout_has_the_same_losses_from_a_seed_checkpoint(
     layout: Layout, folder: Path
 ) -> None:
-    """Method: comparison with one process that starts from the same seed checkpoint."""
+    """Method: compare with one process that starts from the same seed checkpoint."""
     expected = losses(folder / str(Layout("", layout.kind)) / "whole")
     found = losses(folder / str(layout) / "whole")
     assert found[1] == pytest.approx(expected[1], abs=1e-5)
@@ -127,8 +127,8 @@ def test_every_layout_has_the_same_losses_from_a_seed_checkpoint(
 def test_a_run_resumes_in_another_layout_with_the_next_samples(
     before: Layout, after: Layout, folder: Path
 ) -> None:
-    """G9: the second half of a run in another layout. Method: losses compared with one process,
-    the position in the data with the run that kept its layout."""
+    """G9: the second half of a run in another layout uses the next samples. Method: compare losses
+    with one process, and the position in the data with the run that kept its layout."""
     moved = folder / f"{before} then {after}"
     found, alone = losses(moved), losses(folder / str(Layout("", before.kind)) / "whole")
     assert sorted(found) == [STEPS // 2 + 1, STEPS]

@@ -13,8 +13,8 @@ SEED = ("--checkpoint.enable", "--checkpoint.create_seed_checkpoint")
 
 
 def test_a_seed_checkpoint_has_the_initial_weights_and_nothing_else(tmp_path: Path) -> None:
-    """Method: comparison with a run of the same seed and a learning rate of 0. A second seed in
-    the same folder, and a seed by two workers, are refused."""
+    """Method: compare the seed checkpoint with a run of the same seed and a learning rate of 0. A
+    second seed checkpoint in the same folder, and one by two workers, are refused."""
     done = train(*SEED, "--training.seed", "5", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     seed = holdfast.open(tmp_path / "outputs" / "checkpoint" / "step-0")

@@ -1,4 +1,4 @@
-"""ARCHITECTURE.md names files and functions that exist."""
+"""ARCHITECTURE.md names only files and functions that exist."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ NAMED = sorted(set(re.findall(r"`([\w/]+\.py)(?:::([\w.]+))?`", PAGE)))
 
 
 def definitions(file: Path) -> set[str]:
-    """Functions and classes at the top of a file, and `Class.method` of its classes."""
+    """Return the names of a file's top-level functions and classes, and `Class.method` for each
+    method."""
     names = set()
     for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -28,13 +29,14 @@ def definitions(file: Path) -> set[str]:
 
 @pytest.mark.parametrize(("file", "name"), NAMED)
 def test_a_file_or_function_in_the_architecture_page_exists(file: str, name: str) -> None:
-    """Method: every `file.py::name` of the page against the syntax tree of that file."""
+    """Method: look up every `file.py::name` of the page in the syntax tree of that file."""
     assert (SOURCE / file).exists(), f"{file} is gone: update ARCHITECTURE.md"
     assert not name or name in definitions(SOURCE / file), f"{file} has no {name}"
 
 
 def test_the_page_and_the_readme_have_every_package() -> None:
-    """Method: the folders of the source against the tree in the README and the diagram."""
+    """Method: compare the folders of the source with the tree in the README and the diagram of the
+    page."""
     packages = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
     tree = set(re.findall(r"^[|`]-- (\w+)/", (ROOT / "README.md").read_text(), re.M))
     assert tree == packages
@@ -43,7 +45,7 @@ def test_the_page_and_the_readme_have_every_package() -> None:
 
 
 def test_the_page_walks_a_save_a_load_and_a_conversion() -> None:
-    """Method: each walk names functions of at least four files."""
+    """Method: each of the three sections names functions of at least four files."""
     for walk in ("One save", "One load", "One conversion"):
         section = PAGE.split(f"## {walk}\n")[1].split("\n## ")[0]
         assert len({file for file, _ in re.findall(r"`([\w/]+\.py)::(\w+)", section)}) >= 4

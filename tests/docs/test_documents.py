@@ -1,4 +1,4 @@
-"""The code in the documents runs, their links and anchors exist, and so do the tests they name."""
+"""The documents: their code runs, their links work, and the tests they name exist."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ import yaml
 from safetensors.torch import load_file
 
 from checkpoints import save_step
+from hf_folders import hf_tensors, low_rank, save_adapter, save_folder
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.trainer.arguments import read_config
-from hub_folders import hub_tensors, low_rank, save_adapter, save_folder
 from pages import GUIDE
 from runs import ROOT
+from warm import python
 
 EXAMPLES = ROOT / "examples" / "README.md"
 DOCUMENTS = sorted(
@@ -37,7 +38,7 @@ SHORT = ("--training.seq_len", "16", "--training.global_batch_size", "4")
 
 
 def blocks(language: str, *, but: Collection[Path] = ()) -> list[tuple[str, str]]:
-    """Every code block of a language, as (`document#number`, text)."""
+    """Return every code block of a language, as (`document#number`, text)."""
     found = []
     for document in (d for d in DOCUMENTS if d not in but):
         texts = re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), re.M | re.S)
@@ -46,22 +47,22 @@ def blocks(language: str, *, but: Collection[Path] = ()) -> list[tuple[str, str]
 
 
 def commands() -> list[str]:
-    """Every line of every shell block, without comments."""
+    """Return every line of every shell block, without comments."""
     lines = [line for _, text in blocks("sh", but=FOLLOWED) for line in text.splitlines()]
     return list(dict.fromkeys(shlex.join(shlex.split(line, comments=True)) for line in lines))
 
 
 @pytest.mark.parametrize(("name", "text"), blocks("python", but=FOLLOWED - {ROOT / "README.md"}))
 def test_python_blocks_run(name: str, text: str, tmp_path: Path) -> None:
-    """Method: each block is a script in an empty folder. A block with a manager runs twice, so that
-    the second run resumes."""
+    """Method: run each block as a script in an empty folder. A block with a manager runs twice, so
+    that the second run resumes."""
     for _ in range(1 + ("CheckpointManager" in text)):
-        subprocess.run([sys.executable, "-W", "error", "-c", text], cwd=tmp_path, check=True)
+        subprocess.run([python(), "-W", "error", "-c", text], cwd=tmp_path, check=True)
 
 
 @pytest.mark.parametrize(("name", "text"), blocks("toml"))
 def test_toml_blocks_are_configurations(name: str, text: str, tmp_path: Path) -> None:
-    """Method: read each block as a run does; every value arrives in the configuration."""
+    """Method: read each block as a run does, and compare every value with the configuration."""
     (tmp_path / "given.toml").write_text(text)
     config = read_config(["--job.config_file", str(tmp_path / "given.toml")])
     for section, keys in tomllib.loads(text).items():
@@ -71,7 +72,11 @@ def test_toml_blocks_are_configurations(name: str, text: str, tmp_path: Path) ->
 
 
 def test_every_command_is_one_that_is_run_here() -> None:
-    """Left out: `./run_tests.sh`, which runs this, and the release (`test_project_files`)."""
+    """Method: compare the commands of all pages with the lists in this file.
+
+    `./run_tests.sh` is left out, since it runs this test; the release script has a test in
+    `test_project_files`.
+    """
     left_out = ("./run_tests.sh", "scripts/release.sh")
     ours = {command for command in commands() if not command.startswith(left_out)}
     run_here = (*TRAINING, *LOOKING, *SERVING, *GUIDES, *CONVERTING)
@@ -113,8 +118,8 @@ LOOKING = (
 
 
 def test_the_commands_that_look_after_checkpoints(tmp_path: Path) -> None:
-    """Method: each succeeds on two good checkpoints; `list` and `doctor` name the one that a resume
-    takes."""
+    """Method: run each command on two good checkpoints. All succeed; `list` and `doctor` name the
+    checkpoint that a resume takes."""
     for step in (10, 20):
         save_step(tmp_path / "outputs/checkpoint", step)
     for command in LOOKING:
@@ -134,7 +139,7 @@ SERVING = (
 
 @pytest.mark.parametrize("command", SERVING)
 def test_the_commands_that_serve(tmp_path: Path, command: str) -> None:
-    """Method: each command on a free port, until SIGTERM."""
+    """Method: run each command on a free port, then end it by SIGTERM."""
     save_step(tmp_path / "outputs/checkpoint", 10)
     serve = f"{shlex.quote(sys.executable)} -m holdfast.cli serve --port 0"
     script = command.replace("holdfast serve", serve)
@@ -154,7 +159,7 @@ def test_the_commands_that_serve(tmp_path: Path, command: str) -> None:
 
 
 def test_the_page_on_serving_names_the_metrics_that_are_served() -> None:
-    """Method: the names in the table and in the example rule against those in the source."""
+    """Method: compare the names in the table and in the example rules with those in the source."""
     page = (ROOT / "docs/serve.md").read_text()
     source = (ROOT / "src/holdfast/dashboard/digest.py").read_text()
     rows = re.findall(r"^\| (`holdfast_.*)$", page, re.M)
@@ -183,7 +188,7 @@ GUIDES = (
 
 
 def test_the_commands_of_the_guides(tmp_path: Path) -> None:
-    """Method: one after the other, in a repository below an empty home."""
+    """Method: run the commands one after the other, in a repository below an empty home folder."""
     (tmp_path / ".git").mkdir()
     for command in GUIDES:
         words = [sys.executable, "-m", "holdfast.cli", *shlex.split(command)[1:]]
@@ -211,9 +216,10 @@ CONVERTING = (
 
 
 def test_the_commands_that_convert(tmp_path: Path) -> None:
-    """Method: one after the other, on a small Llama; each round trip gives the same tensors."""
+    """Method: run the commands one after the other on a small Llama. Each round trip gives the same
+    tensors."""
     config = config_of("llama3", MODELS["llama3"]["debugmodel"], 300)
-    tensors = hub_tensors(config)
+    tensors = hf_tensors(config)
     save_folder(tmp_path / "path/to/hf", config, tensors, num_files=2)
     save_adapter(
         tmp_path / "path/to/adapter", low_rank(tensors, {"model.layers.0.self_attn.q_proj": 4})
@@ -223,9 +229,7 @@ def test_the_commands_that_convert(tmp_path: Path) -> None:
         if words[0] == "holdfast":
             words[:1] = ["python", "-m", "holdfast.cli"]
         words = [str(ROOT / word) if word.startswith("./scripts") else word for word in words]
-        ran = subprocess.run(
-            [sys.executable, *words[1:]], cwd=tmp_path, text=True, capture_output=True
-        )
+        ran = subprocess.run([python(), *words[1:]], cwd=tmp_path, text=True, capture_output=True)
         assert ran.returncode == 0, f"{command}\n{ran.stderr}"
     for folder in ("exported_again", "exported_again_2"):
         found = load_file(tmp_path / folder / "model.safetensors")
@@ -233,7 +237,7 @@ def test_the_commands_that_convert(tmp_path: Path) -> None:
 
 
 def test_a_run_that_saves_nothing(tmp_path: Path) -> None:
-    """Method: the command of the configuration page, with a short run."""
+    """Method: run the command of the configuration page for two steps."""
     words = [str(ROOT / "run_train.sh"), *shlex.split(TRAINING[0])[1:], *SHORT]
     ran = subprocess.run(
         [*words, "--training.steps", "2"],
@@ -256,7 +260,8 @@ def test_the_page_of_the_terminal_has_every_command() -> None:
 
 
 def test_the_configuration_page_is_what_the_classes_say() -> None:
-    """Method: the script that writes the tables compares the page with the fields' docstrings."""
+    """Method: run the script that writes the tables with `--check`, which compares the page with
+    the docstrings of the fields."""
     script = [sys.executable, str(ROOT / "scripts/configuration_reference.py"), "--check"]
     ran = subprocess.run(script, text=True, capture_output=True)
     assert ran.returncode == 0, ran.stderr
@@ -273,7 +278,8 @@ def test_exit_statuses_are_those_of_the_errors() -> None:
 
 
 def test_guarantees_name_tests_that_exist() -> None:
-    """Method: each test in the list exists and names the guarantee; tests name known guarantees."""
+    """Method: each test in the lists of the page exists, and its docstring names the guarantee.
+    Docstrings of tests name only guarantees of the page."""
     text = (ROOT / "docs/guarantees.md").read_text()
     promised = re.findall(r"^### (G\d+) ", text, re.M)
     for section in re.split(r"^### ", text, flags=re.M)[1:]:
@@ -291,13 +297,13 @@ def test_guarantees_name_tests_that_exist() -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """Anchors of the headings of a page, as GitHub and the site make them."""
+    """Return the anchors of the headings of a page, as GitHub and the site make them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in headings}
 
 
 def test_links_lead_somewhere() -> None:
-    """Method: the file of each link exists, and has a heading for its anchor."""
+    """Method: the target file of each link exists, and has a heading for the anchor."""
     for document in DOCUMENTS:
         links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", document.read_text())
         for target, anchor in links:
@@ -309,6 +315,6 @@ def test_links_lead_somewhere() -> None:
 
 @pytest.mark.parametrize("page", [d for d in DOCUMENTS if "decisions" not in d.parts], ids=str)
 def test_documents_name_no_machine_and_no_registry(page: Path) -> None:
-    """Method: a pattern over the text."""
+    """Method: search the text for paths of a machine and names of package registries."""
     found = re.findall(r"/(?:home|work|root|Users)/\w+|\bpypi-\w+|simple/", page.read_text())
     assert not found

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 
-from pages import GUIDE, blocks, environment, follow, furnish, run_line
+from pages import GUIDE, INTERPRETER, blocks, environment, follow, furnish, run_line
 from runs import ROOT, kill_all, wait_for_step
 
 AFTER_A_RUN = {*("keeping", "practices", "resuming", "single-file", "structure", "torchtune")}
@@ -23,20 +23,21 @@ AFTER_A_RUN = {*("keeping", "practices", "resuming", "single-file", "structure",
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Outputs of a run of 20 steps."""
+    """Train 20 steps. Returns the outputs of the run."""
     folder = tmp_path_factory.mktemp("trained")
     furnish(folder)
     run_line(folder, "./run_train.sh --training.steps 20")
     return folder / "outputs"
 
 
-# Stock torch warns about its own code, which is no fault of a page.
+# Stock torch warns about its own code, which no page can change.
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", sorted(GUIDE.keys() - {"first-hour"}))
 def test_a_page_of_the_guide_can_be_followed(
     name: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Method: every block in order; pages that continue a run start with its checkpoints."""
+    """Method: run every block in order. A page in `AFTER_A_RUN` starts with the checkpoints of a
+    run."""
     furnish(tmp_path)
     if name in AFTER_A_RUN:
         shutil.copytree(request.getfixturevalue("trained"), tmp_path / "outputs")
@@ -51,8 +52,8 @@ def test_a_page_of_the_guide_can_be_followed(
 
 
 def as_torchtitan_saves(step: Path, folder: Path) -> None:
-    """Save the state of a checkpoint by stock DCP as TorchTitan would: without random numbers, with
-    counters as tensors and the data loader's state per data rank."""
+    """Save the state of a checkpoint by stock DCP, with the entries that TorchTitan saves: no
+    random numbers, counters as tensors, and the data loader's state per data rank."""
     folder.mkdir(parents=True)
     dcp_to_torch_save(step, folder / "all.pt")
     state = torch.load(folder / "all.pt", weights_only=True)
@@ -64,14 +65,14 @@ def as_torchtitan_saves(step: Path, folder: Path) -> None:
 
 
 def test_the_readme_can_be_followed(tmp_path: Path) -> None:
-    """Method: the first run is killed after step 25, then every command runs as written, on one
-    worker instead of two."""
+    """Method: kill the first run, whose interpreter starts afresh, after step 25. Then run every
+    command as written, except on one worker instead of two."""
     furnish(tmp_path, steps=100)
     text = (ROOT / "README.md").read_text()
     first = subprocess.Popen(
         ["./run_train.sh"],
         cwd=tmp_path,
-        env=environment(tmp_path),
+        env={**environment(tmp_path), INTERPRETER: sys.executable},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -91,7 +92,8 @@ def test_the_readme_can_be_followed(tmp_path: Path) -> None:
 
 
 def test_each_row_of_the_comparison_links_to_a_guarantee_or_a_page() -> None:
-    """Method: the last column of every row. `test_links_lead_somewhere` follows the links."""
+    """Method: look at the last column of every row. `test_links_lead_somewhere` checks the targets
+    of the links."""
     table = (ROOT / "README.md").read_text().split("## Comparison")[1].split("\n## ")[0]
     rows = [row for row in table.splitlines() if row.startswith("| ")][1:]
     assert len(rows) > 10
@@ -100,8 +102,8 @@ def test_each_row_of_the_comparison_links_to_a_guarantee_or_a_page() -> None:
 
 
 def test_the_site_is_built_without_a_broken_link(tmp_path: Path) -> None:
-    """Method: a strict build of a copy. Pages load nothing from other sites, and the navigation has
-    every document."""
+    """Method: build a copy of the site in strict mode. Pages load nothing from other sites, and the
+    navigation has every document."""
     for name in ("docs", "src/holdfast", "benchmarks/results"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "mkdocs.yml"):

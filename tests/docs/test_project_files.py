@@ -1,4 +1,4 @@
-"""Files about the project itself agree with each other: versions, forms, hooks, the release."""
+"""Files about the project agree with each other: versions, issue forms, hooks, the release."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
 
 
 def matrix() -> dict[str, list[str]]:
-    """Versions that CI runs, by package."""
+    """Return the versions that CI tests, by package."""
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     found: dict[str, list[str]] = workflow["jobs"]["test"]["strategy"]["matrix"]
     return found
 
 
 def test_versions_that_are_claimed_are_those_that_ci_runs() -> None:
-    """Method: the matrix of the workflow against README, compatibility page and metadata."""
+    """Method: compare the matrix of the CI workflow with the README, the compatibility page and the
+    package's metadata."""
     torch, python = matrix()["torch"], matrix()["python"]
     assert torch[-1] == "newest"
     classifiers = [text.rpartition(" ")[2] for text in PROJECT["classifiers"]]
@@ -38,7 +39,7 @@ def test_versions_that_are_claimed_are_those_that_ci_runs() -> None:
 
 
 def test_forms_and_hooks_are_well_formed() -> None:
-    """Method: a reader of YAML; every script that a hook names exists."""
+    """Method: parse each file as YAML. Every script that a hook names exists."""
     for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"):
         form = yaml.safe_load(path.read_text())
         assert {"name", "description", "body"} <= form.keys() or "contact_links" in form
@@ -49,7 +50,8 @@ def test_forms_and_hooks_are_well_formed() -> None:
 
 
 def test_the_links_of_the_project_are_of_one_repository() -> None:
-    """Method: the metadata, and every link to a repository's pages in the documents."""
+    """Method: compare the repository in the package's metadata with every link to a repository in
+    the documents."""
     home = PROJECT["urls"]["Homepage"]
     assert all(url.startswith(home) for url in PROJECT["urls"].values())
     texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob(".github/**/*.yml")]
@@ -59,7 +61,8 @@ def test_the_links_of_the_project_are_of_one_repository() -> None:
 
 
 def test_the_changelog_keeps_its_form() -> None:
-    """Method: Keep a Changelog: headings of versions, newest first, with known kinds of change."""
+    """Method: check the rules of Keep a Changelog: headings of versions, newest first, with known
+    kinds of change."""
     text = (ROOT / "CHANGELOG.md").read_text()
     versions = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d{2}-\d{2}))?$", text, re.M)
     assert versions[0] == ("Unreleased", "")
@@ -84,7 +87,7 @@ def test_the_changelog_keeps_its_form() -> None:
 def test_a_release_is_refused_with_the_reason(
     tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    """Method: the script in a small repository without changelog entries."""
+    """Method: run the release script in a small repository whose changelog has no entries."""
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts/release.sh", tmp_path / "scripts")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

@@ -1,4 +1,4 @@
-"""The skills that are shipped: their form, and that all they tell an agent to run does run."""
+"""The shipped skills: their form, and every command and code block in them runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import get_type_hints
@@ -16,22 +15,19 @@ import pytest
 import yaml
 
 from checkpoints import save_step, save_stock
+from hf_folders import hf_tensors, save_folder
 from holdfast.cli.main import COMMANDS
 from holdfast.hf.flavors import MODELS, config_of
-from holdfast.skills.bundle import (
-    DESCRIPTION_LENGTH_MAX,
-    ENTRY,
-    NAME_LENGTH_MAX,
-    frontmatter,
-    shipped,
-)
+from holdfast.skills.bundle import ENTRY, frontmatter, shipped
 from holdfast.trainer.arguments import read_config
 from holdfast.trainer.config import Config
-from hub_folders import hub_tensors, save_folder
 from neighbours import prepare, ran_unless_torch_aborts
+from warm import python
 
 FIELDS = {"name", "description", "license", "compatibility", "metadata", "allowed-tools"}
-BODY_LINES_MAX = 500
+NAME_LENGTH_MAX, DESCRIPTION_LENGTH_MAX, BODY_LINES_MAX = 64, 1024, 500
+"""Limits of the Agent Skills format."""
+
 PAGES = [(name, page) for name, skill in shipped().items() for page in skill.files]
 RESUMED = {
     "accelerate": ("accelerate launch --num_processes 2 train.py", "outputs/checkpoint", (20, 15)),
@@ -39,8 +35,10 @@ RESUMED = {
     "pytorch-lightning": ("python train.py", "outputs/checkpoint", (48,)),
     "trl-fine-tuning": ("python finetune.py", "outputs/checkpoint", (8, 6)),
 }
-"""Of a skill for a neighbour: the command that trains, where to, and the last steps, which it must
-make again with the same bits once they are lost."""
+"""Command that trains, folder of its checkpoints, and its last steps, by skill for another library.
+
+The test deletes these last checkpoints. The command must make them again with the same bits.
+"""
 
 SHORT = (
     *("--training.seq_len", "16", "--training.global_batch_size", "4"),
@@ -53,20 +51,21 @@ def text_of(name: str, page: str) -> str:
 
 
 def blocks(name: str, page: str) -> list[tuple[str, str]]:
-    """Language and text of every code block."""
+    """Return language and text of every code block."""
     return re.findall(r"^```(\w*)\n(.*?)^```", text_of(name, page), re.M | re.S)
 
 
 @pytest.mark.parametrize("name", shipped())
 def test_a_skill_has_the_form_that_agents_expect(name: str) -> None:
-    """Method: the fields by a reader of YAML and by our own, lengths, links and depth."""
+    """Method: parse the fields by PyYAML and by our own reader; check lengths, links and the depth
+    of folders."""
     skill = shipped()[name]
     text = text_of(name, ENTRY)
     fields = frontmatter(text)
     assert yaml.safe_load(text.split("---\n")[1]) == fields
     assert {"name", "description"} <= fields.keys() <= FIELDS
     assert fields["name"] == name
-    assert re.fullmatch(r"[a-z0-9-]+", name)
+    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name)
     assert len(name) <= NAME_LENGTH_MAX
     assert 0 < len(fields["description"]) <= DESCRIPTION_LENGTH_MAX
     assert len(text.split("---\n", 2)[2].splitlines()) <= BODY_LINES_MAX
@@ -74,26 +73,25 @@ def test_a_skill_has_the_form_that_agents_expect(name: str) -> None:
         link for page in skill.files for link in re.findall(r"\]\(([^)]+)\)", text_of(name, page))
     }
     linked = set(re.findall(r"\]\(([^)]+)\)", text))
-    assert linked >= skill.files.keys() - {ENTRY}, "a page that no agent would find"
+    assert linked >= skill.files.keys() - {ENTRY}, "a page without a link to it"
     assert all(link in skill.files or link.startswith("https://") for link in links)
     assert all(file.count("/") <= 1 for file in skill.files)
 
 
 @pytest.mark.parametrize(("name", "page"), PAGES)
 def test_settings_and_commands_in_a_skill_exist(name: str, page: str, tmp_path: Path) -> None:
-    """Method: read each TOML block as a run does; look up each command, key and setting in the
-    text."""
+    """Method: read each TOML block as a run does. Every command and key in the text exists."""
     keys = {
         f"{section}.{field.name}"
         for section, kind in get_type_hints(Config).items()
         for field in dataclasses.fields(kind)
     }
     for language, text in blocks(name, page):
-        assert language in ("sh", "toml", "python"), "a block that nothing checks"
+        assert language in ("sh", "toml", "python"), "no test checks blocks of this language"
         if language == "toml":
             (tmp_path / "given.toml").write_text(text)
             read_config(["--job.config_file", str(tmp_path / "given.toml")])
-            assert tomllib.loads(text)["checkpoint"]["enable"], "as it stands it does nothing"
+            assert tomllib.loads(text)["checkpoint"]["enable"], "a block without effect"
     text = text_of(name, page)
     for command in re.findall(r"`holdfast (\w+)", text):
         assert command in COMMANDS
@@ -103,14 +101,14 @@ def test_settings_and_commands_in_a_skill_exist(name: str, page: str, tmp_path: 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a short run has left."""
+    """Train nine steps. Returns the folder with the outputs."""
     folder = tmp_path_factory.mktemp("trained")
     follow(folder, "NGPU=2 holdfast train --checkpoint.interval 4", steps=9)
     return folder
 
 
 def follow(folder: Path, command: str, *, steps: int) -> str:
-    """Run a line of shell as an agent would; what it said. Training is kept short."""
+    """Run a line of shell as an agent would, with shorter training. Returns its output."""
     bin_folder = folder / ".bin"
     if not bin_folder.exists():
         bin_folder.mkdir()
@@ -122,7 +120,7 @@ def follow(folder: Path, command: str, *, steps: int) -> str:
             ("accelerate", 'set -- -m accelerate.commands.accelerate_cli "$@"'),
             ("python", ""),
         ):
-            text = f'#!/bin/sh\n{script}\nexec "{sys.executable}" "$@"\n'
+            text = f'#!/bin/sh\n{script}\nexec "{python()}" "$@"\n'
             (bin_folder / program).write_text(text)
             (bin_folder / program).chmod(0o755)
     environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
@@ -136,8 +134,8 @@ def follow(folder: Path, command: str, *, steps: int) -> str:
 def test_what_a_page_tells_to_run_runs(
     name: str, page: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Method: every line of shell and every block of Python, in their order, where two steps are
-    (of a real run, where the page goes on from one)."""
+    """Method: run every line of shell and every Python block of the page in order, in a folder with
+    the checkpoints that the page expects: two small ones, or those of a real run."""
     if name in RESUMED:
         prepare(name, tmp_path)
     elif page == "references/resume.md":
@@ -148,7 +146,7 @@ def test_what_a_page_tells_to_run_runs(
     if page == "references/hugging-face.md":
         shutil.rmtree(tmp_path / "outputs")
         config = config_of("llama3", MODELS["llama3"]["debugmodel"], 300)
-        save_folder(tmp_path / "path/to/hf", config, hub_tensors(config))
+        save_folder(tmp_path / "path/to/hf", config, hf_tensors(config))
     if name == "torchtitan":
         shutil.rmtree(tmp_path / "outputs/checkpoint/step-10")
         save_stock(tmp_path / "outputs/checkpoint/step-10")
@@ -159,7 +157,7 @@ def test_what_a_page_tells_to_run_runs(
         elif language == "python":
             if "CheckpointManager" in text:
                 shutil.rmtree(tmp_path / "outputs", ignore_errors=True)
-            command = [sys.executable, "-c", text]
+            command = [python(), "-c", text]
             subprocess.run(command, cwd=tmp_path, check=True)
         elif language == "sh":
             for line in lines:
@@ -176,8 +174,9 @@ def test_what_a_page_tells_to_run_runs(
 
 
 def check_that_it_goes_on(folder: Path, command: str, steps: str, lost: tuple[int, ...]) -> None:
-    """G9. Method: the last steps are taken away; what the command makes in their place is equal.
-    Lightning puts the data elsewhere: there it is where the run goes on from that counts."""
+    """G9. Method: delete the last checkpoints and run the command again. The new ones have the same
+    bits. Exception: Lightning resumes with other data, so only the step of the resume is compared.
+    """
     last = folder / steps / f"step-{lost[0]}"
     shutil.move(last, folder / "before")
     for step in lost[1:]:

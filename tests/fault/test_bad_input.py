@@ -1,4 +1,5 @@
-"""What a stranger gets wrong: a clear message, the documented exit status, and nothing lost."""
+"""Mistakes of users: each gets a clear message and the documented exit status, and loses
+nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ FOUR = (
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run of 4 steps, which has saved steps 2 and 4."""
+    """Make a folder with a run of 4 steps, which has saved steps 2 and 4."""
     folder = tmp_path_factory.mktemp("finished")
     done = train(*FOUR, cwd=folder)
     assert done.returncode == 0, done.stdout
@@ -31,12 +32,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_folder(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be broken."""
+    """Copy that folder, so that a test may break it."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def refused(folder: Path, *arguments: str, ranks: int = 1, status: int) -> str:
-    """Run, and check that it ends as a user's mistake should. Returns what it said."""
+    """Run, and check that it ends as after a user's mistake. Returns its output."""
     ended = train(*FOUR, *arguments, ranks=ranks, cwd=folder)
     assert ended.returncode == status, ended.stdout
     assert "Traceback" not in ended.stdout, ended.stdout
@@ -45,7 +46,7 @@ def refused(folder: Path, *arguments: str, ranks: int = 1, status: int) -> str:
 
 
 def good_steps(folder: Path) -> list[int]:
-    """Steps in `folder` whose every tensor can be read and checks."""
+    """Return the steps in `folder` whose every tensor is read and matches its checksums."""
     found = []
     for path in (folder / "outputs/checkpoint").glob("step-*"):
         checkpoint = holdfast.open(path)
@@ -65,7 +66,7 @@ def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["job.dump_folder", "checkpoint.folder"])
 def test_a_url_where_a_folder_belongs(key: str, tmp_path: Path) -> None:
-    """G16. Method: `s3://...` in either setting; no folder `s3:` is made, for data neither."""
+    """G16. Method: `s3://...` in either setting; no folder `s3:` is made, not even for data."""
     said = refused(tmp_path, f"--{key}", "s3://bucket/run", status=2)
     assert "is a URL" in said
     assert not [*tmp_path.rglob("s3:*")]
@@ -87,7 +88,7 @@ def test_a_step_that_does_not_exist(run_folder: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model(run_folder: Path) -> None:
-    """G6: all differences are listed, on two ranks as on one, and the steps stay as they are."""
+    """G6. Method: all differences are listed, on two ranks as on one; the steps are unchanged."""
     (run_folder / "corpus").mkdir()
     assets = tokenizer_with(300, run_folder)
     arguments = ("--model.hf_assets_path", str(assets), "--training.steps", "6")
@@ -107,7 +108,7 @@ def test_a_checkpoint_of_another_model(run_folder: Path) -> None:
 
 
 def tokenizer_with(size: int, folder: Path) -> Path:
-    """Assets with a tokenizer of that many tokens."""
+    """Write assets whose tokenizer has that many tokens."""
     tokenizers = pytest.importorskip("tokenizers")
     made = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0")
@@ -139,7 +140,8 @@ def test_degrees_that_do_not_fit_the_world_size(tmp_path: Path) -> None:
 
 
 def test_two_runs_on_one_folder(tmp_path: Path) -> None:
-    """The second run is refused with the first one's host and process; the first goes on."""
+    """Method: the error of the second run names the host and process of the first, which
+    continues."""
     first = start("--training.steps", "500", "--checkpoint.interval", "2", ranks=1, cwd=tmp_path)
     try:
         wait_for_step(tmp_path / "outputs", 3)
@@ -149,14 +151,14 @@ def test_two_runs_on_one_folder(tmp_path: Path) -> None:
         wait_for_step(tmp_path / "outputs", 8)
     finally:
         kill_all(first)
-    # A dead run's hold is taken over.
+    # The lock of a dead run does not block the next one.
     done = train("--training.steps", "10", "--checkpoint.interval", "5", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert "resumed from step" in done.stdout
 
 
 def test_a_damaged_step_is_passed_over_and_an_explicit_one_is_not(run_folder: Path) -> None:
-    """G3, G4: one flipped bit in the newest step."""
+    """G3, G4. Method: one flipped bit in the newest step."""
     data = run_folder / "outputs/checkpoint/step-4/__0_0.distcp"
     with data.open("r+b") as file:
         file.seek(data.stat().st_size // 2)
@@ -173,7 +175,7 @@ def test_a_damaged_step_is_passed_over_and_an_explicit_one_is_not(run_folder: Pa
 
 
 def test_every_step_damaged(run_folder: Path) -> None:
-    """G4: the error lists each step and what is wrong with it, and removes none."""
+    """G4. Method: the error lists the damage of each step; no step is deleted."""
     for step in (2, 4):
         (run_folder / f"outputs/checkpoint/step-{step}/.metadata").unlink()
     said = refused(run_folder, "--training.steps", "6", status=4)
@@ -185,7 +187,7 @@ def test_every_step_damaged(run_folder: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for one step and a bit."""
+    """Mount a file system with room for about one step."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount("-t", "tmpfs", "-o", "size=90m", "tmpfs", str(disk))
@@ -200,8 +202,8 @@ def mount(*arguments: str) -> None:
 
 
 def test_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
-    """G7, G11: the second step does not fit. The message has the bytes needed and free, and comes
-    once from two ranks; the first step is there, and nothing is left of the second."""
+    """G7, G11. Method: the second step does not fit. The message has the bytes needed and free, and
+    appears once for two ranks. The first step is unchanged, and nothing of the second is left."""
     folder = ("--checkpoint.folder", str(small_disk / "checkpoint"))
     said = refused(tmp_path, *folder, ranks=2, status=9)
     assert re.search(r"step-4` needs [\d.]+ MB, [\d.]+ MB are free", said)
@@ -212,7 +214,7 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written(small_disk: Path, tmp_path: Path) -> None:
-    """G11: a read-only file system, which stops root too."""
+    """G11. Method: a read-only file system, since permissions do not stop root."""
     mount("-o", "remount,ro", str(small_disk))
     said = refused(tmp_path, "--checkpoint.folder", str(small_disk / "checkpoint"), status=9)
     assert f"cannot make the folder `{small_disk}/checkpoint`" in said

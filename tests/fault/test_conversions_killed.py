@@ -1,4 +1,4 @@
-"""Conversions that are killed, and the second run that goes on where the first one ended."""
+"""Conversions that are killed, and the second run, which continues them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from hf_folders import LLAMA, hf_tensors, save_folder
 from holdfast.cli.convert import run
 from holdfast.convert.convert import ConvertResult, convert
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import ExistsError, StorageError
 from holdfast.storage.local import LocalStore
-from hub_folders import LLAMA, hub_tensors, save_folder
 
 FORMS: dict[str, ConvertOptions] = {
     "dcp": ConvertOptions(to="dcp"),
@@ -44,7 +44,7 @@ LATER = ("created", "timings", "checksum")
 
 
 def killed(source: Path, target: Path, options: ConvertOptions, num_blocks: int) -> None:
-    """A conversion in a process of its own that dies by SIGKILL; the target is absent."""
+    """Convert in a new process, which dies by SIGKILL; the target does not exist."""
     arguments = [str(source), str(target), repr(options), str(num_blocks)]
     ran = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
     assert ran.returncode == -9
@@ -56,7 +56,7 @@ def converted(source: Path, target: Path, options: ConvertOptions) -> ConvertRes
 
 
 def contents(target: Path) -> dict[str, object]:
-    """Every byte of a target, but for when and how fast it was written."""
+    """Return every byte of a target, except the time and the duration of its save."""
     if target.is_file():
         return {"": target.read_bytes()}
     found: dict[str, object] = {path.name: path.read_bytes() for path in target.iterdir()}
@@ -68,10 +68,9 @@ def contents(target: Path) -> dict[str, object]:
 
 @pytest.mark.parametrize("to", FORMS)
 def test_a_second_run_goes_on_and_ends_with_the_same_bytes(to: str, tmp_path: Path) -> None:
-    """G14: SIGKILL after a random number of blocks, up to twice, for each format. What is there
-    then is what a conversion at one go gives, byte for byte, and what had been written was not
-    written again."""
-    source, options = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA)), FORMS[to]
+    """G14. Method: SIGKILL after a random number of blocks, up to twice, for each format. The
+    result equals an uninterrupted conversion byte for byte, and no byte was written twice."""
+    source, options = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA)), FORMS[to]
     whole = converted(source, tmp_path / "whole/step-1", options)
     assert whole.kept_bytes == 0
     num_blocks = len(plan(str(source), options).outputs)
@@ -85,18 +84,17 @@ def test_a_second_run_goes_on_and_ends_with_the_same_bytes(to: str, tmp_path: Pa
         assert contents(target) == contents(tmp_path / "whole/step-1")
         assert [path.name for path in target.parent.iterdir()] == ["step-1"]
         if to == "hf":
-            # One file after the other is whole; a step this small is written at one go.
+            # Files are completed one after the other; a step this small is written at once.
             assert done.kept_bytes > 0
         assert done.kept_bytes < whole.nbytes
 
 
 @pytest.mark.parametrize("to", FORMS)
 def test_what_is_kept_is_of_this_source_and_this_conversion(to: str, tmp_path: Path) -> None:
-    """G14: after the kill the source becomes another of the same sizes; or the next conversion to
-    the same place is of another kind. Method: what arrives is what a conversion from nothing
-    gives."""
-    tensors, options = hub_tensors(LLAMA), FORMS[to]
-    source = save_folder(tmp_path / "hub", LLAMA, tensors)
+    """G14. Method: after the kill, another source of the same sizes, or a conversion to another
+    dtype or format at the same path. The result equals a conversion from nothing."""
+    tensors, options = hf_tensors(LLAMA), FORMS[to]
+    source = save_folder(tmp_path / "hf", LLAMA, tensors)
     other = save_folder(tmp_path / "other", LLAMA, {n: t + 1 for n, t in tensors.items()})
     killed(source, tmp_path / "one/step-1", options, 15)
     os.rename(source, tmp_path / "gone")  # noqa: PTH104
@@ -114,10 +112,10 @@ def test_what_is_kept_is_of_this_source_and_this_conversion(to: str, tmp_path: P
 
 
 def test_large_files_are_gone_on_with_block_by_block(tmp_path: Path) -> None:
-    """G14: written past the page cache; most of what was there stays, and what was damaged in the
-    meantime is written again."""
+    """G14. Method: a file large enough for direct writes; most of its blocks are kept, and blocks
+    damaged after the kill are written again."""
     large = {**LLAMA, "vocab_size": 200_000, "hidden_size": 64}
-    source = save_folder(tmp_path / "hub", large, hub_tensors(large))
+    source = save_folder(tmp_path / "hf", large, hf_tensors(large))
     options = ConvertOptions(to="dcp")
     converted(source, tmp_path / "whole/step-1", options)
     killed(source, tmp_path / "one/step-1", options, 22)
@@ -131,8 +129,9 @@ def test_large_files_are_gone_on_with_block_by_block(tmp_path: Path) -> None:
 
 
 def test_two_conversions_to_one_place_do_not_meet(tmp_path: Path) -> None:
-    """G14: while another one is at work there, this one is refused, and the other's stays."""
-    source = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    """G14. Method: a conversion during another one to the same path is refused, and the attempt of
+    the other is kept."""
+    source = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA))
     killed(source, tmp_path / "one/step-1", FORMS["hf"], 15)
     attempt = next((tmp_path / "one").iterdir())
     before = {path.name: path.read_bytes() for path in attempt.iterdir()}
@@ -148,8 +147,9 @@ def test_two_conversions_to_one_place_do_not_meet(tmp_path: Path) -> None:
 def test_an_interrupted_conversion_is_gone_on_with_and_a_failed_one_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """G14: Ctrl-C, and an error, after fifteen blocks; the second run says what it has kept."""
-    source = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    """G14. Method: Ctrl-C, and an error, after fifteen blocks; the second run reports the bytes it
+    has kept."""
+    source = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA))
     target, options = tmp_path / "one/step-1", FORMS["hf"]
     for kind in (StorageError("the disk is gone"), KeyboardInterrupt()):
         blocks = iter(range(15))

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_report_of_crash_points_finds_nothing_wrong_with_ours_and_much_with_stock() -> None:
-    """G2. Method: the command itself, with fewer states a cut, so that its findings for stock DCP,
-    which loads mixes in silence after a save in place, show that it can find them."""
+    """G2. Method: the command itself, with fewer states per cut. It finds that stock DCP loads
+    mixes after a save in place, so it would find the same in Holdfast."""
     command = [sys.executable, "-m", "benchmarks.crash_report", "--seeds", "3"]
     ran = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True)
     bad: Counter[str] = Counter()

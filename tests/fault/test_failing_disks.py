@@ -1,5 +1,4 @@
-"""Every system call of a save fails once: the error reaches every rank, nothing is lost, and the
-run can continue."""
+"""Each system call of a save fails once: all ranks raise, nothing is lost, the run continues."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ from holdfast.format.names import step_name
 from holdfast.loading.checkpoint import Checkpoint
 from holdfast.manager.context import RunContext
 from holdfast.manager.saver import Saver
-from holdfast.state.tree import flatten
+from holdfast.state.objects import StateTree
 from holdfast.storage import renaming
 from holdfast.storage.local import LocalStore
 from holdfast.testing.failing import FailingStore
@@ -67,13 +66,13 @@ class FailsOnce:
 
 
 def state_of(step: int, rank: int) -> dict[str, Any]:
-    """One tensor that both ranks hold, and one of each rank's own."""
+    """Make one tensor that both ranks hold, and one of each rank."""
     value = float(step)
     return {"w": torch.full((70, 3), value), f"rank_{rank}": torch.full((1 << 14,), value)}
 
 
 def whole_steps(folder: Path) -> list[int]:
-    """The steps of a folder; each must be complete, and of one state."""
+    """Return the steps of a folder. Each must be complete, and of one state."""
     store = LocalStore(folder)
     for step, name in Catalog(store).folders().items():
         checkpoint = Checkpoint(Source(store, name, open_manifest(store, name)))
@@ -84,7 +83,7 @@ def whole_steps(folder: Path) -> list[int]:
 
 def save(saver: Saver, step: int, ranks: Ranks) -> HoldfastError | None:
     """Save and wait. Returns the error that this rank raises."""
-    leaves = flatten(state_of(step, ranks.rank))
+    leaves = StateTree(state_of(step, ranks.rank)).flatten()
     try:
         saver.save(step, "full", lambda: leaves)
         saver.collect()

@@ -1,5 +1,5 @@
-"""Processes forked from a run: they neither hold nor end anything of it, and it waits for none of
-them."""
+"""Forked children of a run: they keep no lock of it, end nothing of it, and do not delay its
+end."""
 
 from __future__ import annotations
 
@@ -141,8 +141,7 @@ with CheckpointManager(folder, model=model, config=config) as manager:
 
 @contextmanager
 def running(how: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a run with children that has saved a step; kill what is left of its session at the
-    end."""
+    """Start a run with children, and wait for its first step. Kill its session at the end."""
     command = [sys.executable, "-c", RUN, how, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
         try:

@@ -1,4 +1,4 @@
-"""Files made to harm whoever reads them: each is refused, in bounded time and memory."""
+"""Crafted files that attack their reader: each is refused, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ SIZE = b"ctorch\nSize\n"
 
 
 def metadata(**changes: Any) -> bytes:
-    """The pickle of a `.metadata` with one tensor, its fields replaced by name."""
+    """Pickle the `.metadata` of one tensor, with some fields replaced."""
     region = Region(changes.pop("start", (0,)), changes.pop("stop", (4,)))
     span = changes.pop("span", Span(0, 700))
     chunks = changes.pop("chunks", (Chunk(region, changes.pop("file", "__0_0.distcp"), span),))
@@ -96,7 +96,7 @@ def metadata(**changes: Any) -> bytes:
 
 
 def shared_chunks() -> bytes:
-    """A list of chunks that three thousand entries have in common."""
+    """Pickle one list of chunks that three thousand entries share."""
     layout, nothing = f"c{MODULE.decode()}\nMetadata\n".encode(), b")\x81"
     chunk = f"c{MODULE.decode()}\nChunkStorageMetadata\n".encode() + nothing
     chunk += b"}(X\x07\0\0\0offsets(K\0tX\x05\0\0\0sizes(K\0tub"
@@ -118,7 +118,8 @@ def shared_chunks() -> bytes:
 
 
 def laughs(levels: int = 60) -> bytes:
-    """Lists of lists, each twice the one before: short to write, endless to spell."""
+    """Pickle lists of lists that each contain the one before twice: short in a file, endless in
+    text."""
     made = b"]q\0"
     for _ in range(levels):
         made = b"](" + made + b"h\0eq\0"
@@ -154,7 +155,7 @@ BIG = (10**18).to_bytes(8, "little")
 
 
 def with_central(field: int, value: bytes, record: int = 1) -> bytes:
-    """A field of the directory's entry of one record replaced."""
+    """Replace a field of one record's entry in the directory."""
     data, at = bytearray(GOOD), -1
     for _ in range(record + 1):
         at = data.index(b"PK\1\2", at + 1)
@@ -163,7 +164,7 @@ def with_central(field: int, value: bytes, record: int = 1) -> bytes:
 
 
 def overlapping_records() -> bytes:
-    """Two records of the directory at one place, as a zip bomb has thousands."""
+    """Make a directory with two records at one position, as a zip bomb has thousands."""
     data = bytearray(archive({"data.pkl": b"\x80\2N.", "data/0": b"1", "data/1": b"1"}))
     first = data.index(b"PK\1\2", data.index(b"PK\1\2") + 1)
     second = data.index(b"PK\1\2", first + 1)
@@ -173,14 +174,14 @@ def overlapping_records() -> bytes:
 
 
 def sealed(body: object) -> bytes:
-    """A manifest with a true checksum, whatever it says."""
+    """Add a correct checksum to any manifest."""
     text = body if isinstance(body, bytes) else json.dumps(body).encode()
     seal = checksum.to_hex([checksum.checksum(text)]).encode()
     return text[:-1] + b',"checksum":"' + seal + b'"}'
 
 
 def manifest_of(nbytes: int = 700, data: int = 600, stop: int = 4) -> dict[str, object]:
-    """A manifest of one tensor, some of its numbers replaced."""
+    """Make a manifest of one tensor, with some numbers replaced."""
     chunk = [0, 0, nbytes, data, 0, 0, stop]
     return {
         "holdfast": 2,
@@ -207,7 +208,7 @@ def entry(first: int, last: int, shape: object = (4,), dtype: object = "F32") ->
 
 
 class Attack:
-    """Pickles as a call of a function."""
+    """An object whose pickle calls a function."""
 
     def __init__(self, function: Callable[..., object], *args: object) -> None:
         self._call = function, args
@@ -390,7 +391,7 @@ CASES: dict[str, tuple[str, bytes]] = {
 
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What reading each file says, each in a forked process of its own."""
+    """Return the error of reading each file, each in a forked process."""
     folder = tmp_path_factory.mktemp("hostile")
     for number, (_, data) in enumerate(CASES.values()):
         (folder / str(number)).write_bytes(data)
@@ -403,13 +404,14 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_file_made_to_harm_is_refused(refusals: dict[str, str], name: str) -> None:
-    """G8: no code, no crash, no path outside, no more time and memory than the file is worth.
-    Method: each in a process of its own, with 512 MiB of address space and 10 s of processor."""
+    """G8. Method: each file in a process with 512 MiB of address space and 10 s of CPU time. No
+    code runs, no process crashes, no path leads outside of the folder."""
     assert refusals[name].startswith("refused:"), refusals[name]
 
 
 def test_chunks_that_overlap_are_found_and_never_loaded(tmp_path: Path) -> None:
-    """G6, G8. Method: a stock checkpoint's index written anew, two chunks half over one another."""
+    """G6, G8. Method: a stock checkpoint whose index is replaced by one with two chunks that half
+    overlap."""
     folder = tmp_path / "stock"
     save_stock(folder)
     tensor = torch.arange(8.0)
@@ -419,7 +421,7 @@ def test_chunks_that_overlap_are_found_and_never_loaded(tmp_path: Path) -> None:
     item = Span(0, len(buffer.getvalue()))
     chunks = tuple(Chunk(Region((start,), (start + 8,)), "__0_0.distcp", item) for start in (0, 4))
     index = encode_metadata(Manifest({"w": TensorEntry("float32", (16,), chunks, ("w",))}, {}))
-    # As Python's own pickler has it, so that it passes for a stock one.
+    # Like Python's pickler, so that it is read as a stock one.
     (folder / ".metadata").write_bytes(index[:2] + b"\x95" + struct.pack("<Q", 0) + index[2:])
     assert "some elements are there twice" in str(
         verify(VerifyTarget(LocalStore(tmp_path), "stock")).findings
@@ -429,7 +431,8 @@ def test_chunks_that_overlap_are_found_and_never_loaded(tmp_path: Path) -> None:
 
 
 def test_shards_too_tangled_to_be_compared_are_refused_in_time() -> None:
-    """G8. Method: five thousand regions that all cross one another's rows and columns."""
+    """G8. Method: five thousand regions, each of which crosses the rows and columns of all
+    others."""
     from holdfast.format.region import first_overlap
 
     count = 5000
@@ -440,9 +443,9 @@ def test_shards_too_tangled_to_be_compared_are_refused_in_time() -> None:
 
 @pytest.mark.parametrize("kind", ["step", "stock"])
 def test_a_link_to_a_file_outside_of_the_folder_is_refused(tmp_path: Path, kind: str) -> None:
-    """G8: a stranger's checkpoint must not take the reader's files into a model. Method: a data
-    file moved away, a link to it left in its place, reached as a folder, by `file://` and through a
-    store around the store; a link within the folder is let be."""
+    """G8: a checkpoint from elsewhere must not read files of this machine into a model. Method: a
+    link in place of a data file, which was moved away; opened as a folder, by `file://` and through
+    a wrapped store. A link within the folder is followed."""
     folder = save_step(tmp_path) if kind == "step" else save_stock(tmp_path / "stock")
     path = folder / "__0_0.distcp"
     path.rename(folder / "inside")
@@ -463,8 +466,8 @@ def nothing(verb: str, key: str) -> None: ...
 
 
 def test_the_limits_of_these_tests_are_real(tmp_path: Path) -> None:
-    """Method: what the standard library's unpickler makes of one of the files, under the same
-    limit of memory: it dies of it, or is refused the memory."""
+    """Method: Python's own unpickler on one of the files, under the same memory limit, crashes or
+    runs out of memory."""
     path = tmp_path / "f"
     path.write_bytes(PICKLES["a memo index of 2^32"])
     script = (

@@ -1,9 +1,8 @@
-"""Two at one store at once, in every order of their operations up to a bound. After each order one
-has won and was told so, whoever lost was told so, and what is there loads.
+"""Two operations at once on one store, in every order of their steps up to a bound.
 
-The bound is two changes of turn before one of the two has come to its end: that is every place in
-the one at which any stretch of the other can lie, from its beginning or from its middle on. `--all`
-takes three where that is minutes, not hours.
+After each order the checkpoint loads, the winner has returned, and the loser has raised. The bound
+is two switches before one of the two ends, so any stretch of one operation runs at any place of the
+other. `--all` takes three switches where that takes minutes, not hours.
 """
 
 from __future__ import annotations
@@ -11,14 +10,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from checkpoints import save_leaves
+from hf_folders import LLAMA, hf_tensors, save_folder
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.cleanup import execute, plan_cleanup
+from holdfast.catalog.open_any import Opened, open_in
 from holdfast.catalog.source import Source
 from holdfast.comm import Solo
 from holdfast.convert.convert import convert_to, values_of
@@ -28,7 +32,7 @@ from holdfast.errors import ExistsError
 from holdfast.format.names import LOCK, hidden_folder_of, step_name
 from holdfast.loading.checkpoint import Checkpoint
 from holdfast.loading.load import load_tree
-from holdfast.loading.opening import read_in
+from holdfast.loading.opening import read_on_all
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.context import RunContext
 from holdfast.manager.hf import HFFormat
@@ -36,14 +40,11 @@ from holdfast.manager.lifetime import Lifetime
 from holdfast.manager.policy import Retention
 from holdfast.manager.resume import newest_resumable
 from holdfast.manager.retention import Retainer
-from holdfast.saving.planner import Planner
-from holdfast.saving.save import Saved, save_in, save_leaves
+from holdfast.saving.save import Saved, save_in
 from holdfast.state.objects import StateTree
-from holdfast.state.tree import flatten
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import AmendableStore
-from holdfast.testing.interleavings import Actor, Ran, interleavings
-from hub_folders import LLAMA, hub_tensors, save_folder
+from interleavings import Actor, Ran, interleavings
 
 NAME = "c"
 
@@ -54,7 +55,7 @@ SWITCHES = pytest.mark.parametrize("switches", [2, pytest.param(3, marks=MANY)])
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    """Thousands of runs say what they do."""
+    """Turn logging off: thousands of runs would log."""
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
     yield
@@ -72,20 +73,13 @@ def save(value: int, store: AmendableStore, *, overwrite: bool = False, name: st
 
 def save_step(step: int, store: AmendableStore, *, value: int | None = None) -> Saved:
     """Save a step as a manager does."""
-    return save_leaves(
-        Catalog(store),
-        step_name(step),
-        flatten(state_of(step if value is None else value)),
-        ranks=Solo(),
-        planner=Planner(Solo()),
-        step=step,
-        kind="full",
-    )
+    leaves = StateTree(state_of(step if value is None else value)).flatten()
+    return save_leaves(Catalog(store), step_name(step), leaves, Solo(), step=step, kind="full")
 
 
 def held_in(store: MemoryStore, name: str = NAME) -> int:
-    """Read every byte of a checkpoint, check that all of it is of one state, and return the state's
-    value."""
+    """Read every byte of a checkpoint, check that all is of one state, and return the value of that
+    state."""
     checkpoint = Checkpoint(Source(store, name, open_manifest(store, name)))
     value: int = checkpoint.value("value")
     assert torch.equal(checkpoint.read("model.w"), torch.full((50,), float(value)))
@@ -153,7 +147,7 @@ def test_a_save_without_overwrite_never_replaces_one_that_overwrites(switches: i
 
 
 def dirty(store: AmendableStore) -> None:
-    """Make what killed processes leave: an attempt, an unfinished deletion, a replaced
+    """Make the leftovers of killed processes: an attempt, an unfinished deletion, a replaced
     checkpoint."""
     for step in (1, 2, 3):
         save_step(step, store)
@@ -236,13 +230,13 @@ def load(store: AmendableStore) -> int:
     """Load as `holdfast.load` does."""
     state = state_of(0)
 
-    def read(source: Source) -> int:
-        load_tree(source, StateTree(state), ranks=Solo())
+    def read(opened: Opened) -> int:
+        load_tree(opened.source(store), StateTree(state), ranks=Solo())
         value: int = state["value"]
         assert torch.equal(state["model"]["w"], torch.full((50,), float(value))), "a mix"
         return value
 
-    return read_in(store, NAME, Solo(), read)
+    return read_on_all(Solo(), store, lambda: open_in(store, NAME), read)
 
 
 @SWITCHES
@@ -307,7 +301,7 @@ def test_a_step_saved_by_a_run_and_by_save_is_complete(switches: int) -> None:
     for ran in ran_in(one, other, switches):
         kinds = sorted(type(outcome).__name__ for outcome in ran.outcomes)
         if kinds == ["Saved", "Saved"]:
-            # The run began when the other one was there already, and saves its step again.
+            # The checkpoint existed before the run began, which saves this step again.
             check(ran, held_in(ran.store, "step-5") == 5)
             continue
         check(ran, kinds == ["ExistsError", "Saved"])
@@ -324,11 +318,11 @@ WISHES = {
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = {**LLAMA, "num_hidden_layers": 1}
-    return save_folder(tmp_path_factory.mktemp("hub") / "hub", small, hub_tensors(small))
+    return save_folder(tmp_path_factory.mktemp("hf") / "hf", small, hf_tensors(small))
 
 
 def conversion(source: Path, options: ConvertOptions) -> Actor:
-    """A conversion to the name `step-0` of a store."""
+    """Convert to the name `step-0` of a store."""
     planned = plan(str(source), options)
 
     def convert(store: AmendableStore) -> int:
@@ -341,7 +335,7 @@ def conversion(source: Path, options: ConvertOptions) -> Actor:
 
 
 def contents(store: MemoryStore, to: str) -> dict[str, bytes]:
-    """The files of a converted checkpoint, except the indices, which hold the time."""
+    """Return the files of a converted checkpoint, except the indices, which contain the time."""
     if to == "torch":
         return {"": store.read("step-0", 0, 1 << 30)}
     files = [file for file in store.list("step-0") if not file.startswith((".meta", "manifest"))]
@@ -350,8 +344,8 @@ def contents(store: MemoryStore, to: str) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("to", WISHES)
 def test_a_start_during_a_conversion_spares_its_attempt(to: str, source: Path) -> None:
-    """G14, G16. Method: each format, to the folder of a run that starts; one change of turn, since
-    a conversion has a hundred operations. Both succeed, and what a killed conversion left is
+    """G14, G16. Method: each format, to the folder of a run that starts; one switch, since a
+    conversion has a hundred operations. Both succeed, and the attempt of a killed conversion is
     deleted or continued."""
     convert = conversion(source, WISHES[to])
     alone = MemoryStore()
@@ -365,8 +359,9 @@ def test_a_start_during_a_conversion_spares_its_attempt(to: str, source: Path) -
     for ran in ran_in(convert, start, 1, before):
         check(ran, ran.outcomes[1] == "step 2")
         if isinstance(ran.outcomes[0], ExistsError):
-            # It met what a killed one left in the moment in which the start took hold of that.
-            check(ran, ran.trace[ran.order.lengths[0] - 1] == "1: hold .attempt-step-0-00000001")
+            # The start held the attempt of the killed conversion at that moment.
+            _, first_turn = next(groupby(ran.trace, key=itemgetter(0)))
+            check(ran, [*first_turn][-1] == "1: hold .attempt-step-0-00000001")
             convert(ran.store)
         else:
             check(ran, isinstance(ran.outcomes[0], int))
@@ -377,7 +372,7 @@ def test_a_start_during_a_conversion_spares_its_attempt(to: str, source: Path) -
 
 @pytest.mark.parametrize("to", WISHES)
 def test_of_two_conversions_to_one_path_one_wins(to: str, source: Path) -> None:
-    """G14, G16. Method: each format, twice to one name, one change of turn."""
+    """G14, G16. Method: each format, twice to one name, one switch."""
     convert = conversion(source, WISHES[to])
     alone = MemoryStore()
     convert(alone)

@@ -1,4 +1,4 @@
-"""A run that is killed goes on as if nothing had happened."""
+"""A killed run continues as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ TWENTY = (*KEEP, "--training.steps", "20", "--training.global_batch_size", "4")
 
 
 def test_ten_steps_kill_and_ten_more_equal_twenty_at_once(tmp_path: Path) -> None:
-    """G2, G9: a run of 20 steps on 2 ranks, and one that is SIGKILLed after step 12 and started
-    again, end with the same parameters, optimizer state, schedule, generators and data position,
-    bit for bit, and with the same losses on the way."""
+    """G2, G9. Method: 20 steps on 2 ranks, in one run and in a run that is killed after step 12 and
+    started again. Parameters, optimizer state, schedule, generators, data position and losses are
+    equal bit for bit."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     straight.mkdir()
     broken.mkdir()
@@ -40,7 +40,8 @@ def test_ten_steps_kill_and_ten_more_equal_twenty_at_once(tmp_path: Path) -> Non
 
 
 def test_a_killed_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
-    """G9: 4 ranks (2 x 2) are killed; 1 rank goes on, and says what starts afresh."""
+    """G9. Method: 4 ranks (2 x 2) are killed; 1 rank continues, and reports which state starts
+    afresh."""
     run = start(*TWENTY, "--parallelism.tensor_parallel_degree", "2", ranks=4, cwd=tmp_path)
     wait_for_step(tmp_path / "outputs", 11)
     kill_all(run)
@@ -53,7 +54,8 @@ def test_a_killed_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> No
 def test_a_finished_run_says_so_and_more_steps_go_on_from_the_newest_full_one(
     tmp_path: Path,
 ) -> None:
-    """G4: the model-only last step is known to be none to resume from."""
+    """G4. Method: a run whose last checkpoint has the model only; a start with more steps resumes
+    from the full one before."""
     arguments = (
         *("--checkpoint.interval", "4", "--checkpoint.last_save_model_only"),
         *("--checkpoint.export_dtype", "bfloat16"),

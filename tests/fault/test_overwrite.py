@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.recording import tree_at
 from torch import nn
 
 import holdfast
 from checkpoints import save_safetensors, save_stock, save_torch
+from hf_folders import LLAMA, hf_tensors, save_folder
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.catalog.catalog import Catalog
 from holdfast.cli.main import main
 from holdfast.format.names import LOCK
 from holdfast.storage.local import LocalStore
-from holdfast.testing.recording import tree_at
-from hub_folders import LLAMA, hub_tensors, save_folder
 
 REFUSED: dict[str, Callable[[Path], None]] = {}
 ALLOWED: dict[str, Callable[[Path], None]] = {}
@@ -159,7 +159,7 @@ def one_of_stock_dcp(path: Path) -> None:
 
 @allowed
 def an_export(path: Path) -> None:
-    save_folder(path, LLAMA, hub_tensors(LLAMA))
+    save_folder(path, LLAMA, hf_tensors(LLAMA))
     (path / "merges.txt").write_text("a b")
     (path / "additional_chat_templates").mkdir()
     (path / "additional_chat_templates" / "x.jinja").write_text("x")
@@ -282,13 +282,13 @@ def test_a_conversion_never_overwrites_its_source(
     """G16. Method: the source itself, by its path and by a link; the folder around it; a path
     inside of it; the folder of assets; `.pt` files, onto themselves and beside."""
     home = tmp_path / "home"
-    source = save_folder(home / "hub", LLAMA, hub_tensors(LLAMA))
+    source = save_folder(home / "hf", LLAMA, hf_tensors(LLAMA))
     (home / "siblings").mkdir()
     (home / "siblings" / "thesis.tex").write_text("years")
     (tmp_path / "link").symlink_to(source)
     (tmp_path / "home-link").symlink_to(home)
     before = tree_at(home)
-    targets = [source, home, source / "inside", tmp_path / "home-link" / "hub", tmp_path]
+    targets = [source, home, source / "inside", tmp_path / "home-link" / "hf", tmp_path]
     for target in targets:
         assert main(["convert", str(source), str(target), "--to", to, "--overwrite"]) == 2, target
         assert tree_at(home) == before
@@ -332,8 +332,8 @@ def test_a_file_replaces_only_a_file_and_atomically(
 def test_retention_keeps_a_step_whose_folder_contains_a_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G16. Method: a run trains in the folder of a step. Retention logs that the step stays, and
-    deletes the others; `prune` says the same."""
+    """G16. Method: a run trains in the folder of a step. Retention logs that it keeps the step, and
+    deletes the others; `prune` reports the same."""
     config = CheckpointConfig(enable=True, interval=1, keep_latest_k=2)
     with CheckpointManager(tmp_path, model=nn.Linear(2, 2), config=config) as held:
         held.save(1)

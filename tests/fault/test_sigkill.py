@@ -20,7 +20,7 @@ ROWS = 1 << 18
 
 
 class Stamped(nn.Module):
-    """A sharded tensor of 4 MiB, whose elements all hold the step in which it was saved."""
+    """A sharded tensor of 4 MiB, whose elements all equal the step in which it was saved."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,22 +60,22 @@ def sharded(size: int) -> Stamped:
 
 
 def stamp_of(module: Stamped) -> set[float]:
-    """The distinct values in this rank's shard."""
+    """Return the distinct values in this rank's shard."""
     stamp: Any = module.stamp
     local = stamp.to_local() if isinstance(stamp, DTensor) else stamp
     return set(torch.unique(local).tolist())
 
 
 def names(folder: Path) -> set[str]:
-    """Names in a folder that may not exist yet."""
+    """Return the names in a folder that may not exist yet."""
     return {path.name for path in folder.glob("*")}
 
 
 def kill_again_and_again(
     folder: Path, *, size: int, kills: int, seed: int, async_mode: str
 ) -> None:
-    """After each kill, all steps are complete and of one step each, and the newest two of before
-    are still there, or newer ones."""
+    """Kill repeatedly. After each kill, every checkpoint is complete and of one step, and the
+    newest two of before, or newer ones, exist."""
     choose = random.Random(seed)
     newest = 0
     for _ in range(kills):
@@ -85,7 +85,7 @@ def kill_again_and_again(
             while names(folder) == before and time.monotonic() < deadline:
                 time.sleep(0.01)
             time.sleep(choose.uniform(0.0, 0.25))
-            # One rank alone, or all at once: the others must notice, and leave nothing half done.
+            # One rank or all at once. If one dies, the others must notice, and end their save.
             victims = range(size) if choose.random() < 0.5 else [choose.randrange(size)]
             job.kill(victims)
             job.wait(60)
@@ -107,8 +107,8 @@ def kill_again_and_again(
 def test_a_save_killed_at_any_moment_leaves_complete_checkpoints(
     size: int, async_mode: str, tmp_path: Path
 ) -> None:
-    """G1, G2, G5: 32 random kills of one rank or of all, in first saves, saves that replace a step,
-    and retention."""
+    """G1, G2, G5. Method: 32 random kills of one rank or of all, in first saves, saves that replace
+    a step, and retention."""
     kill_again_and_again(tmp_path / "run", size=size, kills=8, seed=size, async_mode=async_mode)
 
 
@@ -117,7 +117,7 @@ def test_a_save_killed_at_any_moment_leaves_complete_checkpoints(
 @pytest.mark.parametrize("async_mode", ["disabled", "async"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_300_kills_leave_complete_checkpoints(size: int, async_mode: str, tmp_path: Path) -> None:
-    """As above, 300 of them."""
+    """G1, G2, G5. Method: as above, with 300 kills."""
     kill_again_and_again(
         tmp_path / "run", size=size, kills=50, seed=100 + size, async_mode=async_mode
     )

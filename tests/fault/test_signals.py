@@ -22,8 +22,8 @@ LONG = ("--training.steps", "500", "--checkpoint.interval", "400")
 
 @pytest.mark.parametrize("victim", ["launcher", "one worker"])
 def test_a_signal_saves_one_step_and_ends_all_ranks(tmp_path: Path, victim: str) -> None:
-    """G12: SIGTERM to the launcher, or to one of two workers; the next start resumes from the saved
-    step."""
+    """G12. Method: SIGTERM to the launcher, or to one of two workers; the next start resumes from
+    the saved step."""
     run = start(*LONG, ranks=2, cwd=tmp_path)
     wait_for_step(tmp_path / "outputs", 3)
     os.kill(run.pid if victim == "launcher" else workers_of(run)[1], signal.SIGTERM)
@@ -39,8 +39,8 @@ def test_a_signal_saves_one_step_and_ends_all_ranks(tmp_path: Path, victim: str)
 
 
 def step_for_ever(rank: int, size: int, folder: Path) -> None:
-    """Steps of random length: waits for data, sometimes an evaluation without `save`, a save every
-    third step, collectives in each."""
+    """Run steps of random length: each waits for data and has collectives, every third saves, and
+    some evaluate without a call of `save`."""
     module: Any = nn.Module()
     module.register_buffer("stamp", torch.zeros(1 << 20))
     config = holdfast.CheckpointConfig(enable=True, interval=3, keep_latest_k=2)
@@ -56,8 +56,8 @@ def step_for_ever(rank: int, size: int, folder: Path) -> None:
 
 
 def signal_again_and_again(folder: Path, *, size: int, times: int, seed: int) -> None:
-    """Signal one rank, again and again: all ranks end with its status, and the newest step is new,
-    complete, and of one step."""
+    """Signal one rank repeatedly: all ranks end with the exit status of the signal, and the newest
+    checkpoint is new, complete, and of one step."""
     choose = random.Random(seed)
     newest = 0
     for _ in range(times):
@@ -80,7 +80,7 @@ def signal_again_and_again(folder: Path, *, size: int, times: int, seed: int) ->
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_signal_to_any_rank_at_any_moment_saves_one_step(size: int, tmp_path: Path) -> None:
-    """G12: during a wait for data, a step, an evaluation, or a save."""
+    """G12. Method: a signal during a wait for data, a step, an evaluation, or a save."""
     signal_again_and_again(tmp_path, size=size, times=5, seed=size)
 
 
@@ -88,5 +88,5 @@ def test_a_signal_to_any_rank_at_any_moment_saves_one_step(size: int, tmp_path: 
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_a_hundred_signals_save_one_step_each(size: int, tmp_path: Path) -> None:
-    """As above, a hundred times."""
+    """G12. Method: as above, a hundred times."""
     signal_again_and_again(tmp_path, size=size, times=100, seed=50 + size)

@@ -1,4 +1,5 @@
-"""What `verify` finds: every damage to a step of Holdfast, and what can be known of the others."""
+"""`verify` finds every damage to a checkpoint of Holdfast, and all detectable damage to other
+formats."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ NUM_PLACES = 300
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one checkpoint of every kind. Tests damage them in place, and mend them."""
+    """Make a folder with one checkpoint of every kind. Tests damage them in place, and repair
+    them."""
     folder = tmp_path_factory.mktemp("checkpoints")
     save_step(folder)
     save_stock(folder / "stock")
@@ -56,7 +58,8 @@ def checked(path: Path, *, quick: bool = False) -> VerifyReport:
 
 @contextmanager
 def changed(path: Path) -> Iterator[bytearray]:
-    """The bytes of a file, written over it whenever `write` is called; as they were at the end."""
+    """Give a function that overwrites a file with the bytes it gets; restore the file at the
+    end."""
     whole = path.read_bytes()
     try:
         yield bytearray(whole)
@@ -65,7 +68,7 @@ def changed(path: Path) -> Iterator[bytearray]:
 
 
 def tensor_at(manifest: Manifest, file: str, at: int) -> tuple[str, int] | None:
-    """Tensor and block that a byte of a file lies in."""
+    """Return the tensor and the block that contain a byte of a file."""
     for name, entry in manifest.tensors.items():
         for chunk in entry.chunks:
             nbytes = chunk.region.num_elements * dtype_of(entry.dtype).itemsize
@@ -78,7 +81,8 @@ def tensor_at(manifest: Manifest, file: str, at: int) -> tuple[str, int] | None:
 @pytest.mark.parametrize("name", [f"step-{STEP}", "stock", "hf", "one.pt"])
 @pytest.mark.parametrize("quick", [False, True])
 def test_an_undamaged_checkpoint_of_every_kind_passes(home: Path, name: str, quick: bool) -> None:
-    """G3. Method: what Holdfast (two ranks), stock DCP, safetensors and torch.save have written."""
+    """G3. Method: checkpoints written by Holdfast (two ranks), stock DCP, safetensors and
+    torch.save."""
     report = checked(home / name, quick=quick)
     assert report.findings == ()
     assert report.usable == "everything"
@@ -86,9 +90,9 @@ def test_an_undamaged_checkpoint_of_every_kind_passes(home: Path, name: str, qui
 
 
 def test_damage_anywhere_in_a_step_is_found_and_the_tensor_named(home: Path) -> None:
-    """G3: every byte of a step counts. Method: 300 seeded places over all files of a step, the
-    index files included, each flipped, zeroed, cut off, grown or shortened; a flip inside a tensor
-    is found under the tensor's name and the number of the block."""
+    """G3. Method: 300 seeded positions in all files of a step, the indices included, each flipped,
+    zeroed, truncated, extended or shortened. A flip inside a tensor is reported with the name of
+    the tensor and the number of the block."""
     random = Random(11)
     step = home / f"step-{STEP}"
     manifest = open_manifest(LocalStore(home), step.name)
@@ -110,8 +114,8 @@ def test_damage_anywhere_in_a_step_is_found_and_the_tensor_named(home: Path) -> 
 
 
 def test_every_single_byte_around_the_data_of_a_tensor_counts(tmp_path: Path) -> None:
-    """G3: the frames that stock torch reads. Method: each byte of both files of a step that is in
-    no large tensor's data changed, one after the other."""
+    """G3. Method: change each byte of both files of a step that is outside of the data of large
+    tensors: stock torch reads these frames."""
     import torch
 
     import holdfast
@@ -129,8 +133,8 @@ def test_every_single_byte_around_the_data_of_a_tensor_counts(tmp_path: Path) ->
 
 
 def test_a_deleted_file_of_a_step_is_found_whichever_it_is(home: Path) -> None:
-    """G3, G4: without `manifest.json` a step would pass for a stock one, its data unchecked; it is
-    refused, by verify and by a load. Method: each file of a step taken away."""
+    """G3, G4: without `manifest.json` a step would be taken for a stock one, without checksums.
+    Method: each file of a step removed; `verify` and a load refuse it."""
     step = home / f"step-{STEP}"
     for path in sorted(step.iterdir()):
         with changed(path):
@@ -144,7 +148,8 @@ def test_a_deleted_file_of_a_step_is_found_whichever_it_is(home: Path) -> None:
 
 
 def test_what_is_usable_is_said(home: Path) -> None:
-    """G4. Method: a byte of an optimizer tensor, of a frame, and a file cut short."""
+    """G4. Method: a changed byte of an optimizer tensor, a changed byte of a frame, and a truncated
+    file."""
     step = home / f"step-{STEP}"
     manifest = open_manifest(LocalStore(home), step.name)
     moment = manifest.tensors["optimizer.moment"].chunks[0]
@@ -170,7 +175,7 @@ def test_what_is_usable_is_said(home: Path) -> None:
 
 
 def test_a_file_that_nobody_wrote_is_noted_and_is_no_damage(home: Path) -> None:
-    """G3. Method: a file beside those of the step."""
+    """G3. Method: a file of the user in the folder of the step."""
     extra = home / f"step-{STEP}/notes.txt"
     extra.write_text("mine")
     try:
@@ -182,7 +187,8 @@ def test_a_file_that_nobody_wrote_is_noted_and_is_no_damage(home: Path) -> None:
 
 
 def record_spans(data: bytes, position: int = 0) -> list[tuple[str, int, int]]:
-    """Name, first byte and last of each record of an archive, by Python's zipfile."""
+    """Return the name, the first byte and the end of each record of an archive, by Python's
+    zipfile."""
     found = []
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for info in archive.infolist():
@@ -197,8 +203,8 @@ def record_spans(data: bytes, position: int = 0) -> list[tuple[str, int, int]]:
 def test_damage_to_any_record_of_a_stock_checkpoint_is_found_and_the_entry_named(
     home: Path,
 ) -> None:
-    """G3: the CRC-32 that stock writes and never reads. Method: 120 seeded places inside record
-    data of every item flipped or zeroed; the file cut, grown, shortened, deleted."""
+    """G3: stock DCP writes a CRC-32 and never reads it. Method: 120 seeded positions inside the
+    records of every item, flipped or zeroed; the file truncated, extended, shortened, deleted."""
     random = Random(12)
     path = home / "stock/__0_0.distcp"
     manifest = open_manifest(LocalStore(home), "stock")
@@ -223,7 +229,7 @@ def test_damage_to_any_record_of_a_stock_checkpoint_is_found_and_the_entry_named
         with changed(path) as data:
             damage(data, random.randrange(len(data)), random)
             path.write_bytes(data)
-            # A stock index does not say how long a file is: bytes after the last item are nobody's.
+            # A stock index has no file sizes: bytes after the last item cannot be checked.
             assert damage is append or not checked(home / "stock").good
     with changed(path):
         path.unlink()
@@ -232,8 +238,8 @@ def test_damage_to_any_record_of_a_stock_checkpoint_is_found_and_the_entry_named
 
 
 def test_damage_to_any_record_of_a_pt_file_is_found_and_the_tensor_named(home: Path) -> None:
-    """G3. Method: 80 seeded places inside its records flipped or zeroed, the tensor named where it
-    is a tensor's; cut, grown and shortened at random places."""
+    """G3. Method: 80 seeded positions inside the records, flipped or zeroed; a tensor is reported
+    by its name. The file is truncated, extended and shortened at random positions."""
     random = Random(13)
     path = home / "one.pt"
     named = {"data/0": "model.large", "data/1": "model.half", "data/2": "model.tied"}
@@ -257,9 +263,9 @@ def test_damage_to_any_record_of_a_pt_file_is_found_and_the_tensor_named(home: P
 
 
 def test_damage_to_the_headers_of_safetensors_is_found(home: Path) -> None:
-    """G3: safetensors keeps no checksums; headers, offsets and sizes must fit. Method: every byte
-    of the header of each file changed in one bit, then cut, grown, shortened and deleted; the
-    report says that data was not checked."""
+    """G3: safetensors has no checksums, so that only headers, offsets and sizes are checked.
+    Method: one bit of every byte of each header; then the file truncated, extended, shortened and
+    deleted. The report says that the data was not checked."""
     random = Random(14)
     for path in sorted((home / "hf").glob("*.safetensors")):
         header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
@@ -295,7 +301,7 @@ def test_the_step_that_a_resume_takes_is_the_newest_that_passes(tmp_path: Path) 
 def test_nothing_there_and_nothing_that_is_a_checkpoint_are_errors_of_their_own(
     tmp_path: Path,
 ) -> None:
-    """Method: no such path, an empty folder, a file of text."""
+    """Method: no such path, an empty folder, a text file."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.txt").write_text("hello, this is text")
     for name in ("missing", "empty", "text.txt"):
@@ -304,8 +310,8 @@ def test_nothing_there_and_nothing_that_is_a_checkpoint_are_errors_of_their_own(
 
 
 def test_memory_stays_bounded_whatever_the_size(tmp_path: Path) -> None:
-    """64 MiB beside the interpreter. Method: a step of 400 MiB, verified in a process of its
-    own that may not have more than that beyond what it starts with."""
+    """Method: a step of 400 MiB, verified in a new process that may allocate 64 MiB more than at
+    its start."""
     import subprocess
     import sys
 
@@ -329,13 +335,13 @@ def test_memory_stays_bounded_whatever_the_size(tmp_path: Path) -> None:
 
 
 def test_a_chunk_that_no_index_names_is_found_without_reading_data(tmp_path: Path) -> None:
-    """G6. Method: a stock index written anew without one of the tensor's two chunks."""
+    """G6. Method: a stock index replaced by one that lacks one of the tensor's two chunks."""
     import torch
 
     save_stock(tmp_path / "stock")
     half = Chunk(Region((0,), (4,)), "__0_0.distcp", Span(0, 1000))
     index = encode_metadata(Manifest({"w": TensorEntry("float32", (8,), (half,), ("w",))}, {}))
-    # Framed as Python's own pickler does, so that it passes for a stock one.
+    # Framed like Python's pickler does, so that it is read as a stock one.
     (tmp_path / "stock/.metadata").write_bytes(index[:2] + b"\x95" + bytes(8) + index[2:])
     torch.save(torch.arange(4.0), tmp_path / "stock/__0_0.distcp")
     (finding, *_) = checked(tmp_path / "stock", quick=True).findings
@@ -343,7 +349,7 @@ def test_a_chunk_that_no_index_names_is_found_without_reading_data(tmp_path: Pat
 
 
 def test_an_error_of_reading_is_a_finding_and_ends_nothing(home: Path) -> None:
-    """G3. Method: a data file that is a folder, so that the system refuses to read it."""
+    """G3. Method: a folder in place of a data file, which the system refuses to read."""
     path = home / f"step-{STEP}/__1_0.distcp"
     with changed(path):
         path.unlink()

@@ -88,7 +88,8 @@ def attempt(target: str, data: bytes) -> str:
 def seeds(target: str) -> list[bytes]:
     """Return real inputs, all of which are readable."""
     if target == "dcp":
-        # Ours alone is told to be ours, and refused, by the catalog; here it is one more layout.
+        # The parser also reads a `.metadata` that Holdfast wrote. Only the catalog refuses to load
+        # that as a stock checkpoint.
         return [(GOLDEN / name / ".metadata").read_bytes() for name in ("stock", "solo", "ranks")]
     if target == "manifest":
         texts = [(GOLDEN / name / "manifest.json").read_bytes() for name in ("solo", "ranks")]

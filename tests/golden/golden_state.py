@@ -69,7 +69,7 @@ def golden_structure() -> dict[str, Any]:
 
 
 def golden_trained() -> dict[str, Any]:
-    """A model and its optimizer, which has slots."""
+    """Make a model and its optimizer, which has slots."""
     model = torch.nn.Linear(3, 2)
     with torch.no_grad():
         model.weight.copy_(numbers(2, 3))

@@ -24,8 +24,8 @@ from golden.golden_state import golden_state, golden_structure, golden_trained
 from golden.independent_reader import read, read_manifest, read_state, read_stock
 from holdfast.errors import DamagedError
 from holdfast.format.manifest import decode
+from holdfast.state.objects import StateTree
 from holdfast.state.same import differences, same
-from holdfast.state.tree import flatten
 from manifest_bytes import encode
 
 HERE = Path(__file__).parent
@@ -41,7 +41,9 @@ def bits(value: Any) -> Any:
 
 
 def expected() -> dict[str, Any]:
-    return {name: bits(leaf.value) for name, leaf in flatten(golden_state()).leaves.items()}
+    return {
+        name: bits(leaf.value) for name, leaf in StateTree(golden_state()).flatten().leaves.items()
+    }
 
 
 def blank(value: Any) -> Any:
@@ -79,7 +81,9 @@ def test_it_is_opened_and_loaded_bit_for_bit(name: str) -> None:
     assert {n: bits(value) for n, value in loaded.items()} == expected()
     state = blank(golden_state())
     holdfast.load(HERE / name, state)
-    assert {n: bits(leaf.value) for n, leaf in flatten(state).leaves.items()} == expected()
+    assert {
+        n: bits(leaf.value) for n, leaf in StateTree(state).flatten().leaves.items()
+    } == expected()
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -89,7 +93,9 @@ def test_stock_loads_it_bit_for_bit(name: str) -> None:
     """G10. Method: stock `load` of the same folder."""
     state = blank(golden_state())
     stock_load(state, checkpoint_id=HERE / name, no_dist=True)
-    assert {n: bits(leaf.value) for n, leaf in flatten(state).leaves.items()} == expected()
+    assert {
+        n: bits(leaf.value) for n, leaf in StateTree(state).flatten().leaves.items()
+    } == expected()
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -143,7 +149,9 @@ def test_a_flipped_bit_in_any_of_its_files_is_detected(name: str, tmp_path: Path
             except DamagedError:
                 continue
             assert file.suffix == ".distcp", f"byte {position} of {file.name}"
-            assert {n: bits(leaf.value) for n, leaf in flatten(state).leaves.items()} == expected()
+            assert {
+                n: bits(leaf.value) for n, leaf in StateTree(state).flatten().leaves.items()
+            } == expected()
         file.write_bytes(whole)
 
 
@@ -169,8 +177,8 @@ class Kept:
 
 
 def test_structure_is_read_as_it_was_written() -> None:
-    """G10, G15. Method: by the independent reader, into fresh objects, and by `load` into nothing;
-    types of containers, keys and numbers, order, every bit."""
+    """G10, G15. Method: by the independent reader, by `load` into fresh objects, and by `load` into
+    an empty state: types of containers, keys and numbers, order, every bit."""
     wanted = golden_structure()
     loaded = read_state(HERE / "structure")
     assert {*loaded} == {*wanted}
@@ -190,14 +198,14 @@ def test_this_version_would_write_the_same_structure() -> None:
     data = (HERE / "structure" / "manifest.json").read_bytes()
     manifest = decode(data, where="structure")
     assert encode(manifest) == data
-    assert manifest.structure == flatten(golden_structure()).structure
+    assert manifest.structure == StateTree(golden_structure()).flatten().structure
 
 
 def test_the_classes_of_optimizers_are_told_apart_from_the_structure(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """G10. Method: a model and an AdamW; read by the specification alone, loaded by an optimizer
-    of the class that wrote it, and by another, which is said."""
+    """G10. Method: a model and an AdamW, read by the specification alone; loaded by an optimizer of
+    the same class, and by one of another class, with a warning."""
     names = read(HERE / "optimizers")
     assert read_manifest(HERE / "optimizers")["optimizers"] == [
         [["optimizer"], ["torch.optim.adamw.AdamW"]]

@@ -12,7 +12,7 @@ import torch
 import holdfast
 from golden.write_by_stock import stock_state
 from holdfast.catalog.verify import VerifyTarget, verify
-from holdfast.state.tree import flatten
+from holdfast.state.objects import StateTree
 from holdfast.storage.local import LocalStore
 
 HERE = Path(__file__).parent
@@ -37,7 +37,7 @@ def test_it_is_opened_and_verified_bit_for_bit(name: str) -> None:
             {f"{n}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {}
         )
         loaded |= parts or {n: value}
-    expected = {n: leaf.value for n, leaf in flatten(stock_state()).leaves.items()}
+    expected = {n: leaf.value for n, leaf in StateTree(stock_state()).flatten().leaves.items()}
     assert loaded.keys() == expected.keys()
     for n, value in expected.items():
         if isinstance(value, torch.Tensor):

@@ -1,4 +1,4 @@
-"""The command behind benchmarks/results, with every peer that is installed."""
+"""The command that makes benchmarks/results, with every other library that is installed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_benchmarks_measure_every_figure_and_draw_it(tmp_path: Path) -> None:
-    """Method: the command itself on a tiny state, from its first save to the page of results. Each
-    load in it compares bits with what was saved."""
+    """Method: run the command on a tiny state, from the first save to the page of results. Each
+    load in it compares bits with the saved ones."""
     out = tmp_path / "results"
     command = [sys.executable, "-m", "benchmarks.run", "--quick", "--gb", "0.02", "--rounds", "1"]
     command += ["--folder", str(tmp_path), "--out", str(out)]

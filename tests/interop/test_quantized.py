@@ -1,4 +1,4 @@
-"""Dequantization, compared with that of transformers."""
+"""Dequantization by Holdfast, compared with that of transformers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-import hub_models
+import hf_models
+from hf_folders import hf_tensors, save_folder
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import FormatError
 from holdfast.loading.checkpoint import open_checkpoint
-from hub_folders import hub_tensors, save_folder
 
 DEEPSEEK: dict[str, Any] = {
     "model_type": "deepseek_v3",
@@ -26,7 +26,7 @@ DEEPSEEK: dict[str, Any] = {
     "num_key_value_heads": 4,
     "vocab_size": 64,
     "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-    **hub_models.LATENT,
+    **hf_models.LATENT,
     "num_hidden_layers": 2,
     "kv_lora_rank": 128,
     "v_head_dim": 32,
@@ -53,7 +53,7 @@ def converted(source: Path, target: Path, options: ConvertOptions) -> tuple[str,
 
 def fp8_folder(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     """Write an fp8 folder. Returns its path, and its tensors as transformers dequantizes them."""
-    tensors, wanted = hub_tensors(DEEPSEEK), {}
+    tensors, wanted = hf_tensors(DEEPSEEK), {}
     made = torch.Generator().manual_seed(1)
     for name, tensor in [*tensors.items()]:
         if not name.endswith("proj.weight") or any(size % 128 for size in tensor.shape):
@@ -67,8 +67,9 @@ def fp8_folder(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 
 
 def test_fp8_in_blocks_is_detected_and_dequantized(tmp_path: Path) -> None:
-    """Method: DeepSeek's layout, exported in bfloat16, and converted to a checkpoint and back."""
-    source, wanted = fp8_folder(tmp_path / "hub")
+    """Method: export a folder in DeepSeek's format in bfloat16, and convert it to a checkpoint and
+    back."""
+    source, wanted = fp8_folder(tmp_path / "hf")
     assert len(wanted) > 10
     notes = converted(source, tmp_path / "plain", ConvertOptions(to="hf"))
     assert f"{len(wanted)} quantized tensors are dequantized" in notes
@@ -86,15 +87,16 @@ def test_fp8_in_blocks_is_detected_and_dequantized(tmp_path: Path) -> None:
 
 
 def test_fp8_blocks_may_be_cut_by_the_edge_of_a_matrix(tmp_path: Path) -> None:
-    """Method: a matrix of 200 x 300 with 2 x 3 factors, compared with one factor per element."""
+    """Method: dequantize a matrix of 200 x 300 with 2 x 3 factors, and compare with one factor per
+    element."""
     config = {**DEEPSEEK, "hidden_size": 300, "intermediate_size": 200}
-    tensors = {name: tensor.bfloat16() for name, tensor in hub_tensors(config).items()}
+    tensors = {name: tensor.bfloat16() for name, tensor in hf_tensors(config).items()}
     name = "model.layers.0.mlp.up_proj.weight"
     quantized = (tensors[name].float() * 100).to(torch.float8_e4m3fn)
     scale = torch.rand(2, 3)
     every = scale.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300]
     source = save_folder(
-        tmp_path / "hub", config, {**tensors, name: quantized, f"{name}_scale_inv": scale}
+        tmp_path / "hf", config, {**tensors, name: quantized, f"{name}_scale_inv": scale}
     )
     converted(source, tmp_path / "step-0", ConvertOptions(to="dcp", dtype="float32"))
     found = open_checkpoint(tmp_path / "step-0").read("layers.0.feed_forward.w3.weight")
@@ -103,8 +105,8 @@ def test_fp8_blocks_may_be_cut_by_the_edge_of_a_matrix(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_mxfp4_is_detected_and_dequantized(dtype: str, tmp_path: Path) -> None:
-    """Method: gpt-oss's blocks and scales with random bytes, converted in either dtype."""
-    tensors = {name: tensor.bfloat16() for name, tensor in hub_tensors(GPT_OSS).items()}
+    """Method: convert random bytes as gpt-oss's blocks and scales, into either dtype."""
+    tensors = {name: tensor.bfloat16() for name, tensor in hf_tensors(GPT_OSS).items()}
     wanted = {}
     made = torch.Generator().manual_seed(2)
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
@@ -117,7 +119,7 @@ def test_mxfp4_is_detected_and_dequantized(dtype: str, tmp_path: Path) -> None:
         )
         tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
         wanted[name] = convert_moe_packed_tensors(blocks, scales, dtype=getattr(torch, dtype))
-    source = save_folder(tmp_path / "hub", GPT_OSS, tensors)
+    source = save_folder(tmp_path / "hf", GPT_OSS, tensors)
     options = ConvertOptions(to="dcp", dtype=dtype if dtype == "float32" else None)  # type: ignore[arg-type]
     notes = converted(source, tmp_path / "step-0", options)
     assert f"{len(wanted)} quantized tensors are dequantized" in notes
@@ -128,8 +130,9 @@ def test_mxfp4_is_detected_and_dequantized(dtype: str, tmp_path: Path) -> None:
 
 
 def test_an_unsupported_quantization_is_refused(tmp_path: Path) -> None:
-    """Method: factors of the wrong shape, and fp8 without factors; both are named."""
-    source, wanted = fp8_folder(tmp_path / "hub")
+    """Method: convert factors of the wrong shape, and fp8 without factors. Each error names the
+    tensor."""
+    source, wanted = fp8_folder(tmp_path / "hf")
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(source / "model.safetensors")

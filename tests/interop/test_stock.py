@@ -1,4 +1,4 @@
-"""Stock tools read our checkpoints, and Holdfast reads stock checkpoints."""
+"""Stock tools read checkpoints of Holdfast, and Holdfast reads stock checkpoints."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def converted(step: Path, target: Path) -> dict[str, Any]:
 
 
 def test_dcp_to_torch_converts_a_full_checkpoint(steps: Path, tmp_path: Path) -> None:
-    """G10: every tensor has the same bits. Method: the command in torch's documentation."""
+    """G10: every tensor has the same bits. Method: run the conversion command of torch's
+    documentation."""
     loaded = converted(steps / "step-2", tmp_path / "checkpoint.pt")
     ours = holdfast.open(steps / "step-2")
     for name, entry in ours.tensors.items():
@@ -63,14 +64,14 @@ def test_dcp_to_torch_converts_a_full_checkpoint(steps: Path, tmp_path: Path) ->
 
 
 def test_weights_only_opens_a_converted_model_only_checkpoint(steps: Path, tmp_path: Path) -> None:
-    """G10: a flat dict with Meta's names and the export dtype."""
+    """G10: the file is a flat dict with Meta's names and the export dtype."""
     loaded = converted(steps / "step-3", tmp_path / "model.pt")
     assert loaded["layers.0.attention.wq.weight"].dtype == torch.bfloat16
     assert set(loaded) == set(holdfast.open(steps / "step-3").names())
 
 
 def test_stock_load_reads_a_checkpoint_bit_for_bit(steps: Path) -> None:
-    """G10. Method: `dcp.load` into tensors with other elements."""
+    """G10. Method: call `dcp.load` with tensors that have other elements."""
     ours = holdfast.open(steps / "step-2")
     state = {
         name: torch.full(entry.shape, 7, dtype=getattr(torch, entry.dtype))
@@ -87,7 +88,7 @@ def test_stock_load_reads_a_checkpoint_bit_for_bit(steps: Path) -> None:
 
 def test_the_manager_resumes_from_a_stock_checkpoint(tmp_path: Path) -> None:
     """G10: the manager skips a damaged newest checkpoint, resumes from the one before, and saves
-    into the folder. Method: stock DCP checkpoints, flattened as TorchTitan does."""
+    into the same folder. Method: write stock DCP checkpoints, flattened like TorchTitan's."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     torch.manual_seed(0)
@@ -119,7 +120,7 @@ def test_the_manager_resumes_from_a_stock_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_flipped_bit_in_a_stock_checkpoint_is_found(tmp_path: Path) -> None:
-    """G3. Method: the CRC-32 that stock DCP writes and never reads."""
+    """G3. Method: flip a bit. The CRC-32 that stock DCP writes, and never reads, finds it."""
     state = {"weight": torch.arange(1000.0)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-import hub_models
+import hf_models
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.hf.published import published
@@ -21,7 +21,7 @@ from holdfast.hf.published import published
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / ".venv-torchtitan"
 WANTED = ("torchtitan==0.3.0", "spmd_types==0.2.3", "triton", "einops")
-"""Packages that its models import. Its other requirements are for training."""
+"""Packages that TorchTitan's models import. Its other requirements are for training."""
 
 SMALL_LLAMA = {
     "hidden_size": 256,
@@ -107,7 +107,7 @@ def make(config: dict[str, Any]) -> Any:
     config = {**config, "num_hidden_layers": 2}
     if "layer_types" in config:
         config["layer_types"] = config["layer_types"][:2]
-    with hub_models.quiet():
+    with hf_models.quiet():
         known = transformers.AutoConfig.for_model(**config)
         known._attn_implementation = "eager"
         model = transformers.AutoModelForCausalLM.from_config(known)
@@ -129,20 +129,23 @@ def converted(source: Path, target: Path, options: ConvertOptions) -> Path:
 def test_torchtitan_models_give_the_same_logits_as_transformers(
     torchtitan: Path, tmp_path: Path
 ) -> None:
-    """G10: logits are equal to 1e-5 in float32, and every token is routed to the same experts.
-    Converted back, the checkpoints have the same bits. Method: random transformers models,
-    converted with TorchTitan's names; TorchTitan's models load every key of theirs by stock DCP in
-    `torchtitan_logits.py`, which describes the parts of TorchTitan that are replaced on a CPU."""
+    """G10: logits agree within 1e-5 in float32, and every token is routed to the same experts.
+    Converted back, the checkpoints have the same bits.
+
+    Method: convert random transformers models with TorchTitan's names. TorchTitan's models load
+    every one of their keys by stock DCP in `torchtitan_logits.py`. That script replaces parts of
+    TorchTitan that do not run on a CPU.
+    """
     tokens = torch.randint(0, 2048, (2, 160), generator=torch.Generator().manual_seed(1))
     wanted, experts = dict[str, torch.Tensor](), dict[str, list[Any]]()
     for case, (name, flavor, config, sizes) in MODELS.items():
         folder, model = tmp_path / "models" / case, make(config)
-        hub = hub_models.save(model, tmp_path / "hub" / case)
-        step = converted(hub, folder / "step-0", ConvertOptions(to="dcp", names="titan"))
+        source = hf_models.save(model, tmp_path / "hf" / case)
+        step = converted(source, folder / "step-0", ConvertOptions(to="dcp", names="titan"))
         back = converted(
-            step, tmp_path / "back" / case, ConvertOptions(to="hf", hf_assets=str(hub))
+            step, tmp_path / "back" / case, ConvertOptions(to="hf", hf_assets=str(source))
         )
-        saved, found = (load_file(at / "model.safetensors") for at in (hub, back))
+        saved, found = (load_file(at / "model.safetensors") for at in (source, back))
         assert saved.keys() == found.keys()
         assert all(torch.equal(found[key], tensor) for key, tensor in saved.items()), case
         eps = config["rms_norm_eps"]
@@ -152,7 +155,7 @@ def test_torchtitan_models_give_the_same_logits_as_transformers(
         for module in model.modules():
             if type(module).__name__.endswith("Router"):
                 module.register_forward_hook(lambda *call, chosen=chosen: chosen.append(call[-1]))
-        with torch.no_grad(), hub_models.quiet():
+        with torch.no_grad(), hf_models.quiet():
             wanted[case] = model(tokens).logits
         experts[case] = chosen
     script = Path(__file__).with_name("torchtitan_logits.py")

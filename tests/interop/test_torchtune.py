@@ -42,8 +42,9 @@ def torchtune() -> Path:
 def test_each_torchtune_checkpointer_loads_a_model_only_checkpoint(
     torchtune: Path, tmp_path: Path
 ) -> None:
-    """G10: a small Llama has the same logits from a checkpoint, a `.pt` file and a Hugging Face
-    folder as before it was saved. Method: `torchtune_logits.py`."""
+    """G10: a small Llama has the same logits as before it was saved, loaded from a checkpoint, a
+    `.pt` file and a Hugging Face folder. Method: `torchtune_logits.py` loads each by its
+    checkpointer."""
     flavor = MODELS["llama3"]["debugmodel"]
     torch.manual_seed(5)
     model = Transformer(flavor, vocab_size=300, seq_len=32)

@@ -1,4 +1,4 @@
-"""Every family, converted from transformers and back, and exports that transformers opens."""
+"""Every family is converted from transformers and back, and transformers opens the exports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import hub_models
+import hf_models
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.loading.checkpoint import open_checkpoint
@@ -32,12 +32,12 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         assert torch.equal(tensor, other[name]), name
 
 
-@pytest.mark.parametrize("name", hub_models.MODELS)
+@pytest.mark.parametrize("name", hf_models.MODELS)
 def test_every_family_round_trips_with_the_same_bits_and_logits(name: str, tmp_path: Path) -> None:
-    """G10. Method: a transformers model, converted to a checkpoint, then to a folder of several
-    files and, through a `.pt` file, to a folder of a single file."""
-    model = hub_models.make(name)
-    source = hub_models.save(model, tmp_path / "hub")
+    """G10. Method: convert a transformers model to a checkpoint. Export that to a folder of several
+    files and, through a `.pt` file, to a folder with a single file."""
+    model = hf_models.make(name)
+    source = hf_models.save(model, tmp_path / "hf")
     step = converted(source, tmp_path / "seed/step-0", ConvertOptions(to="dcp"))
     assets = str(source)
     many = converted(
@@ -45,7 +45,7 @@ def test_every_family_round_trips_with_the_same_bits_and_logits(name: str, tmp_p
     )
     assert len([*many.glob("*.safetensors")]) > 1
     assert_same(tensors_in(source), tensors_in(many))
-    assert torch.equal(hub_models.logits(model), hub_models.logits(hub_models.load(many)))
+    assert torch.equal(hf_models.logits(model), hf_models.logits(hf_models.load(many)))
 
     file = converted(step, tmp_path / "all.pt", ConvertOptions(to="torch"))
     single = converted(file, tmp_path / "single", ConvertOptions(to="hf", hf_assets=assets))
@@ -55,8 +55,9 @@ def test_every_family_round_trips_with_the_same_bits_and_logits(name: str, tmp_p
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen3-moe", "deepseek-v3", "gpt-oss", "phi-3"])
 def test_torchtitan_names_convert_back_without_change(name: str, tmp_path: Path) -> None:
-    """Method: from Hugging Face to TorchTitan 0.3's names, to Meta's, and back from either."""
-    source = hub_models.save(hub_models.make(name), tmp_path / "hub")
+    """Method: convert from Hugging Face to the names of TorchTitan 0.3, to Meta's names, and back
+    from either."""
+    source = hf_models.save(hf_models.make(name), tmp_path / "hf")
     titan = converted(source, tmp_path / "titan", ConvertOptions(to="dcp", names="titan"))
     meta = converted(titan, tmp_path / "meta", ConvertOptions(to="dcp", names="meta"))
     names = {*open_checkpoint(titan).tensors}
@@ -72,10 +73,11 @@ def test_torchtitan_names_convert_back_without_change(name: str, tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "deepseek-v3"])
 def test_fused_experts_are_read_and_exported_one_by_one(name: str, tmp_path: Path) -> None:
-    """Method: a folder with the names of the state dict in memory; exports have those published."""
-    model = hub_models.make(name)
-    published = hub_models.save(model, tmp_path / "hub")
-    memory = hub_models.save(model, tmp_path / "memory", save_original_format=False)
+    """Method: convert a folder with the tensor names that the model has in memory. Exports have the
+    published names."""
+    model = hf_models.make(name)
+    published = hf_models.save(model, tmp_path / "hf")
+    memory = hf_models.save(model, tmp_path / "memory", save_original_format=False)
     assert tensors_in(published).keys() != tensors_in(memory).keys()
     step = converted(memory, tmp_path / "seed/step-0", ConvertOptions(to="dcp"))
     back = converted(step, tmp_path / "back", ConvertOptions(to="hf", hf_assets=str(published)))
@@ -85,10 +87,10 @@ def test_fused_experts_are_read_and_exported_one_by_one(name: str, tmp_path: Pat
 
 
 def test_an_export_passes_the_checks_of_loaders(tmp_path: Path) -> None:
-    """Method: all that vLLM and transformers check: header, alignment, index, dtype, config,
-    tokenizer, no second name of a tied tensor. Weights in other formats are not copied."""
-    model = hub_models.make("llama-tied")
-    source = hub_models.save(model, tmp_path / "hub")
+    """Method: repeat the checks of vLLM and transformers: header, alignment, index, dtype, config,
+    tokenizer, one name per tied tensor. Weights in other formats are not copied."""
+    model = hf_models.make("llama-tied")
+    source = hf_models.save(model, tmp_path / "hf")
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "none-of-these"}
     (source / "config.json").write_text(json.dumps(config))
@@ -120,12 +122,12 @@ def test_an_export_passes_the_checks_of_loaders(tmp_path: Path) -> None:
     assert others == {"config.json", *copied}
     wanted = {name: tensor.bfloat16() for name, tensor in tensors_in(source).items()}
     assert_same(wanted, found)
-    assert hub_models.load(made, dtype="auto").dtype == torch.bfloat16
+    assert hf_models.load(made, dtype="auto").dtype == torch.bfloat16
 
 
 def test_a_router_correction_bias_stays_in_float32(tmp_path: Path) -> None:
-    """Method: DeepSeek, converted to a checkpoint in bfloat16 and back."""
-    source = hub_models.save(hub_models.make("deepseek-v3"), tmp_path / "hub")
+    """Method: convert a DeepSeek model to a checkpoint in bfloat16 and back."""
+    source = hf_models.save(hf_models.make("deepseek-v3"), tmp_path / "hf")
     step = converted(source, tmp_path / "seed/step-0", ConvertOptions(to="dcp", dtype="bfloat16"))
     back = converted(step, tmp_path / "back", ConvertOptions(to="hf", hf_assets=str(source)))
     dtypes = {name: tensor.dtype for name, tensor in tensors_in(back).items()}

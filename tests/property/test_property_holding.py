@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from holdfast.comm import Solo
 from holdfast.saving.planner import Planner
-from holdfast.state.tree import flatten
+from holdfast.state.objects import StateTree
 
 ONE, OTHER = torch.zeros(4), torch.zeros(4)
 ALIKE = st.sampled_from([ONE, ONE.detach(), OTHER])
@@ -29,11 +29,11 @@ CHANGES = st.dictionaries(NAMES, ALIKE | ANY | st.none(), max_size=2)
 def test_local_plans_do_not_depend_on_earlier_saves(
     state: dict[str, Any], saves: list[tuple[dict[str, Any], torch.dtype | None]]
 ) -> None:
-    """G6. Method: between saves, entries are added and removed, change their kind and share memory,
-    and the requested dtype changes."""
+    """G6. Method: between saves, add and remove entries, change their kind, make them share memory,
+    and change the requested dtype."""
     planner = Planner(Solo())
     for changes, dtype in saves:
         state = {n: value for n, value in {**state, **changes}.items() if value is not None}
-        leaves = flatten(state)
+        leaves = StateTree(state).flatten()
         held, anew = planner.hold(leaves, dtype), Planner(Solo()).hold(leaves, dtype)
         assert held.local_plans == anew.local_plans

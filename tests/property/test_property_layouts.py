@@ -1,4 +1,4 @@
-"""A checkpoint of any layout loads with any other: planned, saved, resharded and read."""
+"""A checkpoint saved in any layout loads in any other."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimen
 
 @st.composite
 def placements(draw: st.DrawFn, num_dims: int, ranks_max: int = 12) -> MeshPlacement:
-    """Any placement on any mesh: replicated, sharded, sharded in strides as FSDP over tensor
-    parallelism does; also dims smaller than their axis."""
+    """Draw a mesh and a placement on it: replicated, sharded, sharded in strides as FSDP over
+    tensor parallelism does; also dims smaller than their axis."""
     sizes = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
     shape = draw(sizes.filter(lambda shape: prod(shape) <= ranks_max))
     cuts: list[ShardSpec | None] = []
@@ -54,7 +54,7 @@ def saved(whole: torch.Tensor, placement: MeshPlacement) -> Source:
 def loaded(
     source: Source, whole: torch.Tensor, coordinate: Sequence[int], placement: MeshPlacement
 ) -> tuple[Sequence[Piece], torch.Tensor, int]:
-    """Local tensor of one rank of another mesh, and the bytes that it read."""
+    """Return the local tensor of one rank of another mesh, and the bytes that it read."""
     pieces = pieces_of(tuple(whole.shape), placement.splits_at(coordinate))
     sizes = [max((p.local.stop[d] for p in pieces), default=0) for d in range(whole.ndim)]
     nbytes = prod(sizes) * whole.itemsize
@@ -117,8 +117,8 @@ def rows_only(placement: MeshPlacement) -> MeshPlacement:
 @settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_row_shards_read_only_their_bytes(data: st.DataObject) -> None:
-    """G13. Method: rows of two blocks each, sharded by rows over any two meshes; the bytes read are
-    exactly those wanted."""
+    """G13. Method: save rows of two blocks each, sharded by rows over any two meshes. The ranks
+    read exactly the bytes that they want."""
     whole = torch.arange(7 * 2 * BLOCK_BYTES).to(torch.uint8).view(7, 2 * BLOCK_BYTES)
     before, after = (rows_only(data.draw(placements(2, ranks_max=6))) for _ in range(2))
     assert check(whole, before, after) == wanted_bytes(whole, after)
@@ -128,8 +128,9 @@ def test_row_shards_read_only_their_bytes(data: st.DataObject) -> None:
 def test_column_shards_read_only_their_bytes_if_a_block_wide(
     num_columns: int,
 ) -> None:
-    """G13. Method: rows of four blocks, saved by rows, loaded by columns. Runs of a block or more
-    are read alone. With shorter runs, at most `row / slice` times the wanted bytes are read."""
+    """G13. Method: save rows of four blocks by rows, and load them by columns. Runs of a block or
+    more are read alone. With shorter runs, the load reads at most `row / slice` times the wanted
+    bytes."""
     whole = torch.arange(6 * 4 * BLOCK_BYTES).to(torch.uint8).view(6, 4 * BLOCK_BYTES)
     before = MeshPlacement(Mesh((3,), (0, 1, 2)), (ShardSpec(0),))
     after = MeshPlacement(Mesh((num_columns,), tuple(range(num_columns))), (ShardSpec(1),))

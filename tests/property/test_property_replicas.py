@@ -42,9 +42,9 @@ def a_target(chance: random.Random, shape: tuple[int, ...], dtype: torch.dtype) 
 
 @given(st.randoms(use_true_random=False), st.sampled_from([16, 48, 256, 4 << 20]))
 def test_every_rank_gets_the_bits_that_it_would_read(chance: random.Random, nbytes: int) -> None:
-    """G6. Method: every dtype, random bits, saved by up to three ranks; up to four ranks want
-    boxes, shared with any of the others, in any order, into targets with any strides, in messages
-    of any size. The elements are compared with slicing."""
+    """G6. Method: up to three ranks save random bits of every dtype. Up to four ranks want boxes,
+    each shared with any of the others, in any order, into targets with any strides, in messages of
+    any size. The elements are compared with slicing."""
     store = MemoryStore()
     wholes, boxes = {}, {}
     for number in range(chance.randint(1, 4)):
@@ -75,8 +75,8 @@ def test_every_rank_gets_the_bits_that_it_would_read(chance: random.Random, nbyt
         chance.shuffle(wanted)
 
     def work(ranks: Ranks) -> int:
-        mine = replicas.collect_requests(source, asked[ranks.rank], {})
-        return replicas.read_shared(source, mine, ranks, threads=2)
+        num_read, _ = replicas.read_shared(source, asked[ranks.rank], {}, ranks, threads=2)
+        return num_read
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(replicas, "BUNDLE_BYTES", nbytes)

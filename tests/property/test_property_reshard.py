@@ -1,4 +1,4 @@
-"""Read plans against plain slicing."""
+"""Read plans give the same elements as plain slicing."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def boxes(draw: st.DrawFn, shape: tuple[int, ...]) -> Region:
 
 SHAPES = st.lists(st.integers(1, 7), max_size=4).map(tuple)
 ITEMSIZES = st.sampled_from([1, 2, 8, RUN_BYTES_MIN // 4, RUN_BYTES_MIN])
-"""The large ones make rows of few elements longer than the shortest run that is read alone; nothing
-of that size is ever there."""
+"""Sizes of an element. The large ones make rows of few elements longer than the shortest run that
+is read alone. No tensor of such a size is made."""
 
 
 def taken(stored: ByteRange, chunk: np.ndarray, itemsize: int) -> np.ndarray:
@@ -45,9 +45,9 @@ def taken(stored: ByteRange, chunk: np.ndarray, itemsize: int) -> np.ndarray:
 @settings(max_examples=200)
 @given(st.data())
 def test_byte_ranges_join_to_the_slice(data: st.DataObject) -> None:
-    """G6. Method: a numbered chunk, any box of it, any window; each element of the box is in
-    exactly one range and equals that of slicing. A range with gaps fits the window, or is one
-    run."""
+    """G6. Method: plan the reads of any box of a chunk with numbered elements, with any window.
+    Each element of the box is in exactly one range and equals that of slicing. A range with gaps
+    fits the window, or is one run."""
     shape, itemsize = data.draw(SHAPES), data.draw(ITEMSIZES)
     box, window = data.draw(boxes(shape)), data.draw(st.integers(1, 400)) * itemsize
     chunk = np.arange(prod(shape)).reshape(shape)
@@ -64,8 +64,8 @@ def test_byte_ranges_join_to_the_slice(data: st.DataObject) -> None:
 
 @given(st.data())
 def test_whole_rows_are_one_range_without_other_bytes(data: st.DataObject) -> None:
-    """G13. Method: whole rows of any tensor, as in row shards: exactly the wanted bytes in one
-    range, with any window."""
+    """G13. Method: plan the reads of whole rows of any tensor, as in row shards. With any window
+    there is one range, with exactly the wanted bytes."""
     shape = data.draw(SHAPES.filter(bool))
     lo, hi = sorted((data.draw(st.integers(0, shape[0])), data.draw(st.integers(0, shape[0]))))
     box = Region((lo, *[0] * (len(shape) - 1)), (hi, *shape[1:]))
@@ -76,8 +76,8 @@ def test_whole_rows_are_one_range_without_other_bytes(data: st.DataObject) -> No
 
 @given(st.data())
 def test_long_runs_are_read_without_the_gaps_between_them(data: st.DataObject) -> None:
-    """G13. Method: columns of a matrix whose runs are at least `RUN_BYTES_MIN` long: exactly the
-    wanted bytes."""
+    """G13. Method: plan the reads of columns of a matrix whose runs have at least `RUN_BYTES_MIN`
+    bytes. The ranges have exactly the wanted bytes."""
     height, width = data.draw(st.integers(1, 5)), data.draw(st.integers(2, 6))
     lo, hi = sorted((data.draw(st.integers(0, width)), data.draw(st.integers(0, width))))
     box = Region((0, lo), (height, hi))
@@ -87,7 +87,8 @@ def test_long_runs_are_read_without_the_gaps_between_them(data: st.DataObject) -
 
 @given(st.data())
 def test_short_runs_cost_at_most_the_rows_around_them(data: st.DataObject) -> None:
-    """G13. Method: any box; the bytes read are at most those from its first element to its last."""
+    """G13. Method: plan the reads of any box. The ranges have at most the bytes from its first
+    element to its last."""
     shape = data.draw(SHAPES)
     box = data.draw(boxes(shape))
     read = sum(stored.stop - stored.start for stored in byte_ranges(box, shape, 4, 64))

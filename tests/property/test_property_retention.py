@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from benchmarks.power_cuts import PowerCut, Tree, left_by
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crashes import recorded, store_of, tree_of
 from holdfast import CheckpointConfig
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.cleanup import execute, plan_cleanup
-from holdfast.catalog.marks import mark_damaged, pin
+from holdfast.catalog.marks import mark_damaged
 from holdfast.catalog.source import Source
 from holdfast.comm import Solo
 from holdfast.errors import DamagedError, HoldfastError
@@ -21,11 +23,10 @@ from holdfast.loading.checkpoint import Checkpoint
 from holdfast.manager.context import RunContext
 from holdfast.manager.resume import newest_resumable
 from holdfast.manager.saver import Saver
-from holdfast.state.tree import flatten
+from holdfast.state.objects import StateTree
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Store
-from holdfast.testing.crashes import recorded, store_of
-from holdfast.testing.disk import PowerCut, Tree, left_by
+from holdfast.testing.stores import put
 
 CONFIG = CheckpointConfig(
     enable=True, keep_latest_k=3, keep_every_n_steps=5, keep_best_k=1, keep_best_mode="max"
@@ -44,12 +45,12 @@ class Run:
     good one."""
 
     cut: float | None
-    """Share of its operations after which the power is cut; None: it ends normally."""
+    """Share of the run's operations before a power cut; None if the run ends normally."""
 
     version: Any
     seed: int
     damage: tuple[str, int] | None
-    """Damage after the run: its kind, and the checkpoint."""
+    """Kind of damage after the run, and the checkpoint that is damaged; None if there is none."""
 
     pinned: int | None
     async_mode: Any
@@ -70,11 +71,11 @@ runs = st.builds(
 
 @dataclass(slots=True)
 class Folder:
-    """The folder, and what the test knows of it."""
+    """Checkpoint folder of the test, and the test's own records of it."""
 
     tree: Tree = field(default_factory=dict)
     may_go: set[int] = field(default_factory=set)
-    """What retention had no reason to keep in the last run."""
+    """Checkpoints that no rule kept in the last run, so that retention may have deleted them."""
 
 
 def value_of(step: int) -> torch.Tensor:
@@ -82,7 +83,8 @@ def value_of(step: int) -> torch.Tensor:
 
 
 def intact(store: MemoryStore) -> set[int]:
-    """Steps whose checkpoints are as saved. One whose checksums match must be."""
+    """Return the steps whose checkpoints have the saved bytes. Checks that every checkpoint with
+    valid checksums is among them."""
     found = set()
     for step, folder in Catalog(store).folders().items():
         try:
@@ -110,14 +112,15 @@ def resume(store: MemoryStore, back: int) -> int | None:
             Checkpoint(Source(store, found.folder, found.manifest)).read("w")
             return found.step
         except DamagedError as error:
-            mark_damaged(store, found.step, error.what)
             below = found.step
+            assert below is not None
+            mark_damaged(store, below, error.what)
 
 
 def kept_by_the_rules(
     counted: set[int], pins: set[int], losses: dict[int, float], stands_on: int | None
 ) -> set[int]:
-    """The retention rules, implemented a second time."""
+    """Return the checkpoints that the rules keep, by a second implementation of the rules."""
     best = max(counted, key=lambda step: (losses[step], step))
     kept = {*sorted(counted)[-3:], best, *(step for step in counted if step % 5 == 0)}
     return kept | (counted & (pins | {stands_on or -1}))
@@ -133,7 +136,10 @@ def train(folder: Folder, run: Run) -> None:
     assert run.back or first == max(there, default=None), "no newer good step is passed over"
     catalog = Catalog(begin)
     if there and run.pinned is not None:
-        pin(begin, sorted(there)[run.pinned % len(there)])
+        mark = f".pinned-step-{sorted(there)[run.pinned % len(there)]}"
+        if mark not in begin.list():
+            put(begin, mark, b"")
+            begin.sync("")
     left_behind = [step for step in catalog.steps() if first is not None and step > first]
     steps = range((first or 0) + 1, (first or 0) + 1 + len(run.losses))
     new = dict(zip(steps, run.losses, strict=True))
@@ -151,7 +157,7 @@ def train(folder: Folder, run: Run) -> None:
         saver = Saver(RunContext(Catalog(store), config, Solo()))
         saver.retainer.resumed(first if first is not None else -1, left_behind)
         for step, loss in new.items():
-            leaves = flatten({"w": value_of(step), "loss": loss})
+            leaves = StateTree({"w": value_of(step), "loss": loss}).flatten()
             saver.save(step, "full", lambda leaves=leaves: leaves, metrics={"loss": loss})  # type: ignore[misc]
         saver.collect()
         saver.retainer.wait()
@@ -161,7 +167,7 @@ def train(folder: Folder, run: Run) -> None:
     cut = PowerCut(at, "killed" if run.cut is None else run.version, run.seed)
     folder.tree = left_by([*before, *done], cut, durable=len(before))
 
-    # Checkpoints that remain count, even if an interrupted run had no reason to keep them.
+    # An interrupted run may leave checkpoints that no rule keeps. They count for the rules too.
     folder.may_go = set()
     losses = losses_of_counted(begin)
     counted = set(losses) - set(left_behind)
@@ -184,7 +190,8 @@ def train(folder: Folder, run: Run) -> None:
 
 
 def losses_of_counted(store: MemoryStore) -> dict[int, float]:
-    """Loss of each checkpoint that retention counts: complete by its structure, and not marked."""
+    """Return the loss of each checkpoint that retention counts: those that are complete by
+    structure, and not marked."""
     losses = {}
     for step, folder in Catalog(store).folders().items():
         if f".damaged-{step_name(step)}" in store.list():
@@ -214,18 +221,6 @@ def strike(folder: Folder, damage: tuple[str, int]) -> None:
     folder.tree = {**folder.tree, key: bytes(data)}
 
 
-def tree_of(store: MemoryStore, folder: str = "") -> dict[str, bytes | None]:
-    tree: dict[str, bytes | None] = {}
-    for name in store.list(folder):
-        path = f"{folder}/{name}" if folder else name
-        if name.endswith("/"):
-            tree[path[:-1]] = None
-            tree |= tree_of(store, path[:-1])
-        else:
-            tree[path] = store.read(path, 0, store.size(path))
-    return tree
-
-
 def vars_of(config: CheckpointConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
@@ -234,10 +229,12 @@ def vars_of(config: CheckpointConfig) -> dict[str, Any]:
 @given(st.lists(runs, min_size=2, max_size=6))
 def test_a_good_checkpoint_and_every_promised_one_exist(lives: list[Run]) -> None:
     """G2, G4, G5. Method: runs resume from the newest or an earlier checkpoint, save in the
-    foreground or the background, and crash at any operation in any way. Checkpoints are pinned or
-    damaged between runs. After each run, a resume finds a good checkpoint if one was left intact,
-    and every checkpoint that a rule keeps (the rules are implemented twice) is there bit for
-    bit."""
+    foreground or the background, and crash at any operation in any way. Between runs, checkpoints
+    are pinned or damaged.
+
+    After each run, a resume finds a good checkpoint if one was left intact. Every checkpoint that a
+    rule keeps is there bit for bit; the test implements the rules a second time.
+    """
     folder = Folder()
     for run in lives:
         train(folder, run)

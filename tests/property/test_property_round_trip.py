@@ -1,4 +1,4 @@
-"""Any region of tensors that several ranks saved, against plain slicing."""
+"""Any region that is read from tensors of several ranks has the elements of plain slicing."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def check_round_trip(data: st.DataObject, store: Store) -> None:
 
 @given(st.data())
 def test_any_region_that_any_ranks_saved_equals_slicing(data: st.DataObject) -> None:
-    """G6. Method: every dtype, random bits, random shapes, in a random grid over up to four ranks
-    with and without replicas, read whole and in a random box; in memory."""
+    """G6. Method: save random bits of every dtype and shape, in a random grid over up to four
+    ranks, with and without replicas. Read them whole and in a random box. In memory."""
     check_round_trip(data, MemoryStore())
 
 
@@ -111,9 +111,9 @@ def test_very_many_regions_equal_slicing(data: st.DataObject) -> None:
 
 @given(st.data())
 def test_a_load_fills_tensors_of_any_strides_and_no_other_memory(data: st.DataObject) -> None:
-    """G6. Method: the target is a view of a larger tensor: transposed, strided, with a margin. The
-    view gets the saved elements, and the memory around it is unchanged. A second save from the view
-    gives the same."""
+    """G6. Method: load into a view of a larger tensor: transposed, strided, with a margin. The view
+    gets the saved elements, and the memory around it is unchanged. A second save from the view
+    gives the same checkpoint."""
     shape = tuple(data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
     whole = torch.arange(1, prod(shape) + 1, dtype=torch.float64).reshape(shape)
     store = MemoryStore()
@@ -136,7 +136,8 @@ def test_a_load_fills_tensors_of_any_strides_and_no_other_memory(data: st.DataOb
 
 
 def test_a_conjugate_or_negative_view_gets_the_saved_values() -> None:
-    """G6. Method: targets whose values differ from those in their memory."""
+    """G6. Method: load into conjugate and negative views, whose values differ from the bits in
+    memory."""
     store, whole = MemoryStore(), torch.randn(5, dtype=torch.complex64)
     save_regions(store, "step-1", {"w": (whole, [[Region.whole((5,))]])}, 1)
     save_regions(store, "step-2", {"w": (whole.imag, [[Region.whole((5,))]])}, 1)
@@ -154,8 +155,8 @@ def test_a_conjugate_or_negative_view_gets_the_saved_values() -> None:
 @given(st.integers(0, 3 * BLOCK_BYTES), st.integers(0, 3 * BLOCK_BYTES))
 @settings(max_examples=30)
 def test_rows_cost_their_bytes_rounded_up_to_blocks(first: int, second: int) -> None:
-    """G3, G13. Method: any rows of a large tensor of bytes; the bytes read are those of the blocks
-    that the rows touch, and the elements equal those of slicing."""
+    """G3, G13. Method: read any rows of a large tensor of bytes. The read takes the bytes of the
+    blocks that have these rows, and the elements equal those of slicing."""
     start, stop = sorted((first, second))
     source = _large()
     target = torch.empty(stop - start, dtype=torch.uint8)
@@ -173,7 +174,7 @@ _KEPT: list[Source] = []
 
 
 def _large() -> Source:
-    """A checkpoint of one large tensor, saved once for all examples."""
+    """Save a checkpoint of one large tensor, once for all examples."""
     if not _KEPT:
         store = MemoryStore()
         save_regions(store, "step-1", {"w": (_LARGE, [[Region.whole(_LARGE.shape)]])}, 1)
@@ -183,7 +184,7 @@ def _large() -> Source:
 
 def test_each_block_between_two_windows_is_read_once() -> None:
     """G3, G13. Method: one thread reads a column of a tensor of many blocks, in windows that end
-    inside of blocks; the bytes read are those of the tensor."""
+    inside blocks. It reads as many bytes as the tensor has."""
     store = MemoryStore()
     whole = torch.randn(3000, 1000)
     save_regions(store, "step-1", {"w": (whole, [[Region.whole(whole.shape)]])}, 1)
@@ -198,8 +199,8 @@ def test_each_block_between_two_windows_is_read_once() -> None:
 def test_a_tensor_larger_than_a_window_is_read_in_every_way(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """G6, G13. Method: 20 MiB, more than any window: whole, by rows, by columns, by a box, into
-    another dtype and into a transposed target, each against slicing."""
+    """G6, G13. Method: read 20 MiB, more than any window: whole, by rows, by columns, by a box,
+    into another dtype and into a transposed target. Compare each with slicing."""
     whole = torch.randn(2560, 2048).to(dtype)
     store = LocalStore(tmp_path)
     halves = [[Region((0, 0), (1000, 2048))], [Region((1000, 0), (2560, 2048))]]

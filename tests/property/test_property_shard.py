@@ -1,4 +1,4 @@
-"""Elements that a rank holds, against torch's own sharding."""
+"""Elements that a rank holds, compared with torch's own sharding."""
 
 from __future__ import annotations
 
@@ -130,13 +130,13 @@ def test_fsdp_over_tensor_parallelism_shards_every_element_once(
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 0, 2)])
 def test_a_tensor_without_elements_has_one_empty_piece_on_every_rank(shape: tuple[int]) -> None:
-    """G6. Method: sharded and not sharded."""
+    """G6. Method: make the pieces with and without sharding."""
     for splits in ([], [Split(0, 4, 3)]):
         (piece,) = pieces_of(shape, splits)
         assert piece.region.shape == shape
 
 
 def test_a_0_d_tensor_is_one_piece() -> None:
-    """G6. Method: a 0-d tensor."""
+    """G6. Method: make the pieces of a 0-d tensor."""
     (piece,) = pieces_of((), ())
     assert piece.region.num_elements == 1

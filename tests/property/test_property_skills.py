@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from holdfast.skills.bundle import Skill
-from holdfast.skills.content import RECEIPT
 from holdfast.skills.copies import Copies
+from holdfast.skills.records import RECEIPT
 from holdfast.skills.sync import remove, reset, sync
 from skills import CutDisk, CutError, files_in, skill
 
@@ -22,9 +22,10 @@ releases = st.integers(1, 4)
 
 
 class Skills(RuleBasedStateMachine):
-    """A user, several versions of holdfast, and the expected files of each skill.
+    """A user's folder of skills, several releases of Holdfast, and the expected files of each
+    skill.
 
-    Release `n` ships every skill but one with the text `n`, so that skills come and go.
+    Release `n` ships every skill except one, each with the text `n`, so that skills come and go.
     """
 
     def __init__(self) -> None:
@@ -53,7 +54,7 @@ class Skills(RuleBasedStateMachine):
 
     @rule(release=releases, cut=st.integers(0, 60), exchanges=st.booleans())
     def sync(self, release: int, cut: int, exchanges: bool) -> None:
-        """Sync, or begin a sync that is cut off, and sync again."""
+        """Sync. A sync may be interrupted; then sync again."""
         before = {name: self.ours(name) for name in NAMES}
 
         def at_cut() -> None:

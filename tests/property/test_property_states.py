@@ -1,4 +1,4 @@
-"""Any state loads as it was saved, or is refused by name: states, optimizers and edits."""
+"""Any state, optimizer or edited optimizer loads as it was saved, or is refused by name."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def may_be_refused(state: Any) -> Iterator[None]:
 @given(STATES)
 @settings(max_examples=150)
 def test_any_state_of_an_object_loads_as_saved(state: Any) -> None:
-    """G15. Method: containers, keys, dtypes and numbers of every kind, nested."""
+    """G15. Method: save and load nested containers with keys, dtypes and numbers of every kind."""
     with may_be_refused(state):
         round_trip({"a": Kept(state)}, fresh={"a": Kept()}, modes=("save",))
 
@@ -111,7 +111,7 @@ def test_any_state_of_an_object_loads_as_saved(state: Any) -> None:
 @given(st.dictionaries(st.sampled_from(["a", "b", "c"]), STATES, min_size=1))
 @settings(max_examples=40)
 def test_any_plain_state_replaces_the_current_one(state: Any) -> None:
-    """G15. Method: without objects, loaded into an empty state."""
+    """G15. Method: load a state without objects into an empty one."""
     with may_be_refused(state):
         round_trip(state, fresh=dict.fromkeys(state), modes=("save",))
 
@@ -155,11 +155,11 @@ EDITS = st.lists(
 
 
 def edited(optimizer: Any, edits: list[tuple[str, int]]) -> None:
-    """Edits groups and slots as training loops and optimizers do."""
+    """Edit groups and slots like training loops and optimizers do."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for kind, at in edits:
         group = optimizer.param_groups[at % len(optimizer.param_groups)]
-        # Torch's own refuse slots without those of theirs: these come by a step.
+        # Torch's optimizers fail on new slots of a parameter that has not had a step yet.
         slots = optimizer.state.get(parameters[at % len(parameters)], {})
         if kind == "option":
             group["step"] = group.get("step", 0) + 1
@@ -190,7 +190,7 @@ def edited(optimizer: Any, edits: list[tuple[str, int]]) -> None:
 def test_any_optimizer_after_any_steps_and_edits_loads_as_saved(
     make: Any, steps: int, cut: int, edits: list[tuple[str, int]], mode: str
 ) -> None:
-    """G15. Method: random groups, some without parameters; random steps, then random edits of
+    """G15. Method: make random groups, some without parameters, and take random steps. Then edit
     options, slots, and state that belongs to no parameter."""
 
     def made() -> tuple[nn.Module, Any]:

@@ -1,4 +1,4 @@
-"""A file written part by part equals one written from a snapshot."""
+"""A file that is written part by part equals one that is written from a snapshot."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ NUM_ELEMENTS = [0, 1, 1000, WINDOW_BYTES // 4 - 1, WINDOW_BYTES // 4, WINDOW_BYT
 def test_a_file_from_a_snapshot_equals_one_written_part_by_part(
     sizes: list[int], containers: list[bytes], local: bool
 ) -> None:
-    """G1, G6. Method: bytes and write results; the snapshot's memory held another file before."""
+    """G1, G6. Method: compare the bytes of the files and the write results. The snapshot reuses
+    memory that had another file."""
     tensors = {f"w{n}": torch.rand(size) for n, size in enumerate(sizes)}
     items = lay_out([(n, "float32", Region.whole(t.shape)) for n, t in tensors.items()])
     layout = lay_out_file(0, items, [([f"v{n}"], value) for n, value in enumerate(containers)])

@@ -1,4 +1,4 @@
-"""Checks on the code itself; what a reviewer would otherwise have to say again."""
+"""Rules for the source code that a test can check, so that no reviewer has to."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _id(path: Path) -> str:
 
 
 def _functions(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    """Every function's name and its lines, the docstring left out."""
+    """Yield every function's name and its number of lines without the docstring."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             start = node.lineno
@@ -39,9 +39,9 @@ def _functions(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def _undocumented(tree: ast.Module) -> Iterator[str]:
-    """Public functions and classes at the top of a module that have no docstring.
+    """Yield public top-level functions and classes without a docstring.
 
-    Methods are left out: those of a class that implements a protocol are documented there.
+    Methods need none, since a protocol documents those of the classes that implement it.
     """
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
@@ -52,7 +52,7 @@ def _undocumented(tree: ast.Module) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=_id)
 def test_a_file_and_its_functions_fit_on_the_pages_they_are_given(path: Path) -> None:
-    """Method: lines of the file; lines of each function without its docstring."""
+    """Method: count the lines of the file, and of each function without its docstring."""
     text = path.read_text()
     lines = text.count("\n")
     assert lines <= FILE_LINES_MAX, f"{lines} lines, the limit is {FILE_LINES_MAX}"
@@ -62,15 +62,16 @@ def test_a_file_and_its_functions_fit_on_the_pages_they_are_given(path: Path) ->
 
 @pytest.mark.parametrize("path", SOURCES, ids=_id)
 def test_a_module_is_named_for_what_it_holds_and_says_so_first(path: Path) -> None:
-    """Method: a list of vague names; the module's docstring, one sentence on its first line."""
-    assert path.stem not in VAGUE, "name it for what it holds, not for how it is used"
+    """Method: the name is not in a list of vague names, and the module has a docstring."""
+    assert path.stem not in VAGUE, "name the module after its contents"
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     assert docstring, "no module docstring"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=_id)
 def test_what_is_public_says_what_the_caller_gets(path: Path) -> None:
-    """Method: docstrings of public classes, and of public functions longer than one statement."""
+    """Method: look for the docstrings of public classes, and of public functions longer than one
+    statement."""
     missing = list(_undocumented(ast.parse(path.read_text())))
     assert not missing, f"without docstring: {missing}"
 
@@ -88,15 +89,16 @@ KEY = re.compile(r"`checkpoint\.[a-z]|--checkpoint\.|`load_step|exclude_from_loa
 
 @pytest.mark.parametrize("path", UNCONFIGURED, ids=_id)
 def test_keys_of_a_configuration_are_named_where_there_is_one(path: Path) -> None:
-    """G8: `holdfast.load` and the command line have no such keys. Method: every line of a module
-    that is neither the manager's nor the trainer's."""
+    """G8: messages of `holdfast.load` and of commands name no configuration keys, since these have
+    no configuration. Method: search every line of the modules outside `manager` and `trainer`."""
     lines = path.read_text().splitlines()
     assert not [line for line in lines if KEY.search(line)]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=_id)
 def test_nothing_unfinished_and_no_place_of_one_machine_is_left_in_the_code(path: Path) -> None:
-    """Method: a pattern over the lines of the file."""
+    """Method: search the lines of the file for markers of unfinished code and for paths of a
+    machine."""
     found = [
         f"{number}: {line.strip()}"
         for number, line in enumerate(path.read_text().splitlines(), 1)
@@ -107,8 +109,8 @@ def test_nothing_unfinished_and_no_place_of_one_machine_is_left_in_the_code(path
 
 @pytest.mark.parametrize("path", SOURCES, ids=_id)
 def test_values_are_frozen_and_slotted(path: Path) -> None:
-    """Method: the decorator of every dataclass has `slots=True`. What is not frozen is written
-    to on purpose and therefore private, or listed here with its reason."""
+    """Method: the decorator of every dataclass has `slots=True`. It also has `frozen=True`, unless
+    the class is private or in the list `written_to`."""
     written_to = {"CheckpointConfig", "Spans"}
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
@@ -124,8 +126,9 @@ def test_values_are_frozen_and_slotted(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if p.parent.name != "storage"], ids=_id)
 def test_a_store_is_made_by_the_functions_that_tell_a_folder_from_a_url(path: Path) -> None:
-    """G16: `s3://...` never becomes a folder of that name. Method: no class of a store that takes a
-    path or a URL is called outside of `storage`; its functions in `storage.opening` are."""
+    """G16: a URL such as `s3://...` never becomes a folder of that name. Method: outside of
+    `storage`, only the functions of `storage.opening` make stores; no other code calls the classes.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             called = getattr(node.func, "id", getattr(node.func, "attr", ""))
@@ -133,7 +136,7 @@ def test_a_store_is_made_by_the_functions_that_tell_a_folder_from_a_url(path: Pa
 
 
 def test_every_command_has_a_module_and_every_module_with_a_command_is_listed() -> None:
-    """Method: the modules of `holdfast.cli` that define `run`, beside the table of commands."""
+    """Method: compare the table of commands with the modules of `holdfast.cli` with a `run`."""
     modules = {
         path.stem
         for path in (SOURCE / "cli").glob("*.py")
@@ -155,7 +158,7 @@ def test_every_command_has_a_module_and_every_module_with_a_command_is_listed() 
     ],
 )
 def test_what_knows_only_bytes_imports_no_torch(statement: str) -> None:
-    """Method: a fresh interpreter, then a look at the modules it has loaded."""
+    """Method: import the module in a new interpreter; this must not import torch."""
     script = f"import sys; {statement}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 

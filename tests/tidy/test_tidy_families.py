@@ -1,4 +1,4 @@
-"""Lists of model families that are kept by hand, compared with one another."""
+"""Lists of model families that are written by hand agree with one another."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-import hub_models
+import hf_models
 from holdfast.hf.families import FAMILIES
 from holdfast.hf.flavors import MODELS
 from holdfast.hf.published import PUBLISHED, TYPES, flavors_of, published
@@ -33,27 +33,31 @@ def test_every_model_type_has_a_name() -> None:
 
 @pytest.mark.parametrize("name", [*MODELS, *PUBLISHED])
 def test_every_flavor_is_of_the_family_that_its_name_stands_for(name: str) -> None:
-    """Method: `model_type` in the `config.json` of each flavor."""
+    """Method: make the `config.json` of each flavor, and look at its `model_type`."""
     assert {published(name, flavor, 64)["model_type"] for flavor in flavors_of(name)} <= {
         *TYPES[name]
     }
 
 
 def test_every_model_type_has_a_model_in_the_tests() -> None:
-    """Method: the models that are converted to a checkpoint and back. A language model within a
-    larger model has the same tensors as by itself, but for the prefix."""
-    tested = {getattr(transformers, kind).model_type for kind, _ in hub_models.MODELS.values()}
+    """Method: compare the model types with those of the models that the tests convert.
+
+    A language model inside a larger model needs no model of its own: its tensors have the same
+    names, except for a prefix.
+    """
+    tested = {getattr(transformers, kind).model_type for kind, _ in hf_models.MODELS.values()}
     assert tested == OF_WHOLE_MODELS
 
 
 def test_the_documents_list_all_families_and_flavors() -> None:
-    """Method: names and flavors in hugging-face.md, and values of `model_type` in families.md."""
+    """Method: compare names and flavors with hugging-face.md, and values of `model_type` with
+    families.md."""
     text = re.sub(r"\s+", " ", (DOCS / "hugging-face.md").read_text())
     names = re.findall(r"`(\w+)`", text.split("Names are ")[1].split(". ")[0])
     assert names == [*TYPES]
-    rows = rows_of("hugging-face.md", "| name | flavors |")
+    rows = rows_of("hugging-face.md", "| model name | flavors |")
     documented = {name.strip("`"): row.replace(" (ours)", "").split(", ") for name, row in rows}
     assert documented == {name: flavors_of(name) for name in TYPES if flavors_of(name)}
-    header = "| `model_type` | native model | its logits against transformers |"
+    header = "| `model_type` | native model | logits |"
     listed = ", ".join(row[0] for row in rows_of("families.md", header))
     assert {*listed.split(", ")} == OF_WHOLE_MODELS

@@ -17,7 +17,8 @@ def place_to_save(path: object, state: object, *, overwrite: object) -> tuple[Ca
     """Return the catalog in which `save` saves, and the name of the checkpoint there.
 
     Raises:
-        UsageError: an argument of another type, or a path that nothing can be saved to.
+        UsageError: an argument of another type; or a `path` that is a URL, or that has no name, or
+            a name that no checkpoint may have.
     """
     text = _checked(path, state, "holdfast.save")
     checked_flag(overwrite, "overwrite")
@@ -25,11 +26,8 @@ def place_to_save(path: object, state: object, *, overwrite: object) -> tuple[Ca
 
 
 def check_to_load(path: object, state: object, *, strict: object) -> tuple[ReadStore, str]:
-    """Return the store from which `load` reads, and the name of the checkpoint there.
-
-    Raises:
-        UsageError: an argument of another type.
-    """
+    """Return the store from which `load` reads, and the name of the checkpoint there. Raises a
+    UsageError for an argument of another type."""
     text = _checked(path, state, "holdfast.load")
     if isinstance(state, Mapping) and not isinstance(state, MutableMapping):
         raise UsageError(f"`state` must be a dict, which is filled in place, found: {shown(state)}")
@@ -38,7 +36,7 @@ def check_to_load(path: object, state: object, *, strict: object) -> tuple[ReadS
 
 
 def _checked(path: object, state: object, function: str) -> str:
-    """Check the types of `path` and `state`. Returns the path."""
+    """Return the path, after a check of the types of `path` and `state`."""
     if isinstance(state, str | os.PathLike) and not isinstance(path, str | os.PathLike):
         raise UsageError(
             f"`path` must be a path, found: {shown(path)}; `state` must be a dict, found: "
@@ -57,11 +55,8 @@ def _checked(path: object, state: object, function: str) -> str:
 
 
 def region_of(name: object, shape: tuple[int, ...], region: object) -> Region:
-    """Return the region that was passed as None for the whole tensor, a `Region`, or slices.
-
-    Raises:
-        UsageError: another type, or a region outside of the tensor.
-    """
+    """Return the region of an argument: None for the whole tensor, a `Region`, or slices. Raises a
+    UsageError for another type, or a region outside of the tensor."""
     if region is None:
         return Region.whole(shape)
     if not isinstance(region, Region):

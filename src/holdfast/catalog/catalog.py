@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 
+from holdfast.catalog.cleanup import delete_hidden
 from holdfast.catalog.replaceable import why_not_removable, why_not_replaceable
 from holdfast.catalog.steady import LOOKS_MAX
-from holdfast.catalog.structure import INDEX_BYTES_MAX, check_structure
+from holdfast.catalog.structure import INDEX_BYTES_MAX, check_structure, items_of
 from holdfast.errors import (
     DamagedError,
     ExistsError,
@@ -35,11 +35,12 @@ from holdfast.format.names import (
     folder_among,
     hidden_folder_of,
     mark_of,
+    number_of,
     step_name,
     step_of,
     steps_among,
 )
-from holdfast.storage.opening import is_url
+from holdfast.format.seal import SEAL
 from holdfast.storage.store import Check, ReadStore, Store
 
 _LARGE_BYTES = 1 << 20
@@ -50,18 +51,7 @@ _STARTS = (b"{", b"\x80")
 """First bytes of a manifest, and of a stock index."""
 
 _TRIES = 100
-"""Attempts to create an attempt folder that cleanups of other processes delete at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """An attempt that this process has begun."""
-
-    held: ExitStack
-    """Holds on the attempt, and on the checkpoint that it will replace."""
-
-    replaces: bool
-    """Whether it will replace a checkpoint."""
+"""Most attempt folders that `begin` creates while cleanups of other processes delete them."""
 
 
 class Catalog:
@@ -69,8 +59,8 @@ class Catalog:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._begun: dict[str, _Begun] = {}
-        """Unfinished attempts of this catalog, by name of their folder."""
+        self._begun: dict[str, tuple[ExitStack, bool]] = {}
+        """Holds on each unfinished attempt, by its folder; and whether it replaces a checkpoint."""
 
         self.check_lock: Check = lambda: None
         """Called before every change. Raises an error if the run has lost its lock."""
@@ -87,24 +77,10 @@ class Catalog:
         """Path of a checkpoint, for messages."""
         return location(self.store, name)
 
-    def open_step(self, step: int) -> Manifest:
-        """Read the manifest of a step. The error for a missing step lists the existing ones."""
-        folders = self.folders()
-        if step not in folders:
-            steps = ", ".join(map(str, folders)) or "none"
-            raise NotFoundError(
-                f"`{self.where(step_name(step))}` does not exist",
-                hint=f"steps there: {steps}",
-            )
-        return open_manifest(self.store, folders[step])
-
     def check_free(self, name: str, *, replace: bool, hint: str, file: bool = False) -> None:
-        """Check that a checkpoint may be saved as `name`.
+        """Check that a checkpoint may be saved as `name`. Raises an ExistsError if not.
 
         `replace`: an existing checkpoint may be replaced. `file`: the new one will be a file.
-
-        Raises:
-            ExistsError: the name is taken, and may not be replaced.
         """
         for left in reversed(range(LOOKS_MAX)):
             folder = folder_among(self.store.list(), name)
@@ -148,7 +124,7 @@ class Catalog:
         raise StorageError(f"every attempt to save `{self.where(name)}` was deleted at once")
 
     def hold(self, attempt: HiddenFolder, *, replace: bool) -> bool | None:
-        """Hold an existing attempt. Returns as `Store.hold`; `replace` as in `begin`."""
+        """Hold an existing attempt. Returns the result of `Store.hold`. `replace`: see `begin`."""
         with ExitStack() as stack:
             held = stack.enter_context(self.store.hold(str(attempt)))
             if held is False:
@@ -157,7 +133,7 @@ class Catalog:
             replaced = folder_among(names, attempt.name)
             if replaced is not None:
                 self._hold_replaced(attempt, replaced, stack)
-            self._begun[str(attempt)] = _Begun(stack.pop_all(), replaced is not None)
+            self._begun[str(attempt)] = (stack.pop_all(), replaced is not None)
         return held
 
     def _hold_replaced(self, attempt: HiddenFolder, replaced: str, stack: ExitStack) -> None:
@@ -166,7 +142,7 @@ class Catalog:
             if stack.enter_context(self.store.hold(replaced)) is False:
                 raise self._kept(attempt.name, "another process is replacing or deleting it")
             if replaced != attempt.name:
-                # A killed save had renamed it. As a cleanup would, give it its name back.
+                # A killed save has renamed it: give it its name back, as a cleanup would.
                 self.store.rename(replaced, attempt.name)
             if why := why_not_removable(self.store, attempt.name):
                 raise self._kept(attempt.name, why)
@@ -187,9 +163,9 @@ class Catalog:
         self.check_lock()
         self.store.sync(str(attempt))
         names = self.store.list()
-        begun = self._begun.get(str(attempt))
+        _, replaces = self._begun.get(str(attempt), (None, False))
         existing = folder_among(names, attempt.name)
-        if begun is not None and begun.replaces and existing == attempt.name:
+        if replaces and existing == attempt.name:
             self._publish_in_place(attempt, names)
         elif existing not in (None, attempt.name):
             raise self._kept(attempt.name, "another process is replacing it")
@@ -206,7 +182,7 @@ class Catalog:
             if stale and (stale.role, stale.name) == ("replaced", attempt.name):
                 # A cleanup may have renamed it already.
                 with suppress(NotFoundError):
-                    self._delete_replaced(stale)
+                    delete_hidden(self.store, stale)
         self._delete_damage_mark(attempt.name, names)
         # The attempt's own name must be durable before the old checkpoint gives up its name.
         self.store.sync("")
@@ -223,7 +199,7 @@ class Catalog:
         except ExistsError as error:
             # Another save was faster, so the checkpoint that both were to replace can go.
             with suppress(HoldfastError):
-                self._delete_replaced(replaced)
+                delete_hidden(self.store, replaced)
             raise self._kept(attempt.name, "another save has just taken its place") from error
         except HoldfastError:
             # If this fails too, readers use the `.replaced` folder, and a cleanup renames it.
@@ -233,13 +209,6 @@ class Catalog:
         # Renamed while it is held: otherwise a cleanup could restore its name during the next save.
         with suppress(HoldfastError):
             self.store.rename(str(replaced), str(dataclasses.replace(replaced, role="removing")))
-
-    def _delete_replaced(self, replaced: HiddenFolder) -> None:
-        """Delete a `.replaced` folder. It is renamed first, since a cleanup must not give its name
-        back to a checkpoint that has lost files."""
-        removing = dataclasses.replace(replaced, role="removing")
-        self.store.rename(str(replaced), str(removing))
-        self.store.remove(str(removing))
 
     def _delete_damage_mark(self, name: str, names: Collection[str]) -> None:
         """Delete the mark `damaged` of the old checkpoint. Done before the new one is published, so
@@ -251,15 +220,15 @@ class Catalog:
 
     def release(self, attempt: HiddenFolder) -> None:
         """Stop holding an attempt, which the next save or start may then clean up."""
-        begun = self._begun.pop(str(attempt), None)
-        if begun is not None:
-            begun.held.close()
+        if str(attempt) in self._begun:
+            held, _ = self._begun.pop(str(attempt))
+            held.close()
 
     def release_all(self) -> None:
         """Stop holding all attempts, after saves were interrupted."""
-        for begun in [*self._begun.values()]:
-            begun.held.close()
-        self._begun.clear()
+        while self._begun:
+            _, (held, _) = self._begun.popitem()
+            held.close()
 
     def abort(self, attempt: HiddenFolder) -> None:
         """Delete an attempt that is not published."""
@@ -269,13 +238,8 @@ class Catalog:
             self.release(attempt)
 
     def set_aside_for_deletion(self, name: str) -> HiddenFolder:
-        """Take a checkpoint's name away, by one rename. Its files are still there.
-
-        `plan_deletions`, or a cleanup, finds it for `execute` to delete.
-
-        Raises:
-            ExistsError: another process is replacing or deleting it, or it is not one checkpoint.
-        """
+        """Take a checkpoint's name away, by one rename. A cleanup deletes its files. Raises an
+        ExistsError if another process uses it, or if it is not one checkpoint."""
         self.check_lock()
         removing = HiddenFolder("removing", name, os.urandom(4).hex())
         with self.store.hold(name) as held:
@@ -285,10 +249,6 @@ class Catalog:
                 raise self._kept(name, why, "deleted")
             self.store.rename(name, str(removing))
         return removing
-
-    def delete(self, name: str) -> None:
-        """Delete a checkpoint."""
-        self.store.remove(str(self.set_aside_for_deletion(name)))
 
     def _kept(self, name: str, why: str, verb: str = "replaced") -> ExistsError:
         return ExistsError(
@@ -301,7 +261,7 @@ class Catalog:
 def open_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manifest:
     """Read the manifest of checkpoint `name`, and check that all of its files are complete.
 
-    Without `entries`, tensors and values are not read, if the checkpoint is Holdfast's own.
+    Without `entries`, Holdfast's own manifests are read without tensors and values.
 
     Raises:
         NotFoundError: there is no such checkpoint.
@@ -314,11 +274,8 @@ def open_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
 
 
 def check_whole(store: ReadStore, name: str, manifest: Manifest) -> None:
-    """Check that all files of a checkpoint are complete: see `check_structure`.
-
-    Raises:
-        DamagedError: they are not.
-    """
+    """Check that all files of a checkpoint are complete: see `check_structure`. Raises a
+    DamagedError if not."""
     problems = check_structure(store, name, manifest)
     if problems:
         raise DamagedError(
@@ -357,11 +314,8 @@ def read_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
 
 
 def read_checksums(store: ReadStore, name: str, manifest: Manifest, file: str) -> tuple[int, ...]:
-    """Read the checksums of all blocks of a data file.
-
-    Raises:
-        DamagedError: the table is not as it was written.
-    """
+    """Read the checksums of all blocks of a data file. Raises a DamagedError if they do not match
+    the checksum of their table."""
     table, where = manifest.tables[file], location(store, name)
     packed = store.read(f"{name}/{file}", table.offset, manifest.files[file])
     found = checksum(packed)
@@ -380,23 +334,23 @@ def verify_hint(where: str) -> str:
 
 
 def steps_in(store: ReadStore, name: str) -> list[str]:
-    """The published checkpoints directly below a folder, oldest first, as paths."""
-    return [f"{name}/{folder}" for folder in steps_among(store.list(name)).values()]
+    """The published checkpoints directly below a folder, oldest first, as paths: those of a run,
+    or, if there are none, sealed folders."""
+    names = store.list(name)
+    folders = list(steps_among(names).values()) or sealed_among(store, name, names)
+    return [f"{name}/{folder}" for folder in folders]
 
 
-def folder_of(store: ReadStore, name: str) -> str:
-    """The folder that holds checkpoint `name`: see `folder_among`.
-
-    Returns `name` for a URL, where nobody saves, and listing may be slow or forbidden.
-    """
-    if is_url(store.url):
-        return name
-    parent, _, last = name.rpartition("/")
-    try:
-        folder = folder_among(store.list(parent), last)
-    except HoldfastError:
-        return name
-    return name if folder is None or folder == last else f"{parent}/{folder}".lstrip("/")
+def sealed_among(store: ReadStore, name: str, names: Iterable[str]) -> list[str]:
+    """The sealed folders among `names`, the entries of folder `name`: oldest first, by the last
+    number in their name."""
+    sealed = []
+    for folder in (entry.rstrip("/") for entry in names if entry.endswith("/")):
+        with suppress(HoldfastError):
+            files = store.list(f"{name}/{folder}".lstrip("/"))
+            if SEAL in files and hidden_folder_of(folder) is None:
+                sealed.append(folder)
+    return sorted(sealed, key=lambda folder: (number_of(folder) or -1, folder))
 
 
 def location(store: ReadStore, name: str) -> str:
@@ -405,13 +359,8 @@ def location(store: ReadStore, name: str) -> str:
 
 
 def read_index(store: ReadStore, key: str) -> bytes:
-    """Read all bytes of an index.
-
-    Raises:
-        FormatError: the file is larger than any index. A sparse file can claim any size, so the
-            size is checked before the file is read.
-        DamagedError: the file is large, and its first bytes are not those of an index.
-    """
+    """Read all bytes of an index."""
+    # A sparse file can claim any size, so size and first byte are checked before all of it is read.
     nbytes = store.size(key)
     if nbytes > INDEX_BYTES_MAX:
         raise FormatError(
@@ -426,6 +375,5 @@ def _file_sizes(
     store: ReadStore, name: str, manifest: Manifest, existing: Collection[str]
 ) -> dict[str, int]:
     """Sizes of the data files of a stock checkpoint, whose index does not state them."""
-    files = {chunk.file for entry in manifest.tensors.values() for chunk in entry.chunks}
-    files |= {entry.file for entry in manifest.values.values()}
+    files = {file for _, file, _ in items_of(manifest)}
     return {file: store.size(f"{name}/{file}") for file in sorted(files) if file in existing}

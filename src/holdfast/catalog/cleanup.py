@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError
-from holdfast.format.names import held_of, hidden_folder_of, mark_of, step_name
+from holdfast.format.names import (
+    HiddenFolder,
+    HiddenRole,
+    held_of,
+    hidden_folder_of,
+    mark_of,
+    step_name,
+)
 from holdfast.storage.store import Store
 
-_WHY = {
+_WHY: dict[HiddenRole, str] = {
     "attempt": "an unfinished save",
     "replaced": "a newer save has replaced it",
     "removing": "an unfinished deletion",
@@ -24,14 +31,16 @@ class Action:
     """One step of a cleanup."""
 
     verb: Literal["delete", "restore"]
+    """Whether to delete a folder or file, or to give a checkpoint its name back."""
+
     folder: str
     """Name of the folder or file."""
 
     why: str
     """Reason, for messages."""
 
-    target: str = ""
-    """Name that `restore` gives back to the folder."""
+    role: HiddenRole | None = None
+    """Role of the folder; None for a file."""
 
 
 def plan_cleanup(names: Collection[str], *, only: str | None = None) -> list[Action]:
@@ -48,31 +57,17 @@ def plan_cleanup(names: Collection[str], *, only: str | None = None) -> list[Act
             continue
         if hidden.role == "replaced" and hidden.name not in folders:
             why = "the save that was to replace it is unfinished"
-            actions.append(Action("restore", folder, why, hidden.name))
+            actions.append(Action("restore", folder, why, hidden.role))
             folders.add(hidden.name)
         else:
-            actions.append(Action("delete", folder, _WHY[hidden.role]))
-    if only is not None:
-        return actions
-    for name in sorted(names):
+            actions.append(Action("delete", folder, _WHY[hidden.role], hidden.role))
+    for name in sorted(names) if only is None else ():
         mark = mark_of(name)
         if mark and mark.role == "damaged" and step_name(mark.step) not in folders:
             actions.append(Action("delete", name, "a mark of a deleted checkpoint"))
-    locks = [name for name in sorted(names) if held_of(name) is not None]
-    return actions + [Action("delete", name, "the lock of a finished save") for name in locks]
-
-
-def plan_deletions(names: Iterable[str]) -> list[Action]:
-    """Plan to delete the files of checkpoints that have lost their names.
-
-    No other process uses these, so the plan may be executed at any time except during a cleanup.
-    """
-    folders = [name.rstrip("/") for name in sorted(names)]
-    return [
-        Action("delete", folder, "it was set aside for deletion")
-        for folder in folders
-        if (hidden := hidden_folder_of(folder)) is not None and hidden.role == "removing"
-    ]
+        if held_of(name) is not None:
+            actions.append(Action("delete", name, "the lock of a finished save"))
+    return actions
 
 
 def execute(store: Store, actions: Sequence[Action]) -> list[str]:
@@ -101,33 +96,28 @@ def is_at_work(store: Store, folder: str) -> bool:
 
 
 def _execute(store: Store, action: Action) -> None:
-    if mark_of(action.folder) is not None:
-        store.remove(action.folder)
-        return
-    if held_of(action.folder) is not None:
-        with suppress(ExistsError), store.lock(action.folder, ""):
-            store.remove(action.folder)
-        return
-    with store.hold(action.folder) as held:
-        hidden = hidden_folder_of(action.folder)
-        if held is None and hidden is not None and hidden.role == "attempt":
-            raise StorageError("this file system cannot tell whether a save is writing to it")
-        if held is False:
-            return
-        if action.verb == "restore":
-            store.rename(action.folder, action.target)
-        else:
-            store.remove(_renamed_for_deletion(store, action.folder))
+    name, hidden = action.folder, hidden_folder_of(action.folder)
+    if mark_of(name) is not None:
+        store.remove(name)
+    elif hidden is None:
+        with suppress(ExistsError), store.lock(name, ""):
+            store.remove(name)
+    else:
+        with store.hold(name) as held:
+            if held is None and hidden.role == "attempt":
+                raise StorageError("this file system cannot tell whether a save is writing to it")
+            if held is False:
+                return
+            if action.verb == "restore":
+                store.rename(name, hidden.name)
+                return
+            delete_hidden(store, hidden)
 
 
-def _renamed_for_deletion(store: Store, folder: str) -> str:
-    """Rename a folder before its files are deleted, and return its new name.
-
-    A `.replaced` folder of which half is deleted must not be restored, nor an `.attempt` continued.
-    """
-    hidden = hidden_folder_of(folder)
-    if hidden is None or hidden.role == "removing":
-        return folder
-    removing = str(replace(hidden, role="removing"))
-    store.rename(folder, removing)
-    return removing
+def delete_hidden(store: Store, folder: HiddenFolder) -> None:
+    """Delete a folder. It is renamed first: nobody may restore a `.replaced` checkpoint, or
+    continue an `.attempt`, that has lost files."""
+    removing = replace(folder, role="removing")
+    if folder != removing:
+        store.rename(str(folder), str(removing))
+    store.remove(str(removing))

@@ -7,7 +7,7 @@ import struct
 import zlib
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from itertools import zip_longest
 from holdfast.catalog.findings import Finding
 from holdfast.errors import HoldfastError
 from holdfast.format.archive import Record, read_records, windowed
-from holdfast.format.checksum import Running, block_checksums, checksum, num_blocks
+from holdfast.format.checksum import block_checksums, checksum, checksum_of_parts, num_blocks
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry, ValueEntry
 from holdfast.format.torchzip import frame, locate
@@ -32,6 +32,7 @@ Advance = Callable[[int], None]
 """Callback with the number of bytes just read. Called from any thread."""
 
 Check = Callable[[], list[Finding]]
+"""Function that checks a part of a checkpoint, and returns its findings."""
 
 
 def run(checks: Iterable[Check]) -> Iterator[Finding]:
@@ -69,39 +70,36 @@ class RecordReader:
         """Read a span in windows; fewer bytes at the end of the file. The next window overwrites
         the one before."""
         buffer = memoryview(bytearray(min(span.nbytes, WINDOW_BYTES)))
-        for start in range(span.offset, span.stop, WINDOW_BYTES):
-            window = buffer[: min(WINDOW_BYTES, span.stop - start)]
-            nbytes = self.store.read_into(self.key, start, window)
-            self.advance(nbytes)
-            yield window[:nbytes]
+        with self.store.open(self.key) as reader:
+            for start in range(span.offset, span.stop, WINDOW_BYTES):
+                window = buffer[: min(WINDOW_BYTES, span.stop - start)]
+                nbytes = reader.read_into(start, window)
+                self.advance(nbytes)
+                yield window[:nbytes]
 
 
 # ------------------------------------------------------------------------------- Holdfast's files
 
 
 @dataclass(frozen=True, slots=True)
-class _Sums:
-    """Checksums of consecutive blocks, or of one value."""
-
-    checksums: Sequence[int]
-    nbytes: int
-    """Bytes under each checksum; the last one may cover fewer."""
-
-    first: int | None = None
-    """Index of the first block in its chunk; None for a value."""
-
-
-@dataclass(frozen=True, slots=True)
 class _Section:
-    """A span of a file, with its checksums or its expected bytes."""
+    """A span of a file, with its expected bytes, or with the checksums of its blocks."""
 
     span: Span
-    expected: _Sums | bytes
     entry: str
     """Name of the tensor or value; empty between entries."""
 
+    expected: bytes = b""
+    checksums: Sequence[int] = ()
+    block_bytes: int = 0
+    """Bytes under each checksum; the last one may cover fewer. 0 without checksums."""
 
-_Item = tuple[Span, str, TensorEntry | ValueEntry, Chunk | None]
+    first: int | None = None
+    """Index of the first block in its chunk; None for a value, which has a single checksum."""
+
+
+_Item = tuple[Span, str, str, Chunk | ValueEntry]
+"""Span, name and dtype of a chunk or value, then the chunk or value. A value has no dtype."""
 
 
 def check_files(
@@ -119,29 +117,31 @@ def check_files(
     items: dict[str, list[_Item]] = {}
     for name, entry in manifest.tensors.items():
         for chunk in entry.chunks:
-            items.setdefault(chunk.file, []).append((chunk.item, name, entry, chunk))
+            items.setdefault(chunk.file, []).append((chunk.item, name, entry.dtype, chunk))
     for name, value in manifest.values.items():
-        items.setdefault(value.file, []).append((value.item, name, value, None))
+        items.setdefault(value.file, []).append((value.item, name, "", value))
     for file in files:
         in_order = sorted(items.get(file, ()), key=lambda item: (item[0].offset, item[0].nbytes))
-        table = _Sums(checksums.get(file, ()), manifest.block_bytes)
-        sections = _sections(in_order, manifest.tables[file].offset, table)
-        for group in _grouped(sections):
+        table, stop = checksums.get(file, ()), manifest.tables[file].offset
+        for group in _grouped(_sections(in_order, stop, table, manifest.block_bytes)):
             yield partial(_check_group, reader_of(file), group)
 
 
-def _sections(items: Sequence[_Item], nbytes: int, table: _Sums) -> Iterator[_Section]:
+def _sections(
+    items: Sequence[_Item], nbytes: int, table: Sequence[int], block_bytes: int
+) -> Iterator[_Section]:
     """Divide the first `nbytes` of a file, which hold its items. `table` has the checksums of all
     of its blocks, or none."""
     position, previous = 0, None
-    for item, name, entry, chunk in items:
+    for item, name, dtype, content in items:
         if item == previous:
             continue  # Tied tensors and shared values are stored once.
         yield from _gap(position, item.offset)
-        if chunk is not None and isinstance(entry, TensorEntry):
-            yield from _chunk_sections(name, entry.dtype, chunk, table)
-        elif isinstance(entry, ValueEntry):
-            yield _Section(item, _Sums([entry.checksum or 0], item.nbytes), name)
+        if isinstance(content, Chunk):
+            yield from _chunk_sections(name, dtype, content, table, block_bytes)
+        else:
+            sums = [content.checksum or 0]
+            yield _Section(item, name, checksums=sums, block_bytes=item.nbytes)
         position, previous = max(position, item.stop), item
     yield from _gap(position, nbytes)
 
@@ -149,21 +149,24 @@ def _sections(items: Sequence[_Item], nbytes: int, table: _Sums) -> Iterator[_Se
 def _gap(start: int, stop: int) -> Iterator[_Section]:
     for offset in range(start, stop, WINDOW_BYTES):
         nbytes = min(WINDOW_BYTES, stop - offset)
-        yield _Section(Span(offset, nbytes), bytes(nbytes), "")
+        yield _Section(Span(offset, nbytes), "", bytes(nbytes))
 
 
-def _chunk_sections(name: str, dtype: str, chunk: Chunk, table: _Sums) -> Iterator[_Section]:
+def _chunk_sections(
+    name: str, dtype: str, chunk: Chunk, table: Sequence[int], block_bytes: int
+) -> Iterator[_Section]:
     prefix, suffix = frame(dtype, chunk.region.shape, chunk.item.offset)
     start = chunk.data_offset if chunk.data_offset is not None else chunk.item.offset + len(prefix)
     stop = start + chunk.region.num_elements * dtype_of(dtype).itemsize
-    yield _Section(Span(chunk.item.offset, start - chunk.item.offset), prefix, name)
+    yield _Section(Span(chunk.item.offset, start - chunk.item.offset), name, prefix)
     chunk_first = chunk.first_block or 0
-    for offset in range(start, stop if table.checksums else start, WINDOW_BYTES):
-        nbytes, first = min(WINDOW_BYTES, stop - offset), (offset - start) // table.nbytes
-        last = first + num_blocks(nbytes, table.nbytes)
-        sums = table.checksums[chunk_first + first : chunk_first + last]
-        yield _Section(Span(offset, nbytes), _Sums(sums, table.nbytes, first), name)
-    yield _Section(Span(stop, chunk.item.stop - stop), suffix, name)
+    for offset in range(start, stop if table else start, WINDOW_BYTES):
+        nbytes, first = min(WINDOW_BYTES, stop - offset), (offset - start) // block_bytes
+        last = first + num_blocks(nbytes, block_bytes)
+        sums = table[chunk_first + first : chunk_first + last]
+        span = Span(offset, nbytes)
+        yield _Section(span, name, checksums=sums, block_bytes=block_bytes, first=first)
+    yield _Section(Span(stop, chunk.item.stop - stop), name, suffix)
 
 
 def _grouped(sections: Iterable[_Section]) -> Iterator[list[_Section]]:
@@ -186,65 +189,59 @@ def _check_group(reader: RecordReader, sections: Sequence[_Section]) -> list[Fin
     try:
         if stop - start > WINDOW_BYTES:
             (section,) = sections
-            running = Running()
-            for window in reader.windows(section.span):
-                running.add(window)
-            return _compare(reader.file, section, [running.value])
+            digest = checksum_of_parts(reader.windows(section.span))
+            return _compare(reader.file, section, [digest])
         data = next(reader.windows(Span(start, stop - start)), memoryview(b""))
     except HoldfastError as error:
         return [Finding("file", reader.file, error.what, sections[0].entry)]
     findings = []
     for section in sections:
         found = data[section.span.offset - start : section.span.stop - start]
-        if isinstance(section.expected, _Sums):
-            sums = block_checksums(found, section.expected.nbytes)
+        if section.block_bytes:
+            sums = block_checksums(found, section.block_bytes)
             findings += _compare(reader.file, section, sums)
         elif found != section.expected:
-            offset = section.span.offset + _first_difference(found, section.expected)
-            what = f"byte {offset} around its data is not what was written"
+            pairs = enumerate(zip(found, section.expected, strict=False))
+            shorter = min(len(found), len(section.expected))
+            index = next((index for index, (a, b) in pairs if a != b), shorter)
+            what = f"byte {section.span.offset + index} around its data is not what was written"
             if not section.entry:
-                what = f"byte {offset} belongs to no entry, and is not zero"
+                what = f"byte {section.span.offset + index} belongs to no entry, and is not zero"
             findings.append(Finding("frame", reader.file, what, section.entry))
     return findings
 
 
 def _compare(file: str, section: _Section, checksums: Sequence[int]) -> list[Finding]:
-    assert isinstance(section.expected, _Sums)
-    expected, first = section.expected.checksums, section.expected.first
     # A truncated file has no bytes for its missing blocks.
-    pairs = zip_longest(checksums, expected, fillvalue=checksum(b""))
+    pairs = zip_longest(checksums, section.checksums, fillvalue=checksum(b""))
     return [
         Finding(
             concern="data",
             file=file,
             what=f"has checksum {found:016x}, which is not that of what was written",
             entry=section.entry,
-            block=None if first is None else first + n,
+            block=None if section.first is None else section.first + n,
         )
         for n, (found, written) in enumerate(pairs)
         if found != written
     ]
 
 
-def _first_difference(found: memoryview, expected: bytes) -> int:
-    pairs = enumerate(zip(found, expected, strict=False))
-    shorter = min(len(found), len(expected))
-    return next((index for index, (a, b) in pairs if a != b), shorter)
-
-
 # ------------------------------------------------------------------------- files of stock torch
 
 
 def check_containers(
-    manifest: Manifest, reader_of: Callable[[str], RecordReader]
+    manifest: Manifest, skipped: Collection[str], reader_of: Callable[[str], RecordReader]
 ) -> Iterator[Check]:
     """Yield checks of every item of a stock checkpoint: dtype and shape against the index, and the
-    CRC-32 of each record."""
+    CRC-32 of each record. Items in `skipped` files are not checked."""
     for name, entry in manifest.tensors.items():
         for chunk in entry.chunks:
-            yield partial(_check_tensor, reader_of(chunk.file), name, entry, chunk)
+            if chunk.file not in skipped:
+                yield partial(_check_tensor, reader_of(chunk.file), name, entry, chunk)
     for name, value in manifest.values.items():
-        yield partial(_check_value, reader_of(value.file), name, value.item)
+        if value.file not in skipped:
+            yield partial(_check_value, reader_of(value.file), name, value.item)
 
 
 def _check_tensor(
@@ -299,7 +296,7 @@ def check_record(
 
 
 def entries_by_record(manifest: Manifest, records: Mapping[str, Record]) -> dict[str, str]:
-    """The names of the tensors in each record of a `.pt` file, as one text per record."""
+    """The names of the tensors in each record of a `.pt` file, separated by commas."""
     by_offset = sorted((record.data.offset, name) for name, record in records.items())
     offsets = [offset for offset, _ in by_offset]
     names: dict[str, list[str]] = {}

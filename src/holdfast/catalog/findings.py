@@ -1,10 +1,10 @@
-"""Findings: what is wrong with a checkpoint, and what can still be used."""
+"""Findings: problems of a checkpoint, its usable parts, and whether a run can resume from it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from holdfast.format.components import COMPONENTS, MODEL, MODEL_KEYS, OPTIMIZER
@@ -69,7 +69,7 @@ class VerifyReport:
     nbytes: int = 0
     """Bytes of all data files."""
 
-    usable: str = field(default="everything")
+    usable: str = "everything"
     """Parts that can still be used, for messages."""
 
     why_not: str | None = None
@@ -89,7 +89,7 @@ MODEL_IS_WHOLE = "model is whole"
 """Beginning of `usable` if the model has no damage."""
 
 NAMED_MAX = 3
-"""Most entries that a line names."""
+"""Most entries or files that a message names."""
 
 _NUMBERS = re.compile(r"\b[0-9a-f]{8,}\b|[0-9]+", re.ASCII)
 
@@ -106,7 +106,7 @@ def by_cause(findings: Sequence[Finding]) -> list[str]:
     Findings in one file that differ only in numbers have one cause. A file of another size is the
     cause of all findings in it.
     """
-    cut = {f.file for f in findings if f.concern == "file" and not f.entry and _is_size(f)}
+    cut = {f.file for f in findings if f.concern == "file" and not f.entry and has_wrong_size(f)}
     groups: dict[tuple[str, ...], list[Finding]] = {}
     for finding in findings:
         if finding.file in cut:
@@ -117,7 +117,8 @@ def by_cause(findings: Sequence[Finding]) -> list[str]:
     return [_line(group) for group in groups.values()]
 
 
-def _is_size(finding: Finding) -> bool:
+def has_wrong_size(finding: Finding) -> bool:
+    """Whether a file has another size than was written. Its undamaged entries can be read."""
     return finding.what.startswith("has ") and finding.what.endswith(" were written")
 
 
@@ -126,23 +127,24 @@ def _line(group: Sequence[Finding]) -> str:
     if first.concern == "file" and first.entry and others:
         # A missing file: the line names its entries instead of repeating itself for each.
         entries = list(dict.fromkeys(finding.entry for finding in group))
-        return f"`{first.file}` {first.what}: in it lie {_named(entries)}"
+        return f"`{first.file}` {first.what}: it holds {named(entries)}"
     entries = list(dict.fromkeys(f.entry for f in others if f.entry and f.entry != first.entry))
     if not others:
         return str(first)
     if not entries:
         return f"{first}; and so {len(others)} more of its {'blocks' if first.entry else 'places'}"
-    return f"{first}; and so {len(others)} more places, in {_named(entries)}"
+    return f"{first}; and so {len(others)} more places, in {named(entries)}"
 
 
-def _named(entries: Sequence[str]) -> str:
-    named = ", ".join(f"`{entry}`" for entry in entries[:NAMED_MAX])
-    more = len(entries) - NAMED_MAX
-    return named + (f" and {more} more" if more > 0 else "")
+def named(names: Sequence[str]) -> str:
+    """The first names, and the number of others, for messages."""
+    first = ", ".join(f"`{name}`" for name in names[:NAMED_MAX])
+    more = len(names) - NAMED_MAX
+    return first + (f" and {more} more" if more > 0 else "")
 
 
 def usable(manifest: Manifest, findings: Sequence[Finding]) -> str:
-    """Description of the part of a checkpoint that can still be used despite these findings."""
+    """The parts of a checkpoint that can still be used despite these findings, for messages."""
     if not findings:
         return "everything"
     if all(finding.concern == "frame" for finding in findings):
@@ -170,6 +172,31 @@ def kind_of(manifest: Manifest) -> Kind:
     return kind_with(entry.path[0] for entry in manifest.tensors.values())
 
 
+def why_not_resumable(step: int, manifest: Manifest) -> str | None:
+    """Reason why no run can resume from the undamaged checkpoint in the folder of `step`; None if
+    one can.
+
+    `list`, `verify`, `doctor`, `prune`, retention and resuming all ask this function, so that they
+    never contradict each other.
+    """
+    if wrong := misnumbered(step, manifest):
+        return wrong
+    if kind_of(manifest) != "full" and step != 0:
+        return "it holds the model alone, and cannot be resumed from"
+    return None
+
+
+def misnumbered(step: int, manifest: Manifest) -> str | None:
+    """Problem of a checkpoint that was saved as another step than the number of its folder; None if
+    both agree, or if the manifest has no number, as in stock DCP.
+
+    Such a checkpoint is a copy that a user made: retention neither counts nor deletes it.
+    """
+    if manifest.step is None or manifest.step == step:
+        return None
+    return f"it holds step {manifest.step}: it is a copy of that step, or was renamed"
+
+
 def components_of(manifest: Manifest) -> dict[str, str]:
     """The component of each entry, by the name of the entry.
 
@@ -177,7 +204,9 @@ def components_of(manifest: Manifest) -> dict[str, str]:
     has a first key of its own, other first keys are other components; entries below `state` and
     `param_groups` alone are an optimizer's state dict, as in `optimizer.pt`.
     """
-    paths, components = _paths(manifest), manifest.components
+    paths: dict[str, Sequence[str | int]] = {n: e.path for n, e in manifest.tensors.items()}
+    paths |= {name: entry.path for name, entry in manifest.values.items()}
+    components = manifest.components
     if components is not None:
         return {n: str(path[0]) if path[0] in components else MODEL for n, path in paths.items()}
     first_keys = {path[0] for path in paths.values() if len(path) > 1}
@@ -198,11 +227,6 @@ def name_in_model(path: Sequence[str | int]) -> str:
     """The name of a tensor of the model, at this path, in the model's own state dict."""
     nested = len(path) > 1 and path[0] in MODEL_KEYS
     return ".".join(map(str, path[1:] if nested else path))
-
-
-def _paths(manifest: Manifest) -> dict[str, Sequence[str | int]]:
-    paths: dict[str, Sequence[str | int]] = {n: e.path for n, e in manifest.tensors.items()}
-    return paths | {name: entry.path for name, entry in manifest.values.items()}
 
 
 def _damaged_files(manifest: Manifest, findings: Sequence[Finding]) -> dict[str, set[str]]:

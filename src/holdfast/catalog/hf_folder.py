@@ -88,12 +88,8 @@ def open_hf_folder(store: ReadStore, name: str) -> HFFolder:
 
 
 def read_config(store: ReadStore, name: str, file: str = CONFIG) -> dict[str, Any]:
-    """Read `config.json`, or another file of JSON, unchanged.
-
-    Raises:
-        NotFoundError: there is no such file.
-        FormatError: it is no JSON object, or too large.
-    """
+    """Read `config.json`, or another file of JSON, unchanged. Raises a FormatError if it is no JSON
+    object, or too large."""
     where = f"{location(store, name)}/{file}"
     check_inside(store, name, file)
     if store.size(f"{name}/{file}") > CONFIG_BYTES_MAX:
@@ -113,7 +109,7 @@ def of_language_model(config: Config) -> Config:
     if not isinstance(text, dict):
         return config
     outer = {key: value for key, value in config.items() if not isinstance(value, dict)}
-    # On tied embeddings and the type, the outer configuration decides.
+    # The outer configuration decides on tied embeddings and on the type.
     tied = {key: outer[key] for key in ("tie_word_embeddings",) if key in outer}
     return {**outer, **text, **tied, "model_type": config.get("model_type")}
 
@@ -134,13 +130,10 @@ def _read(store: ReadStore, key: str, nbytes_max: int) -> bytes:
 
 
 def check_inside(store: ReadStore, name: str, file: str) -> None:
-    """Refuse a file that is a link to a place outside of its folder.
+    """Raise a FormatError if a file is a link to a place outside of its folder.
 
     A stranger's folder could otherwise include private files of its reader. The cache of the
     Hugging Face hub, whose files are links, is the exception.
-
-    Raises:
-        FormatError: the file is such a link.
     """
     if store.leads_out(name, file):
         raise FormatError(

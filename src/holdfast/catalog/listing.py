@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from holdfast.catalog.catalog import location, steps_in
-from holdfast.catalog.findings import kind_of
+from holdfast.catalog.findings import kind_of, misnumbered, why_not_resumable
 from holdfast.catalog.marks import damaged_steps, pinned_steps
 from holdfast.catalog.open_any import is_checkpoint, open_any
-from holdfast.catalog.resumable import misnumbered, why_not_resumable
+from holdfast.catalog.seal import is_sealed, open_sealed
 from holdfast.catalog.steady import is_deleted, read_steadily
 from holdfast.errors import HoldfastError, NotFoundError
-from holdfast.format.names import hidden_folder_of, step_of_folder
+from holdfast.format.manifest import Manifest
+from holdfast.format.names import hidden_folder_of, number_of, step_of_folder
 from holdfast.format.timings import Stage
 from holdfast.storage.store import ReadStore
 
@@ -52,11 +54,40 @@ class CheckpointRow:
     """Duration of each stage of its save, over all ranks."""
 
 
-LookAt = Callable[[ReadStore, str], CheckpointRow]
-"""Function with the arguments and result of `row_of`."""
+def row_of(store: ReadStore, key: str) -> CheckpointRow:
+    """Describe one checkpoint, without its marks."""
+    name = key.rpartition("/")[2]
+    sealed = is_sealed(store, key)
+    step = number_of(name) if sealed else step_of_folder(name)
+
+    def read(key: str, _: object) -> tuple[Manifest, bool]:
+        if sealed:
+            return open_sealed(store, key), False
+        opened = open_any(store, key, check_files=True, entries=False)
+        return opened.manifest, opened.hf is not None
+
+    try:
+        manifest, is_hf = read_steadily(store, key, read)
+    except HoldfastError as error:
+        return CheckpointRow(name, step, "damaged", problem=error.what, why_not=error.what)
+    return CheckpointRow(
+        name=name,
+        step=step,
+        state="good",
+        kind="hf" if is_hf else kind_of(manifest),
+        nbytes=manifest.nbytes,
+        created=manifest.created or None,
+        layout=manifest.layout,
+        problem=None if step is None else misnumbered(step, manifest),
+        files=manifest.files,
+        timings=manifest.timings,
+        why_not=None if step is None else why_not_resumable(step, manifest),
+    )
 
 
-def survey(store: ReadStore, name: str, look_at: LookAt | None = None) -> list[CheckpointRow]:
+def survey(
+    store: ReadStore, name: str, look_at: Callable[[ReadStore, str], CheckpointRow] = row_of
+) -> list[CheckpointRow]:
     """List the checkpoints in a folder, oldest first, then unfinished saves and deletions.
 
     `look_at` replaces `row_of`, for callers that cache its results.
@@ -75,7 +106,7 @@ def survey(store: ReadStore, name: str, look_at: LookAt | None = None) -> list[C
     damaged, pinned = damaged_steps(store, name), pinned_steps(store, name)
     rows = []
     for key in keys:
-        row = (look_at or row_of)(store, key)
+        row = look_at(store, key)
         # Retention may have deleted it since it was listed.
         if row.state != "damaged" or not is_deleted(store, key):
             rows.append(_marked(row, damaged, pinned))
@@ -97,46 +128,14 @@ def hint_without_steps(store: ReadStore, name: str, names: Sequence[str]) -> str
         return f"it is a checkpoint itself: holdfast verify {location(store, name)}"
     folders = [folder.rstrip("/") for folder in names if folder.endswith("/")]
     for folder in folders:
-        if _holds_steps(store, f"{name}/{folder}"):
-            return f"there are some in {location(store, name)}/{folder}"
+        with suppress(HoldfastError):
+            if steps_in(store, f"{name}/{folder}"):
+                return f"there are some in {location(store, name)}/{folder}"
     others = [folder for folder in folders if is_checkpoint(store, f"{name}/{folder}")]
     if others:
         command = f"holdfast verify {location(store, name)}/{others[-1]}"
         return f"no `step-N`, but checkpoints: {', '.join(others[:10])}; {command}"
     return f"found: {', '.join(names[:10]) or 'nothing'}"
-
-
-def _holds_steps(store: ReadStore, name: str) -> bool:
-    try:
-        return bool(steps_in(store, name))
-    except HoldfastError:
-        return False
-
-
-def row_of(store: ReadStore, key: str) -> CheckpointRow:
-    """Describe one checkpoint, without its marks."""
-    name = key.rpartition("/")[2]
-    step = step_of_folder(name)
-    try:
-        opened = read_steadily(
-            store, key, lambda: open_any(store, key, check_files=True, entries=False)
-        )
-    except HoldfastError as error:
-        return CheckpointRow(name, step, "damaged", problem=error.what, why_not=error.what)
-    manifest = opened.manifest
-    return CheckpointRow(
-        name=name,
-        step=step,
-        state="good",
-        kind="hf" if opened.hf is not None else kind_of(manifest),
-        nbytes=manifest.nbytes,
-        created=manifest.created or None,
-        layout=manifest.layout,
-        problem=None if step is None else misnumbered(step, manifest),
-        files=manifest.files,
-        timings=manifest.timings,
-        why_not=None if step is None else why_not_resumable(step, manifest),
-    )
 
 
 def resumable(rows: Sequence[CheckpointRow]) -> int | None:

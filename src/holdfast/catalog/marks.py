@@ -36,7 +36,7 @@ def damaged_steps(store: ReadStore, folder: str = "") -> dict[int, str]:
 def _note(store: ReadStore, folder: str, mark: Mark) -> str:
     """The note in a mark, or the reason why it cannot be read."""
     try:
-        # A link could show its reader files that the writer of this folder may not read.
+        # The writer of this folder could link to a file that only its reader may read.
         if store.leads_out(folder, str(mark)):
             return "a link to elsewhere"
         key = f"{folder}/{mark}" if folder else str(mark)
@@ -45,14 +45,14 @@ def _note(store: ReadStore, folder: str, mark: Mark) -> str:
         return error.what
 
 
-def pin(store: Store, step: int) -> None:
-    """Keep retention from deleting a checkpoint, until the mark is deleted."""
-    _add(store, Mark("pinned", step), "")
-
-
 def mark_damaged(store: Store, step: int, note: str) -> None:
     """Mark a checkpoint as damaged, until its step is saved again, or `clear_damaged`."""
-    _add(store, Mark("damaged", step), note)
+    mark = Mark("damaged", step)
+    if mark not in marks_in(store):
+        data = note.encode(errors="replace")[:_NOTE_BYTES_MAX]
+        with store.create(str(mark), len(data)) as writer:
+            writer.write(0, [data])
+        store.sync("")
 
 
 def clear_damaged(store: Store, step: int) -> None:
@@ -61,12 +61,3 @@ def clear_damaged(store: Store, step: int) -> None:
     if mark in marks_in(store):
         store.remove(str(mark))
         store.sync("")
-
-
-def _add(store: Store, mark: Mark, note: str) -> None:
-    if mark in marks_in(store):
-        return
-    data = note.encode(errors="replace")[:_NOTE_BYTES_MAX]
-    with store.create(str(mark), len(data)) as writer:
-        writer.write(0, [data])
-    store.sync("")

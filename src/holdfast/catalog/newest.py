@@ -59,26 +59,19 @@ def newest_good(
     if not isinstance(pattern, str):
         raise UsageError(f"`pattern` must be text such as `{CHECKPOINTS}`, found: {pattern!r}")
     store = open_store(checked_path(root, "root"))
-    unchecked: list[str] = []
-    num_checked = 0
-    for folder in matching(store, pattern):
-        if not _has_checksums(store, folder):
-            unchecked.append(folder)
+    folders = matching(store, pattern)
+    checked = {folder for folder in folders if _has_checksums(store, folder)}
+    for folder in folders:
+        where = location(store, folder)
+        if checked and folder not in checked:
+            logger.warning("passed over `%s`: it has no seal, so it cannot be checked", where)
             continue
-        num_checked += 1
         why = _why_not_good(store, folder, quick=quick)
         if why is None:
-            return Path(location(store, folder))
-        logger.warning("passed over `%s`: %s", location(store, folder), why)
-    for folder in unchecked:
-        where = location(store, folder)
-        if num_checked:
-            logger.warning("passed over `%s`: it has no seal, so it cannot be checked", where)
-        elif (why := _why_not_good(store, folder, quick=quick)) is not None:
-            logger.warning("passed over `%s`: %s", where, why)
-        else:
-            logger.warning("`%s` has no seal: its structure is whole, its bytes are unknown", where)
+            if not checked:
+                logger.warning("`%s` has no seal: its bytes cannot be checked", where)
             return Path(where)
+        logger.warning("passed over `%s`: %s", where, why)
     return None
 
 

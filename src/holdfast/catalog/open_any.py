@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from holdfast.catalog.catalog import location, open_manifest, read_manifest, steps_in
 from holdfast.catalog.findings import Format
 from holdfast.catalog.hf_folder import HFFolder, fetcher, open_hf_folder
 from holdfast.catalog.paths import open_for_reading
-from holdfast.catalog.pieces import INDEX_SUFFIX, check_whole_checkpoint, no_checkpoint
+from holdfast.catalog.pieces import check_whole_checkpoint, format_among, no_checkpoint
 from holdfast.catalog.source import Source
+from holdfast.catalog.steady import UNREADABLE, fingerprint, read_steadily
 from holdfast.errors import HoldfastError, NotFoundError, StorageError
 from holdfast.format import safetensors, torchfile
 from holdfast.format.manifest import Manifest
-from holdfast.format.names import MANIFEST, METADATA
+from holdfast.format.names import step_of_folder
 from holdfast.storage.store import ReadStore
 
 _FILES = {"torch": "written by torch.save", "safetensors": "of safetensors"}
-"""Description of a file in each format, for messages."""
+"""Kinds of files, for messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenCheckpoint:
-    """A checkpoint of any format, open for reading."""
+    """A checkpoint of any format."""
 
     format: Format
     source: Source
@@ -46,6 +47,45 @@ class OpenCheckpoint:
         return self.source.manifest
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Manifest of a checkpoint, and a fingerprint that shows whether it was replaced."""
+
+    folder: str
+    """Folder of the checkpoint, below the root of the store."""
+
+    manifest: Manifest
+    fingerprint: object
+    """Result of `steady.fingerprint` when the checkpoint was opened."""
+
+    @property
+    def step(self) -> int | None:
+        """Step in the name of the folder."""
+        return step_of_folder(self.folder.rpartition("/")[2])
+
+    def source(self, store: ReadStore) -> Source:
+        """The checkpoint, to read its data. `store` is the one that it was opened in."""
+        return Source(store, self.folder, self.manifest)
+
+    def was_replaced(self, store: ReadStore) -> bool:
+        """Whether the checkpoint has been replaced or deleted since it was opened."""
+        return fingerprint(store, self.folder) != self.fingerprint
+
+
+def open_in(
+    store: ReadStore, name: str, read: Callable[[ReadStore, str], Manifest] = open_manifest
+) -> Opened:
+    """Open the checkpoint `name` of a store by `read`. Tries again if another process replaces the
+    checkpoint meanwhile."""
+    try:
+        return read_steadily(
+            store, name, lambda folder, found: Opened(folder, read(store, folder), found)
+        )
+    except UNREADABLE:
+        check_folder(store, name)
+        raise
+
+
 def open_any(
     store: ReadStore, name: str, *, check_files: bool = False, entries: bool = True
 ) -> OpenCheckpoint:
@@ -60,9 +100,7 @@ def open_any(
         UsageError: a file that is a part of a checkpoint.
         DamagedError, FormatError: its index cannot be read.
     """
-    form = format_of(store, name)
-    if form is None:
-        raise no_checkpoint(store, name, hint=_hint(store, name))
+    form = checked_format(store, name)
     if form in ("holdfast", "dcp"):
         read = open_manifest if check_files else read_manifest
         return OpenCheckpoint(form, Source(store, name, read(store, name, entries=entries)))
@@ -86,13 +124,22 @@ def _open_file(store: ReadStore, name: str, form: Format) -> OpenCheckpoint:
     return OpenCheckpoint(form, Source(parent, name_in_parent, manifest), file=file)
 
 
-def format_of(store: ReadStore, name: str) -> Format | None:
-    """The format of a folder or file; None if it is no checkpoint.
+def checked_format(store: ReadStore, name: str) -> Format:
+    """The format of a checkpoint. Raises a NotFoundError if `name` is no checkpoint. Its hint names
+    the newest checkpoint below `name`, if there is one."""
+    form = format_of(store, name)
+    if form is None:
+        steps = steps_in(store, name) if is_folder(store, name) else []
+        hint = "`holdfast list FOLDER` shows the steps of a run's checkpoint folder"
+        if steps:
+            hint = f"its newest step: {location(store, steps[-1])}"
+        raise no_checkpoint(store, name, hint=hint)
+    return form
 
-    Raises:
-        NotFoundError: there is no such file or folder.
-        UsageError: a file that is a part of a checkpoint.
-    """
+
+def format_of(store: ReadStore, name: str) -> Format | None:
+    """The format of a folder or file; None if it is no checkpoint. Raises a NotFoundError if it
+    does not exist, and a UsageError if it is a file that is a part of a checkpoint."""
     parent, _, last = name.rpartition("/")
     names = store.list(parent)
     if last in names:
@@ -103,22 +150,12 @@ def format_of(store: ReadStore, name: str) -> Format | None:
         return "safetensors" if name.endswith(safetensors.SUFFIX) or start[8:] == b"{" else None
     if f"{last}/" not in names:
         raise NotFoundError(f"nothing at `{location(store, name)}`")
-    files = store.list(name)
-    if MANIFEST in files:
-        return "holdfast"
-    if METADATA in files:
-        return "dcp"
-    suffixes = (safetensors.SUFFIX, INDEX_SUFFIX)
-    return "safetensors" if any(file.endswith(suffixes) for file in files) else None
+    return format_among(store.list(name))
 
 
 def check_folder(store: ReadStore, name: str) -> None:
-    """Refuse a file that was passed as a folder. Does nothing if `name` does not exist.
-
-    Raises:
-        NotFoundError: the message says what the file is, and the hint what to do with it.
-        UsageError: the file is a part of a checkpoint.
-    """
+    """Raise an error if a file was passed as a folder: its hint is the command for such a file.
+    Does nothing if `name` does not exist."""
     parent, _, last = name.rpartition("/")
     try:
         if last not in store.list(parent):
@@ -148,10 +185,3 @@ def is_folder(store: ReadStore, name: str) -> bool:
     """Whether `name` is a folder."""
     parent, _, last = name.rpartition("/")
     return f"{last}/" in store.list(parent)
-
-
-def _hint(store: ReadStore, name: str) -> str:
-    steps = steps_in(store, name) if is_folder(store, name) else []
-    if steps:
-        return f"its newest step: {location(store, steps[-1])}"
-    return "`holdfast list FOLDER` shows the steps of a run's checkpoint folder"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 from holdfast.arguments import checked_path
-from holdfast.catalog.catalog import Catalog, folder_of
+from holdfast.catalog.catalog import Catalog
+from holdfast.catalog.steady import folder_of
 from holdfast.errors import UsageError
 from holdfast.format.names import check_name
 from holdfast.storage.opening import folder_store, is_url, local_path, open_store, without_scheme
@@ -26,11 +27,7 @@ def open_for_saving(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
 
 def open_for_reading(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
     """Return the store that holds the checkpoint at `path`, a folder, file or URL, and the name of
-    its folder there: see `folder_of`.
-
-    Raises:
-        UsageError: `path` is no path.
-    """
+    its folder there: see `folder_of`."""
     store, name = open_parent(path)
     return store, folder_of(store, name)
 
@@ -43,6 +40,8 @@ def open_parent(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
 
 
 def _split(path: str) -> tuple[str, str]:
+    """The folder above a path, and the last part of the path. Raises a UsageError if the path ends
+    in a slash."""
     folder, _, name = path.rpartition("/")
     if not name:
         raise UsageError(f"`{path}` has no name after its last slash, so it names no checkpoint")

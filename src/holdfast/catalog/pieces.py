@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from holdfast.catalog.catalog import location
+from holdfast.catalog.findings import Format
 from holdfast.errors import HoldfastError, NotFoundError, UsageError
 from holdfast.format.names import LOCK, MANIFEST, METADATA
 from holdfast.format.safetensors import SUFFIX
@@ -39,14 +41,20 @@ _STARTS = {
 _HEAD_BYTES = 512
 
 
-def check_whole_checkpoint(store: ReadStore, name: str) -> None:
-    """Refuse a file that is a part of a checkpoint.
+def format_among(names: Collection[str]) -> Format | None:
+    """The format of a folder that holds files of these names; None if it is no checkpoint."""
+    if MANIFEST in names:
+        return "holdfast"
+    if METADATA in names:
+        return "dcp"
+    has_weights = any(name.endswith((SUFFIX, INDEX_SUFFIX)) for name in names)
+    return "safetensors" if has_weights else None
 
-    Raises:
-        UsageError: the file is such a part. The message says of which checkpoint.
-    """
+
+def check_whole_checkpoint(store: ReadStore, name: str) -> None:
+    """Raise a UsageError if a file is a part of a checkpoint. The message names the checkpoint."""
     folder, _, last = name.rpartition("/")
-    in_checkpoint = _is_checkpoint(store, folder)
+    in_checkpoint = format_among(store.list(folder)) is not None
     part = _part(last, in_checkpoint=in_checkpoint)
     if part is None:
         return
@@ -61,7 +69,7 @@ def check_whole_checkpoint(store: ReadStore, name: str) -> None:
 
 
 def note_on(store: ReadStore, name: str) -> str | None:
-    """A note on a file that can be read alone, but is one of several; None for other files."""
+    """A note on a shard of a Hugging Face model, which can be read alone; None for other files."""
     folder, _, last = name.rpartition("/")
     shard = _SHARD.fullmatch(last)
     if shard is None:
@@ -95,7 +103,7 @@ def _folder(store: ReadStore, folder: str) -> str:
 
 
 def _part(last: str, *, in_checkpoint: bool) -> str | None:
-    """Which part of a checkpoint a file of this name is; None if it is none."""
+    """The part of a checkpoint that has this file name, for messages; None if no part has it."""
     data = _DATA.fullmatch(last)
     if data is not None:
         return f"the data that rank {data[1]} wrote"
@@ -105,11 +113,6 @@ def _part(last: str, *, in_checkpoint: bool) -> str | None:
     if last.endswith(INDEX_SUFFIX):
         return "the index of the weights"
     return "a file beside the weights" if in_checkpoint and last in _BESIDE_WEIGHTS else None
-
-
-def _is_checkpoint(store: ReadStore, folder: str) -> bool:
-    suffixes = (SUFFIX, INDEX_SUFFIX)
-    return any(f in (MANIFEST, METADATA) or f.endswith(suffixes) for f in store.list(folder))
 
 
 def _kind(start: bytes) -> str | None:

@@ -1,10 +1,11 @@
-"""Decides what may be replaced or deleted: a folder that is one checkpoint or one export."""
+"""Decides which folders may be replaced or deleted: those that are one checkpoint or one export."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 
+from holdfast.catalog.findings import named
 from holdfast.errors import HoldfastError, NotFoundError
 from holdfast.format.names import LOCK, MANIFEST, METADATA, hidden_folder_of, step_of
 from holdfast.format.safetensors import INDEX, SUFFIX
@@ -12,6 +13,9 @@ from holdfast.format.seal import SEAL, decode
 from holdfast.storage.store import ReadStore
 
 _DATA = re.compile(r"__[0-9]+_[0-9]+\.distcp", re.ASCII)
+
+_NATIVE = re.compile("|".join([_DATA.pattern, re.escape(MANIFEST), re.escape(METADATA)]), re.ASCII)
+"""Names of all files of Holdfast's and stock DCP's checkpoints."""
 
 _OURS = b'{"holdfast":'
 """First bytes of Holdfast's manifest, since other programs write a `manifest.json` too."""
@@ -28,8 +32,6 @@ _EXPORTED = re.compile(
 
 _TEMPLATES = "additional_chat_templates/"
 
-_LISTED_MAX = 3
-
 
 def why_not_replaceable(store: ReadStore, name: str, *, file: bool = False) -> str | None:
     """Reason why the folder or file `name` may not be overwritten; None if it may.
@@ -38,9 +40,13 @@ def why_not_replaceable(store: ReadStore, name: str, *, file: bool = False) -> s
     `file`: a file will replace it.
     """
     if file:
+        # Imported here, since it imports the readers of all formats, and most deletions are of
+        # folders.
+        from holdfast.catalog.open_any import is_checkpoint
+
         if not _is_file(store, name):
             return "it is a folder, and a file was to take its place"
-        if _is_checkpoint_file(store, name):
+        if is_checkpoint(store, name):
             return None
         return _special_file(store, name) or "it is a file, and no checkpoint"
     if why := why_not_removable(store, name):
@@ -48,20 +54,21 @@ def why_not_replaceable(store: ReadStore, name: str, *, file: bool = False) -> s
     names = store.list(name)
     if SEAL in names:
         others = list(not_sealed(store, name))
-        return f"it holds files that its seal does not list: {_listed(others)}" if others else None
+        return f"it holds files that its seal does not list: {named(others)}" if others else None
     folders = [entry for entry in names if entry.endswith("/") and entry != _TEMPLATES]
     if folders:
-        return f"it holds folders: {_listed(folders)}"
-    is_known = _is_native if _holds_native(store, name, names) else _EXPORTED.fullmatch
-    others = [entry for entry in names if not entry.endswith("/") and not is_known(entry)]
-    return f"it holds files that are no part of a checkpoint: {_listed(others)}" if others else None
+        return f"it holds folders: {named(folders)}"
+    known = _NATIVE if _holds_native(store, name, names) else _EXPORTED
+    others = [entry for entry in names if not entry.endswith("/") and not known.fullmatch(entry)]
+    return f"it holds files that are no part of a checkpoint: {named(others)}" if others else None
 
 
 def why_not_removable(store: ReadStore, name: str) -> str | None:
     """Reason why retention, or a run that saves a step again, may not delete `name`; None if it is
     one checkpoint, good or damaged.
 
-    Other files in its folder are deleted too, but another checkpoint or a run in it is a reason.
+    Files of users in its folder are deleted with it. Another checkpoint, or a run, in it is a
+    reason.
     """
     if _is_file(store, name):
         return _special_file(store, name) or "it is a file"
@@ -70,18 +77,20 @@ def why_not_removable(store: ReadStore, name: str) -> str | None:
         return f"a run saves in it: it holds `{LOCK}`"
     steps = [entry for entry in names if _is_step(entry)]
     if steps:
-        return f"it is a folder of checkpoints: {_listed(steps)}"
+        return f"it is a folder of checkpoints: {named(steps)}"
     if SEAL in names:
         folders = [entry for entry in not_sealed(store, name) if entry.endswith("/")]
     else:
         folders = [entry for entry in names if entry.endswith("/")]
     nested = [f for f in folders if _is_occupied(store, f"{name}/{f}")]
     if nested:
-        return f"another checkpoint, or a run, is in it: {_listed(nested)}"
+        return f"another checkpoint, or a run, is in it: {named(nested)}"
     files = [entry for entry in names if not entry.endswith("/")]
-    if not names or SEAL in names or _holds_native(store, name, files) or _holds_export(files):
+    if not names or SEAL in names or _holds_native(store, name, files):
         return None
-    return f"it is no checkpoint: it holds {_listed(names)}"
+    if any(file.endswith(SUFFIX) for file in files) and {*_CONFIGS} & {*files}:
+        return None
+    return f"it is no checkpoint: it holds {named(names)}"
 
 
 def not_sealed(store: ReadStore, name: str) -> Iterator[str]:
@@ -122,13 +131,6 @@ def _special_file(store: ReadStore, name: str) -> str | None:
     return None
 
 
-def _is_checkpoint_file(store: ReadStore, name: str) -> bool:
-    # Imported here, since it imports the readers of all formats, and most deletions are of folders.
-    from holdfast.catalog.open_any import is_checkpoint
-
-    return is_checkpoint(store, name)
-
-
 def _is_step(name: str) -> bool:
     if not name.endswith("/"):
         return False
@@ -156,16 +158,3 @@ def _holds_native(store: ReadStore, name: str, files: Sequence[str]) -> bool:
         return len(files) == 1 or store.read(f"{name}/{MANIFEST}", 0, len(_OURS)) == _OURS
     except HoldfastError:
         return False
-
-
-def _holds_export(files: Sequence[str]) -> bool:
-    return any(f.endswith(SUFFIX) for f in files) and any(f in _CONFIGS for f in files)
-
-
-def _is_native(file: str) -> bool:
-    return file in (MANIFEST, METADATA) or _DATA.fullmatch(file) is not None
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED_MAX} more" if len(names) > _LISTED_MAX else ""
-    return ", ".join(f"`{name}`" for name in names[:_LISTED_MAX]) + more

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import logging
 import os
-import re
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,23 +15,21 @@ from functools import partial
 from pathlib import Path
 
 from holdfast.arguments import checked_flag, checked_path
-from holdfast.catalog.catalog import Catalog, location
+from holdfast.catalog.catalog import Catalog, location, verify_hint
 from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.contents import Advance, RecordReader, run
-from holdfast.catalog.findings import Finding
+from holdfast.catalog.findings import Finding, summary_of
 from holdfast.catalog.paths import open_for_saving
-from holdfast.errors import HoldfastError, NotFoundError, StorageError, UsageError
+from holdfast.errors import DamagedError, HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format import seal as seals
 from holdfast.format.checksum import block_checksums
-from holdfast.format.manifest import Span
-from holdfast.format.names import HiddenFolder, hidden_folder_of
+from holdfast.format.manifest import Manifest, Span
+from holdfast.format.names import HiddenFolder, hidden_folder_of, number_of
 from holdfast.format.seal import SEAL, Seal, SealedFile
 from holdfast.release import installed_version
 from holdfast.storage.store import ReadStore
 
 logger: logging.Logger = logging.getLogger("holdfast")
-
-_NUMBER = re.compile(r"[0-9]+(?!.*[0-9])")
 
 _THREADS_MAX = 8
 
@@ -164,21 +161,22 @@ def _sync_and_hash(path: Path) -> SealedFile:
     checksums: list[int] = []
     nbytes = 0
     buffer = memoryview(bytearray(seals.BLOCK_BYTES))
-    with _storage_errors(path), path.open("rb", buffering=0) as file:
-        while count := _fill(file, buffer):
-            checksums += block_checksums(buffer[:count], seals.BLOCK_BYTES)
-            nbytes += count
-        os.fsync(file.fileno())
+    with _storage_errors(path):
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while count := _fill(file, buffer):
+                checksums += block_checksums(buffer[:count], seals.BLOCK_BYTES)
+                nbytes += count
+            os.fsync(file)
+        finally:
+            os.close(file)
     return SealedFile(nbytes, tuple(checksums))
 
 
-def _fill(file: object, buffer: memoryview) -> int:
+def _fill(file: int, buffer: memoryview) -> int:
     """Read until the buffer is full or the file ends. Returns the bytes read."""
     done = 0
-    while done < len(buffer):
-        count = file.readinto(buffer[done:])  # type: ignore[attr-defined]
-        if not count:
-            break
+    while done < len(buffer) and (count := os.readv(file, [buffer[done:]])):
         done += count
     return done
 
@@ -220,6 +218,29 @@ def read_seal(store: ReadStore, name: str) -> Seal:
     key = f"{name}/{SEAL}"
     return seals.decode(
         store.read(key, 0, store.size(key)), where=f"{location(store, name)}/{SEAL}"
+    )
+
+
+def open_sealed(store: ReadStore, name: str) -> Manifest:
+    """Open a sealed folder as its files. It has no entries, and every file has its size.
+
+    Raises:
+        DamagedError: a file is missing or has another size.
+    """
+    seal = read_seal(store, name)
+    if findings := check_seal(store, name, seal, quick=True):
+        raise DamagedError(
+            f"`{location(store, name)}` is damaged: {summary_of(findings)}",
+            hint=verify_hint(location(store, name)),
+        )
+    return Manifest(
+        {},
+        {},
+        files={file: sealed_file.nbytes for file, sealed_file in seal.files.items()},
+        step=number_of(name.rpartition("/")[2]),
+        kind="full",
+        created=seal.created,
+        versions=seal.versions,
     )
 
 
@@ -280,16 +301,6 @@ def _check_file(
     if len(found) != len(sealed_file.checksums):
         return [Finding("file", file, "ended while it was read")]
     return []
-
-
-def number_of(name: str) -> int | None:
-    """The last number in the name of a folder: the step of `checkpoint-500`.
-
-    >>> number_of("checkpoint-500"), number_of("epoch=3-step=1200"), number_of("best")
-    (500, 1200, None)
-    """
-    found = _NUMBER.search(name)
-    return None if found is None else int(found[0])
 
 
 def matching(store: ReadStore, pattern: str) -> list[str]:

@@ -11,11 +11,11 @@ from holdfast.catalog.steady import is_deleted
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError
 from holdfast.format.checksum import BLOCK_BYTES_MAX, block_checksums, checksum, num_blocks
 from holdfast.format.manifest import Chunk, Manifest, Span, ValueEntry
-from holdfast.storage.store import Reader, ReadStore
+from holdfast.storage.store import FileReader, ReadStore
 
 WINDOW_BYTES = 2 << 20
-"""Most bytes that `ChunkData.window` returns. Few enough to stay in the CPU cache between their
-checksum and the copy to the target."""
+"""Most bytes that `ChunkData.window` returns. They stay in the CPU cache between
+their checksum and the copy to the target."""
 
 ROOM_BYTES = WINDOW_BYTES + 2 * BLOCK_BYTES_MAX
 """Bytes of the buffer of each thread: a window, and the rest of the blocks at its ends."""
@@ -66,7 +66,8 @@ def missing_file_error(source: Source, file: str) -> HoldfastError:
     """The error about a missing file: damage, unless the whole checkpoint was deleted."""
     if is_deleted(source.store, source.folder):
         return NotFoundError(f"`{source.url}` was deleted meanwhile")
-    return DamagedError(f"`{source.url}/{file}` is missing", hint=source.hint)
+    where = f"{source.url}/{file}"
+    return DamagedError(f"`{where}` is missing", hint=source.hint, file=where)
 
 
 def read_value(source: Source, name: str, entry: ValueEntry) -> bytes:
@@ -77,13 +78,18 @@ def read_value(source: Source, name: str, entry: ValueEntry) -> bytes:
         raise missing_file_error(source, entry.file) from error
     if len(data) != entry.item.nbytes:
         raise DamagedError(
-            f"`{source.url}/{entry.file}` ends inside value `{name}`", hint=source.hint
+            f"`{source.url}/{entry.file}` ends inside value `{name}`",
+            hint=source.hint,
+            file=f"{source.url}/{entry.file}",
+            entry=name,
         )
     if entry.checksum is not None and checksum(data) != entry.checksum:
         raise DamagedError(
             f"`{source.url}/{entry.file}`: value `{name}` has checksum {checksum(data):016x}, "
             f"the manifest says {entry.checksum:016x}",
             hint=source.hint,
+            file=f"{source.url}/{entry.file}",
+            entry=name,
         )
     return data
 
@@ -100,7 +106,7 @@ class ChunkData:
         name: str,
         location: tuple[str, Span],
         checksums: Sequence[int] | None,
-        reader: Reader,
+        reader: FileReader,
         room: memoryview,
     ) -> None:
         """`location` is the file of the chunk, which `reader` reads, and the span of the raw data
@@ -162,11 +168,13 @@ class ChunkData:
                 f"`{self._source.url}/{self._file}`: `{self.name}` has CRC-32 "
                 f"{self._crc32[0]:08x}, its container says {self._crc32[1]:08x}",
                 hint=self._source.hint,
+                file=f"{self._source.url}/{self._file}",
+                entry=self.name,
             )
 
     def _fill(self, start: int, target: memoryview) -> None:
-        """Read from `start` on into `target`, and check the data. It must be whole blocks if there
-        are checksums."""
+        """Read from byte `start` until `target` is full, and check the data. With checksums, these
+        must be whole blocks."""
         offset = self._span.offset + start
         nbytes = self._reader.read_into(offset, target)
         if nbytes != len(target):
@@ -184,11 +192,8 @@ class ChunkData:
 def check(
     source: Source, file: str, name: str, first: int, data: memoryview, expected: Sequence[int]
 ) -> None:
-    """Check consecutive blocks of a tensor, beginning with block `first`.
-
-    Raises:
-        DamagedError: the checksum of a block differs.
-    """
+    """Check consecutive blocks of a tensor, beginning with block `first`. Raises a DamagedError if
+    the checksum of a block differs."""
     found = block_checksums(data, source.manifest.block_bytes)
     if found == [*expected]:
         return
@@ -197,11 +202,17 @@ def check(
         f"`{source.url}/{file}`: block {first + n} of `{name}` has checksum {found[n]:016x}, "
         f"the manifest says {expected[n]:016x}",
         hint=source.hint,
+        file=f"{source.url}/{file}",
+        entry=name,
+        block=first + n,
     )
 
 
 def ends_inside(source: Source, file: str, name: str, position: int) -> DamagedError:
     """The error about a file that ends inside a tensor."""
     return DamagedError(
-        f"`{source.url}/{file}` ends inside `{name}`, at byte {position}", hint=source.hint
+        f"`{source.url}/{file}` ends inside `{name}`, at byte {position}",
+        hint=source.hint,
+        file=f"{source.url}/{file}",
+        entry=name,
     )

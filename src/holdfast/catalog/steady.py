@@ -13,10 +13,12 @@ from holdfast.errors import (
     NotFoundError,
     StorageError,
 )
-from holdfast.format.names import MANIFEST
+from holdfast.format.names import MANIFEST, folder_among
+from holdfast.storage.opening import is_url
 from holdfast.storage.store import ReadStore
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 LOOKS_MAX = 5
 """Most times that a checkpoint is read while other processes replace it."""
@@ -26,6 +28,44 @@ UNREADABLE = (DamagedError, FormatError, NotFoundError, StorageError)
 
 _TAIL_BYTES = 32
 """Bytes at the end of a manifest that include its checksum."""
+
+
+def retry_if_replaced(
+    find: Callable[[], T],
+    read: Callable[[T], U],
+    was_replaced: Callable[[T], bool],
+    is_good: Callable[[U], bool] = lambda _: True,
+) -> U:
+    """Return `read(find())`. Call both again if `read` fails, or `is_good` rejects its result, and
+    `was_replaced` says that another process has replaced the checkpoint that `find` found."""
+    for _ in range(LOOKS_MAX - 1):
+        found = find()
+        try:
+            result = read(found)
+        except UNREADABLE:
+            if not was_replaced(found):
+                raise
+        else:
+            if is_good(result) or not was_replaced(found):
+                return result
+    return read(find())
+
+
+def read_steadily(
+    store: ReadStore,
+    name: str,
+    read: Callable[[str, object], T],
+    is_good: Callable[[T], bool] = lambda _: True,
+) -> T:
+    """Return `read(folder, fingerprint)` for checkpoint `name`: see `retry_if_replaced`."""
+
+    def find() -> tuple[str, object]:
+        folder = folder_of(store, name)
+        return folder, fingerprint(store, folder)
+
+    return retry_if_replaced(
+        find, lambda found: read(found[0], found[1]), lambda found: find() != found, is_good
+    )
 
 
 def fingerprint(store: ReadStore, name: str) -> object:
@@ -46,6 +86,21 @@ def fingerprint(store: ReadStore, name: str) -> object:
         return type(error)
 
 
+def folder_of(store: ReadStore, name: str) -> str:
+    """The folder that holds checkpoint `name`: see `folder_among`.
+
+    Returns `name` for a URL, where nobody saves, and listing may be slow or forbidden.
+    """
+    if is_url(store.url):
+        return name
+    parent, _, last = name.rpartition("/")
+    try:
+        folder = folder_among(store.list(parent), last)
+    except HoldfastError:
+        return name
+    return name if folder is None or folder == last else f"{parent}/{folder}".lstrip("/")
+
+
 def is_deleted(store: ReadStore, name: str) -> bool:
     """Whether neither a file nor a folder has the name of checkpoint `name`."""
     parent, _, last = name.rpartition("/")
@@ -53,15 +108,3 @@ def is_deleted(store: ReadStore, name: str) -> bool:
         return not {last, f"{last}/"} & {*store.list(parent)}
     except HoldfastError:
         return False
-
-
-def read_steadily(store: ReadStore, name: str, read: Callable[[], T]) -> T:
-    """Call `read`, and call it again if it fails and the checkpoint `name` was replaced."""
-    for _ in range(LOOKS_MAX - 1):
-        before = fingerprint(store, name)
-        try:
-            return read()
-        except UNREADABLE:
-            if fingerprint(store, name) == before:
-                raise
-    return read()

@@ -34,7 +34,7 @@ def check_structure(store: ReadStore, folder: str, manifest: Manifest) -> list[F
             findings.append(Finding("file", file, "is a link to a place outside of its folder"))
         if size != nbytes:
             findings.append(Finding("file", file, f"has {size} bytes, {nbytes} were written"))
-    for name, file, item in _items(manifest):
+    for name, file, item in items_of(manifest):
         if file not in manifest.files:
             findings.append(Finding("file", file, "is missing", name))
         elif item.stop > manifest.files[file]:
@@ -65,7 +65,8 @@ def check_coverage(manifest: Manifest) -> Iterator[Finding]:
             yield Finding("data", index, what, name)
 
 
-def _items(manifest: Manifest) -> Iterator[tuple[str, str, Span]]:
+def items_of(manifest: Manifest) -> Iterator[tuple[str, str, Span]]:
+    """Yield name, file and span of every chunk and value."""
     for name, tensor in manifest.tensors.items():
         for chunk in tensor.chunks:
             yield name, chunk.file, chunk.item

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,7 +18,16 @@ from holdfast.catalog.contents import (
     has_checksums,
     run,
 )
-from holdfast.catalog.findings import Finding, Format, VerifyReport, kind_of, usable
+from holdfast.catalog.findings import (
+    Finding,
+    Format,
+    VerifyReport,
+    has_wrong_size,
+    kind_of,
+    misnumbered,
+    usable,
+    why_not_resumable,
+)
 from holdfast.catalog.hf_folder import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -26,18 +35,17 @@ from holdfast.catalog.hf_folder import (
     read_config,
     read_weights_index,
 )
-from holdfast.catalog.open_any import format_of, is_folder
-from holdfast.catalog.pieces import INDEX_SUFFIX, no_checkpoint
+from holdfast.catalog.open_any import checked_format, is_folder
+from holdfast.catalog.pieces import INDEX_SUFFIX
 from holdfast.catalog.replaceable import not_sealed
-from holdfast.catalog.resumable import misnumbered, why_not_resumable
 from holdfast.catalog.seal import check_seal, is_sealed, read_seal
-from holdfast.catalog.steady import LOOKS_MAX, UNREADABLE, fingerprint
+from holdfast.catalog.steady import read_steadily
 from holdfast.catalog.structure import check_coverage, check_structure
 from holdfast.errors import DamagedError, FormatError, HoldfastError, NotFoundError
 from holdfast.format import safetensors, torchfile
 from holdfast.format.archive import read_records, windowed
 from holdfast.format.manifest import Manifest, Span
-from holdfast.format.names import LOCK, MANIFEST, METADATA, step_of_folder
+from holdfast.format.names import LOCK, MANIFEST, METADATA, number_of, step_of_folder
 from holdfast.format.seal import SEAL
 from holdfast.storage.store import ReadStore
 
@@ -74,24 +82,23 @@ def verify(target: VerifyTarget) -> VerifyReport:
         FormatError: it is malformed, or refers to code.
         StorageError: the store failed before anything could be reported.
     """
-    form = format_of(target.store, target.name)
-    if is_folder(target.store, target.name) and is_sealed(target.store, target.name):
-        return replace(_verify_steadily(target, _verify_sealed), format="sealed")
-    if form is None:
-        raise no_checkpoint(
-            target.store,
-            target.name,
-            hint="`holdfast list FOLDER` shows the steps of a run's checkpoint folder",
-        )
-    verifiers: dict[Format, Callable[[VerifyTarget], VerifyReport]] = {
-        "holdfast": _verify_step,
-        "dcp": _verify_step,
+    sealed = is_folder(target.store, target.name) and is_sealed(target.store, target.name)
+    form: Format = "sealed" if sealed else checked_format(target.store, target.name)
+    verifiers = {
         "safetensors": _verify_safetensors,
         "torch": _verify_torch_file,
+        "sealed": _verify_sealed,
     }
-    report = replace(_verify_steadily(target, verifiers[form]), format=form)
+    verifier = verifiers.get(form, _verify_step)
+    report = read_steadily(
+        target.store,
+        target.name,
+        lambda folder, _: verifier(replace(target, name=folder)),
+        is_good=lambda report: report.good,
+    )
+    report = replace(report, format=form)
     step = step_of_folder(target.name.rpartition("/")[2])
-    if step is None:
+    if step is None or form == "sealed":
         return report
     manifest = Manifest({}, {}, step=report.step, kind=report.kind)
     wrong = misnumbered(step, manifest)
@@ -102,23 +109,6 @@ def verify(target: VerifyTarget) -> VerifyReport:
         notes=(*report.notes, *notes),
         why_not=why_not_resumable(step, manifest),
     )
-
-
-def _verify_steadily(
-    target: VerifyTarget, verifier: Callable[[VerifyTarget], VerifyReport]
-) -> VerifyReport:
-    """Verify a checkpoint, again if it was replaced meanwhile."""
-    for _ in range(LOOKS_MAX - 1):
-        before = fingerprint(target.store, target.name)
-        try:
-            report = verifier(target)
-        except UNREADABLE:
-            if fingerprint(target.store, target.name) == before:
-                raise
-            continue
-        if report.good or fingerprint(target.store, target.name) == before:
-            return report
-    return verifier(target)
 
 
 def failed(target: VerifyTarget, error: HoldfastError) -> VerifyReport:
@@ -150,6 +140,8 @@ def _verify_sealed(target: VerifyTarget) -> VerifyReport:
         format="sealed",
         findings=tuple(findings),
         notes=tuple(f"`{path}` was added after the seal" for path in not_sealed(store, name)),
+        step=number_of(name.rpartition("/")[2]),
+        kind="full",
         num_entries=len(seal.files),
         nbytes=seal.nbytes,
         usable=f"{len(seal.files) - len(damaged)} of {len(seal.files)} files are whole",
@@ -169,7 +161,9 @@ def _verify_step(target: VerifyTarget) -> VerifyReport:
     findings += check_coverage(manifest)
     if not target.quick and MANIFEST in names:
         checksums = {}
-        files = [file for file in manifest.files if _is_readable(findings, file)]
+        on_files = [f for f in findings if f.concern == "file" and not f.entry]
+        unreadable = {finding.file for finding in on_files if not has_wrong_size(finding)}
+        files = [file for file in manifest.files if file not in unreadable]
         for file in files:
             try:
                 checksums[file] = read_checksums(target.store, target.name, manifest, file)
@@ -178,26 +172,10 @@ def _verify_step(target: VerifyTarget) -> VerifyReport:
         findings += run(check_files(manifest, files, checksums, target.reader))
     elif not target.quick:
         refused = {finding.file for finding in findings if finding.concern == "file"}
-        findings += run(check_containers(_without(manifest, refused), target.reader))
+        findings += run(check_containers(manifest, refused, target.reader))
     known = {MANIFEST, METADATA, LOCK, *manifest.files}
     notes = [f"`{name}` is not part of the checkpoint" for name in names if name not in known]
     return _report(target, manifest, findings, notes)
-
-
-def _is_readable(findings: Sequence[Finding], file: str) -> bool:
-    """Whether to read a file. One of another size is read, to find its undamaged entries."""
-    unreadable = ("is missing", "is a link", "cannot be read")
-    return not any(f.file == file and f.what.startswith(unreadable) for f in findings)
-
-
-def _without(manifest: Manifest, files: set[str]) -> Manifest:
-    """The manifest without the chunks and values in these files."""
-    tensors = {
-        name: replace(entry, chunks=tuple(c for c in entry.chunks if c.file not in files))
-        for name, entry in manifest.tensors.items()
-    }
-    values = {name: entry for name, entry in manifest.values.items() if entry.file not in files}
-    return replace(manifest, tensors=tensors, values=values)
 
 
 def _report(
@@ -239,7 +217,11 @@ def _verify_safetensors(target: VerifyTarget) -> VerifyReport:
             if file and target.store.leads_out(target.name, file):
                 findings.append(Finding("file", file, "is a link to a place outside of its folder"))
                 continue
-            manifests[file] = _safetensors_file(target, file)
+            reader = target.reader(file)
+            where = f"{target.where}/{file}" if file else target.where
+            manifests[file] = safetensors.read_file(
+                reader.fetch, target.store.size(reader.key), file=reader.file, where=where
+            )
         except NotFoundError:
             findings.append(Finding("file", file, "is missing"))
         except HoldfastError as error:
@@ -262,13 +244,6 @@ def _verify_safetensors(target: VerifyTarget) -> VerifyReport:
             "safetensors keeps no checksums: headers and sizes were checked, data cannot be"
         )
     return _report(target, manifest, findings, notes)
-
-
-def _safetensors_file(target: VerifyTarget, file: str) -> Manifest:
-    reader = target.reader(file)
-    nbytes = target.store.size(reader.key)
-    where = f"{target.where}/{file}" if file else target.where
-    return safetensors.read_file(reader.fetch, nbytes, file=reader.file, where=where)
 
 
 # -------------------------------------------------------------------------------------- .pt files

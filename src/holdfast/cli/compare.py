@@ -11,12 +11,13 @@ import numpy as np
 from holdfast.catalog.source import Source
 from holdfast.cli.elements import WITHOUT_NUMBERS, boxes, is_integer, numbers
 from holdfast.format.dtypes import dtype_of
-from holdfast.format.manifest import TensorEntry
 from holdfast.format.region import Region
 from holdfast.tensors.lazy import Tensors
 from holdfast.tensors.numbers import Array
 
 State = Literal["equal", "differs", "dtype", "shape", "only in a", "only in b"]
+"""Result of a comparison. equal: dtype, shape and elements are equal. dtype: equal numbers in
+different dtypes. shape: different shapes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +29,7 @@ class ComparedTensor:
     """Name in `tensors`."""
 
     source: Source | None = None
-    entry: TensorEntry | None = None
-    """Chunks in `source`, where the tensor is stored there unconverted."""
+    """Checkpoint with the checksums; None for a tensor that is converted as it is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,24 +39,17 @@ class Difference:
     name: str
     state: State
     dtypes: tuple[str | None, str | None]
-    """Dtype in a, and in b."""
-
     shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
     num_elements: int = 0
     num_differing: int = 0
     max_abs: float = 0.0
-    """Largest difference; infinite where one of the two elements is NaN."""
+    """Largest difference of two elements; infinite where only one of them is NaN."""
 
     max_rel: float = 0.0
-    """Largest difference, relative to the larger of the two elements."""
+    """Largest difference of two elements, relative to the larger of them."""
 
     by_checksum: bool = False
-    """Whether equal checksums decided, and no element was read."""
-
-    @property
-    def same(self) -> bool:
-        """Whether dtype, shape and all elements are equal."""
-        return self.state == "equal"
+    """Whether all checksums are equal, so that no element was read."""
 
 
 def compare(
@@ -65,13 +58,9 @@ def compare(
     b: ComparedTensor | None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Difference:
-    """Compare two tensors. The state `dtype` means equal numbers in different dtypes.
+    """Compare two tensors; one of them may be None.
 
-    Where both sides have checksums and the same chunks, only chunks whose checksums differ are
-    read.
-
-    Raises:
-        DamagedError: elements that do not match their checksum.
+    Where both have checksums and the same chunks, only chunks whose checksums differ are read.
     """
     a_held = a.tensors.infos[a.name] if a else None
     b_held = b.tensors.infos[b.name] if b else None
@@ -120,24 +109,21 @@ def nbytes_to_read(a: ComparedTensor, b: ComparedTensor) -> int:
 
 
 def _regions_to_read(a: ComparedTensor, b: ComparedTensor, whole: Region) -> Iterator[Region]:
-    """Yields all regions but those of chunks whose checksums are known and equal."""
-    if a.entry is None or b.entry is None or a.entry.dtype != b.entry.dtype:
+    """Yields the region of each chunk, unless both of its checksums are known and equal."""
+    if a.source is None or b.source is None:
         yield whole
         return
-    a_chunks, b_chunks = (
-        {(chunk.region.start, chunk.region.stop): chunk for chunk in entry.chunks}
-        for entry in (a.entry, b.entry)
-    )
-    if a_chunks.keys() != b_chunks.keys():
+    entries = a.source.manifest.tensors[a.name], b.source.manifest.tensors[b.name]
+    a_chunks, b_chunks = ({chunk.region: chunk for chunk in entry.chunks} for entry in entries)
+    if entries[0].dtype != entries[1].dtype or a_chunks.keys() != b_chunks.keys():
         yield whole
         return
-    itemsize = dtype_of(a.entry.dtype).itemsize
-    for bounds, chunk in a_chunks.items():
-        nbytes = chunk.region.num_elements * itemsize
-        a_sums = a.source.checksums(chunk, nbytes) if a.source else None
-        b_sums = b.source.checksums(b_chunks[bounds], nbytes) if b.source else None
-        if nbytes and (a_sums is None or a_sums != b_sums):
-            yield chunk.region
+    itemsize = dtype_of(entries[0].dtype).itemsize
+    for region, chunk in a_chunks.items():
+        nbytes = region.num_elements * itemsize
+        a_sums = a.source.checksums(chunk, nbytes)
+        if nbytes and (a_sums is None or a_sums != b.source.checksums(b_chunks[region], nbytes)):
+            yield region
 
 
 def _differences(
@@ -153,7 +139,7 @@ def _differences(
     with np.errstate(all="ignore"):
         differs = (a_numbers != b_numbers) & ~(np.isnan(a_numbers) & np.isnan(b_numbers))
         if dtypes[0] == dtypes[1] and is_integer(dtypes[0]):
-            differs = a != b  # Different large integers can be the same float64.
+            differs = a != b  # Large integers that differ can be equal as float64.
         deltas = np.abs(a_numbers - b_numbers)[differs]
         deltas = np.where(np.isnan(deltas), np.inf, deltas)
         larger = np.maximum(np.abs(a_numbers), np.abs(b_numbers))[differs]

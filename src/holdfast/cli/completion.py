@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, field, make_dataclass
 from importlib import import_module
 from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from holdfast.cli.terminal import Options, parsed, with_tyro
+from holdfast.cli.terminal import POSITIONAL, Options, parsed, with_tyro
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class CompletionArguments(Options):
     Example: holdfast completion bash > ~/.local/share/bash-completion/completions/holdfast
     """
 
-    shell: Annotated[Literal["bash", "zsh"], tyro.conf.Positional, tyro.conf.arg(metavar="SHELL")]
+    shell: Literal["bash", "zsh"] = field(metadata=POSITIONAL)
     """bash or zsh."""
 
 
@@ -51,7 +51,8 @@ def options_of_commands() -> dict[str, type[Any]]:
         if name not in ("skills", "train"):
             module = import_module(f"holdfast.cli.{name}")
             kinds[name] = with_tyro(getattr(module, f"{name.capitalize()}Arguments"))
-    return kinds | {f"skills {name}": kind for name, (_, kind, _) in skills.COMMANDS.items()}
+    below = {f"skills {name}": with_tyro(kind) for name, (_, kind, _) in skills.COMMANDS.items()}
+    return kinds | below
 
 
 def _one_of(kinds: Mapping[str, Any], summaries: Mapping[str, str]) -> Any:

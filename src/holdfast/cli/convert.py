@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import tyro
 
-from holdfast.cli.terminal import JsonOptions, parsed, progress, say, say_error, say_json
+from holdfast.cli.terminal import (
+    POSITIONAL,
+    JsonOptions,
+    parsed,
+    progress,
+    say,
+    say_error,
+    say_json,
+)
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import ConvertOptions, Float, plan
 from holdfast.convert.target_format import TargetFormat, target_format
@@ -29,10 +37,10 @@ class ConvertArguments(JsonOptions):
     Example: holdfast convert meta-llama/Llama-3.1-8B outputs/checkpoint/step-0
     """
 
-    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    source: str = field(metadata=POSITIONAL)
     """Checkpoint: a path, a URL, or the name of a repository on the Hugging Face hub."""
 
-    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
+    target: str = field(metadata=POSITIONAL)
     """Folder or .pt file to write."""
 
     to: TargetFormat | None = None
@@ -60,7 +68,7 @@ class ConvertArguments(JsonOptions):
 
     names: Literal["meta", "titan"] | None = None
     """Tensor names of a dcp or torch target: meta for Meta's, which TorchTitan used up to 0.2;
-    titan for those of TorchTitan from 0.3 on. Default: as in SOURCE; Meta's for Hugging Face
+    titan for the names of TorchTitan from 0.3 on. Default: as in SOURCE; Meta's for Hugging Face
     models."""
 
     skip: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -70,11 +78,7 @@ class ConvertArguments(JsonOptions):
     """Replace an existing TARGET."""
 
     def convert_options(self) -> ConvertOptions:
-        """Returns the options of the conversion.
-
-        Raises:
-            UsageError: TARGET does not fit the format.
-        """
+        """Returns the options of the conversion."""
         return ConvertOptions(
             to=target_format(self.source, self.target, self.to),
             hf_assets=self.hf_assets,
@@ -100,16 +104,9 @@ def run(arguments: Sequence[str]) -> int:
         say_error("interrupted: run the same command again to continue")
         raise
     if options.json:
-        say_json(
-            {
-                "target": result.where,
-                "nbytes": result.nbytes,
-                "kept_bytes": result.kept_bytes,
-                "seconds": round(result.seconds, 3),
-                "tensors": result.num_tensors,
-                "notes": planned.notes,
-            }
-        )
+        sizes = {"nbytes": result.nbytes, "kept_bytes": result.kept_bytes}
+        facts = {"seconds": round(result.seconds, 3), "tensors": result.num_tensors}
+        say_json({"target": result.where, **sizes, **facts, "notes": planned.notes})
         return 0
     for note in planned.notes:
         say(f"note: {note}")
@@ -122,7 +119,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def nbytes_of(text: str) -> int:
-    """Returns the number of bytes that a size such as `5GB` stands for.
+    """Converts a size such as `5GB` to bytes.
 
     >>> nbytes_of("5GB"), nbytes_of("1.5 MiB")
     (5000000000, 1572864)

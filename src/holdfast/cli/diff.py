@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict, dataclass, field
 
 from holdfast.catalog.findings import components_of, name_in_model
 from holdfast.catalog.open_any import OpenCheckpoint, open_any
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.source import read_value
 from holdfast.cli.compare import ComparedTensor, Difference, compare, nbytes_to_read
-from holdfast.cli.terminal import JsonOptions, parsed, progress, say, say_json, spelled_shape
+from holdfast.cli.terminal import (
+    POSITIONAL,
+    JsonOptions,
+    parsed,
+    progress,
+    say,
+    say_json,
+    spelled_shape,
+)
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import MismatchError
 from holdfast.format.components import MODEL
@@ -20,10 +27,8 @@ from holdfast.hf.dialects import dialect_of, renamed
 from holdfast.spelling import counted
 from holdfast.tensors.stored import StoredTensors
 
-if TYPE_CHECKING:
-    import tyro
-
 LINES_MAX = 200
+"""Differences that are printed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +42,10 @@ class DiffArguments(JsonOptions):
     Example: holdfast diff outputs/checkpoint/step-500 outputs/checkpoint/step-1000
     """
 
-    a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
+    a: str = field(metadata=POSITIONAL)
     """Path or URL of a checkpoint."""
 
-    b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
+    b: str = field(metadata=POSITIONAL)
     """Path or URL of another checkpoint."""
 
     model_only: bool = False
@@ -65,7 +70,7 @@ def run(arguments: Sequence[str]) -> int:
         say_json({"a": options.a, "b": options.b, "tensors": tensors, "values": values})
     else:
         _say(differences, values)
-    num_differing = sum(not difference.same for difference in differences)
+    num_differing = sum(difference.state != "equal" for difference in differences)
     num_differing += sum(state != "equal" for state in values.values())
     if num_differing:
         where = f"`{options.a}` and `{options.b}`"
@@ -76,14 +81,7 @@ def run(arguments: Sequence[str]) -> int:
 def comparable_tensors(
     opened: tuple[OpenCheckpoint, OpenCheckpoint], options: DiffArguments
 ) -> tuple[dict[str, ComparedTensor], dict[str, ComparedTensor]]:
-    """Returns the tensors of both checkpoints under names that can be compared.
-
-    The names are the stored ones, or Meta's where the two checkpoints use different dialects.
-
-    Raises:
-        MismatchError: the tensors of a Hugging Face folder are not those of its model family.
-        UsageError: a Hugging Face folder does not say which family it is.
-    """
+    """Returns the tensors of both checkpoints, by stored name; by Meta's where dialects differ."""
     names = [_names(checkpoint.manifest, model_only=options.model_only) for checkpoint in opened]
     dialects = [dialect_of(of_one.values()) for of_one in names]
     if dialects[0] == dialects[1] or None in dialects:
@@ -101,7 +99,7 @@ def comparable_tensors(
 
 
 def _names(manifest: Manifest, *, model_only: bool) -> dict[str, str]:
-    """Returns tensor name -> name to compare it by: its name in the model's own state dict."""
+    """Returns stored name -> name to compare by. For the model: name in its own state dict."""
     names, components = {}, components_of(manifest)
     for name, entry in manifest.tensors.items():
         if components[name] == MODEL:
@@ -112,22 +110,18 @@ def _names(manifest: Manifest, *, model_only: bool) -> dict[str, str]:
 
 
 def _under(names: Mapping[str, str], checkpoint: OpenCheckpoint) -> dict[str, ComparedTensor]:
-    stored = StoredTensors(checkpoint.source, checkpoint.strides)
-    entries = checkpoint.manifest.tensors
-    return {
-        shown: ComparedTensor(stored, name, checkpoint.source, entries[name])
-        for name, shown in names.items()
-    }
+    stored, source = StoredTensors(checkpoint.source, checkpoint.strides), checkpoint.source
+    return {shown: ComparedTensor(stored, name, source) for name, shown in names.items()}
 
 
 def _converted(path: str, assets: str | None) -> dict[str, ComparedTensor]:
-    """Returns the tensors of a Hugging Face folder as a conversion to Meta's names writes them."""
+    """Returns a Hugging Face model's tensors under Meta's names, converted as they are read."""
     outputs = plan(path, ConvertOptions(to="dcp", names="meta", hf_assets=assets)).outputs
     return {name: ComparedTensor(output.tensors, output.name) for name, output in outputs.items()}
 
 
 def _compared_values(opened: tuple[OpenCheckpoint, OpenCheckpoint]) -> dict[str, str]:
-    """Returns value name -> state, by its bytes; empty if the formats store values differently."""
+    """Returns value name -> state, by comparing bytes; empty where a `.pt` file is involved."""
     a, b = (checkpoint.manifest.values for checkpoint in opened)
     if "torch" in (opened[0].format, opened[1].format) or not a or not b:
         return {}
@@ -144,13 +138,15 @@ def _compared_values(opened: tuple[OpenCheckpoint, OpenCheckpoint]) -> dict[str,
 
 
 def _say(differences: Sequence[Difference], values: Mapping[str, str]) -> None:
-    lines = [f"{one.state}: {one.name}  {_spelled(one)}" for one in differences if not one.same]
+    lines = [
+        f"{one.state}: {one.name}  {_spelled(one)}" for one in differences if one.state != "equal"
+    ]
     lines += [f"{state}: {name}  value" for name, state in values.items() if state != "equal"]
     for line in lines[:LINES_MAX]:
         say(line)
     if len(lines) > LINES_MAX:
         say(f"and {len(lines) - LINES_MAX} more: --json lists all")
-    equal = [difference for difference in differences if difference.same]
+    equal = [difference for difference in differences if difference.state == "equal"]
     num_by_checksum = sum(difference.by_checksum for difference in equal)
     summary = f"equal: {counted(len(equal), 'tensor')}"
     summary += f", {num_by_checksum} of them by checksums" if num_by_checksum else ""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Literal
 
 from holdfast.catalog.catalog import location, read_manifest, steps_in
 from holdfast.catalog.cleanup import is_at_work, plan_cleanup
@@ -16,19 +16,22 @@ from holdfast.catalog.listing import hint_without_steps
 from holdfast.catalog.marks import damaged_steps
 from holdfast.catalog.open_any import check_folder
 from holdfast.catalog.paths import open_for_reading
-from holdfast.cli.terminal import JsonOptions, parsed, say, say_json, spelled_resume
+from holdfast.cli.terminal import POSITIONAL, JsonOptions, parsed, say, say_json, spelled_resume
 from holdfast.cli.verify import resumable, verified
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError, StorageError
 from holdfast.format.names import LOCK, MANIFEST, METADATA, hidden_folder_of, step_name, step_of
+from holdfast.format.seal import SEAL
 from holdfast.spelling import counted, spelled_bytes
 from holdfast.storage.local import LocalStore
 from holdfast.storage.locks import read_note
 from holdfast.storage.store import ReadStore
 
-if TYPE_CHECKING:
-    import tyro
-
 Concern = Literal["damaged", "marked", "space", "rights", "left over", "in use", "unknown"]
+
+WITHOUT_MEND = {
+    "damaged": "no command repairs it: restore it from a copy, or start from other weights"
+}
+"""Advice for a trouble that no command fixes, by its concern."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class DoctorArguments(JsonOptions):
     Example: holdfast doctor outputs/checkpoint
     """
 
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    folder: str = field(metadata=POSITIONAL)
     """Path or URL of a folder of checkpoints."""
 
     verify: bool = False
@@ -50,10 +53,12 @@ class DoctorArguments(JsonOptions):
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """One problem, or a fact that its owner should know."""
+    """One problem in a folder, or a fact that the owner of the folder should know."""
 
     concern: Concern
     where: str
+    """Name of the checkpoint, file or folder."""
+
     what: str
     mend: str | None = None
     """Command that fixes it; None where no command does, or nothing needs to be done."""
@@ -61,18 +66,16 @@ class Trouble:
 
 @dataclass(frozen=True, slots=True)
 class ExaminedFolder:
-    """A folder of checkpoints, with the results of verifying each."""
+    """A folder of checkpoints, and the findings in it."""
 
     store: ReadStore
     name: str
     names: Sequence[str]
-    """Names of its files and folders; those of folders end in `/`."""
+    """Names of its files and folders. Names of folders end in `/`."""
 
     reports: Sequence[VerifyReport]
-    """Report on each checkpoint."""
-
     marked: Mapping[int, str]
-    """Steps marked as damaged, with what the run found."""
+    """Steps that a run marked as damaged, with its finding."""
 
     read: bool = False
     """Whether all data was read."""
@@ -92,25 +95,19 @@ class ExaminedFolder:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Examine the folder, and print what is wrong; returns the exit status."""
+    """Examine the folder, and print its problems; returns the exit status."""
     options = parsed(DoctorArguments, "doctor", arguments)
     folder = _examined(options.folder, quick=not options.verify)
     troubles, resume = [*examine(folder)], folder.resume
     if options.json:
-        say_json(
-            {
-                "folder": folder.where,
-                "resume": resume,
-                "read": folder.read,
-                "troubles": [asdict(trouble) for trouble in troubles],
-            }
-        )
+        facts = {"folder": folder.where, "resume": resume, "read": folder.read}
+        say_json(facts | {"troubles": [asdict(trouble) for trouble in troubles]})
     else:
         checkpoints = counted(len(folder.reports), "checkpoint")
         say(f"{folder.where}: {checkpoints}, {spelled_resume(resume)}")
         for trouble in troubles:
             say(f"  {trouble.concern}: {trouble.where}: {trouble.what}")
-            say(f"    {trouble.mend or _advice_without_command(trouble)}")
+            say(f"    {trouble.mend or WITHOUT_MEND.get(trouble.concern, 'nothing to do')}")
         if not troubles:
             say("  no problems" + ("" if folder.read else " in indexes and file sizes"))
         if not folder.read:
@@ -121,12 +118,6 @@ def run(arguments: Sequence[str]) -> int:
     if concerns & {"space", "rights"}:
         raise StorageError(f"a save into `{folder.where}` would fail")
     return 0
-
-
-def _advice_without_command(trouble: Trouble) -> str:
-    if trouble.concern == "damaged":
-        return "no command repairs it: restore it from a copy, or start from other weights"
-    return "nothing to do"
 
 
 def _examined(path: str, *, quick: bool) -> ExaminedFolder:
@@ -140,14 +131,7 @@ def _examined(path: str, *, quick: bool) -> ExaminedFolder:
             hint=hint_without_steps(store, name, names),
         )
     reports = [*verified(store, checkpoints, quick).values()]
-    return ExaminedFolder(
-        store=store,
-        name=name,
-        names=names,
-        reports=reports,
-        marked=damaged_steps(store, name),
-        read=not quick,
-    )
+    return ExaminedFolder(store, name, names, reports, damaged_steps(store, name), read=not quick)
 
 
 def examine(folder: ExaminedFolder) -> Iterator[Trouble]:
@@ -179,14 +163,17 @@ def _damaged(folder: ExaminedFolder) -> Iterator[Trouble]:
 def _mend(folder: ExaminedFolder, report: VerifyReport, name: str) -> str | None:
     """Returns the command for a damaged checkpoint; None where nothing of it can be used.
 
-    It removes the checkpoint if another one can be resumed from; else it saves the usable
-    components.
+    If a resume can take another checkpoint, the command removes this one. Else it copies the model
+    out of it.
     """
     if report.loads:
-        # Only bytes around the data are damaged, which stock torch needs: a converted copy has
-        # them.
+        # Holdfast can load it: only bytes that stock torch needs are damaged. A converted copy has
+        # them again.
         copy = shlex.quote(f"{folder.where}-rescued/{name}")
         return f"{folder.command('convert', f'/{name}')} {copy}"
+    if report.format == "sealed":
+        # Nothing reads a part of a sealed folder, and `prune` reads no data.
+        return None if folder.resume is None else f"rm -r {shlex.quote(report.where)}"
     refused = any(finding.concern in ("index", "file") for finding in report.findings)
     if folder.resume is None:
         if refused or not report.usable.startswith(MODEL_IS_WHOLE):
@@ -196,13 +183,13 @@ def _mend(folder: ExaminedFolder, report: VerifyReport, name: str) -> str | None
     prune = f"{folder.command('prune')} --damaged"
     if refused or report.step in folder.marked:
         return prune
-    # `prune` reads no data and needs the mark. `;` and not `&&`, since `verify` exits with 7.
+    # `prune` reads no data, so it needs the mark. Not `&&`, since `verify` exits with 7.
     return f"{folder.command('verify', f'/{name}')} --mark; {prune}"
 
 
 def _marked(folder: ExaminedFolder, name: str, step: int) -> Trouble:
     """Returns the trouble of a checkpoint that is marked as damaged, and has no findings."""
-    # Reads all data, and deletes the mark if nothing is damaged.
+    # This command reads all data, and deletes the mark if nothing is damaged.
     mend = f"{folder.command('verify', f'/{name}')} --mark"
     if not folder.read:
         return Trouble("damaged", name, folder.marked[step], mend)
@@ -228,7 +215,7 @@ def _rights(folder: ExaminedFolder) -> Iterator[Trouble]:
 
 
 def _left_over(folder: ExaminedFolder, store: LocalStore) -> Iterator[Trouble]:
-    """Yields leftovers of killed saves; while a run holds the lock, only that it does."""
+    """Yields leftovers of killed saves; while a run holds the lock, only the lock."""
     lock = f"{folder.name}/{LOCK}"
     holder = store.holder(lock) if LOCK in folder.names else None
     actions = plan_cleanup(folder.names)
@@ -251,7 +238,7 @@ def _left_over(folder: ExaminedFolder, store: LocalStore) -> Iterator[Trouble]:
 
 
 def _unknown(folder: ExaminedFolder) -> Iterator[Trouble]:
-    """Yields folders that are not named as checkpoints, and so are neither read nor removed."""
+    """Yields folders without the name of a checkpoint, which no command reads or removes."""
     for name in folder.names:
         if not name.endswith("/") or step_of(name[:-1]) is not None or hidden_folder_of(name[:-1]):
             continue
@@ -262,7 +249,12 @@ def _unknown(folder: ExaminedFolder) -> Iterator[Trouble]:
             continue
         if any(step_of(listed.rstrip("/")) is not None for listed in below):
             continue  # Another folder of checkpoints, such as `hf/`.
-        if not _is_checkpoint(below):
+        if SEAL in below:
+            continue
+        if any(report.format == "sealed" for report in folder.reports):
+            yield Trouble("unknown", name, "has no seal, so that nothing can check it")
+            continue
+        if not {MANIFEST, METADATA} & {*below}:
             yield Trouble("unknown", name, "not a checkpoint; Holdfast leaves it alone")
             continue
         what = "a checkpoint under a name that no resume finds and no retention counts"
@@ -279,7 +271,3 @@ def _renaming(folder: ExaminedFolder, name: str) -> str | None:
         return None
     target = shlex.quote(f"{folder.where}/{step_name(step)}")
     return f"mv {shlex.quote(f'{folder.where}/{name}')} {target}"
-
-
-def _is_checkpoint(names: Sequence[str]) -> bool:
-    return bool({MANIFEST, METADATA} & {*names})

@@ -1,4 +1,4 @@
-"""Elements of a stored tensor as numpy numbers: statistics and first elements, without torch."""
+"""Numbers in a stored tensor, by numpy and without torch: statistics, and the first elements."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ WINDOW_BYTES = 8 << 20
 """Bytes of one tensor in memory at a time."""
 
 CORNER = 6
-"""Largest number of rows and of columns in `corner`."""
+"""Largest number of rows, and of columns, that `corner` returns."""
 
 WITHOUT_NUMBERS = ("complex32", "float4_e2m1fn_x2")
-"""Dtypes that numpy cannot compute with: their elements are compared by their bits."""
+"""Dtypes that numpy cannot compute with. Only the bits of their elements are compared."""
 
 
 def is_integer(dtype: str | None) -> bool:
@@ -33,11 +33,7 @@ def is_integer(dtype: str | None) -> bool:
 
 
 def numbers(elements: Array, dtype: str) -> NDArray[np.float64 | np.complex128]:
-    """Convert elements to float64 or complex128.
-
-    Raises:
-        UsageError: `dtype` is one of `WITHOUT_NUMBERS`.
-    """
+    """Convert elements to float64 or complex128."""
     if dtype in WITHOUT_NUMBERS:
         raise UsageError(f"statistics and values of `{dtype}` tensors are not supported")
     if dtype.startswith("complex"):
@@ -49,15 +45,15 @@ def numbers(elements: Array, dtype: str) -> NDArray[np.float64 | np.complex128]:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Statistics of a tensor's elements; of complex elements, their absolute values."""
+    """Statistics of a tensor's elements. Complex elements count by their absolute values."""
 
     num_elements: int
     num_zeros: int
     num_nan: int
     num_inf: int
     least: float
-    """Minimum of the finite elements, as `greatest`, `mean` and `std` are over them; NaN where no
-    element is finite."""
+    """Minimum of the finite elements. The fields below are over finite elements too; all four are
+    NaN where no element is finite."""
 
     greatest: float
     mean: float
@@ -121,7 +117,7 @@ def corner(tensors: Tensors, name: str) -> list[list[int | float | str]]:
     elements = tensors.read(name, Region((0,) * len(stop), stop))
     width = stop[-1] if stop and stop[-1] else 1
     if is_integer(held.dtype):
-        # Not as float64, which holds only 53 bits of an integer.
+        # Not as float64, which has only 53 bits for an integer.
         integers: list[list[int | float | str]] = elements.reshape(-1, width).tolist()
         return integers
     rows: list[list[Any]] = numbers(elements, held.dtype).reshape(-1, width).tolist()
@@ -133,7 +129,4 @@ def corner(tensors: Tensors, name: str) -> list[list[int | float | str]]:
 def boxes(region: Region, itemsize: int) -> Iterator[Region]:
     """Yields boxes of at most `WINDOW_BYTES` that cover a region."""
     for box in blocks(region.shape, itemsize, WINDOW_BYTES):
-        start, stop = (
-            tuple(map(int.__add__, region.start, bound)) for bound in (box.start, box.stop)
-        )
-        yield Region(start, stop)
+        yield box.moved(region.start)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Literal
 
 from holdfast.catalog.catalog import location
 from holdfast.catalog.findings import VerifyReport, summary_of
 from holdfast.catalog.listing import CheckpointRow, resumable, survey
 from holdfast.catalog.open_any import check_folder
 from holdfast.catalog.paths import open_for_reading
-from holdfast.cli.terminal import JsonOptions, parsed, say, say_json, say_table
+from holdfast.cli.terminal import POSITIONAL, JsonOptions, parsed, say, say_json, say_table
 from holdfast.dashboard.history import commit_time
 from holdfast.errors import DamagedError
+from holdfast.format.names import step_of_folder
 from holdfast.spelling import spelled_age, spelled_bytes, spelled_layout
-
-if TYPE_CHECKING:
-    import tyro
 
 HEAD = ("step", "size", "age", "kind", "layout", "state", "")
 
@@ -32,7 +30,7 @@ class ListArguments(JsonOptions):
     Example: holdfast list outputs/checkpoint
     """
 
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    folder: str = field(metadata=POSITIONAL)
     """Path or URL of a folder of checkpoints."""
 
     verify: bool = False
@@ -47,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
     rows = survey(store, name)
     num_damaged = 0
     if options.verify:
-        # Not at the top: a list that reads no data need not load the verifier.
+        # Not at the top: only `--verify` needs it, and it takes long to import.
         from holdfast.cli.verify import verified
 
         paths = [f"{name}/{row.name}" for row in rows if row.state != "attempt"]
@@ -76,7 +74,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _verified(row: CheckpointRow, report: VerifyReport | None) -> CheckpointRow:
-    """Returns the row with the problem that its report found."""
+    """Returns the row, with the problem that verifying it has found."""
     if row.state != "good" or report is None or report.good:
         return row
     problem = summary_of(report.findings)
@@ -88,7 +86,7 @@ def _verified(row: CheckpointRow, report: VerifyReport | None) -> CheckpointRow:
 def _cells(row: CheckpointRow, resume: int | None) -> tuple[str, ...]:
     time = commit_time(row)
     return (
-        str(row.step) if row.step is not None else row.name,
+        row.name if step_of_folder(row.name) is None else str(row.step),
         "-" if row.nbytes is None else spelled_bytes(row.nbytes),
         "-" if time is None else spelled_age(datetime.now(UTC).timestamp() - time),
         row.kind or "-",

@@ -30,7 +30,7 @@ COMMANDS = {
     "train": "run the reference training on workers of this machine",
     "version": "print the installed versions",
 }
-"""Summary of each command. Written out, since `--help` need not wait for imports."""
+"""Summary of each command, here so that `--help` imports no command."""
 
 INTERRUPTED = 130
 
@@ -41,29 +41,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         prepare_streams()
         if hasattr(signal, "SIGPIPE"):
-            # A reader that closes the pipe early, such as `head`, is no error.
+            # A reader such as `head` may close the pipe early: exit without a traceback.
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         try:
-            status = _status(given)
+            return _run(given)
+        except HoldfastError as error:
+            return _failed(given, error)
+        except ImportError as error:
+            return _failed(given, not_installed(error, f"`holdfast {given[0]}`"))
+        except KeyboardInterrupt:
+            return INTERRUPTED
         finally:
             # Python flushes as it exits, and prints a traceback where that fails.
             sys.stdout.flush()
     except OSError as error:
         return _failed(given, unwritten(error))
-    return status
-
-
-def _status(given: list[str]) -> int:
-    """Run a command, and print its error; returns the exit status."""
-    try:
-        return _run(given)
-    except HoldfastError as error:
-        return _failed(given, error)
-    except ImportError as error:
-        return _failed(given, not_installed(error, f"`holdfast {given[0]}`"))
-    except KeyboardInterrupt:
-        return INTERRUPTED
 
 
 def _failed(given: Sequence[str], error: HoldfastError) -> int:
@@ -83,6 +76,6 @@ def _run(arguments: list[str]) -> int:
     command = command_in("holdfast", COMMANDS, arguments, about, example)
     if command is None:
         return 0
-    # Only the module of this command is imported: `list` must not load what others need.
+    # Imports the module of this command only, since others load torch or numpy.
     status: int = import_module(f"holdfast.cli.{command}").run(arguments[1:])
     return status

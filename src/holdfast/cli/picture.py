@@ -1,4 +1,4 @@
-"""Pictures of a tensor's chunks, drawn with letters."""
+"""Pictures of how a tensor is divided into chunks, drawn with letters."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from string import ascii_lowercase, ascii_uppercase
 from holdfast.format.region import Region
 
 WIDTH_MAX, HEIGHT_MAX = 48, 12
+"""Size of a picture, in letters and lines."""
 
 LETTERS = ascii_uppercase + ascii_lowercase
 
 OTHERS = "#"
-"""Letter of every chunk past the last of `LETTERS`."""
+"""Letter of every further chunk."""
 
 
 def letter(index: int) -> str:

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Literal
 
-from holdfast.catalog.catalog import Catalog, read_manifest
+from holdfast.catalog.catalog import Catalog, read_manifest, sealed_among
 from holdfast.catalog.cleanup import execute, is_at_work, plan_cleanup
+from holdfast.catalog.findings import misnumbered
 from holdfast.catalog.listing import hint_without_steps
 from holdfast.catalog.open_any import check_folder, format_of
 from holdfast.catalog.paths import open_parent
 from holdfast.catalog.replaceable import why_not_removable
-from holdfast.catalog.resumable import misnumbered
-from holdfast.cli.terminal import JsonOptions, parsed, say, say_json, say_table
+from holdfast.catalog.seal import is_sealed
+from holdfast.cli.terminal import POSITIONAL, JsonOptions, parsed, say, say_json, say_table
 from holdfast.cli.verify import stored_bytes
 from holdfast.errors import HoldfastError, NotFoundError, StorageError, UsageError
-from holdfast.format.names import LOCK, hidden_folder_of
+from holdfast.format.names import LOCK, hidden_folder_of, number_of
 from holdfast.manager.policy import STEPS_MIN, Retention, reasons_to_keep
 from holdfast.manager.resume import good_steps
 from holdfast.spelling import counted, spelled_bytes
 from holdfast.storage.opening import folder_store, is_url
-
-if TYPE_CHECKING:
-    import tyro
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ class PruneArguments(JsonOptions):
     Example: holdfast prune outputs/checkpoint --keep-latest-k 3 --dry-run
     """
 
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    folder: str = field(metadata=POSITIONAL)
     """Folder of checkpoints."""
 
     keep_latest_k: int | None = None
@@ -74,7 +73,7 @@ class PruneArguments(JsonOptions):
         if not any(counts):
             return None
         return Retention(
-            # Without `--keep-latest-k`, the number of checkpoints that is always kept.
+            # `Retention` needs a number. This many checkpoints are always kept.
             latest_k=self.keep_latest_k or STEPS_MIN,
             every_n_steps=self.keep_every_n_steps,
             best_k=self.keep_best_k,
@@ -102,7 +101,7 @@ def run(arguments: Sequence[str]) -> int:
     check_folder(store, name)
     catalog = Catalog(folder_store(options.folder))
     listed = catalog.store.list()
-    if not catalog.folders() and not any(hidden_folder_of(entry.rstrip("/")) for entry in listed):
+    if not _folders(catalog) and not any(hidden_folder_of(entry.rstrip("/")) for entry in listed):
         raise NotFoundError(
             f"`{catalog.store.url}` holds no checkpoint of a run",
             hint=hint_without_steps(store, name, listed),
@@ -118,13 +117,20 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def decide(catalog: Catalog, options: PruneArguments) -> list[Decision]:
-    """Decide what stays: checkpoints, oldest first, then leftovers of killed saves.
+def _folders(catalog: Catalog) -> dict[int, str]:
+    """The folder of each step of a run; or, if there is none, of each sealed folder with a number
+    that no other has."""
+    folders = catalog.folders()
+    if folders:
+        return folders
+    sealed = sealed_among(catalog.store, "", catalog.store.list())
+    counts = Counter(map(number_of, sealed))
+    return {n: name for name in sealed if (n := number_of(name)) is not None and counts[n] == 1}
 
-    Raises:
-        UsageError: damaged checkpoints are to be removed, and there is no good one to resume from.
-    """
-    store, folders, retention = catalog.store, catalog.folders(), options.retention
+
+def decide(catalog: Catalog, options: PruneArguments) -> list[Decision]:
+    """Decide which folders stay: checkpoints, oldest first, then leftovers of killed saves."""
+    store, folders, retention = catalog.store, _folders(catalog), options.retention
     good = {candidate.step: candidate for candidate in good_steps(catalog, folders)}
     reasons = {step: ["no rule given"] for step in good}
     if retention is not None:
@@ -148,22 +154,23 @@ def decide(catalog: Catalog, options: PruneArguments) -> list[Decision]:
         if is_at_work(store, action.folder):
             stays, why = True, "another process is at work on it"
         if action.folder not in folders.values():
-            decisions.append(
-                Decision(action.folder, stored_bytes(store, action.folder), stays, why)
-            )
+            nbytes = stored_bytes(store, action.folder)
+            decisions.append(Decision(action.folder, nbytes, stays, why))
     return decisions
 
 
 def _why_not_decided_by_rules(catalog: Catalog, step: int, folder: str) -> str | None:
     """Returns why a folder stays whatever the rules are; None where the rules decide.
 
-    It stays if it holds more than one checkpoint, or a checkpoint of another step, or a Hugging
-    Face folder, or if the disk cannot read it now.
+    It stays if it holds several checkpoints, a checkpoint of another step, or a Hugging Face
+    model, and if the disk cannot read it now.
     """
     store = catalog.store
     try:
         if why := why_not_removable(store, folder):
             return why
+        if is_sealed(store, folder):
+            return None
         manifest = read_manifest(store, folder, entries=False)
         for file in manifest.files:
             with suppress(NotFoundError):
@@ -171,7 +178,7 @@ def _why_not_decided_by_rules(catalog: Catalog, step: int, folder: str) -> str |
     except StorageError as error:
         return error.what  # A failing disk or mount does not mean that the checkpoint is bad.
     except HoldfastError:
-        # `last_save_in_hf` leaves a folder of safetensors without a manifest.
+        # A run whose last save is an export leaves a folder of safetensors without a manifest.
         with suppress(HoldfastError):
             if format_of(store, folder) == "safetensors":
                 return "a Hugging Face folder"
@@ -185,13 +192,8 @@ def _say(decisions: Sequence[Decision], options: PruneArguments) -> None:
         say_json({"folder": options.folder, "done": not options.dry_run, "decisions": listed})
         return
     rows = [
-        (
-            decision.name,
-            spelled_bytes(decision.nbytes),
-            "keep" if decision.stays else "remove",
-            decision.why,
-        )
-        for decision in decisions
+        (one.name, spelled_bytes(one.nbytes), "keep" if one.stays else "remove", one.why)
+        for one in decisions
     ]
     say_table(("folder", "size", "", "why"), rows)
     going = [decision for decision in decisions if not decision.stays]
@@ -201,11 +203,11 @@ def _say(decisions: Sequence[Decision], options: PruneArguments) -> None:
 
 
 def _execute(catalog: Catalog, decisions: Sequence[Decision]) -> None:
-    """Take the names of all checkpoints away first, then delete their files.
+    """Rename all checkpoints first, then delete their files.
 
     A kill in between leaves no checkpoint with half of its files.
     """
-    checkpoints = {*catalog.folders().values()}
+    checkpoints = {*_folders(catalog).values()}
     failed = []
     for decision in decisions:
         if decision.name in checkpoints and not decision.stays:

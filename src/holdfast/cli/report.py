@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
 
 from holdfast.catalog.open_any import check_folder
 from holdfast.catalog.paths import open_for_reading
-from holdfast.cli.terminal import Options, parsed, say
-from holdfast.dashboard.history import history_of
+from holdfast.cli.terminal import POSITIONAL, Options, parsed, say
+from holdfast.dashboard.history import HistoryReader
 from holdfast.dashboard.page import GENERATOR, page
 from holdfast.errors import ExistsError, StorageError
 from holdfast.storage.opening import local_path
 
-if TYPE_CHECKING:
-    import tyro
-
-
 HEAD_BYTES = 4096
-"""Bytes at the start of a file in which a report names its generator."""
+"""Bytes at the start of a report that include the name of its generator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +28,7 @@ class ReportArguments(Options):
     Example: holdfast report outputs/checkpoint
     """
 
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    folder: str = field(metadata=POSITIONAL)
     """Path or URL of a folder of checkpoints."""
 
     out: str = "report.html"
@@ -41,16 +36,12 @@ class ReportArguments(Options):
 
 
 def check_replaceable(target: Path) -> None:
-    """Check that the file to write does not exist, or is an earlier report.
-
-    Raises:
-        ExistsError: another file has the name.
-    """
+    """Check that the file to write does not exist, or is an earlier report."""
     try:
         with target.open("rb") as file:
             is_report = GENERATOR.encode() in file.read(HEAD_BYTES)
     except OSError:
-        return  # No file has the name; or it cannot be replaced, and the write raises.
+        return  # There is no such file, or the write below raises.
     if not is_report:
         raise ExistsError(
             f"`{target}` exists, and is not a page of `holdfast report`",
@@ -65,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
     target = Path(options.out)
     check_replaceable(target)
     check_folder(*open_for_reading(options.folder))
-    text = page(history_of(options.folder), datetime.now(UTC))
+    text = page(HistoryReader(options.folder).read(), datetime.now(UTC))
     part = target.with_name(f".{target.name}.part")
     try:
         part.write_bytes(text.encode(errors="replace"))

@@ -7,15 +7,14 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
-from typing import Annotated
 
 import tyro
 
 from holdfast.catalog.open_any import check_folder
 from holdfast.catalog.paths import open_parent
-from holdfast.cli.terminal import Options, parsed, say, say_error
+from holdfast.cli.terminal import POSITIONAL, Options, parsed, say, say_error
 from holdfast.errors import ExistsError, StorageError, UsageError
 from holdfast.skills.startup import refresh
 from holdfast.spelling import counted
@@ -33,11 +32,11 @@ class ServeArguments(Options):
     Example: holdfast serve outputs/checkpoint --max-age 3600
     """
 
-    folders: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    folders: tuple[str, ...] = field(metadata=POSITIONAL)
     """Folders of checkpoints. One that does not exist yet is shown once it does."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. There is no login: whoever can reach it can read."""
+    """Address to listen on. There is no login: everyone who can reach it can read."""
 
     port: int = 8420
     """Port to listen on; 0 for any free port."""
@@ -74,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
         server.should_exit = True
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        # The running server has its own handlers, which raise the signal again at the end.
+        # The server's own handlers replace these while it runs, and raise the signal at the end.
         signal.signal(number, stop)
     host, port = listener.getsockname()[:2]
     say(f"serving {counted(len(options.folders), 'folder')} at http://{_in_url(host)}:{port}")
@@ -107,12 +106,7 @@ def check(options: ServeArguments) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Returns a socket that listens on an address.
-
-    Raises:
-        ExistsError: another process listens there.
-        StorageError: the address cannot be listened on.
-    """
+    """Returns a socket that listens on an address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)

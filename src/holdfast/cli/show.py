@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 from holdfast.catalog.findings import FORMATS, components_of, kind_of
 from holdfast.catalog.open_any import OpenCheckpoint, open_any
 from holdfast.catalog.paths import open_for_reading
 from holdfast.cli import values
 from holdfast.cli.picture import draw, letter
-from holdfast.cli.terminal import JsonOptions, parsed, progress, say, say_json, spelled_shape
+from holdfast.cli.terminal import (
+    POSITIONAL,
+    JsonOptions,
+    parsed,
+    progress,
+    say,
+    say_json,
+    spelled_shape,
+)
 from holdfast.cli.tree import INDENT, count, lines, tree_of
 from holdfast.errors import NotFoundError, UsageError
 from holdfast.format.components import COMPONENTS, MODEL
 from holdfast.format.manifest import Chunk, Manifest, TensorEntry
 from holdfast.spelling import counted, spelled_bytes, spelled_layout
-
-if TYPE_CHECKING:
-    import tyro
 
 CHUNKS_MAX = 52
 """Chunks of a tensor that are printed."""
@@ -40,14 +45,14 @@ class ShowArguments(JsonOptions):
     Example: holdfast show outputs/checkpoint/step-500
     """
 
-    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+    path: str = field(metadata=POSITIONAL)
     """Path or URL of a checkpoint."""
 
-    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ""
+    name: str = field(default="", metadata=POSITIONAL)
     """Name of a tensor or value, or the beginning of several names."""
 
     each: bool = False
-    """List every block, also those that are equal."""
+    """List every block, even if several are equal."""
 
     stats: bool = False
     """With NAME: read the tensor, and print minimum, maximum, mean, standard deviation, and the
@@ -58,7 +63,7 @@ class ShowArguments(JsonOptions):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print what the checkpoint holds; returns the exit status."""
+    """Print the contents of the checkpoint; returns the exit status."""
     options = parsed(ShowArguments, "show", arguments)
     checkpoint = open_any(*open_for_reading(options.path))
     tensors = chosen(checkpoint, options.name)
@@ -66,8 +71,10 @@ def run(arguments: Sequence[str]) -> int:
     entry = tensors.get(options.name)
     data = _data(options, checkpoint, entry)
     if options.json:
-        contents = {"contents": values.as_json(checkpoint, names)} if names else {}
-        say_json({**_as_json(checkpoint, tensors), **data, **contents})
+        if names:
+            read = values.read(checkpoint, names)
+            data["contents"] = {name: values.as_json(value) for name, value in read}
+        say_json({**_as_json(checkpoint, tensors), **data})
         return 0
     if entry is not None:
         _say_tensor(options.name, entry)
@@ -85,11 +92,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def chosen(checkpoint: OpenCheckpoint, name: str) -> Mapping[str, TensorEntry]:
-    """Returns the tensor called `name`, or all below that name; all tensors where it is empty.
-
-    Raises:
-        NotFoundError: neither a tensor nor a value has that name, or is below it.
-    """
+    """Returns the tensor called `name`, or all below that name; all tensors if `name` is empty."""
     tensors = checkpoint.manifest.tensors
     if not name:
         return tensors
@@ -97,34 +100,30 @@ def chosen(checkpoint: OpenCheckpoint, name: str) -> Mapping[str, TensorEntry]:
         return {name: tensors[name]}
     below = {other: entry for other, entry in tensors.items() if other.startswith(f"{name}.")}
     if not below and not values.below(checkpoint, name):
-        near = difflib.get_close_matches(name, checkpoint.manifest.names(), n=3)
-        raise NotFoundError(
-            f"`{checkpoint.where}` holds no `{name}`",
-            hint=f"similar names: {', '.join(near)}"
-            if near
-            else f"holdfast show {checkpoint.where}",
-        )
+        near = ", ".join(difflib.get_close_matches(name, checkpoint.manifest.names(), n=3))
+        hint = f"similar names: {near}" if near else f"holdfast show {checkpoint.where}"
+        raise NotFoundError(f"`{checkpoint.where}` holds no `{name}`", hint=hint)
     return below
 
 
 def _data(
     options: ShowArguments, checkpoint: OpenCheckpoint, entry: TensorEntry | None
 ) -> dict[str, Any]:
-    """Returns the statistics and first elements of a tensor, where options ask for them.
+    """Returns the statistics and first elements of a tensor, as the options request.
 
-    The element of a one-element tensor is always returned: training loops count steps in one.
+    The element of a one-element tensor is always returned, since such tensors count steps.
     """
     single = entry is not None and prod(entry.shape) == 1
     if not options.stats and not options.values and not single:
         return {}
     if options.name in checkpoint.manifest.values and not options.stats:
-        return {}  # A value is shown with or without `--values`.
+        return {}  # The caller prints values with or without `--values`.
     if entry is None:
         raise UsageError(
             "`--stats` and `--values` read one tensor",
             hint=f"its name after the path: holdfast show {options.path} NAME --stats",
         )
-    # Not at the top: they load numpy, which the tree does not need.
+    # Not at the top: they import numpy, which the tree does not need.
     from holdfast.cli.elements import WITHOUT_NUMBERS, corner, statistics
     from holdfast.tensors.stored import StoredTensors
 
@@ -140,13 +139,12 @@ def _data(
 
 def _say_values(checkpoint: OpenCheckpoint, names: Sequence[str]) -> None:
     """Print each value with its name, the bytes of its container and its file."""
-    shown = names[:VALUES_MAX]
-    for name, value in zip(shown, values.spelled(checkpoint, shown), strict=True):
+    for name, value in values.read(checkpoint, names[:VALUES_MAX]):
         entry = checkpoint.manifest.values[name]
         nbytes = "" if checkpoint.format == "torch" else f"{spelled_bytes(entry.item.nbytes)}  "
-        say(f"{name}  {value}  {nbytes}{entry.file}")
-    if len(names) > len(shown):
-        say(f"and {len(names) - len(shown)} more values: --json lists all")
+        say(f"{name}  {values.spelled(value)}  {nbytes}{entry.file}")
+    if len(names) > VALUES_MAX:
+        say(f"and {len(names) - VALUES_MAX} more values: --json lists all")
 
 
 def _say_data(data: Mapping[str, Any]) -> None:
@@ -194,23 +192,16 @@ def summarized_components(manifest: Manifest) -> dict[str, dict[str, int]]:
 
     Elements and bytes of tied tensors count once.
     """
-    tensors: dict[str, list[TensorEntry]] = {}
-    num_values: dict[str, int] = {}
-    component_of = components_of(manifest)
-    for name, entry in manifest.tensors.items():
-        tensors.setdefault(component_of[name], []).append(entry)
-    for name in manifest.values:
-        num_values[component_of[name]] = num_values.get(component_of[name], 0) + 1
+    names: dict[str, list[str]] = {}
+    for name, component in components_of(manifest).items():
+        names.setdefault(component, []).append(name)
     summary = {}
-    for component in sorted({*tensors, *num_values}, key=lambda name: (name != MODEL, name)):
-        entries = tensors.get(component, [])
-        elements, nbytes = count(entries)
-        summary[component] = {
-            "tensors": len(entries),
-            "elements": elements,
-            "nbytes": nbytes,
-            "values": num_values.get(component, 0),
-        }
+    for component in sorted(names, key=lambda name: (name != MODEL, name)):
+        tensors = [manifest.tensors[n] for n in names[component] if n in manifest.tensors]
+        elements, nbytes = count(tensors)
+        num_values = len(names[component]) - len(tensors)
+        sums = {"tensors": len(tensors), "elements": elements, "nbytes": nbytes}
+        summary[component] = {**sums, "values": num_values}
     return summary
 
 
@@ -253,18 +244,14 @@ def _as_json(checkpoint: OpenCheckpoint, tensors: Mapping[str, TensorEntry]) -> 
                 "dtype": entry.dtype,
                 "shape": entry.shape,
                 "nbytes": entry.nbytes,
-                "chunks": [
-                    {
-                        "start": chunk.region.start,
-                        "stop": chunk.region.stop,
-                        "file": chunk.file,
-                        "item": [chunk.item.offset, chunk.item.nbytes],
-                        "data": chunk.data_offset,
-                    }
-                    for chunk in entry.chunks
-                ],
+                "chunks": [_chunk_as_json(chunk) for chunk in entry.chunks],
             }
             for name, entry in tensors.items()
         },
         "values": sorted(manifest.values),
     }
+
+
+def _chunk_as_json(chunk: Chunk) -> dict[str, Any]:
+    bounds, item = asdict(chunk.region), [chunk.item.offset, chunk.item.nbytes]
+    return {**bounds, "file": chunk.file, "item": item, "data": chunk.data_offset}

@@ -6,23 +6,28 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from holdfast.arguments import nearest
-from holdfast.cli.terminal import JsonOptions, Options, command_in, parsed, say, say_json, say_table
+from holdfast.cli.terminal import (
+    POSITIONAL,
+    JsonOptions,
+    Options,
+    command_in,
+    parsed,
+    say,
+    say_json,
+    say_table,
+)
 from holdfast.errors import ExistsError, MismatchError, NotFoundError, StorageError
 from holdfast.release import installed_version
 from holdfast.skills import sync
-from holdfast.skills.bundle import ENTRY, Skill, shipped
+from holdfast.skills.bundle import ENTRY, Skill, shipped, shipped_skill
 from holdfast.skills.copies import Copies
 from holdfast.skills.targets import all_targets, target_of
 from holdfast.storage.opening import local_path
-
-Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,16 +43,15 @@ class CopiesOptions(Options):
     @property
     def copies(self) -> Copies:
         """Copies in the chosen folder."""
-        here, environment = Path(local_path(".")), os.environ
-        target = target_of(self.to, project=self.project, environment=environment, here=here)
-        return Copies(target.root, categories=target.categories)
+        here = Path(local_path("."))
+        return target_of(self.to, project=self.project, environment=os.environ, here=here)
 
 
 @dataclass(frozen=True, slots=True)
 class CopyOptions(CopiesOptions):
     """Options of a command on one copy."""
 
-    name: Name
+    name: str = field(metadata=POSITIONAL)
     """Name of the skill."""
 
 
@@ -69,10 +73,10 @@ class SkillsShow(JsonOptions):
     Example: holdfast skills show holdfast references/resume.md
     """
 
-    name: Name
+    name: str = field(metadata=POSITIONAL)
     """Name of the skill."""
 
-    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = ENTRY
+    file: str = field(default=ENTRY, metadata=POSITIONAL)
     """Path below the skill's folder."""
 
 
@@ -86,7 +90,7 @@ class SkillsSync(CopiesOptions):
     """
 
     dry_run: bool = False
-    """Only print what would be done."""
+    """Only print the changes that a sync would make."""
 
     check: bool = False
     """As --dry-run, and exit with 6 where anything would be done."""
@@ -106,7 +110,7 @@ class SkillsUpdate(JsonOptions):
 
 @dataclass(frozen=True, slots=True)
 class SkillsDiff(CopyOptions):
-    """Compare your copy with the shipped skill: what a reset would change.
+    """Compare your copy with the shipped skill: the changes that a reset would make.
 
     Example: holdfast skills diff holdfast
     """
@@ -155,7 +159,7 @@ def _list(options: SkillsList) -> None:
 
 
 def _show(options: SkillsShow) -> None:
-    skill = sync.shipped_skill(options.name)
+    skill = shipped_skill(options.name)
     if options.file not in skill.files:
         raise NotFoundError(
             f"skill `{skill.name}` has no file `{options.file}`",
@@ -179,8 +183,7 @@ def _sync(options: SkillsSync) -> None:
 
 def _update(options: SkillsUpdate) -> None:
     targets = all_targets(os.environ, Path(local_path(".")))
-    folders = [Copies(target.root, categories=target.categories) for target in targets]
-    synced_before = [copies for copies in folders if copies.state.is_dir()]
+    synced_before = [copies for copies in targets if copies.state.is_dir()]
     if not synced_before:
         raise NotFoundError("no folder of skills was synced yet", hint="holdfast skills sync")
     version = installed_version()
@@ -202,13 +205,12 @@ def _say_synced(results: Sequence[sync.Synced], *, json: bool) -> None:
 
 
 def _diff(options: SkillsDiff) -> None:
-    skill = sync.shipped_skill(options.name)
+    skill = shipped_skill(options.name)
     differences = _differences(skill, options.copies)
     if options.json:
         say_json({"name": skill.name, "files": differences})
         return
-    for lines in differences.values():
-        sys.stdout.write(lines)
+    sys.stdout.write("".join(differences.values()))
 
 
 def _differences(skill: Skill, copies: Copies) -> dict[str, str]:
@@ -231,17 +233,16 @@ def _differences(skill: Skill, copies: Copies) -> dict[str, str]:
 
 
 def _reset(options: SkillsReset) -> None:
-    skill, copies = sync.shipped_skill(options.name), options.copies
+    skill, copies = shipped_skill(options.name), options.copies
     archive = sync.reset(skill, copies, installed_version())
     say(f"{copies.folder(skill.name)} is as shipped" + (f"; yours: {archive}" if archive else ""))
 
 
 def _remove(options: SkillsRemove) -> None:
-    skill, copies = sync.shipped_skill(options.name), options.copies
+    skill, copies = shipped_skill(options.name), options.copies
     archive = sync.remove(skill, copies, installed_version())
-    say(
-        f"{copies.folder(skill.name)} is gone for good" + (f"; yours: {archive}" if archive else "")
-    )
+    kept = f"; yours: {archive}" if archive else ""
+    say(f"{copies.folder(skill.name)} is gone for good{kept}")
 
 
 COMMANDS: dict[str, tuple[str, type[Any], Callable[[Any], None]]] = {

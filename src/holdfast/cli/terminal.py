@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Any, TextIO, TypeVar
+from typing import Annotated, Any, TextIO, TypeVar, get_type_hints
 
 from holdfast.errors import StorageError, UsageError
 from holdfast.spelling import finite, spelled_age, spelled_bytes
@@ -21,6 +21,9 @@ T = TypeVar("T")
 
 LINE_S = 30.0
 """Seconds between two progress lines in a log."""
+
+POSITIONAL = {"positional": True}
+"""Metadata of a field that is given by its place on the command line, without `--name`."""
 
 _STYLES = {"good": "green", "damaged": "bold red", "attempt": "yellow", "resume": "bold"}
 """Colour of a table cell, by its text."""
@@ -44,8 +47,7 @@ class JsonOptions(Options):
 
 def parsed(kind: type[T], command: str, arguments: Sequence[str]) -> T:
     """Parse the arguments of a command into its dataclass `kind`. Ends the process after help or an
-    error. Commands import tyro for type checkers only: loading it takes longer than all else that
-    `list` does.
+    error.
     """
     simple = parsed_without_tyro(kind, arguments)
     if simple is not None:
@@ -62,36 +64,43 @@ def parsed(kind: type[T], command: str, arguments: Sequence[str]) -> T:
 
 
 def with_tyro(kind: type) -> type:
-    """Returns `kind` after adding `tyro` to its module, where its annotations look it up."""
+    """Returns `kind` after annotating its positional fields for tyro."""
     import tyro
 
-    vars(sys.modules[kind.__module__])["tyro"] = tyro
+    assert is_dataclass(kind)
+    hints = get_type_hints(kind)
+    for name in (field.name for field in fields(kind) if field.metadata == POSITIONAL):
+        argument = tyro.conf.arg(metavar=name.upper())
+        kind.__annotations__[name] = Annotated[hints[name], tyro.conf.Positional, argument]
     return kind
 
 
 def parsed_without_tyro(kind: type[T], arguments: Sequence[str]) -> T | None:
     """Parse valid command lines of positional text and switches only; None for all others.
 
-    Gives what tyro would give: a test compares the two for every command.
+    Importing tyro takes longer than the rest of `holdfast list`. A test compares the two parsers
+    for every command.
     """
     assert is_dataclass(kind)
-    annotations = {field.name: str(field.type) for field in fields(kind)}
-    positional = [name for name, text in annotations.items() if "tyro.conf.Positional" in text]
+    positional = [field for field in fields(kind) if field.metadata == POSITIONAL]
+    names = [field.name for field in positional]
+    required = [field.name for field in fields(kind) if field.default is MISSING]
     switches = {
-        f"--{name.replace('_', '-')}": name for name, text in annotations.items() if text == "bool"
+        f"--{field.name.replace('_', '-')}": field.name
+        for field in fields(kind)
+        if field.type == "bool"
     }
     texts = [argument for argument in arguments if not argument.startswith("-")]
     flags = [argument for argument in arguments if argument.startswith("-")]
-    required = [field.name for field in fields(kind) if field.default is MISSING]
     if (
-        not all(annotations[name].startswith("Annotated[str,") for name in positional)
+        any(field.type != "str" for field in positional)
         or not set(flags) <= switches.keys()
         or len(set(flags)) < len(flags)
-        or required != positional[: len(required)]
-        or not len(required) <= len(texts) <= len(positional)
+        or required != names[: len(required)]
+        or not len(required) <= len(texts) <= len(names)
     ):
         return None
-    values = dict(zip(positional, texts, strict=False))
+    values = dict(zip(names, texts, strict=False))
     made: T = kind(**values, **{switches[flag]: True for flag in flags})
     return made
 
@@ -102,9 +111,6 @@ def command_in(
     """Returns the command that the arguments begin with; None after printing help.
 
     `commands` maps each command to its summary.
-
-    Raises:
-        UsageError: no command, or an unknown one.
     """
     command = arguments[0] if arguments else ""
     if command in ("-h", "--help"):
@@ -116,32 +122,32 @@ def command_in(
         return None
     if command not in commands:
         near = difflib.get_close_matches(command, commands, n=1)
+        problem = f"has no command `{command}`" if command else "needs a command"
         listed = f"commands: {', '.join(commands)}"
-        raise UsageError(
-            f"`{program}` has no command `{command}`"
-            if command
-            else f"`{program}` needs a command",
-            hint=f"did you mean `{program} {near[0]}`?" if near else listed,
-        )
+        hint = f"did you mean `{program} {near[0]}`?" if near else listed
+        raise UsageError(f"`{program}` {problem}", hint=hint)
     return command
 
 
 def prepare_streams() -> None:
-    """Make stdout and stderr accept any text. A character that the encoding lacks is written as an
-    escape; a stream that the shell has closed is replaced by the null device.
+    """Make stdout and stderr accept any text.
+
+    A character that the encoding lacks is written as an escape. A stream that the shell has closed
+    is replaced by the null device.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            # Also takes the free descriptor: the next file to be opened must not become stdout.
+            # This takes the free descriptor, so the next file to be opened does not become stdout.
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
             setattr(sys, name, stream)
         stream.reconfigure(errors="backslashreplace")
 
 
 def unwritten(error: OSError) -> StorageError:
-    """Returns the error for output that could not be written. Discards the rest of the output:
-    Python would fail on it again as it exits.
+    """Returns the error for output that could not be written.
+
+    Discards the rest of the output, or Python would fail on it again as it exits.
     """
     if error.filename is not None or isinstance(error, FileNotFoundError):
         return StorageError(f"{error}")
@@ -153,7 +159,7 @@ def unwritten(error: OSError) -> StorageError:
 
 
 def _discard(stream: TextIO) -> None:
-    """Send everything that a stream still writes to the null device."""
+    """Send all further output of a stream to the null device."""
     with suppress(OSError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -161,7 +167,7 @@ def _discard(stream: TextIO) -> None:
 
 
 def say_error(line: str) -> None:
-    """Print a line to stderr. Where stderr cannot be written, the exit status must suffice."""
+    """Print a line to stderr; does nothing where stderr cannot be written."""
     try:
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
@@ -181,7 +187,7 @@ def say_json(value: Any) -> None:
 
 
 def say_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: with lines and colour on a terminal, as plain columns elsewhere."""
+    """Print a table: with rules and colours on a terminal, as plain columns elsewhere."""
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
@@ -216,14 +222,14 @@ def spelled_shape(shape: Sequence[int]) -> str:
 def progress(label: str, nbytes: int) -> Iterator[Callable[[int], None]]:
     """Show progress on stderr; yields a function to call with each number of bytes done.
 
-    A terminal gets a bar with rate and time left. A log gets a line every `LINE_S` seconds, so that
-    readers see that the command is still working.
+    A terminal gets a bar with rate and time left. A log gets a line every `LINE_S` seconds, as a
+    sign that the command is not stuck.
     """
     if not nbytes:
         yield lambda _: None
         return
     if not sys.stderr.isatty():
-        yield _Lines(label, nbytes).advance
+        yield _line_printer(label, nbytes)
         return
     from rich import progress as rich
     from rich.console import Console
@@ -235,22 +241,22 @@ def progress(label: str, nbytes: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: bar.advance(task, done)
 
 
-class _Lines:
-    """Progress as lines of a log. `advance` may be called from any thread."""
+def _line_printer(label: str, nbytes: int) -> Callable[[int], None]:
+    """Returns a function that prints progress to a log. Any thread may call it."""
+    done, started = 0, time.monotonic()
+    printed, mutex = started, threading.Lock()
 
-    def __init__(self, label: str, nbytes: int) -> None:
-        self._label, self._nbytes, self._done = label, nbytes, 0
-        self._started = self._printed = time.monotonic()
-        self._mutex = threading.Lock()
-
-    def advance(self, nbytes: int) -> None:
-        with self._mutex:
-            self._done += nbytes
+    def advance(count: int) -> None:
+        nonlocal done, printed
+        with mutex:
+            done += count
             now = time.monotonic()
-            if now - self._printed < LINE_S:
+            if now - printed < LINE_S:
                 return
-            self._printed, elapsed = now, now - self._started
-        left = elapsed * (self._nbytes - self._done) / max(self._done, 1)
-        done = f"{spelled_bytes(self._done)} of {spelled_bytes(self._nbytes)}"
-        rate = f"{spelled_bytes(int(self._done / elapsed))}/s"
-        say_error(f"{self._label}: {done}, {rate}, {spelled_age(left)} left")
+            printed = now
+        left_s = (now - started) * (nbytes - done) / max(done, 1)
+        rate = f"{spelled_bytes(int(done / (now - started)))}/s"
+        amount = f"{spelled_bytes(done)} of {spelled_bytes(nbytes)}"
+        say_error(f"{label}: {amount}, {rate}, {spelled_age(left_s)} left")
+
+    return advance

@@ -31,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
     elif not any(argument.startswith("--job.config") for argument in arguments):
         arguments = ["--job.config_file", _config_file(os.environ), *arguments]
     sys.stdout.flush()
-    # A new process, since the launcher forks its workers from one without other threads or modules.
+    # A new process: the launcher forks its workers, so it must have no other threads or modules.
     launcher = [sys.executable, "-m", "holdfast.trainer.launch", *arguments]
     os.execv(sys.executable, launcher)
 

@@ -59,7 +59,7 @@ def count(entries: list[TensorEntry]) -> tuple[int, int]:
 
 
 def _grouped(node: TreeNode, each: bool) -> Iterator[tuple[list[str], TreeNode]]:
-    """Yields the children in order, with equal numbered neighbours as one: names, first node."""
+    """Yields the children, each as names and node. Equal numbered neighbours are one child."""
     members = list(node.children.items())
     if all(name.isdecimal() for name in node.children):
         members.sort(key=lambda member: int(member[0]))
@@ -77,7 +77,7 @@ def _signature(node: TreeNode) -> tuple[object, ...]:
 
 
 def _joined(names: list[str], node: TreeNode) -> tuple[str, TreeNode]:
-    """Join a chain of nodes with one child each; returns its name and its last node."""
+    """Follow a chain of nodes with one child each; returns its joined name and its last node."""
     name = names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
     while len(node.children) == 1 and not node.leaves:
         ((below, node),) = node.children.items()

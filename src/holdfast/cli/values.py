@@ -1,4 +1,4 @@
-"""The values (entries that are not tensors) of a checkpoint: read, checked, as text or JSON."""
+"""The values in a checkpoint, verified, as text or JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from holdfast.format import container
 from holdfast.format.manifest import Span, ValueEntry
 
 MEMBERS_MAX = 100_000
-"""Members of one value that are printed as JSON."""
+"""Most members of one value that are printed as JSON."""
 
 
 def below(checkpoint: OpenCheckpoint, name: str) -> list[str]:
@@ -23,26 +23,13 @@ def below(checkpoint: OpenCheckpoint, name: str) -> list[str]:
     return [name] if name in values else [value for value in values if value.startswith(f"{name}.")]
 
 
-def spelled(checkpoint: OpenCheckpoint, names: Sequence[str]) -> Iterator[str]:
-    """Yields each value as Python writes it, or why it cannot be shown.
-
-    Raises:
-        DamagedError: bytes that do not match their checksum.
-    """
-    for value in _read(checkpoint, names):
-        yield str(value) if isinstance(value, FormatError) else container.spelled(value)
+def spelled(value: object) -> str:
+    """Returns a value that was read as Python writes it, or why it cannot be shown."""
+    return str(value) if isinstance(value, FormatError) else container.spelled(value)
 
 
-def as_json(checkpoint: OpenCheckpoint, names: Sequence[str]) -> dict[str, Any]:
-    """Returns the values by name, as types of JSON; text where JSON has no such type.
-
-    Raises:
-        DamagedError: bytes that do not match their checksum.
-    """
-    return dict(zip(names, map(_converted, _read(checkpoint, names)), strict=True))
-
-
-def _converted(value: object) -> Any:
+def as_json(value: object) -> Any:
+    """Returns a value that was read as types of JSON; text where JSON has no such type."""
     if isinstance(value, FormatError):
         return value.what
     try:
@@ -51,16 +38,20 @@ def _converted(value: object) -> Any:
         return error.what
 
 
-def _read(checkpoint: OpenCheckpoint, names: Sequence[str]) -> Iterator[object]:
-    """Yields each value, or the error that says why it cannot be decoded."""
+def read(checkpoint: OpenCheckpoint, names: Sequence[str]) -> Iterator[tuple[str, object]]:
+    """Yields each name with its value, or with the error that says why it cannot be decoded.
+
+    Raises:
+        DamagedError: bytes that do not match their checksum.
+    """
     decoded: dict[tuple[str, Span], object] = {}
     for name in names:
         entry = checkpoint.manifest.values[name]
         key = entry.file, entry.item
-        # Equal values share a container, except in a `.pt` file: there one container holds all.
+        # Equal values share a container. In a `.pt` file one container holds all values.
         if key not in decoded or checkpoint.format == "torch":
             decoded[key] = _read_one(checkpoint, name, entry)
-        yield decoded[key]
+        yield name, decoded[key]
 
 
 def _read_one(checkpoint: OpenCheckpoint, name: str, entry: ValueEntry) -> object:

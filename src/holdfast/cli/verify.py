@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from holdfast.catalog.catalog import steps_in
 from holdfast.catalog.findings import FORMATS, VerifyReport, by_cause
@@ -13,9 +13,11 @@ from holdfast.catalog.marks import clear_damaged, damaged_steps, mark_damaged
 from holdfast.catalog.open_any import format_of, is_folder
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.pieces import note_on
+from holdfast.catalog.seal import is_sealed, read_seal
 from holdfast.catalog.steady import is_deleted
 from holdfast.catalog.verify import VerifyTarget, failed, verify
 from holdfast.cli.terminal import (
+    POSITIONAL,
     JsonOptions,
     parsed,
     progress,
@@ -30,10 +32,8 @@ from holdfast.spelling import counted, spelled_bytes
 from holdfast.storage.opening import folder_store, is_url
 from holdfast.storage.store import ReadStore
 
-if TYPE_CHECKING:
-    import tyro
-
 CAUSES_MAX = 50
+"""Causes of damage that are printed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class VerifyArguments(JsonOptions):
     Example: holdfast verify outputs/checkpoint/step-500
     """
 
-    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+    path: str = field(metadata=POSITIONAL)
     """Path or URL of a checkpoint, or of a folder of checkpoints."""
 
     quick: bool = False
@@ -139,9 +139,10 @@ def _mark(reports: Sequence[VerifyReport]) -> None:
 
 
 def stored_bytes(store: ReadStore, name: str) -> int:
-    """Returns the bytes of a checkpoint's files, without those whose size cannot be read."""
+    """Returns the bytes of a checkpoint's files. Skips files whose size cannot be read."""
     try:
-        files = [f"{name}/{file}" for file in store.list(name) if not file.endswith("/")]
+        listed = read_seal(store, name).files if is_sealed(store, name) else store.list(name)
+        files = [f"{name}/{file}" for file in listed if not file.endswith("/")]
     except HoldfastError:
         files = [name]
     nbytes = 0
@@ -154,7 +155,9 @@ def stored_bytes(store: ReadStore, name: str) -> int:
 def resumable(reports: Sequence[VerifyReport], marked: Collection[int]) -> int | None:
     """Returns the newest step that loads, can be resumed from, and is not marked as damaged."""
     steps = [
-        step_of_folder(report.where.rpartition("/")[2])
+        report.step
+        if report.format == "sealed"
+        else step_of_folder(report.where.rpartition("/")[2])
         for report in reports
         if report.loads and report.why_not is None
     ]
@@ -162,11 +165,12 @@ def resumable(reports: Sequence[VerifyReport], marked: Collection[int]) -> int |
 
 
 def _say(report: VerifyReport, quick: bool, *, is_file: bool) -> None:
-    # The name of a folder shows its format, mostly; a file could have any.
+    # A file's name does not say which format it has; a folder's mostly does.
     form = f", {FORMATS[report.format]}" if is_file and report.format else ""
     if report.good:
         verdict = "its structure is good" if quick else "good"
-        entries = "1 entry" if report.num_entries == 1 else f"{report.num_entries:,} entries"
+        one, several = ("file", "files") if report.format == "sealed" else ("entry", "entries")
+        entries = f"1 {one}" if report.num_entries == 1 else f"{report.num_entries:,} {several}"
         say(f"{report.where}: {verdict}{form}, {entries}, {spelled_bytes(report.nbytes)}")
     else:
         places = counted(len(report.findings), "place")

@@ -19,11 +19,10 @@ from holdfast.convert.target import (
     write_torch_file,
 )
 from holdfast.errors import NotFoundError
-from holdfast.format.manifest import Kind, Path
+from holdfast.format.manifest import Kind, Manifest, Path
 from holdfast.format.names import step_of
 from holdfast.format.structure import Node
 from holdfast.release import installed_version
-from holdfast.saving.publish import Facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +43,8 @@ class ConvertResult:
 
 
 def convert(planned: ConvertPlan, target: str, advance: Advance = lambda _: None) -> ConvertResult:
-    """Convert to the path `target`: see `convert_to`.
-
-    Raises:
-        UsageError: a full checkpoint of one step to the folder of another.
-    """
-    # First, so that no folder is created if the values cannot be converted.
+    """Convert to the path `target`: see `convert_to`."""
+    # Encode values first: if one cannot be converted, no folder has been created.
     values = values_of(planned)
     if planned.options.to == "dcp":
         check_number(target, _kind(planned), planned.opened.checkpoint.manifest.step)
@@ -103,12 +98,15 @@ def _write(target: ConvertTarget, planned: ConvertPlan, values: Values, advance:
     return write_checkpoint(target, outputs, values, facts, advance, structure=structure)
 
 
-def _facts(target: ConvertTarget, planned: ConvertPlan) -> Facts:
-    """Return the manifest's facts. A step number in the target's name overrides the source's."""
+def _facts(target: ConvertTarget, planned: ConvertPlan) -> Manifest:
+    """Return the manifest without entries and files. A step number in the target's name overrides
+    the source's."""
     manifest = planned.opened.checkpoint.manifest
     step = step_of(target.name)
     components = manifest.components
-    return Facts(
+    return Manifest(
+        tensors={},
+        values={},
         step=manifest.step if step is None else step,
         kind=_kind(planned),
         layout={"world_size": 1},

@@ -88,13 +88,7 @@ class ConvertPlan:
 
 
 def plan(source: str, options: ConvertOptions) -> ConvertPlan:
-    """Plan a conversion, with all checks that need no data.
-
-    Raises:
-        NotFoundError: there is no checkpoint at `source`.
-        MismatchError: its tensors do not match the configuration; all differences are listed.
-        UsageError: an option that cannot be used with this source.
-    """
+    """Plan a conversion, with all checks that need no data."""
     opened = open_source(source)
     assets = None if options.hf_assets is None else fetched(options.hf_assets, assets_only=True)
     model: Tensors = opened.model
@@ -197,26 +191,35 @@ def _outputs(tensors: Tensors, options: ConvertOptions) -> dict[str, Output]:
 
 def _from_hf(both: _BothDialects, options: ConvertOptions) -> Outputs:
     """Return the outputs of a Hugging Face model under native names."""
-    native, aliases = both.native, both.mapping.aliases["native"]
-    new_names = renamed([*native.infos, *aliases], options.names or "meta")
-    outputs = {
-        new_names[name]: replace(output, path=(new_names[name],))
-        for name, output in _outputs(native, options).items()
+    outputs = _outputs(both.native, options)
+    for name, first in both.mapping.aliases["native"].items():
+        outputs[name] = replace(outputs[first], path=(name,), same_as=first)
+    return _in_dialect(outputs, options.names or "meta", both.native)
+
+
+def _in_dialect(outputs: Outputs, dialect: Literal["meta", "titan"], model: Tensors) -> Outputs:
+    """Return outputs under the names of another native dialect, with the balancing biases that
+    TorchTitan expects."""
+    keys = {str(key) for output in outputs.values() for key in output.path}
+    new_names = renamed([*outputs, *keys], dialect)
+    added: dict[str, Output] = {}
+    if dialect == "titan":
+        above = next((o.path[:-1] for o in outputs.values() if o.path[-1] == o.name), ())
+        zeros = Zeros(balances({name: info.shape for name, info in model.infos.items()}))
+        for name, titan_name in renamed(zeros.infos, "titan").items():
+            path = (*above, titan_name)
+            added[_joined(path)] = Output(zeros, name, "float32", path)
+    return {
+        **added,
+        **{
+            new_names[name]: replace(
+                output,
+                path=tuple(new_names[key] if isinstance(key, str) else key for key in output.path),
+                same_as=new_names[output.same_as] if output.same_as else "",
+            )
+            for name, output in outputs.items()
+        },
     }
-    for name, first in aliases.items():
-        path, same_as = (new_names[name],), new_names[first]
-        outputs[new_names[name]] = replace(outputs[same_as], path=path, same_as=same_as)
-    return {**outputs, **(_balances(native) if options.names == "titan" else {})}
-
-
-def _balances(model: Tensors, above: Path = ()) -> Outputs:
-    """Return zeros for the balancing biases that TorchTitan expects. `above`: the model's path."""
-    zeros = Zeros(balances({name: info.shape for name, info in model.infos.items()}))
-    outputs = {}
-    for name, titan_name in renamed(zeros.infos, "titan").items():
-        path = (*above, titan_name)
-        outputs[_joined(path)] = Output(zeros, name, "float32", path)
-    return outputs
 
 
 def _adapter(
@@ -276,23 +279,7 @@ def _native(opened: ConvertSource, model: Tensors, options: ConvertOptions) -> O
             first = first_names.setdefault(chunks, full_name)
             output = replace(output, same_as=first if first != full_name else "")
         outputs[full_name] = output
-    if options.names is None:
-        return outputs
-    keys = {str(key) for output in outputs.values() for key in output.path}
-    new_names = renamed([*outputs, *keys], options.names)
-    above = next((o.path[:-1] for o in outputs.values() if o.path[-1] == o.name), ())
-    added = _balances(model, above) if options.names == "titan" else {}
-    return {
-        **added,
-        **{
-            new_names[name]: replace(
-                output,
-                path=tuple(new_names[key] if isinstance(key, str) else key for key in output.path),
-                same_as=new_names[output.same_as] if output.same_as else "",
-            )
-            for name, output in outputs.items()
-        },
-    }
+    return outputs if options.names is None else _in_dialect(outputs, options.names, model)
 
 
 def _joined(path: Path) -> str:

@@ -37,16 +37,9 @@ _COMPARED_KEYS = (
 def config_of_model(
     opened: ConvertSource, model: Tensors, assets: str | None, name: str | None, flavor: str | None
 ) -> tuple[Config | None, str]:
-    """Return the complete configuration of the model and its origin, or None if it is unknown.
-
-    Raises:
-        MismatchError: two configurations differ.
-        UsageError: an unknown name or flavor.
-    """
+    """Return the complete configuration of the model and its origin, or None if it is unknown."""
     found: list[tuple[Config, str]] = []
-    for path in (opened.where if opened.has_config else None, assets):
-        if path is None:
-            continue
+    for path in filter(None, (opened.where if opened.has_config else None, assets)):
         store, folder = open_for_reading(path)
         if CONFIG in store.list(folder):
             found.append((read_config(store, folder), f"`{path}/{CONFIG}`"))
@@ -94,11 +87,7 @@ def _config_by_name(
 
 
 def check_alike(one: tuple[Config, str], other: tuple[Config, str]) -> None:
-    """Check that two configurations, each with its origin, are of models of the same shapes.
-
-    Raises:
-        MismatchError: listing all differences.
-    """
+    """Check that two configurations, each with its origin, are of models of the same shapes."""
     origins = one[1], other[1]
     configs = of_language_model(one[0]), of_language_model(other[0])
     families = [family_of(c, where=where) for c, where in zip(configs, origins, strict=True)]
@@ -127,7 +116,7 @@ def check_alike(one: tuple[Config, str], other: tuple[Config, str]) -> None:
 
 
 def _used_axes(family: Family, config: Config) -> Iterator[str]:
-    """Yield the axes of existing tensors. Dense layers, say, have a size even if there are none."""
+    """Yield the axes of tensors that exist: a configuration has sizes of missing layers too."""
     rows, axes = rows_and_axes(family, config)
     for row in rows:
         if all(len(axes[axis]) for axis in row.native.name_axes if axis in axes):

@@ -72,11 +72,6 @@ def fetched(path: str, *, assets_only: bool = False) -> str:
     """Return `path` if it exists or is a URL, else the local copy of that repository on the hub.
 
     The copy is downloaded if need be; `assets_only`: without the weights.
-
-    Raises:
-        NotFoundError: `path` does not exist and cannot be the name of a repository.
-        StorageError: the repository cannot be downloaded.
-        UsageError: `huggingface_hub` is not installed.
     """
     if is_url(path) or Path(local_path(path)).exists():
         return path
@@ -105,12 +100,7 @@ def fetched(path: str, *, assets_only: bool = False) -> str:
 
 
 def open_source(path: str) -> ConvertSource:
-    """Open a checkpoint of Holdfast or stock DCP, a Hugging Face folder, or a single file.
-
-    Raises:
-        NotFoundError: nothing there, or no checkpoint.
-        HoldfastError: it is incomplete or invalid.
-    """
+    """Open a checkpoint of Holdfast or stock DCP, a Hugging Face folder, or a single file."""
     store, name = open_for_reading(fetched(path))
     opened_as = fingerprint(store, name)
     checkpoint = open_any(store, name, check_files=True)

@@ -22,8 +22,8 @@ BLOCK_BYTES = 32 << 20
 """Bytes of one block, in the wider of the source's and the target's dtype."""
 
 AHEAD = 2
-"""Blocks that are read while another is written. All blocks, with the copies that the change of
-dtype makes, stay below 400 MB."""
+"""Blocks that are read while another is written. All blocks, with copies in another dtype, take
+less than 400 MB."""
 
 Advance = Callable[[int], None]
 """Function that is told the number of bytes written since its last call."""
@@ -46,7 +46,7 @@ class Output:
     """Keys from the root of the state to the tensor, for targets that nest."""
 
     same_as: str = ""
-    """Target's name of the output that this one is a second name of; empty: of none."""
+    """Name of the output with the same tensor, if this is a second name of it; else empty."""
 
     @property
     def shape(self) -> tuple[int, ...]:

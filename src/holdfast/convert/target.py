@@ -15,7 +15,7 @@ from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.convert.stream import Advance, Output, Outputs, read_ahead
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format import torchfile
-from holdfast.format.manifest import Kind, Path
+from holdfast.format.manifest import Kind, Manifest, Path
 from holdfast.format.names import HiddenFolder, check_name, hidden_folder_of, step_name, step_of
 from holdfast.format.structure import Node
 from holdfast.hf.assets import files_beside, write_small
@@ -24,12 +24,12 @@ from holdfast.hf.shards import shard
 from holdfast.planning.file_layout import lay_out, lay_out_file
 from holdfast.planning.index import Index, columns
 from holdfast.planning.write_plan import GlobalPlan, LocalTensor, TensorChunks
-from holdfast.saving.publish import Facts, publish
+from holdfast.saving.publish import publish
 from holdfast.saving.write import write
 from holdfast.spelling import spelled_bytes
 from holdfast.storage.continuing import Continuing
 from holdfast.storage.opening import folder_store, is_url, local_path
-from holdfast.storage.store import AmendableStore, Buffer, Store, Writer
+from holdfast.storage.store import AmendableStore, Buffer, FileWriter, Store
 
 Values = Mapping[str, tuple[Path, bytes]]
 """Path and bytes of each value, by name, in the form that the target needs."""
@@ -71,10 +71,6 @@ def open_target(
 
     `sources`: paths that the conversion reads. The target must not be, contain or be inside any of
     them.
-
-    Raises:
-        ExistsError: something exists there that may not be replaced.
-        UsageError: `path` cannot be written to, or overlaps a source.
     """
     full = local_path(path)
     for source in sources:
@@ -92,9 +88,6 @@ def target_in(
     """Prepare the target `name` in a store. `file`: it is to be a file, not a folder.
 
     Attempts of killed conversions are kept, for the next one to continue.
-
-    Raises:
-        ExistsError: something exists there, and `overwrite` is false or it is not one checkpoint.
     """
     catalog = Catalog(store)
     store.make_folder("")
@@ -113,7 +106,7 @@ def _check_apart(target: str, source: str) -> None:
     """Check that a target is not, does not contain and is not inside a source."""
     if is_url(source):
         return
-    # The target itself may be a link: it is replaced, and what it points to stays.
+    # Resolve the parent only: a target that is a link is replaced, not the folder behind it.
     above, _, name = target.rpartition("/")
     paths = f"{os.path.realpath(above or '/')}/{name}", os.path.realpath(source)
     if os.path.commonpath(paths) in paths:
@@ -128,10 +121,6 @@ def _attempt(target: ConvertTarget, sizes: Mapping[str, int]) -> Iterator[Hidden
     """Yield the attempt to write files of these sizes into: new, or left by a killed conversion.
 
     The attempt is aborted if the block raises an `Exception`, but not if it is interrupted.
-
-    Raises:
-        ExistsError: another conversion to this target is running.
-        StorageError: not enough space.
     """
     store, catalog = target.store, target.catalog
     attempt = _taken_over(target, sizes)
@@ -167,7 +156,7 @@ def _taken_over(target: ConvertTarget, sizes: Mapping[str, int]) -> HiddenFolder
         try:
             is_held = catalog.hold(attempt, replace=target.replaces_folder and taken is None)
         except NotFoundError:
-            continue  # It finished a moment ago.
+            continue  # Its conversion has just finished.
         if is_held is False:
             if taken is not None:
                 catalog.release(taken)
@@ -220,7 +209,9 @@ def write_hf(
     return export.nbytes
 
 
-def _write_tensor(writer: Writer, offset: int, output: Output, take: Callable[[], Buffer]) -> int:
+def _write_tensor(
+    writer: FileWriter, offset: int, output: Output, take: Callable[[], Buffer]
+) -> int:
     """Write a tensor, block by block. Returns its CRC-32."""
     crc32 = 0
     for _ in output.regions():
@@ -250,11 +241,11 @@ def write_torch_file(
                 name: _write_tensor(writer, span.offset, outputs[name], take)
                 for name, span in layout.tensors.items()
             }
-            # Last, since they contain the checksums of the elements.
+            # Write the frames last: they contain the checksums of the elements.
             for offset, frame in layout.frames(crc32s):
                 writer.write(offset, [frame])
         store.sync(str(attempt))
-        # Either call is atomic.
+        # Both calls are atomic: readers find the old file or the new one.
         if target.overwrite and file in store.list():
             store.replace_file(f"{attempt}/{file}", file)
         else:
@@ -267,7 +258,7 @@ def write_checkpoint(
     target: ConvertTarget,
     outputs: Outputs,
     values: Values,
-    facts: Facts,
+    facts: Manifest,
     advance: Advance,
     *,
     structure: Mapping[Path, Node] | None,
@@ -303,11 +294,7 @@ def _plan(outputs: Outputs, values: Values) -> GlobalPlan:
 
 def check_number(path: str, kind: Kind, step: int | None) -> None:
     """Check that `path` does not give a full checkpoint the number of another step: a resume would
-    take it for that step. A model-only checkpoint may have any number.
-
-    Raises:
-        UsageError: names the folder that the checkpoint may be converted to.
-    """
+    take it for that step. A model-only checkpoint may have any number."""
     folder, _, name = local_path(path).rpartition("/")
     if kind != "full" or step is None or step_of(name) in (None, step):
         return

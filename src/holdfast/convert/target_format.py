@@ -20,15 +20,11 @@ OTHER = (
     ".mlmodel .mlpackage .engine .nemo .pte .pt2 .pkl .pickle .zip .gz .tgz .zst .json .toml .yaml "
     ".txt .csv .parquet .distcp"
 )
-"""Suffixes of formats that no conversion writes. Nothing gets such a name: it would mislead."""
+"""Suffixes of formats that no conversion writes. A target with such a name is refused."""
 
 
 def target_format(source: str, target: str, to: TargetFormat | None) -> TargetFormat:
-    """Return the format to write: `to` if given, else torch for its suffixes, else dcp.
-
-    Raises:
-        UsageError: the target has the name of a file of another format.
-    """
+    """Return the format to write: `to` if given, else torch for its suffixes, else dcp."""
     suffix = PurePath(target).suffix.lower()
     if suffix == ".safetensors":
         raise UsageError(

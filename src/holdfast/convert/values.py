@@ -14,12 +14,7 @@ _HINT = "`--model-only` leaves out everything but the model"
 
 
 def encoded_values(checkpoint: OpenCheckpoint, *, pickled: bool) -> Values:
-    """Return every value in a container of its own or, `pickled`, as a fragment of a pickle.
-
-    Raises:
-        UsageError: torch is needed and cannot be imported.
-        FormatError: the values of a `.pt` file cannot be read.
-    """
+    """Return every value in a container of its own or, `pickled`, as a fragment of a pickle."""
     entries, source = checkpoint.manifest.values, checkpoint.source
     if checkpoint.format != "torch" and not pickled:
         return {n: (e.path, read_value(source, n, e)) for n, e in entries.items()}
@@ -79,7 +74,7 @@ def _load_torch_file(path: str) -> Any:
 def _member(root: Any, path: tuple[str | int, ...]) -> Any:
     for key in path:
         if isinstance(root, dict) and key not in root:
-            # The original key is not a string, and the manifest has it as one.
+            # The key is not a string. The manifest has its text.
             key = next(original for original in root if str(original) == key)
         root = root[key]
     return root

@@ -1,4 +1,4 @@
-"""Charts as SVG in the colours of the page around them. Pure functions: numbers in, text out."""
+"""Charts as SVG text. The page around them sets their colours."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 WIDTH, HEIGHT = 440, 180
 LEFT, RIGHT, TOP, BOTTOM = 58, 10, 10, 24
 """Margins for the labels."""
 
 POINTS_MAX = 400
-"""Points drawn of one line; more are averaged."""
+"""Most points that are drawn of one line. Neighbours are averaged where there are more."""
 
 BAR_WIDTH_MAX = 36
 
@@ -32,26 +33,31 @@ class Point:
 
 
 Spell = Callable[[float], str]
+"""Function that formats a value for a label."""
 
 
-def line(points: Sequence[Point], *, spell: Spell, spell_x: Spell) -> str:
+def _whole(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def line(points: Sequence[Point], *, spell: Spell) -> str:
     """Draw a line through the points in their order. It is broken where `x` decreases."""
     shown = thinned(_finite(points))
     if not shown:
         return ""
     frame = _frame(shown, zero=False)
-    pieces: list[list[str]] = [[]]
-    for before, point in zip([None, *shown], shown, strict=False):
-        if before is not None and point.x < before.x:
+    pieces = [[frame.spelled(shown[0])]]
+    for before, point in pairwise(shown):
+        if point.x < before.x:
             pieces.append([])
         pieces[-1].append(frame.spelled(point))
     lines = [f'<polyline class="line" points="{" ".join(piece)}"/>' for piece in pieces]
-    # Wide and invisible, so that a finger hits them.
+    # Invisible, and wide enough for a finger: they show the tooltips.
     touched = [_dot(frame, point, 7, "touch") for point in shown]
-    return frame.around([*lines, *touched], spell, spell_x)
+    return frame.around([*lines, *touched], spell, _whole)
 
 
-def bars(points: Sequence[Point], *, spell: Spell, spell_x: Spell) -> str:
+def bars(points: Sequence[Point], *, spell: Spell, spell_x: Spell = _whole) -> str:
     """Draw one bar per point, from zero, side by side in their order. `x` is its label."""
     shown = _finite(points)
     if not shown:
@@ -88,9 +94,7 @@ def dots(points: Sequence[Point], *, behind: Sequence[Point], spell: Spell, spel
 
 def thinned(points: Sequence[Point]) -> list[Point]:
     """Returns at most `POINTS_MAX` points: the middle one of each group, with the group's mean."""
-    if len(points) <= POINTS_MAX:
-        return list(points)
-    size = -(-len(points) // POINTS_MAX)
+    size = max(math.ceil(len(points) / POINTS_MAX), 1)
     means = []
     for start in range(0, len(points), size):
         group = points[start : start + size]
@@ -105,13 +109,13 @@ class _Frame:
     """Scales from values to coordinates of the drawing."""
 
     low: tuple[float, float]
-    """Least x and y."""
+    """Minimum of x and of y."""
 
     high: tuple[float, float]
-    """Greatest x and y."""
+    """Maximum of x and of y."""
 
     step: float
-    """Distance between two grid lines; the first is at `low`, the last at `high`."""
+    """Distance along y between two grid lines; the first is at `low`, the last at `high`."""
 
     def x(self, value: float) -> float:
         share = (value - self.low[0]) / (self.high[0] - self.low[0])
@@ -125,7 +129,7 @@ class _Frame:
         return f"{self.x(point.x):.1f},{self.y(point.y):.1f}"
 
     def rows(self, spell: Spell) -> list[str]:
-        """Grid lines and their labels."""
+        """Draw the grid lines and their labels."""
         drawn = []
         for tick in range(round((self.high[1] - self.low[1]) / self.step) + 1):
             value = self.low[1] + self.step * tick
@@ -138,7 +142,7 @@ class _Frame:
         return drawn
 
     def around(self, drawn: Sequence[str], spell: Spell, spell_x: Spell) -> str:
-        """The whole chart: grid, drawing, and labels at both ends of x."""
+        """Draw the whole chart: grid, `drawn`, and labels at both ends of x."""
         ends = ((self.low[0], "start"), (self.high[0], "end"))
         labels = [_label(self.x(value), anchor, spell_x(value)) for value, anchor in ends]
         return _svg([*self.rows(spell), *drawn, *labels])
@@ -150,7 +154,7 @@ def _label(x: float, anchor: str, text: str) -> str:
 
 
 def _round_step(extent: float) -> float:
-    """Returns a round number of which about `TICKS` make an extent.
+    """Returns a round step that divides an extent into about `TICKS` parts.
 
     >>> _round_step(60.0), _round_step(0.45), _round_step(1300.0)
     (20.0, 0.1, 500.0)

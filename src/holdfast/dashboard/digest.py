@@ -1,4 +1,4 @@
-"""Data that the server gives to programs: JSON, health, and metrics in Prometheus' format."""
+"""Answers for programs: JSON, health, and metrics in Prometheus' format."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from holdfast.dashboard.history import History, commit_time
+from holdfast.dashboard.history import History, WatchedFolder, commit_time
 from holdfast.dashboard.page import blocked
-from holdfast.dashboard.watched import WatchedFolder
 from holdfast.spelling import finite
 
 STATES = ("good", "damaged", "attempt")
@@ -50,12 +49,11 @@ def digest(run: WatchedFolder, now: datetime, *, full: bool) -> dict[str, Any]:
     return spelled
 
 
-def health(
+def unhealthy(
     runs: Sequence[WatchedFolder], now: datetime, max_age_s: float | None
-) -> tuple[bool, dict[str, Any]]:
-    """Returns whether every run has a recent good checkpoint, and the JSON that says so."""
-    problems = {run.folder: why for run in runs if (why := _unhealthy(run, now, max_age_s))}
-    return not problems, {"healthy": not problems, "problems": problems}
+) -> dict[str, str]:
+    """Returns the folder of each run without a recent good checkpoint, and the reason."""
+    return {run.folder: why for run in runs if (why := _unhealthy(run, now, max_age_s))}
 
 
 def _unhealthy(run: WatchedFolder, now: datetime, max_age_s: float | None) -> str | None:
@@ -126,7 +124,7 @@ def _samples(run: WatchedFolder, now: datetime) -> Iterator[Sample]:
 
 
 def _reported(history: History) -> Iterator[Sample]:
-    """Yields what the run itself reported, summed over all of its processes."""
+    """Yields samples of the metrics that the run wrote, summed over its starts and resumes."""
     records, loads, counter = history.distinct, history.loads, CounterMetricFamily
     saves = [save for record in records for save in record.saves]
     step = history.reports[-1].step

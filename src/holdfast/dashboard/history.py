@@ -1,8 +1,13 @@
-"""The history of a run: its checkpoints, and the metrics that it wrote while it trained."""
+"""The history of a run: its checkpoints, and the metrics that it wrote while it trained.
+
+`HistoryReader` reads a folder, `WatchedFolder` does so again and again in its own thread.
+"""
 
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,42 +27,63 @@ METRICS = "metrics.jsonl"
 METRICS_BYTES_MAX = 256 << 20
 
 HEAD_BYTES = 256
-"""Bytes at the beginning of a metrics file by which another file of that name is noticed."""
+"""Bytes at the beginning of a metrics file. If they change, the file was replaced."""
+
+READ_S = 2.0
+"""Least seconds between two reads."""
+
+READ_SHARE = 0.05
+"""Largest share of a thread's time for reading, so slow folders are read more rarely."""
+
+FIRST_READ_S = 1.0
+"""Seconds to wait for the first read."""
 
 
 @dataclass(frozen=True, slots=True)
-class MetricsRecord:
-    """One line of `metrics.jsonl`."""
+class MetricsRow:
+    """Metrics of one step: a line of `metrics.jsonl`."""
 
     step: int
-    time: float
-    """Seconds since 1970."""
-
     loss: float
+    """Mean loss over every token of the step, on all ranks."""
+
+    grad_norm: float
+    """Norm of all gradients, before clipping."""
+
+    lr: float
     tokens_per_s: float
+    """Tokens per second over all ranks, since the previous row."""
+
     save_blocked_s: float
-    """Seconds that training waited for saves since the line before."""
+    """Seconds that training waited for saves since the previous row."""
+
+    time: float
+    """Unix time in seconds."""
 
     saves: tuple[Times, ...] = ()
-    """Saves that became durable since the line before."""
+    """Saves that became durable since the previous row."""
 
     loads: tuple[Times, ...] = ()
+    """Loads since the previous row. The first row of a resumed run has one."""
+
     failed_saves: int = 0
+    """Number of saves that failed since the previous row."""
 
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """Everything that is known of a run."""
+    """Checkpoints and metrics of a run."""
 
     where: str
     rows: Sequence[CheckpointRow]
     """Checkpoints, oldest first, then attempts."""
 
-    reports: Sequence[MetricsRecord]
+    reports: Sequence[MetricsRow]
     """Lines of `metrics.jsonl` in file order. After a resume, steps occur again."""
 
     @property
     def resume(self) -> int | None:
+        """Step that a resume takes."""
         return resumable(self.rows)
 
     @property
@@ -73,16 +99,16 @@ class History:
         return [*good[-1].files.items()] if good else []
 
     @property
-    def current(self) -> list[MetricsRecord]:
+    def current(self) -> list[MetricsRow]:
         """Last record of each step, by step."""
         last = {report.step: report for report in self.reports}
         return [last[step] for step in sorted(last)]
 
     @property
-    def distinct(self) -> list[MetricsRecord]:
-        """All records in file order, without the repetition of a process's last record.
+    def distinct(self) -> list[MetricsRow]:
+        """Records in file order, without repetitions.
 
-        A process may write its last record twice, the second time with more saves: that one counts.
+        A run may write its last record twice, the second time with more saves: that one counts.
         """
         last = {(report.step, report.time): report for report in self.reports}
         return [*last.values()]
@@ -91,10 +117,13 @@ class History:
     def saves(self) -> list[Times]:
         """Last save of each step, by step.
 
-        Saves that the run did not report have the timings of their manifest, which ends before the
-        commit.
+        Saves that the run did not report have the timings in their manifest, which lack the commit.
         """
-        last = {times.step: times for times in map(_times_of, self.rows) if times is not None}
+        last = {}
+        for row in self.rows:
+            if row.step is not None and row.timings:
+                seconds = sum(stage.most for stage in row.timings.values())
+                last[row.step] = Times(row.step, row.nbytes or 0, seconds, row.timings)
         last |= {save.step: save for report in self.reports for save in report.saves}
         return [last[step] for step in sorted(last)]
 
@@ -105,7 +134,7 @@ class History:
 
     @property
     def gone(self) -> list[tuple[int, float]]:
-        """Steps that were saved and have no checkpoint any more, with the time of the report."""
+        """Steps whose checkpoint was deleted, with the time at which the run reported the save."""
         present = {row.step for row in self.rows}
         saved = {save.step: report for report in self.reports for save in report.saves}
         return [(step, saved[step].time) for step in sorted(saved) if step not in present]
@@ -120,45 +149,34 @@ def commit_time(row: CheckpointRow) -> float | None:
     return created.timestamp() if created.tzinfo is not None else None
 
 
-def _times_of(row: CheckpointRow) -> Times | None:
-    if row.step is None or not row.timings:
-        return None
-    seconds = sum(stage.most for stage in row.timings.values())
-    return Times(row.step, row.nbytes or 0, seconds, row.timings)
-
-
 def slowest(times: Times) -> int:
     """Returns the rank that the others waited for: the slowest in the longest stage.
 
-    The commit does not count: all ranks wait in it, the fastest for longest.
+    Ignores the commit, in which the fastest rank waits longest.
     """
     stages = {name: stage for name, stage in times.stages.items() if name != "commit"}
     return max((stages or times.stages).values(), key=lambda stage: stage.most).slowest
 
 
-def history_of(path: str) -> History:
-    """Read the history of the run that saves into the folder at `path`. Reads no data.
-
-    Raises:
-        NotFoundError: no such folder, or no checkpoint in it.
-    """
-    return HistoryReader(path).read()
-
-
 class HistoryReader:
     """Reads a run's history again and again.
 
-    A checkpoint whose files have not changed, and metrics that were read before, are not read
-    again. Checkpoints at URLs always are, since changes cannot be noticed there.
+    Skips checkpoints whose files have not changed, and lines of metrics that it has read. Reads
+    checkpoints at URLs each time, since changes cannot be noticed there.
     """
 
     def __init__(self, path: str) -> None:
+        """`path`: folder into which the run saves."""
         self._path = path
         self._rows: dict[str, tuple[object, CheckpointRow]] = {}
         self._metrics = _MetricsReader()
 
     def read(self) -> History:
-        """Returns the history as of now; raises as `history_of`."""
+        """Returns the history as of now. Reads no tensors.
+
+        Raises:
+            NotFoundError: no such folder, or no checkpoint in it.
+        """
         store, name = open_for_reading(self._path)
         before, self._rows = self._rows, {}
 
@@ -175,9 +193,9 @@ class HistoryReader:
 
 
 def _stamp(store: ReadStore, key: str) -> object:
-    """Returns a value that equals earlier ones while no file of a checkpoint changes.
+    """Returns a value that stays equal while no file of a checkpoint changes.
 
-    It equals no other value where changes cannot be noticed.
+    Where changes cannot be noticed, each value is unequal to all others.
     """
     if isinstance(store, LocalStore):
         with suppress(HoldfastError):
@@ -189,10 +207,10 @@ class _MetricsReader:
     """Reads the metrics file beside a folder, or in it, again and again."""
 
     def __init__(self) -> None:
-        self._records: list[MetricsRecord] = []
+        self._records: list[MetricsRow] = []
         self._key, self._head, self._offset = "", b"", 0
 
-    def read(self, store: ReadStore, name: str) -> list[MetricsRecord]:
+    def read(self, store: ReadStore, name: str) -> list[MetricsRow]:
         """Returns all records; reads only new lines. Empty where there is no such file."""
         above = name.rpartition("/")[0]
         for key in (f"{above}/{METRICS}" if above else METRICS, f"{name}/{METRICS}"):
@@ -200,7 +218,7 @@ class _MetricsReader:
                 return self._read(store, key)
         return []
 
-    def _read(self, store: ReadStore, key: str) -> list[MetricsRecord]:
+    def _read(self, store: ReadStore, key: str) -> list[MetricsRow]:
         nbytes = min(store.size(key), METRICS_BYTES_MAX)
         head = store.read(key, 0, HEAD_BYTES)
         if (key, head[: len(self._head)]) != (self._key, self._head) or nbytes < self._offset:
@@ -215,20 +233,20 @@ class _MetricsReader:
         return [*self._records, last] if last is not None else [*self._records]
 
 
-def _record(line: bytes) -> MetricsRecord | None:
+def _record(line: bytes) -> MetricsRow | None:
     """Decode one line; None where it is cut off, or no record."""
     try:
         row: Any = json.loads(line)
-        numbers = [row[key] for key in ("time", "loss", "tokens_per_s", "save_blocked_s")]
         if type(row["step"]) is not int:
             return None
-        time, loss, tokens_per_s, save_blocked_s = map(float, numbers)
-        return MetricsRecord(
+        return MetricsRow(
             step=row["step"],
-            time=time,
-            loss=loss,
-            tokens_per_s=tokens_per_s,
-            save_blocked_s=save_blocked_s,
+            loss=float(row["loss"]),
+            grad_norm=float(row.get("grad_norm", "nan")),
+            lr=float(row.get("lr", "nan")),
+            tokens_per_s=float(row["tokens_per_s"]),
+            save_blocked_s=float(row["save_blocked_s"]),
+            time=float(row["time"]),
             saves=tuple(map(_times, row.get("saves", ()))),
             loads=tuple(map(_times, row.get("loads", ()))),
             failed_saves=int(row.get("failed_saves", 0)),
@@ -242,3 +260,43 @@ def _times(row: Any) -> Times:
     if not stages:
         raise ValueError("a save without stages")
     return Times(int(row["step"]), int(row["nbytes"]), float(row["seconds"]), stages)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadResult:
+    """Result of reading a folder once."""
+
+    history: History | None
+    problem: str | None = None
+    """Reason why there is no history."""
+
+    time: float = 0.0
+    """Time of the read, in seconds since 1970."""
+
+
+class WatchedFolder:
+    """A folder that is read until the process ends. One that hangs or fails delays no other."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.latest = ReadResult(None, "not read yet")
+        """Result of the latest read."""
+        self._reader = HistoryReader(folder)
+        first = threading.Event()
+        threading.Thread(target=self._run, args=(first,), name="holdfast-look", daemon=True).start()
+        first.wait(FIRST_READ_S)
+
+    def _run(self, first: threading.Event) -> None:
+        while True:
+            started = time.monotonic()
+            self.latest = self._read()
+            first.set()
+            time.sleep(max(READ_S, (time.monotonic() - started) / READ_SHARE))
+
+    def _read(self) -> ReadResult:
+        try:
+            return ReadResult(self._reader.read(), time=time.time())
+        except HoldfastError as error:
+            return ReadResult(None, error.what, time.time())
+        except Exception as error:  # noqa: BLE001 - the next read may succeed
+            return ReadResult(None, f"{type(error).__name__}: {error}", time.time())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from html import escape
 from statistics import median
 
 from holdfast.catalog.listing import CheckpointRow
 from holdfast.dashboard.chart import Point, bars, dots, line
-from holdfast.dashboard.history import History, MetricsRecord, commit_time, slowest
+from holdfast.dashboard.history import History, MetricsRow, commit_time, slowest
 from holdfast.spelling import counted, spelled_age, spelled_bytes, spelled_layout
 from holdfast.timing import Times
 
@@ -65,7 +65,7 @@ td.note { white-space: normal; min-width: 14rem }
 """
 
 STALL_MIN_S = 0.01
-"""Shortest wait that the page shows: steps without a save take a little time too."""
+"""Shortest wait that the page shows. Steps without a save have shorter ones."""
 
 
 def page(history: History, now: datetime) -> str:
@@ -75,22 +75,18 @@ def page(history: History, now: datetime) -> str:
 
 def body(history: History, now: datetime) -> str:
     """Returns the content of the page, without the frame around it."""
-    return "".join(
-        (
-            f"<h1>{escape(history.where)}</h1>",
-            f"<p>{escape(summary(history))}; as of {now:%Y-%m-%d %H:%M} UTC</p>",
-            f'<div class="cards">{"".join(_cards(history, now))}</div>',
-            f'<div class="charts">{"".join(_charts(history))}</div>',
-            _table(history, now),
-        )
+    return (
+        f"<h1>{escape(history.where)}</h1>"
+        f"<p>{escape(summary(history))}; as of {now:%Y-%m-%d %H:%M} UTC</p>"
+        f'<div class="cards">{"".join(_cards(history, now))}</div>'
+        f'<div class="charts">{"".join(_charts(history))}</div>' + _table(history, now)
     )
 
 
 def framed(title: str, body: str, *, script: str = "") -> str:
-    """Returns a page with this title and body, both of HTML.
+    """Returns a page with this title and body, which must be HTML.
 
-    `script` is the URL of the one script that the page may run. Apart from it the page loads
-    nothing.
+    `script`: URL of a script for the page. The browser loads and runs nothing else.
     """
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     if script:
@@ -107,7 +103,7 @@ def framed(title: str, body: str, *, script: str = "") -> str:
 
 
 def summary(history: History) -> str:
-    """Returns half a sentence about a run's checkpoints."""
+    """Returns the number of a run's checkpoints, and the step that a resume takes, as text."""
     checkpoints = [row for row in history.rows if row.step is not None]
     words = [counted(len(checkpoints), "checkpoint")]
     num_damaged = sum(row.state == "damaged" for row in checkpoints)
@@ -157,7 +153,7 @@ def _card(name: str, value: str, note: str, *, alarm: bool = False) -> str:
 def blocked(history: History) -> tuple[float, float]:
     """Returns the seconds that training waited for saves, and their share of the running time.
 
-    Time between a process's last record and its successor's first does not count.
+    The time between a process's last record and the first record of its resume does not count.
     """
     blocked_s, running_s = 0.0, 0.0
     for before, record in zip(history.reports, history.reports[1:], strict=False):
@@ -170,9 +166,9 @@ def blocked(history: History) -> tuple[float, float]:
 def _charts(history: History) -> list[str]:
     current, written = history.current, history.written
     stalled = [record for record in current if record.save_blocked_s > STALL_MIN_S]
-    stalls = _points(stalled, lambda record: record.save_blocked_s, ".2f", " s")
-    speeds = _points(current, lambda record: record.tokens_per_s, ",.0f")
-    losses = _points(current, lambda record: record.loss, ".4f")
+    stalls = _points(stalled, "save_blocked_s", ".2f", " s")
+    speeds = _points(current, "tokens_per_s", ",.0f")
+    losses = _points(current, "loss", ".4f")
     sizes = [
         Point(row.step or 0, row.nbytes, f"step {row.step}: {spelled_bytes(row.nbytes)}")
         for row in history.rows
@@ -183,30 +179,21 @@ def _charts(history: History) -> list[str]:
         for index, (file, nbytes) in enumerate(written)
     ]
 
-    def size(value: float) -> str:
-        return spelled_bytes(int(value))
-
     def seconds(value: float) -> str:
         return f"{value:.2g} s"
 
-    def file_of(index: float) -> str:
-        return written[int(index)][0]
-
-    saves = bars(_durations(history.saves), spell=seconds, spell_x=_number)
-    loads = bars(_durations(history.loads), spell=seconds, spell_x=_number)
+    saves = bars(_durations(history.saves), spell=seconds)
+    loads = bars(_durations(history.loads), spell=seconds)
+    shares = bars(files, spell=spelled_bytes, spell_x=lambda index: written[int(index)][0])
     charts = (
         ("Steps over time", _legend(history), _steps_over_time(history)),
-        ("Blocked by each save", "training waited", bars(stalls, spell=seconds, spell_x=_number)),
+        ("Blocked by each save", "training waited", bars(stalls, spell=seconds)),
         ("Duration of each save", _note_on_slowest(history), saves),
         ("Duration of each resume", "plan, read, apply", loads),
-        ("Throughput", "tokens/s over all ranks", line(speeds, spell=_short, spell_x=_number)),
-        ("Loss", "", line(losses, spell=_short, spell_x=_number)),
-        ("Size of each checkpoint", "", bars(sizes, spell=size, spell_x=_number)),
-        (
-            "Bytes written by each rank",
-            "files of the newest good checkpoint",
-            bars(files, spell=size, spell_x=file_of),
-        ),
+        ("Throughput", "tokens/s over all ranks", line(speeds, spell=_short)),
+        ("Loss", "", line(losses, spell=_short)),
+        ("Size of each checkpoint", "", bars(sizes, spell=spelled_bytes)),
+        ("Bytes written by each rank", "files of the newest good checkpoint", shares),
     )
     return [
         f'<section class="card"><h2>{name}</h2>{chart}<p>{note}</p></section>'
@@ -215,14 +202,9 @@ def _charts(history: History) -> list[str]:
     ]
 
 
-def _points(
-    records: Sequence[MetricsRecord],
-    value_of: Callable[[MetricsRecord], float],
-    form: str,
-    unit: str = "",
-) -> list[Point]:
-    """Returns one value of each record, by step; `form` is the format in its tooltip."""
-    values = [(record.step, value_of(record)) for record in records]
+def _points(rows: Sequence[MetricsRow], name: str, form: str, unit: str = "") -> list[Point]:
+    """Returns the field `name` of each row, by step. `form`: format of the value in its tooltip."""
+    values = [(row.step, getattr(row, name)) for row in rows]
     return [Point(step, value, f"step {step}: {value:{form}}{unit}") for step, value in values]
 
 
@@ -230,10 +212,7 @@ def _durations(operations: Sequence[Times]) -> list[Point]:
     """Returns how long each save or load took, with its stages as the tooltip."""
     points = []
     for times in operations:
-        stages = (
-            f"{name} {stage.most:.2f} s (rank {stage.slowest})"
-            for name, stage in times.stages.items()
-        )
+        stages = [f"{n} {s.most:.2f} s (rank {s.slowest})" for n, s in times.stages.items()]
         points.append(Point(times.step, times.seconds, f"step {times.step}: {', '.join(stages)}"))
     return points
 
@@ -270,18 +249,15 @@ def _legend(history: History) -> str:
 
 def _steps_over_time(history: History) -> str:
     """Draw steps over time, with the checkpoints as dots."""
-    # Where the index cannot be read, the commit was about when the run reported the step.
+    # For a checkpoint with an unreadable index: the time at which the run reported its step.
     reported = {record.step: record.time for record in history.current}
-    times = [
-        (row, commit_time(row) or reported.get(row.step))
+    committed = [
+        (row, time)
         for row in history.rows
-        if row.step is not None
+        if row.step is not None and (time := commit_time(row) or reported.get(row.step))
     ]
-    committed = [(row, time) for row, time in times if time is not None]
-    start = min(
-        [*(record.time for record in history.reports), *(time for _, time in committed)],
-        default=0.0,
-    )
+    times = [*(row.time for row in history.reports), *(time for _, time in committed)]
+    start = min(times, default=0.0)
     behind = [
         Point(record.time - start, record.step, f"step {record.step}")
         for record in sorted(history.reports, key=lambda record: record.time)
@@ -312,15 +288,11 @@ def _table(history: History, now: datetime) -> str:
             spelled_layout(row.layout),
             "; ".join(filter(None, notes)),
         )
-        styles = ["", f"state-{row.state}", "", "", "", "", "note"]
-        rows.append(
-            "".join(
-                f'<td class="{style}">{escape(cell)}</td>'
-                for style, cell in zip(styles, cells, strict=True)
-            )
-        )
-    header = "".join(f"<th>{name}</th>" for name in head)
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
+        styles = {"state": f"state-{row.state}", "note": "note"}
+        named = zip(head, cells, strict=True)
+        drawn = (f'<td class="{styles.get(name, "")}">{escape(cell)}</td>' for name, cell in named)
+        rows.append(f"<tr>{''.join(drawn)}</tr>")
+    header, body = "".join(f"<th>{name}</th>" for name in head), "".join(rows)
     return (
         '<section class="card scroll"><h2>Checkpoints</h2>'
         f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></section>"
@@ -338,10 +310,6 @@ def _ago(row: CheckpointRow | None, now: datetime) -> str:
 
 def _since(time: float, now: datetime) -> str:
     return f"{spelled_age(now.timestamp() - time)} ago"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}"
 
 
 def _short(value: float) -> str:

@@ -1,7 +1,7 @@
 """The server of `holdfast serve`, which only reads, and answers only GET and HEAD.
 
-Requests name runs by number, so no request can name a path. Answers come from what the threads of
-`watched` read last, so no request waits for a disk.
+Requests name runs by number, so no request can name a path. Answers come from the latest results
+of `WatchedFolder`, so no request waits for a disk.
 """
 
 from __future__ import annotations
@@ -24,21 +24,20 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from holdfast.dashboard.digest import digest, exposition, health
+from holdfast.dashboard.digest import digest, exposition, unhealthy
+from holdfast.dashboard.history import WatchedFolder
 from holdfast.dashboard.page import body, framed, summary
-from holdfast.dashboard.watched import WatchedFolder
 
 HEADER_BYTES_MAX = 16 << 10
 
 CONNECTIONS_MAX = 200
-"""Maximum number of open connections. A further one closes the connection that was idle longest."""
+"""Maximum number of open connections. A further one closes the connection idle for longest."""
 
 IDLE_S = 30.0
-"""Seconds for a request to arrive and its answer to be taken, after which the connection is
-dropped."""
+"""Seconds in which a client must send a request and receive its answer, or is dropped."""
 
 SHUTDOWN_S = 3
-"""Seconds for answers in progress when the server ends."""
+"""Seconds for finishing answers when the server stops."""
 
 SCRIPT = """\
 "use strict";
@@ -80,10 +79,7 @@ HEADERS = {
 def server_of(
     folders: Sequence[str], names: Collection[str], max_age_s: float | None
 ) -> uvicorn.Server:
-    """Returns a server of these folders.
-
-    `names` are the host names that requests may address it by.
-    """
+    """Returns a server of these folders. `names`: host names by which requests may address it."""
     runs = [WatchedFolder(folder) for folder in folders]
     config = uvicorn.Config(
         app_of(runs, names, max_age_s),
@@ -118,8 +114,6 @@ def app_of(
         return endpoint
 
     def index(request: Request) -> Response:
-        if len(runs) == 1:
-            return of_run(_page)(request)
         return _unless_cached(request, _index(runs))
 
     def metrics(_: Request) -> Response:
@@ -127,8 +121,9 @@ def app_of(
         return Response(text, headers={"Content-Type": kind})
 
     def healthz(_: Request) -> Response:
-        healthy, problems = health(runs, datetime.now(UTC), max_age_s)
-        return _json(problems, status_code=200 if healthy else 503)
+        problems = unhealthy(runs, datetime.now(UTC), max_age_s)
+        answer = {"healthy": not problems, "problems": problems}
+        return _json(answer, status_code=503 if problems else 200)
 
     def api(_: Request) -> Response:
         now = datetime.now(UTC)
@@ -138,7 +133,7 @@ def app_of(
         return _json(digest(run, now, full=True))
 
     routes = [
-        Route("/", index),
+        Route("/", of_run(_page) if len(runs) == 1 else index),
         Route("/runs/{number}", of_run(_page)),
         Route("/live.js", lambda _: Response(SCRIPT, media_type="text/javascript")),
         Route("/api/runs", api),
@@ -170,7 +165,7 @@ def _index(runs: Sequence[WatchedFolder]) -> Response:
 
 
 def _json(value: Any, status_code: int = 200) -> Response:
-    # ASCII, as `json.dumps` writes: a file name may be no valid UTF-8.
+    # `json.dumps` writes ASCII, since file names may be no valid UTF-8.
     return Response(json.dumps(value) + "\n", status_code, media_type="application/json")
 
 
@@ -191,8 +186,8 @@ def _unless_cached(request: Request, answer: Response) -> Response:
 class Guard:
     """Middleware that refuses requests for other host names and methods, and adds `HEADERS`.
 
-    A web page elsewhere could let its own host name resolve to this machine, and so read what is
-    served here (DNS rebinding).
+    Against DNS rebinding: a web page elsewhere could let its own host name resolve to this machine,
+    and then read these answers.
     """
 
     def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
@@ -237,7 +232,7 @@ def is_own(host: str, names: Collection[str]) -> bool:
 class TimedProtocol(H11Protocol):
     """An HTTP connection that is dropped after `IDLE_S` without a completed answer.
 
-    So a client that sends half a request, or takes no answer, does not hold a connection for long.
+    Without the limit, clients that send half a request or receive no answer use up all connections.
     """
 
     since = 0.0

@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from holdfast.errors import UsageError
-from holdfast.format.manifest import path_of
 from holdfast.format.region import Region
+from holdfast.format.untrusted import path_of
 from holdfast.planning.file_layout import TensorItem, lay_out
 from holdfast.planning.write_plan import GlobalPlan, Ints, LocalTensor, TensorChunks
 from holdfast.saving.write import WriteResult

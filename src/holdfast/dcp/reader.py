@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from holdfast.arguments import checked_path
+from holdfast.catalog.open_any import Opened, open_in
 from holdfast.catalog.paths import open_parent
 from holdfast.catalog.source import Source, read_value
 from holdfast.catalog.steady import UNREADABLE
@@ -28,7 +29,6 @@ from holdfast.dcp.values import for_planner
 from holdfast.errors import MismatchError, NotFoundError, UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.region import Region
-from holdfast.loading.opening import Opened, open_in
 from holdfast.loading.read import Wanted, read_tensors, threads_for
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.state.shard import Piece
@@ -125,13 +125,13 @@ class Reader(StorageReader):
         """
         assert self._opened is not None, "DCP calls `read_metadata` before"
         store, opened = self._opened
-        source = Source(store, opened.name, opened.manifest)
+        source = opened.source(store)
         try:
             _read_values(source, plan, planner)
             for batch in _batches(source.manifest, plan):
                 _read_batch(source, batch, planner, self._threads or _num_threads())
         except UNREADABLE as error:
-            if opened.is_gone(store):
+            if opened.was_replaced(store):
                 raise NotFoundError(
                     f"`{source.url}` was replaced or deleted while it was read",
                     hint="load again; tensors may hold a mixture of both checkpoints until then",

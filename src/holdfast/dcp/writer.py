@@ -28,11 +28,12 @@ from holdfast.dcp.plans import Written, chunk_of, global_plan, is_value, layouts
 from holdfast.dcp.values import container_of
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format.checksum import checksum
+from holdfast.format.manifest import Manifest
 from holdfast.format.names import HiddenFolder
 from holdfast.planning.file_layout import FileLayout, TensorItem, lay_out, lay_out_file
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.planning.index import Index, columns
-from holdfast.saving.publish import Facts, publish
+from holdfast.saving.publish import publish
 from holdfast.saving.save import check_space, software_versions
 from holdfast.saving.stage import host_windows
 from holdfast.saving.write import write
@@ -159,12 +160,8 @@ class Writer(StorageWriter):
         try:
             with gc_paused():
                 plan, layouts = global_plan(metadata, written)
-                facts = Facts(
-                    step=None,
-                    kind=None,
-                    layout={"world_size": len(results)},
-                    versions=software_versions(),
-                )
+                layout = {"world_size": len(results)}
+                facts = Manifest({}, {}, layout=layout, versions=software_versions())
                 publish(
                     self._open.folder,
                     [one.result for one in written],

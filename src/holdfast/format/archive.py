@@ -27,7 +27,7 @@ _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR64 = struct.Struct("<4sIQI")
 
 _FULL = 0xFFFFFFFF
-"""Value of a 32-bit field whose number is in the ZIP64 field."""
+"""Value of a 32-bit field if the number is in the ZIP64 field instead."""
 
 _COUNT_MAX = 0xFFFF
 """Most records that the end of a directory can count without ZIP64."""
@@ -53,18 +53,10 @@ class Record:
     """CRC-32 of its content; 0 if the writer stored none."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """A record as the directory lists it."""
-
-    name: str
-    header: int
-    nbytes: int
-    crc32: int
-
-
 def windowed(fetch: Fetch, item: Span) -> Fetch:
-    """Return a `Fetch` for the archive at `item` of a file. Fetches its head and tail once.
+    """Return a `Fetch` whose offsets count from the start of the archive at `item` of a file.
+
+    Fetches the head and the tail of the archive once: all small records are there.
 
     Raises, when called:
         ValueError: the bytes are outside of the archive.
@@ -86,23 +78,25 @@ def windowed(fetch: Fetch, item: Span) -> Fetch:
 
 
 def read_records(fetch: Fetch, nbytes: int) -> dict[str, Record]:
-    """Read the records of an archive of `nbytes` at offset 0, by their name within its one folder.
+    """Return the records of an archive of `nbytes` at offset 0, by name without their folder.
 
     Raises:
-        ValueError, struct.error: it is no such archive.
+        ValueError, struct.error: it is no archive as `torch.save` writes it.
     """
     start, stop, count = _directory_span(fetch, nbytes)
     entries = list(_entries(fetch(start, stop - start)))
     if len(entries) != count:
         raise ValueError(f"the directory has {len(entries)} records, its end says {count}")
-    if len({entry.name.partition("/")[0] for entry in entries}) > 1:
+    if len({path.partition("/")[0] for path, *_ in entries}) > 1:
         raise ValueError("the records are in more than one folder")
     records: dict[str, Record] = {}
-    for entry in entries:
-        name = entry.name.partition("/")[2]
-        if name in records:
-            raise ValueError(f"record `{name[:200]}` twice")
-        records[name] = _record(fetch, entry, start)
+    for path, header, nbytes, crc32 in entries:
+        data = _data_span(fetch, path, header, nbytes)
+        if data.stop > start:
+            raise ValueError(f"record `{path[:200]}` reaches outside of the archive")
+        records[path.partition("/")[2]] = Record(header, data, crc32)
+    if len(records) != count:
+        raise ValueError("two records have one name")
     spans = sorted((r.header, r.data.stop) for r in records.values())
     for (_, before), (after, _) in pairwise(spans):
         if after < before:
@@ -136,7 +130,8 @@ def _end64(fetch: Fetch, locator: int) -> tuple[int, int, int, int]:
     return start, fields[7], fields[8], fields[9]
 
 
-def _entries(directory: bytes) -> Iterable[_Entry]:
+def _entries(directory: bytes) -> Iterable[tuple[str, int, int, int]]:
+    """Yield the path of each record, the offset of its header, its size and its CRC-32."""
     position = 0
     while position < len(directory):
         fields = _CENTRAL.unpack_from(directory, position)
@@ -152,7 +147,7 @@ def _entries(directory: bytes) -> Iterable[_Entry]:
         if method or flags & _ENCRYPTED or packed != nbytes:
             raise ValueError(f"record `{name[:200]}` is compressed or encrypted")
         nbytes, header = _sizes64(extra, nbytes, fields[16])
-        yield _Entry(name, header, nbytes, crc32)
+        yield name, header, nbytes, crc32
 
 
 def _sizes64(extra: bytes, nbytes: int, offset: int) -> tuple[int, int]:
@@ -172,15 +167,13 @@ def _sizes64(extra: bytes, nbytes: int, offset: int) -> tuple[int, int]:
     return nbytes, offset
 
 
-def _record(fetch: Fetch, entry: _Entry, directory: int) -> Record:
-    fields = _LOCAL.unpack(fetch(entry.header, _LOCAL.size))
-    name = fetch(entry.header + _LOCAL.size, fields[9])
-    if fields[0] != b"PK\3\4" or fields[3] or name != entry.name.encode():
-        raise ValueError(f"record `{entry.name[:200]}` has no valid header at {entry.header}")
-    data = Span(entry.header + _LOCAL.size + fields[9] + fields[10], entry.nbytes)
-    if data.stop > directory:
-        raise ValueError(f"record `{entry.name[:200]}` reaches outside of the archive")
-    return Record(entry.header, data, entry.crc32)
+def _data_span(fetch: Fetch, path: str, header: int, nbytes: int) -> Span:
+    """Return the position of the content of a record, after its header and its path."""
+    fields = _LOCAL.unpack(fetch(header, _LOCAL.size))
+    start = header + _LOCAL.size
+    if fields[0] != b"PK\3\4" or fields[3] or fetch(start, fields[9]) != path.encode():
+        raise ValueError(f"record `{path[:200]}` has no valid header at {header}")
+    return Span(start + fields[9] + fields[10], nbytes)
 
 
 # ---------------------------------------------------------------------------------------- writing

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from xxhash import xxh3_64, xxh3_64_intdigest
 
@@ -35,18 +35,12 @@ def checksum(data: bytes | bytearray | memoryview) -> int:
     return xxh3_64_intdigest(data)
 
 
-class Running:
-    """Checksum of bytes that arrive in parts."""
-
-    def __init__(self) -> None:
-        self._state = xxh3_64()
-
-    def add(self, part: bytes | bytearray | memoryview) -> None:
-        self._state.update(part)
-
-    @property
-    def value(self) -> int:
-        return self._state.intdigest()
+def checksum_of_parts(parts: Iterable[bytes | memoryview]) -> int:
+    """Return the checksum of the parts, one after the other, as one block."""
+    state = xxh3_64()
+    for part in parts:
+        state.update(part)
+    return state.intdigest()
 
 
 def num_blocks(nbytes: int, block_bytes: int = BLOCK_BYTES) -> int:

@@ -10,10 +10,10 @@ TRAIN_STATE = "train_state"
 RNG = "rng"
 
 COMPONENTS = (OPTIMIZER, SCHEDULER, DATALOADER, TRAIN_STATE, RNG)
-"""All but the model, whose tensors have no common first key."""
+"""All components but the model: the paths of its tensors have no common first key."""
 
 DATALOADER_KEYS = (DATALOADER, "data_loader")
-"""Both spellings are in use among TorchTitan's users, for one component."""
+"""First keys of the state of a data loader: TorchTitan's users write either."""
 
 MODEL_KEYS = (MODEL, "state_dict")
-"""First keys of a whole model in the files of others: Accelerate and torchtune; Lightning."""
+"""First keys of a whole model in files of Accelerate and torchtune (`model`), and of Lightning."""

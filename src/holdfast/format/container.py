@@ -8,13 +8,10 @@ from itertools import islice
 from typing import Any
 
 from holdfast.errors import FormatError
-from holdfast.format.archive import Fetch, read_records, windowed
+from holdfast.format.archive import Fetch
 from holdfast.format.manifest import Path, Span
-from holdfast.format.pickles import DtypeName, Plain, loads
-from holdfast.format.torchzip import GLOBALS, Tensor, content, described
-
-PICKLE_BYTES_MAX = 256 << 20
-"""Largest `data.pkl` that is read, as in a whole `.pt` file."""
+from holdfast.format.pickles import DtypeName, Plain
+from holdfast.format.torchzip import GLOBALS, PICKLE_BYTES_MAX, Tensor, described, read_pickle
 
 MEMBERS_SHOWN_MAX = 40
 """Members of a list or dict that are shown."""
@@ -22,10 +19,11 @@ MEMBERS_SHOWN_MAX = 40
 DEPTH_SHOWN_MAX = 8
 
 TEXT_SHOWN_MAX = 2000
-"""Characters shown of a text or a value; also the members visited, shared ones each time."""
+"""Characters shown of a text or a value, and members visited for it: a shared member counts each
+time."""
 
 INT_BITS_MAX = 8000
-"""Largest number shown in digits, in bits: Python refuses to format far larger ones."""
+"""Bits of the largest number shown in digits: Python refuses to format far larger ones."""
 
 
 def read_value(data: bytes, *, where: str) -> object:
@@ -48,10 +46,8 @@ def read_member(fetch: Fetch, nbytes: int, path: Path, *, where: str) -> object:
         FormatError: it is no file of torch.save, or has nothing at that path.
     """
     try:
-        within = windowed(fetch, Span(0, nbytes))
-        records = read_records(within, nbytes)
-        pickled = content(within, records["data.pkl"], PICKLE_BYTES_MAX)
-        value = loads(pickled, _AnyGlobal(GLOBALS), where=where)
+        allowed = _AnyGlobal(GLOBALS)
+        value, *_ = read_pickle(fetch, Span(0, nbytes), allowed, PICKLE_BYTES_MAX, where=where)
         for key in path:
             value = _member(value, key)
     except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:

@@ -19,12 +19,10 @@ from holdfast.format.manifest import (
     Span,
     TensorEntry,
     ValueEntry,
-    check_file_name,
-    check_sizes,
-    path_of,
 )
 from holdfast.format.pickles import DtypeName, Plain, loads
 from holdfast.format.region import Region
+from holdfast.format.untrusted import check_file_name, check_sizes, path_of
 
 _MODULE = "torch.distributed.checkpoint.metadata"
 _SHARDED = "torch.distributed._shard.sharded_tensor.metadata"
@@ -48,7 +46,8 @@ _CLASSES = {
 """Classes that `.metadata` may refer to, by module."""
 
 _CHUNK_BYTES_MIN = 16
-"""Fewest bytes of a chunk in a pickle, unless a crafted one shares a list between entries."""
+"""Fewest bytes of one chunk in a pickle. A crafted pickle can have fewer, by sharing one list of
+chunks between entries."""
 
 _ALLOWED: Mapping[tuple[str, str], Any] = {
     **{(m, name): type(name, (Plain,), {}) for m, names in _CLASSES.items() for name in names},

@@ -7,28 +7,29 @@ which docs/format.md specifies.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
 from holdfast.errors import DamagedError, FormatError
-from holdfast.format import checksum, facts, timings
+from holdfast.format import checksum, timings
 from holdfast.format.components import OPTIMIZER
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.region import Region
 from holdfast.format.structure import Node, check_node, members_of, with_classes
 from holdfast.format.timings import Stage
+from holdfast.format.untrusted import (
+    check_file_name,
+    count_of,
+    json_of,
+    names_of,
+    number_of,
+    path_of,
+)
 
 VERSION = 2
-
-DIMS_MAX = 64
-"""Most dims of a tensor in torch."""
-
-SIZE_MAX = (1 << 63) - 1
-
-KEYS_MAX = 64
-"""Most keys in a path."""
 
 Kind = Literal["full", "model"]
 Path = tuple[str | int, ...]
@@ -56,7 +57,7 @@ class Chunk:
     """Archive around the data, which stock DCP passes to `torch.load`."""
 
     data_offset: int | None = None
-    """Offset of the raw row-major elements in the file; None if it must be read from the item."""
+    """Offset of the raw row-major elements in the file; None if only the archive itself tells."""
 
     first_block: int | None = None
     """Index, in the file's table, of the checksum of the first block of the raw data; the next ones
@@ -118,8 +119,7 @@ class Manifest:
     other formats."""
 
     components: tuple[str, ...] | None = None
-    """Top-level names that are not part of the model: first keys of all other paths. None if
-    unknown."""
+    """First keys of all paths that are not part of the model. None if unknown."""
 
     created: str = ""
     """Time of the commit: ISO 8601, UTC."""
@@ -184,11 +184,12 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
     `manifest.tensors` is ignored.
     """
     number = {file: index for index, file in enumerate(manifest.files)}
+    metrics = {n: v if math.isfinite(v) else None for n, v in manifest.metrics.items()}
     optional = {
         "components": manifest.components,
-        "metrics": facts.encode_metrics(manifest.metrics) or None,
+        "metrics": metrics or None,
         "model": dict(manifest.model) or None,
-        "timings": timings.encode(manifest.timings) or None,
+        "timings": {n: asdict(stage) for n, stage in manifest.timings.items()} or None,
     }
     head = {
         "holdfast": VERSION,
@@ -215,10 +216,8 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
         ],
     }
     parts = [_json(head)[:-1] + b',"tensors":', tensors, b"}"]
-    running = checksum.Running()
-    for part in parts:
-        running.add(part)
-    return [*parts[:2], b',"checksum":"' + _hex(running.value).encode() + b'"}']
+    digest = checksum.checksum_of_parts(parts)
+    return [*parts[:2], b',"checksum":"' + _hex(digest).encode() + b'"}']
 
 
 _BLOCK_BYTES = (checksum.BLOCK_BYTES, checksum.BLOCK_BYTES_MAX)
@@ -332,12 +331,15 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
         block_bytes=block_bytes,
         step=None if body["step"] is None else count_of(body["step"]),
         kind=body["kind"],
-        components=facts.components(body.get("components")),
+        components=names_of(body["components"]) if body.get("components") is not None else None,
         created=str(body["created"]),
-        layout=facts.checked_json(body["layout"]),
+        layout=json_of(body["layout"]),
         versions={str(name): str(version) for name, version in body["versions"].items()},
-        metrics=facts.decode_metrics(body.get("metrics", {})),
-        model=facts.checked_json(body.get("model", {})),
+        metrics={
+            name: math.nan if value is None else number_of(value)
+            for name, value in body.get("metrics", {}).items()
+        },
+        model=json_of(body.get("model", {})),
         timings=timings.decode(body.get("timings", {})),
         metadata=_metadata(body["metadata"]),
         structure=_structure(body.get("structure"), body.get("optimizers", [])),
@@ -423,56 +425,3 @@ def _metadata(stored: list[int] | None) -> tuple[int, int] | None:
 def kind_with(keys: Iterable[str | int]) -> Kind:
     """Return the kind of a checkpoint whose tensors have these first keys."""
     return "full" if OPTIMIZER in keys else "model"
-
-
-def count_of(value: object) -> int:
-    """Check a size or position from an untrusted file.
-
-    Raises:
-        ValueError: it is no whole number, or negative.
-    """
-    if type(value) is not int:
-        # Do not quote the value: its text may be huge.
-        raise ValueError(f"need a count, got a {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"need a count, got {value}")
-    return value
-
-
-def check_file_name(name: object, where: str) -> None:
-    """Check that a name is that of a file in the checkpoint's own folder.
-
-    Raises:
-        FormatError: the name is not a string, or it is a path and not a plain file name.
-    """
-    if type(name) is not str:
-        raise FormatError(f"`{where}` names a file by a {type(name).__name__}")
-    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise FormatError(f"`{where}` names a file outside of its folder: {name[:200]!r}")
-
-
-def check_sizes(sizes: object) -> tuple[int, ...]:
-    """Check sizes, offsets or strides from an untrusted file.
-
-    Raises:
-        ValueError: they are no list, more than `DIMS_MAX`, or not from 0 to `SIZE_MAX`.
-    """
-    if not isinstance(sizes, tuple | list) or len(sizes) > DIMS_MAX:
-        raise ValueError(f"need up to {DIMS_MAX} sizes, got a {type(sizes).__name__}")
-    for size in sizes:
-        if type(size) is not int or not 0 <= size <= SIZE_MAX:
-            raise ValueError(f"invalid size {str(size)[:30] if type(size) is int else type(size)}")
-    return tuple(sizes)
-
-
-def path_of(path: object) -> Path:
-    """Check a path from an untrusted file.
-
-    Raises:
-        ValueError: it is no list of texts and numbers, empty, or longer than `KEYS_MAX`.
-    """
-    if not isinstance(path, tuple | list) or not 0 < len(path) <= KEYS_MAX:
-        raise ValueError(f"a path needs 1 to {KEYS_MAX} keys")
-    if {type(key) for key in path} - {str, int}:
-        raise ValueError("a path has a key that is neither text nor a number")
-    return tuple(path)

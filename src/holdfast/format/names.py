@@ -35,6 +35,7 @@ _HELD = ".held-"
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})", re.ASCII)
 _HIDDEN = re.compile(r"\.(attempt|replaced|removing)-([^/]+)-([0-9a-f]{8})", re.ASCII)
+_NUMBER = re.compile(r"[0-9]+(?!.*[0-9])", re.ASCII)
 _MARK = re.compile(r"\.(pinned|damaged)-(.+)", re.ASCII)
 
 
@@ -112,13 +113,20 @@ def steps_among(names: Iterable[str]) -> dict[int, str]:
     >>> steps_among(["step-20/", "step-9/", ".replaced-step-30-1f2e3d4c/", "step-4"])
     {9: 'step-9', 20: 'step-20', 30: '.replaced-step-30-1f2e3d4c'}
     """
-    folders = {}
-    for folder in (name.rstrip("/") for name in sorted(names) if name.endswith("/")):
-        step = step_of_folder(folder)
-        if step is not None:
-            # `.replaced-step-N` sorts before `step-N`, which therefore wins.
-            folders[step] = folder
-    return dict(sorted(folders.items()))
+    folders = [name.rstrip("/") for name in sorted(names) if name.endswith("/")]
+    # `.replaced-step-N` sorts before `step-N`, which therefore wins.
+    found = {step: f for f in folders if (step := step_of_folder(f)) is not None}
+    return dict(sorted(found.items()))
+
+
+def number_of(name: str) -> int | None:
+    """Return the last number in the name of a sealed folder: the step of `checkpoint-500`.
+
+    >>> number_of("checkpoint-500"), number_of("epoch=3-step=1200"), number_of("best")
+    (500, 1200, None)
+    """
+    found = _NUMBER.search(name)
+    return None if found is None else int(found[0])
 
 
 def step_of_folder(folder: str) -> int | None:
@@ -141,13 +149,9 @@ def folder_among(names: Iterable[str], name: str) -> str | None:
     ('.replaced-best-1f2e3d4c', 'best')
     """
     folders = [other.rstrip("/") for other in names]
-    if name in folders:
-        return name
-    for folder in folders:
-        hidden = hidden_folder_of(folder)
-        if hidden is not None and (hidden.role, hidden.name) == ("replaced", name):
-            return folder
-    return None
+    hidden = filter(None, map(hidden_folder_of, folders))
+    aside = (str(h) for h in hidden if (h.role, h.name) == ("replaced", name))
+    return name if name in folders else next(aside, None)
 
 
 def hidden_folder_of(name: str) -> HiddenFolder | None:

@@ -1,20 +1,40 @@
-"""Read and write pickles without importing what they refer to.
+"""Read pickles without importing or calling what they refer to, and write them byte by byte.
 
-The reader looks up every global in the caller's table, and refuses others by name. It calls
-nothing: a `Plain` object stands for each instance, with its arguments and its state.
+Python's C unpickler allocates for any memo index in a file, hashes tuples of any nesting, and makes
+calls whose results may grow without limit, so that a kilobyte can take gigabytes or crash the
+process. `Unpickler` is Python's own implementation in Python, with every opcode replaced whose
+time or memory is not proportional to its bytes.
 """
 
 from __future__ import annotations
 
+import io
+import pickle
 import struct
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from holdfast.errors import FormatError
-from holdfast.format.opcodes import DtypeName, Machine, Plain
+from holdfast.format.dtypes import BY_NAME
 
-__all__ = ["Call", "DtypeName", "Dumper", "Global", "Instance", "Plain", "loads"]
+_INVALID = (
+    *(ValueError, LookupError, TypeError, AttributeError),
+    *(EOFError, struct.error, pickle.UnpicklingError),
+)
+
+MARKS_MAX = 10_000
+"""Maximum number of open marks. torch opens a few for each level of nesting."""
+
+KEY_MEMBERS_MAX = 64
+"""Maximum length of a tuple that is a key. Each use takes a byte or two, and hashes all members."""
+
+_KEY_INT_BITS = 60
+
+LARGE_KEYS_MAX = 1000
+"""Maximum number of keys that are larger ints: a file can give all of them the same hash, which
+makes a dict as slow as a list."""
 
 
 def loads(data: bytes, allowed: Mapping[tuple[str, str], Any], *, where: str) -> Any:
@@ -22,7 +42,7 @@ def loads(data: bytes, allowed: Mapping[tuple[str, str], Any], *, where: str) ->
 
     The pickle may call subclasses of `Plain`, `OrderedDict` without arguments, and `tuple`, `int`
     and `str` with an argument of the same type. It may refer to other allowed values, but not call
-    them.
+    them. Every `Plain` in the result has the arguments of its call and its state.
 
     Dtypes of `torch` are always allowed and become `DtypeName`. Persistent ids are returned
     unchanged. Time and memory are proportional to the bytes. The result may share objects, and may
@@ -32,10 +52,191 @@ def loads(data: bytes, allowed: Mapping[tuple[str, str], Any], *, where: str) ->
         FormatError: it is no pickle, or refers to a global that is not allowed.
     """
     try:
-        return Machine(data, allowed, where).run()
-    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-        reason = "it ends early" if isinstance(error, IndexError) else error
+        return Unpickler(data, allowed, where).load()
+    except _INVALID as error:
+        reason = "it ends early" if isinstance(error, EOFError | IndexError) else error
         raise FormatError(f"`{where}` is not a whole pickle: {reason}") from error
+
+
+class Plain:
+    """Stands for an instance of a class that is not imported, with its arguments and its state."""
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self.args = args
+        self.state: Any = {}
+
+
+@dataclass(frozen=True, slots=True)
+class DtypeName:
+    """Stands for `torch.<name>`."""
+
+    name: str
+
+
+_PythonUnpickler: Any = pickle._Unpickler
+"""Base class that `torch.package` builds on too. Untyped, since its attributes are undocumented."""
+
+
+class Unpickler(_PythonUnpickler):  # type: ignore[misc]
+    """Reads one pickle. `allowed` has the object for each global that it may refer to."""
+
+    def __init__(self, data: bytes, allowed: Mapping[tuple[str, str], Any], where: str) -> None:
+        self._data = io.BytesIO(data)
+        self._nbytes = len(data)
+        super().__init__(self._data, encoding="utf-8", errors="surrogatepass")
+        self._allowed = allowed
+        self._where = where
+        self._num_large_keys = 0
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the object in place of a global."""
+        if module == "torch" and name in BY_NAME:
+            return DtypeName(name)
+        try:
+            return self._allowed[module, name]
+        except KeyError:
+            raise FormatError(
+                f"`{self._where}` refers to `{module[:200]}.{name[:200]}`, which Holdfast does not "
+                "allow in a checkpoint",
+                hint="loading a pickle can run code: use `torch.load(weights_only=False)` only if "
+                "you trust the writer of the file",
+            ) from None
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
+
+    def load_unsupported(self) -> None:
+        raise ValueError(f"unsupported opcode at byte {self._data.tell() - 1}")
+
+    def load_frame(self) -> None:
+        # Python would copy the frame.
+        self.read(8)
+
+    def load_bytearray8(self) -> None:
+        # Python would allocate the array before it finds that the file ends.
+        self.load_binbytes8()
+        self.stack[-1] = bytearray(self.stack[-1])
+
+    def load_mark(self) -> None:
+        if len(self.metastack) >= MARKS_MAX:
+            raise ValueError(f"more than {MARKS_MAX} marks are open")
+        super().load_mark()
+
+    def load_put(self) -> None:
+        self._put(int(self.readline()))
+
+    def load_long_binput(self) -> None:
+        self._put(*struct.unpack("<I", self.read(4)))
+
+    def _put(self, index: int) -> None:
+        # Indices far apart could all have the same hash.
+        if not 0 <= index <= self._nbytes:
+            raise ValueError(f"memo index {index} exceeds the size of the pickle")
+        self.memo[index] = self.stack[-1]
+
+    def load_reduce(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = _call(self.stack[-1], args)
+
+    load_newobj = load_reduce
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        instance = self.stack[-1]
+        if isinstance(instance, Plain):
+            instance.state = state
+        elif type(instance) is not OrderedDict:
+            # Attributes of an OrderedDict, such as the `_metadata` of a state dict, are ignored.
+            raise ValueError(f"a state for {_described(instance)}")
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self._set_items(items)
+
+    def load_setitem(self) -> None:
+        value = self.stack.pop()
+        self._set_items([self.stack.pop(), value])
+
+    def load_setitems(self) -> None:
+        self._set_items(self.pop_mark())
+
+    def load_frozenset(self) -> None:
+        items = self.pop_mark()
+        self.append(set())
+        self._add_members(items)
+        self.stack[-1] = frozenset(items)
+
+    def load_additems(self) -> None:
+        self._add_members(self.pop_mark())
+
+    def _set_items(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not dict and type(target) is not OrderedDict:
+            raise ValueError(f"items for {_described(target)}")
+        if len(items) % 2:
+            raise ValueError("a key without a value")
+        for key in items[::2]:
+            if type(key) is not str:
+                self._check_key(key)
+        target.update(zip(items[::2], items[1::2], strict=True))
+
+    def _add_members(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not set:
+            raise ValueError(f"members for {_described(target)}")
+        for item in items:
+            self._check_key(item)
+        target.update(items)
+
+    def _check_key(self, key: object) -> None:
+        """Refuse a key that costs more time to hash or to find than its own bytes justify."""
+        members = key if type(key) is tuple else (key,)
+        if len(members) > KEY_MEMBERS_MAX:
+            raise ValueError(f"a key of {len(members)} members")
+        for member in members:
+            if not isinstance(member, str | int | float | bytes | Plain | DtypeName | None):
+                raise ValueError(f"a key that is {_described(member)}")
+            if type(member) is int and member.bit_length() > _KEY_INT_BITS:
+                self._num_large_keys += 1
+                if self._num_large_keys > LARGE_KEYS_MAX:
+                    raise ValueError(f"more than {LARGE_KEYS_MAX} keys are large numbers")
+
+
+_SUPPORTED = (
+    b"\x80\x95(012.N\x88\x89ILFJKMG\x8a\x8bVX\x8c\x8dUTCB\x8e\x96"
+    b"\x8f\x90\x91)t\x85\x86\x87]lae}dsuc\x93R\x81bpqrghj\x94PQ"
+)
+"""Opcodes that may be in a checkpoint: not those for classes of Python 2, registered extensions and
+out-of-band buffers, which no version of torch writes."""
+
+Unpickler.dispatch = {
+    **dict.fromkeys(range(256), Unpickler.load_unsupported),
+    **{
+        opcode: getattr(Unpickler, _PythonUnpickler.dispatch[opcode].__name__)
+        for opcode in _SUPPORTED
+    },
+}
+
+
+def _call(function: Any, args: object) -> Any:
+    """Return the result of a call. The arguments are not copied: many calls may share them."""
+    if type(args) is not tuple:
+        raise ValueError("a call without a tuple of arguments")
+    if isinstance(function, type) and issubclass(function, Plain):
+        return function(args)
+    if function is OrderedDict and not args:
+        return OrderedDict()
+    if function in (tuple, int, str) and len(args) == 1 and type(args[0]) is function:
+        return args[0]
+    raise ValueError(f"a call of {_described(function)} with {len(args)} arguments")
+
+
+def _described(value: object) -> str:
+    return f"`{value.__name__}`" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
+# ---------------------------------------------------------------------------------------- writing
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from operator import le, sub
+from operator import add, le, sub
 
 from holdfast.errors import FormatError
 
@@ -58,6 +58,10 @@ class Region:
         """Return the region relative to `outer`, which contains it."""
         origin = outer.start
         return Region(tuple(map(sub, self.start, origin)), tuple(map(sub, self.stop, origin)))
+
+    def moved(self, offset: Sequence[int]) -> Region:
+        """Return the region shifted by `offset[d]` along each dim `d`."""
+        return Region(tuple(map(add, self.start, offset)), tuple(map(add, self.stop, offset)))
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether the region is inside a tensor of this shape."""

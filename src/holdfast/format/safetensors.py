@@ -25,10 +25,9 @@ from holdfast.format.manifest import (
     Manifest,
     Span,
     TensorEntry,
-    check_file_name,
-    check_sizes,
 )
 from holdfast.format.region import Region
+from holdfast.format.untrusted import check_file_name, check_sizes
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

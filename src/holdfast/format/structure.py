@@ -23,8 +23,11 @@ SEQUENCES = ("list", "tuple")
 ARRAY = "array"
 """Node of a numpy array, which is stored as a tensor."""
 
-FACTORIES = ("list", "dict", "set", "int", "float", "str", "bool", "tuple", "None")
-"""Default factories that a `defaultdict` may name."""
+FACTORIES: Mapping[str, Any] = {
+    **{cls.__name__: cls for cls in (list, dict, set, int, float, str, bool, tuple)},
+    "None": None,
+}
+"""Default factories that a `defaultdict` may have, by name."""
 
 _INTEGERS = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _FLOATS = ("float16", "float32", "float64", "complex64", "complex128")
@@ -204,7 +207,7 @@ def _check_mapping(node: Mapping[str, Any], content: Any, depth: int) -> None:
         if len(keys) != len(content) or len({*keys}) != len(keys):
             raise ValueError("a dict has keys that are no texts, or equal")
         children = [child for _, child in content]
-    if "defaultdict" in node and node.get("default") not in FACTORIES:
+    if "defaultdict" in node and node.get("default") not in [*FACTORIES]:
         raise ValueError("a defaultdict with an unknown default")
     for child in children:
         check_node(child, depth)

@@ -7,6 +7,7 @@ again by later saves.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,6 @@ from holdfast.format.manifest import Path, Span, encode_tensor
 from holdfast.format.pickles import Call, Dumper, Global, Instance, pickled_int
 
 Ints = NDArray[np.int64]
-Bytes = NDArray[np.uint8]
 
 _MODULE = "torch.distributed.checkpoint.metadata"
 _METADATA = Global(_MODULE, "Metadata")
@@ -88,7 +88,8 @@ class StockIndex:
         file_memo = np.array([out.index(file) for file in files], np.int64)
         self._index = out.get(_INDEX) + b")\x81}(" + out.get("fqn")
         self._length = out.get("length")
-        self._open(_METADATA)
+        out.put(_METADATA)
+        out.raw(b")\x81}(")
         out.put("state_dict_metadata")
         out.raw(b"}(")
         paths: dict[str, Path] = {}
@@ -129,11 +130,6 @@ class StockIndex:
             out.put(constant)
         out.raw(b"ub.")
         return [*self._fixed, out.take()]
-
-    def _open(self, cls: Global) -> None:
-        """Start an instance, up to the first item of its state."""
-        self._out.put(cls)
-        self._out.raw(b")\x81}(")
 
     def _put_tensor(self, table: TensorTable) -> None:
         """Write the metadata of a tensor. Tensors with equal chunks share the bytes."""
@@ -217,7 +213,7 @@ class StockIndex:
                 _MemoIndices(file_memo[[file]]),
                 out.get("offset"),
             )
-        item = _number(offset) + self._length + _number(nbytes) + b"ub"
+        item = _packed(offset) + self._length + _packed(nbytes) + b"ub"
         return self._index + out.get(table.name) + self._cache[key] + item
 
     def _value_place(self, file: str, item: Span) -> bytes:
@@ -230,10 +226,10 @@ class StockIndex:
 
     def _size(self, columns: Ints) -> list[_Part]:
         """Parts of a row that make a `torch.Size` of its numbers in `columns`."""
-        before, after = b"(", b"t"
-        if columns.shape[1] < 4:
-            before, after = b"", (b")", b"\x85", b"\x86", b"\x87")[columns.shape[1]]
-        return [self._out.get(_SIZE), before, *columns.T, after, b"\x85R"]
+        size = self._out.get(_SIZE)
+        if columns.shape[1] > 3:
+            return [size + b"(", *columns.T, b"t\x85R"]
+        return [size, *columns.T, (b")", b"\x85", b"\x86", b"\x87")[columns.shape[1]] + b"\x85R"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -246,65 +242,55 @@ class _MemoIndices:
 _Part = bytes | Ints | _MemoIndices
 """Part of each row: constant bytes, or one int per row, or one memoized object per row."""
 
-_ONE_BY_ONE_MAX = 24
-"""Most rows that are encoded one by one, which is faster than numpy for few."""
+_ONE_BY_ONE_MAX = 64
+"""Most rows that are packed one by one, which is faster than numpy for few."""
 
 
 def _rows(count: int, *parts: _Part) -> bytes:
     """Encode `count` rows, each of which is its `parts` one after the other."""
-    if count < _ONE_BY_ONE_MAX:
-        encoded = [p if isinstance(p, bytes) else _encoded(p) for p in parts]
-        return b"".join(p if isinstance(p, bytes) else p[n] for n in range(count) for p in encoded)
-    columns = [np.frombuffer(p, np.uint8) if isinstance(p, bytes) else _column(p) for p in parts]
-    rows = np.empty((count, sum(column.shape[-1] for column in columns)), np.uint8)
-    start = 0
-    for column in columns:
-        rows[:, start : start + column.shape[-1]] = column
-        start += column.shape[-1]
+    fields: list[tuple[str, bytes | Ints]] = []
+    for part in parts:
+        if isinstance(part, bytes):
+            fields.append((f"{len(part)}s", part))
+        else:
+            numbers, opcode, code = _opcode(part)
+            fields += [(f"{len(opcode)}s", opcode), (code, numbers)]
+    if count <= _ONE_BY_ONE_MAX:
+        pack = struct.Struct("<" + "".join(code for code, _ in fields)).pack
+        columns = [[v] * count if isinstance(v, bytes) else v.tolist() for _, v in fields]
+        return b"".join(map(pack, *columns))
+    # numpy names the types as `struct` does, but for `12s`, which is `S12`.
+    codes = [f"S{code[:-1]}" if code[-1] == "s" else f"<{code}" for code, _ in fields]
+    rows = np.empty(count, ",".join(codes))
+    for name, (_, value) in zip(rows.dtype.names or (), fields, strict=True):
+        rows[name] = value
     return rows.tobytes()
 
 
 def _opcode(part: Ints | _MemoIndices) -> tuple[Ints, bytes, str]:
-    """Return the numbers, the opcode before each, and a dtype wide enough for the largest."""
+    """Return the numbers, the opcode before each, and a `struct` code for the largest."""
     if isinstance(part, _MemoIndices):
-        return part.indices, b"j", "<u4"
+        return part.indices, b"j", "I"
     return part, *_width(int(part.max()) if len(part) else 0)
 
 
 _WIDTHS = (
-    (b"K", "u1", 1 << 8),
-    (b"M", "<u2", 1 << 16),
-    (b"J", "<i4", 1 << 31),
-    (b"\x8a\x08", "<i8", 1 << 63),
+    (b"K", "B", 1 << 8),
+    (b"M", "H", 1 << 16),
+    (b"J", "i", 1 << 31),
+    (b"\x8a\x08", "q", 1 << 63),
 )
 
 
 def _width(largest: int) -> tuple[bytes, str]:
-    """Return the opcode for ints up to `largest`, and their dtype."""
-    for opcode, dtype, limit in _WIDTHS:
+    """Return the opcode for ints up to `largest`, and their `struct` code."""
+    for opcode, code, limit in _WIDTHS:
         if largest < limit:
-            return opcode, dtype
+            return opcode, code
     raise OverflowError(f"{largest} is more than 63 bits")
 
 
-def _number(number: int) -> bytes:
+def _packed(number: int) -> bytes:
     """Encode an int with its opcode."""
-    opcode, dtype = _width(number)
-    return opcode + number.to_bytes(int(dtype[-1]), "little")
-
-
-def _encoded(part: Ints | _MemoIndices) -> list[bytes]:
-    """Encode each number with its opcode, one by one."""
-    numbers, opcode, dtype = _opcode(part)
-    nbytes = int(dtype[-1])
-    return [opcode + number.to_bytes(nbytes, "little") for number in numbers.tolist()]
-
-
-def _column(part: Ints | _MemoIndices) -> Bytes:
-    """Encode each number with its opcode, all at once: shape (rows, bytes)."""
-    numbers, opcode, dtype = _opcode(part)
-    column = numbers.astype(dtype)
-    encoded = np.empty((len(column), len(opcode) + column.itemsize), np.uint8)
-    encoded[:, : len(opcode)] = np.frombuffer(opcode, np.uint8)
-    encoded[:, len(opcode) :] = column.view(np.uint8).reshape(len(column), -1)
-    return encoded
+    opcode, code = _width(number)
+    return opcode + struct.pack(f"<{code}", number)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
+
+from holdfast.format.untrusted import count_of, seconds_of
 
 DIGITS = 6
 """Decimal places of a number of seconds."""
@@ -38,38 +39,18 @@ def over_ranks(ranks: Sequence[Mapping[str, float]]) -> dict[str, Stage]:
     return stages
 
 
-def encode(stages: Mapping[str, Stage]) -> dict[str, dict[str, float]]:
-    """Encode stages as a JSON object."""
-    return {name: asdict(stage) for name, stage in stages.items()}
-
-
 def decode(stored: Any) -> dict[str, Stage]:
-    """Decode a JSON object made by `encode`.
+    """Decode the stages in a manifest.
 
     Raises:
         ValueError, LookupError, TypeError, AttributeError, OverflowError: it is invalid.
     """
     return {
         name: Stage(
-            _seconds(stage["least"]),
-            _seconds(stage["median"]),
-            _seconds(stage["most"]),
-            _rank(stage["slowest"]),
+            seconds_of(stage["least"]),
+            seconds_of(stage["median"]),
+            seconds_of(stage["most"]),
+            count_of(stage["slowest"]),
         )
         for name, stage in stored.items()
     }
-
-
-def _rank(stored: object) -> int:
-    if type(stored) is not int or stored < 0:
-        raise ValueError("need the number of a rank")
-    return stored
-
-
-def _seconds(stored: object) -> float:
-    if not isinstance(stored, int | float) or isinstance(stored, bool):
-        raise ValueError(f"need seconds, got a {type(stored).__name__}")
-    seconds = float(stored)
-    if not (math.isfinite(seconds) and seconds >= 0):
-        raise ValueError(f"need seconds, got {seconds}")
-    return seconds

@@ -21,12 +21,9 @@ from holdfast.format.archive import (
     directory_end,
     directory_entry,
     local_header,
-    read_records,
-    windowed,
 )
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import (
-    KEYS_MAX,
     Chunk,
     Manifest,
     Path,
@@ -34,21 +31,19 @@ from holdfast.format.manifest import (
     TensorEntry,
     ValueEntry,
 )
-from holdfast.format.pickles import Plain, loads, pickled_int, pickled_str
+from holdfast.format.pickles import Plain, pickled_int, pickled_str
 from holdfast.format.region import Region
 from holdfast.format.torchzip import (
     GLOBALS,
+    PICKLE_BYTES_MAX,
     Tensor,
-    check_byte_order,
-    content,
     contiguous_strides,
     described,
     pickled_tensor,
+    read_pickle,
     stored_tensor,
 )
-
-PICKLE_BYTES_MAX = 256 << 20
-"""Largest `data.pkl` that is read: two million tensors."""
+from holdfast.format.untrusted import KEYS_MAX
 
 ALIGN = 64
 """Alignment of the elements of a tensor, so that a mapped file can be used in place."""
@@ -81,14 +76,10 @@ def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> TorchFile:
             hint="if you trust its writer, load it with torch.load and torch.save it again",
         )
     try:
-        within = windowed(fetch, Span(0, nbytes))
-        records = read_records(within, nbytes)
-        if "data.pkl" not in records:
-            raise ValueError("a ZIP archive of another program, without `data.pkl`")
-        check_byte_order(within, records)
-        pickled = content(within, records["data.pkl"], PICKLE_BYTES_MAX)
-        value = loads(pickled, _ALLOWED, where=where)
-        return _state(value, len(pickled), records, file, nbytes)
+        value, pickle_bytes, records = read_pickle(
+            fetch, Span(0, nbytes), _ALLOWED, PICKLE_BYTES_MAX, where=where
+        )
+        return _state(value, pickle_bytes, records, file, nbytes)
     except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise FormatError(f"`{where}` is not a file of torch.save: {error}") from error
 

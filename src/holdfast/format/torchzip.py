@@ -33,15 +33,19 @@ from holdfast.format.archive import (
     windowed,
 )
 from holdfast.format.dtypes import BY_STORAGE, dtype_of
-from holdfast.format.manifest import Span, check_sizes
+from holdfast.format.manifest import Span
 from holdfast.format.pickles import Plain, loads, pickled_int, pickled_str
+from holdfast.format.untrusted import check_sizes
 
 PAGE_BYTES = 4096
 LARGE_BYTES = 64 << 10
 """Smallest data that starts on a page, so that it can be read and written with `O_DIRECT`. Smaller
 data starts on a multiple of 64 bytes, since pages would be mostly padding."""
 
-_PICKLE_BYTES_MAX = 1 << 20
+PICKLE_BYTES_MAX = 256 << 20
+"""Largest `data.pkl` of a `.pt` file that is read: two million tensors."""
+
+_TENSOR_PICKLE_BYTES_MAX = 1 << 20
 _PARAMETERS_MAX = 8
 """Most `Parameter`s nested around one tensor; without a limit a cycle would never end."""
 
@@ -130,21 +134,39 @@ def locate(fetch: Fetch, item: Span, *, where: str) -> StoredTensor:
         FormatError: it is no archive of a tensor, or refers to bytes outside of it.
     """
     try:
-        within = windowed(fetch, item)
-        records = read_records(within, item.nbytes)
-        check_byte_order(within, records)
-        value = loads(content(within, records["data.pkl"], _PICKLE_BYTES_MAX), GLOBALS, where=where)
+        value, _, records = read_pickle(fetch, item, GLOBALS, _TENSOR_PICKLE_BYTES_MAX, where=where)
         return stored_tensor(described(value), records, item.offset)
     except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise FormatError(f"`{where}` is not a tensor as torch.save writes it: {error}") from error
 
 
-def content(fetch: Fetch, record: Record, nbytes_max: int) -> bytes:
-    """Read a small record, and check its CRC-32 if it has one.
+def read_pickle(
+    fetch: Fetch,
+    item: Span,
+    allowed: Mapping[tuple[str, str], Any],
+    nbytes_max: int,
+    *,
+    where: str,
+) -> tuple[Any, int, dict[str, Record]]:
+    """Read an archive: the object in its pickle, the bytes of the pickle, and all records.
 
     Raises:
-        ValueError: it is larger than `nbytes_max`, or damaged.
+        FormatError: the pickle refers to a global that is not allowed.
+        ValueError, LookupError, struct.error: it is no archive of `torch.save`, its elements are
+            big-endian, or its pickle has more than `nbytes_max`.
     """
+    within = windowed(fetch, item)
+    records = read_records(within, item.nbytes)
+    if "data.pkl" not in records:
+        raise ValueError("a ZIP archive of another program, without `data.pkl`")
+    if "byteorder" in records and _content(within, records["byteorder"], 16) != b"little":
+        raise ValueError("byte order is not little-endian")
+    pickled = _content(within, records["data.pkl"], nbytes_max)
+    return loads(pickled, allowed, where=where), len(pickled), records
+
+
+def _content(fetch: Fetch, record: Record, nbytes_max: int) -> bytes:
+    """Read a small record, and check its CRC-32 if it has one."""
     if record.data.nbytes > nbytes_max:
         raise ValueError(f"a record of {record.data.nbytes} bytes, more than {nbytes_max}")
     data = fetch(record.data.offset, record.data.nbytes)
@@ -153,21 +175,11 @@ def content(fetch: Fetch, record: Record, nbytes_max: int) -> bytes:
     return data
 
 
-def check_byte_order(fetch: Fetch, records: Mapping[str, Record]) -> None:
-    """Refuse an archive with big-endian elements.
-
-    Raises:
-        ValueError: its record `byteorder` is not `little`.
-    """
-    if "byteorder" in records and content(fetch, records["byteorder"], 16) != b"little":
-        raise ValueError("byte order is not little-endian")
-
-
 def stored_tensor(tensor: Described, records: Mapping[str, Record], position: int) -> StoredTensor:
     """Find the elements of a tensor in an archive that begins at `position` of its file.
 
     Raises:
-        ValueError, KeyError: the archive lacks the tensor's storage, or it is too short.
+        ValueError, KeyError: the archive lacks the storage of the tensor, or has too few bytes.
     """
     record, itemsize = records[f"data/{tensor.key}"], dtype_of(tensor.dtype).itemsize
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))

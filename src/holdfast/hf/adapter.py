@@ -33,10 +33,6 @@ def adapter_mapping(
 
     A factor's native name is the weight's, with `lora_A` or `lora_B` in it. Weights that were
     trained in full are mapped as in `base`.
-
-    Raises:
-        MismatchError: listing all tensors that match no weight of the base, or one that is not
-            mapped row by row, such as an expert or a fused weight.
     """
     native_names = renamed(base.names("native"), names)
     axes, relations, wrong = dict(base.axes), list[Relation](), list[str]()

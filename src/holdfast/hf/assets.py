@@ -31,9 +31,6 @@ def files_beside(
 
     `assets`: folder whose other files are copied. The index comes last: a folder is not complete
     without it.
-
-    Raises:
-        FormatError: an asset is a link out of its folder, or not a plain file.
     """
     yield CONFIG, config_bytes(config, dtype)
     if assets is not None:
@@ -75,19 +72,16 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 def _copied(store: ReadStore, folder: str) -> Iterator[tuple[str, bytes]]:
     """Yield name and contents of each file of a folder that an export copies."""
-    for file in store.list(folder):
-        if file == _TEMPLATES:
-            for template in store.list(f"{folder}/{_TEMPLATES.rstrip('/')}"):
-                yield from _copied_file(store, folder, _TEMPLATES + template)
-        elif file != CONFIG:
-            yield from _copied_file(store, folder, file)
-
-
-def _copied_file(store: ReadStore, folder: str, file: str) -> Iterator[tuple[str, bytes]]:
-    hidden_or_folder = file.startswith(".") or file.endswith("/")
-    if hidden_or_folder or any(fnmatchcase(file, pattern) for pattern in _WEIGHTS.split()):
-        return
-    check_inside(store, folder, file)
-    size = store.size(f"{folder}/{file}")
-    if size <= COPIED_BYTES_MAX:
-        yield file, store.read(f"{folder}/{file}", 0, size)
+    files = store.list(folder)
+    if _TEMPLATES in files:
+        below = store.list(f"{folder}/{_TEMPLATES.rstrip('/')}")
+        files = [*files, *(_TEMPLATES + file for file in below)]
+    for file in files:
+        if file == CONFIG or file.startswith(".") or file.endswith("/"):
+            continue
+        if any(fnmatchcase(file, pattern) for pattern in _WEIGHTS.split()):
+            continue
+        check_inside(store, folder, file)
+        size = store.size(f"{folder}/{file}")
+        if size <= COPIED_BYTES_MAX:
+            yield file, store.read(f"{folder}/{file}", 0, size)

@@ -33,11 +33,7 @@ _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 
 
 def skipped(names: Collection[str], patterns: Sequence[str]) -> set[str]:
-    """Return the names that match a `--skip` pattern.
-
-    Raises:
-        UsageError: a pattern matches no name.
-    """
+    """Return the names that match a `--skip` pattern."""
     found: set[str] = set()
     for pattern in patterns:
         matching = {name for name in names if fnmatchcase(name, pattern)}
@@ -56,13 +52,10 @@ def check_fit(
     config_from: str,
     hint: str = HINT,
 ) -> list[str]:
-    """Check that `tensors` are the tensors of one side, all and no others. Returns notes.
+    """Check that `tensors` are the tensors of one side, all and no others. All differences are
+    listed in one error. Returns notes.
 
     `config_from` names the origin of the sizes.
-
-    Raises:
-        MismatchError: listing all missing, unexpected and misshapen tensors, and second names with
-            other elements than the first.
     """
     infos, aliases = tensors.infos, mapping.aliases[side]
     derived = [name for name in infos if DERIVED.fullmatch(name)]

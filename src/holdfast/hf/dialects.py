@@ -33,7 +33,7 @@ GATE, BALANCE = "moe.router.gate.weight", "moe.expert_bias"
 The buffer starts as zeros. Most families have no Hugging Face tensor for it."""
 
 _LATENT = "attention.wkv_a"
-"""Weight of models with latent attention, where TorchTitan 0.3 did not rename `wq`."""
+"""Weight that only models with latent attention have. TorchTitan 0.3 did not rename their `wq`."""
 
 
 def dialect_of(names: Collection[str]) -> Dialect | None:

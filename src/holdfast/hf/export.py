@@ -34,8 +34,8 @@ from holdfast.planning.file_layout import FileLayout, TensorItem
 from holdfast.planning.index import Index
 from holdfast.storage.local import LocalStore
 from holdfast.storage.opening import folder_store
-from holdfast.storage.store import Writer
-from holdfast.tensors.blocks import blocks, moved, runs
+from holdfast.storage.store import FileWriter
+from holdfast.tensors.blocks import blocks, runs
 from holdfast.tensors.lazy import TensorInfo
 from holdfast.tensors.mapping import TensorMapping
 from holdfast.tensors.numbers import Array, box_of, convert, is_floating, raw_type
@@ -180,7 +180,7 @@ class _Job:
         with ExitStack() as stack:
 
             @cache
-            def writer_of(file: str) -> Writer:
+            def writer_of(file: str) -> FileWriter:
                 return stack.enter_context(self.store.amend(f"{self.attempt}/{file}"))
 
             for item in items:
@@ -201,7 +201,7 @@ class _Job:
         self, item: TensorItem, native: str, block: Region
     ) -> Iterator[tuple[str, Region, Array]]:
         """Yield Hugging Face name, box and elements for each part of a block of an item."""
-        dtype, region = item.dtype, moved(block, item.region.start)
+        dtype, region = item.dtype, block.moved(item.region.start)
         data = np.frombuffer(self.snapshot.data_of(item, block), raw_type(dtype))
         data = data.reshape(block.shape)
         for copy in self.mapping.copies("native", native, region, exact=True):
@@ -213,7 +213,7 @@ class _Job:
 
 
 def _write_box(
-    writer: Writer, offset: int, shape: tuple[int, ...], box: Region, elements: Array
+    writer: FileWriter, offset: int, shape: tuple[int, ...], box: Region, elements: Array
 ) -> int:
     """Write a box of the tensor at `offset`. Returns the number of bytes."""
     raw = np.ascontiguousarray(elements).reshape(-1).view(np.uint8).data

@@ -27,13 +27,13 @@ class Family:
     """Function that returns the table for a configuration."""
 
     axes: Callable[[Config], Mapping[str, Sequence[int]]] = field(default=lambda _: {})
-    """Function that returns axes besides `decoder_axes`, or in their place."""
+    """Function that returns further axes, or other sizes for some of `decoder_axes`."""
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values for keys missing in `config.json`, where they differ from Llama's."""
 
     prefix: str = ""
-    """Prefix of the Hugging Face names, where the language model is a part of a larger model."""
+    """Prefix of the Hugging Face names, if the language model is a part of a larger model."""
 
     def with_defaults(self, config: Config) -> Config:
         """Return the configuration with values for missing keys."""
@@ -118,11 +118,7 @@ def layers(config: Config) -> range:
 
 
 def flag(config: Config, key: str) -> bool:
-    """Return a boolean from an untrusted configuration; false if it is missing.
-
-    Raises:
-        FormatError: it is not a boolean.
-    """
+    """Return a boolean from an untrusted configuration; false if it is missing."""
     value = config.get(key)
     if value is not None and type(value) is not bool:
         raise _absurd(key, "true or false", value)
@@ -130,11 +126,7 @@ def flag(config: Config, key: str) -> bool:
 
 
 def numbers(config: Config, key: str) -> frozenset[int] | None:
-    """Return the layers listed in an untrusted configuration; None if the list is missing.
-
-    Raises:
-        FormatError: it is not a list of whole numbers.
-    """
+    """Return the layers listed in an untrusted configuration; None if the list is missing."""
     value = config.get(key)
     if value is None:
         return None
@@ -151,11 +143,7 @@ def _absurd(key: str, expected: str, found: object) -> FormatError:
 
 
 def mapping_of(family: Family, config: Config, *, fused_experts: bool = False) -> TensorMapping:
-    """Return the family's table with the sizes of one configuration.
-
-    Raises:
-        FormatError: the configuration lacks a size, or has an impossible one.
-    """
+    """Return the family's table with the sizes of one configuration."""
     config = {**family.with_defaults(config), FUSED_EXPERTS: fused_experts}
     rows, axes = rows_and_axes(family, config)
     if not flag(config, "tie_word_embeddings"):
@@ -166,11 +154,7 @@ def mapping_of(family: Family, config: Config, *, fused_experts: bool = False) -
 
 
 def rows_and_axes(family: Family, config: Config) -> tuple[list[Relation], Axes]:
-    """Return the family's table and axes for a configuration without missing keys.
-
-    Raises:
-        FormatError: the configuration lacks a size, or has an impossible one.
-    """
+    """Return the family's table and axes for a configuration without missing keys."""
     of_family = f"`config.json` of a {family.model_types[0]}"
     try:
         rows = [

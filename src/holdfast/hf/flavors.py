@@ -153,7 +153,7 @@ LLAMA3: dict[str, Flavor] = {
 def qwen3_moe(
     dim: int, num_layers: int, num_heads: int, num_kv_heads: int, experts: ExpertFlavor
 ) -> Flavor:
-    """Return a Qwen3 with experts in every block; all but these sizes is as published."""
+    """Return a Qwen3 with experts in every block. Other settings are the published ones."""
     return Flavor(
         dim=dim,
         num_layers=num_layers,

@@ -24,9 +24,11 @@ from holdfast.hf.families import family_of
 from holdfast.hf.family import Config, fused_experts, mapping_of
 from holdfast.loading.load import Loaded, load_tree
 from holdfast.loading.read import THREADS_MAX, Wanted
+from holdfast.state.layout import box_of
 from holdfast.state.objects import StateTree
+from holdfast.state.shard import Piece
 from holdfast.storage.store import ReadStore
-from holdfast.tensors.blocks import blocks, moved
+from holdfast.tensors.blocks import blocks
 from holdfast.tensors.lazy import Joined, Mapped, Renamed, Tensors, Zeros
 from holdfast.tensors.mapping import TensorMapping
 from holdfast.tensors.quantized import Dequantized
@@ -47,7 +49,7 @@ def load_folder(
     """Load the weights of a Hugging Face folder into the model in `tree`. Returns notes too.
 
     `config` is used if the folder has no `config.json`. `partial_load`: see `load_tree`. Quantized
-    weights are dequantized. Meta's or TorchTitan's names are used, as the model has them.
+    weights are dequantized. The model may have Meta's or TorchTitan's names.
 
     Collective: every rank calls this. Ranks exchange only headers; an error on one rank is raised
     on all.
@@ -127,26 +129,21 @@ def _native(
 
 def _fill(tensors: Tensors, _: Source, wanted: Sequence[Wanted]) -> int:
     """Fill every wanted tensor. Returns the number of bytes read."""
+
+    def fill(want: Wanted, piece: Piece, block: Region) -> int:
+        elements = tensors.read(want.name, block.moved(piece.region.start))
+        elements = np.ascontiguousarray(elements).reshape(block.shape)
+        dtype: torch.dtype = getattr(torch, tensors.infos[want.name].dtype)
+        target = box_of(want.local, block.moved(piece.local.start))
+        target.copy_(torch.from_numpy(elements).view(dtype))
+        return elements.nbytes
+
+    # Count 4 bytes per element: few folders have a wider dtype than float32.
     jobs = [
-        partial(
-            _fill_block,
-            tensors,
-            want,
-            moved(block, piece.region.start),
-            moved(block, piece.local.start),
-        )
+        (want, piece, block)
         for want in wanted
         for piece in want.pieces
-        # 4 bytes an element: few folders have a wider dtype than float32.
         for block in blocks(piece.region.shape, 4, BLOCK_BYTES)
     ]
     with ThreadPoolExecutor(min(THREADS_MAX, os.cpu_count() or 1)) as pool:
-        return sum(pool.map(lambda job: job(), jobs))
-
-
-def _fill_block(tensors: Tensors, want: Wanted, region: Region, local: Region) -> int:
-    elements = np.ascontiguousarray(tensors.read(want.name, region)).reshape(region.shape)
-    dtype: torch.dtype = getattr(torch, tensors.infos[want.name].dtype)
-    target = want.local[local.slices()] if want.local.ndim else want.local
-    target.copy_(torch.from_numpy(elements).view(dtype))
-    return elements.nbytes
+        return sum(pool.map(lambda job: fill(*job), jobs))

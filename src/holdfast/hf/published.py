@@ -95,9 +95,13 @@ def _qwen3(
 
 
 def _deepseek(
-    version: int, sizes: dict[str, Any], heads: int, experts: ExpertFlavor, **more: Any
+    version: int,
+    sizes: dict[str, Any],
+    heads: int,
+    experts: ExpertFlavor,
+    mscale: float = 1.0,
+    **more: Any,
 ) -> Config:
-    mscale = more.pop("mscale", 1.0)
     return _config(
         f"DeepseekV{version}",
         f"deepseek_v{version}",
@@ -123,12 +127,11 @@ _DEEPSEEK_V2: Mapping[str, Any] = {
     "scoring_func": "softmax",
     "norm_topk_prob": False,
 }
-_DEEPSEEK_V2_LITE: Mapping[str, Any] = {
-    **_DEEPSEEK_V2,
-    "q_lora_rank": None,
-    "topk_method": "greedy",
-    "routed_scaling_factor": 1.0,
-}
+
+
+def _deepseek_v2_lite(sizes: dict[str, Any], experts: ExpertFlavor, mscale: float) -> Config:
+    lite = {"q_lora_rank": None, "topk_method": "greedy", "routed_scaling_factor": 1.0}
+    return _deepseek(2, sizes, 16, experts, mscale, **_DEEPSEEK_V2, **lite)
 
 
 def _gpt_oss(dim: int, num_layers: int, vocab_size: int, num_experts: int) -> Config:
@@ -185,22 +188,8 @@ QWEN3: Mapping[str, Config] = {
 }
 
 DEEPSEEK_V3: Mapping[str, Config] = {
-    "debugmodel": _deepseek(
-        2,
-        _sizes(256, 6, 1024, 2048),
-        16,
-        ExpertFlavor(8, 3, 256),
-        mscale=0.7,
-        **_DEEPSEEK_V2_LITE,
-    ),
-    "16B": _deepseek(
-        2,
-        _sizes(2048, 27, 10944, 102400),
-        16,
-        ExpertFlavor(64, 6, 1408),
-        mscale=0.707,
-        **_DEEPSEEK_V2_LITE,
-    ),
+    "debugmodel": _deepseek_v2_lite(_sizes(256, 6, 1024, 2048), ExpertFlavor(8, 3, 256), 0.7),
+    "16B": _deepseek_v2_lite(_sizes(2048, 27, 10944, 102400), ExpertFlavor(64, 6, 1408), 0.707),
     "236B": _deepseek(
         2,
         _sizes(5120, 60, 12288, 102400),

@@ -10,7 +10,7 @@ from holdfast.format.dtypes import dtype_of
 from holdfast.format.safetensors import SINGLE, SafetensorsLayout, encode_index, lay_out
 
 SHARD_BYTES = 5_000_000_000
-"""Default size of a file: the hub's own."""
+"""Default for the most bytes in one file, as in `save_pretrained` of transformers."""
 
 DtypeAndShape = tuple[str, tuple[int, ...]]
 
@@ -26,7 +26,7 @@ class ExportLayout:
     """Contents of `model.safetensors.index.json`; None for a single file."""
 
     dtype: str
-    """Dtype that accounts for most of the bytes."""
+    """Dtype with the most bytes."""
 
     dtypes: Mapping[str, str]
     """Dtype of each tensor."""
@@ -37,11 +37,7 @@ class ExportLayout:
 
 
 def shard(tensors: Mapping[str, DtypeAndShape], max_shard_bytes: int = SHARD_BYTES) -> ExportLayout:
-    """Assign whole tensors to files, one file after the other, in the given order.
-
-    Raises:
-        FormatError: the format has no name for a dtype.
-    """
+    """Assign whole tensors to files, one file after the other, in the given order."""
     groups: list[dict[str, DtypeAndShape]] = [{}]
     group_nbytes, nbytes_by_dtype = 0, dict[str, int]()
     for name, (dtype, shape) in tensors.items():

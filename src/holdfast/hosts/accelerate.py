@@ -15,9 +15,9 @@ from typing import Any
 
 from holdfast.catalog.findings import summary_of
 from holdfast.catalog.newest import check, newest_good
-from holdfast.catalog.seal import number_of
 from holdfast.comm import Ranks, all_ranks, run_on_rank_0
 from holdfast.errors import DamagedError, ExistsError, NotFoundError, UsageError
+from holdfast.format.names import number_of
 from holdfast.format.seal import SEAL
 from holdfast.hosts.sealing import delete, sealed_by_all
 

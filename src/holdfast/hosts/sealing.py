@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.paths import open_for_saving
 from holdfast.catalog.replaceable import why_not_replaceable
 from holdfast.catalog.seal import Unsealed, begin
@@ -101,6 +100,6 @@ def delete(path: Path) -> None:
     """Delete a checkpoint: its name first, then its files. Warns where that fails."""
     catalog, name = open_for_saving(path)
     try:
-        Catalog(catalog.store).delete(name)
+        catalog.store.remove(str(catalog.set_aside_for_deletion(name)))
     except HoldfastError as error:
         logger.warning("`%s` stays: %s", path, error.what)

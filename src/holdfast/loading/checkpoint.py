@@ -6,26 +6,33 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from html import escape
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
 
 from holdfast.arguments import shown
 from holdfast.catalog.arguments import region_of
+from holdfast.catalog.open_any import Opened, open_in
 from holdfast.catalog.paths import open_parent
 from holdfast.catalog.source import Source, read_value
-from holdfast.catalog.steady import UNREADABLE, fingerprint
+from holdfast.catalog.steady import UNREADABLE
 from holdfast.errors import NotFoundError, UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.region import Region
-from holdfast.loading.opening import open_in
 from holdfast.loading.read import Wanted, read_tensors
 from holdfast.planning.read_plan import read_items
+from holdfast.spelling import counted, spelled_bytes
 from holdfast.state.shard import Piece
+from holdfast.state.stored import StoredState, rebuilder
 from holdfast.state.values import decode_value
 from holdfast.uncompiled import uncompiled
 
 T = TypeVar("T")
+
+_ROWS_MAX = 20
+"""Most tensors that a notebook shows."""
 
 
 @uncompiled
@@ -39,15 +46,15 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     store, name = open_parent(path)
     opened = open_in(store, name)
-    return Checkpoint(Source(store, opened.name, opened.manifest), opened.fingerprint)
+    return Checkpoint(opened.source(store), opened)
 
 
 class Checkpoint:
     """A checkpoint of Holdfast, or of stock `torch.distributed.checkpoint`."""
 
-    def __init__(self, source: Source, fingerprint: object = None) -> None:
-        """`fingerprint`: that of the checkpoint when it was opened; None if unknown."""
-        self._source, self._fingerprint = source, fingerprint
+    def __init__(self, source: Source, opened: Opened | None = None) -> None:
+        """`opened` recognizes a replacement of the checkpoint."""
+        self._source, self._opened = source, opened
 
     @property
     def manifest(self) -> Manifest:
@@ -63,6 +70,63 @@ class Checkpoint:
         """Names of all tensors, then of all values."""
         return self._source.manifest.names()
 
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor or value of that name."""
+        return name in self.manifest.tensors or name in self.manifest.values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __len__(self) -> int:
+        return len(self.manifest.tensors) + len(self.manifest.values)
+
+    def __repr__(self) -> str:
+        return f"<checkpoint `{self._source.url}`: {self._summary()}>"
+
+    def _repr_html_(self) -> str:
+        """Table of the first tensors, for notebooks."""
+        rows = "".join(
+            f"<tr><td>{escape(name)}</td><td>{entry.dtype}</td><td>{list(entry.shape)}</td></tr>"
+            for name, entry in islice(self.tensors.items(), _ROWS_MAX)
+        )
+        num_more = len(self.tensors) - _ROWS_MAX
+        more = f"<p>and {num_more:,} more</p>" if num_more > 0 else ""
+        head = "<tr><th>tensor</th><th>dtype</th><th>shape</th></tr>"
+        return (
+            f"<p><code>{escape(self._source.url)}</code>: {escape(self._summary())}</p>"
+            f"<table>{head}{rows}</table>{more}"
+        )
+
+    def _summary(self) -> str:
+        manifest = self.manifest
+        step = [] if manifest.step is None else [f"step {manifest.step}"]
+        tensors = counted(len(manifest.tensors), "tensor")
+        values = counted(len(manifest.values), "value")
+        return ", ".join([*step, tensors, values, spelled_bytes(manifest.nbytes)])
+
+    @uncompiled
+    def state(self) -> dict[Any, Any]:
+        """Read everything, nested as it was saved, with the types of its containers and keys.
+
+        Tensors are new and on the CPU. An object is read as the state that was saved for it; an
+        optimizer's entries have the names of its parameters. Stock DCP does not store types: there,
+        keys are texts, and consecutive numbers make a list.
+
+        Raises:
+            DamagedError: bytes differ from those that were saved.
+            FormatError: reading a value would run code that the checkpoint names.
+        """
+        stored = StoredState(self.manifest)
+
+        def values(name: str) -> Any:
+            return self.read(name) if name in self.tensors else self.value(name)
+
+        tops = [*stored.root.children, *(path[0] for path in stored.structure if len(path) == 1)]
+        return {
+            top: rebuilder(stored.below((top,)), stored.node((top,)))(values)
+            for top in dict.fromkeys(tops)
+        }
+
     @uncompiled
     def read(self, name: str, region: Region | tuple[slice, ...] | None = None) -> torch.Tensor:
         """Read a tensor, or a box of its elements, into a new tensor on the CPU. Only those blocks
@@ -71,13 +135,13 @@ class Checkpoint:
         `region`: a `Region`, or one slice per dim as in indexing (without steps).
 
         Raises:
-            UsageError: the region does not lie in the tensor.
+            UsageError: the region is not inside the tensor.
             NotFoundError: there is no tensor of that name.
             DamagedError: bytes differ from those that were saved.
         """
         entry = self._entry("tensor", name, self.tensors)
         box = region_of(name, entry.shape, region)
-        # Before the allocation: the shape of a damaged index may be huge, without chunks for it.
+        # Before the allocation: a damaged index may state a huge shape that no chunks fill.
         read_items(name, entry, box)
         target = torch.empty(box.shape, dtype=getattr(torch, entry.dtype), device="cpu")
         if box.num_elements:
@@ -105,11 +169,10 @@ class Checkpoint:
         try:
             yield
         except UNREADABLE as error:
-            source, known = self._source, self._fingerprint
-            if known is None or fingerprint(source.store, source.folder) == known:
+            if self._opened is None or not self._opened.was_replaced(self._source.store):
                 raise
             raise NotFoundError(
-                f"`{source.url}` has been replaced or deleted since it was opened",
+                f"`{self._source.url}` has been replaced or deleted since it was opened",
                 hint="open it again",
             ) from error
 

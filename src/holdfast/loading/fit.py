@@ -11,9 +11,9 @@ from holdfast.errors import MismatchError
 
 
 def needs_check(stored: torch.dtype, wanted: torch.dtype) -> bool:
-    """Whether numbers of dtype `stored` must pass `fits` before any state is changed: because one
-    of the two is an integer dtype, and `wanted` cannot represent all numbers of `stored`. Such
-    tensors are few and small.
+    """Whether a load from dtype `stored` to `wanted` must check every number by `fits`, before any
+    state is changed. It must if one of the two is an integer dtype and `wanted` cannot represent
+    all numbers of `stored`. Such tensors are few and small.
 
     >>> needs_check(torch.int64, torch.int32), needs_check(torch.int64, torch.float32)
     (True, True)
@@ -43,10 +43,11 @@ def fits(numbers: torch.Tensor, wanted: torch.dtype) -> bool:
     back = converted.to(numbers.dtype)
     same = (back == numbers) | ((back != back) & (numbers != numbers))
     if _is_scale(wanted):
-        # 0 becomes the smallest scale. Back in a small dtype that is 0 again, which looks exact.
+        # 0 becomes the smallest scale, which becomes 0 again in a small dtype: that looks exact.
         same &= (converted != torch.finfo(wanted).tiny) | (numbers != 0)
     if _is_integer(wanted) and _is_integer(numbers.dtype):
-        # A number too large for a signed dtype wraps to a negative one, and back: looks exact too.
+        # A number too large for a signed dtype becomes negative, and back the same number, which
+        # looks exact too.
         same &= _is_negative(converted) == _is_negative(numbers)
     return bool(same.all())
 
@@ -83,7 +84,8 @@ def _overflows(target: torch.Tensor, numbers: torch.Tensor) -> bool:
 
 @cache
 def _overflow_limit(dtype: torch.dtype) -> float:
-    """Smallest number that rounds to more than the largest of `dtype`: half a step above it."""
+    """Smallest number that rounds to more than the largest of `dtype`: half a unit in the last
+    place above it."""
     largest = torch.finfo(dtype).max
     return largest + math.ldexp(torch.finfo(dtype).eps, math.frexp(largest)[1] - 2)
 

@@ -11,14 +11,15 @@ from typing import Any, Literal
 import torch
 
 from holdfast.catalog.arguments import check_to_load
+from holdfast.catalog.open_any import open_in
 from holdfast.catalog.source import Source, read_value
 from holdfast.comm import Ranks, all_ranks, hosts_of, run_on_all
 from holdfast.errors import HoldfastError, MismatchError
 from holdfast.format.manifest import TensorEntry
 from holdfast.loading.fit import fits, needs_check
-from holdfast.loading.opening import read_in
+from holdfast.loading.opening import read_on_all
 from holdfast.loading.read import Wanted, read_tensors, threads_for
-from holdfast.loading.replicas import Place, collect_requests, read_shared
+from holdfast.loading.replicas import Place, read_shared
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.spelling import listed
 from holdfast.state.layout import Layouts, local_of
@@ -61,11 +62,11 @@ def load(path: str | os.PathLike[str], state: Any, *, strict: bool = True) -> Lo
     try:
         store, name = run_on_all(ranks, lambda: check_to_load(path, state, strict=strict))
         tree = run_on_all(ranks, lambda: StateTree(state))
-        loaded = read_in(
-            store,
-            name,
+        loaded = read_on_all(
             ranks,
-            lambda source: load_tree(source, tree, ranks=ranks, strict=strict),
+            store,
+            lambda: open_in(store, name),
+            lambda opened: load_tree(opened.source(store), tree, ranks=ranks, strict=strict),
         )
         for line in loaded.notes if ranks.rank == 0 else ():
             logger.warning("%s", line)
@@ -98,7 +99,8 @@ class Loaded:
     """Number of entries that this rank has loaded."""
 
     lacking: tuple[str, ...] = ()
-    """Names of this rank's tensors that a base model may lack, and does. They are unchanged."""
+    """Names of this rank's tensors that are not in the base model, and need not be. They are
+    unchanged."""
 
 
 Fill = Callable[[Source, Sequence[Wanted]], int]
@@ -157,7 +159,7 @@ def load_tree(
 
 
 def _differences(match: Match, ranks: Ranks) -> tuple[list[str], list[str]]:
-    """Lines on the differences between the checkpoint and the state of all ranks, and the notes.
+    """One line per difference between the checkpoint and the state of all ranks, and all notes.
 
     An entry is unexpected only if no rank wants it: each pipeline stage has other layers.
 
@@ -187,7 +189,7 @@ def _mismatch(source: Source, lines: Sequence[str]) -> MismatchError:
 def _read(reading: _Reading, ranks: Ranks, fill: Fill | None, replicas: Replicas) -> int:
     """Fill the tensors. Returns the bytes read. Collective."""
     source, hosts = reading.source, hosts_of(ranks)
-    threads = threads_for(hosts.num_local)
+    threads = threads_for(hosts.count(hosts[ranks.rank]))
 
     def read(wanted: Sequence[Wanted]) -> int:
         return read_tensors(source, wanted, threads) if fill is None else fill(source, wanted)
@@ -195,24 +197,22 @@ def _read(reading: _Reading, ranks: Ranks, fill: Fill | None, replicas: Replicas
     nbytes = 0
     if ranks.all_reduce_max([reading.has_checks])[0]:
         nbytes = run_on_all(ranks, lambda: reading.check(read))
-    over_network = hosts.num_hosts > 1 or "://" in source.store.url
+    over_network = len({*hosts}) > 1 or "://" in source.store.url
     broadcast = replicas == "broadcast" or (replicas == "auto" and over_network)
     if ranks.size == 1 or fill is not None or not broadcast:
         return nbytes + run_on_all(ranks, lambda: read(reading.unchecked))
-    requests = run_on_all(
-        ranks, lambda: collect_requests(source, reading.unchecked, reading.entries)
+    num_shared, reading.containers = read_shared(
+        source, reading.unchecked, reading.entries, ranks, threads
     )
-    nbytes += run_on_all(ranks, lambda: read_shared(source, requests, ranks, threads))
-    reading.containers = requests.containers
-    return nbytes
+    return nbytes + num_shared
 
 
 def _apply(match: Match, values: MadeValues, ranks: Ranks) -> None:
-    """Give objects and containers what was read. Collective."""
+    """Give objects and containers their new state. Collective."""
     try:
         run_on_all(ranks, lambda: match.take(values))
     except HoldfastError as error:
-        # The tensors have been overwritten, and other objects may have their state.
+        # The tensors have been overwritten, and some objects may already have their new state.
         error.what += "; the state is loaded in part"
         raise
 
@@ -243,8 +243,9 @@ class _Reading:
             narrowed = needs_check(stored, local.dtype)
             if narrowed or name in tied:
                 # Nothing is overwritten before all checks have passed.
-                empty = torch.empty_strided if name in tied else _empty_contiguous
-                staged = empty(local.shape, local.stride(), dtype=stored, device=local.device)
+                staged = torch.empty_strided(
+                    local.shape, local.stride(), dtype=stored, device=local.device
+                )
                 self._staged[name] = (staged, local)
                 local = staged
             if narrowed:
@@ -293,7 +294,7 @@ class _Reading:
         return [want for name, want in self.wanted.items() if name not in self._read_first]
 
     def values(self) -> MadeValues:
-        """All values. Reads the containers that no other rank has passed on."""
+        """All values. Their containers are read, unless another rank has passed them on."""
         return self._made_values(self.entries)
 
     def _made_values(self, names: Iterable[str]) -> MadeValues:
@@ -326,8 +327,8 @@ class _Reading:
 def _tied_here_only(
     into: Mapping[str, torch.Tensor], entries: Mapping[str, TensorEntry]
 ) -> list[tuple[str, str]]:
-    """Pairs of entries that go to the same memory, but are two tensors in the checkpoint: weights
-    that were not tied when saved, or whose copies were stored."""
+    """Pairs of entries that are one tensor in the state, but two in the checkpoint: weights that
+    were not tied when saved, or that were stored twice."""
     first_at: dict[tuple[object, ...], str] = {}
     pairs = []
     for name, tensor in into.items():
@@ -345,21 +346,11 @@ def _tied_here_only(
 def _same_bytes(one: _Staged, other: _Staged) -> bool:
     """Whether two staged tensors, each with its own strides, leave the same bytes in the memory
     that both are copied to."""
-    converted = [staged.to(local.dtype) for staged, local in (one, other)]
-    first, second = converted
-    if first.stride() != second.stride() or first.shape != second.shape:
-        if not (_is_dense(first) and _is_dense(second)):
-            return False
-        converted = [numbers.as_strided((numbers.numel(),), (1,)) for numbers in converted]
-    first, second = (n.contiguous().reshape(-1).view(torch.uint8) for n in converted)
-    return torch.equal(first, second)
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements are contiguous in memory, in any order of the dims."""
-    dims = zip(tensor.shape, tensor.stride(), strict=True)
-    return sum((size - 1) * stride for size, stride in dims) + 1 == tensor.numel()
-
-
-def _empty_contiguous(shape: torch.Size, _: object, **kind: Any) -> torch.Tensor:
-    return torch.empty(shape, **kind)
+    left = []
+    for staged, local in (one, other):
+        dims = zip(local.shape, local.stride(), strict=True)
+        num_elements = sum((size - 1) * stride for size, stride in dims) + 1
+        memory = torch.zeros(num_elements * local.itemsize, dtype=torch.uint8, device=local.device)
+        memory.view(local.dtype).as_strided(local.shape, local.stride()).copy_(staged)
+        left.append(memory)
+    return torch.equal(*left)

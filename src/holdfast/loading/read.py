@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import torch
 
@@ -30,7 +30,7 @@ from holdfast.planning.gc_pause import gc_paused
 from holdfast.planning.read_plan import ByteRange, byte_ranges, read_items
 from holdfast.state.layout import box_of, bytes_of
 from holdfast.state.shard import Piece
-from holdfast.storage.store import Reader
+from holdfast.storage.store import FileReader
 
 THREADS_MAX = 4
 
@@ -43,7 +43,8 @@ SMALL_BYTES = 128 << 10
 than one more read call."""
 
 GAP_BYTES_MAX = 16 << 10
-"""Largest gap between small chunks that are read together: more than the frames of two items."""
+"""Largest gap between small chunks that are read together: larger than the headers that
+`torch.save` writes between two tensors."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,6 +78,18 @@ def threads_for(num_local: int) -> int:
     return min(THREADS_MAX, max(2 if num_local == 1 else 1, cores // num_local))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """Unit of work of a thread."""
+
+    file: str
+    start: int
+    """Approximate offset in the file."""
+
+    run: Callable[[_Worker], int]
+    """Returns the bytes read."""
+
+
 @gc_paused()
 def _jobs(source: Source, wanted: Sequence[Wanted]) -> list[_Job]:
     """All jobs of a read, in the order of their bytes."""
@@ -88,17 +101,21 @@ def _jobs(source: Source, wanted: Sequence[Wanted]) -> list[_Job]:
         for piece in want.pieces:
             for item in read_items(want.name, entry, piece.region):
                 target = box_of(want.local, piece.local_of(item.region))
-                nbytes = item.chunk.region.num_elements * dtype.itemsize
-                read = _Read(want.name, dtype, item.chunk, item.region, target, nbytes)
-                if item.chunk.data_offset is None:
-                    jobs.append(_ContainerJob(read))
-                elif nbytes <= SMALL_BYTES and item.chunk.first_block is not None:
+                chunk, nbytes = item.chunk, item.chunk.region.num_elements * dtype.itemsize
+                read = _Read(want.name, dtype, chunk, item.region, target, nbytes)
+                if chunk.data_offset is None:
+                    run = partial(_read_container, read)
+                    jobs.append(_Job(chunk.file, chunk.item.offset, run))
+                elif nbytes <= SMALL_BYTES and chunk.first_block is not None:
                     small.append(read)
                 else:
-                    for group in grouped(_slices(read), _Slice.nbytes, JOB_BYTES):
-                        jobs.append(_ChunkJob(read, group))
-    jobs += _batch_jobs(small)
-    jobs.sort(key=lambda job: (job.chunk.file, job.start))
+                    for slices in grouped(_slices(read), _Slice.nbytes, JOB_BYTES):
+                        start = chunk.data_offset + slices[0].start
+                        jobs.append(_Job(chunk.file, start, partial(_read_slices, read, slices)))
+    for batch in _batches(small):
+        first = batch[0]
+        jobs.append(_Job(first.chunk.file, first.data_start, partial(_read_batch, batch)))
+    jobs.sort(key=lambda job: (job.file, job.start))
     return jobs
 
 
@@ -121,77 +138,48 @@ class _Read:
         """Position of the wanted elements in the chunk."""
         return self.region.within(self.chunk.region)
 
+    @property
+    def data_start(self) -> int:
+        """Offset of the chunk's data in its file."""
+        assert self.chunk.data_offset is not None, "`_read_container` reads other chunks"
+        return self.chunk.data_offset
+
 
 # ------------------------------------------------------------------------------------------ threads
 
 
 def _run(source: Source, jobs: Sequence[_Job], threads: int) -> int:
     """Run all jobs in threads, this one included. Returns the bytes read."""
-    queue = _Queue(jobs)
+    queue = deque(jobs)
+    num_read: list[int] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            num_read.append(_Worker(source).run(queue))
+        except BaseException as error:  # noqa: BLE001 - raised by the thread that waits for this one
+            errors.append(error)
+            # The other threads stop after the jobs that they have begun.
+            queue.clear()
+
     others = [
-        threading.Thread(target=queue.work, args=(source,), name="holdfast-read", daemon=True)
+        threading.Thread(target=work, name="holdfast-read", daemon=True)
         for _ in range(min(threads, len(jobs)) - 1)
     ]
     for thread in others:
         thread.start()
     if jobs:
-        queue.work(source)
+        work()
     for thread in others:
         thread.join()
-    if queue.errors:
-        raise queue.errors[0]
-    return queue.num_read
-
-
-class _Job(Protocol):
-    """Unit of work of a thread."""
-
-    @property
-    def chunk(self) -> Chunk:
-        """Chunk whose file is read."""
-        ...
-
-    @property
-    def start(self) -> int:
-        """Approximate offset in the file."""
-        ...
-
-    def run(self, worker: _Worker) -> int:
-        """Returns the bytes read."""
-        ...
-
-
-class _Queue:
-    """Jobs for several threads. Each is handed out once; after an error none is."""
-
-    def __init__(self, jobs: Sequence[_Job]) -> None:
-        self._jobs = iter(jobs)
-        self._mutex = threading.Lock()
-        self.errors: list[BaseException] = []
-        self.num_read = 0
-
-    def __iter__(self) -> Iterator[_Job]:
-        return self
-
-    def __next__(self) -> _Job:
-        with self._mutex:
-            if self.errors:
-                raise StopIteration
-            return next(self._jobs)
-
-    def work(self, source: Source) -> None:
-        try:
-            num_read = _Worker(source).run(self)
-        except BaseException as error:  # noqa: BLE001 - raised by the thread that waits for this one
-            self.errors.append(error)
-            return
-        with self._mutex:
-            self.num_read += num_read
+    if errors:
+        raise errors[0]
+    return sum(num_read)
 
 
 class _Worker:
     """State of one thread: its open file, and a buffer for bytes that cannot be read straight into
-    the target. The buffer is page-locked if there is a GPU to copy it to."""
+    the target. The buffer is page-locked if the process uses a GPU."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -201,13 +189,19 @@ class _Worker:
         self._file: str | None = None
         self._open = ExitStack()
 
-    def run(self, jobs: Iterator[_Job]) -> int:
+    def run(self, queue: deque[_Job]) -> int:
         """Run jobs until none is left. Returns the bytes read."""
+        num_read = 0
         with self._open:
-            return sum(job.run(self) for job in jobs)
+            while True:
+                try:
+                    job = queue.popleft()
+                except IndexError:
+                    return num_read
+                num_read += job.run(self)
 
-    def reader(self, file: str) -> Reader:
-        """Reader of a file. The file that was open before is closed."""
+    def reader(self, file: str) -> FileReader:
+        """FileReader of a file. The file that was open before is closed."""
         if file != self._file:
             self._open.close()
             self._reader = self._open.enter_context(self.source.store.open(self.source.key(file)))
@@ -236,28 +230,13 @@ class _Slice:
         return self.stop - self.start
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _ChunkJob:
-    """Consecutive slices of one chunk."""
-
-    read: _Read
-    slices: Sequence[_Slice]
-
-    @property
-    def chunk(self) -> Chunk:
-        return self.read.chunk
-
-    @property
-    def start(self) -> int:
-        return self.chunk.item.offset + self.slices[0].start
-
-    def run(self, worker: _Worker) -> int:
-        assert self.chunk.data_offset is not None
-        checksums = worker.source.checksums(self.chunk, self.read.nbytes)
-        data = worker.data(self.read, self.chunk.data_offset, checksums)
-        for part in self.slices:
-            _read_slice(data, part, self.read)
-        return data.num_read
+def _read_slices(read: _Read, slices: Sequence[_Slice], worker: _Worker) -> int:
+    """Read consecutive slices of one chunk."""
+    checksums = worker.source.checksums(read.chunk, read.nbytes)
+    data = worker.data(read, read.data_start, checksums)
+    for part in slices:
+        _read_slice(data, part, read)
+    return data.num_read
 
 
 def _slices(read: _Read) -> Iterator[_Slice]:
@@ -301,112 +280,83 @@ def _read_slice(data: ChunkData, part: _Slice, read: _Read) -> None:
 # ------------------------------------------------------------------------------------- small chunks
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _BatchJob:
-    """Small chunks that lie close to each other in one file, in file order."""
-
-    reads: Sequence[_Read]
-
-    @property
-    def chunk(self) -> Chunk:
-        return self.reads[0].chunk
-
-    @property
-    def start(self) -> int:
-        return _data_start(self.reads[0])
-
-    def run(self, worker: _Worker) -> int:
-        start, stop = self.start, max(_data_start(read) + read.nbytes for read in self.reads)
-        file, source = self.chunk.file, worker.source
-        num_read = worker.reader(file).read_into(start, worker.room[: stop - start])
-        for read in self.reads:
-            offset = _data_start(read) - start
-            if offset + read.nbytes > num_read:
-                raise ends_inside(source, file, read.name, start + num_read)
-            checksums = source.checksums(read.chunk, read.nbytes)
-            if checksums is not None:
-                data = worker.room[offset : offset + read.nbytes]
-                check(source, file, read.name, 0, data, checksums)
-            count = read.nbytes // read.dtype.itemsize
-            elements = torch.frombuffer(worker.room, dtype=read.dtype, count=count, offset=offset)
-            put(read.target, box_of(elements.view(read.chunk.region.shape), read.box), read.name)
-        return num_read
+def _read_batch(reads: Sequence[_Read], worker: _Worker) -> int:
+    """Read small chunks that lie close to each other in one file, in file order."""
+    start, stop = reads[0].data_start, max(read.data_start + read.nbytes for read in reads)
+    file, source = reads[0].chunk.file, worker.source
+    num_read = worker.reader(file).read_into(start, worker.room[: stop - start])
+    for read in reads:
+        offset = read.data_start - start
+        if offset + read.nbytes > num_read:
+            raise ends_inside(source, file, read.name, start + num_read)
+        checksums = source.checksums(read.chunk, read.nbytes)
+        if checksums is not None:
+            data = worker.room[offset : offset + read.nbytes]
+            check(source, file, read.name, 0, data, checksums)
+        count = read.nbytes // read.dtype.itemsize
+        elements = torch.frombuffer(worker.room, dtype=read.dtype, count=count, offset=offset)
+        put(read.target, box_of(elements.view(read.chunk.region.shape), read.box), read.name)
+    return num_read
 
 
-def _data_start(read: _Read) -> int:
-    assert read.chunk.data_offset is not None, "only chunks with a known offset are batched"
-    return read.chunk.data_offset
-
-
-def _batch_jobs(small: list[_Read]) -> Iterator[_BatchJob]:
-    small.sort(key=lambda read: (read.chunk.file, _data_start(read)))
+def _batches(small: list[_Read]) -> Iterator[list[_Read]]:
+    small.sort(key=lambda read: (read.chunk.file, read.data_start))
     batch: list[_Read] = []
     first = stop = 0
     for read in small:
-        start = _data_start(read)
+        start = read.data_start
         if batch and (
             read.chunk.file != batch[0].chunk.file
             or start > stop + GAP_BYTES_MAX
             or start + read.nbytes > first + WINDOW_BYTES
         ):
-            yield _BatchJob(batch)
+            yield batch
             batch, stop = [], 0
         if not batch:
             first = start
         batch.append(read)
         stop = max(stop, start + read.nbytes)
     if batch:
-        yield _BatchJob(batch)
+        yield batch
 
 
 # ------------------------------------------------------------------- chunks without a known offset
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _ContainerJob:
-    """A region of a chunk that another program wrote, whose data offset and strides are known only
+def _read_container(read: _Read, worker: _Worker) -> int:
+    """Read from a chunk that another program wrote, whose data offset and strides are known only
     from its container."""
-
-    read: _Read
-
-    @property
-    def chunk(self) -> Chunk:
-        return self.read.chunk
-
-    @property
-    def start(self) -> int:
-        return self.chunk.item.offset
-
-    def run(self, worker: _Worker) -> int:
-        read, chunk, source = self.read, self.chunk, worker.source
-        dtype, shape = source.manifest.tensors[read.name].dtype, chunk.region.shape
-        where = f"{chunk.file}:{read.name}"
-        stored = locate(partial(_fetch, source, chunk.file), chunk.item, where=where)
-        if (stored.dtype, stored.shape) != (dtype, shape):
-            raise DamagedError(
-                f"`{source.url}/{chunk.file}`: `{read.name}` is {stored.dtype} "
-                f"{list(stored.shape)} in its file, {dtype} {list(shape)} in the index",
-                hint=source.hint,
-            )
-        transposed = stored.strides != contiguous_strides(shape)
-        if transposed and read.nbytes > read.dtype.itemsize:
-            # Such as a transposed parameter. This is rare, so the whole chunk is read.
-            count = stored.data.nbytes // read.dtype.itemsize
-            whole = torch.empty(count, dtype=read.dtype, device="cpu")
-            data = worker.data(replace(read, nbytes=whole.nbytes), stored.data.offset, None)
-            if stored.crc32:
-                data = data.with_crc32(stored.crc32)
-            data.read(0, whole.nbytes, bytes_of(whole))
-            put(read.target, whole.as_strided(shape, stored.strides)[read.box.slices()], read.name)
-        else:
-            data = worker.data(read, stored.data.offset, None)
-            if stored.crc32 and read.box == Region.whole(shape):
-                data = data.with_crc32(stored.crc32)
-            for part in _slices(read):
-                _read_slice(data, part, read)
-        data.finish()
-        return data.num_read
-
-
-def _fetch(source: Source, file: str, offset: int, nbytes: int) -> bytes:
-    return source.store.read(source.key(file), offset, offset + nbytes)
+    source, chunk = worker.source, read.chunk
+    dtype, shape = source.manifest.tensors[read.name].dtype, chunk.region.shape
+    fetch = partial(source.store.read, source.key(chunk.file))
+    stored = locate(
+        lambda offset, nbytes: fetch(offset, offset + nbytes),
+        chunk.item,
+        where=f"{chunk.file}:{read.name}",
+    )
+    if (stored.dtype, stored.shape) != (dtype, shape):
+        raise DamagedError(
+            f"`{source.url}/{chunk.file}`: `{read.name}` is {stored.dtype} "
+            f"{list(stored.shape)} in its file, {dtype} {list(shape)} in the index",
+            hint=source.hint,
+            file=f"{source.url}/{chunk.file}",
+            entry=read.name,
+        )
+    transposed = stored.strides != contiguous_strides(shape)
+    if transposed and read.nbytes > read.dtype.itemsize:
+        # Such as a transposed parameter. This is rare, so the whole chunk is read.
+        count = stored.data.nbytes // read.dtype.itemsize
+        whole = torch.empty(count, dtype=read.dtype, device="cpu")
+        data = worker.data(replace(read, nbytes=whole.nbytes), stored.data.offset, None)
+        if stored.crc32:
+            data = data.with_crc32(stored.crc32)
+        data.read(0, whole.nbytes, bytes_of(whole))
+        put(read.target, whole.as_strided(shape, stored.strides)[read.box.slices()], read.name)
+    else:
+        data = worker.data(read, stored.data.offset, None)
+        if stored.crc32 and read.box == Region.whole(shape):
+            data = data.with_crc32(stored.crc32)
+        for part in _slices(read):
+            _read_slice(data, part, read)
+    data.finish()
+    return data.num_read

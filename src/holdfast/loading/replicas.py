@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -13,9 +13,9 @@ import torch
 from xxhash import xxh3_128_digest
 
 from holdfast.catalog.source import ROOM_BYTES, WINDOW_BYTES, ChunkData, Source, read_value
-from holdfast.comm import Ranks, Sending, capture
+from holdfast.comm import Ranks, Sending, capture, run_on_all
 from holdfast.errors import HoldfastError
-from holdfast.format.manifest import Span, ValueEntry
+from holdfast.format.manifest import Chunk, Span, ValueEntry
 from holdfast.format.region import Region
 from holdfast.loading.fit import put
 from holdfast.loading.read import Wanted, read_tensors
@@ -28,7 +28,7 @@ BUNDLE_BYTES = 4 << 20
 """Largest message: whole blocks."""
 
 AHEAD = 4
-"""Number of bundles that a rank reads before their turn."""
+"""Number of bundles that a rank reads in advance."""
 
 SENDING = 2
 """Number of bundles that may still be on their way while the next one is handled."""
@@ -42,26 +42,46 @@ Place = tuple[str, int]
 """A file, and an offset in it."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Requests:
-    """Data that one rank wants."""
+def read_shared(
+    source: Source,
+    wanted: Sequence[Wanted],
+    values: Mapping[str, ValueEntry],
+    ranks: Ranks,
+    threads: int,
+) -> tuple[int, Mapping[Place, bytes]]:
+    """Fill every wanted tensor, and fetch values. One rank reads and checks what several want, and
+    passes it on. Returns the bytes read by this rank, and the containers that were passed on.
 
-    shared: Sequence[_Request]
-    """Pieces and values that other ranks may want too."""
+    Needs memory for seven bundles and for the buffers of the reading threads.
 
-    alone: Sequence[Wanted]
-    """Tensors that this rank reads itself, even if others want them too."""
+    Collective: every rank calls this. An error of one rank is raised on all.
 
-    containers: Mapping[Place, bytes]
-    """Containers of values that were passed on, filled by `read_shared`."""
+    Raises:
+        DamagedError: as for `read_tensors`.
+    """
+    containers: dict[Place, bytes] = {}
+    requests = run_on_all(ranks, lambda: list(_requests(source, wanted, values, containers)))
+
+    def read() -> int:
+        bundles, alone = _agree(requests, ranks)
+        passing = _Passing(source, ranks)
+        with ThreadPoolExecutor(threads, thread_name_prefix="holdfast-read") as pool:
+            passing.run(bundles, pool)
+        if passing.error is not None:
+            raise passing.error
+        num_alone = read_tensors(source, alone, threads) if passing.good else 0
+        return sum(passing.num_read) + num_alone
+
+    return run_on_all(ranks, read), containers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Request:
-    """A piece of a tensor, or a value."""
+    """A piece of a tensor, or a value, that this rank wants."""
 
-    digest: bytes
-    """Hash of the request: equal on all ranks that want the same."""
+    digest: bytes | None
+    """Hash of the request: equal on all ranks that want the same. None if this rank reads it for
+    itself even if others want it too."""
 
     items: Callable[[], Iterable[_Item]]
     """Makes the items, if the request is shared."""
@@ -70,33 +90,26 @@ class _Request:
     """The piece to read if no other rank wants it. None for a value: it is read when decoded."""
 
 
-def collect_requests(
-    source: Source, wanted: Sequence[Wanted], values: Mapping[str, ValueEntry]
-) -> Requests:
-    """List the data that this rank wants, so that `read_shared` can compare it with other ranks.
-
-    Raises:
-        DamagedError: the index is damaged, as for `read_tensors`.
-    """
-    shared: list[_Request] = []
-    alone: list[Wanted] = []
+def _requests(
+    source: Source,
+    wanted: Sequence[Wanted],
+    values: Mapping[str, ValueEntry],
+    containers: dict[Place, bytes],
+) -> Iterator[_Request]:
     for want in wanted:
         entry = source.manifest.tensors[want.name]
         dtype: torch.dtype = getattr(torch, entry.dtype)
         for piece in want.pieces:
-            part = Wanted(want.name, [piece], want.local)
             read = read_items(want.name, entry, piece.region)
-            if any(_is_read_whole(item, dtype) for item in read):
-                alone.append(part)
-            elif read:
+            if read:
+                part = Wanted(want.name, [piece], want.local)
+                is_alone = any(_is_read_whole(item, dtype) for item in read)
                 digest = _digest(want.name, *piece.region.start, *piece.region.stop)
-                shared.append(_Request(digest, partial(_items, part, dtype, read), part))
-    containers: dict[Place, bytes] = {}
+                items = partial(_tensor_items, part, dtype, read)
+                yield _Request(None if is_alone else digest, items, part)
     distinct = {(entry.file, entry.item.offset): (name, entry) for name, entry in values.items()}
     for place, (name, value) in distinct.items():
-        items = partial(_value_items, name, value, containers)
-        shared.append(_Request(_digest(*place), items))
-    return Requests(shared, alone, containers)
+        yield _Request(_digest(*place), partial(_value_items, name, value, containers))
 
 
 def _is_read_whole(item: ReadItem, dtype: torch.dtype) -> bool:
@@ -110,30 +123,14 @@ def _digest(*parts: object) -> bytes:
     return xxh3_128_digest("\0".join(map(str, parts)).encode())
 
 
-def read_shared(source: Source, requests: Requests, ranks: Ranks, threads: int) -> int:
-    """Fill all requests. One rank reads and checks what several want, and passes it on. Returns the
-    bytes read by this rank.
-
-    Needs memory for seven bundles and for the buffers of the reading threads.
-
-    Collective: every rank calls this. If a rank fails, it sends bundles marked as bad, and raises
-    its error once all bundles have been passed on.
-    """
-    bundles, alone = _agree(requests, ranks)
-    passing = _Passing(source, ranks)
-    with ThreadPoolExecutor(threads, thread_name_prefix="holdfast-read") as pool:
-        passing.run(bundles, pool)
-    if passing.error is not None:
-        raise passing.error
-    return passing.num_read + (read_tensors(source, alone, threads) if passing.good else 0)
-
-
 class _Passing:
     """Reads, receives and sends the bundles of one rank."""
 
     def __init__(self, source: Source, ranks: Ranks) -> None:
         self._source, self._ranks = source, ranks
-        self.num_read = 0
+        self.num_read: list[int] = []
+        """Bytes of each read."""
+
         self.good = True
         """False once this rank has failed, or has received a bad bundle."""
 
@@ -153,7 +150,7 @@ class _Passing:
         for bundle in bundles:
             position = bundle.members.index(rank)
             if position == 0:
-                memory = self._finish_read(reading.popleft())
+                memory = reading.popleft().result()
                 reading.extend(pool.submit(self._read, after) for after in islice(to_read, 1))
             else:
                 memory = torch.empty(bundle.nbytes, dtype=torch.uint8, device="cpu")
@@ -166,30 +163,26 @@ class _Passing:
         for wait in sending:
             wait()
 
-    def _read(self, bundle: _Bundle) -> tuple[torch.Tensor, int | HoldfastError]:
+    def _read(self, bundle: _Bundle) -> torch.Tensor:
+        """Read a bundle, in a thread of the pool. Returns the message."""
         memory = torch.empty(bundle.nbytes, dtype=torch.uint8, device="cpu")
-        outcome = capture(partial(self._fill, bundle, memory)) if self.good else 0
-        memory[-1] = self.good and not isinstance(outcome, HoldfastError)
-        return memory, outcome
-
-    def _fill(self, bundle: _Bundle, memory: torch.Tensor) -> int:
-        boxes: list[Wanted] = []
-        num_read = 0
-        for item, room in bundle.rooms(memory):
-            if isinstance(item, _Box):
-                # Read together at the end: small boxes that lie close to each other are one read.
-                boxes.append(item.wanted(room))
-            else:
-                num_read += item.read(self._source, room)
-        return num_read + read_tensors(self._source, boxes, threads=1)
-
-    def _finish_read(self, read: Future[tuple[torch.Tensor, int | HoldfastError]]) -> torch.Tensor:
-        memory, outcome = read.result()
-        self._note(outcome)
-        self.num_read += 0 if isinstance(outcome, HoldfastError) else outcome
+        if self.good:
+            self._note(capture(partial(self._fill, bundle, memory)))
+        memory[-1] = self.good
         return memory
 
+    def _fill(self, bundle: _Bundle, memory: torch.Tensor) -> None:
+        boxes: list[Wanted] = []
+        for item, room in bundle.rooms(memory):
+            read = item.read(self._source, room)
+            if isinstance(read, int):
+                self.num_read.append(read)
+            else:
+                boxes.append(read)
+        self.num_read.append(read_tensors(self._source, boxes, threads=1))
+
     def _take(self, bundle: _Bundle, memory: torch.Tensor) -> None:
+        """Copy the items of a good message to their targets."""
         self.good = self.good and bool(memory[-1])
         if self.good:
             for item, room in bundle.rooms(memory):
@@ -207,6 +200,9 @@ class _Passing:
 @dataclass(frozen=True, slots=True, eq=False)
 class _Bundle:
     """Items of one message."""
+
+    turn: tuple[int, int, int]
+    """Position among all bundles: every rank handles its bundles in this order."""
 
     members: Sequence[int]
     """Ranks that want it. The first reads it, and each passes it on to the next."""
@@ -230,7 +226,7 @@ def _room_bytes(item: _Item) -> int:
     return -(-item.nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _agree(requests: Requests, ranks: Ranks) -> tuple[list[_Bundle], list[Wanted]]:
+def _agree(requests: Sequence[_Request], ranks: Ranks) -> tuple[list[_Bundle], list[Wanted]]:
     """Returns the bundles of this rank, in an order that all ranks keep to, and the tensors that it
     reads for itself.
 
@@ -239,32 +235,32 @@ def _agree(requests: Requests, ranks: Ranks) -> tuple[list[_Bundle], list[Wanted
 
     Collective: one message from each rank, and one back.
     """
-    sent = ranks.gather(b"".join(request.digest for request in requests.shared))
-    groups, numbers = ranks.scatter(_grouped(sent))
+    digests = [request.digest for request in requests if request.digest]
+    groups, numbers = ranks.scatter(_grouped(ranks.gather(b"".join(digests))))
+    number_of = dict(zip(digests, numbers, strict=True))
     items: dict[int, list[_Item]] = {}
-    alone = [*requests.alone]
-    for request, number in zip(requests.shared, numbers, strict=True):
-        if len(groups[number]) > 1:
+    alone: list[Wanted] = []
+    for request in requests:
+        number = number_of[request.digest] if request.digest else None
+        if number is not None and len(groups[number]) > 1:
             items.setdefault(number, []).extend(request.items())
         elif request.alone is not None:
             alone.append(request.alone)
-    turns: list[tuple[tuple[int, int, int], _Bundle]] = []
+    bundles: list[_Bundle] = []
     for number, wanted in items.items():
         in_order = sorted(wanted, key=lambda item: item.sort_key)
-        bundles = [*grouped(in_order, _room_bytes, BUNDLE_BYTES)]
         members = groups[number]
-        total, before = sum(sum(i.nbytes for i in bundle) for bundle in bundles), 0
+        total, before = sum(item.nbytes for item in wanted), 0
         num_taken = [0] * len(members)
-        for bundle in bundles:
+        for bundled in grouped(in_order, _room_bytes, BUNDLE_BYTES):
             share = before * len(members) // max(1, total)
-            before += sum(item.nbytes for item in bundle)
-            # The number of the group shifts it, so that small groups begin with different ranks.
+            before += sum(item.nbytes for item in bundled)
+            # Without the group's number, low ranks would read the first share of every group.
             first = (share + number) % len(members)
-            turn = num_taken[share], number, share
-            turns.append((turn, _Bundle((*members[first:], *members[:first]), bundle)))
+            in_turn = (*members[first:], *members[:first])
+            bundles.append(_Bundle((num_taken[share], number, share), in_turn, bundled))
             num_taken[share] += 1
-    turns.sort(key=lambda turn: turn[0])
-    return [bundle for _, bundle in turns], alone
+    return sorted(bundles, key=lambda bundle: bundle.turn), alone
 
 
 _Groups = dict[int, tuple[int, ...]]
@@ -272,7 +268,8 @@ _Groups = dict[int, tuple[int, ...]]
 
 
 def _grouped(sent: Sequence[bytes]) -> list[tuple[_Groups, list[int]]]:
-    """For each rank its groups, and the group of each digest that it sent."""
+    """For each rank: the groups that it is in, and the number of the group of each digest that it
+    sent."""
     senders: dict[bytes, list[int]] = {}
     for rank, data in enumerate(sent):
         senders.setdefault(data, []).append(rank)
@@ -300,7 +297,25 @@ def _digests(data: bytes) -> Iterator[bytes]:
 # ------------------------------------------------------------------------------ items of a message
 
 
-def _items(want: Wanted, dtype: torch.dtype, read: Sequence[ReadItem]) -> Iterator[_Item]:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Item:
+    """Part of a request that fits into one message."""
+
+    sort_key: tuple[Place, tuple[int, ...], tuple[int, ...], str]
+    """Place of the chunk or container, region or range of bytes, and name: gives all ranks the same
+    order."""
+
+    nbytes: int
+    read: Callable[[Source, torch.Tensor], Wanted | int]
+    """`read(source, room)`: reads the item into `room`, its bytes of the message, checks it, and
+    returns the bytes read. Or returns `room` as a tensor to fill, so that boxes close to each other
+    are read together."""
+
+    take: Callable[[torch.Tensor], None]
+    """`take(room)`: copies the item from the message to its target."""
+
+
+def _tensor_items(want: Wanted, dtype: torch.dtype, read: Sequence[ReadItem]) -> Iterator[_Item]:
     """Items of at most `BUNDLE_BYTES` that make up one piece. They depend only on the checkpoint
     and the piece, so all ranks that want the piece make equal ones."""
     (piece,) = want.pieces
@@ -309,130 +324,77 @@ def _items(want: Wanted, dtype: torch.dtype, read: Sequence[ReadItem]) -> Iterat
         box, shape = item.region.within(item.chunk.region), item.chunk.region.shape
         stored = next(byte_ranges(box, shape, dtype.itemsize, WINDOW_BYTES))
         if item.region.num_elements * dtype.itemsize <= BUNDLE_BYTES:
-            yield _Box(want.name, dtype, item, target)
+            yield _box_item(want.name, dtype, item, target)
         elif stored.contiguous and stored.box.shape == box.shape:
             for start, stop in aligned(stored.start, stored.stop, BUNDLE_BYTES):
-                yield _Run(want.name, dtype, item, target, stored.start, start, stop)
+                first = (start - stored.start) // dtype.itemsize
+                yield _run_item(want.name, dtype, item.chunk, (start, stop), target, first)
         else:
             for region in divide(item.region, BUNDLE_BYTES // dtype.itemsize):
                 rows = box_of(target, region.within(item.region))
-                yield _Box(want.name, dtype, ReadItem(item.chunk, region), rows)
+                yield _box_item(want.name, dtype, ReadItem(item.chunk, region), rows)
 
 
-def _value_items(name: str, entry: ValueEntry, containers: dict[Place, bytes]) -> list[_Item]:
-    return [_Value(name, entry, containers)]
-
-
-_SortKey = tuple[Place, tuple[int, ...], tuple[int, ...], str]
-"""Place of the item, and its region or bytes and its name: gives all ranks the same order."""
-
-
-def _place(item: ReadItem) -> Place:
-    return item.chunk.file, item.chunk.item.offset
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Box:
+def _box_item(name: str, dtype: torch.dtype, item: ReadItem, target: torch.Tensor) -> _Item:
     """Box of a tensor that lies in one chunk."""
+    region, shape = item.region, item.region.shape
+    piece = Piece(region, Region.whole(shape))
 
-    name: str
-    dtype: torch.dtype
-    item: ReadItem
-    target: torch.Tensor
+    def read(_: Source, room: torch.Tensor) -> Wanted:
+        return Wanted(name, [piece], room.view(dtype).view(shape))
 
-    @property
-    def sort_key(self) -> _SortKey:
-        region = self.item.region
-        return _place(self.item), region.start, region.stop, self.name
+    def take(room: torch.Tensor) -> None:
+        put(target, room.view(dtype).view(shape), name)
 
-    @property
-    def nbytes(self) -> int:
-        return self.item.region.num_elements * self.dtype.itemsize
-
-    def wanted(self, room: torch.Tensor) -> Wanted:
-        """The box as a tensor to read into `room`."""
-        shape = self.item.region.shape
-        piece = Piece(self.item.region, Region.whole(shape))
-        return Wanted(self.name, [piece], room.view(self.dtype).view(shape))
-
-    def take(self, room: torch.Tensor) -> None:
-        """Copy the box from the message to its target."""
-        put(self.target, room.view(self.dtype).view(self.item.region.shape), self.name)
+    sort_key = (_place(item.chunk), region.start, region.stop, name)
+    return _Item(sort_key, region.num_elements * dtype.itemsize, read, take)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Run:
-    """Bytes `start` to `stop` of a chunk, part of a box that is contiguous there."""
+def _run_item(
+    name: str,
+    dtype: torch.dtype,
+    chunk: Chunk,
+    run: tuple[int, int],
+    target: torch.Tensor,
+    first: int,
+) -> _Item:
+    """Bytes `run` of a chunk's data: elements from number `first` on of `target`."""
+    start, stop = run
 
-    name: str
-    dtype: torch.dtype
-    item: ReadItem
-    target: torch.Tensor
-    """Memory of the whole box."""
-
-    box_start: int
-    """Offset of the box in the chunk's data."""
-
-    start: int
-    stop: int
-
-    @property
-    def sort_key(self) -> _SortKey:
-        return _place(self.item), (self.start,), (self.stop,), self.name
-
-    @property
-    def nbytes(self) -> int:
-        return self.stop - self.start
-
-    def read(self, source: Source, room: torch.Tensor) -> int:
-        """Read the bytes into `room` and check them. Returns the bytes read."""
-        chunk = self.item.chunk
+    def read(source: Source, room: torch.Tensor) -> int:
         assert chunk.data_offset is not None
-        span = Span(chunk.data_offset, chunk.region.num_elements * self.dtype.itemsize)
+        span = Span(chunk.data_offset, chunk.region.num_elements * dtype.itemsize)
         checksums = source.checksums(chunk, span.nbytes)
         spare = torch.empty(ROOM_BYTES, dtype=torch.uint8, device="cpu").numpy().data
         with source.store.open(source.key(chunk.file)) as reader:
-            data = ChunkData(source, self.name, (chunk.file, span), checksums, reader, spare)
-            data.read(self.start, self.stop, room.numpy().data)
+            data = ChunkData(source, name, (chunk.file, span), checksums, reader, spare)
+            data.read(start, stop, room.numpy().data)
         return data.num_read
 
-    def take(self, room: torch.Tensor) -> None:
-        """Copy the elements from the message to their place in the target."""
-        elements = room.view(self.dtype)
-        first = (self.start - self.box_start) // self.dtype.itemsize
-        start = 0
-        for box in boxes_of_run(self.target.shape, first, len(elements)):
-            stop = start + box.num_elements
-            put(self.target[box.slices()], elements[start:stop].view(box.shape), self.name)
-            start = stop
+    def take(room: torch.Tensor) -> None:
+        elements, position = room.view(dtype), 0
+        for box in boxes_of_run(target.shape, first, len(elements)):
+            end = position + box.num_elements
+            put(target[box.slices()], elements[position:end].view(box.shape), name)
+            position = end
+
+    return _Item((_place(chunk), (start,), (stop,), name), stop - start, read, take)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Value:
-    """Container of a value."""
+def _value_items(name: str, entry: ValueEntry, containers: dict[Place, bytes]) -> list[_Item]:
+    """Container of a value. `take` adds it to `containers`."""
+    place = (entry.file, entry.item.offset)
 
-    name: str
-    entry: ValueEntry
-    containers: dict[Place, bytes]
+    def read(source: Source, room: torch.Tensor) -> int:
+        room.numpy().data[:] = read_value(source, name, entry)
+        return entry.item.nbytes
 
-    @property
-    def sort_key(self) -> _SortKey:
-        # Without the name: ranks may use different names for one container.
-        return (self.entry.file, self.entry.item.offset), (), (), ""
+    def take(room: torch.Tensor) -> None:
+        containers[place] = room.numpy().tobytes()
 
-    @property
-    def nbytes(self) -> int:
-        return self.entry.item.nbytes
-
-    def read(self, source: Source, room: torch.Tensor) -> int:
-        """Read the container into `room` and check it. Returns the bytes read."""
-        room.numpy().data[:] = read_value(source, self.name, self.entry)
-        return self.nbytes
-
-    def take(self, room: torch.Tensor) -> None:
-        """Keep the container of the message."""
-        self.containers[self.sort_key[0]] = room.numpy().tobytes()
+    # Without the name: ranks may use different names for one container.
+    return [_Item((place, (), (), ""), entry.item.nbytes, read, take)]
 
 
-_Item = _Box | _Run | _Value
-"""Part of a request that fits into one message."""
+def _place(chunk: Chunk) -> Place:
+    return chunk.file, chunk.item.offset

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.arguments import checked_flag, checked_path, flag, number, shown
-from holdfast.comm import Ranks, gather_and_run, run_on_all
+from holdfast.comm import Ranks, capture, gather_and_run, run_on_all
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.format.components import (
     DATALOADER,
@@ -27,22 +27,82 @@ from holdfast.hf.export import HFModel
 from holdfast.manager.config import CheckpointConfig
 from holdfast.state.model import Names, memory_of
 
+T = TypeVar("T")
+
 logger: logging.Logger = logging.getLogger("holdfast")
 
 Metrics = Mapping[str, float] | Callable[[], Mapping[str, float]]
 """Numbers by name, or a function that gives them."""
 
-_RANKS = ("rank", "size", "gather", "broadcast")
-_OPTIMIZER = ("param_groups", "state", "state_dict", "load_state_dict")
 
-
-def check(ranks: Ranks, **given: Any) -> None:
-    """Check the arguments of `CheckpointManager`: see `check_arguments`.
+def check(
+    ranks: Ranks,
+    config: CheckpointConfig,
+    *,
+    folder: object,
+    model: object,
+    optimizers: object,
+    lr_schedulers: object,
+    dataloader: object,
+    states: object,
+    hub: object,
+    store: object,
+    on_stop: object,
+    on_saved: object,
+) -> None:
+    """Check that `CheckpointManager` can save and load these arguments. Logs a warning if settings
+    have no effect.
 
     Collective: every rank calls this. An error on one rank is raised on all.
+
+    Raises:
+        UsageError: an argument of another type, or a name in `states` that is taken.
     """
-    run_on_all(ranks, lambda: check_arguments(**given))
-    config: CheckpointConfig = given["config"]
+
+    def check_on_this_rank() -> None:
+        _check_place(folder, store)
+        if on_stop not in ("raise", "return"):
+            raise _wrong("on_stop", '"raise" or "return"', on_stop)
+        if on_saved is not None and not callable(on_saved):
+            raise _wrong("on_saved", "a function of step, path and metrics", on_saved)
+        models = _several("model", model, "a torch.nn.Module", lambda m: isinstance(m, nn.Module))
+        if not models:
+            raise UsageError("`model` must have at least one module, found an empty list")
+        given: list[Any] = [optimizers]
+        if not is_container(optimizers):
+            given = _several("optimizers", optimizers, "a torch.optim.Optimizer", _is_optimizer)
+        schedulers = _several(
+            "lr_schedulers",
+            lr_schedulers,
+            "a scheduler",
+            lambda item: _is_stateful(item) and not _is_optimizer(item),
+        )
+        if dataloader is not None and not _is_stateful(dataloader):
+            raise _wrong(
+                "dataloader",
+                "a loader with `state_dict` and `load_state_dict`",
+                dataloader,
+                "`torchdata.stateful_dataloader.StatefulDataLoader` has them; without `dataloader` "
+                "a resume starts the data afresh",
+            )
+        if hub is not None and not isinstance(hub, HFModel):
+            raise _wrong("hub", "a `HFModel`", hub, "HFModel(config, assets)")
+        for optimizer in given if config.async_mode == "async_with_pinned_mem" else ():
+            if not hasattr(optimizer, "register_step_pre_hook"):
+                raise UsageError(
+                    "with `checkpoint.async_mode` async_with_pinned_mem, optimizers wait before "
+                    "each step, which needs `register_step_pre_hook`; "
+                    f"{shown(optimizer)} has none",
+                    hint='async_mode = "async"',
+                )
+        # Owner of each name that is taken. A component that is not passed may be one of `states`.
+        taken = {MODEL: "`model`", RNG: "every step", DATALOADER_KEYS[1]: "`dataloader`"}
+        taken |= {OPTIMIZER: "`optimizers`"} if given else {}
+        taken |= {SCHEDULER: "`lr_schedulers`"} if schedulers else {}
+        taken |= {} if dataloader is None else {DATALOADER: "`dataloader`"}
+        _check_names(models, {} if states is None else states, taken)
+
+    run_on_all(ranks, check_on_this_rank)
     changed = [key.name for key in fields(config) if getattr(config, key.name) != key.default]
     if changed and not config.enable and ranks.rank == 0:
         logger.warning(
@@ -52,192 +112,40 @@ def check(ranks: Ranks, **given: Any) -> None:
         )
 
 
-def check_arguments(
-    *,
-    folder: object,
-    model: object,
-    optimizers: object,
-    lr_schedulers: object,
-    dataloader: object,
-    states: object,
-    hub: object,
-    config: CheckpointConfig,
-) -> None:
-    """Check that `CheckpointManager` can save and load these arguments.
-
-    Raises:
-        UsageError: an argument of another type, or a name in `states` that is taken.
-    """
-    checked_path(folder, "folder")
-    models = _several("model", model, nn.Module, "a torch.nn.Module")
-    for item in models:
-        if not isinstance(item, nn.Module):
-            expected = "a torch.nn.Module, or a list of them"
-            raise _wrong("model", expected, item, _hint_for_model(item))
-    if not models:
-        raise UsageError("`model` must have at least one module, found an empty list")
-    given = _several("optimizers", optimizers, Optimizer, "a torch.optim.Optimizer")
-    for item in given:
-        _check_optimizer(item, config)
-    schedulers = _several("lr_schedulers", lr_schedulers, object, "a scheduler")
-    for item in schedulers:
-        if isinstance(item, Optimizer) or _has(item, *_OPTIMIZER):
-            hint = "pass it as `optimizers`"
-            raise _wrong("lr_schedulers", "a scheduler, or a list", item, hint)
-        if not _is_stateful(item):
-            raise _wrong("lr_schedulers", "a scheduler, or a list", item, _hint_for_none(item))
-    if dataloader is not None and not _is_stateful(dataloader):
-        raise _wrong(
-            "dataloader",
-            "a loader with `state_dict` and `load_state_dict`",
-            dataloader,
-            "`torchdata.stateful_dataloader.StatefulDataLoader` has them; without `dataloader` "
-            "a resume starts the data afresh",
-        )
-    # Owner of each name that is taken. A component that is not passed may be one of `states`.
-    taken = {MODEL: "`model`", RNG: "every step", DATALOADER_KEYS[1]: "`dataloader`"}
-    taken |= {OPTIMIZER: "`optimizers`"} if given else {}
-    taken |= {SCHEDULER: "`lr_schedulers`"} if schedulers else {}
-    taken |= {} if dataloader is None else {DATALOADER: "`dataloader`"}
-    _check_names(models, {OPTIMIZER, SCHEDULER, RNG, *taken})
-    _check_states(states, taken, models)
-    if hub is not None and not isinstance(hub, HFModel):
-        raise _wrong("hub", "a `HFModel`", hub, "HFModel(config, assets)")
-
-
-def _check_optimizer(optimizer: object, config: CheckpointConfig) -> None:
-    if not isinstance(optimizer, Optimizer) and not _has(optimizer, *_OPTIMIZER):
-        expected = "a torch.optim.Optimizer, or a list of them"
-        raise _wrong("optimizers", expected, optimizer, _hint_for_none(optimizer))
-    has_hook = hasattr(optimizer, "register_step_pre_hook")
-    if config.async_mode == "async_with_pinned_mem" and not has_hook:
+def _check_place(folder: object, store: object) -> None:
+    """Check that either a folder or a store is given."""
+    if store is None:
+        checked_path(folder, "folder")
+    elif folder is not None:
         raise UsageError(
-            "with `checkpoint.async_mode` async_with_pinned_mem, optimizers wait before each step, "
-            f"which needs `register_step_pre_hook`; {shown(optimizer)} has none",
-            hint='async_mode = "async"',
+            "`folder` and `store` are both given, and a run saves to one of them",
+            hint="CheckpointManager(None, store=store, ...)",
         )
+    elif not _has(store, "list", "read", "create", "rename", "remove", "lock", "hold"):
+        raise _wrong("store", "a `holdfast.storage.store.Store`", store)
 
 
-def checked_config(config: object) -> CheckpointConfig:
-    """The given settings, or the default: a save every 500 steps.
-
-    Raises:
-        UsageError: `config` is no `CheckpointConfig`.
-    """
-    if config is None:
-        return CheckpointConfig(enable=True)
-    if not isinstance(config, CheckpointConfig):
-        hint = "CheckpointConfig(enable=True, ...)"
-        if isinstance(config, Mapping):
-            hint = "CheckpointConfig(**config)"
-        raise _wrong("config", "a `CheckpointConfig`", config, hint)
-    return config
+def is_container(optimizers: object) -> bool:
+    """Whether this is one object that holds optimizers, such as TorchTitan's
+    `OptimizersContainer`: its own `state_dict` is saved."""
+    if isinstance(optimizers, Sequence) or _is_optimizer(optimizers):
+        return False
+    return _is_stateful(optimizers)
 
 
-def checked_ranks(ranks: Ranks) -> Ranks:
-    """The given ranks.
-
-    Raises:
-        UsageError: an object that lacks a method of `Ranks`.
-    """
-    if not _has(ranks, *_RANKS):
-        hint = "leave it out: the ranks of `torch.distributed` are found"
-        raise _wrong("ranks", "ranks as `holdfast.comm` has them", ranks, hint)
-    return ranks
-
-
-Call = tuple[int, bool]
-"""Step and `last_step` of a call of `save`."""
-
-
-def call_of(step: object, last_step: object, metrics: object) -> Call | HoldfastError:
-    """Check the arguments of `save`. Returns the error instead of raising it, since `agreed` raises
-    it on all ranks."""
-    try:
-        call = checked_step(step, "step"), checked_flag(last_step, "last_step")
-        if metrics is not None and not isinstance(metrics, Mapping) and not callable(metrics):
-            raise _wrong("metrics", "a dict of numbers, or a function that returns one", metrics)
-    except HoldfastError as error:
-        return error
-    return call
-
-
-def encoded(call: Call | HoldfastError) -> list[float]:
-    """This rank's call of `save` as numbers, of which the ranks take the maximum.
-
-    The first tells whether its arguments are invalid. Then come the arguments and their negatives,
-    whose maximum gives their minimum.
-    """
-    if isinstance(call, HoldfastError):
-        return [1.0, *[-math.inf] * 4]
-    step, last_step = call
-    return [0.0, step, -step, last_step, -last_step]
-
-
-def agreed(
-    ranks: Ranks, call: Call | HoldfastError, numbers: Sequence[float]
-) -> tuple[int, bool, Sequence[float]]:
-    """The call of `save` that all ranks make, and the numbers that follow its encoding.
-
-    `numbers` begins with the maximum of `encoded` over all ranks. Collective: every rank calls
-    this. If any rank's arguments are invalid, all raise its error.
-
-    Raises:
-        UsageError: the arguments differ between ranks.
-    """
-    invalid, step_max, step_min_negated, last_max, last_min_negated, *rest = numbers
-    if invalid:
-        gather_and_run(ranks, call if isinstance(call, HoldfastError) else None, lambda _: None)
-    if step_max != -step_min_negated:
-        found = f"{-step_min_negated:.0f} to {step_max:.0f}"
-        raise UsageError(f"`step` must be the same on every rank, found: {found}")
-    if last_max != -last_min_negated:
-        raise UsageError("`last_step` must be the same on every rank, found: both True and False")
-    assert not isinstance(call, HoldfastError)
-    return *call, rest
-
-
-def numbers_in(metrics: Metrics | None) -> dict[str, float]:
-    """The metrics of a step as plain numbers.
-
-    Raises:
-        UsageError: a name is no text, or a value is no number.
-    """
-    given: object = {} if metrics is None else metrics
-    if not isinstance(given, Mapping) and callable(given):
-        given = given()
-    if not isinstance(given, Mapping):
-        raise _wrong("metrics", "a function that returns a dict of numbers", given)
-    numbers = {}
-    for name, value in given.items():
-        if not _is_name(name):
-            raise UsageError(f"`metrics` must have text as names, found: {shown(name)}")
-        single = value.item() if _is_element(value) else value
-        as_number = number(single) if flag(single) is None else float(single)
-        if as_number is None:
-            raise UsageError(f"`metrics` must have a number as `{name}`, found: {shown(value)}")
-        numbers[name] = as_number
-    return numbers
-
-
-def _check_names(models: Sequence[nn.Module], components: Collection[str]) -> None:
-    """Refuse tensors of the model with the name of a component, which a checkpoint could not tell
-    apart."""
-    both = {*_names_in(models)} & {*components}
-    if both:
+def _check_names(models: Sequence[nn.Module], states: object, taken: Mapping[str, str]) -> None:
+    """Check that all components and all tensors of the model have different names: a checkpoint
+    could not tell them apart."""
+    tensors = {name for module in models for name in map(Names(module).of, memory_of(module))}
+    if both := tensors & {OPTIMIZER, SCHEDULER, RNG, *taken}:
         raise UsageError(
             f"`model` has a tensor `{min(both)}`, which is the name of a component of every "
             "checkpoint",
             hint="give the parameter or buffer another name",
         )
-
-
-def _check_states(states: object, taken: Mapping[str, str], models: Sequence[nn.Module]) -> None:
-    if states is None:
-        return
     if not isinstance(states, Mapping):
         raise _wrong("states", "a dict of objects by name", states)
-    taken = {**dict.fromkeys(_names_in(models), "a tensor of the model"), **taken}
+    taken = {**dict.fromkeys(tensors, "a tensor of the model"), **taken}
     for name, value in states.items():
         if not _is_name(name):
             raise UsageError(f"`states` must have text as names, found: {shown(name)}")
@@ -255,18 +163,103 @@ def _check_states(states: object, taken: Mapping[str, str], models: Sequence[nn.
             )
 
 
-def _names_in(models: Sequence[nn.Module]) -> Iterator[str]:
-    for module in models:
-        yield from map(Names(module).of, memory_of(module))
+def checked_config(config: object) -> CheckpointConfig:
+    """The given settings, or the default: a save every 500 steps. Raises a UsageError if `config`
+    is something else."""
+    if config is None:
+        return CheckpointConfig(enable=True)
+    if not isinstance(config, CheckpointConfig):
+        keys = "**config" if isinstance(config, Mapping) else "enable=True, ..."
+        raise _wrong("config", "a `CheckpointConfig`", config, f"CheckpointConfig({keys})")
+    return config
 
 
-def _several(what: str, given: object, kind: type, expected: str) -> list[Any]:
+def checked_ranks(ranks: Ranks) -> Ranks:
+    """The given ranks. Raises a UsageError if a method is missing."""
+    if not _has(ranks, "rank", "size", "gather", "broadcast"):
+        hint = "leave it out: the ranks of `torch.distributed` are found"
+        raise _wrong("ranks", "ranks as `holdfast.comm` has them", ranks, hint)
+    return ranks
+
+
+def agree(
+    ranks: Ranks,
+    step: object,
+    metrics: object,
+    measured: Sequence[float] = (),
+    **flags: object,
+) -> tuple[int, Sequence[bool], Sequence[float]]:
+    """Check the arguments of `save` on all ranks. Returns `step`, the flags, and the maximum of
+    each measurement over all ranks.
+
+    Collective: every rank calls this after every step, so it costs one `all_reduce_max`.
+
+    Raises:
+        UsageError: an argument of another type on any rank, or arguments that differ between ranks.
+    """
+
+    def check_call() -> list[int]:
+        if metrics is not None and not isinstance(metrics, Mapping) and not callable(metrics):
+            raise _wrong("metrics", "a dict of numbers, or a function that returns one", metrics)
+        checked = [checked_flag(flag, name) for name, flag in flags.items()]
+        return [checked_step(step, "step"), *checked]
+
+    call = capture(check_call)
+    # First, whether this call is invalid. Then the arguments and their negatives, since the maximum
+    # of the negatives gives the minimum.
+    num = 1 + len(flags)
+    numbers = [1.0, *[-math.inf] * 2 * num]
+    if not isinstance(call, HoldfastError):
+        numbers = [0.0, *call, *(-number for number in call)]
+    numbers = ranks.all_reduce_max([*numbers, *measured])
+    if numbers[0] or isinstance(call, HoldfastError):
+        call = gather_and_run(ranks, call, lambda calls: calls[0])
+    largest, smallest = numbers[1 : 1 + num], [-n for n in numbers[1 + num : 1 + 2 * num]]
+    for name, low, high in zip(("step", *flags), smallest, largest, strict=True):
+        if low != high:
+            found = f"{low:.0f} to {high:.0f}" if name == "step" else "both True and False"
+            raise UsageError(f"`{name}` must be the same on every rank, found: {found}")
+    return call[0], [bool(flag) for flag in call[1:]], numbers[1 + 2 * num :]
+
+
+def numbers_in(metrics: Metrics | None) -> dict[str, float]:
+    """The metrics of a step as plain numbers. Raises a UsageError if a name is no text, or a value
+    is no number."""
+    given: object = {} if metrics is None else metrics
+    if not isinstance(given, Mapping) and callable(given):
+        given = given()
+    if not isinstance(given, Mapping):
+        raise _wrong("metrics", "a function that returns a dict of numbers", given)
+    numbers = {}
+    for name, value in given.items():
+        if not _is_name(name):
+            raise UsageError(f"`metrics` must have text as names, found: {shown(name)}")
+        # An array or a tensor of one element counts as that number.
+        is_array = hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1
+        single = value.item() if is_array else value
+        as_number = number(single) if flag(single) is None else float(single)
+        if as_number is None:
+            raise UsageError(f"`metrics` must have a number as `{name}`, found: {shown(value)}")
+        numbers[name] = as_number
+    return numbers
+
+
+def as_list(given: T | Sequence[T]) -> list[T]:
     """One object or several, as a list."""
     if isinstance(given, Sequence) and not isinstance(given, str | bytes):
         return list(given)
-    if isinstance(given, Iterator) and not isinstance(given, kind):
-        raise _wrong(what, f"{expected}, or a list of them", given, f"{what}=list(...)")
     return [given]
+
+
+def _several(
+    what: str, given: object, expected: str, is_one: Callable[[object], bool]
+) -> list[Any]:
+    """One object or several, as a list. Raises a UsageError if `is_one` rejects any."""
+    items: list[Any] = as_list(given)
+    for item in items:
+        if not is_one(item):
+            raise _wrong(what, f"{expected}, or a list of them", item, _hint_for(what, item))
+    return items
 
 
 def _is_name(name: object) -> bool:
@@ -287,21 +280,22 @@ def _is_stateful(value: object) -> bool:
     return _has(value, *names) and all(callable(getattr(value, name)) for name in names)
 
 
-def _is_element(value: object) -> bool:
-    """Whether this is an array or a tensor of one element."""
-    shape = getattr(value, "shape", None)
-    return shape is not None and hasattr(value, "item") and math.prod(shape) == 1
+def _is_optimizer(value: object) -> bool:
+    attributes = ("param_groups", "state", "state_dict", "load_state_dict")
+    return isinstance(value, Optimizer) or _has(value, *attributes)
 
 
-def _hint_for_model(value: object) -> str | None:
+def _hint_for(what: str, value: object) -> str | None:
+    """Hint for a frequent mistake: a wrong `value` of the argument `what`."""
     if isinstance(value, type):
         return f"an instance of it: {value.__name__}(...)"
-    if isinstance(value, Mapping):
-        return "the module itself; `holdfast.save(path, {...})` keeps a state dict"
-    return None
-
-
-def _hint_for_none(value: object) -> str | None:
+    if isinstance(value, Iterator):
+        return f"{what}=list(...)"
+    if what == "model":
+        module = "the module itself; `holdfast.save(path, {...})` keeps a state dict"
+        return module if isinstance(value, Mapping) else None
+    if what == "lr_schedulers" and _is_optimizer(value):
+        return "pass it as `optimizers`"
     return "leave it out where there is none" if value is None else None
 
 

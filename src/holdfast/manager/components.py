@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
+from holdfast.arguments import nearest
 from holdfast.errors import HoldfastError, MismatchError, UsageError
 from holdfast.format.components import COMPONENTS, DATALOADER, DATALOADER_KEYS, MODEL, RNG
 from holdfast.format.manifest import Manifest
 from holdfast.loading.load import Loaded
-from holdfast.state.dataloader import loader_component
 from holdfast.state.rng import RngState
 from holdfast.state.stateful import RANK, ObjectState, RankState
 from holdfast.state.tree import Stateful
-
-T = TypeVar("T")
-
-
-def as_list(given: T | Sequence[T]) -> list[T]:
-    """One object or several, as a list."""
-    return list(given) if isinstance(given, Sequence) else [given]
 
 
 def components_per_rank(dataloader: Stateful | None, rank: int) -> dict[str, Any]:
@@ -29,13 +21,8 @@ def components_per_rank(dataloader: Stateful | None, rank: int) -> dict[str, Any
 
     The generators come last, since making an iterator or a worker draws random numbers.
     """
-    loader = {} if dataloader is None else {DATALOADER: loader_component(dataloader, rank)}
+    loader = {} if dataloader is None else {DATALOADER: _loader_component(dataloader, rank)}
     return {**loader, RNG: RankState(ObjectState(RngState()), rank, may_lack=True)}
-
-
-def not_excluded(components: Collection[str], excluded: Collection[str]) -> list[str]:
-    """The components that a resume loads."""
-    return [name for name in components if name not in _canonical(excluded)]
 
 
 def ignored_names(
@@ -43,40 +30,45 @@ def ignored_names(
 ) -> set[str]:
     """First keys of a checkpoint that a load of the components `loaded` ignores: those excluded by
     the user, and, if only the model is loaded, all that do not belong to the model."""
-    names = _canonical(excluded)
+    names = canonical(excluded)
     if [*loaded] == [MODEL]:
         names |= {*(COMPONENTS if manifest.components is None else manifest.components)}
     return names
 
 
-def _canonical(names: Collection[str]) -> set[str]:
+def canonical(names: Collection[str]) -> set[str]:
+    """Names of components, each in one spelling."""
     return {DATALOADER if name in DATALOADER_KEYS else name for name in names}
 
 
 def check_excluded(excluded: Sequence[str], components: Collection[str]) -> None:
-    """Check that only components are excluded from loading.
-
-    Raises:
-        UsageError: a name is no component. The hint has the most similar one.
-    """
+    """Check that only components are excluded from loading; raises a UsageError otherwise."""
     known = {*components, *DATALOADER_KEYS} - {MODEL}
     for name in excluded:
         if name not in known:
-            similar = difflib.get_close_matches(name, known, n=1)
-            listed = f"components: {', '.join(sorted(known))}"
             raise UsageError(
                 f"`checkpoint.exclude_from_loading` has `{name}`, which is no component of the "
                 "training state",
-                hint=f"did you mean `{similar[0]}`?" if similar else listed,
+                hint=nearest(name, known) or f"components: {', '.join(sorted(known))}",
             )
 
 
-def check_dataloader(manifest: Manifest, num_ranks: int) -> None:
-    """Check that a data loader's state for each rank was saved by as many ranks as load it.
+def _loader_component(loader: Stateful, rank: int) -> ObjectState | RankState:
+    """Return the component of a data loader.
 
-    Raises:
-        MismatchError: another number of ranks has saved it.
+    A loader with `state_is_global = True` has a state that is valid on all ranks, such as a
+    position in a global order of samples. It is saved once, and any number of ranks can load it.
+    Otherwise each rank saves its own state, and a load needs the same number of ranks.
     """
+    # torchdata's loader creates its iterator in `state_dict`, and keeps it. The iterator draws a
+    # seed, so the load must create it before it restores the generators.
+    state = ObjectState(loader, is_read_back=True)
+    return state if getattr(loader, "state_is_global", False) else RankState(state, rank)
+
+
+def check_dataloader(manifest: Manifest, num_ranks: int) -> None:
+    """Check that a data loader with a state for each rank was saved by `num_ranks` ranks; raises a
+    MismatchError otherwise."""
     paths = [tensor.path for tensor in manifest.tensors.values()]
     paths += [value.path for value in manifest.values.values()]
     keys = {str(path[1]) for path in paths if path[0] == DATALOADER and len(path) > 1}
@@ -90,13 +82,16 @@ def check_dataloader(manifest: Manifest, num_ranks: int) -> None:
 
 
 def hint_for_mismatch(error: HoldfastError, components: Collection[str]) -> str | None:
-    """The setting that excludes the mismatched components, if any of `components` are mismatched.
-    These are all components but the model."""
+    """Hint with the setting that excludes the mismatched components; None if only the model is
+    mismatched. `components` are all but the model."""
     named = {name.partition(".")[0] for name in re.findall(r"`([^`/]+)`", error.what)}
     mismatched = sorted(named & {*components})
     if not mismatched:
         return None
-    if _is_all(error.what, components):
+    # Below its first line, an error lists the differences, each with the name of an entry first.
+    lines = [line.strip() for line in error.what.splitlines()[1:]]
+    first_names = {line.split("`")[1].partition(".")[0] for line in lines if line[:1] == "`"}
+    if first_names <= {*components}:
         return (
             "the model fits; the rest was saved by another program, or with other settings: "
             f"`--checkpoint.exclude_from_loading {','.join(mismatched)}` starts it afresh"
@@ -105,12 +100,6 @@ def hint_for_mismatch(error: HoldfastError, components: Collection[str]) -> str 
         "is it a checkpoint of another model? `--checkpoint.exclude_from_loading` leaves out "
         f"whole components, such as {', '.join(mismatched)}"
     )
-
-
-def _is_all(what: str, components: Collection[str]) -> bool:
-    """Whether every line in a list of differences is about one of `components`."""
-    lines = [line.strip() for line in what.splitlines()[1:] if line.strip().startswith("`")]
-    return all(line[1:].partition("`")[0].partition(".")[0] in components for line in lines)
 
 
 def differences(loaded: Loaded) -> list[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Self
 
-from holdfast.arguments import checked_path, settings
+from holdfast.arguments import checked_path, nearest, settings, shown
 from holdfast.errors import UsageError
 from holdfast.format.names import STEP_MAX
 from holdfast.manager.renames import parse
@@ -94,17 +95,17 @@ class CheckpointConfig:
     exports."""
 
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
-    """What training waits for. `disabled`: the durable checkpoint. `async`: a copy of the state in
-    host memory, which is written in the background. `async_with_pinned_mem`: almost nothing; the
-    copy is made during the next forward and backward, and optimizers wait for it before they
-    step."""
+    """Mode of a save, by what training waits for. `disabled`: the durable checkpoint. `async`: a
+    copy of the state in host memory, which is written in the background. `async_with_pinned_mem`:
+    almost nothing; the copy is made during the next forward and backward, and optimizers wait for
+    it before they step."""
 
     on_save_overlap: Literal["wait", "skip", "queue"] = "wait"
-    """What happens if a save is due while the one before is being written. `wait`: training waits.
+    """Action if a save is due while the previous one is being written. `wait`: training waits.
     `skip`: the save is skipped. `queue`: it is made afterwards, of the step reached by then."""
 
     on_low_memory: Literal["raise", "wait"] = "raise"
-    """What happens without host memory for the copy of `async_mode`. `raise`: an error. `wait`:
+    """Action if host memory is too small for the copy of `async_mode`. `raise`: an error. `wait`:
     training waits for the durable checkpoint, as with `disabled`."""
 
     write_bandwidth_limit: float = 0.0
@@ -116,10 +117,12 @@ class CheckpointConfig:
     end the run."""
 
     keep_every_n_steps: int = 0
-    """Also keep checkpoints whose step is a multiple of this number. 0 keeps none for that."""
+    """Keep all checkpoints whose step is a multiple of this number, in addition to other rules. 0
+    turns this rule off."""
 
     keep_best_k: int = 0
-    """Also keep this many checkpoints with the best metric. 0 keeps none for that."""
+    """Number of checkpoints with the best metric to keep, in addition to other rules. 0 turns this
+    rule off."""
 
     keep_best_metric: str = "loss"
     """Metric for `keep_best_k`: a name that the training loop passes to `save`."""
@@ -147,7 +150,7 @@ class CheckpointConfig:
     """Resume, but never save."""
 
     on_save_error: Literal["raise", "warn"] = "raise"
-    """What a failed save does. `raise`: it ends the run. `warn`: it is logged, and the run
+    """Action after a failed save. `raise`: it ends the run. `warn`: it is logged, and the run
     continues."""
 
     stop_signals: tuple[str, ...] = ("SIGTERM", "SIGINT", "SIGUSR1")
@@ -156,6 +159,27 @@ class CheckpointConfig:
     stop_deadline_s: float = 30.0
     """Seconds from a stop signal until the process is killed. If a full save takes longer than the
     time left, the model only is saved, or nothing."""
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:
+        """Make the settings from a mapping, such as the `[checkpoint]` section of a TOML file.
+
+        Raises:
+            UsageError: this is no mapping, a key is unknown, or a value has the wrong type. The
+                message names the key.
+        """
+        if not isinstance(mapping, Mapping):
+            raise UsageError(
+                f"the settings must be a mapping of keys to values, found: {shown(mapping)}"
+            )
+        unknown = [key for key in mapping if key not in cls.__dataclass_fields__]
+        if unknown:
+            raise UsageError(
+                f"`{unknown[0]}` is no key of the section `[checkpoint]`",
+                hint=nearest(str(unknown[0]), cls.__dataclass_fields__)
+                or "docs/configuration.md lists all keys",
+            )
+        return cls(**mapping)
 
     def __post_init__(self) -> None:
         self._check_numbers()

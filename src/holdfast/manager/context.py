@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.comm import Ranks
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.goodput import Goodput
+
+OnSaved = Callable[[int, str, Mapping[str, float]], object]
+"""Function of the step, the path and the metrics of a checkpoint that is durable."""
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
@@ -25,6 +28,16 @@ class RunContext:
     """Names of all components but the model."""
 
     goodput: Goodput = field(default_factory=Goodput)
+    on_saved: OnSaved | None = None
+
+    def note_saved(self, step: int, where: str, metrics: Mapping[str, float]) -> None:
+        """Call `on_saved` on rank 0. Logs its errors: the checkpoint is there all the same."""
+        if self.on_saved is None or self.ranks.rank:
+            return
+        try:
+            self.on_saved(step, where, metrics)
+        except Exception:
+            logger.exception("step %d is saved, but `on_saved` failed", step)
 
     @property
     def saves(self) -> bool:

@@ -89,22 +89,18 @@ class Goodput:
         self._num_saves += 1
         self._steps_at_save, self._saved_at = self._num_steps, time.perf_counter()
 
-    def measured(self) -> list[float]:
-        """Measurements of this rank: seconds since the last save, per step, and per save.
-
-        `progress` takes their maximum over all ranks. The last is 0 before the first save: the time
-        spent on asking whether one is due is not the cost of a save."""
+    def progress(self) -> Progress:
+        """Steps and durations of this rank. `StepSaver` adds the other fields."""
         now = time.perf_counter()
         trained = now - self._began - self.lost_s
-        return [
-            now - self._saved_at,
-            trained / max(self._num_steps, 1),
-            self.blocked_s / self._num_saves if self._num_saves else 0.0,
-        ]
-
-    def progress(self, seconds: float, step_s: float, save_s: float) -> Progress:
-        """Progress since the last save, from the maximum of `measured` over all ranks."""
-        return Progress(self._num_steps - self._steps_at_save, seconds, step_s, save_s)
+        # Before the first save, time was lost only to asking whether one is due.
+        save_s = self.blocked_s / self._num_saves if self._num_saves else 0.0
+        return Progress(
+            steps=self._num_steps - self._steps_at_save,
+            seconds=now - self._saved_at,
+            step_s=trained / max(self._num_steps, 1),
+            save_s=save_s,
+        )
 
     def report(self) -> str:
         """One line that says where the time went."""

@@ -62,8 +62,8 @@ class HFFormat:
         return {} if self._model is None else self._model.config
 
     def export_at(self, step: int, *, last_step: bool, saved: bool) -> Export | None:
-        """Where this step is exported to; None if it is not. `saved`: a checkpoint of it is saved
-        too."""
+        """Place of the export of this step; None if none is due. `saved`: a checkpoint of the step
+        is saved too."""
         if last_step and self._config.last_save_in_hf:
             return "as_step"
         interval = self._config.hf_export_interval

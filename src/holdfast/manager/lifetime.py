@@ -35,11 +35,7 @@ class Lifetime:
         return not self._closed and self._pid == os.getpid()
 
     def check_open(self) -> None:
-        """Check that the manager can be used.
-
-        Raises:
-            UsageError: it is closed, or this process inherited it by a fork.
-        """
+        """Raise a UsageError if the manager is closed, or was inherited by a fork."""
         if self._pid != os.getpid():
             raise UsageError(
                 f"this CheckpointManager belongs to process {self._pid}; this one, {os.getpid()}, "
@@ -54,12 +50,8 @@ class Lifetime:
             )
 
     def take(self, catalog: Catalog, hf: HFFormat) -> None:
-        """Lock the folder of `catalog` for this process. Clean up after killed runs, in that folder
-        and in the folder of exports below it.
-
-        Raises:
-            ExistsError: another manager, of this process or another one, holds the folder.
-        """
+        """Lock the folder of `catalog` for this process, or raise an ExistsError. Clean up after
+        killed runs, in that folder and in the folder of exports below it."""
         store = catalog.store
         store.make_folder("")
         since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"

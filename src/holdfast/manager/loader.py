@@ -4,36 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from holdfast.catalog.open_any import Opened, open_in
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.source import Source
-from holdfast.catalog.steady import LOOKS_MAX, UNREADABLE, fingerprint
+from holdfast.catalog.steady import LOOKS_MAX, UNREADABLE
 from holdfast.comm import run_on_rank_0
 from holdfast.errors import FormatError, MismatchError, NotFoundError
 from holdfast.format.components import DATALOADER, MODEL, RNG
 from holdfast.format.names import step_of
 from holdfast.loading.load import load_tree
-from holdfast.loading.opening import open_in
+from holdfast.loading.opening import read_on_all
 from holdfast.manager.components import (
+    canonical,
     check_dataloader,
     conversions,
     differences,
     hint_for_mismatch,
     ignored_names,
-    not_excluded,
     why_no_generators,
 )
 from holdfast.manager.context import RunContext
 from holdfast.manager.hf import HFFormat
-from holdfast.manager.renames import with_names_of
-from holdfast.manager.resume import (
-    ResumableStep,
-    mark_unless_store_failed,
-    newest_resumable,
-    open_requested,
-)
+from holdfast.manager.renames import in_dialect_of, rename
+from holdfast.manager.resume import mark_unless_store_failed, newest_resumable, open_requested
+from holdfast.manager.resumed import Resumed
 from holdfast.manager.retention import Retainer
 from holdfast.spelling import rate
 from holdfast.state.model import ModelState
@@ -59,22 +57,28 @@ class Loader:
         self._run, self._catalog, self._ranks = run, run.catalog, run.ranks
         self._config, self._goodput = run.config, run.goodput
         self._components, self._whole_model = components, whole_model
-        self._resumed_names = not_excluded(components, run.config.exclude_from_loading)
+        excluded = canonical(run.config.exclude_from_loading)
+        self._resumed_names = [name for name in components if name not in excluded]
         self._hf, self._retainer = hf, retainer
 
-    def load(self, requested: int) -> int:
-        """Resume from step `requested`; -1 takes the newest. Returns the step to continue from."""
+    def load(self, requested: int) -> Resumed:
+        """Resume from step `requested`; -1 takes the newest."""
         start = None if self._config.save_frozen else self._load_initial()
         if requested >= 0:
             try:
-                return self._from_requested(requested)
+                return read_on_all(
+                    self._ranks,
+                    self._catalog.store,
+                    partial(open_requested, self._catalog, requested),
+                    partial(self._resume, explicit=True),
+                )
             except UNREADABLE as error:
                 newest = "`load_step = -1` takes the newest good checkpoint"
                 error.hint = f"{error.hint}; {newest}" if error.hint else newest
                 raise
-        step, passed_over = self._from_newest()
-        if step is not None:
-            return step
+        resumed, passed_over = self._from_newest()
+        if resumed is not None:
+            return resumed
         if self._config.save_frozen:
             start = self._load_initial()
         elif passed_over:
@@ -89,62 +93,46 @@ class Loader:
                 "starts from the weights of a model-only step",
             )
         self._run.info(f"nothing to resume from in {self._catalog.store.url}: starting at step 0")
-        return 0
+        return Resumed(0)
 
-    def _from_requested(self, step: int) -> int:
-        """Resume from this step, or raise an error."""
-        for left in reversed(range(LOOKS_MAX)):
-            checkpoint = run_on_rank_0(self._ranks, partial(open_requested, self._catalog, step))
-            try:
-                return self._resume(checkpoint, explicit=True)
-            except UNREADABLE:
-                if not left or not self._was_replaced(checkpoint):
-                    raise
-        raise AssertionError("the last attempt returns or raises")
-
-    def _from_newest(self) -> tuple[int | None, list[str]]:
+    def _from_newest(self) -> tuple[Resumed | None, list[str]]:
         """Resume from the newest checkpoint that loads.
 
-        Returns its step, or None if there is none; and a line on each checkpoint that was passed
+        Returns None if there is none; and a line on each checkpoint that was passed
         over.
         """
         passed_over: list[str] = []
-        below, num_replaced = None, 0
+        below, num_failed = None, 0
         while True:
-            checkpoint, refused = run_on_rank_0(
+            opened, refused = run_on_rank_0(
                 self._ranks, partial(newest_resumable, self._catalog, below)
             )
             for line in [line for line in refused if line not in passed_over]:
                 self._run.warn(f"passed over {line}")
                 passed_over.append(line)
-            if checkpoint is None:
+            if opened is None:
                 return None, passed_over
             try:
-                return self._resume(checkpoint, explicit=False), passed_over
+                return self._resume(opened, explicit=False), passed_over
             except UNREADABLE as error:
                 # The same error is raised on every rank, so all ranks try the same step next.
-                num_replaced += 1
-                if num_replaced < LOOKS_MAX and self._was_replaced(checkpoint):
+                num_failed += 1
+                was_replaced = partial(opened.was_replaced, self._catalog.store)
+                if num_failed < LOOKS_MAX and run_on_rank_0(self._ranks, was_replaced):
                     continue
-                passed_over.append(f"step {checkpoint.step}: {error.what}")
+                below = opened.step
+                passed_over.append(f"step {below}: {error.what}")
                 self._run.warn(f"passed over {passed_over[-1]}")
-                if self._ranks.rank == 0 and self._run.saves:
-                    mark_unless_store_failed(self._catalog, checkpoint.step, error)
-                below = checkpoint.step
+                if below is not None and self._ranks.rank == 0 and self._run.saves:
+                    mark_unless_store_failed(self._catalog, below, error)
 
-    def _was_replaced(self, checkpoint: ResumableStep) -> bool:
-        """Whether another process has replaced or deleted the checkpoint since it was opened."""
-        store, folder = self._catalog.store, checkpoint.folder
-        return run_on_rank_0(
-            self._ranks, lambda: fingerprint(store, folder) != checkpoint.fingerprint
-        )
-
-    def _resume(self, checkpoint: ResumableStep, *, explicit: bool) -> int:
+    def _resume(self, opened: Opened, *, explicit: bool) -> Resumed:
         """Load a checkpoint of this folder, and protect it and newer ones from retention."""
         started = time.perf_counter()
-        step, manifest = checkpoint.step, checkpoint.manifest
-        source = Source(self._catalog.store, checkpoint.folder, manifest)
-        # Step 0 may be a seed, or TorchTitan's first step, of which only the model is loaded.
+        step, manifest = opened.step, opened.manifest
+        assert step is not None, "only checkpoints of this folder are resumed from"
+        source = opened.source(self._catalog.store)
+        # Step 0 may be a seed, or TorchTitan's first step: only its model is loaded.
         is_full = step > 0 or manifest.kind == "full"
         self._load_components(source, self._resumed_names if is_full else [MODEL], step)
         speed = rate(manifest.nbytes, time.perf_counter() - started)
@@ -157,34 +145,33 @@ class Loader:
                 f"steps {newer} are newer than step {step}: they stay, each until this run saves "
                 "the same step, and `load_step = -1` takes the newest"
             )
-        return step
+        return Resumed(step, "checkpoint" if is_full else "seed", source.url)
 
-    def _load_initial(self) -> int | None:
-        """Load weights from elsewhere if the settings ask for it. Returns the step to continue
-        from, or None."""
+    def _load_initial(self) -> Resumed | None:
+        """Load weights from elsewhere if the settings ask for it. Returns None if they do not."""
         path = self._config.initial_load_path
         then = ": starting at step 0" if self._config.save_frozen else ", to train in part"
         if self._config.initial_load_in_hf:
             loaded = self._hf.load(path, self._model())
             self._goodput.note_load(loaded, 0, self._ranks)
             self._run.info(f"loaded the model of {loaded.where}{then}")
-            return 0
+            return Resumed(0, "initial", loaded.where)
         if path is None:
             return None
         store, name = open_for_reading(path)
         opened = run_on_rank_0(self._ranks, lambda: open_in(store, name))
-        rules = self._config.initial_load_renames
-        manifest = with_names_of(opened.manifest, self._whole_model, rules)
-        source = Source(store, opened.name, manifest)
+        manifest = in_dialect_of(opened.manifest, self._whole_model.state_dict())
+        manifest = rename(manifest, self._config.initial_load_renames)
+        source = replace(opened.source(store), manifest=manifest)
         if self._config.initial_load_model_only:
             tree = self._model(ignored_names(manifest, [MODEL]))
             self._load_tree(source, tree, 0, partial_load=not self._config.initial_load_strict)
             self._run.info(f"loaded the model of {source.url}{then}")
-            return 0
+            return Resumed(0, "initial", source.url)
         step = manifest.step if manifest.step is not None else step_of(name) or 0
         self._load_components(source, self._resumed_names, step)
         self._run.info(f"loaded {source.url}: going on from step {step}")
-        return step
+        return Resumed(step, "initial", source.url)
 
     def _load_components(self, source: Source, names: Sequence[str], step: int) -> None:
         manifest, wanted = source.manifest, list(names)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from types import TracebackType
-from typing import Concatenate, ParamSpec, Self, TypeVar
+from typing import Concatenate, Literal, ParamSpec, Self, TypeVar, cast
 
 from torch import nn
 from torch.optim import Optimizer
@@ -19,24 +19,26 @@ from holdfast.format.components import MODEL, OPTIMIZER, SCHEDULER
 from holdfast.format.names import checked_step
 from holdfast.hf.export import HFModel
 from holdfast.manager import arguments
-from holdfast.manager.arguments import Metrics
-from holdfast.manager.components import as_list, check_excluded, components_per_rank
+from holdfast.manager.arguments import Metrics, as_list
+from holdfast.manager.components import check_excluded, components_per_rank
 from holdfast.manager.config import CheckpointConfig
-from holdfast.manager.context import RunContext
+from holdfast.manager.context import OnSaved, RunContext
 from holdfast.manager.goodput import RESUMING, Timings
 from holdfast.manager.hf import HFFormat
 from holdfast.manager.lifetime import Lifetime, OptimizerHooks
 from holdfast.manager.loader import Loader
-from holdfast.manager.resume import newest_final
+from holdfast.manager.resume import newest_final, newest_resumable
+from holdfast.manager.resumed import Resumed
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
 from holdfast.manager.step_saver import StepSaver
 from holdfast.state.model import ModelState, adapted
 from holdfast.state.objects import StateTree
 from holdfast.state.optim import OptimizerState
-from holdfast.state.schedulers import scheduler_component
+from holdfast.state.schedulers import SchedulerState
 from holdfast.state.tree import Stateful
 from holdfast.storage.opening import folder_store
+from holdfast.storage.store import Store
 from holdfast.uncompiled import uncompiled
 
 P = ParamSpec("P")
@@ -77,16 +79,19 @@ class CheckpointManager:
     @uncompiled
     def __init__(
         self,
-        folder: str | os.PathLike[str],
+        folder: str | os.PathLike[str] | None,
         *,
         model: nn.Module | Sequence[nn.Module],
-        optimizers: Optimizer | Sequence[Optimizer] = (),
+        optimizers: Optimizer | Stateful | Sequence[Optimizer] = (),
         lr_schedulers: LRScheduler | Sequence[LRScheduler] = (),
         dataloader: Stateful | None = None,
         states: Mapping[str, Stateful] | None = None,
         config: CheckpointConfig | None = None,
         ranks: Ranks | None = None,
         hub: HFModel | None = None,
+        store: Store | None = None,
+        on_stop: Literal["raise", "return"] = "raise",
+        on_saved: OnSaved | None = None,
     ) -> None:
         """Lock `folder` against other runs, and clean up what killed runs left there.
 
@@ -94,6 +99,12 @@ class CheckpointManager:
         of a `dataloader` is saved for each rank, unless it has `state_is_global = True`. `config`
         defaults to a save every 500 steps, `ranks` to those of `torch.distributed`. `hub` describes
         the model in Hugging Face format, for exports and for loading such folders.
+
+        `optimizers` may be one object that holds optimizers; its own `state_dict` is saved then.
+        `store`: keep the checkpoints in this store; `folder` is None then. `on_stop`: what `save`
+        does after a stop signal, once it has saved. `raise` raises SystemExit, `return` sets
+        `stop_requested`. `on_saved(step, path, metrics)` is called on rank 0 when a checkpoint is
+        durable, for background saves in their thread; its errors are logged.
 
         Raises:
             UsageError: an argument of another type, two components of one name, or a `folder` that
@@ -105,6 +116,7 @@ class CheckpointManager:
         ranks = all_ranks() if ranks is None else arguments.checked_ranks(ranks)
         arguments.check(
             ranks,
+            self.config,
             folder=folder,
             model=model,
             optimizers=optimizers,
@@ -112,22 +124,27 @@ class CheckpointManager:
             dataloader=dataloader,
             states=states,
             hub=hub,
-            config=self.config,
+            store=store,
+            on_stop=on_stop,
+            on_saved=on_saved,
         )
         models = as_list(model)
         saved_model = whole_model = ModelState(models)
         if not self.config.save_frozen:
             saved_model, whole_model = adapted(models)
+        is_container = arguments.is_container(optimizers)
+        single = [] if is_container else cast("list[Optimizer]", as_list(optimizers))
         components = {
             MODEL: saved_model,
-            OPTIMIZER: OptimizerState(models, as_list(optimizers)),
-            SCHEDULER: scheduler_component(as_list(lr_schedulers)),
+            OPTIMIZER: optimizers if is_container else OptimizerState(models, single),
+            SCHEDULER: SchedulerState(as_list(lr_schedulers)),
             **(states or {}),
             **components_per_rank(dataloader, ranks.rank),
         }
         check_excluded(self.config.exclude_from_loading, components)
         names = [name for name in components if name != MODEL]
-        self._run = RunContext(Catalog(folder_store(folder)), self.config, ranks, names)
+        catalog = Catalog(folder_store(folder or "") if store is None else store)
+        self._run = RunContext(catalog, self.config, ranks, names, on_saved=on_saved)
         hf = HFFormat(self._run, hub)
         self._calls = threading.RLock()
         self._lifetime = Lifetime()
@@ -135,10 +152,17 @@ class CheckpointManager:
         hooks = OptimizerHooks(self._lifetime, self.wait_for_staging)
         overlaps = self.config.async_mode == "async_with_pinned_mem"
         for optimizer in as_list(optimizers) if overlaps else ():
-            hooks.add(optimizer)
+            hooks.add(cast("Optimizer", optimizer))
         tree = StateTree(components, flat=MODEL, watch=hooks.add if overlaps else None)
         self._saver = Saver(self._run, hf)
-        self._steps = StepSaver(self._run, self._saver, hf, model=saved_model, tree=tree)
+        self._steps = StepSaver(
+            self._run,
+            self._saver,
+            hf,
+            model=saved_model,
+            tree=tree,
+            raises_on_stop=on_stop == "raise",
+        )
         self._loader = Loader(
             self._run, components, whole_model, hf=hf, retainer=self._saver.retainer
         )
@@ -150,8 +174,9 @@ class CheckpointManager:
                     raise
 
     @_one_at_a_time
-    def load(self, step: int | None = None) -> int:
-        """Resume. Returns the step to continue from; 0 if there is nothing to resume from.
+    def load(self, step: int | None = None) -> Resumed:
+        """Resume. Returns the step to continue from, an int that also says what was loaded; 0 if
+        there is nothing to resume from.
 
         `step` defaults to `load_step`. -1 takes the newest good checkpoint; newer ones that are
         damaged or hold the model alone are passed over, and logged. A number takes that step, or
@@ -173,15 +198,24 @@ class CheckpointManager:
         if step is not None:
             requested = run_on_all(self._run.ranks, lambda: checked_step(step, "step", least=-1))
         if not self.config.enable:
-            return 0
+            return Resumed(0)
         self._steps.knows_folder = True
         self.wait_for_staging()
         with self._run.goodput.lost_to(RESUMING):
             return self._loader.load(requested)
 
     @_one_at_a_time
-    def save(self, step: int, last_step: bool = False, *, metrics: Metrics | None = None) -> bool:
+    def save(
+        self,
+        step: int,
+        last_step: bool = False,
+        *,
+        metrics: Metrics | None = None,
+        force: bool = False,
+    ) -> bool:
         """Save the state after `step` if it is due. Returns whether it was saved.
+
+        `force` saves it in any case, in full.
 
         `metrics` are numbers by name, stored with the checkpoint for `keep_best_metric` and for
         people; or a function that returns them, which is called on every rank if the step is saved.
@@ -193,7 +227,8 @@ class CheckpointManager:
         optimizers wait for the copy before they step: see `wait_for_staging`.
 
         Inside the context of this manager, one of `stop_signals` to any rank makes the next call
-        save, whatever the interval, and raise SystemExit with status 128 + signal on every rank.
+        save, whatever the interval, and raise SystemExit with status 128 + signal on every rank:
+        see `on_stop`.
 
         Collective: every rank calls this after every step.
 
@@ -203,7 +238,7 @@ class CheckpointManager:
                 `on_save_error = "warn"`, the error is logged, and the run continues.
         """
         self._lifetime.check_open()
-        return self._steps.save(step, last_step, metrics)
+        return self._steps.save(step, last_step=last_step, force=force, metrics=metrics)
 
     @_one_at_a_time
     def save_seed(self) -> None:
@@ -236,6 +271,34 @@ class CheckpointManager:
         """
         if self._lifetime.is_open:
             self._saver.collect()
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether a stop signal has come to any rank, and `save` has acted on it. The same on all
+        ranks: a loop with `on_stop="return"` ends when it is True."""
+        return self._steps.stop_requested
+
+    @uncompiled
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, good or damaged, oldest first.
+
+        Collective: every rank calls this.
+        """
+        return run_on_rank_0(self._run.ranks, self._run.catalog.steps)
+
+    @uncompiled
+    def latest_step(self) -> int | None:
+        """The newest step that can be resumed from, as far as its index and file sizes tell; None
+        if there is none.
+
+        Collective: every rank calls this.
+        """
+
+        def find() -> int | None:
+            opened, _ = newest_resumable(self._run.catalog, None)
+            return None if opened is None else opened.step
+
+        return run_on_rank_0(self._run.ranks, find)
 
     @uncompiled
     def final_step(self) -> int | None:

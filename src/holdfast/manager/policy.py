@@ -6,42 +6,57 @@ import math
 import signal
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from holdfast.errors import ExistsError
 from holdfast.format.manifest import Kind
 from holdfast.manager.config import CheckpointConfig
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Progress of a run since its last save. Equal on all ranks."""
+class Progress(NamedTuple):
+    """Measurements of one rank after a step, or the largest of each over all ranks."""
 
-    steps: int = 0
+    steps: float = 0
     """Steps since the last save, or since the run began."""
 
-    seconds: float = 0.0
+    seconds: float = 0
     """Seconds since then."""
 
-    step_s: float = 0.0
+    step_s: float = 0
     """Average duration of a step; 0 before the first."""
 
-    save_s: float = 0.0
+    save_s: float = 0
     """Average time for which a save blocks training; 0 before the first save."""
 
+    full_save_s: float = 0
+    """Longest duration of a full save until it was durable; 0 before the first."""
 
-def is_due(
-    step: int, *, last_step: bool, config: CheckpointConfig, progress: Progress | None = None
-) -> bool:
+    model_share: float = 0
+    """Share of the model in the bytes of a full checkpoint."""
+
+    failed: float = 0
+    """1 if the background save has failed, else 0."""
+
+    busy: float = 0
+    """1 while the save before is being written, else 0."""
+
+    signal: float = 0
+    """Number of a stop signal that was received; 0 if there is none."""
+
+    signal_age_s: float = 0
+    """Seconds since that signal."""
+
+
+def is_due(step: int, *, last_step: bool, config: CheckpointConfig, progress: Progress) -> bool:
     """Whether to save the state after this step."""
     if not config.enable or config.load_only:
         return False
-    progress = progress or Progress()
     first = step == 1 and config.enable_first_step_checkpoint
     late = 0 < config.interval_minutes * 60 <= progress.seconds
+    if last_step or first or late:
+        return True
     if config.interval == "auto":
-        return last_step or first or late or progress.steps >= best_interval(config, progress)
-    return last_step or first or late or step % config.interval == 0
+        return progress.steps >= best_interval(config, progress)
+    return step % config.interval == 0
 
 
 def best_interval(config: CheckpointConfig, progress: Progress) -> int:
@@ -57,24 +72,6 @@ def best_interval(config: CheckpointConfig, progress: Progress) -> int:
         return config.min_interval
     seconds = math.sqrt(2 * progress.save_s * config.mtbf_hours * 3600)
     return min(max(round(seconds / progress.step_s), config.min_interval), config.max_interval)
-
-
-def kind_of_save(*, last_step: bool, config: CheckpointConfig) -> Kind:
-    """Whether a step is saved in full, or as the model alone."""
-    return "model" if last_step and config.last_save_model_only else "full"
-
-
-def check_seed(steps: Sequence[int], where: str) -> None:
-    """Check that a seed can be saved.
-
-    Raises:
-        ExistsError: the folder already holds a checkpoint.
-    """
-    if steps:
-        raise ExistsError(
-            f"`{where}` holds step {steps[-1]}, and a seed must be the first checkpoint",
-            hint="set another `checkpoint.folder`, or delete this one",
-        )
 
 
 def kind_in_time(left_s: float, full_save_s: float, model_share: float) -> Kind | None:
@@ -138,17 +135,6 @@ class Candidate:
     pinned: bool = False
 
 
-def retention_of(config: CheckpointConfig) -> Retention:
-    """Retention rules of the `[checkpoint]` section."""
-    return Retention(
-        latest_k=config.keep_latest_k,
-        every_n_steps=config.keep_every_n_steps,
-        best_k=config.keep_best_k,
-        best_metric=config.keep_best_metric,
-        best_mode=config.keep_best_mode,
-    )
-
-
 def reasons_to_keep(
     good: Iterable[Candidate], retention: Retention, *, protected: Collection[int] = ()
 ) -> dict[int, list[str]]:
@@ -159,13 +145,13 @@ def reasons_to_keep(
     """
     steps = sorted(good, key=lambda candidate: candidate.step)
     reasons: dict[int, list[str]] = {candidate.step: [] for candidate in steps}
-    latest = steps[-retention.latest_k :]
+    latest, every = steps[-retention.latest_k :], retention.every_n_steps
     for why, kept in (
         ("keep all" if retention.latest_k == 0 else f"latest {retention.latest_k}", latest),
-        (f"every {retention.every_n_steps} steps", _every(steps, retention.every_n_steps)),
+        (f"every {every} steps", [c for c in steps if every and c.step % every == 0]),
         (f"best {retention.best_k} by {retention.best_metric}", _best(steps, retention)),
-        ("pinned", [candidate for candidate in steps if candidate.pinned]),
-        ("in use", [candidate for candidate in steps if candidate.step in protected]),
+        ("pinned", [c for c in steps if c.pinned]),
+        ("in use", [c for c in steps if c.step in protected]),
         ("to resume from", [c for c in steps if c.resumable][-STEPS_MIN:]),
     ):
         for candidate in kept:
@@ -190,18 +176,11 @@ def removable(
     return [step for step, why in reasons.items() if not why]
 
 
-def _every(steps: Sequence[Candidate], every: int) -> list[Candidate]:
-    return [candidate for candidate in steps if every and candidate.step % every == 0]
-
-
 def _best(steps: Sequence[Candidate], retention: Retention) -> list[Candidate]:
     """The best checkpoints by the metric; the newer one first where two are equal. A checkpoint
     without the metric, or with NaN, is never among them."""
     sign = 1 if retention.best_mode == "max" else -1
-    ranked = []
-    for candidate in steps:
-        value = candidate.metrics.get(retention.best_metric, math.nan)
-        if not math.isnan(value):
-            ranked.append((sign * value, candidate.step, candidate))
-    ranked.sort(key=lambda entry: entry[:2], reverse=True)
-    return [candidate for _, _, candidate in ranked[: retention.best_k]]
+    metric = retention.best_metric
+    measured = [c for c in steps if not math.isnan(c.metrics.get(metric, math.nan))]
+    measured.sort(key=lambda c: (sign * c.metrics[metric], c.step), reverse=True)
+    return measured[: retention.best_k]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
 
 from holdfast.errors import UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
@@ -15,11 +14,8 @@ KEY = "checkpoint.initial_load_renames"
 
 
 def parse(rule: str) -> tuple[re.Pattern[str], str]:
-    """Parse a rule `theirs=ours` into a pattern and its replacement.
-
-    Raises:
-        UsageError: it is no such rule.
-    """
+    """Parse a rule `theirs=ours` into a pattern and its replacement. Raises a UsageError if `rule`
+    is no such rule."""
     theirs, equals, ours = rule.partition("=")
     if not equals or not theirs or theirs.count("{}") != ours.count("{}"):
         raise UsageError(
@@ -29,15 +25,6 @@ def parse(rule: str) -> tuple[re.Pattern[str], str]:
         )
     pattern = r"([^.]+)".join(map(re.escape, theirs.split("{}")))
     return re.compile(rf"{pattern}(?=\.|$)"), ours
-
-
-class _Model(Protocol):
-    def state_dict(self) -> dict[str, Any]: ...
-
-
-def with_names_of(manifest: Manifest, model: _Model, rules: Sequence[str]) -> Manifest:
-    """The manifest with the names of `model`: its dialect first, then `rules` (see `rename`)."""
-    return rename(in_dialect_of(manifest, model.state_dict()), rules)
 
 
 def in_dialect_of(manifest: Manifest, names: Collection[str]) -> Manifest:
@@ -59,9 +46,8 @@ def in_dialect_of(manifest: Manifest, names: Collection[str]) -> Manifest:
 
 
 def rename(manifest: Manifest, rules: Sequence[str]) -> Manifest:
-    """Rename every tensor by the first rule that matches the beginning of its name.
-
-    `{}` matches one part of a name, without dots.
+    """Rename every tensor by the first rule that matches the beginning of its name. `{}` matches
+    one part of a name, without dots.
 
     Raises:
         UsageError: a rule matches no tensor, or two tensors get the same name.

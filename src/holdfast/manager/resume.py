@@ -5,52 +5,44 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
 
 from holdfast.catalog.catalog import Catalog, check_whole, read_index
+from holdfast.catalog.findings import misnumbered, why_not_resumable
 from holdfast.catalog.marks import damaged_steps, mark_damaged, pinned_steps
-from holdfast.catalog.open_any import open_any
-from holdfast.catalog.resumable import misnumbered, why_not_resumable
-from holdfast.catalog.steady import LOOKS_MAX, fingerprint
+from holdfast.catalog.open_any import Opened, open_any, open_in
+from holdfast.catalog.seal import is_sealed, open_sealed
 from holdfast.errors import HoldfastError, MismatchError, NotFoundError, StorageError
 from holdfast.format.checksum import checksum
 from holdfast.format.manifest import Manifest
 from holdfast.format.names import MANIFEST, step_name
 from holdfast.manager.policy import Candidate
+from holdfast.storage.store import ReadStore
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
 
-@dataclass(frozen=True, slots=True)
-class ResumableStep:
-    """A checkpoint that a run can resume from."""
-
-    step: int
-    folder: str
-    manifest: Manifest
-    fingerprint: object = None
-    """Fingerprint of the checkpoint when it was opened: see `steady.fingerprint`."""
-
-
-def open_requested(catalog: Catalog, step: int) -> ResumableStep:
+def open_requested(catalog: Catalog, step: int) -> Opened:
     """Open the checkpoint of a step that the user has requested, even if it is marked as damaged.
 
     Raises:
+        NotFoundError: there is no such step. The hint lists the existing ones.
         MismatchError: the folder of this step holds another step.
     """
-    folder = catalog.folders().get(step, "")
-    before = fingerprint(catalog.store, folder) if folder else None
-    manifest = catalog.open_step(step)
-    if wrong := misnumbered(step, manifest):
+    where, folders = catalog.where(step_name(step)), catalog.folders()
+    if step not in folders:
+        steps = ", ".join(map(str, folders)) or "none"
+        raise NotFoundError(f"`{where}` does not exist", hint=f"steps there: {steps}")
+    opened = open_in(catalog.store, step_name(step))
+    if wrong := misnumbered(step, opened.manifest):
+        saved_as = opened.manifest.step or 0
         raise MismatchError(
-            f"`{catalog.where(folder)}` is not step {step}: {wrong}",
-            hint=f"load step {manifest.step} instead, or rename the folder to "
-            f"`{step_name(manifest.step or 0)}`",
+            f"`{where}` is not step {step}: {wrong}",
+            hint=f"load step {saved_as} instead, or rename the folder to `{step_name(saved_as)}`",
         )
-    return ResumableStep(step, folder, manifest, before)
+    return opened
 
 
-def newest_resumable(catalog: Catalog, below: int | None) -> tuple[ResumableStep | None, list[str]]:
+def newest_resumable(catalog: Catalog, below: int | None) -> tuple[Opened | None, list[str]]:
     """Find the newest checkpoint that a run can resume from, older than step `below` if given.
 
     Returns it, and a line on each newer one that was refused. Data is not read here: loading checks
@@ -61,34 +53,19 @@ def newest_resumable(catalog: Catalog, below: int | None) -> tuple[ResumableStep
     for step in reversed(catalog.folders()):
         if below is not None and step >= below:
             continue
-        opened: ResumableStep | HoldfastError | None = None
-        if step not in damaged:
+        why = damaged.get(step)
+        if why is None:
             try:
-                opened = _open_steadily(catalog, step)
+                opened = open_in(catalog.store, step_name(step), _read_any)
+                why = why_not_resumable(step, opened.manifest)
+                if why is None:
+                    return opened, refused
             except HoldfastError as error:
                 if step not in catalog.folders():
                     continue  # The retention of another run deleted it after the listing.
-                opened = error
-        manifest = opened.manifest if isinstance(opened, ResumableStep) else opened
-        why = why_not_resumable(step, manifest, damaged.get(step))
-        if why is None and isinstance(opened, ResumableStep):
-            return opened, refused
+                why = error.what
         refused.append(f"step {step}: {why}")
     return None, refused
-
-
-def _open_steadily(catalog: Catalog, step: int) -> ResumableStep:
-    """Open a checkpoint, again if another process replaces it meanwhile."""
-    for left in reversed(range(LOOKS_MAX)):
-        folder = catalog.folders().get(step, step_name(step))
-        before = fingerprint(catalog.store, folder)
-        try:
-            return ResumableStep(step, folder, _manifest_of(catalog, folder), before)
-        except HoldfastError:
-            moved = catalog.folders().get(step) != folder
-            if not left or not (moved or fingerprint(catalog.store, folder) != before):
-                raise
-    raise AssertionError("the last attempt returns or raises")
 
 
 def mark_unless_store_failed(catalog: Catalog, step: int, error: HoldfastError) -> None:
@@ -108,23 +85,13 @@ def newest_final(catalog: Catalog) -> int | None:
     return newest.step if newest is not None and not newest.resumable else None
 
 
-@dataclass(frozen=True, slots=True)
-class CachedIndex:
-    """Facts about a good checkpoint, cached until its index changes."""
-
-    index: int
-    """Checksum of the bytes of its index."""
-
-    manifest: Manifest
-    """Manifest without entries, of which there may be a million."""
-
-    resumable: bool
+Cache = MutableMapping[str, tuple[int, Manifest]]
+"""Checksum of the index of each folder, and its manifest without entries, of which there may be a
+million."""
 
 
 def good_steps(
-    catalog: Catalog,
-    folders: Mapping[int, str],
-    cache: MutableMapping[str, CachedIndex] | None = None,
+    catalog: Catalog, folders: Mapping[int, str], cache: Cache | None = None
 ) -> Iterator[Candidate]:
     """Yield the good ones of these checkpoints, newest first, for the retention rules.
 
@@ -138,31 +105,30 @@ def good_steps(
     damaged, pinned = damaged_steps(catalog.store), pinned_steps(catalog.store)
     for step in sorted(folders.keys() - damaged.keys(), reverse=True):
         try:
-            index = _cached(catalog, step, folders[step], cache)
+            manifest = _cached(catalog.store, folders[step], cache)
         except HoldfastError:
             continue
-        if not misnumbered(step, index.manifest):
-            yield Candidate(step, index.resumable, index.manifest.metrics, step in pinned)
+        if not misnumbered(step, manifest):
+            is_resumable = why_not_resumable(step, manifest) is None
+            yield Candidate(step, is_resumable, manifest.metrics, step in pinned)
 
 
-def _cached(
-    catalog: Catalog, step: int, folder: str, cache: MutableMapping[str, CachedIndex]
-) -> CachedIndex:
+def _cached(store: ReadStore, folder: str, cache: Cache) -> Manifest:
     index = 0
     with suppress(NotFoundError):
-        index = checksum(read_index(catalog.store, f"{folder}/{MANIFEST}"))
-    cached = cache.get(folder)
-    if cached is not None and cached.index == index:
-        check_whole(catalog.store, folder, cached.manifest)
-        return cached
-    manifest = _manifest_of(catalog, folder, entries=False)
-    resumable = why_not_resumable(step, manifest) is None
-    cached = CachedIndex(index, replace(manifest, tensors={}, values={}), resumable)
+        index = checksum(read_index(store, f"{folder}/{MANIFEST}"))
+    if folder in cache and cache[folder][0] == index:
+        manifest = cache[folder][1]
+        check_whole(store, folder, manifest)
+        return manifest
+    manifest = _read_any(store, folder, entries=False)
     if index:
-        cache[folder] = cached
-    return cached
+        cache[folder] = index, manifest
+    return manifest
 
 
-def _manifest_of(catalog: Catalog, folder: str, *, entries: bool = True) -> Manifest:
+def _read_any(store: ReadStore, folder: str, *, entries: bool = True) -> Manifest:
     """Open a checkpoint. The last one of a run may be a Hugging Face folder."""
-    return open_any(catalog.store, folder, check_files=True, entries=entries).manifest
+    if not entries and is_sealed(store, folder):
+        return open_sealed(store, folder)
+    return open_any(store, folder, check_files=True, entries=entries).manifest

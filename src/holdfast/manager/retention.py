@@ -7,12 +7,12 @@ import threading
 from collections.abc import Collection
 
 from holdfast.catalog.catalog import Catalog
-from holdfast.catalog.cleanup import Action, execute, plan_cleanup, plan_deletions
+from holdfast.catalog.cleanup import Action, execute, plan_cleanup
 from holdfast.comm import capture
 from holdfast.errors import HoldfastError
 from holdfast.format.names import step_name
 from holdfast.manager.policy import Retention, removable
-from holdfast.manager.resume import CachedIndex, good_steps
+from holdfast.manager.resume import Cache, good_steps
 from holdfast.storage.store import Store
 
 logger: logging.Logger = logging.getLogger("holdfast")
@@ -37,7 +37,7 @@ class Retainer:
         self._catalog, self._retention = catalog, retention
         self._resumed_from: int | None = None
         self._left_behind: set[int] = set()
-        self._cache: dict[str, CachedIndex] = {}
+        self._cache: Cache = {}
         self._thread: threading.Thread | None = None
 
     def resumed(self, step: int, left_behind: Collection[int]) -> None:
@@ -79,13 +79,14 @@ class Retainer:
     def _delete(self) -> None:
         """Start to delete the files, also those that an earlier try could not delete."""
         self.wait()
-        found = capture(lambda: plan_deletions(self._catalog.store.list()))
+        found = capture(lambda: plan_cleanup(self._catalog.store.list()))
         if isinstance(found, HoldfastError):
             logger.warning("could not look for files to delete: %s", found.what)
-        elif found:
+        # The other actions may be executed only while no process saves to this folder.
+        elif deletions := [action for action in found if action.role == "removing"]:
             # If the process ends before the thread is done, the next start deletes the rest.
             self._thread = threading.Thread(
-                target=self._execute, args=(found,), name="holdfast-remove", daemon=True
+                target=self._execute, args=(deletions,), name="holdfast-remove", daemon=True
             )
             self._thread.start()
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 
 import torch
 
 from holdfast.comm import capture, gather_and_run, run_on_all
 from holdfast.errors import HoldfastError, RankError, UsageError
-from holdfast.format.manifest import Kind
+from holdfast.format.manifest import Kind, Manifest
 from holdfast.format.names import step_name
 from holdfast.manager.context import RunContext
 from holdfast.manager.hf import Export, HFFormat
-from holdfast.manager.policy import retention_of
+from holdfast.manager.policy import Retention
 from holdfast.manager.retention import Retainer
-from holdfast.planning.file_layout import TensorItem
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.saving.background import Background
 from holdfast.saving.planner import Planner
@@ -33,8 +31,6 @@ logger: logging.Logger = logging.getLogger("holdfast")
 
 LOGGED_WAIT_S = 0.1
 """Shortest wait for the background save that is logged."""
-
-Items = tuple[TensorItem, ...]
 
 
 class Saver:
@@ -52,27 +48,21 @@ class Saver:
         # The background thread's collectives must not mix with those of training and of new saves.
         self._finishing_ranks = run.ranks.duplicate() if self._in_background else run.ranks
         self._overlapping = run.config.async_mode == "async_with_pinned_mem"
-        self._items: Items | None = None
-        self._items_now: Items = ()
-        self._items_later: Items = ()
-        self._background, self._snapshot = Background(), Snapshot()
+        self.background, self._snapshot = Background(), Snapshot()
         self._staging: Staging | None = None
-        self.retainer: Retainer = Retainer(run.catalog, retention_of(run.config))
+        retention = Retention(
+            latest_k=run.config.keep_latest_k,
+            every_n_steps=run.config.keep_every_n_steps,
+            best_k=run.config.keep_best_k,
+            best_metric=run.config.keep_best_metric,
+            best_mode=run.config.keep_best_mode,
+        )
+        self.retainer: Retainer = Retainer(run.catalog, retention)
         """Applies the retention rules; only rank 0 uses it."""
         self.full_save_s: float = 0.0
-        """Longest duration of a full save until it was durable, in seconds; 0 before the first."""
+        """Longest duration of a full save: see `Progress`."""
         self.model_share: float = 0.0
-        """Share of the model in the bytes of a full checkpoint; known to rank 0 only."""
-
-    @property
-    def busy(self) -> bool:
-        """Whether a save is being written in the background."""
-        return self._background.busy
-
-    @property
-    def failed(self) -> bool:
-        """Whether a background save has failed on this rank. `collect` raises its error."""
-        return self._background.failed
+        """Share of the model in a checkpoint: see `Progress`. Known to rank 0 only."""
 
     def save(
         self,
@@ -95,22 +85,25 @@ class Saver:
         try:
             if export in ("beside", "alone"):
                 self._hf.prepare()
+            facts = Manifest(
+                tensors={},
+                values={},
+                step=step,
+                kind=kind,
+                # A model alone has no other components, even if its tensors have such names.
+                components=tuple(sorted(self._run.others)) if kind == "full" else (),
+                metrics=metrics or {},
+                model=self._hf.config or {},
+            )
             with gc_paused():
                 pending = begin_save(
                     self._hf.catalog if export == "alone" else self._catalog,
                     step_name(step),
                     run_on_all(self._ranks, flatten),
-                    ranks=self._ranks,
                     planner=self._hf.planner if export == "alone" else self._planner,
-                    step=step,
-                    kind=kind,
+                    facts=facts,
                     dtype=dtype,
-                    metrics=metrics,
-                    model=self._hf.config,
                 )
-            # A model alone has no other components, even if its tensors have such names.
-            components = self._run.others if kind == "full" else ()
-            pending = replace(pending, facts=replace(pending.facts, components=components))
             if self._in_background and self._has_room(pending):
                 self._finish_in_background(pending, step, export)
             else:
@@ -121,7 +114,7 @@ class Saver:
             return False
         except BaseException:
             # After an interrupt in a notebook the process continues, and may save again.
-            if not self._background.is_started():
+            if not self.background.is_started():
                 self._staging = None
                 if pending is not None:
                     capture(partial(abort, pending, self._ranks))
@@ -144,7 +137,7 @@ class Saver:
         started = time.perf_counter()
         try:
             with self._goodput.lost_to("waiting for the save before"):
-                self._background.wait()
+                self.background.wait()
         except HoldfastError as error:
             self._raise_or_log(error)
         waited_s = time.perf_counter() - started
@@ -175,7 +168,10 @@ class Saver:
 
     def _finish_in_background(self, pending: Pending, step: int, export: Export | None) -> None:
         """Take a snapshot, and finish the save from it in the background."""
-        now, later = self._split(pending.file_layout.tensors, pending.stepped)
+        # Training waits for all tensors but those that optimizers change: optimizers wait for them.
+        items, stepped = pending.file_layout.tensors, pending.stepped
+        later = [item for item in items if self._overlapping and item.name in stepped]
+        now = [item for item in items if not self._overlapping or item.name not in stepped]
         staged, staging = take_snapshot(pending, self._snapshot, self._ranks, now=now, later=later)
         self._staging = staging
 
@@ -187,21 +183,9 @@ class Saver:
                     logger.error("step %d was not saved: %s", step, outcome)
                 raise outcome
 
-        self._background.start(finish)
+        self.background.start(finish)
         if not later:
             staging.wait()
-
-    def _split(self, items: Items, stepped: frozenset[str]) -> tuple[Items, Items]:
-        """Split items into those to copy at once, and those to copy while training continues.
-
-        `stepped` are the tensors that optimizers change. Cached while the plan is the same.
-        """
-        if items is not self._items:
-            names = stepped if self._overlapping else frozenset[str]()
-            self._items_now = tuple(item for item in items if item.name not in names)
-            self._items_later = tuple(item for item in items if item.name in names)
-            self._items = items
-        return self._items_now, self._items_later
 
     def _finish(
         self, pending: Pending, step: int, export: Export | None, staging: Staging | None = None
@@ -224,6 +208,7 @@ class Saver:
         self._run.info(f"saved step {step}: {speed}, {saved.where}")
         if ranks.rank == 0:
             self.retainer.saved(step)
+        self._run.note_saved(step, saved.where, pending.facts.metrics)
         if export == "beside":
             self._hf.export(pending, ranks, step, export)
 
@@ -244,6 +229,8 @@ class Saver:
             self._record_times(step, nbytes, pending.spans)
             if ranks.rank == 0:
                 self.retainer.saved(step)
+            where = self._catalog.where(step_name(step))
+            self._run.note_saved(step, where, pending.facts.metrics)
 
     def _record_times(self, step: int, nbytes: int, spans: Spans) -> None:
         """Record the duration of a save. Collective."""

@@ -42,7 +42,8 @@ class StopSignals:
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        """Take over the signals. Does nothing outside of the main thread, where Python cannot."""
+        """Take over the signals. Does nothing outside of the main thread, where Python cannot set
+        handlers."""
         self._number = 0
         self._received_s = 0.0
         self._before: dict[int, Any] = {}
@@ -82,7 +83,7 @@ class StopSignals:
         """Restore the handlers. Does nothing when called again, or in a forked child."""
         if not self._listening:
             return
-        # The earlier descriptor may be closed by now, and its number be another file's.
+        # The earlier descriptor may be closed by now, and its number belong to another file.
         is_same = self._wakeup_file and self._wakeup_file == _file_of(self._wakeup_before)
         self._restore(self._wakeup_before if is_same else -1)
         # Closing the pipe would not end the thread while a child has a copy of this end. A full
@@ -144,7 +145,7 @@ def _file_of(descriptor: int) -> tuple[int, int] | None:
 
 
 def _call(handler: Any, number: int, frame: FrameType | None) -> None:
-    """Act as `handler`, any argument of `signal.signal`, would."""
+    """Do what `handler`, an argument of `signal.signal`, would do."""
     if callable(handler):
         handler(number, frame)
     elif handler == signal.SIG_DFL:

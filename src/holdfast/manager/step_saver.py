@@ -2,49 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from holdfast.comm import Solo, capture, run_on_all, run_on_rank_0
-from holdfast.errors import HoldfastError
+from holdfast.errors import ExistsError, HoldfastError
 from holdfast.format.components import MODEL
 from holdfast.format.manifest import Kind
 from holdfast.manager import arguments
 from holdfast.manager.arguments import Metrics
 from holdfast.manager.context import RunContext
 from holdfast.manager.hf import HFFormat
-from holdfast.manager.policy import check_seed, is_due, kind_in_time, kind_of_save, stopping_line
+from holdfast.manager.policy import Progress, is_due, kind_in_time, stopping_line
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
 from holdfast.state.model import ModelState
 from holdfast.state.objects import StateTree
-
-
-@dataclass(frozen=True, slots=True)
-class _Agreed:
-    """A call of `save`, and the largest value of each measurement over all ranks."""
-
-    step: int
-    last_step: bool
-    signal: int
-    """Number of a stop signal that a rank has received; 0 if there is none."""
-
-    since_s: float
-    """Seconds since that signal."""
-
-    full_save_s: float
-    model_share: float
-    failed: bool
-    """Whether the background save has failed on any rank."""
-
-    busy: bool
-    """Whether any rank is still writing the save before."""
-
-    measured: Sequence[float]
-    """Result of `Goodput.measured`."""
 
 
 class StepSaver:
@@ -54,107 +28,108 @@ class StepSaver:
     """
 
     def __init__(
-        self, run: RunContext, saver: Saver, hf: HFFormat, *, model: ModelState, tree: StateTree
+        self,
+        run: RunContext,
+        saver: Saver,
+        hf: HFFormat,
+        *,
+        model: ModelState,
+        tree: StateTree,
+        raises_on_stop: bool = True,
     ) -> None:
-        """`tree` is the whole state, `model` the model in it."""
+        """`tree` is the whole state, `model` the model in it. `raises_on_stop`: the save after a
+        stop signal raises SystemExit."""
         self._run, self._catalog, self._ranks = run, run.catalog, run.ranks
         self._config, self._goodput = run.config, run.goodput
         self._saver, self._hf, self._model, self._tree = saver, hf, model, tree
         self._queued = False
+        self._raises_on_stop = raises_on_stop
+        self.stop_requested: bool = False
+        """Whether a stop signal has come to any rank."""
         self.stop_signals: StopSignals = StopSignals(())
         """Signals after which the run saves and ends."""
         self.knows_folder: bool = False
         """Whether the run has loaded, or was warned of the newer checkpoints in its folder."""
 
-    def save(self, step: object, last_step: object, metrics: Metrics | None) -> bool:
+    def save(self, step: int, *, last_step: bool, force: bool, metrics: Metrics | None) -> bool:
         """Save the state after `step` if it is due: see `CheckpointManager.save`."""
-        call = arguments.call_of(step, last_step, metrics)
         if not self._run.saves:
-            arguments.agreed(Solo(), call, arguments.encoded(call))
+            arguments.agree(Solo(), step, metrics, last_step=last_step, force=force)
             return False
         self._goodput.count_step()
         self._model.note_trained()
         with self._goodput.lost_to("saving"):
-            agreed = self._agree(call)
-            if agreed.failed:
+            step, (last_step, force), largest = arguments.agree(
+                self._ranks, step, metrics, self._progress(), last_step=last_step, force=force
+            )
+            # The same on all ranks, so that all decide alike.
+            progress = Progress._make(largest)
+            if progress.failed:
                 self._saver.collect()
-            stopping = bool(agreed.signal) and not agreed.last_step
+            stopping = bool(progress.signal) and not last_step
             if stopping:
-                kind = self._kind_before_stop(agreed)
-            elif self._is_time(agreed):
-                kind = kind_of_save(last_step=agreed.last_step, config=self._config)
+                kind = self._kind_before_stop(step, progress)
+            elif self._is_time(step, last_step or force, progress):
+                kind = "model" if last_step and self._config.last_save_model_only else "full"
             else:
-                self._export(agreed.step)
+                self._export(step)
                 return False
             saved = kind is not None and self._save_as(
-                kind, agreed.step, last_step=agreed.last_step, metrics=metrics
+                kind, step, last_step=last_step, metrics=metrics
             )
-            if agreed.last_step or stopping:
+            if last_step or stopping:
                 self._saver.collect()
-        if agreed.signal:
+        if progress.signal:
             self.stop_signals.forget()
-        if stopping:
-            raise SystemExit(128 + agreed.signal)
+            self.stop_requested = True
+        if stopping and self._raises_on_stop:
+            raise SystemExit(128 + int(progress.signal))
         return saved
 
     def save_seed(self) -> None:
         """Save the model as step 0: see `CheckpointManager.save_seed`."""
-        run_on_rank_0(
-            self._ranks, lambda: check_seed(self._catalog.steps(), self._catalog.store.url)
-        )
+        steps = run_on_rank_0(self._ranks, self._catalog.steps)
+        if steps:
+            where = self._catalog.store.url
+            raise ExistsError(
+                f"`{where}` holds step {steps[-1]}, and a seed must be the first checkpoint",
+                hint="set another `checkpoint.folder`, or delete this one",
+            )
         self._save_as("model", 0, last_step=False)
         self._saver.collect()
 
-    def _agree(self, call: arguments.Call | HoldfastError) -> _Agreed:
-        """Take the maximum of all measurements, so that all ranks decide alike. One collective."""
+    def _progress(self) -> Progress:
+        """Progress of this rank."""
         saver = self._saver
-        numbers = self._ranks.all_reduce_max(
-            [
-                *arguments.encoded(call),
-                *self.stop_signals.received(),
-                saver.full_save_s,
-                saver.model_share,
-                float(saver.failed),
-                float(saver.busy),
-                *self._goodput.measured(),
-            ]
-        )
-        step, last_step, rest = arguments.agreed(self._ranks, call, numbers)
-        signal, since_s, full_save_s, model_share, failed, busy, *measured = rest
-        return _Agreed(
-            step=step,
-            last_step=last_step,
-            signal=int(signal),
-            since_s=since_s,
-            full_save_s=full_save_s,
-            model_share=model_share,
-            failed=bool(failed),
-            busy=bool(busy),
-            measured=measured,
+        signal, signal_age_s = self.stop_signals.received()
+        return self._goodput.progress()._replace(
+            full_save_s=saver.full_save_s,
+            model_share=saver.model_share,
+            failed=saver.background.failed,
+            busy=saver.background.busy,
+            signal=signal,
+            signal_age_s=signal_age_s,
         )
 
-    def _kind_before_stop(self, agreed: _Agreed) -> Kind | None:
-        """What to save in the time that a stop signal leaves; None if no save fits."""
-        left_s = self._config.stop_deadline_s - agreed.since_s
-        kind = kind_in_time(left_s, agreed.full_save_s, agreed.model_share)
-        line = stopping_line(agreed.signal, agreed.step, left_s, agreed.full_save_s, kind)
+    def _kind_before_stop(self, step: int, progress: Progress) -> Kind | None:
+        """The kind of save that fits into the time after a stop signal; None if no save fits."""
+        left_s = self._config.stop_deadline_s - progress.signal_age_s
+        kind = kind_in_time(left_s, progress.full_save_s, progress.model_share)
+        line = stopping_line(int(progress.signal), step, left_s, progress.full_save_s, kind)
         (self._run.info if kind == "full" else self._run.warn)(line)
         return kind
 
-    def _is_time(self, agreed: _Agreed) -> bool:
-        """Whether to save now: a save is due or queued, and the save before is not in its way."""
-        progress = self._goodput.progress(*agreed.measured)
-        due = self._queued or is_due(
-            agreed.step, last_step=agreed.last_step, config=self._config, progress=progress
-        )
+    def _is_time(self, step: int, forced: bool, progress: Progress) -> bool:
+        """Whether to save now: a save is forced; or it is due or queued, and the save before is not
+        in its way."""
+        due = self._queued or is_due(step, last_step=forced, config=self._config, progress=progress)
         self._queued = False
         overlap = self._config.on_save_overlap
-        if not due or agreed.last_step or not agreed.busy or overlap == "wait":
+        if not due or forced or not progress.busy or overlap == "wait":
             return due
         self._queued = overlap == "queue"
         if not self._queued:
-            line = f"step {agreed.step} is not saved: the save before it is still being written"
-            self._run.warn(line)
+            self._run.warn(f"step {step} is not saved: the save before it is still being written")
         return False
 
     def _save_as(

@@ -1,15 +1,14 @@
 """Check that containers are equal on all ranks that have them.
 
-Entries of models and optimizers have names of their own, so those of different ranks are merged. A
-container of plain state is one thing: its keys, length and kinds must be the same on all ranks that
-have it. A merged one would be a state that no rank had. Keys such as `rank_3` are the exception.
+Models and optimizers may have other entries on each rank, which are merged. Any other container
+must have the same keys, length and kinds of entries on all ranks that have it, because a merged one
+would be a state that no rank had. Entries below keys such as `rank_3` are not compared.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 from holdfast.errors import MismatchError
 from holdfast.format.manifest import Path
@@ -19,22 +18,13 @@ from holdfast.spelling import listed
 
 _RANK_KEY = re.compile(r"rank_\d+")
 _UNIONS = ("model", "optimizer")
-"""Top-level names whose dicts hold entries named by parameters, as in stock DCP."""
+"""Top-level names whose entries are named by parameters, as in stock DCP. Ranks may have different
+parameters."""
 
 _TENSOR, _VALUE = "a tensor", "a value"
 _LEAVES = {_TENSOR, _VALUE}
 
 _LISTED_MAX = 20
-
-
-class _Branch(NamedTuple):
-    """Entries below one top-level key, equal on some ranks."""
-
-    rank: int
-    """First of these ranks."""
-
-    kinds: Mapping[Path, str]
-    """Kind of each path."""
 
 
 def check_alike(all_plans: AllPlans, size: int) -> None:
@@ -43,14 +33,9 @@ def check_alike(all_plans: AllPlans, size: int) -> None:
     Raises:
         MismatchError: some containers differ; each difference is listed.
     """
-    differing = {
-        component
-        for component, plans in all_plans.items()
-        if len(plans) > 1 or len(plans[0].ranks) < size
-    }
-    if not differing:
+    if all(len(plans) == 1 and len(plans[0].ranks) == size for plans in all_plans.values()):
         return
-    lines = [*_differences(all_plans, differing), *_lone_slots(all_plans)]
+    lines = [*_differences(all_plans), *_lone_slots(all_plans)]
     if lines:
         raise MismatchError(
             "the state differs between ranks, nothing was saved:" + listed(lines, _LISTED_MAX),
@@ -59,41 +44,35 @@ def check_alike(all_plans: AllPlans, size: int) -> None:
         )
 
 
-def _differences(all_plans: AllPlans, differing: Collection[str]) -> Iterator[str]:
+def _differences(all_plans: AllPlans) -> Iterator[str]:
     """One line per path that is not equal on all ranks that have its top-level key."""
-    # The entry of a top-level key and the entries below it are in different local plans.
-    top = [(shared.ranks, _kinds_by_key(shared.local_plan)) for shared in all_plans.get("", ())]
-    top_keys = {str(key).partition(".")[0] for _, branches in top for key in branches}
-    components = [*({*differing} - {""}), *(top_keys & all_plans.keys() - differing)]
-    below = [
+    plans = [
         (shared.ranks, _kinds_by_key(shared.local_plan))
-        for component in sorted(components)
+        for component in sorted(all_plans)
         for shared in all_plans[component]
     ]
-    plans = [*top, *below]
     containers = {
         key: None
         for _, branches in plans
         for key, kinds in branches.items()
-        # `plan` compares a tensor or value that has a top-level name of its own.
-        if not _is_rank_key(key)
-        and key not in _UNIONS
-        and {*kinds.values()} - _LEAVES | {*kinds} - {(key,)}
+        # Without tensors and values at the top level, which `plan` compares.
+        if {*kinds.values()} - _LEAVES | {*kinds} - {(key,)}
     }
     for key in containers:
+        # The entry of a top-level key and the entries below it are in different local plans.
         plans_of: dict[int, tuple[int, ...]] = {}
         for number, (ranks, branches) in enumerate(plans):
             for rank in ranks if key in branches else ():
                 plans_of[rank] = (*plans_of.get(rank, ()), number)
-        variants: dict[tuple[int, ...], int] = {}
+        first_ranks: dict[tuple[int, ...], int] = {}
         for rank in sorted(plans_of):
-            variants.setdefault(plans_of[rank], rank)
+            first_ranks.setdefault(plans_of[rank], rank)
         first, *others = [
-            _Branch(rank, _merged([plans[number][1][key] for number in numbers]))
-            for numbers, rank in variants.items()
+            (rank, _merged([plans[number][1][key] for number in numbers]))
+            for numbers, rank in first_ranks.items()
         ]
         for other in others:
-            yield from _compared(first, other)
+            yield from _compared(*first, *other)
 
 
 def _merged(branches: Sequence[Mapping[Path, str]]) -> dict[Path, str]:
@@ -102,45 +81,47 @@ def _merged(branches: Sequence[Mapping[Path, str]]) -> dict[Path, str]:
     return dict(sorted(every, key=lambda item: item[1] not in _LEAVES))
 
 
-def _compared(first: _Branch, other: _Branch) -> Iterator[str]:
-    for path in dict.fromkeys([*first.kinds, *other.kinds]):
-        kind, other_kind = first.kinds.get(path), other.kinds.get(path)
+def _compared(
+    rank: int, kinds: Mapping[Path, str], other_rank: int, other_kinds: Mapping[Path, str]
+) -> Iterator[str]:
+    """One line per path whose kind differs between two ranks."""
+    for path in dict.fromkeys([*kinds, *other_kinds]):
+        kind, other_kind = kinds.get(path), other_kinds.get(path)
         if kind == other_kind:
             continue
         name = ".".join(map(str, path))
-        if kind is None or other_kind is None:
-            here, away = (first, other) if other_kind is None else (other, first)
-            yield (
-                f"`{name}` is {kind or other_kind} on rank {here.rank}, and missing on rank "
-                f"{away.rank}"
-            )
+        if other_kind is None:
+            yield f"`{name}` is {kind} on rank {rank}, and missing on rank {other_rank}"
+        elif kind is None:
+            yield f"`{name}` is {other_kind} on rank {other_rank}, and missing on rank {rank}"
         else:
-            yield f"`{name}` is {kind} on rank {first.rank}, {other_kind} on rank {other.rank}"
+            yield f"`{name}` is {kind} on rank {rank}, {other_kind} on rank {other_rank}"
 
 
 def _kinds_by_key(local_plan: LocalPlan) -> dict[str | int, dict[Path, str]]:
-    """Kind of each path below each top-level key, without the entries that may differ."""
-    branches: dict[str | int, dict[Path, str]] = {}
+    """Kind of each path below each top-level key, without the keys and entries that may differ."""
     unions = local_plan.unions
-
-    def add(path: Path, kind: str) -> None:
-        if not (len(path) > 1 and _is_rank_key(path[1])) and not _is_within(path, unions):
-            branches.setdefault(path[0], {})[path] = kind
-
-    for tensor in local_plan.tensors.values():
-        add(tensor.path, _TENSOR)
-    for _, path in local_plan.aliases.values():
-        add(path, _TENSOR)
-    for path in local_plan.values.values():
-        add(path, _VALUE)
+    kinds = [*_leaves(local_plan)]
     for path, node in local_plan.structure.items():
-        for node_path, kind in _kinds_of(path, node, unions):
-            add(node_path, kind)
+        kinds += _kinds_of(path, node, unions)
+    branches: dict[str | int, dict[Path, str]] = {}
+    for path, kind in kinds:
+        is_apart = path[0] in _UNIONS or any(map(_is_rank_key, path[:2]))
+        if not is_apart and not _is_within(path, unions):
+            branches.setdefault(path[0], {})[path] = kind
     return branches
 
 
+def _leaves(local_plan: LocalPlan) -> Iterator[tuple[Path, str]]:
+    """Path and kind of each leaf."""
+    yield from ((tensor.path, _TENSOR) for tensor in local_plan.tensors.values())
+    yield from ((path, _TENSOR) for _, path in local_plan.aliases.values())
+    yield from ((path, _VALUE) for path in local_plan.values.values())
+
+
 def _kinds_of(path: Path, node: Node, unions: Collection[Path]) -> Iterator[tuple[Path, str]]:
-    """Path and kind of each container of a node, except those that the names of entries tell."""
+    """Path and kind of each container that a node describes, except dicts that follow from the
+    paths of their entries."""
     while isinstance(node, dict) and "object" in node:
         node = node["object"]
     kind = kind_of_node(node)
@@ -159,7 +140,7 @@ def _kinds_of(path: Path, node: Node, unions: Collection[Path]) -> Iterator[tupl
         kept.append(key)
         yield from _kinds_of(child_path, child, unions)
     if kept and kind == "dict" and all(type(key) is str for key in kept):
-        # A dict of text keys has a node on some ranks only, depending on the keys skipped here.
+        # Its entries are compared instead, since it may have a node only because of skipped keys.
         return
     if kept or not children:
         keys = ", ".join(sorted(map(repr, kept))) if kind in MAPPINGS else f"{len(kept)} members"
@@ -197,26 +178,18 @@ def _lone_slots(all_plans: AllPlans) -> Iterator[str]:
 def _slots_of(local_plan: LocalPlan, root: Path) -> dict[str, set[str]]:
     """Names of the slots of each parameter, in the optimizer at `root`."""
     depth = len(root)
-    paths = [
-        path
-        for path in (
-            *local_plan.values.values(),
-            *(tensor.path for tensor in local_plan.tensors.values()),
-            *(path for _, path in local_plan.aliases.values()),
-        )
-        if path[:depth] == root and len(path) > depth
-    ]
     slots: dict[str, set[str]] = {}
-    for path in paths:
-        group, _, rest = str(path[depth]).partition(".")
-        if group == "param_groups":
-            slots.setdefault(rest.rpartition(".")[0], set())
-    for path in paths:
-        group, _, rest = str(path[depth]).partition(".")
-        parameter = rest.rpartition(".")[0]
-        if group == "state" and parameter in slots:
-            slots[parameter].add(str(path[depth]))
-    return slots
+    parameters: list[str] = []
+    for path, _ in _leaves(local_plan):
+        if path[:depth] == root and len(path) > depth:
+            name = str(path[depth])
+            group, _, rest = name.partition(".")
+            parameter = rest.rpartition(".")[0]
+            if group == "param_groups":
+                parameters.append(parameter)
+            elif group == "state":
+                slots.setdefault(parameter, set()).add(name)
+    return {parameter: slots.get(parameter, set()) for parameter in parameters}
 
 
 def _is_rank_key(key: str | int) -> bool:

@@ -17,17 +17,28 @@ def divide(region: Region, num_elements_max: int) -> Iterator[Region]:
     if region.num_elements <= num_elements_max:
         yield region
         return
-    dim = next(d for d, size in enumerate(region.shape) if size > 1)
+    dim = dim_of_rows(region)
     num_rows = max(1, num_elements_max // (region.num_elements // region.shape[dim]))
+    for rows in divide_rows(region, dim, num_rows):
+        yield from divide(rows, num_elements_max)
+
+
+def dim_of_rows(region: Region) -> int:
+    """The first dim longer than 1. A region of several elements has one."""
+    return next(dim for dim, size in enumerate(region.shape) if size > 1)
+
+
+def divide_rows(region: Region, dim: int, num_rows: int) -> Iterator[Region]:
+    """Divide a region along one dim into boxes of `num_rows`; the last may be smaller."""
     for first in range(region.start[dim], region.stop[dim], num_rows):
         last = min(first + num_rows, region.stop[dim])
         start = (*region.start[:dim], first, *region.start[dim + 1 :])
         stop = (*region.stop[:dim], last, *region.stop[dim + 1 :])
-        yield from divide(Region(start, stop), num_elements_max)
+        yield Region(start, stop)
 
 
 def boxes_of_run(shape: Sequence[int], start: int, count: int) -> Iterator[Region]:
-    """Boxes that make up the `count` elements of a tensor from number `start` on, in row-major
+    """Boxes that make up `count` consecutive elements of a tensor, from number `start` in row-major
     order: all whole rows as one box, and the parts of rows before and after them."""
     if not shape:
         yield Region((), ())

@@ -47,7 +47,7 @@ class FileLayout:
     """Names of each value, and the place of its container."""
 
     table_offset: int
-    """Offset of the checksums of all blocks, in the order of the items, up to the file's end."""
+    """Offset of the table that ends the file: a checksum per block, in the order of the items."""
 
 
 def lay_out(regions: Sequence[tuple[str, str, Region]]) -> tuple[TensorItem, ...]:

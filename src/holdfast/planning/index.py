@@ -31,10 +31,6 @@ class Index:
         self._encoded: Encoded | None = None
         self._mutex = threading.Lock()
 
-    @property
-    def is_encoded(self) -> bool:
-        return self._encoded is not None
-
     def encoded(self) -> Encoded:
         """Returns the encoded part. Any thread may call this."""
         with self._mutex:

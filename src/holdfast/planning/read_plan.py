@@ -10,6 +10,7 @@ from holdfast.format.checksum import BLOCK_BYTES
 from holdfast.format.manifest import Chunk, TensorEntry
 from holdfast.format.region import Region, first_overlap
 from holdfast.format.torchzip import contiguous_strides
+from holdfast.planning.divide import dim_of_rows, divide_rows
 
 RUN_BYTES_MIN = BLOCK_BYTES
 """Length from which a run of contiguous bytes is read alone. Shorter runs are read together with
@@ -51,7 +52,7 @@ def read_items(name: str, entry: TensorEntry, wanted: Region) -> list[ReadItem]:
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """Range of a chunk's data, and the box of wanted elements that lies in it."""
+    """Range of a chunk's data, and the box of wanted elements that it contains."""
 
     start: int
     """Offset of the box's first element in the chunk's data."""
@@ -92,14 +93,9 @@ def _ranges(
     if contiguous or (short_runs and stop - start <= window_bytes):
         yield ByteRange(start, stop, box.within(Region(origin, box.stop)), contiguous)
         return
-    dim = next(d for d, size in enumerate(box.shape) if size > 1)
+    dim = dim_of_rows(box)
     num_rows = max(1, window_bytes // strides[dim]) if short_runs else 1
-    for first in range(box.start[dim], box.stop[dim], num_rows):
-        last = min(first + num_rows, box.stop[dim])
-        rows = Region(
-            (*box.start[:dim], first, *box.start[dim + 1 :]),
-            (*box.stop[:dim], last, *box.stop[dim + 1 :]),
-        )
+    for rows in divide_rows(box, dim, num_rows):
         yield from _ranges(rows, origin, strides, itemsize, window_bytes)
 
 

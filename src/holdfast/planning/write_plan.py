@@ -61,7 +61,7 @@ class LocalPlan:
     """Further names of tied tensors, with the first name, under which the tensor is stored."""
 
     structure: dict[Path, Node] = field(default_factory=dict)
-    """Description of containers, by path, where the names of entries do not tell."""
+    """Nodes of the containers that do not follow from the paths of their entries, by path."""
 
     unions: dict[Path, str] = field(default_factory=dict)
     """Kind of each object whose entries may differ between ranks, by path."""
@@ -120,13 +120,14 @@ class GlobalPlan:
 
     aliases: Mapping[str, tuple[str, Path]]
     structure: Mapping[Path, Node] | None = None
-    """Description of containers, where the names of entries do not tell; None if unknown."""
+    """Nodes of the containers that do not follow from the paths of their entries; None if
+    unknown."""
 
 
 def plan(all_plans: AllPlans) -> GlobalPlan:
     """Decide which rank writes what, so that each element and each value is written once.
 
-    For the names of one rank, the result from its `known_plans` equals that from all plans.
+    From one rank's `known_plans`, the result for that rank's names is the same as from all plans.
 
     Raises:
         MismatchError: elements are missing or held twice, or ranks disagree; lists every tensor.
@@ -210,8 +211,7 @@ def neighbor_plans_of(all_plans: AllPlans, size: int) -> list[NeighborPlans]:
         for own in plans:
             numbers = sorted({n for name in own.local_plan.names() for n in plans_with[name]})
             needed = [
-                (_compact(plans[n].ranks), None if plans[n] is own else plans[n].local_plan)
-                for n in numbers
+                (plans[n].ranks, None if plans[n] is own else plans[n].local_plan) for n in numbers
             ]
             for rank in own.ranks:
                 neighbors[rank][component] = needed
@@ -230,57 +230,33 @@ def known_plans(neighbors: NeighborPlans, own: LocalPlans, size: int) -> AllPlan
     }
 
 
-def _compact(ranks: Sequence[int]) -> Sequence[int]:
-    """The ranks as a range, if they are evenly spaced: that takes fewer bytes to send."""
-    spacing = max(1, (ranks[-1] - ranks[0]) // max(1, len(ranks) - 1))
-    even = range(ranks[0], ranks[-1] + 1, spacing)
-    return even if list(even) == list(ranks) else ranks
-
-
 def groups_of(all_plans: AllPlans, own: LocalPlans, rank: int) -> dict[str, tuple[int, ...]]:
-    """Ranks that hold the same elements, for each tensor of this rank that others hold too."""
-    by_placement: dict[int, tuple[int, ...]] = {}
-    groups: dict[str, tuple[int, ...]] = {}
-    for component, local_plan in own.items():
-        holders = _ranks_by_name(all_plans[component], lambda plan: plan.tensors)
-        for name, tensor in local_plan.tensors.items():
-            if not prod(tensor.shape):
-                continue
-            group = holders[name]
-            if tensor.placement is not None:
-                # By identity: tensors with equal placements share one object.
-                key = id(tensor.placement)
-                if key not in by_placement:
-                    by_placement[key] = _replica_ranks(tensor.placement, rank)
-                group = by_placement[key]
-            if len(group) > 1:
-                groups[name] = group
-    return groups
-
-
-def ranks_by_value(all_plans: AllPlans) -> dict[str, tuple[int, ...]]:
-    """Ranks that hold each value."""
-    groups: dict[str, tuple[int, ...]] = {}
-    for plans in all_plans.values():
-        groups |= _ranks_by_name(plans, lambda plan: plan.values)
-    return groups
-
-
-def _ranks_by_name(
-    plans: Sequence[SharedPlan], names_of: Callable[[LocalPlan], Iterable[str]]
-) -> dict[str, tuple[int, ...]]:
+    """Ranks that hold each value, or the same elements of each tensor, that this rank and others
+    hold."""
     known: dict[tuple[int, ...], tuple[int, ...]] = {}
     groups: dict[str, tuple[int, ...]] = {}
-    for name, holders in _holders_by_name(plans, names_of).items():
-        key = tuple(map(id, holders))
-        if key not in known:
-            known[key] = tuple(sorted(rank for shared in holders for rank in shared.ranks))
-        groups[name] = known[key]
+    for component, local_plan in own.items():
+        by_name = _holders_by_name(all_plans[component], lambda plan: (*plan.tensors, *plan.values))
+        for name in (*local_plan.tensors, *local_plan.values):
+            tensor = local_plan.tensors.get(name)
+            if tensor is not None and not prod(tensor.shape):
+                continue
+            placement = None if tensor is None else tensor.placement
+            # By identity: equal placements share one object, and so do equal local plans.
+            key = (id(placement), *map(id, by_name[name]))
+            if key not in known:
+                known[key] = _ranks_with(placement, by_name[name], rank)
+            if len(known[key]) > 1:
+                groups[name] = known[key]
     return groups
 
 
-def _replica_ranks(placement: MeshPlacement, rank: int) -> tuple[int, ...]:
-    """Ranks of the mesh that hold the same elements as `rank`."""
+def _ranks_with(
+    placement: MeshPlacement | None, holders: Sequence[SharedPlan], rank: int
+) -> tuple[int, ...]:
+    """Ranks that hold the same elements as `rank`."""
+    if placement is None:
+        return tuple(sorted(holder for shared in holders for holder in shared.ranks))
     grid = np.array(placement.mesh.ranks).reshape(placement.mesh.shape)
     index = [
         slice(None) if shard is None else int(coordinates[0])
@@ -303,7 +279,7 @@ def _holders_by_name(
 
 
 def _chunks(held: Sequence[tuple[str, LocalTensor, _HeldRegions]]) -> Iterator[TensorChunks]:
-    """Chunks of each tensor: its regions, divided where stretches end."""
+    """Chunks of each tensor: its regions, cut where stretches end."""
     sizes = [tensor.nbytes for _, tensor, _ in held]
     total: dict[bytes, int] = {}
     for (_, tensor, regions), nbytes in zip(held, sizes, strict=True):
@@ -326,8 +302,9 @@ def _chunks(held: Sequence[tuple[str, LocalTensor, _HeldRegions]]) -> Iterator[T
 
 
 def _stretches(before: int, nbytes: int, total: int, num: int) -> list[tuple[int, int, int]]:
-    """Stretches that a tensor lies in: its first byte and its end in each, and the stretch's
-    number. `before`: bytes of the tensors before it, of `total` in `num` stretches."""
+    """Parts of a tensor that fall into different stretches: first byte and end of each part in the
+    tensor, and the stretch's number. `before`: bytes of the tensors in front of this one. All
+    tensors of the row have `total` bytes and are cut into `num` stretches."""
     if not nbytes:
         return [(0, 0, 0)]
     first, last = before * num // total, (before + nbytes - 1) * num // total
@@ -341,7 +318,7 @@ def _divided(
     regions: _HeldRegions,
     stretches: Sequence[tuple[int, int, int]],
 ) -> TensorChunks:
-    """Chunks of a tensor that lies in several stretches, divided at the rows next to their ends."""
+    """Chunks of a tensor in several `stretches`, cut at the rows next to their ends."""
     rows: list[tuple[list[int], list[int], int]] = []
     for start, stop, ranks in zip(
         regions.start.tolist(), regions.stop.tolist(), regions.ranks.tolist(), strict=True

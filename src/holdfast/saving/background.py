@@ -15,7 +15,7 @@ NICENESS = 5
 """Niceness added to a thread that writes, so that training threads run first."""
 
 _START_S_MAX = 1.0
-"""Seconds to wait for a thread that was started to run."""
+"""Longest wait for a started thread to begin, in seconds."""
 
 
 class Background:
@@ -36,7 +36,7 @@ class Background:
         return self._error is not None
 
     def start(self, work: Callable[[], object]) -> None:
-        """Run `work` in a thread, once the work before it is done."""
+        """Wait for the previous work, then run `work` in a thread."""
         self._join()
 
         def run() -> None:
@@ -55,9 +55,9 @@ class Background:
             raise error
 
     def is_started(self) -> bool:
-        """Whether the thread runs or has run. It does not if an interrupt came before its start."""
+        """Whether the thread runs or has run. False if an interrupt came before it began."""
         thread, waited_s = self._thread, 0.0
-        # The interrupt may also have come while it was starting: then it runs within milliseconds.
+        # After an interrupt during `Thread.start`, the thread still begins, within milliseconds.
         while thread is not None and thread.ident is None and waited_s < _START_S_MAX:
             time.sleep(0.01)
             waited_s += 0.01

@@ -8,11 +8,12 @@ from contextlib import suppress
 from holdfast.catalog.catalog import Catalog
 from holdfast.comm import Ranks, gather_and_run
 from holdfast.errors import HoldfastError, MismatchError
+from holdfast.format.manifest import Manifest
 from holdfast.format.names import HiddenFolder
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.planning.index import Index
-from holdfast.saving.digests import Group, Replicas, groups_that_differ, names_that_differ
-from holdfast.saving.publish import Facts, publish
+from holdfast.saving.digests import Digests, groups_that_differ, names_that_differ
+from holdfast.saving.publish import publish
 from holdfast.saving.write import WriteResult
 from holdfast.spelling import listed
 
@@ -24,14 +25,16 @@ def commit(
     written: WriteResult | HoldfastError,
     *,
     index: Index | None,
-    facts: Facts,
-    replicas: Replicas,
+    facts: Manifest,
+    digests: Digests,
     catalog: Catalog,
     ranks: Ranks,
 ) -> int:
     """Publish the files that all ranks have written. Returns the checkpoint's bytes.
 
     `index`: on rank 0 the index of the plan, elsewhere None.
+    `facts`: see `publish`.
+    `digests`: those of the tensors whose replicas must not differ.
 
     Collective: every rank calls this once. A rank that failed to write passes its error in place of
     its result. No rank returns before the checkpoint is published. If a rank failed or replicas
@@ -39,33 +42,33 @@ def commit(
     """
 
     def publish_if_alike(
-        everyone: Sequence[tuple[WriteResult, dict[Group, int]]],
-    ) -> int | list[Group]:
+        everyone: Sequence[tuple[WriteResult, dict[int, int]]],
+    ) -> int | list[int]:
         differ = groups_that_differ([groups for _, groups in everyone])
         if differ:
             return differ
         assert index is not None
-        # Encoding the index may take minutes, while training runs: not with the collector paused.
+        # Before the pause, because encoding may take minutes, and training runs meanwhile.
         index.encoded()
         with gc_paused():
             return publish(attempt, [result for result, _ in everyone], index, facts, catalog)
 
-    outcome = written if isinstance(written, HoldfastError) else (written, replicas.by_group())
+    outcome = written if isinstance(written, HoldfastError) else (written, digests.by_group())
     try:
         published = gather_and_run(ranks, outcome, publish_if_alike)
         if isinstance(published, list):
-            gather_and_run(ranks, replicas.of(published), _refuse)
+            gather_and_run(ranks, digests.of(published), _refuse)
         assert isinstance(published, int), "`_refuse` raises on every rank"
         return published
     except HoldfastError:
         if ranks.rank == 0:
-            # Whatever made the save fail may also prevent this. Then the next start cleans up.
+            # This may fail for the same reason as the save. Then the next start cleans up.
             with suppress(HoldfastError):
                 catalog.abort(attempt)
         raise
 
 
-def _refuse(everyone: Sequence[dict[str, tuple[Group, int]]]) -> None:
+def _refuse(everyone: Sequence[dict[str, tuple[int, int]]]) -> None:
     """Raises MismatchError with every tensor that differs between ranks."""
     lines = [
         f"`{name}` differs between ranks {first} and {other}"

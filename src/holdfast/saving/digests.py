@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from xxhash import xxh3_64, xxh3_64_intdigest
@@ -14,23 +13,13 @@ from holdfast.saving.stage import host_windows
 from holdfast.state.layout import dtype_name
 
 ROW_WORDS = 2048
-"""Words per row of the square that an accelerator sums along rows and along columns."""
-
-Group = tuple[int, ...]
-"""Ranks that hold the same elements."""
+"""Row length of the matrix whose row and column sums an accelerator computes, in 8-byte words."""
 
 
-@dataclass(frozen=True, slots=True)
-class Replica:
-    """A tensor of which other ranks hold the same elements."""
-
-    name: str
-    group: Group
-
-
+@torch.no_grad()
 def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Digest of each tensor's bytes. Different tensors have
-    the same digest with probability 2**-64.
+    """Digest of each tensor's bytes. Different tensors have the same digest with probability
+    2**-64.
 
     On an accelerator the digest is a hash of two sums, so tensors can be crafted to collide.
     """
@@ -49,13 +38,14 @@ def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
         values = torch.stack(list(sums.values())).cpu().tolist()
         for name, pair in zip(sums, values, strict=True):
             digests[name] = xxh3_64_intdigest(struct.pack("<qq", *pair))
-    return {name: digests[name] for name in tensors}
+    return digests
 
 
 def _sums(tensor: torch.Tensor) -> torch.Tensor:
-    """Two sums of the tensor's words, on its device: one weighted by column, one by row."""
+    """Two sums of the tensor's bytes, as a matrix of 8-byte words: one weighted by column, one
+    weighted by row. Computed on the tensor's device."""
     plain = tensor.resolve_conj().resolve_neg().contiguous()
-    # Not `reshape(-1)`: a single element counts as contiguous with any stride.
+    # `reshape(-1)` keeps the stride of a single element, and then `view` fails.
     data = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
     whole = data.numel() // 8 * 8
     if data.storage_offset() % 8:
@@ -74,46 +64,8 @@ def _weighted(words: torch.Tensor) -> torch.Tensor:
     return (words * weights).sum()
 
 
-class Replicas:
-    """Tensors of this rank that other ranks hold too, and later their digests."""
-
-    def __init__(self, replicas: Sequence[Replica], tensors: Mapping[str, torch.Tensor]) -> None:
-        self._replicas, self._tensors = replicas, dict(tensors)
-        self._digests: dict[str, int] = {}
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no other rank holds any of this rank's tensors."""
-        return not self._replicas
-
-    def take(self) -> None:
-        """Compute the digests of the tensors as they are now, and release the tensors."""
-        with torch.no_grad():
-            self._digests = digests_of(self._tensors)
-        self._tensors = {}
-
-    def by_group(self) -> dict[Group, int]:
-        """One digest for all tensors that the same ranks hold, to send instead of thousands."""
-        running: dict[Group, xxh3_64] = {}
-        for replica in sorted(self._replicas, key=lambda replica: replica.name):
-            group = running.setdefault(replica.group, xxh3_64())
-            group.update(replica.name.encode() + struct.pack("<Q", self._digests[replica.name]))
-        return {group: digest.intdigest() for group, digest in running.items()}
-
-    def of(self, groups: Collection[Group]) -> dict[str, tuple[Group, int]]:
-        """Group and digest of each tensor that these groups hold."""
-        return {
-            replica.name: (replica.group, self._digests[replica.name])
-            for replica in self._replicas
-            if replica.group in groups
-        }
-
-
-_PRIME = (1 << 61) - 1
-
-
 class SharedNames(NamedTuple):
-    """Names under which the same ranks hold one value."""
+    """Names of one tensor or value that the same ranks hold."""
 
     group: int
     """Digest of the ranks' numbers, to send instead of the numbers."""
@@ -123,60 +75,89 @@ class SharedNames(NamedTuple):
     """Sum of the digests of the names, modulo `_PRIME`."""
 
 
-def shared_names(names: Iterable[str], group_of: Callable[[str], Group]) -> list[SharedNames]:
-    """The names of one value, by the ranks that hold them. Names of one rank alone are left out."""
-    by_group: dict[Group, list[str]] = {}
-    for name in names:
-        by_group.setdefault(group_of(name), []).append(name)
-    return [
-        SharedNames(
-            group=xxh3_64_intdigest(repr(group).encode()),
-            names=shared,
-            name_sum=sum(xxh3_64_intdigest(name.encode()) for name in shared) % _PRIME,
-        )
-        for group, shared in by_group.items()
-        if len(group) > 1
-    ]
+_PRIME = (1 << 61) - 1
 
 
-class ValueDigests:
-    """Digests of the values of this rank that other ranks hold too."""
+def shared_names(
+    entries: Iterable[Iterable[str]], groups: Mapping[str, Sequence[int]]
+) -> dict[str, list[SharedNames]]:
+    """Find the names that other ranks hold too. Returns those of each entry, by its first name.
 
-    def __init__(self, values: Iterable[tuple[Sequence[SharedNames], int]]) -> None:
-        """`values`: shared names and checksum of each value."""
-        self._values = [*values]
+    `entries`: all names of each tensor and value.
+    `groups`: ranks that hold each name; without the names that only this rank holds.
+    """
+    # By identity: thousands of names share one object, which may list thousands of ranks.
+    distinct = {id(group): group for group in groups.values()}
+    digests = {key: xxh3_64_intdigest(repr(group).encode()) for key, group in distinct.items()}
+    shared: dict[str, list[SharedNames]] = {}
+    for names in entries:
+        by_group: dict[int, list[str]] = {}
+        for name in names:
+            if name in groups:
+                by_group.setdefault(digests[id(groups[name])], []).append(name)
+        if by_group:
+            shared[next(iter(names))] = [
+                SharedNames(group, held, sum(map(_name_digest, held)) % _PRIME)
+                for group, held in by_group.items()
+            ]
+    return shared
+
+
+def _name_digest(name: str) -> int:
+    return xxh3_64_intdigest(name.encode())
+
+
+class Digests:
+    """Digests of the tensors and values of this rank that other ranks hold too."""
+
+    def __init__(self, entries: Iterable[tuple[Sequence[SharedNames], int]] = ()) -> None:
+        """`entries`: shared names and digest of each tensor or value."""
+        self._entries = [*entries]
 
     def by_group(self) -> dict[int, int]:
-        """One digest for all values that the same ranks hold.
+        """One digest for everything that the same ranks hold, to send instead of thousands.
 
-        It is a sum, because ranks may have their values in different orders, and because thousands
+        It is a sum, because ranks may have their entries in different orders, and because thousands
         of names of one value then cost no more than one name.
         """
         sums: dict[int, int] = {}
-        for shared_names, checksum in self._values:
+        for shared_names, digest in self._entries:
             for shared in shared_names:
-                product = shared.name_sum * (checksum % _PRIME)
+                product = shared.name_sum * (digest % _PRIME)
                 sums[shared.group] = (sums.get(shared.group, 0) + product) % _PRIME
         return sums
 
     def of(self, groups: Collection[int]) -> dict[str, tuple[int, int]]:
-        """Group and checksum of each value that these groups hold, by name."""
+        """Group and digest of each tensor and value that these groups hold, by name."""
         return {
-            name: (shared.group, checksum)
-            for shared_names, checksum in self._values
+            name: (shared.group, digest)
+            for shared_names, digest in self._entries
             for shared in shared_names
             if shared.group in groups
             for name in shared.names
         }
 
 
-G = TypeVar("G", bound=Hashable)
+class Replicas:
+    """Tensors of this rank that other ranks hold too, until `take` replaces them by digests."""
+
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], shared: Mapping[str, Sequence[SharedNames]]
+    ) -> None:
+        self.tensors, self._shared = tensors, shared
+        self.digests = Digests()
+
+    def take(self) -> None:
+        """Compute the digests of the tensors as they are now, and release the tensors."""
+        digests = digests_of(self.tensors)
+        self.digests = Digests((self._shared[name], one) for name, one in digests.items())
+        self.tensors = {}
 
 
-def groups_that_differ(everyone: Sequence[Mapping[G, int]]) -> list[G]:
+def groups_that_differ(everyone: Sequence[Mapping[int, int]]) -> list[int]:
     """Groups whose digest is not the same on all ranks."""
-    first: dict[G, int] = {}
-    differ: dict[G, None] = {}
+    first: dict[int, int] = {}
+    differ: dict[int, None] = {}
     for digests in everyone:
         for group, digest in digests.items():
             if first.setdefault(group, digest) != digest:
@@ -185,10 +166,10 @@ def groups_that_differ(everyone: Sequence[Mapping[G, int]]) -> list[G]:
 
 
 def names_that_differ(
-    everyone: Sequence[Mapping[str, tuple[Hashable, int]]],
+    everyone: Sequence[Mapping[str, tuple[int, int]]],
 ) -> dict[str, tuple[int, int]]:
-    """Names of tensors or values whose replicas differ, with two ranks whose versions differ."""
-    first: dict[tuple[str, Hashable], tuple[int, int]] = {}
+    """Names of tensors and values that differ, with two ranks whose versions differ."""
+    first: dict[tuple[str, int], tuple[int, int]] = {}
     differ: dict[str, tuple[int, int]] = {}
     for rank, digests in enumerate(everyone):
         for name, (group, digest) in digests.items():

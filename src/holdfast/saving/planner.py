@@ -16,7 +16,6 @@ from holdfast.planning.alike import check_alike
 from holdfast.planning.file_layout import FileLayout, TensorItem, lay_out, lay_out_file
 from holdfast.planning.index import Index, columns
 from holdfast.planning.write_plan import (
-    AllPlans,
     GlobalPlan,
     LocalPlan,
     LocalPlans,
@@ -27,9 +26,8 @@ from holdfast.planning.write_plan import (
     merge_local_plans,
     neighbor_plans_of,
     plan,
-    ranks_by_value,
 )
-from holdfast.saving.digests import Replica, Replicas, SharedNames, ValueDigests, shared_names
+from holdfast.saving.digests import Digests, Replicas, SharedNames, digests_of, shared_names
 from holdfast.state.layout import Layout, Layouts, dtype_name, local_of, same_memory
 from holdfast.state.tree import FlatState, Leaf, Path
 from holdfast.state.values import Containers
@@ -75,28 +73,29 @@ class Planner:
     """Agrees with the other ranks on a plan, and keeps it while no rank's layout changes."""
 
     def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
+        self.ranks = ranks
         self._layouts = Layouts()
         self._previous = _Previous({}, [], {}, {}, {}, {})
         self._containers = Containers()
         self._agreed: LocalPlans | None = None
         """Local plans that the current plan was made from."""
 
-        self._neighbors: AllPlans = {}
+        self._groups: Mapping[str, Sequence[int]] = {}
+        """Ranks that hold each tensor and value that this rank and others hold."""
+
+        self._shared: dict[str, list[SharedNames]] = {}
+        """Names among `_groups` whose replicas are still compared."""
+
+        self._shared_of: object = None
+        """Local plans that `_shared` was made from."""
+
+        self._different: frozenset[str] = frozenset()
+        """Names of tensors and values that differ between ranks. The first rank that holds one
+        writes it."""
+
         self._items: tuple[TensorItem, ...] = ()
         self._values: frozenset[str] = frozenset()
         """Names of the values that this rank writes."""
-
-        self._replicas: tuple[Replica, ...] = ()
-        self._unshared: frozenset[str] = frozenset()
-        """Names of tensors that differ between ranks; the first rank that holds one writes it."""
-
-        self._shared_values: dict[str, list[SharedNames]] = {}
-        """Groups of ranks that hold each value, by the value's first name."""
-
-        self._shared_values_of: object = None
-        self._reported: frozenset[str] = frozenset()
-        """Names of values that differ between ranks, which users have been told."""
 
         self.stepped: frozenset[str] = frozenset()
         """Names of the tensors that change only when an optimizer steps. Set by `agree`."""
@@ -106,7 +105,8 @@ class Planner:
 
     @torch.no_grad()
     def hold(self, state: FlatState, dtype: torch.dtype | None) -> LocalState:
-        """Describe what this rank holds. `dtype`: what floating-point tensors are stored as."""
+        """Describe the state that this rank holds. `dtype`: dtype in which floating-point tensors
+        are stored; None for their own."""
         previous, leaves = self._previous, state.leaves
         tensors: dict[str, torch.Tensor] = {}
         known: dict[str, KnownTensor] = {}
@@ -155,32 +155,33 @@ class Planner:
             shape=layout.shape,
             path=leaf.path,
             placement=layout.placement,
-            is_shared=name not in self._unshared,
+            is_shared=name not in self._different,
         )
         return KnownTensor(layout, tensor, dtype)
 
-    def agree(self, held: LocalState | HoldfastError) -> None:
-        """Make sure that there is a plan for what the ranks hold.
+    def agree(self, held: LocalState | HoldfastError) -> LocalState:
+        """Make sure that there is a plan for what the ranks hold. Returns `held`.
 
         Collective: every rank calls this. A rank that failed to describe its state passes its
         error, and every rank raises. While no layout changes, the ranks exchange only one bit each.
         """
-        ranks = self._ranks
+        ranks = self.ranks
         error = held if isinstance(held, HoldfastError) else None
         changed = isinstance(held, LocalState) and held.local_plans != self._agreed
         anyone_failed, anyone_changed = ranks.all_reduce_max([error is not None, changed])
         if anyone_failed:
             gather_and_run(ranks, error, lambda _: None)
+        assert isinstance(held, LocalState)
         if anyone_changed:
-            assert isinstance(held, LocalState)
             # None until all ranks have agreed: a failed plan must not be used by the next save.
             self._agreed = None
             self._plan(held)
             self._agreed = held.local_plans
+        return held
 
     def _plan(self, held: LocalState) -> None:
         """Make the plan: rank 0 for all ranks, the others for what they hold. Collective."""
-        ranks = self._ranks
+        ranks = self.ranks
         gathered = gather_deduplicated(ranks, held.local_plans)
         global_plans: list[GlobalPlan] = []
         neighbor_plans: list[NeighborPlans] = []
@@ -194,11 +195,8 @@ class Planner:
         run_on_rank_0(ranks, plan_for_all)
         neighbors = known_plans(ranks.scatter(neighbor_plans), held.local_plans, ranks.size)
         write_plan = run_on_all(ranks, lambda: global_plans[0] if global_plans else plan(neighbors))
-        groups = groups_of(neighbors, held.local_plans, ranks.rank) if ranks.size > 1 else {}
-        self._neighbors, self._shared_values_of = neighbors, None
-        self._replicas = tuple(
-            Replica(name, group) for name, group in groups.items() if name not in self._unshared
-        )
+        self._groups = groups_of(neighbors, held.local_plans, ranks.rank) if ranks.size > 1 else {}
+        self._shared_of = None
         self.stepped = held.stepped()
         self._values = frozenset(
             name for name, (rank, _) in write_plan.values.items() if rank == ranks.rank
@@ -222,52 +220,44 @@ class Planner:
             written = [*names] if writes_all else [name for name in names if name in self._values]
             if written:
                 containers.append((written, self._containers.of(written[0], value)))
-        return lay_out_file(self._ranks.rank, self._items, containers)
+        return lay_out_file(self.ranks.rank, self._items, containers)
 
-    def replicas(self, held: LocalState, *, stepped: bool) -> Replicas:
-        """Tensors that other ranks hold too: those that only optimizers change, or the others."""
-        replicas = [one for one in self._replicas if (one.name in self.stepped) is stepped]
-        return Replicas(replicas, {one.name: held.tensors[one.name].detach() for one in replicas})
+    def replicas(self, held: LocalState) -> Replicas:
+        """Tensors that other ranks hold too, and that change only when an optimizer steps."""
+        shared = self._shared_by_name(held)
+        names = [name for name in shared if name in self.stepped]
+        return Replicas({name: held.tensors[name].detach() for name in names}, shared)
 
-    def value_digests(self, held: LocalState) -> ValueDigests:
-        """Digests of the values that other ranks hold too, without those reported as different.
+    def digests(self, held: LocalState) -> Digests:
+        """Digests of everything else that other ranks hold too: of all values and other tensors.
 
         Raises:
             UsageError: a value cannot be saved.
         """
-        if self._shared_values_of is not held.local_plans:
-            self._find_shared_values(held)
-        shared, container_of = self._shared_values, self._containers.of
-        if not shared:
-            return ValueDigests(())
-        return ValueDigests(
-            (shared[first], checksum(container_of(first, value)))
-            for first, value in ((next(iter(names)), value) for names, value in held.values)
-            if first in shared
-        )
+        shared = self._shared_by_name(held)
+        names = [name for name in shared if name in held.tensors and name not in self.stepped]
+        digests = digests_of({name: held.tensors[name].detach() for name in names})
+        for names_of_value, value in held.values if shared else ():
+            first = next(iter(names_of_value))
+            if first in shared:
+                digests[first] = checksum(self._containers.of(first, value))
+        return Digests((shared[name], digest) for name, digest in digests.items())
 
-    def _find_shared_values(self, held: LocalState) -> None:
-        # Kept until a local plan changes.
-        groups = ranks_by_value(self._neighbors) if self._ranks.size > 1 else {}
-        self._shared_values = {}
-        for names, _ in held.values if groups else ():
-            compared = [name for name in names if name not in self._reported]
-            found = shared_names(compared, lambda name: groups[name])
-            if found:
-                self._shared_values[next(iter(names))] = found
-        self._shared_values_of = held.local_plans
-
-    def mark_reported(self, names: Collection[str]) -> None:
-        """Stop comparing these values, whose difference has been reported. Every rank must call
-        this with the same names."""
-        self._reported |= frozenset(names)
-        self._shared_values_of = None
+    def _shared_by_name(self, held: LocalState) -> dict[str, list[SharedNames]]:
+        if self._shared_of is not held.local_plans:
+            groups = {n: group for n, group in self._groups.items() if n not in self._different}
+            entries = [*([name] for name in held.tensors), *(names for names, _ in held.values)]
+            self._shared = shared_names(entries, groups) if groups else {}
+            self._shared_of = held.local_plans
+        return self._shared
 
     def keep_first(self, names: Collection[str]) -> None:
-        """From the next `hold` on, let the first rank that holds one of these tensors write it,
-        because the ranks' versions differ. Every rank must call this with the same names."""
-        self._unshared |= frozenset(names)
-        known = {n: one for n, one in self._previous.known.items() if n not in self._unshared}
+        """Stop comparing these tensors and values, whose replicas differ. From the next `hold` on,
+        the first rank that holds one writes all of it. Every rank must call this with the same
+        names."""
+        self._different |= frozenset(names)
+        self._shared_of = None
+        known = {n: one for n, one in self._previous.known.items() if n not in self._different}
         self._previous = self._previous._replace(known=known)
 
 

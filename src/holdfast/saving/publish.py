@@ -3,68 +3,63 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.errors import HoldfastError, StorageError
 from holdfast.format import manifest as manifests
-from holdfast.format.checksum import Running
-from holdfast.format.manifest import Kind, Manifest, ValueEntry, kind_with
+from holdfast.format.checksum import checksum_of_parts
+from holdfast.format.manifest import Manifest, ValueEntry, kind_with
 from holdfast.format.names import MANIFEST, METADATA, HiddenFolder
 from holdfast.format.timings import over_ranks
 from holdfast.planning.index import Index
-from holdfast.planning.write_plan import GlobalPlan
 from holdfast.saving.write import WriteResult
 from holdfast.storage.store import Store
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """Fields of the manifest that describe the checkpoint as a whole."""
-
-    step: int | None
-    kind: Kind | None
-    """Full or model only; None to derive it from the tensors' names."""
-
-    layout: dict[str, Any]
-    versions: dict[str, str]
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    model: Mapping[str, Any] = field(default_factory=dict)
-    components: Collection[str] | None = None
-    """Top-level names that do not belong to the model; None if unknown."""
-
-
 def publish(
     attempt: HiddenFolder,
     results: Sequence[WriteResult],
     index: Index,
-    facts: Facts,
+    facts: Manifest,
     catalog: Catalog,
 ) -> int:
     """Publish the files of all ranks. Returns the checkpoint's bytes.
 
     `results`: one per rank.
+    `facts`: manifest without entries and files. A kind of None is derived from the tensors' names.
 
     Raises:
         StorageError: rank 0 does not see another rank's file, or an index cannot be written.
     """
     folder, store = str(attempt), catalog.store
     encoded = index.encoded()
-    kind = facts.kind or kind_with(encoded.nbytes)
-    manifest = _manifest(results, index.plan, replace(facts, kind=kind))
+    writing = [result for result in results if result.file]
+    # Without its tensors, which `encoded` has.
+    manifest = replace(
+        facts,
+        values={
+            name: ValueEntry(result.file, item, checksum, index.plan.values[name][1])
+            for result in writing
+            for name, (item, checksum) in result.values.items()
+        },
+        files={result.file: result.nbytes for result in writing},
+        tables={result.file: result.table for result in writing},
+        kind=facts.kind or kind_with(encoded.nbytes),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        timings=over_ranks([result.seconds for result in results]),
+        structure=index.plan.structure,
+    )
     for file, nbytes in manifest.files.items():
         _check_shared(store, folder, file, nbytes)
     metadata = encoded.stock.encode({n: (e.file, e.item) for n, e in manifest.values.items()})
-    running = Running()
-    for part in metadata:
-        running.add(part)
-    manifest = replace(manifest, metadata=(sum(map(len, metadata)), running.value))
+    size_and_checksum = (sum(map(len, metadata)), checksum_of_parts(metadata))
+    manifest = replace(manifest, metadata=size_and_checksum)
     for name, parts in (
         (METADATA, metadata),
         (MANIFEST, manifests.encode_around(manifest, encoded.tensors)),
@@ -87,28 +82,3 @@ def _check_shared(store: Store, folder: str, file: str, nbytes: int) -> None:
         ) from error
     if visible != nbytes:
         raise StorageError(f"`{file}`: {nbytes} bytes were written, rank 0 sees {visible}")
-
-
-def _manifest(results: Sequence[WriteResult], plan: GlobalPlan, facts: Facts) -> Manifest:
-    """The manifest without its tensors, which `Encoded` has."""
-    writing = [result for result in results if result.file]
-    return Manifest(
-        tensors={},
-        values={
-            name: ValueEntry(result.file, item, checksum, plan.values[name][1])
-            for result in writing
-            for name, (item, checksum) in result.values.items()
-        },
-        files={result.file: result.nbytes for result in writing},
-        tables={result.file: result.table for result in writing},
-        step=facts.step,
-        kind=facts.kind,
-        components=None if facts.components is None else tuple(sorted(facts.components)),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        layout=facts.layout,
-        versions=facts.versions,
-        metrics=facts.metrics,
-        model=facts.model,
-        timings=over_ranks([result.seconds for result in results]),
-        structure=plan.structure,
-    )

@@ -25,7 +25,7 @@ from holdfast.comm import (
     run_on_rank_0,
 )
 from holdfast.errors import HoldfastError, StorageError
-from holdfast.format.manifest import Kind
+from holdfast.format.manifest import Manifest
 from holdfast.format.names import HiddenFolder
 from holdfast.format.region import Region
 from holdfast.planning.file_layout import FileLayout, TensorItem
@@ -34,15 +34,8 @@ from holdfast.planning.index import Index
 from holdfast.release import installed_version
 from holdfast.saving.background import lower_priority
 from holdfast.saving.commit import commit
-from holdfast.saving.digests import (
-    Group,
-    Replicas,
-    ValueDigests,
-    groups_that_differ,
-    names_that_differ,
-)
+from holdfast.saving.digests import Replicas, groups_that_differ, names_that_differ
 from holdfast.saving.planner import LocalState, Planner
-from holdfast.saving.publish import Facts
 from holdfast.saving.stage import Snapshot, Staging, TensorOf, host_bytes, host_windows
 from holdfast.saving.write import Pace, WriteResult, write
 from holdfast.spelling import spelled_bytes
@@ -105,9 +98,8 @@ def save_in(
     run_on_rank_0(ranks, lambda: _check_free(catalog, name, overwrite))
     flat = run_on_all(ranks, lambda: StateTree(state).flatten())
     try:
-        return save_leaves(
-            catalog, name, flat, ranks=ranks, planner=Planner(ranks), overwrite=overwrite
-        )
+        pending = begin_save(catalog, name, flat, planner=Planner(ranks), overwrite=overwrite)
+        return finish_save(pending, ranks)
     finally:
         # In a notebook the process survives an interrupt, and the traceback keeps the catalog.
         catalog.release_all()
@@ -118,40 +110,6 @@ def _check_free(catalog: Catalog, name: str, overwrite: bool) -> None:
     catalog.store.make_folder("")
     hint = "choose another path, or pass `overwrite=True` to replace it"
     catalog.check_free(name, replace=overwrite, hint=hint)
-
-
-def save_leaves(
-    catalog: Catalog,
-    name: str,
-    state: FlatState,
-    *,
-    ranks: Ranks,
-    planner: Planner,
-    step: int | None = None,
-    kind: Kind | None = None,
-    dtype: torch.dtype | None = None,
-    overwrite: bool = True,
-) -> Saved:
-    """Save flat state as the checkpoint `name` of `catalog`.
-
-    `dtype`: what floating-point tensors are stored as; None for their own dtype.
-    `overwrite`: replace the checkpoint that has the name now.
-
-    Collective: every rank calls this. An error of one rank is raised on all, and the catalog is
-    unchanged then.
-    """
-    pending = begin_save(
-        catalog,
-        name,
-        state,
-        ranks=ranks,
-        planner=planner,
-        step=step,
-        kind=kind,
-        dtype=dtype,
-        overwrite=overwrite,
-    )
-    return finish_save(pending, ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +125,9 @@ class Pending:
     index: Index | None
     """Index of the plan, on rank 0."""
 
-    facts: Facts
+    facts: Manifest
+    """Manifest without entries and files."""
+
     spans: Spans
     replicas: Replicas
     """Tensors that only optimizers change and other ranks hold too. `commit` compares them."""
@@ -192,57 +152,45 @@ def begin_save(
     name: str,
     state: FlatState,
     *,
-    ranks: Ranks,
     planner: Planner,
-    step: int | None = None,
-    kind: Kind | None = None,
+    facts: Manifest | None = None,
     dtype: torch.dtype | None = None,
-    metrics: Mapping[str, float] | None = None,
-    model: Mapping[str, Any] | None = None,
     overwrite: bool = True,
 ) -> Pending:
-    """Plan a save and make its attempt folder. The arguments are those of `save_leaves`.
+    """Plan to save flat state as the checkpoint `name` of `catalog`, and make the attempt folder.
 
-    `metrics`: measurements to store in the manifest; rank 0's are stored.
-    `model`: Hugging Face configuration of the model, to store in the manifest; rank 0's is stored.
+    `facts`: manifest without entries and files. Layout and versions are added. Rank 0's is stored.
+    `dtype`: dtype in which floating-point tensors are stored; None for their own.
+    `overwrite`: replace the checkpoint that has the name now.
 
-    Collective.
+    Collective: every rank calls this, and then `finish_save` or `abort`. An error of one rank is
+    raised on all.
     """
     spans = Spans()
     with spans("plan"):
-        while True:
-            held = capture(lambda: planner.hold(state, dtype))
-            planner.agree(held)
-            assert isinstance(held, LocalState)
-            begin = partial(_begin_attempt, catalog, name, overwrite=overwrite)
-            begun = _begin_if_alike(held, begin, planner=planner, ranks=ranks)
-            if begun is not None:
-                break
+        begun = None
+        while begun is None:
+            held = planner.agree(capture(lambda: planner.hold(state, dtype)))
+            begun = _begin_if_alike(held, catalog, name, planner=planner, overwrite=overwrite)
     file_layout, attempt = begun
+    layout = {"world_size": planner.ranks.size}
     return Pending(
         catalog,
         attempt,
         file_layout,
         tensor_of=partial(_training_tensor, held),
         index=planner.index,
-        facts=Facts(
-            step=step,
-            kind=kind,
-            layout={"world_size": ranks.size},
-            versions=software_versions(),
-            metrics=metrics or {},
-            model=model or {},
-        ),
+        facts=replace(facts or Manifest({}, {}), layout=layout, versions=software_versions()),
         spans=spans,
-        replicas=planner.replicas(held, stepped=True),
+        replicas=planner.replicas(held),
         stepped=planner.stepped,
     )
 
 
 def _begin_if_alike(
-    held: LocalState, begin: Callable[[int], HiddenFolder], *, planner: Planner, ranks: Ranks
+    held: LocalState, catalog: Catalog, name: str, *, planner: Planner, overwrite: bool
 ) -> tuple[FileLayout, HiddenFolder] | None:
-    """Make the attempt by `begin(nbytes)`, if replicas and shared values are equal on all ranks.
+    """Make the attempt, if shared tensors and values are equal on all ranks that hold them.
 
     If some differ, log their names, let the next plan store the first rank's version, and return
     None. Tensors that only optimizers change are not compared here, because that takes longer:
@@ -250,69 +198,32 @@ def _begin_if_alike(
 
     Collective.
     """
-    replicas = planner.replicas(held, stepped=False)
+    ranks = planner.ranks
+    local = capture(lambda: (planner.file_layout(held), planner.digests(held)))
+    outcome: HoldfastError | tuple[int, dict[int, int]]
+    outcome = local if isinstance(local, HoldfastError) else (local[0].nbytes, local[1].by_group())
 
-    def lay_out() -> tuple[FileLayout, ValueDigests]:
-        replicas.take()
-        return planner.file_layout(held), planner.value_digests(held)
+    def begin(everyone: list[tuple[int, dict[int, int]]]) -> HiddenFolder | list[int]:
+        differ = groups_that_differ([digests for _, digests in everyone])
+        return differ or _begin_attempt(catalog, name, sum(n for n, _ in everyone), overwrite)
 
-    local = capture(lay_out)
-    outcome: HoldfastError | _Digests
-    if isinstance(local, HoldfastError):
-        outcome = local
-    else:
-        outcome = local[0].nbytes, replicas.by_group(), local[1].by_group()
-
-    def compare(everyone: list[_Digests]) -> HiddenFolder | tuple[list[Group], list[int]]:
-        tensors = groups_that_differ([groups for _, groups, _ in everyone])
-        values = groups_that_differ([groups for _, _, groups in everyone])
-        if tensors or values:
-            return tensors, values
-        return begin(sum(nbytes for nbytes, _, _ in everyone))
-
-    begun = gather_and_run(ranks, outcome, compare)
+    begun = gather_and_run(ranks, outcome, begin)
     assert not isinstance(local, HoldfastError)
-    file_layout, value_digests = local
+    file_layout, digests = local
     if isinstance(begun, HiddenFolder):
         return file_layout, begun
-    digests = replicas.of(begun[0]), value_digests.of(begun[1])
-    tensors, values = gather_and_run(
-        ranks,
-        digests,
-        lambda everyone: (
-            names_that_differ([tensors for tensors, _ in everyone]),
-            names_that_differ([values for _, values in everyone]),
-        ),
-    )
-    planner.keep_first(tensors)
-    planner.mark_reported(values)
-    if ranks.rank == 0:
-        _warn_of_differences(tensors, values)
-    return None
-
-
-_Digests = tuple[int, dict[Group, int], dict[int, int]]
-"""Bytes that a rank writes, digests of its replicas by group, digests of its values by group."""
-
-
-def _warn_of_differences(
-    tensors: Mapping[str, tuple[int, int]], values: Mapping[str, tuple[int, int]]
-) -> None:
-    for name in values:
-        logger.warning(
-            "`%s` differs between ranks: the first rank's is kept. State of one rank alone needs "
-            "a key of its own, such as `rank_3`",
-            name,
-        )
-    for name, (first, other) in tensors.items():
+    differ = gather_and_run(ranks, digests.of(begun), names_that_differ)
+    planner.keep_first(differ)
+    for entry, (first, other) in differ.items() if ranks.rank == 0 else ():
         logger.warning(
             "`%s` differs between ranks %d and %d: the version of the first rank that holds it is "
             "kept. State of one rank alone needs a key of its own, such as `rank_%d`",
-            name,
+            entry,
             first,
             other,
             other,
         )
+    return None
 
 
 def _begin_attempt(catalog: Catalog, name: str, nbytes: int, overwrite: bool) -> HiddenFolder:
@@ -383,7 +294,7 @@ def _copy(
 ) -> None:
     snapshot.copy(items, pending.tensor_of)
     if is_last:
-        # Now, so that digests and copy are of the same values: afterwards training may change them.
+        # After this, training may change the tensors, and digests would not match the copy.
         pending.replicas.take()
 
 
@@ -415,10 +326,12 @@ def finish_save(
                 staging.run()
             # Optimizers wait for the copy, so only what follows it may run behind training.
             lower_priority()
-        if pending.index is not None and not pending.index.is_encoded:
-            _start_encoding(pending.index)
-        # The digests of a snapshot were taken with its copy.
-        needs_digests = pending.memory is None and not pending.replicas.is_empty
+        if pending.index is not None:
+            # In parallel with the write. If it fails, `commit` encodes again and raises the error.
+            encode = partial(capture, pending.index.encoded)
+            threading.Thread(target=encode, name="holdfast-index", daemon=True).start()
+        # Empty if the digests were taken with the copy of a snapshot.
+        needs_digests = bool(pending.replicas.tensors)
         data = pending.windows_of if pending.memory is None else pending.memory
         with _in_parallel(pending.replicas.take) if needs_digests else nullcontext():
             result = write(
@@ -433,7 +346,7 @@ def finish_save(
             written,
             index=pending.index,
             facts=pending.facts,
-            replicas=pending.replicas,
+            digests=pending.replicas.digests,
             catalog=catalog,
             ranks=ranks,
         )
@@ -453,10 +366,3 @@ def _in_parallel(work: Callable[[], None]) -> Iterator[None]:
         thread.join()
     if outcome[0] is not None:
         raise outcome[0]
-
-
-def _start_encoding(index: Index) -> None:
-    """Start to encode the index in a thread: `commit` needs it when the file is written."""
-    # An error is ignored here, because `commit` encodes again and raises it.
-    encode = partial(capture, index.encoded)
-    threading.Thread(target=encode, name="holdfast-index", daemon=True).start()

@@ -106,7 +106,7 @@ class Snapshot:
             torch.cuda.current_stream(gpu).synchronize()
 
     def tensor_of(self, item: TensorItem) -> torch.Tensor:
-        """Place of the item's copy: contiguous, in the stored dtype."""
+        """Memory of the item's copy, as a contiguous tensor in the stored dtype."""
         elements = self._memory[item.data.offset : item.data.stop].view(_dtype(item.dtype))
         return elements.view(item.region.shape)
 
@@ -119,7 +119,7 @@ class Staging:
     """A copy that is made while training continues. One thread runs it, any thread may wait."""
 
     def __init__(self, copy: Callable[[], None]) -> None:
-        """Must be called by the training thread: the copy waits for the GPU work queued so far."""
+        """Call this in the training thread: the copy waits for the GPU work queued before."""
         self._copy = copy
         self._ended = threading.Event()
         self._queued = torch.cuda.current_stream().record_event() if _has_gpu() else None

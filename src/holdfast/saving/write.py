@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from holdfast.format import checksum
 from holdfast.format.manifest import Span, Table
 from holdfast.planning.file_layout import FileLayout, TensorItem
-from holdfast.storage.store import Buffer, Creating, Writer
+from holdfast.storage.store import Buffer, Creating, FileWriter
 from holdfast.timing import Spans
 
 WINDOW_BYTES = 4 << 20
@@ -18,8 +18,8 @@ WINDOW_BYTES = 4 << 20
 checksum."""
 
 JOINED_BYTES_MAX = 64 << 10
-"""Size below which consecutive parts are joined before they are written: a copy costs less than a
-buffer of its own."""
+"""Size below which consecutive parts are joined before they are written: copying them costs less
+than passing one more buffer to the store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,9 @@ def write(
     return WriteResult(layout.name, layout.nbytes, table, values)
 
 
-def _write_parts(writer: Writer, layout: FileLayout, windows_of: WindowsOf, pace: Pace) -> bytes:
+def _write_parts(
+    writer: FileWriter, layout: FileLayout, windows_of: WindowsOf, pace: Pace
+) -> bytes:
     """Write the file part by part. Returns its table of checksums."""
     checksums: list[int] = []
     stream = _Stream(writer, pace)
@@ -88,11 +90,11 @@ def _write_parts(writer: Writer, layout: FileLayout, windows_of: WindowsOf, pace
     return packed
 
 
-def _write_memory(writer: Writer, layout: FileLayout, memory: memoryview, pace: Pace) -> bytes:
+def _write_memory(writer: FileWriter, layout: FileLayout, memory: memoryview, pace: Pace) -> bytes:
     """Write the file from memory that holds the data. Returns its table of checksums.
 
-    Everything else is copied into the memory first: it is many small parts, and each would cost a
-    buffer of its own.
+    The rest of the file is copied into the memory first, since it is many small parts, each of
+    which would be one more buffer to pass to the store.
     """
     checksums: list[int] = []
     written = 0
@@ -156,7 +158,7 @@ class Pace:
 class _Stream:
     """Writes the parts of a file in order, a window at a time, small parts joined."""
 
-    def __init__(self, writer: Writer, pace: Pace) -> None:
+    def __init__(self, writer: FileWriter, pace: Pace) -> None:
         self._writer = writer
         self._pace = pace
         self._parts: list[Buffer] = []

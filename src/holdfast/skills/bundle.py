@@ -1,4 +1,4 @@
-"""The skills that this version ships."""
+"""The skills that this version of Holdfast ships."""
 
 from __future__ import annotations
 
@@ -7,37 +7,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.errors import FormatError
-from holdfast.skills.content import Digests, digest
+from holdfast.errors import FormatError, NotFoundError
+from holdfast.skills.records import Digests, digest
 
 ENTRY = "SKILL.md"
 """File that an agent reads first."""
 
-NAME_LENGTH_MAX = 64
-DESCRIPTION_LENGTH_MAX = 1024
-
-_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*", re.ASCII)
-
 
 @dataclass(frozen=True, slots=True)
 class Skill:
-    """One skill: its files, by their path below its folder."""
+    """One shipped skill."""
 
     name: str
     files: Mapping[str, bytes]
-
-    def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name) or len(self.name) > NAME_LENGTH_MAX:
-            raise FormatError(
-                f"a skill's name must be up to {NAME_LENGTH_MAX} lower-case letters, digits and "
-                f"single hyphens, found: {self.name!r}"
-            )
-        for file in self.files:
-            if file.startswith("/") or {"", ".", ".."} & {*file.split("/")}:
-                raise FormatError(f"skill `{self.name}` has a file outside of its folder: {file!r}")
+    """Content of each file, by its path in the skill's folder."""
 
     @property
     def digests(self) -> Digests:
+        """Digest of each file."""
         return {file: digest(data) for file, data in self.files.items()}
 
     @property
@@ -47,7 +34,7 @@ class Skill:
 
 
 def shipped() -> dict[str, Skill]:
-    """Read the skills of this version; returns them by name."""
+    """Read all shipped skills; returns them by name."""
     skills = {}
     for folder in sorted((Path(__file__).parent.parent / ".agents" / "skills").iterdir()):
         paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -57,14 +44,19 @@ def shipped() -> dict[str, Skill]:
     return skills
 
 
+def shipped_skill(name: str) -> Skill:
+    """Read one shipped skill."""
+    skills = shipped()
+    if name not in skills:
+        raise NotFoundError(f"no skill is named `{name}`", hint=f"shipped: {', '.join(skills)}")
+    return skills[name]
+
+
 def frontmatter(text: str) -> dict[str, str]:
     """Read the fields at the top of a `SKILL.md`, one per line.
 
     >>> frontmatter("---\\nname: a\\ndescription: b\\n---\\nText.")
     {'name': 'a', 'description': 'b'}
-
-    Raises:
-        FormatError: no such fields.
     """
     match = re.match(r"---\n(.*?)\n---\n", text, re.S)
     if not match:

@@ -5,11 +5,11 @@
     .holdfast-skills/synced      version of the newest full sync: a start needs to read only this
     .holdfast-skills/lock        locked by the process at work
     .holdfast-skills/kept-*      archives of copies that were replaced or removed
-    .holdfast-skills/stage-*     a copy being made, or what a killed process left of one
-    .holdfast-skills/write-*     a file being written, likewise
+    .holdfast-skills/stage-*     a copy in progress, or the remains of one after a kill
+    .holdfast-skills/write-*     a file in progress, or the remains of one
 
-Order of writes: a new copy is durable below `stage-*` before it exchanges names with the old copy;
-the exchange is durable before the old copy is deleted.
+A new copy is durable in `stage-*` before it exchanges names with the old copy. The exchange is
+durable before the old copy is deleted.
 """
 
 from __future__ import annotations
@@ -24,9 +24,17 @@ from pathlib import Path, PurePosixPath
 
 from holdfast.errors import ExistsError, HoldfastError, StorageError
 from holdfast.skills.bundle import ENTRY, Skill
-from holdfast.skills.content import RECEIPT, Digests, digests_in
 from holdfast.skills.disk import Disk
-from holdfast.skills.records import Ledger, SyncRecord, decode_ledger, decode_receipt, order_of
+from holdfast.skills.records import (
+    RECEIPT,
+    Digests,
+    Ledger,
+    SyncRecord,
+    decode_ledger,
+    decode_receipt,
+    digests_in,
+    order_of,
+)
 from holdfast.storage.locks import lock_file
 
 STATE = ".holdfast-skills"
@@ -44,7 +52,7 @@ class Copies:
     def locked(self) -> Iterator[bool]:
         """Lock the folder until the context ends; yields False where another process has locked it.
 
-        Makes the folder if there is none, and cleans up after a killed process.
+        Makes the folder if it does not exist, and cleans up after a killed process.
         """
         with _explained(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
@@ -62,10 +70,8 @@ class Copies:
             finally:
                 lock.release()
 
-    # ----------------------------------------------------------------------------------- reading
-
     def folder(self, name: str) -> Path:
-        """Returns the folder of a skill's copy, whether or not there is one."""
+        """Returns the path of a skill's copy, even if there is none."""
         folder = self.root / name
         if self._categories and not os.path.lexists(folder):
             with suppress(OSError):
@@ -74,7 +80,7 @@ class Copies:
         return folder
 
     def receipt(self, name: str) -> SyncRecord | None:
-        """Returns the receipt in a skill's copy; None where there is none, or a damaged one."""
+        """Returns the receipt in a skill's copy; None where it is missing or damaged."""
         folder = self.folder(name)
         try:
             return None if folder.is_symlink() else decode_receipt((folder / RECEIPT).read_bytes())
@@ -89,9 +95,7 @@ class Copies:
         folder = self.folder(name)
         if not os.path.lexists(folder):
             return None
-        if folder.is_symlink() or not folder.is_dir():
-            return {}
-        return digests_in(folder)
+        return digests_in(folder) if folder.is_dir() and not folder.is_symlink() else {}
 
     def ledger(self) -> Ledger:
         """Read the ledger. Only a missing file counts as an empty one.
@@ -115,8 +119,6 @@ class Copies:
         except (OSError, UnicodeDecodeError):
             return ""
 
-    # ----------------------------------------------------------------------------------- writing
-
     def write_ledger(self, ledger: Ledger) -> None:
         """Write the ledger if it has changed."""
         if ledger != self.ledger():
@@ -127,9 +129,10 @@ class Copies:
         if order_of(version) > order_of(self.synced()):
             self._replace(self.state / "synced", version.encode())
 
-    def write_receipt(self, name: str, receipt: SyncRecord) -> None:
-        """Write the receipt of a copy that lacks the right one."""
-        self._replace(self.folder(name) / RECEIPT, receipt.encode())
+    def write_receipt(self, skill: Skill, version: str) -> None:
+        """Write the receipt of a copy that equals the shipped skill and lacks the right receipt."""
+        receipt = SyncRecord(version, skill.digests)
+        self._replace(self.folder(skill.name) / RECEIPT, receipt.encode())
 
     def install(self, skill: Skill, version: str) -> None:
         """Replace a skill's copy by the shipped files, atomically. The user's own files stay.
@@ -140,16 +143,14 @@ class Copies:
         """
         folder = self.folder(skill.name)
         with _explained(folder):
-            before = self.digests(skill.name)
-            receipt = self.receipt(skill.name)
+            before, receipt = self.digests(skill.name), self.receipt(skill.name)
             shipped = skill.files.keys() | (receipt.files.keys() if receipt else set())
             users_files = [file for file in before or () if file not in shipped]
             stage = self._staged(skill, version, folder, users_files)
-            new = stage / "new"
             if before is None:
-                self._disk.rename(new, folder)
+                self._disk.rename(stage / "new", folder)
             else:
-                old = self._swap_in(new, folder, stage)
+                old = self._swap_in(stage / "new", folder, stage)
                 if digests_in(old) != before:
                     self._swap_in(old, folder, stage)
                     self._remove_stage(stage, folder)
@@ -157,8 +158,10 @@ class Copies:
             self._remove_stage(stage, folder)
 
     def remove(self, name: str) -> None:
-        """Delete a skill's copy, atomically."""
+        """Delete a skill's copy, atomically. Does nothing where there is none."""
         folder = self.folder(name)
+        if not os.path.lexists(folder):
+            return
         with _explained(folder):
             stage = self._new_stage(name)
             self._disk.rename(folder, stage / "gone")
@@ -174,12 +177,12 @@ class Copies:
         return path
 
     def _staged(self, skill: Skill, version: str, folder: Path, users_files: list[str]) -> Path:
-        """Write a durable new copy to `new` in a new stage, which is returned."""
+        """Write a durable new copy to `new` in a new stage; returns the stage."""
         stage = self._new_stage(skill.name)
         new = stage / "new"
-        files = [*skill.files, *users_files]
-        # Sorted, so that each folder comes before those in it.
-        folders = sorted({new / above for file in files for above in PurePosixPath(file).parents})
+        # Sorted, so that each folder is made before its subfolders.
+        paths = map(PurePosixPath, (*skill.files, *users_files))
+        folders = sorted({new / above for path in paths for above in path.parents})
         try:
             for made in folders:
                 self._disk.make_folder(made)
@@ -190,8 +193,7 @@ class Copies:
             self._disk.write(new / RECEIPT, SyncRecord(version, skill.digests).encode())
             for made in (*folders, stage, self.state):
                 self._disk.sync_folder(made)
-            staged = digests_in(new)
-            if {file: staged.get(file) for file in skill.files} != skill.digests:
+            if not skill.digests.items() <= digests_in(new).items():
                 raise StorageError(f"`{new}` does not hold what was written to it")
         except (OSError, HoldfastError):
             with suppress(OSError):
@@ -205,7 +207,7 @@ class Copies:
         return stage
 
     def _swap_in(self, copy: Path, folder: Path, stage: Path) -> Path:
-        """Give `copy` the name `folder`; returns where the copy that had it is now."""
+        """Rename `copy` to `folder`; returns the new path of the copy that was there."""
         if self._disk.exchange(copy, folder):
             return copy
         # Two renames. If the process dies in between, `_recover` renames the old copy back.
@@ -215,6 +217,7 @@ class Copies:
         return aside
 
     def _remove_stage(self, stage: Path, folder: Path) -> None:
+        """Delete a stage once the renames between it and the copy's folder are durable."""
         for changed in (folder.parent, stage):
             self._disk.sync_folder(changed)
         self._disk.remove(stage)
@@ -222,19 +225,19 @@ class Copies:
     def _recover(self) -> None:
         """Clean up after a killed process.
 
-        An old copy whose new one is not in place gets its name back. Other copies are archived:
-        their user may have changed them at the last moment. A copy without a receipt was never
-        complete, and its files are elsewhere.
+        An old copy whose new one is not in place is renamed back. Other copies are archived, since
+        the user may have changed them at the last moment. A copy without a receipt is incomplete,
+        and all its files exist elsewhere.
         """
         for unfinished in self.state.glob("write-*"):
             unfinished.unlink()
         for stage in sorted(self.state.glob("stage-*")):
             name = stage.name.removeprefix("stage-").rpartition("-")[0]
-            old, folder = stage / "old", self.folder(name)
-            if old.is_dir() and not os.path.lexists(folder):
-                self._disk.rename(old, folder)
+            folder = self.folder(name)
+            if (stage / "old").is_dir() and not os.path.lexists(folder):
+                self._disk.rename(stage / "old", folder)
                 self._disk.sync_folder(folder.parent)
-            for left in (stage / "new", old, stage / "gone"):
+            for left in (stage / "new", stage / "old", stage / "gone"):
                 if (left / RECEIPT).is_file():
                     self.archive(left, name)
             self._disk.remove(stage)

@@ -1,6 +1,6 @@
 """The sync's operations on the disk, one method each, so that tests can cut the power in between.
 
-Only what a method says is durable survives a power cut for certain.
+After a power cut, only the changes are sure to be there that a method calls durable.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 """Constants of Linux' `fcntl.h` and `linux/fs.h`."""
 
-_NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
-"""Answers of file systems without `RENAME_EXCHANGE`, such as NFS."""
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+"""Errors of file systems without `RENAME_EXCHANGE`, such as NFS."""
 
 
 class Disk:
@@ -26,11 +26,11 @@ class Disk:
         path.mkdir()
 
     def write(self, path: Path, data: bytes) -> None:
-        """Write a new file. Its content is durable; its name is after `sync_folder`."""
+        """Write a new file. Its content is durable at once, its name after `sync_folder`."""
         self._write(path, data, 0o666)
 
     def copy(self, source: Path, target: Path) -> None:
-        """Copy a file or link, with its mode; as durable as by `write`."""
+        """Copy a file with its mode, or a link. A file is as durable as one by `write`."""
         if source.is_symlink():
             target.symlink_to(source.readlink())
         else:

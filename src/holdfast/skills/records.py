@@ -1,30 +1,77 @@
-"""Records of a user's copies: a receipt in each copy, and one ledger."""
+"""Data that the sync compares and stores: digests of files, receipts of copies, one ledger."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from holdfast.errors import FormatError
-from holdfast.skills.content import Digests
+from holdfast.errors import FormatError, StorageError
+
+RECEIPT = ".holdfast-skill.json"
+"""File name of the receipt in each installed copy."""
+
+_IGNORED = {"__pycache__", ".DS_Store", "Thumbs.db", "desktop.ini", RECEIPT}
+"""Names of files that the user did not write: programs create them."""
+
+Digests = Mapping[str, str]
+"""Path in a folder, with `/` -> SHA-256 of the file, or target of the link."""
+
+
+def digest(data: bytes) -> str:
+    """Returns the SHA-256 of a file. In text CRLF counts as LF, so checkouts on Windows match."""
+    if b"\0" not in data:
+        data = data.replace(b"\r\n", b"\n")
+    return hashlib.sha256(data).hexdigest()
+
+
+def digests_in(folder: Path) -> Digests:
+    """Returns the digests of all files below a folder. Links are not followed.
+
+    Raises:
+        StorageError: a file cannot be read, or is a pipe, socket or device.
+    """
+    try:
+        return {path.relative_to(folder).as_posix(): _digest_of(path) for path in _files_in(folder)}
+    except OSError as error:
+        raise StorageError(f"cannot read `{folder}`: {error.strerror or error}") from error
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.name in _IGNORED or path.suffix == ".pyc":
+            continue
+        if not path.is_symlink() and path.is_dir():
+            yield from _files_in(path)
+        else:
+            yield path
+
+
+def _digest_of(path: Path) -> str:
+    if path.is_symlink():
+        return f"link to {path.readlink()}"
+    if not path.is_file():
+        # Reading a pipe could wait forever.
+        raise StorageError(f"`{path}` is no plain file", hint="move it out of the skill's folder")
+    return digest(path.read_bytes())
 
 
 @dataclass(frozen=True, slots=True)
 class SyncRecord:
-    """Receipt: what was installed. It lies inside the copy, so that the two move together."""
+    """Content of a receipt: the installed version. It is inside the copy, so both move together."""
 
     version: str
-    """Version of holdfast that installed the copy."""
+    """Version of Holdfast that installed the copy."""
 
     files: Digests
-    """Digest of every shipped file."""
+    """Digest of every installed file."""
 
     def encode(self) -> bytes:
-        """Returns the content of the receipt's file."""
-        body = {"holdfast": self.version, "files": dict(sorted(self.files.items()))}
-        return json.dumps(body, indent=1).encode() + b"\n"
+        return _encode({"holdfast": self.version, "files": dict(sorted(self.files.items()))})
 
 
 def decode_receipt(data: bytes) -> SyncRecord | None:
@@ -34,40 +81,38 @@ def decode_receipt(data: bytes) -> SyncRecord | None:
         version, files = body["holdfast"], dict(body["files"].items())
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    if type(version) is not str or {type(digest) for digest in files.values()} - {str}:
+    if {*map(type, (version, *files.values()))} != {str}:
         return None
     return SyncRecord(version, files)
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """Names of skills, by which a deleted copy is told from one that was never installed."""
+    """Names by which a copy that the user deleted is told from one that was never installed."""
 
-    offered: frozenset[str] = field(default=frozenset())
+    offered: frozenset[str] = frozenset()
     """Skills that were installed once, and were shipped at the last sync."""
 
-    removed: frozenset[str] = field(default=frozenset())
-    """Skills that the user removed, or that are no longer shipped: without a copy they are never
-    installed again."""
+    removed: frozenset[str] = frozenset()
+    """Skills that the user removed, and installed skills that are no longer shipped. If they have
+    no copy, no sync installs one."""
 
     def encode(self) -> bytes:
-        """Returns the content of the ledger's file."""
-        body = {"offered": sorted(self.offered), "removed": sorted(self.removed)}
-        return json.dumps(body, indent=1).encode() + b"\n"
+        return _encode({"offered": sorted(self.offered), "removed": sorted(self.removed)})
 
 
 def decode_ledger(data: bytes, *, where: str) -> Ledger:
     """Decode a ledger.
 
     Raises:
-        FormatError: it is damaged. An empty ledger instead would bring back deleted skills.
+        FormatError: it is damaged. Treating it as empty would bring back deleted skills.
     """
     try:
         body: Any = json.loads(data)
-        names = [body["offered"], body["removed"]]
-        if any(type(name) is not str for listed in names for name in listed):
+        offered, removed = body["offered"], body["removed"]
+        if any(type(name) is not str for name in (*offered, *removed)):
             raise ValueError("a name that is no text")
-        return Ledger(*map(frozenset, names))
+        return Ledger(offered=frozenset(offered), removed=frozenset(removed))
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise FormatError(
             f"`{where}` is no record of skills: {error}",
@@ -75,8 +120,12 @@ def decode_ledger(data: bytes, *, where: str) -> Ledger:
         ) from error
 
 
+def _encode(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, indent=1).encode() + b"\n"
+
+
 def order_of(version: str) -> tuple[int, ...]:
-    """Returns the numbers that a version begins with, by which versions are compared.
+    """Returns the numbers at the start of a version, for comparing versions.
 
     >>> order_of("0.10.1.dev3") > order_of("0.9")
     True

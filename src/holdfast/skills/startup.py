@@ -16,20 +16,19 @@ from holdfast.skills.targets import all_targets
 
 
 def refresh(environment: Mapping[str, str]) -> list[str]:
-    """Sync every folder of this user that was synced before by an older version.
+    """Sync every folder of this user that an older version of Holdfast has synced.
 
     Returns a line for each folder that changed, and for each failure. Never raises, never waits for
     a lock, and reads one file per folder while nothing is to be done. Does nothing in CI, and on
     ranks other than 0.
     """
-    if environment.get("CI") or any(
-        environment.get(rank, "0") != "0" for rank in ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-    ):
+    ranks = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+    if environment.get("CI") or any(environment.get(rank, "0") != "0" for rank in ranks):
         return []
     lines: list[str] = []
     try:
-        for target in all_targets(environment, Path.cwd()):
-            lines += _refreshed(Copies(target.root, categories=target.categories))
+        for copies in all_targets(environment, Path.cwd()):
+            lines += _refreshed(copies)
     except Exception as error:  # noqa: BLE001 - the command must go on
         lines.append(f"skills were not brought up to date: {error}")
     return lines

@@ -1,4 +1,4 @@
-"""The sync of a user's copies with the shipped skills, which changes only what a sync installed."""
+"""The sync: compares a user's copies with the shipped skills, and replaces unchanged copies."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from holdfast.errors import ExistsError, HoldfastError, NotFoundError
-from holdfast.skills.bundle import Skill, shipped
-from holdfast.skills.content import Digests
+from holdfast.errors import ExistsError, HoldfastError
+from holdfast.skills.bundle import Skill
 from holdfast.skills.copies import Copies
-from holdfast.skills.records import Ledger, SyncRecord, order_of
+from holdfast.skills.records import Digests, Ledger, order_of
 
 State = Literal["new", "outdated", "current", "modified", "deleted", "foreign", "newer"]
 """State of a copy. new: never installed. outdated: unchanged, and the shipped skill is newer.
@@ -42,13 +41,14 @@ class Synced:
     root: str
     skills: tuple[SyncedSkill, ...] = ()
     cleaned: tuple[str, ...] = ()
-    """Names that are no longer shipped: they leave the ledger, their files stay."""
+    """Names of installed skills that are no longer shipped. Their files stay."""
 
     busy: bool = False
     """Whether another sync was at work, so that this one did nothing."""
 
     @property
     def problems(self) -> list[str]:
+        """Reasons of copies that could not be brought up to date, each with the skill's name."""
         return [f"{skill.name}: {skill.problem}" for skill in self.skills if skill.problem]
 
     def names(self, *states: State) -> list[str]:
@@ -67,27 +67,16 @@ class Synced:
         return words + (f" ({'; '.join(why)})" if why else "")
 
 
-def state_of(
-    wanted: Digests,
-    copied: Digests | None,
-    receipt: SyncRecord | None,
-    *,
-    offered: bool,
-    version: str,
-) -> State:
-    """Returns the state of a copy.
-
-    `wanted` are the digests of the shipped skill, `copied` those of the copy. `offered` is whether
-    the ledger has its name; `version` the version of holdfast that syncs.
-    """
+def _state_of(skill: Skill, copies: Copies, ledger: Ledger, version: str) -> State:
+    wanted, copied = skill.digests, copies.digests(skill.name)
+    receipt = copies.receipt(skill.name)
     if copied is None:
-        return "deleted" if offered else "new"
+        return "deleted" if skill.name in ledger.offered | ledger.removed else "new"
     if receipt is None:
         return "current" if copied == wanted else "foreign"
-    if any(copied.get(file) != digest for file, digest in receipt.files.items()):
+    if not receipt.files.items() <= copied.items():
         # The user may have restored the shipped files by hand. Their own files do not count.
-        restored = all(copied.get(file) == digest for file, digest in wanted.items())
-        return "current" if restored else "modified"
+        return "current" if wanted.items() <= copied.items() else "modified"
     if receipt.files == wanted:
         return "current"
     if order_of(receipt.version) > order_of(version):
@@ -97,7 +86,7 @@ def state_of(
 
 
 def _in_the_way(users_file: str, wanted: Digests) -> bool:
-    """Whether a user's file is where a shipped file, or a folder above one, has to go."""
+    """Whether a user's file has the path of a shipped file, or of a folder that one needs."""
     return any(
         users_file == file or file.startswith(f"{users_file}/") or users_file.startswith(f"{file}/")
         for file in wanted
@@ -105,7 +94,7 @@ def _in_the_way(users_file: str, wanted: Digests) -> bool:
 
 
 def survey(skills: Mapping[str, Skill], copies: Copies, version: str) -> Synced:
-    """Returns what a sync would do. Writes nothing."""
+    """Returns the result that a sync would have. Writes nothing."""
     ledger = copies.ledger()
     states = tuple(_examined(skill, copies, ledger, version) for _, skill in sorted(skills.items()))
     return Synced(str(copies.root), states, tuple(sorted(ledger.offered - skills.keys())))
@@ -124,20 +113,15 @@ def sync(skills: Mapping[str, Skill], copies: Copies, version: str) -> Synced:
         if not locked:
             return Synced(str(copies.root), busy=True)
         before = survey(skills, copies, version)
-        synced = replace(
-            before,
-            skills=tuple(_updated(skills[one.name], one, copies, version) for one in before.skills),
-        )
+        updated = [_updated(skills[one.name], one, copies, version) for one in before.skills]
+        synced = replace(before, skills=tuple(updated))
         present = set(synced.names("new", "outdated", "current", "modified", "newer"))
         cleaned, ledger = {*synced.cleaned}, copies.ledger()
         # Cleaned names count as removed: if the user deletes the files that stay, a version that
         # ships the skill again must not bring them back.
-        copies.write_ledger(
-            Ledger(
-                offered=(ledger.offered | present) - cleaned,
-                removed=(ledger.removed - present) | cleaned,
-            )
-        )
+        offered = (ledger.offered | present) - cleaned
+        removed = (ledger.removed - present) | cleaned
+        copies.write_ledger(Ledger(offered=offered, removed=removed))
         if not synced.problems:
             copies.write_synced(version)
         return synced
@@ -149,10 +133,9 @@ def reset(skill: Skill, copies: Copies, version: str) -> str | None:
     Returns the path of the archive, where the user had changed the copy.
 
     Raises:
-        ExistsError: a foreign folder, or another sync is at work.
+        ExistsError: the folder is foreign, or another sync is at work.
     """
-    with _locked_for(skill, copies, version) as is_there:
-        archive = _archived(skill.name, copies) if is_there else None
+    with _archived(skill, copies, version) as archive:
         copies.install(skill, version)
         ledger = copies.ledger()
         copies.write_ledger(Ledger(ledger.offered | {skill.name}, ledger.removed - {skill.name}))
@@ -160,78 +143,50 @@ def reset(skill: Skill, copies: Copies, version: str) -> str | None:
 
 
 def remove(skill: Skill, copies: Copies, version: str) -> str | None:
-    """Delete a copy, so that no sync installs it again.
-
-    Returns the path of the archive, where the user had changed the copy.
-
-    Raises:
-        ExistsError: a foreign folder, or another sync is at work.
-    """
-    with _locked_for(skill, copies, version) as is_there:
+    """Delete a copy, so that no sync installs it again. Returns and raises as `reset`."""
+    with _archived(skill, copies, version) as archive:
         ledger = copies.ledger()
         copies.write_ledger(Ledger(ledger.offered - {skill.name}, ledger.removed | {skill.name}))
-        archive = _archived(skill.name, copies) if is_there else None
-        if is_there:
-            copies.remove(skill.name)
+        copies.remove(skill.name)
         return archive
 
 
-def shipped_skill(name: str) -> Skill:
-    """Returns the shipped skill of that name.
-
-    Raises:
-        NotFoundError: there is none.
-    """
-    skills = shipped()
-    if name not in skills:
-        raise NotFoundError(f"no skill is named `{name}`", hint=f"shipped: {', '.join(skills)}")
-    return skills[name]
+@contextmanager
+def _archived(skill: Skill, copies: Copies, version: str) -> Iterator[str | None]:
+    """Lock the copies, and archive one if the user changed it; yields the path of the archive."""
+    with copies.locked() as locked:
+        if not locked:
+            raise ExistsError(f"another sync is at work in `{copies.root}`", hint="wait for it")
+        before = _examined(skill, copies, copies.ledger(), version)
+        folder, receipt = copies.folder(skill.name), copies.receipt(skill.name)
+        if before.problem:
+            raise ExistsError(before.problem)
+        if before.state == "foreign":
+            raise ExistsError(
+                f"`{folder}` was not made by holdfast, and is not touched",
+                hint=f"move it away, then: holdfast skills reset {skill.name}",
+            )
+        copied = copies.digests(skill.name)
+        unchanged = copied is None or (receipt is not None and copied == receipt.files)
+        yield None if unchanged else str(copies.archive(folder, skill.name))
 
 
 def _examined(skill: Skill, copies: Copies, ledger: Ledger, version: str) -> SyncedSkill:
     try:
-        copied, receipt = copies.digests(skill.name), copies.receipt(skill.name)
+        return SyncedSkill(skill.name, _state_of(skill, copies, ledger, version))
     except HoldfastError as error:
         return SyncedSkill(skill.name, "modified", error.what)
-    offered = skill.name in ledger.offered | ledger.removed
-    state = state_of(skill.digests, copied, receipt, offered=offered, version=version)
-    return SyncedSkill(skill.name, state)
 
 
 def _updated(skill: Skill, before: SyncedSkill, copies: Copies, version: str) -> SyncedSkill:
-    """Bring one copy up to date, unless its state says to skip it."""
+    """Bring one copy up to date, unless its state is one to skip."""
     try:
         if not before.problem and before.state in ("new", "outdated"):
             copies.install(skill, version)
         elif before.state == "current":
             receipt = copies.receipt(skill.name)
             if receipt is None or receipt.files != skill.digests:
-                copies.write_receipt(skill.name, SyncRecord(version, skill.digests))
+                copies.write_receipt(skill, version)
     except HoldfastError as error:
         return replace(before, problem=error.what)
     return before
-
-
-@contextmanager
-def _locked_for(skill: Skill, copies: Copies, version: str) -> Iterator[bool]:
-    """Lock the copies to reset or remove one of them; yields whether it exists."""
-    with copies.locked() as locked:
-        if not locked:
-            raise ExistsError(f"another sync is at work in `{copies.root}`", hint="wait for it")
-        before = _examined(skill, copies, copies.ledger(), version)
-        if before.problem:
-            raise ExistsError(before.problem)
-        if before.state == "foreign":
-            raise ExistsError(
-                f"`{copies.folder(skill.name)}` was not made by holdfast, and is not touched",
-                hint=f"move it away, then: holdfast skills reset {skill.name}",
-            )
-        yield before.state not in ("new", "deleted")
-
-
-def _archived(name: str, copies: Copies) -> str | None:
-    """Archive a copy, unless all of its files are as they were installed; returns the path."""
-    receipt = copies.receipt(name)
-    if receipt is not None and copies.digests(name) == receipt.files:
-        return None
-    return str(copies.archive(copies.folder(name), name))

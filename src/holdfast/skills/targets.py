@@ -1,12 +1,12 @@
-"""Folders in which agents look for skills: a user's, and those of the current repository."""
+"""Folders in which agents find skills: in the home directory, and in the current repository."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.errors import NotFoundError, UsageError
+from holdfast.skills.copies import Copies
 
 HOMES = {
     "agents": (".agents", ""),
@@ -14,31 +14,25 @@ HOMES = {
     "codex": (".codex", "CODEX_HOME"),
     "hermes": (".hermes", "HERMES_HOME"),
 }
-"""Name for `--to` -> folder in the home directory, and the variable that replaces it."""
+"""Name for `--to` -> folder in the home directory, and the environment variable with another."""
 
 OF_PROJECTS = ("agents", "claude", "codex")
+"""Names in `HOMES` of agents that also read a folder in the current repository."""
 
 
-@dataclass(frozen=True, slots=True)
-class SkillTarget:
-    """A folder of skills."""
-
-    root: Path
-    categories: bool = False
-    """Whether skills may also lie one folder deeper."""
-
-
-def target_of(to: str, *, project: bool, environment: Mapping[str, str], here: Path) -> SkillTarget:
-    """Returns the folder that `--to` names: one of `HOMES`, or a path.
+def target_of(to: str, *, project: bool, environment: Mapping[str, str], here: Path) -> Copies:
+    """Returns the copies in the folder that `--to` names: one of `HOMES`, or a path.
 
     Raises:
         UsageError: `project` with a path, or with an agent that has no folder in projects.
         NotFoundError: `project`, and `here` is in no repository.
     """
+    if not project and to not in HOMES:
+        return Copies(here / Path(to).expanduser())
     if not project:
-        if to not in HOMES:
-            return SkillTarget(here / Path(to).expanduser())
-        return SkillTarget(_home(to, environment), categories=to == "hermes")
+        folder, variable = HOMES[to]
+        home = Path(environment.get(variable) or Path(environment.get("HOME") or "~", folder))
+        return Copies(home / "skills", categories=to == "hermes")
     if to not in OF_PROJECTS:
         raise UsageError(
             f"`--project` goes with {', '.join(OF_PROJECTS)}, not with `{to}`",
@@ -47,23 +41,16 @@ def target_of(to: str, *, project: bool, environment: Mapping[str, str], here: P
     repository = _repository(here)
     if repository is None:
         raise NotFoundError(f"`{here}` is in no repository", hint="`--project` needs one: git init")
-    return SkillTarget(repository / HOMES[to][0] / "skills")
+    return Copies(repository / HOMES[to][0] / "skills")
 
 
-def all_targets(environment: Mapping[str, str], here: Path) -> Iterator[SkillTarget]:
-    """Yields every folder that has a name for `--to`, whether or not it exists."""
+def all_targets(environment: Mapping[str, str], here: Path) -> Iterator[Copies]:
+    """Yields the copies in every folder that has a name for `--to`, whether or not it exists."""
     for name in HOMES:
         yield target_of(name, project=False, environment=environment, here=here)
     if _repository(here) is not None:
         for name in OF_PROJECTS:
             yield target_of(name, project=True, environment=environment, here=here)
-
-
-def _home(name: str, environment: Mapping[str, str]) -> Path:
-    folder, variable = HOMES[name]
-    replaced = environment.get(variable) if variable else None
-    home = Path(environment.get("HOME") or "~", folder)
-    return (Path(replaced) if replaced else home) / "skills"
 
 
 def _repository(here: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""How tensors are placed on ranks. The only module that reads placements of DTensors."""
+"""Placement of tensors on ranks. The only module that reads placements of DTensors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Layout:
         if tensor.dtype is not dtype or tensor.shape != self.shape:
             return False
         if mesh is None:
-            return local is tensor and _is_plain(tensor)
+            return local is tensor and not _odd_kind(tensor)
         return local.numel() == self.num_elements and _mesh_of(tensor) == (mesh, placements)
 
 
@@ -56,20 +56,16 @@ class Layouts:
 
     def of(self, name: str, tensor: torch.Tensor, local: torch.Tensor) -> Layout:
         """Return the layout of a DTensor on its mesh, or of any other tensor as a whole. `local`
-        contains the rank's own elements.
-
-        Raises:
-            UsageError: the tensor has no plain elements, or a dtype or placement that is unknown.
-        """
+        contains the rank's own elements."""
         mesh, placements = _mesh_of(tensor)
         if tensor.is_meta:
             raise UsageError(
                 f"`{name}` is a meta tensor, which has no elements",
                 hint='allocate its module first: `module.to_empty(device="cpu")`, or "cuda"',
             )
-        if mesh is None and not _is_plain(tensor):
+        if mesh is None and _odd_kind(tensor):
             raise UsageError(
-                f"`{name}` is a {_kind_of(tensor)} tensor, which has no plain elements to save",
+                f"`{name}` is a {_odd_kind(tensor)} tensor, which has no plain elements to save",
                 hint="save its dense parts under names of their own",
             )
         key = tensor.dtype, mesh, placements
@@ -106,7 +102,7 @@ class Layouts:
     ) -> MeshPlacement:
         key = mesh, placements
         if key not in self._placements:
-            # Ranks compare and send each object once, so equal placements must share one.
+            # Equal placements share one object: ranks compare and send each object only once.
             self._placements[key] = MeshPlacement(
                 Mesh(tuple(mesh.mesh.shape), tuple(mesh.mesh.flatten().tolist())),
                 tuple(_shard_spec(name, placement) for placement in placements),
@@ -119,18 +115,13 @@ def _mesh_of(tensor: torch.Tensor) -> tuple[DeviceMesh | None, tuple[Placement, 
     return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else (None, ())
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor's memory contains its elements as they are."""
-    odd = tensor.is_meta or tensor.is_quantized or tensor.is_nested
-    return tensor.layout is torch.strided and not odd
-
-
-def _kind_of(tensor: torch.Tensor) -> str:
-    """Return the property of a tensor that makes `_is_plain` false, for a message."""
+def _odd_kind(tensor: torch.Tensor) -> str:
+    """Return the property of a tensor whose memory does not contain its elements as they are; ""
+    for any other tensor."""
     for kind in ("meta", "quantized", "nested"):
         if getattr(tensor, f"is_{kind}"):
             return kind
-    return str(tensor.layout)
+    return "" if tensor.layout is torch.strided else str(tensor.layout)
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -154,13 +145,13 @@ def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _elements(tensor: torch.Tensor) -> tuple[object, ...]:
-    """Return a key that only tied tensors share; an empty one for a tensor without elements."""
+    """Return a key that is equal for tied tensors only; empty for a tensor without elements."""
     local = local_of(tensor)
     placements = str(tensor.placements) if isinstance(tensor, DTensor) else ""
     if not local.numel():
         return ()
     place = (local.device, local.data_ptr(), local.dtype, local.stride())
-    # With these bits set, the values of a view differ from those in memory.
+    # A view with one of these bits set has other values than the memory.
     return (place, tensor.shape, placements, local.is_conj(), local.is_neg())
 
 
@@ -186,13 +177,13 @@ _SPELLED_BY_NUMPY = {torch.float32, torch.float64, torch.int64, torch.int32, tor
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor without gradient, readable and writable."""
     if tensor.dtype in _SPELLED_BY_NUMPY and tensor.numel():
-        # Takes a third of the time of the general way, which counts for many small tensors.
+        # A third of the time that the line below takes, which matters for many small tensors.
         return tensor.numpy().data.cast("B")
-    # `reshape(-1)` could keep an odd stride, since one element counts as contiguous with any.
+    # Not `reshape(-1)`, which keeps the stride of a single element: `view` needs stride 1.
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def box_of(tensor: torch.Tensor, local: Region) -> torch.Tensor:
-    """View of a box of `tensor`, which must not require gradients."""
+    """Return a view of a box of `tensor`, which must not require gradients."""
     whole = local.stop == tensor.shape and not any(local.start)
     return tensor if whole else tensor[local.slices()]

@@ -13,23 +13,21 @@ from torch.distributed.tensor import DTensor
 
 from holdfast.format.manifest import TensorEntry
 from holdfast.format.structure import Node, kind_of_node
-from holdfast.state.layout import local_of
-from holdfast.state.stored import Branch, StoredState, as_saved, leaves_of, rebuild
+from holdfast.state.layout import dtype_name, local_of
+from holdfast.state.stored import Branch, Enter, Make, StoredState, Values, rebuilder
+from holdfast.state.subclass import is_plain_tensor
+from holdfast.state.tree import Path
 
-Like = Callable[[TensorEntry, str], torch.Tensor | torch.device | None]
-"""`like(entry, name)` places a new tensor: like the returned tensor, such as the parameter `name`,
-or on the returned device. None means that the device of the saved tensor is used."""
+Like = Callable[[TensorEntry, str | None], torch.Tensor | torch.device | None]
+"""`like(entry, name)` places a new tensor: like the returned tensor, or on the returned device.
+None: on a device of the saved tensor's kind.
 
+A sharded tensor has a `name`: the parameter with the same placement, or "" if there was none.
+"""
 
-def nowhere(_: TensorEntry, __: str) -> None:
-    """A `Like` for entries that no tensor or device places."""
-
-
-Values = Callable[[str], Any]
-"""`values(name)` returns the tensor of an entry that has been read, or a copy of its value."""
 
 Check = Callable[[Values], str | None]
-"""Checks entries that have been read. Returns a line about a mismatch, or None."""
+"""`check(values)` returns a line about a mismatch in entries that have been read, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +54,13 @@ class Match:
     """Lines about missing entries and mismatches, by the name of the entry or path."""
 
     extra: dict[str, None] = field(default_factory=dict)
-    """Names of unexpected entries, for which this rank has no target."""
+    """Names of unexpected entries: stored, but without a target on this rank."""
 
     notes: dict[str, None] = field(default_factory=dict)
-    """Lines for the log, about parts that are loaded differently than they were saved."""
+    """Lines for the log about state that is loaded differently than it was saved."""
 
     lacking: list[str] = field(default_factory=list)
-    """Tensors that the checkpoint lacks, and is allowed to."""
+    """Tensors that the checkpoint is allowed to lack, and lacks."""
 
     taken: set[str] = field(default_factory=set)
     """Entries with a target on this rank."""
@@ -93,37 +91,60 @@ class Match:
             return True
         return False
 
+    def is_alike(self, name: str | None, live: Any) -> bool:
+        """Return whether the entry `name` has the shape and dtype of the plain tensor `live`."""
+        entry = self.stored.tensor(name)
+        return (
+            entry is not None
+            and isinstance(live, torch.Tensor)
+            and is_plain_tensor(live)
+            and (entry.dtype, entry.shape) == (dtype_name(live.dtype), tuple(live.shape))
+        )
+
     def missing(self, name: str) -> None:
         """Note an entry that the checkpoint lacks."""
         self.mismatches[name] = f"`{name}` is not in the checkpoint"
 
     def mismatch(self, name: str, what: str, branch: Branch | None = None) -> None:
-        """Note a mismatch, and that the entries of `branch` are not unexpected ones. `what` goes
-        on after the name of the entry or path."""
+        """Note a mismatch. `what` follows the name of the entry or path in its line. Entries of
+        `branch` are not reported as unexpected as well."""
         self.mismatches[name] = f"`{name}` {what}"
         if branch is not None:
             self.taken.update(branch.entries())
 
-    def request(self, branch: Branch, node: Node, like: Like = nowhere) -> Callable[[Values], Any]:
+    def request(
+        self, branch: Branch, node: Node, like: Like = lambda *_: None, enter: Enter | None = None
+    ) -> Make:
         """Plan to read everything at and below a path. Return a function that rebuilds the saved
         state from the entries that were read."""
-        manifest = self.stored.manifest
-        for name, leaf_node in leaves_of(branch, node):
+
+        def note(name: str, leaf_node: Node) -> None:
             self.taken.add(name)
-            entry = manifest.tensors.get(name)
+            entry = self.stored.tensor(name)
             if entry is None:
                 self.values[name] = None
-                continue
-            dtype: torch.dtype = getattr(torch, entry.dtype)
-            self.made[name] = self._maker(name, entry, dtype, leaf_node, like)
-        return lambda values: rebuild(branch, node, lambda n, leaf: as_saved(values(n), leaf))
+            else:
+                self.made[name] = self._allocator(name, entry, leaf_node, like)
 
-    def _maker(
-        self, name: str, entry: TensorEntry, dtype: torch.dtype, node: Node, like: Like
+        return rebuilder(branch, node, note, enter)
+
+    def request_at(self, path: Path, like: Like = lambda *_: None) -> Make | None:
+        """Plan to read everything at and below a path, with the structure that is stored for it.
+        None: the checkpoint has nothing there."""
+        branch, node = self.stored.below(path), self.stored.node(path)
+        return None if branch.is_empty and node is None else self.request(branch, node, like)
+
+    def like_parameter(self, _: TensorEntry, name: str | None) -> torch.Tensor | None:
+        """Place a tensor like the parameter `name`: a `Like`."""
+        return self.parameter(name) if name else None
+
+    def _allocator(
+        self, name: str, entry: TensorEntry, node: Node, like: Like
     ) -> Callable[[], torch.Tensor]:
+        dtype: torch.dtype = getattr(torch, entry.dtype)
         saved = node["tensor"] if isinstance(node, dict) and kind_of_node(node) == "tensor" else {}
         shape = entry.shape
-        template = like(entry, saved.get("like", ""))
+        template = like(entry, saved.get("like"))
         if isinstance(template, DTensor) and tuple(template.shape) == shape:
             placed = template.detach()
             return lambda: torch.empty_like(placed, dtype=dtype)
@@ -143,11 +164,11 @@ class Match:
         self.checks.append((tuple(names), check))
 
     def then(self, take: Callable[[Values], None]) -> None:
-        """Call `take` once every rank has read all its entries. Calls keep their order."""
+        """Register a function that `take` calls, in the order of registration."""
         self._takes.append(take)
 
     def take(self, values: Values) -> None:
-        """Pass the entries that were read to their targets."""
+        """Pass the entries to their targets, once every rank has read all its entries."""
         for take in self._takes:
             take(values)
 
@@ -197,7 +218,7 @@ def check_number(name: str, expected: type) -> Check:
 
 def is_one_number(stored: StoredState, name: str | None, live: Any) -> bool:
     """Return whether the checkpoint has a tensor of one element for the number `live`."""
-    entry = stored.tensor(name) if name is not None else None
+    entry = stored.tensor(name)
     return (
         entry is not None
         and type(live) in (int, float)

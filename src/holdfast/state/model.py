@@ -14,9 +14,10 @@ from torch.optim.swa_utils import AveragedModel
 from holdfast.errors import UsageError
 from holdfast.format.structure import Node
 from holdfast.state.layout import same_memory
-from holdfast.state.match import Match, Values
+from holdfast.state.match import Match
 from holdfast.state.plain import match_inside
 from holdfast.state.stateful import hand_over
+from holdfast.state.stored import Values
 from holdfast.state.subclass import UNINITIALIZED, is_plain_tensor
 from holdfast.state.tree import Flattener, Path, dotted, type_name
 
@@ -24,7 +25,7 @@ _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Path elements that `torch.compile` and activation checkpointing add to parameter names."""
 
 _TRANSPARENT = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
-"""Wrappers that hold the model as `module`. Checkpoints leave that path element out."""
+"""Wrappers with the model as `module`, a path element that checkpoints leave out."""
 
 
 @cache
@@ -67,7 +68,7 @@ class Names:
         return ".".join(kept)
 
     def earlier(self, raw: str) -> list[str]:
-        """Return other names that a checkpoint may have for `raw`: stock DCP's, and those of old
+        """Return other names that a checkpoint may have for `raw`: from stock DCP, or from old
         versions of Holdfast, which kept the path elements of nested wrappers."""
         name = canonical(raw)
         others = [name, raw]
@@ -77,9 +78,9 @@ class Names:
 
 
 def outline_of(parts: Sequence[nn.Module]) -> list[object]:
-    """Return a list that changes if any module or parameter is added, removed or replaced.
+    """Return a list that differs once any module or parameter is added, removed or replaced.
 
-    Every save compares it to decide whether the names must be computed again.
+    Comparing it at every save takes less time than computing all names again.
     """
     outline: list[object] = []
     visited: set[int] = set()
@@ -100,14 +101,14 @@ def outline_of(parts: Sequence[nn.Module]) -> list[object]:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """Names of the parameters that a run has trained, if it stores its base model once."""
+    """Parameter names of a run whose checkpoints leave out parameters that it never trained."""
 
     names: set[str] = field(default_factory=set)
-    """Parameters that required a gradient at a save or load, or that a checkpoint of the run
-    contains. Their values may differ from those of the base."""
+    """Parameters whose values may differ from the base model's: those that required a gradient at
+    a save or load, or that a checkpoint of the run contains."""
 
     base: set[str] = field(default_factory=set)
-    """Parameters in the base model, known once it has been loaded."""
+    """Parameters in the base model; empty until it has been loaded."""
 
 
 class ModelState:
@@ -120,44 +121,33 @@ class ModelState:
         trained: Trained | None = None,
         is_base: bool = False,
     ) -> None:
-        """With `trained`, checkpoints contain only the parameters named there; the base of the run
-        has the others. With `is_base`, all parameters are loaded, but the base may lack trained
-        ones.
-
-        Raises:
-            UsageError: a part is wrapped by FSDP1, which changes the parameters of the model.
-        """
-        self._parts = list(parts)
+        """With `trained`, checkpoints contain only these parameters, since the base model has the
+        others. With `is_base`, this is the base model, which may lack trained parameters."""
+        self.parts: Sequence[nn.Module] = list(parts)
         self._names: list[Names] = []
         self._named_for: list[object] = []
         self._trained, self._is_base = trained, is_base
-        self._left_out: frozenset[str] = frozenset()
-        self._frozen: list[tuple[str, nn.Parameter]] = []
+        self._left_out: dict[str, nn.Parameter] = {}
         self.may_lack: frozenset[str] = frozenset()
         """Names that a checkpoint may lack. Their tensors then keep their values."""
         for part in parts:
             refuse_fsdp1(part)
 
-    @property
-    def parts(self) -> Sequence[nn.Module]:
-        """Modules of the model."""
-        return self._parts
-
     def _find_names(self) -> None:
         """Compute the names again if a module or parameter was added, removed or replaced."""
-        outline = outline_of(self._parts)
+        outline = outline_of(self.parts)
         if not self._names or outline != self._named_for:
-            self._names = list(map(Names, self._parts))
+            self._names = list(map(Names, self.parts))
             self._named_for = outline
 
     def _find_trained(self, stored: Collection[str | int] = ()) -> None:
-        """Decide which parameters checkpoints leave out: those that were never trained in this
-        run. Names in `stored`, which a checkpoint contains, count as trained."""
+        """Decide which parameters checkpoints leave out: those that this run never trained. Names
+        in a checkpoint of the run, `stored`, count as trained."""
         if self._trained is None:
             return
         parameters = {
             names.of(name): parameter
-            for part, names in zip(self._parts, self._names, strict=True)
+            for part, names in zip(self.parts, self._names, strict=True)
             for name, parameter in part.named_parameters(remove_duplicate=False)
         }
         active = {name for name, parameter in parameters.items() if parameter.requires_grad}
@@ -167,15 +157,15 @@ class ModelState:
             self._trained.base.update(parameters.keys() & {*stored})
             return
         self._trained.names.update(parameters.keys() & {*stored})
-        self._frozen = [(n, p) for n, p in parameters.items() if n not in self._trained.names]
-        self._left_out = frozenset(name for name, _ in self._frozen)
-        # A parameter that was frozen at the save and is trained now keeps its value of the base.
+        self._left_out = {n: p for n, p in parameters.items() if n not in self._trained.names}
+        # A parameter frozen at the save and trained now is not in the checkpoint: it keeps the
+        # base model's value.
         self.may_lack = frozenset(self._trained.base)
 
     def note_trained(self) -> None:
-        """Record which parameters are trained now, because they may be frozen again before the
-        next save. Cheap enough for every step."""
-        for name, parameter in self._frozen:
+        """Record which parameters are trained now. Every step calls this, because a parameter may
+        be frozen again before the next save."""
+        for name, parameter in self._left_out.items():
             if parameter.requires_grad and self._trained is not None:
                 self._trained.names.add(name)
 
@@ -185,7 +175,7 @@ class ModelState:
         self._find_names()
         self._find_trained()
         state: dict[str, Any] = {}
-        for part, names in zip(self._parts, self._names, strict=True):
+        for part, names in zip(self.parts, self._names, strict=True):
             for raw, value in own_state(part).items():
                 name = names.of(raw)
                 if name in state:
@@ -200,6 +190,8 @@ class ModelState:
     def flatten(self, flattener: Flattener, path: Path) -> Node:
         """Add every parameter, buffer and piece of extra state."""
         above = f"{dotted(path)}." if path else ""
+        if path:
+            flattener.state.unions[path] = "model"
         for name, value in self.state_dict().items():
             if type(value) in (torch.Tensor, nn.Parameter):
                 flattener.add((*path, name), value, above + name)
@@ -211,17 +203,16 @@ class ModelState:
         """Plan to fill parameters and buffers in place, and to pass everything else to the
         modules' own `load_state_dict`."""
         self._find_names()
-        self._find_trained([str(name) for name in match.stored.tops()])
+        self._find_trained([str(name) for name in match.stored.root.children])
         wanted: set[str] = set()
         parts = [
             ModuleMatch(match, path, part, names, model=self)
-            for part, names in zip(self._parts, self._names, strict=True)
+            for part, names in zip(self.parts, self._names, strict=True)
         ]
         for part in parts:
             wanted |= part.match()
         for part in parts:
-            wanted |= part.match_more(wanted)
-            part.finish()
+            part.finish(wanted)
 
     def skips(self, name: str) -> bool:
         """Return whether this model's checkpoints leave out `name`."""
@@ -241,7 +232,8 @@ class ModuleMatch:
         self._replaced: dict[str, Callable[[Values], Any]] = {}
 
     def match(self) -> set[str]:
-        """Decide the target of each entry of the module. Returns their names below the path."""
+        """Decide the target of each entry of the module. Returns the entries' stored names below
+        the path."""
         memory, wanted = memory_of(self._module), set()
         for raw, value in self._state.items():
             if self._model.skips(self._names.of(raw)):
@@ -255,28 +247,26 @@ class ModuleMatch:
                 self._request(raw, name)
         return wanted
 
-    def match_more(self, wanted: Collection[str]) -> set[str]:
-        """Read stored entries that a fresh module lacks, if its own load code may create them.
-        Returns their names."""
-        if not is_custom(self._module):
-            return set()
+    def finish(self, wanted: set[str]) -> None:
+        """Plan a call of the module's own `load_state_dict`, if it needs one. Adds the names of
+        further entries to read to `wanted`."""
+        if is_custom(self._module):
+            self._match_more(wanted)
+        if self._replaced or is_custom(self._module):
+            self._match.then(self._take)
+
+    def _match_more(self, wanted: set[str]) -> None:
+        """Read stored entries that a fresh module lacks: its own load code may create them."""
         stored = self._match.stored
-        below = stored.below(self._path).children if self._path else stored.tops()
-        customs = [n for n, m in self._module.named_modules() if is_custom(m, deep=False)]
-        more = set()
+        below = stored.below(self._path).children
+        customs = [n for n, m in self._module.named_modules() if _has_own_code(m)]
         for key in below:
             name = str(key)
             is_of_component = not self._path and name in self._match.others
             is_custom_entry = any(not n or name.startswith(f"{n}.") for n in customs)
             if is_custom_entry and name not in wanted and not is_of_component:
-                more.add(name)
+                wanted.add(name)
                 self._request(name, name)
-        return more
-
-    def finish(self) -> None:
-        """Plan a call of the module's own `load_state_dict`, if it needs one."""
-        if self._replaced or is_custom(self._module):
-            self._match.then(self._take)
 
     def _stored_as(self, raw: str) -> str:
         """Return the name below the path that the checkpoint has for the module's entry `raw`."""
@@ -298,19 +288,17 @@ class ModuleMatch:
 
     def _request(self, raw: str, name: str) -> None:
         """Read an entry that is not the module's own memory, to pass it to `load_state_dict`."""
-        match, path = self._match, (*self._path, name)
-        branch, node = match.stored.below(path), match.stored.node(path)
-        if branch.is_empty and node is None:
-            if name in self._model.may_lack:
-                match.lacking.append(self._prefix + name)
-            else:
-                match.missing(self._prefix + name)
-            return
-        fresh = self._state.get(raw)
+        path, fresh = (*self._path, name), self._state.get(raw)
         template = fresh if isinstance(fresh, torch.Tensor) and is_plain_tensor(fresh) else None
-        self._replaced[raw] = match.request(
-            branch, node, lambda entry, _: template if entry.path == path else None
+        make = self._match.request_at(
+            path, lambda entry, _: template if entry.path == path else None
         )
+        if make is not None:
+            self._replaced[raw] = make
+        elif name in self._model.may_lack:
+            self._match.lacking.append(self._prefix + name)
+        else:
+            self._match.missing(self._prefix + name)
 
     def _take(self, values: Values) -> None:
         """Pass the module its state, in which its own tensors have been filled already."""
@@ -321,14 +309,11 @@ class ModuleMatch:
 
 
 def own_state(module: nn.Module) -> dict[str, Any]:
-    """Return a module's `state_dict`; with gradients, unless the module overrides the method.
-
-    Raises:
-        UsageError: the result is no dict with text keys.
-    """
+    """Return a module's `state_dict`; with gradients, unless the module overrides the method."""
     with torch.no_grad():
         if type(module).state_dict is nn.Module.state_dict:
-            # Detaching a DTensor is slow. Readers and writers detach its local tensor instead.
+            # Without `keep_vars` torch detaches every DTensor, which is slow. Readers and writers
+            # detach the local tensors instead.
             state: dict[str, Any] = module.state_dict(keep_vars=True)
         else:
             state = module.state_dict()
@@ -378,9 +363,9 @@ _METHODS = (
 )
 
 
-def is_custom(module: nn.Module, *, deep: bool = True) -> bool:
-    """Return whether a module (or, if `deep`, a module in it) has its own code to save or load."""
-    return any(map(_has_own_code, module.modules() if deep else [module]))
+def is_custom(module: nn.Module) -> bool:
+    """Return whether a module, or one inside it, has its own code to save or load."""
+    return any(map(_has_own_code, module.modules()))
 
 
 def _has_own_code(module: nn.Module) -> bool:
@@ -388,7 +373,7 @@ def _has_own_code(module: nn.Module) -> bool:
     if _overrides(cls):
         return True
     hooks = (hook for kind in _HOOKS for hook in (getattr(module, kind, None) or {}).values())
-    # Torch's own hooks rename keys and gather shards, which tensors filled in place do not need.
+    # Torch's own hooks only rename keys and gather shards, which an in-place load does not need.
     return any(not _is_torchs(getattr(hook, "hook", hook)) for hook in hooks)
 
 
@@ -420,15 +405,14 @@ def refuse_fsdp1(module: nn.Module) -> None:
 
 
 def adapted(parts: Sequence[nn.Module]) -> tuple[ModelState, ModelState]:
-    """Return the components of a model that is trained in part: the one that checkpoints contain,
-    without parameters that were never trained; and the complete one, which the base contains,
-    possibly without trained parameters.
+    """Return two components of a model that is trained in part: one for checkpoints, without the
+    parameters that were never trained; and one for the base model, which may lack trained ones.
 
-    Each save and load decides anew which parameters are trained.
+    Each save and load decides again which parameters are trained.
     """
     trained = Trained()
     kept, whole = (ModelState(parts, trained=trained, is_base=is_base) for is_base in (False, True))
-    # Parameters that are trained now may be frozen at the first save.
+    # Record parameters that are trained now, since they may be frozen at the first save.
     kept.state_dict()
     return kept, whole
 

@@ -13,15 +13,15 @@ from torch.optim import Optimizer
 
 from holdfast.errors import MismatchError, UsageError
 from holdfast.format.manifest import Manifest
-from holdfast.format.structure import OPTIMIZERS, Node
 from holdfast.state.match import Match
 from holdfast.state.model import ModelState, named_parameters, outline_of, refuse_fsdp1
 from holdfast.state.optim import OptimizerState
-from holdfast.state.plain import Component, PlainMatch
+from holdfast.state.plain import PlainMatch, Put, setter
 from holdfast.state.schedulers import SchedulerState
-from holdfast.state.stateful import NoState, ObjectState, RankState
+from holdfast.state.stateful import ObjectState, RankState
 from holdfast.state.stored import StoredState
 from holdfast.state.tree import (
+    Component,
     FlatState,
     Flattener,
     Path,
@@ -37,10 +37,10 @@ from holdfast.state.tree import (
 class StateTree:
     """A nested state, with the state of all objects in it.
 
-    `state` maps names to tensors, plain values, dicts, lists and objects with a `state_dict`; or it
-    is one module. The entries of `state[flat]` get names at the top level, without its key, as
-    TorchTitan names those of the model. `others` are top-level names of other components. `watch`
-    is called with every optimizer in the tree, at any depth, before `flatten` returns.
+    `state` is one module, or maps names to tensors, plain values, dicts, lists and objects with a
+    `state_dict`. The entries of `state[flat]` are named without that key, as TorchTitan names those
+    of the model. `others` are further top-level names that do not belong to the model. `watch` is
+    called with every optimizer in the tree, at any depth, before `flatten` returns.
     """
 
     def __init__(
@@ -71,17 +71,13 @@ class StateTree:
         self._placed_for: list[object] = []
 
     def flatten(self) -> FlatState:
-        """Return every tensor and value by name. Tensors share memory with the state.
-
-        Raises:
-            UsageError: two entries have one name, or a value or object cannot be restored.
-        """
+        """Return every tensor and value by name. Tensors share memory with the state."""
         if self._placed is not None and self._placed_for != outline_of(self._modules):
             self._placed = None
-        flattener = Flattener(enters=self._enter, placed_like=self._placed_like)
+        flattener = Flattener(self.component_of, self._placed_like)
         for name, key in self._keys.items():
             if key != self._flat:
-                self._flatten_one(flattener, (name,), self._state[key])
+                flattener.put((name,), self._state[key])
         if self._flat_component is not None:
             self._flat_component.flatten(flattener, ())
         state = flattener.state
@@ -91,10 +87,7 @@ class StateTree:
     def _stepped(self, state: FlatState) -> Iterator[str]:
         for path, (_, component) in self._components.items():
             if isinstance(component, OptimizerState):
-                parameters, slots = component.stepped(dotted(path))
-                for name, leaf in state.leaves.items():
-                    if id(leaf.value) in parameters or (slots and name.startswith(slots)):
-                        yield name
+                yield from component.stepped(path, state.leaves)
 
     def match(self, manifest: Manifest, *, strict: bool = True) -> Match:
         """Decide the target of each entry of a checkpoint. With `strict`, the match lists unused
@@ -102,12 +95,14 @@ class StateTree:
         stored = StoredState(manifest)
         components = frozenset({*self._others, *self._keys} - {self._flat})
         match = Match(stored, parameter=self._parameter, others=components)
-        plain = PlainMatch(match, self.component_of, lambda _, name: self._parameter(name))
+        plain = PlainMatch(match, self.component_of)
         if self._flat_component is not None:
             self._flat_component.match(match, ())
         for name, key in self._keys.items():
             if key != self._flat:
-                plain.member(self._state[key], (name,), self._setter(key))
+                # A value stored next to the model of a run would never be read.
+                put = _refusal(key, self._state[key]) if self._flat else setter(self._state, key)
+                plain.member(self._state[key], (name,), put)
         if strict:
             self._note_extra(match)
         else:
@@ -121,7 +116,7 @@ class StateTree:
 
     def component_of(self, path: Path, value: Any) -> Component | None:
         """Return the component that saves and loads an object; None for plain state."""
-        # An object may return another object as its whole state. Both have the same path.
+        # Compare the owner too: an object's whole state may be another object, at the same path.
         owner, component = self._components.get(path, (None, None))
         if component is not None and owner is value:
             return component
@@ -130,7 +125,7 @@ class StateTree:
             for optimizer in component.optimizers:
                 self._watch(optimizer)
         if component is not None and len(path) <= 1 and owner is None:
-            # Deeper objects may be replaced along with the state that contains them.
+            # Not for deeper objects: a load may replace them with the state that contains them.
             self._components[path] = value, component
         return component
 
@@ -143,57 +138,13 @@ class StateTree:
             return value
         return ObjectState(value) if is_object(value) else None
 
-    def _flatten_one(self, flattener: Flattener, path: Path, value: Any) -> None:
-        component = self.component_of(path, value)
-        if component is None:
-            flattener.put(path, value)
-            return
-        node = self._flatten_component(flattener, path, component)
-        if node is not None and path not in flattener.state.structure:
-            flattener.state.structure[path] = {"object": node}
-
-    def _enter(self, flattener: Flattener, path: Path, value: Any) -> Node:
-        component = self.component_of(path, value)
-        assert component is not None, "an object"
-        return self._flatten_component(flattener, path, component)
-
-    def _flatten_component(self, flattener: Flattener, path: Path, component: Component) -> Node:
-        node = component.flatten(flattener, path)
-        if isinstance(component, ModelState):
-            flattener.state.unions[path] = "model"
-        elif isinstance(component, OptimizerState):
-            flattener.state.unions[path] = "sharded" if component.is_sharded else "optimizer"
-            classes = component.class_names
-            flattener.state.structure[path] = {"object": node, OPTIMIZERS: classes}
-        return node
-
-    def _setter(self, key: Any) -> Callable[[Any], None]:
-        def put(value: Any) -> None:
-            if self._flat:
-                # A value stored next to the model of a run would never be read.
-                found, here = type_name(value), type_name(self._state[key])
-                raise MismatchError(f"`{key}` is a {found} in the checkpoint, a {here} here")
-            try:
-                self._state[key] = value  # type: ignore[index]
-            except TypeError as error:
-                raise UsageError(
-                    f"`{key}` cannot be replaced in a {type_name(self._state)}",
-                    hint="pass a dict, whose values a load can replace",
-                ) from error
-
-        return put
-
     def _note_extra(self, match: Match) -> None:
         """Note unused entries below the names of this state."""
         flat = self._flat_component is not None
-        for top, entries in match.stored.tops().items():
+        for top, branch in match.stored.root.children.items():
             given = top in self._keys and top != self._flat
             if given or (flat and top not in match.others):
-                for name, _ in entries:
-                    if name not in match.taken:
-                        match.extra[name] = None
-
-    # -------------------------------------------------------------------- parameters by placement
+                match.extra.update((n, None) for n in branch.entries() if n not in match.taken)
 
     def _parameter(self, name: str) -> torch.Tensor | None:
         return next((p for key, p in named_parameters(self._modules) if key == name), None)
@@ -210,12 +161,20 @@ class StateTree:
         return next((name for name in names if name in dotted(path)), names[0] if names else None)
 
 
+def _refusal(key: Any, live: Any) -> Put:
+    def refuse(value: Any) -> None:
+        found, here = type_name(value), type_name(live)
+        raise MismatchError(f"`{key}` is a {found} in the checkpoint, a {here} here")
+
+    return refuse
+
+
 def _placement(tensor: DTensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.placements, tensor.device_mesh
 
 
 def _is_component(value: Any) -> TypeGuard[Component]:
-    kinds = ModelState | OptimizerState | SchedulerState | ObjectState | RankState | NoState
+    kinds = ModelState | OptimizerState | SchedulerState | ObjectState | RankState
     return isinstance(value, kinds)
 
 
@@ -235,7 +194,7 @@ def _modules(state: Any, path: Path) -> Iterator[tuple[Path, nn.Module]]:
 
 
 def _check_names(state: FlatState) -> None:
-    """Raise UsageError if two entries have the same name."""
+    """Raise UsageError if two entries have one name."""
     several = [leaf.names for leaf in state.leaves.values() if leaf.names]
     # Counting the names is much cheaper than comparing thousands one by one.
     names: dict[str, object] = {**state.leaves}

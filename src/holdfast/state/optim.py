@@ -1,16 +1,15 @@
-"""Optimizers as components whose state is stored by parameter name, so that it can be loaded by
-any number of ranks and with parameters in any order.
+"""Optimizers as components whose state is stored by parameter name, so that any number of ranks
+can load it, with parameters in any order.
 
-Names are those of torch's flattened optimizer state dict (`state.<parameter>.<slot>` and
-`param_groups.<parameter>.<option>`), which TorchTitan writes too. The saved state is the
-optimizer's `state_dict()`; its own `load_state_dict` restores it.
+Names are those of torch's flattened optimizer state dict, as in TorchTitan:
+`state.<parameter>.<slot>` and `param_groups.<parameter>.<option>`. The optimizer's own `state_dict`
+and `load_state_dict` are called.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
@@ -19,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from holdfast.errors import UsageError
-from holdfast.format.structure import Node
+from holdfast.format.structure import OPTIMIZERS, Node
 from holdfast.state.match import Match
 from holdfast.state.model import named_parameters, outline_of
 from holdfast.state.optim_class import ClassCheck
@@ -27,6 +26,7 @@ from holdfast.state.stateful import ObjectState
 from holdfast.state.tree import (
     SCALARS,
     Flattener,
+    Leaf,
     Path,
     Stateful,
     dotted,
@@ -39,9 +39,9 @@ STATE, GROUPS = "state", "param_groups"
 """Keys of an optimizer's state dict."""
 
 OTHERS, EMPTY, MORE, OWN = "others", "empty_groups", "more", "own"
-"""Keys that end in a dot and the number of the optimizer: state that belongs to no parameter;
-options of groups without parameters, by the number of the group; other entries of the state dict;
-and the whole state of an optimizer with its own `state_dict`."""
+"""Keys that are followed by a dot and the optimizer's number: state of no parameter; options of
+groups without parameters, by group number; further entries of the state dict; the whole state of an
+optimizer with its own `state_dict`."""
 
 
 class OptimizerState:
@@ -58,8 +58,8 @@ class OptimizerState:
         *,
         paths: Sequence[str] = (),
     ) -> None:
-        """`paths` are those of `parts` in the state; none if these are the parts of one model."""
-        self._named: list[Optimizer] = [opt for opt in optimizers if is_by_parameter(opt)]
+        """`paths`: path of each module in the state; empty if `parts` are parts of one model."""
+        self.named: list[Optimizer] = [opt for opt in optimizers if is_by_parameter(opt)]
         self._own = [opt for opt in optimizers if not is_by_parameter(opt)]
         self._single = len(self._own) == len(optimizers) == 1
         self._parts, self._paths = parts, paths
@@ -71,10 +71,9 @@ class OptimizerState:
     def _find_names(self) -> None:
         """Compute the names of the parameters, if parameters or modules have changed.
 
-        Names are kept by `id`. The optimizers keep their parameters alive, so no other object can
-        get the `id` of one.
+        Names are kept by `id`, which stays unique: the optimizers keep their parameters alive.
         """
-        ids = [id(p) for optimizer in self._named for p in parameters_of(optimizer)]
+        ids = [id(p) for optimizer in self.named for p in parameters_of(optimizer)]
         named_for = ids, outline_of(self._parts)
         if named_for == self._named_for:
             return
@@ -111,44 +110,33 @@ class OptimizerState:
         taken = {*names.values()}
         for number, key in enumerate(ids):
             if key not in names:
-                # A parameter of a model may itself be called by a number.
+                # A module may have given this number as a name.
                 names[key] = f"number.{number}" if str(number) in taken else str(number)
         return names
 
     @property
-    def named(self) -> Sequence[Optimizer]:
-        """Optimizers whose state is stored by parameter name."""
-        return self._named
-
-    @property
     def optimizers(self) -> Iterator[Optimizer]:
         """All subclasses of torch's `Optimizer`."""
-        return (opt for opt in (*self._named, *self._own) if isinstance(opt, Optimizer))
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether ranks may hold the slots of different parameters."""
-        return bool(self._own) or any(map(is_zero, self._named))
-
-    @property
-    def class_names(self) -> list[str]:
-        """Module and class name of each optimizer."""
-        return [type_name(optimizer) for optimizer in (*self._named, *self._own)]
+        return (opt for opt in (*self.named, *self._own) if isinstance(opt, Optimizer))
 
     def name_of(self, parameter: torch.Tensor) -> str:
         """Return the name of a parameter, or its number if no module contains it."""
         return self._names[id(parameter)]
 
-    def stepped(self, above: str) -> tuple[set[int], str]:
-        """Return what only a step of these optimizers changes: the `id` of each parameter, and
-        the prefix of the names of slots. `above` is the name of this component."""
-        parameters = {id(p) for optimizer in self._named for p in parameters_of(optimizer)}
-        return parameters, f"{above}.{STATE}." if self._named else ""
+    def stepped(self, path: Path, leaves: Mapping[str, Leaf]) -> Iterator[str]:
+        """Yield the names of tensors that change only when these optimizers step."""
+        parameters = {id(p) for optimizer in self.named for p in parameters_of(optimizer)}
+        slots = f"{dotted(path)}.{STATE}."
+        for name, leaf in leaves.items() if self.named else ():
+            if id(leaf.value) in parameters or name.startswith(slots):
+                yield name
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:
         """Add the slots of every parameter, the options of every group, and other entries."""
         self._find_names()
-        for number, optimizer in enumerate(self._named):
+        is_sharded = bool(self._own) or any(map(is_zero, self.named))
+        flattener.state.unions[path] = "sharded" if is_sharded else "optimizer"
+        for number, optimizer in enumerate(self.named):
             state = state_of(optimizer)
             others = self._flatten_slots(flattener, path, optimizer, state[STATE])
             self._flatten_groups(flattener, path, number, optimizer, state[GROUPS])
@@ -156,19 +144,22 @@ class OptimizerState:
             for key, rest in ((OTHERS, others), (MORE, more)):
                 if rest:
                     flattener.put((*path, f"{key}.{number}"), rest, rebuilt=True)
+        node: Node = None
         for own_path, own in self._own_paths(path):
             node = ObjectState(own).flatten(flattener, own_path)
-            if self._single:
-                return node
-            flattener.state.structure[own_path] = {"object": node}
-        return None
+            if not self._single:
+                flattener.state.structure[own_path] = {"object": node}
+        node = node if self._single else None
+        classes = [type_name(optimizer) for optimizer in (*self.named, *self._own)]
+        flattener.state.structure[path] = {"object": node, OPTIMIZERS: classes}
+        return node
 
     def match(self, match: Match, path: Path) -> None:
         """Plan the load of every optimizer, by the names of its parameters."""
         from holdfast.state.optim_match import OptimizerMatch
 
         self._find_names()
-        if self._named:
+        if self.named:
             OptimizerMatch(self, match, path).run()
         for own_path, own in self._own_paths(path):
             ClassCheck(match, path).note(own)
@@ -199,7 +190,7 @@ class OptimizerState:
                 if is_placed_like(value, parameter):
                     flattener.add((*path, entry), value, above + entry)
                 elif type(value) is torch.Tensor and value.shape == parameter.shape:
-                    # The shape alone would let a load shard it like its parameter.
+                    # Mark it as whole: by its shape, a load would shard it like its parameter.
                     flattener.add((*path, entry), value, above + entry)
                     flattener.state.structure[*path, entry] = {"tensor": {"place": "whole"}}
                 else:
@@ -239,15 +230,16 @@ class OptimizerState:
         value: Any,
         names: list[str],
     ) -> None:
-        """Add an option of a group as one leaf with a name for each parameter. A leaf for each of
-        thousands of parameters would take too long while training waits."""
+        """Add an option of a group as one leaf with a name for each parameter. One leaf for each of
+        thousands of parameters would take too long, while training waits."""
         named_paths = self._named_paths(path, group, option, names)
-        if not _is_one_leaf(value):
+        is_leaf = type(value) in (tuple, list) and not holds_state(value)
+        if not is_leaf and type(value) not in SCALARS:
             for name in names:
                 flattener.put((*path, f"{GROUPS}.{name}.{option}"), value, rebuilt=True)
             return
         plain, types = made_plain(next(iter(named_paths.values())), value)
-        flattener.add_named(named_paths, plain)
+        flattener.add(next(iter(named_paths.values())), plain, names=named_paths)
         if types:
             structure = flattener.state.structure
             structure.update((named, {"types": types}) for named in named_paths.values())
@@ -255,7 +247,7 @@ class OptimizerState:
     def _named_paths(
         self, path: Path, group: tuple[int, int], option: str, names: list[str]
     ) -> dict[str, Path]:
-        """Return the paths of an option by name. They are cached, because every save needs them."""
+        """Return the paths of an option by name, cached from save to save."""
         key = (path, *group, option)
         known = self._known.get(key)
         if known is None or known[0] != names:
@@ -263,21 +255,6 @@ class OptimizerState:
             known = names, {dotted(named): named for named in paths}
             self._known[key] = known
         return known[1]
-
-
-@dataclass(frozen=True, slots=True)
-class _ZeroState:
-    """The state of a `ZeroRedundancyOptimizer` on this rank."""
-
-    optimizer: Any
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of this rank's parameters, and the options of all groups."""
-        optimizer = self.optimizer
-        groups = Optimizer.state_dict(optimizer)[GROUPS]
-        numbers = {id(p): number for number, p in enumerate(parameters_of(optimizer))}
-        state = {numbers[id(p)]: slots for p, slots in optimizer.optim.state.items()}
-        return {STATE: state, GROUPS: groups}
 
 
 def is_by_parameter(optimizer: object) -> TypeGuard[Optimizer]:
@@ -300,12 +277,8 @@ def is_zero(optimizer: object) -> bool:
 
 
 def state_of(optimizer: Optimizer) -> dict[str, Any]:
-    """Return an optimizer's `state_dict`.
-
-    Raises:
-        UsageError: a hook has changed the form of the state.
-    """
-    state: Any = (_ZeroState(optimizer) if is_zero(optimizer) else optimizer).state_dict()
+    """Return an optimizer's `state_dict`, checked to have torch's form."""
+    state: Any = _zero_state(optimizer) if is_zero(optimizer) else optimizer.state_dict()
     numbers = iter(range(len(parameters_of(optimizer))))
     try:
         fits = isinstance(state[STATE], Mapping) and [g["params"] for g in state[GROUPS]] == [
@@ -321,6 +294,13 @@ def state_of(optimizer: Optimizer) -> dict[str, Any]:
             "a subclass, whose state is stored unchanged",
         )
     return dict(state)
+
+
+def _zero_state(optimizer: Any) -> dict[str, Any]:
+    """Return a `ZeroRedundancyOptimizer`'s state of this rank's parameters, and all groups."""
+    numbers = {id(p): number for number, p in enumerate(parameters_of(optimizer))}
+    state = {numbers[id(p)]: slots for p, slots in optimizer.optim.state.items()}
+    return {STATE: state, GROUPS: Optimizer.state_dict(optimizer)[GROUPS]}
 
 
 def parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:
@@ -340,8 +320,3 @@ def is_placed_like(value: Any, parameter: torch.Tensor) -> bool:
         and value.placements == parameter.placements
         and value.device_mesh == parameter.device_mesh
     )
-
-
-def _is_one_leaf(value: Any) -> bool:
-    """Return whether a value is always stored as one entry."""
-    return type(value) in SCALARS or (type(value) in (tuple, list) and not holds_state(value))

@@ -1,9 +1,9 @@
-"""Whether an optimizer can continue from the state of an optimizer of another class."""
+"""Check that an optimizer can continue from the state of an optimizer of another class."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from holdfast.format.structure import OPTIMIZERS
 from holdfast.state.match import Match
@@ -15,32 +15,21 @@ _OF_SCHEDULERS = frozenset(
 """Options that schedulers or callers add to a group of any optimizer."""
 
 
-class _Slots(NamedTuple):
-    needed: frozenset[str]
-    """Slots that every parameter has after a step."""
-
-    more: frozenset[str] = frozenset()
-    """Slots that depend on options."""
-
-
-def _slots(needed: str, more: str = "") -> _Slots:
-    return _Slots(frozenset(needed.split()), frozenset(more.split()))
-
-
 _SLOTS = {
-    "torch.optim.adadelta.Adadelta": _slots("step square_avg acc_delta"),
-    "torch.optim.adagrad.Adagrad": _slots("step sum"),
-    "torch.optim.adam.Adam": _slots("step exp_avg exp_avg_sq", "max_exp_avg_sq"),
-    "torch.optim.adamw.AdamW": _slots("step exp_avg exp_avg_sq", "max_exp_avg_sq"),
-    "torch.optim.adamax.Adamax": _slots("step exp_avg exp_inf"),
-    "torch.optim.asgd.ASGD": _slots("step eta mu ax"),
-    "torch.optim.nadam.NAdam": _slots("step mu_product exp_avg exp_avg_sq"),
-    "torch.optim.radam.RAdam": _slots("step exp_avg exp_avg_sq"),
-    "torch.optim.rmsprop.RMSprop": _slots("step square_avg", "momentum_buffer grad_avg"),
-    "torch.optim.rprop.Rprop": _slots("step prev step_size"),
-    "torch.optim.sgd.SGD": _slots("", "momentum_buffer"),
+    "torch.optim.adadelta.Adadelta": ("step square_avg acc_delta", ""),
+    "torch.optim.adagrad.Adagrad": ("step sum", ""),
+    "torch.optim.adam.Adam": ("step exp_avg exp_avg_sq", "max_exp_avg_sq"),
+    "torch.optim.adamw.AdamW": ("step exp_avg exp_avg_sq", "max_exp_avg_sq"),
+    "torch.optim.adamax.Adamax": ("step exp_avg exp_inf", ""),
+    "torch.optim.asgd.ASGD": ("step eta mu ax", ""),
+    "torch.optim.nadam.NAdam": ("step mu_product exp_avg exp_avg_sq", ""),
+    "torch.optim.radam.RAdam": ("step exp_avg exp_avg_sq", ""),
+    "torch.optim.rmsprop.RMSprop": ("step square_avg", "momentum_buffer grad_avg"),
+    "torch.optim.rprop.Rprop": ("step prev step_size", ""),
+    "torch.optim.sgd.SGD": ("", "momentum_buffer"),
 }
-"""Slots of torch's own optimizers, by class name."""
+"""Slots of torch's own optimizers, by class name: those that every parameter has after a step, and
+those that depend on options."""
 
 
 class ClassCheck:
@@ -74,7 +63,7 @@ class ClassCheck:
         beyond = sorted({*options} - known - _OF_SCHEDULERS)
         lacks = sorted({*optimizer.defaults} - {*options}) if options else []
         wrong = _wrong_slots(optimizer, slots)
-        # If the stored class is unknown, options alone prove nothing: they change with torch.
+        # Without a stored class, options alone prove nothing, since versions of torch differ too.
         unlike = bool(beyond and lacks)
         if not ((unlike or wrong) if self._stored else (unlike and wrong)):
             self.note(optimizer)
@@ -87,12 +76,11 @@ class ClassCheck:
 
 def _wrong_slots(optimizer: Any, slots: Iterable[Collection[str]]) -> str:
     """Describe stored slots that an optimizer of torch cannot use; "" if it can use all."""
-    table = _SLOTS.get(type_name(optimizer))
-    if table is None:
+    if type_name(optimizer) not in _SLOTS:
         return ""
-    for stored in map(frozenset, slots):
-        beyond = stored - table.needed - table.more
-        lacks = table.needed - stored
+    needed, optional = ({*names.split()} for names in _SLOTS[type_name(optimizer)])
+    for stored in map(set, slots):
+        beyond, lacks = stored - needed - optional, needed - stored
         if stored and lacks:
             has = f"has the slots {_listed(sorted(beyond))}, and " if beyond else ""
             return f"{has}lacks the slots {_listed(sorted(lacks))}"
@@ -104,7 +92,8 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _is_same(one: str, other: str) -> bool:
-    """Whether two names mean the same class. A class of the running script is in `__main__`."""
+    """Return whether two names mean the same class. A class of the script that runs has the module
+    `__main__`, so its module is not compared."""
     module, _, name = one.rpartition(".")
     other_module, _, other_name = other.rpartition(".")
     return one == other or (name == other_name and "__main__" in (module, other_module))

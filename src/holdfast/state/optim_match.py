@@ -1,4 +1,4 @@
-"""Loads of optimizers: stored entries by parameter, and the dict for `load_state_dict`."""
+"""Loading of optimizers: entries are sorted by parameter, then passed to `load_state_dict`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from holdfast.format.manifest import TensorEntry, ValueEntry
+from holdfast.format.manifest import TensorEntry
 from holdfast.format.structure import children_of, kind_of_node
-from holdfast.state.match import Match, Values
+from holdfast.state.match import Match
 from holdfast.state.optim import (
     EMPTY,
     GROUPS,
@@ -25,12 +25,8 @@ from holdfast.state.optim import (
 from holdfast.state.optim_class import ClassCheck
 from holdfast.state.same import same
 from holdfast.state.stateful import hand_over
-from holdfast.state.stored import Branch
-from holdfast.state.subclass import is_plain_tensor
+from holdfast.state.stored import Branch, Make, Values
 from holdfast.state.tree import Path, dotted
-
-Make = Callable[[Values], Any]
-"""Builds one part of the state from the entries that were read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +35,7 @@ class StoredOptimizer:
 
     slots: dict[str, dict[str, Branch]] = field(default_factory=dict)
     whole: dict[str, Branch] = field(default_factory=dict)
-    """State of parameters that is not a dict of slots with text keys."""
+    """State of each parameter whose state is not a dict of slots with text keys."""
 
     options: dict[str, dict[str, Branch]] = field(default_factory=dict)
     groups: list[Branch] = field(default_factory=list)
@@ -61,7 +57,8 @@ class OptimizerMatch:
     def run(self) -> None:
         """Decide the target of every entry."""
         branch = self._match.stored.below(self._path)
-        keys = [*branch.children, *self._stated_keys(branch)]
+        stated = (path[-1] for path in self._match.stored.structure if path[:-1] == self._path)
+        keys = list(dict.fromkeys([*branch.children, *stated]))
         if not keys:
             if any(self._known):
                 self._match.missing(self._name)
@@ -70,22 +67,18 @@ class OptimizerMatch:
         for number, optimizer in enumerate(self._owner.named):
             self._match_optimizer(optimizer, number, stored)
 
-    def _stated_keys(self, branch: Branch) -> Iterator[str | int]:
-        """Yield keys below the path that only the structure contains."""
-        length = len(self._path)
-        for path in self._match.stored.structure:
-            below = len(path) == length + 1 and path[:length] == self._path
-            if below and path[-1] not in branch.children:
-                yield path[-1]
-
     def _sorted(self, branch: Branch, keys: list[str | int]) -> StoredOptimizer:
-        """Sort all entries below the path by parameter. Entries of unknown parameters are extra."""
+        """Sort all entries below the path by parameter. Without those of unknown parameters."""
         stored = StoredOptimizer()
         for key in keys:
             text, child = str(key), branch.child(key)
             kind, dot, rest = text.partition(".")
             if kind == STATE and dot:
-                self._sort_slot(stored, rest, child)
+                name, slot = self._split(rest)
+                if name is not None:
+                    stored.slots.setdefault(name, {})[slot] = child
+                elif rest in self._known:
+                    stored.whole[rest] = child
             elif kind == GROUPS and dot:
                 name, option = self._split(rest)
                 if name is not None:
@@ -95,13 +88,6 @@ class OptimizerMatch:
             elif text == GROUPS:
                 stored.groups.extend(child.child(n) for n in sorted(child.children, key=int))
         return stored
-
-    def _sort_slot(self, stored: StoredOptimizer, rest: str, child: Branch) -> None:
-        name, slot = self._split(rest)
-        if name is None and rest in self._known:
-            stored.whole[rest] = child
-        elif name is not None:
-            stored.slots.setdefault(name, {})[slot] = child
 
     def _sort_nested(self, stored: StoredOptimizer, state: Branch) -> None:
         """Sort state in torch's nested form, by parameter name or by parameter number."""
@@ -155,8 +141,6 @@ class OptimizerMatch:
 
         self._match.then(take)
 
-    # -------------------------------------------------------------------------------------- slots
-
     def _match_state(
         self,
         optimizer: Optimizer,
@@ -182,18 +166,10 @@ class OptimizerMatch:
     def _match_slot(
         self, branch: Branch, parameter: torch.Tensor, live: Any, *, on_device: bool
     ) -> Make:
-        entry = self._match.stored.tensor(branch.name or "")
         node = self._match.stored.node(branch.path)
-        fits = (
-            entry is not None
-            and isinstance(live, torch.Tensor)
-            and (node is None or kind_of_node(node) == "tensor")
-            and is_plain_tensor(live)
-            and entry.shape == tuple(live.shape)
-            and f"torch.{entry.dtype}" == str(live.dtype)
-        )
-        if fits and branch.name is not None:
-            # A second copy of all slots might not fit: they may fill half of a GPU's memory.
+        is_tensor = node is None or kind_of_node(node) == "tensor"
+        if is_tensor and branch.name is not None and self._match.is_alike(branch.name, live):
+            # Fill it in place: slots may take half of a GPU's memory, so a copy might not fit.
             self._match.fill(branch.name, live)
             return lambda _: live
         return self._make(branch, parameter, on_device=on_device)
@@ -203,9 +179,9 @@ class OptimizerMatch:
         parameter. Other slots are whole on every rank, single numbers in host memory."""
         match = self._match
 
-        def like(entry: TensorEntry, name: str) -> torch.Tensor | torch.device | None:
+        def like(entry: TensorEntry, name: str | None) -> torch.Tensor | torch.device | None:
             if name:
-                return match.parameter(name)
+                return match.like_parameter(entry, name)
             node = match.stored.node(entry.path)
             whole = isinstance(node, dict) and "place" in node.get("tensor", {})
             if entry.shape == tuple(parameter.shape) and not whole:
@@ -214,30 +190,29 @@ class OptimizerMatch:
 
         return match.request(branch, match.stored.node(branch.path), like)
 
-    # ------------------------------------------------------------------------------------- groups
-
     def _match_groups(
         self, optimizer: Optimizer, number: int, names: list[str], stored: StoredOptimizer
     ) -> Callable[[Values], list[dict[str, Any]]]:
         """Return the maker of the groups. Stored options replace those of this run; options that
         are not stored stay."""
-        planned: list[tuple[dict[str, Any], list[int], dict[str, Make]]] = []
-        start = 0
+        planned: list[tuple[dict[str, Any], list[int], Make | None]] = []
+        remaining = iter(range(len(names)))
         for index, group in enumerate(optimizer.param_groups):
-            numbers = list(range(start, start + len(group["params"])))
-            start += len(numbers)
-            members = [names[n] for n in numbers]
-            makers = self._match_options(members, stored) if members else self._empty(number, index)
+            numbers = [next(remaining) for _ in group["params"]]
             own = {option: value for option, value in group.items() if option != "params"}
-            planned.append((own, numbers, makers))
+            if numbers:
+                make: Make | None = self._match_options([names[n] for n in numbers], stored)
+            else:
+                make = self._match.request_at((*self._path, f"{EMPTY}.{number}", str(index)))
+            planned.append((own, numbers, make))
         nested = [self._match.request(branch, None) for branch in stored.groups]
 
         def make_groups(values: Values) -> list[dict[str, Any]]:
             stored_groups = [make(values) for make in nested]
             by_name = {str(n): group for group in stored_groups for n in group.get("params", ())}
             groups = []
-            for own, numbers, makers in planned:
-                group = {**own, **{option: make(values) for option, make in makers.items()}}
+            for own, numbers, make in planned:
+                group = {**own, **(make(values) if make is not None else {})}
                 for n in numbers[:1]:
                     options = by_name.get(names[n], by_name.get(str(n), {}))
                     group |= {k: v for k, v in options.items() if k != "params"}
@@ -253,8 +228,8 @@ class OptimizerMatch:
         return options - {"params"}
 
     def _note_empty(self, optimizer: Optimizer, number: int) -> None:
-        """Note each group that was saved without parameters and has some here, or is not here.
-        Its parameters keep the options that were saved for them; the group's options are unused."""
+        """Note for the log each group that was saved without parameters, and has some here or does
+        not exist here. The saved options of such a group are not used."""
         path = (*self._path, f"{EMPTY}.{number}")
         branch, node = self._match.stored.below(path), self._match.stored.node(path)
         self._match.taken.update(branch.entries())
@@ -268,7 +243,8 @@ class OptimizerMatch:
                     "the number of the group will not follow"
                 ] = None
 
-    def _match_options(self, names: list[str], stored: StoredOptimizer) -> dict[str, Make]:
+    def _match_options(self, names: list[str], stored: StoredOptimizer) -> Make:
+        """Return the maker of the options of a group, which its parameters must agree on."""
         makers: dict[str, Make] = {}
         firsts: dict[str, Branch] = {}
         values = self._match.stored.manifest.values
@@ -278,12 +254,16 @@ class OptimizerMatch:
                 value, first_value = values.get(branch.name or ""), values.get(first.name or "")
                 if first is branch:
                     makers[option] = self._make_value(branch)
-                elif value and first_value and _is_same_item(value, first_value):
+                elif (
+                    value
+                    and first_value
+                    and (value.file, value.item) == (first_value.file, first_value.item)
+                ):
                     # The checkpoint stores an option once for all parameters of a group.
                     self._match.taken.update(branch.entries())
                 else:
                     self._compare(option, first, branch, names[0], name)
-        return makers
+        return lambda values: {option: make(values) for option, make in makers.items()}
 
     def _compare(self, option: str, one: Branch, other: Branch, first: str, name: str) -> None:
         """Refuse an option that differs between two parameters of one group."""
@@ -300,30 +280,17 @@ class OptimizerMatch:
 
         self._match.check([*one.entries(), *other.entries()], check)
 
-    def _empty(self, number: int, index: int) -> dict[str, Make]:
-        """Return the makers of the options of a group without parameters."""
-        path = (*self._path, f"{EMPTY}.{number}")
-        stored = self._match.stored
-        branch, node = stored.below(path), stored.node(path)
-        if branch.is_empty and node is None:
-            return {}
-        self._match.request(branch, node)
-        below = branch.child(str(index))
-        return {str(option): self._make_value(below.child(option)) for option in below.children}
-
     def _make_value(self, branch: Branch) -> Make:
         return self._match.request(branch, self._match.stored.node(branch.path))
 
     def _match_others(self, number: int) -> Callable[[Values, dict[str, Any]], None]:
         """Return a function that adds the rest of the optimizer's state, which belongs to no
         parameter and no group."""
-        stored = self._match.stored
         makers: list[tuple[str, Make]] = []
         for key in (OTHERS, MORE):
             path = (*self._path, f"{key}.{number}")
-            branch, node = stored.below(path), stored.node(path)
-            if not (branch.is_empty and node is None):
-                make = self._match.request(branch, node, self._like_parameter)
+            make = self._match.request_at(path, self._match.like_parameter)
+            if make is not None:
                 makers.append((key, make))
 
         def add(values: Values, loaded: dict[str, Any]) -> None:
@@ -332,24 +299,19 @@ class OptimizerMatch:
 
         return add
 
-    def _like_parameter(self, _: TensorEntry, name: str) -> torch.Tensor | None:
-        return self._match.parameter(name) if name else None
-
-    # ------------------------------------------------------------------------------- exact values
-
     @contextmanager
     def _exactly(self, optimizer: Optimizer, names: list[str]) -> Iterator[None]:
-        """Undo the conversions of torch's own `load_state_dict`: it casts every slot to the dtype
-        of its parameter, even counters and 8-bit moments, and copies texts.
+        """Undo the conversions of torch's own `load_state_dict`: it casts every slot to its
+        parameter's dtype, even counters and 8-bit moments, and does not keep texts.
 
-        The values are restored after torch's cast and before the optimizer's `__setstate__` and
-        hooks see the state. Changes that these make are kept.
+        The exact values are put back between torch's cast and the optimizer's `__setstate__`, so
+        that changes by `__setstate__` and by hooks are kept.
         """
         if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
             yield
             return
         given: dict[str, Any] = {}
-        # Registered last, so that it sees the changes of all other hooks.
+        # Register it last, so that it sees the changes by all other hooks.
         hook = optimizer.register_load_state_dict_pre_hook(lambda _, state: given.update(state))
         set_state = optimizer.__setstate__
         name_of = dict(zip(map(id, parameters_of(optimizer)), names, strict=True))
@@ -370,18 +332,15 @@ class OptimizerMatch:
             optimizer.__dict__.pop("__setstate__", None)
 
     def _was_cast(self, name: str, parameter: torch.Tensor) -> bool:
-        """Return whether the parameter's dtype differs from the checkpoint's; its slots follow."""
+        """Return whether the parameter has another dtype than in the checkpoint. If so, its slots
+        are cast as well."""
         tensors = self._match.stored.manifest.tensors
         entry = tensors.get(name) or tensors.get(f"model.{name}")
         return entry is not None and f"torch.{entry.dtype}" != str(parameter.dtype)
 
 
-def _is_same_item(one: ValueEntry, other: ValueEntry) -> bool:
-    return (one.file, one.item) == (other.file, other.item)
-
-
 def _exact(given: Any, cast: Any) -> Any:
-    """Return `given` with its own dtypes, using tensors of `cast` where nothing was changed."""
+    """Return `given` with its own dtypes. Tensors that torch did not cast are taken from `cast`."""
     if isinstance(given, torch.Tensor) and isinstance(cast, torch.Tensor):
         if (given.dtype, given.shape) == (cast.dtype, cast.shape):
             return cast

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
 from holdfast.errors import UsageError
 from holdfast.format.structure import MAPPINGS, SEQUENCES, Node, children_of, kind_of_node
-from holdfast.state.layout import dtype_name
-from holdfast.state.match import Like, Match, Values, check_number, is_one_number
+from holdfast.state.match import Match, check_number, is_one_number
 from holdfast.state.same import same
-from holdfast.state.stored import Branch, object_node
+from holdfast.state.stored import Branch, Values, object_node
 from holdfast.state.subclass import CONTEXT, is_plain_tensor, take_apart
-from holdfast.state.tree import SCALARS, Flattener, Path, check_depth, dotted, is_object, type_name
-
-
-class Component(Protocol):
-    """A part of the state that has its own code to save and load."""
-
-    def flatten(self, flattener: Flattener, path: Path) -> Node:
-        """Add its state below a path. Returns the node of that state."""
-        ...
-
-    def match(self, match: Match, path: Path) -> None:
-        """Decide the target of each entry below a path."""
-        ...
-
+from holdfast.state.tree import (
+    SCALARS,
+    ComponentOf,
+    Flattener,
+    Path,
+    check_depth,
+    dotted,
+    is_object,
+    type_name,
+)
 
 _NOT_TENSORS = SCALARS - {type(None)}
-"""Types of values that no tensor may replace, because their users expect exactly these types."""
+"""Types of values that a tensor must not replace."""
 
 Put = Callable[[Any], None]
 """Stores a loaded value in its container."""
@@ -39,14 +34,12 @@ Put = Callable[[Any], None]
 class PlainMatch:
     """Matches the caller's dicts and lists with their entries in the checkpoint.
 
-    Dicts keep their keys: a missing or unexpected one is a mismatch. Tensors and objects are
-    filled in place. All other values are replaced by the saved ones, of whatever type.
+    A dict whose keys differ from the stored ones is a mismatch. Tensors and objects are filled in
+    place. Saved values replace all others, whatever their types.
     """
 
-    def __init__(
-        self, match: Match, component_of: Callable[[Path, Any], Component | None], like: Like
-    ) -> None:
-        self._match, self._component_of, self._like = match, component_of, like
+    def __init__(self, match: Match, component_of: ComponentOf) -> None:
+        self._match, self._component_of = match, component_of
 
     def member(self, live: Any, path: Path, put: Put) -> None:
         """Match the object or value at a path. `put` replaces it."""
@@ -73,7 +66,7 @@ class PlainMatch:
             name, wanted = branch.name, type(live)
             match.check([name], check_number(name, wanted))
             match.then(lambda values: put(wanted(values(name).item())))
-        elif type(live) in _NOT_TENSORS and stored.tensor(branch.name or "") is not None:
+        elif type(live) in _NOT_TENSORS and stored.tensor(branch.name) is not None:
             expected = type(live).__name__
             what = f"is a tensor in the checkpoint, expected a {expected}"
             match.mismatch(dotted(path), what, branch)
@@ -83,7 +76,7 @@ class PlainMatch:
             what = f"is {found} in the checkpoint, expected {expected}"
             match.mismatch(dotted(path), what, branch)
         else:
-            make = match.request(branch, node, self._like)
+            make = match.request(branch, node, match.like_parameter)
             match.then(lambda values: _replace(live, make(values), put))
 
     def _absent(self, live: Any, path: Path) -> None:
@@ -91,8 +84,8 @@ class PlainMatch:
         if self._match.stored.states_structure:
             self._match.missing(dotted(path))
             return
-        # Stock DCP stores nothing for an empty dict, so only leaves can be missing.
-        flattener = Flattener()
+        # Stock DCP stores nothing for an empty dict, so report the leaves alone.
+        flattener = Flattener(self._component_of)
         flattener.put(path, live)
         for name in flattener.state.leaves:
             self._match.missing(name)
@@ -100,7 +93,7 @@ class PlainMatch:
     def _mapping(self, live: Mapping[Any, Any], path: Path, branch: Branch, node: Node) -> None:
         known = {str(key) for key in live}
         for key, member in live.items():
-            self.member(member, (*path, str(key)), _setter(live, key))
+            self.member(member, (*path, str(key)), setter(live, key))
         for key, _ in children_of(node) or ():
             if str(key) not in known and str(key) not in branch.children:
                 self._match.extra[dotted((*path, str(key)))] = None
@@ -108,10 +101,10 @@ class PlainMatch:
     def _members(self, live: list[Any] | tuple[Any, ...], path: Path, put: Put) -> None:
         members = live if isinstance(live, list) else [*live]
         for number, member in enumerate(live):
-            self.member(member, (*path, number), _setter(members, number))
+            self.member(member, (*path, number), setter(members, number))
 
         def renew(_: Values) -> None:
-            # The members of a tuple cannot be replaced, so a new tuple replaces it.
+            # A tuple's members cannot be replaced, so replace the tuple.
             if any(new is not old for new, old in zip(members, live, strict=True)):
                 put(tuple(members))
 
@@ -129,33 +122,27 @@ class PlainMatch:
                 line = f"has {count} members in the checkpoint, {len(live)} here"
                 self._match.mismatch(dotted(path), line)
             return True
-        if type(live) is not list or count != len(live):
-            return False
-        if not live or not all(isinstance(member, torch.Tensor) for member in live):
-            return False
-        entries = [self._match.stored.tensor(branch.child(n).name or "") for n in range(count)]
-        return all(
-            entry is not None
-            and entry.shape == tuple(tensor.shape)
-            and entry.dtype == dtype_name(tensor.dtype)
-            for entry, tensor in zip(entries, live, strict=True)
+        return (
+            type(live) is list
+            and count == len(live) > 0
+            and all(self._match.is_alike(branch.child(n).name, live[n]) for n in range(count))
         )
 
 
 def match_inside(match: Match, live: torch.Tensor, path: Path, branch: Branch, node: Node) -> None:
     """Match the inner tensors of a wrapper subclass with the stored ones."""
-    parts = take_apart(dotted(path), live, must_be_known=False)
+    parts, live_context = take_apart(dotted(path), live, must_be_known=False)
     described = node.get("subclass") if isinstance(node, dict) else None
     found = None
     if described is None:
         found = "a plain tensor" if branch.name is not None else "missing"
-    elif described["class"] != parts.class_name or {*described["inner"]} != {*parts.inner}:
+    elif described["class"] != type_name(live) or {*described["inner"]} != {*parts}:
         found = f"a {described['class']}"
     if described is None or found is not None:
-        what = f"is {found} in the checkpoint, expected a {parts.class_name}"
+        what = f"is {found} in the checkpoint, expected a {type_name(live)}"
         match.mismatch(dotted(path), what, branch)
         return
-    for name, inner in parts.inner.items():
+    for name, inner in parts.items():
         child = branch.child(name)
         if is_plain_tensor(inner):
             match.fill(child.name or dotted(child.path), inner)
@@ -166,9 +153,9 @@ def match_inside(match: Match, live: torch.Tensor, path: Path, branch: Branch, n
 
     def check(values: Values) -> str | None:
         stored = make_context(values)
-        if same(stored, parts.context):
+        if same(stored, live_context):
             return None
-        return f"`{dotted(path)}` was saved with {stored!r}, and has {parts.context!r} here"
+        return f"`{dotted(path)}` was saved with {stored!r}, and has {live_context!r} here"
 
     match.check(context.entries(), check)
 
@@ -217,8 +204,8 @@ def _object_in(live: Any, path: Path) -> Any:
 
 
 def _irreplaceable(live: Any, path: Path) -> Any:
-    """Return an object in a container, or a tensor in a dict, that a plain value must not replace;
-    None if there is none."""
+    """Return an object in a container, or a tensor in a dict, which a load must not replace by a
+    plain value; None if there is none."""
     if isinstance(live, Mapping):
         tensor = next((v for v in live.values() if isinstance(v, torch.Tensor)), None)
         return _object_in(live, path) if tensor is None else tensor
@@ -226,7 +213,7 @@ def _irreplaceable(live: Any, path: Path) -> Any:
 
 
 def _replace(live: Any, made: Any, put: Put) -> None:
-    """Replace a value. A dict or list keeps its identity and gets the new members."""
+    """Replace a value. A dict or list stays the same object, with new members."""
     if type(live) is dict and type(made) is dict:
         live.clear()
         live.update(made)
@@ -236,13 +223,16 @@ def _replace(live: Any, made: Any, put: Put) -> None:
         put(made)
 
 
-def _setter(container: Any, key: Any) -> Put:
+def setter(container: Any, key: Any) -> Put:
+    """Return a function that replaces a value in its container."""
+
     def put(value: Any) -> None:
-        if not isinstance(container, MutableMapping | list):
+        try:
+            container[key] = value
+        except TypeError as error:
             raise UsageError(
-                f"values in a {type_name(container)} cannot be replaced",
+                f"`{key}` cannot be replaced in a {type_name(container)}",
                 hint="use a dict, whose values a load can replace",
-            )
-        container[key] = value
+            ) from error
 
     return put

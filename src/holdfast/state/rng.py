@@ -20,7 +20,7 @@ class RngState:
         numpy = sys.modules.get("numpy")
         if numpy is not None:
             name, keys, *rest = numpy.random.get_state()
-            state["numpy"] = (str(name), keys.tolist(), *map(_plain, rest))
+            state["numpy"] = (name, keys.tolist(), *rest)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -34,9 +34,3 @@ class RngState:
 
             name, keys, *rest = state_dict["numpy"]
             numpy.random.set_state((name, numpy.array(keys, dtype="uint32"), *rest))
-
-
-def _plain(value: Any) -> int | float:
-    """Convert a number of numpy to one of Python."""
-    plain: int | float = value.item() if hasattr(value, "item") else value
-    return plain

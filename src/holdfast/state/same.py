@@ -31,11 +31,10 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
     elif isinstance(one, torch.Tensor):
         yield from _tensor_differences(one, other, where)
     elif isinstance(one, np.ndarray):
-        alike = one.dtype == other.dtype and one.shape == other.shape
-        if not alike or one.tobytes() != other.tobytes():
+        if (one.dtype, one.shape, one.tobytes()) != (other.dtype, other.shape, other.tobytes()):
             yield f"{where}: two arrays"
     elif isinstance(one, Mapping):
-        if not _same_keys(one, other):
+        if _keys(one) != _keys(other):
             yield f"{where}: keys {[*one][:10]} and {[*other][:10]}"
             return
         for key in one:
@@ -44,27 +43,25 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
         if len(one) != len(other):
             yield f"{where}: {len(one)} and {len(other)} members"
             return
-        for number, (a, b) in enumerate(zip(one, other, strict=True)):
-            yield from differences(a, b, f"{path}[{number}]")
-    elif isinstance(one, float | complex | np.generic):
-        # Compare the text, because 0.0 == -0.0, and NaN != NaN.
-        if repr(one) != repr(other):
-            yield f"{where}: {one!r} and {other!r}"
-    elif one != other:
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            yield from differences(*pair, f"{path}[{number}]")
+    elif _comparable(one) != _comparable(other):
         yield f"{where}: {one!r} and {other!r}"
 
 
-def _same_keys(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
-    """Return whether two mappings have keys of the same types and values, for an `OrderedDict`
-    also in the same order."""
-    types = {key: type(key) for key in one}
-    if types != {key: type(key) for key in other}:
-        return False
-    return not isinstance(one, OrderedDict) or list(one) == list(other)
+def _keys(mapping: Mapping[Any, Any]) -> object:
+    """Return the keys with their types. Only those of an `OrderedDict` have an order."""
+    types = {key: type(key) for key in mapping}
+    return [*types.items()] if isinstance(mapping, OrderedDict) else types
+
+
+def _comparable(value: Any) -> Any:
+    # The text tells 0.0 from -0.0, and a NaN equals itself.
+    return repr(value) if isinstance(value, float | complex | np.generic) else value
 
 
 def _kind(value: Any) -> type:
-    # `keep_vars` or a cast may turn a parameter into a tensor; the state is the same.
+    # A parameter equals a tensor: `keep_vars` or a cast may turn one into the other.
     return torch.Tensor if type(value) is torch.nn.Parameter else type(value)
 
 

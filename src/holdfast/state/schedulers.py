@@ -8,7 +8,7 @@ from holdfast.errors import UsageError
 from holdfast.format.structure import Node, children_of, kind_of_node, mapping_node
 from holdfast.state.match import Match
 from holdfast.state.same import same
-from holdfast.state.stateful import NoState, ObjectState
+from holdfast.state.stateful import ObjectState
 from holdfast.state.stored import object_node
 from holdfast.state.tree import Flattener, Path, Stateful, dotted
 
@@ -16,9 +16,9 @@ from holdfast.state.tree import Flattener, Path, Stateful, dotted
 class SchedulerState:
     """One or several schedulers as one component of the state.
 
-    Schedulers with equal states, such as those of a pipeline's stages, are saved once, so that any
-    number of them can load the state. Otherwise each state is saved below its number, and marked
-    as an object, to tell this from one scheduler whose state has numbers for keys.
+    If all states are equal, as in the stages of a pipeline, one is saved, so that any number of
+    schedulers can load it. Otherwise each state is saved below its number. It is marked as an
+    object, because one scheduler's state may have numbers for keys too.
     """
 
     def __init__(self, schedulers: Sequence[Stateful]) -> None:
@@ -27,6 +27,8 @@ class SchedulerState:
     def flatten(self, flattener: Flattener, path: Path) -> Node:
         """Add the state of all schedulers, or the state of each one below its number."""
         states = [scheduler.state_dict() for scheduler in self._schedulers]
+        if not states:
+            return None
         if all(same(state, states[0]) for state in states):
             node = flattener.walk(path, states[0], rebuilt=True)
             if _count(node) is not None:
@@ -45,9 +47,10 @@ class SchedulerState:
         )
 
     def match(self, match: Match, path: Path) -> None:
-        """Plan to load each scheduler from its own state, or all from one state."""
+        """Plan to load each scheduler from its own state, or all from one state. Without
+        schedulers, a load lists the stored entries as unexpected."""
         count = _count(object_node(match.stored.node(path)))
-        if count is None:
+        if count is None or not self._schedulers:
             for scheduler in self._schedulers:
                 ObjectState(scheduler).match(match, path)
         elif count != len(self._schedulers):
@@ -67,8 +70,3 @@ def _count(node: Node) -> int | None:
     numbered = [key for key, _ in children] == [str(number) for number in range(len(children))]
     are_objects = all(kind_of_node(child) == "object" for _, child in children)
     return len(children) if numbered and are_objects else None
-
-
-def scheduler_component(schedulers: Sequence[Stateful]) -> SchedulerState | NoState:
-    """Return the component of these schedulers. Without any, stored states are unexpected."""
-    return SchedulerState(schedulers) if schedulers else NoState()

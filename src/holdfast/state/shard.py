@@ -1,4 +1,4 @@
-"""Pieces of a tensor on one rank, computed from how each mesh axis splits each dim."""
+"""Pieces of a tensor on one rank, computed from the splits by each mesh axis."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Interval = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A box of elements that is one box in the whole tensor and in the rank's own tensor."""
+    """Elements that are one box of the whole tensor, and one box of the rank's own tensor."""
 
     region: Region
     """Position in the whole tensor."""
@@ -26,11 +26,7 @@ class Piece:
         """Return the position in the rank's own tensor of `region`, a part of this piece."""
         if region == self.region:
             return self.local
-        inner = region.within(self.region)
-        return Region(
-            tuple(map(int.__add__, self.local.start, inner.start)),
-            tuple(map(int.__add__, self.local.start, inner.stop)),
-        )
+        return region.within(self.region).moved(self.local.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +39,8 @@ class Split:
     """Index of this rank's part."""
 
     num_strides: int = 1
-    """Sections into which the dim is split first, each of which is then split into the parts:
-    torch's `_StridedShard`, for FSDP over tensor parallelism. 1 for a plain shard."""
+    """Number of equal sections of the dim, each of which is split into parts: above 1 for torch's
+    `_StridedShard`, used by FSDP over tensor parallelism."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,11 @@
-"""Objects with `state_dict` and `load_state_dict`: their state is saved as they return it, rebuilt
-as it was saved, and passed to their own `load_state_dict`."""
+"""Objects with `state_dict` and `load_state_dict`: a load rebuilds the state that `state_dict`
+returned, and passes it to `load_state_dict`."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ import torch
 from holdfast.errors import HoldfastError, MismatchError
 from holdfast.failures import worded
 from holdfast.format.manifest import TensorEntry
-from holdfast.format.structure import SEQUENCES, Node, children_of, kind_of_node
-from holdfast.state.match import Like, Match, Values
-from holdfast.state.stored import Branch, Take, keys_like, rebuild
+from holdfast.format.structure import Node, kind_of_node
+from holdfast.state.match import Match
+from holdfast.state.stored import Branch, Make, Values, keys_like, rebuilder
 from holdfast.state.tree import Flattener, Path, Stateful, dotted, is_object, type_name
 
 RANK = "rank_"
@@ -37,42 +38,26 @@ class ObjectState:
         stored = match.stored
         branch, node = stored.below(path), stored.node(path)
         if kind_of_node(node) == "object":
-            # Only one level: the state of an object may be another object.
+            # Unwrap one level only: the state of an object may be another object.
             assert isinstance(node, dict)
             node = node["object"]
-        if stored.states_structure and (node is not None or not branch.is_empty):
-            self._match_stated(match, path, branch, node)
-        elif stored.states_structure:
+        if not stored.states_structure:
+            self._match_guessed(match, path, branch)
+        elif node is None and branch.is_empty:
             match.missing(dotted(path))
         else:
-            self._match_guessed(match, path, branch)
-
-    def _match_stated(self, match: Match, path: Path, branch: Branch, node: Node) -> None:
-        """Match a state whose structure is stored. `state_dict` of the fresh object is called only
-        if needed, because it may have effects: it starts the workers of a data loader."""
-        fresh: Any = self._owner.state_dict() if _needs_fresh(node) else None
-        make = match.request(branch, node, _like(match, path, fresh))
-        fill = _filler(match, path, node, fresh)
-
-        def take(values: Values) -> None:
-            state = make(values)
-            self._give(fill(state) if fill is not None else state, path)
-
-        match.then(take)
+            make = _request(match, self._owner, branch, node)
+            match.then(lambda values: self._give(make(values), path))
 
     def _match_guessed(self, match: Match, path: Path, branch: Branch) -> None:
-        """Match a state of stock DCP or of old versions, which stored only names. The fresh
-        object's state gives the types of keys and containers, and parts without entries."""
+        """Match a state of stock DCP or of old versions, which stored only names. Types of keys
+        and containers, and what has no entries, come from the fresh object's state."""
         fresh: Any = self._owner.state_dict()
         for name in _missing(fresh, branch, path):
             match.missing(name)
         if not branch.is_empty:
-            match.request(branch, None, _like(match, path, fresh))
-
-        def take(values: Values) -> None:
-            self._give(_merged(fresh, branch, lambda name, _: values(name)), path)
-
-        match.then(take)
+            match.request(branch, None, lambda entry, _: _tensor_at(fresh, entry.path[len(path) :]))
+        match.then(lambda values: self._give(_merged(fresh, branch, values), path))
 
     def _give(self, state: Any, path: Path) -> None:
         hand_over(self._owner, state, dotted(path))
@@ -84,7 +69,7 @@ class RankState:
     """The state of an object that belongs to one rank, stored below the key of that rank."""
 
     def __init__(self, state: ObjectState, rank: int, *, may_lack: bool = False) -> None:
-        """`may_lack`: a checkpoint without a state for this rank leaves the object unchanged."""
+        """`may_lack`: if a checkpoint has no state for this rank, the object stays unchanged."""
         self._state, self._key, self._may_lack = state, f"{RANK}{rank}", may_lack
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:
@@ -96,30 +81,15 @@ class RankState:
         return None
 
     def match(self, match: Match, path: Path) -> None:
-        """Plan to read this rank's state. The states of other ranks count as used."""
+        """Plan to read this rank's state. Other ranks' states are not reported as unexpected."""
         below = (*path, self._key)
         match.taken.update(match.stored.below(path).entries())
         if not (self._may_lack and match.stored.below(below).is_empty):
             self._state.match(match, below)
 
 
-class NoState:
-    """A component that this run lacks. A load lists its stored entries as unexpected."""
-
-    def flatten(self, flattener: Flattener, path: Path) -> Node:  # noqa: ARG002 - nothing to add
-        """Add nothing."""
-        return None
-
-    def match(self, match: Match, path: Path) -> None:
-        """Take nothing."""
-
-
 def hand_over(owner: Any, state: Any, name: str) -> None:
-    """Pass a loaded state to an object's own `load_state_dict`.
-
-    Raises:
-        MismatchError: `load_state_dict` raised an error.
-    """
+    """Pass a loaded state to an object's `load_state_dict`, whose errors become MismatchErrors."""
     try:
         with torch.no_grad():
             owner.load_state_dict(state)
@@ -133,73 +103,47 @@ def hand_over(owner: Any, state: Any, name: str) -> None:
         ) from error
 
 
-def _needs_fresh(node: Node) -> bool:
-    """Return whether a load needs the object's own state, to place a tensor or find an object."""
-    kind = kind_of_node(node)
-    if kind == "object":
-        return True
-    if isinstance(node, dict) and kind == "tensor":
-        return "like" in node["tensor"]
-    if isinstance(node, dict) and kind == "subclass":
-        return any(map(_needs_fresh, node["subclass"]["inner"].values()))
-    return any(_needs_fresh(child) for _, child in children_of(node) or ())
+def _request(match: Match, owner: Stateful, branch: Branch, node: Node) -> Make:
+    """Plan to read the state of `owner`. Return its maker, which passes inner objects their states.
 
-
-def _filler(match: Match, path: Path, node: Node, fresh: Any) -> Callable[[Any], Any] | None:
-    """Return a function that passes inner objects their states, and returns the state with these
-    objects in it. Return None if the node contains no object.
-
-    `fresh` is the owner's state before the load. Objects that it lacks are listed as mismatches.
+    The owner's fresh state shows where its inner objects and sharded tensors are.
     """
-    if isinstance(node, dict) and kind_of_node(node) == "object":
-        return _object_filler(match, path, node["object"], fresh)
-    fillers = {
-        key: filler
-        for key, child in children_of(node) or ()
-        if (filler := _filler(match, (*path, _path_key(key, node)), child, _child(fresh, key)))
-    }
-    if not fillers:
-        return None
+    # Called only if needed, because it may have effects: it starts the workers of a data loader.
+    fresh = cache(owner.state_dict)
+    depth = len(branch.path)
 
-    def fill(state: Any) -> Any:
-        if isinstance(state, tuple):
-            return tuple(fillers[n](v) if n in fillers else v for n, v in enumerate(state))
-        for key, filler in fillers.items():
-            state[key] = filler(state[key])
-        return state
+    def like(entry: TensorEntry, name: str | None) -> torch.Tensor | None:
+        if name is None:
+            return None
+        tensor = _tensor_at(fresh(), entry.path[depth:])
+        return match.like_parameter(entry, name) if tensor is None else tensor
 
-    return fill
+    def enter(inner: Branch, inner_node: Node) -> Make:
+        name, live = dotted(inner.path), _at(fresh(), inner.path[depth:])
+        if not is_object(live):
+            match.mismatch(name, f"is an object in the checkpoint, a {type_name(live)} here")
+            return match.request(inner, inner_node)
+        make = _request(match, live, inner, inner_node)
 
+        def give(values: Values) -> Any:
+            hand_over(live, make(values), name)
+            return live
 
-def _object_filler(match: Match, path: Path, node: Node, live: Any) -> Callable[[Any], Any]:
-    if not is_object(live):
-        match.mismatch(dotted(path), f"is an object in the checkpoint, a {type_name(live)} here")
-        return lambda state: state
-    inner = _filler(match, path, node, live.state_dict() if _needs_fresh(node) else None)
+        return give
 
-    def fill(state: Any) -> Any:
-        hand_over(live, state if inner is None else inner(state), dotted(path))
-        return live
-
-    return fill
+    return match.request(branch, node, like, enter)
 
 
-def _path_key(key: Any, node: Node) -> str | int:
-    return key if kind_of_node(node) in SEQUENCES else str(key)
+def _at(state: Any, keys: Path) -> Any:
+    """Return the value below nested keys of a state; None if there is none."""
+    for key in keys:
+        state = _child(state, key)
+    return state
 
 
-def _like(match: Match, path: Path, fresh: Any) -> Like:
-    """Return a `Like` that places a tensor like the one of a fresh object, or like a parameter."""
-
-    def like(entry: TensorEntry, name: str) -> torch.Tensor | None:
-        fresh_tensor = fresh
-        for key in entry.path[len(path) :]:
-            fresh_tensor = _child(fresh_tensor, key)
-        if isinstance(fresh_tensor, torch.Tensor):
-            return fresh_tensor
-        return match.parameter(name) if name else None
-
-    return like
+def _tensor_at(state: Any, keys: Path) -> torch.Tensor | None:
+    found = _at(state, keys)
+    return found if isinstance(found, torch.Tensor) else None
 
 
 def _child(value: Any, key: str | int) -> Any:
@@ -210,13 +154,10 @@ def _child(value: Any, key: str | int) -> Any:
     return None
 
 
-# ----------------------------------------------------------------- checkpoints without structure
-
-
 def _missing(fresh: Any, branch: Branch, path: Path) -> Iterator[str]:
     """Yield names of entries that a fresh object has and the checkpoint lacks."""
     if branch.is_empty:
-        flattener = Flattener(enters=lambda f, p, obj: f.walk(p, obj.state_dict(), rebuilt=True))
+        flattener = Flattener(lambda _, value: ObjectState(value) if is_object(value) else None)
         flattener.put(path, fresh)
         yield from flattener.state.leaves
     elif branch.name is None and isinstance(fresh, Mapping):
@@ -225,7 +166,7 @@ def _missing(fresh: Any, branch: Branch, path: Path) -> Iterator[str]:
 
 
 def _below(branch: Branch, key: Any) -> Branch:
-    """Return the branch of a dict's key, also if the checkpoint has no paths."""
+    """Return the branch of a dict's key, even if the checkpoint stores names without paths."""
     name = str(key)
     for known in (key, name):
         if known in branch.children:
@@ -239,20 +180,21 @@ def _below(branch: Branch, key: Any) -> Branch:
     return Branch((*branch.path, name), None, children)  # type: ignore[arg-type]
 
 
-def _merged(fresh: Any, branch: Branch, take: Take) -> Any:
+def _merged(fresh: Any, branch: Branch, values: Values) -> Any:
     """Return the saved state, with key types and containers of a fresh object's state."""
     if branch.name is not None:
-        return take(branch.name, None)
+        return values(branch.name)
     if branch.is_empty:
         return fresh
     if isinstance(fresh, Mapping):
-        return _merged_mapping(fresh, branch, take)
+        return _merged_mapping(fresh, branch, values)
     numbers = _numbers(branch)
     if isinstance(fresh, list) and numbers:
         return [
-            _merged(fresh[n] if n < len(fresh) else None, _below(branch, n), take) for n in numbers
+            _merged(fresh[n] if n < len(fresh) else None, _below(branch, n), values)
+            for n in numbers
         ]
-    return rebuild(branch, None, take)
+    return rebuilder(branch, None)(values)
 
 
 def _numbers(branch: Branch) -> list[int]:
@@ -261,14 +203,14 @@ def _numbers(branch: Branch) -> list[int]:
     return sorted(map(int, heads)) if all(head.isdecimal() for head in heads) else []
 
 
-def _merged_mapping(fresh: Mapping[Any, Any], branch: Branch, take: Take) -> Any:
+def _merged_mapping(fresh: Mapping[Any, Any], branch: Branch, values: Values) -> Any:
     merged: Any = copy.copy(fresh) if hasattr(fresh, "__setitem__") else dict(fresh)
     done: set[str] = set()
     for key, member in fresh.items():
         below = _below(branch, key)
         done.update(below.entries())
-        merged[key] = _merged(member, below, take)
+        merged[key] = _merged(member, below, values)
     for name, child in branch.children.items():
         if not done.issuperset(child.entries()):
-            merged[keys_like([*fresh], str(name))] = rebuild(child, None, take)
+            merged[keys_like([*fresh], str(name))] = rebuilder(child, None)(values)
     return merged

@@ -1,21 +1,23 @@
-"""Entries of a checkpoint by path, and state rebuilt from them."""
+"""Entries of a checkpoint by path, and functions that rebuild state from them."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter, OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
 from holdfast.errors import FormatError
-from holdfast.format.manifest import Manifest, TensorEntry
+from holdfast.format.manifest import Manifest, TensorEntry, ValueEntry
 from holdfast.format.structure import (
     ARRAY,
     EMPTY_BYTES,
+    FACTORIES,
     MAPPINGS,
     Node,
     children_of,
@@ -24,7 +26,7 @@ from holdfast.format.structure import (
     kind_of_node,
 )
 from holdfast.state.subclass import CONTEXT, unflatten
-from holdfast.state.tree import Path, dotted
+from holdfast.state.tree import MAPPING_TYPES, Path, dotted
 
 
 class Branch:
@@ -33,14 +35,10 @@ class Branch:
     __slots__ = ("children", "name", "path")
 
     def __init__(
-        self,
-        path: Path,
-        name: str | None = None,
-        children: dict[str | int, Branch] | None = None,
+        self, path: Path, name: str | None = None, children: dict[str | int, Branch] | None = None
     ) -> None:
-        """`name` is the entry at this path itself, if there is one."""
-        self.path: Path = path
-        self.name: str | None = name
+        """`name`: entry at the path itself, if there is one."""
+        self.path, self.name = path, name
         self.children: dict[str | int, Branch] = {} if children is None else children
 
     def entries(self) -> Iterator[str]:
@@ -67,33 +65,25 @@ class StoredState:
         self.structure: Mapping[Path, Node] = manifest.structure or {}
         self.states_structure: bool = manifest.structure is not None
         """False for stock DCP and old versions of Holdfast, which stored only names."""
-        self._tops: dict[str | int, list[tuple[str, Path]]] | None = None
-        self._branches: dict[str | int, Branch] = {}
-        self._pathless: list[str] | None = None
-
-    def names(self) -> Iterator[tuple[str, Path]]:
-        """Yield name and path of every entry."""
-        for name, tensor in self.manifest.tensors.items():
-            yield name, tensor.path
-        for name, value in self.manifest.values.items():
-            yield name, value.path
-
-    def tops(self) -> Mapping[str | int, Sequence[tuple[str, Path]]]:
-        """Return entries by the first key of their paths."""
-        if self._tops is None:
-            self._tops = {}
-            for name, path in self.names():
-                self._tops.setdefault(path[0], []).append((name, path))
-        return self._tops
+        self.root = Branch(())
+        self._branches_by_name: dict[str, Branch] = {}
+        entries: dict[str, TensorEntry | ValueEntry] = {**manifest.tensors, **manifest.values}
+        for name, entry in entries.items():
+            branch = self.root
+            for key in entry.path:
+                if key not in branch.children:
+                    branch.children[key] = Branch((*branch.path, key))
+                branch = branch.children[key]
+            branch.name = name
 
     def below(self, path: Path) -> Branch:
         """Return the entries at and below a path."""
-        top = path[0]
-        if top not in self._branches:
-            self._branches[top] = self._grown(top)
-        branch = self._branches[top]
-        for key in path[1:]:
-            branch = branch.child(key)
+        branch = self.root
+        for key in path:
+            if branch is self.root and key not in branch.children and type(key) is str:
+                branch = self._below_name(key)
+            else:
+                branch = branch.child(key)
         return branch
 
     def holds(self, name: str, path: Path) -> bool:
@@ -109,31 +99,27 @@ class StoredState:
                 return _node_below(self.structure[path[:length]], path[length:])
         return None
 
-    def tensor(self, name: str) -> TensorEntry | None:
+    def tensor(self, name: str | None) -> TensorEntry | None:
         """Return the tensor `name`; None if the checkpoint has none."""
-        return self.manifest.tensors.get(name)
+        return None if name is None else self.manifest.tensors.get(name)
 
-    def _grown(self, top: str | int) -> Branch:
-        root = Branch((top,))
-        for name, path in self.tops().get(top, ()):
-            branch = root
-            for key in path[1:]:
-                branch = branch.children.setdefault(key, Branch((*branch.path, key)))
-            branch.name = name
-        if root.is_empty and type(top) is str:
-            self._grow_by_names(root, top)
-        return root
+    def _below_name(self, top: str) -> Branch:
+        """Return a branch of the names that begin with `top.`, each as one key: for checkpoints
+        without paths."""
+        if top not in self._branches_by_name:
+            branch = self._branches_by_name[top] = Branch((top,))
+            prefix = f"{top}."
+            for name in self._pathless[bisect_left(self._pathless, prefix) :]:
+                if not name.startswith(prefix):
+                    break
+                key = name.removeprefix(prefix)
+                branch.children[key] = Branch((top, key), name)
+        return self._branches_by_name[top]
 
-    def _grow_by_names(self, root: Branch, top: str) -> None:
-        """Derive paths from names, if the checkpoint has none: each name is one key below `top`."""
-        if self._pathless is None:
-            self._pathless = sorted(name for name, path in self.names() if path == (name,))
-        prefix = f"{top}."
-        for name in self._pathless[bisect_left(self._pathless, prefix) :]:
-            if not name.startswith(prefix):
-                break
-            key = name.removeprefix(prefix)
-            root.children[key] = Branch((top, key), name)
+    @cached_property
+    def _pathless(self) -> list[str]:
+        """Sorted names of the entries whose path is their name."""
+        return sorted(name for name, branch in self.root.children.items() if branch.name == name)
 
 
 def _node_below(node: Node, keys: Path) -> Node:
@@ -151,101 +137,78 @@ def object_node(node: Node) -> Node:
     return node
 
 
-Take = Callable[[str, Node], Any]
-"""`take(name, node)` returns the tensor or value of an entry, with the types of its node."""
+Values = Callable[[str], Any]
+"""`values(name)` returns the tensor of an entry that has been read, or a copy of its value."""
+
+Make = Callable[[Values], Any]
+"""`make(values)` builds one part of the state from the entries that were read."""
 
 
-def rebuild(branch: Branch, node: Node, take: Take) -> Any:
-    """Rebuild the saved state at and below a path.
+Note = Callable[[str, Node], None]
+"""`note(name, node)` is called for every entry that a rebuild needs."""
 
-    Raises:
-        FormatError: the structure names an entry that the checkpoint lacks.
+Enter = Callable[[Branch, Node], Make]
+"""`enter(branch, node)` returns the maker of an object whose state has this node."""
+
+
+def rebuilder(
+    branch: Branch, node: Node, note: Note = lambda *_: None, enter: Enter | None = None
+) -> Make:
+    """Return a function that rebuilds the saved state at and below a path.
+
+    Calls `note` for every entry. Without `enter`, inner objects are replaced by their states.
     """
-    node = object_node(node)
     kind = kind_of_node(node)
-    if kind == "subclass":
-        assert isinstance(node, dict)
-        return _rebuild_subclass(branch, node["subclass"], take)
-    children = children_of(node)
-    if children is None:
-        return _rebuild_entries(branch, node, take)
-    members = [(key, rebuild(_member(branch, key, kind), child, take)) for key, child in children]
-    if kind in MAPPINGS:
-        assert isinstance(node, dict)
-        assert kind is not None
-        return _mapping_of(kind, dict(members), node)
-    values = [value for _, value in members]
-    return tuple(values) if kind == "tuple" else values
-
-
-def leaves_of(branch: Branch, node: Node) -> Iterator[tuple[str, Node]]:
-    """Yield every entry that `rebuild` takes, with its node.
-
-    Raises:
-        FormatError: the structure names an entry that the checkpoint lacks.
-    """
-    node = object_node(node)
-    kind = kind_of_node(node)
-    if kind == "subclass":
-        assert isinstance(node, dict)
-        for name, inner in node["subclass"]["inner"].items():
-            yield from leaves_of(branch.child(name), inner)
-        yield from leaves_of(branch.child(CONTEXT), None)
-        return
+    if isinstance(node, dict) and kind == "object":
+        inner = node["object"]
+        return enter(branch, inner) if enter else rebuilder(branch, inner, note)
+    if isinstance(node, dict) and kind == "subclass":
+        return _subclass_rebuilder(branch, node["subclass"], note)
     children = children_of(node)
     if children is not None:
-        for key, child in children:
-            yield from leaves_of(_member(branch, key, kind), child)
-    elif branch.name is not None:
-        yield branch.name, node
-    elif branch.children:
-        for below in branch.children.values():
-            yield from leaves_of(below, None)
-    else:
-        raise _lacks(branch)
-
-
-def _lacks(branch: Branch) -> FormatError:
-    return FormatError(
-        f"the structure of the checkpoint names `{dotted(branch.path)}`, but it has no such entry"
-    )
-
-
-def _member(branch: Branch, key: Any, kind: str | None) -> Branch:
-    return branch.child(str(key) if kind in MAPPINGS else key)
-
-
-def _rebuild_entries(branch: Branch, node: Node, take: Take) -> Any:
-    """Rebuild state without a node of containers: one entry, or dicts and lists of entries."""
+        assert isinstance(node, dict)
+        assert kind is not None
+        named = kind in MAPPINGS
+        members = [
+            (key, rebuilder(branch.child(str(key) if named else key), child, note, enter))
+            for key, child in children
+        ]
+        return lambda values: _container_of(kind, node, [(k, make(values)) for k, make in members])
     if branch.name is not None:
-        return take(branch.name, node)
+        name = branch.name
+        note(name, node)
+        return lambda values: as_saved(values(name), node)
     if not branch.children:
-        raise _lacks(branch)
-        raise _lacks(branch)
-    members = {key: rebuild(child, None, take) for key, child in branch.children.items()}
-    if all(type(key) is int for key in members):
-        return [members[key] for key in sorted(members, key=int)]
-    return {str(key): value for key, value in members.items()}
+        raise FormatError(
+            f"the structure of the checkpoint names `{dotted(branch.path)}`, but it has no such "
+            "entry"
+        )
+    below = {key: rebuilder(child, None, note) for key, child in branch.children.items()}
+    if all(type(key) is int for key in below):
+        return lambda values: [below[key](values) for key in sorted(below, key=int)]
+    return lambda values: {str(key): make(values) for key, make in below.items()}
 
 
-def _rebuild_subclass(branch: Branch, described: Mapping[str, Any], take: Take) -> torch.Tensor:
+def _subclass_rebuilder(branch: Branch, described: Mapping[str, Any], note: Note) -> Make:
     inner = {
-        name: rebuild(branch.child(name), node, take) for name, node in described["inner"].items()
+        name: rebuilder(branch.child(name), node, note) for name, node in described["inner"].items()
     }
-    context = rebuild(branch.child(CONTEXT), None, take)
-    return unflatten(dotted(branch.path), inner, context, described)
+    context = rebuilder(branch.child(CONTEXT), None, note)
+
+    def make(values: Values) -> torch.Tensor:
+        tensors = {name: make_inner(values) for name, make_inner in inner.items()}
+        return unflatten(dotted(branch.path), tensors, context(values), described)
+
+    return make
 
 
-_FACTORIES: dict[str, Any] = {
-    **{cls.__name__: cls for cls in (list, dict, set, int, float, str, bool, tuple)},
-    "None": None,
-}
-
-
-def _mapping_of(kind: str, members: dict[Any, Any], node: Mapping[str, Any]) -> Any:
-    if kind == "defaultdict":
-        return defaultdict(_FACTORIES[node["default"]], members)
-    return {"OrderedDict": OrderedDict, "Counter": Counter}.get(kind, dict)(members)
+def _container_of(kind: str, node: Mapping[str, Any], members: Sequence[tuple[Any, Any]]) -> Any:
+    if kind in MAPPINGS:
+        if kind == "defaultdict":
+            return defaultdict(FACTORIES[node["default"]], members)
+        return MAPPING_TYPES[kind](dict(members))
+    values = [value for _, value in members]
+    return tuple(values) if kind == "tuple" else values
 
 
 def as_saved(value: Any, node: Node) -> Any:
@@ -275,7 +238,7 @@ def _typed(value: Any, types: Mapping[tuple[str, ...], str], keys: tuple[str, ..
 
 
 def keys_like(keys: Sequence[Any], name: str) -> Any:
-    """Convert the text of a key to the type of a dict's other keys."""
+    """Return the key with the text `name`, in the type that a dict's other `keys` have."""
     by_name = {str(key): key for key in keys}
     if name in by_name:
         return by_name[name]

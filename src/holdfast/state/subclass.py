@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,21 +20,6 @@ UNINITIALIZED = (UninitializedParameter, UninitializedBuffer)
 _OURS = (torch.Tensor, torch.nn.Parameter, DTensor)
 
 
-@dataclass(frozen=True, slots=True)
-class InnerTensors:
-    """The inner tensors of a traceable wrapper subclass."""
-
-    class_name: str
-    """Module and qualified name of the class."""
-
-    inner: Mapping[str, torch.Tensor]
-    context: Any
-    """Metadata returned by `__tensor_flatten__`."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
 def is_plain_tensor(tensor: torch.Tensor) -> bool:
     """Return whether a tensor's own memory contains its elements: a plain tensor, a parameter, or
     a DTensor with a plain local tensor."""
@@ -45,12 +29,12 @@ def is_plain_tensor(tensor: torch.Tensor) -> bool:
     return kind in _OURS
 
 
-def take_apart(name: str, tensor: torch.Tensor, *, must_be_known: bool) -> InnerTensors:
-    """Return the inner tensors of a wrapper subclass. `must_be_known`: a load will have no tensor
-    of this class in place, so it must find the class by name.
+def take_apart(
+    name: str, tensor: torch.Tensor, *, must_be_known: bool
+) -> tuple[dict[str, torch.Tensor], Any]:
+    """Return the inner tensors of a wrapper subclass by attribute, and its metadata.
 
-    Raises:
-        UsageError: the class does not expose its elements, or a load could not find it.
+    `must_be_known`: check that a load, which creates the tensor, can find its class by name.
     """
     cls = type(tensor)
     if isinstance(tensor, UNINITIALIZED):
@@ -77,14 +61,12 @@ def take_apart(name: str, tensor: torch.Tensor, *, must_be_known: bool) -> Inner
             hint=f"call torch.serialization.add_safe_globals([{cls.__qualname__}]) first",
         )
     names, context = flat()
-    size, stride = tuple(tensor.size()), tuple(tensor.stride())
-    if {*map(type, (*size, *stride))} - {int}:
+    if {*map(type, (*tensor.size(), *tensor.stride()))} - {int}:
         raise UsageError(
             f"`{name}` is a {class_name(cls)} with a symbolic size, which only torch knows",
             hint="save its parts instead: `values()` and `offsets()` of a nested tensor",
         )
-    inner = {n: getattr(tensor, n) for n in names}
-    return InnerTensors(class_name(cls), inner, context, size, stride)
+    return {name: getattr(tensor, name) for name in names}, context
 
 
 def unflatten(
@@ -92,11 +74,8 @@ def unflatten(
 ) -> torch.Tensor:
     """Rebuild a wrapper subclass from its inner tensors.
 
-    Only classes that this process has declared safe are used, because a checkpoint must not choose
-    which code runs.
-
-    Raises:
-        MismatchError: the class has not been declared safe.
+    Uses only classes that this process has declared safe: a checkpoint must not choose the code
+    that runs.
     """
     cls = _safe_classes().get(described["class"])
     if cls is None:

@@ -1,16 +1,16 @@
 """Nested training state as flat entries, and the structure that their names cannot express.
 
-Names are the keys on the way to a leaf, joined by dots, as `torch.distributed.checkpoint` spells
-them from torch 2.4 on. So stock tools find the same entries.
+A name is the keys of a path joined by dots, as in `torch.distributed.checkpoint` from torch 2.4 on,
+so that stock tools find the same entries.
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from holdfast.format.structure import (
     mapping_node,
 )
 from holdfast.state.subclass import CONTEXT, is_plain_tensor, take_apart
+
+if TYPE_CHECKING:
+    from holdfast.state.match import Match
 
 Path = tuple[str | int, ...]
 
@@ -47,7 +50,7 @@ class Leaf(NamedTuple):
     path: Path
     value: Any
     names: Mapping[str, Path] = MappingProxyType({})
-    """All names of a value that has several, each with its path. The leaf's own name is first."""
+    """Names and paths of a value stored under several names, the leaf's own first; else empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,43 +59,46 @@ class FlatState:
 
     leaves: dict[str, Leaf] = field(default_factory=dict)
     structure: dict[Path, Node] = field(default_factory=dict)
-    """Nodes by path. Paths whose names express everything have none."""
+    """Nodes by path, only where the names do not express the structure."""
 
     unions: dict[Path, str] = field(default_factory=dict)
-    """Kinds of the components whose entries may differ between ranks, by path: `model`,
-    `optimizer`, or `sharded` for an optimizer whose slots are divided among ranks."""
+    """Kinds of components that may have different entries on each rank, by path: `model`,
+    `optimizer`, or `sharded` for an optimizer that divides its slots among the ranks."""
 
     stepped: Callable[[], frozenset[str]] = frozenset
-    """Returns the names of tensors that only a step of an optimizer changes."""
+    """Function that returns the names of tensors that change only when an optimizer steps."""
 
 
 SCALARS = frozenset({int, float, complex, bool, str, bytes, type(None)})
 """Types of values that contain no other values."""
 
-_MAPPING_TYPES = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
-_KIND_OF_MAPPING: dict[type, str] = {cls: kind for kind, cls in _MAPPING_TYPES.items()}
+MAPPING_TYPES = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
+_KIND_OF_MAPPING: dict[type, str] = {cls: kind for kind, cls in MAPPING_TYPES.items()}
 _KIND_OF_MAPPING[defaultdict] = "defaultdict"
 
 DEPTH_MAX = 60
-"""Most containers inside one another. A checkpoint's paths have at most 64 keys."""
+"""Most levels of nested containers. A checkpoint's paths have at most 64 keys."""
 
-EntersObject = Callable[["Flattener", Path, Any], Node]
-"""Adds the state of an object below a path. Returns the node of that state."""
+
+class Component(Protocol):
+    """A part of the state that has its own code to save and load."""
+
+    def flatten(self, flattener: Flattener, path: Path) -> Node:
+        """Add its state below a path. Returns the node of that state."""
+        ...
+
+    def match(self, match: Match, path: Path) -> None:
+        """Decide the target of each entry below a path."""
+        ...
+
+
+ComponentOf = Callable[[Path, Any], Component | None]
+"""`component_of(path, value)` returns the component that saves and loads an object; None for plain
+state."""
 
 PlacedLike = Callable[[Path, DTensor], str | None]
-"""Returns the name of a parameter with the same placement as a tensor; None if there is none."""
-
-
-def flatten(state: Mapping[str, Any]) -> FlatState:
-    """Flatten tensors, values, dicts and lists. `StateTree` does so for objects as well.
-
-    Raises:
-        UsageError: two entries have one name, or a value or object cannot be restored.
-    """
-    flattener = Flattener()
-    for name, key in names_of((), state).items():
-        flattener.put((name,), state[key])
-    return flattener.state
+"""`placed_like(path, tensor)` returns the name of a parameter with the placement of `tensor`, or
+None."""
 
 
 class Flattener:
@@ -103,38 +109,33 @@ class Flattener:
     """
 
     def __init__(
-        self, *, enters: EntersObject | None = None, placed_like: PlacedLike | None = None
+        self, component_of: ComponentOf, placed_like: PlacedLike = lambda *_: None
     ) -> None:
-        """`enters` adds the state of objects. `placed_like` finds a parameter with the same
-        placement as a tensor."""
         self.state: FlatState = FlatState()
-        self._enters, self._placed_like = enters, placed_like
+        self._component_of, self._placed_like = component_of, placed_like
         self._num_values = 0
 
-    def add(self, path: Path, value: Any, name: str | None = None) -> None:
-        """Add one entry."""
-        name = ".".join(map(str, path)) if name is None else name
+    def add(
+        self,
+        path: Path,
+        value: Any,
+        name: str | None = None,
+        names: Mapping[str, Path] = MappingProxyType({}),
+    ) -> None:
+        """Add one entry. `names`: all names of a value that has several, this one first."""
+        name = dotted(path) if name is None else name
         leaves = self.state.leaves
         if name in leaves:
             raise named_twice(name, leaves[name].path, path)
-        leaves[name] = Leaf(path, value)
+        leaves[name] = Leaf(path, value, names)
         self._num_values += not isinstance(value, torch.Tensor)
-
-    def add_named(self, names: Mapping[str, Path], value: Any) -> None:
-        """Add one value under several names. The first one names the leaf."""
-        first, path = next(iter(names.items()))
-        leaves = self.state.leaves
-        if first in leaves:
-            raise named_twice(first, leaves[first].path, path)
-        leaves[first] = Leaf(path, value, names)
-        self._num_values += 1
 
     def put(self, path: Path, value: Any, *, rebuilt: bool = False) -> None:
         """Add everything below one path. `rebuilt`: a load creates the tensors, so the structure
         stores their devices and placements."""
         node = self.walk(path, value, rebuilt=rebuilt)
         if node is not None and node != {"object": None}:
-            self.state.structure[path] = node
+            self.state.structure.setdefault(path, node)
 
     def walk(self, path: Path, value: Any, *, rebuilt: bool) -> Node:
         """Add everything below one path. Returns its node."""
@@ -143,7 +144,10 @@ class Flattener:
             return None
         if isinstance(value, torch.Tensor):
             return self._tensor(path, value, rebuilt=rebuilt)
-        if isinstance(value, Mapping) and not is_object(value):
+        component = self._component_of(path, value)
+        if component is not None:
+            return {"object": component.flatten(self, path)}
+        if isinstance(value, Mapping):
             return self._mapping(path, value, rebuilt=rebuilt)
         if type(value) is list and holds_state(value):
             return self._sequence(path, value, "list")
@@ -152,10 +156,6 @@ class Flattener:
         if type(value) is np.ndarray:
             self.add(path, _tensor_of(path, value))
             return ARRAY
-        if is_object(value):
-            if self._enters is None:
-                raise UsageError(f"`{dotted(path)}` is a {type_name(value)}, an object with state")
-            return {"object": self._enters(self, path, value)}
         plain, types = made_plain(path, value)
         self.add(path, plain)
         return {"types": types} if types else None
@@ -168,33 +168,31 @@ class Flattener:
             return None
         where = {}
         if isinstance(tensor, DTensor):
-            like = self._placed_like(path, tensor) if self._placed_like else None
+            like = self._placed_like(path, tensor)
             where = {"like": like if like is not None else ""}
         elif not tensor.is_cpu:
             where = {"device": tensor.device.type}
         return {"tensor": where} if where else None
 
     def _subclass(self, path: Path, tensor: torch.Tensor, *, rebuilt: bool) -> Node:
-        parts = take_apart(dotted(path), tensor, must_be_known=rebuilt)
-        inner = {
-            name: self.walk((*path, name), part, rebuilt=rebuilt)
-            for name, part in parts.inner.items()
-        }
-        self.add((*path, CONTEXT), parts.context)
-        described = {"class": parts.class_name, "inner": inner}
-        return {"subclass": {**described, "size": [*parts.size], "stride": [*parts.stride]}}
+        parts, context = take_apart(dotted(path), tensor, must_be_known=rebuilt)
+        inner = {n: self.walk((*path, n), part, rebuilt=rebuilt) for n, part in parts.items()}
+        self.add((*path, CONTEXT), context)
+        described = {"class": type_name(tensor), "inner": inner}
+        return {"subclass": {**described, "size": [*tensor.size()], "stride": [*tensor.stride()]}}
 
     def _mapping(self, path: Path, value: Mapping[Any, Any], *, rebuilt: bool) -> Node:
         kind, fields = _kind_of(path, value)
         check_depth(path)
         children: list[tuple[Any, Node]] = []
-        # Entries express a dict of text keys and tensors. They do not keep the order of values.
+        # Names alone express a dict with text keys, except for the order of several values.
         is_plain = kind == "dict" and bool(value)
         num_values_before = self._num_values
         for name, key in names_of(path, value).items():
             node = self.walk((*path, name), value[key], rebuilt=rebuilt)
             children.append((key, node))
-            # Inside the state of another object, only its node marks an object.
+            # A model or optimizer of the caller is found at its path, but a load that rebuilds an
+            # object's state finds inner objects only by their nodes.
             is_marked = node is not None and (node != {"object": None} or rebuilt)
             is_plain = is_plain and not is_marked and type(key) is str
         if is_plain and (self._num_values == num_values_before or len(children) == 1):
@@ -203,7 +201,7 @@ class Flattener:
 
     def _sequence(self, path: Path, value: Sequence[Any], kind: str) -> Node:
         check_depth(path)
-        # A fresh run may have a shorter list. So a load always creates the tensors of lists.
+        # A fresh run may have a shorter list, so a load must be able to create the members.
         nodes = [
             self.walk((*path, number), member, rebuilt=True) for number, member in enumerate(value)
         ]
@@ -244,9 +242,8 @@ def holds_state(members: Sequence[Any]) -> bool:
 
 
 def _holds_placed(members: Sequence[Any]) -> bool:
-    """Return whether a tuple must be split into entries. A tuple of plain values and tensors in
-    host memory is one value, as in stock DCP. Sharded tensors, tensors on devices, objects and
-    arrays cannot be part of a value."""
+    """Return whether a tuple must be split into entries, because it contains a sharded tensor, a
+    tensor on a device, an object or an array. Any other tuple is one value, as in stock DCP."""
     if SCALARS.issuperset(map(type, members)):
         return False
     return any(
@@ -278,25 +275,21 @@ def _kind_of(path: Path, value: Mapping[Any, Any]) -> tuple[str, dict[str, str]]
             f"`{dotted(path)}` is a {type_name(value)}, which a load could not restore",
             hint=f"use one of {', '.join(MAPPINGS)}, and convert it in `load_state_dict`",
         )
-    if kind != "defaultdict":
+    if not isinstance(value, defaultdict):
         return kind, {}
-    assert isinstance(value, defaultdict)
-    factory: Any = value.default_factory
-    name = "None" if factory is None else getattr(factory, "__name__", "")
-    if name not in FACTORIES or (factory is not None and factory.__module__ != "builtins"):
+    factory = value.default_factory
+    name = next((name for name, known in FACTORIES.items() if known is factory), None)
+    if name is None:
         raise UsageError(
-            f"`{dotted(path)}` is a defaultdict of {name or repr(factory)}, which is code",
+            f"`{dotted(path)}` is a defaultdict of {getattr(factory, '__name__', repr(factory))}, "
+            "which is code",
             hint=f"use a defaultdict of one of these: {', '.join(FACTORIES)}",
         )
     return kind, {"default": name}
 
 
 def names_of(path: Path, value: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the keys of a dict by their text.
-
-    Raises:
-        UsageError: a key has no text form, or two keys have the same one.
-    """
+    """Return the keys of a dict by their text."""
     where = f"`{dotted(path)}`" if path else "the state"
     names: dict[str, Any] = {}
     for key in value:
@@ -324,27 +317,21 @@ def check_depth(path: Path) -> None:
         )
 
 
-_ARRAY_KINDS = "biufc"
-
-
 def _tensor_of(path: Path, array: np.ndarray[Any, Any]) -> torch.Tensor:
     """Return an array as a tensor, which shares its memory if possible."""
-    dtype = array.dtype
-    if dtype.kind not in _ARRAY_KINDS or not dtype.isnative or dtype.itemsize > 16:
-        raise UsageError(
-            f"`{dotted(path)}` is a numpy array of {dtype}, which no tensor can have",
-            hint="convert it to an array of numbers or to a list",
-        )
+    plain = array.flags.writeable and array.flags.c_contiguous
     try:
-        plain = array.flags.writeable and array.flags.c_contiguous
         return torch.from_numpy(array if plain else array.copy())
-    except TypeError as error:
-        raise UsageError(f"`{dotted(path)}` is a numpy array of {dtype}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"`{dotted(path)}` is a numpy array of {array.dtype}, which no tensor can have",
+            hint="convert it to an array of numbers or to a list",
+        ) from error
 
 
 def made_plain(path: Path, value: Any) -> tuple[Any, list[list[Any]]]:
-    """Replace numpy's numbers and empty bytes, which pickle could write only as code, by values
-    of Python. Returns the value, and the original types with their positions in it."""
+    """Replace numpy's numbers and empty bytes by Python's numbers and texts, because pickle writes
+    them as calls. Returns the value, and the replaced types with their positions in it."""
     if type(value) in SCALARS and value != b"":
         return value, []
     types: list[list[Any]] = []
@@ -356,8 +343,9 @@ def _made_plain(path: Path, value: Any, inside: tuple[str, ...], types: list[lis
     if isinstance(value, np.generic):
         name = {"U": "str", "S": "bytes"}.get(value.dtype.kind, value.dtype.name)
         if name not in NUMBERS:
+            where = "".join(f"[{key}]" for key in inside)
             raise UsageError(
-                f"`{dotted(path)}{_inside(inside)}` is a {type_name(value)}",
+                f"`{dotted(path)}{where}` is a {type_name(value)}",
                 hint="convert it to a number or text of Python",
             )
         types.append([[*inside], name])
@@ -377,13 +365,9 @@ def _made_plain(path: Path, value: Any, inside: tuple[str, ...], types: list[lis
             for number, member in enumerate(value)
         )
     if kind in (dict, OrderedDict):
-        # Encoding the value refuses keys without a text form, if there are any.
+        # A key without a text form is refused later, when the value is encoded.
         return kind(
             (key, _made_plain(path, member, (*inside, key_text(key) or ""), types))
             for key, member in value.items()
         )
     return value
-
-
-def _inside(keys: Iterable[str]) -> str:
-    return "".join(f"[{key}]" for key in keys)

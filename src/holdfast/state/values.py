@@ -20,12 +20,7 @@ _INT_MAX = 1 << 64
 
 
 def encode_value(name: str, value: Any) -> bytes:
-    """Return the container of a value, in the format of stock DCP.
-
-    Raises:
-        UsageError: a part of the value could be restored only by running code that the checkpoint
-            names. The error names that part.
-    """
+    """Return the container of a value, in the format of stock DCP."""
     container = _container(value)
     if container is None:
         inside, part = _culprit(value)
@@ -72,8 +67,8 @@ def _culprit(value: Any, depth: int = 0) -> tuple[str, Any]:
 
 
 def reads_back(value: Any, depth: int = 0) -> bool:
-    """Return whether a value consists of plain values only, so that reading it back need not be
-    tried. This saves time for Python's random state, 625 numbers that change with each save."""
+    """Return whether a value consists of plain values only, which are known to be readable. Trying
+    it takes too long for Python's random state: 625 numbers that change with each save."""
     if type(value) is int:
         return -_INT_MAX < value < _INT_MAX
     if type(value) in (list, tuple):
@@ -96,7 +91,7 @@ class Containers:
         """Return the container of a value, as `encode_value` does."""
         if not _is_plain(value):
             return encode_value(name, value)
-        # The key is the text, because 0.0 == -0.0, and they need different containers.
+        # The text tells 0.0 from -0.0, which need different containers.
         key = type(value), repr(value)
         if key not in self._known:
             if len(self._known) >= _KNOWN_MAX:
@@ -106,8 +101,8 @@ class Containers:
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether a value can be cached by its type and text: whether these determine it, and
-    the text is short. The 625 numbers of Python's random state are a tuple in a tuple."""
+    """Return whether type and text determine a value, and the text is short enough for a key. The
+    limits admit Python's random state: a tuple with 625 numbers in a tuple."""
     if type(value) is not tuple:
         return type(value) in _SCALARS
     return len(value) <= _MEMBERS_MAX and all(
@@ -122,11 +117,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def decode_value(name: str, container: bytes, *, where: str) -> Any:
-    """Return the value in a container.
-
-    Raises:
-        FormatError: the container is invalid, or reading it would run code.
-    """
+    """Return the value in a container."""
     try:
         return torch.load(io.BytesIO(container), map_location="cpu", weights_only=True)
     except Exception as error:

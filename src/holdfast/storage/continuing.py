@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from holdfast.storage.store import AmendableStore, Buffer, Writer
+from holdfast.storage.store import AmendableStore, Buffer, FileReader, FileWriter
 
 WINDOW_BYTES = 4 << 20
 """Bytes compared at a time."""
@@ -25,22 +25,22 @@ class Continuing:
         """Bytes that did not have to be written again."""
 
     @contextmanager
-    def create(self, key: str, nbytes: int) -> Iterator[Writer]:
+    def create(self, key: str, nbytes: int) -> Iterator[FileWriter]:
         """Like `Store.create`, but a file of this size may exist, with any content."""
         folder, _, name = key.rpartition("/")
         if name not in self._store.list(folder):
             with self._store.create(key, nbytes) as writer:
                 yield writer
             return
-        with self._store.amend(key) as writer:
-            yield _Differing(self, self._store, key, writer)
+        with self._store.open(key) as reader, self._store.amend(key) as writer:
+            yield _Differing(self, reader, writer)
 
 
 class _Differing:
     """Writes the windows that differ from the file."""
 
-    def __init__(self, files: Continuing, store: AmendableStore, key: str, writer: Writer) -> None:
-        self._files, self._store, self._key, self._writer = files, store, key, writer
+    def __init__(self, files: Continuing, reader: FileReader, writer: FileWriter) -> None:
+        self._files, self._reader, self._writer = files, reader, writer
         self._buffer = memoryview(bytearray(WINDOW_BYTES))
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
@@ -52,7 +52,7 @@ class _Differing:
 
     def _put(self, offset: int, window: memoryview) -> None:
         stored = self._buffer[: len(window)]
-        complete = self._store.read_into(self._key, offset, stored) == len(window)
+        complete = self._reader.read_into(offset, stored) == len(window)
         if complete and np.array_equal(np.frombuffer(stored, "u1"), np.frombuffer(window, "u1")):
             self._files.kept_bytes += len(window)
         else:

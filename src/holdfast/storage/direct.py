@@ -5,21 +5,16 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue, SimpleQueue
 from threading import Thread
-from typing import TYPE_CHECKING
 
 from holdfast.storage.store import Buffer
 
-if TYPE_CHECKING:
-    from concurrent.futures import Future
-
 PAGE_BYTES = 4096
-"""Alignment of the offset, length and address of a direct write. Every disk so far accepts it."""
+"""Alignment of the offset, length and address of a direct write. Every disk accepts it."""
 
 WINDOW_BYTES = 2 << 20
 """Bytes of one write: a huge page, which the disk takes in one request. All windows together fit
@@ -57,9 +52,6 @@ class BufferedWriter:
             if count:
                 views[0] = views[0][count:]
 
-    def finish(self) -> None:
-        """Do nothing: `write` has written everything."""
-
 
 class DirectWriter:
     """Writes whole pages past the page cache, and the ends of ranges through it.
@@ -76,7 +68,6 @@ class DirectWriter:
         self._free: SimpleQueue[memoryview] = SimpleQueue()
         for window in _windows():
             self._free.put(window)
-        self._writing: deque[Future[None]] = deque()
         self._parts: list[memoryview] = []
         self._start = self._stop = 0
         """Range of the file that `_parts` cover. `_start` is page-aligned if there are parts."""
@@ -91,11 +82,10 @@ class DirectWriter:
     def finish(self) -> None:
         """Wait until everything has been written."""
         self._end_range()
-        while self._writing:
-            self._writing.popleft().result()
+        self._threads.finish()
 
     def close(self) -> None:
-        """Stop the threads. Writes that none of them has begun are dropped."""
+        """End the threads. Writes that none of them has begun are dropped."""
         self._threads.stop()
 
     def _put(self, offset: int, view: memoryview) -> None:
@@ -127,15 +117,11 @@ class DirectWriter:
         if not nbytes:
             return
         parts, rest = _split(self._parts, nbytes)
-        work = (
-            partial(self._pwrite, parts[0], self._start)
-            if in_place
-            else partial(self._copy_and_write, parts, self._start)
-        )
-        self._writing.append(self._threads.submit(work))
+        if in_place:
+            self._threads.submit(partial(self._pwrite, parts[0], self._start))
+        else:
+            self._threads.submit(partial(self._copy_and_write, parts, self._start))
         self._parts, self._start = rest, self._start + nbytes
-        while len(self._writing) > NUM_THREADS + WINDOWS_AHEAD:
-            self._writing.popleft().result()
 
     def _end_range(self) -> None:
         """Write the remaining parts; the next range begins elsewhere."""
@@ -164,10 +150,8 @@ class _Threads:
     """
 
     def __init__(self, count: int) -> None:
-        from concurrent.futures import Future  # Readers do not need this import.
-
-        self._future: type[Future[None]] = Future
-        self._jobs: SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = SimpleQueue()
+        self._jobs: Queue[Callable[[], None] | None] = Queue(WINDOWS_AHEAD)
+        self._error: BaseException | None = None
         self._running: list[Thread] = []
         for number in range(count):
             thread = Thread(target=self._work, name=f"holdfast-write_{number}", daemon=True)
@@ -177,15 +161,21 @@ class _Threads:
                 break
             self._running.append(thread)
 
-    def submit(self, work: Callable[[], None]) -> Future[None]:
-        future = self._future()
+    def submit(self, job: Callable[[], None]) -> None:
+        """Let a thread do a job. Raises the error of an earlier job."""
+        self._raise_error()
         if self._running:
-            self._jobs.put((work, future))
+            self._jobs.put(job)
         else:
-            _carry_out(work, future)
-        return future
+            job()
+
+    def finish(self) -> None:
+        """Wait until all jobs are done. Raises the error of one that failed."""
+        self._jobs.join()
+        self._raise_error()
 
     def stop(self) -> None:
+        """End the threads. Jobs that none of them has begun are dropped."""
         with suppress(Empty):
             while True:
                 self._jobs.get_nowait()
@@ -196,16 +186,16 @@ class _Threads:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            _carry_out(*job)
+            try:
+                job()
+            except BaseException as error:  # noqa: BLE001 - raised by the next call
+                self._error = self._error or error
+            finally:
+                self._jobs.task_done()
 
-
-def _carry_out(work: Callable[[], None], future: Future[None]) -> None:
-    try:
-        work()
-    except BaseException as error:  # noqa: BLE001 - `Future.result` raises it
-        future.set_exception(error)
-    else:
-        future.set_result(None)
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
 
 
 def _windows() -> Iterator[memoryview]:

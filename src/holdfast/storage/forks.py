@@ -19,7 +19,7 @@ system that hangs would also hang every fork of the process."""
 
 
 class Leaver(Protocol):
-    """An object whose copy a forked child must give up."""
+    """An object that a forked child must close its copy of."""
 
     def leave(self) -> None:
         """Close this process's copy, without effect on the parent."""

@@ -13,7 +13,7 @@ from holdfast.format.names import held_file
 from holdfast.storage import links, locks, renaming
 from holdfast.storage.direct import BufferedWriter, DirectWriter, open_direct
 from holdfast.storage.plain import check_plain, open_plain
-from holdfast.storage.store import Check, Reader, Writer
+from holdfast.storage.store import Check, FileReader, FileWriter
 
 DIRECT_BYTES_MIN = 4 << 20
 """Smallest file that is written with `O_DIRECT`; below it the threads cost more than they save."""
@@ -71,12 +71,8 @@ class LocalStore:
             finally:
                 os.close(file)
 
-    def read_into(self, key: str, start: int, target: memoryview) -> int:
-        with self.open(key) as reader:
-            return reader.read_into(start, target)
-
     @contextmanager
-    def open(self, key: str) -> Iterator[Reader]:
+    def open(self, key: str) -> Iterator[FileReader]:
         with self._errors_of("read", key):
             file = open_plain(self._path(key), os.O_RDONLY)
             try:
@@ -94,7 +90,7 @@ class LocalStore:
         return links.leads_out(self._path(folder), file)
 
     @contextmanager
-    def create(self, key: str, nbytes: int) -> Iterator[Writer]:
+    def create(self, key: str, nbytes: int) -> Iterator[FileWriter]:
         with self._errors_of("write", key), ExitStack() as stack:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             file = os.open(self._path(key), flags, 0o666)
@@ -112,7 +108,7 @@ class LocalStore:
             os.fsync(file)
 
     @contextmanager
-    def amend(self, key: str) -> Iterator[Writer]:
+    def amend(self, key: str) -> Iterator[FileWriter]:
         with self._errors_of("write", key), ExitStack() as stack:
             file = open_plain(self._path(key), os.O_WRONLY | os.O_NOFOLLOW)
             stack.callback(os.close, file)
@@ -252,7 +248,7 @@ class LocalStore:
             except (OSError, StorageError):
                 return None
             if lock is not None:
-                stack.callback(locks.remove_lock_file, beside, lock)
+                stack.callback(lock.release_and_remove, beside)
                 if not os.path.lexists(path):
                     # Its last holder removed the folder, and then the lock file.
                     raise NotFoundError(f"nothing at `{path}`") from None
@@ -331,7 +327,8 @@ def _remove_folder(path: str) -> None:
     except OSError as error:
         if error.errno not in (errno.EMFILE, errno.ENFILE):
             raise
-        # Delete what a save left that ran out of open files: this opens one at most.
+        # The process has no file descriptors left, as after a save that failed for that reason.
+        # Delete its folder in a way that opens one file at most.
         with suppress(OSError):
             os.rmdir(path)
             return

@@ -66,6 +66,13 @@ class Lock:
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
+    def release_and_remove(self, path: str) -> None:
+        """Delete the lock file, then unlock. Does nothing in a forked child."""
+        if self.is_held:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            self.release()
+
     def leave(self) -> None:
         """Close this process's copy of the file, which keeps the parent's lock (see `forks`)."""
         descriptor, self._descriptor = self._descriptor, -1
@@ -118,14 +125,6 @@ def lock_folder(path: str) -> Lock | None:
         lock.release()
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
     return lock
-
-
-def remove_lock_file(path: str, lock: Lock) -> None:
-    """Delete a lock file, then release its lock."""
-    if lock.is_held:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-        lock.release()
 
 
 def is_held_here(path: str) -> bool:

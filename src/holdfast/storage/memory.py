@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from holdfast.errors import ExistsError, NotFoundError, StorageError
-from holdfast.storage.store import Buffer, Check, PlainReader, Writer
+from holdfast.storage.store import Buffer, Check, FileWriter, PlainReader
 
 _Folder = dict[str, "bytearray | _Folder"]
 _Node = bytearray | _Folder
@@ -60,11 +60,6 @@ class MemoryStore:
         with self._mutex:
             return bytes(self._file(key)[start:stop])
 
-    def read_into(self, key: str, start: int, target: memoryview) -> int:
-        data = self.read(key, start, start + len(target))
-        target[: len(data)] = data
-        return len(data)
-
     def open(self, key: str) -> PlainReader:
         return PlainReader(self, key)
 
@@ -72,7 +67,7 @@ class MemoryStore:
         return False
 
     @contextmanager
-    def create(self, key: str, nbytes: int) -> Iterator[Writer]:
+    def create(self, key: str, nbytes: int) -> Iterator[FileWriter]:
         with self._mutex:
             free = self.free_bytes()
             if free is not None and nbytes > free:
@@ -150,19 +145,16 @@ class MemoryStore:
                     self._held = [held for held in self._held if held is not node]
 
     @contextmanager
-    def amend(self, key: str) -> Iterator[Writer]:
+    def amend(self, key: str) -> Iterator[FileWriter]:
         with self._mutex:
             file = self._file(key)
         yield _MemoryWriter(file)
 
     def replace_file(self, source: str, target: str) -> None:
         with self._mutex:
-            file = self._file(source)
-            for key in (source, target):
-                folder, name = _split(key)
-                self._folder(folder).pop(name, None)
             folder, name = _split(target)
-            self._folder(folder)[name] = file
+            self._folder(folder)[name] = self._file(source)
+            self.remove(source)
 
 
 class _MemoryWriter:

@@ -55,11 +55,6 @@ class RemoteStore:
             data: bytes = self._files.cat_file(self._path(key), start=start, end=stop)
             return data
 
-    def read_into(self, key: str, start: int, target: memoryview) -> int:
-        data = self.read(key, start, start + len(target))
-        target[: len(data)] = data
-        return len(data)
-
     def open(self, key: str) -> PlainReader:
         return PlainReader(self, key)
 

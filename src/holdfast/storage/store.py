@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 Check = Callable[[], None]
-"""Function that raises an error if a condition no longer holds."""
+"""Function that raises an error if this process has lost the lock."""
 
 Buffer = bytes | bytearray | memoryview
 
 
-class Writer(Protocol):
+class FileWriter(Protocol):
     """A file, open for writing."""
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
@@ -23,11 +23,11 @@ class Writer(Protocol):
         ...
 
 
-class Reader(Protocol):
+class FileReader(Protocol):
     """A file, open for reading."""
 
     def read_into(self, start: int, target: memoryview) -> int:
-        """Like `ReadStore.read_into`, for this file."""
+        """Fill `target` from `start` on. Return the bytes read; fewer only if the file ends."""
         ...
 
 
@@ -54,11 +54,7 @@ class ReadStore(Protocol):
         """Return bytes `start` to `stop` of a file; fewer only if the file ends before."""
         ...
 
-    def read_into(self, key: str, start: int, target: memoryview) -> int:
-        """Fill `target` from `start` on. Return the bytes read; fewer only if the file ends."""
-        ...
-
-    def open(self, key: str) -> AbstractContextManager[Reader]:
+    def open(self, key: str) -> AbstractContextManager[FileReader]:
         """Open a file to read many ranges. Raises `NotFoundError` here or at the first read."""
         ...
 
@@ -75,7 +71,7 @@ class Store(ReadStore, Protocol):
     else may be lost, kept, or kept in part.
     """
 
-    def create(self, key: str, nbytes: int) -> AbstractContextManager[Writer]:
+    def create(self, key: str, nbytes: int) -> AbstractContextManager[FileWriter]:
         """Create a file of `nbytes`, with its space reserved.
 
         When the context ends without error, the content is durable; `sync` the folder to make the
@@ -140,7 +136,7 @@ class Store(ReadStore, Protocol):
 class Creating(Protocol):
     """A place to create files in."""
 
-    def create(self, key: str, nbytes: int) -> AbstractContextManager[Writer]:
+    def create(self, key: str, nbytes: int) -> AbstractContextManager[FileWriter]:
         """Like `Store.create`."""
         ...
 
@@ -148,7 +144,7 @@ class Creating(Protocol):
 class AmendableStore(Store, Protocol):
     """A store whose files can be changed in place, so that a conversion can be resumed."""
 
-    def amend(self, key: str) -> AbstractContextManager[Writer]:
+    def amend(self, key: str) -> AbstractContextManager[FileWriter]:
         """Open an existing file of full length; several processes may write parts of it.
 
         The bytes that this process wrote are durable when the context ends without error.
@@ -161,13 +157,15 @@ class AmendableStore(Store, Protocol):
 
 
 class PlainReader:
-    """A `Reader` of a store that has no open files: each read names the key again."""
+    """A `FileReader` for stores without open files. Each read names the key again."""
 
     def __init__(self, store: ReadStore, key: str) -> None:
         self._store, self._key = store, key
 
     def read_into(self, start: int, target: memoryview) -> int:
-        return self._store.read_into(self._key, start, target)
+        data = self._store.read(self._key, start, start + len(target))
+        target[: len(data)] = data
+        return len(data)
 
     def __enter__(self) -> PlainReader:
         return self

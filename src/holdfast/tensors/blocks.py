@@ -42,12 +42,6 @@ def runs(box: Region, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield first + sum(i * s for i, s in zip(index, strides, strict=False)), length
 
 
-def moved(region: Region, offset: Sequence[int]) -> Region:
-    """Return the region shifted by `offset[d]` along each dim `d`."""
-    start = tuple(map(int.__add__, region.start, offset))
-    return Region(start, tuple(map(int.__add__, region.stop, offset)))
-
-
 def _split(region: Region, dim: int, itemsize: int, nbytes_max: int) -> Iterator[Region]:
     """Split a region along `dim`, and single rows that are still too large along the next dims."""
     row_nbytes = region.num_elements // region.shape[dim] * itemsize

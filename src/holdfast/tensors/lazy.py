@@ -62,7 +62,8 @@ class Renamed:
         names: Mapping[str, str],
         aliases: Mapping[str, str] | None = None,
     ) -> None:
-        """`names`: new names by name in the source. `aliases`: first new names by second name."""
+        """`names`: the new name of each tensor of the source. `aliases`: further names of tensors,
+        each with the tensor's first name; key and value are new names."""
         self._source = source
         self._original = {new: old for old, new in names.items()}
         for name, first in (aliases or {}).items():
@@ -96,7 +97,7 @@ class Mapped:
         return target
 
     def _info(self, name: str) -> TensorInfo:
-        """Return dtypes and shape. Where the sources differ in dtype, the widest wins."""
+        """Return dtypes and shape. The dtype is the widest of the sources'."""
         shape = self._mapping.shape(self._side, name)
         copies = self._mapping.copies(self._side, name, Region.whole(shape))
         sources = [self._source.infos[source] for source in {copy.source: None for copy in copies}]

@@ -78,7 +78,8 @@ class Copy:
     def _in_target_order(self, source: NDArray[np.generic]) -> NDArray[np.generic]:
         """Return a view of the box with its dims in the order of the target's axes."""
         source_axes, target_axes = self.source_view.axes, self.target_view.axes
-        # An axis that only one side has selects a tensor of the other. Its length in the box is 1.
+        # If only one side has an axis as a dim, the other has it in its tensor names, such as the
+        # number of a layer. The box covers one index of it, so its length here is 1.
         dropped = tuple(n for n, axis in enumerate(source_axes) if axis not in target_axes)
         common = [axis for axis in source_axes if axis in target_axes]
         order = [common.index(axis) for axis in target_axes if axis in common]
@@ -129,10 +130,9 @@ class TensorMapping:
         return self._members[side][name][0].relation.dtype
 
     def row_by_row(self, side: SideName, name: str) -> Relation | None:
-        """Return the relation of a tensor that differs from its counterpart in row order at most.
+        """Return the relation to a tensor of the other side with the same rows, in any order.
 
-        The counterpart is one whole tensor, with the same elements in each row. Both names in the
-        result are without fields. None: there is no such tensor, or no such counterpart.
+        None: there is no such tensor. Both names in the relation are without fields.
         """
         members = self._members[side].get(name, ())
         if len(members) != 1:
@@ -196,8 +196,6 @@ def _boxes(lo: int, hi: int, merged: Sequence[str], axes: Axes) -> list[Box]:
     if not merged:
         return [{}]
     axis, *rest = merged
-    if not rest:
-        return [{axis: (lo, hi)}]
     inner = size_of(rest, axes)
     (first, skipped), (last, over) = divmod(lo, inner), divmod(hi, inner)
     if first == last:
@@ -233,7 +231,8 @@ def _without_gaps(source: Side, target: Side, axes: Axes, box: Box, exact: bool)
 
 
 def _axes_with_gaps(dim: Dim, axes: Axes, box: Box) -> Iterator[str]:
-    """Yield the axes along which the box has gaps: it covers a more inner axis only in part."""
+    """Yield each axis with gaps: the box has several indices along it, but only a part of an axis
+    further inside."""
     partial = False
     for axis in reversed(dim.axes):
         start, stop = box[axis]

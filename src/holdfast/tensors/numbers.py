@@ -51,11 +51,7 @@ def is_floating(dtype: str) -> bool:
 
 
 def convert(elements: Array, source: str, target: str) -> Array:
-    """Return the elements in another floating-point dtype; the array itself if it is the same.
-
-    Raises:
-        UsageError: this conversion is not supported.
-    """
+    """Return the elements in another floating-point dtype; the array itself if it is the same."""
     if source == target:
         return elements
     convert_part = _converter(source, target)
@@ -109,25 +105,22 @@ def _to_bfloat16(numbers: Floats) -> Array:
 @cache
 def _values(dtype: str) -> Floats:
     """Return the value of each of the 256 bytes."""
-    return np.array([_value_of_byte(byte, dtype) for byte in range(256)], np.float32)
-
-
-def _value_of_byte(byte: int, dtype: str) -> float:
+    byte, values = np.arange(256), np.empty(256)
     if dtype == "float8_e8m0fnu":
-        return float("nan") if byte == 0xFF else 2.0 ** (byte - 127)
+        values[:] = np.ldexp(1.0, byte - 127)
+        values[0xFF] = np.nan
+        return values.astype(np.float32)
     exponent_bits, mantissa_bits, bias = _FLOAT8[dtype]
-    sign = -1.0 if byte & 0x80 else 1.0
-    exponent = (byte >> mantissa_bits) & ((1 << exponent_bits) - 1)
-    mantissa = byte & ((1 << mantissa_bits) - 1)
+    one = 1 << mantissa_bits
+    exponent, mantissa = np.divmod(byte & 0x7F, one)
+    scale = np.maximum(exponent, 1) - bias - mantissa_bits
+    values[:] = np.ldexp(np.where(exponent, one + mantissa, mantissa).astype(np.float64), scale)
+    if dtype == "float8_e5m2":
+        highest = exponent == (1 << exponent_bits) - 1
+        values[highest] = np.where(mantissa[highest], np.nan, np.inf)
+    values *= np.where(byte & 0x80, -1.0, 1.0)
     if dtype.endswith("fnuz"):
-        if byte == 0x80:
-            return float("nan")
+        values[0x80] = np.nan
     elif dtype == "float8_e4m3fn":
-        if byte & 0x7F == 0x7F:
-            return float("nan")
-    elif exponent == (1 << exponent_bits) - 1:
-        return float("nan") if mantissa else sign * float("inf")
-    fraction = mantissa / (1 << mantissa_bits)
-    if exponent == 0:
-        return float(sign * fraction * 2.0 ** (1 - bias))
-    return float(sign * (1 + fraction) * 2.0 ** (exponent - bias))
+        values[[0x7F, 0xFF]] = np.nan
+    return values.astype(np.float32)

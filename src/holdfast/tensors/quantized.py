@@ -44,11 +44,7 @@ class Dequantized:
     """Tensors of a source; a quantized tensor and its factors appear as one float tensor."""
 
     def __init__(self, source: Tensors, config: Mapping[str, Any]) -> None:
-        """`config`: `quantization_config` of the folder, or empty.
-
-        Raises:
-            FormatError: weights and factors that do not match, or an unsupported quantization.
-        """
+        """`config`: `quantization_config` of the folder, or empty."""
         self._source = source
         self._block = _block_in(config)
         self.infos: dict[str, TensorInfo] = {}
@@ -64,7 +60,8 @@ class Dequantized:
                 unsupported += self._check_fp8(name)
             elif name.endswith(BLOCKS) and _sibling(name, BLOCKS, SCALES) in infos:
                 unsupported += self._check_mxfp4(name)
-                name, shape = name.removesuffix(BLOCKS), _unpacked(shape)
+                experts, rows, groups, _ = (*shape, 0, 0, 0, 0)[:4]
+                name, shape = name.removesuffix(BLOCKS), (experts, groups * GROUP, rows)
             else:
                 if info.dtype.startswith(("float8", "float4")):
                     unsupported.append(f"`{name}` is {info.dtype}, without its `{name}{SCALE}`")
@@ -157,9 +154,3 @@ def _block_in(config: Mapping[str, Any]) -> tuple[int, int]:
 
 def _sibling(name: str, suffix: str, other: str) -> str:
     return name.removesuffix(suffix) + other
-
-
-def _unpacked(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of the weight that MXFP4 blocks of this shape hold."""
-    experts, rows, groups, _ = (*shape, 0, 0, 0, 0)[:4]
-    return (experts, groups * GROUP, rows)

@@ -14,7 +14,7 @@ from holdfast.errors import DamagedError, NotFoundError
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Chunk, Span, TensorEntry
 from holdfast.format.region import Region
-from holdfast.format.torchzip import StoredTensor, contiguous_strides, locate
+from holdfast.format.torchzip import contiguous_strides, locate
 from holdfast.planning.read_plan import ByteRange, byte_ranges, read_items
 from holdfast.storage.store import PlainReader
 from holdfast.tensors.lazy import TensorInfo
@@ -25,9 +25,9 @@ class StoredTensors:
     """Tensors that a manifest lists, whatever the format of the checkpoint."""
 
     def __init__(self, source: Source, strides: Mapping[str, tuple[int, ...]]) -> None:
-        """`strides`: strides of tensors that are not row-major, if the manifest cannot say so."""
+        """`strides`: of tensors that are not row-major, if the manifest does not contain them."""
         self._source, self._strides = source, strides
-        self._located: dict[tuple[str, int], StoredTensor] = {}
+        self._located: dict[tuple[str, int], tuple[Span, tuple[int, ...]]] = {}
         tensors = source.manifest.tensors
         self.infos = {name: TensorInfo(entry.dtype, entry.shape) for name, entry in tensors.items()}
 
@@ -47,32 +47,32 @@ class StoredTensors:
     ) -> None:
         """Read one region of one chunk into `target`, which has its shape."""
         itemsize, shape = dtype_of(entry.dtype).itemsize, chunk.region.shape
-        stored = self._locate(name, entry, chunk)
+        span, strides = self._locate(name, entry, chunk)
         box = region.within(chunk.region)
         row_major = contiguous_strides(shape)
         checksums = self._source.checksums(chunk, chunk.region.num_elements * itemsize)
         reader = PlainReader(self._source.store, self._source.key(chunk.file))
         room = memoryview(bytearray(ROOM_BYTES))
-        data = ChunkData(self._source, name, (chunk.file, stored.data), checksums, reader, room)
-        if stored.strides != row_major and prod(shape) > 1:
-            # A transposed parameter, say. Rare, so the whole chunk is read for any part of it.
-            elements = np.empty(stored.data.nbytes // itemsize, target.dtype)
+        data = ChunkData(self._source, name, (chunk.file, span), checksums, reader, room)
+        if strides != row_major and prod(shape) > 1:
+            # Tensors that are not row-major, such as transposed parameters, are rare: to get any
+            # part, read the whole chunk.
+            elements = np.empty(span.nbytes // itemsize, target.dtype)
             data.read(0, elements.nbytes, _memory(elements))
-            strided = as_strided(elements, shape, [stride * itemsize for stride in stored.strides])
+            strided = as_strided(elements, shape, [stride * itemsize for stride in strides])
             target[...] = box_of(strided, box)
             return
         for byte_range in byte_ranges(box, shape, itemsize, WINDOW_BYTES):
             _read_range(data, byte_range, row_major, target)
 
-    def _locate(self, name: str, entry: TensorEntry, chunk: Chunk) -> StoredTensor:
-        """Return the bytes and the strides of a chunk's elements."""
+    def _locate(self, name: str, entry: TensorEntry, chunk: Chunk) -> tuple[Span, tuple[int, ...]]:
+        """Return the span and the strides of a chunk's elements."""
         shape = chunk.region.shape
-        nbytes = chunk.region.num_elements * dtype_of(entry.dtype).itemsize
         if chunk.data_offset is not None:
-            span = Span(chunk.data_offset, nbytes)
-            return StoredTensor(span, entry.dtype, shape, contiguous_strides(shape), 0)
+            nbytes = chunk.region.num_elements * dtype_of(entry.dtype).itemsize
+            return Span(chunk.data_offset, nbytes), contiguous_strides(shape)
         if name in self._strides:
-            return StoredTensor(chunk.item, entry.dtype, shape, self._strides[name], 0)
+            return chunk.item, self._strides[name]
         key = chunk.file, chunk.item.offset
         if key not in self._located:
             found = locate(
@@ -83,7 +83,7 @@ class StoredTensors:
                     f"`{self._source.url}/{chunk.file}`: `{name}` is {found.dtype} "
                     f"{list(found.shape)} in its file, {entry.dtype} {list(shape)} in the index"
                 )
-            self._located[key] = found
+            self._located[key] = found.data, found.strides
         return self._located[key]
 
     def _fetch(self, file: str, offset: int, nbytes: int) -> bytes:
@@ -99,10 +99,7 @@ def _read_range(
         return
     elements = np.empty((byte_range.stop - byte_range.start) // box.itemsize, box.dtype)
     data.read(byte_range.start, byte_range.stop, _memory(elements))
-    if byte_range.contiguous:
-        box[...] = elements.reshape(box.shape)
-    else:
-        box[...] = as_strided(elements, box.shape, [stride * box.itemsize for stride in strides])
+    box[...] = as_strided(elements, box.shape, [stride * box.itemsize for stride in strides])
 
 
 def _memory(array: Array) -> memoryview:

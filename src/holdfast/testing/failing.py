@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
-from holdfast.storage.store import AmendableStore, Buffer, Check, PlainReader, Writer
+from holdfast.storage.store import AmendableStore, Buffer, Check, FileWriter, PlainReader
 
 Fail = Callable[[str, str], None]
 """`fail(verb, key)` raises the error of an operation, or returns to let it happen."""
@@ -38,10 +38,6 @@ class FailingStore:
         self._fail("read", key)
         return self._beneath.read(key, start, stop)
 
-    def read_into(self, key: str, start: int, target: memoryview) -> int:
-        self._fail("read", key)
-        return self._beneath.read_into(key, start, target)
-
     def open(self, key: str) -> PlainReader:
         return PlainReader(self, key)
 
@@ -49,17 +45,19 @@ class FailingStore:
         self._fail("read", f"{folder}/{file}")
         return self._beneath.leads_out(folder, file)
 
-    @contextmanager
-    def create(self, key: str, nbytes: int) -> Iterator[Writer]:
+    def create(self, key: str, nbytes: int) -> AbstractContextManager[FileWriter]:
         self._fail("create", key)
-        with self._beneath.create(key, nbytes) as writer:
-            yield _FailingWriter(writer, key, self._fail)
-            self._fail("end", key)
+        return self._failing(key, self._beneath.create(key, nbytes))
+
+    def amend(self, key: str) -> AbstractContextManager[FileWriter]:
+        self._fail("amend", key)
+        return self._failing(key, self._beneath.amend(key))
 
     @contextmanager
-    def amend(self, key: str) -> Iterator[Writer]:
-        self._fail("amend", key)
-        with self._beneath.amend(key) as writer:
+    def _failing(
+        self, key: str, opened: AbstractContextManager[FileWriter]
+    ) -> Iterator[FileWriter]:
+        with opened as writer:
             yield _FailingWriter(writer, key, self._fail)
             self._fail("end", key)
 
@@ -87,25 +85,21 @@ class FailingStore:
         self._fail("free_bytes", "")
         return self._beneath.free_bytes()
 
-    @contextmanager
-    def lock(self, key: str, note: str) -> Iterator[Check]:
+    def lock(self, key: str, note: str) -> AbstractContextManager[Check]:
         self._fail("lock", key)
-        with self._beneath.lock(key, note) as check:
-            yield check
+        return self._beneath.lock(key, note)
 
     def holder(self, key: str) -> str | None:
         self._fail("holder", key)
         return self._beneath.holder(key)
 
-    @contextmanager
-    def hold(self, key: str) -> Iterator[bool | None]:
+    def hold(self, key: str) -> AbstractContextManager[bool | None]:
         self._fail("hold", key)
-        with self._beneath.hold(key) as held:
-            yield held
+        return self._beneath.hold(key)
 
 
 class _FailingWriter:
-    def __init__(self, beneath: Writer, key: str, fail: Fail) -> None:
+    def __init__(self, beneath: FileWriter, key: str, fail: Fail) -> None:
         self._beneath, self._key, self._fail = beneath, key, fail
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:

@@ -64,10 +64,6 @@ class ThreadRanks:
         self._num_exchanges += 1
         return self._board.exchange(self._num_exchanges, self.rank, item)
 
-    def leave(self) -> None:
-        """End this rank. Exchanges that it has not reached fail on the other ranks."""
-        self._board.leave(self.rank)
-
 
 class _Board:
     """Items that the ranks exchange, by number of the exchange."""
@@ -111,6 +107,7 @@ class _Board:
             return sent.popleft()
 
     def leave(self, rank: int) -> None:
+        """End a rank. Exchanges that it has not reached fail on the other ranks."""
         with self._changed:
             self._gone.add(rank)
             self._changed.notify_all()
@@ -129,12 +126,9 @@ def run_ranks(size: int, work: Callable[[Ranks], T], *, timeout_s: float = 30.0)
     waits longer than `timeout_s` for the others fails.
     """
     results = try_ranks(size, work, timeout_s=timeout_s)
-    for result in results:
-        if isinstance(result, BaseException) and not isinstance(result, RankError):
-            raise result
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
+    errors = [result for result in results if isinstance(result, BaseException)]
+    for error in sorted(errors, key=lambda error: isinstance(error, RankError)):
+        raise error
     return [result for result in results if not isinstance(result, BaseException)]
 
 
@@ -145,11 +139,10 @@ def try_ranks(
     board = _Board(size, timeout_s)
 
     def run(rank: int) -> T | BaseException:
-        ranks = ThreadRanks(rank, board)
         try:
-            return work(ranks)
+            return work(ThreadRanks(rank, board))
         except BaseException as error:  # noqa: BLE001 - returned to the caller
-            ranks.leave()
+            board.leave(rank)
             return error
 
     with ThreadPoolExecutor(size) as pool:

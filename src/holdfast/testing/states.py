@@ -55,7 +55,7 @@ def round_trip(
             for key, value in target.items():
                 target[key] = _LoadRecorder(value) if _is_other_object(value) else value
             _save_and_load(Path(folder), mode, state, target)
-            loaded = {key: _loaded_state(target[key]) for key in state}
+            loaded = {key: _state_of(target[key]) for key in state}
             lines = [n for key in state for n in differences(expected[key], loaded[key], key)]
         assert not lines, f"mode `{mode}`:\n  " + "\n  ".join(lines)
 
@@ -78,7 +78,7 @@ def _save_and_load(
         values = {key: _ValueState(source, key) for key in source if not _is_component(source[key])}
         with holdfast.CheckpointManager(
             folder / "run",
-            model=_models(source),
+            model=nn.ModuleDict({k: v for k, v in source.items() if isinstance(v, nn.Module)}),
             optimizers=[value for value in source.values() if isinstance(value, Optimizer)],
             states={**{k: v for k, v in source.items() if _is_other_object(v)}, **values},
             config=config,
@@ -87,12 +87,6 @@ def _save_and_load(
                 manager.save(1)
             else:
                 assert manager.load() == 1
-
-
-def _models(state: Mapping[str, Any]) -> nn.Module:
-    """Join all modules of a state to one model."""
-    modules = {key: value for key, value in state.items() if isinstance(value, nn.Module)}
-    return nn.ModuleDict(modules)
 
 
 class _ValueState:
@@ -133,7 +127,10 @@ def _is_other_object(value: Any) -> bool:
 
 
 def _state_of(value: Any) -> Any:
-    """Return a copy of the current state of a module, an optimizer, an object or a value."""
+    """Return a copy of the current state of a module, an optimizer, an object or a value; of a
+    `_LoadRecorder` the state that was loaded."""
+    if isinstance(value, _LoadRecorder):
+        return value.given
     if isinstance(value, nn.Module):
         return _copied(dict(own_state(value)))
     if isinstance(value, Optimizer) and is_by_parameter(value):
@@ -147,11 +144,6 @@ def _copied(state: Any) -> Any:
     except (RuntimeError, TypeError, AttributeError):
         # Cannot be copied: a save refuses it, or it compares equal to itself.
         return state
-
-
-def _loaded_state(value: Any) -> Any:
-    """Return the state that was loaded."""
-    return value.given if isinstance(value, _LoadRecorder) else _state_of(value)
 
 
 def _altered_copy(state: Mapping[str, Any]) -> dict[str, Any]:

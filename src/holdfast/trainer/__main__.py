@@ -7,41 +7,31 @@ import sys
 
 from holdfast.arguments import not_installed
 from holdfast.errors import HoldfastError
-from holdfast.trainer.arguments import prepare_start, print_help, read_config, wants_help
+from holdfast.trainer.arguments import prepare_start, print_requested_help, read_config, report
 
 
 def main(arguments: list[str]) -> int:
     """Train with the settings in `arguments`, and return the exit status."""
-    if wants_help(arguments):
-        print_help("python -m holdfast.trainer")
+    print_requested_help(arguments, "python -m holdfast.trainer")
     try:
         config = read_config(arguments)
         config.check(int(os.environ.get("WORLD_SIZE", "1")))
     except HoldfastError as error:
-        return _report(error)
+        return report(error)
     prepare_start(config, arguments)
     try:
-        # Imports torch, which takes seconds: after `--help` and the check of the settings.
+        # Here and not at the top, since importing torch takes seconds: `--help` and wrong settings
+        # are answered before.
         from holdfast.trainer.worker import work
     except ImportError as error:
-        return _report(not_installed(error, "training"))
+        return report(not_installed(error, "training"))
     return work(config)
-
-
-def _report(error: HoldfastError) -> int:
-    """Print the error on the first worker of each machine, and return its exit status.
-
-    All workers of a machine find the same mistake. Another machine may have other files.
-    """
-    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
-        sys.stderr.write(f"error: {error}\n")
-    return error.exit_status
 
 
 if __name__ == "__main__":
     status: int = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    # After a failure other ranks may be gone: an orderly shutdown could wait for them forever.
+    # After a failure other ranks may be gone: a normal exit could wait for them forever.
     if status:
         os._exit(status)

@@ -25,7 +25,7 @@ from holdfast.arguments import (
     nearest,
     of_length,
 )
-from holdfast.errors import NotFoundError, UsageError
+from holdfast.errors import HoldfastError, NotFoundError, UsageError
 from holdfast.skills.startup import refresh
 from holdfast.trainer import titan
 from holdfast.trainer.config import Config
@@ -47,7 +47,7 @@ def read_config(arguments: Sequence[str]) -> Config:
 
 
 def _explicit_values(arguments: Sequence[str]) -> Values:
-    """Read the values given on the command line or in the file, without the defaults."""
+    """Read the values on the command line and in the file, without the defaults."""
     overrides = _from_command_line(arguments)
     file = overrides.get("job", {}).get("config_file")
     values = _from_file(Path(file)) if file is not None else {}
@@ -56,13 +56,10 @@ def _explicit_values(arguments: Sequence[str]) -> Values:
     return values
 
 
-def wants_help(arguments: Iterable[str]) -> bool:
-    """Tell whether the arguments request the list of all settings."""
-    return any(argument in ("-h", "--help") for argument in arguments)
-
-
-def print_help(program: str) -> None:
-    """Print every setting with its meaning and default, then raise `SystemExit`."""
+def print_requested_help(arguments: Iterable[str], program: str) -> None:
+    """Print all settings with their defaults and raise `SystemExit`, if the arguments say so."""
+    if not {"-h", "--help"} & {*arguments}:
+        return
     import tyro
 
     if hasattr(signal, "SIGPIPE"):
@@ -77,12 +74,21 @@ def print_help(program: str) -> None:
     )
 
 
+def report(error: HoldfastError) -> int:
+    """Print an error in the settings on the first worker of each machine; return its exit status.
+
+    All workers of a machine find the same error. Another machine may have other files.
+    """
+    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+        sys.stderr.write(f"error: {error}\n")
+    return error.exit_status
+
+
 def prepare_start(config: Config, arguments: Sequence[str] = ()) -> None:
     """Print which settings have no effect, and refresh the installed skills; on rank 0 only.
 
-    Without effect are TorchTitan's settings for features that do not exist here, and the keys of
-    `[checkpoint]` if `enable` was forgotten. Skills are refreshed only where the user agreed to
-    that by a first `holdfast skills sync`.
+    TorchTitan's settings for features that do not exist here have no effect, nor do the keys of
+    `[checkpoint]` if `enable` was forgotten.
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -111,9 +117,6 @@ def _sections() -> dict[str, Any]:
 
 def _keys(section: str) -> dict[str, Any]:
     return get_type_hints(_sections()[section])
-
-
-# ------------------------------------------------------------------------------------ TOML file
 
 
 def _from_file(path: Path) -> Values:
@@ -150,9 +153,6 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"`{path}` is not TOML: {error}", hint="quote text; write true and false in lower case"
         ) from None
-
-
-# --------------------------------------------------------------------------------- command line
 
 
 def _from_command_line(arguments: Sequence[str]) -> Values:
@@ -197,7 +197,7 @@ def _take_words(rest: list[str], *, many: bool) -> list[str]:
 
 
 def _parse_flag(name: str, flag: str) -> tuple[str, str, bool]:
-    """Return the section and key that a flag names, and whether it has the `no-` prefix."""
+    """Return the section and key in a flag, and whether the key has the prefix `no-`."""
     section, _, key = name.replace("-", "_").partition(".")
     if section not in _sections():
         flags = [f"{s}.{k}" for s in _sections() for k in _keys(s)]
@@ -224,22 +224,15 @@ def _unknown(what: str, name: str, known: Iterable[str], section: str = "") -> U
     return UsageError(f"{what} is not known", hint=hint or f"known are {', '.join(known)}")
 
 
-# --------------------------------------------------------------------------------------- values
-
-
 def _from_toml(where: str, value: Any, hint: Any) -> Any:
-    """Convert a value of a file to type `hint`; a list may be text, as on the command line."""
+    """Convert a value in a file to type `hint`. A list may be text, as on the command line."""
     if isinstance(value, str) and is_list(members(hint)[0]):
         return _parsed(where, [value], hint)
     return fitted(where, value, hint)
 
 
 def _parsed(where: str, words: list[str], hint: Any) -> Any:
-    """Parse words of the command line as a value of type `hint`.
-
-    Raises:
-        UsageError: the words spell no such value.
-    """
+    """Parse words of the command line as a value of type `hint`."""
     if hint is not (types := members(hint))[0]:
         if words[0].lower() == "none" and type(None) in get_args(hint):
             return None

@@ -137,10 +137,10 @@ class OptimizerConfig:
     """Decay rates of Adam's two running means."""
 
     beta1: float | None = None
-    """First of `betas`; overrides it."""
+    """Decay rate of Adam's first running mean; overrides the first of `betas`."""
 
     beta2: float | None = None
-    """Second of `betas`; overrides it."""
+    """Decay rate of Adam's second running mean; overrides the second of `betas`."""
 
     eps: float = 1e-8
     """Term in Adam's denominator that prevents a division by zero."""
@@ -200,7 +200,7 @@ class LRSchedulerConfig:
 @settings("parallelism")
 @dataclass(frozen=True, slots=True)
 class ParallelismConfig:
-    """Degrees of parallelism. Their product is the number of workers, without the expert degree."""
+    """Degrees of parallelism. The product of all but the expert degree is the number of workers."""
 
     data_parallel_replicate_degree: int = 1
     """Replicas of weights and optimizer state (HSDP; DDP if each replica is on one rank)."""

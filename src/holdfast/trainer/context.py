@@ -1,8 +1,7 @@
 """Context parallelism: each rank holds one slice of every sequence, attention spans all slices.
 
-Keys and values are gathered, queries stay. torch's `context_parallel`, which passes keys and values
-around a ring, supports only the attention kernels of GPUs; this module runs on any device. It needs
-memory for the gathered keys and values of one layer at a time.
+Gathers the keys and values of one layer at a time. torch's `context_parallel` needs less memory,
+since it passes them around a ring, but supports only the attention kernels of GPUs.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def context_parallel_attention(mesh: DeviceMesh) -> Attend:
     def attend(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
         length = q_BHTE.shape[2]
         num_keys = (index + 1) * length
-        # The gather includes later slices, since every rank must contribute; they are cut off here.
+        # Every rank contributes to the gather. Keys of later slices are cut off here.
         gathered = _AllGather.apply(torch.stack((k_BKTE, v_BKTE)), group)  # type: ignore[no-untyped-call]
         k_BKSE, v_BKSE = gathered[..., :num_keys, :]
         return F.scaled_dot_product_attention(
@@ -50,7 +49,7 @@ def context_parallel_attention(mesh: DeviceMesh) -> Attend:
 
 
 class _AllGather(torch.autograd.Function):
-    """Concatenation of all ranks' tensors along the last dim but one."""
+    """Concatenation of all ranks' tensors along dim -2."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -62,7 +61,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        # Several ranks used each rank's keys: their gradients are summed.
+        # Several ranks used each slice, so their gradients are summed.
         slices = [part.contiguous() for part in grads[0].chunk(ctx.group.size(), dim=-2)]
         summed = torch.empty_like(slices[0])
         dist.reduce_scatter(summed, slices, group=ctx.group)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,25 +25,14 @@ EXTRA_HINT = "pip install 'holdfast[hf]'"
 """Hint that installs support for tokenizers, parquet files and the Hugging Face hub."""
 
 
-class Tokenizer(Protocol):
-    """Encoder of text as token ids."""
-
-    vocab_size: int
-    """Highest id plus one."""
-
-    name: str
-    """Name, different for tokenizers that give different ids."""
-
-    def encode(self, text: str) -> npt.NDArray[np.integer[Any]]:
-        """Return the ids of one document, with its begin and end tokens."""
-        ...
-
-
 class ByteTokenizer:
     """Tokenizer with one token per byte of UTF-8, a begin token and an end token."""
 
     vocab_size = 258
+    """Highest id plus one."""
+
     name = "bytes"
+    """Name that no tokenizer with other ids has."""
 
     def encode(self, text: str) -> npt.NDArray[np.integer[Any]]:
         """Return the document's bytes between the tokens 256 and 257."""
@@ -55,12 +44,7 @@ class FileTokenizer:
     """Tokenizer from a Hugging Face `tokenizer.json`."""
 
     def __init__(self, path: Path) -> None:
-        """Load the file.
-
-        Raises:
-            UsageError: the package `tokenizers` is not installed.
-            FormatError: the file is not a tokenizer.
-        """
+        """Load the file."""
         try:
             from tokenizers import Tokenizer as Loaded
         except ImportError:
@@ -79,12 +63,11 @@ class FileTokenizer:
         return np.asarray(self._loaded.encode(text).ids, dtype=np.uint32)
 
 
-def open_tokenizer(hf_assets_path: str | None) -> Tokenizer:
-    """Return the tokenizer in `model.hf_assets_path`, else the `ByteTokenizer`.
+Tokenizer = ByteTokenizer | FileTokenizer
 
-    Raises:
-        NotFoundError: the folder does not exist.
-    """
+
+def open_tokenizer(hf_assets_path: str | None) -> Tokenizer:
+    """Return the tokenizer in `model.hf_assets_path`, else the `ByteTokenizer`."""
     if hf_assets_path is None:
         return ByteTokenizer()
     folder = Path(hf_assets_path)
@@ -108,9 +91,9 @@ class Tokens:
 def open_tokens(config: Config, tokenizer: Tokenizer) -> Tokens:
     """Open the token file of the configured data set; write it first if there is none.
 
-    Token files are in `tokens` below the dump folder, keyed by the names, sizes and modification
-    times of the data files and by the tokenizer. Several processes may write at once: each writes
-    a temporary file, and the last rename wins.
+    Token files are in `tokens` below the dump folder. Their names are hashes of the tokenizer and
+    of the data files' names, sizes and modification times. Several processes may write one at once:
+    each writes a temporary file, and the last rename wins.
 
     Raises:
         NotFoundError: there is no such data set.
@@ -159,21 +142,16 @@ def _open_cached(ids_file: Path, info_file: Path) -> Tokens | None:
         return None
 
 
-# ---------------------------------------------------------------------------------------- text
-
-
 @dataclass(frozen=True, slots=True)
 class Text:
     """Data set as text."""
 
     name: str
-    """Name for messages."""
-
     identity: str
-    """Key that changes with the text, as far as file names, sizes and times tell."""
+    """Key that changes with the names, sizes and times of the data files."""
 
     documents: Callable[[], Iterator[str]]
-    """Function that yields the documents, always in the same order."""
+    """Function that yields the documents in a fixed order."""
 
 
 def _open_text(config: Config) -> Text:

@@ -1,13 +1,14 @@
-"""Batches of tokens, in an order that depends on the run and not on its number of ranks.
+"""Batches of tokens, in an order that does not depend on the number of ranks.
 
-The tokens are cut into samples of `seq_len + 1`. Each epoch visits all samples in an order drawn
-from the seed. Samples are numbered on across epochs, so a loader's only state is how many samples
-the run has taken: a resume, also on another number of ranks, continues with the next sample.
+The tokens are cut into samples of `seq_len + 1`. Each epoch visits all samples in a random order.
+A loader's only state is the number of samples that the run has taken, over all epochs, so a resume
+on any number of ranks continues with the next sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,40 +20,28 @@ from holdfast.errors import MismatchError, UsageError
 from holdfast.trainer.corpus import Tokens
 
 
+@dataclass(kw_only=True, eq=False)
 class DataLoader:
-    """Iterator over one data-parallel rank's share of each step's samples."""
+    """Iterator over one data-parallel rank's share of each step's samples, from the first one."""
 
     state_is_global: ClassVar = True
     """Whether every rank has the same state, so that any number of ranks can load it."""
 
-    def __init__(
-        self,
-        tokens: Tokens,
-        *,
-        seq_len: int,
-        seed: int,
-        batch_per_rank: int,
-        dp_rank: int = 0,
-        dp_size: int = 1,
-    ) -> None:
-        """Start at the first sample.
+    tokens: Tokens
+    seq_len: int
+    seed: int
+    batch_per_rank: int
+    dp_rank: int = 0
+    dp_size: int = 1
 
-        Raises:
-            UsageError: there are fewer tokens than one sample needs.
-        """
-        self._tokens = tokens
-        self._seq_len = seq_len
-        self._seed = seed
-        self._batch_per_rank = batch_per_rank
-        self._dp_rank = dp_rank
-        self._dp_size = dp_size
+    def __post_init__(self) -> None:
         self._position = 0
-        self._num_samples = (len(tokens.ids) - 1) // seq_len
+        self._num_samples = (len(self.tokens.ids) - 1) // self.seq_len
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None
         if self._num_samples < 1:
             raise UsageError(
-                f"the data set has {len(tokens.ids)} tokens, too few for one sequence of "
-                f"`training.seq_len` + 1: {seq_len + 1}"
+                f"the data set has {len(self.tokens.ids)} tokens, too few for one sequence of "
+                f"`training.seq_len` + 1: {self.seq_len + 1}"
             )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -63,21 +52,21 @@ class DataLoader:
 
         Never ends: the next epoch, in another order, follows the last sample.
         """
-        first = self._position + self._dp_rank * self._batch_per_rank
-        self._position += self._batch_per_rank * self._dp_size
-        rows = np.stack([self._sample(first + i) for i in range(self._batch_per_rank)])
+        first = self._position + self.dp_rank * self.batch_per_rank
+        self._position += self.batch_per_rank * self.dp_size
+        rows = np.stack([self._sample(first + i) for i in range(self.batch_per_rank)])
         samples = torch.from_numpy(rows)
         return samples[:, :-1], samples[:, 1:]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, and the properties of the data that it counts in."""
+        """Return the number of samples taken, and the properties of the data."""
         return {"position": self._position, **self._identity()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue after the samples that `state_dict` counts.
 
         Raises:
-            MismatchError: it counts samples of other data, or in another order.
+            MismatchError: these are samples of other data, or in another order.
         """
         differences = [
             f"`{key}` is {state_dict.get(key)} in the checkpoint and {value} here"
@@ -93,17 +82,17 @@ class DataLoader:
         self._position = int(state_dict["position"])
 
     def _identity(self) -> dict[str, Any]:
-        """Return the properties that decide which tokens a sample number stands for."""
+        """Return the properties that decide which tokens each sample has."""
         return {
-            "fingerprint": self._tokens.fingerprint,
-            "seq_len": self._seq_len,
-            "seed": self._seed,
+            "fingerprint": self.tokens.fingerprint,
+            "seq_len": self.seq_len,
+            "seed": self.seed,
         }
 
     def _sample(self, number: int) -> npt.NDArray[np.int64]:
         epoch, index = divmod(number, self._num_samples)
         if self._order is None or self._order[0] != epoch:
-            order = np.random.default_rng([self._seed, epoch]).permutation(self._num_samples)
+            order = np.random.default_rng([self.seed, epoch]).permutation(self._num_samples)
             self._order = (epoch, order)
-        start = int(self._order[1][index]) * self._seq_len
-        return self._tokens.ids[start : start + self._seq_len + 1].astype(np.int64)
+        start = int(self._order[1][index]) * self.seq_len
+        return self.tokens.ids[start : start + self.seq_len + 1].astype(np.int64)

@@ -45,10 +45,9 @@ class Gradients:
     def accumulate(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Return this rank's share of the step's mean loss; leave its gradients in the model.
 
-        `inputs` and `labels` are this data-parallel rank's whole sequences, of which a
-        context-parallel rank uses its slice. They go through the model
-        `training.local_batch_size` at a time. The shares of all ranks sum to the mean over every
-        token, and so do their gradients. Collective.
+        `inputs` and `labels` are whole sequences; a context-parallel rank uses its slice of them.
+        `training.local_batch_size` sequences go through the model at a time. The sum of all ranks'
+        shares is the mean over all tokens; the same holds for their gradients. Collective.
         """
         inputs, labels = (
             tokens[:, self._positions.start : self._positions.stop].to(self._parallel.device)
@@ -84,8 +83,8 @@ class Gradients:
 def loss_context(parallel: ParallelContext) -> Iterator[None]:
     """Context for forward, loss and backward.
 
-    With tensor parallelism the loss is computed from logits sharded by vocabulary, without
-    gathering them. A GPU without FSDP gets by autocast the bfloat16 that FSDP's policy gives.
+    With tensor parallelism the loss is computed from logits that stay sharded by vocabulary. On a
+    GPU without FSDP, autocast computes in bfloat16, as FSDP's policy does.
     """
     unsharded = parallel.device.type == "cuda" and parallel.mesh("dp_replicate", "fsdp") is None
     autocast = torch.autocast("cuda", torch.bfloat16) if unsharded else nullcontext()

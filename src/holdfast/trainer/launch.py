@@ -1,9 +1,8 @@
 """`python -m holdfast.trainer.launch`: run several workers on this machine.
 
-Does on one machine what `torchrun --nproc_per_node NGPU -m holdfast.trainer` does, but starts
-faster: it imports torch once and forks the workers. A worker that fails ends the run with its own
-message and exit status, and no worker outlives the launcher. A run on several machines starts
-`holdfast.trainer` by `torchrun`.
+Replaces `torchrun --nproc_per_node NGPU -m holdfast.trainer` and starts faster: it imports torch
+once and forks the workers. A worker that fails ends the run with its own message and exit status,
+and no worker outlives the launcher. Runs on several machines need `torchrun`.
 
 The environment variable `NGPU` is the number of workers. By default it is the number of GPUs, or
 two on a machine without GPUs.
@@ -17,12 +16,12 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 from holdfast.arguments import not_installed
 from holdfast.errors import HoldfastError, UsageError
-from holdfast.trainer.arguments import prepare_start, print_help, read_config, wants_help
+from holdfast.trainer.arguments import prepare_start, print_requested_help, read_config, report
 from holdfast.trainer.config import Config
 
 NUM_CPU_WORKERS = 2
@@ -40,24 +39,18 @@ PR_SET_PDEATHSIG = 1
 
 def main(arguments: list[str]) -> int:
     """Start the workers, wait for them, and return the exit status."""
-    if wants_help(arguments):
-        print_help("./run_train.sh")
+    print_requested_help(arguments, "./run_train.sh")
     try:
         config = read_config(arguments)
         num_workers = _num_workers(config)
         prepare_start(config, arguments)
         return Workers(config, num_workers).wait()
     except ImportError as error:
-        return _report(not_installed(error, "training"))
+        return report(not_installed(error, "training"))
     except HoldfastError as error:
-        return _report(error)
+        return report(error)
     except KeyboardInterrupt:
         return 130
-
-
-def _report(error: HoldfastError) -> int:
-    sys.stderr.write(f"error: {error}\n")
-    return error.exit_status
 
 
 class Workers:
@@ -68,7 +61,7 @@ class Workers:
         # Set before torch is imported, which reads it: one thread per core, over all workers.
         threads = max(1, len(os.sched_getaffinity(0)) // num_workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-        # All workers are on this machine, whatever its hostname resolves to.
+        # All workers are on this machine, whose hostname may resolve to another address.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -79,7 +72,7 @@ class Workers:
         self._kill_after_s = int(config.checkpoint.stop_deadline_s) + GRACE_S
         self._ranks_by_pid: dict[int, int] = {}
         self._status: int | None = None
-        # Holds one byte: the worker that reads it is the first with an error, and reports it.
+        # A pipe with one byte. The first worker with an error reads it, so only that one reports.
         self._report_token, write_end = os.pipe()
         os.write(write_end, b"1")
         os.close(write_end)
@@ -89,7 +82,7 @@ class Workers:
         for rank in range(num_workers):
             pid = os.fork()
             if pid == 0:
-                _run_forked(config, rank, num_workers, listener, self._is_first_error)
+                self._run_worker(config, rank, listener)
             self._ranks_by_pid[pid] = rank
         self._store = TCPStore(
             "127.0.0.1",
@@ -116,7 +109,7 @@ class Workers:
             if 0 < status < 128 and self._is_first_error():
                 sys.stderr.write(f"error: {worker} ended with status {status} without a message\n")
             if self._stop_requested:
-                continue  # All workers have the signal, and each needs its own time to save.
+                continue  # All workers have received the signal, and some are still saving.
             if status < 0:
                 name = signal.Signals(-status).name
                 sys.stderr.write(
@@ -128,6 +121,42 @@ class Workers:
             signal.alarm(GRACE_S)
         signal.alarm(0)
         return self._status or 0
+
+    def _run_worker(self, config: Config, rank: int, listener: socket.socket) -> None:
+        """Run worker `rank` in this forked process, then exit; never returns."""
+        status = 1
+        try:
+            # Out of the terminal's process group: the launcher passes ^C on, once, to all workers.
+            os.setpgid(0, 0)
+            # A shell starts background jobs with SIGINT ignored, and Python keeps that.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if sys.platform == "linux":
+                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            port = listener.getsockname()[1]
+            listener.close()
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(self._num_workers),
+                "LOCAL_WORLD_SIZE": str(self._num_workers),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                # The launcher serves the store, so that it outlives rank 0.
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+            }
+            from holdfast.trainer.worker import work
+
+            status = work(config, self._is_first_error)
+        except KeyboardInterrupt:
+            status = 130
+        except BaseException:  # noqa: BLE001 - this process ends here: no caller could report it
+            if self._is_first_error():
+                sys.stderr.write(f"rank {rank} failed:\n{traceback.format_exc()}")
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # Not `sys.exit`, which would run the launcher's clean-up in the worker.
+            os._exit(status)
 
     def _is_first_error(self) -> bool:
         """Return True once over all processes of the run, then False."""
@@ -147,56 +176,10 @@ class Workers:
             os.kill(pid, number)
 
 
-def _run_forked(
-    config: Config,
-    rank: int,
-    num_workers: int,
-    listener: socket.socket,
-    is_first_error: Callable[[], bool],
-) -> None:
-    """Run worker `rank` in this forked process, then exit; never returns."""
-    status = 1
-    try:
-        # Out of the terminal's process group: the launcher passes ^C on, once, to all workers.
-        os.setpgid(0, 0)
-        # A shell starts background jobs with SIGINT ignored, and Python keeps that.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        port = listener.getsockname()[1]
-        listener.close()
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(num_workers),
-            "LOCAL_WORLD_SIZE": str(num_workers),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            # The launcher serves the store, so that it outlives rank 0.
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }
-        from holdfast.trainer.worker import work
-
-        status = work(config, is_first_error)
-    except KeyboardInterrupt:
-        status = 130
-    except BaseException:  # noqa: BLE001 - this process ends here: no caller could report it
-        if is_first_error():
-            sys.stderr.write(f"rank {rank} failed:\n{traceback.format_exc()}")
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Not `sys.exit`, which would run the launcher's clean-up in the worker.
-        os._exit(status)
-
-
 def _num_workers(config: Config) -> int:
-    """Return `NGPU`, else the number of GPUs that the settings can use, else `NUM_CPU_WORKERS`.
+    """Return `NGPU`; if unset, the number of usable GPUs; without GPUs, `NUM_CPU_WORKERS`.
 
     Prints a line if the settings leave GPUs unused.
-
-    Raises:
-        UsageError: `NGPU` is not a number, or the settings do not fit the number of workers.
     """
     text = os.environ.get("NGPU", "").strip()
     if text:
@@ -208,24 +191,18 @@ def _num_workers(config: Config) -> int:
         config.check(int(text))
         return int(text)
     num_gpus = count_gpus()
-    fitting = [count for count in range(1, num_gpus + 1) if _fits(config, count)]
-    if fitting and fitting[-1] < num_gpus:
-        sys.stderr.write(
-            f"using {fitting[-1]} of {num_gpus} GPUs: the settings do not fit all of them; "
-            f"NGPU={num_gpus} shows why\n"
-        )
-        return fitting[-1]
+    for count in range(num_gpus, 0, -1):
+        with suppress(UsageError):
+            config.check(count)
+            if count < num_gpus:
+                sys.stderr.write(
+                    f"using {count} of {num_gpus} GPUs: the settings do not fit all of them; "
+                    f"NGPU={num_gpus} shows why\n"
+                )
+            return count
     count = num_gpus or NUM_CPU_WORKERS
-    config.check(count)
+    config.check(count)  # Raises where the settings fit no number of GPUs.
     return count
-
-
-def _fits(config: Config, num_workers: int) -> bool:
-    try:
-        config.check(num_workers)
-    except UsageError:
-        return False
-    return True
 
 
 def count_gpus() -> int:

@@ -8,16 +8,15 @@ import logging
 import os
 import resource
 import sys
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from holdfast.dashboard.history import METRICS, MetricsRow
 from holdfast.errors import UsageError
 from holdfast.manager.goodput import Timings
-from holdfast.timing import Times
 from holdfast.trainer.config import MetricsConfig
 
 if TYPE_CHECKING:
@@ -26,67 +25,20 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger("holdfast.trainer")
 
 
-@dataclass(frozen=True, slots=True)
-class MetricsRow:
-    """Metrics of one step: a line of `metrics.jsonl`."""
-
-    step: int
-    """Number of optimizer steps done."""
-
-    loss: float
-    """Mean loss over every token of the step, on all ranks."""
-
-    grad_norm: float
-    """Norm of all gradients, before clipping."""
-
-    lr: float
-    """Learning rate of the step."""
-
-    tokens_per_s: float
-    """Tokens per second over all ranks, since the previous row."""
-
-    save_blocked_s: float
-    """Seconds that training waited for saves since the previous row."""
-
-    time: float
-    """Unix time in seconds."""
-
-    saves: tuple[Times, ...] = ()
-    """Saves that became durable since the previous row, with the seconds of each stage."""
-
-    loads: tuple[Times, ...] = ()
-    """Loads since the previous row: one in the first row of a resumed run."""
-
-    failed_saves: int = 0
-    """Number of saves that failed since the previous row."""
-
-    def with_timings(self, timings: Timings) -> MetricsRow:
-        """Return a copy with further saves and loads added."""
-        return replace(
-            self,
-            saves=(*self.saves, *timings.saves),
-            loads=(*self.loads, *timings.loads),
-            failed_saves=self.failed_saves + timings.failed_saves,
-        )
-
-
 class Metrics:
     """Writer of metrics; only the first rank writes files."""
 
     def __init__(self, config: MetricsConfig, folder: Path, *, first_rank: bool, step: int) -> None:
         """Open the files in `folder` for a run that starts at `step`.
 
-        Rows are appended to `metrics.jsonl`. A killed run may have written steps that its resume
-        repeats: the last row of a step counts.
-
-        Raises:
-            UsageError: TensorBoard is enabled and not installed.
+        Rows are appended to `metrics.jsonl`. A resume may write rows for the same steps again: the
+        last row of a step counts.
         """
         self._file = None
         self._last: MetricsRow | None = None
         self._board: SummaryWriter | None = None
         if config.enable_tensorboard and importlib.util.find_spec("tensorboard") is None:
-            # Checked on every rank, so that all of them stop.
+            # Every rank checks this, so that all of them stop.
             raise UsageError(
                 "`metrics.enable_tensorboard` needs the package `tensorboard`, which is not "
                 "installed",
@@ -95,12 +47,15 @@ class Metrics:
         if not first_rank:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "metrics.jsonl").open("ab")
-        if self._file.tell() and not _ends_line(folder / "metrics.jsonl"):
+        self._file = (folder / METRICS).open("ab")
+        if self._file.tell() and not _ends_line(folder / METRICS):
             # A killed run can leave half a row: the next row must not continue that line.
             self._file.write(b"\n")
         if config.enable_tensorboard:
-            self._board = _open_board(folder / "tensorboard", step)
+            from torch.utils.tensorboard import SummaryWriter
+
+            # `purge_step` hides events of later steps, which the run wrote before this resume.
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def report(self, row: MetricsRow, device: torch.device) -> None:
         """Log `row`, and write it to the files."""
@@ -120,9 +75,9 @@ class Metrics:
                 self._board.add_scalar(name, getattr(row, name), row.step)
 
     def close(self, timings: Timings) -> None:
-        """Close the files; first write the last row again if there are `timings` to add to it."""
+        """Close the files. If there are `timings`, first write the last row again with them."""
         if self._last is not None and timings != Timings():
-            self._write(self._last.with_timings(timings))
+            self._write(with_timings(self._last, timings))
         if self._file is not None:
             self._file.close()
         if self._board is not None:
@@ -134,23 +89,14 @@ class Metrics:
             self._file.flush()
 
 
-class Clock:
-    """Time, tokens and waits for saves since the previous row."""
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-        self._blocked_s = 0.0
-        self.tokens: int = 0
-
-    def lap(self, blocked_s: float) -> tuple[float, float]:
-        """Return tokens per second and seconds blocked since the last call.
-
-        `blocked_s` is the total of the run.
-        """
-        now = time.perf_counter()
-        result = self.tokens / max(now - self._since, 1e-9), blocked_s - self._blocked_s
-        self._since, self._blocked_s, self.tokens = now, blocked_s, 0
-        return result
+def with_timings(row: MetricsRow, timings: Timings) -> MetricsRow:
+    """Return the row with further saves and loads added."""
+    return replace(
+        row,
+        saves=(*row.saves, *timings.saves),
+        loads=(*row.loads, *timings.loads),
+        failed_saves=row.failed_saves + timings.failed_saves,
+    )
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -165,10 +111,3 @@ def _ends_line(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read(1) == b"\n"
-
-
-def _open_board(folder: Path, step: int) -> SummaryWriter:
-    from torch.utils.tensorboard import SummaryWriter
-
-    # Hides events of later steps, which a run before this resume wrote.
-    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -38,7 +38,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 def checkpoint_function(
     config: ActivationCheckpointConfig, layer: int
 ) -> Callable[..., Tensor] | None:
-    """Return the function through which a layer runs its forward pass; None: run it directly."""
+    """Return the function that runs a layer with recomputation; None for a layer without."""
     selective = config.mode == "selective"
     if selective and config.selective_ac_option == "op":
         # Matrix products and attention, the costly part of a layer, are not recomputed.
@@ -103,7 +103,7 @@ class Transformer(nn.Module):
         if self.last:
             self.norm = RMSNorm(flavor.dim, flavor.norm_eps)
             self.output = nn.Linear(flavor.dim, vocab_size, bias=False)
-        # Not in checkpoints: it follows from the configuration.
+        # Not persistent, since it can be computed from the configuration.
         self.register_buffer("rope", self.rope_table(), persistent=False)
         self.tie()
 
@@ -118,8 +118,8 @@ class Transformer(nn.Module):
     def tie(self) -> None:
         """Make `output` and `tok_embeddings` share one parameter if the flavor ties them.
 
-        Call again after sharding or leaving the meta device: both replace the parameter of each
-        module separately.
+        Call again after sharding and after leaving the meta device: both replace the shared
+        parameter by two.
         """
         if self.flavor.tied:
             self.output.weight = self.tok_embeddings.weight
@@ -147,7 +147,7 @@ class TransformerBlock(nn.Module):
             self.moe: MixtureOfExperts = MixtureOfExperts(flavor.dim, flavor.experts)
 
     def forward(self, x_BTD: Tensor, rope_TP2: Tensor) -> Tensor:
-        # No wrapper module, which would change the names of weights and wrap FSDP's hooks.
+        # A wrapper module would change the names of the weights and wrap FSDP's hooks.
         if self.checkpointed is not None and self.training:
             return self.checkpointed(self.compute, x_BTD, rope_TP2)
         return self.compute(x_BTD, rope_TP2)

@@ -3,19 +3,18 @@
 A tensor's name ends in its shape, with the letters of `model` and:
 
     N  tokens of all sequences        X  experts
-    C  experts of each token          R  rows to compute: N x C, or those received from other ranks
+    C  experts of each token          R  rows to compute: N x C, or as many as other ranks have sent
 
 There is no load-balancing loss: it would depend on which tokens share a batch.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -71,7 +70,7 @@ class Experts(nn.Module):
 
     @property
     def num_local(self) -> int:
-        """Number of experts on this rank, or on the ranks that shard their weights."""
+        """Number of experts on each expert-parallel rank."""
         return self.num_experts // (1 if self.group is None else self.group.size())
 
     def apply_expert_parallel(self, mesh: DeviceMesh) -> None:
@@ -96,15 +95,14 @@ class Experts(nn.Module):
         dist.all_to_all_single(received_counts, sent_counts.contiguous(), group=self.group)
         sent, received = sent_counts.sum(1).tolist(), received_counts.sum(1).tolist()
         # Rows arrive sorted by rank, and are computed sorted by expert.
-        arrived_RD = _Exchange.apply(x_RD, sent, received, self.group)  # type: ignore[no-untyped-call]
+        arrived_RD = all_to_all_single_autograd(x_RD.contiguous(), received, sent, self.group)
         by_rank = torch.split(arrived_RD, received_counts.flatten().tolist())
         num_local = received_counts.shape[1]
         sorted_RD = torch.cat([x for e in range(num_local) for x in by_rank[e::num_local]])
         out_RD = self._compute(sorted_RD, received_counts.sum(0).tolist())
         by_expert = torch.split(out_RD, received_counts.t().flatten().tolist())
         returned_RD = torch.cat([x for r in range(num_ranks) for x in by_expert[r::num_ranks]])
-        result_RD: Tensor = _Exchange.apply(returned_RD, received, sent, self.group)  # type: ignore[no-untyped-call]
-        return result_RD
+        return all_to_all_single_autograd(returned_RD, sent, received, self.group)
 
     def _compute(self, x_RD: Tensor, counts: list[int]) -> Tensor:
         w1, w2, w3 = (_local(weight) for weight in (self.w1, self.w2, self.w3))
@@ -118,28 +116,3 @@ class Experts(nn.Module):
 
 def _local(weight: Tensor) -> Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
-
-
-class _Exchange(torch.autograd.Function):
-    """All-to-all exchange of rows between ranks; gradients travel back the same way."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_RD: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
-    ) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _all_to_all(x_RD, sent, received, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(grads[0], ctx.received, ctx.sent, ctx.group), None, None, None
-
-
-def _all_to_all(
-    x_RD: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
-) -> Tensor:
-    # `all_to_all_single` silently gives wrong results on tensors that are not contiguous, as
-    # gradients may be.
-    out_RD = x_RD.new_empty(sum(received), x_RD.shape[1])
-    dist.all_to_all_single(out_RD, x_RD.contiguous(), received, sent, group=group)
-    return out_RD

@@ -44,10 +44,10 @@ def build_schedulers(
 
 
 def apply_schedules(schedulers: Sequence[LambdaLR]) -> None:
-    """Set the optimizers' learning rates to those of the schedules' current step.
+    """Set the optimizers' learning rates to the rates of the schedules' current step.
 
-    A loaded checkpoint contains the next step's rate under its own schedule. If the schedule has
-    changed since, by more steps for example, that rate would be wrong for one step.
+    A loaded checkpoint contains the next step's rate. If the schedule has changed since, for
+    example to more steps, that rate would be wrong for one step.
     """
     for scheduler in schedulers:
         for group, base_lr, factor in zip(
@@ -62,8 +62,8 @@ def apply_schedules(schedulers: Sequence[LambdaLR]) -> None:
 def lr_curve(config: LRSchedulerConfig, steps: int) -> Callable[[int], float]:
     """Return the function from a step, counted from 0, to its factor of the learning rate.
 
-    Linear warm-up, constant phase, decay. Neither the first nor the last step has factor 0, at
-    which it would learn nothing.
+    Linear warm-up, constant phase, decay. The factor of the first and of the last step is not 0, or
+    they would learn nothing.
     """
     total = config.total_steps or steps
     warmup = min(config.warmup_steps, total)
@@ -91,25 +91,22 @@ def lr_curve(config: LRSchedulerConfig, steps: int) -> Callable[[int], float]:
 def clip_gradients(
     stages: Sequence[nn.Module], max_norm: float, parallel: ParallelContext
 ) -> Tensor:
-    """Clip all gradients to `max_norm` (0: no clipping), and return their norm before.
-
-    Collective.
-    """
+    """Clip all gradients to `max_norm` (0: no clipping); return their earlier norm. Collective."""
     parameters = [p for stage in stages for p in stage.parameters()]
-    norm = gradient_norm([p.grad for p in parameters if p.grad is not None], parallel)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = gradient_norm(gradients, parallel)
     if max_norm:
         # On local shards: torch's function needs all gradients on one mesh.
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for parameter in parameters:
-            if parameter.grad is not None:
-                local_shard(parameter.grad)[0].mul_(scale)
+        for gradient in gradients:
+            local_shard(gradient)[0].mul_(scale)
     return norm
 
 
 def gradient_norm(gradients: Sequence[Tensor], parallel: ParallelContext) -> Tensor:
     """Return the norm of all gradients as a plain scalar tensor. Collective.
 
-    Uses one sum over all ranks. `torch.nn.utils` takes one per mesh axis, and warns about it.
+    Needs one all-reduce. `torch.nn.utils` needs one per mesh axis.
     """
     total = torch.zeros((), device=parallel.device)
     for gradient in gradients:
@@ -124,7 +121,7 @@ def gradient_norm(gradients: Sequence[Tensor], parallel: ParallelContext) -> Ten
 def overridden_settings(
     optimizers: Sequence[torch.optim.Optimizer], config: OptimizerConfig
 ) -> list[str]:
-    """Return a message for each setting of `[optimizer]` that a loaded checkpoint overrides."""
+    """Return a message for each setting in `[optimizer]` that a loaded checkpoint overrides."""
     configured: dict[str, Any] = {"initial_lr": config.lr, "weight_decay": config.weight_decay}
     if config.name != "SGD":
         configured |= {"betas": config.adam_betas, "eps": config.eps}

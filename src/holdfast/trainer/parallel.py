@@ -43,22 +43,16 @@ class ParallelContext:
     """Rank, device and meshes of this process."""
 
     rank: int
-    """Global rank of this process."""
-
     world_size: int
-    """Number of processes."""
-
     device: torch.device
-    """Device that this process computes on."""
-
     meshes: tuple[DeviceMesh, ...] = ()
-    """Meshes of all processes, as `build_meshes` returns them; empty for a single process."""
+    """Meshes from `build_meshes`; empty for a single process."""
 
     def mesh(self, *axes: str, keep_last: bool = False) -> DeviceMesh | None:
-        """Return the submesh of `axes` that contains this process.
+        """Return the submesh of `axes` that contains this process; None if all have degree 1.
 
-        Leading axes of degree 1 are dropped. If none remains the result is None; `keep_last` keeps
-        the last axis, unless this is a single process.
+        Leading axes of degree 1 are dropped. `keep_last` keeps the last axis all the same, unless
+        this is a single process.
         """
         for mesh in self.meshes:
             if set(axes) <= set(mesh.mesh_dim_names or ()):
@@ -93,10 +87,10 @@ def build_meshes(
 ) -> tuple[DeviceMesh, ...]:
     """Build the meshes of the weights, of the experts, and of the axes in `[parallelism]`.
 
-    Axis `fsdp` shards the weights over the ranks that divide the batch or the sequences: neither
-    needs a replica each. Experts are divided over all ranks that hold different tokens, which
-    between the layers includes those of tensor parallelism: along `ep` ranks hold different
-    experts, along `fsdp_of_experts` they shard the weights of each. Collective.
+    Axis `fsdp` shards the weights over the ranks that divide the batch or the sequences. Experts
+    are divided over these and the tensor-parallel ranks, which hold different tokens too between
+    the layers: along `ep` ranks hold different experts, along `fsdp_of_experts` they shard the
+    weights of each expert. Collective.
     """
     if math.prod(degrees.values()) == 1:
         return ()
@@ -124,10 +118,10 @@ def connect() -> Store | None:
 
 @contextmanager
 def init_parallel(config: Config, store: Store | None) -> Iterator[ParallelContext]:
-    """Context with the process group and the meshes; `store` comes from `connect`.
+    """Context with the process group and the meshes. `store`: result of `connect`.
 
-    Collective: returns once all processes are here. Destroys the process group only after success:
-    after a failure other processes may be gone, and destroying it could wait for them forever.
+    Collective. Destroys the process group only after success: after a failure other processes may
+    be gone, and destroying it could wait for them forever.
     """
     device = _device(int(os.environ.get("LOCAL_RANK", "0")), config)
     if store is None:
@@ -135,7 +129,7 @@ def init_parallel(config: Config, store: Store | None) -> Iterator[ParallelConte
         return
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(
-        # gloo also on GPUs: checkpoints gather plain values through host memory.
+        # gloo on GPUs too, since checkpoints exchange values through host memory.
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=PrefixStore("training", store),
         rank=rank,
@@ -169,18 +163,13 @@ def _device(local_rank: int, config: Config) -> torch.device:
 def build_model(config: Config, parallel: ParallelContext, vocab_size: int) -> list[nn.Module]:
     """Build this process's stages of the model, with their initial weights.
 
-    There is one stage, or two with an interleaved pipeline schedule. Only this process's shards
-    are allocated.
+    Allocates only this process's shards.
     """
     stages: list[nn.Module] = []
     cp_mesh, tp_mesh, ep_mesh = parallel.mesh("cp"), parallel.mesh("tp"), parallel.mesh("ep")
-    seq_len = config.training.seq_len
-    for layers in stages_of_rank(
-        config.model.shape.num_layers,
-        config.parallelism,
-        parallel.index("pp"),
-        parallel.degree("pp"),
-    ):
+    seq_len, num_layers = config.training.seq_len, config.model.shape.num_layers
+    pp_index, pp_degree = parallel.index("pp"), parallel.degree("pp")
+    for layers in stages_of_rank(num_layers, config.parallelism, pp_index, pp_degree):
         with torch.device("meta"):
             model = Transformer(
                 config.model.shape,
@@ -208,9 +197,9 @@ def build_model(config: Config, parallel: ParallelContext, vocab_size: int) -> l
 def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
     """Shard every matrix over the ranks of `mesh`.
 
-    Between layers each rank holds a slice of the sequence. It is gathered before a layer's matrix
-    products, and scattered where the ranks' partial sums are reduced. The logits stay sharded by
-    vocabulary: see `gradients.loss_context`.
+    Between layers each rank holds a slice of the sequence: an all-gather precedes a layer's matrix
+    products, and a reduce-scatter follows. The logits stay sharded by vocabulary, for
+    `gradients.loss_context`.
     """
     sequence = Shard(1)
     outer: dict[str, ParallelStyle] = {}
@@ -282,7 +271,7 @@ def apply_fsdp(model: Transformer, parallel: ParallelContext) -> None:
             torch.bfloat16, torch.float32, cast_forward_inputs=False
         )
     mesh = parallel.mesh("dp_replicate", "fsdp")
-    # Experts are wrapped even on a mesh of size 1, or the FSDP of their layer would shard them.
+    # Experts get FSDP even on a mesh of size 1. Otherwise the FSDP of their layer would shard them.
     experts_mesh = parallel.mesh("dp_replicate", "fsdp_of_experts", keep_last=mesh is not None)
     if experts_mesh is not None:
         for experts in (m for m in model.modules() if isinstance(m, Experts)):
@@ -295,14 +284,14 @@ def apply_fsdp(model: Transformer, parallel: ParallelContext) -> None:
         fully_shard(model, mesh=mesh, **settings)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # Sum, not mean: each rank's loss is its share of the step's loss. gloo cannot divide
-            # while it reduces, so sums must be forced and the divisor set to 1.
+            # Sum gradients, since each rank's loss is its share of the step's loss. The default
+            # divides while it reduces, which gloo cannot do.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
 
 
 def _expert_placement(experts: Experts, degree: int) -> Callable[[nn.Parameter], Shard]:
-    """Shard by expert if that is even, else by rows if that is even, so that no rank is idle."""
+    """Return how to shard a weight: by expert, or by rows if only rows divide evenly."""
     num_local = experts.num_local
 
     def placement(weight: nn.Parameter) -> Shard:
@@ -314,8 +303,8 @@ def _expert_placement(experts: Experts, degree: int) -> Callable[[nn.Parameter],
 def redistribute_gradients(stages: Sequence[nn.Module]) -> None:
     """Give each gradient the placements of its weight. Collective.
 
-    FSDP does so itself. Tensor parallelism alone leaves the gradients of norms as partial sums,
-    and that of the embedding replicated.
+    Needed without FSDP: tensor parallelism alone leaves the gradients of norms as partial sums, and
+    the gradient of the embedding replicated.
     """
     for parameter in (p for stage in stages for p in stage.parameters()):
         gradient = parameter.grad
@@ -341,8 +330,7 @@ def local_shard(tensor: Tensor) -> tuple[Tensor, int]:
 def sum_over_data(value: Tensor, parallel: ParallelContext) -> float:
     """Sum the ranks' shares of `value`, such as the loss, over all tokens. Collective.
 
-    Tensor-parallel ranks hold the same share. In a pipeline the last rank holds it, the others
-    hold 0.
+    Tensor-parallel ranks hold the same share. In a pipeline only the last rank's is not 0.
     """
     if parallel.world_size == 1:
         return float(value.item())
@@ -361,7 +349,7 @@ def num_parameters(stages: Sequence[nn.Module], parallel: ParallelContext) -> in
 
 
 def raise_from_rank_0(parallel: ParallelContext, error: Exception | None) -> None:
-    """Raise on every rank the error that rank 0 passes, unless that is None. Collective."""
+    """Raise rank 0's `error` on every rank; do nothing if it is None. Collective."""
     errors = [error if parallel.rank == 0 else None]
     if parallel.world_size > 1:
         dist.broadcast_object_list(errors, src=0)

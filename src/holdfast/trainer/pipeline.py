@@ -22,8 +22,7 @@ def stages_of_rank(
 ) -> list[range]:
     """Return the layers of each stage on rank `index` of a pipeline of `degree` ranks.
 
-    Stages are dealt to the ranks in turn: stage 0 to rank 0, stage 1 to rank 1, ..., then again
-    from rank 0. Without a pipeline (degree 1) the whole model is one stage.
+    Stage `s` is on rank `s % degree`. Without a pipeline (degree 1) the model is one stage.
     """
     num_stages = degree * config.stages_per_rank if degree > 1 else 1
     bounds = [stage * num_layers // num_stages for stage in range(num_stages + 1)]

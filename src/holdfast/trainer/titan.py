@@ -44,10 +44,10 @@ WITHOUT_EFFECT = {
 
 
 def translate(tables: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Rename TorchTitan's keys to Holdfast's, and take out the keys that have no effect.
+    """Rename TorchTitan's keys to Holdfast's, and remove keys that have no effect.
 
-    Returns the tables, and the removed names as `[section]` or `section.key`. Names that neither
-    program knows stay in the tables.
+    Returns the tables, and the removed names as `[section]` or `section.key`. Unknown names stay in
+    the tables.
     """
     translated: dict[str, Any] = {}
     without_effect = []

@@ -16,7 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from holdfast.catalog.hf_folder import CONFIG, read_config
+from holdfast.catalog.paths import open_for_reading
+from holdfast.convert.sizes import check_alike
+from holdfast.dashboard.history import MetricsRow
 from holdfast.errors import HoldfastError, UsageError
+from holdfast.hf.export import HFModel
+from holdfast.hf.flavors import config_of
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.manager import CheckpointManager
 from holdfast.storage.opening import local_path
@@ -24,8 +30,7 @@ from holdfast.trainer.config import Config
 from holdfast.trainer.corpus import Tokenizer, Tokens, open_tokenizer, open_tokens
 from holdfast.trainer.data import DataLoader
 from holdfast.trainer.gradients import Gradients
-from holdfast.trainer.hf import hf_model
-from holdfast.trainer.metrics import Clock, Metrics, MetricsRow
+from holdfast.trainer.metrics import Metrics, with_timings
 from holdfast.trainer.optim import (
     apply_schedules,
     build_optimizers,
@@ -49,8 +54,6 @@ class TrainState:
     """Counters of the training loop, saved under TorchTitan's names."""
 
     step: int = 0
-    """Number of optimizer steps done."""
-
     ntokens_seen: int = 0
     """Tokens trained on since the start, over all ranks."""
 
@@ -65,10 +68,10 @@ class TrainState:
 
 
 class Run:
-    """Model, optimizers, schedules and data of a run, before a checkpoint is loaded."""
+    """Model, optimizers, schedules and data of a run."""
 
     def __init__(self, config: Config, parallel: ParallelContext) -> None:
-        """Build them in their initial state. Collective."""
+        """Build everything in its initial state. Collective."""
         _seed(config)
         config.check(parallel.world_size)
         self.config, self.parallel = config, parallel
@@ -80,7 +83,7 @@ class Run:
             self.optimizers, config.lr_scheduler, config.training.steps
         )
         self.loader = DataLoader(
-            tokens,
+            tokens=tokens,
             seq_len=config.training.seq_len,
             seed=config.training.seed,
             batch_per_rank=config.training.batch_per_rank(parallel.dp_size),
@@ -100,7 +103,7 @@ def train(config: Config, parallel: ParallelContext) -> None:
     Raises:
         HoldfastError: on every rank, if the settings, the data or a checkpoint are unusable.
     """
-    # First, since the data set creates a folder, and the configured folder may be a URL.
+    # First: refuses URLs before the data set creates a folder named like one.
     dump_folder, checkpoint_folder = _folders(config)
     if config.checkpoint.create_seed_checkpoint:
         create_seed(config, parallel)
@@ -113,7 +116,7 @@ def train(config: Config, parallel: ParallelContext) -> None:
         lr_schedulers=run.schedulers,
         dataloader=run.loader,
         states={"train_state": run.state},
-        # If it is off, no other key has an effect: `arguments.prepare_start` prints that.
+        # Without `enable` no other key has an effect, as `arguments.prepare_start` prints.
         config=config.checkpoint if config.checkpoint.enable else CheckpointConfig(),
         hub=hf_model(config, run.vocab_size),
     ) as manager:
@@ -140,22 +143,34 @@ def train(config: Config, parallel: ParallelContext) -> None:
 
 
 def _folders(config: Config) -> tuple[Path, str]:
-    """Return the folder of the run and that of its checkpoints.
-
-    Raises:
-        UsageError: one of them is a URL.
-    """
+    """Return the folder of the run and that of its checkpoints."""
     dump_folder = local_path(config.job.dump_folder)
-    local_path(config.checkpoint.folder or ".")  # As it is given: a `~` inside of a path is a name.
+    local_path(config.checkpoint.folder or ".")  # Refuses a URL, which joining would hide.
     return Path(dump_folder), local_path(os.path.join(dump_folder, config.checkpoint.folder))  # noqa: PTH118 - keeps `//`
 
 
-def create_seed(config: Config, parallel: ParallelContext) -> None:
-    """Save the whole model's initial weights as the checkpoint of step 0, without any data.
+def hf_model(config: Config, vocab_size: int) -> HFModel:
+    """Return the Hugging Face description of the configured model.
 
-    Raises:
-        ExistsError: the folder has checkpoints already.
+    Its `config.json` is the one in `model.hf_assets_path` if that describes this model, else one
+    derived from `model.name` and `model.flavor`.
     """
+    assets = config.model.hf_assets_path
+    derived = config_of(config.model.name, config.model.shape, vocab_size)
+    if assets is None or not (Path(assets) / CONFIG).exists():
+        return HFModel(derived, assets)
+    try:
+        given = read_config(*open_for_reading(assets))
+        check_alike((derived, f"flavor {config.model.flavor}"), (given, f"`{assets}/{CONFIG}`"))
+    except HoldfastError as error:
+        if config.checkpoint.last_save_in_hf or config.checkpoint.hf_export_interval:
+            logger.warning("exports get a `%s` of their own: %s", CONFIG, error.what)
+        return HFModel(derived, assets)
+    return HFModel(given, assets)
+
+
+def create_seed(config: Config, parallel: ParallelContext) -> None:
+    """Save the whole model's initial weights as the checkpoint of step 0, without any data."""
     tokenizer = open_tokenizer(config.model.hf_assets_path)
     stages = build_model(config, parallel, _vocab_size(config, tokenizer))
     _, folder = _folders(config)
@@ -166,7 +181,9 @@ def create_seed(config: Config, parallel: ParallelContext) -> None:
 
 def take_steps(run: Run, manager: CheckpointManager, metrics: Metrics, *, first: int) -> None:
     """Train from step `first` to the last, with metrics and checkpoints. Collective."""
-    config, parallel, step, clock = run.config, run.parallel, first, Clock()
+    config, parallel, step = run.config, run.parallel, first
+    # Start, tokens and total wait for saves of the steps since the previous row.
+    started, tokens, blocked_s = time.perf_counter(), 0, 0.0
     try:
         while step < config.training.steps:
             inputs, labels = next(run.loader)
@@ -181,21 +198,22 @@ def take_steps(run: Run, manager: CheckpointManager, metrics: Metrics, *, first:
             step_tokens = inputs.numel() * parallel.dp_size
             run.state.step = step
             run.state.ntokens_seen += step_tokens
-            clock.tokens += step_tokens
+            tokens += step_tokens
             last_step = step == config.training.steps
             if last_step or step % config.metrics.log_freq == 0 or step == first + 1:
                 mean_loss = sum_over_data(loss, parallel)
-                tokens_per_s, blocked_s = clock.lap(manager.blocked_s)
+                now, total_blocked_s = time.perf_counter(), manager.blocked_s
                 row = MetricsRow(
                     step=step,
                     loss=mean_loss,
                     grad_norm=grad_norm.item(),
                     lr=lr,
-                    tokens_per_s=tokens_per_s,
-                    save_blocked_s=blocked_s,
+                    tokens_per_s=tokens / max(now - started, 1e-9),
+                    save_blocked_s=total_blocked_s - blocked_s,
                     time=time.time(),
                 )
-                metrics.report(row.with_timings(manager.timings()), parallel.device)
+                started, tokens, blocked_s = now, 0, total_blocked_s
+                metrics.report(with_timings(row, manager.timings()), parallel.device)
             saved_metrics = partial(_saved_metrics, loss, parallel)
             manager.save(step, last_step=last_step, metrics=saved_metrics)
     except KeyboardInterrupt:
@@ -221,7 +239,7 @@ def is_finished(config: Config, step: int | None) -> bool:
 
 
 def _seed(config: Config) -> None:
-    """Seed every random generator that checkpoints save, so that runs are reproducible."""
+    """Seed all random generators, so that runs are reproducible."""
     torch.manual_seed(config.training.seed)
     random.seed(config.training.seed)
     np.random.seed(config.training.seed % 2**32)
@@ -230,7 +248,7 @@ def _seed(config: Config) -> None:
 
 
 def _open_data(config: Config, parallel: ParallelContext) -> tuple[Tokenizer, Tokens]:
-    """Open the data on rank 0, which may write the token file, then on the others. Collective."""
+    """Open the data: on rank 0 first, which may write the token file. Collective."""
     opened, failure = None, None
     if parallel.rank == 0:
         try:

@@ -1,8 +1,8 @@
 """Initial weights that depend only on the seed, not on the parallelism.
 
-A weight is drawn in bands of rows. Each band has its own generator, seeded by the run's seed, the
-weight's name and the band's number. A rank draws only the bands that overlap its shard, and every
-layout starts from the same model.
+A weight is drawn in bands of rows, each by its own generator. The seed of a band is made from the
+run's seed, the weight's name and the band's number. A rank draws only the bands that overlap its
+shard, and every layout starts from the same model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STD = 0.02
 """Standard deviation of a matrix's initial weights."""
 
 BAND_ELEMENTS = 1 << 20
-"""Approximate number of elements in a band; another number gives other initial weights."""
+"""Approximate number of elements in a band. Changing it changes the initial weights."""
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def init_weights(model: Transformer, seed: int) -> None:
         if parameter.dim() == 2:
             _draw(local, indices, parameter.shape, f"{seed}/{name}", std)
             continue
-        # The matrices of all experts, each drawn like a separate weight.
+        # The matrix of each expert is drawn like a separate weight.
         for matrix, expert in zip(local, indices[0].tolist(), strict=True):
             _draw(matrix, indices[1:], parameter.shape[1:], f"{seed}/{name}/{expert}", std)
 
@@ -56,14 +56,11 @@ def _draw(
     for band in sorted(set((rows // band_rows).tolist())):
         start = band * band_rows
         drawn = torch.empty(min(band_rows, num_rows - start), num_columns)
-        drawn.normal_(0.0, std, generator=_generator(f"{key}/{band}"))
+        digest = hashlib.blake2b(f"{key}/{band}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        drawn.normal_(0.0, std, generator=generator)
         targets = torch.nonzero(rows // band_rows == band).flatten()
         local[targets] = drawn[rows[targets] - start][:, columns].to(local)
-
-
-def _generator(key: str) -> torch.Generator:
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _local_indices(parameter: Tensor, dim: int) -> Tensor:

@@ -19,21 +19,21 @@ from holdfast.trainer.parallel import connect, init_parallel
 from holdfast.trainer.train import train
 
 COLLATERAL_S = 0.5
-"""Seconds that a failed worker waits before it exits. If it failed because another worker did, the
-launcher ends it in this time, and its message does not bury the cause."""
+"""Seconds that a failed worker waits before it exits. If another worker failed first, the launcher
+kills this one meanwhile, so that its message does not hide the cause."""
 
 
 def work(config: Config, is_first_error: Callable[[], bool] | None = None) -> int:
     """Train as one worker of the run, and return the exit status. Collective.
 
-    Only the first worker that fails prints its error. `is_first_error` tells whether it is this
-    one; by default the workers agree on that through the run's store. `LOG_RANK` in the
-    environment lists the ranks that log, comma-separated (default: 0).
+    Only the first worker that fails prints its error. `is_first_error` returns whether this one is;
+    by default the workers find that out through the store. `LOG_RANK` in the environment lists the
+    ranks that log, comma-separated (default: 0).
     """
     rank = os.environ.get("RANK", "0")
     set_up_log(rank in os.environ.get("LOG_RANK", "0").replace(" ", "").split(","))
     if config.training.deterministic:
-        # CUDA reads it when it is initialized.
+        # CUDA reads this variable when it is initialized.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     store: Store | None = None
     try:
@@ -43,7 +43,7 @@ def work(config: Config, is_first_error: Callable[[], bool] | None = None) -> in
     except KeyboardInterrupt:
         return 130
     except SystemExit as stop:
-        # After a signal: the manager has saved what the deadline allowed.
+        # After a signal: the manager has saved a checkpoint if the deadline allowed it.
         return int(stop.code or 0)
     except (HoldfastError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         message = _as_holdfast_error(error)
@@ -99,7 +99,7 @@ def set_up_log(enabled: bool) -> None:
 def _is_first_in_store(store: Store | None) -> bool:
     """Return True on the first rank that calls this, as far as the store can tell."""
     if store is None:
-        # A single process, or one that could not connect: better two messages than none.
+        # A single process, or one that could not connect. Two messages are better than none.
         return True
     try:
         return bool(store.add("failures", 1) == 1)

@@ -1,4 +1,4 @@
-"""The page of results: what it calls met, and that it leaves nothing out."""
+"""The page of results says which targets are met, and leaves no result out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import holdfast
 
 
 def section(name: str, **seconds: list[float]) -> Section:
-    """Of systems that took so long in each round."""
+    """Section of systems that took these seconds in each round."""
     figures: dict[str, list[Figure]] = {
         system: [{"seconds": s, "cpu_s": s, "extra_mib": 0.0, "read_mb": 0.0} for s in taken]
         for system, taken in seconds.items()
@@ -29,14 +29,14 @@ def section(name: str, **seconds: list[float]) -> Section:
 
 
 def rows(page: Path) -> dict[str, list[str]]:
-    """Of the summary, by figure."""
+    """Rows of the summary, by figure."""
     lines = (page / "README.md").read_text().splitlines()
     cells = [[c.strip() for c in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
     return {figure: rest for figure, *rest in cells if len(rest) == 3}
 
 
 def test_a_target_is_met_by_the_median_of_the_ratios_round_by_round(tmp_path: Path) -> None:
-    """Method: in one of three rounds all is slow; the ratios of that round are as of the others."""
+    """Method: everything is slow in one of three rounds; its ratios equal those of the others."""
     found = section("saving", raw=[1.0, 3.0, 1.0], holdfast=[1.05, 3.3, 1.05], dcp=[2.0, 6.0, 2.0])
     save_section(found, tmp_path, add=False)
     write_report(tmp_path)
@@ -82,22 +82,22 @@ def test_plots_are_xml_and_as_long_as_their_values(tmp_path: Path) -> None:
     assert second == pytest.approx(2 * first, rel=0.01)
 
 
-def test_no_way_always_comes_after_the_same_one() -> None:
-    """Method: who came before whom, in ten rounds of three."""
+def test_no_system_always_runs_after_the_same_other_one() -> None:
+    """Method: the predecessor of each system in ten rounds of three systems."""
     order: list[str] = []
 
-    def way(name: str) -> Figure:
+    def run(name: str) -> Figure:
         order.append(name)
         return {}
 
-    counted = run_rounds({n: lambda n=n: way(n) for n in "abc"}, 10)  # type: ignore[misc]
+    counted = run_rounds({n: lambda n=n: run(n) for n in "abc"}, 10)  # type: ignore[misc]
     assert [len(figures) for figures in counted.values()] == [10] * 3
     before = set(pairwise(order))
     assert {(a, b) for a in "abc" for b in "abc" if a != b} <= before
 
 
-def test_the_page_cache_is_what_a_cold_and_a_warm_load_say(tmp_path: Path) -> None:
-    """Method: `mincore` on files of a disk; what lies in memory alone cannot be cold."""
+def test_a_cold_load_has_no_page_in_the_cache_and_a_warm_load_has_all(tmp_path: Path) -> None:
+    """Method: `mincore` on files of a disk, since those of a tmpfs are always in memory."""
     (tmp_path / "file").write_bytes(bytes(3 << 20))
     warm_cache(tmp_path)
     assert resident_share(tmp_path) == 1
@@ -108,9 +108,9 @@ def test_the_page_cache_is_what_a_cold_and_a_warm_load_say(tmp_path: Path) -> No
         assert resident_share(tmp_path) == 1
 
 
-def test_unchecked_takes_no_checksum_and_looks_at_none(tmp_path: Path) -> None:
-    """Method: what was saved so is refused by a load that checks; a flipped bit passes by one that
-    does not."""
+def test_unchecked_neither_computes_nor_verifies_checksums(tmp_path: Path) -> None:
+    """Method: a load that verifies refuses a checkpoint saved without checksums; a load that does
+    not verify accepts a flipped bit."""
     state, target = {"w": torch.ones(1 << 18)}, {"w": torch.zeros(1 << 18)}
     with unchecked():
         holdfast.save(tmp_path / "step", state)

@@ -321,7 +321,7 @@ def test_train_becomes_the_launcher(tmp_path: Path) -> None:
 
 
 def test_no_command_imports_torch(saved: Path) -> None:
-    """Method: run commands in fresh interpreters, then look at `sys.modules`."""
+    """Method: run commands in fresh interpreters, then check `sys.modules`."""
     script = (
         "import sys\nfrom holdfast.cli.main import main\n"
         "assert main() == 0\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules"
@@ -336,7 +336,7 @@ def test_no_command_imports_torch(saved: Path) -> None:
 
 def test_list_loads_no_package_but_xxhash(saved: Path) -> None:
     """Imports take most of the time of a command; `python -m benchmarks.run` measures it.
-    Method: run it in a fresh interpreter, then look at `sys.modules`."""
+    Method: run it in a fresh interpreter, then check `sys.modules`."""
     script = (
         "import sys\nfrom holdfast.cli.main import main\nassert main() == 0\n"
         "packages = {name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names\n"
@@ -429,7 +429,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_not_damaged(
         if not deleted and "step-1/" in key and file in key:
             deleted.append(key)
             for step in (1, 2):
-                catalog.delete(f"step-{step}")
+                catalog.store.remove(str(catalog.set_aside_for_deletion(f"step-{step}")))
         return read(store, key, start, stop)
 
     monkeypatch.setattr(LocalStore, "read", deleting)

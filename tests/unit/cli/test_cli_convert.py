@@ -12,15 +12,15 @@ import pytest
 import torch
 
 import holdfast
+from hf_folders import LLAMA, hf_tensors, save_folder
 from holdfast.cli.convert import nbytes_of
 from holdfast.cli.main import main
 from holdfast.errors import UsageError
-from hub_folders import LLAMA, hub_tensors, save_folder
 
 
 def test_a_conversion_of_tensors_alone_imports_no_torch(tmp_path: Path) -> None:
-    """Method: convert to each format in a fresh interpreter, then look at `sys.modules`."""
-    source = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    """Method: convert to each format in a fresh interpreter, then check `sys.modules`."""
+    source = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA))
     script = (
         "import sys\nfrom holdfast.cli.main import main\n"
         "assert main() == 0\nassert 'torch' not in sys.modules"
@@ -36,7 +36,7 @@ def test_the_result_is_printed_as_a_line_or_as_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Method: text and JSON output of a conversion with a note."""
-    source = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA), num_files=2)
+    source = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA), num_files=2)
     (source / "old.safetensors").write_bytes(b"")
     assert main(["convert", str(source), str(tmp_path / "step-1")]) == 0
     said = capsys.readouterr().out.splitlines()
@@ -58,7 +58,7 @@ def test_a_name_on_the_hub_is_read_from_its_cache(tmp_path: Path) -> None:
     `org/name` converts; another name prints what to check; a folder of that name comes first."""
     cached = tmp_path / "home/hub/models--org--name"
     snapshot = cached / "snapshots/0123456789012345678901234567890123456789"
-    blobs = save_folder(cached / "blobs", LLAMA, hub_tensors(LLAMA))
+    blobs = save_folder(cached / "blobs", LLAMA, hf_tensors(LLAMA))
     snapshot.mkdir(parents=True)
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(file)
@@ -94,7 +94,7 @@ def test_a_checkpoint_of_a_hugging_face_model_converts_to_a_file_without_its_con
     tmp_path: Path,
 ) -> None:
     """G10. Method: a checkpoint with the tensor names of transformers."""
-    tensors = hub_tensors(LLAMA)
+    tensors = hf_tensors(LLAMA)
     holdfast.save(tmp_path / "step-1", tensors)
     assert main(["convert", str(tmp_path / "step-1"), str(tmp_path / "all.pt")]) == 0
     found = torch.load(tmp_path / "all.pt", weights_only=True)

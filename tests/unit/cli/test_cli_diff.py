@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from checkpoints import save_step, save_stock, save_torch
+from hf_folders import LLAMA, hf_tensors, save_folder
 from holdfast.catalog.open_any import open_any
 from holdfast.catalog.paths import open_for_reading
 from holdfast.cli import elements
@@ -25,7 +26,6 @@ from holdfast.cli.main import main
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.tensors.stored import StoredTensors
-from hub_folders import LLAMA, hub_tensors, save_folder
 
 DTYPES = (
     *("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8"),
@@ -124,23 +124,23 @@ def test_a_hugging_face_folder_is_compared_with_a_native_checkpoint(
     tmp_path: Path, changed: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Method: a small Llama, converted, on either side; then one element is changed."""
-    tensors = hub_tensors(LLAMA)
-    hub = save_folder(tmp_path / "hub", LLAMA, tensors, num_files=2)
+    tensors = hf_tensors(LLAMA)
+    source = save_folder(tmp_path / "hf", LLAMA, tensors, num_files=2)
     options = ConvertOptions(to="dcp")
-    convert(plan(str(hub), options), str(tmp_path / "step-0"))
+    convert(plan(str(source), options), str(tmp_path / "step-0"))
     if changed:
         tensors["model.layers.1.self_attn.q_proj.weight"][0, 0] += 1
-        hub = save_folder(tmp_path / "changed", LLAMA, tensors)
-    for pair in ((hub, tmp_path / "step-0"), (tmp_path / "step-0", hub)):
+        source = save_folder(tmp_path / "changed", LLAMA, tensors)
+    for pair in ((source, tmp_path / "step-0"), (tmp_path / "step-0", source)):
         differing = [one for one in found(capsys, *pair).values() if one["state"] != "equal"]
         names = [one["name"] for one in differing]
         assert names == (["layers.1.attention.wq.weight"] if changed else [])
         assert [one["num_differing"] for one in differing] == [1] * changed
-    assert run(capsys, "diff", hub, tmp_path / "step-0", "--model-only")[0] == 6 * changed
+    assert run(capsys, "diff", source, tmp_path / "step-0", "--model-only")[0] == 6 * changed
 
 
 def test_neither_diff_nor_statistics_import_torch(saved: Path) -> None:
-    """Method: run both in fresh interpreters, then look at `sys.modules`."""
+    """Method: run both in fresh interpreters, then check `sys.modules`."""
     script = (
         "import sys\nfrom holdfast.cli.main import main\n"
         "assert main() == 0\nassert 'torch' not in sys.modules"

@@ -1,4 +1,4 @@
-"""`holdfast prune`: its plan, what it removes, and what it never removes."""
+"""`holdfast prune`: its plan, the folders that it removes, and folders that always stay."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from checkpoints import copy_step, save_safetensors, save_step
-from holdfast.catalog.marks import mark_damaged, pin
+from holdfast.catalog.marks import mark_damaged
 from holdfast.cli.main import main
 from holdfast.format.names import LOCK
 from holdfast.storage.local import LocalStore
+from holdfast.testing.stores import put
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_pinned_and_damaged_checkpoints_and_the_newest_two_stay(
     steps: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """G5. Method: one pinned, one truncated, one marked; then `--damaged`."""
-    pin(LocalStore(steps), 10)
+    put(LocalStore(steps), ".pinned-step-10", b"")
     (steps / "step-20/__0_0.distcp").write_bytes(b"")
     mark_damaged(LocalStore(steps), 60, "a block")
     run(capsys, steps, "--keep-latest-k", "1")

@@ -190,8 +190,9 @@ def test_a_damaged_value_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (status, "value `step` has checksum" in err) == (7, True)
 
 
-def test_equal_blocks_are_one_line_of_the_tree() -> None:
-    """Method: three equal blocks, a different one, an equal one; then with `--each`."""
+def test_equal_layers_are_one_line_of_the_tree() -> None:
+    """Method: three equal layers, a different one, and one more that equals the first three; then
+    with `--each`."""
     tensors = {}
     for index in range(5):
         size = 8 if index == 3 else 4

@@ -135,6 +135,6 @@ def test_findings_with_one_cause_are_one_line_with_their_number(
 
     (home / "stock/__0_0.distcp").unlink()
     lines = run(capsys, "verify", home / "stock")[1].splitlines()
-    assert lines[1].startswith("  `__0_0.distcp` is missing: in it lie `")
+    assert lines[1].startswith("  `__0_0.distcp` is missing: it holds `")
     assert lines[1].endswith(" and 7 more")
     assert lines[2].startswith("  usable: ")

@@ -19,6 +19,7 @@ import torch.distributed.checkpoint.format_utils as stock
 from safetensors.torch import load_file
 
 import checkpoints
+from hf_folders import LLAMA, hf_tensors, save_folder
 from holdfast.catalog.verify import VerifyTarget, verify
 from holdfast.convert.convert import ConvertResult, convert
 from holdfast.convert.plan import ConvertOptions, plan
@@ -28,7 +29,6 @@ from holdfast.loading.checkpoint import open_checkpoint
 from holdfast.loading.load import load
 from holdfast.saving.save import save
 from holdfast.storage.local import LocalStore
-from hub_folders import LLAMA, hub_tensors, save_folder
 
 Nested = dict[str, Any]
 
@@ -134,8 +134,8 @@ def test_a_full_checkpoint_does_not_become_another_step(tmp_path: Path) -> None:
 
 def test_a_hugging_face_folder_is_split_into_fewer_or_more_files(tmp_path: Path) -> None:
     """Method: three files to one; to many, in another dtype."""
-    tensors = hub_tensors(LLAMA)
-    source = save_folder(tmp_path / "hub", LLAMA, tensors, num_files=3)
+    tensors = hf_tensors(LLAMA)
+    source = save_folder(tmp_path / "hf", LLAMA, tensors, num_files=3)
     converted(source, tmp_path / "one", ConvertOptions(to="hf"))
     assert_alike(tensors, load_file(tmp_path / "one/model.safetensors"))
     converted(
@@ -151,19 +151,19 @@ def test_a_flavor_replaces_a_missing_config_json(tmp_path: Path) -> None:
     """Method: a checkpoint of a small Llama without `config.json`, exported by name and flavor, and
     converted back."""
     config = config_of("llama3", MODELS["llama3"]["debugmodel"], 300)
-    source = save_folder(tmp_path / "hub", config, hub_tensors(config))
+    source = save_folder(tmp_path / "hf", config, hf_tensors(config))
     named = {"model_name": "llama3", "model_flavor": "debugmodel"}
     converted(source, tmp_path / "step-0", ConvertOptions(to="dcp", **named))  # type: ignore[arg-type]
     converted(tmp_path / "step-0", tmp_path / "out", ConvertOptions(to="hf", **named))  # type: ignore[arg-type]
     converted(tmp_path / "out", tmp_path / "step-1", ConvertOptions(to="dcp", **named))  # type: ignore[arg-type]
-    for name, tensor in hub_tensors(config).items():
+    for name, tensor in hf_tensors(config).items():
         assert_alike(tensor, load_file(tmp_path / "out/model.safetensors")[name])
 
 
 def test_an_existing_target_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     """G16. Method: each kind of target twice; an empty folder is replaced without `--overwrite`. A
     further file in an export is replaced with it; in a checkpoint's folder it is an error."""
-    source = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    source = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA))
     for to, name in (("dcp", "step-0"), ("hf", "export"), ("torch", "all.pt")):
         if to != "torch":
             (tmp_path / name).mkdir()
@@ -180,7 +180,7 @@ def test_an_existing_target_is_replaced_only_with_overwrite(tmp_path: Path) -> N
             old.unlink()
         converted(source, tmp_path / name, again)
         assert not old.exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"hub", "step-0", "export", "all.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "step-0", "export", "all.pt"}
 
 
 def test_verify_finds_flipped_bits_in_a_converted_pt_file(
@@ -237,7 +237,7 @@ def test_a_source_replaced_during_a_conversion_is_not_called_damaged(tmp_path: P
 
 def test_damage_in_the_source_leaves_no_target(tmp_path: Path) -> None:
     """G3, G14. Method: one flipped bit; the error names the tensor, and no target is left."""
-    source = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    source = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA))
     converted(source, tmp_path / "step-0", ConvertOptions(to="dcp"))
     file = tmp_path / "step-0/__0_0.distcp"
     entry = open_checkpoint(tmp_path / "step-0").tensors["norm.weight"].chunks[0]
@@ -247,7 +247,7 @@ def test_damage_in_the_source_leaves_no_target(tmp_path: Path) -> None:
     file.write_bytes(data)
     with pytest.raises(DamagedError, match=r"norm\.weight"):
         converted(tmp_path / "step-0", tmp_path / "out", ConvertOptions(to="torch"))
-    assert {path.name for path in tmp_path.iterdir()} == {"hub", "step-0"}
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "step-0"}
 
 
 @pytest.mark.parametrize("to", ["dcp", "hf", "torch"])
@@ -257,7 +257,7 @@ def test_a_killed_conversion_leaves_no_target_and_the_next_one_completes(
     """G14. Method: SIGKILL while data is being written; then the same command again, which leaves
     nothing but the target."""
     large = {**LLAMA, "vocab_size": 400_000, "hidden_size": 64}
-    source = save_folder(tmp_path / "hub", large, hub_tensors(large))
+    source = save_folder(tmp_path / "hf", large, hf_tensors(large))
     target = tmp_path / "below/target"
     command = [
         sys.executable,

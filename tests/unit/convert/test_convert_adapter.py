@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_folders import LLAMA, PEFT, hf_tensors, low_rank, save_adapter, save_folder
 from holdfast.catalog.verify import VerifyTarget, verify
 from holdfast.comm import all_ranks
 from holdfast.convert.convert import convert
@@ -19,7 +20,6 @@ from holdfast.loading.checkpoint import open_checkpoint
 from holdfast.loading.load import load
 from holdfast.state.objects import StateTree
 from holdfast.storage.local import LocalStore
-from hub_folders import LLAMA, PEFT, hub_tensors, low_rank, save_adapter, save_folder
 
 LAYER = "model.layers.1"
 
@@ -29,7 +29,7 @@ def whole_numbers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: (tensor * 4).round() for name, tensor in tensors.items()}
 
 
-BASE = whole_numbers(hub_tensors(LLAMA))
+BASE = whole_numbers(hf_tensors(LLAMA))
 
 RANKS = {
     f"{LAYER}.self_attn.q_proj": 4,

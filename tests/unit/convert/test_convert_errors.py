@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hf_folders import LLAMA, hf_tensors, save_folder
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import (
     DamagedError,
@@ -20,7 +21,6 @@ from holdfast.errors import (
     UsageError,
 )
 from holdfast.hf.published import published
-from hub_folders import LLAMA, hub_tensors, save_folder
 
 DCP = ConvertOptions(to="dcp")
 
@@ -35,7 +35,7 @@ def refused(
 
 def test_all_missing_unexpected_and_misshapen_tensors_are_listed(tmp_path: Path) -> None:
     """G6: three tensors of each kind, all of them in the message."""
-    tensors = hub_tensors(LLAMA)
+    tensors = hf_tensors(LLAMA)
     gone = [f"model.layers.{n}.mlp.up_proj.weight" for n in (0, 1)] + ["model.norm.weight"]
     for name in gone:
         del tensors[name]
@@ -44,7 +44,7 @@ def test_all_missing_unexpected_and_misshapen_tensors_are_listed(tmp_path: Path)
         tensors[name] = tensors[name][:8].contiguous()
     strange = ["visual.patch.weight", "model.layers.0.extra", "bias"]
     tensors |= {name: torch.ones(2) for name in strange}
-    message = refused(save_folder(tmp_path / "hub", LLAMA, tensors))
+    message = refused(save_folder(tmp_path / "hf", LLAMA, tensors))
     assert "9 differences" in message
     assert all(f"`{name}`" in message for name in (*gone, *cut, *strange))
     assert "has shape [8, 32], expected [32, 32]" in message
@@ -55,11 +55,11 @@ def test_many_differences_are_merged_by_layer_and_expert(tmp_path: Path) -> None
     weights of two layers where it has forty."""
     config = published("qwen3_moe", "debugmodel", 64)
     more = {**config, "num_hidden_layers": 8, "num_experts": 10}
-    source = save_folder(tmp_path / "hub", config | {"num_hidden_layers": 2}, hub_tensors(more))
+    source = save_folder(tmp_path / "hf", config | {"num_hidden_layers": 2}, hf_tensors(more))
     message = refused(source)
     assert "`model.layers.{2-7}.mlp.experts.{0-9}.up_proj.weight` is beyond the 2 layers" in message
     assert "`model.layers.{0-1}.mlp.experts.{8-9}.up_proj.weight` is unexpected" in message
-    source = save_folder(tmp_path / "short", LLAMA | {"num_hidden_layers": 40}, hub_tensors(LLAMA))
+    source = save_folder(tmp_path / "short", LLAMA | {"num_hidden_layers": 40}, hf_tensors(LLAMA))
     message = refused(source)
     assert "342 differences" in message
     assert "`model.layers.{2-39}.mlp.up_proj.weight` is missing" in message
@@ -68,14 +68,14 @@ def test_many_differences_are_merged_by_layer_and_expert(tmp_path: Path) -> None
 
 def test_layers_beyond_the_configuration_are_named_as_such(tmp_path: Path) -> None:
     """Method: weights of three layers, a configuration of two."""
-    tensors = hub_tensors({**LLAMA, "num_hidden_layers": 3})
-    message = refused(save_folder(tmp_path / "hub", LLAMA, tensors))
+    tensors = hf_tensors({**LLAMA, "num_hidden_layers": 3})
+    message = refused(save_folder(tmp_path / "hf", LLAMA, tensors))
     assert message.count("`model.layers.2.") == message.count("is beyond the 2 layers of") == 9
 
 
 def test_a_flavor_that_contradicts_config_json_is_refused(tmp_path: Path) -> None:
     """Method: a small model with flavor 8B, and with the name of another family."""
-    folder = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    folder = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA))
     message = refused(folder, ConvertOptions(to="dcp", model_name="llama3", model_flavor="8B"))
     assert "num_hidden_layers is 2 and 32" in message
     assert "hidden_size is 32 and 4096" in message
@@ -95,10 +95,10 @@ def test_a_tied_model_refuses_a_head_that_differs_from_the_embedding(
 ) -> None:
     """Method: a tied configuration beside weights with a head: one that equals the embedding is
     accepted as its second name, another is refused."""
-    tensors = hub_tensors(LLAMA)
+    tensors = hf_tensors(LLAMA)
     if alike:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    folder = save_folder(tmp_path / "hub", {**LLAMA, "tie_word_embeddings": True}, tensors)
+    folder = save_folder(tmp_path / "hf", {**LLAMA, "tie_word_embeddings": True}, tensors)
     if alike:
         outputs = plan(str(folder), DCP).outputs
         assert outputs["output.weight"].same_as == "tok_embeddings.weight"
@@ -108,9 +108,9 @@ def test_a_tied_model_refuses_a_head_that_differs_from_the_embedding(
 
 def test_a_tensor_in_two_files_is_refused_with_or_without_an_index(tmp_path: Path) -> None:
     """Method: two tensors in both of two files; then an index that has one file for each."""
-    tensors = hub_tensors(LLAMA)
+    tensors = hf_tensors(LLAMA)
     twice = ["model.norm.weight", "lm_head.weight"]
-    folder = save_folder(tmp_path / "hub", LLAMA, tensors)
+    folder = save_folder(tmp_path / "hf", LLAMA, tensors)
     save_file({name: tensors[name] for name in twice}, folder / "more.safetensors")
     message = refused(folder, kind=FormatError)
     assert all(f"`{name}` is in" in message for name in twice)
@@ -123,8 +123,8 @@ def test_a_tensor_in_two_files_is_refused_with_or_without_an_index(tmp_path: Pat
 
 def test_a_file_outside_the_index_is_ignored_with_a_note(tmp_path: Path) -> None:
     """Method: a file with other values under the same names, whose name sorts first."""
-    tensors = hub_tensors(LLAMA)
-    folder = save_folder(tmp_path / "hub", LLAMA, tensors, num_files=2)
+    tensors = hf_tensors(LLAMA)
+    folder = save_folder(tmp_path / "hf", LLAMA, tensors, num_files=2)
     save_file({name: t + 1 for name, t in tensors.items()}, folder / "a.safetensors")
     planned = plan(str(folder), DCP)
     assert any("`a.safetensors` is not in the index" in note for note in planned.notes)
@@ -135,10 +135,10 @@ def test_a_file_outside_the_index_is_ignored_with_a_note(tmp_path: Path) -> None
 def test_skipped_tensors_are_left_out_with_a_note(tmp_path: Path) -> None:
     """Method: tensors of a larger model, a buffer that follows from the configuration, a pattern
     that matches nothing."""
-    tensors = hub_tensors(LLAMA)
+    tensors = hf_tensors(LLAMA)
     tensors |= {"vision.a": torch.ones(2), "vision.b": torch.ones(2)}
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    folder = save_folder(tmp_path / "hub", LLAMA, tensors)
+    folder = save_folder(tmp_path / "hf", LLAMA, tensors)
     assert "`vision.a`" in refused(folder)
     planned = plan(str(folder), ConvertOptions(to="dcp", skip=("vision.*",)))
     assert "left out 2 tensors that match `--skip`" in planned.notes
@@ -153,7 +153,7 @@ def test_a_missing_or_unsupported_configuration_is_refused_with_a_hint(
 ) -> None:
     """Method: weights without `config.json`, with an unsupported model type, without a size, with a
     list in place of an object; a path without anything; tensors with unknown names."""
-    folder = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    folder = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA))
     (folder / "config.json").unlink()
     assert "--hf-assets" in refused(folder, kind=UsageError)
     (folder / "config.json").write_text('{"model_type": "bert"}')

@@ -68,7 +68,7 @@ def test_peak_memory_is_bounded(to: str, tmp_path: Path) -> None:
     """G13: the address space may grow by 300 MiB, less than the largest tensor takes. Method:
     RLIMIT_AS, set after all imports; a single malloc arena, since glibc reserves 64 MiB of address
     space for each thread's."""
-    source, target = sparse_folder(tmp_path / "hub"), tmp_path / "target"
+    source, target = sparse_folder(tmp_path / "hf"), tmp_path / "target"
     arguments = [
         str(source),
         str(target),

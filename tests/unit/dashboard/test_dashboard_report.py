@@ -1,4 +1,4 @@
-"""`holdfast report`: a self-contained page, whatever the folder holds."""
+"""`holdfast report`: a self-contained page, for folders of any content."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from checkpoints import copy_step, save_step
 from holdfast.catalog.listing import CheckpointRow
 from holdfast.cli.main import main
 from holdfast.dashboard.chart import POINTS_MAX, Point, bars, dots, line
-from holdfast.dashboard.history import HistoryReader, history_of
+from holdfast.dashboard.history import HistoryReader
 from holdfast.dashboard.page import page
 from holdfast.timing import times_of
 
@@ -130,7 +130,7 @@ def test_the_page_shows_the_run_and_loads_nothing(
 def test_the_share_of_time_blocked_by_saves_counts_only_running_time(saved: Path) -> None:
     """Method: two processes of one run, with 43 seconds between their records, 1.5 of them blocked.
     The time between the two processes does not count; steps that were done twice count once."""
-    history = history_of(str(saved / "outputs/checkpoint"))
+    history = HistoryReader(str(saved / "outputs/checkpoint")).read()
     assert len(history.reports) == 46
     assert [report.step for report in history.current] == list(range(1, 41))
     assert history.current[20].time == 2021.0
@@ -163,7 +163,7 @@ def test_a_folder_without_metrics_has_a_page(
 ) -> None:
     """Method: no metrics file; then a missing folder; then a target that cannot be written."""
     folder = shutil.copytree(saved / "outputs/checkpoint", tmp_path / "steps")
-    assert "Throughput" not in page(history_of(str(folder)), NOW)
+    assert "Throughput" not in page(HistoryReader(str(folder)).read(), NOW)
     assert main(["report", str(tmp_path / "missing")]) == 4
     assert main(["report", str(folder), "--out", str(tmp_path / "no/such/page.html")]) == 9
     assert "cannot write" in capsys.readouterr().err
@@ -182,7 +182,7 @@ def test_invalid_lines_of_metrics_are_skipped(saved: Path, tmp_path: Path, line:
     folder = shutil.copytree(saved / "outputs/checkpoint", tmp_path / "outputs/checkpoint")
     good = [json.dumps({**row(step, 1000.0 + step), "loss": math.nan}) for step in (1, 2)]
     (tmp_path / "outputs/metrics.jsonl").write_text("\n".join([good[0], line, good[1]]))
-    history = history_of(str(folder))
+    history = HistoryReader(str(folder)).read()
     assert [report.step for report in history.reports] == [1, 2]
     assert "<h2>Loss</h2>" not in page(history, NOW)
     assert "<h2>Throughput</h2>" in page(history, NOW)
@@ -191,7 +191,7 @@ def test_invalid_lines_of_metrics_are_skipped(saved: Path, tmp_path: Path, line:
 def test_markup_in_names_is_escaped(saved: Path) -> None:
     """G8. Method: markup in the path, a problem, a layout and the names of files."""
     evil = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
-    history = history_of(str(saved / "outputs/checkpoint"))
+    history = HistoryReader(str(saved / "outputs/checkpoint")).read()
     rows = [
         CheckpointRow(evil, 7, "damaged", problem=evil),
         CheckpointRow("step-8", 8, "good", "full", 5, "", {evil: 1}, files={evil: 3}),
@@ -214,7 +214,7 @@ def test_any_numbers_make_a_chart_within_its_bounds(
     draws neither NaN nor infinity."""
     points = [Point(x, y, f"<{x}>") for x, y in values] * times
     for text in (
-        line(points, spell=str, spell_x=str),
+        line(points, spell=str),
         bars(points, spell=str, spell_x=str),
         dots(points[:5], behind=points, spell=str, spell_x=str),
     ):

@@ -141,7 +141,8 @@ def test_decoding_without_entries_gives_the_same_facts(manifest: Manifest) -> No
 
 @pytest.mark.parametrize("kind", ["full", None])
 def test_decoding_without_entries_does_not_depend_on_names_or_order(kind: Kind) -> None:
-    """Method: a model with a member `tensors`, as long as the real one; then the real one first."""
+    """Method: a model config with a long member `tensors`; then a manifest whose `tensors` come
+    first."""
     model = {"a": 1, "tensors": {"tensors": {"dtype": 2}}, "z": 3}
     manifest = replace(SMALL, kind=kind, model=model)
     expected = replace(manifest, tensors={}, values={}, kind=kind_of(manifest))

@@ -79,7 +79,7 @@ def test_data_files_have_the_names_of_stock_dcp() -> None:
 @pytest.mark.parametrize("name", ["", ".", "..", "/etc/passwd", "../a", "a/b", "a\\b", "a\0b"])
 def test_a_data_file_outside_of_the_folder_is_refused(name: str) -> None:
     """G8. Method: every kind of name that leaves a folder."""
-    from holdfast.format.manifest import check_file_name
+    from holdfast.format.untrusted import check_file_name
 
     with pytest.raises(FormatError, match="outside of its folder"):
         check_file_name(name, "here")

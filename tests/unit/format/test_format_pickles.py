@@ -226,7 +226,7 @@ def test_more_than_256_memoized_objects_are_read_in_every_protocol() -> None:
 @pytest.mark.parametrize(
     "opcodes",
     [
-        b"Nr\xff\xff\xff\x0f.",  # LONG_BINPUT: room for 268 million things to remember
+        b"Nr\xff\xff\xff\x0f.",  # LONG_BINPUT: room for 268 million memoized objects
         b"Np268435455\n.",  # PUT
         b"Np268435455",
         b"\x96\xff\xff\xff\x7f\x00\x00\x00\x00.",  # BYTEARRAY8 of 2 GiB

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_folders import hf_tensors, save_folder
 from holdfast.comm import all_ranks
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import ConvertOptions, plan
@@ -21,7 +22,6 @@ from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.manager import CheckpointManager
 from holdfast.saving.save import save
 from holdfast.state.objects import StateTree
-from hub_folders import hub_tensors, save_folder
 
 CONFIG = {**config_of("qwen3_moe", MODELS["qwen3_moe"]["debugmodel"], 64), "num_hidden_layers": 2}
 BIASES = [f"layers.{n}.moe.expert_bias_E" for n in (0, 1)]
@@ -44,10 +44,10 @@ def test_zero_biases_are_added_for_torchtitan_and_dropped_for_hugging_face(
 ) -> None:
     """G10: conversion to TorchTitan's names adds zeros beside every router. Conversion to Hugging
     Face drops zeros with a note, and refuses others. Method: from Hugging Face and Meta's names."""
-    source = save_folder(tmp_path / "hub", CONFIG, hub_tensors(CONFIG))
+    source = save_folder(tmp_path / "hf", CONFIG, hf_tensors(CONFIG))
     converted(source, tmp_path / "meta", to="dcp")
     assert not any("expert_bias" in name for name in state_of(tmp_path / "meta"))
-    for origin in ("hub", "meta"):
+    for origin in ("hf", "meta"):
         step = tmp_path / f"titan-{origin}"
         converted(tmp_path / origin, step, to="dcp", names="titan")
         state = state_of(step)
@@ -83,7 +83,7 @@ def test_an_export_drops_zero_biases_and_logs_nonzero_ones(
 ) -> None:
     """G10: an export drops biases that are zero. It logs others, and the run continues. A tensor
     that is not in the configuration is an error."""
-    source = save_folder(tmp_path / "hub", CONFIG, hub_tensors(CONFIG))
+    source = save_folder(tmp_path / "hf", CONFIG, hf_tensors(CONFIG))
     converted(source, tmp_path / "titan", to="dcp", names="titan")
     model = module_of(state_of(tmp_path / "titan"))
     settings = CheckpointConfig(enable=True, interval=100, hf_export_interval=1)
@@ -97,7 +97,7 @@ def test_an_export_drops_zero_biases_and_logs_nonzero_ones(
         (warned,) = (record.getMessage() for record in caplog.records)
         assert f"is without `{BIASES[1]}`, which balance experts and are not zero" in warned
         exported = [load_file(tmp_path / f"run/hf/step-{n}/model.safetensors") for n in (1, 2)]
-        assert exported[0].keys() == exported[1].keys() == hub_tensors(CONFIG).keys()
+        assert exported[0].keys() == exported[1].keys() == hf_tensors(CONFIG).keys()
         model.get_submodule("layers.1").register_buffer("adapter", torch.ones(2))
         with pytest.raises(MismatchError, match=r"`layers\.1\.adapter` is unexpected"):
             manager.save(3)
@@ -106,7 +106,7 @@ def test_an_export_drops_zero_biases_and_logs_nonzero_ones(
 
 def test_loading_a_hugging_face_folder_sets_balancing_biases_to_zero(tmp_path: Path) -> None:
     """G10: the folder has no such biases, the state has TorchTitan's names."""
-    source = save_folder(tmp_path / "hub", CONFIG, hub_tensors(CONFIG))
+    source = save_folder(tmp_path / "hf", CONFIG, hf_tensors(CONFIG))
     converted(source, tmp_path / "titan", to="dcp", names="titan")
     wanted = state_of(tmp_path / "titan")
     state = {name: torch.full_like(tensor, 7) for name, tensor in wanted.items()}

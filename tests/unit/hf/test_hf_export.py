@@ -22,17 +22,18 @@ from holdfast.storage.local import LocalStore
 
 def model(vocab_size):
     flavor = replace(MODELS["llama3"]["debugmodel"], dim=64, num_layers=1, hidden_dim=96)
-    hub = HFModel(config_of("llama3", flavor, vocab_size))
-    shapes = {name: hub.mapping.shape("native", name) for name in hub.mapping.names("native")}
-    # Transposed, so that no matrix is in memory as it is written.
-    return hub, {name: torch.ones(shape[::-1]).T for name, shape in shapes.items()}
+    hf_model = HFModel(config_of("llama3", flavor, vocab_size))
+    mapping = hf_model.mapping
+    shapes = {name: mapping.shape("native", name) for name in mapping.names("native")}
+    # Transposed, so that no matrix is contiguous in memory, as the export needs it.
+    return hf_model, {name: torch.ones(shape[::-1]).T for name, shape in shapes.items()}
 
-def write(name, hub, state):
+def write(name, hf_model, state):
     catalog, ranks = Catalog(LocalStore(sys.argv[1])), Solo()
     leaves = StateTree(state).flatten()
-    begun = begin_save(catalog, name, leaves, ranks=ranks, planner=Planner(ranks))
+    begun = begin_save(catalog, name, leaves, planner=Planner(ranks))
     snapshot = ExportSnapshot(begun.file_layout, begun.data_of, begun.index, ())
-    export(snapshot, hub, "bfloat16", catalog=catalog, attempt=begun.attempt, ranks=ranks)
+    export(snapshot, hf_model, "bfloat16", catalog=catalog, attempt=begun.attempt, ranks=ranks)
 
 write("step-1", *model(1000))
 large = model(1_000_000)

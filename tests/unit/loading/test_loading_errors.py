@@ -1,4 +1,4 @@
-"""State that cannot be saved or loaded: reported in full, on every rank, and nothing left."""
+"""State that cannot be saved or loaded is reported in full, on every rank; nothing is left."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import holdfast
+from checkpoints import save_leaves
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.source import Source
 from holdfast.comm import Ranks, Solo
@@ -32,12 +33,9 @@ from holdfast.format import manifest as manifests
 from holdfast.format.checksum import BLOCK_BYTES
 from holdfast.loading.checkpoint import Checkpoint
 from holdfast.loading.load import load_tree
-from holdfast.saving.planner import Planner
-from holdfast.saving.save import save_leaves
 from holdfast.state.objects import StateTree
-from holdfast.state.tree import flatten
 from holdfast.storage.memory import MemoryStore
-from holdfast.storage.store import Store, Writer
+from holdfast.storage.store import FileWriter, Store
 from holdfast.testing.ranks import try_ranks
 from manifest_bytes import encode
 
@@ -61,8 +59,7 @@ def zeros_like(state: State) -> State:
 
 
 def save_in_memory(store: Store, name: str, state: State) -> Source:
-    ranks = Solo()
-    save_leaves(Catalog(store), name, flatten(state), ranks=ranks, planner=Planner(ranks))
+    save_leaves(Catalog(store), name, StateTree(state).flatten(), Solo())
     return Source(store, name, open_manifest(store, name))
 
 
@@ -129,8 +126,8 @@ def test_damage_is_found_only_by_reads_that_touch_its_block(
 
 
 def test_a_file_truncated_after_it_was_opened_is_damaged() -> None:
-    """G3. Method: the file is truncated inside its table of checksums, a value and a tensor; the
-    table was read before the last of these."""
+    """G3. Method: the file is truncated inside its table of checksums, then inside a value, then
+    inside a tensor. Only the first of these reads needs the table again."""
     store = MemoryStore()
     source = save_in_memory(store, "step-1", small_state())
     Checkpoint(source).read("model.w")
@@ -261,7 +258,7 @@ class FailingStore(MemoryStore):
 
 
 class FailingLate(MemoryStore):
-    """Fails with an error of the system while the bytes of one file are written."""
+    """Fails with an OSError while the bytes of one file are written."""
 
     def create(self, key: str, nbytes: int) -> Any:
         made = super().create(key, nbytes)
@@ -274,7 +271,7 @@ class _Failing:
     def __init__(self, made: Any) -> None:
         self._made = made
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> FileWriter:
         self._made.__enter__()
         return self
 
@@ -289,8 +286,7 @@ def save_by(size: int, store: Store, state_of: Callable[[int], State]) -> list[A
     """Error of each rank, or None. The ranks share most entries, and each has one of its own."""
 
     def work(ranks: Ranks) -> None:
-        leaves = flatten(state_of(ranks.rank))
-        save_leaves(Catalog(store), "step-2", leaves, ranks=ranks, planner=Planner(ranks))
+        save_leaves(Catalog(store), "step-2", StateTree(state_of(ranks.rank)).flatten(), ranks)
 
     return try_ranks(size, work)
 
@@ -429,7 +425,7 @@ def test_a_value_of_a_stock_checkpoint_that_needs_code_is_not_loaded(
 
 def test_a_save_replaces_only_a_checkpoint_and_only_with_overwrite(tmp_path: Path) -> None:
     """G1. Method: onto a checkpoint, a folder and a file; with `overwrite` the checkpoint is
-    replaced, and the old one does not stay."""
+    replaced, and nothing is left of the old one."""
     path = tmp_path / "step-1"
     holdfast.save(path, {"n": 1})
     (tmp_path / "folder").mkdir()

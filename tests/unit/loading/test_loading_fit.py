@@ -34,7 +34,7 @@ def holds(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two numbers are one, but for rounding."""
+    """Whether two numbers are equal up to rounding."""
     one, two = of_any(tensor), of_any(other)
     if math.isnan(one) or math.isinf(one):
         return one == two or (math.isnan(one) and math.isnan(two))

@@ -32,7 +32,7 @@ def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
 
 
 class Refusing:
-    """Object that rejects the state it gave."""
+    """Object that rejects its own state."""
 
     def state_dict(self) -> dict[str, int]:
         return {"version": 1}

@@ -22,7 +22,7 @@ from holdfast.loading.load import Replicas, load_tree
 from holdfast.loading.read import threads_for
 from holdfast.state.objects import StateTree
 from holdfast.storage.local import LocalStore
-from holdfast.storage.store import Reader
+from holdfast.storage.store import FileReader
 from holdfast.testing.ranks import try_ranks
 
 SIZE = 3
@@ -37,7 +37,7 @@ class CountingStore(LocalStore):
         self.reads: dict[str, list[tuple[int, int]]] = {}
 
     @contextmanager
-    def open(self, key: str) -> Iterator[Reader]:
+    def open(self, key: str) -> Iterator[FileReader]:
         with super().open(key) as beneath:
             yield CountingReader(self, key, beneath)
 
@@ -65,9 +65,9 @@ class CountingStore(LocalStore):
 
 
 class CountingReader:
-    """Reader of one of its files."""
+    """FileReader of one of its files."""
 
-    def __init__(self, store: CountingStore, key: str, beneath: Reader) -> None:
+    def __init__(self, store: CountingStore, key: str, beneath: FileReader) -> None:
         self._store, self._key, self._beneath = store, key, beneath
 
     def read_into(self, start: int, target: memoryview) -> int:

@@ -36,7 +36,7 @@ def bits(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], bytes]:
 
 
 def tensor_of(dtype: str, *shape: int) -> torch.Tensor:
-    """A tensor with different bits in every element; booleans are true or false."""
+    """A tensor whose elements differ; a bool tensor has both true and false."""
     nbytes = int(torch.Size(shape).numel()) * BY_NAME[dtype].itemsize
     plain = (torch.arange(nbytes) * 37).to(torch.uint8)
     if dtype == "bool":

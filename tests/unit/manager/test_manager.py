@@ -113,7 +113,8 @@ def test_damaged_steps_never_displace_good_ones(tmp_path: Path) -> None:
 def test_load_step_protects_that_step_and_newer_ones(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G5: after `load_step` 4 of 8, neither 4 nor 6 and 8 of the earlier branch are deleted."""
+    """G5: a run of 8 steps is resumed from step 4. Step 4 stays, and so do steps 6 and 8
+    of the branch that was left."""
     Run(tmp_path).until(8)
     with caplog.at_level(logging.WARNING, "holdfast"):
         assert Run(tmp_path, load_step=4, keep_latest_k=2, interval=1).until(7) == 4
@@ -306,8 +307,8 @@ def test_tied_weights_are_stored_once_and_found_under_both_names(tmp_path: Path)
 
 
 def test_the_automatic_interval_follows_the_measured_durations(tmp_path: Path) -> None:
-    """Method: failures so rare, or so frequent, that the optimum is beyond a bound whatever a save
-    takes here. Before the first save, the shortest interval is used."""
+    """Method: failures so rare, or so frequent, that the optimum is outside of the bounds on
+    any machine. Before the first save, the shortest interval is used."""
     bounds: dict[str, Any] = {"interval": "auto", "min_interval": 2, "max_interval": 5}
     Run(tmp_path / "rare", **bounds, mtbf_hours=1e12).until(13)
     assert steps(tmp_path / "rare") == [2, 7, 12, 13]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_folders import hf_tensors, save_folder
 from holdfast.catalog.catalog import open_manifest
 from holdfast.comm import Ranks
 from holdfast.errors import MismatchError, NotFoundError, UsageError
@@ -22,7 +23,6 @@ from holdfast.saving.save import save
 from holdfast.storage.local import LocalStore
 from holdfast.testing.ranks import run_ranks
 from holdfast.trainer.model import Transformer
-from hub_folders import hub_tensors, save_folder
 
 TRAINED = {"up.lora_a", "up.lora_b", "down.lora_a", "down.lora_b"}
 
@@ -198,7 +198,7 @@ def test_a_base_may_be_a_hugging_face_folder(tmp_path: Path) -> None:
     from the step."""
     flavor = MODELS["llama3"]["debugmodel"]
     config = config_of("llama3", flavor, 64)
-    folder = save_folder(tmp_path / "hub", config, hub_tensors(config))
+    folder = save_folder(tmp_path / "hf", config, hf_tensors(config))
     found = []
     for value in (1.0, 2.0):
         model = Transformer(flavor, vocab_size=64, seq_len=8).requires_grad_(False)
@@ -217,7 +217,7 @@ def test_a_base_may_be_a_hugging_face_folder(tmp_path: Path) -> None:
                 manager.save(1)
         found.append(model.state_dict())
     assert torch.equal(found[1]["adapter"], torch.full((3,), 1.0))
-    wanted = hub_tensors(config)["model.layers.1.mlp.up_proj.weight"]
+    wanted = hf_tensors(config)["model.layers.1.mlp.up_proj.weight"]
     assert torch.equal(found[1]["layers.1.feed_forward.w3.weight"], wanted)
 
 

@@ -18,12 +18,12 @@ import holdfast
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.catalog.catalog import Catalog
 from holdfast.comm import Ranks, Solo
+from holdfast.format.manifest import Manifest
 from holdfast.format.region import Region
 from holdfast.manager.context import RunContext
 from holdfast.manager.saver import Saver
 from holdfast.planning.file_layout import FileLayout, lay_out, lay_out_file
 from holdfast.saving.digests import Replicas
-from holdfast.saving.publish import Facts
 from holdfast.saving.save import Pending
 from holdfast.saving.stage import Snapshot, free_memory
 from holdfast.storage.local import LocalStore
@@ -177,7 +177,6 @@ def test_a_snapshot_that_does_not_fit_is_refused_with_its_size() -> None:
 def pending_of(catalog: Catalog) -> Pending:
     """A pending save that needs more memory than there is."""
     nothing: Any = None
-    facts = Facts(1, "full", {}, {})
     begun = catalog.begin("step-1")
     return Pending(
         catalog,
@@ -185,9 +184,9 @@ def pending_of(catalog: Catalog) -> Pending:
         huge_image(),
         tensor_of=nothing,
         index=None,
-        facts=facts,
+        facts=Manifest({}, {}, step=1, kind="full"),
         spans=Spans(),
-        replicas=Replicas([], {}),
+        replicas=Replicas({}, {}),
         stepped=frozenset(),
     )
 

@@ -47,7 +47,7 @@ def manager(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A seed, a full checkpoint, and a last one that holds the model alone."""
+    """A folder with a seed, a full checkpoint, and a last one that holds the model alone."""
     folder = tmp_path_factory.mktemp("run")
     with manager(folder, extras=True) as one:
         one.save_seed()
@@ -90,7 +90,7 @@ def test_no_tool_counts_states_as_part_of_the_model(
     cli(capsys, "convert", tmp_path / "copy/step-1", tmp_path / "again.pt", "--model-only")
     assert torch.load(tmp_path / "again.pt").keys() == WEIGHTS
     listed = json.loads(cli(capsys, "list", tmp_path / "copy", "--json"))
-    # Plain SGD has no tensors, and what holds nothing but values beside the model is full too.
+    # Plain SGD keeps no tensors: a checkpoint with nothing but values beside the model is full too.
     assert [one["kind"] for one in listed["checkpoints"]] == ["full", "model"]
     assert listed["resume"] == 1
     copies = [holdfast.open(tmp_path / "copy" / name) for name in ("step-1", "step-2")]

@@ -35,7 +35,7 @@ class Counted(nn.Module):
         super().__init__()
         self.layer = nn.Linear(WIDTH, WIDTH)
         self.register_buffer("seen", torch.zeros(WIDTH, WIDTH))
-        # Ranks are threads here, and share the generator: the same weights on each all the same.
+        # Ranks are threads that share one generator, and must draw the same weights.
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in self.parameters():

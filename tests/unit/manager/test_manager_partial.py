@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from hf_folders import hf_tensors, save_folder
 from holdfast.errors import MismatchError, UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.hf.dialects import renamed
@@ -21,7 +22,6 @@ from holdfast.manager.manager import CheckpointManager
 from holdfast.manager.renames import rename
 from holdfast.saving.save import save
 from holdfast.trainer.model import Transformer
-from hub_folders import hub_tensors, save_folder
 
 FLAVOR = replace(MODELS["llama3"]["debugmodel"], dim=32, num_layers=2, hidden_dim=48)
 CONFIG = config_of("llama3", FLAVOR, 64)
@@ -36,8 +36,8 @@ def started(folder: Path, model: nn.Module, hub: HFModel | None = None, **settin
 def test_a_partial_start_loads_matching_tensors_and_logs_the_others(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G6: a head of another size, an extra tensor, a missing tensor. Strict, nothing is changed;
-    otherwise the head keeps its values, and the log lists every difference."""
+    """G6: a head of another size, an extra tensor, a missing tensor. A strict load
+    changes nothing. A partial one leaves the head as it is, and the log lists every difference."""
     saved = {"body.weight": torch.randn(4, 4), "head.weight": torch.randn(9, 4)}
     save(tmp_path / "weights", {**saved, "old": torch.ones(2)})
     model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 3, bias=False)})
@@ -64,13 +64,13 @@ def test_a_partial_start_loads_matching_tensors_and_logs_the_others(
 def test_a_partial_start_from_a_hugging_face_folder(tmp_path: Path) -> None:
     """Method: a folder of three layers into a model of two."""
     larger = {**CONFIG, "num_hidden_layers": 3}
-    folder = save_folder(tmp_path / "hub", larger, hub_tensors(larger))
+    folder = save_folder(tmp_path / "hf", larger, hf_tensors(larger))
     settings = {"initial_load_in_hf": True, "initial_load_path": str(folder)}
     model = Transformer(FLAVOR, vocab_size=64, seq_len=8)
     with pytest.raises(MismatchError):
         started(tmp_path / "run", model, HFModel(CONFIG), **settings)
     started(tmp_path / "run", model, HFModel(CONFIG), **settings, initial_load_strict=False)
-    wanted = hub_tensors(larger)["model.layers.1.mlp.up_proj.weight"]
+    wanted = hf_tensors(larger)["model.layers.1.mlp.up_proj.weight"]
     assert torch.equal(model.state_dict()["layers.1.feed_forward.w3.weight"], wanted)
 
 

@@ -153,6 +153,6 @@ def test_values_that_differ_between_ranks_are_logged(
         run_ranks(2, work)
     said = [record.getMessage() for record in caplog.records]
     assert [line for line in said if "differs between ranks" in line] == [
-        "`mine.seen` differs between ranks: the first rank's is kept. State of one rank alone "
-        "needs a key of its own, such as `rank_3`"
+        "`mine.seen` differs between ranks 0 and 1: the version of the first rank that holds it is "
+        "kept. State of one rank alone needs a key of its own, such as `rank_1`"
     ]

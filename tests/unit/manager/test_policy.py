@@ -17,18 +17,17 @@ from holdfast.manager.policy import (
     Retention,
     best_interval,
     is_due,
-    kind_of_save,
     reasons_to_keep,
     removable,
 )
 
 
 def test_saves_are_due_at_the_interval_at_the_last_step_and_optionally_the_first() -> None:
-    config = CheckpointConfig(enable=True, interval=10)
-    due = [s for s in range(1, 26) if is_due(s, last_step=s == 25, config=config)]
+    config, now = CheckpointConfig(enable=True, interval=10), Progress()
+    due = [s for s in range(1, 26) if is_due(s, last_step=s == 25, config=config, progress=now)]
     assert due == [10, 20, 25]
     first = CheckpointConfig(enable=True, interval=10, enable_first_step_checkpoint=True)
-    assert is_due(1, last_step=False, config=first)
+    assert is_due(1, last_step=False, config=first, progress=now)
 
 
 def test_a_save_is_also_due_after_interval_minutes() -> None:
@@ -71,13 +70,7 @@ def test_invalid_intervals_are_refused_by_name(settings: dict[str, Any]) -> None
 
 def test_no_save_is_due_if_saving_is_off() -> None:
     for config in (CheckpointConfig(interval=1), CheckpointConfig(enable=True, load_only=True)):
-        assert not is_due(1, last_step=True, config=config)
-
-
-def test_only_the_last_step_is_model_only() -> None:
-    config = CheckpointConfig(enable=True)
-    assert kind_of_save(last_step=True, config=config) == "model"
-    assert kind_of_save(last_step=False, config=config) == "full"
+        assert not is_due(1, last_step=True, config=config, progress=Progress())
 
 
 candidates = st.lists(

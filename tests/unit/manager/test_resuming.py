@@ -41,7 +41,7 @@ def marks(folder: Path) -> list[str]:
 
 
 def failing(real: Callable[..., Any], path: Path, number: int) -> Callable[..., Any]:
-    """A read function of the system that fails on one file."""
+    """A wrapper of `real`, a system call that reads: it fails on one file."""
 
     def call(file: int, *more: Any) -> Any:
         if Path(f"/proc/self/fd/{file}").readlink() == path:
@@ -86,6 +86,16 @@ def test_a_run_does_not_start_over_if_no_step_can_be_read(
             held.load()
     assert "step 1:" in raised.value.what
     assert "step 2:" in raised.value.what
+
+
+def test_the_error_about_a_missing_step_lists_the_existing_ones(run: Path) -> None:
+    """G4. Method: two steps, another requested; and no step at all."""
+    with manager(run) as held, pytest.raises(holdfast.NotFoundError) as raised:
+        held.load(7)
+    assert "steps there: 1, 2" in (raised.value.hint or "")
+    with manager(run / "empty") as held, pytest.raises(holdfast.NotFoundError) as raised:
+        held.load(7)
+    assert "steps there: none" in (raised.value.hint or "")
 
 
 def test_a_copy_of_a_checkpoint_is_not_loaded_under_its_new_number(run: Path) -> None:

@@ -14,19 +14,19 @@ import torch
 from torch import nn
 
 import holdfast
+from checkpoints import save_leaves
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.listing import survey
-from holdfast.catalog.marks import damaged_steps, mark_damaged, pin
+from holdfast.catalog.marks import damaged_steps, mark_damaged
 from holdfast.comm import Solo
 from holdfast.errors import StorageError
+from holdfast.format.manifest import Manifest
 from holdfast.format.names import step_name
 from holdfast.manager.policy import Retention
-from holdfast.manager.resume import CachedIndex, good_steps
+from holdfast.manager.resume import good_steps
 from holdfast.manager.retention import Retainer
-from holdfast.saving.planner import Planner
-from holdfast.saving.save import save_leaves
-from holdfast.state.tree import flatten
+from holdfast.state.objects import StateTree
 from holdfast.storage.local import LocalStore
 from holdfast.storage.memory import MemoryStore
 from holdfast.testing.failing import FailingStore
@@ -60,7 +60,7 @@ def test_a_checkpoint_stays_while_any_rule_keeps_it(tmp_path: Path) -> None:
         for step, loss in losses.items():
             held.save(step, metrics={"loss": loss})
             if step == 4:
-                pin(LocalStore(tmp_path), 4)
+                put(LocalStore(tmp_path), ".pinned-step-4", b"")
     assert steps(tmp_path) == [2, 3, 4, 5, 6, 9, 10]
     assert holdfast.open(tmp_path / "step-5").manifest.metrics == {"loss": 2.0}
     assert str(holdfast.open(tmp_path / "step-4").manifest.metrics) == "{'loss': nan}"
@@ -117,12 +117,10 @@ def test_a_checkpoint_that_proves_damaged_is_marked(
         held.load(2)
 
 
-def test_the_cache_of_retention_never_hides_a_change(
-    tmp_path: Path,
-) -> None:
+def test_the_cache_of_retention_never_hides_a_change(tmp_path: Path) -> None:
     """G5. Method: after each change by others (a mark, a truncated file, a damaged index, a step
     saved again, a deleted folder) the result with a cache equals the result without."""
-    catalog, looked = Catalog(LocalStore(tmp_path)), dict[str, CachedIndex]()
+    catalog, looked = Catalog(LocalStore(tmp_path)), dict[str, tuple[int, Manifest]]()
 
     def agree() -> list[int]:
         found = [list(good_steps(catalog, catalog.folders(), m)) for m in (looked, None)]
@@ -186,10 +184,8 @@ def test_a_failed_deletion_is_tried_again(
 
 def save(catalog: Catalog, step: int) -> None:
     """A checkpoint of one tensor."""
-    leaves = flatten({"w": torch.full((3,), float(step))})
-    save_leaves(
-        catalog, step_name(step), leaves, ranks=Solo(), planner=Planner(Solo()), kind="full"
-    )
+    leaves = StateTree({"w": torch.full((3,), float(step))}).flatten()
+    save_leaves(catalog, step_name(step), leaves, Solo(), kind="full")
 
 
 def test_files_that_only_look_like_marks_are_ignored(tmp_path: Path) -> None:

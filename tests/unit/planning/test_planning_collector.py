@@ -21,7 +21,7 @@ def enabled() -> Iterator[None]:
 
 
 def test_collection_is_paused_in_nested_blocks_and_resumes_after_an_error() -> None:
-    """G13."""
+    """G13. Method: a block within a block that raises."""
     with pytest.raises(ZeroDivisionError), gc_paused():
         with gc_paused():
             assert not gc.isenabled()
@@ -31,7 +31,7 @@ def test_collection_is_paused_in_nested_blocks_and_resumes_after_an_error() -> N
 
 
 def test_collection_that_a_program_has_disabled_stays_disabled() -> None:
-    """Method: as trainers do that collect at chosen steps."""
+    """Method: the program collects only when it chooses to, as many trainers do."""
     gc.disable()
     with gc_paused():
         assert not gc.isenabled()

@@ -102,8 +102,8 @@ def jobs(draw: st.DrawFn) -> list[dict[str, LocalPlan]]:
 def test_every_element_is_written_once_by_a_rank_that_holds_it(
     job: list[dict[str, LocalPlan]],
 ) -> None:
-    """G6. Method: all written regions against the elements that each rank holds by its coordinates
-    in the mesh; no two overlap, and together they are all tensors."""
+    """G6. Method: each written region is inside of one that its rank holds by its coordinates in
+    the mesh. No two overlap, and together they cover all tensors."""
     whole = planned(job)
     regions: dict[str, list[Region]] = {}
     for rank in range(len(job)):
@@ -130,8 +130,8 @@ def held_by(tensor: LocalTensor, rank: int) -> list[Region]:
 def test_a_rank_plans_its_own_names_from_its_neighbor_plans(
     job: list[dict[str, LocalPlan]],
 ) -> None:
-    """G9. Method: the plan from all local plans against each rank's plan from its neighbors: the
-    same regions in the same order, the same values."""
+    """G9. Method: each rank's plan from its neighbor plans has the same regions, in the same order,
+    and the same values as the plan from all local plans."""
     all_plans = merge_local_plans(job)
     whole, size = plan(all_plans), len(job)
     for rank, neighbors in enumerate(neighbor_plans_of(all_plans, size)):
@@ -142,8 +142,7 @@ def test_a_rank_plans_its_own_names_from_its_neighbor_plans(
 
 
 def test_plans_that_all_ranks_or_only_one_rank_have_are_not_sent() -> None:
-    """Method: 64 ranks of one mesh, each with a value of its own; no neighbor plan holds a local
-    plan."""
+    """Method: 64 ranks of one mesh, each with a value of its own; no rank is sent a local plan."""
     mesh = MeshPlacement(Mesh((64,), tuple(range(64))), (ShardSpec(0),))
     layers = local_plan_of({"w": ((128, 2), mesh)})
     job = [
@@ -151,7 +150,7 @@ def test_plans_that_all_ranks_or_only_one_rank_have_are_not_sent() -> None:
     ]
     for rank, neighbors in enumerate(neighbor_plans_of(merge_local_plans(job), 64)):
         assert {component: [*map(tuple, known)] for component, known in neighbors.items()} == {
-            "rng": [(range(rank, rank + 1), None)]
+            "rng": [([rank], None)]
         }
 
 

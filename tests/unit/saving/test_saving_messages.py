@@ -11,13 +11,13 @@ from processes import run_processes
 
 SIZE = 3
 FITS = _FIRST_BYTES - len(pickle.dumps(b""))
-"""Longest bytes that fit into a frame."""
+"""Longest `bytes` whose message is sent in one part."""
 
 
 def exchange(rank: int, size: int) -> None:
     ranks = GroupRanks(dist.new_group(backend="gloo"))
     for num in (0, *range(FITS - 4, FITS + 5), 100_000):
-        # Different lengths; only some are longer than a frame.
+        # The lengths differ, so that only some of the messages need a second part.
         items = [bytes([r]) * (num * (r + 1) // size) for r in range(size)]
         assert ranks.gather(items[rank]) == (items if rank == 0 else [])
         assert ranks.scatter(items if rank == 0 else []) == items[rank]
@@ -27,5 +27,5 @@ def exchange(rank: int, size: int) -> None:
 
 
 def test_messages_of_any_length_arrive() -> None:
-    """Method: lengths around the size of a frame, equal on all ranks and different."""
+    """Method: lengths around `_FIRST_BYTES`, equal on all ranks and different."""
     run_processes(SIZE, exchange)

@@ -7,12 +7,12 @@ import torch
 from holdfast.comm import Solo
 from holdfast.format.manifest import Span
 from holdfast.saving.planner import LocalState, Planner
-from holdfast.state.tree import flatten
+from holdfast.state.objects import StateTree
 
 
 def held(planner: Planner, *shapes: tuple[int, ...]) -> LocalState:
     state = {"step": 1, **{f"w{n}": torch.zeros(shape) for n, shape in enumerate(shapes)}}
-    return planner.hold(flatten(state), None)
+    return planner.hold(StateTree(state).flatten(), None)
 
 
 def stock_parts(planner: Planner, offset: int) -> list[bytes]:
@@ -21,8 +21,8 @@ def stock_parts(planner: Planner, offset: int) -> list[bytes]:
 
 
 def test_both_indices_are_encoded_once_per_layout() -> None:
-    """Method: the same objects for equal shapes in other memory and for a value that has moved;
-    others after a change of a shape."""
+    """Method: the encoded objects are kept for equal shapes in other memory and for a value at
+    another offset; they are new after a change of a shape."""
     planner = Planner(Solo())
     planner.agree(held(planner, (3, 4), (5,)))
     first, parts = planner.index, stock_parts(planner, 1000)

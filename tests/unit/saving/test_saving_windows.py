@@ -28,13 +28,13 @@ import torch
 from holdfast.catalog.catalog import Catalog
 from holdfast.saving.planner import Planner
 from holdfast.comm import Solo
-from holdfast.saving.save import save_leaves
+from holdfast.saving.save import begin_save, finish_save
 from holdfast.state.objects import StateTree
 from holdfast.storage.local import LocalStore
 
 def save(name, tensor):
     catalog, leaves = Catalog(LocalStore(sys.argv[1])), StateTree({"weight": tensor}).flatten()
-    save_leaves(catalog, name, leaves, ranks=Solo(), planner=Planner(Solo()), dtype=dtype)
+    finish_save(begin_save(catalog, name, leaves, planner=Planner(Solo()), dtype=dtype), Solo())
 
 dtype = getattr(torch, sys.argv[2])
 save("step-1", torch.ones(3000, 1000).t())

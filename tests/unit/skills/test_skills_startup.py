@@ -55,7 +55,9 @@ def test_targets_are_the_folders_of_the_agents(home: Path) -> None:
     named = [target.root for target in all_targets({"HOME": str(home)}, here)]
     assert len(named) == len(set(named)) == 7
     hermes = target_of("hermes", project=False, environment={"HOME": str(home)}, here=here)
-    assert hermes.categories
+    (home / ".hermes/skills/training/alpha").mkdir(parents=True)
+    (home / ".hermes/skills/training/alpha/SKILL.md").write_text("moved")
+    assert hermes.folder("alpha") == home / ".hermes/skills/training/alpha"
     for to in ("hermes", "some/where"):
         with pytest.raises(UsageError, match="--project"):
             root(to, project=True)

@@ -68,7 +68,7 @@ def same(a: Any, b: Any) -> bool:
 
 def flat(net: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, Any]:
     """Return the entries of optimizers by name, with each name of an option."""
-    flattener = Flattener()
+    flattener = Flattener(lambda *_: None)
     OptimizerState([net], optimizers).flatten(flattener, ())
     leaves = flattener.state.leaves
     return {n: leaf.value for one, leaf in leaves.items() for n in leaf.names or [one]}

@@ -13,7 +13,7 @@ import holdfast
 from holdfast.errors import MismatchError, UsageError
 from holdfast.state.objects import StateTree
 from holdfast.state.same import same
-from holdfast.state.schedulers import scheduler_component
+from holdfast.state.schedulers import SchedulerState
 
 LR = torch.optim.lr_scheduler
 
@@ -32,11 +32,11 @@ class Phases:
 
 
 def saved(where: Path, *schedulers: Any) -> None:
-    holdfast.save(where, {"lr_scheduler": scheduler_component(schedulers), "x": torch.ones(1)})
+    holdfast.save(where, {"lr_scheduler": SchedulerState(schedulers), "x": torch.ones(1)})
 
 
 def loaded(where: Path, *schedulers: Any) -> None:
-    holdfast.load(where, {"lr_scheduler": scheduler_component(schedulers)})
+    holdfast.load(where, {"lr_scheduler": SchedulerState(schedulers)})
 
 
 @pytest.mark.parametrize(
@@ -79,6 +79,6 @@ def test_different_schedulers_load_only_into_the_same_number(tmp_path: Path) -> 
 def test_objects_under_numbers_in_one_scheduler_are_refused_at_the_save() -> None:
     """G15. Method: a state that a load would take for those of several schedulers."""
     state = {"0": Phases(1), "1": Phases(2)}
-    tree = StateTree({"lr_scheduler": scheduler_component([Phases(state)])})
+    tree = StateTree({"lr_scheduler": SchedulerState([Phases(state)])})
     with pytest.raises(UsageError, match="which a load would take for several"):
         tree.flatten()

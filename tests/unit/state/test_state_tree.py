@@ -19,8 +19,9 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 import holdfast
 from holdfast.errors import FormatError, HoldfastError, MismatchError, UsageError
 from holdfast.format.structure import check_node
+from holdfast.state.objects import StateTree
 from holdfast.state.same import differences, same
-from holdfast.state.tree import Leaf, flatten
+from holdfast.state.tree import Leaf
 from kept import Kept
 
 KEYS = st.sampled_from(["a", "b", "a.b", "0", "", "weight", "exp_avg"]) | st.integers(0, 2)
@@ -55,15 +56,15 @@ def test_names_paths_and_leaves_equal_those_of_stock_dcp(state: dict[Any, Any]) 
     refuse `0` beside `"0"`, which stock cannot tell apart in a load."""
     if spelled_alike(state):
         with pytest.raises(UsageError, match=r"same text|two entries"):
-            flatten(state)
+            StateTree(state).flatten()
         return
     try:
         expected, paths = flatten_state_dict(state)
     except ValueError:
         with pytest.raises(UsageError, match="two entries have the name"):
-            flatten(state)
+            StateTree(state).flatten()
         return
-    found = flatten(state).leaves
+    found = StateTree(state).flatten().leaves
     assert [*found] == [*expected]
     for name, leaf in found.items():
         assert leaf.value is expected[name]
@@ -73,7 +74,7 @@ def test_names_paths_and_leaves_equal_those_of_stock_dcp(state: dict[Any, Any]) 
 def test_two_entries_of_one_name_are_refused_with_both_paths() -> None:
     """G6. Method: a dotted key beside a dict."""
     with pytest.raises(UsageError, match=r"`a\.b`") as refused:
-        flatten({"a.b": 1, "a": {"b": 2}})
+        StateTree({"a.b": 1, "a": {"b": 2}}).flatten()
     assert "('a.b',)" in refused.value.what
     assert "('a', 'b')" in refused.value.what
 
@@ -81,7 +82,7 @@ def test_two_entries_of_one_name_are_refused_with_both_paths() -> None:
 def test_a_leaf_is_the_same_object() -> None:
     """Method: identity; no tensor is copied."""
     tensor = torch.zeros(3)
-    leaf = flatten({"w": tensor}).leaves["w"]
+    leaf = StateTree({"w": tensor}).flatten().leaves["w"]
     assert isinstance(leaf, Leaf)
     assert leaf.value is tensor
 
@@ -89,8 +90,10 @@ def test_a_leaf_is_the_same_object() -> None:
 def test_structure_is_stored_only_if_names_do_not_express_it() -> None:
     """Method: dicts of tensors, as in models, need none; types, order and empty containers do."""
     told = {"model": {"w": torch.ones(1), "b": [torch.ones(1), {"x": torch.ones(1)}]}, "step": 3}
-    assert flatten(told).structure == {}
-    found = flatten({"o": OrderedDict(b=1, a=2), "k": {1: torch.ones(1)}, "e": {"x": {}}})
+    assert StateTree(told).flatten().structure == {}
+    found = StateTree(
+        {"o": OrderedDict(b=1, a=2), "k": {1: torch.ones(1)}, "e": {"x": {}}}
+    ).flatten()
     assert found.structure == {
         ("o",): {"OrderedDict": {"b": None, "a": None}},
         ("k",): {"dict": [["1", None]]},
@@ -421,8 +424,6 @@ def test_a_structure_with_too_many_levels_is_refused() -> None:
 def test_a_structure_without_its_entries_is_refused(tmp_path: Path) -> None:
     """G8. Method: a manifest whose structure names an entry that it lacks."""
     from dataclasses import replace
-
-    from holdfast.state.objects import StateTree
 
     holdfast.save(tmp_path / "one", {"a": Kept([{"x": torch.ones(1)}])})
     manifest = holdfast.open(tmp_path / "one").manifest

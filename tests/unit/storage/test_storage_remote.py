@@ -28,14 +28,15 @@ def url() -> Iterator[str]:
 
 
 def test_every_range_of_a_file_is_read(url: str) -> None:
-    """Method: all ranges in and past the file, by `read` and by `read_into`."""
+    """Method: all ranges in and past the file, by `read` and by an open file."""
     store = RemoteStore(url)
     assert store.size("folder/file") == len(DATA)
     for start in (0, 1, 49, 50):
         for stop in (*range(start, 52, 7), 50, 60):
             assert store.read("folder/file", start, stop) == DATA[start:stop]
             target = bytearray(b"?" * max(0, stop - start))
-            count = store.read_into("folder/file", start, memoryview(target))
+            with store.open("folder/file") as reader:
+                count = reader.read_into(start, memoryview(target))
             assert target[:count] == DATA[start:stop]
 
 

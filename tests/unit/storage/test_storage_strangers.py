@@ -17,7 +17,7 @@ from holdfast.storage import renaming
 from holdfast.storage.local import LocalStore
 from holdfast.storage.opening import folder_store, open_store
 from holdfast.storage.remote import RemoteStore
-from holdfast.testing.stores import put, refuses
+from holdfast.testing.stores import put, read_opened, refuses
 
 
 def make_pipe(path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_file_that_is_not_plain_is_refused_without_waiting(kind: str, tmp_path
     for ask in (
         lambda: store.size("strange"),
         lambda: store.read("strange", 0, 9),
-        lambda: store.read_into("strange", 0, memoryview(bytearray(9))),
+        lambda: read_opened(store, "strange"),
         lambda: store.amend("strange").__enter__(),
     ):
         error = refuses((FormatError, StorageError), ask)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from crashes import RecordingStore
 from holdfast.errors import ExistsError, NotFoundError, StorageError
 from holdfast.storage.local import LocalStore
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Store
-from holdfast.testing.crashes import RecordingStore
 from holdfast.testing.failing import FailingStore
 from holdfast.testing.stores import StoreSuite, put, refuses
 

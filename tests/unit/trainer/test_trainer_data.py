@@ -21,7 +21,7 @@ TOKENS = Tokens(np.arange(101, dtype=np.uint16), "fingerprint")
 def loader(dp_rank: int = 0, dp_size: int = 1, *, seed: int = 0, batch: int = 4) -> DataLoader:
     """Make one rank's loader for a global batch of `batch`."""
     return DataLoader(
-        TOKENS,
+        tokens=TOKENS,
         seq_len=5,
         seed=seed,
         batch_per_rank=batch // dp_size,
@@ -82,7 +82,7 @@ def test_a_position_in_other_data_is_refused_with_every_difference_and_a_hint() 
 def test_data_shorter_than_one_sample_are_refused() -> None:
     """Method: 101 tokens for sequences of 101, which need 102."""
     with pytest.raises(UsageError, match="101 tokens, too few"):
-        DataLoader(TOKENS, seq_len=101, seed=0, batch_per_rank=1)
+        DataLoader(tokens=TOKENS, seq_len=101, seed=0, batch_per_rank=1)
 
 
 def tokens_of(tmp_path: Path, path: Path | str) -> Tokens:

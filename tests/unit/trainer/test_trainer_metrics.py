@@ -9,10 +9,11 @@ import torch
 
 import holdfast
 from holdfast.comm import Ranks
+from holdfast.dashboard.history import MetricsRow
 from holdfast.manager.goodput import Timings
 from holdfast.testing.ranks import run_ranks
 from holdfast.trainer.config import MetricsConfig
-from holdfast.trainer.metrics import Metrics, MetricsRow
+from holdfast.trainer.metrics import Metrics
 from runs import rows, train
 
 

@@ -29,11 +29,7 @@ _BY_TYPE = {model_type: family for family in FAMILIES for model_type in family.m
 
 
 def family_of(config: Config, *, where: str) -> Family:
-    """Return the family of a configuration. `where` names its file in errors, with backticks.
-
-    Raises:
-        FormatError: its `model_type` is not supported.
-    """
+    """Return the family of a configuration. `where` names its file in errors, with backticks."""
     family = _BY_TYPE.get(str(config.get("model_type")))
     if family is None:
         raise FormatError(

@@ -8,24 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import nn
-
-from holdfast import CheckpointConfig, CheckpointManager
-from holdfast.comm import Ranks
-from holdfast.hf.export import HFModel
-from holdfast.testing.crashes import fingerprint
-from holdfast.testing.disk import cuts
-from holdfast.testing.ranks import run_ranks
-from holdfast.testing.recording import (
+from benchmarks.power_cuts import cuts, fingerprint
+from benchmarks.recording import (
     merged,
     recorded_folder,
     tree_after,
     tree_at,
     write_tree,
 )
+from safetensors.torch import load_file
+from torch import nn
 
-HUB = HFModel(
+from holdfast import CheckpointConfig, CheckpointManager
+from holdfast.comm import Ranks
+from holdfast.hf.export import HFModel
+from holdfast.testing.ranks import run_ranks
+
+HF_MODEL = HFModel(
     {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -40,16 +39,16 @@ HUB = HFModel(
 
 
 def model_of(value: float) -> nn.Module:
-    """The model of `HUB` with every weight equal to `value`."""
+    """Make the model of `HF_MODEL` with every weight equal to `value`."""
     root = nn.Module()
-    for name in HUB.mapping.names("native"):
+    for name in HF_MODEL.mapping.names("native"):
         *above, last = name.split(".")
         module = root
         for part in above:
             if not hasattr(module, part):
                 module.add_module(part, nn.Module())
             module = getattr(module, part)
-        weight = torch.full(HUB.mapping.shape("native", name), value)
+        weight = torch.full(HF_MODEL.mapping.shape("native", name), value)
         module.register_parameter(last, nn.Parameter(weight))
     return root
 
@@ -58,19 +57,20 @@ def manager(folder: Path, model: nn.Module, ranks: Ranks | None, **settings: Any
     config = CheckpointConfig(
         enable=True, interval=1, hf_export_interval=1, last_save_in_hf=True, **settings
     )
-    return CheckpointManager(folder, model=model, hub=HUB, config=config, ranks=ranks)
+    return CheckpointManager(folder, model=model, hub=HF_MODEL, config=config, ranks=ranks)
 
 
 def values_in(folder: Path) -> set[float]:
-    """The distinct values of all weights in a Hugging Face folder, which must be complete."""
+    """Return the distinct values of all weights in a Hugging Face folder, which must be
+    complete."""
     tensors = {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
-    assert tensors.keys() == set(HUB.mapping.names("hf"))
+    assert tensors.keys() == set(HF_MODEL.mapping.names("hf"))
     assert (folder / "config.json").read_text().startswith("{")
     return {value for tensor in tensors.values() for value in torch.unique(tensor).tolist()}
 
 
 def look(folder: Path) -> tuple[tuple[str, float], ...]:
-    """Every checkpoint after the next start, with the one value it holds."""
+    """Start again, and return every checkpoint with the one value of its weights."""
     model = model_of(0.0)
     with manager(folder, model, None) as held:
         step = held.load()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_folders import hf_tensors, save_folder
 from holdfast.catalog.catalog import Catalog
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import ConvertOptions, plan
@@ -21,7 +22,6 @@ from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.manager import CheckpointManager
 from holdfast.storage.local import LocalStore
 from holdfast.trainer.model import Transformer
-from hub_folders import hub_tensors, save_folder
 
 FLAVOR = replace(MODELS["llama3"]["debugmodel"], dim=32, num_layers=2, hidden_dim=48)
 CONFIG = config_of("llama3", FLAVOR, 64)
@@ -83,14 +83,14 @@ def test_exports_have_their_own_interval_and_may_replace_the_last_checkpoint(
 def test_a_hugging_face_folder_is_loaded_if_there_is_nothing_to_resume(tmp_path: Path) -> None:
     """Method: from `initial_load_path`, then from the assets; a later checkpoint of the run is
     preferred."""
-    folder = save_folder(tmp_path / "hub", CONFIG, hub_tensors(CONFIG), num_files=2)
+    folder = save_folder(tmp_path / "hf", CONFIG, hf_tensors(CONFIG), num_files=2)
     for number, (path, assets) in enumerate([(str(folder), None), (None, str(folder))]):
         model = model_of(seed=number)
         settings = {"initial_load_in_hf": True, "initial_load_path": path}
         where = tmp_path / f"run-{number}"
         with manager_of(where, model, HFModel(CONFIG, assets), **settings) as manager:
             assert manager.load() == 0
-            given = hub_tensors(CONFIG)
+            given = hf_tensors(CONFIG)
             assert torch.equal(model.state_dict()["norm.weight"], given["model.norm.weight"])
             assert torch.equal(model.state_dict()["output.weight"], given["lm_head.weight"])
             manager.save(2)
@@ -104,12 +104,12 @@ def test_a_quantized_folder_is_dequantized_as_it_is_loaded(
     """Method: fp8 in blocks of 16 x 16, compared with a factor for each element. A folder that is
     declared quantized and is not is loaded, with a note in the log."""
     settings: dict[str, Any] = {"initial_load_in_hf": True, "initial_load_in_hf_quantized": True}
-    tensors, name = hub_tensors(CONFIG), "model.layers.0.mlp.up_proj.weight"
+    tensors, name = hf_tensors(CONFIG), "model.layers.0.mlp.up_proj.weight"
     plain = save_folder(tmp_path / "plain", CONFIG, tensors)
     quantized, scale = tensors[name].to(torch.float8_e4m3fn), torch.rand(3, 2)
     tensors |= {name: quantized, f"{name}_scale_inv": scale}
     config = {**CONFIG, "quantization_config": {"weight_block_size": [16, 16]}}
-    folder = save_folder(tmp_path / "hub", config, tensors)
+    folder = save_folder(tmp_path / "hf", config, tensors)
     model = model_of()
     with caplog.at_level("INFO", "holdfast"):
         path = {"initial_load_path": str(folder)}
@@ -146,7 +146,7 @@ def test_a_failed_load_or_export_changes_nothing(tmp_path: Path) -> None:
     assert "--model.hf_assets_path" in refused(UsageError, None)
     assert "nothing at" in refused(NotFoundError, tmp_path / "nowhere")
     other = {**CONFIG, "num_hidden_layers": 3}
-    larger = save_folder(tmp_path / "larger", other, hub_tensors(other))
+    larger = save_folder(tmp_path / "larger", other, hf_tensors(other))
     assert "layers.2.attention.wq.weight` is in the checkpoint, but not wanted" in refused(
         MismatchError, larger
     )

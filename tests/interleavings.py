@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from crashes import store_of, tree_of
 from holdfast.errors import HoldfastError
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import AmendableStore
-from holdfast.testing.crashes import store_of
-from holdfast.testing.disk import Tree
 from holdfast.testing.failing import FailingStore
 
 Actor = Callable[[AmendableStore], Any]
@@ -36,34 +35,18 @@ STUCK_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """An order of the operations of two actors."""
-
-    first: int
-    """Actor that begins: 0 or 1."""
-
-    lengths: tuple[int, ...] = ()
-    """Number of operations before each switch. After the last one each actor runs to its end."""
-
-    def __str__(self) -> str:
-        turns = [f"{(self.first + n) % 2}: {length}" for n, length in enumerate(self.lengths)]
-        return f"actor {', '.join([*turns, f'{(self.first + len(turns)) % 2} to its end'])}"
-
-
-@dataclass(frozen=True, slots=True)
 class Ran:
     """Result of one order."""
 
-    order: Order
     store: MemoryStore
     outcomes: tuple[Any, Any]
     """Result of each actor, or the HoldfastError that it raised."""
 
     trace: tuple[str, ...]
-    """Operations in order, each with its actor."""
+    """Operations in order, each with its actor: 0 or 1."""
 
     def __str__(self) -> str:
-        return f"{self.order}; {self.outcomes}:\n  " + "\n  ".join(self.trace)
+        return f"{self.outcomes}:\n  " + "\n  ".join(self.trace)
 
 
 def interleavings(
@@ -76,23 +59,20 @@ def interleavings(
     first = MemoryStore()
     before(first)
     tree = tree_of(first)
-    waiting = [Order(0), Order(1)]
+    waiting: list[tuple[int, list[int]]] = [(0, []), (1, [])]
     with ThreadPoolExecutor(2, thread_name_prefix="actor") as pool:
         while waiting:
-            order = waiting.pop()
-            turns = _Turns(order)
-            store = store_of(tree)
+            begins, lengths = waiting.pop()
+            turns, store = _Turns(begins, lengths), store_of(tree)
             futures = [
                 pool.submit(partial(_act, actor, store, turns, number))
                 for number, actor in enumerate((one, other))
             ]
             outcomes = futures[0].result(), futures[1].result()
-            yield Ran(order, store, outcomes, tuple(turns.trace))
-            if len(order.lengths) < switches_max:
-                waiting += [
-                    Order(order.first, (*order.lengths, length))
-                    for length in range(1, turns.last_length)
-                ]
+            yield Ran(store, outcomes, tuple(turns.trace))
+            if len(lengths) < switches_max:
+                longer = range(1, turns.last_length)
+                waiting += [(begins, [*lengths, length]) for length in longer]
 
 
 def _act(actor: Actor, store: MemoryStore, turns: _Turns, number: int) -> Any:
@@ -101,7 +81,7 @@ def _act(actor: Actor, store: MemoryStore, turns: _Turns, number: int) -> Any:
     except HoldfastError as error:
         return error
     except BaseException as error:
-        error.add_note(f"{turns.order}\n  " + "\n  ".join(turns.trace))
+        error.add_note("\n  ".join(turns.trace))
         raise
     finally:
         turns.end(number)
@@ -110,15 +90,16 @@ def _act(actor: Actor, store: MemoryStore, turns: _Turns, number: int) -> Any:
 class _Turns:
     """Lets the operations of two threads begin in a given order."""
 
-    def __init__(self, order: Order) -> None:
-        self.order = order
+    def __init__(self, begins: int, lengths: list[int]) -> None:
+        """Actor `begins` (0 or 1) has the first turn. `lengths` are the operations before each
+        switch; after the last one, each actor runs to its end."""
         self.trace: list[str] = []
         self.last_length = 0
-        """Operations after the last switch, if the other actor had not ended: each of them is a
-        place for one more switch."""
+        """Number of operations after the last switch, each of which is a place for one more switch.
+        0 if the other actor had ended by then, since no switch is possible."""
 
-        self._lengths = list(order.lengths)
-        self._turn = order.first
+        self._turn = begins
+        self._lengths = list(lengths)
         self._done = 0
         """Operations since the last switch."""
 
@@ -132,6 +113,7 @@ class _Turns:
         """
         with self._changed:
             if self._turn == number and self._lengths and self._done == self._lengths[0]:
+                del self._lengths[0]
                 self._switch()
             if not self._changed.wait_for(lambda: self._turn == number, STUCK_S):
                 raise AssertionError(f"actor {number} never gets its turn")
@@ -146,24 +128,10 @@ class _Turns:
                 if not self._lengths and not self._ended[1 - number]:
                     self.last_length = self._done
                 self._lengths = []
-                self._turn, self._done = 1 - number, 0
-                self._changed.notify_all()
+                self._switch()
 
     def _switch(self) -> None:
-        self._lengths.pop(0)
         if not self._ended[1 - self._turn]:
             self._turn = 1 - self._turn
         self._done = 0
         self._changed.notify_all()
-
-
-def tree_of(store: MemoryStore, folder: str = "") -> Tree:
-    """Return all files and folders below a folder of a store."""
-    tree: dict[str, bytes | None] = {}
-    for name in store.list(folder):
-        path = f"{folder}/{name}".strip("/")
-        if name.endswith("/"):
-            tree |= {path: None, **tree_of(store, path)}
-        else:
-            tree[path] = store.read(path, 0, store.size(path))
-    return tree

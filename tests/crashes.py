@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
+from benchmarks.power_cuts import Operation, PowerCut, Tree, cuts, fingerprint
+
 from holdfast.errors import HoldfastError
-from holdfast.format.checksum import checksum
 from holdfast.storage.memory import MemoryStore
-from holdfast.storage.store import Buffer, Store, Writer
-from holdfast.testing.disk import Operation, PowerCut, Tree, cuts
+from holdfast.storage.store import Buffer, FileWriter, Store
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ class RecordingStore(MemoryStore):
         self._num_files = 0
 
     @contextmanager
-    def create(self, key: str, nbytes: int) -> Iterator[Writer]:
+    def create(self, key: str, nbytes: int) -> Iterator[FileWriter]:
         with super().create(key, nbytes) as writer:
             with self._mutex:
                 file = self._num_files = self._num_files + 1
@@ -71,7 +71,7 @@ class RecordingStore(MemoryStore):
 
 
 class _RecordingWriter:
-    def __init__(self, store: RecordingStore, beneath: Writer, key: str, file: int) -> None:
+    def __init__(self, store: RecordingStore, beneath: FileWriter, key: str, file: int) -> None:
         self._store, self._beneath, self._key, self._file = store, beneath, key, file
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
@@ -131,10 +131,13 @@ def store_of(tree: Tree) -> MemoryStore:
     return store
 
 
-def fingerprint(tree: Tree) -> int:
-    """Hash the names and contents of a tree."""
-    lines = (
-        f"{path}\0{'folder' if data is None else f'{len(data)} {checksum(data):x}'}"
-        for path, data in sorted(tree.items())
-    )
-    return checksum("\n".join(lines).encode(errors="surrogateescape"))
+def tree_of(store: MemoryStore, folder: str = "") -> Tree:
+    """Return all files and folders below a folder of a store."""
+    tree: dict[str, bytes | None] = {}
+    for name in store.list(folder):
+        path = f"{folder}/{name}".strip("/")
+        if name.endswith("/"):
+            tree |= {path: None, **tree_of(store, path)}
+        else:
+            tree[path] = store.read(path, 0, store.size(path))
+    return tree

@@ -9,20 +9,19 @@ import warnings
 from pathlib import Path
 
 import torch
+from benchmarks.power_cuts import Operation
+from benchmarks.recording import merged, recorded_folder, tree_after, tree_at, write_tree
 from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 
+from checkpoints import save_leaves
+from crashes import recorded
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.catalog.catalog import Catalog
 from holdfast.comm import Solo
 from holdfast.format.names import MANIFEST
-from holdfast.saving.planner import Planner
-from holdfast.saving.save import save_leaves
-from holdfast.state.tree import flatten
+from holdfast.state.objects import StateTree
 from holdfast.storage.local import LocalStore
 from holdfast.storage.store import Store
-from holdfast.testing.crashes import recorded
-from holdfast.testing.disk import Operation
-from holdfast.testing.recording import merged, recorded_folder, tree_after, tree_at, write_tree
 
 
 def test_every_way_to_change_a_folder_is_recorded(tmp_path: Path) -> None:
@@ -98,9 +97,9 @@ def test_a_store_in_memory_records_the_operations_of_a_local_one(tmp_path: Path)
         store.make_folder("")
         catalog = Catalog(store)
         for name in ("step-1", "step-2", "step-1"):
-            leaves = flatten({"w": torch.arange(30_000), "n": 1})
-            save_leaves(catalog, name, leaves, ranks=Solo(), planner=Planner(Solo()))
-        catalog.delete("step-2")
+            leaves = StateTree({"w": torch.arange(30_000), "n": 1}).flatten()
+            save_leaves(catalog, name, leaves, Solo())
+        catalog.store.remove(str(catalog.set_aside_for_deletion("step-2")))
 
     with recorded_folder(tmp_path) as done:
         work(LocalStore(tmp_path))
@@ -108,8 +107,8 @@ def test_a_store_in_memory_records_the_operations_of_a_local_one(tmp_path: Path)
     on_disk = merged([done])
 
     def shape(operations: list[Operation]) -> list[tuple[str, str, int, int]]:
-        """Return the operation without the digits of a manifest that depend on the duration of its
-        save."""
+        """Return each operation, without the digits of a manifest that depend on the duration of
+        its save."""
         shapes = []
         for operation in operations:
             name = operation.path.rpartition("/")[2]

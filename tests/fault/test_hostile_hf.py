@@ -1,4 +1,5 @@
-"""Hugging Face folders made by strangers: absurd configurations, links out, shards in part."""
+"""Hugging Face folders from elsewhere: absurd configurations, links out of the folder, missing
+shards."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from hf_folders import LLAMA, hf_tensors, save_folder
 from holdfast.catalog.hf_folder import of_language_model, open_hf_folder
 from holdfast.catalog.verify import VerifyTarget, verify
 from holdfast.cli.main import main
@@ -28,7 +30,6 @@ from holdfast.hf.family import mapping_of
 from holdfast.storage.local import LocalStore
 from holdfast.tensors.lazy import TensorInfo
 from holdfast.tensors.quantized import Dequantized
-from hub_folders import LLAMA, hub_tensors, save_folder
 
 ALL: dict[str, Any] = {
     **LLAMA,
@@ -62,7 +63,7 @@ ABSURD: list[Any] = [
 
 
 class Empty:
-    """No tensors at all."""
+    """A folder without tensors."""
 
     infos: dict[str, TensorInfo]
 
@@ -74,7 +75,7 @@ class Empty:
 
 
 def uses(config: Any) -> Iterator[Any]:
-    """Everything that is done with a configuration."""
+    """Use a configuration in every way there is."""
     language = of_language_model(config)
     yield lambda: mapping_of(family_of(language, where="test"), language)
     yield lambda: check_alike((config, "one"), (LLAMA, "other"))
@@ -84,8 +85,8 @@ def uses(config: Any) -> Iterator[Any]:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: str(family.model_types[0]))
 def test_an_absurd_configuration_is_refused_at_once(family: Any) -> None:
-    """G8: `FormatError`, in bounded time. Method: each key that any family reads, and each that
-    holds a table, with each absurd value, for each family; and everything that is done with it."""
+    """G8. Method: each absurd value for each key that a family reads, and for each key that holds a
+    table; in every use, only `FormatError` is raised, in bounded time."""
     whole = {**ALL, "model_type": family.model_types[0]}
     mapping_of(family, whole)
     keys = [*whole, "text_config", "quantization_config", "rope_scaling", "torch_dtype"]
@@ -98,19 +99,18 @@ def test_an_absurd_configuration_is_refused_at_once(family: Any) -> None:
                 except FormatError:
                     refused[key] += 1
                 except MismatchError:
-                    continue  # Two configurations that differ: what `check_alike` is for.
+                    continue  # Two configurations that differ, as `check_alike` is to find.
     assert time.monotonic() - started < 60
     for key in ("num_hidden_layers", "num_attention_heads", "vocab_size", "hidden_size"):
         assert refused[key] >= len(ABSURD) - 2, key
 
 
 def test_a_float_is_no_size_and_a_text_neither(tmp_path: Path) -> None:
-    """G8. Method: through the command, as a stranger's folder meets it; the message names the key,
-    what is expected and what is there."""
+    """G8. Method: by the command; the message names the key, the expected and the found value."""
     for number, (key, value) in enumerate(
         [("num_hidden_layers", "32"), ("head_dim", 64.0), ("num_hidden_layers", 10**10)]
     ):
-        folder = save_folder(tmp_path / str(number), LLAMA, hub_tensors(LLAMA))
+        folder = save_folder(tmp_path / str(number), LLAMA, hf_tensors(LLAMA))
         (folder / "config.json").write_text(json.dumps({**LLAMA, key: value}))
         started = time.monotonic()
         with pytest.raises(FormatError, match=f"`{key}` must be a whole number") as raised:
@@ -127,7 +127,7 @@ from holdfast.errors import FormatError
 from holdfast.hf.families import family_of
 from holdfast.hf.family import mapping_of
 sys.path.insert(0, "tests")
-from hub_folders import LLAMA
+from hf_folders import LLAMA
 started = time.monotonic()
 for layers in (27_000, 99_999):
     config = {**LLAMA, "num_hidden_layers": layers}
@@ -140,7 +140,7 @@ print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_ma
 
 
 def test_the_largest_configuration_that_is_not_refused_takes_bounded_memory() -> None:
-    """G8, G13. Method: the most layers that fit below the limit, in a process of its own."""
+    """G8, G13. Method: the most layers below the limit, in a new process."""
     ran = subprocess.run([sys.executable, "-c", WORST], capture_output=True, text=True, check=True)
     *refused, last = ran.stdout.splitlines()
     assert refused == ["refused"]
@@ -150,8 +150,8 @@ def test_the_largest_configuration_that_is_not_refused_takes_bounded_memory() ->
 
 
 def test_a_configuration_that_is_no_table_or_too_large_is_refused(tmp_path: Path) -> None:
-    """G8. Method: other JSON, none at all, a gibibyte of nothing, a pipe."""
-    folder = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    """G8. Method: other JSON, no JSON, a gibibyte of zeros, a pipe."""
+    folder = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA))
     path = folder / "config.json"
     for text in (
         "[]",
@@ -182,11 +182,11 @@ def test_a_configuration_that_is_no_table_or_too_large_is_refused(tmp_path: Path
 def test_a_link_out_of_a_strangers_folder_is_never_followed(
     file: str, to: Any, tmp_path: Path
 ) -> None:
-    """G8. Method: each file that a conversion reads or takes along is a link to a secret; what is
-    made of it, if anything, does not hold the secret."""
+    """G8. Method: a link to a secret in place of each file that a conversion reads or copies; the
+    result, if any, does not contain the secret."""
     if (file, to) in (("merges.txt", "dcp"), ("additional_chat_templates/x.jinja", "dcp")):
         pytest.skip("a step takes no assets along")
-    folder = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    folder = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA))
     secret = tmp_path / "id_rsa"
     if (folder / file).exists():
         shutil.copy(folder / file, secret)
@@ -201,13 +201,13 @@ def test_a_link_out_of_a_strangers_folder_is_never_followed(
     assert not (tmp_path / "out").exists()
     report = None
     if file == "model.safetensors":
-        report = verify(VerifyTarget(LocalStore(tmp_path), "hub"))
+        report = verify(VerifyTarget(LocalStore(tmp_path), "hf"))
         assert not report.good
 
 
 def test_a_folder_of_templates_that_is_a_link_is_not_copied(tmp_path: Path) -> None:
-    """G8. Method: the folder itself leads to another one."""
-    folder = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA))
+    """G8. Method: the folder itself is a link to another one."""
+    folder = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA))
     (tmp_path / "ssh").mkdir()
     (tmp_path / "ssh" / "id_rsa").write_text("secret")
     (folder / "additional_chat_templates").symlink_to(tmp_path / "ssh")
@@ -220,7 +220,7 @@ def test_a_folder_of_templates_that_is_a_link_is_not_copied(tmp_path: Path) -> N
 def test_a_folder_in_the_cache_of_the_hub_is_read_as_it_is(tmp_path: Path) -> None:
     """Method: a snapshot whose files are links to blobs, exported with its assets, and verified."""
     cache = tmp_path / "models--org--name"
-    folder = save_folder(cache / "snapshots" / "0123abcd", LLAMA, hub_tensors(LLAMA))
+    folder = save_folder(cache / "snapshots" / "0123abcd", LLAMA, hf_tensors(LLAMA))
     (folder / "merges.txt").write_text("a b")
     (cache / "blobs").mkdir()
     for path in [*folder.iterdir()]:
@@ -235,24 +235,24 @@ def test_a_folder_in_the_cache_of_the_hub_is_read_as_it_is(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("missing", [1, 2, 3])
 def test_a_set_of_shards_in_part_is_not_good(missing: int, tmp_path: Path) -> None:
-    """G3. Method: one of three shards gone, with its index and without; every command that opens
-    the folder says which."""
-    folder = save_folder(tmp_path / "hub", LLAMA, hub_tensors(LLAMA), num_files=3)
-    assert verify(VerifyTarget(LocalStore(tmp_path), "hub")).good
+    """G3. Method: one of three shards missing, with the index and without; every command that opens
+    the folder names it."""
+    folder = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA), num_files=3)
+    assert verify(VerifyTarget(LocalStore(tmp_path), "hf")).good
     gone = f"model-0000{missing}-of-00003.safetensors"
     (folder / gone).unlink()
     for _ in range(2):
-        report = verify(VerifyTarget(LocalStore(tmp_path), "hub"))
+        report = verify(VerifyTarget(LocalStore(tmp_path), "hf"))
         assert [f.file for f in report.findings if f.what == "is missing"] == [gone]
         with pytest.raises(DamagedError, match=gone):
-            open_hf_folder(LocalStore(tmp_path), "hub")
+            open_hf_folder(LocalStore(tmp_path), "hf")
         assert main(["verify", str(folder)]) == 7
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)
 
 
 def test_shards_are_counted_by_their_names() -> None:
-    """Method: sets that are whole and not, from 0 and from 1, several side by side, and absurd
-    ones, which take no time."""
+    """Method: complete and incomplete sets, numbered from 0 and from 1, several in one folder;
+    absurd numbers take no time."""
     assert missing_shards(["model.safetensors", "a-of-b.safetensors"]) == []
     assert missing_shards([f"m-0000{n}-of-00002.x" for n in (1, 2)]) == []
     assert missing_shards([f"m-0000{n}-of-00002.x" for n in (0, 1)]) == []

@@ -28,7 +28,7 @@ LLAMA: dict[str, Any] = {
 }
 
 
-def hub_tensors(config: Mapping[str, Any]) -> dict[str, Tensor]:
+def hf_tensors(config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return random tensors for all names in the family's table."""
     mapping = mapping_of(family_of(config, where="test"), config)
     generator = torch.Generator().manual_seed(5)

@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
+from benchmarks.power_cuts import Operation, SimulatedDisk, cuts
 from hypothesis import given
 from hypothesis import strategies as st
 
+from crashes import cut_everywhere, recorded, store_of
 from holdfast.errors import NotFoundError
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import Store
-from holdfast.testing.crashes import cut_everywhere, recorded, store_of
-from holdfast.testing.disk import Operation, SimulatedDisk, cuts
 from holdfast.testing.stores import put
 
 OLD, NEW = b"o" * 10_000, b"n" * 10_000

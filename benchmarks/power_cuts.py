@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
 
+from holdfast.format.checksum import checksum
+
 PAGE_BYTES = 4096
 
 Verb = Literal[
@@ -200,6 +202,15 @@ def left_by(operations: Sequence[Operation], cut: PowerCut, *, durable: int = 0)
     if cut.at == 0:
         disk.settle()
     return disk.survivors(cut.version, cut.seed)
+
+
+def fingerprint(tree: Tree) -> int:
+    """Hash the names and contents of a tree."""
+    lines = (
+        f"{path}\0{'folder' if data is None else f'{len(data)} {checksum(data):x}'}"
+        for path, data in sorted(tree.items())
+    )
+    return checksum("\n".join(lines).encode(errors="surrogateescape"))
 
 
 def _fate(version: Version, seed: int) -> _Fate:

@@ -1,4 +1,4 @@
-"""Runs start from Hugging Face folders and export them, sharded on every axis."""
+"""Runs start from Hugging Face folders and export to them, sharded on every axis."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runs import train
 
 EXPERTS = ("--model.name", "qwen3_moe")
 STILL = ("--optimizer.lr", "0", "--training.steps", "1")
-"""One step that changes no weight."""
+"""Arguments for a run of one step that changes no weight."""
 
 
 def degrees(**given: int) -> list[str]:

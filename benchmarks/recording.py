@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _pyio  # type: ignore[import-not-found]
 import builtins
 import errno
 import io
@@ -10,11 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.power_cuts import Operation, SimulatedDisk, Tree, Verb
 from holdfast.storage import renaming
-from holdfast.testing.disk import Operation, SimulatedDisk, Tree, Verb
 
 Timed = tuple[int, Operation]
 """Time in nanoseconds, on a clock that all processes of the machine share, and operation."""
@@ -28,21 +30,15 @@ def recorded_folder(folder: str | os.PathLike[str]) -> Iterator[list[Timed]]:
     operations with `tree_at` the folder.
     """
     recorder = _Recorder(os.path.realpath(folder))
-    hooks: list[tuple[Any, str, Any]] = [
-        (os, name, getattr(recorder, f"_{name}")) for name in _HOOKED
-    ]
-    hooks += [(os, "remove", recorder._unlink), (os, "fdatasync", recorder._fsync)]
-    hooks += [(os, "replace", recorder._rename)]
-    hooks += [(renaming, "rename_exclusive", recorder._rename_exclusive)]
-    hooks += [(home, "open", recorder.open_file) for home in (builtins, io)]
-    real = [(home, name, getattr(home, name)) for home, name, _ in hooks]
+    hooks = list(recorder.hooks())
+    real = [(module, name, getattr(module, name)) for module, name, _ in hooks]
     try:
-        for home, name, hook in hooks:
-            setattr(home, name, hook)
+        for module, name, hook in hooks:
+            setattr(module, name, hook)
         yield recorder.operations
     finally:
-        for home, name, function in real:
-            setattr(home, name, function)
+        for module, name, function in real:
+            setattr(module, name, function)
 
 
 def merged(records: Sequence[Sequence[Timed]]) -> list[Operation]:
@@ -79,15 +75,16 @@ def write_tree(tree: Tree, folder: str | os.PathLike[str]) -> None:
             (root / path).write_bytes(data)
 
 
-_OF_FILES = ("open", "close", "write", "pwrite", "pwritev", "ftruncate", "posix_fallocate", "fsync")
-_OF_NAMES = ("mkdir", "rmdir", "unlink", "rename", "sendfile")
-_HOOKED = (*_OF_FILES, *_OF_NAMES)
+_HOOKED = (
+    *("open", "close", "write", "pwrite", "pwritev", "ftruncate", "posix_fallocate", "fsync"),
+    *("fdatasync", "mkdir", "rmdir", "unlink", "remove", "rename", "replace", "sendfile"),
+)
 _REAL: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in _HOOKED}
 _REAL_OPEN = io.open
 
 
 class _Recorder:
-    """Replacements for functions of `os`, each in the method of that name."""
+    """Replacements for functions of `os` and for `open`."""
 
     def __init__(self, root: str) -> None:
         self.operations: list[Timed] = []
@@ -96,6 +93,27 @@ class _Recorder:
         """Path and inode of each open file below the root, by descriptor."""
 
         self._mutex = threading.RLock()
+
+    def hooks(self) -> Iterator[tuple[Any, str, Any]]:
+        """Yield each module, the name of its function, and the replacement."""
+        yield os, "open", self._open
+        yield os, "close", self._close
+        yield os, "write", self._write
+        yield os, "pwrite", lambda descriptor, data, at: self._pwritev(descriptor, [data], at)
+        yield os, "pwritev", self._pwritev
+        yield os, "sendfile", self._sendfile
+        for name in ("ftruncate", "posix_fallocate"):
+            yield os, name, partial(self._resize, name)
+        for name in ("fsync", "fdatasync"):
+            yield os, name, partial(self._sync, name)
+        for name in ("rename", "replace"):
+            yield os, name, partial(self._rename, name)
+        yield os, "mkdir", partial(self._change_name, "mkdir", "make_folder")
+        for name in ("rmdir", "unlink", "remove"):
+            yield os, name, partial(self._change_name, name, "unlink")
+        yield renaming, "rename_exclusive", self._rename_exclusive
+        for module in (builtins, io):
+            yield module, "open", self._open_file
 
     def _keep(self, verb: Verb, path: str, **more: Any) -> None:
         self.operations.append((time.monotonic_ns(), Operation(verb, path, **more)))
@@ -147,49 +165,28 @@ class _Recorder:
                 self._written(descriptor, offset, bytes(memoryview(data).cast("B")[:count]))
             return count
 
-    def _pwrite(self, descriptor: int, data: Any, offset: int) -> int:
-        return self._pwritev(descriptor, [data], offset)
-
     def _pwritev(self, descriptor: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
         with self._mutex:
             count: int = _REAL["pwritev"](descriptor, buffers, offset, flags)
             self._written(descriptor, offset, b"".join(buffers)[:count])
             return count
 
-    def _ftruncate(self, descriptor: int, nbytes: int) -> None:
+    def _resize(self, name: str, descriptor: int, *numbers: int) -> None:
         with self._mutex:
-            _REAL["ftruncate"](descriptor, nbytes)
-            self._resized(descriptor, nbytes)
+            _REAL[name](descriptor, *numbers)
+            if descriptor in self._files:
+                path, number = self._files[descriptor]
+                nbytes = os.fstat(descriptor).st_size
+                self._keep("resize", path, file=number, offset=nbytes)
 
-    def _posix_fallocate(self, descriptor: int, offset: int, nbytes: int) -> None:
+    def _sync(self, name: str, file: Any) -> None:
+        descriptor = file if isinstance(file, int) else file.fileno()
         with self._mutex:
-            _REAL["posix_fallocate"](descriptor, offset, nbytes)
-            self._resized(descriptor, os.fstat(descriptor).st_size)
-
-    def _resized(self, descriptor: int, nbytes: int) -> None:
-        if descriptor in self._files:
-            path, number = self._files[descriptor]
-            self._keep("resize", path, file=number, offset=nbytes)
-
-    def _fsync(self, descriptor: Any) -> None:
-        number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
-        with self._mutex:
-            _REAL["fsync"](number)
-            if number in self._files:
-                path, file = self._files[number]
-                if os.path.isdir(f"{self._root}/{path}"):  # noqa: PTH112
-                    self._keep("sync_folder", path)
-                else:
-                    self._keep("sync_file", path, file=file)
-
-    def _mkdir(self, path: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
-        self._named("make_folder", _REAL["mkdir"], path, mode, dir_fd=dir_fd)
-
-    def _rmdir(self, path: Any, *, dir_fd: int | None = None) -> None:
-        self._named("unlink", _REAL["rmdir"], path, dir_fd=dir_fd)
-
-    def _unlink(self, path: Any, *, dir_fd: int | None = None) -> None:
-        self._named("unlink", _REAL["unlink"], path, dir_fd=dir_fd)
+            _REAL[name](descriptor)
+            if descriptor in self._files:
+                path, number = self._files[descriptor]
+                is_folder = os.path.isdir(f"{self._root}/{path}")  # noqa: PTH112
+                self._keep("sync_folder" if is_folder else "sync_file", path, file=number)
 
     def _sendfile(self, target: int, source: int, offset: int, count: int) -> int:
         if target in self._files:
@@ -198,19 +195,19 @@ class _Recorder:
         sent: int = _REAL["sendfile"](target, source, offset, count)
         return sent
 
-    def _named(
-        self, verb: Verb, do: Callable[..., Any], path: Any, *more: Any, dir_fd: int | None
+    def _change_name(
+        self, name: str, verb: Verb, path: Any, *more: Any, dir_fd: int | None = None
     ) -> None:
         below = self._below(path, dir_fd)
         with self._mutex:
-            do(path, *more, dir_fd=dir_fd)
+            _REAL[name](path, *more, dir_fd=dir_fd)
             if below:
                 self._keep(verb, below)
 
-    def _rename(self, source: Any, target: Any, **folders: Any) -> None:
+    def _rename(self, name: str, source: Any, target: Any, **folders: Any) -> None:
         old, new = self._below(source), self._below(target)
         with self._mutex:
-            _REAL["rename"](source, target, **folders)
+            _REAL[name](source, target, **folders)
             if old is not None and new is not None:
                 self._keep("rename", old, target=new)
 
@@ -219,43 +216,16 @@ class _Recorder:
         with self._mutex:
             if os.path.lexists(target):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
-            self._rename(source, target)
+            self._rename("rename", source, target)
 
-    def open_file(self, file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        """Replace `open`: a file below the root that is opened for writing records its writes."""
+    def _open_file(self, file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        """Replace `open`. A file below the root that is opened for writing is a `FileIO` in Python,
+        which writes through the functions of `os`, under the usual buffer."""
         if not set("wax+") & set(mode) or self._below(file) is None:
             return _REAL_OPEN(file, mode, *arguments, **options)
-        raw = _RecordedFile(self, file, mode.replace("b", "").replace("t", ""))
+        raw = _pyio.FileIO(file, mode.replace("b", "").replace("t", ""))
         buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
         if "b" in mode:
             return buffered
         encoding, newline = options.get("encoding"), options.get("newline")
         return io.TextIOWrapper(buffered, encoding or "utf-8", newline=newline)
-
-
-class _RecordedFile(io.FileIO):
-    """An open file whose writes are recorded."""
-
-    def __init__(self, recorder: _Recorder, file: Any, mode: str) -> None:
-        self._recorder = recorder
-        super().__init__(file, mode, opener=lambda path, flags: recorder._open(path, flags, 0o666))
-
-    def write(self, data: Any) -> int:
-        with self._recorder._mutex:
-            offset = self.tell()
-            count = super().write(data) or 0
-            view = memoryview(data).cast("B")
-            self._recorder._written(self.fileno(), offset, bytes(view[:count]))
-            return count
-
-    def truncate(self, size: int | None = None) -> int:
-        with self._recorder._mutex:
-            nbytes = super().truncate(size)
-            self._recorder._resized(self.fileno(), nbytes)
-            return nbytes
-
-    def close(self) -> None:
-        if not self.closed:
-            with self._recorder._mutex:
-                self._recorder._files.pop(self.fileno(), None)
-                super().close()

@@ -1,0 +1,90 @@
+"""Check members of files that anyone may have written.
+
+Raises, in each function unless it says otherwise:
+    ValueError: the member is invalid.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from holdfast.errors import FormatError
+
+DIMS_MAX = 64
+"""Most dims of a tensor in torch."""
+
+SIZE_MAX = (1 << 63) - 1
+
+KEYS_MAX = 64
+"""Most keys in a path."""
+
+
+def count_of(value: object) -> int:
+    """Check a whole number that is not negative: a size, a position, a rank."""
+    if type(value) is not int:
+        # Do not quote the value: its text may be huge.
+        raise ValueError(f"need a count, got a {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"need a count, got {value}")
+    return value
+
+
+def number_of(value: object) -> float:
+    """Check a number, and convert it to a float."""
+    if type(value) is not int and type(value) is not float:
+        raise ValueError(f"need a number, got a {type(value).__name__}")
+    return float(value)
+
+
+def seconds_of(value: object) -> float:
+    """Check a duration."""
+    seconds = number_of(value)
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise ValueError(f"need seconds, got {seconds}")
+    return seconds
+
+
+def names_of(value: object) -> tuple[str, ...]:
+    """Check a list of names."""
+    if not isinstance(value, list) or {type(name) for name in value} - {str}:
+        raise ValueError("need a list of names")
+    return tuple(value)
+
+
+def json_of(value: dict[str, Any]) -> dict[str, Any]:
+    """Check an object of arbitrary JSON: Python's parser accepts infinities, JSON does not."""
+    json.dumps(value, allow_nan=False)
+    return dict(value.items())
+
+
+def check_sizes(sizes: object) -> tuple[int, ...]:
+    """Check sizes, offsets or strides: at most `DIMS_MAX`, each from 0 to `SIZE_MAX`."""
+    if not isinstance(sizes, tuple | list) or len(sizes) > DIMS_MAX:
+        raise ValueError(f"need up to {DIMS_MAX} sizes, got a {type(sizes).__name__}")
+    for size in sizes:
+        if type(size) is not int or not 0 <= size <= SIZE_MAX:
+            raise ValueError(f"invalid size {str(size)[:30] if type(size) is int else type(size)}")
+    return tuple(sizes)
+
+
+def path_of(path: object) -> tuple[str | int, ...]:
+    """Check the path of a leaf: 1 to `KEYS_MAX` texts and numbers."""
+    if not isinstance(path, tuple | list) or not 0 < len(path) <= KEYS_MAX:
+        raise ValueError(f"a path needs 1 to {KEYS_MAX} keys")
+    if {type(key) for key in path} - {str, int}:
+        raise ValueError("a path has a key that is neither text nor a number")
+    return tuple(path)
+
+
+def check_file_name(name: object, where: str) -> None:
+    """Check that a name is that of a file in the checkpoint's own folder.
+
+    Raises:
+        FormatError: the name is not a string, or it is a path and not a plain file name.
+    """
+    if type(name) is not str:
+        raise FormatError(f"`{where}` names a file by a {type(name).__name__}")
+    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise FormatError(f"`{where}` names a file outside of its folder: {name[:200]!r}")

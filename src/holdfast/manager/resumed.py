@@ -1,0 +1,35 @@
+"""Result of a resume: the step to continue from, and what was loaded."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+Source = Literal["checkpoint", "seed", "initial", "nothing"]
+
+
+class Resumed(int):
+    """The step to continue from. It is an int, and says where the state comes from."""
+
+    source: Source
+    """`checkpoint`: a full checkpoint of the folder. `seed`: the model of step 0 in the folder.
+    `initial`: what `initial_load_path` or `initial_load_in_hf` names. `nothing`: the state is as it
+    was."""
+
+    where: str | None
+    """Path or URL of what was loaded; None if nothing was."""
+
+    def __new__(cls, step: int, source: Source = "nothing", where: str | None = None) -> Self:
+        resumed = super().__new__(cls, step)
+        resumed.source, resumed.where = source, where
+        return resumed
+
+    @property
+    def step(self) -> int:
+        """The step as a plain int."""
+        return int(self)
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return int(self), self.source, self.where
+
+    def __repr__(self) -> str:
+        return f"Resumed(step={int(self)}, source={self.source!r}, where={self.where!r})"

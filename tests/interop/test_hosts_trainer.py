@@ -1,0 +1,193 @@
+"""transformers' Trainer with Holdfast: killed, damaged and resumed, on real files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import holdfast
+from host_runs import run_commands
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+
+def train(**arguments: Any) -> tuple[str, dict[str, Any]]:
+    """One run, as a command."""
+    return "train_by_trainer", {name: _plain(value) for name, value in arguments.items()}
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def same_weights(*files: Path) -> bool:
+    first, *others = [torch.load(file, weights_only=True) for file in files]
+    return all(
+        first.keys() == other.keys() and all(torch.equal(first[n], other[n]) for n in first)
+        for other in others
+    )
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of 6 steps that nothing interrupts: `plain` without Holdfast, `safe` with it."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run_commands(
+        train(out=folder / "plain", plain=True, result=folder / "plain.pt"),
+        train(out=folder / "safe", result=folder / "safe.pt"),
+    )
+    return folder
+
+
+def test_files_and_weights_are_the_trainers_own(uninterrupted: Path) -> None:
+    """The mixin adds the seal, and changes nothing else."""
+    assert same_weights(uninterrupted / "plain.pt", uninterrupted / "safe.pt")
+    for step in (2, 4, 6):
+        plain = {path.name for path in (uninterrupted / f"plain/checkpoint-{step}").iterdir()}
+        safe = {path.name for path in (uninterrupted / f"safe/checkpoint-{step}").iterdir()}
+        assert safe == plain | {"holdfast.seal"}
+        assert holdfast.check(uninterrupted / f"safe/checkpoint-{step}") == []
+
+
+@pytest.mark.parametrize(
+    ("kill", "times"),
+    [
+        ("model.safetensors", 1),
+        ("optimizer.pt", 2),
+        ("trainer_state.json", 2),
+        ("holdfast.seal", 2),
+    ],
+)
+def test_a_run_killed_in_a_save_resumes_to_the_same_bits(
+    tmp_path: Path, uninterrupted: Path, kill: str, times: int
+) -> None:
+    """SIGKILL while a file of a checkpoint is opened; then the Trainer's own way to resume, which
+    starts from the beginning where there is no checkpoint yet."""
+    out = tmp_path / "out"
+    first = times == 1
+    statuses = run_commands(
+        train(out=out, kill=kill, times=times),
+        train(out=out, resume=None if first else True, result=tmp_path / "end.pt"),
+    )
+    assert statuses == [-signal.SIGKILL, 0]
+    assert same_weights(uninterrupted / "safe.pt", tmp_path / "end.pt")
+    assert checkpoints(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def copied(uninterrupted: Path, target: Path) -> Path:
+    shutil.copytree(uninterrupted / "safe", target)
+    return target
+
+
+@pytest.mark.parametrize("damage", ["flipped", "torn", "missing"])
+def test_damaged_checkpoints_are_passed_over(
+    tmp_path: Path, uninterrupted: Path, damage: str
+) -> None:
+    """The two newest checkpoints are damaged: the run resumes from the third, to the same bits."""
+    out = copied(uninterrupted, tmp_path / "out")
+    for step in (4, 6):
+        file = out / f"checkpoint-{step}/optimizer.pt"
+        if damage == "flipped":
+            flip(file)
+        elif damage == "torn":
+            file.write_bytes(file.read_bytes()[:-1000])
+        else:
+            file.unlink()
+    run_commands(train(out=out, resume=True, result=tmp_path / "end.pt"))
+    assert same_weights(uninterrupted / "safe.pt", tmp_path / "end.pt")
+    assert [holdfast.check(out / f"checkpoint-{step}") for step in (2, 4, 6)] == [[], [], []]
+
+
+def test_damage_at_a_given_path_is_an_error(tmp_path: Path, uninterrupted: Path) -> None:
+    out = copied(uninterrupted, tmp_path / "out")
+    flip(out / "checkpoint-6/model.safetensors")
+    with pytest.raises(AssertionError, match=r"DamagedError.*checkpoint-6` is damaged"):
+        run_commands(train(out=out, resume=str(out / "checkpoint-6")))
+
+
+def test_torn_folders_do_not_push_out_good_checkpoints(tmp_path: Path, uninterrupted: Path) -> None:
+    """`save_total_limit = 2`: damaged checkpoints do not count, and go when they are old."""
+    out = copied(uninterrupted, tmp_path / "out")
+    for step in (4, 6):
+        (out / f"checkpoint-{step}/optimizer.pt").unlink()
+    run_commands(train(out=out, resume=True, steps=4, save_total_limit=2))
+    assert checkpoints(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert holdfast.newest_good(out) == out / "checkpoint-4"
+    run_commands(train(out=out, resume=True, steps=8, save_total_limit=2))
+    assert checkpoints(out) == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_the_best_model_is_kept_and_loaded(tmp_path: Path) -> None:
+    """Its path in the state is the final one, and `save_total_limit = 1` keeps it."""
+    out = tmp_path / "out"
+    options: dict[str, Any] = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "save_total_limit": 1,
+    }
+    run_commands(train(out=out, result=tmp_path / "end.pt", **options))
+    newest = holdfast.newest_good(out)
+    assert newest is not None
+    state = json.loads((newest / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] in {str(out / name) for name in checkpoints(out)}
+
+
+def test_a_checkpoint_from_before_is_used_if_none_is_sealed(
+    tmp_path: Path, uninterrupted: Path
+) -> None:
+    """A run without Holdfast goes on with it; the torn newest checkpoint is moved aside."""
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted / "plain", out)
+    shutil.rmtree(out / "checkpoint-6")
+    (out / "checkpoint-6").mkdir()
+    (out / "checkpoint-6/config.json").write_text("{")
+    run_commands(train(out=out, resume=True, result=tmp_path / "end.pt"))
+    assert same_weights(uninterrupted / "plain.pt", tmp_path / "end.pt")
+    names = checkpoints(out)
+    assert [name for name in names if name.startswith("unsealed-checkpoint-6-")]
+    assert holdfast.newest_good(out) == out / "checkpoint-6"
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_trainers_of_trl_with_an_adapter(tmp_path: Path, kind: str) -> None:
+    """Gradient accumulation, PEFT, a killed save, and the same bits after the resume."""
+    pytest.importorskip("trl")
+    pytest.importorskip("peft")
+    options: dict[str, Any] = {"kind": kind, "gradient_accumulation_steps": 2, "steps": 4}
+    statuses = run_commands(
+        train(out=tmp_path / "plain", plain=True, result=tmp_path / "plain.pt", **options),
+        train(out=tmp_path / "out", kill="optimizer.pt", times=2, **options),
+        train(out=tmp_path / "out", resume=True, result=tmp_path / "end.pt", **options),
+    )
+    assert statuses == [0, -signal.SIGKILL, 0]
+    assert same_weights(tmp_path / "plain.pt", tmp_path / "end.pt")
+    plain = {path.name for path in (tmp_path / "plain/checkpoint-4").iterdir()}
+    safe = {path.name for path in (tmp_path / "out/checkpoint-4").iterdir()}
+    assert safe == plain | {"holdfast.seal"}
+
+
+def test_only_the_model(tmp_path: Path) -> None:
+    """`save_only_model` leaves out the optimizer, and the seal covers the rest."""
+    run_commands(train(out=tmp_path / "out", steps=2, save_only_model=True))
+    names = {path.name for path in (tmp_path / "out/checkpoint-2").iterdir()}
+    assert "optimizer.pt" not in names
+    assert {"model.safetensors", "trainer_state.json", "holdfast.seal"} <= names
