@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import make_dataclass
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,14 +23,13 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.cleanup import execute, plan_cleanup
-from holdfast.catalog.marks import pin
 from holdfast.catalog.open_any import is_checkpoint
 from holdfast.catalog.steady import UNREADABLE
 from holdfast.comm import Ranks, all_ranks, run_on_rank_0
 from holdfast.dcp import Reader, Writer
 from holdfast.errors import HoldfastError, NotFoundError
 from holdfast.format.components import MODEL
-from holdfast.format.names import steps_among
+from holdfast.format.names import Mark, steps_among
 from holdfast.hosts.sealing import sealed_by_all
 from holdfast.manager.policy import Retention
 from holdfast.manager.resume import mark_unless_store_failed, newest_resumable
@@ -166,7 +166,7 @@ class TitanManager(_Manager):  # type: ignore[misc]
         exempt = getattr(self, "purge_exempt", None)
         if exempt is not None and self._catalog is not None:
             for step in filter(exempt, self._catalog.steps()):
-                pin(self._catalog.store, step)
+                Path(self.folder, str(Mark("pinned", step))).touch()
 
     def _close(self) -> None:
         super()._close()
