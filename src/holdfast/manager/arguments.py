@@ -130,7 +130,8 @@ def is_container(optimizers: object) -> bool:
     `OptimizersContainer`: its own `state_dict` is saved."""
     if isinstance(optimizers, Sequence) or _is_optimizer(optimizers):
         return False
-    return _is_stateful(optimizers)
+    # A scheduler has no `zero_grad`, a module has no `step`.
+    return _is_stateful(optimizers) and _has(optimizers, "step", "zero_grad")
 
 
 def _check_names(models: Sequence[nn.Module], states: object, taken: Mapping[str, str]) -> None:

@@ -133,6 +133,12 @@ class Container:
         self.optimizer = optimizer
         self.num_loads = 0
 
+    def step(self) -> None:
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
     def state_dict(self) -> dict[str, Any]:
         return {"lr": self.optimizer.param_groups[0]["lr"], "scale": torch.ones(2)}
 
