@@ -195,7 +195,7 @@ def fail_and_save_again(rank: int, size: int, folder: str, failing: int) -> list
 def test_a_failed_rank_leaves_the_old_checkpoint_and_nothing_else(
     tmp_path: Path, failing: int
 ) -> None:
-    """Every rank gets the error of the failed one; the next save succeeds."""
+    """G1. Method: every rank gets the error of the failed one; the next save succeeds."""
     for half_written, refused in run_processes(2, fail_and_save_again, str(tmp_path), failing):
         assert "no more data" in half_written
         assert f"`bad{failing}` is a object" in refused

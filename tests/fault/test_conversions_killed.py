@@ -70,7 +70,7 @@ def contents(target: Path) -> dict[str, object]:
 def test_a_second_run_goes_on_and_ends_with_the_same_bytes(to: str, tmp_path: Path) -> None:
     """G14. Method: SIGKILL after a random number of blocks, up to twice, for each format. The
     result equals an uninterrupted conversion byte for byte, and no byte was written twice."""
-    source, options = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA)), FORMS[to]
+    source, options = save_folder(tmp_path / "source", LLAMA, hf_tensors(LLAMA)), FORMS[to]
     whole = converted(source, tmp_path / "whole/step-1", options)
     assert whole.kept_bytes == 0
     num_blocks = len(plan(str(source), options).outputs)
@@ -94,7 +94,7 @@ def test_what_is_kept_is_of_this_source_and_this_conversion(to: str, tmp_path: P
     """G14. Method: after the kill, another source of the same sizes, or a conversion to another
     dtype or format at the same path. The result equals a conversion from nothing."""
     tensors, options = hf_tensors(LLAMA), FORMS[to]
-    source = save_folder(tmp_path / "hf", LLAMA, tensors)
+    source = save_folder(tmp_path / "source", LLAMA, tensors)
     other = save_folder(tmp_path / "other", LLAMA, {n: t + 1 for n, t in tensors.items()})
     killed(source, tmp_path / "one/step-1", options, 15)
     os.rename(source, tmp_path / "gone")  # noqa: PTH104
@@ -115,7 +115,7 @@ def test_large_files_are_gone_on_with_block_by_block(tmp_path: Path) -> None:
     """G14. Method: a file large enough for direct writes; most of its blocks are kept, and blocks
     damaged after the kill are written again."""
     large = {**LLAMA, "vocab_size": 200_000, "hidden_size": 64}
-    source = save_folder(tmp_path / "hf", large, hf_tensors(large))
+    source = save_folder(tmp_path / "source", large, hf_tensors(large))
     options = ConvertOptions(to="dcp")
     converted(source, tmp_path / "whole/step-1", options)
     killed(source, tmp_path / "one/step-1", options, 22)
@@ -131,7 +131,7 @@ def test_large_files_are_gone_on_with_block_by_block(tmp_path: Path) -> None:
 def test_two_conversions_to_one_place_do_not_meet(tmp_path: Path) -> None:
     """G14. Method: a conversion during another one to the same path is refused, and the attempt of
     the other is kept."""
-    source = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA))
+    source = save_folder(tmp_path / "source", LLAMA, hf_tensors(LLAMA))
     killed(source, tmp_path / "one/step-1", FORMS["hf"], 15)
     attempt = next((tmp_path / "one").iterdir())
     before = {path.name: path.read_bytes() for path in attempt.iterdir()}
@@ -149,7 +149,7 @@ def test_an_interrupted_conversion_is_gone_on_with_and_a_failed_one_leaves_nothi
 ) -> None:
     """G14. Method: Ctrl-C, and an error, after fifteen blocks; the second run reports the bytes it
     has kept."""
-    source = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA))
+    source = save_folder(tmp_path / "source", LLAMA, hf_tensors(LLAMA))
     target, options = tmp_path / "one/step-1", FORMS["hf"]
     for kind in (StorageError("the disk is gone"), KeyboardInterrupt()):
         blocks = iter(range(15))

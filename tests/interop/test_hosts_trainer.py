@@ -71,7 +71,7 @@ def test_files_and_weights_are_the_trainers_own(uninterrupted: Path) -> None:
     [
         ("model.safetensors", 1),
         ("optimizer.pt", 2),
-        ("trainer_state.json", 2),
+        ("trainer_state.json", 3),
         ("holdfast.seal", 2),
     ],
 )
@@ -100,7 +100,7 @@ def copied(uninterrupted: Path, target: Path) -> Path:
 def test_damaged_checkpoints_are_passed_over(
     tmp_path: Path, uninterrupted: Path, damage: str
 ) -> None:
-    """The two newest checkpoints are damaged: the run resumes from the third, to the same bits."""
+    """G4. Method: the two newest are damaged; the run resumes from the third, to the same bits."""
     out = copied(uninterrupted, tmp_path / "out")
     for step in (4, 6):
         file = out / f"checkpoint-{step}/optimizer.pt"

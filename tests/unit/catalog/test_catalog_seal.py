@@ -78,6 +78,7 @@ def test_what_may_be_replaced(tmp_path: Path) -> None:
 
 
 def test_damage_is_found(tmp_path: Path) -> None:
+    """G3. Method: a flipped bit, a file of another size, a missing one, a damaged seal."""
     path = seal(tmp_path / "a")
     flip(path / "inner/large.bin", 5_000_000)
     (path / "small.txt").write_bytes(b"short")
@@ -92,7 +93,7 @@ def test_damage_is_found(tmp_path: Path) -> None:
 
 
 def test_the_newest_good_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """By number, not by text; damaged and unsealed ones are passed over, and named."""
+    """G4. Method: by number, not by text; damaged and unsealed ones are passed over, and named."""
     assert holdfast.newest_good(tmp_path) is None
     for number in (5, 10, 100):
         seal(tmp_path / f"checkpoint-{number}")

@@ -20,7 +20,7 @@ from holdfast.errors import UsageError
 
 def test_a_conversion_of_tensors_alone_imports_no_torch(tmp_path: Path) -> None:
     """Method: convert to each format in a fresh interpreter, then check `sys.modules`."""
-    source = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA))
+    source = save_folder(tmp_path / "source", LLAMA, hf_tensors(LLAMA))
     script = (
         "import sys\nfrom holdfast.cli.main import main\n"
         "assert main() == 0\nassert 'torch' not in sys.modules"

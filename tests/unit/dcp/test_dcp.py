@@ -172,7 +172,7 @@ def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
-    """A flipped bit, a torn file and a missing one end in errors that name tensor and block, or
+    """G3. Method: a flipped bit, a torn file and a missing one; errors name tensor and block, or
     file."""
     state = trained()
     dcp_save(state, storage_writer=Writer(tmp_path / "a"))
