@@ -185,7 +185,9 @@ def test_what_a_page_tells_to_run_runs(
 
 def check_that_it_goes_on(folder: Path, command: str, root: str, last: tuple[str, ...]) -> None:
     """G9. Method: take the last checkpoint away, flip a bit of others, and run the command again.
-    The new checkpoint has the same bits."""
+    The new checkpoint has the same bits, and the run saved no earlier one again."""
+    pattern = re.sub(r"\d+", "*", last[0])
+    found = {path: path.stat().st_mtime_ns for path in (folder / root).glob(pattern)}
     again = folder / root / last[0]
     before = folder / f"before-{last[0]}"
     shutil.move(again, before)
@@ -193,6 +195,11 @@ def check_that_it_goes_on(folder: Path, command: str, root: str, last: tuple[str
         flip_bit(folder / root / name)
     follow(folder, command, steps=0)
     follow(folder, f"holdfast diff {before} {again}", steps=0)
+    now = {path: path.stat().st_mtime_ns for path in (folder / root).glob(pattern)}
+    assert now.keys() == found.keys()
+    earlier = {path for path in found if path.name not in last}
+    assert earlier, "nothing to resume from"
+    assert all(now[path] == found[path] for path in earlier)
 
 
 def flip_bit(path: Path) -> None:
