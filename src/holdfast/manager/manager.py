@@ -37,7 +37,7 @@ from holdfast.state.objects import StateTree
 from holdfast.state.optim import OptimizerState
 from holdfast.state.schedulers import SchedulerState
 from holdfast.state.tree import Stateful
-from holdfast.storage.opening import folder_store
+from holdfast.storage.opening import store_to_save
 from holdfast.storage.store import Store
 from holdfast.uncompiled import uncompiled
 
@@ -143,7 +143,7 @@ class CheckpointManager:
         }
         check_excluded(self.config.exclude_from_loading, components)
         names = [name for name in components if name != MODEL]
-        catalog = Catalog(folder_store(folder or "") if store is None else store)
+        catalog = Catalog(store_to_save(folder or "") if store is None else store)
         self._run = RunContext(catalog, self.config, ranks, names, on_saved=on_saved)
         hf = HFFormat(self._run, hub)
         self._calls = threading.RLock()

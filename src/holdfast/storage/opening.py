@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+from importlib.metadata import entry_points
 
 from holdfast.errors import UsageError
 from holdfast.storage.local import LocalStore
-from holdfast.storage.store import ReadStore
+from holdfast.storage.store import ReadStore, Store
 
 _LOCAL = "file:///"
 
@@ -73,6 +74,31 @@ def without_scheme(url: str | os.PathLike[str]) -> str:
     return text.removeprefix("file://") if text.startswith(_LOCAL) else text
 
 
+GROUP = "holdfast.stores"
+"""Entry points of other packages. The name of each is the scheme of a URL, such as `minio`; its
+object is called with the URL, and returns a `Store`."""
+
+
+def third_party_store(url: str) -> Store | None:
+    """Return the store that another package has for the scheme of this URL; None if none has."""
+    for entry_point in entry_points(group=GROUP, name=url.partition("://")[0]):
+        store: Store = entry_point.load()(url)
+        return store
+    return None
+
+
+def store_to_save(path: str | os.PathLike[str]) -> Store:
+    """Return the store of a local folder, or of a URL that another package can write to.
+
+    Raises:
+        UsageError: it is no path, or nothing can write to the URL.
+    """
+    text = without_scheme(path)
+    if is_url(text) and (store := third_party_store(text)) is not None:
+        return store
+    return folder_store(text)
+
+
 def open_store(url: str | os.PathLike[str]) -> ReadStore:
     """Return the store of a folder or a URL, for reading.
 
@@ -81,6 +107,8 @@ def open_store(url: str | os.PathLike[str]) -> ReadStore:
     """
     text = without_scheme(url)
     if is_url(text):
+        if (store := third_party_store(text)) is not None:
+            return store
         from holdfast.storage.remote import RemoteStore  # Folders need no fsspec.
 
         return RemoteStore(text)
