@@ -74,7 +74,7 @@ def prepare(name: str, folder: Path) -> None:
         (folder / "sharded.py").write_text(SHARDED)
         work = ["--nproc_per_node", "2", "sharded.py", str(outputs / "sharded.ckpt")]
         ran_unless_torch_aborts([*launch, *work], cwd=folder).check_returncode()
-    else:
+    elif name in ("peft", "trl-fine-tuning"):
         save_folder(folder / "path/to/hf", LLAMA, hf_tensors(LLAMA))
         save_tokenizer(folder / "path/to/hf")
 
