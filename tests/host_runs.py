@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,7 @@ def run_commands(*commands: tuple[str, dict[str, Any]], timeout_s: float = 300) 
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    sys.stderr.write(done.stderr)
     statuses: list[int] = json.loads(done.stdout.splitlines()[-1])
     failed = [status for status in statuses if status == 1]
     assert not failed, done.stderr
@@ -159,26 +163,311 @@ def _by_trl(kind: str, tokens: Any) -> tuple[Any, Any, dict[str, Any]]:
     return trl.DPOTrainer, trl.DPOConfig, {"train_dataset": Dataset.from_list(pairs), **common}
 
 
+def limit_files(nbytes: int, *, dies: bool) -> None:
+    """Let every write beyond this size of a file fail, as on a full disk, or kill the process."""
+    if dies:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, resource.RLIM_INFINITY))
+
+
+def train_by_lightning(
+    out: str,
+    *,
+    epochs: int = 3,
+    plain: bool = False,
+    resume: str | None = None,
+    kill: str | None = None,
+    times: int = 1,
+    rank_killed: int = 0,
+    limit: int | None = None,
+    dies: bool = False,
+    sharded: bool = False,
+    result: str | None = None,
+    top_k: int = -1,
+) -> None:
+    """Train by Lightning's Trainer, with a checkpoint after each epoch of 4 steps.
+
+    `sharded`: FSDP2 by ModelParallel. `limit`: largest file that epoch 1 may write; `dies`: the
+    process is killed there.
+    """
+    import pytorch_lightning as pl
+    import torch
+    from torch.utils.data import DataLoader
+
+    import holdfast
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Linear(64, 16))
+
+        def configure_model(self) -> None:
+            if sharded:
+                from torch.distributed.fsdp import fully_shard
+
+                mesh = self.device_mesh
+                assert mesh is not None
+                fully_shard(self.model, mesh=mesh["data_parallel"])
+
+        def training_step(self, batch: Any) -> Any:
+            loss = (self.model(torch.nn.functional.dropout(batch, 0.1)) - batch).square().mean()
+            self.log("loss", loss.detach(), sync_dist=sharded)
+            return loss
+
+        def on_train_epoch_start(self) -> None:
+            # Lightning restores no random state.
+            torch.manual_seed(self.current_epoch)
+            if limit is not None and self.current_epoch == 1:
+                limit_files(limit, dies=dies)
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+    torch.manual_seed(0)
+    module = Module()
+    callback = pl.callbacks.ModelCheckpoint(
+        dirpath=out,
+        filename="{step}",
+        monitor="step",
+        mode="max",
+        save_top_k=top_k,
+        save_last=True,
+        every_n_train_steps=4,
+    )
+    safe: Any = holdfast.hosts.lightning
+    options: dict[str, Any] = {"plugins": [] if plain else [safe.HoldfastIO()]}
+    if sharded:
+        from pytorch_lightning.strategies import ModelParallelStrategy
+
+        sizes: dict[str, Any] = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+        strategy = (ModelParallelStrategy if plain else safe.ModelParallel)(**sizes)
+        options = {"strategy": strategy, "devices": 2}
+    else:
+        options["devices"] = 1
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=[callback],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **options,
+    )
+    if kill is not None and int(os.environ.get("RANK", "0")) == rank_killed:
+        kill_at(kill, times=times)
+    rows = torch.randn((8, 16), generator=torch.Generator().manual_seed(1))
+    trainer.fit(module, DataLoader(rows, batch_size=2), ckpt_path=resume)  # type: ignore[arg-type]
+    if result is not None:
+        _keep_weights(module.model, result)
+
+
+def train_by_fabric(
+    out: str,
+    *,
+    epochs: int = 3,
+    plain: bool = False,
+    resume: str | None = None,
+    kill: str | None = None,
+    times: int = 1,
+    rank_killed: int = 0,
+    limit: int | None = None,
+    dies: bool = False,
+    sharded: bool = False,
+    result: str | None = None,
+) -> None:
+    """A loop with Fabric that saves `last.ckpt` and one checkpoint per epoch of 4 steps."""
+    import lightning_fabric
+    import torch
+
+    import holdfast
+
+    safe: Any = holdfast.hosts.lightning
+    options: dict[str, Any] = {"plugins": [] if plain else [safe.HoldfastIO()]}
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Linear(64, 16))
+    if sharded:
+        from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
+        from torch.distributed.fsdp import fully_shard
+
+        def parallelize(module: Any, mesh: Any) -> Any:
+            return fully_shard(module, mesh=mesh["data_parallel"])
+
+        cls = ModelParallelStrategy if plain else safe.FabricModelParallel
+        strategy = cls(parallelize, data_parallel_size=2, tensor_parallel_size=1)
+        options = {"strategy": strategy, "devices": 2}
+    fabric = lightning_fabric.Fabric(accelerator="cpu", **({"devices": 1} | options))
+    fabric.launch()
+    wrapped: Any = fabric.setup_module(model)
+    optimizer = fabric.setup_optimizers(torch.optim.AdamW(wrapped.parameters(), lr=0.01))
+    state: dict[str, Any] = {"model": wrapped, "optimizer": optimizer, "epoch": 0}
+    if resume is not None:
+        fabric.load(resume, state)
+    if kill is not None and fabric.global_rank == rank_killed:
+        kill_at(kill, times=times)
+    rows = torch.randn((8, 16), generator=torch.Generator().manual_seed(1))
+    for epoch in range(state["epoch"], epochs):
+        if limit is not None and epoch == 1:
+            limit_files(limit, dies=dies)
+        for batch in rows.split(2):
+            optimizer.zero_grad()
+            fabric.backward((wrapped(batch) - batch).square().mean())
+            optimizer.step()
+        state["epoch"] = epoch + 1
+        fabric.save(f"{out}/step={4 * epoch + 4}.ckpt", state)
+        fabric.save(f"{out}/last.ckpt", state)
+    if result is not None:
+        _keep_weights(wrapped, result)
+
+
+def train_by_accelerate(
+    out: str,
+    *,
+    saves: int = 3,
+    plain: bool = False,
+    resume: str | bool = False,
+    kill: str | None = None,
+    times: int = 1,
+    rank_killed: int = 0,
+    limit: int | None = None,
+    dies: bool = False,
+    sharded: bool = False,
+    total_limit: int | None = None,
+    named: bool = True,
+    result: str | None = None,
+) -> None:
+    """A loop with Accelerate that saves after every 4 steps.
+
+    `named`: automatic names. `resume`: True for `load_state()`, or a path. `sharded`: FSDP2.
+    """
+    import accelerate
+    import torch
+    from accelerate.utils import FullyShardedDataParallelPlugin, ProjectConfiguration
+
+    import holdfast
+
+    options: dict[str, Any] = {}
+    if sharded:
+        options["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+            fsdp_version=2, state_dict_type="SHARDED_STATE_DICT", reshard_after_forward=True
+        )
+    project = ProjectConfiguration(
+        project_dir=out, automatic_checkpoint_naming=named, total_limit=total_limit
+    )
+    accelerator: Any = accelerate.Accelerator(cpu=True, project_config=project, **options)
+    if not plain:
+        accelerator = holdfast.hosts.accelerate.prepare(accelerator, folder=None if named else out)
+    torch.manual_seed(0)
+    model: Any = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Linear(64, 16))
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    done = _Done()
+    accelerator.register_for_checkpointing(done)
+    if resume:
+        accelerator.load_state(*([resume] if isinstance(resume, str) else []))
+    if kill is not None and accelerator.process_index == rank_killed:
+        kill_at(kill, times=times)
+    rows = torch.randn((8, 16), generator=torch.Generator().manual_seed(1))
+    while done.saves < saves:
+        if limit is not None and done.saves == 1:
+            limit_files(limit, dies=dies)
+        for batch in rows.split(2):
+            optimizer.zero_grad()
+            dropped = torch.nn.functional.dropout(batch, 0.1)
+            accelerator.backward((model(dropped) - batch).square().mean())
+            optimizer.step()
+        done.saves += 1
+        accelerator.save_state(*([] if named else [f"{out}/epoch_{done.saves}"]))
+    if result is not None:
+        _keep_weights(accelerator.unwrap_model(model), result)
+
+
+class _Done:
+    """Object registered with an Accelerator."""
+
+    def __init__(self) -> None:
+        self.saves = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"saves": self.saves}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.saves = state["saves"]
+
+
+def _keep_weights(model: Any, file: str) -> None:
+    import torch
+
+    state = {
+        name: value.full_tensor() if hasattr(value, "full_tensor") else value
+        for name, value in model.state_dict().items()
+    }
+    if int(os.environ.get("RANK", "0")) == 0:
+        torch.save(state, file)
+
+
 def _run(function: str, arguments: dict[str, Any]) -> int:
-    """Run one command in a forked child. Returns its exit status."""
-    child = os.fork()
-    if child:
-        _, status = os.waitpid(child, 0)
-        return os.waitstatus_to_exitcode(status)
-    work: Callable[..., None] = globals()[function]
+    """Run one command in forked children, one by default. Returns the exit status: that of the
+    first rank that failed, after which the others are killed."""
+    ranks = arguments.pop("ranks", 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = set()
+    for rank in range(ranks):
+        child = os.fork()
+        if not child:
+            if ranks > 1:
+                # As torchrun sets them.
+                os.environ |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(ranks),
+                    "LOCAL_WORLD_SIZE": str(ranks),
+                    "GROUP_RANK": "0",
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                    "TORCHELASTIC_RUN_ID": "run",
+                }
+            _work(globals()[function], arguments)
+        children.add(child)
+    first = 0
+    while children:
+        ended, status = os.wait()
+        children.discard(ended)
+        if not first and status:
+            first = os.waitstatus_to_exitcode(status)
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+    return first
+
+
+def _work(work: Callable[..., None], arguments: dict[str, Any]) -> None:
+    """Work in a child, and end it."""
     try:
         work(**arguments)
     except BaseException:  # noqa: BLE001 - the parent prints it
         traceback.print_exc()
+        sys.stderr.flush()
         os._exit(1)
     sys.stderr.flush()
     os._exit(0)
 
+
+_FRAMEWORKS = {
+    "train_by_trainer": ["transformers.trainer"],
+    "train_by_lightning": ["pytorch_lightning", "torch.distributed.fsdp"],
+    "train_by_fabric": ["lightning_fabric", "torch.distributed.fsdp"],
+    "train_by_accelerate": ["accelerate"],
+}
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.WARNING)
 
     commands = json.loads(sys.argv[1])
+    for framework in {name for function, _ in commands for name in _FRAMEWORKS[function]}:
+        import_module(framework)
     results = [_run(function, arguments) for function, arguments in commands]
     print(json.dumps(results))  # noqa: T201
