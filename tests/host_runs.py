@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -72,6 +73,9 @@ def train_by_trainer(
     resume: Any = None,
     kill: str | None = None,
     times: int = 1,
+    rank_killed: int = 0,
+    limit: int | None = None,
+    sharded: bool = False,
     kind: str = "trainer",
     result: str | None = None,
     **options: Any,
@@ -79,7 +83,8 @@ def train_by_trainer(
     """Train a small Llama by transformers' Trainer, or SFT or DPO by TRL's with an adapter.
 
     `plain`: without Holdfast. `kill`: name of the file at whose `times`-th opening to die.
-    `result`: file for the final weights.
+    `limit`: largest file that steps 3 and 4 may write. `sharded`: FSDP2. `result`: file for the
+    final weights.
     """
     import torch
     import transformers
@@ -119,13 +124,32 @@ def train_by_trainer(
         base, settings_class, arguments = _by_trl(kind, tokens)
     mixin: Any = holdfast.hosts.transformers.HoldfastMixin
     cls = base if plain else type("SafeTrainer", (mixin, base), {})
-    if kill is not None:
+    if kill is not None and int(os.environ.get("RANK", "0")) == rank_killed:
         kill_at(kill, times=times)
-    trainer = cls(model=model, args=settings_class(**settings), **arguments)
+
+    class Watch(transformers.TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if result is not None:
+                _note_start(result, state.global_step)
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if limit is not None and state.global_step == 2:
+                limit_files(limit, dies=False)
+
+    if sharded:
+        settings |= {
+            "fsdp": "full_shard auto_wrap",
+            "fsdp_config": {
+                "version": 2,
+                "state_dict_type": "SHARDED_STATE_DICT",
+                "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+            },
+        }
+    args = settings_class(**settings)
+    trainer = cls(model=model, args=args, callbacks=[Watch()], **arguments)
     trainer.train(resume_from_checkpoint=resume)
     if result is not None:
-        state = trainer.model.state_dict()
-        torch.save({name: tensor.cpu() for name, tensor in state.items()}, result)
+        _keep_weights(trainer.accelerator.unwrap_model(trainer.model), result)
 
 
 def _by_trl(kind: str, tokens: Any) -> tuple[Any, Any, dict[str, Any]]:
@@ -220,6 +244,10 @@ def train_by_lightning(
             if limit is not None and self.current_epoch == 1:
                 limit_files(limit, dies=dies)
 
+        def on_train_start(self) -> None:
+            if result is not None:
+                _note_start(result, self.global_step)
+
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
             return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
@@ -304,6 +332,8 @@ def train_by_fabric(
     state: dict[str, Any] = {"model": wrapped, "optimizer": optimizer, "epoch": 0}
     if resume is not None:
         fabric.load(resume, state)
+    if result is not None:
+        _note_start(result, 4 * state["epoch"])
     if kill is not None and fabric.global_rank == rank_killed:
         kill_at(kill, times=times)
     rows = torch.randn((8, 16), generator=torch.Generator().manual_seed(1))
@@ -366,6 +396,8 @@ def train_by_accelerate(
     accelerator.register_for_checkpointing(done)
     if resume:
         accelerator.load_state(*([resume] if isinstance(resume, str) else []))
+    if result is not None:
+        _note_start(result, 4 * done.saves)
     if kill is not None and accelerator.process_index == rank_killed:
         kill_at(kill, times=times)
     rows = torch.randn((8, 16), generator=torch.Generator().manual_seed(1))
@@ -394,6 +426,32 @@ class _Done:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.saves = state["saves"]
+
+
+def damage(file: str, how: str) -> None:
+    """Flip a bit in the middle of a file, or cut off its end."""
+    data = bytearray(Path(file).read_bytes())
+    data[len(data) // 2] ^= 1
+    Path(file).write_bytes(data if how == "flipped" else data[:-1000])
+
+
+def move(source: str, target: str) -> None:
+    """Give a folder another name. A folder of that name is deleted."""
+    shutil.rmtree(target, ignore_errors=True)
+    Path(source).rename(target)
+
+
+def copy(source: str, target: str) -> None:
+    """Copy a file or a folder with its times."""
+    if Path(source).is_dir():
+        shutil.copytree(source, target)
+    else:
+        shutil.copy2(source, target)
+
+
+def _note_start(result: str, step: int) -> None:
+    """Note the step at which a run has begun or resumed."""
+    Path(result).with_suffix(".start").write_text(str(step))
 
 
 def _keep_weights(model: Any, file: str) -> None:
@@ -465,9 +523,11 @@ _FRAMEWORKS = {
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.WARNING)
+    for noisy in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(f"{noisy}.utilities").setLevel(logging.WARNING)
 
     commands = json.loads(sys.argv[1])
-    for framework in {name for function, _ in commands for name in _FRAMEWORKS[function]}:
+    for framework in {name for function, _ in commands for name in _FRAMEWORKS.get(function, [])}:
         import_module(framework)
     results = [_run(function, arguments) for function, arguments in commands]
     print(json.dumps(results))  # noqa: T201

@@ -191,3 +191,61 @@ def test_only_the_model(tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "out/checkpoint-2").iterdir()}
     assert "optimizer.pt" not in names
     assert {"model.safetensors", "trainer_state.json", "holdfast.seal"} <= names
+
+
+KINDS: dict[str, dict[str, Any]] = {"ddp": {"ranks": 2}, "fsdp": {"ranks": 2, "sharded": True}}
+
+POINTS: dict[str, list[dict[str, Any]]] = {
+    "ddp": [
+        {"kill": "rng_state_1.pth", "times": 2, "rank_killed": 1},
+        {"kill": "optimizer.pt", "times": 2},
+    ],
+    "fsdp": [
+        {"kill": "__1_0.distcp", "times": 4, "rank_killed": 1},
+        {"kill": "holdfast.seal", "times": 2},
+    ],
+}
+"""Where the second save is killed."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_killed_damaged_and_resumed(tmp_path: Path, kind: str) -> None:
+    """One rank dies in a save, and a file is damaged: the run resumes to the same bits."""
+    options = KINDS[kind]
+    plain, safe = tmp_path / "plain", tmp_path / "safe"
+    commands = [
+        train(out=plain, plain=True, result=tmp_path / "plain.pt", **options),
+        train(out=safe, result=tmp_path / "safe.pt", **options),
+    ]
+    for number, point in enumerate(POINTS[kind]):
+        out = tmp_path / str(number)
+        commands += [train(out=out, **point, **options)]
+        commands += [train(out=out, resume=True, result=tmp_path / f"{number}.pt", **options)]
+    file = "optimizer_0/__1_0.distcp" if kind == "fsdp" else "optimizer.pt"
+    commands += [
+        ("damage", {"file": str(safe / "checkpoint-6" / file), "how": "flipped"}),
+        train(out=safe, resume=True, result=tmp_path / "damaged.pt", **options),
+    ]
+    statuses = run_commands(*commands)
+    assert statuses == [0, 0, -signal.SIGKILL, 0, -signal.SIGKILL, 0, 0, 0]
+    results = [tmp_path / f"{name}.pt" for name in ("plain", "safe", "0", "1", "damaged")]
+    assert same_weights(*results)
+    starts = [int(result.with_suffix(".start").read_text()) for result in results]
+    assert starts == [0, 0, 2, 2, 4]
+    own = {str(path.relative_to(plain)) for path in plain.rglob("*") if path.is_file()}
+    seals = {f"checkpoint-{step}/holdfast.seal" for step in (2, 4, 6)}
+    for root in (safe, tmp_path / "0", tmp_path / "1"):
+        found = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+        assert found == own | seals
+        assert all(holdfast.check(root / f"checkpoint-{step}") == [] for step in (2, 4, 6))
+
+
+def test_a_full_disk_is_an_error_and_costs_no_checkpoint(
+    tmp_path: Path, uninterrupted: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(AssertionError, match="(?i)file too large|os error 27|unexpected pos"):
+        run_commands(train(out=out, limit=20_000))
+    assert [path.name for path in out.iterdir()] == ["checkpoint-2"]
+    run_commands(train(out=out, resume=True, result=tmp_path / "end.pt"))
+    assert same_weights(uninterrupted / "safe.pt", tmp_path / "end.pt")
