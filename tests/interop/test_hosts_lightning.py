@@ -4,7 +4,6 @@ and as shards of FSDP2 on two CPU processes."""
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 import holdfast
-from host_runs import run_commands
+from host_runs import run_commands, run_failing
 
 pytest.importorskip("pytorch_lightning")
 pytest.importorskip("lightning_fabric")
@@ -51,112 +50,108 @@ def names(folder: Path) -> list[str]:
 ALL = ["last.ckpt", "step=12.ckpt", "step=4.ckpt", "step=8.ckpt"]
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Weights of a run with Holdfast that nothing interrupts, made once for each loop."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
+POINTS: dict[str, list[tuple[dict[str, Any], int]]] = {
+    "lightning": [
+        ({"limit": 20_000, "dies": True}, 4),
+        ({"kill": ".part-step=8.ckpt", "times": 2}, 4),
+        ({"kill": ".part-last.ckpt", "times": 3}, 8),
+    ],
+    "fabric": [
+        ({"kill": ".part-step=8.ckpt", "times": 1}, 4),
+        ({"kill": ".part-last.ckpt", "times": 4}, 8),
+    ],
+}
+"""Where the second save is killed: in the middle of the file, before its rename, or when it is
+opened; and the step of the newest good checkpoint."""
 
-    def result(loop: str) -> Path:
-        file = folder / f"{loop}.pt"
-        if not file.exists():
-            run_commands(train(loop, out=folder / loop, result=file))
-        return file
-
-    return result
-
-
-@pytest.mark.parametrize("loop", LOOPS)
-def test_files_and_weights_are_the_hosts_own(tmp_path: Path, loop: str) -> None:
-    """The files of `save_last` and `save_top_k = 2` have the host's bytes."""
-    options = {"top_k": 2} if loop == "lightning" else {}
-    out = tmp_path / "out"
-    run_commands(
-        train(loop, out=out, plain=True, result=tmp_path / "plain.pt", **options),
-        ("move", {"source": str(out), "target": str(tmp_path / "plain")}),
-        train(loop, out=out, result=tmp_path / "safe.pt", **options),
-    )
-    check_resumed(tmp_path / "plain.pt", tmp_path / "safe.pt", 0)
-    kept = [name for name in ALL if loop == "fabric" or name != "step=4.ckpt"]
-    assert names(out) == names(tmp_path / "plain") == kept
-    for name in kept:
-        assert (out / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
-        assert holdfast.check(out / name) == []
-
-
-POINTS: list[tuple[dict[str, Any], int]] = [
-    ({"kill": ".part-step=8.ckpt", "times": 1}, 4),
-    ({"limit": 20_000, "dies": True}, 4),
-    ({"kill": ".part-step=8.ckpt", "times": 2}, 4),
-    ({"kill": ".part-last.ckpt", "times": 3}, 8),
-    ({"kill": ".part-last.ckpt", "times": 4}, 8),
+DAMAGES = [
+    ({"last": "torn", "step=12": "flipped"}, 8),
+    ({"last": "flipped", "step=12": "torn", "step=8": "flipped"}, 4),
 ]
-"""Where the second save is killed: at the file's opening, at 20 kB, before its rename, and the same
-for `last.ckpt`; and the step of the newest good checkpoint."""
+"""Damaged files, and the step of the newest good checkpoint."""
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-def test_a_run_killed_in_a_save_resumes_from_the_newest_checkpoint(
-    tmp_path: Path, uninterrupted: Callable[[str], Path], loop: str
-) -> None:
-    commands = []
-    for number, (point, _) in enumerate(POINTS):
-        out = tmp_path / str(number)
-        commands += [train(loop, out=out, **point), resumed(loop, out, tmp_path / f"{number}.pt")]
-    killed = [-signal.SIGXFSZ if "limit" in point else -signal.SIGKILL for point, _ in POINTS]
-    assert run_commands(*commands) == [status for one in killed for status in (one, 0)]
-    for number, (_, start) in enumerate(POINTS):
-        check_resumed(uninterrupted(loop), tmp_path / f"{number}.pt", start)
-        assert names(tmp_path / str(number)) == ALL
-
-
-def test_damaged_files_are_passed_over(
-    tmp_path: Path, uninterrupted: Callable[[str], Path]
-) -> None:
-    """Damage of the newest checkpoints: the next older one is loaded, to the same bits."""
-    out, loop = tmp_path / "out", "lightning"
-    damages = [
-        ({"last": "flipped"}, 12),
-        ({"last": "torn", "step=12": "flipped"}, 8),
-        ({"last": "flipped", "step=12": "torn", "step=8": "flipped"}, 4),
+def commands_of(loop: str, root: Path) -> list[tuple[str, dict[str, Any]]]:
+    """All runs of one loop without shards. The last two raise."""
+    out, options = root / "out", {"top_k": 2} if loop == "lightning" else {}
+    commands = [
+        train(loop, out=out, plain=True, result=root / "plain.pt", **options),
+        ("move", {"source": str(out), "target": str(root / "plain")}),
+        train(loop, out=out, result=root / "safe.pt", **options),
     ]
-    commands = [train(loop, out=out)]
-    for number, (files, _) in enumerate(damages):
-        copy = tmp_path / str(number)
-        commands += [("copy", {"source": str(out), "target": str(copy)})]
-        commands += [damaged(copy / f"{name}.ckpt", how) for name, how in files.items()]
-        # What a killed save leaves is no candidate, whole or not.
-        commands += [("copy", {"source": f"{out}/last.ckpt", "target": f"{copy}/.part-a.ckpt"})]
-        commands += [resumed(loop, copy, tmp_path / f"{number}.pt")]
-    run_commands(*commands)
-    for number, (_, start) in enumerate(damages):
-        check_resumed(uninterrupted(loop), tmp_path / f"{number}.pt", start)
+    for number, (point, _) in enumerate(POINTS[loop]):
+        folder = root / f"killed{number}"
+        commands += [
+            train(loop, out=folder, **point),
+            resumed(loop, folder, root / f"killed{number}.pt"),
+        ]
+    whole = root / "killed0"
+    for number, (files, _) in enumerate(DAMAGES):
+        folder = root / f"damaged{number}"
+        commands += [
+            ("copy", {"source": str(whole), "target": str(folder)}),
+            # What a killed save leaves is no candidate, whole or not.
+            ("copy", {"source": f"{whole}/last.ckpt", "target": f"{folder}/.part-a.ckpt"}),
+            *(damaged(folder / f"{name}.ckpt", how) for name, how in files.items()),
+            resumed(loop, folder, root / f"damaged{number}.pt"),
+        ]
+    commands += [
+        ("copy", {"source": str(whole), "target": str(root / "named")}),
+        damaged(root / "named/step=12.ckpt", "flipped"),
+        train(loop, out=root / "full", limit=20_000),
+        train(loop, out=root / "named", resume=root / "named/step=12.ckpt"),
+    ]
+    return commands
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-def test_damage_at_a_given_path_is_an_error(tmp_path: Path, loop: str) -> None:
-    file = tmp_path / "step=12.ckpt"
-    commands = [train(loop, out=tmp_path), damaged(file, "flipped")]
-    with pytest.raises(AssertionError, match=r"DamagedError.*step=12.ckpt` is damaged"):
-        run_commands(*commands, train(loop, out=tmp_path, resume=file))
+@pytest.fixture(scope="module", params=LOOPS)
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, list[int], str]:
+    """The runs of one loop: loop, folder, statuses and errors."""
+    root = tmp_path_factory.mktemp(request.param)
+    return request.param, root, *run_failing(*commands_of(request.param, root))
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-def test_a_full_disk_is_an_error_and_costs_no_checkpoint(
-    tmp_path: Path, uninterrupted: Callable[[str], Path], loop: str
-) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(AssertionError, match=r"StorageError.*step=8.ckpt.*File too large"):
-        run_commands(train(loop, out=out, limit=20_000))
-    assert names(out) == ["last.ckpt", "step=4.ckpt"]
-    run_commands(resumed(loop, out, tmp_path / "end.pt"))
-    check_resumed(uninterrupted(loop), tmp_path / "end.pt", 4)
+Runs = tuple[str, Path, list[int], str]
 
 
-SHARDED_POINTS: list[tuple[dict[str, Any], int]] = [
-    ({"kill": "__1_0.distcp", "times": 3, "rank_killed": 1}, 4),
-    ({"kill": "__0_0.distcp", "times": 3}, 4),
-    ({"kill": ".metadata.tmp", "times": 9}, 8),
-]
+def test_files_and_weights_are_the_hosts_own(runs: Runs) -> None:
+    """The files of `save_last` and `save_top_k = 2` have the host's bytes."""
+    loop, root, _, _ = runs
+    check_resumed(root / "plain.pt", root / "safe.pt", 0)
+    kept = [name for name in ALL if loop == "fabric" or name != "step=4.ckpt"]
+    assert names(root / "out") == names(root / "plain") == kept
+    for name in kept:
+        assert (root / "out" / name).read_bytes() == (root / "plain" / name).read_bytes()
+        assert holdfast.check(root / "out" / name) == []
+
+
+def test_a_run_killed_in_a_save_resumes_from_the_newest_checkpoint(runs: Runs) -> None:
+    loop, root, statuses, _ = runs
+    assert len([s for s in statuses if s in (-signal.SIGKILL, -signal.SIGXFSZ)]) == len(
+        POINTS[loop]
+    )
+    for number, (_, start) in enumerate(POINTS[loop]):
+        check_resumed(root / "plain.pt", root / f"killed{number}.pt", start)
+        assert names(root / f"killed{number}") == ALL
+
+
+def test_damaged_files_are_passed_over(runs: Runs) -> None:
+    """The next older one is loaded, to the same bits."""
+    _, root, _, _ = runs
+    for number, (_, start) in enumerate(DAMAGES):
+        check_resumed(root / "plain.pt", root / f"damaged{number}.pt", start)
+
+
+def test_damage_at_a_given_path_and_a_full_disk_are_errors(runs: Runs) -> None:
+    """The full disk leaves the checkpoints before, and nothing else."""
+    _, root, statuses, errors = runs
+    assert [s for s in statuses if s >= 0][-2:] == [1, 1]
+    assert statuses.count(1) == 2
+    assert f"DamagedError: `{root}/named/step=12.ckpt` is damaged" in errors
+    assert f"StorageError: cannot save `{root}/full/step=8.ckpt`: File too large" in errors
+    assert names(root / "full") == ["last.ckpt", "step=4.ckpt"]
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -164,26 +159,18 @@ def test_shards_of_two_processes_killed_damaged_and_resumed(tmp_path: Path, loop
     """FSDP2 by ModelParallel. The folders have the host's files, and `holdfast.seal`."""
     two: dict[str, Any] = {"sharded": True, "ranks": 2}
     plain, safe = tmp_path / "plain", tmp_path / "safe"
-    commands = [
+    statuses = run_commands(
         train(loop, out=plain, plain=True, result=tmp_path / "plain.pt", **two),
-        train(loop, out=safe, result=tmp_path / "safe.pt", **two),
-    ]
-    for number, (point, _) in enumerate(SHARDED_POINTS):
-        out = tmp_path / str(number)
-        commands += [train(loop, out=out, **point, **two)]
-        commands += [resumed(loop, out, tmp_path / f"{number}.pt", **two)]
-    commands += [
-        damaged(safe / "last.ckpt/__1_0.distcp", "flipped"),
-        damaged(safe / "step=12.ckpt/meta.pt", "torn"),
-        resumed(loop, safe, tmp_path / "damaged.pt", **two),
-    ]
-    statuses = run_commands(*commands)
-    assert [s for s in statuses if s] == [-signal.SIGKILL] * len(SHARDED_POINTS)
-    check_resumed(tmp_path / "plain.pt", tmp_path / "safe.pt", 0)
+        train(loop, out=safe, kill="__1_0.distcp", times=3, rank_killed=1, **two),
+        resumed(loop, safe, tmp_path / "killed.pt", **two),
+        ("copy", {"source": str(safe), "target": str(tmp_path / "copy")}),
+        damaged(tmp_path / "copy/last.ckpt/__1_0.distcp", "flipped"),
+        damaged(tmp_path / "copy/step=12.ckpt/meta.pt", "torn"),
+        resumed(loop, tmp_path / "copy", tmp_path / "damaged.pt", **two),
+    )
+    assert statuses == [0, -signal.SIGKILL, 0, 0, 0, 0, 0]
+    check_resumed(tmp_path / "plain.pt", tmp_path / "killed.pt", 4)
     check_resumed(tmp_path / "plain.pt", tmp_path / "damaged.pt", 8)
-    for number, (_, start) in enumerate(SHARDED_POINTS):
-        check_resumed(tmp_path / "plain.pt", tmp_path / f"{number}.pt", start)
-        assert names(tmp_path / str(number)) == ALL
-    for name in ALL:
-        assert names(safe / name) == sorted([*names(plain / name), "holdfast.seal"])
-        assert holdfast.check(safe / name) == []
+    for folder, name in [(folder, name) for folder in (safe, tmp_path / "copy") for name in ALL]:
+        assert names(folder / name) == sorted([*names(plain / name), "holdfast.seal"])
+        assert holdfast.check(folder / name) == []

@@ -24,7 +24,7 @@ from typing import IO, Any
 from holdfast.catalog.findings import summary_of
 from holdfast.catalog.newest import check
 from holdfast.comm import all_ranks, run_on_rank_0
-from holdfast.errors import DamagedError, HoldfastError
+from holdfast.errors import DamagedError, HoldfastError, StorageError
 from holdfast.hosts.sealing import delete, sealed_by_all
 
 logger: logging.Logger = logging.getLogger("holdfast")
@@ -169,8 +169,12 @@ def _published(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        # `torch.save` raises a RuntimeError while it handles the error of the file.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError):
+            raise StorageError(f"cannot save `{path}`: {cause.strerror or cause}") from error
         raise
 
 
