@@ -82,6 +82,7 @@ def train_by_trainer(
     times: int = 1,
     rank_killed: int = 0,
     limit: int | None = None,
+    dies: bool = False,
     sharded: bool = False,
     kind: str = "trainer",
     result: str | None = None,
@@ -90,8 +91,8 @@ def train_by_trainer(
     """Train a small Llama by transformers' Trainer, or SFT or DPO by TRL's with an adapter.
 
     `plain`: without Holdfast. `kill`: name of the file at whose `times`-th opening to die.
-    `limit`: largest file that steps 3 and 4 may write. `sharded`: FSDP2. `result`: file for the
-    final weights.
+    `limit`: largest file that steps 3 and 4 may write; `dies`: the process is killed there.
+    `sharded`: FSDP2. `result`: file for the final weights.
     """
     import torch
     import transformers
@@ -140,8 +141,8 @@ def train_by_trainer(
                 _note_start(result, state.global_step)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if limit is not None and state.global_step == 2:
-                limit_files(limit, dies=False)
+            if limit is not None and state.global_step == 2 and args.process_index == rank_killed:
+                limit_files(limit, dies=dies)
 
     if sharded:
         settings |= {
@@ -411,7 +412,7 @@ def train_by_accelerate(
         kill_at(kill, times=times)
     rows = torch.randn((8, 16), generator=torch.Generator().manual_seed(1))
     while done.saves < saves:
-        if limit is not None and done.saves == 1:
+        if limit is not None and done.saves == 1 and accelerator.process_index == rank_killed:
             limit_files(limit, dies=dies)
         for batch in rows.split(2):
             optimizer.zero_grad()

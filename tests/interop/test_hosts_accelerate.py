@@ -61,14 +61,8 @@ POINTS: dict[str, list[dict[str, Any]]] = {
         {"kill": "holdfast.seal", "times": 2},
         {"limit": 4_000, "dies": True},
     ],
-    "ddp": [
-        {"kill": "random_states_1.pkl", "times": 2, "rank_killed": 1},
-        {"kill": "optimizer.bin", "times": 2},
-    ],
-    "fsdp": [
-        {"kill": "__1_0.distcp", "times": 3, "rank_killed": 1},
-        {"kill": ".metadata.tmp", "times": 4},
-    ],
+    "ddp": [{"limit": 4_000, "dies": True, "rank_killed": 1}],
+    "fsdp": [{"kill": "__1_0.distcp", "times": 3, "rank_killed": 1}],
 }
 """Where the second save is killed."""
 
