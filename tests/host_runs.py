@@ -83,7 +83,6 @@ def train_by_trainer(
     rank_killed: int = 0,
     limit: int | None = None,
     dies: bool = False,
-    sharded: bool = False,
     kind: str = "trainer",
     result: str | None = None,
     **options: Any,
@@ -92,7 +91,7 @@ def train_by_trainer(
 
     `plain`: without Holdfast. `kill`: name of the file at whose `times`-th opening to die.
     `limit`: largest file that steps 3 and 4 may write; `dies`: the process is killed there.
-    `sharded`: FSDP2. `result`: file for the final weights.
+    `result`: file for the final weights.
     """
     import torch
     import transformers
@@ -144,15 +143,6 @@ def train_by_trainer(
             if limit is not None and state.global_step == 2 and args.process_index == rank_killed:
                 limit_files(limit, dies=dies)
 
-    if sharded:
-        settings |= {
-            "fsdp": "full_shard auto_wrap",
-            "fsdp_config": {
-                "version": 2,
-                "state_dict_type": "SHARDED_STATE_DICT",
-                "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-            },
-        }
     args = settings_class(**settings)
     trainer = cls(model=model, args=args, callbacks=[Watch()], **arguments)
     trainer.train(resume_from_checkpoint=resume)
@@ -372,30 +362,24 @@ def train_by_accelerate(
     rank_killed: int = 0,
     limit: int | None = None,
     dies: bool = False,
-    sharded: bool = False,
     total_limit: int | None = None,
     named: bool = True,
     result: str | None = None,
 ) -> None:
     """A loop with Accelerate that saves after every 4 steps.
 
-    `named`: automatic names. `resume`: True for `load_state()`, or a path. `sharded`: FSDP2.
+    `named`: automatic names. `resume`: True for `load_state()`, or a path.
     """
     import accelerate
     import torch
-    from accelerate.utils import FullyShardedDataParallelPlugin, ProjectConfiguration
+    from accelerate.utils import ProjectConfiguration
 
     import holdfast
 
-    options: dict[str, Any] = {}
-    if sharded:
-        options["fsdp_plugin"] = FullyShardedDataParallelPlugin(
-            fsdp_version=2, state_dict_type="SHARDED_STATE_DICT", reshard_after_forward=True
-        )
     project = ProjectConfiguration(
         project_dir=out, automatic_checkpoint_naming=named, total_limit=total_limit
     )
-    accelerator: Any = accelerate.Accelerator(cpu=True, project_config=project, **options)
+    accelerator: Any = accelerate.Accelerator(cpu=True, project_config=project)
     if not plain:
         accelerator = holdfast.hosts.accelerate.prepare(accelerator, folder=None if named else out)
     torch.manual_seed(0)

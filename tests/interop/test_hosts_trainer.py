@@ -193,35 +193,23 @@ def test_only_the_model(tmp_path: Path) -> None:
     assert {"model.safetensors", "trainer_state.json", "holdfast.seal"} <= names
 
 
-KINDS: dict[str, dict[str, Any]] = {"ddp": {"ranks": 2}, "fsdp": {"ranks": 2, "sharded": True}}
-
-POINTS: dict[str, list[dict[str, Any]]] = {
-    "ddp": [{"limit": 4_000, "dies": True, "rank_killed": 1}],
-    "fsdp": [{"kill": "__1_0.distcp", "times": 4, "rank_killed": 1}],
-}
-"""Where the second save is killed."""
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_killed_damaged_and_resumed(tmp_path: Path, kind: str) -> None:
-    """One rank dies in a save, and a file is damaged: the run resumes to the same bits."""
-    options = KINDS[kind]
+def test_two_processes_killed_damaged_and_resumed(tmp_path: Path) -> None:
+    """DDP. Rank 1 dies in the middle of its file, and a file is damaged: the run resumes to the
+    same bits. FSDP2 is not here: without an accelerator, Accelerate ignores it, and uses DDP."""
+    options = {"ranks": 2}
     plain, safe = tmp_path / "plain", tmp_path / "safe"
     commands = [
         train(out=plain, plain=True, result=tmp_path / "plain.pt", **options),
         train(out=safe, result=tmp_path / "safe.pt", **options),
     ]
-    for number, point in enumerate(POINTS[kind]):
-        out = tmp_path / str(number)
-        commands += [train(out=out, **point, **options)]
-        commands += [train(out=out, resume=True, result=tmp_path / f"{number}.pt", **options)]
-    file = "optimizer_0/__1_0.distcp" if kind == "fsdp" else "optimizer.pt"
     commands += [
-        ("damage", {"file": str(safe / "checkpoint-6" / file), "how": "flipped"}),
+        train(out=tmp_path / "0", limit=4_000, dies=True, rank_killed=1, **options),
+        train(out=tmp_path / "0", resume=True, result=tmp_path / "0.pt", **options),
+        ("damage", {"file": str(safe / "checkpoint-6/optimizer.pt"), "how": "flipped"}),
         train(out=safe, resume=True, result=tmp_path / "damaged.pt", **options),
     ]
     statuses = run_commands(*commands)
-    assert statuses == [0, 0, -(signal.SIGXFSZ if kind == "ddp" else signal.SIGKILL), 0, 0, 0]
+    assert statuses == [0, 0, -signal.SIGXFSZ, 0, 0, 0]
     results = [tmp_path / f"{name}.pt" for name in ("plain", "safe", "0", "damaged")]
     assert same_weights(*results)
     starts = [int(result.with_suffix(".start").read_text()) for result in results]
