@@ -3,7 +3,6 @@ DDP. FSDP2 is not here: without an accelerator, Accelerate ignores `fsdp_plugin`
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +125,7 @@ def test_a_full_disk_costs_no_checkpoint_of_total_limit(tmp_path: Path) -> None:
     """The failed save leaves the one good checkpoint that `total_limit = 1` keeps."""
     out, folder = tmp_path / "out", tmp_path / "out/checkpoints"
     whole = train(out=tmp_path / "whole", total_limit=2, result=tmp_path / "whole.pt")
-    with pytest.raises(AssertionError, match="(?i)file too large|os error 27"):
+    with pytest.raises(AssertionError, match=r"(?i)file too large|os error 27"):
         run_commands(whole, train(out=out, limit=4_000, total_limit=1))
     assert names(tmp_path / "whole/checkpoints") == NAMES[1:]
     assert names(folder) == NAMES[:1]

@@ -226,7 +226,7 @@ def test_a_full_disk_is_an_error_and_costs_no_checkpoint(
     tmp_path: Path, uninterrupted: Path
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(AssertionError, match="(?i)file too large|os error 27|unexpected pos"):
+    with pytest.raises(AssertionError, match=r"(?i)file too large|os error 27|unexpected pos"):
         run_commands(train(out=out, limit=20_000))
     assert [path.name for path in out.iterdir()] == ["checkpoint-2"]
     run_commands(train(out=out, resume=True, result=tmp_path / "end.pt"))
