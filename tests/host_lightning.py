@@ -52,7 +52,7 @@ def train_by_lightning(
             self.log("loss", loss.detach(), sync_dist=sharded)
             return loss
 
-        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
             # Lightning restores no random state.
             torch.manual_seed(self.global_step)
             if limit is not None and self.global_step == 4:

@@ -135,11 +135,11 @@ def train_by_trainer(
         kill_at(kill, times=times)
 
     class Watch(transformers.TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
             if result is not None:
                 note_start(result, state.global_step)
 
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
             if limit is not None and state.global_step == 2 and args.process_index == rank_killed:
                 limit_files(limit, dies=dies)
 
