@@ -10,12 +10,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,16 @@ HERE = Path(__file__)
 
 def run_commands(*commands: tuple[str, dict[str, Any]], timeout_s: float = 300) -> list[int]:
     """Run commands one after the other. Returns the exit status of each; negative for a signal."""
+    statuses, errors = run_failing(*commands, timeout_s=timeout_s)
+    sys.stderr.write(errors)
+    assert 1 not in statuses, errors
+    return statuses
+
+
+def run_failing(
+    *commands: tuple[str, dict[str, Any]], timeout_s: float = 300
+) -> tuple[list[int], str]:
+    """Run commands, some of which may raise. Returns their statuses, and the text of all errors."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
@@ -41,9 +55,7 @@ def run_commands(*commands: tuple[str, dict[str, Any]], timeout_s: float = 300) 
     )
     assert done.returncode == 0, done.stderr
     statuses: list[int] = json.loads(done.stdout.splitlines()[-1])
-    failed = [status for status in statuses if status == 1]
-    assert not failed, done.stderr
-    return statuses
+    return statuses, done.stderr
 
 
 def kill_at(name: str, *, times: int = 1) -> None:
@@ -68,6 +80,9 @@ def train_by_trainer(
     resume: Any = None,
     kill: str | None = None,
     times: int = 1,
+    rank_killed: int = 0,
+    limit: int | None = None,
+    dies: bool = False,
     kind: str = "trainer",
     result: str | None = None,
     **options: Any,
@@ -75,6 +90,7 @@ def train_by_trainer(
     """Train a small Llama by transformers' Trainer, or SFT or DPO by TRL's with an adapter.
 
     `plain`: without Holdfast. `kill`: name of the file at whose `times`-th opening to die.
+    `limit`: largest file that steps 3 and 4 may write; `dies`: the process is killed there.
     `result`: file for the final weights.
     """
     import torch
@@ -115,13 +131,23 @@ def train_by_trainer(
         base, settings_class, arguments = _by_trl(kind, tokens)
     mixin: Any = holdfast.hosts.transformers.HoldfastMixin
     cls = base if plain else type("SafeTrainer", (mixin, base), {})
-    if kill is not None:
+    if kill is not None and int(os.environ.get("RANK", "0")) == rank_killed:
         kill_at(kill, times=times)
-    trainer = cls(model=model, args=settings_class(**settings), **arguments)
+
+    class Watch(transformers.TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+            if result is not None:
+                note_start(result, state.global_step)
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+            if limit is not None and state.global_step == 2 and args.process_index == rank_killed:
+                limit_files(limit, dies=dies)
+
+    args = settings_class(**settings)
+    trainer = cls(model=model, args=args, callbacks=[Watch()], **arguments)
     trainer.train(resume_from_checkpoint=resume)
     if result is not None:
-        state = trainer.model.state_dict()
-        torch.save({name: tensor.cpu() for name, tensor in state.items()}, result)
+        keep_weights(trainer.accelerator.unwrap_model(trainer.model), result)
 
 
 def _by_trl(kind: str, tokens: Any) -> tuple[Any, Any, dict[str, Any]]:
@@ -159,26 +185,185 @@ def _by_trl(kind: str, tokens: Any) -> tuple[Any, Any, dict[str, Any]]:
     return trl.DPOTrainer, trl.DPOConfig, {"train_dataset": Dataset.from_list(pairs), **common}
 
 
+def limit_files(nbytes: int, *, dies: bool) -> None:
+    """Let every write beyond this size of a file fail, as on a full disk, or kill the process."""
+    if dies:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, resource.RLIM_INFINITY))
+
+
+def train_by_accelerate(
+    out: str,
+    *,
+    saves: int = 3,
+    plain: bool = False,
+    resume: str | bool = False,
+    kill: str | None = None,
+    times: int = 1,
+    rank_killed: int = 0,
+    limit: int | None = None,
+    dies: bool = False,
+    total_limit: int | None = None,
+    named: bool = True,
+    result: str | None = None,
+) -> None:
+    """A loop with Accelerate that saves after every 4 steps.
+
+    `named`: automatic names. `resume`: True for `load_state()`, or a path.
+    """
+    import accelerate
+    import torch
+    from accelerate.utils import ProjectConfiguration
+
+    import holdfast
+
+    project = ProjectConfiguration(
+        project_dir=out, automatic_checkpoint_naming=named, total_limit=total_limit
+    )
+    accelerator: Any = accelerate.Accelerator(cpu=True, project_config=project)
+    if not plain:
+        accelerator = holdfast.hosts.accelerate.prepare(accelerator, folder=None if named else out)
+    torch.manual_seed(0)
+    model: Any = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Linear(64, 16))
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    done = _Done()
+    accelerator.register_for_checkpointing(done)
+    if resume:
+        accelerator.load_state(*([resume] if isinstance(resume, str) else []))
+    if result is not None:
+        note_start(result, 4 * done.saves)
+    if kill is not None and accelerator.process_index == rank_killed:
+        kill_at(kill, times=times)
+    rows = torch.randn((8, 16), generator=torch.Generator().manual_seed(1))
+    while done.saves < saves:
+        if limit is not None and done.saves == 1 and accelerator.process_index == rank_killed:
+            limit_files(limit, dies=dies)
+        for batch in rows.split(2):
+            optimizer.zero_grad()
+            dropped = torch.nn.functional.dropout(batch, 0.1)
+            accelerator.backward((model(dropped) - batch).square().mean())
+            optimizer.step()
+        done.saves += 1
+        accelerator.save_state(*([] if named else [f"{out}/epoch_{done.saves}"]))
+    if result is not None:
+        keep_weights(accelerator.unwrap_model(model), result)
+
+
+class _Done:
+    """Object registered with an Accelerator."""
+
+    def __init__(self) -> None:
+        self.saves = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"saves": self.saves}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.saves = state["saves"]
+
+
+def damage(file: str, how: str) -> None:
+    """Flip a bit in the middle of a file, or cut off its end."""
+    data = bytearray(Path(file).read_bytes())
+    data[len(data) // 2] ^= 1
+    Path(file).write_bytes(data if how == "flipped" else data[:-1000])
+
+
+def move(source: str, target: str) -> None:
+    """Give a folder another name. A folder of that name is deleted."""
+    shutil.rmtree(target, ignore_errors=True)
+    Path(source).rename(target)
+
+
+def copy(source: str, target: str) -> None:
+    """Copy a file or a folder with its times."""
+    if Path(source).is_dir():
+        shutil.copytree(source, target)
+    else:
+        shutil.copy2(source, target)
+
+
+def note_start(result: str, step: int) -> None:
+    """Note the step at which a run has begun or resumed."""
+    Path(result).with_suffix(".start").write_text(str(step))
+
+
+def keep_weights(model: Any, file: str) -> None:
+    import torch
+
+    state = {
+        name: value.full_tensor() if hasattr(value, "full_tensor") else value
+        for name, value in model.state_dict().items()
+    }
+    if int(os.environ.get("RANK", "0")) == 0:
+        torch.save(state, file)
+
+
 def _run(function: str, arguments: dict[str, Any]) -> int:
-    """Run one command in a forked child. Returns its exit status."""
-    child = os.fork()
-    if child:
-        _, status = os.waitpid(child, 0)
-        return os.waitstatus_to_exitcode(status)
-    work: Callable[..., None] = globals()[function]
+    """Run one command in forked children, one by default. Returns the exit status: that of the
+    first rank that failed, after which the others are killed."""
+    ranks = arguments.pop("ranks", 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = set()
+    for rank in range(ranks):
+        child = os.fork()
+        if not child:
+            if ranks > 1:
+                # As torchrun sets them.
+                os.environ |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(ranks),
+                    "LOCAL_WORLD_SIZE": str(ranks),
+                    "GROUP_RANK": "0",
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                    "TORCHELASTIC_RUN_ID": "run",
+                }
+            lightning = import_module("host_lightning")
+            _work(globals().get(function) or getattr(lightning, function), arguments)
+        children.add(child)
+    first = 0
+    while children:
+        ended, status = os.wait()
+        children.discard(ended)
+        if not first and status:
+            first = os.waitstatus_to_exitcode(status)
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+    return first
+
+
+def _work(work: Callable[..., None], arguments: dict[str, Any]) -> None:
+    """Work in a child, and end it."""
     try:
         work(**arguments)
     except BaseException:  # noqa: BLE001 - the parent prints it
         traceback.print_exc()
+        sys.stderr.flush()
         os._exit(1)
     sys.stderr.flush()
     os._exit(0)
 
 
+_FRAMEWORKS = {
+    "train_by_trainer": ["transformers.trainer", "torch.distributed.checkpoint.state_dict"],
+    "train_by_lightning": ["pytorch_lightning", "torch.distributed.checkpoint.state_dict"],
+    "train_by_fabric": ["lightning_fabric", "torch.distributed.checkpoint.state_dict"],
+    "train_by_accelerate": ["accelerate", "torch.distributed.checkpoint.state_dict"],
+}
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.WARNING)
+    for noisy in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(f"{noisy}.utilities").setLevel(logging.WARNING)
 
     commands = json.loads(sys.argv[1])
+    for framework in {name for function, _ in commands for name in _FRAMEWORKS.get(function, [])}:
+        import_module(framework)
     results = [_run(function, arguments) for function, arguments in commands]
     print(json.dumps(results))  # noqa: T201

@@ -191,3 +191,43 @@ def test_only_the_model(tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "out/checkpoint-2").iterdir()}
     assert "optimizer.pt" not in names
     assert {"model.safetensors", "trainer_state.json", "holdfast.seal"} <= names
+
+
+def test_two_processes_killed_damaged_and_resumed(tmp_path: Path) -> None:
+    """DDP. Rank 1 dies in the middle of its file, and a file is damaged: the run resumes to the
+    same bits. FSDP2 is not here: without an accelerator, Accelerate ignores it, and uses DDP."""
+    options = {"ranks": 2}
+    plain, safe = tmp_path / "plain", tmp_path / "safe"
+    commands = [
+        train(out=plain, plain=True, result=tmp_path / "plain.pt", **options),
+        train(out=safe, result=tmp_path / "safe.pt", **options),
+    ]
+    commands += [
+        train(out=tmp_path / "0", limit=4_000, dies=True, rank_killed=1, **options),
+        train(out=tmp_path / "0", resume=True, result=tmp_path / "0.pt", **options),
+        ("damage", {"file": str(safe / "checkpoint-6/optimizer.pt"), "how": "flipped"}),
+        train(out=safe, resume=True, result=tmp_path / "damaged.pt", **options),
+    ]
+    statuses = run_commands(*commands)
+    assert statuses == [0, 0, -signal.SIGXFSZ, 0, 0, 0]
+    results = [tmp_path / f"{name}.pt" for name in ("plain", "safe", "0", "damaged")]
+    assert same_weights(*results)
+    starts = [int(result.with_suffix(".start").read_text()) for result in results]
+    assert starts == [0, 0, 2, 4]
+    own = {str(path.relative_to(plain)) for path in plain.rglob("*") if path.is_file()}
+    seals = {f"checkpoint-{step}/holdfast.seal" for step in (2, 4, 6)}
+    for root in (safe, tmp_path / "0"):
+        found = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+        assert found == own | seals
+        assert all(holdfast.check(root / f"checkpoint-{step}") == [] for step in (2, 4, 6))
+
+
+def test_a_full_disk_is_an_error_and_costs_no_checkpoint(
+    tmp_path: Path, uninterrupted: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(AssertionError, match=r"(?i)file too large|os error 27|unexpected pos"):
+        run_commands(train(out=out, limit=20_000))
+    assert [path.name for path in out.iterdir()] == ["checkpoint-2"]
+    run_commands(train(out=out, resume=True, result=tmp_path / "end.pt"))
+    assert same_weights(uninterrupted / "safe.pt", tmp_path / "end.pt")

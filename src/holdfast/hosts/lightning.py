@@ -19,12 +19,12 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from holdfast.catalog.findings import summary_of
 from holdfast.catalog.newest import check
 from holdfast.comm import all_ranks, run_on_rank_0
-from holdfast.errors import DamagedError, HoldfastError
+from holdfast.errors import DamagedError, HoldfastError, StorageError
 from holdfast.hosts.sealing import delete, sealed_by_all
 
 logger: logging.Logger = logging.getLogger("holdfast")
@@ -64,15 +64,21 @@ def _io_class() -> type:
         before it is loaded.
 
         The file stays Lightning's: `torch.save` has a CRC-32 per tensor in it, which is checked
-        here. If `ckpt_path="last"` leads to a damaged file, the newest good one beside it is
-        loaded, with a warning. Any other damaged file is an error.
+        here. `ckpt_path="last"` loads the newest good file of the folder: with a warning if that is
+        another one, because `last` is damaged or older. Any other damaged file is an error.
         """
 
         def save_checkpoint(
             self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
         ) -> None:
+            if storage_options is not None:
+                super().save_checkpoint(checkpoint, path, storage_options)  # raises its TypeError
+            import torch
+
+            # The base class would write in the system's temporary folder, where a killed save
+            # leaves its file, and the move from there may be a copy.
             with _published(Path(path)) as part:
-                super().save_checkpoint(checkpoint, part, storage_options)
+                torch.save(checkpoint, part)
 
         def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
             loaded: dict[str, Any] = super().load_checkpoint(_good(Path(path)), *args, **kwargs)
@@ -95,8 +101,8 @@ def _strategy_class(kind: str) -> type:
         """`ModelParallelStrategy` whose checkpoints appear complete or not at all: the shards and
         `meta.pt` together, with `holdfast.seal`.
 
-        A checkpoint is checked before it is loaded, on rank 0. If `ckpt_path="last"` leads to a
-        damaged one, the newest good one beside it is loaded, with a warning.
+        A checkpoint is checked before it is loaded, on rank 0. `ckpt_path="last"` loads the newest
+        good one of the folder: with a warning if that is another one than `last`.
         """
 
         def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -146,28 +152,30 @@ def _remove_file(path: str, is_first: bool) -> None:
 
 
 @contextmanager
-def _published(path: Path) -> Iterator[Path]:
-    """Give a name to write a file to. At the end it is durable, and gets the name `path`."""
+def _published(path: Path) -> Iterator[IO[bytes]]:
+    """Give a file to write. At the end it is durable, and gets the name `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_parts(path.parent)
     part = path.parent / f"{_PART}{path.name}"
-    lock = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        yield part
-        with part.open("rb") as file:
+        with part.open("wb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            yield file
+            file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+            part.replace(path)
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        # `torch.save` raises a RuntimeError while it handles the error of the file.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError):
+            raise StorageError(f"cannot save `{path}`: {cause.strerror or cause}") from error
         raise
-    finally:
-        os.close(lock)
 
 
 def _remove_parts(folder: Path) -> None:
@@ -183,23 +191,24 @@ def _remove_parts(folder: Path) -> None:
 
 
 def _good(path: Path) -> Path:
-    """The checkpoint at `path`; if it is a damaged `last`, the newest good one beside it."""
-    why = _why_not_good(path)
-    if why is None:
-        return path
-    if not path.name.startswith(_LAST):
-        raise DamagedError(
-            f"`{path}` is damaged: {why}",
-            hint='`ckpt_path="last"` takes the newest good one, with `save_last=True`',
-        )
-    logger.warning("passed over `%s`: %s", path, why)
-    beside = [p for p in path.parent.glob(f"*{path.suffix}") if p != path]
-    for other in sorted(beside, key=lambda p: p.stat().st_mtime_ns, reverse=True):
-        why = _why_not_good(other)
+    """The checkpoint at `path`, checked. For a `last`: the newest good one of its folder, which is
+    another one if a save was killed before it replaced `last`."""
+    candidates = [path]
+    if path.name.startswith(_LAST) and path.exists():
+        beside = (p for p in path.parent.glob(f"[!.]*{path.suffix}") if p.exists())
+        candidates = sorted(beside, key=lambda p: (p.stat().st_mtime_ns, p == path), reverse=True)
+    for candidate in candidates:
+        why = _why_not_good(candidate)
         if why is None:
-            logger.warning("loading `%s` instead", other)
-            return other
-        logger.warning("passed over `%s`: %s", other, why)
+            if candidate != path:
+                logger.warning("loading `%s`, the newest good one beside `%s`", candidate, path)
+            return candidate
+        if not path.name.startswith(_LAST):
+            raise DamagedError(
+                f"`{path}` is damaged: {why}",
+                hint='`ckpt_path="last"` takes the newest good one, with `save_last=True`',
+            )
+        logger.warning("passed over `%s`: %s", candidate, why)
     raise DamagedError(f"no checkpoint in `{path.parent}` is good")
 
 
