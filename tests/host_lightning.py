@@ -144,7 +144,7 @@ def train_by_fabric(
     fabric = lightning_fabric.Fabric(accelerator="cpu", **({"devices": 1} | options))
     fabric.launch()
     wrapped: Any = fabric.setup_module(model)
-    optimizer = fabric.setup_optimizers(torch.optim.AdamW(wrapped.parameters(), lr=0.01))
+    optimizer: Any = fabric.setup_optimizers(torch.optim.AdamW(wrapped.parameters(), lr=0.01))
     state: dict[str, Any] = {"model": wrapped, "optimizer": optimizer, "epoch": 0}
     if resume is not None:
         fabric.load(resume, state)
@@ -156,7 +156,7 @@ def train_by_fabric(
     for epoch in range(state["epoch"], epochs):
         if limit is not None and epoch == 1:
             limit_files(limit, dies=dies)
-        for batch in rows.split(2):
+        for batch in rows.split(2):  # type: ignore[no-untyped-call]
             optimizer.zero_grad()
             fabric.backward((wrapped(batch) - batch).square().mean())
             optimizer.step()

@@ -1,12 +1,13 @@
-"""Training runs of other frameworks, each in a forked child: `python host_runs.py COMMANDS`.
+"""Training runs of other frameworks, each in a forked child: `python host_runs.py MODULE ...`.
 
-The process imports the frameworks once, and runs no torch operator itself, so that every child may
-fork from it. COMMANDS is a JSON list of `[function, arguments]`; the output is the list of exit
-statuses.
+The process imports the modules once, and runs no torch operator itself, so that every child may
+fork from it. Each line of its input is a JSON list of `[function, arguments]`. The answer is a line
+with the list of exit statuses, and the text of all errors.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -16,9 +17,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -38,6 +42,36 @@ def run_failing(
     *commands: tuple[str, dict[str, Any]], timeout_s: float = 300
 ) -> tuple[list[int], str]:
     """Run commands, some of which may raise. Returns their statuses, and the text of all errors."""
+    needed = [MODULES[function] for function, _ in commands if function in MODULES]
+    server = _server(needed[0] if needed else ())
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(f"{json.dumps(commands)}\n")
+    server.stdin.flush()
+    alarm = threading.Timer(timeout_s, server.kill)
+    alarm.start()
+    line = server.stdout.readline()
+    alarm.cancel()
+    assert line, f"the process of the runs ended, or took longer than {timeout_s} s"
+    statuses, errors = json.loads(line)
+    return statuses, errors
+
+
+_TRAINERS = ("transformers.trainer", "accelerate")
+_LIGHTNING = ("pytorch_lightning", "lightning_fabric")
+
+MODULES = {
+    "train_by_trainer": _TRAINERS,
+    "train_by_accelerate": _TRAINERS,
+    "train_by_lightning": _LIGHTNING,
+    "train_by_fabric": _LIGHTNING,
+}
+"""Modules that each function needs. They are imported before the process forks."""
+
+
+@cache
+def _server(modules: tuple[str, ...]) -> subprocess.Popen[str]:
+    """A process that has imported these modules. It ends with this one."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
@@ -45,17 +79,15 @@ def run_failing(
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
     }
-    done = subprocess.run(
-        [sys.executable, str(HERE), json.dumps(commands)],
-        capture_output=True,
+    server = subprocess.Popen(
+        [sys.executable, str(HERE), *modules],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
         env=environment,
-        timeout=timeout_s,
-        check=False,
     )
-    assert done.returncode == 0, done.stderr
-    statuses: list[int] = json.loads(done.stdout.splitlines()[-1])
-    return statuses, done.stderr
+    atexit.register(server.kill)
+    return server
 
 
 def kill_at(name: str, *, times: int = 1) -> None:
@@ -239,7 +271,7 @@ def train_by_accelerate(
     while done.saves < saves:
         if limit is not None and done.saves == 1 and accelerator.process_index == rank_killed:
             limit_files(limit, dies=dies)
-        for batch in rows.split(2):
+        for batch in rows.split(2):  # type: ignore[no-untyped-call]
             optimizer.zero_grad()
             dropped = torch.nn.functional.dropout(batch, 0.1)
             accelerator.backward((model(dropped) - batch).square().mean())
@@ -349,21 +381,26 @@ def _work(work: Callable[..., None], arguments: dict[str, Any]) -> None:
     os._exit(0)
 
 
-_FRAMEWORKS = {
-    "train_by_trainer": ["transformers.trainer", "torch.distributed.checkpoint.state_dict"],
-    "train_by_lightning": ["pytorch_lightning", "torch.distributed.checkpoint.state_dict"],
-    "train_by_fabric": ["lightning_fabric", "torch.distributed.checkpoint.state_dict"],
-    "train_by_accelerate": ["accelerate", "torch.distributed.checkpoint.state_dict"],
-}
-
-if __name__ == "__main__":
+def _serve(modules: list[str]) -> None:
+    """Import the modules, then run the commands of each line of the input."""
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.WARNING)
     for noisy in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(f"{noisy}.utilities").setLevel(logging.WARNING)
+    for module in [*modules, "torch.distributed.checkpoint.state_dict"] if modules else []:
+        import_module(module)
+    # The answers alone go to the real output.
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        with tempfile.TemporaryFile() as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            statuses = [_run(function, arguments) for function, arguments in json.loads(line)]
+            log.seek(0)
+            errors = log.read().decode(errors="replace")
+        answers.write(f"{json.dumps([statuses, errors])}\n")
+        answers.flush()
 
-    commands = json.loads(sys.argv[1])
-    for framework in {name for function, _ in commands for name in _FRAMEWORKS.get(function, [])}:
-        import_module(framework)
-    results = [_run(function, arguments) for function, arguments in commands]
-    print(json.dumps(results))  # noqa: T201
+
+if __name__ == "__main__":
+    _serve(sys.argv[1:])
