@@ -32,8 +32,6 @@ def train_by_lightning(
     import torch
     from torch.utils.data import DataLoader
 
-    import holdfast
-
     class Module(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -70,6 +68,21 @@ def train_by_lightning(
 
     torch.manual_seed(0)
     module = Module()
+    trainer = _trainer(out, plain=plain, sharded=sharded, max_epochs=epochs, top_k=top_k)
+    if kill is not None and int(os.environ.get("RANK", "0")) == rank_killed:
+        kill_at(kill, times=times)
+    rows = torch.randn((8, 16), generator=torch.Generator().manual_seed(1))
+    trainer.fit(module, DataLoader(rows, batch_size=2), ckpt_path=resume)  # type: ignore[arg-type]
+    if result is not None:
+        keep_weights(module.model, result)
+
+
+def _trainer(out: str, *, plain: bool, sharded: bool, max_epochs: int, top_k: int) -> Any:
+    """Lightning's Trainer, with a callback that saves after every fourth step."""
+    import pytorch_lightning as pl
+
+    import holdfast
+
     callback = pl.callbacks.ModelCheckpoint(
         dirpath=out,
         filename="{step}",
@@ -89,8 +102,8 @@ def train_by_lightning(
         options = {"strategy": strategy, "devices": 2}
     else:
         options["devices"] = 1
-    trainer = pl.Trainer(
-        max_epochs=epochs,
+    return pl.Trainer(
+        max_epochs=max_epochs,
         accelerator="cpu",
         callbacks=[callback],
         logger=False,
@@ -99,12 +112,6 @@ def train_by_lightning(
         use_distributed_sampler=False,
         **options,
     )
-    if kill is not None and int(os.environ.get("RANK", "0")) == rank_killed:
-        kill_at(kill, times=times)
-    rows = torch.randn((8, 16), generator=torch.Generator().manual_seed(1))
-    trainer.fit(module, DataLoader(rows, batch_size=2), ckpt_path=resume)  # type: ignore[arg-type]
-    if result is not None:
-        keep_weights(module.model, result)
 
 
 def train_by_fabric(

@@ -166,7 +166,7 @@ def train_by_trainer(
     if kill is not None and int(os.environ.get("RANK", "0")) == rank_killed:
         kill_at(kill, times=times)
 
-    class Watch(transformers.TrainerCallback):
+    class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
             if result is not None:
                 note_start(result, state.global_step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 Source = Literal["checkpoint", "seed", "initial", "nothing"]
 
@@ -27,6 +27,11 @@ class Resumed(int):
     def step(self) -> int:
         """The step as a plain int."""
         return int(self)
+
+    if TYPE_CHECKING:
+
+        def __add__(self, value: int, /) -> Any:
+            """The sum is an int. As Any it may be assigned to the same variable: `step += 1`."""
 
     def __getnewargs__(self) -> tuple[Any, ...]:
         return int(self), self.source, self.where
