@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from pathlib import Path
 
 from holdfast.arguments import checked_path
@@ -40,7 +41,11 @@ def check(path: str | os.PathLike[str], *, quick: bool = False) -> list[Finding]
 
 
 def newest_good(
-    root: str | os.PathLike[str], pattern: str = CHECKPOINTS, *, quick: bool = False
+    root: str | os.PathLike[str],
+    pattern: str | re.Pattern[str] = CHECKPOINTS,
+    *,
+    quick: bool = False,
+    last_file: str | None = None,
 ) -> Path | None:
     """Return the newest good checkpoint among the folders in `root`; None if there is none.
 
@@ -48,15 +53,18 @@ def newest_good(
     checksums; a damaged or incomplete one is passed over, with a warning, and the next one tried.
 
     Folders that are neither sealed nor checkpoints of Holdfast cannot be checked. They are passed
-    over too, unless `root` has no others: then the newest is returned whose structure is complete.
+    over too, unless `root` has no others: then the newest is returned whose structure is complete,
+    as far as its format is known.
 
-    `pattern`: names of the folders, as in a shell. `quick`: compare sizes and indices only.
+    `pattern`: names of the folders, as in a shell, or a compiled regular expression. `quick`:
+    compare sizes and indices only. `last_file`: name of the file that the program writes last; a
+    folder without a seal is incomplete without it.
 
     Raises:
         UsageError: `root` is no path of a folder on this machine.
         NotFoundError: `root` does not exist.
     """
-    if not isinstance(pattern, str):
+    if not isinstance(pattern, str | re.Pattern):
         raise UsageError(f"`pattern` must be text such as `{CHECKPOINTS}`, found: {pattern!r}")
     store = open_store(checked_path(root, "root"))
     folders = matching(store, pattern)
@@ -66,7 +74,10 @@ def newest_good(
         if checked and folder not in checked:
             logger.warning("passed over `%s`: it has no seal, so it cannot be checked", where)
             continue
-        why = _why_not_good(store, folder, quick=quick)
+        if not checked and last_file is not None and last_file not in store.list(folder):
+            why: str | None = f"`{last_file}`, which is written last, is missing"
+        else:
+            why = _why_not_good(store, folder, quick=quick)
         if why is None:
             if not checked:
                 logger.warning("`%s` has no seal: its bytes cannot be checked", where)
@@ -89,7 +100,8 @@ def _why_not_good(store: ReadStore, name: str, *, quick: bool) -> str | None:
     try:
         report: VerifyReport = verify(target)
     except NotFoundError as error:
-        return error.what
+        # A format that Holdfast does not know, such as DeepSpeed's. An empty folder is none.
+        return None if store.list(name) else error.what
     except HoldfastError as error:
         report = failed(target, error)
     return None if report.good else summary_of(report.findings)

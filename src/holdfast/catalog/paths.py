@@ -17,11 +17,13 @@ def open_for_saving(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
     """Return the catalog in which to save the checkpoint at `path`, and its name there.
 
     Raises:
-        UsageError: `path` is a URL, has no name, or has a name that no checkpoint may have.
+        UsageError: `path` is a URL, has no name, has a name that no checkpoint may have, or is a
+            folder that cannot be replaced.
     """
     full = local_path(checked_path(path, "path"))
     folder, name = _split(full)
     check_name(name, full)
+    _check_replaceable(full)
     return Catalog(folder_store(folder)), name
 
 
@@ -37,6 +39,22 @@ def open_parent(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
     text = without_scheme(checked_path(path, "path"))
     folder, name = _split(text.rstrip("/") if is_url(text) else local_path(text))
     return open_store(folder), name
+
+
+def _check_replaceable(path: str) -> None:
+    """Refuse folders that no rename can replace, or whose replacement breaks this process."""
+    if not os.path.isdir(path):  # noqa: PTH112 - text, as all paths here
+        return
+    if os.path.ismount(path):
+        raise UsageError(
+            f"`{path}` is a mount point, and a checkpoint takes its place by a rename",
+            hint=f"save to a folder in it, such as {path}/checkpoint",
+        )
+    if os.path.samefile(path, os.curdir):  # noqa: PTH121
+        raise UsageError(
+            f"`{path}` is the current folder of this process, and a checkpoint would replace it",
+            hint="save to a folder in it",
+        )
 
 
 def _split(path: str) -> tuple[str, str]:

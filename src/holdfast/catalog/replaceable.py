@@ -14,8 +14,10 @@ from holdfast.storage.store import ReadStore
 
 _DATA = re.compile(r"__[0-9]+_[0-9]+\.distcp", re.ASCII)
 
-_NATIVE = re.compile("|".join([_DATA.pattern, re.escape(MANIFEST), re.escape(METADATA)]), re.ASCII)
-"""Names of all files of Holdfast's and stock DCP's checkpoints."""
+_NATIVE = re.compile(
+    "|".join([_DATA.pattern, re.escape(MANIFEST), re.escape(METADATA), r"meta\.pt"]), re.ASCII
+)
+"""Names of all files of Holdfast's and stock DCP's checkpoints. Lightning adds `meta.pt`."""
 
 _OURS = b'{"holdfast":'
 """First bytes of Holdfast's manifest, since other programs write a `manifest.json` too."""

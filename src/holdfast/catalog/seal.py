@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import os
+import re
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from holdfast.format.manifest import Manifest, Span
 from holdfast.format.names import HiddenFolder, hidden_folder_of, number_of
 from holdfast.format.seal import SEAL, Seal, SealedFile
 from holdfast.release import installed_version
+from holdfast.storage import links
 from holdfast.storage.store import ReadStore
 
 logger: logging.Logger = logging.getLogger("holdfast")
@@ -65,10 +67,17 @@ class Unsealed:
             self.catalog.abort(self.attempt)
 
 
-def begin(path: str | os.PathLike[str], *, overwrite: bool, chosen_id: str = "") -> Unsealed:
+def begin(
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool,
+    chosen_id: str = "",
+    may_hold_others: bool = False,
+) -> Unsealed:
     """Make the folder to fill, beside `path`, and clean up after killed processes.
 
     `chosen_id`: eight hexadecimal digits for the folder's name; random ones by default.
+    `may_hold_others`: also replace a checkpoint to which files were added.
 
     Raises:
         ExistsError: something exists at `path`, and `overwrite` is false or it is no checkpoint.
@@ -78,7 +87,8 @@ def begin(path: str | os.PathLike[str], *, overwrite: bool, chosen_id: str = "")
     store.make_folder("")
     execute(store, plan_cleanup(store.list()))
     hint = "choose another path, or pass `overwrite=True` to replace it"
-    catalog.check_free(name, replace=overwrite, hint=hint)
+    if not may_hold_others:
+        catalog.check_free(name, replace=overwrite, hint=hint)
     return Unsealed(catalog, catalog.begin(name, replace=overwrite, chosen_id=chosen_id))
 
 
@@ -141,14 +151,22 @@ def write_seal(folder: Path) -> Seal:
 def _walk(folder: Path) -> tuple[list[str], list[Path]]:
     """All files below a folder, by relative path, and all folders, innermost first."""
     files, folders = [], []
-    for parent, inner, names in os.walk(folder):
+
+    def fail(error: OSError) -> None:
+        raise StorageError(f"cannot seal `{folder}`: {error}")
+
+    for parent, inner, names in os.walk(folder, onerror=fail):
         for name in (*inner, *names):
             path = Path(parent, name)
             mode = path.stat().st_mode if path.exists() else 0
             is_link_to_folder = path.is_symlink() and stat.S_ISDIR(mode)
-            if is_link_to_folder or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            leads_out = path.is_symlink() and links.leads_out(
+                str(folder), path.relative_to(folder).as_posix()
+            )
+            is_known = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+            if is_link_to_folder or leads_out or not is_known:
                 raise UsageError(
-                    f"`{path.relative_to(folder)}` is neither a file nor a folder",
+                    f"`{path.relative_to(folder)}` is neither a file nor a folder of its own",
                     hint="a checkpoint must hold its files itself: copy what the link leads to",
                 )
             if stat.S_ISREG(mode):
@@ -303,10 +321,16 @@ def _check_file(
     return []
 
 
-def matching(store: ReadStore, pattern: str) -> list[str]:
+def matching(store: ReadStore, pattern: str | re.Pattern[str]) -> list[str]:
     """Names of the folders at the root of a store that match, the newest first: by the last number
     in their name, then by name."""
     folders = [n.rstrip("/") for n in store.list() if n.endswith("/")]
+
+    def is_wanted(name: str) -> bool:
+        if isinstance(pattern, str):
+            return fnmatch.fnmatchcase(name, pattern)
+        return pattern.fullmatch(name) is not None
+
     # A save that was killed between two renames has left the good folder under a hidden name.
     names = {
         f: h.name if (h := hidden_folder_of(f)) and h.role == "replaced" else f for f in folders
@@ -315,7 +339,7 @@ def matching(store: ReadStore, pattern: str) -> list[str]:
     found = {
         folder: name
         for folder, name in names.items()
-        if fnmatch.fnmatchcase(name, pattern) and (folder == name or name not in taken)
+        if is_wanted(name) and (folder == name or name not in taken)
     }
 
     def age(folder: str) -> tuple[int, str]:

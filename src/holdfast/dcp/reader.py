@@ -57,6 +57,9 @@ class Reader(StorageReader):
             UsageError: `path` is no path.
         """
         self._path = checked_path(path, "path")
+        if not is_url(self._path):
+            # The load may run later, with another current folder.
+            self._path = os.path.abspath(self._path)  # noqa: PTH100 - links stay links
         self._threads = threads
         self._opened: tuple[ReadStore, Opened] | None = None
 

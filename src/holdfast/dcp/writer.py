@@ -63,7 +63,7 @@ class Writer(StorageWriter):
         Raises:
             UsageError: an argument has the wrong type.
         """
-        self._path = checked_path(path, "path")
+        self._path = _absolute(path, "path")
         self._overwrite = checked_flag(overwrite, "overwrite")
         self._rank = 0
         self._is_coordinator = False
@@ -91,7 +91,7 @@ class Writer(StorageWriter):
         """Prepare for the next save, at the path `checkpoint_id` if there is one."""
         self._close()
         if checkpoint_id is not None:
-            self._path = checked_path(checkpoint_id, "checkpoint_id")
+            self._path = _absolute(checkpoint_id, "checkpoint_id")
 
     def storage_meta(self) -> StorageMeta | None:
         return StorageMeta(checkpoint_id=self._path)
@@ -231,6 +231,13 @@ class _Attempt:
             # By a cleanup, which leaves a folder alone that somebody holds: a later save of this
             # process may have a folder of this name by now.
             execute(self.catalog.store, plan_cleanup([f"{self.folder}/"]))
+
+
+def _absolute(path: object, what: str) -> str:
+    """The path, absolute: the save may run in a thread or process with another current folder."""
+    text = checked_path(path, what)
+    # A URL is refused when the save begins, on all ranks.
+    return text if is_url(text) else os.path.abspath(text)  # noqa: PTH100 - links stay links
 
 
 def _write(

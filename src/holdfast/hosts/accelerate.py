@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from holdfast.hosts.sealing import delete, sealed_by_all
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
-_NAMED = "checkpoint_*"
+_NAMED = re.compile(r"checkpoint_[0-9]+")
 """Folders of Accelerate's automatic names."""
 
 
@@ -59,6 +60,7 @@ class _Host:
         self._save = accelerator.save_state
         self._load = accelerator.load_state
         self._ranks: Ranks | None = None
+        self._resumed_from: Path | None = None
         self._resumed = False
         """Whether checkpoints after the one that was loaded may be replaced."""
 
@@ -77,11 +79,8 @@ class _Host:
                 hint="pass one, or `ProjectConfiguration(automatic_checkpoint_naming=True)`",
             )
         path = os.path.abspath(output_dir)  # noqa: PTH100 - links stay links
-        if is_named and not self._resumed and Path(path).exists():
-            raise ExistsError(
-                f"`{path}` exists already",
-                hint="set `accelerator.save_iteration` to the number after the last checkpoint's",
-            )
+        if is_named and not self._resumed:
+            run_on_rank_0(self._all(), partial(_check_free, Path(path)))
         publishes = accelerator.is_main_process or (
             settings.save_on_each_node and accelerator.is_local_main_process
         )
@@ -95,7 +94,7 @@ class _Host:
             finally:
                 settings.automatic_checkpoint_naming = is_named
         if is_named and publishes:
-            self._rotate(settings.total_limit)
+            self._rotate(Path(path), settings.total_limit)
         return path
 
     def load_state(self, input_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -110,14 +109,16 @@ class _Host:
         path = run_on_rank_0(self._all(), partial(self._good, input_dir))
         loaded = self._load(path, *args, **kwargs)
         settings = self._accelerator.project_configuration
-        if settings.automatic_checkpoint_naming:
+        here = Path(path).resolve().parent == self._named_folder().resolve()
+        if settings.automatic_checkpoint_naming and here:
             # Otherwise the next save would begin at 0 again, which has a checkpoint.
             settings.iteration = (number_of(Path(path).name) or 0) + 1
             self._resumed = True
+            self._resumed_from = Path(path).resolve()
         return loaded
 
     def _good(self, input_dir: str | None) -> str:
-        pattern = "*"
+        pattern: str | re.Pattern[str] = "*"
         if (
             input_dir is None
             and self._accelerator.project_configuration.automatic_checkpoint_naming
@@ -151,15 +152,29 @@ class _Host:
             self._ranks = all_ranks()
         return self._ranks
 
-    def _rotate(self, limit: int | None) -> None:
-        """Keep the newest `limit` sealed checkpoints. Called after a save, so that a failed one
-        costs none of them."""
+    def _rotate(self, saved: Path, limit: int | None) -> None:
+        """Keep the newest `limit` sealed checkpoints up to the one just saved. Later ones and the
+        one that was loaded stay. Called after a save, so that a failed one costs none of them."""
         if limit is None:
             return
-        folders = [path for path in self._named_folder().glob(_NAMED) if (path / SEAL).exists()]
-        folders.sort(key=lambda path: number_of(path.name) or 0, reverse=True)
-        for path in folders[max(1, limit) :]:
-            delete(path)
+        last = number_of(saved.name) or 0
+        numbers = {
+            path: number_of(path.name) or 0
+            for path in saved.parent.iterdir()
+            if _NAMED.fullmatch(path.name) and (path / SEAL).exists()
+        }
+        older = sorted((path for path in numbers if numbers[path] <= last), key=numbers.__getitem__)
+        for path in older[: -max(1, limit)]:
+            if path.resolve() != self._resumed_from:
+                delete(path)
+
+
+def _check_free(path: Path) -> None:
+    if path.exists():
+        raise ExistsError(
+            f"`{path}` exists already",
+            hint="set `accelerator.save_iteration` to the number after the last checkpoint's",
+        )
 
 
 def _holds_sealed(folder: Path) -> bool:

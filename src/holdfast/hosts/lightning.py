@@ -23,9 +23,12 @@ from typing import IO, Any
 
 from holdfast.catalog.findings import summary_of
 from holdfast.catalog.newest import check
+from holdfast.catalog.open_any import open_any
+from holdfast.catalog.paths import open_for_reading
 from holdfast.comm import all_ranks, run_on_rank_0
 from holdfast.errors import DamagedError, HoldfastError, StorageError
 from holdfast.hosts.sealing import delete, sealed_by_all
+from holdfast.storage.opening import is_url
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
@@ -71,8 +74,10 @@ def _io_class() -> type:
         def save_checkpoint(
             self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
         ) -> None:
-            if storage_options is not None:
-                super().save_checkpoint(checkpoint, path, storage_options)  # raises its TypeError
+            if storage_options is not None or is_url(path):
+                # The base class raises its TypeError, or saves to the URL.
+                super().save_checkpoint(checkpoint, path, storage_options)
+                return
             import torch
 
             # The base class would write in the system's temporary folder, where a killed save
@@ -81,11 +86,12 @@ def _io_class() -> type:
                 torch.save(checkpoint, part)
 
         def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            loaded: dict[str, Any] = super().load_checkpoint(_good(Path(path)), *args, **kwargs)
+            good = path if is_url(path) else _good(Path(path))
+            loaded: dict[str, Any] = super().load_checkpoint(good, *args, **kwargs)
             return loaded
 
         def remove_checkpoint(self, path: Any) -> None:
-            if Path(path).is_dir():
+            if not is_url(path) and Path(path).is_dir():
                 delete(Path(path))
             else:
                 super().remove_checkpoint(path)
@@ -108,8 +114,11 @@ def _strategy_class(kind: str) -> type:
         def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             # The trainer passes (checkpoint, path), Fabric (path, state).
             name, place = ("filepath", 1) if kind == "pytorch" else ("path", 0)
-            path = kwargs.pop(name) if name in kwargs else args[place]
-            args = tuple(arg for number, arg in enumerate(args) if number != place)
+            if name in kwargs:
+                path = kwargs.pop(name)
+            else:
+                path = args[place]
+                args = (*args[:place], *args[place + 1 :])
             path = str(self.broadcast(path))
             if not self._save_distributed_checkpoint:
                 super().save_checkpoint(*args, **kwargs, **{name: path})
@@ -124,15 +133,17 @@ def _strategy_class(kind: str) -> type:
 
         def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
             name = "checkpoint_path" if kind == "pytorch" else "path"
-            path = kwargs.pop(name) if name in kwargs else args[0]
+            if name in kwargs:
+                path = kwargs.pop(name)
+            else:
+                path, *args = args  # type: ignore[assignment]
             path = Path(str(self.broadcast(path)))
             ranks = all_ranks()
             try:
                 good = run_on_rank_0(ranks, lambda: _good(path))
             finally:
                 ranks.close()
-            rest = args[1:] if args and name not in kwargs else args
-            loaded: dict[str, Any] = super().load_checkpoint(good, *rest, **kwargs)
+            loaded: dict[str, Any] = super().load_checkpoint(good, *args, **kwargs)
             return loaded
 
         def remove_checkpoint(self, filepath: Any) -> None:
@@ -156,10 +167,11 @@ def _published(path: Path) -> Iterator[IO[bytes]]:
     """Give a file to write. At the end it is durable, and gets the name `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_parts(path.parent)
-    part = path.parent / f"{_PART}{path.name}"
+    # A name of its own: another process may be saving to this path too.
+    part = path.parent / f"{_PART}{path.name}-{os.urandom(4).hex()}"
     try:
-        with part.open("wb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
+        with part.open("xb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -195,7 +207,13 @@ def _good(path: Path) -> Path:
     another one if a save was killed before it replaced `last`."""
     candidates = [path]
     if path.name.startswith(_LAST) and path.exists():
-        beside = (p for p in path.parent.glob(f"[!.]*{path.suffix}") if p.exists())
+        # A file of weights alone does not take the place of a full one.
+        wanted = _holds_optimizer(path)
+        beside = [
+            other
+            for other in path.parent.glob(f"[!.]*{path.suffix}")
+            if other == path or (other.exists() and _holds_optimizer(other) >= wanted)
+        ]
         candidates = sorted(beside, key=lambda p: (p.stat().st_mtime_ns, p == path), reverse=True)
     for candidate in candidates:
         why = _why_not_good(candidate)
@@ -210,6 +228,20 @@ def _good(path: Path) -> Path:
             )
         logger.warning("passed over `%s`: %s", candidate, why)
     raise DamagedError(f"no checkpoint in `{path.parent}` is good")
+
+
+def _holds_optimizer(path: Path) -> bool:
+    """Whether a file has the state of optimizers. True for a folder, and for a damaged file."""
+    if path.is_dir():
+        return True
+    store, name = open_for_reading(path)
+    try:
+        manifest = open_any(store, name).manifest
+    except HoldfastError:
+        return True
+    paths = [entry.path for entry in manifest.tensors.values()]
+    paths += [entry.path for entry in manifest.values.values()]
+    return any(path[0] == "optimizer_states" for path in paths)
 
 
 def _why_not_good(path: Path) -> str | None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from holdfast.catalog.paths import open_for_saving
-from holdfast.catalog.replaceable import why_not_replaceable
-from holdfast.catalog.seal import Unsealed, begin
+from holdfast.catalog.replaceable import not_sealed, why_not_replaceable
+from holdfast.catalog.seal import Unsealed, begin, is_sealed
 from holdfast.comm import Ranks, gather_and_run, run_on_all
-from holdfast.errors import HoldfastError, RankError
+from holdfast.errors import HoldfastError, RankError, StorageError
 from holdfast.format.names import HiddenFolder
 
 logger: logging.Logger = logging.getLogger("holdfast")
@@ -20,7 +21,12 @@ logger: logging.Logger = logging.getLogger("holdfast")
 
 @contextmanager
 def sealed_by_all(
-    path: str, *, ranks: Ranks, publishes: bool, moves_aside: bool = False
+    path: str,
+    *,
+    ranks: Ranks,
+    publishes: bool,
+    moves_aside: bool = False,
+    link: str | None = None,
 ) -> Iterator[Path]:
     """Publish what all ranks write in the `with` block, all or none, as the folder `path`.
 
@@ -28,30 +34,50 @@ def sealed_by_all(
     renames it: one rank, or one per host where hosts do not share the folder.
 
     A checkpoint at `path` is replaced. Any other folder there is an error, or is renamed, with a
-    warning, if `moves_aside`.
+    warning, if `moves_aside`; files that were added to a sealed folder are then kept. `link`: name
+    under which the folder holds a link to itself while it is written, for hosts that append it.
 
     Collective. An error of one rank is raised on all, and nothing is published.
     """
-    chosen_id = ranks.broadcast(os.urandom(4).hex())
+    path, chosen_id = ranks.broadcast((path, os.urandom(4).hex()))
+    catalog, name = open_for_saving(path)
+    folder = Path(catalog.store.url, str(HiddenFolder("attempt", name, chosen_id)))
 
     def begin_here() -> Unsealed | None:
         if not publishes:
             return None
-        if moves_aside:
-            _move_aside(path)
-        return begin(path, overwrite=True, chosen_id=chosen_id)
+        added = _make_way(path) if moves_aside else {}
+        unsealed = begin(path, overwrite=True, chosen_id=chosen_id, may_hold_others=bool(added))
+        for file, source in added.items():
+            (unsealed.folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, unsealed.folder / file)
+        if link is not None:
+            (unsealed.folder / link).symlink_to(".")
+        return unsealed
+
+    def check_visible() -> None:
+        if not folder.is_dir():
+            raise StorageError(
+                f"this rank does not see `{folder}`, which another rank has made",
+                hint="save to a folder that all hosts share",
+            )
+
+    def publish() -> None:
+        if unsealed is not None:
+            if link is not None:
+                (unsealed.folder / link).unlink()
+            unsealed.publish()
 
     unsealed = run_on_all(ranks, begin_here)
-    catalog, name = open_for_saving(path)
-    folder = Path(catalog.store.url, str(HiddenFolder("attempt", name, chosen_id)))
     try:
+        run_on_all(ranks, check_visible)
         error: BaseException | None = None
         try:
             yield folder
         except BaseException as raised:  # noqa: BLE001 - raised once the other ranks know
             error = raised
         _raise_on_all(ranks, error)
-        run_on_all(ranks, lambda: None if unsealed is None else unsealed.publish())
+        run_on_all(ranks, publish)
     except BaseException:
         if unsealed is not None:
             unsealed.abort()
@@ -76,16 +102,24 @@ def _raise_on_all(ranks: Ranks, error: BaseException | None) -> None:
         raise error
 
 
-def _move_aside(path: str) -> None:
-    """Rename a folder that may not be replaced, such as one that a host has left half written."""
+def _make_way(path: str) -> dict[str, Path]:
+    """Rename a folder that may not be replaced, such as one that a host has left half written.
+
+    A sealed folder stays, since it may be all there is to resume from until the new one is
+    published. Returns the files that were added to it, by name.
+    """
     catalog, name = open_for_saving(path)
     store = catalog.store
     store.make_folder("")
     if f"{name}/" not in store.list():
-        return
+        return {}
     why = why_not_replaceable(store, name)
     if why is None:
-        return
+        return {}
+    if is_sealed(store, name):
+        added = [file for file in not_sealed(store, name) if not file.endswith("/")]
+        if added:
+            return {file: Path(path, file) for file in added}
     aside = f"unsealed-{name}-{os.urandom(4).hex()}"
     store.rename(name, aside)
     logger.warning(
@@ -94,6 +128,7 @@ def _move_aside(path: str) -> None:
         why,
         aside,
     )
+    return {}
 
 
 def delete(path: Path) -> None:

@@ -18,6 +18,7 @@ from holdfast.catalog.newest import check, newest_good
 from holdfast.comm import Ranks, all_ranks, run_on_rank_0
 from holdfast.errors import DamagedError, HoldfastError
 from holdfast.format.names import number_of
+from holdfast.format.seal import SEAL
 from holdfast.hosts.sealing import delete, sealed_by_all
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
     _push_waits = False
     """Whether the save in progress is to be pushed to the Hub once it is published."""
 
+    _resumed_from: Path | None = None
+    """Checkpoint that this run resumed from."""
+
     _ranks_here: Ranks | None = None
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -62,8 +66,11 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         Raises:
             DamagedError: every checkpoint, or the one at the given path, is damaged.
         """
+        self._resumed_from = None
         if resume_from_checkpoint:
             resume_from_checkpoint = self._good(resume_from_checkpoint)
+            if resume_from_checkpoint is not True:
+                self._resumed_from = Path(resume_from_checkpoint).resolve()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -71,27 +78,22 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         name = f"checkpoint-{self.state.global_step}"
         path = os.path.join(run_folder, name)  # noqa: PTH118 - text, as the Trainer keeps it
         publishes = bool(self.args.should_save)
+        # On SIGTERM every rank writes the sentinel, so all must be here before it goes.
+        self._ranks().all_reduce_max([0])
         if publishes:
             _remove_sentinel(Path(path))
+        # The Trainer writes to `checkpoint-N` in its output folder: that is the folder itself.
         with sealed_by_all(
-            path, ranks=self._ranks(), publishes=publishes, moves_aside=True
+            path, ranks=self._ranks(), publishes=publishes, moves_aside=True, link=name
         ) as folder:
-            # The Trainer writes to `checkpoint-N` in its output folder: that is the folder itself.
-            link = folder / name
-            if publishes:
-                link.symlink_to(".")
-            self._ranks().all_reduce_max([0])
             self._staged = str(folder)
             try:
                 super()._save_checkpoint(model, trial)
                 self._correct_best(str(folder), path)
             finally:
                 self._staged = None
-            self._ranks().all_reduce_max([0])
-            if publishes:
-                link.unlink()
         if publishes:
-            self._rotate(Path(run_folder))
+            self._rotate(Path(path))
         if self._push_waits:
             self._push_waits = False
             super()._push_from_checkpoint(path)
@@ -124,13 +126,11 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
 
         def find() -> Any:
             if wanted is not True:
-                if findings := check(wanted):
-                    raise DamagedError(
-                        f"`{wanted}` is damaged: {summary_of(findings)}",
-                        hint="`resume_from_checkpoint=True` takes the newest good one",
-                    )
+                _check_path(Path(wanted))
                 return wanted
-            newest = newest_good(folder, "checkpoint-[0-9]*") if os.path.isdir(folder) else None  # noqa: PTH112
+            newest = None
+            if os.path.isdir(folder):  # noqa: PTH112 - text, as the Trainer keeps it
+                newest = newest_good(folder, _CHECKPOINT, last_file=_STATE)
             if newest is None and _checkpoints(Path(folder)):
                 raise DamagedError(
                     f"no checkpoint in `{folder}` is good",
@@ -143,28 +143,49 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
 
     def _correct_best(self, staged: str, path: str) -> None:
         """Name the best checkpoint by its later path, in the Trainer's state and its file."""
-        best = self.state.best_model_checkpoint
-        if best is not None and str(best).startswith(staged):
-            self.state.best_model_checkpoint = path
+        best_step, named = self.state.best_global_step, self.state.best_model_checkpoint
+        if not best_step:
+            return
+        best = Path(path).parent / f"checkpoint-{best_step}"
+        is_there = best == Path(path) or best.is_dir()
+        # The Trainer looks for it in its output folder, which the staged one stands for.
+        if is_there and named != str(best):
+            self.state.best_model_checkpoint = str(best)
             if self.args.should_save:
                 self.state.save_to_json(os.path.join(staged, _STATE))  # noqa: PTH118
 
-    def _rotate(self, folder: Path) -> None:
-        """Keep `save_total_limit` good checkpoints: the newest, and the best."""
+    def _rotate(self, saved: Path) -> None:
+        """Keep `save_total_limit` checkpoints up to the one just saved: that one, the best, and the
+        newest good ones. Later ones and the one that the run resumed from stay in any case."""
         limit = self.args.save_total_limit
         if not limit or limit <= 0:
             return
-        checkpoints = _checkpoints(folder)
+        checkpoints = _checkpoints(saved.parent)
+        checkpoints = checkpoints[checkpoints.index(saved) :]
         good = [path for path in checkpoints if _is_whole(path)]
         best = self.state.best_model_checkpoint
-        kept = set(good[:1])
+        kept = {saved}
         kept |= {path for path in checkpoints if best and path.resolve() == Path(best).resolve()}
-        for path in good:
+        # Others fill up the number, such as checkpoints from before there were seals.
+        for path in (*good, *checkpoints):
             if len(kept) < limit:
                 kept.add(path)
-        for path in checkpoints[checkpoints.index(good[0]) :] if good else ():
-            if path not in kept:
+        for path in checkpoints:
+            if path not in kept and path.resolve() != self._resumed_from:
                 delete(path)
+
+
+def _check_path(path: Path) -> None:
+    """Raise a DamagedError if the checkpoint is damaged. Warns if it cannot be checked."""
+    if not path.is_dir():
+        return  # The Trainer's own error says more.
+    if not (path / SEAL).exists():
+        logger.warning("`%s` has no seal, so its bytes cannot be checked", path)
+    elif findings := check(path):
+        raise DamagedError(
+            f"`{path}` is damaged: {summary_of(findings)}",
+            hint="`resume_from_checkpoint=True` takes the newest good one",
+        )
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -175,7 +196,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _is_whole(path: Path) -> bool:
     """Whether a checkpoint has all files, each with its size."""
-    if not (path / "holdfast.seal").exists():
+    if not (path / SEAL).exists():
         return False
     try:
         return not check(path, quick=True)
@@ -184,7 +205,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _remove_sentinel(path: Path) -> None:
-    """Remove a folder that holds nothing but the sentinel of a save on SIGTERM."""
-    if path.is_dir() and [entry.name for entry in path.iterdir()] == [_SENTINEL]:
-        (path / _SENTINEL).unlink()
+    """Remove the sentinel of a save on SIGTERM, and the folder if it holds nothing else."""
+    (path / _SENTINEL).unlink(missing_ok=True)
+    if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
