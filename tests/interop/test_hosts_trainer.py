@@ -134,6 +134,35 @@ def test_torn_folders_do_not_push_out_good_checkpoints(tmp_path: Path, uninterru
     assert checkpoints(out) == ["checkpoint-6", "checkpoint-8"]
 
 
+def test_rotation_fills_up_with_checkpoints_from_before(
+    tmp_path: Path, uninterrupted: Path
+) -> None:
+    """Three checkpoints without a seal, and `save_total_limit = 3`: three are left after a save."""
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted / "plain", out)
+    run_commands(train(out=out, resume=True, steps=8, save_total_limit=3))
+    assert checkpoints(out) == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+
+
+def test_rotation_keeps_what_was_saved_and_resumed_from(
+    tmp_path: Path, uninterrupted: Path
+) -> None:
+    """A run that goes back to step 2 keeps its own checkpoint, step 2, and the later ones; a copy
+    with another name is neither resumed from nor deleted."""
+    out = copied(uninterrupted, tmp_path / "out")
+    shutil.copytree(out / "checkpoint-2", out / "checkpoint-2-copy9")
+    resume = str(out / "checkpoint-2")
+    run_commands(train(out=out, resume=resume, steps=4, save_total_limit=1))
+    assert checkpoints(out) == [
+        "checkpoint-2",
+        "checkpoint-2-copy9",
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
+    run_commands(train(out=out, resume=True, steps=8, save_total_limit=1, result=tmp_path / "w.pt"))
+    assert (tmp_path / "w.start").read_text() == "6"
+
+
 def test_the_best_model_is_kept_and_loaded(tmp_path: Path) -> None:
     """Its path in the state is the final one, and `save_total_limit = 1` keeps it."""
     out = tmp_path / "out"

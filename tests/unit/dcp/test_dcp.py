@@ -383,3 +383,33 @@ def test_uninstall_takes_everything_back(tmp_path: Path) -> None:
     assert (dict(FileSystemWriter.__dict__), dict(FileSystemReader.__dict__)) == before
     dcp_save({"w": torch.ones(3)}, checkpoint_id=tmp_path / "a")
     assert not has_manifest(tmp_path / "a")
+
+
+def test_the_current_folder_is_never_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor a mount point: both are refused before a byte is written, by `holdfast.save` too."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for path in (".", tmp_path / "here"):
+        with pytest.raises(CheckpointException, match="is the current folder"):
+            dcp_save({"w": torch.ones(3)}, storage_writer=Writer(path))
+    with pytest.raises(holdfast.UsageError, match="is the current folder"):
+        holdfast.save(".", {"w": torch.ones(3)})
+    with pytest.raises(holdfast.UsageError, match="is a mount point"):
+        holdfast.save("/proc", {"w": torch.ones(3)})
+    assert not any((tmp_path / "here").iterdir())
+
+
+def test_a_relative_path_is_that_of_the_moment_when_it_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current folder changes before the save, and before the load."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    writer, reader = Writer("a"), Reader("a")
+    monkeypatch.chdir(tmp_path / "two")
+    dcp_save({"w": torch.ones(3)}, storage_writer=writer)
+    assert (tmp_path / "one/a").is_dir()
+    assert loaded({"w": torch.ones(3)}, reader)["w"].sum() == 3
