@@ -16,8 +16,9 @@ if [ "${1:-}" = --all ]; then
     export HOLDFAST_TESTS_COLD=1
     shift
 fi
-# Use all cores; tests/conftest.py divides the tests. Use one core if the caller chooses the tests.
-workers=(--numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
+# One process more than cores, since tests wait for processes and disks; tests/conftest.py divides
+# the tests. One process if the caller chooses the tests.
+workers=(--numprocesses $(($(nproc) + 1)) --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
 for argument in "$@"; do
     [ "${argument:0:1}" = - ] || workers=()
 done

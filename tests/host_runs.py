@@ -22,6 +22,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -91,12 +92,14 @@ def _server(modules: tuple[str, ...]) -> subprocess.Popen[str]:
 
 
 def kill_at(name: str, *, times: int = 1) -> None:
-    """Kill this process when a file of that name is opened for the `times`-th time."""
+    """Kill this process when a file of that name, a pattern as in a shell, is opened for the
+    `times`-th time."""
     seen = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal seen
-        if event in ("open", "os.rename") and Path(str(arguments[0])).name == name:
+        opens = event in ("open", "os.rename")
+        if opens and fnmatchcase(Path(str(arguments[0])).name, name):
             seen += 1
             if seen == times:
                 os.kill(os.getpid(), signal.SIGKILL)

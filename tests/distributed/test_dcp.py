@@ -135,7 +135,11 @@ def load_everything(rank: int, size: int, folder: str, layout: str) -> list[Any]
 
 @pytest.mark.parametrize(
     ("saved_as", "num_saved", "loaded_as", "num_loaded"),
-    [("fsdp", 2, "fsdp", 3), ("hsdp", 4, "tp", 2), ("tp", 2, "plain", 1)],
+    [
+        ("fsdp", 2, "fsdp", 3),
+        pytest.param("hsdp", 4, "tp", 2, marks=pytest.mark.slow),
+        ("tp", 2, "plain", 1),
+    ],
 )
 def test_layouts_load_across_each_other_and_stock(
     tmp_path: Path, saved_as: str, num_saved: int, loaded_as: str, num_loaded: int

@@ -43,7 +43,7 @@ def assert_same(one: Path, other: Path) -> None:
     ("model", "first", "then"),
     [
         ((), {"tensor": 2}, {"pipeline": 2}),
-        (EXPERTS, {"expert": 2}, {"tensor": 2, "context": 2}),
+        pytest.param(EXPERTS, {"expert": 2}, {"tensor": 2, "context": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_a_folder_exported_by_one_layout_starts_a_run_of_another(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from extent import some
 from holdfast.hf.flavors import MODELS
 from layouts import Layout, add_flavors, train_all, trained
 from processes import run_processes
@@ -70,7 +71,12 @@ MORE_ON_8 = [
     Layout("tp2 cp2 pp2", "recompute"),
     Layout("tp4 pp2 ep2", "experts", schedule="Interleaved1F1B"),
 ]
-GROUPS = {"4": (4, ON_4), "8": (8, ON_8), "more 4": (4, MORE_ON_4), "more 8": (8, MORE_ON_8)}
+GROUPS = {
+    "4": (4, some(ON_4, 9)),
+    "8": (8, some(ON_8, 1)),
+    "more 4": (4, MORE_ON_4),
+    "more 8": (8, MORE_ON_8),
+}
 
 Results = Callable[[str], list[dict[str, Any]]]
 

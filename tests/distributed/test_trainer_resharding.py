@@ -141,13 +141,16 @@ def check(size: int, sources: list[str], folder: Path) -> None:
         assert run_processes(size, load_all, target, sources, folder) == [[]] * size
 
 
-@pytest.mark.parametrize("size", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (4, 8))]
+)
 def test_every_layout_loads_the_checkpoints_of_every_other(size: int, folder: Path) -> None:
     """G6, G9: weights and AdamW state of a model with experts are equal bit for bit. Method:
     replicas, shards, tensor, pipeline, context and expert parallelism, alone and combined."""
     check(size, SOURCES, folder)
 
 
+@pytest.mark.slow
 def test_eight_ranks_load_the_checkpoints_of_one_and_of_three(folder: Path) -> None:
     """G6, G9: a checkpoint loads on more ranks than saved it, evenly or not."""
     check(8, [*LAYOUTS[1], *LAYOUTS[3]], folder)

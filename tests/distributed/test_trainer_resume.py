@@ -10,24 +10,31 @@ import pytest
 import torch.distributed as dist
 
 from checkpoints import contents, differing
+from extent import some
 from holdfast.trainer.train import train
 from layouts import Layout, add_flavors, parallel_context
 from processes import run_processes
 from runs import losses
 
-LAYOUTS = [
-    Layout("replicate2 shard2"),
-    Layout("pp2 tp2", schedule="Interleaved1F1B"),
-    Layout("replicate2 cp2"),
-    Layout("shard2 cp2 ep2", "experts"),
-    Layout("pp2 shard2 ep2", "experts"),
-]
+LAYOUTS = some(
+    [
+        Layout("replicate2 shard2"),
+        Layout("pp2 tp2", schedule="Interleaved1F1B"),
+        Layout("shard2 cp2 ep2", "experts"),
+        Layout("replicate2 cp2"),
+        Layout("pp2 shard2 ep2", "experts"),
+    ],
+    3,
+)
 pytestmark = pytest.mark.timeout(400)  # the fixture takes many runs
 
-MOVES = [
-    (Layout("replicate2 shard2"), Layout("pp2 tp2", schedule="Interleaved1F1B")),
-    (Layout("pp2 shard2 ep2", "experts"), Layout("shard2 cp2 ep2", "experts")),
-]
+MOVES = some(
+    [
+        (Layout("replicate2 shard2"), Layout("pp2 tp2", schedule="Interleaved1F1B")),
+        (Layout("pp2 shard2 ep2", "experts"), Layout("shard2 cp2 ep2", "experts")),
+    ],
+    1,
+)
 """Layouts of the first and of the second half of a run."""
 
 ALONE = [Layout("", "small"), Layout("", "experts")]

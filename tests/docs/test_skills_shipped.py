@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_type_hints
 
@@ -164,6 +165,8 @@ def test_what_a_page_tells_to_run_runs(
         lines = text.splitlines()
         if language == "python" and lines[0].startswith("# "):
             (tmp_path / lines[0].removeprefix("# ")).write_text(text)
+        elif "hosts.torchtitan" in text and find_spec("torchtitan") is None:
+            continue  # No package index has its dependencies for every Python.
         elif language == "python":
             if "CheckpointManager(" in text:
                 shutil.rmtree(tmp_path / "outputs", ignore_errors=True)

@@ -53,12 +53,12 @@ ALL = ["last.ckpt", "step=12.ckpt", "step=4.ckpt", "step=8.ckpt"]
 POINTS: dict[str, list[tuple[dict[str, Any], int]]] = {
     "lightning": [
         ({"limit": 20_000, "dies": True}, 4),
-        ({"kill": ".part-step=8.ckpt", "times": 2}, 4),
-        ({"kill": ".part-last.ckpt", "times": 3}, 8),
+        ({"kill": ".part-step=8.ckpt-*", "times": 2}, 4),
+        ({"kill": ".part-last.ckpt-*", "times": 3}, 8),
     ],
     "fabric": [
-        ({"kill": ".part-step=8.ckpt", "times": 1}, 4),
-        ({"kill": ".part-last.ckpt", "times": 4}, 8),
+        ({"kill": ".part-step=8.ckpt-*", "times": 1}, 4),
+        ({"kill": ".part-last.ckpt-*", "times": 4}, 8),
     ],
 }
 """Where the second save is killed: in the middle of the file, before its rename, or when it is

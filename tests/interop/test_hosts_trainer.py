@@ -196,7 +196,7 @@ def test_a_checkpoint_from_before_is_used_if_none_is_sealed(
     assert holdfast.newest_good(out) == out / "checkpoint-6"
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_trainers_of_trl_with_an_adapter(tmp_path: Path, kind: str) -> None:
     """Gradient accumulation, PEFT, a killed save, and the same bits after the resume."""
     pytest.importorskip("trl")

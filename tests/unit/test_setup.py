@@ -56,8 +56,8 @@ def set_up(project: Path, *, seconds: str, status: str = "0") -> subprocess.Comp
 def test_the_set_up_shows_progress_of_pip_and_is_silent_the_second_time(
     project: Path,
 ) -> None:
-    """Method: a pip that takes six seconds, with its output in a log; a line every five seconds."""
-    first = set_up(project, seconds="6")
+    """Method: a pip that takes seven seconds, with its output in a log; a line after five."""
+    first = set_up(project, seconds="7")
     assert (first.returncode, first.stdout) == (0, "done\n")
     lines = first.stderr.splitlines()
     assert lines[0].startswith(f"setting up {project}/.venv (once; takes minutes")

@@ -153,8 +153,8 @@ class _Host:
         return self._ranks
 
     def _rotate(self, saved: Path, limit: int | None) -> None:
-        """Keep the newest `limit` sealed checkpoints up to the one just saved. Later ones and the
-        one that was loaded stay. Called after a save, so that a failed one costs none of them."""
+        """Keep the newest `limit` sealed checkpoints up to the one just saved. Later ones stay, and
+        at first the one that was loaded. Called after a save: a failed one costs none of them."""
         if limit is None:
             return
         last = number_of(saved.name) or 0
@@ -167,6 +167,8 @@ class _Host:
         for path in older[: -max(1, limit)]:
             if path.resolve() != self._resumed_from:
                 delete(path)
+        # After the next save there are two of this run's own.
+        self._resumed_from = None
 
 
 def _check_free(path: Path) -> None:

@@ -207,12 +207,10 @@ def _good(path: Path) -> Path:
     another one if a save was killed before it replaced `last`."""
     candidates = [path]
     if path.name.startswith(_LAST) and path.exists():
-        # A file of weights alone does not take the place of a full one.
-        wanted = _holds_optimizer(path)
         beside = [
             other
             for other in path.parent.glob(f"[!.]*{path.suffix}")
-            if other == path or (other.exists() and _holds_optimizer(other) >= wanted)
+            if other == path or (other.exists() and not _holds_weights_alone(other))
         ]
         candidates = sorted(beside, key=lambda p: (p.stat().st_mtime_ns, p == path), reverse=True)
     for candidate in candidates:
@@ -230,18 +228,20 @@ def _good(path: Path) -> Path:
     raise DamagedError(f"no checkpoint in `{path.parent}` is good")
 
 
-def _holds_optimizer(path: Path) -> bool:
-    """Whether a file has the state of optimizers. True for a folder, and for a damaged file."""
+def _holds_weights_alone(path: Path) -> bool:
+    """Whether this is a file that a `ModelCheckpoint` with `save_weights_only` has written: no run
+    can resume from it. False if it is damaged."""
     if path.is_dir():
-        return True
+        return False
     store, name = open_for_reading(path)
     try:
         manifest = open_any(store, name).manifest
     except HoldfastError:
-        return True
+        return False
     paths = [entry.path for entry in manifest.tensors.values()]
     paths += [entry.path for entry in manifest.values.values()]
-    return any(path[0] == "optimizer_states" for path in paths)
+    keys = {path[0] for path in paths}
+    return "pytorch-lightning_version" in keys and "optimizer_states" not in keys
 
 
 def _why_not_good(path: Path) -> str | None:

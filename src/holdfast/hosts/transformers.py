@@ -156,7 +156,7 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
 
     def _rotate(self, saved: Path) -> None:
         """Keep `save_total_limit` checkpoints up to the one just saved: that one, the best, and the
-        newest good ones. Later ones and the one that the run resumed from stay in any case."""
+        newest good ones. Later ones stay, and at first the one that the run resumed from."""
         limit = self.args.save_total_limit
         if not limit or limit <= 0:
             return
@@ -173,6 +173,8 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         for path in checkpoints:
             if path not in kept and path.resolve() != self._resumed_from:
                 delete(path)
+        # After the next save there are two of this run's own.
+        self._resumed_from = None
 
 
 def _check_path(path: Path) -> None:

@@ -36,5 +36,8 @@ class Resumed(int):
     def __getnewargs__(self) -> tuple[Any, ...]:
         return int(self), self.source, self.where
 
+    def __str__(self) -> str:
+        return str(int(self))
+
     def __repr__(self) -> str:
         return f"Resumed(step={int(self)}, source={self.source!r}, where={self.where!r})"

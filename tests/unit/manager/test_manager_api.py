@@ -39,6 +39,7 @@ def test_load_says_where_the_state_comes_from(tmp_path: Path) -> None:
         resumed = again.load()
         assert (resumed, resumed.source) == (10, "checkpoint")
         assert resumed.where == str(tmp_path / "a/step-10")
+        assert f"{resumed} {resumed}" == "10 10"
         assert range(resumed + 1, 13) == range(11, 13)
         assert pickle.loads(pickle.dumps(resumed)).where == resumed.where
         assert repr(resumed) == f"Resumed(step=10, source='checkpoint', where={resumed.where!r})"

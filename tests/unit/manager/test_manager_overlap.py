@@ -209,11 +209,11 @@ def slow(folder: Path, **settings: Any) -> Any:
 
 def test_saves_write_no_faster_than_the_limit(tmp_path: Path) -> None:
     """Method: the duration of the write in the manifest is at least the bytes divided by the limit,
-    on any machine."""
+    on any machine, up to the time between two clocks."""
     with slow(tmp_path) as (*_, manager):
         manager.save(1)
     manifest = holdfast.open(tmp_path / "step-1").manifest
-    assert manifest.timings["write"].most >= manifest.nbytes / 20e6
+    assert manifest.timings["write"].most >= 0.99 * manifest.nbytes / 20e6
 
 
 def steps_in(folder: Path) -> list[int]:
