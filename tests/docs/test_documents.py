@@ -123,7 +123,7 @@ def test_the_commands_that_look_after_checkpoints(tmp_path: Path) -> None:
     for step in (10, 20):
         save_step(tmp_path / "outputs/checkpoint", step)
     for command in LOOKING:
-        words = [sys.executable, "-m", "holdfast.cli", *shlex.split(command)[1:]]
+        words = [python(), "-m", "holdfast.cli", *shlex.split(command)[1:]]
         ran = subprocess.run(words, cwd=tmp_path, text=True, capture_output=True)
         assert (ran.returncode, ran.stderr) == (0, ""), command
         if command in ("holdfast list outputs/checkpoint", "holdfast doctor outputs/checkpoint"):
@@ -237,11 +237,12 @@ def test_the_commands_that_convert(tmp_path: Path) -> None:
 
 
 def test_a_run_that_saves_nothing(tmp_path: Path) -> None:
-    """Method: run the command of the configuration page for two steps."""
+    """Method: run the command of the configuration page for two steps, on one worker."""
     words = [str(ROOT / "run_train.sh"), *shlex.split(TRAINING[0])[1:], *SHORT]
     ran = subprocess.run(
         [*words, "--training.steps", "2"],
         cwd=tmp_path,
+        env={**os.environ, "NGPU": "1"},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
