@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadFileScheduling
+
+import warm
 
 # No deadlines, since the time of an example depends on the machine.
 # `derandomize` runs the same examples each time, so that a failure comes from a change of the code.
@@ -29,6 +32,10 @@ class Together(LoadFileScheduling):  # type: ignore[misc]
     def _split_scope(self, nodeid: str) -> str:
         file: str = super()._split_scope(nodeid)
         return "ranks" if "/distributed/" in file or "test_sigkill" in file else file
+
+
+def pytest_xdist_setupnodes() -> None:
+    os.environ[warm.SHARED] = warm.python()
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:

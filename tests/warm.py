@@ -17,6 +17,10 @@ HERE = Path(__file__).parent
 COLD = "HOLDFAST_TESTS_COLD"
 """Environment variable with which every command starts afresh."""
 
+SHARED = "HOLDFAST_TESTS_PYTHON"
+"""Environment variable with the path that `python` returned in the process that started this one.
+Workers of one test run share its server, since each server takes seconds to start."""
+
 
 @cache
 def python() -> str:
@@ -27,6 +31,8 @@ def python() -> str:
     """
     if os.environ.get(COLD):
         return sys.executable
+    if started := os.environ.get(SHARED):
+        return started
     # Paths of sockets are short, those of `tmp_path` may not be.
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
     client = folder / "python"
