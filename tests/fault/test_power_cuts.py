@@ -214,7 +214,7 @@ def test_a_step_that_is_deleted_is_complete_or_absent() -> None:
         save(store, 2, 2)
 
     def delete(store: Store) -> None:
-        store.remove(str(Catalog(store).set_aside_for_deletion(step_name(1))))
+        store.remove(Catalog(store).set_aside_for_deletion(step_name(1)))
 
     check([{1: 1, 2: 2}, {2: 2}], delete, before=before)
 
