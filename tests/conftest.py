@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ class Together(LoadFileScheduling):  # type: ignore[misc]
 
 
 def pytest_xdist_setupnodes() -> None:
-    os.environ[warm.SHARED] = warm.python()
+    warm.share()
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
