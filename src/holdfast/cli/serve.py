@@ -71,6 +71,7 @@ def run(arguments: Sequence[str]) -> int:
     token = token_of(options, os.environ)
     try:
         from holdfast.dashboard.condition import Limits
+        from holdfast.dashboard.watch import Fleet
         from holdfast.dashboard.web import server_of
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:
@@ -84,7 +85,8 @@ def run(arguments: Sequence[str]) -> int:
     listener = listen(options.host, options.port)
     names = ["localhost", options.host, socket.gethostname(), *options.allow_host]
     limits = Limits(options.stale_intervals, options.max_age)
-    server = server_of(options.folders, names, limits, token)
+    fleet = Fleet(options.folders)
+    server = server_of(fleet, names, limits, token)
     received: list[signal.Signals] = []
 
     def stop(number: int, _: FrameType | None) -> None:
@@ -101,6 +103,7 @@ def run(arguments: Sequence[str]) -> int:
         say(f"open it with its token: http://{name}:{port}/?token={token}")
     sys.stdout.flush()
     server.run(sockets=[listener])
+    fleet.stop()
     by = received[0].name if received else "itself"
     say(f"stopped by {by}: {counted(server.server_state.total_requests, 'request')} answered")
     return 0

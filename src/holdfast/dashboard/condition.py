@@ -79,8 +79,8 @@ class Condition:
     notes: tuple[str, ...]
     """Reasons for the state, then other facts to know, each as a sentence without a full stop."""
 
-    is_alarming: bool
-    """Whether the run needs attention in any state: its loss is not finite, or saves failed."""
+    alarms: tuple[str, ...] = ()
+    """Facts that need attention in any state: the loss is not finite, or saves failed."""
 
 
 def condition_of(run: WatchedFolder, now: datetime, limits: Limits) -> Condition:
@@ -98,12 +98,18 @@ def condition_of(run: WatchedFolder, now: datetime, limits: Limits) -> Condition
         age_s=age_s,
         stale_s=stale_s,
         notes=tuple(note.replace(f"{path}/", "") for note in notes if note),
-        is_alarming=_has_bad_loss(figures) or figures.totals.num_failed > 0,
+        alarms=tuple(_alarms(figures)),
     )
 
 
-def _has_bad_loss(figures: Figures) -> bool:
-    return bool(figures.losses) and not math.isfinite(figures.losses[-1][1])
+def _alarms(figures: Figures) -> list[str]:
+    alarms = []
+    step, loss = figures.losses[-1] if figures.losses else (0, 0.0)
+    if not math.isfinite(loss):
+        alarms.append(f"the loss is {loss} at step {step:,}")
+    if figures.totals.num_failed:
+        alarms.append(f"{counted(figures.totals.num_failed, 'save')} failed")
+    return alarms
 
 
 def _state(
@@ -139,11 +145,6 @@ def _facts(figures: Figures, time: float, *, state: State, is_writing: bool) -> 
             facts.append("no checkpoint to resume from")
         else:
             facts.append(f"a resume takes step {figures.newest.step:,}")
-    if _has_bad_loss(figures):
-        step, loss = figures.losses[-1]
-        facts.append(f"the loss is {loss} at step {step:,}")
-    if figures.totals.num_failed:
-        facts.append(f"{counted(figures.totals.num_failed, 'save')} failed")
     if is_writing:
         facts.append("a save is being written")
     elif figures.num_unfinished:

@@ -29,7 +29,7 @@ def digest(run: WatchedFolder, now: datetime, limits: Limits, *, full: bool) -> 
     result: dict[str, Any] = {
         "folder": run.folder,
         "state": condition.state,
-        "notes": condition.notes,
+        "notes": [*condition.alarms, *condition.notes],
         "problem": latest.problem,
         "looked_at": latest.time,
     }
@@ -70,7 +70,7 @@ def _unhealthy(run: WatchedFolder, now: datetime, max_age_s: float | None) -> st
     if newest is None:
         return "no step to resume from"
     age = age_s(latest.figures, now)
-    if max_age_s is None or (age is not None and age <= max_age_s):
+    if max_age_s is None or latest.figures.is_finished or (age is not None and age <= max_age_s):
         return None
     if age is None:
         return f"step {newest.step} does not say when it was saved"
@@ -92,23 +92,33 @@ class _Metrics(Collector):
         """Returns every metric, with a sample for each run that has it."""
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
         for folder, run in self._runs.items():
-            for kind, name, help_text, value, labels in _samples(run, self._now, self._limits):
+            for kind, name, help_text, value, labels in self._samples_of(run):
                 if name not in families:
                     families[name] = kind(f"holdfast_{name}", help_text, labels=["folder", *labels])
-                label = folder.encode(errors="replace").decode()
-                families[name].add_metric([label, *labels.values()], value)
+                texts = [
+                    text.encode(errors="replace").decode() for text in (folder, *labels.values())
+                ]
+                families[name].add_metric(texts, value)
         return families.values()
+
+    def _samples_of(self, run: WatchedFolder) -> Sequence[Sample]:
+        try:
+            samples = _samples(run, self._now, self._limits)
+            return [(kind, name, text, float(value), on) for kind, name, text, value, on in samples]
+        except Exception:  # noqa: BLE001 - an error of one run must not hide the others
+            return [(GaugeMetricFamily, "up", UP, 0.0, {})]
 
 
 Kind = type[GaugeMetricFamily] | type[CounterMetricFamily]
 Sample = tuple[Kind, str, str, float, dict[str, str]]
 """Kind, name, help text, value, labels."""
 
+UP = "Whether the folder can be read and holds checkpoints."
+
 
 def _samples(run: WatchedFolder, now: datetime, limits: Limits) -> Iterator[Sample]:
     gauge, latest, figures = GaugeMetricFamily, run.latest, run.latest.figures
-    up = float(latest.history is not None)
-    yield gauge, "up", "Whether the folder can be read and holds checkpoints.", up, {}
+    yield gauge, "up", UP, float(latest.history is not None), {}
     read_at = "When the folder was last read."
     yield gauge, "last_look_timestamp_seconds", read_at, latest.time, {}
     condition = condition_of(run, now, limits)

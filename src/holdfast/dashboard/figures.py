@@ -118,7 +118,7 @@ def figures_of(history: History) -> Figures:
         num_unfinished=sum(row.state == "attempt" for row in rows),
         written_at=history.written_at,
         nbytes=sum(row.nbytes or 0 for row in rows),
-        is_finished=history.trainer.is_finished or (bool(good) and _holds_model_alone(good[-1])),
+        is_finished=history.trainer.is_finished or (bool(good) and _is_last(good[-1], history)),
         last=history.reports[-1] if history.reports else None,
         losses=_latest_losses(history),
         blocked_share=share if len(history.reports) > 1 else None,
@@ -126,8 +126,12 @@ def figures_of(history: History) -> Figures:
     )
 
 
-def _holds_model_alone(row: CheckpointRow) -> bool:
-    return row.kind in ("model", "hf") and row.step != 0
+def _is_last(row: CheckpointRow, history: History) -> bool:
+    """Whether a run has ended with this checkpoint: it holds the model alone, and no step came
+    after it."""
+    if row.kind not in ("model", "hf") or not row.step:
+        return False
+    return not history.reports or history.reports[-1].step <= row.step
 
 
 def _interval_s(history: History) -> float | None:

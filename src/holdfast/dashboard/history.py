@@ -16,6 +16,7 @@ from holdfast.catalog.paths import open_for_reading
 from holdfast.errors import HoldfastError
 from holdfast.format import timings
 from holdfast.format.names import hidden_folder_of
+from holdfast.format.untrusted import SIZE_MAX
 from holdfast.storage.local import LocalStore
 from holdfast.storage.store import ReadStore
 from holdfast.timing import Times
@@ -261,9 +262,9 @@ def _read_trainer_log(store: ReadStore, key: str) -> TrainerLog:
             return TrainerLog()
         state: Any = json.loads(store.read(key, 0, nbytes))
         log = [(line["step"], line["loss"]) for line in state["log_history"] if "loss" in line]
-        losses = [(step, float(loss)) for step, loss in log if type(step) is int]
+        losses = [(step, float(loss)) for step, loss in log if _is_count(step)]
         return TrainerLog(losses, 0 < state["max_steps"] <= state["global_step"])
-    except (HoldfastError, ValueError, LookupError, TypeError, RecursionError):
+    except (HoldfastError, ValueError, LookupError, TypeError, RecursionError, OverflowError):
         return TrainerLog()
 
 
@@ -314,7 +315,7 @@ def _record(line: bytes) -> MetricsRow | None:
     """Decode one line; None where it is cut off, or no record."""
     try:
         row: Any = json.loads(line)
-        if type(row["step"]) is not int:
+        if not _is_count(row["step"]):
             return None
         return MetricsRow(
             step=row["step"],
@@ -334,6 +335,11 @@ def _record(line: bytes) -> MetricsRow | None:
 
 def _times(row: Any) -> Times:
     stages = timings.decode(row["stages"])
-    if not stages:
-        raise ValueError("a save without stages")
-    return Times(int(row["step"]), int(row["nbytes"]), float(row["seconds"]), stages)
+    if not stages or not _is_count(row["step"]) or not _is_count(row["nbytes"]):
+        raise ValueError("no save")
+    return Times(row["step"], row["nbytes"], float(row["seconds"]), stages)
+
+
+def _is_count(value: Any) -> bool:
+    # Rates and charts of integers that no float holds could not be computed.
+    return type(value) is int and 0 <= value <= SIZE_MAX

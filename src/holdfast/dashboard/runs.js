@@ -14,8 +14,7 @@ function order() {
 
 function keyOf(row, column) {
   const key = row.querySelector(`td.${column}`).dataset.key;
-  const number = Number(key);
-  return key === undefined || Number.isNaN(number) ? key : number;
+  return key === undefined || column === "run" ? key : Number(key);
 }
 
 function compare(one, other, descending) {
@@ -23,7 +22,7 @@ function compare(one, other, descending) {
     return (one === undefined) - (other === undefined);
   }
   const sign = descending ? -1 : 1;
-  return typeof one === typeof other && one !== other ? sign * (one < other ? -1 : 1) : 0;
+  return one === other ? 0 : sign * (one < other ? -1 : 1);
 }
 
 function sort() {
@@ -77,7 +76,7 @@ function show(page) {
       }
     }
   }
-  for (const part of ["h1", "#counts"]) {
+  for (const part of ["h1", "#counts", "#hints"]) {
     document.querySelector(part).replaceWith(page.querySelector(part));
   }
   document.title = page.title;

@@ -11,8 +11,8 @@ from datetime import datetime
 from html import escape
 from importlib.resources import files
 
-from holdfast.dashboard.condition import STATES, Condition, Limits, condition_of
-from holdfast.dashboard.figures import Figures, curve
+from holdfast.dashboard.condition import STATES, Condition, Limits, State, condition_of
+from holdfast.dashboard.figures import NO_FIGURES, Figures, curve
 from holdfast.dashboard.watch import WatchedFolder
 from holdfast.spelling import counted, spelled_age, spelled_bytes
 
@@ -56,6 +56,16 @@ class Cell:
     """Value to sort by; None sorts last."""
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Row of the table: one run."""
+
+    name: str
+    state: State
+    has_alarm: bool
+    html: str
+
+
 def runs_page(
     runs: Mapping[int, WatchedFolder],
     now: datetime,
@@ -68,35 +78,28 @@ def runs_page(
     `incomplete`: folders given that hold more than was searched.
     """
     names = short_names([run.folder for run in runs.values()])
-    conditions = {number: condition_of(run, now, limits) for number, run in runs.items()}
-
-    def badness(number: int) -> tuple[int, bool, str]:
-        condition = conditions[number]
-        name = names[runs[number].folder]
-        return STATES.index(condition.state), not condition.is_alarming, name
-
-    rows = [
-        _row(number, runs[number], conditions[number], names[runs[number].folder])
-        for number in sorted(runs, key=badness)
+    drawn = [
+        _row(number, run, names[run.folder], now, limits) for number, run in sorted(runs.items())
     ]
-    counts = Counter(condition.state for condition in conditions.values())
+    rows = sorted(drawn, key=lambda row: (STATES.index(row.state), not row.has_alarm, row.name))
+    counts = Counter(row.state for row in rows)
     title = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
     chips = "".join(
         f'<span class="count {_css(state)}"><b>{counts[state]}</b> {state}</span>'
         for state in STATES
         if counts[state]
     )
-    notes = "".join(
+    hints = "".join(
         f'<p class="limit">Only a part of {escape(folder)} was searched for runs: it is too '
         "large.</p>"
         for folder in incomplete
     )
-    empty = "" if rows else "<p>No runs yet.</p>"
+    hints += "" if rows else "<p>No runs yet.</p>"
     content = (
         f'<header><h1>{counted(len(runs), "run")}</h1><div id="counts">{chips}</div>'
-        f'<p id="time">as of {now:%Y-%m-%d %H:%M} UTC</p></header>{notes}'
+        f'<p id="time">as of {now:%Y-%m-%d %H:%M} UTC</p></header><div id="hints">{hints}</div>'
         f'<table class="runs"><thead><tr>{_head()}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table>{empty}"
+        f"<tbody>{''.join(row.html for row in rows)}</tbody></table>"
     )
     return f"{title or 'no runs'} - Holdfast", content
 
@@ -129,14 +132,27 @@ def _head() -> str:
     return "".join(cells)
 
 
-def _row(number: int, run: WatchedFolder, condition: Condition, name: str) -> str:
-    figures, state = run.latest.figures, condition.state
-    notes = "; ".join(condition.notes)
-    alarm = ' class="alarm"' if condition.is_alarming else ""
+def _row(number: int, run: WatchedFolder, name: str, now: datetime, limits: Limits) -> Row:
+    figures = run.latest.figures
+    try:
+        condition = condition_of(run, now, limits)
+        html = _drawn(number, run.folder, name, figures, condition)
+    except Exception as error:  # noqa: BLE001 - an error of one run must not hide the others
+        note = f"{type(error).__name__}: {error}"
+        condition = Condition("unreadable", None, None, (note,))
+        html = _drawn(number, run.folder, name, NO_FIGURES, condition)
+    return Row(name, condition.state, bool(condition.alarms), html)
+
+
+def _drawn(number: int, folder: str, name: str, figures: Figures, condition: Condition) -> str:
+    state = condition.state
+    alarms, notes = "; ".join(condition.alarms), "; ".join(condition.notes)
+    shown = [f'<b class="alarm">{escape(alarms)}</b>' if alarms else "", escape(notes)]
+    note = f'<span title="{escape("; ".join((*condition.alarms, notes)))}">'
     cells = {
         "state": Cell(f'<span class="chip">{state}</span>', key=STATES.index(state)),
         "run": Cell(
-            f'<a href="/runs/{number}">{escape(name)}</a>', escape(run.folder), key=name.lower()
+            f'<a href="/runs/{number}">{escape(name)}</a>', escape(folder), key=name.lower()
         ),
         "step": _step(figures),
         "age": _age(figures, condition),
@@ -144,7 +160,7 @@ def _row(number: int, run: WatchedFolder, condition: Condition, name: str) -> st
         "rate": _rate(figures),
         "blocked": _blocked(figures),
         "size": _size(figures),
-        "note": Cell(f'<span{alarm} title="{escape(notes)}">{escape(notes)}</span>'),
+        "note": Cell(f"{note}{'; '.join(filter(None, shown))}</span>"),
     }
     drawn = "".join(_cell(column, cell) for column, cell in cells.items())
     return f'<tr id="run-{number}" class="{_css(state)}">{drawn}</tr>'

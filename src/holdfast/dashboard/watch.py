@@ -21,8 +21,11 @@ SEARCH_S = 10.0
 READ_SHARE = 0.05
 """Largest share of a thread's time for reading, so slow folders are read more rarely."""
 
-CPU_SHARE = 0.1
-"""Largest share of one CPU core that the threads of all folders use together."""
+CPU_SHARE = 0.08
+"""Largest share of one CPU core that reading all runs takes together."""
+
+SEARCH_CPU_SHARE = 0.02
+"""Largest share of one CPU core that searching all folders takes together."""
 
 FIRST_READ_S = 1.0
 """Seconds to wait for the first read."""
@@ -118,9 +121,12 @@ class Fleet:
         self._runs: dict[int, WatchedFolder] = {}
         self._paths: set[str] = set()
         self._incomplete: set[str] = set()
-        searches = [_Search(self, number, folder) for number, folder in enumerate(folders)]
+        cpu_share = SEARCH_CPU_SHARE / max(len(folders), 1)
+        self._searches = [
+            _Search(self, number, folder, cpu_share) for number, folder in enumerate(folders)
+        ]
         deadline = time.monotonic() + FIRST_READ_S
-        for number, search in enumerate(searches):
+        for number, search in enumerate(self._searches):
             if not search.first.wait(max(deadline - time.monotonic(), 0)):
                 # A folder that hangs is shown as one that cannot be read.
                 self.add(number, folders[number], FoundRuns((), is_complete=True))
@@ -143,14 +149,23 @@ class Fleet:
     def is_single(self) -> bool:
         """Whether the only folder given is that of a run."""
         with self._lock:
-            return self._num_given == 1 and [*self._runs] == [0]
+            return self._num_given == 1 and [*self._runs] == [0] and not self._incomplete
+
+    def stop(self) -> None:
+        """Neither search nor read any more."""
+        for search in self._searches:
+            search.stopped.set()
+        for run in self.runs.values():
+            run.stop()
 
     def add(self, number: int, folder: str, found: FoundRuns) -> None:
         """Watch what was found in the folder given with this number."""
         root = path_of(folder)
         below = [path for path in found.folders if path != root]
         with self._lock:
-            if not found.is_complete:
+            if found.is_complete:
+                self._incomplete.discard(folder)
+            else:
                 self._incomplete.add(folder)
             if below:
                 # What seemed to be a run that has not saved yet is a folder above runs.
@@ -179,14 +194,15 @@ class Fleet:
 class _Search:
     """Thread that searches one of the folders given for runs."""
 
-    def __init__(self, fleet: Fleet, number: int, folder: str) -> None:
+    def __init__(self, fleet: Fleet, number: int, folder: str, cpu_share: float) -> None:
         self._fleet, self._number, self._folder = fleet, number, folder
-        self.first = threading.Event()
+        self._cpu_share = cpu_share
+        self.first, self.stopped = threading.Event(), threading.Event()
         threading.Thread(target=self._run, name="holdfast-search", daemon=True).start()
 
     def _run(self) -> None:
-        root = path_of(self._folder)
-        while True:
+        root, pause_s = path_of(self._folder), 0.0
+        while not self.stopped.wait(pause_s):
             started, cpu_started = time.monotonic(), time.thread_time()
             try:
                 found = find_runs(self._folder)
@@ -197,4 +213,4 @@ class _Search:
             if found.folders == [root]:
                 return
             spent, cpu_spent = time.monotonic() - started, time.thread_time() - cpu_started
-            time.sleep(max(SEARCH_S, spent / READ_SHARE, cpu_spent / CPU_SHARE))
+            pause_s = max(SEARCH_S, spent / READ_SHARE, cpu_spent / self._cpu_share)

@@ -13,7 +13,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from html import escape
 from importlib.resources import files
@@ -58,15 +58,15 @@ SCRIPTS = {name: files(__package__).joinpath(name).read_bytes() for name in ("li
 
 
 def server_of(
-    folders: Sequence[str], names: Collection[str], limits: Limits, token: str | None
+    fleet: Fleet, names: Collection[str], limits: Limits, token: str | None
 ) -> uvicorn.Server:
-    """Returns a server of the runs at and below these folders.
+    """Returns a server of the runs of a fleet.
 
     `names`: host names by which requests may address it. `token`: token that requests must have;
     None for none.
     """
     config = uvicorn.Config(
-        app_of(Fleet(folders), names, limits, token),
+        app_of(fleet, names, limits, token),
         http=TimedProtocol,
         ws="none",
         lifespan="off",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,8 +21,17 @@ import holdfast.dashboard.discovery as discovery
 import holdfast.dashboard.watch as watch
 from asking import ask
 from browser import CHROMIUM, Browser
-from fleets import NUM_RUNS, add_checkpoint, add_fleet, add_run, add_trainer_run, remove_run
-from holdfast.dashboard.condition import STATES, Limits, condition_of
+from fleets import (
+    GOOD,
+    NUM_RUNS,
+    add_checkpoint,
+    add_fleet,
+    add_run,
+    add_trainer_run,
+    remove_run,
+    write_metrics,
+)
+from holdfast.dashboard.condition import STATES, Condition, Limits, condition_of
 from holdfast.dashboard.discovery import find_runs
 from holdfast.dashboard.figures import curve, figures_of
 from holdfast.dashboard.history import History, HistoryReader
@@ -39,6 +49,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "READ_S", 0.1)
     monkeypatch.setattr(watch, "SEARCH_S", 0.1)
     monkeypatch.setattr(watch, "CPU_SHARE", 10.0)
+    monkeypatch.setattr(watch, "SEARCH_CPU_SHARE", 10.0)
     monkeypatch.setattr(watch, "READ_SHARE", 1.0)
 
 
@@ -51,18 +62,23 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-def wait(is_so: object, timeout_s: float = 30) -> None:
-    """Wait until a function returns true."""
-    assert callable(is_so)
+def wait_for(found: Callable[[], object], expected: object, *, timeout_s: float = 30) -> None:
+    """Wait until a function returns the expected value."""
     deadline = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < deadline
+    while found() != expected and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert found() == expected
 
 
-def stop(fleet: Fleet) -> None:
-    for run in fleet.runs.values():
-        run.stop()
+@contextmanager
+def watched(*folders: Path) -> Iterator[Fleet]:
+    """Watch the runs below folders. The context begins once each has been read."""
+    fleet = Fleet([str(folder) for folder in folders])
+    try:
+        wait_for(lambda: {bool(run.latest.time) for run in fleet.runs.values()}, {True})
+        yield fleet
+    finally:
+        fleet.stop()
 
 
 def states(fleet: Fleet, limits: Limits | None = None) -> dict[str, str]:
@@ -75,31 +91,35 @@ def states(fleet: Fleet, limits: Limits | None = None) -> dict[str, str]:
     }
 
 
+EXPECTED = {
+    **dict.fromkeys(GOOD, "good"),
+    **dict.fromkeys(("trainer-mistral-lora", "vit-h-14-bf16", "scratch-run-3"), "good"),
+    **dict.fromkeys(("qwen3-14b-dpo", "gemma3-12b-cpt", "toy-ablation-07"), "damaged"),
+    **dict.fromkeys(("moe-64x1b-c", "t5-xl-summaries"), "stale"),
+    "llama3-8b-restart": "never saved",
+    "mamba2-3b": "saving",
+    "llama3-1b-final": "finished",
+}
+"""State of each of the twenty runs."""
+
+
 def test_every_state_is_told_from_the_others(root: Path) -> None:
-    """Method: twenty runs below one folder; one of them is deleted while it is watched, one cannot
-    be read, and one is added."""
-    fleet = Fleet([str(root)])
-    wait(lambda: all(run.latest.time for run in fleet.runs.values()))
-    remove_run(root)
-    wait(lambda: states(fleet)["scratch-run-3"] == "gone")
-    (root / "vit-l-16-aug/checkpoint").rename(root / "away")
-    (root / "vit-l-16-aug/checkpoint").write_text("a file")
-    add_run(root / "new", now=time.time(), age_s=10)
-    wait(lambda: states(fleet).get("new") == "good")
-    found = states(fleet)
-    stop(fleet)
-    assert found.pop("qwen3-14b-dpo") == "damaged"
-    assert found.pop("gemma3-12b-cpt") == "damaged", "by its mark"
-    assert found.pop("toy-ablation-07") == "damaged", "all of its checkpoints"
-    assert found.pop("moe-64x1b-c") == found.pop("t5-xl-summaries") == "stale"
-    assert found.pop("llama3-8b-restart") == "never saved"
-    assert found.pop("mamba2-3b") == "saving"
-    assert found.pop("llama3-1b-final") == "finished"
-    assert found.pop("scratch-run-3") == "gone"
-    assert found.pop("vit-l-16-aug") in ("gone", "unreadable")
-    assert found.pop("away") == "good", "a run that was moved is found again"
-    assert {*found.values()} == {"good"}
-    assert len(found) == NUM_RUNS - 9
+    """Method: twenty runs below one folder. Then one is deleted, one moved, one replaced by a file
+    and one added, while they are watched."""
+    with watched(root) as fleet:
+        assert states(fleet) == EXPECTED
+        remove_run(root)
+        (root / "vit-l-16-aug/checkpoint").rename(root / "moved")
+        (root / "whisper-small-de").rename(root.parent / "elsewhere")
+        (root / "whisper-small-de/checkpoint").mkdir(parents=True)
+        (root / "whisper-small-de/checkpoint/step-500").write_text("a file")
+        (root / "moe-8x7b-a").rename(root.parent / "replaced")
+        (root / "moe-8x7b-a").mkdir()
+        (root / "moe-8x7b-a/checkpoint").write_text("a file")
+        add_run(root / "new", now=time.time(), age_s=10)
+        changed = dict.fromkeys(("scratch-run-3", "vit-l-16-aug", "whisper-small-de"), "gone")
+        changed |= {"moe-8x7b-a": "unreadable", "moved": "good", "new": "good"}
+        wait_for(lambda: states(fleet), EXPECTED | changed)
 
 
 def test_a_run_that_has_not_saved_shows_how_far_it_is(root: Path) -> None:
@@ -208,9 +228,8 @@ def test_runs_are_found_below_folders(tmp_path: Path, monkeypatch: pytest.Monkey
     assert find_runs(str(tmp_path / "none")).folders == []
     monkeypatch.setattr(discovery, "FOLDERS_MAX", 3)
     assert not find_runs(str(tmp_path / "runs")).is_complete
-    fleet = Fleet([str(tmp_path / "runs")])
-    page = ask(app_of(fleet, {"localhost"}, Limits(), None), "/").body
-    stop(fleet)
+    with watched(tmp_path / "runs") as fleet:
+        page = ask(app_of(fleet, {"localhost"}, Limits(), None), "/").body
     assert "Only a part of" in page
 
 
@@ -218,24 +237,21 @@ def test_numbers_of_runs_stay(tmp_path: Path) -> None:
     """Method: a folder that does not exist yet, then holds runs; a folder given twice."""
     now = time.time()
     single = add_run(tmp_path / "single", now=now, age_s=5)
-    fleet = Fleet([str(tmp_path / "later"), str(single), str(single)])
-    wait(lambda: all(run.latest.time for run in fleet.runs.values()))
-    assert states(fleet) == {"later": "never saved", "single": "good"}
-    assert not fleet.is_single
-    add_run(tmp_path / "later/x", now=now, age_s=5)
-    wait(lambda: 3 in fleet.runs)
-    assert [*fleet.runs] == [1, 3], "0 is a folder above runs, 2 is the same as 1"
-    assert fleet.runs[3].folder == f"{tmp_path}/later/x/checkpoint"
-    stop(fleet)
+    with watched(tmp_path / "later", single, single) as fleet:
+        assert states(fleet) == {"later": "never saved", "single": "good"}
+        assert not fleet.is_single
+        add_run(tmp_path / "later/x", now=now, age_s=5)
+        # 0 becomes a folder above runs. 2 is the same as 1.
+        wait_for(lambda: [*fleet.runs], [1, 3])
+        assert fleet.runs[3].folder == f"{tmp_path}/later/x/checkpoint"
 
 
 def test_a_request_reads_no_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Method: once all runs are read, every operation of the store fails. All paths still answer,
     and ten requests for the table make it once."""
-    fleet = Fleet([str(root)])
-    wait(lambda: all(run.latest.time for run in fleet.runs.values()))
-    stop(fleet)
-    time.sleep(0.3)
+    with watched(root) as fleet:
+        app = app_of(fleet, {"localhost"}, Limits(), None)
+    wait_for(lambda: [t for t in threading.enumerate() if t.name.startswith("holdfast-")], [])
     made = []
 
     def counted(*given: object, **named: object) -> tuple[str, str]:
@@ -249,7 +265,6 @@ def test_a_request_reads_no_file(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("holdfast.dashboard.web.PAGE_S", 60.0)
     for name in ("read", "open", "list", "size", "stamp"):
         monkeypatch.setattr(LocalStore, name, failing)
-    app = app_of(fleet, {"localhost"}, Limits(), None)
     for _ in range(10):
         assert ask(app, "/").body.count("<tr id=") == NUM_RUNS
     assert len(made) == 1
@@ -272,40 +287,80 @@ def test_an_unchanged_run_is_not_computed_again(
     run = WatchedFolder(str(folder))
     run.wait_for_first()
     first = run.latest.time
-    wait(lambda: run.latest.time > first + 0.5)
+    wait_for(lambda: run.latest.time > first + 0.5, True)
     assert len(computed) == 1
     add_checkpoint(folder, 20_000, created=time.time())
-    wait(lambda: len(computed) == 2)
+    wait_for(lambda: len(computed), 2)
     run.stop()
 
 
 def test_an_error_of_one_run_does_not_break_the_page(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Method: the figures of one run raise an error that nobody expects."""
+    """Method: errors that nobody expects: from the figures of one run, and from the row of
+    another."""
 
     def failing(history: History) -> object:
         if "moe-8x7b-a" in history.where:
             raise ZeroDivisionError("an error of the test")
         return figures_of(history)
 
+    def failing_row(run: WatchedFolder, now: datetime, limits: Limits) -> Condition:
+        if "moe-8x7b-b" in run.folder:
+            raise RuntimeError("another error")
+        return condition_of(run, now, limits)
+
     monkeypatch.setattr(watch, "figures_of", failing)
-    fleet = Fleet([str(root)])
-    wait(lambda: all(run.latest.time for run in fleet.runs.values()))
-    found = states(fleet)
-    page = ask(app_of(fleet, {"localhost"}, Limits(), None), "/").body
-    stop(fleet)
-    assert found["moe-8x7b-a"] == "unreadable"
-    assert [*found.values()].count("good") == 10
+    with watched(root) as fleet:
+        assert states(fleet) == EXPECTED | {"moe-8x7b-a": "unreadable"}
+        for module in ("runs_page", "digest"):
+            monkeypatch.setattr(f"holdfast.dashboard.{module}.condition_of", failing_row)
+        app = app_of(fleet, {"localhost"}, Limits(), None)
+        page, metrics = ask(app, "/").body, ask(app, "/metrics").body
+    assert page.count("<tr id=") == NUM_RUNS
+    assert page.count('class="is-unreadable"') == 2
     assert "ZeroDivisionError: an error of the test" in page
+    assert "RuntimeError: another error" in page
+    assert metrics.count("holdfast_up{") == NUM_RUNS
+
+
+ODD = (0, -1, 1 << 63, 10**400, math.nan, math.inf, -math.inf, 1e308, 5e-324, True, None, "1", [])
+"""Values of a log that no run writes."""
+
+
+def test_a_log_with_any_values_is_shown(tmp_path: Path) -> None:
+    """Method: each field of a line, of a save and of a stage gets each odd value. Every path
+    answers, with a number for each metric."""
+    now = time.time()
+    folder = add_run(tmp_path / "odd", now=now, age_s=5)
+    add_run(tmp_path / "good", now=now, age_s=5)
+    lines = (folder.parent / "metrics.jsonl").read_text().splitlines()
+    whole = json.loads(next(line for line in reversed(lines) if '"saves"' in line))
+    (save,) = whole["saves"]
+    stage = save["stages"]["write"]
+    odd = [whole | {key: value} for key in whole for value in ODD]
+    odd += [whole | {"saves": [save | {key: value}]} for key in save for value in ODD]
+    for value in ODD:
+        for key in stage:
+            stages = {"write": stage | {key: value}, "\ud800": stage}
+            odd.append(whole | {"saves": [save | {"stages": stages}]})
+    write_metrics(folder.parent, [json.loads(line) for line in lines] + odd)
+    with watched(tmp_path) as fleet:
+        assert states(fleet) == {"odd": "good", "good": "good"}
+        app = app_of(fleet, {"localhost"}, Limits(), None)
+        for path in ("/", "/runs/1", "/runs/2", "/api/runs", "/api/runs/1", "/api/runs/2"):
+            assert ask(app, path).status == 200
+        text = ask(app, "/metrics").body
+    found = [sample for one in text_string_to_metric_families(text) for sample in one.samples]
+    assert {sample.labels["folder"] for sample in found} == {
+        f"{tmp_path}/{name}/checkpoint" for name in ("odd", "good")
+    }
 
 
 def test_metrics_have_the_figures_of_the_table(root: Path) -> None:
     """Method: read the metrics of twenty runs by the parser of the client library."""
-    fleet = Fleet([str(root)])
-    wait(lambda: all(run.latest.time for run in fleet.runs.values()))
-    text = ask(app_of(fleet, {"localhost"}, Limits(), None), "/metrics").body
-    stop(fleet)
+    with watched(root) as fleet:
+        text = ask(app_of(fleet, {"localhost"}, Limits(), None), "/metrics").body
     found: dict[tuple[str, str], float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -323,8 +378,8 @@ def test_metrics_have_the_figures_of_the_table(root: Path) -> None:
 @contextmanager
 def served(root: Path) -> Iterator[str]:
     """Serve the runs below `root` from a thread. The context gives the address."""
-    server = server_of([str(root)], {"localhost"}, Limits(), None)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with watched(root) as fleet, socket.create_server(("127.0.0.1", 0)) as listener:
+        server = server_of(fleet, {"localhost"}, Limits(), None)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
