@@ -1,6 +1,6 @@
 """Simulate a power cut after every operation of a protocol.
 
-def save(store: Store) -> None: ...
+def save(store: FolderStore) -> None: ...
 def load(store: MemoryStore) -> int: ...        the next start; raises on a mix of old and new
 
 results = cut_everywhere(save, load)
@@ -15,14 +15,19 @@ from typing import TypeVar
 
 from benchmarks.power_cuts import Operation, PowerCut, Tree, cuts, fingerprint
 
+from extent import EVERYTHING
 from holdfast.errors import HoldfastError
 from holdfast.storage.memory import MemoryStore
-from holdfast.storage.store import Buffer, FileWriter, Store
+from holdfast.storage.store import Buffer, FileWriter, FolderStore
 
 T = TypeVar("T")
 
-Protocol = Callable[[Store], object]
+Protocol = Callable[[FolderStore], object]
 """Function that changes a store, and that a power cut may interrupt."""
+
+
+SEEDS = range(4 if EVERYTHING else 2)
+"""Choices of what reaches the disk, per cut and kind of cut."""
 
 
 class RecordingStore(MemoryStore):
@@ -95,7 +100,7 @@ def cut_everywhere(
     load: Callable[[MemoryStore], T],
     *,
     before: Protocol | None = None,
-    seeds: Iterable[int] = range(4),
+    seeds: Iterable[int] = SEEDS,
 ) -> list[tuple[PowerCut, T]]:
     """Return the result of `load` after each possible power cut during `protocol`.
 

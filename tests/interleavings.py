@@ -1,7 +1,7 @@
 """Run two actors on one store in every order of their operations, up to a number of switches.
 
-    def save(store: AmendableStore) -> Saved: ...
-    def start(store: AmendableStore) -> None: ...
+    def save(store: FolderStore) -> Saved: ...
+    def start(store: FolderStore) -> None: ...
 
     for ran in interleavings(before, save, start, switches_max=2):
         assert ...ran.outcomes..., ran
@@ -15,19 +15,20 @@ for systematic testing of multithreaded programs, PLDI 2007.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from crashes import store_of, tree_of
+from extent import every
 from holdfast.errors import HoldfastError
 from holdfast.storage.memory import MemoryStore
-from holdfast.storage.store import AmendableStore
+from holdfast.storage.store import FolderStore
 from holdfast.testing.failing import FailingStore
 
-Actor = Callable[[AmendableStore], Any]
+Actor = Callable[[FolderStore], Any]
 """Function that works on a store at the same time as another one."""
 
 STUCK_S = 60.0
@@ -50,9 +51,12 @@ class Ran:
 
 
 def interleavings(
-    before: Callable[[AmendableStore], object], one: Actor, other: Actor, *, switches_max: int
+    before: Callable[[FolderStore], object], one: Actor, other: Actor, *, switches_max: int
 ) -> Iterator[Ran]:
     """Run two actors in every order with at most `switches_max` switches before one of them ends.
+
+    By default, the last switch is made at every third place, another third after each other first
+    turn. `--all` makes it everywhere.
 
     `before` makes the initial content of each store.
     """
@@ -71,7 +75,9 @@ def interleavings(
             outcomes = futures[0].result(), futures[1].result()
             yield Ran(store, outcomes, tuple(turns.trace))
             if len(lengths) < switches_max:
-                longer = range(1, turns.last_length)
+                longer: Sequence[int] = range(1, turns.last_length)
+                if len(lengths) == switches_max - 1 > 0:
+                    longer = every(3, longer, start=lengths[-1])
                 waiting += [(begins, [*lengths, length]) for length in longer]
 
 
