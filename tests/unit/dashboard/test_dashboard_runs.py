@@ -324,7 +324,21 @@ def test_an_error_of_one_run_does_not_break_the_page(
     assert metrics.count("holdfast_up{") == NUM_RUNS
 
 
-ODD = (0, -1, 1 << 63, 10**400, math.nan, math.inf, -math.inf, 1e308, 5e-324, True, None, "1", [])
+ODD: tuple[object, ...] = (
+    0,
+    -1,
+    1 << 63,
+    10**400,
+    math.nan,
+    math.inf,
+    -math.inf,
+    1e308,
+    5e-324,
+    True,
+    None,
+    "1",
+    [],
+)
 """Values of a log that no run writes."""
 
 
