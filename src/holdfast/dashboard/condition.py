@@ -97,7 +97,9 @@ def condition_of(run: WatchedFolder, now: datetime, limits: Limits) -> Condition
         state=state,
         age_s=age_s,
         stale_s=stale_s,
-        notes=tuple(note.replace(f"{path}/", "") for note in notes if note),
+        notes=tuple(
+            note.replace(f"{path}/", "").replace(path, run.folder) for note in notes if note
+        ),
         alarms=tuple(_alarms(figures)),
     )
 

@@ -411,7 +411,7 @@ NAMES = f"{SHOWN}.map(row => row.querySelector('a').innerText)"
 def test_a_browser_shows_sorts_and_updates_the_table(root: Path, tmp_path: Path) -> None:
     """Method: a wall screen shows all runs at once, the worst first. A click sorts without a
     reload. When a run vanishes and another saves, the table shows it and keeps order and place. A
-    phone and dark colours follow."""
+    laptop, a tablet, a phone and dark colours follow."""
     with served(root) as url, Browser(tmp_path / "profile") as browser:
         browser.appear(1920, 1080)
         browser.open(url)
@@ -425,6 +425,9 @@ def test_a_browser_shows_sorts_and_updates_the_table(root: Path, tmp_path: Path)
         ), "damaged is red"
         browser.picture(tmp_path / "wall.png")
         _check_order(browser)
+        for width in (1280, 768):
+            browser.appear(width)
+            assert browser.run("document.documentElement.scrollWidth") == width
         browser.appear(390, 844, dark=True)
         browser.run("window.opened = 'once'; scrollTo(0, 1500)")
         remove_run(root)
