@@ -74,6 +74,14 @@ class ConvertArguments(JsonOptions):
     skip: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Pattern of tensors to leave out, such as 'vision_tower.*'. May be repeated."""
 
+    adapter_config: str | None = None
+    """For --to hf from a checkpoint with PEFT adapters: their adapter_config.json. TARGET becomes a
+    folder of PEFT."""
+
+    merge: bool = False
+    """For --to hf from a checkpoint or folder with PEFT adapters: add them to their base, which is
+    in SOURCE or in --hf-assets. TARGET becomes a whole model."""
+
     overwrite: bool = False
     """Replace an existing TARGET."""
 
@@ -89,6 +97,8 @@ class ConvertArguments(JsonOptions):
             model_only=self.model_only,
             names=self.names,
             skip=self.skip,
+            adapter_config=self.adapter_config,
+            merge=self.merge,
             overwrite=self.overwrite,
         )
 
