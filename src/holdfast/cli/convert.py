@@ -74,6 +74,10 @@ class ConvertArguments(JsonOptions):
     skip: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Pattern of tensors to leave out, such as 'vision_tower.*'. May be repeated."""
 
+    rename: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Rule THEIRS=OURS for the beginning of the model's tensor names, such as 'module=' or
+    'encoder.{}.attn=layers.{}.attention'. May be repeated; the first rule that matches counts."""
+
     adapter_config: str | None = None
     """For --to hf from a checkpoint with PEFT adapters: their adapter_config.json. TARGET becomes a
     folder of PEFT."""
@@ -97,6 +101,7 @@ class ConvertArguments(JsonOptions):
             model_only=self.model_only,
             names=self.names,
             skip=self.skip,
+            renames=self.rename,
             adapter_config=self.adapter_config,
             merge=self.merge,
             overwrite=self.overwrite,

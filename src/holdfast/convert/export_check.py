@@ -185,7 +185,9 @@ def _weights(folder: _Folder) -> Iterator[str]:
         return
     hf = folder.checkpoint.hf
     assert hf is not None, "checked by the caller"
-    tensors: Tensors = Dequantized(StoredTensors(folder.checkpoint.source, {}), hf.quantization)
+    tensors: Tensors = Dequantized(
+        StoredTensors(folder.checkpoint.source, folder.checkpoint.strides), hf.quantization
+    )
     if family.prefix:
         tensors = only(tensors, [n for n in tensors.infos if n.startswith(family.prefix)])
     fused = fused_experts(family, config, tensors.infos)
