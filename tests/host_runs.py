@@ -380,6 +380,8 @@ def _work(work: Callable[..., None], arguments: dict[str, Any]) -> None:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
+    # As at the end of a process: the last checkpoints may not be durable yet.
+    atexit._run_exitfuncs()
     sys.stderr.flush()
     os._exit(0)
 
