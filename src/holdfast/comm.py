@@ -9,10 +9,12 @@ import os
 import pickle
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_nccl_timeout
 from xxhash import xxh3_128_digest
 
 from holdfast.errors import HoldfastError, RankError
@@ -159,7 +161,9 @@ class GroupRanks:
         return received
 
     def duplicate(self) -> Ranks:
-        return GroupRanks(dist.new_group(dist.get_process_group_ranks(self._group), backend="gloo"))
+        ranks = dist.get_process_group_ranks(self._group)
+        timeout = _timeout_of(self._group)
+        return GroupRanks(dist.new_group(ranks, timeout=timeout, backend="gloo"))
 
     def close(self) -> None:
         dist.destroy_process_group(self._group)
@@ -219,11 +223,27 @@ def _item(first: torch.Tensor, rest: torch.Tensor) -> Any:
 def all_ranks() -> Ranks:
     """Return the ranks of the default process group, or `Solo` where there is none.
 
-    Collective: makes a gloo group of its own, so that nothing mixes with training's traffic.
+    Collective: makes a gloo group of its own, so that nothing mixes with training's traffic. It has
+    the timeout that the caller has given the default group.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return Solo()
-    return GroupRanks(dist.new_group(backend="gloo"))
+    world = dist.group.WORLD
+    assert world is not None, "the default group is initialized"
+    return GroupRanks(dist.new_group(timeout=_timeout_of(world), backend="gloo"))
+
+
+def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
+    """Timeout of a process group, the longest of its backends; None for torch's default."""
+    timeouts = []
+    for device in group._device_types:
+        options = getattr(group._get_backend(device), "options", None)
+        timeouts.append(getattr(options, "_timeout", None))
+    # NCCL's default is meant for single kernels. Gloo's is longer, as the checks of rank 0 are.
+    known = [
+        one for one in timeouts if isinstance(one, timedelta) and one != default_pg_nccl_timeout
+    ]
+    return max(known, default=None)
 
 
 def gather_and_run(ranks: Ranks, item: T | HoldfastError, work: Callable[[list[T]], U]) -> U:
