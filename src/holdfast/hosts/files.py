@@ -47,7 +47,7 @@ def published(path: Path, background: BackgroundSync) -> Iterator[IO[bytes]]:
     kept = None
     try:
         with part.open("xb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file.fileno())
             yield file
             file.flush()
             may_follow = background.may_follow(str(path.parent))
@@ -147,9 +147,14 @@ def _hidden(role: str, path: Path) -> Path:
 
 def _locked(path: Path) -> int:
     lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    with suppress(OSError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    _lock(lock)
     return lock
+
+
+def _lock(opened: int) -> None:
+    """Lock an open file, if its file system knows locks. Without them, no leftover is deleted."""
+    with suppress(OSError):
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _all_hidden(folder: Path) -> list[Path]:

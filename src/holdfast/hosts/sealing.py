@@ -67,7 +67,7 @@ def sealed_by_all(
             overwrite=not is_file(),
             chosen_id=chosen_id,
             checks_name=not added and not is_file(),
-            durable=background is None or not background.may_follow(catalog.store.url),
+            durable=background is None or is_file() or not background.may_follow(catalog.store.url),
         )
         for file, source in added.items():
             (unsealed.folder / file).parent.mkdir(parents=True, exist_ok=True)
