@@ -17,6 +17,7 @@ from holdfast.comm import Ranks, gather_and_run, run_on_all
 from holdfast.errors import HoldfastError, RankError, StorageError
 from holdfast.format.names import HiddenFolder
 from holdfast.hosts.background import BackgroundSync
+from holdfast.storage.opening import folder_store
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
@@ -158,7 +159,7 @@ def _make_way(path: str) -> dict[str, Path]:
         if added:
             return {file: Path(path, file) for file in added}
     aside = f"unsealed-{name}-{os.urandom(4).hex()}"
-    store.rename(name, aside)
+    folder_store(store.url).rename(name, aside)
     logger.warning(
         "`%s` was there, and is no sealed checkpoint (%s): it is `%s` now",
         catalog.where(name),
@@ -172,6 +173,6 @@ def delete(path: Path) -> None:
     """Delete a checkpoint: its name first, then its files. Warns where that fails."""
     try:
         catalog, name = open_for_saving(path)
-        catalog.store.remove(str(catalog.set_aside_for_deletion(name)))
+        catalog.store.remove(catalog.set_aside_for_deletion(name))
     except HoldfastError as error:
         logger.warning("`%s` stays: %s", path, error.what)
