@@ -229,7 +229,8 @@ def _check_path(path: Path) -> None:
 
 def _refuse_damaged(folder: Path) -> None:
     """Raise a DamagedError if a folder without any good checkpoint has anything in it."""
-    if folder.is_dir() and any(folder.iterdir()):
+    # A killed first save has left a hidden folder.
+    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise DamagedError(
             f"no checkpoint in `{folder}` is good",
             hint=f"`holdfast doctor {folder}` says what is wrong with each",
