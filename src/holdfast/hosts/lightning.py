@@ -100,11 +100,31 @@ def _io_class() -> type:
     return HoldfastIO
 
 
+class _SyncedLater:
+    """Methods of a strategy that sync and delete checkpoints in a thread."""
+
+    is_global_zero: bool
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if self.is_global_zero:
+            _delete_later(self._background(), Path(filepath))
+
+    def teardown(self) -> None:
+        self._background().wait()
+        super().teardown()  # type: ignore[misc]
+
+    def _background(self) -> BackgroundSync:
+        # Made on use, since a user's subclass may have another signature of `__init__`.
+        if not hasattr(self, "_background_here"):
+            self._background_here = BackgroundSync()
+        return self._background_here
+
+
 @cache
 def _strategy_class(kind: str) -> type:
     base: Any = _module(kind, "strategies").ModelParallelStrategy
 
-    class ModelParallel(base):  # type: ignore[misc]
+    class ModelParallel(_SyncedLater, base):  # type: ignore[misc]
         """`ModelParallelStrategy` whose checkpoints appear complete or not at all: the shards and
         `meta.pt` together, with `holdfast.seal`.
 
@@ -151,20 +171,6 @@ def _strategy_class(kind: str) -> type:
                 ranks.close()
             loaded: dict[str, Any] = super().load_checkpoint(good, *args, **kwargs)
             return loaded
-
-        def remove_checkpoint(self, filepath: Any) -> None:
-            if self.is_global_zero:
-                _delete_later(self._background(), Path(filepath))
-
-        def teardown(self) -> None:
-            self._background().wait()
-            super().teardown()
-
-        def _background(self) -> BackgroundSync:
-            # Made on use, since a user's subclass may have another signature of `__init__`.
-            if not hasattr(self, "_background_here"):
-                self._background_here = BackgroundSync()
-            return self._background_here
 
     ModelParallel.__name__ = "ModelParallel" if kind == "pytorch" else "FabricModelParallel"
     return ModelParallel
