@@ -35,6 +35,7 @@ def needs(package: str) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_weights_and_biases(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline: the run's file has one artifact per checkpoint, with its path and its metrics."""
     wandb = needs("wandb")
@@ -50,6 +51,7 @@ def test_weights_and_biases(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert f"file://{folder}/outputs/tracked/step-{step}".encode() in data
 
 
+@pytest.mark.slow
 def test_mlflow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A local store has the loss of both checkpoints, and the path of the last."""
     mlflow = needs("mlflow")
