@@ -32,6 +32,7 @@ from holdfast.manager.resumed import Resumed
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
 from holdfast.manager.step_saver import StepSaver
+from holdfast.saving.seen import check_start
 from holdfast.state.model import ModelState, adapted
 from holdfast.state.objects import StateTree
 from holdfast.state.optim import OptimizerState
@@ -167,12 +168,14 @@ class CheckpointManager:
         self._loader = Loader(
             self._run, components, whole_model, hf=hf, retainer=self._saver.retainer
         )
-        if self._run.saves:
-            try:
+        try:
+            if self._run.saves:
                 run_on_rank_0(ranks, partial(self._lifetime.take, self._run.catalog, hf))
-            except BaseException:
-                with self._lifetime:
-                    raise
+            if self.config.enable:
+                check_start(self._run.catalog, ranks, saves=self._run.saves)
+        except BaseException:
+            with self._lifetime:
+                raise
 
     @_one_at_a_time
     def load(self, step: int | None = None) -> Resumed:
@@ -229,7 +232,7 @@ class CheckpointManager:
 
         Inside the context of this manager, one of `stop_signals` to any rank makes the next call
         save, whatever the interval, and raise SystemExit with status 128 + signal on every rank:
-        see `on_stop`.
+        see `on_stop`. Under `torchrun`, which restarts workers that fail, the status is 0.
 
         Collective: every rank calls this after every step.
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from holdfast.comm import capture, gather_and_run, run_on_all
+from holdfast.comm import Ranks, capture, gather_and_run, hosts_of, run_on_all
 from holdfast.errors import HoldfastError, RankError, UsageError
 from holdfast.format.manifest import Kind, Manifest
 from holdfast.format.names import step_name
@@ -21,7 +21,7 @@ from holdfast.planning.gc_pause import gc_paused
 from holdfast.saving.background import Background
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import Pending, abort, begin_save, finish_save, take_snapshot
-from holdfast.saving.stage import Snapshot, Staging, free_memory
+from holdfast.saving.stage import Snapshot, Staging, check_memory, free_memory
 from holdfast.spelling import rate, spelled_bytes
 from holdfast.state.tree import FlatState
 from holdfast.storage.local import NO_SPACE
@@ -148,11 +148,17 @@ class Saver:
         """Whether every rank has the memory for a snapshot. Raises an error if not, or lets
         training wait for this save: see `on_low_memory`. Collective."""
         nbytes = pending.file_layout.nbytes
-        if nbytes > self._snapshot.nbytes:
+        growth = max(0, nbytes - self._snapshot.nbytes)
+        if not self._ranks.all_reduce_max([growth])[0]:
+            return True
+        others = _on_same_host(growth, self._ranks)
+        if growth:
             free = free_memory()
             left = "" if free is None else f", {spelled_bytes(free)} free"
             self._run.info(f"needs {spelled_bytes(nbytes)} of host memory for snapshots{left}")
         try:
+            # Before one rank takes memory that another has counted as free.
+            run_on_all(self._ranks, lambda: check_memory(growth, others))
             run_on_all(self._ranks, lambda: self._snapshot.reserve(nbytes))
         except UsageError as error:
             if self._config.on_low_memory == "raise":
@@ -246,3 +252,11 @@ class Saver:
         if self._config.on_save_error == "raise" or isinstance(error, RankError):
             raise error
         self._run.warn(f"a save failed, the run goes on: {error}")
+
+
+def _on_same_host(nbytes: int, ranks: Ranks) -> list[int]:
+    """The numbers of all other ranks on the host of this rank. Collective."""
+    hosts, numbers = hosts_of(ranks), ranks.broadcast(ranks.gather(nbytes))
+    places = enumerate(zip(hosts, numbers, strict=True))
+    host = hosts[ranks.rank]
+    return [number for rank, (h, number) in places if h == host and rank != ranks.rank]

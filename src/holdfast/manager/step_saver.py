@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from holdfast.comm import Solo, capture, run_on_all, run_on_rank_0
+from holdfast.comm import Solo, capture, is_restarted_on_failure, run_on_all, run_on_rank_0
 from holdfast.errors import ExistsError, HoldfastError
 from holdfast.format.components import MODEL
 from holdfast.format.manifest import Kind
@@ -83,7 +83,8 @@ class StepSaver:
             self.stop_signals.forget()
             self.stop_requested = True
         if stopping and self._raises_on_stop:
-            raise SystemExit(128 + int(progress.signal))
+            # `torchrun` would start the stopped job again, on some of its hosts.
+            raise SystemExit(0 if is_restarted_on_failure() else 128 + int(progress.signal))
         return saved
 
     def save_seed(self) -> None:

@@ -36,6 +36,7 @@ from holdfast.saving.background import lower_priority
 from holdfast.saving.commit import commit
 from holdfast.saving.digests import Replicas, groups_that_differ, names_that_differ
 from holdfast.saving.planner import LocalState, Planner
+from holdfast.saving.seen import check_attempt
 from holdfast.saving.stage import Snapshot, Staging, TensorOf, host_bytes, host_windows
 from holdfast.saving.write import Pace, WriteResult, write
 from holdfast.spelling import spelled_bytes
@@ -99,6 +100,11 @@ def save_in(
     flat = run_on_all(ranks, lambda: StateTree(state).flatten())
     try:
         pending = begin_save(catalog, name, flat, planner=Planner(ranks), overwrite=overwrite)
+        try:
+            check_attempt(catalog, pending.attempt, ranks)
+        except HoldfastError:
+            abort(pending, ranks)
+            raise
         return finish_save(pending, ranks)
     finally:
         # In a notebook the process survives an interrupt, and the traceback keeps the catalog.
