@@ -225,7 +225,7 @@ def _silent_ranks(group: dist.ProcessGroup, rank: int, size: int) -> list[int]:
     key = f"holdfast/lost/{group.group_name}"
     try:
         store = dist.distributed_c10d._get_default_store()
-        store.set(f"{key}/{rank}", b"")
+        store.set(f"{key}/{rank}", "")
         # One rank looks for the others, since each look is a request to one server.
         is_first = store.add(f"{key}/number", 1) == 1
         missing = [other for other in range(size) if other != rank]
@@ -234,13 +234,13 @@ def _silent_ranks(group: dist.ProcessGroup, rank: int, size: int) -> list[int]:
             if is_first:
                 missing = [other for other in missing if not store.check([f"{key}/{other}"])]
             elif store.check([f"{key}/silent"]):
-                return list(pickle.loads(store.get(f"{key}/silent")))
+                return list(map(int, store.get(f"{key}/silent").decode().split()))
             if not missing:
                 break
             time.sleep(0.1)
         if not is_first:
             return []
-        store.set(f"{key}/silent", pickle.dumps(missing))
+        store.set(f"{key}/silent", " ".join(map(str, missing)))
     except RuntimeError:
         return []
     return missing
@@ -263,18 +263,19 @@ def _stage() -> str:
 def _new_group(beside: dist.ProcessGroup) -> dist.ProcessGroup:
     """Make a gloo group of the ranks of `beside`, with the same time-out. Collective."""
     try:
-        return dist.new_group(
+        group: dist.ProcessGroup = dist.new_group(
             dist.get_process_group_ranks(beside), timeout=_timeout_of(beside), backend="gloo"
         )
     except RuntimeError as error:
         raise _lost(beside, error, "while all of them connect") from error
+    return group
 
 
 def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
     """Longest time-out of the backends of a group, which the caller has chosen for the whole job.
     None if they do not state it, for torch's default."""
     backends = [group._get_backend(device) for device in group._device_types]
-    options = [getattr(backend, "options", None) for backend in backends]
+    options: list[Any] = [getattr(backend, "options", None) for backend in backends]
     return max((o._timeout for o in options if hasattr(o, "_timeout")), default=None)
 
 

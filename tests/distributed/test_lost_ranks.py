@@ -21,11 +21,13 @@ TIMEOUT_S = 3
 def outcome_of_a_save(rank: int, size: int, folder: Path, hung: str) -> Any:
     """Make a group with a short time-out. Rank 1 hangs before it makes its manager, or in a save;
     the others return their error, and the seconds that they waited."""
+    store = dist.distributed_c10d.PrefixStore("again", dist.distributed_c10d._get_default_store())
     dist.destroy_process_group()
     timeout = timedelta(seconds=TIMEOUT_S)
-    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     comm._REPORT_S = 1.0
-    store = dist.distributed_c10d._get_default_store()
+    # The ranks meet in no other collective, since the group is broken then.
+    dist.barrier = lambda *_, **__: None
     started = time.monotonic()
     error = None
     try:
@@ -42,9 +44,7 @@ def outcome_of_a_save(rank: int, size: int, folder: Path, hung: str) -> Any:
         error = str(lost)
     waited_s = time.monotonic() - started
     if store.add("finished", 1) == size - 1:
-        store.set("done", b"")
-    # The ranks meet in no other collective: the group is broken.
-    dist.barrier = lambda *_, **__: None  # type: ignore[assignment]
+        store.set("done", "")
     return error, waited_s
 
 

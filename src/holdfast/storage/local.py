@@ -199,7 +199,7 @@ class LocalStore:
                 lock.write_note("")
             lock.release()
 
-    def _lock(self, key: str, note: str) -> locks.Lock | locks.Lease:
+    def _lock(self, key: str, note: str) -> locks.AnyLock:
         path = self._path(key)
         with self._errors_of("lock", key):
             lock = locks.lock_file(path)
@@ -247,7 +247,7 @@ class LocalStore:
             yield held
 
     def _hold(self, path: str, stack: ExitStack) -> bool | None:
-        lock: locks.Lock | locks.Lease | None
+        lock: locks.AnyLock | None
         try:
             lock = locks.lock_folder(path)
             if lock is not None:

@@ -88,7 +88,10 @@ class Lock:
                 self.release()
 
 
-def lock_file(path: str, *, waits: bool = False) -> Lock | Lease | None:
+AnyLock = Lock | Lease
+
+
+def lock_file(path: str, *, waits: bool = False) -> AnyLock | None:
     """Lock a plain file, after creating it if needed. Return None if it is locked already.
 
     On a file system without flock, take a lease. `waits`: wait for the lease of a process that may
@@ -146,7 +149,7 @@ def lock_folder(path: str) -> Lock | None:
 def is_held_here(path: str) -> bool:
     """Whether this process holds the lock on the file at `path`."""
     file = _file_at(path)
-    held = (lock for lock in leavers() if isinstance(lock, Lock | Lease) and lock.is_held)
+    held = (lock for lock in leavers() if isinstance(lock, AnyLock) and lock.is_held)
     return any(lock.file == file for lock in held)
 
 
@@ -179,7 +182,7 @@ def read_note(path: str) -> str:
 
 
 def _content(path: str) -> str:
-    with suppress(OSError):
+    with suppress(OSError, StorageError):
         descriptor = _open_lock_file(path, os.O_RDONLY)
         try:
             note = os.pread(descriptor, NOTE_BYTES_MAX, 0)

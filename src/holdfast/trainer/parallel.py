@@ -128,7 +128,7 @@ def init_parallel(config: Config, store: Store | None) -> Iterator[ParallelConte
         yield ParallelContext(0, 1, device)
         return
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store.set(f"joined/{rank}", b"")
+    store.set(f"joined/{rank}", "")
     try:
         dist.init_process_group(
             # gloo on GPUs too, since checkpoints exchange values through host memory.

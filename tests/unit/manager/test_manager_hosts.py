@@ -99,7 +99,7 @@ def test_the_snapshots_of_all_ranks_on_a_host_must_fit_into_its_memory(
 
     def save(ranks: Ranks) -> None:
         config = CheckpointConfig(enable=True, interval=1, async_mode="async")
-        states = {f"rank_{ranks.rank}": {name: t.clone() for name, t in state.items()}}
+        states: Any = {f"rank_{ranks.rank}": {name: t.clone() for name, t in state.items()}}
         with CheckpointManager(
             tmp_path, model=nn.Linear(3, 3), states=states, config=config, ranks=ranks
         ) as manager:
@@ -108,4 +108,4 @@ def test_the_snapshots_of_all_ranks_on_a_host_must_fit_into_its_memory(
     run_ranks(3, save, hosts=HOSTS[1:])
     for error in try_ranks(4, save, hosts=HOSTS):
         assert isinstance(error, holdfast.UsageError)
-        assert "for the snapshots of the 2 ranks on this host, 1.5" in error.what
+        assert "for the snapshots of the 2 ranks on this host, 1.6 MB" in error.what

@@ -46,6 +46,32 @@ class TestLocalStoreWithoutFlock(StoreSuite):
     def new_store(self) -> Store:
         return LocalStore(self.folder)
 
+    def test_a_held_folder_stays_held_when_it_is_renamed(self) -> None:
+        """G16. Method: renamed as its holder renames it before it is deleted. The file that is
+        locked instead of a folder has the name of the checkpoint."""
+        store = self.new_store()
+        store.make_folder("one")
+        with store.hold("one") as held:
+            assert held
+            store.rename("one", ".removing-one-1f2e3d4c")
+            with store.hold(".removing-one-1f2e3d4c") as again:
+                assert again is False
+        with store.hold(".removing-one-1f2e3d4c") as held:
+            assert held
+
+    def test_a_held_folder_may_be_read_and_removed(self) -> None:
+        """G16. Method: by its holder; the name is free once the hold ends."""
+        store = self.new_store()
+        store.make_folder("one")
+        put(store, "one/file", b"1")
+        with store.hold("one") as held:
+            assert held
+            assert store.read("one/file", 0, 9) == b"1"
+            store.remove("one")
+        store.make_folder("one")
+        with store.hold("one") as other:
+            assert other
+
 
 def of_another_process(path: Path, note: str = "host elsewhere, pid 7") -> None:
     """Write the lease of a process that has not released it."""
