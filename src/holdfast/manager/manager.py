@@ -169,13 +169,18 @@ class CheckpointManager:
             self._run, components, whole_model, hf=hf, retainer=self._saver.retainer
         )
         try:
-            if self._run.saves:
-                run_on_rank_0(ranks, partial(self._lifetime.take, self._run.catalog, hf))
-            if self.config.enable:
-                check_start(self._run.catalog, ranks, saves=self._run.saves)
+            self._open(hf)
         except BaseException:
             with self._lifetime:
                 raise
+
+    def _open(self, hf: HFFormat) -> None:
+        """Lock the folder, and check that all hosts share it. Collective."""
+        run = self._run
+        if run.saves:
+            run_on_rank_0(run.ranks, partial(self._lifetime.take, run.catalog, hf))
+        if run.config.enable:
+            check_start(run.catalog, run.ranks, saves=run.saves)
 
     @_one_at_a_time
     def load(self, step: int | None = None) -> Resumed:
