@@ -433,12 +433,17 @@ def host_name() -> str:
     return os.uname().nodename
 
 
+def host_of(ranks: Ranks) -> str:
+    """Name of the host of this rank. Ranks may have a `host` of their own, as the test kit's do."""
+    return getattr(ranks, "host", None) or host_name()
+
+
 def hosts_of(ranks: Ranks) -> list[str]:
     """Return the host of each rank, by name. Machines of one name get different ones.
 
-    Ranks may have a `host` of their own, as the test kit's do. Collective: every rank calls this.
+    Collective: every rank calls this.
     """
-    found = ranks.gather((getattr(ranks, "host", None) or host_name(), _boot_id()))
+    found = ranks.gather((host_of(ranks), _boot_id()))
     boots: dict[str, list[str]] = {}
     names = []
     for name, boot in found:
