@@ -8,7 +8,7 @@ from collections.abc import Collection
 from holdfast.catalog.catalog import location
 from holdfast.catalog.findings import Format
 from holdfast.errors import HoldfastError, NotFoundError, UsageError
-from holdfast.format.names import LOCK, MANIFEST, METADATA
+from holdfast.format.names import LOCK, MANIFEST, METADATA, ROWS
 from holdfast.format.safetensors import SUFFIX
 from holdfast.storage.store import ReadStore
 
@@ -107,7 +107,12 @@ def _part(last: str, *, in_checkpoint: bool) -> str | None:
     data = _DATA.fullmatch(last)
     if data is not None:
         return f"the data that rank {data[1]} wrote"
-    named = {MANIFEST: "the index", METADATA: "the index for stock torch", LOCK: "the lock"}
+    named = {
+        MANIFEST: "the index",
+        ROWS: "the list of chunks",
+        METADATA: "the index for stock torch",
+        LOCK: "the lock",
+    }
     if last in named:
         return named[last]
     if last.endswith(INDEX_SUFFIX):

@@ -26,6 +26,7 @@ from holdfast.errors import UsageError
 
 METADATA = ".metadata"
 MANIFEST = "manifest.json"
+ROWS = "index.bin"
 LOCK = ".lock"
 
 STEP_MAX = 10**18 - 1

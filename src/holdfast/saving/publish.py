@@ -13,7 +13,7 @@ from holdfast.errors import HoldfastError, StorageError
 from holdfast.format import manifest as manifests
 from holdfast.format.checksum import checksum_of_parts
 from holdfast.format.manifest import Manifest, ValueEntry, kind_with
-from holdfast.format.names import MANIFEST, METADATA, HiddenFolder
+from holdfast.format.names import MANIFEST, METADATA, ROWS, HiddenFolder
 from holdfast.format.timings import over_ranks
 from holdfast.planning.index import Index
 from holdfast.saving.write import WriteResult
@@ -59,9 +59,11 @@ def publish(
         _check_shared(store, folder, file, nbytes)
     metadata = encoded.stock.encode({n: (e.file, e.item) for n, e in manifest.values.items()})
     size_and_checksum = (sum(map(len, metadata)), checksum_of_parts(metadata))
-    manifest = replace(manifest, metadata=size_and_checksum)
+    rows = encoded.rows
+    manifest = replace(manifest, metadata=size_and_checksum, rows=rows.file if rows else None)
     for name, parts in (
         (METADATA, metadata),
+        *([(ROWS, rows.parts)] if rows else []),
         (MANIFEST, manifests.encode_around(manifest, encoded.tensors)),
     ):
         with store.create(f"{folder}/{name}", sum(map(len, parts))) as writer:
