@@ -18,11 +18,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from benchmarks.planning import (
     SimulatedRanks,
@@ -99,10 +99,12 @@ class ReplayedRanks(Solo):
         return []
 
     def scatter(self, _: list[T]) -> T:
-        return self._received()
+        received: T = self._received()
+        return received
 
     def broadcast(self, _: T) -> T:
-        return self._received()
+        received: T = self._received()
+        return received
 
     def _received(self) -> Any:
         return pickle.loads(next(self._messages))
@@ -217,7 +219,7 @@ def _load_on_another(
 ) -> None:
     ranks = ReplayedRanks(size, messages)
     with gc_paused():
-        opened: Opened = ranks.broadcast(None)
+        opened = ranks.broadcast(cast("Opened", None))
     _plan(opened, store, tree, ranks)
 
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from holdfast.format.manifest import Manifest, TensorEntry, encode_around
-from holdfast.format.tables import StockIndex, TensorTable, encode_tensors
+from holdfast.format.tables import StockIndex, TensorTable, encode_rows, encode_tensors
 
 
 def encode(manifest: Manifest) -> bytes:
     """Return the bytes of `manifest.json`."""
     tensors = encode_tensors(_tables(manifest, list(manifest.files)))
     return b"".join(encode_around(manifest, tensors))
+
+
+def encode_with_rows(manifest: Manifest) -> tuple[bytes, bytes]:
+    """Return the bytes of `manifest.json` and `index.bin`, with all chunks there."""
+    rows = encode_rows(_tables(manifest, list(manifest.files)))
+    head = encode_around(replace(manifest, rows=rows.file), rows.tensors)
+    return b"".join(head), b"".join(rows.parts)
 
 
 def encode_metadata(manifest: Manifest) -> bytes:

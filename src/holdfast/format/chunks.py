@@ -265,7 +265,7 @@ class ChunkRows(Sequence[Chunk]):
     offset: int
     """Offset of the first row in the file."""
 
-    count: int
+    num_rows: int
     longest: tuple[int, ...]
     """Most elements of any chunk along each dim."""
 
@@ -276,42 +276,45 @@ class ChunkRows(Sequence[Chunk]):
         return _NUMBER.size * (NUM_PLACES + 2 * len(self.longest))
 
     def __len__(self) -> int:
-        return self.count
+        return self.num_rows
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ChunkRows):
             return NotImplemented
-        place = self.file, self.offset, self.count, self.longest
-        return place == (other.file, other.offset, other.count, other.longest)
+        place = self.file, self.offset, self.num_rows, self.longest
+        return place == (other.file, other.offset, other.num_rows, other.longest)
 
     def __hash__(self) -> int:
-        return hash((self.offset, self.count))
+        return hash((self.offset, self.num_rows))
 
     @overload
     def __getitem__(self, index: int) -> Chunk: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[Chunk]: ...
     def __getitem__(self, index: int | slice) -> Chunk | Sequence[Chunk]:
-        numbers = range(self.count)[index]
+        numbers = range(self.num_rows)[index]
         if isinstance(numbers, int):
             return self._decoded(numbers, numbers + 1)[0]
         return [self._decoded(number, number + 1)[0] for number in numbers]
 
     def __iter__(self) -> Iterator[Chunk]:
-        for first in range(0, self.count, _BATCH_ROWS):
-            yield from self._decoded(first, min(first + _BATCH_ROWS, self.count))
+        for first in range(0, self.num_rows, _BATCH_ROWS):
+            yield from self._decoded(first, min(first + _BATCH_ROWS, self.num_rows))
 
     def overlapping(self, region: Region) -> list[Chunk]:
         """The chunks that hold elements of `region`. Reads about as many rows as there are."""
         if not region.num_elements:
             return []
-        first, stop = 0, self.count
+        first, stop = 0, self.num_rows
         for dim, (start, end) in enumerate(zip(region.start, region.stop, strict=True)):
             # A chunk that begins here or before ends before the region.
             before = start - self.longest[dim]
-            guess = (before + 1) * self.count // max(1, self.decoder.shape[dim])
-            first = self._first_after(before, dim, first, stop, guess if dim == 0 else first)
-            stop = self._first_after(end - 1, dim, first, stop, first + 1)
+            length = self.decoder.shape[dim]
+            guess = first + (before + 1) * (stop - first) // length
+            if before >= 0:
+                first = self._first_after(before, dim, first, stop, guess)
+            if end < length:
+                stop = self._first_after(end - 1, dim, first, stop, first + 1)
             if stop - first < 2 or self._start(first, dim) != self._start(stop - 1, dim):
                 # Rows are sorted along the next dim only where they begin alike along this one.
                 break

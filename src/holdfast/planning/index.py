@@ -130,7 +130,7 @@ def _places(
     ranks = np.concatenate([np.zeros(0, np.int64), *(chunks.rank for chunks in tensors)])
     # With a first column for the numbers of the files, so that the rows are copied once.
     rows = np.pad(np.concatenate([*distinct.values()]), ((0, 0), (1, 0)))
-    places = rows[first_rows[ranks] + _times_before(ranks)]
+    places: Ints = rows[first_rows[ranks] + _times_before(ranks)]
     places[:, 0] = file_numbers[ranks]
     return places
 
