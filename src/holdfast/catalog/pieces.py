@@ -109,7 +109,6 @@ def _part(last: str, *, in_checkpoint: bool) -> str | None:
         return f"the data that rank {data[1]} wrote"
     named = {
         MANIFEST: "the index",
-        ROWS: "the list of chunks",
         METADATA: "the index for stock torch",
         LOCK: "the lock",
     }
@@ -117,6 +116,8 @@ def _part(last: str, *, in_checkpoint: bool) -> str | None:
         return named[last]
     if last.endswith(INDEX_SUFFIX):
         return "the index of the weights"
+    if in_checkpoint and last == ROWS:
+        return "the list of chunks"
     return "a file beside the weights" if in_checkpoint and last in _BESIDE_WEIGHTS else None
 
 
