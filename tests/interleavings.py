@@ -15,13 +15,14 @@ for systematic testing of multithreaded programs, PLDI 2007.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from crashes import store_of, tree_of
+from extent import every
 from holdfast.errors import HoldfastError
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import AmendableStore
@@ -54,6 +55,9 @@ def interleavings(
 ) -> Iterator[Ran]:
     """Run two actors in every order with at most `switches_max` switches before one of them ends.
 
+    By default, the last switch is made at every third place, another third after each other first
+    turn. `--all` makes it everywhere.
+
     `before` makes the initial content of each store.
     """
     first = MemoryStore()
@@ -71,7 +75,9 @@ def interleavings(
             outcomes = futures[0].result(), futures[1].result()
             yield Ran(store, outcomes, tuple(turns.trace))
             if len(lengths) < switches_max:
-                longer = range(1, turns.last_length)
+                longer: Sequence[int] = range(1, turns.last_length)
+                if len(lengths) == switches_max - 1 > 0:
+                    longer = every(3, longer, start=lengths[-1])
                 waiting += [(begins, [*lengths, length]) for length in longer]
 
 

@@ -23,6 +23,7 @@ from torch.distributed.tensor.placement_types import Placement
 from torch.utils import swap_tensors
 
 import holdfast
+from extent import every
 from holdfast.comm import all_ranks, capture
 from holdfast.saving.planner import LocalState, Planner
 from holdfast.state.objects import StateTree
@@ -118,9 +119,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Any
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_any_layout_loads_on_any_other(saved: dict[tuple[int, int], Any], size: int) -> None:
     """G6, G9. Method: model and AdamW state are saved with every layout of 1 to 4 ranks, FSDP x TP
-    and uneven shards included, and loaded bit for bit with every layout of `size` ranks."""
+    and uneven shards included, and loaded bit for bit with every layout of `size` ranks.
+    By default, half of the pairs."""
     layouts = [(dp, size // dp) for dp in (1, 2, 3, 4) if size % dp == 0 and size // dp != 3]
-    wanted = [(*layout, source) for layout in layouts for source in saved]
+    wanted = [
+        (*layout, source)
+        for number, layout in enumerate(layouts)
+        for source in every(2, list(saved), start=number)
+    ]
     work = [(dp, tp, saved[source][0]) for dp, tp, *rest in wanted for source in rest]
     for rank in run_processes(size, load_on, work):
         for (*_, source), (step, found) in zip(wanted, rank, strict=True):

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import holdfast
-from extent import EVERYTHING
+from extent import EVERYTHING, every
 from holdfast.errors import UsageError
 from processes import run_processes
 
@@ -153,12 +153,15 @@ def train(
 
 CASES = [
     (kind, wrapper, mode)
-    for kind, wrapper in (
-        *(("adamw", "fsdp2"), ("joined", "fsdp2"), ("container", "fsdp2")),
-        *(("joined", "ddp"), ("container", "ddp"), ("zero", "ddp")),
+    for number, (kind, wrapper) in enumerate(
+        (
+            *(("adamw", "fsdp2"), ("joined", "fsdp2"), ("container", "fsdp2")),
+            *(("joined", "ddp"), ("container", "ddp"), ("zero", "ddp")),
+        )
     )
-    for mode in ("disabled", "async_with_pinned_mem")
+    for mode in every(2, ("disabled", "async_with_pinned_mem"), start=number)
 ]
+"""By default, each optimizer in one of the two modes."""
 
 
 def train_case(rank: int, size: int, folder: Path, name: str, until: int, *case: str) -> Any:

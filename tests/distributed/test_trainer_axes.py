@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from extent import some
+from extent import every, some
 from holdfast.hf.flavors import MODELS
 from layouts import Layout, add_flavors, train_all, trained
 from processes import run_processes
@@ -72,7 +72,7 @@ MORE_ON_8 = [
     Layout("tp4 pp2 ep2", "experts", schedule="Interleaved1F1B"),
 ]
 GROUPS = {
-    "4": (4, some(ON_4, 9)),
+    "4": (4, every(3, ON_4)),
     "8": (8, some(ON_8, 1)),
     "more 4": (4, MORE_ON_4),
     "more 8": (8, MORE_ON_8),

@@ -123,7 +123,7 @@ def test_the_commands_that_look_after_checkpoints(tmp_path: Path) -> None:
     for step in (10, 20):
         save_step(tmp_path / "outputs/checkpoint", step)
     for command in LOOKING:
-        words = [sys.executable, "-m", "holdfast.cli", *shlex.split(command)[1:]]
+        words = [python(), "-m", "holdfast.cli", *shlex.split(command)[1:]]
         ran = subprocess.run(words, cwd=tmp_path, text=True, capture_output=True)
         assert (ran.returncode, ran.stderr) == (0, ""), command
         if command in ("holdfast list outputs/checkpoint", "holdfast doctor outputs/checkpoint"):
@@ -237,11 +237,12 @@ def test_the_commands_that_convert(tmp_path: Path) -> None:
 
 
 def test_a_run_that_saves_nothing(tmp_path: Path) -> None:
-    """Method: run the command of the configuration page for two steps."""
+    """Method: run the command of the configuration page for two steps, on one worker."""
     words = [str(ROOT / "run_train.sh"), *shlex.split(TRAINING[0])[1:], *SHORT]
     ran = subprocess.run(
         [*words, "--training.steps", "2"],
         cwd=tmp_path,
+        env={**os.environ, "NGPU": "1"},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -318,3 +319,33 @@ def test_documents_name_no_machine_and_no_registry(page: Path) -> None:
     """Method: search the text for paths of a machine and names of package registries."""
     found = re.findall(r"/(?:home|work|root|Users)/\w+|\bpypi-\w+|simple/", page.read_text())
     assert not found
+
+
+def test_the_figures_of_the_readme_are_those_of_the_tables() -> None:
+    """Method: add up the rows of the crash report, and find the rows of the benchmarks."""
+    readme = (ROOT / "README.md").read_text()
+    cells = [line.strip("|").split("|") for line in _text("docs/crash-report.md").splitlines()]
+    counts: dict[str, list[list[int]]] = {}
+    for cell in cells:
+        if len(cell) == 9 and cell[3].strip().isdigit():
+            counts.setdefault(cell[1].strip(), []).append([int(number) for number in cell[3:]])
+    ours = counts["Holdfast"] + counts["Holdfast, async"]
+    stock = counts["torch DCP"]
+    assert all(sum(row[3:]) == 0 for row in ours)
+    assert f"in all {sum(row[0] for row in ours):,} states" in readme
+    failed = sum(sum(row[3:]) for row in stock)
+    assert f"{failed} of {sum(row[0] for row in stock)} end in" in readme
+    results = _text("benchmarks/results/README.md")
+    for row, figure in (
+        ("save, 1 process: faster than `dcp.save` |", r"a save is ([\d.]+) times"),
+        ("load, warm, 1 process: faster than `dcp.load` |", r"the page cache ([\d.]+) times"),
+        ("save while training: blocked in `save()` |", r"blocked for ([\d.]+) ms"),
+    ):
+        found = re.search(figure, readme)
+        measured = results.split(f"| {row}")[1].split("|")[1]
+        assert found, row
+        assert measured.split()[0] == found[1], row
+
+
+def _text(path: str) -> str:
+    return (ROOT / path).read_text()

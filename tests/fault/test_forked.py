@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ import holdfast
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.manager import lifetime
 from holdfast.storage.local import LocalStore
+from warm import python
 
 SOON_S = 20.0
 """Far below the life of the children here, far above what anything takes."""
@@ -142,7 +142,7 @@ with CheckpointManager(folder, model=model, config=config) as manager:
 @contextmanager
 def running(how: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Start a run with children, and wait for its first step. Kill its session at the end."""
-    command = [sys.executable, "-c", RUN, how, str(folder)]
+    command = [python(), "-c", RUN, how, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
         try:
             assert process.stdout is not None

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from checkpoints import save_leaves
-from crashes import cut_everywhere
+from crashes import SEEDS, cut_everywhere
 from holdfast import CheckpointConfig
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.cleanup import execute, plan_cleanup
@@ -103,7 +103,7 @@ def check(
     outcomes: list[Outcome],
     work: Callable[[Store], None],
     before: Callable[[Store], None] | None = None,
-    seeds: Iterable[int] = range(4),
+    seeds: Iterable[int] = SEEDS,
 ) -> None:
     """Check that every cut of `work` leaves one of the outcomes, that each of them occurs, and that
     the last is that of finished work."""

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 import holdfast
+from crashes import SEEDS
 from holdfast.dcp import Reader, Writer
 
 
@@ -31,7 +32,7 @@ def outcomes(
         save(2)
     assert tree_after([operation for _, operation in operations]) == tree_at(root)
     found = []
-    for cut, tree in cuts([one for _, one in operations], durable=durable, seeds=range(3)):
+    for cut, tree in cuts([one for _, one in operations], durable=durable, seeds=SEEDS):
         left = folder / "left"
         write_tree(tree, left)
         found.append((cut.at, newest(left)))

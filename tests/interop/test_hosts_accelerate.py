@@ -3,6 +3,7 @@ DDP. FSDP2 is not here: without an accelerator, Accelerate ignores `fsdp_plugin`
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 import holdfast
 from host_runs import run_commands
 
-pytest.importorskip("accelerate")
+# Not by `importorskip`: an import takes seconds in each process of the tests.
+if find_spec("accelerate") is None:
+    pytest.skip("not installed: accelerate", allow_module_level=True)
 
 
 def train(**arguments: Any) -> tuple[str, dict[str, Any]]:

@@ -4,6 +4,7 @@ and as shards of FSDP2 on two CPU processes."""
 from __future__ import annotations
 
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 import holdfast
 from host_runs import run_commands, run_failing
 
-pytest.importorskip("pytorch_lightning")
-pytest.importorskip("lightning_fabric")
+# Not by `importorskip`: an import takes seconds in each process of the tests.
+if any(find_spec(name) is None for name in ("pytorch_lightning", "lightning_fabric")):
+    pytest.skip("not installed: pytorch_lightning and lightning_fabric", allow_module_level=True)
+
 
 LOOPS = ["lightning", "fabric"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 import holdfast
 from host_runs import run_commands
 
-pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
+# Not by `importorskip`: an import takes seconds in each process of the tests.
+if any(find_spec(name) is None for name in ("transformers", "accelerate")):
+    pytest.skip("not installed: transformers and accelerate", allow_module_level=True)
 
 
 def train(**arguments: Any) -> tuple[str, dict[str, Any]]:

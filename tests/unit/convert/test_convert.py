@@ -19,6 +19,7 @@ import torch.distributed.checkpoint.format_utils as stock
 from safetensors.torch import load_file
 
 import checkpoints
+from extent import every
 from hf_folders import LLAMA, hf_tensors, save_folder
 from holdfast.catalog.verify import VerifyTarget, verify
 from holdfast.convert.convert import ConvertResult, convert
@@ -187,7 +188,7 @@ def test_verify_finds_flipped_bits_in_a_converted_pt_file(
     tmp_path: Path,
 ) -> None:
     """G3: every flipped bit that changes what `torch.load` returns is reported. Method: 250 seeded
-    bits, then bits around the small records."""
+    bits, then bits around the small records; a fifth of them by default."""
     half = torch.ones(7).half()
     state = {"w": torch.randn(300, 200), "deep": {"half": half}, "n": [1, 2.5, "x"]}
     save(tmp_path / "c", state)
@@ -203,6 +204,7 @@ def test_verify_finds_flipped_bits_in_a_converted_pt_file(
     bits = [random.randrange(len(whole) * 8) for _ in range(250)]
     bits += range(0, 2000 * 8, 11)
     bits += range((len(whole) - 400) * 8, len(whole) * 8, 7)
+    bits = every(5, bits)
     changed = 0
     for bit in bits:
         data = bytearray(whole)
@@ -222,7 +224,7 @@ def test_verify_finds_flipped_bits_in_a_converted_pt_file(
                 assert not verify(target).good, bit
             except FormatError:
                 continue
-    assert changed > 150
+    assert changed > len(bits) / 15
 
 
 def test_a_source_replaced_during_a_conversion_is_not_called_damaged(tmp_path: Path) -> None:
