@@ -161,9 +161,9 @@ def _summary(size: int, costs: LoadCosts) -> str:
 
 
 def save_for(size: int, folder: Path) -> None:
-    """Save a checkpoint of `size` ranks with different file layouts, and sparse data files."""
+    """Save a checkpoint of `size` ranks, with sparse data files."""
     state = state_of(size)
-    ranks = SimulatedRanks(size, Stopwatch(), {"rng", "items"})
+    ranks = SimulatedRanks(size, Stopwatch(), {"rng"})
     catalog = Catalog(LocalStore(folder))
     pending = begin_save(catalog, NAME, StateTree(state).flatten(), planner=Planner(ranks))
     nbytes = pending.file_layout.nbytes

@@ -177,7 +177,7 @@ def test_the_work_after_a_save_does_not_grow_with_checkpoints_or_files(
         rows = [[Region((2 * rank,), (2 * rank + 2,))] for rank in range(6)]
         held = rows if size == 6 else [[row for (row,) in rows]]
         for step in range(1, keep + 4):
-            save_regions(beneath, step_name(step), {"w": (whole, held)}, size)
+            save_regions(beneath, step_name(step), {"w": (whole, held)}, size, step)
             counted.clear()
             retainer.saved(step)
             retainer.wait()
