@@ -13,6 +13,7 @@ from holdfast.format.names import held_file
 from holdfast.storage import links, locks, renaming
 from holdfast.storage.direct import BufferedWriter, DirectWriter, open_direct
 from holdfast.storage.plain import check_plain, open_plain
+from holdfast.storage.publishing import publish_by_rename, unpublish_by_rename
 from holdfast.storage.store import Check, FileReader, FileWriter
 
 DIRECT_BYTES_MIN = 4 << 20
@@ -86,6 +87,12 @@ class LocalStore:
             files = ((entry.name, _status(entry)) for entry in entries)
             return sorted((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in files)
 
+    def changed_at(self, folder: str) -> float:
+        """Return when `folder` or a file directly in it last changed, in seconds since 1970."""
+        with self._errors_of("list", folder), os.scandir(self._path(folder)) as entries:
+            times = [_status(entry).st_mtime for entry in entries]
+            return max(times, default=os.stat(self._path(folder)).st_mtime)
+
     def leads_out(self, folder: str, file: str) -> bool:
         return links.leads_out(self._path(folder), file)
 
@@ -133,6 +140,12 @@ class LocalStore:
             except FileExistsError as error:
                 raise ExistsError(f"`{self._path(target)}` exists already") from error
             self._sync_above(target, source)
+
+    def publish(self, folder: str, name: str, *, replace: bool = False) -> None:
+        publish_by_rename(self, folder, name, replace=replace)
+
+    def unpublish(self, name: str, removing: str) -> str:
+        return unpublish_by_rename(self, name, removing)
 
     def replace_file(self, source: str, target: str) -> None:
         with self._errors_of("publish", target):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
-from holdfast.storage.store import AmendableStore, Buffer, Check, FileWriter, PlainReader
+from holdfast.storage.publishing import publish_by_rename, unpublish_by_rename
+from holdfast.storage.store import Buffer, Check, FileWriter, FolderStore, PlainReader
 
 Fail = Callable[[str, str], None]
 """`fail(verb, key)` raises the error of an operation, or returns to let it happen."""
@@ -16,10 +17,10 @@ class FailingStore:
 
     The verbs are `list`, `size`, `read`, `make_folder`, `create`, `amend`, `write`, `end` (before
     the content of a file becomes durable), `sync`, `rename`, `remove`, `free_bytes`, `lock`,
-    `holder` and `hold`.
+    `holder` and `hold`. `publish` and `unpublish` consist of renames and deletions.
     """
 
-    def __init__(self, beneath: AmendableStore, fail: Fail) -> None:
+    def __init__(self, beneath: FolderStore, fail: Fail) -> None:
         self._beneath, self._fail = beneath, fail
 
     @property
@@ -76,6 +77,12 @@ class FailingStore:
     def rename(self, source: str, target: str) -> None:
         self._fail("rename", source)
         self._beneath.rename(source, target)
+
+    def publish(self, folder: str, name: str, *, replace: bool = False) -> None:
+        publish_by_rename(self, folder, name, replace=replace)
+
+    def unpublish(self, name: str, removing: str) -> str:
+        return unpublish_by_rename(self, name, removing)
 
     def remove(self, key: str) -> None:
         self._fail("remove", key)
