@@ -53,7 +53,7 @@ def manifest_of(regions: dict[str, tuple[tuple[int, ...], Sequence[Region]]]) ->
     file."""
     tensors, offset = {}, 0
     for name, (shape, boxes) in regions.items():
-        chunks = []
+        chunks: list[Chunk] = []
         for box in boxes:
             item = Span(offset, 64 + box.num_elements)
             chunks.append(Chunk(box, FILE, item, offset + 64, len(chunks)))
@@ -295,6 +295,7 @@ def test_a_copy_for_another_rank_has_neither_store_nor_rows() -> None:
         assert other == manifest
         with pytest.raises(AssertionError, match="connect"):
             list(other.tensors["w"].chunks)
+        assert other.rows is not None
         other.rows.connect(lambda start, stop: data[start:stop], "m", BLOCK_BYTES)
         assert list(other.tensors["w"].chunks) == chunks
 

@@ -80,19 +80,21 @@ def test_any_region_is_read_from_any_grid_of_any_number_of_ranks(data: st.DataOb
 
 
 def blank() -> dict[str, Any]:
+    saved: dict[str, Any] = state()
     return {
         name: {
             key: torch.zeros_like(value) if isinstance(value, torch.Tensor) else None
             for key, value in component.items()
         }
-        for name, component in state().items()
+        for name, component in saved.items()
     }
 
 
 def is_loaded(found: dict[str, Any]) -> bool:
+    saved: dict[str, Any] = state()
     return all(
         torch.equal(found[name][key], value) if isinstance(value, torch.Tensor) else True
-        for name, component in state().items()
+        for name, component in saved.items()
         for key, value in component.items()
     )
 
