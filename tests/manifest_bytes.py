@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from holdfast.format.manifest import Manifest, TensorEntry, encode_around
+from holdfast.format.manifest import Chunk, Manifest, TensorEntry, encode_around
 from holdfast.format.tables import StockIndex, TensorTable, encode_rows, encode_tensors
 
 
@@ -36,7 +36,15 @@ def encode_metadata(manifest: Manifest) -> bytes:
 
 def _tables(manifest: Manifest, files: list[str]) -> list[TensorTable]:
     number = {file: index for index, file in enumerate(files)}
-    return [_table(name, entry, number) for name, entry in manifest.tensors.items()]
+    tables: list[TensorTable] = []
+    chunks: Sequence[Chunk] = ()
+    for name, entry in manifest.tensors.items():
+        table = _table(name, entry, number)
+        if tables and len(entry.chunks) and entry.chunks == chunks:
+            table = replace(table, places=tables[-1].places)  # Tied tensors share their rows.
+        tables.append(table)
+        chunks = entry.chunks
+    return tables
 
 
 def _table(name: str, entry: TensorEntry, number: Mapping[str, int]) -> TensorTable:
