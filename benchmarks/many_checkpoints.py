@@ -68,11 +68,11 @@ def save_first(folder: Path) -> Path:
     return folder / step_name(1)
 
 
-def clone(source: Path, step: int, *, num_files: int = 1) -> None:
-    """Make the checkpoint of another step, with links to the data. Files of further ranks are
+def clone(source: Path, folder: Path, step: int, *, num_files: int = 1) -> None:
+    """Make the checkpoint of a step in `folder`, with links to the data. Files of further ranks are
     empty."""
-    target = source.parent / step_name(step)
-    target.mkdir()
+    target = folder / step_name(step)
+    target.mkdir(parents=True)
     for file in source.iterdir():
         if file.name != MANIFEST:
             os.link(file, target / file.name)
@@ -103,7 +103,7 @@ def measure_tools(count: int, folder: Path) -> list[str]:
     """Rows of the table of commands."""
     first = save_first(folder)
     for step in range(2, count + 1):
-        clone(first, step)
+        clone(first, folder, step)
     rows = [f"| `holdfast {c}` | {measure_command(c, folder):.2f} |" for c in COMMANDS]
     started = time.process_time()
     opened, _ = newest_resumable(Catalog(LocalStore(folder)), None)
@@ -115,13 +115,13 @@ def measure_tools(count: int, folder: Path) -> list[str]:
 
 def measure_retention(count: int, num_files: int, folder: Path) -> str:
     """A row of the table of retention: a save into a folder of `count` checkpoints."""
-    first = save_first(folder)
-    for step in range(2, count + 1):
-        clone(first, step, num_files=num_files)
-    store = CountingStore(folder)
+    first = save_first(folder / "source")
+    for step in range(1, count + 1):
+        clone(first, folder / "run", step, num_files=num_files)
+    store = CountingStore(folder / "run")
     retainer = Retainer(Catalog(store), Retention(latest_k=count))
     for step in range(count + 1, count + 4):
-        clone(first, step, num_files=num_files)
+        clone(first, folder / "run", step, num_files=num_files)
         store.num_calls = 0
         started = time.process_time()
         retainer.saved(step)
@@ -138,6 +138,7 @@ def main() -> None:
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
         lines = ["| command | CPU s |", "|---|---|", *measure_tools(options.count, Path(folder))]
+    sys.stderr.write("\n".join(lines) + "\n")
     lines += ["", "| checkpoints kept | files of each | calls of the store | CPU s |"]
     lines.append("|---|---|---|---|")
     for count, num_files in RETAINED:

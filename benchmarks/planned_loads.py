@@ -34,6 +34,7 @@ from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.open_any import Opened, open_in
 from holdfast.catalog.source import Source
 from holdfast.comm import Ranks, Solo, run_on_rank_0
+from holdfast.errors import HoldfastError
 from holdfast.format.names import ROWS, data_file
 from holdfast.loading.load import load_tree
 from holdfast.loading.read import Wanted, plan_reads
@@ -95,6 +96,8 @@ class ReplayedRanks(Solo):
         self._messages = iter(messages)
 
     def gather(self, item: T) -> list[T]:
+        if isinstance(item, HoldfastError):
+            raise item
         pickle.dumps(item)
         return []
 

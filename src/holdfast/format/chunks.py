@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, overload
 
 from holdfast.errors import DamagedError, FormatError
@@ -151,7 +151,6 @@ class ChunkDecoder:
 # ------------------------------------------------------------------------------------- `index.bin`
 
 
-@dataclass(slots=True)
 class RowFile:
     """`index.bin`: rows, then a table of the checksums of their blocks.
 
@@ -159,26 +158,31 @@ class RowFile:
     connected to that rank's store.
     """
 
-    nbytes: int
-    table: Table
-    _fetch: Callable[[int, int], bytes] | None = field(default=None, compare=False, repr=False)
-    where: str = field(default="", compare=False)
-    _unit_bytes: int = field(default=BLOCK_BYTES, compare=False)
-    _checksums: memoryview | None = field(default=None, compare=False, repr=False)
-    _window: tuple[int, bytes] = field(default=(0, b""), compare=False, repr=False)
-    """Offset and bytes of the last blocks that were read."""
+    def __init__(self, nbytes: int, table: Table) -> None:
+        self.nbytes, self.table = nbytes, table
+        self.where = ""
+        self._fetch: Callable[[int, int], bytes] | None = None
+        self._unit_bytes = BLOCK_BYTES
+        self._checksums: memoryview | None = None
+        self._window = 0, b""
+        """Offset and bytes of the last blocks that were read."""
 
     def connect(self, fetch: Callable[[int, int], bytes], where: str, unit_bytes: int) -> None:
         """Read by `fetch(start, stop)` from now on, at least `unit_bytes` at a time, a multiple of
         a block. Errors call the file `where`."""
         self._fetch, self.where, self._unit_bytes = fetch, where, unit_bytes
 
-    def __getstate__(self) -> tuple[int, Table]:
+    def __reduce__(self) -> tuple[type[RowFile], tuple[int, Table]]:
         # Not the function that reads, nor what it has read: other ranks read for themselves.
-        return self.nbytes, self.table
+        return RowFile, (self.nbytes, self.table)
 
-    def __setstate__(self, state: tuple[int, Table]) -> None:
-        self.__init__(*state)  # type: ignore[misc]
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RowFile):
+            return NotImplemented
+        return (self.nbytes, self.table) == (other.nbytes, other.table)
+
+    def __hash__(self) -> int:
+        return hash((self.nbytes, self.table))
 
     def read(self, start: int, stop: int) -> memoryview:
         """Read bytes `start` to `stop` of the rows.
