@@ -112,8 +112,8 @@ class SimulatedRanks(Solo):
 
     def _message(self, rank: int, item: Any) -> Any:
         """Return what `rank` sends where rank 0 sends `item`."""
-        if isinstance(item, RankResult):
-            return dataclasses.replace(item, file=data_file(rank))
+        if isinstance(item, tuple) and isinstance(item[0], RankResult):
+            return dataclasses.replace(item[0], file=data_file(rank)), *item[1:]
         if self._requested is not None:
             return {name: self._plan(rank, name) for name in self._requested[rank]}
         if isinstance(item, dict):
