@@ -9,8 +9,9 @@ from typing import Any, Literal, Self
 from holdfast.arguments import checked_path, nearest, settings, shown
 from holdfast.errors import UsageError
 from holdfast.format.names import STEP_MAX
-from holdfast.manager.renames import parse
+from holdfast.manager.renames import KEY
 from holdfast.manager.signals import check_names
+from holdfast.tensors.renames import parse
 
 _ZERO_IS_OFF = (
     "interval_minutes",
@@ -257,7 +258,7 @@ class CheckpointConfig:
                     hint=f"--checkpoint.{needed}",
                 )
         for rule in self.initial_load_renames:
-            parse(rule)
+            parse(rule, KEY)
         if self.initial_load_renames and self.initial_load_in_hf:
             raise UsageError(
                 "`checkpoint.initial_load_renames` does not apply to Hugging Face folders, whose "

@@ -96,9 +96,10 @@ class CheckpointManager:
         """Lock `folder` against other runs, and clean up what killed runs left there.
 
         `model` may be a list of pipeline stages. `states` are further objects, by name. The state
-        of a `dataloader` is saved for each rank, unless it has `state_is_global = True`. `config`
-        defaults to a save every 500 steps, `ranks` to those of `torch.distributed`. `hub` describes
-        the model in Hugging Face format, for exports and for loading such folders.
+        of a `dataloader` is saved for each rank, unless it has `state_is_global = True`, as an
+        `ElasticLoader` of `holdfast.data` has. `config` defaults to a save every 500 steps, `ranks`
+        to those of `torch.distributed`. `hub` describes the model in Hugging Face format, for
+        exports and for loading such folders.
 
         `optimizers` may be one object that holds optimizers; its own `state_dict` is saved then.
         `store`: keep the checkpoints in this store; `folder` is None then. `on_stop`: what `save`
