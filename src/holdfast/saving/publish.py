@@ -13,7 +13,7 @@ from holdfast.errors import HoldfastError, StorageError
 from holdfast.format import manifest as manifests
 from holdfast.format.checksum import checksum_of_parts
 from holdfast.format.manifest import Manifest, ValueEntry, kind_with
-from holdfast.format.names import MANIFEST, METADATA, HiddenFolder
+from holdfast.format.names import MANIFEST, METADATA, ROWS, HiddenFolder
 from holdfast.format.timings import over_ranks
 from holdfast.planning.index import Index
 from holdfast.saving.write import WriteResult
@@ -69,9 +69,12 @@ def index_files(
     )
     metadata = encoded.stock.encode({n: (e.file, e.item) for n, e in manifest.values.items()})
     size_and_checksum = (sum(map(len, metadata)), checksum_of_parts(metadata))
-    manifest = replace(manifest, metadata=size_and_checksum)
+    rows = encoded.rows
+    manifest = replace(manifest, metadata=size_and_checksum, rows=rows.file if rows else None)
     parts = manifests.encode_around(manifest, encoded.tensors)
-    return {METADATA: metadata, MANIFEST: parts}, manifest.nbytes
+    # `write_index` keeps the order: the manifest comes last.
+    files = {METADATA: metadata, **({ROWS: rows.parts} if rows else {}), MANIFEST: parts}
+    return files, manifest.nbytes
 
 
 def publish_with(
