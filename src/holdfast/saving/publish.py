@@ -47,7 +47,7 @@ def publish(
 
 def index_files(
     results: Sequence[WriteResult], index: Index, facts: Manifest
-) -> tuple[dict[str, Sequence[bytes]], int]:
+) -> tuple[dict[str, Sequence[Buffer]], int]:
     """The parts of each index file of a checkpoint, in the order of their writes, and the
     checkpoint's bytes. See `publish`."""
     encoded = index.encoded()
@@ -78,7 +78,7 @@ def index_files(
 
 
 def publish_with(
-    attempt: HiddenFolder, files: Mapping[str, Sequence[bytes]], catalog: Catalog
+    attempt: HiddenFolder, files: Mapping[str, Sequence[Buffer]], catalog: Catalog
 ) -> None:
     """Write the index files into an attempt that has all other files, and publish it."""
     write_index(attempt, files, catalog.store)
@@ -86,7 +86,7 @@ def publish_with(
     clean_up(catalog, attempt.name)
 
 
-def write_index(attempt: HiddenFolder, files: Mapping[str, Sequence[bytes]], store: Store) -> None:
+def write_index(attempt: HiddenFolder, files: Mapping[str, Sequence[Buffer]], store: Store) -> None:
     """Write the index files into an attempt."""
     for name, parts in files.items():
         with store.create(f"{attempt}/{name}", sum(map(len, parts))) as writer:
