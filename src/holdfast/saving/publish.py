@@ -17,7 +17,7 @@ from holdfast.format.names import MANIFEST, METADATA, ROWS, HiddenFolder
 from holdfast.format.timings import over_ranks
 from holdfast.planning.index import Index
 from holdfast.saving.write import WriteResult
-from holdfast.storage.store import Store
+from holdfast.storage.store import Buffer, Store
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
