@@ -32,10 +32,6 @@ _FIRST_BYTES = 256
 """Bytes of a message that are sent before the receiver knows its length. Most messages fit, and
 need one collective instead of two: each costs milliseconds where processes share cores."""
 
-_FEW_RANKS = 64
-"""Most ranks that send the first bytes of their messages to each other. To each of 2,048 ranks that
-would be half a MiB per gather."""
-
 _REPORT_S = 5.0
 """Seconds that a rank which lost others waits for the reports of the rest. A rank that hangs, has
 ended or has not begun reports nothing."""
@@ -53,6 +49,10 @@ _STAGES = {
     "loading.opening": "a load",
 }
 """Description of the collectives in each module, for messages."""
+
+_FEW_RANKS = 64
+"""Most ranks that send the first bytes of their messages to each other. To each of 2,048 ranks that
+would be half a MiB per gather."""
 
 Sending = Callable[[], object]
 """Waits until the data has been sent; only then may its memory change."""

@@ -17,7 +17,7 @@ from holdfast.format.names import MANIFEST, METADATA, ROWS, HiddenFolder
 from holdfast.format.timings import over_ranks
 from holdfast.planning.index import Index
 from holdfast.saving.write import WriteResult
-from holdfast.storage.store import Store
+from holdfast.storage.store import Buffer, Store
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
@@ -47,7 +47,7 @@ def publish(
 
 def index_files(
     results: Sequence[WriteResult], index: Index, facts: Manifest
-) -> tuple[dict[str, Sequence[bytes | memoryview]], int]:
+) -> tuple[dict[str, Sequence[Buffer]], int]:
     """The parts of each index file of a checkpoint, in the order of their writes, and the
     checkpoint's bytes. See `publish`."""
     encoded = index.encoded()
@@ -71,16 +71,18 @@ def index_files(
     size_and_checksum = (sum(map(len, metadata)), checksum_of_parts(metadata))
     rows = encoded.rows
     manifest = replace(manifest, metadata=size_and_checksum, rows=rows.file if rows else None)
-    files: dict[str, Sequence[bytes | memoryview]] = {METADATA: metadata}
-    if rows is not None:
-        files[ROWS] = rows.parts
-    # The manifest comes last: an attempt with one has all other files.
-    files[MANIFEST] = manifests.encode_around(manifest, encoded.tensors)
+    parts = manifests.encode_around(manifest, encoded.tensors)
+    # `write_index` keeps the order: the manifest comes last.
+    files: dict[str, Sequence[Buffer]] = {
+        METADATA: metadata,
+        **({ROWS: rows.parts} if rows else {}),
+        MANIFEST: parts,
+    }
     return files, manifest.nbytes
 
 
 def publish_with(
-    attempt: HiddenFolder, files: Mapping[str, Sequence[bytes | memoryview]], catalog: Catalog
+    attempt: HiddenFolder, files: Mapping[str, Sequence[Buffer]], catalog: Catalog
 ) -> None:
     """Write the index files into an attempt that has all other files, and publish it."""
     write_index(attempt, files, catalog.store)
@@ -88,9 +90,7 @@ def publish_with(
     clean_up(catalog, attempt.name)
 
 
-def write_index(
-    attempt: HiddenFolder, files: Mapping[str, Sequence[bytes | memoryview]], store: Store
-) -> None:
+def write_index(attempt: HiddenFolder, files: Mapping[str, Sequence[Buffer]], store: Store) -> None:
     """Write the index files into an attempt."""
     for name, parts in files.items():
         with store.create(f"{attempt}/{name}", sum(map(len, parts))) as writer:

@@ -134,9 +134,10 @@ class Drain:
 
     def _publish(self, name: str, attempt: HiddenFolder) -> Manifest:
         """Copy the index files, which every host has, and publish. Returns the manifest."""
-        rows = read_manifest(self._tier.catalog.store, name, entries=False).rows
-        for file in (METADATA, *([ROWS] if rows else []), MANIFEST):
-            nbytes = self._tier.catalog.store.size(f"{name}/{file}")
+        source = self._tier.catalog.store
+        rows = [ROWS] if ROWS in source.list(name) else []
+        for file in (METADATA, *rows, MANIFEST):
+            nbytes = source.size(f"{name}/{file}")
             self._copy_file(name, attempt, file, nbytes)
         # Nothing is published whose files rank 0 does not see, in full.
         manifest = open_manifest(self._catalog.store, str(attempt), entries=False)

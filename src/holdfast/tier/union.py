@@ -189,9 +189,9 @@ class Fetching:
 
     def open(self) -> Opened:
         """Open the checkpoint on rank 0, and send the manifest to the others. Collective."""
-        # Every rank searches the rows of its own tensors; the rest of the index is for rank 0.
-        wanted = (ROWS, MANIFEST, METADATA) if self._ranks.rank == 0 else (ROWS,)
-        self._fetch({f: [(0, n)] for f, n in self._found.files.items() if f in wanted})
+        # Each rank reads the rows of its own tensors.
+        index = (MANIFEST, METADATA, ROWS) if self._ranks.rank == 0 else (ROWS,)
+        self._fetch({f: [(0, n)] for f, n in self._found.files.items() if f in index})
         name = step_name(self._found.step)
         return run_on_rank_0(self._ranks, lambda: open_in(self.store, name))
 

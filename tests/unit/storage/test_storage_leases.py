@@ -17,7 +17,7 @@ from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.errors import ExistsError
 from holdfast.storage import leases, locks
 from holdfast.storage.local import LocalStore
-from holdfast.storage.store import Store
+from holdfast.storage.store import FolderStore
 from holdfast.testing.stores import StoreSuite, put
 
 
@@ -43,7 +43,7 @@ class TestLocalStoreWithoutFlock(StoreSuite):
     def _folder(self, tmp_path: Path) -> None:
         self.folder = tmp_path
 
-    def new_store(self) -> Store:
+    def new_store(self) -> FolderStore:
         return LocalStore(self.folder)
 
     def test_a_held_folder_stays_held_when_it_is_renamed(self) -> None:
