@@ -40,6 +40,7 @@ from holdfast.format.names import (
     step_of,
     steps_among,
 )
+from holdfast.format.pointer import id_in
 from holdfast.format.seal import SEAL
 from holdfast.storage.store import Check, ReadStore, Store
 
@@ -277,6 +278,12 @@ def read_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
             raise FormatError(f"`{where}/{index}` is a link to a place outside of its folder")
     if MANIFEST in files:
         data = read_index(store, f"{name}/{MANIFEST}")
+        if (folder := id_in(data)) is not None:
+            raise FormatError(
+                f"`{where}` is a copy of a checkpoint of an object store, with its files in "
+                f"`{folder}`",
+                hint=f"open `{where}/{folder}`",
+            )
         return manifests.decode(data, where=f"{where}/{MANIFEST}", entries=entries)
     if METADATA in files:
         # Imported here, since a listing of Holdfast's own checkpoints does not need it.
