@@ -23,7 +23,7 @@ from holdfast.errors import DamagedError, HoldfastError, NotFoundError, StorageE
 from holdfast.format.names import LOCK, MANIFEST, METADATA, hidden_folder_of, step_name, step_of
 from holdfast.format.seal import SEAL
 from holdfast.spelling import counted, spelled_bytes
-from holdfast.storage.leases import NOTE_BYTES_MAX, note_in
+from holdfast.storage.bucket_leases import NOTE_BYTES_MAX, note_in
 from holdfast.storage.local import LocalStore
 from holdfast.storage.locks import read_note
 from holdfast.storage.objects import ObjectStore

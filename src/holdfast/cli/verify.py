@@ -29,6 +29,7 @@ from holdfast.cli.terminal import (
 from holdfast.errors import DamagedError, HoldfastError, UsageError
 from holdfast.format.names import step_of, step_of_folder
 from holdfast.spelling import counted, spelled_bytes
+from holdfast.storage.listed import ListedStore
 from holdfast.storage.opening import store_to_save
 from holdfast.storage.store import ReadStore
 
@@ -108,18 +109,26 @@ def verified(store: ReadStore, names: Sequence[str], quick: bool) -> dict[str, V
     Leaves out, with a note on stderr, checkpoints that another process deletes meanwhile.
     """
     reports = {}
+    listed = ListedStore(store)
     for name in names:
-        with progress(name, stored_bytes(store, name)) as advance:
-            target = VerifyTarget(store, name, quick, advance)
-            try:
-                report = verify(target)
-            except HoldfastError as error:
-                report = failed(target, error)
+        # Reading data takes long enough that the list of files may have changed.
+        report = _verified(listed if quick else store, name, quick)
         if not report.good and is_deleted(store, name):
-            say_error(f"note: `{target.where}` was deleted meanwhile, and is left out")
-        else:
-            reports[name] = report
+            say_error(f"note: `{report.where}` was deleted meanwhile, and is left out")
+            continue
+        if not report.good and quick:
+            report = _verified(store, name, quick)
+        reports[name] = report
     return reports
+
+
+def _verified(store: ReadStore, name: str, quick: bool) -> VerifyReport:
+    with progress(name, 0 if quick else stored_bytes(store, name)) as advance:
+        target = VerifyTarget(store, name, quick, advance)
+        try:
+            return verify(target)
+        except HoldfastError as error:
+            return failed(target, error)
 
 
 def _mark(reports: Sequence[VerifyReport]) -> None:

@@ -8,6 +8,8 @@ step-500                  a published checkpoint
 .damaged-step-500         a mark: step-500 was found damaged
 .held-NAME-1f2e3d4c       file locked instead of folder NAME, where folders cannot be locked
 .lock                     note about the run that saves here
+.tier.json                place of the run's checkpoints on the hosts
+.lock.taking              a lock that is being taken, where there is no flock
 
 Each name must match its whole pattern: similar names belong to the user, and are never touched.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal, cast
 from zlib import crc32
@@ -26,7 +28,9 @@ from holdfast.errors import UsageError
 
 METADATA = ".metadata"
 MANIFEST = "manifest.json"
+ROWS = "index.bin"
 LOCK = ".lock"
+TIER = ".tier.json"
 
 STEP_MAX = 10**18 - 1
 """Largest step number. Readers would not find a larger one: the pattern allows 18 digits."""
@@ -139,7 +143,7 @@ def step_of_folder(folder: str) -> int | None:
     return step_of(hidden.name if hidden and hidden.role == "replaced" else folder)
 
 
-def folder_among(names: Iterable[str], name: str) -> str | None:
+def folder_among(names: Collection[str], name: str) -> str | None:
     """Return the folder of checkpoint `name`, given the names beside it; None if it has none.
 
     The folder has that name, or begins with `.replaced-` if a save that was to replace it died
@@ -148,10 +152,10 @@ def folder_among(names: Iterable[str], name: str) -> str | None:
     >>> folder_among([".replaced-best-1f2e3d4c/"], "best"), folder_among(["best/"], "best")
     ('.replaced-best-1f2e3d4c', 'best')
     """
-    folders = [other.rstrip("/") for other in names]
-    hidden = filter(None, map(hidden_folder_of, folders))
-    aside = (str(h) for h in hidden if (h.role, h.name) == ("replaced", name))
-    return name if name in folders else next(aside, None)
+    if name in names or f"{name}/" in names:
+        return name
+    hidden = filter(None, (hidden_folder_of(other.rstrip("/")) for other in names))
+    return next((str(h) for h in hidden if (h.role, h.name) == ("replaced", name)), None)
 
 
 def hidden_folder_of(name: str) -> HiddenFolder | None:
@@ -189,7 +193,7 @@ def held_of(name: str) -> str | None:
 
 def _is_taken(name: str) -> bool:
     """Whether Holdfast gives this name to files or folders of its own."""
-    own = name in (LOCK, MANIFEST, METADATA) or name.startswith(_HELD)
+    own = name in (LOCK, f"{LOCK}.taking", TIER, MANIFEST, METADATA) or name.startswith(_HELD)
     return own or hidden_folder_of(name) is not None or mark_of(name) is not None
 
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from holdfast.errors import HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.storage.bucket import Listing, StoredObject, TakenError, UnansweredError, Version
-from holdfast.storage.leases import REQUEST_S
+from holdfast.storage.bucket_leases import REQUEST_S
 from holdfast.storage.store import Buffer
 from holdfast.storage.streams import PART_BYTES
 

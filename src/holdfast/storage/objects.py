@@ -12,7 +12,7 @@ is put last, by one conditional request, which is the instant of publication:
 
 This class shows them as folders do: `step-5/__0_0.distcp` is `step-5/1f2e3d4c/__0_0.distcp` while
 the pointer names that ID, and an ID that no pointer names is `.attempt-step-5-ID` while a lease
-protects it, or `.removing-step-5-ID`. Locks and holds are leases (`storage/leases.py`).
+protects it, or `.removing-step-5-ID`. Locks and holds are leases (`storage/bucket_leases.py`).
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from holdfast.storage.bucket import (
     UnansweredError,
     Version,
 )
-from holdfast.storage.leases import (
+from holdfast.storage.bucket_leases import (
     LEASE_S,
     NOTE_BYTES_MAX,
+    BucketLease,
+    BucketLeases,
     Holder,
-    Lease,
-    Leases,
     check,
     note_in,
 )
@@ -90,7 +90,7 @@ class ObjectStore:
     def __init__(self, bucket: Bucket, *, lease_s: float = LEASE_S, threads: int = THREADS) -> None:
         """`threads`: requests that are sent at the same time."""
         self._bucket, self._lease_s, self._num_threads = bucket, lease_s, threads
-        self._leases = Leases(bucket, lease_s)
+        self._leases = BucketLeases(bucket, lease_s)
         self._pointers = Pointers(bucket)
         self._replaced: dict[str, Version] = {}
         """Version of the pointer of each checkpoint that this store holds."""
@@ -363,7 +363,7 @@ class ObjectStore:
         finally:
             self._leases.release(key, lease)
 
-    def _wait_for(self, lease: Lease, holder: Holder) -> None:
+    def _wait_for(self, lease: BucketLease, holder: Holder) -> None:
         """Take a lease of another process once it lapses. Raises an ExistsError if that process
         renews it."""
         until = time.monotonic() + 2 * self._lease_s
