@@ -73,7 +73,11 @@ def index_files(
     manifest = replace(manifest, metadata=size_and_checksum, rows=rows.file if rows else None)
     parts = manifests.encode_around(manifest, encoded.tensors)
     # `write_index` keeps the order: the manifest comes last.
-    files = {METADATA: metadata, **({ROWS: rows.parts} if rows else {}), MANIFEST: parts}
+    files: dict[str, Sequence[Buffer]] = {
+        METADATA: metadata,
+        **({ROWS: rows.parts} if rows else {}),
+        MANIFEST: parts,
+    }
     return files, manifest.nbytes
 
 
