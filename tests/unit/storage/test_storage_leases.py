@@ -23,15 +23,15 @@ from holdfast.testing.stores import StoreSuite, put
 
 @pytest.fixture(autouse=True)
 def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make flock fail as on Lustre mounted with `noflock`, and leases lapse within moments."""
+    """Make flock fail as on Lustre mounted with `noflock`, and leases lapse within seconds."""
 
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", fail)
-    monkeypatch.setattr(leases, "LEASE_S", 0.5)
+    monkeypatch.setattr(leases, "LEASE_S", 4.0)
     monkeypatch.setattr(leases, "RENEW_S", 0.05)
-    monkeypatch.setattr(leases, "SKEW_S", 0.1)
+    monkeypatch.setattr(leases, "SKEW_S", 1.0)
 
 
 class TestLocalStoreWithoutFlock(StoreSuite):
