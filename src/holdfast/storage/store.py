@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Check = Callable[[], None]
 """Function that raises an error if this process has lost the lock."""
@@ -155,6 +155,7 @@ class Creating(Protocol):
         ...
 
 
+@runtime_checkable
 class FolderStore(Store, Protocol):
     """A store of real folders: files can be changed in place, and everything can be renamed."""
 
