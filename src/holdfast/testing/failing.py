@@ -4,22 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
-from holdfast.storage.store import AmendableStore, Buffer, Check, FileWriter, PlainReader
+from holdfast.storage.store import (
+    AmendableStore,
+    Buffer,
+    Check,
+    FileWriter,
+    Linking,
+    Links,
+    PlainReader,
+)
 
 Fail = Callable[[str, str], None]
 """`fail(verb, key)` raises the error of an operation, or returns to let it happen."""
+
+
+class LinkingStore(AmendableStore, Linking, Protocol):
+    """A store with every operation."""
 
 
 class FailingStore:
     """A wrapper of a store that calls `fail` before each operation.
 
     The verbs are `list`, `size`, `read`, `make_folder`, `create`, `amend`, `write`, `end` (before
-    the content of a file becomes durable), `sync`, `rename`, `remove`, `free_bytes`, `lock`,
-    `holder` and `hold`.
+    the content of a file becomes durable), `sync`, `rename`, `link`, `remove`, `free_bytes`,
+    `lock`, `holder` and `hold`.
     """
 
-    def __init__(self, beneath: AmendableStore, fail: Fail) -> None:
+    def __init__(self, beneath: LinkingStore, fail: Fail) -> None:
         self._beneath, self._fail = beneath, fail
 
     @property
@@ -76,6 +89,17 @@ class FailingStore:
     def rename(self, source: str, target: str) -> None:
         self._fail("rename", source)
         self._beneath.rename(source, target)
+
+    def link(self, source: str, target: str) -> None:
+        self._fail("link", target)
+        self._beneath.link(source, target)
+
+    def links(self, key: str) -> Links:
+        self._fail("size", key)
+        return self._beneath.links(key)
+
+    def evict(self, key: str) -> None:
+        self._beneath.evict(key)
 
     def remove(self, key: str) -> None:
         self._fail("remove", key)
