@@ -110,6 +110,11 @@ class Manifest:
     tables: Mapping[str, Table] = field(default_factory=dict)
     """Table of block checksums of each data file; only Holdfast's own files have one."""
 
+    shared: Mapping[str, int] | None = None
+    """Data files that an earlier checkpoint of the run has too. Each with the number of saves that
+    have linked it since it was written, or read and found good. None if the run does not
+    deduplicate."""
+
     block_bytes: int = checksum.BLOCK_BYTES
     """Bytes of raw data under one checksum."""
 
@@ -190,6 +195,7 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
         "metrics": metrics or None,
         "model": dict(manifest.model) or None,
         "timings": {n: asdict(stage) for n, stage in manifest.timings.items()} or None,
+        "shared": manifest.shared,
     }
     head = {
         "holdfast": VERSION,
@@ -328,6 +334,9 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
         values=dict(values),
         files={file.name: file.nbytes for file in files},
         tables={file.name: file.table for file in files},
+        shared=None
+        if body.get("shared") is None
+        else {str(name): count_of(num) for name, num in body["shared"].items()},
         block_bytes=block_bytes,
         step=None if body["step"] is None else count_of(body["step"]),
         kind=body["kind"],
