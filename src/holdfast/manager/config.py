@@ -15,6 +15,7 @@ from holdfast.manager.signals import check_names
 _ZERO_IS_OFF = (
     "interval_minutes",
     "write_bandwidth_limit",
+    "deduplicate_check_every",
     "keep_every_n_steps",
     "keep_best_k",
     "hf_export_interval",
@@ -111,6 +112,14 @@ class CheckpointConfig:
     write_bandwidth_limit: float = 0.0
     """Most MB/s that all ranks together write, for file systems that others share. 0 is no
     limit."""
+
+    deduplicate: bool = False
+    """Store tensors that have not changed once for several checkpoints, by hard links: a frozen
+    base model, experts that are seldom trained. Two consecutive checkpoints share no file."""
+
+    deduplicate_check_every: int = 20
+    """Number of saves that link a file before it is read and compared with its checksums. Damage
+    makes the save write its tensors again. 0 never reads it."""
 
     keep_latest_k: int = 10
     """Number of newest good checkpoints to keep. 0 keeps all. 1 is refused: one damaged file would

@@ -164,11 +164,18 @@ class CheckpointManager:
             raises_on_stop=on_stop == "raise",
         )
         self._loader = Loader(
-            self._run, components, whole_model, hf=hf, retainer=self._saver.retainer
+            self._run,
+            components,
+            whole_model,
+            hf=hf,
+            retainer=self._saver.retainer,
+            deduplicator=self._saver.deduplicator,
         )
         if self._run.saves:
             try:
                 run_on_rank_0(ranks, partial(self._lifetime.take, self._run.catalog, hf))
+                if (deduplicator := self._saver.deduplicator) is not None:
+                    run_on_rank_0(ranks, deduplicator.check_links)
             except BaseException:
                 with self._lifetime:
                     raise

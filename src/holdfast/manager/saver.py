@@ -18,7 +18,9 @@ from holdfast.manager.hf import Export, HFFormat
 from holdfast.manager.policy import Retention
 from holdfast.manager.retention import Retainer
 from holdfast.planning.gc_pause import gc_paused
+from holdfast.planning.index import bytes_by_key
 from holdfast.saving.background import Background
+from holdfast.saving.deduplicate import Deduplicator
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import Pending, abort, begin_save, finish_save, take_snapshot
 from holdfast.saving.stage import Snapshot, Staging, free_memory
@@ -50,6 +52,11 @@ class Saver:
         self._overlapping = run.config.async_mode == "async_with_pinned_mem"
         self.background, self._snapshot = Background(), Snapshot()
         self._staging: Staging | None = None
+        self.deduplicator: Deduplicator | None = None
+        """Links files of earlier checkpoints, if the settings ask for it."""
+        if run.config.deduplicate and run.saves:
+            check_every = run.config.deduplicate_check_every
+            self.deduplicator = Deduplicator(run.catalog, run.ranks.rank, check_every=check_every)
         retention = Retention(
             latest_k=run.config.keep_latest_k,
             every_n_steps=run.config.keep_every_n_steps,
@@ -103,6 +110,8 @@ class Saver:
                     planner=self._hf.planner if export == "alone" else self._planner,
                     facts=facts,
                     dtype=dtype,
+                    # A model alone is kept after the run, and other programs may change its files.
+                    deduplicator=self.deduplicator if kind == "full" else None,
                 )
             if self._in_background and self._has_room(pending):
                 self._finish_in_background(pending, step, export)
@@ -197,14 +206,17 @@ class Saver:
         limit = self._config.write_bandwidth_limit * 1e6 / self._ranks.size
         ranks = self._finishing_ranks
         saved = finish_save(pending, ranks, staging=staging, bytes_per_s=limit or None)
-        self._record_times(step, saved.nbytes, saved.spans)
+        written = saved.nbytes - saved.shared_nbytes
+        self._record_times(step, written, saved.spans)
         if pending.facts.kind == "full":
             self.full_save_s = max(self.full_save_s, saved.spans.total)
             if pending.index is not None:
-                by_name = pending.index.encoded().nbytes.items()
+                by_name = bytes_by_key(pending.index.plan).items()
                 model = sum(nbytes for name, nbytes in by_name if name not in self._run.others)
                 self.model_share = model / max(saved.nbytes, 1)
-        speed = rate(saved.nbytes, saved.spans.total)
+        speed = rate(written, saved.spans.total)
+        if saved.shared_nbytes:
+            speed += f", and {spelled_bytes(saved.shared_nbytes)} shared with an earlier step"
         self._run.info(f"saved step {step}: {speed}, {saved.where}")
         if ranks.rank == 0:
             self.retainer.saved(step)

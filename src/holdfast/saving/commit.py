@@ -12,6 +12,7 @@ from holdfast.format.manifest import Manifest
 from holdfast.format.names import HiddenFolder
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.planning.index import Index
+from holdfast.planning.shared_files import number_of, shared_index
 from holdfast.saving.digests import Digests, groups_that_differ, names_that_differ
 from holdfast.saving.publish import publish
 from holdfast.saving.write import WriteResult
@@ -29,8 +30,9 @@ def commit(
     digests: Digests,
     catalog: Catalog,
     ranks: Ranks,
-) -> int:
-    """Publish the files that all ranks have written. Returns the checkpoint's bytes.
+) -> tuple[int, int]:
+    """Publish the files that all ranks have written. Returns the checkpoint's bytes, and those of
+    them in files that were linked.
 
     `index`: on rank 0 the index of the plan, elsewhere None.
     `facts`: see `publish`.
@@ -43,22 +45,26 @@ def commit(
 
     def publish_if_alike(
         everyone: Sequence[tuple[WriteResult, dict[int, int]]],
-    ) -> int | list[int]:
+    ) -> tuple[int, int] | list[int]:
         differ = groups_that_differ([groups for _, groups in everyone])
         if differ:
             return differ
         assert index is not None
+        results = [result for result, _ in everyone]
+        in_files = _index_of(index, results)
         # Before the pause, because encoding may take minutes, and training runs meanwhile.
-        index.encoded()
+        in_files.encoded()
         with gc_paused():
-            return publish(attempt, [result for result, _ in everyone], index, facts, catalog)
+            nbytes = publish(attempt, results, in_files, facts, catalog)
+        files = (file for result in results for file in result.files())
+        return nbytes, sum(file.nbytes for file in files if file.num_links)
 
     outcome = written if isinstance(written, HoldfastError) else (written, digests.by_group())
     try:
         published = gather_and_run(ranks, outcome, publish_if_alike)
         if isinstance(published, list):
             gather_and_run(ranks, digests.of(published), _refuse)
-        assert isinstance(published, int), "`_refuse` raises on every rank"
+        assert isinstance(published, tuple), "`_refuse` raises on every rank"
         return published
     except HoldfastError:
         if ranks.rank == 0:
@@ -66,6 +72,20 @@ def commit(
             with suppress(HoldfastError):
                 catalog.abort(attempt)
         raise
+
+
+def _index_of(index: Index, results: Sequence[WriteResult]) -> Index:
+    """The index for the files that all ranks have written or linked."""
+    places = [result.places for result in results if result.places is not None]
+    if not places:
+        return index
+    assert len(places) == len(results), "all ranks share files, or none"
+    return shared_index(
+        index,
+        [[file.number for file in result.files()] for result in results],
+        [number_of(result.file) for result in results],
+        places,
+    )
 
 
 def _refuse(everyone: Sequence[dict[str, tuple[int, int]]]) -> None:

@@ -40,6 +40,7 @@ def publish(
     folder, store = str(attempt), catalog.store
     encoded = index.encoded()
     writing = [result for result in results if result.file]
+    files = [file for result in results for file in result.files()]
     # Without its tensors, which `encoded` has.
     manifest = replace(
         facts,
@@ -48,8 +49,11 @@ def publish(
             for result in writing
             for name, (item, checksum) in result.values.items()
         },
-        files={result.file: result.nbytes for result in writing},
-        tables={result.file: result.table for result in writing},
+        files={file.name: file.nbytes for file in files},
+        tables={file.name: file.table for file in files},
+        shared={file.name: file.num_links for file in files if file.num_links}
+        if any(result.places is not None for result in results)
+        else None,
         kind=facts.kind or kind_with(encoded.nbytes),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         timings=over_ranks([result.seconds for result in results]),

@@ -34,6 +34,7 @@ from holdfast.planning.index import Index
 from holdfast.release import installed_version
 from holdfast.saving.background import lower_priority
 from holdfast.saving.commit import commit
+from holdfast.saving.deduplicate import Deduplicator
 from holdfast.saving.digests import Replicas, groups_that_differ, names_that_differ
 from holdfast.saving.planner import LocalState, Planner
 from holdfast.saving.stage import Snapshot, Staging, TensorOf, host_bytes, host_windows
@@ -89,6 +90,8 @@ class Saved:
     where: str
     nbytes: int
     spans: Spans
+    shared_nbytes: int = 0
+    """Bytes in files that were linked instead of written."""
 
 
 def save_in(
@@ -138,6 +141,9 @@ class Pending:
     memory: memoryview | None = None
     """Memory of the snapshot, laid out as the file that this rank writes."""
 
+    deduplicator: Deduplicator | None = None
+    """Links files of an earlier checkpoint, if the run does that."""
+
     def windows_of(self, item: TensorItem) -> Iterable[memoryview]:
         """Bytes of an item, as `write` takes them."""
         return host_windows(self.tensor_of(item), item.dtype)
@@ -156,12 +162,14 @@ def begin_save(
     facts: Manifest | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = True,
+    deduplicator: Deduplicator | None = None,
 ) -> Pending:
     """Plan to save flat state as the checkpoint `name` of `catalog`, and make the attempt folder.
 
     `facts`: manifest without entries and files. Layout and versions are added. Rank 0's is stored.
     `dtype`: dtype in which floating-point tensors are stored; None for their own.
     `overwrite`: replace the checkpoint that has the name now.
+    `deduplicator`: links files of an earlier checkpoint whose tensors have not changed.
 
     Collective: every rank calls this, and then `finish_save` or `abort`. An error of one rank is
     raised on all.
@@ -171,7 +179,11 @@ def begin_save(
         begun = None
         while begun is None:
             held = planner.agree(capture(lambda: planner.hold(state, dtype)))
-            begun = _begin_if_alike(held, catalog, name, planner=planner, overwrite=overwrite)
+            # A save that can link files writes less. It checks the space once it knows how much.
+            is_full = deduplicator is None or not deduplicator.can_link(name)
+            begun = _begin_if_alike(
+                held, catalog, name, planner=planner, overwrite=overwrite, is_full=is_full
+            )
     file_layout, attempt = begun
     layout = {"world_size": planner.ranks.size}
     return Pending(
@@ -184,11 +196,18 @@ def begin_save(
         spans=spans,
         replicas=planner.replicas(held),
         stepped=planner.stepped,
+        deduplicator=deduplicator,
     )
 
 
 def _begin_if_alike(
-    held: LocalState, catalog: Catalog, name: str, *, planner: Planner, overwrite: bool
+    held: LocalState,
+    catalog: Catalog,
+    name: str,
+    *,
+    planner: Planner,
+    overwrite: bool,
+    is_full: bool,
 ) -> tuple[FileLayout, HiddenFolder] | None:
     """Make the attempt, if shared tensors and values are equal on all ranks that hold them.
 
@@ -201,7 +220,10 @@ def _begin_if_alike(
     ranks = planner.ranks
     local = capture(lambda: (planner.file_layout(held), planner.digests(held)))
     outcome: HoldfastError | tuple[int, dict[int, int]]
-    outcome = local if isinstance(local, HoldfastError) else (local[0].nbytes, local[1].by_group())
+    if isinstance(local, HoldfastError):
+        outcome = local
+    else:
+        outcome = local[0].nbytes if is_full else 0, local[1].by_group()
 
     def begin(everyone: list[tuple[int, dict[int, int]]]) -> HiddenFolder | list[int]:
         differ = groups_that_differ([digests for _, digests in everyone])
@@ -319,6 +341,7 @@ def finish_save(
     Collective: nothing else may use `ranks` meanwhile.
     """
     catalog, attempt, spans = pending.catalog, pending.attempt, pending.spans
+    deduplicator = pending.deduplicator
 
     def stage_and_write() -> WriteResult:
         if staging is not None:
@@ -326,22 +349,19 @@ def finish_save(
                 staging.run()
             # Optimizers wait for the copy, so only what follows it may run behind training.
             lower_priority()
-        if pending.index is not None:
+        if pending.index is not None and deduplicator is None:
             # In parallel with the write. If it fails, `commit` encodes again and raises the error.
             encode = partial(capture, pending.index.encoded)
             threading.Thread(target=encode, name="holdfast-index", daemon=True).start()
         # Empty if the digests were taken with the copy of a snapshot.
         needs_digests = bool(pending.replicas.tensors)
-        data = pending.windows_of if pending.memory is None else pending.memory
         with _in_parallel(pending.replicas.take) if needs_digests else nullcontext():
-            result = write(
-                catalog.store, str(attempt), pending.file_layout, data, Pace(bytes_per_s), spans
-            )
+            result = _write(pending, Pace(bytes_per_s))
         return replace(result, seconds=dict(spans.seconds))
 
     written = capture(stage_and_write)
     with spans("commit"):
-        nbytes = commit(
+        nbytes, shared_nbytes = commit(
             attempt,
             written,
             index=pending.index,
@@ -350,7 +370,25 @@ def finish_save(
             catalog=catalog,
             ranks=ranks,
         )
-    return Saved(catalog.where(attempt.name), nbytes, spans)
+    if deduplicator is not None:
+        deduplicator.published(attempt.name)
+    return Saved(catalog.where(attempt.name), nbytes, spans, shared_nbytes)
+
+
+def _write(pending: Pending, pace: Pace) -> WriteResult:
+    """Write this rank's file, or the files that it does not link."""
+    store, spans = pending.catalog.store, pending.spans
+    if pending.deduplicator is not None:
+        return pending.deduplicator.write(
+            pending.attempt,
+            pending.file_layout,
+            pending.windows_of,
+            check_space=partial(check_space, pending.catalog, pending.attempt.name),
+            pace=pace,
+            spans=spans,
+        )
+    data = pending.windows_of if pending.memory is None else pending.memory
+    return write(store, str(pending.attempt), pending.file_layout, data, pace, spans)
 
 
 @contextmanager
