@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from holdfast.errors import HoldfastError, NotFoundError
 from holdfast.format.manifest import Manifest
 from holdfast.format.names import hidden_folder_of, number_of, step_of_folder
 from holdfast.format.timings import Stage
-from holdfast.storage.store import ReadStore
+from holdfast.storage.store import Linking, ReadStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,9 @@ class CheckpointRow:
     timings: Mapping[str, Stage] = field(default_factory=dict)
     """Duration of each stage of its save, over all ranks."""
 
+    links: Mapping[str, str] = field(default_factory=dict)
+    """Identity of each data file that has several names, as other checkpoints share it."""
+
 
 def row_of(store: ReadStore, key: str) -> CheckpointRow:
     """Describe one checkpoint, without its marks."""
@@ -82,7 +85,32 @@ def row_of(store: ReadStore, key: str) -> CheckpointRow:
         files=manifest.files,
         timings=manifest.timings,
         why_not=None if step is None else why_not_resumable(step, manifest),
+        links=_links(store, key, manifest),
     )
+
+
+def _links(store: ReadStore, key: str, manifest: Manifest) -> dict[str, str]:
+    """The data files with several names. Only those of a run that deduplicates are looked at."""
+    found: dict[str, str] = {}
+    if manifest.shared is not None and isinstance(store, Linking):
+        for file in manifest.files:
+            with suppress(HoldfastError):
+                links = store.links(f"{key}/{file}")
+                if links.count > 1:
+                    found[file] = links.file
+    return found
+
+
+def used_bytes(rows: Iterable[CheckpointRow]) -> int:
+    """Bytes of all checkpoints together. A file that several share counts once."""
+    nbytes, seen = 0, set()
+    for row in rows:
+        nbytes += row.nbytes or 0
+        for file, identity in row.links.items():
+            if identity in seen:
+                nbytes -= row.files[file]
+            seen.add(identity)
+    return nbytes
 
 
 def survey(

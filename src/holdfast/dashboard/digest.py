@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
+from holdfast.catalog.listing import used_bytes
 from holdfast.dashboard.history import History, WatchedFolder, commit_time
 from holdfast.dashboard.page import blocked
 from holdfast.spelling import finite
@@ -117,7 +118,7 @@ def _samples(run: WatchedFolder, now: datetime) -> Iterator[Sample]:
     for state in STATES:
         count = _count(history, state)
         yield gauge, "checkpoints", "Folders, by state.", count, {"state": state}
-    nbytes = sum(row.nbytes or 0 for row in history.rows)
+    nbytes = used_bytes(history.rows)
     yield gauge, "checkpoint_bytes", "Bytes of all checkpoints.", nbytes, {}
     if history.reports:
         yield from _reported(history)
