@@ -18,7 +18,15 @@ from holdfast.format.checksum import checksum
 PAGE_BYTES = 4096
 
 Verb = Literal[
-    "make_folder", "create", "resize", "write", "sync_file", "sync_folder", "rename", "unlink"
+    "make_folder",
+    "create",
+    "resize",
+    "write",
+    "sync_file",
+    "sync_folder",
+    "rename",
+    "link",
+    "unlink",
 ]
 
 
@@ -39,7 +47,7 @@ class Operation:
 
     data: bytes = b""
     target: str = ""
-    """New path, for `rename`. It replaces a file or an empty folder."""
+    """New path, for `rename` and `link`. A rename replaces a file or an empty folder."""
 
     def __str__(self) -> str:
         more = f" to {self.target}" * bool(self.target)
@@ -116,6 +124,11 @@ class SimulatedDisk:
             folder.durable, folder.pending = dict(folder.entries), []
         elif verb == "rename":
             self._rename(path, operation.target)
+        elif verb == "link":
+            source_folder, source = self._above(path)
+            folder, name = self._above(operation.target)
+            folder.entries[name] = source_folder.entries[source]
+            folder.pending.append(("", name, folder.entries[name]))
         else:
             folder, name = self._above(path)
             if verb == "unlink":

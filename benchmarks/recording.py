@@ -77,7 +77,8 @@ def write_tree(tree: Tree, folder: str | os.PathLike[str]) -> None:
 
 _HOOKED = (
     *("open", "close", "write", "pwrite", "pwritev", "ftruncate", "posix_fallocate", "fsync"),
-    *("fdatasync", "mkdir", "rmdir", "unlink", "remove", "rename", "replace", "sendfile"),
+    *("fdatasync", "mkdir", "rmdir", "unlink", "remove", "rename", "replace", "link"),
+    "sendfile",
 )
 _REAL: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in _HOOKED}
 _REAL_OPEN = io.open
@@ -108,6 +109,7 @@ class _Recorder:
             yield os, name, partial(self._sync, name)
         for name in ("rename", "replace"):
             yield os, name, partial(self._rename, name)
+        yield os, "link", self._link
         yield os, "mkdir", partial(self._change_name, "mkdir", "make_folder")
         for name in ("rmdir", "unlink", "remove"):
             yield os, name, partial(self._change_name, name, "unlink")
@@ -178,6 +180,13 @@ class _Recorder:
                 path, number = self._files[descriptor]
                 nbytes = os.fstat(descriptor).st_size
                 self._keep("resize", path, file=number, offset=nbytes)
+
+    def _link(self, source: Any, target: Any, *, follow_symlinks: bool = True) -> None:
+        old, new = self._below(source), self._below(target)
+        with self._mutex:
+            _REAL["link"](source, target, follow_symlinks=follow_symlinks)
+            if old is not None and new is not None:
+                self._keep("link", old, target=new)
 
     def _sync(self, name: str, file: Any) -> None:
         descriptor = file if isinstance(file, int) else file.fileno()
