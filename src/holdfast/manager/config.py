@@ -114,8 +114,9 @@ class CheckpointConfig:
     limit."""
 
     deduplicate: bool = False
-    """Store tensors that have not changed once for several checkpoints, by hard links: a frozen
-    base model, experts that are seldom trained. Two consecutive checkpoints share no file."""
+    """Link the files of tensors that have not changed, instead of writing them again: a frozen base
+    model, experts that are seldom trained. Needs hard links. Two consecutive checkpoints share no
+    file, so each tensor is stored twice."""
 
     deduplicate_check_every: int = 20
     """Number of saves that link a file before it is read and compared with its checksums. Damage

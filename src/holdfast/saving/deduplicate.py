@@ -1,4 +1,4 @@
-"""Store tensors that have not changed once for several checkpoints of a run, by hard links."""
+"""Link files with unchanged tensors from an earlier checkpoint, instead of writing them again."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Deduplicator:
     """Links the files of an earlier checkpoint whose tensors have not changed, on one rank.
 
     That is the checkpoint before the previous one. So two consecutive checkpoints share no file,
-    and damage to one file leaves every other checkpoint good.
+    and damage to one file leaves the checkpoints right before and after good.
     """
 
     def __init__(self, catalog: Catalog, rank: int, *, check_every: int) -> None:
