@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deduplicated import Run, flat, loaded
+from extent import EVERYTHING
 from holdfast.catalog.catalog import open_manifest
 from holdfast.catalog.marks import mark_damaged
 from holdfast.catalog.verify import VerifyTarget, verify
@@ -31,6 +32,7 @@ actions = st.one_of(
 )
 
 
+@settings(max_examples=200 if EVERYTHING else 20)
 @given(st.lists(actions, min_size=3, max_size=14), st.sampled_from([1, 2]), st.integers(0, 3))
 def test_every_step_is_whole_whatever_changes(
     sequence: list[tuple[str, set[int]]], size: int, check_every: int

@@ -290,7 +290,7 @@ def test_a_shared_file_counts_once_in_the_space_used(tmp_path: Path) -> None:
     for step in range(1, 6):
         run.save(step, lora(step))
     data = {path.stat().st_ino: path.stat().st_size for path in tmp_path.glob("*/*.distcp")}
-    rows = survey(run.store, "")
+    rows = survey(LocalStore(tmp_path.parent), tmp_path.name)
     assert used_bytes(rows) == sum(data.values())
     assert sum(row.nbytes or 0 for row in rows) > 2 * used_bytes(rows)
 
@@ -305,7 +305,9 @@ def test_prune_and_doctor_count_a_shared_file_once(
         run.save(step, lora(step))
     own = {step: written_bytes(tmp_path, step) for step in (3, 4)}
     assert main(["prune", str(tmp_path), "--keep-latest-k", "2", "--dry-run"]) == 0
-    assert "would remove 2 folders, 0.0" in capsys.readouterr().out
+    files = [path.stat() for step in (1, 2) for path in (tmp_path / step_name(step)).iterdir()]
+    freed = sum(status.st_size for status in files if status.st_nlink == 1)
+    assert f"would remove 2 folders, {spelled_bytes(freed)}" in capsys.readouterr().out
     monkeypatch.setattr(LocalStore, "free_bytes", lambda _: 2 * own[4])
     main(["doctor", str(tmp_path)])
     assert "the next save needs" not in capsys.readouterr().out
