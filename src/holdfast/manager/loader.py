@@ -33,8 +33,7 @@ from holdfast.manager.hf import HFFormat
 from holdfast.manager.renames import in_dialect_of, rename
 from holdfast.manager.resume import mark_unless_store_failed, newest_resumable, open_requested
 from holdfast.manager.resumed import Resumed
-from holdfast.manager.retention import Retainer
-from holdfast.saving.deduplicate import Deduplicator
+from holdfast.manager.saver import Saver
 from holdfast.spelling import rate
 from holdfast.state.model import ModelState
 from holdfast.state.objects import StateTree
@@ -53,17 +52,17 @@ class Loader:
         whole_model: ModelState,
         *,
         hf: HFFormat,
-        retainer: Retainer,
-        deduplicator: Deduplicator | None = None,
+        saver: Saver,
     ) -> None:
-        """`whole_model` includes frozen parameters that are not saved. `retainer` and
-        `deduplicator` get to know the checkpoint that the run resumes from."""
+        """`whole_model` includes frozen parameters that are not saved. `saver` gets to know the
+        checkpoint that the run resumes from."""
         self._run, self._catalog, self._ranks = run, run.catalog, run.ranks
         self._config, self._goodput = run.config, run.goodput
         self._components, self._whole_model = components, whole_model
         excluded = canonical(run.config.exclude_from_loading)
         self._resumed_names = [name for name in components if name not in excluded]
-        self._hf, self._retainer, self._deduplicator = hf, retainer, deduplicator
+        self._hf = hf
+        self._retainer, self._deduplicator = saver.retainer, saver.deduplicator
 
     def load(self, requested: int) -> Resumed:
         """Resume from step `requested`; -1 takes the newest."""

@@ -163,19 +163,11 @@ class CheckpointManager:
             tree=tree,
             raises_on_stop=on_stop == "raise",
         )
-        self._loader = Loader(
-            self._run,
-            components,
-            whole_model,
-            hf=hf,
-            retainer=self._saver.retainer,
-            deduplicator=self._saver.deduplicator,
-        )
+        self._loader = Loader(self._run, components, whole_model, hf=hf, saver=self._saver)
         if self._run.saves:
             try:
                 run_on_rank_0(ranks, partial(self._lifetime.take, self._run.catalog, hf))
-                if (deduplicator := self._saver.deduplicator) is not None:
-                    run_on_rank_0(ranks, deduplicator.check_links)
+                run_on_rank_0(ranks, self._saver.check_links)
             except BaseException:
                 with self._lifetime:
                     raise

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -56,7 +57,10 @@ class Saver:
         """Links files of earlier checkpoints, if the settings ask for it."""
         if run.config.deduplicate and run.saves:
             check_every = run.config.deduplicate_check_every
-            self.deduplicator = Deduplicator(run.catalog, run.ranks.rank, check_every=check_every)
+            with _hint_about_links():
+                self.deduplicator = Deduplicator(
+                    run.catalog, run.ranks.rank, check_every=check_every
+                )
         retention = Retention(
             latest_k=run.config.keep_latest_k,
             every_n_steps=run.config.keep_every_n_steps,
@@ -130,6 +134,13 @@ class Saver:
                 self._catalog.release_all()
             raise
         return True
+
+    def check_links(self) -> None:
+        """Check that the folder has hard links, if the settings need them. Only the holder of its
+        lock may call this."""
+        if self.deduplicator is not None:
+            with _hint_about_links():
+                self.deduplicator.check_links()
 
     def wait_for_staging(self) -> None:
         """Wait until the training state is copied."""
@@ -258,3 +269,13 @@ class Saver:
         if self._config.on_save_error == "raise" or isinstance(error, RankError):
             raise error
         self._run.warn(f"a save failed, the run goes on: {error}")
+
+
+@contextmanager
+def _hint_about_links() -> Iterator[None]:
+    """Add a hint to the error of a folder that has no hard links."""
+    try:
+        yield
+    except UsageError as error:
+        error.hint = "--checkpoint.no-deduplicate, or a `checkpoint.folder` on another file system"
+        raise

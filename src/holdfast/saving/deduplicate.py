@@ -339,7 +339,4 @@ def _places(items: Iterable[tuple[str, TensorItem]]) -> NDArray[np.int64]:
 
 
 def _no_links(url: str, why: str) -> UsageError:
-    return UsageError(
-        f"`checkpoint.deduplicate` needs hard links, which `{url}` does not have: {why}",
-        hint="--checkpoint.no-deduplicate, or a `checkpoint.folder` on another file system",
-    )
+    return UsageError(f"deduplication needs hard links, which `{url}` does not have: {why}")
