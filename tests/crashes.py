@@ -1,6 +1,6 @@
 """Simulate a power cut after every operation of a protocol.
 
-def save(store: Store) -> None: ...
+def save(store: FolderStore) -> None: ...
 def load(store: MemoryStore) -> int: ...        the next start; raises on a mix of old and new
 
 results = cut_everywhere(save, load)
@@ -18,11 +18,11 @@ from benchmarks.power_cuts import Operation, PowerCut, Tree, cuts, fingerprint
 from extent import EVERYTHING
 from holdfast.errors import HoldfastError
 from holdfast.storage.memory import MemoryStore
-from holdfast.storage.store import Buffer, FileWriter, Store
+from holdfast.storage.store import Buffer, FileWriter, FolderStore
 
 T = TypeVar("T")
 
-Protocol = Callable[[Store], object]
+Protocol = Callable[[FolderStore], object]
 """Function that changes a store, and that a power cut may interrupt."""
 
 

@@ -1,7 +1,7 @@
 """Run two actors on one store in every order of their operations, up to a number of switches.
 
-    def save(store: AmendableStore) -> Saved: ...
-    def start(store: AmendableStore) -> None: ...
+    def save(store: FolderStore) -> Saved: ...
+    def start(store: FolderStore) -> None: ...
 
     for ran in interleavings(before, save, start, switches_max=2):
         assert ...ran.outcomes..., ran
@@ -25,10 +25,10 @@ from crashes import store_of, tree_of
 from extent import every
 from holdfast.errors import HoldfastError
 from holdfast.storage.memory import MemoryStore
-from holdfast.storage.store import AmendableStore
+from holdfast.storage.store import FolderStore
 from holdfast.testing.failing import FailingStore
 
-Actor = Callable[[AmendableStore], Any]
+Actor = Callable[[FolderStore], Any]
 """Function that works on a store at the same time as another one."""
 
 STUCK_S = 60.0
@@ -51,7 +51,7 @@ class Ran:
 
 
 def interleavings(
-    before: Callable[[AmendableStore], object], one: Actor, other: Actor, *, switches_max: int
+    before: Callable[[FolderStore], object], one: Actor, other: Actor, *, switches_max: int
 ) -> Iterator[Ran]:
     """Run two actors in every order with at most `switches_max` switches before one of them ends.
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from crashes import cut_everywhere, recorded, store_of
 from holdfast.errors import NotFoundError
 from holdfast.storage.memory import MemoryStore
-from holdfast.storage.store import Store
+from holdfast.storage.store import FolderStore
 from holdfast.testing.stores import put
 
 OLD, NEW = b"o" * 10_000, b"n" * 10_000
@@ -81,21 +81,21 @@ def test_a_torn_write_keeps_a_prefix_or_some_of_its_pages(seed: int, size: int) 
         assert data[start : start + 4096].lstrip(b"n").strip(b"o") == b""
 
 
-def in_place(store: Store) -> None:
+def in_place(store: FolderStore) -> None:
     """Deletes the old file before the new one exists."""
     store.remove("folder/file")
     put(store, "folder/file", NEW)
     store.sync("folder")
 
 
-def names_not_synced(store: Store) -> None:
+def names_not_synced(store: FolderStore) -> None:
     """Does not make the name of the new file durable."""
     store.make_folder("new")
     put(store, "new/file", NEW)
     swap(store)
 
 
-def data_not_synced(store: Store) -> None:
+def data_not_synced(store: FolderStore) -> None:
     """Publishes before the content of the file is durable."""
     store.make_folder("new")
     with store.create("new/file", len(NEW)) as writer:
@@ -104,7 +104,7 @@ def data_not_synced(store: Store) -> None:
         swap(store)
 
 
-def removed_in_place(store: Store) -> None:
+def removed_in_place(store: FolderStore) -> None:
     """Deletes the files of the old folder under a name that readers use."""
     careful(store)
     store.remove("old")
@@ -112,12 +112,12 @@ def removed_in_place(store: Store) -> None:
     store.remove("old")
 
 
-def swap(store: Store) -> None:
+def swap(store: FolderStore) -> None:
     store.rename("folder", "old")
     store.rename("new", "folder")
 
 
-def careful(store: Store) -> None:
+def careful(store: FolderStore) -> None:
     """Makes no mistake."""
     store.make_folder("new")
     put(store, "new/file", NEW)
@@ -136,7 +136,7 @@ def look(store: MemoryStore) -> str:
     return {OLD: "old", NEW: "new"}.get(data, "torn")
 
 
-def before(store: Store) -> None:
+def before(store: FolderStore) -> None:
     store.make_folder("folder")
     put(store, "folder/file", OLD)
 
@@ -151,7 +151,9 @@ def before(store: Store) -> None:
         (careful, set()),
     ],
 )
-def test_mistakes_in_protocols_are_found(mistake: Callable[[Store], None], seen: set[str]) -> None:
+def test_mistakes_in_protocols_are_found(
+    mistake: Callable[[FolderStore], None], seen: set[str]
+) -> None:
     """G2. Method: four protocols with one mistake each, and one without."""
     outcomes = Counter(outcome for _, outcome in cut_everywhere(mistake, look, before=before))
     assert set(outcomes) - {"old", "new"} == seen, outcomes
@@ -169,7 +171,7 @@ def test_an_error_of_load_has_a_note_with_the_cut() -> None:
 def test_the_recorded_operations_give_the_content_of_the_store() -> None:
     """Method: every kind of operation; the process dies after the last."""
 
-    def work(store: Store) -> None:
+    def work(store: FolderStore) -> None:
         before(store)
         careful(store)
         store.remove("old")

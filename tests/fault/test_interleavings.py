@@ -43,7 +43,7 @@ from holdfast.manager.retention import Retainer
 from holdfast.saving.save import Saved, save_in
 from holdfast.state.objects import StateTree
 from holdfast.storage.memory import MemoryStore
-from holdfast.storage.store import AmendableStore
+from holdfast.storage.store import FolderStore
 from interleavings import Actor, Ran, interleavings
 
 NAME = "c"
@@ -66,12 +66,12 @@ def state_of(value: int) -> dict[str, Any]:
     return {"model": {"w": torch.full((50,), float(value))}, "value": value}
 
 
-def save(value: int, store: AmendableStore, *, overwrite: bool = False, name: str = NAME) -> Saved:
+def save(value: int, store: FolderStore, *, overwrite: bool = False, name: str = NAME) -> Saved:
     """Save as `holdfast.save` does."""
     return save_in(Catalog(store), name, state_of(value), ranks=Solo(), overwrite=overwrite)
 
 
-def save_step(step: int, store: AmendableStore, *, value: int | None = None) -> Saved:
+def save_step(step: int, store: FolderStore, *, value: int | None = None) -> Saved:
     """Save a step as a manager does."""
     leaves = StateTree(state_of(step if value is None else value)).flatten()
     return save_leaves(Catalog(store), step_name(step), leaves, Solo(), step=step, kind="full")
@@ -94,7 +94,7 @@ def ran_in(
     one: Actor,
     other: Actor,
     switches: int,
-    before: Callable[[AmendableStore], object] = lambda _: None,
+    before: Callable[[FolderStore], object] = lambda _: None,
 ) -> Iterator[Ran]:
     """Run two actors in every order; in some of them the two meet."""
     count = 0
@@ -146,7 +146,7 @@ def test_a_save_without_overwrite_never_replaces_one_that_overwrites(switches: i
         check(ran, ran.store.list() == [f"{NAME}/"])
 
 
-def dirty(store: AmendableStore) -> None:
+def dirty(store: FolderStore) -> None:
     """Make the leftovers of killed processes: an attempt, an unfinished deletion, a replaced
     checkpoint."""
     for step in (1, 2, 3):
@@ -156,7 +156,7 @@ def dirty(store: AmendableStore) -> None:
     store.rename("step-3", ".removing-step-3-00000003")
 
 
-def clean_up(store: AmendableStore) -> list[str]:
+def clean_up(store: FolderStore) -> list[str]:
     return execute(store, plan_cleanup(store.list()))
 
 
@@ -166,7 +166,7 @@ def test_a_cleanup_during_a_save_spares_its_attempt(overwrite: bool, switches: i
     """G16. Method: a save, new or replacing, during the cleanup of a start, in a folder that killed
     processes left. The save always succeeds; everything else is cleaned up."""
 
-    def before(store: AmendableStore) -> None:
+    def before(store: FolderStore) -> None:
         dirty(store)
         if overwrite:
             save(9, store)
@@ -184,14 +184,14 @@ def test_a_cleanup_during_a_save_spares_its_attempt(overwrite: bool, switches: i
 STEPS = (2, 3, 4)
 
 
-def keep_two(store: AmendableStore) -> None:
+def keep_two(store: FolderStore) -> None:
     """Apply retention as a run that keeps two does after a save."""
     retainer = Retainer(Catalog(store), Retention(latest_k=2))
     retainer.saved(STEPS[-1])
     retainer.wait()
 
 
-def save_steps(store: AmendableStore) -> None:
+def save_steps(store: FolderStore) -> None:
     for step in STEPS:
         save_step(step, store)
 
@@ -227,7 +227,7 @@ def test_retention_during_a_save_leaves_complete_checkpoints(name: str, switches
         check(ran, leftovers(ran.store) == [])
 
 
-def load(store: AmendableStore) -> int:
+def load(store: FolderStore) -> int:
     """Load as `holdfast.load` does."""
     state = state_of(0)
 
@@ -250,7 +250,7 @@ def test_a_load_during_a_replacing_save_gives_the_old_or_the_new_checkpoint(swit
         check(ran, held_in(ran.store) == 1)
 
 
-def resume(store: AmendableStore) -> tuple[int | None, list[str]]:
+def resume(store: FolderStore) -> tuple[int | None, list[str]]:
     """Find the newest step as a resume does."""
     found, refused = newest_resumable(Catalog(store), None)
     return None if found is None else found.step, refused
@@ -261,7 +261,7 @@ def test_a_resume_beside_a_run_that_saves_and_deletes_finds_the_newest_step(swit
     """G4. Method: the newest step is saved again, and older ones are deleted, during the search;
     none is passed over."""
 
-    def run(store: AmendableStore) -> None:
+    def run(store: FolderStore) -> None:
         save_step(STEPS[-1], store, value=8)
         keep_two(store)
 
@@ -269,7 +269,7 @@ def test_a_resume_beside_a_run_that_saves_and_deletes_finds_the_newest_step(swit
         check(ran, ran.outcomes[1] == (STEPS[-1], []))
 
 
-def start(store: AmendableStore) -> str:
+def start(store: FolderStore) -> str:
     """Do what a manager does before it loads, and close it."""
     holding = Lifetime()
     with holding:
@@ -326,7 +326,7 @@ def conversion(source: Path, options: ConvertOptions) -> Actor:
     """Convert to the name `step-0` of a store."""
     planned = plan(str(source), options)
 
-    def convert(store: AmendableStore) -> int:
+    def convert(store: FolderStore) -> int:
         file = options.to == "torch"
         place = target_in(store, "step-0", overwrite=options.overwrite, file=file)
         values = values_of(planned)
@@ -353,7 +353,7 @@ def test_a_start_during_a_conversion_spares_its_attempt(to: str, source: Path) -
     convert(alone)
     wanted = contents(alone, to)
 
-    def before(store: AmendableStore) -> None:
+    def before(store: FolderStore) -> None:
         dirty(store)
         store.rename(".attempt-c-00000001", ".attempt-step-0-00000001")
 

@@ -22,7 +22,7 @@ from holdfast.manager.resume import newest_resumable
 from holdfast.manager.saver import Saver
 from holdfast.state.objects import StateTree
 from holdfast.storage.memory import MemoryStore
-from holdfast.storage.store import Store
+from holdfast.storage.store import FolderStore
 from holdfast.testing.ranks import run_ranks
 
 State = dict[str, Any]
@@ -81,7 +81,7 @@ def steps_of(store: MemoryStore) -> Outcome:
     return steps
 
 
-def save(store: Store, step: int, seed: int, size: int = 1) -> None:
+def save(store: FolderStore, step: int, seed: int, size: int = 1) -> None:
     """Save on `size` ranks, each of which holds the whole state."""
 
     def work(ranks: Ranks) -> None:
@@ -100,8 +100,8 @@ def on_ranks(size: int, work: Callable[[Ranks], None]) -> None:
 
 def check(
     outcomes: list[Outcome],
-    work: Callable[[Store], None],
-    before: Callable[[Store], None] | None = None,
+    work: Callable[[FolderStore], None],
+    before: Callable[[FolderStore], None] | None = None,
     seeds: Iterable[int] = SEEDS,
 ) -> None:
     """Check that every cut of `work` leaves one of the outcomes, that each of them occurs, and that
@@ -144,7 +144,7 @@ def test_a_step_saved_again_is_the_old_or_the_new_one(size: int) -> None:
 
 
 def train(
-    store: Store, steps: Mapping[int, int], *, size: int, async_mode: Any = "disabled"
+    store: FolderStore, steps: Mapping[int, int], *, size: int, async_mode: Any = "disabled"
 ) -> None:
     """Save steps as a manager does, keeping two. The state changes as soon as a save returns, as in
     training."""
@@ -209,12 +209,12 @@ def test_sixty_choices_of_what_each_cut_loses(size: int) -> None:
 def test_a_step_that_is_deleted_is_complete_or_absent() -> None:
     """G5. Method: every cut of the deletion of the older of two."""
 
-    def before(store: Store) -> None:
+    def before(store: FolderStore) -> None:
         save(store, 1, 1)
         save(store, 2, 2)
 
-    def delete(store: Store) -> None:
-        store.remove(str(Catalog(store).set_aside_for_deletion(step_name(1))))
+    def delete(store: FolderStore) -> None:
+        store.remove(Catalog(store).set_aside_for_deletion(step_name(1)))
 
     check([{1: 1, 2: 2}, {2: 2}], delete, before=before)
 
@@ -223,7 +223,7 @@ def test_a_cleanup_that_dies_is_finished_by_the_next_one() -> None:
     """G1, G2. Method: every cut of a cleanup of an attempt, an unfinished deletion, and a replaced
     step without a successor."""
 
-    def before(store: Store) -> None:
+    def before(store: FolderStore) -> None:
         for step, seed in ((1, 1), (2, 1), (3, 2)):
             save(store, step, seed)
         store.rename("step-1", ".replaced-step-1-00000001")
@@ -231,7 +231,7 @@ def test_a_cleanup_that_dies_is_finished_by_the_next_one() -> None:
         save(store, 2, 2)
         store.rename("step-2", ".attempt-step-2-00000003")
 
-    def sweep(store: Store) -> None:
+    def sweep(store: FolderStore) -> None:
         assert execute(store, plan_cleanup(store.list())) == []
 
     check([{1: 1, 3: 2}], sweep, before=before)

@@ -99,7 +99,7 @@ def test_a_store_in_memory_records_the_operations_of_a_local_one(tmp_path: Path)
         for name in ("step-1", "step-2", "step-1"):
             leaves = StateTree({"w": torch.arange(30_000), "n": 1}).flatten()
             save_leaves(catalog, name, leaves, Solo())
-        catalog.store.remove(str(catalog.set_aside_for_deletion("step-2")))
+        catalog.store.remove(catalog.set_aside_for_deletion("step-2"))
 
     with recorded_folder(tmp_path) as done:
         work(LocalStore(tmp_path))

@@ -143,7 +143,7 @@ class Catalog:
                 raise self._kept(attempt.name, "another process is replacing or deleting it")
             if replaced != attempt.name:
                 # A killed save has renamed it: give it its name back, as a cleanup would.
-                self.store.rename(replaced, attempt.name)
+                self.store.publish(replaced, attempt.name)
             if why := why_not_removable(self.store, attempt.name):
                 raise self._kept(attempt.name, why)
         except HoldfastError:
@@ -153,9 +153,6 @@ class Catalog:
 
     def publish(self, attempt: HiddenFolder) -> None:
         """Give a complete attempt its name.
-
-        A checkpoint that it replaces is first renamed to `.replaced-...`. If the process dies
-        between both renames, a cleanup gives that checkpoint its name back.
 
         Raises:
             ExistsError: another checkpoint has taken the name meanwhile.
@@ -173,7 +170,7 @@ class Catalog:
             self._delete_damage_mark(attempt.name, names)
             # The attempt's own name must be durable before it gets another.
             self.store.sync("")
-            self.store.rename(str(attempt), attempt.name)
+            self.store.publish(str(attempt), attempt.name)
         self.release(attempt)
 
     def _publish_in_place(self, attempt: HiddenFolder, names: Collection[str]) -> None:
@@ -186,7 +183,6 @@ class Catalog:
         self._delete_damage_mark(attempt.name, names)
         # The attempt's own name must be durable before the old checkpoint gives up its name.
         self.store.sync("")
-        replaced = HiddenFolder("replaced", attempt.name, attempt.id)
         try:
             why = why_not_removable(self.store, attempt.name)
         except NotFoundError:
@@ -194,21 +190,9 @@ class Catalog:
         if why is not None:
             raise self._kept(attempt.name, why)
         try:
-            self.store.rename(attempt.name, str(replaced))
-            self.store.rename(str(attempt), attempt.name)
+            self.store.publish(str(attempt), attempt.name, replace=True)
         except ExistsError as error:
-            # Another save was faster, so the checkpoint that both were to replace can go.
-            with suppress(HoldfastError):
-                delete_hidden(self.store, replaced)
             raise self._kept(attempt.name, "another save has just taken its place") from error
-        except HoldfastError:
-            # If this fails too, readers use the `.replaced` folder, and a cleanup renames it.
-            with suppress(HoldfastError):
-                self.store.rename(str(replaced), attempt.name)
-            raise
-        # Renamed while it is held: otherwise a cleanup could restore its name during the next save.
-        with suppress(HoldfastError):
-            self.store.rename(str(replaced), str(dataclasses.replace(replaced, role="removing")))
 
     def _delete_damage_mark(self, name: str, names: Collection[str]) -> None:
         """Delete the mark `damaged` of the old checkpoint. Done before the new one is published, so
@@ -237,9 +221,10 @@ class Catalog:
         finally:
             self.release(attempt)
 
-    def set_aside_for_deletion(self, name: str) -> HiddenFolder:
-        """Take a checkpoint's name away, by one rename. A cleanup deletes its files. Raises an
-        ExistsError if another process uses it, or if it is not one checkpoint."""
+    def set_aside_for_deletion(self, name: str) -> str:
+        """Take a checkpoint's name away. Returns the folder that has its files, which a cleanup
+        deletes. Raises an ExistsError if another process uses it, or if it is not one checkpoint.
+        """
         self.check_lock()
         removing = HiddenFolder("removing", name, os.urandom(4).hex())
         with self.store.hold(name) as held:
@@ -247,8 +232,7 @@ class Catalog:
                 raise self._kept(name, "another process is replacing or deleting it", "deleted")
             if why := why_not_removable(self.store, name):
                 raise self._kept(name, why, "deleted")
-            self.store.rename(name, str(removing))
-        return removing
+            return self.store.unpublish(name, str(removing))
 
     def _kept(self, name: str, why: str, verb: str = "replaced") -> ExistsError:
         return ExistsError(

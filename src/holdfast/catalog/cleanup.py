@@ -109,15 +109,12 @@ def _execute(store: Store, action: Action) -> None:
             if held is False:
                 return
             if action.verb == "restore":
-                store.rename(name, hidden.name)
+                store.publish(name, hidden.name)
                 return
             delete_hidden(store, hidden)
 
 
 def delete_hidden(store: Store, folder: HiddenFolder) -> None:
-    """Delete a folder. It is renamed first: nobody may restore a `.replaced` checkpoint, or
+    """Delete a folder. It gets another name first: nobody may restore a `.replaced` checkpoint, or
     continue an `.attempt`, that has lost files."""
-    removing = replace(folder, role="removing")
-    if folder != removing:
-        store.rename(str(folder), str(removing))
-    store.remove(str(removing))
+    store.remove(store.unpublish(str(folder), str(replace(folder, role="removing"))))

@@ -29,7 +29,7 @@ from holdfast.saving.write import write
 from holdfast.spelling import spelled_bytes
 from holdfast.storage.continuing import Continuing
 from holdfast.storage.opening import folder_store, is_url, local_path
-from holdfast.storage.store import AmendableStore, Buffer, FileWriter, Store
+from holdfast.storage.store import Buffer, FileWriter, FolderStore, Store
 
 Values = Mapping[str, tuple[Path, bytes]]
 """Path and bytes of each value, by name, in the form that the target needs."""
@@ -42,7 +42,7 @@ class ConvertTarget:
     catalog: Catalog
     """Checkpoints of the folder that contains the target."""
 
-    store: AmendableStore
+    store: FolderStore
     """Store of that folder."""
 
     name: str
@@ -83,7 +83,7 @@ def open_target(
 
 
 def target_in(
-    store: AmendableStore, name: str, *, overwrite: bool, file: bool = False
+    store: FolderStore, name: str, *, overwrite: bool, file: bool = False
 ) -> ConvertTarget:
     """Prepare the target `name` in a store. `file`: it is to be a file, not a folder.
 

@@ -320,8 +320,7 @@ def _set_aside(catalog: Catalog, attempt: HiddenFolder) -> None:
     still writes can add a file to it."""
     removing = str(replace(attempt, role="removing"))
     with suppress(HoldfastError):
-        catalog.store.rename(str(attempt), removing)
-        catalog.store.remove(removing)
+        catalog.store.remove(catalog.store.unpublish(str(attempt), removing))
 
 
 def _default_rank() -> int:

@@ -15,6 +15,7 @@ from holdfast.catalog.seal import Unsealed, begin, is_sealed
 from holdfast.comm import Ranks, gather_and_run, run_on_all
 from holdfast.errors import HoldfastError, RankError, StorageError
 from holdfast.format.names import HiddenFolder
+from holdfast.storage.opening import folder_store
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
@@ -121,7 +122,7 @@ def _make_way(path: str) -> dict[str, Path]:
         if added:
             return {file: Path(path, file) for file in added}
     aside = f"unsealed-{name}-{os.urandom(4).hex()}"
-    store.rename(name, aside)
+    folder_store(store.url).rename(name, aside)
     logger.warning(
         "`%s` was there, and is no sealed checkpoint (%s): it is `%s` now",
         catalog.where(name),
@@ -135,6 +136,6 @@ def delete(path: Path) -> None:
     """Delete a checkpoint: its name first, then its files. Warns where that fails."""
     catalog, name = open_for_saving(path)
     try:
-        catalog.store.remove(str(catalog.set_aside_for_deletion(name)))
+        catalog.store.remove(catalog.set_aside_for_deletion(name))
     except HoldfastError as error:
         logger.warning("`%s` stays: %s", path, error.what)

@@ -121,7 +121,7 @@ def _check_place(folder: object, store: object) -> None:
             "`folder` and `store` are both given, and a run saves to one of them",
             hint="CheckpointManager(None, store=store, ...)",
         )
-    elif not _has(store, "list", "read", "create", "rename", "remove", "lock", "hold"):
+    elif not _has(store, "list", "read", "create", "publish", "remove", "lock", "hold"):
         raise _wrong("store", "a `holdfast.storage.store.Store`", store)
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from holdfast.storage.store import AmendableStore, Buffer, FileReader, FileWriter
+from holdfast.storage.store import Buffer, FileReader, FileWriter, FolderStore
 
 WINDOW_BYTES = 4 << 20
 """Bytes compared at a time."""
@@ -19,7 +19,7 @@ class Continuing:
     Compares each window with the bytes in its place, and writes only windows that differ.
     """
 
-    def __init__(self, store: AmendableStore) -> None:
+    def __init__(self, store: FolderStore) -> None:
         self._store = store
         self.kept_bytes = 0
         """Bytes that did not have to be written again."""

@@ -13,6 +13,7 @@ from holdfast.format.names import held_file
 from holdfast.storage import links, locks, renaming
 from holdfast.storage.direct import BufferedWriter, DirectWriter, open_direct
 from holdfast.storage.plain import check_plain, open_plain
+from holdfast.storage.publishing import publish_by_rename, unpublish_by_rename
 from holdfast.storage.store import Check, FileReader, FileWriter, Links
 
 DIRECT_BYTES_MIN = 4 << 20
@@ -133,6 +134,12 @@ class LocalStore:
             except FileExistsError as error:
                 raise ExistsError(f"`{self._path(target)}` exists already") from error
             self._sync_above(target, source)
+
+    def publish(self, folder: str, name: str, *, replace: bool = False) -> None:
+        publish_by_rename(self, folder, name, replace=replace)
+
+    def unpublish(self, name: str, removing: str) -> str:
+        return unpublish_by_rename(self, name, removing)
 
     def replace_file(self, source: str, target: str) -> None:
         with self._errors_of("publish", target):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from holdfast.errors import ExistsError, NotFoundError, StorageError
+from holdfast.storage.publishing import publish_by_rename, unpublish_by_rename
 from holdfast.storage.store import Buffer, Check, FileWriter, Links, PlainReader
 
 _Folder = dict[str, "bytearray | _Folder"]
@@ -101,6 +102,12 @@ class MemoryStore:
                 raise ExistsError(f"`{self.url}{target}` exists already")
             new_entries[target_name] = self._find(source)
             del self._folder(source_folder)[source_name]
+
+    def publish(self, folder: str, name: str, *, replace: bool = False) -> None:
+        publish_by_rename(self, folder, name, replace=replace)
+
+    def unpublish(self, name: str, removing: str) -> str:
+        return unpublish_by_rename(self, name, removing)
 
     def remove(self, key: str) -> None:
         with self._mutex:

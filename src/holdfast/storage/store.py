@@ -88,11 +88,25 @@ class Store(ReadStore, Protocol):
         """Make the names in a folder durable."""
         ...
 
-    def rename(self, source: str, target: str) -> None:
-        """Move a file or folder to a free name, atomically. Durable on return.
+    def publish(self, folder: str, name: str, *, replace: bool = False) -> None:
+        """Give a hidden folder, such as a complete attempt, the name of its checkpoint.
+
+        Atomic: readers find no checkpoint, or the whole one. Durable on return.
+
+        `replace`: the checkpoint that has the name now, which the caller holds, gives way to the
+        new one. A killed process leaves one of the two under this name, or the old one in a
+        `.replaced` folder.
 
         Raises:
             ExistsError: the name is taken, even if another process took it just now.
+        """
+        ...
+
+    def unpublish(self, name: str, removing: str) -> str:
+        """Take the name of a checkpoint, or of a hidden folder, away. Return the folder that has
+        its files now: `removing`, or another hidden folder of the same checkpoint.
+
+        Atomic: readers find the whole checkpoint, or none. Durable on return.
         """
         ...
 
@@ -142,8 +156,16 @@ class Creating(Protocol):
         ...
 
 
-class AmendableStore(Store, Protocol):
-    """A store whose files can be changed in place, so that a conversion can be resumed."""
+class FolderStore(Store, Protocol):
+    """A store of real folders: files can be changed in place, and everything can be renamed."""
+
+    def rename(self, source: str, target: str) -> None:
+        """Move a file or folder to a free name, atomically. Durable on return.
+
+        Raises:
+            ExistsError: the name is taken, even if another process took it just now.
+        """
+        ...
 
     def amend(self, key: str) -> AbstractContextManager[FileWriter]:
         """Open an existing file of full length; several processes may write parts of it.

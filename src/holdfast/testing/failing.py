@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+from holdfast.storage.publishing import publish_by_rename, unpublish_by_rename
 from holdfast.storage.store import (
-    AmendableStore,
     Buffer,
     Check,
     FileWriter,
+    FolderStore,
     Linking,
     Links,
     PlainReader,
@@ -20,7 +21,7 @@ Fail = Callable[[str, str], None]
 """`fail(verb, key)` raises the error of an operation, or returns to let it happen."""
 
 
-class LinkingStore(AmendableStore, Linking, Protocol):
+class LinkingStore(FolderStore, Linking, Protocol):
     """A store with every operation."""
 
 
@@ -29,7 +30,7 @@ class FailingStore:
 
     The verbs are `list`, `size`, `read`, `make_folder`, `create`, `amend`, `write`, `end` (before
     the content of a file becomes durable), `sync`, `rename`, `link`, `remove`, `free_bytes`,
-    `lock`, `holder` and `hold`.
+    `lock`, `holder` and `hold`. `publish` and `unpublish` consist of renames and deletions.
     """
 
     def __init__(self, beneath: LinkingStore, fail: Fail) -> None:
@@ -100,6 +101,12 @@ class FailingStore:
 
     def evict(self, key: str) -> None:
         self._beneath.evict(key)
+
+    def publish(self, folder: str, name: str, *, replace: bool = False) -> None:
+        publish_by_rename(self, folder, name, replace=replace)
+
+    def unpublish(self, name: str, removing: str) -> str:
+        return unpublish_by_rename(self, name, removing)
 
     def remove(self, key: str) -> None:
         self._fail("remove", key)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError
-from holdfast.storage.store import Store
+from holdfast.storage.store import FolderStore, Store
 
 
 def read_opened(store: Store, key: str) -> int:
@@ -77,6 +77,142 @@ class StoreSuite:
 
         refuses(KeyError, fail)
 
+    def test_the_root_may_be_made_repeatedly(self) -> None:
+        """Method: an empty key, with files in the store."""
+        store = self.new_store()
+        put(store, "file", b"kept")
+        store.make_folder("")
+        assert list(store.list()) == ["file"]
+
+    def test_a_missing_file_or_folder_is_not_found(self) -> None:
+        """Method: every reading method; the error names the key."""
+        store = self.new_store()
+        asks: list[Callable[[], object]] = [
+            lambda: store.list("absent"),
+            lambda: store.size("absent"),
+            lambda: store.read("absent", 0, 1),
+            lambda: read_opened(store, "absent"),
+            lambda: store.size("absent/file"),
+        ]
+        for ask in asks:
+            assert "absent" in refuses(NotFoundError, ask).what
+
+    def test_a_lock_has_one_holder_and_names_it_to_others(self) -> None:
+        """G11. Method: refused twice while locked, with the holder's note each time; free
+        afterwards."""
+        store = self.new_store()
+        with store.lock("lock", "run 7 on host a"):
+            for _ in range(2):
+                refused = refuses(ExistsError, lambda: enter(store, "run 8"))
+                assert "run 7 on host a" in refused.what
+        enter(store, "run 9")
+        with suppress(KeyError), store.lock("lock", "run 10"):
+            raise KeyError("mine")
+        enter(store, "run 11")
+
+    def test_the_holder_of_a_lock_can_be_queried(self) -> None:
+        """G16. Method: queries before, while and after it is locked; a query does not take the
+        lock."""
+        store = self.new_store()
+        assert store.holder("lock") is None
+        with store.lock("lock", "run 7 on host a"):
+            assert store.holder("lock") == "run 7 on host a"
+        assert store.holder("lock") is None
+        enter(store, "run 8")
+
+    def test_free_space_is_a_positive_number_or_unknown(self) -> None:
+        """G11. Method: a new store."""
+        free = self.new_store().free_bytes()
+        assert free is None or free > 0
+
+    def test_a_published_attempt_is_a_checkpoint_with_all_its_files(self) -> None:
+        """G1. Method: listings before and after; the attempt has the name of no checkpoint."""
+        store = self.new_store()
+        attempt = begin(store, "step-5", "00000001", {"a": b"1", "b": b"22"})
+        assert list(store.list()) == [f"{attempt}/"]
+        store.sync(attempt)
+        store.publish(attempt, "step-5")
+        assert list(store.list()) == ["step-5/"]
+        assert content(store, "step-5") == {"a": b"1", "b": b"22"}
+        assert store.size("step-5/b") == 2
+
+    def test_publishing_never_replaces_a_checkpoint_unasked(self) -> None:
+        """G1, G16. Method: a second attempt of the same name; both keep their files."""
+        store = self.new_store()
+        first = begin(store, "step-5", "00000001", {"a": b"first"})
+        second = begin(store, "step-5", "00000002", {"a": b"second"})
+        store.publish(first, "step-5")
+        refuses(ExistsError, lambda: store.publish(second, "step-5"))
+        assert list(store.list()) == [f"{second}/", "step-5/"]
+        assert content(store, "step-5") == {"a": b"first"}
+        assert content(store, second) == {"a": b"second"}
+
+    def test_a_checkpoint_is_replaced_as_a_whole(self) -> None:
+        """G1. Method: a checkpoint with other files; no file of the old one is left in the new one,
+        and its files wait in a hidden folder for the cleanup."""
+        store = self.new_store()
+        store.publish(begin(store, "step-5", "00000001", {"a": b"first", "c": b"3"}), "step-5")
+        second = begin(store, "step-5", "00000002", {"a": b"second"})
+        with store.hold("step-5"):
+            store.publish(second, "step-5", replace=True)
+        assert content(store, "step-5") == {"a": b"second"}
+        (hidden,) = (name.rstrip("/") for name in store.list() if name != "step-5/")
+        assert hidden.startswith(".removing-step-5-")
+        assert content(store, hidden) == {"a": b"first", "c": b"3"}
+        store.remove(hidden)
+        assert list(store.list()) == ["step-5/"]
+        assert content(store, "step-5") == {"a": b"second"}
+
+    def test_an_unpublished_checkpoint_has_no_name_and_can_be_removed(self) -> None:
+        """G5. Method: two checkpoints, one of which loses its name and then its files; the name can
+        be taken again at once."""
+        store = self.new_store()
+        for step, number in (("step-5", "00000001"), ("step-6", "00000002")):
+            store.publish(begin(store, step, number, {"a": step.encode()}), step)
+        removing = store.unpublish("step-5", ".removing-step-5-0000000a")
+        assert sorted(store.list()) == [f"{removing}/", "step-6/"]
+        assert content(store, removing) == {"a": b"step-5"}
+        refuses(NotFoundError, lambda: store.size("step-5/a"))
+        refuses(
+            (NotFoundError, StorageError),
+            lambda: store.unpublish("step-5", ".removing-step-5-0000000b"),
+        )
+        again = begin(store, "step-5", "00000003", {"a": b"again"})
+        store.publish(again, "step-5")
+        store.remove(removing)
+        assert list(store.list()) == ["step-5/", "step-6/"]
+        assert content(store, "step-5") == {"a": b"again"}
+
+    def test_an_attempt_has_one_holder_and_can_be_removed(self) -> None:
+        """G16. Method: held twice, also once its holder has published it; free afterwards."""
+        store = self.new_store()
+        attempt = begin(store, "step-5", "00000001", {"a": b"1"})
+        with store.hold(attempt) as held:
+            assert held
+            with store.hold(attempt) as again:
+                assert again is False
+        with store.hold(attempt) as held:
+            assert held
+            store.publish(attempt, "step-5")
+        with store.hold("step-5") as held:
+            assert held
+            with store.hold("step-5") as again:
+                assert again is False
+        other = begin(store, "step-5", "00000002", {"a": b"1"})
+        with store.hold(other) as held:
+            assert held
+            store.remove(other)
+        assert list(store.list()) == ["step-5/"]
+        refuses(NotFoundError, lambda: store.hold("step-6").__enter__())
+
+
+class FolderStoreSuite(StoreSuite):
+    """Tests that every `FolderStore` must pass, in addition to those of `StoreSuite`."""
+
+    def new_store(self) -> FolderStore:
+        """Return an empty store. Called once per test."""
+        raise TypeError("derive a class that makes a store")
+
     def test_folders_list_their_direct_members(self) -> None:
         """Method: files, folders and nested ones; names are sorted, those of folders end in a
         slash."""
@@ -97,26 +233,6 @@ class StoreSuite:
         put(store, "folder/file", b"kept")
         refuses(StorageError, lambda: store.make_folder("folder"))
         assert store.read("folder/file", 0, 9) == b"kept"
-
-    def test_the_root_may_be_made_repeatedly(self) -> None:
-        """Method: an empty key, with files in the store."""
-        store = self.new_store()
-        put(store, "file", b"kept")
-        store.make_folder("")
-        assert list(store.list()) == ["file"]
-
-    def test_a_missing_file_or_folder_is_not_found(self) -> None:
-        """Method: every reading method; the error names the key."""
-        store = self.new_store()
-        asks: list[Callable[[], object]] = [
-            lambda: store.list("absent"),
-            lambda: store.size("absent"),
-            lambda: store.read("absent", 0, 1),
-            lambda: read_opened(store, "absent"),
-            lambda: store.size("absent/file"),
-        ]
-        for ask in asks:
-            assert "absent" in refuses(NotFoundError, ask).what
 
     def test_changing_a_missing_file_or_folder_is_an_error(self) -> None:
         """G7. Method: every changing method."""
@@ -183,29 +299,6 @@ class StoreSuite:
         assert list(store.list()) == ["kept/"]
         assert list(store.list("kept")) == ["file"]
 
-    def test_a_lock_has_one_holder_and_names_it_to_others(self) -> None:
-        """G11. Method: refused twice while locked, with the holder's note each time; free
-        afterwards."""
-        store = self.new_store()
-        with store.lock("lock", "run 7 on host a"):
-            for _ in range(2):
-                refused = refuses(ExistsError, lambda: enter(store, "run 8"))
-                assert "run 7 on host a" in refused.what
-        enter(store, "run 9")
-        with suppress(KeyError), store.lock("lock", "run 10"):
-            raise KeyError("mine")
-        enter(store, "run 11")
-
-    def test_the_holder_of_a_lock_can_be_queried(self) -> None:
-        """G16. Method: queries before, while and after it is locked; a query does not take the
-        lock."""
-        store = self.new_store()
-        assert store.holder("lock") is None
-        with store.lock("lock", "run 7 on host a"):
-            assert store.holder("lock") == "run 7 on host a"
-        assert store.holder("lock") is None
-        enter(store, "run 8")
-
     def test_a_held_folder_stays_held_when_it_is_renamed(self) -> None:
         """G16. Method: held twice, renamed, and another folder under its old name."""
         store = self.new_store()
@@ -248,11 +341,6 @@ class StoreSuite:
         assert list(store.list()) == ["folder/", "taken"]
         assert store.read("folder/free", 0, 9) == b"source"
 
-    def test_free_space_is_a_positive_number_or_unknown(self) -> None:
-        """G11. Method: a new store."""
-        free = self.new_store().free_bytes()
-        assert free is None or free > 0
-
 
 def put(store: Store, key: str, data: bytes) -> None:
     """Create a file with these bytes."""
@@ -275,3 +363,18 @@ def refuses(
     except errors as error:
         return error if isinstance(error, HoldfastError) else HoldfastError(str(error))
     raise AssertionError(f"nothing was raised, expected {errors}")
+
+
+def begin(store: Store, name: str, number: str, files: Mapping[str, bytes]) -> str:
+    """Make an attempt to save `name`, with these files. Return its folder."""
+    attempt = f".attempt-{name}-{number}"
+    store.make_folder(attempt)
+    for file, data in files.items():
+        put(store, f"{attempt}/{file}", data)
+    return attempt
+
+
+def content(store: Store, folder: str) -> dict[str, bytes]:
+    """Return the bytes of all files directly in a folder."""
+    names = store.list(folder)
+    return {name: store.read(f"{folder}/{name}", 0, 99) for name in names}

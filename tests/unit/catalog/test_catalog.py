@@ -166,7 +166,7 @@ def test_a_checkpoint_loses_its_name_before_the_first_of_its_files() -> None:
     """G5. Method: the order of the operations on the store."""
     before, removal = recorded(
         lambda store: write_checkpoint(store, "step-5", b"1"),
-        lambda store: store.remove(str(Catalog(store).set_aside_for_deletion("step-5"))),
+        lambda store: store.remove(Catalog(store).set_aside_for_deletion("step-5")),
     )
     assert before
     done = [str(operation) for operation in removal]
@@ -255,7 +255,7 @@ def test_a_partly_deleted_folder_is_never_restored() -> None:
     failed = execute(stubborn(store), plan_cleanup(store.list()))
     assert len(failed) == 1
     assert "Device or resource busy" in failed[0]
-    store.remove(str(Catalog(store).set_aside_for_deletion("step-5")))
+    store.remove(Catalog(store).set_aside_for_deletion("step-5"))
     assert execute(store, plan_cleanup(store.list())) == []
     assert Catalog(store).steps() == []
     assert list(store.list()) == []

@@ -429,7 +429,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_not_damaged(
         if not deleted and "step-1/" in key and file in key:
             deleted.append(key)
             for step in (1, 2):
-                catalog.store.remove(str(catalog.set_aside_for_deletion(f"step-{step}")))
+                catalog.store.remove(catalog.set_aside_for_deletion(f"step-{step}"))
         return read(store, key, start, stop)
 
     monkeypatch.setattr(LocalStore, "read", deleting)

@@ -15,40 +15,40 @@ from crashes import RecordingStore
 from holdfast.errors import ExistsError, NotFoundError, StorageError
 from holdfast.storage.local import LocalStore
 from holdfast.storage.memory import MemoryStore
-from holdfast.storage.store import Store
+from holdfast.storage.store import FolderStore
 from holdfast.testing.failing import FailingStore
-from holdfast.testing.stores import StoreSuite, put, refuses
+from holdfast.testing.stores import FolderStoreSuite, put, refuses
 
 
-class TestMemoryStore(StoreSuite):
+class TestMemoryStore(FolderStoreSuite):
     """A store in memory."""
 
-    def new_store(self) -> Store:
+    def new_store(self) -> FolderStore:
         return MemoryStore()
 
 
-class TestMemoryStoreOfLimitedSize(StoreSuite):
+class TestMemoryStoreOfLimitedSize(FolderStoreSuite):
     """A store in memory, with room for a mebibyte."""
 
-    def new_store(self) -> Store:
+    def new_store(self) -> FolderStore:
         return MemoryStore(1 << 20)
 
 
-class TestRecordingStore(StoreSuite):
+class TestRecordingStore(FolderStoreSuite):
     """A store that records its operations."""
 
-    def new_store(self) -> Store:
+    def new_store(self) -> FolderStore:
         return RecordingStore()
 
 
-class TestFailingStore(StoreSuite):
+class TestFailingStore(FolderStoreSuite):
     """A store whose operations may fail, while none does."""
 
-    def new_store(self) -> Store:
+    def new_store(self) -> FolderStore:
         return FailingStore(MemoryStore(), lambda *_: None)
 
 
-class TestLocalStore(StoreSuite):
+class TestLocalStore(FolderStoreSuite):
     """A local folder."""
 
     folder: Path
@@ -57,14 +57,14 @@ class TestLocalStore(StoreSuite):
     def _folder(self, tmp_path: Path) -> None:
         self.folder = tmp_path
 
-    def new_store(self) -> Store:
+    def new_store(self) -> FolderStore:
         return LocalStore(self.folder)
 
 
 class TestLocalStoreReachedByALink(TestLocalStore):
     """A folder that is reached through a symbolic link."""
 
-    def new_store(self) -> Store:
+    def new_store(self) -> FolderStore:
         (self.folder / "real").mkdir()
         (self.folder / "link").symlink_to("real")
         return LocalStore(self.folder / "link")

@@ -1,0 +1,57 @@
+"""Publish checkpoints on stores that can rename folders."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace as changed
+from typing import Protocol
+
+from holdfast.errors import ExistsError, HoldfastError
+from holdfast.format.names import HiddenFolder, hidden_folder_of
+
+
+class Renaming(Protocol):
+    """A store that renames folders: see `FolderStore`."""
+
+    def rename(self, source: str, target: str) -> None: ...
+
+    def remove(self, key: str) -> None: ...
+
+
+def publish_by_rename(store: Renaming, folder: str, name: str, *, replace: bool) -> None:
+    """Publish a hidden folder as `Store.publish` does.
+
+    A checkpoint that it replaces is first renamed to `.replaced-...`. If the process dies between
+    both renames, a cleanup gives that checkpoint its name back.
+    """
+    if not replace:
+        store.rename(folder, name)
+        return
+    attempt = hidden_folder_of(folder)
+    assert attempt is not None, f"{folder} is no hidden folder"
+    replaced = HiddenFolder("replaced", name, attempt.id)
+    removing = changed(replaced, role="removing")
+    try:
+        store.rename(name, str(replaced))
+        store.rename(folder, name)
+    except ExistsError:
+        # Another save was faster, so the checkpoint that both were to replace can go.
+        with suppress(HoldfastError):
+            store.rename(str(replaced), str(removing))
+            store.remove(str(removing))
+        raise
+    except HoldfastError:
+        # If this fails too, readers use the `.replaced` folder, and a cleanup renames it.
+        with suppress(HoldfastError):
+            store.rename(str(replaced), name)
+        raise
+    # Renamed while it is held: otherwise a cleanup could restore its name during the next save.
+    with suppress(HoldfastError):
+        store.rename(str(replaced), str(removing))
+
+
+def unpublish_by_rename(store: Renaming, name: str, removing: str) -> str:
+    """Unpublish a checkpoint as `Store.unpublish` does."""
+    if name != removing:
+        store.rename(name, removing)
+    return removing
