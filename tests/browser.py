@@ -50,10 +50,7 @@ class Browser:
         made = self._ask("Target.createTarget", url="about:blank")
         attached = self._ask("Target.attachToTarget", targetId=made["targetId"], flatten=True)
         self._session = attached["sessionId"]
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-        self._ask("Emulation.setDeviceMetricsOverride", **size)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._ask("Emulation.setEmulatedMedia", features=[scheme])
+        self.appear(width, dark=dark)
 
     def __enter__(self) -> Browser:
         return self
@@ -63,6 +60,13 @@ class Browser:
         self._process.wait(30)
         os.close(self._in)
         os.close(self._out)
+
+    def appear(self, width: int, height: int = 900, *, dark: bool = False) -> None:
+        """Set the size of the page, and whether the user prefers dark colours."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self._ask("Emulation.setDeviceMetricsOverride", **size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._ask("Emulation.setEmulatedMedia", features=[scheme])
 
     def open(self, url: str) -> None:
         """Go to a URL. Does not wait until the page is loaded."""

@@ -132,8 +132,9 @@ def test_the_commands_that_look_after_checkpoints(tmp_path: Path) -> None:
 
 
 SERVING = (
-    "holdfast serve outputs/checkpoint --max-age 7200",
-    "nohup holdfast serve outputs/checkpoint other/checkpoint --max-age 7200 >serve.log 2>&1 &",
+    "holdfast serve outputs --max-age 7200",
+    "nohup holdfast serve outputs other/checkpoint --max-age 7200 >serve.log 2>&1 &",
+    "holdfast serve outputs --host 0.0.0.0",
 )
 
 
@@ -164,7 +165,7 @@ def test_the_page_on_serving_names_the_metrics_that_are_served() -> None:
     source = (ROOT / "src/holdfast/dashboard/digest.py").read_text()
     rows = re.findall(r"^\| (`holdfast_.*)$", page, re.M)
     table = {name for row in rows for name in re.findall(r"holdfast_(\w+)", row)}
-    (rule,) = re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)
+    (rule,) = re.findall(r"^```yaml\n(groups:.*?)^```", page, re.M | re.S)
     assert set(re.findall(r"holdfast_(\w+)", rule)) <= table
     assert all(one["expr"] for one in yaml.safe_load(rule)["groups"][0]["rules"])
     served = re.findall(r'(?:gauge|counter|GaugeMetricFamily), "(\w+)"', source)

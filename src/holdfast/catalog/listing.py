@@ -32,6 +32,9 @@ class CheckpointRow:
     Face folder."""
 
     nbytes: int | None = None
+    written_nbytes: int | None = None
+    """Bytes without those of files that the save has linked."""
+
     created: str | None = None
     """Time of the commit: ISO 8601, UTC."""
 
@@ -48,7 +51,7 @@ class CheckpointRow:
     """Reason why no run can resume from it; None if one can."""
 
     files: Mapping[str, int] = field(default_factory=dict)
-    """Bytes of each data file, by name. Each rank writes one."""
+    """Bytes of each data file, by name. Each rank has one, or several if the run deduplicates."""
 
     timings: Mapping[str, Stage] = field(default_factory=dict)
     """Duration of each stage of its save, over all ranks."""
@@ -85,6 +88,7 @@ def row_of(store: ReadStore, key: str) -> CheckpointRow:
         files=manifest.files,
         timings=manifest.timings,
         why_not=None if step is None else why_not_resumable(step, manifest),
+        written_nbytes=manifest.nbytes - sum(manifest.files[f] for f in manifest.shared or ()),
         links=_links(store, key, manifest),
     )
 

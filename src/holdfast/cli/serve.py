@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import secrets
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -22,27 +24,41 @@ from holdfast.spelling import counted
 PACKAGES = ("prometheus_client", "starlette", "uvicorn")
 """Packages of the extra `serve`."""
 
+TOKEN = "HOLDFAST_SERVE_TOKEN"
+"""Environment variable with the token that requests must have."""
+
+TOKEN_LENGTH_MIN = 16
+
 
 @dataclass(frozen=True, slots=True)
 class ServeArguments(Options):
-    """Serve runs as live web pages, /metrics for Prometheus, /healthz and JSON. The server only
-    reads, and only this machine can reach it unless --host says otherwise. Needs: pip install
-    'holdfast[serve]'.
+    """Serve a live table of runs, a page for each of them, /metrics for Prometheus, /healthz and
+    JSON. The server only reads. Only this machine can reach it, unless --host says otherwise: then
+    it asks for a token. Needs: pip install 'holdfast[serve]'.
 
-    Example: holdfast serve outputs/checkpoint --max-age 3600
+    Example: holdfast serve outputs other/outputs --max-age 3600
     """
 
     folders: tuple[str, ...] = field(metadata=POSITIONAL)
-    """Folders of checkpoints. One that does not exist yet is shown once it does."""
+    """Folders of checkpoints, or folders above them. One that does not exist yet is shown once it
+    does."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. There is no login: everyone who can reach it can read."""
+    """Address to listen on. Beyond this machine, the server asks for a token: the one in the
+    environment variable HOLDFAST_SERVE_TOKEN, or one that it generates and prints."""
+
+    open: bool = False
+    """Ask for no token: everyone who can reach the address can read."""
 
     port: int = 8420
     """Port to listen on; 0 for any free port."""
 
     max_age: float | None = None
-    """Age in seconds of the newest good checkpoint above which /healthz answers 503."""
+    """Age in seconds of the newest good checkpoint above which /healthz answers 503, and the run is
+    shown as stale."""
+
+    stale_intervals: float = 3.0
+    """Age above which a run is shown as stale, as a number of its own save intervals."""
 
     allow_host: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Another name by which browsers may address this server. May be repeated."""
@@ -52,7 +68,10 @@ def run(arguments: Sequence[str]) -> int:
     """Serve until SIGINT or SIGTERM; returns the exit status."""
     options = parsed(ServeArguments, "serve", arguments)
     check(options)
+    token = token_of(options, os.environ)
     try:
+        from holdfast.dashboard.condition import Limits
+        from holdfast.dashboard.watch import Fleet
         from holdfast.dashboard.web import server_of
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:
@@ -65,7 +84,9 @@ def run(arguments: Sequence[str]) -> int:
         say_error(line)
     listener = listen(options.host, options.port)
     names = ["localhost", options.host, socket.gethostname(), *options.allow_host]
-    server = server_of(options.folders, names, options.max_age)
+    limits = Limits(options.stale_intervals, options.max_age)
+    fleet = Fleet(options.folders)
+    server = server_of(fleet, names, limits, token)
     received: list[signal.Signals] = []
 
     def stop(number: int, _: FrameType | None) -> None:
@@ -77,11 +98,50 @@ def run(arguments: Sequence[str]) -> int:
         signal.signal(number, stop)
     host, port = listener.getsockname()[:2]
     say(f"serving {counted(len(options.folders), 'folder')} at http://{_in_url(host)}:{port}")
+    if token is not None and TOKEN not in os.environ:
+        name = socket.gethostname() if host in ("0.0.0.0", "::") else _in_url(host)
+        say(f"open it with its token: http://{name}:{port}/?token={token}")
     sys.stdout.flush()
     server.run(sockets=[listener])
+    fleet.stop()
     by = received[0].name if received else "itself"
     say(f"stopped by {by}: {counted(server.server_state.total_requests, 'request')} answered")
     return 0
+
+
+def token_of(options: ServeArguments, environment: Mapping[str, str]) -> str | None:
+    """Returns the token that requests must have: the one in the environment, or a new one if the
+    address can be reached from other machines; None where none is asked for.
+
+    Raises:
+        UsageError: the token in the environment is too short, or contradicts `--open`.
+    """
+    given = environment.get(TOKEN)
+    if given is not None:
+        if options.open:
+            raise UsageError(
+                f"`--open` asks for no token, but `{TOKEN}` is set", hint=f"unset {TOKEN}"
+            )
+        if len(given) < TOKEN_LENGTH_MIN:
+            raise UsageError(
+                f"the token in `{TOKEN}` has {counted(len(given), 'character')}, it must have at "
+                f"least {TOKEN_LENGTH_MIN}",
+                hint="openssl rand -hex 24",
+            )
+        return given
+    return None if options.open or is_loopback(options.host) else secrets.token_urlsafe(24)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address.
+
+    >>> [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "node-1")]
+    [True, True, True, False, False]
+    """
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check(options: ServeArguments) -> None:
@@ -102,6 +162,10 @@ def check(options: ServeArguments) -> None:
     if options.max_age is not None and not options.max_age > 0:
         raise UsageError(
             f"`--max-age` must be a positive number of seconds, found: {options.max_age}"
+        )
+    if not options.stale_intervals > 0:
+        raise UsageError(
+            f"`--stale-intervals` must be a positive number, found: {options.stale_intervals}"
         )
 
 

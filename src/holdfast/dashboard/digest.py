@@ -12,35 +12,40 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from holdfast.catalog.listing import used_bytes
-from holdfast.dashboard.history import History, WatchedFolder, commit_time
-from holdfast.dashboard.page import blocked
+from holdfast.dashboard.condition import STATES, Limits, condition_of
+from holdfast.dashboard.figures import Figures
+from holdfast.dashboard.watch import WatchedFolder
 from holdfast.spelling import finite
 
-STATES = ("good", "damaged", "attempt")
 
-
-def age_s(history: History, now: datetime) -> float | None:
+def age_s(figures: Figures, now: datetime) -> float | None:
     """Returns the age in seconds of the checkpoint that a resume takes; None where unknown."""
-    time = None if history.newest is None else commit_time(history.newest)
-    return None if time is None else max(now.timestamp() - time, 0.0)
+    return None if figures.saved_at is None else max(now.timestamp() - figures.saved_at, 0.0)
 
 
-def digest(run: WatchedFolder, now: datetime, *, full: bool) -> dict[str, Any]:
+def digest(run: WatchedFolder, now: datetime, limits: Limits, *, full: bool) -> dict[str, Any]:
     """Returns a run as JSON: a summary, or the `full` history."""
-    latest = run.latest
+    latest, condition = run.latest, condition_of(run, now, limits)
     result: dict[str, Any] = {
         "folder": run.folder,
+        "state": condition.state,
+        "notes": [*condition.alarms, *condition.notes],
         "problem": latest.problem,
         "looked_at": latest.time,
     }
     if latest.history is None:
         return result
-    history = latest.history
-    result |= {"resume": history.resume, "age_s": age_s(history, now)}
-    result |= {state: _count(history, state) for state in STATES}
-    last = history.current[-1:]
-    result["report"] = asdict(last[0]) if last else None
+    history, figures = latest.history, latest.figures
+    result |= {
+        "resume": history.resume,
+        "age_s": condition.age_s,
+        "interval_s": figures.interval_s,
+        "save_bytes_per_s": figures.save_rate,
+        "blocked_share": figures.blocked_share,
+        "loss": figures.losses[-1][1] if figures.losses else None,
+        **_counts(figures),
+        "report": None if figures.last is None else asdict(figures.last),
+    }
     if full:
         result["checkpoints"] = [asdict(row) for row in history.rows]
         result["saves"] = [asdict(times) for times in history.saves]
@@ -58,96 +63,115 @@ def unhealthy(
 
 
 def _unhealthy(run: WatchedFolder, now: datetime, max_age_s: float | None) -> str | None:
-    history = run.latest.history
-    if history is None:
-        return run.latest.problem
-    if history.newest is None:
+    latest = run.latest
+    newest = latest.figures.newest
+    if latest.history is None:
+        return latest.problem
+    if newest is None:
         return "no step to resume from"
-    age = age_s(history, now)
-    if max_age_s is None or (age is not None and age <= max_age_s):
+    age = age_s(latest.figures, now)
+    if max_age_s is None or latest.figures.is_finished or (age is not None and age <= max_age_s):
         return None
     if age is None:
-        return f"step {history.resume} does not say when it was saved"
-    return f"step {history.resume} is {age:.0f} s old, the limit is {max_age_s:.0f} s"
+        return f"step {newest.step} does not say when it was saved"
+    return f"step {newest.step} is {age:.0f} s old, the limit is {max_age_s:.0f} s"
 
 
-def exposition(runs: Sequence[WatchedFolder], now: datetime) -> tuple[bytes, str]:
+def exposition(runs: Sequence[WatchedFolder], now: datetime, limits: Limits) -> tuple[bytes, str]:
     """Returns the metrics of all runs, and their content type."""
     registry = CollectorRegistry()
-    registry.register(_Metrics(runs, now))
+    registry.register(_Metrics(runs, now, limits))
     return generate_latest(registry), CONTENT_TYPE_LATEST
 
 
 class _Metrics(Collector):
-    def __init__(self, runs: Sequence[WatchedFolder], now: datetime) -> None:
-        self._runs, self._now = {run.folder: run for run in runs}, now
+    def __init__(self, runs: Sequence[WatchedFolder], now: datetime, limits: Limits) -> None:
+        self._runs, self._now, self._limits = {run.folder: run for run in runs}, now, limits
 
     def collect(self) -> Iterable[Metric]:
         """Returns every metric, with a sample for each run that has it."""
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
         for folder, run in self._runs.items():
-            for kind, name, help_text, value, labels in _samples(run, self._now):
+            for kind, name, help_text, value, labels in self._samples_of(run):
                 if name not in families:
                     families[name] = kind(f"holdfast_{name}", help_text, labels=["folder", *labels])
-                label = folder.encode(errors="replace").decode()
-                families[name].add_metric([label, *labels.values()], value)
+                texts = [
+                    text.encode(errors="replace").decode() for text in (folder, *labels.values())
+                ]
+                families[name].add_metric(texts, value)
         return families.values()
+
+    def _samples_of(self, run: WatchedFolder) -> Sequence[Sample]:
+        try:
+            samples = _samples(run, self._now, self._limits)
+            return [(kind, name, text, float(value), on) for kind, name, text, value, on in samples]
+        except Exception:  # noqa: BLE001 - an error of one run must not hide the others
+            return [(GaugeMetricFamily, "up", UP, 0.0, {})]
 
 
 Kind = type[GaugeMetricFamily] | type[CounterMetricFamily]
 Sample = tuple[Kind, str, str, float, dict[str, str]]
 """Kind, name, help text, value, labels."""
 
+UP = "Whether the folder can be read and holds checkpoints."
 
-def _samples(run: WatchedFolder, now: datetime) -> Iterator[Sample]:
-    gauge, history = GaugeMetricFamily, run.latest.history
-    up = float(history is not None)
-    yield gauge, "up", "Whether the folder can be read and holds checkpoints.", up, {}
+
+def _samples(run: WatchedFolder, now: datetime, limits: Limits) -> Iterator[Sample]:
+    gauge, latest, figures = GaugeMetricFamily, run.latest, run.latest.figures
+    yield gauge, "up", UP, float(latest.history is not None), {}
     read_at = "When the folder was last read."
-    yield gauge, "last_look_timestamp_seconds", read_at, run.latest.time, {}
-    if history is None:
+    yield gauge, "last_look_timestamp_seconds", read_at, latest.time, {}
+    condition = condition_of(run, now, limits)
+    for state in STATES:
+        is_so = float(state == condition.state)
+        yield gauge, "run_state", "State of the run: 1 for its own.", is_so, {"state": state}
+    if latest.history is None:
         return
-    newest = history.newest
+    newest, committed, age = figures.newest, figures.saved_at, condition.age_s
     if newest is not None and newest.step is not None:
         yield gauge, "newest_good_step", "Step that a resume takes.", newest.step, {}
-        committed, age = commit_time(newest), age_s(history, now)
         if committed is not None and age is not None:
             when = "When that step was committed."
             yield gauge, "newest_good_timestamp_seconds", when, committed, {}
             yield gauge, "newest_good_age_seconds", "Time since that commit.", age, {}
-    for state in STATES:
-        count = _count(history, state)
-        yield gauge, "checkpoints", "Folders, by state.", count, {"state": state}
-    nbytes = used_bytes(history.rows)
-    yield gauge, "checkpoint_bytes", "Bytes of all checkpoints.", nbytes, {}
-    if history.reports:
-        yield from _reported(history)
+    for kind, count in _counts(figures).items():
+        yield gauge, "checkpoints", "Folders, by state.", count, {"state": kind}
+    yield gauge, "checkpoint_bytes", "Bytes of all checkpoints.", figures.nbytes, {}
+    if figures.interval_s is not None:
+        interval = "Median time between the latest saves."
+        yield gauge, "save_interval_seconds", interval, figures.interval_s, {}
+    if figures.save_rate is not None:
+        rate = "Median rate of the latest saves."
+        yield gauge, "save_rate_bytes_per_second", rate, figures.save_rate, {}
+    if figures.losses:
+        yield gauge, "loss", "Last loss.", figures.losses[-1][1], {}
+    if figures.last is not None:
+        yield from _reported(figures, figures.last.step)
 
 
-def _reported(history: History) -> Iterator[Sample]:
+def _reported(figures: Figures, step: int) -> Iterator[Sample]:
     """Yields samples of the metrics that the run wrote, summed over its starts and resumes."""
-    records, loads, counter = history.distinct, history.loads, CounterMetricFamily
-    saves = [save for record in records for save in record.saves]
-    step = history.reports[-1].step
+    counter, totals = CounterMetricFamily, figures.totals
     yield GaugeMetricFamily, "step", "Step that the run has reached.", step, {}
+    if figures.blocked_share is not None:
+        share = "Share of the running time that training waited for saves."
+        yield GaugeMetricFamily, "save_blocked_ratio", share, figures.blocked_share, {}
     for name, help_text, value in (
-        ("saves", "Saves that became durable.", len(saves)),
-        ("saved_bytes", "Bytes written by saves.", sum(save.nbytes for save in saves)),
-        ("save_seconds", "Time from plan to durable.", sum(save.seconds for save in saves)),
-        ("save_blocked_seconds", "Time that training waited for saves.", blocked(history)[0]),
-        ("failed_saves", "Saves that failed.", sum(record.failed_saves for record in records)),
-        ("loads", "Resumes.", len(loads)),
-        ("load_seconds", "Time of resumes.", sum(load.seconds for load in loads)),
+        ("saves", "Saves that became durable.", totals.num_saves),
+        ("saved_bytes", "Bytes written by saves.", totals.saved_bytes),
+        ("save_seconds", "Time from plan to durable.", totals.save_s),
+        ("save_blocked_seconds", "Time that training waited for saves.", totals.blocked_s),
+        ("failed_saves", "Saves that failed.", totals.num_failed),
+        ("loads", "Resumes.", totals.num_loads),
+        ("load_seconds", "Time of resumes.", totals.load_s),
     ):
         yield counter, name, help_text, value, {}
-    stages = dict.fromkeys((name for save in saves for name in save.stages), 0.0)
-    for save in saves:
-        for name, stage in save.stages.items():
-            stages[name] += stage.most
-    for name, seconds in stages.items():
+    for name, seconds in totals.stage_s.items():
         help_text = "Time of each stage, of its slowest rank."
         yield counter, "save_stage_seconds", help_text, seconds, {"stage": name}
 
 
-def _count(history: History, state: str) -> int:
-    return sum(row.state == state for row in history.rows)
+def _counts(figures: Figures) -> dict[str, int]:
+    """Returns the number of folders in each state."""
+    num_damaged = len(figures.damaged)
+    return {"good": figures.num_good, "damaged": num_damaged, "attempt": figures.num_unfinished}

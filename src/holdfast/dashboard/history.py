@@ -1,17 +1,13 @@
-"""The history of a run: its checkpoints, and the metrics that it wrote while it trained.
-
-`HistoryReader` reads a folder, `WatchedFolder` does so again and again in its own thread.
-"""
+"""The history of a run: its checkpoints, and the metrics that it wrote while it trained."""
 
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 from holdfast.catalog.catalog import location
@@ -19,6 +15,8 @@ from holdfast.catalog.listing import CheckpointRow, resumable, row_of, survey
 from holdfast.catalog.paths import open_for_reading
 from holdfast.errors import HoldfastError
 from holdfast.format import timings
+from holdfast.format.names import hidden_folder_of
+from holdfast.format.untrusted import SIZE_MAX
 from holdfast.storage.local import LocalStore
 from holdfast.storage.store import ReadStore
 from holdfast.timing import Times
@@ -29,14 +27,10 @@ METRICS_BYTES_MAX = 256 << 20
 HEAD_BYTES = 256
 """Bytes at the beginning of a metrics file. If they change, the file was replaced."""
 
-READ_S = 2.0
-"""Least seconds between two reads."""
+TRAINER_STATE = "trainer_state.json"
+"""File in which transformers' Trainer keeps its log, inside each of its checkpoints."""
 
-READ_SHARE = 0.05
-"""Largest share of a thread's time for reading, so slow folders are read more rarely."""
-
-FIRST_READ_S = 1.0
-"""Seconds to wait for the first read."""
+TRAINER_STATE_BYTES_MAX = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +65,17 @@ class MetricsRow:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainerLog:
+    """Log in the newest checkpoint of transformers' Trainer."""
+
+    losses: Sequence[tuple[int, float]] = ()
+    """Step and loss of each line that has a loss."""
+
+    is_finished: bool = False
+    """Whether the run has reached its last step."""
+
+
+@dataclass(frozen=True, slots=True)
 class History:
     """Checkpoints and metrics of a run."""
 
@@ -80,6 +85,12 @@ class History:
 
     reports: Sequence[MetricsRow]
     """Lines of `metrics.jsonl` in file order. After a resume, steps occur again."""
+
+    trainer: TrainerLog = TrainerLog()
+    """Log of transformers' Trainer; empty for other runs."""
+
+    written_at: float | None = None
+    """Time of the last change in an unfinished save, in seconds since 1970; None without one."""
 
     @property
     def resume(self) -> int | None:
@@ -123,7 +134,7 @@ class History:
         for row in self.rows:
             if row.step is not None and row.timings:
                 seconds = sum(stage.most for stage in row.timings.values())
-                last[row.step] = Times(row.step, row.nbytes or 0, seconds, row.timings)
+                last[row.step] = Times(row.step, row.written_nbytes or 0, seconds, row.timings)
         last |= {save.step: save for report in self.reports for save in report.saves}
         return [last[step] for step in sorted(last)]
 
@@ -138,6 +149,19 @@ class History:
         present = {row.step for row in self.rows}
         saved = {save.step: report for report in self.reports for save in report.saves}
         return [(step, saved[step].time) for step in sorted(saved) if step not in present]
+
+
+def blocked(history: History) -> tuple[float, float]:
+    """Returns the seconds that training waited for saves, and their share of the running time.
+
+    The time between a process's last record and the first record of its resume does not count.
+    """
+    blocked_s, running_s = 0.0, 0.0
+    for before, record in pairwise(history.reports):
+        if record.step > before.step:
+            blocked_s += record.save_blocked_s
+            running_s += max(record.time - before.time, 0.0)
+    return blocked_s, blocked_s / running_s if running_s else 0.0
 
 
 def commit_time(row: CheckpointRow) -> float | None:
@@ -170,9 +194,12 @@ class HistoryReader:
         self._path = path
         self._rows: dict[str, tuple[object, CheckpointRow]] = {}
         self._metrics = _MetricsReader()
+        self._trainer: tuple[object, TrainerLog] = (None, TrainerLog())
+        self._history: History | None = None
 
     def read(self) -> History:
-        """Returns the history as of now. Reads no tensors.
+        """Returns the history as of now: the same object again if nothing has changed. Reads no
+        tensors.
 
         Raises:
             NotFoundError: no such folder, or no checkpoint in it.
@@ -189,7 +216,56 @@ class HistoryReader:
             return row
 
         rows = survey(store, name, cached_row)
-        return History(location(store, name), rows, self._metrics.read(store, name))
+        reports = self._metrics.read(store, name)
+        trainer = TrainerLog() if reports else self._trainer_log(store, name, rows)
+        written_at = _written_at(store, name, rows)
+        history = History(location(store, name), rows, reports, trainer, written_at)
+        if self._history is None or history != self._history:
+            self._history = history
+        return self._history
+
+    def read_metrics(self) -> History:
+        """Returns a history without checkpoints: the metrics of a run that has not saved yet."""
+        store, name = open_for_reading(self._path)
+        return History(location(store, name), (), self._metrics.read(store, name))
+
+    def _trainer_log(
+        self, store: ReadStore, name: str, rows: Sequence[CheckpointRow]
+    ) -> TrainerLog:
+        """Returns the log in the newest good checkpoint that has one."""
+        newest = next((row for row in reversed(rows) if TRAINER_STATE in row.files), None)
+        if newest is None or newest.state != "good":
+            return self._trainer[1]
+        key = f"{name}/{newest.name}"
+        stamp, _ = self._rows[key]
+        if stamp != self._trainer[0]:
+            self._trainer = stamp, _read_trainer_log(store, f"{key}/{TRAINER_STATE}")
+        return self._trainer[1]
+
+
+def _written_at(store: ReadStore, name: str, rows: Sequence[CheckpointRow]) -> float | None:
+    """Returns when an unfinished save last changed; None where there is none, or at a URL."""
+    times = []
+    for row in rows:
+        hidden = hidden_folder_of(row.name) if row.state == "attempt" else None
+        if hidden is not None and hidden.role == "attempt" and isinstance(store, LocalStore):
+            with suppress(HoldfastError):
+                times.append(store.changed_at(f"{name}/{row.name}"))
+    return max(times, default=None)
+
+
+def _read_trainer_log(store: ReadStore, key: str) -> TrainerLog:
+    """Returns an empty log where the file cannot be read."""
+    try:
+        nbytes = store.size(key)
+        if nbytes > TRAINER_STATE_BYTES_MAX:
+            return TrainerLog()
+        state: Any = json.loads(store.read(key, 0, nbytes))
+        log = [(line["step"], line["loss"]) for line in state["log_history"] if "loss" in line]
+        losses = [(step, float(loss)) for step, loss in log if _is_count(step)]
+        return TrainerLog(losses, 0 < state["max_steps"] <= state["global_step"])
+    except (HoldfastError, ValueError, LookupError, TypeError, RecursionError, OverflowError):
+        return TrainerLog()
 
 
 def _stamp(store: ReadStore, key: str) -> object:
@@ -228,16 +304,18 @@ class _MetricsReader:
         *lines, rest = data.split(b"\n")
         # The rest may be half of a line that is being written, so it is read again next time.
         self._offset += len(data) - len(rest)
-        self._records += [record for record in map(_record, lines) if record is not None]
+        # A new list, since histories keep the old one.
+        if new := [record for record in map(_record, lines) if record is not None]:
+            self._records = [*self._records, *new]
         last = _record(rest)
-        return [*self._records, last] if last is not None else [*self._records]
+        return self._records if last is None else [*self._records, last]
 
 
 def _record(line: bytes) -> MetricsRow | None:
     """Decode one line; None where it is cut off, or no record."""
     try:
         row: Any = json.loads(line)
-        if type(row["step"]) is not int:
+        if not _is_count(row["step"]):
             return None
         return MetricsRow(
             step=row["step"],
@@ -257,46 +335,11 @@ def _record(line: bytes) -> MetricsRow | None:
 
 def _times(row: Any) -> Times:
     stages = timings.decode(row["stages"])
-    if not stages:
-        raise ValueError("a save without stages")
-    return Times(int(row["step"]), int(row["nbytes"]), float(row["seconds"]), stages)
+    if not stages or not _is_count(row["step"]) or not _is_count(row["nbytes"]):
+        raise ValueError("no save")
+    return Times(row["step"], row["nbytes"], float(row["seconds"]), stages)
 
 
-@dataclass(frozen=True, slots=True)
-class ReadResult:
-    """Result of reading a folder once."""
-
-    history: History | None
-    problem: str | None = None
-    """Reason why there is no history."""
-
-    time: float = 0.0
-    """Time of the read, in seconds since 1970."""
-
-
-class WatchedFolder:
-    """A folder that is read until the process ends. One that hangs or fails delays no other."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self.latest = ReadResult(None, "not read yet")
-        """Result of the latest read."""
-        self._reader = HistoryReader(folder)
-        first = threading.Event()
-        threading.Thread(target=self._run, args=(first,), name="holdfast-look", daemon=True).start()
-        first.wait(FIRST_READ_S)
-
-    def _run(self, first: threading.Event) -> None:
-        while True:
-            started = time.monotonic()
-            self.latest = self._read()
-            first.set()
-            time.sleep(max(READ_S, (time.monotonic() - started) / READ_SHARE))
-
-    def _read(self) -> ReadResult:
-        try:
-            return ReadResult(self._reader.read(), time=time.time())
-        except HoldfastError as error:
-            return ReadResult(None, error.what, time.time())
-        except Exception as error:  # noqa: BLE001 - the next read may succeed
-            return ReadResult(None, f"{type(error).__name__}: {error}", time.time())
+def _is_count(value: Any) -> bool:
+    # Rates and charts of integers that no float holds could not be computed.
+    return type(value) is int and 0 <= value <= SIZE_MAX

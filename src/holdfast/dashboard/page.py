@@ -10,7 +10,7 @@ from statistics import median
 
 from holdfast.catalog.listing import CheckpointRow, used_bytes
 from holdfast.dashboard.chart import Point, bars, dots, line
-from holdfast.dashboard.history import History, MetricsRow, commit_time, slowest
+from holdfast.dashboard.history import History, MetricsRow, blocked, commit_time, slowest
 from holdfast.spelling import counted, spelled_age, spelled_bytes, spelled_layout
 from holdfast.timing import Times
 
@@ -83,10 +83,11 @@ def body(history: History, now: datetime) -> str:
     )
 
 
-def framed(title: str, body: str, *, script: str = "") -> str:
+def framed(title: str, body: str, *, script: str = "", style: str = "") -> str:
     """Returns a page with this title and body, which must be HTML.
 
-    `script`: URL of a script for the page. The browser loads and runs nothing else.
+    `script`: URL of a script for the page. The browser loads and runs nothing else. `style`: CSS in
+    addition to that of every page.
     """
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     if script:
@@ -97,7 +98,7 @@ def framed(title: str, body: str, *, script: str = "") -> str:
         f"{GENERATOR}"
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style>{script}</head>"
+        f"<title>{title}</title><style>{STYLE}{style}</style>{script}</head>"
         f"<body><main>{body}</main></body></html>\n"
     )
 
@@ -150,19 +151,6 @@ def _card(name: str, value: str, note: str, *, alarm: bool = False) -> str:
     )
 
 
-def blocked(history: History) -> tuple[float, float]:
-    """Returns the seconds that training waited for saves, and their share of the running time.
-
-    The time between a process's last record and the first record of its resume does not count.
-    """
-    blocked_s, running_s = 0.0, 0.0
-    for before, record in zip(history.reports, history.reports[1:], strict=False):
-        if record.step > before.step:
-            blocked_s += record.save_blocked_s
-            running_s += max(record.time - before.time, 0.0)
-    return blocked_s, blocked_s / running_s if running_s else 0.0
-
-
 def _charts(history: History) -> list[str]:
     current, written = history.current, history.written
     stalled = [record for record in current if record.save_blocked_s > STALL_MIN_S]
@@ -190,8 +178,8 @@ def _charts(history: History) -> list[str]:
         ("Blocked by each save", "training waited", bars(stalls, spell=seconds)),
         ("Duration of each save", _note_on_slowest(history), saves),
         ("Duration of each resume", "plan, read, apply", loads),
-        ("Throughput", "tokens/s over all ranks", line(speeds, spell=_short)),
-        ("Loss", "", line(losses, spell=_short)),
+        ("Throughput", "tokens/s over all ranks", line(speeds, spell=short)),
+        ("Loss", "", line(losses, spell=short)),
         ("Size of each checkpoint", "", bars(sizes, spell=spelled_bytes)),
         ("Bytes written by each rank", "files of the newest good checkpoint", shares),
     )
@@ -269,7 +257,7 @@ def _steps_over_time(history: History) -> str:
         Point(time - start, row.step or 0, f"step {row.step}: {row.kind or row.state}", _style(row))
         for row, time in committed
     ]
-    return dots(points, behind=behind, spell=_short, spell_x=spelled_age)
+    return dots(points, behind=behind, spell=short, spell_x=spelled_age)
 
 
 def _table(history: History, now: datetime) -> str:
@@ -312,10 +300,10 @@ def _since(time: float, now: datetime) -> str:
     return f"{spelled_age(now.timestamp() - time)} ago"
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Returns a number in few characters.
 
-    >>> _short(1234567.0), _short(950.0)
+    >>> short(1234567.0), short(950.0)
     ('1.23M', '950')
     """
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):

@@ -8,25 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import ipaddress
 import json
-from collections.abc import Callable, Collection, Sequence
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from html import escape
+from importlib.resources import files
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from holdfast.dashboard.access import Guard
+from holdfast.dashboard.condition import Limits
 from holdfast.dashboard.digest import digest, exposition, unhealthy
-from holdfast.dashboard.history import WatchedFolder
-from holdfast.dashboard.page import body, framed, summary
+from holdfast.dashboard.page import body, framed
+from holdfast.dashboard.runs_page import STYLE, runs_page
+from holdfast.dashboard.watch import Fleet, WatchedFolder
 
 HEADER_BYTES_MAX = 16 << 10
 
@@ -39,50 +45,28 @@ IDLE_S = 30.0
 SHUTDOWN_S = 3
 """Seconds for finishing answers when the server stops."""
 
-SCRIPT = """\
-"use strict";
-let known = null;
-async function refresh() {
-  if (!document.hidden) {
-    try {
-      const headers = known ? {"If-None-Match": known} : {};
-      const answer = await fetch(location.pathname, {headers, cache: "no-store"});
-      if (answer.status === 200) {
-        const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-        document.querySelector("main").replaceWith(page.querySelector("main"));
-        document.title = page.title;
-        known = answer.headers.get("ETag");
-      }
-      document.body.classList.toggle("lost", answer.status >= 400);
-    } catch {
-      document.body.classList.add("lost");
-    }
-  }
-  setTimeout(refresh, 2000);
-}
-setTimeout(refresh, 2000);
-"""
-"""Script of the pages: requests the page every two seconds, and shows the new one if it changed."""
+PAGE_S = 1.0
+"""Seconds for which the page about all runs is kept, however many clients request it."""
 
-HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'self'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cache-Control": "no-cache",
-}
+NUMBER = re.compile(r"[0-9]{1,9}", re.ASCII)
+"""Number of a run in a path."""
+
+LINK_TO_RUNS = '<nav><a href="/runs">All runs</a></nav>'
+
+SCRIPTS = {name: files(__package__).joinpath(name).read_bytes() for name in ("live.js", "runs.js")}
+"""Scripts of the pages, by name."""
 
 
 def server_of(
-    folders: Sequence[str], names: Collection[str], max_age_s: float | None
+    fleet: Fleet, names: Collection[str], limits: Limits, token: str | None
 ) -> uvicorn.Server:
-    """Returns a server of these folders. `names`: host names by which requests may address it."""
-    runs = [WatchedFolder(folder) for folder in folders]
+    """Returns a server of the runs of a fleet.
+
+    `names`: host names by which requests may address it. `token`: token that requests must have;
+    None for none.
+    """
     config = uvicorn.Config(
-        app_of(runs, names, max_age_s),
+        app_of(fleet, names, limits, token),
         http=TimedProtocol,
         ws="none",
         lifespan="off",
@@ -96,72 +80,91 @@ def server_of(
     return uvicorn.Server(config)
 
 
-def app_of(
-    runs: Sequence[WatchedFolder], names: Collection[str], max_age_s: float | None
-) -> ASGIApp:
+def app_of(fleet: Fleet, names: Collection[str], limits: Limits, token: str | None) -> ASGIApp:
     """Returns the ASGI application of `server_of`."""
-    numbered = {str(number): run for number, run in enumerate(runs)}
+    table = _Table(fleet, limits)
 
     def of_run(
         answer: Callable[[WatchedFolder, datetime], Response],
     ) -> Callable[[Request], Response]:
         def endpoint(request: Request) -> Response:
-            run = numbered.get(request.path_params.get("number", "0"))
+            number = str(request.path_params["number"])
+            run = fleet.runs.get(int(number)) if NUMBER.fullmatch(number) else None
             if run is None:
                 return PlainTextResponse("no such run\n", status_code=404)
             return _unless_cached(request, answer(run, datetime.now(UTC)))
 
         return endpoint
 
-    def index(request: Request) -> Response:
-        return _unless_cached(request, _index(runs))
+    def start(request: Request) -> Response:
+        run = fleet.runs.get(0) if fleet.is_single else None
+        answer = table.page() if run is None else _page(run, datetime.now(UTC))
+        return _unless_cached(request, answer)
+
+    def runs(request: Request) -> Response:
+        return _unless_cached(request, table.page())
 
     def metrics(_: Request) -> Response:
-        text, kind = exposition(runs, datetime.now(UTC))
+        text, kind = exposition([*fleet.runs.values()], datetime.now(UTC), limits)
         return Response(text, headers={"Content-Type": kind})
 
     def healthz(_: Request) -> Response:
-        problems = unhealthy(runs, datetime.now(UTC), max_age_s)
+        problems = unhealthy([*fleet.runs.values()], datetime.now(UTC), limits.max_age_s)
         answer = {"healthy": not problems, "problems": problems}
         return _json(answer, status_code=503 if problems else 200)
 
     def api(_: Request) -> Response:
-        now = datetime.now(UTC)
-        return _json({"runs": [digest(run, now, full=False) for run in runs]})
+        now, known = datetime.now(UTC), fleet.runs.items()
+        digests = [{"number": n} | digest(run, now, limits, full=False) for n, run in known]
+        return _json({"runs": digests})
 
     def api_of_run(run: WatchedFolder, now: datetime) -> Response:
-        return _json(digest(run, now, full=True))
+        return _json(digest(run, now, limits, full=True))
+
+    def script(request: Request) -> Response:
+        return Response(SCRIPTS[request.url.path[1:]], media_type="text/javascript")
 
     routes = [
-        Route("/", of_run(_page) if len(runs) == 1 else index),
+        Route("/", start),
+        Route("/runs", runs),
         Route("/runs/{number}", of_run(_page)),
-        Route("/live.js", lambda _: Response(SCRIPT, media_type="text/javascript")),
+        *(Route(f"/{name}", script) for name in SCRIPTS),
         Route("/api/runs", api),
         Route("/api/runs/{number}", of_run(api_of_run)),
         Route("/metrics", metrics),
         Route("/healthz", healthz),
     ]
-    return Guard(Starlette(routes=routes), {name.lower() for name in names})
+    return Guard(Starlette(routes=routes), {name.lower() for name in names}, token)
+
+
+class _Table:
+    """The page about all runs, made at most once in `PAGE_S`."""
+
+    def __init__(self, fleet: Fleet, limits: Limits) -> None:
+        self._fleet, self._limits = fleet, limits
+        self._lock = threading.Lock()
+        self._made_at, self._made = -math.inf, b""
+
+    def page(self) -> Response:
+        # Requests run in threads: without the lock each of them would make the page.
+        with self._lock:
+            if time.monotonic() - self._made_at > PAGE_S:
+                now, incomplete = datetime.now(UTC), self._fleet.incomplete
+                title, content = runs_page(
+                    self._fleet.runs, now, self._limits, incomplete=incomplete
+                )
+                self._made = _bytes(title, content, script="/runs.js", style=STYLE)
+                self._made_at = time.monotonic()
+            return _html(self._made)
 
 
 def _page(run: WatchedFolder, now: datetime) -> Response:
     history = run.latest.history
     if history is not None:
-        return _html(history.where, body(history, now))
+        return _html(_bytes(history.where, LINK_TO_RUNS + body(history, now), script="/live.js"))
     problem = escape(run.latest.problem or "")
-    return _html(run.folder, f"<h1>{escape(run.folder)}</h1><p>{problem}</p>")
-
-
-def _index(runs: Sequence[WatchedFolder]) -> Response:
-    cards = []
-    for number, run in enumerate(runs):
-        latest = run.latest
-        text = latest.problem if latest.history is None else summary(latest.history)
-        cards.append(
-            f'<section class="card"><h2><a href="/runs/{number}">{escape(run.folder)}</a></h2>'
-            f"<p>{escape(text or '')}</p></section>"
-        )
-    return _html("Holdfast", f'<h1>Runs</h1><div class="charts">{"".join(cards)}</div>')
+    text = f"{LINK_TO_RUNS}<h1>{escape(run.folder)}</h1><p>{problem}</p>"
+    return _html(_bytes(run.folder, text, script="/live.js"))
 
 
 def _json(value: Any, status_code: int = 200) -> Response:
@@ -169,8 +172,11 @@ def _json(value: Any, status_code: int = 200) -> Response:
     return Response(json.dumps(value) + "\n", status_code, media_type="application/json")
 
 
-def _html(title: str, text: str) -> Response:
-    page = framed(escape(title), text, script="/live.js").encode(errors="replace")
+def _bytes(title: str, text: str, *, script: str, style: str = "") -> bytes:
+    return framed(escape(title), text, script=script, style=style).encode(errors="replace")
+
+
+def _html(page: bytes) -> Response:
     tag = hashlib.sha256(page).hexdigest()[:32]
     return Response(page, media_type="text/html", headers={"ETag": f'"{tag}"'})
 
@@ -181,52 +187,6 @@ def _unless_cached(request: Request, answer: Response) -> Response:
     if tag is not None and request.headers.get("If-None-Match") == tag:
         return Response(status_code=304, headers={"ETag": tag})
     return answer
-
-
-class Guard:
-    """Middleware that refuses requests for other host names and methods, and adds `HEADERS`.
-
-    Against DNS rebinding: a web page elsewhere could let its own host name resolve to this machine,
-    and then read these answers.
-    """
-
-    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
-        self._app, self._names = app, names
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
-            await send(message)
-
-        host = Headers(scope=scope).get("host", "")
-        app = self._app
-        if not is_own(host, self._names):
-            text = f"not a name of this server: {host[:200]}\n--allow-host NAME admits one\n"
-            app = PlainTextResponse(text, status_code=421)
-        elif scope["method"] not in ("GET", "HEAD"):
-            allowed = {"Allow": "GET, HEAD"}
-            app = PlainTextResponse("this server only reads\n", status_code=405, headers=allowed)
-        await app(scope, receive, guarded)
-
-
-def is_own(host: str, names: Collection[str]) -> bool:
-    """Whether the `Host` of a request is one of these names, or an address.
-
-    An address is safe, since no web page can let it resolve to another machine.
-
-    >>> [is_own(host, {"localhost"}) for host in ("127.0.0.1:8420", "[::1]", "evil.example")]
-    [True, True, False]
-    """
-    name, colon, port = host.rpartition(":")
-    if not colon or not port.isdecimal() or (":" in name and not name.endswith("]")):
-        name = host
-    name = name.removeprefix("[").removesuffix("]").lower().rstrip(".")
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return name in names
-    return True
 
 
 class TimedProtocol(H11Protocol):

@@ -307,6 +307,14 @@ def _without_tensors(body: bytes) -> dict[str, Any] | None:
 _INVALID = (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError)
 
 
+def _shared(stored: dict[str, Any] | None, files: Sequence[_File]) -> dict[str, int] | None:
+    if stored is None:
+        return None
+    if unknown := stored.keys() - {file.name for file in files}:
+        raise ValueError(f"shared files are not listed: {sorted(unknown)}")
+    return {name: count_of(num) for name, num in stored.items()}
+
+
 def _decode_body(body: dict[str, Any], where: str) -> Manifest:
     if body["holdfast"] != VERSION:
         version = body["holdfast"]
@@ -334,9 +342,7 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
         values=dict(values),
         files={file.name: file.nbytes for file in files},
         tables={file.name: file.table for file in files},
-        shared=None
-        if body.get("shared") is None
-        else {str(name): count_of(num) for name, num in body["shared"].items()},
+        shared=_shared(body.get("shared"), files),
         block_bytes=block_bytes,
         step=None if body["step"] is None else count_of(body["step"]),
         kind=body["kind"],

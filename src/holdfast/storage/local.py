@@ -87,6 +87,12 @@ class LocalStore:
             files = ((entry.name, _status(entry)) for entry in entries)
             return sorted((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in files)
 
+    def changed_at(self, folder: str) -> float:
+        """Return when `folder` or a file directly in it last changed, in seconds since 1970."""
+        with self._errors_of("list", folder), os.scandir(self._path(folder)) as entries:
+            times = [_status(entry).st_mtime for entry in entries]
+            return max(times, default=os.stat(self._path(folder)).st_mtime)
+
     def leads_out(self, folder: str, file: str) -> bool:
         return links.leads_out(self._path(folder), file)
 

@@ -270,7 +270,7 @@ def test_a_folder_that_fails_and_recovers_stops_no_other(steps: Path, tmp_path: 
     """Method: the folder is moved away, replaced by a file, and moved back; the other folder is
     served all the time."""
     folder = shutil.copytree(steps, tmp_path / "checkpoint")
-    setting = "import holdfast.dashboard.history as history\nhistory.READ_S = 0.05"
+    setting = "import holdfast.dashboard.watch as watch\nwatch.READ_S = 0.05"
     with serving(folder, steps, setting=setting) as server:
         assert server.get("/healthz")[0] == 200
         folder.rename(tmp_path / "away")

@@ -1,0 +1,165 @@
+"""The state of a run as of now, and why: for the table of runs and for metrics."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal, get_args
+
+from holdfast.dashboard.discovery import path_of
+from holdfast.dashboard.figures import Figures
+from holdfast.dashboard.watch import ReadResult, WatchedFolder
+from holdfast.spelling import counted, spelled_age
+
+State = Literal[
+    "damaged",
+    "gone",
+    "unreadable",
+    "never saved",
+    "stale",
+    "saving",
+    "good",
+    "finished",
+]
+"""State of a run.
+
+`damaged`: a checkpoint is damaged. `gone`: its checkpoints existed and do not any more.
+`unreadable`: its folder cannot be read, or hangs. `never saved`: there is no checkpoint to resume
+from. `stale`: the newest good checkpoint is older than the limit. `saving`: a save is being
+written. `finished`: the run has ended as planned.
+"""
+
+STATES: tuple[State, ...] = get_args(State)
+"""All states, the worst first."""
+
+WRITING_S = 120.0
+"""Seconds after its last change for which an unfinished save counts as being written."""
+
+HANG_S = 60.0
+"""Least seconds without a read after which a folder counts as hanging."""
+
+_FOLDER = re.compile(r"^`[^`]*` is damaged:")
+"""Beginning of a problem that repeats the path of the checkpoint."""
+
+STALE_MIN_S = 10.0
+"""Smallest age of a stale checkpoint, since commit times are in whole seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits of the age of a run's newest good checkpoint."""
+
+    stale_intervals: float = 3.0
+    """Number of the run's own save intervals."""
+
+    max_age_s: float | None = None
+    """Limit in seconds for every run, in addition; None for none."""
+
+    def stale_s(self, figures: Figures) -> float | None:
+        """Returns the age in seconds above which the checkpoint is stale; None where unknown."""
+        limits = [] if self.max_age_s is None else [self.max_age_s]
+        if figures.interval_s is not None:
+            limits.append(max(self.stale_intervals * figures.interval_s, STALE_MIN_S))
+        return min(limits, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """State of a run as of now."""
+
+    state: State
+    age_s: float | None
+    """Age of the newest good checkpoint; None where unknown."""
+
+    stale_s: float | None
+    """Age above which it is stale; None where unknown."""
+
+    notes: tuple[str, ...]
+    """Reasons for the state, then other facts to know, each as a sentence without a full stop."""
+
+    alarms: tuple[str, ...] = ()
+    """Facts that need attention in any state: the loss is not finite, or saves failed."""
+
+
+def condition_of(run: WatchedFolder, now: datetime, limits: Limits) -> Condition:
+    """Returns the state of a run."""
+    latest, time = run.latest, now.timestamp()
+    figures = latest.figures
+    age_s = None if figures.saved_at is None else max(time - figures.saved_at, 0.0)
+    stale_s = limits.stale_s(figures)
+    is_writing = figures.written_at is not None and time - figures.written_at < WRITING_S
+    state, why = _state(latest, time, age_s=age_s, stale_s=stale_s, is_writing=is_writing)
+    notes = [why, *_facts(figures, time, state=state, is_writing=is_writing)]
+    path = path_of(run.folder)
+    return Condition(
+        state=state,
+        age_s=age_s,
+        stale_s=stale_s,
+        notes=tuple(
+            note.replace(f"{path}/", "").replace(path, run.folder) for note in notes if note
+        ),
+        alarms=tuple(_alarms(figures)),
+    )
+
+
+def _alarms(figures: Figures) -> list[str]:
+    alarms = []
+    step, loss = figures.losses[-1] if figures.losses else (0, 0.0)
+    if not math.isfinite(loss):
+        alarms.append(f"the loss is {loss} at step {step:,}")
+    if figures.totals.num_failed:
+        alarms.append(f"{counted(figures.totals.num_failed, 'save')} failed")
+    return alarms
+
+
+def _state(
+    latest: ReadResult, time: float, *, age_s: float | None, stale_s: float | None, is_writing: bool
+) -> tuple[State, str]:
+    """Returns the state, and why."""
+    figures = latest.figures
+    if latest.time and time - latest.time > max(HANG_S, 3 * latest.pause_s):
+        return "unreadable", f"the folder hangs: not read for {spelled_age(time - latest.time)}"
+    if latest.history is None and not latest.is_missing:
+        return "unreadable", latest.problem or ""
+    if latest.history is None:
+        return ("gone" if latest.was_seen else "never saved"), latest.problem or ""
+    if figures.damaged:
+        newest = figures.damaged[-1]
+        problem = " ".join(_FOLDER.sub("", newest.problem or "").split())
+        return "damaged", f"{newest.name}: {problem}"
+    if figures.is_finished:
+        return "finished", ""
+    if figures.newest is None:
+        return ("saving" if is_writing else "never saved"), "no checkpoint to resume from"
+    if age_s is not None and stale_s is not None and age_s > stale_s:
+        return "stale", f"no save for {spelled_age(age_s)}, the limit is {spelled_age(stale_s)}"
+    return ("saving" if is_writing else "good"), ""
+
+
+def _facts(figures: Figures, time: float, *, state: State, is_writing: bool) -> list[str]:
+    facts = []
+    if state == "damaged":
+        others = len(figures.damaged) - 1
+        facts += [f"{others} more damaged"] if others else []
+        if figures.newest is None:
+            facts.append("no checkpoint to resume from")
+        else:
+            facts.append(f"a resume takes step {figures.newest.step:,}")
+    if is_writing:
+        facts.append("a save is being written")
+    elif figures.num_unfinished:
+        facts.append(f"{counted(figures.num_unfinished, 'leftover')} of killed saves")
+    if state in ("good", "saving", "finished", "stale") and figures.newest is not None:
+        facts.append(_verification(figures, time))
+    return facts
+
+
+def _verification(figures: Figures, time: float) -> str:
+    """Returns when the newest good checkpoint was compared with its checksums."""
+    if figures.checked_at is not None:
+        return f"verified by a resume {spelled_age(time - figures.checked_at)} ago"
+    if figures.saved_at is None:
+        return "not verified since it was saved"
+    return f"not verified since its save {spelled_age(time - figures.saved_at)} ago"

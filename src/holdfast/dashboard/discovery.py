@@ -1,0 +1,73 @@
+"""Finds the folders of checkpoints below a folder."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from holdfast.catalog.catalog import location, sealed_among
+from holdfast.catalog.paths import open_parent
+from holdfast.errors import HoldfastError
+from holdfast.format.names import LOCK, hidden_folder_of, steps_among
+from holdfast.storage.store import ReadStore
+
+DEPTH_MAX = 4
+"""Levels of folders that are searched, below the folder to start from."""
+
+FOLDERS_MAX = 5000
+"""Most folders that are searched."""
+
+RUNS_MAX = 200
+"""Most runs that are found below one folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundRuns:
+    """Runs at or below a folder."""
+
+    folders: Sequence[str]
+    """Folders of checkpoints, by path."""
+
+    is_complete: bool
+    """Whether everything was searched: False if a limit ended the search."""
+
+
+def find_runs(path: str) -> FoundRuns:
+    """Find the folders of checkpoints at `path` and below it: those with checkpoints of a run,
+    sealed folders, unfinished saves, or the lock of a run.
+
+    Does not search below a folder of checkpoints, in hidden folders, and behind links that lead
+    out of their folder. Passes over what it cannot read.
+    """
+    store, name = open_parent(path)
+    found: list[str] = []
+    waiting, num_searched = deque([(name, 0)]), 0
+    while waiting and num_searched < FOLDERS_MAX and len(found) < RUNS_MAX:
+        folder, depth = waiting.popleft()
+        num_searched += 1
+        with suppress(HoldfastError):
+            names = store.list(folder)
+            if _holds_checkpoints(store, folder, names):
+                found.append(location(store, folder))
+            elif depth < DEPTH_MAX:
+                waiting += [
+                    (f"{folder}/{child}", depth + 1) for child in _below(store, folder, names)
+                ]
+    return FoundRuns(sorted(found), not waiting)
+
+
+def path_of(path: str) -> str:
+    """Returns the absolute path of a folder, as in `FoundRuns`."""
+    return location(*open_parent(path))
+
+
+def _holds_checkpoints(store: ReadStore, folder: str, names: Sequence[str]) -> bool:
+    own = LOCK in names or any(hidden_folder_of(name.rstrip("/")) for name in names)
+    return own or bool(steps_among(names)) or bool(sealed_among(store, folder, names))
+
+
+def _below(store: ReadStore, folder: str, names: Sequence[str]) -> list[str]:
+    children = [name[:-1] for name in names if name.endswith("/") and not name.startswith(".")]
+    return [child for child in children if not store.leads_out(folder, child)]

@@ -1,0 +1,216 @@
+"""Reads runs again and again in threads, so that no request waits for a disk."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from holdfast.dashboard.discovery import FoundRuns, find_runs, path_of
+from holdfast.dashboard.figures import NO_FIGURES, Figures, figures_of
+from holdfast.dashboard.history import History, HistoryReader
+from holdfast.errors import HoldfastError, NotFoundError
+
+READ_S = 2.0
+"""Least seconds between two reads of a folder."""
+
+SEARCH_S = 10.0
+"""Least seconds between two searches for new runs."""
+
+READ_SHARE = 0.05
+"""Largest share of a thread's time for reading, so slow folders are read more rarely."""
+
+CPU_SHARE = 0.08
+"""Largest share of one CPU core that reading all runs takes together."""
+
+SEARCH_CPU_SHARE = 0.02
+"""Largest share of one CPU core that searching all folders takes together."""
+
+FIRST_READ_S = 1.0
+"""Seconds to wait for the first read."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadResult:
+    """Result of reading a folder once."""
+
+    history: History | None
+    problem: str | None = None
+    """Reason why there is no history."""
+
+    time: float = 0.0
+    """Time of the read, in seconds since 1970."""
+
+    figures: Figures = NO_FIGURES
+    """Figures of the history; without one, those of the last history, or of the metrics alone."""
+
+    is_missing: bool = False
+    """Whether there is no history because the folder or all its checkpoints do not exist."""
+
+    was_seen: bool = False
+    """Whether this or an earlier read has found checkpoints."""
+
+    pause_s: float = READ_S
+    """Seconds until the next read."""
+
+
+class WatchedFolder:
+    """A folder that is read until `stop`. One that hangs or fails delays no other."""
+
+    def __init__(self, folder: str, *, cpu_share: float = CPU_SHARE) -> None:
+        """`cpu_share`: largest share of one CPU core for reading this folder."""
+        self.folder = folder
+        self.latest = ReadResult(None, "not read yet")
+        """Result of the latest read."""
+        self.cpu_share = cpu_share
+        self._reader = HistoryReader(folder)
+        self._stopped, self._first = threading.Event(), threading.Event()
+        threading.Thread(target=self._run, name="holdfast-look", daemon=True).start()
+
+    def wait_for_first(self, timeout_s: float = FIRST_READ_S) -> None:
+        """Wait until the folder has been read once."""
+        self._first.wait(timeout_s)
+
+    def stop(self) -> None:
+        """Do not read the folder any more."""
+        self._stopped.set()
+
+    def _run(self) -> None:
+        pause_s = 0.0
+        while not self._stopped.wait(pause_s):
+            started, cpu_started = time.monotonic(), time.thread_time()
+            result = self._read()
+            spent, cpu_spent = time.monotonic() - started, time.thread_time() - cpu_started
+            pause_s = max(READ_S, spent / READ_SHARE, cpu_spent / self.cpu_share)
+            self.latest = replace(result, time=time.time(), pause_s=pause_s)
+            self._first.set()
+
+    def _read(self) -> ReadResult:
+        before = self.latest
+        failed = replace(before, history=None, is_missing=False)
+        try:
+            history = self._reader.read()
+            unchanged = history is before.history
+            figures = before.figures if unchanged else figures_of(history)
+            return ReadResult(history, figures=figures, was_seen=True)
+        except NotFoundError as error:
+            figures = before.figures if before.was_seen else self._figures_of_metrics()
+            return replace(failed, problem=error.what, figures=figures, is_missing=True)
+        except HoldfastError as error:
+            return replace(failed, problem=error.what)
+        except Exception as error:  # noqa: BLE001 - the next read may succeed
+            return replace(failed, problem=f"{type(error).__name__}: {error}")
+
+    def _figures_of_metrics(self) -> Figures:
+        """Returns the figures of a run that trains and has not saved yet."""
+        try:
+            return figures_of(self._reader.read_metrics())
+        except HoldfastError:
+            return NO_FIGURES
+
+
+class Fleet:
+    """The runs at and below some folders. Each has a number, which it keeps."""
+
+    def __init__(self, folders: Sequence[str]) -> None:
+        """`folders`: folders of checkpoints, which get the numbers from 0 on, or folders above
+        such folders. Runs that are made later are found too."""
+        self._num_given = len(folders)
+        self._lock = threading.Lock()
+        self._runs: dict[int, WatchedFolder] = {}
+        self._paths: set[str] = set()
+        self._incomplete: set[str] = set()
+        cpu_share = SEARCH_CPU_SHARE / max(len(folders), 1)
+        self._searches = [
+            _Search(self, number, folder, cpu_share) for number, folder in enumerate(folders)
+        ]
+        deadline = time.monotonic() + FIRST_READ_S
+        for number, search in enumerate(self._searches):
+            if not search.first.wait(max(deadline - time.monotonic(), 0)):
+                # A folder that hangs is shown as one that cannot be read.
+                self.add(number, folders[number], FoundRuns((), is_complete=True))
+        for run in self.runs.values():
+            run.wait_for_first(max(deadline - time.monotonic(), 0))
+
+    @property
+    def runs(self) -> Mapping[int, WatchedFolder]:
+        """Runs by number, in the order in which they were found."""
+        with self._lock:
+            return dict(sorted(self._runs.items()))
+
+    @property
+    def incomplete(self) -> Sequence[str]:
+        """Folders given that hold more than is searched."""
+        with self._lock:
+            return sorted(self._incomplete)
+
+    @property
+    def is_single(self) -> bool:
+        """Whether the only folder given is that of a run."""
+        with self._lock:
+            return self._num_given == 1 and [*self._runs] == [0] and not self._incomplete
+
+    def stop(self) -> None:
+        """Neither search nor read any more."""
+        for search in self._searches:
+            search.stopped.set()
+        for run in self.runs.values():
+            run.stop()
+
+    def add(self, number: int, folder: str, found: FoundRuns) -> None:
+        """Watch what was found in the folder given with this number."""
+        root = path_of(folder)
+        below = [path for path in found.folders if path != root]
+        with self._lock:
+            if found.is_complete:
+                self._incomplete.discard(folder)
+            else:
+                self._incomplete.add(folder)
+            if below:
+                # What seemed to be a run that has not saved yet is a folder above runs.
+                if number in self._runs:
+                    self._runs.pop(number).stop()
+                    self._paths.discard(root)
+            elif number not in self._runs and (found.folders or not self._has_below(root)):
+                self._watch(number, folder, root)
+            for path in below:
+                if path not in self._paths:
+                    next_number = max([*self._runs, self._num_given - 1]) + 1
+                    self._watch(next_number, folder.rstrip("/") + path[len(root) :], path)
+
+    def _has_below(self, root: str) -> bool:
+        return any(path.startswith(f"{root}/") for path in self._paths)
+
+    def _watch(self, number: int, folder: str, path: str) -> None:
+        if path in self._paths:
+            return
+        self._paths.add(path)
+        self._runs[number] = WatchedFolder(folder)
+        for run in self._runs.values():
+            run.cpu_share = CPU_SHARE / len(self._runs)
+
+
+class _Search:
+    """Thread that searches one of the folders given for runs."""
+
+    def __init__(self, fleet: Fleet, number: int, folder: str, cpu_share: float) -> None:
+        self._fleet, self._number, self._folder = fleet, number, folder
+        self._cpu_share = cpu_share
+        self.first, self.stopped = threading.Event(), threading.Event()
+        threading.Thread(target=self._run, name="holdfast-search", daemon=True).start()
+
+    def _run(self) -> None:
+        root, pause_s = path_of(self._folder), 0.0
+        while not self.stopped.wait(pause_s):
+            started, cpu_started = time.monotonic(), time.thread_time()
+            try:
+                found = find_runs(self._folder)
+            except Exception:  # noqa: BLE001 - the next search may succeed
+                found = FoundRuns((), is_complete=True)
+            self._fleet.add(self._number, self._folder, found)
+            self.first.set()
+            if found.folders == [root]:
+                return
+            spent, cpu_spent = time.monotonic() - started, time.thread_time() - cpu_started
+            pause_s = max(SEARCH_S, spent / READ_SHARE, cpu_spent / self._cpu_share)
