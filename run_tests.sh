@@ -22,6 +22,8 @@ workers=(--numprocesses $(($(nproc) + 1)) --maxprocesses 8 --dist loadfile --no-
 for argument in "$@"; do
     [ "${argument:0:1}" = - ] || workers=()
 done
+# Tests start many processes, and each would compile the sources again.
+unset PYTHONDONTWRITEBYTECODE
 bin=.venv/bin
 $bin/ruff check .
 $bin/ruff format --check .

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadFileScheduling
 
+import warm
+
 # No deadlines, since the time of an example depends on the machine.
 # `derandomize` runs the same examples each time, so that a failure comes from a change of the code.
 # `--all` tries other examples.
@@ -29,6 +31,10 @@ class Together(LoadFileScheduling):  # type: ignore[misc]
     def _split_scope(self, nodeid: str) -> str:
         file: str = super()._split_scope(nodeid)
         return "ranks" if "/distributed/" in file or "test_sigkill" in file else file
+
+
+def pytest_xdist_setupnodes() -> None:
+    warm.share()
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:

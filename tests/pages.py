@@ -34,8 +34,17 @@ def blocks(text: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w+)\n(.*?)^```", text, re.M | re.S)
 
 
-def furnish(folder: Path, *, steps: int = STEPS, workers: int = 1) -> None:
-    """Make a folder that looks like a clone with its `.venv`, whose training runs are short."""
+def interpreter(text: str) -> str:
+    """Return the warm interpreter for the programs of a page."""
+    frameworks = re.search(r"^(?:from|import) (?:accelerate|peft|pytorch_l|transf|trl)", text, re.M)
+    return python(frameworks=frameworks is not None)
+
+
+def furnish(folder: Path, *, steps: int = STEPS, workers: int = 1, page: str = "") -> None:
+    """Make a folder that looks like a clone with its `.venv`, whose training runs are short.
+
+    `page`: text of the page whose programs run there.
+    """
     programs = folder / ".venv" / "bin"
     programs.mkdir(parents=True)
     shutil.copy(ROOT / "LICENSE", folder / "train.txt")
@@ -56,7 +65,7 @@ def furnish(folder: Path, *, steps: int = STEPS, workers: int = 1) -> None:
         folder / "run_train.sh": f"export NGPU=${{NGPU:-{workers}}}\n{training}",
         programs / "holdfast": f'exec {python()} -m holdfast.cli "$@"',
         programs / "torchrun": f'exec {python()} -m torch.distributed.run "$@"',
-        programs / "python": f'exec {python()} "$@"',
+        programs / "python": f'exec {interpreter(page)} "$@"',
         programs / "pip": "exit 0",
     }
     for path, script in scripts.items():
@@ -103,7 +112,7 @@ def follow(folder: Path, page: str) -> list[tuple[str, str]]:
         if name is not None:
             (folder / name[1]).write_text(text)
         elif language == "python":
-            command = [python(), "-c", text]
+            command = [interpreter(page), "-c", text]
             subprocess.run(command, cwd=folder, env=environment(folder), check=True, timeout=200)
         elif language == "sh":
             lines = [line for line in text.splitlines() if not line.startswith("./run_tests.sh")]

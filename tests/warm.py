@@ -17,16 +17,40 @@ HERE = Path(__file__).parent
 COLD = "HOLDFAST_TESTS_COLD"
 """Environment variable with which every command starts afresh."""
 
+SHARED = "HOLDFAST_TESTS_PYTHON"
+"""Environment variables with the paths that `python` returned in the process that started this one:
+this one, and the one that ends in `_FRAMEWORKS`. Workers of one test run share the servers, since
+each server takes seconds to start."""
+
+FRAMEWORKS = (
+    *("transformers", "transformers.trainer", "peft", "trl", "trl.trainer.sft_trainer"),
+    *("accelerate.commands.accelerate_cli", "pytorch_lightning"),
+)
+"""Modules that commands with `frameworks` find imported, where they are installed."""
+
+
+def share() -> None:
+    """Start the servers for this process and those that it starts."""
+    os.environ[_shared(frameworks=False)] = python()
+    os.environ[_shared(frameworks=True)] = python(frameworks=True)
+
+
+def _shared(*, frameworks: bool) -> str:
+    return f"{SHARED}_FRAMEWORKS" if frameworks else SHARED
+
 
 @cache
-def python() -> str:
+def python(*, frameworks: bool = False) -> str:
     """Path of a program that runs a command as `python` does.
 
-    Its processes find torch and Holdfast imported. It starts the real interpreter for options other
-    than `-c`, `-m`, `-u` and `-W error`, and for other values of variables `PYTHON...`.
+    Its processes find torch and Holdfast imported, with `frameworks` also those that people train
+    with. It starts the real interpreter for options other than `-c`, `-m`, `-u` and `-W error`, and
+    for other values of variables `PYTHON...`.
     """
     if os.environ.get(COLD):
         return sys.executable
+    if started := os.environ.get(_shared(frameworks=frameworks)):
+        return started
     # Paths of sockets are short, those of `tmp_path` may not be.
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
     client = folder / "python"
@@ -45,6 +69,7 @@ def python() -> str:
             str(HERE / "warm_server.py"),
             str(listener.fileno()),
             str(client),
+            *(FRAMEWORKS if frameworks else ()),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -170,9 +171,23 @@ def _accept(connection: socket.socket) -> Command:
     os._exit(0)
 
 
+def import_frameworks(names: list[str], listener: socket.socket) -> None:
+    """Import modules, where they are installed. Waits for the first command, since no test may need
+    them."""
+    select.select([listener], [], [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            if importlib.util.find_spec(name.partition(".")[0]) is not None:
+                importlib.import_module(name)
+
+
 if __name__ == "__main__":
+    listener = socket.socket(fileno=int(sys.argv[1]))
+    if sys.argv[3:]:
+        import_frameworks(sys.argv[3:], listener)
     for name in PRELOADED:
         importlib.import_module(name)
     # Forked processes share its memory until one writes there, as a garbage collection does.
     gc.freeze()
-    wait_for_command(socket.socket(fileno=int(sys.argv[1]))).run(sys.argv[2])
+    wait_for_command(listener).run(sys.argv[2])

@@ -23,7 +23,7 @@ from checkpoints import save_step
 from hf_folders import hf_tensors, low_rank, save_adapter, save_folder
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.trainer.arguments import read_config
-from pages import GUIDE
+from pages import GUIDE, furnish, run_line
 from runs import ROOT
 from warm import python
 
@@ -33,8 +33,6 @@ DOCUMENTS = sorted(
 )
 FOLLOWED = {ROOT / "README.md", *GUIDE.values()}
 """Pages that `test_guide` follows from top to bottom."""
-
-SHORT = ("--training.seq_len", "16", "--training.global_batch_size", "4")
 
 
 def blocks(language: str, *, but: Collection[Path] = ()) -> list[tuple[str, str]]:
@@ -239,18 +237,8 @@ def test_the_commands_that_convert(tmp_path: Path) -> None:
 
 def test_a_run_that_saves_nothing(tmp_path: Path) -> None:
     """Method: run the command of the configuration page for two steps, on one worker."""
-    words = [str(ROOT / "run_train.sh"), *shlex.split(TRAINING[0])[1:], *SHORT]
-    ran = subprocess.run(
-        [*words, "--training.steps", "2"],
-        cwd=tmp_path,
-        env={**os.environ, "NGPU": "1"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=120,
-    )
-    assert ran.returncode == 0, ran.stdout
-    assert "step 2 " in ran.stdout
+    furnish(tmp_path, steps=2)
+    assert "step 2 " in run_line(tmp_path, TRAINING[0])
     assert not (tmp_path / "outputs/checkpoint").exists()
 
 

@@ -38,7 +38,7 @@ def test_a_page_of_the_guide_can_be_followed(
 ) -> None:
     """Method: run every block in order. A page in `AFTER_A_RUN` starts with the checkpoints of a
     run."""
-    furnish(tmp_path)
+    furnish(tmp_path, page=GUIDE[name].read_text())
     if name in AFTER_A_RUN:
         shutil.copytree(request.getfixturevalue("trained"), tmp_path / "outputs")
     if name == "torchtitan":

@@ -118,8 +118,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def follow(folder: Path, command: str, *, steps: int) -> str:
-    """Run a line of shell as an agent would, with shorter training. Returns its output."""
+def follow(folder: Path, command: str, *, steps: int, frameworks: bool = False) -> str:
+    """Run a line of shell as an agent would, with shorter training. Returns its output.
+
+    `frameworks`: programs find Accelerate, transformers and others imported.
+    """
     bin_folder = folder / ".bin"
     if not bin_folder.exists():
         bin_folder.mkdir()
@@ -131,7 +134,7 @@ def follow(folder: Path, command: str, *, steps: int) -> str:
             ("accelerate", 'set -- -m accelerate.commands.accelerate_cli "$@"'),
             ("python", ""),
         ):
-            text = f'#!/bin/sh\n{script}\nexec "{python()}" "$@"\n'
+            text = f'#!/bin/sh\n{script}\nexec "{python(frameworks=frameworks)}" "$@"\n'
             (bin_folder / program).write_text(text)
             (bin_folder / program).chmod(0o755)
     environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
@@ -170,13 +173,13 @@ def test_what_a_page_tells_to_run_runs(
         elif language == "python":
             if "CheckpointManager(" in text:
                 shutil.rmtree(tmp_path / "outputs", ignore_errors=True)
-            command = [python(), "-c", text]
+            command = [python(frameworks=name in RESUMED), "-c", text]
             subprocess.run(command, cwd=tmp_path, check=True)
         elif language == "sh":
             for line in lines:
                 if "holdfast train" in line and page != "references/resume.md":
                     shutil.rmtree(tmp_path / "outputs", ignore_errors=True)
-                said = follow(tmp_path, line, steps=12)
+                said = follow(tmp_path, line, steps=12, frameworks=name in RESUMED)
                 if "holdfast train" in line and page == "references/resume.md":
                     assert "resumed from step" in said
                     shutil.rmtree(tmp_path / "outputs")
