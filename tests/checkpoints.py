@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,16 @@ def differing(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str
     both = found.keys() & expected.keys()
     differ = {name for name in both if not same(found[name], expected[name])}
     return sorted((found.keys() ^ expected.keys()) | differ)
+
+
+def others(folder: Path) -> None:
+    """Write a file as Lightning does, and the state dict of a compiled module."""
+    logs = folder / "lightning_logs/version_0/checkpoints"
+    logs.mkdir(parents=True)
+    weights = {"weight": torch.ones(3, 4)}
+    contents = {"state_dict": weights, "epoch": 1, "hyper_parameters": Namespace(lr=0.1)}
+    torch.save(contents, logs / "epoch=1-step=20.ckpt")
+    torch.save({"_orig_mod.weight": torch.ones(3, 4)}, folder / "compiled.pt")
 
 
 def state() -> dict[str, object]:

@@ -5,6 +5,7 @@
     holdfast.open(path)                 inspect a checkpoint; reads only the entries you request
     holdfast.dcp                        storage of `torch.distributed.checkpoint`: Writer, Reader
     holdfast.hosts                      Holdfast inside Trainer, Accelerate, Lightning, TorchTitan
+    holdfast.data                       data loaders that resume on any number of ranks
     holdfast.CheckpointManager          save during training, delete old checkpoints, resume
     holdfast.sealed(path)               publish files of another program, all or none
     holdfast.check(path)                list what is damaged in any checkpoint
@@ -76,7 +77,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("dcp", "hosts", "testing"):
+    if name in ("data", "dcp", "hosts", "testing"):
         return import_module(f"holdfast.{name}")
     if name == "__version__":
         return import_module("holdfast.release").installed_version()

@@ -8,7 +8,11 @@ from __future__ import annotations
 import os
 import pickle
 import struct
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -27,6 +31,24 @@ _LENGTH = struct.Struct("<q")
 _FIRST_BYTES = 256
 """Bytes of a message that are sent before the receiver knows its length. Most messages fit, and
 need one collective instead of two: each costs milliseconds where processes share cores."""
+
+_REPORT_S = 5.0
+"""Seconds that a rank which lost others waits for the reports of the rest. A rank that hangs, has
+ended or has not begun reports nothing."""
+
+_STAGES = {
+    "manager.arguments": "the start of `save`",
+    "manager.step_saver": "the start of `save`",
+    "manager.saver": "a save",
+    "manager.loader": "a load",
+    "saving.save": "the plan of a save",
+    "saving.planner": "the plan of a save",
+    "saving.commit": "the commit of a save",
+    "loading.load": "a load",
+    "loading.replicas": "a load",
+    "loading.opening": "a load",
+}
+"""Description of the collectives in each module, for messages."""
 
 Sending = Callable[[], object]
 """Waits until the data has been sent; only then may its memory change."""
@@ -159,7 +181,7 @@ class GroupRanks:
         return received
 
     def duplicate(self) -> Ranks:
-        return GroupRanks(dist.new_group(dist.get_process_group_ranks(self._group), backend="gloo"))
+        return GroupRanks(_new_group(self._group))
 
     def close(self) -> None:
         dist.destroy_process_group(self._group)
@@ -182,11 +204,79 @@ class GroupRanks:
         try:
             return exchange()
         except RuntimeError as error:
-            raise RankError(
-                f"rank {self.rank} of {self.size} lost another rank while checkpointing: {error}",
-                hint="look for the first error among the other ranks, then start the run again: "
-                "it resumes from the newest good checkpoint",
-            ) from error
+            raise _lost(self._group, error, "while checkpointing") from error
+
+
+def _lost(group: dist.ProcessGroup, error: RuntimeError, when: str) -> RankError:
+    """The error about ranks that this rank has waited for. Names those that report nothing."""
+    rank, size, stage = dist.get_rank(group), dist.get_world_size(group), _stage()
+    silent = _silent_ranks(group, rank, size)
+    named = f"; no sign of rank {', '.join(map(str, silent))}" if silent else ""
+    return RankError(
+        f"rank {rank} of {size} lost another rank {when}, at {stage}{named}: {error}",
+        hint="look for the first error among the other ranks, or for what they wait (`py-spy dump "
+        "--pid`), then start the run again: it resumes from the newest good checkpoint",
+    )
+
+
+def _silent_ranks(group: dist.ProcessGroup, rank: int, size: int) -> list[int]:
+    """Ranks that do not report, within `_REPORT_S`, that they have lost others too. Empty if the
+    store of the job is gone."""
+    key = f"holdfast/lost/{group.group_name}"
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"{key}/{rank}", "")
+        # One rank looks for the others, since each look is a request to one server.
+        is_first = store.add(f"{key}/number", 1) == 1
+        missing = [other for other in range(size) if other != rank]
+        deadline = time.monotonic() + _REPORT_S * (1 if is_first else 2)
+        while time.monotonic() < deadline:
+            if is_first:
+                missing = [other for other in missing if not store.check([f"{key}/{other}"])]
+            elif store.check([f"{key}/silent"]):
+                return list(map(int, store.get(f"{key}/silent").decode().split()))
+            if not missing:
+                break
+            time.sleep(0.1)
+        if not is_first:
+            return []
+        store.set(f"{key}/silent", " ".join(map(str, missing)))
+    except RuntimeError:
+        return []
+    return missing
+
+
+def _stage() -> str:
+    """Description of the collective that this thread is in."""
+    frame = sys._getframe(1)
+    function = "a collective"
+    while frame.f_back is not None:
+        frame = frame.f_back
+        package, _, module = frame.f_globals.get("__name__", "").partition(".")
+        if package == "holdfast" and module != "comm":
+            if module in _STAGES:
+                return _STAGES[module]
+            function = f"`{frame.f_code.co_name}`"
+    return function
+
+
+def _new_group(beside: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Make a gloo group of the ranks of `beside`, with the same time-out. Collective."""
+    try:
+        group: dist.ProcessGroup = dist.new_group(
+            dist.get_process_group_ranks(beside), timeout=_timeout_of(beside), backend="gloo"
+        )
+    except RuntimeError as error:
+        raise _lost(beside, error, "while all of them connect") from error
+    return group
+
+
+def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
+    """Longest time-out of the backends of a group, which the caller has chosen for the whole job.
+    None if they do not state it, for torch's default."""
+    backends = [group._get_backend(device) for device in group._device_types]
+    options: list[Any] = [getattr(backend, "options", None) for backend in backends]
+    return max((o._timeout for o in options if hasattr(o, "_timeout")), default=None)
 
 
 def _empty(nbytes: int) -> torch.Tensor:
@@ -219,11 +309,14 @@ def _item(first: torch.Tensor, rest: torch.Tensor) -> Any:
 def all_ranks() -> Ranks:
     """Return the ranks of the default process group, or `Solo` where there is none.
 
-    Collective: makes a gloo group of its own, so that nothing mixes with training's traffic.
+    Collective: makes a gloo group of its own, so that nothing mixes with training's traffic. It has
+    the time-out of the default group. An error names the ranks that do not join in.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return Solo()
-    return GroupRanks(dist.new_group(backend="gloo"))
+    world = dist.group.WORLD
+    assert world is not None, "`is_initialized` has checked it"
+    return GroupRanks(_new_group(world))
 
 
 def gather_and_run(ranks: Ranks, item: T | HoldfastError, work: Callable[[list[T]], U]) -> U:
@@ -340,6 +433,37 @@ def host_name() -> str:
     return os.uname().nodename
 
 
+def host_of(ranks: Ranks) -> str:
+    """Name of the host of this rank. Ranks may have a `host` of their own, as the test kit's do."""
+    return getattr(ranks, "host", None) or host_name()
+
+
 def hosts_of(ranks: Ranks) -> list[str]:
-    """Return the name of each rank's host. Collective: every rank calls this."""
-    return ranks.broadcast(ranks.gather(host_name()))
+    """Return the host of each rank, by name. Machines of one name get different ones.
+
+    Collective: every rank calls this.
+    """
+    found = ranks.gather((host_of(ranks), _boot_id()))
+    boots: dict[str, list[str]] = {}
+    names = []
+    for name, boot in found:
+        known = boots.setdefault(name, [])
+        if boot not in known:
+            known.append(boot)
+        number = known.index(boot)
+        names.append(f"{name}#{number + 1}" if number else name)
+    return ranks.broadcast(names)
+
+
+def _boot_id() -> str:
+    """Identifier of the running system. Containers of one machine share it."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return ""
+
+
+def is_restarted_on_failure() -> bool:
+    """Whether the process is a worker of `torchrun`, which takes any status but 0 for a failure,
+    and starts the workers again."""
+    return dist.is_available() and dist.is_torchelastic_launched()

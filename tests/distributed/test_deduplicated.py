@@ -73,7 +73,7 @@ def train_on(
 
 
 def test_a_sharded_run_links_files_and_resumes_in_another_layout(tmp_path: Path) -> None:
-    """G6, G18. Method: four ranks of two by two save five steps, two ranks of another layout resume
+    """G6, G19. Method: four ranks of two by two save five steps, two ranks of another layout resume
     and save five more, then one rank resumes. Each run links files from its third save on, every
     step is good, and each resume finds what was saved."""
     first = run_processes(4, train_on, 2, 2, tmp_path, 5)[0]

@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from checkpoints import save_step
+import holdfast
+from checkpoints import others, save_step
 from hf_folders import hf_tensors, low_rank, save_adapter, save_folder
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.trainer.arguments import read_config
@@ -77,7 +79,7 @@ def test_every_command_is_one_that_is_run_here() -> None:
     """
     left_out = ("./run_tests.sh", "scripts/release.sh")
     ours = {command for command in commands() if not command.startswith(left_out)}
-    run_here = (*TRAINING, *LOOKING, *SERVING, *GUIDES, *CONVERTING)
+    run_here = (*TRAINING, *LOOKING, *SERVING, *GUIDES, *CONVERTING, *OTHERS)
     assert ours == {shlex.join(shlex.split(command)) for command in run_here}
 
 
@@ -233,6 +235,29 @@ def test_the_commands_that_convert(tmp_path: Path) -> None:
     for folder in ("exported_again", "exported_again_2"):
         found = load_file(tmp_path / folder / "model.safetensors")
         assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+OTHERS = (
+    "holdfast show lightning_logs",
+    "holdfast verify zero",
+    "holdfast convert zero outputs/from_zero/step-0",
+    "holdfast convert compiled.pt outputs/from_compiled/step-0 --rename '_orig_mod='",
+)
+
+
+def test_the_commands_for_checkpoints_of_other_programs(tmp_path: Path) -> None:
+    """Method: run the commands on a checkpoint of DeepSpeed, a file as Lightning writes it, and the
+    state dict of a compiled module."""
+    others(tmp_path)
+    shutil.copytree(ROOT / "tests/golden/zero-2", tmp_path / "zero")
+    (tmp_path / "zero/fp32.safetensors").unlink()
+    for command in OTHERS:
+        words = [python(), "-m", "holdfast.cli", *shlex.split(command)[1:]]
+        ran = subprocess.run(words, cwd=tmp_path, text=True, capture_output=True)
+        assert ran.returncode == 0, f"{command}\n{ran.stderr}"
+        if "lightning" in command:
+            assert "left out `hyper_parameters`: argparse.Namespace" in ran.stdout
+    assert holdfast.open(tmp_path / "outputs/from_compiled/step-0").names() == ["weight"]
 
 
 def test_a_run_that_saves_nothing(tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ from typing import get_type_hints
 import pytest
 import yaml
 
-from checkpoints import save_step, save_stock
+from checkpoints import others, save_step, save_stock
 from hf_folders import hf_tensors, save_folder
 from holdfast.cli.main import COMMANDS
+from holdfast.convert.convert import convert
+from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.skills.bundle import ENTRY, frontmatter, shipped
 from holdfast.trainer.arguments import read_config
@@ -157,10 +159,16 @@ def test_what_a_page_tells_to_run_runs(
     elif page != "references/seed.md":
         for step in (10, 20):
             save_step(tmp_path / "outputs/checkpoint", step)
-    if page == "references/hugging-face.md":
+    if page in ("references/hugging-face.md", "references/serving.md"):
         shutil.rmtree(tmp_path / "outputs")
         config = config_of("llama3", MODELS["llama3"]["debugmodel"], 300)
-        save_folder(tmp_path / "path/to/hf", config, hf_tensors(config))
+        source = save_folder(tmp_path / "path/to/hf", config, hf_tensors(config))
+        if page == "references/serving.md":
+            convert(
+                plan(str(source), ConvertOptions("dcp")), f"{tmp_path}/outputs/checkpoint/step-0"
+            )
+    if page == "references/others.md":
+        others(tmp_path)
     if name == "torchtitan":
         shutil.rmtree(tmp_path / "outputs/checkpoint/step-10")
         save_stock(tmp_path / "outputs/checkpoint/step-10")

@@ -98,7 +98,7 @@ def check(
 
 
 def test_a_save_that_links_files_is_complete_or_absent() -> None:
-    """G1, G2, G18. Method: every cut of a save that links files of the step before the previous
+    """G1, G2, G19. Method: every cut of a save that links files of the step before the previous
     one, which retention deletes at its end; then the run goes on."""
     check([[1, 2], [1, 2, 3], [2, 3]], before=[1, 2], steps=[3])
 
@@ -108,7 +108,7 @@ def test_a_save_that_links_files_is_complete_or_absent() -> None:
 @pytest.mark.parametrize("async_mode", ["disabled", "async"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_a_run_that_links_files_keeps_two_complete_steps(size: int, async_mode: str) -> None:
-    """G1, G2, G5, G18. Method: every cut of three saves on several ranks, in the foreground and in
+    """G1, G2, G5, G19. Method: every cut of three saves on several ranks, in the foreground and in
     the background."""
     check(
         [[1, 2], [1, 2, 3], [2, 3], [2, 3, 4], [3, 4], [3, 4, 5], [4, 5]],

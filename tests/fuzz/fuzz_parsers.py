@@ -69,6 +69,7 @@ TARGETS: dict[str, Callable[[bytes], object]] = {
     "manifest": parse_manifest,
     "torchzip": parse_torchzip,
     "torchfile": parse_torchfile,
+    "torchstream": parse_torchfile,
     "safetensors": parse_safetensors,
     "index": parse_index,
 }
@@ -110,6 +111,8 @@ def seeds(target: str) -> list[bytes]:
         return [json.dumps({"metadata": {"total_size": 12}, "weight_map": names}).encode()]
     if target == "safetensors":
         return [_safetensors()]
+    if target == "torchstream":
+        return [_torchfile(_use_new_zipfile_serialization=False)]
     return [_torchfile()]
 
 
@@ -130,13 +133,15 @@ def _safetensors() -> bytes:
     return len(text).to_bytes(8, "little") + text + bytes(range(32))
 
 
-def _torchfile() -> bytes:
+def _torchfile(**options: bool) -> bytes:
     import io
+    from argparse import Namespace
 
     import torch
 
+    state = {"w": torch.arange(12.0).view(3, 4).T, "n": [1, "x", None, {"b": True}]}
     file = io.BytesIO()
-    torch.save({"w": torch.arange(12.0).view(3, 4).T, "n": [1, "x", None, {"b": True}]}, file)
+    torch.save({**state, "left out": Namespace(a=[1])}, file, **options)
     return file.getvalue()
 
 

@@ -37,7 +37,7 @@ actions = st.one_of(
 def test_every_step_is_whole_whatever_changes(
     sequence: list[tuple[str, set[int]]], size: int, check_every: int
 ) -> None:
-    """G18. Method: random sets of tensors change before each save. In between, a step is saved
+    """G19. Method: random sets of tensors change before each save. In between, a step is saved
     again, the run resumes, the step that would be linked is damaged and marked, or deleted. Each
     step loads bit for bit, verifies, shares no file with the one before it, has few files, and at
     most half of their bytes are stale."""

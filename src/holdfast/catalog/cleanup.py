@@ -16,6 +16,7 @@ from holdfast.format.names import (
     mark_of,
     step_name,
 )
+from holdfast.storage.leases import TAKING
 from holdfast.storage.store import Store
 
 _WHY: dict[HiddenRole, str] = {
@@ -65,7 +66,7 @@ def plan_cleanup(names: Collection[str], *, only: str | None = None) -> list[Act
         mark = mark_of(name)
         if mark and mark.role == "damaged" and step_name(mark.step) not in folders:
             actions.append(Action("delete", name, "a mark of a deleted checkpoint"))
-        if held_of(name) is not None:
+        if held_of(name.removesuffix(TAKING)) is not None:
             actions.append(Action("delete", name, "the lock of a finished save"))
     return actions
 

@@ -10,7 +10,7 @@ from typing import Literal
 from holdfast.format.components import COMPONENTS, MODEL, MODEL_KEYS, OPTIMIZER
 from holdfast.format.manifest import Kind, Manifest, kind_with
 
-Format = Literal["holdfast", "dcp", "safetensors", "torch", "sealed"]
+Format = Literal["holdfast", "dcp", "safetensors", "torch", "bin", "zero", "sealed"]
 
 Concern = Literal["index", "file", "data", "frame"]
 """Scope of a finding. `index` and `file`: the checkpoint does not load. `data`: the entry does not
@@ -21,6 +21,8 @@ FORMATS: Mapping[Format, str] = {
     "dcp": "checkpoint of stock torch.distributed.checkpoint",
     "safetensors": "safetensors",
     "torch": "file of torch.save",
+    "bin": "folder of files of torch.save",
+    "zero": "folder of DeepSpeed's ZeRO",
     "sealed": "sealed folder",
 }
 """Names of the formats, for messages."""

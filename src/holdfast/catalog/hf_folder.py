@@ -1,15 +1,21 @@
-"""Opens Hugging Face folders: one manifest for all files, and the configuration."""
+"""Opens Hugging Face folders: one manifest for all files, and the configuration.
+
+The weights are files of safetensors or, in older folders, files of `torch.save` that end in `.bin`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from holdfast.catalog.catalog import location
 from holdfast.errors import DamagedError, FormatError, NotFoundError
-from holdfast.format import safetensors
+from holdfast.format import safetensors, torchfile
 from holdfast.format.manifest import Manifest
+from holdfast.format.torchfile import TorchFile
+from holdfast.format.untrusted import check_file_name
 from holdfast.storage.store import ReadStore
 
 Config = Mapping[str, Any]
@@ -18,7 +24,14 @@ Config = Mapping[str, Any]
 CONFIG = "config.json"
 CONFIG_BYTES_MAX = 10_000_000
 ADAPTER = "adapter_model.safetensors"
+ADAPTER_BIN = "adapter_model.bin"
 ADAPTER_CONFIG = "adapter_config.json"
+MODULES = "modules.json"
+BIN_INDEX = "pytorch_model.bin.index.json"
+
+_BIN = re.compile(r"(?!.*_rank[0-9]+\.bin)(.*pytorch_model|adapter_model).*\.bin", re.DOTALL)
+"""Weights that `torch.save` wrote. Other `.bin` files hold an optimizer, arguments or a random
+state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,25 +51,75 @@ class HFFolder:
     adapter: Mapping[str, Any] | None = None
     """Configuration of PEFT, if the folder holds an adapter and no model."""
 
+    torch_files: Mapping[str, TorchFile] = field(default_factory=dict)
+    """Contents of each `.bin` file; empty if the weights are safetensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The files of a folder's weights."""
+
+    files: tuple[str, ...]
+    index: str
+    """Index that names the files; empty if there is none."""
+
+    notes: tuple[str, ...]
+    """Files that are ignored, for messages."""
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.files in ((ADAPTER,), (ADAPTER_BIN,))
+
+
+def has_weights(names: Collection[str]) -> bool:
+    """Whether a folder that holds files of these names has weights."""
+    return has_safetensors(names) or any(map(_BIN.fullmatch, names)) or BIN_INDEX in names
+
+
+def has_safetensors(names: Collection[str]) -> bool:
+    """Whether a folder that holds files of these names has safetensors, which are preferred."""
+    suffixes = (safetensors.SUFFIX, f"{safetensors.SUFFIX}.index.json")
+    return any(name.endswith(suffixes) for name in names)
+
+
+def weights_in(store: ReadStore, name: str) -> Weights:
+    """Choose the weights of a folder: a `model.safetensors` that the index does not name, else the
+    files in the index, else every file. transformers chooses the same.
+
+    Raises:
+        FormatError: the index is malformed, or a link out of the folder.
+    """
+    present = [file for file in store.list(name) if not file.endswith("/")]
+    index_file, single = safetensors.INDEX, safetensors.SINGLE
+    weights = [file for file in present if file.endswith(safetensors.SUFFIX)]
+    if not has_safetensors(present):
+        index_file, single = BIN_INDEX, ""
+        weights = [file for file in present if _BIN.fullmatch(file)]
+    if index_file not in present:
+        return Weights(tuple(weights), "", ())
+    check_inside(store, name, index_file)
+    files = {*read_weights_index(store, name, index_file).values()}
+    if single in present and single not in files:
+        note = f"`{index_file}` does not name `{single}`, and is ignored, as by transformers"
+        ignored = [file for file in weights if file != single]
+        return Weights((single,), "", (note, *(f"`{file}` is ignored too" for file in ignored)))
+    ignored = [file for file in weights if file not in files]
+    notes = tuple(f"`{file}` is not in the index, and is ignored" for file in ignored)
+    return Weights(tuple(sorted(files)), index_file, notes)
+
 
 def open_hf_folder(store: ReadStore, name: str) -> HFFolder:
     """Read the headers and the configuration of a folder.
 
-    The weights are the files in the index; without an index, every `*.safetensors`.
-
     Raises:
-        NotFoundError: the folder has no safetensors.
+        NotFoundError: the folder has no weights.
         FormatError: a file is malformed, or a link out of the folder.
         DamagedError: files in the index, or shards of a set, are missing.
     """
     where = location(store, name)
     present = [file for file in store.list(name) if not file.endswith("/")]
-    weights = [file for file in present if file.endswith(safetensors.SUFFIX)]
-    index = None
-    if safetensors.INDEX in present:
-        check_inside(store, name, safetensors.INDEX)
-        index = read_weights_index(store, name, safetensors.INDEX)
-    files = weights if index is None else sorted({*index.values()})
+    weights = weights_in(store, name)
+    files = weights.files
     missing = [file for file in files if file not in present]
     if missing:
         raise DamagedError(
@@ -64,7 +127,7 @@ def open_hf_folder(store: ReadStore, name: str) -> HFFolder:
             + ", ".join(missing[:10]),
             hint="download the folder again",
         )
-    if index is None and (shards := safetensors.missing_shards(weights)):
+    if not weights.index and (shards := safetensors.missing_shards(files)):
         raise DamagedError(
             f"`{where}` has no index, and shards are missing: {', '.join(shards[:10])}",
             hint="download the folder again",
@@ -74,17 +137,60 @@ def open_hf_folder(store: ReadStore, name: str) -> HFFolder:
             f"`{where}` holds no `*{safetensors.SUFFIX}`",
             hint=f"found: {', '.join(present[:10]) or 'nothing'}",
         )
-    manifests = {file: _open_file(store, name, file) for file in files}
-    ignored = [file for file in weights if file not in files]
+    torch_files: dict[str, TorchFile] = {}
+    manifests: dict[str, Manifest] = {}
+    for file in files:
+        if file.endswith(safetensors.SUFFIX):
+            manifests[file] = _open_file(store, name, file)
+        else:
+            torch_files[file] = open_torch_file(store, name, file)
+            manifests[file] = torch_files[file].manifest
+    index = read_weights_index(store, name, weights.index) if weights.index else None
+    manifest = safetensors.joined(manifests, index, where=where)
+    values = {n: value for part in manifests.values() for n, value in part.values.items()}
     config = read_config(store, name) if CONFIG in present else None
-    is_adapter = files == [ADAPTER] and ADAPTER_CONFIG in present
+    is_adapter = weights.is_adapter and ADAPTER_CONFIG in present
     return HFFolder(
-        manifest=safetensors.joined(manifests, index, where=where),
+        manifest=replace(manifest, values=values),
         config=None if config is None else of_language_model(config),
         quantization={} if config is None else config.get("quantization_config") or {},
-        notes=tuple(f"`{file}` is not in the index, and is ignored" for file in ignored),
+        notes=(*weights.notes, *_notes_on_modules(store, name, present)),
         adapter=read_config(store, name, ADAPTER_CONFIG) if is_adapter else None,
+        torch_files=torch_files,
     )
+
+
+def _notes_on_modules(store: ReadStore, name: str, present: Collection[str]) -> tuple[str, ...]:
+    """Notes on the other folders of a model of sentence-transformers that have weights."""
+    if MODULES not in present:
+        return ()
+    folders = [folder for folder in modules_of(store, name) if folder]
+    return tuple(
+        f"`{folder}` is a module of its own, which `{MODULES}` names: "
+        f"holdfast show {location(store, name)}/{folder}"
+        for folder in folders
+        if has_weights(store.list(f"{name}/{folder}"))
+    )
+
+
+def modules_of(store: ReadStore, name: str) -> list[str]:
+    """The folders that `modules.json` of sentence-transformers names and that exist; an empty text
+    is the folder itself.
+
+    Raises:
+        FormatError: the file is malformed, or names folders outside of its own.
+    """
+    where = f"{location(store, name)}/{MODULES}"
+    check_inside(store, name, MODULES)
+    try:
+        modules = safetensors.parse_json(_read(store, f"{name}/{MODULES}", CONFIG_BYTES_MAX))
+        paths = [str(module["path"]).strip("/") for module in modules]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise FormatError(f"`{where}` is no list of modules: {error}") from error
+    for path in filter(None, paths):
+        check_file_name(path, where)
+    folders = {*store.list(name)}
+    return [path for path in dict.fromkeys(paths) if not path or f"{path}/" in folders]
 
 
 def read_config(store: ReadStore, name: str, file: str = CONFIG) -> dict[str, Any]:
@@ -140,6 +246,13 @@ def check_inside(store: ReadStore, name: str, file: str) -> None:
             f"`{location(store, name)}/{file}` is a link to a place outside of its folder",
             hint="if the link is yours, replace it by a copy of the file: cp -L",
         )
+
+
+def open_torch_file(store: ReadStore, name: str, file: str) -> TorchFile:
+    """Read the contents of a `.bin` file in a folder."""
+    check_inside(store, name, file)
+    key, where = f"{name}/{file}", f"{location(store, name)}/{file}"
+    return torchfile.read_file(fetcher(store, key), store.size(key), file=file, where=where)
 
 
 def _open_file(store: ReadStore, name: str, file: str) -> Manifest:

@@ -7,15 +7,23 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from holdfast.catalog.catalog import location, steps_in
+from holdfast.catalog.catalog import location, read_manifest, steps_in
 from holdfast.catalog.findings import kind_of, misnumbered, why_not_resumable
 from holdfast.catalog.marks import damaged_steps, pinned_steps
 from holdfast.catalog.open_any import is_checkpoint, open_any
 from holdfast.catalog.seal import is_sealed, open_sealed
 from holdfast.catalog.steady import is_deleted, read_steadily
+from holdfast.catalog.tier import local_store
 from holdfast.errors import HoldfastError, NotFoundError
 from holdfast.format.manifest import Manifest
-from holdfast.format.names import hidden_folder_of, number_of, step_of_folder
+from holdfast.format.names import (
+    TIER,
+    hidden_folder_of,
+    number_of,
+    step_name,
+    step_of_folder,
+    steps_among,
+)
 from holdfast.format.timings import Stage
 from holdfast.storage.store import Linking, ReadStore
 
@@ -26,7 +34,9 @@ class CheckpointRow:
 
     name: str
     step: int | None
-    state: Literal["good", "damaged", "attempt"]
+    state: Literal["good", "damaged", "attempt", "local"]
+    """`local`: only the fast tier has it, on this host."""
+
     kind: Literal["full", "model", "hf"] | None = None
     """`full`: a run can resume from it. `model`: it holds the model alone. `hf`: it is a Hugging
     Face folder."""
@@ -120,7 +130,8 @@ def used_bytes(rows: Iterable[CheckpointRow]) -> int:
 def survey(
     store: ReadStore, name: str, look_at: Callable[[ReadStore, str], CheckpointRow] = row_of
 ) -> list[CheckpointRow]:
-    """List the checkpoints in a folder, oldest first, then unfinished saves and deletions.
+    """List the checkpoints in a folder, oldest first, then those that only the fast tier has on
+    this host, then unfinished saves and deletions.
 
     `look_at` replaces `row_of`, for callers that cache its results.
 
@@ -131,7 +142,8 @@ def survey(
     listed = {key.rpartition("/")[2] for key in keys}
     folders = [folder.rstrip("/") for folder in names]
     unfinished = [f for f in folders if hidden_folder_of(f) is not None and f not in listed]
-    if not keys and not unfinished:
+    local = local_rows(store, name) if TIER in names else []
+    if not keys and not unfinished and not local:
         raise NotFoundError(
             f"`{location(store, name)}` holds no step", hint=hint_without_steps(store, name, names)
         )
@@ -142,7 +154,43 @@ def survey(
         # Retention may have deleted it since it was listed.
         if row.state != "damaged" or not is_deleted(store, key):
             rows.append(_marked(row, damaged, pinned))
+    durable = {row.step for row in rows if row.state == "good"}
+    rows += [row for row in local if row.step not in durable]
     return rows + [CheckpointRow(folder, None, "attempt") for folder in unfinished]
+
+
+def local_rows(store: ReadStore, name: str) -> list[CheckpointRow]:
+    """The checkpoints of a run in its fast tier on this host, oldest first. Unreadable ones are
+    left out."""
+    local = local_store(store, name)
+    rows: list[CheckpointRow] = []
+    if local is None:
+        return rows
+    for step, folder in steps_among(local.list()).items():
+        with suppress(HoldfastError):
+            rows.append(_local_row(local, step, folder))
+    return rows
+
+
+def _local_row(local: ReadStore, step: int, folder: str) -> CheckpointRow:
+    manifest = read_manifest(local, folder, entries=False)
+    num_missing = len(manifest.files.keys() - {*local.list(folder)})
+    why_not = misnumbered(step, manifest) or why_not_resumable(step, manifest)
+    if num_missing:
+        why_not = f"{num_missing} of its {len(manifest.files)} files are on other hosts"
+    return CheckpointRow(
+        name=step_name(step),
+        step=step,
+        state="local",
+        kind=kind_of(manifest),
+        nbytes=manifest.nbytes,
+        created=manifest.created or None,
+        layout=manifest.layout,
+        problem=None,
+        files=manifest.files,
+        timings=manifest.timings,
+        why_not=why_not,
+    )
 
 
 def _marked(

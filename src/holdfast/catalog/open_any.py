@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 from holdfast.catalog.catalog import location, open_manifest, read_manifest, steps_in
 from holdfast.catalog.findings import Format
 from holdfast.catalog.hf_folder import HFFolder, fetcher, open_hf_folder
+from holdfast.catalog.nested import checkpoint_in
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.pieces import check_whole_checkpoint, format_among, no_checkpoint
 from holdfast.catalog.source import Source
 from holdfast.catalog.steady import UNREADABLE, fingerprint, read_steadily
+from holdfast.catalog.zero_folder import open_zero_folder
 from holdfast.errors import HoldfastError, NotFoundError, StorageError
 from holdfast.format import safetensors, torchfile
 from holdfast.format.manifest import Manifest
 from holdfast.format.names import step_of_folder
+from holdfast.format.torchfile import TorchFile
 from holdfast.storage.store import ReadStore
 
 _FILES = {"torch": "written by torch.save", "safetensors": "of safetensors"}
@@ -35,7 +38,13 @@ class OpenCheckpoint:
     """Name of the file in `source.folder`, if the checkpoint is a single file."""
 
     hf: HFFolder | None = None
-    """Configuration and notes, if the checkpoint is a Hugging Face folder."""
+    """Configuration, if the checkpoint is a Hugging Face folder."""
+
+    values: Mapping[str, object] = field(default_factory=dict)
+    """Values of files of `torch.save`, by name: see `TorchFile.values`."""
+
+    notes: tuple[str, ...] = ()
+    """Files and objects that are ignored, for messages."""
 
     @property
     def where(self) -> str:
@@ -90,7 +99,8 @@ def open_any(
     store: ReadStore, name: str, *, check_files: bool = False, entries: bool = True
 ) -> OpenCheckpoint:
     """Open the checkpoint `name` of a store: of Holdfast or stock DCP, a Hugging Face folder, a
-    safetensors file or a `.pt` file.
+    folder of DeepSpeed's ZeRO, a safetensors file or a `.pt` file; or a folder that another program
+    made around one.
 
     `check_files`: check that the files of a Holdfast or stock DCP checkpoint are complete. Without
     `entries`, the tensors and values in a manifest are not read.
@@ -100,13 +110,25 @@ def open_any(
         UsageError: a file that is a part of a checkpoint.
         DamagedError, FormatError: its index cannot be read.
     """
+    name = checkpoint_in(store, name)
     form = checked_format(store, name)
     if form in ("holdfast", "dcp"):
         read = open_manifest if check_files else read_manifest
         return OpenCheckpoint(form, Source(store, name, read(store, name, entries=entries)))
+    if form == "zero":
+        joined, notes, _ = open_zero_folder(store, name)
+        return OpenCheckpoint(form, Source(store, name, joined), notes=notes)
     if is_folder(store, name):
         folder = open_hf_folder(store, name)
-        return OpenCheckpoint(form, Source(store, name, folder.manifest), hf=folder)
+        contents = folder.torch_files
+        return OpenCheckpoint(
+            form,
+            Source(store, name, folder.manifest),
+            {n: strides for part in contents.values() for n, strides in part.strides.items()},
+            hf=folder,
+            values={n: value for part in contents.values() for n, value in part.values.items()},
+            notes=(*folder.notes, *(n for part in contents.values() for n in notes_on(part))),
+        )
     return _open_file(store, name, form)
 
 
@@ -119,9 +141,18 @@ def _open_file(store: ReadStore, name: str, form: Format) -> OpenCheckpoint:
     if form == "torch":
         content = torchfile.read_file(fetch, nbytes, file=file, where=where)
         source = Source(parent, name_in_parent, content.manifest)
-        return OpenCheckpoint(form, source, content.strides, file)
+        values, notes = content.values, notes_on(content)
+        return OpenCheckpoint(form, source, content.strides, file, values=values, notes=notes)
     manifest = safetensors.read_file(fetch, nbytes, file=file, where=where)
     return OpenCheckpoint(form, Source(parent, name_in_parent, manifest), file=file)
+
+
+def notes_on(content: TorchFile) -> tuple[str, ...]:
+    """Notes on the objects that were left out of a file, for messages."""
+    return tuple(
+        f"left out `{name}`: {title}, whose class would have to be imported"
+        for name, title in content.left_out.items()
+    )
 
 
 def checked_format(store: ReadStore, name: str) -> Format:

@@ -7,15 +7,17 @@ from collections.abc import Collection
 
 from holdfast.catalog.catalog import location
 from holdfast.catalog.findings import Format
+from holdfast.catalog.hf_folder import has_safetensors, has_weights
 from holdfast.errors import HoldfastError, NotFoundError, UsageError
 from holdfast.format.names import LOCK, MANIFEST, METADATA
 from holdfast.format.safetensors import SUFFIX
+from holdfast.format.zero import ZERO_OPTIMIZER
 from holdfast.storage.store import ReadStore
 
 INDEX_SUFFIX = f"{SUFFIX}.index.json"
 
 _DATA = re.compile(r"__([0-9]+)_[0-9]+\.distcp", re.ASCII)
-_SHARD = re.compile(r".*-([0-9]{5})-of-([0-9]{5})\.safetensors", re.ASCII)
+_SHARD = re.compile(r".*-([0-9]{5})-of-([0-9]{5})\.(safetensors|bin)", re.ASCII)
 
 _BESIDE_WEIGHTS = (
     "config.json",
@@ -47,8 +49,11 @@ def format_among(names: Collection[str]) -> Format | None:
         return "holdfast"
     if METADATA in names:
         return "dcp"
-    has_weights = any(name.endswith((SUFFIX, INDEX_SUFFIX)) for name in names)
-    return "safetensors" if has_weights else None
+    if has_safetensors(names):
+        return "safetensors"
+    if any(map(ZERO_OPTIMIZER.fullmatch, names)):
+        return "zero"
+    return "bin" if has_weights(names) else None
 
 
 def check_whole_checkpoint(store: ReadStore, name: str) -> None:
@@ -74,7 +79,7 @@ def note_on(store: ReadStore, name: str) -> str | None:
     shard = _SHARD.fullmatch(last)
     if shard is None:
         return None
-    number, count = map(int, shard.groups())
+    number, count = int(shard[1]), int(shard[2])
     return f"it is file {number} of {count}: `holdfast verify {_folder(store, folder)}` checks all"
 
 
@@ -110,7 +115,7 @@ def _part(last: str, *, in_checkpoint: bool) -> str | None:
     named = {MANIFEST: "the index", METADATA: "the index for stock torch", LOCK: "the lock"}
     if last in named:
         return named[last]
-    if last.endswith(INDEX_SUFFIX):
+    if last.endswith((INDEX_SUFFIX, ".bin.index.json")):
         return "the index of the weights"
     return "a file beside the weights" if in_checkpoint and last in _BESIDE_WEIGHTS else None
 

@@ -29,24 +29,29 @@ from holdfast.catalog.findings import (
     why_not_resumable,
 )
 from holdfast.catalog.hf_folder import (
-    ADAPTER,
     ADAPTER_CONFIG,
     CONFIG,
+    Weights,
+    check_inside,
+    open_hf_folder,
     read_config,
     read_weights_index,
+    weights_in,
 )
-from holdfast.catalog.open_any import checked_format, is_folder
-from holdfast.catalog.pieces import INDEX_SUFFIX
+from holdfast.catalog.nested import checkpoint_in
+from holdfast.catalog.open_any import checked_format, is_folder, notes_on
 from holdfast.catalog.replaceable import not_sealed
 from holdfast.catalog.seal import check_seal, is_sealed, read_seal
 from holdfast.catalog.steady import read_steadily
 from holdfast.catalog.structure import check_coverage, check_structure
+from holdfast.catalog.zero_folder import open_zero_folder
 from holdfast.errors import DamagedError, FormatError, HoldfastError, NotFoundError
 from holdfast.format import safetensors, torchfile
 from holdfast.format.archive import read_records, windowed
 from holdfast.format.manifest import Manifest, Span
 from holdfast.format.names import LOCK, MANIFEST, METADATA, number_of, step_of_folder
 from holdfast.format.seal import SEAL
+from holdfast.format.zero import ZERO_MODEL, ZERO_OPTIMIZER
 from holdfast.storage.store import ReadStore
 
 
@@ -83,9 +88,13 @@ def verify(target: VerifyTarget) -> VerifyReport:
         StorageError: the store failed before anything could be reported.
     """
     sealed = is_folder(target.store, target.name) and is_sealed(target.store, target.name)
+    if not sealed:
+        target = replace(target, name=checkpoint_in(target.store, target.name))
     form: Format = "sealed" if sealed else checked_format(target.store, target.name)
     verifiers = {
         "safetensors": _verify_safetensors,
+        "bin": _verify_torch_folder,
+        "zero": _verify_torch_folder,
         "torch": _verify_torch_file,
         "sealed": _verify_sealed,
     }
@@ -203,13 +212,12 @@ def _report(
 def _verify_safetensors(target: VerifyTarget) -> VerifyReport:
     folder = is_folder(target.store, target.name)
     names = target.store.list(target.name) if folder else [""]
-    index_file = next((name for name in names if name.endswith(INDEX_SUFFIX)), "")
+    chosen = weights_in(target.store, target.name) if folder else Weights(("",), "", ())
+    files, index_file = chosen.files, chosen.index
     index = read_weights_index(target.store, target.name, index_file) if index_file else None
-    weights = [name for name in names if name.endswith(safetensors.SUFFIX) or not name]
-    files = weights if index is None else sorted(set(index.values()))
     findings: list[Finding] = []
     if index is None:
-        shards = safetensors.missing_shards(weights)
+        shards = safetensors.missing_shards(files)
         findings += [Finding("file", file, "is missing") for file in shards]
     manifests: dict[str, Manifest] = {}
     for file in files:
@@ -227,7 +235,7 @@ def _verify_safetensors(target: VerifyTarget) -> VerifyReport:
         except HoldfastError as error:
             findings.append(Finding("file", file or target.name, error.what))
     for file in (CONFIG, ADAPTER_CONFIG) if folder else ():
-        if file in names and (file == CONFIG or files == [ADAPTER]):
+        if file in names and (file == CONFIG or chosen.is_adapter):
             try:
                 read_config(target.store, target.name, file)
             except HoldfastError as error:
@@ -238,7 +246,7 @@ def _verify_safetensors(target: VerifyTarget) -> VerifyReport:
             manifest = safetensors.joined(manifests, index, where=target.where)
         except FormatError as error:
             findings.append(Finding("index", index_file, error.what))
-    notes = [f"`{f}` is not in the index, and is ignored" for f in weights if f not in files]
+    notes = [*chosen.notes]
     if not target.quick:
         notes.append(
             "safetensors keeps no checksums: headers and sizes were checked, data cannot be"
@@ -250,30 +258,84 @@ def _verify_safetensors(target: VerifyTarget) -> VerifyReport:
 
 
 def _verify_torch_file(target: VerifyTarget) -> VerifyReport:
-    reader = target.reader("")
+    checked = _check_torch_file(target, "")
+    report = _report(target, checked.manifest, checked.findings, checked.notes)
+    nbytes = target.store.size(target.name)
+    return report if checked.is_read else replace(report, nbytes=nbytes, usable="nothing")
+
+
+def _verify_torch_folder(target: VerifyTarget) -> VerifyReport:
+    """Verify a folder of files of `torch.save`: one with `.bin` weights, or of DeepSpeed's ZeRO."""
+    store, name = target.store, target.name
+    names = store.list(name)
+    chosen = weights_in(store, name)
+    is_zero = any(map(ZERO_OPTIMIZER.fullmatch, names))
+    files = [*chosen.files]
+    if is_zero:
+        files = [f for f in names if ZERO_OPTIMIZER.fullmatch(f) or ZERO_MODEL.fullmatch(f)]
+    findings: list[Finding] = []
+    notes: list[str] = []
+    for file in [*files, *([] if chosen.index else safetensors.missing_shards(files))]:
+        if file not in names:
+            findings.append(Finding("file", file, "is missing"))
+            continue
+        check_inside(store, name, file)
+        checked = _check_torch_file(target, file)
+        findings += checked.findings
+        notes += (f"`{file}`: {note}" for note in checked.notes)
+    manifest = Manifest({}, {})
+    if not findings:
+        # Its errors are about files that contradict each other.
+        if is_zero:
+            manifest, *_ = open_zero_folder(store, name)
+        else:
+            manifest = open_hf_folder(store, name).manifest
+    return _report(target, manifest, findings, [*(() if is_zero else chosen.notes), *notes])
+
+
+@dataclass(frozen=True, slots=True)
+class _TorchFileCheck:
+    """Result of checking one file of `torch.save`."""
+
+    manifest: Manifest
+    findings: Sequence[Finding]
+    notes: Sequence[str] = ()
+    is_read: bool = True
+    """Whether its pickle could be read."""
+
+
+def _check_torch_file(target: VerifyTarget, file: str) -> _TorchFileCheck:
+    """Check a file in the folder of the target; the target itself if `file` is empty."""
+    reader = target.reader(file)
     nbytes = target.store.size(reader.key)
-    read = partial(torchfile.read_file, reader.fetch, nbytes, file=reader.file, where=target.where)
+    where = f"{target.where}/{file}".rstrip("/")
+    torchfile.check_kind(reader.fetch, nbytes, where=where)
+    read = partial(torchfile.read_file, reader.fetch, nbytes, file=reader.file, where=where)
+    nothing = Manifest({}, {})
     if reader.fetch(0, 1) == b"\x80":
-        read()
+        content = read()
+        return _TorchFileCheck(content.manifest, (), (*notes_on(content), _UNCHECKED))
     try:
         records = read_records(windowed(reader.fetch, Span(0, nbytes)), nbytes)
     except (ValueError, LookupError, struct.error) as error:
         what = f"is not a whole file of torch.save: {error}"
-        finding = Finding("file", reader.file, what)
-        return VerifyReport(target.where, "torch", (finding,), nbytes=nbytes, usable="nothing")
+        return _TorchFileCheck(nothing, [Finding("file", reader.file, what)], is_read=False)
     findings: list[Finding] = []
     checked = has_checksums(records)
     for name in ("data.pkl", "byteorder"):
         if checked and name in records:
             findings += check_record(reader, records, name, 0, "")
     if findings:
-        return VerifyReport(target.where, "torch", tuple(findings), nbytes=nbytes, usable="nothing")
-    manifest = read().manifest
+        return _TorchFileCheck(nothing, findings, is_read=False)
+    content = read()
     if checked and not target.quick:
-        entries = entries_by_record(manifest, records)
+        entries = entries_by_record(content.manifest, records)
         findings += run(
             partial(check_record, reader, records, name, 0, entries.get(name, ""))
             for name in records
         )
-    notes = () if checked else ("it was written without checksums: data is not checked",)
-    return _report(target, manifest, findings, notes)
+    notes = () if checked else (_UNCHECKED,)
+    return _TorchFileCheck(content.manifest, findings, (*notes_on(content), *notes))
+
+
+_UNCHECKED = "it was written without checksums: data is not checked"

@@ -74,6 +74,10 @@ class ConvertArguments(JsonOptions):
     skip: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Pattern of tensors to leave out, such as 'vision_tower.*'. May be repeated."""
 
+    rename: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Rule THEIRS=OURS for the beginning of the model's tensor names, such as 'module=' or
+    'encoder.{}.attn=layers.{}.attention'. May be repeated; the first rule that matches counts."""
+
     overwrite: bool = False
     """Replace an existing TARGET."""
 
@@ -89,6 +93,7 @@ class ConvertArguments(JsonOptions):
             model_only=self.model_only,
             names=self.names,
             skip=self.skip,
+            renames=self.rename,
             overwrite=self.overwrite,
         )
 

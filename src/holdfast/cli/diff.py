@@ -123,7 +123,7 @@ def _converted(path: str, assets: str | None) -> dict[str, ComparedTensor]:
 def _compared_values(opened: tuple[OpenCheckpoint, OpenCheckpoint]) -> dict[str, str]:
     """Returns value name -> state, by comparing bytes; empty where a `.pt` file is involved."""
     a, b = (checkpoint.manifest.values for checkpoint in opened)
-    if "torch" in (opened[0].format, opened[1].format) or not a or not b:
+    if opened[0].values or opened[1].values or not a or not b:
         return {}
     states = {}
     for name in {**a, **b}:

@@ -48,13 +48,14 @@ def run(arguments: Sequence[str]) -> int:
         # Not at the top: only `--verify` needs it, and it takes long to import.
         from holdfast.cli.verify import verified
 
-        paths = [f"{name}/{row.name}" for row in rows if row.state != "attempt"]
+        unverified = ("attempt", "local")
+        paths = [f"{name}/{row.name}" for row in rows if row.state not in unverified]
         reports = verified(store, paths, quick=False)
         num_damaged = sum(not report.good for report in reports.values())
         rows = [
             _verified(row, reports.get(f"{name}/{row.name}"))
             for row in rows
-            if row.state == "attempt" or f"{name}/{row.name}" in reports
+            if row.state in unverified or f"{name}/{row.name}" in reports
         ]
     resume = resumable(rows)
     if options.json:

@@ -31,6 +31,9 @@ from holdfast.spelling import counted, spelled_bytes, spelled_layout
 CHUNKS_MAX = 52
 """Chunks of a tensor that are printed."""
 
+NOTES_MAX = 20
+"""Notes that are printed."""
+
 VALUES_MAX = 100
 """Values that are printed: an optimizer has thousands of options."""
 
@@ -141,7 +144,7 @@ def _say_values(checkpoint: OpenCheckpoint, names: Sequence[str]) -> None:
     """Print each value with its name, the bytes of its container and its file."""
     for name, value in values.read(checkpoint, names[:VALUES_MAX]):
         entry = checkpoint.manifest.values[name]
-        nbytes = "" if checkpoint.format == "torch" else f"{spelled_bytes(entry.item.nbytes)}  "
+        nbytes = "" if name in checkpoint.values else f"{spelled_bytes(entry.item.nbytes)}  "
         say(f"{name}  {values.spelled(value)}  {nbytes}{entry.file}")
     if len(names) > VALUES_MAX:
         say(f"and {len(names) - VALUES_MAX} more values: --json lists all")
@@ -184,6 +187,10 @@ def _say_checkpoint(checkpoint: OpenCheckpoint) -> None:
         held = [size] if sums["tensors"] else []
         held += [counted(sums["values"], "value")] if sums["values"] else []
         say(f"{INDENT}{component}: {', '.join(held)}")
+    for note in checkpoint.notes[:NOTES_MAX]:
+        say(f"{INDENT}note: {note}")
+    if len(checkpoint.notes) > NOTES_MAX:
+        say(f"{INDENT}and {len(checkpoint.notes) - NOTES_MAX} more notes: --json lists all")
     say()
 
 
@@ -249,6 +256,7 @@ def _as_json(checkpoint: OpenCheckpoint, tensors: Mapping[str, TensorEntry]) -> 
             for name, entry in tensors.items()
         },
         "values": sorted(manifest.values),
+        "notes": checkpoint.notes,
     }
 
 

@@ -48,8 +48,11 @@ def read(checkpoint: OpenCheckpoint, names: Sequence[str]) -> Iterator[tuple[str
     for name in names:
         entry = checkpoint.manifest.values[name]
         key = entry.file, entry.item
-        # Equal values share a container. In a `.pt` file one container holds all values.
-        if key not in decoded or checkpoint.format == "torch":
+        if name in checkpoint.values:
+            yield name, checkpoint.values[name]
+            continue
+        # Equal values share a container.
+        if key not in decoded:
             decoded[key] = _read_one(checkpoint, name, entry)
         yield name, decoded[key]
 
@@ -58,13 +61,6 @@ def _read_one(checkpoint: OpenCheckpoint, name: str, entry: ValueEntry) -> objec
     source = checkpoint.source
     where = f"{source.url}/{entry.file}"
     try:
-        if checkpoint.format == "torch":
-            key, store = source.key(entry.file), source.store
-
-            def fetch(offset: int, nbytes: int) -> bytes:
-                return store.read(key, offset, offset + nbytes)
-
-            return container.read_member(fetch, store.size(key), entry.path, where=where)
         return container.read_value(read_value(source, name, entry), where=where)
     except FormatError as error:
         return error

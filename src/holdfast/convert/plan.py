@@ -23,6 +23,7 @@ from holdfast.hf.shards import SHARD_BYTES
 from holdfast.tensors.lazy import Mapped, Renamed, Tensors, Zeros, only
 from holdfast.tensors.mapping import TensorMapping
 from holdfast.tensors.relation import SideName
+from holdfast.tensors.renames import spelled, suggested
 
 Float = Literal["float32", "bfloat16", "float16"]
 
@@ -59,6 +60,9 @@ class ConvertOptions:
     skip: tuple[str, ...] = ()
     """Patterns of tensors to leave out."""
 
+    renames: tuple[str, ...] = ()
+    """Rules `theirs=ours` for the names of the model's tensors."""
+
     overwrite: bool = False
     """Whether to replace an existing target."""
 
@@ -89,7 +93,7 @@ class ConvertPlan:
 
 def plan(source: str, options: ConvertOptions) -> ConvertPlan:
     """Plan a conversion, with all checks that need no data."""
-    opened = open_source(source)
+    opened = open_source(source, options.renames)
     assets = None if options.hf_assets is None else fetched(options.hf_assets, assets_only=True)
     model: Tensors = opened.model
     notes = list(opened.notes)
@@ -160,8 +164,10 @@ def _both_dialects(
     side: SideName = "hf" if opened.dialect == "hf" else "native"
     if side == "native":
         model = Renamed(model, renamed(model.infos, "meta"))
+    rules = spelled(suggested(model.infos, stored.names(side)))
+    hint = f"`{rules}` gives the expected names" if rules else _FIT_HINT
     notes = check_fit(
-        model, stored, side, where=opened.checkpoint.where, config_from=config_from, hint=_FIT_HINT
+        model, stored, side, where=opened.checkpoint.where, config_from=config_from, hint=hint
     )
     if side == "native":
         native: Tensors = only(model, mapping.names("native"))
@@ -270,7 +276,9 @@ def _native(opened: ConvertSource, model: Tensors, options: ConvertOptions) -> O
     outputs: dict[str, Output] = {}
     first_names: dict[object, str] = {}
     for source, name, original, dtype in tensors:
-        path: Path = (name,) if original is None else entries[original].path
+        path: Path = (name,)
+        if original is not None:
+            path = opened.path_of(name) if source is model else entries[original].path
         output = Output(source, name, dtype_for(source, name, dtype), path)
         full_name = _joined(path)
         if original is not None and entries[original].chunks:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path as LocalPath
 
+from holdfast.catalog.catalog import location
 from holdfast.catalog.findings import components_of, name_in_model
+from holdfast.catalog.nested import checkpoint_in
 from holdfast.catalog.open_any import OpenCheckpoint, open_any
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.steady import fingerprint
 from holdfast.errors import FormatError, NotFoundError, StorageError, UsageError
 from holdfast.format.components import MODEL
+from holdfast.format.manifest import Path
 from holdfast.hf.dialects import Dialect, dialect_of
 from holdfast.storage.opening import is_url, local_path
 from holdfast.tensors.lazy import Renamed, Tensors
 from holdfast.tensors.quantized import Dequantized
+from holdfast.tensors.renames import new_names, spelled, suggested
 from holdfast.tensors.stored import StoredTensors
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -55,6 +59,19 @@ class ConvertSource:
         """Path or URL of the checkpoint, or of the folder around a single file."""
         return self.checkpoint.source.url
 
+    def path_of(self, name: str) -> Path:
+        """The path of a tensor of the model in the target: that in the source, unless renamed."""
+        original = self.originals.get(name)
+        if original is None:
+            return (name,)
+        path = self.checkpoint.manifest.tensors[original].path
+        own_name = name_in_model(path)
+        if name == own_name:
+            return path
+        # Below `model`, or another key of the model, if the source is nested so.
+        above = path[:1] if own_name != ".".join(map(str, path)) else ()
+        return (*above, name)
+
     @property
     def has_config(self) -> bool:
         """Whether there is a `config.json` beside the weights."""
@@ -73,7 +90,7 @@ def fetched(path: str, *, assets_only: bool = False) -> str:
 
     The copy is downloaded if need be; `assets_only`: without the weights.
     """
-    if is_url(path) or Path(local_path(path)).exists():
+    if is_url(path) or LocalPath(local_path(path)).exists():
         return path
     if not _HUB_NAME.fullmatch(path):
         raise NotFoundError(
@@ -99,12 +116,22 @@ def fetched(path: str, *, assets_only: bool = False) -> str:
         ) from error
 
 
-def open_source(path: str) -> ConvertSource:
-    """Open a checkpoint of Holdfast or stock DCP, a Hugging Face folder, or a single file."""
-    store, name = open_for_reading(fetched(path))
+def open_source(path: str, renames: Sequence[str] = ()) -> ConvertSource:
+    """Open a checkpoint of any format. `renames`: rules for the names of the model's tensors."""
+    store, given = open_for_reading(fetched(path))
+    name = checkpoint_in(store, given)
+    found = () if name == given else (f"the checkpoint in it is `{location(store, name)}`",)
     opened_as = fingerprint(store, name)
     checkpoint = open_any(store, name, check_files=True)
     names, others = _names_in_model(checkpoint)
+    stored_names = {*names.values()}
+    # PEFT's own names begin like those of a wrapper.
+    is_adapter = checkpoint.hf is not None and checkpoint.hf.adapter is not None
+    if renames:
+        renamed_to = new_names(stored_names, renames, "--rename")
+        names = {original: renamed_to[name] for original, name in names.items()}
+    elif not is_adapter and (rules := suggested(stored_names)):
+        found = (*found, f"names have parts that a wrapper added: `{spelled(rules)}` drops them")
     stored = StoredTensors(checkpoint.source, checkpoint.strides)
     quantization = {} if checkpoint.hf is None else checkpoint.hf.quantization
     model = Dequantized(Renamed(stored, names), quantization)
@@ -115,7 +142,7 @@ def open_source(path: str) -> ConvertSource:
         stored=stored,
         originals={new: old for old, new in names.items()},
         others=others,
-        notes=() if checkpoint.hf is None else (*checkpoint.hf.notes, *model.notes),
+        notes=(*found, *checkpoint.notes, *(model.notes if checkpoint.hf is not None else ())),
         fingerprint=opened_as,
     )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 from holdfast.catalog.open_any import OpenCheckpoint
 from holdfast.catalog.source import read_value
 from holdfast.convert.target import Values
 from holdfast.errors import FormatError, UsageError
+from holdfast.format.pickles import DtypeName, Other
 
 _HINT = "`--model-only` leaves out everything but the model"
 
@@ -16,7 +18,7 @@ _HINT = "`--model-only` leaves out everything but the model"
 def encoded_values(checkpoint: OpenCheckpoint, *, pickled: bool) -> Values:
     """Return every value in a container of its own or, `pickled`, as a fragment of a pickle."""
     entries, source = checkpoint.manifest.values, checkpoint.source
-    if checkpoint.format != "torch" and not pickled:
+    if not checkpoint.values and not pickled:
         return {n: (e.path, read_value(source, n, e)) for n, e in entries.items()}
     try:
         from holdfast.state.values import decode_value, encode_value
@@ -26,9 +28,13 @@ def encoded_values(checkpoint: OpenCheckpoint, *, pickled: bool) -> Values:
             f"converted; it cannot be imported: {error}",
             hint="pip install torch; or `--model-only`, which leaves out the values",
         ) from error
-    if checkpoint.format == "torch":
-        root = _load_torch_file(checkpoint.where)
-        values = {name: _member(root, entry.path) for name, entry in entries.items()}
+    if checkpoint.values:
+        try:
+            values = {name: _built(checkpoint.values[name]) for name in entries}
+        except RecursionError as error:
+            raise FormatError(
+                f"a value of `{checkpoint.where}` is nested too deep", hint=_HINT
+            ) from error
     else:
         values = {
             name: decode_value(
@@ -58,23 +64,48 @@ def _pickled(name: str, value: Any) -> bytes:
     return pickle.dumps(value, protocol=2)
 
 
-def _load_torch_file(path: str) -> Any:
-    """Load the objects of a `.pt` file. Its tensors stay on disk."""
+def _built(value: object) -> Any:
+    """Build a value of a `.pt` file. `Other` and `DtypeName` stand for objects of torch."""
     import torch
 
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise FormatError(
-            f"the values of `{path}` cannot be read: {reason[0]}", hint=_HINT
-        ) from error
+    match value:
+        case DtypeName():
+            return getattr(torch, value.name)
+        case Other(title=title, args=args):
+            members = [_built(member) for member in args]
+            try:
+                return _MAKERS[title](*members)
+            except (TypeError, ValueError, LookupError, RuntimeError) as error:
+                raise FormatError(f"a `{title}` has invalid arguments: {error}") from error
+        case list() | tuple():
+            return type(value)(map(_built, value))
+    return value
 
 
-def _member(root: Any, path: tuple[str | int, ...]) -> Any:
-    for key in path:
-        if isinstance(root, dict) and key not in root:
-            # The key is not a string. The manifest has its text.
-            key = next(original for original in root if str(original) == key)
-        root = root[key]
-    return root
+def _device(*args: Any) -> Any:
+    import torch
+
+    return torch.device(*args)
+
+
+def _bytearray(data: bytes | str, *encoding: str) -> bytearray:
+    if not isinstance(data, bytes | str):
+        raise TypeError("a number would make an array of any size")
+    return bytearray(data.encode(*encoding) if isinstance(data, str) else data)
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise ValueError("pickle encodes bytes as latin1 only")
+    return text.encode(encoding)
+
+
+_MAKERS: dict[str, Callable[..., Any]] = {
+    "set": set,
+    "frozenset": frozenset,
+    "complex": complex,
+    "bytearray": _bytearray,
+    "torch.device": _device,
+    "_codecs.encode": _encode,
+}
+"""Makers of values, by the name that a pickle gives them. `torchfile.SAFE` has the same names."""

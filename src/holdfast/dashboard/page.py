@@ -61,7 +61,7 @@ a { color: var(--blue) }
 td.note { white-space: normal; min-width: 14rem }
 .state-good { color: var(--green) }
 .state-damaged { color: var(--red); font-weight: 600 }
-.state-attempt { color: var(--amber) }
+.state-attempt, .state-local { color: var(--amber) }
 """
 
 STALL_MIN_S = 0.01

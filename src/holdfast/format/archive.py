@@ -85,12 +85,15 @@ def read_records(fetch: Fetch, nbytes: int) -> dict[str, Record]:
     """
     start, stop, count = _directory_span(fetch, nbytes)
     entries = list(_entries(fetch(start, stop - start)))
+    for path, *_, stored in entries:
+        if not stored:
+            raise ValueError(f"record `{path[:200]}` is compressed or encrypted")
     if len(entries) != count:
         raise ValueError(f"the directory has {len(entries)} records, its end says {count}")
     if len({path.partition("/")[0] for path, *_ in entries}) > 1:
         raise ValueError("the records are in more than one folder")
     records: dict[str, Record] = {}
-    for path, header, nbytes, crc32 in entries:
+    for path, header, nbytes, crc32, _ in entries:
         data = _data_span(fetch, path, header, nbytes)
         if data.stop > start:
             raise ValueError(f"record `{path[:200]}` reaches outside of the archive")
@@ -104,9 +107,21 @@ def read_records(fetch: Fetch, nbytes: int) -> dict[str, Record]:
     return records
 
 
+def record_names(fetch: Fetch, nbytes: int) -> set[str] | None:
+    """Return the names of the records of an archive without their folder; None if its directory
+    cannot be read. Records of other programs may be compressed."""
+    try:
+        start, stop, _ = _directory_span(fetch, nbytes)
+        return {path.partition("/")[2] for path, *_ in _entries(fetch(start, stop - start))}
+    except (ValueError, LookupError, struct.error):
+        return None
+
+
 def _directory_span(fetch: Fetch, nbytes: int) -> tuple[int, int, int]:
     """Read the start and stop of the directory, and its number of records."""
     end = nbytes - _END.size
+    if end < 0:
+        raise ValueError(f"{nbytes} bytes are too few")
     magic, _, _, _, count, length, offset, comment = _END.unpack(fetch(end, _END.size))
     if magic != b"PK\5\6" or comment:
         raise ValueError("no end of a ZIP directory at its end")
@@ -130,8 +145,9 @@ def _end64(fetch: Fetch, locator: int) -> tuple[int, int, int, int]:
     return start, fields[7], fields[8], fields[9]
 
 
-def _entries(directory: bytes) -> Iterable[tuple[str, int, int, int]]:
-    """Yield the path of each record, the offset of its header, its size and its CRC-32."""
+def _entries(directory: bytes) -> Iterable[tuple[str, int, int, int, bool]]:
+    """Yield the path of each record, the offset of its header, its size, its CRC-32, and whether
+    its content is stored as it is."""
     position = 0
     while position < len(directory):
         fields = _CENTRAL.unpack_from(directory, position)
@@ -144,10 +160,9 @@ def _entries(directory: bytes) -> Iterable[tuple[str, int, int, int]]:
         position += extra_bytes + comment_bytes
         if magic != b"PK\1\2" or position > len(directory):
             raise ValueError("the directory has an invalid record")
-        if method or flags & _ENCRYPTED or packed != nbytes:
-            raise ValueError(f"record `{name[:200]}` is compressed or encrypted")
-        nbytes, header = _sizes64(extra, nbytes, fields[16])
-        yield name, header, nbytes, crc32
+        is_stored = not method and not flags & _ENCRYPTED and packed == nbytes
+        nbytes, header = _sizes64(extra, nbytes, fields[16]) if is_stored else (nbytes, fields[16])
+        yield name, header, nbytes, crc32, is_stored
 
 
 def _sizes64(extra: bytes, nbytes: int, offset: int) -> tuple[int, int]:

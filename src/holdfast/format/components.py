@@ -15,5 +15,6 @@ COMPONENTS = (OPTIMIZER, SCHEDULER, DATALOADER, TRAIN_STATE, RNG)
 DATALOADER_KEYS = (DATALOADER, "data_loader")
 """First keys of the state of a data loader: TorchTitan's users write either."""
 
-MODEL_KEYS = (MODEL, "state_dict")
-"""First keys of a whole model in files of Accelerate and torchtune (`model`), and of Lightning."""
+MODEL_KEYS = (MODEL, "state_dict", "model_state_dict", "module")
+"""First keys of a whole model in files of Accelerate and torchtune (`model`), of Lightning, of
+torch's tutorials, and of DeepSpeed (`module`)."""

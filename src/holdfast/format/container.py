@@ -8,9 +8,8 @@ from itertools import islice
 from typing import Any
 
 from holdfast.errors import FormatError
-from holdfast.format.archive import Fetch
-from holdfast.format.manifest import Path, Span
-from holdfast.format.pickles import DtypeName, Plain
+from holdfast.format.manifest import Span
+from holdfast.format.pickles import AnyGlobal, DtypeName, Other
 from holdfast.format.torchzip import GLOBALS, PICKLE_BYTES_MAX, Tensor, described, read_pickle
 
 MEMBERS_SHOWN_MAX = 40
@@ -36,20 +35,10 @@ def read_value(data: bytes, *, where: str) -> object:
     def fetch(offset: int, nbytes: int) -> bytes:
         return data[offset : offset + nbytes]
 
-    return read_member(fetch, len(data), (), where=where)
-
-
-def read_member(fetch: Fetch, nbytes: int, path: Path, *, where: str) -> object:
-    """Read the value at `path` in a `.pt` file of `nbytes`.
-
-    Raises:
-        FormatError: it is no file of torch.save, or has nothing at that path.
-    """
     try:
-        allowed = _AnyGlobal(GLOBALS)
-        value, *_ = read_pickle(fetch, Span(0, nbytes), allowed, PICKLE_BYTES_MAX, where=where)
-        for key in path:
-            value = _member(value, key)
+        allowed = AnyGlobal(GLOBALS)
+        item = Span(0, len(data))
+        value, *_ = read_pickle(fetch, item, allowed, PICKLE_BYTES_MAX, where=where)
     except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise FormatError(f"`{where}` is no container of torch.save: {error}") from error
     return value
@@ -89,28 +78,6 @@ def as_json(value: object, num_max: int) -> Any:
     return convert(value, 0)
 
 
-class _Named(Plain):
-    """Stands for the object that a global of the pickle would make."""
-
-    title = ""
-
-
-class _AnyGlobal(dict[tuple[str, str], Any]):
-    """Known globals, and a `_Named` class for every other."""
-
-    def __missing__(self, key: tuple[str, str]) -> type[_Named]:
-        title = ".".join(key).replace("__builtin__.", "").removeprefix("builtins.")
-        cls = self[key] = type("_Named", (_Named,), {"title": title})
-        return cls
-
-
-def _member(value: Any, key: str | int) -> Any:
-    if isinstance(value, Mapping) and key not in value:
-        # Paths store the keys of dicts as text, so compare them as text.
-        return {str(original): member for original, member in value.items()}[str(key)]
-    return value[key]
-
-
 class _Speller:
     """Formats one value. Stops after `TEXT_SHOWN_MAX` members: a small file may share one often."""
 
@@ -137,13 +104,13 @@ class _Speller:
                 return f"torch.{value.name}"
             case Tensor():
                 return _spelled_tensor(value)
-            case _Named():
+            case Other():
                 return self._call(value, depth)
         if isinstance(value, int) and value.bit_length() > INT_BITS_MAX:
             return f"a number of {value.bit_length()} bits"
         return repr(value) if isinstance(value, int | float | None) else type(value).__name__
 
-    def _call(self, value: _Named, depth: int) -> str:
+    def _call(self, value: Other, depth: int) -> str:
         match value.title, value.args:
             case (("set" | "frozenset"), (list(members),)):
                 return "{" + self._members(members, depth) + "}" if members else "set()"

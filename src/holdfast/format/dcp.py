@@ -1,7 +1,7 @@
 """Read `.metadata`, the index of a `torch.distributed.checkpoint` folder, without torch.
 
-Allows only the classes of torch/distributed/checkpoint/metadata.py and filesystem.py, in torch 2.1
-to 2.13. `tables` writes the file.
+Allows only the classes of torch/distributed/checkpoint/metadata.py, filesystem.py and planner.py,
+in torch 2.1 to 2.13, and two of Megatron. `tables` writes the file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,15 @@ _CLASSES = {
         "BytesStorageMetadata",
     ),
     _SHARDED: ("TensorProperties",),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    # Megatron stores the plans of all ranks, which nothing here reads.
+    "torch.distributed.checkpoint.planner": (
+        "SavePlan",
+        "WriteItem",
+        "WriteItemType",
+        "TensorWriteData",
+    ),
+    "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
     "pathlib": ("PosixPath", "PurePosixPath"),
     "pathlib._local": ("PosixPath",),
 }

@@ -8,6 +8,8 @@ step-500                  a published checkpoint
 .damaged-step-500         a mark: step-500 was found damaged
 .held-NAME-1f2e3d4c       file locked instead of folder NAME, where folders cannot be locked
 .lock                     note about the run that saves here
+.tier.json                place of the run's checkpoints on the hosts
+.lock.taking              a lock that is being taken, where there is no flock
 
 Each name must match its whole pattern: similar names belong to the user, and are never touched.
 """
@@ -27,6 +29,7 @@ from holdfast.errors import UsageError
 METADATA = ".metadata"
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+TIER = ".tier.json"
 
 STEP_MAX = 10**18 - 1
 """Largest step number. Readers would not find a larger one: the pattern allows 18 digits."""
@@ -190,7 +193,7 @@ def held_of(name: str) -> str | None:
 
 def _is_taken(name: str) -> bool:
     """Whether Holdfast gives this name to files or folders of its own."""
-    own = name in (LOCK, MANIFEST, METADATA) or name.startswith(_HELD)
+    own = name in (LOCK, f"{LOCK}.taking", TIER, MANIFEST, METADATA) or name.startswith(_HELD)
     return own or hidden_folder_of(name) is not None or mark_of(name) is not None
 
 

@@ -14,15 +14,16 @@ import struct
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from holdfast.errors import FormatError
 from holdfast.format.dtypes import BY_NAME
 
-_INVALID = (
+INVALID = (
     *(ValueError, LookupError, TypeError, AttributeError),
     *(EOFError, struct.error, pickle.UnpicklingError),
 )
+"""Errors of `Unpickler` about bytes that are no whole pickle."""
 
 MARKS_MAX = 10_000
 """Maximum number of open marks. torch opens a few for each level of nesting."""
@@ -37,6 +38,10 @@ LARGE_KEYS_MAX = 1000
 makes a dict as slow as a list."""
 
 
+OTHERS_MAX = 10_000
+"""Most classes and functions that are not allowed, in one pickle: each takes a kilobyte."""
+
+
 def loads(data: bytes, allowed: Mapping[tuple[str, str], Any], *, where: str) -> Any:
     """Return the object in a pickle, with `allowed[module, name]` in place of each global.
 
@@ -46,14 +51,15 @@ def loads(data: bytes, allowed: Mapping[tuple[str, str], Any], *, where: str) ->
 
     Dtypes of `torch` are always allowed and become `DtypeName`. Persistent ids are returned
     unchanged. Time and memory are proportional to the bytes. The result may share objects, and may
-    be cyclic.
+    be cyclic. If `allowed` is an `AnyGlobal`, an `Other` stands for each object whose class or
+    function is not allowed.
 
     Raises:
         FormatError: it is no pickle, or refers to a global that is not allowed.
     """
     try:
         return Unpickler(data, allowed, where).load()
-    except _INVALID as error:
+    except INVALID as error:
         reason = "it ends early" if isinstance(error, EOFError | IndexError) else error
         raise FormatError(f"`{where}` is not a whole pickle: {reason}") from error
 
@@ -64,6 +70,38 @@ class Plain:
     def __init__(self, args: tuple[Any, ...]) -> None:
         self.args = args
         self.state: Any = {}
+
+
+class Other(Plain):
+    """Stands for an object whose class or function is not allowed. Nothing is imported or called.
+
+    Each subclass stands for one class or function.
+    """
+
+    title: ClassVar[str] = ""
+    """Name of the class or function, with its module unless it is a built-in."""
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        super().__init__(args)
+        self.members: list[Any] = []
+        """Members of a list or set; keys and values, in turn, of a dict."""
+
+    def append(self, member: Any) -> None:
+        self.members.append(member)
+
+    def extend(self, members: list[Any]) -> None:
+        self.members += members
+
+
+class AnyGlobal(dict[tuple[str, str], Any]):
+    """Allowed globals, and a subclass of `Other` for every other one."""
+
+    def __missing__(self, key: tuple[str, str]) -> type[Other]:
+        title = ".".join(key).replace("__builtin__.", "").removeprefix("builtins.")[:200]
+        cls = self[key] = type("Other", (Other,), {"title": title})
+        if len(self) > OTHERS_MAX:
+            raise ValueError(f"it refers to more than {OTHERS_MAX} classes and functions")
+        return cls
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +125,7 @@ class Unpickler(_PythonUnpickler):  # type: ignore[misc]
         self._allowed = allowed
         self._where = where
         self._num_large_keys = 0
+        self._num_copied = 0
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the object in place of a global."""
@@ -136,9 +175,34 @@ class Unpickler(_PythonUnpickler):  # type: ignore[misc]
 
     def load_reduce(self) -> None:
         args = self.stack.pop()
-        self.stack[-1] = _call(self.stack[-1], args)
+        function = self.stack[-1]
+        if function is OrderedDict and args:
+            self._load_ordered_dict(args)
+        else:
+            self.stack[-1] = _call(function, args)
 
     load_newobj = load_reduce
+
+    def load_newobj_ex(self) -> None:
+        self.stack.pop()  # Arguments by name.
+        args = self.stack.pop()
+        cls = self.stack[-1]
+        if not (isinstance(cls, type) and issubclass(cls, Other)):
+            raise ValueError(f"arguments by name for {_described(cls)}")
+        self.stack[-1] = _call(cls, args)
+
+    def _load_ordered_dict(self, args: object) -> None:
+        """Make an `OrderedDict` from a list of pairs, as Python 2 pickles it."""
+        if type(args) is not tuple or len(args) != 1 or type(args[0]) is not list:
+            raise ValueError("an OrderedDict that is not made from a list")
+        # Many calls may share one list, and each copies it.
+        self._num_copied += len(args[0])
+        if self._num_copied > self._nbytes:
+            raise ValueError("more pairs than fit into the pickle")
+        if any(type(pair) not in (list, tuple) or len(pair) != 2 for pair in args[0]):
+            raise ValueError("an OrderedDict that is not made from pairs")
+        self.stack[-1] = OrderedDict()
+        self._set_items([member for pair in args[0] for member in pair])
 
     def load_build(self) -> None:
         state = self.stack.pop()
@@ -172,6 +236,9 @@ class Unpickler(_PythonUnpickler):  # type: ignore[misc]
 
     def _set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
+        if isinstance(target, Other):
+            target.extend(items)
+            return
         if type(target) is not dict and type(target) is not OrderedDict:
             raise ValueError(f"items for {_described(target)}")
         if len(items) % 2:
@@ -183,6 +250,9 @@ class Unpickler(_PythonUnpickler):  # type: ignore[misc]
 
     def _add_members(self, items: list[Any]) -> None:
         target = self.stack[-1]
+        if isinstance(target, Other):
+            target.extend(items)
+            return
         if type(target) is not set:
             raise ValueError(f"members for {_described(target)}")
         for item in items:
@@ -195,7 +265,9 @@ class Unpickler(_PythonUnpickler):  # type: ignore[misc]
         if len(members) > KEY_MEMBERS_MAX:
             raise ValueError(f"a key of {len(members)} members")
         for member in members:
-            if not isinstance(member, str | int | float | bytes | Plain | DtypeName | None):
+            is_class = isinstance(member, type) and issubclass(member, Other)
+            known = str | int | float | bytes | Plain | DtypeName | None
+            if not is_class and not isinstance(member, known):
                 raise ValueError(f"a key that is {_described(member)}")
             if type(member) is int and member.bit_length() > _KEY_INT_BITS:
                 self._num_large_keys += 1
@@ -205,7 +277,7 @@ class Unpickler(_PythonUnpickler):  # type: ignore[misc]
 
 _SUPPORTED = (
     b"\x80\x95(012.N\x88\x89ILFJKMG\x8a\x8bVX\x8c\x8dUTCB\x8e\x96"
-    b"\x8f\x90\x91)t\x85\x86\x87]lae}dsuc\x93R\x81bpqrghj\x94PQ"
+    b"\x8f\x90\x91)t\x85\x86\x87]lae}dsuc\x93R\x81\x92bpqrghj\x94PQ"
 )
 """Opcodes that may be in a checkpoint: not those for classes of Python 2, registered extensions and
 out-of-band buffers, which no version of torch writes."""
@@ -225,6 +297,8 @@ def _call(function: Any, args: object) -> Any:
         raise ValueError("a call without a tuple of arguments")
     if isinstance(function, type) and issubclass(function, Plain):
         return function(args)
+    if isinstance(function, Other):
+        return type(function)(args)
     if function is OrderedDict and not args:
         return OrderedDict()
     if function in (tuple, int, str) and len(args) == 1 and type(args[0]) is function:

@@ -134,7 +134,7 @@ def _check_strings(entry: object) -> None:
 
 
 def read_index(data: bytes, *, where: str) -> dict[str, str]:
-    """Decode `model.safetensors.index.json`: the file of each tensor.
+    """Decode `model.safetensors.index.json`, or that of `.bin` files: the file of each tensor.
 
     Raises:
         FormatError: it is no such index, or has a file outside of its folder.
@@ -146,7 +146,7 @@ def read_index(data: bytes, *, where: str) -> dict[str, str]:
         if not isinstance(weight_map, dict):
             raise ValueError("`weight_map` is no object")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise FormatError(f"`{where}` is not a safetensors index: {_reason(error)}") from error
+        raise FormatError(f"`{where}` is not an index of weights: {_reason(error)}") from error
     for file in weight_map.values():
         check_file_name(file, where)
     return weight_map
@@ -207,7 +207,7 @@ def joined(
             else f"`{where}`: {len(problems)} tensors are in the wrong place:\n  "
             + "\n  ".join(problems[:LISTED_MAX])
             + (f"\n  ... and {more} more" if more > 0 else ""),
-            hint=f"without `{INDEX}` every `*{SUFFIX}` is read: move away files of other models"
+            hint="without an index all weights are read: move away files of other models"
             if index is None
             else "download the folder again",
         )

@@ -1,26 +1,28 @@
 """`.pt` files, in which `torch.save` stores a whole state: read and write them without torch.
 
 A file is one ZIP archive: `data.pkl` describes the objects, `data/<key>` holds the elements of each
-storage. Entries are named by their path, joined by dots, as in a DCP checkpoint. Every record that
-Holdfast writes has its CRC-32, since no manifest beside the file could reveal a flipped bit.
+storage. Before torch 1.6 it was a stream (`torchstream`). Entries are named by their path, joined
+by dots, as in a DCP checkpoint. Objects that could be rebuilt only by running code are left out.
+Every record that Holdfast writes has its CRC-32, since no manifest beside the file could reveal a
+flipped bit.
 """
 
 from __future__ import annotations
 
-import struct
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from holdfast.errors import FormatError
+from holdfast.format import torchstream
 from holdfast.format.archive import (
     Fetch,
     Record,
     directory_end,
     directory_entry,
     local_header,
+    record_names,
 )
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import (
@@ -31,7 +33,7 @@ from holdfast.format.manifest import (
     TensorEntry,
     ValueEntry,
 )
-from holdfast.format.pickles import Plain, pickled_int, pickled_str
+from holdfast.format.pickles import INVALID, AnyGlobal, Other, Plain, pickled_int, pickled_str
 from holdfast.format.region import Region
 from holdfast.format.torchzip import (
     GLOBALS,
@@ -42,8 +44,10 @@ from holdfast.format.torchzip import (
     pickled_tensor,
     read_pickle,
     stored_tensor,
+    subclass_of,
 )
 from holdfast.format.untrusted import KEYS_MAX
+from holdfast.spelling import counted
 
 ALIGN = 64
 """Alignment of the elements of a tensor, so that a mapped file can be used in place."""
@@ -62,55 +66,177 @@ class TorchFile:
     records: Mapping[str, Record]
     """All records of the archive."""
 
+    values: Mapping[str, object]
+    """The values, by name. An `Other` stands for an object that needs torch."""
+
+    left_out: Mapping[str, str]
+    """Class of each object that is left out, and the number of tensors in it, by name."""
+
 
 def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> TorchFile:
     """Read the contents of a `.pt` file of `nbytes`. Fetches only its directory and its pickle.
 
     Raises:
-        FormatError: it is no `.pt` file, or its pickle refers to code.
+        FormatError: it is no `.pt` file, or everything in it could be rebuilt only by running code.
     """
-    start = fetch(0, 4)
-    if start[:1] == b"\x80":
-        raise FormatError(
-            f"`{where}` is a pickle, or in the format of torch before 1.6, which is not supported",
-            hint="if you trust its writer, load it with torch.load and torch.save it again",
-        )
+    check_kind(fetch, nbytes, where=where)
+    allowed = AnyGlobal(GLOBALS)
     try:
-        value, pickle_bytes, records = read_pickle(
-            fetch, Span(0, nbytes), _ALLOWED, PICKLE_BYTES_MAX, where=where
+        records: Mapping[str, Record]
+        if fetch(0, 1) == b"\x80":
+            allowed.update(torchstream.GLOBALS)
+            stream = torchstream.read_stream(fetch, nbytes, allowed, where=where)
+            value, records = stream.value, stream.records
+        else:
+            value, _, records = read_pickle(
+                fetch, Span(0, nbytes), allowed, PICKLE_BYTES_MAX, where=where
+            )
+        read = _Reader(records, file, nbytes)
+        read.add_all(value)
+    except INVALID as error:
+        reason = "it ends early" if isinstance(error, EOFError | IndexError) else error
+        raise FormatError(f"`{where}` is not a file of torch.save: {reason}") from error
+    if read.left_out and not read.tensors and not read.values:
+        name, found = next(iter(read.left_out.items()))
+        title = found.partition(",")[0]
+        raise FormatError(
+            f"`{where}` holds nothing but objects that need code to be rebuilt: `{name}` refers to "
+            f"`{title}`",
+            hint="in a program that has their classes, torch.save their `state_dict()`",
         )
-        return _state(value, pickle_bytes, records, file, nbytes)
-    except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise FormatError(f"`{where}` is not a file of torch.save: {error}") from error
+    manifest = Manifest(read.tensors, read.values_in_file, files={file: nbytes})
+    return TorchFile(manifest, read.strides, records, read.values, read.left_out)
 
 
-def _state(
-    value: object, pickle_bytes: int, records: Mapping[str, Record], file: str, nbytes: int
-) -> TorchFile:
-    tensors: dict[str, TensorEntry] = {}
-    values: dict[str, ValueEntry] = {}
-    strides: dict[str, tuple[int, ...]] = {}
-    for path, leaf in _leaves(value, pickle_bytes):
-        name = ".".join(map(str, path))
-        if name in tensors or name in values:
-            raise ValueError(f"two entries are named `{name[:200]}`")
-        if not isinstance(leaf, Tensor):
-            values[name] = ValueEntry(file, records["data.pkl"].data, None, path)
-            continue
-        stored = stored_tensor(described(leaf), records, 0)
+def check_kind(fetch: Fetch, nbytes: int, *, where: str) -> None:
+    """Refuse files that begin like one of `torch.save`, but that another function or program wrote.
+
+    Raises:
+        FormatError: it is such a file.
+    """
+    if fetch(0, 1) == b"\x80":
+        if torchstream.is_stream(fetch):
+            return
+        raise FormatError(
+            f"`{where}` is a pickle that torch.save did not write",
+            hint="if you trust its writer, load it with `pickle`, and torch.save its tensors",
+        )
+    names = record_names(fetch, nbytes)
+    if names is None or ("data.pkl" in names and "constants.pkl" not in names):
+        return
+    for record, kind, way in _OTHER_ARCHIVES:
+        if record in names:
+            raise FormatError(f"`{where}` is {kind}, which holds a program", hint=way)
+    raise FormatError(f"`{where}` is a ZIP archive of another program, without `data.pkl`")
+
+
+_OTHER_ARCHIVES = (
+    (
+        "constants.pkl",
+        "a TorchScript archive",
+        'torch.save(torch.jit.load(path).state_dict(), "weights.pt") writes its tensors',
+    ),
+    (
+        "archive_format",
+        "an archive of torch.export",
+        'torch.save(torch.export.load(path).state_dict, "weights.pt") writes its tensors',
+    ),
+    (
+        ".data/version",
+        "an archive of torch.package",
+        "load it with torch.package, and torch.save the `state_dict()` of its model",
+    ),
+)
+"""Record that only a kind of archive has, its name, and a hint."""
+
+
+class _Reader:
+    """Finds the tensors and values of a file, and the objects to leave out."""
+
+    def __init__(self, records: Mapping[str, Record], file: str, nbytes: int) -> None:
+        self._records, self._file, self._nbytes = records, file, nbytes
+        self.tensors: dict[str, TensorEntry] = {}
+        self.values_in_file: dict[str, ValueEntry] = {}
+        self.strides: dict[str, tuple[int, ...]] = {}
+        self.values: dict[str, object] = {}
+        self.left_out: dict[str, str] = {}
+        self._num_left = records["data.pkl"].data.nbytes
+        self._counted: set[int] = set()
+
+    def add_all(self, value: object) -> None:
+        """Add all entries of the object in the file."""
+        pickled = self._records["data.pkl"].data
+        for path, leaf in _leaves(value, pickled.nbytes):
+            name = ".".join(map(str, path))
+            if name in self.tensors or name in self.values or name in self.left_out:
+                raise ValueError(f"two entries are named `{name[:200]}`")
+            title = subclass_of(leaf)
+            if isinstance(leaf, Tensor) and not title:
+                self._add_tensor(name, path, leaf)
+            elif title := title or self._title_of_unsafe(leaf):
+                num_tensors = self._num_tensors_in(leaf)
+                holding = f", with {counted(num_tensors, 'tensor')}" if num_tensors else ""
+                self.left_out[name] = title + holding
+            else:
+                self.values[name] = leaf
+                self.values_in_file[name] = ValueEntry(self._file, pickled, None, path)
+
+    def _title_of_unsafe(self, value: object) -> str:
+        """Class of the first object in a value that needs code to be rebuilt; empty if there is
+        none."""
+        waiting = [value]
+        while waiting:
+            node = waiting.pop()
+            self._num_left -= 1
+            if self._num_left < 0:
+                # Only a crafted file has more objects than bytes.
+                raise ValueError("its objects are nested in one another")
+            if isinstance(node, Other):
+                if node.title not in SAFE:
+                    return node.title
+                waiting += node.args
+            elif isinstance(node, type) and issubclass(node, Other):
+                return node.title
+            elif isinstance(node, Tensor):
+                return "torch.Tensor"
+            elif isinstance(node, list | tuple):
+                waiting += node
+        return ""
+
+    def _num_tensors_in(self, value: object) -> int:
+        """Number of tensors in an object that is left out. Objects may refer to each other: each is
+        counted once for the whole file."""
+        waiting, num_tensors = [value], 0
+        while waiting:
+            node = waiting.pop()
+            if id(node) in self._counted:
+                continue
+            self._counted.add(id(node))
+            if isinstance(node, Tensor):
+                num_tensors += 1
+            elif isinstance(node, Other):
+                # Not unpacked, since many objects may share one tuple of arguments.
+                waiting += [node.args, node.members, node.state]
+            elif isinstance(node, dict):
+                waiting += node.values()
+            elif isinstance(node, list | tuple):
+                waiting += node
+        return num_tensors
+
+    def _add_tensor(self, name: str, path: Path, leaf: Tensor) -> None:
+        stored = stored_tensor(described(leaf), self._records, 0)
         region = Region.whole(stored.shape)
         data_bytes = region.num_elements * dtype_of(stored.dtype).itemsize
-        if data_bytes > nbytes:
+        if data_bytes > self._nbytes:
             # An expanded tensor (stride 0) could claim any size and store only a few bytes.
-            raise ValueError(f"`{name[:200]}` has {data_bytes} bytes, the file only {nbytes}")
+            raise ValueError(f"`{name[:200]}` has {data_bytes} bytes, the file only {self._nbytes}")
         row_major = stored.strides == contiguous_strides(stored.shape) or region.num_elements < 2
         if row_major:
             item = Span(stored.data.offset, data_bytes)
         else:
-            item, strides[name] = stored.data, stored.strides
-        chunk = Chunk(region, file, item, item.offset if row_major else None)
-        tensors[name] = TensorEntry(stored.dtype, stored.shape, (chunk,), path)
-    return TorchFile(Manifest(tensors, values, files={file: nbytes}), strides, records)
+            item, self.strides[name] = stored.data, stored.strides
+        chunk = Chunk(region, self._file, item, item.offset if row_major else None)
+        self.tensors[name] = TensorEntry(stored.dtype, stored.shape, (chunk,), path)
 
 
 def _leaves(value: object, num_max: int) -> Iterator[tuple[Path, object]]:
@@ -126,6 +252,8 @@ def _leaves(value: object, num_max: int) -> Iterator[tuple[Path, object]]:
         members: list[tuple[Any, object]] = []
         if isinstance(node, dict):
             members = list(node.items())
+        elif isinstance(node, Other) and node.title in _DICTS:
+            members = list(zip(node.members[::2], node.members[1::2], strict=True))
         elif isinstance(node, list | tuple):
             members = list(enumerate(node))
         if not members or _is_plain(members):
@@ -135,6 +263,9 @@ def _leaves(value: object, num_max: int) -> Iterator[tuple[Path, object]]:
         if len(path) >= KEYS_MAX or num_max < 0:
             raise ValueError("its objects are nested too deep, or in one another")
         waiting += [((*path, _key(key)), member) for key, member in reversed(members)]
+
+
+_DICTS = frozenset({"collections.defaultdict", "collections.Counter"})
 
 
 def _is_plain(members: list[tuple[Any, object]]) -> bool:
@@ -150,25 +281,13 @@ def _key(key: object) -> str | int:
         return key
     if key is None or isinstance(key, bool | float):
         return str(key)
+    if isinstance(key, type) and issubclass(key, Other):
+        return key.title
     raise ValueError(f"a key that is a {type(key).__name__}")
 
 
-class _Value(Plain):
-    """Stands for a value that is not read."""
-
-
-_ALLOWED: Mapping[tuple[str, str], Any] = {
-    **GLOBALS,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch", "device"): _Value,
-    ("torch", "Generator"): _Value,
-    ("_codecs", "encode"): _Value,
-    **{
-        (module, name): _Value
-        for module in ("builtins", "__builtin__")
-        for name in ("set", "frozenset", "complex", "bytearray", "slice", "range")
-    },
-}
+SAFE = frozenset({"set", "frozenset", "complex", "bytearray", "torch.device", "_codecs.encode"})
+"""Classes and functions, besides those of tensors, whose objects are values."""
 
 
 # ---------------------------------------------------------------------------------------- writing

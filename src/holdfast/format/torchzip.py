@@ -47,7 +47,8 @@ PICKLE_BYTES_MAX = 256 << 20
 
 _TENSOR_PICKLE_BYTES_MAX = 1 << 20
 _PARAMETERS_MAX = 8
-"""Most `Parameter`s nested around one tensor; without a limit a cycle would never end."""
+"""Most objects nested around one tensor, such as `Parameter`s. Without a limit a cycle would never
+end."""
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -214,16 +215,34 @@ class Tensor(Plain):
     """Stands for a tensor in the result of `loads`."""
 
 
-class _RebuildV2(Tensor):
+class RebuildV2(Tensor):
     """Arguments: storage, offset, shape, strides; the others are ignored."""
 
 
 class _RebuildV3(Tensor):
-    """Arguments of `_RebuildV2`, and the dtype as the seventh."""
+    """Arguments of `RebuildV2`, and the dtype as the seventh."""
 
 
 class _RebuildParameter(Tensor):
     """Arguments: the tensor; the others are ignored."""
+
+
+class _RebuildFromType(Tensor):
+    """Tensor with attributes, or of a subclass. Arguments: function, class, arguments of the
+    function; the attributes are ignored."""
+
+
+_TENSOR_CLASS = "torch.Tensor"
+"""Stands for the classes whose elements are those of their storage."""
+
+
+def subclass_of(value: object) -> str:
+    """Name of the subclass of a tensor, if its elements may be something else than those of its
+    storage; empty for other objects."""
+    if not isinstance(value, _RebuildFromType) or len(value.args) < 2:
+        return ""
+    cls = value.args[1]
+    return "" if cls == _TENSOR_CLASS else str(getattr(cls, "title", type(cls).__name__))
 
 
 def described(value: object) -> Described:
@@ -233,24 +252,40 @@ def described(value: object) -> Described:
         ValueError, LookupError, TypeError, AttributeError: it is no valid tensor.
     """
     for _ in range(_PARAMETERS_MAX):
-        if not isinstance(value, _RebuildParameter):
+        if isinstance(value, _RebuildParameter):
+            value = value.args[0]
+        elif isinstance(value, _RebuildFromType) and value.args[1] == _TENSOR_CLASS:
+            function, _, args = value.args[:3]
+            if function not in (RebuildV2, _RebuildV3) or type(args) is not tuple:
+                raise ValueError("a tensor that is made by an unknown function")
+            value = function(args)
+        else:
             break
-        value = value.args[0]
-    if not isinstance(value, _RebuildV2 | _RebuildV3):
+    if not isinstance(value, RebuildV2 | _RebuildV3):
         raise ValueError(f"holds {type(value).__name__}, not a tensor")
     storage, offset, shape, strides = value.args[:4]
+    bits = value.args[7:] if isinstance(value, _RebuildV3) else value.args[6:]
+    if any(bits):
+        raise ValueError("its elements are conjugated or negated when they are read")
+    # In the stream format, storages have three more members: the last tells where a view starts.
     kind, storage_dtype, key = storage[:3]
     dtype = value.args[6].name if isinstance(value, _RebuildV3) else storage_dtype
     if kind != "storage" or type(key) is not str or type(dtype) is not str:
         raise ValueError("its storage is not one of torch's")
-    (offset,) = check_sizes((offset,))
-    return Described(key, dtype, offset, check_sizes(shape), check_sizes(strides))
+    view = storage[5] if len(storage) > 5 else None
+    start = 0 if view is None else view[1]
+    offset, start = check_sizes((offset, start))
+    return Described(key, dtype, start + offset, check_sizes(shape), check_sizes(strides))
 
 
 GLOBALS: Mapping[tuple[str, str], Any] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _RebuildV2,
+    ("torch._utils", "_rebuild_tensor_v2"): RebuildV2,
     ("torch._utils", "_rebuild_tensor_v3"): _RebuildV3,
     ("torch._utils", "_rebuild_parameter"): _RebuildParameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _RebuildParameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _RebuildFromType,
+    ("torch", "Tensor"): _TENSOR_CLASS,
+    ("torch.nn.parameter", "Parameter"): _TENSOR_CLASS,
     ("torch", "Size"): tuple,
     ("torch.storage", "UntypedStorage"): "untyped",
     ("collections", "OrderedDict"): OrderedDict,

@@ -15,7 +15,7 @@ from holdfast.catalog.open_any import open_in
 from holdfast.catalog.source import Source, read_value
 from holdfast.comm import Ranks, all_ranks, hosts_of, run_on_all
 from holdfast.errors import HoldfastError, MismatchError
-from holdfast.format.manifest import TensorEntry
+from holdfast.format.manifest import TensorEntry, ValueEntry
 from holdfast.loading.fit import fits, needs_check
 from holdfast.loading.opening import read_on_all
 from holdfast.loading.read import Wanted, read_tensors, threads_for
@@ -106,6 +106,10 @@ class Loaded:
 Fill = Callable[[Source, Sequence[Wanted]], int]
 """`fill(source, wanted)`: reads the wanted tensors into memory. Returns the bytes read."""
 
+Fetch = Callable[[Source, Sequence[Wanted], Iterable[ValueEntry]], object]
+"""`fetch(source, wanted, values)`: makes the data that this rank will read available. Collective.
+"""
+
 Replicas = Literal["auto", "read", "broadcast"]
 """How several ranks get the same data. `read`: each rank reads it. `broadcast`: one rank reads and
 checks it and passes it on, so no byte is read twice. `auto`: `broadcast` if the checkpoint is
@@ -122,11 +126,13 @@ def load_tree(
     partial: bool = False,
     fill: Fill | None = None,
     replicas: Replicas = "read",
+    fetch: Fetch | None = None,
 ) -> Loaded:
     """Load an open checkpoint into a tree of state.
 
     `partial`: entries that are missing or do not fit stay as they are, and are reported.
     `fill`: replaces `read_tensors`; then every rank reads for itself.
+    `fetch`: called before the first read.
 
     Collective: every rank calls this. An error of one rank is raised on all. Objects get their
     state only after every rank has read everything.
@@ -141,6 +147,8 @@ def load_tree(
                 raise _mismatch(source, differences)
             reading = run_on_all(ranks, lambda: _Reading(source, match))
         with spans("read"):
+            if fetch is not None:
+                fetch(source, [*reading.wanted.values()], [*reading.entries.values()])
             nbytes = _read(reading, ranks, fill, replicas)
             values = run_on_all(ranks, reading.values)
         with spans("apply"):

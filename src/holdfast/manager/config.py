@@ -9,8 +9,9 @@ from typing import Any, Literal, Self
 from holdfast.arguments import checked_path, nearest, settings, shown
 from holdfast.errors import UsageError
 from holdfast.format.names import STEP_MAX
-from holdfast.manager.renames import parse
+from holdfast.manager.renames import KEY
 from holdfast.manager.signals import check_names
+from holdfast.tensors.renames import parse
 
 _ZERO_IS_OFF = (
     "interval_minutes",
@@ -122,6 +123,18 @@ class CheckpointConfig:
     """Number of saves that link a file before it is read and compared with its checksums. Damage
     makes the save write its tensors again. 0 never reads it."""
 
+    local_folder: str | None = None
+    """Folder on a disk of each host, or in its memory, for frequent saves: the fast tier. The name
+    of the host replaces `{host}`. `interval` then says which of these checkpoints are copied to
+    `folder`, in the background, within `write_bandwidth_limit`."""
+
+    local_interval: int = 50
+    """Steps between saves to `local_folder`."""
+
+    local_replicas: int = 0
+    """Number of other hosts whose `local_folder` keeps the files of a host too: 0 or 1. With 1, a
+    run resumes from `local_folder` after any single host is lost."""
+
     keep_latest_k: int = 10
     """Number of newest good checkpoints to keep. 0 keeps all. 1 is refused: one damaged file would
     end the run."""
@@ -196,6 +209,15 @@ class CheckpointConfig:
         checked_path(self.folder, "checkpoint.folder")
         if self.initial_load_path is not None:
             checked_path(self.initial_load_path, "checkpoint.initial_load_path")
+        if self.local_folder is not None:
+            checked_path(self.local_folder, "checkpoint.local_folder")
+            if self.deduplicate:
+                # The copy from the fast tier to `folder` would write every byte again.
+                raise UsageError(
+                    "`checkpoint.deduplicate` links files in `checkpoint.folder`, and does not "
+                    "work with `checkpoint.local_folder`",
+                    hint="--checkpoint.no-deduplicate",
+                )
         self._check_hf()
         self._check_frozen()
         check_names(self.stop_signals)
@@ -215,6 +237,14 @@ class CheckpointConfig:
         if self.interval != "auto" and self.interval < 1:
             raise UsageError(
                 f'`checkpoint.interval` must be at least 1 step, or "auto", found: {self.interval}'
+            )
+        if self.local_interval < 1:
+            raise UsageError(
+                f"`checkpoint.local_interval` must be at least 1 step, found: {self.local_interval}"
+            )
+        if self.local_replicas not in (0, 1):
+            raise UsageError(
+                f"`checkpoint.local_replicas` must be 0 or 1, found: {self.local_replicas}"
             )
         if not 1 <= self.min_interval <= self.max_interval:
             raise UsageError(
@@ -267,7 +297,7 @@ class CheckpointConfig:
                     hint=f"--checkpoint.{needed}",
                 )
         for rule in self.initial_load_renames:
-            parse(rule)
+            parse(rule, KEY)
         if self.initial_load_renames and self.initial_load_in_hf:
             raise UsageError(
                 "`checkpoint.initial_load_renames` does not apply to Hugging Face folders, whose "

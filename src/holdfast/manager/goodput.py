@@ -15,6 +15,8 @@ from holdfast.timing import Times, times_of
 
 RESUMING = "resuming"
 
+SAVING_LOCALLY = "saving to the fast tier"
+
 
 @dataclass(frozen=True, slots=True)
 class Timings:
@@ -94,7 +96,8 @@ class Goodput:
         now = time.perf_counter()
         trained = now - self._began - self.lost_s
         # Before the first save, time was lost only to asking whether one is due.
-        save_s = self.blocked_s / self._num_saves if self._num_saves else 0.0
+        blocked_s = self.blocked_s - self._lost.get(SAVING_LOCALLY, 0.0)
+        save_s = blocked_s / self._num_saves if self._num_saves else 0.0
         return Progress(
             steps=self._num_steps - self._steps_at_save,
             seconds=now - self._saved_at,

@@ -23,10 +23,12 @@ class Lifetime:
     """Context that releases everything a manager holds, even if an error ends it."""
 
     def __init__(self) -> None:
-        self._held = ExitStack()
+        self.held: ExitStack = ExitStack()
+        """Context that ends when the manager is closed."""
+
         self._pid = os.getpid()
         # Releases them if the program ends without `close`, before modules are torn down.
-        weakref.finalize(self, _release, self._held, self._pid)
+        weakref.finalize(self, _release, self.held, self._pid)
         self._closed = False
 
     @property
@@ -54,9 +56,7 @@ class Lifetime:
         killed runs, in that folder and in the folder of exports below it."""
         store = catalog.store
         store.make_folder("")
-        since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-        note = f"host {host_name()}, pid {os.getpid()}, since {since}"
-        catalog.check_lock = self._held.enter_context(store.lock(LOCK, note))
+        catalog.check_lock = self.held.enter_context(store.lock(LOCK, note_of_process()))
         put_in_order(store)
         if f"{FOLDER}/" in store.list():
             # Other programs, which read exports, cannot restore a `.replaced` one.
@@ -64,13 +64,19 @@ class Lifetime:
 
     def callback(self, release: Callable[[], object]) -> None:
         """Call `release` when the manager is closed."""
-        self._held.callback(release)
+        self.held.callback(release)
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, *_: object) -> None:
         self._closed = True
-        self._held.close()
+        self.held.close()
+
+
+def note_of_process() -> str:
+    """Description of this process, for the files that it locks."""
+    since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+    return f"host {host_name()}, pid {os.getpid()}, since {since}"
 
 
 class OptimizerHooks:

@@ -37,6 +37,7 @@ from holdfast.manager.saver import Saver
 from holdfast.spelling import rate
 from holdfast.state.model import ModelState
 from holdfast.state.objects import StateTree
+from holdfast.tier.union import Fetching, LocalCheckpoint, fetching, find
 
 
 class Loader:
@@ -54,20 +55,22 @@ class Loader:
         hf: HFFormat,
         saver: Saver,
     ) -> None:
-        """`whole_model` includes frozen parameters that are not saved. `saver` gets to know the
-        checkpoint that the run resumes from."""
+        """`whole_model` includes frozen parameters that are not saved. `saver` has the fast tier,
+        applies the retention rules, and gets to know the checkpoint that the run resumes from."""
         self._run, self._catalog, self._ranks = run, run.catalog, run.ranks
         self._config, self._goodput = run.config, run.goodput
         self._components, self._whole_model = components, whole_model
         excluded = canonical(run.config.exclude_from_loading)
         self._resumed_names = [name for name in components if name not in excluded]
-        self._hf = hf
-        self._retainer, self._deduplicator = saver.retainer, saver.deduplicator
+        self._hf, self._saver = hf, saver
 
     def load(self, requested: int) -> Resumed:
         """Resume from step `requested`; -1 takes the newest."""
         start = None if self._config.save_frozen else self._load_initial()
         if requested >= 0:
+            local = self._local_at(requested)
+            if local is not None:
+                return self._resume_local(local, explicit=True)
             try:
                 return read_on_all(
                     self._ranks,
@@ -106,6 +109,7 @@ class Loader:
         """
         passed_over: list[str] = []
         below, num_failed = None, 0
+        local = self._local_checkpoints()
         while True:
             opened, refused = run_on_rank_0(
                 self._ranks, partial(newest_resumable, self._catalog, below)
@@ -113,6 +117,15 @@ class Loader:
             for line in [line for line in refused if line not in passed_over]:
                 self._run.warn(f"passed over {line}")
                 passed_over.append(line)
+            local = [found for found in local if opened is None or _is_newer(found, opened)]
+            if local:
+                newest = local.pop(0)
+                try:
+                    return self._resume_local(newest, explicit=False), passed_over
+                except UNREADABLE as error:
+                    passed_over.append(f"step {newest.step} of the fast tier: {error.what}")
+                    self._run.warn(f"passed over {passed_over[-1]}")
+                    continue
             if opened is None:
                 return None, passed_over
             try:
@@ -129,23 +142,56 @@ class Loader:
                 if below is not None and self._ranks.rank == 0 and self._run.saves:
                     mark_unless_store_failed(self._catalog, below, error)
 
-    def _resume(self, opened: Opened, *, explicit: bool) -> Resumed:
-        """Load a checkpoint of this folder, and protect it and newer ones from retention."""
+    def latest_step(self) -> int | None:
+        """The newest step that can be resumed from: see `CheckpointManager.latest_step`."""
+
+        def find() -> int | None:
+            opened, _ = newest_resumable(self._catalog, None)
+            return None if opened is None else opened.step
+
+        steps = [found.step for found in self._local_checkpoints()]
+        step = run_on_rank_0(self._ranks, find)
+        return max([*steps, *([] if step is None else [step])], default=None)
+
+    def _local_checkpoints(self) -> list[LocalCheckpoint]:
+        """The checkpoints of the fast tier, newest first. The same on all ranks."""
+        tier = self._saver.tier
+        return [] if tier is None else find(tier.local, self._ranks)
+
+    def _local_at(self, step: int) -> LocalCheckpoint | None:
+        """The checkpoint of a step that only the fast tier has."""
+        local = [found for found in self._local_checkpoints() if found.step == step]
+        if not local or step in run_on_rank_0(self._ranks, self._catalog.steps):
+            return None
+        return local[0]
+
+    def _resume_local(self, found: LocalCheckpoint, *, explicit: bool) -> Resumed:
+        """Load a checkpoint of the fast tier."""
+        tier = self._saver.tier
+        assert tier is not None, "it has found the checkpoint"
+        with fetching(tier.local, found, self._ranks) as fetched:
+            return self._resume(fetched.open(), explicit=explicit, fetched=fetched)
+
+    def _resume(
+        self, opened: Opened, *, explicit: bool, fetched: Fetching | None = None
+    ) -> Resumed:
+        """Load a checkpoint of this folder, or one of the fast tier. Protect it and newer ones from
+        retention."""
         started = time.perf_counter()
         step, manifest = opened.step, opened.manifest
         assert step is not None, "only checkpoints of this folder are resumed from"
-        source = opened.source(self._catalog.store)
+        source = opened.source(self._catalog.store if fetched is None else fetched.store)
         # Step 0 may be a seed, or TorchTitan's first step: only its model is loaded.
         is_full = step > 0 or manifest.kind == "full"
-        self._load_components(source, self._resumed_names if is_full else [MODEL], step)
+        self._load_components(source, self._resumed_names if is_full else [MODEL], step, fetched)
         speed = rate(manifest.nbytes, time.perf_counter() - started)
         self._run.info(f"resumed from step {step}: {speed}, {source.url}")
         steps = run_on_rank_0(self._ranks, self._catalog.steps)
         newer = [other for other in steps if other > step]
-        self._retainer.resumed(step, newer)
-        if self._deduplicator is not None and is_full:
+        self._saver.retainer.resumed(step, newer)
+        if self._saver.deduplicator is not None and is_full:
             earlier = run_on_rank_0(self._ranks, partial(self._before, step))
-            self._deduplicator.resumed([*earlier, (step_name(step), manifest)])
+            self._saver.deduplicator.resumed([*earlier, (step_name(step), manifest)])
         if newer and self._run.saves and explicit:
             self._run.warn(
                 f"steps {newer} are newer than step {step}: they stay, each until this run saves "
@@ -187,7 +233,9 @@ class Loader:
         self._run.info(f"loaded {source.url}: going on from step {step}")
         return Resumed(step, "initial", source.url)
 
-    def _load_components(self, source: Source, names: Sequence[str], step: int) -> None:
+    def _load_components(
+        self, source: Source, names: Sequence[str], step: int, fetched: Fetching | None = None
+    ) -> None:
         manifest, wanted = source.manifest, list(names)
         if RNG in wanted and (why := why_no_generators(manifest, self._ranks.size)):
             self._run.info(f"random number generators start afresh: {why}")
@@ -197,15 +245,26 @@ class Loader:
         components = {name: self._components[name] for name in wanted}
         ignored = ignored_names(manifest, names, self._config.exclude_from_loading)
         tree = StateTree(components, flat=MODEL, others={*self._run.others, *ignored})
-        self._load_tree(source, tree, step)
+        self._load_tree(source, tree, step, fetched=fetched)
 
     def _load_tree(
-        self, source: Source, tree: StateTree, step: int, *, partial_load: bool = False
+        self,
+        source: Source,
+        tree: StateTree,
+        step: int,
+        *,
+        partial_load: bool = False,
+        fetched: Fetching | None = None,
     ) -> None:
-        replicas = self._config.load_replicas
         try:
             loaded = load_tree(
-                source, tree, ranks=self._ranks, partial=partial_load, replicas=replicas
+                source,
+                tree,
+                ranks=self._ranks,
+                partial=partial_load,
+                # What came to a host is on its disk, for all of its ranks.
+                replicas=self._config.load_replicas if fetched is None else "read",
+                fetch=None if fetched is None else fetched.fetch,
             )
         except (FormatError, MismatchError) as error:
             error.hint = hint_for_mismatch(error, self._run.others) or error.hint
@@ -216,3 +275,10 @@ class Loader:
     def _model(self, ignored: Collection[str] = ()) -> StateTree:
         others = {*self._run.others, *ignored}
         return StateTree({MODEL: self._whole_model}, flat=MODEL, others=others)
+
+
+def _is_newer(found: LocalCheckpoint, opened: Opened) -> bool:
+    """Whether a checkpoint of the fast tier is newer than one of the folder, or the same. Of two
+    attempts at one step, the later one is."""
+    assert opened.step is not None, "only checkpoints of this folder are resumed from"
+    return (found.step, found.created) >= (opened.step, opened.manifest.created)

@@ -27,11 +27,12 @@ from holdfast.manager.goodput import RESUMING, Timings
 from holdfast.manager.hf import HFFormat
 from holdfast.manager.lifetime import Lifetime, OptimizerHooks
 from holdfast.manager.loader import Loader
-from holdfast.manager.resume import newest_final, newest_resumable
+from holdfast.manager.resume import newest_final
 from holdfast.manager.resumed import Resumed
 from holdfast.manager.saver import Saver
 from holdfast.manager.signals import StopSignals
 from holdfast.manager.step_saver import StepSaver
+from holdfast.saving.seen import check_start
 from holdfast.state.model import ModelState, adapted
 from holdfast.state.objects import StateTree
 from holdfast.state.optim import OptimizerState
@@ -96,9 +97,10 @@ class CheckpointManager:
         """Lock `folder` against other runs, and clean up what killed runs left there.
 
         `model` may be a list of pipeline stages. `states` are further objects, by name. The state
-        of a `dataloader` is saved for each rank, unless it has `state_is_global = True`. `config`
-        defaults to a save every 500 steps, `ranks` to those of `torch.distributed`. `hub` describes
-        the model in Hugging Face format, for exports and for loading such folders.
+        of a `dataloader` is saved for each rank, unless it has `state_is_global = True`, as an
+        `ElasticLoader` of `holdfast.data` has. `config` defaults to a save every 500 steps, `ranks`
+        to those of `torch.distributed`. `hub` describes the model in Hugging Face format, for
+        exports and for loading such folders.
 
         `optimizers` may be one object that holds optimizers; its own `state_dict` is saved then.
         `store`: keep the checkpoints in this store; `folder` is None then. `on_stop`: what `save`
@@ -164,13 +166,22 @@ class CheckpointManager:
             raises_on_stop=on_stop == "raise",
         )
         self._loader = Loader(self._run, components, whole_model, hf=hf, saver=self._saver)
-        if self._run.saves:
-            try:
-                run_on_rank_0(ranks, partial(self._lifetime.take, self._run.catalog, hf))
-                run_on_rank_0(ranks, self._saver.check_links)
-            except BaseException:
-                with self._lifetime:
-                    raise
+        try:
+            self._open(hf)
+        except BaseException:
+            with self._lifetime:
+                raise
+
+    def _open(self, hf: HFFormat) -> None:
+        """Lock the folder, and check that all hosts share it. Collective."""
+        run = self._run
+        if run.saves:
+            run_on_rank_0(run.ranks, partial(self._lifetime.take, run.catalog, hf))
+            run_on_rank_0(run.ranks, self._saver.check_links)
+        if run.config.enable:
+            check_start(run.catalog, run.ranks, saves=run.saves)
+        if run.saves and run.config.local_folder is not None:
+            self._saver.start_tier(run.config.local_folder, self._lifetime)
 
     @_one_at_a_time
     def load(self, step: int | None = None) -> Resumed:
@@ -227,7 +238,7 @@ class CheckpointManager:
 
         Inside the context of this manager, one of `stop_signals` to any rank makes the next call
         save, whatever the interval, and raise SystemExit with status 128 + signal on every rank:
-        see `on_stop`.
+        see `on_stop`. Under `torchrun`, which restarts workers that fail, the status is 0.
 
         Collective: every rank calls this after every step.
 
@@ -270,6 +281,7 @@ class CheckpointManager:
         """
         if self._lifetime.is_open:
             self._saver.collect()
+            self._saver.settle()
 
     @property
     def stop_requested(self) -> bool:
@@ -292,12 +304,7 @@ class CheckpointManager:
 
         Collective: every rank calls this.
         """
-
-        def find() -> int | None:
-            opened, _ = newest_resumable(self._run.catalog, None)
-            return None if opened is None else opened.step
-
-        return run_on_rank_0(self._run.ranks, find)
+        return self._loader.latest_step()
 
     @uncompiled
     def final_step(self) -> int | None:
@@ -334,8 +341,7 @@ class CheckpointManager:
         """
         if self._lifetime.is_open:
             with self._lifetime:
-                self._saver.collect()
-                self._saver.retainer.wait()
+                self._saver.finish()
 
     @uncompiled
     def __enter__(self) -> Self:
@@ -360,3 +366,4 @@ class CheckpointManager:
             # A stopping run has a deadline: the next start deletes what retention has not yet.
             with self._lifetime:
                 self._saver.collect()
+                self._saver.settle()

@@ -39,6 +39,9 @@ class Progress(NamedTuple):
     busy: float = 0
     """1 while the save before is being written, else 0."""
 
+    draining: float = 0
+    """1 while a checkpoint is copied from the hosts to the folder of the run, else 0."""
+
     signal: float = 0
     """Number of a stop signal that was received; 0 if there is none."""
 

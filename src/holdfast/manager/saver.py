@@ -7,15 +7,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Literal
 
 import torch
 
-from holdfast.comm import capture, gather_and_run, run_on_all
-from holdfast.errors import HoldfastError, RankError, UsageError
+from holdfast.comm import Ranks, capture, gather_and_run, hosts_of, run_on_all
+from holdfast.errors import HoldfastError, RankError, StorageError, UsageError
 from holdfast.format.manifest import Kind, Manifest
 from holdfast.format.names import step_name
 from holdfast.manager.context import RunContext
+from holdfast.manager.fast_tier import FastTier
 from holdfast.manager.hf import Export, HFFormat
+from holdfast.manager.lifetime import Lifetime, note_of_process
 from holdfast.manager.policy import Retention
 from holdfast.manager.retention import Retainer
 from holdfast.planning.gc_pause import gc_paused
@@ -24,13 +27,19 @@ from holdfast.saving.background import Background
 from holdfast.saving.deduplicate import Deduplicator
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import Pending, abort, begin_save, finish_save, take_snapshot
-from holdfast.saving.stage import Snapshot, Staging, free_memory
+from holdfast.saving.stage import Snapshot, Staging, check_memory, free_memory
 from holdfast.spelling import rate, spelled_bytes
 from holdfast.state.tree import FlatState
 from holdfast.storage.local import NO_SPACE
+from holdfast.tier.drain import Drained
+from holdfast.tier.local import LocalTier
 from holdfast.timing import Spans, times_of
 
 logger: logging.Logger = logging.getLogger("holdfast")
+
+Target = Literal["durable", "local", "drained"]
+"""Place of a save. `durable`: the folder of the run. `local`: the fast tier. `drained`: the fast
+tier, and from there the folder of the run."""
 
 LOGGED_WAIT_S = 0.1
 """Shortest wait for the background save that is logged."""
@@ -70,10 +79,22 @@ class Saver:
         )
         self.retainer: Retainer = Retainer(run.catalog, retention)
         """Applies the retention rules; only rank 0 uses it."""
+        self.tier: FastTier | None = None
+        """Fast tier of the run, once it is started."""
+        self.owes_durable: bool = False
+        """Whether a save to the fast tier has failed in the background, and was due for a copy to
+        the folder of the run."""
+        self._target: Target = "durable"
+        """Place of the last save."""
         self.full_save_s: float = 0.0
         """Longest duration of a full save: see `Progress`."""
         self.model_share: float = 0.0
         """Share of the model in a checkpoint: see `Progress`. Known to rank 0 only."""
+
+    def start_tier(self, folder: str, lifetime: Lifetime) -> None:
+        """Start the fast tier, in `folder` of each host. Collective."""
+        note = note_of_process()
+        self.tier = FastTier(self._run, folder, lifetime.held, note, self._drained)
 
     def save(
         self,
@@ -84,14 +105,22 @@ class Saver:
         dtype: torch.dtype | None = None,
         metrics: Mapping[str, float] | None = None,
         export: Export | None = None,
+        target: Target = "durable",
     ) -> bool:
         """Save a checkpoint, an export, or both. Returns whether it was saved or is being saved.
 
-        A failure raises, or returns False: see `on_save_error`.
+        A failure raises, or returns False: see `on_save_error`. If the fast tier fails, a save that
+        was due for a copy from there goes to the folder of the run at once.
         """
         self.collect()
+        if target != "local":
+            self.settle()
         # The space of files that are still being deleted would count as used.
-        self.retainer.wait()
+        if target == "durable":
+            self.retainer.wait()
+        elif self.tier is not None:
+            self.tier.local.wait()
+        self._target = target
         pending: Pending | None = None
         try:
             if export in ("beside", "alone"):
@@ -107,31 +136,27 @@ class Saver:
                 model=self._hf.config or {},
             )
             with gc_paused():
-                pending = begin_save(
-                    self._hf.catalog if export == "alone" else self._catalog,
-                    step_name(step),
-                    run_on_all(self._ranks, flatten),
-                    planner=self._hf.planner if export == "alone" else self._planner,
-                    facts=facts,
-                    dtype=dtype,
-                    # A model alone is kept after the run, and other programs may change its files.
-                    deduplicator=self.deduplicator if kind == "full" else None,
-                )
+                pending = self._begin(step, run_on_all(self._ranks, flatten), facts, dtype, export)
             if self._in_background and self._has_room(pending):
                 self._finish_in_background(pending, step, export)
             else:
                 with gc_paused():
                     self._finish(pending, step, export)
         except HoldfastError as error:
-            self._raise_or_log(error)
+            if not self._tier_failed(error):
+                self._raise_or_log(error)
+            elif target == "drained":
+                return self.save(step, kind, flatten, dtype=dtype, metrics=metrics, export=export)
             return False
         except BaseException:
             # After an interrupt in a notebook the process continues, and may save again.
             if not self.background.is_started():
                 self._staging = None
                 if pending is not None:
-                    capture(partial(abort, pending, self._ranks))
+                    capture(partial(abort, pending))
                 self._catalog.release_all()
+                if self.tier is not None:
+                    self.tier.local.catalog.release_all()
             raise
         return True
 
@@ -141,6 +166,33 @@ class Saver:
         if self.deduplicator is not None:
             with _hint_about_links():
                 self.deduplicator.check_links()
+
+    def _begin(
+        self,
+        step: int,
+        state: FlatState,
+        facts: Manifest,
+        dtype: torch.dtype | None,
+        export: Export | None,
+    ) -> Pending:
+        """Plan a save, and make its attempt, on each host if it goes there. Collective."""
+        begin = partial(begin_save, facts=facts, dtype=dtype)
+        name, local = step_name(step), self._local
+        if export == "alone":
+            return begin(self._hf.catalog, name, state, planner=self._hf.planner)
+        if local is None:
+            # A model alone is kept after the run, and other programs may change its files.
+            deduplicator = self.deduplicator if facts.kind == "full" else None
+            begin = partial(begin, deduplicator=deduplicator)
+            return begin(self._catalog, name, state, planner=self._planner)
+        make = partial(local.attempt, name)
+        pending = begin(local.catalog, name, state, planner=self._planner, begin=lambda _: make())
+        return local.begin(pending, self._ranks)
+
+    @property
+    def _local(self) -> LocalTier | None:
+        """The fast tier, if the last save goes there."""
+        return None if self._target == "durable" or self.tier is None else self.tier.local
 
     def wait_for_staging(self) -> None:
         """Wait until the training state is copied."""
@@ -159,24 +211,68 @@ class Saver:
             with self._goodput.lost_to("waiting for the save before"):
                 self.background.wait()
         except HoldfastError as error:
-            self._raise_or_log(error)
+            if self._tier_failed(error):
+                self.owes_durable = self._target == "drained"
+            else:
+                self._raise_or_log(error)
         waited_s = time.perf_counter() - started
         if waited_s > LOGGED_WAIT_S:
             self._run.info(f"waited {waited_s:.2f} s for the save in the background")
+
+    @property
+    def draining(self) -> bool:
+        """Whether a checkpoint is being copied from the fast tier, or will be once it is saved."""
+        will_drain = self._target == "drained" and self.background.busy
+        return will_drain or (self.tier is not None and self.tier.drain.busy)
+
+    @property
+    def failed(self) -> bool:
+        """Whether something in the background has failed, and its error was not raised yet."""
+        return self.background.failed or (self.tier is not None and self.tier.drain.failed)
+
+    def settle(self) -> None:
+        """Wait until the checkpoint that is being copied from the fast tier is durable. Raise the
+        error or log it: see `on_save_error`."""
+        if self.tier is None:
+            return
+        try:
+            with self._goodput.lost_to("waiting for the save before"):
+                self.tier.drain.wait()
+        except HoldfastError as error:
+            self._raise_or_log(error)
+
+    def finish(self) -> None:
+        """Wait for everything in the background."""
+        self.collect()
+        self.settle()
+        self.retainer.wait()
+        if self.tier is not None:
+            self.tier.local.wait()
+
+    def give_up_drain(self) -> None:
+        """Give up the copy from the fast tier: the run has a deadline."""
+        if self.tier is not None:
+            self.tier.drain.stop()
 
     def _has_room(self, pending: Pending) -> bool:
         """Whether every rank has the memory for a snapshot. Raises an error if not, or lets
         training wait for this save: see `on_low_memory`. Collective."""
         nbytes = pending.file_layout.nbytes
-        if nbytes > self._snapshot.nbytes:
+        growth = max(0, nbytes - self._snapshot.nbytes)
+        if not self._ranks.all_reduce_max([growth])[0]:
+            return True
+        others = _on_same_host(growth, self._ranks)
+        if growth:
             free = free_memory()
             left = "" if free is None else f", {spelled_bytes(free)} free"
             self._run.info(f"needs {spelled_bytes(nbytes)} of host memory for snapshots{left}")
         try:
+            # Before one rank takes memory that another has counted as free.
+            run_on_all(self._ranks, lambda: check_memory(growth, others))
             run_on_all(self._ranks, lambda: self._snapshot.reserve(nbytes))
         except UsageError as error:
             if self._config.on_low_memory == "raise":
-                abort(pending, self._ranks)
+                abort(pending)
                 error.hint = (
                     '`checkpoint.async_mode = "disabled"` needs none; with '
                     '`checkpoint.on_low_memory = "wait"` training waits for saves that do not fit'
@@ -215,23 +311,28 @@ class Saver:
             self._finish_export(pending, step, export, staging)
             return
         limit = self._config.write_bandwidth_limit * 1e6 / self._ranks.size
-        ranks = self._finishing_ranks
-        saved = finish_save(pending, ranks, staging=staging, bytes_per_s=limit or None)
-        written = saved.nbytes - saved.shared_nbytes
-        self._record_times(step, written, saved.spans)
+        ranks, local = self._finishing_ranks, self._local
+        if local is None:
+            saved = finish_save(pending, ranks, staging=staging, bytes_per_s=limit or None)
+            self._record_times(step, saved.written_nbytes, saved.spans)
+        else:
+            saved = finish_save(pending, ranks, staging=staging, commit_by=local.commit)
         if pending.facts.kind == "full":
             self.full_save_s = max(self.full_save_s, saved.spans.total)
             if pending.index is not None:
                 by_name = bytes_by_key(pending.index.plan).items()
                 model = sum(nbytes for name, nbytes in by_name if name not in self._run.others)
                 self.model_share = model / max(saved.nbytes, 1)
-        speed = rate(written, saved.spans.total)
+        speed = rate(saved.written_nbytes, saved.spans.total)
         if saved.shared_nbytes:
             speed += f", and {spelled_bytes(saved.shared_nbytes)} shared with an earlier step"
         self._run.info(f"saved step {step}: {speed}, {saved.where}")
-        if ranks.rank == 0:
-            self.retainer.saved(step)
-        self._run.note_saved(step, saved.where, pending.facts.metrics)
+        if local is None:
+            self._note_durable(step, saved.where, pending.facts.metrics)
+        elif self.tier is not None:
+            if self._target == "drained":
+                self.tier.drain.start(step)
+            self._run.warn(*local.retain(step))
         if export == "beside":
             self._hf.export(pending, ranks, step, export)
 
@@ -244,22 +345,42 @@ class Saver:
         try:
             gather_and_run(ranks, copied, lambda _: None)
         except HoldfastError:
-            abort(pending, self._ranks)
+            abort(pending)
             raise
         with pending.spans("write"):
             nbytes = self._hf.export(pending, ranks, step, export)
         if export == "as_step":
             self._record_times(step, nbytes, pending.spans)
-            if ranks.rank == 0:
-                self.retainer.saved(step)
             where = self._catalog.where(step_name(step))
-            self._run.note_saved(step, where, pending.facts.metrics)
+            self._note_durable(step, where, pending.facts.metrics)
+
+    def _drained(self, drained: Drained) -> None:
+        """Called in the thread of the drain."""
+        if drained.times is not None:
+            self._goodput.saves.append(drained.times)
+            speed = rate(drained.manifest.nbytes, drained.times.seconds)
+            self._run.info(f"copied step {drained.step}: {speed}, {drained.where}")
+        self._note_durable(drained.step, drained.where, drained.manifest.metrics)
+
+    def _note_durable(self, step: int, where: str, metrics: Mapping[str, float]) -> None:
+        if self._ranks.rank == 0:
+            self.retainer.saved(step)
+        self._run.note_saved(step, where, metrics)
 
     def _record_times(self, step: int, nbytes: int, spans: Spans) -> None:
         """Record the duration of a save. Collective."""
         seconds = self._finishing_ranks.gather(spans.seconds)
         if seconds:
             self._goodput.saves.append(times_of(step, nbytes, seconds))
+
+    def _tier_failed(self, error: HoldfastError) -> bool:
+        """Whether the last save failed for its disk of the fast tier, as when that is full. Logs
+        it."""
+        if self._local is None or not isinstance(error, StorageError):
+            return False
+        then = "to the folder of the run instead" if self._target == "drained" else "later steps"
+        self._run.warn(f"the fast tier failed, the run saves {then}: {error}")
+        return True
 
     def _raise_or_log(self, error: HoldfastError) -> None:
         """Raise the error of a save, or log it if the run can and should continue."""
@@ -279,3 +400,11 @@ def _hint_about_links() -> Iterator[None]:
     except UsageError as error:
         error.hint = "--checkpoint.no-deduplicate, or a `checkpoint.folder` on another file system"
         raise
+
+
+def _on_same_host(nbytes: int, ranks: Ranks) -> list[int]:
+    """The numbers of all other ranks on the host of this rank. Collective."""
+    hosts, numbers = hosts_of(ranks), ranks.broadcast(ranks.gather(nbytes))
+    places = enumerate(zip(hosts, numbers, strict=True))
+    host = hosts[ranks.rank]
+    return [number for rank, (h, number) in places if h == host and rank != ranks.rank]

@@ -6,16 +6,17 @@ from functools import partial
 
 import torch
 
-from holdfast.comm import Solo, capture, run_on_all, run_on_rank_0
+from holdfast.comm import Solo, capture, is_restarted_on_failure, run_on_all, run_on_rank_0
 from holdfast.errors import ExistsError, HoldfastError
 from holdfast.format.components import MODEL
 from holdfast.format.manifest import Kind
 from holdfast.manager import arguments
 from holdfast.manager.arguments import Metrics
 from holdfast.manager.context import RunContext
+from holdfast.manager.goodput import SAVING_LOCALLY
 from holdfast.manager.hf import HFFormat
 from holdfast.manager.policy import Progress, is_due, kind_in_time, stopping_line
-from holdfast.manager.saver import Saver
+from holdfast.manager.saver import Saver, Target
 from holdfast.manager.signals import StopSignals
 from holdfast.state.model import ModelState
 from holdfast.state.objects import StateTree
@@ -66,24 +67,32 @@ class StepSaver:
             progress = Progress._make(largest)
             if progress.failed:
                 self._saver.collect()
+                self._saver.settle()
             stopping = bool(progress.signal) and not last_step
-            if stopping:
-                kind = self._kind_before_stop(step, progress)
-            elif self._is_time(step, last_step or force, progress):
-                kind = "model" if last_step and self._config.last_save_model_only else "full"
-            else:
+            target = self._target(step, last_step or force or stopping, progress)
+            if target is None:
                 self._export(step)
                 return False
-            saved = kind is not None and self._save_as(
-                kind, step, last_step=last_step, metrics=metrics
-            )
+            kind: Kind | None = "full"
+            if stopping:
+                kind = self._kind_before_stop(step, progress)
+                if kind is not None:
+                    self._saver.give_up_drain()
+            elif last_step and self._config.last_save_model_only:
+                kind = "model"
+            cause = SAVING_LOCALLY if target == "local" else "saving"
+            with self._goodput.lost_to(cause):
+                saved = kind is not None and self._save_as(
+                    kind, step, last_step=last_step, metrics=metrics, target=target
+                )
             if last_step or stopping:
                 self._saver.collect()
         if progress.signal:
             self.stop_signals.forget()
             self.stop_requested = True
         if stopping and self._raises_on_stop:
-            raise SystemExit(128 + int(progress.signal))
+            # `torchrun` would start the stopped job again, on some of its hosts.
+            raise SystemExit(0 if is_restarted_on_failure() else 128 + int(progress.signal))
         return saved
 
     def save_seed(self) -> None:
@@ -105,8 +114,9 @@ class StepSaver:
         return self._goodput.progress()._replace(
             full_save_s=saver.full_save_s,
             model_share=saver.model_share,
-            failed=saver.background.failed,
+            failed=saver.failed,
             busy=saver.background.busy,
+            draining=saver.draining,
             signal=signal,
             signal_age_s=signal_age_s,
         )
@@ -119,25 +129,44 @@ class StepSaver:
         (self._run.info if kind == "full" else self._run.warn)(line)
         return kind
 
-    def _is_time(self, step: int, forced: bool, progress: Progress) -> bool:
-        """Whether to save now: a save is forced; or it is due or queued, and the save before is not
-        in its way."""
+    def _target(self, step: int, forced: bool, progress: Progress) -> Target | None:
+        """Place of the save that is due now; None if none is."""
         due = self._queued or is_due(step, last_step=forced, config=self._config, progress=progress)
+        owes, self._saver.owes_durable = self._saver.owes_durable, False
         self._queued = False
+        if forced or owes:
+            return "durable"
+        has_tier, busy = self._saver.tier is not None, bool(progress.busy)
+        if due and not self._is_late(step, busy or bool(progress.draining)):
+            return "drained" if has_tier else "durable"
+        if not has_tier or step % self._config.local_interval:
+            return None
+        return None if busy and self._config.on_save_overlap != "wait" else "local"
+
+    def _is_late(self, step: int, busy: bool) -> bool:
+        """Whether the save before is in the way of one that is due now, which is then queued or
+        skipped."""
         overlap = self._config.on_save_overlap
-        if not due or forced or not progress.busy or overlap == "wait":
-            return due
+        if not busy or overlap == "wait":
+            return False
         self._queued = overlap == "queue"
         if not self._queued:
             self._run.warn(f"step {step} is not saved: the save before it is still being written")
-        return False
+        return True
 
     def _save_as(
-        self, kind: Kind, step: int, *, last_step: bool, metrics: Metrics | None = None
+        self,
+        kind: Kind,
+        step: int,
+        *,
+        last_step: bool,
+        metrics: Metrics | None = None,
+        target: Target = "durable",
     ) -> bool:
         """Save all components, or the model alone, in the export dtype if it is the last step."""
         numbers = run_on_all(self._ranks, partial(arguments.numbers_in, metrics))
-        self._goodput.count_save()
+        if target != "local":
+            self._goodput.count_save()
         self._warn_of_newer_steps(step)
         export = self._hf.export_at(step, last_step=last_step, saved=True)
         tree, dtype = self._tree, None
@@ -146,7 +175,13 @@ class StepSaver:
             if last_step and export != "as_step":
                 dtype = getattr(torch, self._config.export_dtype)
         return self._saver.save(
-            step, kind, tree.flatten, dtype=dtype, metrics=numbers, export=export
+            step,
+            kind,
+            tree.flatten,
+            dtype=dtype,
+            metrics=numbers,
+            export=export,
+            target=target,
         )
 
     def _export(self, step: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import TypeVar, cast
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.comm import Ranks, gather_and_run
@@ -17,6 +18,8 @@ from holdfast.saving.digests import Digests, groups_that_differ, names_that_diff
 from holdfast.saving.publish import publish
 from holdfast.saving.write import WriteResult
 from holdfast.spelling import listed
+
+T = TypeVar("T")
 
 _LISTED_MAX = 20
 
@@ -43,14 +46,8 @@ def commit(
     differ, nothing is published, the attempt is deleted, and every rank raises.
     """
 
-    def publish_if_alike(
-        everyone: Sequence[tuple[WriteResult, dict[int, int]]],
-    ) -> tuple[int, int] | list[int]:
-        differ = groups_that_differ([groups for _, groups in everyone])
-        if differ:
-            return differ
+    def publish_on_rank_0(results: Sequence[WriteResult]) -> tuple[int, int]:
         assert index is not None
-        results = [result for result, _ in everyone]
         in_files = _index_of(index, results)
         # Before the pause, because encoding may take minutes, and training runs meanwhile.
         in_files.encoded()
@@ -59,13 +56,8 @@ def commit(
         files = (file for result in results for file in result.files())
         return nbytes, sum(file.nbytes for file in files if file.num_links)
 
-    outcome = written if isinstance(written, HoldfastError) else (written, digests.by_group())
     try:
-        published = gather_and_run(ranks, outcome, publish_if_alike)
-        if isinstance(published, list):
-            gather_and_run(ranks, digests.of(published), _refuse)
-        assert isinstance(published, tuple), "`_refuse` raises on every rank"
-        return published
+        return run_if_alike(written, digests, ranks, publish_on_rank_0)
     except HoldfastError:
         if ranks.rank == 0:
             # This may fail for the same reason as the save. Then the next start cleans up.
@@ -86,6 +78,28 @@ def _index_of(index: Index, results: Sequence[WriteResult]) -> Index:
         [number_of(result.file) for result in results],
         places,
     )
+
+
+def run_if_alike(
+    written: WriteResult | HoldfastError,
+    digests: Digests,
+    ranks: Ranks,
+    work: Callable[[Sequence[WriteResult]], T],
+) -> T:
+    """Run `work` on rank 0 with the write results of all ranks, and return its result on all, if no
+    rank failed and no replicas differ. Otherwise every rank raises. Collective: see `commit`."""
+
+    def work_or_differ(
+        everyone: Sequence[tuple[WriteResult, dict[int, int]]],
+    ) -> tuple[list[int], T | None]:
+        differ = groups_that_differ([groups for _, groups in everyone])
+        return differ, None if differ else work([result for result, _ in everyone])
+
+    outcome = written if isinstance(written, HoldfastError) else (written, digests.by_group())
+    differ, result = gather_and_run(ranks, outcome, work_or_differ)
+    if differ:
+        gather_and_run(ranks, digests.of(differ), _refuse)
+    return cast("T", result)
 
 
 def _refuse(everyone: Sequence[dict[str, tuple[int, int]]]) -> None:

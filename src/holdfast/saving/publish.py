@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -37,7 +37,19 @@ def publish(
     Raises:
         StorageError: rank 0 does not see another rank's file, or an index cannot be written.
     """
-    folder, store = str(attempt), catalog.store
+    for result in results:
+        if result.file:
+            _check_shared(catalog.store, str(attempt), result.file, result.nbytes)
+    files, nbytes = index_files(results, index, facts)
+    publish_with(attempt, files, catalog)
+    return nbytes
+
+
+def index_files(
+    results: Sequence[WriteResult], index: Index, facts: Manifest
+) -> tuple[dict[str, Sequence[bytes]], int]:
+    """The parts of each index file of a checkpoint, in the order of their writes, and the
+    checkpoint's bytes. See `publish`."""
     encoded = index.encoded()
     writing = [result for result in results if result.file]
     files = [file for result in results for file in result.files()]
@@ -59,21 +71,33 @@ def publish(
         timings=over_ranks([result.seconds for result in results]),
         structure=index.plan.structure,
     )
-    for file, nbytes in manifest.files.items():
-        _check_shared(store, folder, file, nbytes)
     metadata = encoded.stock.encode({n: (e.file, e.item) for n, e in manifest.values.items()})
     size_and_checksum = (sum(map(len, metadata)), checksum_of_parts(metadata))
     manifest = replace(manifest, metadata=size_and_checksum)
-    for name, parts in (
-        (METADATA, metadata),
-        (MANIFEST, manifests.encode_around(manifest, encoded.tensors)),
-    ):
-        with store.create(f"{folder}/{name}", sum(map(len, parts))) as writer:
-            writer.write(0, parts)
+    parts = manifests.encode_around(manifest, encoded.tensors)
+    return {METADATA: metadata, MANIFEST: parts}, manifest.nbytes
+
+
+def publish_with(
+    attempt: HiddenFolder, files: Mapping[str, Sequence[bytes]], catalog: Catalog
+) -> None:
+    """Write the index files into an attempt that has all other files, and publish it."""
+    write_index(attempt, files, catalog.store)
     catalog.publish(attempt)
-    for problem in execute(store, plan_cleanup(store.list(), only=attempt.name)):
+    clean_up(catalog, attempt.name)
+
+
+def write_index(attempt: HiddenFolder, files: Mapping[str, Sequence[bytes]], store: Store) -> None:
+    """Write the index files into an attempt."""
+    for name, parts in files.items():
+        with store.create(f"{attempt}/{name}", sum(map(len, parts))) as writer:
+            writer.write(0, parts)
+
+
+def clean_up(catalog: Catalog, name: str) -> None:
+    """Delete the leftovers of earlier saves of checkpoint `name`. Problems are logged."""
+    for problem in execute(catalog.store, plan_cleanup(catalog.store.list(), only=name)):
         logger.warning("%s; the next save tries again", problem)
-    return manifest.nbytes
 
 
 def _check_shared(store: Store, folder: str, file: str, nbytes: int) -> None:

@@ -37,6 +37,7 @@ from holdfast.saving.commit import commit
 from holdfast.saving.deduplicate import Deduplicator
 from holdfast.saving.digests import Replicas, groups_that_differ, names_that_differ
 from holdfast.saving.planner import LocalState, Planner
+from holdfast.saving.seen import check_attempt
 from holdfast.saving.stage import Snapshot, Staging, TensorOf, host_bytes, host_windows
 from holdfast.saving.write import Pace, WriteResult, write
 from holdfast.spelling import spelled_bytes
@@ -93,6 +94,11 @@ class Saved:
     shared_nbytes: int = 0
     """Bytes in files that were linked instead of written."""
 
+    @property
+    def written_nbytes(self) -> int:
+        """Bytes in files that were written."""
+        return self.nbytes - self.shared_nbytes
+
 
 def save_in(
     catalog: Catalog, name: str, state: Mapping[str, Any], *, ranks: Ranks, overwrite: bool
@@ -102,6 +108,11 @@ def save_in(
     flat = run_on_all(ranks, lambda: StateTree(state).flatten())
     try:
         pending = begin_save(catalog, name, flat, planner=Planner(ranks), overwrite=overwrite)
+        try:
+            check_attempt(catalog, pending.attempt, ranks)
+        except HoldfastError:
+            abort(pending)
+            raise
         return finish_save(pending, ranks)
     finally:
         # In a notebook the process survives an interrupt, and the traceback keeps the catalog.
@@ -144,6 +155,10 @@ class Pending:
     deduplicator: Deduplicator | None = None
     """Links files of an earlier checkpoint, if the run does that."""
 
+    deletes: bool = True
+    """Whether this rank deletes the attempt if the save fails: rank 0 in a folder that all ranks
+    share, else one rank on each host."""
+
     def windows_of(self, item: TensorItem) -> Iterable[memoryview]:
         """Bytes of an item, as `write` takes them."""
         return host_windows(self.tensor_of(item), item.dtype)
@@ -151,6 +166,13 @@ class Pending:
     def data_of(self, item: TensorItem, box: Region) -> memoryview:
         """Bytes of a box of an item, row-major. `box` is relative to the item's region."""
         return host_bytes(box_of(self.tensor_of(item), box), item.dtype)
+
+
+Begin = Callable[[int], HiddenFolder]
+"""Makes an attempt for a number of bytes."""
+
+CommitBy = Callable[[Pending, WriteResult | HoldfastError, Ranks], int]
+"""Publishes a save, given the write result of this rank. Returns the checkpoint's bytes."""
 
 
 def begin_save(
@@ -163,6 +185,7 @@ def begin_save(
     dtype: torch.dtype | None = None,
     overwrite: bool = True,
     deduplicator: Deduplicator | None = None,
+    begin: Begin | None = None,
 ) -> Pending:
     """Plan to save flat state as the checkpoint `name` of `catalog`, and make the attempt folder.
 
@@ -170,20 +193,20 @@ def begin_save(
     `dtype`: dtype in which floating-point tensors are stored; None for their own.
     `overwrite`: replace the checkpoint that has the name now.
     `deduplicator`: links files of an earlier checkpoint whose tensors have not changed.
+    `begin`: function that makes the attempt on rank 0, given the bytes of all files.
 
     Collective: every rank calls this, and then `finish_save` or `abort`. An error of one rank is
     raised on all.
     """
     spans = Spans()
+    begin = begin or partial(_begin_attempt, catalog, name, overwrite)
     with spans("plan"):
         begun = None
         while begun is None:
             held = planner.agree(capture(lambda: planner.hold(state, dtype)))
             # A save that can link files writes less. It checks the space once it knows how much.
             is_full = deduplicator is None or not deduplicator.can_link(name)
-            begun = _begin_if_alike(
-                held, catalog, name, planner=planner, overwrite=overwrite, is_full=is_full
-            )
+            begun = _begin_if_alike(held, begin, planner=planner, is_full=is_full)
     file_layout, attempt = begun
     layout = {"world_size": planner.ranks.size}
     return Pending(
@@ -197,17 +220,12 @@ def begin_save(
         replicas=planner.replicas(held),
         stepped=planner.stepped,
         deduplicator=deduplicator,
+        deletes=planner.ranks.rank == 0,
     )
 
 
 def _begin_if_alike(
-    held: LocalState,
-    catalog: Catalog,
-    name: str,
-    *,
-    planner: Planner,
-    overwrite: bool,
-    is_full: bool,
+    held: LocalState, begin: Begin, *, planner: Planner, is_full: bool
 ) -> tuple[FileLayout, HiddenFolder] | None:
     """Make the attempt, if shared tensors and values are equal on all ranks that hold them.
 
@@ -225,11 +243,11 @@ def _begin_if_alike(
     else:
         outcome = local[0].nbytes if is_full else 0, local[1].by_group()
 
-    def begin(everyone: list[tuple[int, dict[int, int]]]) -> HiddenFolder | list[int]:
+    def begin_or_differ(everyone: list[tuple[int, dict[int, int]]]) -> HiddenFolder | list[int]:
         differ = groups_that_differ([digests for _, digests in everyone])
-        return differ or _begin_attempt(catalog, name, sum(n for n, _ in everyone), overwrite)
+        return differ or begin(sum(nbytes for nbytes, _ in everyone))
 
-    begun = gather_and_run(ranks, outcome, begin)
+    begun = gather_and_run(ranks, outcome, begin_or_differ)
     assert not isinstance(local, HoldfastError)
     file_layout, digests = local
     if isinstance(begun, HiddenFolder):
@@ -248,7 +266,7 @@ def _begin_if_alike(
     return None
 
 
-def _begin_attempt(catalog: Catalog, name: str, nbytes: int, overwrite: bool) -> HiddenFolder:
+def _begin_attempt(catalog: Catalog, name: str, overwrite: bool, nbytes: int) -> HiddenFolder:
     check_space(catalog, name, nbytes)
     return catalog.begin(name, replace=overwrite)
 
@@ -304,7 +322,7 @@ def take_snapshot(
         try:
             run_on_all(ranks, lambda: _copy(pending, snapshot, now, is_last=not later))
         except HoldfastError:
-            abort(pending, ranks)
+            abort(pending)
             raise
     staging = Staging(lambda: _copy(pending, snapshot, later, is_last=bool(later)))
     memory = snapshot.memory(pending.file_layout.nbytes)
@@ -320,9 +338,9 @@ def _copy(
         pending.replicas.take()
 
 
-def abort(pending: Pending, ranks: Ranks) -> None:
+def abort(pending: Pending) -> None:
     """Abort a save that has begun."""
-    if ranks.rank == 0:
+    if pending.deletes:
         pending.catalog.abort(pending.attempt)
 
 
@@ -332,11 +350,13 @@ def finish_save(
     *,
     staging: Staging | None = None,
     bytes_per_s: float | None = None,
+    commit_by: CommitBy | None = None,
 ) -> Saved:
     """Finish the copy, write the file and publish the checkpoint.
 
     `staging`: the copy to finish; this must be called in a thread of its own then.
     `bytes_per_s`: limit on the bytes that this rank writes per second.
+    `commit_by`: collective function that replaces `commit`.
 
     Collective: nothing else may use `ranks` meanwhile.
     """
@@ -361,15 +381,18 @@ def finish_save(
 
     written = capture(stage_and_write)
     with spans("commit"):
-        nbytes, shared_nbytes = commit(
-            attempt,
-            written,
-            index=pending.index,
-            facts=pending.facts,
-            digests=pending.replicas.digests,
-            catalog=catalog,
-            ranks=ranks,
-        )
+        if commit_by is not None:
+            nbytes, shared_nbytes = commit_by(pending, written, ranks), 0
+        else:
+            nbytes, shared_nbytes = commit(
+                attempt,
+                written,
+                index=pending.index,
+                facts=pending.facts,
+                digests=pending.replicas.digests,
+                catalog=catalog,
+                ranks=ranks,
+            )
     if deduplicator is not None:
         deduplicator.published(attempt.name)
     return Saved(catalog.where(attempt.name), nbytes, spans, shared_nbytes)

@@ -146,6 +146,18 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available() and initialized
 
 
+def check_memory(nbytes: int, others: Sequence[int]) -> None:
+    """Check that the host has room for `nbytes` of this rank, and for those that the other ranks on
+    it need at the same time. Raises a UsageError if not."""
+    free, total = free_memory(), nbytes + sum(others)
+    num_ranks = 1 + len(others)
+    if num_ranks > 1 and free is not None and total > free:
+        raise UsageError(
+            f"saving in the background needs {spelled_bytes(total)} of host memory for the "
+            f"snapshots of the {num_ranks} ranks on this host, {spelled_bytes(free)} are free",
+        )
+
+
 def free_memory() -> int | None:
     """Bytes of host memory that are available without swapping; None if the system has no
     `/proc/meminfo`."""

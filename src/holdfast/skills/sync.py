@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import Literal
 from holdfast.errors import ExistsError, HoldfastError
 from holdfast.skills.bundle import Skill
 from holdfast.skills.copies import Copies
-from holdfast.skills.records import Digests, Ledger, order_of
+from holdfast.skills.records import Digests, Ledger, SyncRecord, order_of
 
 State = Literal["new", "outdated", "current", "modified", "deleted", "foreign", "newer"]
 """State of a copy. new: never installed. outdated: unchanged, and the shipped skill is newer.
@@ -41,7 +40,8 @@ class Synced:
     root: str
     skills: tuple[SyncedSkill, ...] = ()
     cleaned: tuple[str, ...] = ()
-    """Names of installed skills that are no longer shipped. Their files stay."""
+    """Names of installed skills that are no longer shipped, nor installed by a later version. Their
+    files stay."""
 
     busy: bool = False
     """Whether another sync was at work, so that this one did nothing."""
@@ -60,11 +60,17 @@ class Synced:
         return bool(self.names("new", "outdated") or self.cleaned or self.problems)
 
     def __str__(self) -> str:
-        counts = Counter(skill.state for skill in self.skills if not skill.problem)
-        words = f"{counts['new']} new, {counts['outdated']} updated, {len(self.cleaned)} cleaned"
-        words += f", {counts['current']} current, {sum(counts[s] for s in SKIPPED)} skipped"
-        why = [f"{', '.join(self.names(state))}: {state}" for state in SKIPPED if counts[state]]
-        return words + (f" ({'; '.join(why)})" if why else "")
+        changed = {"new": self.names("new"), "updated": self.names("outdated")}
+        parts = [_counted(word, names) for word, names in changed.items()]
+        parts += [_counted("cleaned", self.cleaned), f"{len(self.names('current'))} current"]
+        skipped = f"{len(self.names(*SKIPPED))} skipped"
+        why = [f"{', '.join(names)}: {s}" for s in SKIPPED if (names := self.names(s))]
+        parts.append(skipped + (f" ({'; '.join(why)})" if why else ""))
+        return ", ".join(parts)
+
+
+def _counted(word: str, names: Sequence[str]) -> str:
+    return f"{len(names)} {word}" + (f" ({', '.join(names)})" if names else "")
 
 
 def _state_of(skill: Skill, copies: Copies, ledger: Ledger, version: str) -> State:
@@ -79,10 +85,21 @@ def _state_of(skill: Skill, copies: Copies, ledger: Ledger, version: str) -> Sta
         return "current" if wanted.items() <= copied.items() else "modified"
     if receipt.files == wanted:
         return "current"
-    if order_of(receipt.version) > order_of(version):
+    if _is_newer(receipt, version):
         return "newer"
     users_files = copied.keys() - receipt.files.keys()
     return "modified" if any(_in_the_way(file, wanted) for file in users_files) else "outdated"
+
+
+def _is_newer(receipt: SyncRecord, version: str) -> bool:
+    """Whether a later version than this one installed the copy."""
+    return order_of(receipt.version) > order_of(version)
+
+
+def _is_cleaned(name: str, copies: Copies, version: str) -> bool:
+    """Whether to forget an installed skill that is not shipped: not if a later version ships it."""
+    receipt = copies.receipt(name)
+    return receipt is None or not _is_newer(receipt, version)
 
 
 def _in_the_way(users_file: str, wanted: Digests) -> bool:
@@ -97,7 +114,9 @@ def survey(skills: Mapping[str, Skill], copies: Copies, version: str) -> Synced:
     """Returns the result that a sync would have. Writes nothing."""
     ledger = copies.ledger()
     states = tuple(_examined(skill, copies, ledger, version) for _, skill in sorted(skills.items()))
-    return Synced(str(copies.root), states, tuple(sorted(ledger.offered - skills.keys())))
+    missing = sorted(ledger.offered - skills.keys())
+    cleaned = (name for name in missing if _is_cleaned(name, copies, version))
+    return Synced(str(copies.root), states, tuple(cleaned))
 
 
 def sync(skills: Mapping[str, Skill], copies: Copies, version: str) -> Synced:

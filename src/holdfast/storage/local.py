@@ -226,14 +226,14 @@ class LocalStore:
                 lock.write_note("")
             lock.release()
 
-    def _lock(self, key: str, note: str) -> locks.Lock:
+    def _lock(self, key: str, note: str) -> locks.AnyLock:
         path = self._path(key)
         with self._errors_of("lock", key):
             lock = locks.lock_file(path)
             if lock is None:
                 # The holder may be an unreferenced manager in a reference cycle.
                 gc.collect()
-                lock = locks.lock_file(path)
+                lock = locks.lock_file(path, waits=True)
             if lock is None:
                 raise self._in_use(key)
             lock.write_note(note)
@@ -274,6 +274,7 @@ class LocalStore:
             yield held
 
     def _hold(self, path: str, stack: ExitStack) -> bool | None:
+        lock: locks.AnyLock | None
         try:
             lock = locks.lock_folder(path)
             if lock is not None:
@@ -281,7 +282,7 @@ class LocalStore:
         except FileNotFoundError as error:
             raise NotFoundError(f"nothing at `{path}`") from error
         except OSError:
-            # NFS cannot lock folders: lock a file beside the folder instead.
+            # NFS cannot lock folders, others can lock nothing: lock a file beside the folder.
             beside = os.path.join(os.path.dirname(path), held_file(os.path.basename(path)))
             try:
                 lock = locks.lock_file(beside)

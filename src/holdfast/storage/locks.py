@@ -1,4 +1,4 @@
-"""Lock files and folders with flock(2).
+"""Lock files and folders with flock(2), or files by a lease where there is no flock.
 
 Such a lock belongs to the open file, and ends when its last copy is closed. So it ends with the
 process however the process ends, provided that forked children give up their copies.
@@ -17,7 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from holdfast.errors import StorageError
+from holdfast.storage import leases
 from holdfast.storage.forks import leave_in_children, leavers, no_fork_between
+from holdfast.storage.leases import Lease, take_lease
 from holdfast.storage.plain import kind_of
 
 NOTE_BYTES_MAX = 1024
@@ -86,13 +88,30 @@ class Lock:
                 self.release()
 
 
-def lock_file(path: str) -> Lock | None:
+AnyLock = Lock | Lease
+
+
+def lock_file(path: str, *, waits: bool = False) -> AnyLock | None:
     """Lock a plain file, after creating it if needed. Return None if it is locked already.
+
+    On a file system without flock, take a lease. `waits`: wait for the lease of a process that may
+    have been killed, until it lapses.
 
     Raises:
         StorageError: it is a link, a folder, a pipe or a device.
         OSError: it cannot be opened or locked.
     """
+    try:
+        return _flock_file(path)
+    except OSError as error:
+        if error.errno not in leases.UNSUPPORTED:
+            raise
+    if is_held_here(path):
+        return None
+    return take_lease(path, waits=waits, has_ended=has_ended(read_note(path)))
+
+
+def _flock_file(path: str) -> Lock | None:
     for _ in range(_TRIES):
         with no_fork_between():
             descriptor = _open_lock_file(path)
@@ -130,17 +149,22 @@ def lock_folder(path: str) -> Lock | None:
 def is_held_here(path: str) -> bool:
     """Whether this process holds the lock on the file at `path`."""
     file = _file_at(path)
-    return any(isinstance(lock, Lock) and lock.is_held and lock.file == file for lock in leavers())
+    held = (lock for lock in leavers() if isinstance(lock, AnyLock) and lock.is_held)
+    return any(lock.file == file for lock in held)
 
 
 def holder_of(path: str) -> str | None:
     """Return the note of the process on this machine that has locked `path`; None if none has.
 
-    Reads `/proc/locks` instead of locking, so that a check never makes a run fail.
+    Reads `/proc/locks` instead of locking, so that a check never makes a run fail. The holder of a
+    lease may be on any machine.
     """
     file = _file_at(path)
     if file is None:
         return None
+    if leases.is_lease(_content(path)):
+        note = read_note(path)
+        return None if leases.has_lapsed(path) or has_ended(note) else note
     device = f"{os.major(file[0]):02x}:{os.minor(file[0]):02x}:{file[1]}"
     try:
         # One lock per line: number, FLOCK, ADVISORY, WRITE, process, device and inode, range.
@@ -154,13 +178,17 @@ def holder_of(path: str) -> str | None:
 
 def read_note(path: str) -> str:
     """Return the note in a lock file; empty if it has none, or if it is no plain file."""
-    with suppress(OSError):
+    return _content(path).removesuffix(leases.MARKER).strip()
+
+
+def _content(path: str) -> str:
+    with suppress(OSError, StorageError):
         descriptor = _open_lock_file(path, os.O_RDONLY)
         try:
             note = os.pread(descriptor, NOTE_BYTES_MAX, 0)
         finally:
             os.close(descriptor)
-        return note.decode(errors="replace").strip()
+        return note.decode(errors="replace")
     return ""
 
 

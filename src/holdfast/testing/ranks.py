@@ -24,8 +24,10 @@ class ThreadRanks:
     fails, as in a process group.
     """
 
-    def __init__(self, rank: int, board: _Board) -> None:
+    def __init__(self, rank: int, board: _Board, host: str | None = None) -> None:
         self.rank = rank
+        self.host = host
+        """Name of the host that this rank pretends to be on; None for the real one."""
         self.size: int = board.size
         self._board = board
         self._num_exchanges = 0
@@ -45,7 +47,8 @@ class ThreadRanks:
 
     def duplicate(self) -> ThreadRanks:
         self._num_duplicates += 1
-        return ThreadRanks(self.rank, self._board.duplicate(self._num_duplicates))
+        board = self._board.duplicate(self._num_duplicates)
+        return ThreadRanks(self.rank, board, self.host)
 
     def close(self) -> None:
         pass
@@ -119,13 +122,21 @@ class _Board:
             return self._duplicates.setdefault(number, _Board(self.size, self._timeout_s))
 
 
-def run_ranks(size: int, work: Callable[[Ranks], T], *, timeout_s: float = 30.0) -> list[T]:
+def run_ranks(
+    size: int,
+    work: Callable[[Ranks], T],
+    *,
+    timeout_s: float = 30.0,
+    hosts: Sequence[str] | None = None,
+) -> list[T]:
     """Run `work` on `size` ranks, and return the result of each.
+
+    `hosts`: name of the host that each rank pretends to be on.
 
     Raises the first error in rank order, a `RankError` only if there is no other. A rank that
     waits longer than `timeout_s` for the others fails.
     """
-    results = try_ranks(size, work, timeout_s=timeout_s)
+    results = try_ranks(size, work, timeout_s=timeout_s, hosts=hosts)
     errors = [result for result in results if isinstance(result, BaseException)]
     for error in sorted(errors, key=lambda error: isinstance(error, RankError)):
         raise error
@@ -133,14 +144,18 @@ def run_ranks(size: int, work: Callable[[Ranks], T], *, timeout_s: float = 30.0)
 
 
 def try_ranks(
-    size: int, work: Callable[[Ranks], T], *, timeout_s: float = 30.0
+    size: int,
+    work: Callable[[Ranks], T],
+    *,
+    timeout_s: float = 30.0,
+    hosts: Sequence[str] | None = None,
 ) -> list[T | BaseException]:
     """Like `run_ranks`, but return the error of a failed rank in place of its result."""
     board = _Board(size, timeout_s)
 
     def run(rank: int) -> T | BaseException:
         try:
-            return work(ThreadRanks(rank, board))
+            return work(ThreadRanks(rank, board, hosts[rank] if hosts else None))
         except BaseException as error:  # noqa: BLE001 - returned to the caller
             board.leave(rank)
             return error

@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from holdfast.errors import UsageError
+from holdfast.errors import RankError, UsageError
 from holdfast.trainer.config import Config
 from holdfast.trainer.context import context_parallel_attention, sequence_slice
 from holdfast.trainer.model import Attention, Transformer
@@ -128,20 +128,38 @@ def init_parallel(config: Config, store: Store | None) -> Iterator[ParallelConte
         yield ParallelContext(0, 1, device)
         return
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(
-        # gloo on GPUs too, since checkpoints exchange values through host memory.
-        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=PrefixStore("training", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=TIMEOUT,
-        device_id=device if device.type == "cuda" else None,
-    )
+    store.set(f"joined/{rank}", "")
+    try:
+        dist.init_process_group(
+            # gloo on GPUs too, since checkpoints exchange values through host memory.
+            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=PrefixStore("training", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except RuntimeError as error:
+        raise _absent_workers(store, world_size, error) from error
     ep = config.parallelism.expert_parallel_degree
     meshes = build_meshes(config.parallelism.degrees(world_size), device, ep)
     yield ParallelContext(rank, world_size, device, meshes)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _absent_workers(store: Store, world_size: int, error: RuntimeError) -> RankError:
+    """Return the error about workers that have not joined, by rank."""
+    try:
+        absent = [rank for rank in range(world_size) if not store.check([f"joined/{rank}"])]
+    except RuntimeError:
+        absent = []
+    named = f"rank {', '.join(map(str, absent))} of {world_size} did not join" if absent else error
+    return RankError(
+        f"the workers did not connect within {TIMEOUT}: {named}",
+        hint="look for an earlier error of these ranks, and at the network between the hosts "
+        "(GLOO_SOCKET_IFNAME)",
+    )
 
 
 def _device(local_rank: int, config: Config) -> torch.device:

@@ -34,7 +34,8 @@ def test_sync_and_update_print_counts_and_the_skipped_skills(
     """Method: a first sync; another one after one copy was changed and one deleted; as JSON."""
     count = len(shipped())
     assert run(capsys, "sync")[1] == (
-        f"{root}: {count} new, 0 updated, 0 cleaned, 0 current, 0 skipped\n"
+        f"{root}: {count} new ({', '.join(sorted(shipped()))}), 0 updated, 0 cleaned, 0 current, "
+        "0 skipped\n"
     )
     (root / "holdfast/SKILL.md").write_text("mine")
     shutil.rmtree(root / "torchtitan")
@@ -54,7 +55,7 @@ def test_a_dry_run_writes_nothing_and_a_check_exits_with_6(
     """Method: before the first sync, and after it."""
     status, said, _ = run(capsys, "sync", "--dry-run")
     assert status == 0
-    assert " new, " in said
+    assert " new (" in said
     status, _, err = run(capsys, "sync", "--check")
     assert status == 6
     assert "is not up to date" in err

@@ -285,13 +285,22 @@ def test_a_folder_that_fails_and_recovers_stops_no_other(steps: Path, tmp_path: 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_server_ends_with_a_last_line(steps: Path, number: signal.Signals) -> None:
-    """Method: send a signal while a client holds a connection open."""
-    with serving(steps) as server, socket.create_connection(("127.0.0.1", server.port)):
-        server.get("/")
+    """Method: send a signal while a client holds a connection open. The server listens beyond this
+    machine: with the token that it prints, and once with `--open`."""
+    is_open = number is signal.SIGTERM
+    options = ["--host", "0.0.0.0", *(["--open"] if is_open else [])]
+    with (
+        serving(steps, *options) as server,
+        socket.create_connection(("127.0.0.1", server.port)),
+    ):
+        assert server.process.stdout is not None
+        token = "" if is_open else server.process.stdout.readline().strip().rpartition("=")[2]
+        assert server.get("/")[0] == (200 if is_open else 401)
+        assert server.get("/", Authorization=f"Bearer {token}")[0] == 200
         server.process.send_signal(number)
         said, wrong = server.process.communicate(timeout=20)
     assert (server.process.returncode, wrong) == (0, "")
-    assert said == f"stopped by {number.name}: 1 request answered\n"
+    assert said == f"stopped by {number.name}: 2 requests answered\n"
 
 
 def test_wrong_arguments_and_missing_packages_are_errors(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import io
-from collections import OrderedDict
+import pickle
+import warnings
+import zipfile
+from collections import OrderedDict, defaultdict
 from functools import partial
+from pathlib import PurePosixPath
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,7 +41,8 @@ def tensor_of(data: bytes, contents: TorchFile, name: str) -> torch.Tensor:
     """Make a tensor from the bytes at the position that was found."""
     entry = contents.manifest.tensors[name]
     item = entry.chunks[0].item
-    flat = torch.frombuffer(bytearray(data[item.offset : item.stop]), dtype=torch.uint8)
+    assert item.stop <= len(data)
+    flat = torch.tensor(list(data[item.offset : item.stop]), dtype=torch.uint8)
     typed = flat.view(getattr(torch, entry.dtype))
     if name in contents.strides:
         return typed.as_strided(entry.shape, contents.strides[name])
@@ -101,11 +108,127 @@ def test_a_file_that_refers_to_code_is_refused_by_name() -> None:
         read(saved(torch.nn.Linear(2, 2)))
 
 
-def test_a_file_of_torch_before_1_6_is_refused_as_such() -> None:
-    """Method: the legacy format, which torch still writes on request."""
-    with pytest.raises(FormatError, match=r"before 1\.6") as refused:
-        read(saved({"a": torch.ones(2)}, _use_new_zipfile_serialization=False))
-    assert refused.value.hint
+class Scaled(torch.Tensor):
+    """A tensor of a class of its own."""
+
+
+def test_tensors_with_attributes_are_read_and_those_of_other_classes_left_out() -> None:
+    """G8, G10. Method: a tensor and a parameter with an attribute, as DeepSpeed has, and a
+    subclass, whose elements may be something else."""
+    tagged, parameter = torch.arange(6.0), torch.nn.Parameter(torch.ones(2, 3))
+    tagged.owner = parameter.owner = "rank 3"  # type: ignore[attr-defined]
+    scaled = torch.ones(4).as_subclass(Scaled)
+    data = saved({"tagged": tagged, "parameter": parameter, "scaled": scaled})
+    contents = read(data)
+    assert torch.equal(tensor_of(data, contents, "tagged"), torch.arange(6.0))
+    assert torch.equal(tensor_of(data, contents, "parameter"), torch.ones(2, 3))
+    assert contents.left_out == {"scaled": f"{__name__}.Scaled, with 1 tensor"}
+
+
+def test_a_tensor_that_is_conjugated_lazily_is_refused() -> None:
+    """G8. Method: its storage has the elements of the other tensor."""
+    with pytest.raises(FormatError, match="conjugated or negated"):
+        read(saved({"a": torch.ones(2, dtype=torch.complex64).conj()}))
+
+
+class Options(dict[str, Any]):
+    """A dict of a class of its own, with attributes and a constructor with arguments by name."""
+
+    def __init__(self, *, parent: object) -> None:
+        super().__init__()
+        self.parent = parent
+
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, object]]:
+        return (), {"parent": self.parent}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_objects_that_need_code_are_left_out_and_all_tensors_are_read(
+    protocol: int, zipped: bool
+) -> None:
+    """G8, G10. Method: what Lightning's files have besides tensors: arguments, paths, numbers of
+    numpy, dicts and lists of other classes, a module; nothing of it is imported."""
+    options = Options(parent=None)
+    options["a"] = [1, options]
+    state = {
+        "state_dict": {"w": torch.arange(6.0).view(2, 3)},
+        "args": argparse.Namespace(lr=0.1),
+        "path": PurePosixPath("/x"),
+        "number": np.float32(2),
+        "options": options,
+        "model": torch.nn.Linear(2, 2),
+        "kept": {"k": 2, "many": defaultdict(list, {"b": [1, 2]})},
+        "keys": {Options: 3},
+    }
+    data = saved(state, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    contents = read(data)
+    assert [*contents.manifest.tensors] == ["state_dict.w"]
+    assert torch.equal(tensor_of(data, contents, "state_dict.w"), state["state_dict"]["w"])  # type: ignore[index]
+    assert contents.manifest.values.keys() == {"kept.k", "kept.many.b", f"keys.{__name__}.Options"}
+    assert contents.values["kept.many.b"] == [1, 2]
+    assert contents.left_out.keys() == {"args", "path", "number", "options", "model"}
+    assert contents.left_out["args"] == "argparse.Namespace"
+    assert contents.left_out["model"] == "torch.nn.modules.linear.Linear, with 2 tensors"
+
+
+def test_a_stream_of_torch_before_1_6_is_read_like_an_archive() -> None:
+    """G10. Method: the legacy format, which torch still writes on request: views, transposed
+    tensors, a parameter, several dtypes, values; every tensor bit for bit."""
+    base = torch.arange(20.0).view(4, 5)
+    state = {
+        "model": torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)).state_dict(),
+        "parameter": torch.nn.Parameter(base.clone()),
+        "views": [base[1:3], base.T, base[:, 2]],
+        "half": base.to(torch.bfloat16),
+        "empty": torch.empty(0),
+        "scalar": torch.tensor(3),
+        "values": {"step": 7, "device": torch.device("cpu"), "dtype": torch.float16, "s": {1}},
+    }
+    archive = read(saved(state))
+    loaded = torch.load(io.BytesIO(saved(state, _use_new_zipfile_serialization=False)))
+    for protocol in (2, 4):
+        data = saved(state, _use_new_zipfile_serialization=False, pickle_protocol=protocol)
+        stream = read(data)
+        assert stream.manifest.names() == archive.manifest.names()
+        assert stream.strides == archive.strides
+        assert stream.values["values.step"] == 7
+        for name, entry in stream.manifest.tensors.items():
+            expected = loaded
+            for key in entry.path:
+                expected = expected[key]
+            assert torch.equal(tensor_of(data, stream, name), expected)
+
+
+def test_a_stream_with_more_pickle_than_one_piece_is_read() -> None:
+    """Method: 3 MB of pickle before the tensor. A stream that ends inside a storage is refused."""
+    state = {"text": "x" * 3_000_000, "a": torch.ones(100)}
+    data = saved(state, _use_new_zipfile_serialization=False)
+    contents = read(data)
+    assert torch.equal(tensor_of(data, contents, "a"), torch.ones(100))
+    with pytest.raises(FormatError, match="ends inside of storage"):
+        read(data[:-1])
+    with pytest.raises(FormatError, match="not a file of torch"):
+        read(data[:2_000_000])
+    with pytest.raises(FormatError, match=r"torch\.save did not write"):
+        read(pickle.dumps({"a": 1}))
+
+
+def test_archives_of_other_functions_of_torch_are_named() -> None:
+    """Method: TorchScript; a ZIP archive of another program."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trace: Any = torch.jit.trace
+        torch.jit.save(trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), buffer)
+    with pytest.raises(FormatError, match="is a TorchScript archive") as refused:
+        read(buffer.getvalue())
+    assert "state_dict" in str(refused.value.hint)
+    other = io.BytesIO()
+    with zipfile.ZipFile(other, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("notes.txt", "x" * 1000)
+    with pytest.raises(FormatError, match="of another program"):
+        read(other.getvalue())
 
 
 def test_two_entries_of_one_name_are_refused() -> None:
@@ -117,12 +240,21 @@ def test_two_entries_of_one_name_are_refused() -> None:
 VALID = saved(OrderedDict(a=torch.arange(6.0).view(2, 3), b=torch.ones(5, 2).T, c=[1, {"d": 2.5}]))
 
 
+STREAM = saved(
+    OrderedDict(
+        a=torch.arange(6.0).view(2, 3), b=torch.ones(5, 2).T, c=[1, argparse.Namespace(d=2)]
+    ),
+    _use_new_zipfile_serialization=False,
+)
+
+
+@pytest.mark.parametrize("valid", [VALID, STREAM], ids=["archive", "stream"])
 @settings(max_examples=300)
-@given(st.data())
-def test_a_corrupted_file_is_read_or_refused(data: st.DataObject) -> None:
+@given(data=st.data())
+def test_a_corrupted_file_is_read_or_refused(valid: bytes, data: st.DataObject) -> None:
     """G8. Method: a valid file with bytes replaced, or truncated at either end. If it is read, all
     positions are inside the file."""
-    broken = bytearray(VALID)
+    broken = bytearray(valid)
     for _ in range(data.draw(st.integers(0, 4))):
         broken[data.draw(st.integers(0, len(broken) - 1))] = data.draw(st.integers(0, 255))
     first = data.draw(st.just(0) | st.integers(0, len(broken)))

@@ -53,7 +53,7 @@ def flip(file: Path, offset: int) -> None:
 
 
 def test_a_save_writes_only_what_has_changed(tmp_path: Path) -> None:
-    """G18. Method: a large frozen state and a small one that changes; from the third save on, the
+    """G19. Method: a large frozen state and a small one that changes; from the third save on, the
     bytes of new files are at most 1.05 times those that changed. Every step loads bit for bit."""
     run = Run(tmp_path)
     changed = 2 * 4 * ADAPTER
@@ -71,7 +71,7 @@ def test_a_save_writes_only_what_has_changed(tmp_path: Path) -> None:
 # Stock torch warns that it runs without a process group.
 @pytest.mark.filterwarnings("default")
 def test_stock_dcp_loads_a_checkpoint_that_shares_files(tmp_path: Path) -> None:
-    """G10, G18. Method: `dcp.load` of each of four steps."""
+    """G10, G19. Method: `dcp.load` of each of four steps."""
     run = Run(tmp_path)
     for step in range(1, 5):
         run.save(step, lora(step))
@@ -83,7 +83,7 @@ def test_stock_dcp_loads_a_checkpoint_that_shares_files(tmp_path: Path) -> None:
 
 
 def test_consecutive_checkpoints_share_no_file(tmp_path: Path) -> None:
-    """G18. Method: the inodes of all data files of six saves; the step before the previous one has
+    """G19. Method: the inodes of all data files of six saves; the step before the previous one has
     the frozen data in the same file, the previous one has not."""
     run = Run(tmp_path)
     for step in range(1, 7):
@@ -96,7 +96,7 @@ def test_consecutive_checkpoints_share_no_file(tmp_path: Path) -> None:
 
 
 def test_damage_to_a_shared_file_leaves_every_other_checkpoint_good(tmp_path: Path) -> None:
-    """G18. Method: one flipped bit in the largest file of a step; `verify` of each step."""
+    """G19. Method: one flipped bit in the largest file of a step; `verify` of each step."""
     run = Run(tmp_path)
     for step in range(1, 7):
         run.save(step, lora(step))
@@ -108,7 +108,7 @@ def test_damage_to_a_shared_file_leaves_every_other_checkpoint_good(tmp_path: Pa
 
 @pytest.mark.parametrize("damage", ["mark", "truncate", "table", "delete"])
 def test_a_damaged_file_is_not_linked(tmp_path: Path, damage: str) -> None:
-    """G18. Method: damage to the checkpoint that the next save would link; the save writes all of
+    """G19. Method: damage to the checkpoint that the next save would link; the save writes all of
     it anew, and is good."""
     run = Run(tmp_path)
     for step in (1, 2):
@@ -131,7 +131,7 @@ def test_a_damaged_file_is_not_linked(tmp_path: Path, damage: str) -> None:
 def test_a_file_that_cannot_be_linked_is_written_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G18. Method: a store that refuses the link; the log names the file."""
+    """G19. Method: a store that refuses the link; the log names the file."""
 
     def fail(verb: str, key: str) -> None:
         if verb == "link":
@@ -149,7 +149,7 @@ def test_a_file_that_cannot_be_linked_is_written_again(
 def test_a_file_is_read_after_a_number_of_links(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G18. Method: a check after two links. The first one finds the file good. Then a bit flips,
+    """G19. Method: a check after two links. The first one finds the file good. Then a bit flips,
     and the next check finds it: that save writes the tensors again, and is good."""
     run = Run(tmp_path, check_every=2)
     for step in range(1, 10):
@@ -207,7 +207,7 @@ def test_the_number_of_linked_files_is_bounded(tmp_path: Path) -> None:
 
 
 def test_a_step_saved_again_shares_no_file_with_the_one_before_or_after(tmp_path: Path) -> None:
-    """G18. Method: the fourth step is saved twice, with other data."""
+    """G19. Method: the fourth step is saved twice, with other data."""
     run = Run(tmp_path)
     for step in (1, 2, 3, 4):
         run.save(step, lora(step))
@@ -221,7 +221,7 @@ def test_a_step_saved_again_shares_no_file_with_the_one_before_or_after(tmp_path
 
 
 def test_a_run_that_resumes_after_a_gap_keeps_two_copies(tmp_path: Path) -> None:
-    """G18. Method: the step between two that share a file is damaged, so the run knows only those
+    """G19. Method: the step between two that share a file is damaged, so the run knows only those
     two. The next save shares no file with the one resumed from, the later ones share again."""
     run = Run(tmp_path)
     for step in range(1, 5):
@@ -253,7 +253,7 @@ def test_other_tensors_need_no_other_settings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_rank_links_its_own_files(tmp_path: Path, size: int) -> None:
-    """G18. Method: replicated tensors, which the ranks divide between them, saved by two and four
+    """G19. Method: replicated tensors, which the ranks divide between them, saved by two and four
     ranks; then the folder is continued by another number of ranks."""
     run = Run(tmp_path, size=size)
     state = {"model": {f"base.{n}": torch.randn(700_000) for n in range(4)}}
@@ -317,7 +317,7 @@ def test_prune_and_doctor_count_a_shared_file_once(
 
 
 def test_a_store_without_links_is_refused_at_the_start(tmp_path: Path) -> None:
-    """G18. Method: a store without the operation, and a folder whose file system refuses it; the
+    """G19. Method: a store without the operation, and a folder whose file system refuses it; the
     folder is left empty but for the lock."""
 
     class Plain:
@@ -338,6 +338,12 @@ def test_a_store_without_links_is_refused_at_the_start(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == []
 
 
+def test_the_fast_tier_is_refused(tmp_path: Path) -> None:
+    """G8. Method: both settings in one configuration."""
+    with pytest.raises(UsageError, match="does not work with `checkpoint.local_folder`"):
+        CheckpointConfig(enable=True, deduplicate=True, local_folder=str(tmp_path))
+
+
 class Trained(nn.Module):
     """A model with a frozen base and an adapter."""
 
@@ -349,7 +355,7 @@ class Trained(nn.Module):
 
 @pytest.mark.parametrize("async_mode", ["disabled", "async", "async_with_pinned_mem"])
 def test_a_run_deduplicates_also_after_a_resume(tmp_path: Path, async_mode: Any) -> None:
-    """G18. Method: a manager in each mode saves, is closed, and another one resumes. The first save
+    """G19. Method: a manager in each mode saves, is closed, and another one resumes. The first save
     after the resume links the frozen weights, and what is loaded is what was saved."""
     config = CheckpointConfig(
         enable=True, interval=1, keep_latest_k=3, deduplicate=True, async_mode=async_mode

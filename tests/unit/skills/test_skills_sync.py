@@ -181,6 +181,30 @@ def test_a_skill_that_is_no_longer_shipped_leaves_the_ledger_and_stays_on_disk(r
     assert Copies(root).ledger() == Ledger(frozenset({"alpha", "gone"}))
 
 
+def test_an_older_set_forgets_no_skill_of_a_newer_one(root: Path) -> None:
+    """Method: two environments with different sets take turns. The second turn of each changes
+    nothing, and what the newer one installed is never cleaned; once the newer one stops shipping a
+    skill, it cleans it."""
+    older, newer = bundle(alpha="a", old="o"), bundle(alpha="2", fresh="f")
+    assert states(root, older) == {"alpha": "new", "old": "new"}
+    done = sync(newer, Copies(root), V2)
+    assert (done.cleaned, done.names("new"), done.names("outdated")) == (
+        ("old",),
+        ["fresh"],
+        ["alpha"],
+    )
+    assert str(done) == ("1 new (fresh), 1 updated (alpha), 1 cleaned (old), 0 current, 0 skipped")
+    before = {path: at for path, at in everything(root).items() if STATE not in path}
+    for _ in range(2):
+        done = sync(older, Copies(root), V1)
+        assert done.cleaned == ()
+        assert "fresh" in Copies(root).ledger().offered
+        done = sync(newer, Copies(root), V2)
+        assert (done.cleaned, done.names("new", "outdated")) == (("old",), [])
+    assert {path: at for path, at in everything(root).items() if STATE not in path} == before
+    assert sync(bundle(alpha="2"), Copies(root), V2).cleaned == ("fresh",)
+
+
 def test_a_copy_deleted_while_it_was_not_shipped_stays_away(root: Path) -> None:
     """Method: stop shipping a skill, delete its copy, ship it again; then reset it."""
     states(root, bundle(alpha="a"))

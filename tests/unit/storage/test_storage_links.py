@@ -32,7 +32,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> LinkingStore:
 
 
 def test_a_linked_file_stays_until_its_last_name_is_removed(store: LinkingStore) -> None:
-    """G18. Method: a second name in another folder; then the first folder is removed."""
+    """G19. Method: a second name in another folder; then the first folder is removed."""
     store.link("a/file", "b/other")
     store.sync("b")
     store.evict("b/other")
@@ -44,7 +44,7 @@ def test_a_linked_file_stays_until_its_last_name_is_removed(store: LinkingStore)
 
 
 def test_a_link_never_replaces_a_file(store: LinkingStore) -> None:
-    """G18. Method: a name that is taken; a source that is missing."""
+    """G19. Method: a name that is taken; a source that is missing."""
     put(store, "b/other", b"precious")
     with pytest.raises(StorageError, match="exists"):
         store.link("a/file", "b/other")

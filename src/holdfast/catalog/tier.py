@@ -1,0 +1,96 @@
+"""Where the fast tier of a run is: a record in its durable folder.
+
+`.tier.json` holds the identifier of the run's folders on the hosts, and their place there. The
+identifier keeps the checkpoints of two runs apart that use one disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from holdfast.errors import FormatError, HoldfastError
+from holdfast.format.names import TIER
+from holdfast.storage.opening import folder_store
+from holdfast.storage.store import ReadStore, Store
+
+_BYTES_MAX = 1 << 16
+_ID = re.compile(r"run-[0-9a-f]{16}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class TierRecord:
+    """Place of the checkpoints of one run on its hosts."""
+
+    id: str
+    """Name of the run's folder below `local_folder`."""
+
+    local_folder: str
+    """Absolute path. `{host}` in it is replaced by the name of the host."""
+
+    def folder_on(self, host: str) -> str:
+        """Path of the run's folder on a host."""
+        return f"{self.local_folder.replace('{host}', host).rstrip('/')}/{self.id}"
+
+
+def read_tier(store: ReadStore, folder: str = "") -> TierRecord | None:
+    """The record in the durable folder of a run; None if the run has no fast tier.
+
+    Raises:
+        FormatError: the record is malformed.
+    """
+    key = f"{folder}/{TIER}" if folder else TIER
+    if TIER not in store.list(folder):
+        return None
+    where = f"{store.url.rstrip('/')}/{key}"
+    if store.leads_out(folder, TIER):
+        raise FormatError(f"`{where}` is a link to a place outside of its folder")
+    try:
+        found: Any = json.loads(store.read(key, 0, _BYTES_MAX))
+        record = TierRecord(found["id"], found["local_folder"])
+        if _ID.fullmatch(record.id) and os.path.isabs(record.local_folder):  # noqa: PTH117
+            return record
+    except (ValueError, LookupError, TypeError, RecursionError):
+        pass
+    raise FormatError(
+        f"`{where}` is no record of a fast tier",
+        hint="delete it: the next start of the run writes another, and does not find the "
+        "checkpoints on the hosts",
+    )
+
+
+def claim_tier(store: Store, local_folder: str) -> TierRecord:
+    """Return the record of a run, after writing one if there is none, or if its place has changed.
+
+    Only the run that has locked the durable folder may call this.
+    """
+    found = None
+    with suppress(FormatError):
+        found = read_tier(store)
+        if found is not None and found.local_folder == local_folder:
+            return found
+    record = TierRecord(found.id if found else f"run-{os.urandom(8).hex()}", local_folder)
+    if TIER in store.list():
+        store.remove(TIER)
+    data = json.dumps({"id": record.id, "local_folder": record.local_folder}).encode()
+    with store.create(TIER, len(data)) as writer:
+        writer.write(0, [data])
+    store.sync("")
+    return record
+
+
+def local_store(store: ReadStore, folder: str = "") -> ReadStore | None:
+    """The checkpoints of a run on this host, given its durable folder; None if there are none."""
+    try:
+        record = read_tier(store, folder)
+        if record is None:
+            return None
+        local = folder_store(record.folder_on(os.uname().nodename))
+        local.list()
+    except HoldfastError:
+        return None
+    return local

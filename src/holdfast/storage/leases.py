@@ -1,0 +1,204 @@
+"""Leases: locks on file systems without flock(2), such as Lustre mounted with `noflock`.
+
+A lease is a file that its holder renews: it sets the file's time, by the clock of the file system.
+A lease that has not been renewed for `LEASE_S` has lapsed, and another process may take it. A
+process that takes one writes a file beside it, `NAME.taking`, which only one process can create,
+looks at the lease once more, and renames that file to it.
+
+flock ends with its process, a lease does not: a restart waits until the lease of a killed run on
+another host lapses. A holder that could not renew, because it was suspended, may find that it has
+lost its lease; therefore it looks before each change (`Lease.is_at`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from contextlib import suppress
+
+from holdfast.storage.forks import leave_in_children, no_fork_between
+from holdfast.storage.plain import open_plain
+
+UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""Errors of flock on file systems that have no locks."""
+
+LEASE_S = 30.0
+"""Seconds after its last renewal at which a lease lapses."""
+
+RENEW_S = 5.0
+"""Seconds between renewals."""
+
+SKEW_S = 60.0
+"""Largest expected difference between the clocks of this host and of the file system."""
+
+MARKER = "\nlease\n"
+"""End of the content of a lease. A lock file without it is free."""
+
+NOTE_BYTES_MAX = 1024 - len(MARKER)
+
+TAKING = ".taking"
+"""Suffix of the file of a process that takes a lease."""
+
+
+class Lease:
+    """A lease of this process on a file, until `release` or until it lapses.
+
+    Has the methods of `locks.Lock`.
+    """
+
+    def __init__(self, path: str, descriptor: int) -> None:
+        """`descriptor`: the file at `path`, which this process has just renamed to it."""
+        self._path, self._descriptor, self._pid = path, descriptor, os.getpid()
+        status = os.fstat(descriptor)
+        self.file = (status.st_dev, status.st_ino)
+        """Device and inode."""
+        self._released = threading.Event()
+        threading.Thread(target=self._renew, name="holdfast-lease", daemon=True).start()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this process holds the lease: False once released, and in a forked child."""
+        return self._descriptor >= 0 and self._pid == os.getpid()
+
+    def is_at(self, path: str) -> bool:
+        """Whether the file at this path is still the one of this lease. Renews it first."""
+        self._touch()
+        return self.file == _file_at(path)
+
+    def write_note(self, note: str) -> None:
+        """Replace the note in the file. Does nothing if the lease is released."""
+        if self.is_held:
+            _write(self._descriptor, note)
+
+    def release(self) -> None:
+        """Delete the file. Does nothing if released already, or in a forked child."""
+        if self.is_held:
+            self._released.set()
+            descriptor, self._descriptor = self._descriptor, -1
+            with suppress(OSError):
+                if self.file == _file_at(self._path):
+                    os.unlink(self._path)
+            os.close(descriptor)
+
+    def release_and_remove(self, path: str) -> None:
+        """Delete the file at its new path. Does nothing in a forked child."""
+        self._path = path
+        self.release()
+
+    def leave(self) -> None:
+        """Close this process's copy of the file, which keeps the parent's lease (see `forks`)."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def _touch(self) -> None:
+        # An error means that the file system fails. The lease then lapses, if that lasts.
+        with suppress(OSError):
+            os.utime(self._descriptor)
+
+    def _renew(self) -> None:
+        while not self._released.wait(RENEW_S):
+            self._touch()
+
+
+def take_lease(path: str, *, waits: bool, has_ended: bool = False) -> Lease | None:
+    """Take the lease at `path`. Return None if another process holds it.
+
+    `waits`: if the lease is not renewed, wait until it lapses. `has_ended`: take it at once.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    deadline = time.monotonic() + LEASE_S + RENEW_S
+    first = _renewed_at(path)
+    while True:
+        lease = _try_to_take(path, has_ended=has_ended)
+        if lease is not None or not waits:
+            return lease
+        if _renewed_at(path) != first or time.monotonic() >= deadline:
+            return None
+        time.sleep(min(0.2, RENEW_S / 4))
+
+
+def is_lease(content: str) -> bool:
+    """Whether a lock file with this content is a lease."""
+    return content.endswith(MARKER)
+
+
+def has_lapsed(path: str) -> bool:
+    """Whether the lease at `path` has lapsed, as far as the clock of this host tells."""
+    renewed_at = _renewed_at(path)
+    return renewed_at is None or time.time() - renewed_at > LEASE_S + SKEW_S
+
+
+def _try_to_take(path: str, *, has_ended: bool) -> Lease | None:
+    taking = path + TAKING
+    with no_fork_between():
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(taking, flags, 0o666)
+        except FileExistsError:
+            _remove_left_behind(taking)
+            return None
+        try:
+            _write(descriptor, "")
+            os.fsync(descriptor)
+            if not has_ended and _is_taken(path, now=os.fstat(descriptor).st_mtime):
+                os.unlink(taking)
+                os.close(descriptor)
+                return None
+            os.rename(taking, path)
+            lease = Lease(path, descriptor)
+            leave_in_children(lease)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(taking)
+            with suppress(OSError):
+                os.close(descriptor)
+            raise
+    return lease
+
+
+def _is_taken(path: str, *, now: float) -> bool:
+    """Whether the file at `path` is a lease that has not lapsed at `now`, a time of the file
+    system."""
+    renewed_at = _renewed_at(path)
+    if renewed_at is None or now - renewed_at > LEASE_S:
+        return False
+    with suppress(FileNotFoundError):
+        descriptor = open_plain(path, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            return is_lease(os.pread(descriptor, 1024, 0).decode(errors="replace"))
+        finally:
+            os.close(descriptor)
+    return False
+
+
+def _remove_left_behind(taking: str) -> None:
+    """Remove the file of a process that died while it took a lease."""
+    with suppress(OSError):
+        if time.time() - os.lstat(taking).st_mtime > LEASE_S + SKEW_S:
+            os.unlink(taking)
+
+
+def _write(descriptor: int, note: str) -> None:
+    data = note.encode(errors="replace")[:NOTE_BYTES_MAX] + MARKER.encode()
+    os.pwrite(descriptor, data, 0)
+    os.ftruncate(descriptor, len(data))
+
+
+def _renewed_at(path: str) -> float | None:
+    try:
+        return os.lstat(path).st_mtime
+    except OSError:
+        return None
+
+
+def _file_at(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

@@ -1,0 +1,103 @@
+"""Rules `theirs=ours` by which tensors get other names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+
+from holdfast.errors import UsageError
+
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts of names that torch.compile, DDP, FSDP and checkpointing add."""
+
+_LEADING = re.compile(rf"(?:(?:{'|'.join(_WRAPPERS)}|base_model\.model)\.)+")
+_WITHIN = re.compile(rf"(.*?)\.((?:(?:{'|'.join(_WRAPPERS[2:])}|_orig_mod)\.)+)")
+_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.|$)", re.ASCII)
+
+_SUGGESTED_MAX = 8
+
+
+def parse(rule: str, option: str) -> tuple[re.Pattern[str], str]:
+    """Parse a rule into a pattern and its replacement. Raises a UsageError, which names `option`,
+    if `rule` is no such rule."""
+    theirs, equals, ours = rule.partition("=")
+    if not equals or not theirs or theirs.count("{}") != ours.count("{}"):
+        raise UsageError(
+            f"`{option}` must have rules `theirs=ours`, with the same number of `{{}}` on both "
+            f"sides, found: {rule!r}",
+            hint='such as "encoder.{}.attn=layers.{}.attention", or "model=" to drop a prefix',
+        )
+    pattern = r"([^.]+)".join(map(re.escape, theirs.split("{}")))
+    return re.compile(rf"{pattern}(?=\.|$)"), ours
+
+
+def new_names(names: Collection[str], rules: Sequence[str], option: str) -> dict[str, str]:
+    """Return the new name of every tensor, by the first rule that matches the beginning of its old
+    name. `{}` matches one part of a name, without dots.
+
+    Raises:
+        UsageError: a rule matches no tensor, or two tensors get the same name.
+    """
+    parsed = [(rule, *parse(rule, option)) for rule in rules]
+    used: set[str] = set()
+    renamed: dict[str, str] = {}
+    for name in names:
+        new_name = name
+        for rule, pattern, ours in parsed:
+            match = pattern.match(name)
+            if match is not None:
+                used.add(rule)
+                new_name = (ours.replace("{}", "\0") + name[match.end() :]).removeprefix(".")
+                for part in match.groups():
+                    new_name = new_name.replace("\0", part, 1)
+                break
+        renamed[name] = new_name
+    seen: set[str] = set()
+    for new_name in renamed.values():
+        if new_name in seen:
+            raise UsageError(f"`{option}` gives two tensors the name `{new_name}`")
+        seen.add(new_name)
+    unused = [rule for rule in rules if rule not in used]
+    if unused:
+        examples = ", ".join(list(names)[:3])
+        raise UsageError(
+            f"`{option}`: no tensor matches {unused}",
+            hint=f"names in the checkpoint: {examples}, ...",
+        )
+    return renamed
+
+
+def suggested(names: Collection[str], expected: Collection[str] = ()) -> list[str]:
+    """Return rules for parts of names that wrappers add. With `expected`, return rules that give
+    tensors the missing `model.` in front, or drop it, if the expected names say so.
+
+    >>> suggested(["_orig_mod.layers.0.weight", "_orig_mod.norm.weight"])
+    ['_orig_mod=']
+    >>> suggested(["layers.0._orig_mod.weight"])
+    ['layers.{}._orig_mod=layers.{}']
+    >>> suggested(["norm.bias", "head.bias"], ["model.norm.bias", "model.head.bias"])
+    ['norm=model.norm', 'head=model.head']
+    """
+    rules: dict[str, None] = {}
+    for name in names:
+        leading = _LEADING.match(name)
+        within = None if leading else _WITHIN.match(name)
+        if leading:
+            rules[f"{leading[0][:-1]}="] = None
+        elif within:
+            before = _NUMBER.sub("{}", within[1])
+            rules[f"{before}.{within[2][:-1]}={before}"] = None
+    if not rules and expected:
+        wanted = {*expected}
+        for name in names:
+            first = name.partition(".")[0]
+            if name not in wanted and f"model.{name}" in wanted:
+                rules[f"{first}=model.{first}"] = None
+            elif name not in wanted and name.removeprefix("model.") in wanted:
+                rules["model="] = None
+    return [*rules] if len(rules) <= _SUGGESTED_MAX else []
+
+
+def spelled(rules: Sequence[str]) -> str:
+    """Format rules as options of `holdfast convert`."""
+    return " ".join(f"--rename '{rule}'" for rule in rules)

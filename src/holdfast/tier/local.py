@@ -1,0 +1,205 @@
+"""The folder of a run on each host, and saves into it.
+
+Each rank writes its file to the disk of its own host. One rank of each host, the lowest, makes the
+attempt there and publishes it, with the same index files on every host. So a folder has some of the
+files of a checkpoint, and all folders together have all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+
+from holdfast.catalog.catalog import Catalog
+from holdfast.catalog.cleanup import execute, plan_cleanup
+from holdfast.catalog.tier import TierRecord
+from holdfast.comm import Ranks, capture, host_of, hosts_of, run_on_all
+from holdfast.errors import HoldfastError
+from holdfast.format.names import LOCK, HiddenFolder, data_file, step_name
+from holdfast.planning.gc_pause import gc_paused
+from holdfast.saving.commit import run_if_alike
+from holdfast.saving.publish import clean_up, index_files, write_index
+from holdfast.saving.save import Pending, check_space
+from holdfast.saving.write import WriteResult
+from holdfast.storage.opening import folder_store
+from holdfast.tier.transfer import Transfer, transfer
+
+logger: logging.Logger = logging.getLogger("holdfast")
+
+KEPT = 2
+"""Number of newest checkpoints that each host keeps. Other hosts may have the newest in part."""
+
+
+class LocalTier:
+    """The folder of a run on the host of this rank.
+
+    Collective: every rank makes one and calls its methods in the same order.
+    """
+
+    def __init__(self, record: TierRecord, ranks: Ranks, *, replicas: int = 0) -> None:
+        """`replicas`: number of other hosts that keep the files of each host."""
+        self.hosts: list[str] = hosts_of(ranks)
+        """Host of each rank."""
+        self.host: str = self.hosts[ranks.rank]
+        self.leads: bool = ranks.rank == self.hosts.index(self.host)
+        """Whether this rank makes, publishes and deletes the checkpoints on its host."""
+        self.catalog = Catalog(folder_store(record.folder_on(host_of(ranks))))
+        self.draining: int | None = None
+        """Step that is being copied to the durable folder."""
+        self._replicas = replicas
+        self._deleting: threading.Thread | None = None
+
+    @property
+    def leaders(self) -> dict[str, int]:
+        """The rank that leads each host."""
+        return {host: self.hosts.index(host) for host in self.hosts}
+
+    def open(self, held: ExitStack, note: str) -> None:
+        """Lock the folder until `held` ends, and clean up after killed runs. Not collective.
+
+        Raises:
+            ExistsError: another host has the same folder, or another run uses it.
+            StorageError: the folder cannot be written.
+        """
+        if not self.leads:
+            return
+        store = self.catalog.store
+        store.make_folder("")
+        self.catalog.check_lock = held.enter_context(store.lock(LOCK, note))
+        for problem in execute(store, plan_cleanup(store.list())):
+            logger.warning("%s; the next start tries again", problem)
+
+    def attempt(self, name: str) -> HiddenFolder:
+        """Name of a new attempt, the same on every host. Called on rank 0."""
+        return HiddenFolder("attempt", name, os.urandom(4).hex())
+
+    def begin(self, pending: Pending, ranks: Ranks) -> Pending:
+        """Make the attempt of a save on every host. Raises on all ranks if one of them fails, as
+        for lack of space. Collective."""
+        sizes = ranks.broadcast(ranks.gather(pending.file_layout.nbytes))
+        pending = replace(pending, catalog=self.catalog, deletes=self.leads)
+        copies = self._copies(sizes, pending.attempt)
+
+        def make() -> None:
+            if self.leads:
+                own = sum(n for n, host in zip(sizes, self.hosts, strict=True) if host == self.host)
+                more = sum(copy.nbytes for copy in copies if self.hosts[copy.target] == self.host)
+                check_space(self.catalog, pending.attempt.name, own + more)
+                self._make(pending.attempt)
+
+        try:
+            run_on_all(ranks, make)
+        except HoldfastError:
+            self.abort(pending.attempt)
+            raise
+        return pending
+
+    def _make(self, attempt: HiddenFolder) -> None:
+        self.catalog.begin(attempt.name, replace=True, chosen_id=attempt.id)
+
+    def make_attempt(self, attempt: HiddenFolder, ranks: Ranks) -> None:
+        """Make an attempt on every host. Collective."""
+        run_on_all(ranks, lambda: self._make(attempt) if self.leads else None)
+
+    def commit(self, pending: Pending, written: WriteResult | HoldfastError, ranks: Ranks) -> int:
+        """Publish a save on every host: a `CommitBy` of `finish_save`. Collective."""
+        index, facts, attempt = pending.index, pending.facts, pending.attempt
+
+        def make_index(
+            results: Sequence[WriteResult],
+        ) -> tuple[dict[str, bytes], int, list[int]]:
+            assert index is not None
+            index.encoded()
+            with gc_paused():
+                files, nbytes = index_files(results, index, facts)
+            joined = {name: b"".join(parts) for name, parts in files.items()}
+            return joined, nbytes, [result.nbytes for result in results]
+
+        try:
+            digests = pending.replicas.digests
+            files, nbytes, sizes = run_if_alike(written, digests, ranks, make_index)
+            transfer(self._copies(sizes, attempt), self.catalog.store, ranks)
+            # All hosts have written everything before the first of them publishes.
+            run_on_all(ranks, lambda: self._write_index(attempt, files))
+            run_on_all(ranks, lambda: self._publish(attempt))
+        except HoldfastError:
+            self.abort(attempt)
+            raise
+        return nbytes
+
+    def abort(self, attempt: HiddenFolder) -> None:
+        """Delete an attempt on this host. If that fails, the next start cleans up."""
+        if self.leads:
+            with suppress(HoldfastError):
+                self.catalog.abort(attempt)
+
+    def retain(self, step: int) -> list[str]:
+        """Delete all checkpoints of this host up to `step`, but the newest `KEPT` and the one that
+        is being copied. Later ones belong to a branch that the run has left, and stay.
+
+        Returns a line on each problem. Not collective.
+        """
+        if not self.leads:
+            return []
+        self.wait()
+        problems = []
+        found = capture(self.catalog.steps)
+        if isinstance(found, HoldfastError):
+            return [found.what]
+        ours = [other for other in found if other <= step]
+        for old in ours[:-KEPT]:
+            try:
+                if old != self.draining:
+                    self.catalog.set_aside_for_deletion(step_name(old))
+            except HoldfastError as error:
+                problems.append(f"could not delete step {old}: {error.what}")
+        self._deleting = threading.Thread(target=self._delete, name="holdfast-remove", daemon=True)
+        self._deleting.start()
+        return problems
+
+    def _delete(self) -> None:
+        store = self.catalog.store
+
+        def delete() -> list[str]:
+            found = plan_cleanup(store.list())
+            return execute(store, [action for action in found if action.role == "removing"])
+
+        outcome = capture(delete)
+        for problem in [outcome.what] if isinstance(outcome, HoldfastError) else outcome:
+            logger.warning("%s; the next save tries again", problem)
+
+    def wait(self) -> None:
+        """Wait until the files of old checkpoints are deleted."""
+        if self._deleting is not None:
+            self._deleting.join()
+            self._deleting = None
+
+    def _copies(self, sizes: Sequence[int], attempt: HiddenFolder) -> list[Transfer]:
+        """The files that other hosts keep too: those of each host on the next one."""
+        hosts = list(self.leaders)
+        if not self._replicas or len(hosts) == 1:
+            return []
+        ranks_of = {host: [r for r, h in enumerate(self.hosts) if h == host] for host in hosts}
+        by_turn: list[tuple[int, int, int, Transfer]] = []
+        for number, host in enumerate(hosts):
+            others = ranks_of[hosts[(number + 1) % len(hosts)]]
+            for place, rank in enumerate(ranks_of[host]):
+                if sizes[rank]:
+                    key, target = f"{attempt}/{data_file(rank)}", others[place % len(others)]
+                    item = Transfer(key, key, sizes[rank], [(0, sizes[rank])], rank, target)
+                    # Every second host sends while the others receive.
+                    by_turn.append((place, number % 2, number, item))
+        return [item for *_, item in sorted(by_turn, key=lambda turn: turn[:3])]
+
+    def _write_index(self, attempt: HiddenFolder, files: dict[str, bytes]) -> None:
+        if self.leads:
+            write_index(attempt, {name: [data] for name, data in files.items()}, self.catalog.store)
+
+    def _publish(self, attempt: HiddenFolder) -> None:
+        if self.leads:
+            self.catalog.publish(attempt)
+            clean_up(self.catalog, attempt.name)

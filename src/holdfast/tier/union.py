@@ -1,0 +1,278 @@
+"""Find the newest checkpoint that the hosts have together, and load from it.
+
+Hosts report the manifests and files that they have. Files of one checkpoint have equal manifests on
+all hosts: those of another attempt at the same step are never combined with them. Parts of data
+files that a host needs and does not have come from a host that has them, into an attempt that is
+deleted after the load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+
+from holdfast.catalog.catalog import Catalog, read_index, read_manifest
+from holdfast.catalog.findings import misnumbered, why_not_resumable
+from holdfast.catalog.marks import damaged_steps
+from holdfast.catalog.open_any import Opened, open_in
+from holdfast.catalog.source import Source
+from holdfast.comm import Ranks, capture, gather_and_run, run_on_rank_0
+from holdfast.errors import HoldfastError
+from holdfast.format.checksum import checksum
+from holdfast.format.manifest import Manifest, ValueEntry
+from holdfast.format.names import MANIFEST, METADATA, HiddenFolder, step_name
+from holdfast.loading.read import Wanted
+from holdfast.planning.read_plan import read_items
+from holdfast.storage.store import FileReader, ReadStore
+from holdfast.tier.local import LocalTier
+from holdfast.tier.transfer import Range, Transfer, transfer
+
+GAP_BYTES_MAX = 1 << 20
+"""Largest gap between two parts of a file that are fetched as one. Small neighbours are read with
+the gaps between them (`loading/read.py`), so these gaps must be there."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostPart:
+    """The files of one checkpoint that one host has."""
+
+    step: int
+    digest: int
+    """Checksum of the manifest, which tells attempts apart."""
+
+    created: str
+    """Time of the commit: ISO 8601, UTC."""
+
+    files: Mapping[str, int]
+    """Size of each file of the host, index files included."""
+
+    missing: frozenset[str]
+    """Data files that the manifest lists, and the host has not, or not in full."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalCheckpoint:
+    """A checkpoint that the hosts have together, in full."""
+
+    step: int
+    digest: int
+    """Checksum of the manifest."""
+
+    created: str
+    """Time of the commit: ISO 8601, UTC."""
+
+    files: Mapping[str, int]
+    """Size of each file."""
+
+    ranks: Mapping[str, tuple[int, ...]]
+    """For each file, the leading rank of each host that has it."""
+
+
+def find(tier: LocalTier, ranks: Ranks) -> list[LocalCheckpoint]:
+    """The complete checkpoints that a run can resume from, newest first. The same on all ranks.
+
+    Collective: every rank calls this.
+    """
+    parts = ranks.gather(list(_parts(tier.catalog)) if tier.leads else [])
+    return ranks.broadcast(combine(parts))
+
+
+def combine(parts: Sequence[Sequence[HostPart]]) -> list[LocalCheckpoint]:
+    """The checkpoints of which all files are there, newest first, given the parts of each rank."""
+    groups: dict[tuple[int, str, int], list[tuple[int, HostPart]]] = {}
+    for rank, reported in enumerate(parts):
+        for part in reported:
+            groups.setdefault((part.step, part.created, part.digest), []).append((rank, part))
+    found = []
+    for (step, created, digest), group in sorted(groups.items(), reverse=True):
+        sizes: dict[str, int] = {}
+        owners: dict[str, tuple[int, ...]] = {}
+        for rank, part in group:
+            sizes |= part.files
+            for file in part.files:
+                owners[file] = (*owners.get(file, ()), rank)
+        if not frozenset().union(*(part.missing for _, part in group)) - owners.keys():
+            found.append(LocalCheckpoint(step, digest, created, sizes, owners))
+    return found
+
+
+def _parts(catalog: Catalog) -> Iterator[HostPart]:
+    """The parts on this host. Unreadable ones are left out."""
+    try:
+        folders, damaged = catalog.folders(), damaged_steps(catalog.store)
+    except HoldfastError:
+        return
+    for step in folders.keys() - damaged.keys():
+        with suppress(HoldfastError):
+            part = _part(catalog.store, step, folders[step])
+            if part is not None:
+                yield part
+
+
+def _part(store: ReadStore, step: int, folder: str) -> HostPart | None:
+    digest = checksum(read_index(store, f"{folder}/{MANIFEST}"))
+    manifest = read_manifest(store, folder, entries=False)
+    if misnumbered(step, manifest) or why_not_resumable(step, manifest):
+        return None
+    listed = [file for file in store.list(folder) if not file.endswith("/")]
+    sizes = {file: store.size(f"{folder}/{file}") for file in listed}
+    complete = {f: n for f, n in sizes.items() if manifest.files.get(f, n) == n}
+    missing = frozenset(manifest.files.keys() - complete.keys())
+    return HostPart(step, digest, manifest.created, complete, missing)
+
+
+@dataclass(frozen=True, slots=True)
+class UnionStore:
+    """The folder of a host as if it had all files of one checkpoint: a `ReadStore`.
+
+    Names and sizes are those of the whole checkpoint. Only files of this host, and parts that have
+    come from others, can be read.
+    """
+
+    beneath: ReadStore
+    folder: str
+    """Folder of the checkpoint."""
+
+    sizes: Mapping[str, int]
+    fetched_to: str
+    """Folder of the files from other hosts."""
+
+    fetched: set[str] = field(default_factory=set)
+    """Names of these files."""
+
+    @property
+    def url(self) -> str:
+        return self.beneath.url
+
+    def list(self, folder: str = "") -> Sequence[str]:
+        if folder == self.folder:
+            return sorted(self.sizes)
+        return sorted({*self.beneath.list(folder), *([] if folder else [f"{self.folder}/"])})
+
+    def size(self, key: str) -> int:
+        folder, _, file = key.rpartition("/")
+        if folder == self.folder and file in self.sizes:
+            return self.sizes[file]
+        return self.beneath.size(key)
+
+    def read(self, key: str, start: int, stop: int) -> bytes:
+        return self.beneath.read(self._place(key), start, stop)
+
+    def open(self, key: str) -> AbstractContextManager[FileReader]:
+        return self.beneath.open(self._place(key))
+
+    def leads_out(self, folder: str, file: str) -> bool:
+        folder, _, file = self._place(f"{folder}/{file}").rpartition("/")
+        return self.beneath.leads_out(folder, file)
+
+    def _place(self, key: str) -> str:
+        folder, _, file = key.rpartition("/")
+        is_fetched = folder == self.folder and file in self.fetched
+        return f"{self.fetched_to}/{file}" if is_fetched else key
+
+
+class Fetching:
+    """A checkpoint that the hosts have together, and the parts of it that came to this host."""
+
+    def __init__(
+        self, tier: LocalTier, found: LocalCheckpoint, ranks: Ranks, attempt: HiddenFolder
+    ) -> None:
+        self._tier, self._found, self._ranks = tier, found, ranks
+        self._attempt = attempt
+        self._leader = tier.leaders[tier.host]
+        name = step_name(found.step)
+        self.store = UnionStore(tier.catalog.store, name, found.files, str(attempt))
+        self.nbytes: int = 0
+        """Bytes that this rank has received."""
+
+    def open(self) -> Opened:
+        """Open the checkpoint on rank 0, and send the manifest to the others. Collective."""
+        index = {f: [(0, n)] for f, n in self._found.files.items() if f in (MANIFEST, METADATA)}
+        self._fetch(index if self._ranks.rank == 0 else {})
+        name = step_name(self._found.step)
+        return run_on_rank_0(self._ranks, lambda: open_in(self.store, name))
+
+    def fetch(self, source: Source, wanted: Sequence[Wanted], values: Iterable[ValueEntry]) -> None:
+        """Fetch what this rank will read and its host does not have. Collective."""
+        self._fetch(capture(lambda: _needed(source.manifest, wanted, values)))
+
+    def _fetch(self, needed: Mapping[str, Sequence[Range]] | HoldfastError) -> None:
+        owners, leader = self._found.ranks, self._leader
+        if not isinstance(needed, HoldfastError):
+            needed = {
+                file: merged(ranges)
+                for file, ranges in needed.items()
+                if leader not in owners.get(file, (leader,))
+            }
+        plan = gather_and_run(self._ranks, needed, self._plan)
+        self.nbytes += transfer(plan, self._tier.catalog.store, self._ranks)
+        # A rank also reads what came to another rank of its host.
+        here = [item for item in plan if self._tier.hosts[item.target] == self._tier.host]
+        self.store.fetched.update(item.target_key.rpartition("/")[2] for item in here)
+
+    def _plan(self, needed: Sequence[Mapping[str, Sequence[Range]]]) -> list[Transfer]:
+        """The transfers, on rank 0: each byte once to each host. The hosts that have a file, and
+        the ranks of each, take turns to send."""
+        hosts, found = self._tier.hosts, self._found
+        targets: dict[tuple[str, str], tuple[int, list[Range]]] = {}
+        for rank, by_file in enumerate(needed):
+            for file, ranges in by_file.items():
+                targets.setdefault((file, hosts[rank]), (rank, []))[1].extend(ranges)
+        plan = []
+        for number, ((file, _), (target, ranges)) in enumerate(sorted(targets.items())):
+            owner = hosts[found.ranks[file][number % len(found.ranks[file])]]
+            senders = [rank for rank, host in enumerate(hosts) if host == owner]
+            source = senders[number % len(senders)]
+            key, target_key = f"{step_name(found.step)}/{file}", f"{self._attempt}/{file}"
+            plan.append(
+                Transfer(key, target_key, found.files[file], merged(ranges), source, target)
+            )
+        return plan
+
+
+def _needed(
+    manifest: Manifest, wanted: Sequence[Wanted], values: Iterable[ValueEntry]
+) -> dict[str, list[Range]]:
+    """The parts of files that hold some tensors and values, and the checksums of these files."""
+    needed: dict[str, list[Range]] = {}
+    for want in wanted:
+        entry = manifest.tensors[want.name]
+        for piece in want.pieces:
+            for item in read_items(want.name, entry, piece.region):
+                span = item.chunk.item
+                needed.setdefault(item.chunk.file, []).append((span.offset, span.stop))
+    for value in values:
+        needed.setdefault(value.file, []).append((value.item.offset, value.item.stop))
+    for file, ranges in needed.items():
+        if file in manifest.tables:
+            ranges.append((manifest.tables[file].offset, manifest.files[file]))
+    return needed
+
+
+def merged(ranges: Iterable[Range]) -> list[Range]:
+    """Ranges in order, those with small gaps as one.
+
+    >>> merged([(9, 12), (0, 4), (5_000_000, 5_000_001)])
+    [(0, 12), (5000000, 5000001)]
+    """
+    result: list[Range] = []
+    for start, stop in sorted(ranges):
+        if result and start - result[-1][1] <= GAP_BYTES_MAX:
+            result[-1] = (result[-1][0], max(result[-1][1], stop))
+        else:
+            result.append((start, stop))
+    return result
+
+
+@contextmanager
+def fetching(tier: LocalTier, found: LocalCheckpoint, ranks: Ranks) -> Iterator[Fetching]:
+    """Context in which a checkpoint of the hosts can be read.
+
+    Collective: every rank enters and leaves it.
+    """
+    attempt = ranks.broadcast(tier.attempt(f"fetched-{found.step}"))
+    with ExitStack() as stack:
+        stack.callback(tier.abort, attempt)
+        tier.make_attempt(attempt, ranks)
+        yield Fetching(tier, found, ranks, attempt)
