@@ -117,8 +117,9 @@ def _part(store: ReadStore, step: int, folder: str) -> HostPart | None:
         return None
     listed = [file for file in store.list(folder) if not file.endswith("/")]
     sizes = {file: store.size(f"{folder}/{file}") for file in listed}
-    complete = {f: n for f, n in sizes.items() if manifest.files.get(f, n) == n}
-    missing = frozenset(manifest.files.keys() - complete.keys())
+    expected = {**manifest.files, **({ROWS: manifest.rows.nbytes} if manifest.rows else {})}
+    complete = {f: n for f, n in sizes.items() if expected.get(f, n) == n}
+    missing = frozenset(expected.keys() - complete.keys())
     return HostPart(step, digest, manifest.created, complete, missing)
 
 
