@@ -42,6 +42,7 @@ from holdfast.format.names import (
     step_of,
     steps_among,
 )
+from holdfast.format.pointer import id_in
 from holdfast.format.seal import SEAL
 from holdfast.storage.opening import is_url
 from holdfast.storage.store import Check, ReadStore, Store
@@ -284,6 +285,12 @@ def read_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
             raise FormatError(f"`{where}/{index}` is a link to a place outside of its folder")
     if MANIFEST in files:
         data = read_index(store, f"{name}/{MANIFEST}")
+        if (folder := id_in(data)) is not None:
+            raise FormatError(
+                f"`{where}` is a copy of a checkpoint of an object store, with its files in "
+                f"`{folder}`",
+                hint=f"open `{where}/{folder}`",
+            )
         manifest = manifests.decode(data, where=f"{where}/{MANIFEST}", entries=entries)
         connect_rows(store, name, manifest)
         return manifest

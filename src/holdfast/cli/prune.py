@@ -27,7 +27,7 @@ from holdfast.manager.policy import STEPS_MIN, Retention, reasons_to_keep
 from holdfast.manager.resume import good_steps
 from holdfast.spelling import counted, spelled_bytes
 from holdfast.storage.listed import ListedStore
-from holdfast.storage.opening import folder_store, is_url
+from holdfast.storage.opening import store_to_save
 from holdfast.storage.store import Linking, Links, ReadStore, Store
 
 
@@ -98,11 +98,9 @@ class Decision:
 def run(arguments: Sequence[str]) -> int:
     """Print the plan, and carry it out; returns the exit status."""
     options = parsed(PruneArguments, "prune", arguments)
-    if is_url(options.folder):
-        raise UsageError(f"`{options.folder}` is a URL: use the tool of that store")
     store, name = open_parent(options.folder)
     check_folder(store, name)
-    catalog = Catalog(folder_store(options.folder))
+    catalog = Catalog(store_to_save(options.folder))
     listed = catalog.store.list()
     if not _folders(catalog) and not any(hidden_folder_of(entry.rstrip("/")) for entry in listed):
         raise NotFoundError(

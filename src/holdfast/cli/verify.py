@@ -30,7 +30,7 @@ from holdfast.errors import DamagedError, HoldfastError, UsageError
 from holdfast.format.names import step_of, step_of_folder
 from holdfast.spelling import counted, spelled_bytes
 from holdfast.storage.listed import ListedStore
-from holdfast.storage.opening import folder_store, is_url
+from holdfast.storage.opening import store_to_save
 from holdfast.storage.store import ReadStore
 
 CAUSES_MAX = 50
@@ -60,8 +60,8 @@ class VerifyArguments(JsonOptions):
 def run(arguments: Sequence[str]) -> int:
     """Verify, and print the findings; returns the exit status."""
     options = parsed(VerifyArguments, "verify", arguments)
-    if options.mark and (options.quick or is_url(options.path)):
-        raise UsageError("`--mark` needs a folder of this machine, and all data read: no `--quick`")
+    if options.mark and options.quick:
+        raise UsageError("`--mark` needs all data read: no `--quick`")
     store, name = open_for_reading(options.path)
     holds_many = format_of(store, name) is None and is_folder(store, name)
     checkpoints = steps_in(store, name) if holds_many else []
@@ -141,10 +141,11 @@ def _mark(reports: Sequence[VerifyReport]) -> None:
                 f"`{report.where}` is not a checkpoint of a run",
                 hint="`--mark` needs folders named step-N",
             )
+        store = store_to_save(folder)
         if report.loads:
-            clear_damaged(folder_store(folder), step)
-        elif not is_deleted(folder_store(folder), name):
-            mark_damaged(folder_store(folder), step, str(report.findings[0]))
+            clear_damaged(store, step)
+        elif not is_deleted(store, name):
+            mark_damaged(store, step, str(report.findings[0]))
 
 
 def stored_bytes(store: ReadStore, name: str) -> int:

@@ -18,7 +18,7 @@ from holdfast.format.checksum import block_checksums, checksum, pack
 from holdfast.format.chunks import BLOCK_BYTES, NUM_PLACES, RowFile, Span, Table
 from holdfast.format.dcp import OURS
 from holdfast.format.manifest import Path, encode_tensor, encode_tensor_with_rows
-from holdfast.format.pickles import Call, Dumper, Global, Instance, pickled_int
+from holdfast.format.pickles import Call, Dumper, FileName, Global, Instance, pickled_int
 
 Ints = NDArray[np.int64]
 
@@ -135,8 +135,9 @@ class StockIndex:
         self._out = out = Dumper(OURS)
         self._properties_of: dict[str, bytes] = {}
         self._cache: dict[tuple[object, ...], bytes] = {}
-        out.memoize(*files, *_CONSTANTS)
-        file_memo = np.array([out.index(file) for file in files], np.int64)
+        names = [*map(FileName, files)]
+        out.memoize(*names, *_CONSTANTS)
+        file_memo = np.array([out.index(name) for name in names], np.int64)
         self._index = out.get(_INDEX) + b")\x81}(" + out.get("fqn")
         self._length = out.get("length")
         out.put(_METADATA)
@@ -271,7 +272,7 @@ class StockIndex:
         """Encode the position of a value, after its name. It has neither chunk index nor offset."""
         get = self._out.get
         index = get("index") + b"N" + get("offset") + b"Nub"
-        info = get(_INFO) + b")\x81}(" + get("relative_path") + get(file)
+        info = get(_INFO) + b")\x81}(" + get("relative_path") + get(FileName(file))
         offset = get("offset") + pickled_int(item.offset)
         return index + info + offset + self._length + pickled_int(item.nbytes) + b"ub"
 

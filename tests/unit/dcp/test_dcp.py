@@ -315,7 +315,7 @@ def test_errors_before_the_first_byte(tmp_path: Path) -> None:
     with pytest.raises(CheckpointException, match="it is a file"):
         dcp_save({"w": torch.ones(3)}, storage_writer=Writer(tmp_path / "file"))
     with pytest.raises(CheckpointException, match="is a URL"):
-        dcp_save({"w": torch.ones(3)}, storage_writer=Writer("s3://bucket/a"))
+        dcp_save({"w": torch.ones(3)}, storage_writer=Writer("https://host/a"))
     with pytest.raises(holdfast.UsageError, match="use_collectives"):
         dcp_save({"w": torch.ones(3)}, storage_writer=Writer(tmp_path / "a"), use_collectives=False)
     with pytest.raises(CheckpointException, match=r"nothing at|does not exist|no checkpoint"):
