@@ -47,7 +47,7 @@ class Operation:
 
     data: bytes = b""
     target: str = ""
-    """New path, for `rename`, where it replaces a file or an empty folder, and for `link`."""
+    """New path, for `rename` and `link`. A rename replaces a file or an empty folder."""
 
     def __str__(self) -> str:
         more = f" to {self.target}" * bool(self.target)

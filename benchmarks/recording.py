@@ -180,6 +180,13 @@ class _Recorder:
                 nbytes = os.fstat(descriptor).st_size
                 self._keep("resize", path, file=number, offset=nbytes)
 
+    def _link(self, source: Any, target: Any, *, follow_symlinks: bool = True) -> None:
+        old, new = self._below(source), self._below(target)
+        with self._mutex:
+            _REAL["link"](source, target, follow_symlinks=follow_symlinks)
+            if old is not None and new is not None:
+                self._keep("link", old, target=new)
+
     def _sync(self, name: str, file: Any) -> None:
         descriptor = file if isinstance(file, int) else file.fileno()
         with self._mutex:
@@ -211,13 +218,6 @@ class _Recorder:
             _REAL[name](source, target, **folders)
             if old is not None and new is not None:
                 self._keep("rename", old, target=new)
-
-    def _link(self, source: Any, target: Any, **folders: Any) -> None:
-        old, new = self._below(source), self._below(target)
-        with self._mutex:
-            _REAL["link"](source, target, **folders)
-            if old is not None and new is not None:
-                self._keep("link", old, target=new)
 
     def _rename_exclusive(self, source: str, target: str) -> None:
         """Replace `renaming.rename_exclusive`, which calls the C library."""

@@ -66,6 +66,11 @@ class RecordingStore(MemoryStore):
             for folder in dict.fromkeys(key.rpartition("/")[0] for key in (target, source)):
                 self.operations.append(Operation("sync_folder", folder))
 
+    def link(self, source: str, target: str) -> None:
+        with self._mutex:
+            super().link(source, target)
+            self.operations.append(Operation("link", source, target=target))
+
     def remove(self, key: str) -> None:
         with suppress(HoldfastError):  # It is a file.
             for name in self.list(key):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from holdfast.format.names import (
 )
 from holdfast.format.timings import Stage
 from holdfast.storage.listed import ListedStore
-from holdfast.storage.store import ReadStore
+from holdfast.storage.store import Linking, ReadStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,9 @@ class CheckpointRow:
     Face folder."""
 
     nbytes: int | None = None
+    written_nbytes: int | None = None
+    """Bytes without those of files that the save has linked."""
+
     created: str | None = None
     """Time of the commit: ISO 8601, UTC."""
 
@@ -59,10 +62,13 @@ class CheckpointRow:
     """Reason why no run can resume from it; None if one can."""
 
     files: Mapping[str, int] = field(default_factory=dict)
-    """Bytes of each data file, by name. Each rank writes one."""
+    """Bytes of each data file, by name. Each rank has one, or several if the run deduplicates."""
 
     timings: Mapping[str, Stage] = field(default_factory=dict)
     """Duration of each stage of its save, over all ranks."""
+
+    links: Mapping[str, str] = field(default_factory=dict)
+    """Identity of each data file that has several names, as other checkpoints share it."""
 
 
 def row_of(store: ReadStore, key: str) -> CheckpointRow:
@@ -97,7 +103,35 @@ def row_of(store: ReadStore, key: str) -> CheckpointRow:
         files=manifest.files,
         timings=manifest.timings,
         why_not=None if step is None else why_not_resumable(step, manifest),
+        written_nbytes=manifest.nbytes - sum(manifest.files[f] for f in manifest.shared or ()),
+        links=_links(store, key, manifest),
     )
+
+
+def _links(store: ReadStore, key: str, manifest: Manifest) -> dict[str, str]:
+    """The data files with several names. Only those of a run that deduplicates are looked at."""
+    found: dict[str, str] = {}
+    if isinstance(store, ListedStore):
+        store = store.store
+    if manifest.shared is not None and isinstance(store, Linking):
+        for file in manifest.files:
+            with suppress(HoldfastError):
+                links = store.links(f"{key}/{file}")
+                if links.count > 1:
+                    found[file] = links.file
+    return found
+
+
+def used_bytes(rows: Iterable[CheckpointRow]) -> int:
+    """Bytes of all checkpoints together. A file that several share counts once."""
+    nbytes, seen = 0, set()
+    for row in rows:
+        nbytes += row.nbytes or 0
+        for file, identity in row.links.items():
+            if identity in seen:
+                nbytes -= row.files[file]
+            seen.add(identity)
+    return nbytes
 
 
 def survey(

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,7 +21,15 @@ from holdfast.catalog.paths import open_for_reading
 from holdfast.cli.terminal import POSITIONAL, JsonOptions, parsed, say, say_json, spelled_resume
 from holdfast.cli.verify import resumable, verified
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError, StorageError
-from holdfast.format.names import LOCK, MANIFEST, METADATA, hidden_folder_of, step_name, step_of
+from holdfast.format.names import (
+    LOCK,
+    MANIFEST,
+    METADATA,
+    hidden_folder_of,
+    rank_and_number,
+    step_name,
+    step_of,
+)
 from holdfast.format.seal import SEAL
 from holdfast.spelling import counted, spelled_bytes
 from holdfast.storage.bucket_leases import NOTE_BYTES_MAX, note_in
@@ -238,13 +247,26 @@ def _marked(folder: ExaminedFolder, name: str, step: int) -> Trouble:
 
 
 def _space(folder: ExaminedFolder, store: LocalStore) -> Iterator[Trouble]:
-    """Yields a trouble if less space is free than the largest checkpoint takes."""
+    """Yields a trouble if less space is free than the largest checkpoint takes, without the files
+    that it shares with others."""
     free = store.free_bytes()
-    needed = max((report.nbytes for report in folder.reports), default=0)
+    needed = max((_own_bytes(store, report) for report in folder.reports), default=0)
     if free is not None and free < needed:
         what = f"the next save needs {spelled_bytes(needed)}, {spelled_bytes(free)} are free"
         mend = folder.command("prune --keep-latest-k 2")
         yield Trouble("space", folder.where, what, mend)
+
+
+def _own_bytes(store: LocalStore, report: VerifyReport) -> int:
+    """Bytes of a checkpoint's files that no other checkpoint shares."""
+    shared = 0
+    folder = os.path.relpath(report.where, store.url)
+    with suppress(HoldfastError):
+        for file in store.list(folder):
+            key = f"{folder}/{file}"
+            if rank_and_number(file) is not None and store.links(key).count > 1:
+                shared += store.size(key)
+    return report.nbytes - shared
 
 
 def _rights(folder: ExaminedFolder) -> Iterator[Trouble]:

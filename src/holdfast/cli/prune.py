@@ -28,7 +28,7 @@ from holdfast.manager.resume import good_steps
 from holdfast.spelling import counted, spelled_bytes
 from holdfast.storage.listed import ListedStore
 from holdfast.storage.opening import store_to_save
-from holdfast.storage.store import ReadStore
+from holdfast.storage.store import Linking, Links, ReadStore, Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +108,12 @@ def run(arguments: Sequence[str]) -> int:
             hint=hint_without_steps(store, name, listed),
         )
     if options.dry_run:
-        _say(decide(catalog, options), options)
+        _say(catalog.store, decide(catalog, options), options)
         return 0
     note = f"holdfast prune, pid {os.getpid()}, since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
     with catalog.store.lock(LOCK, note):
         decisions = decide(catalog, options)
-        _say(decisions, options)
+        _say(catalog.store, decisions, options)
         _execute(catalog, decisions)
     return 0
 
@@ -189,7 +189,7 @@ def _why_not_decided_by_rules(store: ReadStore, step: int, folder: str) -> str |
     return misnumbered(step, manifest)
 
 
-def _say(decisions: Sequence[Decision], options: PruneArguments) -> None:
+def _say(store: Store, decisions: Sequence[Decision], options: PruneArguments) -> None:
     if options.json:
         listed = [asdict(decision) for decision in decisions]
         say_json({"folder": options.folder, "done": not options.dry_run, "decisions": listed})
@@ -200,9 +200,29 @@ def _say(decisions: Sequence[Decision], options: PruneArguments) -> None:
     ]
     say_table(("folder", "size", "", "why"), rows)
     going = [decision for decision in decisions if not decision.stays]
-    freed = sum(decision.nbytes for decision in going)
+    freed = sum(decision.nbytes for decision in going) - _kept_bytes(store, going)
     would = "would remove" if options.dry_run else "removing"
     say(f"{would} {counted(len(going), 'folder')}, {spelled_bytes(freed)}")
+
+
+def _kept_bytes(store: Store, going: Sequence[Decision]) -> int:
+    """Bytes that removing these folders does not free: of files that another checkpoint shares, or
+    that count more than once because several of these folders share them."""
+    if not isinstance(store, Linking):
+        return 0
+    names: Counter[Links] = Counter()
+    sizes: dict[Links, int] = {}
+    for decision in going:
+        with suppress(HoldfastError):
+            for file in store.list(decision.name):
+                key = f"{decision.name}/{file}"
+                if not file.endswith("/") and (links := store.links(key)).count > 1:
+                    names[links] += 1
+                    sizes[links] = store.size(key)
+    return sum(
+        sizes[links] * (going_names - (going_names == links.count))
+        for links, going_names in names.items()
+    )
 
 
 def _execute(catalog: Catalog, decisions: Sequence[Decision]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
 
-from holdfast.catalog.listing import CheckpointRow
+from holdfast.catalog.listing import CheckpointRow, used_bytes
 from holdfast.dashboard.history import History, MetricsRow, blocked, commit_time
 
 SAVES = 10
@@ -117,7 +117,7 @@ def figures_of(history: History) -> Figures:
         damaged=[row for row in rows if row.state == "damaged"],
         num_unfinished=sum(row.state == "attempt" for row in rows),
         written_at=history.written_at,
-        nbytes=sum(row.nbytes or 0 for row in rows),
+        nbytes=used_bytes(rows),
         is_finished=history.trainer.is_finished or (bool(good) and _is_last(good[-1], history)),
         last=history.reports[-1] if history.reports else None,
         losses=_latest_losses(history),

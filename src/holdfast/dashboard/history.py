@@ -134,7 +134,7 @@ class History:
         for row in self.rows:
             if row.step is not None and row.timings:
                 seconds = sum(stage.most for stage in row.timings.values())
-                last[row.step] = Times(row.step, row.nbytes or 0, seconds, row.timings)
+                last[row.step] = Times(row.step, row.written_nbytes or 0, seconds, row.timings)
         last |= {save.step: save for report in self.reports for save in report.saves}
         return [last[step] for step in sorted(last)]
 

@@ -8,7 +8,7 @@ from datetime import datetime
 from html import escape
 from statistics import median
 
-from holdfast.catalog.listing import CheckpointRow
+from holdfast.catalog.listing import CheckpointRow, used_bytes
 from holdfast.dashboard.chart import Point, bars, dots, line
 from holdfast.dashboard.history import History, MetricsRow, blocked, commit_time, slowest
 from holdfast.spelling import counted, spelled_age, spelled_bytes, spelled_layout
@@ -117,7 +117,7 @@ def summary(history: History) -> str:
 
 def _cards(history: History, now: datetime) -> list[str]:
     newest = history.newest
-    nbytes = sum(row.nbytes or 0 for row in history.rows)
+    nbytes = used_bytes(history.rows)
     cards = [
         ("newest good step", "none" if newest is None else f"{newest.step:,}", _ago(newest, now)),
         ("on disk", spelled_bytes(nbytes), counted(len(history.rows), "folder")),

@@ -90,6 +90,11 @@ class Manifest:
     tables: Mapping[str, Table] = field(default_factory=dict)
     """Table of block checksums of each data file; only Holdfast's own files have one."""
 
+    shared: Mapping[str, int] | None = None
+    """Data files that an earlier checkpoint of the run has too. Each with the number of saves that
+    have linked it since it was written, or read and found good. None if the run does not
+    deduplicate."""
+
     block_bytes: int = checksum.BLOCK_BYTES
     """Bytes of raw data under one checksum."""
 
@@ -184,6 +189,7 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
         "metrics": metrics or None,
         "model": dict(manifest.model) or None,
         "timings": {n: asdict(stage) for n, stage in manifest.timings.items()} or None,
+        "shared": manifest.shared,
     }
     head = {
         "holdfast": 2 if rows is None else 3,
@@ -300,6 +306,14 @@ def _without_tensors(body: bytes) -> dict[str, Any] | None:
 _INVALID = (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError)
 
 
+def _shared(stored: dict[str, Any] | None, files: Sequence[DataFile]) -> dict[str, int] | None:
+    if stored is None:
+        return None
+    if unknown := stored.keys() - {file.name for file in files}:
+        raise ValueError(f"shared files are not listed: {sorted(unknown)}")
+    return {name: count_of(num) for name, num in stored.items()}
+
+
 def _decode_body(body: dict[str, Any], where: str) -> Manifest:
     version = body["holdfast"]
     if type(version) is not int or version not in VERSIONS:
@@ -326,6 +340,7 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
         values=dict(values),
         files={file.name: file.nbytes for file in files},
         tables={file.name: file.table for file in files},
+        shared=_shared(body.get("shared"), files),
         block_bytes=block_bytes,
         step=None if body["step"] is None else count_of(body["step"]),
         kind=body["kind"],

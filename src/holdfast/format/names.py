@@ -41,6 +41,7 @@ _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})", re.ASCII)
 _HIDDEN = re.compile(r"\.(attempt|replaced|removing)-([^/]+)-([0-9a-f]{8})", re.ASCII)
 _NUMBER = re.compile(r"[0-9]+(?!.*[0-9])", re.ASCII)
 _MARK = re.compile(r"\.(pinned|damaged)-(.+)", re.ASCII)
+_DATA_FILE = re.compile(r"__(0|[1-9][0-9]{0,8})_(0|[1-9][0-9]{0,8})\.distcp", re.ASCII)
 
 
 HiddenRole = Literal["attempt", "replaced", "removing"]
@@ -222,6 +223,17 @@ def check_name(name: str, where: str) -> None:
         )
 
 
-def data_file(rank: int) -> str:
-    """Return the name of a rank's data file, as in stock DCP."""
-    return f"__{rank}_0.distcp"
+def data_file(rank: int, number: int = 0) -> str:
+    """Return the name of a rank's data file, as in stock DCP. A rank that shares files with earlier
+    checkpoints has several, by number."""
+    return f"__{rank}_{number}.distcp"
+
+
+def rank_and_number(file: str) -> tuple[int, int] | None:
+    """Return the rank and the number in the name of a data file; None if it is no such name.
+
+    >>> rank_and_number("__3_1.distcp"), rank_and_number("__03_1.distcp")
+    ((3, 1), None)
+    """
+    match = _DATA_FILE.fullmatch(file)
+    return (int(match[1]), int(match[2])) if match else None

@@ -16,6 +16,7 @@ from holdfast.tensors.renames import parse
 _ZERO_IS_OFF = (
     "interval_minutes",
     "write_bandwidth_limit",
+    "deduplicate_check_every",
     "keep_every_n_steps",
     "keep_best_k",
     "hf_export_interval",
@@ -113,6 +114,15 @@ class CheckpointConfig:
     """Most MB/s that all ranks together write, for file systems that others share. 0 is no
     limit."""
 
+    deduplicate: bool = False
+    """Link the files of tensors that have not changed, instead of writing them again: a frozen base
+    model, experts that are seldom trained. Needs hard links. Two consecutive checkpoints share no
+    file, so each tensor is stored twice."""
+
+    deduplicate_check_every: int = 20
+    """Number of saves that link a file before it is read and compared with its checksums. Damage
+    makes the save write its tensors again. 0 never reads it."""
+
     local_folder: str | None = None
     """Folder on a disk of each host, or in its memory, for frequent saves: the fast tier. The name
     of the host replaces `{host}`. `interval` then says which of these checkpoints are copied to
@@ -201,6 +211,13 @@ class CheckpointConfig:
             checked_path(self.initial_load_path, "checkpoint.initial_load_path")
         if self.local_folder is not None:
             checked_path(self.local_folder, "checkpoint.local_folder")
+            if self.deduplicate:
+                # The copy from the fast tier to `folder` would write every byte again.
+                raise UsageError(
+                    "`checkpoint.deduplicate` links files in `checkpoint.folder`, and does not "
+                    "work with `checkpoint.local_folder`",
+                    hint="--checkpoint.no-deduplicate",
+                )
         self._check_hf()
         self._check_frozen()
         check_names(self.stop_signals)

@@ -12,10 +12,11 @@ from holdfast.catalog.open_any import Opened, open_in
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.source import Source
 from holdfast.catalog.steady import LOOKS_MAX, UNREADABLE
-from holdfast.comm import run_on_rank_0
-from holdfast.errors import FormatError, MismatchError, NotFoundError
+from holdfast.comm import capture, run_on_rank_0
+from holdfast.errors import FormatError, HoldfastError, MismatchError, NotFoundError
 from holdfast.format.components import DATALOADER, MODEL, RNG
-from holdfast.format.names import step_of
+from holdfast.format.manifest import Manifest
+from holdfast.format.names import step_name, step_of
 from holdfast.loading.load import load_tree
 from holdfast.loading.opening import read_on_all
 from holdfast.manager.components import (
@@ -55,7 +56,7 @@ class Loader:
         saver: Saver,
     ) -> None:
         """`whole_model` includes frozen parameters that are not saved. `saver` has the fast tier,
-        and applies the retention rules."""
+        applies the retention rules, and gets to know the checkpoint that the run resumes from."""
         self._run, self._catalog, self._ranks = run, run.catalog, run.ranks
         self._config, self._goodput = run.config, run.goodput
         self._components, self._whole_model = components, whole_model
@@ -189,12 +190,23 @@ class Loader:
         steps = run_on_rank_0(self._ranks, self._catalog.steps)
         newer = [other for other in steps if other > step]
         self._saver.retainer.resumed(step, newer)
+        if self._saver.deduplicator is not None and is_full:
+            earlier = run_on_rank_0(self._ranks, partial(self._before, step))
+            self._saver.deduplicator.resumed([*earlier, (step_name(step), manifest)])
         if newer and self._run.saves and explicit:
             self._run.warn(
                 f"steps {newer} are newer than step {step}: they stay, each until this run saves "
                 "the same step, and `load_step = -1` takes the newest"
             )
         return Resumed(step, "checkpoint" if is_full else "seed", source.url)
+
+    def _before(self, step: int) -> list[tuple[str, Manifest]]:
+        """The newest checkpoint that a run could resume from and that is older than `step`."""
+        found = capture(lambda: newest_resumable(self._catalog, step)[0])
+        # Without it, the next save writes everything.
+        if found is None or isinstance(found, HoldfastError) or found.step is None:
+            return []
+        return [(step_name(found.step), found.manifest)]
 
     def _load_initial(self) -> Resumed | None:
         """Load weights from elsewhere if the settings ask for it. Returns None if they do not."""

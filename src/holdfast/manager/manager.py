@@ -177,6 +177,7 @@ class CheckpointManager:
         run = self._run
         if run.saves:
             run_on_rank_0(run.ranks, partial(self._lifetime.take, run.catalog, hf))
+            run_on_rank_0(run.ranks, self._saver.check_links)
         if run.config.enable:
             check_start(run.catalog, run.ranks, saves=run.saves)
         if run.saves and run.config.local_folder is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
@@ -21,7 +22,9 @@ from holdfast.manager.lifetime import Lifetime, note_of_process
 from holdfast.manager.policy import Retention
 from holdfast.manager.retention import Retainer
 from holdfast.planning.gc_pause import gc_paused
+from holdfast.planning.index import bytes_by_key
 from holdfast.saving.background import Background
+from holdfast.saving.deduplicate import Deduplicator
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import Pending, abort, begin_save, finish_save, take_snapshot
 from holdfast.saving.stage import Snapshot, Staging, check_memory, free_memory
@@ -59,6 +62,14 @@ class Saver:
         self._overlapping = run.config.async_mode == "async_with_pinned_mem"
         self.background, self._snapshot = Background(), Snapshot()
         self._staging: Staging | None = None
+        self.deduplicator: Deduplicator | None = None
+        """Links files of earlier checkpoints, if the settings ask for it."""
+        if run.config.deduplicate and run.saves:
+            check_every = run.config.deduplicate_check_every
+            with _hint_about_links():
+                self.deduplicator = Deduplicator(
+                    run.catalog, run.ranks.rank, check_every=check_every
+                )
         retention = Retention(
             latest_k=run.config.keep_latest_k,
             every_n_steps=run.config.keep_every_n_steps,
@@ -149,6 +160,13 @@ class Saver:
             raise
         return True
 
+    def check_links(self) -> None:
+        """Check that the folder has hard links, if the settings need them. Only the holder of its
+        lock may call this."""
+        if self.deduplicator is not None:
+            with _hint_about_links():
+                self.deduplicator.check_links()
+
     def _begin(
         self,
         step: int,
@@ -163,6 +181,9 @@ class Saver:
         if export == "alone":
             return begin(self._hf.catalog, name, state, planner=self._hf.planner)
         if local is None:
+            # A model alone is kept after the run, and other programs may change its files.
+            deduplicator = self.deduplicator if facts.kind == "full" else None
+            begin = partial(begin, deduplicator=deduplicator)
             return begin(self._catalog, name, state, planner=self._planner)
         make = partial(local.attempt, name)
         pending = begin(local.catalog, name, state, planner=self._planner, begin=lambda _: make())
@@ -293,16 +314,18 @@ class Saver:
         ranks, local = self._finishing_ranks, self._local
         if local is None:
             saved = finish_save(pending, ranks, staging=staging, bytes_per_s=limit or None)
-            self._record_times(step, saved.nbytes, saved.spans)
+            self._record_times(step, saved.written_nbytes, saved.spans)
         else:
             saved = finish_save(pending, ranks, staging=staging, commit_by=local.commit)
         if pending.facts.kind == "full":
             self.full_save_s = max(self.full_save_s, saved.spans.total)
             if pending.index is not None:
-                by_name = pending.index.encoded().nbytes.items()
+                by_name = bytes_by_key(pending.index.plan).items()
                 model = sum(nbytes for name, nbytes in by_name if name not in self._run.others)
                 self.model_share = model / max(saved.nbytes, 1)
-        speed = rate(saved.nbytes, saved.spans.total)
+        speed = rate(saved.written_nbytes, saved.spans.total)
+        if saved.shared_nbytes:
+            speed += f", and {spelled_bytes(saved.shared_nbytes)} shared with an earlier step"
         self._run.info(f"saved step {step}: {speed}, {saved.where}")
         if local is None:
             self._note_durable(step, saved.where, pending.facts.metrics)
@@ -367,6 +390,16 @@ class Saver:
         if self._config.on_save_error == "raise" or isinstance(error, RankError):
             raise error
         self._run.warn(f"a save failed, the run goes on: {error}")
+
+
+@contextmanager
+def _hint_about_links() -> Iterator[None]:
+    """Add a hint to the error of a folder that has no hard links."""
+    try:
+        yield
+    except UsageError as error:
+        error.hint = "--checkpoint.no-deduplicate, or a `checkpoint.folder` on another file system"
+        raise
 
 
 def _on_same_host(nbytes: int, ranks: Ranks) -> list[int]:

@@ -69,9 +69,11 @@ def lay_out_file(
     rank: int,
     items: tuple[TensorItem, ...],
     values: Iterable[tuple[Collection[str], bytes]],
+    number: int = 0,
 ) -> FileLayout:
-    """Lay out the file of `rank`: its tensors, then the containers of its values, then the
-    checksums. `values`: names and container of each."""
+    """Lay out a file of `rank`: its tensors, then the containers of its values, then the
+    checksums. `values`: names and container of each. `number`: that of the file, see
+    `data_file`."""
     position = items[-1].item.stop if items else 0
     placed: dict[bytes, Span] = {}
     spans = []
@@ -82,10 +84,16 @@ def lay_out_file(
         spans.append((names, placed[container]))
     num_blocks = items[-1].first_block + checksum.num_blocks(items[-1].data.nbytes) if items else 0
     return FileLayout(
-        name=data_file(rank),
+        name=data_file(rank, number),
         nbytes=position + num_blocks * checksum.NBYTES,
         tensors=items,
         containers=tuple((span.offset, container) for container, span in placed.items()),
         values=tuple(spans),
         table_offset=position,
     )
+
+
+def containers_of(layout: FileLayout) -> list[tuple[Collection[str], bytes]]:
+    """Names and container of each value in a file."""
+    containers = dict(layout.containers)
+    return [(names, containers[span.offset]) for names, span in layout.values]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,10 +34,17 @@ class Index:
     ranks, so training does not wait for it.
     """
 
-    def __init__(self, plan: GlobalPlan, layouts: Sequence[Ints]) -> None:
-        """`layouts`: the `columns` of each rank's items."""
+    def __init__(
+        self, plan: GlobalPlan, layouts: Sequence[Ints], names: Sequence[str] | None = None
+    ) -> None:
+        """`layouts`: the `columns` of each rank's items. `names`: the name of each rank's file.
+
+        If ranks have several files, the ranks of `plan` stand for files: see `shared_files`.
+        """
         self.plan = plan
         self._layouts = layouts
+        self._names = [data_file(rank) for rank in range(len(layouts))] if names is None else names
+        self._variants: dict[Hashable, Index] = {}
         self._encoded: Encoded | None = None
         self._mutex = threading.Lock()
 
@@ -45,9 +52,18 @@ class Index:
         """Returns the encoded part. Any thread may call this."""
         with self._mutex:
             if self._encoded is None:
-                self._encoded = _encode(self.plan, self._layouts)
+                self._encoded = _encode(self.plan, self._layouts, self._names)
                 self._layouts = ()
             return self._encoded
+
+    def variant(self, key: Hashable, make: Callable[[], Index]) -> Index:
+        """Index of the same state in other files, `make()` if none was made for `key` lately."""
+        variant = self._variants.pop(key, None) or make()
+        self._variants[key] = variant
+        # Two, since a save shares files with the checkpoint before the previous one.
+        for old in list(self._variants)[:-2]:
+            del self._variants[old]
+        return variant
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,21 +89,27 @@ def columns(items: Sequence[TensorItem]) -> Ints:
     return np.array(rows, np.int64).reshape(len(rows), 4)
 
 
-def _encode(plan: GlobalPlan, layouts: Sequence[Ints]) -> Encoded:
+def _encode(plan: GlobalPlan, layouts: Sequence[Ints], names: Sequence[str]) -> Encoded:
     writing = {rank for rank, layout in enumerate(layouts) if len(layout)}
     writing |= {rank for rank, _ in plan.values.values()}
     files = {rank: number for number, rank in enumerate(sorted(writing))}
     values = {name: path for name, (_, path) in plan.values.items()}
     tables = list(_tables(plan, layouts, files))
-    stock = StockIndex(tables, values, [data_file(rank) for rank in files])
+    stock = StockIndex(tables, values, [names[rank] for rank in files])
+    num_chunks = sum(len(table.places) for table in tables)
+    rows = encode_rows(tables) if num_chunks > LISTED_CHUNKS_MAX else None
+    tensors = rows.tensors if rows else encode_tensors(tables)
+    return Encoded(tensors, rows, stock, bytes_by_key(plan))
+
+
+def bytes_by_key(plan: GlobalPlan) -> Mapping[str | int, int]:
+    """Bytes of all tensors below each top-level name, over all ranks."""
     nbytes: Counter[str | int] = Counter()
     for chunks in plan.tensors:
         nbytes[chunks.tensor.path[0]] += chunks.tensor.nbytes
     # A tied tensor is stored under its first name. Its other names add no bytes, but are listed.
     nbytes.update({path[0]: 0 for _, path in plan.aliases.values()})
-    num_chunks = sum(len(table.places) for table in tables)
-    rows = encode_rows(tables) if num_chunks > LISTED_CHUNKS_MAX else None
-    return Encoded(rows.tensors if rows else encode_tensors(tables), rows, stock, nbytes)
+    return nbytes
 
 
 def _tables(

@@ -13,6 +13,7 @@ from holdfast.format.manifest import Manifest
 from holdfast.format.names import HiddenFolder
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.planning.index import Index
+from holdfast.planning.shared_files import number_of, shared_index
 from holdfast.saving.digests import Digests, groups_that_differ, names_that_differ
 from holdfast.saving.publish import publish
 from holdfast.saving.write import WriteResult
@@ -32,8 +33,9 @@ def commit(
     digests: Digests,
     catalog: Catalog,
     ranks: Ranks,
-) -> int:
-    """Publish the files that all ranks have written. Returns the checkpoint's bytes.
+) -> tuple[int, int]:
+    """Publish the files that all ranks have written. Returns the checkpoint's bytes, and those of
+    them in files that were linked.
 
     `index`: on rank 0 the index of the plan, elsewhere None.
     `facts`: see `publish`.
@@ -44,12 +46,15 @@ def commit(
     differ, nothing is published, the attempt is deleted, and every rank raises.
     """
 
-    def publish_on_rank_0(results: Sequence[WriteResult]) -> int:
+    def publish_on_rank_0(results: Sequence[WriteResult]) -> tuple[int, int]:
         assert index is not None
+        in_files = _index_of(index, results)
         # Before the pause, because encoding may take minutes, and training runs meanwhile.
-        index.encoded()
+        in_files.encoded()
         with gc_paused():
-            return publish(attempt, results, index, facts, catalog)
+            nbytes = publish(attempt, results, in_files, facts, catalog)
+        files = (file for result in results for file in result.files())
+        return nbytes, sum(file.nbytes for file in files if file.num_links)
 
     try:
         return run_if_alike(written, digests, ranks, publish_on_rank_0)
@@ -59,6 +64,20 @@ def commit(
             with suppress(HoldfastError):
                 catalog.abort(attempt)
         raise
+
+
+def _index_of(index: Index, results: Sequence[WriteResult]) -> Index:
+    """The index for the files that all ranks have written or linked."""
+    places = [result.places for result in results if result.places is not None]
+    if not places:
+        return index
+    assert len(places) == len(results), "all ranks share files, or none"
+    return shared_index(
+        index,
+        [[file.number for file in result.files()] for result in results],
+        [number_of(result.file) for result in results],
+        places,
+    )
 
 
 def run_if_alike(

@@ -52,6 +52,7 @@ def index_files(
     checkpoint's bytes. See `publish`."""
     encoded = index.encoded()
     writing = [result for result in results if result.file]
+    data = [file for result in results for file in result.files()]
     # Without its tensors, which `encoded` has.
     manifest = replace(
         facts,
@@ -60,8 +61,11 @@ def index_files(
             for result in writing
             for name, (item, checksum) in result.values.items()
         },
-        files={result.file: result.nbytes for result in writing},
-        tables={result.file: result.table for result in writing},
+        files={file.name: file.nbytes for file in data},
+        tables={file.name: file.table for file in data},
+        shared={file.name: file.num_links for file in data if file.num_links}
+        if any(result.places is not None for result in results)
+        else None,
         kind=facts.kind or kind_with(encoded.nbytes),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         timings=over_ranks([result.seconds for result in results]),

@@ -34,6 +34,7 @@ from holdfast.planning.index import Index
 from holdfast.release import installed_version
 from holdfast.saving.background import lower_priority
 from holdfast.saving.commit import commit
+from holdfast.saving.deduplicate import Deduplicator
 from holdfast.saving.digests import Replicas, groups_that_differ, names_that_differ
 from holdfast.saving.planner import LocalState, Planner
 from holdfast.saving.seen import check_attempt
@@ -90,6 +91,13 @@ class Saved:
     where: str
     nbytes: int
     spans: Spans
+    shared_nbytes: int = 0
+    """Bytes in files that were linked instead of written."""
+
+    @property
+    def written_nbytes(self) -> int:
+        """Bytes in files that were written."""
+        return self.nbytes - self.shared_nbytes
 
 
 def save_in(
@@ -144,6 +152,9 @@ class Pending:
     memory: memoryview | None = None
     """Memory of the snapshot, laid out as the file that this rank writes."""
 
+    deduplicator: Deduplicator | None = None
+    """Links files of an earlier checkpoint, if the run does that."""
+
     deletes: bool = True
     """Whether this rank deletes the attempt if the save fails: rank 0 in a folder that all ranks
     share, else one rank on each host."""
@@ -173,6 +184,7 @@ def begin_save(
     facts: Manifest | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = True,
+    deduplicator: Deduplicator | None = None,
     begin: Begin | None = None,
 ) -> Pending:
     """Plan to save flat state as the checkpoint `name` of `catalog`, and make the attempt folder.
@@ -180,6 +192,7 @@ def begin_save(
     `facts`: manifest without entries and files. Layout and versions are added. Rank 0's is stored.
     `dtype`: dtype in which floating-point tensors are stored; None for their own.
     `overwrite`: replace the checkpoint that has the name now.
+    `deduplicator`: links files of an earlier checkpoint whose tensors have not changed.
     `begin`: function that makes the attempt on rank 0, given the bytes of all files.
 
     Collective: every rank calls this, and then `finish_save` or `abort`. An error of one rank is
@@ -191,7 +204,9 @@ def begin_save(
         begun = None
         while begun is None:
             held = planner.agree(capture(lambda: planner.hold(state, dtype)))
-            begun = _begin_if_alike(held, begin, planner=planner)
+            # A save that can link files writes less. It checks the space once it knows how much.
+            is_full = deduplicator is None or not deduplicator.can_link(name)
+            begun = _begin_if_alike(held, begin, planner=planner, is_full=is_full)
     file_layout, attempt = begun
     layout = {"world_size": planner.ranks.size}
     return Pending(
@@ -204,12 +219,13 @@ def begin_save(
         spans=spans,
         replicas=planner.replicas(held),
         stepped=planner.stepped,
+        deduplicator=deduplicator,
         deletes=planner.ranks.rank == 0,
     )
 
 
 def _begin_if_alike(
-    held: LocalState, begin: Begin, *, planner: Planner
+    held: LocalState, begin: Begin, *, planner: Planner, is_full: bool
 ) -> tuple[FileLayout, HiddenFolder] | None:
     """Make the attempt, if shared tensors and values are equal on all ranks that hold them.
 
@@ -222,7 +238,10 @@ def _begin_if_alike(
     ranks = planner.ranks
     local = capture(lambda: (planner.file_layout(held), planner.digests(held)))
     outcome: HoldfastError | tuple[int, dict[int, int]]
-    outcome = local if isinstance(local, HoldfastError) else (local[0].nbytes, local[1].by_group())
+    if isinstance(local, HoldfastError):
+        outcome = local
+    else:
+        outcome = local[0].nbytes if is_full else 0, local[1].by_group()
 
     def begin_or_differ(everyone: list[tuple[int, dict[int, int]]]) -> HiddenFolder | list[int]:
         differ = groups_that_differ([digests for _, digests in everyone])
@@ -342,6 +361,7 @@ def finish_save(
     Collective: nothing else may use `ranks` meanwhile.
     """
     catalog, attempt, spans = pending.catalog, pending.attempt, pending.spans
+    deduplicator = pending.deduplicator
 
     def stage_and_write() -> WriteResult:
         if staging is not None:
@@ -349,25 +369,22 @@ def finish_save(
                 staging.run()
             # Optimizers wait for the copy, so only what follows it may run behind training.
             lower_priority()
-        if pending.index is not None:
+        if pending.index is not None and deduplicator is None:
             # In parallel with the write. If it fails, `commit` encodes again and raises the error.
             encode = partial(capture, pending.index.encoded)
             threading.Thread(target=encode, name="holdfast-index", daemon=True).start()
         # Empty if the digests were taken with the copy of a snapshot.
         needs_digests = bool(pending.replicas.tensors)
-        data = pending.windows_of if pending.memory is None else pending.memory
         with _in_parallel(pending.replicas.take) if needs_digests else nullcontext():
-            result = write(
-                catalog.store, str(attempt), pending.file_layout, data, Pace(bytes_per_s), spans
-            )
+            result = _write(pending, Pace(bytes_per_s))
         return replace(result, seconds=dict(spans.seconds))
 
     written = capture(stage_and_write)
     with spans("commit"):
         if commit_by is not None:
-            nbytes = commit_by(pending, written, ranks)
+            nbytes, shared_nbytes = commit_by(pending, written, ranks), 0
         else:
-            nbytes = commit(
+            nbytes, shared_nbytes = commit(
                 attempt,
                 written,
                 index=pending.index,
@@ -376,7 +393,25 @@ def finish_save(
                 catalog=catalog,
                 ranks=ranks,
             )
-    return Saved(catalog.where(attempt.name), nbytes, spans)
+    if deduplicator is not None:
+        deduplicator.published(attempt.name)
+    return Saved(catalog.where(attempt.name), nbytes, spans, shared_nbytes)
+
+
+def _write(pending: Pending, pace: Pace) -> WriteResult:
+    """Write this rank's file, or the files that it does not link."""
+    store, spans = pending.catalog.store, pending.spans
+    if pending.deduplicator is not None:
+        return pending.deduplicator.write(
+            pending.attempt,
+            pending.file_layout,
+            pending.windows_of,
+            check_space=partial(check_space, pending.catalog, pending.attempt.name),
+            pace=pace,
+            spans=spans,
+        )
+    data = pending.windows_of if pending.memory is None else pending.memory
+    return write(store, str(pending.attempt), pending.file_layout, data, pace, spans)
 
 
 @contextmanager

@@ -8,13 +8,13 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
-from holdfast.errors import ExistsError, NotFoundError, StorageError
+from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError
 from holdfast.format.names import held_file
 from holdfast.storage import links, locks, renaming
 from holdfast.storage.direct import BufferedWriter, DirectWriter, open_direct
 from holdfast.storage.plain import check_plain, open_plain
 from holdfast.storage.publishing import publish_by_rename, unpublish_by_rename
-from holdfast.storage.store import Check, FileReader, FileWriter
+from holdfast.storage.store import Check, FileReader, FileWriter, Links
 
 DIRECT_BYTES_MIN = 4 << 20
 """Smallest file that is written with `O_DIRECT`; below it the threads cost more than they save."""
@@ -151,6 +151,33 @@ class LocalStore:
         with self._errors_of("publish", target):
             os.replace(self._path(source), self._path(target))
             self._sync_above(target, source)
+
+    def link(self, source: str, target: str) -> None:
+        with self._errors_of("link", target):
+            path = self._path(target)
+            try:
+                os.link(self._path(source), path, follow_symlinks=False)
+            except FileNotFoundError as error:
+                raise NotFoundError(f"nothing at `{self._path(source)}`") from error
+            try:
+                check_plain(path, os.lstat(path).st_mode)
+            except HoldfastError:
+                # A symbolic link, which must not come into a checkpoint.
+                os.unlink(path)
+                raise
+
+    def links(self, key: str) -> Links:
+        with self._errors_of("look at", key):
+            status = os.stat(self._path(key))
+            return Links(f"{status.st_dev}:{status.st_ino}", status.st_nlink)
+
+    def evict(self, key: str) -> None:
+        # macOS has no such call. There the file may be read from the cache.
+        if hasattr(os, "posix_fadvise"):
+            with self._errors_of("evict", key), ExitStack() as stack:
+                file = open_plain(self._path(key), os.O_RDONLY)
+                stack.callback(os.close, file)
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _sync_above(self, *keys: str) -> None:
         for folder in dict.fromkeys(os.path.dirname(self._path(key)) for key in keys):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from holdfast.errors import ExistsError, NotFoundError, StorageError
 from holdfast.storage.publishing import publish_by_rename, unpublish_by_rename
-from holdfast.storage.store import Buffer, Check, FileWriter, PlainReader
+from holdfast.storage.store import Buffer, Check, FileWriter, Links, PlainReader
 
 _Folder = dict[str, "bytearray | _Folder"]
 _Node = bytearray | _Folder
@@ -115,6 +115,23 @@ class MemoryStore:
             folder, name = _split(key)
             del self._folder(folder)[name]
 
+    def link(self, source: str, target: str) -> None:
+        with self._mutex:
+            file = self._file(source)
+            folder, name = _split(target)
+            entries = self._folder(folder)
+            if name in entries:
+                raise StorageError(f"`{self.url}{target}` exists already")
+            entries[name] = file
+
+    def links(self, key: str) -> Links:
+        with self._mutex:
+            file = self._file(key)
+            return Links(str(id(file)), sum(other is file for other in _files(self._root)))
+
+    def evict(self, key: str) -> None:
+        """Does nothing, since the memory is the disk."""
+
     def free_bytes(self) -> int | None:
         if self._capacity is None:
             return None
@@ -179,5 +196,14 @@ def _split(key: str) -> tuple[str, str]:
     return folder, name
 
 
+def _files(node: _Node) -> Iterator[bytearray]:
+    """Every name of every file. A file with several names comes several times."""
+    if isinstance(node, dict):
+        for child in node.values():
+            yield from _files(child)
+    else:
+        yield node
+
+
 def _nbytes(node: _Node) -> int:
-    return sum(map(_nbytes, node.values())) if isinstance(node, dict) else len(node)
+    return sum(map(len, {id(file): file for file in _files(node)}.values()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 Check = Callable[[], None]
@@ -176,6 +177,43 @@ class FolderStore(Store, Protocol):
 
     def replace_file(self, source: str, target: str) -> None:
         """Move a file to a name that another file may have, atomically. Durable on return."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """The names of one file."""
+
+    file: str
+    """Identity of the file: equal for all of its names."""
+
+    count: int
+    """Number of its names."""
+
+
+@runtime_checkable
+class Linking(Protocol):
+    """The part of a store that gives one file several names, so that it is stored once.
+
+    The file is deleted with its last name.
+    """
+
+    def link(self, source: str, target: str) -> None:
+        """Give the file `source` the further name `target`, which must be free. Sync the folder of
+        `target` to make the name durable.
+
+        Raises:
+            NotFoundError: nothing has the key `source`.
+            StorageError: the store cannot link this file.
+        """
+        ...
+
+    def links(self, key: str) -> Links:
+        """Return the identity of a file, and the number of its names."""
+        ...
+
+    def evict(self, key: str) -> None:
+        """Drop what memory caches of a durable file, so that it is next read from the disk."""
         ...
 
 

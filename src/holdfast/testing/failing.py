@@ -4,23 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 from holdfast.storage.publishing import publish_by_rename, unpublish_by_rename
-from holdfast.storage.store import Buffer, Check, FileWriter, FolderStore, PlainReader
+from holdfast.storage.store import (
+    Buffer,
+    Check,
+    FileWriter,
+    FolderStore,
+    Linking,
+    Links,
+    PlainReader,
+)
 
 Fail = Callable[[str, str], None]
 """`fail(verb, key)` raises the error of an operation, or returns to let it happen."""
+
+
+class LinkingStore(FolderStore, Linking, Protocol):
+    """A store with every operation."""
 
 
 class FailingStore:
     """A wrapper of a store that calls `fail` before each operation.
 
     The verbs are `list`, `size`, `read`, `make_folder`, `create`, `amend`, `write`, `end` (before
-    the content of a file becomes durable), `sync`, `rename`, `remove`, `free_bytes`, `lock`,
-    `holder` and `hold`. `publish` and `unpublish` consist of renames and deletions.
+    the content of a file becomes durable), `sync`, `rename`, `link`, `remove`, `free_bytes`,
+    `lock`, `holder` and `hold`. `publish` and `unpublish` consist of renames and deletions.
     """
 
-    def __init__(self, beneath: FolderStore, fail: Fail) -> None:
+    def __init__(self, beneath: LinkingStore, fail: Fail) -> None:
         self._beneath, self._fail = beneath, fail
 
     @property
@@ -77,6 +90,17 @@ class FailingStore:
     def rename(self, source: str, target: str) -> None:
         self._fail("rename", source)
         self._beneath.rename(source, target)
+
+    def link(self, source: str, target: str) -> None:
+        self._fail("link", target)
+        self._beneath.link(source, target)
+
+    def links(self, key: str) -> Links:
+        self._fail("size", key)
+        return self._beneath.links(key)
+
+    def evict(self, key: str) -> None:
+        self._beneath.evict(key)
 
     def publish(self, folder: str, name: str, *, replace: bool = False) -> None:
         publish_by_rename(self, folder, name, replace=replace)

@@ -1,0 +1,166 @@
+"""Decide which data files of an earlier checkpoint a rank links, and where it writes the rest.
+
+A tensor that has not changed stays in the file in which it was written. A file in which only some
+tensors have changed is linked too: its stale bytes cost space, not time. It is given up once they
+are more than half of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from xxhash import xxh3_128
+
+from holdfast.format.dtypes import dtype_of
+from holdfast.format.manifest import Manifest, Span, Table
+from holdfast.format.names import data_file, rank_and_number
+from holdfast.format.region import Region
+from holdfast.planning.file_layout import TensorItem
+from holdfast.planning.index import Index
+from holdfast.planning.write_plan import GlobalPlan, Ints
+
+LIVE_SHARE_MIN = 0.5
+"""Smallest share of a linked file that the checkpoint must use. So stale bytes at most double the
+size of a checkpoint."""
+
+LINKED_FILES_MAX = 8
+"""Most files that one rank links. Beyond it, the files with the fewest bytes in use are written
+together into one."""
+
+ItemKey = tuple[str, Region, str]
+"""Name, region and dtype of an item."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A data file of a rank."""
+
+    name: str
+    nbytes: int
+    table: Table
+    num_links: int = 0
+    """Saves that have linked the file since it was written, or read and found good."""
+
+    @property
+    def number(self) -> int:
+        """Number in the name: see `data_file`."""
+        return number_of(self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class RankFiles:
+    """The data files of one rank in a checkpoint."""
+
+    checkpoint: str
+    """Name of the checkpoint."""
+
+    files: Mapping[str, StoredFile]
+    items: Mapping[ItemKey, tuple[str, TensorItem]]
+    """File and place of each item."""
+
+
+def number_of(file: str) -> int:
+    """Number in the name of a data file; 0 without a name."""
+    return (rank_and_number(file) or (0, 0))[1]
+
+
+def key_of(item: TensorItem) -> ItemKey:
+    """Key of an item, which another save of the same layout has too."""
+    return item.name, item.region, item.dtype
+
+
+def files_of_rank(rank: int, checkpoint: str, manifest: Manifest) -> RankFiles:
+    """Find the data files of `rank`, and the items in them, in a manifest of Holdfast."""
+    shared = manifest.shared or {}
+    files = {
+        name: StoredFile(name, nbytes, manifest.tables[name], shared.get(name, 0))
+        for name, nbytes in manifest.files.items()
+        if name in manifest.tables and (rank_and_number(name) or (None,))[0] == rank
+    }
+    items: dict[ItemKey, tuple[str, TensorItem]] = {}
+    for name, entry in manifest.tensors.items():
+        for chunk in entry.chunks:
+            if chunk.file not in files or chunk.data_offset is None or chunk.first_block is None:
+                continue
+            itemsize = dtype_of(entry.dtype).itemsize
+            data = Span(chunk.data_offset, chunk.region.num_elements * itemsize)
+            item = TensorItem(
+                name, chunk.region, entry.dtype, chunk.item, data, b"", b"", chunk.first_block
+            )
+            items[key_of(item)] = (chunk.file, item)
+    return RankFiles(checkpoint, files, items)
+
+
+def linkable(
+    items: Iterable[TensorItem],
+    earlier: RankFiles,
+    unchanged: Collection[ItemKey],
+) -> list[str]:
+    """Choose the files of `earlier` to link. `unchanged`: items that are equal to those in it."""
+    live: dict[str, int] = {}
+    for key in map(key_of, items):
+        if key in unchanged:
+            file, item = earlier.items[key]
+            live[file] = live.get(file, 0) + item.item.nbytes
+    files = [
+        name
+        for name, nbytes in live.items()
+        if nbytes >= LIVE_SHARE_MIN * earlier.files[name].nbytes
+    ]
+    return sorted(files, key=lambda name: (-live[name], name))[:LINKED_FILES_MAX]
+
+
+def free_numbers(linked: Iterable[str]) -> tuple[int, int]:
+    """Find the two smallest numbers of files that no linked file has."""
+    taken = {*map(number_of, linked)}
+    first, second = [n for n in range(len(taken) + 2) if n not in taken][:2]
+    return first, second
+
+
+def shared_index(
+    index: Index, files: Sequence[Sequence[int]], values_in: Sequence[int], places: Sequence[Ints]
+) -> Index:
+    """Index of the same state, given the files of each rank.
+
+    `files`: numbers of each rank's files, ascending. `values_in`: number of the file that has each
+    rank's values. `places`: one row per item of each rank, in the order of the plan: the number of
+    its file, then its `columns`.
+    """
+    digest = xxh3_128(repr((files, values_in)).encode())
+    for rows in places:
+        digest.update(rows.tobytes())
+    return index.variant(
+        digest.digest(), lambda: _shared_index(index.plan, files, values_in, places)
+    )
+
+
+def _shared_index(
+    plan: GlobalPlan,
+    files: Sequence[Sequence[int]],
+    values_in: Sequence[int],
+    places: Sequence[Ints],
+) -> Index:
+    """Each file becomes a rank of the new plan, since an index has one file per rank."""
+    pairs = [(rank, number) for rank, numbers in enumerate(files) for number in numbers]
+    file_at = {pair: file for file, pair in enumerate(pairs)}
+    layouts = [places[rank][places[rank][:, 0] == number, 1:] for rank, number in pairs]
+    file_of_item = [
+        np.array([file_at[rank, number] for number in rows[:, 0].tolist()], np.int64)
+        for rank, rows in enumerate(places)
+    ]
+    done = [0] * len(places)
+    tensors = []
+    for chunks in plan.tensors:
+        written_by = chunks.rank.tolist()
+        in_files = []
+        for rank in written_by:
+            in_files.append(file_of_item[rank][done[rank]])
+            done[rank] += 1
+        tensors.append(replace(chunks, rank=np.array(in_files, np.int64)))
+    values = {
+        name: (file_at[rank, values_in[rank]], path) for name, (rank, path) in plan.values.items()
+    }
+    names = [data_file(rank, number) for rank, number in pairs]
+    return Index(replace(plan, tensors=tensors, values=values), layouts, names)

@@ -1,0 +1,342 @@
+"""Link files with unchanged tensors from an earlier checkpoint, instead of writing them again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from holdfast.catalog.catalog import Catalog, read_checksums, read_manifest
+from holdfast.catalog.contents import RecordReader, check_files, run
+from holdfast.catalog.marks import marks_in
+from holdfast.errors import HoldfastError, NotFoundError, UsageError
+from holdfast.format import checksum
+from holdfast.format.manifest import Manifest
+from holdfast.format.names import HiddenFolder, step_of
+from holdfast.planning.file_layout import (
+    FileLayout,
+    TensorItem,
+    containers_of,
+    lay_out,
+    lay_out_file,
+)
+from holdfast.planning.index import columns
+from holdfast.planning.shared_files import (
+    ItemKey,
+    RankFiles,
+    StoredFile,
+    files_of_rank,
+    free_numbers,
+    key_of,
+    linkable,
+    number_of,
+)
+from holdfast.saving.write import WINDOW_BYTES, Pace, WindowsOf, WriteResult, write
+from holdfast.storage.store import Linking
+from holdfast.timing import Spans
+
+logger: logging.Logger = logging.getLogger("holdfast")
+
+_REMEMBERED = 3
+"""Checkpoints whose files are remembered. One of them may be about to be replaced."""
+
+
+class Deduplicator:
+    """Links the files of an earlier checkpoint whose tensors have not changed, on one rank.
+
+    That is the checkpoint before the previous one. So two consecutive checkpoints share no file,
+    and damage to one file leaves the checkpoints right before and after good.
+    """
+
+    def __init__(self, catalog: Catalog, rank: int, *, check_every: int) -> None:
+        """`check_every`: number of times that a file is linked before it is read and compared with
+        its checksums; 0 for never.
+
+        Raises:
+            UsageError: the store cannot link files.
+        """
+        store = catalog.store
+        if not isinstance(store, Linking):
+            raise _no_links(store.url, "it is not a folder of a file system")
+        self._catalog, self._store, self._linking = catalog, store, store
+        self._rank, self._check_every = rank, check_every
+        self._saved: list[RankFiles] = []
+        self._written: RankFiles | None = None
+
+    def check_links(self) -> None:
+        """Check that the file system has hard links. Only the holder of the folder's lock may call
+        this.
+
+        Raises:
+            UsageError: it has none.
+        """
+        # A cleanup deletes the folder if the process dies here.
+        folder = str(HiddenFolder("attempt", "links", "0" * 8))
+        self._store.make_folder(folder)
+        try:
+            with self._store.create(f"{folder}/file", 0):
+                pass
+            self._linking.link(f"{folder}/file", f"{folder}/link")
+        except HoldfastError as error:
+            raise _no_links(self._store.url, error.what) from error
+        finally:
+            self._store.remove(folder)
+
+    def resumed(self, earlier: Iterable[tuple[str, Manifest]]) -> None:
+        """Let the next saves link files of these checkpoints, oldest first: those before the one
+        that the run has resumed from, and that one."""
+        self._saved = [
+            files_of_rank(self._rank, name, manifest)
+            for name, manifest in earlier
+            if manifest.block_bytes == checksum.BLOCK_BYTES
+        ]
+
+    def can_link(self, name: str) -> bool:
+        """Whether the save of checkpoint `name` may find files to link."""
+        return self._earlier(name)[0] is not None
+
+    def _earlier(self, name: str) -> tuple[RankFiles | None, RankFiles | None]:
+        """The checkpoint to link files of, and the newest one. Both are older than the one that is
+        saved as `name`."""
+        others = [one for one in self._saved if one.checkpoint != name]
+        return (others[-2] if len(others) > 1 else None), (others[-1] if others else None)
+
+    def write(
+        self,
+        attempt: HiddenFolder,
+        layout: FileLayout,
+        windows_of: WindowsOf,
+        *,
+        check_space: Callable[[int], None],
+        pace: Pace,
+        spans: Spans,
+    ) -> WriteResult:
+        """Link files of an earlier checkpoint into the attempt, and write the rest.
+
+        `layout`: that of one file with everything. `check_space`: raises a StorageError if the
+        given number of bytes is not free.
+        """
+        base = {key_of(item): item for item in layout.tensors}
+        with spans("write"):
+            earlier, newest = self._earlier(attempt.name)
+            unchanged, recent = self._compare(layout.tensors, windows_of, earlier, newest)
+            linked, items = self._link_all(
+                attempt, layout.tensors, earlier, unchanged, taken=self._identities(newest)
+            )
+        rest = {key: item for key, item in base.items() if key not in items}
+        # In a file of their own, which later saves can link.
+        is_quiet = unchanged | recent
+        quiet = [item for key, item in rest.items() if key in is_quiet]
+        changed = [item for key, item in rest.items() if key not in is_quiet]
+        first, second = free_numbers(linked)
+        layouts = (
+            self._lay_out(quiet, first),
+            self._lay_out(changed, second if quiet else first, values=containers_of(layout)),
+        )
+        check_space(sum(one.nbytes for one in layouts))
+        for one in layouts:
+            items |= {
+                # Without the bytes around its data, which are not needed again.
+                key_of(item): (one.name, replace(item, prefix=b"", suffix=b""))
+                for item in one.tensors
+            }
+        results = [
+            write(
+                self._store,
+                str(attempt),
+                one,
+                lambda item: windows_of(base[key_of(item)]),
+                pace,
+                spans,
+            )
+            for one in layouts
+        ]
+        written = {r.file: StoredFile(r.file, r.nbytes, r.table) for r in results if r.file}
+        self._written = RankFiles(attempt.name, linked | written, items)
+        others = [file for name, file in (linked | written).items() if name != results[1].file]
+        places = _places([items[key] for key in base])
+        return replace(results[1], others=tuple(others), places=places)
+
+    def _lay_out(
+        self,
+        items: Iterable[TensorItem],
+        number: int,
+        values: Iterable[tuple[Collection[str], bytes]] = (),
+    ) -> FileLayout:
+        placed = lay_out([(item.name, item.dtype, item.region) for item in items])
+        return lay_out_file(self._rank, placed, values, number)
+
+    def published(self, name: str) -> None:
+        """Remember the files of checkpoint `name`, which the last `write` has written."""
+        assert self._written is not None, "`write` comes first"
+        others = [one for one in self._saved if one.checkpoint != name]
+        self._saved = [*others, self._written][-_REMEMBERED:]
+        self._written = None
+
+    def _compare(
+        self,
+        items: Iterable[TensorItem],
+        windows_of: WindowsOf,
+        earlier: RankFiles | None,
+        newest: RankFiles | None,
+    ) -> tuple[set[ItemKey], set[ItemKey]]:
+        """The items that are equal to those in `earlier`, and to those in `newest`."""
+        known = [{} if one is None else self._checksums_of(one) for one in (earlier, newest)]
+        equal: tuple[set[ItemKey], set[ItemKey]] = (set(), set())
+        for item in items:
+            key = key_of(item)
+            stored = [checksums[key] for checksums in known if key in checksums]
+            if not stored:
+                continue
+            matching = _matching(windows_of(item), stored)
+            for checksums, keys in zip(known, equal, strict=True):
+                if checksums.get(key) in matching:
+                    keys.add(key)
+        return equal
+
+    def _checksums_of(self, saved: RankFiles) -> dict[ItemKey, tuple[int, ...]]:
+        """The checksums of the blocks of each item in a checkpoint. Empty if the checkpoint is
+        marked as damaged; without the items of a file that is not as it was written."""
+        step = step_of(saved.checkpoint)
+        if any((mark.role, mark.step) == ("damaged", step) for mark in marks_in(self._store)):
+            return {}
+        tables = {
+            name: self._table(f"{saved.checkpoint}/{name}", file)
+            for name, file in saved.files.items()
+        }
+        return {
+            key: table[item.first_block :][: checksum.num_blocks(item.data.nbytes)]
+            for key, (file, item) in saved.items.items()
+            if (table := tables[file]) is not None
+        }
+
+    def _table(self, key: str, file: StoredFile) -> tuple[int, ...] | None:
+        """The checksums of a file's blocks; None if it is not the file that was written."""
+        try:
+            if self._store.size(key) != file.nbytes:
+                return None
+            packed = self._store.read(key, file.table.offset, file.nbytes)
+        except HoldfastError:
+            return None
+        if checksum.checksum(packed) != file.table.checksum:
+            return None
+        return checksum.unpack(packed)
+
+    def _link_all(
+        self,
+        attempt: HiddenFolder,
+        items: Sequence[TensorItem],
+        earlier: RankFiles | None,
+        unchanged: Collection[ItemKey],
+        *,
+        taken: Collection[str],
+    ) -> tuple[dict[str, StoredFile], dict[ItemKey, tuple[str, TensorItem]]]:
+        """Link the files of `earlier` that are still of use. Returns them, and the places of the
+        items that they have.
+
+        `taken`: identities of the files in the newest checkpoint, which may be the same if one
+        between the two was deleted.
+        """
+        linked: dict[str, StoredFile] = {}
+        if earlier is None:
+            return linked, {}
+        for name in linkable(items, earlier, unchanged):
+            file = earlier.files[name]
+            if self._identity(f"{earlier.checkpoint}/{name}") in taken:
+                continue
+            is_due = 0 < self._check_every <= file.num_links
+            if self._link(earlier.checkpoint, str(attempt), file, reads_all=is_due):
+                linked[name] = replace(file, num_links=1 if is_due else file.num_links + 1)
+        places = {key: earlier.items[key] for key in unchanged}
+        return linked, {key: place for key, place in places.items() if place[0] in linked}
+
+    def _identities(self, saved: RankFiles | None) -> set[str]:
+        """Identities of all files in a checkpoint."""
+        if saved is None:
+            return set()
+        return {self._identity(f"{saved.checkpoint}/{name}") for name in saved.files}
+
+    def _identity(self, key: str) -> str:
+        """Identity of a file, whatever its name; the key if the file is missing."""
+        try:
+            return self._linking.links(key).file
+        except HoldfastError:
+            return key
+
+    def _link(self, checkpoint: str, attempt: str, file: StoredFile, *, reads_all: bool) -> bool:
+        """Link a file of a checkpoint into the attempt. Returns whether it is as it was written;
+        else nothing is left there, and its tensors are to be written again.
+
+        `reads_all`: compare the data in the file with its checksums.
+        """
+        source, target = f"{checkpoint}/{file.name}", f"{attempt}/{file.name}"
+        try:
+            self._linking.link(source, target)
+        except NotFoundError:
+            return False  # A user has just deleted the checkpoint.
+        except HoldfastError as error:
+            logger.warning("%s; its tensors are written again", error.what)
+            return False
+        # Checked under its new name: another checkpoint may have just taken the old one.
+        table = self._table(target, file)
+        if table is not None and not (reads_all and self._is_damaged(checkpoint, target, file)):
+            return True
+        self._store.remove(target)
+        return False
+
+    def _is_damaged(self, checkpoint: str, key: str, file: StoredFile) -> bool:
+        """Whether `key`, a file of a checkpoint, has other data than was written. Logs what."""
+        try:
+            manifest = read_manifest(self._store, checkpoint)
+            if manifest.tables.get(file.name) != file.table:
+                return True  # Another checkpoint has just taken the name.
+            checksums = {file.name: read_checksums(self._store, checkpoint, manifest, file.name)}
+            # Else damage on the disk hides behind a good copy in the page cache.
+            self._linking.evict(key)
+            reader = RecordReader(self._store, key, file.name, lambda _: None)
+            checks = check_files(manifest, [file.name], checksums, lambda _: reader)
+            findings = list(run(checks))
+            # The file is not needed again, and training data is.
+            self._linking.evict(key)
+        except HoldfastError as error:
+            logger.warning("%s; the tensors in `%s` are written again", error.what, file.name)
+            return True
+        if findings:
+            logger.warning(
+                "in `%s`, %s; the tensors in the file are written again, but earlier checkpoints "
+                "that share it are damaged: `holdfast verify --mark` marks them",
+                self._catalog.where(checkpoint),
+                findings[0],
+            )
+        return bool(findings)
+
+
+def _matching(
+    windows: Iterable[memoryview], stored: Sequence[tuple[int, ...]]
+) -> set[tuple[int, ...]]:
+    """Those of `stored` that are the checksums of the blocks of all windows. Reads no further than
+    the first difference."""
+    matching, start = {*stored}, 0
+    for window in windows:
+        for offset in range(0, len(window), WINDOW_BYTES):
+            found = tuple(checksum.block_checksums(window[offset : offset + WINDOW_BYTES]))
+            stop = start + len(found)
+            matching = {one for one in matching if one[start:stop] == found}
+            if not matching:
+                return matching
+            start = stop
+    return matching
+
+
+def _places(items: Iterable[tuple[str, TensorItem]]) -> NDArray[np.int64]:
+    """One row per item: the number of its file, and its `columns`."""
+    placed = list(items)
+    numbers = np.array([number_of(file) for file, _ in placed], np.int64).reshape(len(placed), 1)
+    return np.hstack((numbers, columns([item for _, item in placed])))
+
+
+def _no_links(url: str, why: str) -> UsageError:
+    return UsageError(f"deduplication needs hard links, which `{url}` does not have: {why}")
